@@ -24,14 +24,14 @@ NAMES = (TENSORBOARD, "wandb", "trackio")
 PROJECT = "eg3d-rlhf"  # name of the project under which the trackers list a run
 
 
-def named(text: str) -> list[str]:
+def named(log_value: str) -> list[str]:
     """Parse the value of --log into names of packages: "tensorboard, wandb" -> ["tensorboard", "wandb"].
 
     Raises:
         ValueError: a package is not in NAMES, or is not installed.
     """
     # "" and a comma at the end give no names
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in log_value.split(",") if name.strip()]
     for name in names:
         if name not in NAMES:
             raise ValueError(
@@ -47,24 +47,26 @@ def named(text: str) -> list[str]:
     return names
 
 
-def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def numbers(stats_record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield (name, number) for every number of a line of stats.jsonl.
 
     A number inside a mapping or a list is named by its path. Texts and None are left out.
 
     Args:
-        record: content of the line, in JSON types.
-        prefix: path of `record`, with "/" at the end; "" at the top.
+        stats_record: content of the line, in JSON types.
+        prefix: path of `stats_record`, with "/" at the end; "" at the top.
 
     >>> dict(numbers({"loss": 0.5, "bins": {"n": [3, None]}}))
     {'loss': 0.5, 'bins/n/0': 3.0}
     """
-    for name, value in record.items():
+    for name, value in stats_record.items():
         if isinstance(value, Mapping):
             # "a/b": TensorBoard groups curves by the part of their name before the slash
             yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield from numbers({str(index): item for index, item in enumerate(value)}, f"{prefix}{name}/")
+            yield from numbers(
+                {str(index): entry_value for index, entry_value in enumerate(value)}, f"{prefix}{name}/"
+            )
         # the trackers plot numbers only; True and False count as 1 and 0
         elif isinstance(value, (int, float)):
             yield f"{prefix}{name}", float(value)
@@ -96,26 +98,29 @@ class Log:
             record: content of the line; its key "step" is the position on the axis of the plots.
         """
         # the step is the axis of the plots, not a curve
-        values = {name: value for name, value in numbers(record) if name != "step"}
+        numbers_by_name = {name: value for name, value in numbers(record) if name != "step"}
         for writer in self.writers:
-            writer.line(values, record["step"])
+            writer.line(numbers_by_name, record["step"])
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Log an image file under a name, at a step of the run."""
         for writer in self.writers:
             writer.image(name, path, step)
 
-    def resume(self, lines: Iterable[str]) -> None:
+    def resume(self, stats_lines: Iterable[str]) -> None:
         """Rebuild TensorBoard's files when a run is resumed.
 
         Args:
-            lines: lines of stats.jsonl that the run had written before the state from which it resumes.
+            stats_lines: lines of stats.jsonl that the run had written before the state from which it resumes.
         """
         # Weights & Biases and Trackio continue the run on their servers, where they find it by its id.
         for board in (writer for writer in self.writers if isinstance(writer, Board)):
-            for line in lines:
-                record = json.loads(line)
-                board.line({name: value for name, value in numbers(record) if name != "step"}, record["step"])
+            for stats_line in stats_lines:
+                stats_record = json.loads(stats_line)
+                board.line(
+                    {name: value for name, value in numbers(stats_record) if name != "step"},
+                    stats_record["step"],
+                )
 
     def close(self) -> None:
         """Close all writers."""
@@ -138,9 +143,9 @@ class Board:
         shutil.rmtree(self.folder, ignore_errors=True)
         return SummaryWriter(str(self.folder))
 
-    def line(self, values: Mapping[str, float], step: int) -> None:
+    def line(self, number_by_name: Mapping[str, float], step: int) -> None:
         """Log numbers by name, at a step of the run."""
-        for name, value in values.items():
+        for name, value in number_by_name.items():
             self.file.add_scalar(name, value, step)
         self.file.flush()  # so that TensorBoard shows the line while the run continues
 
@@ -179,20 +184,20 @@ class Tracker:
     @functools.cached_property
     def package(self) -> Any:
         """Import the package, and start or resume the run at the first access."""
-        package = importlib.import_module(self.name)
-        digest = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        tracker_package = importlib.import_module(self.name)
+        folder_hash = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         # wandb finds a run that it shall continue by `id`; trackio has no such argument, and uses `name`
-        wandb_arguments = {"dir": str(self.folder), "id": digest} if self.name == "wandb" else {}
+        wandb_arguments = {"dir": str(self.folder), "id": folder_hash} if self.name == "wandb" else {}
         # The last four parts of the path are for readers. The hash keeps the runs of two folders apart.
-        run_name = f"{'-'.join(self.folder.parts[-4:])}-{digest}"
-        package.init(
+        run_name = f"{'-'.join(self.folder.parts[-4:])}-{folder_hash}"
+        tracker_package.init(
             project=PROJECT, name=run_name, config=dict(self.settings), resume="allow", **wandb_arguments
         )
-        return package
+        return tracker_package
 
-    def line(self, values: Mapping[str, float], step: int) -> None:
+    def line(self, number_by_name: Mapping[str, float], step: int) -> None:
         """Log numbers by name, at a step of the run."""
-        self.package.log(dict(values), step=step)
+        self.package.log(dict(number_by_name), step=step)
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Log an image file under a name, at a step of the run."""

@@ -76,17 +76,17 @@ class Flags(dict[str, Any]):
         """
         return {field: self[name] for name, field in names.items() if self.get(name) is not None}
 
-    def values_for(self, kind: type) -> dict[str, Any]:
+    def values_for(self, settings_class: type) -> dict[str, Any]:
         """Return the values of the flags that set fields of a settings dataclass, by the name of the field.
 
         Flags whose value is None are left out.
 
         Args:
-            kind: settings dataclass, whose fields carry a `knob` (see training.config).
+            settings_class: settings dataclass, whose fields carry a `knob` (see training.config).
         """
         knobs = {
             field.name: field.metadata["knob"]
-            for field in dataclasses.fields(kind)
+            for field in dataclasses.fields(settings_class)
             if "knob" in field.metadata
         }
         return self.select({knob.name or name: name for name, knob in knobs.items()})
@@ -201,12 +201,12 @@ class Mode(Generic[S]):
 
         # a placeholder path while the folder is not known; it is replaced below
         run = self._run(folder if isinstance(folder, Path) else Path(), settings, flags, ranks)
-        opened = self._open(settings, run)
+        opened_files = self._open(settings, run)
         # only after opening, so that a user's mistake leaves no empty folder
-        run.folder = claim(folder if isinstance(folder, Path) else folder(opened), run.ranks)
+        run.folder = claim(folder if isinstance(folder, Path) else folder(opened_files), run.ranks)
         with run:
             run.begin()
-            self._work(settings, opened, run)
+            self._work(settings, opened_files, run)
         return run.folder
 
     def resume(
@@ -227,9 +227,9 @@ class Mode(Generic[S]):
         run.resumed = source
         # the lock comes first here: another process may still be writing states
         with run:
-            opened = self._open(settings, run)
+            opened_files = self._open(settings, run)
             run.resume(self.changes)
-            self._work(settings, opened, run)
+            self._work(settings, opened_files, run)
         return run.folder
 
     def read(self, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
@@ -267,13 +267,13 @@ class Mode(Generic[S]):
 
     def _open(self, settings: S, run: "Run") -> Any:
         """Open the files that the settings name, and set the settings that the run records."""
-        opened = self.open(settings, run)
+        opened_files = self.open(settings, run)
         run.settings = dict(
             {"mode": self.name, "settings": dataclasses.asdict(settings)}
             if self.record is None
-            else self.record(settings, opened)
+            else self.record(settings, opened_files)
         )
-        return opened
+        return opened_files
 
     def _work(self, settings: S, opened: Any, run: "Run") -> None:
         """Print the folder, then do the work."""
@@ -335,8 +335,10 @@ class Mode(Generic[S]):
             return self.resolve(flags)
         # flags that the run itself uses, and that no settings dataclass has as a field
         run_only = {"outdir", "desc", "resume", "dry_run", "timeout"}
-        values = {name: value for name, value in flags.items() if value is not None and name not in run_only}
-        settings: S = settings_from_values(self.settings, values)
+        flag_values = {
+            name: value for name, value in flags.items() if value is not None and name not in run_only
+        }
+        settings: S = settings_from_values(self.settings, flag_values)
         return settings
 
     def shown_by_help(self, context: click.Context) -> Iterable[object]:
@@ -367,10 +369,11 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
     """
     from training.distributed import process_group
 
-    group = process_group(choose_device(device or "auto"), timeout)
-    # _ends_with_130 stands twice. The inner one turns a stop into SystemExit before the process group closes,
-    # so that the group's __exit__ receives it. The outer one handles a stop while the group is being opened.
-    with _ends_with_130(again), sigterm_interrupts(), group as ranks, _ends_with_130(again):
+    process_group_context = process_group(choose_device(device or "auto"), timeout)
+    # _ends_with_130 is used twice. The inner one turns a stop into SystemExit before the process group
+    # closes, so that the group's __exit__ receives it. The outer one handles a stop while the group
+    # is being opened.
+    with _ends_with_130(again), sigterm_interrupts(), process_group_context as ranks, _ends_with_130(again):
         yield ranks
 
 
@@ -403,7 +406,7 @@ def reject_torchrun(several: bool, flags: str) -> None:
 def run_flags(mode: Mode[S]) -> Decorator:
     """Make the decorator that adds the flags which all modes have."""
     non_negative = click.IntRange(min=0)
-    flags = [
+    flag_decorators = [
         option(
             "--mode",
             group=RUN,
@@ -464,7 +467,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
         ),
     ]
     if mode.jobs:
-        flags.append(
+        flag_decorators.append(
             option(
                 "--jobs",
                 group=RUN,
@@ -474,4 +477,4 @@ def run_flags(mode: Mode[S]) -> Decorator:
                 help=f"Number of processes that share the work of {mode.jobs}; each process has one thread.",
             )
         )
-    return combine_decorators(*flags)
+    return combine_decorators(*flag_decorators)

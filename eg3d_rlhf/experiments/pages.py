@@ -76,8 +76,8 @@ class Finding:
         """Convert the finding to JSON types."""
         # Passing through JSON turns tuples into lists. A new finding then equals one that was read from its
         # file.
-        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return values
+        json_values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return json_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +106,12 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format a table as CSV, with a first line of column names. A column that a row lacks is empty there."""
-    buffer = io.StringIO()
+    text_buffer = io.StringIO()
     # the default line terminator of the csv module is "\r\n"
-    writer = csv.DictWriter(buffer, columns(rows), lineterminator="\n")
+    writer = csv.DictWriter(text_buffer, columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return buffer.getvalue()
+    return text_buffer.getvalue()
 
 
 def identity_of_file(path: str | Path | None) -> str | None:
@@ -132,49 +132,51 @@ def seed_range(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
 
 
-def data_file(out: Path, key: str) -> Path:
+def data_file(report_folder: Path, key: str) -> Path:
     """Return the path of the JSON file of a finding.
 
     Args:
-        out: folder of the report.
+        report_folder: folder of the report.
         key: key of the finding's job.
     """
-    return out / "data" / f"{key}.json"
+    return report_folder / "data" / f"{key}.json"
 
 
-def _finding(out: Path, key: str) -> Finding:
+def _finding(report_folder: Path, key: str) -> Finding:
     """Read a finding from <out>/data, and give keys of version 0.1 their present names."""
-    values = version_0_1.finding(key, json.loads(data_file(out, key).read_text()))
+    finding_json = version_0_1.finding(key, json.loads(data_file(report_folder, key).read_text()))
     # the file has one more key, the job's title
-    arguments = {field.name: values[field.name] for field in dataclasses.fields(Finding)}
-    return Finding(**{**arguments, "facts": Facts(**arguments["facts"])})
+    finding_fields = {field.name: finding_json[field.name] for field in dataclasses.fields(Finding)}
+    return Finding(**{**finding_fields, "facts": Facts(**finding_fields["facts"])})
 
 
-def _compute(job: Job, out: Path, _folder: Path) -> tuple[list[Path], dict[str, Any]]:
+def _compute(job: Job, report_folder: Path, _folder: Path) -> tuple[list[Path], dict[str, Any]]:
     """Compute a finding, and write it into <out>/data, the folder that also receives its images.
 
     Args:
         job: job that computes the finding.
-        out: folder of the report.
+        report_folder: folder of the report.
         _folder: folder of the artefact, which the store passes; it is not used, since findings have their
             own.
 
     Returns:
         Written files, and an empty record (see store.Maker).
     """
-    path = data_file(out, job.key)
+    path = data_file(report_folder, job.key)
     finding = job.compute(path.parent)
-    values = {"title": job.title, **finding.to_dict()}
-    write_atomic(path, json.dumps(values, indent=1).encode())
+    finding_json = {"title": job.title, **finding.to_dict()}
+    write_atomic(path, json.dumps(finding_json, indent=1).encode())
     return [path, *(path.parent / name for name in finding.images.values())], {}
 
 
-def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False) -> dict[str, Finding]:
+def run(
+    jobs: Sequence[Job], report_folder: Path, fresh: bool = False, quiet: bool = False
+) -> dict[str, Finding]:
     """Compute the missing findings, plot all figures, and write the tables.
 
     Args:
         jobs: sections of the report.
-        out: folder of the report, which is made if it does not exist.
+        report_folder: folder of the report, which is made if it does not exist.
         fresh: True computes all findings again, also the stored ones.
         quiet: True shows no progress bar.
 
@@ -182,53 +184,53 @@ def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False
         Findings by the key of their job, in the order of the jobs.
     """
     # hashed=False: a report has one finding per key, so an outdated finding is replaced by the new one
-    store = Store(out / "data" / "store", hashed=False, renew=True)
+    store = Store(report_folder / "data" / "store", hashed=False, renew=True)
     findings = {}
-    with tqdm(total=len(jobs), unit="part", disable=quiet, dynamic_ncols=True) as bar:
+    with tqdm(total=len(jobs), unit="part", disable=quiet, dynamic_ncols=True) as progress_bar:
         for job in jobs:
-            bar.set_description(job.title)
-            inputs = {"version": job.version, "inputs": dict(job.inputs)}
+            progress_bar.set_description(job.title)
+            store_inputs = {"version": job.version, "inputs": dict(job.inputs)}
             # without the record in the store, the finding counts as missing
             if fresh:
-                shutil.rmtree(store.folder(job.key, inputs), ignore_errors=True)
-            store.make(job.key, inputs, partial(_compute, job, out))
+                shutil.rmtree(store.folder(job.key, store_inputs), ignore_errors=True)
+            store.make(job.key, store_inputs, partial(_compute, job, report_folder))
             # the finding is read back from its file, so that figures depend on the JSON alone
-            finding = findings[job.key] = _finding(out, job.key)
+            finding = findings[job.key] = _finding(report_folder, job.key)
             if finding.rows:
-                write_atomic(out / "data" / f"{job.key}.csv", csv_text(finding.rows).encode())
-            draw(job, out)
-            bar.update()
+                write_atomic(report_folder / "data" / f"{job.key}.csv", csv_text(finding.rows).encode())
+            draw(job, report_folder)
+            progress_bar.update()
     return findings
 
 
-def draw(job: Job, out: Path) -> None:
+def draw(job: Job, report_folder: Path) -> None:
     """Plot the figures of a job from the JSON file of its finding.
 
     The files are <out>/figures/<key>-<name>.svg, <key>-<name>-dark.svg and <key>-<name>.png. A finding
     without data, which has the key "absent", gets a figure that states the reason.
     """
-    data = _finding(out, job.key).data
+    finding_data = _finding(report_folder, job.key).data
     for name, plot in job.plots.items():
-        stem = out / "figures" / f"{job.key}-{name}"
+        path_stem = report_folder / "figures" / f"{job.key}-{name}"
         # the page shows the SVG file of the reader's theme, and does not use the PNG file
         for theme, endings in (("light", (".svg", ".png")), ("dark", ("-dark.svg",))):
             with style.theme(theme):
-                plotted_figure = (style.plot_absent if "absent" in data else plot)(data)
+                plotted_figure = (style.plot_absent if "absent" in finding_data else plot)(finding_data)
                 for ending in endings:
-                    style.save(plotted_figure, stem.with_name(stem.name + ending))
+                    style.save(plotted_figure, path_stem.with_name(path_stem.name + ending))
 
 
 def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> list[str]:
     """Format lines for a terminal: the key of each job, and the first sentence of its finding, wrapped."""
     key_width = max(len(job.key) for job in jobs) + 2
-    lines = []
+    terminal_lines = []
     for job in jobs:
         first_sentence = next(iter(findings[job.key].says), "")
         # wrap returns no line for an empty text, but the key of the job shall be printed then, too
         for index, line in enumerate(textwrap.wrap(first_sentence, 110) or [""]):
             key = job.key if index == 0 else ""
-            lines.append(f"{key:<{key_width}}{line}")
-    return lines
+            terminal_lines.append(f"{key:<{key_width}}{line}")
+    return terminal_lines
 
 
 # Self-contained HTML files: a report, coloured meshes that a reader can rotate, and a map of samples that
@@ -238,35 +240,40 @@ def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> lis
 STATIC = Path(__file__).parent / "static"
 
 
-def data_uri(data: bytes, kind: str) -> str:
+def data_uri(content: bytes, media_type: str) -> str:
     """Encode bytes as a data: URI.
 
     Args:
-        data: content of the file.
-        kind: media type, such as "image/png".
+        content: content of the file.
+        media_type: media type, such as "image/png".
     """
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def fill(name: str, **values: object) -> str:
+def fill(template_name: str, **values: object) -> str:
     """Fill the template static/<name>.html with its style sheet, its script and values.
 
     Values are escaped, except those that `safe` has marked.
 
     Args:
-        name: name of the template. The files <name>.css and <name>.js beside it are inserted if they exist.
+        template_name: name of the template. The files <name>.css and <name>.js beside it are inserted if they
+            exist.
         values: further values, by the name that the template uses.
     """
     import jinja2
 
     # autoescape: values such as titles and labels must not be interpreted as HTML
-    environment = jinja2.Environment(
+    jinja_environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(STATIC), autoescape=True, keep_trailing_newline=True
     )
     # the templates use the names `css` and `script`
-    files = {"css": STATIC / f"{name}.css", "script": STATIC / f"{name}.js"}
-    texts = {key: safe(path.read_text()) for key, path in files.items() if path.is_file()}
-    return environment.get_template(f"{name}.html").render(**texts, **values)
+    path_by_variable = {"css": STATIC / f"{template_name}.css", "script": STATIC / f"{template_name}.js"}
+    text_by_variable = {
+        variable_name: safe(path.read_text())
+        for variable_name, path in path_by_variable.items()
+        if path.is_file()
+    }
+    return jinja_environment.get_template(f"{template_name}.html").render(**text_by_variable, **values)
 
 
 def safe(text: str) -> "Markup":
@@ -299,7 +306,7 @@ def write_page(
     Returns:
         `path`.
     """
-    out = path.parent
+    report_folder = path.parent
 
     def cell(value: object) -> str:
         """Format a value of a table: a float with four digits, a missing value as an empty text."""
@@ -311,7 +318,7 @@ def write_page(
 
     def svg(name: str) -> "Markup":
         """Return a figure as an <svg> element of the page."""
-        file_text = (out / "figures" / f"{name}.svg").read_text()
+        file_text = (report_folder / "figures" / f"{name}.svg").read_text()
         # the XML declaration and the document type before the element are not allowed inside HTML
         element = file_text[file_text.index("<svg") :]
         # matplotlib uses the same ids in every figure. On one page they must be unique, so ids and references
@@ -320,7 +327,7 @@ def write_page(
         element = element.replace('xlink:href="#', 'href="#')
         return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", element))
 
-    html = fill(
+    page_html = fill(
         "page",
         title=title,
         introduction=introduction,
@@ -332,11 +339,11 @@ def write_page(
         svg=svg,
         lines=40,  # number of rows of a table that the page shows; the CSV has all rows
         # function (name of an image file) -> data: URI
-        picture=lambda name: data_uri((out / "data" / name).read_bytes(), "image/png"),
-        json_uri=lambda job: data_uri(data_file(out, job.key).read_bytes(), "application/json"),
+        picture=lambda name: data_uri((report_folder / "data" / name).read_bytes(), "image/png"),
+        json_uri=lambda job: data_uri(data_file(report_folder, job.key).read_bytes(), "application/json"),
         csv_uri=lambda finding: data_uri(csv_text(finding.rows).encode(), "text/csv"),
     )
-    write_atomic(path, html.encode())
+    write_atomic(path, page_html.encode())
     return path
 
 
@@ -376,7 +383,7 @@ def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) ->
         """Encode an array as base64, for a typed array in JavaScript."""
         return base64.b64encode(values.astype(dtype).tobytes()).decode()
 
-    content = [
+    mesh_records = [
         {
             "name": mesh.name,
             # "<": little-endian, as in the typed arrays of all current browsers
@@ -393,7 +400,7 @@ def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) ->
         }
         for mesh in meshes
     ]
-    return fill("mesh", title=title, meshes=_script_json(content))
+    return fill("mesh", title=title, meshes=_script_json(mesh_records))
 
 
 def _script_json(values: object, **json_options: Any) -> "Markup":
@@ -415,11 +422,11 @@ def points_section(
     Args:
         points: samples, each {"role": "before" or "after" (tuning), "seed", "reward", "<layout>_x",
             "<layout>_y"}. Every seed has a sample of both roles.
-        layouts: (name in the keys of the points, title) of each arrangement on the plane. The page starts
+        layouts: (name in the keys of the points, title) of each arrangement in the map. The page starts
             with the first one.
         sprite: one image that contains the images of all samples in rows and columns: {"uri": its data: URI,
-            "columns", "rows", "seeds", "roles"}. The images stand row by row: all roles of the first seed,
-            then all roles of the second seed, and so on.
+            "columns", "rows", "seeds", "roles"}. The images are arranged row by row: all roles of the first
+            seed, then all roles of the second seed, and so on.
 
     Returns:
         HTML text.
@@ -427,9 +434,9 @@ def points_section(
     # Samples before tuning are coloured by their reward, from the lowest to the highest such reward. All
     # samples after tuning have one colour.
     rewards_before = [point["reward"] for point in points if point["role"] == "before"]
-    low = min(rewards_before)
-    high = max(rewards_before)
-    reward_range = max(high - low, 1e-12)  # not 0, if all rewards are equal
+    lowest_reward = min(rewards_before)
+    highest_reward = max(rewards_before)
+    reward_range = max(highest_reward - lowest_reward, 1e-12)  # not 0, if all rewards are equal
     seed_index = {seed: index for index, seed in enumerate(sprite["seeds"])}
     page_points: list[dict[str, Any]] = [
         {
@@ -437,7 +444,7 @@ def points_section(
             "seed": point["seed"],
             "reward": point["reward"],
             "colour": (
-                shade_of((point["reward"] - low) / reward_range)
+                shade_of((point["reward"] - lowest_reward) / reward_range)
                 if point["role"] == "before"
                 else style.colour("after")
             ),
@@ -451,11 +458,14 @@ def points_section(
     for layout_name, _ in layouts:
         for axis in "xy":
             coordinates = [point[f"{layout_name}_{axis}"] for point in points]
-            smallest = min(coordinates)
-            span = max(max(coordinates) - smallest, 1e-12)  # not 0, if all points have the same coordinate
-            for page_point, value in zip(page_points, coordinates, strict=True):
-                page_point["at"].setdefault(layout_name, []).append(round((value - smallest) / span, 5))
-    data = {
+            min_coordinate = min(coordinates)
+            # not 0, if all points have the same coordinate
+            coordinate_range = max(max(coordinates) - min_coordinate, 1e-12)
+            for page_point, coordinate in zip(page_points, coordinates, strict=True):
+                page_point["at"].setdefault(layout_name, []).append(
+                    round((coordinate - min_coordinate) / coordinate_range, 5)
+                )
+    points_data = {
         "points": page_points,
         "layouts": [{"name": layout_name, "title": title} for layout_name, title in layouts],
         "columns": sprite["columns"],
@@ -465,10 +475,10 @@ def points_section(
         "points",
         sprite=sprite,
         layouts=layouts,
-        low=f"{low:.2f}",
-        high=f"{high:.2f}",
+        low=f"{lowest_reward:.2f}",
+        high=f"{highest_reward:.2f}",
         scale=", ".join(shade_of(i / 8) for i in range(9)),  # nine colours of a CSS gradient, the legend
-        data=_script_json(data, separators=(",", ":")),
+        data=_script_json(points_data, separators=(",", ":")),
     )
 
 

@@ -73,43 +73,46 @@ def run_tasks(
             failed task, after the other running tasks have ended.
         RuntimeError: a task failed with another error.
     """
-    order = _Order(needs)
+    task_order = _Order(needs)
     # one handler for all threads, which share its loaded data
     if stop is not None:
-        return _on_threads(order, setup(*arguments), workers, on_done, expected, stop)
+        return _on_threads(task_order, setup(*arguments), workers, on_done, expected, stop)
     # One worker needs no process of its own. In this process, errors keep their traceback and a debugger
     # works.
     if workers == 1:
         handler = setup(*arguments)
-        results = {}
-        for name in order:
-            results[name] = handler(name)
-            order.done(name)
-            on_done(name, results[name])
-        return results
+        result_by_task = {}
+        for task_name in task_order:
+            result_by_task[task_name] = handler(task_name)
+            task_order.done(task_name)
+            on_done(task_name, result_by_task[task_name])
+        return result_by_task
     logs.mkdir(parents=True, exist_ok=True)
     # spawn, not fork: a forked process would inherit CUDA's state and locks of other threads
-    spawn = multiprocessing.get_context("spawn")
-    parent_end, worker_end = spawn.Pipe()
-    worker_count = spawn.Value("i", 0)  # "i": a C int in shared memory; each worker takes its number from it
+    spawn_context = multiprocessing.get_context("spawn")
+    parent_end, worker_end = spawn_context.Pipe()
+    # "i": a C int in shared memory; each worker takes its number from it
+    worker_count = spawn_context.Value("i", 0)
     initial_arguments = (setup, tuple(arguments), logs, worker_count, worker_end)
     # more processes than tasks would have no work
-    pool = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, initial_arguments)
+    pool = ProcessPoolExecutor(min(workers, len(needs)), spawn_context, _begin, initial_arguments)
     try:
-        results = _dispatch(order, lambda name: pool.submit(_work, name), workers, logs, on_done, expected)
+        result_by_task = _dispatch(
+            task_order, lambda name: pool.submit(_work, name), workers, logs, on_done, expected
+        )
         pool.shutdown()
-        return results
+        return result_by_task
     finally:
         parent_end.close()  # workers wait for this end of the pipe to close, and then stop
         pool.shutdown(cancel_futures=True)
 
 
 def _on_threads(
-    order: "_Order",
+    task_order: "_Order",
     handler: Handler,
     workers: int,
     on_done: Callable[[str, Any], None],
-    expected: tuple[type[Exception], ...],
+    expected_errors: tuple[type[Exception], ...],
     stop: Callable[[], None],
 ) -> dict[str, Any]:
     """Run the tasks on threads of this process.
@@ -118,7 +121,9 @@ def _on_threads(
     """
     with ThreadPoolExecutor(workers) as pool:
         try:
-            return _dispatch(order, lambda name: pool.submit(handler, name), workers, None, on_done, expected)
+            return _dispatch(
+                task_order, lambda name: pool.submit(handler, name), workers, None, on_done, expected_errors
+            )
         # KeyboardInterrupt as well: leaving the `with` waits for the running tasks, so they must be ended
         # first
         except BaseException:
@@ -150,62 +155,66 @@ class _Order:
 
 
 def _dispatch(
-    order: _Order,
+    task_order: _Order,
     submit: Callable[[str], Future[Any]],
     workers: int,
-    logs: Path | None,
+    log_folder: Path | None,
     on_done: Callable[[str, Any], None],
-    expected: tuple[type[Exception], ...],
+    expected_errors: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
     """Submit ready tasks while workers are free, and collect the results as tasks finish.
 
     Args:
-        order: iterator over the ready tasks.
+        task_order: iterator over the ready tasks.
         submit: function that starts the task of a name, and returns its future.
         workers: largest number of tasks that run at the same time.
-        logs: folder of the workers' log files, for messages; None: the tasks run in this process.
+        log_folder: folder of the workers' log files, for messages; None: the tasks run in this process.
         on_done: function that is called with the name and the result of each finished task.
-        expected: types of errors that are raised again as a ValueError.
+        expected_errors: types of errors that are raised again as a ValueError.
 
     Returns:
         Result of each task, by its name.
     """
-    results: dict[str, Any] = {}
-    running: dict[Future[Any], str] = {}
+    result_by_task: dict[str, Any] = {}
+    task_by_future: dict[Future[Any], str] = {}
     while True:
         # no ready task is taken from `order` while all workers are busy
-        for name in order if len(running) < workers else ():
-            running[submit(name)] = name
-            if len(running) == workers:
+        for task_name in task_order if len(task_by_future) < workers else ():
+            task_by_future[submit(task_name)] = task_name
+            if len(task_by_future) == workers:
                 break
         # nothing runs and nothing is ready: all tasks are done
-        if not running:
-            return results
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            name = running.pop(future)
+        if not task_by_future:
+            return result_by_task
+        for finished_future in wait(task_by_future, return_when=FIRST_COMPLETED).done:
+            task_name = task_by_future.pop(finished_future)
             try:
-                results[name] = future.result()
+                result_by_task[task_name] = finished_future.result()
             except BrokenProcessPool:
                 raise ValueError(
-                    f"{name}: the worker process ended before the task returned a result. Its log is in"
-                    f" {logs}. Run the same command again."
+                    f"{task_name}: the worker process ended before the task returned a result. Its log is in"
+                    f" {log_folder}. Run the same command again."
                 ) from None
             # `from None`: the traceback of an expected error does not help a user
-            except expected as error:
-                raise ValueError(f"{name}: {str(error).strip()}") from None
+            except expected_errors as error:
+                raise ValueError(f"{task_name}: {str(error).strip()}") from None
             except Exception as error:
                 # on a thread of this process, the error has its traceback already
-                if logs is None:
+                if log_folder is None:
                     raise
                 # concurrent.futures puts the worker's traceback into the cause
-                traceback = str(error.__cause__).strip('"\n')
-                raise RuntimeError(f"{name}: {traceback}") from None
-            order.done(name)
-            on_done(name, results[name])
+                worker_traceback = str(error.__cause__).strip('"\n')
+                raise RuntimeError(f"{task_name}: {worker_traceback}") from None
+            task_order.done(task_name)
+            on_done(task_name, result_by_task[task_name])
 
 
 def _begin(
-    setup: Setup, arguments: tuple[object, ...], logs: Path, count: "Synchronized[int]", parent: Connection
+    setup: Setup,
+    arguments: tuple[object, ...],
+    log_folder: Path,
+    started_count: "Synchronized[int]",
+    parent_pipe: Connection,
 ) -> None:
     """Initialise a worker process.
 
@@ -214,31 +223,31 @@ def _begin(
     Args:
         setup: function that makes the handler at the first task.
         arguments: arguments of `setup`.
-        logs: folder of the log files.
-        count: number of workers that have started, in shared memory.
-        parent: end of a pipe whose other end the parent process holds open.
+        log_folder: folder of the log files.
+        started_count: number of workers that have started, in shared memory.
+        parent_pipe: end of a pipe whose other end the parent process holds open.
     """
     # Ctrl-C in a terminal sends SIGINT to all its processes. The parent alone decides how the workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
         # blocks without a time limit; it returns when the parent closes its end of the pipe or is killed
-        parent.poll(None)
+        parent_pipe.poll(None)
         os.kill(os.getpid(), signal.SIGTERM)  # not SIGKILL: a training writes a checkpoint first
 
     # a daemon thread does not keep the worker process alive after its work has ended
     threading.Thread(target=end_with_parent, daemon=True).start()
     # workers number themselves, because the executor does not
-    with count.get_lock():
-        number = count.value
-        count.value += 1
+    with started_count.get_lock():
+        worker_number = started_count.value
+        started_count.value += 1
     # buffering=1 writes each line immediately, so that the log is complete if the process is killed
-    sys.stdout = sys.stderr = open(logs / f"worker-{number}.log", "a", buffering=1)
+    sys.stdout = sys.stderr = open(log_folder / f"worker-{worker_number}.log", "a", buffering=1)
     _worker.update(setup=setup, arguments=arguments)
 
 
-def _work(name: str) -> Any:
+def _work(task_name: str) -> Any:
     """Run one task in a worker process. The first task of a worker also makes its handler."""
     if "handler" not in _worker:
         _worker["handler"] = _worker["setup"](*_worker["arguments"])
-    return _worker["handler"](name)
+    return _worker["handler"](task_name)

@@ -41,15 +41,15 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
     if not enabled:
         yield
         return
-    path = folder / LOCK
-    lock = FileLock(folder / LOCK, blocking=wait)
+    lock_path = folder / LOCK
+    folder_lock = FileLock(folder / LOCK, blocking=wait)
     try:
-        lock.acquire()
+        folder_lock.acquire()
     except Timeout:
-        holder = path.read_text(errors="replace").strip() or "another process"
+        lock_holder = lock_path.read_text(errors="replace").strip() or "another process"
         raise ValueError(
-            f"run folder {folder} is in use by {holder}. Wait until that process ends, stop it, or choose"
-            " another folder."
+            f"run folder {folder} is in use by {lock_holder}. Wait until that process ends, stop it, or"
+            " choose another folder."
         ) from None
     except OSError as error:
         # some network file systems have no locks; the run then continues without a lock
@@ -61,12 +61,12 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
             file=sys.stderr,
         )
     # another process that finds the lock taken prints this text in its error message
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+        lock_path.unlink(missing_ok=True)
+        folder_lock.release()
 
 
 class StopRequest:
@@ -82,19 +82,19 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous_handlers[number] = signal.signal(number, self._note)
+            for signal_number in (signal.SIGTERM, signal.SIGINT):
+                self._previous_handlers[signal_number] = signal.signal(signal_number, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self._previous_handlers.items():
+            signal.signal(signal_number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, signal_number: int, frame: FrameType | None) -> None:
         """Store the name of a received signal, and give the next SIGINT its default effect."""
         del frame  # Python passes it to every signal handler
-        self.received = signal.Signals(number).name
-        if number == signal.SIGINT:
+        self.received = signal.Signals(signal_number).name
+        if signal_number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -112,14 +112,14 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def serve_requests(
-    answer: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
+    answer_request: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
 ) -> None:
     """Answer requests until standard input ends, with limits of memory and processor time.
 
     A request is one line of JSON on standard input; its answer is one line of JSON on standard output.
 
     Args:
-        answer: function that returns the answer to a request, both in JSON types.
+        answer_request: function that returns the answer to a request, both in JSON types.
         memory: largest address space of this process, in bytes.
         seconds: largest processor time of one request, in seconds.
         largest_file: largest size of a file that this process writes, in bytes; None: no limit.
@@ -131,9 +131,9 @@ def serve_requests(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps of a process that runs out of memory
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    for line in sys.stdin:
+    for request_line in sys.stdin:
         # The limit counts from the start of the process, so it is raised by `seconds` for each request. The
         # first two entries of getrusage are the seconds of processor time in user mode and in the system.
         used_seconds = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         resource.setrlimit(resource.RLIMIT_CPU, (used_seconds + seconds, resource.RLIM_INFINITY))
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(answer_request(json.loads(request_line))), flush=True)

@@ -118,13 +118,13 @@ class Run:
         if self.ranks.is_main:
             for name in (STATS, TIMING):
                 (self.folder / name).unlink(missing_ok=True)
-            circumstances = {
+            launch_record = {
                 "versions": versions(),
                 "hashes": self.hashes(),
                 "processes": self.ranks.world,
                 "launch": launch_identity(),
             }
-            self.write(OPTIONS, {**self.settings, **circumstances})
+            self.write(OPTIONS, {**self.settings, **launch_record})
 
     def resume(self, free: Collection[str] | None = ()) -> None:
         """Check that the inputs and the settings equal those with which the run was begun.
@@ -137,52 +137,53 @@ class Run:
             ValueError: an input file or a setting has changed; the message names it.
         """
         # Rank 0 compares. The other ranks have an empty record, with which nothing differs.
-        record = recorded(self.folder) if self.ranks.is_main else {}
-        for name, recorded_hash in record.get("hashes", {}).items():
-            if name not in self.inputs:
+        recorded_options = recorded(self.folder) if self.ranks.is_main else {}
+        for input_name, recorded_hash in recorded_options.get("hashes", {}).items():
+            if input_name not in self.inputs:
                 continue
-            path = Path(self.inputs[name])
-            if not path.is_file():
+            input_path = Path(self.inputs[input_name])
+            if not input_path.is_file():
                 raise ValueError(
-                    f"--resume: the input file {name} {path}, with which the run was begun, does not exist."
-                    " Restore the file, or start a new run."
+                    f"--resume: the input file {input_name} {input_path}, with which the run was begun, does"
+                    " not exist. Restore the file, or start a new run."
                 )
-            current_hash = file_hash(path)
+            current_hash = file_hash(input_path)
             if current_hash != recorded_hash:
                 raise ValueError(
-                    f"--resume: the input file {name} {path} has changed since the run was begun: its"
-                    f" SHA-256 was {recorded_hash[:12]}... and is {current_hash[:12]}... now. Restore the"
+                    f"--resume: the input file {input_name} {input_path} has changed since the run was begun:"
+                    f" its SHA-256 was {recorded_hash[:12]}... and is {current_hash[:12]}... now. Restore the"
                     " file, or start a new run."
                 )
         # The current settings pass through JSON, as the recorded ones did: a tuple equals a list then.
-        recorded_settings = _flat({key: value for key, value in record.items() if key not in _OURS})
+        recorded_settings = _flat({key: value for key, value in recorded_options.items() if key not in _OURS})
         current_settings = _flat(json.loads(json.dumps(self.settings)))
         # Only settings that exist now are compared. `version_0_1.options` and `from_dict` check settings that
         # were removed when they read the record.
-        names = current_settings.keys() if record and free is not None else ()
+        setting_names = current_settings.keys() if recorded_options and free is not None else ()
         # A group is the dotted path without its last part. If the record has the group but not the setting,
         # the setting was added by a newer version of this package, and is not compared.
-        recorded_groups = {name.rpartition(".")[0] for name in recorded_settings} - {""}
+        recorded_groups = {setting_name.rpartition(".")[0] for setting_name in recorded_settings} - {""}
         compared_names = {
-            name
-            for name in names
-            if name in recorded_settings or name.rpartition(".")[0] not in recorded_groups
+            setting_name
+            for setting_name in setting_names
+            if setting_name in recorded_settings or setting_name.rpartition(".")[0] not in recorded_groups
         }
         free_names = set(free or ())
         changed_names = sorted(
-            name
-            for name in compared_names
-            if recorded_settings.get(name) != current_settings.get(name)
-            and not {name, name.split(".")[-1]} & free_names
+            setting_name
+            for setting_name in compared_names
+            if recorded_settings.get(setting_name) != current_settings.get(setting_name)
+            and not {setting_name, setting_name.split(".")[-1]} & free_names
         )
         if changed_names:
             # at most four settings, so that the message stays one readable line
-            changes = "; ".join(
-                f"{name} {current_settings.get(name)} instead of {recorded_settings.get(name)}"
-                for name in changed_names[:4]
+            changes_text = "; ".join(
+                f"{setting_name} {current_settings.get(setting_name)} instead of"
+                f" {recorded_settings.get(setting_name)}"
+                for setting_name in changed_names[:4]
             )
             raise ValueError(
-                f"run {self.folder}: settings have changed since the run was begun: {changes}. Use the"
+                f"run {self.folder}: settings have changed since the run was begun: {changes_text}. Use the"
                 " earlier settings, or start a new run."
             )
 
@@ -192,11 +193,11 @@ class Run:
 
     # Measurements and progress.
 
-    def stats(self, record: Mapping[str, Any]) -> None:
+    def stats(self, stats_record: Mapping[str, Any]) -> None:
         """Append a line of measurements to stats.jsonl, and send it to the trackers of --log."""
         if self.ranks.is_main:
-            self._append(STATS, record)
-            self._log.line(record)
+            self._append(STATS, stats_record)
+            self._log.line(stats_record)
             self.lines += 1
 
     def log_image(self, name: str, path: Path, step: int) -> None:
@@ -220,37 +221,43 @@ class Run:
         """Print a status line with time, speed and remaining time, and append these to timing.jsonl.
 
         Args:
-            at: fields that stand first in the line, such as the step. The caller pads values that shall stand
-                in columns.
+            at: fields at the start of the line, such as the step. The caller pads values that shall be
+                aligned in columns.
             done: amount of work that is done, in units of `unit`.
             total: amount of all work, in units of `unit`.
             unit: name of the unit of work, such as "step" or "kimg".
-            more: fields that stand last in the line.
+            more: fields at the end of the line.
         """
         if not self.ranks.is_main:
             return
         done_before, start_time = self._start
         seconds = time.monotonic() - start_time
         # seconds per unit since this process started or resumed the run, not since the run was begun
-        rate = seconds / (done - done_before) if done > done_before else 0.0
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
+        seconds_per_unit = seconds / (done - done_before) if done > done_before else 0.0
+        memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
         # The share of waiting is a number in timing.jsonl, and a percentage in the printed line. A run that
         # did not count its waiting has no such field.
         waiting_share = {"waited": self._waited / seconds} if self._waited else {}
         more = {**{name: f"{share:.1%}" for name, share in waiting_share.items()}, **(more or {})}
-        fields = {
+        status_fields = {
             **at,
             "time": f"{tqdm.format_interval(seconds):<9s}",
-            f"sec/{unit}": f"{rate:<7.4g}",
-            "eta": f"{tqdm.format_interval(rate * max(total - done, 0)):<9s}",
-            "mem_gb": f"{memory:<5.2f}",
+            f"sec/{unit}": f"{seconds_per_unit:<7.4g}",
+            "eta": f"{tqdm.format_interval(seconds_per_unit * max(total - done, 0)):<9s}",
+            "mem_gb": f"{memory_gib:<5.2f}",
             **more,
         }
         # the same numbers go to the terminal, for people, and to timing.jsonl, for programs
-        self._say(" ".join(f"{name} {value}" for name, value in fields.items()))
+        self._say(" ".join(f"{name} {value}" for name, value in status_fields.items()))
         self._append(
             TIMING,
-            {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory, **waiting_share},
+            {
+                unit: done,
+                "seconds": seconds,
+                f"sec_per_{unit}": seconds_per_unit,
+                "mem_gb": memory_gib,
+                **waiting_share,
+            },
         )
 
     @contextlib.contextmanager
@@ -283,16 +290,16 @@ class Run:
                 self._log.resume(lines_of_state)
             self.lines = lines
 
-    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+    def _append(self, file_name: str, json_record: Mapping[str, Any]) -> None:
         """Append a record to a file as one line of JSON with sorted keys."""
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(record, sort_keys=True) + "\n")
+        with open(self.folder / file_name, "a") as file:
+            file.write(json.dumps(json_record, sort_keys=True) + "\n")
 
-    def write(self, name: str, record: Mapping[str, Any]) -> None:
+    def write(self, file_name: str, json_record: Mapping[str, Any]) -> None:
         """Write a JSON file into the run folder atomically. Only rank 0 writes."""
         if self.ranks.is_main:
             storage.write_atomic(
-                self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+                self.folder / file_name, (json.dumps(json_record, indent=2, sort_keys=True) + "\n").encode()
             )
 
     def done(self) -> None:
@@ -313,11 +320,11 @@ class Run:
             meta: other values of the state, in JSON types.
         """
         # rank 0 writes; every rank computes the path, because messages print it
-        path = checkpoint.path_of(self.folder, step)
+        checkpoint_path = checkpoint.path_of(self.folder, step)
         if self.ranks.is_main:
             checkpoint.write(self.folder, step, dict(tensors), dict(meta))
-        self.last_checkpoint = path
-        return path
+        self.last_checkpoint = checkpoint_path
+        return checkpoint_path
 
     def read(
         self, source: Path | None = None, previous: bool = False
@@ -329,10 +336,10 @@ class Run:
             previous: True reads the checkpoint before the newest one, see training.checkpoint.read.
         """
         # Rank 0 reads and sends the state to the other ranks, which may run on machines without this folder.
-        tensors, meta, path = (
+        tensors, meta, checkpoint_path = (
             checkpoint.read(source or self.folder, previous) if self.ranks.is_main else (None, None, None)
         )
-        meta, path_text = self.ranks.broadcast([meta, str(path)])
+        meta, path_text = self.ranks.broadcast([meta, str(checkpoint_path)])
         self.last_checkpoint = Path(path_text)
         # the tensors are sent one by one, by name, and the other values with the broadcast above
         return self.ranks.broadcast_named(tensors), meta
@@ -376,20 +383,20 @@ def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
         FileNotFoundError: the folder has no training_options.json.
         ValueError: the run belongs to another mode, or the file is damaged.
     """
-    record = recorded(folder)
-    if not record:
+    recorded_options = recorded(folder)
+    if not recorded_options:
         raise FileNotFoundError(
             f"--resume: {folder} is not a run folder, because it has no {OPTIONS}. Pass the path of a run"
             " folder."
         )
     # the record of --mode=gan has no key "mode"
-    recorded_mode = record.get("mode", "gan")
+    recorded_mode = recorded_options.get("mode", "gan")
     if recorded_mode != mode:
         raise ValueError(
             f"--resume: the run in {folder} belongs to --mode={recorded_mode}, not to --mode={mode}. Pass"
             f" --mode={recorded_mode}."
         )
-    return record
+    return recorded_options
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -400,22 +407,22 @@ def recorded(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not JSON.
     """
-    path = folder / OPTIONS
-    if not path.is_file():
+    options_path = folder / OPTIONS
+    if not options_path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text())
+        json_values = json.loads(options_path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{path} is not a JSON file: {error}. Restore the file from a copy, or start a new run."
+            f"{options_path} is not a JSON file: {error}. Restore the file from a copy, or start a new run."
         ) from error
-    return version_0_1.options(values) if isinstance(values, dict) else {}
+    return version_0_1.options(json_values) if isinstance(json_values, dict) else {}
 
 
 def next_free(outdir: Path, name: str) -> Path:
     """Return the path outdir/NNNNN-name, where NNNNN is one more than the largest number in `outdir`."""
-    matches = (_NUMBERED.match(path.name) for path in outdir.glob("*"))
-    taken_numbers = [int(match.group(1)) for match in matches if match]
+    name_matches = (_NUMBERED.match(path.name) for path in outdir.glob("*"))
+    taken_numbers = [int(match.group(1)) for match in name_matches if match]
     # the first run of a folder has the number 00000
     return outdir / f"{max(taken_numbers, default=-1) + 1:05d}-{name}"
 
@@ -433,7 +440,7 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
     Raises:
         OSError: the folder cannot be made.
     """
-    launch = launch_identity()
+    launch_id = launch_identity()
     # mkdir is atomic. If two processes choose the same number, one of them gets FileExistsError, and tries
     # the next number.
     while ranks.is_main:
@@ -444,13 +451,13 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
             numbered_match = _NUMBERED.fullmatch(folder.name)
             # The existing folder is used if it has no number, or if this launch of torchrun has made it
             # before.
-            if numbered_match is None or launch is not None and _launch_of(folder) == launch:
+            if numbered_match is None or launch_id is not None and _launch_of(folder) == launch_id:
                 break
             folder = next_free(folder.parent, numbered_match.group(2))
         except OSError as error:
-            reason = error.strerror or error
+            error_text = error.strerror or error
             raise OSError(
-                f"--outdir: the folder {folder} cannot be made: {reason}. Pass --outdir=DIR with a folder"
+                f"--outdir: the folder {folder} cannot be made: {error_text}. Pass --outdir=DIR with a folder"
                 " that can be written."
             ) from error
     return Path(ranks.broadcast(str(folder)))
@@ -464,13 +471,13 @@ def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
     """
     if not ranks.restarts:
         return None
-    launch = launch_identity()
-    # rank 0 searches, and sends the path to the other ranks; "" stands for no folder
+    launch_id = launch_identity()
+    # rank 0 searches, and sends the path to the other ranks; "" means no folder
     begun_folder = ""
-    if ranks.is_main and launch is not None:
+    if ranks.is_main and launch_id is not None:
         newest_first = sorted(outdir.glob("*"), reverse=True)
         run_folders = (path for path in newest_first if _NUMBERED.fullmatch(path.name))
-        begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch), "")
+        begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch_id), "")
     begun_folder = ranks.broadcast(begun_folder)
     return Path(begun_folder) if begun_folder else None
 
@@ -483,17 +490,17 @@ def _launch_of(folder: Path) -> str | None:
         return None
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+def _flat(nested_settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     """Flatten nested settings: {"train": {"lr": 1}} -> {"train.lr": 1}.
 
     Args:
-        values: settings, in JSON types.
-        prefix: dotted path of `values`, with a dot at the end; "" at the top.
+        nested_settings: settings, in JSON types.
+        prefix: dotted path of `nested_settings`, with a dot at the end; "" at the top.
     """
-    flat: dict[str, object] = {}
-    for key, value in values.items():
+    flat_settings: dict[str, object] = {}
+    for key, value in nested_settings.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat_settings |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            flat_settings[f"{prefix}{key}"] = value
+    return flat_settings

@@ -1,7 +1,7 @@
 """Content-addressed cache of artefacts: folders that are keyed by a hash of their inputs.
 
     <store>/<kind>-<first digits of the hash of the inputs>/
-        inputs.json    the inputs; an input that is itself an artefact stands there as the hash of its content
+        inputs.json    the inputs; an input that is itself an artefact is given by the hash of its content
         done.json      written last: the hashes of the products, and the record that the maker returned
         ...            the products, and files from which an interrupted maker resumes
 
@@ -56,9 +56,8 @@ class Artefact:
     """Artefact that is finished and stored."""
 
     folder: Path
-    content: (
-        str  # SHA-256 of the names and bytes of the products; an input of artefacts that are made from it
-    )
+    # SHA-256 of the names and bytes of the products; an input of artefacts that are made from this one
+    content: str
     record: Mapping[str, Any]  # values that its maker returned, in JSON types
     reused: bool  # True if it was read from the store, False if this call made it
 
@@ -68,13 +67,13 @@ class Artefact:
 Maker = Callable[[Path], tuple[Iterable[Path], Mapping[str, Any]]]
 
 
-def json_hash(values: object) -> str:
+def json_hash(json_values: object) -> str:
     """Return the SHA-256 of JSON values as hexadecimal digits. The order of keys does not matter.
 
     Raises:
         TypeError: a value is not a JSON type. Its text could differ between processes.
     """
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(json_values, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -117,8 +116,8 @@ class Store:
         if not self._hashed:
             return self.root / kind
         # `stored` gives old names to renamed values, so that hashes of version 0.1 stay the same
-        digest = json_hash({"format": FORMAT, **stored(inputs)})
-        return self.root / f"{kind}-{digest[:16]}"
+        inputs_hash = json_hash({"format": FORMAT, **stored(inputs)})
+        return self.root / f"{kind}-{inputs_hash[:16]}"
 
     def find(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
         """Return an artefact if it is finished, and None otherwise. One rank alone may call this method.
@@ -131,8 +130,8 @@ class Store:
             ValueError: the artefact has other inputs or changed products, and `renew` is False.
         """
         folder = self.folder(kind, inputs)
-        done = self._finished(folder, inputs)
-        return None if done is None else _artefact(folder, done, reused=True)
+        done_record = self._finished(folder, inputs)
+        return None if done_record is None else _artefact(folder, done_record, is_reused=True)
 
     def make(self, kind: str, inputs: Mapping[str, Any], maker: Maker, title: str = "") -> Artefact:
         """Return an artefact. It is read from the store if it is finished, and made otherwise.
@@ -154,17 +153,17 @@ class Store:
         if self.ranks.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
         # rank 0 reads the files, and all ranks get its result; the other ranks pass a value that is ignored
-        done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.is_main else None)
-        reused = done is not None
+        done_record = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.is_main else None)
+        is_reused = done_record is not None
         if self.ranks.is_main:
-            if reused:
-                action = "reused from"
+            if is_reused:
+                action_text = "reused from"
             elif folder.exists():
-                action = "resuming in"
+                action_text = "resuming in"
             else:
-                action = "writing to"
-            self._report_line(f"{title or folder.name}: {action} {folder}")
-        if not reused:
+                action_text = "writing to"
+            self._report_line(f"{title or folder.name}: {action_text} {folder}")
+        if not is_reused:
             if self.ranks.is_main:
                 # A folder with other inputs may hold files from which the maker would wrongly resume. None:
                 # the folder states no inputs, since it is new or its maker wrote no inputs.json yet.
@@ -176,20 +175,22 @@ class Store:
             with run_lock(folder, enabled=self.ranks.is_main and self._hashed, wait=self._renew):
                 # another process may have made the artefact while this one waited for the lock
                 if self._renew:
-                    done = self.ranks.broadcast(
+                    done_record = self.ranks.broadcast(
                         self._finished(folder, inputs) if self.ranks.is_main else None
                     )
-                if done is None:
+                if done_record is None:
                     # The inputs are written first, so that the folder of an interrupted call states its
                     # inputs.
                     if self.ranks.is_main:
                         self.begin(folder, inputs)
-                    products, record = maker(folder)
+                    product_paths, maker_record = maker(folder)
                     self.ranks.barrier()  # all ranks have written their files before they are hashed
-                    done = self.ranks.broadcast(
-                        self.finish(folder, inputs, products, record) if self.ranks.is_main else None
+                    done_record = self.ranks.broadcast(
+                        self.finish(folder, inputs, product_paths, maker_record)
+                        if self.ranks.is_main
+                        else None
                     )
-        self._checked_artefacts[folder] = _artefact(folder, done, reused)
+        self._checked_artefacts[folder] = _artefact(folder, done_record, is_reused)
         return self._checked_artefacts[folder]
 
     def arrays(
@@ -217,8 +218,8 @@ class Store:
 
     def load_arrays(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Read arrays by name that an earlier call of `arrays` has computed and stored."""
-        values: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
-        return values
+        array_by_name: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
+        return array_by_name
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
         """Return True if the folder of the artefact exists and states these inputs, finished or not."""
@@ -245,18 +246,21 @@ class Store:
             record: further values that the store keeps, in JSON types.
         """
         product_files: set[Path] = set()
-        for path in products:
-            candidates = path.rglob("*") if path.is_dir() else [path]
-            product_files.update(file for file in candidates if file.is_file())
+        for product_path in products:
+            candidate_paths = product_path.rglob("*") if product_path.is_dir() else [product_path]
+            product_files.update(file for file in candidate_paths if file.is_file())
         # Names are relative to the folder, with "/", so that the content hash does not depend on the position
         # of the store or on the operating system.
-        files_by_name = {Path(os.path.relpath(path, folder)).as_posix(): path for path in product_files}
-        hashes = {name: file_hash(files_by_name[name]) for name in sorted(files_by_name)}
-        done = {"files": hashes, "content": json_hash(hashes), "record": record}
+        files_by_name = {
+            Path(os.path.relpath(product_path, folder)).as_posix(): product_path
+            for product_path in product_files
+        }
+        hash_by_name = {name: file_hash(files_by_name[name]) for name in sorted(files_by_name)}
+        done_record = {"files": hash_by_name, "content": json_hash(hash_by_name), "record": record}
         Store.begin(folder, inputs)
         # written last, because a folder with this file counts as finished
-        write_atomic(folder / DONE, _text({**done, "sha256": json_hash(done)}))
-        return done
+        write_atomic(folder / DONE, _text({**done_record, "sha256": json_hash(done_record)}))
+        return done_record
 
     def _finished(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Read and check done.json.
@@ -277,9 +281,11 @@ class Store:
             return None
 
 
-def _artefact(folder: Path, done: Mapping[str, Any], reused: bool) -> Artefact:
+def _artefact(folder: Path, done_record: Mapping[str, Any], is_reused: bool) -> Artefact:
     """Make the `Artefact` object from the content of done.json."""
-    return Artefact(folder=folder, content=done["content"], record=done["record"], reused=reused)
+    return Artefact(
+        folder=folder, content=done_record["content"], record=done_record["record"], reused=is_reused
+    )
 
 
 def _stated(folder: Path) -> str | None:
@@ -303,10 +309,10 @@ def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         recorded_inputs = json.loads((folder / INPUTS).read_text())
-        done: dict[str, Any] = json.loads((folder / DONE).read_text())
-        recorded_hashes = dict(done["files"])
+        done_record: dict[str, Any] = json.loads((folder / DONE).read_text())
+        recorded_hashes = dict(done_record["files"])
         # Artefacts of versions before 0.2 have no hash of done.json, which is then accepted unchecked.
-        recorded_hash_of_done = done.pop("sha256", None) or json_hash(done)
+        recorded_hash_of_done = done_record.pop("sha256", None) or json_hash(done_record)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
             f"artefact {folder}: {INPUTS} or {DONE} cannot be read: {error}. Delete the folder, and run the"
@@ -317,33 +323,33 @@ def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
             f"artefact {folder}: its {INPUTS} does not state the inputs of this command. Delete the folder,"
             " and run the same command again, which makes the artefact anew."
         )
-    if json_hash(done) != recorded_hash_of_done:
+    if json_hash(done_record) != recorded_hash_of_done:
         raise ValueError(
             f"artefact {folder}: {DONE} was changed after it was written. Restore the file, or delete the"
             " folder and run the same command again, which makes the artefact anew."
         )
     # every product is hashed, since a file may have been edited or cut off after it was written
-    for name, recorded_hash in recorded_hashes.items():
-        path = folder / name
-        if not path.is_file():
+    for file_name, recorded_hash in recorded_hashes.items():
+        file_path = folder / file_name
+        if not file_path.is_file():
             raise ValueError(
-                f"artefact {folder}: its file {name} is missing. Delete the folder, and run the same command"
-                " again, which makes the artefact anew."
+                f"artefact {folder}: its file {file_name} is missing. Delete the folder, and run the same"
+                " command again, which makes the artefact anew."
             )
-        current_hash = file_hash(path)
+        current_hash = file_hash(file_path)
         if current_hash != recorded_hash:
             raise ValueError(
-                f"artefact {folder}: its file {name} was changed: the SHA-256 was {recorded_hash[:12]}... and"
-                f" is {current_hash[:12]}... now. Delete the folder, and run the same command again, which"
-                " makes the artefact anew."
+                f"artefact {folder}: its file {file_name} was changed: the SHA-256 was"
+                f" {recorded_hash[:12]}... and is {current_hash[:12]}... now. Delete the folder, and run the"
+                " same command again, which makes the artefact anew."
             )
-    return done
+    return done_record
 
 
-def _text(values: Mapping[str, Any], sort_keys: bool = False) -> bytes:
+def _text(json_values: Mapping[str, Any], sort_keys: bool = False) -> bytes:
     """Format JSON values as the bytes of a file.
 
     Without `sort_keys` the order of the keys is kept. A record that is read back then has the same order as
     the record that the maker returned, and leads to the same results.
     """
-    return (json.dumps(values, indent=1, sort_keys=sort_keys) + "\n").encode()
+    return (json.dumps(json_values, indent=1, sort_keys=sort_keys) + "\n").encode()

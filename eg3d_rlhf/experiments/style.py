@@ -47,7 +47,7 @@ def theme(name: str = "light") -> Iterator[None]:
     from cycler import cycler
 
     text_colour, grid_colour = _THEMES[name]
-    settings: dict[Any, Any] = {
+    rc_settings: dict[Any, Any] = {
         "figure.facecolor": "none",
         "axes.facecolor": "none",
         "savefig.facecolor": "none",
@@ -74,7 +74,7 @@ def theme(name: str = "light") -> Iterator[None]:
         "image.cmap": "viridis",
         "font.family": "sans-serif",
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(rc_settings):
         yield
 
 
@@ -108,8 +108,8 @@ def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
     Returns:
         The figure, and the list of its `count` Axes.
     """
-    rows = -(-count // 3)  # count / 3, rounded up
-    grid_figure, axes = figure(columns=min(3, count), rows=rows, size=(9.4, height * rows))
+    row_count = -(-count // 3)  # count / 3, rounded up
+    grid_figure, axes = figure(columns=min(3, count), rows=row_count, size=(9.4, height * row_count))
     # a single plot comes as one Axes object and not as an array
     all_axes = list(np.atleast_1d(axes).ravel())
     # the axes at the end of the last row that no plot needs
@@ -146,7 +146,7 @@ def plot(
 
 @plot(None, size=(9.4, 0.8))
 def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
-    """Plot a text in place of a figure: the reason why a finding has no data, which stands under "absent"."""
+    """Plot a text in place of a figure: the reason why a finding has no data, from its key "absent"."""
     axes.set_axis_off()
     axes.text(0, 0.5, data["absent"], wrap=True, va="center")
 
@@ -156,12 +156,14 @@ def colour(role: str) -> str:
     return ROLES.get(role, "#777777")
 
 
-def errors(row: Mapping[str, Any], value: str = "mean", lo: str = "lo", hi: str = "hi") -> list[list[float]]:
+def errors(
+    row: Mapping[str, Any], value_key: str = "mean", lo: str = "lo", hi: str = "hi"
+) -> list[list[float]]:
     """Convert the interval of a row to the argument `yerr` of matplotlib's errorbar.
 
     Args:
         row: line of a table.
-        value: key of the value.
+        value_key: key of the value.
         lo: key of the lower end of its interval.
         hi: key of the upper end of its interval.
 
@@ -169,26 +171,31 @@ def errors(row: Mapping[str, Any], value: str = "mean", lo: str = "lo", hi: str 
         [[length of the bar below the value], [length of the bar above it]], both >= 0.
     """
     # errorbar rejects negative lengths, which rounding of the values can cause
-    return [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
+    return [[max(0.0, row[value_key] - row[lo])], [max(0.0, row[hi] - row[value_key])]]
 
 
 def interval(
-    axis: "Axes", x: float, row: Mapping[str, Any], role: str, value: str = "mean", **errorbar_options: Any
+    axis: "Axes",
+    x: float,
+    row: Mapping[str, Any],
+    role: str,
+    value_key: str = "mean",
+    **errorbar_options: Any,
 ) -> None:
     """Plot the value of a row with its interval as an error bar.
 
     Args:
         axis: axes of the plot.
         x: horizontal position of the point.
-        row: line of a table, with the keys `value`, "lo" and "hi".
+        row: line of a table, with the keys `value_key`, "lo" and "hi".
         role: role that decides the colour, see `colour`.
-        value: key of the value.
+        value_key: key of the value.
         errorbar_options: further keyword arguments of matplotlib's errorbar.
     """
     axis.errorbar(
         [x],
-        [row[value]],
-        yerr=errors(row, value),
+        [row[value_key]],
+        yerr=errors(row, value_key),
         color=colour(role),
         **{"fmt": "o", "capsize": 4, **errorbar_options},
     )
@@ -226,11 +233,11 @@ def save(plotted_figure: "Figure", path: Path) -> None:
         path: file with the suffix .svg (written without a date) or .png (144 dots per inch, white
             background).
     """
-    buffer = io.BytesIO()
+    image_buffer = io.BytesIO()
     file_format = path.suffix.lstrip(".")
     # an SVG file without the date has the same bytes whenever an equal figure is written
     format_options = (
         {"metadata": {"Date": None}} if file_format == "svg" else {"dpi": 144, "facecolor": "white"}
     )
-    plotted_figure.savefig(buffer, format=file_format, **format_options)
-    write_atomic(path, buffer.getvalue())
+    plotted_figure.savefig(image_buffer, format=file_format, **format_options)
+    write_atomic(path, image_buffer.getvalue())

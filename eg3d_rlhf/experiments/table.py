@@ -42,12 +42,13 @@ INTERVAL = "95 % percentile bootstrap over prompts, each the mean over training 
 # Numbers.
 
 
-def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
-    """Compute the rate at which scores `a` are higher than scores `b` of the same prompts and noises.
+def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
+    """Compute the rate at which scores `scores_a` are higher than scores `scores_b` of the same prompts and
+    noises.
 
     Args:
-        a: scores of the first arm, [K, C, S].
-        b: scores of the second arm, [K, C, S].
+        scores_a: scores of the first arm, [K, C, S].
+        scores_b: scores of the second arm, [K, C, S].
         seeds: training seeds, [K].
 
     Returns:
@@ -55,15 +56,15 @@ def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
         seeds with its interval over prompts, and the same for every training seed. A tie counts half.
     """
     # [K, C, S]: 1 where a is higher, 0.5 at a tie, 0 where b is higher
-    wins = (np.greater(a, b) + np.greater_equal(a, b).astype(float)) / 2
+    wins = (np.greater(scores_a, scores_b) + np.greater_equal(scores_a, scores_b).astype(float)) / 2
     # Noises and seeds of one prompt are not independent, so their mean [C] over each prompt is resampled.
-    mean, lo, hi = bootstrap_mean_interval(wins.mean(axis=(0, 2)))
-    intervals = [bootstrap_mean_interval(wins_of_seed.mean(axis=1)) for wins_of_seed in wins]
-    by_seed = [
-        {"seed": seed, "win_rate": interval.mean, "ci95": [interval.lo, interval.hi]}
-        for seed, interval in zip(seeds, intervals, strict=True)
+    mean_rate, lo, hi = bootstrap_mean_interval(wins.mean(axis=(0, 2)))
+    seed_intervals = [bootstrap_mean_interval(wins_of_seed.mean(axis=1)) for wins_of_seed in wins]
+    seed_records = [
+        {"seed": seed, "win_rate": seed_interval.mean, "ci95": [seed_interval.lo, seed_interval.hi]}
+        for seed, seed_interval in zip(seeds, seed_intervals, strict=True)
     ]
-    return {"win_rate": mean, "ci95": [lo, hi], "seeds": by_seed}
+    return {"win_rate": mean_rate, "ci95": [lo, hi], "seeds": seed_records}
 
 
 def detectable(prompts: int, noises: int, seeds: int) -> float:
@@ -99,12 +100,12 @@ class Table:
             Win rate with its intervals (see `rate`), by the name of the evaluator.
         """
         K = len(self.seeds)  # number of training seeds
-        rates = {}
+        win_rates = {}
         for evaluator, scores in self.scores[arm].items():
-            base = self.base[evaluator]
+            base_scores = self.base[evaluator]
             # a base without training seeds is repeated: [1, C, S] -> [K, C, S]
-            rates[evaluator] = rate(scores, base.repeat(K // len(base), 0), self.seeds)
-        return rates
+            win_rates[evaluator] = rate(scores, base_scores.repeat(K // len(base_scores), 0), self.seeds)
+        return win_rates
 
     def pairwise(self, evaluator: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
         """Compute the win rates of all pairs of arms.
@@ -115,12 +116,14 @@ class Table:
 
         Returns:
             Win rate of arm x against arm y with its intervals (see `rate`), under the key "x_vs_y". Each pair
-            stands once, in the order of the arms.
+            occurs once, in the order of the arms.
         """
-        names = self.scores if arms is None else arms
+        arm_names = self.scores if arms is None else arms
         return {
-            f"{x}_vs_{y}": rate(self.scores[x][evaluator], self.scores[y][evaluator], self.seeds)
-            for x, y in combinations(names, 2)
+            f"{first_arm}_vs_{second_arm}": rate(
+                self.scores[first_arm][evaluator], self.scores[second_arm][evaluator], self.seeds
+            )
+            for first_arm, second_arm in combinations(arm_names, 2)
         }
 
     @property
@@ -137,16 +140,16 @@ class Table:
 # Formatting for readers.
 
 
-def with_interval(value: Mapping[str, Any], form: str = ".3f", name: str = "win_rate") -> str:
+def with_interval(metric: Mapping[str, Any], form: str = ".3f", metric_key: str = "win_rate") -> str:
     """Format a value with its 95 % interval: "0.612 [0.580, 0.640]".
 
     Args:
-        value: mapping with the value and, under "ci95", its interval [low, high].
+        metric: mapping with the value and, under "ci95", its interval [low, high].
         form: format of the numbers.
-        name: key of the value.
+        metric_key: key of the value.
     """
-    low, high = value["ci95"]
-    return f"{value[name]:{form}} [{low:{form}}, {high:{form}}]"
+    low, high = metric["ci95"]
+    return f"{metric[metric_key]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None) -> str:
@@ -160,17 +163,19 @@ def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence
 
     Returns:
         "0.61 [0.58, 0.64]" for a number with its interval; "0.61 (0.58 to 0.64)" for several numbers, which
-        stands for mean, smallest and largest number; "" if there is no number.
+        is the mean, the smallest and the largest number; "" if there is no number.
     """
-    values = value if isinstance(value, Sequence) else [value]
-    numbers = [number for number in values if number is not None]
+    numbers_or_none = value if isinstance(value, Sequence) else [value]
+    numbers = [number for number in numbers_or_none if number is not None]
     if not numbers:
         return ""
     # compared as texts: a range that rounding hides is not shown
-    smallest = f"{min(numbers):{form}}"
-    largest = f"{max(numbers):{form}}"
-    text = f"{np.mean(numbers):{form}}" + ("" if smallest == largest else f" ({smallest} to {largest})")
-    return f"{text} [{ci95[0]:{form}}, {ci95[1]:{form}}]" if ci95 else text
+    smallest_text = f"{min(numbers):{form}}"
+    largest_text = f"{max(numbers):{form}}"
+    mean_text = f"{np.mean(numbers):{form}}" + (
+        "" if smallest_text == largest_text else f" ({smallest_text} to {largest_text})"
+    )
+    return f"{mean_text} [{ci95[0]:{form}}, {ci95[1]:{form}}]" if ci95 else mean_text
 
 
 def figure_table(
@@ -192,55 +197,55 @@ def figure_table(
     Returns:
         Lines of the table.
     """
-    rows = []
-    for name, metrics in arms.items():
-        row = [name]
-        for key, (_, form) in columns.items():
-            ci95 = metrics.get(f"{key}_ci95") if key in intervals else None
-            row.append(cell(metrics.get(key), form, ci95))
-        rows.append(row)
-    return markdown_rows([arm_heading, *(heading for heading, _ in columns.values())], rows)
+    table_rows = []
+    for arm_name, metrics in arms.items():
+        table_row = [arm_name]
+        for metric_key, (_, number_format) in columns.items():
+            ci95 = metrics.get(f"{metric_key}_ci95") if metric_key in intervals else None
+            table_row.append(cell(metrics.get(metric_key), number_format, ci95))
+        table_rows.append(table_row)
+    return markdown_rows([arm_heading, *(heading for heading, _ in columns.values())], table_rows)
 
 
-def summarise_over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
+def summarise_over_seeds(value_by_seed: Mapping[str, float]) -> dict[str, Any]:
     """Summarise the values that a metric has for several training seeds.
 
     Args:
-        values: value of the metric, by training seed.
+        value_by_seed: value of the metric, by training seed.
 
     Returns:
-        {"by_seed": `values`, "mean", "std": sample standard deviation, "ci95_over_seeds": [low, high] of
-        Student's t interval of the mean}. For a single seed, "std" is 0 and the interval is None.
+        {"by_seed": `value_by_seed`, "mean", "std": sample standard deviation, "ci95_over_seeds": [low, high]
+        of Student's t interval of the mean}. For a single seed, "std" is 0 and the interval is None.
     """
-    numbers = np.array(list(values.values()), dtype=np.float64)
+    metric_values = np.array(list(value_by_seed.values()), dtype=np.float64)
     # the sample standard deviation of a single number is undefined, so it has no interval
-    interval = t_mean_interval(numbers) if len(numbers) > 1 else None
+    interval = t_mean_interval(metric_values) if len(metric_values) > 1 else None
     return {
-        "by_seed": dict(values),
-        "mean": float(numbers.mean()),
-        "std": float(numbers.std(ddof=1)) if interval else 0.0,
+        "by_seed": dict(value_by_seed),
+        "mean": float(metric_values.mean()),
+        "std": float(metric_values.std(ddof=1)) if interval else 0.0,
         "ci95_over_seeds": [interval.lo, interval.hi] if interval else None,
     }
 
 
-def win_rates_by_seed(rated: Mapping[str, Any]) -> list[str]:
+def win_rates_by_seed(win_rate: Mapping[str, Any]) -> list[str]:
     """Format the win rate of every training seed with three decimals.
 
     Args:
-        rated: result of `rate`.
+        win_rate: result of `rate`.
     """
-    return [f"{seed_record['win_rate']:.3f}" for seed_record in rated["seeds"]]
+    return [f"{seed_record['win_rate']:.3f}" for seed_record in win_rate["seeds"]]
 
 
-def markdown_rows(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+def markdown_rows(headings: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """Format the lines of a Markdown table.
 
     Args:
-        head: heading of each column.
+        headings: heading of each column.
         rows: cells of each row.
     """
-    separator = ["---"] * len(head)  # the syntax of Markdown requires this line below the headings
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, separator, *rows)]
+    separator = ["---"] * len(headings)  # the syntax of Markdown requires this line below the headings
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (headings, separator, *rows)]
 
 
 def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], note: str) -> "Figure":
@@ -257,19 +262,19 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
     )
     # All panels get the same horizontal range, so that they can be compared. It spans all these numbers.
     plotted_values = []
-    for _, rows in panels:
-        for rated in rows.values():
-            plotted_values += rated["ci95"]
-            plotted_values += [seed_record["win_rate"] for seed_record in rated.get("seeds", ())]
+    for _, rate_by_row in panels:
+        for row_rate in rate_by_row.values():
+            plotted_values += row_rate["ci95"]
+            plotted_values += [seed_record["win_rate"] for seed_record in row_rate.get("seeds", ())]
     # style.figure returns a single Axes object for one panel
-    for axis, (label, rows) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
-        for row_index, rated in enumerate(rows.values()):
-            length_below = rated["win_rate"] - rated["ci95"][0]
-            length_above = rated["ci95"][1] - rated["win_rate"]
+    for axis, (axis_label, rate_by_row) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
+        for row_index, row_rate in enumerate(rate_by_row.values()):
+            length_below = row_rate["win_rate"] - row_rate["ci95"][0]
+            length_above = row_rate["ci95"][1] - row_rate["win_rate"]
             # errorbar rejects negative lengths, which rounding can cause
             bar_lengths = [[max(0, length_below)], [max(0, length_above)]]
             axis.errorbar(
-                rated["win_rate"],
+                row_rate["win_rate"],
                 row_index,
                 xerr=bar_lengths,
                 fmt="o",
@@ -278,19 +283,21 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
                 capsize=2,
             )
             # vertical ticks show the spread over training seeds, which the interval does not
-            ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
-            axis.plot(ticks, [row_index] * len(ticks), "|", color=style.colour("before"), markersize=7)
+            seed_rates = [seed["win_rate"] for seed in row_rate.get("seeds", ())]
+            axis.plot(
+                seed_rates, [row_index] * len(seed_rates), "|", color=style.colour("before"), markersize=7
+            )
         axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # the win rate of equal arms
-        axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        axis.set_yticks(range(len(rate_by_row)), list(rate_by_row), fontsize=7)
         axis.invert_yaxis()  # the first row at the top, as in the table
         axis.set(xlim=(min(plotted_values) - 0.02, max(plotted_values) + 0.02))
-        axis.set_xlabel(label, fontsize=8)
+        axis.set_xlabel(axis_label, fontsize=8)
     plotted_figure.suptitle(note, fontsize=8)
     return plotted_figure
 
 
 def write(
-    data: Mapping[str, Any],
+    json_data: Mapping[str, Any],
     folder: Path,
     stem: str,
     markdown: Callable[[dict[str, Any]], str],
@@ -299,7 +306,7 @@ def write(
     """Write a table as <stem>.json, <stem>.md and, if `plot` is passed, <stem>.png.
 
     Args:
-        data: content of the JSON file.
+        json_data: content of the JSON file.
         folder: folder of the files.
         stem: name of the files without their suffix.
         markdown: function that formats the content of the JSON file as Markdown.
@@ -309,7 +316,7 @@ def write(
         Paths of the written files.
     """
     paths = [folder / f"{stem}.{ending}" for ending in ("json", "md", "png")]
-    write_atomic(paths[0], (json.dumps(data, indent=1) + "\n").encode())
+    write_atomic(paths[0], (json.dumps(json_data, indent=1) + "\n").encode())
     # The file is read back, so that the JSON file alone is enough to make Markdown and figure again.
     stored_data = json.loads(paths[0].read_text())
     write_atomic(paths[1], markdown(stored_data).encode())

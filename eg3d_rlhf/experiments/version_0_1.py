@@ -9,10 +9,10 @@ Flags and settings (`eg3d_rlhf.core.renamed`) and keys of JSON files (docs/start
 since version 0.1. There are two kinds of functions:
 
     reading     `settings`, `options` and the other functions that rename keys turn old names into present
-    ones hashing     `stored`, `words`, `file_names` and the functions `former*` turn present names into old
-    ones.
+                ones.
+    hashing     `stored`, `words`, `file_names` and the functions `former*` turn present names into old ones.
                 Artefacts are found by a hash of their inputs (experiments.store). With the old names, the
-                hash equals the one of version 0.1, so that its artefacts are found and are not made again
+                hash equals the one of version 0.1, so that its artefacts are found and are not made again.
 """
 
 import re
@@ -55,22 +55,22 @@ def drop_comparison_counter(state: "MutableMapping[str, torch.Tensor]", prefix: 
 
     Args:
         state: state dictionary of a checkpoint.
-        prefix: prefix of the names of the module's tensors in `state`, with a dot at the end.
+        prefix: prefix of the names of the tensors of the submodule in `state`, with a dot at the end.
     """
     state.pop(f"{prefix}offset", None)
 
 
-def settings(record: Mapping[str, Any]) -> dict[str, Any]:
+def settings(recorded_settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings under their present names, at any depth.
 
     Args:
-        record: content of training_options.json, or the options in a checkpoint, of version 0.1 or of the
-            present version.
+        recorded_settings: content of training_options.json, or the options in a checkpoint, of version 0.1 or
+            of the present version.
     """
     present_heldout, old_heldout = HELDOUT
     present_roles = {old: present for present, old in HASHED_ROLES.items()}
-    converted: dict[str, Any] = {}
-    for name, value in record.items():
+    present_settings: dict[str, Any] = {}
+    for name, value in recorded_settings.items():
         if name == "roles" and isinstance(value, str):
             value = present_roles.get(value, value)
         # --mode=mesh-reward recorded the number of trainings, and records the list of their seeds now
@@ -80,8 +80,8 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str) and value.endswith(f"/{old_heldout}") and not Path(value).exists():
             renamed_file = Path(value).with_name(present_heldout)
             value = str(renamed_file) if renamed_file.exists() else value
-        converted[SETTINGS.get(name, name)] = settings(value) if isinstance(value, Mapping) else value
-    return converted
+        present_settings[SETTINGS.get(name, name)] = settings(value) if isinstance(value, Mapping) else value
+    return present_settings
 
 
 def stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,12 +90,12 @@ def stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         inputs: inputs of an artefact (see experiments.store), with present values.
     """
-    converted: dict[str, Any] = {}
+    old_inputs: dict[str, Any] = {}
     for name, value in inputs.items():
         if name == "roles" and isinstance(value, str):
             value = HASHED_ROLES.get(value, value)
-        converted[name] = stored(value) if isinstance(value, Mapping) else value
-    return converted
+        old_inputs[name] = stored(value) if isinstance(value, Mapping) else value
+    return old_inputs
 
 
 def words(script: str, flags: Sequence[str]) -> list[str]:
@@ -116,15 +116,15 @@ def words(script: str, flags: Sequence[str]) -> list[str]:
     for word in flags:
         # "--set=NAME=VALUE" sets the setting NAME; the table of renamed flags lists it as "--set NAME"
         is_setting = word.startswith("--set=")
-        name, equals, value = (
+        flag_name, separator, flag_value = (
             word.removeprefix("--set=").partition("=") if is_setting else word.partition("=")
         )
-        old_name = old_names.get(f"--set {name}" if is_setting else name)
+        old_name = old_names.get(f"--set {flag_name}" if is_setting else flag_name)
         if old_name is not None:
-            name = old_name.removeprefix("--set ")
-        if value.endswith(f"/{present_heldout}"):
-            value = value.removesuffix(present_heldout) + old_heldout
-        old_words.append(f"{'--set=' if is_setting else ''}{name}{equals}{value}")
+            flag_name = old_name.removeprefix("--set ")
+        if flag_value.endswith(f"/{present_heldout}"):
+            flag_value = flag_value.removesuffix(present_heldout) + old_heldout
+        old_words.append(f"{'--set=' if is_setting else ''}{flag_name}{separator}{flag_value}")
     return old_words
 
 
@@ -202,37 +202,44 @@ _SUMMARY = {
 }
 
 
-def _renamed(values: Any, names: Mapping[str, str]) -> Any:
-    """Return JSON values in which every key that is in `names` is renamed, at any depth.
+def _renamed(json_values: Any, new_name_by_old: Mapping[str, str]) -> Any:
+    """Return JSON values in which every key that is in `new_name_by_old` is renamed, at any depth.
 
     Args:
-        values: mapping, list or other value, in JSON types.
-        names: maps the old name of a key to its new name.
+        json_values: mapping, list or other value, in JSON types.
+        new_name_by_old: maps the old name of a key to its new name.
     """
-    if isinstance(values, Mapping):
-        return {names.get(key, key): _renamed(value, names) for key, value in values.items()}
+    if isinstance(json_values, Mapping):
+        return {
+            new_name_by_old.get(key, key): _renamed(value, new_name_by_old)
+            for key, value in json_values.items()
+        }
     # a list is converted item by item; any other value has no keys
-    return [_renamed(value, names) for value in values] if isinstance(values, list) else values
+    return (
+        [_renamed(value, new_name_by_old) for value in json_values]
+        if isinstance(json_values, list)
+        else json_values
+    )
 
 
-def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+def summary(old_summary: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the summary.json of a run.
 
     The summary of the bundled control contains its settings, too. They are converted as `options` does.
     """
     # the settings have their own table of names, so they are empty in this step
-    converted: dict[str, Any] = _renamed({**record, "settings": {}}, _SUMMARY)
-    if "settings" in record:
-        converted["settings"] = options(record["settings"])
+    present_summary: dict[str, Any] = _renamed({**old_summary, "settings": {}}, _SUMMARY)
+    if "settings" in old_summary:
+        present_summary["settings"] = options(old_summary["settings"])
     else:
-        del converted["settings"]
-    return converted
+        del present_summary["settings"]
+    return present_summary
 
 
-def figures_of_tuning(record: Mapping[str, Any]) -> dict[str, Any]:
+def figures_of_tuning(old_metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the metrics that `report rewards` stores for a tuned network."""
-    converted: dict[str, Any] = _renamed(record, _HEADS)
-    return converted
+    present_metrics: dict[str, Any] = _renamed(old_metrics, _HEADS)
+    return present_metrics
 
 
 # Names in hashed inputs, in seeds of random streams, and in names of folders and files: present -> old name.
@@ -277,15 +284,15 @@ _GAN_STATS = {
 }
 
 
-def gan_stats(line: Mapping[str, Any]) -> dict[str, Any]:
+def gan_stats(stats_line: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a line of stats.jsonl of a GAN run."""
-    return {_GAN_STATS.get(key, key): value for key, value in line.items()}
+    return {_GAN_STATS.get(key, key): value for key, value in stats_line.items()}
 
 
-def ledger_step(record: Mapping[str, Any]) -> dict[str, Any]:
+def ledger_step(step_record: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the record of a finished step of preference rounds."""
-    converted: dict[str, Any] = _renamed(record, {"watch": "monitored", "second": "heldout"})
-    return converted
+    present_record: dict[str, Any] = _renamed(step_record, {"watch": "monitored", "second": "heldout"})
+    return present_record
 
 
 # Names of fields of settings: old -> present name.
@@ -294,50 +301,53 @@ _SETTINGS = {"judging": "evaluation", "max_away": "max_drift"}
 _GROUPS = {"anchor": "regulariser", "shuffled": "randomised", "turned": "inverted"}
 
 
-def options(values: Mapping[str, Any]) -> dict[str, Any]:
+def options(recorded_options: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a run's training_options.json, and the names of arms and controls in it."""
     with_present_keys = {
-        # below "hashes" stand the names of input files, not names of settings
+        # the keys below "hashes" are names of input files, not names of settings
         key: _renamed(value, {"watch": "heldout"} if key == "hashes" else _SETTINGS)
-        for key, value in settings(values).items()
+        for key, value in settings(recorded_options).items()
     }
-    converted: dict[str, Any] = _control_renamed(with_present_keys)
-    return converted
+    present_options: dict[str, Any] = _control_renamed(with_present_keys)
+    return present_options
 
 
-def _control_renamed(values: Any, key: str = "") -> Any:
+def _control_renamed(settings_part: Any, key: str = "") -> Any:
     """Rename the controls in the values of the keys `arms`, `groups` and `use`, at any depth.
 
     Args:
-        values: settings, in JSON types.
-        key: key under which `values` stands; "" at the top.
+        settings_part: settings, in JSON types.
+        key: key whose value `settings_part` is; "" at the top.
     """
-    if isinstance(values, Mapping):
-        return {name: _control_renamed(value, name) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_control_renamed(value, key) for value in values]
+    if isinstance(settings_part, Mapping):
+        return {name: _control_renamed(value, name) for name, value in settings_part.items()}
+    if isinstance(settings_part, list):
+        return [_control_renamed(value, key) for value in settings_part]
     # only values below these keys are names of controls; other texts stay as they are
-    if isinstance(values, str) and key == "groups":
-        return _GROUPS.get(values, values)
-    if isinstance(values, str) and key in ("arms", "use"):
+    if isinstance(settings_part, str) and key == "groups":
+        return _GROUPS.get(settings_part, settings_part)
+    if isinstance(settings_part, str) and key in ("arms", "use"):
         # the control is the value itself, or the end of the name of an arm, such as "dpo-shuffled"
-        return re.sub(r"\bshuffled$", "randomised", values)
-    return values
+        return re.sub(r"\bshuffled$", "randomised", settings_part)
+    return settings_part
 
 
-def former_settings(values: Any, key: str = "") -> Any:
+def former_settings(present_settings: Any, key: str = "") -> Any:
     """Return settings with the names of version 0.1, which hashed inputs and saved weights use.
 
     Args:
-        values: settings, in JSON types.
-        key: key under which `values` stands; "" at the top.
+        present_settings: settings, in JSON types.
+        key: key whose value `present_settings` is; "" at the top.
     """
-    if isinstance(values, Mapping):
+    if isinstance(present_settings, Mapping):
         old_names = {present: old for old, present in _SETTINGS.items()}
-        return {old_names.get(name, name): former_settings(value, name) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [former_settings(value, key) for value in values]
-    return "shuffled" if key == "use" and values == "randomised" else values
+        return {
+            old_names.get(name, name): former_settings(value, name)
+            for name, value in present_settings.items()
+        }
+    if isinstance(present_settings, (list, tuple)):
+        return [former_settings(value, key) for value in present_settings]
+    return "shuffled" if key == "use" and present_settings == "randomised" else present_settings
 
 
 def former_task(task: str) -> str:
@@ -361,9 +371,9 @@ _LOOP_PAIRS = {
 }
 
 
-def loop_pairs(record: Mapping[str, Any]) -> dict[str, Any]:
+def loop_pairs(pairs_record: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the record of an artefact that contains the pairs of the loop."""
-    return {_LOOP_PAIRS.get(key, key): value for key, value in record.items()}
+    return {_LOOP_PAIRS.get(key, key): value for key, value in pairs_record.items()}
 
 
 _FLOW_STATS = {"away": "drift", "left": "drift"}
@@ -394,52 +404,56 @@ _CURVES = {"programmatic judge": "oracle"}
 _RANDOMISATIONS = {"by_draw": "by_randomisation", "draws": "randomisations"}
 
 
-def finding(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def finding(key: str, finding_json: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a cached finding of a report.
 
     Args:
         key: key of the finding's job, see pages.Job.
-        values: content of the JSON file of the finding.
+        finding_json: content of the JSON file of the finding.
     """
-    values = {"images" if name == "pictures" else name: value for name, value in values.items()}
-    data = dict(values["data"])
-    rows = list(values["rows"])
+    finding_json = {"images" if name == "pictures" else name: value for name, value in finding_json.items()}
+    finding_data = dict(finding_json["data"])
+    finding_rows = list(finding_json["rows"])
     if key in ("scores", "best-of-n"):
-        data = {"evaluator" if name == "judge" else name: value for name, value in data.items()}
-        rows = _renamed(rows, {"judge": "evaluator"})
+        finding_data = {
+            "evaluator" if name == "judge" else name: value for name, value in finding_data.items()
+        }
+        finding_rows = _renamed(finding_rows, {"judge": "evaluator"})
     elif key == "over-optimisation":
-        data = _renamed(data, {**_CURVES, "deviation": "standard_deviation"})
-        rows = [{**row, "measure": _CURVES.get(row["measure"], row["measure"])} for row in rows]
+        finding_data = _renamed(finding_data, {**_CURVES, "deviation": "standard_deviation"})
+        finding_rows = [
+            {**row, "measure": _CURVES.get(row["measure"], row["measure"])} for row in finding_rows
+        ]
     elif key == "front" or key.startswith("cell-"):
-        data = _renamed(data, {"judge": "oracle"})
-        rows = _renamed(rows, {"judge": "oracle"})
+        finding_data = _renamed(finding_data, {"judge": "oracle"})
+        finding_rows = _renamed(finding_rows, {"judge": "oracle"})
     elif key == "redrawn-reward":
-        data = {_RANDOMISATIONS.get(name, name): value for name, value in data.items()}
-        rows = _renamed(rows, {"draw": "randomisation"})
+        finding_data = {_RANDOMISATIONS.get(name, name): value for name, value in finding_data.items()}
+        finding_rows = _renamed(finding_rows, {"draw": "randomisation"})
     elif key == "comparison" or key.startswith("network-"):
-        data = _renamed(data, {"deviation": "standard_deviation", "own": "reference"})
-        rows = _renamed(rows, {"deviation": "standard_deviation"})
-    return {**values, "data": data, "rows": rows}
+        finding_data = _renamed(finding_data, {"deviation": "standard_deviation", "own": "reference"})
+        finding_rows = _renamed(finding_rows, {"deviation": "standard_deviation"})
+    return {**finding_json, "data": finding_data, "rows": finding_rows}
 
 
 def former_trial(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hashed inputs of a best-of-n report with the old key of the evaluator."""
-    converted: dict[str, Any] = _renamed(inputs, {"evaluator": "judge"})
-    return converted
+    old_inputs: dict[str, Any] = _renamed(inputs, {"evaluator": "judge"})
+    return old_inputs
 
 
-def inversion(record: Mapping[str, Any]) -> dict[str, Any]:
+def inversion(target_metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the metrics that were measured for one target of an inversion."""
-    return {"evaluator" if key == "judge" else key: value for key, value in record.items()}
+    return {"evaluator" if key == "judge" else key: value for key, value in target_metrics.items()}
 
 
 def latent_reward(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the metadata in the file of a reward of latents."""
-    converted: dict[str, Any] = _renamed(meta, {"taught": "record", "told": "evaluation"})
-    return converted
+    present_meta: dict[str, Any] = _renamed(meta, {"taught": "record", "told": "evaluation"})
+    return present_meta
 
 
 def mesh_table(table: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the control in the table of the arms of RewardCS, the reward model of --mode=mesh-reward."""
-    rows = {re.sub("^shuffled/", "randomised/", name): row for name, row in table["rows"].items()}
-    return {**table, "rows": rows}
+    present_rows = {re.sub("^shuffled/", "randomised/", name): row for name, row in table["rows"].items()}
+    return {**table, "rows": present_rows}

@@ -19,18 +19,18 @@ from eg3d_rlhf.experiments.media.settings import FFHQ_FOV
 from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 from training.progress import tqdm
 
-MOST_SEEDS = 100_000  # largest number of seeds of one command
+MAX_SEEDS = 100_000  # largest number of seeds of one command
 _LARGEST = 2**32 - 1  # largest seed of numpy's RandomState
 _SCALED = 10_000  # smallest total that a progress bar shows with the suffixes k and M
 
 
-def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **position: Any) -> CameraFamily:
+def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **camera_fields: Any) -> CameraFamily:
     """Return the cameras of a generator with another field of view.
 
     Args:
         generator: generator whose cameras are changed.
         fov: field of view over the diagonal of the image, in degrees, 0 < fov < 180.
-        position: fields of CameraFamily that are replaced as well: radius, pivot.
+        camera_fields: fields of CameraFamily that are replaced as well: radius, pivot.
 
     Raises:
         ValueError: `fov` is out of range.
@@ -41,8 +41,8 @@ def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **position: Any) -> 
             " with --fov-deg."
         )
     # This is FOV_to_intrinsics of EG3D (camera_utils.py), with its rounded pi and square root of 2.
-    focal = 1 / (math.tan(fov * 3.14159 / 360) * 1.414)
-    return dataclasses.replace(generator.cameras, focal=focal, **position)
+    focal_length = 1 / (math.tan(fov * 3.14159 / 360) * 1.414)
+    return dataclasses.replace(generator.cameras, focal=focal_length, **camera_fields)
 
 
 def camera(
@@ -129,11 +129,11 @@ def render(
     with torch.random.fork_rng(devices=[ws.device] if ws.device.type == "cuda" else []):
         torch.manual_seed(seed)
         # the synthesis, which all images share
-        field = generator.field(ws, noise_mode)
+        radiance_field = generator.field(ws, noise_mode)
         # a list of one rendering, or an empty list if there are no cameras
-        first_renderings = [field.render(label.to(ws.device), options) for label in labels[:1]]
+        first_renderings = [radiance_field.render(label.to(ws.device), options) for label in labels[:1]]
     later_labels = (label.to(ws.device) for label in labels[1:])
-    renderings = first_renderings + render_each(field, later_labels, options, seed)
+    renderings = first_renderings + render_each(radiance_field, later_labels, options, seed)
     if mode == "image_depth":
         return [distances(rendering) for rendering in renderings]
     field_names = {"image": "image", "image_raw": "raw"}  # mode -> field of Rendering, [1, 3, H, B]
@@ -175,11 +175,16 @@ def shade_depth(depth: np.ndarray) -> np.ndarray:
     distances are black. If all distances are infinite, the image is black.
     """
     is_hit = np.isfinite(depth)
-    low, high = (float(depth[is_hit].min()), float(depth[is_hit].max())) if is_hit.any() else (0.0, 0.0)
+    min_distance, max_distance = (
+        (float(depth[is_hit].min()), float(depth[is_hit].max())) if is_hit.any() else (0.0, 0.0)
+    )
     # infinite distances are replaced before the arithmetic; 1e-12 avoids 0 / 0 if all distances are equal
-    nearness = (high - np.where(is_hit, depth, high)) / max(high - low, 1e-12)  # 0 far, 1 near
-    grey = np.where(is_hit, np.rint(32 + 223 * nearness), 0).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)  # [H, B] -> [H, B, 3]
+    # 0 far, 1 near
+    nearness = (max_distance - np.where(is_hit, depth, max_distance)) / max(
+        max_distance - min_distance, 1e-12
+    )
+    grey_values = np.where(is_hit, np.rint(32 + 223 * nearness), 0).astype(np.uint8)
+    return np.repeat(grey_values[..., None], 3, axis=2)  # [H, B] -> [H, B, 3]
 
 
 def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -192,11 +197,11 @@ def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     Returns:
         One image, [rows * H, columns * B, 3].
     """
-    stack = np.stack(images)
-    height, width = stack.shape[1:3]
-    grid = stack.reshape(-1, columns, height, width, 3)  # [rows, columns, H, B, 3]
+    image_stack = np.stack(images)
+    height, width = image_stack.shape[1:3]
+    image_grid = image_stack.reshape(-1, columns, height, width, 3)  # [rows, columns, H, B, 3]
     # [rows, columns, H, B, 3] -> [rows, H, columns, B, 3]
-    return np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4)).reshape(-1, columns * width, 3)
+    return np.ascontiguousarray(image_grid.transpose(0, 2, 1, 3, 4)).reshape(-1, columns * width, 3)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -209,31 +214,32 @@ def parse_seeds(text: str) -> list[int]:
             seed is above 2^32 - 1, or there are more than 100,000 seeds.
     """
     seeds: list[int] = []
-    for part in text.split(","):
-        start_text, dash, end_text = (piece.strip() for piece in part.partition("-"))
-        if not start_text.isdecimal() or (dash and not end_text.isdecimal()):
+    for seed_range in text.split(","):
+        start_text, separator, end_text = (piece.strip() for piece in seed_range.partition("-"))
+        if not start_text.isdecimal() or (separator and not end_text.isdecimal()):
             raise ValueError(
-                f"seeds: {part.strip()!r} in {text!r} is not a number or a range. Write numbers and ranges"
-                " such as 0,2-5."
+                f"seeds: {seed_range.strip()!r} in {text!r} is not a number or a range. Write numbers and"
+                " ranges such as 0,2-5."
             )
-        start = int(start_text)
-        end = int(end_text or start_text)  # a number is a range of one seed
-        if start > end:
+        first_seed = int(start_text)
+        last_seed = int(end_text or start_text)  # a number is a range of one seed
+        if first_seed > last_seed:
             raise ValueError(
-                f"seeds: the range {part.strip()!r} descends. Write the smaller seed before the larger one."
+                f"seeds: the range {seed_range.strip()!r} descends. Write the smaller seed before the larger"
+                " one."
             )
-        if end > _LARGEST:
+        if last_seed > _LARGEST:
             raise ValueError(
-                f"seeds: {part.strip()!r} contains a seed above {_LARGEST}, the largest seed of numpy. Use"
-                " smaller seeds."
+                f"seeds: {seed_range.strip()!r} contains a seed above {_LARGEST}, the largest seed of numpy."
+                " Use smaller seeds."
             )
         # The number is checked before the range is expanded: a huge range would fill the memory.
-        if len(seeds) + end - start >= MOST_SEEDS:
+        if len(seeds) + last_seed - first_seed >= MAX_SEEDS:
             raise ValueError(
-                f"seeds: at most {MOST_SEEDS} seeds are allowed, but {text!r} contains more. Divide the seeds"
+                f"seeds: at most {MAX_SEEDS} seeds are allowed, but {text!r} contains more. Divide the seeds"
                 " among several commands."
             )
-        seeds += range(start, end + 1)
+        seeds += range(first_seed, last_seed + 1)
     return seeds
 
 

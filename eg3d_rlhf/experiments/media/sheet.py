@@ -61,45 +61,45 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") ->
         Image, uint8 [height, width, 3].
     """
     cell_width = rows[0].cells[0].shape[1]
-    columns = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
-    page_width = names + columns * cell_width + 2 * MARGIN
+    column_count = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
+    page_width = names + column_count * cell_width + 2 * MARGIN
     note_lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
     # all lengths below are in pixels
     head_height = 44 if title else MARGIN
     foot_height = MARGIN + (8 + _LINE * len(note_lines) if note_lines else 0)
     page_height = head_height + sum(map(_height, rows)) + foot_height
-    page = Image.new("RGB", (page_width, page_height), "white")
-    draw = ImageDraw.Draw(page)
+    page_image = Image.new("RGB", (page_width, page_height), "white")
+    canvas = ImageDraw.Draw(page_image)
     if title:
-        draw.text((MARGIN, 10), title, INK, font(24))
-    y = head_height  # upper edge of the current row
+        canvas.text((MARGIN, 10), title, INK, font(24))
+    row_top = head_height  # upper edge of the current row
     for i, row in enumerate(rows):
-        cell_top = y + (_PARTED if row.parted else 4)
+        cell_top = row_top + (_PARTED if row.parted else 4)
         cell_bottom = cell_top + row.cells[0].shape[0]
         if row.parted:
             # a light grey line in the middle of the gap above the row
-            line_y = y + _PARTED // 2
-            draw.line([(MARGIN, line_y), (page.width - MARGIN, line_y)], (215, 215, 215))
+            line_y = row_top + _PARTED // 2
+            canvas.line([(MARGIN, line_y), (page_image.width - MARGIN, line_y)], (215, 215, 215))
         for j, cell in enumerate(row.cells):
-            page.paste(Image.fromarray(cell), (MARGIN + names + j * cell_width, cell_top))
+            page_image.paste(Image.fromarray(cell), (MARGIN + names + j * cell_width, cell_top))
         for j, caption in enumerate(row.captions):
             cell_centre = MARGIN + names + j * cell_width + cell_width // 2
             # "ma": the position is the middle of the upper edge of the text
-            draw.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
+            canvas.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
         name_y = cell_top + sum(map(_height, rows[i : i + row.spans])) // 2
         # "lm": the position is the middle of the left edge of the text
-        draw.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
-        draw.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
-        y += _height(row)
+        canvas.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
+        canvas.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
+        row_top += _height(row)
     for i, line in enumerate(note_lines):
-        draw.text((MARGIN, y + 8 + i * _LINE), line, QUIET, font(14))
-    return np.array(page)
+        canvas.text((MARGIN, row_top + 8 + i * _LINE), line, QUIET, font(14))
+    return np.array(page_image)
 
 
-def _height(row: Row) -> int:
+def _height(sheet_row: Row) -> int:
     """Compute the height of a row in pixels, including the gap above it and the captions below it."""
-    cell_height: int = row.cells[0].shape[0]
-    return (_PARTED if row.parted else 4) + cell_height + (20 if row.captions else 0)
+    cell_height: int = sheet_row.cells[0].shape[0]
+    return (_PARTED if sheet_row.parted else 4) + cell_height + (20 if sheet_row.captions else 0)
 
 
 def to_uint8(image: ArrayLike) -> np.ndarray:
@@ -148,24 +148,26 @@ def look(shape: LevelSet, camera: Tensor, resolution: int) -> View:
     # [P, 3] each; index 0 takes the only camera of the batch
     origins, directions = (rays[0] for rays in RaySampler()(cam2world, intrinsics, resolution))
     depth = shape.trace(origins, directions)  # [P], inf where a ray misses the surface
-    hit = depth.isfinite()
-    points = origins[hit] + depth[hit, None] * directions[hit]
+    is_hit = depth.isfinite()
+    points = origins[is_hit] + depth[is_hit, None] * directions[is_hit]
     # if no ray hits the surface, points and normals are [0, 3], and the light is [0]
     if len(points) == 0:
         return View(depth.reshape(resolution, resolution), points, points, points[:, 0])
     normals = shape.normals(points)  # [M, 3]
     # The columns of the rotation are the camera's axes of OpenCV (right, down, forward) in the world. With
     # the signs they become right, up, and towards the camera.
-    axes = cam2world[0, :3, :3] * cam2world.new_tensor([1, -1, -1])
+    camera_axes = cam2world[0, :3, :3] * cam2world.new_tensor([1, -1, -1])
     return View(
         depth.reshape(resolution, resolution),
         points,
         normals,
-        light(shape, points, normals, axes, directions[hit]),
+        light(shape, points, normals, camera_axes, directions[is_hit]),
     )
 
 
-def light(shape: LevelSet, points: Tensor, normals: Tensor, axes: Tensor, directions: Tensor) -> Tensor:
+def light(
+    shape: LevelSet, points: Tensor, normals: Tensor, camera_axes: Tensor, directions: Tensor
+) -> Tensor:
     """Compute the brightness of a white surface, [M] in 0..1.
 
     An ambient light, a key light and a fill light move with the camera. Occluded points and points near the
@@ -175,26 +177,29 @@ def light(shape: LevelSet, points: Tensor, normals: Tensor, axes: Tensor, direct
         shape: shape.
         points: points on its surface, [M, 3].
         normals: outward unit normals, [M, 3].
-        axes: axes of the camera in the world (right, up, towards the camera) as columns, [3, 3].
+        camera_axes: axes of the camera in the world (right, up, towards the camera) as columns, [3, 3].
         directions: unit directions of the rays, [M, 3].
     """
-    # cosines between the normals and the directions of both lights, [M] each
-    key, fill = (
-        normals @ (axes @ F.normalize(normals.new_tensor(light_direction), dim=0))
+    # cosines between the normals and the directions of the key light and the fill light, [M] each
+    key_cosine, fill_cosine = (
+        normals @ (camera_axes @ F.normalize(normals.new_tensor(light_direction), dim=0))
         for light_direction in (_KEY, _FILL)
     )
     # Ambient occlusion: the share of matter around points at several distances above the surface. Channel i
     # of `crowding` belongs to distance i.
-    reaches = normals.new_tensor(REACHES) * shape.spec.box_warp
+    occlusion_distances = normals.new_tensor(REACHES) * shape.spec.box_warp
     crowding = [
-        sample(shape.crowding, shape.spec, points + reach * normals)[i] for i, reach in enumerate(reaches)
+        sample(shape.crowding, shape.spec, points + occlusion_distance * normals)[channel]
+        for channel, occlusion_distance in enumerate(occlusion_distances)
     ]
     openness = (1 - 1.5 * (torch.stack(crowding) - FLAT).clamp_min(0)).clamp(0.15, 1).prod(dim=0)  # [M]
     # cosine between the normal and the direction to the camera, [M]: 1 if facing it, 0 at the silhouette
-    facing = -(normals * directions).sum(dim=1)
+    facing_cosine = -(normals * directions).sum(dim=1)
     # the factor is 1 where the cosine is at least 0.45, and falls to 0.72 at the silhouette
-    rim = 0.72 + 0.28 * (facing.clamp(0, 1) / 0.45).clamp_max(1)
-    return ((0.32 + 0.66 * key.clamp_min(0) + 0.22 * fill.clamp_min(0)) * openness * rim).clamp(0, 1)
+    rim_factor = 0.72 + 0.28 * (facing_cosine.clamp(0, 1) / 0.45).clamp_max(1)
+    return (
+        (0.32 + 0.66 * key_cosine.clamp_min(0) + 0.22 * fill_cosine.clamp_min(0)) * openness * rim_factor
+    ).clamp(0, 1)
 
 
 def paint(view: View, albedo: Tensor | tuple[float, float, float] = CLAY) -> Tensor:
@@ -235,17 +240,19 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
     Returns:
         Grey images on white, [N, 1, R, R] in 0..1.
     """
-    # EG3D's camera of FFHQ: radius 2.7 and focal length 4.2647. It stands 0.1 rad above the horizon.
-    pose = LookAtPoseSampler.sample(torch.pi / 2 + yaw, torch.pi / 2 - 0.1, torch.zeros(3), radius=2.7)
-    origins, directions = RaySampler()(pose, intrinsics_matrix(4.2647).reshape(1, 3, 3), resolution)
+    # EG3D's camera of FFHQ: radius 2.7 and focal length 4.2647. It is 0.1 rad above the horizon.
+    cam2world = LookAtPoseSampler.sample(torch.pi / 2 + yaw, torch.pi / 2 - 0.1, torch.zeros(3), radius=2.7)
+    origins, directions = RaySampler()(cam2world, intrinsics_matrix(4.2647).reshape(1, 3, 3), resolution)
     # The light moves with the camera, but not with its height. Its axes are the camera's right, the world's
     # up, and the horizontal direction towards the camera, whose position is column 3 of the pose.
-    right_axis = pose[0, :3, 0]
-    back = pose[0, :3, 3] * pose.new_tensor([1, 0, 1])
-    to_world = torch.stack([right_axis, pose.new_tensor([0, 1, 0]), F.normalize(back, dim=0)], dim=1)
+    right_axis = cam2world[0, :3, 0]
+    towards_camera = cam2world[0, :3, 3] * cam2world.new_tensor([1, 0, 1])
+    to_world = torch.stack(
+        [right_axis, cam2world.new_tensor([0, 1, 0]), F.normalize(towards_camera, dim=0)], dim=1
+    )
     # distances of the samples along a ray, near to far; they cover a ball of radius 0.6 around the centre
-    t = torch.linspace(2.1, 3.3, 160)
-    points = origins[:, :, None] + t[None, None, :, None] * directions[:, :, None]  # [1, M, S, 3]
+    ray_distances = torch.linspace(2.1, 3.3, 160)
+    points = origins[:, :, None] + ray_distances[None, None, :, None] * directions[:, :, None]  # [1, M, S, 3]
     images = []
     # `_lookup` interpolates a single cube
     for cube in sigma.cpu():
@@ -253,24 +260,24 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
         is_inside = densities >= level
         is_hit = is_inside.any(dim=1)
         # index of the first sample inside the surface; at least 1, because the sample before it is needed
-        index = is_inside.float().argmax(dim=1).clamp_min(1)
-        rays = torch.arange(len(densities))
-        value_before = densities[rays, index - 1]
-        value_inside = densities[rays, index]
+        hit_index = is_inside.float().argmax(dim=1).clamp_min(1)
+        ray_indices = torch.arange(len(densities))
+        value_before = densities[ray_indices, hit_index - 1]
+        value_inside = densities[ray_indices, hit_index]
         # linear interpolation of the position between these two samples at which the density is the level
         fraction = ((level - value_before) / (value_inside - value_before).clamp_min(1e-6)).clamp(0, 1)
-        depth = t[index - 1] + fraction * (t[1] - t[0])
-        surface = origins[0] + depth[:, None] * directions[0]
+        depth = ray_distances[hit_index - 1] + fraction * (ray_distances[1] - ray_distances[0])
+        surface_points = origins[0] + depth[:, None] * directions[0]
         # The outward normal is the negative gradient of the density, from central differences along x, y and
         # z.
         differences = [
-            _lookup(cube, surface - offset) - _lookup(cube, surface + offset)
+            _lookup(cube, surface_points - offset) - _lookup(cube, surface_points + offset)
             for offset in 0.012 * torch.eye(3)
         ]
-        normal = F.normalize(torch.stack(differences, dim=-1), dim=-1)
-        light = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0) @ to_world.T
+        normals = F.normalize(torch.stack(differences, dim=-1), dim=-1)
+        light_direction = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0) @ to_world.T
         # ambient light 0.25, and Lambert's cosine law for the rest
-        shading = 0.25 + 0.75 * (normal @ light).clamp_min(0)
+        shading = 0.25 + 0.75 * (normals @ light_direction).clamp_min(0)
         shading = torch.where(is_hit, shading, torch.ones_like(shading))  # white background
         images.append(shading.reshape(1, resolution, resolution))
     return torch.stack(images)
@@ -286,11 +293,11 @@ def _lookup(cube: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     Returns:
         Densities, [...]; -1000, which is below every level, outside the cube.
     """
-    outside = -1000.0
+    outside_density = -1000.0
     # grid_sample expects coordinates in -1..1
-    grid = (points * 2).reshape(1, 1, 1, -1, 3)
+    grid_coordinates = (points * 2).reshape(1, 1, 1, -1, 3)
     # Padding with zeros is the only constant padding, so the cube is shifted before and after.
     shifted_values = F.grid_sample(
-        (cube - outside)[None, None], grid, align_corners=True, padding_mode="zeros"
+        (cube - outside_density)[None, None], grid_coordinates, align_corners=True, padding_mode="zeros"
     )
-    return (shifted_values + outside).reshape(points.shape[:-1])
+    return (shifted_values + outside_density).reshape(points.shape[:-1])

@@ -71,10 +71,10 @@ class FilmOptions:
                     " grid, or the number of keyframes."
                 )
             keyframes = len(seeds) // cell_count
-        keyframe_seeds = [seeds[i % len(seeds)] for i in range(cell_count * keyframes)]
+        keyframe_seeds = [seeds[index % len(seeds)] for index in range(cell_count * keyframes)]
         if self.shuffle_seed is not None:
             np.random.RandomState(self.shuffle_seed).shuffle(keyframe_seeds)
-        return [keyframe_seeds[i * keyframes : (i + 1) * keyframes] for i in range(cell_count)]
+        return [keyframe_seeds[index * keyframes : (index + 1) * keyframes] for index in range(cell_count)]
 
 
 class LatentWalk:
@@ -87,14 +87,16 @@ class LatentWalk:
     """
 
     def __init__(self, ws: torch.Tensor):
-        count = len(ws)
-        times = np.arange(-count * _WRAPS, count * (_WRAPS + 1))
+        keyframe_count = len(ws)
+        keyframe_times = np.arange(-keyframe_count * _WRAPS, keyframe_count * (_WRAPS + 1))
         self._ws = ws
         self._device = ws.device
         # the keyframes are repeated in time: [(2 * _WRAPS + 1) * K, L, W]
-        values = np.tile(ws.cpu().double().numpy(), (2 * _WRAPS + 1, 1, 1))
+        repeated_ws = np.tile(ws.cpu().double().numpy(), (2 * _WRAPS + 1, 1, 1))
         # a single keyframe is constant in time and needs no spline
-        self._spline = interp1d(times, values, kind="cubic", axis=0) if count > 1 else None
+        self._spline = (
+            interp1d(keyframe_times, repeated_ws, kind="cubic", axis=0) if keyframe_count > 1 else None
+        )
 
     def at(self, time: float) -> torch.Tensor:
         """Return ws [1, L, W] at a time in 0..K."""
@@ -164,14 +166,20 @@ class Film:
             Image of the grid, uint8 [height, width, 3].
         """
         # all cells of a frame are rendered from the same camera
-        label = camera_at(self.cameras, index / self.count)
+        camera_label = camera_at(self.cameras, index / self.count)
         options = self.options
         images = []
         for ws in self.ws(index):
             # All frames are rendered with the same seed. With different seeds, the jitter of the rays would
             # make the film flicker.
             images += render(
-                self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look
+                self.generator,
+                ws,
+                [camera_label],
+                self.first_seed,
+                options.noise_mode,
+                options.mode,
+                self.look,
             )
         # `render` returns distances for this mode, which are converted to grey values
         if options.mode == "image_depth":
@@ -204,7 +212,7 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the final rename is atomic
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     writer = None
     try:
         for frame in frames:
@@ -213,7 +221,7 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
             # ffmpeg is started with the first frame, because it needs the size
             if writer is None:
                 writer = imageio_ffmpeg.write_frames(
-                    str(temporary),
+                    str(temporary_path),
                     (frame.shape[1], frame.shape[0]),
                     fps=fps,
                     codec="libx264",
@@ -234,14 +242,14 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
         if writer is None:
             raise ValueError(f"write_mp4: there are no frames to write into {path}. Pass at least one frame.")
         writer.close()
-        if not temporary.exists() or temporary.stat().st_size == 0:
+        if not temporary_path.exists() or temporary_path.stat().st_size == 0:
             raise OSError(f"{path}: ffmpeg wrote an empty file. Check the free space of the disk.")
-        os.replace(temporary, path)
+        os.replace(temporary_path, path)
     finally:
         # after an error, `close` ends the process of ffmpeg; a second call has no effect
         if writer is not None:
             writer.close()
-        temporary.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
     return path
 
 

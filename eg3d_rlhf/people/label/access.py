@@ -1,7 +1,7 @@
 """Links that log an annotator in, and their QR codes.
 
 A login link contains the annotator's token and is valid as long as the token is. It becomes invalid when the
-annotator gets another token (`new-token`) or the access is revoked. The token stands in the fragment of the
+annotator gets another token (`new-token`) or the access is revoked. The token is in the fragment of the
 URL, after '#'. Browsers do not send the fragment to a server. Neither server logs nor the Referer header
 contain it, and a program that fetches the link for a preview does not log in.
 
@@ -23,18 +23,18 @@ def check_address(address: str) -> str:
         ValueError: `address` is not an http or https address of a server.
     """
     # A path is removed without an error, because an address that is copied from a browser often has one.
-    parts = urlsplit(address)
+    url_parts = urlsplit(address)
     if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or "@" in parts.netloc
-        or parts.query
-        or parts.fragment
+        url_parts.scheme not in ("http", "https")
+        or not url_parts.hostname
+        or "@" in url_parts.netloc
+        or url_parts.query
+        or url_parts.fragment
     ):
         raise ValueError(
             f"{address!r} is not the address of a server. Write the address in the form https://host:8000."
         )
-    return f"{parts.scheme}://{parts.netloc}"
+    return f"{url_parts.scheme}://{url_parts.netloc}"
 
 
 def login_link(address: str, token: str) -> str:
@@ -53,18 +53,19 @@ def qr_data(link: str) -> str:
     return qr_code(link).svg_data_uri(scale=4, dark="#000", light="#fff")
 
 
-def qr_code(link: str, error: str = "m") -> Any:
+def qr_code(link: str, error_correction: str = "m") -> Any:
     """Encode a link as a QR code, and return the segno.QRCode object.
 
     Args:
         link: text to encode.
-        error: level of error correction of the QR standard, from low to high: "l", "m", "q" or "h".
+        error_correction: level of error correction of the QR standard, from low to high: "l", "m", "q" or
+            "h".
     """
-    # segno belongs to the optional dependencies [label]. The import stands here, so that --help works without
+    # segno belongs to the optional dependencies [label]. It is imported here, so that --help works without
     # it.
     import segno
 
-    return segno.make(link, error=error)
+    return segno.make(link, error=error_correction)
 
 
 def check_image_path(path: Path) -> None:
@@ -95,6 +96,6 @@ def write_qr(path: Path, link: str) -> None:
     """
     # O_EXCL makes open() fail if the file exists. The mode 0o600 is set at creation, so that the file is not
     # readable for others even for a moment, as it would be before a later chmod().
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as qr_file:
         # segno names its formats like the suffixes, without the dot
-        qr_code(link).save(file, kind=path.suffix[1:], scale=8, light="#fff")
+        qr_code(link).save(qr_file, kind=path.suffix[1:], scale=8, light="#fff")

@@ -3,7 +3,7 @@ store.
 
 Each line contains one record. The field `record` names its kind: campaign, shape, pair, annotator, assignment
 or judgement. The records are the rows of the tables, with names and tokens in place of numeric ids.
-Judgements stand in the order of receipt and include undos. Hashes of tokens, sessions and leases are not
+Judgements are in the order of receipt and include undos. Hashes of tokens, sessions and leases are not
 exported. If a file is imported a second time, only records that the store does not have are added.
 
 The module also exports and imports ranked-seeds tables. These are CSV files with a row number, the preferred
@@ -96,20 +96,22 @@ def export_judgements(store: Store, path: str | Path, campaign: str | None = Non
         ValueError: the store has no campaign of this name.
     """
     with store.database.read() as connection:
-        query = select(campaigns).order_by(campaigns.c.id)
-        rows = list(
-            connection.execute(query if campaign is None else query.where(campaigns.c.name == campaign))
+        campaign_query = select(campaigns).order_by(campaigns.c.id)
+        campaign_rows = list(
+            connection.execute(
+                campaign_query if campaign is None else campaign_query.where(campaigns.c.name == campaign)
+            )
         )
-        if campaign is not None and not rows:
+        if campaign is not None and not campaign_rows:
             raise ValueError(
                 f"campaign: this store has no campaign {campaign!r}. The command `campaigns` lists all"
                 " names; use one of them."
             )
-        lines = [json.dumps({"record": "format", "version": FORMAT})]
-        for row in rows:
-            lines += [json.dumps(record) for record in _records(connection, row)]
+        json_lines = [json.dumps({"record": "format", "version": FORMAT})]
+        for campaign_row in campaign_rows:
+            json_lines += [json.dumps(record) for record in _records(connection, campaign_row)]
     # The file is complete or absent: write_atomic writes a temporary file and renames it.
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    write_atomic(path, ("\n".join(json_lines) + "\n").encode())
     return Path(path)
 
 
@@ -123,19 +125,21 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
     }
     all_annotators = list(connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id)))
     # kind of record -> numeric id of a row -> name by which records refer to the row
-    names: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in all_annotators}}
-    for kind, description in KEPT.items():
-        rows = list(
+    names_by_kind: dict[str, dict] = {
+        "annotator": {annotator.id: annotator.name for annotator in all_annotators}
+    }
+    for record_kind, table_description in KEPT.items():
+        table_rows = list(
             connection.execute(
-                select(description.table)
-                .where(description.table.c.campaign_id == campaign.id)
-                .order_by(description.table.c.id)
+                select(table_description.table)
+                .where(table_description.table.c.campaign_id == campaign.id)
+                .order_by(table_description.table.c.id)
             )
         )
-        if kind == "assignment":
+        if record_kind == "assignment":
             # Annotators are exported before the assignments, which refer to them. Annotators without an
             # assignment in this campaign are not exported.
-            assigned_ids = {row.annotator_id for row in rows}
+            assigned_ids = {table_row.annotator_id for table_row in table_rows}
             for annotator in all_annotators:
                 if annotator.id in assigned_ids:
                     yield {
@@ -144,19 +148,21 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
                         "role": annotator.role,
                         "created": annotator.created,
                     }
-        names[kind] = {row.id: row._mapping[description.name] for row in rows}
-        for row in rows:
+        names_by_kind[record_kind] = {
+            table_row.id: table_row._mapping[table_description.name] for table_row in table_rows
+        }
+        for table_row in table_rows:
             # Numeric ids are valid in this database only, so they are left out or replaced by names.
-            columns = {
+            column_values = {
                 column: value
-                for column, value in row._mapping.items()
+                for column, value in table_row._mapping.items()
                 if column != "id" and not column.endswith("_id") and column not in STATE
             }
-            links = {
-                column.removesuffix("_id"): names[linked_kind].get(row._mapping[column])
-                for column, linked_kind in description.links.items()
+            link_names = {
+                column.removesuffix("_id"): names_by_kind[linked_kind].get(table_row._mapping[column])
+                for column, linked_kind in table_description.links.items()
             }
-            yield {"record": kind, "campaign": campaign.name, **columns, **links}
+            yield {"record": record_kind, "campaign": campaign.name, **column_values, **link_names}
 
 
 def import_judgements(store: Store, path: str | Path) -> int:
@@ -182,37 +188,40 @@ def import_judgements(store: Store, path: str | Path) -> int:
     # The import may create campaigns (number 1) and annotators (number 2), and holds both locks.
     locks = (Lock.SCHEMA, 1), (Lock.SCHEMA, 2)
     # errors="replace": a binary file is rejected below as an invalid record, and not as undecodable text.
-    with path.open(encoding="utf-8", errors="replace") as file, store.database.write(*locks) as connection:
+    with (
+        path.open(encoding="utf-8", errors="replace") as import_file,
+        store.database.write(*locks) as connection,
+    ):
         importer = _Import(connection, store.clock())
-        line = 0  # stays 0 if the file is empty
+        line_number = 0  # stays 0 if the file is empty
         try:
-            for line, text in enumerate(file, 1):
+            for line_number, line_text in enumerate(import_file, 1):
                 try:
-                    record = json.loads(text)
-                    kind = record["record"]
+                    record = json.loads(line_text)
+                    record_kind = record["record"]
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(
-                        f"{path.name}, line {line}: {text[:40]!r} is not an exported record. Export the"
-                        " campaign again."
+                        f"{path.name}, line {line_number}: {line_text[:40]!r} is not an exported record."
+                        " Export the campaign again."
                     ) from None
-                if line == 1 and (kind != "format" or record.get("version") != FORMAT):
+                if line_number == 1 and (record_kind != "format" or record.get("version") != FORMAT):
                     raise ValueError(
                         f"{path.name}, line 1: the file must start with the record of format {FORMAT}, but"
-                        f" starts with {text[:60]!r}. Export the campaign again with this version."
+                        f" starts with {line_text[:60]!r}. Export the campaign again with this version."
                     )
                 try:
-                    if line > 1:
+                    if line_number > 1:
                         importer.add(record)
                 except ValueError as error:
-                    raise ValueError(f"{path.name}, line {line}: {error}") from None
-            if line == 0:
+                    raise ValueError(f"{path.name}, line {line_number}: {error}") from None
+            if line_number == 0:
                 raise ValueError(f"{path.name}: the file is empty. Export the campaign again.")
             importer.settle()
         except IntegrityError as error:
-            reason = str(error.orig).strip().splitlines()[0]
+            driver_message = str(error.orig).strip().splitlines()[0]
             raise ValueError(
-                f"{path.name}, up to line {line}: the store has other records with the same names"
-                f" ({reason}). Import the file into another store."
+                f"{path.name}, up to line {line_number}: the store has other records with the same names"
+                f" ({driver_message}). Import the file into another store."
             ) from None
     return importer.new
 
@@ -246,21 +255,21 @@ class _Import:
         Raises:
             ValueError: the kind is unknown, a field is missing, or a value is invalid.
         """
-        kind = record["record"]
+        record_kind = record["record"]
         add_methods = {
             "campaign": self._add_campaign,
             "annotator": self._add_annotator,
             **dict.fromkeys(KEPT, self._add_row),
         }
-        if kind not in add_methods:
+        if record_kind not in add_methods:
             raise ValueError(
-                f"the kind of record {kind!r} is unknown. Export the campaign again with this version."
+                f"the kind of record {record_kind!r} is unknown. Export the campaign again with this version."
             )
         try:
-            add_methods[kind](record)
+            add_methods[record_kind](record)
         except KeyError as error:
             raise ValueError(
-                f"the record of kind {kind} has no field {error}. Export the campaign again."
+                f"the record of kind {record_kind} has no field {error}. Export the campaign again."
             ) from None
 
     def settle(self) -> None:
@@ -297,121 +306,160 @@ class _Import:
             )
 
     def _add_campaign(self, record: dict) -> None:
+        """Insert a campaign, or check that the store has it with the same settings.
+
+        Raises:
+            ValueError: the settings cannot be read, or the store has another campaign of this name.
+        """
         self._write()
-        name = record["name"]
-        settings = json.dumps(record["settings"], sort_keys=True)
+        campaign_name = record["name"]
+        settings_json = json.dumps(record["settings"], sort_keys=True)
         try:
-            parsed = settings_from_json(settings)
+            parsed_settings = settings_from_json(settings_json)
         except (KeyError, TypeError, ValueError):
-            parsed = None
-        if parsed is None or parsed.name != name:
+            parsed_settings = None
+        if parsed_settings is None or parsed_settings.name != campaign_name:
             raise ValueError(
-                f"the settings of campaign {name!r} cannot be read. Export the campaign again with this"
-                " version."
+                f"the settings of campaign {campaign_name!r} cannot be read. Export the campaign again with"
+                " this version."
             )
         # Settings are compared as JSON text with sorted keys, the form in which the store writes them.
-        stored_row = self.connection.execute(select(campaigns).where(campaigns.c.name == name)).first()
-        if stored_row is not None and stored_row.settings != settings:
+        stored_row = self.connection.execute(
+            select(campaigns).where(campaigns.c.name == campaign_name)
+        ).first()
+        if stored_row is not None and stored_row.settings != settings_json:
             raise ValueError(
-                f"the store has another campaign with the name {name!r}. Import the file into another store."
+                f"the store has another campaign with the name {campaign_name!r}. Import the file into"
+                " another store."
             )
-        values = _checked(campaigns, {**record, "settings": settings})
-        self.trainable |= {name} if parsed.mode is not Mode.STUDY else set()
-        self.campaigns[name] = (
+        column_values = _checked(campaigns, {**record, "settings": settings_json})
+        self.trainable |= {campaign_name} if parsed_settings.mode is not Mode.STUDY else set()
+        self.campaigns[campaign_name] = (
             stored_row.id
             if stored_row
-            else self.connection.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
+            else self.connection.execute(
+                insert(campaigns).returning(campaigns.c.id), column_values
+            ).scalar_one()
         )
 
     def _add_annotator(self, record: dict) -> None:
+        """Add an annotator without a token, unless the store has an annotator of this name.
+
+        Raises:
+            ValueError: the role or the name is invalid.
+        """
         # Tokens are not exported. An imported annotator gets a token with the command new-token.
-        values = _checked(annotators, {"created": self.now, **record, "token_hash": None, "revoked": None})
-        if values["role"] not in ROLES or not (NAME.fullmatch(values["name"]) or values["name"] == LOCAL):
+        column_values = _checked(
+            annotators, {"created": self.now, **record, "token_hash": None, "revoked": None}
+        )
+        if column_values["role"] not in ROLES or not (
+            NAME.fullmatch(column_values["name"]) or column_values["name"] == LOCAL
+        ):
             raise ValueError(
-                f"the annotator {values['name']!r} with the role {values['role']!r} is invalid: the role"
-                f" must be one of {', '.join(ROLES)}. Export the campaign again."
+                f"the annotator {column_values['name']!r} with the role {column_values['role']!r} is invalid:"
+                f" the role must be one of {', '.join(ROLES)}. Export the campaign again."
             )
-        annotator = find_or_add(self.connection, values["name"], values["role"], values["created"])
-        self.annotators[record["name"]] = annotator.id
+        stored_annotator = find_or_add(
+            self.connection, column_values["name"], column_values["role"], column_values["created"]
+        )
+        self.annotators[record["name"]] = stored_annotator.id
 
     def _add_row(self, record: dict) -> None:
-        kind = record["record"]
-        campaign = record["campaign"]
-        description = KEPT[kind]
-        linked: dict[str, Any] = {}  # column -> id of the row to which it refers
-        for column, linked_kind in description.links.items():
-            name = (
+        """Add a shape, pair, assignment or judgement to the waiting rows, unless the store has it.
+
+        Raises:
+            ValueError: a record to which this one refers is missing, or a value is invalid.
+        """
+        record_kind = record["record"]
+        campaign_name = record["campaign"]
+        table_description = KEPT[record_kind]
+        linked_ids: dict[str, Any] = {}  # column -> id of the row to which it refers
+        for column, linked_kind in table_description.links.items():
+            linked_name = (
                 record.get(column.removesuffix("_id"))
-                if description.table.c[column].nullable
+                if table_description.table.c[column].nullable
                 else record[column.removesuffix("_id")]
             )
             # Only a judgement refers to a record of its own kind. Its key is unique only together with the
             # annotator, who is the same for both.
-            row_name = (linked["annotator_id"], name) if linked_kind == kind else name
-            linked[column] = None if name is None else self._id(linked_kind, campaign, row_name)
-        name = (
-            (linked["annotator_id"], record[description.name])
-            if kind == "judgement"
-            else record[description.name]
+            linked_row_name = (
+                (linked_ids["annotator_id"], linked_name) if linked_kind == record_kind else linked_name
+            )
+            linked_ids[column] = (
+                None if linked_name is None else self._id(linked_kind, campaign_name, linked_row_name)
+            )
+        row_name = (
+            (linked_ids["annotator_id"], record[table_description.name])
+            if record_kind == "judgement"
+            else record[table_description.name]
         )
-        if (kind, campaign) != self.kind:
+        if (record_kind, campaign_name) != self.kind:
             self._write()
-            self.kind = kind, campaign
+            self.kind = record_kind, campaign_name
         # A record that the store has already is skipped.
-        if name in self._row_ids(kind, campaign) or name in self.waiting:
+        if row_name in self._row_ids(record_kind, campaign_name) or row_name in self.waiting:
             return
         # Leases begin at the time of the import. `settle` counts the used slots after all rows were added.
-        values = {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now, "taken": 0}
-        self.waiting[name] = _checked(description.table, values)
-        if kind == "shape" and campaign in self.trainable:
+        column_values = {
+            **record,
+            **linked_ids,
+            "campaign_id": self.campaigns[campaign_name],
+            "leased": self.now,
+            "taken": 0,
+        }
+        self.waiting[row_name] = _checked(table_description.table, column_values)
+        if record_kind == "shape" and campaign_name in self.trainable:
             # Held-out seeds must not train a reward. A blind study trains none, and may contain them.
-            reject_held_out_seeds([record["seed"]], f"campaign {campaign}")
-        self.new += kind == "judgement"
+            reject_held_out_seeds([record["seed"]], f"campaign {campaign_name}")
+        self.new += record_kind == "judgement"
 
-    def _id(self, kind: str, campaign: str, name) -> int:
+    def _id(self, kind: str, campaign_name: str, row_name) -> int:
         """Return the id of the row to which a record refers.
 
         Raises:
             ValueError: the file does not contain the row before this record.
         """
         # An undo may refer to a judgement that is still waiting.
-        if (kind, campaign) == self.kind and name in self.waiting:
+        if (kind, campaign_name) == self.kind and row_name in self.waiting:
             self._write()
-        ids = self.annotators if kind == "annotator" else self._row_ids(kind, campaign)
-        if name not in ids:
+        ids = self.annotators if kind == "annotator" else self._row_ids(kind, campaign_name)
+        if row_name not in ids:
+            # the name of a judgement is (id of the annotator, key), of which the key is in the file
+            shown_name = row_name[1] if isinstance(row_name, tuple) else row_name
             raise ValueError(
-                f"the {kind} {name!r}, to which this record refers, does not stand before it. Export the"
+                f"the file has no {kind} {shown_name!r} before this record, which refers to it. Export the"
                 " campaign again."
             )
-        return ids[name]
+        return ids[row_name]
 
     def _row_ids(self, kind: str, campaign: str) -> dict:
         """Return name -> id of a campaign's rows of one kind, which the first call reads from the store."""
         if (kind, campaign) not in self.ids:
             if campaign not in self.campaigns:
                 raise ValueError(
-                    f"the record of the campaign {campaign!r} does not stand before this record. Export the"
-                    " campaign again."
+                    f"the file has no campaign {campaign!r} before this record, which belongs to it. Export"
+                    " the campaign again."
                 )
-            columns = KEPT[kind].table.c
+            table_columns = KEPT[kind].table.c
             selected_columns = (
-                columns.id,
-                columns[KEPT[kind].name],
-                *([columns.annotator_id] if kind == "judgement" else []),
+                table_columns.id,
+                table_columns[KEPT[kind].name],
+                *([table_columns.annotator_id] if kind == "judgement" else []),
             )
-            rows = self.connection.execute(
-                select(*selected_columns).where(columns.campaign_id == self.campaigns[campaign])
+            id_rows = self.connection.execute(
+                select(*selected_columns).where(table_columns.campaign_id == self.campaigns[campaign])
             )
             self.ids[kind, campaign] = {
-                (annotator[0], name) if annotator else name: id for id, name, *annotator in rows
+                (annotator[0], row_name) if annotator else row_name: row_id
+                for row_id, row_name, *annotator in id_rows
             }
         return self.ids[kind, campaign]
 
     def _write(self) -> None:
         """Insert the waiting rows, and store their ids."""
         if self.waiting and self.kind is not None:
-            ids = insert_all(self.connection, KEPT[self.kind[0]].table, list(self.waiting.values()))
-            self._row_ids(*self.kind).update(zip(self.waiting, ids, strict=True))
+            row_ids = insert_all(self.connection, KEPT[self.kind[0]].table, list(self.waiting.values()))
+            self._row_ids(*self.kind).update(zip(self.waiting, row_ids, strict=True))
             self.waiting = {}
 
 
@@ -421,7 +469,7 @@ def _checked(table: Table, record: dict) -> dict:
     Raises:
         ValueError: a value has a wrong type. SQLite itself would accept it.
     """
-    values: dict[str, Any] = {}
+    column_values: dict[str, Any] = {}
     for column in table.columns:
         if column.name == "id":
             continue
@@ -435,10 +483,10 @@ def _checked(table: Table, record: dict) -> dict:
                 f"the field {column.name} is {value!r}, but must be of type {python_types[-1].__name__}."
                 " Export the campaign again."
             )
-        values[column.name] = value
-    if values.get("votes") is not None:
-        check_stored(values["votes"])
-    return values
+        column_values[column.name] = value
+    if column_values.get("votes") is not None:
+        check_stored(column_values["votes"])
+    return column_values
 
 
 def import_ranked_seeds(
@@ -460,17 +508,19 @@ def import_ranked_seeds(
     """
     path = Path(path)
     labels = load_labels(path)
-    header = path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    header_line = path.read_text(encoding="utf-8").partition("\n")[0].strip()
     # Tables with other columns may contain ties, which would be read as preferences here.
-    if not header.endswith(",rank1,rank2"):
+    if not header_line.endswith(",rank1,rank2"):
         raise ValueError(
             f"{path.name}, line 1: the columns must be the row number, rank1 and rank2, but the line is"
-            f" {header[:80]!r}. Write the line as ,rank1,rank2 if the file has these columns."
+            f" {header_line[:80]!r}. Write the line as ,rank1,rank2 if the file has these columns."
         )
-    name = campaign or path.stem
-    extra = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    campaign_name = campaign or path.stem
+    origin_fields = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     # A table contains no repeats and no gold checks. Its hash is stored as the origin of the answers.
-    settings = CampaignSettings(name=name, repeat_share=0, swap_share=0, gold_every=0, extra=extra)
+    campaign_settings = CampaignSettings(
+        name=campaign_name, repeat_share=0, swap_share=0, gold_every=0, extra=origin_fields
+    )
     # A table contains seeds only. The other fields of the shapes are unknown and get an empty value.
     empty_fields: dict[str, Any] = {
         "generator": "",
@@ -480,7 +530,7 @@ def import_ranked_seeds(
         "resolution": 0,
         "triangles": 0,
     }
-    planned = [
+    planned_pairs = [
         PlannedPair(
             first=Shape(seed=label.winner, **empty_fields), second=Shape(seed=label.loser, **empty_fields)
         )
@@ -489,8 +539,10 @@ def import_ranked_seeds(
     stored_annotator = store.annotator_without_token(annotator)
     with store.database.write((Lock.SCHEMA, 1)) as connection:
         now = store.clock()
-        campaign_id, ids = create(connection, settings, planned, now)
-        _answer_all(connection, {"campaign_id": campaign_id, "annotator_id": stored_annotator.id}, ids, now)
+        campaign_id, pair_ids = create(connection, campaign_settings, planned_pairs, now)
+        _answer_all(
+            connection, {"campaign_id": campaign_id, "annotator_id": stored_annotator.id}, pair_ids, now
+        )
     return len(labels)
 
 
@@ -512,26 +564,29 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
         raise ValueError(
             "export: no preference passes the filters. Remove some of the filters, or label more pairs."
         )
-    lines = [
+    table_lines = [
         ",rank1,rank2",
-        *(f"{number},{label.winner},{label.loser}" for number, label in enumerate(decided_labels)),
+        *(f"{row_number},{label.winner},{label.loser}" for row_number, label in enumerate(decided_labels)),
     ]
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    write_atomic(path, ("\n".join(table_lines) + "\n").encode())
 
 
-def _answer_all(connection: Connection, common_columns: dict, ids: list[int], now: float) -> None:
+def _answer_all(connection: Connection, common_columns: dict, pair_ids: list[int], now: float) -> None:
     """Insert an answered assignment for each pair, in which the first shape of the pair is preferred.
 
     Args:
         connection: connection with a write transaction.
         common_columns: values of the columns campaign_id and annotator_id.
-        ids: ids of the pairs.
+        pair_ids: ids of the pairs.
         now: time of the answers, seconds since 1970.
     """
-    campaign = common_columns["campaign_id"]
-    numbers = range(len(ids))
+    campaign_id = common_columns["campaign_id"]
+    pair_numbers = range(len(pair_ids))
     # The lowest bit of a hash decides the side of each pair, so that the sides can be computed again.
-    left_bits = [hashlib.sha256(f"{campaign} {number}".encode()).digest()[0] & 1 for number in numbers]
+    left_bits = [
+        hashlib.sha256(f"{campaign_id} {pair_number}".encode()).digest()[0] & 1
+        for pair_number in pair_numbers
+    ]
     assignment_ids = insert_all(
         connection,
         assignments,
@@ -540,12 +595,12 @@ def _answer_all(connection: Connection, common_columns: dict, ids: list[int], no
                 **common_columns,
                 "token": secrets.token_urlsafe(18),
                 "pair_id": pair_id,
-                "sequence": number + 1,
+                "sequence": pair_number + 1,
                 "kind": Kind.PAIR.value,
                 "first_is_left": left_bit,
                 "leased": now,
             }
-            for pair_id, number, left_bit in zip(ids, numbers, left_bits, strict=True)
+            for pair_id, pair_number, left_bit in zip(pair_ids, pair_numbers, left_bits, strict=True)
         ],
     )
     connection.execute(
@@ -553,7 +608,7 @@ def _answer_all(connection: Connection, common_columns: dict, ids: list[int], no
         [
             {
                 **common_columns,
-                "key": f"{campaign}-{number}",
+                "key": f"{campaign_id}-{pair_number}",
                 "type": "choice",
                 "choice": (Choice.LEFT if left_bit else Choice.RIGHT).value,
                 "assignment_id": assignment_id,
@@ -562,14 +617,16 @@ def _answer_all(connection: Connection, common_columns: dict, ids: list[int], no
                 "received_at": now,
                 "page_version": "import",
             }
-            for assignment_id, number, left_bit in zip(assignment_ids, numbers, left_bits, strict=True)
+            for assignment_id, pair_number, left_bit in zip(
+                assignment_ids, pair_numbers, left_bits, strict=True
+            )
         ],
     )
     # The subquery has one row, because each of these assignments has exactly one judgement.
-    judgement = (
+    judgement_query = (
         select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
     )
     connection.execute(
-        update(assignments).where(assignments.c.campaign_id == campaign).values(answered=judgement)
+        update(assignments).where(assignments.c.campaign_id == campaign_id).values(answered=judgement_query)
     )
-    connection.execute(update(pairs).where(pairs.c.campaign_id == campaign).values(taken=pairs.c.places))
+    connection.execute(update(pairs).where(pairs.c.campaign_id == campaign_id).values(taken=pairs.c.places))

@@ -187,18 +187,18 @@ class Timetable:
                 self._add()
             return KINDS[self._kinds[position]]
 
-    def end(self, position: int, new: int) -> int:
-        """Return the total number of trials if `new` >= 1 further new pairs are shown.
+    def end(self, position: int, new_count: int) -> int:
+        """Return the total number of trials if `new_count` >= 1 further new pairs are shown.
 
         Args:
             position: number of trials that have been shown.
-            new: number of new pairs that are shown from this position on.
+            new_count: number of new pairs that are shown from this position on.
         """
         with self._lock:
             while len(self._kinds) < position:
                 self._add()
             # index of the last new pair: bisect_left counts the new pairs before `position`
-            last_index = bisect_left(self._new_positions, position) + new - 1
+            last_index = bisect_left(self._new_positions, position) + new_count - 1
             while len(self._new_positions) <= last_index:
                 self._add()
             return self._new_positions[last_index] + 1
@@ -206,10 +206,10 @@ class Timetable:
     def _add(self) -> None:
         """Append the kind of the next position."""
         position = len(self._kinds)
-        kind = self._next(position)
-        self._kinds.append(kind)
-        self._counts[kind] += 1
-        if kind == 0:  # a new pair
+        kind_index = self._next(position)
+        self._kinds.append(kind_index)
+        self._counts[kind_index] += 1
+        if kind_index == 0:  # a new pair
             self._new_positions.append(position)
 
     def _next(self, position: int) -> int:
@@ -225,7 +225,7 @@ class Timetable:
             self._repeatable += 1
         # The thresholds are drawn at every position, also where they are not used. Otherwise later numbers of
         # a stream would depend on the other kinds.
-        thresholds = [self._random[kind].random() for kind, _ in self._shares]
+        thresholds = [self._random[kind_index].random() for kind_index, _ in self._shares]
         # If every trial could be a gold check, their number is limited to the number of gold pairs.
         if (
             self._every
@@ -233,17 +233,19 @@ class Timetable:
             and (self._every > 1 or self._counts[3] < self._gold_count)
         ):
             return 3
-        for (kind, share), threshold in zip(self._shares, thresholds, strict=True):
+        for (kind_index, share), threshold in zip(self._shares, thresholds, strict=True):
             # trials of this kind below its share so far
-            deficit = share * (position + 1) - self._counts[kind]
-            repeated = self._counts[1] + self._counts[2]  # every pair is repeated or swapped at most once
-            if deficit > threshold and repeated < self._repeatable:
-                return kind
+            deficit = share * (position + 1) - self._counts[kind_index]
+            # every pair is repeated or swapped at most once
+            repeated_count = self._counts[1] + self._counts[2]
+            if deficit > threshold and repeated_count < self._repeatable:
+                return kind_index
         return 0
 
 
 @lru_cache(maxsize=1000)
 def _timetable(*arguments) -> Timetable:
+    """Return the timetable with these arguments. Equal arguments give the same object."""
     # The cache keeps the positions that were computed, since a timetable is extended in place.
     return Timetable(*arguments)
 
@@ -256,17 +258,17 @@ def timetable(settings: CampaignSettings, annotator: str, gold_count: int) -> Ti
         annotator: name of the annotator.
         gold_count: number of gold pairs that can be shown.
     """
-    every = settings.gold_every if gold_count else 0
+    gold_every = settings.gold_every if gold_count else 0
     # The number of gold pairs has an influence only if every trial is a gold check, because gold pairs are
     # shown again otherwise. Replacing it by 0 then keeps the cache small.
-    gold_count = gold_count if every == 1 else 0
+    gold_count = gold_count if gold_every == 1 else 0
     return _timetable(
         settings.seed,
         annotator,
         settings.repeat_share,
         settings.swap_share,
         settings.repeat_gap,
-        every,
+        gold_every,
         gold_count,
     )
 
@@ -300,8 +302,8 @@ class Scheduler:
         """Return a pseudo-random number in [0, 1) that depends on the seed, the annotator and `key` only."""
         # A random generator has a state. A hash has none, so the number can be computed again in any order
         # and process. 7 bytes are 56 bits, more than the 53 bits of a float's mantissa.
-        text = "\x1f".join(str(part) for part in (self.settings.seed, self.annotator, *key))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
+        hash_input = "\x1f".join(str(part) for part in (self.settings.seed, self.annotator, *key))
+        return int.from_bytes(hashlib.sha256(hash_input.encode()).digest()[:7], "big") / 2**56
 
     def next(self, window: Sequence[StoredPair]) -> Trial | None:
         """Return the next assignment, or None if the annotator is finished or must wait.
@@ -325,17 +327,17 @@ class Scheduler:
                 if not self.is_ready(practice_pair):
                     return None
                 return self._on_random_sides(practice_pair, sequence, Kind.TRAINING)
-        limit = self.settings.trials_per_annotator
+        max_trials = self.settings.trials_per_annotator
         # If no new pair is left, there are no further repeats or gold checks either.
-        if not window or (limit is not None and len(trials) >= limit):
+        if not window or (max_trials is not None and len(trials) >= max_trials):
             return None
         gold_count = count_gold_pairs(self.plan, self.has_failed)
-        kind = timetable(self.settings, self.annotator, gold_count).kind(len(trials))
+        trial_kind = timetable(self.settings, self.annotator, gold_count).kind(len(trials))
         trial = None
-        if kind is Kind.GOLD:
+        if trial_kind is Kind.GOLD:
             trial = self._gold(trials, sequence)
-        elif kind is not Kind.PAIR:
-            trial = self._repeat(kind, trials, sequence)
+        elif trial_kind is not Kind.PAIR:
+            trial = self._repeat(trial_kind, trials, sequence)
         if trial is not None:
             return trial
         # A new pair, also in place of a repeat or gold check that cannot be shown. The pair with the smallest
@@ -391,8 +393,8 @@ class Scheduler:
         ]
         if not repeatable_trials:
             return None
-        index = int(self.uniform(sequence, "which") * len(repeatable_trials))
-        earlier_trial = repeatable_trials[index]
+        trial_index = int(self.uniform(sequence, "which") * len(repeatable_trials))
+        earlier_trial = repeatable_trials[trial_index]
         return Trial(
             pair=earlier_trial.pair,
             sequence=sequence,
@@ -482,13 +484,13 @@ class Issuer:
         last_position = -1
         # Pairs are read in pages, which are larger than the window because some pairs are not prepared.
         while len(window) < WINDOW:
-            page = list(connection.execute(PAGE, {**self.parameters, "after": last_position}))
-            candidates = [self.plan.pairs[row.id] for row in page]
-            window += [pair for pair in candidates if is_ready(pair)]
+            page_rows = list(connection.execute(PAGE, {**self.parameters, "after": last_position}))
+            candidate_pairs = [self.plan.pairs[row.id] for row in page_rows]
+            window += [pair for pair in candidate_pairs if is_ready(pair)]
             # a page that is not full is the last one
-            if len(page) < 2 * WINDOW:
+            if len(page_rows) < 2 * WINDOW:
                 break
-            last_position = page[-1].position
+            last_position = page_rows[-1].position
         return window[:WINDOW]
 
     def _issue(self, connection: Connection, count: int, window: list[StoredPair], past: "_Past") -> None:
@@ -591,22 +593,26 @@ class Issuer:
         At most RELEASE_AT_ONCE assignments are released. Returns their number.
         """
         now = self.clock()
-        expired = {**self.parameters, "before": now - LEASE_SECONDS}
+        expiry_parameters = {**self.parameters, "before": now - LEASE_SECONDS}
         # Most of the time no lease has expired, and this first query needs no lock.
         with self.database.read() as connection:
-            if connection.execute(EXPIRED, expired).first() is None:
+            if connection.execute(EXPIRED, expiry_parameters).first() is None:
                 return 0
         with self.database.write((Lock.CAMPAIGN, self.campaign_id)) as connection:
             # skip_locked: an assignment that is being answered at this moment is not released.
-            rows = list(
-                connection.execute(EXPIRED.with_for_update(skip_locked=True, key_share=True), expired)
-            )
-            for row in rows:
+            expired_rows = list(
                 connection.execute(
-                    update(assignments).where(assignments.c.id == row.id).values(released=now, undone=None)
+                    EXPIRED.with_for_update(skip_locked=True, key_share=True), expiry_parameters
                 )
-                connection.execute(GIVE_BACK, {"pair": row.pair_id})
-        return len(rows)
+            )
+            for expired_row in expired_rows:
+                connection.execute(
+                    update(assignments)
+                    .where(assignments.c.id == expired_row.id)
+                    .values(released=now, undone=None)
+                )
+                connection.execute(GIVE_BACK, {"pair": expired_row.pair_id})
+        return len(expired_rows)
 
 
 def _is_open(row: Row) -> bool:
@@ -716,29 +722,29 @@ def read_progress(
         has_failed: True for a pair that can never be prepared. By default, no pair has failed.
     """
     # kind of assignments -> row with the numbers of shown and of answered assignments
-    counts = {
+    counts_by_kind = {
         row.kind: row
         for row in connection.execute(COUNTS, {"campaign": plan.campaign.id, "annotator": annotator_id})
     }
     settings = plan.campaign.settings
     # Practice pairs do not count as trials, so their row is removed from the counts.
-    practice_row = counts.pop(TRAINING, None)
+    practice_row = counts_by_kind.pop(TRAINING, None)
     practice_shown = practice_row.shown if practice_row else 0
     practice_answered = practice_row.answered if practice_row else 0
-    shown_count = sum(row.shown for row in counts.values())
-    answered_count = sum(row.answered for row in counts.values())
-    assigned_count = counts[PAIR].shown if PAIR in counts else 0
+    shown_count = sum(row.shown for row in counts_by_kind.values())
+    answered_count = sum(row.answered for row in counts_by_kind.values())
+    assigned_count = counts_by_kind[PAIR].shown if PAIR in counts_by_kind else 0
     new_count = reach.count(connection, plan, annotator_id, assigned_count, now, has_failed) - assigned_count
-    total = shown_count
+    total_count = shown_count
     if new_count > 0:
         gold_count = count_gold_pairs(plan, has_failed)
-        total = timetable(settings, annotator, gold_count).end(shown_count, new_count)
+        total_count = timetable(settings, annotator, gold_count).end(shown_count, new_count)
     if settings.trials_per_annotator is not None:
-        total = max(shown_count, min(total, settings.trials_per_annotator))
+        total_count = max(shown_count, min(total_count, settings.trials_per_annotator))
     # practice pairs that are shown but not answered yet
     practice_left = practice_shown - practice_answered
     # Further practice pairs are shown only before the first trial.
     if not shown_count:
-        possible_count = sum(not has_failed(pair) for pair in plan.training)
-        practice_left += max(possible_count - practice_shown, 0)
-    return Progress(done=answered_count, total=total, training_left=practice_left)
+        practice_count = sum(not has_failed(pair) for pair in plan.training)
+        practice_left += max(practice_count - practice_shown, 0)
+    return Progress(done=answered_count, total=total_count, training_left=practice_left)

@@ -36,9 +36,8 @@ class StoredPair:
     first: str  # asset token of the first shape
     second: str  # asset token of the second shape; equal to `first` if shapes are shown one by one
     kind: Kind  # PAIR, GOLD or TRAINING
-    expected: (
-        str | None
-    )  # correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs
+    # correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs
+    expected: str | None
     explanation: str  # explanation of a practice pair; "" for other pairs
 
 
@@ -61,18 +60,18 @@ class Plan:
 
         The name is the stem of the file. If several files have this stem, the name of the folder precedes it.
         """
-        paths = {
+        path_by_key = {
             (shape.generator, shape.source): Path(shape.source)
             for shape in self.shapes.values()
             if not shape.file
         }
-        files_per_stem = Counter(path.stem for path in paths.values())
-        names = {
+        files_per_stem = Counter(path.stem for path in path_by_key.values())
+        name_by_key = {
             key: path.stem if files_per_stem[path.stem] == 1 else f"{path.parent.name}/{path.stem}"
-            for key, path in paths.items()
+            for key, path in path_by_key.items()
         }
         # The bundled generator has an empty source, whose stem is empty.
-        return {key: names[key] or "bundled generator" for key in paths}
+        return {key: name_by_key[key] or "bundled generator" for key in path_by_key}
 
     def generator_name(self, shape: Shape) -> str:
         """Return the name of a shape's generator that annotators may see; for an asset file, its label."""
@@ -104,32 +103,34 @@ def create(
     # The check is part of the transaction, so that no other process can use the name in the meantime.
     _check(connection, settings, planned)
     # The keys are sorted, because an import compares the settings of two stores as text.
-    text = json.dumps(
+    settings_json = json.dumps(
         {**asdict(settings), "mode": settings.mode.value, "extra": dict(settings.extra)}, sort_keys=True
     )
-    record = {"name": settings.name, "settings": text, "created": now}
-    campaign_id = connection.execute(insert(campaigns).returning(campaigns.c.id), record).scalar_one()
+    campaign_values = {"name": settings.name, "settings": settings_json, "created": now}
+    campaign_id = connection.execute(
+        insert(campaigns).returning(campaigns.c.id), campaign_values
+    ).scalar_one()
     # A shape that occurs in several pairs is stored once. dict.fromkeys removes repetitions and keeps the
     # order of the plan.
     planned_shapes = [shape for pair in planned for shape in (pair.first, pair.second)]
-    identities = list(dict.fromkeys(_identity(shape) for shape in planned_shapes))
+    unique_shape_keys = list(dict.fromkeys(_shape_key(shape) for shape in planned_shapes))
     shape_rows = [
         {
             "campaign_id": campaign_id,
             "position": position,
             "asset": secrets.token_urlsafe(16),  # 128 random bits
-            **dict(zip(FIELDS, identity, strict=True)),
+            **dict(zip(FIELDS, shape_key, strict=True)),
         }
-        for position, identity in enumerate(identities)
+        for position, shape_key in enumerate(unique_shape_keys)
     ]
     # insert_all returns ids in the order of its rows.
-    ids = dict(zip(identities, insert_all(connection, shapes, shape_rows), strict=True))
+    id_by_shape_key = dict(zip(unique_shape_keys, insert_all(connection, shapes, shape_rows), strict=True))
     pair_rows = [
         {
             "campaign_id": campaign_id,
             "position": position,
-            "first_id": ids[_identity(pair.first)],
-            "second_id": ids[_identity(pair.second)],
+            "first_id": id_by_shape_key[_shape_key(pair.first)],
+            "second_id": id_by_shape_key[_shape_key(pair.second)],
             "kind": pair.kind.value,
             "expected": pair.expected,
             "explanation": pair.explanation,
@@ -177,18 +178,20 @@ def _check(connection: Connection, settings: CampaignSettings, planned: Sequence
     # other campaigns may train a reward, so these campaigns may not use them. The seed of an asset file is
     # the number of the file and no seed of a latent.
     if settings.mode is not Mode.STUDY:
-        seeds = (shape.seed for pair in planned for shape in (pair.first, pair.second) if not shape.file)
-        reject_held_out_seeds(seeds, f"campaign {name}")
+        latent_seeds = (
+            shape.seed for pair in planned for shape in (pair.first, pair.second) if not shape.file
+        )
+        reject_held_out_seeds(latent_seeds, f"campaign {name}")
 
 
-def _identity(shape: Shape) -> tuple:
+def _shape_key(shape: Shape) -> tuple:
     """Return the values of a shape's columns, in the order of FIELDS. Equal shapes give equal values.
 
-    A value nan, which stands for an unknown value, becomes None.
+    A value nan, which means an unknown value, becomes None.
     """
-    values = (getattr(shape, name) for name in FIELDS)
+    column_values = (getattr(shape, name) for name in FIELDS)
     # Only nan is unequal to itself. Because of that, two shapes with nan would never be equal.
-    return tuple(None if value != value else value for value in values)
+    return tuple(None if value != value else value for value in column_values)
 
 
 def shape_from_row(row: Row, prefix: str = "") -> Shape:
@@ -198,20 +201,21 @@ def shape_from_row(row: Row, prefix: str = "") -> Shape:
         row: row with the columns FIELDS.
         prefix: text before the name of each column in this row.
     """
-    columns = row._mapping
-    values: dict[str, Any] = {
-        name: math.nan if columns[prefix + name] is None else columns[prefix + name] for name in FIELDS
+    row_columns = row._mapping
+    shape_values: dict[str, Any] = {
+        name: math.nan if row_columns[prefix + name] is None else row_columns[prefix + name]
+        for name in FIELDS
     }
-    return Shape(**values)
+    return Shape(**shape_values)
 
 
 def settings_from_json(text: str) -> CampaignSettings:
     """Parse the column `settings` of the table `campaigns`, which is JSON."""
-    values = json.loads(text)
+    setting_values = json.loads(text)
     # JSON has neither enums nor tuples. Campaigns of older versions have no questions.
-    mode = Mode(values["mode"])
-    questions = tuple(values.get("questions", ()))
-    return CampaignSettings(**{**values, "mode": mode, "questions": questions})
+    mode = Mode(setting_values["mode"])
+    questions = tuple(setting_values.get("questions", ()))
+    return CampaignSettings(**{**setting_values, "mode": mode, "questions": questions})
 
 
 def list_campaigns(
@@ -224,8 +228,8 @@ def list_campaigns(
         name: name of the only campaign that is returned; None: no restriction.
         campaign_id: id of the only campaign that is returned; None: no restriction.
     """
-    count = select(func.count()).where(pairs.c.campaign_id == campaigns.c.id).scalar_subquery()
-    query = select(campaigns, count.label("pair_count")).order_by(campaigns.c.id)
+    pair_count = select(func.count()).where(pairs.c.campaign_id == campaigns.c.id).scalar_subquery()
+    query = select(campaigns, pair_count.label("pair_count")).order_by(campaigns.c.id)
     query = query.where(campaigns.c.name == name) if name is not None else query
     query = query.where(campaigns.c.id == campaign_id) if campaign_id is not None else query
     return [
@@ -248,13 +252,13 @@ def load_plan(connection: Connection, campaign_id: int) -> Plan:
     shape_rows = connection.execute(
         select(shapes).where(shapes.c.campaign_id == campaign_id).order_by(shapes.c.position)
     ).all()
-    assets = {row.id: row.asset for row in shape_rows}  # id of a shape -> its asset token
+    token_by_shape_id = {row.id: row.asset for row in shape_rows}  # id of a shape -> its asset token
     stored_pairs = [
         StoredPair(
             id=row.id,
             position=row.position,
-            first=assets[row.first_id],
-            second=assets[row.second_id],
+            first=token_by_shape_id[row.first_id],
+            second=token_by_shape_id[row.second_id],
             kind=Kind(row.kind),
             expected=row.expected,
             explanation=row.explanation,

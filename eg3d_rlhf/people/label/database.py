@@ -82,17 +82,17 @@ class Database:
         self.url = parse_url(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         # path of the SQLite file; for PostgreSQL it is the name of the database, and is not used
-        path = Path(self.url.database or "")
+        sqlite_path = Path(self.url.database or "")
         # Without this check, SQLite would create an empty file.
-        if self.sqlite and not create and not path.is_file():
+        if self.sqlite and not create and not sqlite_path.is_file():
             raise FileNotFoundError(
-                f"store: there is no database at {path}. Check the path, or label some pairs first, which"
-                " creates the database."
+                f"store: there is no database at {sqlite_path}. Check the path, or label some pairs first,"
+                " which creates the database."
             )
-        if self.sqlite and create and not path.parent.is_dir():
+        if self.sqlite and create and not sqlite_path.parent.is_dir():
             raise FileNotFoundError(
-                f"store: the folder {path.parent} of the database {path.name} does not exist. Create the"
-                " folder, or choose another one."
+                f"store: the folder {sqlite_path.parent} of the database {sqlite_path.name} does not exist."
+                " Create the folder, or choose another one."
             )
         # The file must be readable for its owner only, so it is created here and not by SQLite. SQLite gives
         # its -wal and -shm files the same permissions.
@@ -100,7 +100,7 @@ class Database:
             # The file exists already when a store is opened again. Any other error is reported by the
             # connection below.
             with contextlib.suppress(OSError):
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                os.close(os.open(sqlite_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         self.engine = _engine(self.url, self.sqlite)
         # On PostgreSQL, single statements need no BEGIN and ROLLBACK, which would be two more round trips.
         self._reader = (
@@ -115,15 +115,15 @@ class Database:
             self.close()
             # error.orig is the error of the driver. SQLAlchemy's own message also contains the statement and
             # a link.
-            reason = str(error.orig).strip().splitlines()[0]
-            if self.sqlite and "not a database" in reason:
+            driver_message = str(error.orig).strip().splitlines()[0]
+            if self.sqlite and "not a database" in driver_message:
                 raise ValueError(
                     f"store {self.name}: the file is not an SQLite database. Choose the file of a label"
                     " store, or the name of a new file."
                 ) from None
             raise OSError(
-                f"store {self.name}: the connection failed: {reason}. Check the address, and whether you may"
-                " access the database."
+                f"store {self.name}: the connection failed: {driver_message}. Check the address, and whether"
+                " you may access the database."
             ) from None
 
     @property
@@ -159,11 +159,11 @@ class Database:
                 yield connection
             return
         with self.engine.begin() as connection:
-            for kind, number in locks:
+            for lock, number in locks:
                 connection.execute(
                     text("SELECT pg_advisory_xact_lock(:kind, :number)"),
                     # The second key of an advisory lock is a signed 32-bit integer.
-                    {"kind": int(kind), "number": number % 2**31},
+                    {"kind": int(lock), "number": number % 2**31},
                 )
             yield connection
 
@@ -201,24 +201,24 @@ def parse_url(url: str) -> URL:
             database in memory.
     """
     try:
-        parsed = make_url(url)
+        parsed_url = make_url(url)
     except (ArgumentError, ValueError):
         raise ValueError(
             f"store: {url!r} is not the URL of a database. Write a URL such as {EXAMPLES}."
         ) from None
-    backend = parsed.get_backend_name()
+    backend_name = parsed_url.get_backend_name()
     # Each connection to a database in memory would get its own empty database.
-    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+    if backend_name == "sqlite" and parsed_url.database in (None, "", ":memory:"):
         raise ValueError(
             f"store: the URL {url!r} names no file. Write the URL of a file, such as sqlite:///labels.db."
         )
-    if backend == "postgresql":
-        return parsed.set(drivername="postgresql+psycopg")
-    if backend != "sqlite":
+    if backend_name == "postgresql":
+        return parsed_url.set(drivername="postgresql+psycopg")
+    if backend_name != "sqlite":
         raise ValueError(
-            f"store: the database {backend} is not supported. Use SQLite or PostgreSQL: {EXAMPLES}."
+            f"store: the database {backend_name} is not supported. Use SQLite or PostgreSQL: {EXAMPLES}."
         )
-    return parsed.set(drivername="sqlite")
+    return parsed_url.set(drivername="sqlite")
 
 
 def _engine(url: URL, sqlite: bool) -> Engine:
@@ -460,8 +460,8 @@ def prepare_tables(database: Database, create: bool) -> None:
             return
         # checkfirst=False: a table that exists already raises an error, because its columns were not checked.
         metadata.create_all(connection, checkfirst=False)
-        for statement in SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS:
-            connection.exec_driver_sql(statement)
+        for trigger_statement in SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS:
+            connection.exec_driver_sql(trigger_statement)
         # The version makes the database a label store.
         connection.execute(schema_versions.insert().values(version=VERSION, applied=time.time()))
 
@@ -473,10 +473,10 @@ def _is_store(connection: sa.Connection, database: Database, create: bool) -> bo
         ValueError: the database has tables of another program or another version, or it is not a label store
             and `create` is False.
     """
-    tables = set(sa.inspect(connection).get_table_names())
-    if "schema_versions" not in tables:
+    table_names = set(sa.inspect(connection).get_table_names())
+    if "schema_versions" not in table_names:
         # Tables that have the names of this module, but no version, belong to another program.
-        foreign_tables = sorted(tables & set(metadata.tables))
+        foreign_tables = sorted(table_names & set(metadata.tables))
         if foreign_tables:
             raise ValueError(
                 f"store {database.name}: the database has the tables {', '.join(foreign_tables)} of another"

@@ -22,7 +22,7 @@ from training.config import check_knobs, knob
 
 
 class Mode(enum.StrEnum):
-    """Purpose of a labelling campaign."""
+    """Purpose for which the answers of a labelling campaign are collected."""
 
     LABEL = "label"  # collecting preferences
     STUDY = "study"  # comparing two generators in a blind study
@@ -64,16 +64,16 @@ class Choice(enum.StrEnum):
             return int(self.value) >= GOOD
         return {"up": True, "down": False}.get(self.value)
 
-    def meets(self, expected: str | None) -> bool:
+    def meets(self, expected_answer: str | None) -> bool:
         """Return True if the answer agrees with the correct answer.
 
         Args:
-            expected: correct answer: 'left' or 'right', for a single shape 'up' or 'down', or None if it is
-                not known, with which no answer agrees.
+            expected_answer: correct answer: 'left' or 'right', for a single shape 'up' or 'down', or None if
+                it is not known, with which no answer agrees.
         """
         # A score agrees with 'up' if it counts as good, and with 'down' if it does not.
-        return self.value == expected or (
-            self.good is not None and self.good == {"up": True, "down": False}.get(expected or "")
+        return self.value == expected_answer or (
+            self.good is not None and self.good == {"up": True, "down": False}.get(expected_answer or "")
         )
 
 
@@ -242,9 +242,8 @@ class AssignedPair:
     token: str  # token of the assignment
     left: str  # asset token of the shape on the left
     right: str  # asset token of the shape on the right
-    training: (
-        bool  # True for a practice pair; the page shows the annotator no other property of the assignment
-    )
+    # True for a practice pair; the page shows the annotator no other property of the assignment
+    training: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +257,8 @@ class Answer:
     choice: Choice
     reason: str | None = None  # reason for a skip, one of SKIP_REASONS; None for other choices
     milliseconds: int = 0  # time from the moment at which both shapes are visible to the choice
-    views: tuple[
-        str, ...
-    ] = ()  # names of views and tools that the annotator used, such as 'front' and 'orbit'
+    # names of views and tools that the annotator used, such as 'front' and 'orbit'
+    views: tuple[str, ...] = ()
     answered_at: float | None = None  # time of the choice by the clock of the browser, seconds since 1970
     page_version: str = ""
     # votes on the further questions: name of the question -> 'left', 'right' or 'tie'
@@ -331,9 +329,8 @@ class Submitted:
     """Result of submitting an answer. The answer is on the disk before the result is returned."""
 
     judgement: int  # id of the judgement
-    duplicate: (
-        bool  # True if the answer was recorded before: nothing was written, and this is the first result
-    )
+    # True if the answer was recorded before: nothing was written, and this is the first result
+    duplicate: bool
     training: bool = False  # True for a practice pair
     correct: bool | None = None  # True or False for a practice pair with a correct answer; None otherwise
     explanation: str = ""  # explanation of a practice pair
@@ -404,30 +401,30 @@ def parse_questions(texts: Iterable[str]) -> tuple[Question, ...]:
     """
     questions = []
     for question_text in texts:
-        name, equals, text = (part.strip() for part in str(question_text).partition("="))
+        name, separator, text = (part.strip() for part in str(question_text).partition("="))
         # `equals` is empty if there is no "=". The page must then have texts for the name.
-        if not QUESTION_NAME.fullmatch(name) or (not equals and name not in QUESTIONS):
+        if not QUESTION_NAME.fullmatch(name) or (not separator and name not in QUESTIONS):
             raise ValueError(
                 f"--criteria: {question_text!r} is not a valid question. Use one of {', '.join(QUESTIONS)},"
                 " or NAME=TEXT, where NAME starts with a letter and consists of a to z, 0 to 9, _ and -."
             )
         # isprintable() is False for line breaks and control characters, which a button cannot show.
-        if equals and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
+        if separator and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
             raise ValueError(
                 f"--criteria: the text of the question {name} is {text[:40]!r}. Use a text of 1 to {MAX_TEXT}"
                 " printable characters."
             )
-        questions.append(Question(name, text if equals else None))
-    names = [question.name for question in questions]
-    if len(set(names)) < len(names):
+        questions.append(Question(name, text if separator else None))
+    question_names = [question.name for question in questions]
+    if len(set(question_names)) < len(question_names):
         raise ValueError(
-            f"--criteria: a question occurs more than once in {', '.join(names)}. Remove the repeated"
-            " question."
+            f"--criteria: a question occurs more than once in {', '.join(question_names)}. Remove the"
+            " repeated question."
         )
-    if len(names) > MAX_QUESTIONS:
+    if len(question_names) > MAX_QUESTIONS:
         raise ValueError(
-            f"--criteria: {len(names)} questions were given ({', '.join(names)}), but at most {MAX_QUESTIONS}"
-            " are allowed. Remove some questions."
+            f"--criteria: {len(question_names)} questions were given ({', '.join(question_names)}), but at"
+            f" most {MAX_QUESTIONS} are allowed. Remove some questions."
         )
     return tuple(questions)
 
@@ -443,17 +440,22 @@ def check_votes(questions: Iterable[str], votes: Mapping[str, str], choice: Choi
     Raises:
         ValueError: a vote is missing, unknown or not allowed.
     """
-    names = {question.name for question in parse_questions(questions)} if choice is not Choice.SKIP else set()
-    if set(votes) != names or not set(votes.values()) <= set(VOTES):
-        expected = (
-            f"one of {', '.join(VOTES)} for each of the questions {', '.join(sorted(names))}"
-            if names
+    question_names = (
+        {question.name for question in parse_questions(questions)} if choice is not Choice.SKIP else set()
+    )
+    if set(votes) != question_names or not set(votes.values()) <= set(VOTES):
+        expected_text = (
+            f"one of {', '.join(VOTES)} for each of the questions {', '.join(sorted(question_names))}"
+            if question_names
             else "no votes"
         )
         # The message quotes at most MAX_QUESTIONS votes, so that its length is bounded.
-        quoted_votes = dict(list(votes.items())[:MAX_QUESTIONS])
+        quoted_votes = ", ".join(
+            f"{vote!r} for {question!r}" for question, vote in list(votes.items())[:MAX_QUESTIONS]
+        )
         raise ValueError(
-            f"answer: the votes must be {expected}, but they are {quoted_votes}. Reload the page."
+            f"answer: the votes must be {expected_text}, but they are {quoted_votes or 'none'}. Reload the"
+            " page."
         )
 
 
@@ -467,9 +469,9 @@ def check_stored(votes: str) -> None:
         ValueError: the text is not a JSON object from names of questions to votes.
     """
     try:
-        parsed = json.loads(votes)
-        is_valid = isinstance(parsed, dict) and all(
-            QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in parsed.items()
+        parsed_votes = json.loads(votes)
+        is_valid = isinstance(parsed_votes, dict) and all(
+            QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in parsed_votes.items()
         )
     except ValueError:
         is_valid = False

@@ -106,9 +106,9 @@ def check_answer(answer: Answer) -> None:
     """
     for name, text in (("key", answer.key), *(("view", view) for view in answer.views)):
         check_text(name, text)
-    check_text("page_version", answer.page_version, least=0)
+    check_text("page_version", answer.page_version, min_length=0)
     if answer.comment is not None:
-        check_text("comment", answer.comment, most=MAX_COMMENT)
+        check_text("comment", answer.comment, max_length=MAX_COMMENT)
     if len(answer.views) > MAX_VIEWS:
         raise ValueError(
             f"answer: it contains {len(answer.views)} names of views, but at most {MAX_VIEWS} are allowed."
@@ -136,22 +136,22 @@ def check_answer(answer: Answer) -> None:
         )
 
 
-def check_text(name: str, value: str, least: int = 1, most: int = MAX_TEXT) -> None:
+def check_text(name: str, value: str, min_length: int = 1, max_length: int = MAX_TEXT) -> None:
     """Check that a text has an allowed length, and contains no control characters and no lone surrogates.
 
     Args:
         name: name of the text for the message.
         value: text.
-        least: smallest allowed number of characters.
-        most: largest allowed number of characters.
+        min_length: smallest allowed number of characters.
+        max_length: largest allowed number of characters.
 
     Raises:
         ValueError: the text is not allowed.
     """
-    if not least <= len(value) <= most or not value.isprintable():
+    if not min_length <= len(value) <= max_length or not value.isprintable():
         raise ValueError(
-            f"answer: the text of {name}, {value[:40]!r}, must have {least} to {most} printable characters."
-            " Send another text."
+            f"answer: the text of {name}, {value[:40]!r}, must have {min_length} to {max_length} printable"
+            " characters. Send another text."
         )
 
 
@@ -166,22 +166,22 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
         now: time of receipt, seconds since 1970.
     """
     # The page repeats an answer whose reply did not arrive. The repetition must not be recorded again.
-    earlier = _by_key(connection, annotator_id, answer.key)
-    if earlier is not None and earlier.type != "choice":
+    earlier_row = _by_key(connection, annotator_id, answer.key)
+    if earlier_row is not None and earlier_row.type != "choice":
         raise ConflictError(
             f"answer: an undo has used the key {answer.key!r}. Send the answer with a new key."
         )
-    if earlier is not None:
-        assignment = connection.execute(
-            select(assignments).where(assignments.c.id == earlier.assignment_id)
+    if earlier_row is not None:
+        assignment_row = connection.execute(
+            select(assignments).where(assignments.c.id == earlier_row.assignment_id)
         ).one()
-        recorded = (assignment.token, earlier.choice, earlier.reason, earlier.votes)
-        if recorded != (answer.assignment, answer.choice.value, answer.reason, _votes(answer)):
+        recorded_answer = (assignment_row.token, earlier_row.choice, earlier_row.reason, earlier_row.votes)
+        if recorded_answer != (answer.assignment, answer.choice.value, answer.reason, _votes(answer)):
             raise ConflictError(
                 f"answer: another answer has used the key {answer.key!r}. Send the answer with a new key."
             )
-        return _outcome(plan, assignment, earlier.id, Choice(earlier.choice), duplicate=True)
-    assignment = _assignment(connection, plan.campaign.id, annotator_id, answer.assignment)
+        return _outcome(plan, assignment_row, earlier_row.id, Choice(earlier_row.choice), duplicate=True)
+    assignment_row = _assignment(connection, plan.campaign.id, annotator_id, answer.assignment)
     settings = plan.campaign.settings
     # The choice BAD is valid only in campaigns with `both_bad`, and a skip is always valid.
     valid_choices = [
@@ -194,16 +194,16 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
         )
     check_votes(settings.questions, answer.votes, answer.choice)
     # An annotator can have two pages open, which show the same assignment.
-    if assignment.answered is not None:
+    if assignment_row.answered is not None:
         raise ConflictError(
             f"answer: the assignment {answer.assignment} has an answer already. Undo that answer first."
         )
-    values = {
+    column_values = {
         "campaign_id": plan.campaign.id,
         "annotator_id": annotator_id,
         "key": answer.key,
         "type": "choice",
-        "assignment_id": assignment.id,
+        "assignment_id": assignment_row.id,
         "choice": answer.choice.value,
         "reason": answer.reason,
         "milliseconds": answer.milliseconds,
@@ -214,14 +214,16 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
         "votes": _votes(answer),
         "comment": answer.comment,
     }
-    judgement = connection.execute(RECORD.returning(judgements.c.id), values).scalar_one()
+    judgement_id = connection.execute(RECORD.returning(judgements.c.id), column_values).scalar_one()
     # CLOSE marks the assignment as answered, and renews its lease.
-    parameters = {"assignment": assignment.id, "judgement": judgement, "now": now}
-    released = connection.execute(CLOSE, parameters).scalar_one()
+    parameters = {"assignment": assignment_row.id, "judgement": judgement_id, "now": now}
+    released_at = connection.execute(CLOSE, parameters).scalar_one()
     # If the assignment was released, its slot is taken again if it is free. The answer counts in both cases.
-    if released is not None and take_slot(connection, assignment.pair_id):
-        connection.execute(update(assignments).where(assignments.c.id == assignment.id).values(released=None))
-    return _outcome(plan, assignment, judgement, answer.choice, duplicate=False)
+    if released_at is not None and take_slot(connection, assignment_row.pair_id):
+        connection.execute(
+            update(assignments).where(assignments.c.id == assignment_row.id).values(released=None)
+        )
+    return _outcome(plan, assignment_row, judgement_id, answer.choice, duplicate=False)
 
 
 def _votes(answer: Answer) -> str | None:
@@ -247,41 +249,41 @@ def undo(
         Token of the assignment that is open again; None if there was no answer to take back.
     """
     campaign_id = plan.campaign.id
-    earlier = _by_key(connection, annotator_id, key)
-    if earlier is not None:
-        if earlier.type != "undo":
+    earlier_row = _by_key(connection, annotator_id, key)
+    if earlier_row is not None:
+        if earlier_row.type != "undo":
             raise ConflictError(f"undo: an answer has used the key {key!r}. Send the undo with a new key.")
         # The undo was recorded before. Its result is returned again.
         return connection.execute(
-            select(assignments.c.token).where(assignments.c.id == earlier.assignment_id)
+            select(assignments.c.token).where(assignments.c.id == earlier_row.assignment_id)
         ).scalar()
     if assignment is not None:
         # The annotator has chosen an answer from the list of own answers.
-        latest: Row | None = _assignment(connection, campaign_id, annotator_id, assignment)
+        latest_row: Row | None = _assignment(connection, campaign_id, annotator_id, assignment)
     else:
-        latest = connection.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
+        latest_row = connection.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
     # An assignment without an answer has nothing to take back.
-    target = latest if latest is not None and latest.answered is not None else None
+    undone_row = latest_row if latest_row is not None and latest_row.answered is not None else None
     # The undo is recorded even if there is no answer to take back. When the page repeats it, it has no effect
     # then.
-    values = {
+    column_values = {
         "campaign_id": campaign_id,
         "annotator_id": annotator_id,
         "key": key,
         "type": "undo",
         "received_at": now,
     }
-    if target is not None:
-        check_open(connection, plan, target, now)
-        values |= {"assignment_id": target.id, "takes_back": target.answered}
+    if undone_row is not None:
+        check_open(connection, plan, undone_row, now)
+        column_values |= {"assignment_id": undone_row.id, "takes_back": undone_row.answered}
         # The lease starts again, so that the assignment is not released at once.
         connection.execute(
             update(assignments)
-            .where(assignments.c.id == target.id)
+            .where(assignments.c.id == undone_row.id)
             .values(answered=None, undone=now, leased=now)
         )
-    connection.execute(RECORD, values)
-    return None if target is None else target.token
+    connection.execute(RECORD, column_values)
+    return None if undone_row is None else undone_row.token
 
 
 def _by_key(connection: Connection, annotator_id: int, key: str) -> Row | None:
@@ -295,21 +297,23 @@ def _assignment(connection: Connection, campaign_id: int, annotator_id: int, tok
     Raises:
         LookupError: there is no such assignment.
     """
-    row = None
+    assignment_row = None
     # PostgreSQL rejects texts that contain a null character, so unprintable tokens are not looked up.
     if token.isprintable():
-        row = connection.execute(
+        assignment_row = connection.execute(
             BY_TOKEN, {"token": token, "campaign": campaign_id, "annotator": annotator_id}
         ).first()
-    if row is None:
+    if assignment_row is None:
         raise LookupError(
             f"assignment: this annotator has no assignment with the token {token[:60]!r}. Use a token from"
             " the annotator's list of assignments."
         )
-    return row
+    return assignment_row
 
 
-def _outcome(plan: Plan, assignment: Row, judgement: int, choice: Choice, duplicate: bool) -> Submitted:
+def _outcome(
+    plan: Plan, assignment_row: Row, judgement_id: int, choice: Choice, duplicate: bool
+) -> Submitted:
     """Make the result of a submission, which the page shows.
 
     The result of a practice pair contains its explanation. Results of other pairs contain the names of the
@@ -317,56 +321,61 @@ def _outcome(plan: Plan, assignment: Row, judgement: int, choice: Choice, duplic
 
     Args:
         plan: plan of the campaign.
-        assignment: row of the assignment.
-        judgement: id of the judgement.
+        assignment_row: row of the assignment.
+        judgement_id: id of the judgement.
         choice: choice of the answer.
         duplicate: True if the answer was recorded before.
     """
-    if assignment.kind != Kind.TRAINING:
-        names = revealed(plan, assignment, choice)
-        return Submitted(judgement=judgement, duplicate=duplicate, reveal=names)
-    pair = plan.pairs[assignment.pair_id]
-    expected = expected_side(pair.expected, bool(assignment.first_is_left), plan.campaign.settings.mode)
+    if assignment_row.kind != Kind.TRAINING:
+        shown_names = revealed(plan, assignment_row, choice)
+        return Submitted(judgement=judgement_id, duplicate=duplicate, reveal=shown_names)
+    pair = plan.pairs[assignment_row.pair_id]
+    expected_answer = expected_side(
+        pair.expected, bool(assignment_row.first_is_left), plan.campaign.settings.mode
+    )
     # A skip is neither correct nor wrong.
-    correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)
+    is_correct = None if expected_answer is None or choice is Choice.SKIP else choice.meets(expected_answer)
     return Submitted(
-        judgement=judgement,
+        judgement=judgement_id,
         duplicate=duplicate,
         training=True,
-        correct=correct,
+        correct=is_correct,
         explanation=pair.explanation,
-        better=expected,
+        better=expected_answer,
     )
 
 
-def expected_side(expected: str | None, first_is_left: bool, mode: Mode) -> str | None:
+def expected_side(expected_shape: str | None, first_is_left: bool, mode: Mode) -> str | None:
     """Convert the correct answer of a pair of the plan to the answer that an annotator must give.
 
     Args:
-        expected: 'first' or 'second'; None: not known.
+        expected_shape: 'first' or 'second'; None: not known.
         first_is_left: True if the first shape of the pair is shown on the left.
         mode: mode of the campaign.
 
     Returns:
-        'left' or 'right'; for a single shape 'up' for 'first' and 'down' for 'second'; None if `expected` is
-        None.
+        'left' or 'right'; for a single shape 'up' for 'first' and 'down' for 'second'; None if
+        `expected_shape` is None.
     """
-    if expected is None:
+    if expected_shape is None:
         return None
     if mode is Mode.SINGLE:
-        return {"first": "up", "second": "down"}[expected]
-    return "left" if (expected == "first") == first_is_left else "right"
+        return {"first": "up", "second": "down"}[expected_shape]
+    return "left" if (expected_shape == "first") == first_is_left else "right"
 
 
 def read_judgements(
-    database: Database, campaign: str | None = None, names: Sequence[str] = (), include_undone: bool = False
+    database: Database,
+    campaign: str | None = None,
+    annotator_names: Sequence[str] = (),
+    include_undone: bool = False,
 ) -> Iterator[JudgementRow]:
     """Yield judgements in order of receipt. Undos are not yielded.
 
     Args:
         database: database of the label store.
         campaign: name of the campaign; None: all campaigns.
-        names: names of the annotators; empty: all annotators.
+        annotator_names: names of the annotators; empty: all annotators.
         include_undone: True yields judgements that were taken back as well.
     """
     # A judgement refers to two shapes, so the table of shapes is joined twice. The columns get the prefixes
@@ -376,7 +385,7 @@ def read_judgements(
     shape_columns = [first_shapes.c[name].label(f"first_{name}") for name in FIELDS] + [
         second_shapes.c[name].label(f"second_{name}") for name in FIELDS
     ]
-    columns = (
+    selected_columns = (
         *(judgements.c[name] for name in (*OF_JUDGEMENT, "choice", "views", "votes")),
         *(
             assignments.c[name]
@@ -388,34 +397,44 @@ def read_judgements(
         campaigns.c.settings,
         *shape_columns,
     )
-    joined = judgements.join(
+    joined_tables = judgements.join(
         assignments, and_(assignments.c.id == judgements.c.assignment_id, judgements.c.type == "choice")
     ).join(pairs, pairs.c.id == assignments.c.pair_id)
-    joined = joined.join(first_shapes, first_shapes.c.id == pairs.c.first_id).join(
+    joined_tables = joined_tables.join(first_shapes, first_shapes.c.id == pairs.c.first_id).join(
         second_shapes, second_shapes.c.id == pairs.c.second_id
     )
-    joined = joined.join(annotators, annotators.c.id == judgements.c.annotator_id).join(
+    joined_tables = joined_tables.join(annotators, annotators.c.id == judgements.c.annotator_id).join(
         campaigns, campaigns.c.id == judgements.c.campaign_id
     )
-    query = select(*columns).select_from(joined)
-    query = query.where(campaigns.c.name == campaign) if campaign is not None else query
-    query = query.where(annotators.c.name.in_(list(names))) if names else query
-    query = query if include_undone else query.where(assignments.c.answered == judgements.c.id)
+    judgement_query = select(*selected_columns).select_from(joined_tables)
+    judgement_query = (
+        judgement_query.where(campaigns.c.name == campaign) if campaign is not None else judgement_query
+    )
+    judgement_query = (
+        judgement_query.where(annotators.c.name.in_(list(annotator_names)))
+        if annotator_names
+        else judgement_query
+    )
+    judgement_query = (
+        judgement_query
+        if include_undone
+        else judgement_query.where(assignments.c.answered == judgements.c.id)
+    )
     # name of a campaign -> its mode, so that settings are parsed once per campaign
-    modes: dict[str, str] = {}
+    mode_by_campaign: dict[str, str] = {}
     last_id = 0
     while True:
         # A new transaction for each page: a slow consumer of this generator does not block the database.
         with database.read() as connection:
-            page = connection.execute(
-                query.where(judgements.c.id > last_id).order_by(judgements.c.id).limit(PAGE)
+            page_rows = connection.execute(
+                judgement_query.where(judgements.c.id > last_id).order_by(judgements.c.id).limit(PAGE)
             ).all()
-        for row in page:
-            yield _row(row, modes)
-        if len(page) < PAGE:
+        for row in page_rows:
+            yield _row(row, mode_by_campaign)
+        if len(page_rows) < PAGE:
             return
         # Ids increase with the time of receipt, so the next page starts after the last id of this one.
-        last_id = page[-1].id
+        last_id = page_rows[-1].id
 
 
 def tally(connection: Connection) -> list[Row]:
@@ -426,32 +445,32 @@ def tally(connection: Connection) -> list[Row]:
         (time of receipt of the newest one, seconds since 1970).
     """
     # `answered` is null for an answer that was taken back, so the join leaves it out.
-    totals = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
-    query = select(judgements.c.campaign_id, annotators.c.name, *totals).join_from(
+    total_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
+    tally_query = select(judgements.c.campaign_id, annotators.c.name, *total_columns).join_from(
         assignments, judgements, judgements.c.id == assignments.c.answered
     )
-    query = query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
+    tally_query = tally_query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
         judgements.c.campaign_id, judgements.c.annotator_id, annotators.c.name
     )
-    return list(connection.execute(query.order_by(func.min(judgements.c.id))))
+    return list(connection.execute(tally_query.order_by(func.min(judgements.c.id))))
 
 
-def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
+def _row(row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
     """Make a `JudgementRow` from a row of the query in `read_judgements`.
 
     Args:
         row: row of the query.
-        modes: cache of the modes, by name of the campaign. It is extended in place.
+        mode_by_campaign: cache of the modes, by name of the campaign. It is extended in place.
     """
-    if row.campaign not in modes:
-        modes[row.campaign] = settings_from_json(row.settings).mode.value
+    if row.campaign not in mode_by_campaign:
+        mode_by_campaign[row.campaign] = settings_from_json(row.settings).mode.value
     first_is_left = bool(row.first_is_left)
     first_shape = shape_from_row(row, "first_")
     second_shape = shape_from_row(row, "second_")
     left_shape, right_shape = (first_shape, second_shape) if first_is_left else (second_shape, first_shape)
     return JudgementRow(
         **{name: row._mapping[name] for name in AS_STORED},
-        mode=modes[row.campaign],
+        mode=mode_by_campaign[row.campaign],
         assignment=row.token,
         pair=row.pair_id,
         kind=Kind(row.kind),
@@ -459,7 +478,7 @@ def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
         right=right_shape,
         first_is_left=first_is_left,
         choice=Choice(row.choice),
-        expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])),
+        expected=expected_side(row.expected, first_is_left, Mode(mode_by_campaign[row.campaign])),
         views=tuple(json.loads(row.views)),
         # `answered` of the assignment is the id of the judgement that counts.
         undone=row.answered != row.id,
@@ -485,15 +504,15 @@ def own_answers(
         "count": count,
     }
     is_complete = study_over(connection, plan, now)
-    answers = []
+    listed_answers = []
     for row in connection.execute(OWN_ANSWERS, parameters):
         pair = plan.pairs[row.pair_id]
         choice = Choice(row.choice)
-        # The shapes stand on the same sides as in the assignment.
+        # The shapes are on the same sides as in the assignment.
         left_token, right_token = (
             (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
         )
-        answers.append(
+        listed_answers.append(
             OwnAnswer(
                 sequence=row.sequence,
                 assignment=row.token,
@@ -507,7 +526,7 @@ def own_answers(
                 changeable=not is_complete and not _reply_reveals(plan, row.kind, choice),
             )
         )
-    return answers
+    return listed_answers
 
 
 def comments(connection: Connection, campaign_id: int, count: int) -> list[Row]:
@@ -519,7 +538,7 @@ def comments(connection: Connection, campaign_id: int, count: int) -> list[Row]:
     return list(connection.execute(COMMENTS, {"campaign": campaign_id, "count": count}))
 
 
-def check_open(connection: Connection, plan: Plan, assignment: Row, now: float) -> None:
+def check_open(connection: Connection, plan: Plan, assignment_row: Row, now: float) -> None:
     """Check that the answer to an assignment may still be taken back.
 
     Raises:
@@ -527,11 +546,11 @@ def check_open(connection: Connection, plan: Plan, assignment: Row, now: float) 
     """
     # The choice has an influence only in campaigns that reveal names. Other campaigns save this query.
     choice = (
-        Choice(connection.execute(CHOICE, {"judgement": assignment.answered}).scalar_one())
+        Choice(connection.execute(CHOICE, {"judgement": assignment_row.answered}).scalar_one())
         if plan.campaign.settings.reveal
         else Choice.SKIP
     )
-    if _reply_reveals(plan, assignment.kind, choice):
+    if _reply_reveals(plan, assignment_row.kind, choice):
         raise ConflictError(
             "answer: it cannot be changed, because the names of the generators were shown after it. Continue"
             " with the next pair."
@@ -548,29 +567,29 @@ def study_over(connection: Connection, plan: Plan, now: float) -> bool:
     Campaigns of other modes, and studies without a stopping rule, are never over.
     """
     settings = plan.campaign.settings
-    trials = settings.extra.get("trials")
-    until = settings.extra.get("until")
+    max_trials = settings.extra.get("trials")
+    end_time = settings.extra.get("until")
     # `extra` contains "trials" only if the study was planned with a stopping rule.
-    if settings.mode is not Mode.STUDY or trials is None:
+    if settings.mode is not Mode.STUDY or max_trials is None:
         return False
     # astimezone() interprets a date without a time zone as local time of the server.
-    if until is not None and now >= datetime.fromisoformat(until).astimezone(UTC).timestamp():
+    if end_time is not None and now >= datetime.fromisoformat(end_time).astimezone(UTC).timestamp():
         return True
-    return connection.execute(TRIALS, {"campaign": plan.campaign.id}).scalar_one() >= trials
+    return connection.execute(TRIALS, {"campaign": plan.campaign.id}).scalar_one() >= max_trials
 
 
-def revealed(plan: Plan, assignment: Row, choice: Choice) -> tuple[str, str] | None:
+def revealed(plan: Plan, assignment_row: Row, choice: Choice) -> tuple[str, str] | None:
     """Return the names of the generators of the left and the right shape, or None if they are not shown.
 
     They are shown only in campaigns with `reveal`, and not after a skip, a repeat or a gold check.
     """
     # Both shapes of a gold pair are from the same generator. Equal names would reveal that it is a gold pair.
-    if not _reply_reveals(plan, assignment.kind, choice) or assignment.kind != Kind.PAIR:
+    if not _reply_reveals(plan, assignment_row.kind, choice) or assignment_row.kind != Kind.PAIR:
         return None
-    pair = plan.pairs[assignment.pair_id]
+    pair = plan.pairs[assignment_row.pair_id]
     first_name = plan.generator_name(plan.shapes[pair.first])
     second_name = plan.generator_name(plan.shapes[pair.second])
-    return (first_name, second_name) if assignment.first_is_left else (second_name, first_name)
+    return (first_name, second_name) if assignment_row.first_is_left else (second_name, first_name)
 
 
 def _reply_reveals(plan: Plan, kind: str, choice: Choice) -> bool:

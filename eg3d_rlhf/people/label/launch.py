@@ -50,16 +50,16 @@ _MESHES = ("glb", "obj", "ply")  # kinds of files that a mesh reward can read
 _server_option = functools.partial(option, group="Server")
 
 
-def with_defaults(flags: Mapping, *kinds: type) -> dict:
+def with_defaults(flags: Mapping, *settings_classes: type) -> dict:
     """Return the values of flags, with the defaults of settings in place of flags that were not passed.
 
     Args:
         flags: value of each flag; None for a flag that was not passed.
-        kinds: settings dataclasses whose knobs have the names of the flags.
+        settings_classes: settings dataclasses whose knobs have the names of the flags.
     """
     defaults: dict = {}
-    for kind in kinds:
-        defaults |= {field.name: field.default for field, _, _ in knobs_of(kind)}
+    for settings_class in settings_classes:
+        defaults |= {field.name: field.default for field, _, _ in knobs_of(settings_class)}
     return {name: defaults.get(name) if value is None else value for name, value in flags.items()}
 
 
@@ -82,11 +82,17 @@ class Request:
     def to_json(self) -> dict:
         """Return the flags as JSON values, as a campaign's `extra` stores them."""
         # The values must equal those that are read from JSON at the next start, so tuples become lists.
-        pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
-        settings = {**self.settings, "questions": list(self.settings["questions"])}
+        pairing_flags = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
+        settings_flags = {**self.settings, "questions": list(self.settings["questions"])}
         # a campaign on a generator has no flags of asset files
-        assets = {"assets": self.assets, "up": self.up} if self.assets else {}
-        return {"network": self.network, **assets, "after": self.after, **pairing, **settings}
+        asset_flags = {"assets": self.assets, "up": self.up} if self.assets else {}
+        return {
+            "network": self.network,
+            **asset_flags,
+            "after": self.after,
+            **pairing_flags,
+            **settings_flags,
+        }
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
         """Return the settings of the campaign.
@@ -95,8 +101,8 @@ class Request:
             extra: further JSON values that are stored with the campaign.
         """
         # A campaign of pairs uses the default mode and the default scale.
-        scale = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
-        settings = {**self.settings, **scale}
+        scale_settings = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
+        settings = {**self.settings, **scale_settings}
         return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **settings)
 
 
@@ -117,20 +123,21 @@ def check_resumed(
     Raises:
         ValueError: the campaign was not planned from flags, or a flag was passed with another value.
     """
-    name = campaign.settings.name
+    campaign_name = campaign.settings.name
     # campaigns of studies and of imports have no flags
     stored_flags = campaign.settings.extra.get(FLAGS)
     if stored_flags is None:
         raise ValueError(
-            f"--campaign={name}: this campaign was not planned by this command, so this command cannot"
-            " continue it. Choose another name."
+            f"--campaign={campaign_name}: this campaign was not planned by this command, so this command"
+            " cannot continue it. Choose another name."
         )
     # A flag that was not passed keeps its stored value, even if its default has changed.
     for flag in sorted(written & set(flags)):
         if stored_flags.get(flag) != flags[flag]:
             raise ValueError(
-                f"--{flag.replace('_', '-')}={flags[flag]}: the campaign {name!r} was planned with the value"
-                f" {stored_flags.get(flag)}. Remove the flag, or start another campaign with {another}."
+                f"--{flag.replace('_', '-')}={flags[flag]}: the campaign {campaign_name!r} was planned with"
+                f" the value {stored_flags.get(flag)}. Remove the flag, or start another campaign with"
+                f" {another}."
             )
     return stored_flags
 
@@ -181,28 +188,30 @@ def plan_campaign(
         with prefix_errors("--after"):
             # Judgements and not preferences are read, because a preference names seeds, which assets do not
             # have.
-            rows = kept_judgements(store, filters, Mode.LABEL) if store and filters else []
-            answers = answers_of(collection, rows)
+            judgement_rows = kept_judgements(store, filters, Mode.LABEL) if store and filters else []
+            preferences = answers_of(collection, judgement_rows)
         with prefix_errors("--assets"):
-            assets = plan_assets(request.pairing, collection, report, answers, ensemble)
-        extra = {
+            asset_plan = plan_assets(request.pairing, collection, report, preferences, ensemble)
+        extra_values = {
             FLAGS: request.to_json(),
-            "plan": assets.report,
+            "plan": asset_plan.report,
             "conditions": prompts_json(collection),
             "up": request.up,
         }
-        return request.campaign_settings(extra), assets.pairs
+        return request.campaign_settings(extra_values), asset_plan.pairs
     with prefix_errors("--after"):
         # The results are read before the generator is loaded, so that an unknown campaign is reported
         # immediately.
-        results = store_preferences(store, filters) if store and filters else []
+        earlier_preferences = store_preferences(store, filters) if store and filters else []
     with prefix_errors("--network"):
         generator = load_generator(request.network)
-    unit = "shapes" if request.pairing.single else "pairs"
-    report(f"planning {request.pairing.pairs} {unit} ({request.pairing.strategy}) ...")
+    unit_noun = "shapes" if request.pairing.single else "pairs"
+    report(f"planning {request.pairing.pairs} {unit_noun} ({request.pairing.strategy}) ...")
     ensemble = reward_ensemble(request.pairing, generator) if strategy.least_rewards else None
-    planned = plan(request.pairing, generator, results, ensemble)
-    return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
+    campaign_plan = plan(request.pairing, generator, earlier_preferences, ensemble)
+    return request.campaign_settings(
+        {FLAGS: request.to_json(), "plan": campaign_plan.report}
+    ), campaign_plan.pairs
 
 
 def annotators_with_access(store: "Store") -> list[str]:
@@ -215,13 +224,13 @@ def annotators_with_access(store: "Store") -> list[str]:
     ]
 
 
-def check_annotators(store: "Store | None", host: str, command: str) -> None:
+def check_annotators(store: "Store | None", host: str, add_command: str) -> None:
     """Check that an annotator can log in to a server that other machines can reach.
 
     Args:
         store: store of the annotators; None: there is no store yet.
         host: value of --host.
-        command: command that adds an annotator, for the message.
+        add_command: command that adds an annotator, for the message.
 
     Raises:
         ValueError: there is no annotator who can log in.
@@ -229,7 +238,7 @@ def check_annotators(store: "Store | None", host: str, command: str) -> None:
     if store is None or not annotators_with_access(store):
         raise ValueError(
             f"--host={host}: annotators must log in with a token, but there is no annotator yet. Add an"
-            f" annotator with: {command}"
+            f" annotator with: {add_command}"
         )
 
 
@@ -262,8 +271,8 @@ class ServerFlags:
             flags: values of all flags, by name.
             folder: folder of the access log if --access-log was not passed.
         """
-        values = {field.name: flags[field.name] for field in fields(cls)}
-        return cls(**{**values, "access_log": flags["access_log"] or folder / "access.jsonl"})
+        field_values = {field.name: flags[field.name] for field in fields(cls)}
+        return cls(**{**field_values, "access_log": flags["access_log"] or folder / "access.jsonl"})
 
     @property
     def exposed(self) -> bool:
@@ -273,13 +282,13 @@ class ServerFlags:
 
     def to_dict(self) -> dict:
         """Return the flags as --dry-run prints them, in JSON types."""
-        address = {
+        address_flags = {
             "host": self.host,
             "port": self.port,
             "exposed": self.exposed,
             "https": self.certificate is not None,
         }
-        return {**address, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
+        return {**address_flags, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
 
 
 def server_options(access_log: str, title: str = "Heading of the page."):
@@ -289,9 +298,9 @@ def server_options(access_log: str, title: str = "Heading of the page."):
         access_log: default of --access-log, as the help shows it.
         title: help text of --title.
     """
-    file = click.Path(path_type=Path, dir_okay=False)
-    pem = click.Path(path_type=Path, exists=True, dir_okay=False)
-    flags = (
+    file_type = click.Path(path_type=Path, dir_okay=False)
+    pem_type = click.Path(path_type=Path, exists=True, dir_okay=False)
+    flag_decorators = (
         _server_option(
             "--host",
             metavar="ADDRESS",
@@ -311,10 +320,12 @@ def server_options(access_log: str, title: str = "Heading of the page."):
         _server_option(
             "--certificate",
             metavar="FILE",
-            type=pem,
+            type=pem_type,
             help="PEM file of the server's certificate. With --key, the server uses https.",
         ),
-        _server_option("--key", metavar="FILE", type=pem, help="PEM file of the certificate's private key."),
+        _server_option(
+            "--key", metavar="FILE", type=pem_type, help="PEM file of the certificate's private key."
+        ),
         _server_option(
             "--proxy",
             metavar="ADDRESS",
@@ -326,7 +337,7 @@ def server_options(access_log: str, title: str = "Heading of the page."):
         _server_option(
             "--access-log",
             metavar="FILE",
-            type=file,
+            type=file_type,
             show_default=access_log,
             rare=True,
             help="File to which a JSON line without tokens is written for each request.",
@@ -347,7 +358,7 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             show_default="the question, in the annotator's language",
         ),
     )
-    return combine_decorators(*flags)
+    return combine_decorators(*flag_decorators)
 
 
 def serve_campaign(
@@ -371,10 +382,10 @@ def serve_campaign(
     from eg3d_rlhf.people.label.server.app import serve
 
     cache = ShapeCache(server.cache)
-    stored = store.campaign(campaign)
-    if stored is not None:
+    stored_campaign = store.campaign(campaign)
+    if stored_campaign is not None:
         # A missing asset file may have been restored since the last start, so it is tried again.
-        cache.forget_temporary_failures(shape for _, shape in store.shapes(stored.id) if shape.file)
+        cache.forget_temporary_failures(shape for _, shape in store.shapes(stored_campaign.id) if shape.file)
     options = AppOptions(
         store=store,
         campaign=campaign,
@@ -421,19 +432,19 @@ def serve_campaign(
 
 
 def reject_flags_before(ctx: click.Context, *allowed: str) -> None:
-    """Check that only allowed flags stand before the name of a sub-command.
+    """Check that only allowed flags precede the name of a sub-command.
 
     Args:
         ctx: context of the group.
         allowed: names of the allowed parameters.
 
     Raises:
-        ValueError: another flag stands before the sub-command; the message names it.
+        ValueError: another flag precedes the sub-command; the message names it.
     """
     if rejected_flags := named_flags(ctx, given_flags(ctx) - set(allowed)):
-        names = " and ".join(f"--{name}" for name in allowed)
+        allowed_text = " and ".join(f"--{name}" for name in allowed)
         raise ValueError(
-            f"{', '.join(rejected_flags)}: only {names} may stand before the sub-command"
+            f"{', '.join(rejected_flags)}: only {allowed_text} may precede the sub-command"
             f" {ctx.invoked_subcommand}. Write the other flags after {ctx.invoked_subcommand}."
         )
 
@@ -444,21 +455,21 @@ def given_flags(ctx: click.Context) -> set[str]:
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def named_flags(ctx: click.Context, names: set[str]) -> list[str]:
+def named_flags(ctx: click.Context, parameter_names: set[str]) -> list[str]:
     """Return the flags of parameters as a user writes them, such as "--dry-run".
 
     Args:
         ctx: context of the command.
-        names: names of the parameters.
+        parameter_names: names of the parameters.
     """
     # Flags that only --help-all shows are in the attribute `rare` of the command, see core.cli.
     parameters = (*ctx.command.params, *getattr(ctx.command, "rare", {}).values())
-    return [parameter.opts[0] for parameter in parameters if parameter.name in names]
+    return [parameter.opts[0] for parameter in parameters if parameter.name in parameter_names]
 
 
 # ---- a campaign of labels for one round of tuning
 
-LEAST_ANSWERED = 0.9  # smallest share of the pairs that must be answered; a skip counts as an answer
+MIN_ANSWERED_SHARE = 0.9  # smallest share of the pairs that must be answered; a skip counts as an answer
 # Settings of a campaign for a round of tuning; tools/label.py has the same defaults.
 ASKED = {"show_render": False, "both_bad": True, "questions": (), "reveal": False}
 
@@ -511,13 +522,13 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
     """
     with open_store(url, create=False) as store:
         # Pairs and not answers are counted, because several annotators may answer one pair.
-        answered = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
+        answered_count = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
         labels = store_preferences(store, LabelFilters(campaign=name))
-    least_answered = max(1, round(LEAST_ANSWERED * pairs))
-    if answered < least_answered:
+    min_answered_count = max(1, round(MIN_ANSWERED_SHARE * pairs))
+    if answered_count < min_answered_count:
         raise ValueError(
-            f"campaign {name}: at least {least_answered} of {pairs} pairs must be answered, but {answered}"
-            f" are. Continue to label with: {label_command(url, name)}"
+            f"campaign {name}: at least {min_answered_count} of {pairs} pairs must be answered, but"
+            f" {answered_count} are. Continue to label with: {label_command(url, name)}"
         )
     # Labels of another generator, such as those of another run's database, would train the reward on other
     # shapes.
@@ -544,9 +555,9 @@ def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection)
             mesh.
     """
     if not rewards:
-        least_rewards = STRATEGIES[strategy].least_rewards
+        min_reward_count = STRATEGIES[strategy].least_rewards
         raise ValueError(
-            f"--strategy={strategy} needs at least {least_rewards} mesh rewards for asset files, but"
+            f"--strategy={strategy} needs at least {min_reward_count} mesh rewards for asset files, but"
             " --reward is missing. Train mesh rewards with `eg3d-rlhf reward mesh`, and pass each of them"
             " with --reward=FILE. For assets that a flow has sampled, use `eg3d-rlhf flow label WORK"
             f" --strategy={strategy}`."
@@ -580,5 +591,7 @@ def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection)
         scores = [member.head(embedding)[:, 0] for member, embedding in zip(members, embeddings, strict=True)]
         return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 
-    descriptions = [{"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards]
-    return Ensemble(score, len(members), descriptions)
+    member_descriptions = [
+        {"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards
+    ]
+    return Ensemble(score, len(members), member_descriptions)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # There is one gold pair for every 25 other pairs, and at least 4 gold pairs. With fewer, an annotator who
 # answers at random would often pass all of them.
 _GOLD_EVERY = 25
-_LEAST_GOLD = 4
+_MIN_GOLD_PAIRS = 4
 SINGLE_EXPLANATION = "This one was broken on purpose: {}. It is not a good shape."
 EXPLANATION = "One of the two was broken on purpose: {}. The other one is better."
 _rare_title_knob = functools.partial(knob, group=TITLE, rare=True)
@@ -138,7 +138,7 @@ class PairingOptions(StrategyOptions):
         if self.gold is not None:
             return self.gold
         # -(-a // b) is a / b, rounded up
-        return max(_LEAST_GOLD, -(-self.pairs // _GOLD_EVERY))
+        return max(_MIN_GOLD_PAIRS, -(-self.pairs // _GOLD_EVERY))
 
     @property
     def compared(self) -> int:
@@ -163,7 +163,7 @@ class Plan:
 def plan(
     options: PairingOptions,
     generator: "LoadedGenerator",
-    results: Sequence[Preference] = (),
+    earlier_preferences: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
 ) -> Plan:
     """Plan the pairs of a campaign.
@@ -171,8 +171,8 @@ def plan(
     Args:
         options: options of the pairs.
         generator: generator whose shapes are compared.
-        results: preferences of an earlier campaign, for strategies that use answers. Other strategies ignore
-        them.
+        earlier_preferences: preferences of an earlier campaign, for strategies that use answers. Other
+            strategies ignore them.
         ensemble: rewards, for strategies that use scores.
 
     Raises:
@@ -182,10 +182,10 @@ def plan(
 
     # The level of the generator is inserted, so that the stored plan contains the number.
     options = options if options.level is not None else replace(options, level=generator.generator.level)
-    results = results if STRATEGIES[options.strategy].reads_answers else ()
+    earlier_preferences = earlier_preferences if STRATEGIES[options.strategy].reads_answers else ()
     # With results, the strategy chooses among the seeds of the earlier campaign, which was checked when it
     # was planned.
-    if not results:
+    if not earlier_preferences:
         last_seed = options.first_seed + options.seeds - 1
         check_seeds(
             generator.generator,
@@ -194,21 +194,21 @@ def plan(
         )
     rng = np.random.default_rng(options.seed)
     make_shape = shape_factory(options, generator)
-    report = {**asdict(options), "rewards": list(options.rewards)}
-    seeds: Sequence[Sequence[int]]
+    plan_report = {**asdict(options), "rewards": list(options.rewards)}
+    seed_pairs: Sequence[Sequence[int]]
     if options.single:
         # Version 0.1 drew a permutation for pairs first. It is drawn and ignored, so that the next random
         # numbers are the same.
         rng.permutation(2 * options.pairs)
-        seeds = [(seed, seed) for seed in (rng.permutation(options.pairs) + options.first_seed).tolist()]
+        seed_pairs = [(seed, seed) for seed in (rng.permutation(options.pairs) + options.first_seed).tolist()]
     else:
-        seeds, strategy_report = _chosen(options, generator, results, ensemble, rng)
-        report |= strategy_report
+        seed_pairs, strategy_report = _chosen(options, generator, earlier_preferences, ensemble, rng)
+        plan_report |= strategy_report
     pairs = [
         PlannedPair(first=make_shape(first_seed), second=make_shape(second_seed))
-        for first_seed, second_seed in seeds
+        for first_seed, second_seed in seed_pairs
     ]
-    used_seeds = set().union(*seeds)
+    used_seeds = set().union(*seed_pairs)
     # Gold and practice pairs use the next seeds that no pair uses, so that their undamaged shapes occur
     # nowhere else.
     unused_seeds = (
@@ -220,13 +220,13 @@ def plan(
     gold_pairs = make_known_pairs(known_shapes[: options.gold_pairs], Kind.GOLD, rng)
     practice_pairs = make_known_pairs(known_shapes[options.gold_pairs :], Kind.TRAINING, rng)
     # Practice pairs come first, because annotators learn the task from them.
-    return Plan(practice_pairs + interleave(pairs, gold_pairs), report)
+    return Plan(practice_pairs + interleave(pairs, gold_pairs), plan_report)
 
 
 def _chosen(
     options: PairingOptions,
     generator: "LoadedGenerator",
-    results: Sequence[Preference],
+    earlier_preferences: Sequence[Preference],
     ensemble: Ensemble | None,
     rng: np.random.Generator,
 ) -> tuple[list[list[int]], dict]:
@@ -238,66 +238,87 @@ def _chosen(
     Raises:
         ValueError: the results belong to another generator, or the ensemble has too few rewards.
     """
-    for result in results:
-        if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
+    for earlier_preference in earlier_preferences:
+        if earlier_preference.generator not in (None, generator.hash) or earlier_preference.psi not in (
+            None,
+            options.psi,
+        ):
             raise ValueError(
-                f"plan: the results of the earlier campaign belong to generator {str(result.generator)[:12]}"
-                f" and psi {result.psi}, but this campaign uses generator {generator.hash[:12]} and psi"
-                f" {options.psi}. Use the same --network and --trunc as for the earlier campaign."
+                "plan: the results of the earlier campaign belong to generator"
+                f" {str(earlier_preference.generator)[:12]} and psi {earlier_preference.psi}, but this"
+                f" campaign uses generator {generator.hash[:12]} and psi {options.psi}. Use the same"
+                " --network and --trunc as for the earlier campaign."
             )
     # A later round of a tournament compares the seeds of the earlier rounds. A strategy does not use seeds,
     # but their positions in this list.
-    seeds: Sequence[int] = sorted({seed for result in results for seed in (result.winner, result.loser)})
+    seeds: Sequence[int] = sorted(
+        {
+            seed
+            for earlier_preference in earlier_preferences
+            for seed in (earlier_preference.winner, earlier_preference.loser)
+        }
+    )
     seeds = seeds or range(options.first_seed, options.first_seed + options.compared)
-    position = {seed: index for index, seed in enumerate(seeds)} if results else {}
-    scores = None
+    position_by_seed = {seed: index for index, seed in enumerate(seeds)} if earlier_preferences else {}
+    seed_ensemble = None
     if ensemble is not None:
-        score = ensemble.score
-        scores = replace(ensemble, score=lambda indices: score([seeds[index] for index in indices]))
+        score_seeds = ensemble.score
+        seed_ensemble = replace(
+            ensemble, score=lambda indices: score_seeds([seeds[index] for index in indices])
+        )
     check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
     strategy_plan = STRATEGIES[options.strategy].plan(
         # Any two seeds may form a pair: there is one generator, and no prompt.
-        Items(members=[Item()] * len(seeds), unlimited=True, ensemble=scores),
-        [replace(result, winner=position[result.winner], loser=position[result.loser]) for result in results],
+        Items(members=[Item()] * len(seeds), unlimited=True, ensemble=seed_ensemble),
+        [
+            replace(
+                earlier_preference,
+                winner=position_by_seed[earlier_preference.winner],
+                loser=position_by_seed[earlier_preference.loser],
+            )
+            for earlier_preference in earlier_preferences
+        ],
         rng,
         options,
     )
-    pairs = [[seeds[a], seeds[b]] for a, b in strategy_plan.pairs]
-    return pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
+    seed_pairs = [
+        [seeds[first_index], seeds[second_index]] for first_index, second_index in strategy_plan.pairs
+    ]
+    return seed_pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
 
 
-def report_with_names(report: Mapping, name: Callable[[int, int], Mapping]) -> dict:
+def report_with_names(report: Mapping, names_of: Callable[[int, int], Mapping]) -> dict:
     """Return the report of a strategy with names of the items in place of their positions.
 
     Only the list "why" of the report, which explains the choice of each pair, contains positions.
 
     Args:
         report: report of the strategy.
-        name: function (position, position) -> names of the two items, as JSON values.
+        names_of: function (position, position) -> names of the two items, as JSON values.
     """
-    named = dict(report)
+    named_report = dict(report)
     if "why" in report:
-        named["why"] = [
+        named_report["why"] = [
             {
-                **name(*pair_report["pair"]),
+                **names_of(*pair_report["pair"]),
                 **{key: value for key, value in pair_report.items() if key != "pair"},
             }
             for pair_report in report["why"]
         ]
-    return named
+    return named_report
 
 
 def shape_factory(options: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:
     """Return a function (seed) -> `Shape` of the generator with these options."""
     # An empty source means the bundled generator, whose path differs from installation to installation.
-    source = "" if generator.path == bundled.GENERATOR else str(generator.path.resolve())
-    level = generator.generator.level if options.level is None else options.level
+    source_path = "" if generator.path == bundled.GENERATOR else str(generator.path.resolve())
+    surface_level = generator.generator.level if options.level is None else options.level
     return lambda seed: Shape(
         generator=generator.hash,
-        source=source,
+        source=source_path,
         seed=int(seed),
         psi=float(options.psi),
-        level=float(level),
+        level=float(surface_level),
         resolution=options.resolution,
         triangles=options.triangles,
     )
@@ -317,10 +338,10 @@ def known_answers(
         damages: kind of damage -> its description for annotators.
     """
     pairs = []
-    for number, shape in enumerate(shapes):
-        name, description = list(damages.items())[number % len(damages)]
+    for pair_number, shape in enumerate(shapes):
+        damage_kind, description = list(damages.items())[pair_number % len(damages)]
         # The shapes are equal except for the damage, so the damage alone decides which shape is better.
-        two_shapes = [shape, replace(shape, degradation=name)]
+        two_shapes = [shape, replace(shape, degradation=damage_kind)]
         is_damaged_first = bool(rng.integers(2))
         pairs.append(
             PlannedPair(
@@ -344,22 +365,28 @@ def damaged_singles(
     pairs = []
     # known_answers also draws the order of the two shapes, so the random numbers are the same as for pairs.
     for pair in known_answers(shapes, kind, rng, damages):
-        damaged = pair.first if pair.first.degradation else pair.second
-        explanation = SINGLE_EXPLANATION.format(damages[damaged.degradation]) if kind is Kind.TRAINING else ""
-        pairs.append(replace(pair, first=damaged, second=damaged, expected="second", explanation=explanation))
+        damaged_shape = pair.first if pair.first.degradation else pair.second
+        explanation = (
+            SINGLE_EXPLANATION.format(damages[damaged_shape.degradation]) if kind is Kind.TRAINING else ""
+        )
+        pairs.append(
+            replace(
+                pair, first=damaged_shape, second=damaged_shape, expected="second", explanation=explanation
+            )
+        )
     return pairs
 
 
-def interleave(pairs: Sequence[PlannedPair], gold: Sequence[PlannedPair]) -> list[PlannedPair]:
+def interleave(pairs: Sequence[PlannedPair], gold_pairs: Sequence[PlannedPair]) -> list[PlannedPair]:
     """Insert gold pairs at even distances between other pairs. The first pair is not a gold pair."""
     all_pairs = []
-    for number, pair in enumerate(pairs, 1):
+    for pair_number, pair in enumerate(pairs, 1):
         all_pairs.append(pair)
         # After the first `number` of N pairs, number * G // N of the G gold pairs have been inserted. Integer
         # division has no rounding errors, so every gold pair is inserted once.
-        start = (number - 1) * len(gold) // len(pairs)
-        stop = number * len(gold) // len(pairs)
-        all_pairs += gold[start:stop]
+        start_index = (pair_number - 1) * len(gold_pairs) // len(pairs)
+        stop_index = pair_number * len(gold_pairs) // len(pairs)
+        all_pairs += gold_pairs[start_index:stop_index]
     return all_pairs
 
 
@@ -380,18 +407,20 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 
     members: list[Reward] = []
-    descriptions = []
+    file_descriptions = []
     # The two bundled rewards were trained independently on the same labels. A pair on which they disagree is
     # informative for a strategy.
-    for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.HELDOUT_REWARD)):
-        reward = load_reward(path)
-        check_reward(reward, generator.generator, f"--strategy={pairing.strategy}: {path.name}")
+    for reward_path in map(Path, pairing.rewards or (bundled.REWARD, bundled.HELDOUT_REWARD)):
+        reward = load_reward(reward_path)
+        check_reward(reward, generator.generator, f"--strategy={pairing.strategy}: {reward_path.name}")
         # A file of an ensemble contains several members.
         file_members = reward.members()
         members += file_members
-        descriptions.append({"file": path.name, "sha256": file_hash(path), "members": len(file_members)})
+        file_descriptions.append(
+            {"file": reward_path.name, "sha256": file_hash(reward_path), "members": len(file_members)}
+        )
     # An observation that several members use is computed only once.
-    observers = {
+    observe_functions = {
         member.observation: observe_seeds(generator.generator, member.observation, psi=pairing.psi)
         for member in members
     }
@@ -401,7 +430,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     @torch.no_grad()
     def score(seeds: Sequence[int]) -> Scored:
         """Return the scores [M, N] of N seeds by M members, in logits, and embeddings [N, sum of widths]."""
-        observed = {observation: observe(seeds) for observation, observe in observers.items()}
+        observed = {observation: observe(seeds) for observation, observe in observe_functions.items()}
         embeddings = [member.network.embed(observed[member.observation]) for member in members]
         # Division by the temperature of a member turns its score into a calibrated logit.
         scores = [
@@ -410,4 +439,4 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
         ]
         return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 
-    return Ensemble(score, len(members), descriptions)
+    return Ensemble(score, len(members), file_descriptions)

@@ -66,8 +66,8 @@ def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
         url: URL of the store. The name of the file depends on it, because several stores may share a cache.
         campaign: name of the campaign.
     """
-    name = hashlib.sha256(json.dumps([url, campaign]).encode()).hexdigest()[:16]
-    return cache.folder / f"progress-{name}.json"
+    file_stem = hashlib.sha256(json.dumps([url, campaign]).encode()).hexdigest()[:16]
+    return cache.folder / f"progress-{file_stem}.json"
 
 
 def prepare(
@@ -100,21 +100,21 @@ def prepare(
     }
     missing_keys = [key for key in shapes_by_key if key not in failed_keys and key not in prepared_keys]
     durations: deque[float] = deque(maxlen=_RECENT)  # seconds per shape
-    reason = next((cache.failure(shapes_by_key[key]) for key in failed_keys), None)
+    failure_reason = next((cache.failure(shapes_by_key[key]) for key in failed_keys), None)
 
     def report_progress(missing_count: int) -> None:
         seconds_per_shape = sum(durations) / len(durations) if durations else None
         if missing_count == 0:
             seconds_left: float | None = 0.0
         else:
-            # `and` keeps None, which stands for an unknown time
+            # `and` keeps None, which means an unknown time
             seconds_left = seconds_per_shape and seconds_per_shape * missing_count
         report(
             {
                 "done": len(shapes_by_key) - len(failed_keys) - missing_count,
                 "total": len(shapes_by_key),
                 "failed": len(failed_keys),
-                "reason": reason,
+                "reason": failure_reason,
                 "seconds_per_shape": seconds_per_shape,
                 "seconds_left": seconds_left,
                 "finished": missing_count == 0,
@@ -122,19 +122,19 @@ def prepare(
         )
 
     report_progress(len(missing_keys))
-    for number, key in enumerate(missing_keys, 1):
-        start = time.monotonic()
+    for done_count, key in enumerate(missing_keys, 1):
+        start_time = time.monotonic()
         shape = shapes_by_key[key]
         # This loads the generator. An error of its file concerns all shapes, so it ends the preparation.
         renderer.generator(shape)
-        failure = _prepare_shape(shape, cache, renderer, renders)
-        if failure is not None:
-            reason = str(failure)
-            cache.put_failure(shape, reason, temporary=isinstance(failure, reading.ChangedError))
+        shape_error = _prepare_shape(shape, cache, renderer, renders)
+        if shape_error is not None:
+            failure_reason = str(shape_error)
+            cache.put_failure(shape, failure_reason, temporary=isinstance(shape_error, reading.ChangedError))
             failed_keys.add(key)
-            print(f"A shape cannot be shown: {reason}", file=sys.stderr, flush=True)
-        durations.append(time.monotonic() - start)
-        report_progress(len(missing_keys) - number)
+            print(f"A shape cannot be shown: {failure_reason}", file=sys.stderr, flush=True)
+        durations.append(time.monotonic() - start_time)
+        report_progress(len(missing_keys) - done_count)
 
 
 def _prepare_shape(shape: Shape, cache: ShapeCache, renderer: Any, renders: bool) -> ValueError | None:
@@ -144,15 +144,15 @@ def _prepare_shape(shape: Shape, cache: ShapeCache, renderer: Any, renders: bool
         The error if the shape cannot be prepared, and None if it is prepared.
     """
     try:
-        image = renderer.image(shape) if renders and cache.render(shape) is None else None
-        mesh = renderer.mesh(shape) if cache.mesh(shape) is None else None
+        image_bytes = renderer.image(shape) if renders and cache.render(shape) is None else None
+        mesh_bytes = renderer.mesh(shape) if cache.mesh(shape) is None else None
     except ValueError as error:
         return error
     # The mesh is stored last, because a shape counts as prepared when the file of its mesh exists.
-    if image is not None:
-        cache.put_render(shape, image)
-    if mesh is not None:
-        cache.put_mesh(shape, mesh)
+    if image_bytes is not None:
+        cache.put_render(shape, image_bytes)
+    if mesh_bytes is not None:
+        cache.put_mesh(shape, mesh_bytes)
     return None
 
 
@@ -180,14 +180,14 @@ def prepare_prompts(prompts: Iterable[Mapping], cache: ShapeCache) -> None:
         cache: cache in which results and failures are stored.
     """
     for prompt in prompts:
-        key = prompt.get("hash")
+        image_hash = prompt.get("hash")
         # A prompt that consists of a text has no "hash".
-        if not key or cache.prompt_settled(key):
+        if not image_hash or cache.prompt_settled(image_hash):
             continue
         try:
-            cache.put_prompt(key, reading.clean(Path(prompt["image"]), key))
+            cache.put_prompt(image_hash, reading.clean(Path(prompt["image"]), image_hash))
         except ValueError as error:
-            cache.put_prompt_failure(key, str(error))
+            cache.put_prompt_failure(image_hash, str(error))
 
 
 # folder from which the worker process imports this package in any working directory
@@ -201,18 +201,18 @@ _STOP_SECONDS = 5.0  # time in which a worker must end after SIGTERM; then it is
 _RESTARTS = 3  # number of failures without a newly prepared shape after which a worker is not started again
 
 
-def end_with_parent(parent: int) -> None:
+def end_with_parent(parent_id: int) -> None:
     """Start a thread that ends this process when its parent process has ended.
 
     All files are written atomically, so the process may end at any moment.
 
     Args:
-        parent: id of the parent process.
+        parent_id: id of the parent process.
     """
 
     def end_if_orphaned() -> None:
         # When the parent of a process ends, the process gets another parent, such as init.
-        while os.getppid() == parent:
+        while os.getppid() == parent_id:
             time.sleep(_CHECK_PARENT_EVERY)
         os._exit(3)  # sys.exit would only end this thread
 
@@ -239,9 +239,9 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
 
     # One thread leaves the other processors to the requests of annotators and to other users.
     torch.set_num_threads(1)
-    shapes = ShapeCache(cache)
-    shapes.remove_leftovers()
-    file = progress_file(shapes, url, campaign)
+    shape_cache = ShapeCache(cache)
+    shape_cache.remove_leftovers()
+    progress_path = progress_file(shape_cache, url, campaign)
     progress = ShapeProgress(campaign=campaign)
     last_write = -float("inf")  # time of the last write of the progress, in seconds of time.monotonic
 
@@ -249,30 +249,30 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
         nonlocal progress, last_write
         progress = ShapeProgress(campaign=campaign, **fields)
         if progress.finished or time.monotonic() - last_write >= _WRITE_EVERY:
-            progress.write(file)
+            progress.write(progress_path)
             last_write = time.monotonic()
 
     try:
         with Store.open(url, create=False) as store:
-            stored = store.campaign(campaign)
-            if stored is None:
+            stored_campaign = store.campaign(campaign)
+            if stored_campaign is None:
                 raise ValueError(
                     f"--campaign: the database has no campaign {campaign!r}. Plan the campaign with"
                     " tools/label.py."
                 )
-            planned = [shape for _, shape in store.shapes(stored.id)]
-        prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
+            planned_shapes = [shape for _, shape in store.shapes(stored_campaign.id)]
+        prepare_prompts(stored_campaign.settings.extra.get("conditions", {}).values(), shape_cache)
         renderer: Any = AssetPreparer()
         # either all shapes of a campaign are asset files, or none
-        if not planned[0].file:
+        if not planned_shapes[0].file:
             from eg3d_rlhf.people.label.shape_rendering import ShapeRenderer
 
             renderer = ShapeRenderer()
-        prepare(planned, shapes, renderer, stored.settings.show_render, write_progress)
+        prepare(planned_shapes, shape_cache, renderer, stored_campaign.settings.show_render, write_progress)
     except Exception as error:
         # The server reads the error from the progress file. The traceback is written into the log of the
         # process.
-        replace(progress, error=str(error).strip() or type(error).__name__).write(file)
+        replace(progress, error=str(error).strip() or type(error).__name__).write(progress_path)
         raise
 
 
@@ -326,23 +326,32 @@ class Preparation:
                 self._file.unlink()
             # Libraries read these variables when they are imported, so they are set before the process
             # starts.
-            threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            thread_variables = dict.fromkeys(
+                ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+            )
             # With _ROOT the worker can import this package also if it is not installed.
-            path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
-            arguments = {
+            python_path = os.pathsep.join(
+                path_part for path_part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if path_part
+            )
+            worker_arguments = {
                 "campaign": self.campaign,
                 "cache": str(self.cache.folder),
                 "nice": self.nice,
                 "parent": os.getpid(),
             }
-            with self.log.open("wb") as log:
+            with self.log.open("wb") as log_file:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "eg3d_rlhf.people.label.preparation", json.dumps(arguments)],
+                    [
+                        sys.executable,
+                        "-m",
+                        "eg3d_rlhf.people.label.preparation",
+                        json.dumps(worker_arguments),
+                    ],
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=log_file,
+                    stderr=log_file,
                     start_new_session=True,  # Ctrl-C in the server's terminal must not reach the worker
-                    env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
+                    env={**os.environ, **thread_variables, "PYTHONPATH": python_path, URL_VARIABLE: self.url},
                 )
 
     def stop(self) -> None:
@@ -367,10 +376,10 @@ class Preparation:
             if self._process is None or self.running or self._process.returncode == 0:
                 return
             progress = ShapeProgress.read(self._file)
-            done = progress.done if progress else 0
+            done_count = progress.done if progress else 0
             # If shapes were prepared since the last failure, the count of failures starts again.
-            self._restarts = 0 if done > self._done else self._restarts + 1
-            self._done = max(done, self._done)
+            self._restarts = 0 if done_count > self._done else self._restarts + 1
+            self._done = max(done_count, self._done)
             if self._restarts < _RESTARTS:
                 self.start()
 

@@ -48,8 +48,8 @@ class QualityLimits:
 
 def counting(rows: Iterable[JudgementRow]) -> list[JudgementRow]:
     """Return the judgements that count, in order of receipt: not taken back, and not of a practice pair."""
-    counted = (row for row in rows if not row.undone and row.kind != Kind.TRAINING)
-    return sorted(counted, key=lambda row: row.id)
+    counted_rows = (row for row in rows if not row.undone and row.kind != Kind.TRAINING)
+    return sorted(counted_rows, key=lambda row: row.id)
 
 
 def side_free(row: JudgementRow) -> str:
@@ -81,32 +81,32 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
     """
     limits = limits or QualityLimits()
     rows = list(rows)
-    counted = counting(rows)
+    counted_rows = counting(rows)
     # assignments whose answer was changed
-    changed = {row.assignment for row in rows if row.undone}
-    by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
-    for row in counted:
-        by_annotator[row.annotator].append(row)
+    changed_assignments = {row.assignment for row in rows if row.undone}
+    rows_by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
+    for row in counted_rows:
+        rows_by_annotator[row.annotator].append(row)
     # judgements of studies are left out, because a study stays blind until its report
-    label_rows = [row for row in counted if row.mode == Mode.LABEL]
+    label_rows = [row for row in counted_rows if row.mode == Mode.LABEL]
     comparisons, name_of_shape = _comparisons(label_rows)
     return {
-        "judgements": len(counted),
+        "judgements": len(counted_rows),
         "annotators": [
-            annotator_quality(name, annotator_rows, limits, changed)
-            for name, annotator_rows in sorted(by_annotator.items())
+            annotator_quality(name, annotator_rows, limits, changed_assignments)
+            for name, annotator_rows in sorted(rows_by_annotator.items())
         ],
-        "agreement": agreement(counted),
+        "agreement": agreement(counted_rows),
         "bradley_terry": _strengths(comparisons, name_of_shape, limits),
         "cycles": cycles(comparisons),
-        "questions": by_question(counted),
-        "leaderboards": leaderboards(counted),
-        "timeline": timeline(counted),
+        "questions": by_question(counted_rows),
+        "leaderboards": leaderboards(counted_rows),
+        "timeline": timeline(counted_rows),
     }
 
 
 def annotator_quality(
-    name: str, rows: Sequence[JudgementRow], limits: QualityLimits, changed: Collection[str] = ()
+    name: str, rows: Sequence[JudgementRow], limits: QualityLimits, changed_assignments: Collection[str] = ()
 ) -> dict:
     """Compute the quality metrics of one annotator, and flags in words.
 
@@ -114,18 +114,20 @@ def annotator_quality(
         name: name of the annotator.
         rows: judgements of the annotator that count.
         limits: thresholds of the flags.
-        changed: tokens of assignments whose answer was changed. They are left out of the consistency, because
-            the annotator may have looked at an earlier answer to the same pair.
+        changed_assignments: tokens of assignments whose answer was changed. They are left out of the
+            consistency, because the annotator may have looked at an earlier answer to the same pair.
 
     Returns:
         Metrics in JSON types. A metric without data is None.
     """
-    unchanged_rows = [row for row in rows if row.assignment not in changed]
-    choices = Counter(row.choice for row in rows)
-    left_count = choices[Choice.LEFT]
-    right_count = choices[Choice.RIGHT]
+    unchanged_rows = [row for row in rows if row.assignment not in changed_assignments]
+    choice_counts = Counter(row.choice for row in rows)
+    left_count = choice_counts[Choice.LEFT]
+    right_count = choice_counts[Choice.RIGHT]
     # The time is 0 milliseconds if the page could not measure it, and for imported answers.
-    seconds = [row.milliseconds / 1000 for row in rows if row.choice != Choice.SKIP and row.milliseconds > 0]
+    answer_seconds = [
+        row.milliseconds / 1000 for row in rows if row.choice != Choice.SKIP and row.milliseconds > 0
+    ]
     # A skipped gold check counts neither as correct nor as wrong.
     gold_rows = [
         row
@@ -133,18 +135,18 @@ def annotator_quality(
         if row.kind == Kind.GOLD and row.expected is not None and row.choice != Choice.SKIP
     ]
     # The working time is the sum of the gaps between judgements, without breaks.
-    times = sorted(row.received_at for row in rows)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    work_gaps = [gap for gap in gaps if gap <= limits.break_seconds]
+    receipt_times = sorted(row.received_at for row in rows)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(receipt_times)]
+    work_gaps = [work_gap for work_gap in gaps if work_gap <= limits.break_seconds]
     metrics = {
         "name": name,
         "judgements": len(rows),
-        "ties": choices[Choice.TIE],
-        "both_bad": choices[Choice.BAD],
-        "skips": choices[Choice.SKIP],
+        "ties": choice_counts[Choice.TIE],
+        "both_bad": choice_counts[Choice.BAD],
+        "skips": choice_counts[Choice.SKIP],
         "last": rows[-1].received_at if rows else None,
         "skip_reasons": dict(Counter(row.reason or "other" for row in rows if row.choice == Choice.SKIP)),
-        "median_seconds": statistics.median(seconds) if seconds else None,
+        "median_seconds": statistics.median(answer_seconds) if answer_seconds else None,
         "per_hour": 3600 * len(work_gaps) / sum(work_gaps) if sum(work_gaps) > 0 else None,
         # `good` is None for answers to pairs, so only ratings of single shapes are counted.
         **_share(
@@ -185,34 +187,34 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
     """
     # id of a pair -> name of an annotator -> answer. Gold checks are left out, because their correct answer
     # is obvious, so that annotators agree on them more than on other pairs.
-    answers: dict[int, dict[str, str]] = defaultdict(dict)
+    answers_by_pair: dict[int, dict[str, str]] = defaultdict(dict)
     for row in counting(rows):
         if row.kind != Kind.GOLD and row.choice != Choice.SKIP:
             # setdefault keeps the first answer of an annotator, so that repeats of a pair are not counted.
-            answers[row.pair].setdefault(row.annotator, side_free(row))
-    shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for answer_by_name in answers.values():
+            answers_by_pair[row.pair].setdefault(row.annotator, side_free(row))
+    shared_answers: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for answer_by_name in answers_by_pair.values():
         # The names are sorted, so that two annotators have only one key.
         for first_name, second_name in itertools.combinations(sorted(answer_by_name), 2):
             two_answers = (answer_by_name[first_name], answer_by_name[second_name])
-            shared[first_name, second_name].append(two_answers)
+            shared_answers[first_name, second_name].append(two_answers)
     kappas = []
-    for (first_name, second_name), answer_pairs in sorted(shared.items()):
+    for (first_name, second_name), answer_pairs in sorted(shared_answers.items()):
         first_answers, second_answers = zip(*answer_pairs, strict=True)
-        result = cohen_kappa(list(first_answers), list(second_answers))
-        equal_count = sum(first == second for first, second in answer_pairs)
-        same = _share("same", equal_count, result.n, "n")
+        kappa = cohen_kappa(list(first_answers), list(second_answers))
+        equal_count = sum(first_answer == second_answer for first_answer, second_answer in answer_pairs)
+        same_share = _share("same", equal_count, kappa.n, "n")
         kappas.append(
             {
                 "a": first_name,
                 "b": second_name,
-                "kappa": result.value if result.lo is not None else None,
-                "ci95": result.to_dict()["ci95"],
-                **same,
+                "kappa": kappa.value if kappa.lo is not None else None,
+                "ci95": kappa.to_dict()["ci95"],
+                **same_share,
             }
         )
     # The units of alpha are the pairs. Each annotator may have answered other pairs.
-    alpha = krippendorff_alpha(list(answers.values()))
+    alpha = krippendorff_alpha(list(answers_by_pair.values()))
     return {
         "cohen_kappa": kappas,
         "krippendorff_alpha": alpha.value if alpha.lo is not None else None,
@@ -232,10 +234,14 @@ def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
     if len(generators) < 2:
         return []
     # A dictionary removes repetitions and keeps the order of the questions.
-    questions = dict.fromkeys(name for row in rows for name in row.votes)
+    questions = dict.fromkeys(question for row in rows for question in row.votes)
     # None is the main question, which shape is better
-    boards = {name: leaderboard_of(rows, name) for name in (None, *questions)}
-    return [{"question": name, **board.to_dict()} for name, board in boards.items() if board.games]
+    board_by_question = {question: leaderboard_of(rows, question) for question in (None, *questions)}
+    return [
+        {"question": question, **question_board.to_dict()}
+        for question, question_board in board_by_question.items()
+        if question_board.games
+    ]
 
 
 def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
@@ -245,14 +251,14 @@ def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
     alpha of the annotators. Gold checks are left out.
     """
     rows = [row for row in rows if row.kind != Kind.GOLD]
-    names = dict.fromkeys(name for row in rows for name in row.votes)
-    agreements = {name: agreement(answers_to(name, rows)) for name in names}
+    question_names = dict.fromkeys(name for row in rows for name in row.votes)
+    agreements = {name: agreement(answers_to(name, rows)) for name in question_names}
     return [
         {
             **vote_figures(name, rows),
             **{key: value for key, value in agreements[name].items() if key != "cohen_kappa"},
         }
-        for name in names
+        for name in question_names
     ]
 
 
@@ -269,7 +275,7 @@ def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
         side}
     """
     voted_rows = [row for row in rows if question in row.votes]
-    counts = Counter(row.votes[question] for row in voted_rows)
+    vote_counts = Counter(row.votes[question] for row in voted_rows)
     decided_rows = [
         row
         for row in voted_rows
@@ -278,7 +284,7 @@ def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
     return {
         "name": question,
         "n": len(voted_rows),
-        **{vote: counts[vote] for vote in VOTES},
+        **{vote: vote_counts[vote] for vote in VOTES},
         "decided": len(decided_rows),
         "as_overall": sum(row.votes[question] == row.choice for row in decided_rows),
     }
@@ -296,21 +302,23 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
     """
     if not rows:
         return []
-    start = min(row.received_at for row in rows)
-    end = max(row.received_at for row in rows)
+    start_time = min(row.received_at for row in rows)
+    end_time = max(row.received_at for row in rows)
     # possible lengths of an interval in seconds: 1, 5, 15 minutes, 1, 4 hours, 1 day, 2 days, ...
-    widths = itertools.chain((60, 300, 900, 3600, 4 * 3600), itertools.count(86400, 86400))
+    bin_lengths = itertools.chain((60, 300, 900, 3600, 4 * 3600), itertools.count(86400, 86400))
     # The shortest one with which there are few enough intervals. "- 1", because the judgements may begin and
     # end within an interval.
-    width = next(width for width in widths if (end - start) / width < bins - 1)
+    bin_seconds = next(
+        bin_seconds for bin_seconds in bin_lengths if (end_time - start_time) / bin_seconds < bins - 1
+    )
     # interval number i begins at i * width seconds since 1970
     rows_by_bin: dict[int, list[JudgementRow]] = defaultdict(list)
     for row in rows:
-        rows_by_bin[int(row.received_at // width)].append(row)
+        rows_by_bin[int(row.received_at // bin_seconds)].append(row)
     return [
         {
-            "time": index * width,
-            "seconds": width,
+            "time": index * bin_seconds,
+            "seconds": bin_seconds,
             "judgements": len(bin_rows),
             "median_seconds": statistics.median(row.milliseconds for row in bin_rows) / 1000,
             "annotators": dict(sorted(Counter(row.annotator for row in bin_rows).items())),
@@ -319,59 +327,61 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
     ]
 
 
-def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: str | None = None) -> dict:
-    """Return the share hits / n with its Wilson interval, under keys that begin with `name`.
+def _share(
+    share_key: str, hits: int, n: int, n_key: str | None = None, interval_key: str | None = None
+) -> dict:
+    """Return the share hits / n with its Wilson interval, under keys that begin with `share_key`.
 
     Args:
-        name: key of the share. It is None if n is 0.
+        share_key: key of the share. It is None if n is 0.
         hits: number of cases that the share counts.
         n: number of all cases.
-        n_name: key of n; None: n is not returned.
-        interval: key of the interval; None: <name>_ci95. The interval is None if n < LEAST_UNITS.
+        n_key: key of n; None: n is not returned.
+        interval_key: key of the interval; None: <name>_ci95. The interval is None if n < LEAST_UNITS.
 
     Returns:
         Share, interval, and under <name>_needs the number of cases that are missing for an interval.
     """
-    bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
-    values = {
-        name: hits / n if n else None,
-        interval or f"{name}_ci95": bounds,
-        f"{name}_needs": max(0, LEAST_UNITS - n),
+    interval_bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
+    share_values = {
+        share_key: hits / n if n else None,
+        interval_key or f"{share_key}_ci95": interval_bounds,
+        f"{share_key}_needs": max(0, LEAST_UNITS - n),
     }
-    return {**values, **({n_name: n} if n_name else {})}
+    return {**share_values, **({n_key: n} if n_key else {})}
 
 
-def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
+def _consistency(share_key: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
     """Compute the share of repeats whose answer prefers the same shape as the first answer.
 
     Args:
-        name: key of the share, see `_share`.
+        share_key: key of the share, see `_share`.
         rows: judgements of one annotator, in order of receipt.
         kind: kind of the repeats, REPEAT or SWAP.
     """
     first_answers: dict[int, str] = {}  # id of a pair -> first answer, independent of sides
-    hits = 0
-    n = 0
+    consistent_count = 0
+    repeat_count = 0
     for row in rows:
         # A skip contains no preference, so it is neither consistent nor inconsistent.
         if row.choice == Choice.SKIP:
             continue
         if row.kind == kind and row.pair in first_answers:
-            n += 1
-            hits += side_free(row) == first_answers[row.pair]
+            repeat_count += 1
+            consistent_count += side_free(row) == first_answers[row.pair]
         elif row.kind == Kind.PAIR:
             first_answers.setdefault(row.pair, side_free(row))
-    return _share(name, hits, n, f"{name}_n")
+    return _share(share_key, consistent_count, repeat_count, f"{share_key}_n")
 
 
 def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
     """Describe in words the metrics of an annotator that exceed their limits."""
-    n = metrics["judgements"]
+    judgement_count = metrics["judgements"]
     flags = []
     if metrics["gold_n"] >= limits.gold_least and metrics["gold_accuracy"] < limits.gold_accuracy:
         flags.append(f"gold checks: {metrics['gold_accuracy']:.0%} of {metrics['gold_n']} correct")
     # With few answers, these metrics vary too much to flag an annotator.
-    if n >= limits.least:
+    if judgement_count >= limits.least:
         if metrics["median_seconds"] is not None and metrics["median_seconds"] < limits.fast_seconds:
             flags.append(f"fast: {metrics['median_seconds']:.1f} s median time")
         if metrics["left_p"] < limits.side_p:
@@ -383,17 +393,21 @@ def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
             and not limits.one_sided <= metrics["good_share"] <= 1 - limits.one_sided
         ):
             flags.append(f"one-sided: good in {metrics['good_share']:.0%} of the ratings")
-        if metrics["skips"] > limits.skip_share * n:
-            flags.append(f"skips {metrics['skips']} of {n}")
-        if metrics["ties"] + metrics["both_bad"] > limits.tie_share * n:
-            flags.append(f"ties {metrics['ties'] + metrics['both_bad']} of {n}")
+        if metrics["skips"] > limits.skip_share * judgement_count:
+            flags.append(f"skips {metrics['skips']} of {judgement_count}")
+        if metrics["ties"] + metrics["both_bad"] > limits.tie_share * judgement_count:
+            flags.append(f"ties {metrics['ties'] + metrics['both_bad']} of {judgement_count}")
     # An annotator is flagged if even the upper end of the interval is below the limit, because chance is then
     # an unlikely explanation.
-    for name, words in (("self_consistency", "repeats"), ("swap_consistency", "swapped repeats")):
-        bounds = metrics[f"{name}_ci95"]
-        if bounds is not None and bounds[1] < limits.consistency:
+    for metric_name, repeat_words in (
+        ("self_consistency", "repeats"),
+        ("swap_consistency", "swapped repeats"),
+    ):
+        interval_bounds = metrics[f"{metric_name}_ci95"]
+        if interval_bounds is not None and interval_bounds[1] < limits.consistency:
             flags.append(
-                f"inconsistent: {metrics[name]:.0%} of {metrics[f'{name}_n']} {words} answered as before"
+                f"inconsistent: {metrics[metric_name]:.0%} of {metrics[f'{metric_name}_n']} {repeat_words}"
+                " answered as before"
             )
     return flags
 
@@ -405,14 +419,14 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
     an asset is its generator and its file name. Skips and gold checks are left out.
     """
     # Equal shapes become one object, by which the fit groups the comparisons.
-    shapes: dict[tuple, Shape] = {}
+    shape_by_key: dict[tuple, Shape] = {}
     for row in rows:
-        shapes[_shape_key(row.left)] = row.left
-        shapes[_shape_key(row.right)] = row.right
-    generators = {shape.generator for shape in shapes.values()}
-    psis = {shape.psi for shape in shapes.values() if not shape.file}
+        shape_by_key[_shape_key(row.left)] = row.left
+        shape_by_key[_shape_key(row.right)] = row.right
+    generators = {shape.generator for shape in shape_by_key.values()}
+    psis = {shape.psi for shape in shape_by_key.values() if not shape.file}
 
-    def name(shape: Shape) -> str:
+    def name_of_shape(shape: Shape) -> str:
         if shape.file:
             return f"{shape.generator}: {shape.source.rpartition('/')[2]}"
         name_parts = [f"seed {shape.seed}"]
@@ -424,13 +438,13 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
 
     comparisons = []
     for row in rows:
-        left_shape = shapes[_shape_key(row.left)]
-        right_shape = shapes[_shape_key(row.right)]
+        left_shape = shape_by_key[_shape_key(row.left)]
+        right_shape = shape_by_key[_shape_key(row.right)]
         if row.choice == Choice.SKIP or row.kind == Kind.GOLD or left_shape is right_shape:
             continue
         winner, loser = (left_shape, right_shape) if row.choice != Choice.RIGHT else (right_shape, left_shape)
         comparisons.append(Comparison(winner, loser, row.choice.equal))
-    return comparisons, name
+    return comparisons, name_of_shape
 
 
 def _shape_key(shape: Shape) -> tuple:
@@ -447,31 +461,33 @@ def _shape_key(shape: Shape) -> tuple:
 
 
 def _strengths(
-    comparisons: list[Comparison], name: Callable[[Shape], str], limits: QualityLimits
+    comparisons: list[Comparison], name_of_shape: Callable[[Shape], str], limits: QualityLimits
 ) -> list[dict]:
     """Fit Bradley-Terry strengths of the shapes that are compared with enough other shapes.
 
     Args:
         comparisons: comparisons of shapes.
-        name: function (shape) -> name.
+        name_of_shape: function (shape) -> name.
         limits: thresholds, of which `strengths` is used.
 
     Returns:
         One record per shape, strongest first; [] if no shape is compared with two others.
     """
-    opponents: dict[Any, set] = defaultdict(set)  # shape -> shapes with which it was compared
-    times: Counter = Counter()  # shape -> number of its comparisons
+    opponents_by_shape: dict[Any, set] = defaultdict(set)  # shape -> shapes with which it was compared
+    comparison_counts: Counter = Counter()  # shape -> number of its comparisons
     for comparison in comparisons:
-        opponents[comparison.winner].add(comparison.loser)
-        opponents[comparison.loser].add(comparison.winner)
-        times.update((comparison.winner, comparison.loser))
+        opponents_by_shape[comparison.winner].add(comparison.loser)
+        opponents_by_shape[comparison.loser].add(comparison.winner)
+        comparison_counts.update((comparison.winner, comparison.loser))
     # The strength of a shape with a single opponent is not reliable. Such a shape is included only if its
     # opponent has several opponents.
-    ranked_shapes = {shape for shape, shape_opponents in opponents.items() if len(shape_opponents) >= 2}
-    ranked_shapes |= {opponent for shape in ranked_shapes for opponent in opponents[shape]}
+    ranked_shapes = {
+        shape for shape, shape_opponents in opponents_by_shape.items() if len(shape_opponents) >= 2
+    }
+    ranked_shapes |= {opponent for shape in ranked_shapes for opponent in opponents_by_shape[shape]}
     # The shapes with the most comparisons are fitted. The other keys only make the order definite.
     ordered_shapes = sorted(
-        ranked_shapes, key=lambda shape: (-times[shape], shape.generator, shape.seed, shape.psi)
+        ranked_shapes, key=lambda shape: (-comparison_counts[shape], shape.generator, shape.seed, shape.psi)
     )
     fitted_shapes = set(ordered_shapes[: limits.strengths])
     fitted_comparisons = [
@@ -481,20 +497,22 @@ def _strengths(
     ]
     if not fitted_comparisons:
         return []
-    result = bradley_terry(fitted_comparisons)
+    strength_fit = bradley_terry(fitted_comparisons)
     # With a stable sort, shapes of equal strength stay in the order of the fit.
-    order = np.argsort(-result.strength, kind="stable")
+    ranked_indices = np.argsort(-strength_fit.strength, kind="stable")
     return [
         {
-            "label": name(result.items[i]),
-            "strength": float(result.strength[i]),
+            "label": name_of_shape(strength_fit.items[item_index]),
+            "strength": float(strength_fit.strength[item_index]),
             "ci95": (
-                [float(result.lo[i]), float(result.hi[i])] if times[result.items[i]] >= LEAST_UNITS else None
+                [float(strength_fit.lo[item_index]), float(strength_fit.hi[item_index])]
+                if comparison_counts[strength_fit.items[item_index]] >= LEAST_UNITS
+                else None
             ),
-            "comparisons": times[result.items[i]],
-            "regularised": result.regularised,
+            "comparisons": comparison_counts[strength_fit.items[item_index]],
+            "regularised": strength_fit.regularised,
         }
-        for i in order
+        for item_index in ranked_indices
     ]
 
 
@@ -514,30 +532,37 @@ def leaderboard_of(rows: Iterable[JudgementRow], question: str | None = None) ->
         question: name of a further question, whose votes are used; None: the main question, which shape is
             better.
     """
-    answers = [row for row in rows if row.kind == Kind.PAIR and row.mode == Mode.LABEL and not row.undone]
-    answers.sort(key=lambda row: row.id)  # in order of receipt
-    answers = [
-        row for row in answers if row.choice != Choice.SKIP and row.left.generator != row.right.generator
+    counted_rows = [
+        row for row in rows if row.kind == Kind.PAIR and row.mode == Mode.LABEL and not row.undone
+    ]
+    counted_rows.sort(key=lambda row: row.id)  # in order of receipt
+    counted_rows = [
+        row for row in counted_rows if row.choice != Choice.SKIP and row.left.generator != row.right.generator
     ]
     if question is not None:
-        answers = answers_to(question, answers)
-    names = generator_names(itertools.chain.from_iterable((row.left, row.right) for row in answers))
+        counted_rows = answers_to(question, counted_rows)
+    name_by_generator = generator_names(
+        itertools.chain.from_iterable((row.left, row.right) for row in counted_rows)
+    )
     # Later entries of a dictionary replace earlier ones. In reversed order, the first answer to each pair
     # remains.
-    games = {(row.annotator, row.campaign, row.pair): _game(row, names) for row in reversed(answers)}
-    return leaderboard(list(games.values())[::-1])
+    game_by_key = {
+        (row.annotator, row.campaign, row.pair): _game(row, name_by_generator)
+        for row in reversed(counted_rows)
+    }
+    return leaderboard(list(game_by_key.values())[::-1])
 
 
-def _game(row: JudgementRow, names: dict[str, str]) -> Game:
+def _game(row: JudgementRow, name_by_generator: dict[str, str]) -> Game:
     """Convert a judgement to a comparison of two generators, which belongs to a cluster.
 
     Args:
         row: judgement of a pair of shapes of two generators.
-        names: hash of a generator, or label of an asset -> name.
+        name_by_generator: hash of a generator, or label of an asset -> name.
     """
-    left_name = names[row.left.generator]
-    right_name = names[row.right.generator]
-    winner = {Choice.LEFT: left_name, Choice.RIGHT: right_name}.get(row.choice)  # None for a tie
+    left_name = name_by_generator[row.left.generator]
+    right_name = name_by_generator[row.right.generator]
+    winner_name = {Choice.LEFT: left_name, Choice.RIGHT: right_name}.get(row.choice)  # None for a tie
     # Comparisons of the same prompt or latent are not independent, so they form a cluster.
     cluster: Hashable
     if row.left.condition:
@@ -546,7 +571,7 @@ def _game(row: JudgementRow, names: dict[str, str]) -> Game:
         cluster = ("seed", row.left.seed)
     else:
         cluster = ("pair", row.campaign, row.pair)
-    return Game(left_name, right_name, winner, row.annotator, cluster, row.choice == Choice.BAD)
+    return Game(left_name, right_name, winner_name, row.annotator, cluster, row.choice == Choice.BAD)
 
 
 def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
@@ -557,21 +582,23 @@ def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
     is its label.
     """
     shape_by_generator = {shape.generator: shape for shape in shapes}
-    paths = {
+    path_by_generator = {
         generator: Path(shape.source or "bundled generator")
         for generator, shape in shape_by_generator.items()
         if not shape.file
     }
-    names = {
-        generator: paths[generator].name if generator in paths else generator
+    name_by_generator = {
+        generator: path_by_generator[generator].name if generator in path_by_generator else generator
         for generator in shape_by_generator
     }
     for adds_hash in (False, True):
-        name_counts = Counter(names.values())
-        for generator in [generator for generator in paths if name_counts[names[generator]] > 1]:
-            folder_and_file = "/".join(paths[generator].parts[-2:])
-            names[generator] = folder_and_file + (f" {generator[:8]}" if adds_hash else "")
-    return names
+        name_counts = Counter(name_by_generator.values())
+        for generator in [
+            generator for generator in path_by_generator if name_counts[name_by_generator[generator]] > 1
+        ]:
+            folder_and_file = "/".join(path_by_generator[generator].parts[-2:])
+            name_by_generator[generator] = folder_and_file + (f" {generator[:8]}" if adds_hash else "")
+    return name_by_generator
 
 
 def as_text(board: Leaderboard) -> str:
@@ -579,38 +606,41 @@ def as_text(board: Leaderboard) -> str:
     if not board.groups and not board.few:
         return "There are no comparisons of two generators yet."
     # `few` are the generators with too few comparisons for a rank
-    standings = [*itertools.chain.from_iterable(board.groups), *board.few]
-    width = max(len(standing.name) for standing in standings)
-    lines = []
-    for group in board.groups:
-        lines += [
-            f"{'':>3} {'generator':<{width}} points   95 %             n  score  won lost tied both bad"
+    all_standings = [*itertools.chain.from_iterable(board.groups), *board.few]
+    name_width = max(len(standing.name) for standing in all_standings)
+    table_lines = []
+    for rank_group in board.groups:
+        table_lines += [
+            f"{'':>3} {'generator':<{name_width}} points   95 %             n  score  won lost tied both bad"
         ]
-        lines += [f"{rank:>2}. {_line(standing, width)}" for rank, standing in enumerate(group, 1)] + [""]
-    return "\n".join([*lines, *board.notes()])
+        table_lines += [
+            f"{rank:>2}. {_line(standing, name_width)}" for rank, standing in enumerate(rank_group, 1)
+        ] + [""]
+    return "\n".join([*table_lines, *board.notes()])
 
 
-def _line(standing: Standing, width: int) -> str:
+def _line(standing: Standing, name_width: int) -> str:
     """Format a line of a leaderboard.
 
     Args:
         standing: result of one generator.
-        width: width of the column of names, in characters.
+        name_width: width of the column of names, in characters.
     """
     # An end of the interval that cannot be computed is None, for example if a generator has won every
     # comparison.
     if standing.lo is None and standing.hi is None:
-        interval = "any"
+        interval_text = "any"
     elif standing.lo is None:
-        interval = f"at most {_end(standing.hi)}"
+        interval_text = f"at most {_end(standing.hi)}"
     elif standing.hi is None:
-        interval = f"at least {_end(standing.lo)}"
+        interval_text = f"at least {_end(standing.lo)}"
     else:
-        interval = f"{_end(standing.lo)} to {_end(standing.hi)}"
-    points = "–" if standing.points is None else f"{standing.points:.0f}"
+        interval_text = f"{_end(standing.lo)} to {_end(standing.hi)}"
+    points_text = "–" if standing.points is None else f"{standing.points:.0f}"
     return (
-        f"{standing.name:<{width}} {points:>6}   {interval:<14} {standing.games:>4}  {standing.score:>4.0%}"
-        f" {standing.wins:>5} {standing.losses:>4} {standing.ties:>4} {standing.both_bad:>8}"
+        f"{standing.name:<{name_width}} {points_text:>6}   {interval_text:<14} {standing.games:>4}"
+        f"  {standing.score:>4.0%} {standing.wins:>5} {standing.losses:>4} {standing.ties:>4}"
+        f" {standing.both_bad:>8}"
     )
 
 

@@ -65,11 +65,11 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     """
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces)
-    for name, values in (("vertices", vertices), ("faces", faces)):
-        if values.ndim != 2 or values.shape[1] != 3 or len(values) == 0:
+    for array_name, mesh_array in (("vertices", vertices), ("faces", faces)):
+        if mesh_array.ndim != 2 or mesh_array.shape[1] != 3 or len(mesh_array) == 0:
             raise ValueError(
-                f"mesh: the array of {name} has the shape {list(values.shape)}, but must have the shape [N,"
-                " 3] with N >= 1. Pass a mesh with a surface."
+                f"mesh: the array of {array_name} has the shape {list(mesh_array.shape)}, but must have the"
+                " shape [N, 3] with N >= 1. Pass a mesh with a surface."
             )
     if not np.isfinite(vertices).all():
         raise ValueError(
@@ -78,27 +78,29 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
         )
     # Both are rounded to float32, the precision of the file, before they are used, as the reader of the file
     # does.
-    smallest = vertices.min(axis=0).astype("<f4")
-    extent = (vertices.max(axis=0) - smallest).astype("<f4")
+    lowest_corner = vertices.min(axis=0).astype("<f4")
+    extent = (vertices.max(axis=0) - lowest_corner).astype("<f4")
     # A flat mesh has the extent 0 along an axis. `where` avoids a division by zero, and the result there is
     # 0.
-    scaled = np.divide(vertices - smallest, extent, out=np.zeros_like(vertices), where=extent > 0)
+    scaled_positions = np.divide(
+        vertices - lowest_corner, extent, out=np.zeros_like(vertices), where=extent > 0
+    )
     # Rounding the extent to float32 can push the largest position slightly above 1.
-    positions = np.rint(scaled.clip(0, 1) * _STEPS).astype("<u2")
-    header = _HEADER.pack(MAGIC, len(vertices), len(faces), *smallest.tolist(), *extent.tolist())
+    quantised_positions = np.rint(scaled_positions.clip(0, 1) * _STEPS).astype("<u2")
+    header_bytes = _HEADER.pack(MAGIC, len(vertices), len(faces), *lowest_corner.tolist(), *extent.tolist())
     # The browser reads the indices as a Uint32Array, which must begin at a multiple of 4 bytes.
-    padding = bytes(-(len(header) + positions.nbytes) % 4)
+    padding_bytes = bytes(-(len(header_bytes) + quantised_positions.nbytes) % 4)
     return (
-        header
-        + positions.tobytes()
-        + padding
+        header_bytes
+        + quantised_positions.tobytes()
+        + padding_bytes
         + faces.astype("<u2" if len(vertices) <= _SHORT else "<u4").tobytes()
     )
 
 
-def compress(data: bytes) -> bytes:
+def compress(content: bytes) -> bytes:
     """Compress data with gzip. The header contains no time and no name, so equal data give equal bytes."""
-    return gzip.compress(data, 9, mtime=0)
+    return gzip.compress(content, 9, mtime=0)
 
 
 def shape_key(shape: Shape) -> str:
@@ -108,10 +110,12 @@ def shape_key(shape: Shape) -> str:
     hash of the file's SHA-256, of ASSET_VERSION and, if the asset is damaged, of the damage and its seed.
     """
     if shape.file:
-        damage = [shape.degradation, shape.seed] if shape.degradation else []
-        return hashlib.sha256(json.dumps(["asset", ASSET_VERSION, shape.file, *damage]).encode()).hexdigest()
-    parts = [VERSION, *(kind(getattr(shape, name)) for name, kind in _KEY_FIELDS.items())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        damage_parts = [shape.degradation, shape.seed] if shape.degradation else []
+        return hashlib.sha256(
+            json.dumps(["asset", ASSET_VERSION, shape.file, *damage_parts]).encode()
+        ).hexdigest()
+    key_parts = [VERSION, *(field_type(getattr(shape, name)) for name, field_type in _KEY_FIELDS.items())]
+    return hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
 
 
 class ShapeCache:
@@ -159,8 +163,8 @@ class ShapeCache:
             temporary: True for a failure that `forget_temporary_failures` deletes.
         """
         # "passing" marks a temporary failure. Existing caches contain this key.
-        record = {"seed": shape.seed, "reason": reason, **({"passing": True} if temporary else {})}
-        return self._put(shape, ".failed.json", (json.dumps(record) + "\n").encode())
+        failure_record = {"seed": shape.seed, "reason": reason, **({"passing": True} if temporary else {})}
+        return self._put(shape, ".failed.json", (json.dumps(failure_record) + "\n").encode())
 
     def forget_temporary_failures(self, shapes: Iterable[Shape]) -> None:
         """Delete the recorded temporary failures of shapes, so that these shapes are prepared again.
@@ -192,6 +196,12 @@ class ShapeCache:
         write_atomic(self._prompt_path(key, ".failed.json"), (json.dumps({"reason": reason}) + "\n").encode())
 
     def _prompt_path(self, key: str, suffix: str) -> Path:
+        """Return the path of a file about the image of a prompt.
+
+        Args:
+            key: SHA-256 of the image.
+            suffix: ".webp" for the prepared image, ".failed.json" for the record of a failure.
+        """
         return self.folder / "prompts" / f"{key}{suffix}"
 
     def remove_leftovers(self) -> None:
@@ -204,16 +214,24 @@ class ShapeCache:
                     path.unlink()
 
     def _path(self, shape: Shape, suffix: str) -> Path:
+        """Return the path of a file of a shape, which may not exist.
+
+        Args:
+            shape: shape.
+            suffix: ending of the file's name with a dot, which decides its content.
+        """
         key = shape_key(shape)
         # The first two characters of the hash are the name of a subfolder, so that no folder has too many
         # files.
         return self.folder / key[:2] / f"{key}{suffix}"
 
     def _existing(self, shape: Shape, suffix: str) -> Path | None:
+        """Return the path of a file of a shape, or None if it does not exist. See `_path` for `suffix`."""
         path = self._path(shape, suffix)
         return path if path.is_file() else None
 
     def _put(self, shape: Shape, suffix: str, data: bytes) -> Path:
+        """Write a file of a shape, and return its path. See `_path` for `suffix`."""
         path = self._path(shape, suffix)
         write_atomic(path, data)
         return path

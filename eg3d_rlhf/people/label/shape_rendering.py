@@ -35,7 +35,7 @@ _SLACK = 1.1  # largest accepted ratio of the number of triangles of a mesh to t
 _PASSES = 5  # largest number of decimations of a mesh, since one decimation may stop too early
 _DUST = 16  # smallest number of triangles of a part that is not removed
 _CENTRES = 6  # number of lumps or holes
-_FEWEST = 3  # smallest accepted number of lumps or holes, if there is not enough space for _CENTRES
+_MIN_CENTRES = 3  # smallest accepted number of lumps or holes, if there is not enough space for _CENTRES
 _TRIED = 2000  # number of random positions that are tried for lumps
 # radii of lumps and holes, relative to the size of the shape
 _LUMP = 0.075
@@ -63,20 +63,20 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
     # With "torch", the operators of PyTorch are used and no compiled ones, so that results do not depend on
     # the compiler of the machine.
     with implementation("torch"):
-        field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
-        grid = FieldGrid(field, shape.resolution, field.bounds.border)
-        vertices, faces = extract_field_mesh(grid, shape.level)
+        density_field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
+        density_grid = FieldGrid(density_field, shape.resolution, density_field.bounds.border)
+        vertices, faces = extract_field_mesh(density_grid, shape.level)
         if shape.degradation:
             # The damage needs the entire grid [X, Y, Z] at once. Undamaged shapes are extracted block by
             # block.
-            axes = tuple(axis.double().numpy() for axis in grid.axes)
+            axes = tuple(axis.double().numpy() for axis in density_grid.axes)
             # The damage shall be visible, so its position depends on the visible parts of the surface only.
             # raw density of the entire grid, [X, Y, Z]
-            sigma = grid(slice(0, shape.resolution)).numpy()
-            sigma = damage(
-                shape.degradation, sigma, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed
+            density = density_grid(slice(0, shape.resolution)).numpy()
+            density = damage(
+                shape.degradation, density, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed
             )
-            vertices, faces = extract_mesh_blockwise(lambda x: sigma[x], axes, shape.level)
+            vertices, faces = extract_mesh_blockwise(lambda x: density[x], axes, shape.level)
     vertices, faces = visible_parts(vertices, faces)
     return within_budget(vertices, faces, shape.triangles)
 
@@ -91,16 +91,15 @@ def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
     Returns:
         Vertices and triangles of the remaining parts.
     """
-    part_count, part_of_face = find_parts(
-        faces, len(vertices)
-    )  # part_of_face: [F] index of the part of each face
+    # part_of_face: [F] index of the part of each face
+    part_count, part_of_face = find_parts(faces, len(vertices))
     if part_count == 1:
         return vertices, faces
     # The normals of faces point out of the material, so the surface of a cavity encloses a negative volume.
-    volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=part_count)
+    part_volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=part_count)
     face_counts = np.bincount(part_of_face, minlength=part_count)
-    is_visible = (volumes > 0) & (face_counts >= _DUST)
-    is_visible[volumes.argmax()] = True
+    is_visible = (part_volumes > 0) & (face_counts >= _DUST)
+    is_visible[part_volumes.argmax()] = True
     return remove_unused_vertices(vertices, faces[is_visible[part_of_face]])
 
 
@@ -118,17 +117,21 @@ def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tu
     with warnings.catch_warnings():
         # `decimate` warns if more triangles remain. This case is handled below.
         warnings.simplefilter("ignore", UserWarning)
-        fewer, fewer_faces = decimate(vertices, faces, triangles)
+        fewer_vertices, fewer_faces = decimate(vertices, faces, triangles)
     if len(fewer_faces) <= _SLACK * triangles:
-        return fewer, fewer_faces
+        return fewer_vertices, fewer_faces
     import fast_simplification
 
     for _ in range(_PASSES):
-        fewer, fewer_faces = fast_simplification.simplify(fewer, fewer_faces, target_count=triangles)
-        fewer, fewer_faces = remove_unused_vertices(fewer.astype(np.float32), fewer_faces.astype(np.int32))
+        fewer_vertices, fewer_faces = fast_simplification.simplify(
+            fewer_vertices, fewer_faces, target_count=triangles
+        )
+        fewer_vertices, fewer_faces = remove_unused_vertices(
+            fewer_vertices.astype(np.float32), fewer_faces.astype(np.int32)
+        )
         if len(fewer_faces) <= _SLACK * triangles:
             break
-    return fewer, fewer_faces
+    return fewer_vertices, fewer_faces
 
 
 class ShapeRenderer:
@@ -154,25 +157,25 @@ class ShapeRenderer:
         generator = self.generator(shape).generator
         with implementation("torch"):
             # one camera gives a list of one image
-            (pixels,) = render(
+            (rendered_image,) = render(
                 generator, ws_of_seeds(generator, [shape.seed], shape.psi), [camera(cameras_of(generator))]
             )
-        return png(pixels)
+        return png(rendered_image)
 
     def generator(self, shape: Shape) -> LoadedGenerator:
-        """Return the generator of a shape.
+        """Load the network file of a shape's generator, or return the generator if it is still in memory.
 
         Raises:
             ValueError: the network file has changed since the campaign was planned.
         """
-        loaded = self._load(shape.source)
-        if loaded.hash != shape.generator:
+        loaded_generator = self._load(shape.source)
+        if loaded_generator.hash != shape.generator:
             raise ValueError(
-                f"{loaded.path.name}: the weights have changed since the campaign was planned: the SHA-256"
-                f" was {shape.generator[:12]}... and is {loaded.hash[:12]}... now. Use the original network"
-                " file."
+                f"{loaded_generator.path.name}: the weights have changed since the campaign was planned: the"
+                f" SHA-256 was {shape.generator[:12]}... and is {loaded_generator.hash[:12]}... now. Use the"
+                " original network file."
             )
-        return loaded
+        return loaded_generator
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class Body:
 
     def front(self) -> np.ndarray:
         """Return the third of the vertices that is nearest to the frontal camera, in random order."""
-        # The frontal camera stands on the side of +z, so these vertices have the largest z.
+        # The frontal camera is on the side of +z, so these vertices have the largest z.
         z = self.surface[:, 2]
         front_vertices = self.surface[z >= np.quantile(z, 2 / 3)]
         return self.rng.permutation(front_vertices)
@@ -226,22 +229,27 @@ def floaters(body: Body) -> np.ndarray:
     radius = _LUMP * body.size
     candidates = body.front()[:_TRIED]  # [N, 3]
     # corners of the cube with the smallest and the largest coordinates, [3] each
-    low, high = (np.array([axis[index] for axis in body.axes]) for index in (0, -1))
+    lowest_corner, highest_corner = (np.array([axis[index] for axis in body.axes]) for index in (0, -1))
     direction = body.rng.normal(size=candidates.shape)
     direction[:, 2] = abs(direction[:, 2])  # towards the camera
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    distance = body.rng.uniform(1.5, 2.5, (len(candidates), 1)) * radius
-    centres = candidates + distance * direction
+    lump_distance = body.rng.uniform(1.5, 2.5, (len(candidates), 1)) * radius
+    centres = candidates + lump_distance * direction
     # world coordinates -> fractional indices of the grid [N, 3], which map_coordinates needs
-    index = (centres - low) / (high - low) * (np.array(body.sigma.shape) - 1)
-    is_outside = ndimage.map_coordinates(body.sigma, index.T, order=1, mode="nearest") < body.level
+    grid_indices = (
+        (centres - lowest_corner) / (highest_corner - lowest_corner) * (np.array(body.sigma.shape) - 1)
+    )
+    is_outside = ndimage.map_coordinates(body.sigma, grid_indices.T, order=1, mode="nearest") < body.level
     # A gap of at least 0.35 radii between lump and surface makes it visible that the lump is loose.
     is_free = is_outside & (cKDTree(body.surface).query(centres)[0] > 1.35 * radius)
-    margin = radius + 0.12 * (high - low)  # near the border of the cube the density may be cleared
-    is_free &= np.all((centres > low + margin) & (centres < high - margin), axis=1)
-    lumps = _scattered("floaters", centres[is_free], 2.5 * radius)
+    # near the border of the cube the density may be cleared
+    border_margin = radius + 0.12 * (highest_corner - lowest_corner)
+    is_free &= np.all(
+        (centres > lowest_corner + border_margin) & (centres < highest_corner - border_margin), axis=1
+    )
+    lump_centres = _scattered("floaters", centres[is_free], 2.5 * radius)
     # The maximum of two densities is the union of their shapes.
-    return np.maximum(body.sigma, body.signed(radius - body.distance(lumps)))
+    return np.maximum(body.sigma, body.signed(radius - body.distance(lump_centres)))
 
 
 def holes(body: Body) -> np.ndarray:
@@ -258,26 +266,32 @@ def rough(body: Body) -> np.ndarray:
 
     Returns the density [X, Y, Z].
     """
-    step = np.array([axis[1] - axis[0] for axis in body.axes])  # distance of grid points in world units, [3]
+    # distance of grid points in world units, [3]
+    grid_step = np.array([axis[1] - axis[0] for axis in body.axes])
     # source [3, X, Y, Z]: for each grid point, the indices of the point whose density it gets
-    source = np.indices(body.sigma.shape, dtype=np.float32)
+    source_indices = np.indices(body.sigma.shape, dtype=np.float32)
     for axis in range(3):
         noise = body.rng.standard_normal(body.sigma.shape, dtype=np.float32)
         # The standard deviation of the filter is half the width of a bump, in grid points along each axis.
-        noise = ndimage.gaussian_filter(noise, (_GRAIN * body.size / 2 / step).tolist(), mode="wrap")
+        noise = ndimage.gaussian_filter(noise, (_GRAIN * body.size / 2 / grid_step).tolist(), mode="wrap")
         # Smoothing reduces the standard deviation by a factor that depends on the grid. Division by
         # noise.std() removes this factor.
-        source[axis] += noise * np.float32(_REACH * body.size / step[axis] / noise.std())
-    return ndimage.map_coordinates(body.sigma, source, order=1, mode="nearest")
+        source_indices[axis] += noise * np.float32(_REACH * body.size / grid_step[axis] / noise.std())
+    return ndimage.map_coordinates(body.sigma, source_indices, order=1, mode="nearest")
 
 
 def damage(
-    name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int
+    damage_kind: str,
+    sigma: np.ndarray,
+    axes: tuple[np.ndarray, ...],
+    level: float,
+    surface: np.ndarray,
+    seed: int,
 ):
     """Damage the density of a shape. Equal arguments give equal results.
 
     Args:
-        name: kind of damage, a key of DAMAGES.
+        damage_kind: kind of damage, a key of DAMAGES.
         sigma: raw density, [X, Y, Z].
         axes: world coordinates x [X], y [Y], z [Z] of the grid points.
         level: raw density at the surface.
@@ -290,31 +304,31 @@ def damage(
     Raises:
         ValueError: there is not enough space for the damage.
     """
-    rng = damage_draws(name, DAMAGES, seed)
-    damage_function = {"floaters": floaters, "holes": holes, "rough": rough}[name]
+    rng = damage_draws(damage_kind, DAMAGES, seed)
+    damage_function = {"floaters": floaters, "holes": holes, "rough": rough}[damage_kind]
     return damage_function(Body(sigma, axes, level, surface, rng)).astype(np.float32)
 
 
-def _scattered(name: str, candidates: np.ndarray, distance: float) -> np.ndarray:
-    """Select up to _CENTRES positions that are at least `distance` apart, in the order of `candidates`.
+def _scattered(damage_kind: str, candidates: np.ndarray, min_distance: float) -> np.ndarray:
+    """Select up to _CENTRES positions that are at least `min_distance` apart, in the order of `candidates`.
 
     Args:
-        name: kind of damage, for the message.
+        damage_kind: kind of damage, for the message.
         candidates: positions in world coordinates, [N, 3].
-        distance: smallest distance between two selected positions, in world units.
+        min_distance: smallest distance between two selected positions, in world units.
 
     Raises:
-        ValueError: fewer than _FEWEST positions can be selected.
+        ValueError: fewer than _MIN_CENTRES positions can be selected.
     """
-    selected: list[np.ndarray] = []
+    selected_positions: list[np.ndarray] = []
     for candidate in candidates:
-        if all(np.linalg.norm(candidate - position) >= distance for position in selected):
-            selected.append(candidate)
-            if len(selected) == _CENTRES:
+        if all(np.linalg.norm(candidate - position) >= min_distance for position in selected_positions):
+            selected_positions.append(candidate)
+            if len(selected_positions) == _CENTRES:
                 break
-    if len(selected) < _FEWEST:
+    if len(selected_positions) < _MIN_CENTRES:
         raise ValueError(
-            f"damage({name}): the shape has space for {len(selected)} of the {_FEWEST} positions that this"
-            " damage needs. Choose another seed, psi or level."
+            f"damage({damage_kind}): the shape has space for {len(selected_positions)} of the {_MIN_CENTRES}"
+            " positions that this damage needs. Choose another seed, psi or level."
         )
-    return np.array(selected)
+    return np.array(selected_positions)

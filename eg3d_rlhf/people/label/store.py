@@ -109,9 +109,9 @@ class Store:
         Returns None if there is no such campaign.
         """
         with self.database.read() as connection:
-            stored = campaigns.list_campaigns(connection, name)
+            stored_campaigns = campaigns.list_campaigns(connection, name)
         # Campaigns are listed oldest first.
-        return stored[-1] if stored else None
+        return stored_campaigns[-1] if stored_campaigns else None
 
     def campaigns(self) -> list[StoredCampaign]:
         """Return all campaigns, oldest first."""
@@ -215,7 +215,7 @@ class Store:
             if annotator.revoked is not None:
                 return
             # An imported admin without a token cannot log in, and is not counted.
-            admins = ANNOTATOR_COLUMNS.where(
+            admin_query = ANNOTATOR_COLUMNS.where(
                 annotators.c.role == "admin",
                 annotators.c.revoked.is_(None),
                 annotators.c.token_hash.is_not(None),
@@ -223,7 +223,7 @@ class Store:
             if (
                 keep_an_admin
                 and annotator.role == "admin"
-                and _first(connection, admins.where(annotators.c.id != annotator.id)) is None
+                and _first(connection, admin_query.where(annotators.c.id != annotator.id)) is None
             ):
                 raise ConflictError(
                     f"annotator {name} is the last admin with access. Create another admin first."
@@ -241,14 +241,14 @@ class Store:
         Args:
             secret: token, or id of a session. The id of an expired session belongs to no annotator.
         """
-        digest = secret_hash(secret)
+        hashed_secret = secret_hash(secret)
         now = self.clock()
         session_owner = select(sessions.c.annotator_id).where(
-            sessions.c.id_hash == digest, sessions.c.expires > now
+            sessions.c.id_hash == hashed_secret, sessions.c.expires > now
         )
         revoked_owner = (
             annotators.c.revoked.is_not(None),
-            (annotators.c.token_hash == digest) | annotators.c.id.in_(session_owner),
+            (annotators.c.token_hash == hashed_secret) | annotators.c.id.in_(session_owner),
         )
         with self.database.read() as connection:
             return _first(connection, ANNOTATOR_COLUMNS.where(*revoked_owner)) is not None
@@ -295,7 +295,7 @@ class Store:
         """
         session_id = secrets.token_urlsafe(32)  # 256 random bits
         now = self.clock()
-        record = {
+        session_values = {
             "id_hash": secret_hash(session_id),
             "annotator_id": annotator_id,
             "created": now,
@@ -305,7 +305,7 @@ class Store:
             # A login is a rare event, so this is often enough to keep the table small, and no timer is
             # needed.
             connection.execute(delete(sessions).where(sessions.c.expires <= now))
-            connection.execute(insert(sessions), record)
+            connection.execute(insert(sessions), session_values)
         return session_id
 
     def session(self, session_id: str) -> StoredAnnotator | None:
@@ -455,13 +455,13 @@ class Store:
                 None: no shape has failed.
         """
         plan = self._plan(campaign_id)
-        name = self._name(annotator_id)
+        annotator_name = self._name(annotator_id)
         with self.database.read() as connection:
             return read_progress(
                 connection,
                 plan,
                 annotator_id,
-                name,
+                annotator_name,
                 self.clock(),
                 self._reach,
                 _pair_failure_test(has_failed),
@@ -492,6 +492,11 @@ class Store:
     # --- caches of names and plans, which never change
 
     def _name(self, annotator_id: int) -> str:
+        """Return the name of an annotator.
+
+        Raises:
+            LookupError: there is no annotator with this id.
+        """
         if annotator_id not in self._names:
             # Only an annotator who was added after the last query is missing.
             self._names.update({annotator.id: annotator.name for annotator in self.annotators()})
@@ -500,6 +505,11 @@ class Store:
         return self._names[annotator_id]
 
     def _plan(self, campaign_id: int) -> Plan:
+        """Return the plan of a campaign, which the first call loads.
+
+        Raises:
+            LookupError: there is no campaign with this id.
+        """
         if campaign_id not in self._plans:
             with self.database.read() as connection:
                 # If two threads load the same plan at once, their results are equal, so no lock is needed.
@@ -557,10 +567,12 @@ def find_or_add(connection: Connection, name: str, role: str, now: float) -> Sto
         role: role of an annotator who is added.
         now: time at which the annotator is added, seconds since 1970.
     """
-    record = {"name": name, "role": role, "created": now}
+    annotator_values = {"name": name, "role": role, "created": now}
     # The lock of the caller prevents two processes from adding the same name.
     return find(connection, name) or StoredAnnotator(
-        **connection.execute(insert(annotators).returning(*ANNOTATOR_COLUMNS.selected_columns), record)
+        **connection.execute(
+            insert(annotators).returning(*ANNOTATOR_COLUMNS.selected_columns), annotator_values
+        )
         .one()
         ._mapping
     )

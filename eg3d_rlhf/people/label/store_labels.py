@@ -41,7 +41,7 @@ MODE_NAMES = {
     Mode.STUDY: "a study",
     Mode.SINGLE: "a campaign of shapes shown one by one",
 }
-# The password in a URL stands between the colon after the user name and the @.
+# The password in a URL is between the colon after the user name and the @.
 _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 
@@ -68,9 +68,9 @@ def source_stem(source: str | Path) -> str:
     """
     if not is_store_url(source):
         return Path(source).stem
-    url = str(source).split("?")[0]  # without parameters
+    url_path = str(source).split("?")[0]  # without parameters
     # the name of a PostgreSQL database may contain a dot, and has no suffix
-    return Path(url).stem if url.startswith("sqlite") else url.rpartition("/")[2]
+    return Path(url_path).stem if url_path.startswith("sqlite") else url_path.rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +148,14 @@ class LabelFilters:
                     gold_results[row.annotator].append(row.choice.meets(row.expected))
             trusted_annotators = {
                 name
-                for name, results in gold_results.items()
-                if sum(results) >= self.least_gold_accuracy * len(results)
+                for name, gold_answers in gold_results.items()
+                if sum(gold_answers) >= self.least_gold_accuracy * len(gold_answers)
             }
-        kinds = (Kind.PAIR,) if self.drop_repeats else COMPARED
+        counted_kinds = (Kind.PAIR,) if self.drop_repeats else COMPARED
         label_rows = [
             row
             for row in rows
-            if row.kind in kinds
+            if row.kind in counted_kinds
             and row.choice is not Choice.SKIP
             and row.annotator in trusted_annotators
             and row.milliseconds >= self.min_milliseconds
@@ -175,25 +175,28 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
         ValueError: `source` is a file, and a filter differs from its default.
     """
     if is_store_url(source):
-        name = without_password(str(source))
+        source_name = without_password(str(source))
         filters = filters or LabelFilters()
         return LabelSource(
-            name,
+            source_name,
             # This function opens the store when the labels are needed.
             functools.partial(read_preferences, str(source), filters),
             # The record of a training contains the URL without its password.
-            {"labels": name, "filters": asdict(filters)},
+            {"labels": source_name, "filters": asdict(filters)},
         )
     # a file has no filters, so the user must not have set any
     used_filters = [
-        name
-        for name, value in asdict(filters or LabelFilters()).items()
-        if value != getattr(LabelFilters(), name)
+        filter_name
+        for filter_name, value in asdict(filters or LabelFilters()).items()
+        if value != getattr(LabelFilters(), filter_name)
     ]
     if used_filters:
-        flags = ", ".join("--campaign" if name == "campaign" else f"--set {name}" for name in used_filters)
+        flag_text = ", ".join(
+            "--campaign" if filter_name == "campaign" else f"--set {filter_name}"
+            for filter_name in used_filters
+        )
         raise ValueError(
-            f"{flags}: filters can be used with a label store only, but --labels names the file"
+            f"{flag_text}: filters can be used with a label store only, but --labels names the file"
             f" {Path(source).name}. Remove them, or name a store, such as --labels=sqlite:///labels.db."
         )
     return LabelSource.from_file(Path(source))
@@ -216,7 +219,8 @@ def to_preference(row: JudgementRow) -> Preference:
             f"campaign {row.campaign} shows shapes one by one and contains no preferences. Export it with"
             " --kind=unpaired."
         )
-    # A preference identifies its shapes by their seeds, so all other parameters of both must be equal.
+    # A preference identifies its shapes by their seeds, so all other parameters of the two shapes must be
+    # equal.
     if (
         _parameters(left_shape) != _parameters(right_shape)
         or left_shape.seed == right_shape.seed
@@ -229,19 +233,21 @@ def to_preference(row: JudgementRow) -> Preference:
             " --kind=judgements."
         )
     # For a tie, `winner` is the left shape. It has no meaning then, because `tie` is True.
-    winner, loser = (right_shape, left_shape) if row.choice is Choice.RIGHT else (left_shape, right_shape)
-    side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
+    winner_shape, loser_shape = (
+        (right_shape, left_shape) if row.choice is Choice.RIGHT else (left_shape, right_shape)
+    )
+    chosen_side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
     both_marker = "bad" if row.choice is Choice.BAD else None
-    extra = {**_origin(row), "side": side, "left_seed": left_shape.seed, "both": both_marker}
+    extra_fields = {**_origin(row), "side": chosen_side, "left_seed": left_shape.seed, "both": both_marker}
     return Preference(
-        winner=winner.seed,
-        loser=loser.seed,
+        winner=winner_shape.seed,
+        loser=loser_shape.seed,
         generator=left_shape.generator or None,
         psi=None if math.isnan(left_shape.psi) else left_shape.psi,
         annotator=row.annotator,
         time=row.received_at,
         tie=row.choice.equal,
-        extra={name: value for name, value in extra.items() if value is not None},
+        extra={name: value for name, value in extra_fields.items() if value is not None},
     )
 
 
@@ -299,25 +305,27 @@ def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
     )
 
 
-def reject_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
+def reject_assets(row: JudgementRow, export_kind: str = "asset-pairs") -> None:
     """Raise ValueError if a judgement is about asset files, which have no seeds that identify them.
 
     Args:
         row: judgement.
-        kind: value of --kind with which it can be exported, for the message.
+        export_kind: value of --kind with which it can be exported, for the message.
     """
     if row.left.file or row.right.file:
         raise ValueError(
             f"campaign {row.campaign}: its shapes are asset files and not seeds of a generator. Export it"
-            f" with --kind={kind}."
+            f" with --kind={export_kind}."
         )
 
 
 def _parameters(shape: Shape) -> tuple:
     """Return the parameters that determine a shape together with its seed. A value nan becomes None."""
-    values = (shape.generator, shape.psi, shape.level, shape.resolution, shape.triangles)
+    shape_parameters = (shape.generator, shape.psi, shape.level, shape.resolution, shape.triangles)
     # nan is unequal to itself, so two tuples that contain it could not be compared
-    return tuple(None if isinstance(value, float) and math.isnan(value) else value for value in values)
+    return tuple(
+        None if isinstance(value, float) and math.isnan(value) else value for value in shape_parameters
+    )
 
 
 def store_preferences(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
@@ -340,10 +348,12 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
     if filters.campaign is not None:
         campaign = store.campaign(filters.campaign)
         if campaign is None:
-            names = ", ".join(stored.settings.name for stored in store.campaigns()) or "none"
+            campaign_names = (
+                ", ".join(stored_campaign.settings.name for stored_campaign in store.campaigns()) or "none"
+            )
             raise ValueError(
                 f"campaign: the store has no campaign {filters.campaign!r}. Choose one of its campaigns:"
-                f" {names}."
+                f" {campaign_names}."
             )
         if campaign.settings.mode is not mode:
             raise ValueError(
@@ -352,21 +362,23 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
             )
     if filters.criterion is not None:
         question_names: set[str] = set()
-        for stored in store.campaigns():
-            if filters.campaign in (None, stored.settings.name):
-                question_names |= {question.name for question in parse_questions(stored.settings.questions)}
+        for stored_campaign in store.campaigns():
+            if filters.campaign in (None, stored_campaign.settings.name):
+                question_names |= {
+                    question.name for question in parse_questions(stored_campaign.settings.questions)
+                }
         if filters.criterion not in question_names:
             raise ValueError(
                 f"criterion: the question {filters.criterion!r} was not asked. Choose one of the questions"
                 f" that were asked: {', '.join(sorted(question_names)) or 'none'}."
             )
     # Without this check, a misspelled name would give an empty result.
-    annotators = {annotator.name for annotator in store.annotators()}
-    unknown_names = sorted(set(filters.annotators) - annotators)
+    annotator_names = {annotator.name for annotator in store.annotators()}
+    unknown_names = sorted(set(filters.annotators) - annotator_names)
     if unknown_names:
         raise ValueError(
             f"annotator: the store has no annotator {', '.join(unknown_names)}. Choose among its annotators:"
-            f" {', '.join(sorted(annotators)) or 'none'}."
+            f" {', '.join(sorted(annotator_names)) or 'none'}."
         )
     return filters.keep(store.judgements(filters.campaign, filters.annotators), mode)
 
@@ -390,9 +402,9 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
     with Store.open(url, create=False) as store:
         labels = store_preferences(store, filters)
     if not labels:
-        name = without_password(url)
+        url_text = without_password(url)
         raise ValueError(
-            f"{name}: no label passes the filters. Label some pairs first, or remove some of the filters."
+            f"{url_text}: no label passes the filters. Label some pairs first, or remove some of the filters."
         )
     return labels
 
@@ -464,8 +476,8 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     Raises:
         ValueError: no judgement of asset files passes the filters.
     """
-    mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
-    rows = kept_judgements(store, LabelFilters(**filters), mode)
+    campaign_mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
+    rows = kept_judgements(store, LabelFilters(**filters), campaign_mode)
     if from_pairs:
         # Each pair of two bad shapes becomes two judgements of a single shape, which is stored in `left`.
         bad_rows = [row for row in rows if row.choice is Choice.BAD]
@@ -478,35 +490,38 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
             " label asset files with --assets."
         )
     # name of a campaign -> its prompts
-    prompts = {
+    prompts_by_campaign = {
         campaign.settings.name: campaign.settings.extra.get("conditions", {})
         for campaign in store.campaigns()
     }
 
-    def write_path(asset_path: Path | str) -> str:
+    def write_asset_path(asset_path: Path | str) -> str:
         asset_path = Path(asset_path).resolve()
         folder = path.parent.resolve()
         # A folder that contains assets and labels can be moved if the paths are relative.
         return str(asset_path.relative_to(folder)) if asset_path.is_relative_to(folder) else str(asset_path)
 
-    lines = (
-        rankings(rows, write_path)
+    label_lines = (
+        rankings(rows, write_asset_path)
         if kind == "rankings"
-        else [KINDS[kind](row, prompt_of(row, prompts), write_path) for row in rows]
+        else [KINDS[kind](row, prompt_of(row, prompts_by_campaign), write_asset_path) for row in rows]
     )
-    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in label_lines).encode())
     return path
 
 
-def prompt_of(row: JudgementRow, prompts: Mapping[str, Mapping]) -> str:
+def prompt_of(row: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
     """Return the text of the prompt of a judgement, or the name of the prompt if it is an image without a
     text.
 
     Args:
         row: judgement of asset files.
-        prompts: name of a campaign -> name of a prompt -> prompt, with its "text".
+        prompts_by_campaign: name of a campaign -> name of a prompt -> prompt, with its "text".
     """
-    return prompts.get(row.campaign, {}).get(row.left.condition, {}).get("text") or row.left.condition
+    return (
+        prompts_by_campaign.get(row.campaign, {}).get(row.left.condition, {}).get("text")
+        or row.left.condition
+    )
 
 
 def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
@@ -517,17 +532,17 @@ def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
         prompt: text of the prompt.
         write_path: function (path) -> text that is written.
     """
-    winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
-    fields = {
+    winner_shape, loser_shape = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+    label_fields = {
         "condition": row.left.condition,
         "prompt": prompt,
-        "preferred": write_path(winner.source),
-        "rejected": write_path(loser.source),
+        "preferred": write_path(winner_shape.source),
+        "rejected": write_path(loser_shape.source),
         "tie": row.choice not in (Choice.LEFT, Choice.RIGHT),
-        "preferred_generator": winner.generator,
-        "rejected_generator": loser.generator,
+        "preferred_generator": winner_shape.generator,
+        "rejected_generator": loser_shape.generator,
     }
-    return {**fields, "choice": row.choice.value, **_provenance(row)}
+    return {**label_fields, "choice": row.choice.value, **_provenance(row)}
 
 
 def to_score(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
@@ -543,14 +558,14 @@ def to_score(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
         if row.choice.value.isdigit()
         else {"label": int(bool(row.choice.good))}
     )
-    fields = {
+    label_fields = {
         "mesh": write_path(row.left.source),
         "prompt": prompt,
         **rating,
         "generator": row.left.generator,
         "condition": row.left.condition,
     }
-    return {**fields, **_provenance(row)}
+    return {**label_fields, **_provenance(row)}
 
 
 KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
@@ -558,7 +573,7 @@ KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 def _provenance(row: JudgementRow) -> dict:
     """Return the fields that describe the origin of a judgement. Empty votes and comments are left out."""
-    origin = {
+    origin_fields = {
         "annotator": row.annotator,
         "time": row.received_at,
         "campaign": row.campaign,
@@ -566,7 +581,7 @@ def _provenance(row: JudgementRow) -> dict:
         "kind": row.kind.value,
     }
     return {
-        **origin,
+        **origin_fields,
         **{name: value for name, value in (("votes", row.votes), ("comment", row.comment)) if value},
     }
 
@@ -592,44 +607,52 @@ def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[
     rows_by_prompt: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:
         rows_by_prompt[row.left.condition].append(row)
-    lines = []
+    ranking_lines = []
     sample_lists = _SampleLists()
-    for condition, prompt_rows in rows_by_prompt.items():
+    for prompt_name, prompt_rows in rows_by_prompt.items():
         # an asset is identified by its path
-        assets = {shape.source: shape for row in prompt_rows for shape in (row.left, row.right)}
+        shape_by_path = {shape.source: shape for row in prompt_rows for shape in (row.left, row.right)}
         all_comparisons = []
         for row in prompt_rows:
-            winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
-            tie = row.choice not in (Choice.LEFT, Choice.RIGHT)
-            all_comparisons.append(Comparison(winner.source, loser.source, tie))
+            winner_shape, loser_shape = (
+                (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+            )
+            is_tie = row.choice not in (Choice.LEFT, Choice.RIGHT)
+            all_comparisons.append(Comparison(winner_shape.source, loser_shape.source, is_tie))
         # the linked group with the most assets
         comparisons = max(linked(all_comparisons), key=_asset_count)
-        fit = bradley_terry(comparisons)
+        strength_fit = bradley_terry(comparisons)
         # Strengths that differ only by the tolerance of the solver become equal by rounding.
-        strengths = dict(zip(map(str, fit.items), fit.strength.round(9).tolist(), strict=True))
+        strength_by_path = dict(
+            zip(map(str, strength_fit.items), strength_fit.strength.round(9).tolist(), strict=True)
+        )
         # Assets of equal strength are ordered by their path, so that every export gives the same file.
-        for source in sorted(strengths, key=lambda source: (-strengths[source], source)):
-            fields = {
-                "condition": condition,
-                "rank": 1 + sum(other_strength > strengths[source] for other_strength in strengths.values()),
-                "generator": assets[source].generator,
-                "strength": strengths[source],
+        for asset_path in sorted(strength_by_path, key=lambda source: (-strength_by_path[source], source)):
+            ranking_fields = {
+                "condition": prompt_name,
+                "rank": 1
+                + sum(
+                    other_strength > strength_by_path[asset_path]
+                    for other_strength in strength_by_path.values()
+                ),
+                "generator": shape_by_path[asset_path].generator,
+                "strength": strength_by_path[asset_path],
                 "judgements": sum(
-                    source in (comparison.winner, comparison.loser) for comparison in comparisons
+                    asset_path in (comparison.winner, comparison.loser) for comparison in comparisons
                 ),
             }
             # A sample of a flow gets the fields of its list, and another asset gets only its path.
-            sample = sample_lists.fields_of(assets[source], write_path)
-            lines.append({**(sample or {"asset": write_path(source)}), **fields})
-    return lines
+            sample_fields = sample_lists.fields_of(shape_by_path[asset_path], write_path)
+            ranking_lines.append({**(sample_fields or {"asset": write_path(asset_path)}), **ranking_fields})
+    return ranking_lines
 
 
 def _asset_count(comparisons: Iterable["Comparison"]) -> int:
     """Count the different assets in comparisons."""
-    assets: set = set()
+    asset_paths: set = set()
     for comparison in comparisons:
-        assets |= {comparison.winner, comparison.loser}
-    return len(assets)
+        asset_paths |= {comparison.winner, comparison.loser}
+    return len(asset_paths)
 
 
 class _SampleLists:
@@ -646,16 +669,19 @@ class _SampleLists:
             shape: asset.
             write_path: function that converts the paths in the line.
         """
-        path = Path(shape.source)
-        if path.parent not in self._lists:
-            self._lists[path.parent] = {
-                str(line.get("look_at")): line for line in _lines(path.parent / SAMPLE_LIST)
+        asset_path = Path(shape.source)
+        if asset_path.parent not in self._lists:
+            self._lists[asset_path.parent] = {
+                str(list_line.get("look_at")): list_line
+                for list_line in _lines(asset_path.parent / SAMPLE_LIST)
             }
         # annotators have seen the file `look_at` of a sample
-        line = self._lists[path.parent].get(path.name, {})
+        list_line = self._lists[asset_path.parent].get(asset_path.name, {})
         return {
-            name: write_path(path.parent / value) if name in PATH_FIELDS and isinstance(value, str) else value
-            for name, value in line.items()
+            name: write_path(asset_path.parent / value)
+            if name in PATH_FIELDS and isinstance(value, str)
+            else value
+            for name, value in list_line.items()
             # A rank in the list is of an earlier export. `rankings` adds the new rank.
             if name != "rank"
         }

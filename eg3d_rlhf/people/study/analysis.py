@@ -5,9 +5,8 @@ and for a thousand simulated studies. The score of a trial is 1 if b was preferr
 for a tie that counts half, and NaN if the trial does not count.
 
 The intervals account for trials that share annotators and latents: the variance is clustered in two ways
-(Cameron,
-Gelbach and Miller, "Robust Inference With Multiway Clustering", 2011), and the bootstrap over both clusters
-is the pigeonhole bootstrap (Owen, "The pigeonhole bootstrap", 2007).
+(Cameron, Gelbach and Miller, "Robust Inference With Multiway Clustering", 2011), and the bootstrap over both
+clusters is the pigeonhole bootstrap (Owen, "The pigeonhole bootstrap", 2007).
 
 Shapes: S studies, N trials, A annotators, L latents, G clusters, R resamples.
 """
@@ -28,7 +27,9 @@ from eg3d_rlhf.people.label.quality import agreement, side_free
 from eg3d_rlhf.people.study.design import StudyDesign, stopped
 
 _CELLS = 2_000_000  # largest number of resampled values that are in memory at the same time
-_LEAST = 0.05  # lower bound of the clustered variance, relative to the variance of independent trials
+_MIN_VARIANCE_RATIO = (
+    0.05  # lower bound of the clustered variance, relative to the variance of independent trials
+)
 
 
 @dataclass
@@ -64,85 +65,91 @@ def analyse(
     # answers that were taken back never count
     rows = [row for row in rows if not row.undone]
     _check(design, rows)
-    parts = sort_rows(design, rows)
-    answered = len(parts.trials)
-    is_complete = stopped(design, answered, now)
+    sorted_rows = sort_rows(design, rows)
+    answered_count = len(sorted_rows.trials)
+    is_complete = stopped(design, answered_count, now)
     if not is_complete and not interim:
-        until = f", or the time {design.until}" if design.until else ""
+        end_text = f", or the time {design.until}" if design.until else ""
         raise ValueError(
-            f"study {design.name}: the design requires {design.trials} answered trials{until}, but"
-            f" {answered} trials are answered. Wait for the other answers, or pass --interim for an interim"
-            " report."
+            f"study {design.name}: the design requires {design.trials} answered trials{end_text}, but"
+            f" {answered_count} trials are answered. Wait for the other answers, or pass --interim for an"
+            " interim report."
         )
-    fast_ids = {row.id for row in parts.fast}
+    fast_ids = {row.id for row in sorted_rows.fast}
     # Trials of the primary result. A skip is a trial without a score.
-    primary = [
-        row for row in parts.trials if row.annotator not in parts.annotators and row.id not in fast_ids
+    primary_rows = [
+        row
+        for row in sorted_rows.trials
+        if row.annotator not in sorted_rows.annotators and row.id not in fast_ids
     ]
     # The sensitivity analysis repeats the estimate with the other rule for ties.
     other_ties = "excluded" if design.ties == "half" else "half"
-    sides = _sides(primary, design.ties)
-    rates_by_side = (sides["win_rate_b_left"], sides["win_rate_b_right"])
+    side_metrics = _sides(primary_rows, design.ties)
+    rates_by_side = (side_metrics["win_rate_b_left"], side_metrics["win_rate_b_right"])
     return {
         "design": design.to_dict(),
         "interim": not is_complete,
-        "answered": answered,
-        "late": parts.late,
+        "answered": answered_count,
+        "late": sorted_rows.late,
         "reported": (now or datetime.now(UTC)).isoformat(timespec="seconds"),
-        "result": estimate(primary, design.ties, design.confidence, design.resamples),
+        "result": estimate(primary_rows, design.ties, design.confidence, design.resamples),
         "sensitivity": {
-            "without exclusions": estimate(parts.trials, design.ties, design.confidence),
-            f"ties {other_ties}": estimate(primary, other_ties, design.confidence),
+            "without exclusions": estimate(sorted_rows.trials, design.ties, design.confidence),
+            f"ties {other_ties}": estimate(primary_rows, other_ties, design.confidence),
             "sides weighted equally": {
-                "n": len(primary),
+                "n": len(primary_rows),
                 "win_rate": None if None in rates_by_side else sum(rates_by_side) / 2,
             },
         },
-        "sides": sides,
-        "annotators": _annotators(design, parts),
-        "exclusions": _exclusions(parts),
-        "agreement": agreement(primary),
-        "pairs": _pairs(primary, design.ties),
+        "sides": side_metrics,
+        "annotators": _annotators(design, sorted_rows),
+        "exclusions": _exclusions(sorted_rows),
+        "agreement": agreement(primary_rows),
+        "pairs": _pairs(primary_rows, design.ties),
     }
 
 
 def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
     """Divide judgements into trials, gold checks and exclusions, by the rules of the design."""
-    answers = sorted((row for row in rows if row.kind == Kind.PAIR), key=lambda row: row.id)
-    end = datetime.fromisoformat(design.until).timestamp() if design.until else np.inf
+    pair_rows = sorted((row for row in rows if row.kind == Kind.PAIR), key=lambda row: row.id)
+    end_time = datetime.fromisoformat(design.until).timestamp() if design.until else np.inf
     # Answers after the planned number of trials are only counted, because this number was fixed in advance.
-    trials = [row for row in answers if row.received_at <= end][: design.trials]
+    trials = [row for row in pair_rows if row.received_at <= end_time][: design.trials]
     gold_rows = [row for row in rows if row.kind == Kind.GOLD and row.choice != Choice.SKIP]
-    parts = SortedRows(trials=trials, late=len(answers) - len(trials), gold=gold_rows)
-    rules = design.exclusions
-    for name in sorted({row.annotator for row in trials}):
-        annotator_trials = [row for row in trials if row.annotator == name]
-        gold_results = [row.choice == row.expected for row in gold_rows if row.annotator == name]
-        fast_trials = [row for row in annotator_trials if is_fast(row, rules.fast_milliseconds)]
+    sorted_rows = SortedRows(trials=trials, late=len(pair_rows) - len(trials), gold=gold_rows)
+    exclusion_rules = design.exclusions
+    for annotator in sorted({row.annotator for row in trials}):
+        annotator_trials = [row for row in trials if row.annotator == annotator]
+        gold_results = [row.choice == row.expected for row in gold_rows if row.annotator == annotator]
+        fast_trials = [row for row in annotator_trials if is_fast(row, exclusion_rules.fast_milliseconds)]
         correct_count = sum(gold_results)
         # In an interim report no annotator may have answered the planned share, so the mean share so far is
         # used.
-        share = min(design.share, len(trials) / design.annotators)
-        if len(gold_results) >= rules.gold_least and correct_count < rules.gold_accuracy * len(gold_results):
-            parts.annotators[name] = (
+        planned_share = min(design.share, len(trials) / design.annotators)
+        if len(
+            gold_results
+        ) >= exclusion_rules.gold_least and correct_count < exclusion_rules.gold_accuracy * len(gold_results):
+            sorted_rows.annotators[annotator] = (
                 f"gold checks: {correct_count} of {len(gold_results)} correct, below"
-                f" {rules.gold_accuracy:.0%}"
+                f" {exclusion_rules.gold_accuracy:.0%}"
             )
-        elif len(fast_trials) > rules.fast_share * len(annotator_trials):
-            parts.annotators[name] = (
+        elif len(fast_trials) > exclusion_rules.fast_share * len(annotator_trials):
+            sorted_rows.annotators[annotator] = (
                 f"too fast: {len(fast_trials)} of {len(annotator_trials)} trials took less than"
-                f" {rules.fast_milliseconds} ms"
+                f" {exclusion_rules.fast_milliseconds} ms"
             )
-        elif len(annotator_trials) < rules.least_share * share:
-            parts.annotators[name] = f"incomplete: {len(annotator_trials)} of {design.share} trials"
+        elif len(annotator_trials) < exclusion_rules.least_share * planned_share:
+            sorted_rows.annotators[annotator] = (
+                f"incomplete: {len(annotator_trials)} of {design.share} trials"
+            )
         else:
-            parts.fast += fast_trials
-    return parts
+            sorted_rows.fast += fast_trials
+    return sorted_rows
 
 
-def is_fast(row: JudgementRow, milliseconds: int) -> bool:
-    """Return True if a trial was answered in less than `milliseconds`. A skip is never too fast."""
-    return row.choice != Choice.SKIP and row.milliseconds < milliseconds
+def is_fast(row: JudgementRow, min_milliseconds: int) -> bool:
+    """Return True if a trial was answered in less than `min_milliseconds`. A skip is never too fast."""
+    return row.choice != Choice.SKIP and row.milliseconds < min_milliseconds
 
 
 def score(row: JudgementRow, ties: str) -> float:
@@ -179,7 +186,7 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         trial counts.
     """
     scores = np.array([score(row, ties) for row in rows])  # [N]
-    choices = Counter(row.choice for row in rows)
+    choice_counts = Counter(row.choice for row in rows)
     # scores of the trials that are no ties and no skips
     decided_scores = [
         trial_score
@@ -187,48 +194,50 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         if row.choice in (Choice.LEFT, Choice.RIGHT)
     ]
     b_wins = int(sum(decided_scores))
-    results: dict = {
+    estimates: dict = {
         "n": int(np.sum(~np.isnan(scores))),
         "b_wins": b_wins,
         "a_wins": len(decided_scores) - b_wins,
         "ties": _ties(rows),
-        "skips": choices[Choice.SKIP],
+        "skips": choice_counts[Choice.SKIP],
         "annotators": len({row.annotator for row in rows}),
         "latents": len({row.pair for row in rows}),
         "confidence": confidence,
         "p_exact": binomial_test(b_wins, len(decided_scores)) if decided_scores else None,
     }
-    if not results["n"]:
+    if not estimates["n"]:
         return {
-            **results,
+            **estimates,
             **dict.fromkeys(
                 ("win_rate", "interval", "wilson", "p_clustered", "design_effect", "degrees_of_freedom")
             ),
         }
     # Names of annotators become indices 0..A-1, and ids of pairs become 0..L-1, since each has one latent.
-    annotator, latent = (
-        np.unique([getattr(row, name) for row in rows], return_inverse=True)[1]
-        for name in ("annotator", "pair")
+    annotator_indices, latent_indices = (
+        np.unique([getattr(row, column) for row in rows], return_inverse=True)[1]
+        for column in ("annotator", "pair")
     )
     # index 0: the arrays of `win_rate` have one element for each study, and this is one study
-    rates = win_rate(scores, annotator, latent, confidence)
-    results |= {
-        "win_rate": float(rates.rate[0]),
-        "interval": [float(end[0]) for end in rates.clustered],
-        "wilson": [float(end[0]) for end in rates.wilson],
-        "p_clustered": float(rates.p_clustered[0]),
-        "design_effect": float(rates.design_effect[0]),
-        "degrees_of_freedom": int(rates.degrees[0]),
+    win_rates = win_rate(scores, annotator_indices, latent_indices, confidence)
+    estimates |= {
+        "win_rate": float(win_rates.rate[0]),
+        "interval": [float(end[0]) for end in win_rates.clustered],
+        "wilson": [float(end[0]) for end in win_rates.wilson],
+        "p_clustered": float(win_rates.p_clustered[0]),
+        "design_effect": float(win_rates.design_effect[0]),
+        "degrees_of_freedom": int(win_rates.degrees[0]),
     }
     if resamples:
-        kinds = ("annotators", "latents", "both")
+        cluster_kinds = ("annotators", "latents", "both")
         bounds_by_kind = {
-            kind: cluster_bootstrap(scores, annotator, latent, kind, confidence, resamples) for kind in kinds
+            kind: cluster_bootstrap(scores, annotator_indices, latent_indices, kind, confidence, resamples)
+            for kind in cluster_kinds
         }
-        results["bootstrap"] = {
-            kind: None if bounds is None else list(bounds) for kind, bounds in bounds_by_kind.items()
+        estimates["bootstrap"] = {
+            kind: None if interval_bounds is None else list(interval_bounds)
+            for kind, interval_bounds in bounds_by_kind.items()
         }
-    return results
+    return estimates
 
 
 def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
@@ -239,10 +248,10 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
     """
     other_campaigns = {row.campaign for row in rows if row.campaign != design.name or row.mode != Mode.STUDY}
     if other_campaigns:
-        names = ", ".join(sorted(other_campaigns))
+        other_names = ", ".join(sorted(other_campaigns))
         raise ValueError(
-            f"study {design.name}: the database contains answers of {names}. Pass the database of the study"
-            " with --db."
+            f"study {design.name}: the database contains answers of {other_names}. Pass the database of the"
+            " study with --db."
         )
     for row in rows:
         first_shape, second_shape = (row.left, row.right) if row.first_is_left else (row.right, row.left)
@@ -277,10 +286,10 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
     metrics: dict = {"b_left": sum(not row.first_is_left for row in rows), "n": len(rows)}
     # p-value of the hypothesis that the sides were random
     metrics["p_random"] = binomial_test(metrics["b_left"], metrics["n"])
-    for name, is_b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
+    for rate_name, is_b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
         # b is the second shape of a pair, so b is on the left if the first shape is not.
         scores = np.array([score(row, ties) for row in rows if row.first_is_left != is_b_left])
-        metrics[name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
+        metrics[rate_name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
     decided_rows = [row for row in rows if row.choice in (Choice.LEFT, Choice.RIGHT)]
     left_count = sum(row.choice == Choice.LEFT for row in decided_rows)
     return {
@@ -290,61 +299,61 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
     }
 
 
-def _annotators(design: StudyDesign, parts: SortedRows) -> list[dict]:
+def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
     """Compute the metrics of every annotator who has answered trials, also of excluded annotators.
 
     Returns one record per annotator, in JSON types.
     """
-    table = []
-    for name in sorted({row.annotator for row in parts.trials}):
-        annotator_trials = [row for row in parts.trials if row.annotator == name]
-        gold_results = [row.choice == row.expected for row in parts.gold if row.annotator == name]
+    annotator_metrics = []
+    for annotator in sorted({row.annotator for row in sorted_rows.trials}):
+        annotator_trials = [row for row in sorted_rows.trials if row.annotator == annotator]
+        gold_results = [row.choice == row.expected for row in sorted_rows.gold if row.annotator == annotator]
         scores = np.array([score(row, design.ties) for row in annotator_trials])
-        n = int(np.sum(~np.isnan(scores)))  # number of trials that count
-        sides = _sides(annotator_trials, design.ties)
-        choices = Counter(row.choice for row in annotator_trials)
-        table.append(
+        counted_trials = int(np.sum(~np.isnan(scores)))  # number of trials that count
+        side_metrics = _sides(annotator_trials, design.ties)
+        choice_counts = Counter(row.choice for row in annotator_trials)
+        annotator_metrics.append(
             {
-                "name": name,
+                "name": annotator,
                 "trials": len(annotator_trials),
                 "ties": _ties(annotator_trials),
-                "skips": choices[Choice.SKIP],
-                "n": n,
-                "win_rate": float(np.nanmean(scores)) if n else None,
-                "wilson": list(wilson_interval(float(np.nansum(scores)), n)),
-                "left_share": sides["left_share"],
-                "left_ci": sides["left_ci"],
+                "skips": choice_counts[Choice.SKIP],
+                "n": counted_trials,
+                "win_rate": float(np.nanmean(scores)) if counted_trials else None,
+                "wilson": list(wilson_interval(float(np.nansum(scores)), counted_trials)),
+                "left_share": side_metrics["left_share"],
+                "left_ci": side_metrics["left_ci"],
                 "gold_right": sum(gold_results),
                 "gold_n": len(gold_results),
                 "median_seconds": statistics.median(row.milliseconds for row in annotator_trials) / 1000,
                 "fast": sum(is_fast(row, design.exclusions.fast_milliseconds) for row in annotator_trials),
-                "excluded": parts.annotators.get(name),
+                "excluded": sorted_rows.annotators.get(annotator),
             }
         )
-    return table
+    return annotator_metrics
 
 
-def _exclusions(parts: SortedRows) -> list[dict]:
+def _exclusions(sorted_rows: SortedRows) -> list[dict]:
     """Return a list of exclusions: "what" was left out, the "reason", and the number of "trials"."""
-    trial_counts = Counter(row.annotator for row in parts.trials)
-    excluded = [
-        {"what": f"annotator {name}", "reason": reason, "trials": trial_counts[name]}
-        for name, reason in sorted(parts.annotators.items())
+    trial_counts = Counter(row.annotator for row in sorted_rows.trials)
+    exclusions = [
+        {"what": f"annotator {annotator}", "reason": reason, "trials": trial_counts[annotator]}
+        for annotator, reason in sorted(sorted_rows.annotators.items())
     ]
-    fast_counts = Counter(row.annotator for row in parts.fast)
-    excluded += [
-        {"what": f"single trials of {name}", "reason": "answered too fast", "trials": count}
-        for name, count in sorted(fast_counts.items())
+    fast_counts = Counter(row.annotator for row in sorted_rows.fast)
+    exclusions += [
+        {"what": f"single trials of {annotator}", "reason": "answered too fast", "trials": trial_count}
+        for annotator, trial_count in sorted(fast_counts.items())
     ]
-    if parts.late:
-        excluded.append(
+    if sorted_rows.late:
+        exclusions.append(
             {
                 "what": "answers after the planned number or time",
                 "reason": "the study was over",
-                "trials": parts.late,
+                "trials": sorted_rows.late,
             }
         )
-    return excluded
+    return exclusions
 
 
 def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
@@ -352,23 +361,23 @@ def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
 
     Returns records with seed, win_rate and n (number of trials), from the highest to the lowest win rate.
     """
-    scores: dict[int, list[float]] = defaultdict(list)
+    scores_by_seed: dict[int, list[float]] = defaultdict(list)
     for row in rows:
-        value = score(row, ties)
-        if not np.isnan(value):
-            scores[row.left.seed].append(value)
-    latents = [
-        {"seed": seed, "win_rate": sum(values) / len(values), "n": len(values)}
-        for seed, values in scores.items()
+        trial_score = score(row, ties)
+        if not np.isnan(trial_score):
+            scores_by_seed[row.left.seed].append(trial_score)
+    latent_records = [
+        {"seed": seed, "win_rate": sum(seed_scores) / len(seed_scores), "n": len(seed_scores)}
+        for seed, seed_scores in scores_by_seed.items()
     ]
 
-    # Of latents with equal win rates, the one with more trials stands closer to the end of the list at which
+    # Of latents with equal win rates, the one with more trials is closer to the end of the list at which
     # b or a wins.
     def sort_key(latent: dict) -> tuple:
         n = -latent["n"] if latent["win_rate"] > 0.5 else latent["n"]
         return (-latent["win_rate"], n, latent["seed"])
 
-    return sorted(latents, key=sort_key)
+    return sorted(latent_records, key=sort_key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,7 +396,7 @@ class WinRate:
 
 
 def win_rate(
-    scores: np.ndarray, annotator: np.ndarray, latent: np.ndarray, confidence: float = 0.95
+    scores: np.ndarray, annotator_indices: np.ndarray, latent_indices: np.ndarray, confidence: float = 0.95
 ) -> WinRate:
     """Estimate the win rate, with an interval that accounts for trials that share annotators and latents.
 
@@ -403,8 +412,8 @@ def win_rate(
 
     Args:
         scores: scores of the trials, [S, N] or [N], see the docstring of this module.
-        annotator: index of the annotator of each trial, [N].
-        latent: index of the latent of each trial, [N].
+        annotator_indices: index of the annotator of each trial, [N].
+        latent_indices: index of the latent of each trial, [N].
         confidence: level of the intervals.
 
     Raises:
@@ -412,80 +421,105 @@ def win_rate(
     """
     # a single study [N] becomes [1, N]
     scores = np.atleast_2d(np.asarray(scores, dtype=np.float64))
-    counted = ~np.isnan(scores)
-    n = counted.sum(axis=1).astype(np.float64)
-    if (n == 0).any():
+    is_counted = ~np.isnan(scores)
+    trial_counts = is_counted.sum(axis=1).astype(np.float64)
+    if (trial_counts == 0).any():
         raise ValueError(
             "win_rate: at least one trial of each study must count, but a study has no such trial. Collect"
             " answers first."
         )
-    rate = np.where(counted, scores, 0).sum(axis=1) / n
+    rates = np.where(is_counted, scores, 0).sum(axis=1) / trial_counts
     # The residual of a trial that does not count is 0, so that it does not change the sum of its cluster.
-    residual = np.where(counted, scores - rate[:, None], 0)  # [S, N]
-    variance = {}
-    clusters = {}
-    for name, groups in (("annotator", annotator), ("latent", latent), ("trial", None)):
-        variance[name], clusters[name] = _cluster_variance(residual, counted, n, groups)
-    independent = variance["trial"]  # variance as if all trials were independent, [S]
-    several_annotators = clusters["annotator"] > 1
-    total = (
-        np.where(several_annotators, variance["annotator"], independent) + variance["latent"] - independent
+    residuals = np.where(is_counted, scores - rates[:, None], 0)  # [S, N]
+    variances = {}
+    cluster_counts = {}
+    for cluster_name, cluster_indices in (
+        ("annotator", annotator_indices),
+        ("latent", latent_indices),
+        ("trial", None),
+    ):
+        variances[cluster_name], cluster_counts[cluster_name] = _cluster_variance(
+            residuals, is_counted, trial_counts, cluster_indices
+        )
+    independent_variance = variances["trial"]  # variance as if all trials were independent, [S]
+    several_annotators = cluster_counts["annotator"] > 1
+    clustered_variance = (
+        np.where(several_annotators, variances["annotator"], independent_variance)
+        + variances["latent"]
+        - independent_variance
     )
     # The difference can be 0 or negative by chance, so the variance has a lower bound.
-    total = np.maximum(total, _LEAST * independent)
-    degrees = np.maximum(
-        1, np.minimum(np.where(several_annotators, clusters["annotator"], n), clusters["latent"]) - 1
+    clustered_variance = np.maximum(clustered_variance, _MIN_VARIANCE_RATIO * independent_variance)
+    degrees_of_freedom = np.maximum(
+        1,
+        np.minimum(
+            np.where(several_annotators, cluster_counts["annotator"], trial_counts), cluster_counts["latent"]
+        )
+        - 1,
     )
-    binomial_variance = rate * (1 - rate)
+    binomial_variance = rates * (1 - rates)
     # Number of independent trials that would have this variance. With a rate of 0 or 1 all residuals, and so
     # the variance, are 0; n is used then. The inner np.where avoids a division by zero.
-    effective = np.where(total > 0, binomial_variance / np.where(total > 0, total, 1), n)
+    effective_counts = np.where(
+        clustered_variance > 0,
+        binomial_variance / np.where(clustered_variance > 0, clustered_variance, 1),
+        trial_counts,
+    )
     # The test uses the variance 0.25 / effective under the null hypothesis of 0.5, like Wilson's interval.
-    statistic = np.abs(rate - 0.5) / np.sqrt(0.25 / np.where(effective > 0, effective, n))
-    effective = np.where(effective > 0, effective, n)
+    t_statistic = np.abs(rates - 0.5) / np.sqrt(
+        0.25 / np.where(effective_counts > 0, effective_counts, trial_counts)
+    )
+    effective_counts = np.where(effective_counts > 0, effective_counts, trial_counts)
     return WinRate(
-        n=n,
-        rate=rate,
-        wilson=wilson_ends(rate, n, ndtri(0.5 + confidence / 2)),
-        clustered=wilson_ends(rate, effective, student.ppf(0.5 + confidence / 2, degrees)),
-        p_clustered=2 * student.sf(statistic, degrees),
-        degrees=degrees,
-        design_effect=np.where(independent > 0, total / np.where(independent > 0, independent, 1), 1.0),
+        n=trial_counts,
+        rate=rates,
+        wilson=wilson_ends(rates, trial_counts, ndtri(0.5 + confidence / 2)),
+        clustered=wilson_ends(rates, effective_counts, student.ppf(0.5 + confidence / 2, degrees_of_freedom)),
+        p_clustered=2 * student.sf(t_statistic, degrees_of_freedom),
+        degrees=degrees_of_freedom,
+        design_effect=np.where(
+            independent_variance > 0,
+            clustered_variance / np.where(independent_variance > 0, independent_variance, 1),
+            1.0,
+        ),
     )
 
 
 def _cluster_variance(
-    residual: np.ndarray, counted: np.ndarray, n: np.ndarray, groups: np.ndarray | None
+    residuals: np.ndarray,
+    is_counted: np.ndarray,
+    trial_counts: np.ndarray,
+    cluster_indices: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the variance of the mean score from sums of residuals over clusters.
 
     Args:
-        residual: score minus mean score of each trial, [S, N]; 0 for trials that do not count.
-        counted: True for trials that count, bool [S, N].
-        n: number of trials that count, [S].
-        groups: index of the cluster of each trial, [N]; None: each trial is a cluster.
+        residuals: score minus mean score of each trial, [S, N]; 0 for trials that do not count.
+        is_counted: True for trials that count, bool [S, N].
+        trial_counts: number of trials that count, [S].
+        cluster_indices: index of the cluster of each trial, [N]; None: each trial is a cluster.
 
     Returns:
         Variance [S], and number of clusters that contain trials which count [S].
     """
-    if groups is None:
-        sums = residual
-        cluster_count = n
+    if cluster_indices is None:
+        residual_sums = residuals
+        cluster_count = trial_counts
     else:
-        membership = np.zeros((len(groups), int(np.max(groups)) + 1))  # [N, G], one-hot
-        membership[np.arange(len(groups)), groups] = 1
-        sums = residual @ membership  # [S, G]
-        cluster_count = ((counted @ membership) > 0).sum(axis=1).astype(np.float64)
+        membership = np.zeros((len(cluster_indices), int(np.max(cluster_indices)) + 1))  # [N, G], one-hot
+        membership[np.arange(len(cluster_indices)), cluster_indices] = 1
+        residual_sums = residuals @ membership  # [S, G]
+        cluster_count = ((is_counted @ membership) > 0).sum(axis=1).astype(np.float64)
     # The correction G / (G - 1) would divide by zero for one cluster. The residuals of one cluster sum to 0,
     # so the variance is 0 with any correction.
     correction = cluster_count / np.maximum(cluster_count - 1, 1)
-    return (sums**2).sum(axis=1) / n**2 * correction, cluster_count
+    return (residual_sums**2).sum(axis=1) / trial_counts**2 * correction, cluster_count
 
 
 def cluster_bootstrap(
     scores: np.ndarray,
-    annotator: np.ndarray,
-    latent: np.ndarray,
+    annotator_indices: np.ndarray,
+    latent_indices: np.ndarray,
     over: str,
     confidence: float = 0.95,
     resamples: int = 4000,
@@ -495,8 +529,8 @@ def cluster_bootstrap(
 
     Args:
         scores: scores of the trials, [N].
-        annotator: index of the annotator of each trial, [N].
-        latent: index of the latent of each trial, [N].
+        annotator_indices: index of the annotator of each trial, [N].
+        latent_indices: index of the latent of each trial, [N].
         over: clusters that are resampled: 'annotators', 'latents' or 'both'. With 'both', the weight of a
             trial is the product of the weights of its annotator and its latent (pigeonhole bootstrap, Owen
             2007). This interval is too wide if the scores vary more between trials than between clusters.
@@ -509,26 +543,34 @@ def cluster_bootstrap(
     """
     scores = np.asarray(scores, dtype=np.float64)
     is_counted = ~np.isnan(scores)
-    clusterings = {"annotators": [annotator], "latents": [latent], "both": [annotator, latent]}[over]
+    clusterings = {
+        "annotators": [annotator_indices],
+        "latents": [latent_indices],
+        "both": [annotator_indices, latent_indices],
+    }[over]
     # The indices are computed again without the trials that do not count, so that every cluster has a trial.
-    groups = [np.unique(indices[is_counted], return_inverse=True)[1] for indices in clusterings]
-    counts = [int(group.max()) + 1 for group in groups]  # number of clusters
-    if min(counts) < 2:
+    cluster_indices = [
+        np.unique(trial_clusters[is_counted], return_inverse=True)[1] for trial_clusters in clusterings
+    ]
+    cluster_counts = [int(cluster_index.max()) + 1 for cluster_index in cluster_indices]  # number of clusters
+    if min(cluster_counts) < 2:
         return None
     rng = np.random.default_rng(seed)
-    rates = []
-    values = scores[is_counted]
+    resampled_rates = []
+    counted_scores = scores[is_counted]
     # The weights [R, N] are computed in chunks of resamples, so that they do not fill the memory.
-    chunk = max(1, _CELLS // len(values))
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        weights = np.ones((size, len(values)))  # [R, N]
-        for group, count in zip(groups, counts, strict=True):
+    chunk_size = max(1, _CELLS // len(counted_scores))
+    for start_index in range(0, resamples, chunk_size):
+        resample_count = min(chunk_size, resamples - start_index)
+        weights = np.ones((resample_count, len(counted_scores)))  # [R, N]
+        for cluster_index, cluster_count in zip(cluster_indices, cluster_counts, strict=True):
             # If `count` clusters are resampled with replacement, the number of times that each is drawn has a
             # multinomial distribution. This number is the weight of its trials.
-            weights *= rng.multinomial(count, np.full(count, 1 / count), size=size)[:, group]
-        total = weights.sum(axis=1)
+            weights *= rng.multinomial(
+                cluster_count, np.full(cluster_count, 1 / cluster_count), size=resample_count
+            )[:, cluster_index]
+        weight_sums = weights.sum(axis=1)
         # With 'both', all weights of a resample can be 0. Such a resample is left out.
-        rates.append((weights @ values)[total > 0] / total[total > 0])
-    lo, hi = np.quantile(np.concatenate(rates), [0.5 - confidence / 2, 0.5 + confidence / 2])
+        resampled_rates.append((weights @ counted_scores)[weight_sums > 0] / weight_sums[weight_sums > 0])
+    lo, hi = np.quantile(np.concatenate(resampled_rates), [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(float(lo), float(hi))

@@ -195,10 +195,10 @@ class StudyDesign:
                 f" annotators, {self.annotators}. Use another number."
             )
         if self.shapes is not None and self.latents > self.shapes:
-            most_trials = self.shapes * self.annotators_per_pair
+            max_trials = self.shapes * self.annotators_per_pair
             raise ValueError(
                 f"n: {self.trials} trials were requested, but {self.shapes} pairs of shapes allow at most"
-                f" {most_trials} trials. Use --n={most_trials}."
+                f" {max_trials} trials. Use --n={max_trials}."
             )
         # With 1, every trial would be a gold check, and no trial would compare the generators.
         if self.gold_every == 1:
@@ -238,13 +238,13 @@ class StudyDesign:
         With several annotators it contains a tenth more trials than `share`, because some annotators stop
         early.
         """
-        trials = self.share if self.annotators == 1 else math.ceil(1.1 * self.share)
-        total = trials
+        pair_trials = self.share if self.annotators == 1 else math.ceil(1.1 * self.share)
+        trial_count = pair_trials
         # At most ceil(total / gold_every) of `total` trials are gold checks. `total` is increased until
         # enough others are left.
-        while self.gold_every and total - math.ceil(total / self.gold_every) < trials:
-            total += 1
-        return total
+        while self.gold_every and trial_count - math.ceil(trial_count / self.gold_every) < pair_trials:
+            trial_count += 1
+        return trial_count
 
     def seeds(self) -> tuple[list[int], list[int]]:
         """Choose the seeds of a study at random.
@@ -254,10 +254,10 @@ class StudyDesign:
             shapes, all these seeds are different. Otherwise seeds of the compared latents are used again.
         """
         spare_count = 64  # more than the gold and practice pairs need
-        available = MAX_SEED if self.shapes is None else self.shapes
+        available_count = MAX_SEED if self.shapes is None else self.shapes
         rng = np.random.default_rng(self.seed)
-        count = min(available, self.latents + spare_count)
-        all_seeds = rng.choice(available, size=count, replace=False).tolist()
+        drawn_count = min(available_count, self.latents + spare_count)
+        all_seeds = rng.choice(available_count, size=drawn_count, replace=False).tolist()
         compared_seeds = all_seeds[: self.latents]
         unused_seeds = all_seeds[self.latents :]
         # `cycle` repeats the seeds if there are too few
@@ -267,16 +267,20 @@ class StudyDesign:
     def to_dict(self) -> dict:
         """Return the design in JSON types, with its hash."""
         # Passing through JSON turns tuples into lists, as in a design that is read from its file.
-        content = {"format": FORMAT, **json.loads(json.dumps(asdict(self))), "latent_seeds": self.seeds()[0]}
+        design_json = {
+            "format": FORMAT,
+            **json.loads(json.dumps(asdict(self))),
+            "latent_seeds": self.seeds()[0],
+        }
         # Older designs do not have these fields. They are left out at their defaults, so that the hash of an
         # older design stays the same.
         defaults_of_new_fields = {"assets": [], "prompts": {}, "up": UP, "view": "front"}
-        content = {
+        design_json = {
             name: value
-            for name, value in content.items()
+            for name, value in design_json.items()
             if name not in defaults_of_new_fields or value != defaults_of_new_fields[name]
         }
-        return {**content, "hash": content_hash(content)}
+        return {**design_json, "hash": content_hash(design_json)}
 
     @property
     def hash(self) -> str:
@@ -284,13 +288,13 @@ class StudyDesign:
         return self.to_dict()["hash"]
 
 
-def content_hash(content: dict) -> str:
+def content_hash(design_json: dict) -> str:
     """Return the SHA-256 of a design in canonical JSON, as hexadecimal digits.
 
     Args:
-        content: design in JSON types; its field "hash" is not hashed.
+        design_json: design in JSON types; its field "hash" is not hashed.
     """
-    hashed_content = {name: value for name, value in content.items() if name != "hash"}
+    hashed_content = {name: value for name, value in design_json.items() if name != "hash"}
     canonical_json = json.dumps(hashed_content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical_json.encode()).hexdigest()
 
@@ -313,12 +317,12 @@ def write_design(path: str | Path, design: StudyDesign) -> Path:
     return path
 
 
-def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
+def read_design(path: str | Path, recorded_hash: str | None = None) -> StudyDesign:
     """Read a design, and check that it was not changed since it was written.
 
     Args:
         path: path of the file.
-        recorded: hash that the campaign contains; None: only the hash in the file is checked.
+        recorded_hash: hash that the campaign contains; None: only the hash in the file is checked.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -330,9 +334,9 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
             f"{path}: there is no design of a study. Pass the folder of the study, or create the study first."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        stored_hash = content["hash"]
-        version = content["format"]
+        design_json = json.loads(path.read_text(encoding="utf-8"))
+        stored_hash = design_json["hash"]
+        version = design_json["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: the design of the study cannot be read as JSON: {error}. Use a copy of the original"
@@ -343,47 +347,50 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
             f"{path}: the design has format {version}, but this program needs format {FORMAT}. Use the"
             " version of the program that created the design."
         )
-    if content_hash(content) != stored_hash or recorded not in (None, stored_hash):
+    if content_hash(design_json) != stored_hash or recorded_hash not in (None, stored_hash):
         raise ValueError(
             f"{path}: the file was changed after the study was designed, because its hash is not"
-            f" {(recorded or stored_hash)[:12]}... Use a copy of the original file, or design a new study."
+            f" {(recorded_hash or stored_hash)[:12]}... Use a copy of the original file, or design a new"
+            " study."
         )
     # Fields that an older design does not have get their defaults.
-    values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
-    values |= {
-        "a": Contender(**content["a"]),
-        "b": Contender(**content["b"]),
-        "exclusions": ExclusionRules(**content["exclusions"]),
+    field_values = {
+        field.name: design_json[field.name] for field in fields(StudyDesign) if field.name in design_json
+    }
+    field_values |= {
+        "a": Contender(**design_json["a"]),
+        "b": Contender(**design_json["b"]),
+        "exclusions": ExclusionRules(**design_json["exclusions"]),
     }
     return StudyDesign(
-        **{**values, "plan": tuple(content["plan"]), "assets": tuple(content.get("assets", ()))}
+        **{**field_values, "plan": tuple(design_json["plan"]), "assets": tuple(design_json.get("assets", ()))}
     )
 
 
-def stopped(design: StudyDesign, answered: int, now: datetime | None = None) -> bool:
+def stopped(design: StudyDesign, answered_count: int, now: datetime | None = None) -> bool:
     """Return True if the stopping rule of a study is met: all trials are answered, or the end has passed.
 
     Args:
         design: design of the study.
-        answered: number of answered trials.
+        answered_count: number of answered trials.
         now: time; None: the current time.
     """
     now = now or datetime.now(UTC)
-    return answered >= design.trials or (
+    return answered_count >= design.trials or (
         design.until is not None and now >= datetime.fromisoformat(design.until)
     )
 
 
-def contender(label: str, loaded: "LoadedGenerator") -> Contender:
+def contender(label: str, loaded_generator: "LoadedGenerator") -> Contender:
     """Make the `Contender` of a loaded generator.
 
     Args:
         label: name in reports.
-        loaded: generator.
+        loaded_generator: generator.
     """
     # The path of the bundled generator differs between installations, so its source is empty.
-    source = "" if loaded.path == bundled.GENERATOR else str(loaded.path.resolve())
-    return Contender(label=label, source=source, generator=loaded.hash)
+    source_path = "" if loaded_generator.path == bundled.GENERATOR else str(loaded_generator.path.resolve())
+    return Contender(label=label, source=source_path, generator=loaded_generator.hash)
 
 
 def study_pairs(design: StudyDesign) -> list[PlannedPair]:
@@ -401,7 +408,7 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
         Pairs in the order of their preparation.
     """
     seeds, spare_seeds = design.seeds()
-    damages = DAMAGES if design.assets else SHAPE_DAMAGES
+    damage_kinds = DAMAGES if design.assets else SHAPE_DAMAGES
     if design.assets:  # videos cannot be damaged
         spare_seeds = [
             seed
@@ -413,35 +420,35 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
     contenders = (design.a, design.b)
     # The strategy "blocks" pairs the two shapes of each latent, which form a block. With ordered=True it
     # keeps the order of the seeds, which is random already.
-    compared = [(contender, seed) for seed in seeds for contender in contenders]
-    items = Items(
-        members=[Item(prompt=str(seed), source=contender.generator) for contender, seed in compared],
+    contender_seeds = [(contender, seed) for seed in seeds for contender in contenders]
+    strategy_items = Items(
+        members=[Item(prompt=str(seed), source=contender.generator) for contender, seed in contender_seeds],
         ordered=True,
     )
-    blocks = STRATEGIES["blocks"].plan(items, [], rng, StrategyOptions(pairs=len(seeds)))
-    shapes = [contender_shape(design, contender, seed) for contender, seed in compared]
+    block_plan = STRATEGIES["blocks"].plan(strategy_items, [], rng, StrategyOptions(pairs=len(seeds)))
+    compared_shapes = [contender_shape(design, contender, seed) for contender, seed in contender_seeds]
     trials = [
-        PlannedPair(first=shapes[first_index], second=shapes[second_index])
-        for first_index, second_index in blocks.pairs
+        PlannedPair(first=compared_shapes[first_index], second=compared_shapes[second_index])
+        for first_index, second_index in block_plan.pairs
     ]
     practice_shapes = [contender_shape(design, design.a, seed) for seed in spare_seeds[:TRAINING_PAIRS]]
-    practice_pairs = known_answers(practice_shapes, Kind.TRAINING, rng, damages)
+    practice_pairs = known_answers(practice_shapes, Kind.TRAINING, rng, damage_kinds)
     # Gold pairs use other latents than practice pairs.
     gold_seeds = spare_seeds[TRAINING_PAIRS : TRAINING_PAIRS + GOLD_PAIRS] if design.gold_every else []
     # known_answers uses the kinds of damage one after another. After each round of them, the generator
     # changes.
     gold_shapes = [
-        contender_shape(design, contenders[index // len(damages) % 2], seed)
+        contender_shape(design, contenders[index // len(damage_kinds) % 2], seed)
         for index, seed in enumerate(gold_seeds)
     ]
-    gold_pairs = known_answers(gold_shapes, Kind.GOLD, rng, damages)
-    # A gold pair stands before every `gold_every` trials, so that it is prepared when an annotator needs it.
-    step = design.gold_every or len(trials)
-    block_starts = range(0, len(trials), step)
+    gold_pairs = known_answers(gold_shapes, Kind.GOLD, rng, damage_kinds)
+    # A gold pair comes before every `gold_every` trials, so that it is prepared when an annotator needs it.
+    trials_per_gold = design.gold_every or len(trials)
+    block_starts = range(0, len(trials), trials_per_gold)
     mixed_pairs: list[PlannedPair] = []
     for index, start in enumerate(block_starts):
         mixed_pairs += gold_pairs[index : index + 1]  # empty if there are no more gold pairs
-        mixed_pairs += trials[start : start + step]
+        mixed_pairs += trials[start : start + trials_per_gold]
     return [*practice_pairs, *mixed_pairs, *gold_pairs[len(block_starts) :]]
 
 
@@ -469,27 +476,27 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
     )
 
 
-def contender_shape(design: StudyDesign, side: Contender, seed: int) -> Shape:
+def contender_shape(design: StudyDesign, contender: Contender, seed: int) -> Shape:
     """Return the shape that a generator of a study has for a seed.
 
     Args:
         design: design of the study.
-        side: generator, design.a or design.b.
+        contender: generator, design.a or design.b.
         seed: seed of the latent; in a study of asset files, the index of the pair of files in design.assets.
     """
     if design.assets:
-        row = design.assets[seed]
-        asset = row["a" if side == design.a else "b"]
+        asset_pair = design.assets[seed]
+        asset_record = asset_pair["a" if contender == design.a else "b"]
         return Shape.from_asset(
-            generator=side.generator,
-            source=asset["file"],
+            generator=contender.generator,
+            source=asset_record["file"],
             seed=seed,
-            file=asset["hash"],
-            condition=row["prompt"],
+            file=asset_record["hash"],
+            condition=asset_pair["prompt"],
         )
     return Shape(
-        generator=side.generator,
-        source=side.source,
+        generator=contender.generator,
+        source=contender.source,
         seed=seed,
         psi=design.psi,
         level=design.level,
@@ -503,71 +510,83 @@ def contender_shape(design: StudyDesign, side: Contender, seed: int) -> Shape:
 
 
 def read_sides(
-    a: Path, b: Path, report: Callable[[str], None]
+    folder_a: Path, folder_b: Path, report: Callable[[str], None]
 ) -> tuple[dict[str, Contender], list[dict], dict]:
     """Read the two folders of asset files that a study compares.
 
     Args:
-        a: folder of the first generator's assets.
-        b: folder of the second generator's assets.
+        folder_a: folder of the first generator's assets.
+        folder_b: folder of the second generator's assets.
         report: function that is called with a line for the user if assets are left out.
 
     Returns:
-        Contenders by side ("a", "b"), and the values of StudyDesign.assets and StudyDesign.prompts.
+        Dictionary of the contenders by side ("a", "b"); list of the pairs of assets, which is the value of
+        StudyDesign.assets; dictionary of the prompts, which is the value of StudyDesign.prompts.
 
     Raises:
-        ValueError: the folders have no pair of different assets of the same prompt and seed.
+        ValueError: no prompt and seed has an asset in both folders, or the two assets of each of them are
+            identical files.
     """
     collections: dict[str, Collection] = {}
-    for side, folder in (("a", a), ("b", b)):
+    for side, folder in (("a", folder_a), ("b", folder_b)):
         with prefix_errors(f"--{side}"):
             collections[side] = read_generator(folder)
     # side -> (prompt, seed) -> asset
-    by_key = {
+    assets_by_side = {
         side: {(asset.prompt, asset.seed): asset for asset in collection.assets}
         for side, collection in collections.items()
     }
     # Annotators cannot distinguish equal files, so these are not compared.
     common_keys = sorted(
-        key for key in by_key["a"] if key in by_key["b"] and by_key["a"][key].hash != by_key["b"][key].hash
+        key
+        for key in assets_by_side["a"]
+        if key in assets_by_side["b"] and assets_by_side["a"][key].hash != assets_by_side["b"][key].hash
     )
+    if not common_keys and not set(assets_by_side["a"]) & set(assets_by_side["b"]):
+        raise ValueError(
+            "--a, --b: no prompt and seed has an asset in both folders, so no pair can be compared. Give the"
+            " file of a prompt the same name in both folders, such as chair.glb. If `flow sample` made the"
+            " folders, sample both with the same seeds."
+        )
     if not common_keys:
         raise ValueError(
-            "--a, --b: the folders contain no different assets of the same prompt. Give the files of both"
-            " folders the names of their prompts."
+            "--a, --b: the two files of each prompt are identical in both folders, so there is nothing to"
+            " compare. Pass the folders of two different generators."
         )
-    unused_count = sum(len(assets) for assets in by_key.values()) - 2 * len(common_keys)
+    unused_count = sum(len(side_assets) for side_assets in assets_by_side.values()) - 2 * len(common_keys)
     if unused_count:
         report(
             f"{unused_count} assets are left out, because the other folder has no asset of their prompt and"
             " seed, or the same file."
         )
-    rows = [
+    asset_pairs = [
         {
             "prompt": prompt,
             "seed": seed,
             **{
                 side: {
-                    "file": str(by_key[side][prompt, seed].path),
-                    "hash": by_key[side][prompt, seed].hash,
-                    "kind": by_key[side][prompt, seed].kind,
+                    "file": str(assets_by_side[side][prompt, seed].path),
+                    "hash": assets_by_side[side][prompt, seed].hash,
+                    "kind": assets_by_side[side][prompt, seed].kind,
                 }
-                for side in by_key
+                for side in assets_by_side
             },
         }
         for prompt, seed in common_keys
     ]
     contenders = {
         side: Contender(
-            label=folder.resolve().name, source=str(folder.resolve()), generator=_digest(rows, side)
+            label=folder.resolve().name, source=str(folder.resolve()), generator=_digest(asset_pairs, side)
         )
-        for side, folder in (("a", a), ("b", b))
+        for side, folder in (("a", folder_a), ("b", folder_b))
     }
-    # If a prompt of both folders differs, the one of folder a is used.
+    # If the folders describe a prompt differently, the description in folder a is used.
     all_prompts = {**prompts_json(collections["b"]), **prompts_json(collections["a"])}
     compared_prompts = {prompt for prompt, _ in common_keys}
-    prompts = {name: prompt for name, prompt in all_prompts.items() if name in compared_prompts}
-    return contenders, rows, prompts
+    prompts = {
+        prompt_name: prompt for prompt_name, prompt in all_prompts.items() if prompt_name in compared_prompts
+    }
+    return contenders, asset_pairs, prompts
 
 
 def check_files(design: StudyDesign) -> None:
@@ -576,22 +595,27 @@ def check_files(design: StudyDesign) -> None:
     Raises:
         ValueError: a file has changed, or cannot be shown.
     """
-    assets = [row[side] for row in design.assets for side in ("a", "b")]
-    paths = [Path(asset["file"]) for asset in assets]
-    for path, asset, examined in zip(paths, assets, reading.examine(paths), strict=True):
-        if examined.hash != asset["hash"]:
+    asset_records = [asset_pair[side] for asset_pair in design.assets for side in ("a", "b")]
+    paths = [Path(asset_record["file"]) for asset_record in asset_records]
+    for path, asset_record, examined_file in zip(paths, asset_records, reading.examine(paths), strict=True):
+        if examined_file.hash != asset_record["hash"]:
             raise ValueError(
                 f"{path.name}: the file has changed since the study was designed. Use the original file."
             )
 
 
-def _digest(rows: list[dict], side: str) -> str:
+def _digest(asset_pairs: list[dict], side: str) -> str:
     """Return a hash of the asset files of a folder, which is used like the hash of a generator's weights.
 
     Args:
-        rows: pairs of assets, see StudyDesign.assets.
+        asset_pairs: pairs of assets, see StudyDesign.assets.
         side: "a" or "b".
     """
     return hashlib.sha256(
-        json.dumps([[row["prompt"], row["seed"], row[side]["hash"]] for row in rows]).encode()
+        json.dumps(
+            [
+                [asset_pair["prompt"], asset_pair["seed"], asset_pair[side]["hash"]]
+                for asset_pair in asset_pairs
+            ]
+        ).encode()
     ).hexdigest()

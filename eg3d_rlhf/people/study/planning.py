@@ -84,19 +84,19 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
         ValueError: no number of trials is enough, and --n is missing.
     """
     try:
-        size = sample_size(power_options(flags))
+        power_result = sample_size(power_options(flags))
     except ValueError as error:
         if flags["n"] is None:
             raise
         warn(f"--n={flags['n']}: no number of trials has the required power: {error}")
         return flags["n"], None
     # A smaller study is allowed, because the user may not find enough annotators.
-    if flags["n"] is not None and flags["n"] < size.trials:
+    if flags["n"] is not None and flags["n"] < power_result.trials:
         warn(
             f"--n={flags['n']}: a study that shows a win rate of {flags['true_rate']:g} with power"
-            f" {flags['power']:g} needs {size.trials} trials"
+            f" {flags['power']:g} needs {power_result.trials} trials"
         )
-    return flags["n"] or size.trials, size
+    return flags["n"] or power_result.trials, power_result
 
 
 def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
@@ -115,19 +115,22 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     from eg3d_rlhf.generators import load_generator
 
     with flagged(flags):
-        trials, size = planned_trials(flags, warn)
-        rules = ExclusionRules(**{rule: flags[rule] for rule in EXCLUSION_FLAGS})
-    sides = {}
-    loaded = {}
-    assets: dict[str, Any] = {}
+        n_trials, power_result = planned_trials(flags, warn)
+        exclusion_rules = ExclusionRules(**{rule: flags[rule] for rule in EXCLUSION_FLAGS})
+    contender_by_side = {}
+    generator_by_side = {}
+    asset_fields: dict[str, Any] = {}
     if compares_assets(flags):
-        contenders, rows, prompts = designs.read_sides(Path(flags["a"]), Path(flags["b"]), warn)
-        sides = {
+        contenders, asset_pairs, prompts = designs.read_sides(Path(flags["a"]), Path(flags["b"]), warn)
+        contender_by_side = {
             side: replace(contender, label=flags[f"label_{side}"] or contender.label)
             for side, contender in contenders.items()
         }
-        assets = {"assets": tuple(rows), "prompts": prompts}
-        can_be_damaged = any(all(row[side]["kind"] in DAMAGED_KINDS for side in ("a", "b")) for row in rows)
+        asset_fields = {"assets": tuple(asset_pairs), "prompts": prompts}
+        can_be_damaged = any(
+            all(asset_pair[side]["kind"] in DAMAGED_KINDS for side in ("a", "b"))
+            for asset_pair in asset_pairs
+        )
         if flags["gold_every"] and not can_be_damaged:
             warn(
                 "There are no gold checks and no practice pairs, because they need damaged shapes, and"
@@ -135,38 +138,44 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             )
             # The design must state that there are no gold checks.
             flags = {**flags, "gold_every": 0}
-    for side in () if assets else ("a", "b"):
+    for side in () if asset_fields else ("a", "b"):
         with prefix_errors(f"--{side}"):
-            label = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
-            loaded[side] = load_generator(flags[side])
-            sides[side] = designs.contender(flags[f"label_{side}"] or label, loaded[side])
-    shapes = len(assets["assets"]) if assets else common_shapes(loaded["a"], loaded["b"])
+            default_label = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
+            generator_by_side[side] = load_generator(flags[side])
+            contender_by_side[side] = designs.contender(
+                flags[f"label_{side}"] or default_label, generator_by_side[side]
+            )
+    n_shapes = (
+        len(asset_fields["assets"])
+        if asset_fields
+        else common_shapes(generator_by_side["a"], generator_by_side["b"])
+    )
     # StudyDesign checks this, too. This message names the flags.
-    if sides["a"].generator == sides["b"].generator:
+    if contender_by_side["a"].generator == contender_by_side["b"].generator:
         raise ValueError(
-            f"--a, --b: both flags name the same weights {sides['a'].generator[:12]}... Pass another network"
-            " with --b."
+            f"--a, --b: both flags name the same weights {contender_by_side['a'].generator[:12]}... Pass"
+            " another network with --b."
         )
     # With equal labels, the report could not distinguish the generators.
-    if sides["a"].label == sides["b"].label:
+    if contender_by_side["a"].label == contender_by_side["b"].label:
         raise ValueError(
-            f"--label-a, --label-b: both generators have the name {sides['a'].label!r}. Pass two different"
-            " names with these flags."
+            f"--label-a, --label-b: both generators have the name {contender_by_side['a'].label!r}. Pass two"
+            " different names with these flags."
         )
     with flagged(flags):
         # In floating point, 1 - alpha may differ from the decimal number. The confidence is rounded, because
         # designs are compared.
         return StudyDesign(
             name=name,
-            a=sides["a"],
-            b=sides["b"],
-            trials=trials,
+            a=contender_by_side["a"],
+            b=contender_by_side["b"],
+            trials=n_trials,
             annotators_per_pair=power_options(flags).annotators_per_pair,
             confidence=round(1 - flags["alpha"], 12),
-            exclusions=rules,
-            power=asdict(size) if size else {},
-            shapes=shapes,
-            **assets,
+            exclusions=exclusion_rules,
+            power=asdict(power_result) if power_result else {},
+            shapes=n_shapes,
+            **asset_fields,
             **{flag: flags[flag] for flag in DIRECT_FLAGS},
         )
 
@@ -293,16 +302,16 @@ def prepare(
         if store.campaign(design.name) is None:
             store.create_campaign(designs.campaign_settings(design), designs.study_pairs(design))
         # The rules of the analysis decide which answers are trials.
-        answered = len(sort_rows(design, list(store.judgements(design.name))).trials)
-    if designs.stopped(design, answered):
+        answered_count = len(sort_rows(design, list(store.judgements(design.name))).trials)
+    if designs.stopped(design, answered_count):
         raise ValueError(
-            f"study {design.name}: the stopping rule is met ({answered} of {design.trials} trials), so no"
-            " further answers are collected. Make the report with: python tools/study.py report"
+            f"study {design.name}: the stopping rule is met ({answered_count} of {design.trials} trials), so"
+            " no further answers are collected. Make the report with: python tools/study.py report"
             f" --outdir={folder.path}"
         )
     report(
-        f"study {design.name!r}: {answered} of {design.trials} trials answered; design {folder.design}, hash"
-        f" {design.hash[:16]}"
+        f"study {design.name!r}: {answered_count} of {design.trials} trials answered; design {folder.design},"
+        f" hash {design.hash[:16]}"
     )
     return design
 

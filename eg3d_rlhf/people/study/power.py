@@ -20,7 +20,7 @@ from training.config import check_knobs, knob
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # hermegauss gives weights with the sum sqrt(2 pi)
 # Largest number of decided trials. Smaller differences need more trials than a study can collect.
-_MOST = 100_000
+_MAX_TRIALS = 100_000
 _rare_power_knob = functools.partial(knob, group="Power", rare=True)
 
 
@@ -129,27 +129,28 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
         power: required power.
 
     Raises:
-        ValueError: more than _MOST trials would be needed.
+        ValueError: more than _MAX_TRIALS trials would be needed.
     """
     from scipy.special import ndtri
 
     # The normal approximation of the number is the first upper bound of the search.
-    approximation = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)
-    if approximation > _MOST:
+    approximate_count = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)
+    if approximate_count > _MAX_TRIALS:
         raise ValueError(
-            f"decided_trials: a true win rate of {true_rate} is so close to 0.5 that more than {_MOST:,}"
-            " trials would be needed. Use a win rate that differs more from 0.5."
+            f"decided_trials: a true win rate of {true_rate} is so close to 0.5 that more than"
+            f" {_MAX_TRIALS:,} trials would be needed. Use a win rate that differs more from 0.5."
         )
-    upper = max(64, int(approximation))
+    upper_bound = max(64, int(approximate_count))
     while True:
-        powers = exact_power(np.arange(1, upper + 1), true_rate, alpha)  # powers[i] is the power of n = i + 1
-        insufficient = np.flatnonzero(~(powers >= power))
+        # n starts at 1, so index i belongs to n = i + 1
+        powers = exact_power(np.arange(1, upper_bound + 1), true_rate, alpha)
+        insufficient_indices = np.flatnonzero(~(powers >= power))
         # The power drops only over short ranges of n. If it is sufficient in the upper half of the range, it
         # is sufficient for all larger n.
-        if len(insufficient) == 0 or insufficient[-1] < upper // 2:
+        if len(insufficient_indices) == 0 or insufficient_indices[-1] < upper_bound // 2:
             # The last insufficient n is insufficient[-1] + 1, and the result is the next number.
-            return int(insufficient[-1]) + 2 if len(insufficient) else 1
-        upper *= 2
+            return int(insufficient_indices[-1]) + 2 if len(insufficient_indices) else 1
+        upper_bound *= 2
 
 
 def sample_size(options: PowerOptions) -> SampleSize:
@@ -171,32 +172,32 @@ def sample_size(options: PowerOptions) -> SampleSize:
     Raises:
         ValueError: no number of trials is enough for this number of annotators.
     """
-    decided = decided_trials(options.true_rate, options.alpha, options.power)
+    n_decided = decided_trials(options.true_rate, options.alpha, options.power)
     r = options.annotators_per_pair
     k = options.annotators
     # The result of a study with one annotator is valid for this annotator only, so there are no differences
     # between annotators.
     icc = options.annotator_icc if k > 1 else 0.0
-    denominator = 1 - decided * icc / k
+    denominator = 1 - n_decided * icc / k
     # When the denominator goes to 0, the number of trials goes to infinity.
     if denominator <= 0.02:
         raise ValueError(
             f"annotators={k} is too small: with a correlation of {icc:g} between trials of one annotator,"
-            f" the study needs more than {math.ceil(decided * icc / 0.98)} annotators. Ask more annotators,"
+            f" the study needs more than {math.ceil(n_decided * icc / 0.98)} annotators. Ask more annotators,"
             " or use a larger difference."
         )
     # n of the formula
-    clustered = max(decided, decided * (1 - icc + (r - 1) * options.latent_icc) / denominator)
-    trials = math.ceil(clustered / (1 - options.tie_share))
+    n_clustered = max(n_decided, n_decided * (1 - icc + (r - 1) * options.latent_icc) / denominator)
+    n_trials = math.ceil(n_clustered / (1 - options.tie_share))
     # -trials % r is the number that is missing to a multiple of r. With it, every pair gets r annotators.
-    trials += -trials % r
+    n_trials += -n_trials % r
     return SampleSize(
         options=options,
-        decided=decided,
-        attained=float(exact_power(decided, options.true_rate, options.alpha)),
-        design_effect=clustered / decided,
-        trials=trials,
-        per_annotator=math.ceil(trials / k),
+        decided=n_decided,
+        attained=float(exact_power(n_decided, options.true_rate, options.alpha)),
+        design_effect=n_clustered / n_decided,
+        trials=n_trials,
+        per_annotator=math.ceil(n_trials / k),
     )
 
 
@@ -290,10 +291,10 @@ def allocation(annotators: int, latents: int, per_pair: int) -> tuple[np.ndarray
     Returns:
         Index of the annotator [N] and of the latent [N] of each trial, N = latents * per_pair.
     """
-    latent = np.repeat(np.arange(latents), per_pair)
+    latent_indices = np.repeat(np.arange(latents), per_pair)
     # The trials of a latent are consecutive, and so are the indices of their annotators, which therefore
     # differ.
-    return np.arange(len(latent)) % annotators, latent
+    return np.arange(len(latent_indices)) % annotators, latent_indices
 
 
 def centre(preference: float, bias: float, sd: float) -> float:
@@ -331,29 +332,30 @@ def simulate(options: SimulationOptions) -> SimulatedTrials:
 
     o = options  # a short name for the formulas below
     rng = np.random.default_rng(options.seed)
-    annotator, latent = allocation(o.annotators, o.latents, o.annotators_per_pair)
-    shape = (o.studies, len(latent))
+    annotator_indices, latent_indices = allocation(o.annotators, o.latents, o.annotators_per_pair)
+    scores_shape = (o.studies, len(latent_indices))
     # the bias in log-odds: 0 if both sides are equally likely
     bias = float(logit(o.left_bias))
-    b_left = rng.random(shape) < 0.5 if o.random_sides else np.ones(shape, dtype=bool)
+    b_left = rng.random(scores_shape) < 0.5 if o.random_sides else np.ones(scores_shape, dtype=bool)
     # one effect per study and annotator [S, A], looked up for each trial: [S, N]
-    annotator_effect = o.annotator_sd * rng.standard_normal((o.studies, o.annotators))[:, annotator]
+    annotator_effect = o.annotator_sd * rng.standard_normal((o.studies, o.annotators))[:, annotator_indices]
     # one effect per study and latent [S, L], looked up for each trial: [S, N]
-    latent_effect = o.latent_sd * rng.standard_normal((o.studies, o.latents))[:, latent]
+    latent_effect = o.latent_sd * rng.standard_normal((o.studies, o.latents))[:, latent_indices]
     log_odds = (
-        # The sum of both effects has the standard deviation hypot(...), for which the win rate is right.
+        # The sum of the two effects has the standard deviation hypot(...). `centre` uses it, so that the
+        # win rate is `preference`.
         centre(o.preference, bias, math.hypot(o.annotator_sd, o.latent_sd))
         + np.where(b_left, bias, -bias)
         + annotator_effect
         + latent_effect
     )
     # a trial is won by b with the probability that belongs to the log-odds
-    b_wins = rng.random(shape) < expit(log_odds)
+    b_wins = rng.random(scores_shape) < expit(log_odds)
     # ties occur independently of the preference
-    is_tie = rng.random(shape) < o.tie_share
+    is_tie = rng.random(scores_shape) < o.tie_share
     scores = np.where(is_tie, 0.5 if o.ties == "half" else np.nan, b_wins)
     # the left shape is chosen if b wins on the left, or a wins while b is on the right
-    return SimulatedTrials(scores, b_left, b_wins == b_left, annotator, latent)
+    return SimulatedTrials(scores, b_left, b_wins == b_left, annotator_indices, latent_indices)
 
 
 def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: int = 1000) -> dict:
@@ -365,7 +367,7 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
     Args:
         options: settings of the simulated studies.
         bootstrap_studies: number of studies for which bootstrap intervals are computed as well, which is
-        slow.
+            slow.
         resamples: number of resamples of each bootstrap.
 
     Returns:
@@ -374,47 +376,50 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
     from eg3d_rlhf.people.study.analysis import cluster_bootstrap, win_rate
 
     trials = simulate(options)
-    rates = win_rate(trials.scores, trials.annotator, trials.latent)
-    truth = options.truth
+    win_rates = win_rate(trials.scores, trials.annotator, trials.latent)
+    true_rate = options.truth
     results = {
         "options": asdict(options),
-        "truth": truth,
+        "truth": true_rate,
         "trials": trials.scores.shape[1],
-        "mean_win_rate": float(rates.rate.mean()),
-        "sd_win_rate": float(rates.rate.std(ddof=1)) if options.studies > 1 else None,
+        "mean_win_rate": float(win_rates.rate.mean()),
+        "sd_win_rate": float(win_rates.rate.std(ddof=1)) if options.studies > 1 else None,
         "left_share": float(trials.chose_left.mean()),
-        "design_effect": float(np.median(rates.design_effect)),
-        "intervals": {name: _covered(getattr(rates, name), truth) for name in ("clustered", "wilson")},
+        "design_effect": float(np.median(win_rates.design_effect)),
+        "intervals": {
+            interval_name: _covered(getattr(win_rates, interval_name), true_rate)
+            for interval_name in ("clustered", "wilson")
+        },
     }
     bootstrap_count = min(bootstrap_studies, options.studies)
     for over in ("annotators", "latents", "both") if bootstrap_count else ():
-        groups = (trials.annotator, trials.latent, over)
-        intervals = [
-            cluster_bootstrap(scores, *groups, resamples=resamples, seed=seed)
+        bootstrap_arguments = (trials.annotator, trials.latent, over)
+        bootstrap_intervals = [
+            cluster_bootstrap(scores, *bootstrap_arguments, resamples=resamples, seed=seed)
             for seed, scores in enumerate(trials.scores[:bootstrap_count])
         ]
         # With a single annotator or latent, a bootstrap over it gives None.
-        if None not in intervals:
-            lo, hi = np.array(intervals).T
-            results["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), truth)
+        if None not in bootstrap_intervals:
+            lo, hi = np.array(bootstrap_intervals).T
+            results["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), true_rate)
     return results
 
 
-def _covered(bounds: tuple[np.ndarray, np.ndarray], truth: float) -> dict:
+def _covered(bounds: tuple[np.ndarray, np.ndarray], true_rate: float) -> dict:
     """Summarise the intervals of S studies.
 
     Args:
         bounds: lower ends [S] and upper ends [S].
-        truth: true win rate.
+        true_rate: true win rate.
 
     Returns:
-        Number of studies, share of intervals that contain `truth`, mean width, and share of intervals that
-        exclude 0.5.
+        Number of studies, share of intervals that contain `true_rate`, mean width, and share of intervals
+        that exclude 0.5.
     """
     lo, hi = bounds
     return {
         "studies": len(lo),
-        "coverage": float(((lo <= truth) & (truth <= hi)).mean()),
+        "coverage": float(((lo <= true_rate) & (true_rate <= hi)).mean()),
         "width": float((hi - lo).mean()),
         "rejects_50_percent": float(((lo > 0.5) | (hi < 0.5)).mean()),
     }

@@ -61,11 +61,13 @@ def compute(
     """
     analysis = analyse(design, rows, interim, now)
     # analysis["pairs"] is sorted from the highest to the lowest win rate of b
-    best = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pairs]
-    worst = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][:image_pairs]
-    if not best and not worst:
+    best_latents = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pairs]
+    worst_latents = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][
+        :image_pairs
+    ]
+    if not best_latents and not worst_latents:
         return {**analysis, "conclusions": conclusions(analysis), "images": None}
-    seeds = sorted({latent["seed"] for latent in best + worst})
+    seeds = sorted({latent["seed"] for latent in best_latents + worst_latents})
     a_images = shape_images(design, design.a, seeds, device)
     b_images = shape_images(design, design.b, seeds, device)
 
@@ -78,28 +80,29 @@ def compute(
     return {
         **analysis,
         "conclusions": conclusions(analysis),
-        "images": {"best": with_images(best), "worst": with_images(worst)},
+        "images": {"best": with_images(best_latents), "worst": with_images(worst_latents)},
     }
 
 
-def load_contender(side: Contender, device: str = "cpu") -> LoadedGenerator:
+def load_contender(contender: Contender, device: str = "cpu") -> LoadedGenerator:
     """Load one of the two generators of a study.
 
     Raises:
         FileNotFoundError: the network file does not exist.
         ValueError: the file does not contain the weights that the design names.
     """
-    loaded = load_generator(side.source or None, device)
-    if loaded.hash != side.generator:
+    loaded_generator = load_generator(contender.source or None, device)
+    if loaded_generator.hash != contender.generator:
         raise ValueError(
-            f"{side.label}: the weights in {loaded.path} have the SHA-256 {loaded.hash[:12]}..., but the"
-            f" study was designed with {side.generator[:12]}... Use the original network file."
+            f"{contender.label}: the weights in {loaded_generator.path} have the SHA-256"
+            f" {loaded_generator.hash[:12]}..., but the study was designed with {contender.generator[:12]}..."
+            " Use the original network file."
         )
-    return loaded
+    return loaded_generator
 
 
 def shape_images(
-    design: StudyDesign, side: Contender, seeds: Sequence[int], device: str = "cpu"
+    design: StudyDesign, contender: Contender, seeds: Sequence[int], device: str = "cpu"
 ) -> dict[int, str]:
     """Render the shapes of latents with shading.
 
@@ -107,24 +110,24 @@ def shape_images(
 
     Args:
         design: design of the study.
-        side: generator.
+        contender: generator.
         seeds: seeds of the latents.
         device: device on which the shapes are computed.
 
     Returns:
         Seed of a latent -> PNG image as a data: URL.
     """
-    generator = load_contender(side, device).generator
+    generator = load_contender(contender, device).generator
     images = {}
     # the same number of grid points for every generator, over its own cube
-    grid = SlabSpec.from_bounds(generator.bounds, design.resolution)
+    grid_spec = SlabSpec.from_bounds(generator.bounds, design.resolution)
     for seed in seeds:
         with torch.no_grad():
-            sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)
+            density = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid_spec)
         # sigma is [1, D, H, W]; index 0, 0 takes the only image and its only channel: [H, W] in 0..1
-        grey = shade(sigma, YAW, IMAGE_SIDE, design.level)[0, 0].numpy()
+        grey_image = shade(density, YAW, IMAGE_SIDE, design.level)[0, 0].numpy()
         buffer = io.BytesIO()
-        PIL.Image.fromarray((grey.clip(0, 1) * 255).round().astype("uint8")).save(
+        PIL.Image.fromarray((grey_image.clip(0, 1) * 255).round().astype("uint8")).save(
             buffer, format="png", optimize=True
         )
         images[seed] = data_uri(buffer.getvalue(), "image/png")
@@ -138,7 +141,7 @@ def page(report: dict) -> str:
         report: result of `compute`. The template is static/report.html.
     """
     # With autoescape, names of annotators and labels, which come from users, cannot contain HTML.
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
+    jinja_environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
     filters: dict[str, Callable[..., str]] = {
         "percent": lambda share: "none" if share is None else percent(share),
         "p_value": p_value,
@@ -146,25 +149,31 @@ def page(report: dict) -> str:
         # horizontal position of a share 0..1 in the figures, in pixels; the template uses the name `more`
         "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",
     }
-    environment.filters |= filters
-    # The plan and the hash stand in other sections of the page, and there are too many seeds for a table.
-    settings = {
+    jinja_environment.filters |= filters
+    # The plan and the hash are in other sections of the page, and there are too many seeds for a table.
+    shown_settings = {
         name: value
         for name, value in report["design"].items()
         if name not in ("plan", "latent_seeds", "hash")
     }
     for side in ("a", "b"):
         # A report may be published, so the folders of files are left out. The bundled generator has no path.
-        settings[side] = {**settings[side], "source": Path(settings[side]["source"]).name or "bundled"}
-    settings = {
+        shown_settings[side] = {
+            **shown_settings[side],
+            "source": Path(shown_settings[side]["source"]).name or "bundled",
+        }
+    shown_settings = {
         name: json.dumps(value) if isinstance(value, (dict, list)) else value
-        for name, value in settings.items()
+        for name, value in shown_settings.items()
     }
     # min: a win rate of 1 belongs to the last bin
-    bins = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
-    style = (STATIC / "report.css").read_text()
-    return environment.get_template("report.html").render(
-        report, settings=settings, style=style, histogram_counts=[bins[i] for i in range(BINS)]
+    bin_counts = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
+    css = (STATIC / "report.css").read_text()
+    return jinja_environment.get_template("report.html").render(
+        report,
+        settings=shown_settings,
+        style=css,
+        histogram_counts=[bin_counts[bin_index] for bin_index in range(BINS)],
     )
 
 
@@ -177,15 +186,15 @@ def write(report: dict, folder: Path) -> tuple[Path, Path]:
             "interim-".
 
     Returns:
-        Paths of both files.
+        Path of the JSON file, and path of the HTML page.
     """
-    name = "interim-report" if report["interim"] else "report"
+    file_stem = "interim-report" if report["interim"] else "report"
     # allow_nan=False raises an error for NaN, which is not allowed in JSON and which browsers reject
-    text = json.dumps(report, indent=1, allow_nan=False)
-    paths = folder / f"{name}.json", folder / f"{name}.html"
-    write_atomic(paths[0], (text + "\n").encode())
+    report_json = json.dumps(report, indent=1, allow_nan=False)
+    paths = folder / f"{file_stem}.json", folder / f"{file_stem}.html"
+    write_atomic(paths[0], (report_json + "\n").encode())
     # The page is made from the parsed JSON, so that it can be made again from the JSON file alone.
-    write_atomic(paths[1], page(json.loads(text)).encode())
+    write_atomic(paths[1], page(json.loads(report_json)).encode())
     return paths
 
 
@@ -226,51 +235,53 @@ def p_value(p: float) -> str:
 def _main(result: dict, design: dict) -> list[str]:
     """Return the sentences about the win rate, the interval and the test."""
     lo, hi = result["interval"]
-    a = design["a"]["label"]
-    b = design["b"]["label"]
+    label_a = design["a"]["label"]
+    label_b = design["b"]["label"]
     ties = "ties count half" if design["ties"] == "half" else "ties are excluded"
     win_rate_sentence = (
-        f"{b} won over {a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
+        f"{label_b} won over {label_a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
         f" {result['confidence']:.0%} interval is {percent(lo)} to {percent(hi)}. It accounts for"
         f" {result['annotators']} annotators and {result['latents']} latents."
     )
     if lo > 0.5 or hi < 0.5:  # the interval excludes one half
-        better, worse, least = (b, a, lo) if lo > 0.5 else (a, b, 1 - hi)
-        conclusion = (
-            f"The shapes of {better} are preferred to those of {worse}, in at least {percent(least)} of such"
-            " trials according to this interval."
+        preferred_label, other_label, min_share = (
+            (label_b, label_a, lo) if lo > 0.5 else (label_a, label_b, 1 - hi)
+        )
+        conclusion_sentence = (
+            f"The shapes of {preferred_label} are preferred to those of {other_label}, in at least"
+            f" {percent(min_share)} of such trials according to this interval."
         )
     else:
-        conclusion = (
-            "The interval contains one half: this study does not show that either generator is preferred."
-            f" It excludes that {b} is preferred in more than {percent(hi)} or in less than {percent(lo)} of"
-            " such trials. It does not show that the two are equal."
+        conclusion_sentence = (
+            "The interval contains one half: this study does not show that either generator is preferred. It"
+            f" excludes that {label_b} is preferred in more than {percent(hi)} or in less than {percent(lo)}"
+            " of such trials. It does not show that the two are equal."
         )
     if result["p_exact"] is None:
-        return [win_rate_sentence, conclusion, "Every trial was a tie, so no test is possible."]
+        return [win_rate_sentence, conclusion_sentence, "Every trial was a tie, so no test is possible."]
     test_sentence = (
         f"Exact binomial test of the {result['a_wins'] + result['b_wins']} decided trials against one half:"
         f" {p_value(result['p_exact'])}"
     )
-    effect = result["design_effect"]
+    design_effect = result["design_effect"]
     # A smaller design effect hardly changes the result, so it is not explained.
-    if effect > 1.2:
+    if design_effect > 1.2:
         test_sentence += (
-            f". This test treats trials as independent. Here they are worth only {1 / effect:.0%} of as many"
-            f" independent trials (design effect {effect:.1f}). The test that accounts for this gives"
-            f" {p_value(result['p_clustered'])}."
+            f". This test treats trials as independent. Here they are worth only {1 / design_effect:.0%} of"
+            f" as many independent trials (design effect {design_effect:.1f}). The test that accounts for"
+            f" this gives {p_value(result['p_clustered'])}."
         )
     else:
         test_sentence += (
             f". The test that accounts for annotators and latents gives {p_value(result['p_clustered'])}."
         )
-    return [win_rate_sentence, conclusion, test_sentence]
+    return [win_rate_sentence, conclusion_sentence, test_sentence]
 
 
 def _doubts(analysis: dict) -> list[str]:
     """Return the sentences about limitations of the result."""
     result = analysis["result"]
-    sides = analysis["sides"]
+    side_metrics = analysis["sides"]
     sentences = []
     lo, hi = result["interval"]
     if result["annotators"] == 1:
@@ -297,23 +308,26 @@ def _doubts(analysis: dict) -> list[str]:
         )
     without_exclusions = analysis["sensitivity"]["without exclusions"]
     if analysis["exclusions"] and without_exclusions["win_rate"] is not None:
-        low, high = without_exclusions["interval"]
+        lo_without_exclusions, hi_without_exclusions = without_exclusions["interval"]
         sentences.append(
-            f"Without exclusions the win rate is {percent(without_exclusions['win_rate'])} ({percent(low)} to"
-            f" {percent(high)})."
+            f"Without exclusions the win rate is {percent(without_exclusions['win_rate'])}"
+            f" ({percent(lo_without_exclusions)} to {percent(hi_without_exclusions)})."
         )
         # the conclusion of an interval: 1 if b is preferred, -1 if a is preferred, 0 if neither is shown
-        if (low > 0.5) - (high < 0.5) != (lo > 0.5) - (hi < 0.5):
+        if (lo_without_exclusions > 0.5) - (hi_without_exclusions < 0.5) != (lo > 0.5) - (hi < 0.5):
             sentences.append("This leads to another conclusion: the result depends on the exclusions.")
-    if sides["p_random"] < 0.001:
+    if side_metrics["p_random"] < 0.001:
         sentences.append(
-            f"b was on the left in {sides['b_left']} of {sides['n']} trials, which is very unlikely with"
-            " random sides. Find out why."
+            f"b was on the left in {side_metrics['b_left']} of {side_metrics['n']} trials, which is very"
+            " unlikely with random sides. Find out why."
         )
-    if sides["left_share"] is not None and not sides["left_ci"][0] <= 0.5 <= sides["left_ci"][1]:
+    if (
+        side_metrics["left_share"] is not None
+        and not side_metrics["left_ci"][0] <= 0.5 <= side_metrics["left_ci"][1]
+    ):
         sentences.append(
-            f"The annotators chose the left side in {percent(sides['left_share'])} of the decided trials."
-            " Because sides are random, this favours neither generator; it moves the win rate towards one"
-            " half."
+            f"The annotators chose the left side in {percent(side_metrics['left_share'])} of the decided"
+            " trials. Because sides are random, this favours neither generator; it moves the win rate towards"
+            " one half."
         )
     return sentences

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eg3d_rlhf.experiments.media.rendering import MOST_SEEDS, parse_seeds
+from eg3d_rlhf.experiments.media.rendering import MAX_SEEDS, parse_seeds
 from tests.rejections import raising
 
 
@@ -22,7 +22,7 @@ def test_any_list_of_ranges_reads_back(ranges):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "1,,2", "-3", "1-", "1-2-3", "1.5", "5-2", "4294967296", f"0-{MOST_SEEDS}", "0,"]
+    "text", ["", "a", "1,,2", "-3", "1-", "1-2-3", "1.5", "5-2", "4294967296", f"0-{MAX_SEEDS}", "0,"]
 )
 def test_anything_else_is_one_line(text):
     with raising("seeds", repr(text)):

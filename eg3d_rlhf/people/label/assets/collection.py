@@ -155,9 +155,11 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
         for path in asset_files(folder, folder)
     ]
     # Two generators that are compared usually share a prompts.jsonl, which lies beside their folders.
-    root = folder if (folder / PROMPTS).is_file() else folder.parent
+    prompts_folder = folder if (folder / PROMPTS).is_file() else folder.parent
     return _checked(
-        Collection(_check_stems(assets), _prompts(root, {asset.prompt for asset in assets})), folder, report
+        Collection(_check_stems(assets), _prompts(prompts_folder, {asset.prompt for asset in assets})),
+        folder,
+        report,
     )
 
 
@@ -196,59 +198,63 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
         lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
             them.
     """
-    images = [prompt.image for prompt in collection.prompts.values() if prompt.image]
+    image_paths = [prompt.image for prompt in collection.prompts.values() if prompt.image]
     # dict.fromkeys removes repetitions and keeps the order
-    paths = list(dict.fromkeys([*images, *(asset.path for asset in collection.assets)]))
+    paths = list(dict.fromkeys([*image_paths, *(asset.path for asset in collection.assets)]))
 
     def count(done: int) -> None:
         # one line for 100 files, so that the log stays short
         if done % 100 == 0 or done == len(paths):
             report(f"examined {done} of {len(paths)} files")
 
-    results = dict(zip(paths, reading.examine_or_reason(paths, count), strict=True))
-    examined = {path: result for path, result in results.items() if isinstance(result, reading.Examined)}
-    unfit_assets = [asset for asset in collection.assets if asset.path not in examined]
-    unfit_count = len(paths) - len(examined)
+    result_by_path = dict(zip(paths, reading.examine_or_reason(paths, count), strict=True))
+    examined_by_path = {
+        path: result for path, result in result_by_path.items() if isinstance(result, reading.Examined)
+    }
+    unfit_assets = [asset for asset in collection.assets if asset.path not in examined_by_path]
+    unfit_count = len(paths) - len(examined_by_path)
     # The image of a prompt must not be left out, and at least one asset must remain. The first comparison is
     # False if an image is among the unfit files.
     may_leave_out = lenient and len(unfit_assets) == unfit_count < len(collection.assets)
     if unfit_count and not may_leave_out:
-        reading.reject({path: reason for path, reason in results.items() if isinstance(reason, str)})
+        reading.reject({path: reason for path, reason in result_by_path.items() if isinstance(reason, str)})
     if unfit_assets:
         report(
             f"{len(unfit_assets)} of {len(collection.assets)} assets are left out:"
-            f" {unfit_assets[0].path.name}: {results[unfit_assets[0].path]}"
+            f" {unfit_assets[0].path.name}: {result_by_path[unfit_assets[0].path]}"
         )
         collection = Collection(
-            [asset for asset in collection.assets if asset.path in examined], collection.prompts
+            [asset for asset in collection.assets if asset.path in examined_by_path], collection.prompts
         )
-    notes = [
-        f"{path.name}: {examined[path].note}" for path in paths if path in examined and examined[path].note
+    file_notes = [
+        f"{path.name}: {examined_by_path[path].note}"
+        for path in paths
+        if path in examined_by_path and examined_by_path[path].note
     ]
-    for note in notes[:NOTED]:
+    for note in file_notes[:NOTED]:
         report(note)
-    if len(notes) > NOTED:
-        report(f"{len(notes) - NOTED} more files have such notes")
+    if len(file_notes) > NOTED:
+        report(f"{len(file_notes) - NOTED} more files have such notes")
     # The kind of a file is recognised by its content, so it may differ from the suffix.
-    for path in images:
-        if examined[path].kind != "image":
+    for path in image_paths:
+        if examined_by_path[path].kind != "image":
             raise ValueError(
                 f"{path.name} is used as the image of a prompt, but it is no image. Use an image file as the"
                 " image of the prompt."
             )
     for asset in collection.assets:
-        if examined[asset.path].kind == "image":
+        if examined_by_path[asset.path].kind == "image":
             raise ValueError(
                 f"{asset.path.name} is used as an asset, but it is an image. Use a 3D file or a video as the"
                 " asset."
             )
     assets = [
-        replace(asset, kind=examined[asset.path].kind, hash=examined[asset.path].hash)
+        replace(asset, kind=examined_by_path[asset.path].kind, hash=examined_by_path[asset.path].hash)
         for asset in collection.assets
     ]
     prompts = {
-        name: replace(prompt, hash=examined[prompt.image].hash if prompt.image else None)
-        for name, prompt in collection.prompts.items()
+        prompt_name: replace(prompt, hash=examined_by_path[prompt.image].hash if prompt.image else None)
+        for prompt_name, prompt in collection.prompts.items()
     }
     return Collection(assets, prompts)
 
@@ -261,18 +267,27 @@ def _from_folder(folder: Path) -> Collection:
     if (folder / RANKING).is_file():
         return _from_rankings({folder.name: folder / RANKING}, folder)
     # hidden folders such as .git are ignored
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    generator_folders = sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     # If at least one folder contains a list, folders without a list are ignored.
-    lists = {path.name: path / RANKING for path in folders if (path / RANKING).is_file()}
-    if lists:
-        return _from_rankings(lists, folder)
+    list_by_generator = {
+        path.name: path / RANKING for path in generator_folders if (path / RANKING).is_file()
+    }
+    if list_by_generator:
+        return _from_rankings(list_by_generator, folder)
     assets = []
-    for generator in folders:
-        _name(generator.name, folder.name)
+    for generator_folder in generator_folders:
+        _name(generator_folder.name, folder.name)
         # without a list, the number of a file is used as its seed
-        for number, path in enumerate(asset_files(generator, folder)):
+        for file_number, path in enumerate(asset_files(generator_folder, folder)):
             assets.append(
-                Asset(path=path, generator=generator.name, prompt=_name(path.stem, path.name), seed=number)
+                Asset(
+                    path=path,
+                    generator=generator_folder.name,
+                    prompt=_name(path.stem, path.name),
+                    seed=file_number,
+                )
             )
     if not assets and asset_files(folder, folder):
         raise ValueError(
@@ -319,75 +334,90 @@ def _check_stems(assets: list[Asset]) -> list[Asset]:
     return assets
 
 
-def _prompts(folder: Path, names: set[str]) -> dict[str, Prompt]:
+def _prompts(folder: Path, prompt_names: set[str]) -> dict[str, Prompt]:
     """Read the prompts with the given names from prompts.jsonl.
 
     Args:
         folder: folder that may contain the file. Without it, the prompts have neither text nor image.
-        names: names of the prompts.
+        prompt_names: names of the prompts.
     """
-    prompts = {name: Prompt() for name in sorted(names)}
+    prompt_by_name = {prompt_name: Prompt() for prompt_name in sorted(prompt_names)}
     if (folder / PROMPTS).is_file():
-        for record, where in _lines(folder / PROMPTS):
-            name = _text(record, "prompt", where)
+        for prompt_record, location in _lines(folder / PROMPTS):
+            prompt_name = _text(prompt_record, "prompt", location)
             # The file may also describe prompts for which there is no asset.
-            if name in names:
-                prompts[name] = _prompt(record, folder, where)
-        if names and not any(prompt.text or prompt.image for prompt in prompts.values()):
+            if prompt_name in prompt_names:
+                prompt_by_name[prompt_name] = _prompt(prompt_record, folder, location)
+        if prompt_names and not any(prompt.text or prompt.image for prompt in prompt_by_name.values()):
             raise ValueError(
                 f"{PROMPTS} describes none of the prompts of the asset files. Give the prompts in it the"
-                f" names of the files, such as {min(names)!r}."
+                f" names of the files, such as {min(prompt_names)!r}."
             )
-    return prompts
+    return prompt_by_name
 
 
-def _from_rankings(lists: dict[str, Path], root: Path) -> Collection:
+def _from_rankings(list_by_generator: dict[str, Path], root: Path) -> Collection:
     """Read lists that `eg3d-rlhf flow sample` has written.
 
     Args:
-        lists: name of a generator -> path of its list.
+        list_by_generator: name of a generator -> path of its list.
         root: folder of the collection, which may contain prompts.jsonl.
     """
     assets = []
     prompts = {}
-    for generator, path in lists.items():
+    for generator, list_path in list_by_generator.items():
         _name(generator, root.name)
-        for record, where in _lines(path):
-            prompt = _text(record, "condition", where)
-            look_at = _text(record, "look_at", where)
-            prompts[prompt] = Prompt(text=prompt)
+        for asset_record, location in _lines(list_path):
+            prompt_text = _text(asset_record, "condition", location)
+            look_at = _text(asset_record, "look_at", location)
+            prompts[prompt_text] = Prompt(text=prompt_text)
             # `look_at` is the file that annotators see; the list also contains the paths of latents
-            file = inside(path.parent / look_at, path.parent, where)
-            assets.append(Asset(path=file, generator=generator, prompt=prompt, seed=_seed(record, where)))
+            asset_path = inside(list_path.parent / look_at, list_path.parent, location)
+            assets.append(
+                Asset(
+                    path=asset_path,
+                    generator=generator,
+                    prompt=prompt_text,
+                    seed=_seed(asset_record, location),
+                )
+            )
     return Collection(assets, _prompts(root, set(prompts)) if (root / PROMPTS).is_file() else prompts)
 
 
 def _from_list(path: Path) -> Collection:
     """Read a list of assets, which has one JSON object per line."""
     assets: list[Asset] = []
-    prompts: dict[str, Prompt] = {}
-    counts: dict[tuple[str, str], int] = {}  # (generator, prompt) -> number of assets so far
-    for record, where in _lines(path):
-        name = _text(record, "prompt", where)
-        generator = _text(record, "generator", where) if record.get("generator") is not None else path.stem
+    prompt_by_name: dict[str, Prompt] = {}
+    asset_counts: dict[tuple[str, str], int] = {}  # (generator, prompt) -> number of assets so far
+    for asset_record, location in _lines(path):
+        prompt_name = _text(asset_record, "prompt", location)
+        generator = (
+            _text(asset_record, "generator", location)
+            if asset_record.get("generator") is not None
+            else path.stem
+        )
         # without seeds, the assets of a generator and prompt are numbered
-        number = counts.get((generator, name), 0)
-        counts[generator, name] = number + 1
-        file = inside(path.parent / _text(record, "asset", where), path.parent, where)
-        seed = _seed(record, where) if record.get("seed") is not None else number
-        assets.append(Asset(path=file, generator=generator, prompt=name, seed=seed))
-        prompt = _prompt(record, path.parent, where)
-        earlier = prompts.get(name, Prompt())
+        asset_number = asset_counts.get((generator, prompt_name), 0)
+        asset_counts[generator, prompt_name] = asset_number + 1
+        asset_path = inside(path.parent / _text(asset_record, "asset", location), path.parent, location)
+        seed = _seed(asset_record, location) if asset_record.get("seed") is not None else asset_number
+        assets.append(Asset(path=asset_path, generator=generator, prompt=prompt_name, seed=seed))
+        line_prompt = _prompt(asset_record, path.parent, location)
+        earlier_prompt = prompt_by_name.get(prompt_name, Prompt())
         # Not every line of a prompt must contain its text and image, but two lines must not contradict.
-        has_other_text = prompt.text and earlier.text and prompt.text != earlier.text
-        has_other_image = prompt.image and earlier.image and prompt.image != earlier.image
+        has_other_text = line_prompt.text and earlier_prompt.text and line_prompt.text != earlier_prompt.text
+        has_other_image = (
+            line_prompt.image and earlier_prompt.image and line_prompt.image != earlier_prompt.image
+        )
         if has_other_text or has_other_image:
             raise ValueError(
-                f"{where}: the prompt {name!r} has another text or image on an earlier line. Give different"
-                " prompts different names."
+                f"{location}: the prompt {prompt_name!r} has another text or image on an earlier line. Give"
+                " different prompts different names."
             )
-        prompts[name] = Prompt(text=prompt.text or earlier.text, image=prompt.image or earlier.image)
-    return Collection(assets, prompts)
+        prompt_by_name[prompt_name] = Prompt(
+            text=line_prompt.text or earlier_prompt.text, image=line_prompt.image or earlier_prompt.image
+        )
+    return Collection(assets, prompt_by_name)
 
 
 # ---- lines
@@ -404,11 +434,11 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
             f"{path.name}: the list has {path.stat().st_size >> 20} MB, but at most {MAX_LIST >> 20} MB are"
             " allowed. Divide it, and make several lists."
         )
-    with path.open("rb") as file:
+    with path.open("rb") as list_file:
         # readline returns at most MAX_LINE + 1 bytes. So a line that is too long is recognised, but never
         # completely in memory.
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
-            where = f"{path.name}, line {number}"
+        for number, line in enumerate(iter(lambda: list_file.readline(MAX_LINE + 1), b""), 1):
+            location = f"{path.name}, line {number}"
             if not line.strip():
                 continue
             try:
@@ -418,71 +448,72 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
                 record = None
             if not isinstance(record, dict):
                 raise ValueError(
-                    f"{where}: the line must be a JSON object of at most {MAX_LINE >> 10} kB, but it begins"
-                    f" with {line[:40]!r}. Write one JSON object per line."
+                    f"{location}: the line must be a JSON object of at most {MAX_LINE >> 10} kB, but it"
+                    f" begins with {line[:40]!r}. Write one JSON object per line."
                 )
-            yield record, where
+            yield record, location
 
 
-def _text(record: dict, key: str, where: str) -> str:
+def _text(line_record: dict, field_name: str, location: str) -> str:
     """Return a field of a line, which must be a printable text.
 
     Args:
-        record: line.
-        key: name of the field.
-        where: name of the line for messages.
+        line_record: JSON object of the line.
+        field_name: name of the field.
+        location: name of the line for messages.
 
     Raises:
         ValueError: the field is missing or not such a text.
     """
-    return _name(record.get(key), f'{where}: "{key}"')
+    return _name(line_record.get(field_name), f'{location}: "{field_name}"')
 
 
-def _name(value: object, where: str) -> str:
+def _name(value: object, location: str) -> str:
     """Return a value, which must be a printable text of at most MAX_TEXT characters.
 
     Args:
-        value: value.
-        where: name of the value for the message.
+        value: value of a JSON file, which may have any type.
+        location: name of the value for the message.
 
     Raises:
         ValueError: the value is not such a text.
     """
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
         raise ValueError(
-            f"{where}: {str(value)[:40]!r} is not allowed. Use a printable text of 1 to {MAX_TEXT}"
+            f"{location}: {str(value)[:40]!r} is not allowed. Use a printable text of 1 to {MAX_TEXT}"
             " characters."
         )
     return value
 
 
-def _seed(record: dict, where: str) -> int:
+def _seed(line_record: dict, location: str) -> int:
     """Return the seed of a line, which must be an integer from 0 to 2^32 - 1.
 
     Raises:
         ValueError: the field "seed" is missing or not such an integer.
     """
     # isinstance(True, int) is True, so the type is compared.
-    seed = record.get("seed")
+    seed = line_record.get("seed")
     if type(seed) is not int or not 0 <= seed < _SEEDS:
         raise ValueError(
-            f'{where}: the "seed" {str(seed)[:40]!r} is not allowed. Use an integer from 0 to {_SEEDS - 1}.'
+            f'{location}: the "seed" {str(seed)[:40]!r} is not allowed. Use an integer from 0 to'
+            f" {_SEEDS - 1}."
         )
     return seed
 
 
-def _prompt(record: dict, root: Path, where: str) -> Prompt:
+def _prompt(line_record: dict, root: Path, location: str) -> Prompt:
     """Return the prompt of a line. Its text and its image are optional.
 
     Args:
-        record: line.
+        line_record: JSON object of the line.
         root: folder in which the image must lie, and to which its path is relative.
-        where: name of the line for messages.
+        location: name of the line for messages.
 
     Raises:
         ValueError: the text is not allowed, or the image is no file in `root`.
     """
-    text = record.get("text")
+    text = line_record.get("text")
     if text is not None and (
         not isinstance(text, str)
         or len(text) > MAX_TEXT
@@ -493,41 +524,43 @@ def _prompt(record: dict, root: Path, where: str) -> Prompt:
         )
     ):
         raise ValueError(
-            f'{where}: the "text" {str(text)[:40]!r} is not allowed. Use a text of at most {MAX_TEXT}'
+            f'{location}: the "text" {str(text)[:40]!r} is not allowed. Use a text of at most {MAX_TEXT}'
             " characters without control characters."
         )
     image = (
-        inside(root / _text(record, "image", where), root, where) if record.get("image") is not None else None
+        inside(root / _text(line_record, "image", location), root, location)
+        if line_record.get("image") is not None
+        else None
     )
     return Prompt(text=text or None, image=image)
 
 
-def inside(path: Path, root: Path, where: str) -> Path:
+def inside(path: Path, root: Path, location: str) -> Path:
     """Return the resolved path of a file that must lie below a folder.
 
     Args:
         path: path of the file.
         root: folder.
-        where: name of the line or file for messages.
+        location: name of the line or file for messages.
 
     Raises:
         ValueError: the path is no file, or does not lie below `root`.
     """
     try:
-        resolved = path.resolve()
+        resolved_path = path.resolve()
         # The resolved path contains neither ".." nor links, with which a path could lead out of the folder.
-        if not resolved.is_relative_to(root.resolve()):
+        if not resolved_path.is_relative_to(root.resolve()):
             raise ValueError(
-                f"{where}: the file {path.name} does not lie in the folder {root.name}. Copy it into this"
+                f"{location}: the file {path.name} does not lie in the folder {root.name}. Copy it into this"
                 " folder."
             )
-        if not resolved.is_file():
-            raise ValueError(f"{where}: there is no file {path.name}. Use the name of a file that exists.")
+        if not resolved_path.is_file():
+            raise ValueError(f"{location}: there is no file {path.name}. Use the name of a file that exists.")
     except (OSError, RuntimeError) as error:  # OSError: the name is too long; RuntimeError: links form a loop
         raise ValueError(
-            f"{where}: the file {path.name[:60]} cannot be opened: {error}. Use the name of another file."
+            f"{location}: the file {path.name[:60]} cannot be opened: {error}. Use the name of another file."
         ) from None
-    return resolved
+    return resolved_path
 
 
 # ---- pairs
@@ -535,14 +568,14 @@ def inside(path: Path, root: Path, where: str) -> Path:
 
 def asset_shape(asset: Asset) -> Shape:
     """Return the `Shape` with which a campaign represents an asset."""
-    fields = {
+    shape_fields = {
         "generator": asset.generator,
         "source": str(asset.path),
         "seed": asset.seed,
         "file": asset.hash,
         "condition": asset.prompt,
     }
-    return Shape.from_asset(**fields)
+    return Shape.from_asset(**shape_fields)
 
 
 def plan_assets(
@@ -566,20 +599,22 @@ def plan_assets(
     """
     # All random choices come from this generator, so that equal options give equal plans.
     rng = np.random.default_rng(options.seed)
-    items = items_of(collection, ensemble)
+    strategy_items = items_of(collection, ensemble)
     index_pairs: list[tuple[int, int]]  # pairs of indices into collection.assets
     strategy_report: dict = {}
     if options.single:
         # The assets are chosen evenly from all generators and prompts. Each is paired with itself.
-        buckets = items.by(lambda item: (item.source, item.prompt))
-        index_pairs = [(index, index) for index in itertools.islice(balanced(buckets, rng), options.pairs)]
+        asset_buckets = strategy_items.by(lambda item: (item.source, item.prompt))
+        index_pairs = [
+            (index, index) for index in itertools.islice(balanced(asset_buckets, rng), options.pairs)
+        ]
     else:
         check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
-        planned = STRATEGIES[options.strategy].plan(items, answers, rng, options)
+        strategy_plan = STRATEGIES[options.strategy].plan(strategy_items, answers, rng, options)
         # The order of an asset in a pair of a strategy has no meaning, so it is chosen at random.
-        index_pairs = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs]
+        index_pairs = [(a, b) if rng.integers(2) else (b, a) for a, b in strategy_plan.pairs]
         strategy_report = report_with_names(
-            planned.report, lambda a, b: _facts(collection.assets[a], collection.assets[b])
+            strategy_plan.report, lambda a, b: _facts(collection.assets[a], collection.assets[b])
         )
     if not index_pairs:
         raise ValueError(
@@ -587,12 +622,12 @@ def plan_assets(
             " each prompt."
         )
     if len(index_pairs) < options.pairs:
-        unit = "assets" if options.single else "pairs"
-        report(f"planned only {len(index_pairs)} of {options.pairs} {unit}, because there are no more")
+        unit_noun = "assets" if options.single else "pairs"
+        report(f"planned only {len(index_pairs)} of {options.pairs} {unit_noun}, because there are no more")
     options = replace(options, pairs=len(index_pairs))
-    shapes = [asset_shape(asset) for asset in collection.assets]
-    pairs = [
-        PlannedPair(first=shapes[first_index], second=shapes[second_index])
+    asset_shapes = [asset_shape(asset) for asset in collection.assets]
+    planned_pairs = [
+        PlannedPair(first=asset_shapes[first_index], second=asset_shapes[second_index])
         for first_index, second_index in index_pairs
     ]
     gold_pairs, practice_pairs = _known_pairs(options, collection, rng, report)
@@ -608,7 +643,7 @@ def plan_assets(
         "gold": len(gold_pairs),
         "training": len(practice_pairs),
     }
-    return Plan(practice_pairs + interleave(pairs, gold_pairs), plan_report)
+    return Plan(practice_pairs + interleave(planned_pairs, gold_pairs), plan_report)
 
 
 def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
@@ -623,7 +658,7 @@ def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
     return Items(members=members, ensemble=ensemble)
 
 
-def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[Preference]:
+def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -> list[Preference]:
     """Convert judgements of an earlier campaign to preferences between indices of assets in a collection.
 
     Raises:
@@ -631,14 +666,14 @@ def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[
     """
     # The files may have been moved since the earlier campaign, so an asset is identified by the hash of its
     # content.
-    indices = {
+    index_by_asset = {
         (asset.generator, asset.prompt, asset.hash): index for index, asset in enumerate(collection.assets)
     }
-    answers = []
-    for row in results:
+    preferences = []
+    for row in judgement_rows:
         pair_indices = []
         for shape in (row.left, row.right):
-            index = indices.get((shape.generator, shape.condition, shape.file))
+            index = index_by_asset.get((shape.generator, shape.condition, shape.file))
             if index is None:
                 raise ValueError(
                     f"the earlier campaign contains an answer about the asset of prompt {shape.condition!r}"
@@ -648,13 +683,17 @@ def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[
             pair_indices.append(index)
         left_index, right_index = pair_indices
         winner, loser = (right_index, left_index) if row.choice is Choice.RIGHT else (left_index, right_index)
-        answers.append(Preference(winner=winner, loser=loser, tie=row.choice.equal))
-    return answers
+        preferences.append(Preference(winner=winner, loser=loser, tie=row.choice.equal))
+    return preferences
 
 
-def _facts(a: Asset, b: Asset) -> dict:
+def _facts(first_asset: Asset, second_asset: Asset) -> dict:
     """Return the names of the two assets of a pair, for the report of a plan."""
-    return {"prompt": a.prompt, "generators": [a.generator, b.generator], "seeds": [a.seed, b.seed]}
+    return {
+        "prompt": first_asset.prompt,
+        "generators": [first_asset.generator, second_asset.generator],
+        "seeds": [first_asset.seed, second_asset.seed],
+    }
 
 
 def prompts_json(collection: Collection) -> dict[str, dict]:
@@ -678,11 +717,11 @@ def _known_pairs(
         )
         return [], []
     # A random order, which is repeated: in a small collection an asset is used several times.
-    order = rng.permutation(len(damageable_assets))
-    shapes = itertools.cycle([asset_shape(damageable_assets[index]) for index in order])
+    shuffled_indices = rng.permutation(len(damageable_assets))
+    shape_cycle = itertools.cycle([asset_shape(damageable_assets[index]) for index in shuffled_indices])
     make_pairs = damaged_singles if options.single else known_answers
-    gold_shapes = list(itertools.islice(shapes, options.gold_pairs))
+    gold_shapes = list(itertools.islice(shape_cycle, options.gold_pairs))
     gold_pairs = make_pairs(gold_shapes, Kind.GOLD, rng, DAMAGES)
-    practice_shapes = list(itertools.islice(shapes, options.training))
+    practice_shapes = list(itertools.islice(shape_cycle, options.training))
     practice_pairs = make_pairs(practice_shapes, Kind.TRAINING, rng, DAMAGES)
     return gold_pairs, practice_pairs

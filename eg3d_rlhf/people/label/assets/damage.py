@@ -27,36 +27,38 @@ _REACH = 0.025
 _TRIED = 4000  # number of random points from which the centres of the holes are chosen
 
 
-def damage_mesh(model: Model, name: str, seed: int) -> Model:
+def damage_mesh(model: Model, damage_kind: str, seed: int) -> Model:
     """Damage a mesh. Equal arguments give equal results.
 
     Args:
         model: mesh, which must consist of triangles.
-        name: kind of damage, a key of DAMAGES.
+        damage_kind: kind of damage, a key of DAMAGES.
         seed: random seed of the position of the damage.
 
     Raises:
         ValueError: the kind is unknown, the mesh contains triangle strips or fans, or no triangle would
             remain.
     """
-    rng = damage_draws(name, DAMAGES, seed)
-    parts = [part for mesh in model.meshes for part in mesh]
-    if any(part.mode != TRIANGLES for part in parts):
+    rng = damage_draws(damage_kind, DAMAGES, seed)
+    primitives = [part for mesh in model.meshes for part in mesh]
+    if any(part.mode != TRIANGLES for part in primitives):
         raise ValueError("a mesh of triangle strips or fans cannot be damaged. Save it as separate triangles")
-    points = np.concatenate([part.attributes["POSITION"].values for part in parts]).astype(np.float64)
-    size = _size(points)
-    if name == "rough":
-        displaced: dict[int, Array] = {}  # id of an array of positions -> its displaced copy
-        bumps = _Bumps(rng, size)
+    points = np.concatenate([part.attributes["POSITION"].values for part in primitives]).astype(np.float64)
+    asset_size = _size(points)
+    if damage_kind == "rough":
+        displaced_by_id: dict[int, Array] = {}  # id of an array of positions -> its displaced copy
+        bumps = _Bumps(rng, asset_size)
         return replace(
-            model, meshes=[[_rough(part, bumps, displaced) for part in mesh] for mesh in model.meshes]
+            model, meshes=[[_rough(part, bumps, displaced_by_id) for part in mesh] for mesh in model.meshes]
         )
     # A triangle is removed if its centre lies in a hole. The centres of each part are [F, 3].
-    triangle_centres = [_corners(part).mean(axis=1) for part in parts]
-    holes = _distant_points(rng, np.concatenate(triangle_centres))
+    triangle_centres = [_corners(part).mean(axis=1) for part in primitives]
+    hole_centres = _distant_points(rng, np.concatenate(triangle_centres))
     # The iterator yields the masks in the order of `parts`, which is also the order of the loops below.
-    masks = iter([_is_outside(centres, holes, _HOLE * size) for centres in triangle_centres])
-    meshes = [[_cut(part, next(masks)) for part in mesh] for mesh in model.meshes]
+    kept_masks = iter(
+        [_is_outside(centres, hole_centres, _HOLE * asset_size) for centres in triangle_centres]
+    )
+    meshes = [[_cut(part, next(kept_masks)) for part in mesh] for mesh in model.meshes]
     # GLB does not allow a part without triangles, so parts that lie entirely in a hole are removed.
     meshes = [
         [part for part in mesh if len(part.indices.values)]  # type: ignore[union-attr]
@@ -67,51 +69,51 @@ def damage_mesh(model: Model, name: str, seed: int) -> Model:
     return replace(model, meshes=meshes)
 
 
-def damage_splats(splats: Splats, name: str, seed: int) -> Splats:
+def damage_splats(splats: Splats, damage_kind: str, seed: int) -> Splats:
     """Damage Gaussian splats. Equal arguments give equal results.
 
     Args:
         splats: Gaussian splats.
-        name: kind of damage, a key of DAMAGES.
+        damage_kind: kind of damage, a key of DAMAGES.
         seed: random seed of the position of the damage.
 
     Raises:
         ValueError: the kind is unknown, or no splat would remain.
     """
-    rng = damage_draws(name, DAMAGES, seed)
-    size = _size(splats.centres.astype(np.float64))
-    if name == "rough":
-        displaced_centres = splats.centres + rng.normal(scale=_REACH * size, size=splats.centres.shape)
+    rng = damage_draws(damage_kind, DAMAGES, seed)
+    asset_size = _size(splats.centres.astype(np.float64))
+    if damage_kind == "rough":
+        displaced_centres = splats.centres + rng.normal(scale=_REACH * asset_size, size=splats.centres.shape)
         return replace(splats, centres=displaced_centres.astype("<f4"))
     # Opacities are 0..255, so 128 is an opacity of one half. A hole among transparent Gaussians would not be
     # visible.
     opaque_centres = splats.centres[splats.opacities >= 128]
-    holes = _distant_points(rng, opaque_centres if len(opaque_centres) else splats.centres)
-    mask = _is_outside(splats.centres, holes, _HOLE * size)
-    if not mask.any():
+    hole_centres = _distant_points(rng, opaque_centres if len(opaque_centres) else splats.centres)
+    is_kept = _is_outside(splats.centres, hole_centres, _HOLE * asset_size)
+    if not is_kept.any():
         raise ValueError("the damage would remove all splats. Choose another asset")
-    arrays = ("centres", "scales", "rotations", "opacities", "colours", "rest")
-    return replace(splats, **{array: getattr(splats, array)[mask] for array in arrays})
+    array_names = ("centres", "scales", "rotations", "opacities", "colours", "rest")
+    return replace(splats, **{array_name: getattr(splats, array_name)[is_kept] for array_name in array_names})
 
 
-def damage_draws(name: str, kinds: Collection[str], seed: int) -> np.random.Generator:
+def damage_draws(damage_kind: str, allowed_kinds: Collection[str], seed: int) -> np.random.Generator:
     """Return the random generator of a damage, which depends on its kind and seed.
 
     Args:
-        name: kind of damage.
-        kinds: allowed kinds.
+        damage_kind: kind of damage.
+        allowed_kinds: allowed kinds.
         seed: seed of the damaged shape.
 
     Raises:
         ValueError: the kind is not allowed.
     """
-    if name not in kinds:
+    if damage_kind not in allowed_kinds:
         raise ValueError(
-            f"damage: the kind {name!r} is unknown; the kinds are {', '.join(kinds)}. Plan the campaign with"
-            " this version."
+            f"damage: the kind {damage_kind!r} is unknown; the kinds are {', '.join(allowed_kinds)}. Plan the"
+            " campaign with this version."
         )
     # crc32 is used, because Python's hash() of a text differs between processes.
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.random.default_rng([seed, zlib.crc32(damage_kind.encode())])
 
 
 def _size(points: np.ndarray) -> float:
@@ -141,10 +143,10 @@ def _distant_points(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
 def _is_outside(points: np.ndarray, centres: np.ndarray, radius: float) -> np.ndarray:
     """Return the mask [N] of the points [N, 3] that are farther than `radius` from all centres."""
     # The loop saves memory: a matrix of all distances would be large for large assets.
-    mask = np.ones(len(points), dtype=bool)
+    is_outside = np.ones(len(points), dtype=bool)
     for centre in centres:
-        mask &= ((points - centre) ** 2).sum(axis=1) > radius**2
-    return mask
+        is_outside &= ((points - centre) ** 2).sum(axis=1) > radius**2
+    return is_outside
 
 
 class _Bumps:
@@ -157,16 +159,16 @@ class _Bumps:
         size: size of the asset.
     """
 
-    def __init__(self, rng: np.random.Generator, size: float):
+    def __init__(self, rng: np.random.Generator, asset_size: float):
         directions = rng.normal(size=(_WAVES, 3))
         # wave vectors [_WAVES, 3] with random directions, for a wavelength of _GRAIN * size
         self.waves = (
-            directions / np.linalg.norm(directions, axis=1, keepdims=True) * 2 * np.pi / (_GRAIN * size)
+            directions / np.linalg.norm(directions, axis=1, keepdims=True) * 2 * np.pi / (_GRAIN * asset_size)
         )
         self.phases = rng.uniform(0, 2 * np.pi, _WAVES)
         # With the factor sqrt(2 / _WAVES), the standard deviation of the sum is _REACH * size for each
         # coordinate, because the variance of a sine is 1/2.
-        self.amplitudes = rng.normal(size=(_WAVES, 3)) * _REACH * size * np.sqrt(2 / _WAVES)
+        self.amplitudes = rng.normal(size=(_WAVES, 3)) * _REACH * asset_size * np.sqrt(2 / _WAVES)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Return the displacement [N, 3] of points [N, 3]."""
@@ -176,7 +178,7 @@ class _Bumps:
         return displacement
 
 
-def _rough(part: Primitive, bumps: _Bumps, displaced: dict[int, Array]) -> Primitive:
+def _rough(part: Primitive, bumps: _Bumps, displaced_by_id: dict[int, Array]) -> Primitive:
     """Displace the vertices of a part, and remove its normals and tangents.
 
     Shading with the normals of the undamaged surface would hide the bumps.
@@ -184,20 +186,23 @@ def _rough(part: Primitive, bumps: _Bumps, displaced: dict[int, Array]) -> Primi
     Args:
         part: part of a mesh.
         bumps: displacement field.
-        displaced: id of an array of positions -> its displaced copy. The dictionary is extended in place.
+        displaced_by_id: id of an array of positions -> its displaced copy. The dictionary is extended in
+            place.
     """
     positions = part.attributes["POSITION"]
     # Several parts may share an array of positions. It is displaced only once, so that they keep sharing it.
-    if id(positions) not in displaced:
-        values = positions.values.astype(np.float64)
-        values = values + bumps(values)
+    if id(positions) not in displaced_by_id:
+        displaced_values = positions.values.astype(np.float64)
+        displaced_values = displaced_values + bumps(displaced_values)
         # Positions may be quantised as integers. They are rounded, and limited to the range of their type.
         if positions.values.dtype.kind != "f":
-            limits = np.iinfo(positions.values.dtype)
-            values = np.rint(values).clip(limits.min, limits.max)
-        displaced[id(positions)] = Array(values.astype(positions.values.dtype), positions.normalized)
+            integer_limits = np.iinfo(positions.values.dtype)
+            displaced_values = np.rint(displaced_values).clip(integer_limits.min, integer_limits.max)
+        displaced_by_id[id(positions)] = Array(
+            displaced_values.astype(positions.values.dtype), positions.normalized
+        )
     attributes = {name: array for name, array in part.attributes.items() if name not in ("NORMAL", "TANGENT")}
-    return replace(part, attributes={**attributes, "POSITION": displaced[id(positions)]})
+    return replace(part, attributes={**attributes, "POSITION": displaced_by_id[id(positions)]})
 
 
 def _faces(part: Primitive) -> np.ndarray:
@@ -216,7 +221,7 @@ def _corners(part: Primitive) -> np.ndarray:
     return part.attributes["POSITION"].values[_faces(part)].astype(np.float64)
 
 
-def _cut(part: Primitive, mask: np.ndarray) -> Primitive:
-    """Return a part with only the triangles for which `mask` [F] is True."""
+def _cut(part: Primitive, is_kept: np.ndarray) -> Primitive:
+    """Return a part with only the triangles for which `is_kept` [F] is True."""
     # [F', 3] -> [3 F', 1], the shape of an index array in GLB
-    return replace(part, indices=Array(np.ascontiguousarray(_faces(part)[mask]).reshape(-1, 1)))
+    return replace(part, indices=Array(np.ascontiguousarray(_faces(part)[is_kept]).reshape(-1, 1)))

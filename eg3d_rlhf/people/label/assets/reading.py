@@ -103,20 +103,20 @@ def reject(unfit: Mapping[Path, str]) -> None:
     Args:
         unfit: path of a file -> reason why it cannot be shown.
     """
-    reasons = [f"{path}: {reason}" for path, reason in unfit.items()]
-    if reasons:
+    reason_texts = [f"{path}: {reason}" for path, reason in unfit.items()]
+    if reason_texts:
         # at most five files, so that the message stays one readable line
-        more = f"; and {len(reasons) - 5} more files" if len(reasons) > 5 else ""
-        files = "this file" if len(reasons) == 1 else "these files"
-        raise ValueError(f"{'; '.join(reasons[:5])}{more}. Convert or remove {files}.")
+        more_text = f"; and {len(reason_texts) - 5} more files" if len(reason_texts) > 5 else ""
+        files_text = "this file" if len(reason_texts) == 1 else "these files"
+        raise ValueError(f"{'; '.join(reason_texts[:5])}{more_text}. Convert or remove {files_text}.")
 
 
-def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> bytes:
+def clean(path: Path, expected_hash: str, degradation: str = "", seed: int = 0) -> bytes:
     """Return the clean form of an asset or of the image of a prompt: GLB or GSP1 with gzip, MP4, or WebP.
 
     Args:
         path: path of the file.
-        expected: hash that the file had when the campaign was planned, see `Examined`.
+        expected_hash: hash that the file had when the campaign was planned, see `Examined`.
         degradation: kind of damage that is added, see assets.damage; '' for no damage.
         seed: seed of the damage.
 
@@ -126,19 +126,19 @@ def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> by
     """
     # The standard output of the process contains its answers, so the result is written into a file.
     with tempfile.TemporaryDirectory(prefix="eg3d-label-asset-") as folder:
-        out = Path(folder) / "out"
+        out_path = Path(folder) / "out"
         request = {
             "do": "clean",
             "path": str(path),
-            "hash": expected,
+            "hash": expected_hash,
             "degradation": degradation,
             "seed": seed,
-            "out": str(out),
+            "out": str(out_path),
         }
         (answer,) = _run([request])
         if _REJECTED in answer:
             raise (ChangedError if answer.get("changed") else ValueError)(f"{path.name}: {answer[_REJECTED]}")
-        return out.read_bytes()
+        return out_path.read_bytes()
 
 
 def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: None) -> Iterable[dict]:
@@ -175,8 +175,8 @@ def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: 
             command, stdin=request_file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                answers.append(json.loads(line))
+            for answer_line in process.stdout:
+                answers.append(json.loads(answer_line))
                 report(len(answers))
     # Fewer answers: the process was killed, or a parser crashed.
     if len(answers) < len(requests):
@@ -206,30 +206,30 @@ def _opened(path: Path):
     # O_NOFOLLOW rejects a link, which could have replaced the file. O_NONBLOCK: if a pipe has replaced the
     # file, opening it must not wait for a writer.
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file_descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise ChangedError(f"the file cannot be opened: {error.strerror}. Restore it") from None
-    with os.fdopen(handle, "rb") as file:
+    with os.fdopen(file_descriptor, "rb") as file:
         # fstat checks the file that is open. A check of the path could be of another file.
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
+        file_status = os.fstat(file_descriptor)
+        if not stat.S_ISREG(file_status.st_mode):
             raise ValueError("the path is a folder, pipe or device. Use a regular file")
-        if not 0 < status.st_size <= MAX_BYTES:
+        if not 0 < file_status.st_size <= MAX_BYTES:
             raise ValueError(
-                f"the file has {status.st_size:,} bytes, but must have 1 byte to {MAX_BYTES >> 20} MB"
+                f"the file has {file_status.st_size:,} bytes, but must have 1 byte to {MAX_BYTES >> 20} MB"
             )
         # The mapping is not closed, because arrays that refer to it may still be in use. The process ends
         # soon.
         yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def kind_of(head: bytes, name: str) -> str:
+def kind_of(first_bytes: bytes, name: str) -> str:
     """Recognise the kind of a file by its first bytes.
 
     An OBJ file has no characteristic first bytes, so its name must end in .obj.
 
     Args:
-        head: first bytes of the file, at most 512.
+        first_bytes: first bytes of the file, at most 512.
         name: name of the file.
 
     Returns:
@@ -238,33 +238,33 @@ def kind_of(head: bytes, name: str) -> str:
     Raises:
         ValueError: the kind is unknown.
     """
-    if head[:4] == GLB_MAGIC:
+    if first_bytes[:4] == GLB_MAGIC:
         return "glb"
-    if head[:3] == b"ply" and head[3:4] in b"\r\n":
+    if first_bytes[:3] == b"ply" and first_bytes[3:4] in b"\r\n":
         return "ply"
     # MP4 files have 'ftyp' at byte 4. WebM and Matroska files begin with the identifier of EBML.
-    if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3":
+    if first_bytes[4:8] == b"ftyp" or first_bytes[:4] == b"\x1a\x45\xdf\xa3":
         return "film"
-    if image_format(head):
+    if image_format(first_bytes):
         return "image"
     # the first bytes of gzip and zip files
-    if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
+    if first_bytes[:2] == b"\x1f\x8b" or first_bytes[:2] == b"PK":
         raise ValueError("the file is compressed with gzip or zip. Unpack it")
     # A text contains no NUL bytes, except in UTF-16.
-    if name.lower().endswith(".obj") and (b"\0" not in head or obj.utf16(head) is not None):
+    if name.lower().endswith(".obj") and (b"\0" not in first_bytes or obj.utf16(first_bytes) is not None):
         return "obj"
-    if obj.utf16(head) is not None:
+    if obj.utf16(first_bytes) is not None:
         raise ValueError("the file is a text in UTF-16. Save it as UTF-8")
     raise ValueError("the format is unknown. Use a GLB, PLY, OBJ, MP4 or WebM file")
 
 
-def _hash(data: memoryview, path: Path, kind: str) -> str:
+def _hash(data: memoryview, path: Path, file_kind: str) -> str:
     """Return the SHA-256 of a file as hexadecimal digits.
 
     For an OBJ file, the names and contents of its companions (materials and textures) are hashed, too.
     """
     digest = hashlib.sha256(data)
-    for companion in obj.companion_files(data, path) if kind == "obj" else ():
+    for companion in obj.companion_files(data, path) if file_kind == "obj" else ():
         digest.update(f"\0{companion.name}\0{hashlib.sha256(companion.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 
@@ -279,82 +279,82 @@ def _examine(path: Path) -> dict:
         ValueError: the file cannot be shown.
     """
     with _opened(path) as data:
-        kind = kind_of(bytes(data[:512]), path.name)
-        note = ""
-        if kind == "glb":
+        file_kind = kind_of(bytes(data[:512]), path.name)
+        view_note = ""
+        if file_kind == "glb":
             glb.read_glb(data)
-        elif kind == "ply":
+        elif file_kind == "ply":
             header = ply.read_header(data)
-            kind = "splats" if header.splats else kind
+            file_kind = "splats" if header.splats else file_kind
             # The result is not used. The function is called for its errors.
             (ply.read_splats if header.splats else ply.read_mesh)(data)
-        elif kind == "obj":
+        elif file_kind == "obj":
             obj.read_obj(data, path)
             missing_libraries = obj.missing_libraries(data, path)
             if missing_libraries:
-                note = f"shown in grey, because {', '.join(missing_libraries)[:200]} cannot be read"
-        elif kind == "film":
+                view_note = f"shown in grey, because {', '.join(missing_libraries)[:200]} cannot be read"
+        elif file_kind == "film":
             examine_video(path)
-        elif kind == "image":
+        elif file_kind == "image":
             strip_image(data)
-        return {"kind": kind, "hash": _hash(data, path, kind), "note": note}
+        return {"kind": file_kind, "hash": _hash(data, path, file_kind), "note": view_note}
 
 
-def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) -> dict:
-    """Write the clean form of a file to `out`, and return an empty answer.
+def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path: Path) -> dict:
+    """Write the clean form of a file to `out_path`, and return an empty answer.
 
     Args:
         path: path of the file.
-        expected: hash that the file must have.
+        expected_hash: hash that the file must have.
         degradation: kind of damage; '' for no damage.
         seed: seed of the damage.
-        out: path of the clean form.
+        out_path: path of the clean form.
 
     Raises:
         ChangedError: the file has another hash.
         ValueError: the file cannot be shown or damaged.
     """
     with _opened(path) as data:
-        kind = kind_of(bytes(data[:512]), path.name)
-        _check_hash(data, path, kind, expected)
-        if kind == "image":
-            out.write_bytes(preview_image(data))
-        elif kind == "film":
+        file_kind = kind_of(bytes(data[:512]), path.name)
+        _check_hash(data, path, file_kind, expected_hash)
+        if file_kind == "image":
+            out_path.write_bytes(preview_image(data))
+        elif file_kind == "film":
             if degradation:
                 raise ValueError("a video cannot be damaged. Use a mesh or splats")
-            clean_video(path, out)
+            clean_video(path, out_path)
         else:
-            _pack(data, path, kind, degradation, seed, out)
+            _pack(data, path, file_kind, degradation, seed, out_path)
     # The hash is checked again, because the file may have changed while it was read: the arrays are views of
     # the file, and ffmpeg has opened it by its name.
     with _opened(path) as data:
-        _check_hash(data, path, kind, expected)
+        _check_hash(data, path, file_kind, expected_hash)
     return {}
 
 
-def _check_hash(data: memoryview, path: Path, kind: str, expected: str) -> None:
-    """Raise ChangedError if a file does not have the hash `expected`."""
-    if _hash(data, path, kind) != expected:
+def _check_hash(data: memoryview, path: Path, file_kind: str, expected_hash: str) -> None:
+    """Raise ChangedError if a file does not have the hash `expected_hash`."""
+    if _hash(data, path, file_kind) != expected_hash:
         raise ChangedError("the file has changed since the campaign was planned. Use the original file")
 
 
-def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out: Path) -> None:
+def _pack(data: memoryview, path: Path, file_kind: str, degradation: str, seed: int, out_path: Path) -> None:
     """Write a mesh as GLB or splats as GSP1, compressed with gzip, and damaged unless `degradation` is ''."""
-    if kind == "ply" and ply.read_header(data).splats:
+    if file_kind == "ply" and ply.read_header(data).splats:
         splats = ply.read_splats(data)
-        parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
+        file_parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
     else:
-        if kind == "glb":
-            model = glb.read_glb(data)
-        elif kind == "ply":
-            model = ply.read_mesh(data)
+        if file_kind == "glb":
+            mesh_model = glb.read_glb(data)
+        elif file_kind == "ply":
+            mesh_model = ply.read_mesh(data)
         else:
-            model = obj.read_obj(data, path)
-        parts = glb_parts(damage_mesh(model, degradation, seed) if degradation else model)
+            mesh_model = obj.read_obj(data, path)
+        file_parts = glb_parts(damage_mesh(mesh_model, degradation, seed) if degradation else mesh_model)
     # The header of gzip contains no name and no time, so that equal files give equal bytes.
-    with out.open("wb") as file, gzip.GzipFile("", "wb", _GZIP, file, mtime=0) as packed:
-        for part in parts:
-            packed.write(part)
+    with out_path.open("wb") as out_file, gzip.GzipFile("", "wb", _GZIP, out_file, mtime=0) as gzip_file:
+        for part in file_parts:
+            gzip_file.write(part)
 
 
 def _answer(request: dict) -> dict:
@@ -453,30 +453,30 @@ def examine_video(path: Path) -> tuple[str, str]:
     # Without an output file, ffmpeg prints a description of the input and exits with an error, which is
     # ignored.
     _exit_code, description = _ffmpeg([*_INPUT, "-i", f"file:{path}"], 30)
-    track = _TRACK.search(description)
-    length = _LENGTH.search(description)
-    if track is None:
+    track_match = _TRACK.search(description)
+    duration_match = _LENGTH.search(description)
+    if track_match is None:
         raise ValueError("the file contains no video track that can be read. Convert it to MP4")
-    codec = track.group(1)
-    pixels = track.group(2)
-    width = int(track.group(3))
-    height = int(track.group(4))
+    codec = track_match.group(1)
+    pixel_format = track_match.group(2)
+    width = int(track_match.group(3))
+    height = int(track_match.group(4))
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ValueError(
             f"the video has {width} x {height} pixels, but at most {MAX_SIDE} x {MAX_SIDE} are allowed."
             " Reduce its size"
         )
-    if length:
-        hours, minutes, seconds = (int(group) for group in length.groups())
+    if duration_match:
+        hours, minutes, seconds = (int(group) for group in duration_match.groups())
         if hours * 3600 + minutes * 60 + seconds > MAX_SECONDS:
             raise ValueError(
-                f"the video lasts {':'.join(length.groups())}, but at most {MAX_SECONDS} s are allowed."
-                " Shorten it"
+                f"the video lasts {':'.join(duration_match.groups())}, but at most {MAX_SECONDS} s are"
+                " allowed. Shorten it"
             )
-    return codec, pixels
+    return codec, pixel_format
 
 
-def clean_video(path: Path, out: Path) -> None:
+def clean_video(path: Path, out_path: Path) -> None:
     """Write the clean form of a video: an MP4 file with one H.264 or VP9 track and no other content.
 
     A track that browsers can play is copied, without the user data of its encoder. Another track is encoded
@@ -484,42 +484,71 @@ def clean_video(path: Path, out: Path) -> None:
 
     Args:
         path: path of the video.
-        out: path of the MP4 file.
+        out_path: path of the MP4 file.
 
     Raises:
         ValueError: the video cannot be read or converted.
     """
-    codec, pixels = examine_video(path)
-    encoding: tuple[str, ...] = _ENCODED  # a track is encoded again unless browsers can play it
-    if codec == "h264" and pixels in ("yuv420p", "yuvj420p"):
-        encoding = ("-c:v", "copy", *_H264_BARE)
-    elif codec == "vp9" and pixels == "yuv420p":
-        encoding = ("-c:v", "copy")
-    code, messages = _ffmpeg(
-        [*_INPUT, "-i", f"file:{path}", "-t", str(MAX_SECONDS), *encoding, *_OUTPUT, "-y", f"file:{out}"],
+    codec, pixel_format = examine_video(path)
+    encoding_options: tuple[str, ...] = _ENCODED  # a track is encoded again unless browsers can play it
+    if codec == "h264" and pixel_format in ("yuv420p", "yuvj420p"):
+        encoding_options = ("-c:v", "copy", *_H264_BARE)
+    elif codec == "vp9" and pixel_format == "yuv420p":
+        encoding_options = ("-c:v", "copy")
+    exit_code, ffmpeg_messages = _ffmpeg(
+        [
+            *_INPUT,
+            "-i",
+            f"file:{path}",
+            "-t",
+            str(MAX_SECONDS),
+            *encoding_options,
+            *_OUTPUT,
+            "-y",
+            f"file:{out_path}",
+        ],
         _ENCODING_SECONDS,
     )
     # x264 writes its name and options into the track. A second run of ffmpeg removes them.
-    if not code and encoding is _ENCODED and out.is_file():
-        encoded = out.rename(out.with_name("encoded.mp4"))
-        code, messages = _ffmpeg(
-            [*_INPUT, "-i", f"file:{encoded}", "-c:v", "copy", *_H264_BARE, *_OUTPUT, "-y", f"file:{out}"],
+    if not exit_code and encoding_options is _ENCODED and out_path.is_file():
+        encoded_path = out_path.rename(out_path.with_name("encoded.mp4"))
+        exit_code, ffmpeg_messages = _ffmpeg(
+            [
+                *_INPUT,
+                "-i",
+                f"file:{encoded_path}",
+                "-c:v",
+                "copy",
+                *_H264_BARE,
+                *_OUTPUT,
+                "-y",
+                f"file:{out_path}",
+            ],
             _ENCODING_SECONDS,
         )
-        encoded.unlink()
+        encoded_path.unlink()
     # The option -fs stops at the limit without an error, so a file of this size is incomplete. A file of less
     # than 100 bytes contains no video.
-    if code or not out.is_file() or out.stat().st_size < 100 or out.stat().st_size >= MAX_VIDEO:
-        reason = messages.strip().splitlines()[-1][:120] if messages.strip() else "ffmpeg gave no reason"
+    if (
+        exit_code
+        or not out_path.is_file()
+        or out_path.stat().st_size < 100
+        or out_path.stat().st_size >= MAX_VIDEO
+    ):
+        reason = (
+            ffmpeg_messages.strip().splitlines()[-1][:120]
+            if ffmpeg_messages.strip()
+            else "ffmpeg gave no reason"
+        )
         raise ValueError(f"the video cannot be converted: {reason}")
 
 
-def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
+def _ffmpeg(arguments: list[str], max_seconds: float) -> tuple[int, str]:
     """Run ffmpeg, and return its exit code and the end of its messages.
 
     Args:
         arguments: arguments of ffmpeg.
-        seconds: largest time in seconds.
+        max_seconds: largest time in seconds.
 
     Raises:
         ValueError: ffmpeg takes more time.
@@ -533,11 +562,11 @@ def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            timeout=seconds,
+            timeout=max_seconds,
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"the video takes more than {seconds:g} s to convert. Shorten it, or reduce its resolution"
+            f"the video takes more than {max_seconds:g} s to convert. Shorten it, or reduce its resolution"
         ) from None
     return completed.returncode, completed.stderr[-20_000:].decode("utf-8", "replace")
 

@@ -56,28 +56,28 @@ def create_app(options: AppOptions) -> FastAPI:
     campaign = options.store.campaign(options.campaign)
     # Every command creates the campaign before it serves it.
     assert campaign is not None, options.campaign
-    files = read_static(options.static)
+    static_files = read_static(options.static)
     identities = Identities(options, campaign.settings.mode)
-    log = AccessLog(options.access_log)
-    shapes = PreparedShapes(options, campaign)
+    access_log = AccessLog(options.access_log)
+    prepared_shapes = PreparedShapes(options, campaign)
     context = Context(
         options=options,
         store=options.store,
         campaign=campaign,
         identities=identities,
-        files=files,
-        shapes=shapes,
-        addresses=Addresses(identities.secret, shapes.shapes),
+        files=static_files,
+        shapes=prepared_shapes,
+        addresses=Addresses(identities.secret, prepared_shapes.shapes),
         # The version changes when any file of the page changes. It is stored in judgements, and it makes
         # browsers load the page again.
         page_version=hashlib.sha256(
-            "".join(f"{name}{files[name].etag}" for name in sorted(files)).encode()
+            "".join(f"{name}{static_files[name].etag}" for name in sorted(static_files)).encode()
         ).hexdigest()[:12],
     )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
-        log.write(
+        access_log.write(
             "start",
             {
                 "mode": campaign.settings.mode.value,
@@ -87,7 +87,7 @@ def create_app(options: AppOptions) -> FastAPI:
         )
         # ASGI servers enter this context at the start, and leave it at the end.
         yield
-        log.close()
+        access_log.close()
 
     app = FastAPI(
         # FastAPI's documentation pages are switched off, because they load scripts from other servers. Admins
@@ -100,7 +100,7 @@ def create_app(options: AppOptions) -> FastAPI:
         lifespan=lifespan,
     )
     # This is the only middleware, so no part of a request is processed before the checks.
-    app.add_middleware(RequestChecks, options=options, identities=identities, log=log)
+    app.add_middleware(RequestChecks, options=options, identities=identities, log=access_log)
     add_handlers(app)
     for make_router in (pages, label_api, admin_api):
         app.include_router(make_router(context))
@@ -141,15 +141,17 @@ def serve(
     # The application is made before the port is opened, so that errors of its files occur before the server
     # can be reached.
     app = create_app(options)
-    listening = listen(host, port, options.limits)
-    # in a URL, an IPv6 address stands in brackets
+    listening_socket = listen(host, port, options.limits)
+    # in a URL, an IPv6 address is written in brackets
     printed_host = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
     try:
-        server = Server(app, listening, options.limits, certificate, key, proxy)
+        server = Server(app, listening_socket, options.limits, certificate, key, proxy)
         if options.preparation is not None:
             options.preparation.start()
         # getsockname returns the port that the system has chosen for port 0.
-        on_listening(f"{'https' if certificate else 'http'}://{printed_host}:{listening.getsockname()[1]}/")
+        on_listening(
+            f"{'https' if certificate else 'http'}://{printed_host}:{listening_socket.getsockname()[1]}/"
+        )
         gc.collect()
         # Objects that exist now are needed until the end. After `freeze`, the garbage collector skips them,
         # and only examines objects of requests and connections, which takes little time.
@@ -158,7 +160,7 @@ def serve(
     finally:
         if options.preparation is not None:
             options.preparation.stop()
-        listening.close()
+        listening_socket.close()
 
 
 @dataclass(frozen=True)
@@ -180,26 +182,29 @@ def read_static(folder: Path) -> dict[str, StaticFile]:
     Raises:
         ValueError: the file of a page is missing.
     """
-    contents = {
+    content_by_name = {
         path.name: path.read_bytes()
         for path in sorted(folder.glob("*"))
         if path.suffix in SUFFIXES and path.is_file()
     }
-    missing_pages = sorted({"index.html", "admin.html"} - set(contents))
+    missing_pages = sorted({"index.html", "admin.html"} - set(content_by_name))
     if missing_pages:
         raise ValueError(
             f"{folder}: the file {' and '.join(missing_pages)} is missing. Install the package eg3d-rlhf"
             " again."
         )
-    files = {}
-    for name, data in contents.items():
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    file_by_name = {}
+    for name, content in content_by_name.items():
+        media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
         # Some systems assign another media type to .js, which browsers reject for modules.
-        kind = "text/javascript" if name.endswith(".js") else kind
-        files[name] = StaticFile(
-            data, gzip.compress(data, mtime=0), kind, f'"{hashlib.sha256(data).hexdigest()[:20]}"'
+        media_type = "text/javascript" if name.endswith(".js") else media_type
+        file_by_name[name] = StaticFile(
+            content,
+            gzip.compress(content, mtime=0),
+            media_type,
+            f'"{hashlib.sha256(content).hexdigest()[:20]}"',
         )
-    return files
+    return file_by_name
 
 
 def pages(context: Context) -> APIRouter:
@@ -226,12 +231,12 @@ def pages(context: Context) -> APIRouter:
         contains the version of the page, so that browsers install it again when any file of the page has
         changed.
         """
-        stored = {name: file.etag for name, file in context.files.items() if name not in NOT_STORED}
-        head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': stored})};\n"
+        etag_by_name = {name: file.etag for name, file in context.files.items() if name not in NOT_STORED}
+        script_head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': etag_by_name})};\n"
         # no-cache: the browser must ask the server every time whether the script has changed.
         headers = {"Cache-Control": "private, no-cache"}
         return Response(
-            head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers
+            script_head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers
         )
 
     @router.get("/static/{name}")
@@ -296,18 +301,26 @@ def pages(context: Context) -> APIRouter:
     return router
 
 
-def _file(file: StaticFile, request: Request) -> Response:
+def _file(static_file: StaticFile, request: Request) -> Response:
     """Return the response with a file of the page.
 
     The file is compressed if the browser accepts gzip. If the browser's copy is current, the response is the
     status 304 without content.
     """
-    headers = {"ETag": file.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
-    if request.headers.get("if-none-match") == file.etag:
-        return Response(None, 304, headers)
+    response_headers = {
+        "ETag": static_file.etag,
+        "Cache-Control": "private, no-cache",
+        "Vary": "Accept-Encoding",
+    }
+    if request.headers.get("if-none-match") == static_file.etag:
+        return Response(None, 304, response_headers)
     if "gzip" in request.headers.get("accept-encoding", ""):
-        return Response(file.packed, media_type=file.kind, headers={**headers, "Content-Encoding": "gzip"})
-    return Response(file.data, media_type=file.kind, headers=headers)
+        return Response(
+            static_file.packed,
+            media_type=static_file.kind,
+            headers={**response_headers, "Content-Encoding": "gzip"},
+        )
+    return Response(static_file.data, media_type=static_file.kind, headers=response_headers)
 
 
 def _check_no_other_login(context: Context, request: Request, annotator: StoredAnnotator) -> None:
@@ -319,9 +332,9 @@ def _check_no_other_login(context: Context, request: Request, annotator: StoredA
     Raises:
         RequestError: 409 if another annotator is logged in.
     """
-    session = request.cookies.get(COOKIE, "")
-    current = context.store.session(session) if session else None
-    if current is not None and current.id != annotator.id:
+    session_id = request.cookies.get(COOKIE, "")
+    current_annotator = context.store.session(session_id) if session_id else None
+    if current_annotator is not None and current_annotator.id != annotator.id:
         raise RequestError(
             409,
             "Another person is logged in here.",
@@ -329,12 +342,12 @@ def _check_no_other_login(context: Context, request: Request, annotator: StoredA
         )
 
 
-def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
+def _form_token(body: bytes, cookie_value: str) -> tuple[str, bool]:
     """Read a login form, and check that its CSRF field matches the cookie.
 
     Args:
         body: body of the request.
-        cookie: value of the cookie LOGIN_COOKIE.
+        cookie_value: value of the cookie LOGIN_COOKIE.
 
     Returns:
         The token, and True if it comes from a login link, or False if a person has typed it.
@@ -343,7 +356,7 @@ def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
         RequestError: 400 for an invalid form, 403 if the CSRF field and the cookie do not match.
     """
     try:
-        fields = parse_qs(
+        form_fields = parse_qs(
             # A form is percent-encoded, so it contains ASCII characters only.
             body.decode("ascii"),
             keep_blank_values=True,
@@ -354,23 +367,23 @@ def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
     except ValueError:
         raise RequestError(400, "The form must contain token and csrf.", "Use the login page.") from None
     # The field `link` is optional. It is added here, so that forms with and without it pass the comparison.
-    if sorted({**fields, "link": []}) != ["csrf", "link", "token"] or any(
-        len(values) != 1 for values in fields.values()
+    if sorted({**form_fields, "link": []}) != ["csrf", "link", "token"] or any(
+        len(field_values) != 1 for field_values in form_fields.values()
     ):
         raise RequestError(
             400, "The form must contain the fields token and csrf exactly once.", "Use the login page."
         )
     # compare_digest takes the same time for all wrong values, so that the value cannot be guessed by
     # measuring time.
-    if not cookie or not secrets.compare_digest(
-        csrf_token(cookie, "login").encode(), fields["csrf"][0].encode()
+    if not cookie_value or not secrets.compare_digest(
+        csrf_token(cookie_value, "login").encode(), form_fields["csrf"][0].encode()
     ):
         raise RequestError(
             403,
             "This form does not come from the login page, or its cookie is missing.",
             "Allow cookies, and load /login again.",
         )
-    return fields["token"][0].strip(), fields.get("link") == ["yes"]
+    return form_fields["token"][0].strip(), form_fields.get("link") == ["yes"]
 
 
 def _login_page(
@@ -383,18 +396,22 @@ def _login_page(
         rejection: error that the page shows; None: no error.
         status: HTTP status; None: the status of the error, or 200 if there is none.
     """
-    cookie = secrets.token_urlsafe(24)
-    page = login_page(request.headers.get("accept-language", ""), csrf_token(cookie, "login"), rejection)
+    cookie_value = secrets.token_urlsafe(24)
+    page_html = login_page(
+        request.headers.get("accept-language", ""), csrf_token(cookie_value, "login"), rejection
+    )
     response = HTMLResponse(
-        page, status or (rejection.status if rejection else 200), rejection.headers if rejection else None
+        page_html,
+        status or (rejection.status if rejection else 200),
+        rejection.headers if rejection else None,
     )
     response.headers["Vary"] = "Accept-Language"
     # the page may use its inline style sheet and its inline script, and no other style or script
-    sources = f"style-src {STYLE_SOURCE}; script-src {SCRIPT_SOURCE}"
-    response.headers["Content-Security-Policy"] = f"default-src 'none'; {sources}; {COMMON_POLICY}"
+    policy_sources = f"style-src {STYLE_SOURCE}; script-src {SCRIPT_SOURCE}"
+    response.headers["Content-Security-Policy"] = f"default-src 'none'; {policy_sources}; {COMMON_POLICY}"
     # With the policy no-referrer, browsers would send the form with 'Origin: null', which the checks reject.
     response.headers["Referrer-Policy"] = "same-origin"
-    _set_cookie(response, request, LOGIN_COOKIE, cookie, 3600, path="/login")
+    _set_cookie(response, request, LOGIN_COOKIE, cookie_value, 3600, path="/login")
     return response
 
 
@@ -411,9 +428,9 @@ def _set_cookie(
         seconds: time until the cookie expires.
         path: path of the pages for which browsers send the cookie.
     """
-    https = request.url.scheme == "https"
+    is_https = request.url.scheme == "https"
     response.set_cookie(
-        name, value, max_age=seconds, path=path, secure=https, httponly=True, samesite="strict"
+        name, value, max_age=seconds, path=path, secure=is_https, httponly=True, samesite="strict"
     )
 
 
@@ -430,16 +447,22 @@ def language_of(accepted: str) -> str:
     Returns:
         The language of TEXTS with the highest weight in the header, or "en" if the header names none of them.
     """
-    weights: dict[str, float] = {}
+    weight_by_language: dict[str, float] = {}
     # The length is limited, because anybody can send this header.
-    for part in accepted[:1000].split(","):
-        tag, _, parameter = part.partition(";")
-        code = tag.strip()[:2].lower()
-        weight = parameter.strip().removeprefix("q=") or "1"
-        if code in TEXTS and weight.replace(".", "", 1).isdecimal():
-            weights[code] = max(weights.get(code, 0.0), float(weight))
+    for language_range in accepted[:1000].split(","):
+        tag, _, weight_parameter = language_range.partition(";")
+        language_code = tag.strip()[:2].lower()
+        weight_text = weight_parameter.strip().removeprefix("q=") or "1"
+        if language_code in TEXTS and weight_text.replace(".", "", 1).isdecimal():
+            weight_by_language[language_code] = max(
+                weight_by_language.get(language_code, 0.0), float(weight_text)
+            )
     # A weight of 0 means "not acceptable".
-    return max(weights, key=lambda code: weights[code]) if any(weights.values()) else "en"
+    return (
+        max(weight_by_language, key=lambda code: weight_by_language[code])
+        if any(weight_by_language.values())
+        else "en"
+    )
 
 
 def login_page(accepted: str, csrf: str, rejection: RequestError | None = None) -> str:
@@ -452,21 +475,23 @@ def login_page(accepted: str, csrf: str, rejection: RequestError | None = None) 
     """
     language = language_of(accepted)
     # every text that is inserted into the page is escaped
-    texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
-    message = ""
+    escaped_texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
+    message_html = ""
     if rejection is not None:
-        key = "withdrawn" if isinstance(rejection, AccessRevoked) else str(rejection.status)
-        text = texts.get(key, html.escape(f"{rejection.error} {rejection.remedy}"))
-        message = f"<p role=alert>{text.replace('{seconds}', rejection.headers.get('Retry-After', ''))}</p>"
+        text_key = "withdrawn" if isinstance(rejection, AccessRevoked) else str(rejection.status)
+        message_text = escaped_texts.get(text_key, html.escape(f"{rejection.error} {rejection.remedy}"))
+        message_html = (
+            f"<p role=alert>{message_text.replace('{seconds}', rejection.headers.get('Retry-After', ''))}</p>"
+        )
     return _PAGE.format(
         language=language,
-        title=texts["title"],
-        token=texts["token"],
-        button=texts["button"],
-        waiting=texts["waiting"],
-        later=texts["later"],
+        title=escaped_texts["title"],
+        token=escaped_texts["token"],
+        button=escaped_texts["button"],
+        waiting=escaped_texts["waiting"],
+        later=escaped_texts["later"],
         style=_STYLE,
         script=_SCRIPT,
-        message=message,
+        message=message_html,
         csrf=csrf,
     )

@@ -45,26 +45,26 @@ def listen(host: str, port: int, limits: Limits | None = None) -> socket.socket:
     Raises:
         OSError: the address or the port cannot be used. The message names the flags --host and --port.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server = socket.socket(family, socket.SOCK_STREAM)
+    address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening_socket = socket.socket(address_family, socket.SOCK_STREAM)
     # SO_REUSEADDR: a restarted server can use the port while connections of the old server are in TIME_WAIT.
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Accepted connections inherit these two options. TCP_NODELAY switches off Nagle's algorithm, with which
     # an answer over TLS takes 40 ms longer.
-    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listening_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: ends clients that do not read their answer
         milliseconds = round(1000 * (limits or Limits()).answer_seconds)
-        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        listening_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
-        server.bind((host.strip("[]"), port))
-        server.listen(BACKLOG)
+        listening_socket.bind((host.strip("[]"), port))
+        listening_socket.listen(BACKLOG)
     except OSError as error:
-        server.close()
+        listening_socket.close()
         raise OSError(
             f"--host={host} --port={port}: the server cannot listen on this address:"
             f" {error.strerror or error}. Use another port, or --port=0 for any free port."
         ) from error
-    return server
+    return listening_socket
 
 
 def available_connections(limits: Limits) -> int:
@@ -73,15 +73,15 @@ def available_connections(limits: Limits) -> int:
     The soft limit of open files of this process is raised first, as far as the system allows, because granian
     does not recover when a TLS connection gets no file descriptor.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < files:
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    file_limit = FILES if hard_limit == resource.RLIM_INFINITY else min(FILES, hard_limit)
+    if soft_limit != resource.RLIM_INFINITY and soft_limit < file_limit:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-            soft = files
-    soft = FILES if soft == resource.RLIM_INFINITY else soft
+            resource.setrlimit(resource.RLIMIT_NOFILE, (file_limit, hard_limit))
+            soft_limit = file_limit
+    soft_limit = FILES if soft_limit == resource.RLIM_INFINITY else soft_limit
     # at least half of a very low limit is left for connections
-    return min(limits.connections, soft - min(OTHER_FILES, soft // 2))
+    return min(limits.connections, soft_limit - min(OTHER_FILES, soft_limit // 2))
 
 
 def trusted_proxies(proxy: str) -> list[str] | str:
@@ -180,8 +180,8 @@ class Server(embed.Server):
         # A thread of granian returns from its last call into Python after `serve` has ended. If the
         # interpreter ends before that, the process aborts, which happened in one of four runs. So this waits
         # for at most one second.
-        deadline = time.monotonic() + 1
-        while foreign_threads() and time.monotonic() < deadline:
+        wait_until = time.monotonic() + 1
+        while foreign_threads() and time.monotonic() < wait_until:
             time.sleep(0.01)
         if received_signal is not None:
             signal.raise_signal(received_signal)
@@ -200,26 +200,26 @@ class Server(embed.Server):
             The signal that arrived first, or None.
         """
         self.running_loop = asyncio.get_running_loop()
-        received: list[signal.Signals] = []
+        received_signals: list[signal.Signals] = []
 
         def interrupt(number: signal.Signals) -> None:
-            received.append(number)
+            received_signals.append(number)
             self.stopping.set()
 
         # Python allows signal handlers in the main thread only. Tests run the server in other threads.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.running_loop.add_signal_handler(number, interrupt, number)
-        serving = asyncio.create_task(self.serve())
-        stopped = asyncio.create_task(self.stopping.wait())
-        await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for signal_number in (signal.SIGINT, signal.SIGTERM):
+                self.running_loop.add_signal_handler(signal_number, interrupt, signal_number)
+        serving_task = asyncio.create_task(self.serve())
+        stop_task = asyncio.create_task(self.stopping.wait())
+        await asyncio.wait([serving_task, stop_task], return_when=asyncio.FIRST_COMPLETED)
         self.signal_handler_interrupt()
         # Requests that have arrived are answered. The time limit is for clients that keep a connection open
         # without a request.
-        await asyncio.wait([serving], timeout=STOP_SECONDS)
+        await asyncio.wait([serving_task], timeout=STOP_SECONDS)
         # If neither a signal nor `stop` ended the server, its end is an error. result() raises the error of
         # granian if there is one.
         if not self.stopping.is_set():
-            serving.result()
+            serving_task.result()
             raise RuntimeError("granian stopped serving without a signal and without an error")
-        return received[0] if received else None
+        return received_signals[0] if received_signals else None

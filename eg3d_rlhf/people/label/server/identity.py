@@ -55,14 +55,14 @@ class Buckets:
         with self._lock:
             now = self.clock()
             # A new key has a full bucket.
-            level, since = self._levels.pop(key, (self.burst, now))
-            level = min(self.burst, level + (now - since) * self.rate)
-            has_enough = level >= count
+            token_count, counted_at = self._levels.pop(key, (self.burst, now))
+            token_count = min(self.burst, token_count + (now - counted_at) * self.rate)
+            has_enough = token_count >= count
             # `pop` has removed the key. Inserting it at the end marks it as recently used.
-            self._levels[key] = (min(self.burst, level - count) if has_enough else level, now)
+            self._levels[key] = (min(self.burst, token_count - count) if has_enough else token_count, now)
             if len(self._levels) > KEYS:
                 self._levels.popitem(last=False)
-            return 0.0 if has_enough else (count - level) / self.rate
+            return 0.0 if has_enough else (count - token_count) / self.rate
 
 
 def address_key(address: str) -> str:
@@ -72,14 +72,18 @@ def address_key(address: str) -> str:
     subscriber.
     """
     try:
-        ip = ipaddress.ip_address(address)
+        ip_address = ipaddress.ip_address(address)
     except ValueError:
         return address  # clients of a Unix socket and of tests have no IP address
     # An IPv4 client of a socket for both versions has an address such as ::ffff:192.0.2.1.
-    mapped = getattr(ip, "ipv4_mapped", None)
-    if mapped is not None:
-        return str(mapped)
-    return str(ip) if ip.version == 4 else str(ipaddress.ip_network(f"{ip}/64", strict=False))
+    ipv4_address = getattr(ip_address, "ipv4_mapped", None)
+    if ipv4_address is not None:
+        return str(ipv4_address)
+    return (
+        str(ip_address)
+        if ip_address.version == 4
+        else str(ipaddress.ip_network(f"{ip_address}/64", strict=False))
+    )
 
 
 @dataclass(frozen=True)
@@ -125,20 +129,20 @@ class Identities:
         # Two Authorization headers are ambiguous. They are treated like a wrong token.
         if "authorization" in headers:
             scheme, _, token = headers["authorization"].partition(" ")
-            bearer = (
+            bearer_token = (
                 token.strip()
                 if scheme.lower() == "bearer" and len(headers.getlist("authorization")) == 1
                 else ""
             )
-            return self._identity(self.by_token(bearer, address), "token")
-        session = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-        annotator = self.store.session(session) if _plausible(session) else None
+            return self._identity(self.by_token(bearer_token, address), "token")
+        session_id = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        annotator = self.store.session(session_id) if _plausible(session_id) else None
         if annotator is not None:
-            return self._identity(annotator, "session", csrf_token(session, "csrf"), session)
+            return self._identity(annotator, "session", csrf_token(session_id, "csrf"), session_id)
         # `_local` exists only if no other machine can reach the server.
         if self._local is not None:
             return self._identity(self._local, "local", csrf_token(self.secret, "local"))
-        if _plausible(session) and self.store.withdrawn(session):
+        if _plausible(session_id) and self.store.withdrawn(session_id):
             raise AccessRevoked
         return None
 
@@ -161,8 +165,8 @@ class Identities:
             # Only a client that has the token gets the information that it was revoked.
             if _plausible(token) and self.store.withdrawn(token):
                 raise AccessRevoked
-            if wait := self.guesses.take(address_key(address)):
-                raise too_many(wait)
+            if wait_seconds := self.guesses.take(address_key(address)):
+                raise too_many(wait_seconds)
             raise RequestError(
                 401,
                 "The token is unknown or was revoked.",
@@ -172,10 +176,11 @@ class Identities:
         return annotator
 
     def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:
+        """Make the identity of an annotator, and decide whether the annotator is an admin. See `Identity`."""
         # In a blind study the user of this machine may take part, and must not see results. An admin logs in
         # with a token there.
-        admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")
-        return Identity(annotator, by, admin, csrf, session)
+        is_admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")
+        return Identity(annotator, by, is_admin, csrf, session)
 
 
 def _plausible(token: str) -> bool:
@@ -195,17 +200,17 @@ def server_secret(path: Path) -> bytes:
     # With O_EXCL only one of several servers that start at the same time creates the file.
     with (
         contextlib.suppress(FileExistsError),
-        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as secret_file,
     ):
-        file.write(os.urandom(32))
+        secret_file.write(os.urandom(32))
     # The file may have been created by another server, so it is read in any case.
-    secret = path.read_bytes()
-    if len(secret) != 32:
+    secret_bytes = path.read_bytes()
+    if len(secret_bytes) != 32:
         raise ValueError(
-            f"{path}: the file contains {len(secret)} bytes instead of 32. Delete the file, which the server"
-            " then creates again."
+            f"{path}: the file contains {len(secret_bytes)} bytes instead of 32. Delete the file, which the"
+            " server then creates again."
         )
-    return secret
+    return secret_bytes
 
 
 def csrf_token(key: str | bytes, purpose: str) -> str:

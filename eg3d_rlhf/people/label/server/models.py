@@ -106,15 +106,17 @@ class RateFilter(logging.Filter):
         """Return True if a record shall be logged."""
         # record.msg is the text before its arguments are inserted. Records that differ only in their
         # arguments are counted together.
-        period = self._periods.setdefault((record.levelno, str(record.msg)), [time.monotonic(), 0])
-        start, count = period
+        period_record = self._periods.setdefault((record.levelno, str(record.msg)), [time.monotonic(), 0])
+        period_start, record_count = period_record
         # A new period begins. Its first record states how many records were dropped in the previous period.
-        if time.monotonic() - start > self.period:
-            if count > self.burst:
-                record.msg = f"{record.msg} (and {count - self.burst} more since the last line like this)"
-            period[:] = time.monotonic(), 0
-        period[1] += 1
-        return period[1] <= self.burst
+        if time.monotonic() - period_start > self.period:
+            if record_count > self.burst:
+                record.msg = (
+                    f"{record.msg} (and {record_count - self.burst} more since the last line like this)"
+                )
+            period_record[:] = time.monotonic(), 0
+        period_record[1] += 1
+        return period_record[1] <= self.burst
 
 
 RATE_FILTER = RateFilter()
@@ -172,9 +174,12 @@ def too_many(seconds: float) -> RequestError:
         seconds: time after which the client may send the next request.
     """
     # the header Retry-After is an integer
-    wait = max(1, math.ceil(seconds))
+    wait_seconds = max(1, math.ceil(seconds))
     return RequestError(
-        429, "Too many requests.", f"Wait {wait} seconds and try again.", {"Retry-After": str(wait)}
+        429,
+        "Too many requests.",
+        f"Wait {wait_seconds} seconds and try again.",
+        {"Retry-After": str(wait_seconds)},
     )
 
 
@@ -184,8 +189,8 @@ def no_database(error: Exception) -> RequestError:
     The log contains the reason, but not the SQL statement and its values, which may contain secrets.
     """
     # `orig` is the error of the driver. The text of SQLAlchemy's error contains the statement and its values.
-    reason = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
-    LOGGER.error("database: %s", reason[0])
+    reason_lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
+    LOGGER.error("database: %s", reason_lines[0])
     return RequestError(503, "The database did not answer.", "Try again in a moment.", {"Retry-After": "2"})
 
 
@@ -208,13 +213,13 @@ def add_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # The message contains field and reason of at most five mistakes. It contains no values, because they
         # may be long or malicious.
-        mistakes = [
-            f"{'.'.join(str(part) for part in item['loc'][:4])[:60]}: {item['msg'][:120]}"
-            for item in error.errors()[:5]
+        mistake_texts = [
+            f"{'.'.join(str(part) for part in mistake['loc'][:4])[:60]}: {mistake['msg'][:120]}"
+            for mistake in error.errors()[:5]
         ]
         rejection = RequestError(
             422,
-            f"The request is invalid: {'; '.join(mistakes)}.",
+            f"The request is invalid: {'; '.join(mistake_texts)}.",
             "Send these fields as the description of the API defines them.",
         )
         return note(request, rejection).response()

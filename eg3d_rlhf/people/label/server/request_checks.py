@@ -99,13 +99,13 @@ def check_host(headers: Headers, exposed: bool) -> None:
         RequestError: 400 for a missing or invalid header, 421 for the name of another machine.
     """
     # Of two Host headers, a proxy could read one and this server the other.
-    hosts = headers.getlist("host")
-    match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
-    if match is None:
+    host_headers = headers.getlist("host")
+    host_match = _HOST.fullmatch(host_headers[0]) if len(host_headers) == 1 else None
+    if host_match is None:
         raise RequestError(
             400, "The request must have one valid Host header.", "Use the address that the server printed."
         )
-    if not exposed and match.group(1).strip("[]").lower() not in LOOPBACK:
+    if not exposed and host_match.group(1).strip("[]").lower() not in LOOPBACK:
         raise RequestError(
             421,
             "This server can be reached only by the names of this machine.",
@@ -125,8 +125,8 @@ def check_fetch(headers: Headers, method: str, path: str) -> None:
         RequestError: 403 for a request of another site.
     """
     # Scripts and old browsers do not send the header; their requests are checked by token or CSRF value.
-    site = headers.get("sec-fetch-site", "same-origin")
-    if site in ("same-origin", "none"):
+    fetch_site = headers.get("sec-fetch-site", "same-origin")
+    if fetch_site in ("same-origin", "none"):
         return
     if (
         method == "GET"
@@ -151,9 +151,9 @@ def check_same_origin(headers: Headers, scheme: str) -> None:
     Raises:
         RequestError: 403 for a request of another site, or without the headers that name its origin.
     """
-    origins = headers.getlist("origin")
-    sites = headers.getlist("sec-fetch-site")
-    if not origins and not sites:
+    origin_headers = headers.getlist("origin")
+    site_headers = headers.getlist("sec-fetch-site")
+    if not origin_headers and not site_headers:
         raise RequestError(
             403,
             "The request must have an Origin or Sec-Fetch-Site header.",
@@ -161,7 +161,12 @@ def check_same_origin(headers: Headers, scheme: str) -> None:
         )
     own_origin = [f"{scheme}://{headers.get('host', '')}".lower()]
     # A header that is present must be right; lists, because a header could occur twice.
-    if origins and [origin.lower() for origin in origins] != own_origin or sites and sites != ["same-origin"]:
+    if (
+        origin_headers
+        and [origin.lower() for origin in origin_headers] != own_origin
+        or site_headers
+        and site_headers != ["same-origin"]
+    ):
         raise RequestError(
             403, "Another site has sent this request.", "Send it from the application's own page."
         )
@@ -178,8 +183,8 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
         RequestError: 408 if the body takes too long to arrive, 413 if it is too large.
         Disconnected: the client has disconnected.
     """
-    parts = []
-    size = 0  # bytes
+    body_parts = []
+    body_size = 0  # bytes
     try:
         # granian limits only the time in which the headers must arrive.
         async with asyncio.timeout(limits.body_seconds):
@@ -187,13 +192,13 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Disconnected
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
+                body_parts.append(message.get("body", b""))
+                body_size += len(body_parts[-1])
                 # The size is checked while the body arrives: a chunked body has no Content-Length.
-                if size > limits.body:
+                if body_size > limits.body:
                     raise _too_large(limits)
                 if not message.get("more_body", False):
-                    return b"".join(parts)
+                    return b"".join(body_parts)
     except TimeoutError:
         raise RequestError(
             408, "The request took too long to arrive.", "Send the request again.", _CLOSE
@@ -227,11 +232,11 @@ class Entry:
 
     def fields(self) -> dict:
         """Return the fields of the line, with the time since `began` as `milliseconds`."""
-        values = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
+        entry_values = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
         # the reason of a rejection is left out if there is none
         return {
             name: value
-            for name, value in values.items()
+            for name, value in entry_values.items()
             if name != "began" and (name != "rejected" or value is not None)
         }
 
@@ -267,17 +272,19 @@ class AccessLog:
                 PrivateFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True)
             )
 
-    def write(self, event: str, fields: dict) -> None:
+    def write(self, event: str, entry_fields: dict) -> None:
         """Write one line.
 
         Args:
             event: kind of the line, "request" or "start".
-            fields: further fields of the line.
+            entry_fields: further fields of the line.
         """
         if self._logger is None:
             return
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self._logger.info("%s", json.dumps({"time": now, "event": event, **fields}))
+        time_text = (
+            datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        )
+        self._logger.info("%s", json.dumps({"time": time_text, "event": event, **entry_fields}))
 
     def close(self) -> None:
         """Close the file."""
@@ -312,11 +319,11 @@ class RequestChecks:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request, pass it to the application, and log it."""
         # Behind a trusted proxy, granian's wrapper has replaced the proxy's address by the client's address.
-        address = (scope.get("client") or ("", 0))[0]
+        client_address = (scope.get("client") or ("", 0))[0]
         # Without extensions there is no 'http.response.pathsend', with which granian would read the file of
         # an export after the application has deleted it.
         scope["extensions"] = {}
-        entry = Entry(address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
+        entry = Entry(client_address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
         # Every response that is sent through this function gets the headers and is recorded.
         send = _recorded(send, entry, scope["scheme"] == "https")
         try:
@@ -351,9 +358,9 @@ class RequestChecks:
         except Disconnected:
             entry.rejected = "disconnected"  # no response can be sent
         except (exc.DBAPIError, exc.TimeoutError) as error:
-            answer = no_database(error)
-            entry.rejected = answer.error
-            await answer.response()(scope, receive, send)
+            error_response = no_database(error)
+            entry.rejected = error_response.error
+            await error_response.response()(scope, receive, send)
         except Exception:
             # The response has the same number in its header X-Request-Id, by which the log entry can be
             # found.
@@ -398,9 +405,11 @@ class RequestChecks:
             )
         check_host(headers, self.options.exposed)
         check_fetch(headers, method, path)
-        lengths = headers.getlist("content-length")  # checked before any byte of the body is read
+        length_headers = headers.getlist("content-length")  # checked before any byte of the body is read
         # isdigit() alone is True for digits of other scripts as well.
-        if lengths and (len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit())):
+        if length_headers and (
+            len(length_headers) > 1 or not (length_headers[0].isascii() and length_headers[0].isdigit())
+        ):
             raise RequestError(
                 400,
                 "The Content-Length header is invalid.",
@@ -408,10 +417,10 @@ class RequestChecks:
                 _CLOSE,
             )
         # int() is slow for very many digits. The first 20 digits are enough to exceed the limit.
-        if lengths and int(lengths[0][:20]) > limits.body:
+        if length_headers and int(length_headers[0][:20]) > limits.body:
             raise _too_large(limits)
-        state = scope.setdefault("state", {})
-        identity = state["identity"] = await self._identify(headers, method, path, entry)
+        request_state = scope.setdefault("state", {})
+        identity = request_state["identity"] = await self._identify(headers, method, path, entry)
         if method not in SAFE_METHODS:
             # A browser does not add a token by itself, as it does with a cookie, so a request with a token
             # needs no check against cross-site request forgery (CSRF).
@@ -443,7 +452,7 @@ class RequestChecks:
             RequestError: 401 for an unknown client, 429 if the rate limit is exceeded.
         """
         is_public = (method, path) in OPEN
-        address = address_key(entry.address)
+        client_key = address_key(entry.address)
         identity = None
         rejection = None
         try:
@@ -457,9 +466,11 @@ class RequestChecks:
             entry.by = identity.by
         # The request counts for the rate limit before a wrong token is rejected, so wrong tokens are limited,
         # too.
-        wait = self.annotators.take(str(identity.annotator.id)) if identity else self.anonymous.take(address)
-        if wait:
-            raise too_many(wait)
+        wait_seconds = (
+            self.annotators.take(str(identity.annotator.id)) if identity else self.anonymous.take(client_key)
+        )
+        if wait_seconds:
+            raise too_many(wait_seconds)
         if rejection is not None:
             raise rejection
         if identity is None and not is_public:
@@ -479,17 +490,19 @@ def _check_type(headers: Headers, path: str) -> None:
         RequestError: 415 for another type or encoding.
     """
     if path.startswith("/api/"):
-        expected = "application/json"
+        expected_type = "application/json"
     elif path == "/login":
-        expected = "application/x-www-form-urlencoded"
+        expected_type = "application/x-www-form-urlencoded"
     else:
-        expected = None
-    kind, _, parameters = headers.get("content-type", "").partition(";")
+        expected_type = None
+    media_type, _, type_parameters = headers.get("content-type", "").partition(";")
     # If there are other parameters, this text is no charset, and the request is rejected.
-    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
-    if expected is not None and (kind.strip().lower() != expected or charset not in ("", "utf-8")):
+    charset = type_parameters.strip().lower().removeprefix("charset=").strip('"')
+    if expected_type is not None and (
+        media_type.strip().lower() != expected_type or charset not in ("", "utf-8")
+    ):
         raise RequestError(
-            415, f"The Content-Type must be {expected}.", "Send the body in this format and in UTF-8."
+            415, f"The Content-Type must be {expected_type}.", "Send the body in this format and in UTF-8."
         )
     # A compressed body could be small when it arrives and huge afterwards.
     if "content-encoding" in headers:
@@ -498,16 +511,16 @@ def _check_type(headers: Headers, path: str) -> None:
         )
 
 
-def _recorded(send: Send, entry: Entry, https: bool) -> Send:
+def _recorded(send: Send, entry: Entry, is_https: bool) -> Send:
     """Return a function that sends a message of a response, adds headers, and records status and size.
 
     Args:
         send: function that sends a message (ASGI).
         entry: line of the access log that receives status and size.
-        https: True if the client is connected by https.
+        is_https: True if the client is connected by https.
     """
     # Strict-Transport-Security: browsers use https for this server during the next year (31,536,000 seconds)
-    fixed_headers = FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if https else {})
+    fixed_headers = FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if is_https else {})
 
     async def recorded(message: Message) -> None:
         if message["type"] == "http.response.start":

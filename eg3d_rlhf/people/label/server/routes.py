@@ -77,23 +77,23 @@ Requester = Annotated[Identity, Depends(identity_of)]
 Admin = Annotated[Identity, Depends(admin_of)]
 
 
-def _page_assignment(context: Context, assignment: str, left: str, right: str) -> dict:
+def _page_assignment(context: Context, assignment_token: str, left_token: str, right_token: str) -> dict:
     """Return an assignment as the page receives it: its token, the addresses of both shapes, and the prompt.
 
     Args:
         context: objects of the server.
-        assignment: token of the assignment.
-        left: asset token of the shape on the left.
-        right: asset token of the shape on the right.
+        assignment_token: token of the assignment.
+        left_token: asset token of the shape on the left.
+        right_token: asset token of the shape on the right.
     """
     # Asset tokens are the same in all assignments, so annotators receive addresses instead.
-    left_address = context.addresses.address(assignment, left)
-    right_address = context.addresses.address(assignment, right)
+    left_address = context.addresses.address(assignment_token, left_token)
+    right_address = context.addresses.address(assignment_token, right_token)
     return {
-        "assignment": assignment,
+        "assignment": assignment_token,
         "left": left_address,
         "right": right_address,
-        "prompt": context.shapes.prompt(left, left_address),
+        "prompt": context.shapes.prompt(left_token, left_address),
     }
 
 
@@ -105,10 +105,10 @@ def _asset(context: Context, address: str) -> str:
     """
     # The error is the same for all invalid addresses, so that it contains no information about existing
     # shapes.
-    asset = context.addresses.asset(address)
-    if asset is None or not context.shapes.is_available(asset):
+    asset_token = context.addresses.asset(address)
+    if asset_token is None or not context.shapes.is_available(asset_token):
         raise RequestError(404, "There is no such shape.", "Request /api/assignments again.")
-    return asset
+    return asset_token
 
 
 def _progress(context: Context, requester: Identity) -> dict:
@@ -167,12 +167,16 @@ def _work(router: APIRouter, context: Context) -> None:
         preparation of shapes, and false when the annotator is finished.
         """
         _check_may_answer(context, requester)
-        shapes = context.shapes
+        prepared_shapes = context.shapes
         # This is read before the assignments. If a shape became ready between both reads, the annotator would
         # otherwise seem to be finished.
-        is_settled = shapes.is_settled()
+        is_settled = prepared_shapes.is_settled()
         assigned_pairs = context.store.assignments(
-            context.campaign.id, requester.annotator.id, count, shapes.is_ready, shapes.has_failed
+            context.campaign.id,
+            requester.annotator.id,
+            count,
+            prepared_shapes.is_ready,
+            prepared_shapes.has_failed,
         )
         progress = _progress(context, requester)
         # There is no assignment now, but trials are left whose shapes are not prepared yet.
@@ -194,9 +198,10 @@ def _work(router: APIRouter, context: Context) -> None:
                 "progress": progress,
                 "waiting": is_waiting,
                 "practice_lost": sum(
-                    shapes.has_failed(pair.first) or shapes.has_failed(pair.second) for pair in practice_pairs
+                    prepared_shapes.has_failed(pair.first) or prepared_shapes.has_failed(pair.second)
+                    for pair in practice_pairs
                 ),
-                "preparation": shapes.progress(),
+                "preparation": prepared_shapes.progress(),
             }
         )
 
@@ -212,12 +217,15 @@ def _work(router: APIRouter, context: Context) -> None:
         """
         _check_may_answer(context, requester)
         # One answer more than needed is read, to find out whether there are further answers.
-        answers = context.store.answers(context.campaign.id, requester.annotator.id, before, count + 1)
+        own_answers = context.store.answers(context.campaign.id, requester.annotator.id, before, count + 1)
         page_answers = [
-            {**asdict(answer), **_page_assignment(context, answer.assignment, answer.left, answer.right)}
-            for answer in answers[:count]
+            {
+                **asdict(own_answer),
+                **_page_assignment(context, own_answer.assignment, own_answer.left, own_answer.right),
+            }
+            for own_answer in own_answers[:count]
         ]
-        return {"answers": page_answers, "more": len(answers) > count}
+        return {"answers": page_answers, "more": len(own_answers) > count}
 
 
 def label_api(context: Context) -> APIRouter:
@@ -232,9 +240,9 @@ def label_api(context: Context) -> APIRouter:
         It is a surface in the format "SHP1", a GLB, Gaussian splats in the format "GSP1", or a video. All
         files except videos are encoded with gzip. A client may request a part of a video.
         """
-        shapes = context.shapes
-        asset = _asset(context, address)
-        if not shapes.is_ready(asset):
+        prepared_shapes = context.shapes
+        asset_token = _asset(context, address)
+        if not prepared_shapes.is_ready(asset_token):
             raise RequestError(
                 503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"}
             )
@@ -243,18 +251,18 @@ def label_api(context: Context) -> APIRouter:
         headers = {"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
-        return respond(shapes.path(asset), request, headers)
+        return respond(prepared_shapes.path(asset_token), request, headers)
 
     @router.get(
         "/prompts/{address}", response_class=Response, responses={200: {"content": {"image/webp": {}}}}
     )
     def prompt(address: models.AssetPath, requester: Requester) -> Response:
         """Return the image of the prompt from which an asset was generated."""
-        path = context.shapes.prompt_image(_asset(context, address))
-        if path is None:
+        image_path = context.shapes.prompt_image(_asset(context, address))
+        if image_path is None:
             raise RequestError(404, "There is no such image.", "Request /api/assignments again.")
         return Response(
-            path.read_bytes(),
+            image_path.read_bytes(),
             media_type="image/webp",
             headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE},
         )
@@ -268,12 +276,14 @@ def label_api(context: Context) -> APIRouter:
         A study never shows renders, because they could reveal the generator.
         """
         shows_render = context.campaign.settings.show_render and not context.shapes.blind
-        asset = _asset(context, address)
-        path = context.options.cache.render(context.shapes.shapes[asset]) if shows_render else None
-        if path is None:
+        asset_token = _asset(context, address)
+        image_path = (
+            context.options.cache.render(context.shapes.shapes[asset_token]) if shows_render else None
+        )
+        if image_path is None:
             raise RequestError(404, "There is no such image.", "Use a campaign that shows renders.")
         return FileResponse(
-            path, media_type="image/png", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
+            image_path, media_type="image/png", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         )
 
     _judgements(router, context)
@@ -312,29 +322,33 @@ def _judgements(router: APIRouter, context: Context) -> None:
         """
         _check_may_answer(context, requester)
         # `Answer` contains an enum and a tuple, where the JSON of the request has a text and a list.
-        values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
-        conflict = "This assignment is answered already, or another answer has the same key."
+        answer_fields = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
+        conflict_reason = "This assignment is answered already, or another answer has the same key."
         with _store_errors(
-            conflict,
+            conflict_reason,
             "Undo that answer first, or continue with the next pair.",
             "Send an answer that the campaign allows.",
         ):
-            submitted = context.store.submit(context.campaign.id, requester.annotator.id, Answer(**values))
-        practice = (
+            submitted = context.store.submit(
+                context.campaign.id, requester.annotator.id, Answer(**answer_fields)
+            )
+        practice_result = (
             {"correct": submitted.correct, "better": submitted.better, "explanation": submitted.explanation}
             if submitted.training
             else None
         )
-        names = {"left": submitted.reveal[0], "right": submitted.reveal[1]} if submitted.reveal else None
-        reply = {
+        revealed_names = (
+            {"left": submitted.reveal[0], "right": submitted.reveal[1]} if submitted.reveal else None
+        )
+        reply_json = {
             "accepted": True,
             "duplicate": submitted.duplicate,
-            "training": practice,
-            "reveal": names,
+            "training": practice_result,
+            "reveal": revealed_names,
             "progress": _progress(context, requester),
         }
         # 201 (Created) is sent only for the first of several equal requests.
-        return JSONResponse(reply, 200 if submitted.duplicate else 201)
+        return JSONResponse(reply_json, 200 if submitted.duplicate else 201)
 
     @router.post("/undo")
     def undo(body: models.Undo, requester: Requester):
@@ -345,14 +359,16 @@ def _judgements(router: APIRouter, context: Context) -> None:
             "Request /api/assignments again.",
             "Send a key of 1 to 128 letters, digits, _ and -.",
         ):
-            token = context.store.undo(context.campaign.id, requester.annotator.id, body.key, body.assignment)
-        return JSONResponse({"assignment": token, "progress": _progress(context, requester)})
+            assignment_token = context.store.undo(
+                context.campaign.id, requester.annotator.id, body.key, body.assignment
+            )
+        return JSONResponse({"assignment": assignment_token, "progress": _progress(context, requester)})
 
 
 def admin_api(context: Context) -> APIRouter:
     """Make the router of the admin page. All its routes may be used by admins only."""
     router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)])
-    lock = threading.Lock()
+    report_lock = threading.Lock()
     valid_until = 0.0  # time until which `report` is reused, in seconds of time.monotonic
     report: dict = {}
 
@@ -362,14 +378,14 @@ def admin_api(context: Context) -> APIRouter:
         nonlocal report, valid_until
         # Only one thread at a time computes the report. It is reused for ten times the duration of its
         # computation, so that many open pages use at most a tenth of one thread.
-        with lock:
+        with report_lock:
             # While this thread waited for the lock, another one may have computed the report.
-            start = time.monotonic()
-            if start >= valid_until:
+            start_time = time.monotonic()
+            if start_time >= valid_until:
                 report = quality_report(
                     context.store.judgements(context.campaign.settings.name, include_undone=True)
                 )
-                valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start))
+                valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start_time))
         return {**report, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
 
     @router.get("/openapi.json", include_in_schema=False)
@@ -380,15 +396,15 @@ def admin_api(context: Context) -> APIRouter:
     @router.get("/comments")
     def comments(count: Annotated[int, Query(ge=1, le=1000)] = 200):
         """Return comments of annotators on answers that count, newest first."""
-        rows = context.store.comments(context.campaign.id, count)
+        comment_rows = context.store.comments(context.campaign.id, count)
         return [
             {
-                "annotator": row.annotator,
-                "received": row.received_at,
-                "choice": row.choice,
-                "comment": row.comment,
+                "annotator": comment_row.annotator,
+                "received": comment_row.received_at,
+                "choice": comment_row.choice,
+                "comment": comment_row.comment,
             }
-            for row in rows
+            for comment_row in comment_rows
         ]
 
     _annotators(router, context)
@@ -404,16 +420,20 @@ def admin_api(context: Context) -> APIRouter:
         The format "csv" or "jsonl" contains the labels in the open label format. The format "judgements"
         contains all judgements without loss.
         """
-        name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
+        file_name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
         # The export is written into a temporary file and streamed from it, because it may be large.
         folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
-        path = Path(folder.name) / name
+        export_path = Path(folder.name) / file_name
         try:
-            single = context.campaign.settings.mode is Mode.SINGLE
-            write = (
-                export_judgements if format == "judgements" else export_unpaired if single else export_labels
+            is_single = context.campaign.settings.mode is Mode.SINGLE
+            write_export = (
+                export_judgements
+                if format == "judgements"
+                else export_unpaired
+                if is_single
+                else export_labels
             )
-            write(context.store, path, campaign=context.campaign.settings.name)
+            write_export(context.store, export_path, campaign=context.campaign.settings.name)
         # The folder is deleted after any error, also if the request is cancelled.
         except BaseException as error:
             folder.cleanup()
@@ -421,9 +441,11 @@ def admin_api(context: Context) -> APIRouter:
             if isinstance(error, ValueError):
                 raise RequestError(409, str(error), "Request format=judgements.") from None
             raise
-        kind = "text/csv" if format == "csv" else "application/x-ndjson"
+        media_type = "text/csv" if format == "csv" else "application/x-ndjson"
         # The background task deletes the file after it was sent.
-        return FileResponse(path, media_type=kind, filename=name, background=BackgroundTask(folder.cleanup))
+        return FileResponse(
+            export_path, media_type=media_type, filename=file_name, background=BackgroundTask(folder.cleanup)
+        )
 
     return router
 

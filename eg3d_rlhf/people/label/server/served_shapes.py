@@ -35,38 +35,40 @@ class Addresses:
 
     The address of a shape is different in each assignment, so that annotators cannot recognise a shape by it.
 
-        address = base64url(r, number xor K("number", r), K("check", r, number))
-        r = K("pair", assignment, asset)
+        address = base64url(r, index xor K("number", r), K("check", r, index))
+        r = K("pair", assignment token, asset token)
 
-    Here `number` is the index of the asset (4 bytes), K is HMAC-SHA256 with the secret of the server, cut to
-    the needed length, r has 12 bytes, and the check has 8 bytes. Without the secret, an address contains no
-    information and cannot be forged. It is computed and needs no table. It is the same after a restart, so
-    that copies in the cache of the browser remain valid.
+    Here `index` is the position of the shape in the plan (4 bytes), K is HMAC-SHA256 with the secret of the
+    server, cut to the needed length, r has 12 bytes, and the check has 8 bytes. Without the secret, an
+    address contains no information and cannot be forged. It is computed and needs no table. It is the same
+    after a restart, so that copies in the cache of the browser remain valid.
 
     Args:
         secret: secret key of the server.
         assets: asset tokens of all shapes, in order of the plan.
     """
 
-    def __init__(self, secret: bytes, assets: Iterable[str]):
+    def __init__(self, secret: bytes, asset_tokens: Iterable[str]):
         self._secret = secret
-        self._assets = list(assets)
-        self._numbers = {asset: number for number, asset in enumerate(self._assets)}
+        self._assets = list(asset_tokens)
+        self._numbers = {asset_token: index for index, asset_token in enumerate(self._assets)}
 
-    def address(self, assignment: str, asset: str) -> str:
+    def address(self, assignment_token: str, asset_token: str) -> str:
         """Return the address of a shape in an assignment.
 
-        If the same shape stands on both sides, its two addresses are equal.
+        If the same shape is on both sides, its two addresses are equal.
 
         Args:
-            assignment: token of the assignment.
-            asset: asset token of the shape.
+            assignment_token: token of the assignment.
+            asset_token: asset token of the shape.
         """
         # 4 bytes are enough for 4 billion shapes
-        number = self._numbers[asset].to_bytes(4)
-        salt = self._keyed("pair", f"{assignment} {asset}".encode(), 12)
-        encrypted = _xor(number, self._keyed("number", salt, 4))
-        return base64.urlsafe_b64encode(salt + encrypted + self._keyed("check", salt + number, 8)).decode()
+        index_bytes = self._numbers[asset_token].to_bytes(4)
+        salt = self._keyed("pair", f"{assignment_token} {asset_token}".encode(), 12)
+        encrypted_index = _xor(index_bytes, self._keyed("number", salt, 4))
+        return base64.urlsafe_b64encode(
+            salt + encrypted_index + self._keyed("check", salt + index_bytes, 8)
+        ).decode()
 
     def asset(self, address: str) -> str | None:
         """Return the asset token of the shape at an address, or None if the address is invalid.
@@ -78,39 +80,41 @@ class Addresses:
         # b64decode raises an error for texts of some other lengths
         if len(address) != LETTERS:
             return None
-        raw = base64.urlsafe_b64decode(address)  # 24 bytes
-        salt = raw[:12]
-        encrypted = raw[12:16]
-        check = raw[16:]
-        number = _xor(encrypted, self._keyed("number", salt, 4))
+        address_bytes = base64.urlsafe_b64decode(address)  # 24 bytes
+        salt = address_bytes[:12]
+        encrypted_index = address_bytes[12:16]
+        check_bytes = address_bytes[16:]
+        index_bytes = _xor(encrypted_index, self._keyed("number", salt, 4))
         # The check has 64 bits, so an address that was made without the secret is valid with probability
         # 2^-64.
-        if not hmac.compare_digest(check, self._keyed("check", salt + number, 8)):
+        if not hmac.compare_digest(check_bytes, self._keyed("check", salt + index_bytes, 8)):
             return None
-        return self._assets[int.from_bytes(number)]
+        return self._assets[int.from_bytes(index_bytes)]
 
-    def _keyed(self, purpose: str, data: bytes, length: int) -> bytes:
-        """Return the first `length` bytes of the HMAC-SHA256 of `data` with the secret.
+    def _keyed(self, purpose: str, message: bytes, length: int) -> bytes:
+        """Return the first `length` bytes of the HMAC-SHA256 of `message` with the secret.
 
         `purpose` is a part of the input, so that values for different purposes are independent.
         """
-        return hmac.new(self._secret, f"shape {purpose} ".encode() + data, hashlib.sha256).digest()[:length]
+        return hmac.new(self._secret, f"shape {purpose} ".encode() + message, hashlib.sha256).digest()[
+            :length
+        ]
 
 
-def _xor(a: bytes, b: bytes) -> bytes:
-    """Return the bitwise exclusive or of two texts of equal length."""
-    return bytes(x ^ y for x, y in zip(a, b, strict=True))
+def _xor(first_bytes: bytes, second_bytes: bytes) -> bytes:
+    """Return the bitwise exclusive or of two byte strings of equal length."""
+    return bytes(x ^ y for x, y in zip(first_bytes, second_bytes, strict=True))
 
 
-async def read(path: Path, start: int, stop: int) -> AsyncIterator[bytes]:
+async def read(path: Path, start_byte: int, stop_byte: int) -> AsyncIterator[bytes]:
     """Yield the bytes start..stop-1 of a file in chunks, without blocking the event loop."""
     async with await anyio.open_file(path, "rb") as file:
-        await file.seek(start)
-        position = start
+        await file.seek(start_byte)
+        position = start_byte
         # `read` returns no bytes if the file has become shorter in the meantime
-        while position < stop and (data := await file.read(min(CHUNK, stop - position))):
-            position += len(data)
-            yield data
+        while position < stop_byte and (chunk := await file.read(min(CHUNK, stop_byte - position))):
+            position += len(chunk)
+            yield chunk
 
 
 def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
@@ -123,18 +127,18 @@ def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
         request: request of the client.
         headers: headers of the response, among them ETag.
     """
-    length = path.stat().st_size
+    file_size = path.stat().st_size
     if path.suffix != ".mp4":
         # All files except videos are stored with gzip, and the browser decompresses them.
         media_type = "application/octet-stream"
         headers = {**headers, "Content-Encoding": "gzip"}
-        if length <= ONE_PIECE:
+        if file_size <= ONE_PIECE:
             return Response(path.read_bytes(), media_type=media_type, headers=headers)
-        headers = {**headers, "Content-Length": str(length)}
-        return StreamingResponse(read(path, 0, length), 200, headers, media_type)
+        headers = {**headers, "Content-Length": str(file_size)}
+        return StreamingResponse(read(path, 0, file_size), 200, headers, media_type)
     headers = {**headers, "Accept-Ranges": "bytes"}
-    start = 0
-    stop = length
+    start_byte = 0
+    stop_byte = file_size
     status = 200
     range_match = _RANGE.fullmatch(request.headers.get("range", "").strip())
     # If the ETag in If-Range is another one, the client has a part of an older file, and gets the new file
@@ -142,18 +146,18 @@ def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
     if range_match and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
         first_byte, last_byte, suffix_length = range_match.groups()
         if suffix_length:
-            start = max(0, length - int(suffix_length))
+            start_byte = max(0, file_size - int(suffix_length))
         else:
-            start = int(first_byte)
+            start_byte = int(first_byte)
             # the last byte belongs to the range, whereas `stop` is the position after it
-            stop = min(int(last_byte) + 1, length) if last_byte else length
+            stop_byte = min(int(last_byte) + 1, file_size) if last_byte else file_size
         # Status 416 for a range outside the file (RFC 9110).
-        if start >= stop:
-            return Response(None, 416, {**headers, "Content-Range": f"bytes */{length}"})
+        if start_byte >= stop_byte:
+            return Response(None, 416, {**headers, "Content-Range": f"bytes */{file_size}"})
         status = 206
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{length}"
-    headers = {**headers, "Content-Length": str(stop - start)}
-    return StreamingResponse(read(path, start, stop), status, headers, "video/mp4")
+        headers["Content-Range"] = f"bytes {start_byte}-{stop_byte - 1}/{file_size}"
+    headers = {**headers, "Content-Length": str(stop_byte - start_byte)}
+    return StreamingResponse(read(path, start_byte, stop_byte), status, headers, "video/mp4")
 
 
 class PreparedShapes:
@@ -188,57 +192,57 @@ class PreparedShapes:
         # Shapes that are missing now may be prepared before the first request, which shall make a new check.
         self._checked_at = -POLL
 
-    def is_available(self, asset: str) -> bool:
+    def is_available(self, asset_token: str) -> bool:
         """Return True if a shape belongs to this campaign, and is prepared or can still be prepared."""
         self._check()
-        return asset in self.shapes and asset not in self._failed
+        return asset_token in self.shapes and asset_token not in self._failed
 
-    def is_ready(self, asset: str) -> bool:
+    def is_ready(self, asset_token: str) -> bool:
         """Return True if a shape can be served now."""
         self._check()
-        return asset in self._files and (not self.blind or not self._missing)
+        return asset_token in self._files and (not self.blind or not self._missing)
 
-    def has_failed(self, asset: str) -> bool:
+    def has_failed(self, asset_token: str) -> bool:
         """Return True if a shape can never be served."""
         self._check()
         # After the worker has given up, missing shapes will not be prepared.
         worker_gave_up = self.worker is not None and self.worker.gave_up
-        return asset in self._failed or (asset in self._missing and worker_gave_up)
+        return asset_token in self._failed or (asset_token in self._missing and worker_gave_up)
 
     def is_settled(self) -> bool:
         """Return True if every shape is prepared or has failed."""
         self._check()
         return not self._missing
 
-    def path(self, asset: str) -> Path:
+    def path(self, asset_token: str) -> Path:
         """Return the path of the file of a prepared shape."""
-        return self._files[asset]
+        return self._files[asset_token]
 
-    def prompt(self, asset: str, address: str) -> dict | None:
+    def prompt(self, asset_token: str, address: str) -> dict | None:
         """Return the prompt of a shape as the page shows it, or None if it has neither text nor image.
 
         Args:
-            asset: asset token of the shape.
+            asset_token: asset token of the shape.
             address: address of the shape in the assignment, see `Addresses`.
 
         Returns:
             {"text": text or None, "image": path on the server or None}
         """
-        stored_prompt = self._prompt(asset)
+        stored_prompt = self._prompt(asset_token)
         page_prompt = {
             "text": stored_prompt.get("text"),
-            "image": f"/api/prompts/{address}" if self.prompt_image(asset) else None,
+            "image": f"/api/prompts/{address}" if self.prompt_image(asset_token) else None,
         }
         return page_prompt if any(page_prompt.values()) else None
 
-    def prompt_image(self, asset: str) -> Path | None:
+    def prompt_image(self, asset_token: str) -> Path | None:
         """Return the file of the prepared image of a shape's prompt, or None if there is none."""
-        key = self._prompt(asset).get("hash")
-        return self.cache.prompt(key) if key else None
+        image_hash = self._prompt(asset_token).get("hash")
+        return self.cache.prompt(image_hash) if image_hash else None
 
-    def _prompt(self, asset: str) -> Mapping:
+    def _prompt(self, asset_token: str) -> Mapping:
         """Return the prompt of a shape as the campaign stores it; {} if there is none."""
-        shape = self.shapes.get(asset)
+        shape = self.shapes.get(asset_token)
         return self._prompts.get(shape.condition, {}) if shape is not None else {}
 
     def progress(self) -> dict:
@@ -249,17 +253,17 @@ class PreparedShapes:
             "seconds_left": estimated time, or None if it is not known}
         """
         self._check()
-        done = len(self.shapes) - len(self._missing)
-        total = len(self.shapes)
+        settled_count = len(self.shapes) - len(self._missing)
+        shape_count = len(self.shapes)
         seconds_per_shape = None
         if self.worker is not None and self._missing:
             seconds_per_shape = self.worker.progress()["seconds_per_shape"]
-        if done == total:
+        if settled_count == shape_count:
             seconds_left: float | None = 0.0
         else:
-            # `and` keeps None, which stands for an unknown time
-            seconds_left = seconds_per_shape and seconds_per_shape * (total - done)
-        return {"done": done, "total": total, "seconds_left": seconds_left}
+            # `and` keeps None, which means an unknown time
+            seconds_left = seconds_per_shape and seconds_per_shape * (shape_count - settled_count)
+        return {"done": settled_count, "total": shape_count, "seconds_left": seconds_left}
 
     def trouble(self) -> str | None:
         """Return the reason why the preparation has stopped or why shapes are not shown, or None.
@@ -268,11 +272,11 @@ class PreparedShapes:
         """
         if self.worker is None or not (self._missing or self._failed):
             return None
-        progress = self.worker.progress()
-        if self._missing and progress["error"]:
-            return progress["error"]
-        if progress["failed"] and progress["reason"]:
-            return f"{progress['failed']} shapes are not shown: {progress['reason']}"
+        worker_progress = self.worker.progress()
+        if self._missing and worker_progress["error"]:
+            return worker_progress["error"]
+        if worker_progress["failed"] and worker_progress["reason"]:
+            return f"{worker_progress['failed']} shapes are not shown: {worker_progress['reason']}"
         return None
 
     def _check(self) -> None:
@@ -288,16 +292,16 @@ class PreparedShapes:
                 self.worker.ensure()
             missing_count = 0
             # a copy of the items, because the loop deletes entries
-            for asset, shape in list(self._missing.items()):
-                path = self.cache.mesh(shape)
+            for asset_token, shape in list(self._missing.items()):
+                shape_path = self.cache.mesh(shape)
                 # A shape is shown with its prompt. It is ready when the image of the prompt is prepared or
                 # has failed.
-                if path is not None and self._prompt_settled(shape):
-                    self._files[asset] = path
-                    del self._missing[asset]
-                elif path is None and self.cache.failure(shape) is not None:
-                    self._failed.add(asset)
-                    del self._missing[asset]
+                if shape_path is not None and self._prompt_settled(shape):
+                    self._files[asset_token] = shape_path
+                    del self._missing[asset_token]
+                elif shape_path is None and self.cache.failure(shape) is not None:
+                    self._failed.add(asset_token)
+                    del self._missing[asset_token]
                 else:
                     missing_count += 1
                     if missing_count > AHEAD:
@@ -306,5 +310,5 @@ class PreparedShapes:
 
     def _prompt_settled(self, shape: Shape) -> bool:
         """Return True if the prompt of a shape has no image, or its image is prepared or has failed."""
-        key = self._prompts.get(shape.condition, {}).get("hash") if shape.condition else None
-        return not key or self.cache.prompt_settled(key)
+        image_hash = self._prompts.get(shape.condition, {}).get("hash") if shape.condition else None
+        return not image_hash or self.cache.prompt_settled(image_hash)
