@@ -25,7 +25,9 @@ HARM = 0.01
 def _with_inside(values: np.ndarray, is_inside: np.ndarray) -> np.ndarray:
     """Change the signs of values so that exactly the voxels of a mask are negative.
 
-    Args: is_inside: mask of the voxels that shall be inside, [n, n, n].
+    Args:
+        values: values of the shape, [n, n, n].
+        is_inside: mask of the voxels that shall be inside, [n, n, n].
     """
     # A voxel that becomes solid gets at most -1e-3, since a value of zero would count as outside.
     return np.where(
@@ -80,7 +82,7 @@ def hull(values: np.ndarray) -> np.ndarray:
     # A voxel is inside if it is on the inner side of all F faces; 1e-9 includes voxels on a face. One layer
     # is tested at a time, [n, n, F], since all layers at once would need n times the memory.
     for layer in range(solid_voxels[:, 0].min(), solid_voxels[:, 0].max() + 1):
-        y, z = np.meshgrid(*(np.arange(size) for size in values.shape[1:]), indexing="ij")
+        y, z = np.meshgrid(*(np.arange(edge_length) for edge_length in values.shape[1:]), indexing="ij")
         plane_offsets = layer * face_equations[:, 0] + face_equations[:, 3]
         is_inside[layer] |= (
             y[..., None] * face_equations[:, 1] + z[..., None] * face_equations[:, 2] + plane_offsets <= 1e-9
@@ -114,30 +116,29 @@ FILTERS: dict[str, Filter] = {
 }
 
 
-FilterResults = dict[
-    str, tuple[float, float]
-]  # filter -> (mean error of defective shapes, share of intact ones harmed)
+# name of the filter -> (mean error of the defective shapes, share of the intact shapes that are harmed)
+FilterResults = dict[str, tuple[float, float]]
 
 
-def evaluate_filters(values: np.ndarray, targets: np.ndarray) -> FilterResults:
+def evaluate_filters(shapes: np.ndarray, ground_truth: np.ndarray) -> FilterResults:
     """Apply every filter to shapes, and measure its benefit and its harm.
 
     Args:
-        values: values of the shapes, negative inside, [N, n, n, n].
-        targets: ground-truth heads of the same latents, [N, n, n, n].
+        shapes: values of the shapes, negative inside, [N, n, n, n].
+        ground_truth: ground-truth heads of the same latents, [N, n, n, n].
 
     Returns: for each filter the mean back-of-head volume error of the shapes that were defective, and the
         share of the intact shapes whose error rises by more than HARM.
     """
     # [N] errors before filtering, as shares of the ground-truth head's volume
-    errors_before = np.array([volume_error(*pair).total for pair in zip(values, targets, strict=True)])
+    errors_before = np.array([volume_error(*pair).total for pair in zip(shapes, ground_truth, strict=True)])
     is_defective = errors_before > DEFECTIVE
-    results = {}  # filter -> (error, harm)
-    for name, apply_filter in FILTERS.items():
+    result_by_filter = {}  # filter -> (error, harm)
+    for filter_name, apply_filter in FILTERS.items():
         errors_after = np.array(
             [
-                volume_error(apply_filter(shape), head).total
-                for shape, head in zip(values, targets, strict=True)
+                volume_error(apply_filter(shape_values), head_values).total
+                for shape_values, head_values in zip(shapes, ground_truth, strict=True)
             ]
         )
         # If no shape is intact, none can be harmed. If no shape is defective, the mean is over all shapes.
@@ -146,27 +147,28 @@ def evaluate_filters(values: np.ndarray, targets: np.ndarray) -> FilterResults:
             if not is_defective.all()
             else 0.0
         )
-        results[name] = (
+        result_by_filter[filter_name] = (
             float(errors_after[is_defective].mean() if is_defective.any() else errors_after.mean()),
             harmed_share,
         )
-    return results
+    return result_by_filter
 
 
-def best_post_processing(results: FilterResults, *, spares_intact: bool) -> str:
+def best_post_processing(result_by_filter: FilterResults, *, spares_intact: bool) -> str:
     """Return the name of the filter after which the error of defective heads is smallest.
 
     Args:
-        results: result of `evaluate_filters`.
-        spares_intact: True: only filters that harm at most the share SPARED of the intact heads are
-            candidates. If there is no such filter, the candidates are the filters with the least harm.
+        result_by_filter: result of `evaluate_filters`.
+        spares_intact: True if only filters that harm at most the share SPARED of the intact heads are
+            candidates. If there is no such filter, the candidates are the filters that harm the smallest
+            share. False if all filters are candidates.
     """
-    least_harm = max(SPARED, min(harmed_share for _, harmed_share in results.values()))
+    max_harm = max(SPARED, min(harmed_share for _, harmed_share in result_by_filter.values()))
     return min(
         (
-            name
-            for name, (_, harmed_share) in results.items()
-            if not spares_intact or harmed_share <= least_harm
+            filter_name
+            for filter_name, (_, harmed_share) in result_by_filter.items()
+            if not spares_intact or harmed_share <= max_harm
         ),
-        key=lambda name: results[name][0],
+        key=lambda filter_name: result_by_filter[filter_name][0],
     )

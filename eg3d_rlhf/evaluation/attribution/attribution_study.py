@@ -101,7 +101,9 @@ class Study:
             with prefix_errors(
                 "--landmarks" if settings.landmarks is not None else f"--regions={settings.regions}"
             ):
-                partitions = [make_partition(points, self.spec) for points in self.landmarks]
+                partitions = [
+                    make_partition(latent_landmarks, self.spec) for latent_landmarks in self.landmarks
+                ]
         elif settings.regions == PEOPLE:
             with prefix_errors(f"--regions={PEOPLE}"):
                 partitions = [regions.people_partition(head, self.spec) for head in self.heads]
@@ -112,11 +114,12 @@ class Study:
                         settings.regions, regions.region_shape(self.comparison.reward.observation.shape)
                     )
                 ] * len(self.seeds)
-        count = len(partitions[0].names)  # all partitions have the same names
-        # The exact method evaluates 2^R coalitions, which is too slow for more than MOST_EXACT regions.
-        if settings.method == "exact" and count > regions.MOST_EXACT:
+        region_count = len(partitions[0].names)  # all partitions have the same names
+        # The exact method evaluates 2^R coalitions, which is too slow for more than MAX_EXACT_REGIONS regions.
+        if settings.method == "exact" and region_count > regions.MAX_EXACT_REGIONS:
             raise ValueError(
-                f"--method=exact evaluates at most {regions.MOST_EXACT} regions, but there are {count}. Use"
+                f"--method=exact evaluates at most {regions.MAX_EXACT_REGIONS} regions, but there are"
+                f" {region_count}. Use"
                 " --method=antithetic."
             )
         return partitions
@@ -158,7 +161,10 @@ class Study:
         # for each latent: 2-D points, world positions of the depth map's pixels [H, W, 3], and their mask
         # [H, W]
         depth_views = zip(pixels_by_latent, maps.points, maps.valid, strict=True)
-        return [regions.back_project(points, pixel_landmarks.size, *view) for points, *view in depth_views]
+        return [
+            regions.back_project(landmark_pixels, pixel_landmarks.size, *depth_view)
+            for landmark_pixels, *depth_view in depth_views
+        ]
 
     @cached_property
     def heads(self) -> list[people.Head]:
@@ -222,16 +228,18 @@ class Study:
             self._values[latent_index] = coalition_values
         return coalition_values
 
-    def _compute_for_check(self, values: shapley_methods.CoalitionValues, latent_index: int) -> np.ndarray:
+    def _compute_for_check(
+        self, coalition_values: shapley_methods.CoalitionValues, latent_index: int
+    ) -> np.ndarray:
         """Compute the Shapley values [R] of a baseline: exact if that is cheap, else from sampled orders."""
         # The exact method evaluates 2^R coalitions, the sampled orders at most CHECK_ORDERS * R.
-        exact_is_cheap = 1 << values.regions <= CHECK_ORDERS * values.regions
+        exact_is_cheap = 1 << coalition_values.regions <= CHECK_ORDERS * coalition_values.regions
         method = "exact" if exact_is_cheap else "antithetic"
         # Each latent has its own seed, so that latents have different random orders.
         return shapley_methods.shapley(
-            values,
-            values.regions,
-            values.difference(),
+            coalition_values,
+            coalition_values.regions,
+            coalition_values.difference(),
             method,
             CHECK_ORDERS,
             self.comparison.seed * 1000 + latent_index,
@@ -246,12 +254,12 @@ class Study:
         attributions = []  # one for each latent
         settings = self.settings
         for latent_index, seed in enumerate(self.seeds):
-            values = self.coalition_values(latent_index)
+            coalition_values = self.coalition_values(latent_index)
             attributions.append(
                 attribution := shapley_methods.shapley(
-                    values,
-                    values.regions,
-                    values.difference(),
+                    coalition_values,
+                    coalition_values.regions,
+                    coalition_values.difference(),
                     settings.method,
                     settings.permutations,
                     self.comparison.seed * 1000 + latent_index,
