@@ -500,8 +500,7 @@ def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
         gain_text = span(last_step["mean"], last_step["lo"], last_step["hi"], "+.2f")
         sentences.append(
             f"{arm_name}: the best of {largest_n} is {gain_text} of the evaluator's standard deviations"
-            " better than a"
-            f" mean latent; {peak_text}."
+            f" better than a mean latent; {peak_text}."
         )
     for comparison_row in finding_data["against"]:
         if (
@@ -521,8 +520,7 @@ def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
         *sentences,
         (
             f"The evaluator is {evaluator_text}. Selection is a weaker optimisation than tuning: a reward"
-            " that"
-            " fails here will fail there, but not the other way round."
+            " that fails here will fail there, but not the other way round."
         ),
     ]
 
@@ -686,11 +684,13 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
     """Load the networks that the flags name.
 
     Args:
-        before: file or run folder of the generator; None: the bundled one.
+        before: file or run folder of the generator; None selects the bundled generator.
         rewards: files of rewards, or names of observations. A name of an observation selects an untrained
             reward of this observation. If the sequence is empty, the bundled reward is tested.
-        heldout_reward: file of the evaluator; None: the simulated annotator.
-        data: dataset of the generator; None: the recorded one.
+        heldout_reward: file of the reward that is the evaluator. If it is None, the simulated annotator is
+            the evaluator.
+        data: dataset of the generator; None selects the dataset that the generator's run recorded.
+        device: name of the device, on which the networks are loaded.
         sampling: further fields of `Trial`.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.

@@ -93,13 +93,13 @@ class Comparison(Sampling):
         """Return the first `n` seeds of a held-out range, shifted by --seed.
 
         Args:
-            n: number of seeds; None: self.n.
-            of: held-out range.
+            n: number of seeds; None selects self.n.
+            of: held-out range from which the seeds are taken.
         """
         return of.take(self.n if n is None else n, self.seed)
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
-        """Compute ws [N, L, W] of seeds. Args: psi: truncation; None: self.psi."""
+        """Compute ws [N, L, W] of seeds. Args: psi: truncation; None selects self.psi."""
         return ws_of_seeds(generator.generator, list(seeds), truncation_psi=self.psi if psi is None else psi)
 
     def fields(
@@ -112,8 +112,8 @@ class Comparison(Sampling):
         """Yield the shapes of seeds, several in a field.
 
         Args:
-            psi: truncation; None: self.psi.
-            batch: largest number of shapes in a field; None: self.batch.
+            psi: truncation; None selects self.psi.
+            batch: largest number of shapes in a field; None selects self.batch.
         """
         for ws in self.ws(generator, seeds, psi).split(batch or self.batch):
             # `no_grad` must not enclose the yield, else the caller's code would run without gradients, too.
@@ -138,7 +138,7 @@ class Comparison(Sampling):
         """Return scores [N] of seeds, on the CPU. They are computed once and cached.
 
         Args:
-            psi: truncation; None: self.psi.
+            psi: truncation; None selects self.psi.
             held_out: score by the held-out reward instead of the tuning reward.
 
         Raises: ValueError if `held_out` is True and there is no held-out reward.
@@ -157,9 +157,8 @@ class Comparison(Sampling):
             )
             parts_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
             for field in self.fields(generator, seeds, psi):
-                observed: dict[
-                    Observation, torch.Tensor
-                ] = {}  # an input that both rewards read is computed once
+                # An input that both rewards read is computed once.
+                observed: dict[Observation, torch.Tensor] = {}
                 for digest, reward in rewards.items():
                     observation = reward.observation
                     if observation not in observed:
@@ -326,7 +325,7 @@ def load_comparison(sources: Sources) -> Comparison:
 def _find_run_folder(path: Path | None) -> Path | None:
     """Return the run folder that a path names, or in which a named file lies.
 
-    Args: path: run folder, or a network file; None: none was named.
+    Args: path: run folder or network file that the user named; None if the user named nothing.
     Returns: the folder, or None if `path` is None or names a file outside a run folder.
     """
     if path is None:
@@ -419,10 +418,10 @@ def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGen
     if recorded_path is None or recorded_hash is None:
         if generator_before.hash == load_reward(bundled.REWARD).provenance["generator"]:
             return bundled.REWARD
+        record_text = "there is no run that records a reward" if run is None else "the run records no reward"
         raise ValueError(
-            f"--reward-ckpt is missing, and the run records no reward. The bundled reward was trained for the"
-            f" bundled generator, not for {generator_before.path.name}. Pass the file of a reward with"
-            " --reward-ckpt."
+            f"--reward-ckpt is missing, and {record_text}. The bundled reward was trained for the bundled"
+            f" generator, not for {generator_before.path.name}. Pass the file of a reward with --reward-ckpt."
         )
     # The path may hold another file by now: its hash decides.
     if not Path(recorded_path).is_file() or file_hash(recorded_path) != recorded_hash:

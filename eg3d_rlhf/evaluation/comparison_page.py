@@ -34,7 +34,7 @@ TITLE = "Before and after tuning"
 def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
     """Return the jobs of the report, in the order of the page.
 
-    Args: keys: comma-separated keys of the jobs to return; None: all jobs.
+    Args: keys: comma-separated keys of the jobs to return; None selects all jobs.
     Raises: ValueError for an unknown key.
     """
     job_lists = (
@@ -349,8 +349,7 @@ def same_latents(comparison: Comparison, folder: Path) -> Finding:
         )
         files_by_caption[
             f"Yaw {yaw:+.1f} radians; rows {', '.join(views_by_role)}; seeds {seeds[0]}..{seeds[-1]} from"
-            " left to"
-            " right"
+            " left to right"
         ] = image_name
     sentences = [
         (

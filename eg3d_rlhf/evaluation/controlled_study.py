@@ -279,7 +279,7 @@ def _prepare_worker(
     Args:
         folder: folder of the store.
         inputs_by_task: inputs of each task, which are the key of its result in the store.
-        network: network before tuning; None: the bundled one.
+        network: file of the network before tuning; None selects the bundled generator.
         network_by_task: network file of each tuned network, by task.
         latents: number of latents.
         held_out: held-out range of the latents.
@@ -390,8 +390,8 @@ def network_metrics(
     Args:
         measured: measurements of the network.
         measured_before: measurements of the network before tuning.
-        reference_features: features [N, Q] of the ground-truth heads; None: no shape Fréchet distance is
-            computed.
+        reference_features: features [N, Q] of the ground-truth heads. If they are None, no shape Fréchet
+            distance is computed.
     """
     metrics = heads.compute_metrics(measured_before, measured)
     # This interval covers latents alone; `combine_seeds` computes the interval over seeds and latents.
@@ -682,7 +682,7 @@ def markdown(study: Mapping) -> str:
         f"{study['latents']} held-out latents, ψ 1, {study['defective']} of them defective before tuning;"
         f" training seeds {', '.join(map(str, study['seeds']))}, {study['rewards']} reward(s) for each of"
         f" {study['label_sets']} set(s) of labels. Figures are means over training seeds; brackets hold the"
-        " least and the greatest. Volume error, missing and extra are shares of the ground-truth head's"
+        " smallest and the largest. Volume error, missing and extra are shares of the ground-truth head's"
         " back-of-head volume, of defective heads. The F-score is measured at the back at one voxel, of"
         f" defective heads. An intact head is degraded if its volume error grows by more than {heads.WORSE}."
         " Lengths are in voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."

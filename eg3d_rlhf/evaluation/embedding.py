@@ -213,9 +213,8 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
     sentences = [
         *(
             (
-                f"No rank correlation with the {correlation_row['axis']}: the reward or the axis is"
-                " constant over these"
-                " latents."
+                f"No rank correlation with the {correlation_row['axis']}: the reward or the axis is constant"
+                " over these latents."
                 if correlation_row["spearman"] is None
                 else (
                     f"Spearman's rho of the reward with the {correlation_row['axis']}, untuned samples:"
@@ -352,7 +351,11 @@ def render_sheet(comparison: Comparison, folder: Path) -> Finding:
 
 
 def _scatter(axes, finding_data: dict, layout: str) -> None:
-    """Plot both networks' samples in one layout. Samples before tuning are coloured by their reward."""
+    """Plot the samples before and after tuning in one layout.
+
+    Samples before tuning are coloured by their reward.
+    Args: layout: name of the layout, "umap" or "principal".
+    """
     points_by_role = {
         role: [point for point in finding_data["points"] if point["role"] == role] for role in ROLES
     }
@@ -380,13 +383,13 @@ def _scatter(axes, finding_data: dict, layout: str) -> None:
 
 @style.plot(7, xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
 def plot_umap(axes, finding_data: dict):
-    """Plot the UMAP layout of both networks' features."""
+    """Plot the UMAP layout of the features before and after tuning."""
     _scatter(axes, finding_data, "umap")
 
 
 @style.plot(7, title="Principal axes of the untuned samples")
 def plot_principal(axes, finding_data: dict):
-    """Plot both networks' samples on the principal axes of the samples before tuning."""
+    """Plot the samples before and after tuning on the principal axes of those before tuning."""
     _scatter(axes, finding_data, "principal")
     axes.set(
         **{

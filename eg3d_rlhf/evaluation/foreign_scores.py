@@ -343,7 +343,7 @@ class Trial:
     def measure_seeds(self, generator: Generator, seeds: Sequence[int], psi: float | None = None) -> Measured:
         """Compute the scores and embeddings of a generator's shapes, in batches.
 
-        Args: psi: truncation; None: the one of the options.
+        Args: psi: truncation; None selects the truncation of the options.
         """
         options = self.options
         scores = []  # [n] for each batch

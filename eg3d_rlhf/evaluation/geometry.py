@@ -444,8 +444,7 @@ def canonical_depth(comparison: Comparison, folder: Path) -> Finding:
     )
     caption = (
         f"Frontal depth of seeds {seeds[0]}..{seeds[min(SHOWN, len(seeds)) - 1]}, rows"
-        f" {', '.join(maps_by_role)}:"
-        " near is bright, one scale for all, black where nothing is hit."
+        f" {', '.join(maps_by_role)}: near is bright, one scale for all, black where nothing is hit."
     )
     missing_measures = [
         measure_name
@@ -583,7 +582,7 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
     mean_changes = np.where(has_enough, summed_changes / np.maximum(latent_counts, 1), np.nan)  # [R, R]
     json_rows = []
     for pixel_row in mean_changes:
-        # JSON has no NaN, so None stands for it. Six digits keep the file small.
+        # JSON has no NaN, so it is written as None. Six digits keep the file small.
         json_rows.append(
             [None if not np.isfinite(change) else round(float(change), 6) for change in pixel_row]
         )

@@ -305,7 +305,7 @@ def compare(
 
     Args:
         path_by_network: network files by name.
-        before_path: network file before tuning; None: the bundled generator.
+        before_path: network file before tuning; None selects the bundled generator.
         seeds: seeds of the latents.
 
     Returns: metrics by name, of which "before" is the first; and the number of latents whose heads are

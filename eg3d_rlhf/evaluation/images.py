@@ -441,8 +441,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
         sentences.append(
             f"Mean pairwise distance of {diversity_row['of']}:"
             f" {span(diversity_row['ratio'], diversity_row['ratio_lo'], diversity_row['ratio_hi'], '.3f')}"
-            " times that before; samples are"
-            f" {comparative} diverse."
+            f" times that before; samples are {comparative} diverse."
         )
     if observation_text == SLABS:
         sentences.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
@@ -512,8 +511,7 @@ def _drift(
         control_text = f"; control {text_by_role['control']}" if "control" in text_by_role else ""
         sentences.append(
             f"{measure_name}, before against after: {text_by_role['after']}{control_text}; against another"
-            " latent"
-            f" {text_by_role['other latent']}."
+            f" latent {text_by_role['other latent']}."
         )
     return Finding(
         facts=comparison.facts(seeds, ROLES, BOOTSTRAP),

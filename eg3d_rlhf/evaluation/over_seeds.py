@@ -170,8 +170,9 @@ def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, P
     ]
     if reserved_flags:
         raise ValueError(
-            f"seeds: {reserved_flags[0]} cannot be passed to train.py, since this command sets it for each"
-            " run. Use --seeds and --outdir of this command instead."
+            f"seeds: {reserved_flags[0]} cannot be among the flags for train.py, since this command controls"
+            " the seed, the folder, the resumption and the summary of each run. Remove this flag. Pass the"
+            " training seeds with --seeds of this command, and the folder with --outdir."
         )
     training_seeds = dict.fromkeys(parse_seeds(seeds))  # a seed that is named twice is run once
     return {

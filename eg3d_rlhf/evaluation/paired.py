@@ -58,7 +58,7 @@ def compute_paired_changes(
     Args:
         values_by_role: values [N] of each role.
         base: role from which the changes are measured.
-        roles: roles to which the changes are measured; None: all other roles.
+        roles: roles to which the changes are measured; None selects all roles except `base`.
     """
     return {
         role: paired_summary(values_by_role[base], role_values)._asdict()
@@ -215,16 +215,16 @@ def plot_changes(finding_data: dict):
         for measure_index, measure_name in enumerate(measure_names):
             measure_data = finding_data["measures"][measure_name]
             paired_change = measure_data["paired"][role]
-            before_deviation = float(np.std(measure_data["values"]["before"]))
+            scale_before = float(np.std(measure_data["values"]["before"]))
             # If the measure is constant before, its scale is taken from this role; if it is constant there as
             # well, the change is plotted in the measure's own unit.
-            before_deviation = before_deviation or float(np.std(measure_data["values"][role])) or 1.0
+            scale_before = scale_before or float(np.std(measure_data["values"][role])) or 1.0
             axes.errorbar(
-                [paired_change["mean"] / before_deviation],
+                [paired_change["mean"] / scale_before],
                 [
                     measure_index + 0.18 * (role_index - (len(roles) - 1) / 2)
                 ],  # roles side by side, centred on the measure's row
-                xerr=np.divide(style.errors(paired_change, lo="mean_lo", hi="mean_hi"), before_deviation),
+                xerr=np.divide(style.errors(paired_change, lo="mean_lo", hi="mean_hi"), scale_before),
                 fmt="o",
                 capsize=3,
                 markersize=4,

@@ -235,15 +235,13 @@ def markdown(comparison_data: Mapping) -> str:
     first_entry = next(iter(comparison_data["rewards"].values()))
     explanation = (
         f"{'Full' if comparison_data['full'] else 'Short'} table: {round(1000 * comparison_data['kimg'])}"
-        " images of tuning,"
-        f" {first_entry['seeds']} training seed(s). Accuracy is measured on {first_entry['n']} held-out"
-        " pairs."
+        f" images of tuning, {first_entry['seeds']} training seed(s). Accuracy is measured on"
+        f" {first_entry['n']} held-out pairs."
         f' "Rewards up" counts the latents, of {first_entry["rewards_n"]}, whose reward rose.'
         f" The oracle compares the shapes of {first_entry['oracle_n']} latents,"
-        f" {seed_range(EVALUATION.seeds)},"
-        " at ψ 1. Brackets: Wilson 95 %; with several training seeds, the range of the oracle's rates. The"
-        " oracle is the simulated annotator without its noise: it applies the rule by which the labels of"
-        " every reward here were made."
+        f" {seed_range(EVALUATION.seeds)}, at ψ 1. Brackets: Wilson 95 %; with several training seeds, the"
+        " range of the oracle's rates. The oracle is the simulated annotator without its noise: it applies"
+        " the rule by which the labels of every reward here were made."
     )
     return "\n".join(["# Every reward on the bundled heads", "", *table_lines, "", explanation, ""])
 

@@ -196,8 +196,8 @@ def _describe_shift(change_by_role: dict, line_by_role: dict) -> list[str]:
         (
             "In the control the mean change is"
             f" {span(control_change['mean'], control_change['mean_lo'], control_change['mean_hi'])},"
-            f" {relative_change:.1%} of"
-            f" the tuned one: {small_shift_result if relative_change < 0.1 else large_shift_result}."
+            f" {relative_change:.1%} of the tuned one:"
+            f" {small_shift_result if relative_change < 0.1 else large_shift_result}."
         ),
     ]
 
@@ -229,10 +229,8 @@ def over_psi(comparison: Comparison, _folder: Path) -> Finding:
     sentences = [
         (
             f"Highest mean reward: before at ψ = {best_row_by_role['before']['psi']:g}"
-            f" ({best_row_by_role['before']['mean']:.2f}),"
-            f" after at ψ = {best_row_by_role['after']['psi']:g} ({best_row_by_role['after']['mean']:.2f})."
-            " Only the listed"
-            " truncations were tried."
+            f" ({best_row_by_role['before']['mean']:.2f}), after at ψ = {best_row_by_role['after']['psi']:g}"
+            f" ({best_row_by_role['after']['mean']:.2f}). Only the listed truncations were tried."
         ),
         (
             "Truncation pulls shapes towards the mean shape, so a reward that rises as ψ falls prefers"
@@ -369,8 +367,7 @@ def _describe_trajectories(slopes_by_role: dict) -> list[str]:
         )
         sentences.append(
             f"Slope of the {name}, reward per kimg: the middle 95 % of latents lie in"
-            f" [{slopes['spread_lo']:+.2f},"
-            f" {slopes['spread_hi']:+.2f}], which {contains_text} zero; mean"
+            f" [{slopes['spread_lo']:+.2f}, {slopes['spread_hi']:+.2f}], which {contains_text} zero; mean"
             f" {span(slopes['mean'], slopes['mean_lo'], slopes['mean_hi'], '+.2f')}."
         )
     if "control" not in slopes_by_role:
@@ -518,7 +515,7 @@ def plot_trajectories(finding_data: dict):
 
 
 def plot_slopes(finding_data: dict):
-    """Plot the distribution of the latents' slopes for each run, with both intervals."""
+    """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval."""
     figure, axes = style.figure(columns=len(finding_data["roles"]))
     for axis, (role, slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.hist(slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
@@ -746,10 +743,9 @@ def independence(comparison: Comparison) -> str:
     # one common label is enough, since both rewards then share its error
     if comparison.reward.labels & comparison.held_out.labels:
         return (
-            f"{heldout_text}, but it was trained on the same labels with {seed_text}. It shares the errors"
-            " of these"
-            " labels, so a rise of both rewards is weaker evidence. Train a reward on other labels, and pass"
-            " its file to --heldout-reward."
+            f"{heldout_text}, but it was trained on the same labels with {seed_text}. It shares the errors of"
+            " these labels, so a rise of both rewards is weaker evidence. Train a reward on other labels, and"
+            " pass its file to --heldout-reward."
         )
     return f"{heldout_text}. It was trained on other labels with {seed_text}."
 
@@ -775,9 +771,8 @@ def _describe_curves(comparison: Comparison, finding_data: dict) -> list[str]:
             divergence_kimg = finding_data["kimg"][curve["divergence"]]  # None: the final network
             start_text = "the end" if divergence_kimg is None else f"{divergence_kimg:g} kimg"
             sentences.append(
-                f"Divergence: the {measure_name} falls from {start_text} on"
-                f" (distance {finding_data['distance'][curve['divergence']]:.3g}) while the tuned reward"
-                " rises. Stop"
+                f"Divergence: the {measure_name} falls from {start_text} on (distance"
+                f" {finding_data['distance'][curve['divergence']]:.3g}) while the tuned reward rises. Stop"
                 " there, or raise --lambda-sigma."
             )
     sentences += [

@@ -199,7 +199,7 @@ class Column:
 def filter_name(comparison: Comparison) -> str:
     """Return the name of the strongest label-free post-processing method.
 
-    It is chosen on validation latents as the method with the least error of defective heads. The choice
+    It is chosen on validation latents as the method with the smallest error of defective heads. The choice
     ignores how much the method degrades intact heads.
     """
     return list(FILTERS)[int(heldout_evaluators.measure_part(comparison, "post-processing")["any_method"][0])]
@@ -427,9 +427,8 @@ def describe_comparison(comparison: Comparison, latent_count: int) -> str:
         return rule_text
     post_processing_text = f"Post-processing: {filter_name(comparison)}, the strongest of {len(FILTERS)}."
     return (
-        f"{rule_text} {post_processing_text} {bundled.DAMAGED} Eyes at the back are ghosts of those in"
-        " front, an artefact"
-        " of tri-planes."
+        f"{rule_text} {post_processing_text} {bundled.DAMAGED} Eyes at the back are ghosts of those in front,"
+        " an artefact of tri-planes."
     )
 
 
@@ -505,9 +504,8 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
     seeds = [seed for seed, defective in zip(pool_seeds, is_defective, strict=True) if defective][:pair_count]
     if len(seeds) < pair_count:
         raise ValueError(
-            f"--pairs={pair_count} exceeds the {len(seeds)} defective heads among {POOL} evaluation"
-            " latents. Lower"
-            f" --pairs to at most {len(seeds)}."
+            f"--pairs={pair_count} exceeds the {len(seeds)} defective heads among {POOL} evaluation latents."
+            f" Lower --pairs to at most {len(seeds)}."
         )
     # The random order depends on the seeds alone, so a repeated call makes the same image.
     tuned_is_left = np.random.default_rng(seeds[0]).random(pair_count) < 0.5
@@ -617,7 +615,10 @@ def image_sheet(
 
 
 def _enlarged(images: torch.Tensor) -> torch.Tensor:
-    """Enlarge images [N, 3, R, R] by the least integer factor that makes their edge at least THUMB pixels."""
+    """Enlarge images [N, 3, R, R] by the smallest integer factor with which they have THUMB pixels per edge.
+
+    Images that have as many pixels already are returned unchanged.
+    """
     # -(-a // b) is a / b rounded up. Images that are large enough are not changed.
     factor = max(1, -(-THUMB // images.shape[-1]))
     return (

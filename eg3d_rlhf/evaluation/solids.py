@@ -47,7 +47,11 @@ Grids = Sequence[np.ndarray]  # N grids, each bool [X, Y, Z], True inside
 
 
 def ball(bool_grid: np.ndarray) -> np.ndarray:
-    """Return a ball that has the same volume and centre as a shape, both bool [X, Y, Z]."""
+    """Return a ball that has the same volume and centre as a shape.
+
+    Args: bool_grid: shape, bool [X, Y, Z], True inside.
+    Returns: the ball on the same grid, bool [X, Y, Z].
+    """
     if not bool_grid.any():
         return bool_grid  # an empty shape has no centre, and its ball is empty
     centre = np.argwhere(bool_grid).mean(axis=0)  # voxel indices
@@ -137,7 +141,7 @@ def summarise_arm(
 
     Args:
         values_by_name: values [N] of the arm, as `measure_shapes` returns them.
-        untuned_values: values of the untuned shapes; None: no change is computed.
+        untuned_values: values [N] of the untuned shapes. If they are None, no change is computed.
     """
     closed_interval = wilson_interval(float(values_by_name["closed"].sum()), len(values_by_name["closed"]))
     reward_interval = bootstrap_mean_interval(values_by_name["reward"])  # over shapes
@@ -223,7 +227,7 @@ def shapes_of_prompts(
     """Generate one shape for each pair of a prompt and a noise seed.
 
     Args:
-        weights_folder: folder of a stage's tuned weights, or of a run; None: the untuned weights.
+        weights_folder: folder of a stage's tuned weights, or of a run; None selects the untuned weights.
         stage: name of the tuned stage.
         prompts: prompts of the N shapes.
         seeds: noise seeds of the N shapes.
@@ -247,7 +251,7 @@ def source_of(pipeline: str, conditioning: Path | None, run_folders: Sequence[Pa
 
     Args:
         pipeline: folder or name of the generator.
-        conditioning: embeddings of the prompts; None: those of the runs.
+        conditioning: file of the prompts' embeddings; None selects the embeddings that the runs recorded.
         run_folders: folders of the runs that are compared.
 
     Raises: ValueError if the runs recorded different sources, since their held-out prompts may differ.
@@ -286,7 +290,7 @@ def compare_networks(
 
     Args:
         path_by_network: files of the tuned networks, by name.
-        before_path: file of the untuned network; None: the bundled one.
+        before_path: file of the untuned network; None selects the bundled generator.
         max_latent_count: number of latents; it is rounded down to a multiple of CHOOSE.
         psi: truncation.
         seed: number that shifts the range of the held-out latents.
@@ -325,7 +329,7 @@ def compare_stages(
     Args:
         folder_by_network: folders of the tuned weights, by name.
         arms_source: source from which the generator is opened.
-        stage: name of the tuned stage; None: the first stage.
+        stage: name of the tuned stage; None selects the first stage.
         n: largest number of shapes of each arm.
         seed: seed of the noises.
         device: device of the generator.

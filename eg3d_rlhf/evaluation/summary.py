@@ -391,8 +391,7 @@ def rows(summary: dict) -> list[tuple[str, str, str]]:
     if (surface_change := summary.get("surface_change_voxels")) and surface_change["n"]:
         figure_text = (
             f"{surface_change['median']:.2f} voxels of 64^3 [{surface_change['quartiles'][0]:.2f},"
-            f" {surface_change['quartiles'][1]:.2f}]"
-            f" of {surface_change['n']} latents"
+            f" {surface_change['quartiles'][1]:.2f}] of {surface_change['n']} latents"
         )
         table_rows.append(("median change of the surface in the head (quartiles)", figure_text, ""))
     if summary.get("reward_test_accuracy") is not None:
@@ -418,8 +417,7 @@ def rows(summary: dict) -> list[tuple[str, str, str]]:
     if (early_stop := summary.get("early_stop")) is not None:
         figure_text = (
             f"after {early_stop['images']} of {early_stop['of']} images: held-out reward"
-            f" {early_stop['heldout']:+.3f}, distance"
-            f" {early_stop['distance']:.3f}"
+            f" {early_stop['heldout']:+.3f}, distance {early_stop['distance']:.3f}"
         )
         table_rows.append(("early stop kept the snapshot", figure_text, ""))
     # 420 s is the time limit of the demo.
@@ -504,14 +502,13 @@ def notes(summary: dict) -> list[str]:
     return [
         (
             f"{summary['heads_n']} held-out latents at psi 1, {summary['defective_n']} of them defective"
-            " before"
-            " tuning. We damaged the backs of the training scans deliberately, to imitate real scans."
+            " before tuning. We damaged the backs of the training scans deliberately, to imitate real scans."
         ),
         (
             f"Best label-free post-processing that leaves intact heads alone: {chosen_method}, chosen on"
             f" {summary['post_processing_chosen_on']} other latents. The strongest of all,"
-            f" {strongest_method},"
-            f" reduces the error by {reduction_text} and degrades {degraded_text} of the intact heads."
+            f" {strongest_method}, reduces the error by {reduction_text} and degrades {degraded_text} of the"
+            " intact heads."
         ),
         "*: not used by the simulated annotator, the reward or the early stop.",
     ]

@@ -83,11 +83,11 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
     Raises: ValueError if a list is empty or contains a negative value.
     """
     for flag, flag_values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
-        if not flag_values or min(flag_values) < 0:
+        if not flag_values:
+            raise ValueError(f"{flag} has no value. Pass one or more values >= 0, for example {flag}=0,1,10.")
+        if min(flag_values) < 0:
             raise ValueError(
-                f"{flag}={','.join(map(str, flag_values))}: one or more values >= 0 are needed. Separate"
-                " them by"
-                f" commas, for example {flag}=0,1,10."
+                f"{flag}={','.join(map(str, flag_values))} contains a negative value. Pass only values >= 0."
             )
     # With λ_r = 0, λ_σ is set to 0, since it has no effect.
     cells = [
@@ -379,10 +379,8 @@ def front(comparison: Comparison, finding_by_cell: Mapping[Cell, Finding], _fold
             )
             sentences.append(
                 f"At λ_r = {setting_row['lambda_r']:g}, λ_σ = {setting_row['lambda_sigma']:g} reduces the"
-                " distance by"
-                f" {distance_reduction:.1%} relative to the run without the consistency term, and reaches"
-                f" {relative_gain:.1%} of"
-                " that run's change of the reward."
+                f" distance by {distance_reduction:.1%} relative to the run without the consistency term, and"
+                f" reaches {relative_gain:.1%} of that run's change of the reward."
             )
     if max(len(setting_row["seeds"]) for setting_row in setting_rows) < 2:
         sentences.append(
@@ -483,8 +481,8 @@ def write(
     front_findings = pages.run([job], out, quiet=True)
     introduction = (
         f"{len(path_by_cell)} runs of train.py started from {comparison.before.path.name}. Each is compared"
-        " with"
-        f" it on the same {comparison.n} held-out latents. The data of every run are in data/cell-*.json."
+        f" with it on the same {comparison.n} held-out latents. The data of every run are in"
+        " data/cell-*.json."
     )
     write_page(out / "index.html", TITLE, introduction, [job], front_findings, front_findings[KEY].says[:1])
     return front_findings[KEY]
@@ -499,7 +497,7 @@ def make_cells(parts: Mapping[Cell, Part], jobs: int) -> None:
 
 def measure_cells(parts: Mapping[Cell, Part], sources: Sources, out: Path) -> Finding:
     """Measure the finished cells, and write the page; return the finding of the front."""
-    # A comparison cannot be loaded without a tuned network, so the first one stands for all.
+    # A comparison cannot be loaded without a tuned network, so the first one is loaded.
     path_by_cell = {
         cell: network_path for cell, part in parts.items() if (network_path := part.network()) is not None
     }

@@ -296,8 +296,8 @@ def make(
     Args:
         chains: lists of parts; the parts of a chain run one after another.
         jobs: number of chains that run at the same time.
-        threads: OMP_NUM_THREADS of each process; None: the inherited value.
-        quiet: True: output goes to log.txt in the part's folder; False: output goes to the terminal.
+        threads: OMP_NUM_THREADS of each process; None keeps the value of this process.
+        quiet: True if the output goes to log.txt in the part's folder, False if it goes to the terminal.
         on_done: function that is called with each part when it is finished.
 
     Raises: ValueError with the name of the part that failed, its last line of output, and its log.
@@ -371,7 +371,6 @@ def call(script_title: str, command: list[str]) -> float:
     if exit_status:
         raise ValueError(
             f"{script_title} failed with exit status {exit_status}. Read its message above, correct the"
-            " cause, and run the"
-            " same command again to resume."
+            " cause, and run the same command again to resume."
         )
     return time.time() - start_time

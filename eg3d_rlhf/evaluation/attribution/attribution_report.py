@@ -450,8 +450,7 @@ def regions(study: Study, folder: Path) -> Finding:
     sentences = [
         (
             f"{len(count_rows)} regions from {kind_text}. Every voxel of the slab belongs to one region;"
-            " where two"
-            " overlap, to the first in the table."
+            " where two overlap, to the first in the table."
         ),
         (
             "The partition is a choice: with another partition, the same difference of the reward is divided"
@@ -485,7 +484,7 @@ def regions(study: Study, folder: Path) -> Finding:
 
 
 def _counts(study: Study) -> list[dict]:
-    """Count the voxels of each region: mean, least and most over the latents."""
+    """Count the voxels of each region: mean, smallest and largest number over the latents."""
     # A region may have other voxels for each latent, for example if it depends on landmarks.
     counts_by_latent = np.array([partition.counts() for partition in study.partitions])  # [N, R]
     return [
@@ -622,8 +621,7 @@ def _describe_shapley(
         (
             f"The reward changes by {span(*mean_difference)} on average; Shapley values from {method_text}"
             f" divide that among {len(study.names)} regions. The largest efficiency gap is {largest_gap:.1e}"
-            " of a latent's difference"
-            f" (an error above {settings.gap_bound:g})."
+            f" of a latent's difference (an error above {settings.gap_bound:g})."
         ),
     ]
     # Shapley values sum to the difference, so the shares sum to 100 %.
@@ -720,8 +718,7 @@ def methods(study: Study, folder: Path) -> Finding:
     integral_text = (
         f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete_count} of"
         f" {len(integral_rows)} latents (largest gap {largest_gap:.2%}) with {min(step_counts)} to"
-        f" {max(step_counts)} steps; the count"
-        f" was raised automatically from {study.settings.steps} for"
+        f" {max(step_counts)} steps; the count was raised automatically from {study.settings.steps} for"
         f" {sum(len(integral_row['tried']) > 1 for integral_row in integral_rows)} of them."
     )
     # Latents whose integral has not converged are reported.
@@ -873,13 +870,11 @@ def _describe_randomised(finding_data: dict) -> list[str]:
         (
             "Spearman correlation between the trained reward's attributions and those of"
             f" {len(finding_data['by_randomisation'])} rewards with random weights:"
-            f" {span(mean_correlation, lo, hi, '.2f')};"
-            f" {conclusion}."
+            f" {span(mean_correlation, lo, hi, '.2f')}; {conclusion}."
         ),
         (
-            f"With {len(finding_data['by_randomisation'])} random weights, a correlation that is smaller"
-            " than the"
-            " interval's width cannot be detected."
+            f"With {len(finding_data['by_randomisation'])} random weights, a correlation that is smaller than"
+            " the interval's width cannot be detected."
         ),
     ]
     if finding_data["mean_of_sizes"] is not None:

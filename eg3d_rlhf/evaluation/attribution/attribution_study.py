@@ -115,12 +115,11 @@ class Study:
                     )
                 ] * len(self.seeds)
         region_count = len(partitions[0].names)  # all partitions have the same names
-        # The exact method evaluates 2^R coalitions, which is too slow for more than MAX_EXACT_REGIONS regions.
+        # The exact method evaluates 2^R coalitions, which is too slow for a larger R.
         if settings.method == "exact" and region_count > regions.MAX_EXACT_REGIONS:
             raise ValueError(
                 f"--method=exact evaluates at most {regions.MAX_EXACT_REGIONS} regions, but there are"
-                f" {region_count}. Use"
-                " --method=antithetic."
+                f" {region_count}. Use --method=antithetic."
             )
         return partitions
 
@@ -209,8 +208,8 @@ class Study:
 
         Args:
             latent_index: index of the latent in `seeds`.
-            score: function that scores slabs; None: the reward.
-            tuned: slab after tuning; None: the latent's slab after tuning.
+            score: function that scores slabs; None selects the reward.
+            tuned: slab after tuning; None selects the latent's own slab after tuning.
         """
         # Only the values of the reward and the latent's own slab are cached, since others are used once.
         if score is None and tuned is None and latent_index in self._values:
@@ -267,8 +266,7 @@ class Study:
             )
             self.progress(
                 f"seed {seed}: reward difference {attribution.difference:+.4f}, efficiency gap"
-                f" {attribution.gap:+.2e}"
-                f" ({attribution.relative_gap:.1e} of the difference)"
+                f" {attribution.gap:+.2e} ({attribution.relative_gap:.1e} of the difference)"
             )
         # Efficiency: the values must sum to the reward difference, which is computed without the coalitions.
         shapley_methods.check_gap(attributions, self.seeds, settings.gap_bound)

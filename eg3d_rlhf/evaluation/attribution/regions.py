@@ -1,6 +1,6 @@
 """Partitions of a slab's voxels into named regions, to which an attribution is computed.
 
-A box is (least x, largest x, least y, largest y, least z, largest z).
+A box is (smallest x, largest x, smallest y, largest y, smallest z, largest z).
 Shapes: R regions, L landmarks, V vertices, D, H, W grid points of the slab along z, y, x.
 """
 
@@ -267,22 +267,23 @@ def read_landmarks(path: str | Path) -> PixelLandmarks:
         json_value = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Correct the file at this position.") from error
-    if (
-        not isinstance(json_value, Mapping)
-        or "image_size" not in json_value
-        or not {"points", "seeds"} & set(json_value)
-    ):
+    example_text = '{"image_size": 512, "points": [[x, y], ...]}'
+    if not isinstance(json_value, Mapping):
+        raise ValueError(f"{path} does not contain a JSON object. Write for example {example_text}.")
+    if "image_size" not in json_value:
         raise ValueError(
-            f'{path} has no "image_size", or neither "points" nor "seeds". Write for example'
-            ' {"image_size": 512, "points": [[x, y], ...]}.'
+            f'{path} has no "image_size". Add the pixels per edge of the image, for example {example_text}.'
+        )
+    if not {"points", "seeds"} & set(json_value):
+        raise ValueError(
+            f'{path} has neither "points" nor "seeds". Add the landmarks, for example {example_text}.'
         )
     image_size = json_value["image_size"]
     # bool is a subclass of int in Python, but `true` is not a size.
     if isinstance(image_size, bool) or not isinstance(image_size, (int, float)) or image_size <= 0:
         raise ValueError(
             f'{path}: "image_size" is {image_size!r}, but a number > 0 is needed. Write the pixels per edge'
-            " of the"
-            " image."
+            " of the image."
         )
     shared_points = (
         _points(path, "points", json_value["points"], image_size) if "points" in json_value else None
@@ -315,11 +316,15 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
         raise ValueError(
             f"{path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of numbers."
         ) from error
-    if landmark_pixels.shape != (COUNT, 2) or not np.isfinite(landmark_pixels).all():
+    if landmark_pixels.shape != (COUNT, 2):
         raise ValueError(
-            f"{path}: {entry_name} has the shape {list(landmark_pixels.shape)}, or a value that is not"
-            " finite. Write"
-            f" the {COUNT} points [x, y] of WFLW."
+            f"{path}: {entry_name} has the shape {list(landmark_pixels.shape)}, but [{COUNT}, 2] is needed."
+            f" Write the {COUNT} points [x, y] of WFLW."
+        )
+    if not np.isfinite(landmark_pixels).all():
+        raise ValueError(
+            f"{path}: {entry_name} contains a coordinate that is not finite. Replace it by the position of the"
+            " landmark in pixels."
         )
     # Points outside the image mean that "image_size" does not belong to them.
     if landmark_pixels.min() < 0 or landmark_pixels.max() > image_size:
@@ -495,7 +500,7 @@ def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, 
 
 
 def _box(low_corner: Sequence[float], high_corner: Sequence[float]) -> Box:
-    """Return the box between its corner with the least x, y, z and its corner with the largest x, y, z."""
+    """Return the box between the corner with the smallest x, y, z and the corner with the largest x, y, z."""
     return (
         float(low_corner[0]),
         float(high_corner[0]),

@@ -188,8 +188,8 @@ def exact(coalition_values: Value, region_count: int) -> np.ndarray:
     """
     if not 1 <= region_count <= MAX_EXACT_REGIONS:
         raise ValueError(
-            f"--method=exact needs 2^R evaluations for R regions, so it is limited to {MAX_EXACT_REGIONS} regions,"
-            f" but there are {region_count}. Use --method=antithetic."
+            f"--method=exact needs 2^R evaluations for R regions, so it is limited to {MAX_EXACT_REGIONS}"
+            f" regions, but there are {region_count}. Use --method=antithetic."
         )
     return exact_from_table(coalition_values(all_coalitions(region_count)).numpy())
 
@@ -236,8 +236,9 @@ def estimate_by_sampling(
         region_count: number of regions, R.
         order_count: number of random orders.
         seed: seed of the orders.
-        antithetic: True: half of the orders are random, the other half are their reverses (Mitchell et al.
-            2022, section 4.1). Standard errors are then computed from the means of the pairs.
+        antithetic: False if all orders are random. True if half of the orders are random and the other half
+            are their reverses (Mitchell et al. 2022, section 4.1). Standard errors are then computed from the
+            means of the pairs.
 
     Returns: means [R] and standard errors [R] of the marginal contributions.
     Raises: ValueError for too few samples, or an odd number of antithetic samples.
@@ -245,15 +246,13 @@ def estimate_by_sampling(
     if antithetic and order_count % 2:
         raise ValueError(
             f"--permutations={order_count}: antithetic orders come in pairs, so their number must be even."
-            " Pass"
-            f" --permutations={order_count + 1}."
+            f" Pass --permutations={order_count + 1}."
         )
     sample_count = order_count // 2 if antithetic else order_count
     if sample_count < 2:
         raise ValueError(
             f"--permutations={order_count} is too small: standard errors need at least 2 orders, or 4"
-            " antithetic"
-            " ones. Raise --permutations."
+            " antithetic ones. Raise --permutations."
         )
     rng = np.random.default_rng(seed)
     orders = np.stack([rng.permutation(region_count) for _ in range(sample_count)])  # [samples, R]
@@ -335,10 +334,8 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], max_gap
         raise ValueError(
             f"--gap-bound={max_gap:g}: the Shapley values of seed {seeds[worst_index]} sum to"
             f" {worst_attribution.values.sum():.6g}, but its reward difference is"
-            f" {worst_attribution.difference:.6g},"
-            f" which is a gap of {relative_gaps[worst_index]:.3g}. Raise --gap-bound if the difference is"
-            " almost"
-            " zero, else use other latents with another --seed."
+            f" {worst_attribution.difference:.6g}, which is a gap of {relative_gaps[worst_index]:.3g}. Raise"
+            " --gap-bound if the difference is almost zero, else use other latents with another --seed."
         )
 
 

@@ -73,12 +73,15 @@ def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
 def render_cells(
     arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Render an arm in colour, and as a shape without colours, uint8 [R, R, 3] each.
+    """Render an arm in colour, and as a shape without colours.
 
     Args:
         camera: camera of both renders, [1, 25].
         pixels: pixels per edge, R.
-        factor: the shape is rendered with this factor of pixels per edge and then reduced, to avoid aliasing.
+        factor: the shape is rendered with `factor` times the pixels per edge and then reduced, to avoid
+            aliasing.
+
+    Returns: two images: the render in colour, uint8 [R, R, 3], and the shape, uint8 [R, R, 3].
     """
     # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels`
     image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
@@ -244,7 +247,8 @@ def over_optimisation(
         weight_names: names of the weights, in ascending order.
         base_name: name of the base.
 
-    Returns: if the mean reward rises from each weight to the next, the knee, and the over-optimising weights.
+    Returns: dict with "reward_rises" (True if the mean reward rises from each weight to the next), "knee"
+        (name of the weight), and the lists "over_optimised" and "clearly_over_optimised" of names of weights.
     """
     mean_rewards = (
         [statistics_by_measure["reward"]["means"][weight_name]["mean"] for weight_name in weight_names]
@@ -334,8 +338,7 @@ def measure_sentences(summary: Mapping) -> list[str]:
         )
         sentences.append(
             f"{measure_name} ({BY_NAME[measure_name].unit}): {measure_data['means'][base_name]['mean']:.4g}"
-            f" at λ {base_name}; change at"
-            f" {change_texts or 'no other'}."
+            f" at λ {base_name}; change at {change_texts or 'no other'}."
         )
     return [
         *sentences,

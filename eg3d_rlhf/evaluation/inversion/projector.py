@@ -48,7 +48,7 @@ class Perceptual:
     Args:
         name: name of the network. Distances by networks of different names cannot be compared.
         features: differentiable function from images to features [N, F].
-        mean: True: the distance is the mean of the squared differences; False: their sum.
+        mean: True if the distance is the mean of the squared differences, False if it is their sum.
     """
 
     def __init__(self, name: str, features: Callable[[Tensor], Tensor], mean: bool):
@@ -106,8 +106,7 @@ def load_perceptual(
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{network_path} cannot be loaded as TorchScript ({reason}). Pass a TorchScript file, or a"
-            " .safetensors"
-            " file of a head-factor network."
+            " .safetensors file of a head-factor network."
         ) from error
     # The optimisation needs gradients of the images only.
     for parameter in network.parameters():
@@ -156,15 +155,14 @@ def _test_network(
             type(error).__name__,
         )
         raise ValueError(
-            f"the network of {network_path} cannot be applied to images [N, 3, H, W] ({reason.strip()})."
-            " Pass for"
-            " example the VGG16 of the StyleGAN projectors."
+            f"the network of {network_path} cannot be applied to images [N, 3, H, W] ({reason.strip()}). Pass"
+            " for example the VGG16 of the StyleGAN projectors."
         ) from None
     if not isinstance(test_features, Tensor) or test_features.ndim != 2 or len(test_features) != 2:
         raise ValueError(
             f"the network of {network_path} returns {getattr(test_features, 'shape', type(test_features))}"
-            " for two images, but"
-            " features [2, F] are needed. Pass a network that returns one vector for each image."
+            " for two images, but features [2, F] are needed. Pass a network that returns one vector for each"
+            " image."
         )
     if not test_features.requires_grad:
         raise ValueError(
@@ -204,9 +202,9 @@ class Guidance:
         self.standard = Standardised(torch.cat(scores)).to(z.device)
 
     def clipped_reward(self, field: Field) -> tuple[Tensor, Tensor]:
-        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10, and the raw reward, [N] each.
+        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10. Differentiable in the field.
 
-        Differentiable in the field.
+        Returns: two tensors: the term [N], and the raw reward [N].
         """
         score = self.reward.score(field)
         # The gradient of a clipped value is 0, so that an extreme reward is not increased further.
@@ -333,9 +331,10 @@ class Objective:
         return image if mask is None else target + mask * (image - target)
 
     def image_loss(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the image loss, lambda_mse * mse + perceptual distance, and both of its terms.
+        """Compute the image loss, lambda_mse * mse + perceptual distance.
 
-        The mean squared error is the mean over the mask.
+        The mean squared error (mse) is the mean over the mask.
+        Returns: the loss, and a dict with its two unweighted terms, "mse" and "perceptual".
         """
         blended = self.blend_outside_mask(image)
         # The mean over all pixels divided by their mean weight is the mean over the mask.
@@ -348,9 +347,14 @@ class Objective:
     def guidance_term(
         self, field: Field, step: int, weight: float
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Compute the reward's term of the loss in a step, and the raw reward.
+        """Compute the reward's term of the loss in a step.
 
-        The term is 0.0, and there is no reward, if the weight is 0, or in a step between two evaluations.
+        Args:
+            step: number of the step; the reward is evaluated in every `reward_every`-th step.
+            weight: weight of the reward.
+
+        Returns: the term, and the dict {"reward": raw reward}. If the weight is 0, or if the reward is not
+            evaluated in this step, the term is 0.0 and the dict is empty.
         """
         if self.guidance is None or weight == 0 or step % self.config.reward_every:
             return 0.0, {}
@@ -376,7 +380,7 @@ class LatentStage:
         """Initialise the stage.
 
         Args:
-            start: initial ws, [1, L, W]; None: the mean latent.
+            start: initial ws, [1, L, W]; None selects the mean latent for every layer.
             weight: weight of the reward in the second half of the stage, if the settings enable it there.
         """
         generator.module.eval().requires_grad_(False)
@@ -393,12 +397,12 @@ class LatentStage:
     def step(self, step: int) -> dict[str, float]:
         """Make one update, and return the loss and its terms before the update."""
         config = self.objective.config
-        noise_deviation = self.prior.standard_deviation * noise_scale(step, self.steps, config.noise)
+        noise_std = self.prior.standard_deviation * noise_scale(step, self.steps, config.noise)
         # The noise is sampled on the CPU from (seed, step), so that a resumed stage has the same noise. The
         # seed is shifted as in `Objective.render`.
         noise_generator = torch.Generator().manual_seed((config.seed << 20) + step)
         field = self.generator.field(
-            self.ws + noise_deviation * torch.randn(self.ws.shape, generator=noise_generator).to(self.ws)
+            self.ws + noise_std * torch.randn(self.ws.shape, generator=noise_generator).to(self.ws)
         )
         loss, loss_terms = self.objective.image_loss(self.objective.render(field, step))
         # This term keeps w close to the mean latent.

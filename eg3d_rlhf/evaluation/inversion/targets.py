@@ -58,7 +58,8 @@ def case_from_file(generator: Generator, image_path: Path, mask_path: Path | Non
 
     Args:
         image_path: image file of the generator's size.
-        mask_path: image file whose brightness is the weight of each pixel; None: all pixels have weight 1.
+        mask_path: image file whose brightness is the weight of each pixel. If it is None, all pixels have the
+            weight 1.
         camera: camera of the image, [1, 25].
 
     Raises: ValueError or OSError, with the name of the flag.
@@ -77,8 +78,7 @@ def case_from_file(generator: Generator, image_path: Path, mask_path: Path | Non
         if float(pixel_weights.max()) == 0:
             raise ValueError(
                 f"--mask: {mask_path} is completely black, so that no pixel has a weight. Paint the pixels"
-                " that"
-                " must be reproduced in white."
+                " that must be reproduced in white."
             )
     # [R, R, 3] in 0..255 -> [1, 3, R, R] in [-1, 1]
     return Case(
@@ -108,8 +108,8 @@ def _read(flag: str, image_path: Path, pil_mode: str, resolution: int) -> np.nda
     if image_size != (resolution, resolution):
         raise ValueError(
             f"{flag}: {image_path} has {image_size[0]} x {image_size[1]} pixels, but the generator's images"
-            f" have {resolution} x"
-            f" {resolution}. Crop the head as in the generator's images, and save it in this size."
+            f" have {resolution} x {resolution}. Crop the head as in the generator's images, and save it in"
+            " this size."
         )
     return pixels
 
@@ -172,9 +172,8 @@ def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{camera_text!r} is not a camera ({error}). Write YAW,PITCH in radians, 25 numbers, or the"
-            " path of a"
-            " .json file with a list of them."
+            f"{camera_text!r} is not a camera ({error}). Write YAW,PITCH in radians, 25 numbers, or the path"
+            " of a .json file with a list of them."
         ) from error
     # Two numbers are angles. 25 numbers are a camera label, which `label_array` checks below.
     if isinstance(camera_numbers, list) and len(camera_numbers) == 2:
@@ -188,8 +187,7 @@ def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
     if not isinstance(camera_numbers, list):
         raise ValueError(
             f"{camera_text} holds a {type(camera_numbers).__name__}, but a list of 25 numbers is needed."
-            " Write the pose (16"
-            " numbers) and the intrinsics (9 numbers) as a list."
+            " Write the pose (16 numbers) and the intrinsics (9 numbers) as a list."
         )
     labels = label_array([camera_numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
     return torch.from_numpy(labels).to(device_of(generator))
