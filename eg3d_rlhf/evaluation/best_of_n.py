@@ -241,9 +241,8 @@ class Trial:
         )
 
 
-JoinFunction = Callable[
-    [Mapping[str, np.ndarray]], np.ndarray
-]  # members' scores by name -> scores of an arm [N]
+# members' scores by name -> scores of an arm [N]
+JoinFunction = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, JoinFunction]]:
@@ -353,10 +352,11 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
     Args: scores_finding: finding of `score`.
     """
     rewards_by_arm, join_by_arm = arms(trial)
+    # name -> [N]
     scores_by_reward = {
         arm_name: np.asarray(scores_by_arm)
         for arm_name, scores_by_arm in scores_finding.data["scores"].items()
-    }  # name -> [N]
+    }
     scores_by_arm = {
         **scores_by_reward,
         **{arm_name: join(scores_by_reward) for arm_name, join in join_by_arm.items()},
@@ -376,9 +376,8 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
     table_rows = []  # one row for each arm and n
     for arm_name, arm_scores in scores_by_arm.items():
         evaluator_means = expected_best(arm_scores, evaluator_scores, n_values)  # [T]
-        resampled_means = resample_best(
-            arm_scores, evaluator_scores, n_values, latent_counts_by_resample
-        )  # [B, T]
+        # [B, T]
+        resampled_means = resample_best(arm_scores, evaluator_scores, n_values, latent_counts_by_resample)
         # Gains are relative to n = 1, in each resample as well.
         gains = (evaluator_means - evaluator_means[0]) / evaluator_scale
         resampled_gains = (resampled_means - resampled_means[:, :1]) / evaluator_scale
@@ -406,10 +405,11 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
                 )
             ],
         }
+        # the gain at the largest n, and its resamples
         last_gain_by_arm[arm_name] = (
             gains[-1],
             resampled_gains[:, -1],
-        )  # the gain at the largest n, and its resamples
+        )
         table_rows += [
             {
                 "arm": arm_name,
@@ -708,22 +708,22 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
     if len(set(name_by_path.values())) < len(name_by_path):
         name_by_path = {path: str(path) for path in reward_paths}
 
-    def load(path: Path, flag: str):
+    def load(reward_path: Path, flag: str):
         """Return a reward, and the hash of its file or a description.
 
-        If `path` is the name of an observation and no such file exists, the reward is an untrained one of
-        this observation, and the second value describes it.
+        If `reward_path` is the name of an observation and no such file exists, the reward is an untrained one
+        of this observation, and the second value describes it.
         Args: flag: flag that named the path, for messages.
         """
-        if (observation_kind := str(path)) in OBSERVATIONS and not path.exists():
+        if (observation_kind := str(reward_path)) in OBSERVATIONS and not reward_path.exists():
             with prefix_errors(flag):
                 return untrained_reward(
                     observation_kind, generator.generator
                 ), f"untrained {observation_kind}"
         with prefix_errors(flag):
-            reward = load_reward(path, torch_device)
+            reward = load_reward(reward_path, torch_device)
         check_reward(reward, generator.generator, flag)
-        return reward, file_hash(path)
+        return reward, file_hash(reward_path)
 
     if heldout_reward is None and not annotator_can_score(generator, data):
         raise ValueError(
@@ -744,15 +744,22 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
     return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **sampling)
 
 
-def write(trial: Trial, out: Path) -> Finding:
+def write(trial: Trial, page_folder: Path) -> Finding:
     """Score the latents, compute the curves, and write <out>/index.html; return the finding of the curves."""
     scores_job, make_curves_job = jobs(trial)
-    curves_job = make_curves_job(pages.run([scores_job], out)[SCORES])
-    findings = pages.run([curves_job], out, quiet=True)
+    curves_job = make_curves_job(pages.run([scores_job], page_folder)[SCORES])
+    finding_by_key = pages.run([curves_job], page_folder, quiet=True)
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
         " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the latent"
         " with the highest reward."
     )
-    write_page(out / "index.html", TITLE, introduction, [curves_job], findings, findings[CURVES].says)
-    return findings[CURVES]
+    write_page(
+        page_folder / "index.html",
+        TITLE,
+        introduction,
+        [curves_job],
+        finding_by_key,
+        finding_by_key[CURVES].says,
+    )
+    return finding_by_key[CURVES]

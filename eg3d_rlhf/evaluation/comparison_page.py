@@ -83,20 +83,20 @@ def introduction(comparison: Comparison) -> str:
     )
 
 
-def list_conclusions(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+def list_conclusions(comparison: Comparison, finding_by_key: Mapping[str, Finding]) -> list[str]:
     """List the conclusions that the numbers support, and then conclusions that they do not support.
 
-    Args: findings: findings of the jobs by key.
+    Args: finding_by_key: findings of the jobs by key.
     """
-    return [f"Allowed: {conclusion}" for conclusion in _allowed(findings)] + [
-        f"Not allowed: {conclusion}" for conclusion in _not_allowed(comparison, findings)
+    return [f"Allowed: {conclusion}" for conclusion in _allowed(finding_by_key)] + [
+        f"Not allowed: {conclusion}" for conclusion in _not_allowed(comparison, finding_by_key)
     ]
 
 
-def _allowed(findings: Mapping[str, Finding]) -> list[str]:
+def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
     """List the statements that the intervals support."""
     sentences = []  # without the word "Allowed"
-    data_by_job = {key: finding.data for key, finding in findings.items()}
+    data_by_job = {key: finding.data for key, finding in finding_by_key.items()}
     change_by_role = data_by_job.get("reward-shift", {}).get("paired", {})  # {} if the job was not selected
     # Only intervals that exclude "no change" support a statement.
     if change_by_role and change_by_role["after"]["mean_lo"] > 0:
@@ -148,7 +148,7 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
     return sentences or ["nothing: no selected part shows a change whose interval excludes zero change."]
 
 
-def _not_allowed(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+def _not_allowed(comparison: Comparison, finding_by_key: Mapping[str, Finding]) -> list[str]:
     """List statements that the numbers do not support."""
     sentences = [
         "that people prefer the tuned shapes: no person was asked here. Let people compare them in a blind"
@@ -186,7 +186,7 @@ def _not_allowed(comparison: Comparison, findings: Mapping[str, Finding]) -> lis
         sentences.append(
             "anything on photographs of people: these are rendered heads, and the oracle is a formula."
         )
-    absent_keys = [key for key, finding in findings.items() if "absent" in finding.data]
+    absent_keys = [key for key, finding in finding_by_key.items() if "absent" in finding.data]
     if absent_keys:
         sentences.append(
             f"statements of these sections, which could not be computed (each states the reason):"
@@ -284,7 +284,7 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
         # A stable sort, so that seeds of equal scores keep their order.
         best_first = np.argsort(-scores, kind="stable")
         for end_name, chosen_indices in (("highest", best_first[:k]), ("lowest", best_first[::-1][:k])):
-            chosen_seeds = [seeds[int(index)] for index in chosen_indices]
+            chosen_seeds = [seeds[int(latent_index)] for latent_index in chosen_indices]
             views = shapes(comparison, generator, chosen_seeds, choose_yaws(comparison))  # [k, 2, 1, R, R]
             image_name = f"reward-strips-{role}-{end_name}.png"
             # [k, 2, ...] -> [2 k, ...]: a row with the first yaw of the k shapes, then a row with the second
@@ -299,11 +299,11 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
                 {
                     "role": role,
                     "which": end_name,
-                    "rank": index + 1,
+                    "rank": latent_index + 1,
                     "seed": seed,
                     "reward": float(scores[seed - seeds[0]]),
                 }
-                for index, seed in enumerate(chosen_seeds)
+                for latent_index, seed in enumerate(chosen_seeds)
             ]
     sentences = [
         (
@@ -389,9 +389,8 @@ def orbit(comparison: Comparison, folder: Path) -> Finding:
         ORBIT_STILLS,
         folder / "orbit.png",
     )
-    frames = torch.cat(
-        [role_views[:ORBIT_FRAMES, 0] for role_views in views_by_network], dim=2
-    )  # [frames, R, 2R]
+    # [frames, R, 2R]
+    frames = torch.cat([role_views[:ORBIT_FRAMES, 0] for role_views in views_by_network], dim=2)
     first_frame, *other_frames = (
         PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy()
     )

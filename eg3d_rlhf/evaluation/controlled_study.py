@@ -652,20 +652,23 @@ TABLE_METRICS = {  # metric -> (heading of the table, format)
 def markdown(study: Mapping) -> str:
     """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics."""
     format_by_metric = {
-        name: (heading + (" (primary)" if name in study["primary_endpoints"] else ""), number_format)
-        for name, (heading, number_format) in TABLE_METRICS.items()
-        if name in study["before"]
+        metric_or_arm: (
+            heading + (" (primary)" if metric_or_arm in study["primary_endpoints"] else ""),
+            number_format,
+        )
+        for metric_or_arm, (heading, number_format) in TABLE_METRICS.items()
+        if metric_or_arm in study["before"]
     }
     metrics_by_label = {"before tuning": study["before"]}
-    for name, metrics in study["arms"].items():
+    for metric_or_arm, metrics in study["arms"].items():
         psi = ", ".join(f"{psi:g}" for psi in sorted(set(study["psi"].values())))
         arm_notes = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({study['post_processing']})"}
-        metrics_by_label[ARMS[name] + arm_notes.get(name, "")] = metrics
+        metrics_by_label[ARMS[metric_or_arm] + arm_notes.get(metric_or_arm, "")] = metrics
     table_lines = figure_table("arm", metrics_by_label, format_by_metric)
     criterion_result = study["criterion"]
     unbeaten_arms = [
-        ARMS[name]
-        for name, comparison_result in criterion_result["against"].items()
+        ARMS[metric_or_arm]
+        for metric_or_arm, comparison_result in criterion_result["against"].items()
         if not comparison_result["beaten"]
     ]
     sentences = (
@@ -741,7 +744,9 @@ def work(plan: Plan, jobs: int) -> list[Path]:
     tuning_by_case = plan.tunings()
     make_with_progress_bar([[part] for part in tuning_by_case.values()], jobs, threads, "networks tuned")
     network_by_task = {
-        part.name: path for part in tuning_by_case.values() if (path := part.network()) is not None
+        part.name: network_path
+        for part in tuning_by_case.values()
+        if (network_path := part.network()) is not None
     }
     study = compare(
         plan,

@@ -180,22 +180,24 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
             "main axis of UMAP's layout": (layout_before - centre) @ main_axes[0],
         }
     correlation_rows: list[dict] = []  # one row per axis
-    for name, axis_positions in positions_by_axis.items():
+    for listed_name, axis_positions in positions_by_axis.items():
         rho = (
             # There is no rank correlation if all rewards or all positions are equal (np.ptp is 0).
             spearman(axis_positions, features_by_role["before"][1])
             if np.ptp(features_by_role["before"][1]) and np.ptp(axis_positions)
             else (None, None, None)
         )
-        correlation_rows.append({"axis": name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
+        correlation_rows.append(
+            {"axis": listed_name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))}
+        )
     point_rows = [
         {
             "role": role,
             "seed": seed,
             "reward": float(features_by_role[role][1][seed_index]),
             **{
-                f"{name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
-                for name, positions_by_role in positions_by_layout.items()
+                f"{listed_name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
+                for listed_name, positions_by_role in positions_by_layout.items()
                 for axis_index, axis in enumerate("xy")
             },
         }
@@ -265,23 +267,28 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
     table_rows = [
         {
             "role": role,
-            "share": result.share,
-            "p": result.p,
-            "k": result.k,
-            "chance_97.5": float(np.quantile(result.chance, 0.975)),
+            "share": role_result.share,
+            "p": role_result.p,
+            "k": role_result.k,
+            "chance_97.5": float(np.quantile(role_result.chance, 0.975)),
         }
-        for role, result in result_by_role.items()
+        for role, role_result in result_by_role.items()
     ]
     sentences = []
-    for role, result in result_by_role.items():
+    for role, role_result in result_by_role.items():
         conclusion = (
-            "not shown to be apart" if result.p >= 0.05 else "apart" if result.share > 0.9 else "partly apart"
+            "not shown to be apart"
+            if role_result.p >= 0.05
+            else "apart"
+            if role_result.share > 0.9
+            else "partly apart"
         )
         # The smallest p-value of a permutation test is 1 / (1 + permutations).
-        sign = "<=" if result.p <= 1 / (1 + len(result.chance)) else "="
+        sign = "<=" if role_result.p <= 1 / (1 + len(role_result.chance)) else "="
         sentences.append(
-            f"Before and {role}: {result.share:.1%} of a sample's {result.k} nearest neighbours come from its"
-            f" own network (50 % by chance; p {sign} {result.p:.2g}): the two are {conclusion}."
+            f"Before and {role}: {role_result.share:.1%} of a sample's {role_result.k} nearest neighbours"
+            f" come from its own network (50 % by chance; p {sign} {role_result.p:.2g}): the two are"
+            f" {conclusion}."
         )
     sentences += [
         (
@@ -293,7 +300,7 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
     facts = comparison.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
     return Finding(
         facts=facts,
-        data={role: result.to_dict() for role, result in result_by_role.items()},
+        data={role: role_result.to_dict() for role, role_result in result_by_role.items()},
         rows=table_rows,
         says=sentences,
     )
@@ -433,14 +440,14 @@ def plot_test(axes, result_by_role: dict):
     axes.set(xlabel=f"share of the {neighbour_count} nearest neighbours from the own network")
 
 
-def write(comparison: Comparison, out: Path, quiet: bool = False) -> dict:
+def write(comparison: Comparison, page_folder: Path, quiet: bool = False) -> dict:
     """Compute the missing findings, write the page, and return all findings by key."""
     jobs_of_page = jobs(comparison)
-    finding_by_key = pages.run(jobs_of_page, out, quiet=quiet)  # by key
+    finding_by_key = pages.run(jobs_of_page, page_folder, quiet=quiet)  # by key
     feature_points = finding_by_key[MAP].data
     sheet = finding_by_key[SHAPES].data  # file name of the image with the shapes, and its layout
     # The image is embedded, so that the page is a single file.
-    sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
+    sprite = {**sheet, "uri": data_uri((page_folder / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
     title_by_layout = {"umap": "UMAP", "principal": "principal axes"}
     chart = points_section(
         feature_points["points"],
@@ -454,6 +461,12 @@ def write(comparison: Comparison, out: Path, quiet: bool = False) -> dict:
     # The summary consists of the first sentence of each section. The renders have no section.
     summary_sentences = [finding_by_key[key].says[0] for key in (MAP, SEPARABILITY)]
     write_page(
-        out / "index.html", TITLE, introduction, jobs_of_page[:2], finding_by_key, summary_sentences, chart
+        page_folder / "index.html",
+        TITLE,
+        introduction,
+        jobs_of_page[:2],
+        finding_by_key,
+        summary_sentences,
+        chart,
     )
     return finding_by_key

@@ -87,9 +87,8 @@ def mean_surface(
     # Points within 1.5 voxels of the cube's faces close the surface at the border; they are not the shape's.
     is_inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
     # The front half: z points to the front, and the points are in front of the mean z.
-    front_points = vertices[is_inside & (vertices[:, 2] > vertices[is_inside, 2].mean())].astype(
-        np.float64
-    )  # [P, 3]
+    # [P, 3]
+    front_points = vertices[is_inside & (vertices[:, 2] > vertices[is_inside, 2].mean())].astype(np.float64)
     # An even subset bounds the cost of the neighbour searches.
     return front_points[np.linspace(0, len(front_points) - 1, min(len(front_points), _POINTS)).astype(int)]
 
@@ -177,10 +176,12 @@ class DensityMap:
         values = self.values.to(sigma)
         # Index of the knot at the upper end of each density's segment. The clamp extends the outermost
         # segments. searchsorted needs no gradient, since the map is linear in each segment.
-        segment = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
-        low = knots[segment - 1]  # ends of each density's segment
-        high = knots[segment]
-        return values[segment - 1] + (sigma - low) / (high - low) * (values[segment] - values[segment - 1])
+        upper_index = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
+        lower_knots = knots[upper_index - 1]  # ends of each density's segment
+        upper_knots = knots[upper_index]
+        return values[upper_index - 1] + (sigma - lower_knots) / (upper_knots - lower_knots) * (
+            values[upper_index] - values[upper_index - 1]
+        )
 
 
 def calibrate_density(
@@ -204,13 +205,14 @@ def calibrate_density(
     """
     quantiles_by_side = []  # [below, above], each [foreign, reference]
     for is_above in (False, True):
+        # values with their level
         densities_with_level = (
             (foreign_densities, foreign_level),
             (reference_densities, reference_level),
-        )  # values with their level
+        )
         side_values = [
-            values[(values > side_level) if is_above else (values < side_level)]
-            for values, side_level in densities_with_level
+            densities[(densities > side_level) if is_above else (densities < side_level)]
+            for densities, side_level in densities_with_level
         ]
         if min(map(len, side_values)) < QUANTILES:
             side_name = "above" if is_above else "below"
@@ -220,17 +222,17 @@ def calibrate_density(
                 " cannot be scored. Remove it from --network."
             )
         quantiles_by_side.append(
-            [np.quantile(values, np.linspace(0, 1, QUANTILES)) for values in side_values]
+            [np.quantile(densities, np.linspace(0, 1, QUANTILES)) for densities in side_values]
         )
     # Quantiles below the level, then the level, then the quantiles above it
-    knots = np.concatenate([quantiles_by_side[0][0], [foreign_level], quantiles_by_side[1][0]])
-    values = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
+    foreign_knots = np.concatenate([quantiles_by_side[0][0], [foreign_level], quantiles_by_side[1][0]])
+    densities = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
     # Equal quantiles would make segments of zero width, hence a division by zero; only the first is kept.
-    is_increasing = np.concatenate(
-        [[True], np.diff(np.maximum.accumulate(knots)) > 1e-6 * max(abs(foreign_level), 1.0)]
+    is_kept = np.concatenate(
+        [[True], np.diff(np.maximum.accumulate(foreign_knots)) > 1e-6 * max(abs(foreign_level), 1.0)]
     )
     return DensityMap(
-        torch.from_numpy(knots[is_increasing]).float(), torch.from_numpy(values[is_increasing]).float()
+        torch.from_numpy(foreign_knots[is_kept]).float(), torch.from_numpy(densities[is_kept]).float()
     )
 
 
@@ -297,13 +299,13 @@ class Trial:
     @functools.cached_property
     def reference_surface(self) -> np.ndarray:
         """Return the surface points [P, 3] of the reference generator's typical shape, see `mean_surface`."""
-        options = self.options
+        score_options = self.options
         return mean_surface(
             self.reference.generator,
-            ALIGNMENT.take(options.fit),
-            options.psi,
-            options.cutoff,
-            options.resolution,
+            ALIGNMENT.take(score_options.fit),
+            score_options.psi,
+            score_options.cutoff,
+            score_options.resolution,
         )
 
     @functools.cached_property
@@ -345,15 +347,15 @@ class Trial:
 
         Args: psi: truncation; None selects the truncation of the options.
         """
-        options = self.options
+        score_options = self.options
         scores = []  # [n] for each batch
         embeddings = []  # [n, M] for each batch
-        for start in range(0, len(seeds), options.batch):
+        for start in range(0, len(seeds), score_options.batch):
             ws = ws_of_placed(
                 generator,
-                seeds[start : start + options.batch],
-                options.psi if psi is None else psi,
-                options.cutoff,
+                seeds[start : start + score_options.batch],
+                score_options.psi if psi is None else psi,
+                score_options.cutoff,
             )
             # The embedding is computed once; the score follows from it.
             embedding = self.reward.network.embed(self.reward.observation.observe(generator.field(ws)))
@@ -378,12 +380,16 @@ class Trial:
             generator's cube onto the reference's cube, 'aligned' maps its typical surface onto the
             reference's surface, and 'calibrated' also maps the density.
         """
-        options = self.options
+        score_options = self.options
         bounds = self.reference.generator.bounds
         cameras = self.reference.generator.cameras
         # ALIGNMENT: other latents than those that are scored
         surface_points = mean_surface(
-            generator, ALIGNMENT.take(options.fit), options.psi, options.cutoff, options.resolution
+            generator,
+            ALIGNMENT.take(score_options.fit),
+            score_options.psi,
+            score_options.cutoff,
+            score_options.resolution,
         )
         alignment = align(surface_points, self.reference_surface)
         # A scaled world needs a scaled density: optical depth is density times length.
@@ -396,7 +402,11 @@ class Trial:
         # Densities are compared where the reward reads them, after the alignment.
         placed_generator = Placed(generator, aligned_placement)
         densities = pool_densities(
-            placed_generator, ALIGNMENT.take(options.fit), self.spec, options.psi, options.cutoff
+            placed_generator,
+            ALIGNMENT.take(score_options.fit),
+            self.spec,
+            score_options.psi,
+            score_options.cutoff,
         )
         density_map = calibrate_density(
             densities, self.reference_density, placed_generator.level, self.reference.generator.level
@@ -434,7 +444,7 @@ def scores_under_changes(trial: Trial, generator: Generator, placement: Placemen
     A mirrored shape, or one shifted by half a voxel, should get a similar score. The last key is the lower
     truncation, under which scores may change.
     """
-    options = trial.options
+    score_options = trial.options
     half_voxel = trial.spec.voxel / 2 * placement.similarity.scale  # world units of the generator
     scores_by_change = {
         "mirrored": trial.measure_seeds(
@@ -450,7 +460,7 @@ def scores_under_changes(trial: Trial, generator: Generator, placement: Placemen
         scores_by_change[f"half a voxel {direction}"] = trial.measure_seeds(
             Placed(generator, shifted_place), trial.seeds
         ).scores
-    lower_psi = options.psi * 5 / 7  # 0.5 for the default truncation 0.7
+    lower_psi = score_options.psi * 5 / 7  # 0.5 for the default truncation 0.7
     return {
         **scores_by_change,
         f"ψ {lower_psi:.2g}": trial.measure_seeds(
@@ -549,28 +559,30 @@ def strip(trial: Trial, network_name: str, scores: np.ndarray, folder: Path) -> 
     Returns: the file name of the image by its caption.
     """
     generator = trial.networks[network_name].generator
-    options = trial.options
+    score_options = trial.options
     best_first = np.argsort(-scores, kind="stable")  # indices of the latents, highest score first
     sheet_rows: list[Row] = []
     for row_name, chosen_indices in (("best", best_first[:STRIP]), ("worst", best_first[::-1][:STRIP])):
-        cells = []
+        cell_images = []
         for latent_index in chosen_indices:
             # The unplaced generator: the image shows the shape as its generator makes it, extracted on 96
             # grid points per edge and seen from 0.4 rad to the side.
             surface = LevelSet.from_field(
                 generator.field(
-                    ws_of_placed(generator, [trial.seeds[int(latent_index)]], options.psi, options.cutoff)
+                    ws_of_placed(
+                        generator, [trial.seeds[int(latent_index)]], score_options.psi, score_options.cutoff
+                    )
                 ),
                 96,
             )
-            cells.append(
+            cell_images.append(
                 to_uint8(shrink(paint(look(surface, camera(generator, 0.4), PIXELS * SUPERSAMPLE))).cpu())
             )
         captions = [
             f"{trial.seeds[int(latent_index)]}: {scores[int(latent_index)]:.2f}"
             for latent_index in chosen_indices
         ]
-        sheet_rows.append(Row(cells=cells, name=row_name, captions=captions, parted=bool(sheet_rows)))
+        sheet_rows.append(Row(cells=cell_images, name=row_name, captions=captions, parted=bool(sheet_rows)))
     # Named by number, since a network's name may hold characters that file names may not.
     image_name = f"strip-{list(trial.networks).index(network_name)}.png"
     Image.fromarray(sheet("", sheet_rows, names=90)).save(folder / image_name)
@@ -581,7 +593,7 @@ def describe_scores(finding_data: Mapping) -> list[str]:
     """Describe the scores of a generator in sentences, from the data that `score` computes."""
     alignment = finding_data["alignment"]
     outside_share = finding_data["outside"]["calibrated"]  # share of shapes
-    shift_text = ", ".join(f"{value:+.3f}" for value in alignment["shift"])  # along x, y, z
+    shift_text = ", ".join(f"{correlation:+.3f}" for correlation in alignment["shift"])  # along x, y, z
     medians_text = ", ".join(f"{stage} {finding_data['summary'][stage]['median']:.2f}" for stage in STAGES)
     sentences = [
         f"Median reward: {medians_text}.",
@@ -603,15 +615,15 @@ def describe_scores(finding_data: Mapping) -> list[str]:
         for change_name, interval in finding_data["agreement"].items()
     }
     correlation_text = ", ".join(
-        f"{change_name} {'none' if value is None else format(value, '.2f')}"
-        for change_name, value in correlation_by_change.items()
+        f"{change_name} {'none' if correlation is None else format(correlation, '.2f')}"
+        for change_name, correlation in correlation_by_change.items()
     )
     sentences.append(f"Rank correlation of the calibrated reward with itself: {correlation_text}.")
     # The last entry is the other truncation, under which ranks may change.
     unstable_changes = [
         change_name
-        for change_name, value in list(correlation_by_change.items())[:-1]
-        if value is None or value < STEADY
+        for change_name, correlation in list(correlation_by_change.items())[:-1]
+        if correlation is None or correlation < STEADY
     ]
     if unstable_changes:
         sentences.append(
@@ -734,16 +746,16 @@ def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenera
     return generator_by_name
 
 
-def load_trial(networks, reward, reference, device: str, options: ScoreOptions) -> Trial:
+def load_trial(network_paths, reward, reference, device: str, score_options: ScoreOptions) -> Trial:
     """Load the networks that the flags name.
 
     Args:
-        networks: files or run folders of the generators to score. If the sequence is empty, only the
+        network_paths: files or run folders of the generators to score. If the sequence is empty, only the
             reference generator is scored.
         reward: file of the reward; None selects the bundled reward.
         reference: file or run folder of the reference generator; None selects the bundled generator.
         device: name of the device.
-        options: settings of the scores.
+        score_options: settings of the scores.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
@@ -760,7 +772,7 @@ def load_trial(networks, reward, reference, device: str, options: ScoreOptions) 
         bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras
     )
     # A network that is named twice is scored once.
-    for network_path in dict.fromkeys(networks or [reference]):
+    for network_path in dict.fromkeys(network_paths or [reference]):
         with prefix_errors("--network"):
             loaded_networks.append(load_generator(network_path, torch_device))
             misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, placement))
@@ -774,17 +786,17 @@ def load_trial(networks, reward, reference, device: str, options: ScoreOptions) 
         reward_hash=file_hash(reward_path),
         reference=reference_generator,
         networks=name_generators(loaded_networks),
-        options=options,
+        options=score_options,
     )
 
 
-def write(trial: Trial, out: Path) -> dict[str, Finding]:
+def write(trial: Trial, page_folder: Path) -> dict[str, Finding]:
     """Score the generators, and write the page <out>/index.html and <out>/scores.json.
 
     Returns: the finding of each generator by its name.
     """
     score_jobs, make_comparison_job = jobs(trial)
-    finding_by_key = pages.run(score_jobs, out)
+    finding_by_key = pages.run(score_jobs, page_folder)
     finding_by_network = {
         network_name: finding_by_key[score_job.key]
         for network_name, score_job in zip(trial.networks, score_jobs, strict=True)
@@ -797,17 +809,17 @@ def write(trial: Trial, out: Path) -> dict[str, Finding]:
             for network_name, finding in finding_by_network.items()
         },
     }
-    write_atomic(out / "scores.json", (json.dumps(json_values, indent=1) + "\n").encode())
+    write_atomic(page_folder / "scores.json", (json.dumps(json_values, indent=1) + "\n").encode())
     # The comparison needs the findings of all generators.
     comparison_job = make_comparison_job(finding_by_network)
-    finding_by_key |= pages.run([comparison_job], out, quiet=True)
+    finding_by_key |= pages.run([comparison_job], page_folder, quiet=True)
     introduction = (
         f"{trial.options.n} latents each. The reward was trained on shapes of {trial.reference.path.name}."
         " Raw: its crop is the same share of each generator's own cube. Aligned: each generator's typical"
         " surface is mapped onto the reference's by scale and shift. Calibrated: densities, too, get the"
         " reference's quantiles. Alignment and calibration were fitted on other latents."
     )
-    page_path = out / "index.html"
+    page_path = page_folder / "index.html"
     write_page(
         page_path,
         "Scores across generators",

@@ -522,8 +522,8 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
     """
     values_by_measure = {measure.name: np.full(len(maps.valid), np.nan) for measure in DEPTH_MEASURES}
     values_by_measure["valid pixels"] = maps.valid.mean(axis=(1, 2))
-    for latent_index, (points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
-        face_points = points[is_valid & _window(points, FACE, bounds)]
+    for latent_index, (pixel_points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
+        face_points = pixel_points[is_valid & _window(pixel_points, FACE, bounds)]
         if len(face_points) >= MIN_PIXELS:
             low_depth, high_depth = np.quantile(face_points[:, 2], [0.05, 0.95])  # z
             # Positions in units of the cube's side, so that the least-squares problem is well conditioned.
@@ -541,7 +541,7 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
                 rms_residual * bounds.side,
             )
         nose_depths, *cheek_depths = (
-            points[is_valid & _window(points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS)
+            pixel_points[is_valid & _window(pixel_points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS)
         )
         if min(len(window_depths) for window_depths in (nose_depths, *cheek_depths)) >= MIN_PIXELS:
             values_by_measure["nose prominence"][latent_index] = np.quantile(nose_depths, 0.98) - np.mean(
@@ -584,7 +584,10 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
     for pixel_row in mean_changes:
         # JSON has no NaN, so it is written as None. Six digits keep the file small.
         json_rows.append(
-            [None if not np.isfinite(change) else round(float(change), 6) for change in pixel_row]
+            [
+                None if not np.isfinite(mean_change) else round(float(mean_change), 6)
+                for mean_change in pixel_row
+            ]
         )
     return {"mean": json_rows}
 
@@ -596,8 +599,8 @@ def plot_change(finding_data: dict):
     change_maps = [
         np.array(
             [
-                [np.nan if change is None else change for change in row]
-                for row in finding_data["change"][role]["mean"]
+                [np.nan if mean_change is None else mean_change for mean_change in pixel_row]
+                for pixel_row in finding_data["change"][role]["mean"]
             ]
         )
         for role in roles

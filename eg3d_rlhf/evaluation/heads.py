@@ -315,17 +315,15 @@ def compare(
     ground_truth = ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     metrics_by_network = {}
     shape_features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
-    reference_features = (
-        shape_features.of_grids(ground_truth) if shape_features else np.zeros((0, 0))
-    )  # [N, Q]
+    # [N, Q]
+    reference_features = shape_features.of_grids(ground_truth) if shape_features else np.zeros((0, 0))
     measured_before: Measured = {}
     path_by_name = {"before": None, **path_by_network}
     for network_name, path in tqdm(path_by_name.items(), desc="networks", unit="network", leave=False):
         shapes = sample_shapes(generator_before if path is None else load_generator(path).generator, seeds)
         measured = measure_heads(shapes, ground_truth)
-        measured_before = (
-            measured_before or measured
-        )  # the network before tuning is the first of `path_by_name`
+        # the network before tuning is the first of `path_by_name`
+        measured_before = measured_before or measured
         metrics_by_network[network_name] = compute_metrics(measured_before, measured)
         if shape_features:
             distance = shape_frechet(shape_features.of_grids(shapes), reference_features)

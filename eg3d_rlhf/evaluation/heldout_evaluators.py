@@ -121,7 +121,8 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
     filter_results = evaluate_filters(*validation_heads)
     for prefix, spares_intact in (("", True), ("any_", False)):
         filter_name = best_post_processing(filter_results, spares_intact=spares_intact)
-        shapes = np.stack([FILTERS[filter_name](values) for values in evaluation_heads[0]])  # [N, n, n, n]
+        # [N, n, n, n]
+        shapes = np.stack([FILTERS[filter_name](shape_values) for shape_values in evaluation_heads[0]])
         measurements |= {
             f"{prefix}{array_name}": measured_array
             for array_name, measured_array in heads.measure_heads(shapes, evaluation_heads[1]).items()
@@ -205,31 +206,31 @@ def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
         *(("normal maps",) if missing_shape_features(comparison) else ()),
     }
     return [
-        (part, role)
-        for part in PARTS
-        if part not in missing_parts
-        for role in ("before", *(() if part in _OF_ONE_NETWORK else ("after",)))
+        (part_name, role)
+        for part_name in PARTS
+        if part_name not in missing_parts
+        for role in ("before", *(() if part_name in _OF_ONE_NETWORK else ("after",)))
     ]
 
 
-def measure_part(comparison: Comparison, part: str, role: str = "before") -> Measured:
+def measure_part(comparison: Comparison, part_name: str, role: str = "before") -> Measured:
     """Return the measurements of a part for the network before or after tuning.
 
     They are computed once, and stored in the comparison's memory. Measurements of the bundled network are
     also stored on the disk, since every run of the demo needs them.
 
     Args:
-        part: name of the part in PARTS.
+        part_name: name of the part in PARTS.
         role: "before" or "after".
     """
     # The summary's worker processes store their results in the memory under the same key.
-    cache_key = ("evaluators", part, role)
+    cache_key = ("evaluators", part_name, role)
     if cache_key not in comparison.memory:
-        compute = partial(PARTS[part], comparison, comparison.generators()[role])
+        compute = partial(PARTS[part_name], comparison, comparison.generators()[role])
         inputs = _inputs(comparison) if role == "before" else None
         store = Store(build.cache_dir().parent / "evaluators", renew=True)
         comparison.memory[cache_key] = (
-            compute() if inputs is None else store.arrays(part.replace(" ", "-"), inputs, compute)
+            compute() if inputs is None else store.arrays(part_name.replace(" ", "-"), inputs, compute)
         )
     return comparison.memory[cache_key]
 
@@ -281,12 +282,16 @@ def _sources() -> str:
     """Return a hash of this project's code and assets, since any change of them may change a value."""
     root = Path(__file__).resolve().parents[2]  # the folder that contains the packages
     packages = ("eg3d_rlhf", "training", "torch_utils")
-    code_paths = (path for package in packages for path in (root / package).rglob("*.*"))
+    code_paths = (source_path for package in packages for source_path in (root / package).rglob("*.*"))
     path_by_name = {
-        str(path.relative_to(root)): path for path in code_paths if path.suffix in (".py", ".cpp", ".h")
+        str(source_path.relative_to(root)): source_path
+        for source_path in code_paths
+        if source_path.suffix in (".py", ".cpp", ".h")
     }
-    path_by_name |= {path.name: path for path in ASSETS.glob("*.safetensors")}
-    return json_hash({name: file_hash(path) for name, path in path_by_name.items()})
+    path_by_name |= {source_path.name: source_path for source_path in ASSETS.glob("*.safetensors")}
+    return json_hash(
+        {source_name: file_hash(source_path) for source_name, source_path in path_by_name.items()}
+    )
 
 
 # Metrics that compare the network before tuning with the tuned network.
@@ -309,9 +314,8 @@ def blind_pairs(comparison: Comparison) -> dict:
 
     A latent whose shapes have equal utility counts one half.
     """
-    utility_before, utility_after = (
-        measure_part(comparison, "heads", role)["utility"] for role in ROLES
-    )  # [N] each
+    # [N] each
+    utility_before, utility_after = (measure_part(comparison, "heads", role)["utility"] for role in ROLES)
     wins = int((utility_after > utility_before).sum())  # number of latents
     ties = int((utility_after == utility_before).sum())  # number of latents
     # Wilson's interval needs an integer number of successes, so half of the ties is rounded down.
@@ -420,9 +424,10 @@ def geometry(comparison: Comparison) -> dict:
     """
     metric_entries = []
     for measure in VIEWS:
+        # [N] each
         values_before, values_after = (
             measure_part(comparison, "views", role)[measure.name] for role in ROLES
-        )  # [N] each
+        )
         metric_entries.append(
             metric_entry(
                 measure,
@@ -441,9 +446,8 @@ def shapes(comparison: Comparison) -> dict:
     """
     if missing_reason := missing_shape_features(comparison):
         return {"shapes_missing": missing_reason, "geometry": []}
-    features_by_role = [
-        measure_part(comparison, "normal maps", role)["features"] for role in ROLES
-    ]  # [N, Q] each
+    # [N, Q] each
+    features_by_role = [measure_part(comparison, "normal maps", role)["features"] for role in ROLES]
     # The asset also holds the features of ground-truth heads, which belong to other latents than these.
     true_features = ShapeFeatures.load().true.double().numpy()
     distance_by_network = [heads.shape_frechet(features, true_features) for features in features_by_role]

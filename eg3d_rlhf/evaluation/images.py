@@ -48,7 +48,7 @@ def jobs(comparison: Comparison) -> list[Job]:
     A job whose dataset or network is missing is replaced by one that only states what is missing.
     """
     inception = identity_of_file(comparison.inception)
-    title = "Images against the data"
+    distances_title = "Images against the data"
     similarity_plots = {"similarity": plot_similarity}
     identity_title = "Does a latent keep its identity?"
     return [
@@ -56,7 +56,7 @@ def jobs(comparison: Comparison) -> list[Job]:
         (
             comparison.job(
                 "image-distances",
-                title,
+                distances_title,
                 distances,
                 {"distances": plot_distances, "precision-recall": plot_precision_recall},
                 ROLES,
@@ -67,7 +67,9 @@ def jobs(comparison: Comparison) -> list[Job]:
                 inception=inception,
             )
             if comparison.data
-            else comparison.absent("image-distances", title, "No dataset is recorded. Pass it with --data.")
+            else comparison.absent(
+                "image-distances", distances_title, "No dataset is recorded. Pass it with --data."
+            )
         ),
         comparison.job(
             "diversity",
@@ -284,22 +286,24 @@ def _describe_distances(
         feature_count: number of features.
     """
     sentences = []
-    for change in change_rows:
+    for change_row in change_rows:
         # The distance before tuning is stated, since a change is only meaningful relative to it.
         row_before = next(
-            row for row in distance_rows if row["distance"] == change["distance"] and row["role"] == "before"
+            row
+            for row in distance_rows
+            if row["distance"] == change_row["distance"] and row["role"] == "before"
         )
         direction_text = (
             "farther from"
-            if change["lo"] > 0
+            if change_row["lo"] > 0
             else "nearer to"
-            if change["hi"] < 0
+            if change_row["hi"] < 0
             else "neither shown nearer to nor farther from"
         )
         sentences.append(
-            f"{change['distance']} distance, {change['role']} minus before:"
-            f" {span(change['mean'], change['lo'], change['hi'], '+.4g')} on {row_before['mean']:.4g}: images"
-            f" are {direction_text} the data."
+            f"{change_row['distance']} distance, {change_row['role']} minus before:"
+            f" {span(change_row['mean'], change_row['lo'], change_row['hi'], '+.4g')} on"
+            f" {row_before['mean']:.4g}: images are {direction_text} the data."
         )
     # Precision and recall have intervals, but no paired test here.
     values_before, values_after = (
@@ -307,8 +311,8 @@ def _describe_distances(
         for role in ("before", "after")
     )
     sentences += [
-        f"{name.capitalize()} {values_before[name]:.3f} -> {value:.3f}."
-        for name, value in values_after.items()
+        f"{measure_name.capitalize()} {values_before[measure_name]:.3f} -> {value_after:.3f}."
+        for measure_name, value_after in values_after.items()
     ]
     radius_text = f"the {feature_sets.MANIFOLD_NEIGHBOURS}rd neighbour's reach"
     sentences.append(
@@ -375,9 +379,8 @@ def _cells(observations: torch.Tensor) -> np.ndarray:
     """
     # Observations with five axes are slabs. Pairwise distances of full slabs would need much memory.
     if observations.ndim == 5:
-        depth, height, width = (
-            min(edge, SLAB_CELLS) for edge in observations.shape[2:]
-        )  # at most SLAB_CELLS
+        # at most SLAB_CELLS
+        depth, height, width = (min(edge, SLAB_CELLS) for edge in observations.shape[2:])
         observations = functional.adaptive_avg_pool3d(observations, (depth, height, width))
     return observations.flatten(1).cpu().numpy()
 
@@ -402,9 +405,10 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
         features = np.concatenate(
             [feature_network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal]
         )
+        # [N, cells]
         observation_values = np.concatenate(
             [_cells(observed) for observed in comparison.observed(generator, seeds)]
-        )  # [N, cells]
+        )
         for kind_name, item_features in (
             ("image features", features),
             (observation_text, observation_values),
@@ -414,9 +418,8 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
     diversity_rows: list[dict] = []
     for kind_name, distances_by_role in distances_by_kind.items():
         for role, pairwise_distances in distances_by_role.items():
-            ratio = feature_sets.pairwise_ratio(
-                distances_by_role["before"], pairwise_distances
-            )  # to the diversity before tuning
+            # to the diversity before tuning
+            ratio = feature_sets.pairwise_ratio(distances_by_role["before"], pairwise_distances)
             diversity_rows.append(
                 {
                     "of": kind_name,
@@ -498,14 +501,14 @@ def _drift(
         for role, other_images in images_by_role.items():
             pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
             # [N]; float64 for the bootstrap
-            values = np.concatenate(
+            similarity_values = np.concatenate(
                 [
                     measure.values(images_before.to(comparison.device), images_after.to(comparison.device))
                     for images_before, images_after in pairs
                 ]
             ).astype(np.float64)
-            values_by_measure[measure_name][role] = values.tolist()
-            interval = bootstrap_mean_interval(values)  # over latents
+            values_by_measure[measure_name][role] = similarity_values.tolist()
+            interval = bootstrap_mean_interval(similarity_values)  # over latents
             table_rows.append({"measure": measure_name, "against": role, **interval._asdict()})
             text_by_role[role] = span(*interval, ".3f")
         control_text = f"; control {text_by_role['control']}" if "control" in text_by_role else ""
@@ -578,18 +581,19 @@ def _panels(table_rows: list[dict], column: str, value_key: str = "mean", **axes
         value_key: key of the plotted value in a row.
         axes_settings: settings of the axes, in which '{}' stands for the column's value.
     """
-    column_values = list(dict.fromkeys(row[column] for row in table_rows))  # in the order of the rows
+    # in the order of the rows
+    column_values = list(dict.fromkeys(table_row[column] for table_row in table_rows))
     figure, axes = style.figure(columns=len(column_values))
     for axis, column_value in zip(np.atleast_1d(axes), column_values, strict=True):
-        panel_rows = [row for row in table_rows if row[column] == column_value]
-        for role_index, row in enumerate(panel_rows):
-            style.interval(axis, role_index, row, row["role"], value_key)
-        axis.set_xticks(range(len(panel_rows)), [row["role"] for row in panel_rows])
+        panel_rows = [table_row for table_row in table_rows if table_row[column] == column_value]
+        for role_index, table_row in enumerate(panel_rows):
+            style.interval(axis, role_index, table_row, table_row["role"], value_key)
+        axis.set_xticks(range(len(panel_rows)), [table_row["role"] for table_row in panel_rows])
         axis.set(
             xlim=(-0.5, len(panel_rows) - 0.5),
             **{
-                key: setting.format(column_value) if isinstance(setting, str) else setting
-                for key, setting in axes_settings.items()
+                setting_key: setting.format(column_value) if isinstance(setting, str) else setting
+                for setting_key, setting in axes_settings.items()
             },
         )
     return figure

@@ -201,7 +201,7 @@ def shares(file_rows: Iterable[dict]) -> list[dict]:
     for generator, measured_rows in _by_generator(file_rows):
         for requirement, is_met in REQUIREMENTS.items():
             # A row has the measures of a mesh; the function returns True if it meets the requirement.
-            met_count = sum(bool(is_met(row)) for row in measured_rows)
+            met_count = sum(bool(is_met(file_row)) for file_row in measured_rows)
             interval = wilson_interval(met_count, len(measured_rows))  # 95 %
             table_rows.append(
                 {
@@ -218,9 +218,9 @@ def shares(file_rows: Iterable[dict]) -> list[dict]:
 
 
 # `two_way_interval` calls a statistic with indices of resampled rows and columns; here is only one column.
-def _median(values: np.ndarray, sampled_indices: np.ndarray, _columns: np.ndarray) -> float:
+def _median(measure_values: np.ndarray, sampled_indices: np.ndarray, _columns: np.ndarray) -> float:
     """Return the median of resampled values."""
-    return float(np.median(values[sampled_indices]))
+    return float(np.median(measure_values[sampled_indices]))
 
 
 def medians(file_rows: Iterable[dict], seed: int = 0) -> list[dict]:
@@ -237,7 +237,7 @@ def medians(file_rows: Iterable[dict], seed: int = 0) -> list[dict]:
         for measure_name in MEDIANS:
             # A measure that is undefined for a mesh is None.
             measure_values = np.array(
-                [row[measure_name] for row in measured_rows if row[measure_name] is not None],
+                [file_row[measure_name] for file_row in measured_rows if file_row[measure_name] is not None],
                 dtype=np.float64,
             )
             if len(measure_values):
@@ -268,13 +268,12 @@ def paired(file_rows: Iterable[dict]) -> list[dict]:
     table_rows = []
     # generator -> row by the file's stem, so that suffixes may differ
     rows_by_name = {
-        generator: {Path(row["file"]).stem: row for row in measured_rows}
+        generator: {Path(file_row["file"]).stem: file_row for file_row in measured_rows}
         for generator, measured_rows in rows_by_generator.items()
     }
     for first_generator, second_generator in itertools.combinations(sorted(rows_by_name), 2):
-        shared_names = sorted(
-            rows_by_name[first_generator].keys() & rows_by_name[second_generator].keys()
-        )  # names that both have
+        # names that both have
+        shared_names = sorted(rows_by_name[first_generator].keys() & rows_by_name[second_generator].keys())
         # A single shared name is not a sample, so such a pair of generators gets no rows.
         for requirement, is_met in REQUIREMENTS.items() if len(shared_names) > 1 else ():
             # bool [shared names]: whether the mesh of each generator meets the requirement

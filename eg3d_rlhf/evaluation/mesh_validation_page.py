@@ -41,7 +41,7 @@ def _given(finding: Finding, _comparison: object) -> Finding:
 
 
 def write_validation_page(
-    out: Path,
+    page_folder: Path,
     folder: Path,
     header: Mapping,
     file_rows: Sequence[dict],
@@ -52,7 +52,7 @@ def write_validation_page(
     """Write the page <out>/index.html, and its data into <out>/data/*.json and *.csv.
 
     Args:
-        out: folder of the page.
+        page_folder: folder of the page.
         folder: folder of the meshes.
         header: tolerance and thresholds.
         file_rows: rows of all files.
@@ -62,12 +62,12 @@ def write_validation_page(
 
     Returns: the path of the page.
     """
-    measured_count = sum(not row["reason"] for row in file_rows)  # number of files
-    unmeasured_rows = [row for row in file_rows if row["reason"]]
+    measured_count = sum(not table_row["reason"] for table_row in file_rows)  # number of files
+    unmeasured_rows = [table_row for table_row in file_rows if table_row["reason"]]
     # All sections state the same number of measured meshes.
     facts: dict[str, Any] = {"n": measured_count, "unit": "meshes"}
     # generators of which at least one file was measured
-    generators = sorted({row["generator"] for row in file_rows if not row["reason"]})
+    generators = sorted({table_row["generator"] for table_row in file_rows if not table_row["reason"]})
     finding_by_key = {
         "shares": Finding(
             facts=Facts(**facts, interval="95 % Wilson intervals"),
@@ -88,7 +88,7 @@ def write_validation_page(
             facts=Facts(
                 # The table has a row for each pair of generators and each of the eight requirements, so every
                 # eighth row belongs to another pair of generators.
-                n=sum(row["pairs"] for row in tables["paired"][::8]),
+                n=sum(table_row["pairs"] for table_row in tables["paired"][::8]),
                 unit="pairs of files of one name",
                 interval="McNemar, exact",
             ),
@@ -105,7 +105,7 @@ def write_validation_page(
                     if unmeasured_rows
                     else "All files were measured."
                 ),
-                *(f"{row['file']}: {row['reason']}" for row in unmeasured_rows[:REASONS]),
+                *(f"{table_row['file']}: {table_row['reason']}" for table_row in unmeasured_rows[:REASONS]),
             ],
         ),
     }
@@ -126,10 +126,10 @@ def write_validation_page(
         # Tables without rows are left out, for example the pairs if there is only one generator.
         if finding.rows
     ]
-    pages.run(jobs, out, fresh=True, quiet=True)
+    pages.run(jobs, page_folder, fresh=True, quiet=True)
     page_title = f"Mesh validation of {folder.resolve().name}: {measured_count} meshes"
     return pages.write_page(
-        out / "index.html",
+        page_folder / "index.html",
         page_title,
         describe_thresholds(header),
         jobs,
@@ -151,7 +151,8 @@ def plot_shares(finding_data: Mapping):
     share_rows = finding_data["rows"]
     # in the order of the rows
     requirements, generators = (
-        list(dict.fromkeys(share_row[key] for share_row in share_rows)) for key in ("demand", "generator")
+        list(dict.fromkeys(share_row[column_key] for share_row in share_rows))
+        for column_key in ("demand", "generator")
     )
     figure, axes = style.figure(size=(9.4, 0.9 + len(requirements) * (0.16 + 0.14 * len(generators))))
     for generator_index, generator in enumerate(generators):

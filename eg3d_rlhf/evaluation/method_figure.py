@@ -57,12 +57,12 @@ def _write(axes, x: float, y: float, text: str, **text_settings) -> None:
 
 
 @torch.no_grad()
-def draw_method(run: Path, out: Path) -> None:
+def draw_method(run: Path, image_path: Path) -> None:
     """Draw the figure with the bundled generator, the bundled reward and a finished run.
 
     Args:
         run: folder of a finished run of train.py --reward=sigma.
-        out: image file to write.
+        image_path: image file to write.
 
     Raises: ValueError or FileNotFoundError, with --run in the message, if the run cannot be read.
     """
@@ -91,8 +91,8 @@ def draw_method(run: Path, out: Path) -> None:
             "4 Report\nwhat changed",
         )
         # Panels have no ticks, since they show images and text.
-        for ax, title in zip(axes, titles, strict=True):
-            ax.set_title(title, loc="center", fontsize=10)
+        for ax, panel_title in zip(axes, titles, strict=True):
+            ax.set_title(panel_title, loc="center", fontsize=10)
             ax.set_box_aspect(1.5)
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
@@ -126,4 +126,4 @@ def draw_method(run: Path, out: Path) -> None:
         for line_index, (metric_label, metric_text) in enumerate(_last_panel_texts(run_summary)):
             _write(axes[3], 0.5, 0.92 - 0.3 * line_index, metric_text, ha="center", va="top", size=17)
             _write(axes[3], 0.5, 0.8 - 0.3 * line_index, metric_label, ha="center", va="top", size=8)
-        style.save(figure, out)
+        style.save(figure, image_path)

@@ -83,11 +83,11 @@ def gather(summary_by_seed: Mapping[str, dict]) -> dict:
     return combined_metrics
 
 
-def measure(name: str, row_by_seed: Mapping[str, dict]) -> dict:
+def measure(measure_name: str, row_by_seed: Mapping[str, dict]) -> dict:
     """Combine a geometry measure over seeds: means before and after, paired change, and each seed's outcome.
 
     Args:
-        name: name of the measure.
+        measure_name: name of the measure.
         row_by_seed: the measure's row in the summary of each run, by seed.
     """
     # the mean paired change of each seed is one observation of the interval over seeds
@@ -99,7 +99,7 @@ def measure(name: str, row_by_seed: Mapping[str, dict]) -> dict:
         for seed, measure_row in row_by_seed.items()
     }
     return {
-        "name": name,
+        "name": measure_name,
         "higher_is_better": next(iter(row_by_seed.values()))["higher_is_better"],
         "before": summarise_over_seeds(
             {seed: measure_row["before"] for seed, measure_row in row_by_seed.items()}
@@ -181,7 +181,7 @@ def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, P
     }
 
 
-def work(out: Path, training_by_seed: Mapping[str, Part], flags: Sequence[str]) -> dict:
+def work(parent_folder: Path, training_by_seed: Mapping[str, Part], flags: Sequence[str]) -> dict:
     """Run the demo with the seeds that are not finished, and write <out>/summary.json.
 
     Args:
@@ -193,17 +193,17 @@ def work(out: Path, training_by_seed: Mapping[str, Part], flags: Sequence[str]) 
     for seed, training in training_by_seed.items():
         make_in_terminal(f"seed {seed}", training)
     run_folder_by_seed = {
-        seed: str(training.run.relative_to(out))
+        seed: str(training.run.relative_to(parent_folder))
         for seed, training in training_by_seed.items()
         if training.run is not None
     }
     # Runs that version 0.1 finished are not repeated. Their summaries get the keys of this version.
     summary_by_seed = {
-        seed: version_0_1.summary(json.loads((out / run_folder / SUMMARY).read_text()))
+        seed: version_0_1.summary(json.loads((parent_folder / run_folder / SUMMARY).read_text()))
         for seed, run_folder in run_folder_by_seed.items()
     }
     summary_of_seeds = {**gather(summary_by_seed), "runs": run_folder_by_seed, "flags": list(flags)}
     storage.write_atomic(
-        out / SUMMARY, (json.dumps(summary_of_seeds, indent=1, sort_keys=True) + "\n").encode()
+        parent_folder / SUMMARY, (json.dumps(summary_of_seeds, indent=1, sort_keys=True) + "\n").encode()
     )
     return summary_of_seeds

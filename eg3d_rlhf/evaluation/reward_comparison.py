@@ -53,18 +53,20 @@ def reward_path(out: Path, name: str) -> Path:
     return bundled.REWARD if ENTRIES[name].train is None else out / name / "reward" / "reward.safetensors"
 
 
-def parts_of(out: Path, reward_name: str, seeds: Sequence[int], full: bool, kimg: float) -> dict[str, Part]:
+def parts_of(
+    parent_folder: Path, reward_name: str, seeds: Sequence[int], full: bool, kimg: float
+) -> dict[str, Part]:
     """Return the steps that train a reward and tune the generator by it, in the order in which they run.
 
     Args:
-        out: parent of all folders.
+        parent_folder: parent of all folders.
         reward_name: name of the reward in ENTRIES.
         seeds: training seeds of tuning.
         full: True for the full training of the reward, False for the short one.
         kimg: length of tuning, in thousands of images.
     """
     reward_entry = ENTRIES[reward_name]
-    reward_folder = out / reward_name
+    reward_folder = parent_folder / reward_name
     script_by_part: dict[str, tuple[str, list[str]]] = {}
     if reward_entry.label:
         script_by_part["label"] = (
@@ -90,7 +92,7 @@ def parts_of(out: Path, reward_name: str, seeds: Sequence[int], full: bool, kimg
         )
     flags = [
         *reward_entry.tune,
-        f"--reward-ckpt={reward_path(out, reward_name)}",
+        f"--reward-ckpt={reward_path(parent_folder, reward_name)}",
         f"--heldout-reward={bundled.HELDOUT_REWARD}",
         f"--kimg={kimg:g}",
         "--no-summary",  # since this report measures the networks
@@ -108,7 +110,7 @@ def measure_tuning(comparison: Comparison) -> dict:
     return (
         reward_shift(comparison)
         | blind_pairs(comparison)
-        | {name: head_metrics[name] for name in HEADS}
+        | {metric_name: head_metrics[metric_name] for metric_name in HEADS}
         | {"frechet_ratio": frechet(comparison)["frechet_ratio"]}
     )
 
@@ -250,7 +252,7 @@ def render_strip(
     generator_by_name: Mapping[str, LoadedGenerator],
     seeds: Sequence[int],
     psi: float,
-    options: ImageOptions = USUAL,
+    image_options: ImageOptions = USUAL,
 ) -> np.ndarray:
     """Render the same latents from the back under every network.
 
@@ -266,16 +268,18 @@ def render_strip(
         camera_label = camera(loaded_generator.generator, *BACK_VIEW)
         # ws [N, L, W] are split into N times [1, L, W], so that each field holds one shape.
         sides = [
-            Side.from_ws(loaded_generator.generator, ws, options.resolution)
+            Side.from_ws(loaded_generator.generator, ws, image_options.resolution)
             for ws in ws_of_seeds(loaded_generator.generator, seeds, truncation_psi=psi).split(1)
         ]
         with torch.no_grad():
             # rendered with SUPERSAMPLE times the pixels and then reduced, to avoid aliasing
-            cells = [
-                to_uint8(shrink(paint(look(side.surface, camera_label, options.cell * SUPERSAMPLE))).cpu())
+            cell_images = [
+                to_uint8(
+                    shrink(paint(look(side.surface, camera_label, image_options.cell * SUPERSAMPLE))).cpu()
+                )
                 for side in sides
             ]
-        image_rows.append(Row(cells=cells, name=network_name))
+        image_rows.append(Row(cells=cell_images, name=network_name))
     return sheet("", image_rows, names=190)
 
 
@@ -304,9 +308,8 @@ def measure_networks(
             # Only the runs of train.py have a network to measure.
             if part.script == TRAIN and (run_folder := part.run) is not None:
                 comparison = load_comparison(Sources(run=run_folder, after=run_folder))
-                first_comparison_by_reward.setdefault(
-                    reward_name, comparison
-                )  # the image shows the first training seed
+                # the image shows the first training seed
+                first_comparison_by_reward.setdefault(reward_name, comparison)
                 # The hash contains the metrics' names of version 0.1, so that its stored results are found.
                 store_inputs = {
                     "before": comparison.before.hash,

@@ -209,14 +209,14 @@ def over_psi(comparison: Comparison, _folder: Path) -> Finding:
     for role in ("before", "after"):
         for psi in PSIS:
             psi_scores = comparison.scores(comparison.generators()[role], seeds, psi).double().numpy()
-            mean, lo, hi = bootstrap_mean_interval(psi_scores)  # over latents
+            mean_score, mean_low, mean_high = bootstrap_mean_interval(psi_scores)  # over latents
             psi_rows.append(
                 {
                     "role": role,
                     "psi": psi,
-                    "mean": mean,
-                    "lo": lo,
-                    "hi": hi,
+                    "mean": mean_score,
+                    "lo": mean_low,
+                    "hi": mean_high,
                     "std": float(psi_scores.std(ddof=1)),
                 }
             )
@@ -311,17 +311,15 @@ def trajectories(comparison: Comparison, _folder: Path) -> Finding:
     trajectory_by_role: dict[str, dict] = {}
     seeds = comparison.seeds()  # N held-out latents
     table_rows = []
-    scores_before = (
-        comparison.scores(comparison.before, seeds).double().numpy()
-    )  # [N]; the first point of both trajectories
+    # [N]; the first point of both trajectories
+    scores_before = comparison.scores(comparison.before, seeds).double().numpy()
     for role in ("after", "control"):
         snapshots = [(kimg, snapshot_path) for kimg, snapshot_path in comparison.snapshots(role) if kimg > 0]
         # a control without enough snapshots is left out
         if len(snapshots) + 1 < MIN_NETWORKS:
             continue
-        training_lengths = np.array(
-            [0.0, *(kimg for kimg, _ in snapshots)]
-        )  # [T]; both runs start from the same network
+        # [T]; both runs start from the same network
+        training_lengths = np.array([0.0, *(kimg for kimg, _ in snapshots)])
         # [N, T]
         scores_by_snapshot = np.stack(
             [
@@ -361,12 +359,12 @@ def _describe_trajectories(slopes_by_role: dict) -> list[str]:
     """
     sentences = []
     for role, slopes in slopes_by_role.items():
-        name = "tuned run" if role == "after" else role
+        run_name = "tuned run" if role == "after" else role
         contains_text = (
             "contains" if contains_zero(slopes["spread_lo"], slopes["spread_hi"]) else "does not contain"
         )
         sentences.append(
-            f"Slope of the {name}, reward per kimg: the middle 95 % of latents lie in"
+            f"Slope of the {run_name}, reward per kimg: the middle 95 % of latents lie in"
             f" [{slopes['spread_lo']:+.2f}, {slopes['spread_hi']:+.2f}], which {contains_text} zero; mean"
             f" {span(slopes['mean'], slopes['mean_lo'], slopes['mean_hi'], '+.2f')}."
         )
@@ -466,9 +464,8 @@ def plot_ranks(finding_data: dict):
     figure, axes = style.figure(columns=2)
     high_psi, low_psi = finding_data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
-        high_psi_ranks, low_psi_ranks = (
-            rankdata(psi_scores) for psi_scores in finding_data["scores"][role]
-        )  # ties share their mean rank
+        # ties share their mean rank
+        high_psi_ranks, low_psi_ranks = (rankdata(psi_scores) for psi_scores in finding_data["scores"][role])
         correlation = finding_data["rho"][role]
         axis.plot(high_psi_ranks, low_psi_ranks, ".", markersize=4, color=style.colour(role))
         axis.set(
@@ -674,9 +671,10 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
                 if measure_name == ORACLE
                 else comparison.scores(generator, seeds, held_out=measure_name == SECOND).double().numpy()
             )
+    # [N, T]
     columns_by_measure = {
         measure_name: np.stack(scores, axis=1) for measure_name, scores in scores_by_measure.items()
-    }  # [N, T]
+    }
     curve_by_measure = {}  # curve by measure
     table_rows = []  # one row for each measure and network
     for measure_name, measure_scores in columns_by_measure.items():

@@ -243,7 +243,7 @@ def level_set_from_grid(shape_values: np.ndarray) -> LevelSet:
         cube=level_set_grid,
         spec=spec,
         level=0.0,
-        density=lambda points: sample(level_set_grid[None], spec, points)[0],
+        density=lambda query_points: sample(level_set_grid[None], spec, query_points)[0],
     )
 
 
@@ -312,9 +312,8 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
         head.vertices, basis.triangles, cam2world[0].numpy(), float(intrinsics[0, 0, 0]), resolution
     )
     is_head = triangle_index >= 0  # [R, R]; the triangle is -1 at pixels of the background
-    corner_vertices = basis.triangles[
-        triangle_index[is_head]
-    ]  # [P, 3] vertices at the P pixels that show the head
+    # [P, 3] vertices at the P pixels that show the head
+    corner_vertices = basis.triangles[triangle_index[is_head]]
     surface_points, normals = (
         torch.from_numpy(
             np.einsum("pcd,pc->pd", vertex_values[corner_vertices], barycentric_weights[is_head])
@@ -371,11 +370,11 @@ def comparison_image(
         # rendered with SUPERSAMPLE times the pixels and then reduced, to avoid aliasing
         return [_clay(look(surface, label, fine_pixels)) for surface in surfaces]
 
-    def row_group(heading: str, subtitle: str, *cells: list[np.ndarray]) -> list[Row]:
+    def row_group(heading: str, subtitle: str, *cell_rows: list[np.ndarray]) -> list[Row]:
         # The heading is in the first row, and spans all rows of the group.
-        first_cells, *other_cells = cells
+        first_cells, *other_cells = cell_rows
         return [
-            Row(cells=first_cells, name=heading, more=subtitle, spans=len(cells), parted=True),
+            Row(cells=first_cells, name=heading, more=subtitle, spans=len(cell_rows), parted=True),
             *(Row(cells=row_cells) for row_cells in other_cells),
         ]
 
@@ -441,8 +440,10 @@ def turntable(comparison: Comparison, column: Column, options: ImageOptions = US
         (2 * np.pi * np.arange(options.turns) / options.turns).tolist(), desc="turntable", unit="frame"
     ):
         label = camera(comparison.before.generator, yaw, PITCH)
-        cells = [_clay(look(side.surface, label, options.film), 1) for side in (column.before, column.after)]
-        yield sheet("", [Row(cells=cells, captions=("before", "after"))])
+        cell_images = [
+            _clay(look(side.surface, label, options.film), 1) for side in (column.before, column.after)
+        ]
+        yield sheet("", [Row(cells=cell_images, captions=("before", "after"))])
 
 
 def webp(frames: Iterator[np.ndarray]) -> bytes:
@@ -510,13 +511,13 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
     # The random order depends on the seeds alone, so a repeated call makes the same image.
     tuned_is_left = np.random.default_rng(seeds[0]).random(pair_count) < 0.5
     label = camera(comparison.before.generator, *BACK_VIEW)
-    cells = []  # two for each pair: left, right
+    cell_images = []  # two for each pair: left, right
     for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
         sides = [
             Side.from_ws(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
             for network in (comparison.before, comparison.after)
         ]
-        cells += [
+        cell_images += [
             _clay(look(side.surface, label, options.thumb * SUPERSAMPLE))
             for side in (sides[::-1] if is_left else sides)
         ]
@@ -526,7 +527,7 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
     # Each row has PER_ROW pairs, and each pair has two cells.
     row_slices = [slice(i, i + 2 * PER_ROW) for i in range(0, 2 * pair_count, 2 * PER_ROW)]
     sheet_rows = [
-        Row(cells=cells[row_slice], captions=captions[row_slice], parted=row_slice.start > 0)
+        Row(cells=cell_images[row_slice], captions=captions[row_slice], parted=row_slice.start > 0)
         for row_slice in row_slices
     ]
     answer_text = ", ".join(

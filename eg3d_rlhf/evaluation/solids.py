@@ -187,7 +187,8 @@ def table(
     # The best of n are selected by the same reward that the table shows.
     chosen_indices = best_of_groups(untuned_values["reward"], group_count)
     metrics_by_arm[f"best of {len(untuned_grids) // group_count}"] = summarise_arm(
-        {arm_name: values[chosen_indices] for arm_name, values in untuned_values.items()}, None
+        {arm_name: measure_values[chosen_indices] for arm_name, measure_values in untuned_values.items()},
+        None,
     )
     for arm_name, apply_change in CONTROLS.items():
         metrics_by_arm[arm_name] = summarise_arm(
@@ -201,8 +202,10 @@ def table(
 def markdown(metrics_by_arm: Mapping[str, dict], rules: solids.Rules) -> list[str]:
     """Format the table of the metrics that `table` returns."""
     # Terms with weight 0 do not enter the score.
-    terms = [name for name, weight in zip(solids.TERMS, rules.weights, strict=True) if weight]
-    format_by_metric = {name: (name, ".3f") for name in (*terms, "solid")}
+    weighted_terms = [
+        term_name for term_name, term_weight in zip(solids.TERMS, rules.weights, strict=True) if term_weight
+    ]
+    format_by_metric = {term_name: (term_name, ".3f") for term_name in (*weighted_terms, "solid")}
     format_by_metric |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}  # the symbols of the documentation
     format_by_metric |= {"change": ("change of R", "+.3f"), "closed": ("closed", ".0%")}
     return figure_table("", metrics_by_arm, format_by_metric, intervals=("change", "closed"))
@@ -260,9 +263,8 @@ def source_of(pipeline: str, conditioning: Path | None, run_folders: Sequence[Pa
     # the bundled generators have one fixed division of their prompts
     if not family_of(Path(pipeline)).bundled:
         for run_folder in run_folders:
-            recorded_source = (
-                recorded(run_folder).get("run", {}).get("source")
-            )  # None in runs without such a record
+            # None in runs without such a record
+            recorded_source = recorded(run_folder).get("run", {}).get("source")
             arms_source = (
                 ArmsSource()
                 if recorded_source is None
@@ -305,9 +307,11 @@ def compare_networks(
     with prefix_errors("--before"):  # an error of loading names this flag
         untuned_generator = load_generator(before_path, device).generator
 
-    def make_shapes(path: Path | None) -> Grids:
+    def make_shapes(network_path: Path | None) -> Grids:
         return shapes_of_latents(
-            untuned_generator if path is None else load_generator(path, device).generator, seeds, psi
+            untuned_generator if network_path is None else load_generator(network_path, device).generator,
+            seeds,
+            psi,
         )
 
     sample_text = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
@@ -352,7 +356,7 @@ def compare_stages(
     sample_text = f"{len(prompts_used)} held-out prompts x {noise_count} noises, seed {seed}; stage {stage}"
     return _measure_networks(
         folder_by_network,
-        lambda path: shapes_of_prompts(problem, path, stage, prompts, noises),
+        lambda weights_path: shapes_of_prompts(problem, weights_path, stage, prompts, noises),
         len(prompts_used) * noise_count // CHOOSE,
         lambda grids: rules_for(grids[0]),
         sample_text,
@@ -388,8 +392,8 @@ def _measure_networks(
         bar.update()
         rules = make_rules(untuned_grids)  # the same for every arm
         grids_by_network = {}  # shapes of each tuned network
-        for network_name, path in path_by_network.items():
-            grids_by_network[network_name] = make_shapes(path)
+        for network_name, network_path in path_by_network.items():
+            grids_by_network[network_name] = make_shapes(network_path)
             bar.update()
         metrics_by_arm = table(grids_by_network, untuned_grids, group_count, rules, bar.update)
     return metrics_by_arm, {"what": sample_text, "rules": rules, "edge": max(untuned_grids[0].shape)}

@@ -60,10 +60,11 @@ def reward_shift(comparison: Comparison) -> dict:
 
     Values are in the reward's own scale, which has no unit.
     """
+    # [N]
     scores_before, scores_after = (
         comparison.scores(generator, comparison.seeds()).numpy()
         for generator in (comparison.before, comparison.after)
-    )  # [N]
+    )
     delta = scores_after - scores_before  # paired changes, [N]
     return {
         "reward_before": {"mean": float(scores_before.mean()), "std": float(scores_before.std())},

@@ -159,17 +159,17 @@ def front_job(comparison: Comparison, cells: Sequence[Cell], finding_by_key: Map
     )
 
 
-def _compute_once(comparison: Comparison, name: str, compute):
+def _compute_once(comparison: Comparison, measurement_name: str, compute):
     """Return a measurement of the generator before tuning, which is computed once for all cells.
 
     Args:
-        name: name of the measurement.
+        measurement_name: name of the measurement.
         compute: function without arguments that computes it.
     """
     # All settings that the value depends on. The other settings are the same for all cells.
     cache_key = (
         "sweep",
-        name,
+        measurement_name,
         comparison.before.hash,
         comparison.psi,
         comparison.n,
@@ -203,9 +203,10 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, network_path
             .double()
             .numpy()
         )
+    # [N, D, H, W]
     density_before = _compute_once(
         comparison, "density", lambda: rewards.densities(comparison, comparison.before, seeds)
-    )  # [N, D, H, W]
+    )
     density_after = rewards.densities(comparison, tuned_network, seeds)  # [N, D, H, W]
     changes_by_measure[DISTANCE] = density_l1(density_after, density_before).double().numpy()  # [N]
     if comparison.synthetic:
@@ -473,18 +474,25 @@ def plot_others(finding_data: dict):
 
 
 def write(
-    comparison: Comparison, path_by_cell: Mapping[Cell, Path], out: Path, quiet: bool = False
+    comparison: Comparison, path_by_cell: Mapping[Cell, Path], page_folder: Path, quiet: bool = False
 ) -> Finding:
     """Measure the cells, compute the Pareto front, and write the page; return the finding of the front."""
-    finding_by_key = pages.run(cell_jobs(comparison, path_by_cell), out, quiet=quiet)
-    job = front_job(comparison, list(path_by_cell), finding_by_key)
-    front_findings = pages.run([job], out, quiet=True)
+    finding_by_key = pages.run(cell_jobs(comparison, path_by_cell), page_folder, quiet=quiet)
+    page_job = front_job(comparison, list(path_by_cell), finding_by_key)
+    front_findings = pages.run([page_job], page_folder, quiet=True)
     introduction = (
         f"{len(path_by_cell)} runs of train.py started from {comparison.before.path.name}. Each is compared"
         f" with it on the same {comparison.n} held-out latents. The data of every run are in"
         " data/cell-*.json."
     )
-    write_page(out / "index.html", TITLE, introduction, [job], front_findings, front_findings[KEY].says[:1])
+    write_page(
+        page_folder / "index.html",
+        TITLE,
+        introduction,
+        [page_job],
+        front_findings,
+        front_findings[KEY].says[:1],
+    )
     return front_findings[KEY]
 
 

@@ -59,19 +59,19 @@ class Part:
     needed: str = ""
 
     @classmethod
-    def keyed(cls, name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
+    def keyed(cls, part_name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
         """Return a run of train.py with a folder that is named after the hash of its flags and files.
 
         Args:
-            name: name of the part, with which the folder's name begins.
+            part_name: name of the part, with which the folder's name begins.
             parent: folder in which the part's folder lies.
             flags: flags of train.py.
             needed: see the field `needed`.
         """
         # The hash is computed from the flags' names of version 0.1, so that its folders are found.
-        part = cls(name, parent, TRAIN, tuple(flags), needed)
+        part = cls(part_name, parent, TRAIN, tuple(flags), needed)
         digits = json_hash([version_0_1.words(TRAIN, part.flags), part.inputs()["inputs"]])[:8]
-        return cls(name, parent / f"{name}-{digits}", TRAIN, part.flags, needed)
+        return cls(part_name, parent / f"{part_name}-{digits}", TRAIN, part.flags, needed)
 
     def command(self) -> list[str]:
         """Return the script and its flags; train.py gets the part's folder as --outdir."""
@@ -147,7 +147,9 @@ class Part:
             # The store's own records and the log are not results.
             record_names = (INPUTS, DONE, EARLIER, LOG)
             return [
-                path for path in self.folder.iterdir() if path.is_file() and path.name not in record_names
+                file_path
+                for file_path in self.folder.iterdir()
+                if file_path.is_file() and file_path.name not in record_names
             ]
         # A run of train.py has the last snapshot, and the file that its end is recognised by.
         network = self.network()
@@ -157,7 +159,7 @@ class Part:
     def run(self) -> Path | None:
         """Return the newest run of train.py in the folder, or None if the folder has no run."""
         # The names of runs begin with a number that increases.
-        return max((path for path in self.folder.glob("[0-9]*-*") if path.is_dir()), default=None)
+        return max((run_path for run_path in self.folder.glob("[0-9]*-*") if run_path.is_dir()), default=None)
 
     def complete(self) -> bool:
         """Return True if the newest run of train.py has reached its end.
@@ -178,7 +180,14 @@ class Part:
         # Lengths are compared as integer numbers of images, since kimg (thousands of images) are floats. The
         # newest snapshot comes first.
         final_images = round(1000 * recorded(run_folder)["kimg"])
-        return next((path for kimg, path in run_snapshots[::-1] if round(1000 * kimg) >= final_images), None)
+        return next(
+            (
+                snapshot_path
+                for kimg, snapshot_path in run_snapshots[::-1]
+                if round(1000 * kimg) >= final_images
+            ),
+            None,
+        )
 
     def state(self) -> str:
         """Return 'finished' if the part is finished, 'begun' if it can be resumed, else 'new'."""
@@ -312,8 +321,8 @@ def make(
     }
     children = _Children(quiet, threads)
 
-    def make_part(name: str) -> None:
-        part = part_by_name[name]
+    def make_part(part_name: str) -> None:
+        part = part_by_name[part_name]
         part.store.make(part.folder.name, part.inputs(), lambda _: children.run(part))
 
     # SIGTERM stops the children as Ctrl-C does
@@ -324,7 +333,7 @@ def make(
             (),
             jobs,
             Path(),
-            on_done=lambda name, _: on_done(part_by_name[name]),
+            on_done=lambda part_name, _: on_done(part_by_name[part_name]),
             stop=children.stop,
         )
 

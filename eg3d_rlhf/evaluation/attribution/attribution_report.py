@@ -119,9 +119,8 @@ def voxels_at(
     )
     # a copy, since torch rejects negative strides
     slab_indices = torch.from_numpy(slab_index(vertices, spec).copy())
-    last_indices = torch.tensor(
-        [axis_length - 1 for axis_length in spec.shape], dtype=torch.float64
-    )  # last index along z, y, x
+    # last index along z, y, x
+    last_indices = torch.tensor([axis_length - 1 for axis_length in spec.shape], dtype=torch.float64)
     # grid_sample needs positions in -1..1 in the order x, y, z, of shape [1, 1, 1, V, 3].
     grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
     return F.grid_sample(window_sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
@@ -130,9 +129,8 @@ def voxels_at(
 def diverging_colours(attributions: np.ndarray, full_colour_attribution: float) -> np.ndarray:
     """Map values [V] to colours [V, 3] uint8: blue at -scale, light grey at 0, orange at +scale."""
     # The scale is 0 if all values are 0; 1e-12 avoids a division by zero.
-    scaled_attributions = np.clip(attributions / max(full_colour_attribution, 1e-12), -1, 1)[
-        :, None
-    ]  # [V, 1] in -1..1
+    # [V, 1] in -1..1
+    scaled_attributions = np.clip(attributions / max(full_colour_attribution, 1e-12), -1, 1)[:, None]
     end_colours = np.where(scaled_attributions < 0, np.array(LOWERS), np.array(RAISES))  # [V, 3]
     return np.round(NEUTRAL + (end_colours - NEUTRAL) * np.abs(scaled_attributions)).astype(np.uint8)
 
@@ -179,19 +177,18 @@ def render_coloured_mesh(
     rng = np.random.default_rng(seed)  # the same points in every call
     barycentric_weights = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
     # [F * P, 3]; every face has the same number of points, independent of its area
-    points = np.einsum("pk,fkc->fpc", barycentric_weights, corners).reshape(-1, 3)
+    surface_points = np.einsum("pk,fkc->fpc", barycentric_weights, corners).reshape(-1, 3)
     point_colours = np.einsum("pk,fkc->fpc", barycentric_weights, colours[faces].astype(np.float64)).reshape(
         -1, 3
     )
     # rotation about the vertical axis
     rotation = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-    points = points @ rotation.T
+    surface_points = surface_points @ rotation.T
     normals = np.repeat(normals @ rotation.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
-    pixel_columns = np.floor((points[:, 0] / half_width + 1) / 2 * resolution).astype(
-        np.int64
-    )  # pixels, [F * P]
+    # pixels, [F * P]
+    pixel_columns = np.floor((surface_points[:, 0] / half_width + 1) / 2 * resolution).astype(np.int64)
     # pixels, counted from the top
-    pixel_rows = np.floor((1 - points[:, 1] / half_width) / 2 * resolution).astype(np.int64)
+    pixel_rows = np.floor((1 - surface_points[:, 1] / half_width) / 2 * resolution).astype(np.int64)
     # Points outside the image and on faces that point away from the camera are not drawn.
     is_visible = (
         (pixel_columns >= 0)
@@ -201,7 +198,7 @@ def render_coloured_mesh(
         & (normals[:, 2] > 0)
     )
     # Indices of the visible points, sorted such that the nearest to the camera is written last.
-    draw_order = np.flatnonzero(is_visible)[np.argsort(points[is_visible, 2])]
+    draw_order = np.flatnonzero(is_visible)[np.argsort(surface_points[is_visible, 2])]
     brightness = 0.4 + 0.6 * np.clip(normals[draw_order] @ _LIGHT, 0, 1)  # ambient and diffuse part
     image = np.full((resolution, resolution, 3), 255, dtype=np.uint8)  # a white background
     image[pixel_rows[draw_order], pixel_columns[draw_order]] = np.clip(
@@ -357,33 +354,32 @@ def jobs(study: Study) -> list[Job]:
 
     The regions are the first job, so that the user can check them while the attributions are computed.
     """
-    settings = study.settings
+    study_settings = study.settings
     comparison = study.comparison
-    file_inputs: dict = {"regions": settings.regions}
-    if settings.regions not in KINDS:
+    file_inputs: dict = {"regions": study_settings.regions}
+    if study_settings.regions not in KINDS:
         # For a user's label volume, its file and the file of its names are inputs of every job.
         with prefix_errors("--regions"):
             file_inputs["regions"] = [
                 identity_of_file(path)
-                for path in (settings.regions, Path(settings.regions).with_suffix(".json"))
+                for path in (study_settings.regions, Path(study_settings.regions).with_suffix(".json"))
             ]
     with prefix_errors("--landmarks"):
-        file_inputs["landmarks"] = identity_of_file(settings.landmarks)
-    base_inputs = comparison.inputs(
-        *ROLES, n=comparison.n, data=comparison.synthetic, **file_inputs
-    )  # inputs of every job
+        file_inputs["landmarks"] = identity_of_file(study_settings.landmarks)
+    # inputs of every job
+    base_inputs = comparison.inputs(*ROLES, n=comparison.n, data=comparison.synthetic, **file_inputs)
     shapley_inputs = {
         **base_inputs,
-        "method": settings.method,
-        "permutations": settings.permutations,
-        "gap_bound": settings.gap_bound,
+        "method": study_settings.method,
+        "permutations": study_settings.permutations,
+        "gap_bound": study_settings.gap_bound,
     }
     # A job is computed again only if one of its inputs changes.
     integral_inputs = {
         **shapley_inputs,
         "orders": CHECK_ORDERS,
-        "steps": settings.steps,
-        "most_steps": settings.most_steps,
+        "steps": study_settings.steps,
+        "most_steps": study_settings.most_steps,
     }
     make_shapley_job = partial(
         Job, inputs=shapley_inputs, plots={"regions": plot_regions, "latents": plot_latents}
@@ -412,7 +408,7 @@ def jobs(study: Study) -> list[Job]:
         ),
         # Landmarks cover only the face; the parts of the head cover the changes elsewhere. The product with
         # False is an empty list.
-        *[head_job] * (settings.regions == LANDMARKS),
+        *[head_job] * (study_settings.regions == LANDMARKS),
         Job(
             key="methods",
             title="Do other methods agree?",
@@ -427,8 +423,8 @@ def jobs(study: Study) -> list[Job]:
             inputs={
                 **shapley_inputs,
                 "orders": CHECK_ORDERS,
-                "draws": settings.randomisations,
-                "checked": settings.checked,
+                "draws": study_settings.randomisations,
+                "checked": study_settings.checked,
             },
             plots={"rank-correlation": plot_redrawn},
         ),
@@ -561,9 +557,8 @@ def shapley(study: Study, folder: Path) -> Finding:
         for region_index, region_name in enumerate(region_names)
     ]
     largest_gap = max(attribution.relative_gap for attribution in attributions)  # of all latents
-    mean_difference = bootstrap_mean_interval(
-        [attribution.difference for attribution in attributions]
-    )  # mean change of the reward
+    # mean change of the reward
+    mean_difference = bootstrap_mean_interval([attribution.difference for attribution in attributions])
     finding_data = {
         "names": list(region_names),
         "values": shapley_values.tolist(),
@@ -611,21 +606,21 @@ def _describe_shapley(
         for region_index in largest_first
         if not contains_zero(region_means[region_index]["lo"], region_means[region_index]["hi"])
     ]
-    settings = study.settings
+    study_settings = study.settings
     method_text = (
         f"all {2 ** len(study.names):,} coalitions"
-        if settings.method == "exact"
-        else f"{settings.permutations} permutations ({settings.method})"
+        if study_settings.method == "exact"
+        else f"{study_settings.permutations} permutations ({study_settings.method})"
     )
     sentences = [
         (
             f"The reward changes by {span(*mean_difference)} on average; Shapley values from {method_text}"
             f" divide that among {len(study.names)} regions. The largest efficiency gap is {largest_gap:.1e}"
-            f" of a latent's difference (an error above {settings.gap_bound:g})."
+            f" of a latent's difference (an error above {study_settings.gap_bound:g})."
         ),
     ]
     # Shapley values sum to the difference, so the shares sum to 100 %.
-    if settings.regions == PEOPLE:
+    if study_settings.regions == PEOPLE:
         mean_by_region = dict(
             zip(study.names, (region_mean["mean"] for region_mean in region_means), strict=True)
         )
@@ -656,7 +651,7 @@ def _describe_shapley(
         )
         # OTHER and BACKGROUND contain the voxels outside the named regions, so the partition explains little.
         if study.names[largest_first[0]] in (OTHER, BACKGROUND):
-            below_text = "the parts of the entire head and " if settings.regions == LANDMARKS else ""
+            below_text = "the parts of the entire head and " if study_settings.regions == LANDMARKS else ""
             sentences.append(
                 "Most of the change lies outside the named regions, so that this partition explains little"
                 f" of it: look at {below_text}the surface below, or divide that part with masks of your own"
@@ -711,9 +706,8 @@ def methods(study: Study, folder: Path) -> Finding:
         for seed, gradients in zip(study.seeds, study.integrated, strict=True)
     ]
     complete_count = sum(integral_row["complete"] for integral_row in integral_rows)  # number of latents
-    largest_gap = max(
-        integral_row["share"] for integral_row in integral_rows
-    )  # largest gap, as a share of the difference
+    # largest gap, as a share of the difference
+    largest_gap = max(integral_row["share"] for integral_row in integral_rows)
     step_counts = [integral_row["steps"] for integral_row in integral_rows]
     integral_text = (
         f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete_count} of"
@@ -777,22 +771,24 @@ def _describe_agreement(method_pairs: list[dict]) -> list[str]:
 
 def redrawn_reward(study: Study, folder: Path) -> Finding:
     """Correlate attributions by the trained reward with attributions by rewards with random weights."""
-    settings = study.settings
+    study_settings = study.settings
     comparison = study.comparison
-    latent_count = min(settings.checked, len(study.seeds))
+    latent_count = min(study_settings.checked, len(study.seeds))
+    # [checked, R]
     trained_attributions = np.stack(
         [trained_values.values for trained_values in study.shapley[:latent_count]]
-    )  # [checked, R]
+    )
     table_rows = []  # one row for each random weights and latent
     signed_means = []  # mean over latents, by random weights
     size_means = []  # the same of absolute values
     # An attribution that is similar with random weights does not come from training (Adebayo et al. 2018).
-    for draw in range(settings.randomisations):
+    for draw in range(study_settings.randomisations):
         random_attributions = study.attribute_randomised(draw)  # [checked, R]
+        # with signs
         signed_correlations = [
             rank_correlation(trained_values, random_values)
             for trained_values, random_values in zip(trained_attributions, random_attributions, strict=True)
-        ]  # with signs
+        ]
         # The absolute values correlate also for random networks, see `_describe_randomised`.
         size_correlations = [
             rank_correlation(np.abs(trained_values), np.abs(random_values))
@@ -833,7 +829,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     finding_data = {
         "by_randomisation": signed_means,
         "sizes": size_means,
-        "randomisations": settings.randomisations,
+        "randomisations": study_settings.randomisations,
         "latents": latent_count,
         "mean": bootstrap_mean_interval(signed_means)._asdict() if signed_means else None,
         "mean_of_sizes": bootstrap_mean_interval(size_means)._asdict() if size_means else None,

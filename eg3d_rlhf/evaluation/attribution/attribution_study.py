@@ -90,33 +90,35 @@ class Study:
 
         Raises: ValueError, with the flag that selects the regions.
         """
-        settings = self.settings
+        study_settings = self.settings
         # Fixed boxes are the same for every latent, so the list repeats one object.
-        if settings.regions == BOXES:
+        if study_settings.regions == BOXES:
             partitions = [regions.face_partition(self.spec)] * len(self.seeds)
-        elif settings.regions in (LANDMARKS, HEAD):
+        elif study_settings.regions in (LANDMARKS, HEAD):
             make_partition = (
-                regions.landmark_partition if settings.regions == LANDMARKS else regions.head_partition
+                regions.landmark_partition if study_settings.regions == LANDMARKS else regions.head_partition
             )
             with prefix_errors(
-                "--landmarks" if settings.landmarks is not None else f"--regions={settings.regions}"
+                "--landmarks"
+                if study_settings.landmarks is not None
+                else f"--regions={study_settings.regions}"
             ):
                 partitions = [
                     make_partition(latent_landmarks, self.spec) for latent_landmarks in self.landmarks
                 ]
-        elif settings.regions == PEOPLE:
+        elif study_settings.regions == PEOPLE:
             with prefix_errors(f"--regions={PEOPLE}"):
                 partitions = [regions.people_partition(head, self.spec) for head in self.heads]
         else:
             with prefix_errors("--regions"):
                 partitions = [
                     regions.read_masks(
-                        settings.regions, regions.region_shape(self.comparison.reward.observation.shape)
+                        study_settings.regions, regions.region_shape(self.comparison.reward.observation.shape)
                     )
                 ] * len(self.seeds)
         region_count = len(partitions[0].names)  # all partitions have the same names
         # The exact method evaluates 2^R coalitions, which is too slow for a larger R.
-        if settings.method == "exact" and region_count > regions.MAX_EXACT_REGIONS:
+        if study_settings.method == "exact" and region_count > regions.MAX_EXACT_REGIONS:
             raise ValueError(
                 f"--method=exact evaluates at most {regions.MAX_EXACT_REGIONS} regions, but there are"
                 f" {region_count}. Use --method=antithetic."
@@ -251,7 +253,7 @@ class Study:
         Raises: ValueError if an efficiency gap exceeds the bound of the settings.
         """
         attributions = []  # one for each latent
-        settings = self.settings
+        study_settings = self.settings
         for latent_index, seed in enumerate(self.seeds):
             coalition_values = self.coalition_values(latent_index)
             attributions.append(
@@ -259,8 +261,8 @@ class Study:
                     coalition_values,
                     coalition_values.regions,
                     coalition_values.difference(),
-                    settings.method,
-                    settings.permutations,
+                    study_settings.method,
+                    study_settings.permutations,
                     self.comparison.seed * 1000 + latent_index,
                 )
             )
@@ -269,13 +271,13 @@ class Study:
                 f" {attribution.gap:+.2e} ({attribution.relative_gap:.1e} of the difference)"
             )
         # Efficiency: the values must sum to the reward difference, which is computed without the coalitions.
-        shapley_methods.check_gap(attributions, self.seeds, settings.gap_bound)
+        shapley_methods.check_gap(attributions, self.seeds, study_settings.gap_bound)
         return attributions
 
     @cached_property
     def integrated(self) -> list[shapley_methods.IntegratedGradients]:
         """Return the Integrated Gradients of each latent, from its slab before tuning to the one after."""
-        settings = self.settings
+        study_settings = self.settings
         slabs_before = self.slabs["before"]
         slabs_after = self.slabs["after"]
         return [
@@ -284,8 +286,8 @@ class Study:
                 slab_before,
                 slab_after,
                 attribution.difference,
-                settings.steps,
-                settings.most_steps,
+                study_settings.steps,
+                study_settings.most_steps,
                 self.comparison.batch,
             )
             for slab_before, slab_after, attribution in zip(

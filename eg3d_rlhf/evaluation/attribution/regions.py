@@ -179,24 +179,24 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
     )
 
 
-def _read_names(path: Path) -> dict[int, str]:
+def _read_names(names_path: Path) -> dict[int, str]:
     """Read the names of labels from a JSON object or list, see `read_masks`.
 
     Raises: ValueError or FileNotFoundError.
     """
-    if not path.is_file():
+    if not names_path.is_file():
         raise FileNotFoundError(
-            f"the file {path} with the names of the regions is missing. Write it, for example"
+            f"the file {names_path} with the names of the regions is missing. Write it, for example"
             ' {"0": "background", "1": "nose"}.'
         )
     try:
-        json_value = json.loads(path.read_text())
+        json_value = json.loads(names_path.read_text())
         # A list names the labels 0, 1, 2, ... in this order.
         labels_with_names = json_value.items() if isinstance(json_value, Mapping) else enumerate(json_value)
         return {int(label): str(name) for label, name in labels_with_names}
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold the names of labels: {error}. Write an object, for example"
+            f"{names_path} does not hold the names of labels: {error}. Write an object, for example"
             ' {"0": "background", "1": "nose"}, or a list of names.'
         ) from error
 
@@ -289,13 +289,13 @@ def read_landmarks(path: str | Path) -> PixelLandmarks:
         _points(path, "points", json_value["points"], image_size) if "points" in json_value else None
     )
     points_by_seed = {}
-    for seed, points in dict(json_value.get("seeds", {})).items():
+    for seed, point_lists in dict(json_value.get("seeds", {})).items():
         if not str(seed).isdigit():
             raise ValueError(
                 f"{path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as keys, for"
                 ' example "200000".'
             )
-        points_by_seed[int(seed)] = _points(path, f"seeds[{seed}]", points, image_size)
+        points_by_seed[int(seed)] = _points(path, f"seeds[{seed}]", point_lists, image_size)
     return PixelLandmarks(float(image_size), shared_points, points_by_seed)
 
 
@@ -323,8 +323,8 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
         )
     if not np.isfinite(landmark_pixels).all():
         raise ValueError(
-            f"{path}: {entry_name} contains a coordinate that is not finite. Replace it by the position of the"
-            " landmark in pixels."
+            f"{path}: {entry_name} contains a coordinate that is not finite. Replace it by the position of"
+            " the landmark in pixels."
         )
     # Points outside the image mean that "image_size" does not belong to them.
     if landmark_pixels.min() < 0 or landmark_pixels.max() > image_size:
@@ -359,9 +359,8 @@ def back_project(
         )
     # rows and columns of the P valid pixels, [P] each
     valid_rows, valid_columns = np.nonzero(is_valid)
-    pixel_positions = (
-        landmark_pixels / image_size * len(is_valid) - 0.5
-    )  # in pixels of the depth map, whose pixel i has its centre at i
+    # in pixels of the depth map, whose pixel i has its centre at i
+    pixel_positions = landmark_pixels / image_size * len(is_valid) - 0.5
     # squared distances in pixels [L, P] -> index of the nearest valid pixel [L]
     nearest_indices = (
         (valid_columns[None] - pixel_positions[:, :1]) ** 2 + (valid_rows[None] - pixel_positions[:, 1:]) ** 2

@@ -68,7 +68,9 @@ class CoalitionValues:
         self.tuned = tuned
         flat_labels = labels.flatten().to(original.device)
         # indices of the voxels of each region in the flattened slab
-        self.voxels = [torch.nonzero(flat_labels == region).squeeze(1) for region in range(regions)]
+        self.voxels = [
+            torch.nonzero(flat_labels == region_index).squeeze(1) for region_index in range(regions)
+        ]
         # A region in which the slabs are equal does not change the value of any coalition.
         self.differs = [
             bool((original.flatten()[indices] != tuned.flatten()[indices]).any()) for indices in self.voxels
@@ -82,7 +84,7 @@ class CoalitionValues:
         Regions in which the slabs are equal get no bit, since they do not change the value.
         """
         bit_weights = torch.tensor(
-            [1 << region if has_change else 0 for region, has_change in enumerate(self.differs)],
+            [1 << region_index if has_change else 0 for region_index, has_change in enumerate(self.differs)],
             dtype=torch.int64,
         )
         return (coalitions.cpu().to(torch.int64) * bit_weights).sum(dim=1).tolist()
@@ -104,10 +106,14 @@ class CoalitionValues:
                 slab_row.copy_(previous_row)
                 # The bits of the exclusive or are the regions in which the two coalitions differ.
                 changed_regions = [
-                    region for region in changed_regions if (previous_key ^ coalition_key) >> region & 1
+                    region_index
+                    for region_index in changed_regions
+                    if (previous_key ^ coalition_key) >> region_index & 1
                 ]
-            for region in changed_regions:
-                slab_row[self.voxels[region]] = flat_slabs[coalition_key >> region & 1][self.voxels[region]]
+            for region_index in changed_regions:
+                slab_row[self.voxels[region_index]] = flat_slabs[coalition_key >> region_index & 1][
+                    self.voxels[region_index]
+                ]
             previous_row = slab_row
             previous_key = coalition_key
         return slabs.reshape(len(coalition_keys), *self.original.shape)
@@ -201,7 +207,7 @@ def exact_from_table(coalition_values: np.ndarray) -> np.ndarray:
     """
     region_count = len(coalition_values).bit_length() - 1  # the table has 2^R entries
     coalition_keys = np.arange(1 << region_count)  # [2^R]
-    coalition_sizes = np.array([int(key).bit_count() for key in coalition_keys])  # |S|
+    coalition_sizes = np.array([int(coalition_key).bit_count() for coalition_key in coalition_keys])  # |S|
     # |S|! (R - |S| - 1)! / R! = 1 / (R * C(R - 1, |S|)). No region can join the coalition of all regions, so
     # its weight is not used.
     weight_by_coalition = np.array(
@@ -258,9 +264,10 @@ def estimate_by_sampling(
     orders = np.stack([rng.permutation(region_count) for _ in range(sample_count)])  # [samples, R]
     # The contributions along an order and its reverse are negatively correlated, so their mean is a single
     # sample of lower variance.
+    # [P, R]
     contributions = marginals(
         coalition_values, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders
-    )  # [P, R]
+    )
     contributions = (
         (contributions[:sample_count] + contributions[sample_count:]) / 2 if antithetic else contributions
     )
@@ -443,9 +450,8 @@ def shuffled_change(
     shuffled_slab_change = torch.empty_like(slab_change)
     generator = torch.Generator().manual_seed(seed)
     for region_index in range(int(flat_labels.max()) + 1):
-        voxel_indices = torch.nonzero(flat_labels == region_index).squeeze(
-            1
-        )  # indices of the region's voxels
+        # indices of the region's voxels
+        voxel_indices = torch.nonzero(flat_labels == region_index).squeeze(1)
         shuffled_slab_change[voxel_indices] = slab_change[
             voxel_indices[torch.randperm(len(voxel_indices), generator=generator)]
         ]

@@ -61,12 +61,16 @@ def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
     arms = []
     if case.truth is not None:
         arms.append(Arm("truth", generator, Side.from_ws(generator, case.truth.ws, GRID)))
-    for weight in inversions.setup.weights:
+    for reward_weight in inversions.setup.weights:
         tuned_generator = load_generator(
-            folder / f"{weight:g}.safetensors", case.target.image.device
+            folder / f"{reward_weight:g}.safetensors", case.target.image.device
         ).generator
-        ws = storage.read_tensors(folder / f"{weight:g}-ws.safetensors", KIND)[0]["ws"].to(case.target.image)
-        arms.append(Arm(f"weight {weight:g}", tuned_generator, Side.from_ws(tuned_generator, ws, GRID)))
+        ws = storage.read_tensors(folder / f"{reward_weight:g}-ws.safetensors", KIND)[0]["ws"].to(
+            case.target.image
+        )
+        arms.append(
+            Arm(f"weight {reward_weight:g}", tuned_generator, Side.from_ws(tuned_generator, ws, GRID))
+        )
     return arms
 
 
@@ -116,8 +120,8 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
             *render_cells(arm, case.target.camera, CELL, SUPERSAMPLE),
             render_cells(arm, side_camera, CELL, SUPERSAMPLE)[1],
         )
-        for cell_row, cell in zip(cell_rows, arm_cells, strict=True):
-            cell_row.append(cell)
+        for cell_row, cell_image in zip(cell_rows, arm_cells, strict=True):
+            cell_row.append(cell_image)
     sheet_rows = [Row(cells=cell_row) for cell_row in cell_rows]
     # The names are written below the last row.
     sheet_rows[-1] = replace(sheet_rows[-1], captions=["target", *(arm.name for arm in arms)])
@@ -195,17 +199,16 @@ def facts(setup: Setup) -> Facts:
     )
 
 
-def summarise(measure_records: Sequence[Mapping], weights: Sequence[float]) -> dict:
+def summarise(measure_records: Sequence[Mapping], reward_weights: Sequence[float]) -> dict:
     """Compute the mean of every measure for each arm, and the paired changes from the base to every weight.
 
     The base is the first weight, which is 0 if the weights contain 0.
     Args: measure_records: records of `Inversions.records`.
     """
-    weight_names = [f"{weight:g}" for weight in weights]
-    base_name = f"{weights[0]:g}"
-    arms = list(
-        dict.fromkeys(measure_record["arm"] for measure_record in measure_records)
-    )  # in the order of the records
+    weight_names = [f"{reward_weight:g}" for reward_weight in reward_weights]
+    base_name = f"{reward_weights[0]:g}"
+    # in the order of the records
+    arms = list(dict.fromkeys(measure_record["arm"] for measure_record in measure_records))
     statistics_by_measure: dict[str, dict] = {}  # measure -> means and paired changes
     for measure_name in (listed_measure.name for listed_measure in MEASURES):
         # Not every arm has every measure. The ground truth, for example, has no PSNR.
@@ -227,7 +230,7 @@ def summarise(measure_records: Sequence[Mapping], weights: Sequence[float]) -> d
             }
     return {
         "base": base_name,
-        "weights": list(weights),
+        "weights": list(reward_weights),
         "measures": statistics_by_measure,
         **over_optimisation(statistics_by_measure, weight_names, base_name),
     }
@@ -286,52 +289,56 @@ def over_optimisation(
     }
 
 
-def summary_sentences(summary: Mapping, evaluator_name: str, network_name: str) -> list[str]:
+def summary_sentences(inversion_summary: Mapping, evaluator_name: str, network_name: str) -> list[str]:
     """Describe the changes at the largest weight, the knee, and over-optimisation, in sentences.
 
     Args:
-        summary: result of `summarise`.
+        inversion_summary: result of `summarise`.
         evaluator_name: name of the evaluator.
         network_name: name of the perceptual network.
     """
     sentences = [f"Perceptual features: {network_name}. Evaluator: {evaluator_name}."]
-    statistics_by_measure = summary["measures"]
+    statistics_by_measure = inversion_summary["measures"]
     # A single weight has nothing to be compared with.
-    if len(summary["weights"]) == 1:
+    if len(inversion_summary["weights"]) == 1:
         return sentences
-    largest_weight = f"{summary['weights'][-1]:g}"
-    for name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
-        if name in statistics_by_measure:
+    largest_weight = f"{inversion_summary['weights'][-1]:g}"
+    for listed_name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
+        if listed_name in statistics_by_measure:
             sentences.append(
-                f"{name} at λ {largest_weight}:"
-                f" {format_change(statistics_by_measure[name]['paired'][largest_weight])}"
-                f" against λ {summary['base']}."
+                f"{listed_name} at λ {largest_weight}:"
+                f" {format_change(statistics_by_measure[listed_name]['paired'][largest_weight])}"
+                f" against λ {inversion_summary['base']}."
             )
-    sentences.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
+    sentences.append(
+        f"Knee: up to λ {inversion_summary['knee']} the target's own view loses less than {KNEE} dB."
+    )
     if "reward" in statistics_by_measure:
         sentences.append(
-            f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to"
-            " the next."
+            f"The mean reward {'rises' if inversion_summary['reward_rises'] else 'does not rise'} from every"
+            " weight to the next."
         )
-    for name in summary["over_optimised"]:
+    for listed_name in inversion_summary["over_optimised"]:
         uncertainty_text = (
-            "" if name in summary["clearly_over_optimised"] else ", though the interval includes 0"
+            ""
+            if listed_name in inversion_summary["clearly_over_optimised"]
+            else ", though the interval includes 0"
         )
         sentences.append(
-            f"Over-optimised at λ {name}: the evaluator's mean is below that of λ"
-            f" {summary['base']}{uncertainty_text}."
+            f"Over-optimised at λ {listed_name}: the evaluator's mean is below that of λ"
+            f" {inversion_summary['base']}{uncertainty_text}."
         )
     return sentences
 
 
-def measure_sentences(summary: Mapping) -> list[str]:
+def measure_sentences(inversion_summary: Mapping) -> list[str]:
     """Describe the mean and the changes of every measure in sentences.
 
-    Args: summary: result of `summarise`.
+    Args: inversion_summary: result of `summarise`.
     """
     sentences = []
-    base_name = summary["base"]  # arm from which changes are measured
-    for measure_name, measure_data in summary["measures"].items():
+    base_name = inversion_summary["base"]  # arm from which changes are measured
+    for measure_name, measure_data in inversion_summary["measures"].items():
         change_texts = ", ".join(
             f"λ {arm}: {format_change(paired_change)}"
             for arm, paired_change in measure_data["paired"].items()
@@ -381,11 +388,12 @@ def curves(folder: Path) -> dict:
     return {
         stage: {
             measure_name: [
-                [step, float(np.mean(target_values))] for step, target_values in sorted(steps.items())
+                [step, float(np.mean(target_values))]
+                for step, target_values in sorted(values_of_steps.items())
             ]
-            for measure_name, steps in measures.items()
+            for measure_name, values_of_steps in values_by_measure.items()
         }
-        for stage, measures in values_by_step.items()
+        for stage, values_by_measure in values_by_step.items()
     }
 
 
@@ -398,31 +406,35 @@ def jobs(inversions: Inversions) -> list[Job]:
     job_inputs = {"records": measure_records}
 
     def measures_finding(_folder: Path) -> Finding:
-        summary = summarise(measure_records, setup.weights)
+        inversion_summary = summarise(measure_records, setup.weights)
         return Finding(
-            facts=facts(setup), data=summary, rows=measure_records, says=measure_sentences(summary)
+            facts=facts(setup),
+            data=inversion_summary,
+            rows=measure_records,
+            says=measure_sentences(inversion_summary),
         )
 
     def curves_finding(_folder: Path) -> Finding:
         stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
         curve_rows = [
-            {"stage": stage, "measure": name, "step": step, "mean": mean_value}
+            {"stage": stage, "measure": listed_name, "step": step, "mean": mean_value}
             for stage, by_measure in stage_curves.items()
-            for name, curve_points in by_measure.items()
+            for listed_name, curve_points in by_measure.items()
             for step, mean_value in curve_points
         ]
         return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=curve_rows)
 
     def strips_finding(folder: Path) -> Finding:
-        for name, strip_path in strip_by_name.items():
-            shutil.copyfile(strip_path, folder / f"strip-{name}.png")
+        for listed_name, strip_path in strip_by_name.items():
+            shutil.copyfile(strip_path, folder / f"strip-{listed_name}.png")
         return Finding(
             facts=facts(setup),
             data={},
             images={
-                f"{name}: the target, then {'the ground truth and ' if case.truth else ''}every weight;"
-                " below, the same as shapes": f"strip-{name}.png"
-                for name, case in zip(strip_by_name, shown_cases, strict=True)
+                f"{listed_name}: the target, then {'the ground truth and ' if case.truth else ''}every"
+                " weight;"
+                " below, the same as shapes": f"strip-{listed_name}.png"
+                for listed_name, case in zip(strip_by_name, shown_cases, strict=True)
             },
         )
 
@@ -443,7 +455,7 @@ def jobs(inversions: Inversions) -> list[Job]:
             title="Step by step",
             compute=curves_finding,
             inputs=job_inputs,
-            plots={name: partial(plot_steps, name) for name in ("mse", "perceptual")},
+            plots={listed_name: partial(plot_steps, listed_name) for listed_name in ("mse", "perceptual")},
         ),
     ]
 
@@ -453,7 +465,7 @@ def plot_means(finding_data: dict):
 
     A dashed line is the ground truth, a dotted line is the latent before the second stage.
     """
-    weight_names = [f"{weight:g}" for weight in finding_data["weights"]]
+    weight_names = [f"{reward_weight:g}" for reward_weight in finding_data["weights"]]
     figure, axes = style.grid(len(finding_data["measures"]), 2.7)
     for axis, (measure_name, measure_data) in zip(axes, finding_data["measures"].items(), strict=True):
         mean_by_arm = measure_data["means"]

@@ -44,20 +44,20 @@ class Leg(NamedTuple):
     last: int  # number of the last step + 1
 
 
-def list_legs(config: projector.InversionConfig, weights: Sequence[float]) -> list[Leg]:
+def list_legs(config: projector.InversionConfig, reward_weights: Sequence[float]) -> list[Leg]:
     """List the sections of a target's inversion, in the order in which they run.
 
-    Args: weights: weights of the reward.
+    Args: reward_weights: weights of the reward.
     """
     # In the first stage, the reward is applied only in the second half, if at all. So all weights share the
     # first half, or the entire stage.
     shared_steps = config.w_steps // 2 if config.reward_in_w else config.w_steps
     inversion_legs = [Leg("w", None, 0, shared_steps)]
-    for weight in weights:
+    for reward_weight in reward_weights:
         inversion_legs += (
-            [Leg("w", weight, shared_steps, config.w_steps)] if shared_steps < config.w_steps else []
+            [Leg("w", reward_weight, shared_steps, config.w_steps)] if shared_steps < config.w_steps else []
         )
-        inversion_legs.append(Leg("pivot", weight, 0, config.pivot_steps))
+        inversion_legs.append(Leg("pivot", reward_weight, 0, config.pivot_steps))
     return inversion_legs
 
 
@@ -168,9 +168,10 @@ class Inversions:
     def _make_stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
         """Create the stage of a section, from the files that earlier sections have written."""
         generator = self.setup.loaded.generator
-        weight = leg.weight or 0.0
+        reward_weight = leg.weight or 0.0
         if leg.stage == "pivot":
-            weight_file = self.folder(case) / f"{weight:g}-w.safetensors"  # exists only if reward_in_w is set
+            # exists only if reward_in_w is set
+            weight_file = self.folder(case) / f"{reward_weight:g}-w.safetensors"
             # If the reward was applied in the first stage, each weight has its own latent.
             latent_file = (
                 weight_file if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
@@ -180,11 +181,11 @@ class Inversions:
                 objective,
                 # to the target's device and dtype
                 storage.read_tensors(latent_file, KIND)[0]["ws"].to(case.target.image),
-                weight,
+                reward_weight,
             )
         # Starting from the ground truth is a control of the method.
         start_ws = case.truth.ws if self.setup.from_truth and case.truth is not None else None
-        stage = projector.LatentStage(generator, objective, self.setup.prior, start_ws, weight)
+        stage = projector.LatentStage(generator, objective, self.setup.prior, start_ws, reward_weight)
         # The second half of the first stage continues from the shared first half, with its optimiser's state.
         if leg.first:
             stage.restore(storage.read_tensors(self.folder(case) / "w.safetensors", KIND)[0])
@@ -269,7 +270,7 @@ class Inversions:
 
         The entry 'arm' is 'truth' (the ground truth), 'w' (before the second stage), or a weight.
         """
-        weight_names = [f"{weight:g}" for weight in self.setup.weights]
+        weight_names = [f"{reward_weight:g}" for reward_weight in self.setup.weights]
         # If the first stage uses the reward, each weight has its own latent before the second stage.
         arm_names = [
             "truth",

@@ -345,23 +345,23 @@ class Objective:
         return self.config.lambda_mse * mse + distance, {"mse": mse, "perceptual": distance}
 
     def guidance_term(
-        self, field: Field, step: int, weight: float
+        self, field: Field, step: int, reward_weight: float
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
         """Compute the reward's term of the loss in a step.
 
         Args:
             step: number of the step; the reward is evaluated in every `reward_every`-th step.
-            weight: weight of the reward.
+            reward_weight: weight of the reward.
 
         Returns: the term, and the dict {"reward": raw reward}. If the weight is 0, or if the reward is not
             evaluated in this step, the term is 0.0 and the dict is empty.
         """
-        if self.guidance is None or weight == 0 or step % self.config.reward_every:
+        if self.guidance is None or reward_weight == 0 or step % self.config.reward_every:
             return 0.0, {}
         term, score = self.guidance.clipped_reward(field)
         # The field holds a single shape, hence [0]. The term is multiplied by the number of steps between two
-        # evaluations, so that its mean weight over all steps is `weight`.
-        return weight * self.config.reward_every * term[0], {"reward": score[0]}
+        # evaluations, so that its mean weight over all steps is `reward_weight`.
+        return reward_weight * self.config.reward_every * term[0], {"reward": score[0]}
 
 
 class LatentStage:
@@ -422,11 +422,11 @@ class LatentStage:
         """Return the tensors that the next steps depend on."""
         return {"ws": self.ws.detach(), **optimizer_tensors("adam", self.optimizer)}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Restore a state of `state`."""
+    def restore(self, stage_state: dict[str, Tensor]) -> None:
+        """Restore a state of `stage_state`."""
         with torch.no_grad():
-            self.ws.copy_(state["ws"])
-        restore_optimizer("adam", self.optimizer, state)
+            self.ws.copy_(stage_state["ws"])
+        restore_optimizer("adam", self.optimizer, stage_state)
 
 
 class PivotalStage:
@@ -476,13 +476,13 @@ class PivotalStage:
         }
         return {"ws": self.ws, **network_tensors, **optimizer_tensors("adam", self.optimizer)}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Restore a state of `state`."""
+    def restore(self, stage_state: dict[str, Tensor]) -> None:
+        """Restore a state of `stage_state`."""
         self.generator.module.load_state_dict(
             {
                 tensor_name.removeprefix("G."): tensor
-                for tensor_name, tensor in state.items()
+                for tensor_name, tensor in stage_state.items()
                 if tensor_name.startswith("G.")
             }
         )
-        restore_optimizer("adam", self.optimizer, state)
+        restore_optimizer("adam", self.optimizer, stage_state)
