@@ -389,7 +389,7 @@ def orbit(comparison: Comparison, folder: Path) -> Finding:
         ORBIT_STILLS,
         folder / "orbit.png",
     )
-    # [frames, R, 2R]
+    # the frames before and after tuning are side by side, [ORBIT_FRAMES, R, 2R]
     frames = torch.cat([role_views[:ORBIT_FRAMES, 0] for role_views in views_by_network], dim=2)
     first_frame, *other_frames = (
         PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy()

@@ -185,7 +185,7 @@ def render_coloured_mesh(
     rotation = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
     surface_points = surface_points @ rotation.T
     normals = np.repeat(normals @ rotation.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
-    # pixels, [F * P]
+    # column in the image, [F * P]
     pixel_columns = np.floor((surface_points[:, 0] / half_width + 1) / 2 * resolution).astype(np.int64)
     # pixels, counted from the top
     pixel_rows = np.floor((1 - surface_points[:, 1] / half_width) / 2 * resolution).astype(np.int64)

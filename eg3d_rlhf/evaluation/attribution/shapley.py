@@ -450,7 +450,6 @@ def shuffled_change(
     shuffled_slab_change = torch.empty_like(slab_change)
     generator = torch.Generator().manual_seed(seed)
     for region_index in range(int(flat_labels.max()) + 1):
-        # indices of the region's voxels
         voxel_indices = torch.nonzero(flat_labels == region_index).squeeze(1)
         shuffled_slab_change[voxel_indices] = slab_change[
             voxel_indices[torch.randperm(len(voxel_indices), generator=generator)]
