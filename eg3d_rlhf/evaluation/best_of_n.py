@@ -54,46 +54,59 @@ def best_of_n_chances(latent_count: int, n: int) -> np.ndarray:
     """
     # The binomials themselves would overflow. The probabilities of ranks i - 1 and i have the ratio
     # (i - n) / (i - 1); the product of these ratios from the top down is relative to the highest rank.
-    rank = np.arange(latent_count, 1, -1)
-    relative_chances = np.cumprod(np.clip((rank - n) / (rank - 1), 0, None))  # [N - 1]
+    ranks = np.arange(latent_count, 1, -1)
+    relative_chances = np.cumprod(np.clip((ranks - n) / (ranks - 1), 0, None))  # [N - 1]
     # The latent of the highest rank is the best with probability n / N. [::-1] sorts by ascending rank.
     return n / latent_count * np.concatenate([[1.0], relative_chances])[::-1]
 
 
-def expected_best(reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+def expected_best(
+    reward_scores: np.ndarray, evaluator_scores: np.ndarray, n_values: Sequence[int]
+) -> np.ndarray:
     """Compute the expected score by the evaluator of the best of n latents by the reward, for several n.
 
     The expectation is exact over all subsets of n latents.
 
     Args:
-        reward: scores by the reward, [N].
-        evaluator: scores by the evaluator, [N].
-        numbers: values of n, each 1 to N.
+        reward_scores: scores by the reward, [N].
+        evaluator_scores: scores by the evaluator, [N].
+        n_values: values of n, each 1 to N.
 
-    Returns: [T]. For n = 1 it is the evaluator's mean, for n = N its score of the latent that the reward
-        ranks first.
+    Returns: expected scores by the evaluator, [T]. For n = 1 the expectation is the evaluator's mean score.
+        For n = N it is the evaluator's score of the latent that the reward ranks first.
     """
-    ranked = sort_by_reward(reward, evaluator)[1]
-    return np.array([best_of_n_chances(len(ranked), n) @ ranked for n in numbers])
+    ranked_evaluator_scores = sort_by_reward(reward_scores, evaluator_scores)[1]
+    return np.array(
+        [best_of_n_chances(len(ranked_evaluator_scores), n) @ ranked_evaluator_scores for n in n_values]
+    )
 
 
-def sort_by_reward(reward: np.ndarray, evaluator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sort_by_reward(reward_scores: np.ndarray, evaluator_scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sort the latents by their scores by the reward.
 
-    Returns: the indices of the latents in ascending order of reward [N], and the evaluator's scores in this
-        order [N]. The evaluator's scores of latents with equal reward are averaged.
+    Args:
+        reward_scores: scores by the reward, [N].
+        evaluator_scores: scores by the evaluator, [N].
+
+    Returns: two arrays. The first holds the indices of the latents in ascending order of reward, [N]. The
+        second holds the evaluator's scores in this order, [N]; scores of latents with equal reward are
+        averaged.
     """
-    # Latents of equal reward get the mean of their group, as if ties were resolved at random. `group` is
-    # the index of each latent's group.
-    _, group, group_sizes = np.unique(reward, return_inverse=True, return_counts=True)
+    # Latents of equal reward form a group, and get the mean of the group, as if ties were resolved at random.
+    # `group_indices` holds the index of each latent's group, [N].
+    _, group_indices, group_sizes = np.unique(reward_scores, return_inverse=True, return_counts=True)
     # The groups are in ascending order of reward; each mean is repeated for every latent of its group.
-    group_means = np.bincount(group, evaluator) / group_sizes
-    return np.argsort(reward, kind="stable"), np.repeat(group_means, group_sizes)
+    group_means = np.bincount(group_indices, evaluator_scores) / group_sizes
+    return np.argsort(reward_scores, kind="stable"), np.repeat(group_means, group_sizes)
 
 
-def kl_divergence(numbers: Sequence[int]) -> np.ndarray:
-    """Compute the KL divergence in nats of the best of n from a single sample, for each n."""
-    n = np.asarray(numbers, dtype=np.float64)  # [T]
+def kl_divergence(n_values: Sequence[int]) -> np.ndarray:
+    """Compute the KL divergence in nats of the best of n from a single sample.
+
+    Args: n_values: values of n.
+    Returns: [T].
+    """
+    n = np.asarray(n_values, dtype=np.float64)  # [T]
     return np.log(n) - (n - 1) / n
 
 
@@ -104,22 +117,26 @@ def fit(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
         distance: d, [T].
         gain: gains by the evaluator, [..., T].
 
-    Returns: alpha and beta, [..., 2].
+    Returns: array [..., 2], whose last axis holds alpha and beta.
     """
     return gain @ np.linalg.pinv(np.stack([distance, -(distance**2)], axis=1)).T
 
 
 def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    """Return the position d* = alpha / (2 beta) of the fitted curve's peak.
+    """Return the position d* = alpha / (2 beta) of the peak of a fitted curve d (alpha - beta d).
 
-    It is 0 if the curve only falls, and infinite if it never falls (beta <= 0).
+    The position is 0 if the curve only falls, and infinite if it never falls (beta <= 0).
+    Args: alpha, beta: results of `fit`, of equal shapes.
     """
     # The inner `where` avoids a division by zero in the branch that is not used.
     return np.where(beta > 0, np.maximum(alpha, 0) / np.where(beta > 0, 2 * beta, 1), np.inf)
 
 
 def number_at(distance: float) -> float:
-    """Return the n for which the best of n has this distance d = sqrt(KL) from a single sample."""
+    """Return the n for which the best of n has the distance d = sqrt(KL) from a single sample.
+
+    Args: distance: d.
+    """
     # KL = d^2 is solved for log n by a root search. KL increases with n from 0 at n = 1, and exceeds d^2
     # where log n is d^2 + 2.
     log_n = (
@@ -131,20 +148,28 @@ def number_at(distance: float) -> float:
 
 
 def resample_best(
-    reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int], latent_counts_by_resample: np.ndarray
+    reward_scores: np.ndarray,
+    evaluator_scores: np.ndarray,
+    n_values: Sequence[int],
+    latent_counts_by_resample: np.ndarray,
 ) -> np.ndarray:
     """Compute `expected_best` for resamples of the latents.
 
-    Args: latent_counts_by_resample: how often each resample contains each latent, [B, N].
-    Returns: [B, T].
+    Args:
+        reward_scores: scores by the reward, [N].
+        evaluator_scores: scores by the evaluator, [N].
+        n_values: values of n.
+        latent_counts_by_resample: how often each resample contains each latent, [B, N].
+
+    Returns: expected scores by the evaluator, [B, T].
     """
-    order, ranked = sort_by_reward(reward, evaluator)
+    latent_order, ranked_evaluator_scores = sort_by_reward(reward_scores, evaluator_scores)
     # Row t holds the weights of the sorted evaluator's scores for the t-th value of n.
-    chances_table = np.stack([best_of_n_chances(len(ranked), n) for n in numbers])  # [T, N]
+    chances_by_n = np.stack([best_of_n_chances(len(ranked_evaluator_scores), n) for n in n_values])  # [T, N]
     # A resample keeps the order of the latents, so it needs no sorting.
     return np.stack(
         [
-            chances_table @ np.repeat(ranked, latent_counts[order])
+            chances_by_n @ np.repeat(ranked_evaluator_scores, latent_counts[latent_order])
             for latent_counts in latent_counts_by_resample
         ]
     )
@@ -202,11 +227,11 @@ class Trial:
     def networks(self) -> dict[str, str]:
         """Return the hashes of the generator, the rewards and the evaluator."""
         # the simulated annotator has no file
-        evaluator = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
+        evaluator_hash = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
         return {
             "generator": self.generator.hash,
-            **{name: digest for name, (_, digest) in self.rewards.items()},
-            **evaluator,
+            **{reward_name: digest for reward_name, (_, digest) in self.rewards.items()},
+            **evaluator_hash,
         }
 
     def facts(self) -> Facts:
@@ -216,55 +241,69 @@ class Trial:
         )
 
 
-JoinFunction = Callable[
-    [Mapping[str, np.ndarray]], np.ndarray
-]  # members' scores by name -> scores of an arm [N]
+# members' scores by name -> scores of an arm [N]
+JoinFunction = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, JoinFunction]]:
     """Return the arms that a network scores, and the arms that are computed from other scores.
 
-    Returns: rewards by arm (single rewards, members of ensembles, averages of the members' weights), and for
-        each aggregate of an ensemble a function from the members' scores to the scores of the arm.
+    Returns: two dicts. The first maps the name of an arm to its reward: a single reward, a member of an
+        ensemble, or the average of the members' weights. The second maps the name of each aggregate of an
+        ensemble to a function that computes the scores of this arm from the members' scores.
     """
     rewards_by_arm: dict[str, Reward] = {}  # arms that a network scores
     join_by_arm: dict[str, JoinFunction] = {}  # arms that aggregate members' scores
-    for name, (reward, _) in trial.rewards.items():
+    for reward_name, (reward, _) in trial.rewards.items():
         # If there are several rewards, the names of members begin with the name of their ensemble.
-        name_prefix = f"{name}: " if len(trial.rewards) > 1 else ""
-        network = reward.network  # one network, or an ensemble of them
-        if not isinstance(network, RewardEnsemble):
-            rewards_by_arm[name] = reward
+        name_prefix = f"{reward_name}: " if len(trial.rewards) > 1 else ""
+        reward_network = reward.network  # one network, or an ensemble of them
+        if not isinstance(reward_network, RewardEnsemble):
+            rewards_by_arm[reward_name] = reward
             continue
         # names of the arms, under which `JoinFunction` finds the members' scores
-        member_names = [f"{name_prefix}member {i + 1}" for i in range(len(network.members))]
+        member_names = [f"{name_prefix}member {i + 1}" for i in range(len(reward_network.members))]
         rewards_by_arm.update(zip(member_names, reward.members(), strict=True))
         # Weights can be averaged only if the members began from the same weights, which "start" records.
         if reward.provenance.get("start"):
             rewards_by_arm[f"{name_prefix}{AVERAGE}"] = Reward(
-                reward.observation, average_weights(network.members), reward.provenance
+                reward.observation, average_weights(reward_network.members), reward.provenance
             )
-        standard = network.standard
+        member_statistics = reward_network.standard
         # An ensemble of raw scores has no statistics of its members; compute them on untuned samples.
-        if standard is None:
-            observed = observe_untuned(
+        if member_statistics is None:
+            observed_samples = observe_untuned(
                 trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch
             )
-            standard = Standard.from_observations(network.members, observed)
-        for kind in KINDS:
+            member_statistics = Standard.from_observations(reward_network.members, observed_samples)
+        for aggregate_kind in KINDS:
             # The ensemble's own aggregate keeps its strength; the other kinds use their default strength.
-            aggregate = network.aggregate if kind == network.aggregate.kind else Aggregate(kind)
-            ensemble = RewardEnsemble(network.members, aggregate, standard)
+            aggregate = (
+                reward_network.aggregate
+                if aggregate_kind == reward_network.aggregate.kind
+                else Aggregate(aggregate_kind)
+            )
+            ensemble = RewardEnsemble(reward_network.members, aggregate, member_statistics)
             strength_text = "" if aggregate.strength is None else f" {aggregate.strength:g}"
-            join_by_arm[f"{name_prefix}{kind}{strength_text}"] = partial(_join, ensemble, member_names)
+            join_by_arm[f"{name_prefix}{aggregate_kind}{strength_text}"] = partial(
+                _join, ensemble, member_names
+            )
     return rewards_by_arm, join_by_arm
 
 
 def _join(
-    ensemble: RewardEnsemble, member_names: Sequence[str], scores: Mapping[str, np.ndarray]
+    ensemble: RewardEnsemble, member_names: Sequence[str], scores_by_member: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Aggregate the scores of an ensemble's members into the scores [N] of an arm."""
-    return ensemble.joined([torch.from_numpy(scores[name]) for name in member_names]).numpy()
+    """Aggregate the scores of an ensemble's members into the scores [N] of an arm.
+
+    Args:
+        ensemble: ensemble with the aggregate to apply.
+        member_names: names of the ensemble's members, in their order.
+        scores_by_member: scores [N] of single arms by name, of which the members' scores are read.
+    """
+    return ensemble.joined(
+        [torch.from_numpy(scores_by_member[member_name]) for member_name in member_names]
+    ).numpy()
 
 
 @torch.no_grad()
@@ -272,8 +311,8 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
     """Score every latent by all arms that a network scores, and by the evaluator, in one pass."""
     generator = trial.generator.generator
     rewards_by_arm, _ = arms(trial)  # aggregates follow from the members' scores
-    scores: dict[str, list[float]] = {name: [] for name in rewards_by_arm}
-    evaluated: list[float] = []  # the evaluator's values, [N]
+    scores_by_arm: dict[str, list[float]] = {arm_name: [] for arm_name in rewards_by_arm}
+    evaluator_scores: list[float] = []  # the evaluator's values, [N]
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
     with tqdm(
         total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True
@@ -283,70 +322,80 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
             # Rewards that read the same input share it.
             observed_by_kind = dict[Observation, torch.Tensor]()
             # If the evaluator is a reward, it is scored in the same loop, under the name "".
-            for name, reward in (
+            for arm_name, reward in (
                 *rewards_by_arm.items(),
                 *([("", trial.evaluator[0])] if trial.evaluator else []),
             ):
                 observation = reward.observation  # rewards of the same kind read the same input
                 if observation not in observed_by_kind:
                     observed_by_kind[observation] = observation.observe(field)
-                arm_scores = scores[name] if name else evaluated
+                arm_scores = scores_by_arm[arm_name] if arm_name else evaluator_scores
                 arm_scores.extend(reward.score_observed(observed_by_kind[observation]).tolist())
             if trial.evaluator is None:
-                evaluated += utilities(
+                evaluator_scores += utilities(
                     generator, trial.seeds[start : start + len(ws_batch)], trial.psi
                 ).tolist()
             bar.update(len(ws_batch))
-    columns = {**scores, "evaluator": evaluated}  # one column per arm
-    rows = [
-        {"seed": seed, **{name: column[i] for name, column in columns.items()}}
+    scores_by_column = {**scores_by_arm, "evaluator": evaluator_scores}  # one column per arm
+    table_rows = [
+        {"seed": seed, **{arm_name: column[i] for arm_name, column in scores_by_column.items()}}
         for i, seed in enumerate(trial.seeds)
     ]
-    return Finding(facts=trial.facts(), data={"scores": scores, "evaluator": evaluated}, rows=rows)
+    return Finding(
+        facts=trial.facts(), data={"scores": scores_by_arm, "evaluator": evaluator_scores}, rows=table_rows
+    )
 
 
-def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
+def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
     """Compute the curve of every arm with its interval, fit and peak, and compare aggregates to members.
 
-    Args: scores: finding of `score`.
+    Args: scores_finding: finding of `score`.
     """
     rewards_by_arm, join_by_arm = arms(trial)
-    reward_scores = {
-        name: np.asarray(arm_scores) for name, arm_scores in scores.data["scores"].items()
-    }  # name -> [N]
-    arm_scores = {**reward_scores, **{name: join(reward_scores) for name, join in join_by_arm.items()}}
-    evaluator = np.asarray(scores.data["evaluator"])  # scores by the evaluator, [N]
-    numbers = trial.numbers  # [T]
+    # name -> [N]
+    scores_by_reward = {
+        arm_name: np.asarray(scores_by_arm)
+        for arm_name, scores_by_arm in scores_finding.data["scores"].items()
+    }
+    scores_by_arm = {
+        **scores_by_reward,
+        **{arm_name: join(scores_by_reward) for arm_name, join in join_by_arm.items()},
+    }
+    evaluator_scores = np.asarray(scores_finding.data["evaluator"])  # scores by the evaluator, [N]
+    n_values = trial.numbers  # [T]
     # Gains are in the evaluator's standard deviations; a constant evaluator has scale 1.
-    scale = float(evaluator.std()) or 1.0
-    distance = np.sqrt(kl_divergence(numbers))  # [T]
+    evaluator_scale = float(evaluator_scores.std()) or 1.0
+    distances = np.sqrt(kl_divergence(n_values))  # [T]
     rng = np.random.default_rng(0)  # a fixed seed: the page is reproducible
     # [B, N]; the same resamples for all arms, so that arms can be compared in pairs
-    counts = np.stack(
+    latent_counts_by_resample = np.stack(
         [np.bincount(rng.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)]
     )
     curve_by_arm = {}
     last_gain_by_arm = {}
-    rows = []  # one row for each arm and n
-    for name, reward in arm_scores.items():
-        evaluator_mean = expected_best(reward, evaluator, numbers)  # [T]
-        resampled_means = resample_best(reward, evaluator, numbers, counts)  # [B, T]
+    table_rows = []  # one row for each arm and n
+    for arm_name, arm_scores in scores_by_arm.items():
+        evaluator_means = expected_best(arm_scores, evaluator_scores, n_values)  # [T]
+        # [B, T]
+        resampled_means = resample_best(arm_scores, evaluator_scores, n_values, latent_counts_by_resample)
         # Gains are relative to n = 1, in each resample as well.
-        gain = (evaluator_mean - evaluator_mean[0]) / scale
-        resampled_gains = (resampled_means - resampled_means[:, :1]) / scale
-        alpha, beta = fit(distance, gain)  # of all latents
-        resampled_fits = fit(distance, resampled_gains)  # [B, 2], one fit per resample
-        reward_gain = (expected_best(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
-        low, high = np.quantile(resampled_gains, [0.025, 0.975], axis=0)  # [T] each
+        gains = (evaluator_means - evaluator_means[0]) / evaluator_scale
+        resampled_gains = (resampled_means - resampled_means[:, :1]) / evaluator_scale
+        alpha, beta = fit(distances, gains)  # of all latents
+        resampled_fits = fit(distances, resampled_gains)  # [B, 2], one fit per resample
+        reward_gains = (expected_best(arm_scores, arm_scores, n_values) - arm_scores.mean()) / (
+            float(arm_scores.std()) or 1.0
+        )
+        gain_lows, gain_highs = np.quantile(resampled_gains, [0.025, 0.975], axis=0)  # [T] each
         gain_steps = [
             dict(zip(("mean", "lo", "hi"), map(float, step), strict=True))
-            for step in zip(gain, low, high, strict=True)
+            for step in zip(gains, gain_lows, gain_highs, strict=True)
         ]
-        curve_by_arm[name] = {
+        curve_by_arm[arm_name] = {
             "steps": gain_steps,
-            "reward": reward_gain.tolist(),
+            "reward": reward_gains.tolist(),
             "fit": [float(alpha), float(beta)],
-            "joined": name in join_by_arm,
+            "joined": arm_name in join_by_arm,
             "peak": [
                 _finite(peak_value)
                 for peak_value in (
@@ -356,27 +405,30 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
                 )
             ],
         }
-        last_gain_by_arm[name] = (
-            gain[-1],
+        # the gain at the largest n, and its resamples
+        last_gain_by_arm[arm_name] = (
+            gains[-1],
             resampled_gains[:, -1],
-        )  # the gain at the largest n, and its resamples
-        rows += [
+        )
+        table_rows += [
             {
-                "arm": name,
+                "arm": arm_name,
                 "n": n,
-                "evaluator": float(evaluator_mean[number_index]),
+                "evaluator": float(evaluator_means[number_index]),
                 **gain_steps[number_index],
-                "reward": float(reward_gain[number_index]),
+                "reward": float(reward_gains[number_index]),
             }
-            for number_index, n in enumerate(numbers)
+            for number_index, n in enumerate(n_values)
         ]
-    data = {
-        "numbers": numbers,
-        "kl": kl_divergence(numbers).tolist(),
+    finding_data = {
+        "numbers": n_values,
+        "kl": kl_divergence(n_values).tolist(),
         "arms": curve_by_arm,
         "against": _compare_to_members(last_gain_by_arm, rewards_by_arm, join_by_arm),
     }
-    return Finding(facts=trial.facts(), data=data, rows=rows, says=_describe_curves(trial, data))
+    return Finding(
+        facts=trial.facts(), data=finding_data, rows=table_rows, says=_describe_curves(trial, finding_data)
+    )
 
 
 def _finite(value: float) -> float | None:
@@ -396,46 +448,46 @@ def _compare_to_members(
         rewards_by_arm: arms that a network scores.
         join_by_arm: aggregates.
     """
-    rows = []
-    for name in join_by_arm if rewards_by_arm else ():
+    comparison_rows = []
+    for aggregate_name in join_by_arm if rewards_by_arm else ():
         # The text before ": " names the ensemble, so these are the members of the same ensemble.
-        name_prefix = name.rpartition(": ")[0]
+        name_prefix = aggregate_name.rpartition(": ")[0]
         members = [
             member
             for member in rewards_by_arm
             if member.rpartition(": ")[0] == name_prefix and "member" in member
         ]
         best_member = max(members, key=lambda member: last_gain_by_arm[member][0])  # by the evaluator
-        for title, compared_members in (("best member", [best_member]), ("mean member", members)):
-            difference = last_gain_by_arm[name][0] - np.mean(
+        for reference_name, compared_members in (("best member", [best_member]), ("mean member", members)):
+            gain_difference = last_gain_by_arm[aggregate_name][0] - np.mean(
                 [last_gain_by_arm[member][0] for member in compared_members]
             )
             # Paired: both gains come from the same resamples.
-            low, high = np.quantile(
-                last_gain_by_arm[name][1]
+            difference_low, difference_high = np.quantile(
+                last_gain_by_arm[aggregate_name][1]
                 - np.mean([last_gain_by_arm[member][1] for member in compared_members], axis=0),
                 [0.025, 0.975],
             )
-            rows.append(
+            comparison_rows.append(
                 {
-                    "arm": name,
-                    "against": title,
-                    "mean": float(difference),
-                    "lo": float(low),
-                    "hi": float(high),
+                    "arm": aggregate_name,
+                    "against": reference_name,
+                    "mean": float(gain_difference),
+                    "lo": float(difference_low),
+                    "hi": float(difference_high),
                 }
             )
-    return rows
+    return comparison_rows
 
 
-def _describe_curves(trial: Trial, data: Mapping) -> list[str]:
+def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
     """Describe each arm's gain and peak, and the evaluator, in sentences."""
-    largest_n = data["numbers"][-1]
+    largest_n = finding_data["numbers"][-1]
     sentences = []
-    largest_distance = np.sqrt(data["kl"][-1])  # d at the largest n
-    for name, arm in data["arms"].items():
-        last_step = arm["steps"][-1]
-        peak_distance, peak_low, peak_high = arm["peak"]
+    largest_distance = np.sqrt(finding_data["kl"][-1])  # d at the largest n
+    for arm_name, arm_curve in finding_data["arms"].items():
+        last_step = arm_curve["steps"][-1]
+        peak_distance, peak_low, peak_high = arm_curve["peak"]
         # A peak beyond the largest n is extrapolated, so it is not reported.
         if peak_distance is None or peak_distance > largest_distance:
             peak_text = f"no peak up to n = {largest_n}"
@@ -445,18 +497,21 @@ def _describe_curves(trial: Trial, data: Mapping) -> list[str]:
                 f"peak of the fit at d = {peak_distance:.2f} [{bound_texts[0]}, {bound_texts[1]}],"
                 f" n = {number_at(peak_distance):.0f}"
             )
-        gain = span(last_step["mean"], last_step["lo"], last_step["hi"], "+.2f")
+        gain_text = span(last_step["mean"], last_step["lo"], last_step["hi"], "+.2f")
         sentences.append(
-            f"{name}: the best of {largest_n} is {gain} of the evaluator's standard deviations better than a"
-            f" mean latent; {peak_text}."
+            f"{arm_name}: the best of {largest_n} is {gain_text} of the evaluator's standard deviations"
+            f" better than a mean latent; {peak_text}."
         )
-    for row in data["against"]:
-        if row["against"] == "best member" and not row["lo"] <= 0 <= row["hi"]:
+    for comparison_row in finding_data["against"]:
+        if (
+            comparison_row["against"] == "best member"
+            and not comparison_row["lo"] <= 0 <= comparison_row["hi"]
+        ):
+            gain_text = span(comparison_row["mean"], comparison_row["lo"], comparison_row["hi"], "+.2f")
             sentences.append(
-                f"{row['arm']} is {span(row['mean'], row['lo'], row['hi'], '+.2f')} above the member that the"
-                " evaluator ranks first."
+                f"{comparison_row['arm']} is {gain_text} above the member that the evaluator ranks first."
             )
-    evaluator = (
+    evaluator_text = (
         "the formula from which the labels were sampled with noise"
         if trial.evaluator is None
         else "another reward, which has errors, too"
@@ -464,8 +519,8 @@ def _describe_curves(trial: Trial, data: Mapping) -> list[str]:
     return [
         *sentences,
         (
-            f"The evaluator is {evaluator}. Selection is a weaker optimisation than tuning: a reward that"
-            " fails here will fail there, but not the other way round."
+            f"The evaluator is {evaluator_text}. Selection is a weaker optimisation than tuning: a reward"
+            " that fails here will fail there, but not the other way round."
         ),
     ]
 
@@ -475,15 +530,20 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
 
     The first job takes almost all of the time, so its result is stored separately.
     """
-    evaluator = "annotator" if trial.evaluator is None else "reward"
-    network_inputs = {"networks": trial.networks(), "evaluator": evaluator}
+    evaluator_kind = "annotator" if trial.evaluator is None else "reward"
+    network_inputs = {"networks": trial.networks(), "evaluator": evaluator_kind}
     # The cache's key has the names of version 0.1, so that its scores stay valid.
-    inputs = {**version_0_1.former_trial(network_inputs), "psi": trial.psi, "seed": trial.seed, "n": trial.n}
+    scores_inputs = {
+        **version_0_1.former_trial(network_inputs),
+        "psi": trial.psi,
+        "seed": trial.seed,
+        "n": trial.n,
+    }
     scores_job = Job(
         key=SCORES,
         title="Scores of single latents",
         compute=partial(score, trial, quiet=quiet),
-        inputs=inputs,
+        inputs=scores_inputs,
     )
 
     def make_curves_job(scores: Finding) -> Job:
@@ -493,20 +553,20 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
             title="Best of n: the evaluator's value of the selected latents",
             compute=partial(curves, trial, scores),
             plots={"evaluator": plot_evaluator, "reward": plot_reward, "peaks": plot_peaks},
-            inputs={**inputs, "most": trial.most},
+            inputs={**scores_inputs, "most": trial.most},
         )
 
     return scores_job, make_curves_job
 
 
-def _colours(data: Mapping) -> dict[str, str]:
+def _colours(finding_data: Mapping) -> dict[str, str]:
     """Return the colour of each arm: grey for members of ensembles, a colour of the cycle for other arms."""
-    coloured_arms = [name for name, arm in data["arms"].items() if "member" not in name]
+    coloured_arms = [arm_name for arm_name, arm in finding_data["arms"].items() if "member" not in arm_name]
     return {
-        name: style.CYCLE[coloured_arms.index(name) % len(style.CYCLE)]
-        if name in coloured_arms
+        arm_name: style.CYCLE[coloured_arms.index(arm_name) % len(style.CYCLE)]
+        if arm_name in coloured_arms
         else style.colour("noise")
-        for name in data["arms"]
+        for arm_name in finding_data["arms"]
     }
 
 
@@ -520,26 +580,36 @@ KL = "KL = log n - (n - 1)/n (nats)"
     ylabel="evaluator's gain (standard deviations)",
     title="Gain by the evaluator",
 )
-def plot_evaluator(axes, data: dict):
+def plot_evaluator(axes, finding_data: dict):
     """Plot the evaluator's gain over KL: points and fitted curves, with the interval if there is one arm."""
-    is_single_arm = len(data["arms"]) == 1  # one arm: its band can be shown
-    kl = np.asarray(data["kl"])  # [T], nats
-    colours = _colours(data)
-    fine_kl = np.linspace(0, kl[-1], 200)  # KL of the fitted curve
-    for name, arm in data["arms"].items():
+    is_single_arm = len(finding_data["arms"]) == 1  # one arm: its band can be shown
+    kl_values = np.asarray(finding_data["kl"])  # [T], nats
+    colour_by_arm = _colours(finding_data)
+    fine_kl_values = np.linspace(0, kl_values[-1], 200)  # KL of the fitted curve
+    for arm_name, arm_curve in finding_data["arms"].items():
         # Members are thin lines without a fit.
-        means = [step["mean"] for step in arm["steps"]]
-        if "member" in name:
-            axes.plot(kl, means, "-", color=colours[name], linewidth=0.8, label=name)
+        mean_gains = [step["mean"] for step in arm_curve["steps"]]
+        if "member" in arm_name:
+            axes.plot(
+                kl_values, mean_gains, "-", color=colour_by_arm[arm_name], linewidth=0.8, label=arm_name
+            )
             continue
         if is_single_arm:
-            style.band(axes, data["kl"], arm["steps"], colours[name], name, markersize=3, linewidth=0)
-        else:  # bands would hide each other; the intervals at the largest n stand in plot_peaks
-            axes.plot(kl, means, "o", color=colours[name], label=name, markersize=3)
+            style.band(
+                axes,
+                finding_data["kl"],
+                arm_curve["steps"],
+                colour_by_arm[arm_name],
+                arm_name,
+                markersize=3,
+                linewidth=0,
+            )
+        else:  # bands would hide each other; plot_peaks shows the intervals at the largest n
+            axes.plot(kl_values, mean_gains, "o", color=colour_by_arm[arm_name], label=arm_name, markersize=3)
         axes.plot(
-            fine_kl,
-            np.sqrt(fine_kl) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine_kl)),
-            color=colours[name],
+            fine_kl_values,
+            np.sqrt(fine_kl_values) * (arm_curve["fit"][0] - arm_curve["fit"][1] * np.sqrt(fine_kl_values)),
+            color=colour_by_arm[arm_name],
             linewidth=1,
         )
 
@@ -551,59 +621,61 @@ def plot_evaluator(axes, data: dict):
     ylabel="reward's gain (standard deviations)",
     title="Gain by the reward itself",
 )
-def plot_reward(axes, data: dict):
+def plot_reward(axes, finding_data: dict):
     """Plot the gain of every arm by its own reward over KL."""
-    for name, colour in _colours(data).items():
+    for arm_name, colour in _colours(finding_data).items():
         axes.plot(
-            data["kl"],
-            data["arms"][name]["reward"],
+            finding_data["kl"],
+            finding_data["arms"][arm_name]["reward"],
             color=colour,
-            label=name,
-            linewidth=0.8 if "member" in name else 1.5,
+            label=arm_name,
+            linewidth=0.8 if "member" in arm_name else 1.5,
         )
 
 
-def plot_peaks(data: dict):
+def plot_peaks(finding_data: dict):
     """Plot the position of each fit's peak, and the evaluator's gain at the largest n."""
-    arm_names = list(data["arms"])
-    colours = _colours(data)
+    arm_names = list(finding_data["arms"])
+    colour_by_arm = _colours(finding_data)
     figure, (peak_axis, gain_axis) = style.figure(columns=2, size=(9.4, 0.32 * len(arm_names) + 1.2))
-    largest_distance = float(np.sqrt(data["kl"][-1]))  # d at the largest n
-    for i, name in enumerate(arm_names):
-        arm = data["arms"][name]
+    largest_distance = float(np.sqrt(finding_data["kl"][-1]))  # d at the largest n
+    for arm_index, arm_name in enumerate(arm_names):
+        arm_curve = finding_data["arms"][arm_name]
         # Peaks beyond the axis, and those that do not exist, are drawn at its right edge.
         peak_distance, peak_low, peak_high = (
             2 * largest_distance if peak_value is None else min(peak_value, 2 * largest_distance)
-            for peak_value in arm["peak"]
+            for peak_value in arm_curve["peak"]
         )
         peak_axis.errorbar(
             [peak_distance],
-            [i],
+            [arm_index],
             xerr=[[max(peak_distance - peak_low, 0)], [max(peak_high - peak_distance, 0)]],
             fmt="o",
             capsize=3,
             markersize=4,
-            color=colours[name],
+            color=colour_by_arm[arm_name],
         )
-        last_step = arm["steps"][-1]
+        last_step = arm_curve["steps"][-1]
         gain_axis.errorbar(
             [last_step["mean"]],
-            [i],
+            [arm_index],
             xerr=style.errors(last_step),
             fmt="o",
             capsize=3,
             markersize=4,
-            color=colours[name],
+            color=colour_by_arm[arm_name],
         )
     peak_axis.axvline(largest_distance, color=style.colour("noise"), linestyle="--", linewidth=1)
     peak_axis.set(
-        title=f"Peak of the fit (dashed: n = {data['numbers'][-1]})",
+        title=f"Peak of the fit (dashed: n = {finding_data['numbers'][-1]})",
         xlabel="d = sqrt(KL); right edge: none",
         xlim=(0, 2.05 * largest_distance),
     )
-    gain_axis.set(title=f"Evaluator's gain at n = {data['numbers'][-1]}", xlabel="standard deviations")
-    for axis, labels in ((peak_axis, arm_names), (gain_axis, [""] * len(arm_names))):
-        axis.set_yticks(range(len(arm_names)), labels)
+    gain_axis.set(
+        title=f"Evaluator's gain at n = {finding_data['numbers'][-1]}", xlabel="standard deviations"
+    )
+    for axis, tick_labels in ((peak_axis, arm_names), (gain_axis, [""] * len(arm_names))):
+        axis.set_yticks(range(len(arm_names)), tick_labels)
         axis.invert_yaxis()
     return figure
 
@@ -612,11 +684,13 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
     """Load the networks that the flags name.
 
     Args:
-        before: file or run folder of the generator; None: the bundled one.
-        rewards: files of rewards, or names of observations, which stand for untrained rewards; none: the
-            bundled reward.
-        heldout_reward: file of the evaluator; None: the simulated annotator.
-        data: dataset of the generator; None: the recorded one.
+        before: file or run folder of the generator; None selects the bundled generator.
+        rewards: files of rewards, or names of observations. A name of an observation selects an untrained
+            reward of this observation. If the sequence is empty, the bundled reward is tested.
+        heldout_reward: file of the reward that is the evaluator. If it is None, the simulated annotator is
+            the evaluator.
+        data: dataset of the generator; None selects the dataset that the generator's run recorded.
+        device: name of the device, on which the networks are loaded.
         sampling: further fields of `Trial`.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.
@@ -626,57 +700,66 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         generator = load_generator(before, torch_device)
     # A reward that is named twice is tested once.
     reward_paths = dict.fromkeys(rewards or [bundled.REWARD])
-    names = {
+    name_by_path = {
         path: path.parent.name if path.stem == "reward" and len(reward_paths) > 1 else path.stem
         for path in reward_paths
     }
     # If the names are not unique, the paths are the names.
-    if len(set(names.values())) < len(names):
-        names = {path: str(path) for path in reward_paths}
+    if len(set(name_by_path.values())) < len(name_by_path):
+        name_by_path = {path: str(path) for path in reward_paths}
 
-    def load(path: Path, flag: str):
-        """Return a loaded reward and the hash of its file.
+    def load(reward_path: Path, flag: str):
+        """Return a reward, and the hash of its file or a description.
 
-        If `path` is the name of an observation and no such file exists, the reward is an untrained one of
-        this observation.
+        If `reward_path` is the name of an observation and no such file exists, the reward is an untrained one
+        of this observation, and the second value describes it.
+        Args: flag: flag that named the path, for messages.
         """
-        if (observation_kind := str(path)) in OBSERVATIONS and not path.exists():
+        if (observation_kind := str(reward_path)) in OBSERVATIONS and not reward_path.exists():
             with prefix_errors(flag):
                 return untrained_reward(
                     observation_kind, generator.generator
                 ), f"untrained {observation_kind}"
         with prefix_errors(flag):
-            reward = load_reward(path, torch_device)
+            reward = load_reward(reward_path, torch_device)
         check_reward(reward, generator.generator, flag)
-        return reward, file_hash(path)
+        return reward, file_hash(reward_path)
 
     if heldout_reward is None and not annotator_can_score(generator, data):
         raise ValueError(
             "--heldout-reward is missing. Without it the simulated annotator is the evaluator, which can"
             " score synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."
         )
-    evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
-    loaded = {names[path]: load(path, "--reward-ckpt") for path in reward_paths}
+    loaded_evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
+    loaded_rewards = {name_by_path[path]: load(path, "--reward-ckpt") for path in reward_paths}
     # An evaluator that is among the tested rewards would agree with itself.
-    if evaluator is not None and any(
-        digest == evaluator[1] or evaluator[0].is_member_of(tested) for tested, digest in loaded.values()
+    if loaded_evaluator is not None and any(
+        digest == loaded_evaluator[1] or loaded_evaluator[0].is_member_of(tested_reward)
+        for tested_reward, digest in loaded_rewards.values()
     ):
         raise ValueError(
             f"--heldout-reward={heldout_reward} is a tested reward, or a member of one, so it would agree"
             " with it. Pass a reward that was trained on other labels."
         )
-    return Trial(generator=generator, rewards=loaded, evaluator=evaluator, **sampling)
+    return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **sampling)
 
 
-def write(trial: Trial, out: Path) -> Finding:
+def write(trial: Trial, page_folder: Path) -> Finding:
     """Score the latents, compute the curves, and write <out>/index.html; return the finding of the curves."""
     scores_job, make_curves_job = jobs(trial)
-    curves_job = make_curves_job(pages.run([scores_job], out)[SCORES])
-    findings = pages.run([curves_job], out, quiet=True)
+    curves_job = make_curves_job(pages.run([scores_job], page_folder)[SCORES])
+    finding_by_key = pages.run([curves_job], page_folder, quiet=True)
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
         " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the latent"
         " with the highest reward."
     )
-    write_page(out / "index.html", TITLE, introduction, [curves_job], findings, findings[CURVES].says)
-    return findings[CURVES]
+    write_page(
+        page_folder / "index.html",
+        TITLE,
+        introduction,
+        [curves_job],
+        finding_by_key,
+        finding_by_key[CURVES].says,
+    )
+    return finding_by_key[CURVES]

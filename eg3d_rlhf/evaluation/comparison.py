@@ -61,21 +61,21 @@ class Comparison(Sampling):
 
     def generators(self) -> dict[str, LoadedGenerator]:
         """Return the generators by role: 'before', 'after', and 'control' if there is a control."""
-        pair = {"before": self.before, "after": self.after}  # a report always has these two
-        return pair if self.control is None else {**pair, "control": self.control}
+        generator_by_role = {"before": self.before, "after": self.after}  # a report always has these two
+        return generator_by_role if self.control is None else {**generator_by_role, "control": self.control}
 
     def networks(self, *roles: str) -> dict[str, str]:
         """Return the hashes of networks by role.
 
-        Args: roles: 'before', 'after', 'control', 'reward' or 'held-out'; none: all of them. Roles that this
-            comparison lacks are left out.
+        Args: roles: any of 'before', 'after', 'control', 'reward' and 'held-out'. Without roles, all hashes
+            are returned. Roles that this comparison lacks are left out.
         """
-        hashes = {role: generator.hash for role, generator in self.generators().items()} | {
+        hash_by_role = {role: generator.hash for role, generator in self.generators().items()} | {
             "reward": self.reward_hash
         }
         if self.held_out is not None:
-            hashes["held-out"] = self.held_out_hash
-        return {role: hashes[role] for role in roles or hashes if role in hashes}
+            hash_by_role["held-out"] = self.held_out_hash
+        return {role: hash_by_role[role] for role in roles or hash_by_role if role in hash_by_role}
 
     def snapshots(self, role: str) -> list[tuple[float, Path]]:
         """Return (kimg, file) of each snapshot of the run that made a network, in the order of training.
@@ -93,13 +93,13 @@ class Comparison(Sampling):
         """Return the first `n` seeds of a held-out range, shifted by --seed.
 
         Args:
-            n: number of seeds; None: self.n.
-            of: held-out range.
+            n: number of seeds; None selects self.n.
+            of: held-out range from which the seeds are taken.
         """
         return of.take(self.n if n is None else n, self.seed)
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
-        """Compute ws [N, L, W] of seeds. Args: psi: truncation; None: self.psi."""
+        """Compute ws [N, L, W] of seeds. Args: psi: truncation; None selects self.psi."""
         return ws_of_seeds(generator.generator, list(seeds), truncation_psi=self.psi if psi is None else psi)
 
     def fields(
@@ -112,8 +112,8 @@ class Comparison(Sampling):
         """Yield the shapes of seeds, several in a field.
 
         Args:
-            psi: truncation; None: self.psi.
-            batch: largest number of shapes in a field; None: self.batch.
+            psi: truncation; None selects self.psi.
+            batch: largest number of shapes in a field; None selects self.batch.
         """
         for ws in self.ws(generator, seeds, psi).split(batch or self.batch):
             # `no_grad` must not enclose the yield, else the caller's code would run without gradients, too.
@@ -138,7 +138,7 @@ class Comparison(Sampling):
         """Return scores [N] of seeds, on the CPU. They are computed once and cached.
 
         Args:
-            psi: truncation; None: self.psi.
+            psi: truncation; None selects self.psi.
             held_out: score by the held-out reward instead of the tuning reward.
 
         Raises: ValueError if `held_out` is True and there is no held-out reward.
@@ -157,9 +157,8 @@ class Comparison(Sampling):
             )
             parts_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
             for field in self.fields(generator, seeds, psi):
-                observed: dict[
-                    Observation, torch.Tensor
-                ] = {}  # an input that both rewards read is computed once
+                # An input that both rewards read is computed once.
+                observed: dict[Observation, torch.Tensor] = {}
                 for digest, reward in rewards.items():
                     observation = reward.observation
                     if observation not in observed:
@@ -179,24 +178,24 @@ class Comparison(Sampling):
         """Return the facts that a plot or table states: latents, truncation, networks and interval.
 
         Args:
-            roles: networks whose hashes are stated; none: all.
+            roles: roles whose hashes are stated. Without roles, all hashes are stated.
             interval: description of the intervals.
             overrides: fields of `Facts` that replace the default ones.
         """
-        facts = {
+        default_facts = {
             "n": len(seeds),
             "seeds": seed_range(seeds),
             "psi": self.psi,
             "networks": self.networks(*roles),
             "interval": interval,
         }
-        return Facts(**{**facts, **overrides})
+        return Facts(**{**default_facts, **overrides})
 
     def inputs(self, *roles: str, **more_inputs) -> Mapping:
         """Return all values that a job depends on. The job is computed again if any of them changes.
 
         Args:
-            roles: networks whose hashes are inputs; none: all.
+            roles: roles whose hashes are inputs. Without roles, all hashes are inputs.
             more_inputs: further inputs, as JSON values.
         """
         return {
@@ -210,12 +209,12 @@ class Comparison(Sampling):
 
     def resolved(self) -> dict:
         """Return the networks and settings that will be used as JSON values, for --dry-run."""
-        files = {
+        file_by_role = {
             role: {"file": str(generator.path), "hash": generator.hash}
             for role, generator in self.generators().items()
         }
         return {
-            **files,
+            **file_by_role,
             "reward": self.reward_hash,
             "data": self.data,
             "psi": self.psi,
@@ -242,7 +241,8 @@ class Comparison(Sampling):
             title: heading of the section.
             compute: function of the comparison and a folder for images.
             plots: plotting functions by name.
-            roles: networks that the result depends on; none: all.
+            roles: roles of the networks that the result depends on. Without roles, it depends on all
+                networks.
             version: version of the computation; a new one makes stored results invalid.
             more_inputs: further values that the result depends on.
         """
@@ -258,9 +258,14 @@ class Comparison(Sampling):
     def absent(self, key: str, title: str, reason: str) -> Job:
         """Return the job of a section without results, which shows the reason and how to get the results."""
         # `compute` ignores the folder, since there is nothing to compute.
-        finding = Finding(facts=Facts(n=0, networks=self.networks()), data={"absent": reason}, says=[reason])
+        empty_finding = Finding(
+            facts=Facts(n=0, networks=self.networks()), data={"absent": reason}, says=[reason]
+        )
         return Job(
-            key=key, title=title, compute=lambda folder: finding, inputs={"absent": reason, **self.inputs()}
+            key=key,
+            title=title,
+            compute=lambda folder: empty_finding,
+            inputs={"absent": reason, **self.inputs()},
         )
 
 
@@ -277,39 +282,41 @@ def load_comparison(sources: Sources) -> Comparison:
         # A named file wins over the run's newest snapshot.
         after_path = find_network(sources.after or run)
     control_path = sources.control or newest_control(sources.runs_folder, run)  # None if there is no control
-    networks: dict[str, Any] = {}  # role -> loaded generator
+    generator_by_role: dict[str, Any] = {}  # role -> loaded generator
     for role, path in (("before", before_path), ("after", after_path), ("control", control_path)):
         if path is not None:
             with prefix_errors(f"--{role}"):
-                networks[role] = load_generator(path, sources.device)
+                generator_by_role[role] = load_generator(path, sources.device)
                 # Checked at once, so that networks which do not fit fail before the rewards are loaded.
-                _check_pair(networks["before"], networks[role])
-    before = networks["before"]  # the reference of all checks
+                _check_pair(generator_by_role["before"], generator_by_role[role])
+    before = generator_by_role["before"]  # the reference of all checks
     reward_path = _reward_path(sources, run, before)
     with prefix_errors("--reward-ckpt"):
         reward = load_reward(reward_path, sources.device)
     check_reward(reward, before.generator, "--reward-ckpt")
-    held_out, held_out_hash = _load_held_out(sources, run, reward_path)
-    if held_out is not None:
-        check_reward(held_out, before.generator, "--heldout-reward")
-    for flag, file in (
+    heldout_reward, heldout_hash = _load_held_out(sources, run, reward_path)
+    if heldout_reward is not None:
+        check_reward(heldout_reward, before.generator, "--heldout-reward")
+    for flag, torchscript_file in (
         ("--lpips", sources.lpips),
         ("--identity", sources.identity),
         ("--inception", sources.inception),
     ):
-        if file is not None and not Path(file).is_file():
-            raise ValueError(f"{flag}: the file {file} does not exist. Pass the path of an existing file.")
+        if torchscript_file is not None and not Path(torchscript_file).is_file():
+            raise ValueError(
+                f"{flag}: the file {torchscript_file} does not exist. Pass the path of an existing file."
+            )
     run_settings = settings_of(run)  # {} without a run
-    data = run_settings.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
+    recorded_data = run_settings.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
     return Comparison(
-        **networks,
+        **generator_by_role,
         run=run,
         control_run=_find_run_folder(control_path),
         reward=reward,
         reward_hash=file_hash(reward_path),
-        held_out=held_out,
-        held_out_hash=held_out_hash,
-        data=sources.data if sources.data is not None else str(data),
+        held_out=heldout_reward,
+        held_out_hash=heldout_hash,
+        data=sources.data if sources.data is not None else str(recorded_data),
         mirror=bool(run_settings.get("mirror", False)),
         **{field.name: getattr(sources, field.name) for field in dataclasses.fields(Sampling)},
     )
@@ -318,7 +325,8 @@ def load_comparison(sources: Sources) -> Comparison:
 def _find_run_folder(path: Path | None) -> Path | None:
     """Return the run folder that a path names, or in which a named file lies.
 
-    Return None if `path` is None, or a file outside a run folder.
+    Args: path: run folder or network file that the user named; None if the user named nothing.
+    Returns: the folder, or None if `path` is None or names a file outside a run folder.
     """
     if path is None:
         return None
@@ -348,8 +356,8 @@ def _find_run(sources: Sources, before_path: Path) -> Path | None:
         # lambda_r = 0 is a control, not a tuning run.
         (
             run
-            for run, settings in runs_with_settings
-            if settings["lambda_r"] > 0 and settings.get("hashes", {}).get("init") == init_hash
+            for run, run_settings in runs_with_settings
+            if run_settings["lambda_r"] > 0 and run_settings.get("hashes", {}).get("init") == init_hash
         ),
         None,
     )
@@ -361,23 +369,34 @@ def _find_run(sources: Sources, before_path: Path) -> Path | None:
     return newest_run
 
 
-def _check_pair(generator_before: LoadedGenerator, other_generator: LoadedGenerator) -> None:
-    """Raise ValueError unless both generators have the same latent size, image size and cube."""
-    # Equal z_dim: the same seeds give the same latents. Equal side and centre: the same cube.
-    expected_properties, other_properties = (
+def _check_pair(generator_before: LoadedGenerator, compared_generator: LoadedGenerator) -> None:
+    """Raise ValueError unless both generators have the same latent size, image resolution and cube.
+
+    Args:
+        generator_before: generator before tuning.
+        compared_generator: generator after tuning, or the control.
+    """
+    # With equal latent sizes, the same seeds give the same latents. With an equal cube, their densities can
+    # be compared at the same points.
+    properties_before, compared_properties = (
         {
-            "z_dim": generator.z_dim,
-            "images": generator.img_resolution,
-            "side": generator.bounds.side,
-            "centre": generator.bounds.centre,
+            "latent size (z_dim)": generator.z_dim,
+            "image resolution": generator.img_resolution,
+            "side of the cube": generator.bounds.side,
+            "centre of the cube": generator.bounds.centre,
         }
-        for generator in (generator_before.generator, other_generator.generator)
+        for generator in (generator_before.generator, compared_generator.generator)
     )
-    if expected_properties != other_properties:
+    differences = [
+        f"the {property_name} is {compared_properties[property_name]} instead of {property_value}"
+        for property_name, property_value in properties_before.items()
+        if compared_properties[property_name] != property_value
+    ]
+    if differences:
         raise ValueError(
-            f"{other_generator.path.name} has {other_properties}, but the generator before tuning,"
-            f" {generator_before.path.name}, has {expected_properties}. Pass networks that were tuned from"
-            " one generator."
+            f"{compared_generator.path.name} cannot be compared with the generator before tuning,"
+            f" {generator_before.path.name}: {'; '.join(differences)}. Pass a network that was tuned from the"
+            " generator before tuning."
         )
 
 
@@ -390,19 +409,19 @@ def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGen
     """
     if sources.reward_ckpt is not None:
         return sources.reward_ckpt
-    settings = settings_of(run)
-    recorded_path = settings.get("reward_ckpt")  # path at the time of the run
-    recorded_hash = settings.get("hashes", {}).get("reward")  # SHA-256 of the file at the time of the run
+    run_settings = settings_of(run)
+    recorded_path = run_settings.get("reward_ckpt")  # path at the time of the run
+    recorded_hash = run_settings.get("hashes", {}).get("reward")  # SHA-256 of the file at the time of the run
     if recorded_hash == file_hash(bundled.REWARD):
         return bundled.REWARD
     # The run records no reward, for example a run of other code.
     if recorded_path is None or recorded_hash is None:
         if generator_before.hash == load_reward(bundled.REWARD).provenance["generator"]:
             return bundled.REWARD
+        record_text = "there is no run that records a reward" if run is None else "the run records no reward"
         raise ValueError(
-            f"--reward-ckpt is missing, and the run records no reward. The bundled reward was trained for the"
-            f" bundled generator, not for {generator_before.path.name}. Pass the file of a reward with"
-            " --reward-ckpt."
+            f"--reward-ckpt is missing, and {record_text}. The bundled reward was trained for the bundled"
+            f" generator, not for {generator_before.path.name}. Pass the file of a reward with --reward-ckpt."
         )
     # The path may hold another file by now: its hash decides.
     if not Path(recorded_path).is_file() or file_hash(recorded_path) != recorded_hash:
@@ -421,14 +440,14 @@ def _load_held_out(sources: Sources, run: Path | None, reward_path: Path) -> tup
     """
     heldout_path = sources.heldout_reward
     tuning_reward_hash = file_hash(reward_path)
-    settings = settings_of(run)
-    recorded_path = settings.get("heldout_reward")  # path at the time of the run
+    run_settings = settings_of(run)
+    recorded_path = run_settings.get("heldout_reward")  # path at the time of the run
     # The recorded path counts only if the file is unchanged.
     if (
         heldout_path is None
         and recorded_path
         and Path(recorded_path).is_file()
-        and file_hash(recorded_path) == settings.get("hashes", {}).get("heldout")
+        and file_hash(recorded_path) == run_settings.get("hashes", {}).get("heldout")
     ):
         heldout_path = Path(recorded_path)
     elif (
@@ -463,7 +482,8 @@ def annotator_can_score(generator: LoadedGenerator, data: str | None) -> bool:
 
     The annotator needs a generator whose latents have ground-truth heads, and that was trained on synthetic
     data.
-    Args: data: dataset; None: the one that the generator's run recorded, or the bundled generator's.
+    Args: data: dataset, as in train.py --data. If it is None, the dataset that the generator's run recorded
+        is used, or the bundled dataset for the bundled generator.
     """
     if data is None:
         folder = generator.path.parent  # folder of the run that wrote the generator

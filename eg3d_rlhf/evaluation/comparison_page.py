@@ -34,7 +34,7 @@ TITLE = "Before and after tuning"
 def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
     """Return the jobs of the report, in the order of the page.
 
-    Args: keys: comma-separated keys of the jobs to return; None: all jobs.
+    Args: keys: comma-separated keys of the jobs to return; None selects all jobs.
     Raises: ValueError for an unknown key.
     """
     job_lists = (
@@ -83,36 +83,39 @@ def introduction(comparison: Comparison) -> str:
     )
 
 
-def list_conclusions(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+def list_conclusions(comparison: Comparison, finding_by_key: Mapping[str, Finding]) -> list[str]:
     """List the conclusions that the numbers support, and then conclusions that they do not support.
 
-    Args: findings: findings of the jobs by key.
+    Args: finding_by_key: findings of the jobs by key.
     """
-    return [f"Allowed: {text}" for text in _allowed(findings)] + [
-        f"Not allowed: {text}" for text in _not_allowed(comparison, findings)
+    return [f"Allowed: {conclusion}" for conclusion in _allowed(finding_by_key)] + [
+        f"Not allowed: {conclusion}" for conclusion in _not_allowed(comparison, finding_by_key)
     ]
 
 
-def _allowed(findings: Mapping[str, Finding]) -> list[str]:
+def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
     """List the statements that the intervals support."""
     sentences = []  # without the word "Allowed"
-    data = {key: finding.data for key, finding in findings.items()}
-    paired = data.get("reward-shift", {}).get("paired", {})  # {} if the job was not selected
+    data_by_job = {key: finding.data for key, finding in finding_by_key.items()}
+    change_by_role = data_by_job.get("reward-shift", {}).get("paired", {})  # {} if the job was not selected
     # Only intervals that exclude "no change" support a statement.
-    if paired and paired["after"]["mean_lo"] > 0:
+    if change_by_role and change_by_role["after"]["mean_lo"] > 0:
         # If the control changed by less than a tenth, further training without the reward is not the cause.
         control_unchanged = (
-            "control" in paired and abs(paired["control"]["mean"]) < 0.1 * paired["after"]["mean"]
+            "control" in change_by_role
+            and abs(change_by_role["control"]["mean"]) < 0.1 * change_by_role["after"]["mean"]
         )
         cause = (
             "; the control moved by less than a tenth of that, so the reward phase is the cause"
             if control_unchanged
             else ""
         )
-        sentences.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
-    for name, curve in data.get("over-optimisation", {}).get("curves", {}).items():
+        sentences.append(
+            f"the optimised reward rose, by {change_by_role['after']['mean']:.2f} on average{cause}."
+        )
+    for curve_name, curve in data_by_job.get("over-optimisation", {}).get("curves", {}).items():
         # The optimised reward itself is reported above.
-        if name != rewards.PROXY and curve["steps"][-1]["lo"] > 0:
+        if curve_name != rewards.PROXY and curve["steps"][-1]["lo"] > 0:
             divergence_text = (
                 "though it has passed its peak"
                 if curve["divergence"] is not None
@@ -120,29 +123,32 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
             )
             origin_text = (
                 "from which the labels were sampled with noise"
-                if name == rewards.ORACLE
+                if curve_name == rewards.ORACLE
                 else "which was not used in tuning"
             )
             sentences.append(
-                f"the {name}, {origin_text}, rose too ({curve['steps'][-1]['mean']:+.2f} standard"
+                f"the {curve_name}, {origin_text}, rose too ({curve['steps'][-1]['mean']:+.2f} standard"
                 f" deviations), {divergence_text}."
             )
-    for change in data.get("image-distances", {}).get("changes", []):
-        if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
+    for distance_change in data_by_job.get("image-distances", {}).get("changes", []):
+        if distance_change["role"] == "after" and not distance_change["lo"] <= 0 <= distance_change["hi"]:
             sentences.append(
-                f"images moved {'away from' if change['lo'] > 0 else 'towards'} the data"
-                f" ({change['distance']} distance)."
+                f"images moved {'away from' if distance_change['lo'] > 0 else 'towards'} the data"
+                f" ({distance_change['distance']} distance)."
             )
-    for row in data.get("diversity", {}).get("rows", []):
-        if row["role"] == "after" and (row["ratio_hi"] < 1 or row["ratio_lo"] > 1):
-            kind = "less" if row["ratio_hi"] < 1 else "more"
+    for diversity_row in data_by_job.get("diversity", {}).get("rows", []):
+        if diversity_row["role"] == "after" and (
+            diversity_row["ratio_hi"] < 1 or diversity_row["ratio_lo"] > 1
+        ):
+            comparative = "less" if diversity_row["ratio_hi"] < 1 else "more"
             sentences.append(
-                f"{row['of']} of different latents are {kind} diverse ({row['ratio']:.2f} times)."
+                f"{diversity_row['of']} of different latents are {comparative} diverse"
+                f" ({diversity_row['ratio']:.2f} times)."
             )
     return sentences or ["nothing: no selected part shows a change whose interval excludes zero change."]
 
 
-def _not_allowed(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+def _not_allowed(comparison: Comparison, finding_by_key: Mapping[str, Finding]) -> list[str]:
     """List statements that the numbers do not support."""
     sentences = [
         "that people prefer the tuned shapes: no person was asked here. Let people compare them in a blind"
@@ -180,7 +186,7 @@ def _not_allowed(comparison: Comparison, findings: Mapping[str, Finding]) -> lis
         sentences.append(
             "anything on photographs of people: these are rendered heads, and the oracle is a formula."
         )
-    absent_keys = [key for key, finding in findings.items() if "absent" in finding.data]
+    absent_keys = [key for key, finding in finding_by_key.items() if "absent" in finding.data]
     if absent_keys:
         sentences.append(
             f"statements of these sections, which could not be computed (each states the reason):"
@@ -267,7 +273,7 @@ def shapes(
 def reward_strips(comparison: Comparison, folder: Path) -> Finding:
     """Render two views of the latents with the highest and with the lowest rewards of each network."""
     seeds = comparison.seeds()  # N held-out latents
-    rows = []
+    table_rows = []
     files_by_caption = {}
     # At most half of the latents, since the strips of the best and the worst must not overlap.
     k = min(K, len(seeds) // 2)
@@ -278,26 +284,26 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
         # A stable sort, so that seeds of equal scores keep their order.
         best_first = np.argsort(-scores, kind="stable")
         for end_name, chosen_indices in (("highest", best_first[:k]), ("lowest", best_first[::-1][:k])):
-            chosen_seeds = [seeds[int(index)] for index in chosen_indices]
+            chosen_seeds = [seeds[int(latent_index)] for latent_index in chosen_indices]
             views = shapes(comparison, generator, chosen_seeds, choose_yaws(comparison))  # [k, 2, 1, R, R]
-            name = f"reward-strips-{role}-{end_name}.png"
+            image_name = f"reward-strips-{role}-{end_name}.png"
             # [k, 2, ...] -> [2 k, ...]: a row with the first yaw of the k shapes, then a row with the second
-            save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
+            save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / image_name)
             # Seeds are consecutive, so the index of a seed is its difference to the first seed.
             score_texts = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in chosen_seeds)
             files_by_caption[
                 f"{role}, {end_name} reward from left to right ({score_texts}); yaw {upper_yaw:+.1f} above,"
                 f" {lower_yaw:+.1f} radians below"
-            ] = name
-            rows += [
+            ] = image_name
+            table_rows += [
                 {
                     "role": role,
                     "which": end_name,
-                    "rank": index + 1,
+                    "rank": latent_index + 1,
                     "seed": seed,
                     "reward": float(scores[seed - seeds[0]]),
                 }
-                for index, seed in enumerate(chosen_seeds)
+                for latent_index, seed in enumerate(chosen_seeds)
             ]
     sentences = [
         (
@@ -309,7 +315,7 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
     return Finding(
         facts=comparison.facts(seeds, ("before", "after", "reward")),
         data={"k": k},
-        rows=rows,
+        rows=table_rows,
         says=sentences,
         images=files_by_caption,
     )
@@ -320,31 +326,31 @@ def same_latents(comparison: Comparison, folder: Path) -> Finding:
     seeds = list(comparison.seeds(SHOWN, EVALUATION))
     files_by_caption = {}
     # role -> [N, 2, 1, R, R], two views of each latent
-    views = {
+    views_by_role = {
         role: shapes(comparison, generator, seeds, choose_yaws(comparison))
         for role, generator in comparison.generators().items()
     }
-    scores = {
+    scores_by_column = {
         f"reward_{role}": comparison.scores(generator, seeds).double().tolist()
         for role, generator in comparison.generators().items()
     }
-    rows = [
-        {"seed": seed, **dict(zip(scores, seed_scores, strict=True))}
-        for seed, *seed_scores in zip(seeds, *scores.values(), strict=True)
+    table_rows = [
+        {"seed": seed, **dict(zip(scores_by_column, seed_scores, strict=True))}
+        for seed, *seed_scores in zip(seeds, *scores_by_column.values(), strict=True)
     ]
     for yaw_index, yaw in enumerate(choose_yaws(comparison)):
-        name = f"same-latents-{yaw_index}.png"
+        image_name = f"same-latents-{yaw_index}.png"
         # one row for each network
         save_grid(
-            torch.cat([role_views[:, yaw_index] for role_views in views.values()]),
+            torch.cat([role_views[:, yaw_index] for role_views in views_by_role.values()]),
             (0, 1),
             len(seeds),
-            folder / name,
+            folder / image_name,
         )
         files_by_caption[
-            f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to"
-            " right"
-        ] = name
+            f"Yaw {yaw:+.1f} radians; rows {', '.join(views_by_role)}; seeds {seeds[0]}..{seeds[-1]} from"
+            " left to right"
+        ] = image_name
     sentences = [
         (
             "The seeds were fixed before any result was known, so these samples were not selected. A few"
@@ -352,11 +358,11 @@ def same_latents(comparison: Comparison, folder: Path) -> Finding:
         ),
         *([NO_CONTROL] if comparison.control is None else []),
     ]
-    data = {"seeds": seeds, "yaws": list(choose_yaws(comparison))}
+    finding_data = {"seeds": seeds, "yaws": list(choose_yaws(comparison))}
     return Finding(
         facts=comparison.facts(seeds, (*ROLES, "reward")),
-        data=data,
-        rows=rows,
+        data=finding_data,
+        rows=table_rows,
         says=sentences,
         images=files_by_caption,
     )
@@ -383,9 +389,8 @@ def orbit(comparison: Comparison, folder: Path) -> Finding:
         ORBIT_STILLS,
         folder / "orbit.png",
     )
-    frames = torch.cat(
-        [role_views[:ORBIT_FRAMES, 0] for role_views in views_by_network], dim=2
-    )  # [frames, R, 2R]
+    # the frames before and after tuning are side by side, [ORBIT_FRAMES, R, 2R]
+    frames = torch.cat([role_views[:ORBIT_FRAMES, 0] for role_views in views_by_network], dim=2)
     first_frame, *other_frames = (
         PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy()
     )

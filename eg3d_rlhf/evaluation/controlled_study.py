@@ -76,9 +76,11 @@ def permute_weights(reward: Reward, seed: int) -> Reward:
     Returns: the reward with the permuted network.
     """
     generator = torch.Generator().manual_seed(seed)  # does not change the global random state
-    state = reward.network.state_dict()  # shares memory with the network
-    for values in state.values():
-        values.copy_(values.flatten()[torch.randperm(values.numel(), generator=generator)].view_as(values))
+    tensor_by_name = reward.network.state_dict()  # shares memory with the network
+    for weights in tensor_by_name.values():
+        weights.copy_(
+            weights.flatten()[torch.randperm(weights.numel(), generator=generator)].view_as(weights)
+        )
     return Reward(reward.observation, reward.network, {**reward.provenance, "permuted": seed})
 
 
@@ -97,20 +99,20 @@ class Plan:
     train: tuple[str, ...]  # further flags of tools/train_reward.py
     tune: tuple[str, ...]  # further flags of train.py
 
-    def draw(self, number: int) -> Path:
+    def draw(self, label_set: int) -> Path:
         """Return the file of the label set with a number; 0 is the set that the user passed."""
-        return self.labels if number == 0 else self.out / "labels" / f"draw{number}" / "labels.jsonl"
+        return self.labels if label_set == 0 else self.out / "labels" / f"draw{label_set}" / "labels.jsonl"
 
-    def labels_of(self, arm: str, number: int) -> Path:
+    def labels_of(self, arm: str, label_set: int) -> Path:
         """Return the file of an arm's labels, which is a label set, or its randomised or inverted copy."""
         return (
-            self.draw(number)
+            self.draw(label_set)
             if arm == LABELS
-            else self.out / "labels" / f"{self.in_paths(arm)}{number}.jsonl"
+            else self.out / "labels" / f"{self.in_paths(arm)}{label_set}.jsonl"
         )
 
     def in_paths(self, arm: str) -> str:
-        """Return the text that stands for an arm in the names of files and folders."""
+        """Return the text that represents an arm in the names of files and folders."""
         # folders that version 0.1 began keep its names
         return version_0_1.arm_in_paths(self.out, arm)
 
@@ -187,7 +189,7 @@ class Plan:
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
         """Return the runs of train.py by (arm, training seed, number of the label set, reward seed)."""
-        parts = {}  # run by case
+        part_by_case = {}  # run by case
         for arm in self.arms:
             for case in self._cases(arm):
                 seed, draw, reward_seed = case
@@ -202,12 +204,12 @@ class Plan:
                 flags += ["--lambda-r=0"] if arm == "no-reward" else []
                 flags += [f"--init={self.network}"] if self.network else []
                 # The name of a folder states the training seed, the label set and the reward seed.
-                parts[arm, *case] = Part.keyed(
+                part_by_case[arm, *case] = Part.keyed(
                     f"{self.in_paths(arm)}-s{seed}-d{draw}-r{reward_seed}",
                     self.out / "runs",
                     [*flags, f"--seed={seed}", "--no-summary", *self.tune],
                 )
-        return parts
+        return part_by_case
 
     def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
         """Yield (training seed, number of the label set, reward seed) of each run of an arm."""
@@ -266,9 +268,9 @@ def _task_of_psi(psi: float) -> str:
 
 def _prepare_worker(
     folder: Path,
-    inputs: Mapping[str, Mapping],
+    inputs_by_task: Mapping[str, Mapping],
     network: Path | None,
-    tuned: Mapping[str, Path],
+    network_by_task: Mapping[str, Path],
     latents: int,
     held_out: HeldOut = LATENTS,
 ) -> Callable[[str], None]:
@@ -276,9 +278,9 @@ def _prepare_worker(
 
     Args:
         folder: folder of the store.
-        inputs: inputs of each task, which are the key of its result in the store.
-        network: network before tuning; None: the bundled one.
-        tuned: network file of each tuned network, by task.
+        inputs_by_task: inputs of each task, which are the key of its result in the store.
+        network: file of the network before tuning; None selects the bundled generator.
+        network_by_task: network file of each tuned network, by task.
         latents: number of latents.
         held_out: held-out range of the latents.
     """
@@ -287,29 +289,32 @@ def _prepare_worker(
     load_plugins()
     generator_before = load_generator(network).generator
     seeds = held_out.take(latents)  # of the measured latents
-    targets = heads.ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
-    features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
+    ground_truth = heads.ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
+    shape_features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
     def measure_shapes(shapes: np.ndarray) -> dict:
-        return heads.measure_heads(shapes, targets) | (
-            {"features": features.of_grids(shapes)} if features else {}
+        return heads.measure_heads(shapes, ground_truth) | (
+            {"features": shape_features.of_grids(shapes)} if shape_features else {}
         )
 
     def measure_task(task: str) -> dict:
         if task == GROUND_TRUTH:
-            return {"features": features.of_grids(targets) if features else np.zeros((0, 0))}
+            return {"features": shape_features.of_grids(ground_truth) if shape_features else np.zeros((0, 0))}
         if task == POST_PROCESSING:
             # The method is chosen on validation latents, not on the latents that are measured.
-            validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
+            validation_seeds = VALIDATION.take(min(CHOOSING, max(latents, 1)))
             filter_name = best_post_processing(
                 evaluate_filters(
-                    heads.sample_shapes(generator_before, validation),
-                    heads.ground_truth_heads(generator_before, validation),
+                    heads.sample_shapes(generator_before, validation_seeds),
+                    heads.ground_truth_heads(generator_before, validation_seeds),
                 ),
                 spares_intact=True,
             )
             filtered_shapes = np.stack(
-                [FILTERS[filter_name](values) for values in heads.sample_shapes(generator_before, seeds)]
+                [
+                    FILTERS[filter_name](shape_values)
+                    for shape_values in heads.sample_shapes(generator_before, seeds)
+                ]
             )
             return {**measure_shapes(filtered_shapes), METHOD: np.array([list(FILTERS).index(filter_name)])}
         if task.startswith("psi "):
@@ -318,26 +323,26 @@ def _prepare_worker(
             )
         return measure_shapes(
             heads.sample_shapes(
-                generator_before if task == BEFORE else load_generator(tuned[task]).generator, seeds
+                generator_before if task == BEFORE else load_generator(network_by_task[task]).generator, seeds
             )
         )
 
     def measure_and_store(task: str) -> None:
-        store.arrays("shapes", inputs[task], lambda: measure_task(task))
+        store.arrays("shapes", inputs_by_task[task], lambda: measure_task(task))
 
     return measure_and_store
 
 
-def measure_arms(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
+def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], jobs: int) -> dict[str, dict]:
     """Measure the ground-truth heads, the heads before tuning, and the heads of every arm.
 
     Args:
-        tuned: network file of each tuned network, by task.
+        network_by_task: network file of each tuned network, by task.
         jobs: number of processes.
 
     Returns: measurements by task. They are also stored in <out>/seen.
     """
-    tasks = [GROUND_TRUTH, BEFORE, *tuned]
+    tasks = [GROUND_TRUTH, BEFORE, *network_by_task]
     tasks += [POST_PROCESSING] if POST_PROCESSING in plan.arms else []
     tasks += [_task_of_psi(psi) for psi in PSIS] if "truncation" in plan.arms else []
     shared_inputs = {
@@ -346,14 +351,17 @@ def measure_arms(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, 
         "latents": plan.latents,
     }
     # The hash contains the tasks' names of version 0.1, so that its stored results are found.
-    inputs = {
-        task: {"seen": file_hash(tuned[task]) if task in tuned else version_0_1.former(task), **shared_inputs}
+    inputs_by_task = {
+        task: {
+            "seen": file_hash(network_by_task[task]) if task in network_by_task else version_0_1.former(task),
+            **shared_inputs,
+        }
         for task in tasks
     }
     store = Store(plan.out / "seen", renew=True)
-    missing_tasks = [task for task in tasks if store.find("shapes", inputs[task]) is None]
+    missing_tasks = [task for task in tasks if store.find("shapes", inputs_by_task[task]) is None]
     # The ground-truth heads come first: the task writes them to the disk, where the other tasks find them.
-    needs = {
+    needed_tasks = {
         task: [GROUND_TRUTH] if GROUND_TRUTH in missing_tasks and task != GROUND_TRUTH else []
         for task in missing_tasks
     }
@@ -361,57 +369,64 @@ def measure_arms(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, 
     with tqdm(total=len(tasks), initial=len(tasks) - len(missing_tasks), desc=bar_text, unit="arm") as bar:
         if missing_tasks:
             run_tasks(
-                needs,
+                needed_tasks,
                 _prepare_worker,
-                (store.root, inputs, plan.network, dict(tuned), plan.latents),
+                (store.root, inputs_by_task, plan.network, dict(network_by_task), plan.latents),
                 min(jobs, len(missing_tasks)),
                 plan.out / "logs",
                 lambda *_: bar.update() and None,  # a callback must return None, but `update` returns a bool
             )
-    return {task: store.load_arrays("shapes", inputs[task]) for task in tasks}
+    return {task: store.load_arrays("shapes", inputs_by_task[task]) for task in tasks}
 
 
 # The table, from the measurements.
 
 
-def network_metrics(measured: Mapping, measured_before: Mapping, reference: np.ndarray | None) -> dict:
+def network_metrics(
+    measured: Mapping, measured_before: Mapping, reference_features: np.ndarray | None
+) -> dict:
     """Compute the metrics of one network.
 
     Args:
         measured: measurements of the network.
         measured_before: measurements of the network before tuning.
-        reference: features [N, Q] of the ground-truth heads; None: no shape Fréchet distance is computed.
+        reference_features: features [N, Q] of the ground-truth heads. If they are None, no shape Fréchet
+            distance is computed.
     """
     metrics = heads.compute_metrics(measured_before, measured)
     # This interval covers latents alone; `combine_seeds` computes the interval over seeds and latents.
     del metrics["error_reduction_ci95"]
     return metrics | (
-        {} if reference is None else {"shape_frechet": heads.shape_frechet(measured["features"], reference)}
+        {}
+        if reference_features is None
+        else {"shape_frechet": heads.shape_frechet(measured["features"], reference_features)}
     )
 
 
-def combine_seeds(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, measured_before: Mapping) -> dict:
+def combine_seeds(
+    metrics_by_seed: Mapping[int, Sequence[dict]], errors: np.ndarray, measured_before: Mapping
+) -> dict:
     """Combine the metrics of an arm over its training seeds.
 
     Each metric becomes a list by training seed; its values are means over the arm's rewards.
 
     Args:
-        rows: metrics of each reward, by training seed.
+        metrics_by_seed: metrics of each reward, by training seed.
         errors: back-of-head volume errors, [S, N].
         measured_before: measurements of the network before tuning.
     """
     # All rewards have the same metrics, so the names are those of the first one.
-    names = list(next(iter(rows.values()))[0])
-    by_seed = {}  # metric -> values by training seed
-    for name in names:
-        by_seed[name] = [
-            _mean([reward_metrics_by_name[name] for reward_metrics_by_name in reward_metrics])
-            for reward_metrics in rows.values()
+    metric_names = list(next(iter(metrics_by_seed.values()))[0])
+    values_by_metric = {}  # metric -> values by training seed
+    for metric_name in metric_names:
+        values_by_metric[metric_name] = [
+            _mean([reward_metrics_by_name[metric_name] for reward_metrics_by_name in reward_metrics])
+            for reward_metrics in metrics_by_seed.values()
         ]
     return {
-        **by_seed,
+        **values_by_metric,
         "error_reduction_ci95": heads.error_reduction_interval(measured_before, errors),
-        "runs": {str(seed): list(reward_metrics) for seed, reward_metrics in rows.items()},
+        "runs": {str(seed): list(reward_metrics) for seed, reward_metrics in metrics_by_seed.items()},
     }
 
 
@@ -421,34 +436,38 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(defined_values)) if defined_values else None
 
 
-def choose_psi(measured_by_psi: Mapping[float, Mapping], least_share: float) -> float:
-    """Return the largest psi at which at least `least_share` of the heads are intact.
+def choose_psi(measured_by_psi: Mapping[float, Mapping], min_share: float) -> float:
+    """Return the largest psi at which at least `min_share` of the heads are intact.
 
     If no psi reaches this share, return the psi with the largest share of intact heads. The truncation arm
     thus has as many intact heads as the labels arm, with as little truncation as possible.
 
     Args:
         measured_by_psi: measurements of the untuned network at each psi.
-        least_share: share of intact heads in the labels arm.
+        min_share: share of intact heads in the labels arm.
     """
-    shares = {}  # psi -> share of intact heads
+    intact_share_by_psi = {}  # psi -> share of intact heads
     for psi, measured in measured_by_psi.items():
-        shares[psi] = float((heads.back_of_head_error(measured) <= heads.DEFECTIVE).mean())
-    sufficient_psis = [psi for psi, intact_share in shares.items() if intact_share >= least_share]
-    return max(sufficient_psis) if sufficient_psis else max(shares, key=lambda psi: (shares[psi], psi))
+        intact_share_by_psi[psi] = float((heads.back_of_head_error(measured) <= heads.DEFECTIVE).mean())
+    sufficient_psis = [psi for psi, intact_share in intact_share_by_psi.items() if intact_share >= min_share]
+    return (
+        max(sufficient_psis)
+        if sufficient_psis
+        else max(intact_share_by_psi, key=lambda psi: (intact_share_by_psi[psi], psi))
+    )
 
 
-def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> dict:
+def criterion(metrics_by_arm: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> dict:
     """Evaluate the pre-registered criterion.
 
     The criterion is met if, with every training seed, the labels arm is lower than every other arm in each
     primary endpoint, and degrades no larger share of the intact heads. A share up to ALLOWED_HARM counts as
     zero.
     """
-    against = {}  # result against each other arm
-    label_metrics = arms[LABELS]
-    for name, arm_metrics in arms.items():
-        if name == LABELS:
+    result_by_arm = {}  # result against each other arm
+    label_metrics = metrics_by_arm[LABELS]
+    for arm_name, arm_metrics in metrics_by_arm.items():
+        if arm_name == LABELS:
             continue
         is_lower = {
             endpoint: [
@@ -463,81 +482,94 @@ def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> 
             label_share is None or label_share <= max(ALLOWED_HARM, arm_share or 0.0)
             for label_share, arm_share in degraded_shares
         ]
-        against[name] = {
+        result_by_arm[arm_name] = {
             "lower": is_lower,
             "no_more_harm": is_harmless,
             "beaten": all(map(all, is_lower.values())) and all(is_harmless),
         }
     return {
         # Without another arm the labels arm has won against nothing, so the criterion is not met.
-        "labels_win": bool(against) and all(result["beaten"] for result in against.values()),
-        "against": against,
+        "labels_win": bool(result_by_arm)
+        and all(comparison_result["beaten"] for comparison_result in result_by_arm.values()),
+        "against": result_by_arm,
     }
 
 
 def compare(
-    plan: Plan, measured_by_task: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]
+    plan: Plan, measured_by_task: Mapping[str, Mapping], task_by_case: Mapping[tuple[str, int, int, int], str]
 ) -> dict:
     """Compute the content of controlled-study.json.
 
     Args:
         measured_by_task: measurements by task.
-        names: the task of each run, by (arm, training seed, number of the label set, reward seed).
+        task_by_case: the task of each run, by (arm, training seed, number of the label set, reward seed).
     """
     measured_before = measured_by_task[BEFORE]
     # The file of the feature network may be missing; then there is no shape Fréchet distance.
-    reference = (
+    reference_features = (
         measured_by_task[GROUND_TRUTH]["features"]
         if len(measured_by_task[GROUND_TRUTH]["features"])
         else None
     )
     primary_endpoints = [
-        name for name in PRIMARY_ENDPOINTS if name != "shape_frechet" or reference is not None
+        arm_name
+        for arm_name in PRIMARY_ENDPOINTS
+        if arm_name != "shape_frechet" or reference_features is not None
     ]
     psi_by_seed = {}
-    arms: dict[str, dict] = {}
-    errors: dict[str, np.ndarray] = {}
-    for name in plan.arms:
+    metrics_by_arm: dict[str, dict] = {}
+    errors_by_arm: dict[str, np.ndarray] = {}
+    for arm_name in plan.arms:
         # training seed -> tasks of all label sets and reward seeds; case[:2] is (arm, training seed)
-        cases = {seed: [names[case] for case in names if case[:2] == (name, seed)] for seed in plan.seeds}
-        if name == POST_PROCESSING:
+        tasks_by_seed = {
+            seed: [task_by_case[case] for case in task_by_case if case[:2] == (arm_name, seed)]
+            for seed in plan.seeds
+        }
+        if arm_name == POST_PROCESSING:
             # Post-processing has no training, so every seed has the same result.
-            cases = {seed: [POST_PROCESSING] for seed in plan.seeds}
-        if name == "truncation":
+            tasks_by_seed = {seed: [POST_PROCESSING] for seed in plan.seeds}
+        if arm_name == "truncation":
             # The truncation is chosen for each seed, so that there are as many intact heads as in the labels
             # arm with this seed. LABELS is the first arm, so arms[LABELS] exists. The slice [i : i + 1] lets
             # `_mean` turn a missing share into None.
             measured_by_psi = {psi: measured_by_task[_task_of_psi(psi)] for psi in PSIS}
             psi_by_seed = {
                 seed: choose_psi(
-                    measured_by_psi, _mean(arms[LABELS]["intact_share"][seed_index : seed_index + 1]) or 0.0
+                    measured_by_psi,
+                    _mean(metrics_by_arm[LABELS]["intact_share"][seed_index : seed_index + 1]) or 0.0,
                 )
                 for seed_index, seed in enumerate(plan.seeds)
             }
-            cases = {seed: [_task_of_psi(psi)] for seed, psi in psi_by_seed.items()}
-        rows = {
-            seed: [network_metrics(measured_by_task[task], measured_before, reference) for task in tasks]
-            for seed, tasks in cases.items()
+            tasks_by_seed = {seed: [_task_of_psi(psi)] for seed, psi in psi_by_seed.items()}
+        metrics_by_seed = {
+            seed: [
+                network_metrics(measured_by_task[task], measured_before, reference_features) for task in tasks
+            ]
+            for seed, tasks in tasks_by_seed.items()
         }
         # [S, N], averaged over rewards
-        errors[name] = np.stack(
+        errors_by_arm[arm_name] = np.stack(
             [
                 np.mean([heads.back_of_head_error(measured_by_task[task]) for task in tasks], axis=0)
-                for tasks in cases.values()
+                for tasks in tasks_by_seed.values()
             ]
         )
-        arms[name] = combine_seeds(rows, errors[name], measured_before)
-    untuned = network_metrics(measured_before, measured_before, reference)
-    for name in arms:
+        metrics_by_arm[arm_name] = combine_seeds(metrics_by_seed, errors_by_arm[arm_name], measured_before)
+    untuned_metrics = network_metrics(measured_before, measured_before, reference_features)
+    for arm_name in metrics_by_arm:
         # the arm's error reduction relative to the error reduction of the labels arm
-        gains = zip(arms[name]["error_defective"], arms[LABELS]["error_defective"], strict=True)
-        arms[name]["share_of_gain"] = [
-            _share_of_gain(untuned["error_defective"], arm_error, label_error)
-            for arm_error, label_error in gains
+        error_pairs = zip(
+            metrics_by_arm[arm_name]["error_defective"],
+            metrics_by_arm[LABELS]["error_defective"],
+            strict=True,
+        )
+        metrics_by_arm[arm_name]["share_of_gain"] = [
+            _share_of_gain(untuned_metrics["error_defective"], arm_error, label_error)
+            for arm_error, label_error in error_pairs
         ]
-        if name != LABELS:
-            arms[name]["error_over_labels"] = _error_over_labels(
-                errors[name] - errors[LABELS], heads.find_defective(measured_before)
+        if arm_name != LABELS:
+            metrics_by_arm[arm_name]["error_over_labels"] = _error_over_labels(
+                errors_by_arm[arm_name] - errors_by_arm[LABELS], heads.find_defective(measured_before)
             )
     return {
         "primary_endpoints": primary_endpoints,
@@ -547,15 +579,15 @@ def compare(
         "label_sets": plan.draws,
         "latents": plan.latents,
         "defective": int(heads.find_defective(measured_before).sum()),  # latents, before tuning
-        "before": untuned,
-        "arms": arms,
+        "before": untuned_metrics,
+        "arms": metrics_by_arm,
         "post_processing": list(FILTERS)[int(measured_by_task[POST_PROCESSING][METHOD][0])]
         if POST_PROCESSING in measured_by_task
         else None,
         "psi": {
             str(seed): psi for seed, psi in psi_by_seed.items()
         },  # of the truncation arm; JSON keys are text
-        "criterion": criterion(arms, primary_endpoints),
+        "criterion": criterion(metrics_by_arm, primary_endpoints),
         "harm_allowed": ALLOWED_HARM,  # part of the criterion
         "flags": {"tune": [*TUNING_FLAGS, *plan.tune], "train": list(plan.train)},
     }
@@ -573,30 +605,31 @@ def _share_of_gain(
     return (error_before - error_after) / (error_before - best_error)
 
 
-def _error_over_labels(difference: np.ndarray, is_defective: np.ndarray) -> dict | None:
-    """Return the mean of error differences over seeds and defective heads, with two intervals.
-
-    The interval "ci95" covers seeds and heads, "ci95_over_seeds" covers seeds alone.
+def _error_over_labels(error_differences: np.ndarray, is_defective: np.ndarray) -> dict | None:
+    """Compute the mean of error differences over seeds and defective heads, with two intervals.
 
     Args:
-        difference: errors of an arm minus errors of the labels arm, [S, N].
+        error_differences: errors of an arm minus errors of the labels arm, [S, N].
         is_defective: mask of the latents with defective heads before tuning, [N].
 
-    Returns: None if no head is defective.
+    Returns: dict with the mean and two 95 % intervals. "ci95" covers the variation between seeds and between
+        heads, "ci95_over_seeds" covers the variation between seeds alone, and is None for a single seed. The
+        result is None if no head is defective.
     """
-    defective_differences = difference[:, is_defective]  # [S, defective]
+    defective_differences = error_differences[:, is_defective]  # [S, defective]
     if not defective_differences.size:
         return None
     interval = two_way_interval(
-        lambda seeds, items: defective_differences[np.ix_(seeds, items)].mean(), *defective_differences.shape
+        lambda seed_indices, head_indices: defective_differences[np.ix_(seed_indices, head_indices)].mean(),
+        *defective_differences.shape,
     )
-    over_seeds = (
+    seed_interval = (
         t_mean_interval(defective_differences.mean(axis=1)) if len(defective_differences) > 1 else None
     )
     return {
         "mean": float(defective_differences.mean()),
         "ci95": [interval.lo, interval.hi],
-        "ci95_over_seeds": over_seeds and [over_seeds.lo, over_seeds.hi],
+        "ci95_over_seeds": seed_interval and [seed_interval.lo, seed_interval.hi],
     }
 
 
@@ -616,65 +649,74 @@ TABLE_METRICS = {  # metric -> (heading of the table, format)
 }
 
 
-def markdown(data: Mapping) -> str:
+def markdown(study: Mapping) -> str:
     """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics."""
-    columns = {
-        name: (heading + (" (primary)" if name in data["primary_endpoints"] else ""), number_format)
-        for name, (heading, number_format) in TABLE_METRICS.items()
-        if name in data["before"]
+    format_by_metric = {
+        metric_or_arm: (
+            heading + (" (primary)" if metric_or_arm in study["primary_endpoints"] else ""),
+            number_format,
+        )
+        for metric_or_arm, (heading, number_format) in TABLE_METRICS.items()
+        if metric_or_arm in study["before"]
     }
-    arms = {"before tuning": data["before"]}
-    for name, metrics in data["arms"].items():
-        psi = ", ".join(f"{psi:g}" for psi in sorted(set(data["psi"].values())))
-        arm_notes = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({data['post_processing']})"}
-        arms[ARMS[name] + arm_notes.get(name, "")] = metrics
-    table = figure_table("arm", arms, columns)
-    result = data["criterion"]
-    unbeaten_arms = [ARMS[name] for name, against in result["against"].items() if not against["beaten"]]
+    metrics_by_label = {"before tuning": study["before"]}
+    for metric_or_arm, metrics in study["arms"].items():
+        psi = ", ".join(f"{psi:g}" for psi in sorted(set(study["psi"].values())))
+        arm_notes = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({study['post_processing']})"}
+        metrics_by_label[ARMS[metric_or_arm] + arm_notes.get(metric_or_arm, "")] = metrics
+    table_lines = figure_table("arm", metrics_by_label, format_by_metric)
+    criterion_result = study["criterion"]
+    unbeaten_arms = [
+        ARMS[metric_or_arm]
+        for metric_or_arm, comparison_result in criterion_result["against"].items()
+        if not comparison_result["beaten"]
+    ]
     sentences = (
         "The pre-registered criterion is met: labels beat every other arm in each primary endpoint with every"
         " training seed, and degrade no more intact heads."
-        if result["labels_win"]
+        if criterion_result["labels_win"]
         else (
             "The pre-registered criterion is not met. Labels do not beat these arms in each primary endpoint"
             " with every training seed, or they degrade more intact heads:"
             f" {', '.join(unbeaten_arms) or 'there was no other arm'}."
         )
     )
-    text = (
-        f"{data['latents']} held-out latents, ψ 1, {data['defective']} of them defective before tuning;"
-        f" training seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
-        f" {data['label_sets']} set(s) of labels. Figures are means over training seeds; brackets hold the"
-        " least and the greatest. Volume error, missing and extra are shares of the ground-truth head's"
+    explanation = (
+        f"{study['latents']} held-out latents, ψ 1, {study['defective']} of them defective before tuning;"
+        f" training seeds {', '.join(map(str, study['seeds']))}, {study['rewards']} reward(s) for each of"
+        f" {study['label_sets']} set(s) of labels. Figures are means over training seeds; brackets hold the"
+        " smallest and the largest. Volume error, missing and extra are shares of the ground-truth head's"
         " back-of-head volume, of defective heads. The F-score is measured at the back at one voxel, of"
         f" defective heads. An intact head is degraded if its volume error grows by more than {heads.WORSE}."
         " Lengths are in voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."
     )
-    return "\n".join(["# Controlled study of the bundled heads", "", sentences, "", *table, "", text, ""])
+    return "\n".join(
+        ["# Controlled study of the bundled heads", "", sentences, "", *table_lines, "", explanation, ""]
+    )
 
 
-def plot(data: Mapping):
+def plot(study: Mapping):
     """Plot each primary endpoint of every arm, one point for each training seed."""
-    arm_names = list(data["arms"])
+    arm_names = list(study["arms"])
     figure, axes = style.figure(
-        columns=len(data["primary_endpoints"]),
+        columns=len(study["primary_endpoints"]),
         size=(9.4, 1.4 + 0.3 * len(arm_names)),  # inches
     )
     # With a single endpoint `axes` is not an array; atleast_1d makes one.
-    for axis, primary in zip(np.atleast_1d(axes), data["primary_endpoints"], strict=True):
-        for position, name in enumerate(arm_names):
-            values = data["arms"][name][primary]
+    for axis, endpoint in zip(np.atleast_1d(axes), study["primary_endpoints"], strict=True):
+        for arm_position, arm_name in enumerate(arm_names):
+            seed_values = study["arms"][arm_name][endpoint]
             axis.plot(
-                values,
-                [position] * len(values),
+                seed_values,
+                [arm_position] * len(seed_values),
                 "o",
                 markersize=4,
-                color=style.colour("after" if name == LABELS else "control"),
+                color=style.colour("after" if arm_name == LABELS else "control"),
             )
-        axis.axvline(data["before"][primary], color=style.colour("before"), linewidth=1)
-        axis.set_yticks(range(len(arm_names)), [ARMS[name] for name in arm_names], fontsize=7)
+        axis.axvline(study["before"][endpoint], color=style.colour("before"), linewidth=1)
+        axis.set_yticks(range(len(arm_names)), [ARMS[arm_name] for arm_name in arm_names], fontsize=7)
         axis.invert_yaxis()
-        axis.set_xlabel(f"{TABLE_METRICS[primary][0]}, lower is better; line: before", fontsize=8)
+        axis.set_xlabel(f"{TABLE_METRICS[endpoint][0]}, lower is better; line: before", fontsize=8)
     return figure
 
 
@@ -699,10 +741,16 @@ def work(plan: Plan, jobs: int) -> list[Path]:
         make_with_progress_bar([[part] for part in parts], jobs, threads, bar_text)
         write_more(plan)
     # The runs of train.py need the rewards, so they are the last step.
-    tunings = plan.tunings()
-    make_with_progress_bar([[part] for part in tunings.values()], jobs, threads, "networks tuned")
-    networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}
-    data = compare(
-        plan, measure_arms(plan, networks, jobs), {case: part.name for case, part in tunings.items()}
+    tuning_by_case = plan.tunings()
+    make_with_progress_bar([[part] for part in tuning_by_case.values()], jobs, threads, "networks tuned")
+    network_by_task = {
+        part.name: network_path
+        for part in tuning_by_case.values()
+        if (network_path := part.network()) is not None
+    }
+    study = compare(
+        plan,
+        measure_arms(plan, network_by_task, jobs),
+        {case: part.name for case, part in tuning_by_case.items()},
     )
-    return write(data, plan.out, "controlled-study", markdown, plot)
+    return write(study, plan.out, "controlled-study", markdown, plot)

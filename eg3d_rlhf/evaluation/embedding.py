@@ -49,18 +49,18 @@ def jobs(comparison: Comparison) -> list[Job]:
     The renders have no section of their own on the page.
     """
     # The version of UMAP is an input of the map, since another version gives another layout.
-    umap = umap_version()  # None leaves the UMAP plot out
-    layouts = {"umap": plot_umap} if umap else {}
-    layouts |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
+    installed_umap = umap_version()  # None leaves the UMAP plot out
+    plot_by_name = {"umap": plot_umap} if installed_umap else {}
+    plot_by_name |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
     return [
         comparison.job(
             MAP,
             "Map of the reward's global feature",
             feature_map,
-            layouts,
+            plot_by_name,
             (*ROLES, "reward"),
             n=comparison.n,
-            umap=umap,
+            umap=installed_umap,
         ),
         comparison.job(
             SEPARABILITY,
@@ -94,9 +94,10 @@ def umap_version() -> str | None:
 def global_features(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return global features [N, F] and rewards [N] of seeds. They are computed once and cached.
+    """Compute the global features and the rewards of a generator's samples.
 
-    Several jobs use the same values.
+    Several jobs use the same values, so they are computed once and cached.
+    Returns: two arrays: the global features [N, F], and the rewards [N].
     """
     # The first entry distinguishes these keys from the keys of the scores in the same cache.
     cache_key = ("global feature", comparison.reward_hash, generator.hash, tuple(seeds), comparison.psi)
@@ -114,19 +115,20 @@ def global_features(
     return comparison.memory[cache_key]
 
 
-def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def principal_axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the two principal axes of points.
 
     The sign of an axis is arbitrary, so it is chosen such that the axis' largest entry is positive.
 
-    Args: untuned: points, [N, F].
-    Returns: the mean [F], the two axes of largest variance [2, F], and their shares of the variance [2].
+    Args: points: coordinates of the points, [N, F].
+    Returns: three arrays. The first is the mean of the points, [F]. The second holds the two axes of largest
+        variance, [2, F]. The third holds the axes' shares of the variance, [2].
     """
-    mean = untuned.mean(axis=0)  # [F]
-    _, singular_values, axes = np.linalg.svd(untuned - mean, full_matrices=False)  # axes: [min(N, F), F]
+    mean_point = points.mean(axis=0)  # [F]
+    _, singular_values, axes = np.linalg.svd(points - mean_point, full_matrices=False)  # axes: [min(N, F), F]
     axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
     # 1e-300 avoids a division by zero if all points are equal.
-    return mean, axes, singular_values[:2] ** 2 / max(float((singular_values**2).sum()), 1e-300)
+    return mean_point, axes, singular_values[:2] ** 2 / max(float((singular_values**2).sum()), 1e-300)
 
 
 def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
@@ -154,18 +156,23 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
         role: global_features(comparison, comparison.generators()[role], seeds) for role in ROLES
     }
     # Both networks' samples are projected onto the principal axes of the samples before tuning.
-    mean, axes, shares = principal_axes(features_by_role["before"][0])
-    positions = {
-        "principal": {role: (values - mean) @ axes.T for role, (values, _) in features_by_role.items()}
+    mean_feature, principal_vectors, variance_shares = principal_axes(features_by_role["before"][0])
+    positions_by_layout = {
+        "principal": {
+            role: (features - mean_feature) @ principal_vectors.T
+            for role, (features, _) in features_by_role.items()
+        }
     }
-    positions_by_axis = {"first principal axis of the feature": positions["principal"]["before"][:, 0]}
+    positions_by_axis = {
+        "first principal axis of the feature": positions_by_layout["principal"]["before"][:, 0]
+    }
     # Both networks' samples are in the same layout, so that their positions can be compared.
     if umap_version():
         layout_positions = umap_layout(
             np.concatenate([features_by_role[role][0] for role in ROLES]), comparison.seed
         )
-        positions["umap"] = dict(zip(ROLES, np.split(layout_positions, 2), strict=True))
-        layout_before = positions["umap"]["before"]  # [N, 2]
+        positions_by_layout["umap"] = dict(zip(ROLES, np.split(layout_positions, 2), strict=True))
+        layout_before = positions_by_layout["umap"]["before"]  # [N, 2]
         centre, main_axes, _ = principal_axes(layout_before)
         positions_by_axis |= {
             "first axis of UMAP's layout": layout_before[:, 0],
@@ -173,52 +180,54 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
             "main axis of UMAP's layout": (layout_before - centre) @ main_axes[0],
         }
     correlation_rows: list[dict] = []  # one row per axis
-    for name, axis_positions in positions_by_axis.items():
+    for listed_name, axis_positions in positions_by_axis.items():
         rho = (
             # There is no rank correlation if all rewards or all positions are equal (np.ptp is 0).
             spearman(axis_positions, features_by_role["before"][1])
             if np.ptp(features_by_role["before"][1]) and np.ptp(axis_positions)
             else (None, None, None)
         )
-        correlation_rows.append({"axis": name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
-    points = [
+        correlation_rows.append(
+            {"axis": listed_name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))}
+        )
+    point_rows = [
         {
             "role": role,
             "seed": seed,
             "reward": float(features_by_role[role][1][seed_index]),
             **{
-                f"{name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
-                for name, positions_by_role in positions.items()
+                f"{listed_name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
+                for listed_name, positions_by_role in positions_by_layout.items()
                 for axis_index, axis in enumerate("xy")
             },
         }
         for role in ROLES
         for seed_index, seed in enumerate(seeds)
     ]
-    data = {
-        "points": points,
+    finding_data = {
+        "points": point_rows,
         "ranks": correlation_rows,
-        "shares": shares.tolist(),
-        "features": len(mean),
-        "layouts": sorted(positions, reverse=True),
+        "shares": variance_shares.tolist(),
+        "features": len(mean_feature),
+        "layouts": sorted(positions_by_layout, reverse=True),
     }
     facts = comparison.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
     sentences = [
         *(
             (
-                f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these"
-                " latents."
-                if row["spearman"] is None
+                f"No rank correlation with the {correlation_row['axis']}: the reward or the axis is constant"
+                " over these latents."
+                if correlation_row["spearman"] is None
                 else (
-                    f"Spearman's rho of the reward with the {row['axis']}, untuned samples:"
-                    f" {span(row['spearman'], row['lo'], row['hi'])}."
+                    f"Spearman's rho of the reward with the {correlation_row['axis']}, untuned samples:"
+                    f" {span(correlation_row['spearman'], correlation_row['lo'], correlation_row['hi'])}."
                 )
             )
-            for row in correlation_rows
+            for correlation_row in correlation_rows
         ),
         (
             "The sign of an axis is arbitrary: only the size of rho counts. The first principal axis holds "
-            f"{shares[0]:.0%} of the variance of {len(mean):,} features."
+            f"{variance_shares[0]:.0%} of the variance of {len(mean_feature):,} features."
         ),
         (
             "The reward is computed from this feature. A large rho means that the reward ranks by the"
@@ -233,7 +242,7 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
             )
         ),
     ]
-    return Finding(facts=facts, data=data, rows=[*correlation_rows, *points], says=sentences)
+    return Finding(facts=facts, data=finding_data, rows=[*correlation_rows, *point_rows], says=sentences)
 
 
 def separability(comparison: Comparison, _folder: Path) -> Finding:
@@ -255,26 +264,31 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
         for role, generator in comparison.generators().items()
         if role != "before"
     }
-    rows = [
+    table_rows = [
         {
             "role": role,
-            "share": result.share,
-            "p": result.p,
-            "k": result.k,
-            "chance_97.5": float(np.quantile(result.chance, 0.975)),
+            "share": role_result.share,
+            "p": role_result.p,
+            "k": role_result.k,
+            "chance_97.5": float(np.quantile(role_result.chance, 0.975)),
         }
-        for role, result in result_by_role.items()
+        for role, role_result in result_by_role.items()
     ]
     sentences = []
-    for role, result in result_by_role.items():
+    for role, role_result in result_by_role.items():
         conclusion = (
-            "not shown to be apart" if result.p >= 0.05 else "apart" if result.share > 0.9 else "partly apart"
+            "not shown to be apart"
+            if role_result.p >= 0.05
+            else "apart"
+            if role_result.share > 0.9
+            else "partly apart"
         )
         # The smallest p-value of a permutation test is 1 / (1 + permutations).
-        sign = "<=" if result.p <= 1 / (1 + len(result.chance)) else "="
+        sign = "<=" if role_result.p <= 1 / (1 + len(role_result.chance)) else "="
         sentences.append(
-            f"Before and {role}: {result.share:.1%} of a sample's {result.k} nearest neighbours come from its"
-            f" own network (50 % by chance; p {sign} {result.p:.2g}): the two are {conclusion}."
+            f"Before and {role}: {role_result.share:.1%} of a sample's {role_result.k} nearest neighbours"
+            f" come from its own network (50 % by chance; p {sign} {role_result.p:.2g}): the two are"
+            f" {conclusion}."
         )
     sentences += [
         (
@@ -286,8 +300,8 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
     facts = comparison.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
     return Finding(
         facts=facts,
-        data={role: result.to_dict() for role, result in result_by_role.items()},
-        rows=rows,
+        data={role: role_result.to_dict() for role, role_result in result_by_role.items()},
+        rows=table_rows,
         says=sentences,
     )
 
@@ -324,24 +338,34 @@ def render_sheet(comparison: Comparison, folder: Path) -> Finding:
         .transpose(1, 2)
         .reshape(row_count * PIXELS, COLUMNS * PIXELS)
     )
-    name = f"{SHAPES}.jpg"  # JPEG: the sheet is embedded in the page
+    image_name = f"{SHAPES}.jpg"  # JPEG: the sheet is embedded in the page
     PIL.Image.fromarray((sheet.numpy() * 255).round().astype(np.uint8)).save(
-        folder / name, quality=80, optimize=True
+        folder / image_name, quality=80, optimize=True
     )
-    data = {
-        "file": name,
+    finding_data = {
+        "file": image_name,
         "pixels": PIXELS,
         "columns": COLUMNS,
         "rows": row_count,
         "seeds": list(seeds),
         "roles": list(ROLES),
     }
-    return Finding(facts=comparison.facts(seeds, ROLES), data=data, images={"shapes before and after": name})
+    return Finding(
+        facts=comparison.facts(seeds, ROLES),
+        data=finding_data,
+        images={"shapes before and after": image_name},
+    )
 
 
-def _scatter(axes, data: dict, layout: str) -> None:
-    """Plot both networks' samples in one layout. Samples before tuning are coloured by their reward."""
-    points_by_role = {role: [point for point in data["points"] if point["role"] == role] for role in ROLES}
+def _scatter(axes, finding_data: dict, layout: str) -> None:
+    """Plot the samples before and after tuning in one layout.
+
+    Samples before tuning are coloured by their reward.
+    Args: layout: name of the layout, "umap" or "principal".
+    """
+    points_by_role = {
+        role: [point for point in finding_data["points"] if point["role"] == role] for role in ROLES
+    }
     x_key = f"{layout}_x"
     y_key = f"{layout}_y"
     points_before = axes.scatter(
@@ -365,34 +389,35 @@ def _scatter(axes, data: dict, layout: str) -> None:
 
 
 @style.plot(7, xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
-def plot_umap(axes, data: dict):
-    """Plot the UMAP layout of both networks' features."""
-    _scatter(axes, data, "umap")
+def plot_umap(axes, finding_data: dict):
+    """Plot the UMAP layout of the features before and after tuning."""
+    _scatter(axes, finding_data, "umap")
 
 
 @style.plot(7, title="Principal axes of the untuned samples")
-def plot_principal(axes, data: dict):
-    """Plot both networks' samples on the principal axes of the samples before tuning."""
-    _scatter(axes, data, "principal")
+def plot_principal(axes, finding_data: dict):
+    """Plot the samples before and after tuning on the principal axes of those before tuning."""
+    _scatter(axes, finding_data, "principal")
     axes.set(
         **{
-            f"{axis_name}label": f"axis {axis_index + 1} ({data['shares'][axis_index]:.0%} of the variance)"
+            f"{axis_name}label": f"axis {axis_index + 1} ({finding_data['shares'][axis_index]:.0%} of the"
+            " variance)"
             for axis_index, axis_name in enumerate("xy")
         }
     )
 
 
 @style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
-def plot_axis(axes, data: dict):
+def plot_axis(axes, finding_data: dict):
     """Plot the reward over the position on the first principal axis."""
-    points_before = [point for point in data["points"] if point["role"] == "before"]
+    points_before = [point for point in finding_data["points"] if point["role"] == "before"]
     axes.plot(
         [point["principal_x"] for point in points_before],
         [point["reward"] for point in points_before],
         ".",
         color=style.colour("before"),
     )
-    correlation_row = data["ranks"][0]  # the principal axis comes first
+    correlation_row = finding_data["ranks"][0]  # the principal axis comes first
     rho_text = (
         ""
         if correlation_row["spearman"] is None
@@ -402,35 +427,46 @@ def plot_axis(axes, data: dict):
 
 
 @style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
-def plot_test(axes, data: dict):
+def plot_test(axes, result_by_role: dict):
     """Plot the permutation distribution and the observed share for each role."""
-    for role, result in data.items():
+    for role, role_result in result_by_role.items():
         axes.hist(
-            result["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"
+            role_result["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"
         )
-        label = f"{role}: observed {result['share']:.3f}, p = {result['p']:.2g}"
-        axes.axvline(result["share"], color=style.colour(role), linewidth=2, label=label)
+        observed_label = f"{role}: observed {role_result['share']:.3f}, p = {role_result['p']:.2g}"
+        axes.axvline(role_result["share"], color=style.colour(role), linewidth=2, label=observed_label)
     # All roles have the same number of neighbours.
-    axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
+    neighbour_count = next(iter(result_by_role.values()))["k"]
+    axes.set(xlabel=f"share of the {neighbour_count} nearest neighbours from the own network")
 
 
-def write(comparison: Comparison, out: Path, quiet: bool = False) -> dict:
+def write(comparison: Comparison, page_folder: Path, quiet: bool = False) -> dict:
     """Compute the missing findings, write the page, and return all findings by key."""
     jobs_of_page = jobs(comparison)
-    findings = pages.run(jobs_of_page, out, quiet=quiet)  # by key
-    feature_points = findings[MAP].data
-    sheet = findings[SHAPES].data  # file name of the image with the shapes, and its layout
+    finding_by_key = pages.run(jobs_of_page, page_folder, quiet=quiet)  # by key
+    feature_points = finding_by_key[MAP].data
+    sheet = finding_by_key[SHAPES].data  # file name of the image with the shapes, and its layout
     # The image is embedded, so that the page is a single file.
-    sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
-    titles = {"umap": "UMAP", "principal": "principal axes"}
+    sprite = {**sheet, "uri": data_uri((page_folder / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
+    title_by_layout = {"umap": "UMAP", "principal": "principal axes"}
     chart = points_section(
-        feature_points["points"], [(name, titles[name]) for name in feature_points["layouts"]], sprite
+        feature_points["points"],
+        [(layout_name, title_by_layout[layout_name]) for layout_name in feature_points["layouts"]],
+        sprite,
     )
     introduction = (
         f"The global feature of the reward {comparison.reward_hash[:12]} for the same {comparison.n} held-out"
         " latents before and after tuning. Points at the end of the page show their shapes."
     )
     # The summary consists of the first sentence of each section. The renders have no section.
-    summary_sentences = [findings[key].says[0] for key in (MAP, SEPARABILITY)]
-    write_page(out / "index.html", TITLE, introduction, jobs_of_page[:2], findings, summary_sentences, chart)
-    return findings
+    summary_sentences = [finding_by_key[key].says[0] for key in (MAP, SEPARABILITY)]
+    write_page(
+        page_folder / "index.html",
+        TITLE,
+        introduction,
+        jobs_of_page[:2],
+        finding_by_key,
+        summary_sentences,
+        chart,
+    )
+    return finding_by_key

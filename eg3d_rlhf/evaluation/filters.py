@@ -22,70 +22,76 @@ SPARED = 0.02
 HARM = 0.01
 
 
-def _with_inside(values: np.ndarray, is_inside: np.ndarray) -> np.ndarray:
+def _with_inside(shape_values: np.ndarray, is_inside: np.ndarray) -> np.ndarray:
     """Change the signs of values so that exactly the voxels of a mask are negative.
 
-    Args: is_inside: mask of the voxels that shall be inside, [n, n, n].
+    Args:
+        shape_values: values of the shape, [n, n, n].
+        is_inside: mask of the voxels that shall be inside, [n, n, n].
     """
     # A voxel that becomes solid gets at most -1e-3, since a value of zero would count as outside.
     return np.where(
-        (values < 0) == is_inside, values, np.where(is_inside, -1e-3 - np.abs(values), np.abs(values))
+        (shape_values < 0) == is_inside,
+        shape_values,
+        np.where(is_inside, -1e-3 - np.abs(shape_values), np.abs(shape_values)),
     )
 
 
-def blur(values: np.ndarray, radius: float) -> np.ndarray:
+def blur(shape_values: np.ndarray, radius: float) -> np.ndarray:
     """Smooth the values with a Gaussian whose standard deviation is `radius`."""
-    return ndimage.gaussian_filter(values, radius * len(values) / 64, mode="nearest")
+    return ndimage.gaussian_filter(shape_values, radius * len(shape_values) / 64, mode="nearest")
 
 
-def largest_part(values: np.ndarray) -> np.ndarray:
+def largest_part(shape_values: np.ndarray) -> np.ndarray:
     """Keep the largest connected part of the shape."""
-    return _with_inside(values, annotator.largest_part(values < 0))
+    return _with_inside(shape_values, annotator.largest_part(shape_values < 0))
 
 
-def morphological_closing(values: np.ndarray, radius: float) -> np.ndarray:
+def morphological_closing(shape_values: np.ndarray, radius: float) -> np.ndarray:
     """Close the shape morphologically: fill all points that no outside ball of this radius can reach."""
-    grid_radius = radius * len(values) / 64  # radius in voxels of this grid
+    grid_radius = radius * len(shape_values) / 64  # radius in voxels of this grid
     padding = int(np.ceil(grid_radius)) + 1
     # Padded by more than the radius, since the border of the grid would distort the erosion.
-    is_inside = np.pad(values < 0, padding)
+    is_inside = np.pad(shape_values < 0, padding)
     if not is_inside.any():
-        return values
+        return shape_values
     # Dilation and then erosion by a ball, both as thresholds on Euclidean distance transforms. A structuring
     # element would cost O(radius^3) per voxel.
     dilated = ndimage.distance_transform_edt(~is_inside) <= grid_radius
     closed = ndimage.distance_transform_edt(dilated) > grid_radius
     # The union with the shape itself, since a closing must not remove voxels, also not by rounding.
-    return _with_inside(values, closed[padding:-padding, padding:-padding, padding:-padding] | (values < 0))
+    return _with_inside(
+        shape_values, closed[padding:-padding, padding:-padding, padding:-padding] | (shape_values < 0)
+    )
 
 
-def fill_holes(values: np.ndarray) -> np.ndarray:
+def fill_holes(shape_values: np.ndarray) -> np.ndarray:
     """Fill the empty space that the shape encloses."""
-    return _with_inside(values, ndimage.binary_fill_holes(values < 0))
+    return _with_inside(shape_values, ndimage.binary_fill_holes(shape_values < 0))
 
 
-def mirror(values: np.ndarray) -> np.ndarray:
+def mirror(shape_values: np.ndarray) -> np.ndarray:
     """Unite the shape with its mirror image along the first axis."""
-    return np.minimum(values, values[::-1])
+    return np.minimum(shape_values, shape_values[::-1])
 
 
-def hull(values: np.ndarray) -> np.ndarray:
+def hull(shape_values: np.ndarray) -> np.ndarray:
     """Replace the shape by its convex hull."""
-    solid_voxels = np.argwhere(values < 0)  # [P, 3] indices
+    solid_voxels = np.argwhere(shape_values < 0)  # [P, 3] indices
     try:
-        face_equations = ConvexHull(solid_voxels).equations  # [F, 4], normals outwards
+        face_planes = ConvexHull(solid_voxels).equations  # [F, 4], normals outwards
     except (QhullError, ValueError):  # the shape is flat or empty, so it has no hull
-        return values
-    is_inside = values < 0
+        return shape_values
+    is_inside = shape_values < 0
     # A voxel is inside if it is on the inner side of all F faces; 1e-9 includes voxels on a face. One layer
     # is tested at a time, [n, n, F], since all layers at once would need n times the memory.
     for layer in range(solid_voxels[:, 0].min(), solid_voxels[:, 0].max() + 1):
-        y, z = np.meshgrid(*(np.arange(size) for size in values.shape[1:]), indexing="ij")
-        plane_offsets = layer * face_equations[:, 0] + face_equations[:, 3]
+        y, z = np.meshgrid(*(np.arange(edge_length) for edge_length in shape_values.shape[1:]), indexing="ij")
+        plane_offsets = layer * face_planes[:, 0] + face_planes[:, 3]
         is_inside[layer] |= (
-            y[..., None] * face_equations[:, 1] + z[..., None] * face_equations[:, 2] + plane_offsets <= 1e-9
+            y[..., None] * face_planes[:, 1] + z[..., None] * face_planes[:, 2] + plane_offsets <= 1e-9
         ).all(axis=-1)
-    return _with_inside(values, is_inside)
+    return _with_inside(shape_values, is_inside)
 
 
 def chain(*filters: Filter) -> Filter:
@@ -114,30 +120,29 @@ FILTERS: dict[str, Filter] = {
 }
 
 
-FilterResults = dict[
-    str, tuple[float, float]
-]  # filter -> (mean error of defective shapes, share of intact ones harmed)
+# name of the filter -> (mean error of the defective shapes, share of the intact shapes that are harmed)
+FilterResults = dict[str, tuple[float, float]]
 
 
-def evaluate_filters(values: np.ndarray, targets: np.ndarray) -> FilterResults:
+def evaluate_filters(shapes: np.ndarray, ground_truth: np.ndarray) -> FilterResults:
     """Apply every filter to shapes, and measure its benefit and its harm.
 
     Args:
-        values: values of the shapes, negative inside, [N, n, n, n].
-        targets: ground-truth heads of the same latents, [N, n, n, n].
+        shapes: values of the shapes, negative inside, [N, n, n, n].
+        ground_truth: ground-truth heads of the same latents, [N, n, n, n].
 
     Returns: for each filter the mean back-of-head volume error of the shapes that were defective, and the
         share of the intact shapes whose error rises by more than HARM.
     """
     # [N] errors before filtering, as shares of the ground-truth head's volume
-    errors_before = np.array([volume_error(*pair).total for pair in zip(values, targets, strict=True)])
+    errors_before = np.array([volume_error(*pair).total for pair in zip(shapes, ground_truth, strict=True)])
     is_defective = errors_before > DEFECTIVE
-    results = {}  # filter -> (error, harm)
-    for name, apply_filter in FILTERS.items():
+    result_by_filter = {}  # filter -> (error, harm)
+    for filter_name, apply_filter in FILTERS.items():
         errors_after = np.array(
             [
-                volume_error(apply_filter(shape), head).total
-                for shape, head in zip(values, targets, strict=True)
+                volume_error(apply_filter(shape_values), head_values).total
+                for shape_values, head_values in zip(shapes, ground_truth, strict=True)
             ]
         )
         # If no shape is intact, none can be harmed. If no shape is defective, the mean is over all shapes.
@@ -146,27 +151,28 @@ def evaluate_filters(values: np.ndarray, targets: np.ndarray) -> FilterResults:
             if not is_defective.all()
             else 0.0
         )
-        results[name] = (
+        result_by_filter[filter_name] = (
             float(errors_after[is_defective].mean() if is_defective.any() else errors_after.mean()),
             harmed_share,
         )
-    return results
+    return result_by_filter
 
 
-def best_post_processing(results: FilterResults, *, spares_intact: bool) -> str:
+def best_post_processing(result_by_filter: FilterResults, *, spares_intact: bool) -> str:
     """Return the name of the filter after which the error of defective heads is smallest.
 
     Args:
-        results: result of `evaluate_filters`.
-        spares_intact: True: only filters that harm at most the share SPARED of the intact heads are
-            candidates. If there is no such filter, the candidates are the filters with the least harm.
+        result_by_filter: result of `evaluate_filters`.
+        spares_intact: True if only filters that harm at most the share SPARED of the intact heads are
+            candidates. If there is no such filter, the candidates are the filters that harm the smallest
+            share. False if all filters are candidates.
     """
-    least_harm = max(SPARED, min(harmed_share for _, harmed_share in results.values()))
+    max_harm = max(SPARED, min(harmed_share for _, harmed_share in result_by_filter.values()))
     return min(
         (
-            name
-            for name, (_, harmed_share) in results.items()
-            if not spares_intact or harmed_share <= least_harm
+            filter_name
+            for filter_name, (_, harmed_share) in result_by_filter.items()
+            if not spares_intact or harmed_share <= max_harm
         ),
-        key=lambda name: results[name][0],
+        key=lambda filter_name: result_by_filter[filter_name][0],
     )

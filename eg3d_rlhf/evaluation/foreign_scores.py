@@ -54,7 +54,8 @@ def yield_fields(generator: Generator, seeds: Sequence[int], psi: float, cutoff:
 
     Args:
         psi: truncation.
-        cutoff: number of layers that truncation affects; None: all layers.
+        cutoff: number of layers that truncation affects; None if it affects all layers.
+        batch: largest number of shapes in a field.
     """
     for start in range(0, len(seeds), batch):
         yield generator.field(ws_of_placed(generator, seeds[start : start + batch], psi, cutoff))
@@ -69,23 +70,27 @@ def mean_surface(
     half of the samples are solid there. So it does not depend on the density's scale. The faces that close
     the surface at the border of the cube are left out.
 
-    Args: resolution: grid points per edge of the cube.
+    Args:
+        seeds: seeds over which the median is taken.
+        psi: truncation.
+        cutoff: number of layers that truncation affects; None if it affects all layers.
+        resolution: grid points per edge of the cube.
+
     Raises: ValueError if the median density has no surface.
     """
     spec = SlabSpec.from_bounds(generator.bounds, resolution)
     # [N, D, H, W], on the CPU, since the median needs the grids of all samples at once
-    cubes = torch.cat(
+    density_grids = torch.cat(
         [field.density_grid(spec).cpu() for field in yield_fields(generator, seeds, psi, cutoff)]
     )
-    vertices, _, _ = largest_part(*extract_mesh(cubes.quantile(0.5, dim=0), spec, generator.level))
+    vertices, _, _ = largest_part(*extract_mesh(density_grids.quantile(0.5, dim=0), spec, generator.level))
     # Points within 1.5 voxels of the cube's faces close the surface at the border; they are not the shape's.
     is_inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
     # The front half: z points to the front, and the points are in front of the mean z.
-    points = vertices[is_inside & (vertices[:, 2] > vertices[is_inside, 2].mean())].astype(
-        np.float64
-    )  # [P, 3]
+    # [P, 3]
+    front_points = vertices[is_inside & (vertices[:, 2] > vertices[is_inside, 2].mean())].astype(np.float64)
     # An even subset bounds the cost of the neighbour searches.
-    return points[np.linspace(0, len(points) - 1, min(len(points), _POINTS)).astype(int)]
+    return front_points[np.linspace(0, len(front_points) - 1, min(len(front_points), _POINTS)).astype(int)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,39 +101,41 @@ class Alignment:
     residual: float  # root mean square distance of the neighbours used, in the reference's world units
 
 
-def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
+def align(foreign_surface: np.ndarray, reference_surface: np.ndarray) -> Alignment:
     """Find the scale and shift that map the reference's surface onto a foreign surface, without rotation.
 
     The method is iterated closest points (Besl and McKay 1992) in both directions. The farthest fifth of the
     neighbours is left out in every iteration, so that parts which one of the surfaces lacks do not count.
 
     Args:
-        foreign: points of the foreign surface, [P, 3].
-        reference: points of the reference's surface, [P, 3].
+        foreign_surface: points of the foreign surface, [P, 3].
+        reference_surface: points of the reference's surface, [P, 3].
     """
     # Start: equal centres and equal root mean square radii
-    foreign_centre = foreign.mean(axis=0)
-    reference_centre = reference.mean(axis=0)
+    foreign_centre = foreign_surface.mean(axis=0)
+    reference_centre = reference_surface.mean(axis=0)
     scale = float(
         np.sqrt(
-            ((foreign - foreign_centre) ** 2).sum(1).mean()
-            / ((reference - reference_centre) ** 2).sum(1).mean()
+            ((foreign_surface - foreign_centre) ** 2).sum(1).mean()
+            / ((reference_surface - reference_centre) ** 2).sum(1).mean()
         )
     )
     shift = foreign_centre - scale * reference_centre  # foreign = scale * reference + shift
-    reference_tree = cKDTree(reference)  # the reference does not move
+    reference_tree = cKDTree(reference_surface)  # the reference does not move
     residual = np.inf  # replaced in the first round
     for _ in range(_ROUNDS):
-        aligned_points = (foreign - shift) / scale
+        aligned_points = (foreign_surface - shift) / scale
         # First from foreign points to the reference, then from the reference to foreign points
         foreign_distances, reference_neighbours = reference_tree.query(aligned_points)
-        reference_distances, foreign_neighbours = cKDTree(aligned_points).query(reference)
+        reference_distances, foreign_neighbours = cKDTree(aligned_points).query(reference_surface)
         kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)  # mask of the foreign points
         # mask of the reference points
         kept_reference = reference_distances <= np.quantile(reference_distances, KEPT)
-        foreign_points = np.concatenate([foreign[kept_foreign], foreign[foreign_neighbours[kept_reference]]])
+        foreign_points = np.concatenate(
+            [foreign_surface[kept_foreign], foreign_surface[foreign_neighbours[kept_reference]]]
+        )
         reference_points = np.concatenate(
-            [reference[reference_neighbours[kept_foreign]], reference[kept_reference]]
+            [reference_surface[reference_neighbours[kept_foreign]], reference_surface[kept_reference]]
         )
         residual = float(
             np.sqrt(
@@ -169,14 +176,19 @@ class DensityMap:
         values = self.values.to(sigma)
         # Index of the knot at the upper end of each density's segment. The clamp extends the outermost
         # segments. searchsorted needs no gradient, since the map is linear in each segment.
-        segment = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
-        low = knots[segment - 1]  # ends of each density's segment
-        high = knots[segment]
-        return values[segment - 1] + (sigma - low) / (high - low) * (values[segment] - values[segment - 1])
+        upper_index = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
+        lower_knots = knots[upper_index - 1]  # ends of each density's segment
+        upper_knots = knots[upper_index]
+        return values[upper_index - 1] + (sigma - lower_knots) / (upper_knots - lower_knots) * (
+            values[upper_index] - values[upper_index - 1]
+        )
 
 
 def calibrate_density(
-    foreign: np.ndarray, reference: np.ndarray, level: float, reference_level: float
+    foreign_densities: np.ndarray,
+    reference_densities: np.ndarray,
+    foreign_level: float,
+    reference_level: float,
 ) -> DensityMap:
     """Fit a map after which the foreign densities have the quantiles of the reference's densities.
 
@@ -184,19 +196,23 @@ def calibrate_density(
     normalises each slab by its smallest and largest density. The foreign level maps to the reference's level.
 
     Args:
-        foreign: densities of the foreign generator's samples, in one flat array.
-        reference: densities of the reference's samples, in one flat array.
-        level: level of the foreign generator's surfaces.
+        foreign_densities: densities of the foreign generator's samples, in one flat array.
+        reference_densities: densities of the reference's samples, in one flat array.
+        foreign_level: level of the foreign generator's surfaces.
         reference_level: level of the reference's surfaces.
 
     Raises: ValueError if one of the arrays has fewer than QUANTILES values on one side of its level.
     """
     quantiles_by_side = []  # [below, above], each [foreign, reference]
     for is_above in (False, True):
-        densities_with_level = ((foreign, level), (reference, reference_level))  # values with their level
+        # values with their level
+        densities_with_level = (
+            (foreign_densities, foreign_level),
+            (reference_densities, reference_level),
+        )
         side_values = [
-            values[(values > side_level) if is_above else (values < side_level)]
-            for values, side_level in densities_with_level
+            densities[(densities > side_level) if is_above else (densities < side_level)]
+            for densities, side_level in densities_with_level
         ]
         if min(map(len, side_values)) < QUANTILES:
             side_name = "above" if is_above else "below"
@@ -206,17 +222,17 @@ def calibrate_density(
                 " cannot be scored. Remove it from --network."
             )
         quantiles_by_side.append(
-            [np.quantile(values, np.linspace(0, 1, QUANTILES)) for values in side_values]
+            [np.quantile(densities, np.linspace(0, 1, QUANTILES)) for densities in side_values]
         )
     # Quantiles below the level, then the level, then the quantiles above it
-    knots = np.concatenate([quantiles_by_side[0][0], [level], quantiles_by_side[1][0]])
-    values = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
+    foreign_knots = np.concatenate([quantiles_by_side[0][0], [foreign_level], quantiles_by_side[1][0]])
+    densities = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
     # Equal quantiles would make segments of zero width, hence a division by zero; only the first is kept.
-    is_increasing = np.concatenate(
-        [[True], np.diff(np.maximum.accumulate(knots)) > 1e-6 * max(abs(level), 1.0)]
+    is_kept = np.concatenate(
+        [[True], np.diff(np.maximum.accumulate(foreign_knots)) > 1e-6 * max(abs(foreign_level), 1.0)]
     )
     return DensityMap(
-        torch.from_numpy(knots[is_increasing]).float(), torch.from_numpy(values[is_increasing]).float()
+        torch.from_numpy(foreign_knots[is_kept]).float(), torch.from_numpy(densities[is_kept]).float()
     )
 
 
@@ -233,8 +249,8 @@ def pool_densities(
 STAGES = ("raw", "aligned", "calibrated")
 NEIGHBOURS = 5  # the distance to this neighbour in the embedding decides if a shape is outside
 RARE = 0.99  # quantile of the reference's neighbour distances beyond which a shape counts as outside
-MOST_OUTSIDE = 0.5  # share of shapes outside above which ranks are not meaningful
-STEADY = 0.8  # least acceptable rank correlation under a change that should not matter
+MAX_OUTSIDE_SHARE = 0.5  # share of shapes outside above which ranks are not meaningful
+STEADY = 0.8  # smallest acceptable rank correlation under a change that should not matter
 PIXELS = 160  # pixels per edge of a rendered mesh
 STRIP = 5  # number of meshes in a row
 
@@ -283,13 +299,13 @@ class Trial:
     @functools.cached_property
     def reference_surface(self) -> np.ndarray:
         """Return the surface points [P, 3] of the reference generator's typical shape, see `mean_surface`."""
-        options = self.options
+        score_options = self.options
         return mean_surface(
             self.reference.generator,
-            ALIGNMENT.take(options.fit),
-            options.psi,
-            options.cutoff,
-            options.resolution,
+            ALIGNMENT.take(score_options.fit),
+            score_options.psi,
+            score_options.cutoff,
+            score_options.resolution,
         )
 
     @functools.cached_property
@@ -305,14 +321,20 @@ class Trial:
 
     @functools.cached_property
     def outside_criterion(self) -> tuple[cKDTree, float]:
-        """Return a search tree of the reference's embeddings, and the distance from which a shape is outside.
+        """Compute the criterion by which a shape counts as outside the reference's distribution.
 
-        For 1 % of the reference's shapes, the distance to the fifth neighbour is larger than this distance.
+        Returns: a search tree of the embeddings of the reference's shapes, and a distance. A shape is outside
+            if its fifth nearest embedding in the tree is farther away than this distance, which 1 % of the
+            reference's own shapes exceed.
         """
-        points = self.measure_seeds(self.reference.generator, ALIGNMENT.take(self.options.known)).embedding
-        tree = cKDTree(points)
+        embeddings = self.measure_seeds(
+            self.reference.generator, ALIGNMENT.take(self.options.known)
+        ).embedding
+        embedding_tree = cKDTree(embeddings)
         # One neighbour more, since each point of the tree is its own nearest; [0]: distances, without indices
-        return tree, float(np.quantile(tree.query(points, NEIGHBOURS + 1)[0][:, -1], RARE))
+        return embedding_tree, float(
+            np.quantile(embedding_tree.query(embeddings, NEIGHBOURS + 1)[0][:, -1], RARE)
+        )
 
     @functools.cached_property
     def reference_measured(self) -> Measured:
@@ -323,17 +345,17 @@ class Trial:
     def measure_seeds(self, generator: Generator, seeds: Sequence[int], psi: float | None = None) -> Measured:
         """Compute the scores and embeddings of a generator's shapes, in batches.
 
-        Args: psi: truncation; None: the one of the options.
+        Args: psi: truncation; None selects the truncation of the options.
         """
-        options = self.options
+        score_options = self.options
         scores = []  # [n] for each batch
         embeddings = []  # [n, M] for each batch
-        for start in range(0, len(seeds), options.batch):
+        for start in range(0, len(seeds), score_options.batch):
             ws = ws_of_placed(
                 generator,
-                seeds[start : start + options.batch],
-                options.psi if psi is None else psi,
-                options.cutoff,
+                seeds[start : start + score_options.batch],
+                score_options.psi if psi is None else psi,
+                score_options.cutoff,
             )
             # The embedding is computed once; the score follows from it.
             embedding = self.reward.network.embed(self.reward.observation.observe(generator.field(ws)))
@@ -347,76 +369,103 @@ class Trial:
         A shape is outside if it is farther from the reference's embeddings than 99 % of the reference's own
         shapes are.
         """
-        tree, outside_distance = self.outside_criterion
+        embedding_tree, outside_distance = self.outside_criterion
         # [0]: distances, without indices; [:, -1]: to the farthest of the neighbours
-        return float((tree.query(embedding, NEIGHBOURS)[0][:, -1] > outside_distance).mean())
+        return float((embedding_tree.query(embedding, NEIGHBOURS)[0][:, -1] > outside_distance).mean())
 
     def placements(self, generator: Generator) -> tuple[dict[str, Placement], Alignment]:
-        """Return the placement of a generator's shapes at every stage, and the alignment.
+        """Compute the placement of a generator's shapes at every stage, and their alignment.
 
-        The keys are STAGES: 'raw' maps the generator's cube onto the reference's cube, 'aligned' maps the
-        typical surface onto the reference's, and 'calibrated' also maps the density.
+        Returns: a dict with a placement for each of STAGES, and the alignment. The placement 'raw' maps the
+            generator's cube onto the reference's cube, 'aligned' maps its typical surface onto the
+            reference's surface, and 'calibrated' also maps the density.
         """
-        options = self.options
+        score_options = self.options
         bounds = self.reference.generator.bounds
         cameras = self.reference.generator.cameras
         # ALIGNMENT: other latents than those that are scored
-        surface = mean_surface(
-            generator, ALIGNMENT.take(options.fit), options.psi, options.cutoff, options.resolution
+        surface_points = mean_surface(
+            generator,
+            ALIGNMENT.take(score_options.fit),
+            score_options.psi,
+            score_options.cutoff,
+            score_options.resolution,
         )
-        alignment = align(surface, self.reference_surface)
+        alignment = align(surface_points, self.reference_surface)
         # A scaled world needs a scaled density: optical depth is density times length.
-        aligned = Placement(
+        aligned_placement = Placement(
             alignment.similarity,
             bounds,
             cameras=cameras,
             density=partial(scaled_density, factor=alignment.similarity.scale),
         )
         # Densities are compared where the reward reads them, after the alignment.
-        placed_generator = Placed(generator, aligned)
+        placed_generator = Placed(generator, aligned_placement)
         densities = pool_densities(
-            placed_generator, ALIGNMENT.take(options.fit), self.spec, options.psi, options.cutoff
+            placed_generator,
+            ALIGNMENT.take(score_options.fit),
+            self.spec,
+            score_options.psi,
+            score_options.cutoff,
         )
-        mapping = calibrate_density(
+        density_map = calibrate_density(
             densities, self.reference_density, placed_generator.level, self.reference.generator.level
         )
-        calibrated = replace(aligned, density=lambda sigma: mapping(aligned.density(sigma)))
-        raw = Placement(Similarity.from_bounds(generator.bounds, bounds), bounds, cameras=cameras)
-        return {"raw": raw, "aligned": aligned, "calibrated": calibrated}, alignment
+        calibrated_placement = replace(
+            aligned_placement, density=lambda sigma: density_map(aligned_placement.density(sigma))
+        )
+        raw_placement = Placement(Similarity.from_bounds(generator.bounds, bounds), bounds, cameras=cameras)
+        return {
+            "raw": raw_placement,
+            "aligned": aligned_placement,
+            "calibrated": calibrated_placement,
+        }, alignment
 
-    def facts(self, name: str | None = None) -> Facts:
-        """Return the facts that a page states about one network, or about all networks if `name` is None."""
-        networks = {key: loaded.hash for key, loaded in self.networks.items() if name in (None, key)}
+    def facts(self, network_name: str | None = None) -> Facts:
+        """Return the facts that a page states about one network, or about all networks if `network_name`"
+        " is None."""
+        hash_by_network = {
+            other_name: loaded_generator.hash
+            for other_name, loaded_generator in self.networks.items()
+            if network_name in (None, other_name)
+        }
         return Facts(
             n=self.options.n,
             seeds=seed_range(self.seeds),
             psi=self.options.psi,
             interval=RANK_INTERVAL,
-            networks={**networks, "reference": self.reference.hash, "reward": self.reward_hash},
+            networks={**hash_by_network, "reference": self.reference.hash, "reward": self.reward_hash},
         )
 
 
-def scores_under_changes(trial: Trial, generator: Generator, place: Placement) -> dict[str, np.ndarray]:
+def scores_under_changes(trial: Trial, generator: Generator, placement: Placement) -> dict[str, np.ndarray]:
     """Compute scores [N] of the same latents under changes of their placement, and at a lower truncation.
 
     A mirrored shape, or one shifted by half a voxel, should get a similar score. The last key is the lower
     truncation, under which scores may change.
     """
-    options = trial.options
-    half_voxel = trial.spec.voxel / 2 * place.similarity.scale  # world units of the generator
+    score_options = trial.options
+    half_voxel = trial.spec.voxel / 2 * placement.similarity.scale  # world units of the generator
     scores_by_change = {
-        "mirrored": trial.measure_seeds(Placed(generator, replace(place, mirrored=True)), trial.seeds).scores
+        "mirrored": trial.measure_seeds(
+            Placed(generator, replace(placement, mirrored=True)), trial.seeds
+        ).scores
     }
     for axis, direction in enumerate(("sideways", "up", "forward")):
-        x, y, z = (value + half_voxel * (i == axis) for i, value in enumerate(place.similarity.shift))
-        shifted_place = replace(place, similarity=replace(place.similarity, shift=(x, y, z)))
+        x, y, z = (
+            coordinate + half_voxel * (shift_axis == axis)
+            for shift_axis, coordinate in enumerate(placement.similarity.shift)
+        )
+        shifted_place = replace(placement, similarity=replace(placement.similarity, shift=(x, y, z)))
         scores_by_change[f"half a voxel {direction}"] = trial.measure_seeds(
             Placed(generator, shifted_place), trial.seeds
         ).scores
-    lower_psi = options.psi * 5 / 7  # 0.5 for the default truncation 0.7
+    lower_psi = score_options.psi * 5 / 7  # 0.5 for the default truncation 0.7
     return {
         **scores_by_change,
-        f"ψ {lower_psi:.2g}": trial.measure_seeds(Placed(generator, place), trial.seeds, lower_psi).scores,
+        f"ψ {lower_psi:.2g}": trial.measure_seeds(
+            Placed(generator, placement), trial.seeds, lower_psi
+        ).scores,
     }
 
 
@@ -431,122 +480,150 @@ def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict
         return None
 
 
-def score(trial: Trial, name: str, folder: Path) -> Finding:
+def score(trial: Trial, network_name: str, folder: Path) -> Finding:
     """Score one generator at every stage, and measure how reliable the scores are.
 
     Args:
-        name: key of the generator in `trial.networks`.
+        network_name: key of the generator in `trial.networks`.
         folder: folder for the image.
     """
-    generator = trial.networks[name].generator
-    places, alignment = trial.placements(generator)
-    seen_by_stage = {
-        stage: trial.measure_seeds(Placed(generator, place), trial.seeds) for stage, place in places.items()
+    generator = trial.networks[network_name].generator
+    placement_by_stage, alignment = trial.placements(generator)
+    measured_by_stage = {
+        stage: trial.measure_seeds(Placed(generator, placement), trial.seeds)
+        for stage, placement in placement_by_stage.items()
     }
-    calibrated_scores = seen_by_stage["calibrated"].scores  # the stage that ranks are taken from
-    agreement = {
+    calibrated_scores = measured_by_stage["calibrated"].scores  # the stage that ranks are taken from
+    correlation_by_change = {
         change_name: correlate_ranks(calibrated_scores, scores)
-        for change_name, scores in scores_under_changes(trial, generator, places["calibrated"]).items()
+        for change_name, scores in scores_under_changes(
+            trial, generator, placement_by_stage["calibrated"]
+        ).items()
     }
-    data = {
+    finding_data = {
         "alignment": {**asdict(alignment.similarity), "residual": alignment.residual},
-        "scores": {stage: stage_seen.scores.tolist() for stage, stage_seen in seen_by_stage.items()},
-        "summary": {stage: summarise(stage_seen.scores) for stage, stage_seen in seen_by_stage.items()},
+        "scores": {
+            stage: stage_measured.scores.tolist() for stage, stage_measured in measured_by_stage.items()
+        },
+        "summary": {
+            stage: summarise(stage_measured.scores) for stage, stage_measured in measured_by_stage.items()
+        },
         "outside": {
-            stage: trial.share_outside(stage_seen.embedding) for stage, stage_seen in seen_by_stage.items()
+            stage: trial.share_outside(stage_measured.embedding)
+            for stage, stage_measured in measured_by_stage.items()
         },
         "reference": {
-            stage: correlate_ranks(stage_seen.scores, trial.reference_measured.scores)
-            for stage, stage_seen in seen_by_stage.items()
+            stage: correlate_ranks(stage_measured.scores, trial.reference_measured.scores)
+            for stage, stage_measured in measured_by_stage.items()
         },
-        "agreement": agreement,
+        "agreement": correlation_by_change,
     }
-    rows = [
+    table_rows = [
         {
             "seed": seed,
-            **{stage: float(stage_seen.scores[latent_index]) for stage, stage_seen in seen_by_stage.items()},
+            **{
+                stage: float(stage_measured.scores[latent_index])
+                for stage, stage_measured in measured_by_stage.items()
+            },
         }
         for latent_index, seed in enumerate(trial.seeds)
     ]
-    images = strip(trial, name, calibrated_scores, folder)
-    return Finding(facts=trial.facts(name), data=data, rows=rows, says=describe_scores(data), images=images)
+    images = strip(trial, network_name, calibrated_scores, folder)
+    return Finding(
+        facts=trial.facts(network_name),
+        data=finding_data,
+        rows=table_rows,
+        says=describe_scores(finding_data),
+        images=images,
+    )
 
 
 def summarise(scores: np.ndarray) -> dict[str, float]:
     """Compute the mean, the standard deviation, the quartiles and the range of scores [N]."""
-    names = ("min", "low", "median", "high", "max")
-    quantiles = dict(zip(names, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True))
-    return {"mean": float(scores.mean()), "standard_deviation": float(scores.std(ddof=1)), **quantiles}
+    quantile_names = ("min", "low", "median", "high", "max")
+    quantile_by_name = dict(
+        zip(quantile_names, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)
+    )
+    return {"mean": float(scores.mean()), "standard_deviation": float(scores.std(ddof=1)), **quantile_by_name}
 
 
 @torch.no_grad()
-def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str, str]:
+def strip(trial: Trial, network_name: str, scores: np.ndarray, folder: Path) -> dict[str, str]:
     """Render the meshes with the highest and the lowest scores, in the generator's own world.
 
     Args:
-        name: key of the generator in `trial.networks`.
+        network_name: key of the generator in `trial.networks`.
         scores: calibrated scores [N] of the trial's seeds.
         folder: folder for the image.
 
     Returns: the file name of the image by its caption.
     """
-    generator = trial.networks[name].generator
-    options = trial.options
+    generator = trial.networks[network_name].generator
+    score_options = trial.options
     best_first = np.argsort(-scores, kind="stable")  # indices of the latents, highest score first
-    rows: list[Row] = []
-    for title, chosen_indices in (("best", best_first[:STRIP]), ("worst", best_first[::-1][:STRIP])):
-        cells = []
-        for i in chosen_indices:
+    sheet_rows: list[Row] = []
+    for row_name, chosen_indices in (("best", best_first[:STRIP]), ("worst", best_first[::-1][:STRIP])):
+        cell_images = []
+        for latent_index in chosen_indices:
             # The unplaced generator: the image shows the shape as its generator makes it, extracted on 96
             # grid points per edge and seen from 0.4 rad to the side.
             surface = LevelSet.from_field(
-                generator.field(ws_of_placed(generator, [trial.seeds[int(i)]], options.psi, options.cutoff)),
+                generator.field(
+                    ws_of_placed(
+                        generator, [trial.seeds[int(latent_index)]], score_options.psi, score_options.cutoff
+                    )
+                ),
                 96,
             )
-            cells.append(
+            cell_images.append(
                 to_uint8(shrink(paint(look(surface, camera(generator, 0.4), PIXELS * SUPERSAMPLE))).cpu())
             )
-        captions = [f"{trial.seeds[int(i)]}: {scores[int(i)]:.2f}" for i in chosen_indices]
-        rows.append(Row(cells=cells, name=title, captions=captions, parted=bool(rows)))
+        captions = [
+            f"{trial.seeds[int(latent_index)]}: {scores[int(latent_index)]:.2f}"
+            for latent_index in chosen_indices
+        ]
+        sheet_rows.append(Row(cells=cell_images, name=row_name, captions=captions, parted=bool(sheet_rows)))
     # Named by number, since a network's name may hold characters that file names may not.
-    file = f"strip-{list(trial.networks).index(name)}.png"
-    Image.fromarray(sheet("", rows, names=90)).save(folder / file)
-    return {f"{name}: highest and lowest calibrated reward, seed and reward below": file}
+    image_name = f"strip-{list(trial.networks).index(network_name)}.png"
+    Image.fromarray(sheet("", sheet_rows, names=90)).save(folder / image_name)
+    return {f"{network_name}: highest and lowest calibrated reward, seed and reward below": image_name}
 
 
-def describe_scores(data: Mapping) -> list[str]:
+def describe_scores(finding_data: Mapping) -> list[str]:
     """Describe the scores of a generator in sentences, from the data that `score` computes."""
-    alignment = data["alignment"]
-    outside_share = data["outside"]["calibrated"]  # share of shapes
-    shift = ", ".join(f"{value:+.3f}" for value in alignment["shift"])  # along x, y, z
-    medians = ", ".join(f"{stage} {data['summary'][stage]['median']:.2f}" for stage in STAGES)
+    alignment = finding_data["alignment"]
+    outside_share = finding_data["outside"]["calibrated"]  # share of shapes
+    shift_text = ", ".join(f"{correlation:+.3f}" for correlation in alignment["shift"])  # along x, y, z
+    medians_text = ", ".join(f"{stage} {finding_data['summary'][stage]['median']:.2f}" for stage in STAGES)
     sentences = [
-        f"Median reward: {medians}.",
+        f"Median reward: {medians_text}.",
         (
             f"The generator's shapes are {alignment['scale']:.3f} times as large as the reference's and are"
-            f" shifted by ({shift}); the typical distance of the surfaces is {alignment['residual']:.4f}."
+            f" shifted by ({shift_text}); the typical distance of the surfaces is"
+            f" {alignment['residual']:.4f}."
         ),
         f"{outside_share:.0%} of the shapes lie outside the reference's distribution (1 % of the reference's"
         " do).",
     ]
-    if outside_share > MOST_OUTSIDE:
+    if outside_share > MAX_OUTSIDE_SHARE:
         sentences.insert(
             0, "Ranks not meaningful: more than half of the shapes lie outside the reference's distribution."
         )
     # None where the scores under a change are constant, so that there is no correlation
     correlation_by_change = {
-        change_name: interval and interval["mean"] for change_name, interval in data["agreement"].items()
+        change_name: interval and interval["mean"]
+        for change_name, interval in finding_data["agreement"].items()
     }
     correlation_text = ", ".join(
-        f"{change_name} {'none' if value is None else format(value, '.2f')}"
-        for change_name, value in correlation_by_change.items()
+        f"{change_name} {'none' if correlation is None else format(correlation, '.2f')}"
+        for change_name, correlation in correlation_by_change.items()
     )
     sentences.append(f"Rank correlation of the calibrated reward with itself: {correlation_text}.")
     # The last entry is the other truncation, under which ranks may change.
     unstable_changes = [
         change_name
-        for change_name, value in list(correlation_by_change.items())[:-1]
-        if value is None or value < STEADY
+        for change_name, correlation in list(correlation_by_change.items())[:-1]
+        if correlation is None or correlation < STEADY
     ]
     if unstable_changes:
         sentences.append(
@@ -555,25 +632,30 @@ def describe_scores(data: Mapping) -> list[str]:
     return sentences
 
 
-def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Finding:
-    """Compare all generators by their scores. Args: findings: result of `score` by name of the network."""
-    data = {
-        name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]}
-        for name, finding in findings.items()
+def compare(trial: Trial, finding_by_network: Mapping[str, Finding], _folder: Path) -> Finding:
+    """Compare all generators by their scores. Args: finding_by_network: result of `score` by name of the"
+    " network."""
+    summary_by_network = {
+        network_name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]}
+        for network_name, finding in finding_by_network.items()
     }
-    rows = [
+    table_rows = [
         {
-            "network": name,
+            "network": network_name,
             "stage": stage,
             **finding.data["summary"][stage],
             "outside": finding.data["outside"][stage],
             "correlation with the reference's": (finding.data["reference"][stage] or {}).get("mean"),
         }
-        for name, finding in findings.items()
+        for network_name, finding in finding_by_network.items()
         for stage in STAGES
     ]
     # The first sentence of each generator holds its medians, or the warning that its ranks mean nothing.
-    sentences = [f"{name}: {sentence}" for name, finding in findings.items() for sentence in finding.says[:1]]
+    sentences = [
+        f"{network_name}: {sentence}"
+        for network_name, finding in finding_by_network.items()
+        for sentence in finding.says[:1]
+    ]
     sentences.append(
         "A latent has another shape in another network, unless one descends from the other: compare medians"
         " and spreads, not seeds. To compare ranks within a network: the paper's reward kept 0.84 (EG3D) and"
@@ -581,42 +663,47 @@ def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Fin
     )
     return Finding(
         facts=trial.facts(),
-        data={"networks": data, "reference": summarise(trial.reference_measured.scores)},
-        rows=rows,
+        data={"networks": summary_by_network, "reference": summarise(trial.reference_measured.scores)},
+        rows=table_rows,
         says=sentences,
     )
 
 
 @style.plot("small", size=(9.4, 4.0), ylabel="reward", title="Rewards: median, quartiles, ends")  # inches
-def plot_scores(axes, data: dict):
+def plot_scores(axes, finding_data: dict):
     """Plot a bar from the first to the third quartile for each generator and stage.
 
     A grey band behind the bars shows the quartiles of the reference generator.
     """
-    reference = data["reference"]
-    network_names = list(data["networks"])
+    reference_summary = finding_data["reference"]
+    network_names = list(finding_data["networks"])
     axes.axhspan(
-        reference["low"],
-        reference["high"],
+        reference_summary["low"],
+        reference_summary["high"],
         color=style.colour("noise"),
         alpha=0.2,
         label="reference, quartiles",
     )
-    # The bars of the stages of one generator stand side by side, 0.22 apart.
+    # The bars of the stages of one generator are drawn side by side, 0.22 apart.
     for stage_index, stage in enumerate(STAGES):
-        for network_index, name in enumerate(network_names):
-            row = data["networks"][name][stage]
-            x = network_index + 0.22 * (stage_index - 1)  # the middle stage is on the tick
-            axes.plot([x, x], [row["min"], row["max"]], color=style.CYCLE[stage_index], linewidth=1)
+        for network_index, network_name in enumerate(network_names):
+            stage_summary = finding_data["networks"][network_name][stage]
+            bar_position = network_index + 0.22 * (stage_index - 1)  # the middle stage is on the tick
+            axes.plot(
+                [bar_position, bar_position],
+                [stage_summary["min"], stage_summary["max"]],
+                color=style.CYCLE[stage_index],
+                linewidth=1,
+            )
             axes.bar(
-                [x],
-                [row["high"] - row["low"]],
+                [bar_position],
+                [stage_summary["high"] - stage_summary["low"]],
                 0.16,
-                bottom=row["low"],
+                bottom=stage_summary["low"],
                 color=style.CYCLE[stage_index],
                 label=None if network_index else stage,
             )
-            axes.plot([x], [row["median"]], "_", color="white", markersize=9)
+            axes.plot([bar_position], [stage_summary["median"]], "_", color="white", markersize=9)
     axes.set_xticks(range(len(network_names)), network_names)
 
 
@@ -626,23 +713,23 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
     The function takes the findings of the jobs by the generator's name.
     """
     # The keys are numbers, since a name may hold characters that file names may not.
-    parts = [
+    score_jobs = [
         Job(
             key=f"network-{network_index}",
-            title=name,
-            compute=partial(score, trial, name),
-            inputs={**trial.shared_inputs, "name": name, "network": loaded.hash},
+            title=network_name,
+            compute=partial(score, trial, network_name),
+            inputs={**trial.shared_inputs, "name": network_name, "network": loaded.hash},
         )
-        for network_index, (name, loaded) in enumerate(trial.networks.items())
+        for network_index, (network_name, loaded) in enumerate(trial.networks.items())
     ]
 
-    hashes = {name: loaded.hash for name, loaded in trial.networks.items()}
-    return parts, lambda findings: Job(
+    hash_by_network = {network_name: loaded.hash for network_name, loaded in trial.networks.items()}
+    return score_jobs, lambda finding_by_network: Job(
         key="comparison",
         title="All generators",
-        compute=partial(compare, trial, findings),
+        compute=partial(compare, trial, finding_by_network),
         plots={"rewards": plot_scores},
-        inputs={**trial.shared_inputs, "networks": hashes},
+        inputs={**trial.shared_inputs, "networks": hash_by_network},
     )
 
 
@@ -652,20 +739,23 @@ def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenera
     The names are the files' stems if these are unique, else folder and stem, else the full paths.
     """
     for make_name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
-        names = {make_name(generator.path): generator for generator in generators}
+        generator_by_name = {make_name(generator.path): generator for generator in generators}
         # This kind of name is unique for every file.
-        if len(names) == len(generators):
+        if len(generator_by_name) == len(generators):
             break
-    return names
+    return generator_by_name
 
 
-def load_trial(networks, reward, reference, device: str, options: ScoreOptions) -> Trial:
+def load_trial(network_paths, reward, reference, device: str, score_options: ScoreOptions) -> Trial:
     """Load the networks that the flags name.
 
     Args:
-        networks: files or run folders of the generators to score; none: the reference generator alone.
-        reward: file of the reward; None: the bundled one.
-        reference: file or run folder of the reference generator; None: the bundled one.
+        network_paths: files or run folders of the generators to score. If the sequence is empty, only the
+            reference generator is scored.
+        reward: file of the reward; None selects the bundled reward.
+        reference: file or run folder of the reference generator; None selects the bundled generator.
+        device: name of the device.
+        score_options: settings of the scores.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
@@ -678,14 +768,14 @@ def load_trial(networks, reward, reference, device: str, options: ScoreOptions) 
         loaded_reward = load_reward(reward_path, torch_device)
     check_reward(loaded_reward, reference_generator.generator, "--reference")
     loaded_networks = []
-    place = Placement(
+    placement = Placement(
         bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras
     )
     # A network that is named twice is scored once.
-    for source in dict.fromkeys(networks or [reference]):
+    for network_path in dict.fromkeys(network_paths or [reference]):
         with prefix_errors("--network"):
-            loaded_networks.append(load_generator(source, torch_device))
-            misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, place))
+            loaded_networks.append(load_generator(network_path, torch_device))
+            misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, placement))
             if misfits:
                 raise ValueError(
                     f"{loaded_networks[-1].path}: this reward needs a generator with"
@@ -696,43 +786,46 @@ def load_trial(networks, reward, reference, device: str, options: ScoreOptions) 
         reward_hash=file_hash(reward_path),
         reference=reference_generator,
         networks=name_generators(loaded_networks),
-        options=options,
+        options=score_options,
     )
 
 
-def write(trial: Trial, out: Path) -> dict[str, Finding]:
+def write(trial: Trial, page_folder: Path) -> dict[str, Finding]:
     """Score the generators, and write the page <out>/index.html and <out>/scores.json.
 
     Returns: the finding of each generator by its name.
     """
-    parts, make_comparison_job = jobs(trial)
-    findings = pages.run(parts, out)
-    finding_by_name = {name: findings[part.key] for name, part in zip(trial.networks, parts, strict=True)}
-    seeds = list(trial.seeds)  # the same for every network
+    score_jobs, make_comparison_job = jobs(trial)
+    finding_by_key = pages.run(score_jobs, page_folder)
+    finding_by_network = {
+        network_name: finding_by_key[score_job.key]
+        for network_name, score_job in zip(trial.networks, score_jobs, strict=True)
+    }
+    latent_seeds = list(trial.seeds)  # the same for every network
     json_values = {
         **trial.shared_inputs,
         "networks": {
-            name: {**finding.data, "seeds": seeds, "says": list(finding.says)}
-            for name, finding in finding_by_name.items()
+            network_name: {**finding.data, "seeds": latent_seeds, "says": list(finding.says)}
+            for network_name, finding in finding_by_network.items()
         },
     }
-    write_atomic(out / "scores.json", (json.dumps(json_values, indent=1) + "\n").encode())
+    write_atomic(page_folder / "scores.json", (json.dumps(json_values, indent=1) + "\n").encode())
     # The comparison needs the findings of all generators.
-    comparison_job = make_comparison_job(finding_by_name)
-    findings |= pages.run([comparison_job], out, quiet=True)
+    comparison_job = make_comparison_job(finding_by_network)
+    finding_by_key |= pages.run([comparison_job], page_folder, quiet=True)
     introduction = (
         f"{trial.options.n} latents each. The reward was trained on shapes of {trial.reference.path.name}."
         " Raw: its crop is the same share of each generator's own cube. Aligned: each generator's typical"
         " surface is mapped onto the reference's by scale and shift. Calibrated: densities, too, get the"
         " reference's quantiles. Alignment and calibration were fitted on other latents."
     )
-    page_path = out / "index.html"
+    page_path = page_folder / "index.html"
     write_page(
         page_path,
         "Scores across generators",
         introduction,
-        [comparison_job, *parts],
-        findings,
-        findings[comparison_job.key].says,
+        [comparison_job, *score_jobs],
+        finding_by_key,
+        finding_by_key[comparison_job.key].says,
     )
-    return finding_by_name
+    return finding_by_network

@@ -18,7 +18,7 @@ import torch
 from eg3d_rlhf.core.field import Bounds, RenderOptions, render_each
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES, compare, plot_changes, plot_values
+from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES, compare, plot_changes, plot_values, span
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import LoadedGenerator, camera
@@ -34,8 +34,8 @@ VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}
 RESOLUTION = 96  # grid points per edge of the cube from which meshes are extracted
 # Curvature is not measured within this number of grid steps from the cube's faces, where shapes are cut.
 RIM_STEPS = 2
-# The least radius of curvature in grid steps. The grid does not resolve smaller radii.
-LARGEST_CURVATURE = 2
+# The smallest radius of curvature in grid steps. The grid does not resolve smaller radii.
+MIN_CURVATURE_RADIUS = 2
 VIEW_MEASURES = (  # read from MultiViewMeasures
     Measure("depth disagreement", attrgetter("depth"), "lower", "share of the camera distance"),
     Measure("normal disagreement", attrgetter("normal"), "lower", "degrees"),
@@ -63,12 +63,12 @@ SIGMA_MEASURES = (  # computed by `sigma_values`
 SHOWN = 8  # number of latents in the depth image
 LOOK = RenderOptions(resolution=64, samples=32)  # pixels per edge; samples per ray in each of two passes
 OPACITY = 0.5  # a pixel is valid from this accumulated opacity on
-# Windows of the face: least x, largest x, least y, largest y, relative to the cube's centre, in shares of its
-# side.
+# Windows of a frontal head: (smallest x, largest x, smallest y, largest y), relative to the cube's centre, as
+# shares of the cube's side.
 FACE = (-0.10, 0.10, -0.16, 0.18)
 NOSE = (-0.05, 0.05, -0.10, 0.0)
 CHEEKS = ((-0.09, -0.035, -0.08, -0.025), (0.035, 0.09, -0.08, -0.025))
-LEAST_PIXELS = 8  # least number of valid pixels in a window; with fewer its measure is missing
+MIN_PIXELS = 8  # smallest number of valid pixels in a window; with fewer, its measures are NaN
 DEPTH_MEASURES = (  # computed by `measure_depth`
     Measure("valid pixels", None, "", "share of the image"),
     Measure("depth range of the face", None, "", "world units"),
@@ -166,7 +166,7 @@ def surfaces(comparison: Comparison, _folder: Path) -> Finding:
     kept_indices = [
         latent_index
         for latent_index in range(len(seeds))
-        if all(values[latent_index] is not None for values in values_by_role.values())
+        if all(values_by_latent[latent_index] is not None for values_by_latent in values_by_role.values())
     ]
     skipped_seeds = [seed for latent_index, seed in enumerate(seeds) if latent_index not in kept_indices]
     notes = [
@@ -198,14 +198,14 @@ def surfaces(comparison: Comparison, _folder: Path) -> Finding:
         role: {
             measure.name: np.array(
                 [
-                    mesh[measure.name]
+                    mesh_measures[measure.name]
                     for latent_index in kept_indices
-                    if (mesh := values[latent_index]) is not None
+                    if (mesh_measures := values_by_latent[latent_index]) is not None
                 ]
             )
             for measure in SURFACE_MEASURES
         }
-        for role, values in values_by_role.items()
+        for role, values_by_latent in values_by_role.items()
     }
     notes += [NO_CONTROL] if comparison.control is None else []
     return compare(
@@ -221,9 +221,10 @@ def surfaces(comparison: Comparison, _folder: Path) -> Finding:
 def surface_values(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> list[dict[str, float] | None]:
-    """Compute SURFACE_MEASURES of the mesh of each seed.
+    """Extract the mesh of each seed, and measure it.
 
-    The result of a seed is None if its density does not cross the generator's level.
+    Returns: for each seed a dict from the names of SURFACE_MEASURES to values, or None if its density does
+        not cross the generator's level, so that there is no mesh.
     """
     spec = SlabSpec.from_bounds(generator.generator.bounds, RESOLUTION)
     level = generator.generator.level
@@ -240,12 +241,14 @@ def surface_values(
 
 
 def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict[str, float]:
-    """Compute SURFACE_MEASURES of a mesh.
+    """Measure the curvature and the topology of a mesh.
 
     Args:
         vertices: positions of the vertices, [V, 3].
         faces: indices of vertices, [F, 3].
         spec: grid from which the mesh was extracted.
+
+    Returns: dict from the names of SURFACE_MEASURES to values.
     """
     topology_counts = topology(vertices, faces)
     # H: mean curvature at each vertex [V], 1 / world unit; area: area that belongs to each vertex [V]
@@ -254,7 +257,7 @@ def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict
     offset = np.abs(vertices - np.asarray(spec.centre, dtype=vertices.dtype)).max(axis=1)
     is_inner = (offset < spec.box_warp / 2 - RIM_STEPS * spec.voxel) & (area > 0)
     # A larger curvature than the grid can resolve is an artefact of the mesh, so it is bounded.
-    bounded_curvature = np.minimum(np.abs(H[is_inner]), 1 / (LARGEST_CURVATURE * spec.voxel))
+    bounded_curvature = np.minimum(np.abs(H[is_inner]), 1 / (MIN_CURVATURE_RADIUS * spec.voxel))
     return {
         "mean |curvature|": float(
             (bounded_curvature * area[is_inner]).sum() / max(area[is_inner].sum(), 1e-30)
@@ -270,18 +273,18 @@ def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict
 def sigma_statistics(comparison: Comparison, _folder: Path) -> Finding:
     """Compare the raw density σ over the whole cube.
 
-    Computed are a histogram of positive values over all latents, and for each latent the largest σ and the
+    The results are a histogram of positive values over all latents, and for each latent the largest σ and the
     shares of the cube in which σ is positive or above the surface's level.
     """
     seeds = comparison.seeds()  # N held-out latents
-    counts = {}  # by role
-    values = {}  # by role
+    counts_by_role = {}  # by role
+    values_by_role = {}  # by role
     # counts: [bins], over all samples; values: [N] for each measure
     for role, generator in comparison.generators().items():
-        counts[role], values[role] = sigma_values(comparison, generator, seeds)
-    histogram = {
+        counts_by_role[role], values_by_role[role] = sigma_values(comparison, generator, seeds)
+    histogram_data = {
         "edges": EDGES.tolist(),
-        "counts": {role: role_counts.tolist() for role, role_counts in counts.items()},
+        "counts": {role: role_counts.tolist() for role, role_counts in counts_by_role.items()},
         "level": comparison.before.generator.level,
     }
     meaning = (
@@ -292,10 +295,10 @@ def sigma_statistics(comparison: Comparison, _folder: Path) -> Finding:
     return compare(
         comparison,
         seeds,
-        values,
+        values_by_role,
         SIGMA_MEASURES,
         notes=[meaning, *([NO_CONTROL] if comparison.control is None else [])],
-        **histogram,
+        **histogram_data,
     )
 
 
@@ -303,66 +306,75 @@ def sigma_statistics(comparison: Comparison, _folder: Path) -> Finding:
 def sigma_values(
     comparison: Comparison, generator: LoadedGenerator, seeds: range
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Compute the histogram [bins] of positive σ over all samples, and SIGMA_MEASURES, [N] each."""
+    """Compute a histogram of positive σ, and statistics of σ for each sample.
+
+    Returns: the counts [bins] of the histogram over all samples; and a dict from the names of SIGMA_MEASURES
+        to values [N].
+    """
     spec = SlabSpec.from_bounds(generator.generator.bounds, SIGMA_RESOLUTION)
     level = generator.generator.level
-    counts = np.zeros(len(EDGES) - 1, dtype=np.int64)  # [bins]
-    values = {measure.name: list[np.ndarray]() for measure in SIGMA_MEASURES}
+    bin_counts = np.zeros(len(EDGES) - 1, dtype=np.int64)  # [bins]
+    batches_by_measure = {measure.name: list[np.ndarray]() for measure in SIGMA_MEASURES}
     for field in comparison.fields(generator, seeds):
         # [n, D * H * W]
         sigma = field.density_grid(spec).flatten(1).cpu().numpy()
         # Values above the last edge are clipped, so that they count in the last bin. [0]: only the counts
-        counts += np.histogram(np.minimum(sigma[sigma > 0], EDGES[-1]), EDGES)[0]
-        values[LARGEST].append(sigma.max(axis=1).astype(np.float64))
-        values[POSITIVE].append((sigma > 0).mean(axis=1))
-        values[SOLID].append((sigma > level).mean(axis=1))
-    return counts, {name: np.concatenate(batches) for name, batches in values.items()}
+        bin_counts += np.histogram(np.minimum(sigma[sigma > 0], EDGES[-1]), EDGES)[0]
+        batches_by_measure[LARGEST].append(sigma.max(axis=1).astype(np.float64))
+        batches_by_measure[POSITIVE].append((sigma > 0).mean(axis=1))
+        batches_by_measure[SOLID].append((sigma > level).mean(axis=1))
+    return bin_counts, {
+        measure_name: np.concatenate(value_batches)
+        for measure_name, value_batches in batches_by_measure.items()
+    }
 
 
 @style.plot()
-def plot_histogram(axes, data: dict):
+def plot_histogram(axes, finding_data: dict):
     """Plot the share of positive σ in each bin, as an outline for each role."""
-    edges = np.asarray(data["edges"])  # [bins + 1]
+    bin_edges = np.asarray(finding_data["edges"])  # [bins + 1]
     # The axis ends a little above the last bin that is not empty in any network.
     last_bin = max(
-        int(np.flatnonzero(counts)[-1]) if any(counts) else 1 for counts in data["counts"].values()
+        int(np.flatnonzero(bin_counts)[-1]) if any(bin_counts) else 1
+        for bin_counts in finding_data["counts"].values()
     )
-    for role, counts in data["counts"].items():
-        bin_shares = np.asarray(counts) / max(1, sum(counts))  # shares of the positive values
+    for role, bin_counts in finding_data["counts"].items():
+        bin_shares = np.asarray(bin_counts) / max(1, sum(bin_counts))  # shares of the positive values
         axes.stairs(
             bin_shares,
             # A logarithmic axis has no 0, so the first bin is drawn from one bin width (a factor of 1.26)
             # below its upper edge.
-            np.concatenate([[edges[1] / 1.26], edges[1:]]),
+            np.concatenate([[bin_edges[1] / 1.26], bin_edges[1:]]),
             color=style.colour(role),
             label=role,
             linewidth=1.3,
             linestyle="--" if role == "control" else "-",
         )
-    axes.axvline(data["level"], color=style.colour("noise"), linewidth=1)
+    axes.axvline(finding_data["level"], color=style.colour("noise"), linewidth=1)
     axes.set(
         xscale="log",
         xlabel="positive σ (first bin: all below 0.1; grey line: the surface)",
         ylabel="share of positive σ",
         title="Distribution of positive σ",
-        xlim=(None, edges[min(last_bin + 4, len(edges) - 1)]),
+        xlim=(None, bin_edges[min(last_bin + 4, len(bin_edges) - 1)]),
     )
 
 
 @style.plot(
     7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample"
 )
-def plot_largest(axes, data: dict):
+def plot_largest(axes, finding_data: dict):
     """Plot the cumulative distribution of the largest σ per sample."""
-    measure = data["measures"][LARGEST]
-    for role, values in measure["values"].items():
-        ordered = np.sort(values)  # ascending
-        mean = measure["means"][role]
+    measure_data = finding_data["measures"][LARGEST]
+    for role, largest_sigmas in measure_data["values"].items():
+        sorted_sigmas = np.sort(largest_sigmas)  # ascending
+        mean_interval = measure_data["means"][role]
+        mean_text = span(mean_interval["mean"], mean_interval["lo"], mean_interval["hi"], ".0f")
         axes.plot(
-            ordered,
-            (np.arange(len(ordered)) + 1) / len(ordered),
+            sorted_sigmas,
+            (np.arange(len(sorted_sigmas)) + 1) / len(sorted_sigmas),
             color=style.colour(role),
-            label=f"{role}: mean {mean['mean']:.0f} [{mean['lo']:.0f}, {mean['hi']:.0f}]",
+            label=f"{role}: mean {mean_text}",
         )
 
 
@@ -401,32 +413,43 @@ def canonical_depth(comparison: Comparison, folder: Path) -> Finding:
     """
     seeds = comparison.seeds(slow_latent_count(comparison))
     bounds = comparison.before.generator.bounds
-    maps = {
+    maps_by_role = {
         role: depth_maps(comparison, generator, seeds) for role, generator in comparison.generators().items()
     }
-    values = {role: measure_depth(role_maps, bounds) for role, role_maps in maps.items()}
-    change = {role: _change(maps["before"], maps[role]) for role in maps if role != "before"}
-    finding = compare(comparison, seeds, values, DEPTH_MEASURES, change=change)
-    shown_depth = np.concatenate([role_maps.points[:SHOWN, :, :, 2] for role_maps in maps.values()])
+    values_by_role = {role: measure_depth(role_maps, bounds) for role, role_maps in maps_by_role.items()}
+    change_by_role = {
+        role: _change(maps_by_role["before"], maps_by_role[role]) for role in maps_by_role if role != "before"
+    }
+    finding = compare(comparison, seeds, values_by_role, DEPTH_MEASURES, change=change_by_role)
+    shown_depth = np.concatenate([role_maps.points[:SHOWN, :, :, 2] for role_maps in maps_by_role.values()])
     # [roles * SHOWN, R, R]
-    is_valid = np.concatenate([role_maps.valid[:SHOWN] for role_maps in maps.values()])
+    is_valid = np.concatenate([role_maps.valid[:SHOWN] for role_maps in maps_by_role.values()])
     # All networks have the same grey scale. Quantiles are used, so that single outliers do not determine it.
-    low, high = np.quantile(shown_depth[is_valid], [0.02, 0.998]) if is_valid.any() else (0.0, 1.0)
+    low_depth, high_depth = (
+        np.quantile(shown_depth[is_valid], [0.02, 0.998]) if is_valid.any() else (0.0, 1.0)
+    )
     # Valid pixels have a brightness of at least 0.15, so that they differ from the black background.
     brightness = np.where(
-        is_valid, 0.15 + 0.85 * np.clip((shown_depth - low) / max(high - low, 1e-9), 0, 1), 0.0
+        is_valid,
+        0.15 + 0.85 * np.clip((shown_depth - low_depth) / max(high_depth - low_depth, 1e-9), 0, 1),
+        0.0,
     )
-    name = "canonical-depth.png"
+    image_name = "canonical-depth.png"
     # Every pixel is doubled along both edges.
     save_grid(
-        brightness[:, None].repeat(2, axis=2).repeat(2, axis=3), (0, 1), min(SHOWN, len(seeds)), folder / name
+        brightness[:, None].repeat(2, axis=2).repeat(2, axis=3),
+        (0, 1),
+        min(SHOWN, len(seeds)),
+        folder / image_name,
     )
     caption = (
-        f"Frontal depth of seeds {seeds[0]}..{seeds[min(SHOWN, len(seeds)) - 1]}, rows {', '.join(maps)}:"
-        " near is bright, one scale for all, black where nothing is hit."
+        f"Frontal depth of seeds {seeds[0]}..{seeds[min(SHOWN, len(seeds)) - 1]}, rows"
+        f" {', '.join(maps_by_role)}: near is bright, one scale for all, black where nothing is hit."
     )
     missing_measures = [
-        measure for measure, measure_data in finding.data["measures"].items() if not measure_data["paired"]
+        measure_name
+        for measure_name, measure_data in finding.data["measures"].items()
+        if not measure_data["paired"]
     ]
     notes = [
         *(
@@ -447,7 +470,7 @@ def canonical_depth(comparison: Comparison, folder: Path) -> Finding:
         ),
         *([NO_CONTROL] if comparison.control is None else []),
     ]
-    return replace(finding, says=[*finding.says, *notes], images={caption: name})
+    return replace(finding, says=[*finding.says, *notes], images={caption: image_name})
 
 
 @torch.no_grad()
@@ -469,81 +492,116 @@ def depth_maps(comparison: Comparison, generator: LoadedGenerator, seeds: range)
         opacity = rendered.opacity.float()  # [n, 1, R, R]
         # The depth of pixels that are mostly transparent is not reliable.
         is_opaque = (opacity >= OPACITY) & depth.isfinite()
-        lifted = lift(torch.where(is_opaque, depth, 0.0), pose, intrinsics)  # [n, 1, R, R, 3]
-        points_by_batch.append(lifted[:, 0].double().cpu().numpy())
+        surface_points = lift(torch.where(is_opaque, depth, 0.0), pose, intrinsics)  # [n, 1, R, R, 3]
+        points_by_batch.append(surface_points[:, 0].double().cpu().numpy())
         valid_by_batch.append(is_opaque[:, 0].cpu().numpy())
     return DepthMaps(np.concatenate(points_by_batch), np.concatenate(valid_by_batch))
 
 
 def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
-    """Compute DEPTH_MEASURES [N] of depth maps. A value is NaN if a window of the face has too few pixels.
+    """Compute four measures of each frontal depth map, from the world position of every pixel.
 
-    - Depth range: the difference between the 95th and the 5th percentile of z in the window of the face.
-    - Relief: the root mean square difference between z and its best fit by a quadratic in x and y. The fit
-      removes the roundness of a head, so that a flat face and a balloon have no relief.
+    A window is a rectangle in x and y, relative to the cube, in which the part of an aligned frontal head
+    lies: the face, the nose or a cheek. z points towards the camera.
+
+    - Valid pixels: the share of the pixels that show a surface.
+    - Depth range of the face: the difference between the 95th and the 5th percentile of z in the window of
+      the face.
+    - Face relief: the root mean square difference between z and its least-squares fit by a quadratic in x and
+      y, in the window of the face. The fit removes the roundness of a head, so that a flat face and a balloon
+      have no relief.
     - Nose prominence: the 98th percentile of z in the window of the nose minus the mean of the 80th
-      percentiles in the windows of the cheeks.
+      percentiles of z in the windows of the two cheeks.
 
-    Windows are fixed regions of the cube, where aligned heads have these parts.
+    Args:
+        maps: depth maps of N latents.
+        bounds: cube of the generator, to which the windows are relative.
+
+    Returns: dict from the names of DEPTH_MEASURES to values [N] float64. Lengths are in world units. A value
+        is NaN if a window that it needs has fewer than MIN_PIXELS valid pixels.
     """
-    values = {measure.name: np.full(len(maps.valid), np.nan) for measure in DEPTH_MEASURES}
-    values["valid pixels"] = maps.valid.mean(axis=(1, 2))
-    for latent_index, (points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
-        face = points[is_valid & _window(points, FACE, bounds)]
-        if len(face) >= LEAST_PIXELS:
-            low, high = np.quantile(face[:, 2], [0.05, 0.95])  # z
+    values_by_measure = {measure.name: np.full(len(maps.valid), np.nan) for measure in DEPTH_MEASURES}
+    values_by_measure["valid pixels"] = maps.valid.mean(axis=(1, 2))
+    for latent_index, (pixel_points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
+        face_points = pixel_points[is_valid & _window(pixel_points, FACE, bounds)]
+        if len(face_points) >= MIN_PIXELS:
+            low_depth, high_depth = np.quantile(face_points[:, 2], [0.05, 0.95])  # z
             # Positions in units of the cube's side, so that the least-squares problem is well conditioned.
-            x, y, z = (face / bounds.side).T
+            x, y, z = (face_points / bounds.side).T
             # [P, 6]: the terms of a quadratic in x and y
             terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
-            residual = float(np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2)))
-            values["depth range of the face"][latent_index], values["face relief"][latent_index] = (
-                high - low,
-                residual * bounds.side,
+            rms_residual = float(
+                np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2))
             )
-        nose, *cheeks = (points[is_valid & _window(points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS))
-        if min(len(window_depths) for window_depths in (nose, *cheeks)) >= LEAST_PIXELS:
-            values["nose prominence"][latent_index] = np.quantile(nose, 0.98) - np.mean(
-                [np.quantile(cheek, 0.8) for cheek in cheeks]
+            (
+                values_by_measure["depth range of the face"][latent_index],
+                values_by_measure["face relief"][latent_index],
+            ) = (
+                high_depth - low_depth,
+                rms_residual * bounds.side,
             )
-    return values
+        nose_depths, *cheek_depths = (
+            pixel_points[is_valid & _window(pixel_points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS)
+        )
+        if min(len(window_depths) for window_depths in (nose_depths, *cheek_depths)) >= MIN_PIXELS:
+            values_by_measure["nose prominence"][latent_index] = np.quantile(nose_depths, 0.98) - np.mean(
+                [np.quantile(one_cheek_depths, 0.8) for one_cheek_depths in cheek_depths]
+            )
+    return values_by_measure
 
 
-def _window(points: np.ndarray, box: tuple[float, float, float, float], bounds: Bounds) -> np.ndarray:
+def _window(points: np.ndarray, window: tuple[float, float, float, float], bounds: Bounds) -> np.ndarray:
     """Return a mask [...] of the points [..., 3] inside a window.
 
-    Args: box: least x, largest x, least y, largest y, relative to the cube's centre, in shares of its side.
+    Args: window: smallest x, largest x, smallest y and largest y, relative to the cube's centre, as shares of
+        the cube's side.
     """
     x, y = ((points[..., i] - bounds.centre[i]) / bounds.side for i in (0, 1))
-    return (x >= box[0]) & (x <= box[1]) & (y >= box[2]) & (y <= box[3])
+    return (x >= window[0]) & (x <= window[1]) & (y >= window[2]) & (y <= window[3])
 
 
 def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
-    """Compute the mean change of z at each pixel [R, R], in world units.
+    """Compute the mean change of z at each pixel between the depth maps of two networks.
 
-    The mean is over the latents whose pixel is valid in both networks. It is None if these are fewer than
-    half of the latents.
+    The mean is over the latents for which the pixel is valid in the maps of both networks. It is None if
+    these are fewer than half of the latents.
+
+    Args:
+        maps_before: depth maps before tuning.
+        maps_after: depth maps of the same latents after tuning, or of the control.
+
+    Returns: {"mean": nested list [R, R] of numbers in world units, or None}.
     """
-    both_valid = maps_before.valid & maps_after.valid
-    count = both_valid.sum(axis=0)  # number of latents, [R, R]
+    is_valid_in_both = maps_before.valid & maps_after.valid
+    latent_counts = is_valid_in_both.sum(axis=0)  # number of latents, [R, R]
     # Pixels that are not valid in both networks add 0, and are not counted.
-    total = np.where(both_valid, maps_after.points[..., 2] - maps_before.points[..., 2], 0.0).sum(axis=0)
-    has_enough = count >= max(1, len(both_valid) / 2)  # [R, R]
-    mean = np.where(has_enough, total / np.maximum(count, 1), np.nan)  # [R, R]
-    rows = []
-    for row in mean:
-        # JSON has no NaN, so None stands for it. Six digits keep the file small.
-        rows.append([None if not np.isfinite(change) else round(float(change), 6) for change in row])
-    return {"mean": rows}
+    summed_changes = np.where(
+        is_valid_in_both, maps_after.points[..., 2] - maps_before.points[..., 2], 0.0
+    ).sum(axis=0)
+    has_enough = latent_counts >= max(1, len(is_valid_in_both) / 2)  # [R, R]
+    mean_changes = np.where(has_enough, summed_changes / np.maximum(latent_counts, 1), np.nan)  # [R, R]
+    json_rows = []
+    for pixel_row in mean_changes:
+        # JSON has no NaN, so it is written as None. Six digits keep the file small.
+        json_rows.append(
+            [
+                None if not np.isfinite(mean_change) else round(float(mean_change), 6)
+                for mean_change in pixel_row
+            ]
+        )
+    return {"mean": json_rows}
 
 
-def plot_change(data: dict):
+def plot_change(finding_data: dict):
     """Plot the pixels at which the surface moved, on average, towards the camera (red) or away (blue)."""
-    roles = list(data["change"])
+    roles = list(finding_data["change"])
     figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))  # inches
     change_maps = [
         np.array(
-            [[np.nan if change is None else change for change in row] for row in data["change"][role]["mean"]]
+            [
+                [np.nan if mean_change is None else mean_change for mean_change in pixel_row]
+                for pixel_row in finding_data["change"][role]["mean"]
+            ]
         )
         for role in roles
     ]
@@ -559,9 +617,9 @@ def plot_change(data: dict):
         )
         or 1e-6
     )
-    for axis, role, values in zip(np.atleast_1d(axes), roles, change_maps, strict=True):
+    for axis, role, shown_changes in zip(np.atleast_1d(axes), roles, change_maps, strict=True):
         image = axis.imshow(
-            values, cmap="RdBu_r", vmin=-largest_change, vmax=largest_change, interpolation="nearest"
+            shown_changes, cmap="RdBu_r", vmin=-largest_change, vmax=largest_change, interpolation="nearest"
         )
         axis.set(xticks=[], yticks=[], title=f"{role}: mean change of depth")
         axis.grid(False)

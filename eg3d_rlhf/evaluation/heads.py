@@ -38,7 +38,7 @@ WORSE = 0.01
 CUTOFF = 14  # synthesis layers that truncation affects
 AT_ONCE = 8  # shapes per batch; bounds memory
 POINTS = 64  # n, grid points per edge
-LEAST = 0.5  # least share of the face's window that must show a surface, else there is no relief
+MIN_SHARE = 0.5  # smallest share of the face's window that must show a surface, else there is no relief
 
 Measured = Mapping[str, np.ndarray]  # measurements of N shapes by name, as `measure_heads` returns them
 
@@ -65,26 +65,26 @@ def ground_truth_heads(generator: Generator, seeds: Sequence[int]) -> np.ndarray
     return ground_truth_grids(latents(seeds, generator.z_dim), POINTS)
 
 
-def measure_heads(shapes: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+def measure_heads(shapes: np.ndarray, ground_truth: np.ndarray) -> dict[str, np.ndarray]:
     """Measure shapes against the ground-truth heads of their latents.
 
     The result contains everything that `compute_metrics` needs, so that the grids can be dropped.
 
     Args:
         shapes: values, negative inside, [N, n, n, n].
-        targets: ground-truth heads, [N, n, n, n].
+        ground_truth: ground-truth heads, [N, n, n, n].
 
     Returns: measurements by name; the first dimension of each is N.
     """
-    back = back_of_head(grid_points(shapes.shape[1]))  # [n, n, n], bool
+    is_back = back_of_head(grid_points(shapes.shape[1]))  # [n, n, n], bool
     return {
-        **compared(shapes, targets),
-        "utility": np.array([utility(*pair).total for pair in zip(shapes, targets, strict=True)]),
-        "depth": np.stack([face_depth(values) for values in shapes]).astype(np.float32),
-        "relief": np.stack([_relief(values) for values in shapes]).astype(np.float32),
+        **compared(shapes, ground_truth),
+        "utility": np.array([utility(*pair).total for pair in zip(shapes, ground_truth, strict=True)]),
+        "depth": np.stack([face_depth(shape_values) for shape_values in shapes]).astype(np.float32),
+        "relief": np.stack([_relief(shape_values) for shape_values in shapes]).astype(np.float32),
         # one bit for each voxel at the back, since the store keeps these arrays of every arm
-        "solid": np.packbits(shapes[:, back] < 0, axis=1),
-        "volume": (targets[:, back] < 0).sum(axis=1),
+        "solid": np.packbits(shapes[:, is_back] < 0, axis=1),
+        "volume": (ground_truth[:, is_back] < 0).sum(axis=1),
     }
 
 
@@ -133,16 +133,21 @@ def face_distance_moved(measured_before: Measured, measured_after: Measured) -> 
     # nanmedian warns about rows without a finite value, so it is not called for these.
     has_surface = np.isfinite(distances).any(axis=1)
     medians = [
-        np.nanmedian(row) if has_finite else np.nan
-        for row, has_finite in zip(distances, has_surface, strict=True)
+        np.nanmedian(latent_distances) if has_finite else np.nan
+        for latent_distances, has_finite in zip(distances, has_surface, strict=True)
     ]
     return np.array(medians) / VOXEL
 
 
-def _relief(values: np.ndarray) -> np.ndarray:
-    """Return the relief [R, C] of a face; it is NaN if less than LEAST of the window shows a surface."""
-    depth = face_depth(values)
-    return face_relief(values) if np.isfinite(depth).mean() >= LEAST else np.full_like(depth, np.nan)
+def _relief(shape_values: np.ndarray) -> np.ndarray:
+    """Compute the relief [R, C] of a face from the values of its shape, [n, n, n].
+
+    All pixels are NaN if less than MIN_SHARE of the face's window shows a surface.
+    """
+    depth = face_depth(shape_values)
+    return (
+        face_relief(shape_values) if np.isfinite(depth).mean() >= MIN_SHARE else np.full_like(depth, np.nan)
+    )
 
 
 def variety(measured: Measured) -> float | None:
@@ -196,21 +201,27 @@ def changed_share(measured_before: Measured, measured_after: Measured) -> np.nda
 
 
 def compute_metrics(measured_before: Measured, measured_after: Measured) -> dict:
-    """Compute the metrics of one network, or of another treatment of the same shapes, as JSON values.
+    """Compute the metrics of one network, or of another treatment of the same shapes.
 
     Args:
         measured_before: measurements of the shapes before tuning.
         measured_after: measurements of the shapes after tuning, or after another treatment.
+
+    Returns: dict of JSON values by the name of the metric.
     """
     # The untuned shapes decide which latents count as defective, so that it is the same for every arm.
     is_defective = find_defective(measured_before)
-    distances = face_distance_moved(measured_before, measured_after)
+    moved_distances = face_distance_moved(measured_before, measured_after)
     error_after = back_of_head_error(measured_after)
-    reduction = error_reduction(back_of_head_error(measured_before)[is_defective], error_after[is_defective])
+    mean_reduction = error_reduction(
+        back_of_head_error(measured_before)[is_defective], error_after[is_defective]
+    )
     # [None]: a single training seed, [1, N]
-    interval = error_reduction_interval(measured_before, error_after[None]) if reduction is not None else None
+    interval = (
+        error_reduction_interval(measured_before, error_after[None]) if mean_reduction is not None else None
+    )
     return {
-        "error_reduction": reduction,  # relative to the error before
+        "error_reduction": mean_reduction,  # relative to the error before
         "error_reduction_ci95": interval,
         # shares of the ground-truth head's back-of-head volume
         "error_intact": _mean(error_after[~is_defective]),
@@ -218,7 +229,9 @@ def compute_metrics(measured_before: Measured, measured_after: Measured) -> dict
         "extra_defective": _mean(measured_after["extra"][is_defective]),
         "intact_degraded": intact_degraded(measured_before, measured_after),
         "identity_kept": identity_kept(measured_before, measured_after),  # share of latents
-        "face_moved_voxels": float(np.nanmedian(distances)) if np.isfinite(distances).any() else None,
+        "face_moved_voxels": float(np.nanmedian(moved_distances))
+        if np.isfinite(moved_distances).any()
+        else None,
         "variety": variety(measured_after),  # voxels
         "fscore_defective": _mean(measured_after["fscore"][is_defective]),
         "fscore_intact": _mean(measured_after["fscore"][~is_defective]),
@@ -234,30 +247,32 @@ def compute_metrics(measured_before: Measured, measured_after: Measured) -> dict
     }
 
 
-def shape_frechet(features: np.ndarray, reference: np.ndarray) -> float:
+def shape_frechet(features: np.ndarray, reference_features: np.ndarray) -> float:
     """Return the Fréchet distance between features [N, Q] of shapes and features of ground-truth heads."""
     shape_statistics = FeatureStatistics(features.shape[1]).update(features)
-    reference_statistics = FeatureStatistics(reference.shape[1]).update(reference)
+    reference_statistics = FeatureStatistics(reference_features.shape[1]).update(reference_features)
     return shape_statistics.distance(reference_statistics)
 
 
-def error_reduction_interval(measured_before: Measured, errors: np.ndarray) -> list[float] | None:
+def error_reduction_interval(measured_before: Measured, errors_by_seed: np.ndarray) -> list[float] | None:
     """Return the 95 % interval of `error_reduction` over training seeds and defective heads.
 
     Args:
         measured_before: measurements of the shapes before tuning.
-        errors: back-of-head volume errors after tuning with each training seed, [S, N].
+        errors_by_seed: back-of-head volume errors after tuning with each training seed, [S, N].
 
     Returns: [low, high], or None if no head was defective before.
     """
     is_defective = find_defective(measured_before)
     errors_before = back_of_head_error(measured_before)[is_defective]
-    errors_after = errors[:, is_defective]
+    errors_after = errors_by_seed[:, is_defective]
     if not is_defective.any():
         return None
     # A ratio of means is used. A mean of ratios would be dominated by single heads with a small error.
     ci95 = two_way_interval(
-        lambda seeds, items: 1 - errors_after[np.ix_(seeds, items)].mean() / errors_before[items].mean(),
+        lambda seed_indices, head_indices: (
+            1 - errors_after[np.ix_(seed_indices, head_indices)].mean() / errors_before[head_indices].mean()
+        ),
         *errors_after.shape,
     )
     return [ci95.lo, ci95.hi]
@@ -284,31 +299,33 @@ TABLE = {  # metric -> (heading, format)
 
 
 def compare(
-    networks: Mapping[str, Path], before_path: Path | None, seeds: Sequence[int]
+    path_by_network: Mapping[str, Path], before_path: Path | None, seeds: Sequence[int]
 ) -> tuple[dict[str, dict], int]:
     """Compute the metrics of several tuned networks and of the network before tuning.
 
     Args:
-        networks: network files by name.
-        before_path: network file before tuning; None: the bundled generator.
+        path_by_network: network files by name.
+        before_path: network file before tuning; None selects the bundled generator.
         seeds: seeds of the latents.
 
     Returns: metrics by name, of which "before" is the first; and the number of latents whose heads are
         defective before tuning.
     """
     generator_before = load_generator(before_path).generator
-    targets = ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
+    ground_truth = ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     metrics_by_network = {}
-    features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
-    reference_features = features.of_grids(targets) if features else np.zeros((0, 0))  # [N, Q]
+    shape_features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
+    # [N, Q]
+    reference_features = shape_features.of_grids(ground_truth) if shape_features else np.zeros((0, 0))
     measured_before: Measured = {}
-    paths = {"before": None, **networks}
-    for name, path in tqdm(paths.items(), desc="networks", unit="network", leave=False):
+    path_by_name = {"before": None, **path_by_network}
+    for network_name, path in tqdm(path_by_name.items(), desc="networks", unit="network", leave=False):
         shapes = sample_shapes(generator_before if path is None else load_generator(path).generator, seeds)
-        measured = measure_heads(shapes, targets)
-        measured_before = measured_before or measured  # the network before tuning is the first of `paths`
-        metrics_by_network[name] = compute_metrics(measured_before, measured)
-        if features:
-            distance = shape_frechet(features.of_grids(shapes), reference_features)
-            metrics_by_network[name]["shape_frechet"] = distance
+        measured = measure_heads(shapes, ground_truth)
+        # the network before tuning is the first of `path_by_name`
+        measured_before = measured_before or measured
+        metrics_by_network[network_name] = compute_metrics(measured_before, measured)
+        if shape_features:
+            distance = shape_frechet(shape_features.of_grids(shapes), reference_features)
+            metrics_by_network[network_name]["shape_frechet"] = distance
     return metrics_by_network, int(find_defective(measured_before).sum())

@@ -58,13 +58,13 @@ SHAPE_FRECHET = Measure("shape Fréchet", None, "lower", "squared distance of no
 FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' features")
 
 
-def metric_entry(measure: Measure, mean_before: float, mean_after: float, change: dict) -> dict:
+def metric_entry(measure: Measure, mean_before: float, mean_after: float, paired_change: dict) -> dict:
     """Return the entry of a measure in the summary's "geometry".
 
     Args:
         mean_before: mean before tuning.
         mean_after: mean after tuning.
-        change: paired change after - before, with at least the keys mean, mean_lo and mean_hi.
+        paired_change: paired change after - before, with at least the keys mean, mean_lo and mean_hi.
     """
     higher_is_better = measure.better == "higher"
     # "better" compares the two means alone; "outcome" takes the interval into account.
@@ -75,8 +75,8 @@ def metric_entry(measure: Measure, mean_before: float, mean_after: float, change
         "after": float(mean_after),
         "better": bool(is_better),
         "higher_is_better": higher_is_better,
-        "paired": change,
-        "outcome": measure.outcome(change["mean_lo"], change["mean_hi"]),
+        "paired": paired_change,
+        "outcome": measure.outcome(paired_change["mean_lo"], paired_change["mean_hi"]),
     }
 
 
@@ -120,19 +120,21 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
     measurements: Measured = {}
     filter_results = evaluate_filters(*validation_heads)
     for prefix, spares_intact in (("", True), ("any_", False)):
-        name = best_post_processing(filter_results, spares_intact=spares_intact)
-        shapes = np.stack([FILTERS[name](values) for values in evaluation_heads[0]])  # [N, n, n, n]
+        filter_name = best_post_processing(filter_results, spares_intact=spares_intact)
+        # [N, n, n, n]
+        shapes = np.stack([FILTERS[filter_name](shape_values) for shape_values in evaluation_heads[0]])
         measurements |= {
-            f"{prefix}{key}": value for key, value in heads.measure_heads(shapes, evaluation_heads[1]).items()
+            f"{prefix}{array_name}": measured_array
+            for array_name, measured_array in heads.measure_heads(shapes, evaluation_heads[1]).items()
         }
         # Only arrays can be stored, so the method is stored as its index in FILTERS.
-        measurements[f"{prefix}method"] = np.array([list(FILTERS).index(name)])
+        measurements[f"{prefix}method"] = np.array([list(FILTERS).index(filter_name)])
     return measurements
 
 
 def _images(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Compute the features [FAKES, Q] of generated images under cameras of the data."""
-    network = load_features(comparison.inception, comparison.device)
+    feature_network = load_features(comparison.inception, comparison.device)
     dataset = open_data(comparison)
     # A fixed seed selects the cameras of the data under which the images are rendered.
     camera_indices = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
@@ -141,17 +143,17 @@ def _images(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     # returns the features as its second value.
     return {
         "features": collect(
-            network, images_of(comparison, generator, cameras, IMAGES.take(FAKES), camera_indices)
+            feature_network, images_of(comparison, generator, cameras, IMAGES.take(FAKES), camera_indices)
         )[1]
     }
 
 
 def _data(comparison: Comparison, _generator: LoadedGenerator) -> Measured:
     """Compute the features of the images of the data, [number of images, Q]."""
-    network = load_features(comparison.inception, comparison.device)
+    feature_network = load_features(comparison.inception, comparison.device)
     return {
         "features": collect(
-            network,
+            feature_network,
             (images.to(comparison.device) for images in real_batches(open_data(comparison), REALS_AT_ONCE)),
         )[1]
     }
@@ -166,12 +168,12 @@ def _views(comparison: Comparison, generator: LoadedGenerator) -> Measured:
 @torch.no_grad()
 def _normal_maps(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Return the features [N, Q] of the shapes' normal maps."""
-    features = ShapeFeatures.load()
+    shape_features = ShapeFeatures.load()
     return {
         # field by field, since the grids of all latents together need much memory
         "features": np.concatenate(
             [
-                features.of_grids(shape_grids(field))
+                shape_features.of_grids(shape_grids(field))
                 for field in comparison.fields(generator, SHAPES.take(MAPPED), psi=1.0)
             ]
         )
@@ -204,31 +206,31 @@ def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
         *(("normal maps",) if missing_shape_features(comparison) else ()),
     }
     return [
-        (part, role)
-        for part in PARTS
-        if part not in missing_parts
-        for role in ("before", *(() if part in _OF_ONE_NETWORK else ("after",)))
+        (part_name, role)
+        for part_name in PARTS
+        if part_name not in missing_parts
+        for role in ("before", *(() if part_name in _OF_ONE_NETWORK else ("after",)))
     ]
 
 
-def measure_part(comparison: Comparison, part: str, role: str = "before") -> Measured:
+def measure_part(comparison: Comparison, part_name: str, role: str = "before") -> Measured:
     """Return the measurements of a part for the network before or after tuning.
 
     They are computed once, and stored in the comparison's memory. Measurements of the bundled network are
     also stored on the disk, since every run of the demo needs them.
 
     Args:
-        part: name of the part in PARTS.
+        part_name: name of the part in PARTS.
         role: "before" or "after".
     """
     # The summary's worker processes store their results in the memory under the same key.
-    cache_key = ("evaluators", part, role)
+    cache_key = ("evaluators", part_name, role)
     if cache_key not in comparison.memory:
-        compute = partial(PARTS[part], comparison, comparison.generators()[role])
+        compute = partial(PARTS[part_name], comparison, comparison.generators()[role])
         inputs = _inputs(comparison) if role == "before" else None
         store = Store(build.cache_dir().parent / "evaluators", renew=True)
         comparison.memory[cache_key] = (
-            compute() if inputs is None else store.arrays(part.replace(" ", "-"), inputs, compute)
+            compute() if inputs is None else store.arrays(part_name.replace(" ", "-"), inputs, compute)
         )
     return comparison.memory[cache_key]
 
@@ -280,12 +282,16 @@ def _sources() -> str:
     """Return a hash of this project's code and assets, since any change of them may change a value."""
     root = Path(__file__).resolve().parents[2]  # the folder that contains the packages
     packages = ("eg3d_rlhf", "training", "torch_utils")
-    code_paths = (path for package in packages for path in (root / package).rglob("*.*"))
+    code_paths = (source_path for package in packages for source_path in (root / package).rglob("*.*"))
     path_by_name = {
-        str(path.relative_to(root)): path for path in code_paths if path.suffix in (".py", ".cpp", ".h")
+        str(source_path.relative_to(root)): source_path
+        for source_path in code_paths
+        if source_path.suffix in (".py", ".cpp", ".h")
     }
-    path_by_name |= {path.name: path for path in ASSETS.glob("*.safetensors")}
-    return json_hash({name: file_hash(path) for name, path in path_by_name.items()})
+    path_by_name |= {source_path.name: source_path for source_path in ASSETS.glob("*.safetensors")}
+    return json_hash(
+        {source_name: file_hash(source_path) for source_name, source_path in path_by_name.items()}
+    )
 
 
 # Metrics that compare the network before tuning with the tuned network.
@@ -308,9 +314,8 @@ def blind_pairs(comparison: Comparison) -> dict:
 
     A latent whose shapes have equal utility counts one half.
     """
-    utility_before, utility_after = (
-        measure_part(comparison, "heads", role)["utility"] for role in ROLES
-    )  # [N] each
+    # [N] each
+    utility_before, utility_after = (measure_part(comparison, "heads", role)["utility"] for role in ROLES)
     wins = int((utility_after > utility_before).sum())  # number of latents
     ties = int((utility_after == utility_before).sum())  # number of latents
     # Wilson's interval needs an integer number of successes, so half of the ties is rounded down.
@@ -336,7 +341,9 @@ def against_ground_truth(comparison: Comparison) -> dict:
     processed_heads = measure_part(comparison, "post-processing")
     # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
     strongest_processed = {
-        key.removeprefix("any_"): value for key, value in processed_heads.items() if key.startswith("any_")
+        array_name.removeprefix("any_"): measured_array
+        for array_name, measured_array in processed_heads.items()
+        if array_name.startswith("any_")
     }
     # Every column is measured against the same untuned shapes.
     metrics_by_column = {
@@ -382,7 +389,7 @@ def _method_name(measurements: Measured) -> str:
 
 def frechet(comparison: Comparison) -> dict:
     """Compute the Fréchet distances of images to the data before and after tuning, and their ratio."""
-    network = load_features(comparison.inception, comparison.device)
+    feature_network = load_features(comparison.inception, comparison.device)
     real_features = measure_part(comparison, "data")["features"]
     fake_features = [measure_part(comparison, "images", role)["features"] for role in ROLES]
     # Each set is added in the batches in which its features were computed, see `_statistics`.
@@ -390,22 +397,24 @@ def frechet(comparison: Comparison) -> dict:
     distance_before, distance_after = (
         _statistics(features, comparison.batch).distance(data_statistics) for features in fake_features
     )
-    record = {
+    frechet_metrics = {
         "frechet_before": distance_before,
         "frechet_after": distance_after,
         "frechet_ratio": distance_after / distance_before,  # below 1: closer to the data
-        "frechet_features": network.name,
+        "frechet_features": feature_network.name,
         "frechet_images": FAKES,
     }
     # With fewer images than features the covariance is singular, so the interval would be meaningless. With
     # Inception's 2048 features there are too few images.
-    if min(FAKES, len(real_features)) > network.dim:
-        change = frechet_change_interval(fake_features[0], fake_features[1], real_features, RESAMPLES)
-        record |= {
-            "frechet_change_ci95": [change.lo, change.hi],
-            "frechet_outcome": FRECHET.outcome(change.lo, change.hi),
+    if min(FAKES, len(real_features)) > feature_network.dim:
+        change_interval = frechet_change_interval(
+            fake_features[0], fake_features[1], real_features, RESAMPLES
+        )
+        frechet_metrics |= {
+            "frechet_change_ci95": [change_interval.lo, change_interval.hi],
+            "frechet_outcome": FRECHET.outcome(change_interval.lo, change_interval.hi),
         }
-    return record
+    return frechet_metrics
 
 
 def geometry(comparison: Comparison) -> dict:
@@ -413,12 +422,13 @@ def geometry(comparison: Comparison) -> dict:
 
     "better" compares the means; "outcome" is decided by the paired interval.
     """
-    rows = []
+    metric_entries = []
     for measure in VIEWS:
+        # [N] each
         values_before, values_after = (
             measure_part(comparison, "views", role)[measure.name] for role in ROLES
-        )  # [N] each
-        rows.append(
+        )
+        metric_entries.append(
             metric_entry(
                 measure,
                 values_before.mean(),
@@ -426,7 +436,7 @@ def geometry(comparison: Comparison) -> dict:
                 paired_summary(values_before, values_after)._asdict(),
             )
         )
-    return {"geometry_n": GEOMETRY.count, "geometry": rows}
+    return {"geometry_n": GEOMETRY.count, "geometry": metric_entries}
 
 
 def shapes(comparison: Comparison) -> dict:
@@ -436,17 +446,18 @@ def shapes(comparison: Comparison) -> dict:
     """
     if missing_reason := missing_shape_features(comparison):
         return {"shapes_missing": missing_reason, "geometry": []}
-    features_by_role = [
-        measure_part(comparison, "normal maps", role)["features"] for role in ROLES
-    ]  # [N, Q] each
+    # [N, Q] each
+    features_by_role = [measure_part(comparison, "normal maps", role)["features"] for role in ROLES]
     # The asset also holds the features of ground-truth heads, which belong to other latents than these.
     true_features = ShapeFeatures.load().true.double().numpy()
-    distances = [heads.shape_frechet(features, true_features) for features in features_by_role]
-    change = frechet_change_interval(features_by_role[0], features_by_role[1], true_features, RESAMPLES)
+    distance_by_network = [heads.shape_frechet(features, true_features) for features in features_by_role]
+    change_interval = frechet_change_interval(
+        features_by_role[0], features_by_role[1], true_features, RESAMPLES
+    )
     paired = {
-        "mean": change.mean,
-        "mean_lo": change.lo,
-        "mean_hi": change.hi,
+        "mean": change_interval.mean,
+        "mean_lo": change_interval.lo,
+        "mean_hi": change_interval.hi,
         "confidence": 0.95,
         "n": MAPPED,
         "n_true": len(true_features),
@@ -454,7 +465,7 @@ def shapes(comparison: Comparison) -> dict:
     return {
         "shapes_n": MAPPED,
         "shapes_psi": 1.0,
-        "geometry": [metric_entry(SHAPE_FRECHET, distances[0], distances[1], paired)],
+        "geometry": [metric_entry(SHAPE_FRECHET, distance_by_network[0], distance_by_network[1], paired)],
     }
 
 

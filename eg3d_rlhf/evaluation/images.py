@@ -48,7 +48,7 @@ def jobs(comparison: Comparison) -> list[Job]:
     A job whose dataset or network is missing is replaced by one that only states what is missing.
     """
     inception = identity_of_file(comparison.inception)
-    title = "Images against the data"
+    distances_title = "Images against the data"
     similarity_plots = {"similarity": plot_similarity}
     identity_title = "Does a latent keep its identity?"
     return [
@@ -56,7 +56,7 @@ def jobs(comparison: Comparison) -> list[Job]:
         (
             comparison.job(
                 "image-distances",
-                title,
+                distances_title,
                 distances,
                 {"distances": plot_distances, "precision-recall": plot_precision_recall},
                 ROLES,
@@ -67,7 +67,9 @@ def jobs(comparison: Comparison) -> list[Job]:
                 inception=inception,
             )
             if comparison.data
-            else comparison.absent("image-distances", title, "No dataset is recorded. Pass it with --data.")
+            else comparison.absent(
+                "image-distances", distances_title, "No dataset is recorded. Pass it with --data."
+            )
         ),
         comparison.job(
             "diversity",
@@ -111,20 +113,20 @@ def open_data(comparison: Comparison) -> ImageFolderDataset:
         resolve_dataset(comparison.data), use_labels=True, xflip=comparison.mirror, c_dim=25
     )
     if dataset.resolution != comparison.before.generator.img_resolution:
-        size = comparison.before.generator.img_resolution  # pixels per edge
+        image_pixels = comparison.before.generator.img_resolution  # pixels per edge
         raise ValueError(
             f"--data: the images have {dataset.resolution} pixels per edge, but those of the generator have"
-            f" {size}. Pass a dataset whose images were resized to {size} pixels."
+            f" {image_pixels}. Pass a dataset whose images were resized to {image_pixels} pixels."
         )
     return dataset
 
 
-def real_features(comparison: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
+def real_features(comparison: Comparison, feature_network) -> tuple[np.ndarray, ImageFolderDataset]:
     """Compute features of images of the data, and return them with the opened dataset.
 
     A random subset of at most REALS_PER_FAKE * comparison.images images is used, which --seed determines.
 
-    Args: network: feature network.
+    Args: feature_network: feature network.
     Returns: features [M, F], and the dataset.
     """
     dataset = open_data(comparison)
@@ -136,7 +138,7 @@ def real_features(comparison: Comparison, network) -> tuple[np.ndarray, ImageFol
         pixels = np.stack([dataset[int(i)][0] for i in image_indices[start : start + 64]])
         # [B, C, R, R] uint8 -> [B, 3, R, R] in [-1, 1]; grey images are repeated
         images = torch.from_numpy(pixels).to(comparison.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
-        features_by_batch.append(network(images).cpu().numpy())
+        features_by_batch.append(feature_network(images).cpu().numpy())
     return np.concatenate(features_by_batch), dataset
 
 
@@ -170,7 +172,7 @@ def images_of(
 
 
 def fake_features(
-    comparison: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network
+    comparison: Comparison, generator: LoadedGenerator, cameras: np.ndarray, feature_network
 ) -> np.ndarray:
     """Compute features [N, F] of N = comparison.images generated images under cameras of the data.
 
@@ -178,44 +180,47 @@ def fake_features(
 
     Args:
         cameras: cameras of the data, [M, 25].
-        network: feature network.
+        feature_network: feature network.
     """
     # The cameras depend on the seed alone, so that the images of different networks are paired.
     camera_indices = np.random.RandomState(comparison.seed).randint(len(cameras), size=comparison.images)
     batches = images_of(
         comparison, generator, cameras, comparison.seeds(comparison.images, IMAGES), camera_indices
     )
-    return np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in batches])
+    return np.concatenate([feature_network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in batches])
 
 
 def distances(comparison: Comparison, _folder: Path) -> Finding:
     """Measure the distances of each network's images to the data, their changes, and precision and recall."""
-    network = load_features(comparison.inception, comparison.device)
-    data_features, dataset = real_features(comparison, network)  # [M, F]
+    feature_network = load_features(comparison.inception, comparison.device)
+    data_features, dataset = real_features(comparison, feature_network)  # [M, F]
     cameras = dataset.get_labels()  # [M, 25]
     features_by_role = {
-        role: fake_features(comparison, generator, cameras, network)
+        role: fake_features(comparison, generator, cameras, feature_network)
         for role, generator in comparison.generators().items()
     }
-    measures = {"kernel": (resampling.kernel_interval, resampling.kernel_change_interval)}
+    intervals_by_distance = {"kernel": (resampling.kernel_interval, resampling.kernel_change_interval)}
     # The covariance of fewer images than features is singular, so a Fréchet distance would be meaningless.
-    if min(comparison.images, len(data_features)) > network.dim:
-        measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
-    rows = []  # distances of each network
-    changes = []  # since before tuning, paired by latent and camera
-    for name, (distance_interval, change_interval) in measures.items():
+    if min(comparison.images, len(data_features)) > feature_network.dim:
+        intervals_by_distance = {
+            "Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval),
+            **intervals_by_distance,
+        }
+    distance_rows = []  # distances of each network
+    change_rows = []  # since before tuning, paired by latent and camera
+    for distance_name, (distance_interval, change_interval) in intervals_by_distance.items():
         for role, features in features_by_role.items():
-            rows.append(
+            distance_rows.append(
                 {
-                    "distance": name,
+                    "distance": distance_name,
                     "role": role,
                     **distance_interval(features, data_features, RESAMPLES, comparison.seed)._asdict(),
                 }
             )
             if role != "before":
-                changes.append(
+                change_rows.append(
                     {
-                        "distance": name,
+                        "distance": distance_name,
                         "role": role,
                         **change_interval(
                             features_by_role["before"], features, data_features, RESAMPLES, comparison.seed
@@ -230,63 +235,75 @@ def distances(comparison: Comparison, _folder: Path) -> Finding:
     }
     precision_recall_rows = [
         {
-            "measure": name,
+            "measure": distance_name,
             "role": role,
-            "value": getattr(precision_recall, name),
+            "value": getattr(precision_recall, distance_name),
             "lo": interval.lo,
             "hi": interval.hi,
         }
         for role, precision_recall in precision_recall_by_role.items()
-        for name, interval in precision_recall.intervals().items()
+        for distance_name, interval in precision_recall.intervals().items()
     ]
     facts = comparison.facts(
         comparison.seeds(comparison.images, IMAGES),
         ROLES,
         f"95 % {resampling.METHOD}, {RESAMPLES} resamples; Wilson for precision and recall",
-        unit=f"images against {len(data_features):,} of the data, features {network.name}",
+        unit=f"images against {len(data_features):,} of the data, features {feature_network.name}",
         psi=1.0,
     )
-    data = {"distances": rows, "changes": changes, "precision_recall": precision_recall_rows}
+    finding_data = {
+        "distances": distance_rows,
+        "changes": change_rows,
+        "precision_recall": precision_recall_rows,
+    }
     return Finding(
         facts=facts,
-        data=data,
+        data=finding_data,
         rows=[
-            *rows,
-            *({**change_row, "distance": f"{change_row['distance']}, change"} for change_row in changes),
+            *distance_rows,
+            *({**change_row, "distance": f"{change_row['distance']}, change"} for change_row in change_rows),
             *precision_recall_rows,
         ],
-        says=_describe_distances(comparison, rows, changes, precision_recall_rows, network.dim),
+        says=_describe_distances(
+            comparison, distance_rows, change_rows, precision_recall_rows, feature_network.dim
+        ),
     )
 
 
 def _describe_distances(
-    comparison: Comparison, rows: list, changes: list, precision_recall_rows: list, dim: int
+    comparison: Comparison,
+    distance_rows: list,
+    change_rows: list,
+    precision_recall_rows: list,
+    feature_count: int,
 ) -> list[str]:
     """Describe the changes of the distances, precision and recall, and their limits, in sentences.
 
     Args:
-        rows: distances of each network.
-        changes: changes of the distances.
+        distance_rows: distances of each network.
+        change_rows: changes of the distances.
         precision_recall_rows: precision and recall of each network.
-        dim: number of features.
+        feature_count: number of features.
     """
     sentences = []
-    for change in changes:
+    for change_row in change_rows:
         # The distance before tuning is stated, since a change is only meaningful relative to it.
         row_before = next(
-            row for row in rows if row["distance"] == change["distance"] and row["role"] == "before"
+            row
+            for row in distance_rows
+            if row["distance"] == change_row["distance"] and row["role"] == "before"
         )
         direction_text = (
             "farther from"
-            if change["lo"] > 0
+            if change_row["lo"] > 0
             else "nearer to"
-            if change["hi"] < 0
+            if change_row["hi"] < 0
             else "neither shown nearer to nor farther from"
         )
         sentences.append(
-            f"{change['distance']} distance, {change['role']} minus before:"
-            f" {span(change['mean'], change['lo'], change['hi'], '+.4g')} on {row_before['mean']:.4g}: images"
-            f" are {direction_text} the data."
+            f"{change_row['distance']} distance, {change_row['role']} minus before:"
+            f" {span(change_row['mean'], change_row['lo'], change_row['hi'], '+.4g')} on"
+            f" {row_before['mean']:.4g}: images are {direction_text} the data."
         )
     # Precision and recall have intervals, but no paired test here.
     values_before, values_after = (
@@ -294,20 +311,20 @@ def _describe_distances(
         for role in ("before", "after")
     )
     sentences += [
-        f"{name.capitalize()} {values_before[name]:.3f} -> {value:.3f}."
-        for name, value in values_after.items()
+        f"{measure_name.capitalize()} {values_before[measure_name]:.3f} -> {value_after:.3f}."
+        for measure_name, value_after in values_after.items()
     ]
     radius_text = f"the {feature_sets.MANIFOLD_NEIGHBOURS}rd neighbour's reach"
     sentences.append(
         f"Precision and recall count the data within {radius_text}, at this number of images only."
     )
-    if not any(row["distance"] == "Fréchet" for row in rows):
+    if not any(row["distance"] == "Fréchet" for row in distance_rows):
         sentences.append(
-            f"No Fréchet distance: it needs more images than the {dim} features. Raise --images."
+            f"No Fréchet distance: it needs more images than the {feature_count} features. Raise --images."
         )
     # With few samples, the estimate of the Fréchet distance is too high.
-    elif comparison.images < resampling.SAFE_SAMPLES * dim:
-        condition_text = f"With under {resampling.SAFE_SAMPLES * dim:,} images"
+    elif comparison.images < resampling.SAFE_SAMPLES * feature_count:
+        condition_text = f"With under {resampling.SAFE_SAMPLES * feature_count:,} images"
         sentences.append(
             f"{condition_text} the Fréchet distances stay too high, their change less so. Raise --images."
         )
@@ -329,7 +346,8 @@ def views(
 
     Args:
         yaw: yaw of the camera, in radians from frontal.
-        jitter: seed of the ray jitter of every batch; None: the first seed of the batch.
+        jitter: seed of the ray jitter, which is the same for every batch. If it is None, the jitter of each
+            batch has the first seed of the batch.
     """
     for start, field in zip(
         range(0, len(seeds), comparison.batch), comparison.fields(generator, seeds), strict=True
@@ -354,16 +372,17 @@ def image_from(generator: LoadedGenerator, field: Field, yaw: float, seed: int) 
         return field.render(camera(generator.generator, yaw=yaw)).image
 
 
-def _cells(observed: torch.Tensor) -> np.ndarray:
+def _cells(observations: torch.Tensor) -> np.ndarray:
     """Flatten observations [N, ...] to [N, cells].
 
     Slabs [N, 1, D, H, W] with more than SLAB_CELLS cells per edge are first averaged to this size.
     """
     # Observations with five axes are slabs. Pairwise distances of full slabs would need much memory.
-    if observed.ndim == 5:
-        depth, height, width = (min(edge, SLAB_CELLS) for edge in observed.shape[2:])  # at most SLAB_CELLS
-        observed = functional.adaptive_avg_pool3d(observed, (depth, height, width))
-    return observed.flatten(1).cpu().numpy()
+    if observations.ndim == 5:
+        # at most SLAB_CELLS
+        depth, height, width = (min(edge, SLAB_CELLS) for edge in observations.shape[2:])
+        observations = functional.adaptive_avg_pool3d(observations, (depth, height, width))
+    return observations.flatten(1).cpu().numpy()
 
 
 def diversity(comparison: Comparison, _folder: Path) -> Finding:
@@ -372,7 +391,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
     The measure is the mean distance between pairs of latents, and its ratio to the value before tuning.
     """
     seeds = comparison.seeds()  # N held-out latents
-    network = load_features(comparison.inception, comparison.device)
+    feature_network = load_features(comparison.inception, comparison.device)
     observation_text = (
         SLABS
         if comparison.reward.observation.kind == SigmaSlab.kind
@@ -383,40 +402,49 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
         # All latents have the same jitter, so that their distances do not include the noise of the rays.
         frontal = views(comparison, generator, seeds, jitter=seeds[0])  # batches of images
         # [N, F]
-        features = np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal])
+        features = np.concatenate(
+            [feature_network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal]
+        )
+        # [N, cells]
         observation_values = np.concatenate(
             [_cells(observed) for observed in comparison.observed(generator, seeds)]
-        )  # [N, cells]
-        for name, items in (("image features", features), (observation_text, observation_values)):
-            distances_by_kind[name][role] = feature_sets.pairwise_distances(items)
+        )
+        for kind_name, item_features in (
+            ("image features", features),
+            (observation_text, observation_values),
+        ):
+            distances_by_kind[kind_name][role] = feature_sets.pairwise_distances(item_features)
     # Ratios are relative to the diversity before tuning, which is one of the roles.
-    rows: list[dict] = []
-    for name, roles in distances_by_kind.items():
-        for role, matrix in roles.items():
-            ratio = feature_sets.pairwise_ratio(roles["before"], matrix)  # to the diversity before tuning
-            rows.append(
+    diversity_rows: list[dict] = []
+    for kind_name, distances_by_role in distances_by_kind.items():
+        for role, pairwise_distances in distances_by_role.items():
+            # to the diversity before tuning
+            ratio = feature_sets.pairwise_ratio(distances_by_role["before"], pairwise_distances)
+            diversity_rows.append(
                 {
-                    "of": name,
+                    "of": kind_name,
                     "role": role,
-                    **feature_sets.mean_pairwise(matrix)._asdict(),
+                    **feature_sets.mean_pairwise(pairwise_distances)._asdict(),
                     "ratio": ratio.mean,
                     "ratio_lo": ratio.lo,
                     "ratio_hi": ratio.hi,
                 }
             )
     sentences = []
-    for row in (row for row in rows if row["role"] == "after"):
+    for diversity_row in (
+        diversity_row for diversity_row in diversity_rows if diversity_row["role"] == "after"
+    ):
         comparative = (
             "less"
-            if row["ratio_hi"] < 1
+            if diversity_row["ratio_hi"] < 1
             else "more"
-            if row["ratio_lo"] > 1
+            if diversity_row["ratio_lo"] > 1
             else "neither shown more nor less"
         )
         sentences.append(
-            f"Mean pairwise distance of {row['of']}:"
-            f" {span(row['ratio'], row['ratio_lo'], row['ratio_hi'], '.3f')} times that before; samples are"
-            f" {comparative} diverse."
+            f"Mean pairwise distance of {diversity_row['of']}:"
+            f" {span(diversity_row['ratio'], diversity_row['ratio_lo'], diversity_row['ratio_hi'], '.3f')}"
+            f" times that before; samples are {comparative} diverse."
         )
     if observation_text == SLABS:
         sentences.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
@@ -426,8 +454,8 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
     )
     return Finding(
         facts=comparison.facts(seeds, ROLES, feature_sets.METHOD),
-        data={"rows": rows},
-        rows=rows,
+        data={"rows": diversity_rows},
+        rows=diversity_rows,
         says=sentences,
     )
 
@@ -443,7 +471,7 @@ def renderings(comparison: Comparison, generator: LoadedGenerator, seeds: range,
 
 
 def _drift(
-    comparison: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *notes: str
+    comparison: Comparison, measures: Sequence[Measure], yaw: float, meaning: str, *notes: str
 ) -> Finding:
     """Compare the images before tuning with the images of each other network.
 
@@ -451,47 +479,47 @@ def _drift(
     latent ("other latent").
 
     Args:
-        table: measures of two batches of images.
+        measures: measures of two batches of images.
         yaw: yaw of the camera, in radians from frontal.
         meaning: sentence on the meaning of the measures.
         notes: further sentences.
     """
     seeds = comparison.seeds()  # N held-out latents
-    images = {
+    images_by_role = {
         role: renderings(comparison, generator, seeds, yaw)
         for role, generator in comparison.generators().items()
     }
-    batches_before = images.pop("before").split(comparison.batch)  # batches of the reference images
+    batches_before = images_by_role.pop("before").split(comparison.batch)  # batches of the reference images
     # roll(1, 0) pairs image i with image i - 1.
-    images["other latent"] = torch.cat(batches_before).roll(1, 0)
-    data = {measure.name: dict[str, list[float]]() for measure in table}
-    rows = []
+    images_by_role["other latent"] = torch.cat(batches_before).roll(1, 0)
+    values_by_measure = {measure.name: dict[str, list[float]]() for measure in measures}
+    table_rows = []
     sentences = []
-    for measure in table:
-        name = measure.name
+    for measure in measures:
+        measure_name = measure.name
         text_by_role = {}  # role -> mean with interval
-        for role, other_images in images.items():
+        for role, other_images in images_by_role.items():
             pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
             # [N]; float64 for the bootstrap
-            values = np.concatenate(
+            similarity_values = np.concatenate(
                 [
                     measure.values(images_before.to(comparison.device), images_after.to(comparison.device))
                     for images_before, images_after in pairs
                 ]
             ).astype(np.float64)
-            data[name][role] = values.tolist()
-            interval = bootstrap_mean_interval(values)  # over latents
-            rows.append({"measure": name, "against": role, **interval._asdict()})
+            values_by_measure[measure_name][role] = similarity_values.tolist()
+            interval = bootstrap_mean_interval(similarity_values)  # over latents
+            table_rows.append({"measure": measure_name, "against": role, **interval._asdict()})
             text_by_role[role] = span(*interval, ".3f")
         control_text = f"; control {text_by_role['control']}" if "control" in text_by_role else ""
         sentences.append(
-            f"{name}, before against after: {text_by_role['after']}{control_text}; against another latent"
-            f" {text_by_role['other latent']}."
+            f"{measure_name}, before against after: {text_by_role['after']}{control_text}; against another"
+            f" latent {text_by_role['other latent']}."
         )
     return Finding(
         facts=comparison.facts(seeds, ROLES, BOOTSTRAP),
-        data={"measures": data, "rows": rows},
-        rows=rows,
+        data={"measures": values_by_measure, "rows": table_rows},
+        rows=table_rows,
         says=[*sentences, meaning, *notes],
     )
 
@@ -501,9 +529,11 @@ def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
 
     LPIPS needs the weights of --lpips.
     """
-    table = [Measure("PSNR, dB", psnr, "higher", "dB"), Measure("SSIM", ssim, "higher", "-1..1")]
+    measures = [Measure("PSNR, dB", psnr, "higher", "dB"), Measure("SSIM", ssim, "higher", "-1..1")]
     if comparison.lpips is not None:
-        table.append(Measure("LPIPS", load_lpips(comparison.lpips, comparison.device), "lower", "distance"))
+        measures.append(
+            Measure("LPIPS", load_lpips(comparison.lpips, comparison.device), "lower", "distance")
+        )
     missing_notes = [
         *([NO_LPIPS] if comparison.lpips is None else []),
         *([NO_CONTROL] if comparison.control is None else []),
@@ -512,7 +542,7 @@ def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
         "Drift is change, not harm: a better shape has to look different. The control shows how much change"
         " happens without the reward; another latent shows the value of unrelated images."
     )
-    return _drift(comparison, table, YAW, meaning, *missing_notes)
+    return _drift(comparison, measures, YAW, meaning, *missing_notes)
 
 
 def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
@@ -542,67 +572,78 @@ def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
     )
 
 
-def _panels(rows: list[dict], column: str, value_key: str = "mean", **axes_settings: Any):
+def _panels(table_rows: list[dict], column: str, value_key: str = "mean", **axes_settings: Any):
     """Draw a panel for each value of a column, with a point and its interval for each row.
 
     Args:
-        rows: table.
+        table_rows: table.
         column: name of the column.
         value_key: key of the plotted value in a row.
         axes_settings: settings of the axes, in which '{}' stands for the column's value.
     """
-    names = list(dict.fromkeys(row[column] for row in rows))  # in the order of the rows
-    figure, axes = style.figure(columns=len(names))
-    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
-        panel_rows = [row for row in rows if row[column] == name]
-        for role_index, row in enumerate(panel_rows):
-            style.interval(axis, role_index, row, row["role"], value_key)
-        axis.set_xticks(range(len(panel_rows)), [row["role"] for row in panel_rows])
+    # in the order of the rows
+    column_values = list(dict.fromkeys(table_row[column] for table_row in table_rows))
+    figure, axes = style.figure(columns=len(column_values))
+    for axis, column_value in zip(np.atleast_1d(axes), column_values, strict=True):
+        panel_rows = [table_row for table_row in table_rows if table_row[column] == column_value]
+        for role_index, table_row in enumerate(panel_rows):
+            style.interval(axis, role_index, table_row, table_row["role"], value_key)
+        axis.set_xticks(range(len(panel_rows)), [table_row["role"] for table_row in panel_rows])
         axis.set(
             xlim=(-0.5, len(panel_rows) - 0.5),
             **{
-                key: setting.format(name) if isinstance(setting, str) else setting
-                for key, setting in axes_settings.items()
+                setting_key: setting.format(column_value) if isinstance(setting, str) else setting
+                for setting_key, setting in axes_settings.items()
             },
         )
     return figure
 
 
-def plot_distances(data: dict):
+def plot_distances(finding_data: dict):
     """Plot the distances to the data with their intervals."""
     return _panels(
-        data["distances"],
+        finding_data["distances"],
         "distance",
         ylabel="{} distance, squared feature units",
         title="{} distance to the data",
     )
 
 
-def plot_precision_recall(data: dict):
+def plot_precision_recall(finding_data: dict):
     """Plot precision and recall with their intervals."""
     return _panels(
-        data["precision_recall"], "measure", "value", ylabel="{}, share", title="{}", ylim=(0, 1.02)
+        finding_data["precision_recall"], "measure", "value", ylabel="{}, share", title="{}", ylim=(0, 1.02)
     )
 
 
-def plot_diversity(data: dict):
+def plot_diversity(finding_data: dict):
     """Plot the diversity of images and of the reward's input, with intervals."""
     return _panels(
-        data["rows"], "of", ylabel="mean pairwise RMS difference", title="Diversity of {}", ylim=(0, None)
+        finding_data["rows"],
+        "of",
+        ylabel="mean pairwise RMS difference",
+        title="Diversity of {}",
+        ylim=(0, None),
     )
 
 
-def plot_similarity(data: dict):
+def plot_similarity(finding_data: dict):
     """Plot the distribution over latents of the similarity to the image before, by measure and role."""
-    figure, axes = style.figure(columns=len(data["measures"]))
-    for axis, (name, roles) in zip(np.atleast_1d(axes), data["measures"].items(), strict=True):
-        violins = axis.violinplot(list(roles.values()), showextrema=False)  # one body per role
-        for role_index, (body, role) in enumerate(zip(violins["bodies"], roles, strict=True)):
+    figure, axes = style.figure(columns=len(finding_data["measures"]))
+    for axis, (measure_name, values_by_role) in zip(
+        np.atleast_1d(axes), finding_data["measures"].items(), strict=True
+    ):
+        violins = axis.violinplot(list(values_by_role.values()), showextrema=False)  # one body per role
+        for role_index, (body, role) in enumerate(zip(violins["bodies"], values_by_role, strict=True)):
             body.set_facecolor(style.colour(role))
             body.set_alpha(0.5)
             # The mean with its interval on top of the distribution
-            row = next(row for row in data["rows"] if row["measure"] == name and row["against"] == role)
-            style.interval(axis, role_index + 1, row, role, markersize=4)
-        axis.set_xticks(range(1, len(roles) + 1), list(roles))
-        axis.set(ylabel=name, title=f"{name}, against before")
+            interval_row = next(
+                interval_row
+                for interval_row in finding_data["rows"]
+                if interval_row["measure"] == measure_name and interval_row["against"] == role
+            )
+            style.interval(axis, role_index + 1, interval_row, role, markersize=4)
+        axis.set_xticks(range(1, len(values_by_role) + 1), list(values_by_role))
+        axis.set(ylabel=measure_name, title=f"{measure_name}, against before")
     return figure

@@ -28,7 +28,7 @@ WORST = 24  # worst meshes that are rendered for the page
 ENDED = "measuring the mesh exceeds the limit of memory or time, so its process was ended"
 _ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = 0.01  # requirement "nothing hidden": largest share of the area that is hidden
-WALL = 0.01  # requirement "thick walls": least thickness, as a share of the bounding box's longest edge
+WALL = 0.01  # requirement "thick walls": smallest thickness, as a share of the bounding box's longest edge
 # Requirements of a valid solid: name -> function that returns True if the row of a mesh meets it.
 REQUIREMENTS: dict[str, Callable[[dict], bool]] = {
     "closed": lambda row: row["closed"],
@@ -61,13 +61,15 @@ def find_mesh_files(folder: Path) -> list[Path]:
 
     Raises: ValueError if there is no mesh file.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not files:
+    mesh_paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    if not mesh_paths:
         raise ValueError(
             f"{folder} and its subfolders contain no mesh file ({', '.join(SUFFIXES)}). Pass a folder with"
             " meshes."
         )
-    return files
+    return mesh_paths
 
 
 def generator_name(path: Path, folder: Path, by: str | None) -> str:
@@ -77,8 +79,8 @@ def generator_name(path: Path, folder: Path, by: str | None) -> str:
         path: path of the file.
         folder: the folder that is validated.
         by: regular expression that is searched in the path below `folder`. The name is the text of its first
-            group, or of the whole match if it has no group, or '' if it does not match. None: the name is the
-            first folder below `folder`.
+            group. If it has no group, the name is the text of the whole match; if it does not match, the name
+            is ''. If `by` is None, the name is that of the first folder below `folder`.
     """
     inner_path = path.relative_to(folder)  # the path that `by` is searched in
     if by is None:
@@ -148,7 +150,7 @@ def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, 
     Args: jobs: number of worker processes.
     """
     pending_requests = queue.SimpleQueue[tuple[int, dict]]()  # requests with their index
-    finished = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
+    answers = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
     for numbered_request in enumerate(requests):
         pending_requests.put(numbered_request)
     workers = [_WorkerClient() for _ in range(min(jobs, len(requests)))]  # at most one for each file
@@ -157,14 +159,14 @@ def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, 
         """Answer requests until the queue is empty. An exception is put into the queue of answers."""
         try:
             while True:
-                number, request = pending_requests.get_nowait()
-                finished.put((number, worker.ask(request)))
+                request_index, request = pending_requests.get_nowait()
+                answers.put((request_index, worker.ask(request)))
         except queue.Empty:  # all requests are answered, or another thread answers the last ones
             pass
         # Without this, an exception in a thread would be lost, and the generator would wait forever for the
         # answer.
         except BaseException as error:
-            finished.put(error)
+            answers.put(error)
         finally:
             worker.end()
 
@@ -173,7 +175,7 @@ def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, 
         thread.start()
     try:
         for _ in requests:
-            answer = finished.get()
+            answer = answers.get()
             if isinstance(answer, BaseException):
                 raise answer
             yield answer
@@ -188,23 +190,23 @@ def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, 
             thread.join()
 
 
-def shares(rows: Iterable[dict]) -> list[dict]:
+def shares(file_rows: Iterable[dict]) -> list[dict]:
     """Count for every generator and requirement the meshes that meet the requirement.
 
-    Args: rows: rows of all files; files that were not measured are left out.
+    Args: file_rows: rows of all files; files that were not measured are left out.
     Returns: a row for each generator and requirement, with the count, the number of measured meshes, the
         share and its 95 % Wilson interval.
     """
     table_rows = []
-    for generator, measured_rows in _by_generator(rows):
-        for name, is_met in REQUIREMENTS.items():
+    for generator, measured_rows in _by_generator(file_rows):
+        for requirement, is_met in REQUIREMENTS.items():
             # A row has the measures of a mesh; the function returns True if it meets the requirement.
-            met_count = sum(bool(is_met(row)) for row in measured_rows)
+            met_count = sum(bool(is_met(file_row)) for file_row in measured_rows)
             interval = wilson_interval(met_count, len(measured_rows))  # 95 %
             table_rows.append(
                 {
                     "generator": generator,
-                    "demand": name,
+                    "demand": requirement,
                     "of": len(measured_rows),
                     "count": met_count,
                     "share": met_count / len(measured_rows),
@@ -216,33 +218,38 @@ def shares(rows: Iterable[dict]) -> list[dict]:
 
 
 # `two_way_interval` calls a statistic with indices of resampled rows and columns; here is only one column.
-def _median(values: np.ndarray, sampled_indices: np.ndarray, _columns: np.ndarray) -> float:
+def _median(measure_values: np.ndarray, sampled_indices: np.ndarray, _columns: np.ndarray) -> float:
     """Return the median of resampled values."""
-    return float(np.median(values[sampled_indices]))
+    return float(np.median(measure_values[sampled_indices]))
 
 
-def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
+def medians(file_rows: Iterable[dict], seed: int = 0) -> list[dict]:
     """Compute for every generator and measure the median over the meshes that have this measure.
 
     Args:
-        rows: rows of all files; files that were not measured are left out.
+        file_rows: rows of all files; files that were not measured are left out.
         seed: seed of the bootstrap.
 
     Returns: a row for each generator and measure, with a 95 % percentile bootstrap interval over files.
     """
     table_rows = []
-    for generator, measured_rows in _by_generator(rows):
-        for name in MEDIANS:
+    for generator, measured_rows in _by_generator(file_rows):
+        for measure_name in MEDIANS:
             # A measure that is undefined for a mesh is None.
-            values = np.array([row[name] for row in measured_rows if row[name] is not None], dtype=np.float64)
-            if len(values):
-                interval = two_way_interval(partial(_median, values), len(values), 1, seed=seed)
+            measure_values = np.array(
+                [file_row[measure_name] for file_row in measured_rows if file_row[measure_name] is not None],
+                dtype=np.float64,
+            )
+            if len(measure_values):
+                interval = two_way_interval(
+                    partial(_median, measure_values), len(measure_values), 1, seed=seed
+                )
                 table_rows.append(
                     {
                         "generator": generator,
-                        "measure": name,
-                        "of": len(values),
-                        "median": float(np.median(values)),
+                        "measure": measure_name,
+                        "of": len(measure_values),
+                        "median": float(np.median(measure_values)),
                         "lo": interval.lo,
                         "hi": interval.hi,
                     }
@@ -250,61 +257,60 @@ def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
     return table_rows
 
 
-def paired(rows: Iterable[dict]) -> list[dict]:
+def paired(file_rows: Iterable[dict]) -> list[dict]:
     """Compare generators that have files of the same names.
 
-    Args: rows: rows of all files; files that were not measured are left out.
+    Args: file_rows: rows of all files; files that were not measured are left out.
     Returns: a row for each pair of generators and each requirement: the number of names for which only one of
         the two meshes meets the requirement, and the p-value of McNemar's exact test.
     """
-    groups = dict(_by_generator(rows))
+    rows_by_generator = dict(_by_generator(file_rows))
     table_rows = []
     # generator -> row by the file's stem, so that suffixes may differ
     rows_by_name = {
-        generator: {Path(row["file"]).stem: row for row in measured_rows}
-        for generator, measured_rows in groups.items()
+        generator: {Path(file_row["file"]).stem: file_row for file_row in measured_rows}
+        for generator, measured_rows in rows_by_generator.items()
     }
     for first_generator, second_generator in itertools.combinations(sorted(rows_by_name), 2):
-        shared_names = sorted(
-            rows_by_name[first_generator].keys() & rows_by_name[second_generator].keys()
-        )  # names that both have
+        # names that both have
+        shared_names = sorted(rows_by_name[first_generator].keys() & rows_by_name[second_generator].keys())
         # A single shared name is not a sample, so such a pair of generators gets no rows.
-        for name, is_met in REQUIREMENTS.items() if len(shared_names) > 1 else ():
+        for requirement, is_met in REQUIREMENTS.items() if len(shared_names) > 1 else ():
             # bool [shared names]: whether the mesh of each generator meets the requirement
             first_met, second_met = (
                 np.array([bool(is_met(rows_by_name[generator][stem])) for stem in shared_names])
                 for generator in (first_generator, second_generator)
             )
             # McNemar's test uses only the pairs of which exactly one mesh meets the requirement.
-            only_first = int((first_met & ~second_met).sum())
-            only_second = int((second_met & ~first_met).sum())
+            only_first_count = int((first_met & ~second_met).sum())
+            only_second_count = int((second_met & ~first_met).sum())
             table_rows.append(
                 {
                     "first": first_generator,
                     "second": second_generator,
-                    "demand": name,
+                    "demand": requirement,
                     "pairs": len(shared_names),
-                    "only the first": only_first,
-                    "only the second": only_second,
-                    "p": binomial_test(only_first, only_first + only_second),
+                    "only the first": only_first_count,
+                    "only the second": only_second_count,
+                    "p": binomial_test(only_first_count, only_first_count + only_second_count),
                 }
             )
     return table_rows
 
 
-def _by_generator(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+def _by_generator(file_rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
     """Return (generator, its measured rows), sorted by the generator's name.
 
     Rows with a reason were not measured, and are left out.
     """
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        if not row["reason"]:
-            groups.setdefault(row["generator"], []).append(row)
-    return sorted(groups.items())
+    rows_by_generator: dict[str, list[dict]] = {}
+    for file_row in file_rows:
+        if not file_row["reason"]:
+            rows_by_generator.setdefault(file_row["generator"], []).append(file_row)
+    return sorted(rows_by_generator.items())
 
 
-def badness(row: dict) -> float:
+def badness(mesh_row: dict) -> float:
     """Return a score for sorting meshes. The higher the score, the worse is the mesh.
 
     The integer part is the number of requirements that the mesh does not meet. The fraction sorts meshes with
@@ -312,6 +318,6 @@ def badness(row: dict) -> float:
     """
     # Each of the three terms is at most 1, so their sum divided by 4 is less than 1.
     return (
-        sum(not is_met(row) for is_met in REQUIREMENTS.values())
-        + (min(row["open_length"] / 8, 1) + row["hidden"] + row["crossing"]) / 4
+        sum(not is_met(mesh_row) for is_met in REQUIREMENTS.values())
+        + (min(mesh_row["open_length"] / 8, 1) + mesh_row["hidden"] + mesh_row["crossing"]) / 4
     )

@@ -41,41 +41,42 @@ def _given(finding: Finding, _comparison: object) -> Finding:
 
 
 def write_validation_page(
-    out: Path,
+    page_folder: Path,
     folder: Path,
     header: Mapping,
-    rows: Sequence[dict],
+    file_rows: Sequence[dict],
     tables: Mapping[str, list[dict]],
-    worst: Sequence[dict],
+    worst_rows: Sequence[dict],
     images: Mapping[str, str],
 ) -> Path:
     """Write the page <out>/index.html, and its data into <out>/data/*.json and *.csv.
 
     Args:
-        out: folder of the page.
+        page_folder: folder of the page.
         folder: folder of the meshes.
         header: tolerance and thresholds.
-        rows: rows of all files.
+        file_rows: rows of all files.
         tables: tables by name: 'shares', 'medians' and 'paired'.
-        worst: rows of the worst meshes, the worst first.
+        worst_rows: rows of the worst meshes, the worst first.
         images: renders of the worst meshes, PNG in base64, by file name.
 
     Returns: the path of the page.
     """
-    measured_count = sum(not row["reason"] for row in rows)  # number of files
-    unmeasured = [row for row in rows if row["reason"]]
+    measured_count = sum(not table_row["reason"] for table_row in file_rows)  # number of files
+    unmeasured_rows = [table_row for table_row in file_rows if table_row["reason"]]
     # All sections state the same number of measured meshes.
     facts: dict[str, Any] = {"n": measured_count, "unit": "meshes"}
     # generators of which at least one file was measured
-    generators = sorted({row["generator"] for row in rows if not row["reason"]})
-    findings = {
+    generators = sorted({table_row["generator"] for table_row in file_rows if not table_row["reason"]})
+    finding_by_key = {
         "shares": Finding(
             facts=Facts(**facts, interval="95 % Wilson intervals"),
             data={"rows": tables["shares"]},
             rows=tables["shares"],
             says=[
-                f"{name}: {_sentence([row for row in tables['shares'] if row['generator'] == name])}"
-                for name in generators
+                f"{generator}:"
+                f" {_sentence([row for row in tables['shares'] if row['generator'] == generator])}"
+                for generator in generators
             ],
         ),
         "medians": Finding(
@@ -87,7 +88,7 @@ def write_validation_page(
             facts=Facts(
                 # The table has a row for each pair of generators and each of the eight requirements, so every
                 # eighth row belongs to another pair of generators.
-                n=sum(row["pairs"] for row in tables["paired"][::8]),
+                n=sum(table_row["pairs"] for table_row in tables["paired"][::8]),
                 unit="pairs of files of one name",
                 interval="McNemar, exact",
             ),
@@ -97,18 +98,18 @@ def write_validation_page(
         "files": Finding(
             facts=Facts(**facts),
             data={"header": dict(header)},
-            rows=rows,
+            rows=file_rows,
             says=[
                 (
-                    f"{len(unmeasured)} of {len(rows)} files were not measured."
-                    if unmeasured
+                    f"{len(unmeasured_rows)} of {len(file_rows)} files were not measured."
+                    if unmeasured_rows
                     else "All files were measured."
                 ),
-                *(f"{row['file']}: {row['reason']}" for row in unmeasured[:REASONS]),
+                *(f"{table_row['file']}: {table_row['reason']}" for table_row in unmeasured_rows[:REASONS]),
             ],
         ),
     }
-    titles = {
+    title_by_key = {
         "shares": "Shares of meshes that meet each requirement",
         "medians": "Medians",
         "paired": "Pairs of files of the same name",
@@ -117,53 +118,63 @@ def write_validation_page(
     jobs = [
         Job(
             key=key,
-            title=titles[key],
+            title=title_by_key[key],
             compute=partial(_given, finding),
             plots={"shares": plot_shares} if key == "shares" else {},
         )
-        for key, finding in findings.items()
+        for key, finding in finding_by_key.items()
         # Tables without rows are left out, for example the pairs if there is only one generator.
         if finding.rows
     ]
-    pages.run(jobs, out, fresh=True, quiet=True)
-    title = f"Mesh validation of {folder.resolve().name}: {measured_count} meshes"
+    pages.run(jobs, page_folder, fresh=True, quiet=True)
+    page_title = f"Mesh validation of {folder.resolve().name}: {measured_count} meshes"
     return pages.write_page(
-        out / "index.html", title, describe_thresholds(header), jobs, findings, extra=_tiles(worst, images)
+        page_folder / "index.html",
+        page_title,
+        describe_thresholds(header),
+        jobs,
+        finding_by_key,
+        extra=_tiles(worst_rows, images),
     )
 
 
-def _sentence(rows: Sequence[dict]) -> str:
-    """Return the share of each requirement with its interval. Args: rows: shares of one generator."""
+def _sentence(share_rows: Sequence[dict]) -> str:
+    """Return the share of each requirement with its interval. Args: share_rows: shares of one generator."""
     return "; ".join(
-        f"{row['demand']} {row['share']:.0%} ({row['lo']:.0%} to {row['hi']:.0%})" for row in rows
+        f"{share_row['demand']} {share_row['share']:.0%} ({share_row['lo']:.0%} to {share_row['hi']:.0%})"
+        for share_row in share_rows
     )
 
 
-def plot_shares(data: Mapping):
+def plot_shares(finding_data: Mapping):
     """Plot the shares with their intervals: a row for every requirement, a colour for every generator."""
-    rows = data["rows"]
+    share_rows = finding_data["rows"]
     # in the order of the rows
     requirements, generators = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("demand", "generator")
+        list(dict.fromkeys(share_row[column_key] for share_row in share_rows))
+        for column_key in ("demand", "generator")
     )
     figure, axes = style.figure(size=(9.4, 0.9 + len(requirements) * (0.16 + 0.14 * len(generators))))
-    for i, generator in enumerate(generators):
-        generator_rows = [row for row in rows if row["generator"] == generator]
+    for generator_index, generator in enumerate(generators):
+        generator_rows = [share_row for share_row in share_rows if share_row["generator"] == generator]
         y_positions = [
             # The generators of one requirement are spread over 0.7 of the row, centred on its tick.
-            requirements.index(row["demand"]) + (i - (len(generators) - 1) / 2) * 0.7 / len(generators)
-            for row in generator_rows
+            requirements.index(share_row["demand"])
+            + (generator_index - (len(generators) - 1) / 2) * 0.7 / len(generators)
+            for share_row in generator_rows
         ]
         # style.errors returns [[lower error], [upper error]] of each share; zip sorts them by side.
-        errors_by_side = list(zip(*(style.errors(row, "share") for row in generator_rows), strict=True))
+        errors_by_side = list(
+            zip(*(style.errors(share_row, "share") for share_row in generator_rows), strict=True)
+        )
         axes.errorbar(
-            [row["share"] for row in generator_rows],
+            [share_row["share"] for share_row in generator_rows],
             y_positions,
             xerr=[[point_errors[0] for point_errors in side_errors] for side_errors in errors_by_side],
             fmt="o",
             capsize=3,
             markersize=4,
-            color=style.CYCLE[i % len(style.CYCLE)],
+            color=style.CYCLE[generator_index % len(style.CYCLE)],
             label=f"{generator or '-'} ({generator_rows[0]['of']})",
         )
     axes.set(
@@ -178,32 +189,35 @@ def plot_shares(data: Mapping):
     return figure
 
 
-def _tiles(worst: Sequence[dict], images: Mapping[str, str]) -> str:
+def _tiles(worst_rows: Sequence[dict], images: Mapping[str, str]) -> str:
     """Return the HTML section of the worst meshes, with their renders embedded."""
     tile_htmls = []  # one figure for each mesh
-    for row in worst:
-        title = html.escape(f"{row['generator']}: {row['file']}")
+    for mesh_row in worst_rows:
+        tile_title = html.escape(f"{mesh_row['generator']}: {mesh_row['file']}")
         # If the render has failed, the tile has an empty image.
-        image_uri = (
-            f"data:image/png;base64,{images.get(row['file'], '')}"  # embedded: the page needs no other file
+        # The image is embedded, so that the page needs no other file.
+        image_uri = f"data:image/png;base64,{images.get(mesh_row['file'], '')}"
+        property_texts = [f"{mesh_row['faces']:,} triangles", f"{mesh_row['parts']} parts"]
+        property_texts += [f"{mesh_row['open_edges']:,} open edges"] if mesh_row["open_edges"] else []
+        property_texts += (
+            [f"{mesh_row['nonmanifold_edges']:,} shared edges"] if mesh_row["nonmanifold_edges"] else []
         )
-        properties = [f"{row['faces']:,} triangles", f"{row['parts']} parts"]
-        properties += [f"{row['open_edges']:,} open edges"] if row["open_edges"] else []
-        properties += [f"{row['nonmanifold_edges']:,} shared edges"] if row["nonmanifold_edges"] else []
-        properties += [
-            f"{row[name]:.1%} {description}"
-            for name, description in (("hidden", "hidden"), ("crossing", "of faces cross"))
-            if row[name] > 0.0005  # smaller shares would be printed as 0.0 %
+        property_texts += [
+            f"{mesh_row[measure_name]:.1%} {description}"
+            for measure_name, description in (("hidden", "hidden"), ("crossing", "of faces cross"))
+            if mesh_row[measure_name] > 0.0005  # smaller shares would be printed as 0.0 %
         ]
-        properties += [f"{row['stands']} ({row['tip']:.0f}°)"]
+        property_texts += [f"{mesh_row['stands']} ({mesh_row['tip']:.0f}°)"]
         tile_htmls.append(
-            f'<figure style="margin:0"><img alt="{title}" src="{image_uri}"'
+            f'<figure style="margin:0"><img alt="{tile_title}" src="{image_uri}"'
             ' style="width:100%;max-width:192px"><figcaption class="soft" '
-            f'style="overflow-wrap:anywhere"><b>{title}</b><br>'
-            f"{html.escape(', '.join(properties))}</figcaption></figure>"
+            f'style="overflow-wrap:anywhere"><b>{tile_title}</b><br>'
+            f"{html.escape(', '.join(property_texts))}</figcaption></figure>"
         )
-    intro = "The meshes that fail the most requirements come first. Outsides are grey, insides are orange."
+    introduction = (
+        "The meshes that fail the most requirements come first. Outsides are grey, insides are orange."
+    )
     return (
-        f'<section id="worst"><h2>The worst meshes</h2><p class="soft">{intro}</p><div'
+        f'<section id="worst"><h2>The worst meshes</h2><p class="soft">{introduction}</p><div'
         f' style="{_TILE}">{"".join(tile_htmls)}</div></section>'
     )

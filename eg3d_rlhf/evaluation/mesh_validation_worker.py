@@ -40,9 +40,11 @@ def read_mesh(path: Path, tolerance: float, up: str) -> CleanMesh:
     Raises: ValueError or OSError if the file cannot be read or is too large.
     """
     # Each size is checked before the expensive step that follows it.
-    size = path.stat().st_size
-    if not 0 < size <= MAX_BYTES:
-        raise ValueError(f"the file has {size:,} bytes; files of 1 byte to {MAX_BYTES >> 20} MB are accepted")
+    file_bytes = path.stat().st_size
+    if not 0 < file_bytes <= MAX_BYTES:
+        raise ValueError(
+            f"the file has {file_bytes:,} bytes; files of 1 byte to {MAX_BYTES >> 20} MB are accepted"
+        )
     vertices, faces = read_triangles(path)
     if len(faces) > MAX_TRIANGLES:
         raise ValueError(f"the mesh has {len(faces):,} triangles; up to {MAX_TRIANGLES:,} are accepted")
@@ -68,16 +70,18 @@ def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
     x, y = np.meshgrid(pixel_positions * half_width, -pixel_positions * half_width)
     # [4 side^2, 3]: parallel rays that start two units in front of the image plane
     origins = x.reshape(-1, 1) * image_right + y.reshape(-1, 1) * image_up - 2 * forward
-    distance, face_index = Space(mesh).first_hits(origins, np.broadcast_to(forward, origins.shape))
+    hit_distances, hit_faces = Space(mesh).first_hits(origins, np.broadcast_to(forward, origins.shape))
     # Rays that miss the mesh have an infinite distance. Their colour is multiplied by 0 below. `face_areas`
     # returns the normals as its first value.
-    normals = face_areas(mesh)[0][face_index]
-    facing = -(normals @ forward)
+    normals = face_areas(mesh)[0][hit_faces]
+    cosine_to_camera = -(normals @ forward)
     # Lambertian light from one direction plus an ambient part. The absolute value lights both sides of a
     # face in the same way.
-    light = 0.35 + 0.65 * np.abs(normals @ np.array([0.3, 0.8, 0.52])).clip(0, 1)
-    colour = np.where(facing[:, None] >= 0, _FRONT, _BACK) * light[:, None]  # [rays, 3]
-    rgba = np.concatenate([colour, np.ones((len(face_index), 1))], axis=1) * np.isfinite(distance)[:, None]
+    brightness = 0.35 + 0.65 * np.abs(normals @ np.array([0.3, 0.8, 0.52])).clip(0, 1)
+    colours = np.where(cosine_to_camera[:, None] >= 0, _FRONT, _BACK) * brightness[:, None]  # [rays, 3]
+    rgba = (
+        np.concatenate([colours, np.ones((len(hit_faces), 1))], axis=1) * np.isfinite(hit_distances)[:, None]
+    )
     # Each pixel is the mean of 2 x 2 rays. The mean colour includes the black background, so the next line
     # divides it by the share of rays that hit the mesh, which is the alpha channel.
     pixels = rgba.reshape(side, 2, side, 2, 4).mean(axis=(1, 3))

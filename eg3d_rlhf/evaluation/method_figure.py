@@ -21,32 +21,32 @@ METHOD_POOL = EVALUATION.take(40)  # latents of which the best and the worst sha
 METHOD_PSI = 1.0  # truncation
 
 
-def _shaded(field: Field, points: int = 128) -> np.ndarray:
+def _shaded(field: Field, edge_points: int = 128) -> np.ndarray:
     """Render the only shape of a field, shaded, from the back and slightly from the side.
 
-    Args: points: grid points per edge from which the surface is found.
+    Args: edge_points: grid points per edge from which the surface is found.
     Returns: a cropped image in 0..1, [230, 190].
     """
-    grid = SlabSpec.from_bounds(field.bounds, points)  # over the whole cube
+    grid = SlabSpec.from_bounds(field.bounds, edge_points)  # over the whole cube
     # The yaw is half a turn less 0.4 rad. The slices crop the empty margin of the 260-pixel render.
     return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
 
-def _last_panel_texts(summary: dict) -> list[tuple[str, str]]:
+def _last_panel_texts(run_summary: dict) -> list[tuple[str, str]]:
     """Return the texts of the last panel as (label, value).
 
-    Args: summary: content of the run's summary.json.
+    Args: run_summary: content of the run's summary.json.
     """
-    labels_with_values = [("win rate by the oracle,\nheld-out latents", f"{summary['win_rate']:.0%}")]
+    labels_with_values = [("win rate by the oracle,\nheld-out latents", f"{run_summary['win_rate']:.0%}")]
     # Only generators of synthetic heads have an error reduction.
-    if summary.get("error_reduction") is not None:
+    if run_summary.get("error_reduction") is not None:
         labels_with_values = [
-            ("error reduction of\ndefective heads", f"{summary['error_reduction']:.0%}"),
+            ("error reduction of\ndefective heads", f"{run_summary['error_reduction']:.0%}"),
             (
                 "by the best label-free\npost-processing",
-                f"{summary['error_reduction_by_post_processing']:.0%}",
+                f"{run_summary['error_reduction_by_post_processing']:.0%}",
             ),
-            ("of intact heads\ndegraded", f"{summary['intact_degraded']:.0%}"),
+            ("of intact heads\ndegraded", f"{run_summary['intact_degraded']:.0%}"),
         ]
     return labels_with_values
 
@@ -57,30 +57,31 @@ def _write(axes, x: float, y: float, text: str, **text_settings) -> None:
 
 
 @torch.no_grad()
-def draw_method(run: Path, out: Path) -> None:
+def draw_method(run: Path, image_path: Path) -> None:
     """Draw the figure with the bundled generator, the bundled reward and a finished run.
 
     Args:
         run: folder of a finished run of train.py --reward=sigma.
-        out: image file to write.
+        image_path: image file to write.
 
     Raises: ValueError or FileNotFoundError, with --run in the message, if the run cannot be read.
     """
     with prefix_errors("--run"):
-        summary = version_0_1.summary(json.loads((run / "summary.json").read_text()))
+        run_summary = version_0_1.summary(json.loads((run / "summary.json").read_text()))
         generator_before = load_generator().generator
         generator_after = load_generator(run).generator
     reward = load_reward(bundled.REWARD)
     ws = ws_of_seeds(generator_before, list(METHOD_POOL), METHOD_PSI)  # [40, L, W]
     scores = reward.score(generator_before.field(ws))  # [40]
-    worst = int(scores.argmin())
+    worst_index = int(scores.argmin())
     # The figure shows the worst and the best shape before tuning by the reward, and the tuned generator's
     # shape of the worst one's latent.
-    best = int(scores.argmax())
+    best_index = int(scores.argmax())
     worst_field, best_field = (
-        generator_before.field(ws[latent_index : latent_index + 1]) for latent_index in (worst, best)
+        generator_before.field(ws[latent_index : latent_index + 1])
+        for latent_index in (worst_index, best_index)
     )
-    tuned_field = generator_after.field(ws_of_seeds(generator_after, [METHOD_POOL[worst]], METHOD_PSI))
+    tuned_field = generator_after.field(ws_of_seeds(generator_after, [METHOD_POOL[worst_index]], METHOD_PSI))
     with style.theme():
         figure, axes = style.figure(4, 1, (11, 4.6))
         titles = (
@@ -90,8 +91,8 @@ def draw_method(run: Path, out: Path) -> None:
             "4 Report\nwhat changed",
         )
         # Panels have no ticks, since they show images and text.
-        for ax, title in zip(axes, titles, strict=True):
-            ax.set_title(title, loc="center", fontsize=10)
+        for ax, panel_title in zip(axes, titles, strict=True):
+            ax.set_title(panel_title, loc="center", fontsize=10)
             ax.set_box_aspect(1.5)
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
@@ -107,20 +108,22 @@ def draw_method(run: Path, out: Path) -> None:
         )
         _write(axes[0], 0.98, 0.52, "✓", ha="right", size=20, color=style.colour("control"))
         _write(axes[0], 0.98, 0.03, "✗", ha="right", size=20, color=style.colour("after"))
-        for row_index, field, index in ((0, best_field, best), (1, worst_field, worst)):
+        for row_index, field, shown_index in ((0, best_field, best_index), (1, worst_field, worst_index)):
             # [D, H, W], the slab that the reward reads. Its middle column along W is a sagittal slice.
             slab = reward.observation.observe(field)[0, 0]
             inset = axes[1].inset_axes((0, 0.5 - 0.5 * row_index, 1, 0.5))
             # The slice is transposed and flipped, so that y points up and z to the right.
             inset.imshow(slab[:, :, slab.shape[2] // 2].T.flip(0), cmap="magma", aspect="auto")
             inset.set(xticks=[], yticks=[])
-            _write(inset, 0.97, 0.06, f"{float(scores[index]):+.1f}", ha="right", size=12, color="white")
+            _write(
+                inset, 0.97, 0.06, f"{float(scores[shown_index]):+.1f}", ha="right", size=12, color="white"
+            )
         axes[2].imshow(np.vstack([_shaded(worst_field), _shaded(tuned_field)]), cmap="gray", vmin=0, vmax=1)
         for y_position, role in ((0.52, "before"), (0.03, "after")):
             _write(axes[2], 0.98, y_position, role, ha="right", color=style.colour(role))
         # The last panel shows only text.
         axes[3].axis("off")
-        for line_index, (label, value) in enumerate(_last_panel_texts(summary)):
-            _write(axes[3], 0.5, 0.92 - 0.3 * line_index, value, ha="center", va="top", size=17)
-            _write(axes[3], 0.5, 0.8 - 0.3 * line_index, label, ha="center", va="top", size=8)
-        style.save(figure, out)
+        for line_index, (metric_label, metric_text) in enumerate(_last_panel_texts(run_summary)):
+            _write(axes[3], 0.5, 0.92 - 0.3 * line_index, metric_text, ha="center", va="top", size=17)
+            _write(axes[3], 0.5, 0.8 - 0.3 * line_index, metric_label, ha="center", va="top", size=8)
+        style.save(figure, image_path)

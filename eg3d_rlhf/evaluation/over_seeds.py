@@ -37,68 +37,78 @@ TABLE_METRICS = {
 }
 
 
-def gather(records: Mapping[str, dict]) -> dict:
+def gather(summary_by_seed: Mapping[str, dict]) -> dict:
     """Combine the summaries of the runs with different seeds.
 
     The result holds only the metrics, and the measures of "geometry", that every summary has.
-    Args: records: content of summary.json of each run, by seed.
+    Args: summary_by_seed: content of summary.json of each run, by seed.
     """
-    metrics: dict = {"seeds": [int(seed) for seed in records]}
-    for name, (interval_key, _, _) in TABLE_METRICS.items():
+    combined_metrics: dict = {"seeds": [int(seed) for seed in summary_by_seed]}
+    for metric_name, (interval_key, _, _) in TABLE_METRICS.items():
         # A metric that one run lacks has no mean over all seeds. A run without defective heads, for example,
         # has no error reduction.
-        if all(record.get(name) is not None for record in records.values()):
-            metrics[name] = summarise_over_seeds(
-                {seed: float(record[name]) for seed, record in records.items()}
+        if all(summary.get(metric_name) is not None for summary in summary_by_seed.values()):
+            combined_metrics[metric_name] = summarise_over_seeds(
+                {seed: float(summary[metric_name]) for seed, summary in summary_by_seed.items()}
             )
             if interval_key is not None:
-                metrics[name]["ci95_by_seed"] = {
-                    seed: record[interval_key] for seed, record in records.items()
+                combined_metrics[metric_name]["ci95_by_seed"] = {
+                    seed: summary[interval_key] for seed, summary in summary_by_seed.items()
                 }
     # The outcome exists only if there are more images than features.
-    if all("frechet_outcome" in record for record in records.values()):
-        metrics["frechet_ratio"]["outcomes"] = {
-            seed: record["frechet_outcome"] for seed, record in records.items()
+    if all("frechet_outcome" in summary for summary in summary_by_seed.values()):
+        combined_metrics["frechet_ratio"]["outcomes"] = {
+            seed: summary["frechet_outcome"] for seed, summary in summary_by_seed.items()
         }
     measures_by_seed = {
-        seed: {row["name"]: row for row in record["geometry"]} for seed, record in records.items()
+        seed: {measure_row["name"]: measure_row for measure_row in summary["geometry"]}
+        for seed, summary in summary_by_seed.items()
     }
     # measures that every summary has, in the order of the first summary
     shared_names = [
-        name
-        for name in next(iter(measures_by_seed.values()))
-        if all(name in measure_rows for measure_rows in measures_by_seed.values())
+        metric_name
+        for metric_name in next(iter(measures_by_seed.values()))
+        if all(metric_name in measure_rows for measure_rows in measures_by_seed.values())
     ]
-    metrics["geometry"] = [
-        measure(name, {seed: measure_rows[name] for seed, measure_rows in measures_by_seed.items()})
-        for name in shared_names
+    combined_metrics["geometry"] = [
+        measure(
+            metric_name, {seed: measure_rows[metric_name] for seed, measure_rows in measures_by_seed.items()}
+        )
+        for metric_name in shared_names
     ]
     # number of alarms of the over-optimisation monitor, by seed
-    metrics["over_optimisation"] = {
-        seed: len(record["over_optimisation"]) for seed, record in records.items()
+    combined_metrics["over_optimisation"] = {
+        seed: len(summary["over_optimisation"]) for seed, summary in summary_by_seed.items()
     }
-    return metrics
+    return combined_metrics
 
 
-def measure(name: str, rows: Mapping[str, dict]) -> dict:
+def measure(measure_name: str, row_by_seed: Mapping[str, dict]) -> dict:
     """Combine a geometry measure over seeds: means before and after, paired change, and each seed's outcome.
 
     Args:
-        name: name of the measure.
-        rows: the measure's row in the summary of each run, by seed.
+        measure_name: name of the measure.
+        row_by_seed: the measure's row in the summary of each run, by seed.
     """
     # the mean paired change of each seed is one observation of the interval over seeds
-    change = summarise_over_seeds({seed: row["paired"]["mean"] for seed, row in rows.items()})
-    change["ci95_by_seed"] = {
-        seed: [row["paired"]["mean_lo"], row["paired"]["mean_hi"]] for seed, row in rows.items()
+    combined_change = summarise_over_seeds(
+        {seed: measure_row["paired"]["mean"] for seed, measure_row in row_by_seed.items()}
+    )
+    combined_change["ci95_by_seed"] = {
+        seed: [measure_row["paired"]["mean_lo"], measure_row["paired"]["mean_hi"]]
+        for seed, measure_row in row_by_seed.items()
     }
     return {
-        "name": name,
-        "higher_is_better": next(iter(rows.values()))["higher_is_better"],
-        "before": summarise_over_seeds({seed: row["before"] for seed, row in rows.items()}),
-        "after": summarise_over_seeds({seed: row["after"] for seed, row in rows.items()}),
-        "change": change,
-        "outcomes": {seed: row["outcome"] for seed, row in rows.items()},
+        "name": measure_name,
+        "higher_is_better": next(iter(row_by_seed.values()))["higher_is_better"],
+        "before": summarise_over_seeds(
+            {seed: measure_row["before"] for seed, measure_row in row_by_seed.items()}
+        ),
+        "after": summarise_over_seeds(
+            {seed: measure_row["after"] for seed, measure_row in row_by_seed.items()}
+        ),
+        "change": combined_change,
+        "outcomes": {seed: measure_row["outcome"] for seed, measure_row in row_by_seed.items()},
     }
 
 
@@ -108,32 +118,39 @@ def table(metrics: dict) -> list[list[str]]:
     Args: metrics: result of `gather`.
     """
     seed_texts = [str(seed) for seed in metrics["seeds"]]
-    table_rows = [["what", *(f"seed {name}" for name in seed_texts), "mean ± sd"]]
-    for name, (_, text, number_format) in TABLE_METRICS.items():
-        if name in metrics:
-            metric = metrics[name]
+    table_rows = [["what", *(f"seed {metric_name}" for metric_name in seed_texts), "mean ± sd"]]
+    for metric_name, (_, row_text, number_format) in TABLE_METRICS.items():
+        if metric_name in metrics:
+            metric = metrics[metric_name]
             outcomes = metric.get("outcomes", {})  # only the Fréchet ratio has any
-            cells = [
+            cell_texts = [
                 f"{metric['by_seed'][seed]:{number_format}} {outcomes.get(seed, '')}".strip()
                 for seed in seed_texts
             ]
             # A standard deviation is never negative, so its format has no sign.
             table_rows.append(
                 [
-                    text,
-                    *cells,
+                    row_text,
+                    *cell_texts,
                     f"{metric['mean']:{number_format}} ± {metric['std']:{number_format.lstrip('+')}}",
                 ]
             )
     for measure_row in metrics["geometry"]:
-        change = measure_row["change"]
-        text = f"{measure_row['name']}, change" + (
+        combined_change = measure_row["change"]
+        row_text = f"{measure_row['name']}, change" + (
             " (higher is better)" if measure_row["higher_is_better"] else ""
         )
-        cells = [f"{change['by_seed'][seed]:+.3g} {measure_row['outcomes'][seed]}" for seed in seed_texts]
-        table_rows.append([text, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
-    alarms = metrics["over_optimisation"]
-    return [*table_rows, ["alarms of the monitor", *(str(alarms[seed]) for seed in seed_texts), ""]]
+        cell_texts = [
+            f"{combined_change['by_seed'][seed]:+.3g} {measure_row['outcomes'][seed]}" for seed in seed_texts
+        ]
+        table_rows.append(
+            [row_text, *cell_texts, f"{combined_change['mean']:+.3g} ± {combined_change['std']:.2g}"]
+        )
+    alarm_count_by_seed = metrics["over_optimisation"]
+    return [
+        *table_rows,
+        ["alarms of the monitor", *(str(alarm_count_by_seed[seed]) for seed in seed_texts), ""],
+    ]
 
 
 def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, Part]:
@@ -153,8 +170,9 @@ def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, P
     ]
     if reserved_flags:
         raise ValueError(
-            f"seeds: {reserved_flags[0]} cannot be passed to train.py, since this command sets it for each"
-            " run. Use --seeds and --outdir of this command instead."
+            f"seeds: {reserved_flags[0]} cannot be among the flags for train.py, since this command controls"
+            " the seed, the folder, the resumption and the summary of each run. Remove this flag. Pass the"
+            " training seeds with --seeds of this command, and the folder with --outdir."
         )
     training_seeds = dict.fromkeys(parse_seeds(seeds))  # a seed that is named twice is run once
     return {
@@ -163,25 +181,29 @@ def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, P
     }
 
 
-def work(out: Path, parts: Mapping[str, Part], flags: Sequence[str]) -> dict:
+def work(parent_folder: Path, training_by_seed: Mapping[str, Part], flags: Sequence[str]) -> dict:
     """Run the demo with the seeds that are not finished, and write <out>/summary.json.
 
     Args:
-        parts: the run of each seed, as `trainings` returns them.
+        training_by_seed: the run of each seed, as `list_runs` returns them.
         flags: flags of the command, which the summary records.
 
     Returns: the content of <out>/summary.json.
     """
-    for seed, part in parts.items():
-        make_in_terminal(f"seed {seed}", part)
-    run_folders = {
-        seed: str(part.run.relative_to(out)) for seed, part in parts.items() if part.run is not None
+    for seed, training in training_by_seed.items():
+        make_in_terminal(f"seed {seed}", training)
+    run_folder_by_seed = {
+        seed: str(training.run.relative_to(parent_folder))
+        for seed, training in training_by_seed.items()
+        if training.run is not None
     }
     # Runs that version 0.1 finished are not repeated. Their summaries get the keys of this version.
-    records = {
-        seed: version_0_1.summary(json.loads((out / run / SUMMARY).read_text()))
-        for seed, run in run_folders.items()
+    summary_by_seed = {
+        seed: version_0_1.summary(json.loads((parent_folder / run_folder / SUMMARY).read_text()))
+        for seed, run_folder in run_folder_by_seed.items()
     }
-    metrics = {**gather(records), "runs": run_folders, "flags": list(flags)}
-    storage.write_atomic(out / SUMMARY, (json.dumps(metrics, indent=1, sort_keys=True) + "\n").encode())
-    return metrics
+    summary_of_seeds = {**gather(summary_by_seed), "runs": run_folder_by_seed, "flags": list(flags)}
+    storage.write_atomic(
+        parent_folder / SUMMARY, (json.dumps(summary_of_seeds, indent=1, sort_keys=True) + "\n").encode()
+    )
+    return summary_of_seeds

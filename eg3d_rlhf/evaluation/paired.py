@@ -35,12 +35,14 @@ def contains_zero(lo: float, hi: float) -> bool:
     return lo <= 0 <= hi
 
 
-def compute_means(values: Mapping[str, np.ndarray]) -> dict[str, dict]:
+def compute_means(values_by_role: Mapping[str, np.ndarray]) -> dict[str, dict]:
     """Return the mean and its bootstrap interval of each role's values [N].
 
-    A role is a key of `values`: the name of a network, an arm or a region.
+    A role is a key of `values_by_role`: the name of a network, an arm or a region.
     """
-    return {role: bootstrap_mean_interval(role_values)._asdict() for role, role_values in values.items()}
+    return {
+        role: bootstrap_mean_interval(role_values)._asdict() for role, role_values in values_by_role.items()
+    }
 
 
 def compute_column_means(values: np.ndarray) -> list[dict]:
@@ -49,34 +51,36 @@ def compute_column_means(values: np.ndarray) -> list[dict]:
 
 
 def compute_paired_changes(
-    values: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None
+    values_by_role: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None
 ) -> dict[str, dict]:
     """Summarise the paired changes of the same items from the base role to other roles.
 
     Args:
-        values: values [N] of each role.
+        values_by_role: values [N] of each role.
         base: role from which the changes are measured.
-        roles: roles to which the changes are measured; None: all other roles.
+        roles: roles to which the changes are measured; None selects all roles except `base`.
     """
     return {
-        role: paired_summary(values[base], role_values)._asdict()
-        for role, role_values in values.items()
-        if role != base and role in (roles or values)
+        role: paired_summary(values_by_role[base], role_values)._asdict()
+        for role, role_values in values_by_role.items()
+        if role != base and role in (roles or values_by_role)
     }
 
 
-def make_seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[dict]:
+def make_seed_rows(seeds: Sequence[int], values_by_column: Mapping[str, np.ndarray]) -> list[dict]:
     """Return a table with one row for each seed.
 
-    Args: columns: values [N] by the name of the column. Values that are not finite become None.
+    Args: values_by_column: values [N] by the name of the column. Values that are not finite become None.
     """
     return [
         {
             "seed": seed,
             # JSON has no NaN, so a value that could not be measured becomes null
             **{
-                name: float(column[latent_index]) if np.isfinite(column[latent_index]) else None
-                for name, column in columns.items()
+                column_name: float(column_values[latent_index])
+                if np.isfinite(column_values[latent_index])
+                else None
+                for column_name, column_values in values_by_column.items()
             },
         }
         for latent_index, seed in enumerate(seeds)
@@ -87,7 +91,7 @@ def compare(
     comparison: Comparison,
     seeds: Sequence[int],
     measured_by_role: Mapping[str, Any],
-    table: Sequence[Measure],
+    measures: Sequence[Measure],
     notes: Sequence[str] = (),
     **more_data,
 ) -> Finding:
@@ -98,21 +102,21 @@ def compare(
     Args:
         seeds: seeds of the N latents.
         measured_by_role: role -> the object from which the measures read their values [N].
-        table: measures to compare.
+        measures: measures to compare.
         notes: sentences that follow the sentences about the measures.
         more_data: further entries of the finding's data.
     """
-    values = {
+    values_by_measure = {
         measure: {role: measure.values(role_measured) for role, role_measured in measured_by_role.items()}
-        for measure in table
+        for measure in measures
     }
-    measures = {}  # statistics by measure
-    for measure, by_role in values.items():
+    statistics_by_measure = {}  # statistics by measure
+    for measure, values_by_role in values_by_measure.items():
         # [roles, N] -> [N]: a paired change needs a latent that has the measure in every role
-        is_finite = np.isfinite(list(by_role.values())).all(axis=0)
-        finite_values = {role: role_values[is_finite] for role, role_values in by_role.items()}
+        is_finite = np.isfinite(list(values_by_role.values())).all(axis=0)
+        finite_values = {role: role_values[is_finite] for role, role_values in values_by_role.items()}
         has_interval = is_finite.sum() >= 2  # an interval over latents needs two
-        measures[measure.name] = {
+        statistics_by_measure[measure.name] = {
             "unit": measure.unit,
             "n": int(is_finite.sum()),
             "values": {role: role_values.tolist() for role, role_values in finite_values.items()},
@@ -120,16 +124,16 @@ def compare(
             "paired": compute_paired_changes(finite_values) if has_interval else {},
         }
     # the rows keep every latent, also those that a measure leaves out
-    columns = {
+    values_by_column = {
         f"{measure.name} {role}": role_values
-        for measure, by_role in values.items()
-        for role, role_values in by_role.items()
+        for measure, values_by_role in values_by_measure.items()
+        for role, role_values in values_by_role.items()
     }
     return Finding(
         facts=comparison.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"),
-        data={"measures": measures, "seeds": list(seeds), **more_data},
-        rows=make_seed_rows(seeds, columns),
-        says=[*(_sentence(measure, measures[measure.name]) for measure in table), *notes],
+        data={"measures": statistics_by_measure, "seeds": list(seeds), **more_data},
+        rows=make_seed_rows(seeds, values_by_column),
+        says=[*(_sentence(measure, statistics_by_measure[measure.name]) for measure in measures), *notes],
     )
 
 
@@ -138,45 +142,50 @@ def _sentence(measure: Measure, measure_data: Mapping) -> str:
 
     Args: measure_data: entry of the measure in the data that `compare` returns.
     """
-    name = measure.name
+    measure_name = measure.name
     if not measure_data["paired"]:
-        return f"{name}: not measured, since fewer than two latents have it in every network."
-    means = measure_data["means"]
+        return f"{measure_name}: not measured, since fewer than two latents have it in every network."
+    mean_by_role = measure_data["means"]
     # The change of the tuned network decides the outcome; the control's change is only stated.
-    change = measure_data["paired"]["after"]
+    tuned_change = measure_data["paired"]["after"]
     change_text_by_role = {
         role: span(role_change["mean"], role_change["mean_lo"], role_change["mean_hi"], "+.3g")
         for role, role_change in measure_data["paired"].items()
     }
-    if contains_zero(change["mean_lo"], change["mean_hi"]):
+    if contains_zero(tuned_change["mean_lo"], tuned_change["mean_hi"]):
         # An interval from 0 to 0 means that no latent has changed at all.
-        meaning = ": no change" if change["mean_lo"] == change["mean_hi"] == 0 else ": no change is shown"
+        outcome_text = (
+            ": no change"
+            if tuned_change["mean_lo"] == tuned_change["mean_hi"] == 0
+            else ": no change is shown"
+        )
     else:
-        direction = "lower" if change["mean_hi"] < 0 else "higher"
+        direction = "lower" if tuned_change["mean_hi"] < 0 else "higher"
         # A measure that has no better direction gets no outcome.
-        meaning = (
-            f": {direction}, which is {measure.outcome(change['mean_lo'], change['mean_hi'])}"
+        outcome_text = (
+            f": {direction}, which is {measure.outcome(tuned_change['mean_lo'], tuned_change['mean_hi'])}"
             if measure.better
             else ""
         )
-    means_text = f"{means['before']['mean']:.4g} before, {means['after']['mean']:.4g} after"
+    means_text = f"{mean_by_role['before']['mean']:.4g} before, {mean_by_role['after']['mean']:.4g} after"
     control_text = f"; control {change_text_by_role['control']}" if "control" in change_text_by_role else ""
     return (
-        f"{name} ({measure_data['unit']}): {means_text}, paired {change_text_by_role['after']}{meaning}"
+        f"{measure_name} ({measure_data['unit']}): {means_text}, paired"
+        f" {change_text_by_role['after']}{outcome_text}"
         f"{control_text}."
     )
 
 
-def plot_values(data: dict):
+def plot_values(finding_data: dict):
     """Plot each measure of every latent, and its means with their intervals, over the networks.
 
     A grey line joins the values of one latent.
     """
-    count = len(data["measures"])
-    figure, axes = style.grid(count, 2.9)  # one panel for each measure
-    for axis, (name, measure) in zip(axes, data["measures"].items(), strict=True):
-        roles = list(measure["values"])
-        for latent_values in zip(*measure["values"].values(), strict=True):
+    measure_count = len(finding_data["measures"])
+    figure, axes = style.grid(measure_count, 2.9)  # one panel for each measure
+    for axis, (measure_name, measure_data) in zip(axes, finding_data["measures"].items(), strict=True):
+        roles = list(measure_data["values"])
+        for latent_values in zip(*measure_data["values"].values(), strict=True):
             axis.plot(
                 range(len(roles)),
                 latent_values,
@@ -186,36 +195,36 @@ def plot_values(data: dict):
                 markersize=2.5,
                 alpha=0.5,
             )
-        for role_index, (role, mean) in enumerate(measure["means"].items()):
-            style.interval(axis, role_index, mean, role, fmt="D", markersize=5, capsize=5)
+        for role_index, (role, mean_interval) in enumerate(measure_data["means"].items()):
+            style.interval(axis, role_index, mean_interval, role, fmt="D", markersize=5, capsize=5)
         axis.set_xticks(range(len(roles)), roles)
-        if not any(map(any, measure["values"].values())):
+        if not any(map(any, measure_data["values"].values())):
             # Every value is zero, around which matplotlib's automatic limits would be tiny.
             axis.set_ylim(-0.05, 1)
-        axis.set(ylabel=measure["unit"], title=name, xlim=(-0.5, len(roles) - 0.5))
+        axis.set(ylabel=measure_data["unit"], title=measure_name, xlim=(-0.5, len(roles) - 0.5))
     return figure
 
 
-def plot_changes(data: dict):
+def plot_changes(finding_data: dict):
     """Plot the paired changes with their intervals, in standard deviations of the values before tuning."""
-    names = list(data["measures"])
-    figure, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))  # inches
+    measure_names = list(finding_data["measures"])
+    figure, axes = style.figure(size=(9.4, 0.45 * len(measure_names) + 1.2))  # inches
     # All measures have the same roles.
-    roles = list(data["measures"][names[0]]["paired"])
+    roles = list(finding_data["measures"][measure_names[0]]["paired"])
     for role_index, role in enumerate(roles):
-        for measure_index, name in enumerate(names):
-            measure = data["measures"][name]
-            change = measure["paired"][role]
-            scale = float(np.std(measure["values"]["before"]))
+        for measure_index, measure_name in enumerate(measure_names):
+            measure_data = finding_data["measures"][measure_name]
+            paired_change = measure_data["paired"][role]
+            scale_before = float(np.std(measure_data["values"]["before"]))
             # If the measure is constant before, its scale is taken from this role; if it is constant there as
             # well, the change is plotted in the measure's own unit.
-            scale = scale or float(np.std(measure["values"][role])) or 1.0
+            scale_before = scale_before or float(np.std(measure_data["values"][role])) or 1.0
             axes.errorbar(
-                [change["mean"] / scale],
+                [paired_change["mean"] / scale_before],
                 [
                     measure_index + 0.18 * (role_index - (len(roles) - 1) / 2)
                 ],  # roles side by side, centred on the measure's row
-                xerr=np.divide(style.errors(change, lo="mean_lo", hi="mean_hi"), scale),
+                xerr=np.divide(style.errors(paired_change, lo="mean_lo", hi="mean_hi"), scale_before),
                 fmt="o",
                 capsize=3,
                 markersize=4,
@@ -223,7 +232,7 @@ def plot_changes(data: dict):
                 label=role if measure_index == 0 else None,
             )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(measure_names)), measure_names)
     axes.invert_yaxis()
     axes.set(
         xlabel="paired change, in standard deviations between latents before",

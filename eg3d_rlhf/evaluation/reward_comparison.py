@@ -53,29 +53,31 @@ def reward_path(out: Path, name: str) -> Path:
     return bundled.REWARD if ENTRIES[name].train is None else out / name / "reward" / "reward.safetensors"
 
 
-def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float) -> dict[str, Part]:
+def parts_of(
+    parent_folder: Path, reward_name: str, seeds: Sequence[int], full: bool, kimg: float
+) -> dict[str, Part]:
     """Return the steps that train a reward and tune the generator by it, in the order in which they run.
 
     Args:
-        out: parent of all folders.
-        name: name of the reward in ENTRIES.
+        parent_folder: parent of all folders.
+        reward_name: name of the reward in ENTRIES.
         seeds: training seeds of tuning.
-        full: True: full training of the reward; False: short training.
+        full: True for the full training of the reward, False for the short one.
         kimg: length of tuning, in thousands of images.
     """
-    reward_entry = ENTRIES[name]
-    folder = out / name
+    reward_entry = ENTRIES[reward_name]
+    reward_folder = parent_folder / reward_name
     script_by_part: dict[str, tuple[str, list[str]]] = {}
     if reward_entry.label:
         script_by_part["label"] = (
             PACKAGE,
-            ["label", "synthetic", *reward_entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"],
+            ["label", "synthetic", *reward_entry.label, f"--out={reward_folder / 'label' / 'labels.jsonl'}"],
         )
     if reward_entry.train is not None:
         # If the reward is trained on its own labels, the bundled pairs are still passed: they select the best
         # epoch, and measure the accuracy.
         label_flags = (
-            [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"]
+            [f"--labels={BUNDLED_LABELS}", f"--unpaired={reward_folder / 'label' / 'labels.jsonl'}"]
             if reward_entry.label
             else []
         )
@@ -85,20 +87,20 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
                 *reward_entry.train,
                 *label_flags,
                 *(() if full else reward_entry.short),
-                f"--run-dir={folder / 'reward'}",
+                f"--run-dir={reward_folder / 'reward'}",
             ],
         )
     flags = [
         *reward_entry.tune,
-        f"--reward-ckpt={reward_path(out, name)}",
+        f"--reward-ckpt={reward_path(parent_folder, reward_name)}",
         f"--heldout-reward={bundled.HELDOUT_REWARD}",
         f"--kimg={kimg:g}",
         "--no-summary",  # since this report measures the networks
     ]
     script_by_part |= {f"seed{seed}": (TRAIN, [*flags, f"--seed={seed}"]) for seed in seeds}
     return {
-        part: Part(f"{name}, {part}", folder / part, script, tuple(flags))
-        for part, (script, flags) in script_by_part.items()
+        part_name: Part(f"{reward_name}, {part_name}", reward_folder / part_name, script, tuple(flags))
+        for part_name, (script, flags) in script_by_part.items()
     }
 
 
@@ -108,28 +110,31 @@ def measure_tuning(comparison: Comparison) -> dict:
     return (
         reward_shift(comparison)
         | blind_pairs(comparison)
-        | {name: head_metrics[name] for name in HEADS}
+        | {metric_name: head_metrics[metric_name] for metric_name in HEADS}
         | {"frechet_ratio": frechet(comparison)["frechet_ratio"]}
     )
 
 
 def record(
-    reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float
+    reward: Reward,
+    tuning_metrics: Sequence[Mapping],
+    seconds_by_part: Mapping[str, float],
+    peak_megabytes: float,
 ) -> dict:
     """Combine the measurements of a reward into its entry in rewards.json.
 
     Args:
         reward: the reward.
-        tunings: result of `measure_tuning` for each training seed.
-        seconds: duration of each step.
-        megabytes: largest peak memory of a step.
+        tuning_metrics: result of `measure_tuning` for each training seed.
+        seconds_by_part: duration of each step.
+        peak_megabytes: largest peak memory of a step.
 
     Raises: ValueError if the file of the reward does not state its accuracy on held-out pairs.
     """
     # Simulated labels also record the noise-free order. The accuracy against this order does not contain the
     # noise of the labels, so it is preferred.
     clean_accuracy, label_accuracy = (
-        reward.provenance.get(name) for name in ("test_accuracy_clean", "test_accuracy")
+        reward.provenance.get(metric_name) for metric_name in ("test_accuracy_clean", "test_accuracy")
     )
     test_accuracy = clean_accuracy or label_accuracy  # with its interval and the number of pairs
     if test_accuracy is None:
@@ -137,16 +142,26 @@ def record(
             "The file of the reward does not state its accuracy on held-out pairs. Train the reward with"
             " tools/train_reward.py, which records it."
         )
-    win_rate = sum(tuning["win_rate"] for tuning in tunings) / len(tunings)
-    latent_count = tunings[0]["win_rate_n"]
+    win_rate = sum(seed_metrics["win_rate"] for seed_metrics in tuning_metrics) / len(tuning_metrics)
+    latent_count = tuning_metrics[0]["win_rate_n"]
     # With one seed, this is the interval over latents; with several seeds, the range over seeds.
     win_rate_range = (
-        [tunings[0]["win_rate_ci95"][0], tunings[0]["win_rate_ci95"][1]]
-        if len(tunings) == 1
-        else [min(tuning["win_rate"] for tuning in tunings), max(tuning["win_rate"] for tuning in tunings)]
+        [tuning_metrics[0]["win_rate_ci95"][0], tuning_metrics[0]["win_rate_ci95"][1]]
+        if len(tuning_metrics) == 1
+        else [
+            min(seed_metrics["win_rate"] for seed_metrics in tuning_metrics),
+            max(seed_metrics["win_rate"] for seed_metrics in tuning_metrics),
+        ]
     )
     # A metric is None if no held-out head is defective, or if none is intact.
-    by_seed = {name: [tuning[name] for tuning in tunings if tuning[name] is not None] for name in BY_SEED}
+    values_by_metric = {
+        metric_name: [
+            seed_metrics[metric_name]
+            for seed_metrics in tuning_metrics
+            if seed_metrics[metric_name] is not None
+        ]
+        for metric_name in BY_SEED
+    }
     return {
         "accuracy": test_accuracy["accuracy"],
         "ci95": test_accuracy["interval_95"],
@@ -156,31 +171,41 @@ def record(
         "oracle_win_rate": win_rate,  # mean over training seeds
         "oracle_win_rate_range": win_rate_range,
         "oracle_n": latent_count,  # latents
-        **{name: float(np.mean(values)) if values else None for name, values in by_seed.items()},
-        **{f"{name}_by_seed": values for name, values in by_seed.items()},
-        "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings],
-        "rewards_n": tunings[0]["reward_delta_n"],
-        "seconds": sum(seconds.values()),
-        "seconds_by_part": dict(seconds),
-        "memory_mb": megabytes,
-        "seeds": len(tunings),  # number of training seeds
+        **{
+            metric_name: float(np.mean(seed_values)) if seed_values else None
+            for metric_name, seed_values in values_by_metric.items()
+        },
+        **{f"{metric_name}_by_seed": seed_values for metric_name, seed_values in values_by_metric.items()},
+        "rewards_up": [seed_metrics["reward_delta_positive"] for seed_metrics in tuning_metrics],
+        "rewards_n": tuning_metrics[0]["reward_delta_n"],
+        "seconds": sum(seconds_by_part.values()),
+        "seconds_by_part": dict(seconds_by_part),
+        "memory_mb": peak_megabytes,
+        "seeds": len(tuning_metrics),  # number of training seeds
     }
 
 
-def plot(data: Mapping):
+def plot(comparison_data: Mapping):
     """Plot each reward's accuracy on held-out pairs, and how often the oracle prefers the tuned shape.
 
     The oracle is the simulated annotator without noise.
     """
     # `plot_rates` reads rates under the names "win_rate" and "ci95".
-    accuracy = {
-        name: {"win_rate": row["accuracy"], "ci95": row["ci95"]} for name, row in data["rewards"].items()
+    accuracy_by_reward = {
+        reward_name: {"win_rate": reward_entry["accuracy"], "ci95": reward_entry["ci95"]}
+        for reward_name, reward_entry in comparison_data["rewards"].items()
     }
-    oracle = {
-        name: {"win_rate": row["oracle_win_rate"], "ci95": row["oracle_win_rate_range"]}
-        for name, row in data["rewards"].items()
+    oracle_rate_by_reward = {
+        reward_name: {
+            "win_rate": reward_entry["oracle_win_rate"],
+            "ci95": reward_entry["oracle_win_rate_range"],
+        }
+        for reward_name, reward_entry in comparison_data["rewards"].items()
     }
-    panels = [("accuracy on held-out pairs", accuracy), ("oracle prefers the tuned shape", oracle)]
+    panels = [
+        ("accuracy on held-out pairs", accuracy_by_reward),
+        ("oracle prefers the tuned shape", oracle_rate_by_reward),
+    ]
     return plot_rates(panels, "95 %, Wilson; with several training seeds the range of the oracle's rates")
 
 
@@ -197,110 +222,116 @@ COLUMNS = {  # key of a metric -> (heading of the table, format)
 }
 
 
-def markdown(data: Mapping) -> str:
+def markdown(comparison_data: Mapping) -> str:
     """Format rewards.md: the table, and the text that describes how it was made."""
-    arms = {
-        f"{name} ({ENTRIES[name].words})": {
-            **row,
-            "accuracy_ci95": row["ci95"],
-            "oracle_win_rate_ci95": row["oracle_win_rate_range"],
+    entry_by_heading = {
+        f"{reward_name} ({ENTRIES[reward_name].words})": {
+            **reward_entry,
+            "accuracy_ci95": reward_entry["ci95"],
+            "oracle_win_rate_ci95": reward_entry["oracle_win_rate_range"],
         }
-        for name, row in data["rewards"].items()
+        for reward_name, reward_entry in comparison_data["rewards"].items()
     }
-    table = figure_table("reward", arms, COLUMNS, intervals=("accuracy", "oracle_win_rate"))
+    table_lines = figure_table("reward", entry_by_heading, COLUMNS, intervals=("accuracy", "oracle_win_rate"))
     # All rewards have the same seeds, latents and held-out pairs, so the first row describes them.
-    first_row = next(iter(data["rewards"].values()))
-    text = (
-        f"{'Full' if data['full'] else 'Short'} table: {round(1000 * data['kimg'])} images of tuning,"
-        f" {first_row['seeds']} training seed(s). Accuracy is measured on {first_row['n']} held-out pairs."
-        f' "Rewards up" counts the latents, of {first_row["rewards_n"]}, whose reward rose.'
-        f" The oracle compares the shapes of {first_row['oracle_n']} latents, {seed_range(EVALUATION.seeds)},"
-        " at ψ 1. Brackets: Wilson 95 %; with several training seeds, the range of the oracle's rates. The"
-        " oracle is the simulated annotator without its noise: it applies the rule by which the labels of"
-        " every reward here were made."
+    first_entry = next(iter(comparison_data["rewards"].values()))
+    explanation = (
+        f"{'Full' if comparison_data['full'] else 'Short'} table: {round(1000 * comparison_data['kimg'])}"
+        f" images of tuning, {first_entry['seeds']} training seed(s). Accuracy is measured on"
+        f" {first_entry['n']} held-out pairs."
+        f' "Rewards up" counts the latents, of {first_entry["rewards_n"]}, whose reward rose.'
+        f" The oracle compares the shapes of {first_entry['oracle_n']} latents,"
+        f" {seed_range(EVALUATION.seeds)}, at ψ 1. Brackets: Wilson 95 %; with several training seeds, the"
+        " range of the oracle's rates. The oracle is the simulated annotator without its noise: it applies"
+        " the rule by which the labels of every reward here were made."
     )
-    return "\n".join(["# Every reward on the bundled heads", "", *table, "", text, ""])
+    return "\n".join(["# Every reward on the bundled heads", "", *table_lines, "", explanation, ""])
 
 
 def render_strip(
-    networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, options: ImageOptions = USUAL
+    generator_by_name: Mapping[str, LoadedGenerator],
+    seeds: Sequence[int],
+    psi: float,
+    image_options: ImageOptions = USUAL,
 ) -> np.ndarray:
     """Render the same latents from the back under every network.
 
     Args:
-        networks: networks by name.
+        generator_by_name: networks by name.
         seeds: seeds of the latents.
         psi: truncation.
 
     Returns: an image with a row for each network, uint8 [H, B, 3].
     """
     image_rows = []
-    for name, loaded in networks.items():
-        camera_label = camera(loaded.generator, *BACK_VIEW)
+    for network_name, loaded_generator in generator_by_name.items():
+        camera_label = camera(loaded_generator.generator, *BACK_VIEW)
         # ws [N, L, W] are split into N times [1, L, W], so that each field holds one shape.
         sides = [
-            Side.from_ws(loaded.generator, ws, options.resolution)
-            for ws in ws_of_seeds(loaded.generator, seeds, truncation_psi=psi).split(1)
+            Side.from_ws(loaded_generator.generator, ws, image_options.resolution)
+            for ws in ws_of_seeds(loaded_generator.generator, seeds, truncation_psi=psi).split(1)
         ]
         with torch.no_grad():
             # rendered with SUPERSAMPLE times the pixels and then reduced, to avoid aliasing
-            cells = [
-                to_uint8(shrink(paint(look(side.surface, camera_label, options.cell * SUPERSAMPLE))).cpu())
+            cell_images = [
+                to_uint8(
+                    shrink(paint(look(side.surface, camera_label, image_options.cell * SUPERSAMPLE))).cpu()
+                )
                 for side in sides
             ]
-        image_rows.append(Row(cells=cells, name=name))
+        image_rows.append(Row(cells=cell_images, name=network_name))
     return sheet("", image_rows, names=190)
 
 
 def measure_networks(
-    out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int
+    out: Path, parts_by_reward: Mapping[str, Mapping[str, Part]], jobs: int
 ) -> tuple[dict[str, dict], dict[str, LoadedGenerator], list[int]]:
     """Measure all tuned networks.
 
     Args:
         out: folder of the report.
-        plans: steps of each reward, as `parts_of` returns them.
+        parts_by_reward: steps of each reward, as `parts_of` returns them.
         jobs: number of networks that are measured at the same time.
 
-    Returns:
-        the entries of rewards.json by name of the reward;
-        the networks of the image: the network before tuning, and for each reward the one tuned with the first
-        training seed;
-        the seeds of the image, which are selected by the first reward's scores before tuning.
+    Returns: three values. The first maps the name of each reward to its entry in rewards.json. The second
+        maps names to the networks of the image: the network before tuning, and for each reward the network
+        that was tuned with the first training seed. The third holds the seeds of the image, which are
+        selected by the first reward's scores before tuning.
     """
     store = Store(out / "seen", renew=True)
     first_comparison_by_reward: dict[str, Comparison] = {}
 
-    def measure_reward(name: str) -> dict:
+    def measure_reward(reward_name: str) -> dict:
         """Measure the networks that were tuned by a reward, and return its entry in rewards.json."""
         tuning_metrics = []
-        for part in plans[name].values():
+        for part in parts_by_reward[reward_name].values():
             # Only the runs of train.py have a network to measure.
-            if part.script == TRAIN and (run := part.run) is not None:
-                comparison = load_comparison(Sources(run=run, after=run))
-                first_comparison_by_reward.setdefault(
-                    name, comparison
-                )  # the image shows the first training seed
+            if part.script == TRAIN and (run_folder := part.run) is not None:
+                comparison = load_comparison(Sources(run=run_folder, after=run_folder))
+                # the image shows the first training seed
+                first_comparison_by_reward.setdefault(reward_name, comparison)
                 # The hash contains the metrics' names of version 0.1, so that its stored results are found.
-                inputs = {
+                store_inputs = {
                     "before": comparison.before.hash,
                     "after": comparison.after.hash,
                     "figures": sorted(map(version_0_1.former, BY_SEED)),
                 }
-                artefact = store.make("tuned", inputs, partial(_measure_for_store, comparison))
+                artefact = store.make("tuned", store_inputs, partial(_measure_for_store, comparison))
                 tuning_metrics.append(version_0_1.figures_of_tuning(artefact.record))
-        costs = {
-            key: finished_artefact.record
-            for key, part in plans[name].items()
+        cost_by_part = {
+            part_name: finished_artefact.record
+            for part_name, part in parts_by_reward[reward_name].items()
             if (finished_artefact := part.artefact())
         }
-        seconds = {key: cost["seconds"] for key, cost in costs.items()}
-        reward = load_reward(reward_path(out, name), "cpu")
-        return record(reward, tuning_metrics, seconds, max(cost["megabytes"] for cost in costs.values()))
+        seconds_by_part = {part_name: cost["seconds"] for part_name, cost in cost_by_part.items()}
+        reward = load_reward(reward_path(out, reward_name), "cpu")
+        return record(
+            reward, tuning_metrics, seconds_by_part, max(cost["megabytes"] for cost in cost_by_part.values())
+        )
 
-    with tqdm(total=len(plans), desc="effect of tuning", unit="reward") as bar:
-        entries = run_tasks(
-            {name: [] for name in plans},
+    with tqdm(total=len(parts_by_reward), desc="effect of tuning", unit="reward") as bar:
+        entry_by_reward = run_tasks(
+            {reward_name: [] for reward_name in parts_by_reward},
             lambda: measure_reward,
             (),
             jobs,
@@ -309,44 +340,56 @@ def measure_networks(
             # With a `stop` function the tasks run in threads, which share the loaded networks.
             stop=lambda: None,
         )
-    shown_comparison = first_comparison_by_reward[next(iter(plans))]
-    networks = {
+    shown_comparison = first_comparison_by_reward[next(iter(parts_by_reward))]
+    generator_by_name = {
         "before": shown_comparison.before,
-        **{name: first_comparison_by_reward[name].after for name in plans},
+        **{reward_name: first_comparison_by_reward[reward_name].after for reward_name in parts_by_reward},
     }
-    return {name: entries[name] for name in plans}, networks, choose_latents(shown_comparison)
+    return (
+        {reward_name: entry_by_reward[reward_name] for reward_name in parts_by_reward},
+        generator_by_name,
+        choose_latents(shown_comparison),
+    )
 
 
 def _measure_for_store(comparison: Comparison, _folder: Path) -> tuple[list[Path], dict]:
-    """Measure the effect of tuning, in the form that `Store.make` needs: no files, and a record."""
+    """Measure the effect of tuning, and return it as `Store.make` requires: a list of files, and a record.
+
+    The list is empty, since the measurement writes no files.
+    """
     return [], measure_tuning(comparison)
 
 
-def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) -> dict[str, dict[str, Part]]:
+def plans_of(
+    out: Path, reward_names: Sequence[str], seeds: Sequence[int], full: bool
+) -> dict[str, dict[str, Part]]:
     """Return for each reward the steps that train it and tune the generator by it, see `parts_of`."""
-    return {name: parts_of(out, name, seeds, full, tuning_kimg(full)) for name in names}
+    return {
+        reward_name: parts_of(out, reward_name, seeds, full, tuning_kimg(full))
+        for reward_name in reward_names
+    }
 
 
-def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
+def work(out: Path, reward_names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
     """Run the missing steps, and write rewards.json, rewards.md, rewards.png and rewards-latents.png.
 
     Args:
         out: folder of the report.
-        names: names of the rewards.
+        reward_names: names of the rewards.
         seeds: training seeds of tuning.
-        full: True: full trainings; False: short ones.
+        full: True for full trainings, False for short ones.
         jobs: number of steps that run at the same time.
 
     Returns: the paths of the four files.
     """
-    plans = plans_of(out, names, seeds, full)
+    parts_by_reward = plans_of(out, reward_names, seeds, full)
     # The cores are divided among the processes that run at the same time.
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # The longest chain starts first, so that the other processes do not wait for it at the end.
-    longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
-    chains = [list(plans[name].values()) for name in longest_first]
+    longest_first = sorted(parts_by_reward, key=lambda reward_name: -ENTRIES[reward_name].minutes)
+    chains = [list(parts_by_reward[reward_name].values()) for reward_name in longest_first]
     make_with_progress_bar(chains, jobs, threads, "rewards trained and tuned")
-    entries, networks, shown_seeds = measure_networks(out, plans, jobs)
-    write_atomic(out / IMAGE, png(render_strip(networks, shown_seeds, 1.0)))
-    data = {"rewards": entries, "full": full, "kimg": tuning_kimg(full)}
-    return [*write(data, out, "rewards", markdown, plot), out / IMAGE]
+    entry_by_reward, generator_by_name, shown_seeds = measure_networks(out, parts_by_reward, jobs)
+    write_atomic(out / IMAGE, png(render_strip(generator_by_name, shown_seeds, 1.0)))
+    comparison_data = {"rewards": entry_by_reward, "full": full, "kimg": tuning_kimg(full)}
+    return [*write(comparison_data, out, "rewards", markdown, plot), out / IMAGE]

@@ -43,7 +43,7 @@ from eg3d_rlhf.tuning.gan.phase import density_l1
 PSIS = (0.25, 0.5, 0.7, 1.0)  # truncations over which the mean reward is plotted
 ROLES = ("before", "after", "reward")
 RANK_PSIS = (0.7, 0.25)  # truncations between which ranks are compared
-FEWEST = 3  # least number of networks for a slope, with the one before tuning
+MIN_NETWORKS = 3  # smallest number of networks for a slope, including the network before tuning
 
 
 def jobs(comparison: Comparison) -> list[Job]:
@@ -81,68 +81,79 @@ def trajectories_job(comparison: Comparison) -> Job:
     If the tuned run has too few snapshots, the returned job only explains what is missing.
     """
     snapshots_by_role = {role: comparison.snapshots(role) for role in ("after", "control")}
-    key = "trajectories"
-    title = "Reward of fixed latents over training"
+    job_key = "trajectories"
+    job_title = "Reward of fixed latents over training"
     # + 1: the network before tuning is the first point of the trajectory
-    if len(snapshots_by_role["after"]) + 1 < FEWEST:
+    if len(snapshots_by_role["after"]) + 1 < MIN_NETWORKS:
         searched_folder = (
             f" in {comparison.run.name}" if comparison.run is not None else " (no run folder was named)"
         )
         return comparison.absent(
-            key,
-            title,
-            f"A trajectory needs {FEWEST - 1} snapshots of the tuned run;"
+            job_key,
+            job_title,
+            f"A trajectory needs {MIN_NETWORKS - 1} snapshots of the tuned run;"
             f" {len(snapshots_by_role['after'])} were found{searched_folder}. Train with --snap=1, which"
             " keeps a snapshot per tick, and pass the run's folder to --run.",
         )
     # hashes of the snapshots are inputs: a run that has new ones is measured again
-    files = {
-        role: {f"{kimg:g}": file_hash(path) for kimg, path in snapshots}
+    hashes_by_role = {
+        role: {f"{kimg:g}": file_hash(snapshot_path) for kimg, snapshot_path in snapshots}
         for role, snapshots in snapshots_by_role.items()
     }
     plots = {"trajectories": plot_trajectories, "slopes": plot_slopes}
-    return comparison.job(key, title, trajectories, plots, ("before", "reward"), n=comparison.n, files=files)
+    return comparison.job(
+        job_key, job_title, trajectories, plots, ("before", "reward"), n=comparison.n, files=hashes_by_role
+    )
 
 
 def shift(comparison: Comparison, _folder: Path) -> Finding:
     """Compute the paired changes of the reward, and fit a line to the final over the initial reward."""
     seeds = comparison.seeds()  # of the held-out latents
     # float64, so that the statistics add no rounding of their own
-    scores = {
+    scores_by_role = {
         role: comparison.scores(generator, seeds).double().numpy()
         for role, generator in comparison.generators().items()
     }
-    paired = compute_paired_changes(scores)  # change from "before" to each other role
-    fitted_lines = {role: statistics.fit_line(scores["before"], scores[role])._asdict() for role in paired}
-    rows = make_seed_rows(
-        seeds, {**scores, **{f"delta_{role}": scores[role] - scores["before"] for role in paired}}
+    change_by_role = compute_paired_changes(scores_by_role)  # change from "before" to each other role
+    line_by_role = {
+        role: statistics.fit_line(scores_by_role["before"], scores_by_role[role])._asdict()
+        for role in change_by_role
+    }
+    table_rows = make_seed_rows(
+        seeds,
+        {
+            **scores_by_role,
+            **{f"delta_{role}": scores_by_role[role] - scores_by_role["before"] for role in change_by_role},
+        },
     )
     # everything that the plots read; they see no tensors
-    data = {
-        "scores": {role: values.tolist() for role, values in scores.items()},
-        "paired": paired,
-        "lines": fitted_lines,
+    finding_data = {
+        "scores": {role: role_scores.tolist() for role, role_scores in scores_by_role.items()},
+        "paired": change_by_role,
+        "lines": line_by_role,
     }
     facts = comparison.facts(
         seeds,
         ("before", "after", "control", "reward"),
         f"mean: {BOOTSTRAP}; share: Wilson; {statistics.LINE_INTERVAL}",
     )
-    return Finding(facts=facts, data=data, rows=rows, says=_describe_shift(paired, fitted_lines))
+    return Finding(
+        facts=facts, data=finding_data, rows=table_rows, says=_describe_shift(change_by_role, line_by_role)
+    )
 
 
-def _describe_shift(paired: dict, fitted_lines: dict) -> list[str]:
+def _describe_shift(change_by_role: dict, line_by_role: dict) -> list[str]:
     """Describe the change of the reward in sentences."""
-    tuned_change = paired["after"]
-    fitted_line = fitted_lines["after"]
-    delta = span(tuned_change["mean"], tuned_change["mean_lo"], tuned_change["mean_hi"])
-    rising_share = span(
+    tuned_change = change_by_role["after"]
+    fitted_line = line_by_role["after"]
+    change_text = span(tuned_change["mean"], tuned_change["mean_lo"], tuned_change["mean_hi"])
+    rising_share_text = span(
         tuned_change["positive_rate"], tuned_change["positive_lo"], tuned_change["positive_hi"], ".3f"
     )
     sentences = [
         (
-            f"The reward changes by {delta} on average; it rises for {tuned_change['positive']} of"
-            f" {tuned_change['n']} latents (share {rising_share})."
+            f"The reward changes by {change_text} on average; it rises for {tuned_change['positive']} of"
+            f" {tuned_change['n']} latents (share {rising_share_text})."
         ),
         (
             "The run optimised this reward. Its rise shows that the optimisation worked; it does not show"
@@ -167,9 +178,9 @@ def _describe_shift(paired: dict, fitted_lines: dict) -> list[str]:
         "Final against initial reward has slope"
         f" {span(fitted_line['slope'], fitted_line['lo'], fitted_line['hi'])}: {order_result}."
     )
-    if "control" not in paired:
+    if "control" not in change_by_role:
         return [*sentences, NO_CONTROL]
-    control_change = paired["control"]
+    control_change = change_by_role["control"]
     # 1e-12 avoids a division by zero for a run whose mean change is exactly zero
     relative_change = abs(control_change["mean"]) / max(abs(tuned_change["mean"]), 1e-12)
     small_shift_result = (
@@ -185,8 +196,8 @@ def _describe_shift(paired: dict, fitted_lines: dict) -> list[str]:
         (
             "In the control the mean change is"
             f" {span(control_change['mean'], control_change['mean_lo'], control_change['mean_hi'])},"
-            f" {relative_change:.1%} of"
-            f" the tuned one: {small_shift_result if relative_change < 0.1 else large_shift_result}."
+            f" {relative_change:.1%} of the tuned one:"
+            f" {small_shift_result if relative_change < 0.1 else large_shift_result}."
         ),
     ]
 
@@ -194,23 +205,32 @@ def _describe_shift(paired: dict, fitted_lines: dict) -> list[str]:
 def over_psi(comparison: Comparison, _folder: Path) -> Finding:
     """Compute the mean reward at each truncation, before and after tuning."""
     seeds = comparison.seeds()  # N held-out latents
-    rows = []
+    psi_rows = []
     for role in ("before", "after"):
         for psi in PSIS:
-            values = comparison.scores(comparison.generators()[role], seeds, psi).double().numpy()
-            mean, lo, hi = bootstrap_mean_interval(values)  # over latents
-            rows.append(
-                {"role": role, "psi": psi, "mean": mean, "lo": lo, "hi": hi, "std": float(values.std(ddof=1))}
+            psi_scores = comparison.scores(comparison.generators()[role], seeds, psi).double().numpy()
+            mean_score, mean_low, mean_high = bootstrap_mean_interval(psi_scores)  # over latents
+            psi_rows.append(
+                {
+                    "role": role,
+                    "psi": psi,
+                    "mean": mean_score,
+                    "lo": mean_low,
+                    "hi": mean_high,
+                    "std": float(psi_scores.std(ddof=1)),
+                }
             )
     # role -> row of the truncation with the highest mean reward
-    best = {}
+    best_row_by_role = {}
     for role in ("before", "after"):
-        best[role] = max((row for row in rows if row["role"] == role), key=lambda row: row["mean"])
+        best_row_by_role[role] = max(
+            (psi_row for psi_row in psi_rows if psi_row["role"] == role), key=lambda psi_row: psi_row["mean"]
+        )
     sentences = [
         (
-            f"Highest mean reward: before at ψ = {best['before']['psi']:g} ({best['before']['mean']:.2f}),"
-            f" after at ψ = {best['after']['psi']:g} ({best['after']['mean']:.2f}). Only the listed"
-            " truncations were tried."
+            f"Highest mean reward: before at ψ = {best_row_by_role['before']['psi']:g}"
+            f" ({best_row_by_role['before']['mean']:.2f}), after at ψ = {best_row_by_role['after']['psi']:g}"
+            f" ({best_row_by_role['after']['mean']:.2f}). Only the listed truncations were tried."
         ),
         (
             "Truncation pulls shapes towards the mean shape, so a reward that rises as ψ falls prefers"
@@ -220,8 +240,8 @@ def over_psi(comparison: Comparison, _folder: Path) -> Finding:
     return Finding(
         # psi=None: several truncations are compared, so the facts state none
         facts=comparison.facts(seeds, ROLES, BOOTSTRAP, psi=None),
-        data={"rows": rows},
-        rows=rows,
+        data={"rows": psi_rows},
+        rows=psi_rows,
         says=sentences,
     )
 
@@ -229,101 +249,107 @@ def over_psi(comparison: Comparison, _folder: Path) -> Finding:
 def ranks(comparison: Comparison, _folder: Path) -> Finding:
     """Compute Spearman's rank correlation rho between the rewards of the same latents at two truncations."""
     seeds = comparison.seeds()  # N held-out latents
-    rho = {}  # by role
-    scores = {}  # by role: rewards at the two truncations
+    correlation_by_role = {}  # by role
+    scores_by_role = {}  # by role: rewards at the two truncations
     for role in ("before", "after"):
         high_scores, low_scores = (
             comparison.scores(comparison.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS
         )
-        scores[role] = [high_scores.tolist(), low_scores.tolist()]
-        rho[role] = statistics.spearman(high_scores, low_scores)._asdict()
-    high, low = RANK_PSIS
-    rows = [
+        scores_by_role[role] = [high_scores.tolist(), low_scores.tolist()]
+        correlation_by_role[role] = statistics.spearman(high_scores, low_scores)._asdict()
+    high_psi, low_psi = RANK_PSIS
+    table_rows = [
         {"role": role, "spearman": correlation["mean"], "lo": correlation["lo"], "hi": correlation["hi"]}
-        for role, correlation in rho.items()
+        for role, correlation in correlation_by_role.items()
     ]
     text_before, text_after = (
         span(correlation["mean"], correlation["lo"], correlation["hi"], ".3f")
-        for correlation in (rho["before"], rho["after"])
+        for correlation in (correlation_by_role["before"], correlation_by_role["after"])
     )
     sentences = [
-        f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {text_before}, after"
+        f"Spearman's rho between the rewards at ψ = {high_psi:g} and {low_psi:g}: before {text_before}, after"
         f" {text_after}.",
         (
             "Both rewards belong to the same latent, so agreement is expected. A rho below 1 means that"
             " truncation changes the order."
         ),
     ]
-    data = {"scores": scores, "rho": rho, "psis": RANK_PSIS}
+    finding_data = {"scores": scores_by_role, "rho": correlation_by_role, "psis": RANK_PSIS}
     return Finding(
         facts=comparison.facts(seeds, ROLES, statistics.RANK_INTERVAL, psi=None),
-        data=data,
-        rows=rows,
+        data=finding_data,
+        rows=table_rows,
         says=sentences,
     )
 
 
-def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
+def slope_summary(training_lengths: np.ndarray, reward_scores: np.ndarray) -> dict:
     """Fit the slope of each latent's reward over training, and summarise the slopes.
 
     Args:
-        times: length of training at each network, [T], in thousands of images (kimg).
-        values: rewards, [N, T].
+        training_lengths: length of training at each network, [T], in thousands of images (kimg).
+        reward_scores: rewards, [N, T].
 
     Returns: a dictionary with the slopes per kimg, their mean with its bootstrap interval, and the range of
         the middle 95 % of the slopes.
     """
-    slopes = statistics.slopes(times, values)  # [N]
-    mean, lo, hi = bootstrap_mean_interval(slopes)  # over latents
-    low, high = np.quantile(slopes, [0.025, 0.975])  # of single latents
+    slopes = statistics.slopes(training_lengths, reward_scores)  # [N]
+    mean_slope, mean_low, mean_high = bootstrap_mean_interval(slopes)  # over latents
+    spread_low, spread_high = np.quantile(slopes, [0.025, 0.975])  # of single latents
     return {
         "slopes": slopes.tolist(),
-        "mean": mean,
-        "mean_lo": lo,
-        "mean_hi": hi,
-        "spread_lo": float(low),  # of single latents, not of the mean
-        "spread_hi": float(high),
+        "mean": mean_slope,
+        "mean_lo": mean_low,
+        "mean_hi": mean_high,
+        "spread_lo": float(spread_low),  # of single latents, not of the mean
+        "spread_hi": float(spread_high),
     }
 
 
 def trajectories(comparison: Comparison, _folder: Path) -> Finding:
     """Score the same latents under every snapshot of the tuned run and of the control."""
-    roles: dict[str, dict] = {}
+    trajectory_by_role: dict[str, dict] = {}
     seeds = comparison.seeds()  # N held-out latents
-    rows = []
-    scores_before = (
-        comparison.scores(comparison.before, seeds).double().numpy()
-    )  # [N]; the first point of both trajectories
+    table_rows = []
+    # [N]; the first point of both trajectories
+    scores_before = comparison.scores(comparison.before, seeds).double().numpy()
     for role in ("after", "control"):
-        snapshots = [(kimg, path) for kimg, path in comparison.snapshots(role) if kimg > 0]
+        snapshots = [(kimg, snapshot_path) for kimg, snapshot_path in comparison.snapshots(role) if kimg > 0]
         # a control without enough snapshots is left out
-        if len(snapshots) + 1 < FEWEST:
+        if len(snapshots) + 1 < MIN_NETWORKS:
             continue
-        times = np.array(
-            [0.0, *(kimg for kimg, _ in snapshots)]
-        )  # [T]; both runs start from the same network
+        # [T]; both runs start from the same network
+        training_lengths = np.array([0.0, *(kimg for kimg, _ in snapshots)])
         # [N, T]
-        values = np.stack(
+        scores_by_snapshot = np.stack(
             [
                 scores_before,
-                *(comparison.scores(comparison.load(path), seeds).double().numpy() for _, path in snapshots),
+                *(
+                    comparison.scores(comparison.load(snapshot_path), seeds).double().numpy()
+                    for _, snapshot_path in snapshots
+                ),
             ],
             axis=1,
         )
-        mean_by_time = compute_column_means(values)
-        roles[role] = {
-            "kimg": times.tolist(),
-            "values": values.tolist(),
+        mean_by_time = compute_column_means(scores_by_snapshot)
+        trajectory_by_role[role] = {
+            "kimg": training_lengths.tolist(),
+            "values": scores_by_snapshot.tolist(),
             "means": mean_by_time,
-            **slope_summary(times, values),
+            **slope_summary(training_lengths, scores_by_snapshot),
         }
-        rows += [
+        table_rows += [
             {"role": role, "kimg": float(kimg_of_step), **step}
-            for kimg_of_step, step in zip(times, mean_by_time, strict=True)
+            for kimg_of_step, step in zip(training_lengths, mean_by_time, strict=True)
         ]
     interval = f"range of the middle 95 % of latents' least-squares slopes; mean slope: {BOOTSTRAP}"
     facts = comparison.facts(seeds, ("before", "after", "control", "reward"), interval)
-    return Finding(facts=facts, data={"roles": roles}, rows=rows, says=_describe_trajectories(roles))
+    return Finding(
+        facts=facts,
+        data={"roles": trajectory_by_role},
+        rows=table_rows,
+        says=_describe_trajectories(trajectory_by_role),
+    )
 
 
 def _describe_trajectories(slopes_by_role: dict) -> list[str]:
@@ -333,14 +359,13 @@ def _describe_trajectories(slopes_by_role: dict) -> list[str]:
     """
     sentences = []
     for role, slopes in slopes_by_role.items():
-        name = "tuned run" if role == "after" else role
+        run_name = "tuned run" if role == "after" else role
         contains_text = (
             "contains" if contains_zero(slopes["spread_lo"], slopes["spread_hi"]) else "does not contain"
         )
         sentences.append(
-            f"Slope of the {name}, reward per kimg: the middle 95 % of latents lie in"
-            f" [{slopes['spread_lo']:+.2f},"
-            f" {slopes['spread_hi']:+.2f}], which {contains_text} zero; mean"
+            f"Slope of the {run_name}, reward per kimg: the middle 95 % of latents lie in"
+            f" [{slopes['spread_lo']:+.2f}, {slopes['spread_hi']:+.2f}], which {contains_text} zero; mean"
             f" {span(slopes['mean'], slopes['mean_lo'], slopes['mean_hi'], '+.2f')}."
         )
     if "control" not in slopes_by_role:
@@ -362,16 +387,16 @@ def _describe_trajectories(slopes_by_role: dict) -> list[str]:
 
 
 @style.plot(xlabel="reward", ylabel="latents", title="Reward of held-out latents")
-def plot_histograms(axes, data: dict):
+def plot_histograms(axes, finding_data: dict):
     """Plot histograms of the reward before tuning, after tuning, and of the control."""
     # the same bins for all roles
-    edges = np.histogram_bin_edges(
-        np.concatenate([np.asarray(role_scores) for role_scores in data["scores"].values()]), bins=30
+    bin_edges = np.histogram_bin_edges(
+        np.concatenate([np.asarray(role_scores) for role_scores in finding_data["scores"].values()]), bins=30
     )
-    for role, values in data["scores"].items():
+    for role, latent_scores in finding_data["scores"].items():
         axes.hist(
-            values,
-            bins=edges,
+            latent_scores,
+            bins=bin_edges,
             histtype="step" if role == "control" else "stepfilled",  # an outline, so that it hides nothing
             alpha=1 if role == "control" else 0.6,
             color=style.colour(role),
@@ -383,29 +408,36 @@ def plot_histograms(axes, data: dict):
 @style.plot(
     xlabel="latents, in order of the change", ylabel="change of the reward", title="Change per latent"
 )
-def plot_deltas(axes, data: dict):
+def plot_deltas(axes, finding_data: dict):
     """Plot the change of every latent's reward, in ascending order."""
-    scores_before = np.asarray(data["scores"]["before"])
-    for role, change in data["paired"].items():
-        delta = np.sort(np.asarray(data["scores"][role]) - scores_before)  # ascending
+    scores_before = np.asarray(finding_data["scores"]["before"])
+    for role, paired_change in finding_data["paired"].items():
+        sorted_deltas = np.sort(np.asarray(finding_data["scores"][role]) - scores_before)  # ascending
         axes.plot(
-            np.arange(1, len(delta) + 1),
-            delta,
+            np.arange(1, len(sorted_deltas) + 1),
+            sorted_deltas,
             ".",
             markersize=3,
             color=style.colour(role),
-            label=f"{role}: {change['positive']}/{change['n']} rise",  # number of latents
+            label=f"{role}: {paired_change['positive']}/{paired_change['n']} rise",  # number of latents
         )
     axes.axhline(0, color=style.colour("noise"), linewidth=1)
 
 
 @style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
-def plot_lines(axes, data: dict):
+def plot_lines(axes, finding_data: dict):
     """Plot the final reward over the initial reward, with the fitted line of each role."""
-    scores_before = np.asarray(data["scores"]["before"])
+    scores_before = np.asarray(finding_data["scores"]["before"])
     reward_range = np.array([scores_before.min(), scores_before.max()])
-    for role, fitted_line in data["lines"].items():
-        axes.plot(scores_before, data["scores"][role], ".", markersize=4, alpha=0.6, color=style.colour(role))
+    for role, fitted_line in finding_data["lines"].items():
+        axes.plot(
+            scores_before,
+            finding_data["scores"][role],
+            ".",
+            markersize=4,
+            alpha=0.6,
+            color=style.colour(role),
+        )
         axes.plot(
             reward_range,
             fitted_line["intercept"] + fitted_line["slope"] * reward_range,
@@ -417,36 +449,37 @@ def plot_lines(axes, data: dict):
 
 
 @style.plot(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
-def plot_psi(axes, data: dict):
+def plot_psi(axes, finding_data: dict):
     """Plot the mean reward with its interval over the truncation ψ."""
     # dict.fromkeys removes repeated roles and keeps their order
-    for role in dict.fromkeys(row["role"] for row in data["rows"]):
-        rows = [row for row in data["rows"] if row["role"] == role]
-        style.band(axes, [row["psi"] for row in rows], rows, style.colour(role), role, markersize=3)
+    for role in dict.fromkeys(psi_row["role"] for psi_row in finding_data["rows"]):
+        role_rows = [psi_row for psi_row in finding_data["rows"] if psi_row["role"] == role]
+        style.band(
+            axes, [psi_row["psi"] for psi_row in role_rows], role_rows, style.colour(role), role, markersize=3
+        )
 
 
-def plot_ranks(data: dict):
+def plot_ranks(finding_data: dict):
     """Plot the ranks of latents at one truncation against those at the other."""
     figure, axes = style.figure(columns=2)
-    high, low = data["psis"]
+    high_psi, low_psi = finding_data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
-        high_psi_ranks, low_psi_ranks = (
-            rankdata(values) for values in data["scores"][role]
-        )  # ties share their mean rank
-        rho = data["rho"][role]
+        # ties share their mean rank
+        high_psi_ranks, low_psi_ranks = (rankdata(psi_scores) for psi_scores in finding_data["scores"][role])
+        correlation = finding_data["rho"][role]
         axis.plot(high_psi_ranks, low_psi_ranks, ".", markersize=4, color=style.colour(role))
         axis.set(
-            xlabel=f"rank at ψ = {high:g}",
-            ylabel=f"rank at ψ = {low:g}",
-            title=f"{role}: rho {rho['mean']:.2f} [{rho['lo']:.2f}, {rho['hi']:.2f}]",
+            xlabel=f"rank at ψ = {high_psi:g}",
+            ylabel=f"rank at ψ = {low_psi:g}",
+            title=f"{role}: rho {correlation['mean']:.2f} [{correlation['lo']:.2f}, {correlation['hi']:.2f}]",
         )
     return figure
 
 
-def plot_trajectories(data: dict):
+def plot_trajectories(finding_data: dict):
     """Plot the reward of every latent over training, with the mean on top."""
-    figure, axes = style.figure(columns=len(data["roles"]))
-    for axis, (role, trajectory) in zip(np.atleast_1d(axes), data["roles"].items(), strict=True):
+    figure, axes = style.figure(columns=len(finding_data["roles"]))
+    for axis, (role, trajectory) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.plot(
             trajectory["kimg"],
             np.asarray(trajectory["values"]).T,
@@ -470,16 +503,18 @@ def plot_trajectories(data: dict):
         )
         axis.legend()
     # the same limits in all panels, so that control and tuned run can be compared
-    all_rewards = np.concatenate([np.ravel(trajectory["values"]) for trajectory in data["roles"].values()])
+    all_rewards = np.concatenate(
+        [np.ravel(trajectory["values"]) for trajectory in finding_data["roles"].values()]
+    )
     for axis in np.atleast_1d(axes):
         axis.set_ylim(all_rewards.min() - 0.5, all_rewards.max() + 0.5)  # margin in units of the reward
     return figure
 
 
-def plot_slopes(data: dict):
-    """Plot the distribution of the latents' slopes for each run, with both intervals."""
-    figure, axes = style.figure(columns=len(data["roles"]))
-    for axis, (role, slopes) in zip(np.atleast_1d(axes), data["roles"].items(), strict=True):
+def plot_slopes(finding_data: dict):
+    """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval."""
+    figure, axes = style.figure(columns=len(finding_data["roles"]))
+    for axis, (role, slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.hist(slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
         # the wide band is the spread of latents, the narrow one the interval of the mean
         axis.axvspan(
@@ -528,7 +563,9 @@ def curve_jobs(comparison: Comparison) -> list[Job]:
     The job uses the snapshots of the tuned run, the held-out reward and the oracle if they are available.
     """
     # hashes of the snapshots are inputs: a run that has new ones is measured again
-    files = {f"{kimg:g}": file_hash(path) for kimg, path in comparison.snapshots("after")}
+    hash_by_kimg = {
+        f"{kimg:g}": file_hash(snapshot_path) for kimg, snapshot_path in comparison.snapshots("after")
+    }
     return [
         comparison.job(
             "over-optimisation",
@@ -537,7 +574,7 @@ def curve_jobs(comparison: Comparison) -> list[Job]:
             {"curves": plot_curves},
             CURVE_ROLES,
             n=comparison.n,
-            files=files,
+            files=hash_by_kimg,
             data=comparison.data,
         )
     ]
@@ -557,20 +594,20 @@ def divergence(proxy_scores: np.ndarray, other_scores: np.ndarray, seed: int = 0
         other_scores: scores by the other measure of the same latents and networks, [N, T].
         seed: seed of the bootstraps.
     """
-    peak = int(other_scores.mean(axis=0).argmax())  # index of the network
-    networks = other_scores.shape[1]  # T
+    peak_index = int(other_scores.mean(axis=0).argmax())  # index of the network
+    network_count = other_scores.shape[1]  # T
     # Bonferroni correction over the pairs; max(1, ...) since a single network has no pair
-    confidence = 1 - 0.05 / max(1, networks * (networks - 1) / 2)
+    confidence = 1 - 0.05 / max(1, network_count * (network_count - 1) / 2)
     # If the peak is at the last network, there is no later one, hence no divergence.
-    for later_network in range(peak + 1, networks):
-        rise = bootstrap_mean_interval(
-            proxy_scores[:, later_network] - proxy_scores[:, peak], confidence, seed=seed
+    for later_index in range(peak_index + 1, network_count):
+        proxy_change = bootstrap_mean_interval(
+            proxy_scores[:, later_index] - proxy_scores[:, peak_index], confidence, seed=seed
         )
-        fall = bootstrap_mean_interval(
-            other_scores[:, later_network] - other_scores[:, peak], confidence, seed=seed
+        other_change = bootstrap_mean_interval(
+            other_scores[:, later_index] - other_scores[:, peak_index], confidence, seed=seed
         )
-        if rise.lo > 0 and fall.hi < 0:
-            return peak
+        if proxy_change.lo > 0 and other_change.hi < 0:
+            return peak_index
     return None
 
 
@@ -591,7 +628,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     before tuning. The distance is the mean |σ - σ before| over the cube.
     """
     seeds = comparison.seeds()  # N held-out latents
-    snapshots = [(kimg, path) for kimg, path in comparison.snapshots("after") if kimg > 0]
+    snapshots = [(kimg, snapshot_path) for kimg, snapshot_path in comparison.snapshots("after") if kimg > 0]
     # The file name KEPT marks the network that an early stop kept. It lies within the run, so it is sorted in
     # among the snapshots, not added at the end.
     early_stop_kimg = comparison.after.nets.cur_nimg / 1000 if comparison.after.path.name == KEPT else None
@@ -610,53 +647,69 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
         *snapshots,
         *final_network,
     ]
-    available = {PROXY: True, SECOND: comparison.held_out is not None, ORACLE: comparison.synthetic}
-    values = {name: list[np.ndarray]() for name, is_available in available.items() if is_available}
+    available_by_measure = {
+        PROXY: True,
+        SECOND: comparison.held_out is not None,
+        ORACLE: comparison.synthetic,
+    }
+    scores_by_measure = {
+        measure_name: list[np.ndarray]()
+        for measure_name, is_available in available_by_measure.items()
+        if is_available
+    }
     density_before = None  # densities before tuning
     distances = []  # [N] for each network
-    for _, source in networks:
+    for _, network_or_path in networks:
         # a snapshot is in memory only while it is measured
-        generator = comparison.load(source) if isinstance(source, Path) else source
+        generator = comparison.load(network_or_path) if isinstance(network_or_path, Path) else network_or_path
         sigma = densities(comparison, generator, seeds)
         density_before = sigma if density_before is None else density_before
         distances.append(density_l1(sigma, density_before).double().numpy())  # [N]
-        for name, scores in values.items():
+        for measure_name, scores in scores_by_measure.items():
             scores.append(
                 utilities(generator.generator, seeds)
-                if name == ORACLE
-                else comparison.scores(generator, seeds, held_out=name == SECOND).double().numpy()
+                if measure_name == ORACLE
+                else comparison.scores(generator, seeds, held_out=measure_name == SECOND).double().numpy()
             )
-    columns = {name: np.stack(scores, axis=1) for name, scores in values.items()}  # [N, T]
-    curves = {}  # curve by measure
-    rows = []  # one row for each measure and network
-    for name, column in columns.items():
-        std_before = float(column[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
-        mean_by_network = compute_column_means((column - column[:, :1]) / std_before)
+    # [N, T]
+    columns_by_measure = {
+        measure_name: np.stack(scores, axis=1) for measure_name, scores in scores_by_measure.items()
+    }
+    curve_by_measure = {}  # curve by measure
+    table_rows = []  # one row for each measure and network
+    for measure_name, measure_scores in columns_by_measure.items():
+        std_before = float(measure_scores[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
+        mean_by_network = compute_column_means((measure_scores - measure_scores[:, :1]) / std_before)
         # index into `networks`; the proxy cannot diverge from itself
-        divergence_index = None if name == PROXY else divergence(columns[PROXY], column)
-        curves[name] = {
+        divergence_index = (
+            None if measure_name == PROXY else divergence(columns_by_measure[PROXY], measure_scores)
+        )
+        curve_by_measure[measure_name] = {
             "steps": mean_by_network,
             "standard_deviation": std_before,
             "divergence": divergence_index,
         }
-        rows += [
+        table_rows += [
             {
-                "measure": name,
+                "measure": measure_name,
                 "kimg": kimg,
                 "distance": float(distances[network_index].mean()),  # raw density
-                "raw_mean": float(column[:, network_index].mean()),  # in the measure's own unit
+                "raw_mean": float(measure_scores[:, network_index].mean()),  # in the measure's own unit
                 **mean_by_network[network_index],
             }
             for network_index, (kimg, _) in enumerate(networks)
         ]
-    data = {
+    finding_data = {
         "distance": [float(network_distances.mean()) for network_distances in distances],
         "kimg": [kimg for kimg, _ in networks],  # None: the final network, which is not a snapshot
-        "curves": curves,
+        "curves": curve_by_measure,
     }
-    sentences = [*_describe_curves(comparison, data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
+    sentences = [*_describe_curves(comparison, finding_data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
     return Finding(
-        facts=comparison.facts(seeds, CURVE_ROLES, BOOTSTRAP), data=data, rows=rows, says=sentences
+        facts=comparison.facts(seeds, CURVE_ROLES, BOOTSTRAP),
+        data=finding_data,
+        rows=table_rows,
+        says=sentences,
     )
 
 
@@ -669,7 +722,7 @@ def independence(comparison: Comparison) -> str:
         return NO_SECOND
     tuned_provenance = comparison.reward.provenance
     heldout_provenance = comparison.held_out.provenance
-    text = "The held-out reward took no part in tuning this generator's weights"
+    heldout_text = "The held-out reward took no part in tuning this generator's weights"
     # a user may name the tuned reward by mistake, which would look like perfect agreement
     if settings_of(comparison.run).get("hashes", {}).get("reward") == comparison.held_out_hash:
         return (
@@ -679,7 +732,8 @@ def independence(comparison: Comparison) -> str:
     if not (comparison.reward.labels and comparison.held_out.labels):
         # The list of labels is an optional part of a reward's provenance.
         return (
-            f"{text}. The files do not record whether it was trained on other labels than the tuned reward."
+            f"{heldout_text}. The files do not record whether it was trained on other labels than the tuned"
+            " reward."
         )
     seed_text = (
         "another seed" if tuned_provenance.get("seed") != heldout_provenance.get("seed") else "the same seed"
@@ -687,33 +741,36 @@ def independence(comparison: Comparison) -> str:
     # one common label is enough, since both rewards then share its error
     if comparison.reward.labels & comparison.held_out.labels:
         return (
-            f"{text}, but it was trained on the same labels with {seed_text}. It shares the errors of these"
-            " labels, so a rise of both rewards is weaker evidence. Train a reward on other labels, and pass"
-            " its file to --heldout-reward."
+            f"{heldout_text}, but it was trained on the same labels with {seed_text}. It shares the errors of"
+            " these labels, so a rise of both rewards is weaker evidence. Train a reward on other labels, and"
+            " pass its file to --heldout-reward."
         )
-    return f"{text}. It was trained on other labels with {seed_text}."
+    return f"{heldout_text}. It was trained on other labels with {seed_text}."
 
 
-def _describe_curves(comparison: Comparison, data: dict) -> list[str]:
+def _describe_curves(comparison: Comparison, finding_data: dict) -> list[str]:
     """Describe the curves, the divergences and the limits of the comparison in sentences."""
     # the last network of the curve against the one before tuning
-    last_step_by_name = {name: curve["steps"][-1] for name, curve in data["curves"].items()}
+    last_step_by_name = {
+        measure_name: curve["steps"][-1] for measure_name, curve in finding_data["curves"].items()
+    }
     sentences = [
-        f"The {name} changes by {span(step['mean'], step['lo'], step['hi'], '+.2f')} of its standard"
+        f"The {measure_name} changes by {span(step['mean'], step['lo'], step['hi'], '+.2f')} of its standard"
         " deviations before tuning."
-        for name, step in last_step_by_name.items()
+        for measure_name, step in last_step_by_name.items()
     ]
-    for name, curve in data["curves"].items():
-        if name != PROXY and curve["divergence"] is None:
+    for measure_name, curve in finding_data["curves"].items():
+        if measure_name != PROXY and curve["divergence"] is None:
             sentences.append(
-                f"No divergence: the {name} is not shown to fall after its peak while the tuned reward rises."
+                f"No divergence: the {measure_name} is not shown to fall after its peak while the tuned"
+                " reward rises."
             )
-        elif name != PROXY:
-            divergence_kimg = data["kimg"][curve["divergence"]]  # None: the final network
+        elif measure_name != PROXY:
+            divergence_kimg = finding_data["kimg"][curve["divergence"]]  # None: the final network
             start_text = "the end" if divergence_kimg is None else f"{divergence_kimg:g} kimg"
             sentences.append(
-                f"Divergence: the {name} falls from {start_text} on"
-                f" (distance {data['distance'][curve['divergence']]:.3g}) while the tuned reward rises. Stop"
+                f"Divergence: the {measure_name} falls from {start_text} on (distance"
+                f" {finding_data['distance'][curve['divergence']]:.3g}) while the tuned reward rises. Stop"
                 " there, or raise --lambda-sigma."
             )
     sentences += [
@@ -742,21 +799,27 @@ def _describe_curves(comparison: Comparison, data: dict) -> list[str]:
     ylabel="mean change, standard deviations before",
     title="Over-optimisation",
 )
-def plot_curves(axes, data: dict):
+def plot_curves(axes, finding_data: dict):
     """Plot every measure over the distance from the network before tuning.
 
     A dashed line marks each divergence.
     """
-    colours = {PROXY: style.colour("reward"), SECOND: style.colour("held-out"), ORACLE: style.CYCLE[4]}
-    distance = data["distance"]
-    for name, curve in data["curves"].items():
-        style.band(axes, distance, curve["steps"], colours[name], name, markersize=4)
+    colour_by_measure = {
+        PROXY: style.colour("reward"),
+        SECOND: style.colour("held-out"),
+        ORACLE: style.CYCLE[4],
+    }
+    distances = finding_data["distance"]
+    for measure_name, curve in finding_data["curves"].items():
+        style.band(
+            axes, distances, curve["steps"], colour_by_measure[measure_name], measure_name, markersize=4
+        )
         if curve["divergence"] is not None:
             axes.axvline(
-                distance[curve["divergence"]],
-                color=colours[name],
+                distances[curve["divergence"]],
+                color=colour_by_measure[measure_name],
                 linestyle="--",
                 linewidth=1.2,
-                label=f"{name}: divergence",
+                label=f"{measure_name}: divergence",
             )
     axes.axhline(0, color=style.colour("noise"), linewidth=1)

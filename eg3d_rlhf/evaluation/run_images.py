@@ -135,21 +135,22 @@ def evaluation_psi(comparison: Comparison) -> float:
     return 1.0 if comparison.of_people else comparison.psi
 
 
-def choose_latents(comparison: Comparison, count: int = USUAL.shown) -> list[int]:
+def choose_latents(comparison: Comparison, latent_count: int = USUAL.shown) -> list[int]:
     """Select the seeds of the images by the module's rule, the lowest reward before tuning first.
 
     The seeds are stored in the comparison's memory. A worker process, which has no reward, gets this memory.
     """
     if CHOSEN not in comparison.memory:
-        pool = EVALUATION.take(POOL)  # seeds among which the rule selects
+        pool_seeds = EVALUATION.take(POOL)  # seeds among which the rule selects
         # A stable sort: seeds of equal rewards keep their order on every machine.
         ranked_indices = (
-            comparison.scores(comparison.before, pool, evaluation_psi(comparison))
+            comparison.scores(comparison.before, pool_seeds, evaluation_psi(comparison))
             .argsort(stable=True)
             .tolist()
         )
         comparison.memory[CHOSEN] = [
-            pool[ranked_indices[round(position)]] for position in np.linspace(0, len(pool) - 1, count)
+            pool_seeds[ranked_indices[round(rank)]]
+            for rank in np.linspace(0, len(pool_seeds) - 1, latent_count)
         ]
     return comparison.memory[CHOSEN]
 
@@ -198,40 +199,42 @@ class Column:
 def filter_name(comparison: Comparison) -> str:
     """Return the name of the strongest label-free post-processing method.
 
-    It is chosen on validation latents as the method with the least error of defective heads. The choice
+    It is chosen on validation latents as the method with the smallest error of defective heads. The choice
     ignores how much the method degrades intact heads.
     """
     return list(FILTERS)[int(heldout_evaluators.measure_part(comparison, "post-processing")["any_method"][0])]
 
 
-def post_process(field: Field, name: str) -> LevelSet:
+def post_process(field: Field, filter_name: str) -> LevelSet:
     """Apply a post-processing method to the single shape of a field, and smooth the result for display.
 
     The methods work on voxels. Without the smoothing, the steps between voxels would look like defects.
-    Args: name: name of the method in FILTERS.
+    Args: filter_name: name of the method in FILTERS.
     """
-    values = FILTERS[name](shape_grids(field, GRID)[0])  # [n, n, n], negative inside
+    filtered_values = FILTERS[filter_name](shape_grids(field, GRID)[0])  # [n, n, n], negative inside
     # The scale of the values differs by method. It is measured where the sign changes along z, which is at
     # the surface; append=1 keeps the number of voxels.
-    near_surface = np.abs(values)[np.diff(np.sign(values), axis=2, append=1) != 0]
+    near_surface = np.abs(filtered_values)[np.diff(np.sign(filtered_values), axis=2, append=1) != 0]
     clip_value = 2 * float(np.median(near_surface)) if near_surface.size else 1.0
     # Values are clipped, so that large values far from the surface do not move it through the Gaussian.
     return level_set_from_grid(
-        scipy.ndimage.gaussian_filter(np.clip(values, -clip_value, clip_value), SMOOTHED)
+        scipy.ndimage.gaussian_filter(np.clip(filtered_values, -clip_value, clip_value), SMOOTHED)
     )
 
 
-def level_set_from_grid(values: np.ndarray) -> LevelSet:
+def level_set_from_grid(shape_values: np.ndarray) -> LevelSet:
     """Return the surface of a shape that is given by values at the centres of voxels.
 
     Cubic splines interpolate between the voxels, since linear interpolation would show the steps of the grid.
 
-    Args: values: [n, n, n] along x, y, z, negative inside.
+    Args: shape_values: [n, n, n] along x, y, z, negative inside.
     """
-    edge_points = len(values)
+    edge_points = len(shape_values)
     # A level set is positive inside, and its grid has the axes z, y, x: [2 n - 1, 2 n - 1, 2 n - 1].
     level_set_grid = torch.from_numpy(
-        -scipy.ndimage.zoom(values, (2 * edge_points - 1) / edge_points, order=3).transpose(2, 1, 0).copy()
+        -scipy.ndimage.zoom(shape_values, (2 * edge_points - 1) / edge_points, order=3)
+        .transpose(2, 1, 0)
+        .copy()
     ).float()
     # The centres of the outermost voxels lie half a voxel inside the unit cube, so the grid's edge has the
     # length (n - 1) / n.
@@ -240,7 +243,7 @@ def level_set_from_grid(values: np.ndarray) -> LevelSet:
         cube=level_set_grid,
         spec=spec,
         level=0.0,
-        density=lambda points: sample(level_set_grid[None], spec, points)[0],
+        density=lambda query_points: sample(level_set_grid[None], spec, query_points)[0],
     )
 
 
@@ -264,7 +267,12 @@ def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
 
 @torch.no_grad()
 def render_colours(
-    field: Field, generator: Generator, label: Tensor, rays: int, samples: int, cell: int
+    field: Field,
+    generator: Generator,
+    label: Tensor,
+    rays_per_edge: int,
+    samples_per_ray: int,
+    cell_pixels: int,
 ) -> Tensor:
     """Render a field of one shape in colour, [3, R, R] in 0..1.
 
@@ -273,16 +281,18 @@ def render_colours(
 
     Args:
         label: camera, [1, 25].
-        rays: rays per edge, for generators without super-resolution.
-        samples: samples per ray in each pass.
-        cell: R, pixels per edge of the result.
+        rays_per_edge: rays per edge, for generators without super-resolution.
+        samples_per_ray: samples per ray in each pass.
+        cell_pixels: R, pixels per edge of the result.
     """
     without_sr = generator.img_resolution <= OWN_PIXELS
-    options = RenderOptions(resolution=rays if without_sr else None, samples=samples)
+    options = RenderOptions(resolution=rays_per_edge if without_sr else None, samples=samples_per_ray)
     (rendered,) = render_each(field, [label], options)
     image = rendered.raw if without_sr else rendered.image
     image = (image[:, :3].float() / 2 + 0.5).clamp(0, 1)  # [1, 3, H, W], from -1..1 to 0..1
-    return torch.nn.functional.interpolate(image, (cell, cell), mode="bicubic", antialias=True)[0]
+    return torch.nn.functional.interpolate(image, (cell_pixels, cell_pixels), mode="bicubic", antialias=True)[
+        0
+    ]
 
 
 def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution: int) -> View:
@@ -298,14 +308,17 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
     """
     basis = people.load_basis()
     cam2world, intrinsics = unpack_label(label.cpu())  # [1, 4, 4], [1, 3, 3]
-    triangle, weights, _ = people.rasterise(
+    triangle_index, barycentric_weights, _ = people.rasterise(
         head.vertices, basis.triangles, cam2world[0].numpy(), float(intrinsics[0, 0, 0]), resolution
     )
-    is_head = triangle >= 0  # [R, R]; the triangle is -1 at pixels of the background
-    corner_vertices = basis.triangles[triangle[is_head]]  # [P, 3] vertices at the P pixels that show the head
-    points, normals = (
-        torch.from_numpy(np.einsum("pcd,pc->pd", values[corner_vertices], weights[is_head])).float()
-        for values in (head.vertices, head.normals)
+    is_head = triangle_index >= 0  # [R, R]; the triangle is -1 at pixels of the background
+    # [P, 3] vertices at the P pixels that show the head
+    corner_vertices = basis.triangles[triangle_index[is_head]]
+    surface_points, normals = (
+        torch.from_numpy(
+            np.einsum("pcd,pc->pd", vertex_values[corner_vertices], barycentric_weights[is_head])
+        ).float()
+        for vertex_values in (head.vertices, head.normals)
     )
     # rays [1, R R, 3] -> [P, 3]
     origins, directions = (
@@ -313,11 +326,13 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
         for rays in RaySampler()(cam2world, intrinsics, resolution)
     )
     depth = torch.full(is_head.shape, torch.inf)  # infinite where no surface is hit
-    depth[torch.from_numpy(is_head)] = (points - origins).norm(dim=1)
+    depth[torch.from_numpy(is_head)] = (surface_points - origins).norm(dim=1)
     normals = torch.nn.functional.normalize(normals, dim=1)  # interpolated normals are shorter than 1
     # EG3D's camera axes have y down and z forward; the axes of the light have y up and z backward.
-    axes = cam2world[0, :3, :3] * torch.tensor([1.0, -1.0, -1.0])
-    return View(depth, points, normals, light(surface, points, normals, axes, directions))
+    camera_axes = cam2world[0, :3, :3] * torch.tensor([1.0, -1.0, -1.0])
+    return View(
+        depth, surface_points, normals, light(surface, surface_points, normals, camera_axes, directions)
+    )
 
 
 def _clay(view: View, factor: int = SUPERSAMPLE) -> np.ndarray:
@@ -325,10 +340,10 @@ def _clay(view: View, factor: int = SUPERSAMPLE) -> np.ndarray:
     return _cropped(to_uint8(shrink(paint(view), factor).cpu()))
 
 
-def _cropped(cell: np.ndarray) -> np.ndarray:
+def _cropped(render: np.ndarray) -> np.ndarray:
     """Return the part CROP of a square render."""
-    left, top, right, bottom = (round(share * len(cell)) for share in CROP)  # pixels
-    return cell[top:bottom, left:right]
+    left, top, right, bottom = (round(share * len(render)) for share in CROP)  # pixels
+    return render[top:bottom, left:right]
 
 
 def comparison_image(
@@ -355,11 +370,11 @@ def comparison_image(
         # rendered with SUPERSAMPLE times the pixels and then reduced, to avoid aliasing
         return [_clay(look(surface, label, fine_pixels)) for surface in surfaces]
 
-    def group(name: str, subtitle: str, *cells: list[np.ndarray]) -> list[Row]:
+    def row_group(heading: str, subtitle: str, *cell_rows: list[np.ndarray]) -> list[Row]:
         # The heading is in the first row, and spans all rows of the group.
-        first_cells, *other_cells = cells
+        first_cells, *other_cells = cell_rows
         return [
-            Row(cells=first_cells, name=name, more=subtitle, spans=len(cells), parted=True),
+            Row(cells=first_cells, name=heading, more=subtitle, spans=len(cell_rows), parted=True),
             *(Row(cells=row_cells) for row_cells in other_cells),
         ]
 
@@ -367,13 +382,13 @@ def comparison_image(
     sides_after = [column.after for column in columns]
     surfaces_before = [side.surface for side in sides_before]
     surfaces_after = [side.surface for side in sides_after]
-    rows = group(
+    sheet_rows = row_group(
         "Before",
         "image, and shape\nfrom the back",
         colour_images(comparison.before.generator, sides_before),
         shapes(surfaces_before, back_camera),
     )
-    rows += group(
+    sheet_rows += row_group(
         "After",
         "tuned with the\nreward; the same\nlatents",
         colour_images(comparison.after.generator, sides_after),
@@ -386,33 +401,33 @@ def comparison_image(
             for column in columns
             if column.head and column.ground_truth
         ]
-        rows += group(
+        sheet_rows += row_group(
             "Label-free",
             "post-processing,\nthe strongest; it\ndegrades intact heads",
             shapes(filtered_surfaces, back_camera),
         )
-        rows += group("Ground truth", "of the same\nlatents", [_clay(view) for view in head_views])
-    rows += group(
+        sheet_rows += row_group("Ground truth", "of the same\nlatents", [_clay(view) for view in head_views])
+    sheet_rows += row_group(
         "Front", "before, after", shapes(surfaces_before, front_camera), shapes(surfaces_after, front_camera)
     )
     # There is no line above the first group. The seeds are written below the last row.
-    rows[0] = replace(rows[0], parted=False)
-    rows[-1] = replace(rows[-1], captions=[f"seed {column.seed}" for column in columns])
-    return sheet("", rows, names=NAMES, note=describe_comparison(comparison, len(columns)))
+    sheet_rows[0] = replace(sheet_rows[0], parted=False)
+    sheet_rows[-1] = replace(sheet_rows[-1], captions=[f"seed {column.seed}" for column in columns])
+    return sheet("", sheet_rows, names=NAMES, note=describe_comparison(comparison, len(columns)))
 
 
 def describe_comparison(comparison: Comparison, latent_count: int) -> str:
     """Return the text below the comparison image: the rule that selected its latents, and the baselines."""
-    rule = (
+    rule_text = (
         f"{latent_count} of {POOL} held-out latents, at equal steps of reward before tuning, lowest to"
         f" highest; psi {evaluation_psi(comparison):g}."
     )
     if not comparison.of_people:
-        return rule
-    strongest = f"Post-processing: {filter_name(comparison)}, the strongest of {len(FILTERS)}."
+        return rule_text
+    post_processing_text = f"Post-processing: {filter_name(comparison)}, the strongest of {len(FILTERS)}."
     return (
-        f"{rule} {strongest} {bundled.DAMAGED} Eyes at the back are ghosts of those in front, an artefact"
-        " of tri-planes."
+        f"{rule_text} {post_processing_text} {bundled.DAMAGED} Eyes at the back are ghosts of those in front,"
+        " an artefact of tri-planes."
     )
 
 
@@ -425,8 +440,10 @@ def turntable(comparison: Comparison, column: Column, options: ImageOptions = US
         (2 * np.pi * np.arange(options.turns) / options.turns).tolist(), desc="turntable", unit="frame"
     ):
         label = camera(comparison.before.generator, yaw, PITCH)
-        cells = [_clay(look(side.surface, label, options.film), 1) for side in (column.before, column.after)]
-        yield sheet("", [Row(cells=cells, captions=("before", "after"))])
+        cell_images = [
+            _clay(look(side.surface, label, options.film), 1) for side in (column.before, column.after)
+        ]
+        yield sheet("", [Row(cells=cell_images, captions=("before", "after"))])
 
 
 def webp(frames: Iterator[np.ndarray]) -> bytes:
@@ -447,7 +464,7 @@ def webp(frames: Iterator[np.ndarray]) -> bytes:
 
 
 def swing_frames(
-    render_frame: Callable[[float], np.ndarray], largest_yaw: float, view_count: int, title: str
+    render_frame: Callable[[float], np.ndarray], largest_yaw: float, view_count: int, bar_text: str
 ) -> Iterator[np.ndarray]:
     """Yield the frames of a camera that swings from one side to the other and back.
 
@@ -457,11 +474,13 @@ def swing_frames(
         render_frame: function that renders the frame at a yaw in radians.
         largest_yaw: largest yaw, in radians to both sides of the front.
         view_count: number of views from one side to the other.
-        title: text of the progress bar.
+        bar_text: text of the progress bar.
     """
     frames = []  # kept for the way back
     for yaw in tqdm(
-        (largest_yaw * np.sin(np.pi / 2 * np.linspace(-1, 1, view_count))).tolist(), desc=title, unit="frame"
+        (largest_yaw * np.sin(np.pi / 2 * np.linspace(-1, 1, view_count))).tolist(),
+        desc=bar_text,
+        unit="frame",
     ):
         frames.append(render_frame(yaw))
         yield frames[-1]
@@ -472,66 +491,69 @@ def swing_frames(
 PER_ROW = 5  # pairs per row of the sheet
 
 
-def pairs_sheet(comparison: Comparison, count: int, options: ImageOptions = USUAL) -> np.ndarray:
+def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions = USUAL) -> np.ndarray:
     """Return an image of pairs of shapes for a blind test: the backs before and after tuning in random order.
 
     The note below the pairs states which shapes are tuned. The latents are the first evaluation seeds whose
     heads are defective before tuning.
 
-    Args: count: number of pairs.
-    Raises: ValueError if there are fewer than `count` such latents.
+    Args: pair_count: number of pairs.
+    Raises: ValueError if there are fewer than `pair_count` such latents.
     """
-    pool = EVALUATION.take(POOL)
+    pool_seeds = EVALUATION.take(POOL)
     is_defective = heads.find_defective(heldout_evaluators.measure_part(comparison, "heads"))
-    seeds = [seed for seed, defective in zip(pool, is_defective, strict=True) if defective][:count]
-    if len(seeds) < count:
+    seeds = [seed for seed, defective in zip(pool_seeds, is_defective, strict=True) if defective][:pair_count]
+    if len(seeds) < pair_count:
         raise ValueError(
-            f"--pairs={count} exceeds the {len(seeds)} defective heads among {POOL} evaluation latents. Lower"
-            f" --pairs to at most {len(seeds)}."
+            f"--pairs={pair_count} exceeds the {len(seeds)} defective heads among {POOL} evaluation latents."
+            f" Lower --pairs to at most {len(seeds)}."
         )
     # The random order depends on the seeds alone, so a repeated call makes the same image.
-    tuned_is_left = np.random.default_rng(seeds[0]).random(count) < 0.5
+    tuned_is_left = np.random.default_rng(seeds[0]).random(pair_count) < 0.5
     label = camera(comparison.before.generator, *BACK_VIEW)
-    cells = []  # two for each pair: left, right
+    cell_images = []  # two for each pair: left, right
     for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
         sides = [
             Side.from_ws(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
             for network in (comparison.before, comparison.after)
         ]
-        cells += [
+        cell_images += [
             _clay(look(side.surface, label, options.thumb * SUPERSAMPLE))
             for side in (sides[::-1] if is_left else sides)
         ]
-    captions = [f"{number} {side}" for number in range(1, count + 1) for side in ("left", "right")]
+    captions = [
+        f"{pair_number} {side}" for pair_number in range(1, pair_count + 1) for side in ("left", "right")
+    ]
     # Each row has PER_ROW pairs, and each pair has two cells.
-    row_slices = [slice(i, i + 2 * PER_ROW) for i in range(0, 2 * count, 2 * PER_ROW)]
-    rows = [
-        Row(cells=cells[row_slice], captions=captions[row_slice], parted=row_slice.start > 0)
+    row_slices = [slice(i, i + 2 * PER_ROW) for i in range(0, 2 * pair_count, 2 * PER_ROW)]
+    sheet_rows = [
+        Row(cells=cell_images[row_slice], captions=captions[row_slice], parted=row_slice.start > 0)
         for row_slice in row_slices
     ]
-    answers = ", ".join(
-        f"{number} {'left' if is_left else 'right'}" for number, is_left in enumerate(tuned_is_left, 1)
+    answer_text = ", ".join(
+        f"{pair_number} {'left' if is_left else 'right'}"
+        for pair_number, is_left in enumerate(tuned_is_left, 1)
     )
     return sheet(
         "Which of each pair is the better shape?",
-        rows,
-        note=f"The same latent before and after tuning, psi 1. Tuned: {answers}.",
+        sheet_rows,
+        note=f"The same latent before and after tuning, psi 1. Tuned: {answer_text}.",
     )
 
 
-def save_meshes(pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder: Path) -> None:
+def save_meshes(side_pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder: Path) -> None:
     """Write seedS-before.ply and seedS-after.ply for the seed S of every latent."""
     folder.mkdir(parents=True, exist_ok=True)
-    for seed, pair in zip(seeds, pairs, strict=True):
-        for name, side in zip(("before", "after"), pair, strict=True):
+    for seed, side_pair in zip(seeds, side_pairs, strict=True):
+        for role, side in zip(("before", "after"), side_pair, strict=True):
             try:
                 save_mesh(
-                    folder / f"seed{seed}-{name}.ply",
+                    folder / f"seed{seed}-{role}.ply",
                     *extract_mesh(side.surface.cube, side.surface.spec, side.surface.level),
                 )
             except ValueError as error:
                 # A sample without a surface has no mesh. The meshes of the other latents are still written.
-                print(f"No mesh for seed {seed} ({name}): {error}")
+                print(f"No mesh for seed {seed} ({role}): {error}")
 
 
 # Contact sheets of one generator: generated images beside real images, and shapes from both sides with their
@@ -539,7 +561,7 @@ def save_meshes(pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder
 
 
 COLUMNS = 8  # cells per row
-THUMB = 112  # least pixels per edge of an image in a sheet
+THUMB = 112  # smallest number of pixels per edge of an image in a sheet
 
 
 def image_sheet(
@@ -584,8 +606,8 @@ def image_sheet(
                 + 0.5
             )
     blocks = [
-        sheet(title, _rows([to_uint8(image.movedim(0, -1)) for image in _enlarged(images)]))
-        for title, images in (
+        sheet(block_title, _rows([to_uint8(image.movedim(0, -1)) for image in _enlarged(images)]))
+        for block_title, images in (
             (f"{len(seeds)} generated, psi {psi:g}", torch.stack(generated_images)),
             (f"{len(real_images)} of the data", real_images),
         )
@@ -594,7 +616,10 @@ def image_sheet(
 
 
 def _enlarged(images: torch.Tensor) -> torch.Tensor:
-    """Enlarge images [N, 3, R, R] by the least integer factor that makes their edge at least THUMB pixels."""
+    """Enlarge images [N, 3, R, R] by the smallest integer factor with which they have THUMB pixels per edge.
+
+    Images that have as many pixels already are returned unchanged.
+    """
     # -(-a // b) is a / b rounded up. Images that are large enough are not changed.
     factor = max(1, -(-THUMB // images.shape[-1]))
     return (
@@ -606,24 +631,26 @@ def shape_sheet(
     generator: Generator, seeds: Sequence[int], psi: float, options: ImageOptions = USUAL
 ) -> np.ndarray:
     """Return an image of the shapes of seeds, each with its back below its front: uint8 [H, B, 3]."""
-    front: list[np.ndarray] = []
-    back: list[np.ndarray] = []
+    front_cells: list[np.ndarray] = []
+    back_cells: list[np.ndarray] = []
     for seed in tqdm(seeds, desc="shapes", unit="shape"):
         with torch.no_grad():
             surface = LevelSet.from_field(
                 generator.field(ws_of_seeds(generator, [seed], psi)), options.resolution
             )
-        for yaw_and_pitch, views in (((YAW, PITCH), front), (BACK_VIEW, back)):
-            views.append(_clay(look(surface, camera(generator, *yaw_and_pitch), options.thumb * SUPERSAMPLE)))
+        for yaw_and_pitch, view_cells in (((YAW, PITCH), front_cells), (BACK_VIEW, back_cells)):
+            view_cells.append(
+                _clay(look(surface, camera(generator, *yaw_and_pitch), options.thumb * SUPERSAMPLE))
+            )
     # Each row of fronts is followed by a row of the same shapes' backs.
-    rows = []
+    sheet_rows = []
     for start in range(0, len(seeds), COLUMNS):
         row_slice = slice(start, start + COLUMNS)
-        rows += [
-            Row(cells=front[row_slice], parted=start > 0),
-            Row(cells=back[row_slice], captions=[f"seed {seed}" for seed in seeds[row_slice]]),
+        sheet_rows += [
+            Row(cells=front_cells[row_slice], parted=start > 0),
+            Row(cells=back_cells[row_slice], captions=[f"seed {seed}" for seed in seeds[row_slice]]),
         ]
-    return sheet("", rows, note=f"{len(seeds)} shapes from the front and from the back, psi {psi:g}.")
+    return sheet("", sheet_rows, note=f"{len(seeds)} shapes from the front and from the back, psi {psi:g}.")
 
 
 def _rows(cells: Sequence[np.ndarray]) -> list[Row]:

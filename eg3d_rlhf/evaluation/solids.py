@@ -46,16 +46,20 @@ UNTUNED = "untuned"
 Grids = Sequence[np.ndarray]  # N grids, each bool [X, Y, Z], True inside
 
 
-def ball(solid: np.ndarray) -> np.ndarray:
-    """Return a ball that has the same volume and centre as a shape, both bool [X, Y, Z]."""
-    if not solid.any():
-        return solid  # an empty shape has no centre, and its ball is empty
-    centre = np.argwhere(solid).mean(axis=0)  # voxel indices
+def ball(bool_grid: np.ndarray) -> np.ndarray:
+    """Return a ball that has the same volume and centre as a shape.
+
+    Args: bool_grid: shape, bool [X, Y, Z], True inside.
+    Returns: the ball on the same grid, bool [X, Y, Z].
+    """
+    if not bool_grid.any():
+        return bool_grid  # an empty shape has no centre, and its ball is empty
+    centre = np.argwhere(bool_grid).mean(axis=0)  # voxel indices
     squared_distance = sum(
-        (indices - middle) ** 2 for indices, middle in zip(np.indices(solid.shape), centre, strict=True)
+        (indices - middle) ** 2 for indices, middle in zip(np.indices(bool_grid.shape), centre, strict=True)
     )
     # V = 4/3 π r³, so r² = (3 V / 4 π)^(2/3)
-    return squared_distance < (3 * solid.sum() / (4 * np.pi)) ** (2 / 3)
+    return squared_distance < (3 * bool_grid.sum() / (4 * np.pi)) ** (2 / 3)
 
 
 def on_bool_grids(apply_filter: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
@@ -64,7 +68,7 @@ def on_bool_grids(apply_filter: filters.Filter) -> Callable[[np.ndarray], np.nda
     Args: apply_filter: method of values that are negative inside, see filters.py.
     """
     # The values -1 inside and +1 outside replace signed distances.
-    return lambda solid: apply_filter(np.where(solid, -1.0, 1.0)) < 0
+    return lambda bool_grid: apply_filter(np.where(bool_grid, -1.0, 1.0)) < 0
 
 
 def with_grid_radius(
@@ -77,9 +81,9 @@ def with_grid_radius(
         radius: radius in voxels of a 64^3 grid. On a coarser grid it is at least one voxel of that grid,
             since a smaller radius would change nothing.
     """
-    return lambda solid: on_bool_grids(lambda values: apply_filter(values, max(radius, 64 / len(values))))(
-        solid
-    )
+    return lambda bool_grid: on_bool_grids(
+        lambda shape_values: apply_filter(shape_values, max(radius, 64 / len(shape_values)))
+    )(bool_grid)
 
 
 # Name -> change of the untuned shapes that needs no training. Numbers are radii in voxels of a 64^3 grid.
@@ -91,35 +95,43 @@ CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def measure_shapes(grids: Grids, untuned: Grids, rules: solids.Rules) -> dict[str, np.ndarray]:
+def measure_shapes(grids: Grids, untuned_grids: Grids, rules: solids.Rules) -> dict[str, np.ndarray]:
     """Measure shapes against the untuned shapes.
 
-    Returns: values [N] by name: each term of the score, "solid", "fidelity", "reward", and "closed", which is
-        1 for a shape of one part without a cavity, else 0.
+    Args:
+        grids: shapes to measure.
+        untuned_grids: untuned shapes of the same latents, or of the same prompts and noises.
+        rules: rules of the score.
+
+    Returns: dict from names to values [N]: each term of the score, "solid", "fidelity", "reward", and
+        "closed", which is 1 for a shape of one part without a cavity, else 0.
     """
-    rows = []
-    for grid, untuned_grid in zip(grids, untuned, strict=True):
+    shape_rows = []
+    for grid, untuned_grid in zip(grids, untuned_grids, strict=True):
         # Fidelity compares with the untuned shape without its defects, so that removing a defect does not
         # reduce the fidelity.
-        result = solids.score_against(grid, [solids.without_defects(untuned_grid, rules)], rules)
+        shape_score = solids.score_against(grid, [solids.without_defects(untuned_grid, rules)], rules)
         # label(...)[1] is the number of connected parts; `inner` is 1 if there is no cavity.
-        is_closed = ndimage.label(grid)[1] == 1 and result.score.inner == 1
-        rows.append({**result.to_dict(), "closed": float(is_closed)})
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        is_closed = ndimage.label(grid)[1] == 1 and shape_score.score.inner == 1
+        shape_rows.append({**shape_score.to_dict(), "closed": float(is_closed)})
+    return {
+        measure_name: np.array([shape_row[measure_name] for shape_row in shape_rows])
+        for measure_name in shape_rows[0]
+    }
 
 
-def best_of_groups(rewards: np.ndarray, groups: int) -> np.ndarray:
+def best_of_groups(rewards: np.ndarray, group_count: int) -> np.ndarray:
     """Return the index of the shape with the highest reward in each group of consecutive shapes.
 
     Args:
         rewards: rewards of the shapes, [N].
-        groups: number of groups, which divides N.
+        group_count: number of groups, which divides N.
 
-    Returns: [groups].
+    Returns: indices of the chosen shapes, [groups].
     """
-    group_size = len(rewards) // groups
+    group_size = len(rewards) // group_count
     # argmax is an index within the group; the index of the group's first shape is added.
-    return rewards.reshape(groups, group_size).argmax(axis=1) + group_size * np.arange(groups)
+    return rewards.reshape(group_count, group_size).argmax(axis=1) + group_size * np.arange(group_count)
 
 
 def summarise_arm(
@@ -129,61 +141,74 @@ def summarise_arm(
 
     Args:
         values_by_name: values [N] of the arm, as `measure_shapes` returns them.
-        untuned_values: values of the untuned shapes; None: no change is computed.
+        untuned_values: values [N] of the untuned shapes. If they are None, no change is computed.
     """
     closed_interval = wilson_interval(float(values_by_name["closed"].sum()), len(values_by_name["closed"]))
     reward_interval = bootstrap_mean_interval(values_by_name["reward"])  # over shapes
-    row: dict[str, Any] = {name: float(values.mean()) for name, values in values_by_name.items()}
-    row |= {
+    arm_metrics: dict[str, Any] = {
+        measure_name: float(measure_values.mean()) for measure_name, measure_values in values_by_name.items()
+    }
+    arm_metrics |= {
         "reward_ci95": [reward_interval.lo, reward_interval.hi],  # bootstrap over shapes
         "closed_ci95": [closed_interval.lo, closed_interval.hi],  # Wilson
         "n": len(values_by_name["closed"]),
     }
     # The change is paired, so it needs one shape for each untuned shape.
     if untuned_values is not None and len(untuned_values["reward"]) == len(values_by_name["reward"]):
-        change = paired_summary(untuned_values["reward"], values_by_name["reward"])
-        row |= {"change": change.mean, "change_ci95": [change.mean_lo, change.mean_hi]}
-    return row
+        paired_change = paired_summary(untuned_values["reward"], values_by_name["reward"])
+        arm_metrics |= {
+            "change": paired_change.mean,
+            "change_ci95": [paired_change.mean_lo, paired_change.mean_hi],
+        }
+    return arm_metrics
 
 
 def table(
-    arms: Mapping[str, Grids], untuned: Grids, groups: int, rules: solids.Rules, on_arm: Callable[[], object]
+    grids_by_arm: Mapping[str, Grids],
+    untuned_grids: Grids,
+    group_count: int,
+    rules: solids.Rules,
+    on_arm: Callable[[], object],
 ) -> dict[str, dict]:
     """Compute the metrics of the untuned shapes, the arms, the best of n, and the controls, by name.
 
     Args:
-        arms: shapes of each tuned network.
-        untuned: shapes of the untuned network.
-        groups: number of groups of consecutive untuned shapes, of which the best of n are selected.
+        grids_by_arm: shapes of each tuned network.
+        untuned_grids: shapes of the untuned network.
+        group_count: number of groups of consecutive untuned shapes, of which the best of n are selected.
         rules: weights of the score's terms.
         on_arm: function that is called after each arm, to advance a progress bar.
     """
-    untuned_values = measure_shapes(untuned, untuned, rules)
-    summary_by_arm = {UNTUNED: summarise_arm(untuned_values, None)}
-    for name, grids in arms.items():
-        summary_by_arm[name] = summarise_arm(measure_shapes(grids, untuned, rules), untuned_values)
+    untuned_values = measure_shapes(untuned_grids, untuned_grids, rules)
+    metrics_by_arm = {UNTUNED: summarise_arm(untuned_values, None)}
+    for arm_name, grids in grids_by_arm.items():
+        metrics_by_arm[arm_name] = summarise_arm(measure_shapes(grids, untuned_grids, rules), untuned_values)
         on_arm()
     # The best of n are selected by the same reward that the table shows.
-    chosen_indices = best_of_groups(untuned_values["reward"], groups)
-    summary_by_arm[f"best of {len(untuned) // groups}"] = summarise_arm(
-        {name: values[chosen_indices] for name, values in untuned_values.items()}, None
+    chosen_indices = best_of_groups(untuned_values["reward"], group_count)
+    metrics_by_arm[f"best of {len(untuned_grids) // group_count}"] = summarise_arm(
+        {arm_name: measure_values[chosen_indices] for arm_name, measure_values in untuned_values.items()},
+        None,
     )
-    for name, apply_change in CONTROLS.items():
-        summary_by_arm[name] = summarise_arm(
-            measure_shapes([apply_change(grid) for grid in untuned], untuned, rules), untuned_values
+    for arm_name, apply_change in CONTROLS.items():
+        metrics_by_arm[arm_name] = summarise_arm(
+            measure_shapes([apply_change(grid) for grid in untuned_grids], untuned_grids, rules),
+            untuned_values,
         )
         on_arm()
-    return summary_by_arm
+    return metrics_by_arm
 
 
-def markdown(summary_by_arm: Mapping[str, dict], rules: solids.Rules) -> list[str]:
+def markdown(metrics_by_arm: Mapping[str, dict], rules: solids.Rules) -> list[str]:
     """Format the table of the metrics that `table` returns."""
     # Terms with weight 0 do not enter the score.
-    terms = [name for name, weight in zip(solids.TERMS, rules.weights, strict=True) if weight]
-    columns = {name: (name, ".3f") for name in (*terms, "solid")}
-    columns |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}  # the symbols of the documentation
-    columns |= {"change": ("change of R", "+.3f"), "closed": ("closed", ".0%")}
-    return figure_table("", summary_by_arm, columns, intervals=("change", "closed"))
+    weighted_terms = [
+        term_name for term_name, term_weight in zip(solids.TERMS, rules.weights, strict=True) if term_weight
+    ]
+    format_by_metric = {term_name: (term_name, ".3f") for term_name in (*weighted_terms, "solid")}
+    format_by_metric |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}  # the symbols of the documentation
+    format_by_metric |= {"change": ("change of R", "+.3f"), "closed": ("closed", ".0%")}
+    return figure_table("", metrics_by_arm, format_by_metric, intervals=("change", "closed"))
 
 
 @torch.no_grad()
@@ -200,23 +225,28 @@ def shapes_of_latents(generator: Generator, seeds: Sequence[int], psi: float) ->
 
 
 def shapes_of_prompts(
-    problem: Problem, weights: Path | None, stage: str, prompts: Sequence[str], seeds: Sequence[int]
+    problem: Problem, weights_folder: Path | None, stage: str, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Grids:
     """Generate one shape for each pair of a prompt and a noise seed.
 
     Args:
-        weights: folder of a stage's tuned weights, or of a run; None: the untuned weights.
+        weights_folder: folder of a stage's tuned weights, or of a run; None selects the untuned weights.
         stage: name of the tuned stage.
+        prompts: prompts of the N shapes.
+        seeds: noise seeds of the N shapes.
     """
-    models = {}
-    if weights is not None:
+    model_by_stage = {}
+    if weights_folder is not None:
         # A run's folder holds one folder for each stage. The folder of a stage itself is accepted as well.
-        folder = weights / stage if (weights / stage).is_dir() else weights
-        models = {stage: tuned_model(stage_of(problem.pipeline, stage).model, folder)}
-    return [grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, prompts, seeds, models)]
+        stage_folder = weights_folder / stage if (weights_folder / stage).is_dir() else weights_folder
+        model_by_stage = {stage: tuned_model(stage_of(problem.pipeline, stage).model, stage_folder)}
+    return [
+        grid_of(problem.pipeline, asset_token)
+        for asset_token in generate(problem.pipeline, prompts, seeds, model_by_stage)
+    ]
 
 
-def source_of(pipeline: str, conditioning: Path | None, runs: Sequence[Path]) -> ArmsSource:
+def source_of(pipeline: str, conditioning: Path | None, run_folders: Sequence[Path]) -> ArmsSource:
     """Return the source from which a flow generator is opened.
 
     For a generator in the user's folder, this is the source that its runs recorded. Prompts that were held
@@ -224,35 +254,36 @@ def source_of(pipeline: str, conditioning: Path | None, runs: Sequence[Path]) ->
 
     Args:
         pipeline: folder or name of the generator.
-        conditioning: embeddings of the prompts; None: those of the runs.
-        runs: folders of the runs that are compared.
+        conditioning: file of the prompts' embeddings; None selects the embeddings that the runs recorded.
+        run_folders: folders of the runs that are compared.
 
     Raises: ValueError if the runs recorded different sources, since their held-out prompts may differ.
     """
-    sources: list[ArmsSource] = []
+    recorded_sources: list[ArmsSource] = []
     # the bundled generators have one fixed division of their prompts
     if not family_of(Path(pipeline)).bundled:
-        for run in runs:
-            recorded_source = recorded(run).get("run", {}).get("source")  # None in runs without such a record
-            source = (
+        for run_folder in run_folders:
+            # None in runs without such a record
+            recorded_source = recorded(run_folder).get("run", {}).get("source")
+            arms_source = (
                 ArmsSource()
                 if recorded_source is None
-                else from_dict(ArmsSource, recorded_source, str(run / OPTIONS))
+                else from_dict(ArmsSource, recorded_source, str(run_folder / OPTIONS))
             )
-            sources += [source] if source not in sources else []
-    if len(sources) > 1:
+            recorded_sources += [arms_source] if arms_source not in recorded_sources else []
+    if len(recorded_sources) > 1:
         raise ValueError(
             "The runs divide the prompts into training and held-out prompts in different ways. Compare only"
             " runs that were started with the same --seed and the same prompts."
         )
-    source = replace(sources[0] if sources else ArmsSource(), pipeline=pipeline)
-    return source if conditioning is None else replace(source, conditions=str(conditioning))
+    arms_source = replace(recorded_sources[0] if recorded_sources else ArmsSource(), pipeline=pipeline)
+    return arms_source if conditioning is None else replace(arms_source, conditions=str(conditioning))
 
 
 def compare_networks(
-    networks: Mapping[str, Path],
+    path_by_network: Mapping[str, Path],
     before_path: Path | None,
-    n: int,
+    max_latent_count: int,
     psi: float,
     seed: int,
     device: torch.device,
@@ -260,33 +291,38 @@ def compare_networks(
     """Compare tuned GANs on held-out latents.
 
     Args:
-        networks: files of the tuned networks, by name.
-        before_path: file of the untuned network; None: the bundled one.
-        n: number of latents; it is rounded down to a multiple of CHOOSE.
+        path_by_network: files of the tuned networks, by name.
+        before_path: file of the untuned network; None selects the bundled generator.
+        max_latent_count: number of latents; it is rounded down to a multiple of CHOOSE.
         psi: truncation.
-        seed: shifts the held-out latents.
+        seed: number that shifts the range of the held-out latents.
+        device: device of the networks.
 
-    Returns: the metrics of each arm by its name; and how they were measured: "what" (the sample, in words),
-        the "rules" of the score, and the "edge" of the grids in voxels.
+    Returns: the metrics of each arm by its name; and a dict that states how they were measured: "what" (the
+        sample, in words), "rules" (the rules of the score), and "edge" (voxels per edge of the grids).
     """
-    groups = n // CHOOSE
+    group_count = max_latent_count // CHOOSE
     # A multiple of CHOOSE, so that every group for the best of n has CHOOSE shapes.
-    seeds = LATENTS.take(groups * CHOOSE, seed)
+    seeds = LATENTS.take(group_count * CHOOSE, seed)
     with prefix_errors("--before"):  # an error of loading names this flag
         untuned_generator = load_generator(before_path, device).generator
 
-    def make_shapes(path: Path | None) -> Grids:
+    def make_shapes(network_path: Path | None) -> Grids:
         return shapes_of_latents(
-            untuned_generator if path is None else load_generator(path, device).generator, seeds, psi
+            untuned_generator if network_path is None else load_generator(network_path, device).generator,
+            seeds,
+            psi,
         )
 
     sample_text = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
-    return _measure_networks(networks, make_shapes, groups, lambda grids: solids.HEADS, sample_text)
+    return _measure_networks(
+        path_by_network, make_shapes, group_count, lambda grids: solids.HEADS, sample_text
+    )
 
 
 def compare_stages(
-    networks: Mapping[str, Path],
-    source: ArmsSource,
+    folder_by_network: Mapping[str, Path],
+    arms_source: ArmsSource,
     stage: str | None,
     n: int,
     seed: int,
@@ -295,16 +331,18 @@ def compare_stages(
     """Compare tuned stages of a flow generator on held-out prompts.
 
     Args:
-        networks: folders of the tuned weights, by name.
-        source: source from which the generator is opened.
-        stage: name of the tuned stage; None: the first stage.
+        folder_by_network: folders of the tuned weights, by name.
+        arms_source: source from which the generator is opened.
+        stage: name of the tuned stage; None selects the first stage.
         n: largest number of shapes of each arm.
         seed: seed of the noises.
+        device: device of the generator.
 
-    Returns: the same as `compare_networks`.
+    Returns: the metrics of each arm and a dict that states how they were measured, as `compare_networks`
+        returns them.
     Raises: ValueError if no prompt is held out.
     """
-    problem = open_problem(source, device)
+    problem = open_problem(arms_source, device)
     stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
     prompts_used = list(problem.held_out_prompts)[: n // CHOOSE]
     if not prompts_used:
@@ -317,8 +355,8 @@ def compare_stages(
     prompts, noises = crossed(prompts_used, noise_count, seed)
     sample_text = f"{len(prompts_used)} held-out prompts x {noise_count} noises, seed {seed}; stage {stage}"
     return _measure_networks(
-        networks,
-        lambda path: shapes_of_prompts(problem, path, stage, prompts, noises),
+        folder_by_network,
+        lambda weights_path: shapes_of_prompts(problem, weights_path, stage, prompts, noises),
         len(prompts_used) * noise_count // CHOOSE,
         lambda grids: rules_for(grids[0]),
         sample_text,
@@ -326,32 +364,36 @@ def compare_stages(
 
 
 def _measure_networks(
-    networks: Mapping[str, Path],
+    path_by_network: Mapping[str, Path],
     make_shapes: Callable[[Path | None], Grids],
-    groups: int,
+    group_count: int,
     make_rules: Callable[[Grids], solids.Rules],
     sample_text: str,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
-    """Generate and measure all shapes, and show a progress bar.
+    """Generate and measure the shapes of the untuned network and of all tuned networks, with a progress bar.
 
     Args:
-        networks: files or folders of the tuned networks, by name.
-        make_shapes: function that generates the shapes of a network; of the untuned one for None.
-        groups: number of groups for the best of n.
-        make_rules: function from the untuned shapes to the rules of the score.
-        sample_text: description of the sample.
+        path_by_network: file of each tuned network, or folder of its tuned weights, by the network's name.
+        make_shapes: function that takes the path of a tuned network and returns its shapes. If it gets None,
+            it returns the shapes of the untuned network.
+        group_count: number of groups of consecutive untuned shapes. The best of n selects one shape of each
+            group.
+        make_rules: function that takes the untuned shapes and returns the rules of the score, which are the
+            same for all networks.
+        sample_text: description of the sample, for example "latents 0 to 63, psi 0.7".
 
-    Returns: the same as `compare_networks`.
+    Returns: the metrics of each arm by its name; and a dict that states how they were measured: "what"
+        (`sample_text`), "rules" (the rules of the score), and "edge" (voxels per edge of the grids).
     """
     # Each tuned network counts twice, for its generation and its measurement; the untuned one counts once.
-    total = 2 * len(networks) + 1 + len(CONTROLS)
-    with tqdm(total=total, desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
-        untuned = make_shapes(None)
+    step_count = 2 * len(path_by_network) + 1 + len(CONTROLS)
+    with tqdm(total=step_count, desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
+        untuned_grids = make_shapes(None)
         bar.update()
-        rules = make_rules(untuned)  # the same for every arm
-        arms = {}  # shapes of each tuned network
-        for name, path in networks.items():
-            arms[name] = make_shapes(path)
+        rules = make_rules(untuned_grids)  # the same for every arm
+        grids_by_network = {}  # shapes of each tuned network
+        for network_name, network_path in path_by_network.items():
+            grids_by_network[network_name] = make_shapes(network_path)
             bar.update()
-        summary_by_arm = table(arms, untuned, groups, rules, bar.update)
-    return summary_by_arm, {"what": sample_text, "rules": rules, "edge": max(untuned[0].shape)}
+        metrics_by_arm = table(grids_by_network, untuned_grids, group_count, rules, bar.update)
+    return metrics_by_arm, {"what": sample_text, "rules": rules, "edge": max(untuned_grids[0].shape)}

@@ -41,7 +41,7 @@ from training import networks, storage
 from training.networks import state_hash
 from training.progress import tqdm
 
-MOST_PROCESSES = 4  # largest number of worker processes; each of them holds both networks in memory
+MAX_PROCESSES = 4  # largest number of worker processes; each of them holds both networks in memory
 
 
 @dataclass
@@ -60,10 +60,11 @@ def reward_shift(comparison: Comparison) -> dict:
 
     Values are in the reward's own scale, which has no unit.
     """
+    # [N]
     scores_before, scores_after = (
         comparison.scores(generator, comparison.seeds()).numpy()
         for generator in (comparison.before, comparison.after)
-    )  # [N]
+    )
     delta = scores_after - scores_before  # paired changes, [N]
     return {
         "reward_before": {"mean": float(scores_before.mean()), "std": float(scores_before.std())},
@@ -75,31 +76,34 @@ def reward_shift(comparison: Comparison) -> dict:
     }
 
 
-def control_delta(settings: dict, delta: float) -> dict:
-    """Return the mean change of the reward in the control run (lambda_r = 0), and the source of this value.
+def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
+    """Return the mean change of the reward in the control run, and the source of this value.
 
+    A control run is trained without the reward (lambda_r = 0).
     The control is this run itself if its lambda_r is 0, else the run of --control, else the bundled record of
     a control of the demo. If the control's settings differ from those of this run, "control_delta_mean" is
     None and "control_source" explains how to make a control.
 
     Args:
-        settings: settings of this run.
-        delta: mean change of the reward in this run.
+        run_settings: settings of this run.
+        tuned_delta_mean: mean change of the reward in this run.
     """
-    if settings["lambda_r"] == 0:
-        return {"control_delta_mean": delta, "control_source": "this run"}
-    path = bundled.CONTROL if settings["control"] is None else Path(settings["control"])
-    path = path / "summary.json" if path.is_dir() else path
-    record = version_0_1.summary(json.loads(path.read_text()))
+    if run_settings["lambda_r"] == 0:
+        return {"control_delta_mean": tuned_delta_mean, "control_source": "this run"}
+    summary_path = bundled.CONTROL if run_settings["control"] is None else Path(run_settings["control"])
+    summary_path = summary_path / "summary.json" if summary_path.is_dir() else summary_path
+    control_summary = version_0_1.summary(json.loads(summary_path.read_text()))
     # The folder of a run holds its settings in another file; the bundled record includes its settings.
-    options_path = path.parent / "training_options.json"
-    recorded_settings = record.get("settings") or version_0_1.options(json.loads(options_path.read_text()))
+    options_path = summary_path.parent / "training_options.json"
+    recorded_settings = control_summary.get("settings") or version_0_1.options(
+        json.loads(options_path.read_text())
+    )
     differences = control_differs(
-        settings,
+        run_settings,
         {
-            "kimg": record["images"] / 1000,
-            "seed": record["seed"],
-            "lambda_r": record["lambda_r"],
+            "kimg": control_summary["images"] / 1000,
+            "seed": control_summary["seed"],
+            "lambda_r": control_summary["lambda_r"],
             **recorded_settings,
         },
     )
@@ -109,33 +113,34 @@ def control_delta(settings: dict, delta: float) -> dict:
             "control_delta_mean": None,
             # four differences are enough for a cell of the table
             "control_source": (
-                f"{path.name} records a run with other settings: {'; '.join(differences[:4])}. {remedy}"
+                f"{summary_path.name} records a run with other settings: {'; '.join(differences[:4])}."
+                f" {remedy}"
             ),
         }
     return {
         # In the control's own summary, "tuned" is its network after training without the reward.
-        "control_delta_mean": record["tuned_delta_mean"],
-        "control_source": path.name,
+        "control_delta_mean": control_summary["tuned_delta_mean"],
+        "control_source": summary_path.name,
         # The summary of a control has "heads" only if the data are synthetic heads.
-        **({"control_heads": record["heads"]["after"]} if "heads" in record else {}),
+        **({"control_heads": control_summary["heads"]["after"]} if "heads" in control_summary else {}),
     }
 
 
 def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
     """Compute all metrics of a run as JSON values, except the time that the run took."""
-    settings = evaluation.settings
+    run_settings = evaluation.settings
     seeds = comparison.seeds()  # N held-out latents
-    record = reward_shift(comparison)
-    record |= control_delta(settings, record["tuned_delta_mean"])
+    summary = reward_shift(comparison)
+    summary |= control_delta(run_settings, summary["tuned_delta_mean"])
     if comparison.synthetic:
         # The control's metrics of heads become a column of the table of heads.
-        control_heads = record.pop("control_heads", None)
-        record |= against_ground_truth(comparison) | blind_pairs(comparison) | frechet(comparison)
-        record["heads"] |= {"control": control_heads} if control_heads else {}
+        control_heads = summary.pop("control_heads", None)
+        summary |= against_ground_truth(comparison) | blind_pairs(comparison) | frechet(comparison)
+        summary["heads"] |= {"control": control_heads} if control_heads else {}
     view_metrics = geometry(comparison)
     shape_metrics = shapes(comparison) if comparison.synthetic else {"geometry": []}
-    record |= once(comparison, CHANGE, lambda: surface_change(comparison, EVALUATION.take(CHANGED)))
-    record |= {
+    summary |= once(comparison, CHANGE, lambda: surface_change(comparison, EVALUATION.take(CHANGED)))
+    summary |= {
         **view_metrics,
         **shape_metrics,
         "geometry": view_metrics["geometry"] + shape_metrics["geometry"],
@@ -145,19 +150,19 @@ def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
     # preferred, since it does not contain the noise of the labels.
     clean_accuracy = evaluation.reward.provenance.get("test_accuracy_clean")
     if (accuracy := clean_accuracy or evaluation.reward.provenance.get("test_accuracy")) is not None:
-        record |= {
+        summary |= {
             "reward_test_accuracy": accuracy["accuracy"],
             "reward_test_accuracy_ci95": accuracy["interval_95"],
             "reward_test_n": accuracy["n"],
             "reward_test_against": "noise-free order" if clean_accuracy else "labels",
         }
-    return record | {
+    return summary | {
         "over_optimisation": evaluation.monitor.alarms if evaluation.monitor is not None else [],
-        "seed": settings["seed"],
+        "seed": run_settings["seed"],
         "device": str(comparison.device),
         "versions": versions(),
-        "lambda_r": settings["lambda_r"],
-        "lambda_sigma": settings["lambda_sigma"],
+        "lambda_r": run_settings["lambda_r"],
+        "lambda_sigma": run_settings["lambda_sigma"],
         # first and last seed of the latents; these are not training seeds
         "seeds": {
             "reward": [seeds[0], seeds[-1]],
@@ -189,63 +194,72 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
     computed in this process.
     """
     part_of_task = {
-        f"{part}, {role}": (part, role) for part, role in heldout_evaluators.list_parts(comparison)
+        f"{part_name}, {role}": (part_name, role)
+        for part_name, role in heldout_evaluators.list_parts(comparison)
     }
     tasks = [IMAGES, *part_of_task, CHANGE]
     with (
         tempfile.TemporaryDirectory() as temporary,
         tqdm(total=len(tasks), desc="before and after", unit="part") as bar,
     ):
-        paths = {role: Path(temporary) / f"{role}.safetensors" for role in heldout_evaluators.ROLES}
+        path_by_role = {role: Path(temporary) / f"{role}.safetensors" for role in heldout_evaluators.ROLES}
         for role, generator in comparison.generators().items():
             # Workers load the networks from files. Only the weights of G_ema are evaluated, so G and D are
             # not written.
             networks.save(
-                paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True
+                path_by_role[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True
             )
         field_names = ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
-        sampling = {name: getattr(comparison, name) for name in field_names}
+        comparison_fields = {field_name: getattr(comparison, field_name) for field_name in field_names}
         # The latents of the images are selected here, since this needs the reward, which workers do not load.
-        sampling["memory"] = {CHOSEN: choose_latents(comparison)}
+        comparison_fields["memory"] = {CHOSEN: choose_latents(comparison)}
 
-        def store_result(task: str, result: Any) -> None:
+        def store_result(task: str, task_result: Any) -> None:
             # These are the keys that `heldout_evaluators.measure_part` and `once` read.
-            comparison.memory[("evaluators", *part_of_task[task]) if task in part_of_task else task] = result
+            comparison.memory[("evaluators", *part_of_task[task]) if task in part_of_task else task] = (
+                task_result
+            )
             bar.update()
 
         # All tasks that others wait for measure the network before tuning.
-        task_before = {part: task for task, (part, role) in part_of_task.items() if role == "before"}
-        needs = {
-            task: [task_before[heldout_evaluators.NEEDS[part]]] if part in heldout_evaluators.NEEDS else []
-            for task, (part, _) in part_of_task.items()
+        task_before = {
+            part_name: task for task, (part_name, role) in part_of_task.items() if role == "before"
+        }
+        needed_tasks = {
+            task: [task_before[heldout_evaluators.NEEDS[part_name]]]
+            if part_name in heldout_evaluators.NEEDS
+            else []
+            for task, (part_name, _) in part_of_task.items()
         }
         if "post-processing" in task_before:
             # The images show the result of the strongest post-processing, which this part selects.
-            needs[IMAGES] = [task_before["post-processing"]]
+            needed_tasks[IMAGES] = [task_before["post-processing"]]
         run_tasks(
-            {task: needs.get(task, []) for task in tasks},
+            {task: needed_tasks.get(task, []) for task in tasks},
             _worker,
-            (paths, sampling, folder),
+            (path_by_role, comparison_fields, folder),
             processes,
             Path(temporary),
             store_result,
         )
 
 
-def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[str], Any]:
+def _worker(path_by_role: dict[str, Path], comparison_fields: dict, folder: Path) -> Callable[[str], Any]:
     """Prepare a worker process, and return the function that computes a task in it.
 
     Args:
-        paths: network file of each role.
-        sampling: fields of the comparison, except the networks and the reward.
+        path_by_role: network file of each role.
+        comparison_fields: fields of the comparison, except the networks and the reward.
         folder: folder for the images.
     """
     torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()  # the networks' family may come from a plugin
-    generator_before, generator_after = (load_generator(paths[role]) for role in heldout_evaluators.ROLES)
+    generator_before, generator_after = (
+        load_generator(path_by_role[role]) for role in heldout_evaluators.ROLES
+    )
     # No task of a worker scores by the reward, so the reward is not sent to the workers.
     comparison = Comparison(
-        before=generator_before, after=generator_after, reward=cast(Reward, None), **sampling
+        before=generator_before, after=generator_after, reward=cast(Reward, None), **comparison_fields
     )
     other_tasks = {
         CHANGE: lambda: surface_change(comparison, EVALUATION.take(CHANGED)),
@@ -274,13 +288,13 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
         flush=True,
     )
     folder = loop.files.folder
-    nets = loop.trained_object.nets
+    tuned_nets = loop.trained_object.nets
     early_stop = evaluation.early_stop
     # An early stop selects a snapshot, which may be older than the last networks.
-    nets = nets if early_stop is None else early_stop.networks(nets)
+    tuned_nets = tuned_nets if early_stop is None else early_stop.networks(tuned_nets)
     generator_before, generator_after = (
-        LoadedGenerator(generator, state_hash(generator.module), folder, nets)
-        for generator in (evaluation.before, as_generator(nets.G_ema))
+        LoadedGenerator(generator, state_hash(generator.module), folder, tuned_nets)
+        for generator in (evaluation.before, as_generator(tuned_nets.G_ema))
     )
     comparison = Comparison(
         before=generator_before,
@@ -289,100 +303,111 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
         run=folder,
         data=evaluation.settings["data"],
         mirror=evaluation.settings["mirror"],
-        device=next(nets.G_ema.parameters()).device,
+        device=next(tuned_nets.G_ema.parameters()).device,
     )
     # On a GPU, or with one thread, `once` and `measure_part` compute everything in this process.
     if comparison.device.type == "cpu" and torch.get_num_threads() > 1:
-        work(comparison, folder, min(torch.get_num_threads(), MOST_PROCESSES))
-    record = {
+        work(comparison, folder, min(torch.get_num_threads(), MAX_PROCESSES))
+    summary = {
         **summarise(comparison, evaluation),
         "images": loop.cur_nimg,
         "early_stop": None if early_stop is None else early_stop.record(),
     }
     # The time covers the run and its evaluation. If there is one process, the images are rendered below, so
     # their time is not included.
-    record["seconds"] = time.time() - start_time
+    summary["seconds"] = time.time() - start_time
     # summary.json is written first: an error while rendering the images must not lose the metrics.
-    storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    written = once(comparison, IMAGES, lambda: write_images(comparison, folder))
-    if table := table_of_heads(record):
-        print("\n".join(["", aligned(table), *notes(record)]))
-    print(f"\n{aligned([('what', 'figure', 'goal'), *rows(record)])}")
-    print(f"\nWritten to {folder}: {', '.join(['summary.json', *written])}")
-    return record
+    storage.write_atomic(folder / "summary.json", json.dumps(summary, indent=2, sort_keys=True).encode())
+    written_names = once(comparison, IMAGES, lambda: write_images(comparison, folder))
+    if head_table := table_of_heads(summary):
+        print("\n".join(["", aligned(head_table), *notes(summary)]))
+    print(f"\n{aligned([('what', 'figure', 'goal'), *rows(summary)])}")
+    print(f"\nWritten to {folder}: {', '.join(['summary.json', *written_names])}")
+    return summary
 
 
-def rows(record: dict) -> list[tuple[str, str, str]]:
+def rows(summary: dict) -> list[tuple[str, str, str]]:
     """Format the rows of the printed table: (name of the metric, its value, the demo's goal).
 
-    Args: record: the content of summary.json.
+    Args: summary: the content of summary.json.
     """
     reward_texts = [
-        f"{reward['mean']:.3f} ± {reward['std']:.3f}"
-        for reward in (record["reward_before"], record["reward_after"])
+        f"{reward_summary['mean']:.3f} ± {reward_summary['std']:.3f}"
+        for reward_summary in (summary["reward_before"], summary["reward_after"])
     ]
     positive_text = (
-        f"{record['reward_delta_positive']}/{record['reward_delta_n']}, mean"
-        f" {record['tuned_delta_mean']:+.3f}"
+        f"{summary['reward_delta_positive']}/{summary['reward_delta_n']}, mean"
+        f" {summary['tuned_delta_mean']:+.3f}"
     )
     table_rows = [
         ("reward before / after (mean ± std)", " -> ".join(reward_texts), ""),
         ("positive reward deltas", positive_text, ""),
     ]
-    if record.get("control_delta_mean") is not None:
+    if summary.get("control_delta_mean") is not None:
         # 1e-12 avoids a division by zero for a run whose mean change is exactly zero.
-        relative_delta = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
-        text = (
-            f"{record['control_delta_mean']:+.3f} ({relative_delta:.1%} of the tuned shift;"
-            f" {record['control_source']})"
+        relative_delta = abs(summary["control_delta_mean"]) / max(abs(summary["tuned_delta_mean"]), 1e-12)
+        figure_text = (
+            f"{summary['control_delta_mean']:+.3f} ({relative_delta:.1%} of the tuned shift;"
+            f" {summary['control_source']})"
         )
-        table_rows.append(("mean delta of the lambda_r = 0 control", text, "<= 10 %"))
-    elif record.get("control_source"):
+        table_rows.append(("mean delta of the lambda_r = 0 control", figure_text, "<= 10 %"))
+    elif summary.get("control_source"):
         # There is a control, but its settings differ. Its source explains how, and what to do.
         table_rows.append(
-            ("mean delta of the lambda_r = 0 control", f"none: {record['control_source']}", "<= 10 %")
+            ("mean delta of the lambda_r = 0 control", f"none: {summary['control_source']}", "<= 10 %")
         )
     # A row is printed only if the run has its metric.
-    if "win_rate" in record:
+    if "win_rate" in summary:
         # Only synthetic data have a simulated annotator.
-        low, high = record["win_rate_ci95"]
-        text = f"{record['win_rate']:.1%} of {record['win_rate_n']} [{low:.1%}, {high:.1%}]"
+        interval_low, interval_high = summary["win_rate_ci95"]
+        figure_text = (
+            f"{summary['win_rate']:.1%} of {summary['win_rate_n']} [{interval_low:.1%}, {interval_high:.1%}]"
+        )
         table_rows.append(
-            ("simulated annotator without noise prefers the tuned shape (95 % interval)", text, "")
+            ("simulated annotator without noise prefers the tuned shape (95 % interval)", figure_text, "")
         )
-        text = (
-            f"{record['frechet_before']:.3f} -> {record['frechet_after']:.3f} (x{record['frechet_ratio']:.3f}"
+        figure_text = f"{summary['frechet_before']:.3f} -> {summary['frechet_after']:.3f}"
+        figure_text += f" (x{summary['frechet_ratio']:.3f}"
+        figure_text += f", {summary['frechet_outcome']})" if "frechet_outcome" in summary else ")"
+        table_rows.append(("Fréchet distance of images before -> after *", figure_text, "<= x1.03"))
+    for metric_entry in summary["geometry"]:
+        change_text = span(
+            metric_entry["paired"]["mean"],
+            metric_entry["paired"]["mean_lo"],
+            metric_entry["paired"]["mean_hi"],
+            "+.2g",
         )
-        text += f", {record['frechet_outcome']})" if "frechet_outcome" in record else ")"
-        table_rows.append(("Fréchet distance of images before -> after *", text, "<= x1.03"))
-    for row in record["geometry"]:
-        change = span(row["paired"]["mean"], row["paired"]["mean_lo"], row["paired"]["mean_hi"], "+.2g")
-        upwards = ", higher is better" if row["higher_is_better"] else ""
+        direction_text = ", higher is better" if metric_entry["higher_is_better"] else ""
         table_rows.append(
             (
-                f"{row['name']}{upwards} *",
-                f"{row['before']:.4g} -> {row['after']:.4g} ({row['outcome']}: {change})",
+                f"{metric_entry['name']}{direction_text} *",
+                f"{metric_entry['before']:.4g} -> {metric_entry['after']:.4g} ({metric_entry['outcome']}:"
+                f" {change_text})",
                 "better",
             )
         )
-    if "shapes_missing" in record:
-        table_rows.append(("shape Fréchet", f"not measured: {record['shapes_missing']}", ""))
+    if "shapes_missing" in summary:
+        table_rows.append(("shape Fréchet", f"not measured: {summary['shapes_missing']}", ""))
     # "n" is the number of latents whose shapes have a surface in both networks.
-    if (surface_change := record.get("surface_change_voxels")) and surface_change["n"]:
-        text = (
+    if (surface_change := summary.get("surface_change_voxels")) and surface_change["n"]:
+        figure_text = (
             f"{surface_change['median']:.2f} voxels of 64^3 [{surface_change['quartiles'][0]:.2f},"
-            f" {surface_change['quartiles'][1]:.2f}]"
-            f" of {surface_change['n']} latents"
+            f" {surface_change['quartiles'][1]:.2f}] of {surface_change['n']} latents"
         )
-        table_rows.append(("median change of the surface in the head (quartiles)", text, ""))
-    if record.get("reward_test_accuracy") is not None:
-        low, high = record["reward_test_accuracy_ci95"]
-        text = f"{record['reward_test_accuracy']:.3f} [{low:.3f}, {high:.3f}] of {record['reward_test_n']}"
+        table_rows.append(("median change of the surface in the head (quartiles)", figure_text, ""))
+    if summary.get("reward_test_accuracy") is not None:
+        interval_low, interval_high = summary["reward_test_accuracy_ci95"]
+        figure_text = (
+            f"{summary['reward_test_accuracy']:.3f} [{interval_low:.3f}, {interval_high:.3f}] of"
+            f" {summary['reward_test_n']}"
+        )
         table_rows.append(
-            (f"reward's test accuracy against the {record['reward_test_against']}", text, ">= 0.85")
+            (f"reward's test accuracy against the {summary['reward_test_against']}", figure_text, ">= 0.85")
         )
     # An alarm lists the held-out metrics that fell while the tuned reward rose.
-    fallen_metrics = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
+    fallen_metrics = sorted(
+        {metric_name for alarm in summary["over_optimisation"] for metric_name in alarm["fallen"]}
+    )
     table_rows.append(
         (
             "over-optimisation monitor",
@@ -390,15 +415,14 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
             "quiet",
         )
     )
-    if (early_stop := record.get("early_stop")) is not None:
-        text = (
+    if (early_stop := summary.get("early_stop")) is not None:
+        figure_text = (
             f"after {early_stop['images']} of {early_stop['of']} images: held-out reward"
-            f" {early_stop['heldout']:+.3f}, distance"
-            f" {early_stop['distance']:.3f}"
+            f" {early_stop['heldout']:+.3f}, distance {early_stop['distance']:.3f}"
         )
-        table_rows.append(("early stop kept the snapshot", text, ""))
+        table_rows.append(("early stop kept the snapshot", figure_text, ""))
     # 420 s is the time limit of the demo.
-    table_rows.append(("time", f"{record['seconds']:.0f} s on {record['device']}", "<= 420 s"))
+    table_rows.append(("time", f"{summary['seconds']:.0f} s on {summary['device']}", "<= 420 s"))
     return table_rows
 
 
@@ -437,44 +461,55 @@ MEASURES = {
 }
 
 
-def table_of_heads(record: dict) -> list[tuple[str, ...]]:
+def table_of_heads(summary: dict) -> list[tuple[str, ...]]:
     """Format the table of the metrics of synthetic heads. It is empty if the run had other data.
 
     The columns are: name of the metric, before, after, control, best post-processing, ground truth.
     """
-    if "heads" not in record:
+    if "heads" not in summary:
         return []
     # A run without a control has one column less.
-    columns = {column: text for column, text in COLUMNS.items() if column in record["heads"]}
-    table_rows: list[tuple[str, ...]] = [("what", *columns.values(), "ground truth")]
-    for key, (text, number_format, target) in MEASURES.items():
-        values = [*(record["heads"][column].get(key) for column in columns), target]
-        table_rows.append((text, *("" if value is None else f"{value:{number_format}}" for value in values)))
+    heading_by_column = {
+        column: row_text for column, row_text in COLUMNS.items() if column in summary["heads"]
+    }
+    table_rows: list[tuple[str, ...]] = [("what", *heading_by_column.values(), "ground truth")]
+    for metric_key, (row_text, number_format, target) in MEASURES.items():
+        cell_values = [*(summary["heads"][column].get(metric_key) for column in heading_by_column), target]
+        table_rows.append(
+            (
+                row_text,
+                *(
+                    "" if cell_value is None else f"{cell_value:{number_format}}"
+                    for cell_value in cell_values
+                ),
+            )
+        )
     return table_rows
 
 
-def notes(record: dict) -> list[str]:
+def notes(summary: dict) -> list[str]:
     """Return the notes below the table of heads: the sample, the post-processing methods, and the star.
 
     The list is empty if the run had other data than synthetic heads.
     """
-    if "heads" not in record:
+    if "heads" not in summary:
         return []
-    strongest = record["heads"]["strongest_post_processing"]
+    strongest_metrics = summary["heads"]["strongest_post_processing"]
     # A ratio is None if no head was defective, or if no head was intact.
-    ratios = [strongest["error_reduction"], strongest["intact_degraded"]]
-    reduction, degraded = ("none" if value is None else f"{value:.0%}" for value in ratios)
-    chosen_method = record["post_processing_methods"]["post_processing"]
-    strongest_method = record["post_processing_methods"]["strongest_post_processing"]
+    ratios = [strongest_metrics["error_reduction"], strongest_metrics["intact_degraded"]]
+    reduction_text, degraded_text = ("none" if ratio is None else f"{ratio:.0%}" for ratio in ratios)
+    chosen_method = summary["post_processing_methods"]["post_processing"]
+    strongest_method = summary["post_processing_methods"]["strongest_post_processing"]
     return [
         (
-            f"{record['heads_n']} held-out latents at psi 1, {record['defective_n']} of them defective before"
-            " tuning. We damaged the backs of the training scans deliberately, to imitate real scans."
+            f"{summary['heads_n']} held-out latents at psi 1, {summary['defective_n']} of them defective"
+            " before tuning. We damaged the backs of the training scans deliberately, to imitate real scans."
         ),
         (
             f"Best label-free post-processing that leaves intact heads alone: {chosen_method}, chosen on"
-            f" {record['post_processing_chosen_on']} other latents. The strongest of all, {strongest_method},"
-            f" reduces the error by {reduction} and degrades {degraded} of the intact heads."
+            f" {summary['post_processing_chosen_on']} other latents. The strongest of all,"
+            f" {strongest_method}, reduces the error by {reduction_text} and degrades {degraded_text} of the"
+            " intact heads."
         ),
         "*: not used by the simulated annotator, the reward or the early stop.",
     ]

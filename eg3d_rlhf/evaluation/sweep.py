@@ -82,11 +82,12 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
     A run with λ_r = 0 has no reward phase, so λ_σ has no effect; there is one such run for each seed.
     Raises: ValueError if a list is empty or contains a negative value.
     """
-    for flag, values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
-        if not values or min(values) < 0:
+    for flag, flag_values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
+        if not flag_values:
+            raise ValueError(f"{flag} has no value. Pass one or more values >= 0, for example {flag}=0,1,10.")
+        if min(flag_values) < 0:
             raise ValueError(
-                f"{flag}={','.join(map(str, values))}: one or more values >= 0 are needed. Separate them by"
-                f" commas, for example {flag}=0,1,10."
+                f"{flag}={','.join(map(str, flag_values))} contains a negative value. Pass only values >= 0."
             )
     # With λ_r = 0, λ_σ is set to 0, since it has no effect.
     cells = [
@@ -107,20 +108,21 @@ def make_part(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] =
         more_flags: further flags of train.py, which all cells share.
     """
     # The format :g writes 10.0 as 10, so that equal weights give equal commands and folders.
-    weights = [
+    weight_flags = [
         f"--lambda-r={cell.lambda_r:g}",
         f"--lambda-sigma={cell.lambda_sigma:g}",
         f"--seed={cell.seed}",
         f"--kimg={kimg:g}",
     ]
-    return Part.keyed(cell.name, folder, ["--reward=sigma", *weights, "--no-summary", *more_flags])
+    return Part.keyed(cell.name, folder, ["--reward=sigma", *weight_flags, "--no-summary", *more_flags])
 
 
-def cell_jobs(comparison: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
-    """Return a job for each cell, which measures its tuned network. Args: networks: network file by cell."""
+def cell_jobs(comparison: Comparison, path_by_cell: Mapping[Cell, Path]) -> list[Job]:
+    """Return a job for each cell, which measures its tuned network. Args: path_by_cell: network file by"
+    " cell."""
     # Everything that changes a measurement must be an input of the job, else a stored result of other inputs
     # would be used.
-    shared: dict[str, Any] = {
+    shared_inputs: dict[str, Any] = {
         "n": comparison.n,  # latents
         "images": comparison.images,  # of the kernel distance
         "data": comparison.data,
@@ -131,43 +133,43 @@ def cell_jobs(comparison: Comparison, networks: Mapping[Cell, Path]) -> list[Job
         comparison.job(
             f"cell-{cell.name}",
             f"{cell.setting}, seed {cell.seed}",
-            partial(measure_cell, cell=cell, path=path),
+            partial(measure_cell, cell=cell, network_path=network_path),
             roles=("reward", "held-out"),
-            **shared,
+            **shared_inputs,
             files={
                 "before": comparison.before.hash,
-                "cell": identity_of_file(path),
+                "cell": identity_of_file(network_path),
                 "reward": comparison.reward_hash,
             },
         )
-        for cell, path in networks.items()
+        for cell, network_path in path_by_cell.items()
     ]
 
 
-def front_job(comparison: Comparison, cells: Sequence[Cell], findings: Mapping[str, Finding]) -> Job:
-    """Return the job that computes the Pareto front. Args: findings: findings of `cell_jobs` by key."""
-    by_cell = {cell: findings[f"cell-{cell.name}"] for cell in cells}
-    plots = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
+def front_job(comparison: Comparison, cells: Sequence[Cell], finding_by_key: Mapping[str, Finding]) -> Job:
+    """Return the job that computes the Pareto front. Args: finding_by_key: findings of `cell_jobs` by key."""
+    finding_by_cell = {cell: finding_by_key[f"cell-{cell.name}"] for cell in cells}
+    plot_by_name = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
     return Job(
         key=KEY,
         title="Reward, distance and geometry",
-        compute=partial(front, comparison, by_cell),
-        plots=plots,
-        inputs={cell.name: json_hash(finding.data) for cell, finding in by_cell.items()},
+        compute=partial(front, comparison, finding_by_cell),
+        plots=plot_by_name,
+        inputs={cell.name: json_hash(finding.data) for cell, finding in finding_by_cell.items()},
     )
 
 
-def _compute_once(comparison: Comparison, name: str, compute):
+def _compute_once(comparison: Comparison, measurement_name: str, compute):
     """Return a measurement of the generator before tuning, which is computed once for all cells.
 
     Args:
-        name: name of the measurement.
+        measurement_name: name of the measurement.
         compute: function without arguments that computes it.
     """
     # All settings that the value depends on. The other settings are the same for all cells.
     cache_key = (
         "sweep",
-        name,
+        measurement_name,
         comparison.before.hash,
         comparison.psi,
         comparison.n,
@@ -179,21 +181,21 @@ def _compute_once(comparison: Comparison, name: str, compute):
     return comparison.memory[cache_key]
 
 
-def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) -> Finding:
+def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, network_path: Path) -> Finding:
     """Compute the change of every measure from the network before tuning to the network of a cell.
 
     Most measures have a value for each latent. The kernel distance of images has one value for all latents.
-    Args: path: network file of the cell.
+    Args: network_path: network file of the cell.
     """
     seeds = comparison.seeds()  # N held-out latents
-    tuned_network = comparison.load(path)
-    values = {
+    tuned_network = comparison.load(network_path)
+    changes_by_measure = {
         REWARD: (comparison.scores(tuned_network, seeds) - comparison.scores(comparison.before, seeds))
         .double()
         .numpy()
     }
     if comparison.held_out is not None:
-        values[HELDOUT] = (
+        changes_by_measure[HELDOUT] = (
             (
                 comparison.scores(tuned_network, seeds, held_out=True)
                 - comparison.scores(comparison.before, seeds, held_out=True)
@@ -201,37 +203,42 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
             .double()
             .numpy()
         )
+    # [N, D, H, W]
     density_before = _compute_once(
         comparison, "density", lambda: rewards.densities(comparison, comparison.before, seeds)
-    )  # [N, D, H, W]
+    )
     density_after = rewards.densities(comparison, tuned_network, seeds)  # [N, D, H, W]
-    values[DISTANCE] = density_l1(density_after, density_before).double().numpy()  # [N]
+    changes_by_measure[DISTANCE] = density_l1(density_after, density_before).double().numpy()  # [N]
     if comparison.synthetic:
-        values[ORACLE] = utilities(tuned_network.generator, seeds) - _compute_once(
+        changes_by_measure[ORACLE] = utilities(tuned_network.generator, seeds) - _compute_once(
             comparison, "oracle", lambda: utilities(comparison.before.generator, seeds)
         )
-    values[GEOMETRY] = normal_disagreement(comparison, tuned_network) - _compute_once(
+    changes_by_measure[GEOMETRY] = normal_disagreement(comparison, tuned_network) - _compute_once(
         comparison, "normals", lambda: normal_disagreement(comparison, comparison.before)
     )
-    interval_by_measure = compute_means(values)  # mean and interval over latents
+    interval_by_measure = compute_means(changes_by_measure)  # mean and interval over latents
     # The kernel distance needs images of the data.
     if comparison.data:
-        network = load_features(comparison.inception, comparison.device)
+        feature_network = load_features(comparison.inception, comparison.device)
         real_features, dataset = _compute_once(
-            comparison, "reals", lambda: images.real_features(comparison, network)
+            comparison, "reals", lambda: images.real_features(comparison, feature_network)
         )
         compute_fake_features = partial(
-            images.fake_features, comparison, cameras=dataset.get_labels(), network=network
+            images.fake_features, comparison, cameras=dataset.get_labels(), feature_network=feature_network
         )
         # features of the same latents and cameras under both networks
         features_before_and_after = (
             _compute_once(comparison, "images", lambda: compute_fake_features(comparison.before)),
             compute_fake_features(tuned_network),
         )
-        change = kernel_change_interval(
+        distance_change = kernel_change_interval(
             *features_before_and_after, real_features, images.RESAMPLES, comparison.seed
         )
-        interval_by_measure[IMAGES] = {"mean": change.mean, "lo": change.lo, "hi": change.hi}
+        interval_by_measure[IMAGES] = {
+            "mean": distance_change.mean,
+            "lo": distance_change.lo,
+            "hi": distance_change.hi,
+        }
     facts = comparison.facts(
         seeds,
         interval=BOOTSTRAP,
@@ -242,13 +249,13 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
         },
     )
     # Geometry is measured on the first half of the latents, so the later rows do not have it.
-    rows = [
+    latent_rows = [
         {
             "seed": seed,
             **{
-                name: float(measure_values[latent_index])
-                for name, measure_values in values.items()
-                if latent_index < len(measure_values)
+                measure_name: float(latent_changes[latent_index])
+                for measure_name, latent_changes in changes_by_measure.items()
+                if latent_index < len(latent_changes)
             },
         }
         for latent_index, seed in enumerate(seeds)
@@ -257,7 +264,7 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
     return Finding(
         facts=facts,
         data={"cell": vars(cell), "network": tuned_network.hash, "measures": interval_by_measure},
-        rows=rows,
+        rows=latent_rows,
     )
 
 
@@ -267,81 +274,90 @@ def normal_disagreement(comparison: Comparison, generator: LoadedGenerator) -> n
     return view_measures(comparison, generator, comparison.seeds(max(2, comparison.n // 2))).normal
 
 
-def pareto(values: np.ndarray) -> np.ndarray:
+def pareto(points: np.ndarray) -> np.ndarray:
     """Return a mask [N] of the points that no other point dominates (Pareto front).
 
     A point dominates another one if it is at least as good in every column and better in at least one.
-    Args: values: [N, M], where more is better.
+    Args: points: [N, M], where more is better.
     """
     # All pairs of points are compared: [1, N, M] with [N, 1, M] -> [N, N]
-    at_least = np.all(values[None] >= values[:, None], axis=2)  # [i, j]: j is nowhere worse than i
-    better = np.any(values[None] > values[:, None], axis=2)  # [i, j]: j is better than i somewhere
-    return ~np.any(at_least & better, axis=1)
+    is_as_good = np.all(points[None] >= points[:, None], axis=2)  # [i, j]: j is nowhere worse than i
+    is_better = np.any(points[None] > points[:, None], axis=2)  # [i, j]: j is better than i somewhere
+    return ~np.any(is_as_good & is_better, axis=1)
 
 
-def combine_seeds(by_cell: Mapping[Cell, Finding]) -> list[dict]:
+def combine_seeds(all_findings: Mapping[Cell, Finding]) -> list[dict]:
     """Return a row for each setting: the mean over seeds with its interval, and the value of each seed."""
-    rows: list[dict] = []
-    for setting in dict.fromkeys(first_cell.setting for first_cell in by_cell):
+    setting_rows: list[dict] = []
+    for setting in dict.fromkeys(first_cell.setting for first_cell in all_findings):
         finding_by_cell = {
-            first_cell: finding for first_cell, finding in by_cell.items() if first_cell.setting == setting
+            first_cell: finding
+            for first_cell, finding in all_findings.items()
+            if first_cell.setting == setting
         }
         first_cell, first_finding = next(iter(finding_by_cell.items()))
-        measures = {}  # statistics by measure
-        for name, latent_interval in first_finding.data["measures"].items():
-            seed_means = [finding.data["measures"][name]["mean"] for finding in finding_by_cell.values()]
+        statistics_by_measure = {}  # statistics by measure
+        for measure_name, latent_interval in first_finding.data["measures"].items():
+            seed_means = [
+                finding.data["measures"][measure_name]["mean"] for finding in finding_by_cell.values()
+            ]
             # With one seed there is no interval over seeds, so the interval over latents is used.
-            measures[name] = {
+            statistics_by_measure[measure_name] = {
                 **(t_mean_interval(seed_means)._asdict() if len(seed_means) > 1 else latent_interval),
                 "each": seed_means,
             }
-        rows.append(
+        setting_rows.append(
             {
                 "setting": setting,
                 "lambda_r": first_cell.lambda_r,
                 "lambda_sigma": first_cell.lambda_sigma if first_cell.lambda_r else None,
                 "seeds": [first_cell.seed for first_cell in finding_by_cell],  # in the order of "each"
-                "measures": measures,
+                "measures": statistics_by_measure,
             }
         )
     # [settings, M]; the sign turns "less is better" into "more is better"
-    means = np.array([[sign * row["measures"][name]["mean"] for name, sign in GOALS.items()] for row in rows])
-    for row, is_on_front in zip(rows, pareto(means), strict=True):
-        row["on_front"] = bool(is_on_front)
-    return rows
+    goal_means = np.array(
+        [
+            [sign * setting_row["measures"][measure_name]["mean"] for measure_name, sign in GOALS.items()]
+            for setting_row in setting_rows
+        ]
+    )
+    for setting_row, is_on_front in zip(setting_rows, pareto(goal_means), strict=True):
+        setting_row["on_front"] = bool(is_on_front)
+    return setting_rows
 
 
-def front(comparison: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Finding:
+def front(comparison: Comparison, finding_by_cell: Mapping[Cell, Finding], _folder: Path) -> Finding:
     """Compute the table of all settings, and mark the settings on the Pareto front."""
-    rows = combine_seeds(by_cell)
+    setting_rows = combine_seeds(finding_by_cell)
     suffix_by_key = {"": "mean", " lo": "lo", " hi": "hi"}
     # Each row of the CSV has three columns for each measure: the mean and the ends of its interval.
-    table = [
+    csv_rows = [
         {
-            "setting": row["setting"],
-            "front": "on the front" if row["on_front"] else "",
-            "training seeds": " ".join(map(str, row["seeds"])),
+            "setting": setting_row["setting"],
+            "front": "on the front" if setting_row["on_front"] else "",
+            "training seeds": " ".join(map(str, setting_row["seeds"])),
             **{
-                f"{name}{suffix}": statistics[key]
-                for name, statistics in row["measures"].items()
-                for suffix, key in suffix_by_key.items()
+                f"{measure_name}{suffix}": statistics[statistic_key]
+                for measure_name, statistics in setting_row["measures"].items()
+                for suffix, statistic_key in suffix_by_key.items()
             },
         }
-        for row in rows
+        for setting_row in setting_rows
     ]
-    networks = {"before": comparison.before.hash, "reward": comparison.reward_hash}
+    hash_by_network = {"before": comparison.before.hash, "reward": comparison.reward_hash}
     # The page states the hashes of all networks.
-    networks |= {cell.name: finding.data["network"] for cell, finding in by_cell.items()}
+    hash_by_network |= {cell.name: finding.data["network"] for cell, finding in finding_by_cell.items()}
     facts = comparison.facts(
         comparison.seeds(),
         interval=SEEDS_INTERVAL,
-        unit=f"latents for each of {len(by_cell)} runs",
-        networks=networks,
+        unit=f"latents for each of {len(finding_by_cell)} runs",
+        networks=hash_by_network,
     )
-    front_rows = [row for row in rows if row["on_front"]]
+    front_rows = [setting_row for setting_row in setting_rows if setting_row["on_front"]]
     sentences = [
-        f"On the front, by means ({len(front_rows)} of {len(rows)} settings): "
-        + "; ".join(row["setting"] for row in front_rows)
+        f"On the front, by means ({len(front_rows)} of {len(setting_rows)} settings): "
+        + "; ".join(setting_row["setting"] for setting_row in front_rows)
         + ".",
         (
             "A setting is on the front if no other setting has at least the same reward with no more distance"
@@ -349,24 +365,25 @@ def front(comparison: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path
         ),
     ]
     # Each setting with the consistency term is compared with the setting of the same λ_r without this term.
-    for base_row, row in itertools.product(rows, rows):
+    for base_row, setting_row in itertools.product(setting_rows, setting_rows):
         if (
-            row["lambda_r"]
-            and row["lambda_r"] == base_row["lambda_r"]
-            and row["lambda_sigma"]
+            setting_row["lambda_r"]
+            and setting_row["lambda_r"] == base_row["lambda_r"]
+            and setting_row["lambda_sigma"]
             and base_row["lambda_sigma"] == 0
         ):
-            distance_reduction = 1 - row["measures"][DISTANCE]["mean"] / max(
+            distance_reduction = 1 - setting_row["measures"][DISTANCE]["mean"] / max(
                 base_row["measures"][DISTANCE]["mean"], 1e-12
             )
-            relative_gain = row["measures"][REWARD]["mean"] / (base_row["measures"][REWARD]["mean"] or 1e-12)
-            sentences.append(
-                f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} reduces the distance by"
-                f" {distance_reduction:.1%} relative to the run without the consistency term, and reaches"
-                f" {relative_gain:.1%} of"
-                " that run's change of the reward."
+            relative_gain = setting_row["measures"][REWARD]["mean"] / (
+                base_row["measures"][REWARD]["mean"] or 1e-12
             )
-    if max(len(row["seeds"]) for row in rows) < 2:
+            sentences.append(
+                f"At λ_r = {setting_row['lambda_r']:g}, λ_σ = {setting_row['lambda_sigma']:g} reduces the"
+                f" distance by {distance_reduction:.1%} relative to the run without the consistency term, and"
+                f" reaches {relative_gain:.1%} of that run's change of the reward."
+            )
+    if max(len(setting_row["seeds"]) for setting_row in setting_rows) < 2:
         sentences.append(
             "There is one training seed for each setting, so the intervals cover latents and not the"
             " variation between runs. Pass several seeds to --seeds."
@@ -386,72 +403,96 @@ def front(comparison: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path
             " by the quality of their shapes."
         ),
     ]
-    return Finding(facts=facts, data={"rows": rows}, rows=table, says=sentences)
+    return Finding(facts=facts, data={"rows": setting_rows}, rows=csv_rows, says=sentences)
 
 
-def _panel(axes, rows: list[dict], x_measure: str, y_measure: str) -> None:
+def _panel(axes, setting_rows: list[dict], x_measure: str, y_measure: str) -> None:
     """Plot two measures of all settings against each other, with the intervals of both."""
-    for setting_index, row in enumerate(rows):
-        measures = row["measures"]
+    for setting_index, setting_row in enumerate(setting_rows):
+        statistics_by_measure = setting_row["measures"]
         colour = style.CYCLE[setting_index % len(style.CYCLE)]  # colours repeat if there are many settings
         axes.errorbar(
-            measures[x_measure]["mean"],
-            measures[y_measure]["mean"],
-            xerr=style.errors(measures[x_measure]),
-            yerr=style.errors(measures[y_measure]),
+            statistics_by_measure[x_measure]["mean"],
+            statistics_by_measure[y_measure]["mean"],
+            xerr=style.errors(statistics_by_measure[x_measure]),
+            yerr=style.errors(statistics_by_measure[y_measure]),
             color=colour,
             linewidth=1,
             marker="o" if setting_index < len(style.CYCLE) else "s",
             markersize=6,
-            markerfacecolor=colour if row["on_front"] else "none",  # filled: on the front
-            label=row["setting"] + (" (front)" if row["on_front"] else ""),
+            markerfacecolor=colour if setting_row["on_front"] else "none",  # filled: on the front
+            label=setting_row["setting"] + (" (front)" if setting_row["on_front"] else ""),
         )
-        if len(row["seeds"]) > 1:
+        if len(setting_row["seeds"]) > 1:
             # Small dots show the single seeds.
             axes.plot(
-                measures[x_measure]["each"], measures[y_measure]["each"], ".", color=colour, markersize=3
+                statistics_by_measure[x_measure]["each"],
+                statistics_by_measure[y_measure]["each"],
+                ".",
+                color=colour,
+                markersize=3,
             )
     axes.axhline(0, color=style.colour("noise"), linewidth=0.8)
     axes.set(xlabel=LABELS[x_measure], ylabel=LABELS[y_measure])
 
 
-def plot_front(data: dict):
+def plot_front(finding_data: dict):
     """Plot the reward over the distance and over geometry. Filled points are on the Pareto front."""
     figure, axes = style.figure(columns=2)
     # A dashed line joins the settings on the front in order of distance.
     front_rows = sorted(
-        (row for row in data["rows"] if row["on_front"]), key=lambda row: row["measures"][DISTANCE]["mean"]
+        (setting_row for setting_row in finding_data["rows"] if setting_row["on_front"]),
+        key=lambda setting_row: setting_row["measures"][DISTANCE]["mean"],
     )
-    front_line = [[row["measures"][name]["mean"] for row in front_rows] for name in (DISTANCE, REWARD)]
+    front_line = [
+        [setting_row["measures"][measure_name]["mean"] for setting_row in front_rows]
+        for measure_name in (DISTANCE, REWARD)
+    ]
     axes[0].plot(*front_line, "--", color=style.colour("noise"), linewidth=0.8)
-    _panel(axes[0], data["rows"], DISTANCE, REWARD)
-    _panel(axes[1], data["rows"], GEOMETRY, REWARD)
+    _panel(axes[0], finding_data["rows"], DISTANCE, REWARD)
+    _panel(axes[1], finding_data["rows"], GEOMETRY, REWARD)
     axes[0].legend(fontsize=6)
     return figure
 
 
-def plot_others(data: dict):
+def plot_others(finding_data: dict):
     """Plot the measures that do not define the front over the distance.
 
     If no such measure was computed, plot the tuned reward.
     """
-    names = [name for name in (HELDOUT, ORACLE, IMAGES) if name in data["rows"][0]["measures"]] or [REWARD]
-    figure, axes = style.figure(columns=len(names))
-    for axis, name in zip(np.atleast_1d(axes), names, strict=True):  # one column: axes is no array
-        _panel(axis, data["rows"], DISTANCE, name)
+    measure_names = [
+        measure_name
+        for measure_name in (HELDOUT, ORACLE, IMAGES)
+        if measure_name in finding_data["rows"][0]["measures"]
+    ] or [REWARD]
+    figure, axes = style.figure(columns=len(measure_names))
+    for axis, measure_name in zip(
+        np.atleast_1d(axes), measure_names, strict=True
+    ):  # one column: axes is no array
+        _panel(axis, finding_data["rows"], DISTANCE, measure_name)
     return figure
 
 
-def write(comparison: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool = False) -> Finding:
+def write(
+    comparison: Comparison, path_by_cell: Mapping[Cell, Path], page_folder: Path, quiet: bool = False
+) -> Finding:
     """Measure the cells, compute the Pareto front, and write the page; return the finding of the front."""
-    findings = pages.run(cell_jobs(comparison, networks), out, quiet=quiet)
-    job = front_job(comparison, list(networks), findings)
-    front_findings = pages.run([job], out, quiet=True)
+    finding_by_key = pages.run(cell_jobs(comparison, path_by_cell), page_folder, quiet=quiet)
+    page_job = front_job(comparison, list(path_by_cell), finding_by_key)
+    front_findings = pages.run([page_job], page_folder, quiet=True)
     introduction = (
-        f"{len(networks)} runs of train.py started from {comparison.before.path.name}. Each is compared with"
-        f" it on the same {comparison.n} held-out latents. The data of every run are in data/cell-*.json."
+        f"{len(path_by_cell)} runs of train.py started from {comparison.before.path.name}. Each is compared"
+        f" with it on the same {comparison.n} held-out latents. The data of every run are in"
+        " data/cell-*.json."
     )
-    write_page(out / "index.html", TITLE, introduction, [job], front_findings, front_findings[KEY].says[:1])
+    write_page(
+        page_folder / "index.html",
+        TITLE,
+        introduction,
+        [page_job],
+        front_findings,
+        front_findings[KEY].says[:1],
+    )
     return front_findings[KEY]
 
 
@@ -464,6 +505,10 @@ def make_cells(parts: Mapping[Cell, Part], jobs: int) -> None:
 
 def measure_cells(parts: Mapping[Cell, Part], sources: Sources, out: Path) -> Finding:
     """Measure the finished cells, and write the page; return the finding of the front."""
-    # A comparison cannot be loaded without a tuned network, so the first one stands for all.
-    networks = {cell: path for cell, part in parts.items() if (path := part.network()) is not None}
-    return write(load_comparison(replace(sources, after=next(iter(networks.values())))), networks, out)
+    # A comparison cannot be loaded without a tuned network, so the first one is loaded.
+    path_by_cell = {
+        cell: network_path for cell, part in parts.items() if (network_path := part.network()) is not None
+    }
+    return write(
+        load_comparison(replace(sources, after=next(iter(path_by_cell.values())))), path_by_cell, out
+    )

@@ -59,19 +59,19 @@ class Part:
     needed: str = ""
 
     @classmethod
-    def keyed(cls, name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
+    def keyed(cls, part_name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
         """Return a run of train.py with a folder that is named after the hash of its flags and files.
 
         Args:
-            name: name of the part, with which the folder's name begins.
+            part_name: name of the part, with which the folder's name begins.
             parent: folder in which the part's folder lies.
             flags: flags of train.py.
             needed: see the field `needed`.
         """
         # The hash is computed from the flags' names of version 0.1, so that its folders are found.
-        part = cls(name, parent, TRAIN, tuple(flags), needed)
+        part = cls(part_name, parent, TRAIN, tuple(flags), needed)
         digits = json_hash([version_0_1.words(TRAIN, part.flags), part.inputs()["inputs"]])[:8]
-        return cls(name, parent / f"{name}-{digits}", TRAIN, part.flags, needed)
+        return cls(part_name, parent / f"{part_name}-{digits}", TRAIN, part.flags, needed)
 
     def command(self) -> list[str]:
         """Return the script and its flags; train.py gets the part's folder as --outdir."""
@@ -83,18 +83,22 @@ class Part:
         These are the bundled files and every file that a flag names. The hashes are computed at every call,
         since an earlier part may write a file that a flag names.
         """
-        paths = {
+        path_by_name = {
             path.name: path
             for path in (bundled.GENERATOR, bundled.REWARD, bundled.HELDOUT_REWARD, BUNDLED_LABELS)
         }
-        paths |= {
-            name: Path(value)
-            for name, _, value in (flag.partition("=") for flag in self.flags)
-            if value and name not in ("--data", "--out", "--run-dir")
+        path_by_name |= {
+            flag_or_file: Path(flag_value)
+            for flag_or_file, _, flag_value in (flag.partition("=") for flag in self.flags)
+            if flag_value and flag_or_file not in ("--data", "--out", "--run-dir")
         }
         # The time of modification is a part of the cache's key, so that a file that has changed is hashed
         # again.
-        return {name: _hash(path, path.stat().st_mtime_ns) for name, path in paths.items() if path.is_file()}
+        return {
+            flag_or_file: _hash(path, path.stat().st_mtime_ns)
+            for flag_or_file, path in path_by_name.items()
+            if path.is_file()
+        }
 
     def inputs(self) -> dict:
         """Return the command and the hashes of its files, which the folder's content depends on.
@@ -113,13 +117,13 @@ class Part:
 
         If the folder has only a record of version 0.1, a record of this version is written first.
         """
-        earlier = self.folder / EARLIER  # record of version 0.1
-        if earlier.is_file() and not (self.folder / INPUTS).is_file():
-            recorded_values = json.loads(earlier.read_text())
-            inputs = {name: recorded_values.get(name) for name in ("command", "inputs")}
+        earlier_record_path = self.folder / EARLIER  # record of version 0.1
+        if earlier_record_path.is_file() and not (self.folder / INPUTS).is_file():
+            recorded_values = json.loads(earlier_record_path.read_text())
+            inputs = {key: recorded_values.get(key) for key in ("command", "inputs")}
             # A record without seconds belongs to a part that was interrupted.
             if "seconds" in recorded_values and (self.script != TRAIN or self.complete()):
-                cost = {name: recorded_values.get(name, 0.0) for name in ("seconds", "megabytes")}
+                cost = {key: recorded_values.get(key, 0.0) for key in ("seconds", "megabytes")}
                 Store.finish(self.folder, inputs, self.products(), cost)
             else:
                 Store.begin(self.folder, inputs)
@@ -138,22 +142,24 @@ class Part:
 
     def products(self) -> list[Path]:
         """List the files of a finished part that other parts read."""
-        run = self.run
-        if self.script != TRAIN or run is None:
+        run_folder = self.run
+        if self.script != TRAIN or run_folder is None:
             # The store's own records and the log are not results.
             record_names = (INPUTS, DONE, EARLIER, LOG)
             return [
-                path for path in self.folder.iterdir() if path.is_file() and path.name not in record_names
+                file_path
+                for file_path in self.folder.iterdir()
+                if file_path.is_file() and file_path.name not in record_names
             ]
         # A run of train.py has the last snapshot, and the file that its end is recognised by.
         network = self.network()
-        return [*([] if network is None else [network]), *([run / self.needed] if self.needed else [])]
+        return [*([] if network is None else [network]), *([run_folder / self.needed] if self.needed else [])]
 
     @property
     def run(self) -> Path | None:
         """Return the newest run of train.py in the folder, or None if the folder has no run."""
         # The names of runs begin with a number that increases.
-        return max((path for path in self.folder.glob("[0-9]*-*") if path.is_dir()), default=None)
+        return max((run_path for run_path in self.folder.glob("[0-9]*-*") if run_path.is_dir()), default=None)
 
     def complete(self) -> bool:
         """Return True if the newest run of train.py has reached its end.
@@ -168,13 +174,20 @@ class Part:
 
     def network(self) -> Path | None:
         """Return the last snapshot of the newest run of train.py, or None if the run is not finished."""
-        run = self.run
-        if run is None or not (run_snapshots := snapshots(run)):
+        run_folder = self.run
+        if run_folder is None or not (run_snapshots := snapshots(run_folder)):
             return None
         # Lengths are compared as integer numbers of images, since kimg (thousands of images) are floats. The
         # newest snapshot comes first.
-        length = round(1000 * recorded(run)["kimg"])
-        return next((path for kimg, path in run_snapshots[::-1] if round(1000 * kimg) >= length), None)
+        final_images = round(1000 * recorded(run_folder)["kimg"])
+        return next(
+            (
+                snapshot_path
+                for kimg, snapshot_path in run_snapshots[::-1]
+                if round(1000 * kimg) >= final_images
+            ),
+            None,
+        )
 
     def state(self) -> str:
         """Return 'finished' if the part is finished, 'begun' if it can be resumed, else 'new'."""
@@ -242,9 +255,9 @@ class _Children:
                     "the script was not started, since another part failed or was interrupted. Run the same"
                     " command again."
                 )
-            output, errors = (log, subprocess.STDOUT) if self.quiet else (None, None)
+            stdout, stderr = (log, subprocess.STDOUT) if self.quiet else (None, None)
             process = subprocess.Popen(
-                _python_command(part.continued()), env=environment, stdout=output, stderr=errors
+                _python_command(part.continued()), env=environment, stdout=stdout, stderr=stderr
             )
             self._running.add(process.pid)
         # wait4 is used instead of process.wait(), since it also returns the peak memory of this process.
@@ -252,26 +265,30 @@ class _Children:
         with self._lock:
             self._running.remove(process.pid)
         # Popen does not notice wait4; without this line it would wait for the process again.
-        process.returncode = code = os.waitstatus_to_exitcode(status)
-        if code or part.script == TRAIN and not part.complete():
+        process.returncode = exit_status = os.waitstatus_to_exitcode(status)
+        if exit_status or part.script == TRAIN and not part.complete():
             # `run_tasks` puts the name of the part in front of the message.
-            raise ValueError(f"the script {self._how(part, code)}. Run the same command again to resume it.")
+            raise ValueError(
+                f"the script {self._how(part, exit_status)}. Run the same command again to resume it."
+            )
         # The factor converts ru_maxrss into bytes: its unit is bytes on macOS and kilobytes on Linux.
-        unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-        cost = {"seconds": time.time() - start_time, "megabytes": usage.ru_maxrss * unit / 1e6}
+        bytes_per_unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+        cost = {"seconds": time.time() - start_time, "megabytes": usage.ru_maxrss * bytes_per_unit / 1e6}
         return part.products(), cost
 
-    def _how(self, part: Part, code: int) -> str:
+    def _how(self, part: Part, exit_status: int) -> str:
         """Describe how a process failed: by its exit status, and by its last line of output."""
         # A training that received SIGTERM exits with status 0 after it has written a checkpoint.
-        ending = (
-            "was stopped" if code in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {code}"
+        ending_text = (
+            "was stopped"
+            if exit_status in (0, -signal.SIGTERM, -signal.SIGINT)
+            else f"ended with status {exit_status}"
         )
         if not self.quiet:
-            return f"{ending} with the message above"
-        log = part.folder / LOG
-        last_line = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        return f"{ending}: {last_line} See {log}"
+            return f"{ending_text} with the message above"
+        log_path = part.folder / LOG
+        last_line = (log_path.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        return f"{ending_text}: {last_line} See {log_path}"
 
 
 def make(
@@ -288,35 +305,35 @@ def make(
     Args:
         chains: lists of parts; the parts of a chain run one after another.
         jobs: number of chains that run at the same time.
-        threads: OMP_NUM_THREADS of each process; None: the inherited value.
-        quiet: True: output goes to log.txt in the part's folder; False: output goes to the terminal.
+        threads: OMP_NUM_THREADS of each process; None keeps the value of this process.
+        quiet: True if the output goes to log.txt in the part's folder, False if it goes to the terminal.
         on_done: function that is called with each part when it is finished.
 
     Raises: ValueError with the name of the part that failed, its last line of output, and its log.
     """
-    parts = {part.name: part for chain in chains for part in chain}
+    part_by_name = {part.name: part for chain in chains for part in chain}
     # Each part needs the previous one in its chain. chain[:i][-1:] holds the previous part, and is empty for
     # the first part.
-    needs = {
+    needed_parts = {
         part.name: [previous_part.name for previous_part in chain[:i][-1:]]
         for chain in chains
         for i, part in enumerate(chain)
     }
     children = _Children(quiet, threads)
 
-    def make_part(name: str) -> None:
-        part = parts[name]
+    def make_part(part_name: str) -> None:
+        part = part_by_name[part_name]
         part.store.make(part.folder.name, part.inputs(), lambda _: children.run(part))
 
     # SIGTERM stops the children as Ctrl-C does
     with sigterm_interrupts():
         run_tasks(
-            needs,
+            needed_parts,
             lambda: make_part,
             (),
             jobs,
             Path(),
-            on_done=lambda name, _: on_done(parts[name]),
+            on_done=lambda part_name, _: on_done(part_by_name[part_name]),
             stop=children.stop,
         )
 
@@ -340,29 +357,29 @@ def make_with_progress_bar(
             make(chains, jobs, threads, on_done=advance)
 
 
-def _announce(title: str, command: Sequence[str]) -> None:
+def _announce(heading: str, command: Sequence[str]) -> None:
     """Print a title and a command line to stderr."""
-    print(f"\n== {title}: {shlex.join(['python', *command])}", file=sys.stderr, flush=True)
+    print(f"\n== {heading}: {shlex.join(['python', *command])}", file=sys.stderr, flush=True)
 
 
-def make_in_terminal(title: str, part: Part) -> None:
+def make_in_terminal(heading: str, part: Part) -> None:
     """Run a part if it is not finished, and show its output in the terminal."""
     if not part.finished():
-        _announce(title, part.continued())
+        _announce(heading, part.continued())
         make([[part]], quiet=False)
 
 
-def call(name: str, command: list[str]) -> float:
+def call(script_title: str, command: list[str]) -> float:
     """Run a script of this project, show its output in the terminal, and return the duration in seconds.
 
     Raises: ValueError if the script failed.
     """
-    _announce(name, command)
+    _announce(script_title, command)
     start_time = time.time()
-    code = subprocess.call(_python_command(command))
-    if code:
+    exit_status = subprocess.call(_python_command(command))
+    if exit_status:
         raise ValueError(
-            f"{name} failed with exit status {code}. Read its message above, correct the cause, and run the"
-            " same command again to resume."
+            f"{script_title} failed with exit status {exit_status}. Read its message above, correct the"
+            " cause, and run the same command again to resume."
         )
     return time.time() - start_time

@@ -62,9 +62,9 @@ PAGE = "surface-attribution.html"
 _SCALE = 0.99  # quantile of |attribution| on a surface that gets the full colour
 
 
-def region_colour(index: int) -> Colour:
+def region_colour(region_index: int) -> Colour:
     """Return the colour of the region with this index. The colours repeat after twelve regions."""
-    return REGION_COLOURS[index % len(REGION_COLOURS)]
+    return REGION_COLOURS[region_index % len(REGION_COLOURS)]
 
 
 def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
@@ -86,14 +86,16 @@ def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.
 
     Args: vertices: world positions, [V, 3].
     """
-    nearest_index = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
-    is_inside = ((nearest_index >= 0) & (nearest_index < spec.shape)).all(axis=1)
+    nearest_indices = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
+    is_inside = ((nearest_indices >= 0) & (nearest_indices < spec.shape)).all(axis=1)
     # Clipped only so that indexing is valid; `inside` masks these vertices.
-    z, y, x = np.clip(nearest_index, 0, np.array(spec.shape) - 1).T
+    z, y, x = np.clip(nearest_indices, 0, np.array(spec.shape) - 1).T
     return np.where(is_inside, partition.labels.numpy()[z, y, x], -1)
 
 
-def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, radius: int = 1) -> np.ndarray:
+def voxels_at(
+    vertices: np.ndarray, voxel_attributions: torch.Tensor, spec: SlabSpec, radius: int = 1
+) -> np.ndarray:
     """Return the attribution [V] of the voxels around each vertex; it is 0 outside the slab.
 
     It is the sum over (2 radius + 1)^3 voxels, interpolated trilinearly. The attribution of a single voxel
@@ -101,40 +103,47 @@ def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, radius
 
     Args:
         vertices: world positions, [V, 3].
-        voxels: attribution of each voxel, [D, H, W].
+        voxel_attributions: attribution of each voxel, [D, H, W].
     """
-    window = 2 * radius + 1
+    window_edge = 2 * radius + 1
     # The mean over a window times its volume is the sum. Voxels outside the slab count as 0.
     window_sums = (
-        F.avg_pool3d(voxels.double()[None, None], window, stride=1, padding=radius, count_include_pad=True)
-        * window**3
+        F.avg_pool3d(
+            voxel_attributions.double()[None, None],
+            window_edge,
+            stride=1,
+            padding=radius,
+            count_include_pad=True,
+        )
+        * window_edge**3
     )
     # a copy, since torch rejects negative strides
     slab_indices = torch.from_numpy(slab_index(vertices, spec).copy())
-    last_indices = torch.tensor(
-        [size - 1 for size in spec.shape], dtype=torch.float64
-    )  # last index along z, y, x
+    # last index along z, y, x
+    last_indices = torch.tensor([axis_length - 1 for axis_length in spec.shape], dtype=torch.float64)
     # grid_sample needs positions in -1..1 in the order x, y, z, of shape [1, 1, 1, V, 3].
     grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
     return F.grid_sample(window_sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
 
 
-def diverging_colours(values: np.ndarray, scale: float) -> np.ndarray:
+def diverging_colours(attributions: np.ndarray, full_colour_attribution: float) -> np.ndarray:
     """Map values [V] to colours [V, 3] uint8: blue at -scale, light grey at 0, orange at +scale."""
     # The scale is 0 if all values are 0; 1e-12 avoids a division by zero.
-    position = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]  # [V, 1] in -1..1
-    end_colours = np.where(position < 0, np.array(LOWERS), np.array(RAISES))  # [V, 3]
-    return np.round(NEUTRAL + (end_colours - NEUTRAL) * np.abs(position)).astype(np.uint8)
+    # [V, 1] in -1..1
+    scaled_attributions = np.clip(attributions / max(full_colour_attribution, 1e-12), -1, 1)[:, None]
+    end_colours = np.where(scaled_attributions < 0, np.array(LOWERS), np.array(RAISES))  # [V, 3]
+    return np.round(NEUTRAL + (end_colours - NEUTRAL) * np.abs(scaled_attributions)).astype(np.uint8)
 
 
-def region_colours(labels: np.ndarray) -> np.ndarray:
+def region_colours(region_indices: np.ndarray) -> np.ndarray:
     """Map indices of regions [V] to colours [V, 3] uint8; the index -1 gets grey."""
     # Grey is the last entry of the table, which the index -1 selects.
     colour_table = np.array(
-        [region_colour(region_index) for region_index in range(max(labels.max(initial=0) + 1, 1))] + [GREY],
+        [region_colour(region_index) for region_index in range(max(region_indices.max(initial=0) + 1, 1))]
+        + [GREY],
         dtype=np.uint8,
     )
-    return colour_table[labels]
+    return colour_table[region_indices]
 
 
 def render_coloured_mesh(
@@ -166,25 +175,34 @@ def render_coloured_mesh(
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # [F, 3], not normalised
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
     rng = np.random.default_rng(seed)  # the same points in every call
-    barycentric = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
+    barycentric_weights = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
     # [F * P, 3]; every face has the same number of points, independent of its area
-    points = np.einsum("pk,fkc->fpc", barycentric, corners).reshape(-1, 3)
-    point_colours = np.einsum("pk,fkc->fpc", barycentric, colours[faces].astype(np.float64)).reshape(-1, 3)
+    surface_points = np.einsum("pk,fkc->fpc", barycentric_weights, corners).reshape(-1, 3)
+    point_colours = np.einsum("pk,fkc->fpc", barycentric_weights, colours[faces].astype(np.float64)).reshape(
+        -1, 3
+    )
     # rotation about the vertical axis
     rotation = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-    points = points @ rotation.T
+    surface_points = surface_points @ rotation.T
     normals = np.repeat(normals @ rotation.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
-    column = np.floor((points[:, 0] / half_width + 1) / 2 * resolution).astype(np.int64)  # pixels, [F * P]
+    # column in the image, [F * P]
+    pixel_columns = np.floor((surface_points[:, 0] / half_width + 1) / 2 * resolution).astype(np.int64)
     # pixels, counted from the top
-    row = np.floor((1 - points[:, 1] / half_width) / 2 * resolution).astype(np.int64)
+    pixel_rows = np.floor((1 - surface_points[:, 1] / half_width) / 2 * resolution).astype(np.int64)
     # Points outside the image and on faces that point away from the camera are not drawn.
-    is_visible = (column >= 0) & (column < resolution) & (row >= 0) & (row < resolution) & (normals[:, 2] > 0)
+    is_visible = (
+        (pixel_columns >= 0)
+        & (pixel_columns < resolution)
+        & (pixel_rows >= 0)
+        & (pixel_rows < resolution)
+        & (normals[:, 2] > 0)
+    )
     # Indices of the visible points, sorted such that the nearest to the camera is written last.
-    draw_order = np.flatnonzero(is_visible)[np.argsort(points[is_visible, 2])]
-    light = 0.4 + 0.6 * np.clip(normals[draw_order] @ _LIGHT, 0, 1)  # ambient and diffuse part
+    draw_order = np.flatnonzero(is_visible)[np.argsort(surface_points[is_visible, 2])]
+    brightness = 0.4 + 0.6 * np.clip(normals[draw_order] @ _LIGHT, 0, 1)  # ambient and diffuse part
     image = np.full((resolution, resolution, 3), 255, dtype=np.uint8)  # a white background
-    image[row[draw_order], column[draw_order]] = np.clip(
-        point_colours[draw_order] * light[:, None], 0, 255
+    image[pixel_rows[draw_order], pixel_columns[draw_order]] = np.clip(
+        point_colours[draw_order] * brightness[:, None], 0, 255
     ).astype(np.uint8)
     return image
 
@@ -196,7 +214,7 @@ def surface(study: Study, folder: Path) -> Finding:
     """
     meshes = []  # meshes of the interactive page
     renders = []  # one list of views for each latent
-    rows = []  # one row for each mesh
+    mesh_rows = []  # one row for each mesh
     skipped_meshes = []  # samples without a surface
     half_edge = study.cube_spec.box_warp / 2  # half the edge of the cube, world units
     for latent_index, seed in enumerate(study.seeds[:SHOWN]):
@@ -208,21 +226,30 @@ def surface(study: Study, folder: Path) -> Finding:
             except ValueError:  # the sample has no surface
                 skipped_meshes.append(f"seed {seed} {role}")
                 continue
-            values = voxels_at(vertices, study.integrated[latent_index].voxels, study.spec)
+            vertex_attributions = voxels_at(vertices, study.integrated[latent_index].voxels, study.spec)
             # A quantile is used, since with the maximum a single extreme vertex would make all others pale.
-            scale = float(np.quantile(np.abs(values), _SCALE))
-            layers = _layers(study, latent_index, vertices, values, scale)
+            full_colour_attribution = float(np.quantile(np.abs(vertex_attributions), _SCALE))
+            layers = _layers(study, latent_index, vertices, vertex_attributions, full_colour_attribution)
             meshes.append(
                 ColouredMesh(name=f"seed {seed}, {role}", vertices=vertices, faces=faces, layers=layers)
             )
-            extreme_vertices = {"highest": vertices[values.argmax()], "lowest": vertices[values.argmin()]}
-            positions = {
-                f"{name} {axis}": round(float(coordinate), 4)
-                for name, vertex in extreme_vertices.items()
+            extreme_vertices = {
+                "highest": vertices[vertex_attributions.argmax()],
+                "lowest": vertices[vertex_attributions.argmin()],
+            }
+            extreme_coordinates = {
+                f"{extreme_name} {axis}": round(float(coordinate), 4)
+                for extreme_name, vertex in extreme_vertices.items()
                 for axis, coordinate in zip("xyz", vertex, strict=True)
             }
-            rows.append(
-                {"seed": seed, "mesh": role, "vertices": len(vertices), "full_colour": scale, **positions}
+            mesh_rows.append(
+                {
+                    "seed": seed,
+                    "mesh": role,
+                    "vertices": len(vertices),
+                    "full_colour": full_colour_attribution,
+                    **extreme_coordinates,
+                }
             )
             if role == "after":
                 renders.append(
@@ -241,50 +268,62 @@ def surface(study: Study, folder: Path) -> Finding:
     ]
     if skipped_meshes:
         sentences.append(f"Not shown, because they have no surface: {', '.join(skipped_meshes)}.")
-    images = {}  # file name by caption
+    image_by_caption = {}  # file name by caption
     if renders:
         # sum(..., []) joins the lists of views; the image has a row for each latent.
         write_atomic(folder / "surface-attribution.png", png(tile(sum(renders, []), len(YAWS))))
-        images = {
+        image_by_caption = {
             f"Attribution on the tuned surface of seeds {study.seeds[0]}..: front, half turned, back.": (
                 "surface-attribution.png"
             )
         }
-    page = mesh_page(meshes, "Attribution on the surface", half_edge) if meshes else ""
-    write_atomic(folder / PAGE, page.encode())
+    page_html = mesh_page(meshes, "Attribution on the surface", half_edge) if meshes else ""
+    write_atomic(folder / PAGE, page_html.encode())
     facts = study.comparison.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
     return Finding(
-        facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=sentences, images=images
+        facts=facts,
+        data={"page": PAGE if meshes else None},
+        rows=mesh_rows,
+        says=sentences,
+        images=image_by_caption,
     )
 
 
 def _layers(
-    study: Study, latent_index: int, vertices: np.ndarray, values: np.ndarray, scale: float
+    study: Study,
+    latent_index: int,
+    vertices: np.ndarray,
+    vertex_attributions: np.ndarray,
+    full_colour_attribution: float,
 ) -> list[Layer]:
     """Return the layers of a mesh on the page: attribution, regions, and the shape without colours.
 
     Args:
         latent_index: index of the latent in the study.
         vertices: positions of the vertices, [V, 3].
-        values: attribution at the vertices, [V].
-        scale: attribution with the full colour.
+        vertex_attributions: attribution at the vertices, [V].
+        full_colour_attribution: attribution with the full colour.
     """
-    labels = labels_at(vertices, study.partitions[latent_index], study.spec)  # [V]
+    region_indices = labels_at(vertices, study.partitions[latent_index], study.spec)  # [V]
     legend = (
-        (f"raises the reward (+{_short(scale)})", RAISES),
+        (f"raises the reward (+{_short(full_colour_attribution)})", RAISES),
         ("no influence", NEUTRAL),
-        (f"lowers it (-{_short(scale)})", LOWERS),
+        (f"lowers it (-{_short(full_colour_attribution)})", LOWERS),
     )
     # The legend lists only regions that this surface has.
     region_legend = [
-        (name, region_colour(region_index))
-        for region_index, name in enumerate(study.names)
-        if (labels == region_index).any()
+        (region_name, region_colour(region_index))
+        for region_index, region_name in enumerate(study.names)
+        if (region_indices == region_index).any()
     ]
-    region_legend += [("outside the slab", GREY)] if (labels < 0).any() else []
+    region_legend += [("outside the slab", GREY)] if (region_indices < 0).any() else []
     return [
-        Layer(name="attribution", colours=diverging_colours(values, scale), legend=legend),
-        Layer(name="regions", colours=region_colours(labels), legend=region_legend),
+        Layer(
+            name="attribution",
+            colours=diverging_colours(vertex_attributions, full_colour_attribution),
+            legend=legend,
+        ),
+        Layer(name="regions", colours=region_colours(region_indices), legend=region_legend),
         Layer(name="shape alone", colours=np.full((len(vertices), 3), 225, dtype=np.uint8), legend=()),
     ]
 
@@ -315,33 +354,32 @@ def jobs(study: Study) -> list[Job]:
 
     The regions are the first job, so that the user can check them while the attributions are computed.
     """
-    settings = study.settings
+    study_settings = study.settings
     comparison = study.comparison
-    file_inputs: dict = {"regions": settings.regions}
-    if settings.regions not in KINDS:
+    file_inputs: dict = {"regions": study_settings.regions}
+    if study_settings.regions not in KINDS:
         # For a user's label volume, its file and the file of its names are inputs of every job.
         with prefix_errors("--regions"):
             file_inputs["regions"] = [
                 identity_of_file(path)
-                for path in (settings.regions, Path(settings.regions).with_suffix(".json"))
+                for path in (study_settings.regions, Path(study_settings.regions).with_suffix(".json"))
             ]
     with prefix_errors("--landmarks"):
-        file_inputs["landmarks"] = identity_of_file(settings.landmarks)
-    base_inputs = comparison.inputs(
-        *ROLES, n=comparison.n, data=comparison.synthetic, **file_inputs
-    )  # inputs of every job
+        file_inputs["landmarks"] = identity_of_file(study_settings.landmarks)
+    # inputs of every job
+    base_inputs = comparison.inputs(*ROLES, n=comparison.n, data=comparison.synthetic, **file_inputs)
     shapley_inputs = {
         **base_inputs,
-        "method": settings.method,
-        "permutations": settings.permutations,
-        "gap_bound": settings.gap_bound,
+        "method": study_settings.method,
+        "permutations": study_settings.permutations,
+        "gap_bound": study_settings.gap_bound,
     }
     # A job is computed again only if one of its inputs changes.
     integral_inputs = {
         **shapley_inputs,
         "orders": CHECK_ORDERS,
-        "steps": settings.steps,
-        "most_steps": settings.most_steps,
+        "steps": study_settings.steps,
+        "most_steps": study_settings.most_steps,
     }
     make_shapley_job = partial(
         Job, inputs=shapley_inputs, plots={"regions": plot_regions, "latents": plot_latents}
@@ -370,7 +408,7 @@ def jobs(study: Study) -> list[Job]:
         ),
         # Landmarks cover only the face; the parts of the head cover the changes elsewhere. The product with
         # False is an empty list.
-        *[head_job] * (settings.regions == LANDMARKS),
+        *[head_job] * (study_settings.regions == LANDMARKS),
         Job(
             key="methods",
             title="Do other methods agree?",
@@ -385,8 +423,8 @@ def jobs(study: Study) -> list[Job]:
             inputs={
                 **shapley_inputs,
                 "orders": CHECK_ORDERS,
-                "draws": settings.randomisations,
-                "checked": settings.checked,
+                "draws": study_settings.randomisations,
+                "checked": study_settings.checked,
             },
             plots={"rank-correlation": plot_redrawn},
         ),
@@ -402,13 +440,13 @@ def regions(study: Study, folder: Path) -> Finding:
     comparison = study.comparison
     # Any other value of --regions is the path of the user's label volume.
     kind_text = KINDS.get(str(study.settings.regions), "your masks")
-    rows = _counts(study)
-    images = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
-    empty_regions = [row["region"] for row in rows if row["most"] == 0]
+    count_rows = _counts(study)
+    image_by_caption = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
+    empty_regions = [count_row["region"] for count_row in count_rows if count_row["most"] == 0]
     sentences = [
         (
-            f"{len(rows)} regions from {kind_text}. Every voxel of the slab belongs to one region; where two"
-            " overlap, to the first in the table."
+            f"{len(count_rows)} regions from {kind_text}. Every voxel of the slab belongs to one region;"
+            " where two overlap, to the first in the table."
         ),
         (
             "The partition is a choice: with another partition, the same difference of the reward is divided"
@@ -417,52 +455,56 @@ def regions(study: Study, folder: Path) -> Finding:
     ]
     if empty_regions:
         sentences.append(f"Regions without voxels, hence without influence: {', '.join(empty_regions)}.")
-    if not images:
+    if not image_by_caption:
         reason = (
             "None of the shown latents has a surface" if study.reads_slabs else "The reward reads no slab"
         )
         sentences.append(f"{reason}, so there is no image.")
     if study.settings.regions == LANDMARKS:
         head_study = study.study_of_head_parts()
-        rows = [
-            {"partition": name, **row}
-            for name, partition_study in (("regions", study), ("entire head", head_study))
-            for row in _counts(partition_study)
+        count_rows = [
+            {"partition": partition_name, **count_row}
+            for partition_name, partition_study in (("regions", study), ("entire head", head_study))
+            for count_row in _counts(partition_study)
         ]
-        images |= draw_regions(head_study, folder, "whole-head.png", "The entire head in eight parts, ")
+        image_by_caption |= draw_regions(
+            head_study, folder, "whole-head.png", "The entire head in eight parts, "
+        )
     return Finding(
         facts=comparison.facts(study.seeds, ("before",)),
         data={"names": list(study.names), "kind": kind_text},
-        rows=rows,
+        rows=count_rows,
         says=sentences,
-        images=images,
+        images=image_by_caption,
     )
 
 
 def _counts(study: Study) -> list[dict]:
-    """Count the voxels of each region: mean, least and most over the latents."""
+    """Count the voxels of each region: mean, smallest and largest number over the latents."""
     # A region may have other voxels for each latent, for example if it depends on landmarks.
     counts_by_latent = np.array([partition.counts() for partition in study.partitions])  # [N, R]
     return [
         {
-            "region": region,
+            "region": region_name,
             "voxels (mean)": float(region_counts.mean()),
             "least": int(region_counts.min()),
             "most": int(region_counts.max()),
             "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(region_index)),
         }
-        for region_index, (region, region_counts) in enumerate(
+        for region_index, (region_name, region_counts) in enumerate(
             zip(study.names, counts_by_latent.T, strict=True)
         )
     ]
 
 
-def draw_regions(study: Study, folder: Path, name: str, caption_start: str = "Regions ") -> dict[str, str]:
+def draw_regions(
+    study: Study, folder: Path, image_name: str, caption_start: str = "Regions "
+) -> dict[str, str]:
     """Render the regions on the meshes of the first latents before tuning, and write the image.
 
     Args:
         folder: folder of the image.
-        name: file name of the image.
+        image_name: file name of the image.
         caption_start: first words of the caption.
 
     Returns: the image's name by its caption; {} if no latent has a surface.
@@ -485,9 +527,11 @@ def draw_regions(study: Study, folder: Path, name: str, caption_start: str = "Re
     if not renders:
         return {}
     # sum(..., []) joins the lists of views; the image has a row for each latent and a column for each yaw.
-    write_atomic(folder / name, png(tile(sum(renders, []), len(YAWS))))
+    write_atomic(folder / image_name, png(tile(sum(renders, []), len(YAWS))))
     caption = f"{caption_start}on the surface of seeds {study.seeds[0]}.. before tuning"
-    return {f"{caption}: front, half turned, back; colours as in the table, grey: outside the slab.": name}
+    return {
+        f"{caption}: front, half turned, back; colours as in the table, grey: outside the slab.": image_name
+    }
 
 
 def shapley(study: Study, folder: Path) -> Finding:
@@ -496,30 +540,29 @@ def shapley(study: Study, folder: Path) -> Finding:
     The efficiency gap is the difference between the values' sum and the change of the reward.
     """
     attributions = study.shapley
-    names = study.names
+    region_names = study.names
     comparison = study.comparison
-    values = np.stack([attribution.values for attribution in attributions])  # [N, R]
-    means = compute_column_means(values)  # a mean with its interval for each region
-    rows = [
+    shapley_values = np.stack([attribution.values for attribution in attributions])  # [N, R]
+    mean_by_region = compute_column_means(shapley_values)  # a mean with its interval for each region
+    table_rows = [
         {
             "seed": seed,
-            "region": name,
+            "region": region_name,
             "value": float(attribution.values[region_index]),
             "standard_error": None if attribution.errors is None else float(attribution.errors[region_index]),
             "difference": attribution.difference,
             "gap": attribution.gap,
         }
         for seed, attribution in zip(study.seeds, attributions, strict=True)
-        for region_index, name in enumerate(names)
+        for region_index, region_name in enumerate(region_names)
     ]
     largest_gap = max(attribution.relative_gap for attribution in attributions)  # of all latents
-    mean_difference = bootstrap_mean_interval(
-        [attribution.difference for attribution in attributions]
-    )  # mean change of the reward
-    data = {
-        "names": list(names),
-        "values": values.tolist(),
-        "means": means,
+    # mean change of the reward
+    mean_difference = bootstrap_mean_interval([attribution.difference for attribution in attributions])
+    finding_data = {
+        "names": list(region_names),
+        "values": shapley_values.tolist(),
+        "means": mean_by_region,
         "method": study.settings.method,
         "seeds": list(study.seeds),
         "errors": (
@@ -538,61 +581,64 @@ def shapley(study: Study, folder: Path) -> Finding:
     )
     return Finding(
         facts=comparison.facts(study.seeds, ROLES, interval),
-        data=data,
-        rows=rows,
-        says=_describe_shapley(study, values, means, mean_difference, largest_gap),
+        data=finding_data,
+        rows=table_rows,
+        says=_describe_shapley(study, shapley_values, mean_by_region, mean_difference, largest_gap),
     )
 
 
 def _describe_shapley(
-    study: Study, values: np.ndarray, means: list[dict], mean_difference, largest_gap: float
+    study: Study, shapley_values: np.ndarray, region_means: list[dict], mean_difference, largest_gap: float
 ) -> list[str]:
     """Describe the change of the reward, and the regions that contribute to it, in sentences.
 
     Args:
-        values: Shapley values, [N, R].
-        means: mean with interval of each region.
+        shapley_values: Shapley values, [N, R].
+        region_means: mean with interval of each region.
         mean_difference: mean change of the reward, with interval.
         largest_gap: largest efficiency gap of a latent, as a share of its difference.
     """
     # indices of the regions by the absolute value of their mean contribution, largest first
-    largest_first = np.argsort([-abs(mean["mean"]) for mean in means])
+    largest_first = np.argsort([-abs(region_mean["mean"]) for region_mean in region_means])
     # Regions whose interval excludes zero, so that the sign of the mean contribution is clear.
     clear_regions = [
         region_index
         for region_index in largest_first
-        if not contains_zero(means[region_index]["lo"], means[region_index]["hi"])
+        if not contains_zero(region_means[region_index]["lo"], region_means[region_index]["hi"])
     ]
-    settings = study.settings
+    study_settings = study.settings
     method_text = (
         f"all {2 ** len(study.names):,} coalitions"
-        if settings.method == "exact"
-        else f"{settings.permutations} permutations ({settings.method})"
+        if study_settings.method == "exact"
+        else f"{study_settings.permutations} permutations ({study_settings.method})"
     )
     sentences = [
         (
             f"The reward changes by {span(*mean_difference)} on average; Shapley values from {method_text}"
             f" divide that among {len(study.names)} regions. The largest efficiency gap is {largest_gap:.1e}"
-            " of a latent's difference"
-            f" (an error above {settings.gap_bound:g})."
+            f" of a latent's difference (an error above {study_settings.gap_bound:g})."
         ),
     ]
     # Shapley values sum to the difference, so the shares sum to 100 %.
-    if settings.regions == PEOPLE:
-        mean_by_region = dict(zip(study.names, (mean["mean"] for mean in means), strict=True))
-        shares = ", ".join(
-            f"the {name} {value / mean_difference.mean:.0%}"
-            for name, value in sorted(mean_by_region.items(), key=lambda name_and_mean: -name_and_mean[1])
+    if study_settings.regions == PEOPLE:
+        mean_by_region = dict(
+            zip(study.names, (region_mean["mean"] for region_mean in region_means), strict=True)
         )
-        sentences.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
+        shares_text = ", ".join(
+            f"the {region_name} {mean_value / mean_difference.mean:.0%}"
+            for region_name, mean_value in sorted(
+                mean_by_region.items(), key=lambda name_and_mean: -name_and_mean[1]
+            )
+        )
+        sentences.append(f"This change divides into: {shares_text}. {bundled.DAMAGED}")
     if clear_regions:
         clear_texts = "; ".join(
-            f"{study.names[region_index]} {span(*means[region_index].values())}"
+            f"{study.names[region_index]} {span(*region_means[region_index].values())}"
             for region_index in clear_regions[:4]
         )
         sentences.append(f"Regions whose mean contribution differs from zero, largest first: {clear_texts}.")
         # number of latents in which the region with the largest mean has the largest contribution
-        latent_count = int((np.abs(values).argmax(axis=1) == largest_first[0]).sum())
+        latent_count = int((np.abs(shapley_values).argmax(axis=1) == largest_first[0]).sum())
         voxel_share = np.mean(
             [
                 partition.counts()[largest_first[0]] / partition.labels.numel()
@@ -601,11 +647,11 @@ def _describe_shapley(
         )
         sentences.append(
             f"{study.names[largest_first[0]].capitalize()}, with {voxel_share:.0%} of the voxels, contributes"
-            f" most in {latent_count} of {len(values)} latents."
+            f" most in {latent_count} of {len(shapley_values)} latents."
         )
         # OTHER and BACKGROUND contain the voxels outside the named regions, so the partition explains little.
         if study.names[largest_first[0]] in (OTHER, BACKGROUND):
-            below_text = "the parts of the entire head and " if settings.regions == LANDMARKS else ""
+            below_text = "the parts of the entire head and " if study_settings.regions == LANDMARKS else ""
             sentences.append(
                 "Most of the change lies outside the named regions, so that this partition explains little"
                 f" of it: look at {below_text}the surface below, or divide that part with masks of your own"
@@ -628,19 +674,25 @@ def methods(study: Study, folder: Path) -> Finding:
 
     Also report if the Integrated Gradients are complete, that is, if they sum to the change of the reward.
     """
-    attributions = study.methods
-    names = study.names
+    attributions_by_method = study.methods
+    region_names = study.names
     comparison = study.comparison
-    means = {method: compute_column_means(values) for method, values in attributions.items()}
-    pairs = agreement(attributions)  # one entry per pair of methods
-    rows = [
+    means_by_method = {
+        method: compute_column_means(method_values)
+        for method, method_values in attributions_by_method.items()
+    }
+    method_pairs = agreement(attributions_by_method)  # one entry per pair of methods
+    table_rows = [
         {
             "seed": seed,
-            "region": name,
-            **{method: float(values[latent_index, region_index]) for method, values in attributions.items()},
+            "region": region_name,
+            **{
+                method: float(method_values[latent_index, region_index])
+                for method, method_values in attributions_by_method.items()
+            },
         }
         for latent_index, seed in enumerate(study.seeds)
-        for region_index, name in enumerate(names)
+        for region_index, region_name in enumerate(region_names)
     ]
     integral_rows: list[dict] = [
         {
@@ -654,58 +706,63 @@ def methods(study: Study, folder: Path) -> Finding:
         for seed, gradients in zip(study.seeds, study.integrated, strict=True)
     ]
     complete_count = sum(integral_row["complete"] for integral_row in integral_rows)  # number of latents
-    largest_gap = max(
-        integral_row["share"] for integral_row in integral_rows
-    )  # largest gap, as a share of the difference
+    # largest gap, as a share of the difference
+    largest_gap = max(integral_row["share"] for integral_row in integral_rows)
     step_counts = [integral_row["steps"] for integral_row in integral_rows]
     integral_text = (
         f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete_count} of"
         f" {len(integral_rows)} latents (largest gap {largest_gap:.2%}) with {min(step_counts)} to"
-        f" {max(step_counts)} steps; the count"
-        f" was raised automatically from {study.settings.steps} for"
+        f" {max(step_counts)} steps; the count was raised automatically from {study.settings.steps} for"
         f" {sum(len(integral_row['tried']) > 1 for integral_row in integral_rows)} of them."
     )
     # Latents whose integral has not converged are reported.
     if complete_count < len(integral_rows):
         integral_text += " The others do not add up: raise --most-steps, or interpret them with care."
-    sentences = [integral_text, *_describe_agreement(pairs)]
+    sentences = [integral_text, *_describe_agreement(method_pairs)]
     sentences.append(
         'For "noise", each region\'s change is shuffled among its voxels, so that the amount of change is the'
         " same, but its shape is lost. If a method agrees with noise as well as with the other methods, it"
         " measures how much a region changed, not how its shape changed. Occlusion replaces one region of the"
         " tuned slab at a time, so that regions which act together count more than once or not at all."
     )
-    data = {"names": list(names), "means": means, "agreement": pairs, "integrated": integral_rows}
+    finding_data = {
+        "names": list(region_names),
+        "means": means_by_method,
+        "agreement": method_pairs,
+        "integrated": integral_rows,
+    }
     return Finding(
         facts=comparison.facts(study.seeds, ROLES, f"means, and mean rank correlations: {BOOTSTRAP}"),
-        data=data,
-        rows=rows,
+        data=finding_data,
+        rows=table_rows,
         says=sentences,
     )
 
 
-def _interval(mean: dict) -> str:
+def _interval(mean_interval: dict) -> str:
     """Format a mean with its interval."""
-    return span(mean["mean"], mean["lo"], mean["hi"], ".2f")
+    return span(mean_interval["mean"], mean_interval["lo"], mean_interval["hi"], ".2f")
 
 
-def _describe_agreement(pairs: list[dict]) -> list[str]:
+def _describe_agreement(method_pairs: list[dict]) -> list[str]:
     """Describe the rank correlation of each method with Shapley values, in sentences."""
     sentences = []
-    for pair in pairs:
+    for method_pair in method_pairs:
         # The other pairs are only plotted.
-        if pair["first"] != "Shapley":
+        if method_pair["first"] != "Shapley":
             continue
-        mean = pair["spearman"]["mean"]
-        tau = pair["kendall"]["mean"]  # None if Spearman's correlation is None
-        if mean is None:
+        spearman_mean = method_pair["spearman"]["mean"]
+        kendall_mean = method_pair["kendall"]["mean"]  # None if Spearman's correlation is None
+        if spearman_mean is None:
             sentences.append(
-                f"{pair['second']}: no rank correlation, since all values of one of the methods are equal."
+                f"{method_pair['second']}: no rank correlation, since all values of one of the methods are"
+                " equal."
             )
             continue
-        overall_correlation = pair["spearman"]["overall"]
+        overall_correlation = method_pair["spearman"]["overall"]
         sentences.append(
-            f"Shapley and {pair['second']}: Spearman {_interval(mean)} per latent (Kendall {_interval(tau)}),"
+            f"Shapley and {method_pair['second']}: Spearman {_interval(spearman_mean)} per latent (Kendall"
+            f" {_interval(kendall_mean)}),"
             f" {'none' if overall_correlation is None else f'{overall_correlation:.2f}'} between the means"
             " over latents."
         )
@@ -714,28 +771,30 @@ def _describe_agreement(pairs: list[dict]) -> list[str]:
 
 def redrawn_reward(study: Study, folder: Path) -> Finding:
     """Correlate attributions by the trained reward with attributions by rewards with random weights."""
-    settings = study.settings
+    study_settings = study.settings
     comparison = study.comparison
-    latent_count = min(settings.checked, len(study.seeds))
-    trained = np.stack(
+    latent_count = min(study_settings.checked, len(study.seeds))
+    # [checked, R]
+    trained_attributions = np.stack(
         [trained_values.values for trained_values in study.shapley[:latent_count]]
-    )  # [checked, R]
-    rows = []  # one row for each random weights and latent
+    )
+    table_rows = []  # one row for each random weights and latent
     signed_means = []  # mean over latents, by random weights
     size_means = []  # the same of absolute values
     # An attribution that is similar with random weights does not come from training (Adebayo et al. 2018).
-    for draw in range(settings.randomisations):
+    for draw in range(study_settings.randomisations):
         random_attributions = study.attribute_randomised(draw)  # [checked, R]
+        # with signs
         signed_correlations = [
             rank_correlation(trained_values, random_values)
-            for trained_values, random_values in zip(trained, random_attributions, strict=True)
-        ]  # with signs
+            for trained_values, random_values in zip(trained_attributions, random_attributions, strict=True)
+        ]
         # The absolute values correlate also for random networks, see `_describe_randomised`.
         size_correlations = [
             rank_correlation(np.abs(trained_values), np.abs(random_values))
-            for trained_values, random_values in zip(trained, random_attributions, strict=True)
+            for trained_values, random_values in zip(trained_attributions, random_attributions, strict=True)
         ]
-        rows += [
+        table_rows += [
             {
                 "randomisation": draw,
                 "seed": study.seeds[latent_index],
@@ -767,10 +826,10 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
             )
             else []
         )
-    data = {
+    finding_data = {
         "by_randomisation": signed_means,
         "sizes": size_means,
-        "randomisations": settings.randomisations,
+        "randomisations": study_settings.randomisations,
         "latents": latent_count,
         "mean": bootstrap_mean_interval(signed_means)._asdict() if signed_means else None,
         "mean_of_sizes": bootstrap_mean_interval(size_means)._asdict() if size_means else None,
@@ -780,18 +839,18 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
         ROLES,
         f"95 % percentile bootstrap over {len(signed_means)} draws of weights, 10,000 resamples",
     )
-    return Finding(facts=facts, data=data, rows=rows, says=_describe_randomised(data))
+    return Finding(facts=facts, data=finding_data, rows=table_rows, says=_describe_randomised(finding_data))
 
 
-def _describe_randomised(data: dict) -> list[str]:
+def _describe_randomised(finding_data: dict) -> list[str]:
     """Describe the correlation with rewards of random weights, in sentences."""
     # None if no random weights have a correlation
-    if data["mean"] is None:
+    if finding_data["mean"] is None:
         return [
             "Every reward with random weights attributes the same to all regions, so there is no rank"
             " correlation."
         ]
-    mean, lo, hi = data["mean"].values()
+    mean_correlation, lo, hi = finding_data["mean"].values()
     # An interval without zero means that the attributions have similar ranks without any training.
     if contains_zero(lo, hi):
         conclusion = (
@@ -806,16 +865,16 @@ def _describe_randomised(data: dict) -> list[str]:
     sentences = [
         (
             "Spearman correlation between the trained reward's attributions and those of"
-            f" {len(data['by_randomisation'])} rewards with random weights: {span(mean, lo, hi, '.2f')};"
-            f" {conclusion}."
+            f" {len(finding_data['by_randomisation'])} rewards with random weights:"
+            f" {span(mean_correlation, lo, hi, '.2f')}; {conclusion}."
         ),
         (
-            f"With {len(data['by_randomisation'])} random weights, a correlation that is smaller than the"
-            " interval's width cannot be detected."
+            f"With {len(finding_data['by_randomisation'])} random weights, a correlation that is smaller than"
+            " the interval's width cannot be detected."
         ),
     ]
-    if data["mean_of_sizes"] is not None:
-        size_text = _interval(data["mean_of_sizes"])
+    if finding_data["mean_of_sizes"] is not None:
+        size_text = _interval(finding_data["mean_of_sizes"])
         sentences.append(
             f"Absolute values correlate by {size_text}. This need not be near zero, since every network"
             " reacts more to regions that changed more."
@@ -823,27 +882,32 @@ def _describe_randomised(data: dict) -> list[str]:
     return sentences
 
 
-def _order(means: list[dict]) -> np.ndarray:
+def _order(region_means: list[dict]) -> np.ndarray:
     """Return the indices of the regions sorted by mean, the largest last, since bars are drawn upwards."""
-    return np.argsort([mean["mean"] for mean in means])
+    return np.argsort([region_mean["mean"] for region_mean in region_means])
 
 
-def _bar_size(count: int) -> tuple[float, float]:
-    """Return the width and height in inches of a plot with `count` bars."""
-    return (6.4, 0.9 + 0.34 * count)
+def _bar_size(bar_count: int) -> tuple[float, float]:
+    """Return the width and height in inches of a plot with `bar_count` bars."""
+    return (6.4, 0.9 + 0.34 * bar_count)
 
 
-def plot_regions(data: dict):
+def plot_regions(finding_data: dict):
     """Plot the mean contribution of each region with its interval."""
-    figure, axes = style.figure(size=_bar_size(len(data["names"])))
-    region_order = _order(data["means"])
-    means = [data["means"][region_index] for region_index in region_order]
-    mean_values = np.array([mean["mean"] for mean in means])
-    error_bars = [mean_values - [mean["lo"] for mean in means], [mean["hi"] for mean in means] - mean_values]
+    figure, axes = style.figure(size=_bar_size(len(finding_data["names"])))
+    region_order = _order(finding_data["means"])
+    sorted_means = [finding_data["means"][region_index] for region_index in region_order]
+    mean_values = np.array([region_mean["mean"] for region_mean in sorted_means])
+    error_bars = [
+        mean_values - [region_mean["lo"] for region_mean in sorted_means],
+        [region_mean["hi"] for region_mean in sorted_means] - mean_values,
+    ]
     # Contributions that raise the reward have another colour than those that lower it.
-    colours = [style.colour("after") if value > 0 else style.colour("before") for value in mean_values]
+    colours = [
+        style.colour("after") if mean_value > 0 else style.colour("before") for mean_value in mean_values
+    ]
     axes.barh(
-        [data["names"][region_index] for region_index in region_order],
+        [finding_data["names"][region_index] for region_index in region_order],
         mean_values,
         xerr=error_bars,
         color=colours,
@@ -851,105 +915,134 @@ def plot_regions(data: dict):
     )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
     axes.set(
-        xlabel="mean contribution to the change of the reward", title=f"Shapley values ({data['method']})"
+        xlabel="mean contribution to the change of the reward",
+        title=f"Shapley values ({finding_data['method']})",
     )
     return figure
 
 
-def plot_latents(data: dict):
+def plot_latents(finding_data: dict):
     """Plot the value of every latent for each region."""
-    figure, axes = style.figure(size=_bar_size(len(data["names"])))
-    region_order = _order(data["means"])
-    values = np.asarray(data["values"])  # [N, R]
+    figure, axes = style.figure(size=_bar_size(len(finding_data["names"])))
+    region_order = _order(finding_data["means"])
+    shapley_values = np.asarray(finding_data["values"])  # [N, R]
     # Points of one region are spread vertically, so that they do not cover one another.
-    offsets = np.linspace(-0.28, 0.28, len(values))
-    for row, region in enumerate(region_order):
-        error = None if data["errors"] is None else [latent[region] for latent in data["errors"]]
+    offsets = np.linspace(-0.28, 0.28, len(shapley_values))
+    for row_index, region_index_of_row in enumerate(region_order):
+        standard_errors = (
+            None
+            if finding_data["errors"] is None
+            else [latent_errors[region_index_of_row] for latent_errors in finding_data["errors"]]
+        )
         axes.errorbar(
-            values[:, region],
-            row + offsets,
-            xerr=error,
+            shapley_values[:, region_index_of_row],
+            row_index + offsets,
+            xerr=standard_errors,
             fmt="o",
             markersize=3,
             color=style.colour("before"),
             elinewidth=0.8,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(len(region_order)), [data["names"][region_index] for region_index in region_order])
+    axes.set_yticks(
+        range(len(region_order)), [finding_data["names"][region_index] for region_index in region_order]
+    )
     axes.set(xlabel="contribution to the change of the reward", title="One point per latent")
     return figure
 
 
-def plot_methods(data: dict):
+def plot_methods(finding_data: dict):
     """Plot the mean attribution of each region by each method."""
-    count = len(data["names"])
-    figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))  # inches
-    region_order = _order(data["means"]["Shapley"])
+    region_count = len(finding_data["names"])
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * region_count))  # inches
+    region_order = _order(finding_data["means"]["Shapley"])
     # The bars of a region take 0.8 of the distance between regions.
-    bar_height = 0.8 / len(data["means"])
-    for method_index, (method, means) in enumerate(data["means"].items()):
+    bar_height = 0.8 / len(finding_data["means"])
+    for method_index, (method, region_means) in enumerate(finding_data["means"].items()):
         # Regions are 1 apart; the methods of a region are stacked downwards.
-        y_positions = np.arange(count) + 0.4 - bar_height * (method_index + 0.5)
+        y_positions = np.arange(region_count) + 0.4 - bar_height * (method_index + 0.5)
         axes.barh(
             y_positions,
-            [means[region_index]["mean"] for region_index in region_order],
+            [region_means[region_index]["mean"] for region_index in region_order],
             height=bar_height,
             color=_COLOURS.get(method, "#777777"),
             label=method,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(count), [data["names"][region_index] for region_index in region_order])
+    axes.set_yticks(
+        range(region_count), [finding_data["names"][region_index] for region_index in region_order]
+    )
     axes.set(xlabel="mean attribution", title="Four methods")
     axes.legend(fontsize=7)
     return figure
 
 
-def plot_agreement(data: dict):
+def plot_agreement(finding_data: dict):
     """Plot the mean rank correlations of all pairs of methods, with intervals."""
     # Pairs with a method whose values are all equal have no correlation.
-    pairs = [pair for pair in data["agreement"] if pair["spearman"]["mean"] is not None]
-    figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))  # inches
+    method_pairs = [
+        method_pair
+        for method_pair in finding_data["agreement"]
+        if method_pair["spearman"]["mean"] is not None
+    ]
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(method_pairs), 1)))  # inches
     # Both kinds of correlation of a pair are drawn side by side, 0.24 apart.
-    for shift, kind, colour in ((0.12, "spearman", "#0072B2"), (-0.12, "kendall", "#D55E00")):
-        means = [pair[kind]["mean"] for pair in pairs]
-        mean_values = np.array([mean["mean"] for mean in means])
+    for vertical_shift, correlation_kind, colour in (
+        (0.12, "spearman", "#0072B2"),
+        (-0.12, "kendall", "#D55E00"),
+    ):
+        pair_means = [method_pair[correlation_kind]["mean"] for method_pair in method_pairs]
+        mean_values = np.array([pair_mean["mean"] for pair_mean in pair_means])
         error_bars = [
-            mean_values - [mean["lo"] for mean in means],
-            [mean["hi"] for mean in means] - mean_values,
+            mean_values - [pair_mean["lo"] for pair_mean in pair_means],
+            [pair_mean["hi"] for pair_mean in pair_means] - mean_values,
         ]
         axes.errorbar(
             mean_values,
-            np.arange(len(pairs)) + shift,
+            np.arange(len(method_pairs)) + vertical_shift,
             xerr=error_bars,
             fmt="o",
             markersize=4,
             color=colour,
-            label=kind,
+            label=correlation_kind,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(len(pairs)), [f"{pair['first']} / {pair['second']}" for pair in pairs])
+    axes.set_yticks(
+        range(len(method_pairs)),
+        [f"{method_pair['first']} / {method_pair['second']}" for method_pair in method_pairs],
+    )
     axes.set(xlim=(-1.05, 1.05), xlabel="rank correlation, mean over latents", title="Agreement of methods")
     axes.legend(fontsize=7)
     return figure
 
 
-def plot_redrawn(data: dict):
+def plot_redrawn(finding_data: dict):
     """Plot the rank correlation with each reward of random weights, and the mean with its interval."""
     figure, axes = style.figure(size=(6.4, 2.2))  # inches
-    for row, (key, mean) in enumerate((("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))):
+    for row_index, (values_key, mean_key) in enumerate(
+        (("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))
+    ):
         axes.plot(
-            data[key], [row] * len(data[key]), "o", markersize=4, alpha=0.5, color=style.colour("noise")
+            finding_data[values_key],
+            [row_index] * len(finding_data[values_key]),
+            "o",
+            markersize=4,
+            alpha=0.5,
+            color=style.colour("noise"),
         )
         # The mean is drawn slightly above the points of its row.
-        if data[mean] is not None:
-            interval = data[mean]
+        if finding_data[mean_key] is not None:
+            mean_interval = finding_data[mean_key]
             axes.errorbar(
-                [interval["mean"]],
-                [row + 0.18],
-                xerr=[[interval["mean"] - interval["lo"]], [interval["hi"] - interval["mean"]]],
+                [mean_interval["mean"]],
+                [row_index + 0.18],
+                xerr=[
+                    [mean_interval["mean"] - mean_interval["lo"]],
+                    [mean_interval["hi"] - mean_interval["mean"]],
+                ],
                 fmt="D",
                 color=style.colour("reward"),
-                label=None if row else "mean, 95 % interval",
+                label=None if row_index else "mean, 95 % interval",
             )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
     axes.set_yticks([0, 1], ["with signs", "sizes alone"])
@@ -959,6 +1052,6 @@ def plot_redrawn(data: dict):
         xlabel="Spearman correlation with the trained reward's attribution, one point per draw",
         title="Rewards with random weights",
     )
-    if data["mean"] is not None:
+    if finding_data["mean"] is not None:
         axes.legend(fontsize=7)
     return figure

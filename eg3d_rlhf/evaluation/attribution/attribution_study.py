@@ -90,34 +90,38 @@ class Study:
 
         Raises: ValueError, with the flag that selects the regions.
         """
-        settings = self.settings
+        study_settings = self.settings
         # Fixed boxes are the same for every latent, so the list repeats one object.
-        if settings.regions == BOXES:
+        if study_settings.regions == BOXES:
             partitions = [regions.face_partition(self.spec)] * len(self.seeds)
-        elif settings.regions in (LANDMARKS, HEAD):
+        elif study_settings.regions in (LANDMARKS, HEAD):
             make_partition = (
-                regions.landmark_partition if settings.regions == LANDMARKS else regions.head_partition
+                regions.landmark_partition if study_settings.regions == LANDMARKS else regions.head_partition
             )
             with prefix_errors(
-                "--landmarks" if settings.landmarks is not None else f"--regions={settings.regions}"
+                "--landmarks"
+                if study_settings.landmarks is not None
+                else f"--regions={study_settings.regions}"
             ):
-                partitions = [make_partition(points, self.spec) for points in self.landmarks]
-        elif settings.regions == PEOPLE:
+                partitions = [
+                    make_partition(latent_landmarks, self.spec) for latent_landmarks in self.landmarks
+                ]
+        elif study_settings.regions == PEOPLE:
             with prefix_errors(f"--regions={PEOPLE}"):
                 partitions = [regions.people_partition(head, self.spec) for head in self.heads]
         else:
             with prefix_errors("--regions"):
                 partitions = [
                     regions.read_masks(
-                        settings.regions, regions.region_shape(self.comparison.reward.observation.shape)
+                        study_settings.regions, regions.region_shape(self.comparison.reward.observation.shape)
                     )
                 ] * len(self.seeds)
-        count = len(partitions[0].names)  # all partitions have the same names
-        # The exact method evaluates 2^R coalitions, which is too slow for more than MOST_EXACT regions.
-        if settings.method == "exact" and count > regions.MOST_EXACT:
+        region_count = len(partitions[0].names)  # all partitions have the same names
+        # The exact method evaluates 2^R coalitions, which is too slow for a larger R.
+        if study_settings.method == "exact" and region_count > regions.MAX_EXACT_REGIONS:
             raise ValueError(
-                f"--method=exact evaluates at most {regions.MOST_EXACT} regions, but there are {count}. Use"
-                " --method=antithetic."
+                f"--method=exact evaluates at most {regions.MAX_EXACT_REGIONS} regions, but there are"
+                f" {region_count}. Use --method=antithetic."
             )
         return partitions
 
@@ -158,7 +162,10 @@ class Study:
         # for each latent: 2-D points, world positions of the depth map's pixels [H, W, 3], and their mask
         # [H, W]
         depth_views = zip(pixels_by_latent, maps.points, maps.valid, strict=True)
-        return [regions.back_project(points, pixel_landmarks.size, *view) for points, *view in depth_views]
+        return [
+            regions.back_project(landmark_pixels, pixel_landmarks.size, *depth_view)
+            for landmark_pixels, *depth_view in depth_views
+        ]
 
     @cached_property
     def heads(self) -> list[people.Head]:
@@ -203,8 +210,8 @@ class Study:
 
         Args:
             latent_index: index of the latent in `seeds`.
-            score: function that scores slabs; None: the reward.
-            tuned: slab after tuning; None: the latent's slab after tuning.
+            score: function that scores slabs; None selects the reward.
+            tuned: slab after tuning; None selects the latent's own slab after tuning.
         """
         # Only the values of the reward and the latent's own slab are cached, since others are used once.
         if score is None and tuned is None and latent_index in self._values:
@@ -222,16 +229,18 @@ class Study:
             self._values[latent_index] = coalition_values
         return coalition_values
 
-    def _compute_for_check(self, values: shapley_methods.CoalitionValues, latent_index: int) -> np.ndarray:
+    def _compute_for_check(
+        self, coalition_values: shapley_methods.CoalitionValues, latent_index: int
+    ) -> np.ndarray:
         """Compute the Shapley values [R] of a baseline: exact if that is cheap, else from sampled orders."""
         # The exact method evaluates 2^R coalitions, the sampled orders at most CHECK_ORDERS * R.
-        exact_is_cheap = 1 << values.regions <= CHECK_ORDERS * values.regions
+        exact_is_cheap = 1 << coalition_values.regions <= CHECK_ORDERS * coalition_values.regions
         method = "exact" if exact_is_cheap else "antithetic"
         # Each latent has its own seed, so that latents have different random orders.
         return shapley_methods.shapley(
-            values,
-            values.regions,
-            values.difference(),
+            coalition_values,
+            coalition_values.regions,
+            coalition_values.difference(),
             method,
             CHECK_ORDERS,
             self.comparison.seed * 1000 + latent_index,
@@ -244,32 +253,31 @@ class Study:
         Raises: ValueError if an efficiency gap exceeds the bound of the settings.
         """
         attributions = []  # one for each latent
-        settings = self.settings
+        study_settings = self.settings
         for latent_index, seed in enumerate(self.seeds):
-            values = self.coalition_values(latent_index)
+            coalition_values = self.coalition_values(latent_index)
             attributions.append(
                 attribution := shapley_methods.shapley(
-                    values,
-                    values.regions,
-                    values.difference(),
-                    settings.method,
-                    settings.permutations,
+                    coalition_values,
+                    coalition_values.regions,
+                    coalition_values.difference(),
+                    study_settings.method,
+                    study_settings.permutations,
                     self.comparison.seed * 1000 + latent_index,
                 )
             )
             self.progress(
                 f"seed {seed}: reward difference {attribution.difference:+.4f}, efficiency gap"
-                f" {attribution.gap:+.2e}"
-                f" ({attribution.relative_gap:.1e} of the difference)"
+                f" {attribution.gap:+.2e} ({attribution.relative_gap:.1e} of the difference)"
             )
         # Efficiency: the values must sum to the reward difference, which is computed without the coalitions.
-        shapley_methods.check_gap(attributions, self.seeds, settings.gap_bound)
+        shapley_methods.check_gap(attributions, self.seeds, study_settings.gap_bound)
         return attributions
 
     @cached_property
     def integrated(self) -> list[shapley_methods.IntegratedGradients]:
         """Return the Integrated Gradients of each latent, from its slab before tuning to the one after."""
-        settings = self.settings
+        study_settings = self.settings
         slabs_before = self.slabs["before"]
         slabs_after = self.slabs["after"]
         return [
@@ -278,8 +286,8 @@ class Study:
                 slab_before,
                 slab_after,
                 attribution.difference,
-                settings.steps,
-                settings.most_steps,
+                study_settings.steps,
+                study_settings.most_steps,
                 self.comparison.batch,
             )
             for slab_before, slab_after, attribution in zip(

@@ -1,6 +1,6 @@
 """Partitions of a slab's voxels into named regions, to which an attribution is computed.
 
-A box is (least x, largest x, least y, largest y, least z, largest z).
+A box is (smallest x, largest x, smallest y, largest y, smallest z, largest z).
 Shapes: R regions, L landmarks, V vertices, D, H, W grid points of the slab along z, y, x.
 """
 
@@ -19,7 +19,7 @@ from training.heads import people
 
 Box = tuple[float, float, float, float, float, float]
 OTHER = "other"  # region of the voxels outside all boxes
-MOST_EXACT = 16  # largest number of regions for which all 2^R coalitions are evaluated
+MAX_EXACT_REGIONS = 16  # largest number of regions for which all 2^R coalitions are evaluated
 # Boxes in coordinates 0 to 1 of the slab: x from left to right, y from the chin to the forehead, z from the
 # back to the camera. A voxel belongs to the first box that contains it.
 FACE_BOXES: tuple[tuple[str, Box], ...] = (
@@ -83,7 +83,9 @@ def unit_coordinates(spec: SlabSpec) -> torch.Tensor:
     Along each axis they are 0 at the first point and 1 at the last point.
     """
     depth, height, width = spec.shape
-    z, y, x = (torch.linspace(0, 1, count, dtype=torch.float64) for count in (depth, height, width))
+    z, y, x = (
+        torch.linspace(0, 1, point_count, dtype=torch.float64) for point_count in (depth, height, width)
+    )
     # The grid has the axes z, y, x; [::-1] changes the order of the components to x, y, z.
     return torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)
 
@@ -98,11 +100,11 @@ def partition_from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Te
         coordinates: coordinates of the voxels, [D, H, W, 3].
     """
     # Names in the order of their first box. Labels are indices into them.
-    names = list(dict.fromkeys(name for name, _ in boxes))
+    region_names = list(dict.fromkeys(region_name for region_name, _ in boxes))
     # at first, all voxels belong to OTHER
-    labels = torch.full(coordinates.shape[:3], len(names), dtype=torch.int64)
+    region_indices = torch.full(coordinates.shape[:3], len(region_names), dtype=torch.int64)
     is_free = torch.ones(coordinates.shape[:3], dtype=torch.bool)  # True for voxels outside the boxes so far
-    for name, box in boxes:
+    for region_name, box in boxes:
         low_corner = coordinates.new_tensor(box[::2])
         high_corner = coordinates.new_tensor(box[1::2])
         assert (low_corner <= high_corner).all()
@@ -111,9 +113,9 @@ def partition_from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Te
         is_inside = ((coordinates >= low_corner - 1e-9) & (coordinates <= high_corner + 1e-9)).all(
             dim=-1
         ) & is_free
-        labels[is_inside] = names.index(name)
+        region_indices[is_inside] = region_names.index(region_name)
         is_free &= ~is_inside
-    return Partition(names=(*names, OTHER), labels=labels)
+    return Partition(names=(*region_names, OTHER), labels=region_indices)
 
 
 def face_partition(spec: SlabSpec) -> Partition:
@@ -141,25 +143,25 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
         )
     # allow_pickle=False, since a pickle could run code.
     try:
-        volume = np.load(path, allow_pickle=False)
+        label_volume = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read as .npy: {error}. Save the array with numpy.save."
         ) from error
     if (
-        not isinstance(volume, np.ndarray)
-        or volume.shape != tuple(shape)
-        or not np.issubdtype(volume.dtype, np.integer)
+        not isinstance(label_volume, np.ndarray)
+        or label_volume.shape != tuple(shape)
+        or not np.issubdtype(label_volume.dtype, np.integer)
     ):
         axes_text = "[D, H, W] = " if len(shape) == 3 else ""
         raise ValueError(
-            f"{path} holds {getattr(volume, 'dtype', type(volume))} of shape"
-            f" {list(getattr(volume, 'shape', []))}, but integers of shape {axes_text}{list(shape)} are"
+            f"{path} holds {getattr(label_volume, 'dtype', type(label_volume))} of shape"
+            f" {list(getattr(label_volume, 'shape', []))}, but integers of shape {axes_text}{list(shape)} are"
             " needed. Save such an array with numpy.save."
         )
-    names = _read_names(path.with_suffix(".json"))
-    present_labels = sorted(int(label) for label in np.unique(volume))  # labels that occur, ascending
-    unnamed_labels = [label for label in present_labels if label not in names]
+    name_by_label = _read_names(path.with_suffix(".json"))
+    present_labels = sorted(int(label) for label in np.unique(label_volume))  # labels that occur, ascending
+    unnamed_labels = [label for label in present_labels if label not in name_by_label]
     if unnamed_labels:
         raise ValueError(
             f"{path.with_suffix('.json')}: the labels {unnamed_labels} of the volume have no names. Add their"
@@ -172,29 +174,29 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
         )
     # The user's labels need not be consecutive; searchsorted maps them to 0..R-1.
     return Partition(
-        names=tuple(names[label] for label in present_labels),
-        labels=torch.from_numpy(np.searchsorted(present_labels, volume).astype(np.int64)),
+        names=tuple(name_by_label[label] for label in present_labels),
+        labels=torch.from_numpy(np.searchsorted(present_labels, label_volume).astype(np.int64)),
     )
 
 
-def _read_names(path: Path) -> dict[int, str]:
+def _read_names(names_path: Path) -> dict[int, str]:
     """Read the names of labels from a JSON object or list, see `read_masks`.
 
     Raises: ValueError or FileNotFoundError.
     """
-    if not path.is_file():
+    if not names_path.is_file():
         raise FileNotFoundError(
-            f"the file {path} with the names of the regions is missing. Write it, for example"
+            f"the file {names_path} with the names of the regions is missing. Write it, for example"
             ' {"0": "background", "1": "nose"}.'
         )
     try:
-        json_value = json.loads(path.read_text())
+        json_value = json.loads(names_path.read_text())
         # A list names the labels 0, 1, 2, ... in this order.
-        label_names = json_value.items() if isinstance(json_value, Mapping) else enumerate(json_value)
-        return {int(label): str(name) for label, name in label_names}
+        labels_with_names = json_value.items() if isinstance(json_value, Mapping) else enumerate(json_value)
+        return {int(label): str(name) for label, name in labels_with_names}
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold the names of labels: {error}. Write an object, for example"
+            f"{names_path} does not hold the names of labels: {error}. Write an object, for example"
             ' {"0": "background", "1": "nose"}, or a list of names.'
         ) from error
 
@@ -208,7 +210,7 @@ BACKGROUND = "background"  # region of the voxels outside all boxes
 SIDE = 0.015  # margin of a box in x and y, in units of the scene cube's side
 DEPTH_MARGIN = 0.12  # margin of a box towards the back, in the same units
 FRONT = 0.03  # margin of a box towards the camera, in the same units
-LEAST_VALID = 0.05  # least share of the depth map's pixels that must show a surface
+MIN_VALID_SHARE = 0.05  # smallest share of the depth map's pixels that must show a surface
 # Landmarks of WFLW: 0-32 contour from the ear at the left of the image over the chin to the other ear, 33-41
 # and 42-50 brows, 51-54 bridge of the nose, 55-59 base of the nose, 60-67 and 68-75 eyes, 76-87 outer and
 # 88-95 inner lips, 96 and 97 pupils. A voxel belongs to the first group whose box contains it.
@@ -237,14 +239,14 @@ class PixelLandmarks:
     def landmarks_of_seed(self, seed: int) -> np.ndarray:
         """Return the landmarks [L, 2] of a latent. Raises: ValueError if the file has none for it."""
         # The landmarks of a seed are used, if given, instead of those for all latents.
-        points = self.by_seed.get(seed, self.shared)
-        if points is None:
+        landmark_pixels = self.by_seed.get(seed, self.shared)
+        if landmark_pixels is None:
             known_seeds = ", ".join(str(known_seed) for known_seed in sorted(self.by_seed)[:8])
             raise ValueError(
                 f"--landmarks: the file has no points for seed {seed}, only for seeds {known_seeds}. Add the"
                 " points of this seed to 'seeds', or add 'points' for all latents."
             )
-        return points
+        return landmark_pixels
 
 
 def read_landmarks(path: str | Path) -> PixelLandmarks:
@@ -265,32 +267,36 @@ def read_landmarks(path: str | Path) -> PixelLandmarks:
         json_value = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Correct the file at this position.") from error
-    if (
-        not isinstance(json_value, Mapping)
-        or "image_size" not in json_value
-        or not {"points", "seeds"} & set(json_value)
-    ):
+    example_text = '{"image_size": 512, "points": [[x, y], ...]}'
+    if not isinstance(json_value, Mapping):
+        raise ValueError(f"{path} does not contain a JSON object. Write for example {example_text}.")
+    if "image_size" not in json_value:
         raise ValueError(
-            f'{path} has no "image_size", or neither "points" nor "seeds". Write for example'
-            ' {"image_size": 512, "points": [[x, y], ...]}.'
+            f'{path} has no "image_size". Add the pixels per edge of the image, for example {example_text}.'
         )
-    size = json_value["image_size"]
+    if not {"points", "seeds"} & set(json_value):
+        raise ValueError(
+            f'{path} has neither "points" nor "seeds". Add the landmarks, for example {example_text}.'
+        )
+    image_size = json_value["image_size"]
     # bool is a subclass of int in Python, but `true` is not a size.
-    if isinstance(size, bool) or not isinstance(size, (int, float)) or size <= 0:
+    if isinstance(image_size, bool) or not isinstance(image_size, (int, float)) or image_size <= 0:
         raise ValueError(
-            f'{path}: "image_size" is {size!r}, but a number > 0 is needed. Write the pixels per edge of the'
-            " image."
+            f'{path}: "image_size" is {image_size!r}, but a number > 0 is needed. Write the pixels per edge'
+            " of the image."
         )
-    shared_points = _points(path, "points", json_value["points"], size) if "points" in json_value else None
+    shared_points = (
+        _points(path, "points", json_value["points"], image_size) if "points" in json_value else None
+    )
     points_by_seed = {}
-    for seed, points in dict(json_value.get("seeds", {})).items():
+    for seed, point_lists in dict(json_value.get("seeds", {})).items():
         if not str(seed).isdigit():
             raise ValueError(
                 f"{path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as keys, for"
                 ' example "200000".'
             )
-        points_by_seed[int(seed)] = _points(path, f"seeds[{seed}]", points, size)
-    return PixelLandmarks(float(size), shared_points, points_by_seed)
+        points_by_seed[int(seed)] = _points(path, f"seeds[{seed}]", point_lists, image_size)
+    return PixelLandmarks(float(image_size), shared_points, points_by_seed)
 
 
 def _points(path: Path, entry_name: str, json_value: object, image_size: float) -> np.ndarray:
@@ -305,54 +311,61 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
     Raises: ValueError if the entry is not a list of 98 points inside the image.
     """
     try:
-        points = np.asarray(json_value, dtype=np.float64)  # [L, 2]
+        landmark_pixels = np.asarray(json_value, dtype=np.float64)  # [L, 2]
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of numbers."
         ) from error
-    if points.shape != (COUNT, 2) or not np.isfinite(points).all():
+    if landmark_pixels.shape != (COUNT, 2):
         raise ValueError(
-            f"{path}: {entry_name} has the shape {list(points.shape)}, or a value that is not finite. Write"
-            f" the {COUNT} points [x, y] of WFLW."
+            f"{path}: {entry_name} has the shape {list(landmark_pixels.shape)}, but [{COUNT}, 2] is needed."
+            f" Write the {COUNT} points [x, y] of WFLW."
+        )
+    if not np.isfinite(landmark_pixels).all():
+        raise ValueError(
+            f"{path}: {entry_name} contains a coordinate that is not finite. Replace it by the position of"
+            " the landmark in pixels."
         )
     # Points outside the image mean that "image_size" does not belong to them.
-    if points.min() < 0 or points.max() > image_size:
+    if landmark_pixels.min() < 0 or landmark_pixels.max() > image_size:
         raise ValueError(
-            f"{path}: the coordinates in {entry_name} range over {points.min():g}..{points.max():g}, outside"
+            f"{path}: the coordinates in {entry_name} range over"
+            f" {landmark_pixels.min():g}..{landmark_pixels.max():g}, outside"
             f' the image, 0..{image_size:g}. Correct the points or "image_size".'
         )
-    return points
+    return landmark_pixels
 
 
-def back_project(pixels: np.ndarray, size: float, points: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
+def back_project(
+    landmark_pixels: np.ndarray, image_size: float, surface_points: np.ndarray, is_valid: np.ndarray
+) -> np.ndarray:
     """Return the world positions [L, 3] of landmarks, by a frontal depth map.
 
     Each landmark gets the surface point of the nearest valid pixel, since landmarks on the contour may lie
     just beside the head.
 
     Args:
-        pixels: landmarks in pixels, [L, 2].
-        size: pixels per edge of the image in which `pixels` are given.
-        points: world positions of the depth map's pixels, [resolution, resolution, 3].
+        landmark_pixels: landmarks in pixels, [L, 2].
+        image_size: pixels per edge of the image in which `landmark_pixels` are given.
+        surface_points: world positions of the depth map's pixels, [resolution, resolution, 3].
         is_valid: mask of the pixels that show a surface, [resolution, resolution].
 
-    Raises: ValueError if less than LEAST_VALID of the depth map shows a surface.
+    Raises: ValueError if less than MIN_VALID_SHARE of the depth map shows a surface.
     """
-    if is_valid.mean() < LEAST_VALID:
+    if is_valid.mean() < MIN_VALID_SHARE:
         raise ValueError(
             f"only {is_valid.mean():.1%} of a frontal depth map show a surface, so landmarks cannot be placed"
             " on a face. Use --regions=boxes."
         )
     # rows and columns of the P valid pixels, [P] each
-    rows, columns = np.nonzero(is_valid)
-    pixel_positions = (
-        pixels / size * len(is_valid) - 0.5
-    )  # in pixels of the depth map, whose pixel i has its centre at i
+    valid_rows, valid_columns = np.nonzero(is_valid)
+    # in pixels of the depth map, whose pixel i has its centre at i
+    pixel_positions = landmark_pixels / image_size * len(is_valid) - 0.5
     # squared distances in pixels [L, P] -> index of the nearest valid pixel [L]
-    nearest_index = (
-        (columns[None] - pixel_positions[:, :1]) ** 2 + (rows[None] - pixel_positions[:, 1:]) ** 2
+    nearest_indices = (
+        (valid_columns[None] - pixel_positions[:, :1]) ** 2 + (valid_rows[None] - pixel_positions[:, 1:]) ** 2
     ).argmin(axis=1)
-    return points[rows[nearest_index], columns[nearest_index]]
+    return surface_points[valid_rows[nearest_indices], valid_columns[nearest_indices]]
 
 
 def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
@@ -371,12 +384,12 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
     depth_margin = DEPTH_MARGIN * box_warp
     front_margin = FRONT * box_warp
     boxes = []
-    for name, group in GROUPS:
-        low_corner = landmarks[list(group)].min(axis=0)  # [3]
-        high_corner = landmarks[list(group)].max(axis=0)  # [3]
+    for region_name, landmark_indices in GROUPS:
+        low_corner = landmarks[list(landmark_indices)].min(axis=0)  # [3]
+        high_corner = landmarks[list(landmark_indices)].max(axis=0)  # [3]
         boxes.append(
             (
-                name,
+                region_name,
                 _box(
                     low_corner - [side_margin, side_margin, depth_margin],
                     high_corner + [side_margin, side_margin, front_margin],
@@ -420,9 +433,21 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
                 ),
             )
         )
-    # `far` is outside the scene in every direction.
-    far = 10 * box_warp
-    boxes.append(("front of camera", (-far, far, -far, far, landmarks[:, 2].max() + front_margin, far)))
+    # `beyond_scene` is outside the scene in every direction.
+    beyond_scene = 10 * box_warp
+    boxes.append(
+        (
+            "front of camera",
+            (
+                -beyond_scene,
+                beyond_scene,
+                -beyond_scene,
+                beyond_scene,
+                landmarks[:, 2].max() + front_margin,
+                beyond_scene,
+            ),
+        )
+    )
     return boxes
 
 
@@ -440,7 +465,7 @@ def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, 
     """
     side_margin = SIDE * box_warp
     front_margin = FRONT * box_warp
-    far = 10 * box_warp
+    beyond_scene = 10 * box_warp
     contour = landmarks[list(CONTOUR)]  # [33, 3]
     left_edge = contour[:, 0].min() - side_margin  # x
     right_edge = contour[:, 0].max() + side_margin  # x
@@ -456,20 +481,33 @@ def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, 
     air_start = landmarks[:, 2].max() + front_margin  # z
     # The order matters: a voxel belongs to the first box that contains it. The last box contains all voxels.
     return [
-        ("front of camera", (-far, far, -far, far, air_start, far)),
-        ("crown", (-far, far, forehead_top, far, -far, far)),
-        ("neck and chest", (left_edge, right_edge, -far, chin_bottom, -far, far)),
-        ("shoulders", (-far, far, -far, chin_bottom, -far, far)),
-        ("left side", (-far, left_edge, chin_bottom, forehead_top, -far, far)),
-        ("right side", (right_edge, far, chin_bottom, forehead_top, -far, far)),
-        ("face", (left_edge, right_edge, chin_bottom, forehead_top, face_depth, far)),
-        ("back of the head", (-far, far, -far, far, -far, far)),
+        (
+            "front of camera",
+            (-beyond_scene, beyond_scene, -beyond_scene, beyond_scene, air_start, beyond_scene),
+        ),
+        ("crown", (-beyond_scene, beyond_scene, forehead_top, beyond_scene, -beyond_scene, beyond_scene)),
+        ("neck and chest", (left_edge, right_edge, -beyond_scene, chin_bottom, -beyond_scene, beyond_scene)),
+        ("shoulders", (-beyond_scene, beyond_scene, -beyond_scene, chin_bottom, -beyond_scene, beyond_scene)),
+        ("left side", (-beyond_scene, left_edge, chin_bottom, forehead_top, -beyond_scene, beyond_scene)),
+        ("right side", (right_edge, beyond_scene, chin_bottom, forehead_top, -beyond_scene, beyond_scene)),
+        ("face", (left_edge, right_edge, chin_bottom, forehead_top, face_depth, beyond_scene)),
+        (
+            "back of the head",
+            (-beyond_scene, beyond_scene, -beyond_scene, beyond_scene, -beyond_scene, beyond_scene),
+        ),
     ]
 
 
-def _box(low: Sequence[float], high: Sequence[float]) -> Box:
-    """Return the box between its corner with the least x, y, z and its corner with the largest x, y, z."""
-    return (float(low[0]), float(high[0]), float(low[1]), float(high[1]), float(low[2]), float(high[2]))
+def _box(low_corner: Sequence[float], high_corner: Sequence[float]) -> Box:
+    """Return the box between the corner with the smallest x, y, z and the corner with the largest x, y, z."""
+    return (
+        float(low_corner[0]),
+        float(high_corner[0]),
+        float(low_corner[1]),
+        float(high_corner[1]),
+        float(low_corner[2]),
+        float(high_corner[2]),
+    )
 
 
 def landmark_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
@@ -505,7 +543,7 @@ def part_of_vertices() -> np.ndarray:
     The few vertices outside all masks get the part of the nearest vertex inside a mask.
     """
     basis = people.load_basis()
-    is_in_part = np.stack([basis.masks[name] for name in PARTS]) > 0.5  # [parts, V]
+    is_in_part = np.stack([basis.masks[part_name] for part_name in PARTS]) > 0.5  # [parts, V]
     part_indices = is_in_part.argmax(axis=0)  # argmax is the first True
     has_part = is_in_part.any(axis=0)
     # query(...)[1]: for each vertex without a part the index of the nearest vertex that has one
@@ -521,7 +559,7 @@ def people_partition(head: people.Head, spec: SlabSpec) -> Partition:
     Args: head: ground-truth head of the latent. The generator's sample may lack a part of it.
     """
     # positions of all voxels, [D * H * W, 3]; [1]: the indices of the nearest vertices
-    nearest_vertex = cKDTree(head.vertices).query(spec.points().reshape(-1, 3).numpy())[1]
+    nearest_vertices = cKDTree(head.vertices).query(spec.points().reshape(-1, 3).numpy())[1]
     return Partition(
-        names=PARTS, labels=torch.from_numpy(part_of_vertices()[nearest_vertex].reshape(spec.shape))
+        names=PARTS, labels=torch.from_numpy(part_of_vertices()[nearest_vertices].reshape(spec.shape))
     )

@@ -7,7 +7,7 @@ METHODS = ("exact", "permutation", "antithetic")  # methods of `shapley.shapley`
 # The attributions must sum to the reward difference; this is the largest error, as a share of the difference.
 BOUND = 0.01
 STEPS = 32  # first number of steps of the integral of Integrated Gradients
-MOST_STEPS = 1024  # the number of steps is doubled up to this number until the sum is close enough
+MAX_STEPS = 1024  # the number of steps is doubled up to this number until the sum is close enough
 # Kinds of regions. Any other value of --regions is the path of a label volume.
 BOXES = "boxes"  # fixed boxes of the slab
 LANDMARKS = "landmarks"  # boxes around groups of landmarks
@@ -24,7 +24,7 @@ class Settings:
     landmarks: Path | None = None  # JSON file of 2-D points
     permutations: int = 64  # number of random orders of the sampled methods
     steps: int = STEPS  # first number of steps of the integral
-    most_steps: int = MOST_STEPS  # largest number of steps of the integral
+    most_steps: int = MAX_STEPS  # largest number of steps of the integral
     gap_bound: float = BOUND  # largest efficiency gap, as a share of the reward difference
     randomisations: int = 8  # number of rewards with randomised weights
     checked: int = 2  # number of latents that this check attributes

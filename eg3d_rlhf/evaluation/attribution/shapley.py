@@ -31,8 +31,8 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
-from eg3d_rlhf.evaluation.attribution.regions import MOST_EXACT, region_shape
-from eg3d_rlhf.evaluation.attribution.settings import BOUND, MOST_STEPS, STEPS
+from eg3d_rlhf.evaluation.attribution.regions import MAX_EXACT_REGIONS, region_shape
+from eg3d_rlhf.evaluation.attribution.settings import BOUND, MAX_STEPS, STEPS
 from eg3d_rlhf.rewards.evaluation import Network
 
 Score = Callable[[torch.Tensor], torch.Tensor]  # slabs [B, 1, D, H, W] -> rewards [B]
@@ -68,7 +68,9 @@ class CoalitionValues:
         self.tuned = tuned
         flat_labels = labels.flatten().to(original.device)
         # indices of the voxels of each region in the flattened slab
-        self.voxels = [torch.nonzero(flat_labels == region).squeeze(1) for region in range(regions)]
+        self.voxels = [
+            torch.nonzero(flat_labels == region_index).squeeze(1) for region_index in range(regions)
+        ]
         # A region in which the slabs are equal does not change the value of any coalition.
         self.differs = [
             bool((original.flatten()[indices] != tuned.flatten()[indices]).any()) for indices in self.voxels
@@ -81,47 +83,58 @@ class CoalitionValues:
 
         Regions in which the slabs are equal get no bit, since they do not change the value.
         """
-        weights = torch.tensor(
-            [1 << region if has_change else 0 for region, has_change in enumerate(self.differs)],
+        bit_weights = torch.tensor(
+            [1 << region_index if has_change else 0 for region_index, has_change in enumerate(self.differs)],
             dtype=torch.int64,
         )
-        return (coalitions.cpu().to(torch.int64) * weights).sum(dim=1).tolist()
+        return (coalitions.cpu().to(torch.int64) * bit_weights).sum(dim=1).tolist()
 
-    def compose_slabs(self, keys: Sequence[int]) -> torch.Tensor:
+    def compose_slabs(self, coalition_keys: Sequence[int]) -> torch.Tensor:
         """Return the slabs [B, 1, D, H, W] of coalitions, which are given by their keys.
 
         Consecutive coalitions mostly share regions. So each slab is a copy of the previous one, in which only
         the regions that differ are replaced.
         """
-        slabs = self.original.new_empty(len(keys), self.original.numel())  # [B, voxels], flattened
-        sources = (self.original.flatten(), self.tuned.flatten())
+        slabs = self.original.new_empty(len(coalition_keys), self.original.numel())  # [B, voxels], flattened
+        flat_slabs = (self.original.flatten(), self.tuned.flatten())
         previous_row = None
         previous_key = None
-        for row, key in zip(slabs, keys, strict=True):
+        for slab_row, coalition_key in zip(slabs, coalition_keys, strict=True):
             # All regions of the first slab are written, since there is no previous slab.
             changed_regions = list(range(self.regions))
             if previous_key is not None:
-                row.copy_(previous_row)
+                slab_row.copy_(previous_row)
                 # The bits of the exclusive or are the regions in which the two coalitions differ.
-                changed_regions = [region for region in changed_regions if (previous_key ^ key) >> region & 1]
-            for region in changed_regions:
-                row[self.voxels[region]] = sources[key >> region & 1][self.voxels[region]]
-            previous_row = row
-            previous_key = key
-        return slabs.reshape(len(keys), *self.original.shape)
+                changed_regions = [
+                    region_index
+                    for region_index in changed_regions
+                    if (previous_key ^ coalition_key) >> region_index & 1
+                ]
+            for region_index in changed_regions:
+                slab_row[self.voxels[region_index]] = flat_slabs[coalition_key >> region_index & 1][
+                    self.voxels[region_index]
+                ]
+            previous_row = slab_row
+            previous_key = coalition_key
+        return slabs.reshape(len(coalition_keys), *self.original.shape)
 
     @torch.no_grad()
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Compute the values [M] float64 of coalitions, bool [M, R]."""
-        keys = self.keys(coalitions)
+        coalition_keys = self.keys(coalitions)
         # In Gray code order, consecutive coalitions differ in few regions, which makes `compose_slabs` cheap.
-        missing_keys = sorted({key for key in keys if key not in self.known}, key=_gray_rank)
+        missing_keys = sorted(
+            {coalition_key for coalition_key in coalition_keys if coalition_key not in self.known},
+            key=_gray_rank,
+        )
         for start in range(0, len(missing_keys), self.batch):
             batch_keys = missing_keys[start : start + self.batch]
-            values = self.score(self.compose_slabs(batch_keys)).double().cpu().tolist()
+            batch_values = self.score(self.compose_slabs(batch_keys)).double().cpu().tolist()
             self.evaluations += len(batch_keys)
-            self.known.update(zip(batch_keys, values, strict=True))
-        return torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
+            self.known.update(zip(batch_keys, batch_values, strict=True))
+        return torch.tensor(
+            [self.known[coalition_key] for coalition_key in coalition_keys], dtype=torch.float64
+        )
 
     @torch.no_grad()
     def difference(self) -> float:
@@ -134,23 +147,23 @@ class CoalitionValues:
         return tuned - original
 
 
-def _gray_rank(key: int) -> int:
+def _gray_rank(bit_pattern: int) -> int:
     """Return the position of a bit pattern in the reflected Gray code.
 
     Consecutive patterns of this code differ in one bit.
     """
     rank = 0
     # The Gray code of k is k ^ (k >> 1). Its inverse is the exclusive or of all right shifts.
-    while key:
-        rank ^= key
-        key >>= 1
+    while bit_pattern:
+        rank ^= bit_pattern
+        bit_pattern >>= 1
     return rank
 
 
-def all_coalitions(regions: int) -> torch.Tensor:
+def all_coalitions(region_count: int) -> torch.Tensor:
     """Return every coalition of R regions, bool [2^R, R]. Row k holds the bits of k, the lowest bit first."""
-    coalition_index = torch.arange(1 << regions)  # [2^R]
-    return (coalition_index[:, None] >> torch.arange(regions) & 1).bool()
+    coalition_keys = torch.arange(1 << region_count)  # [2^R]
+    return (coalition_keys[:, None] >> torch.arange(region_count) & 1).bool()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,143 +187,162 @@ def relative_gap(gap: float, difference: float) -> float:
     return 0.0 if gap == 0 else abs(gap) / abs(difference) if difference else math.inf
 
 
-def exact(value: Value, regions: int) -> np.ndarray:
+def exact(coalition_values: Value, region_count: int) -> np.ndarray:
     """Compute Shapley values [R] from all 2^R coalitions.
 
-    Raises: ValueError if there are more than MOST_EXACT regions.
+    Raises: ValueError if there are more than MAX_EXACT_REGIONS regions.
     """
-    if not 1 <= regions <= MOST_EXACT:
+    if not 1 <= region_count <= MAX_EXACT_REGIONS:
         raise ValueError(
-            f"--method=exact needs 2^R evaluations for R regions, so it is limited to {MOST_EXACT} regions,"
-            f" but there are {regions}. Use --method=antithetic."
+            f"--method=exact needs 2^R evaluations for R regions, so it is limited to {MAX_EXACT_REGIONS}"
+            f" regions, but there are {region_count}. Use --method=antithetic."
         )
-    return exact_from_table(value(all_coalitions(regions)).numpy())
+    return exact_from_table(coalition_values(all_coalitions(region_count)).numpy())
 
 
-def exact_from_table(table: np.ndarray) -> np.ndarray:
+def exact_from_table(coalition_values: np.ndarray) -> np.ndarray:
     """Compute Shapley values [R] from the values of all coalitions.
 
-    Args: table: values [2^R]; bit i of an index is set if region i belongs to the coalition.
+    Args: coalition_values: values [2^R]; bit i of an index is set if region i belongs to the coalition.
     """
-    regions = len(table).bit_length() - 1  # the table has 2^R entries
-    coalition_index = np.arange(1 << regions)  # [2^R]
-    coalition_size = np.array([int(key).bit_count() for key in coalition_index])  # |S|
+    region_count = len(coalition_values).bit_length() - 1  # the table has 2^R entries
+    coalition_keys = np.arange(1 << region_count)  # [2^R]
+    coalition_sizes = np.array([int(coalition_key).bit_count() for coalition_key in coalition_keys])  # |S|
     # |S|! (R - |S| - 1)! / R! = 1 / (R * C(R - 1, |S|)). No region can join the coalition of all regions, so
     # its weight is not used.
-    weight = np.array(
+    weight_by_coalition = np.array(
         [
-            1 / (regions * math.comb(regions - 1, joined_count)) if joined_count < regions else 0.0
-            for joined_count in coalition_size
+            1 / (region_count * math.comb(region_count - 1, joined_count))
+            if joined_count < region_count
+            else 0.0
+            for joined_count in coalition_sizes
         ]
     )
-    shapley_values = np.empty(regions)  # [R]
-    for region in range(regions):
-        coalitions_without = coalition_index[(coalition_index >> region & 1) == 0]
+    shapley_values = np.empty(region_count)  # [R]
+    for joining_region in range(region_count):
+        coalitions_without = coalition_keys[(coalition_keys >> joining_region & 1) == 0]
         # coalition | 1 << region: the same coalition after the region has joined
-        shapley_values[region] = np.sum(
-            weight[coalitions_without] * (table[coalitions_without | 1 << region] - table[coalitions_without])
+        shapley_values[joining_region] = np.sum(
+            weight_by_coalition[coalitions_without]
+            * (
+                coalition_values[coalitions_without | 1 << joining_region]
+                - coalition_values[coalitions_without]
+            )
         )
     return shapley_values
 
 
 def estimate_by_sampling(
-    value: Value, regions: int, samples: int, seed: int, antithetic: bool = False
+    coalition_values: Value, region_count: int, order_count: int, seed: int, antithetic: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Estimate Shapley values from random orders of the regions (Castro et al. 2009).
 
     Args:
-        value: function that returns the values of coalitions.
-        regions: number of regions, R.
-        samples: number of random orders.
+        coalition_values: function that returns the values of coalitions.
+        region_count: number of regions, R.
+        order_count: number of random orders.
         seed: seed of the orders.
-        antithetic: True: half of the orders are random, the other half are their reverses (Mitchell et al.
-            2022, section 4.1). Standard errors are then computed from the means of the pairs.
+        antithetic: False if all orders are random. True if half of the orders are random and the other half
+            are their reverses (Mitchell et al. 2022, section 4.1). Standard errors are then computed from the
+            means of the pairs.
 
     Returns: means [R] and standard errors [R] of the marginal contributions.
     Raises: ValueError for too few samples, or an odd number of antithetic samples.
     """
-    if antithetic and samples % 2:
+    if antithetic and order_count % 2:
         raise ValueError(
-            f"--permutations={samples}: antithetic orders come in pairs, so their number must be even. Pass"
-            f" --permutations={samples + 1}."
+            f"--permutations={order_count}: antithetic orders come in pairs, so their number must be even."
+            f" Pass --permutations={order_count + 1}."
         )
-    sample_count = samples // 2 if antithetic else samples
+    sample_count = order_count // 2 if antithetic else order_count
     if sample_count < 2:
         raise ValueError(
-            f"--permutations={samples} is too small: standard errors need at least 2 orders, or 4 antithetic"
-            " ones. Raise --permutations."
+            f"--permutations={order_count} is too small: standard errors need at least 2 orders, or 4"
+            " antithetic ones. Raise --permutations."
         )
     rng = np.random.default_rng(seed)
-    orders = np.stack([rng.permutation(regions) for _ in range(sample_count)])  # [samples, R]
+    orders = np.stack([rng.permutation(region_count) for _ in range(sample_count)])  # [samples, R]
     # The contributions along an order and its reverse are negatively correlated, so their mean is a single
     # sample of lower variance.
+    # [P, R]
     contributions = marginals(
-        value, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders
-    )  # [P, R]
+        coalition_values, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders
+    )
     contributions = (
         (contributions[:sample_count] + contributions[sample_count:]) / 2 if antithetic else contributions
     )
     return contributions.mean(axis=0), contributions.std(axis=0, ddof=1) / math.sqrt(sample_count)
 
 
-def marginals(value: Value, orders: np.ndarray) -> np.ndarray:
+def marginals(coalition_values: Value, orders: np.ndarray) -> np.ndarray:
     """Compute by how much each region changes the value when it joins, along several orders.
 
     Args: orders: each row is a permutation of the regions, in which they join, [P, R].
     Returns: contributions [P, R]; column i belongs to region i.
     """
-    samples, regions = orders.shape
+    order_count, region_count = orders.shape
     joining_step = np.argsort(orders, axis=1)  # [P, R], the step at which each region joins
-    steps = np.arange(regions + 1)  # number of regions that have joined
+    joined_counts = np.arange(region_count + 1)  # number of regions that have joined
     # Before step t, the regions whose joining step is smaller than t belong to the coalition.
-    coalitions = joining_step[:, None, :] < steps[None, :, None]  # [P, R + 1, R]
-    values = value(torch.from_numpy(coalitions.reshape(-1, regions))).numpy().reshape(samples, regions + 1)
+    coalitions = joining_step[:, None, :] < joined_counts[None, :, None]  # [P, R + 1, R]
+    values_along_orders = (
+        coalition_values(torch.from_numpy(coalitions.reshape(-1, region_count)))
+        .numpy()
+        .reshape(order_count, region_count + 1)
+    )
     # np.diff gives the contributions in the order of joining; they are sorted by region.
-    return np.take_along_axis(np.diff(values, axis=1), joining_step, axis=1)
+    return np.take_along_axis(np.diff(values_along_orders, axis=1), joining_step, axis=1)
 
 
 def shapley(
-    value: Value, regions: int, difference: float, method: str = "exact", samples: int = 64, seed: int = 0
+    coalition_values: Value,
+    region_count: int,
+    difference: float,
+    method: str = "exact",
+    order_count: int = 64,
+    seed: int = 0,
 ) -> Attribution:
     """Compute Shapley values by one of METHODS, with their efficiency gap.
 
     Args:
-        value: function that returns the values of coalitions.
-        regions: number of regions, R.
+        coalition_values: function that returns the values of coalitions.
+        region_count: number of regions, R.
         difference: r_tuned - r_original, computed without coalitions.
         method: one of METHODS.
-        samples: number of random orders of the sampled methods.
+        order_count: number of random orders of the sampled methods.
         seed: seed of the random orders.
     """
     if method == "exact":
-        values = exact(value, regions)
-        errors = None
+        shapley_values = exact(coalition_values, region_count)
+        standard_errors = None
     else:
-        values, errors = estimate_by_sampling(value, regions, samples, seed, method == "antithetic")
+        shapley_values, standard_errors = estimate_by_sampling(
+            coalition_values, region_count, order_count, seed, method == "antithetic"
+        )
     return Attribution(
         method=method,
-        values=values,
-        errors=errors,
-        gap=float(values.sum() - difference),
+        values=shapley_values,
+        errors=standard_errors,
+        gap=float(shapley_values.sum() - difference),
         difference=difference,
     )
 
 
-def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: float) -> None:
-    """Raise ValueError if the efficiency gap of a latent exceeds `bound`, a share of its reward difference.
+def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], max_gap: float) -> None:
+    """Raise ValueError if the efficiency gap of a latent exceeds `max_gap`, a share of its reward difference.
 
     The message states the seed of the latent with the largest gap.
     """
-    relative_gaps = [attribution.relative_gap for attribution in attributions]
-    worst = int(np.argmax(relative_gaps))  # index of the latent
+    relative_gaps = [worst_attribution.relative_gap for worst_attribution in attributions]
+    worst_index = int(np.argmax(relative_gaps))  # index of the latent
     # "not <=" is used instead of ">", so that NaN is an error, too.
-    if not relative_gaps[worst] <= bound:
-        attribution = attributions[worst]
+    if not relative_gaps[worst_index] <= max_gap:
+        worst_attribution = attributions[worst_index]
         raise ValueError(
-            f"--gap-bound={bound:g}: the Shapley values of seed {seeds[worst]} sum to"
-            f" {attribution.values.sum():.6g}, but its reward difference is {attribution.difference:.6g},"
-            f" which is a gap of {relative_gaps[worst]:.3g}. Raise --gap-bound if the difference is almost"
-            " zero, else use other latents with another --seed."
+            f"--gap-bound={max_gap:g}: the Shapley values of seed {seeds[worst_index]} sum to"
+            f" {worst_attribution.values.sum():.6g}, but its reward difference is"
+            f" {worst_attribution.difference:.6g}, which is a gap of {relative_gaps[worst_index]:.3g}. Raise"
+            " --gap-bound if the difference is almost zero, else use other latents with another --seed."
         )
 
 
@@ -342,7 +374,7 @@ def integrated_gradients(
     tuned: torch.Tensor,
     difference: float,
     steps: int = STEPS,
-    most_steps: int = MOST_STEPS,
+    max_steps: int = MAX_STEPS,
     batch: int = 16,
 ) -> IntegratedGradients:
     """Attribute r(tuned) - r(original) to voxels by Integrated Gradients.
@@ -356,18 +388,18 @@ def integrated_gradients(
         tuned: slab after tuning, [1, D, H, W].
         difference: r(tuned) - r(original).
         steps: first number of steps.
-        most_steps: largest number of steps.
+        max_steps: largest number of steps.
         batch: number of slabs in a batch, for which gradients are computed.
 
-    Returns: the integral with the most steps. It is not `complete` if `most_steps` is too small.
+    Returns: the integral with the most steps. It is not `complete` if `max_steps` is too small.
     """
     # Imported here, since only this function needs captum.
     from captum.attr import IntegratedGradients as Captum
 
-    method = Captum(score, multiply_by_inputs=True)
+    captum_method = Captum(score, multiply_by_inputs=True)
     gap_by_steps = []  # (steps, relative gap) of each integral
     while True:
-        voxels = method.attribute(
+        voxels = captum_method.attribute(
             tuned[None],
             baselines=original[None],
             n_steps=steps,
@@ -380,23 +412,23 @@ def integrated_gradients(
         gap = float(voxels.sum()) - difference
         gap_by_steps.append((steps, relative_gap(gap, difference)))
         # The last entry is the integral that was just computed.
-        if gap_by_steps[-1][1] <= BOUND or 2 * steps > most_steps:
+        if gap_by_steps[-1][1] <= BOUND or 2 * steps > max_steps:
             return IntegratedGradients(
                 voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(gap_by_steps)
             )
         steps *= 2
 
 
-def occlusion(value: Value, regions: int) -> np.ndarray:
+def occlusion(coalition_values: Value, region_count: int) -> np.ndarray:
     """Compute by how much the value falls if a region of the tuned slab is set back to the original, [R].
 
     The attribution of region i is v(all regions) - v(all but i) (occlusion, Zeiler and Fergus 2014).
     """
     # [R + 1, R]: row i contains all regions but i; the last row contains all regions.
-    coalitions = torch.ones(regions + 1, regions, dtype=torch.bool)
-    coalitions[torch.arange(regions), torch.arange(regions)] = False
-    values = value(coalitions).numpy()  # [R + 1]
-    return values[-1] - values[:-1]
+    coalitions = torch.ones(region_count + 1, region_count, dtype=torch.bool)
+    coalitions[torch.arange(region_count), torch.arange(region_count)] = False
+    reward_values = coalition_values(coalitions).numpy()  # [R + 1]
+    return reward_values[-1] - reward_values[:-1]
 
 
 def shuffled_change(
@@ -413,64 +445,76 @@ def shuffled_change(
         seed: seed of the shuffling.
     """
     # The shuffling is done on the CPU, so that it does not depend on the device.
-    change = (tuned - original).flatten().cpu()
+    slab_change = (tuned - original).flatten().cpu()
     flat_labels = labels.flatten().cpu()  # [voxels]
-    shuffled = torch.empty_like(change)
+    shuffled_slab_change = torch.empty_like(slab_change)
     generator = torch.Generator().manual_seed(seed)
-    for region in range(int(flat_labels.max()) + 1):
-        voxels = torch.nonzero(flat_labels == region).squeeze(1)  # indices of the region's voxels
-        shuffled[voxels] = change[voxels[torch.randperm(len(voxels), generator=generator)]]
-    return original + shuffled.reshape(original.shape).to(original)
+    for region_index in range(int(flat_labels.max()) + 1):
+        voxel_indices = torch.nonzero(flat_labels == region_index).squeeze(1)
+        shuffled_slab_change[voxel_indices] = slab_change[
+            voxel_indices[torch.randperm(len(voxel_indices), generator=generator)]
+        ]
+    return original + shuffled_slab_change.reshape(original.shape).to(original)
 
 
 def rank_correlation(
-    first_values: np.ndarray, second_values: np.ndarray, kind: str = "spearman"
+    first_values: np.ndarray, second_values: np.ndarray, correlation_kind: str = "spearman"
 ) -> float | None:
     """Compute Spearman's rho or Kendall's tau-b of two attributions [R].
 
     Return None if all values of one attribution are equal, since it has no ranks then.
-    Args: kind: "spearman" or "kendall".
+    Args: correlation_kind: "spearman" or "kendall".
     """
     if np.ptp(first_values) == 0 or np.ptp(second_values) == 0:
         return None
-    return float({"spearman": spearmanr, "kendall": kendalltau}[kind](first_values, second_values).statistic)
+    return float(
+        {"spearman": spearmanr, "kendall": kendalltau}[correlation_kind](
+            first_values, second_values
+        ).statistic
+    )
 
 
-def agreement(methods: Mapping[str, np.ndarray]) -> list[dict]:
+def agreement(attributions_by_method: Mapping[str, np.ndarray]) -> list[dict]:
     """Compute the rank correlations of every pair of methods.
 
-    Args: methods: attributions [N, R] by each method.
+    Args: attributions_by_method: attributions [N, R] by each method.
     Returns: for each pair and each kind of correlation the values by latent ("per_latent"), their mean with a
         bootstrap interval over latents ("mean"), and the correlation of the attributions' means over latents
         ("overall").
     """
     correlations = []
-    for (first_name, first_values), (second_name, second_values) in combinations(methods.items(), 2):
+    for (first_name, first_values), (second_name, second_values) in combinations(
+        attributions_by_method.items(), 2
+    ):
         pair_correlations: dict = {"first": first_name, "second": second_name}
-        for kind in ("spearman", "kendall"):
+        for correlation_kind in ("spearman", "kendall"):
             per_latent = [
-                rank_correlation(first_ranked, second_ranked, kind)
+                rank_correlation(first_ranked, second_ranked, correlation_kind)
                 for first_ranked, second_ranked in zip(first_values, second_values, strict=True)
             ]
             # Latents without a correlation are left out of the mean.
             defined_correlations = [correlation for correlation in per_latent if correlation is not None]
-            mean = bootstrap_mean_interval(defined_correlations)._asdict() if defined_correlations else None
-            pair_correlations[kind] = {
+            mean_interval = (
+                bootstrap_mean_interval(defined_correlations)._asdict() if defined_correlations else None
+            )
+            pair_correlations[correlation_kind] = {
                 "per_latent": per_latent,
-                "mean": mean,
-                "overall": rank_correlation(first_values.mean(axis=0), second_values.mean(axis=0), kind),
+                "mean": mean_interval,
+                "overall": rank_correlation(
+                    first_values.mean(axis=0), second_values.mean(axis=0), correlation_kind
+                ),
             }
         correlations.append(pair_correlations)
     return correlations
 
 
-def randomise_weights(reward: Network, seed: int) -> Network:
+def randomise_weights(network: Network, seed: int) -> Network:
     """Return a copy of a reward with random weights, as a control for attributions (Adebayo et al. 2018).
 
     The weights are normal, with the mean and the standard deviation of each tensor. A tensor with a single
     entry gets a random sign instead. Buffers, which hold the statistics of the input, are not changed.
     """
-    randomised_reward = copy.deepcopy(reward)
+    randomised_reward = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(seed)  # does not change the global random state
     with torch.no_grad():
         for parameter in randomised_reward.parameters():

@@ -61,24 +61,31 @@ def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
     arms = []
     if case.truth is not None:
         arms.append(Arm("truth", generator, Side.from_ws(generator, case.truth.ws, GRID)))
-    for weight in inversions.setup.weights:
+    for reward_weight in inversions.setup.weights:
         tuned_generator = load_generator(
-            folder / f"{weight:g}.safetensors", case.target.image.device
+            folder / f"{reward_weight:g}.safetensors", case.target.image.device
         ).generator
-        ws = storage.read_tensors(folder / f"{weight:g}-ws.safetensors", KIND)[0]["ws"].to(case.target.image)
-        arms.append(Arm(f"weight {weight:g}", tuned_generator, Side.from_ws(tuned_generator, ws, GRID)))
+        ws = storage.read_tensors(folder / f"{reward_weight:g}-ws.safetensors", KIND)[0]["ws"].to(
+            case.target.image
+        )
+        arms.append(
+            Arm(f"weight {reward_weight:g}", tuned_generator, Side.from_ws(tuned_generator, ws, GRID))
+        )
     return arms
 
 
 def render_cells(
     arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Render an arm in colour, and as a shape without colours, uint8 [R, R, 3] each.
+    """Render an arm in colour, and as a shape without colours.
 
     Args:
         camera: camera of both renders, [1, 25].
         pixels: pixels per edge, R.
-        factor: the shape is rendered with this factor of pixels per edge and then reduced, to avoid aliasing.
+        factor: the shape is rendered with `factor` times the pixels per edge and then reduced, to avoid
+            aliasing.
+
+    Returns: two images: the render in colour, uint8 [R, R, 3], and the shape, uint8 [R, R, 3].
     """
     # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels`
     image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
@@ -100,7 +107,11 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
     )[0]
     blank_cell = np.full((CELL, CELL, 3), 255, dtype=np.uint8)  # a white cell
     # The target is an image without a shape, so its cells in the rows of shapes are blank.
-    rows: list[list[np.ndarray]] = [[to_uint8(target_image.movedim(0, -1).cpu())], [blank_cell], [blank_cell]]
+    cell_rows: list[list[np.ndarray]] = [
+        [to_uint8(target_image.movedim(0, -1).cpu())],
+        [blank_cell],
+        [blank_cell],
+    ]
     # a camera from which the target is not seen
     side_camera = rotated_camera(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
     for arm in arms:
@@ -109,9 +120,9 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
             *render_cells(arm, case.target.camera, CELL, SUPERSAMPLE),
             render_cells(arm, side_camera, CELL, SUPERSAMPLE)[1],
         )
-        for row, cell in zip(rows, arm_cells, strict=True):
-            row.append(cell)
-    sheet_rows = [Row(cells=row) for row in rows]
+        for cell_row, cell_image in zip(cell_rows, arm_cells, strict=True):
+            cell_row.append(cell_image)
+    sheet_rows = [Row(cells=cell_row) for cell_row in cell_rows]
     # The names are written below the last row.
     sheet_rows[-1] = replace(sheet_rows[-1], captions=["target", *(arm.name for arm in arms)])
     return sheet("", sheet_rows)
@@ -154,10 +165,10 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
     if turns:
         write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, turns), FPS, "2M")
     for arm in arms if resolution else ():
-        name = arm.name.removeprefix("weight ")
+        arm_name = arm.name.removeprefix("weight ")
         try:
             mesh, _ = export_mesh(arm.side.field, MeshOptions(resolution=resolution))
-            mesh.save(folder / f"{name}.ply")
+            mesh.save(folder / f"{arm_name}.ply")
         except ValueError as error:  # the shape has no surface
             print(f"{case.name} ({arm.name}) has no mesh: {error}")
 
@@ -177,48 +188,57 @@ def facts(setup: Setup) -> Facts:
     With a single target there are no intervals.
     """
     # At most 16 names, since a long list would fill the page.
-    names = ", ".join(case.name for case in setup.cases[:16])
+    case_names = ", ".join(case.name for case in setup.cases[:16])
     unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(
         n=len(setup.cases),
         unit=unit,
-        seeds=names,
+        seeds=case_names,
         networks={"generator": setup.loaded.hash},
         interval=interval,
     )
 
 
-def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
+def summarise(measure_records: Sequence[Mapping], reward_weights: Sequence[float]) -> dict:
     """Compute the mean of every measure for each arm, and the paired changes from the base to every weight.
 
     The base is the first weight, which is 0 if the weights contain 0.
-    Args: records: records of `Inversions.records`.
+    Args: measure_records: records of `Inversions.records`.
     """
-    names = [f"{weight:g}" for weight in weights]
-    base = f"{weights[0]:g}"
-    arms = list(dict.fromkeys(record["arm"] for record in records))  # in the order of the records
-    table: dict[str, dict] = {}  # measure -> means and paired changes
-    for name in (measure.name for measure in MEASURES):
+    weight_names = [f"{reward_weight:g}" for reward_weight in reward_weights]
+    base_name = f"{reward_weights[0]:g}"
+    # in the order of the records
+    arms = list(dict.fromkeys(measure_record["arm"] for measure_record in measure_records))
+    statistics_by_measure: dict[str, dict] = {}  # measure -> means and paired changes
+    for measure_name in (listed_measure.name for listed_measure in MEASURES):
         # Not every arm has every measure. The ground truth, for example, has no PSNR.
-        values = {
-            arm: np.array([record[name] for record in records if record["arm"] == arm and name in record])
+        values_by_arm = {
+            arm: np.array(
+                [
+                    measure_record[measure_name]
+                    for measure_record in measure_records
+                    if measure_record["arm"] == arm and measure_name in measure_record
+                ]
+            )
             for arm in arms
         }
-        values = {arm: arm_values for arm, arm_values in values.items() if len(arm_values)}
-        if values:
-            table[name] = {
-                "means": compute_means(values),
-                "paired": compute_paired_changes(values, base, names),
+        values_by_arm = {arm: arm_values for arm, arm_values in values_by_arm.items() if len(arm_values)}
+        if values_by_arm:
+            statistics_by_measure[measure_name] = {
+                "means": compute_means(values_by_arm),
+                "paired": compute_paired_changes(values_by_arm, base_name, weight_names),
             }
     return {
-        "base": base,
-        "weights": list(weights),
-        "measures": table,
-        **over_optimisation(table, names, base),
+        "base": base_name,
+        "weights": list(reward_weights),
+        "measures": statistics_by_measure,
+        **over_optimisation(statistics_by_measure, weight_names, base_name),
     }
 
 
-def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> dict:
+def over_optimisation(
+    statistics_by_measure: Mapping[str, Mapping], weight_names: Sequence[str], base_name: str
+) -> dict:
     """Find the weights at which the image is still reproduced well, and those that over-optimise the reward.
 
     The knee is the largest weight up to which the mean loss of PSNR at the target's camera is below KNEE. A
@@ -226,84 +246,106 @@ def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: 
     whole interval of the change is below 0.
 
     Args:
-        table: means and paired changes of each measure.
-        names: names of the weights, in ascending order.
-        base: name of the base.
+        statistics_by_measure: means and paired changes of each measure.
+        weight_names: names of the weights, in ascending order.
+        base_name: name of the base.
 
-    Returns: if the mean reward rises from each weight to the next, the knee, and the over-optimising weights.
+    Returns: dict with "reward_rises" (True if the mean reward rises from each weight to the next), "knee"
+        (name of the weight), and the lists "over_optimised" and "clearly_over_optimised" of names of weights.
     """
-    means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
+    mean_rewards = (
+        [statistics_by_measure["reward"]["means"][weight_name]["mean"] for weight_name in weight_names]
+        if "reward" in statistics_by_measure
+        else []
+    )
     # change of the evaluator's value by weight
-    evaluator_changes = table["evaluator"]["paired"] if "evaluator" in table else {}
+    evaluator_changes = (
+        statistics_by_measure["evaluator"]["paired"] if "evaluator" in statistics_by_measure else {}
+    )
     # names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
-    knee = base
-    for name in names[1:]:
-        if table["psnr"]["paired"][name]["mean"] <= -KNEE:
+    knee_name = base_name
+    for weight_name in weight_names[1:]:
+        if statistics_by_measure["psnr"]["paired"][weight_name]["mean"] <= -KNEE:
             break
-        knee = name
+        knee_name = weight_name
     return {
         # all() is True for an empty list, so a missing reward is checked separately.
-        "reward_rises": bool(means)
-        and all(lower_mean < higher_mean for lower_mean, higher_mean in zip(means, means[1:], strict=False)),
-        "knee": knee,
+        "reward_rises": bool(mean_rewards)
+        and all(
+            lower_mean < higher_mean
+            for lower_mean, higher_mean in zip(mean_rewards, mean_rewards[1:], strict=False)
+        ),
+        "knee": knee_name,
         "over_optimised": [
-            name for name in names[1:] if name in evaluator_changes and evaluator_changes[name]["mean"] < 0
+            weight_name
+            for weight_name in weight_names[1:]
+            if weight_name in evaluator_changes and evaluator_changes[weight_name]["mean"] < 0
         ],
         "clearly_over_optimised": [
-            name for name in names[1:] if name in evaluator_changes and evaluator_changes[name]["mean_hi"] < 0
+            weight_name
+            for weight_name in weight_names[1:]
+            if weight_name in evaluator_changes and evaluator_changes[weight_name]["mean_hi"] < 0
         ],
     }
 
 
-def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[str]:
+def summary_sentences(inversion_summary: Mapping, evaluator_name: str, network_name: str) -> list[str]:
     """Describe the changes at the largest weight, the knee, and over-optimisation, in sentences.
 
     Args:
-        summary: result of `summarise`.
-        evaluator: name of the evaluator.
-        features: name of the perceptual network.
+        inversion_summary: result of `summarise`.
+        evaluator_name: name of the evaluator.
+        network_name: name of the perceptual network.
     """
-    sentences = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
-    table = summary["measures"]
+    sentences = [f"Perceptual features: {network_name}. Evaluator: {evaluator_name}."]
+    statistics_by_measure = inversion_summary["measures"]
     # A single weight has nothing to be compared with.
-    if len(summary["weights"]) == 1:
+    if len(inversion_summary["weights"]) == 1:
         return sentences
-    largest_weight = f"{summary['weights'][-1]:g}"
-    for name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
-        if name in table:
+    largest_weight = f"{inversion_summary['weights'][-1]:g}"
+    for listed_name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
+        if listed_name in statistics_by_measure:
             sentences.append(
-                f"{name} at λ {largest_weight}: {format_change(table[name]['paired'][largest_weight])}"
-                f" against λ {summary['base']}."
+                f"{listed_name} at λ {largest_weight}:"
+                f" {format_change(statistics_by_measure[listed_name]['paired'][largest_weight])}"
+                f" against λ {inversion_summary['base']}."
             )
-    sentences.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
-    if "reward" in table:
+    sentences.append(
+        f"Knee: up to λ {inversion_summary['knee']} the target's own view loses less than {KNEE} dB."
+    )
+    if "reward" in statistics_by_measure:
         sentences.append(
-            f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to"
-            " the next."
+            f"The mean reward {'rises' if inversion_summary['reward_rises'] else 'does not rise'} from every"
+            " weight to the next."
         )
-    for name in summary["over_optimised"]:
-        uncertainty = "" if name in summary["clearly_over_optimised"] else ", though the interval includes 0"
+    for listed_name in inversion_summary["over_optimised"]:
+        uncertainty_text = (
+            ""
+            if listed_name in inversion_summary["clearly_over_optimised"]
+            else ", though the interval includes 0"
+        )
         sentences.append(
-            f"Over-optimised at λ {name}: the evaluator's mean is below that of λ"
-            f" {summary['base']}{uncertainty}."
+            f"Over-optimised at λ {listed_name}: the evaluator's mean is below that of λ"
+            f" {inversion_summary['base']}{uncertainty_text}."
         )
     return sentences
 
 
-def measure_sentences(summary: Mapping) -> list[str]:
+def measure_sentences(inversion_summary: Mapping) -> list[str]:
     """Describe the mean and the changes of every measure in sentences.
 
-    Args: summary: result of `summarise`.
+    Args: inversion_summary: result of `summarise`.
     """
     sentences = []
-    base = summary["base"]  # arm from which changes are measured
-    for name, measure_data in summary["measures"].items():
+    base_name = inversion_summary["base"]  # arm from which changes are measured
+    for measure_name, measure_data in inversion_summary["measures"].items():
         change_texts = ", ".join(
-            f"λ {arm}: {format_change(row)}" for arm, row in measure_data["paired"].items()
+            f"λ {arm}: {format_change(paired_change)}"
+            for arm, paired_change in measure_data["paired"].items()
         )
         sentences.append(
-            f"{name} ({BY_NAME[name].unit}): {measure_data['means'][base]['mean']:.4g} at λ {base}; change at"
-            f" {change_texts or 'no other'}."
+            f"{measure_name} ({BY_NAME[measure_name].unit}): {measure_data['means'][base_name]['mean']:.4g}"
+            f" at λ {base_name}; change at {change_texts or 'no other'}."
         )
     return [
         *sentences,
@@ -314,10 +356,12 @@ def measure_sentences(summary: Mapping) -> list[str]:
     ]
 
 
-def format_change(row: Mapping) -> str:
+def format_change(paired_change: Mapping) -> str:
     """Format a paired change with its interval, or without it if there is a single target."""
     return (
-        f"{row['mean']:+.3g}" if row["n"] == 1 else span(row["mean"], row["mean_lo"], row["mean_hi"], "+.3g")
+        f"{paired_change['mean']:+.3g}"
+        if paired_change["n"] == 1
+        else span(paired_change["mean"], paired_change["mean_lo"], paired_change["mean_hi"], "+.3g")
     )
 
 
@@ -329,60 +373,73 @@ def curves(folder: Path) -> dict:
     """
     values_by_step: dict[str, dict[str, dict[int, list[float]]]] = {}
     for log_line in (folder / STATS).read_text().splitlines():
-        record = json.loads(log_line)
-        stage = record["stage"] if record["weight"] is None else f"{record['stage']} {record['weight']:g}"
+        step_record = json.loads(log_line)
+        stage = (
+            step_record["stage"]
+            if step_record["weight"] is None
+            else f"{step_record['stage']} {step_record['weight']:g}"
+        )
         # The reward and the change of density are logged only in some steps.
-        for name in ("loss", "mse", "perceptual", "reward", "moved"):
-            if name in record:
-                values_by_step.setdefault(stage, {}).setdefault(name, {}).setdefault(
-                    record["step"], []
-                ).append(record[name])
+        for measure_name in ("loss", "mse", "perceptual", "reward", "moved"):
+            if measure_name in step_record:
+                values_by_step.setdefault(stage, {}).setdefault(measure_name, {}).setdefault(
+                    step_record["step"], []
+                ).append(step_record[measure_name])
     return {
         stage: {
-            name: [[step, float(np.mean(values))] for step, values in sorted(steps.items())]
-            for name, steps in measures.items()
+            measure_name: [
+                [step, float(np.mean(target_values))]
+                for step, target_values in sorted(values_of_steps.items())
+            ]
+            for measure_name, values_of_steps in values_by_measure.items()
         }
-        for stage, measures in values_by_step.items()
+        for stage, values_by_measure in values_by_step.items()
     }
 
 
 def jobs(inversions: Inversions) -> list[Job]:
     """Return the jobs of the page: renders, measures over the weight, and values over the steps."""
     setup = inversions.setup
-    records = inversions.records()  # a record for each target and arm
+    measure_records = inversions.records()  # a record for each target and arm
     shown_cases = setup.cases[: setup.shown]  # targets with renders
     strip_by_name = {case.name: inversions.folder(case) / STRIP for case in shown_cases}
-    inputs = {"records": records}
+    job_inputs = {"records": measure_records}
 
     def measures_finding(_folder: Path) -> Finding:
-        summary = summarise(records, setup.weights)
-        return Finding(facts=facts(setup), data=summary, rows=records, says=measure_sentences(summary))
+        inversion_summary = summarise(measure_records, setup.weights)
+        return Finding(
+            facts=facts(setup),
+            data=inversion_summary,
+            rows=measure_records,
+            says=measure_sentences(inversion_summary),
+        )
 
     def curves_finding(_folder: Path) -> Finding:
         stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
-        rows = [
-            {"stage": stage, "measure": name, "step": step, "mean": value}
+        curve_rows = [
+            {"stage": stage, "measure": listed_name, "step": step, "mean": mean_value}
             for stage, by_measure in stage_curves.items()
-            for name, points in by_measure.items()
-            for step, value in points
+            for listed_name, curve_points in by_measure.items()
+            for step, mean_value in curve_points
         ]
-        return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=rows)
+        return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=curve_rows)
 
     def strips_finding(folder: Path) -> Finding:
-        for name, path in strip_by_name.items():
-            shutil.copyfile(path, folder / f"strip-{name}.png")
+        for listed_name, strip_path in strip_by_name.items():
+            shutil.copyfile(strip_path, folder / f"strip-{listed_name}.png")
         return Finding(
             facts=facts(setup),
             data={},
             images={
-                f"{name}: the target, then {'the ground truth and ' if case.truth else ''}every weight;"
-                " below, the same as shapes": f"strip-{name}.png"
-                for name, case in zip(strip_by_name, shown_cases, strict=True)
+                f"{listed_name}: the target, then {'the ground truth and ' if case.truth else ''}every"
+                " weight;"
+                " below, the same as shapes": f"strip-{listed_name}.png"
+                for listed_name, case in zip(strip_by_name, shown_cases, strict=True)
             },
         )
 
     strip_jobs = (
-        [Job(key="strips", title="Renders", compute=strips_finding, inputs=inputs)] if shown_cases else []
+        [Job(key="strips", title="Renders", compute=strips_finding, inputs=job_inputs)] if shown_cases else []
     )
     return [
         *strip_jobs,
@@ -390,81 +447,98 @@ def jobs(inversions: Inversions) -> list[Job]:
             key="weights",
             title="Measures over the weight of the reward",
             compute=measures_finding,
-            inputs=inputs,
+            inputs=job_inputs,
             plots={"means": plot_means, **({"changes": plot_changes} if len(setup.weights) > 1 else {})},
         ),
         Job(
             key="steps",
             title="Step by step",
             compute=curves_finding,
-            inputs=inputs,
-            plots={name: partial(plot_steps, name) for name in ("mse", "perceptual")},
+            inputs=job_inputs,
+            plots={listed_name: partial(plot_steps, listed_name) for listed_name in ("mse", "perceptual")},
         ),
     ]
 
 
-def plot_means(data: dict):
+def plot_means(finding_data: dict):
     """Plot every measure over the weight of the reward, with intervals.
 
     A dashed line is the ground truth, a dotted line is the latent before the second stage.
     """
-    names = [f"{weight:g}" for weight in data["weights"]]
-    figure, axes = style.grid(len(data["measures"]), 2.7)
-    for axis, (measure, measure_data) in zip(axes, data["measures"].items(), strict=True):
-        means = measure_data["means"]
-        style.band(axis, range(len(names)), [means[name] for name in names], style.colour("after"), "weights")
+    weight_names = [f"{reward_weight:g}" for reward_weight in finding_data["weights"]]
+    figure, axes = style.grid(len(finding_data["measures"]), 2.7)
+    for axis, (measure_name, measure_data) in zip(axes, finding_data["measures"].items(), strict=True):
+        mean_by_arm = measure_data["means"]
+        style.band(
+            axis,
+            range(len(weight_names)),
+            [mean_by_arm[weight_name] for weight_name in weight_names],
+            style.colour("after"),
+            "weights",
+        )
         for arm, line_style in (("truth", "--"), ("w", ":")):
-            if arm in means:
-                axis.axhline(means[arm]["mean"], linestyle=line_style, color=style.colour("noise"))
+            if arm in mean_by_arm:
+                axis.axhline(mean_by_arm[arm]["mean"], linestyle=line_style, color=style.colour("noise"))
         # Only the panel of the evaluator has crosses at weights that over-optimise the reward.
-        for name in data["over_optimised"] if measure == "evaluator" else ():
+        for weight_name in finding_data["over_optimised"] if measure_name == "evaluator" else ():
             axis.plot(
-                [names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9
+                [weight_names.index(weight_name)],
+                [mean_by_arm[weight_name]["mean"]],
+                "x",
+                color=style.colour("before"),
+                markersize=9,
             )
-        axis.set_xticks(range(len(names)), names)
-        axis.set(title=f"{measure} ({BY_NAME[measure].better} is better)", xlabel="weight of the reward")
+        axis.set_xticks(range(len(weight_names)), weight_names)
+        axis.set(
+            title=f"{measure_name} ({BY_NAME[measure_name].better} is better)", xlabel="weight of the reward"
+        )
     return figure
 
 
-def plot_changes(data: dict):
+def plot_changes(finding_data: dict):
     """Plot the paired changes from the base weight, with intervals."""
     changes_by_measure = {
-        name: measure_data["paired"]
-        for name, measure_data in data["measures"].items()
+        listed_name: measure_data["paired"]
+        for listed_name, measure_data in finding_data["measures"].items()
         if measure_data["paired"]
     }
     figure, axes = style.grid(len(changes_by_measure), 2.7)
-    for axis, (measure, paired) in zip(axes, changes_by_measure.items(), strict=True):
-        for weight_index, row in enumerate(paired.values()):
-            error = style.errors(row, lo="mean_lo", hi="mean_hi")
+    for axis, (measure_name, change_by_weight) in zip(axes, changes_by_measure.items(), strict=True):
+        for weight_index, paired_change in enumerate(change_by_weight.values()):
+            error_bar = style.errors(paired_change, lo="mean_lo", hi="mean_hi")
             axis.errorbar(
-                [weight_index], [row["mean"]], yerr=error, fmt="o", capsize=4, color=style.colour("after")
+                [weight_index],
+                [paired_change["mean"]],
+                yerr=error_bar,
+                fmt="o",
+                capsize=4,
+                color=style.colour("after"),
             )
         axis.axhline(0, color=style.colour("noise"), linewidth=1)
-        axis.set_xticks(range(len(paired)), list(paired))
-        axis.set(title=f"change of {measure}", xlabel="weight of the reward")
+        axis.set_xticks(range(len(change_by_weight)), list(change_by_weight))
+        axis.set(title=f"change of {measure_name}", xlabel="weight of the reward")
     return figure
 
 
-def plot_steps(measure: str, data: dict):
+def plot_steps(measure_name: str, finding_data: dict):
     """Plot a measure at every step, averaged over targets: the first stage, and each weight's second stage.
 
-    Args: measure: name of the measure.
+    Args: measure_name: name of the measure.
     """
     figure, axes = style.figure(columns=2)
-    for stage, by_measure in data["curves"].items():
-        points = by_measure.get(measure, [])  # [] if this stage did not log the measure
-        axis, name = (
+    for stage, by_measure in finding_data["curves"].items():
+        curve_points = by_measure.get(measure_name, [])  # [] if this stage did not log the measure
+        axis, line_name = (
             (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
         )
         axis.plot(
-            [point[0] for point in points],
+            [curve_point[0] for curve_point in curve_points],
             # The axis is logarithmic, so a value of exactly 0 is replaced by 1e-12.
-            [max(point[1], 1e-12) for point in points],
-            label=f"λ {name}" if axis is axes[1] else name,
+            [max(curve_point[1], 1e-12) for curve_point in curve_points],
+            label=f"λ {line_name}" if axis is axes[1] else line_name,
             linewidth=1,
         )
-    for axis, title in zip(axes, ("the latent", "the generator"), strict=True):
-        axis.set(title=f"{measure}: {title}", xlabel="step", yscale="log")
+    for axis, axis_title in zip(axes, ("the latent", "the generator"), strict=True):
+        axis.set(title=f"{measure_name}: {axis_title}", xlabel="step", yscale="log")
         axis.legend(fontsize="small")
     return figure

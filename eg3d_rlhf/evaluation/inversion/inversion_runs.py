@@ -44,20 +44,20 @@ class Leg(NamedTuple):
     last: int  # number of the last step + 1
 
 
-def list_legs(config: projector.InversionConfig, weights: Sequence[float]) -> list[Leg]:
+def list_legs(config: projector.InversionConfig, reward_weights: Sequence[float]) -> list[Leg]:
     """List the sections of a target's inversion, in the order in which they run.
 
-    Args: weights: weights of the reward.
+    Args: reward_weights: weights of the reward.
     """
     # In the first stage, the reward is applied only in the second half, if at all. So all weights share the
     # first half, or the entire stage.
     shared_steps = config.w_steps // 2 if config.reward_in_w else config.w_steps
     inversion_legs = [Leg("w", None, 0, shared_steps)]
-    for weight in weights:
+    for reward_weight in reward_weights:
         inversion_legs += (
-            [Leg("w", weight, shared_steps, config.w_steps)] if shared_steps < config.w_steps else []
+            [Leg("w", reward_weight, shared_steps, config.w_steps)] if shared_steps < config.w_steps else []
         )
-        inversion_legs.append(Leg("pivot", weight, 0, config.pivot_steps))
+        inversion_legs.append(Leg("pivot", reward_weight, 0, config.pivot_steps))
     return inversion_legs
 
 
@@ -102,55 +102,59 @@ class Inversions:
 
     def run_missing(self) -> None:
         """Run all steps that have not been made. Raises: StoppedError if the run is asked to stop."""
-        position: tuple[int, ...] = (0, 0, 0)  # index of the target, index of the section, step
-        state: dict[str, Tensor] = {}
+        next_position: tuple[int, ...] = (0, 0, 0)  # index of the target, index of the section, step
+        stage_state: dict[str, Tensor] = {}
         if checkpoint.available(self.run.folder):
             # The checkpoint holds the position of the next step. The results of finished sections are files.
-            state, record = self.run.read()
-            position = tuple(record["at"])
-            self.done = record["done"]
-            self.run.continue_from(self.done, record["lines"])
+            stage_state, checkpoint_record = self.run.read()
+            next_position = tuple(checkpoint_record["at"])
+            self.done = checkpoint_record["done"]
+            self.run.continue_from(self.done, checkpoint_record["lines"])
         else:
             self.run.begin()
             self.run.continue_from(0)
         with self.run.stoppable(), self.run.writing():
             for target_index, case in enumerate(self.setup.cases):
                 # Finished targets are skipped. Only the first target that is not finished uses the state.
-                if target_index < position[0]:
+                if target_index < next_position[0]:
                     continue
                 self._run_target(
                     target_index,
                     case,
-                    position[1:] if target_index == position[0] else (0, 0),
-                    state if target_index == position[0] else {},
+                    next_position[1:] if target_index == next_position[0] else (0, 0),
+                    stage_state if target_index == next_position[0] else {},
                 )
 
     def _run_target(
-        self, target_index: int, case: Case, start: tuple[int, ...], state: dict[str, Tensor]
+        self, target_index: int, case: Case, start_position: tuple[int, ...], stage_state: dict[str, Tensor]
     ) -> None:
         """Run the sections of a target.
 
         Args:
             target_index: index of the target.
             case: target.
-            start: index of the first section to run, and its first step.
-            state: state of the stage before this step; {} if the section starts from its beginning.
+            start_position: index of the first section to run, and its first step.
+            stage_state: state of the stage before this step; {} if the section starts from its beginning.
         """
         setup = self.setup
         folder = self.folder(case)
         # at the first step of the target
-        if start == (0, 0):
+        if start_position == (0, 0):
             write_json(folder / "truth.json", measure_truth(setup.loaded.generator, case, setup.evaluators))
         objective = projector.Objective(setup.config, case.target, setup.perceptual, setup.guidance)
         for leg_index, leg in enumerate(self.legs):
-            if leg_index < start[0]:
+            if leg_index < start_position[0]:
                 continue
             stage = self._make_stage(leg, case, objective)
             # Only the section that was interrupted has a state.
-            if leg_index == start[0] and start[1]:
-                stage.restore(state)
+            if leg_index == start_position[0] and start_position[1]:
+                stage.restore(stage_state)
             self._run_steps(
-                stage, leg, (target_index, leg_index), start[1] if leg_index == start[0] else leg.first, case
+                stage,
+                leg,
+                (target_index, leg_index),
+                start_position[1] if leg_index == start_position[0] else leg.first,
+                case,
             )
             self._write_results(stage, leg, target_index, objective)
             # The next section starts from the files of this one, so no state is stored.
@@ -164,9 +168,10 @@ class Inversions:
     def _make_stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
         """Create the stage of a section, from the files that earlier sections have written."""
         generator = self.setup.loaded.generator
-        weight = leg.weight or 0.0
+        reward_weight = leg.weight or 0.0
         if leg.stage == "pivot":
-            weight_file = self.folder(case) / f"{weight:g}-w.safetensors"  # exists only if reward_in_w is set
+            # exists only if reward_in_w is set
+            weight_file = self.folder(case) / f"{reward_weight:g}-w.safetensors"
             # If the reward was applied in the first stage, each weight has its own latent.
             latent_file = (
                 weight_file if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
@@ -176,50 +181,50 @@ class Inversions:
                 objective,
                 # to the target's device and dtype
                 storage.read_tensors(latent_file, KIND)[0]["ws"].to(case.target.image),
-                weight,
+                reward_weight,
             )
         # Starting from the ground truth is a control of the method.
         start_ws = case.truth.ws if self.setup.from_truth and case.truth is not None else None
-        stage = projector.LatentStage(generator, objective, self.setup.prior, start_ws, weight)
+        stage = projector.LatentStage(generator, objective, self.setup.prior, start_ws, reward_weight)
         # The second half of the first stage continues from the shared first half, with its optimiser's state.
         if leg.first:
             stage.restore(storage.read_tensors(self.folder(case) / "w.safetensors", KIND)[0])
         return stage
 
     def _run_steps(
-        self, stage: Stage, leg: Leg, position: tuple[int, int], first_step: int, case: Case
+        self, stage: Stage, leg: Leg, section_position: tuple[int, int], first_step: int, case: Case
     ) -> None:
         """Make the steps of a section, write logs and checkpoints, and stop if this is requested.
 
         Args:
-            position: index of the target, index of the section.
+            section_position: index of the target, index of the section.
             first_step: first step to make.
         """
-        name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"
+        section_name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"
         for step in range(max(first_step, leg.first), leg.last):
-            values = stage.step(step)
+            step_values = stage.step(step)
             self.run.stats(
-                {"target": case.name, "stage": leg.stage, "weight": leg.weight, "step": step, **values}
+                {"target": case.name, "stage": leg.stage, "weight": leg.weight, "step": step, **step_values}
             )
             self.done += 1
             # The run stops only after a complete step.
             if self.run.stop_requested:
-                self._checkpoint((*position, step + 1), stage.state())
+                self._checkpoint((*section_position, step + 1), stage.state())
                 raise StoppedError(
-                    f"stopped by {self.run.stop_requested} at {case.name}, {name}, step {step + 1}"
+                    f"stopped by {self.run.stop_requested} at {case.name}, {section_name}, step {step + 1}"
                 )
             # After the last step of a section no state is stored; `_run_target` stores the next position.
             if (step + 1) % EVERY == 0 or step + 1 == leg.last:
                 status_fields = {
-                    "target": f"{position[0] + 1}/{len(self.setup.cases)} {case.name}",
-                    "stage": f"{name:<10}",
+                    "target": f"{section_position[0] + 1}/{len(self.setup.cases)} {case.name}",
+                    "stage": f"{section_name:<10}",
                     "at": f"{step + 1:<4}",
                 }
                 self.run.status(
-                    status_fields, self.done, self.setup.steps, "step", {"mse": f"{values['mse']:.2e}"}
+                    status_fields, self.done, self.setup.steps, "step", {"mse": f"{step_values['mse']:.2e}"}
                 )
                 if step + 1 < leg.last:
-                    self._checkpoint((*position, step + 1), stage.state())
+                    self._checkpoint((*section_position, step + 1), stage.state())
 
     def _write_results(
         self, stage: Stage, leg: Leg, target_index: int, objective: projector.Objective
@@ -230,8 +235,8 @@ class Inversions:
         generator = self.setup.loaded.generator
         folder = self.folder(case)
         if isinstance(stage, projector.LatentStage):
-            name = "w" if leg.weight is None else f"{leg.weight:g}-w"
-            storage.write_tensors(folder / f"{name}.safetensors", KIND, stage.state(), {})
+            file_stem = "w" if leg.weight is None else f"{leg.weight:g}-w"
+            storage.write_tensors(folder / f"{file_stem}.safetensors", KIND, stage.state(), {})
             # After the first half of the first stage there are no measures yet.
             if leg.last < setup.config.w_steps:
                 return
@@ -239,25 +244,25 @@ class Inversions:
                 # The measure "moved" is relative to the density before the second stage, so it is 0 here.
                 pivot = generator.field(stage.ws).density_grid(projector.cube_grid(generator))
             write_json(
-                folder / f"{name}.json",
+                folder / f"{file_stem}.json",
                 measure(generator, case, stage.ws.detach(), pivot, objective, setup.evaluators),
             )
             return
-        name = f"{leg.weight:g}"
+        file_stem = f"{leg.weight:g}"
         write_json(
-            folder / f"{name}.json",
+            folder / f"{file_stem}.json",
             measure(stage.generator, case, stage.ws, stage.pivot, objective, setup.evaluators),
         )
         # Generators are large, so only those that will be rendered are written.
         if target_index < setup.shown:
             tuned_networks = replace(setup.loaded.nets, G=None, D=None, G_ema=stage.generator.module)
-            networks.save(folder / f"{name}.safetensors", tuned_networks, only_ema=True)
-            storage.write_tensors(folder / f"{name}-ws.safetensors", KIND, {"ws": stage.ws}, {})
+            networks.save(folder / f"{file_stem}.safetensors", tuned_networks, only_ema=True)
+            storage.write_tensors(folder / f"{file_stem}-ws.safetensors", KIND, {"ws": stage.ws}, {})
 
-    def _checkpoint(self, next_position: tuple[int, ...], state: dict[str, Tensor]) -> None:
+    def _checkpoint(self, next_position: tuple[int, ...], stage_state: dict[str, Tensor]) -> None:
         """Write a checkpoint: the state of the current section, and the position of the next step."""
         self.run.checkpoint(
-            self.done, state, {"at": list(next_position), "done": self.done, "lines": self.run.lines}
+            self.done, stage_state, {"at": list(next_position), "done": self.done, "lines": self.run.lines}
         )
 
     def records(self) -> list[dict]:
@@ -265,25 +270,29 @@ class Inversions:
 
         The entry 'arm' is 'truth' (the ground truth), 'w' (before the second stage), or a weight.
         """
-        weight_names = [f"{weight:g}" for weight in self.setup.weights]
+        weight_names = [f"{reward_weight:g}" for reward_weight in self.setup.weights]
         # If the first stage uses the reward, each weight has its own latent before the second stage.
         arm_names = [
             "truth",
-            *([f"{name}-w" for name in weight_names] if self.setup.config.reward_in_w else ["w"]),
+            *(
+                [f"{weight_name}-w" for weight_name in weight_names]
+                if self.setup.config.reward_in_w
+                else ["w"]
+            ),
             *weight_names,
         ]
         return [
             {
                 "target": case.name,
-                "arm": arm,
+                "arm": arm_name,
                 # Measures that version 0.1 wrote get their new names.
-                **version_0_1.inversion(json.loads((self.folder(case) / f"{arm}.json").read_text())),
+                **version_0_1.inversion(json.loads((self.folder(case) / f"{arm_name}.json").read_text())),
             }
             for case in self.setup.cases
-            for arm in arm_names
+            for arm_name in arm_names
         ]
 
 
-def write_json(path: Path, record: dict) -> None:
+def write_json(json_path: Path, json_record: dict) -> None:
     """Write a record as JSON, atomically and with sorted keys."""
-    storage.write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    storage.write_atomic(json_path, (json.dumps(json_record, indent=1, sort_keys=True) + "\n").encode())

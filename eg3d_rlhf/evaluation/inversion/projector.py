@@ -48,7 +48,7 @@ class Perceptual:
     Args:
         name: name of the network. Distances by networks of different names cannot be compared.
         features: differentiable function from images to features [N, F].
-        mean: True: the distance is the mean of the squared differences; False: their sum.
+        mean: True if the distance is the mean of the squared differences, False if it is their sum.
     """
 
     def __init__(self, name: str, features: Callable[[Tensor], Tensor], mean: bool):
@@ -69,7 +69,9 @@ class Perceptual:
         return self.feature_distance(self.features(first_images), self.features(second_images))
 
 
-def load_perceptual(path: Path | None, resolution: int, device: torch.device | str = "cpu") -> Perceptual:
+def load_perceptual(
+    network_path: Path | None, resolution: int, device: torch.device | str = "cpu"
+) -> Perceptual:
     """Load the network of a perceptual distance.
 
     A TorchScript network is called as the projectors of the StyleGAN family call their VGG16:
@@ -79,15 +81,16 @@ def load_perceptual(path: Path | None, resolution: int, device: torch.device | s
     squared differences of standardised features.
 
     Args:
-        path: None: the bundled head-factor network; a .safetensors file: another network of this kind; any
-            other file: a TorchScript network.
+        network_path: file of the network. A .safetensors file is a head-factor network, which has the same
+            architecture as the bundled one. Any other file is a TorchScript network. If it is None, the
+            bundled head-factor network is loaded.
         resolution: pixels per edge of the images, with which the network is tested.
         device: device of the network.
 
     Raises: ValueError if the file cannot be loaded, or if its output is not [N, F] or has no gradient.
     """
-    if path is None or path.suffix == ".safetensors":
-        head_factors = HeadFactorFeatures.load(path, device)
+    if network_path is None or network_path.suffix == ".safetensors":
+        head_factors = HeadFactorFeatures.load(network_path, device)
 
         def features(images: Tensor) -> Tensor:
             # Features are standardised, so that features with large values do not dominate the mean.
@@ -98,50 +101,53 @@ def load_perceptual(path: Path | None, resolution: int, device: torch.device | s
 
         return Perceptual(head_factors.name, features, mean=True)
     try:
-        network = torch.jit.load(str(path), map_location=device).eval()
+        network = torch.jit.load(str(network_path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path} cannot be loaded as TorchScript ({reason}). Pass a TorchScript file, or a .safetensors"
-            " file of a head-factor network."
+            f"{network_path} cannot be loaded as TorchScript ({reason}). Pass a TorchScript file, or a"
+            " .safetensors file of a head-factor network."
         ) from error
     # The optimisation needs gradients of the images only.
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     # The network is called with those options that its signature contains.
-    argument_names = {argument.name for argument in network.forward.schema.arguments}
-    options = {
-        name: value
-        for name, value in {"resize_images": False, "return_lpips": True}.items()
-        if name in argument_names
+    argument_names = {schema_argument.name for schema_argument in network.forward.schema.arguments}
+    call_options = {
+        option_name: option_value
+        for option_name, option_value in {"resize_images": False, "return_lpips": True}.items()
+        if option_name in argument_names
     }
 
     def scripted_features(images: Tensor) -> Tensor:
-        pixels = (images + 1) * 127.5  # [-1, 1] -> 0..255
+        scaled_images = (images + 1) * 127.5  # [-1, 1] -> 0..255
         # Area interpolation averages pixels, which avoids aliasing.
-        if max(pixels.shape[-2:]) > LARGEST:
-            pixels = functional.interpolate(pixels, (LARGEST, LARGEST), mode="area")
-        return network(pixels, **options)
+        if max(scaled_images.shape[-2:]) > LARGEST:
+            scaled_images = functional.interpolate(scaled_images, (LARGEST, LARGEST), mode="area")
+        return network(scaled_images, **call_options)
 
-    _test_network(scripted_features, path, resolution, device)
-    return Perceptual(f"torchscript-{path.stem}", scripted_features, mean=False)
+    _test_network(scripted_features, network_path, resolution, device)
+    return Perceptual(f"torchscript-{network_path.stem}", scripted_features, mean=False)
 
 
 def _test_network(
-    features: Callable[[Tensor], Tensor], path: Path, resolution: int, device: torch.device | str
+    compute_features: Callable[[Tensor], Tensor],
+    network_path: Path,
+    resolution: int,
+    device: torch.device | str,
 ) -> None:
     """Call a network once, so that an unsuitable file is found before the optimisation.
 
     Args:
-        features: function from images to features.
-        path: file of the network, for messages.
+        compute_features: function from images to features.
+        network_path: file of the network, for messages.
 
     Raises: ValueError if the network fails, or if its output is not [N, F] or has no gradient.
     """
     # Two images are used, so that an output without a batch axis is found.
     images = torch.zeros(2, 3, resolution, resolution, device=device, requires_grad=True)
     try:
-        output = features(images)
+        test_features = compute_features(images)
     except RuntimeError as error:
         # The last line of a TorchScript traceback is the error message.
         reason = next(
@@ -149,17 +155,19 @@ def _test_network(
             type(error).__name__,
         )
         raise ValueError(
-            f"the network of {path} cannot be applied to images [N, 3, H, W] ({reason.strip()}). Pass for"
-            " example the VGG16 of the StyleGAN projectors."
+            f"the network of {network_path} cannot be applied to images [N, 3, H, W] ({reason.strip()}). Pass"
+            " for example the VGG16 of the StyleGAN projectors."
         ) from None
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
+    if not isinstance(test_features, Tensor) or test_features.ndim != 2 or len(test_features) != 2:
         raise ValueError(
-            f"the network of {path} returns {getattr(output, 'shape', type(output))} for two images, but"
-            " features [2, F] are needed. Pass a network that returns one vector for each image."
+            f"the network of {network_path} returns {getattr(test_features, 'shape', type(test_features))}"
+            " for two images, but features [2, F] are needed. Pass a network that returns one vector for each"
+            " image."
         )
-    if not output.requires_grad:
+    if not test_features.requires_grad:
         raise ValueError(
-            f"the output of the network of {path} has no gradients. Export the network without torch.no_grad."
+            f"the output of the network of {network_path} has no gradients. Export the network without"
+            " torch.no_grad."
         )
 
 
@@ -194,9 +202,9 @@ class Guidance:
         self.standard = Standardised(torch.cat(scores)).to(z.device)
 
     def clipped_reward(self, field: Field) -> tuple[Tensor, Tensor]:
-        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10, and the raw reward, [N] each.
+        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10. Differentiable in the field.
 
-        Differentiable in the field.
+        Returns: two tensors: the term [N], and the raw reward [N].
         """
         score = self.reward.score(field)
         # The gradient of a clipped value is 0, so that an extreme reward is not increased further.
@@ -228,20 +236,20 @@ RISING = 0.05  # the learning rate rises over this share at the beginning
 FALLING = 0.25  # the learning rate falls over this share at the end
 
 
-def learning_rate(step: int, steps: int, largest: float = 0.1) -> float:
+def learning_rate(step: int, steps: int, max_rate: float = 0.1) -> float:
     """Return the learning rate of the first stage.
 
-    It rises linearly from 0 to `largest` over the first 5 % of the steps, and falls along a cosine over the
+    It rises linearly from 0 to `max_rate` over the first 5 % of the steps, and falls along a cosine over the
     last 25 %.
 
     Args:
         step: number of the step, 0 to steps - 1.
         steps: number of steps.
-        largest: largest learning rate.
+        max_rate: largest learning rate.
     """
     progress = step / steps
     return (
-        largest
+        max_rate
         * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - progress) / FALLING)))
         * min(1.0, progress / RISING)
     )
@@ -285,8 +293,8 @@ def estimate_prior(generator: Generator) -> Prior:
             for z_batch in z.split(1000)
         ]
     )
-    mean = w.mean(dim=0)  # [W]
-    return Prior(mean[None, None], float((w - mean).square().sum(dim=1).mean().sqrt()))
+    mean_w = w.mean(dim=0)  # [W]
+    return Prior(mean_w[None, None], float((w - mean_w).square().sum(dim=1).mean().sqrt()))
 
 
 class Objective:
@@ -323,9 +331,10 @@ class Objective:
         return image if mask is None else target + mask * (image - target)
 
     def image_loss(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the image loss, lambda_mse * mse + perceptual distance, and both of its terms.
+        """Compute the image loss, lambda_mse * mse + perceptual distance.
 
-        The mean squared error is the mean over the mask.
+        The mean squared error (mse) is the mean over the mask.
+        Returns: the loss, and a dict with its two unweighted terms, "mse" and "perceptual".
         """
         blended = self.blend_outside_mask(image)
         # The mean over all pixels divided by their mean weight is the mean over the mask.
@@ -336,18 +345,23 @@ class Objective:
         return self.config.lambda_mse * mse + distance, {"mse": mse, "perceptual": distance}
 
     def guidance_term(
-        self, field: Field, step: int, weight: float
+        self, field: Field, step: int, reward_weight: float
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Compute the reward's term of the loss in a step, and the raw reward.
+        """Compute the reward's term of the loss in a step.
 
-        The term is 0.0, and there is no reward, if the weight is 0, or in a step between two evaluations.
+        Args:
+            step: number of the step; the reward is evaluated in every `reward_every`-th step.
+            reward_weight: weight of the reward.
+
+        Returns: the term, and the dict {"reward": raw reward}. If the weight is 0, or if the reward is not
+            evaluated in this step, the term is 0.0 and the dict is empty.
         """
-        if self.guidance is None or weight == 0 or step % self.config.reward_every:
+        if self.guidance is None or reward_weight == 0 or step % self.config.reward_every:
             return 0.0, {}
         term, score = self.guidance.clipped_reward(field)
         # The field holds a single shape, hence [0]. The term is multiplied by the number of steps between two
-        # evaluations, so that its mean weight over all steps is `weight`.
-        return weight * self.config.reward_every * term[0], {"reward": score[0]}
+        # evaluations, so that its mean weight over all steps is `reward_weight`.
+        return reward_weight * self.config.reward_every * term[0], {"reward": score[0]}
 
 
 class LatentStage:
@@ -366,7 +380,7 @@ class LatentStage:
         """Initialise the stage.
 
         Args:
-            start: initial ws, [1, L, W]; None: the mean latent.
+            start: initial ws, [1, L, W]; None selects the mean latent for every layer.
             weight: weight of the reward in the second half of the stage, if the settings enable it there.
         """
         generator.module.eval().requires_grad_(False)
@@ -383,36 +397,36 @@ class LatentStage:
     def step(self, step: int) -> dict[str, float]:
         """Make one update, and return the loss and its terms before the update."""
         config = self.objective.config
-        scale = self.prior.standard_deviation * noise_scale(step, self.steps, config.noise)
+        noise_std = self.prior.standard_deviation * noise_scale(step, self.steps, config.noise)
         # The noise is sampled on the CPU from (seed, step), so that a resumed stage has the same noise. The
         # seed is shifted as in `Objective.render`.
         noise_generator = torch.Generator().manual_seed((config.seed << 20) + step)
         field = self.generator.field(
-            self.ws + scale * torch.randn(self.ws.shape, generator=noise_generator).to(self.ws)
+            self.ws + noise_std * torch.randn(self.ws.shape, generator=noise_generator).to(self.ws)
         )
-        loss, values = self.objective.image_loss(self.objective.render(field, step))
+        loss, loss_terms = self.objective.image_loss(self.objective.render(field, step))
         # This term keeps w close to the mean latent.
         loss = loss + config.lambda_w * (self.ws - self.prior.mean).square().mean()
         if config.reward_in_w and step >= self.steps // 2:
-            reward_term, reward_values = self.objective.guidance_term(field, step, self.weight)
+            reward_term, reward_terms = self.objective.guidance_term(field, step, self.weight)
             loss = loss + reward_term
-            values = {**values, **reward_values}
+            loss_terms = {**loss_terms, **reward_terms}
         # Adam has a single group of parameters, whose learning rate is set for this step.
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.steps, config.w_lr)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.item(), **{name: value.item() for name, value in values.items()}}
+        return {"loss": loss.item(), **{term_name: term.item() for term_name, term in loss_terms.items()}}
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that the next steps depend on."""
         return {"ws": self.ws.detach(), **optimizer_tensors("adam", self.optimizer)}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Restore a state of `state`."""
+    def restore(self, stage_state: dict[str, Tensor]) -> None:
+        """Restore a state of `stage_state`."""
         with torch.no_grad():
-            self.ws.copy_(state["ws"])
-        restore_optimizer("adam", self.optimizer, state)
+            self.ws.copy_(stage_state["ws"])
+        restore_optimizer("adam", self.optimizer, stage_state)
 
 
 class PivotalStage:
@@ -422,14 +436,14 @@ class PivotalStage:
 
     def __init__(self, generator: Generator, objective: Objective, ws: Tensor, weight: float = 0.0):
         # The generator is copied, since other targets need the original.
-        module = copy.deepcopy(generator.module).eval().requires_grad_(True)
-        self.generator = as_generator(module)
+        tuned_module = copy.deepcopy(generator.module).eval().requires_grad_(True)
+        self.generator = as_generator(tuned_module)
         self.objective = objective
         self.ws = ws.detach()
         self.weight = weight
         self.steps = objective.config.pivot_steps
         self.optimizer = torch.optim.Adam(
-            module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999)
+            tuned_module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999)
         )
         self.cube = cube_grid(generator)
         # density before the first update, from which `density_change` is measured
@@ -440,29 +454,35 @@ class PivotalStage:
         """Make one update, and return the loss and its terms before the update."""
         config = self.objective.config
         field = self.generator.field(self.ws)
-        loss, values = self.objective.image_loss(self.objective.render(field, step))
-        reward_term, reward_values = self.objective.guidance_term(field, step, self.weight)
+        loss, loss_terms = self.objective.image_loss(self.objective.render(field, step))
+        reward_term, reward_terms = self.objective.guidance_term(field, step, self.weight)
         # The density is compared only in steps in which the reward is evaluated, with the same factor.
-        if reward_values and config.lambda_sigma > 0:
-            reward_values["moved"] = density_change(field, self.cube, self.pivot)[0]
-            reward_term = reward_term + config.lambda_sigma * config.reward_every * reward_values["moved"]
+        if reward_terms and config.lambda_sigma > 0:
+            reward_terms["moved"] = density_change(field, self.cube, self.pivot)[0]
+            reward_term = reward_term + config.lambda_sigma * config.reward_every * reward_terms["moved"]
         loss = loss + reward_term
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return {
             "loss": loss.item(),
-            **{name: value.item() for name, value in {**values, **reward_values}.items()},
+            **{term_name: term.item() for term_name, term in {**loss_terms, **reward_terms}.items()},
         }
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that the next steps depend on."""
-        network = {f"G.{name}": value for name, value in self.generator.module.state_dict().items()}
-        return {"ws": self.ws, **network, **optimizer_tensors("adam", self.optimizer)}
+        network_tensors = {
+            f"G.{tensor_name}": tensor for tensor_name, tensor in self.generator.module.state_dict().items()
+        }
+        return {"ws": self.ws, **network_tensors, **optimizer_tensors("adam", self.optimizer)}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Restore a state of `state`."""
+    def restore(self, stage_state: dict[str, Tensor]) -> None:
+        """Restore a state of `stage_state`."""
         self.generator.module.load_state_dict(
-            {name.removeprefix("G."): value for name, value in state.items() if name.startswith("G.")}
+            {
+                tensor_name.removeprefix("G."): tensor
+                for tensor_name, tensor in stage_state.items()
+                if tensor_name.startswith("G.")
+            }
         )
-        restore_optimizer("adam", self.optimizer, state)
+        restore_optimizer("adam", self.optimizer, stage_state)

@@ -53,9 +53,8 @@ class InversionConfig:
     sample_mult: float = knob(
         2.0, "Samples per ray, as a multiple of the generator's own number.", STAGES, above=0, rare=True
     )
-    seed: int = knob(
-        0, "Random seed of the noise and the ray samples.", STAGES, low=0, flag=False
-    )  # the run's seed
+    # the run's seed
+    seed: int = knob(0, "Random seed of the noise and the ray samples.", STAGES, low=0, flag=False)
     lambda_mse: float = knob(
         10.0,
         "Weight of the mean squared error of the image, whose values are in [-1, 1].",

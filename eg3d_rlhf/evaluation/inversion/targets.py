@@ -53,59 +53,63 @@ class Case(NamedTuple):
     z: Tensor | None = None  # [1, Z], the ground-truth latent
 
 
-def case_from_file(generator: Generator, image: Path, mask: Path | None, camera: Tensor) -> Case:
+def case_from_file(generator: Generator, image_path: Path, mask_path: Path | None, camera: Tensor) -> Case:
     """Read a target from an image file.
 
     Args:
-        image: image file of the generator's size.
-        mask: image file whose brightness is the weight of each pixel; None: all pixels have weight 1.
+        image_path: image file of the generator's size.
+        mask_path: image file whose brightness is the weight of each pixel. If it is None, all pixels have the
+            weight 1.
         camera: camera of the image, [1, 25].
 
     Raises: ValueError or OSError, with the name of the flag.
     """
     device = device_of(generator)
     # [R, R, 3]
-    target_pixels = torch.from_numpy(_read("--image", image, "RGB", generator.img_resolution)).to(device)
+    target_pixels = torch.from_numpy(_read("--image", image_path, "RGB", generator.img_resolution)).to(device)
     pixel_weights = None
-    if mask is not None:
+    if mask_path is not None:
         # [1, 1, R, R] in 0..1
         pixel_weights = (
-            torch.from_numpy(_read("--mask", mask, "L", generator.img_resolution)).to(device)[None, None]
+            torch.from_numpy(_read("--mask", mask_path, "L", generator.img_resolution)).to(device)[None, None]
             / 255
         )
         # With a black mask, the loss would be divided by zero.
         if float(pixel_weights.max()) == 0:
             raise ValueError(
-                f"--mask: {mask} is completely black, so that no pixel has a weight. Paint the pixels that"
-                " must be reproduced in white."
+                f"--mask: {mask_path} is completely black, so that no pixel has a weight. Paint the pixels"
+                " that must be reproduced in white."
             )
     # [R, R, 3] in 0..255 -> [1, 3, R, R] in [-1, 1]
-    return Case(image.stem, Target(target_pixels.permute(2, 0, 1)[None] / 127.5 - 1, camera, pixel_weights))
+    return Case(
+        image_path.stem, Target(target_pixels.permute(2, 0, 1)[None] / 127.5 - 1, camera, pixel_weights)
+    )
 
 
-def _read(flag: str, path: Path, mode: str, resolution: int) -> np.ndarray:
+def _read(flag: str, image_path: Path, pil_mode: str, resolution: int) -> np.ndarray:
     """Read an image file, as float32 pixels in 0..255.
 
     Args:
         flag: flag that names the file, for messages.
-        mode: PIL's mode, "RGB" or "L".
+        pil_mode: PIL's mode, "RGB" or "L".
         resolution: pixels per edge that the image must have.
 
     Raises: ValueError if the file is not an image, or has another size.
     """
     try:
-        with Image.open(path) as file:
-            size = file.size
-            pixels = np.array(file.convert(mode), dtype=np.float32)  # [R, R, 3] or [R, R]
+        with Image.open(image_path) as image_file:
+            image_size = image_file.size
+            pixels = np.array(image_file.convert(pil_mode), dtype=np.float32)  # [R, R, 3] or [R, R]
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         # PIL raises DecompressionBombError for images with too many pixels.
         raise ValueError(
-            f"{flag}: {path} cannot be read as an image ({error}). Pass the path of an image file."
+            f"{flag}: {image_path} cannot be read as an image ({error}). Pass the path of an image file."
         ) from error
-    if size != (resolution, resolution):
+    if image_size != (resolution, resolution):
         raise ValueError(
-            f"{flag}: {path} has {size[0]} x {size[1]} pixels, but the generator's images have {resolution} x"
-            f" {resolution}. Crop the head as in the generator's images, and save it in this size."
+            f"{flag}: {image_path} has {image_size[0]} x {image_size[1]} pixels, but the generator's images"
+            f" have {resolution} x {resolution}. Crop the head as in the generator's images, and save it in"
+            " this size."
         )
     return pixels
 
@@ -149,43 +153,43 @@ def rotated_camera(camera: Tensor, yaw: float, pivot: Sequence[float]) -> Tensor
     return pack_label(pose, intrinsics).to(camera)
 
 
-def parse_camera(generator: Generator, text: str | None) -> Tensor:
+def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
     """Parse a camera, [1, 25].
 
-    Args: text: 'YAW,PITCH' in radians from frontal; or 25 numbers (16 of the pose, 9 of the intrinsics),
-        separated by commas; or the path of a JSON file with a list of 2 or 25 numbers; None: the frontal
-        camera.
+    Args: camera_text: camera in one of three forms: 'YAW,PITCH' in radians from frontal; 25 numbers separated
+        by commas (16 of the pose, 9 of the intrinsics); or the path of a JSON file with a list of 2 or 25
+        such numbers. If it is None, the frontal camera is returned.
     Raises: ValueError if the text has another form.
     """
-    if text is None:
+    if camera_text is None:
         return camera_of(generator)
-    path = Path(text)
+    json_path = Path(camera_text)
     try:
-        numbers = (
-            json.loads(path.read_text())
-            if path.suffix == ".json"
-            else [float(part) for part in text.split(",")]
+        camera_numbers = (
+            json.loads(json_path.read_text())
+            if json_path.suffix == ".json"
+            else [float(number_text) for number_text in camera_text.split(",")]
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{text!r} is not a camera ({error}). Write YAW,PITCH in radians, 25 numbers, or the path of a"
-            " .json file with a list of them."
+            f"{camera_text!r} is not a camera ({error}). Write YAW,PITCH in radians, 25 numbers, or the path"
+            " of a .json file with a list of them."
         ) from error
     # Two numbers are angles. 25 numbers are a camera label, which `label_array` checks below.
-    if isinstance(numbers, list) and len(numbers) == 2:
+    if isinstance(camera_numbers, list) and len(camera_numbers) == 2:
         # A JSON file can contain other types and NaN.
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+        if not all(isinstance(angle, int | float) and math.isfinite(angle) for angle in camera_numbers):
             raise ValueError(
-                f"{text!r} does not hold two finite numbers. Write YAW,PITCH in radians, for example"
+                f"{camera_text!r} does not hold two finite numbers. Write YAW,PITCH in radians, for example"
                 " 0.3,-0.1."
             )
-        return camera_of(generator, *numbers)
-    if not isinstance(numbers, list):
+        return camera_of(generator, *camera_numbers)
+    if not isinstance(camera_numbers, list):
         raise ValueError(
-            f"{text} holds a {type(numbers).__name__}, but a list of 25 numbers is needed. Write the pose (16"
-            " numbers) and the intrinsics (9 numbers) as a list."
+            f"{camera_text} holds a {type(camera_numbers).__name__}, but a list of 25 numbers is needed."
+            " Write the pose (16 numbers) and the intrinsics (9 numbers) as a list."
         )
-    labels = label_array([numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
+    labels = label_array([camera_numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
     return torch.from_numpy(labels).to(device_of(generator))
 
 
@@ -260,7 +264,7 @@ def measure(
     rendered_views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
     # All batches hold a single shape, hence the index [0] below.
     image = objective.blend_outside_mask(rendered_views[0].image)
-    results = {
+    tensor_by_measure = {
         "mse": objective.image_loss(objective.render(field, 0))[1]["mse"],
         "psnr": psnr(image, case.target.image)[0],
         "perceptual": objective.perceptual(image, case.target.image)[0],
@@ -268,28 +272,33 @@ def measure(
     }
     if case.truth is not None:
         view_pairs = list(zip(rendered_views, case.truth.views, strict=True))  # (rendered, true) views
-        results["depth"] = depth_error(*view_pairs[0])
+        tensor_by_measure["depth"] = depth_error(*view_pairs[0])
         # Held-out views measure whether the shape is right, not only the image. [0]: the target's view
-        for name, values in {
-            "psnr_side": [psnr(rendered.image, true.image)[0] for rendered, true in view_pairs[1:]],
-            "perceptual_side": [
-                objective.perceptual(rendered.image, true.image)[0] for rendered, true in view_pairs[1:]
+        for measure_name, view_values in {
+            "psnr_side": [
+                psnr(rendered_view.image, true_view.image)[0] for rendered_view, true_view in view_pairs[1:]
             ],
-            "depth_side": [depth_error(rendered, true) for rendered, true in view_pairs[1:]],
+            "perceptual_side": [
+                objective.perceptual(rendered_view.image, true_view.image)[0]
+                for rendered_view, true_view in view_pairs[1:]
+            ],
+            "depth_side": [
+                depth_error(rendered_view, true_view) for rendered_view, true_view in view_pairs[1:]
+            ],
         }.items():
-            results[name] = torch.stack(values).mean()
+            tensor_by_measure[measure_name] = torch.stack(view_values).mean()
     if evaluators.reward is not None:
-        results["reward"] = evaluators.reward.score(field)[0]
+        tensor_by_measure["reward"] = evaluators.reward.score(field)[0]
     return {
-        **{name: float(value) for name, value in results.items()},
+        **{measure_name: float(measure_tensor) for measure_name, measure_tensor in tensor_by_measure.items()},
         **evaluator_value(case, field, evaluators),
     }
 
 
 def evaluator_value(case: Case, field: Field, evaluators: Evaluators) -> dict[str, float]:
     """Return {"evaluator": value} for a shape, or {} if there is no evaluator or it does not apply."""
-    value = None if evaluators.evaluator is None else evaluators.evaluator(case, field)
-    return {} if value is None else {"evaluator": float(value)}
+    shape_value = None if evaluators.evaluator is None else evaluators.evaluator(case, field)
+    return {} if shape_value is None else {"evaluator": float(shape_value)}
 
 
 @torch.no_grad()
@@ -301,19 +310,19 @@ def measure_truth(generator: Generator, case: Case, evaluators: Evaluators) -> d
     if case.truth is None:
         return {}
     field = generator.field(case.truth.ws)
-    reward = {} if evaluators.reward is None else {"reward": float(evaluators.reward.score(field)[0])}
-    return {**reward, **evaluator_value(case, field, evaluators)}
+    reward_entry = {} if evaluators.reward is None else {"reward": float(evaluators.reward.score(field)[0])}
+    return {**reward_entry, **evaluator_value(case, field, evaluators)}
 
 
-def depth_error(rendering: Rendering, truth: Rendering) -> Tensor:
+def depth_error(rendering: Rendering, true_rendering: Rendering) -> Tensor:
     """Compute the mean absolute error of depth, in world units, as a tensor of shape [].
 
     The mean is over rays whose opacity in the ground truth is at least one half; without such rays it is 0.
     """
     # Rays that hit no surface have no meaningful depth.
-    is_opaque = truth.opacity >= 0.5
+    is_opaque = true_rendering.opacity >= 0.5
     return (
-        (rendering.depth - truth.depth).abs()[is_opaque].mean()
+        (rendering.depth - true_rendering.depth).abs()[is_opaque].mean()
         if is_opaque.any()
-        else truth.depth.new_zeros(())
+        else true_rendering.depth.new_zeros(())
     )

@@ -231,6 +231,6 @@ def test_what_stays_incomplete_says_so():
     tuned = torch.ones(SLAB)
     score = lambda x: torch.sigmoid(4000 * (x.flatten(1).mean(dim=1) - 0.503))  # noqa: E731
     result = integrated_gradients(
-        score, original, tuned, difference(score, original, tuned), steps=4, most_steps=8
+        score, original, tuned, difference(score, original, tuned), steps=4, max_steps=8
     )
     assert not result.complete and [s for s, _ in result.tried] == [4, 8]
