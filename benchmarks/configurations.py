@@ -91,7 +91,7 @@ def shape_as_head(G: TriPlaneGenerator) -> None:
         torgb_weight = getattr(synthesis, f"b{resolution}").torgb.weight
         torgb_weight /= plane_std
         torgb_weight[:: G.plane_channels] = 0
-    # positions of the texels, [plane_resolution]
+    # [plane_resolution]; -1 and 1 are the two ends of a plane
     texel_positions = torch.linspace(-1, 1, G.plane_resolution, device=device)
     bowl = torch.zeros(3, G.plane_channels, G.plane_resolution, G.plane_resolution, device=device)
     bowl[:, 0] = texel_positions.square() + texel_positions.square()[:, None]

@@ -306,7 +306,7 @@ def model_from_primitives(
     Texture i of the materials uses image i.
     """
     images = list(images)
-    # `source` is the index of the image
+    # in glTF, a material refers to a texture, and only the texture to an image
     textures = [{"source": image_index} for image_index in range(len(images))]
     return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, images=images)
 

@@ -508,7 +508,8 @@ def check_splats(header: Header) -> int:
     if len(rest_names) not in _DEGREES or set(rest_names) != {f"f_rest_{i}" for i in range(len(rest_names))}:
         raise ValueError(
             f"the splats have {len(rest_names)} f_rest_* properties, but there must be"
-            f" {' or '.join(map(str, _DEGREES))}, numbered from 0. Export splats with harmonics of degree 0 to 3."
+            f" {' or '.join(map(str, _DEGREES))}, numbered from 0. Export splats with harmonics of degree 0"
+            " to 3."
         )
     return len(rest_names)
 
