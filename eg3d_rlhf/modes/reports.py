@@ -223,7 +223,11 @@ def viewer(out: Path) -> str:
     group="How",
     type=click.Choice(METHODS),
     default="exact",
-    help="Method by which the Shapley values of the regions are computed.",
+    help=(
+        "Method by which the Shapley values of the regions are computed: from all sets of regions (exact),"
+        " from random orders of the regions (permutation), or from random orders and their reverses"
+        " (antithetic)."
+    ),
 )
 @_rare_how_option(
     # Settings of the attribution methods, whose defaults suit most cases.

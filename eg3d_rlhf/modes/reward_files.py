@@ -30,8 +30,10 @@ _written = file_option(
     # softmin is a pessimistic aggregate: members with low scores have more weight
     default="softmin",
     help=(
-        "Function that combines the scores of the members. warm averages their weights instead, for members"
-        " that were trained from the same trained network."
+        "Function that combines the scores of the members: their mean (mean), the lowest score (min), the"
+        " mean minus k standard deviations (lcb), the mean minus lambda times the variance (uwo), or a soft"
+        " minimum (softmin). warm averages the weights of the members instead of their scores; all members"
+        " must then have been trained from the same trained network."
     ),
 )
 @option(

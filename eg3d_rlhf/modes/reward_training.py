@@ -54,8 +54,10 @@ reward_flags = combine_decorators(
         metavar="KIND",
         default="sigma",
         help=(
-            "Input of the reward network. sigma: grid of densities (the slab); points: point cloud on the"
-            " surface; lifted-points, published-points: point cloud that is computed from depth maps."
+            "Input of the reward network. sigma: grid of densities (the slab); points: point cloud that"
+            " covers all sides of the surface; lifted-points: point cloud of the side that a frontal camera"
+            " sees; published-points: point cloud of the paper's point rewards, which includes the"
+            " background."
         ),
     ),
     _data_option(
