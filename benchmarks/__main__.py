@@ -123,9 +123,9 @@ def main(
     Example:
         python -m benchmarks --rows=slab --size=bundled --repeats=5
     """
-    rows = select(all_rows(), patterns, size)
+    selected_rows = select(all_rows(), patterns, size)
     if list_rows:
-        for row in rows:
+        for row in selected_rows:
             target = (
                 "" if row.target is None else f"at least {row.target.at_least:g}x, aim {row.target.aim:g}x"
             )
@@ -136,16 +136,16 @@ def main(
     old_report = None if compare is None else report.read(compare)  # read before the file may be overwritten
     # By default, the memory is not measured with tiny inputs.
     measure_memory = not measuring_options["quick"] if memory is None else memory
-    options = Options(
+    run_options = Options(
         device=device, out=outdir, **measuring_options, **({} if measure_memory else {"meter": None})
     )
-    results, failures = run(rows, options)
-    click.echo(report.markdown(results))
-    regressions = report.regressions(old_report, results) if old_report is not None else []
-    for text in regressions:
-        click.echo(f"Regression: {text}", err=True)
-    for text in failures:
-        click.echo(f"Error: {text}", err=True)
+    new_report, failures = run(selected_rows, run_options)
+    click.echo(report.markdown(new_report))
+    regressions = report.regressions(old_report, new_report) if old_report is not None else []
+    for message in regressions:
+        click.echo(f"Regression: {message}", err=True)
+    for message in failures:
+        click.echo(f"Error: {message}", err=True)
     if regressions or failures:
         raise SystemExit(1)
 

@@ -80,9 +80,9 @@ def new_report(device: str, quick: bool) -> dict:
     }
 
 
-def ratio(reference: list[float], fast: list[float]) -> float:
+def ratio(reference_times: list[float], fast_times: list[float]) -> float:
     """Return the speed-up: median time of the reference over median time of the fast path."""
-    return statistics.median(reference) / statistics.median(fast)
+    return statistics.median(reference_times) / statistics.median(fast_times)
 
 
 def row_record(
@@ -103,12 +103,13 @@ def row_record(
         memory: path -> peak memory beyond the inputs, bytes; empty if it was not measured.
         applies_target: False for tiny inputs, to which the row's target does not apply.
     """
-    wall_times = {path: values["wall"] for path, values in times.items()}
+    wall_times = {path: path_times["wall"] for path, path_times in times.items()}
     # Both paths run in each round, so there is a ratio for each round.
     ratios = [
-        reference / fast for reference, fast in zip(wall_times[REFERENCE], wall_times[FAST], strict=True)
+        reference_time / fast_time
+        for reference_time, fast_time in zip(wall_times[REFERENCE], wall_times[FAST], strict=True)
     ]
-    record = {
+    values_by_key = {
         "name": row.name,
         "size": row.size,
         "device": device,
@@ -120,41 +121,41 @@ def row_record(
             ratio(times[REFERENCE]["processor"], times[FAST]["processor"]) if device == "cpu" else None
         ),
     }
-    for path, values in wall_times.items():
-        record |= {
-            f"{path}_s": statistics.median(values),
-            f"{path}_min_s": min(values),
-            f"{path}_max_s": max(values),
+    for path, path_times in wall_times.items():
+        values_by_key |= {
+            f"{path}_s": statistics.median(path_times),
+            f"{path}_min_s": min(path_times),
+            f"{path}_max_s": max(path_times),
         }
-        record |= {
-            f"{path}_all_s": values,
+        values_by_key |= {
+            f"{path}_all_s": path_times,
             f"{path}_processor_s": statistics.median(times[path]["processor"]),
         }
-    record |= dataclasses.asdict(agreement)
-    megabytes = {path: memory[path] / _MB if path in memory else None for path in (FAST, REFERENCE)}
-    record |= {"extra_memory_mb": megabytes[FAST], "reference_extra_memory_mb": megabytes[REFERENCE]}
+    values_by_key |= dataclasses.asdict(agreement)
+    memory_mb = {path: memory[path] / _MB if path in memory else None for path in (FAST, REFERENCE)}
+    values_by_key |= {"extra_memory_mb": memory_mb[FAST], "reference_extra_memory_mb": memory_mb[REFERENCE]}
     target = row.target if device == "cpu" else None  # the targets were set for CPUs
-    record["target"] = None if target is None else {"at_least": target.at_least, "aim": target.aim}
+    values_by_key["target"] = None if target is None else {"at_least": target.at_least, "aim": target.aim}
     if target is not None and target.memory_mb_below is not None:
-        record["target"]["extra_memory_mb_below"] = target.memory_mb_below
+        values_by_key["target"]["extra_memory_mb_below"] = target.memory_mb_below
     # None: the row has no target, or its inputs are tiny.
-    record["met"] = (
-        target.met(record["ratio"], megabytes[FAST]) if target is not None and applies_target else None
+    values_by_key["met"] = (
+        target.met(values_by_key["ratio"], memory_mb[FAST]) if target is not None and applies_target else None
     )
-    return record
+    return values_by_key
 
 
-def key(record: dict) -> tuple[str, str, str]:
+def key(row_record: dict) -> tuple[str, str, str]:
     """Return name, size and device of a row's record, which identify the row."""
-    return record["name"], record["size"], record["device"]
+    return row_record["name"], row_record["size"], row_record["device"]
 
 
 def read(path: Path) -> dict:
     """Read a file of results. Raises: ValueError if the file has other content."""
     try:
         report = json.loads(Path(path).read_text())
-        for record in report["rows"]:
-            key(record), record["ratio"]  # raises KeyError if an entry is missing
+        for row_record in report["rows"]:
+            key(row_record), row_record["ratio"]  # raises KeyError if an entry is missing
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold results of `python -m benchmarks` ({type(error).__name__}). Pass a .json"
@@ -174,37 +175,37 @@ def write(folder: Path, stem: str, report: dict) -> None:
 
 def regressions(old_report: dict, new_report: dict) -> list[str]:
     """List the rows whose ratio is more than 10 % below the ratio in the old results, one text for each."""
-    old_ratios = {key(record): record["ratio"] for record in old_report["rows"]}
+    old_ratios = {key(row_record): row_record["ratio"] for row_record in old_report["rows"]}
     return [
-        f"{record['name']} ({record['size']}, {record['device']}): {old_ratios[key(record)]:.2f}x before,"
-        f" {record['ratio']:.2f}x now"
-        for record in new_report["rows"]
-        if key(record) in old_ratios and record["ratio"] < WORSE * old_ratios[key(record)]
+        f"{row_record['name']} ({row_record['size']}, {row_record['device']}):"
+        f" {old_ratios[key(row_record)]:.2f}x before, {row_record['ratio']:.2f}x now"
+        for row_record in new_report["rows"]
+        if key(row_record) in old_ratios and row_record["ratio"] < WORSE * old_ratios[key(row_record)]
     ]
 
 
 def markdown(report: dict) -> str:
     """Return a report as Markdown: a line on the machine, the table, and its legend."""
     machine_info = report["machine"]
-    threads = report["threads"]
+    thread_count = report["threads"]
     machine_text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine_info.items())
-    text_lines = [
+    markdown_lines = [
         "# Benchmark",
         "",
-        f"{machine_text}; {threads} threads; "
+        f"{machine_text}; {thread_count} threads; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + ".",
         "",
     ]
     missing_ops = [op for op, is_compiled in report["compiled_ops"].items() if not is_compiled]
     if missing_ops:
-        text_lines += [f"Not compiled here, so plain torch: {', '.join(missing_ops)}.", ""]
+        markdown_lines += [f"Not compiled here, so plain torch: {', '.join(missing_ops)}.", ""]
     if report["quick"]:
-        text_lines += [
+        markdown_lines += [
             "Quick run on tiny inputs: it tests that every row works, but does not measure speed.",
             "",
         ]
-    other_columns = sorted({name for record in report["rows"] for name in record.get("others", {})})
+    other_columns = sorted({name for row_record in report["rows"] for name in row_record.get("others", {})})
     column_titles = [
         "row",
         "size",
@@ -218,54 +219,59 @@ def markdown(report: dict) -> str:
         "extra MB (reference)",
     ]
     column_titles += ["at least / aim", "met", *(f"{name} s" for name in other_columns)]
-    text_lines += [
+    markdown_lines += [
         "| " + " | ".join(column_titles) + " |",
         "| " + " | ".join(["---"] * len(column_titles)) + " |",
     ]
-    text_lines += ["| " + " | ".join(_cells(record, other_columns)) + " |" for record in report["rows"]]
-    return "\n".join([*text_lines, "", *LEGEND, ""])
+    markdown_lines += [
+        "| " + " | ".join(_cells(row_record, other_columns)) + " |" for row_record in report["rows"]
+    ]
+    return "\n".join([*markdown_lines, "", *LEGEND, ""])
 
 
-def _cells(record: dict, other_columns: list[str]) -> list[str]:
+def _cells(row_record: dict, other_columns: list[str]) -> list[str]:
     """Return the cells of a row of the table.
 
     Args:
-        record: record of the row.
+        row_record: record of the row.
         other_columns: names of the further columns. Their cell is the median of the seconds, "failed" if the
             measurement failed, or empty if the row has no such measurement.
     """
 
     def seconds_text(path: str) -> str:
-        return f"{record[f'{path}_s']:.3g} [{record[f'{path}_min_s']:.3g}, {record[f'{path}_max_s']:.3g}]"
+        return (
+            f"{row_record[f'{path}_s']:.3g} [{row_record[f'{path}_min_s']:.3g},"
+            f" {row_record[f'{path}_max_s']:.3g}]"
+        )
 
-    def number_text(value: float | None, number_format: str) -> str:
-        return "" if value is None else format(value, number_format)
+    def number_text(column_value: float | None, number_format: str) -> str:
+        return "" if column_value is None else format(column_value, number_format)
 
-    target = record["target"]
-    memory = (
-        number_text(record["extra_memory_mb"], ".0f")
-        + f" ({number_text(record['reference_extra_memory_mb'], '.0f')})"
+    target = row_record["target"]
+    memory_text = (
+        number_text(row_record["extra_memory_mb"], ".0f")
+        + f" ({number_text(row_record['reference_extra_memory_mb'], '.0f')})"
     )
     # The value of a further column is the median of its seconds, or an error message.
     other_cells = []
-    for name in other_columns:
-        value = record.get("others", {}).get(name, "")
-        if isinstance(value, float):
-            other_cells.append(f"{value:.3g}")
+    for column_name in other_columns:
+        column_value = row_record.get("others", {}).get(column_name, "")
+        if isinstance(column_value, float):
+            other_cells.append(f"{column_value:.3g}")
         else:
-            other_cells.append("failed" if value else "")
+            other_cells.append("failed" if column_value else "")
     return [
-        record["name"],
-        record["size"],
-        record["device"],
+        row_record["name"],
+        row_record["size"],
+        row_record["device"],
         seconds_text(REFERENCE),
         seconds_text(FAST),
-        f"{record['ratio']:.2f}",
-        f"{record['ratio_low']:.2f} to {record['ratio_high']:.2f}",
-        number_text(record["max_abs_error"], ".1e"),
-        number_text(record["gradient_error"], ".1e"),
-        "" if record["extra_memory_mb"] is None else memory,
+        f"{row_record['ratio']:.2f}",
+        f"{row_record['ratio_low']:.2f} to {row_record['ratio_high']:.2f}",
+        number_text(row_record["max_abs_error"], ".1e"),
+        number_text(row_record["gradient_error"], ".1e"),
+        "" if row_record["extra_memory_mb"] is None else memory_text,
         "" if target is None else f"{target['at_least']:g} / {target['aim']:g}",
-        {True: "yes", False: "no", None: ""}[record["met"]],
+        {True: "yes", False: "no", None: ""}[row_record["met"]],
         *other_cells,
     ]

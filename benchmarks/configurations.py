@@ -45,12 +45,14 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
     Args: tiny: False: images of 512 pixels, rendered at 128; True: images of 32 pixels, rendered at 8.
     """
     if tiny:
-        gan = GanConfig(gamma=1.0, nrr_initial=8)
-        G, D = networks_for(NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan)
+        gan_config = GanConfig(gamma=1.0, nrr_initial=8)
+        generator_kwargs, discriminator_kwargs = networks_for(
+            NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan_config
+        )
         # small sizes, since the tiny networks are only for the warm-up
-        G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
-        G["sr_kwargs"]["block_channels"] = [8, 8]
-        G.update(
+        generator_kwargs["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
+        generator_kwargs["sr_kwargs"]["block_channels"] = [8, 8]
+        generator_kwargs.update(
             z_dim=8,
             w_dim=16,
             plane_resolution=16,
@@ -59,17 +61,17 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
             neural_rendering_resolution=8,
         )
         torch.manual_seed(0)
-        nets = networks.build(G, D, {"name": "tiny", "resolution": 32})
+        nets = networks.build(generator_kwargs, discriminator_kwargs, {"name": "tiny", "resolution": 32})
     else:
         run_settings = resolve_settings(*FULL_FLAGS)
-        gan = run_settings.gan
+        gan_config = run_settings.gan
         nets = open_networks(run_settings, 512)
     nets.to(device)
     torch.manual_seed(0)  # `shape_as_head` samples a latent
     # Only the generators get a head-like density; D stays random.
-    for module in (nets.G, nets.G_ema):
-        shape_as_head(module)
-    return nets, gan
+    for generator in (nets.G, nets.G_ema):
+        shape_as_head(generator)
+    return nets, gan_config
 
 
 @torch.no_grad()
@@ -86,13 +88,13 @@ def shape_as_head(G: TriPlaneGenerator) -> None:
     plane_std = G.planes(ws, noise_mode="const").std().item()
     synthesis = G.backbone.synthesis
     for resolution in synthesis.block_resolutions:
-        weight = getattr(synthesis, f"b{resolution}").torgb.weight
-        weight /= plane_std
-        weight[:: G.plane_channels] = 0
-    # positions of the texels, [plane_resolution]
-    steps = torch.linspace(-1, 1, G.plane_resolution, device=device)
+        torgb_weight = getattr(synthesis, f"b{resolution}").torgb.weight
+        torgb_weight /= plane_std
+        torgb_weight[:: G.plane_channels] = 0
+    # [plane_resolution]; -1 and 1 are the two ends of a plane
+    texel_positions = torch.linspace(-1, 1, G.plane_resolution, device=device)
     bowl = torch.zeros(3, G.plane_channels, G.plane_resolution, G.plane_resolution, device=device)
-    bowl[:, 0] = steps.square() + steps.square()[:, None]
+    bowl[:, 0] = texel_positions.square() + texel_positions.square()[:, None]
     synthesis.register_forward_hook(lambda module, inputs, planes: planes + bowl.flatten(0, 1))
     hidden_layer = G.decoder.net[0]
     output_layer = G.decoder.net[2]
@@ -110,14 +112,14 @@ def shape_as_head(G: TriPlaneGenerator) -> None:
     output_layer.bias[0] = 10.0 + slope * math.log1p(math.exp(slope * surface_bowl))
 
 
-def make_batch(G: TriPlaneGenerator, device: str, count: int = 1) -> Batch:
+def make_batch(G: TriPlaneGenerator, device: str, image_count: int = 1) -> Batch:
     """Return random images, latents and nearly frontal cameras for a training step late in a run."""
     rng = torch.Generator().manual_seed(1)  # on the CPU, so that all devices get the same inputs
-    images = torch.rand([count, 3, G.img_resolution, G.img_resolution], generator=rng) * 2 - 1
-    z = torch.randn([count, G.z_dim], generator=rng)
+    images = torch.rand([image_count, 3, G.img_resolution, G.img_resolution], generator=rng) * 2 - 1
+    z = torch.randn([image_count, G.z_dim], generator=rng)
     # yaw and pitch in radians from frontal
-    real_c = camera(G, yaw=0.2, n=count)
-    gen_c = camera(G, yaw=-0.3, pitch=0.1, n=count)
+    real_c = camera(G, yaw=0.2, n=image_count)
+    gen_c = camera(G, yaw=-0.3, pitch=0.1, n=image_count)
     return Batch(images.to(device), real_c.contiguous(), z.to(device), gen_c.contiguous(), cur_nimg=_FADED)
 
 
@@ -137,6 +139,6 @@ def copy_states(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
 @torch.no_grad()
 def restore_states(modules: tuple[torch.nn.Module, ...], states: list[dict[str, torch.Tensor]]) -> None:
     """Restore the states of modules in place, and remove their gradients."""
-    for module, state in zip(modules, states, strict=True):
-        module.load_state_dict(state)
+    for module, state_dict in zip(modules, states, strict=True):
+        module.load_state_dict(state_dict)
         module.zero_grad(set_to_none=True)

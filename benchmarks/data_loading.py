@@ -35,7 +35,7 @@ from training.dataset import ImageFolderDataset, InfiniteSampler, read_batches
 COUNT = click.IntRange(min=1)
 
 
-def write_images(path: Path, resolution: int, count: int) -> int:
+def write_images(path: Path, resolution: int, image_count: int) -> int:
     """Write a zip file of images that are as hard to decode as photographs.
 
     The images have smooth colours with a noise of 3 %.
@@ -43,18 +43,18 @@ def write_images(path: Path, resolution: int, count: int) -> int:
     """
     rng = np.random.RandomState(0)  # a fixed seed, so that every call writes the same images
     with zipfile.ZipFile(path, "w") as archive:
-        for i in range(count):
+        for image_index in range(image_count):
             # resized below, which gives smooth colours
-            coarse = PIL.Image.fromarray(rng.randint(0, 256, (16, 16, 3), np.uint8))
-            smooth = np.asarray(
-                coarse.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC), np.int16
+            coarse_colours = PIL.Image.fromarray(rng.randint(0, 256, (16, 16, 3), np.uint8))
+            smooth_colours = np.asarray(
+                coarse_colours.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC), np.int16
             )
-            pixels = (smooth + rng.randint(-4, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
+            pixels = (smooth_colours + rng.randint(-4, 5, smooth_colours.shape)).clip(0, 255).astype(np.uint8)
             buffer = io.BytesIO()
             PIL.Image.fromarray(pixels).save(buffer, format="png")
-            archive.writestr(f"{i}.png", buffer.getvalue())
+            archive.writestr(f"{image_index}.png", buffer.getvalue())
         archive.writestr("dataset.json", json.dumps({"labels": None}))
-    return path.stat().st_size // count
+    return path.stat().st_size // image_count
 
 
 def make_computation(seconds: float) -> Callable[[], None]:
@@ -83,25 +83,31 @@ class Seconds(NamedTuple):
 
 
 def measure(
-    dataset: ImageFolderDataset, batch: int, workers: int, iterations: int, work: Callable[[], None]
+    dataset: ImageFolderDataset,
+    batch_size: int,
+    worker_count: int,
+    iteration_count: int,
+    run_iteration: Callable[[], None],
 ) -> Seconds:
     """Measure the times of reading batches between iterations of computation.
 
     Args:
         dataset: images.
-        batch: images per batch.
-        workers: number of worker processes; 0: this process reads the images.
-        iterations: number of iterations after the first batch.
-        work: function that takes the time of an iteration.
+        batch_size: images per batch.
+        worker_count: number of worker processes; 0: this process reads the images.
+        iteration_count: number of iterations after the first batch.
+        run_iteration: function that takes the time of an iteration.
     """
-    with contextlib.closing(read_batches(dataset, iter(InfiniteSampler(dataset)), batch, workers)) as batches:
+    with contextlib.closing(
+        read_batches(dataset, iter(InfiniteSampler(dataset)), batch_size, worker_count)
+    ) as batches:
         start_time = time.monotonic()
         next(batches)
         loop_start = time.monotonic()
         waited_seconds = 0.0
         float_seconds = 0.0
-        for _ in range(iterations):
-            work()
+        for _ in range(iteration_count):
+            run_iteration()
             wait_start = time.monotonic()
             images, _ = next(batches)
             batch_time = time.monotonic()
@@ -112,7 +118,10 @@ def measure(
             float_seconds += time.monotonic() - batch_time
         return Seconds(
             loop_start - start_time,
-            *(total / iterations for total in (waited_seconds, float_seconds, time.monotonic() - loop_start)),
+            *(
+                seconds_sum / iteration_count
+                for seconds_sum in (waited_seconds, float_seconds, time.monotonic() - loop_start)
+            ),
         )
 
 
@@ -146,25 +155,29 @@ def measure(
 @option("--images", metavar="INT", type=COUNT, default=128, help="Number of images in the zip file.")
 def main(workers: int, seconds: float, iterations: int, batch: int, resolution: int, images: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "images.zip"
-        bytes_per_image = write_images(path, resolution, images)
-        dataset = ImageFolderDataset(path, use_labels=False).without_memory()
-        threads = torch.get_num_threads()  # printed, since the matrix products use all of them
+        zip_path = Path(folder) / "images.zip"
+        bytes_per_image = write_images(zip_path, resolution, images)
+        dataset = ImageFolderDataset(zip_path, use_labels=False).without_memory()
+        thread_count = torch.get_num_threads()  # printed, since the matrix products use all of them
         click.echo(
             f"{batch} images of {resolution} pixels ({bytes_per_image / 1e3:.0f} kB) an iteration of"
-            f" {seconds:g} s, {threads} threads"
+            f" {seconds:g} s, {thread_count} threads"
         )
-        for name, work in (("elsewhere", lambda: time.sleep(seconds)), ("here", make_computation(seconds))):
+        for case_name, run_iteration in (
+            ("elsewhere", lambda: time.sleep(seconds)),
+            ("here", make_computation(seconds)),
+        ):
             # 0: the training process reads the images itself
             for worker_count in (0, workers):
-                times = measure(dataset, batch, worker_count, iterations, work)
+                measured_seconds = measure(dataset, batch, worker_count, iterations, run_iteration)
                 waiting_text = (
-                    f"waits {1e3 * times.waited:7.2f} ms of {times.iteration:6.3f} s:"
-                    f" {times.waited / times.iteration:7.3%}"
+                    f"waits {1e3 * measured_seconds.waited:7.2f} ms of {measured_seconds.iteration:6.3f} s:"
+                    f" {measured_seconds.waited / measured_seconds.iteration:7.3%}"
                 )
                 click.echo(
-                    f"{name:10s} {worker_count} workers  {waiting_text}; floats {1e3 * times.floats:.0f} ms;"
-                    f" first batch after {times.first:.2f} s"
+                    f"{case_name:10s} {worker_count} workers  {waiting_text}; floats"
+                    f" {1e3 * measured_seconds.floats:.0f} ms; first batch after"
+                    f" {measured_seconds.first:.2f} s"
                 )
 
 

@@ -18,23 +18,23 @@ DEFECTS = ("none", "hole", "floater", "inner wall")
 KINDS = (".glb", ".ply", ".obj")
 
 
-def make_mesh(number: int, triangles: int):
+def make_mesh(mesh_index: int, triangle_count: int):
     """Make a mesh of the set.
 
     Args:
-        number: number of the mesh, which determines its random shape and its defect.
-        triangles: approximate number of triangles.
+        mesh_index: number of the mesh, which determines its random shape and its defect.
+        triangle_count: approximate number of triangles.
     """
     import trimesh
 
-    rng = np.random.default_rng(number)  # the shape depends on the number alone
+    rng = np.random.default_rng(mesh_index)  # the shape depends on the number alone
     # A sphere of r rows and 2 r columns has about 4 r^2 triangles.
-    row_count = round((triangles / 4) ** 0.5)
+    row_count = round((triangle_count / 4) ** 0.5)
     sphere = trimesh.creation.uv_sphere(radius=0.5, count=(row_count, 2 * row_count))
     bumps = sum(np.sin(sphere.vertices @ rng.normal(scale=12, size=3) + rng.uniform(0, 6)) for _ in range(4))
     sphere.vertices *= (1 + 0.02 * bumps)[:, None]
     # The defects alternate with the number.
-    defect = DEFECTS[number % len(DEFECTS)]
+    defect = DEFECTS[mesh_index % len(DEFECTS)]
     if defect == "hole":
         sphere.update_faces(
             np.linalg.norm(
@@ -59,11 +59,15 @@ def main(folder: Path, count: int, triangles: int) -> None:
 
     The meshes are written alternately for two generators, "first" and "second".
     """
-    for number in tqdm(range(count), desc="written", unit="file"):
+    for mesh_index in tqdm(range(count), desc="written", unit="file"):
         # The generator changes after every two meshes, the file type after every mesh.
-        path = folder / ("first", "second")[number // 2 % 2] / f"{number:04d}{KINDS[number % len(KINDS)]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make_mesh(number, triangles).export(path)
+        mesh_path = (
+            folder
+            / ("first", "second")[mesh_index // 2 % 2]
+            / f"{mesh_index:04d}{KINDS[mesh_index % len(KINDS)]}"
+        )
+        mesh_path.parent.mkdir(parents=True, exist_ok=True)
+        make_mesh(mesh_index, triangles).export(mesh_path)
 
 
 if __name__ == "__main__":

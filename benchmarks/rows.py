@@ -117,20 +117,20 @@ def compare(fast: Outcome, reference: Outcome) -> Agreement:
     largest_absolute = 0.0
     largest_relative = 0.0
     for fast_tensor, reference_tensor in _matching_tensors(fast.outputs, reference.outputs):
-        error = _difference(fast_tensor, reference_tensor)
+        absolute_error = _difference(fast_tensor, reference_tensor)
         largest_value = _largest(reference_tensor)
-        largest_absolute = max(largest_absolute, error)
+        largest_absolute = max(largest_absolute, absolute_error)
         # an output below 1 is compared absolutely
-        largest_relative = max(largest_relative, error / max(largest_value, 1.0))
+        largest_relative = max(largest_relative, absolute_error / max(largest_value, 1.0))
     # All gradients are compared relative to the largest gradient of the outcome.
-    gradients = [
+    gradient_errors = [
         (_difference(fast_tensor, reference_tensor), _largest(reference_tensor))
         for fast_tensor, reference_tensor in _matching_tensors(fast.gradients, reference.gradients)
     ]
-    if not gradients:
+    if not gradient_errors:
         return Agreement(max_abs_error=largest_absolute, relative_error=largest_relative)
-    largest_gradient = max(largest_value for _, largest_value in gradients)
-    largest_error = max(error for error, _ in gradients)
+    largest_gradient = max(largest_value for _, largest_value in gradient_errors)
+    largest_error = max(absolute_error for absolute_error, _ in gradient_errors)
     gradient_error = (
         largest_error / largest_gradient
         if largest_gradient > 0

@@ -70,20 +70,20 @@ CUBE = _sizes(SlabSpec.cube(256), SlabSpec.cube(64))
 class PlaneField:
     """Random planes and decoder weights, and two paths from them to the density sigma_raw [1, D, H, W]."""
 
-    def __init__(self, size: PlaneSize, layout: str, device: str):
+    def __init__(self, plane_size: PlaneSize, layout: str, device: str):
         rng = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same values
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=rng) * scale).to(device).requires_grad_()
 
-        self.spec = size.spec
+        self.spec = plane_size.spec
         self.axes = generate_planes(layout).to(device)
-        self.planes = normal(1, 3, size.channels, size.plane, size.plane)
-        self.w0 = normal(size.hidden, size.channels, scale=size.channels**-0.5)
-        self.b0 = normal(size.hidden, scale=0.1)
-        self.w1 = normal(size.outputs, size.hidden, scale=size.hidden**-0.5)
-        self.b1 = normal(size.outputs, scale=0.1)
-        self.cotangent = torch.randn((1, *size.spec.shape), generator=rng).to(device)
+        self.planes = normal(1, 3, plane_size.channels, plane_size.plane, plane_size.plane)
+        self.w0 = normal(plane_size.hidden, plane_size.channels, scale=plane_size.channels**-0.5)
+        self.b0 = normal(plane_size.hidden, scale=0.1)
+        self.w1 = normal(plane_size.outputs, plane_size.hidden, scale=plane_size.hidden**-0.5)
+        self.b1 = normal(plane_size.outputs, scale=0.1)
+        self.cotangent = torch.randn((1, *plane_size.spec.shape), generator=rng).to(device)
 
     def separable(self) -> torch.Tensor:
         """Compute the density by the fast path, which uses that the grid is a product of three axes."""
@@ -126,10 +126,12 @@ def from_planes(device: str, tiny: bool, size: str, cube: bool, train: bool, lay
     """Make the case of the density on a grid, from planes that both paths share.
 
     Args:
+        device: device of the planes and of the computation.
+        tiny: True: tiny planes and a tiny grid, whatever the size.
         size: "full" or "bundled".
         cube: True: a grid over the whole cube; False: the reward's slab.
         train: True: forward and backward; False: forward only.
-        layout: layout of the planes.
+        layout: layout of the planes: "eg3d", "fixed", or "panohead" for tri-grids.
     """
     plane_size = TINY if tiny else (CUBE if cube else SLAB)[size]
     field = TriGrid(plane_size, device) if layout == "panohead" else PlaneField(plane_size, layout, device)
@@ -179,36 +181,36 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
     """
     G = _generator(device, tiny, size)
     ws, _ = configurations.sample_latent(G, device)
-    options = MeshOptions(resolution=24 if tiny else resolution, colors=False)
+    mesh_options = MeshOptions(resolution=24 if tiny else resolution, colors=False)
 
-    def outcome(mesh: Mesh) -> Outcome:
+    def to_outcome(mesh: Mesh) -> Outcome:
         return Outcome({"vertices": torch.from_numpy(mesh.vertices), "faces": torch.tensor(len(mesh.faces))})
 
     return Case(
-        fast=lambda: outcome(export_mesh(as_generator(G).field(ws), options)[0]),
-        reference=lambda: outcome(_export_pointwise(G, ws, options)),
+        fast=lambda: to_outcome(export_mesh(as_generator(G).field(ws), mesh_options)[0]),
+        reference=lambda: to_outcome(_export_pointwise(G, ws, mesh_options)),
         compare=compare_meshes,
     )
 
 
 @torch.no_grad()
-def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions) -> Mesh:
+def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, mesh_options: MeshOptions) -> Mesh:
     """Extract a mesh from the density at every grid point, and process it as `export_mesh` does."""
     field = as_generator(G).field(ws)
-    spec = SlabSpec.from_bounds(field.bounds, options.resolution)
+    spec = SlabSpec.from_bounds(field.bounds, mesh_options.resolution)
     vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)  # [0]: the only shape
-    faces_before = len(faces)  # before small parts are removed
-    vertices, faces, components = largest_part(vertices, faces)
+    extracted_face_count = len(faces)  # before small parts are removed
+    vertices, faces, component_count = largest_part(vertices, faces)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces))
-    check_mesh(mesh, field, options, faces_before, components)
+    check_mesh(mesh, field, mesh_options, extracted_face_count, component_count)
     return mesh
 
 
 def compare_meshes(fast: Outcome, reference: Outcome) -> Agreement:
     """Return as error the largest distance from a vertex of one mesh to the nearest vertex of the other.
 
-    The distance is in world units. The order of the vertices does not matter. It is infinite if only one mesh
-    has vertices, or none.
+    The distance is in world units. The order of the vertices does not matter. The distance is infinite if a
+    mesh has no vertices.
     """
     fast_vertices, reference_vertices = (outcome.outputs["vertices"].numpy() for outcome in (fast, reference))
     largest_distance = (
@@ -248,7 +250,7 @@ def rendering(device: str, tiny: bool, size: str, full_image: bool) -> Case:
                 neural_rendering_resolution=resolution,
                 noise_mode="const",
             )
-            return Outcome({name: images[name] for name in ("image", "image_raw")})
+            return Outcome({output_name: images[output_name] for output_name in ("image", "image_raw")})
         features, depth, opacity = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)
         # The depth of rays that hit nothing is not defined, so it is weighted by the opacity.
         return Outcome({"features": features, "depth times opacity": depth * opacity, "opacity": opacity})
@@ -259,13 +261,13 @@ def rendering(device: str, tiny: bool, size: str, full_image: bool) -> Case:
 def _rows(size: str) -> list[Row]:
     """Return the rows that both sizes have."""
     is_full = size == "full"
-    part = functools.partial
+    partial = functools.partial
 
     def row(name: str, make, seconds: float, target: Target | None = None, **kwargs) -> Row:
         return Row(
             name=name,
             size=size,
-            make=part(make, size=size),
+            make=partial(make, size=size),
             # a rough duration for the bundled size, whose rows have no targets
             seconds=seconds if is_full else 0.05,
             target=target if is_full else None,
@@ -274,13 +276,18 @@ def _rows(size: str) -> list[Row]:
 
     # Both layouts of the planes have a row; only the first one has a target.
     def slab(name: str, seconds: float, train: bool, target: Target) -> list[Row]:
-        make = part(from_planes, cube=False, train=train)
+        make_case = partial(from_planes, cube=False, train=train)
         return [
-            row(name + layout_suffix, part(make, layout=layout), seconds, None if layout_suffix else target)
+            row(
+                name + layout_suffix,
+                partial(make_case, layout=layout),
+                seconds,
+                None if layout_suffix else target,
+            )
             for layout, layout_suffix in LAYOUTS.items()
         ]
 
-    cube_name = "cube 256^3" if is_full else "cube 64^3"
+    cube_title = "cube 256^3" if is_full else "cube 64^3"
     return [
         *slab("slab forward, from planes", 4.5, False, Target(at_least=15, aim=25)),
         *slab(
@@ -291,35 +298,35 @@ def _rows(size: str) -> list[Row]:
         ),
         row(
             "slab forward, from a latent",
-            part(from_latent, cube=False),
+            partial(from_latent, cube=False),
             5,
             Target(at_least=7, aim=10),
             tolerance=_FROM_LATENT,
         ),
         row(
-            f"{cube_name}, from planes",
-            part(from_planes, cube=True, train=False),
+            f"{cube_title}, from planes",
+            partial(from_planes, cube=True, train=False),
             30,
             Target(at_least=20, aim=40),
             meter_in_round=is_full,
         ),
         row(
-            f"{cube_name}, from a latent",
-            part(from_latent, cube=True),
+            f"{cube_title}, from a latent",
+            partial(from_latent, cube=True),
             42,
             meter_in_round=is_full,
             tolerance=_FROM_LATENT,
         ),
         row(
             "renderer forward",
-            part(rendering, full_image=False),
+            partial(rendering, full_image=False),
             2.5,
             Target(at_least=2.5, aim=4),
             tolerance=FEW_RAYS,
         ),
         row(
             "G forward",
-            part(rendering, full_image=True),
+            partial(rendering, full_image=True),
             6,
             Target(at_least=3, aim=4),
             tolerance=FEW_RAYS,
@@ -360,12 +367,12 @@ _POINTS_AT_ONCE = 1 << 16  # points per call of the decoder
 class TriGrid(PlaneField):
     """Random tri-grids and decoder weights, and two paths from them to the density sigma_raw [1, D, H, W]."""
 
-    def __init__(self, size: PlaneSize, device: str):
-        super().__init__(size, "panohead", device)
+    def __init__(self, plane_size: PlaneSize, device: str):
+        super().__init__(plane_size, "panohead", device)
         rng = torch.Generator().manual_seed(1)
-        shape = (1, 3, size.channels, SLICES, size.plane, size.plane)
+        shape = (1, 3, plane_size.channels, SLICES, plane_size.plane, plane_size.plane)
         self.planes = torch.randn(shape, generator=rng).to(device).requires_grad_()
-        self.orders = [tuple(int(axis) for axis in rows.argmax(dim=1)) for rows in self.axes]
+        self.orders = [tuple(int(axis) for axis in axis_matrix.argmax(dim=1)) for axis_matrix in self.axes]
 
     @property
     def weights(self) -> DecoderWeights:
@@ -397,8 +404,8 @@ def _tri_grid_row(
     name: str, size: str, seconds: float, target: Target | None, cube: bool = False, train: bool = False
 ) -> Row:
     """Return a row of the density of tri-grids on a grid, see `from_planes`."""
-    make = functools.partial(from_planes, size=size, cube=cube, train=train, layout="panohead")
-    return Row(name=name, size=size, make=make, seconds=seconds, target=target)
+    make_case = functools.partial(from_planes, size=size, cube=cube, train=train, layout="panohead")
+    return Row(name=name, size=size, make=make_case, seconds=seconds, target=target)
 
 
 _TRI_GRID_SLAB = Target(at_least=5, aim=10)

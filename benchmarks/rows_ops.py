@@ -99,17 +99,26 @@ def _upfirdn2d(normal, tiny: bool, channels: int, side: int, **resampling):
 
     Args: channels, side: channels and pixels per edge of the input; resampling: arguments of `upfirdn2d`.
     """
-    channel_count, r = (4, 8 + side % 2) if tiny else (channels, side)
-    x = normal(1, channel_count, r, r)
-    low_pass_filter = setup_filter([1, 3, 3, 1], device=x.device)
-    return lambda impl, x: (upfirdn2d(x, low_pass_filter, gain=4, impl=impl, **resampling),), [x], 1
+    channel_count, resolution = (4, 8 + side % 2) if tiny else (channels, side)
+    image = normal(1, channel_count, resolution, resolution)
+    low_pass_filter = setup_filter([1, 3, 3, 1], device=image.device)
+    return (
+        lambda impl, image: (upfirdn2d(image, low_pass_filter, gain=4, impl=impl, **resampling),),
+        [image],
+        1,
+    )
 
 
 def _slab_density(normal, tiny: bool):
     """Return the density of the published slab, from two feature maps as in released checkpoints."""
-    hidden, (x, y, z) = (4, (5, 6, 7)) if tiny else (64, (128, 141, 129))
-    tensors = [normal(x, hidden, y, 1), normal(x, hidden, 1, z), normal(hidden) / hidden**0.5, normal(1)[0]]
-    return lambda impl, xy, xz, w, b: (slab_density([xy, xz], w, b, (x, y, z), impl=impl),), tensors, 4
+    hidden_count, (x, y, z) = (4, (5, 6, 7)) if tiny else (64, (128, 141, 129))
+    inputs = [
+        normal(x, hidden_count, y, 1),
+        normal(x, hidden_count, 1, z),
+        normal(hidden_count) / hidden_count**0.5,
+        normal(1)[0],
+    ]
+    return lambda impl, xy, xz, w, b: (slab_density([xy, xz], w, b, (x, y, z), impl=impl),), inputs, 4
 
 
 def _triplane_decode(normal, tiny: bool, colors: int):
@@ -118,37 +127,40 @@ def _triplane_decode(normal, tiny: bool, colors: int):
     The pass has 128 x 128 rays with 48 samples, and planes of 256 texels per edge.
     Args: colors: number of colour features; 0: only the density is computed.
     """
-    channels, r, rays, samples, hidden = (4, 8, 4, 3, 8) if tiny else (32, 256, 128, 48, 64)
-    planes = normal(1, 3, channels, r, r)
+    channels, resolution, ray_count, sample_count, hidden_count = (
+        (4, 8, 4, 3, 8) if tiny else (32, 256, 128, 48, 64)
+    )
+    planes = normal(1, 3, channels, resolution, resolution)
     ray_positions, sample_positions = (
-        torch.linspace(-0.5, 0.5, n, device=planes.device) for n in (rays, samples)
+        torch.linspace(-0.5, 0.5, position_count, device=planes.device)
+        for position_count in (ray_count, sample_count)
     )
     y, x, z = torch.meshgrid(ray_positions, ray_positions, sample_positions, indexing="ij")
     # [1, P, 3]
     points = torch.stack([x, y, z + normal(*z.shape) * 0.01], dim=-1).reshape(1, -1, 3)
     # decoder weights with a scale that keeps the variance of the activations
     weights = [
-        normal(hidden, channels) / channels**0.5,
-        normal(hidden),
-        normal(1 + colors, hidden) / hidden**0.5,
+        normal(hidden_count, channels) / channels**0.5,
+        normal(hidden_count),
+        normal(1 + colors, hidden_count) / hidden_count**0.5,
         normal(1 + colors),
     ]
 
-    def call(impl: str, planes, w0, b0, w1, b1, points):
+    def decode(impl: str, planes, w0, b0, w1, b1, points):
         features, sigma = triplane_decode(planes, EG3D_PAIRS, points, 1.0, (w0, b0, w1, b1), impl=impl)
         return (features, sigma) if colors else (sigma,)
 
-    return call, [planes, *weights, points], 5
+    return decode, [planes, *weights, points], 5
 
 
 def _depths(normal, tiny: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ascending coarse depths, and unsorted fine depths near the centre, [rays, samples] each."""
     ray_count, sample_count = (5, 4) if tiny else (128 * 128, 48)
     fine_depths = 2.7 + 0.05 * normal(ray_count, sample_count)
-    coarse = torch.linspace(2.25, 3.3, sample_count, device=fine_depths.device) + 0.01 * normal(
+    coarse_depths = torch.linspace(2.25, 3.3, sample_count, device=fine_depths.device) + 0.01 * normal(
         ray_count, sample_count
     )
-    return coarse.sort(dim=-1).values, fine_depths
+    return coarse_depths.sort(dim=-1).values, fine_depths
 
 
 def _ray_march(normal, tiny: bool):
@@ -185,12 +197,12 @@ def _rows(name: str, make_inputs, seconds: float, has_backward: bool = True, **k
     """
     return [
         Row(
-            name=f"op {name}, {'forward + backward' if backward else 'forward'}",
+            name=f"op {name}, {'forward + backward' if with_backward else 'forward'}",
             size="full",
-            make=part(op_case, make_inputs=make_inputs, train=backward, **kwargs),
-            seconds=seconds * (3 if backward else 1),
+            make=part(op_case, make_inputs=make_inputs, train=with_backward, **kwargs),
+            seconds=seconds * (3 if with_backward else 1),
         )
-        for backward in ((False, True) if has_backward else (False,))
+        for with_backward in ((False, True) if has_backward else (False,))
     ]
 
 

@@ -43,40 +43,40 @@ _TOLERANCE_AFTER_STEP = 1e-3
 _UNIT_AT_ZERO_TOLERANCE = 5e-3
 
 
-def training_phase(device: str, tiny: bool, name: str) -> Case:
+def training_phase(device: str, tiny: bool, method_name: str) -> Case:
     """Make the case of a phase of EG3D's training with batch 1.
 
     Compared are the losses and the gradients of all parameters of the network that the phase trains.
-    Args: name: name of the method of `GanPhases`.
+    Args: method_name: name of the method of `GanPhases`.
     """
     nets, gan = configurations.build(tiny, device)
     gan_phases = GanPhases(nets.G, nets.D, gan)
     training_batch = configurations.make_batch(nets.G, device)
     # A phase changes the state of both networks, for example their gradients, which `prepare` restores.
-    modules = (nets.G, nets.D)
-    module = nets.G if name.startswith("g_") else nets.D
-    losses = getattr(gan_phases, name)
-    states = configurations.copy_states(*modules)
+    networks = (nets.G, nets.D)
+    trained_network = nets.G if method_name.startswith("g_") else nets.D
+    compute_losses = getattr(gan_phases, method_name)
+    initial_states = configurations.copy_states(*networks)
 
     def run() -> Outcome:
-        outputs = {}
+        loss_values = {}
         # As in the training loop, only the network that the phase trains needs gradients.
-        module.requires_grad_(True)
+        trained_network.requires_grad_(True)
         # A phase may have several losses, whose gradients are added.
-        for index, loss in enumerate(losses(training_batch)):
+        for loss_index, loss in enumerate(compute_losses(training_batch)):
             loss.value.mean().backward()
-            outputs[f"loss {index}"] = loss.value.detach()
-        module.requires_grad_(False)
+            loss_values[f"loss {loss_index}"] = loss.value.detach()
+        trained_network.requires_grad_(False)
         return Outcome(
-            outputs,
+            loss_values,
             {
-                name: parameter.grad
-                for name, parameter in module.named_parameters()
+                parameter_name: parameter.grad
+                for parameter_name, parameter in trained_network.named_parameters()
                 if parameter.grad is not None
             },
         )
 
-    return Case(fast=run, prepare=lambda: configurations.restore_states(modules, states))
+    return Case(fast=run, prepare=lambda: configurations.restore_states(networks, initial_states))
 
 
 def rlhf_iteration(device: str, tiny: bool) -> Case:
@@ -99,7 +99,7 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
     gan = Gan(nets, dataset, run_settings.gan, run_settings.loop)
     # made as in tuning/gan/reward_run.py; the folder is not used, since `step` writes nothing
     loop = TrainingLoop(gan, phases, run_settings.loop, Run(Path(tempfile.gettempdir()), {}))
-    modules = (
+    stateful_modules = (
         gan.nets.G,
         gan.nets.D,
         gan.nets.G_ema,
@@ -118,15 +118,15 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
     )
     gan._fetched = images.to(device), labels.to(device)  # in place of a batch that the data reader has read
     loop.step()  # one iteration, so that Adam has moments, as later in a run
-    states = configurations.copy_states(*modules)
+    initial_states = configurations.copy_states(*stateful_modules)
     optimizers = {id(phase.optimizer): phase.optimizer for phase in loop.phases}.values()
     # Adam's moments before the timed iteration
-    moments = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    optimizer_states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
 
     def prepare() -> None:
-        configurations.restore_states(modules, states)
-        for optimizer, state in zip(optimizers, moments, strict=True):
-            optimizer.load_state_dict(state)
+        configurations.restore_states(stateful_modules, initial_states)
+        for optimizer, optimizer_state in zip(optimizers, optimizer_states, strict=True):
+            optimizer.load_state_dict(optimizer_state)
         loop.cur_nimg = 0
         loop.batch_idx = 0
         loop.stats = Collector()
@@ -135,9 +135,9 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
         loop.step()
         return Outcome(
             {
-                name: torch.tensor(values["mean"])
-                for name, values in loop.stats.flush().items()
-                if "/signs/" not in name
+                stat_name: torch.tensor(stat_values["mean"])
+                for stat_name, stat_values in loop.stats.flush().items()
+                if "/signs/" not in stat_name
             }
         )
 
@@ -158,11 +158,11 @@ def paper_reward(device: str, tiny: bool) -> tuple[RewardModel, SlabSpec, torch.
     )
     spec = SlabSpec(resolution=64) if tiny else SlabSpec()
     # The slabs are smooth, since they are interpolated from 9^3 random values.
-    coarse = torch.rand([2, 1, 9, 9, 9], generator=torch.Generator().manual_seed(0)) * 100
+    coarse_slabs = torch.rand([2, 1, 9, 9, 9], generator=torch.Generator().manual_seed(0)) * 100
     return (
         network,
         spec,
-        F.interpolate(coarse, size=spec.shape, mode="trilinear", align_corners=True).to(device),
+        F.interpolate(coarse_slabs, size=spec.shape, mode="trilinear", align_corners=True).to(device),
     )
 
 
@@ -186,7 +186,7 @@ def reward_training(device: str, tiny: bool) -> Case:
     network, _, slabs = paper_reward(device, tiny)
     network.requires_grad_(True).train()
     # The pair consists of the slabs 0 (preferred) and 1 (rejected).
-    loss, better, worse = (
+    preference_loss, preferred_index, rejected_index = (
         PreferenceLoss(PRESETS["paper"].train["weights"]),
         *torch.tensor([[0], [1]], device=device),
     )
@@ -199,14 +199,14 @@ def reward_training(device: str, tiny: bool) -> Case:
             "epoch": 0,
             "generator": torch.Generator(),
         }
-        terms = loss(network_output, better, worse, **loss_inputs)
-        torch.stack(list(terms.values())).sum().backward()
+        loss_terms = preference_loss(network_output, preferred_index, rejected_index, **loss_inputs)
+        torch.stack(list(loss_terms.values())).sum().backward()
         gradients = {
             name: parameter.grad
             for name, parameter in network.named_parameters()
             if parameter.grad is not None
         }
-        return Outcome({name: term.detach() for name, term in terms.items()}, gradients)
+        return Outcome({name: term.detach() for name, term in loss_terms.items()}, gradients)
 
     return Case(fast=run, prepare=lambda: network.zero_grad(set_to_none=True))
 
@@ -218,31 +218,31 @@ def published_iteration(device: str, tiny: bool) -> Case:
     """
     nets, _ = configurations.build(tiny, device)
     network, spec, _ = paper_reward(device, tiny)
-    config = RewardConfig()
-    slab = SigmaSlab(spec)
+    reward_config = RewardConfig()
+    slab_observation = SigmaSlab(spec)
     batch = configurations.make_batch(nets.G, device)
     nets.G.requires_grad_(True)
     generator = as_generator(nets.G)
-    reference = as_generator(nets.G_ema)  # stands for the frozen generator before tuning
-    cube = SlabSpec.from_bounds(generator.bounds, 16 if tiny else config.consistency_resolution)
+    reference_generator = as_generator(nets.G_ema)  # in place of the frozen generator before tuning
+    cube = SlabSpec.from_bounds(generator.bounds, 16 if tiny else reward_config.consistency_resolution)
 
-    def density(generator: Generator, z: torch.Tensor) -> torch.Tensor:
+    def compute_density(generator: Generator, z: torch.Tensor) -> torch.Tensor:
         ws = generator.mapping(
-            z, batch.gen_c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF
+            z, batch.gen_c, truncation_psi=reward_config.consistency_psi, truncation_cutoff=CUTOFF
         )
         return generator.field(ws).density_grid(cube)
 
     def run() -> Outcome:
         ws = generator.mapping(
-            batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF
+            batch.gen_z, batch.gen_c, truncation_psi=reward_config.truncation_psi, truncation_cutoff=CUTOFF
         )
-        score = network.score(slab.observe(generator.field(ws)))
-        (-config.lambda_r * score.clamp(*clip_range(config.reward_clip))).mean().backward()
+        score = network.score(slab_observation.observe(generator.field(ws)))
+        (-reward_config.lambda_r * score.clamp(*clip_range(reward_config.reward_clip))).mean().backward()
         z = torch.randn_like(batch.gen_z)  # latents of the density-consistency term
         with torch.no_grad():
-            reference_density = density(reference, z)
-        distance = density_l1(density(generator, z), reference_density)
-        (config.lambda_sigma * distance).mean().backward()
+            reference_density = compute_density(reference_generator, z)
+        distance = density_l1(compute_density(generator, z), reference_density)
+        (reward_config.lambda_sigma * distance).mean().backward()
         gradients = {
             name: parameter.grad
             for name, parameter in nets.G.named_parameters()
@@ -264,53 +264,66 @@ def coalitions(device: str, tiny: bool) -> Case:
     """
     from captum.attr import ShapleyValueSampling
 
-    reward, spec, slabs = paper_reward(device, tiny)
+    reward_model, spec, slabs = paper_reward(device, tiny)
     z, y, x = (
-        torch.arange(size, device=device) * part_count // size
-        for size, part_count in zip(spec.shape, (2, 3, 2), strict=True)
+        torch.arange(axis_points, device=device) * part_count // axis_points
+        for axis_points, part_count in zip(spec.shape, (2, 3, 2), strict=True)
     )
-    labels = (z[:, None, None] * 3 + y[:, None]) * 2 + x
-    regions = 12
-    original, tuned = slabs
-    order = np.random.default_rng(0).permutation(regions)  # the order in which the regions join
+    region_labels = (z[:, None, None] * 3 + y[:, None]) * 2 + x
+    region_count = 12
+    original_slab, tuned_slab = slabs
+    region_order = np.random.default_rng(0).permutation(region_count)  # the order in which the regions join
 
     def reference() -> Outcome:
-        method = ShapleyValueSampling(reward.score)
+        shapley_sampling = ShapleyValueSampling(reward_model.score)
         # captum uses the same order as the fast path
-        method.permutation_generator = lambda features, samples: [order.tolist()]
+        shapley_sampling.permutation_generator = lambda features, samples: [region_order.tolist()]
         with torch.no_grad():
-            attributions = method.attribute(
-                tuned[None], baselines=original[None], feature_mask=labels[None, None], n_samples=1
+            attributions = shapley_sampling.attribute(
+                tuned_slab[None],
+                baselines=original_slab[None],
+                feature_mask=region_labels[None, None],
+                n_samples=1,
             )
         first_voxels = torch.tensor(
             [
-                int((labels.flatten() == region).nonzero()[0]) if (labels == region).any() else -1
-                for region in range(regions)
+                int((region_labels.flatten() == region).nonzero()[0])
+                if (region_labels == region).any()
+                else -1
+                for region in range(region_count)
             ]
         )
         # captum assigns the value of a region to each of its voxels, so the first voxel is read
-        values = torch.where(first_voxels >= 0, attributions.flatten().cpu()[first_voxels.clamp_min(0)], 0.0)
-        return Outcome({"marginal contributions": values.float()})
+        region_values = torch.where(
+            first_voxels >= 0, attributions.flatten().cpu()[first_voxels.clamp_min(0)], 0.0
+        )
+        return Outcome({"marginal contributions": region_values.float()})
 
     def fast() -> Outcome:
         # 2: slabs in a batch
-        values = CoalitionValues(reward.score, original, tuned, labels, regions, 2)
+        coalition_values = CoalitionValues(
+            reward_model.score, original_slab, tuned_slab, region_labels, region_count, 2
+        )
         return Outcome(
-            {"marginal contributions": torch.from_numpy(marginals(values, order[None])[0]).float()}
+            {
+                "marginal contributions": torch.from_numpy(
+                    marginals(coalition_values, region_order[None])[0]
+                ).float()
+            }
         )
 
     return Case(fast=fast, reference=reference)
 
 
-def _row(name: str, function: str, seconds: float, target: Target | None = None) -> Row:
+def _row(name: str, phase_name: str, seconds: float, target: Target | None = None) -> Row:
     """Return the row of a training phase. Args: function: name of the method of `GanPhases`."""
-    make = functools.partial(training_phase, name=function)
+    make_case = functools.partial(training_phase, method_name=phase_name)
     # larger tolerances where the images of both paths differ, see the comments of these constants
-    gradient_tolerance = {"g_main": FEW_RAYS, "d_main": _UNIT_AT_ZERO_TOLERANCE}.get(function, 1e-4)
+    gradient_tolerance = {"g_main": FEW_RAYS, "d_main": _UNIT_AT_ZERO_TOLERANCE}.get(phase_name, 1e-4)
     return Row(
         name=name,
         size="full",
-        make=make,
+        make=make_case,
         seconds=seconds,
         target=target,
         tolerance=1e-4,

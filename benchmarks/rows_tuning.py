@@ -1,6 +1,6 @@
 """Rows of the benchmark that measure score distillation, renders of voxels, and updates of flows.
 
-Shapes: A assets, N voxels per edge.
+Shapes: A is the number of assets, N the number of voxels per edge.
 """
 
 import copy
@@ -43,7 +43,7 @@ _NO_WEIGHT = 1e-25
 CHANNELS = 8  # channels of a latent
 TOKENS = 77  # text tokens of CLIP
 EMBEDDING = 768  # channels of a text token
-HEAD = 64  # channels of an attention head
+ATTENTION_HEAD_CHANNELS = 64  # channels of an attention head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Size:
     stage: str  # "structure" (first stage) or "latent" (second stage)
     voxels: int = 8000  # number of voxels of each latent of the second stage
     blocks: int = 24  # number of transformer blocks
-    width: int = 1024  # channels of a block, a multiple of HEAD
+    width: int = 1024  # channels of a block, a multiple of ATTENTION_HEAD_CHANNELS
     grid: int = 0  # points per axis of the latent; 0: 16 for the first stage, 64 for the second
     device: str = "cpu"
 
@@ -64,7 +64,7 @@ class Size:
 
 
 class RandomConditions:
-    """Stand-in for a pipeline that only returns random conditioning tokens, which an update needs."""
+    """Replacement of a pipeline that only returns random conditioning tokens, which an update needs."""
 
     def conditioning(self, names, stage: str) -> torch.Tensor:
         """Return random tokens for each name, [number of names, TOKENS, EMBEDDING]."""
@@ -77,39 +77,45 @@ class RandomConditions:
         )
 
 
-def build_stage(size: Size) -> FlowStage:
-    """Build a stage whose flow has random weights, on the device of `size`."""
-    common: dict[str, Any] = dict(
-        resolution=size.points,
+def build_stage(flow_size: Size) -> FlowStage:
+    """Build a stage whose flow has random weights, on the device of `flow_size`."""
+    common_settings: dict[str, Any] = dict(
+        resolution=flow_size.points,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        model_channels=size.width,
+        model_channels=flow_size.width,
         cond_channels=EMBEDDING,
-        num_blocks=size.blocks,
-        num_head_channels=HEAD,
+        num_blocks=flow_size.blocks,
+        num_head_channels=ATTENTION_HEAD_CHANNELS,
         qk_rms_norm=True,
         use_checkpoint=True,
     )
-    with torch.device(size.device):
+    with torch.device(flow_size.device):
         # The second stage halves the resolution once before its transformer blocks.
-        if size.stage == "structure":
-            model: torch.nn.Module = StructureFlow(StructureFlowConfig(patch_size=1, **common))
+        if flow_size.stage == "structure":
+            model: torch.nn.Module = StructureFlow(StructureFlowConfig(patch_size=1, **common_settings))
         else:
-            model = LatentFlow(LatentFlowConfig(patch_size=2, io_block_channels=(size.width // 8,), **common))
-    kind = SparseVoxels if size.stage == "latent" else DenseGrid
-    return FlowStage(name=size.stage, model=model, latents=kind(channels=CHANNELS, resolution=size.points))
+            model = LatentFlow(
+                LatentFlowConfig(patch_size=2, io_block_channels=(flow_size.width // 8,), **common_settings)
+            )
+    latents_class = SparseVoxels if flow_size.stage == "latent" else DenseGrid
+    return FlowStage(
+        name=flow_size.stage,
+        model=model,
+        latents=latents_class(channels=CHANNELS, resolution=flow_size.points),
+    )
 
 
-def _rays(edge: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rays(edge: int, view_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sample points on the rays of an orthographic view, and their depths.
 
     Args: edge: N; view: number of the view, 0 to 3.
     Returns: world points [N, N, N, 3] (row, column, step away from the camera), and depths [N].
     """
-    axis = torch.linspace(-0.5, 0.5, edge)  # positions of the voxels
-    up, right, near = torch.meshgrid(-axis, axis, -axis, indexing="ij")
-    x, z = ((right, near), (near, -right), (-right, -near), (-near, right))[view]
-    return torch.stack([x, up, z], dim=-1), DISTANCE + axis
+    voxel_positions = torch.linspace(-0.5, 0.5, edge)  # positions of the voxels
+    up, right, near = torch.meshgrid(-voxel_positions, voxel_positions, -voxel_positions, indexing="ij")
+    x, z = ((right, near), (near, -right), (-right, -near), (-near, right))[view_index]
+    return torch.stack([x, up, z], dim=-1), DISTANCE + voxel_positions
 
 
 def _render_in_loops(voxels: Voxels) -> torch.Tensor:
@@ -120,23 +126,25 @@ def _render_in_loops(voxels: Voxels) -> torch.Tensor:
     """
     edge = voxels.resolution
     images = []
-    for asset in range(len(voxels)):
-        volume = torch.cat([voxels.raw[asset, None], voxels.paint[asset]])[None]  # [1, 4, N, N, N]
-        for view in range(VIEWS):
-            points, depths = _rays(edge, view)
+    for asset_index in range(len(voxels)):
+        volume = torch.cat([voxels.raw[asset_index, None], voxels.paint[asset_index]])[
+            None
+        ]  # [1, 4, N, N, N]
+        for view_index in range(VIEWS):
+            points, depths = _rays(edge, view_index)
             # [4, N, N, N]
-            samples = F.grid_sample(
+            volume_samples = F.grid_sample(
                 volume, 2 * points[None], mode="bilinear", padding_mode="border", align_corners=True
             )[0]
             # opacity of each sample; softplus(. - 1) is the density
-            alpha = 1 - torch.exp(-F.softplus(samples[0] - 1) * voxels.pitch)
+            alpha = 1 - torch.exp(-F.softplus(volume_samples[0] - 1) * voxels.pitch)
             transmittance = torch.cumprod(
                 torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1]], dim=-1), dim=-1
             )
-            inverse = nearness(depths, DISTANCE - 0.5, DISTANCE + 0.5).expand_as(alpha)
+            sample_nearness = nearness(depths, DISTANCE - 0.5, DISTANCE + 0.5).expand_as(alpha)
             # [4, N, N, N]: colours and nearness
-            values = torch.cat([torch.sigmoid(samples[1:]), inverse[None]])
-            images.append((alpha * transmittance * values).sum(dim=-1))
+            sample_values = torch.cat([torch.sigmoid(volume_samples[1:]), sample_nearness[None]])
+            images.append((alpha * transmittance * sample_values).sum(dim=-1))
     return torch.stack(images)
 
 
@@ -179,7 +187,7 @@ def mesh_reward_steps(device: str, tiny: bool) -> Case:
         PatchOptions(patches=32, faces=16), EncoderOptions(faces=16, width=48, depth=2), resolution=15
     )
     reward.to(device).eval().requires_grad_(False)
-    settings = DistillSettings(
+    distill_settings = DistillSettings(
         prompts=tuple(prompt.text for prompt in box_prompts.PROMPTS),
         arms=("sds",),
         scene=SceneConfig(assets=box_prompts.SEEDS),
@@ -187,30 +195,31 @@ def mesh_reward_steps(device: str, tiny: bool) -> Case:
         guidance={"geometry_weight": _NO_WEIGHT, "geometry_weight_from": _NO_WEIGHT},
     )
     scene = replace(
-        bundled_scene(settings, torch.device(device)),
+        bundled_scene(distill_settings, torch.device(device)),
         geometry=lambda: MeshGeometry(MeshReader(cube(reward.resolution).to(device), reward.patches), reward),
     )
     distillation_by_arm = {
-        arm: scene.distillation(settings, Arm.parse(arm), 0) for arm in ("sds", "sds+geometry")
+        arm_name: scene.distillation(distill_settings, Arm.parse(arm_name), 0)
+        for arm_name in ("sds", "sds+geometry")
     }
     # The state before the timed steps, to which `prepare` returns before every call.
-    states = {}
-    for arm, distillation in distillation_by_arm.items():
+    initial_states = {}
+    for arm_name, distillation in distillation_by_arm.items():
         for step in range(_FROM - 20, _FROM):
             distillation.step(step)
-        states[arm] = copy.deepcopy(distillation.state())
+        initial_states[arm_name] = copy.deepcopy(distillation.state())
 
     def prepare() -> None:
-        for arm, distillation in distillation_by_arm.items():
-            distillation.load(*copy.deepcopy(states[arm]))
+        for arm_name, distillation in distillation_by_arm.items():
+            distillation.load(*copy.deepcopy(initial_states[arm_name]))
 
-    def run(arm: str) -> Outcome:
+    def run(arm_name: str) -> Outcome:
         for step in range(_FROM, _FROM + _STEPS):
-            distillation_by_arm[arm].step(step)
+            distillation_by_arm[arm_name].step(step)
         return Outcome(
             {
-                name: value.detach().clone()
-                for name, value in distillation_by_arm[arm].asset.named_parameters()
+                name: parameter.detach().clone()
+                for name, parameter in distillation_by_arm[arm_name].asset.named_parameters()
             }
         )
 
@@ -252,30 +261,30 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
     block, and attention and matrix products by torch.
     """
     return_freed_memory()
-    size = Size(stage=stage_name, blocks=BLOCKS, device=device)
+    flow_size = Size(stage=stage_name, blocks=BLOCKS, device=device)
     if tiny:
-        size = replace(size, width=64, grid=8, voxels=60)
+        flow_size = replace(flow_size, width=64, grid=8, voxels=60)
     torch.manual_seed(0)
-    stage = build_stage(size)
+    stage = build_stage(flow_size)
     add_lora(stage.model, LoraConfig(), 0)
     adapters = lora_parameters(stage.model)
     with torch.no_grad():
         for parameter in adapters:  # not zero, as later in a training
             parameter += 0.01 * torch.randn_like(parameter)
     config = TrainConfig(batch=1)
-    pairs = pairs_of(stage, 1, size.voxels)
-    conditioned = ConditionedStage(stage, RandomConditions())
-    updates = Updates(conditioned, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
-    sampled = updates._draw(pairs, 0)
+    pairs = pairs_of(stage, 1, flow_size.voxels)
+    conditioned_stage = ConditionedStage(stage, RandomConditions())
+    updates = Updates(conditioned_stage, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
+    sampled_pairs = updates._draw(pairs, 0)
 
     def prepare() -> None:
         for parameter in adapters:
             parameter.grad = None
 
     def run() -> Outcome:
-        _, loss, preferred, rejected = updates._pass(sampled)[:4].unbind()
+        _, loss, preferred_error, rejected_error = updates._pass(sampled_pairs)[:4].unbind()
         margin = -loss.expm1().log() / config.dpo.beta  # inverts loss = -log sigmoid(beta * margin)
-        outputs = {"preferred error": preferred, "rejected error": rejected, "margin": margin}
+        outputs = {"preferred error": preferred_error, "rejected error": rejected_error, "margin": margin}
         return Outcome(
             outputs,
             {

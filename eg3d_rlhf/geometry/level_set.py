@@ -27,7 +27,7 @@ REACHES = (0.024, 0.06)
 # Safety margin of a step in voxels: the surface is at most this much nearer than the interpolated distance to
 # the nearest grid point inside.
 _SLACK = 2.0
-_LEAST_STEP = 1.0  # shortest step of a ray, in voxels
+_MIN_STEP = 1.0  # shortest step of a ray, in voxels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,8 +67,8 @@ class LevelSet:
         Returns: the difference [...]: positive inside the shape, and -1000 outside the cube.
         """
         # the first of the two maps is the density minus the level
-        values = sample(self._maps[:1], self.spec, points)[0]
-        return values.where(self._within(points), -_FAR_BELOW)
+        differences = sample(self._maps[:1], self.spec, points)[0]
+        return differences.where(self._within(points), -_FAR_BELOW)
 
     def above_level_exact(self, points: Tensor) -> Tensor:
         """Compute the density minus the level from the density itself, without interpolation.
@@ -102,19 +102,19 @@ class LevelSet:
         low = t - reach
         high = t + reach
         at_low, at_high = (
-            self.above_level_exact(origins + bound[:, None] * directions) for bound in (low, high)
+            self.above_level_exact(origins + bound_t[:, None] * directions) for bound_t in (low, high)
         )
         # The interval contains an intersection if its two ends lie on different sides of the surface.
         is_bracket = (at_low >= 0) != (at_high >= 0)
         # Bisection: the half whose ends lie on different sides of the surface replaces the interval.
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            value = self.above_level_exact(origins + middle[:, None] * directions)
-            lower_half_is_uniform = (value >= 0) == (at_low >= 0)
+            middle_value = self.above_level_exact(origins + middle[:, None] * directions)
+            lower_half_is_uniform = (middle_value >= 0) == (at_low >= 0)
             low = torch.where(lower_half_is_uniform, middle, low)
-            at_low = torch.where(lower_half_is_uniform, value, at_low)
+            at_low = torch.where(lower_half_is_uniform, middle_value, at_low)
             high = torch.where(lower_half_is_uniform, high, middle)
-            at_high = torch.where(lower_half_is_uniform, at_high, value)
+            at_high = torch.where(lower_half_is_uniform, at_high, middle_value)
         return torch.where(is_bracket, interpolate_zero(low, high, at_low, at_high), t)
 
     def normals(self, points: Tensor) -> Tensor:
@@ -142,35 +142,41 @@ class LevelSet:
         Returns: distances [P] from the origins; inf for rays that miss the surface.
         """
         centre = origins.new_tensor(self.spec.centre)
-        side = self.spec.box_warp
+        cube_side = self.spec.box_warp
         voxel = self.spec.voxel
         # distances [P] at which rays enter and leave the cube; `ray_limits_box` takes a batch axis
-        near, far = (t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], side))
+        near, far = (
+            t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], cube_side)
+        )
         depth = torch.full_like(near, torch.inf)
         maps = self._maps
         # indices of the rays that are still being traced; rays that miss the cube keep the depth inf
-        rays = (far > near).nonzero()[:, 0]
-        t = near[rays]
-        t_before = near[rays]
+        ray_indices = (far > near).nonzero()[:, 0]
+        t = near[ray_indices]
+        t_before = near[ray_indices]
         # value at t_before; -1, because a ray starts outside
-        value_before = torch.full_like(near[rays], -1.0)
-        while len(rays):
+        value_before = torch.full_like(near[ray_indices], -1.0)
+        while len(ray_indices):
             # both [rays]: density minus level, and distance to the nearest grid point inside in voxels
-            inside, free_distance = sample(maps, self.spec, origins[rays] + t[:, None] * directions[rays])
-            hit = inside >= 0
+            level_difference, free_distance = sample(
+                maps, self.spec, origins[ray_indices] + t[:, None] * directions[ray_indices]
+            )
+            has_hit = level_difference >= 0
             # The intersection lies between the last two samples, which are on different sides of the surface.
-            depth[rays[hit]] = interpolate_zero(t_before, t, value_before, inside)[hit]
-            step = (free_distance - _SLACK).clamp_min(_LEAST_STEP) * voxel
-            unfinished = ~hit & (t < far[rays])
-            t_before = t[unfinished]
-            value_before = inside[unfinished]
-            rays = rays[unfinished]
-            t = (t + step)[unfinished]
+            depth[ray_indices[has_hit]] = interpolate_zero(t_before, t, value_before, level_difference)[
+                has_hit
+            ]
+            step_length = (free_distance - _SLACK).clamp_min(_MIN_STEP) * voxel
+            is_unfinished = ~has_hit & (t < far[ray_indices])
+            t_before = t[is_unfinished]
+            value_before = level_difference[is_unfinished]
+            ray_indices = ray_indices[is_unfinished]
+            t = (t + step_length)[is_unfinished]
             # The last sample of a ray is the point at which it leaves the cube.
-            t = torch.minimum(t, far[rays])
-        hit = depth.isfinite()
+            t = torch.minimum(t, far[ray_indices])
+        has_hit = depth.isfinite()
         # So far, distances come from the interpolated grid. The density itself refines them.
-        depth[hit] = self.refine_crossings(origins[hit], directions[hit], depth[hit])
+        depth[has_hit] = self.refine_crossings(origins[has_hit], directions[has_hit], depth[has_hit])
         return depth
 
     @functools.cached_property
@@ -213,11 +219,11 @@ class LevelSet:
         return torch.from_numpy(np.stack(blurred)).to(self.cube)
 
 
-def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
+def sample(maps: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
     """Interpolate maps on a grid trilinearly.
 
     Args:
-        values: maps [C, D, H, W] on the grid points of `spec`.
+        maps: maps [C, D, H, W] on the grid points of `spec`.
         spec: grid.
         points: world coordinates [..., 3].
 
@@ -225,13 +231,13 @@ def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
     """
     if points.numel() == 0:
         # F.grid_sample raises an error for an empty grid.
-        return points.new_zeros(len(values), *points.shape[:-1])
+        return points.new_zeros(len(maps), *points.shape[:-1])
     # [..., 3] in the order x, y, z of grid_sample. -1 and 1 are the outermost grid points (align_corners).
-    grid = (points - points.new_tensor(spec.centre)) * (2 / spec.box_warp)
+    grid_positions = (points - points.new_tensor(spec.centre)) * (2 / spec.box_warp)
     sampled = F.grid_sample(
-        values[None], grid.reshape(1, 1, 1, -1, 3), align_corners=True, padding_mode="border"
+        maps[None], grid_positions.reshape(1, 1, 1, -1, 3), align_corners=True, padding_mode="border"
     )
-    return sampled.reshape(len(values), *points.shape[:-1])
+    return sampled.reshape(len(maps), *points.shape[:-1])
 
 
 def interpolate_zero(t0: Tensor, t1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:

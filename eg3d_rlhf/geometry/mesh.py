@@ -33,7 +33,7 @@ _MARGIN = 2e-4
 _CHUNK = 1 << 20  # number of faces that are processed at once in float64; limits the required memory
 _ATTEMPTS = 6  # largest number of attempts to decimate a part so that it stays closed
 _MORE = 1.25  # factor on the number of faces from one attempt to the next
-_LEAST = 16  # smallest number of faces of a decimated part
+_MIN_PART_FACES = 16  # smallest number of faces of a decimated part
 
 
 def extract_mesh(
@@ -64,9 +64,13 @@ def extract_mesh(
     ]
     assert tuple(len(axis) for axis in reversed(coordinates)) == volume.shape
     assert all(np.all(np.diff(axis) > 0) for axis in coordinates)
-    block = prepare_density(volume.transpose(2, 1, 0), level)  # [W, H, D], so that vertices are (x, y, z)
+    prepared_volume = prepare_density(
+        volume.transpose(2, 1, 0), level
+    )  # [W, H, D], so that vertices are (x, y, z)
     check_crossed(float(volume.min()), float(volume.max()), level)
-    vertices, faces, _ = marching_cubes([np.pad(block, 1, constant_values=outside_value(level))], level)
+    vertices, faces, _ = marching_cubes(
+        [np.pad(prepared_volume, 1, constant_values=outside_value(level))], level
+    )
     # - 1: the padding has shifted the indices by one
     return to_world(vertices - 1, coordinates), faces
 
@@ -120,9 +124,9 @@ def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
     # PyMCubes raises an error for float16, and returns an empty mesh for integers.
     volume = np.array(volume, dtype=np.float32)
     check_finite(volume.min(), volume.max())
-    unit = max(abs(level), 1.0)
-    np.clip(volume, level - _REACH * unit, level + _REACH * unit, out=volume)
-    volume[np.abs(volume - level) < LEVEL_BAND * unit] = level - LEVEL_BAND * unit
+    level_scale = max(abs(level), 1.0)
+    np.clip(volume, level - _REACH * level_scale, level + _REACH * level_scale, out=volume)
+    volume[np.abs(volume - level) < LEVEL_BAND * level_scale] = level - LEVEL_BAND * level_scale
     return volume
 
 
@@ -142,17 +146,19 @@ def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarr
     # Imported here, because the rest of the package works without this library.
     import mcubes
 
-    pieces = [mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in blocks]
-    counts = np.array([len(vertices) for vertices, _ in pieces], dtype=np.int64)
-    vertices = np.concatenate([vertices.reshape(-1, 3) for vertices, _ in pieces])
-    faces = np.concatenate([faces.reshape(-1, 3) for _, faces in pieces]).astype(np.int64)
+    block_meshes = [mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in blocks]
+    vertex_counts = np.array([len(vertices) for vertices, _ in block_meshes], dtype=np.int64)
+    vertices = np.concatenate([vertices.reshape(-1, 3) for vertices, _ in block_meshes])
+    faces = np.concatenate([faces.reshape(-1, 3) for _, faces in block_meshes]).astype(np.int64)
     # Indices within a block become indices into all vertices: the index of the block's first vertex is added.
-    faces += np.repeat(np.cumsum(counts) - counts, [len(faces) for _, faces in pieces])[:, None]
+    faces += np.repeat(np.cumsum(vertex_counts) - vertex_counts, [len(faces) for _, faces in block_meshes])[
+        :, None
+    ]
     # A vertex lies on a grid edge: two of its coordinates are integers, and only the third is clipped.
-    start = np.floor(vertices)
-    along = np.subtract(vertices, start, out=vertices)
-    np.clip(along, _MARGIN, 1 - _MARGIN, out=along, where=along > 0)
-    return np.add(start, along, out=start), faces, counts
+    edge_start = np.floor(vertices)
+    edge_position = np.subtract(vertices, edge_start, out=vertices)
+    np.clip(edge_position, _MARGIN, 1 - _MARGIN, out=edge_position, where=edge_position > 0)
+    return np.add(edge_start, edge_position, out=edge_start), faces, vertex_counts
 
 
 def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndarray:
@@ -168,10 +174,14 @@ def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndar
     Returns: world coordinates [V, 3] float32.
     """
     world = np.empty(vertices.shape, dtype=np.float32)
-    for i, axis in enumerate(coordinates):
+    for axis_index, axis_coordinates in enumerate(coordinates):
         # index of the grid point before the vertex; clipped, so that start + 1 exists
-        start = np.clip(np.floor(vertices[:, i]).astype(np.int64), 0, len(axis) - 2)
-        world[:, i] = axis[start] + (vertices[:, i] - start) * (axis[start + 1] - axis[start])
+        lower_index = np.clip(
+            np.floor(vertices[:, axis_index]).astype(np.int64), 0, len(axis_coordinates) - 2
+        )
+        world[:, axis_index] = axis_coordinates[lower_index] + (vertices[:, axis_index] - lower_index) * (
+            axis_coordinates[lower_index + 1] - axis_coordinates[lower_index]
+        )
     return world
 
 
@@ -201,49 +211,51 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
     # number of vertices: the largest index plus 1
     graph = half_edges(faces, int(faces.max(initial=-1)) + 1)
     # Entries of the sparse matrix are summed where a half-edge occurs several times.
-    shared = 3 * len(faces) - graph.nnz
+    shared_count = 3 * len(faces) - graph.nnz
     # The matrix equals its transpose exactly if every half-edge has its reverse. This comparison is fast.
-    reverse = graph.T.tocsr()
+    reversed_graph = graph.T.tocsr()
     graph.sort_indices()
-    reverse.sort_indices()
+    reversed_graph.sort_indices()
     if (
-        shared == 0
-        and np.array_equal(graph.indptr, reverse.indptr)
-        and np.array_equal(graph.indices, reverse.indices)
+        shared_count == 0
+        and np.array_equal(graph.indptr, reversed_graph.indptr)
+        and np.array_equal(graph.indices, reversed_graph.indices)
     ):
         return EdgeCounts(0, 0)
     # A half-edge becomes one 64-bit key: its start in the upper 32 bits, its end in the lower 32 bits.
-    start, end = (faces[:, columns].astype(np.uint64).reshape(-1) for columns in ([0, 1, 2], [1, 2, 0]))
-    forward = (start << np.uint64(32)) | end
-    backward = np.sort((end << np.uint64(32)) | start)
-    partner = np.searchsorted(backward, forward).clip(max=max(len(backward) - 1, 0))
-    return EdgeCounts(int((backward[partner] != forward).sum()), shared)
+    start_vertices, end_vertices = (
+        faces[:, columns].astype(np.uint64).reshape(-1) for columns in ([0, 1, 2], [1, 2, 0])
+    )
+    half_edge_keys = (start_vertices << np.uint64(32)) | end_vertices
+    reversed_keys = np.sort((end_vertices << np.uint64(32)) | start_vertices)
+    partner_index = np.searchsorted(reversed_keys, half_edge_keys).clip(max=max(len(reversed_keys) - 1, 0))
+    return EdgeCounts(int((reversed_keys[partner_index] != half_edge_keys).sum()), shared_count)
 
 
-def half_edges(faces: np.ndarray, vertices: int) -> "csr_array":
+def half_edges(faces: np.ndarray, vertex_count: int) -> "csr_array":
     """Return the half-edges of a mesh as a sparse matrix [V, V].
 
     An entry is the number of faces with the half-edge from the row's vertex to the column's vertex.
 
     Args:
         faces: triangles [F, 3] as indices of vertices.
-        vertices: number V of vertices.
+        vertex_count: number V of vertices.
     """
     # imported here, because few functions need this library
     from scipy.sparse import coo_array
 
     ends = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
     return coo_array(
-        (np.ones(len(ends), dtype=np.int8), (faces.reshape(-1), ends)), shape=(vertices, vertices)
+        (np.ones(len(ends), dtype=np.int8), (faces.reshape(-1), ends)), shape=(vertex_count, vertex_count)
     ).tocsr()
 
 
-def find_parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
+def find_parts(faces: np.ndarray, vertex_count: int) -> tuple[int, np.ndarray]:
     """Find the parts of a mesh: sets of faces that are connected by shared vertices.
 
     Args:
         faces: triangles [F, 3] as indices of vertices.
-        vertices: number V of vertices.
+        vertex_count: number V of vertices.
 
     Returns: the number P of parts, and the part [F] of each face in 0..P-1.
     """
@@ -251,11 +263,13 @@ def find_parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
     from scipy.sparse.csgraph import connected_components
 
     # weak: the directions of the half-edges do not matter
-    count, label = connected_components(half_edges(faces, vertices), directed=True, connection="weak")
-    part = label[faces[:, 0]]
+    component_count, vertex_label = connected_components(
+        half_edges(faces, vertex_count), directed=True, connection="weak"
+    )
+    component_of_face = vertex_label[faces[:, 0]]
     # A vertex that no face uses is a component of the graph, but no part. The others are numbered again.
-    is_used = np.bincount(part, minlength=count) > 0
-    return int(is_used.sum()), (np.cumsum(is_used, dtype=np.int32) - 1)[part]
+    is_used = np.bincount(component_of_face, minlength=component_count) > 0
+    return int(is_used.sum()), (np.cumsum(is_used, dtype=np.int32) - 1)[component_of_face]
 
 
 def face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -312,12 +326,12 @@ def largest_part(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, n
 
     Returns: vertices and faces of the selected part, and the number P of parts of the mesh.
     """
-    count, part_of_face = find_parts(faces, len(vertices))
-    if count > 1:
+    part_count, part_of_face = find_parts(faces, len(vertices))
+    if part_count > 1:
         # signed volume [P] of each part
-        part_volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=count)
+        part_volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=part_count)
         vertices, faces = remove_unused_vertices(vertices, faces[part_of_face == part_volumes.argmax()])
-    return vertices, faces, count
+    return vertices, faces, part_count
 
 
 def remove_unused_vertices(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -328,46 +342,54 @@ def remove_unused_vertices(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.
     return vertices[is_used], new_index[faces].astype(faces.dtype)
 
 
-def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.ndarray, np.ndarray]:
+def decimate(
+    vertices: np.ndarray, faces: np.ndarray, target_face_count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Reduce the number of faces of a mesh by quadric edge collapse (Garland and Heckbert 1997).
 
     The library fast-simplification is used. Each part is decimated by itself, in proportion to its number of
     faces, but to at least 16 faces. A closed part stays closed: if it would not, it gets more faces, and a
-    warning is issued. A mesh with at most `target` faces is returned unchanged.
+    warning is issued. A mesh with at most `target_face_count` faces is returned unchanged.
 
     Args:
         vertices: coordinates [V, 3].
         faces: triangles [F, 3] as indices of vertices.
-        target: approximate number of faces of the result, at least 4.
+        target_face_count: approximate number of faces of the result, at least 4.
 
     Returns: vertices and faces of the decimated mesh.
     """
-    assert target >= 4  # a tetrahedron has four faces
+    assert target_face_count >= 4  # a tetrahedron has four faces
     # the mesh is small enough already
-    if len(faces) <= target:
+    if len(faces) <= target_face_count:
         return vertices, faces
-    count, part = find_parts(faces, len(vertices))
-    part_ends = np.cumsum(np.bincount(part, minlength=count))
-    faces_by_part = np.argsort(part, kind="stable")  # faces sorted by part
+    part_count, part_of_face = find_parts(faces, len(vertices))
+    part_ends = np.cumsum(np.bincount(part_of_face, minlength=part_count))
+    faces_by_part = np.argsort(part_of_face, kind="stable")  # faces sorted by part
     decimated = []
-    offset = 0
-    excess_faces = 0
-    for start, part_end in zip([0, *part_ends[:-1]], part_ends, strict=True):
+    vertex_offset = 0
+    excess_face_count = 0
+    for part_start, part_end in zip([0, *part_ends[:-1]], part_ends, strict=True):
         # the part's vertices, and its faces as indices into them
-        used_vertices, corners = np.unique(faces[faces_by_part[start:part_end]], return_inverse=True)
-        wanted_faces = max(round(target * (part_end - start) / len(faces)), _LEAST if count > 1 else target)
-        decimated_part = _decimate_part(
-            vertices[used_vertices].astype(np.float32), corners.reshape(-1, 3).astype(np.int32), wanted_faces
+        used_vertices, corners = np.unique(faces[faces_by_part[part_start:part_end]], return_inverse=True)
+        wanted_face_count = max(
+            round(target_face_count * (part_end - part_start) / len(faces)),
+            _MIN_PART_FACES if part_count > 1 else target_face_count,
         )
-        excess_faces += max(0, len(decimated_part[1]) - wanted_faces)
-        decimated.append((decimated_part[0], decimated_part[1] + np.int32(offset)))
-        offset += len(decimated_part[0])
+        decimated_part = _decimate_part(
+            vertices[used_vertices].astype(np.float32),
+            corners.reshape(-1, 3).astype(np.int32),
+            wanted_face_count,
+        )
+        excess_face_count += max(0, len(decimated_part[1]) - wanted_face_count)
+        decimated.append((decimated_part[0], decimated_part[1] + np.int32(vertex_offset)))
+        vertex_offset += len(decimated_part[0])
     face_count = sum(len(piece_faces) for _, piece_faces in decimated)
     # Up to 5 % more faces cause no warning, because of rounding and of the smallest number of faces of a
     # part.
-    if excess_faces > 0.05 * target:
+    if excess_face_count > 0.05 * target_face_count:
         warnings.warn(
-            f"decimate: the mesh has {face_count} faces instead of {target}, so that it stays closed.",
+            f"decimate: the mesh has {face_count} faces instead of {target_face_count}, so that it stays"
+            " closed.",
             stacklevel=2,
         )
     return np.concatenate([part_vertices for part_vertices, _ in decimated]), np.concatenate(
@@ -376,15 +398,15 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
 
 
 def _decimate_part(
-    vertices: np.ndarray, faces: np.ndarray, wanted_faces: float
+    vertices: np.ndarray, faces: np.ndarray, wanted_face_count: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decimate one part of a mesh.
 
     Args:
         vertices: coordinates [V, 3] float32.
         faces: triangles [F, 3] int32.
-        wanted_faces: number of faces. If a closed part would not stay closed, the number is increased step by
-            step.
+        wanted_face_count: number of faces. If a closed part would not stay closed, the number is increased
+            step by step.
 
     Returns: vertices and faces. They are unchanged if no attempt was successful.
     """
@@ -393,10 +415,10 @@ def _decimate_part(
 
     is_closed = count_edges(faces).watertight
     for _ in range(_ATTEMPTS):
-        if wanted_faces >= len(faces):
+        if wanted_face_count >= len(faces):
             break
         new_vertices, new_faces = fast_simplification.simplify(
-            vertices, faces, target_count=int(wanted_faces)
+            vertices, faces, target_count=int(wanted_face_count)
         )
         new_vertices, new_faces = remove_unused_vertices(
             new_vertices.astype(np.float32), new_faces.astype(np.int32)
@@ -406,7 +428,7 @@ def _decimate_part(
         # them.
         if is_acceptable and not (is_closed and len(np.unique(new_vertices, axis=0)) < len(new_vertices)):
             return new_vertices, new_faces
-        wanted_faces *= _MORE
+        wanted_face_count *= _MORE
     # No attempt kept the part closed: it is returned unchanged.
     return vertices, faces
 
@@ -433,14 +455,14 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
         face_normals = np.stack(_cross(*side_vectors), axis=1)  # [f, 3], length = twice the area
         # row pointers of a sparse matrix with three entries per face
         row_starts = np.arange(0, 3 * len(face_chunk) + 1, 3)
-        corners = csr_array(
+        face_vertex_matrix = csr_array(
             (np.ones(3 * len(face_chunk)), face_chunk.reshape(-1), row_starts),
             shape=(len(face_chunk), len(vertices)),
         )
-        normals += corners.T @ face_normals  # each vertex sums over its faces
-    length = np.sqrt(np.einsum("vi,vi->v", normals, normals))[:, None]
+        normals += face_vertex_matrix.T @ face_normals  # each vertex sums over its faces
+    lengths = np.sqrt(np.einsum("vi,vi->v", normals, normals))[:, None]
     # A vertex without faces, or with opposite ones, gets the normal 0.
-    return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0).astype(np.float32)
+    return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0).astype(np.float32)
 
 
 # Isosurface of a density that is never completely in memory. The grid is processed layer by layer. A layer
@@ -454,27 +476,27 @@ BRICK = 8  # number S of cells along the edge of a brick
 # Function that shows progress: (name of the stage, number of finished units, number of all units).
 Progress = Callable[[str, int, int], None]
 _BLOCK_POINTS = 1 << 23  # number of grid points of one block: 32 MiB in float32
-_LEAST_PLANES = 16  # smallest number of planes of a block, so that there are not too many blocks
+_MIN_BLOCK_PLANES = 16  # smallest number of planes of a block, so that there are not too many blocks
 
 
-def bricks_along(points: int, size: int = BRICK) -> int:
+def bricks_along(point_count: int, cells_per_brick: int = BRICK) -> int:
     """Return the number of bricks along an axis that cover its grid points, and one step beyond each end.
 
     Args:
-        points: number of grid points along the axis.
-        size: number of cells along the edge of a brick.
+        point_count: number of grid points along the axis.
+        cells_per_brick: number of cells along the edge of a brick.
     """
-    # `points` grid points and one step at each end are points + 1 cells; -(-a // b) is a / b, rounded up
-    return -(-(points + 1) // size)
+    # The grid points and one step at each end are point_count + 1 cells; -(-a // b) is a / b, rounded up
+    return -(-(point_count + 1) // cells_per_brick)
 
 
-def padded_points(points: int) -> int:
+def padded_points(point_count: int) -> int:
     """Return the number of grid points of the bricks along an axis, including points outside the volume.
 
     Args:
-        points: number of grid points of the volume along the axis.
+        point_count: number of grid points of the volume along the axis.
     """
-    return bricks_along(points) * BRICK + 1
+    return bricks_along(point_count) * BRICK + 1
 
 
 def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
@@ -490,16 +512,20 @@ def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
     """
     band = LEVEL_BAND * max(abs(level), 1.0)
     extremes = []
-    for extreme in (np.minimum, np.maximum):
+    for reduce_extreme in (np.minimum, np.maximum):
         # The extremes of a brick are computed along x, then y, then z.
-        values = extreme.reduce(layer, axis=0)
+        extreme_values = reduce_extreme.reduce(layer, axis=0)
         for axis in (0, 1):
-            starts = np.arange(0, values.shape[axis] - 1, BRICK)
+            starts = np.arange(0, extreme_values.shape[axis] - 1, BRICK)
             # `reduceat` covers all points of a brick except its last point, the first point of the next
             # brick.
-            inside = extreme.reduceat(np.delete(values, -1, axis), starts, axis=axis)
-            values = extreme(inside, values.take(starts + BRICK, axis=axis))
-        extremes.append(values)
+            extreme_without_last = reduce_extreme.reduceat(
+                np.delete(extreme_values, -1, axis), starts, axis=axis
+            )
+            extreme_values = reduce_extreme(
+                extreme_without_last, extreme_values.take(starts + BRICK, axis=axis)
+            )
+        extremes.append(extreme_values)
     # smallest and largest density of each brick
     return (extremes[0] < level + band) & (extremes[1] > level - band)
 
@@ -529,13 +555,13 @@ class SurfaceBuilder:
         self._faces: list[np.ndarray] = []
         self._count = 0  # number of vertices so far
 
-    def add(self, first: int, layer: np.ndarray, bricks: np.ndarray) -> None:
+    def add(self, first_plane: int, layer: np.ndarray, bricks: np.ndarray) -> None:
         """Extract the surface in some bricks of a layer, and add it to the mesh.
 
         Layers must be added in order. Each layer begins with the last plane of the previous layer.
 
         Args:
-            first: index along x of the first plane, where 0 is the plane outside the volume.
+            first_plane: index along x of the first plane, where 0 is the plane outside the volume.
             layer: raw density [planes, padded Y, padded Z], including points outside the volume. Only the
                 selected bricks are read.
             bricks: bool [bricks along y, bricks along z], True for the selected bricks. The surface must not
@@ -544,30 +570,39 @@ class SurfaceBuilder:
         Raises: ValueError for NaN or infinity in the selected bricks.
         """
         corners = np.argwhere(bricks) * BRICK
-        width = BRICK + 1
+        window_size = BRICK + 1
         # [planes, y, z, S + 1, S + 1]
-        windows = np.lib.stride_tricks.sliding_window_view(layer, (width, width), axis=(1, 2))
-        values = windows[:, corners[:, 0], corners[:, 1]].transpose(1, 0, 2, 3)  # [B, planes, S + 1, S + 1]
-        if len(values):
-            values = prepare_density(values, self._level)
+        windows = np.lib.stride_tricks.sliding_window_view(layer, (window_size, window_size), axis=(1, 2))
+        brick_densities = windows[:, corners[:, 0], corners[:, 1]].transpose(
+            1, 0, 2, 3
+        )  # [B, planes, S + 1, S + 1]
+        if len(brick_densities):
+            brick_densities = prepare_density(brick_densities, self._level)
             # The selection may contain bricks without a surface, since it comes from bounds or a tolerance.
-            crossed = (values.min(axis=(1, 2, 3)) < self._level) & (values.max(axis=(1, 2, 3)) > self._level)
-            values = values[crossed]
-            corners = corners[crossed]
-        if len(values) == 0:
+            is_crossed = (brick_densities.min(axis=(1, 2, 3)) < self._level) & (
+                brick_densities.max(axis=(1, 2, 3)) > self._level
+            )
+            brick_densities = brick_densities[is_crossed]
+            corners = corners[is_crossed]
+        if len(brick_densities) == 0:
             assert len(self._border[0]) == 0, "layers disagree in their shared plane"
             return
         # Vertices on the common face of two bricks occur in both; `_append` merges them.
-        vertices, faces, counts = marching_cubes(values, self._level)
-        start = np.floor(vertices)
+        vertices, faces, vertex_counts = marching_cubes(brick_densities, self._level)
+        edge_start = np.floor(vertices)
         # position on the grid edge in 0..1: only the coordinate along the edge is not 0
-        along = np.subtract(vertices, start, out=vertices)
-        start = start.astype(np.int64)
-        start[:, 1:] += np.repeat(corners, counts, axis=0)
-        self._append(first, len(layer), start, along, faces)
+        edge_position = np.subtract(vertices, edge_start, out=vertices)
+        edge_start = edge_start.astype(np.int64)
+        edge_start[:, 1:] += np.repeat(corners, vertex_counts, axis=0)
+        self._append(first_plane, len(layer), edge_start, edge_position, faces)
 
     def _append(
-        self, first: int, planes: int, start: np.ndarray, along: np.ndarray, faces: np.ndarray
+        self,
+        first_plane: int,
+        plane_count: int,
+        edge_start: np.ndarray,
+        edge_position: np.ndarray,
+        faces: np.ndarray,
     ) -> None:
         """Assign an index to each new vertex, and store the new vertices and the faces.
 
@@ -575,46 +610,48 @@ class SurfaceBuilder:
         in the previous layer.
 
         Args:
-            first: index along x of the first plane.
-            planes: number of planes of the layer.
-            start: first grid point [V, 3] of the grid edge of each vertex, as indices in the layer.
-            along: position [V, 3] of each vertex on its grid edge, in grid steps.
+            first_plane: index along x of the first plane.
+            plane_count: number of planes of the layer.
+            edge_start: first grid point [V, 3] of the grid edge of each vertex, as indices in the layer.
+            edge_position: position [V, 3] of each vertex on its grid edge, in grid steps.
             faces: triangles [F, 3] as indices into these vertices.
         """
         # key of a grid edge = 3 * (index of its first point) + its direction
-        keys = (
-            (start[:, 0] * self._sides[0] + start[:, 1]) * self._sides[1] + start[:, 2]
-        ) * 3 + along.argmax(axis=1)
-        if len(self._lookup) < planes * self._plane_keys:
-            self._lookup = np.full(planes * self._plane_keys, -1, dtype=np.int32)
-        lookup = self._lookup
+        edge_keys = (
+            (edge_start[:, 0] * self._sides[0] + edge_start[:, 1]) * self._sides[1] + edge_start[:, 2]
+        ) * 3 + edge_position.argmax(axis=1)
+        if len(self._lookup) < plane_count * self._plane_keys:
+            self._lookup = np.full(plane_count * self._plane_keys, -1, dtype=np.int32)
+        vertex_lookup = self._lookup
         # Vertices of the shared plane have indices from the previous layer.
-        lookup[self._border[0]] = self._border[1]
-        new_vertices = np.flatnonzero(lookup[keys] < 0)
-        new_keys = keys[new_vertices]
+        vertex_lookup[self._border[0]] = self._border[1]
+        new_vertices = np.flatnonzero(vertex_lookup[edge_keys] < 0)
+        new_keys = edge_keys[new_vertices]
         new_order = np.arange(len(new_vertices), dtype=np.int32)
         # Copies of a vertex, from neighbouring bricks, write to the same entry. The last copy that writes its
         # number is the copy that is stored.
-        lookup[new_keys] = new_order
-        is_kept = lookup[new_keys] == new_order
-        lookup[new_keys[is_kept]] = self._count + np.arange(np.count_nonzero(is_kept), dtype=np.int32)
+        vertex_lookup[new_keys] = new_order
+        is_kept = vertex_lookup[new_keys] == new_order
+        vertex_lookup[new_keys[is_kept]] = self._count + np.arange(np.count_nonzero(is_kept), dtype=np.int32)
         new_vertices = new_vertices[is_kept]
-        vertex_indices = lookup[keys]
+        vertex_indices = vertex_lookup[edge_keys]
         self._count += len(new_vertices)
-        last_plane_vertices = np.flatnonzero(start[:, 0] == planes - 1)  # vertices in the last plane
-        assert first == 0 or not np.any(start[new_vertices, 0] + along[new_vertices, 0] == 0), (
-            "layers disagree in their shared plane"
-        )
+        last_plane_vertices = np.flatnonzero(
+            edge_start[:, 0] == plane_count - 1
+        )  # vertices in the last plane
+        assert first_plane == 0 or not np.any(
+            edge_start[new_vertices, 0] + edge_position[new_vertices, 0] == 0
+        ), "layers disagree in their shared plane"
         # Only the used entries are reset to -1, which takes less time than filling the array.
-        lookup[self._border[0]] = -1
-        lookup[keys] = -1
+        vertex_lookup[self._border[0]] = -1
+        vertex_lookup[edge_keys] = -1
         self._border = (
-            keys[last_plane_vertices] - (planes - 1) * self._plane_keys,
+            edge_keys[last_plane_vertices] - (plane_count - 1) * self._plane_keys,
             vertex_indices[last_plane_vertices],
         )
-        positions = start[new_vertices] + along[new_vertices]
+        positions = edge_start[new_vertices] + edge_position[new_vertices]
         # from indices with padding to indices of the volume, which begin at 0
-        positions += (first - 1, -1, -1)
+        positions += (first_plane - 1, -1, -1)
         self._vertices.append(to_world(positions, self._axes))
         self._faces.append(vertex_indices[faces])
 
@@ -629,16 +666,16 @@ def block_planes(points_per_plane: int) -> int:
     Args:
         points_per_plane: number of grid points of a plane.
     """
-    return max(_LEAST_PLANES, _BLOCK_POINTS // points_per_plane)
+    return max(_MIN_BLOCK_PLANES, _BLOCK_POINTS // points_per_plane)
 
 
 def extract_mesh_blockwise(
     sample: Callable[[slice], torch.Tensor | np.ndarray],
     axes: Sequence[torch.Tensor | np.ndarray],
     level: float = LEVEL,
-    planes: int | None = None,
+    planes_per_block: int | None = None,
     progress: Progress | None = None,
-    between: Callable[[], tuple[float, float]] | None = None,
+    density_range: Callable[[], tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Extract the surface on which the raw density equals a level, block by block.
 
@@ -651,11 +688,10 @@ def extract_mesh_blockwise(
             It is called once per block, in order.
         axes: increasing world coordinates x [X], y [Y], z [Z] of the grid points.
         level: raw density on the surface.
-        planes: number of x indices per block; None: as many as fit into 32 MiB.
+        planes_per_block: number of x indices per block; None: as many as fit into 32 MiB.
         progress: function that is called with ("density", number of finished x indices, X).
-        between: function that is called after the last block and returns the smallest and the largest
-            density,
-            between which the level must lie. None: the extremes of the sampled densities are used.
+        density_range: function that is called after the last block and returns the smallest and the largest
+            density, between which the level must lie. None: the extremes of the sampled densities are used.
 
     Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32, whose corners are in
         counter-clockwise order seen from outside.
@@ -664,38 +700,38 @@ def extract_mesh_blockwise(
     """
     coordinates = [np.asarray(axis, dtype=np.float64) for axis in axes]
     assert min(len(axis) for axis in coordinates) >= 2
-    count, rows, columns = (len(axis) for axis in coordinates)
+    x_count, y_count, z_count = (len(axis) for axis in coordinates)
     builder = SurfaceBuilder(coordinates, float(level))
     low = np.inf
     high = -np.inf
     # A layer has BRICK cells along x. Its last plane is the first plane of the next layer.
     layer = np.full(
-        (BRICK + 1, padded_points(rows), padded_points(columns)), outside_value(level), dtype=np.float32
+        (BRICK + 1, padded_points(y_count), padded_points(z_count)), outside_value(level), dtype=np.float32
     )
     # Index along x of the layer's first plane, where 0 is outside the volume; number of filled planes after
     # it.
-    first = filled_planes = 0
-    step = planes or block_planes(rows * columns)
-    for start in range(0, count, step):
-        values = np.asarray(sample(slice(start, min(start + step, count))))
-        block_low = float(values.min())
-        block_high = float(values.max())
+    first_plane = filled_planes = 0
+    block_size = planes_per_block or block_planes(y_count * z_count)
+    for block_start in range(0, x_count, block_size):
+        block = np.asarray(sample(slice(block_start, min(block_start + block_size, x_count))))
+        block_low = float(block.min())
+        block_high = float(block.max())
         check_finite(block_low, block_high)
         low = min(low, block_low)
         high = max(high, block_high)
-        for plane in values:
+        for plane in block:
             filled_planes += 1
-            layer[filled_planes, 1 : rows + 1, 1 : columns + 1] = plane
+            layer[filled_planes, 1 : y_count + 1, 1 : z_count + 1] = plane
             if filled_planes == BRICK:
-                builder.add(first, layer, touched_bricks(layer, level))
+                builder.add(first_plane, layer, touched_bricks(layer, level))
                 layer[0] = layer[-1]
                 filled_planes = 0
-                first = first + BRICK
+                first_plane = first_plane + BRICK
         if progress is not None:
-            progress("density", start + len(values), count)
+            progress("density", block_start + len(block), x_count)
     # The last layer ends with one plane outside the volume, which closes the surface.
     layer[filled_planes + 1] = outside_value(level)
-    builder.add(first, layer[: filled_planes + 2], touched_bricks(layer[: filled_planes + 2], level))
+    builder.add(first_plane, layer[: filled_planes + 2], touched_bricks(layer[: filled_planes + 2], level))
     # After the last block, because all densities must be known.
-    check_crossed(*(between() if between else (low, high)), level)
+    check_crossed(*(density_range() if density_range else (low, high)), level)
     return builder.finish()

@@ -74,7 +74,7 @@ class FieldGrid:
         border: fraction of the cube's edge that is trimmed at each face, 0 <= border < 0.5. Trimmed points
             have the density `OUTSIDE`.
 
-    Raises: ValueError if less than two points per axis remain inside the border.
+    Raises: ValueError if fewer than two points per axis remain inside the border.
     """
 
     def __init__(self, field: Field, resolution: int, border: float = 0.0):
@@ -91,7 +91,7 @@ class FieldGrid:
         self.inside = slice(self.trim, resolution - self.trim)
         if resolution - 2 * self.trim < 2:
             raise ValueError(
-                f"FieldGrid: a border of {border:g} with {resolution} points per axis leaves less than 2"
+                f"FieldGrid: a border of {border:g} with {resolution} points per axis leaves fewer than 2"
                 " points inside. Reduce the border or increase the resolution."
             )
 
@@ -124,20 +124,20 @@ class FieldGrid:
         self.high = max(self.high, float(block.max()))
         return block
 
-    def __call__(self, x: slice) -> torch.Tensor:
+    def __call__(self, x_range: slice) -> torch.Tensor:
         """Return the raw density [x, Y, Z] of the grid points whose x indices are in a slice."""
-        low = self.inside.start
-        high = self.inside.stop
-        start = max(x.start, low)
-        stop = min(x.stop, high)
-        if low == 0:  # no trimmed border
-            return self._block(self.axes[0][x], *self.axes[1:])
-        block = torch.full((x.stop - x.start, self.resolution, self.resolution), OUTSIDE)
+        first_inside = self.inside.start
+        end_inside = self.inside.stop
+        start = max(x_range.start, first_inside)
+        stop = min(x_range.stop, end_inside)
+        if first_inside == 0:  # no trimmed border
+            return self._block(self.axes[0][x_range], *self.axes[1:])
+        block = torch.full((x_range.stop - x_range.start, self.resolution, self.resolution), OUTSIDE)
         if start < stop:
-            y, z = (axis[low:high] for axis in self.axes[1:])
-            block[start - x.start : stop - x.start, low:high, low:high] = self._block(
-                self.axes[0][start:stop], y, z
-            )
+            y, z = (axis[first_inside:end_inside] for axis in self.axes[1:])
+            block[
+                start - x_range.start : stop - x_range.start, first_inside:end_inside, first_inside:end_inside
+            ] = self._block(self.axes[0][start:stop], y, z)
         return block
 
 
@@ -164,29 +164,31 @@ def extract_field_mesh(
     # The bounds assume that trimmed points lie below the level.
     if density is None or density.w.device.type != "cpu" or (grid.trim and level <= OUTSIDE):
         return extract_mesh_blockwise(
-            grid, grid.axes, level, progress=progress, between=lambda: (grid.low, grid.high)
+            grid, grid.axes, level, progress=progress, density_range=lambda: (grid.low, grid.high)
         )
-    bounds = bound_bricks(density, level)
+    brick_bounds = bound_bricks(density, level)
     axes = [axis[grid.inside].double().numpy() for axis in grid.axes]
     builder = SurfaceBuilder(axes, float(level))
-    threads = torch.get_num_threads()
+    thread_count = torch.get_num_threads()
     # Bricks are evaluated in parallel threads, each with serial operations. If instead each of the thousands
     # of small operations ran in parallel, the threads would mostly wait for each other.
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(thread_count) as pool:
             sampler = _LayerSampler(density, OUTSIDE if grid.trim else outside_value(level), pool)
-            for layer_index, selected_bricks in enumerate(bounds.undecided):
+            for layer_index, selected_bricks in enumerate(brick_bounds.undecided):
                 builder.add(layer_index * BRICK, sampler.layer(layer_index, selected_bricks), selected_bricks)
                 if progress is not None:
                     progress("density", min((layer_index + 1) * BRICK, len(axes[0])), len(axes[0]))
     finally:
-        torch.set_num_threads(threads)
-    if not ((bounds.any_below or sampler.low < level) and (bounds.any_above or sampler.high > level)):
+        torch.set_num_threads(thread_count)
+    if not (
+        (brick_bounds.any_below or sampler.low < level) and (brick_bounds.any_above or sampler.high > level)
+    ):
         # The surface may consist only of caps at the border. All densities are evaluated, to decide whether
         # they cross the level, and to name their range in the error message.
-        for x in range(grid.resolution):
-            grid(slice(x, x + 1))
+        for x_index in range(grid.resolution):
+            grid(slice(x_index, x_index + 1))
         check_crossed(grid.low, grid.high, level)
     return builder.finish()
 
@@ -224,52 +226,56 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
     return BrickBounds(undecided, coarse.any_below or fine.any_below, coarse.any_above or fine.any_above)
 
 
-def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickBounds:
+def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int) -> BrickBounds:
     """Classify bricks of a given size by the bounds of their density.
 
     Args:
         density: density in separable form.
         level: raw density on the surface.
-        size: number of cells along the edge of a brick.
+        cells_per_brick: number of cells along the edge of a brick.
 
     Raises: ValueError if a map contains NaN or infinity.
     """
-    low, high = zip(
-        *(_map_extremes(map_values, density.shape, size) for map_values in density.maps), strict=True
+    map_minima, map_maxima = zip(
+        *(_map_extremes(map_values, density.shape, cells_per_brick) for map_values in density.maps),
+        strict=True,
     )
     # A density that is not finite is an error, as it is when the full volume is evaluated.
-    for least, greatest in zip(low, high, strict=True):
-        check_finite(float(least.min()), float(greatest.max()))
+    for map_low, map_high in zip(map_minima, map_maxima, strict=True):
+        check_finite(float(map_low.min()), float(map_high.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
-    x, y, z = (bricks_along(points, size) for points in density.shape)
+    x, y, z = (bricks_along(points, cells_per_brick) for points in density.shape)
     shape = (x, y, z)
     # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
     upper = slab_density(
-        [torch.cat(pair, dim=1) for pair in zip(high, low, strict=True)], w, density.b, shape
+        [torch.cat(pair, dim=1) for pair in zip(map_maxima, map_minima, strict=True)], w, density.b, shape
     )
     lower = slab_density(
-        [torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape
+        [torch.cat(pair, dim=1) for pair in zip(map_minima, map_maxima, strict=True)], w, density.b, shape
     )
     # [J], an upper bound of |h_j| on the grid
-    largest = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*low, *high))
-    slack = _ROUNDING * (
+    largest = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
+    tolerance = _ROUNDING * (
         float((density.w.abs() * (largest + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
     )
     # True for bricks without points outside the volume
     is_inner = np.ones((), dtype=bool)
     for axis, points in enumerate(density.shape):
-        first = np.arange(shape[axis]) * size
+        first_point = np.arange(shape[axis]) * cells_per_brick
         is_inner = is_inner & np.expand_dims(
-            (first > 0) & (first + size <= points), tuple(i for i in range(3) if i != axis)
+            (first_point > 0) & (first_point + cells_per_brick <= points),
+            tuple(other_axis for other_axis in range(3) if other_axis != axis),
         )
-    below = (upper < level - slack).numpy()
-    above = (lower > level + slack).numpy()
+    is_below = (upper < level - tolerance).numpy()
+    is_above = (lower > level + tolerance).numpy()
     # A brick at the border that lies above the level contains a part of the cap.
-    undecided = ~(below | (above & is_inner))
-    return BrickBounds(undecided, bool(below.any()), bool(above.any()))
+    is_undecided = ~(is_below | (is_above & is_inner))
+    return BrickBounds(is_undecided, bool(is_below.any()), bool(is_above.any()))
 
 
-def _map_extremes(values: torch.Tensor, shape: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _map_extremes(
+    values: torch.Tensor, shape: Sequence[int], cells_per_brick: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the smallest and the largest value of a map over the grid points of each brick.
 
     The grid points on the faces of a brick are included.
@@ -277,25 +283,27 @@ def _map_extremes(values: torch.Tensor, shape: Sequence[int], size: int) -> tupl
     Args:
         values: map [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z].
         shape: numbers X, Y, Z of grid points.
-        size: number of cells along the edge of a brick.
+        cells_per_brick: number of cells along the edge of a brick.
 
     Returns: smallest and largest values, in the layout of the map, with bricks in place of grid points.
     """
     low = values
     high = values
     # The extremes over a brick are computed axis by axis; axis 1 holds the hidden units.
-    for dim, points in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
+    for axis, point_count in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
         # the map does not depend on this coordinate
-        if values.shape[dim] == 1:
+        if values.shape[axis] == 1:
             continue
         # A point outside the volume repeats the nearest point inside, which does not change the extremes.
-        starts = torch.arange(bricks_along(points, size)) * size - 1
-        point_indices = [(starts + step).clamp(0, points - 1) for step in range(size + 1)]
-        range_low = low.index_select(dim, point_indices[0])
-        range_high = high.index_select(dim, point_indices[0])
-        for index in point_indices[1:]:
-            torch.minimum(range_low, low.index_select(dim, index), out=range_low)
-            torch.maximum(range_high, high.index_select(dim, index), out=range_high)
+        first_points = torch.arange(bricks_along(point_count, cells_per_brick)) * cells_per_brick - 1
+        point_indices = [
+            (first_points + step).clamp(0, point_count - 1) for step in range(cells_per_brick + 1)
+        ]
+        range_low = low.index_select(axis, point_indices[0])
+        range_high = high.index_select(axis, point_indices[0])
+        for step_indices in point_indices[1:]:
+            torch.minimum(range_low, low.index_select(axis, step_indices), out=range_low)
+            torch.maximum(range_high, high.index_select(axis, step_indices), out=range_high)
         low = range_low
         high = range_high
     return low, high
@@ -336,83 +344,94 @@ class _LayerSampler:
         """
         points_x, points_y, points_z = self._density.shape
         # x index of the layer's first plane; -1 is outside
-        first = layer_index * BRICK - 1
-        planes = slice(max(first, 0), min(first + BRICK + 1, points_x))
-        inner = (slice(1, points_y + 1), slice(1, points_z + 1))
-        self._layer[-1][inner] = np.nan
+        first_plane = layer_index * BRICK - 1
+        x_range = slice(max(first_plane, 0), min(first_plane + BRICK + 1, points_x))
+        inside_slices = (slice(1, points_y + 1), slice(1, points_z + 1))
+        self._layer[-1][inside_slices] = np.nan
         if selected_bricks.mean() > _DENSE_SHARE:
             # Ranges of rows overlap by one row, so that each range has at least two points.
-            rows = [slice(y, min(y + _DENSE_ROWS, points_y)) for y in range(0, points_y - 1, _DENSE_ROWS - 1)]
-            columns = [[slice(0, points_z)]] * len(rows)
+            y_ranges = [
+                slice(y_start, min(y_start + _DENSE_ROWS, points_y))
+                for y_start in range(0, points_y - 1, _DENSE_ROWS - 1)
+            ]
+            z_ranges = [[slice(0, points_z)]] * len(y_ranges)
         else:
             brick_rows = np.flatnonzero(selected_bricks.any(axis=1)).tolist()
-            rows = [_points(row, points_y) for row in brick_rows]
-            columns = [_runs(selected_bricks[row], points_z) for row in brick_rows]
-        self._fill(first, planes, rows, columns)
+            y_ranges = [_points(brick_row, points_y) for brick_row in brick_rows]
+            z_ranges = [_runs(selected_bricks[brick_row], points_z) for brick_row in brick_rows]
+        self._fill(first_plane, x_range, y_ranges, z_ranges)
         # The last layer reaches beyond the volume.
-        if first + BRICK + 1 > points_x:
-            self._layer[points_x - first :] = self._outside
-        evaluated = ~np.isnan(self._shared)
-        self._layer[0][evaluated] = self._shared[evaluated]
+        if first_plane + BRICK + 1 > points_x:
+            self._layer[points_x - first_plane :] = self._outside
+        is_evaluated = ~np.isnan(self._shared)
+        self._layer[0][is_evaluated] = self._shared[is_evaluated]
         self._shared = self._layer[-1].copy()
         return self._layer
 
-    def _fill(self, first: int, x: slice, rows: list[slice], columns: list[list[slice]]) -> None:
+    def _fill(
+        self, first_plane: int, x_range: slice, y_ranges: list[slice], z_ranges: list[list[slice]]
+    ) -> None:
         """Evaluate the density at ranges of y and z indices, and write it into the layer.
 
         Args:
-            first: x index of the first plane of the layer; -1 is outside the volume.
-            x: x indices to evaluate.
-            rows: ranges of y indices.
-            columns: ranges of z indices for each range of y indices.
+            first_plane: x index of the first plane of the layer; -1 is outside the volume.
+            x_range: x indices to evaluate.
+            y_ranges: ranges of y indices.
+            z_ranges: ranges of z indices for each range of y indices.
         """
         # `slab_density` recognises the layout of a map by its sizes, so an axis needs at least two points.
-        extra_planes = int(x.stop - x.start == 1)
-        evaluate_part = functools.partial(self._density.part, slice(x.start - extra_planes, x.stop))
-        for y, runs, sampled in zip(rows, columns, self._pool.map(evaluate_part, rows, columns), strict=True):
-            values = sampled.numpy()[extra_planes:]
-            self.low = min(self.low, float(values.min()))
-            self.high = max(self.high, float(values.max()))
+        extra_planes = int(x_range.stop - x_range.start == 1)
+        evaluate_part = functools.partial(
+            self._density.part, slice(x_range.start - extra_planes, x_range.stop)
+        )
+        for y_range, z_runs, sampled_densities in zip(
+            y_ranges, z_ranges, self._pool.map(evaluate_part, y_ranges, z_ranges), strict=True
+        ):
+            densities = sampled_densities.numpy()[extra_planes:]
+            self.low = min(self.low, float(densities.min()))
+            self.high = max(self.high, float(densities.max()))
             # + 1: index 0 of the padded axes is outside
-            target = self._layer[x.start - first : x.stop - first, y.start + 1 : y.stop + 1]
+            layer_part = self._layer[
+                x_range.start - first_plane : x_range.stop - first_plane, y_range.start + 1 : y_range.stop + 1
+            ]
             end = 0
-            for run in runs:
+            for run in z_runs:
                 start = end
                 end = end + run.stop - run.start
-                target[:, :, run.start + 1 : run.stop + 1] = values[:, :, start:end]
+                layer_part[:, :, run.start + 1 : run.stop + 1] = densities[:, :, start:end]
 
 
-def _points(brick: int, points: int) -> slice:
+def _points(brick_index: int, point_count: int) -> slice:
     """Return the indices of the grid points of one brick along an axis, at least two points.
 
     Args:
-        brick: index of the brick along the axis.
-        points: number of grid points of the volume along the axis.
+        brick_index: index of the brick along the axis.
+        point_count: number of grid points of the volume along the axis.
     """
-    stop = min(brick * BRICK + BRICK, points)
-    return slice(max(min(brick * BRICK - 1, stop - 2), 0), stop)
+    stop = min(brick_index * BRICK + BRICK, point_count)
+    return slice(max(min(brick_index * BRICK - 1, stop - 2), 0), stop)
 
 
-def _runs(selected_bricks: np.ndarray, points: int) -> list[slice]:
+def _runs(selected_bricks: np.ndarray, point_count: int) -> list[slice]:
     """Return ranges of indices of the grid points in the selected bricks of a row.
 
     All ranges together contain at least two points.
 
     Args:
         selected_bricks: bool [bricks along z], True for the selected bricks.
-        points: number of grid points of the volume along z.
+        point_count: number of grid points of the volume along z.
     """
     # pairs: first brick of a run of selected bricks, and first brick after the run
     run_bounds = np.flatnonzero(np.diff(selected_bricks, prepend=False, append=False)).reshape(-1, 2)
     runs = [
         # Brick k has the points k BRICK - 1 to (k + 1) BRICK - 1: points of the volume count from 0, bricks
         # begin outside.
-        slice(max(first * BRICK - 1, 0), min(stop * BRICK, points))
+        slice(max(first * BRICK - 1, 0), min(stop * BRICK, point_count))
         for first, stop in run_bounds.tolist()
     ]
     # A single point, the last one: its neighbour is added, because an axis needs at least two points.
     if len(runs) == 1 and runs[0].stop - runs[0].start == 1:
-        return [slice(points - 2, points)]
+        return [slice(point_count - 2, point_count)]
     return runs
 
 
@@ -473,12 +492,14 @@ def save_mesh(
     mesh = trimesh.Trimesh(
         vertices=vertices, faces=faces, vertex_colors=colors, vertex_normals=normals, process=False
     )
-    kind = path.suffix.lower()[1:]
+    file_type = path.suffix.lower()[1:]
     # trimesh names this option differently for each format
-    options: dict[str, Any] = {"vertex_normal" if kind == "ply" else "include_normals": normals is not None}
+    export_options: dict[str, Any] = {
+        "vertex_normal" if file_type == "ply" else "include_normals": normals is not None
+    }
     # text for .obj, bytes for the other formats
-    data: Any = mesh.export(file_type=kind, **options)
-    write_atomic(path, data.encode() if isinstance(data, str) else data)
+    file_content: Any = mesh.export(file_type=file_type, **export_options)
+    write_atomic(path, file_content.encode() if isinstance(file_content, str) else file_content)
     return path
 
 
@@ -486,7 +507,7 @@ def write_mrc(
     path: str | Path,
     sample: Callable[[slice], torch.Tensor],
     resolution: int,
-    step: float,
+    grid_step: float,
     progress: Progress | None = None,
 ) -> Path:
     """Write a density on a cube of grid points as an MRC volume of mode 2 (float32), with EG3D's axes.
@@ -499,7 +520,7 @@ def write_mrc(
         path: path of the file.
         sample: function of a slice of x indices that returns the raw density [x, N, N] of these grid points.
         resolution: number N of grid points per axis.
-        step: distance between grid points in world units.
+        grid_step: distance between grid points in world units.
         progress: function that is called with ("density", number of finished x indices, N).
 
     Returns: the path.
@@ -521,7 +542,7 @@ def write_mrc(
                 if progress is not None:
                     progress("density", stop, resolution)
             file.voxel_size = 1.0
-            file.add_label(f"raw density, step {step:.9g} world units, axes: -x, y, z")
+            file.add_label(f"raw density, step {grid_step:.9g} world units, axes: -x, y, z")
             file.update_header_stats()
         # Renaming is atomic within one file system; the temporary file lies in the same folder.
         os.replace(temporary, path)
@@ -561,14 +582,14 @@ class MeshReport:
     normals_down_density: float  # fraction of probed vertices along whose normal the density decreases, 0..1
     bounds: list[list[float]]  # smallest and largest x, y, z, world units
 
-    def write(self, path: str | Path, **more) -> None:
+    def write(self, path: str | Path, **further_entries) -> None:
         """Write the report as a JSON file.
 
         Args:
             path: path of the file.
-            more: further entries of the file, by name.
+            further_entries: further entries of the file, by name.
         """
-        write_atomic(path, (json.dumps({**asdict(self), **more}, indent=1) + "\n").encode())
+        write_atomic(path, (json.dumps({**asdict(self), **further_entries}, indent=1) + "\n").encode())
 
 
 def export_mesh(
@@ -602,12 +623,12 @@ def export_mesh(
     vertices, faces = extract_field_mesh(
         grid, field.level if options.level is None else options.level, progress
     )
-    extracted_faces = len(faces)
+    extracted_face_count = len(faces)
     report_progress("parts", 0, 1)
     if options.component == "largest":
-        vertices, faces, components = largest_part(vertices, faces)
+        vertices, faces, component_count = largest_part(vertices, faces)
     else:
-        components, _ = find_parts(faces, len(vertices))
+        component_count, _ = find_parts(faces, len(vertices))
     report_progress("parts", 1, 1)
     if options.faces is not None:
         report_progress("decimation", 0, 1)
@@ -616,20 +637,22 @@ def export_mesh(
     colors = vertex_colors(field, vertices, progress) if options.colors else None
     report_progress("checks", 0, 1)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces), colors)
-    report = check_mesh(mesh, field, options, extracted_faces, components)
+    report = check_mesh(mesh, field, options, extracted_face_count, component_count)
     report_progress("checks", 1, 1)
     return mesh, report
 
 
-def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, components: int) -> MeshReport:
+def check_mesh(
+    mesh: Mesh, field: Field, options: MeshOptions, extracted_face_count: int, component_count: int
+) -> MeshReport:
     """Measure a mesh, and check whether it is closed and oriented outwards.
 
     Args:
         mesh: mesh to check.
         field: field of which it is the surface.
         options: settings of the export.
-        extracted: number of faces before the selection of a part and the decimation.
-        components: number of connected parts before the selection of a part.
+        extracted_face_count: number of faces before the selection of a part and the decimation.
+        component_count: number of connected parts before the selection of a part.
     """
     edges = count_edges(mesh.faces)
     # positive only if the faces are oriented outwards
@@ -637,8 +660,8 @@ def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, c
     return MeshReport(
         vertices=len(mesh.vertices),
         faces=len(mesh.faces),
-        faces_extracted=extracted,
-        components_extracted=components,
+        faces_extracted=extracted_face_count,
+        components_extracted=component_count,
         components=find_parts(mesh.faces, len(mesh.vertices))[0],
         open_edges=edges.open,
         shared_edges=edges.shared,
@@ -664,18 +687,19 @@ def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> floa
         options: settings of the export.
     """
     # distance between grid points in world units
-    step = field.bounds.side / (options.resolution - 1)
+    grid_step = field.bounds.side / (options.resolution - 1)
     centre = np.asarray(field.bounds.centre, dtype=mesh.vertices.dtype)
     # Two grid steps from the border: vertices of the caps lie at the border.
     is_inside = (
-        np.abs(mesh.vertices - centre).max(axis=1) < field.bounds.side * (0.5 - options.border) - 2 * step
+        np.abs(mesh.vertices - centre).max(axis=1)
+        < field.bounds.side * (0.5 - options.border) - 2 * grid_step
     )
     vertex_indices = np.flatnonzero(is_inside)
     vertex_indices = vertex_indices[:: max(1, len(vertex_indices) // _PROBES)]
     if len(vertex_indices) == 0:
         return 1.0  # only caps
     points = torch.from_numpy(mesh.vertices[vertex_indices])
-    offset = torch.from_numpy(mesh.normals[vertex_indices]) * (_PROBE_STEP * step)
+    offset = torch.from_numpy(mesh.normals[vertex_indices]) * (_PROBE_STEP * grid_step)
     return float((field.density(points + offset) < field.density(points - offset)).double().mean())
 
 

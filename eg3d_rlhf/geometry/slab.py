@@ -41,29 +41,29 @@ from torch_utils.ops.triplane_decode import MergedPlanes, projection_axes, tripl
 # maps.
 
 
-def interpolation_matrix(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:
+def interpolation_matrix(coordinates: torch.Tensor, texel_count: int) -> tuple[torch.Tensor, slice]:
     """Compute the weights of linear interpolation along one axis of a plane.
 
     Args:
-        coordinates: [points] in plane units, where -1 and 1 are the outer edges of the plane
+        coordinates: coordinates [points] in plane units, where -1 and 1 are the outer edges of the plane
             (align_corners=False). The plane is 0 outside.
-        size: number of texels along the axis.
+        texel_count: number of texels along the axis.
 
     Returns: a matrix [points, touched texels] with at most two non-zeros per row, and the slice of the texels
         to which its columns belong.
     """
     # position in texels: texel i has its centre at position i
-    position = ((coordinates + 1) * size - 1) / 2
+    position = ((coordinates + 1) * texel_count - 1) / 2
     low = position.floor()
     fraction = position - low
-    index = low.long()
+    low_index = low.long()
     # The slice is clipped to the plane. A neighbour outside it matches no column, so it contributes 0.
-    first = min(max(int(index.min()), 0), size - 1)
-    last = max(min(int(index.max()) + 1, size - 1), first)
+    first = min(max(int(low_index.min()), 0), texel_count - 1)
+    last = max(min(int(low_index.max()) + 1, texel_count - 1), first)
     texels = torch.arange(first, last + 1)
-    at_low = index[:, None] == texels
-    at_high = (index + 1)[:, None] == texels
-    return at_low * (1 - fraction)[:, None] + at_high * fraction[:, None], slice(first, last + 1)
+    is_low_texel = low_index[:, None] == texels
+    is_high_texel = (low_index + 1)[:, None] == texels
+    return is_low_texel * (1 - fraction)[:, None] + is_high_texel * fraction[:, None], slice(first, last + 1)
 
 
 def pair_maps(
@@ -89,22 +89,24 @@ def pair_maps(
     Returns: one to three maps of the shapes [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z].
     """
     # unordered pairs, each once, in the order of the planes
-    merged = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
+    unique_pairs = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
     features = _SampledPlanes.apply(
-        planes, tuple(pairs), merged, tuple(axis.to(planes.dtype) for axis in axes)
+        planes, tuple(pairs), unique_pairs, tuple(axis.to(planes.dtype) for axis in axes)
     )
     maps = []
-    for position, (pair, sampled) in enumerate(zip(merged, features, strict=True)):
+    for map_index, (pair, sampled) in enumerate(zip(unique_pairs, features, strict=True)):
         # Coordinate on which the map does not depend. The three coordinates 0, 1 and 2 sum to 3.
-        absent = 3 - sum(pair)
+        absent_axis = 3 - sum(pair)
         # The division by K = len(pairs) is the average over planes. In a map that depends on x, x comes
         # before J, because slab_density reads slices of x.
-        hidden = torch.einsum("jc,ncuv->njuv" if absent == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled)
+        hidden_map = torch.einsum(
+            "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled
+        )
         # The bias is added to one map only, since the maps are summed.
-        if position == 0:
-            hidden = hidden + (b0[:, None, None] if absent == 0 else b0[:, None])
+        if map_index == 0:
+            hidden_map = hidden_map + (b0[:, None, None] if absent_axis == 0 else b0[:, None])
         # a new axis of length 1 for the missing coordinate
-        maps.append(hidden.unsqueeze({0: 1, 1: 3, 2: 4}[absent]))
+        maps.append(hidden_map.unsqueeze({0: 1, 1: 3, 2: 4}[absent_axis]))
     return maps
 
 
@@ -129,11 +131,11 @@ class _SampledPlanes(torch.autograd.Function):
             for width, height in pairs
         ]
         features = [None] * len(merged)
-        for k, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
+        for plane_index, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
             zip(pairs, ctx.sides, strict=True)
         ):
             # the part of plane k that the grid reads, as [N, C, rows, columns]
-            touched_texels = planes[:, k, :, row_slice, column_slice]
+            touched_texels = planes[:, plane_index, :, row_slice, column_slice]
             sampled = (
                 rows.to(planes.device) @ touched_texels @ columns.to(planes.device).T
             )  # [N, C, height, width]
@@ -153,13 +155,13 @@ class _SampledPlanes(torch.autograd.Function):
         any_gradient = next(gradient for gradient in grads if gradient is not None)
         # Texels outside the touched rows and columns have the gradient 0.
         plane_gradients = any_gradient.new_zeros(ctx.shape)
-        for k, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
+        for plane_index, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
             zip(ctx.pairs, ctx.sides, strict=True)
         ):
             grad = grads[ctx.merged.index((min(width, height), max(width, height)))]
             if grad is not None:
                 grad = grad.transpose(2, 3) if height > width else grad
-                plane_gradients[:, k, :, row_slice, column_slice] = (
+                plane_gradients[:, plane_index, :, row_slice, column_slice] = (
                     rows.to(grad.device).T @ grad @ columns.to(grad.device)
                 )
         return plane_gradients, None, None, None
@@ -176,28 +178,32 @@ class SeparableDensity:
     shape: tuple[int, int, int]  # X, Y, Z
 
     @torch.no_grad()
-    def part(self, x: slice, y: slice, z: Sequence[slice]) -> torch.Tensor:
+    def part(self, x_range: slice, y_range: slice, z_ranges: Sequence[slice]) -> torch.Tensor:
         """Compute the raw density at ranges of grid points.
 
         Args:
-            x: range of at least two x indices.
-            y: range of at least two y indices.
-            z: one or more ranges of z indices, with at least two indices in total.
+            x_range: range of at least two x indices.
+            y_range: range of at least two y indices.
+            z_ranges: one or more ranges of z indices, with at least two indices in total.
 
         Returns: raw density [number of x indices, number of y indices, total number of z indices].
         """
-        shape = (x.stop - x.start, y.stop - y.start, sum(run.stop - run.start for run in z))
+        shape = (
+            x_range.stop - x_range.start,
+            y_range.stop - y_range.start,
+            sum(z_range.stop - z_range.start for z_range in z_ranges),
+        )
         maps = []
         for full_map in self.maps:
             # an axis of length 1: the map does not depend on this coordinate
-            selected = full_map[x] if full_map.shape[0] > 1 else full_map
-            selected = selected[:, :, y] if selected.shape[2] > 1 else selected
+            selected_map = full_map[x_range] if full_map.shape[0] > 1 else full_map
+            selected_map = selected_map[:, :, y_range] if selected_map.shape[2] > 1 else selected_map
             # Concatenated slices are copied run by run; a list of indices would copy value by value.
-            if selected.shape[3] > 1 and len(z) > 1:
-                selected = torch.cat([selected[..., run] for run in z], dim=3)
-            elif selected.shape[3] > 1:
-                selected = selected[..., z[0]]
-            maps.append(selected)
+            if selected_map.shape[3] > 1 and len(z_ranges) > 1:
+                selected_map = torch.cat([selected_map[..., z_range] for z_range in z_ranges], dim=3)
+            elif selected_map.shape[3] > 1:
+                selected_map = selected_map[..., z_ranges[0]]
+            maps.append(selected_map)
         return slab_density(maps, self.w, self.b, shape)
 
 
@@ -216,7 +222,7 @@ class SeparableField(Field, Protocol):
             y: world coordinates [Y] of the grid points along y.
             z: world coordinates [Z] of the grid points along z.
 
-        Returns: None if the planes are not aligned with the axes.
+        Returns: the density as maps of two coordinates; None if the planes are not aligned with the axes.
         """
 
 
@@ -275,14 +281,14 @@ def sigma_from_planes(
     if planes.dtype not in (torch.float32, torch.float64):
         planes = planes.float()
     weights = DecoderWeights(*(weight.to(planes.dtype) for weight in weights))
-    straight = spec.lattice == "straight"
-    if impl == "separable" and not straight:
+    is_straight = spec.lattice == "straight"
+    if impl == "separable" and not is_straight:
         raise ValueError(
             f"density_grid: impl='separable' needs a straight lattice, and the lattice is {spec.lattice!r}."
             " Use impl='auto'."
         )
     # None if the planes are not axis-aligned
-    pairs = projection_axes(plane_axes) if straight and impl != "pointwise" else None
+    pairs = projection_axes(plane_axes) if is_straight and impl != "pointwise" else None
     if pairs is not None:
         axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
         depth, height, width = spec.shape
@@ -301,9 +307,9 @@ def sigma_from_planes(
         # Otherwise a map [N, 1, J, Y, Z] is shared along x, and each sample needs its own call.
         volumes = [
             slab_density(
-                [map_batch[sample] for map_batch in maps], *density_weights, (width, height, depth)
+                [map_batch[sample_index] for map_batch in maps], *density_weights, (width, height, depth)
             ).permute(2, 1, 0)
-            for sample in range(len(planes))
+            for sample_index in range(len(planes))
         ]
         return torch.stack(volumes)  # [N, D, H, W], contiguous
     if impl == "separable":
@@ -311,7 +317,7 @@ def sigma_from_planes(
             "density_grid: impl='separable' needs axis-aligned planes, but these planes are not aligned with"
             " the axes. Use impl='auto'."
         )
-    if impl == "auto" and straight:
+    if impl == "auto" and is_straight:
         _warn_not_separable()
     points = spec.points().to(planes)  # [D, H, W, 3], components x, y, z
     point_impl = "ref" if impl == "pointwise" else "auto"
@@ -438,9 +444,9 @@ def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tenso
     high = sigma.amax(dim=dims, keepdim=True)
     span = high - low
     # The inner `where` avoids 0 / 0. Its gradient would be NaN although the outer `where` discards the value.
-    constant = span == 0
-    scaled = (sigma - low) / torch.where(constant, torch.ones_like(span), span) * value_max
-    return torch.where(constant, torch.zeros_like(scaled), scaled)
+    is_constant = span == 0
+    scaled = (sigma - low) / torch.where(is_constant, torch.ones_like(span), span) * value_max
+    return torch.where(is_constant, torch.zeros_like(scaled), scaled)
 
 
 # A tri-grid (PanoHead, arXiv:2303.13071) has a stack of D parallel slices in place of each plane, and
@@ -478,7 +484,7 @@ def tri_grid_density(
 
     Args:
         planes: stacks [N, 3, C, D, P, Q].
-        orders: coordinates along the axes of each stack. The slices of each stack lie along another
+        orders: coordinates along the axes of each stack. The slices of no two stacks lie along the same
             coordinate.
         weights: weights of the decoder.
         axes: coordinates x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
@@ -490,8 +496,8 @@ def tri_grid_density(
     blend_x, blend_y, blend_z = (_blend(axis, planes.shape[3], extent).to(planes) for axis in axes)
     # by the coordinate along the slices; the division by the number of stacks is the average over them
     stacks = {
-        order[2]: _hidden(planes[:, k], order, weights.w0 / len(orders), axes)
-        for k, order in enumerate(orders)
+        order[2]: _hidden(planes[:, stack_index], order, weights.w0 / len(orders), axes)
+        for stack_index, order in enumerate(orders)
     }
     a = stacks[2]  # [N, J, D, X, Y]
     b = stacks[1].permute(4, 0, 1, 3, 2)  # [N, J, D, X, Z] -> [Z, N, J, X, D]
@@ -504,12 +510,12 @@ def tri_grid_density(
     # number of pre-activations of one x and one z index: N J Y
     line_size = a.shape[0] * a.shape[1] * a.shape[4]
     # Without gradients, each thread of the CPU computes a share of the x indices; -(-a // b) rounds up.
-    rows = min(
+    row_count = min(
         max(1, block_size // line_size),
         a.shape[3] if needs_gradient else -(-a.shape[3] // torch.get_num_threads()),
     )
-    layers = min(max(1, block_size // (line_size * rows)), len(b))
-    recompute = needs_gradient and (rows < a.shape[3] or layers < len(b))
+    layer_count = min(max(1, block_size // (line_size * row_count)), len(b))
+    recompute = needs_gradient and (row_count < a.shape[3] or layer_count < len(b))
 
     def evaluate_rows(a_rows: torch.Tensor, b_rows: torch.Tensor, x_rows: torch.Tensor) -> torch.Tensor:
         """Compute the raw density [Z, N, R, Y] of a range of R x indices at all z indices."""
@@ -517,7 +523,7 @@ def tri_grid_density(
         a_rows = a_rows.movedim(2, 0).contiguous()
         layer_blocks = []
         for z_layers, b_layers, c_layers in zip(
-            blend_z.split(layers), b_rows.split(layers), c.split(layers), strict=True
+            blend_z.split(layer_count), b_rows.split(layer_count), c.split(layer_count), strict=True
         ):
             inputs = (a_rows, b_layers, c_layers, x_rows, blend_y, z_layers, weights.w_sigma, weights.b_sigma)
             layer_blocks.append(
@@ -525,49 +531,51 @@ def tri_grid_density(
             )
         return torch.cat(layer_blocks)  # [Z, N, R, Y]
 
-    split = a.split(rows, dim=3), b.split(rows, dim=3), blend_x.split(rows)
+    row_splits = a.split(row_count, dim=3), b.split(row_count, dim=3), blend_x.split(row_count)
     row_blocks = (
-        list(map(evaluate_rows, *split))
+        list(map(evaluate_rows, *row_splits))
         if needs_gradient or planes.is_cuda
-        else _in_threads(evaluate_rows, *split)
+        else _in_threads(evaluate_rows, *row_splits)
     )
     return torch.cat(row_blocks, dim=2).permute(1, 2, 3, 0)  # [Z, N, X, Y] -> [N, X, Y, Z]
 
 
-def _in_threads(work: Callable[..., torch.Tensor], *items: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _in_threads(
+    function: Callable[..., torch.Tensor], *argument_sequences: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """Call a function without gradients in as many threads as torch uses, each with serial operations.
 
     If the small matrix products were parallel themselves, their threads would mostly wait for each other.
 
     Args:
-        work: function to call.
-        items: one sequence for each argument of the function, as for `map`.
+        function: function to call.
+        argument_sequences: one sequence for each argument of the function, as for `map`.
 
     Returns: the results, in order.
     """
-    threads = torch.get_num_threads()
+    thread_count = torch.get_num_threads()
     # operations within a thread are then serial
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(torch.no_grad()(work), *items))
+        with ThreadPoolExecutor(thread_count) as pool:
+            return list(pool.map(torch.no_grad()(function), *argument_sequences))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(thread_count)
 
 
-def _blend(axis: torch.Tensor, slices: int, extent: float) -> torch.Tensor:
+def _blend(positions: torch.Tensor, slice_count: int, extent: float) -> torch.Tensor:
     """Compute the weights of linear interpolation between the slices of a stack.
 
     Args:
-        axis: coordinates [points] along the slices, in plane units.
-        slices: number D of slices.
+        positions: coordinates [points] along the slices, in plane units.
+        slice_count: number D of slices.
         extent: extent of the slices, in edge lengths of the cube.
 
     Returns: weights [points, D].
     """
-    matrix, touched = interpolation_matrix(axis / extent, slices)
-    return torch.zeros(len(axis), slices, dtype=axis.dtype).index_copy(
-        1, torch.arange(slices)[touched], matrix.to(axis.dtype)
+    matrix, touched_slices = interpolation_matrix(positions / extent, slice_count)
+    return torch.zeros(len(positions), slice_count, dtype=positions.dtype).index_copy(
+        1, torch.arange(slice_count)[touched_slices], matrix.to(positions.dtype)
     )
 
 
@@ -577,12 +585,13 @@ def _hidden(
     """Sample a stack on a grid of its two coordinates, and apply the first layer of the decoder.
 
     Args:
-        stack: [N, C, D, P, Q].
+        stack: features [N, C, D, P, Q] of the D parallel slices.
         order: coordinates along the axes of the stack.
         w0: weights [J, C] of the first layer.
         axes: coordinates x [X], y [Y], z [Z] in plane units.
 
-    Returns: [N, J, D, lower axis, higher axis], where x is lower than y, and y lower than z.
+    Returns: pre-activations without the bias, [N, J, D, lower axis, higher axis], where x is lower than y,
+        and y is lower than z.
     """
     width, height, _ = order
     rows, row_slice = interpolation_matrix(axes[height], stack.shape[3])
@@ -595,7 +604,7 @@ def _hidden(
 def _block(a, b, c, blend_x, blend_y, blend_z, w_sigma, b_sigma) -> torch.Tensor:
     """Compute the raw density [L, N, R, Y] of a block of L z indices and R x indices.
 
-    The formula and its symbols stand above `tri_grid_density`.
+    The comment above `tri_grid_density` explains the formula and its symbols.
 
     Args:
         a: stack A [D, N, J, R, Y].

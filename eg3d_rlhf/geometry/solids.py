@@ -23,7 +23,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 
 EDGE = 64  # voxels per edge of the grids for which the constants of the score were chosen
-MOST = 256  # largest allowed number of voxels per edge
+MAX_EDGE = 256  # largest allowed number of voxels per edge
 LEAK = 0.05  # radius of the closing that bridges holes, as a fraction of the longest edge
 CRUMB = 0.05  # fraction of the exposed faces below which a part is dropped from the reference shape
 GATE = (0.75, 0.95)  # fidelity up to which the reward is 0, and from which it is the full score
@@ -128,7 +128,8 @@ def reduced(solid: np.ndarray, edge: int = EDGE) -> np.ndarray:
 def _checked(solid: np.ndarray) -> np.ndarray:
     """Return the grid as an array [X, Y, Z].
 
-    Raises: ValueError for another type or number of axes, and for a grid with more than MOST voxels per edge.
+    Raises: ValueError for another type or number of axes, and for a grid with more than MAX_EDGE voxels per
+        edge.
     """
     solid = np.asarray(solid)
     if solid.ndim != 3 or solid.dtype != bool:
@@ -137,10 +138,10 @@ def _checked(solid: np.ndarray) -> np.ndarray:
             " density > level."
         )
     # The time of the score grows with the number of voxels.
-    if max(solid.shape) > MOST:
+    if max(solid.shape) > MAX_EDGE:
         raise ValueError(
-            f"solid: a grid may have at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid"
-            f" to {EDGE}^3 voxels first (`reduced`)."
+            f"solid: a grid may have at most {MAX_EDGE} voxels per edge, got {max(solid.shape)}. Reduce the"
+            f" grid to {EDGE}^3 voxels first (`reduced`)."
         )
     return solid
 
@@ -169,16 +170,16 @@ def _insert_box(
     """
     grid = np.zeros(shape, dtype=bool)
     # slices of the box with the margin in the grid, cut off at the border of the grid
-    in_grid = [
-        slice(max(box_slice.start - margin, 0), min(box_slice.stop + margin, size))
-        for box_slice, size in zip(bounds, shape, strict=True)
+    grid_slices = [
+        slice(max(box_slice.start - margin, 0), min(box_slice.stop + margin, axis_length))
+        for box_slice, axis_length in zip(bounds, shape, strict=True)
     ]
     # the same voxels, as slices in the box
-    in_box = [
+    box_slices = [
         slice(grid_slice.start - box_slice.start + margin, grid_slice.stop - box_slice.start + margin)
-        for box_slice, grid_slice in zip(bounds, in_grid, strict=True)
+        for box_slice, grid_slice in zip(bounds, grid_slices, strict=True)
     ]
-    grid[tuple(in_grid)] = box[tuple(in_box)]
+    grid[tuple(grid_slices)] = box[tuple(box_slices)]
     return grid
 
 
@@ -243,29 +244,29 @@ def fill(solid: np.ndarray, radius: float) -> np.ndarray:
 # Measures.
 
 
-def exposed(labels: np.ndarray, count: int) -> np.ndarray:
+def exposed(labels: np.ndarray, part_count: int) -> np.ndarray:
     """Count the exposed voxel faces of each part: faces next to background or at the border of the grid.
 
     Args:
         labels: [X, Y, Z], 0 for background and 1..count for the parts.
-        count: number of parts.
+        part_count: number of parts.
 
     Returns: numbers of faces [count].
     """
     padded = np.pad(labels, 1)
-    total = np.zeros(count + 1, dtype=np.int64)
+    face_counts = np.zeros(part_count + 1, dtype=np.int64)
     all_but_last = slice(None, -1)
     all_but_first = slice(1, None)
     for axis in range(3):
         # both directions along the axis: a voxel and its next neighbour, then its previous neighbour
-        for voxels, neighbours in ((all_but_last, all_but_first), (all_but_first, all_but_last)):
+        for voxel_slice, neighbour_slice in ((all_but_last, all_but_first), (all_but_first, all_but_last)):
             # a slice along this axis; all voxels along the axes before it
-            voxel_label = padded[(slice(None),) * axis + (voxels,)]
-            neighbour_label = padded[(slice(None),) * axis + (neighbours,)]
+            voxel_label = padded[(slice(None),) * axis + (voxel_slice,)]
+            neighbour_label = padded[(slice(None),) * axis + (neighbour_slice,)]
             is_exposed = (voxel_label > 0) & (neighbour_label == 0)
-            total += np.bincount(voxel_label[is_exposed], minlength=count + 1)
+            face_counts += np.bincount(voxel_label[is_exposed], minlength=part_count + 1)
     # without the background, label 0
-    return total[1:]
+    return face_counts[1:]
 
 
 def main_share(solid: np.ndarray) -> float:
@@ -277,9 +278,9 @@ def main_share(solid: np.ndarray) -> float:
 
 def main_part(solid: np.ndarray) -> np.ndarray:
     """Return the grid with only the part that has the most exposed voxel faces."""
-    labels, count = ndimage.label(solid)
+    labels, part_count = ndimage.label(solid)
     # `exposed` begins with the label 1
-    return labels == 1 + exposed(labels, count).argmax() if count > 1 else solid
+    return labels == 1 + exposed(labels, part_count).argmax() if part_count > 1 else solid
 
 
 def euler(solid: np.ndarray) -> int:
@@ -289,17 +290,17 @@ def euler(solid: np.ndarray) -> int:
     touch at a corner count as one.
     """
     padded = np.pad(solid, 1)
-    total = 0
-    # A cell is extended along the axes that are True in `thick`, and flat along the other axes: (True, True,
-    # True) are the cubes, (False, False, False) the vertices. A cell that is flat along an axis lies between
-    # two voxels, and belongs to the union if one of them is solid.
-    for thick in itertools.product((False, True), repeat=3):
+    euler_number = 0
+    # A cell is extended along the axes that are True in `is_thick`, and flat along the other axes: (True,
+    # True, True) are the cubes, (False, False, False) the vertices. A cell that is flat along an axis lies
+    # between two voxels, and belongs to the union if one of them is solid.
+    for is_thick in itertools.product((False, True), repeat=3):
         cells = padded
-        for axis in (axis for axis in range(3) if not thick[axis]):
+        for axis in (axis for axis in range(3) if not is_thick[axis]):
             cells = np.delete(cells, -1, axis) | np.delete(cells, 0, axis)
         # the sign of a cell is (-1)^dimension
-        total += (-1) ** sum(thick) * int(cells.sum())
-    return total
+        euler_number += (-1) ** sum(is_thick) * int(cells.sum())
+    return euler_number
 
 
 def stability(solid: np.ndarray) -> tuple[float, float]:
@@ -315,20 +316,20 @@ def stability(solid: np.ndarray) -> tuple[float, float]:
     points = np.argwhere(solid)
     if not len(points):
         return _FALLS, -math.inf
-    lowest = points[:, 1].min()
+    lowest_y = points[:, 1].min()
     # + 0.5: voxel (i, j, k) covers the interval [i, i + 1] along the first axis, and likewise for the others
     centre = points.mean(axis=0) + 0.5
     # x and z of the voxels of the lowest layer
-    corners = points[points[:, 1] == lowest][:, [0, 2]]
+    base_voxels = points[points[:, 1] == lowest_y][:, [0, 2]]
     # Each voxel contributes its four corners. A row of `equations` is an outward unit normal (2) and an
     # offset.
     hull_sides = ConvexHull(
-        np.concatenate([corners + step for step in itertools.product((0, 1), repeat=2)])
+        np.concatenate([base_voxels + offset for offset in itertools.product((0, 1), repeat=2)])
     ).equations
     # n . p + offset is the distance from a side, negative inside the hull
     margin = -float((hull_sides[:, :2] @ centre[[0, 2]] + hull_sides[:, 2]).max())
     # the centre of mass lies above the tilting edge at this angle
-    return math.degrees(math.atan2(margin, centre[1] - lowest)), margin
+    return math.degrees(math.atan2(margin, centre[1] - lowest_y)), margin
 
 
 # The score of one shape, and its combination with fidelity.
@@ -346,7 +347,7 @@ class Score:
     main: float
     inner: float  # fraction of the filled shape's volume that is solid
     thin: float  # exp(-8 x), where x is the fraction of the volume that is too thin
-    stand: float  # clip(1/2 + angle of `tip` / 20 degrees, 0, 1)
+    stand: float  # clip(1/2 + angle of `stability` / 20 degrees, 0, 1)
     solid: float  # weighted geometric mean of the four terms
 
     def to_dict(self) -> dict[str, float]:
@@ -373,24 +374,26 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
     if solid.ndim == 3 and solid.dtype == bool and not solid.any():
         return NOTHING
     solid = _checked(solid)
-    inner = float(solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum())
+    inner_fraction = float(
+        solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum()
+    )
     # The bounding box has the same measures as the grid, and takes less time.
     solid = _cut_box(solid, 0)[0]
-    main = main_share(solid)
+    main_fraction = main_share(solid)
     angle = stability(solid)[0]
-    thin = 1.0
+    thin_term = 1.0
     if rules.thin is not None:
         opening_of_solid = morphological_opening(solid, rules.thin)
         # The opening also removes the edges of thick parts. A dilation by one voxel restores them.
         load_bearing = dilated(opening_of_solid, 1) & solid
-        main = min(main, main_share(opening_of_solid))
+        main_fraction = min(main_fraction, main_share(opening_of_solid))
         angle = min(angle, stability(load_bearing)[0])
-        thin = math.exp(-8 * (1 - load_bearing.sum() / solid.sum()))
+        thin_term = math.exp(-8 * (1 - load_bearing.sum() / solid.sum()))
     return combine_terms(
         {
-            "main": math.exp(-8 * (1 - main)),
-            "inner": inner,
-            "thin": thin,
+            "main": math.exp(-8 * (1 - main_fraction)),
+            "inner": inner_fraction,
+            "thin": thin_term,
             "stand": min(max(0.5 + angle / 20, 0.0), 1.0),
         },
         rules,
@@ -420,12 +423,14 @@ def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
     """
     filled = fill(solid, rules.bridge(solid))
     # parts of the filled shape
-    labels, count = ndimage.label(filled)
-    if count <= 1:
+    labels, part_count = ndimage.label(filled)
+    if part_count <= 1:
         return np.asarray(filled)
-    faces = exposed(labels, count)
+    exposed_faces = exposed(labels, part_count)
     # [count + 1], by label; the background (label 0) stays empty, and the largest part always stays
-    is_kept = np.concatenate([[False], (faces >= CRUMB * faces.sum()) | (faces == faces.max())])
+    is_kept = np.concatenate(
+        [[False], (exposed_faces >= CRUMB * exposed_faces.sum()) | (exposed_faces == exposed_faces.max())]
+    )
     return is_kept[labels]
 
 
@@ -528,13 +533,15 @@ def hole_caps(solid: np.ndarray, radius: float) -> np.ndarray:
         radius: radius of the ball in voxels.
     """
     body = main_part(solid)
-    pieces, count = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
+    piece_labels, count = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
     plugs = np.zeros_like(solid)
-    for label, bounds in enumerate(ndimage.find_objects(pieces), start=1):
+    for piece_label, bounds in enumerate(ndimage.find_objects(piece_labels), start=1):
         # The region has one more voxel on each side, because the Euler number depends on the neighbours.
-        region = tuple(slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in bounds)
-        piece = pieces[region] == label
-        body_in_region = body[region]
-        if euler(body_in_region | piece) > euler(body_in_region):
-            plugs[region] |= piece
+        region_slices = tuple(
+            slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in bounds
+        )
+        in_piece = piece_labels[region_slices] == piece_label
+        body_in_region = body[region_slices]
+        if euler(body_in_region | in_piece) > euler(body_in_region):
+            plugs[region_slices] |= in_piece
     return plugs

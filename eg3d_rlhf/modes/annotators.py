@@ -19,7 +19,7 @@ from eg3d_rlhf.people.label.db_flag import DATABASE, DB, open_store
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
 
-# --db may stand after the name of the subcommand, or before it. `label` and `study` store the value of the
+# --db may follow the name of the subcommand, or precede it. `label` and `study` store the value of the
 # second form in `ctx.obj`. DB is the default.
 database = option("--db", metavar="URL", help=DATABASE, callback=lambda ctx, _, url: url or ctx.obj or DB)
 address = option(
@@ -69,7 +69,12 @@ def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
 
 
 def _hand_over(
-    name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[["Store"], str]
+    name: str,
+    address: str | None,
+    qr: Path | None,
+    db: str,
+    create_database: bool,
+    make_token: Callable[["Store"], str],
 ) -> None:
     """Make a token in the database. Print it on stdout, and the login link with explanations on stderr.
 
@@ -78,20 +83,20 @@ def _hand_over(
         address: address of the server in the login link; None: the link lacks it.
         qr: file to which the QR code of the link is written; None: no file.
         db: URL of the database.
-        create: True to create the database if it does not exist.
-        make: function that makes the token in the open database and returns it.
+        create_database: True to create the database if it does not exist.
+        make_token: function that makes the token in the open database and returns it.
 
-    Raises: ValueError for a wrong address or file, and errors of `make`.
+    Raises: ValueError for a wrong address or file, and errors of `make_token`.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.people.label.access import check_address, check_image_path, login_link, qr_code, write_qr
 
     # Addresses and files are checked before the database changes: a token is shown only once.
     with prefix_errors("--address"):
-        server = check_address(address) if address else ""
+        server_address = check_address(address) if address else ""
     # an error in this block begins with the name --qr
     with prefix_errors("--qr"):
-        if qr is not None and not server:
+        if qr is not None and not server_address:
             raise ValueError(
                 "the QR code needs the address of the server, because a phone cannot open a link without it."
                 " Add --address=URL."
@@ -99,19 +104,21 @@ def _hand_over(
         if qr is not None:
             # raises ValueError if the file exists or has another suffix
             check_image_path(qr)
-    # An error in `make` happens before anything is printed.
-    with open_store(db, create) as store:
-        token = make(store)
+    # An error in `make_token` happens before anything is printed.
+    with open_store(db, create_database) as store:
+        token = make_token(store)
     # stdout holds the token alone, so that a script can read it
     click.echo(f"token of {name}; it will not be shown again:", err=True)
     click.echo(token)
-    link = login_link(server, token)
+    link = login_link(server_address, token)
     # keeps the order of the two streams where both go to one terminal
     sys.stdout.flush()
-    address_note = "" if server else ", to be appended to the server's address (or pass --address=URL)"
+    address_note = (
+        "" if server_address else ", to be appended to the server's address (or pass --address=URL)"
+    )
     click.echo(f"or this link{address_note}; anybody who has it can log in:\n{link}", err=True)
     # a QR code of text characters makes sense only on a screen
-    if server and sys.stdout.isatty() and sys.stderr.isatty():
+    if server_address and sys.stdout.isatty() and sys.stderr.isatty():
         qr_code(link, "l").terminal(sys.stderr, compact=True)
     if qr is not None:
         write_qr(qr, link)
@@ -134,14 +141,14 @@ def revoke(name: str, db: str) -> None:
         # LOCAL is the person who uses the server on its own machine. This annotator needs no token, so it
         # cannot replace an administrator who logs in from elsewhere.
         remaining_admins = [
-            person
-            for person in store.annotators()
-            if person.role == "admin" and person.revoked is None and person.name != LOCAL
+            annotator
+            for annotator in store.annotators()
+            if annotator.role == "admin" and annotator.revoked is None and annotator.name != LOCAL
         ]
         # the role is needed after the database is closed
-        role = next(person.role for person in store.annotators() if person.name == name)
+        annotator_role = next(annotator.role for annotator in store.annotators() if annotator.name == name)
     click.echo(f"{name}: token revoked")
-    if role == "admin" and not remaining_admins:
+    if annotator_role == "admin" and not remaining_admins:
         click.echo(
             "no administrator is left. Create an administrator with add-annotator NAME --admin.", err=True
         )
@@ -153,8 +160,8 @@ def revoke(name: str, db: str) -> None:
 def annotators(as_json: bool, db: str) -> None:
     """List the annotators with their roles, and the dates on which they were created and revoked."""
     with open_store(db, create=False) as store:
-        people = store.annotators()
-    rows = [
+        known_annotators = store.annotators()
+    annotator_rows = [
         {
             "name": annotator.name,
             "role": annotator.role,
@@ -162,14 +169,17 @@ def annotators(as_json: bool, db: str) -> None:
             # None stays None (null in JSON): not revoked
             "revoked": annotator.revoked and _date(annotator.revoked),
         }
-        for annotator in people
+        for annotator in known_annotators
     ]
     if as_json:
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(annotator_rows, indent=1, ensure_ascii=False))
         return
-    for row in rows:
-        revoked = f", revoked {row['revoked']}" if row["revoked"] else ""
-        click.echo(f"{row['name']:<24} {row['role']:<10} since {row['created']}{revoked}")
+    for annotator_row in annotator_rows:
+        revoked_text = f", revoked {annotator_row['revoked']}" if annotator_row["revoked"] else ""
+        click.echo(
+            f"{annotator_row['name']:<24} {annotator_row['role']:<10} since"
+            f" {annotator_row['created']}{revoked_text}"
+        )
 
 
 @click.command("status", cls=GroupedCommand)
@@ -184,11 +194,11 @@ def status(as_json: bool, db: str) -> None:
         all_tallies = store.tally()
         campaigns = store.campaigns()
     # one row per campaign, also the keys of --json
-    rows: list[dict] = []
+    campaign_rows: list[dict] = []
     for campaign in campaigns:
         # a tally counts the judgements of one annotator in one campaign
         tallies = [tally for tally in all_tallies if tally.campaign_id == campaign.id]
-        rows.append(
+        campaign_rows.append(
             {
                 "name": campaign.settings.name,
                 "mode": campaign.settings.mode.value,
@@ -202,18 +212,23 @@ def status(as_json: bool, db: str) -> None:
         )
     if as_json:
         click.echo(
-            json.dumps({"campaigns": rows, "annotators": len(known_annotators)}, indent=1, ensure_ascii=False)
+            json.dumps(
+                {"campaigns": campaign_rows, "annotators": len(known_annotators)},
+                indent=1,
+                ensure_ascii=False,
+            )
         )
         return
-    for row in rows:
-        counts = (
-            f"{row['pairs']} pairs, {row['judgements']} judgements by {len(row['annotators'])} annotators"
+    for campaign_row in campaign_rows:
+        count_text = (
+            f"{campaign_row['pairs']} pairs, {campaign_row['judgements']} judgements by"
+            f" {len(campaign_row['annotators'])} annotators"
         )
         click.echo(
-            f"{row['name']}: {row['mode']}, {counts}, created {row['created']}, last answer"
-            f" {row['last'] or 'none'}"
+            f"{campaign_row['name']}: {campaign_row['mode']}, {count_text}, created"
+            f" {campaign_row['created']}, last answer {campaign_row['last'] or 'none'}"
         )
-    click.echo(f"{len(rows)} campaigns, {len(known_annotators)} annotators")
+    click.echo(f"{len(campaign_rows)} campaigns, {len(known_annotators)} annotators")
 
 
 def _date(seconds: float) -> str:

@@ -19,7 +19,7 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     reward_ckpt={
         # several rewards are compared on the same latents
         "multiple": True,
-        # click passes a tuple; the empty tuple stands for the bundled reward
+        # click passes a tuple; the empty tuple means the bundled reward
         "default": (),
         "show_default": "the bundled reward",
         "help": (
@@ -69,13 +69,13 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
     if dry_run:
         # rewards that are tested alone, and aggregates of the scores of an ensemble's members
         single_rewards, aggregates = arms(trial)
-        networks = {
+        trial_facts = {
             "networks": trial.networks(),
             "evaluator": "annotator" if trial.evaluator is None else "reward",
             "arms": [*single_rewards, *aggregates],
         }
         print_json(
-            {**networks, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)}
+            {**trial_facts, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)}
         )
         return
     finding = write(trial, outdir)

@@ -128,57 +128,59 @@ def main(
             f"--outdir: {outdir} contains files that no mesh validation wrote. Name a new folder, or the"
             " folder of an earlier validation."
         )
-    settings = MeasureOptions(**options)
+    measure_settings = MeasureOptions(**options)
     # an error in this block begins with the name FOLDER
     with prefix_errors("FOLDER"):
         # also in subfolders, in a fixed order
-        files = find_mesh_files(folder)
+        mesh_files = find_mesh_files(folder)
     # These settings are sent to the measuring processes with the path of each file.
-    request = {"weld": weld, "up": up, "options": asdict(settings)}
+    shared_request = {"weld": weld, "up": up, "options": asdict(measure_settings)}
     # the affinity mask counts the cores this process may use, also in a container; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # answers come in the order in which processes finish, so rows are stored by number
-    rows: list[dict] = [{} for _ in files]
-    with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as progress_bar:
+    mesh_rows: list[dict] = [{} for _ in mesh_files]
+    with tqdm(total=len(mesh_files), desc="measured", unit="file", dynamic_ncols=True) as progress_bar:
         for file_index, measures in answer_requests(
             # "do" selects the work of the process: measuring a file, or rendering it
-            [{**request, "do": "measure", "path": str(path)} for path in files],
+            [{**shared_request, "do": "measure", "path": str(mesh_path)} for mesh_path in mesh_files],
             jobs,
         ):
-            path = files[file_index]
-            name = {
-                "file": path.relative_to(folder).as_posix(),
-                "generator": generator_name(path, folder, by),
+            mesh_path = mesh_files[file_index]
+            identifiers = {
+                "file": mesh_path.relative_to(folder).as_posix(),
+                "generator": generator_name(mesh_path, folder, by),
             }
             # a mesh that cannot be read has a reason instead of measures
-            rows[file_index] = {**name, "reason": measures.pop("reason", ""), **measures}
+            mesh_rows[file_index] = {**identifiers, "reason": measures.pop("reason", ""), **measures}
             progress_bar.update()
     # A row with a reason could not be measured.
-    measured = [row for row in rows if not row["reason"]]
-    if not measured:
+    measured_rows = [row for row in mesh_rows if not row["reason"]]
+    if not measured_rows:
         raise ValueError(
-            f"FOLDER: none of the {len(rows)} files can be read as a mesh. The first is {rows[0]['file']}:"
-            f" {rows[0]['reason']}. Export GLB, OBJ, PLY or STL."
+            f"FOLDER: none of the {len(mesh_rows)} files can be read as a mesh. The first is"
+            f" {mesh_rows[0]['file']}: {mesh_rows[0]['reason']}. Export GLB, OBJ, PLY or STL."
         )
     # the worst meshes are rendered for the page; the file's name breaks ties, so that the order is fixed
-    worst = sorted(measured, key=lambda row: (-badness(row), row["file"]))[:WORST]
-    render_requests = [{**request, "do": "render", "path": str(folder / row["file"])} for row in worst]
+    worst_rows = sorted(measured_rows, key=lambda row: (-badness(row), row["file"]))[:WORST]
+    render_requests = [
+        {**shared_request, "do": "render", "path": str(folder / row["file"])} for row in worst_rows
+    ]
     renders = {
         # an empty text where the rendering failed
-        worst[row_index]["file"]: answer.get("render", "")
-        for row_index, answer in answer_requests(render_requests, jobs)
+        worst_rows[row_index]["file"]: render_answer.get("render", "")
+        for row_index, render_answer in answer_requests(render_requests, jobs)
     }
     # settings and thresholds that the page states beside the results
-    header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
-    table = shares(rows)
+    page_settings = {"weld": weld, "up": up, **asdict(measure_settings), "hidden": HIDDEN, "wall": WALL}
+    share_table = shares(mesh_rows)
     # the last three arguments are the tables of the page, the rows to show, and their renders
-    page = write_validation_page(
+    page_path = write_validation_page(
         outdir,
         folder,
-        header,
-        rows,
-        {"shares": table, "medians": medians(rows), "paired": paired(rows)},
-        worst,
+        page_settings,
+        mesh_rows,
+        {"shares": share_table, "medians": medians(mesh_rows), "paired": paired(mesh_rows)},
+        worst_rows,
         renders,
     )
     click.echo(
@@ -192,13 +194,13 @@ def main(
                         f"{row['count']} of {row['of']}",
                         f"{row['lo']:.0%} to {row['hi']:.0%}",
                     )
-                    for row in table
+                    for row in share_table
                 ),
             ]
         )
     )
-    unreadable = [row for row in rows if row["reason"]]
+    unreadable_rows = [row for row in mesh_rows if row["reason"]]
     # five are enough to see the cause; the page lists more of them
-    for row in unreadable[:5]:
+    for row in unreadable_rows[:5]:
         click.echo(f"not measured: {row['file']}: {row['reason']}")
-    click.echo(f"{len(measured)} meshes measured, {len(unreadable)} not; {page}")
+    click.echo(f"{len(measured_rows)} meshes measured, {len(unreadable_rows)} not; {page_path}")

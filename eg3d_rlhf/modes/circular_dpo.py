@@ -181,8 +181,8 @@ def check(flags: Flags) -> None:
     )
     # The flags of the loop are found by their group in --help, so that a new flag is covered, too.
     command: Any = CIRCULAR_DPO.command
-    options = [*command.params, *command.rare.values()]
-    loop_flag_names = [option.name for option in options if option.group == LOOP]
+    command_options = [*command.params, *command.rare.values()]
+    loop_flag_names = [option.name for option in command_options if option.group == LOOP]
     flags.check_applies(loop_flag_names, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError(
@@ -282,12 +282,14 @@ def title(settings: CircularRun, problem: "Problem") -> str:
     """
     if settings.groups:
         # Groups of the paper's table have one letter; controls are words, so a dash separates them.
-        trained = "ablation-" + "".join(name if name in GROUPS else f"-{name}" for name in settings.groups)
+        trained_part = "ablation-" + "".join(
+            group_name if group_name in GROUPS else f"-{group_name}" for group_name in settings.groups
+        )
     elif settings.stage:
-        trained = f"stage-{settings.stage}"
+        trained_part = f"stage-{settings.stage}"
     else:
-        trained = "loop"
-    return f"circular-dpo-{Path(settings.source.pipeline).name}-{trained}"
+        trained_part = "loop"
+    return f"circular-dpo-{Path(settings.source.pipeline).name}-{trained_part}"
 
 
 CIRCULAR_DPO = Mode(

@@ -169,25 +169,25 @@ def prior_kind(prior: str | None) -> str:
     return prior if prior in SCENES else "files"
 
 
-def default_value(name: str, kind: str) -> Any:
+def default_value(name: str, kind_of_prior: str) -> Any:
     """Look up the default of a setting for a kind of prior. Return None for a kind that is not in KINDS.
 
     A plugin can register further scenes, whose kinds have no column in DEFAULTS.
     """
-    return DEFAULTS[name][KINDS.index(kind)] if kind in KINDS else None
+    return DEFAULTS[name][KINDS.index(kind_of_prior)] if kind_of_prior in KINDS else None
 
 
-def default_values(kind: str, steps: int | None) -> dict[str, Any]:
+def default_values(kind_of_prior: str, steps: int | None) -> dict[str, Any]:
     """Return the default settings of a run by name.
 
     Args:
-        kind: kind of the prior, one of KINDS.
+        kind_of_prior: kind of the prior, one of KINDS.
         steps: number of optimisation steps; None: the default number.
 
     Returns: the entries of DEFAULTS that are not None, without those that depend on the scene (BY_SCENE).
     """
-    values = {name: default_value(name, kind) for name in DEFAULTS.keys() - BY_SCENE}
-    if kind.startswith("bundled"):
+    values = {name: default_value(name, kind_of_prior) for name in DEFAULTS.keys() - BY_SCENE}
+    if kind_of_prior.startswith("bundled"):
         # the ramp of t_max follows the length of the run: its last number is 60 % of the steps
         values["t_max"] = f"0,0.98,0.15,{0.6 * (steps or values['steps']):g}"
     return {name: value for name, value in values.items() if value is not None}
@@ -204,19 +204,21 @@ def select_arms(given_flags: Mapping) -> tuple[str, ...]:
     method = given_flags.get("method")
     preset = given_flags.get("preset")
     compared_arms = given_flags.get("compare")
-    kind = prior_kind(given_flags.get("prior"))
+    kind_of_prior = prior_kind(given_flags.get("prior"))
     has_geometry_reward = given_flags.get("geometry_reward", "none") != "none"
     if method is not None and compared_arms not in (None, "none"):
         raise ValueError(f"--method={method} cannot be combined with --compare. Remove one of them.")
     # without any of these flags, the prior's default comparison runs
     if compared_arms is None and not (given_flags.get("prompts") or method or preset):
-        compared_arms = default_value("compare", kind)
+        compared_arms = default_value("compare", kind_of_prior)
         if compared_arms is not None and has_geometry_reward and "+geometry" not in compared_arms:
             compared_arms += ",sds+geometry"
     # A single method: from --method, else from the preset, else the default of the prior.
     if compared_arms in (None, "none"):
-        name = method or (preset_method(preset) if preset else default_value("method", kind) or "dreamdpo")
-        return (Arm(name, geometry=has_geometry_reward).name,)
+        method_name = method or (
+            preset_method(preset) if preset else default_value("method", kind_of_prior) or "dreamdpo"
+        )
+        return (Arm(method_name, geometry=has_geometry_reward).name,)
     try:
         arms = [Arm.parse(arm_text) for arm_text in compared_arms.split(",")]
     except ValueError as error:
@@ -245,8 +247,8 @@ def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
     """Return all prompts of the flags --prompt, in order.
 
     Args:
-        texts: values of --prompt. A value that is the path of a file stands for the lines of the file,
-            without empty lines; every other value is a prompt.
+        texts: values of --prompt. A value that is the path of a file is replaced by the lines of the file
+            that are not empty; every other value is a prompt.
 
     Raises: ValueError for a file without a prompt, and for an empty prompt.
     """
@@ -278,39 +280,41 @@ def resolve(flags: Flags) -> DistillRun:
     # names such as "dreamdpo-random"; `Arm` separates the method from the control
     arm_names = select_arms(given_flags)
     prompts = read_prompts(flags["prompts"])
-    kind = prior_kind(given_flags.get("prior"))
+    kind_of_prior = prior_kind(given_flags.get("prior"))
     arms = [Arm.parse(name) for name in arm_names]
     methods = {arm.method for arm in arms}
     has_geometry_arm = any(arm.geometry for arm in arms)
-    reject_unused(given_flags, methods, has_geometry_arm, kind)
+    reject_unused(given_flags, methods, has_geometry_arm, kind_of_prior)
     # later entries override earlier ones
-    values = {**default_values(kind, given_flags.get("steps")), **given_flags}
+    values_by_name = {**default_values(kind_of_prior, given_flags.get("steps")), **given_flags}
     if not has_geometry_arm:
         # without an arm that uses it, the reward need not be loaded
-        values["geometry_reward"] = "none"
-    if kind == "files" and not prompts:
+        values_by_name["geometry_reward"] = "none"
+    if kind_of_prior == "files" and not prompts:
         raise ValueError(
             "--prompt is missing: a prior from files has no built-in prompts. Add a text, such as"
             " --prompt='a bust of a man'."
         )
-    if kind != "files":
+    if kind_of_prior != "files":
         # chooses the default prompts of the bundled scene, and how many assets of each prompt are optimised
-        prompts, values["assets"] = SCENES[kind].check(prompts, given_flags.get("assets"), len(arm_names) > 1)
+        prompts, values_by_name["assets"] = SCENES[kind_of_prior].check(
+            prompts, given_flags.get("assets"), len(arm_names) > 1
+        )
     # Only flags that were given override a preset. Without a preset, the defaults for the prior apply, too.
-    method_values = values if flags["preset"] is None else given_flags
-    # names of the settings that the selected methods use; `given` may hold settings of the loop and the scene
+    guidance_values = values_by_name if flags["preset"] is None else given_flags
+    # names of the settings that the selected methods use; `guidance_values` may hold further settings
     setting_names = {
-        *(name for name, users in methods_by_setting().items() if methods & set(users)),
+        *(name for name, user_methods in methods_by_setting().items() if methods & set(user_methods)),
         *(field.name for field, *_ in knobs_of(GeometrySettings)),
     }
     settings = DistillSettings(
         prompts=prompts,
         arms=arm_names,
-        # `built` takes the fields of its class and ignores other names
-        scene=settings_from_values(SceneConfig, values),
-        loop=settings_from_values(LoopConfig, values),
+        # `settings_from_values` takes the fields of its class and ignores other names
+        scene=settings_from_values(SceneConfig, values_by_name),
+        loop=settings_from_values(LoopConfig, values_by_name),
         preset=flags["preset"],
-        guidance={name: method_values[name] for name in sorted(setting_names & method_values.keys())},
+        guidance={name: guidance_values[name] for name in sorted(setting_names & guidance_values.keys())},
         seed=flags["seed"],
     )
     return DistillRun(settings=settings, show=flags["show"])
@@ -318,44 +322,46 @@ def resolve(flags: Flags) -> DistillRun:
 
 def shown_by_help(flags: Flags) -> list[object]:
     """Return the objects from which --help reads the defaults of the flags: the settings of this run."""
-    kind = prior_kind(flags["prior"])
+    kind_of_prior = prior_kind(flags["prior"])
     # a prior from files has no default prompt; the placeholder lets the other settings resolve
-    prompts = flags["prompts"] or (("...",) if kind == "files" else ())
-    run = resolve(Flags({**flags, "prompts": prompts}, flags.written))
-    arms = run.settings.arms
+    prompts = flags["prompts"] or (("...",) if kind_of_prior == "files" else ())
+    shown_run = resolve(Flags({**flags, "prompts": prompts}, flags.written))
+    arm_names = shown_run.settings.arms
     # values that are no fields of the settings
     selection = {
-        "prompts": flags["prompts"] or default_value("prompts", kind),
-        "compare": ",".join(arms) if len(arms) > 1 else "none",
-        "method": Arm.parse(arms[0]).method if len(arms) == 1 else None,
+        "prompts": flags["prompts"] or default_value("prompts", kind_of_prior),
+        "compare": ",".join(arm_names) if len(arm_names) > 1 else "none",
+        "method": Arm.parse(arm_names[0]).method if len(arm_names) == 1 else None,
     }
     return [
         selection,
-        *dry_run_values(run)["methods"].values(),
-        run.settings.guidance,
-        run.settings.scene,
-        run.settings.loop,
+        *dry_run_values(shown_run)["methods"].values(),
+        shown_run.settings.guidance,
+        shown_run.settings.scene,
+        shown_run.settings.loop,
     ]
 
 
-def reject_unused(given_flags: Mapping, methods: set[str], has_geometry_arm: bool, kind: str) -> None:
+def reject_unused(
+    given_flags: Mapping, methods: set[str], has_geometry_arm: bool, kind_of_prior: str
+) -> None:
     """Raise ValueError, naming the flag, if a given flag has no effect in this run.
 
     Args:
         given_flags: values of the flags that were given, by name.
         methods: names of the methods of all arms.
         has_geometry_arm: True if an arm uses the geometry reward.
-        kind: kind of the prior, one of KINDS.
+        kind_of_prior: kind of the prior, one of KINDS.
     """
     # setting -> flag without which the setting has no effect
     requirements = {
-        name: f"--method={' or '.join(users)}"
-        for name, users in methods_by_setting().items()
-        if not methods & set(users)
+        name: f"--method={' or '.join(user_methods)}"
+        for name, user_methods in methods_by_setting().items()
+        if not methods & set(user_methods)
     }
     if not has_geometry_arm:
         requirements |= {field.name: "a --geometry-reward" for field, *_ in knobs_of(GeometrySettings)}
-    if kind != "files":
+    if kind_of_prior != "files":
         requirements |= {
             field.name: "a --prior from files"
             for field, _, knob in knobs_of(SceneConfig)
@@ -396,8 +402,8 @@ def title(run_settings: DistillRun, scene: "Scene") -> str:
     """Return the name of the run's folder: distill, the name of the prior, and the arm."""
     settings = run_settings.settings
     # The names of several arms would be too long for the name of a folder.
-    arms = "compare" if len(settings.arms) > 1 else settings.arms[0]
-    return f"distill-{Path(settings.scene.prior).stem}-{arms}"
+    arm_part = "compare" if len(settings.arms) > 1 else settings.arms[0]
+    return f"distill-{Path(settings.scene.prior).stem}-{arm_part}"
 
 
 def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
@@ -412,10 +418,14 @@ def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
 
     settings = run_settings.settings
     if run.ranks.is_main:
-        pairs = len(settings.pairs())
-        arms = len(settings.arms)
+        asset_count = len(settings.pairs())
+        arm_count = len(settings.arms)
         # "s" * False is the empty text: the singular
-        print(f"{pairs} assets x {arms} arm{'s' * (arms > 1)}, {settings.loop.steps} steps each.", flush=True)
+        print(
+            f"{asset_count} assets x {arm_count} arm{'s' * (arm_count > 1)}, {settings.loop.steps} steps"
+            " each.",
+            flush=True,
+        )
     distil_all(settings, scene, run)
     leave()  # closes the process group: the other processes end while the first process renders
     if run.ranks.is_main:
@@ -437,21 +447,21 @@ def recorded(folder: Path, flags: Flags, ranks: object) -> DistillRun:
     # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded_by
 
-    record = recorded_by(folder, "distill")
-    return DistillRun(settings=DistillSettings.from_dict(record["settings"]), show=record["show"])
+    run_record = recorded_by(folder, "distill")
+    return DistillRun(settings=DistillSettings.from_dict(run_record["settings"]), show=run_record["show"])
 
 
 def dry_run_values(run_settings: DistillRun) -> dict:
     """Return the JSON of --dry-run: the settings of the run, and all settings of each arm's method."""
     settings = run_settings.settings
-    methods = {}
+    settings_by_arm = {}
     for arm_name in settings.arms:
         method_settings = make_settings(Arm.parse(arm_name).method, settings.guidance, settings.preset)
         # A `Ramp` is printed as the text that its flag takes, which is its field `spec`.
-        methods[arm_name] = {
+        settings_by_arm[arm_name] = {
             name: getattr(value, "spec", value) for name, value in flatten_settings(method_settings).items()
         }
-    return {**settings.to_dict(), "methods": methods}
+    return {**settings.to_dict(), "methods": settings_by_arm}
 
 
 DISTILL = Mode(

@@ -122,23 +122,23 @@ def find_faults(network: Network) -> list[str]:
             else [f"{network.name} has no tensors in {network.file}. Download this file again."]
         )
     # lists, because `shapes` returns the shapes in the file's header as lists
-    expected = {name: list(shape) for name, shape in network.expected.items()}
-    present = shapes(network.tensors)
-    shared = sorted(expected.keys() & present.keys())
+    expected_shapes = {name: list(shape) for name, shape in network.expected.items()}
+    present_shapes = shapes(network.tensors)
+    shared_names = sorted(expected_shapes.keys() & present_shapes.keys())
     faulty_tensors = {
-        "missing": sorted(expected.keys() - present.keys()),
-        "unexpected": sorted(present.keys() - expected.keys()),
+        "missing": sorted(expected_shapes.keys() - present_shapes.keys()),
+        "unexpected": sorted(present_shapes.keys() - expected_shapes.keys()),
         "misshapen": [
-            f"{name} {present[name]} instead of {expected[name]}"
-            for name in shared
-            if present[name] != expected[name]
+            f"{name} {present_shapes[name]} instead of {expected_shapes[name]}"
+            for name in shared_names
+            if present_shapes[name] != expected_shapes[name]
         ],
     }
     # only the kinds of faults that occur
     fault_text = "; ".join(
-        f"{kind}: {', '.join(names[:FIRST])}{' ...' if len(names) > FIRST else ''}"
-        for kind, names in faulty_tensors.items()
-        if names
+        f"{fault_kind}: {', '.join(tensor_texts[:FIRST])}{' ...' if len(tensor_texts) > FIRST else ''}"
+        for fault_kind, tensor_texts in faulty_tensors.items()
+        if tensor_texts
     )
     if not fault_text:
         return []
@@ -149,7 +149,7 @@ def find_faults(network: Network) -> list[str]:
 
 
 def screen_lines(
-    root: Path, family: FlowFamily, networks: Sequence[Network], problems: Sequence[str]
+    root: Path, family: FlowFamily, networks: Sequence[Network], faults: Sequence[str]
 ) -> Iterator[str]:
     """Yield the lines of the screen: files, networks, licence, supported commands, and faults.
 
@@ -157,16 +157,18 @@ def screen_lines(
         root: folder of the generator.
         family: family of the generator.
         networks: networks of the folder; empty if the family does not list them.
-        problems: texts of `find_faults` for all networks.
+        faults: texts of `find_faults` for all networks.
     """
     # name -> path of the files that the family loads
     read_files = dict(family.files(root))
     # resolved, so that a link and its target count as the same file
-    used_files = {path.resolve() for path in (*read_files.values(), *(network.file for network in networks))}
+    used_paths = {path.resolve() for path in (*read_files.values(), *(network.file for network in networks))}
     # hidden files and folders, such as a download's cache, are not listed
-    hidden = set(root.rglob(".*"))
+    hidden_paths = set(root.rglob(".*"))
     all_files = [
-        path for path in sorted(root.rglob("*")) if path.is_file() and not {path, *path.parents} & hidden
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not {path, *path.parents} & hidden_paths
     ]
     yield from entry_lines("family", [f"{family.name} ({family.version or family.layout})"])
     yield from entry_lines(
@@ -177,7 +179,7 @@ def screen_lines(
         ],
     )
     yield from entry_lines(
-        "not read", [_relative_path(path, root) for path in all_files if path.resolve() not in used_files]
+        "not read", [_relative_path(path, root) for path in all_files if path.resolve() not in used_paths]
     )
     for network in networks:
         yield from entry_lines("network", [_describe_network(network)])
@@ -204,15 +206,11 @@ def screen_lines(
         yield from entry_lines("", ["train on pairs of your own assets"])
     for line in missing_networks:
         yield from entry_lines("cannot", [line])
-    for problem in problems:
-        yield from entry_lines("FAULT", [problem])
+    for fault in faults:
+        yield from entry_lines("FAULT", [fault])
     yield from entry_lines(
         "",
-        [
-            "everything fits"
-            if not problems
-            else f"{len(problems)} faults: the folder cannot be used as it is"
-        ],
+        ["everything fits" if not faults else f"{len(faults)} faults: the folder cannot be used as it is"],
     )
 
 
@@ -253,21 +251,26 @@ def entry_lines(title: str, texts: Iterable[str]) -> list[str]:
 
 
 def _describe_network(network: Network) -> str:
-    """Describe a network in one line: number of tensors, number of parameters, dtypes, and whether these
-    numbers equal the numbers of the released network.
+    """Describe a network in one line.
+
+    The line holds the number of tensors, the number of their elements, their dtypes, and the information
+    whether these two numbers equal the numbers of the released network.
     """
     tensors = network.tensors
     if not tensors:
         return f"{network.name}: missing"
     # number of elements of all tensors; computed from the shapes, so no data is read
-    size = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    number_count = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    dtype_counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     # A fine-tuned copy has the sizes of the released network; another variant of the model has other sizes.
-    has_released_size = network.released == (len(tensors), size)
+    has_released_size = network.released == (len(tensors), number_count)
     comparison = ""
     if network.released is not None:
         comparison = ", as released" if has_released_size else ", other sizes than released"
-    return f"{network.name}: {len(tensors)} tensors, {size:,} numbers, {' and '.join(kinds)}{comparison}"
+    return (
+        f"{network.name}: {len(tensors)} tensors, {number_count:,} numbers,"
+        f" {' and '.join(dtype_counts)}{comparison}"
+    )
 
 
 def _existing_files(paths: Iterable[Path]) -> list[Path]:
@@ -285,8 +288,12 @@ def _join_paths(paths: Sequence[Path], root: Path) -> str:
     return " ".join(dict.fromkeys(_relative_path(path, root) for path in paths))
 
 
-def _format_size(size: int) -> str:
+def _format_size(byte_count: int) -> str:
     """Format a file size: GB from 1e8 bytes on, MB from 1e4 bytes on, else bytes (1 MB = 1e6 bytes)."""
     return (
-        f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size >= 1e4 else f"{size} bytes"
+        f"{byte_count / 1e9:.2f} GB"
+        if byte_count >= 1e8
+        else f"{byte_count / 1e6:.2f} MB"
+        if byte_count >= 1e4
+        else f"{byte_count} bytes"
     )

@@ -63,29 +63,29 @@ def export_command(
     from eg3d_rlhf.tuning.flow.base.export import export
 
     # stage -> folder of its tuned weights
-    root, tuned = find_tuned_weights(sources, name, root, weights)
+    root, weights_by_stage = find_tuned_weights(sources, name, root, weights)
     # An export is never mixed with other files.
     if outdir.exists() and any(outdir.iterdir()):
         raise ValueError(f"--outdir: {outdir} is not empty. Name a new or an empty folder.")
     # An adapter folder of the library PEFT consists of two files per stage: weights and configuration.
     if adapter:
-        full_stages = [stage for stage, path in tuned.items() if not (path / ADAPTER).is_file()]
+        full_stages = [stage for stage, path in weights_by_stage.items() if not (path / ADAPTER).is_file()]
         if full_stages:
             raise ValueError(
                 f"--adapter: the training changed all parameters of {', '.join(full_stages)}, so there is no"
                 " adapter. Remove --adapter to export the full networks."
             )
-        for stage, path in tuned.items():
+        for stage, path in weights_by_stage.items():
             # a hard link where the file system allows it: adapters are large
-            for file in (ADAPTER, CONFIG):
-                link(path / file, outdir / stage / file)
+            for file_name in (ADAPTER, CONFIG):
+                link(path / file_name, outdir / stage / file_name)
             click.echo(
                 f"{outdir / stage}: PeftModel.from_pretrained(network of stage {stage},"
                 f" {str(outdir / stage)!r})"
             )
         return
     family = family_of(root)
-    print_json(export(family, root, outdir, tuned))
+    print_json(export(family, root, outdir, weights_by_stage))
     # the family's instructions for loading the exported folder; plugins need not have any
     click.echo(f"{outdir}: {family.loaded_by.format(out=outdir) or 'as any folder of ' + family.name}")
 
@@ -112,18 +112,18 @@ def find_tuned_weights(
     from eg3d_rlhf.models.policies import META
 
     # Folder of the generator of each source. They must be equal unless --pipeline names the generator.
-    roots = [] if pipeline_folder is None else [pipeline_folder]
+    generator_roots = [] if pipeline_folder is None else [pipeline_folder]
     stage_folders = list[tuple[str, Path]]()  # (stage, folder of its weights)
     for source in sources:
         if (source / FILE).is_file():
-            work = Work.open(source)
+            work_folder = Work.open(source)
             # raises an error if the files of the generator have changed since `flow new`
-            work.check_pipeline()
+            work_folder.check_pipeline()
             # `training` returns the training that --tune names, or the latest training.
-            roots.append(Path(work.pipeline))
-            stage_folders += work.tuned(work.training(name)).items()
+            generator_roots.append(Path(work_folder.pipeline))
+            stage_folders += work_folder.tuned(work_folder.training(name)).items()
         else:
-            # Empty dictionaries stand for a folder without a record, or a record of another kind of run.
+            # The result is empty for a folder without a record, and for a record of another kind of run.
             source_record = (recorded(source).get("run") or {}).get("source") or {}
             # a stage's folder is complete once it has its metadata file
             stages = sorted(path.parent.name for path in source.glob(f"*/{META}"))
@@ -134,17 +134,19 @@ def find_tuned_weights(
                     " folder."
                 )
             # a run of train.py records the generator in its settings
-            roots.append(Path(source_record["pipeline"]))
+            generator_roots.append(Path(source_record["pipeline"]))
             stage_folders += [(stage, source / stage) for stage in stages]
     # (stage, "=", path); sign and path are empty if the value has no "="
-    weight_fields = [text.partition("=") for text in weights]
-    malformed_weights = [name + sign + path for name, sign, path in weight_fields if not (name and path)]
+    weight_fields = [weight_text.partition("=") for weight_text in weights]
+    malformed_weights = [
+        name + separator + path for name, separator, path in weight_fields if not (name and path)
+    ]
     if malformed_weights:
         raise ValueError(
             f"--weights: {malformed_weights[0]} is not of the form STAGE=PATH. Write the name of a stage, an"
             " equals sign and a path."
         )
-    if weight_fields and not roots:
+    if weight_fields and not generator_roots:
         raise ValueError(
             "--weights=STAGE=PATH needs the folder of the untuned generator. Add --pipeline=ROOT."
         )
@@ -153,12 +155,14 @@ def find_tuned_weights(
             "flow export: the tuned weights are missing. Name a WORK folder or runs of train.py, or add"
             " --weights=STAGE=PATH."
         )
-    root = roots[0]
+    root = generator_roots[0]
     # With --pipeline, the user decides which generator the weights belong to.
-    if pipeline_folder is None and any(other_root.resolve() != root.resolve() for other_root in roots):
+    if pipeline_folder is None and any(
+        other_root.resolve() != root.resolve() for other_root in generator_roots
+    ):
         raise ValueError(
-            f"flow export: the stages belong to different generators, {root} and {roots[-1]}. Export the"
-            " generators with separate commands."
+            f"flow export: the stages belong to different generators, {root} and {generator_roots[-1]}."
+            " Export the generators with separate commands."
         )
     # raises ValueError for a stage that this generator does not have
     check_stages("export", family_of(root), [stage for stage, _ in stage_folders])

@@ -35,7 +35,13 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def unset_option(
-    name: str, group: str, metavar: str, kind, help: str, shown: str = PROBLEM_DEFAULT, rare: bool = False
+    name: str,
+    group: str,
+    metavar: str,
+    value_type,
+    help: str,
+    shown: str = PROBLEM_DEFAULT,
+    rare: bool = False,
 ):
     """Make an option whose value is None if it is absent, so that the generator's default settings apply.
 
@@ -43,13 +49,20 @@ def unset_option(
         name: flag, such as "--loop-beta".
         group: title under which --help lists the flag.
         metavar: placeholder of the value in --help, mostly its unit.
-        kind: click type of the value.
+        value_type: click type of the value.
         help: description in --help.
         shown: text that --help shows as the default if the default cannot be computed.
         rare: True for an option that only --help-all shows and --set NAME=VALUE sets.
     """
     return option(
-        name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help
+        name,
+        group=group,
+        rare=rare,
+        metavar=metavar,
+        type=value_type,
+        default=None,
+        show_default=shown,
+        help=help,
     )
 
 
@@ -74,26 +87,26 @@ tuning_flags = combine_decorators(
 )
 
 
-def make_source(kind: type[Source], flags: Flags) -> Source:
+def make_source(source_class: type[Source], flags: Flags) -> Source:
     """Build the settings of a problem's source from the flags.
 
     Args:
-        kind: class of the settings, ProblemSource or a subclass.
+        source_class: class of the settings, ProblemSource or a subclass.
         flags: values of the command line.
 
     Raises: ValueError for a flag that is missing or has no effect.
     """
-    # `flags.of` returns the flags that were given, by field.
-    source = kind(**flags.values_for(kind), seed=flags["seed"])
+    # `flags.values_for` returns the flags that were given, by field.
+    source = source_class(**flags.values_for(source_class), seed=flags["seed"])
     check_source(source)
     return source
 
 
-def make_record_reader(kind: type, mode: str) -> Callable[[Path, Flags, Any], Any]:
+def make_record_reader(settings_class: type, mode: str) -> Callable[[Path, Flags, Any], Any]:
     """Make the function `recorded` of a Mode, which reads the settings of a run from its folder.
 
     Args:
-        kind: class of the settings.
+        settings_class: class of the settings.
         mode: name of the mode; the folder of another mode is rejected.
     """
 
@@ -101,8 +114,8 @@ def make_record_reader(kind: type, mode: str) -> Callable[[Path, Flags, Any], An
         # imported here, because --help must not load this module
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
 
-        # the path stands in the message of an error
-        return from_dict(kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS))
+        # the message of an error names this path
+        return from_dict(settings_class, recorded_by(folder, mode)["run"], str(folder / OPTIONS))
 
     return recorded
 
@@ -132,17 +145,17 @@ def adapter_settings(flags: Flags, lora: LoraConfig | None) -> dict:
     Raises: ValueError if adapter flags were given and all parameters are tuned.
     """
     # rank, alpha and dropout, as far as they were given
-    adapters = flags.values_for(LoraConfig)
+    adapter_values = flags.values_for(LoraConfig)
     if flags["lora_targets"] is not None:
-        adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
+        adapter_values["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
     # Without --tune, the default settings decide.
     tunes_all = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
-    if tunes_all and adapters:
+    if tunes_all and adapter_values:
         raise ValueError(
-            f"{', '.join(flag('lora_' + name) for name in adapters)}: has an effect on LoRA adapters only,"
-            " but all parameters are tuned. Add --tune=lora, or remove the flag."
+            f"{', '.join(flag('lora_' + name) for name in adapter_values)}: has an effect on LoRA adapters"
+            " only, but all parameters are tuned. Add --tune=lora, or remove the flag."
         )
-    return {"lora": None if tunes_all else replace(lora or LoraConfig(), **adapters)}
+    return {"lora": None if tunes_all else replace(lora or LoraConfig(), **adapter_values)}
 
 
 def adapter_help_values(lora: LoraConfig | None) -> dict[str, Any]:
@@ -228,49 +241,55 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
         defaults: default settings for the generator.
     """
     # Three trainings: on people's pairs, on the loop's pairs, and supervised fine-tuning for the ablation.
-    human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
-    human = replace(human, dpo=replace(human.dpo, **flags.values_for(DpoConfig)))
+    human_training, loop_training, sft_training = (
+        _training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft)
+    )
+    human_training = replace(human_training, dpo=replace(human_training.dpo, **flags.values_for(DpoConfig)))
     # supervised fine-tuning has no preference loss, but the same condition dropout
-    sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
-    loop_pairs = replace(
+    sft_training = replace(
+        sft_training, dpo=replace(sft_training.dpo, condition_dropout=human_training.dpo.condition_dropout)
+    )
+    loop_pair_settings = replace(
         defaults.loop_pairs,
         **flags.values_for(LoopPairsConfig),
         **flags.select({"evaluation_batch": "batch"}),
     )
     # The loss on the loop's pairs has the settings of the loss on people's pairs, except for three weights.
-    defaults_loop = defaults.loop.dpo
+    default_loop_dpo = defaults.loop.dpo
     # Keeps the ratio of the two default betas. The product comes first: with the default --beta, the quotient
     # is then exactly the default beta of the loop.
-    beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta
+    beta = human_training.dpo.beta * default_loop_dpo.beta / defaults.human.dpo.beta
     loss_weights: dict[str, Any] = {
-        "loser_weight": defaults_loop.loser_weight,
-        "sft_weight": defaults_loop.sft_weight,
+        "loser_weight": default_loop_dpo.loser_weight,
+        "sft_weight": default_loop_dpo.sft_weight,
         "beta": beta,
     }
     loss_weights |= flags.select(
         {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"}
     )
-    loop = replace(
-        loop,
+    loop_training = replace(
+        loop_training,
         # The loop's pairs need a loss with a reference network. If --loss selects a loss without a reference,
         # it applies to people's pairs only.
-        dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **loss_weights),
+        dpo=replace(
+            human_training.dpo if human_training.dpo.needs_reference else default_loop_dpo, **loss_weights
+        ),
         **flags.select({"loop_lr": "lr", "loop_steps": "steps"}),
     )
-    choosing = defaults.choosing
+    choosing_settings = defaults.choosing
     # 0 switches the choice of a checkpoint off; a number switches it on where the default has none
     if flags["choose_noises"] == 0:
-        choosing = None
-    elif choosing is not None or flags["choose_noises"] is not None:
-        choosing = replace(choosing or Choosing(), **flags.values_for(Choosing))
+        choosing_settings = None
+    elif choosing_settings is not None or flags["choose_noises"] is not None:
+        choosing_settings = replace(choosing_settings or Choosing(), **flags.values_for(Choosing))
     return replace(
         defaults,
-        human=human,
-        loop=loop,
-        sft=sft,
-        loop_pairs=loop_pairs,
+        human=human_training,
+        loop=loop_training,
+        sft=sft_training,
+        loop_pairs=loop_pair_settings,
         weighing=replace(defaults.weighing, **flags.values_for(Weighing)),
-        choosing=choosing,
+        choosing=choosing_settings,
         rounds=flags["rounds"] or defaults.rounds,
         seed=flags["seed"],
     )
@@ -281,19 +300,19 @@ def circular_help_values(settings: CircularSettings) -> list[object]:
 
     Flags of a training without the prefix --loop-, such as --lr, show the values for people's pairs.
     """
-    loop = settings.loop
-    choosing = settings.choosing
+    loop_training = settings.loop
+    choosing_settings = settings.choosing
     return [
         {
             **adapter_help_values(settings.human.lora),
             # The keys are names of flags, not of fields.
             "rounds": settings.rounds,
-            "loop_beta": loop.dpo.beta,
-            "loop_loser_weight": loop.dpo.loser_weight,
-            "loop_sft_weight": loop.dpo.sft_weight,
-            "loop_lr": loop.lr,
-            "loop_steps": loop.steps,
-            "choose_noises": 0 if choosing is None else choosing.per_condition,
+            "loop_beta": loop_training.dpo.beta,
+            "loop_loser_weight": loop_training.dpo.loser_weight,
+            "loop_sft_weight": loop_training.dpo.sft_weight,
+            "loop_lr": loop_training.lr,
+            "loop_steps": loop_training.steps,
+            "choose_noises": 0 if choosing_settings is None else choosing_settings.per_condition,
         },
         settings,
     ]
@@ -341,17 +360,17 @@ arms_table_flags = combine_decorators(
 )
 
 
-def check_arms_flags(flags: Flags, several: bool) -> None:
+def check_arms_flags(flags: Flags, has_several_arms: bool) -> None:
     """Raise ValueError, naming the flags, if flags were given that have no effect in this run.
 
     Args:
         flags: values of the command line.
-        several: True if the run has several arms.
+        has_several_arms: True if the run has several arms.
     """
     flags.check_applies(
         ("jobs",),
         # several arms, or one arm with several training seeds
-        several or len(training_seeds(flags, 1)) > 1,
+        has_several_arms or len(training_seeds(flags, 1)) > 1,
         "a run of several trainings (--arms, --seeds)",
     )
     flags.check_applies(
@@ -372,18 +391,18 @@ def make_shared_fields(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -
 
     Returns: keyword arguments of an ArmsRun, by field.
     """
-    choosing = defaults.choosing
+    choosing_settings = defaults.choosing
     if flags["choose_noises"] == 0:
         # 0: no win rate, so the last checkpoint is used
-        choosing = None
+        choosing_settings = None
     elif flags["choose_noises"] is not None:
-        choosing = replace(choosing or Choosing(), per_condition=flags["choose_noises"])
+        choosing_settings = replace(choosing_settings or Choosing(), per_condition=flags["choose_noises"])
     return {
         "stage": flags["stage"],
         "arms": arms,
         # several arms are compared over three seeds; one arm alone is trained once
         "training_seeds": training_seeds(flags, 3 if len(arms) > 1 else 1),
-        "choosing": choosing,
+        "choosing": choosing_settings,
         "evaluation": replace(defaults.evaluation, **flags.values_for(Evaluation)),
         "summary": not flags["no_summary"],
     }
@@ -404,19 +423,19 @@ def arms_help_values(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
     }
 
 
-def training_seeds(flags: Flags, count: int) -> tuple[int, ...]:
+def training_seeds(flags: Flags, default_count: int) -> tuple[int, ...]:
     """Return the training seeds of the flag --seeds.
 
     Args:
         flags: values of the command line.
-        count: number of seeds if --seeds was not given. They are the value of --seed and the integers that
-            follow it.
+        default_count: number of seeds if --seeds was not given. They are the value of --seed and the integers
+            that follow it.
 
     Raises: ValueError that names --seeds, if its value is not a list of integers >= 0.
     """
     if flags["seeds"] is None:
         # consecutive seeds, so that --seed alone makes the run reproducible
-        return tuple(range(flags["seed"], flags["seed"] + count))
+        return tuple(range(flags["seed"], flags["seed"] + default_count))
     return seeds_of("--seeds", flags["seeds"])
 
 
@@ -435,13 +454,13 @@ def record(mode: str, settings: ArmsRun, opened: "Opened") -> dict:
     """
     problem, labelled_assets = opened
     # Online runs score their own samples, so they have no labels.
-    labels = {} if labelled_assets is None else {"labels": labelled_assets.identity}
-    return {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity), **labels}
+    label_record = {} if labelled_assets is None else {"labels": labelled_assets.identity}
+    return {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity), **label_record}
 
 
 def make_arms_mode(
     name: str,
-    kind: type[ArmsRun],
+    settings_class: type[ArmsRun],
     title: Callable[[Any], str],
     open: "Callable[[Any, str], Opened]",
     check: "Callable[[Any, Opened, Run], None]",
@@ -451,7 +470,7 @@ def make_arms_mode(
 
     Args:
         name: name of the mode.
-        kind: class of its settings.
+        settings_class: class of its settings.
         title: function of the settings that returns the middle part of the run folder's name, between the
             mode and the generator.
         open: function of the settings and the device that returns the problem and the labelled assets. It
@@ -482,12 +501,12 @@ def make_arms_mode(
 
     return Mode(
         name=name,
-        settings=kind,
+        settings=settings_class,
         open=opened,
         work=work,
         title=titled,
         record=lambda settings, opened: record(name, settings, opened),
-        recorded=make_record_reader(kind, name),
+        recorded=make_record_reader(settings_class, name),
         # --help says that --jobs divides several trainings among processes
         jobs="several trainings",
         **mode_arguments,

@@ -59,7 +59,7 @@ def label(
     strategy: str,
     device: str,
     campaign: str | None,
-    **server,
+    **server_values,
 ) -> None:
     """Compare the generated assets in the browser: each page shows two assets of the same prompt. The command
     prints the address of the page.
@@ -75,46 +75,51 @@ def label(
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     work = Work.open(folder)
-    flags = launch.ServerFlags.from_flags(server, folder)
+    server_flags = launch.ServerFlags.from_flags(server_values, folder)
     # one line per generated asset
     asset_count = len(work.lines())
     # WORK has a default campaign; others are made with --set campaign=NAME
-    name = campaign or work.campaign
-    request = make_request(work, name, pairs or asset_count, strategy)
+    campaign_name = campaign or work.campaign
+    request = make_request(work, campaign_name, pairs or asset_count, strategy)
     with open_store(work.database, create=True) as store:
         # Annotators on other machines must log in, so at least one must exist before the server starts.
-        if flags.exposed:
+        if server_flags.exposed:
             launch.check_annotators(
-                store, flags.host, f"eg3d-rlhf label add-annotator NAME --db={work.database}"
+                store, server_flags.host, f"eg3d-rlhf label add-annotator NAME --db={work.database}"
             )
-        stored = store.campaign(name)
-        if stored is None:
+        stored_campaign = store.campaign(campaign_name)
+        if stored_campaign is None:
             # active strategies need trained rewards, which the first answers provide
             if STRATEGIES[strategy].least_rewards:
                 check_trained(work, strategy)
             # loaded only if the strategy scores pairs
-            scorer = partial(latent_ensemble, work, choose_device(device))
-            store.create_campaign(*launch.plan_campaign(store, request, click.echo, scorer))
-            stored = store.campaign(name)
-            assert stored is not None
+            load_scorer = partial(latent_ensemble, work, choose_device(device))
+            store.create_campaign(*launch.plan_campaign(store, request, click.echo, load_scorer))
+            stored_campaign = store.campaign(campaign_name)
+            assert stored_campaign is not None
         else:
             # An existing campaign resumes, so its pairs and its strategy cannot change. `check_resumed`
             # raises ValueError if a given flag differs from the stored value.
-            requested = {"pairs": pairs, "strategy": strategy}
-            launch.check_resumed(stored, requested, launch.given_flags(ctx), "--set campaign=NAME")
+            requested_settings = {"pairs": pairs, "strategy": strategy}
+            launch.check_resumed(
+                stored_campaign, requested_settings, launch.given_flags(ctx), "--set campaign=NAME"
+            )
         # number of judgements in the database
-        answered = sum(1 for _ in store.judgements(name))
+        answer_count = sum(1 for _ in store.judgements(campaign_name))
         click.echo(
-            f"{stored.pairs} pairs, about {format_duration(SECONDS * stored.pairs)} at {SECONDS} s per"
-            f" answer; {answered} answers so far"
+            f"{stored_campaign.pairs} pairs, about {format_duration(SECONDS * stored_campaign.pairs)} at"
+            f" {SECONDS} s per answer; {answer_count} answers so far"
         )
         # Serves the page until Ctrl-C. The lambda returns the lines that are printed at the start.
         launch.serve_campaign(
             store,
             work.database,
-            name,
-            flags,
-            lambda address: [f"label at {address}  (Ctrl-C stops)", f"next: {tuning_command(work, name)}"],
+            campaign_name,
+            server_flags,
+            lambda address: [
+                f"label at {address}  (Ctrl-C stops)",
+                f"next: {tuning_command(work, campaign_name)}",
+            ],
             "answer",
         )
 
@@ -129,35 +134,38 @@ def tuning_command(work: Work, campaign: str) -> str:
         work: the opened folder WORK.
         campaign: name of the labelling project.
     """
-    tune = f"eg3d-rlhf flow tune {work.folder}"
+    tune_command = f"eg3d-rlhf flow tune {work.folder}"
     # `flow tune` reads the answers of this project directly from the database.
     if campaign == work.campaign:
-        return tune
-    file = work.folder / "answers.jsonl"
-    return f"eg3d-rlhf label export {file} --kind=asset-pairs --db={work.database} && {tune} --labels={file}"
+        return tune_command
+    labels_file = work.folder / "answers.jsonl"
+    return (
+        f"eg3d-rlhf label export {labels_file} --kind=asset-pairs --db={work.database} && {tune_command}"
+        f" --labels={labels_file}"
+    )
 
 
-def make_request(work: Work, name: str, pairs: int, strategy: str = "random") -> launch.Request:
+def make_request(work: Work, campaign_name: str, pairs: int, strategy: str = "random") -> launch.Request:
     """Build the description of a new labelling project on the generated assets of WORK.
 
     Args:
         work: the opened folder WORK.
-        name: name of the project.
+        campaign_name: name of the project.
         pairs: number of pairs.
         strategy: name of the strategy that chooses the pairs.
     """
-    # None for every setting: `filled` replaces it by the default value of the setting
-    settings = launch.with_defaults(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
-    pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
+    # None for every setting: `with_defaults` replaces it by the default value of the setting
+    campaign_settings = launch.with_defaults(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
+    pairing_options = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
     # an absolute path, because the label server may be started in another folder
-    assets = str(work.asset_folder().resolve())
+    asset_folder = str(work.asset_folder().resolve())
     return launch.Request(
-        name=name,
+        name=campaign_name,
         network=None,
         after=None,
-        pairing=pairing,
-        settings=settings,
-        assets=assets,
+        pairing=pairing_options,
+        settings=campaign_settings,
+        assets=asset_folder,
         up=work.up,
         # samples without a surface are left out instead of rejected
         lenient=True,

@@ -157,7 +157,7 @@ def new(
 
     # Everything is checked, and the cost is shown, before the first slow step: the embedding of the inputs.
     check_new(folder)
-    # `say` ignores the notice about the licence, because `check_and_describe` prints it.
+    # `print_line` ignores the notice about the licence, because `check_and_describe` prints it.
     family = family_of(Path(pipeline), print_line=lambda text: None)
     target_device = choose_device(device)
     for line in check_and_describe(family, Path(pipeline)):
@@ -171,27 +171,29 @@ def new(
         family, Path(pipeline), target_device, precision, sorted({1, flags["batch"] or family.batch})
     ):
         click.echo(line)
-    names = conditioning_names(family, prompts, images, embeddings_by_name)
+    paths_by_name = conditioning_names(family, prompts, images, embeddings_by_name)
     # Prompts are split, not pairs, so that no prompt is in two splits.
-    prompts_by_split = divide(list(names), flags["seed"], parse_shares(flags["split"]))
+    prompts_by_split = divide(list(paths_by_name), flags["seed"], parse_shares(flags["split"]))
     # reads, for example, "6 to train on, 2 to choose on, 2 to test on"
-    counts = ", ".join(f"{len(prompts_by_split[split])} to {split} on" for split in SPLITS)
-    for line in entry_lines("prompts" if images is None else "images", [f"{len(names)}: {counts}"]):
+    split_text = ", ".join(f"{len(prompts_by_split[split])} to {split} on" for split in SPLITS)
+    for line in entry_lines(
+        "prompts" if images is None else "images", [f"{len(paths_by_name)}: {split_text}"]
+    ):
         click.echo(line)
     # no --conditioning: the generator's own encoder computes the embeddings
     if embeddings_by_name is None:
         if images is None:
             # `conditioning_names` has raised ValueError for a family without an encoder
             assert isinstance(family, EmbedsText)
-            embeddings_by_name = family.embed_texts(Path(pipeline), list(names), target_device)
+            embeddings_by_name = family.embed_texts(Path(pipeline), list(paths_by_name), target_device)
         else:
             assert isinstance(family, EmbedsImages)
-            files = {name: path for name, path in names.items() if path is not None}
-            embeddings_by_name = family.embed_images(Path(pipeline), files, target_device)
+            image_paths = {name: path for name, path in paths_by_name.items() if path is not None}
+            embeddings_by_name = family.embed_images(Path(pipeline), image_paths, target_device)
     if images is None:
-        write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
+        write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in paths_by_name).encode())
     else:
-        link_images(folder / "inputs", names)
+        link_images(folder / "inputs", paths_by_name)
     # Written before work.json, whose presence marks a complete folder.
     write_conditioning(folder / CONDITIONING_FILE, embeddings_by_name)
     work = Work(
@@ -211,22 +213,24 @@ def new(
         precision=precision,
         batch=flags["batch"] or family.batch,
         inputs=(
-            {} if images is None else {name: path.name for name, path in names.items() if path is not None}
+            {}
+            if images is None
+            else {name: path.name for name, path in paths_by_name.items() if path is not None}
         ),
     ).write()
     for line in choice_lines(work, target_device):
         click.echo(line)
 
 
-def parse_shares(text: str) -> list[float]:
+def parse_shares(shares_text: str) -> list[float]:
     """Parse the value of --split, numbers separated by commas. Raises: ValueError for other text."""
     try:
         # `divide` checks the number of shares and their sum
-        return [float(share) for share in text.split(",")]
+        return [float(share) for share in shares_text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--split: {text!r} is not a list of numbers. Write one share for each of {', '.join(SPLITS)},"
-            " separated by commas, such as 0.6,0.2,0.2."
+            f"--split: {shares_text!r} is not a list of numbers. Write one share for each of"
+            f" {', '.join(SPLITS)}, separated by commas, such as 0.6,0.2,0.2."
         ) from None
 
 
@@ -266,9 +270,10 @@ def check_and_describe(family: FlowFamily, root: Path) -> Iterator[str]:
         yield from entry_lines("", [f"files of it: {licence_names}"])
     for network in networks:
         if network.without and not network.tensors:
-            source = f" (published at {family.address})" if family.address else ""
+            address_note = f" (published at {family.address})" if family.address else ""
             yield from entry_lines(
-                "missing", [f"{network.name} in {network.file}{source}: without it no {network.without}"]
+                "missing",
+                [f"{network.name} in {network.file}{address_note}: without it no {network.without}"],
             )
 
 
@@ -300,7 +305,7 @@ def cost_lines(
     stages = sized_stages(family, root)
     # A small generator fits into every memory, so the slow estimate is left out.
     largest_count = max(
-        sum(parameter.numel() for parameter in sized.stage.model.parameters()) for sized in stages
+        sum(parameter.numel() for parameter in sized_stage.stage.model.parameters()) for sized_stage in stages
     )
     if largest_count < LARGE:
         yield from entry_lines("memory", [f"small networks: at most {largest_count:,} parameters"])
@@ -418,42 +423,42 @@ def list_images(folder: Path) -> dict[str, Path]:
             " contains such images."
         )
     # a.png and a.webp would have the same name, so both are looked up before the result is built.
-    by_name = dict[str, Path]()
-    by_content = dict[str, Path]()
+    paths_by_name = dict[str, Path]()
+    paths_by_content = dict[str, Path]()
     for path in paths:
         # An image that occurs twice could be in the training split and in the test split.
-        for earlier_paths, key, property_name in (
-            (by_name, path.stem, "name"),
-            (by_content, file_hash(path), "content"),
+        for earlier_paths, path_key, property_name in (
+            (paths_by_name, path.stem, "name"),
+            (paths_by_content, file_hash(path), "content"),
         ):
             # `setdefault` stores this path, or returns the earlier path with the same key.
-            earlier_path = earlier_paths.setdefault(key, path)
+            earlier_path = earlier_paths.setdefault(path_key, path)
             if earlier_path is not path:
                 raise ValueError(
                     f"--images: {earlier_path.name} and {path.name} have the same {property_name}. Remove one"
                     " of the two files."
                 )
-    return by_name
+    return paths_by_name
 
 
-def link_images(folder: Path, names: Mapping[str, Path | None]) -> None:
+def link_images(folder: Path, paths_by_name: Mapping[str, Path | None]) -> None:
     """Create links to the images in the folder WORK/inputs.
 
     A point map is linked, too, if it lies beside an image and has the same name with the suffix .npy.
 
     Args:
         folder: folder WORK/inputs.
-        names: image files by name.
+        paths_by_name: image files by name.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.models.policies import link
 
     # Point maps are optional, so only existing files are linked.
-    for path in names.values():
+    for path in paths_by_name.values():
         assert path is not None
-        for source in (path, path.with_suffix(POINT_MAP_SUFFIX)):
-            if source.is_file():
-                link(source, folder / source.name)
+        for linked_path in (path, path.with_suffix(POINT_MAP_SUFFIX)):
+            if linked_path.is_file():
+                link(linked_path, folder / linked_path.name)
 
 
 def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
@@ -467,14 +472,14 @@ def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
     import torch
 
     # The device is printed so that a wrong choice is noticed before sampling.
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield from entry_lines("device", [f"{name}, {work.precision}", f"{work.batch} assets at once"])
-    count = work.each * len(work.names(*SHOWN))
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    yield from entry_lines("device", [f"{device_name}, {work.precision}", f"{work.batch} assets at once"])
+    asset_count = work.each * len(work.names(*SHOWN))
     yield from entry_lines(
         "to sample",
         [
-            f"{count} assets, {work.each} of each prompt or image; {len(work.names(TEST))} further prompts or"
-            " images are kept for the test"
+            f"{asset_count} assets, {work.each} of each prompt or image; {len(work.names(TEST))} further"
+            " prompts or images are kept for the test"
         ],
     )
     # The next command can be copied from the screen.

@@ -87,8 +87,8 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
         # Only the first process prints.
         if not ranks.is_main:
             return
-    for line in sampling_report(sampling, summary):
-        click.echo(line)
+    for report_line in sampling_report(sampling, summary):
+        click.echo(report_line)
     # A family may add a remark about its samples; the empty text means that there is none.
     if remark := family.remark(sampling.folder, work.lines(), sampling.pipeline):
         click.echo(remark)
@@ -105,30 +105,30 @@ def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
     from training.progress import tqdm
 
     # assets of all ranks
-    total = len(sampling.jobs)
+    asset_count = len(sampling.jobs)
     with tqdm(
-        total=total,
+        total=asset_count,
         desc=f"sampling {sampling.folder.name}",
         unit="asset",
         # None: tqdm shows the bar only on a terminal
         disable=None if sampling.ranks.is_main else True,
-    ) as bar:
-        summary = sampling.run(bar.update)
-        bar.update(total - bar.n)  # counts the assets that other ranks generated
+    ) as progress_bar:
+        summary = sampling.run(progress_bar.update)
+        progress_bar.update(asset_count - progress_bar.n)  # counts the assets that other ranks generated
     return summary
 
 
-def sampling_report(sampling: "AssetSampling", drawn: "SamplingSummary") -> list[str]:
+def sampling_report(sampling: "AssetSampling", summary: "SamplingSummary") -> list[str]:
     """Return lines with the number of generated assets, and the number of samples that cannot be shown.
 
     Args:
         sampling: the sampled folder.
-        drawn: the summary that `sample_with_bar` returned.
+        summary: the summary that `sample_with_bar` returned.
     """
-    lines = [f"{drawn.count} assets in {sampling.folder}"]
+    report_lines = [f"{summary.count} assets in {sampling.folder}"]
     # The line quotes one reason only, because all samples mostly fail for the same reason.
-    if drawn.left_out:
-        lines.append(
-            f"{len(drawn.left_out)} more samples have no surface and are left out: {drawn.left_out[0]}"
+    if summary.left_out:
+        report_lines.append(
+            f"{len(summary.left_out)} more samples have no surface and are left out: {summary.left_out[0]}"
         )
-    return lines
+    return report_lines

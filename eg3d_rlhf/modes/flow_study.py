@@ -59,14 +59,14 @@ class Study:
     @classmethod
     def open(cls, folder: Path) -> "Study":
         """Open the folder of an existing study. Raises: FileNotFoundError for another folder."""
-        path = folder / FILE
-        if not path.is_file():
+        study_file = folder / FILE
+        if not study_file.is_file():
             raise FileNotFoundError(
                 f"{folder}: the file {FILE} is missing, so this is no folder of `flow study`. Remove the"
                 " folder, or restore the file from a backup."
             )
         # the file names the training only; the other data lies in the comparisons
-        return cls(folder, json.loads(path.read_text())["tune"])
+        return cls(folder, json.loads(study_file.read_text())["tune"])
 
     @classmethod
     def of(cls, work: Work, tune: Path, again: bool) -> "Study":
@@ -109,10 +109,10 @@ class Study:
         if not self.contest(against).design.is_file():
             return None
         # the stored design, and all answers in the database
-        design, rows = studies.study_rows(self.contest(against))
-        count = len(sort_rows(design, rows).trials)
+        design, answer_rows = studies.study_rows(self.contest(against))
+        answered_count = len(sort_rows(design, answer_rows).trials)
         # A comparison that was stopped by the rule of its design counts as complete.
-        return (design.trials if stopped(design, count) else count), design.trials
+        return (design.trials if stopped(design, answered_count) else answered_count), design.trials
 
 
 @click.command("study", cls=GroupedCommand)
@@ -167,7 +167,7 @@ def study(
     cells: int | None,
     few_steps: int | None,
     timeout: float,
-    **server,
+    **server_values,
 ) -> None:
     """Compare the tuned generator with the untuned generator, and with its control, in the browser. The study
     is blind: people do not see which generator made an asset. It uses the test prompts.
@@ -192,21 +192,21 @@ def study(
         return
     family = work.check_pipeline()
     # name of a folder below drawn/ -> tuned weights by stage; None: the untuned generator
-    arms = {"test-base": None, arm_name("tuned", training): work.tuned(training)}
-    if against != BASE and (control := work.tuned(training, control=True)):
-        arms[arm_name("control", training)] = control
+    weights_by_arm = {"test-base": None, arm_name("tuned", training): work.tuned(training)}
+    if against != BASE and (control_weights := work.tuned(training, control=True)):
+        weights_by_arm[arm_name("control", training)] = control_weights
     elif against == CONTROL:
         raise ValueError(
             f"--against=control: {training} has no control. Run `flow tune` again without --no-control."
         )
     # Assets that exist already are not generated again.
     with running(device, timeout, AGAIN) as ranks:
-        for name, weights in arms.items():
+        for arm, weights in weights_by_arm.items():
             target_device = choose_device(device) if ranks.world == 1 else ranks.device
             sampling = make_sampling(
                 work,
                 family,
-                name,
+                arm,
                 [TEST],
                 target_device,
                 ranks,
@@ -220,17 +220,27 @@ def study(
         if not ranks.is_main:
             return
     # Only flags that were given are passed to the job `study`, so that its defaults apply to the others.
-    given_server_flags = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
-    serve(work, Study.of(work, training, again), list(arms), against, n, annotators, given_server_flags)
+    given_server_flags = {
+        name: server_values[name] for name in launch.given_flags(ctx) & server_values.keys()
+    }
+    serve(
+        work,
+        Study.of(work, training, again),
+        list(weights_by_arm),
+        against,
+        n,
+        annotators,
+        given_server_flags,
+    )
 
 
-def arm_name(kind: str, tune: Path) -> str:
+def arm_name(role: str, tune: Path) -> str:
     """Return the name of the folder of an arm's assets, with the number of the training.
 
     >>> arm_name("tuned", Path("WORK/tune-03"))
     'tuned-03'
     """
-    return f"{kind}-{tune.name.rpartition('-')[2]}"
+    return f"{role}-{tune.name.rpartition('-')[2]}"
 
 
 def serve(
@@ -240,7 +250,7 @@ def serve(
     against: str | None,
     n: int | None,
     annotators: int,
-    server: Mapping[str, object],
+    server_values: Mapping[str, object],
 ) -> None:
     """Serve one comparison in the browser until it is interrupted; design the comparison first if it is new.
 
@@ -251,16 +261,20 @@ def serve(
         against: BASE or CONTROL; None: the first comparison that is not over.
         n: number of pairs after which the study ends; None: all pairs.
         annotators: number of people who answer.
-        server: flags of the server that were given, by name.
+        server_values: flags of the server that were given, by name.
 
     Raises: ValueError if the comparison is over.
     """
     # By generator that the tuned one is compared with: its folder. arms[1] is the tuned generator; without a
     # control, `zip` stops after BASE.
-    contests = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
-    states = {name: study.answered(name) for name in contests}
+    asset_folder_by_contest = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
+    progress_by_contest = {name: study.answered(name) for name in asset_folder_by_contest}
     # comparisons without a design, or with trials that are not answered
-    open_contests = [name for name, state in states.items() if state is None or state[0] < state[1]]
+    open_contests = [
+        name
+        for name, progress in progress_by_contest.items()
+        if progress is None or progress[0] < progress[1]
+    ]
     if not open_contests or (against is not None and against not in open_contests):
         raise ValueError(
             f"{study.folder}: the study is over. Add --report to see its results, or --again to begin"
@@ -271,22 +285,22 @@ def serve(
     # The comparison is served by the job `study`, whose command line is built here. Settings without a flag
     # are passed as --set=NAME=VALUE.
     settings_without_flag = study_job.main.rare
-    flags = [f"--outdir={contest_folder.path}"]
-    flags += [
+    command_line = [f"--outdir={contest_folder.path}"]
+    command_line += [
         f"--set={name}={value}" if name in settings_without_flag else f"--{name}={value}"
-        for name, value in server.items()
+        for name, value in server_values.items()
     ]
     # A new comparison is designed from the assets; an existing one resumes from its folder.
-    if states[chosen_contest] is None:
-        asset_folders = work.asset_folder(contests[chosen_contest]), work.asset_folder(arms[1])
+    if progress_by_contest[chosen_contest] is None:
+        asset_folders = work.asset_folder(asset_folder_by_contest[chosen_contest]), work.asset_folder(arms[1])
         # the function receives remarks about the assets, which are not printed here
         _, pairs, _ = read_sides(*asset_folders, lambda text: None)
         # A pair is shown to at most two people, which limits the number of answers.
-        most_trials = len(pairs) * min(annotators, 2)
-        flags += [
+        max_trials = len(pairs) * min(annotators, 2)
+        command_line += [
             f"--a={asset_folders[0]}",
             f"--b={asset_folders[1]}",
-            f"--n={min(n or most_trials, most_trials)}",
+            f"--n={min(n or max_trials, max_trials)}",
             f"--up={work.up}",
             f"--annotators={annotators}",
             f"--seed={work.seed}",
@@ -297,7 +311,7 @@ def serve(
         f" {'the untuned generator' if chosen_contest == BASE else 'its control'}"
     )
     # standalone_mode=False: click returns to this function instead of ending the program
-    study_job.main.main(flags, standalone_mode=False)
+    study_job.main.main(command_line, standalone_mode=False)
 
 
 def write_reports(work: Work, study: Study, against: str | None, interim: bool) -> None:
@@ -313,23 +327,28 @@ def write_reports(work: Work, study: Study, against: str | None, interim: bool) 
     """
     # A comparison without a design has no answers.
     designed_contests = [
-        name for name in ((against,) if against else (BASE, CONTROL)) if study.answered(name) is not None
+        contest_name
+        for contest_name in ((against,) if against else (BASE, CONTROL))
+        if study.answered(contest_name) is not None
     ]
     if not designed_contests:
         raise ValueError(
             f"{study.folder}: people have not answered yet. Collect answers with eg3d-rlhf flow study"
             f" {work.folder}"
         )
-    for name in designed_contests:
-        click.echo(f"{study.tune} against {name}: {' of '.join(map(str, study.answered(name) or ()))} pairs")
-        flags = [
+    for contest_name in designed_contests:
+        click.echo(
+            f"{study.tune} against {contest_name}:"
+            f" {' of '.join(map(str, study.answered(contest_name) or ()))} pairs"
+        )
+        command_line = [
             "report",
-            f"--outdir={study.contest(name).path}",
+            f"--outdir={study.contest(contest_name).path}",
             # `write_renders` makes one image for both comparisons instead
             "--images=0",
             *(["--interim"] if interim else []),
         ]
-        study_job.main.main(flags, standalone_mode=False)
+        study_job.main.main(command_line, standalone_mode=False)
     click.echo(
         f"{write_renders(work, study)}: the same test assets before tuning, after tuning and of the control"
     )
@@ -349,30 +368,35 @@ def write_renders(work: Work, study: Study) -> Path:
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import image_of
 
     # tune-00 -> 00, the number of the training in the names of its folders
-    number = study.tune.rpartition("-")[2]
-    arms = {"before": "test-base", "tuned": f"tuned-{number}", "control": f"control-{number}"}
+    training_number = study.tune.rpartition("-")[2]
+    folder_by_arm = {
+        "before": "test-base",
+        "tuned": f"tuned-{training_number}",
+        "control": f"control-{training_number}",
+    }
     # by arm: (prompt, noise seed) -> the file to render. A training without a control has no such folder.
-    files = {
+    files_by_arm = {
         arm: {
-            (line["condition"], line["seed"]): work.asset_folder(name) / line["look_at"]
-            for line in work.lines(name)
+            (asset_line["condition"], asset_line["seed"]): work.asset_folder(folder_name)
+            / asset_line["look_at"]
+            for asset_line in work.lines(folder_name)
         }
-        for arm, name in arms.items()
-        if (work.asset_folder(name) / RANKING).is_file()
+        for arm, folder_name in folder_by_arm.items()
+        if (work.asset_folder(folder_name) / RANKING).is_file()
     }
     # prompt -> smallest noise seed: in reversed order, the smallest seed of a prompt comes last and
     # overwrites the others
-    smallest_seeds = dict(sorted(files["tuned"], reverse=True))
+    smallest_seeds = dict(sorted(files_by_arm["tuned"], reverse=True))
     columns = [(prompt, smallest_seeds[prompt]) for prompt in work.names(TEST) if prompt in smallest_seeds]
     # every k-th prompt, at most SHOWN prompts
     columns = columns[:: max(1, len(columns) // SHOWN)][:SHOWN]
-    rows = [
+    sheet_rows = [
         # `get` returns None for an asset that could not be sampled; its cell stays empty
         Row(name=arm, cells=[image_of(arm_files.get(column), work.up, SIDE) for column in columns])
-        for arm, arm_files in files.items()
+        for arm, arm_files in files_by_arm.items()
     ]
-    # The captions stand below the last row. A letter is about 8 pixels wide.
-    rows[-1] = replace(rows[-1], captions=[prompt[: SIDE // 8] for prompt, _ in columns])
+    # The captions are written below the last row. A letter is about 8 pixels wide.
+    sheet_rows[-1] = replace(sheet_rows[-1], captions=[prompt[: SIDE // 8] for prompt, _ in columns])
     # 110: width in pixels of the column of the rows' names
-    write_atomic(path := study.folder / RENDERS, png(sheet("", rows, names=110)))
-    return path
+    write_atomic(renders_path := study.folder / RENDERS, png(sheet("", sheet_rows, names=110)))
+    return renders_path

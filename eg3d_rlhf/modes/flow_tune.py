@@ -185,9 +185,9 @@ def tuning_settings(flags: Flags, work: Work) -> Tuning:
         # Pairs per forward pass: the largest divisor of the batch that is at most the number of assets that
         # `flow new` found to fit into memory.
         pairs_per_pass = max(
-            size
-            for size in range(1, circular.human.batch + 1)
-            if circular.human.batch % size == 0 and size <= work.batch
+            pass_size
+            for pass_size in range(1, circular.human.batch + 1)
+            if circular.human.batch % pass_size == 0 and pass_size <= work.batch
         )
         circular = replace(circular, human=replace(circular.human, batch_gpu=pairs_per_pass))
     return Tuning(
@@ -212,41 +212,41 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
 
     family = work.check_pipeline()
     target_device = choose_device(device) if ranks.world == 1 else ranks.device
-    encoding = flags.values_for(EncodingSource)
+    encoding_values = flags.values_for(EncodingSource)
     # pairs of each stage, from the answers in WORK or from the labels of --labels
-    imported = imported_of(work, family, flags["labels"], target_device, encoding)
+    imported_labels = imported_of(work, family, flags["labels"], target_device, encoding_values)
     if ranks.is_main:
-        write_pairs(work, family, imported)
-        for text in label_report(
-            imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}
+        write_pairs(work, family, imported_labels)
+        for report_line in label_report(
+            imported_labels.report, {stage: len(pairs) for stage, pairs in imported_labels.pairs.items()}
         ):
-            click.echo(text)
+            click.echo(report_line)
     # the pairs were written above
     if flags["pairs_only"]:
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote
     # Opens the generator, the pairs in WORK, and the embeddings of their prompts.
-    problem = problem_of(work, family, imported, target_device, encoding)
+    problem = problem_of(work, family, imported_labels, target_device, encoding_values)
     # Converted to JSON and back: tuples become lists, so that the record equals a stored record of the same
     # settings.
-    record = json.loads(
+    new_record = json.loads(
         json.dumps({"mode": "flow tune", "tuning": asdict(tuning), "problem": dict(problem.identity)})
     )
     # The first process chooses the folder, so that all processes use the same folder.
-    folder = Path(ranks.broadcast(str(choose_folder(work, record)) if ranks.is_main else None))
+    folder = Path(ranks.broadcast(str(choose_folder(work, new_record)) if ranks.is_main else None))
     # A folder with a record was begun by an earlier call.
     is_resumed = ranks.broadcast(bool(recorded(folder)) if ranks.is_main else None)
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     # The block holds the lock of the folder, so that two processes cannot train in it at once.
-    with Run(folder, record, ranks=ranks, device=str(target_device)) as run_record:
+    with Run(folder, new_record, ranks=ranks, device=str(target_device)) as run_record:
         if not is_resumed:
             run_record.begin()
         tune(
             problem,
             tuning,
             folder,
-            labels=imported.report,
+            labels=imported_labels.report,
             ranks=ranks,
             samples=make_strip(work, family, problem, tuning),
         )
@@ -267,25 +267,26 @@ def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tunin
         problem: the opened problem.
         tuning: settings of the training, which limit the number of prompts.
 
-    Returns: None if there is no such prompt, or if the family cannot write assets to look at.
+    Returns: the renderer. The result is None if there is no such prompt, or if the family cannot write assets
+        that can be rendered.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
 
     # Prompts of the selection split: assets of the test split must not be seen before the study.
-    prompts = [name for name in work.names(CHOOSE) if name in problem.choosing_prompts]
+    prompts = [prompt for prompt in work.names(CHOOSE) if prompt in problem.choosing_prompts]
     prompts = prompts[: tuning.circular.human.samples]
     if not prompts or not isinstance(family, Shows):
         return None
     # Half of the family's grid is coarse, but fast enough to be repeated during training.
-    size = () if family.cells is None else (family.cells // 2,)
-    return Strip(pipeline=problem.pipeline, family=family, prompts=prompts, size=size)
+    strip_cells = () if family.cells is None else (family.cells // 2,)
+    return Strip(pipeline=problem.pipeline, family=family, prompts=prompts, size=strip_cells)
 
 
 def choose_folder(work: Work, record: dict) -> Path:
-    """Return the folder of a training: the folder of WORK's latest training if it can be resumed, else a new
-    folder.
+    """Return the folder of a training.
 
+    It is the folder of WORK's latest training if this training can be resumed, and a new folder otherwise.
     The latest training is resumed if its record has the same settings. Settings that do not affect the result
     of a training may differ.
 
@@ -298,16 +299,17 @@ def choose_folder(work: Work, record: dict) -> Path:
 
     # in the order of their numbers, so the last folder is the newest
     folders = work.numbered("tune")
-    settings = result_settings(record)
+    new_settings = result_settings(record)
     # `<=`: the stored record has further entries, such as versions of libraries
-    if folders and settings.items() <= result_settings(recorded(folders[-1])).items():
+    if folders and new_settings.items() <= result_settings(recorded(folders[-1])).items():
         return folders[-1]
     return work.next("tune")
 
 
 def result_settings(record: Mapping) -> dict:
-    """Return a copy of a record, nested dictionaries included, without settings that do not affect the result
-    of the training.
+    """Return a copy of a record without the settings that do not affect the result of the training.
+
+    Such settings are also removed from nested dictionaries.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.training.trainer import CHANGEABLE_SETTINGS
@@ -329,5 +331,6 @@ def label_report(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
     label_facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
     return [
         label_facts,
-        "pairs with a majority: " + ", ".join(f"{count} for stage {stage}" for stage, count in pairs.items()),
+        "pairs with a majority: "
+        + ", ".join(f"{pair_count} for stage {stage}" for stage, pair_count in pairs.items()),
     ]

@@ -203,12 +203,12 @@ def add_bundled_files(flags: Mapping) -> dict:
     return given_flags
 
 
-def merge_preset(given_flags: Mapping, network: Mapping) -> dict:
+def merge_preset(given_flags: Mapping, network_settings: Mapping) -> dict:
     """Merge the preset, the settings of the network file, and the given flags, in rising priority.
 
     Args:
         given_flags: values of the flags that were given.
-        network: settings that the network file fixes (`read_network_settings`).
+        network_settings: settings that the network file fixes (`read_network_settings`).
 
     Returns: settings by name. A required flag that is missing has the value None. A setting that is absent
         gets the default of its dataclass.
@@ -217,19 +217,27 @@ def merge_preset(given_flags: Mapping, network: Mapping) -> dict:
     reward = given_flags.get("reward", "none")
     task = select_task(given_flags["init"], reward)
     # Later dictionaries override earlier dictionaries.
-    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **network, **given_flags}
-    batch = values["batch"]
-    if values["ema_kimg"] is None and batch is not None:
+    settings_by_name = {
+        "task": task,
+        **PRESETS[cfg, task],
+        **OBSERVED.get(reward, {}),
+        **network_settings,
+        **given_flags,
+    }
+    batch = settings_by_name["batch"]
+    if settings_by_name["ema_kimg"] is None and batch is not None:
         # EG3D: ema_kimg = batch_size * 10 / 32
-        values["ema_kimg"] = batch * 10 / 32
+        settings_by_name["ema_kimg"] = batch * 10 / 32
     if cfg != "heads64" and batch is not None:  # EG3D scales this flag with the batch size
-        values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch / 32
+        settings_by_name["blur_fade_kimg"] = (
+            settings_by_name.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch / 32
+        )
     # without --rlr the reward's optimiser uses the learning rate of G
-    values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
+    settings_by_name["rlr"] = settings_by_name["rlr"] or settings_by_name.get("glr", GanConfig.glr)
     # The preset's gate weights the consistency term by the clip of the reward, so it needs both of them.
     if given_flags.get("lambda_sigma") == 0 or given_flags.get("reward_clip") == "none":
-        values["consistency_gate"] = given_flags.get("consistency_gate", 1.0)
-    return values
+        settings_by_name["consistency_gate"] = given_flags.get("consistency_gate", 1.0)
+    return settings_by_name
 
 
 def shown_by_help(flags: Mapping) -> list[dict]:
@@ -237,10 +245,10 @@ def shown_by_help(flags: Mapping) -> list[dict]:
     given_flags = add_bundled_files(flags)
     # Only the configuration heads64 has a default dataset. None is shown as a required flag.
     missing_data = {"data": None} if given_flags["cfg"] != "heads64" else {}
-    network = (
+    network_settings = (
         {} if given_flags["init"] in ("scratch", "bundled") else read_network_settings(given_flags["init"])
     )
-    return [{**missing_data, **merge_preset(given_flags, network)}]
+    return [{**missing_data, **merge_preset(given_flags, network_settings)}]
 
 
 def resolve(flags: Mapping) -> Settings:
@@ -280,7 +288,8 @@ def resolve(flags: Mapping) -> Settings:
             f"--early-stop needs {missing_flag}, whose scores choose the snapshot. Add {missing_flag}, or"
             " remove --early-stop."
         )
-    # A run folder stands for its newest network. The file is recorded, so that a resume uses the same file.
+    # A run folder is replaced by its newest network. The file is recorded, so that a resume uses the same
+    # file.
     if Path(init).is_dir():
         from eg3d_rlhf.generators import find_network
 
@@ -288,21 +297,21 @@ def resolve(flags: Mapping) -> Settings:
         with prefix_errors("--init"):
             init = given_flags["init"] = str(find_network(init))
     file_settings = {} if init == "scratch" else read_network_settings(None if init == "bundled" else init)
-    values = merge_preset(given_flags, file_settings)
+    settings_by_name = merge_preset(given_flags, file_settings)
     # EG3D has no defaults for these two flags, because they depend on the dataset.
     for name in ("gamma", "batch"):
-        if values[name] is None:
+        if settings_by_name[name] is None:
             raise ValueError(
                 f"--{name}: the value is missing, and --cfg={cfg} has no default for it. Add it: published"
                 " runs of EG3D used --gamma=1 --batch=32."
             )
-    control = given_flags.get("control")
-    if control is not None and not Path(control).exists():
+    control_path = given_flags.get("control")
+    if control_path is not None and not Path(control_path).exists():
         raise ValueError(
-            f"--control: {control} does not exist. Name the folder of a run with --lambda-r=0, or its"
+            f"--control: {control_path} does not exist. Name the folder of a run with --lambda-r=0, or its"
             " summary.json."
         )
-    return Settings.from_values(values)
+    return Settings.from_values(settings_by_name)
 
 
 def check_rounds(given_flags: Mapping, reward: str) -> None:
@@ -315,8 +324,8 @@ def check_rounds(given_flags: Mapping, reward: str) -> None:
         reward: value of --reward, "none" without a reward.
     """
     # The other settings of rounds have no flag; they are set with --set.
-    flags = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
-    round_flags = [flags.get(name, f"--set {name}") for name in given_flags if name.startswith("round_")]
+    flag_names = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
+    round_flags = [flag_names.get(name, f"--set {name}") for name in given_flags if name.startswith("round_")]
     # --rounds=0 has the same meaning as no --rounds
     if not given_flags.get("rounds"):
         if round_flags:
@@ -366,28 +375,32 @@ def read_network_settings(source: str | None) -> dict:
 
     # an error in this block begins with the name --init
     with prefix_errors("--init"):
-        path = find_network(source)
+        network_path = find_network(source)
         # A pickle of EG3D is parsed; the code in it is not run.
-        if path.suffix.lower() == ".pkl":
-            snapshot = pickles.read(path)
+        if network_path.suffix.lower() == ".pkl":
+            snapshot = pickles.read(network_path)
             plans = pickles.plan(snapshot)
-            G = plans["G_ema"].kwargs
-            D = plans["D"].kwargs if "D" in plans else None
+            generator_kwargs = plans["G_ema"].kwargs
+            discriminator_kwargs = plans["D"].kwargs if "D" in plans else None
             resolution: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
-            metadata = storage.read_meta(path, "network")
+            metadata = storage.read_meta(network_path, "network")
             # raises ValueError for an architecture that is not registered
             network_classes(metadata.get("architecture", EG3D))
-            G = metadata["G_kwargs"]
-            D = metadata["D_kwargs"]
+            generator_kwargs = metadata["G_kwargs"]
+            discriminator_kwargs = metadata["D_kwargs"]
             resolution = metadata.get("neural_rendering_resolution")
     # A file may hold G without D. Then D is new and gets the default group size.
-    group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
+    mbstd_group = (
+        (discriminator_kwargs or {})
+        .get("epilogue_kwargs", {})
+        .get("mbstd_group_size", NetworkConfig.mbstd_group)
+    )
     # EG3D replaces the camera label in the mapping network by zeros if conditioning is off.
-    conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
+    is_conditioned = not generator_kwargs.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
     return {
-        "gen_pose_cond": conditioned,
-        "mbstd_group": group,
+        "gen_pose_cond": is_conditioned,
+        "mbstd_group": mbstd_group,
         # A file may lack the neural rendering resolution; then the preset decides.
         **({} if resolution is None else {"nrr_initial": resolution}),
     }
@@ -534,26 +547,26 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
             f"--resume: {source} is a network file, which has no optimiser states. Name a run folder or a"
             f" checkpoint. {remedy}"
         )
-    changes = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
+    changed_settings = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
     # --device has a default value, so it changes the recorded device only if the user typed it.
-    changes |= {"device": flags["device"]} if "device" in flags.written else {}
+    changed_settings |= {"device": flags["device"]} if "device" in flags.written else {}
     # A run of rounds has no checkpoint itself. Each of its trainings has checkpoints in a subfolder.
-    if source.is_dir() and (options := options_of_run(source)).get("rounds"):
-        if "kimg" in changes:
+    if source.is_dir() and (round_options := options_of_run(source)).get("rounds"):
+        if "kimg" in changed_settings:
             raise ValueError(
-                f"--kimg={changes['kimg']:g} cannot be combined with --resume for a run of rounds, whose"
-                " length is fixed. Remove --kimg, or start a new run."
+                f"--kimg={changed_settings['kimg']:g} cannot be combined with --resume for a run of rounds,"
+                " whose length is fixed. Remove --kimg, or start a new run."
             )
-        return Settings.from_values({**options, **changes})
+        return Settings.from_values({**round_options, **changed_settings})
     if (source / OPTIONS).is_file() and not checkpoint.available(source):
         recorded_by(source, "gan")  # raises ValueError if the folder belongs to another mode
     # The first process reads the checkpoint and sends the settings to the other processes.
-    state = ranks.broadcast(
+    recorded_options = ranks.broadcast(
         checkpoint.read(resume_source(source, ranks), may_use_previous(flags, ranks))[1]["options"]
         if ranks.is_main
         else None
     )
-    return Settings.from_values({**version_0_1.settings(state), **changes})
+    return Settings.from_values({**version_0_1.settings(recorded_options), **changed_settings})
 
 
 def resume_source(source: Path, ranks: "Ranks") -> Path:
@@ -570,8 +583,8 @@ def resume_source(source: Path, ranks: "Ranks") -> Path:
     from training import checkpoint
 
     # A checkpoint is a file in the folder of its run.
-    folder = source if source.is_dir() else source.parent
-    return folder if ranks.restarts and checkpoint.available(folder) else source
+    run_folder = source if source.is_dir() else source.parent
+    return run_folder if ranks.restarts and checkpoint.available(run_folder) else source
 
 
 def may_use_previous(flags: Mapping, ranks: "Ranks") -> bool:
@@ -719,8 +732,8 @@ def tune(**flags: object) -> Path:
     """Train or tune a generator as `python train.py` does.
 
     Args:
-        flags: flags of train.py by name, with underscores in place of dashes. True stands for a flag without
-            a value.
+        flags: flags of train.py by name, with underscores in place of dashes. True: a flag without a
+            value.
 
     Returns: the folder of the run, which `load_generator` accepts.
 

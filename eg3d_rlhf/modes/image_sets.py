@@ -89,7 +89,7 @@ def convert(
     checked and copied.
 
     The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without
-    compression, and dataset.json. The source's labels stand in its own dataset.json,
+    compression, and dataset.json. The source's labels are read from its own dataset.json,
     {"labels": [[image name, label], ...]}; a set without that file gets "labels": null.
 
     \b
@@ -115,27 +115,33 @@ def convert(
             " such as 512x512."
         )
     # None stays None: the size of the source images
-    size = size_match and (int(size_match[1]), int(size_match[2]))
-    options = ConvertOptions(
-        transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels
+    target_size = size_match and (int(size_match[1]), int(size_match[2]))
+    convert_options = ConvertOptions(
+        transform=transform, resolution=target_size, max_images=max_images, mirror=mirror, labels=labels
     )
-    # `naming` puts the flag in front of the messages of errors in its block.
+    # an error in this block begins with the name --source
     with prefix_errors("--source"):
         # synthetic heads are rendered into a folder at their first use
-        path = resolve_dataset(source)
-        count = len(ImageFiles(path).images)
+        source_path = resolve_dataset(source)
+        image_count = len(ImageFiles(source_path).images)
     # None: all images
-    count = min(count, max_images or count)
+    image_count = min(image_count, max_images or image_count)
     # the affinity mask counts the cores this process may use; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(
-            {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)}
+            {
+                "source": str(source_path),
+                "dest": str(dest),
+                "images": image_count,
+                "workers": jobs,
+                **asdict(convert_options),
+            }
         )
         return
-    with tqdm(total=count, desc=f"writing {dest.name}", unit="image") as bar:
-        summary = convert_dataset(path, dest, options, jobs, bar.update, overwrite)
+    with tqdm(total=image_count, desc=f"writing {dest.name}", unit="image") as progress_bar:
+        summary = convert_dataset(source_path, dest, convert_options, jobs, progress_bar.update, overwrite)
     # A label of one number is a class; a label of 25 numbers is a camera.
     label_text = {0: "without labels", 1: "with class labels"}.get(
         summary.labels, f"with labels of {summary.labels} numbers"
@@ -236,14 +242,14 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     from training.dataset import ImageFolderDataset
     from training.synthetic_heads import resolve_dataset
 
-    options = MetricOptions(
+    metric_options = MetricOptions(
         metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch
     )
     # Loaded before the dataset, because the network's run names its dataset.
-    target = choose_device(device)
+    target_device = choose_device(device)
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
-        generator = load_generator(network, target)
+        generator = load_generator(network, target_device)
     run_options = training_options(generator.path)
     # --data, else the dataset of the network's run, else the dataset of the bundled generator
     data = data or run_options.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
@@ -259,37 +265,37 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        settings = {
+        resolved_settings = {
             "network": generator.path.name,
             "data": data,
             "mirror": mirror,
             "inception": inception and str(inception),
         }
-        settings |= {
+        resolved_settings |= {
             "outdir": outdir and str(outdir),
-            "metrics": options.metrics,
-            "n": options.images,
+            "metrics": metric_options.metrics,
+            "n": metric_options.images,
             "seed": seed,
             "batch": batch,
         }
-        click.echo(json.dumps(settings))
+        click.echo(json.dumps(resolved_settings))
         return
     # an error in this block begins with the name --inception
     with prefix_errors("--inception"):
-        features = load_features(inception, target)
+        feature_network = load_features(inception, target_device)
     # an error in this block begins with the name --data
     with prefix_errors("--data"):
         # c_dim: a camera label has 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 
-    def bar(total: int, title: str):
-        """Make the progress bar of one metric over `total` images, and return its update function."""
-        return tqdm(total=total, desc=title, unit="image").update
+    def make_bar(image_count: int, metric_title: str):
+        """Make the progress bar of one metric over `image_count` images, and return its update function."""
+        return tqdm(total=image_count, desc=metric_title, unit="image").update
 
     # one record per metric
-    records = evaluate(generator, dataset, features, options, bar)
-    for record in records:
-        click.echo(json.dumps(record))
+    metric_records = evaluate(generator, dataset, feature_network, metric_options, make_bar)
+    for metric_record in metric_records:
+        click.echo(json.dumps(metric_record))
     if outdir is not None:
         # Earlier results of the same network stay in the files.
-        append_records(outdir, records)
+        append_records(outdir, metric_records)

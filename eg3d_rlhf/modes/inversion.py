@@ -29,20 +29,20 @@ WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # default weights of the reward; each is one 
 _target_option = functools.partial(option, group="Target")
 
 
-def parse_weights(text: str) -> list[float]:
+def parse_weights(weights_text: str) -> list[float]:
     """Parse the value of --weights, and return the weights of the reward in rising order.
 
     Raises: ValueError unless they are distinct finite numbers >= 0, and for an empty list.
     """
-    weights = sorted(parse_numbers("--weights", text))
+    weights = sorted(parse_numbers("--weights", weights_text))
     # Files are named by the text of a weight, so weights with equal texts would overwrite each other's files.
-    text_count = len({f"{weight:g}" for weight in weights})
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or text_count < max(
+    distinct_count = len({f"{weight:g}" for weight in weights})
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or distinct_count < max(
         1, len(weights)
     ):
         raise ValueError(
-            f"--weights: {text!r} is not a list of distinct numbers >= 0. Write the weights separated by"
-            f" commas, such as {WEIGHTS}, each weight once."
+            f"--weights: {weights_text!r} is not a list of distinct numbers >= 0. Write the weights"
+            f" separated by commas, such as {WEIGHTS}, each weight once."
         )
     return weights
 
@@ -100,14 +100,14 @@ def resolve(flags: Flags) -> InversionRun:
     """
     weights = tuple(parse_weights(flags["weights"]))
     # A flag that was given overrides the preset.
-    config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.values_for(InversionConfig)})
+    inversion_config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.values_for(InversionConfig)})
     # The other fields have the names of their flags.
-    names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
+    field_names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
     # Paths become texts, because the settings are recorded as JSON.
     flag_values: dict[str, Any] = {
-        name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names
+        name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in field_names
     }
-    return InversionRun(**flag_values, weights=weights, config=config)
+    return InversionRun(**flag_values, weights=weights, config=inversion_config)
 
 
 def recorded(folder: Path, *_: object) -> InversionRun:
@@ -156,31 +156,31 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         check_mp4("orbit.mp4")
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
-        loaded = load_generator(settings.network, run.device)
-    generator = loaded.generator
+        loaded_network = load_generator(settings.network, run.device)
+    generator = loaded_network.generator
     # an error in this block begins with the name --camera
     with prefix_errors("--camera"):
         camera_label = parse_camera(generator, settings.camera)
     # an error in this block begins with the name --perceptual
     with prefix_errors("--perceptual"):
-        features = load_perceptual(
+        perceptual_network = load_perceptual(
             None if settings.perceptual is None else Path(settings.perceptual),
             generator.img_resolution,
             run.device,
         )
     # If all weights are 0, a reward is loaded only when the user named one; then it is only measured.
     needs_reward = settings.reward_ckpt is not None or max(settings.weights) > 0
-    files = {
+    input_files = {
         "reward-ckpt": (settings.reward_ckpt or bundled.REWARD) if needs_reward else None,
         "heldout-reward": settings.heldout_reward,
     }
     rewards = {}
-    for flag, path in files.items():
-        if path is not None:
+    for flag_name, file_path in input_files.items():
+        if file_path is not None:
             # an error names the flag of the file that caused it
-            with prefix_errors(f"--{flag}"):
-                rewards[flag] = load_reward(path, run.device)
-            check_reward(rewards[flag], generator, f"--{flag}")
+            with prefix_errors(f"--{flag_name}"):
+                rewards[flag_name] = load_reward(file_path, run.device)
+            check_reward(rewards[flag_name], generator, f"--{flag_name}")
     reward = rewards.get("reward-ckpt")
     heldout_reward = rewards.get("heldout-reward")
     # The evaluator is the held-out reward if it was given. Otherwise it is the simulated annotator, if the
@@ -192,12 +192,12 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
             evaluator=reward_evaluator(heldout_reward),
             name=f"reward {Path(settings.heldout_reward or '').stem}",
         )
-    elif annotator_can_score(loaded, settings.data):
+    elif annotator_can_score(loaded_network, settings.data):
         evaluators = Evaluators(
             reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
         )
     if settings.image is not None:
-        targets = [
+        target_cases = [
             case_from_file(
                 generator,
                 Path(settings.image),
@@ -210,26 +210,26 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         with prefix_errors("--latents"):
             # a seed that is listed twice is used once
             seeds = dict.fromkeys(parse_seeds(settings.latents or ""))
-        targets = [case_from_seed(generator, seed, camera_label, settings.psi) for seed in seeds]
-    files |= {
-        "network": loaded.path,
+        target_cases = [case_from_seed(generator, seed, camera_label, settings.psi) for seed in seeds]
+    input_files |= {
+        "network": loaded_network.path,
         "image": settings.image,
         "mask": settings.mask,
         "perceptual": settings.perceptual,
     }
-    run.inputs |= {name: path for name, path in files.items() if path is not None}
+    run.inputs |= {name: file_path for name, file_path in input_files.items() if file_path is not None}
     return Setup(
-        loaded=loaded,
-        perceptual=features,
+        loaded=loaded_network,
+        perceptual=perceptual_network,
         # distribution of w, which keeps the latent near the latents of samples
         prior=estimate_prior(generator),
         guidance=None if reward is None else Guidance(generator, reward),
         evaluators=evaluators,
-        cases=targets,
+        cases=target_cases,
         weights=settings.weights,
         config=settings.config,
         from_truth=settings.start == "truth",
-        shown=min(settings.shown, len(targets)),
+        shown=min(settings.shown, len(target_cases)),
     )
 
 
@@ -239,9 +239,9 @@ def work(settings: InversionRun, setup: "Setup", run: "Run") -> None:
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions
 
     inversions = Inversions(run, setup)
-    weights = ",".join(f"{weight:g}" for weight in settings.weights)
+    weight_text = ",".join(f"{weight:g}" for weight in settings.weights)
     click.echo(
-        f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
+        f"{len(setup.cases)} target(s), weights {weight_text}, perceptual features {setup.perceptual.name}"
     )
     # Inversions that an earlier call has finished are read from the folder.
     inversions.run_missing()
@@ -266,14 +266,14 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
     for case in setup.cases[: setup.shown]:
         report.draw(inversions, case, shape_res, turns)
     # one record for each target and weight
-    records = inversions.records()
-    summary = report.summarise(records, setup.weights)
+    case_records = inversions.records()
+    summary = report.summarise(case_records, setup.weights)
     run_facts = {
         "perceptual": setup.perceptual.name,
         "evaluator": setup.evaluators.name,
         "targets": len(setup.cases),
     }
-    write_json(folder / "inversion.json", {**run_facts, **summary, "records": records})
+    write_json(folder / "inversion.json", {**run_facts, **summary, "records": case_records})
     page_parts = report.jobs(inversions)
     # quiet: the conclusions are printed below instead
     findings = pages.run(page_parts, folder, quiet=True)
@@ -284,11 +284,11 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
         f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. Weight 0"
         " is the projector without a reward."
     )
-    page = pages.write_page(
+    page_path = pages.write_page(
         folder / "index.html", report.TITLE, introduction, page_parts, findings, sentences
     )
     click.echo("\n".join(sentences))
-    click.echo(f"\nWritten to {folder}: {page.name} (open it in a browser), inversion.json, targets/")
+    click.echo(f"\nWritten to {folder}: {page_path.name} (open it in a browser), inversion.json, targets/")
 
 
 _FLAGS = combine_decorators(

@@ -136,9 +136,9 @@ def command_of(job: str) -> click.Command:
     Args:
         job: words of the job, a key of JOBS, such as "samples mesh".
     """
-    module, _, name = JOBS[job][0].partition(":")
+    module_name, _, command_name = JOBS[job][0].partition(":")
     # an entry of JOBS has the form "module:name of the command"
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module_name), command_name)
 
 
 class JobGroup(click.Group):
@@ -155,13 +155,13 @@ class JobGroup(click.Group):
     def __init__(self, noun: str = "", **kwargs):
         self.noun = noun
         # wider than the 80 columns of click, so that help texts wrap less often
-        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 140}
+        context_settings = {"help_option_names": ["-h", "--help"], "max_content_width": 140}
         super().__init__(
             noun or PROGRAM,
             subcommand_metavar="JOB [FLAGS]",
             # the group has no flags except --help, so the usage line names none
             options_metavar="",
-            context_settings=settings,
+            context_settings=context_settings,
             **kwargs,
         )
 
@@ -192,8 +192,8 @@ class JobGroup(click.Group):
         if job in JOBS:
             return command_of(job)
         # No job has this name, but it may be the first word of several jobs, such as `report`.
-        group = JobGroup(job, help=f"Jobs of {PROGRAM} {job}.")
-        return group if group.jobs() else None
+        job_group = JobGroup(job, help=f"Jobs of {PROGRAM} {job}.")
+        return job_group if job_group.jobs() else None
 
     def invoke(self, ctx: click.Context):
         """Run the job. Print a user's error in one line on stderr and exit with code 2.
@@ -261,15 +261,19 @@ class JobGroup(click.Group):
         # next word -> description
         descriptions: dict[str, str] = {}
         for job, description in self.jobs().items():
-            word, _, second_word = job.partition(" ")
+            next_word, _, second_word = job.partition(" ")
             # `report evaluate`, `report all` and others share the completion `report`. `setdefault` keeps
             # the first of them as an example in the description.
-            if word.startswith(incomplete):
-                descriptions.setdefault(word, f"{second_word}, ..." if second_word else description)
-        items = [CompletionItem(word, help=description) for word, description in descriptions.items()]
+            if next_word.startswith(incomplete):
+                descriptions.setdefault(next_word, f"{second_word}, ..." if second_word else description)
+        completions = [
+            CompletionItem(next_word, help=description) for next_word, description in descriptions.items()
+        ]
         # click calls this method also for the parent groups of a command. Only the group at the end of the
         # typed words (`ctx.command`) completes its flags.
-        return items + (click.Command.shell_complete(self, ctx, incomplete) if ctx.command is self else [])
+        return completions + (
+            click.Command.shell_complete(self, ctx, incomplete) if ctx.command is self else []
+        )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of the jobs in --help, one line per job, without importing their modules."""
@@ -277,24 +281,26 @@ class JobGroup(click.Group):
             formatter.write_dl(list(self.jobs().items()))
 
 
-def nearest_jobs(typed: str) -> list[str]:
+def nearest_jobs(typed_words: str) -> list[str]:
     """Find the job, or the first word of jobs, whose name is most similar to the typed words.
 
     Args:
-        typed: words of the user, separated by spaces; trailing words may be arguments of a job.
+        typed_words: words of the user, separated by spaces; trailing words may be arguments of a job.
 
     Returns: a list with one name, or an empty list if no name is similar.
 
     >>> nearest_jobs("sample mesh"), nearest_jobs("repotr evaluate"), nearest_jobs("xyz")
     (['samples mesh'], ['report evaluate'], [])
     """
-    words = typed.split()
+    words = typed_words.split()
     # first words of the jobs, without repetitions and in order
     nouns = dict.fromkeys(job.split()[0] for job in JOBS)
     # Try the most words first: the words that follow the name of a job are its arguments.
-    for count in range(len(words), 0, -1):
+    for word_count in range(len(words), 0, -1):
         # .7 is stricter than difflib's default of .6, so that unrelated words get no suggestion
-        if matches := difflib.get_close_matches(" ".join(words[:count]), [*JOBS, *nouns], n=1, cutoff=0.7):
+        if matches := difflib.get_close_matches(
+            " ".join(words[:word_count]), [*JOBS, *nouns], n=1, cutoff=0.7
+        ):
             return matches
     return []
 

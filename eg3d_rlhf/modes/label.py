@@ -186,7 +186,7 @@ def main(
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
     """
-    # Subcommands read --db from `ctx.obj` if it does not stand after their own name.
+    # Subcommands read --db from `ctx.obj` if it does not follow their own name.
     ctx.obj = db
     # With a subcommand, this function does nothing else: click calls the subcommand next.
     if ctx.invoked_subcommand is not None:
@@ -197,14 +197,16 @@ def main(
     request, given_names = _request(ctx, campaign, network, assets, after, rewards, flags)
     # the settings of the flags, which are compared with the stored settings if the campaign is resumed
     requested_settings = request.to_json()
-    server = server_of(flags, db)
+    server_flags = server_of(flags, db)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         click.echo(
-            json.dumps(_dry_run(db, request, server, requested_settings, given_names), indent=1, default=str)
+            json.dumps(
+                _dry_run(db, request, server_flags, requested_settings, given_names), indent=1, default=str
+            )
         )
         return
-    _start(db, request, server, requested_settings, given_names)
+    _start(db, request, server_flags, requested_settings, given_names)
 
 
 def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
@@ -256,7 +258,9 @@ def _request(
     # replaces None by the default of the setting
     flags = launch.with_defaults(flags, PairingOptions, CampaignSettings)
     if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
-        strategy_names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
+        strategy_names = " or ".join(
+            strategy_name for strategy_name, strategy in STRATEGIES.items() if strategy.reads_answers
+        )
         raise ValueError(
             f"--after cannot be combined with --strategy={flags['strategy']}, which does not read earlier"
             f" answers. Use --strategy={strategy_names}, or remove --after."
@@ -264,7 +268,11 @@ def _request(
     # `rewards` comes from the flag --reward, the other fields have the names of their flags.
     pairing = PairingOptions(
         rewards=rewards,
-        **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"},
+        **{
+            setting_name: flags[setting_name]
+            for setting_name in PairingOptions.__dataclass_fields__
+            if setting_name != "rewards"
+        },
     )
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network
@@ -275,16 +283,16 @@ def _request(
         if network_file is not None and not network_file.is_file():
             raise FileNotFoundError(f"{network} does not exist. Name a network file or a run folder.")
     # settings that are stored with the campaign
-    settings = {name: flags[name] for name in launch.SETTINGS}
-    settings["questions"] = tuple(
-        question.strip() for question in flags["questions"].split(",") if question.strip()
+    campaign_settings = {setting_name: flags[setting_name] for setting_name in launch.SETTINGS}
+    campaign_settings["questions"] = tuple(
+        question_name.strip() for question_name in flags["questions"].split(",") if question_name.strip()
     )
     # A single shape has no second side, so sides cannot be swapped, and 'both are bad' is no answer.
     if pairing.single:
-        settings |= {
-            name: value
-            for name, value in (("swap_share", 0.0), ("both_bad", False))
-            if name not in given_names
+        campaign_settings |= {
+            setting_name: value
+            for setting_name, value in (("swap_share", 0.0), ("both_bad", False))
+            if setting_name not in given_names
         }
     request = launch.Request(
         name=campaign,
@@ -292,17 +300,17 @@ def _request(
         network=str(network_file) if network_file else None,
         after=after,
         pairing=pairing,
-        settings=settings,
+        settings=campaign_settings,
         assets=str(Path(assets).resolve()) if assets else None,
         up=flags["up"],
     )
     # This question asks how well an asset matches its prompt.
-    if "prompt" in settings["questions"] and assets is None:
+    if "prompt" in campaign_settings["questions"] and assets is None:
         raise ValueError(
             "--criteria: the question 'prompt' needs --assets, because the shapes of a generator have no"
             " prompts. Remove prompt from --criteria."
         )
-    parse_questions(settings["questions"])  # raises ValueError for an unknown criterion
+    parse_questions(campaign_settings["questions"])  # raises ValueError for an unknown criterion
     request.campaign_settings({})  # checks the shares of repeated and swapped pairs before anything slow
     return request, given_names
 
@@ -337,7 +345,7 @@ def _reject_generator_flags(ctx: click.Context, given_names: set[str]) -> None:
 def _dry_run(
     db: str,
     request: launch.Request,
-    server: launch.ServerFlags,
+    server_flags: launch.ServerFlags,
     requested_settings: dict,
     given_names: set[str],
 ) -> dict:
@@ -346,7 +354,7 @@ def _dry_run(
     Args:
         db: URL of the database.
         request: description of the labelling project.
-        server: settings of the web server.
+        server_flags: settings of the web server.
         requested_settings: settings of the flags.
         given_names: names of the flags that were typed.
     """
@@ -354,26 +362,28 @@ def _dry_run(
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
-            stored = store.campaign(request.name)
-            if stored is not None:
+            stored_campaign = store.campaign(request.name)
+            if stored_campaign is not None:
                 resumed = True
                 # raises ValueError if a typed flag differs from the stored value
-                requested_settings = dict(launch.check_resumed(stored, requested_settings, given_names))
+                requested_settings = dict(
+                    launch.check_resumed(stored_campaign, requested_settings, given_names)
+                )
     return {
         "campaign": request.name,
         "action": "resume" if resumed else "plan",
         **requested_settings,
-        **server.to_dict(),
+        **server_flags.to_dict(),
         # the URL of a database server may contain a password
         "db": without_password(db),
-        "access_log": str(server.access_log),
+        "access_log": str(server_flags.access_log),
     }
 
 
 def _start(
     db: str,
     request: launch.Request,
-    server: launch.ServerFlags,
+    server_flags: launch.ServerFlags,
     requested_settings: dict,
     given_names: set[str],
 ) -> None:
@@ -382,40 +392,43 @@ def _start(
     Args:
         db: URL of the database.
         request: description of the labelling project.
-        server: settings of the web server.
+        server_flags: settings of the web server.
         requested_settings: settings of the flags.
         given_names: names of the flags that were typed.
 
     Raises: ValueError if the project exists and was planned with other settings, or if annotators must log in
         and there is no annotator.
     """
-    planned = None
+    planned_campaign = None
     # Without a database, the pairs are planned before it is created, so that an error leaves no empty file.
     if not store_exists(db):
-        if server.exposed:
+        if server_flags.exposed:
             # None: a database that does not exist has no annotators, so this always raises an error
-            launch.check_annotators(None, server.host, MAKE)
+            launch.check_annotators(None, server_flags.host, MAKE)
         # slow, because it generates shapes
-        planned = launch.plan_campaign(None, request, click.echo)
+        planned_campaign = launch.plan_campaign(None, request, click.echo)
     with open_store(db, create=True) as store:
         # Annotators on other machines must log in, so at least one must exist before the server starts.
-        if server.exposed:
-            launch.check_annotators(store, server.host, MAKE)
+        if server_flags.exposed:
+            launch.check_annotators(store, server_flags.host, MAKE)
         campaign = store.campaign(request.name)
         if campaign is None:
-            # `planned` is set if the database did not exist a moment ago
-            settings, pairs = planned or launch.plan_campaign(store, request, click.echo)
-            store.create_campaign(settings, pairs)
-            click.echo(f"campaign {request.name!r}: {len(pairs)} pairs planned")
+            # `planned_campaign` is set if the database did not exist a moment ago
+            campaign_settings, planned_pairs = planned_campaign or launch.plan_campaign(
+                store, request, click.echo
+            )
+            store.create_campaign(campaign_settings, planned_pairs)
+            click.echo(f"campaign {request.name!r}: {len(planned_pairs)} pairs planned")
         else:
             # raises ValueError if a typed flag differs from the stored value
             launch.check_resumed(campaign, requested_settings, given_names)
-            answered = sum(1 for _ in store.judgements(request.name))
+            answer_count = sum(1 for _ in store.judgements(request.name))
             click.echo(
-                f"campaign {request.name!r}: resumed, {campaign.pairs} pairs, {answered} judgements so far"
+                f"campaign {request.name!r}: resumed, {campaign.pairs} pairs, {answer_count} judgements so"
+                " far"
             )
         login_lines = []
-        if server.exposed:
+        if server_flags.exposed:
             annotator_count = len(launch.annotators_with_access(store))
             login_lines.append(
                 f"other machines can reach this server with a login token: {annotator_count} annotators can"
@@ -425,7 +438,7 @@ def _start(
             store,
             db,
             request.name,
-            server,
+            server_flags,
             lambda address: [f"label at {address}  (Ctrl-C stops)", *login_lines],
             "judgement",
         )
@@ -504,7 +517,7 @@ def export(
             f"--from-pairs cannot be combined with --criterion={filters['criterion']}, because 'both are"
             " bad' is no answer to that question. Remove one of the flags."
         )
-    suffixes, write = KINDS[kind]
+    suffixes, write_export = KINDS[kind]
     if out.suffix not in suffixes:
         raise ValueError(
             f"FILE: the name {out.name} does not end in {' or '.join(suffixes)}, as --kind={kind} requires."
@@ -520,10 +533,10 @@ def export(
         filters = {}
     with open_store(db, create=False) as store:
         # only two of the functions have the argument from_pairs
-        write(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
-    with out.open(encoding="utf-8") as file:
+        write_export(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
+    with out.open(encoding="utf-8") as exported_file:
         # The first line of a CSV file is its header. True counts as 1.
-        line_count = sum(1 for _ in file) - (out.suffix == ".csv")
+        line_count = sum(1 for _ in exported_file) - (out.suffix == ".csv")
     click.echo(f"{out}: {line_count} line{'s' if line_count != 1 else ''} written")
 
 
@@ -560,10 +573,12 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     with open_store(db, create=True) as store:
         if source.suffix == ".csv":
             # One annotator, "imported" by default, is recorded for all answers of the table.
-            count = _archive("import_ranked_seeds", store, source, campaign, annotator or "imported")
+            judgement_count = _archive(
+                "import_ranked_seeds", store, source, campaign, annotator or "imported"
+            )
         else:
-            count = _archive("import_judgements", store, source)
-    click.echo(f"{source}: {count} judgements imported")
+            judgement_count = _archive("import_judgements", store, source)
+    click.echo(f"{source}: {judgement_count} judgements imported")
 
 
 @click.command("leaderboard", cls=GroupedCommand, job="label leaderboard")
@@ -589,16 +604,16 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
     with open_store(db, create=False) as store:
         _check_campaign(store, campaign)
         # a list, because the rows cannot be read after the database is closed
-        rows = list(store.judgements(campaign))
+        judgements = list(store.judgements(campaign))
     # names of all questions with answers, except which shape is better
-    criteria = sorted({name for row in rows for name in row.votes})
+    criteria = sorted({question_name for judgement in judgements for question_name in judgement.votes})
     if criterion is not None and criterion not in criteria:
         raise ValueError(
             f"--criterion: the question {criterion} has no answers. Questions with answers:"
             f" {', '.join(criteria) or 'none'}. Use one of these names, or remove --criterion."
         )
     # Only answers to planned pairs of two generators count, not repeats, gold pairs or answers of studies.
-    board = leaderboard_of(rows, criterion)
+    board = leaderboard_of(judgements, criterion)
     if as_json:
         click.echo(
             json.dumps(
@@ -616,21 +631,21 @@ def _check_campaign(store: "Store", campaign: str | None) -> None:
         store: the opened database.
         campaign: name of the campaign; None: all campaigns that collect preferences, so nothing is checked.
     """
-    stored = store.campaign(campaign) if campaign is not None else None
-    if campaign is not None and stored is None:
+    stored_campaign = store.campaign(campaign) if campaign is not None else None
+    if campaign is not None and stored_campaign is None:
         raise ValueError(
             f"--campaign: {campaign} is not in this database. Use one of the campaigns that `status` lists."
         )
-    if stored is not None and stored.settings.mode is not Mode.LABEL:
+    if stored_campaign is not None and stored_campaign.settings.mode is not Mode.LABEL:
         # A study is analysed by its own command, because its design fixes the analysis.
         remedy = (
             "run tools/study.py report for its result"
-            if stored.settings.mode is Mode.STUDY
+            if stored_campaign.settings.mode is Mode.STUDY
             else "name another campaign"
         )
         raise ValueError(
             f"--campaign: {campaign} does not collect preferences, because its mode is"
-            f" {stored.settings.mode}: {remedy}."
+            f" {stored_campaign.settings.mode}: {remedy}."
         )
 
 

@@ -52,54 +52,58 @@ def synthetic(
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
     # None: not given, so the default of the setting applies
-    options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
-    if randomised and options.kind == "pairs":
+    annotation_options = AnnotationOptions(
+        **{name: value for name, value in settings.items() if value is not None}
+    )
+    if randomised and annotation_options.kind == "pairs":
         raise ValueError(
             "--randomised cannot be combined with --kind=pairs. Use --kind=thumbs or --kind=scores, or remove"
             " --randomised."
         )
-    if options.kind != "pairs" and out.suffix != ".jsonl":
+    if annotation_options.kind != "pairs" and out.suffix != ".jsonl":
         raise ValueError(
-            f"--out: labels of --kind={options.kind} are written as JSON lines, but the name {out.name} does"
-            " not end in .jsonl. Choose a name that ends in .jsonl."
+            f"--out: labels of --kind={annotation_options.kind} are written as JSON lines, but the name"
+            f" {out.name} does not end in .jsonl. Choose a name that ends in .jsonl."
         )
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        resolved = {
+        resolved_settings = {
             "out": str(out),
             "network": str(network or "bundled"),
             "randomised": randomised,
             "device": device,
         }
-        print_json({**resolved, **asdict(options)})
+        print_json({**resolved_settings, **asdict(annotation_options)})
         return
     # None: the bundled generator
     generator = load_generator(network, choose_device(device))
-    with tqdm(total=len(options.seeds), unit="seed", desc="labelling") as bar:
+    with tqdm(total=len(annotation_options.seeds), unit="seed", desc="labelling") as progress_bar:
 
-        def on_seed(result: Utility) -> None:
+        def on_seed(utility: Utility) -> None:
             """Advance the progress bar by one labelled seed."""
-            bar.update()
+            progress_bar.update()
             # refresh=False: the text is shown with the next update of the bar
-            bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
+            progress_bar.set_postfix(utility=f"{utility.total:.3f}", refresh=False)
 
         # All labels, also labels of pairs, come from one pass over the seeds.
-        annotation = annotate(generator.generator, options, on_seed)
+        annotation = annotate(generator.generator, annotation_options, on_seed)
     # The hash of the generator is stored, because the same seeds give other shapes with another generator.
-    meta = {"generator": generator.hash, **annotation.summary()}
-    if options.kind == "pairs":
+    metadata = {"generator": generator.hash, **annotation.summary()}
+    if annotation_options.kind == "pairs":
         write_labels(out, annotation.preferences(generator.hash))
-        count = options.pairs
+        label_count = annotation_options.pairs
     else:
         labels = annotation.unpaired(generator.hash, randomised)
         write_unpaired(out, labels)
         # `clean` is the label without the annotator's noise. `preferred` is None for a scored shape.
-        flipped = sum(label.preferred is not None and label.preferred != label.clean for label in labels)
-        count = len(labels)
-        meta = {**meta, "flipped": flipped, "randomised": randomised}
-    out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        flipped_count = sum(
+            label.preferred is not None and label.preferred != label.clean for label in labels
+        )
+        label_count = len(labels)
+        metadata = {**metadata, "flipped": flipped_count, "randomised": randomised}
+    out.with_suffix(".meta.json").write_text(json.dumps(metadata, indent=1) + "\n")
     click.echo(
-        f"{out}: {count} labels, {meta['flipped']} contradict the noise-free order, temperature"
+        f"{out}: {label_count} labels, {metadata['flipped']} contradict the noise-free order, temperature"
         f" {annotation.temperature:.4g}"
     )
 
@@ -121,7 +125,9 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
         try:
             tables = json.loads(path.read_text())
             return {
-                criterion: {method: float(row["elo"]) for method, row in table["ratings"].items()}
+                criterion: {
+                    method: float(rating_row["elo"]) for method, rating_row in table["ratings"].items()
+                }
                 for criterion, table in tables.items()
             }
         # JSON of another structure causes one of these errors
@@ -164,18 +170,20 @@ def elo(files, ties, held, out) -> None:
     from eg3d_rlhf.preferences.bradley_terry import markdown, read_judgements
 
     # Each criterion has its own table of ratings.
-    by_criterion = defaultdict(list)
+    judgements_by_criterion = defaultdict(list)
     # Judgements of several files are pooled.
-    for file in files:
-        for judgement in read_judgements(file):
-            by_criterion[judgement.criterion].append(judgement)
+    for judgement_file in files:
+        for judgement in read_judgements(judgement_file):
+            judgements_by_criterion[judgement.criterion].append(judgement)
     # criterion -> method -> fixed rating
     fixed_ratings_by_criterion = read_fixed_ratings(held)
     tables = {}
-    for criterion, judgements in sorted(by_criterion.items()):
+    for criterion, judgements in sorted(judgements_by_criterion.items()):
         fixed_ratings = fixed_ratings_by_criterion.get(criterion, {})
         # If every method of this criterion has a fixed rating, no rating is left to fit.
-        if {name for judgement in judgements for name in (judgement.a, judgement.b)} <= fixed_ratings.keys():
+        if {
+            method for judgement in judgements for method in (judgement.a, judgement.b)
+        } <= fixed_ratings.keys():
             click.echo(
                 f"{criterion}: skipped, because --held fixes the ratings of all its methods.", err=True
             )

@@ -94,33 +94,36 @@ def format_comparison(comparison: "RewardComparison") -> list[str]:
     """Format the comparison of the two rewards as the lines of a Markdown table.
 
     Args:
-        comparison: accuracy and speed of both rewards, and the difference of their accuracies.
+        comparison: accuracy and speed of the reward of latents and of the reward of finished assets, and the
+            difference of their accuracies.
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.table import markdown_rows
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import DECODED, LATENT
 
-    rows = []
-    for kind, measured in comparison.kinds.items():
-        accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*measured.accuracy)
-        rows.append(
+    table_rows = []
+    for reward_kind, measured_reward in comparison.kinds.items():
+        accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*measured_reward.accuracy)
+        table_rows.append(
             [
-                kind,
+                reward_kind,
                 accuracy,
-                ", ".join(f"{share:.3f}" for share in measured.by_seed),
-                f"{measured.samples_per_second:,.0f}",
+                ", ".join(f"{seed_accuracy:.3f}" for seed_accuracy in measured_reward.by_seed),
+                f"{measured_reward.samples_per_second:,.0f}",
             ]
         )
     # Both rewards score the same pairs, so the interval of the difference is a paired one. None: no reward of
     # finished assets was trained.
     if comparison.difference is not None:
-        ratio = comparison.kinds[LATENT].samples_per_second / comparison.kinds[DECODED].samples_per_second
-        rows.append(
+        speed_ratio = (
+            comparison.kinds[LATENT].samples_per_second / comparison.kinds[DECODED].samples_per_second
+        )
+        table_rows.append(
             [
                 "latent minus decoded",
                 "{:+.3f} [{:+.3f}, {:+.3f}]".format(*comparison.difference),
                 "",
-                f"x{ratio:.2f}",
+                f"x{speed_ratio:.2f}",
             ]
         )
-    return markdown_rows(["reward", "accuracy", "seeds", "samples per second"], rows)
+    return markdown_rows(["reward", "accuracy", "seeds", "samples per second"], table_rows)

@@ -82,18 +82,20 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
     from eg3d_rlhf.experiments.run import recorded, recorded_by
 
     # an empty record if the folder is no run folder
-    values = dict(recorded(folder))
-    names = MeshRewardTraining.__dataclass_fields__
-    if not set(names) <= values.keys():
+    record_values = dict(recorded(folder))
+    field_names = MeshRewardTraining.__dataclass_fields__
+    if not set(field_names) <= record_values.keys():
         recorded_by(folder, NAME)  # raises an error that names the mode of the folder
     # The record also holds entries of the run, such as versions, which are no settings.
-    values = {name: value for name, value in values.items() if name in {*names, "table_seeds"}}
-    seeds = values.pop("table_seeds", None)
+    record_values = {
+        name: value for name, value in record_values.items() if name in {*field_names, "table_seeds"}
+    }
+    seeds = record_values.pop("table_seeds", None)
     # a path, or None for generated meshes
-    data = values["data"]
+    data_path = record_values["data"]
     return MeshRewardRun(
         # JSON stores a path as text
-        training=MeshRewardTraining(**{**values, "data": data and Path(data)}),
+        training=MeshRewardTraining(**{**record_values, "data": data_path and Path(data_path)}),
         seeds=seeds and tuple(seeds),
     )
 
@@ -116,18 +118,20 @@ def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | No
 
     # With one thread, sums have a fixed order, so the same command writes the same bytes on the same machine.
     torch.set_num_threads(1)
-    options = run_settings.training
+    training_settings = run_settings.training
     # Generated meshes are computed from the seed, so they have no input file.
-    run.inputs = {} if options.data is None else {"data": options.data}
+    run.inputs = {} if training_settings.data is None else {"data": training_settings.data}
     if run_settings.seeds is not None:
         return None
-    with mesh_progress_bar(options) as shapes:
-        return MeshTraining(options, open_meshes(options, shapes.update))
+    with mesh_progress_bar(training_settings) as progress_bar:
+        return MeshTraining(training_settings, open_meshes(training_settings, progress_bar.update))
 
 
-def mesh_progress_bar(options: MeshRewardTraining) -> tqdm:
+def mesh_progress_bar(training_settings: MeshRewardTraining) -> tqdm:
     """Make the progress bar over the meshes that are generated or read. The total is unknown for files."""
-    return tqdm(total=None if options.data else options.shapes, desc="meshes", unit="mesh")
+    return tqdm(
+        total=None if training_settings.data else training_settings.shapes, desc="meshes", unit="mesh"
+    )
 
 
 def format_summary(summary: dict[str, dict]) -> list[str]:
@@ -137,17 +141,23 @@ def format_summary(summary: dict[str, dict]) -> list[str]:
         summary: metrics by arm: number of trainings, mean and range of the AUC (area under the ROC curve) on
             held-out meshes, AUC by kind of defect, and divergence of the score distributions.
     """
-    rows = []
-    for arm, row in summary.items():
+    table_lines = []
+    for arm, arm_summary in summary.items():
         # lowest and highest AUC over the training seeds
-        low, high = row["auc_range"]
+        low_auc, high_auc = arm_summary["auc_range"]
         # AUC for each kind of defect, since an average may hide a kind that is not detected
-        kinds = "  ".join(f"{kind} {value:.3f}" for kind, value in row["auc_by_kind"].items())
-        divergences = f"divergence {row['divergence']:6.3f}, at a fixed width {row['divergence_fixed']:6.3f}"
-        rows.append(
-            f"{arm:9s}  n {row['n']}  AUC {row['auc']:.3f} ({low:.3f} to {high:.3f})  {divergences}  {kinds}"
+        kind_text = "  ".join(
+            f"{defect_kind} {auc:.3f}" for defect_kind, auc in arm_summary["auc_by_kind"].items()
         )
-    return rows
+        divergence_text = (
+            f"divergence {arm_summary['divergence']:6.3f}, at a fixed width"
+            f" {arm_summary['divergence_fixed']:6.3f}"
+        )
+        table_lines.append(
+            f"{arm:9s}  n {arm_summary['n']}  AUC {arm_summary['auc']:.3f} ({low_auc:.3f} to {high_auc:.3f})"
+            f"  {divergence_text}  {kind_text}"
+        )
+    return table_lines
 
 
 def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run") -> None:
@@ -158,22 +168,22 @@ def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run
 
     # a table: `open_training` returned no single training
     if training is None:
-        with mesh_progress_bar(run_settings.training) as shapes:
-            table = run_table(
-                run_settings.training, run.folder, run_settings.seeds or (), shapes.update, tqdm.write
+        with mesh_progress_bar(run_settings.training) as progress_bar:
+            trained_table = run_table(
+                run_settings.training, run.folder, run_settings.seeds or (), progress_bar.update, tqdm.write
             )
-        click.echo("\n".join([*format_summary(table["summary"]), f"rows in {run.folder / TABLE}"]))
+        click.echo("\n".join([*format_summary(trained_table["summary"]), f"rows in {run.folder / TABLE}"]))
         return
     report = run_training(training, run)
-    kinds = "".join(f", {kind} {value:.3f}" for kind, value in report["auc_by_kind"].items())
+    kind_text = "".join(f", {defect_kind} {auc:.3f}" for defect_kind, auc in report["auc_by_kind"].items())
     preferred_count, other_count = report["n"]
     # the interval follows from the AUC and the numbers of meshes (Newcombe 2006)
     low, high = auc_interval(report["auc"], preferred_count, other_count)
-    metrics = (
+    metrics_text = (
         f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({preferred_count}"
-        f" preferred, {other_count} others{kinds})"
+        f" preferred, {other_count} others{kind_text})"
     )
-    click.echo(f"{metrics}; divergence {report['divergence']:.3f}")
+    click.echo(f"{metrics_text}; divergence {report['divergence']:.3f}")
     # an empty text unless there are too few held-out meshes for a useful interval
     if warning := too_few_shapes(preferred_count, other_count):
         click.echo(warning)

@@ -31,15 +31,19 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network, pickles
 
-    path = find_network(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: this network file does not exist. Check the path.")
-    facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
-    if path.suffix.lower() == ".pkl":
+    network_path = find_network(source)
+    if not network_path.is_file():
+        raise FileNotFoundError(f"{network_path}: this network file does not exist. Check the path.")
+    file_facts: dict[str, Any] = {
+        "path": str(network_path),
+        "bytes": network_path.stat().st_size,
+        "sha256": file_hash(network_path),
+    }
+    if network_path.suffix.lower() == ".pkl":
         # The pickle is parsed; the code in it is not run.
-        snapshot = pickles.read(path)
-        facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.name_counts.items()))}
-    return facts
+        snapshot = pickles.read(network_path)
+        file_facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.name_counts.items()))}
+    return file_facts
 
 
 def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
 
     nets = load_networks(find_network(source))
     G = nets.G_ema
-    general = {
+    description = {
         "networks": {
             # a file may lack some of the three networks
             name: describe_module(network)
@@ -72,15 +76,15 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
     }
     # A generator of another family has no feature planes, and is described by its general sizes only.
     if not hasattr(G, "plane_layout"):
-        return general | {
+        return description | {
             "generator": {
                 name: getattr(as_generator(G), name)
                 for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")
             }
         }
     # the layout says onto which coordinates the three planes project
-    planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
-    return general | {
+    plane_facts = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
+    return description | {
         "generator": {
             **{
                 name: getattr(G, name)
@@ -93,7 +97,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
                     "neural_rendering_resolution",
                 )
             },
-            "planes": planes,
+            "planes": plane_facts,
             "superresolution": type(G.superresolution).__name__,
             "rendering_kwargs": G.rendering_kwargs,
         },
@@ -103,8 +107,10 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
 
 
 def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
-    """Describe a module: its class, the number of its tensors, the numbers of elements of its parameters and
-    buffers, the number of elements that are not finite, and the hash of its state.
+    """Describe a network.
+
+    The description holds its class, the number of its tensors, the numbers of elements of its parameters and
+    of its buffers, the number of elements that are not finite, and the hash of its state.
     """
     # imported here, because --help must not load these modules
     import torch
@@ -112,14 +118,14 @@ def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
     from training import networks
 
     # parameters and buffers
-    state = module.state_dict()
+    state_dict = module.state_dict()
     parameters = dict(module.named_parameters())
     return {
         "class": type(module).__name__,
-        "tensors": len(state),
+        "tensors": len(state_dict),
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "buffers": sum(tensor.numel() for name, tensor in state.items() if name not in parameters),
-        "not_finite": sum(int((~torch.isfinite(tensor)).sum()) for tensor in state.values()),
+        "buffers": sum(tensor.numel() for name, tensor in state_dict.items() if name not in parameters),
+        "not_finite": sum(int((~torch.isfinite(tensor)).sum()) for tensor in state_dict.values()),
         # equal hashes mean equal weights, also in files of different formats
         "hash": networks.state_hash(module),
     }
@@ -153,14 +159,14 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
     w_avg = G_ema.backbone.mapping.w_avg
     # psi is 1 by default. The mapping network repeats w for every layer, so the first layer is enough.
     w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
-    distance = (w - w_avg).norm(dim=1)
+    distances = (w - w_avg).norm(dim=1)
     return {
         "seeds": seeds,
         "w_avg_norm": float(w_avg.norm()),
         "w_norm_mean": float(w.norm(dim=1).mean()),
-        "distance_mean": float(distance.mean()),
+        "distance_mean": float(distances.mean()),
         # unbiased=False: divided by N, as numpy does by default
-        "distance_std": float(distance.std(unbiased=False)),
+        "distance_std": float(distances.std(unbiased=False)),
         "centre_error": float((w.mean(dim=0) - w_avg).norm()),
         "component_std": float(w.std(dim=0, unbiased=False).mean()),
     }
@@ -174,12 +180,18 @@ def format_description(description: dict[str, Any], indent: int = 0) -> list[str
         indent: level of indentation of the first level.
     """
     lines = []
-    for key, value in description.items():
+    for entry_name, entry_value in description.items():
         # An empty dictionary is printed as a value, {}.
-        is_nested = isinstance(value, dict) and value
-        text = "" if is_nested else f" {value:.6g}" if isinstance(value, float) else f" {value}"
-        lines.append(f"{'  ' * indent}{key}:{text}")
-        lines += format_description(value, indent + 1) if is_nested else []
+        is_nested = isinstance(entry_value, dict) and entry_value
+        value_text = (
+            ""
+            if is_nested
+            else f" {entry_value:.6g}"
+            if isinstance(entry_value, float)
+            else f" {entry_value}"
+        )
+        lines.append(f"{'  ' * indent}{entry_name}:{value_text}")
+        lines += format_description(entry_value, indent + 1) if is_nested else []
     return lines
 
 
@@ -252,10 +264,10 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     # A network file may be the result of a long training.
     if out.exists() and not overwrite:
         raise ValueError(f"--out: {out} exists. Choose another file, or add --overwrite.")
-    source = find_network(file)
-    click.echo(f"Reading {source}.")
+    network_path = find_network(file)
+    click.echo(f"Reading {network_path}.")
     # A pickle is parsed and its tensors are copied; its code is not run.
-    nets = load_networks(source)
+    nets = load_networks(network_path)
     if tri_grid is not None:
         # From NUM = 1.5 on, the residual is only a rounding error.
         nets, residual = to_tri_grid(nets, tri_grid)
@@ -264,18 +276,20 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
             f" of the planes: {residual:.2g}."
         )
     # settings of this network that are constants in the code of EG3D, with other values
-    sizes = settings_unknown_to_eg3d(nets)
+    unknown_settings = settings_unknown_to_eg3d(nets)
     # The format of this project stores these sizes, a plain state dict does not.
-    if out.suffix != ".safetensors" and sizes:
+    if out.suffix != ".safetensors" and unknown_settings:
         click.echo(
             "Warning: a checkout of EG3D cannot build this generator, because it hard-codes these sizes:"
-            f" {', '.join(sizes)}.",
+            f" {', '.join(unknown_settings)}.",
             err=True,
         )
     # number of tensors per network
-    counts = write(nets, out, only_ema)
+    tensor_counts = write(nets, out, only_ema)
     click.echo(
         f"{out}: "
-        + ", ".join(f"{name} {count} tensors" for name, count in counts.items())
+        + ", ".join(
+            f"{network_name} {tensor_count} tensors" for network_name, tensor_count in tensor_counts.items()
+        )
         + "; the file was read back and compared equal."
     )

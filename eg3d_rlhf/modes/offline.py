@@ -174,15 +174,16 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
     from eg3d_rlhf.experiments.version_0_1 import conditioning_file
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
-    source = settings.source
+    problem_source = settings.source
     # Without --pairs and --conditioning, the embeddings of the prompts are read from the folder of assets.
-    if settings.assets is not None and source.pairs is None and source.conditions is None:
+    if settings.assets is not None and problem_source.pairs is None and problem_source.conditions is None:
         # --assets may be the list of the assets, which lies in their folder
-        folder = Path(settings.assets)
-        source = replace(
-            source, conditions=str(conditioning_file(folder if folder.is_dir() else folder.parent))
+        assets_path = Path(settings.assets)
+        problem_source = replace(
+            problem_source,
+            conditions=str(conditioning_file(assets_path if assets_path.is_dir() else assets_path.parent)),
         )
-    problem = open_problem(source, device)
+    problem = open_problem(problem_source, device)
     return problem, read_labelled_assets(settings, problem)
 
 
@@ -194,8 +195,8 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
 
     if settings.assets is None:
         assert problem.labelled is not None, "`check` rejects other generators without --assets"
-        kind = settings.label_kind if settings.label_kind in SIMULATED_KINDS else SIMULATED_KINDS[0]
-        labelled = problem.labelled[kind]
+        label_kind = settings.label_kind if settings.label_kind in SIMULATED_KINDS else SIMULATED_KINDS[0]
+        labelled = problem.labelled[label_kind]
         # --labels is the name of a kind of the toy's labels, or a file with other labels of the same assets.
         return (
             labelled
@@ -204,9 +205,11 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
         )
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
-        labels = None if settings.labels is None else Path(settings.labels)
+        labels_path = None if settings.labels is None else Path(settings.labels)
         # Reads the list of the assets and their labels; `candidate` reads the stored latents of a line.
-        return read_labelled(Path(settings.assets), labels, problem.pipeline, family.candidate, bar.update)
+        return read_labelled(
+            Path(settings.assets), labels_path, problem.pipeline, family.candidate, bar.update
+        )
 
 
 def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
@@ -225,15 +228,15 @@ def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
         run.inputs["labels"] = Path(settings.labels)
     # All training seeds have the same data, so the first seed is enough for the checks.
     bench = settings.bench(opened, settings.training_seeds[0])
-    for arm in (LABELS, DPO):
+    for arm_kind in (LABELS, DPO):
         # There are two kinds of arms: DPO on pairs, whose names begin with "dpo", and losses on labels. Skip
         # the kind of which the run has no arm.
-        if not any(name.startswith(DPO) == (arm == DPO) for name in settings.arms):
+        if not any(name.startswith(DPO) == (arm_kind == DPO) for name in settings.arms):
             continue
-        if arm == LABELS:
-            conditioned = ConditionedStage(bench.stage, bench.problem.pipeline)
-            check_singles(conditioned, bench.answers(arm), settings.singles.loss)
-        elif not bench.answers(arm):
+        if arm_kind == LABELS:
+            conditioned_stage = ConditionedStage(bench.stage, bench.problem.pipeline)
+            check_singles(conditioned_stage, bench.answers(arm_kind), settings.singles.loss)
+        elif not bench.answers(arm_kind):
             raise ValueError(
                 "--arms=dpo needs pairs that people labelled. Name their folder with --pairs, or remove dpo"
                 " from --arms."

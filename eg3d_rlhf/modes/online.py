@@ -146,7 +146,7 @@ def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
     """
     if pipeline == TOY:
         return TOY_GRPO if preset == GRPO else TOY_RUN
-    # In --mode=grpo, the name grpo stands for plain GRPO, which trains on every step of the sampler.
+    # In --mode=grpo, the name grpo means plain GRPO, which trains on every step of the sampler.
     losses = replace(LARGE_LOSSES, grpo=LARGE_LOSSES.grpo_plain) if preset == GRPO else LARGE_LOSSES
     return OnlineRun(losses=losses, dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
@@ -218,17 +218,17 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
         EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 switches off"
     )
     # names of the losses of all arms, without endings such as -randomised
-    kinds = {split_arm(arm)[0] for arm in arms}
+    loss_names = {split_arm(arm)[0] for arm in arms}
     flags.check_applies(
         ("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
-        bool(kinds - {*ON_LATENTS, "dpo"}),
+        bool(loss_names - {*ON_LATENTS, "dpo"}),
         "losses on the sampler's steps",
     )
     # Flags of a single loss are rejected if no arm has this loss.
-    flags.check_applies(("curvature", "unweighted"), "nft" in kinds, "--loss=nft")
-    flags.check_applies(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
+    flags.check_applies(("curvature", "unweighted"), "nft" in loss_names, "--loss=nft")
+    flags.check_applies(("group_beta",), "dgpo" in loss_names, "--loss=dgpo")
     flags.check_applies(
-        ("noise_samples", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples"
+        ("noise_samples", "decay", "guided"), bool(loss_names & {*ON_LATENTS}), "losses on finished samples"
     )
     flags.check_applies(
         ("advantage",),
@@ -251,17 +251,20 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     defaults = default_run(flags["pipeline"] or TOY, preset)
     adapters = adapter_settings(flags, defaults.losses.nft.lora)
     # The flags apply to the settings of every loss, so that the arms differ in nothing but the loss.
-    changes = {
+    changed_fields = {
         name: value for name, value in flags.values_for(OnlineConfig).items() if name != "loss"
     } | adapters
     losses = Losses(
-        **{field.name: apply_flags(getattr(defaults.losses, field.name), changes) for field in fields(Losses)}
+        **{
+            field.name: apply_flags(getattr(defaults.losses, field.name), changed_fields)
+            for field in fields(Losses)
+        }
     )
     # --steps does not apply to the DPO arm, whose default length passes over as many samples.
-    common = {name: value for name, value in flags.values_for(StageTraining).items() if name != "steps"}
+    dpo_changes = {name: value for name, value in flags.values_for(StageTraining).items() if name != "steps"}
     return OnlineRun(
         losses=losses,
-        dpo=replace(defaults.dpo, **common, lora=adapters["lora"]),
+        dpo=replace(defaults.dpo, **dpo_changes, lora=adapters["lora"]),
         source=make_source(ArmsSource, flags),
         reward=flags["reward"],
         gate=flags["gate"],
@@ -272,12 +275,12 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
 def shown_by_help(run: OnlineRun) -> list[object]:
     """Return the objects from which --help reads defaults: the settings of the first arm's loss."""
     # The DPO arm has other settings than the flags; --help shows the settings of plain GRPO for it.
-    kind, _ = split_arm(run.arms[0])
-    config = run.losses.grpo_plain if kind == "dpo" else run.losses.for_arm(kind)
-    return [arms_help_values(run, config.lora), config, run]
+    loss_name, _ = split_arm(run.arms[0])
+    loss_settings = run.losses.grpo_plain if loss_name == "dpo" else run.losses.for_arm(loss_name)
+    return [arms_help_values(run, loss_settings.lora), loss_settings, run]
 
 
-def apply_flags(config: OnlineConfig, changes: dict) -> OnlineConfig:
+def apply_flags(config: OnlineConfig, changed_fields: dict) -> OnlineConfig:
     """Return settings of a loss with changed fields.
 
     A loss trains either on a window of consecutive sampler steps (`window`) or on random steps
@@ -285,13 +288,13 @@ def apply_flags(config: OnlineConfig, changes: dict) -> OnlineConfig:
 
     Args:
         config: settings of the loss.
-        changes: new values by field.
+        changed_fields: new values by field.
     """
-    if "window" in changes:
+    if "window" in changed_fields:
         config = replace(config, trained_steps=None)
-    elif "trained_steps" in changes:
+    elif "trained_steps" in changed_fields:
         config = replace(config, window=None)
-    return replace(config, **changes)
+    return replace(config, **changed_fields)
 
 
 def open_online(settings: OnlineRun, device: str) -> "Opened":

@@ -25,7 +25,7 @@ def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
 
     Args:
         out: folder of the job; the runs lie in its subfolder runs.
-        kimg: length of both runs in thousands of images.
+        kimg: length of each run in thousands of images.
         seed: training seed of both runs.
 
     Returns: the trainings by role, "tuned" and "control".
@@ -56,7 +56,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
 
     # The tuned run is compared with its control where a report has both flags.
     run_flags = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
-    flags = {
+    flags_by_report = {
         "evaluate": [f"--run={runs['tuned']}", *run_flags],
         # The attribution has no flag --control, so it gets the first flag only.
         "attribute": run_flags[:1],
@@ -64,7 +64,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
         "sweep": [*SWEEP, f"--seeds={seed}"],
     }
     return {
-        name: [PACKAGE, "report", name, *flags[name], f"--outdir={out / name}"]
+        name: [PACKAGE, "report", name, *flags_by_report[name], f"--outdir={out / name}"]
         for name in REPORTS
         if name in only
     }
@@ -122,28 +122,30 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # A finished run is not trained again; for another run the command is printed.
-        planned = {
+        run_states = {
             f"{role} run": "finished" if training.finished() else training.continued()
             for role, training in trainings_by_role.items()
         }
         folders = {role: training.run or training.folder for role, training in trainings_by_role.items()}
-        print_json({**planned, **report_commands(outdir, folders, seed, report_names)})
+        print_json({**run_states, **report_commands(outdir, folders, seed, report_names)})
         return
-    # The times of both trainings are printed as one number.
-    started = time.time()
-    times = dict[str, float]()
+    # The times of the two trainings are printed as one number.
+    start_time = time.time()
+    seconds_by_report = dict[str, float]()
     for role, training in trainings_by_role.items():
         # trains the run unless it is finished
         make_in_terminal(f"{role} run", training)
-    times["runs"] = time.time() - started
-    runs = {role: training.run for role, training in trainings_by_role.items() if training.run is not None}
-    for name, command in report_commands(outdir, runs, seed, report_names).items():
+    seconds_by_report["runs"] = time.time() - start_time
+    run_folders = {
+        role: training.run for role, training in trainings_by_role.items() if training.run is not None
+    }
+    for name, command in report_commands(outdir, run_folders, seed, report_names).items():
         # each report runs in a process of its own
-        times[name] = call(name, command)
+        seconds_by_report[name] = call(name, command)
     click.echo(
         "\n"
-        + ", ".join(f"{name} {spent:.0f} s" for name, spent in times.items())
-        + f"; in all {sum(times.values()):.0f} s on {os.cpu_count()} cores"
+        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in seconds_by_report.items())
+        + f"; in all {sum(seconds_by_report.values()):.0f} s on {os.cpu_count()} cores"
     )
     for name in report_names:
         click.echo(f"{name:<10} {outdir / name / 'index.html'}")

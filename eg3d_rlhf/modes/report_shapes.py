@@ -35,8 +35,8 @@ def network_names(networks: Sequence[Path]) -> list[str]:
         path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks
     ]
     # Parent folders are added until all names differ.
-    for count in range(1, max(map(len, path_parts), default=1) + 1):
-        names = ["/".join(parts[-count:]) for parts in path_parts]
+    for part_count in range(1, max(map(len, path_parts), default=1) + 1):
+        names = ["/".join(parts[-part_count:]) for parts in path_parts]
         if len(set(names)) == len(names):
             return names
     raise click.UsageError("[FILE|RUN]: the same network is listed twice. Remove one of the two arguments.")
@@ -89,8 +89,8 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
     )
     if out is not None:
         # first and last seed; the seeds are consecutive
-        data = {"held_out": latent_set, "seeds": [seeds[0], seeds[-1]], "networks": columns}
-        write_atomic(out, json.dumps(data, indent=1).encode())
+        file_content = {"held_out": latent_set, "seeds": [seeds[0], seeds[-1]], "networks": columns}
+        write_atomic(out, json.dumps(file_content, indent=1).encode())
 
 
 @click.command("solid", cls=GroupedCommand, job="report solid")
@@ -150,10 +150,11 @@ def solid(
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
 
-    for flag, value in (("--stage", stage), ("--conditioning", conditioning)):
-        if value is not None and pipeline is None:
+    for flag, flag_value in (("--stage", stage), ("--conditioning", conditioning)):
+        if flag_value is not None and pipeline is None:
             raise ValueError(
-                f"{flag}={value} has an effect on flow generators only. Add --pipeline, or remove {flag}."
+                f"{flag}={flag_value} has an effect on flow generators only. Add --pipeline, or remove"
+                f" {flag}."
             )
     # The names of snapshots are similar in all runs, so a snapshot is named by the folder of its run.
     folders = [
@@ -167,8 +168,10 @@ def solid(
         table_rows, table_facts = compare_networks(networks_by_name, before, n, psi, seed, target_device)
     else:
         # the embeddings of --conditioning, else those that the runs record
-        source = source_of(pipeline, conditioning, folders)
-        table_rows, table_facts = compare_stages(networks_by_name, source, stage, n, seed, target_device)
+        sampling_source = source_of(pipeline, conditioning, folders)
+        table_rows, table_facts = compare_stages(
+            networks_by_name, sampling_source, stage, n, seed, target_device
+        )
     click.echo("\n".join(markdown(table_rows, table_facts["rules"])))
     click.echo(
         f"\n{table_facts['what']}. Brackets: 95 % intervals, bootstrap over shapes; for shares Wilson"
@@ -176,5 +179,9 @@ def solid(
     )
     if out is not None:
         # the file contains the same numbers as the printed table
-        data = {"what": table_facts["what"], "weights": table_facts["rules"].weights, "lines": table_rows}
-        write_atomic(out, json.dumps(data, indent=1).encode())
+        file_content = {
+            "what": table_facts["what"],
+            "weights": table_facts["rules"].weights,
+            "lines": table_rows,
+        }
+        write_atomic(out, json.dumps(file_content, indent=1).encode())

@@ -333,9 +333,9 @@ def sweep(
     ]
     sampling = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
     target_device = choose_device(device)
-    # a run folder stands for its newest network
-    network = find_network(before)
-    network_flags = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
+    # a run folder is replaced by its newest network
+    network_path = find_network(before)
+    network_flags = {"init": before and network_path, "reward-ckpt": reward_ckpt, "data": data}
     # flags of train.py that are the same for all cells
     train_arguments = [
         f"--device={device}",
@@ -350,11 +350,11 @@ def sweep(
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # the hashes show whether two sweeps used the same files
-        hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
+        file_hashes = {"init": file_hash(network_path), "reward": file_hash(reward_ckpt or bundled.REWARD)}
         common_settings = {
             "kimg": kimg,
             "train_flags": train_arguments,
-            "hashes": hashes,
+            "hashes": file_hashes,
             "jobs": jobs,
             "device": str(target_device),
             **sampling,
@@ -385,16 +385,19 @@ def sweep(
         **sampling,
     )
     finding = measure_cells(trainings_by_cell, sources, outdir)
-    rows = {
-        row["setting"] + (" (on the front)" if row["on_front"] else ""): {
-            **{name: row["measures"][name]["mean"] for name in GOALS},
-            **{f"{name}_ci95": [row["measures"][name][bound] for bound in ("lo", "hi")] for name in GOALS},
+    table_rows = {
+        setting_row["setting"] + (" (on the front)" if setting_row["on_front"] else ""): {
+            **{name: setting_row["measures"][name]["mean"] for name in GOALS},
+            **{
+                f"{name}_ci95": [setting_row["measures"][name][bound] for bound in ("lo", "hi")]
+                for name in GOALS
+            },
         }
-        for row in finding.data["rows"]
+        for setting_row in finding.data["rows"]
     }
     # printed with three digits
-    columns = {name: (name, ".3g") for name in GOALS}
-    click.echo("\n".join(figure_table("setting", rows, columns, intervals=GOALS)))
+    column_formats = {name: (name, ".3g") for name in GOALS}
+    click.echo("\n".join(figure_table("setting", table_rows, column_formats, intervals=GOALS)))
     click.echo(
         f"\nWritten to {outdir}: index.html (open it in a browser), figures/, data/, cells/ (the runs)"
     )

@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 _rare_how_option = functools.partial(option, group="How", rare=True)
 
 
-def _keep_summary(out: Path, words: list[str]) -> None:
-    """Write the sentences of a report's summary to summary.txt, one per line."""
-    write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
+def _keep_summary(out: Path, sentences: list[str]) -> None:
+    """Write the sentences of a report's summary to summary.txt, one per line.
+
+    Args:
+        out: folder of the report.
+        sentences: sentences of the summary.
+    """
+    write_atomic(out / "summary.txt", ("\n".join(sentences) + "\n").encode())
 
 
 @click.command("evaluate", cls=GroupedCommand, job="report evaluate")
@@ -104,14 +109,20 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
             name: getattr(comparison, name) and str(getattr(comparison, name))
             for name in ("run", "control_run", "inception", "lpips", "identity")
         }
-        settings = {
+        resolved_settings = {
             **source_paths,
             "heldout_reward": comparison.held_out_hash or None,
             "mirror": comparison.mirror,
             "images": comparison.images,
             "outdir": str(outdir),
         }
-        print_json({**comparison.resolved(), **settings, "parts": [job.key for job in report_parts]})
+        print_json(
+            {
+                **comparison.resolved(),
+                **resolved_settings,
+                "parts": [report_part.key for report_part in report_parts],
+            }
+        )
         return
     # Missing files are reported before the first part is computed.
     comparison_page.check_files(comparison)
@@ -119,7 +130,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
     # The summary uses only parts that were computed.
     sentences = comparison_page.list_conclusions(comparison, findings)
     _keep_summary(outdir, sentences)
-    page = write_page(
+    page_path = write_page(
         outdir / "index.html",
         comparison_page.TITLE,
         comparison_page.introduction(comparison),
@@ -129,7 +140,8 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
     )
     click.echo("\n".join(pages.first_sentences(report_parts, findings)))
     click.echo(
-        f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/"
+        f"\nWritten to {page_path.parent}: {page_path.name} (open it in a browser), summary.txt, figures/,"
+        " data/"
     )
 
 
@@ -179,15 +191,15 @@ def viewer(out: Path) -> str:
     # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
 
-    path = out / "data" / PAGE
-    if not path.is_file() or not path.stat().st_size:
+    view_file = out / "data" / PAGE
+    if not view_file.is_file() or not view_file.stat().st_size:
         # The page then has no section for the surface.
         return ""
     # Escaped, because the content of the file becomes the attribute srcdoc of the frame.
-    frame = html.escape(path.read_text())
+    frame_html = html.escape(view_file.read_text())
     return (
         '<section id="turn"><h2>Turn the surface</h2><iframe title="Attribution on the surface"'
-        f' srcdoc="{frame}"></iframe></section>'
+        f' srcdoc="{frame_html}"></iframe></section>'
     )
 
 
@@ -211,7 +223,11 @@ def viewer(out: Path) -> str:
     group="How",
     type=click.Choice(METHODS),
     default="exact",
-    help="Method by which the Shapley values of the regions are computed.",
+    help=(
+        "Method by which the Shapley values of the regions are computed: from all sets of regions (exact),"
+        " from random orders of the regions (permutation), or from random orders and their reverses"
+        " (antithetic)."
+    ),
 )
 @_rare_how_option(
     # Settings of the attribution methods, whose defaults suit most cases.
@@ -287,10 +303,14 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     from eg3d_rlhf.experiments import pages
     from eg3d_rlhf.experiments.pages import write_page
 
-    names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
+    setting_names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
     # settings of the attribution itself; the other flags belong to the comparison
     # `pop` removes these flags, so that `Sources` gets only its own
-    method_settings = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
+    method_settings = {
+        "method": method,
+        "landmarks": landmarks,
+        **{name: flags.pop(name) for name in setting_names},
+    }
     # Raises ValueError for wrong values before the networks are loaded; the result is not used.
     Settings(**{**method_settings, "regions": LANDMARKS if landmarks else BOXES})
     # None: chosen below, because the default depends on the generator
@@ -314,12 +334,12 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     study = Study(comparison, settings, progress=tqdm.write)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        paths = {
+        path_texts = {
             "regions": str(settings.regions),
             "landmarks": landmarks and str(landmarks),
             "outdir": str(outdir),
         }
-        print_json({**comparison.resolved(), **vars(settings), **paths})
+        print_json({**comparison.resolved(), **vars(settings), **path_texts})
         return
     report_parts = attribution.jobs(study)
     # The first part renders the regions, so that the user can check them while the attribution is computed.
@@ -329,7 +349,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     findings |= pages.run(report_parts[1:], outdir)
     sentences = attribution_summary(findings)
     _keep_summary(outdir, sentences)
-    page = write_page(
+    page_path = write_page(
         outdir / "index.html",
         attribution.TITLE,
         attribution_introduction(study),
@@ -339,23 +359,25 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         viewer(outdir),
     )
     # The table lists the regions with the largest Shapley values first.
-    data = findings["shapley"].data
+    shapley_data = findings["shapley"].data
     click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
-    for name, mean in sorted(
-        zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]
+    for name, region_mean in sorted(
+        zip(shapley_data["names"], shapley_data["means"], strict=True), key=lambda pair: -pair[1]["mean"]
     ):
-        click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
+        click.echo(
+            f"{name:<18} {region_mean['mean']:>+14.4f}  [{region_mean['lo']:+.4f}, {region_mean['hi']:+.4f}]"
+        )
     # By the efficiency axiom, the Shapley values add up to the change of the reward.
-    total = data["difference"]["mean"]
-    surface_file = f", data/{PAGE}" if "surface" in findings else ""
+    reward_change = shapley_data["difference"]["mean"]
+    surface_text = f", data/{PAGE}" if "surface" in findings else ""
     click.echo(
-        f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the"
-        " difference\n"
+        f"{'sum':<18} {reward_change:>+14.4f}  largest efficiency gap"
+        f" {shapley_data['largest_relative_gap']:.1e} of the difference\n"
     )
     click.echo("\n".join(pages.first_sentences(report_parts, findings)))
     click.echo(
-        f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/,"
-        f" data/{surface_file}"
+        f"\nWritten to {page_path.parent}: {page_path.name} (open it in a browser), summary.txt, figures/,"
+        f" data/{surface_text}"
     )
 
 
@@ -396,13 +418,13 @@ def embed(outdir, dry_run, device, **sources) -> None:
     findings = embedding.write(comparison, outdir)
     # rank correlation of the reward with each axis
     for row in findings[embedding.MAP].data["ranks"]:
-        rho = (
+        correlation_text = (
             # a rank correlation is undefined if all scores or all coordinates are equal
             "undefined: constant"
             if row["spearman"] is None
             else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
         )
-        click.echo(f"reward with the {row['axis']:<36}  {rho}")
+        click.echo(f"reward with the {row['axis']:<36}  {correlation_text}")
     for row in findings[embedding.SEPARABILITY].rows:
         click.echo(
             f"before and {row['role']:<8} same-network neighbours      {row['share']:.1%}, p = {row['p']:.2g}"
@@ -440,21 +462,21 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
 
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
     # By default, the new images replace the images in the run folder.
-    folder = outdir or comparison.run
-    assert folder is not None
+    image_folder = outdir or comparison.run
+    assert image_folder is not None
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        print_json({**comparison.resolved(), "outdir": str(folder)})
+        print_json({**comparison.resolved(), "outdir": str(image_folder)})
         return
     if pairs is not None:
         # a note below the pairs names the tuned shape of each pair
-        write_atomic(folder / PAIRS, png(pairs_sheet(comparison, pairs)))
-        click.echo(f"Written to {folder}: {PAIRS}")
+        write_atomic(image_folder / PAIRS, png(pairs_sheet(comparison, pairs)))
+        click.echo(f"Written to {image_folder}: {PAIRS}")
         return
-    written = write_images(comparison, folder)
+    file_names = write_images(comparison, image_folder)
     # computed on the same held-out latents as in summary.json
     click.echo(json.dumps(surface_change(comparison, EVALUATION.take(CHANGED))))
-    click.echo(f"Written to {folder}: {', '.join(written)}")
+    click.echo(f"Written to {image_folder}: {', '.join(file_names)}")
 
 
 @click.command("method", cls=GroupedCommand)

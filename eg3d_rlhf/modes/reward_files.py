@@ -30,8 +30,10 @@ _written = file_option(
     # softmin is a pessimistic aggregate: members with low scores have more weight
     default="softmin",
     help=(
-        "Function that combines the scores of the members. warm averages their weights instead, for members"
-        " that were trained from the same trained network."
+        "Function that combines the scores of the members: their mean (mean), the lowest score (min), the"
+        " mean minus k standard deviations (lcb), the mean minus lambda times the variance (uwo), or a soft"
+        " minimum (softmin). warm averages the weights of the members instead of their scores; all members"
+        " must then have been trained from the same trained network."
     ),
 )
 @option(
@@ -69,7 +71,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
             f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
         )
     # A reward that is listed twice would count twice in the aggregate.
-    repeated_path = next((path for i, path in enumerate(rewards) if path in rewards[:i]), None)
+    repeated_path = next((path for index, path in enumerate(rewards) if path in rewards[:index]), None)
     if repeated_path is not None:
         raise ValueError(f"REWARD: {repeated_path} is listed twice. Remove one of the two arguments.")
     # The paths are recorded in the ensemble file.
@@ -160,11 +162,11 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
         return
     # an error in this block begins with the name --out
     with prefix_errors("--out"):
-        path = reward.save(out)
+        written_path = reward.save(out)
     parameters = sum(parameter.numel() for parameter in reward.parameters())
     click.echo(
-        f"{path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x), {lattice}"
-        " lattice"
+        f"{written_path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x),"
+        f" {lattice} lattice"
     )
     if not seeds:
         return
@@ -175,11 +177,11 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
         # raises ValueError if the reward cannot read the densities of this generator
         check_reward(reward, generator)
     # An iterator: each seed is scored when the progress bar asks for it.
-    compared = compare_lattices(reward.to(target_device), generator, seeds)
-    scores = list(tqdm(compared, total=len(seeds), desc="scoring on both lattices", unit="seed"))
+    score_rows = compare_lattices(reward.to(target_device), generator, seeds)
+    scores = list(tqdm(score_rows, total=len(seeds), desc="scoring on both lattices", unit="seed"))
     click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
     # A score is (seed, score on the straight grid, score on the skewed lattice). The last row of the table is
     # the mean over the seeds.
     means = (statistics.fmean(score[1] for score in scores), statistics.fmean(score[2] for score in scores))
-    for name, straight, skewed in (*scores, ("mean", *means)):
-        click.echo(f"{name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")
+    for row_name, straight, skewed in (*scores, ("mean", *means)):
+        click.echo(f"{row_name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")

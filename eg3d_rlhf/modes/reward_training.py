@@ -54,8 +54,10 @@ reward_flags = combine_decorators(
         metavar="KIND",
         default="sigma",
         help=(
-            "Input of the reward network. sigma: grid of densities (the slab); points: point cloud on the"
-            " surface; lifted-points, published-points: point cloud that is computed from depth maps."
+            "Input of the reward network. sigma: grid of densities (the slab); points: point cloud that"
+            " covers all sides of the surface; lifted-points: point cloud of the side that a frontal camera"
+            " sees; published-points: point cloud of the paper's point rewards, which includes the"
+            " background."
         ),
     ),
     _data_option(
@@ -219,7 +221,7 @@ reward_flags = combine_decorators(
 )
 
 
-def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict:
+def unpaired_settings(unpaired: Path | None, has_no_pairs: bool, given_settings: dict) -> dict:
     """Return the default settings that change if there are labels of single shapes (unpaired labels).
 
     The loss terms of unpaired labels get a weight above 0. If there are no pairs, the loss terms of pairs get
@@ -228,23 +230,23 @@ def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict
 
     Args:
         unpaired: file of unpaired labels; None: there are none, and the result is empty.
-        alone: True if there are no labels of pairs.
-        options: settings by name; None: not given.
+        has_no_pairs: True if there are no labels of pairs.
+        given_settings: settings by name; None: not given.
 
     Returns: new values of settings that were not given, by name.
     """
     if unpaired is None:
         return {}
-    if alone:
+    if has_no_pairs:
         pair_weights = {name: 0 for name in ("pairs", "scalar", "bradley_terry")}
-        changes = {**pair_weights, "regression": 25.0, "divergence": 1.0}
+        changed_settings = {**pair_weights, "regression": 25.0, "divergence": 1.0}
         # Reference samples need a loss term of pairs, so they are off unless a flag switches such a term on.
-        if not any(options[name] for name in pair_weights):
-            changes["reference_samples"] = 0
+        if not any(given_settings[name] for name in pair_weights):
+            changed_settings["reference_samples"] = 0
     else:
-        changes = {"regression": 1.0, "divergence": 0.04}
+        changed_settings = {"regression": 1.0, "divergence": 0.04}
     # A value that was given by a flag is not changed.
-    return {name: value for name, value in changes.items() if options[name] is None}
+    return {name: value for name, value in changed_settings.items() if given_settings[name] is None}
 
 
 def resolve(flags: Flags) -> RewardRun:
@@ -267,7 +269,7 @@ def resolve(flags: Flags) -> RewardRun:
     )
     options = {name: value for name, value in flags.items() if name not in other_flags}
     # fields of the run; the other settings belong to its training
-    names = set(RewardRun.__dataclass_fields__)
+    run_field_names = set(RewardRun.__dataclass_fields__)
     unpaired = flags["unpaired"]
     observation = flags["observation"]
     # Defaults that depend on the kind of labels; given flags are not changed.
@@ -275,22 +277,24 @@ def resolve(flags: Flags) -> RewardRun:
     # without any labels, the bundled labels of the bundled generator
     labels = flags["labels"] or unpaired or BUNDLED_LABELS
     # Filters of the answers in a label database. `pop` removes them from the settings of the training.
-    filters = {
+    filter_values = {
         name: value for name in LabelFilters.__dataclass_fields__ if (value := options.pop(name)) is not None
     }
     # None: the seed of the split was not given, and its default is 0
-    source = open_label_source(labels, unpaired, options["split_seed"] or 0, filters)
+    source = open_label_source(labels, unpaired, options["split_seed"] or 0, filter_values)
     # settings of the run: the preset's settings of the observation, replaced by flags that were given
     preset_values = find_preset(flags["preset"], observation).observe
-    run_values = {name: value for name, value in preset_values.items() if name in names}
-    run_values |= {name: value for name, value in options.items() if name in names and value is not None}
+    run_values = {name: value for name, value in preset_values.items() if name in run_field_names}
+    run_values |= {
+        name: value for name, value in options.items() if name in run_field_names and value is not None
+    }
     defaults = default_options(flags["preset"], observation)
     # The members of an ensemble should differ in their training data, hence the bootstrap by default.
     if options["bootstrap"] is None:
         options["bootstrap"] = run_values.get("members", 1) > 1
     # all other settings belong to the training
     train_options = with_changes(
-        defaults, **{name: value for name, value in options.items() if name not in names}
+        defaults, **{name: value for name, value in options.items() if name not in run_field_names}
     )
     return RewardRun(labels=source, observation=observation, train=train_options, **run_values)
 
@@ -298,10 +302,10 @@ def resolve(flags: Flags) -> RewardRun:
 def shown_by_help(flags: Flags) -> list[object]:
     """Return the objects from which --help reads the defaults of the flags: the settings of this run."""
     run = resolve(flags)
-    names = ("preset", "bootstrap", "cosine", "mirror")
+    setting_names = ("preset", "bootstrap", "cosine", "mirror")
     # values that are not fields of the run come first
     return [
-        {name: getattr(run.train, name) for name in names},
+        {name: getattr(run.train, name) for name in setting_names},
         {"labels": run.labels.settings["labels"], "crop": run.crop, "fractions": run.fractions},
         run,
     ]
@@ -366,20 +370,23 @@ def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
     # a resumed run takes all settings from its record
     del flags
     # The first process reads the file and sends the content to the other processes.
-    values = ranks.broadcast(recorded(folder) if ranks.is_main else None)
-    if not {"train", "labels"} <= (values or {}).keys():
+    recorded_values = ranks.broadcast(recorded(folder) if ranks.is_main else None)
+    if not {"train", "labels"} <= (recorded_values or {}).keys():
         raise ValueError(
             f"--resume: {folder} is not the folder of a reward's training. Name a folder that `reward train`"
             " wrote."
         )
-    unpaired = None if values["unpaired"] is None else Path(values["unpaired"])
+    unpaired = None if recorded_values["unpaired"] is None else Path(recorded_values["unpaired"])
     # JSON has no tuples, so the names of the annotators were stored as a list.
-    filters = values["filters"] and {
-        **values["filters"],
-        "annotators": tuple(values["filters"]["annotators"]),
+    filters = recorded_values["filters"] and {
+        **recorded_values["filters"],
+        "annotators": tuple(recorded_values["filters"]["annotators"]),
     }
     return RewardRun.from_dict(
-        values, open_label_source(labels_source(values["labels"]), unpaired, values["split_seed"], filters)
+        recorded_values,
+        open_label_source(
+            labels_source(recorded_values["labels"]), unpaired, recorded_values["split_seed"], filters
+        ),
     )
 
 

@@ -135,7 +135,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         suffix = shape_suffix(shape_format)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        settings = {
+        resolved_settings = {
             "outdir": str(outdir),
             "network": str(network or "bundled"),
             "seeds": seeds,
@@ -145,14 +145,14 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
             "shape_format": suffix,
             "device": device,
         }
-        print_json(settings)
+        print_json(resolved_settings)
         return
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device)).generator
     # `or` would be wrong: 0 is a valid border.
     border = generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
-    surface = MeshOptions(
+    mesh_options = MeshOptions(
         resolution=view_options["shape_res"],
         level=view_options["shape_level"],
         border=border,
@@ -171,9 +171,9 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
             outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(renders, len(camera_labels)))
         )
         if view_options["shapes"]:
-            with rendering.StageBar(f"seed {seed} ") as bar:
+            with rendering.StageBar(f"seed {seed} ") as stage_bar:
                 field = generator.field(ws, view_options["noise_mode"])
-                save_shape(outdir / f"seed{seed:04d}{suffix}", field, surface, bar)
+                save_shape(outdir / f"seed{seed:04d}{suffix}", field, mesh_options, stage_bar)
     click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if view_options['shapes'] else ''}")
 
 
@@ -297,33 +297,36 @@ def videos(
     # an error in this block begins with the name --grid
     with prefix_errors("--grid"):
         # Two positive integers; leading zeros are allowed.
-        cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
-        if cells is None:
+        grid_match = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
+        if grid_match is None:
             raise ValueError(
                 f"{grid!r} is not of the form WxH. Write the numbers of columns and rows, such as 4x3."
             )
         # `film` holds the flags that have the names of fields
-        options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
+        film_options = FilmOptions(grid=(int(grid_match[1]), int(grid_match[2])), **film)
     # an error in this block begins with the name --shape-format
     with prefix_errors("--shape-format"):
         suffix = shape_suffix(shape_format)
     # name of the video -> its seeds
-    groups = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
+    seeds_by_video = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
     # Without interpolation, the latent is fixed, so one keyframe per seed is enough.
-    if not interpolate and options.keyframes is None:
-        options = replace(options, keyframes=1)
+    if not interpolate and film_options.keyframes is None:
+        film_options = replace(film_options, keyframes=1)
     # an error in this block begins with the name --seeds
     with prefix_errors("--seeds"):
         # number of frames of each video
-        frame_counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
+        frame_counts = {
+            video_name: len(film_options.cells(video_seeds)[0]) * film_options.frames
+            for video_name, video_seeds in seeds_by_video.items()
+        }
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        settings = {
+        resolved_settings = {
             "outdir": str(outdir),
             "network": str(network or "bundled"),
-            "films": {f"{name}.mp4": frame_count for name, frame_count in frame_counts.items()},
+            "films": {f"{video_name}.mp4": frame_count for video_name, frame_count in frame_counts.items()},
             "interpolate": interpolate,
-            **asdict(options),
+            **asdict(film_options),
             "cfg": cfg,
             "sample_mult": sample_mult,
             "nrr": nrr,
@@ -334,39 +337,42 @@ def videos(
             "shape_format": suffix,
             "device": device,
         }
-        print_json(settings)
+        print_json(resolved_settings)
         return
     # Fails before the generator is loaded if the video encoder is missing.
     check_mp4(outdir / "interpolation.mp4")
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device)).generator
-    surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
+    mesh_options = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
     # None: the network's resolution
     render_options = RenderOptions(resolution=nrr, sample_mult=sample_mult)
-    for name, group in groups.items():
+    for video_name, video_seeds in seeds_by_video.items():
         # Frames are rendered one by one, when the encoder needs them.
-        frames = Film(generator, group, cameras, options, render_options)
-        path = write_mp4(
-            outdir / f"{name}.mp4",
-            tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"),
+        frames = Film(generator, video_seeds, cameras, film_options, render_options)
+        video_path = write_mp4(
+            outdir / f"{video_name}.mp4",
+            tqdm(frames, total=frames.count, unit="frame", desc=f"{video_name}.mp4"),
             fps,
             bitrate,
         )
-        click.echo(f"{path}: {frames.count} frames")
+        click.echo(f"{video_path}: {frames.count} frames")
         # `ws(index)[0]`: the latent of the first cell in this frame
-        for index in tqdm(
+        for frame_index in tqdm(
             # an empty range: no shapes
             range(frames.count if shapes else 0),
             unit="shape",
-            desc=f"{name}_shapes/",
+            desc=f"{video_name}_shapes/",
             disable=not shapes,
         ):
-            with rendering.StageBar(f"frame {index} ") as bar:
-                shape_field = generator.field(frames.ws(index)[0], options.noise_mode)
+            with rendering.StageBar(f"frame {frame_index} ") as stage_bar:
+                shape_field = generator.field(frames.ws(frame_index)[0], film_options.noise_mode)
                 save_shape(
-                    outdir / f"{name}_shapes" / f"{index:04d}_shape{suffix}", shape_field, surface, bar
+                    outdir / f"{video_name}_shapes" / f"{frame_index:04d}_shape{suffix}",
+                    shape_field,
+                    mesh_options,
+                    stage_bar,
                 )
 
 
@@ -436,39 +442,48 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     from eg3d_rlhf.geometry.mesh_export import check_mesh_suffix, export_mesh
 
     # raises ValueError for a value outside its range
-    options = MeshOptions(**settings)
+    mesh_options = MeshOptions(**settings)
     # an error in this block begins with the name --out
     with prefix_errors("--out"):
         check_mesh_suffix(out, "samples mesh")
     # settings of the sample, which the report of the mesh records
-    latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
+    sample_settings = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        resolved = {
+        resolved_settings = {
             "out": str(out),
             "network": str(network or "bundled"),
-            **latent,
+            **sample_settings,
             "device": device,
-            **asdict(options),
+            **asdict(mesh_options),
         }
-        print_json(resolved)
+        print_json(resolved_settings)
         return
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
-        loaded = load_generator(network, choose_device(device))
-    with rendering.StageBar() as bar:
+        loaded_network = load_generator(network, choose_device(device))
+    with rendering.StageBar() as stage_bar:
         # stage, number of finished units, number of units
-        bar("planes", 0, 1)
-        field = loaded.generator.field(ws_of_seeds(loaded.generator, [seed], psi, cutoff), "const")
-        bar("planes", 1, 1)
+        stage_bar("planes", 0, 1)
+        field = loaded_network.generator.field(
+            ws_of_seeds(loaded_network.generator, [seed], psi, cutoff), "const"
+        )
+        stage_bar("planes", 1, 1)
         # None: the surface level of this generator
-        options = options if options.level is not None else replace(options, level=field.level)
-        surface, report = export_mesh(field, options, bar)
-        bar("writing", 0, 1)
-        surface.save(out)
-        bar("writing", 1, 1)
+        mesh_options = (
+            mesh_options if mesh_options.level is not None else replace(mesh_options, level=field.level)
+        )
+        exported_mesh, report = export_mesh(field, mesh_options, stage_bar)
+        stage_bar("writing", 0, 1)
+        exported_mesh.save(out)
+        stage_bar("writing", 1, 1)
     # head.glb.json and not head.json: meshes of the same name in two formats have separate reports.
-    report.write(out.with_name(out.name + ".json"), network=loaded.hash, **latent, options=asdict(options))
+    report.write(
+        out.with_name(out.name + ".json"),
+        network=loaded_network.hash,
+        **sample_settings,
+        options=asdict(mesh_options),
+    )
     component_text = f"{report.components} of {report.components_extracted} parts"
     # the numbers help to find the defect
     watertight_text = (
@@ -529,7 +544,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         seeds = rendering.parse_seeds(latents)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        settings = {
+        resolved_settings = {
             "outdir": str(outdir),
             "network": str(network or "bundled"),
             "data": data,
@@ -538,7 +553,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
             "psi": psi,
             "device": device,
         }
-        print_json(settings)
+        print_json(resolved_settings)
         return
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
@@ -560,6 +575,6 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
             generator, seeds[:shapes], psi if psi is not None else 1.0 if has_ground_truth else Sources.psi
         )
     # written last, so that an error leaves the old files unchanged
-    for name, image in sheets.items():
-        write_atomic(outdir / name, rendering.png(image))
+    for file_name, sheet_image in sheets.items():
+        write_atomic(outdir / file_name, rendering.png(sheet_image))
     click.echo(f"{outdir}: {', '.join(sheets)}")

@@ -2,7 +2,7 @@
 
 A reward is trained on shapes of one generator, the reference. Other generators may place their shapes
 elsewhere in space, or have densities of another scale. The job therefore reports scores with and without
-corrections of both.
+corrections of the position and of the scale.
 """
 
 import functools
@@ -62,9 +62,9 @@ def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, 
     from eg3d_rlhf.evaluation.foreign_scores import load_trial, write
 
     # None: the flag was not given, so the default of the setting applies
-    options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
+    score_options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
     # Loads and checks all networks, so that --dry-run also reports mistakes in the files.
-    trial = load_trial(networks, reward, reference, device, options)
+    trial = load_trial(networks, reward, reference, device, score_options)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         network_paths = {name: str(network.path) for name, network in trial.networks.items()}
@@ -73,7 +73,7 @@ def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, 
                 "networks": network_paths,
                 "reference": str(trial.reference.path),
                 "outdir": str(outdir),
-                **asdict(options),
+                **asdict(score_options),
             }
         )
         return

@@ -162,12 +162,15 @@ def shared(names: str, rare: str = "", **changes: str | dict):
             text; a dictionary replaces any arguments of `option`.
     """
     decorators = []
-    for name in (*names.split(), *rare.split()):
-        parameter = name.replace("-", "_")
-        change = changes.get(parameter, {})
+    for option_name in (*names.split(), *rare.split()):
+        parameter_name = option_name.replace("-", "_")
+        option_change = changes.get(parameter_name, {})
         # the third element has no dashes: click names the argument of the function by it
-        spellings = (f"--{name}", *_SPELLINGS.get(name, ()), parameter)
-        arguments = {**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}
+        spellings = (f"--{option_name}", *_SPELLINGS.get(option_name, ()), parameter_name)
+        option_arguments = {
+            **_FLAGS[option_name],
+            **({"help": option_change} if isinstance(option_change, str) else option_change),
+        }
         # an option of `rare` has no flag of its own; --set NAME=VALUE sets it
-        decorators.append(option(*spellings, rare=name in rare.split(), **arguments))
+        decorators.append(option(*spellings, rare=option_name in rare.split(), **option_arguments))
     return combine_decorators(*decorators)

@@ -77,23 +77,23 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.study import study_report as reports
 
-    # The command `study` stores its --outdir and --db here, in case they stand before the word `report`.
+    # The command `study` stores its --outdir and --db here, in case they precede the word `report`.
     study_folder = click.get_current_context().meta.get("folder", Folder(OUTDIR))
-    # A --db that stands before `report` belongs to the --outdir before `report`. It is ignored if another
+    # A --db before the word `report` belongs to the --outdir before this word. It is ignored if another
     # folder is named.
     folder = Folder(outdir or study_folder.path, db or (study_folder.db if outdir is None else None))
     # raises an error if there is no design or no database
-    design, rows = study_rows(folder)
+    design, answer_rows = study_rows(folder)
     # Finished assets have no generator that could render them again, so the report has no images of them.
     image_count = 0 if design.assets else images
     if image_count:
         click.echo(f"analysing, and rendering up to {2 * image_count} pairs ...", err=True)
     # --interim allows a report before the stopping rule is met.
-    content = reports.compute(design, rows, interim, image_count, str(choose_device("auto")))
+    report_content = reports.compute(design, answer_rows, interim, image_count, str(choose_device("auto")))
     # the page, and its numbers as JSON
-    for path in reports.write(content, folder.path):
-        click.echo(path)
-    for sentence in content["conclusions"]:
+    for written_file in reports.write(report_content, folder.path):
+        click.echo(written_file)
+    for sentence in report_content["conclusions"]:
         click.echo(f"- {sentence}")
 
 
@@ -116,26 +116,29 @@ def power(n: int | None, as_json: bool, **options) -> None:
     """Compute the number of trials (answered pairs) that a study needs to detect a given win rate."""
     with flagged(options):
         # errors inside name the flag of the wrong value
-        size = sample_size(power_options(launch.with_defaults(options, PowerOptions)))
+        study_size = sample_size(power_options(launch.with_defaults(options, PowerOptions)))
     # The power of --n is added to the same JSON.
-    record = asdict(size)
+    power_values = asdict(study_size)
     if n is not None:
-        record["power_of_n"] = {
+        power_values["power_of_n"] = {
             "n": n,
             # exact: from the binomial distribution, not from an approximation
-            "power": float(exact_power(n, size.options.true_rate, size.options.alpha)),
+            "power": float(exact_power(n, study_size.options.true_rate, study_size.options.alpha)),
         }
     if as_json:
-        print_json(record)
+        print_json(power_values)
         return
-    click.echo(f"{size.trials} trials, {size.per_annotator} for each of {size.options.annotators} annotators")
     click.echo(
-        f"  {size.decided} independent decided trials give power {size.attained:.3f} for a win rate of"
-        f" {size.options.true_rate:g}"
+        f"{study_size.trials} trials, {study_size.per_annotator} for each of {study_size.options.annotators}"
+        " annotators"
     )
-    click.echo(f"  design effect {size.design_effect:.2f}, ties {size.options.tie_share:.0%}")
+    click.echo(
+        f"  {study_size.decided} independent decided trials give power {study_size.attained:.3f} for a win"
+        f" rate of {study_size.options.true_rate:g}"
+    )
+    click.echo(f"  design effect {study_size.design_effect:.2f}, ties {study_size.options.tie_share:.0%}")
     if n is not None:
-        click.echo(f"  {n} independent decided trials give power {record['power_of_n']['power']:.3f}")
+        click.echo(f"  {n} independent decided trials give power {power_values['power_of_n']['power']:.3f}")
 
 
 @click.command("simulate", cls=GroupedCommand)
@@ -164,20 +167,25 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """
     with flagged(options):
         # the default of each setting replaces a flag that was not given
-        resolved = SimulationOptions(**launch.with_defaults(options, SimulationOptions))
+        simulation_options = SimulationOptions(**launch.with_defaults(options, SimulationOptions))
     # An interval at 95 % should contain the true rate in 95 % of the studies.
-    result = coverage(resolved, bootstrap_studies)
+    coverage_result = coverage(simulation_options, bootstrap_studies)
     if as_json:
-        print_json(result)
+        print_json(coverage_result)
         return
-    means = f"truth {result['truth']:.3f}, mean {result['mean_win_rate']:.3f}"
-    click.echo(f"{result['options']['studies']} studies of {result['trials']} trials; {means}")
-    click.echo(f"left chosen in {result['left_share']:.1%}; design effect {result['design_effect']:.2f}")
+    mean_text = f"truth {coverage_result['truth']:.3f}, mean {coverage_result['mean_win_rate']:.3f}"
+    click.echo(
+        f"{coverage_result['options']['studies']} studies of {coverage_result['trials']} trials; {mean_text}"
+    )
+    click.echo(
+        f"left chosen in {coverage_result['left_share']:.1%}; design effect"
+        f" {coverage_result['design_effect']:.2f}"
+    )
     click.echo(f"{'interval':<22} {'studies':>7} {'covers':>8} {'width':>7} {'excludes 50 %':>15}")
-    for name, row in result["intervals"].items():
+    for interval_kind, interval_row in coverage_result["intervals"].items():
         click.echo(
-            f"{name:<22} {row['studies']:>7} {row['coverage']:>8.1%} {row['width']:>7.3f}"
-            f" {row['rejects_50_percent']:>15.1%}"
+            f"{interval_kind:<22} {interval_row['studies']:>7} {interval_row['coverage']:>8.1%}"
+            f" {interval_row['width']:>7.3f} {interval_row['rejects_50_percent']:>15.1%}"
         )
 
 
@@ -259,7 +267,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     name = name or outdir.resolve().name
     ctx.obj = folder.url
     ctx.meta["folder"] = folder
-    # Subcommands read --outdir and --db from the context. Other flags must stand after their name.
+    # Subcommands read --outdir and --db from the context. Other flags must follow their name.
     if ctx.invoked_subcommand is not None:
         launch.reject_flags_before(ctx, "outdir", "db")
         return
@@ -333,7 +341,9 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
     else:
         design = designs.read_design(folder.design)
     # The lists of latents and trials are too long to print.
-    content = {key: value for key, value in design.to_dict().items() if key not in ("latent_seeds", "plan")}
+    design_values = {
+        key: value for key, value in design.to_dict().items() if key not in ("latent_seeds", "plan")
+    }
     return {
         "action": "design" if is_new else "resume",
         "outdir": str(folder.path),
@@ -342,7 +352,7 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
         **server.to_dict(),
         "latents": design.latents,
         "trials_per_annotator": design.quota,
-        "design": content,
+        "design": design_values,
     }
 
 

@@ -57,7 +57,7 @@ def solid(mesh) -> trimesh.Trimesh:
 @pytest.mark.parametrize("planes", PLANES)
 def test_a_sphere_across_blocks(planes):
     sigma = ball()
-    mesh = extract_mesh_blockwise(lambda part: sigma[part], AXES, planes=planes)
+    mesh = extract_mesh_blockwise(lambda part: sigma[part], AXES, planes_per_block=planes)
     body = solid(mesh)
     assert body.is_watertight and body.is_winding_consistent
     assert body.volume == pytest.approx(4 / 3 * np.pi * RADIUS**3, rel=0.02)  # positive: outward
@@ -104,7 +104,9 @@ def test_every_plane_is_asked_for_once_and_progress_ends_at_the_last():
         asked.extend(range(part.start, part.stop))
         return sigma[part]
 
-    extract_mesh_blockwise(sample, AXES, planes=7, progress=lambda *call: progress_calls.append(call))
+    extract_mesh_blockwise(
+        sample, AXES, planes_per_block=7, progress=lambda *call: progress_calls.append(call)
+    )
     assert asked == list(range(POINTS))
     assert progress_calls[-1] == ("density", POINTS, POINTS) and len(progress_calls) == 7
 

@@ -96,36 +96,42 @@ def _chunks(data: memoryview) -> tuple[dict, memoryview]:
     """
     if len(data) < GLB_HEADER.size + CHUNK_HEADER.size:
         raise ValueError("the GLB file is incomplete. Export it again.")
-    magic, version, length = GLB_HEADER.unpack_from(data)
-    if magic != GLB_MAGIC or version != 2 or length > len(data):
+    magic, version, file_length = GLB_HEADER.unpack_from(data)
+    if magic != GLB_MAGIC:
+        raise ValueError("the file is not a GLB file: it does not begin with glTF. Export it as GLB.")
+    if version != 2 or file_length > len(data):
         raise ValueError(
             f"the file must be a complete GLB file of version 2, but it has version {version} and {len(data)}"
-            f" of {length} bytes. Export it again."
+            f" of {file_length} bytes. Export it again."
         )
-    size, kind = CHUNK_HEADER.unpack_from(data, GLB_HEADER.size)
-    start = GLB_HEADER.size + CHUNK_HEADER.size
-    if kind != JSON_CHUNK or size > MAX_JSON or start + size > length:
+    chunk_size, chunk_kind = CHUNK_HEADER.unpack_from(data, GLB_HEADER.size)
+    chunk_start = GLB_HEADER.size + CHUNK_HEADER.size
+    if chunk_size > MAX_JSON:
         raise ValueError(
-            f"the GLB file must begin with JSON of at most {MAX_JSON >> 20} MB, but its first part has {size}"
-            " bytes. Export it again."
+            f"the JSON of the GLB file is too large: its first part has {chunk_size:,} bytes, but at most"
+            f" {MAX_JSON >> 20} MB are allowed. Export the file with fewer nodes, materials and extras."
+        )
+    if chunk_kind != JSON_CHUNK or chunk_start + chunk_size > file_length:
+        raise ValueError(
+            "the GLB file is damaged: its first part is no JSON, or is longer than the file. Export it again."
         )
     try:
-        document = json.loads(bytes(data[start : start + size]).decode())
+        document = json.loads(bytes(data[chunk_start : chunk_start + chunk_size]).decode())
     except (ValueError, RecursionError):
         raise ValueError("the GLB file has invalid JSON. Export it again.") from None
     if not isinstance(document, dict):
         raise ValueError("the JSON of the GLB file is no object. Export it again.")
-    start += size
+    chunk_start += chunk_size
     # The binary chunk is optional.
-    if start + CHUNK_HEADER.size > length:
+    if chunk_start + CHUNK_HEADER.size > file_length:
         return document, memoryview(b"")
-    size, kind = CHUNK_HEADER.unpack_from(data, start)
-    start += CHUNK_HEADER.size
-    if kind != BIN_CHUNK or start + size > length:
+    chunk_size, chunk_kind = CHUNK_HEADER.unpack_from(data, chunk_start)
+    chunk_start += CHUNK_HEADER.size
+    if chunk_kind != BIN_CHUNK or chunk_start + chunk_size > file_length:
         raise ValueError(
             "the second part of the GLB file is no binary chunk, or is longer than the file. Export it again."
         )
-    return document, data[start : start + size]
+    return document, data[chunk_start : chunk_start + chunk_size]
 
 
 class _Reader:
@@ -154,11 +160,11 @@ class _Reader:
     def model(self) -> Model:
         """Convert the scene, and return the model. Raises: ValueError for parts that are not allowed."""
         # extensions without which the file cannot be shown
-        required = set(self.document.get("extensionsRequired", [])) - _RESOLVED
-        if required:
+        required_extensions = set(self.document.get("extensionsRequired", [])) - _RESOLVED
+        if required_extensions:
             raise ValueError(
-                f"the GLB file requires {', '.join(sorted(map(str, required)))[:200]}, which is not"
-                " supported. Export it without this extension."
+                f"the GLB file requires {', '.join(sorted(map(str, required_extensions)))[:200]}, which is"
+                " not supported. Export it without this extension."
             )
         if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
             raise ValueError(
@@ -184,55 +190,64 @@ class _Reader:
 
     @staticmethod
     def _triangle_count(mesh: list[Primitive]) -> int:
-        """Count the triangles of a mesh. N indices form N // 3 separate triangles, or N - 2 in a strip or
-        fan.
+        """Count the triangles of a mesh.
+
+        N indices form N // 3 separate triangles, or N - 2 triangles in a strip or a fan.
         """
-        count = 0
+        triangle_count = 0
         for primitive in mesh:
             # Without indices, the vertices in their order form the triangles.
             index_count = len((primitive.indices or primitive.attributes["POSITION"]).values)
-            count += index_count // 3 if primitive.mode == 4 else max(index_count - 2, 0)
-        return count
+            triangle_count += index_count // 3 if primitive.mode == 4 else max(index_count - 2, 0)
+        return triangle_count
 
     # ---- records
 
-    def _records(self, kind: str) -> list[dict]:
-        """Return all records of a kind, such as "buffers". Raises: ValueError for other data than a list of
-        objects.
+    def _records(self, record_kind: str) -> list[dict]:
+        """Return all records of a kind, such as "buffers".
+
+        Raises: ValueError for other data than a list of objects.
         """
-        records = self.document.get(kind, [])
+        records = self.document.get(record_kind, [])
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError(f"{kind} in the GLB file must be a list of objects. Export it again.")
+            raise ValueError(f"{record_kind} in the GLB file must be a list of objects. Export it again.")
         return records
 
-    def _record(self, kind: str, number: object) -> dict:
-        """Return a record by its kind, such as "nodes", and its index. Raises: ValueError for a wrong
-        index.
-        """
-        records = self.document.get(kind, [])
-        # type() instead of isinstance(): in Python a bool is an int, but it is no index.
-        if type(number) is not int or not 0 <= number < len(records) or not isinstance(records[number], dict):
-            raise ValueError(
-                f"the GLB file refers to {kind} number {str(number)[:40]}, but it has {len(records)} {kind}."
-                " Export it again."
-            )
-        return records[number]
+    def _record(self, record_kind: str, record_index: object) -> dict:
+        """Return a record by its kind, such as "nodes", and its index.
 
-    def _once(self, kind: str, number: Any, kept: list, make: Callable[[dict], Any]) -> int:
+        Raises: ValueError for a wrong index.
+        """
+        records = self.document.get(record_kind, [])
+        # type() instead of isinstance(): in Python a bool is an int, but it is no index.
+        if (
+            type(record_index) is not int
+            or not 0 <= record_index < len(records)
+            or not isinstance(records[record_index], dict)
+        ):
+            raise ValueError(
+                f"the GLB file refers to {record_kind} number {str(record_index)[:40]}, but it has"
+                f" {len(records)} {record_kind}. Export it again."
+            )
+        return records[record_index]
+
+    def _once(
+        self, record_kind: str, record_index: Any, converted_records: list, convert: Callable[[dict], Any]
+    ) -> int:
         """Return the index in the model of a record of the file. The record is converted at its first use.
 
         Args:
-            kind: kind of the record, such as "meshes".
-            number: index of the record in the file.
-            kept: list of the model, to which the converted record is appended.
-            make: function that converts the record.
+            record_kind: kind of the record, such as "meshes".
+            record_index: index of the record in the file.
+            converted_records: list of the model, to which the converted record is appended.
+            convert: function that converts the record.
         """
-        record = self._record(kind, number)
-        if (kind, number) not in self._indices:
-            converted = make(record)
-            kept.append(converted)
-            self._indices[kind, number] = len(kept) - 1
-        return self._indices[kind, number]
+        record = self._record(record_kind, record_index)
+        if (record_kind, record_index) not in self._indices:
+            converted = convert(record)
+            converted_records.append(converted)
+            self._indices[record_kind, record_index] = len(converted_records) - 1
+        return self._indices[record_kind, record_index]
 
     # ---- scene
 
@@ -245,196 +260,227 @@ class _Reader:
         Raises: ValueError for cycles, skins and instances, and for too many nodes.
         """
         # (index of a node, index of its parent), parents before their children
-        order: list[tuple[int, int | None]] = []
+        visit_order: list[tuple[int, int | None]] = []
         visited_nodes: set[int] = set()
         # Depth-first traversal with a stack, because recursion could exceed Python's limit. An entry is
         # (node, parent, depth). Lists are reversed, because the last entry of the stack is taken first.
-        pending: list[tuple[Any, int | None, int]] = [(number, None, 1) for number in reversed(roots)]
+        pending: list[tuple[Any, int | None, int]] = [(node_index, None, 1) for node_index in reversed(roots)]
         while pending:
-            number, parent, depth = pending.pop()
-            record = self._record("nodes", number)
+            node_index, parent_index, depth = pending.pop()
+            node_record = self._record("nodes", node_index)
             if depth > MAX_DEPTH:
                 raise ValueError(
                     f"the tree of nodes is more than {MAX_DEPTH} levels deep. Export the file with fewer"
                     " levels."
                 )
-            if number in visited_nodes or len(visited_nodes) >= MAX_NODES:
+            if node_index in visited_nodes or len(visited_nodes) >= MAX_NODES:
                 raise ValueError(
-                    f"the nodes must form a tree of at most {MAX_NODES:,} nodes, without cycles and without"
-                    " nodes that have two parents. Export the file again."
+                    f"the nodes must form a tree of at most {MAX_NODES:,} nodes. The file has more nodes, or"
+                    " a node with two parents, or a cycle. Join nodes if there are too many; otherwise"
+                    " export the file again."
                 )
-            visited_nodes.add(number)
-            order.append((number, parent))
-            pending += [(child, number, depth + 1) for child in reversed(record.get("children", []))]
+            visited_nodes.add(node_index)
+            visit_order.append((node_index, parent_index))
+            pending += [(child, node_index, depth + 1) for child in reversed(node_record.get("children", []))]
         children: dict[int | None, list[int]] = {}
-        converted: dict[int, Node] = {}
+        converted_nodes: dict[int, Node] = {}
         # Reversed, so that children are converted before their parents.
-        for number, parent in reversed(order):
-            record = self._record("nodes", number)
-            if "skin" in record or "EXT_mesh_gpu_instancing" in record.get("extensions", {}):
+        for node_index, parent_index in reversed(visit_order):
+            node_record = self._record("nodes", node_index)
+            if "skin" in node_record or "EXT_mesh_gpu_instancing" in node_record.get("extensions", {}):
                 raise ValueError(
                     "the GLB file has a mesh with a skin or instances, which are not supported. Export it as"
                     " a static mesh."
                 )
             mesh = (
                 None
-                if "mesh" not in record
-                else self._once("meshes", record["mesh"], self.out.meshes, self._mesh)
+                if "mesh" not in node_record
+                else self._once("meshes", node_record["mesh"], self.out.meshes, self._mesh)
             )
             # [::-1] restores the order of the children, which were converted in reversed order.
-            if mesh is not None or number in children:
-                converted[number] = Node(children.get(number, [])[::-1], mesh, _place(record))
-                children.setdefault(parent, []).append(number)
-        new_index = {number: i for i, number in enumerate(node for node, _ in order if node in converted)}
-        self.out.nodes = [converted[number] for number in new_index]
+            if mesh is not None or node_index in children:
+                converted_nodes[node_index] = Node(
+                    children.get(node_index, [])[::-1], mesh, _place(node_record)
+                )
+                children.setdefault(parent_index, []).append(node_index)
+        new_index = {
+            node_index: position
+            for position, node_index in enumerate(node for node, _ in visit_order if node in converted_nodes)
+        }
+        self.out.nodes = [converted_nodes[node_index] for node_index in new_index]
         for node in self.out.nodes:
             node.children = [new_index[child] for child in node.children]
-        self.out.roots = [new_index[number] for number in children.get(None, [])[::-1]]
+        self.out.roots = [new_index[node_index] for node_index in children.get(None, [])[::-1]]
 
-    def _mesh(self, record: dict) -> list[Primitive]:
+    def _mesh(self, mesh_record: dict) -> list[Primitive]:
         """Convert the record of a mesh into its primitives. Raises: ValueError for active morph targets."""
         # Morph targets whose weights are all 0 do not change the mesh.
-        if any(record.get("weights") or []):
+        if any(mesh_record.get("weights") or []):
             raise ValueError(
                 "the GLB file has a mesh with morph targets, which are not supported. Export it as a static"
                 " mesh."
             )
-        primitive_records = record.get("primitives", [])
+        primitive_records = mesh_record.get("primitives", [])
         if sum(len(mesh) for mesh in self.out.meshes) + len(primitive_records) > MAX_PARTS:
             raise ValueError(
                 f"the meshes have more than {MAX_PARTS:,} primitives. Join parts of the same material."
             )
         return [self._primitive(primitive_record) for primitive_record in primitive_records]
 
-    def _primitive(self, record: dict) -> Primitive:
+    def _primitive(self, primitive_record: dict) -> Primitive:
         """Convert the record of a primitive.
 
         Raises: ValueError for compression, for points and lines, and for invalid arrays.
         """
-        if set(record.get("extensions", {})) & {"KHR_draco_mesh_compression"}:
+        if set(primitive_record.get("extensions", {})) & {"KHR_draco_mesh_compression"}:
             raise ValueError(
                 "the GLB file uses Draco compression, which is not supported. Export it without compression."
             )
-        mode = record.get("mode", 4)
+        mode = primitive_record.get("mode", 4)
         if mode not in _TRIANGLE_MODES:
             raise ValueError(
                 "the GLB file contains points or lines instead of triangles. Export a mesh that has faces."
             )
-        names = ("POSITION",) if self.geometry_only else _NAMES
+        allowed_names = ("POSITION",) if self.geometry_only else _NAMES
         attributes = {
-            name: self._array(number) for name, number in record["attributes"].items() if name in names
+            attribute_name: self._array(accessor_index)
+            for attribute_name, accessor_index in primitive_record["attributes"].items()
+            if attribute_name in allowed_names
         }
         if "POSITION" not in attributes:
             raise ValueError("a primitive in the GLB file has no attribute POSITION. Export the file again.")
         # All attributes must have one row for each vertex.
-        count = len(attributes["POSITION"].values)
-        for name, array in attributes.items():
-            if array.values.shape[1] not in _NAMES[name] or len(array.values) != count:
-                widths = " or ".join(map(str, _NAMES[name]))
+        vertex_count = len(attributes["POSITION"].values)
+        for attribute_name, attribute in attributes.items():
+            if (
+                attribute.values.shape[1] not in _NAMES[attribute_name]
+                or len(attribute.values) != vertex_count
+            ):
+                widths = " or ".join(map(str, _NAMES[attribute_name]))
                 raise ValueError(
-                    f"{name} must have the shape [{count}, {widths}], got {list(array.values.shape)}. Export"
-                    " the file again."
+                    f"{attribute_name} must have the shape [{vertex_count}, {widths}], got"
+                    f" {list(attribute.values.shape)}. Export the file again."
                 )
-            if array.values.dtype.kind == "f" and not (np.abs(array.values) < _REACH).all():
+            if attribute.values.dtype.kind == "f" and not (np.abs(attribute.values) < _REACH).all():
                 raise ValueError(
-                    f"{name} contains NaN, infinity or numbers beyond {_REACH:g}. Export the file again."
+                    f"{attribute_name} contains NaN, infinity or numbers beyond {_REACH:g}. Export the file"
+                    " again."
                 )
-            if array.values.dtype.str == "<u4":
+            if attribute.values.dtype.str == "<u4":
                 raise ValueError(
-                    f"{name} has integers of 32 bits, but floats or integers of 8 or 16 bits are allowed."
-                    " Export the file again."
+                    f"{attribute_name} has integers of 32 bits, but floats or integers of 8 or 16 bits are"
+                    " allowed. Export the file again."
                 )
             # glTF 2.0 itself allows integers for these attributes. Integers in others need an extension.
-            is_core_gltf = name == "COLOR_0" or (
-                name.startswith("TEXCOORD") and array.normalized and array.values.dtype.kind == "u"
+            is_core_gltf = attribute_name == "COLOR_0" or (
+                attribute_name.startswith("TEXCOORD")
+                and attribute.normalized
+                and attribute.values.dtype.kind == "u"
             )
             # 8 or 16 bits
-            if array.values.dtype.itemsize < 4 and not is_core_gltf:
+            if attribute.values.dtype.itemsize < 4 and not is_core_gltf:
                 self.out.extensions.add("KHR_mesh_quantization")
-        indices = None if "indices" not in record else self._array(record["indices"], indices=True)
+        indices = (
+            None
+            if "indices" not in primitive_record
+            else self._array(primitive_record["indices"], is_index=True)
+        )
         if indices is not None:
             if (
                 indices.values.shape[1] != 1
                 or indices.values.dtype.kind != "u"
-                or (len(indices.values) and indices.values.max() >= count)
+                or (len(indices.values) and indices.values.max() >= vertex_count)
             ):
                 raise ValueError(
-                    f"the indices of a primitive must be unsigned integers below {count}, its number of"
-                    " vertices. Export the file again."
+                    f"the indices of a primitive must be unsigned integers below {vertex_count}, its number"
+                    " of vertices. Export the file again."
                 )
         material = None
-        if "material" in record and not self.geometry_only:
-            material = self._once("materials", record["material"], self.out.materials, self._material)
-        if not count or (indices is not None and not len(indices.values)):
+        if "material" in primitive_record and not self.geometry_only:
+            material = self._once(
+                "materials", primitive_record["material"], self.out.materials, self._material
+            )
+        if not vertex_count or (indices is not None and not len(indices.values)):
             raise ValueError("a primitive in the GLB file has no triangles. Export the file again.")
         return Primitive(attributes, indices, mode, material)
 
     # ---- arrays
 
-    def _array(self, number: Any, indices: bool = False) -> Array:
+    def _array(self, accessor_index: Any, is_index: bool = False) -> Array:
         """Return the array of an accessor. It is read once as an attribute, and once as indices.
 
         Args:
-            number: index of the accessor.
-            indices: True if the array is used as indices.
+            accessor_index: index of the accessor.
+            is_index: True if the array is used as indices.
         """
         # Two copies, because indices and attributes are written with different targets and padding.
-        if (number, indices) not in self._arrays:
-            self._arrays[number, indices] = self._read_array(self._record("accessors", number))
-        return self._arrays[number, indices]
+        if (accessor_index, is_index) not in self._arrays:
+            self._arrays[accessor_index, is_index] = self._read_array(
+                self._record("accessors", accessor_index)
+            )
+        return self._arrays[accessor_index, is_index]
 
-    def _read_array(self, record: dict) -> Array:
+    def _read_array(self, accessor_record: dict) -> Array:
         """Read the array of an accessor's record.
 
         Raises: ValueError for an unknown type, and for an array beyond the budget or the end of the file.
         """
-        if record.get("componentType") not in COMPONENTS or record.get("type") not in WIDTHS:
+        if (
+            accessor_record.get("componentType") not in COMPONENTS
+            or accessor_record.get("type") not in WIDTHS
+        ):
             raise ValueError(
                 "an array in the GLB file has a type that is not supported. Export the file again."
             )
-        dtype = np.dtype(COMPONENTS[record["componentType"]])
-        width = WIDTHS[record["type"]]
-        count = _count(record, "count")
+        dtype = np.dtype(COMPONENTS[accessor_record["componentType"]])
+        row_width = WIDTHS[accessor_record["type"]]
+        row_count = _count(accessor_record, "count")
         # Subtracted before the array exists; Python integers cannot overflow.
-        self.budget -= count * width * dtype.itemsize
+        self.budget -= row_count * row_width * dtype.itemsize
         if self.budget < 0:
             raise ValueError(
-                f"the arrays of the GLB file are too large for the size of the file: one has {count:,} x"
-                f" {width} numbers. Export the file again."
+                f"the arrays of the GLB file are too large for the size of the file: one has {row_count:,} x"
+                f" {row_width} numbers. Export the file again."
             )
-        if "bufferView" in record:
-            values = self._view(record["bufferView"], _count(record, "byteOffset", 0), dtype, width, count)
+        if "bufferView" in accessor_record:
+            array_values = self._view(
+                accessor_record["bufferView"],
+                _count(accessor_record, "byteOffset", 0),
+                dtype,
+                row_width,
+                row_count,
+            )
         else:
             # An accessor without a buffer view consists of zeros (glTF 2.0, section 5.1).
-            values = np.zeros((count, width), dtype)
-        if "sparse" in record:
-            values = self._sparse(record["sparse"], values)
+            array_values = np.zeros((row_count, row_width), dtype)
+        if "sparse" in accessor_record:
+            array_values = self._sparse(accessor_record["sparse"], array_values)
         # floats are never normalised
-        return Array(values, bool(record.get("normalized", False)) and dtype.kind != "f")
+        return Array(array_values, bool(accessor_record.get("normalized", False)) and dtype.kind != "f")
 
-    def _sparse(self, record: dict, values: np.ndarray) -> np.ndarray:
+    def _sparse(self, sparse_record: dict, values: np.ndarray) -> np.ndarray:
         """Return a copy of an array with the values that a sparse accessor replaces.
 
         Args:
-            record: field `sparse` of the accessor: indices, and new values.
+            sparse_record: field `sparse` of the accessor: indices, and new values.
             values: array [N, W] without the replacements.
 
         Raises: ValueError for indices outside the array.
         """
-        replaced_count = _count(record, "count")
-        index_record = record["indices"]
-        value_record = record["values"]
-        kind = np.dtype(COMPONENTS[index_record["componentType"]])
-        positions = self._view(
-            index_record["bufferView"], _count(index_record, "byteOffset", 0), kind, 1, replaced_count
+        replaced_count = _count(sparse_record, "count")
+        index_record = sparse_record["indices"]
+        value_record = sparse_record["values"]
+        index_dtype = np.dtype(COMPONENTS[index_record["componentType"]])
+        replaced_rows = self._view(
+            index_record["bufferView"], _count(index_record, "byteOffset", 0), index_dtype, 1, replaced_count
         )[:, 0]
-        if kind.kind != "u" or (replaced_count and positions.max() >= len(values)):
+        if index_dtype.kind != "u" or (replaced_count and replaced_rows.max() >= len(values)):
             raise ValueError(
                 "a sparse array in the GLB file has indices outside the array. Export the file again."
             )
         # A copy, because the view into the file is read-only, and other accessors may share it.
         values = values.copy()
-        values[positions] = self._view(
+        values[replaced_rows] = self._view(
             value_record["bufferView"],
             _count(value_record, "byteOffset", 0),
             values.dtype,
@@ -443,178 +489,190 @@ class _Reader:
         )
         return values
 
-    def _bytes(self, number: Any) -> tuple[memoryview, dict]:
+    def _bytes(self, view_index: Any) -> tuple[memoryview, dict]:
         """Return the bytes of a buffer view, and its record.
 
         Raises: ValueError for compression, and for bytes outside the binary chunk.
         """
-        record = self._record("bufferViews", number)
-        if "EXT_meshopt_compression" in record.get(
+        view_record = self._record("bufferViews", view_index)
+        if "EXT_meshopt_compression" in view_record.get(
             "extensions", {}
-        ) or "KHR_meshopt_compression" in record.get("extensions", {}):
+        ) or "KHR_meshopt_compression" in view_record.get("extensions", {}):
             raise ValueError(
                 "the GLB file uses meshopt compression, which is not supported. Export it without it."
             )
-        start = _count(record, "byteOffset", 0)
-        length = _count(record, "byteLength")
+        first_byte = _count(view_record, "byteOffset", 0)
+        byte_length = _count(view_record, "byteLength")
         # A GLB file has one buffer, its binary chunk.
-        if record.get("buffer") != 0 or start + length > len(self.binary):
+        if view_record.get("buffer") != 0 or first_byte + byte_length > len(self.binary):
             raise ValueError(
-                f"the GLB file refers to the bytes {start}..{start + length} of its binary chunk, which has"
-                f" {len(self.binary)} bytes. Export the file again."
+                f"the GLB file refers to the bytes {first_byte}..{first_byte + byte_length} of its binary"
+                f" chunk, which has {len(self.binary)} bytes. Export the file again."
             )
-        return self.binary[start : start + length], record
+        return self.binary[first_byte : first_byte + byte_length], view_record
 
-    def _view(self, number: Any, offset: int, dtype: np.dtype, width: int, count: int) -> np.ndarray:
+    def _view(
+        self, view_index: Any, byte_offset: int, dtype: np.dtype, row_width: int, row_count: int
+    ) -> np.ndarray:
         """Return an array [count, width] as a view into the file.
 
         Args:
-            number: index of the buffer view.
-            offset: position of the first number in the buffer view, in bytes.
+            view_index: index of the buffer view.
+            byte_offset: position of the first number in the buffer view, in bytes.
             dtype: type of the numbers.
-            width: number of numbers per row.
-            count: number of rows.
+            row_width: number of numbers per row.
+            row_count: number of rows.
 
         Raises: ValueError for rows beyond the end of the buffer view.
         """
-        data, record = self._bytes(number)
-        size = width * dtype.itemsize
+        view_bytes, view_record = self._bytes(view_index)
+        row_bytes = row_width * dtype.itemsize
         # Interleaved attributes have a stride, the distance in bytes from one row to the next.
-        stride = _count(record, "byteStride", size)
-        if stride < size or (count and offset + stride * (count - 1) + size > len(data)):
+        stride = _count(view_record, "byteStride", row_bytes)
+        if stride < row_bytes or (
+            row_count and byte_offset + stride * (row_count - 1) + row_bytes > len(view_bytes)
+        ):
             raise ValueError(
-                f"an array of {count:,} x {width} numbers does not fit into the {len(data):,} bytes of its"
-                " buffer view. Export the file again."
+                f"an array of {row_count:,} x {row_width} numbers does not fit into the {len(view_bytes):,}"
+                " bytes of its buffer view. Export the file again."
             )
-        if not count:
-            return np.zeros((0, width), dtype)
+        if not row_count:
+            return np.zeros((0, row_width), dtype)
         # This constructor makes a view with a stride, without a copy.
-        return np.ndarray((count, width), dtype, data, offset, (stride, dtype.itemsize))
+        return np.ndarray((row_count, row_width), dtype, view_bytes, byte_offset, (stride, dtype.itemsize))
 
     # ---- materials
 
-    def _material(self, record: dict) -> dict:
+    def _material(self, material_record: dict) -> dict:
         """Return a copy of a material's record that contains only allowed fields with allowed values."""
-        pbr = record.get("pbrMetallicRoughness", {})
-        out: dict = {}
-        surface: dict = {}
-        for name, size in (("baseColorFactor", 4), ("metallicFactor", 0), ("roughnessFactor", 0)):
-            if name in pbr:
-                surface[name] = _share(pbr[name], size)
-        for name in ("baseColorTexture", "metallicRoughnessTexture"):
-            if name in pbr:
-                surface[name] = self._texture(pbr[name])
-        out["pbrMetallicRoughness"] = surface
-        for name, amount in (
+        pbr = material_record.get("pbrMetallicRoughness", {})
+        material: dict = {}
+        pbr_fields: dict = {}
+        for field_name, length in (("baseColorFactor", 4), ("metallicFactor", 0), ("roughnessFactor", 0)):
+            if field_name in pbr:
+                pbr_fields[field_name] = _share(pbr[field_name], length)
+        for field_name in ("baseColorTexture", "metallicRoughnessTexture"):
+            if field_name in pbr:
+                pbr_fields[field_name] = self._texture(pbr[field_name])
+        material["pbrMetallicRoughness"] = pbr_fields
+        for field_name, factor_name in (
             ("normalTexture", "scale"),
             ("occlusionTexture", "strength"),
             ("emissiveTexture", ""),
         ):
-            if name in record:
-                out[name] = self._texture(record[name])
-                if amount in record[name]:
-                    out[name][amount] = _number(record[name][amount])
-        if "emissiveFactor" in record:
-            out["emissiveFactor"] = _share(record["emissiveFactor"], 3)
+            if field_name in material_record:
+                material[field_name] = self._texture(material_record[field_name])
+                if factor_name in material_record[field_name]:
+                    material[field_name][factor_name] = _number(material_record[field_name][factor_name])
+        if "emissiveFactor" in material_record:
+            material["emissiveFactor"] = _share(material_record["emissiveFactor"], 3)
         # "OPAQUE" is the default of glTF, so it need not be written.
-        if record.get("alphaMode") in ("MASK", "BLEND"):
-            out["alphaMode"] = record["alphaMode"]
-        if "alphaCutoff" in record and out.get("alphaMode") == "MASK":
-            out["alphaCutoff"] = _number(record["alphaCutoff"])
-        if record.get("doubleSided") is True:
-            out["doubleSided"] = True
-        if "KHR_materials_unlit" in record.get("extensions", {}):
-            out["extensions"] = {"KHR_materials_unlit": {}}
+        if material_record.get("alphaMode") in ("MASK", "BLEND"):
+            material["alphaMode"] = material_record["alphaMode"]
+        if "alphaCutoff" in material_record and material.get("alphaMode") == "MASK":
+            material["alphaCutoff"] = _number(material_record["alphaCutoff"])
+        if material_record.get("doubleSided") is True:
+            material["doubleSided"] = True
+        if "KHR_materials_unlit" in material_record.get("extensions", {}):
+            material["extensions"] = {"KHR_materials_unlit": {}}
             self.out.extensions.add("KHR_materials_unlit")
-        return out
+        return material
 
-    def _texture(self, info: dict) -> dict:
+    def _texture(self, texture_reference: dict) -> dict:
         """Return a copy of a material's reference to a texture that contains only allowed fields."""
-        out: dict = {"index": self._once("textures", info["index"], self.out.textures, self._source)}
-        if "texCoord" in info:
-            out["texCoord"] = _set(info["texCoord"])
-        transform = info.get("extensions", {}).get("KHR_texture_transform")
+        kept_reference: dict = {
+            "index": self._once("textures", texture_reference["index"], self.out.textures, self._source)
+        }
+        if "texCoord" in texture_reference:
+            kept_reference["texCoord"] = _set(texture_reference["texCoord"])
+        transform = texture_reference.get("extensions", {}).get("KHR_texture_transform")
         # Offset, scale and rotation of the texture coordinates.
         if transform is not None:
             transform_fields: dict = {
-                name: _numbers(transform[name], 2) for name in ("offset", "scale") if name in transform
+                field_name: _numbers(transform[field_name], 2)
+                for field_name in ("offset", "scale")
+                if field_name in transform
             }
             transform_fields |= (
                 {"rotation": _number(transform["rotation"])} if "rotation" in transform else {}
             )
             transform_fields |= {"texCoord": _set(transform["texCoord"])} if "texCoord" in transform else {}
-            out["extensions"] = {"KHR_texture_transform": transform_fields}
+            kept_reference["extensions"] = {"KHR_texture_transform": transform_fields}
             self.out.extensions.add("KHR_texture_transform")
-        return out
+        return kept_reference
 
-    def _source(self, record: dict) -> dict:
+    def _source(self, texture_record: dict) -> dict:
         """Convert the record of a texture: its image, and its sampler if it has one."""
-        extensions = record.get("extensions", {})
+        extensions = texture_record.get("extensions", {})
         # A WebP image takes precedence over its fallback, as in viewers that support the extension.
-        source = extensions.get("EXT_texture_webp", {}).get("source", record.get("source"))
-        if source is None:
+        image_index = extensions.get("EXT_texture_webp", {}).get("source", texture_record.get("source"))
+        if image_index is None:
             raise ValueError(
                 "a texture in the GLB file has no PNG, JPEG or WebP image, only"
                 f" {', '.join(map(str, extensions))[:80] or 'an empty record'}. Convert the textures to one"
                 " of these formats."
             )
-        out = {"source": self._once("images", source, self.out.images, self._image)}
-        if "sampler" in record:
-            out["sampler"] = self._once("samplers", record["sampler"], self.out.samplers, _sampler)
-        return out
+        texture = {"source": self._once("images", image_index, self.out.images, self._image)}
+        if "sampler" in texture_record:
+            texture["sampler"] = self._once(
+                "samplers", texture_record["sampler"], self.out.samplers, _sampler
+            )
+        return texture
 
-    def _image(self, record: dict) -> ImageFile:
+    def _image(self, image_record: dict) -> ImageFile:
         """Convert the record of an image. Its data lies in the binary chunk, or in a data URI.
 
         Raises: ValueError for external files, other formats, and images with too many pixels.
         """
-        if "bufferView" in record:
-            data, _ = self._bytes(record["bufferView"])
+        if "bufferView" in image_record:
+            image_bytes, _ = self._bytes(image_record["bufferView"])
         else:
-            uri = record.get("uri", "")
+            uri = image_record.get("uri", "")
             if not isinstance(uri, str) or not uri.startswith("data:image/") or ";base64," not in uri[:64]:
                 raise ValueError(
                     "the GLB file refers to textures in other files. Export it with all textures inside."
                 )
             try:
-                data = memoryview(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
+                image_bytes = memoryview(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
             except binascii.Error:
                 raise ValueError(
                     "a texture in the GLB file is no valid base64 text. Export the file again."
                 ) from None
-        if image_format(data) is None:
+        if image_format(image_bytes) is None:
             raise ValueError(
                 "the GLB file has textures that are not PNG, JPEG or WebP. Convert them to one of these"
                 " formats."
             )
         # The image is copied, so its size is subtracted from the budget.
-        self.budget -= len(data)
-        image, pixels = strip_image(data)
-        self.pixels -= pixels
+        self.budget -= len(image_bytes)
+        image, pixel_count = strip_image(image_bytes)
+        self.pixels -= pixel_count
         if self.pixels < 0 or self.budget < 0:
             raise ValueError(
-                f"the textures of the GLB file have more than {MAX_PIXELS >> 20} megapixels together, or"
-                " their data is too large. Reduce the textures."
+                "the textures of the GLB file are too large: together, they have more than"
+                f" {MAX_PIXELS >> 20} megapixels, or their data exceeds the limit for a file of this size."
+                " Reduce the resolution of the textures, and store each texture once."
             )
         return image
 
 
-def _count(record: dict, name: str, default: int | None = None) -> int:
+def _count(record: dict, field_name: str, default: int | None = None) -> int:
     """Return a field of a record that is a size or a number of elements.
 
     Args:
         record: the record.
-        name: name of the field.
+        field_name: name of the field.
         default: value if the field is missing.
 
     Raises: ValueError for a value that is no integer in 0..2^40 - 1.
     """
-    value = record.get(name, default)
-    if type(value) is not int or not 0 <= value < 2**40:
+    field_value = record.get(field_name, default)
+    if type(field_value) is not int or not 0 <= field_value < 2**40:
         raise ValueError(
-            f"{name} in the GLB file must be an integer >= 0, got {str(value)[:40]}. Export the file again."
+            f"{field_name} in the GLB file must be an integer >= 0, got {str(field_value)[:40]}. Export the"
+            " file again."
         )
-    return value
+    return field_value
 
 
 def _number(value: object) -> float:
@@ -628,24 +686,24 @@ def _number(value: object) -> float:
     return value  # type: ignore[return-value]
 
 
-def _numbers(values: object, size: int) -> list[float]:
-    """Return a list of `size` finite numbers unchanged. Raises: ValueError for other values."""
-    if not isinstance(values, list) or len(values) != size:
+def _numbers(values: object, length: int) -> list[float]:
+    """Return a list of `length` finite numbers unchanged. Raises: ValueError for other values."""
+    if not isinstance(values, list) or len(values) != length:
         raise ValueError(
-            f"the GLB file has {str(values)[:40]} in place of {size} numbers. Export the file again."
+            f"the GLB file has {str(values)[:40]} in place of {length} numbers. Export the file again."
         )
     return [_number(value) for value in values]
 
 
-def _share(value: object, size: int) -> Any:
+def _share(value: object, length: int) -> Any:
     """Return a number, or a list of numbers, clipped to 0..1.
 
     Args:
         value: the number or the list.
-        size: length of the list; 0 for a single number.
+        length: length of the list; 0 for a single number.
     """
-    if size:
-        return [min(max(number, 0), 1) for number in _numbers(value, size)]
+    if length:
+        return [min(max(number, 0), 1) for number in _numbers(value, length)]
     return min(max(_number(value), 0), 1)
 
 
@@ -659,14 +717,23 @@ def _set(value: object) -> int:
     return value
 
 
-def _sampler(record: dict) -> dict:
+def _sampler(sampler_record: dict) -> dict:
     """Return a copy of a sampler's record that contains only allowed fields with allowed values."""
-    return {name: record[name] for name, allowed in _SAMPLERS.items() if record.get(name) in allowed}
+    return {
+        field_name: sampler_record[field_name]
+        for field_name, allowed_values in _SAMPLERS.items()
+        if sampler_record.get(field_name) in allowed_values
+    }
 
 
-def _place(record: dict) -> dict:
-    """Return the transformation of a node: the fields matrix, translation, rotation and scale of its record,
-    without fields that are missing.
+def _place(node_record: dict) -> dict:
+    """Return the transformation of a node.
+
+    The result holds those of the fields matrix, translation, rotation and scale that the node's record has.
     """
     sizes = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
-    return {name: _numbers(record[name], size) for name, size in sizes.items() if name in record}
+    return {
+        field_name: _numbers(node_record[field_name], length)
+        for field_name, length in sizes.items()
+        if field_name in node_record
+    }

@@ -109,39 +109,41 @@ class _Buffer:
         self.length += len(data) + len(padding)
         return len(self.views) - 1
 
-    def accessor(self, array: Array, indices: bool = False) -> int:
+    def accessor(self, array: Array, is_index: bool = False) -> int:
         """Append an array to the chunk unless it is there already, and return the index of its accessor.
 
         Args:
             array: array to append.
-            indices: True for indices, False for an attribute of vertices.
+            is_index: True for indices, False for an attribute of vertices.
         """
         # Arrays are compared by identity: the arrays of a model live as long as this object.
         if id(array) not in self._written:
             values = array.values
-            fields = {}
-            count, width = values.shape
-            size = width * values.itemsize
+            view_fields = {}
+            row_count, row_width = values.shape
+            row_bytes = row_width * values.itemsize
             # glTF requires that the data of each vertex starts at a multiple of 4 bytes, so rows are padded.
-            if not indices and size % 4:
+            if not is_index and row_bytes % 4:
                 # zeros after the numbers of each row
                 values = np.concatenate(
                     [
-                        np.ascontiguousarray(values).view(np.uint8).reshape(count, size),
-                        np.zeros((count, -size % 4), np.uint8),
+                        np.ascontiguousarray(values).view(np.uint8).reshape(row_count, row_bytes),
+                        np.zeros((row_count, -row_bytes % 4), np.uint8),
                     ],
                     axis=1,
                 )
-                fields = {"byteStride": size + -size % 4}
-            data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-            record = {
-                "bufferView": self.view(data, target=_INDICES if indices else _VERTICES, **fields),
-                "count": count,
+                view_fields = {"byteStride": row_bytes + -row_bytes % 4}
+            array_bytes = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+            accessor_record = {
+                "bufferView": self.view(
+                    array_bytes, target=_INDICES if is_index else _VERTICES, **view_fields
+                ),
+                "count": row_count,
                 "componentType": _NUMBERS[array.values.dtype.str],
-                "type": _TYPES[width],
+                "type": _TYPES[row_width],
                 **({"normalized": True} if array.normalized else {}),
             }
-            self.accessors.append(record)
+            self.accessors.append(accessor_record)
             self._written[id(array)] = len(self.accessors) - 1
         return self._written[id(array)]
 
@@ -179,39 +181,39 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
         # A viewer without this extension would show a quantised mesh wrongly. Other extensions are optional.
         "extensionsRequired": sorted(model.extensions & {"KHR_mesh_quantization"}),
     }
-    text = json.dumps(
+    json_bytes = json.dumps(
         # glTF forbids empty arrays. "scene" is kept, although its value 0 is false in Python.
         {name: value for name, value in document.items() if value or name == "scene"},
         separators=(",", ":"),
         allow_nan=False,
     ).encode()
     # Chunks are padded to multiples of 4 bytes; the JSON chunk is padded with spaces.
-    text += b" " * (-len(text) % 4)
+    json_bytes += b" " * (-len(json_bytes) % 4)
     # number of bytes of the file, which its header states
-    total = GLB_HEADER.size + 2 * CHUNK_HEADER.size + len(text) + buffer.length
+    file_length = GLB_HEADER.size + 2 * CHUNK_HEADER.size + len(json_bytes) + buffer.length
     return [
-        GLB_HEADER.pack(GLB_MAGIC, 2, total),
-        CHUNK_HEADER.pack(len(text), JSON_CHUNK),
-        text,
+        GLB_HEADER.pack(GLB_MAGIC, 2, file_length),
+        CHUNK_HEADER.pack(len(json_bytes), JSON_CHUNK),
+        json_bytes,
         CHUNK_HEADER.pack(buffer.length, BIN_CHUNK),
         *buffer.pieces,
     ]
 
 
-def _primitive(buffer: _Buffer, part: Primitive) -> dict:
+def _primitive(buffer: _Buffer, primitive: Primitive) -> dict:
     """Append the arrays of a primitive to the binary chunk, and return the JSON record of the primitive."""
-    record: dict = {"attributes": {}, "mode": part.mode}
-    for name, array in part.attributes.items():
-        record["attributes"][name] = accessor_index = buffer.accessor(array)
+    primitive_record: dict = {"attributes": {}, "mode": primitive.mode}
+    for name, array in primitive.attributes.items():
+        primitive_record["attributes"][name] = accessor_index = buffer.accessor(array)
         if name == "POSITION":
             # glTF requires the bounds of the positions in their accessor.
             bounds = [array.values.min(axis=0).tolist(), array.values.max(axis=0).tolist()]
             buffer.accessors[accessor_index] |= dict(zip(("min", "max"), bounds, strict=True))
-    if part.indices is not None:
-        record["indices"] = buffer.accessor(part.indices, indices=True)
-    if part.material is not None:
-        record["material"] = part.material
-    return record
+    if primitive.indices is not None:
+        primitive_record["indices"] = buffer.accessor(primitive.indices, is_index=True)
+    if primitive.material is not None:
+        primitive_record["material"] = primitive.material
+    return primitive_record
 
 
 def srgb_to_linear(srgb: np.ndarray) -> np.ndarray:
@@ -270,28 +272,28 @@ def triangle_primitive(
             "the positions of the vertices are not finite: some are NaN or infinity. Export the mesh again."
         )
     attributes = {"POSITION": Array(positions)}
-    for name, values in (("NORMAL", normals), ("TEXCOORD_0", uv)):
-        if values is not None:
-            if len(values) != len(positions) or not np.isfinite(values).all():
+    for attribute_name, attribute_values in (("NORMAL", normals), ("TEXCOORD_0", uv)):
+        if attribute_values is not None:
+            if len(attribute_values) != len(positions) or not np.isfinite(attribute_values).all():
                 raise ValueError(
-                    f"{name} must have finite numbers for each of the {len(positions)} vertices. Export the"
-                    " mesh again."
+                    f"{attribute_name} must have finite numbers for each of the {len(positions)} vertices."
+                    " Export the mesh again."
                 )
-            attributes[name] = Array(np.ascontiguousarray(values, dtype="<f4"))
+            attributes[attribute_name] = Array(np.ascontiguousarray(attribute_values, dtype="<f4"))
     if colours is not None:
         if len(colours) != len(positions) or colours.ndim != 2 or colours.shape[1] not in (3, 4):
             raise ValueError(
                 f"colours must have the shape [{len(positions)}, 3 or 4], one colour per vertex, got"
-                f" {list(colours.shape)}."
+                f" {list(colours.shape)}. Export the mesh again."
             )
         linear_colours = colours / 255.0
         # Files store sRGB colours, glTF linear colours. Alpha is linear in both.
         linear_colours[:, :3] = srgb_to_linear(linear_colours[:, :3])
         attributes["COLOR_0"] = Array(np.ascontiguousarray(linear_colours, dtype="<f4"))
     # Indices of 16 bits need half of the memory. 65535 is reserved in glTF, so it must not be an index.
-    narrow = "<u2" if len(positions) <= 65535 else "<u4"
+    index_dtype = "<u2" if len(positions) <= 65535 else "<u4"
     return Primitive(
-        attributes, Array(np.ascontiguousarray(faces, dtype=narrow).reshape(-1, 1)), material=material
+        attributes, Array(np.ascontiguousarray(faces, dtype=index_dtype).reshape(-1, 1)), material=material
     )
 
 
@@ -304,8 +306,8 @@ def model_from_primitives(
     Texture i of the materials uses image i.
     """
     images = list(images)
-    # `source` is the index of the image
-    textures = [{"source": i} for i in range(len(images))]
+    # in glTF, a material refers to a texture, and only the texture to an image
+    textures = [{"source": image_index} for image_index in range(len(images))]
     return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, images=images)
 
 
@@ -336,12 +338,12 @@ def image_format(data: bytes | memoryview) -> str | None:
 
     Returns: "image/png", "image/jpeg" or "image/webp"; None for every other file.
     """
-    head = bytes(data[:16])
-    if head.startswith(PNG):
+    first_bytes = bytes(data[:16])
+    if first_bytes.startswith(PNG):
         return "image/png"
-    if head.startswith(JPEG):
+    if first_bytes.startswith(JPEG):
         return "image/jpeg"
-    return "image/webp" if head[:4] == b"RIFF" and head[8:12] == b"WEBP" else None
+    return "image/webp" if first_bytes[:4] == b"RIFF" and first_bytes[8:12] == b"WEBP" else None
 
 
 def strip_image(data: bytes | memoryview) -> tuple[ImageFile, int]:
@@ -351,22 +353,22 @@ def strip_image(data: bytes | memoryview) -> tuple[ImageFile, int]:
 
     Raises: ValueError for other formats, damaged files, and images that are too large.
     """
-    kind = image_format(data)
+    media_type = image_format(data)
     readers = {"image/png": _png, "image/jpeg": _jpeg, "image/webp": _webp}
     # by the first bytes, not by the name of the file
-    if kind is None:
+    if media_type is None:
         raise ValueError("the image is no PNG, JPEG or WebP file. Convert it to one of these formats.")
     try:
-        (width, height), pieces = readers[kind](bytes(data))
+        (width, height), pieces = readers[media_type](bytes(data))
     # the file ends within a field
     except (struct.error, IndexError):
-        raise ValueError(f"the {kind} file is damaged or incomplete. Export the image again.") from None
+        raise ValueError(f"the {media_type} file is damaged or incomplete. Export the image again.") from None
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
         raise ValueError(
             f"the image has {width} x {height} pixels, but at most {MAX_PIXELS >> 20} megapixels and"
             f" {MAX_SIDE} pixels per side are allowed. Reduce the image."
         )
-    return ImageFile(b"".join(pieces), kind), width * height
+    return ImageFile(b"".join(pieces), media_type), width * height
 
 
 def preview_image(data: bytes | memoryview) -> bytes:
@@ -380,11 +382,11 @@ def preview_image(data: bytes | memoryview) -> bytes:
     # Other formats and images with too many pixels are rejected before a decoder reads the file.
     strip_image(data)
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened:
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened_image:
             # A JPEG file is decoded at reduced resolution, which is faster. Other formats are not affected.
-            opened.draft("RGB", (2 * SMALL, 2 * SMALL))
+            opened_image.draft("RGB", (2 * SMALL, 2 * SMALL))
             # The EXIF data of a photograph states its orientation.
-            image = ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(opened_image)
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(
@@ -392,51 +394,51 @@ def preview_image(data: bytes | memoryview) -> bytes:
         ) from None
     # keeps the aspect ratio, and never enlarges
     image.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
+    webp_buffer = io.BytesIO()
     # Empty texts: no metadata is written.
-    image.save(out, "WEBP", quality=90, exif=b"", xmp=b"", icc_profile=b"")
-    return out.getvalue()
+    image.save(webp_buffer, "WEBP", quality=90, exif=b"", xmp=b"", icc_profile=b"")
+    return webp_buffer.getvalue()
 
 
 def _png(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     """Return the size (width, height) of a PNG file, and the parts of the file without metadata."""
     pieces = [data[:8]]  # the signature
-    position = 8  # position in the file
-    size = (0, 0)
+    file_position = 8  # position in the file
+    image_size = (0, 0)
     while True:
         # A chunk consists of length (4 bytes), name (4), data and checksum (4).
-        length, name = struct.unpack_from(">I4s", data, position)
-        chunk = data[position : position + 12 + length]
+        data_length, chunk_name = struct.unpack_from(">I4s", data, file_position)
+        chunk = data[file_position : file_position + 12 + data_length]
         # The chunk IHDR must be the first chunk and occur once.
-        if len(chunk) != 12 + length or (name == b"IHDR") != (position == 8):
+        if len(chunk) != 12 + data_length or (chunk_name == b"IHDR") != (file_position == 8):
             raise ValueError("the PNG file is damaged or incomplete. Export the image again.")
-        if name == b"IHDR":
-            size = struct.unpack_from(">II", chunk, 8)
-        if name in _PNG_KEPT:
+        if chunk_name == b"IHDR":
+            image_size = struct.unpack_from(">II", chunk, 8)
+        if chunk_name in _PNG_KEPT:
             pieces.append(chunk)
         # Bit 5 of the first letter is 0 in chunks without which the image cannot be shown (PNG, section 5.4).
-        elif not name[0] & 0x20:
+        elif not chunk_name[0] & 0x20:
             raise ValueError(
                 "the PNG file has a critical chunk that is not in the standard. Export the image again with"
                 " standard chunks only."
             )
-        if name == b"IEND":
-            return size, pieces
-        position += 12 + length
+        if chunk_name == b"IEND":
+            return image_size, pieces
+        file_position += 12 + data_length
 
 
 def _jpeg(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     """Return the size (width, height) of a JPEG file, and the parts of the file without metadata."""
     pieces = [data[:2], _JFIF]  # start of the image, and a header
-    size = (0, 0)
+    image_size = (0, 0)
     has_adobe_segment = False
     for marker, segment in _jpeg_segments(data):
         if marker in _JPEG_SIZES:
             # Decoders differ in which of several sizes they use, so the limit of pixels could be evaded.
-            if size != (0, 0):
+            if image_size != (0, 0):
                 raise ValueError("the JPEG file states several sizes. Export the image again.")
             height, width = struct.unpack_from(">HH", segment, 5)
-            size = width, height
+            image_size = width, height
         # Only the first APP14 segment of Adobe is copied, and only the 12 bytes that are defined.
         if marker == 0xEE and (has_adobe_segment or segment[4:9] != b"Adobe" or len(segment) < 16):
             continue
@@ -449,7 +451,7 @@ def _jpeg(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     # A file has either a JFIF header or Adobe's segment, so the header is removed again.
     if has_adobe_segment:
         del pieces[1]
-    return size, pieces
+    return image_size, pieces
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -457,20 +459,20 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
     The segment of a scan includes its compressed pixels.
     """
-    position = 2  # position in the file, after the marker of the start
+    file_position = 2  # position in the file, after the marker of the start
     while True:
-        # Any number of fill bytes 0xFF may stand before a marker.
-        while data[position] == 0xFF and data[position + 1] == 0xFF:
-            position += 1
-        if data[position] != 0xFF:
+        # Any number of fill bytes 0xFF may precede a marker.
+        while data[file_position] == 0xFF and data[file_position + 1] == 0xFF:
+            file_position += 1
+        if data[file_position] != 0xFF:
             raise ValueError("the JPEG file is damaged or incomplete. Export the image again.")
-        marker = data[position + 1]
+        marker = data[file_position + 1]
         # End of the image. Bytes after it are dropped.
         if marker == 0xD9:
-            yield marker, data[position : position + 2]
+            yield marker, data[file_position : file_position + 2]
             return
-        segment_end = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
-        if segment_end < position + 4 or segment_end > len(data):
+        segment_end = file_position + 2 + struct.unpack_from(">H", data, file_position + 2)[0]
+        if segment_end < file_position + 4 or segment_end > len(data):
             raise ValueError("the JPEG file is damaged or incomplete. Export the image again.")
         # start of a scan
         if marker == 0xDA:
@@ -482,16 +484,16 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
                 if data[segment_end + 1] != 0 and not 0xD0 <= data[segment_end + 1] <= 0xD7:
                     break
                 segment_end += 2
-        yield marker, data[position:segment_end]
-        position = segment_end
+        yield marker, data[file_position:segment_end]
+        file_position = segment_end
 
 
 def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     """Return the size (width, height) of a WebP file, and the parts of the file without metadata."""
     pieces: list[bytes] = []
     # position in the file, after "RIFF", the length and "WEBP"
-    position = 12
-    size = (0, 0)
+    file_position = 12
+    image_size = (0, 0)
     # size in the extended header (VP8X), if there is one
     canvas_size = None
     earlier_names: set[bytes] = set()
@@ -500,44 +502,46 @@ def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     if stated_length > len(data):
         raise ValueError("the WebP file is incomplete. Export the image again.")
     image_names = {b"VP8 ", b"VP8L"}
-    while position + 8 <= stated_length:
-        name, length = struct.unpack_from("<4sI", data, position)
-        body = data[position + 8 : position + 8 + length]
-        if len(body) != length:
+    while file_position + 8 <= stated_length:
+        chunk_name, chunk_length = struct.unpack_from("<4sI", data, file_position)
+        chunk_body = data[file_position + 8 : file_position + 8 + chunk_length]
+        if len(chunk_body) != chunk_length:
             raise ValueError("the WebP file is damaged or incomplete. Export the image again.")
-        if name in (b"ANIM", b"ANMF"):
+        if chunk_name in (b"ANIM", b"ANMF"):
             raise ValueError("the WebP file is animated. Export a still image.")
         # Decoders differ in which of several images they use.
         if (
-            name in _WEBP_KEPT
-            and name in earlier_names
-            or name in image_names
+            chunk_name in _WEBP_KEPT
+            and chunk_name in earlier_names
+            or chunk_name in image_names
             and earlier_names & image_names
         ):
             raise ValueError("the WebP file contains several images. Export a single image.")
-        earlier_names.add(name)
-        if name == b"VP8X":
+        earlier_names.add(chunk_name)
+        if chunk_name == b"VP8X":
             # 24 bits each for width - 1 and height - 1
-            canvas_size = size = (
-                int.from_bytes(body[4:7], "little") + 1,
-                int.from_bytes(body[7:10], "little") + 1,
+            canvas_size = image_size = (
+                int.from_bytes(chunk_body[4:7], "little") + 1,
+                int.from_bytes(chunk_body[7:10], "little") + 1,
             )
             # Of the flags in the first byte, only alpha is copied.
-            body = bytes([body[0] & 0x10]) + bytes(3) + body[4:10]
-        elif name == b"VP8L":
+            chunk_body = bytes([chunk_body[0] & 0x10]) + bytes(3) + chunk_body[4:10]
+        elif chunk_name == b"VP8L":
             # lossless compression: 14 bits each for width - 1 and height - 1
-            bits = struct.unpack_from("<I", body, 1)[0]
-            size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        elif name == b"VP8 ":
+            size_bits = struct.unpack_from("<I", chunk_body, 1)[0]
+            image_size = (size_bits & 0x3FFF) + 1, (size_bits >> 14 & 0x3FFF) + 1
+        elif chunk_name == b"VP8 ":
             # lossy compression: 14 bits each for width and height; the upper two bits are a scaling hint
-            width, height = struct.unpack_from("<HH", body, 6)
-            size = width & 0x3FFF, height & 0x3FFF
-        if name in image_names and canvas_size not in (None, size):
+            width, height = struct.unpack_from("<HH", chunk_body, 6)
+            image_size = width & 0x3FFF, height & 0x3FFF
+        if chunk_name in image_names and canvas_size not in (None, image_size):
             raise ValueError("the WebP file states two different sizes. Export the image again.")
-        if name in _WEBP_KEPT:
+        if chunk_name in _WEBP_KEPT:
             # Chunks are padded to even lengths.
-            pieces.append(struct.pack("<4sI", name, len(body)) + body + bytes(len(body) % 2))
-        position += 8 + length + length % 2
-    chunks = b"".join(pieces)
+            pieces.append(
+                struct.pack("<4sI", chunk_name, len(chunk_body)) + chunk_body + bytes(len(chunk_body) % 2)
+            )
+        file_position += 8 + chunk_length + chunk_length % 2
+    chunk_bytes = b"".join(pieces)
     # The length in the header counts all bytes after it, "WEBP" included.
-    return size, [struct.pack("<4sI4s", b"RIFF", 4 + len(chunks), b"WEBP"), chunks]
+    return image_size, [struct.pack("<4sI4s", b"RIFF", 4 + len(chunk_bytes), b"WEBP"), chunk_bytes]

@@ -51,14 +51,14 @@ def companion_files(data: bytes | memoryview, path: Path) -> list[Path]:
 
     Raises: ValueError for a file outside the folder, and for a missing texture.
     """
-    files: dict[Path, None] = {}
+    companions: dict[Path, None] = {}
     for library in _libraries(data, path)[0]:
         # a dictionary as an ordered set
-        files[library] = None
+        companions[library] = None
         for material in _materials(decode_text(library.read_bytes()), library).values():
             if material.texture is not None:
-                files[material.texture] = None
-    return list(files)
+                companions[material.texture] = None
+    return list(companions)
 
 
 def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
@@ -73,32 +73,32 @@ def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
 
 def decode_text(data: bytes | memoryview) -> str:
     """Decode text in UTF-8 or UTF-16, with or without a byte order mark. Invalid bytes become U+FFFD."""
-    head = bytes(data[:512])
-    encoding = utf16(head)
+    first_bytes = bytes(data[:512])
+    encoding = utf16(first_bytes)
     # "utf-8-sig" also removes a byte order mark
     return bytes(data).decode(encoding or "utf-8-sig", "replace")
 
 
-def utf16(head: bytes) -> str | None:
+def utf16(first_bytes: bytes) -> str | None:
     """Return the name of the UTF-16 encoding of a text; None if the text is not in UTF-16.
 
     Without a byte order mark, UTF-16 is recognised by the zero bytes of Latin letters.
 
     Args:
-        head: first bytes of the text.
+        first_bytes: first bytes of the text.
     """
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if first_bytes[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    even = head[: len(head) // 2 * 2 : 2]
-    odd = head[1::2]
+    even_bytes = first_bytes[: len(first_bytes) // 2 * 2 : 2]
+    odd_bytes = first_bytes[1::2]
     # Two zero bytes in a row do not occur in Latin text.
-    if len(head) < 8 or b"\0\0" in head:
+    if len(first_bytes) < 8 or b"\0\0" in first_bytes:
         return None
     return (
         "utf-16-le"
-        if not any(odd) and b"\0" not in even
+        if not any(odd_bytes) and b"\0" not in even_bytes
         else "utf-16-be"
-        if not any(even) and b"\0" not in odd
+        if not any(even_bytes) and b"\0" not in odd_bytes
         else None
     )
 
@@ -122,21 +122,28 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
     materials = _materials(decode_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
     named_parts = _Lines(decode_text(data)).parts()
     # Materials that no face uses are dropped, with their textures.
-    used_names = [name for name in materials if any(name == named_part[0] for named_part in named_parts)]
-    material_indices = {name: i for i, name in enumerate(used_names)}
-    records, images = _records([materials[name] for name in used_names])
+    used_names = [
+        material_name
+        for material_name in materials
+        if any(material_name == named_part[0] for named_part in named_parts)
+    ]
+    material_indices = {material_name: index for index, material_name in enumerate(used_names)}
+    material_records, images = _records([materials[material_name] for material_name in used_names])
     # If the material file is missing, all parts get the same grey material.
     if missing_names:
         material_indices = dict.fromkeys([named_part[0] for named_part in named_parts], 0)
-        records = [
+        material_records = [
             {
                 "pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1, "baseColorFactor": GREY},
                 "doubleSided": True,
             }
         ]
     return model_from_primitives(
-        [triangle_primitive(**arrays, material=material_indices.get(name)) for name, arrays in named_parts],
-        records,
+        [
+            triangle_primitive(**arrays, material=material_indices.get(material_name))
+            for material_name, arrays in named_parts
+        ],
+        material_records,
         images,
     )
 
@@ -153,28 +160,34 @@ class _Lines:
     def __init__(self, text: str):
         # Words of all lines of a kind. A word of v, vt and vn is a number; a word of f is a corner, as 1/2/3.
         self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}
-        self.widths: dict[str, list[int]] = {kind: [] for kind in self.words}  # number of words of each line
+        self.widths: dict[str, list[int]] = {
+            line_kind: [] for line_kind in self.words
+        }  # number of words of each line
         self.lines: list[int] = []  # line number of each face
         self.names: list[str] = []  # material of each face
-        material = ""
+        current_material = ""
         # A backslash at the end of a line continues the line. Line numbers count from 1.
-        for number, text_line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
+        for line_number, text_line in enumerate(
+            text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1
+        ):
             # text after # is a comment; an empty line has the kind ""
-            kind, *words = (text_line.split("#", 1)[0] if "#" in text_line else text_line).split() or [""]
-            if kind == "f":
+            line_kind, *words = (text_line.split("#", 1)[0] if "#" in text_line else text_line).split() or [
+                ""
+            ]
+            if line_kind == "f":
                 if len(words) < 3:
                     # Faces with fewer than three corners are dropped.
                     continue
                 # A negative index counts back from the points above its line, so it is resolved here.
                 if "-" in text_line:
-                    words = [self._resolved(word, number) for word in words]
-                self.lines.append(number)
-                self.names.append(material)
-            elif kind == "usemtl":
-                material = " ".join(words)
-            if kind in self.words:
-                self.words[kind] += words
-                self.widths[kind].append(len(words))
+                    words = [self._resolved(word, line_number) for word in words]
+                self.lines.append(line_number)
+                self.names.append(current_material)
+            elif line_kind == "usemtl":
+                current_material = " ".join(words)
+            if line_kind in self.words:
+                self.words[line_kind] += words
+                self.widths[line_kind].append(len(words))
         if not self.lines:
             raise ValueError("the OBJ file has no triangles. Export a mesh that has faces.")
 
@@ -189,11 +202,11 @@ class _Lines:
         """
         indices = word.split("/")
         # The keys of `widths`, v, vt and vn, are in the order of a corner's indices.
-        for i, (index_text, kind) in enumerate(zip(indices, self.widths, strict=False)):
+        for position, (index_text, line_kind) in enumerate(zip(indices, self.widths, strict=False)):
             if index_text.startswith("-") and index_text[1:].isdecimal():
                 # -1 becomes the number of points so far, the last index that counts from 1.
-                indices[i] = str(len(self.widths[kind]) + int(index_text) + 1)
-                if int(indices[i]) < 1:
+                indices[position] = str(len(self.widths[line_kind]) + int(index_text) + 1)
+                if int(indices[position]) < 1:
                     raise ValueError(
                         # shortened, because a word of an untrusted file may be very long
                         f"the index {word[:40]!r} in line {line_number} counts back beyond the first of the"
@@ -208,36 +221,46 @@ class _Lines:
 
         Raises: ValueError for a word that is no corner.
         """
-        words = self.words["f"]
-        slashes = {word.count("/") for word in words}
-        # Corners may have different forms: 1, 1/2, 1//3 or 1/2/3. They are padded with 0, which stands for a
+        corner_words = self.words["f"]
+        slashes = {word.count("/") for word in corner_words}
+        # Corners may have different forms: 1, 1/2, 1//3 or 1/2/3. They are padded with 0, which represents a
         # missing index, to the form 1/2/3.
-        if len(slashes) > 1 or "//" in (text := " ".join(words)) or "/ " in text or text.endswith("/"):
+        if (
+            len(slashes) > 1
+            or "//" in (corner_text := " ".join(corner_words))
+            or "/ " in corner_text
+            or corner_text.endswith("/")
+        ):
             padded_words = [
-                [*(index_text or "0" for index_text in word.split("/")), "0", "0"] for word in words
+                [*(index_text or "0" for index_text in word.split("/")), "0", "0"] for word in corner_words
             ]
             # Two zeros were added to every corner; they are removed again as far as three indices remain.
-            words = [
+            corner_words = [
                 "/".join(indices_as_text[: max(3, len(indices_as_text) - 2)])
                 for indices_as_text in padded_words
             ]
-            slashes = {word.count("/") for word in words}
-            text = " ".join(words)
-        width = slashes.pop() + 1
+            slashes = {word.count("/") for word in corner_words}
+            corner_text = " ".join(corner_words)
+        indices_per_corner = slashes.pop() + 1
         # All corners are parsed at once, because parsing them one by one is slow.
-        numbers = _numbers(text.replace("/", " "), np.int64)
+        numbers = _numbers(corner_text.replace("/", " "), np.int64)
         if (
             slashes  # still several forms
-            or width > 3
-            or len(numbers) != width * len(words)
+            or indices_per_corner > 3
+            or len(numbers) != indices_per_corner * len(corner_words)
             or (numbers < 0).any()
             # the first index of a corner must not be 0
-            or not numbers[::width].all()
+            or not numbers[::indices_per_corner].all()
         ):
             # The error names the first malformed corner and its line.
             valid_corner = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
             wrong_index = next(
-                (i for i, word in enumerate(self.words["f"]) if not valid_corner.fullmatch(word)), 0
+                (
+                    corner_index
+                    for corner_index, word in enumerate(self.words["f"])
+                    if not valid_corner.fullmatch(word)
+                ),
+                0,
             )
             line_number = self.lines[
                 int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_index, side="right"))
@@ -246,36 +269,37 @@ class _Lines:
                 f"{self.words['f'][wrong_index][:40]!r} in line {line_number} is no corner of a face. Write"
                 " corners such as 1 or 1/1/1, which count from 1."
             )
-        indices = np.full((len(words), 3), -1)
-        indices[:, :width] = numbers.reshape(-1, width) - 1
-        return indices
+        corner_indices = np.full((len(corner_words), 3), -1)
+        corner_indices[:, :indices_per_corner] = numbers.reshape(-1, indices_per_corner) - 1
+        return corner_indices
 
-    def _table(self, kind: str, least: int, most: int) -> np.ndarray:
+    def _table(self, line_kind: str, min_count: int, max_columns: int) -> np.ndarray:
         """Return the numbers of all lines of one kind as a table [N, columns] float64.
 
-        The table has as many columns as the shortest line has numbers, but at most `most`.
+        The table has as many columns as the shortest line has numbers, but at most `max_columns`.
 
         Args:
-            kind: v, vt or vn.
-            least: smallest allowed number of numbers in a line.
-            most: largest number of columns.
+            line_kind: v, vt or vn.
+            min_count: smallest allowed number of numbers in a line.
+            max_columns: largest number of columns.
 
-        Raises: ValueError for a line with fewer than `least` numbers, and for words that are no numbers.
+        Raises: ValueError for a line with fewer than `min_count` numbers, and for words that are no numbers.
         """
-        widths = np.array(self.widths[kind], dtype=np.int64)
-        numbers = _numbers(" ".join(self.words[kind]), np.float64)
-        if len(widths) and (widths.min() < least or len(numbers) != widths.sum()):
+        line_widths = np.array(self.widths[line_kind], dtype=np.int64)
+        numbers = _numbers(" ".join(self.words[line_kind]), np.float64)
+        if len(line_widths) and (line_widths.min() < min_count or len(numbers) != line_widths.sum()):
             raise ValueError(
-                f"a line that begins with {kind} has fewer than {least} numbers, or words that are no"
-                " numbers. Export the mesh again."
+                f"a line that begins with {line_kind} has fewer than {min_count} numbers, or words that are"
+                " no numbers. Export the mesh again."
             )
         # `initial` is the width of a table without lines
-        width = min(int(widths.min(initial=most)), most)
+        column_count = min(int(line_widths.min(initial=max_columns)), max_columns)
         # [N, width]: position of each line's first number, plus the column
-        return numbers[(np.cumsum(widths) - widths)[:, None] + np.arange(width)]
+        return numbers[(np.cumsum(line_widths) - line_widths)[:, None] + np.arange(column_count)]
 
     def parts(self) -> list[tuple[str, dict]]:
-        """Return the part of the mesh of each material: the material's name, and arguments of `triangles`.
+        """Return the part of the mesh of each material: the material's name, and the arguments of
+        `triangle_primitive`.
 
         A point with several texture coordinates or normals becomes several vertices.
 
@@ -287,8 +311,8 @@ class _Lines:
         normals = self._table("vn", 3, 3)
         corners = self.corners()
         # An index must be below the number of lines of its kind.
-        sizes = np.array([len(points), len(uv), len(normals)])
-        is_beyond = corners >= sizes
+        line_counts = np.array([len(points), len(uv), len(normals)])
+        is_beyond = corners >= line_counts
         if is_beyond[:, 0].any():
             raise ValueError(
                 f"a face has the index {corners[:, 0].max() + 1}, but there are only {len(points)} vertices."
@@ -297,23 +321,28 @@ class _Lines:
         # Columns of `corners` that are used: texture coordinates (1) and normals (2) only if every corner has
         # a valid index.
         usable_columns = [
-            i
-            for i, values in ((1, uv), (2, normals))
-            if len(values) and not (is_beyond[:, i] | (corners[:, i] < 0)).any()
+            column
+            for column, table in ((1, uv), (2, normals))
+            if len(table) and not (is_beyond[:, column] | (corners[:, column] < 0)).any()
         ]
         triangle_corners, face_indices = triangulate_faces(
             points[:, :3], corners[:, 0], np.array(self.widths["f"])
         )
-        material_indices = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
+        material_indices = {
+            material_name: material_index
+            for material_index, material_name in enumerate(dict.fromkeys(self.names))
+        }
         # [triangles] index of the material of each triangle
-        material = np.array([material_indices[name] for name in self.names])[face_indices]
+        triangle_material = np.array([material_indices[material_name] for material_name in self.names])[
+            face_indices
+        ]
         # One integer key for each combination of point, texture coordinates and normal.
         vertex_key = corners[:, 0]
-        for i in usable_columns:
-            vertex_key = vertex_key * sizes[i] + corners[:, i]
-        result = []
-        for name, material_index in material_indices.items():
-            corner_indices = triangle_corners[material == material_index]
+        for column in usable_columns:
+            vertex_key = vertex_key * line_counts[column] + corners[:, column]
+        named_parts = []
+        for material_name, material_index in material_indices.items():
+            corner_indices = triangle_corners[triangle_material == material_index]
             # a material whose faces have too few corners to form triangles
             if not len(corner_indices):
                 continue
@@ -323,28 +352,31 @@ class _Lines:
                 vertex_key[corner_indices.reshape(-1)], return_index=True, return_inverse=True
             )
             vertex_corners = corners[corner_indices.reshape(-1)[first_uses]]
-            arrays: dict = {"positions": points[vertex_corners[:, 0], :3], "faces": faces.reshape(-1, 3)}
+            primitive_arrays: dict = {
+                "positions": points[vertex_corners[:, 0], :3],
+                "faces": faces.reshape(-1, 3),
+            }
             # x, y, z, r, g, b
             if points.shape[1] >= 6:
                 # Colours of vertices are a common extension of the format.
-                arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
+                primitive_arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
             # The texture coordinate v increases upwards in OBJ, and downwards in glTF.
             if 1 in usable_columns and uv.shape[1] == 2:
-                arrays["uv"] = np.stack(
+                primitive_arrays["uv"] = np.stack(
                     [uv[vertex_corners[:, 1], 0], 1 - uv[vertex_corners[:, 1], 1]], axis=1
                 )
             if 2 in usable_columns:
-                arrays["normals"] = normals[vertex_corners[:, 2]]
-            result.append((name, arrays))
-        return result
+                primitive_arrays["normals"] = normals[vertex_corners[:, 2]]
+            named_parts.append((material_name, primitive_arrays))
+        return named_parts
 
 
-def _numbers(text: str, kind: type) -> np.ndarray:
+def _numbers(text: str, dtype: type) -> np.ndarray:
     """Parse numbers that are separated by spaces.
 
     Args:
         text: numbers.
-        kind: numpy type of the numbers.
+        dtype: numpy type of the numbers.
 
     Returns: array of the numbers. It is shorter than the number of words, or empty, if a word is no number.
     """
@@ -353,9 +385,9 @@ def _numbers(text: str, kind: type) -> np.ndarray:
         # an error. The warning is turned into an error.
         warnings.simplefilter("error", DeprecationWarning)
         try:
-            return np.fromstring(text, dtype=kind, sep=" ") if text else np.zeros(0, kind)
+            return np.fromstring(text, dtype=dtype, sep=" ") if text else np.zeros(0, dtype)
         except (ValueError, DeprecationWarning):
-            return np.zeros(0, kind)
+            return np.zeros(0, dtype)
 
 
 def _records(materials: list[Material]) -> tuple[list[dict], list[ImageFile]]:
@@ -363,12 +395,12 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[ImageFile]]:
     # file of a texture -> index of its image
     image_indices: dict[Path, int] = {}
     images: list[ImageFile] = []
-    records = []
+    material_records = []
     for material in materials:
         # MTL has no metallic materials; roughness 1 gives a matt surface.
-        surface: dict = {"metallicFactor": 0, "roughnessFactor": 1}
+        pbr_fields: dict = {"metallicFactor": 0, "roughnessFactor": 1}
         if material.texture is None:
-            surface["baseColorFactor"] = [
+            pbr_fields["baseColorFactor"] = [
                 *srgb_to_linear(np.array(material.colour)).tolist(),
                 material.opacity,
             ]
@@ -376,12 +408,12 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[ImageFile]]:
             if material.texture not in image_indices:
                 image_indices[material.texture] = len(images)
                 images.append(strip_image(material.texture.read_bytes())[0])
-            surface["baseColorTexture"] = {"index": image_indices[material.texture]}
+            pbr_fields["baseColorTexture"] = {"index": image_indices[material.texture]}
         # A texture contains its transparency itself.
-        blend = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}
+        blend_fields = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}
         # Faces of OBJ files are visible from both sides.
-        records.append({"pbrMetallicRoughness": surface, "doubleSided": True, **blend})
-    return records, images
+        material_records.append({"pbrMetallicRoughness": pbr_fields, "doubleSided": True, **blend_fields})
+    return material_records, images
 
 
 def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[str]]:
@@ -399,17 +431,17 @@ def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[s
     names = dict.fromkeys(
         match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)
     )
-    files = {name: _companion(path, name, MAX_MTL, optional=True) for name in names}
+    files = {name: _companion(path, name, MAX_MTL, may_be_missing=True) for name in names}
     return [file for file in files.values() if file is not None], [
         name for name, file in files.items() if file is None
     ]
 
 
-def _materials(text: str, path: Path) -> dict[str, Material]:
+def _materials(mtl_text: str, path: Path) -> dict[str, Material]:
     """Parse the content of an MTL file.
 
     Args:
-        text: content of the file.
+        mtl_text: content of the file.
         path: path of the file.
 
     Returns: materials by name.
@@ -418,55 +450,57 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
     """
     # by name, in the order of the file
     materials: dict[str, Material] = {}
-    current = Material()
-    for text_line in text.splitlines():
+    current_material = Material()
+    for text_line in mtl_text.splitlines():
         words = text_line.split(maxsplit=1)
         # empty lines, lines without a value, and comments
         if len(words) < 2 or words[0].startswith("#"):
             continue
-        key = words[0].lower()
-        value = words[1].strip()
-        if key == "newmtl":
+        keyword = words[0].lower()
+        argument = words[1].strip()
+        if keyword == "newmtl":
             # Later lines change this material, until the next newmtl.
-            current = materials[" ".join(value.split())] = Material()
+            current_material = materials[" ".join(argument.split())] = Material()
             if len(materials) > MAX_MATERIALS:
                 raise ValueError(f"{path.name} has more than {MAX_MATERIALS} materials. Reduce their number.")
-        elif key in ("kd", "d"):
+        elif keyword in ("kd", "d"):
             try:
                 numbers = tuple(
-                    min(max(float(word), 0.0), 1.0) for word in value.split()[: 3 if key == "kd" else 1]
+                    min(max(float(word), 0.0), 1.0)
+                    for word in argument.split()[: 3 if keyword == "kd" else 1]
                 )
             except ValueError:
                 raise ValueError(
-                    f"{value[:40]!r} after {words[0]} in {path.name} is not a number. Write numbers in 0..1."
+                    f"{argument[:40]!r} after {words[0]} in {path.name} is not a number. Write numbers in"
+                    " 0..1."
                 ) from None
-            if key == "d":
-                current.opacity = numbers[0]
+            if keyword == "d":
+                current_material.opacity = numbers[0]
             # Kd with fewer numbers, a spectral or incomplete colour, is ignored
             elif len(numbers) == 3:
-                current.colour = numbers
-        elif key.startswith(("map_", "bump", "disp", "decal", "norm", "refl")):
+                current_material.colour = numbers
+        elif keyword.startswith(("map_", "bump", "disp", "decal", "norm", "refl")):
             # all texture files are checked, though only map_Kd is opened
-            _check_name(path, value)
-            if key == "map_kd":
-                if value.startswith("-"):
+            _check_name(path, argument)
+            if keyword == "map_kd":
+                if argument.startswith("-"):
                     raise ValueError(
-                        f"map_Kd in {path.name} has options, which are not supported: {value[:40]!r}. Remove"
-                        " the options."
+                        f"map_Kd in {path.name} has options, which are not supported: {argument[:40]!r}."
+                        " Remove the options."
                     )
-                current.texture = _companion(path, value, MAX_TEXTURE)
+                current_material.texture = _companion(path, argument, MAX_TEXTURE)
     return materials
 
 
-def _check_name(path: Path, name: str) -> None:
+def _check_name(path: Path, named_file: str) -> None:
     """Raise ValueError if the name of a file is a URL or an absolute path, or leads to a parent folder.
 
     Args:
         path: OBJ or MTL file that contains the name.
-        name: name of the file; options may stand before it.
+        named_file: name of the file; options may precede it.
     """
-    # Options such as "-s 2 2 2" may stand before the name.
-    file_name = name.split()[-1]
+    # Options such as "-s 2 2 2" may precede the name.
+    file_name = named_file.split()[-1]
     # Paths with backslashes come from Windows.
     if (
         _ADDRESS.match(file_name)
@@ -475,40 +509,41 @@ def _check_name(path: Path, name: str) -> None:
     ):
         raise ValueError(
             # shortened, because a name in an untrusted file may be very long
-            f"{path.name} names the file {name[:80]!r}, but only files in its folder or below it are allowed."
-            " Move the file there."
+            f"{path.name} names the file {named_file[:80]!r}, but only files in its folder or below it are"
+            " allowed. Move the file there."
         )
 
 
-def _companion(path: Path, name: str, limit: int, optional: bool = False) -> Path | None:
+def _companion(path: Path, file_name: str, max_bytes: int, may_be_missing: bool = False) -> Path | None:
     """Return the path of a file that an OBJ or MTL file names.
 
     Args:
         path: OBJ or MTL file that contains the name.
-        name: name of the file.
-        limit: largest allowed size in bytes.
-        optional: True if the file may be missing; then the result is None.
+        file_name: name of the file.
+        max_bytes: largest allowed size in bytes.
+        may_be_missing: True if the file may be missing; then the result is None.
 
     Raises: ValueError for a file outside the folder, for a missing file, and for a file that is too large.
     """
-    _check_name(path, name)
-    file = path.parent / name.replace("\\", "/").strip('"')
+    _check_name(path, file_name)
+    file = path.parent / file_name.replace("\\", "/").strip('"')
     folder = path.parent.resolve()
     # A symbolic link may lead out of the folder although its name does not.
     if not file.resolve().is_relative_to(folder):
         raise ValueError(
-            f"{path.name} names the file {name[:80]!r}, which is a link to a file outside its folder. Replace"
-            " the link by the file."
+            f"{path.name} names the file {file_name[:80]!r}, which is a link to a file outside its folder."
+            " Replace the link by the file."
         )
     if not file.is_file():
-        if optional:
+        if may_be_missing:
             return None
         raise ValueError(
-            f"{path.name} names the file {name[:80]!r}, which does not exist. Put it into the folder of"
+            f"{path.name} names the file {file_name[:80]!r}, which does not exist. Put it into the folder of"
             f" {path.name}."
         )
-    if file.stat().st_size > limit:
+    if file.stat().st_size > max_bytes:
         raise ValueError(
-            f"the file {name[:80]!r} has more than {limit >> 20} MB, which is the limit. Reduce its size."
+            f"the file {file_name[:80]!r} has more than {max_bytes >> 20} MB, which is the limit. Reduce its"
+            " size."
         )
     return file.resolve()

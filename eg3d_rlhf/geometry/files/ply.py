@@ -36,7 +36,7 @@ HEADER = struct.Struct("<4sII3f3f")  # header of GSP1, the first three rows of t
 MAX_HEADER = 64 << 10  # largest number of bytes of the header
 MAX_SPLATS = 4_000_000  # largest number of Gaussians
 MAX_FACES = 20_000_000  # largest number of faces of a mesh
-_MOST = 2**40  # larger numbers of elements are rejected without computing with them
+_MAX_COUNT = 2**40  # larger numbers of elements are rejected without computing with them
 _TYPES = {
     "char": "i1",
     "int8": "i1",
@@ -55,7 +55,7 @@ _TYPES = {
     "double": "f8",
     "float64": "f8",
 }
-# Format in the header -> byte order of numpy; '' stands for text.
+# Format in the header -> byte order of numpy; '' means text.
 _ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": ""}
 _SPLAT = (
     "x",
@@ -97,7 +97,7 @@ class Element:
 class Header:
     """The header of a PLY file."""
 
-    order: str  # byte order of numpy; '' stands for text
+    order: str  # byte order of numpy; '' means text
     elements: list[Element]  # in the order of the file
     length: int  # number of bytes of the header
 
@@ -116,20 +116,20 @@ def read_header(data: memoryview) -> Header:
     Raises: ValueError for a damaged header, and for sizes that exceed the size of the file.
     """
     # A header that is longer is rejected like a damaged one.
-    head = bytes(data[:MAX_HEADER])
-    keyword_position = head.find(b"end_header")
-    stop = head.find(b"\n", keyword_position)
-    if not head.startswith(b"ply") or keyword_position < 0 or stop < 0:
+    header_bytes = bytes(data[:MAX_HEADER])
+    keyword_position = header_bytes.find(b"end_header")
+    header_end = header_bytes.find(b"\n", keyword_position)
+    if not header_bytes.startswith(b"ply") or keyword_position < 0 or header_end < 0:
         raise ValueError(
             "the file has no complete PLY header: it is damaged or of another format. Export it again."
         )
-    order = None
+    byte_order = None
     elements: list[tuple[str, int, dict[str, str], dict[str, str]]] = []
     try:
-        for header_line in head[:keyword_position].decode("ascii", "replace").splitlines():
+        for header_line in header_bytes[:keyword_position].decode("ascii", "replace").splitlines():
             words = header_line.split()
             if words[:1] == ["format"]:
-                order = _ORDERS[words[1]]
+                byte_order = _ORDERS[words[1]]
             elif words[:1] == ["element"]:
                 # properties follow in the next lines
                 elements.append((words[1], int(words[2]), {}, {}))
@@ -141,16 +141,18 @@ def read_header(data: memoryview) -> Header:
                     lists[words[-1]] = _TYPES[words[3]]
     except (KeyError, IndexError, ValueError):
         raise ValueError("the PLY header is damaged. Export the file again.") from None
-    if order is None:
+    if byte_order is None:
         raise ValueError("the PLY header has no line `format`. Export the file again.")
-    header = Header(order, [Element(*element) for element in elements], stop + 1)
+    header = Header(byte_order, [Element(*element) for element in elements], header_end + 1)
     # number of bytes that are left for the elements
     remaining_bytes = len(data) - header.length
     for element in header.elements:
         # In a text file, a number takes at least two bytes: a digit and a space.
-        remaining_bytes -= min(element.count, _MOST) * (element.row if order else 2 * len(element.properties))
+        remaining_bytes -= min(element.count, _MAX_COUNT) * (
+            element.row if byte_order else 2 * len(element.properties)
+        )
         # The last line of a text file may have no line break at its end, hence -1.
-        if not 0 <= element.count <= _MOST or remaining_bytes < (0 if order else -1):
+        if not 0 <= element.count <= _MAX_COUNT or remaining_bytes < (0 if byte_order else -1):
             # shortened, because an untrusted file may contain very long texts
             stated_size = f"{str(element.count)[:20]} elements {element.name!r:.40}"
             raise ValueError(
@@ -223,11 +225,13 @@ def read_mesh(data: bytes | memoryview) -> Model:
 Table = dict[str, "np.ndarray | tuple[np.ndarray, np.ndarray]"]
 
 
-def _column(table: Table, name: str) -> np.ndarray:
+def _column(table: Table, property_name: str) -> np.ndarray:
     """Return the values [N] of a property. Raises: ValueError if it is missing or a list property."""
-    if not isinstance(table.get(name), np.ndarray):
-        raise ValueError(f"the vertices in the PLY file have no property {name}. Export the mesh again.")
-    return np.asarray(table[name])
+    if not isinstance(table.get(property_name), np.ndarray):
+        raise ValueError(
+            f"the vertices in the PLY file have no property {property_name}. Export the mesh again."
+        )
+    return np.asarray(table[property_name])
 
 
 def _colours(table: Table) -> np.ndarray | None:
@@ -236,20 +240,24 @@ def _colours(table: Table) -> np.ndarray | None:
     Colours that the file stores as floats are in 0..1.
     """
     # alpha is optional
-    names = [name for name in ("red", "green", "blue", "alpha") if isinstance(table.get(name), np.ndarray)]
-    if names[:3] != ["red", "green", "blue"]:
+    channel_names = [
+        channel_name
+        for channel_name in ("red", "green", "blue", "alpha")
+        if isinstance(table.get(channel_name), np.ndarray)
+    ]
+    if channel_names[:3] != ["red", "green", "blue"]:
         return None
-    columns = np.stack([np.asarray(table[name]) for name in names], axis=1)
-    if columns.dtype.kind == "f":
+    colour_columns = np.stack([np.asarray(table[channel_name]) for channel_name in channel_names], axis=1)
+    if colour_columns.dtype.kind == "f":
         # NaN becomes 0
-        return np.rint(np.nan_to_num(columns).clip(0, 1) * 255)
+        return np.rint(np.nan_to_num(colour_columns).clip(0, 1) * 255)
     # 255, 32767, 65535 or the largest number of 32 bits
-    largest = np.iinfo(columns.dtype).max
+    max_value = np.iinfo(colour_columns.dtype).max
     # Colours of 16 bits are scaled. Colours of 8 bits, and of 32 bits, which hold 0..255, are not scaled.
     return (
-        np.rint(columns.clip(0, largest) / largest * 255)
-        if largest in (32767, 65535)
-        else columns.clip(0, 255).astype(np.uint8)
+        np.rint(colour_columns.clip(0, max_value) / max_value * 255)
+        if max_value in (32767, 65535)
+        else colour_columns.clip(0, 255).astype(np.uint8)
     )
 
 
@@ -258,18 +266,18 @@ def _tables(data: memoryview, header: Header) -> dict[str, Table]:
 
     Raises: ValueError for a file that ends too early, or whose text is not numbers.
     """
-    position = header.length
+    read_position = header.length
     tables = dict[str, Table]()
     # text files are split into words at once
-    words = None if header.order else bytes(data[position:]).split()
+    words = None if header.order else bytes(data[read_position:]).split()
     # index of the next word in a text file, else position of the next byte
-    position = position if header.order else 0
+    read_position = read_position if header.order else 0
     for element in header.elements:
         try:
-            table, position = (
-                _read_text(words, position, element)
+            table, read_position = (
+                _read_text(words, read_position, element)
                 if words is not None
-                else _read_binary(data, position, element, header.order)
+                else _read_binary(data, read_position, element, header.order)
             )
         except (struct.error, IndexError, ValueError, OverflowError):
             raise ValueError(
@@ -281,34 +289,34 @@ def _tables(data: memoryview, header: Header) -> dict[str, Table]:
     return tables
 
 
-def _read_text(words: list[bytes], position: int, element: Element) -> tuple[Table, int]:
+def _read_text(words: list[bytes], word_index: int, element: Element) -> tuple[Table, int]:
     """Read an element from the words of a text file.
 
     Args:
         words: all words of the file after the header.
-        position: index of the first word of the element.
+        word_index: index of the first word of the element.
         element: description of the element.
 
     Returns: the table, and the index of the word after the element.
     """
-    columns: dict[str, list] = {name: [] for name in element.properties}
-    items: dict[str, list] = {name: [] for name in element.lists}
+    values_by_property: dict[str, list] = {property_name: [] for property_name in element.properties}
+    items_by_property: dict[str, list] = {property_name: [] for property_name in element.lists}
     for _ in range(element.count):
-        for name in element.properties:
-            value = float(words[position])
-            columns[name].append(value)
-            position += 1
-            if name in items:
+        for property_name in element.properties:
+            number = float(words[word_index])
+            values_by_property[property_name].append(number)
+            word_index += 1
+            if property_name in items_by_property:
                 # The value is the length of a list; its items must follow.
                 # `_tables` turns this error into a message.
-                if not 0 <= value <= len(words) - position:
-                    raise ValueError(name)
-                items[name] += map(float, words[position : position + int(value)])
-                position += int(value)
-    return _typed(element, columns, items), position
+                if not 0 <= number <= len(words) - word_index:
+                    raise ValueError(property_name)
+                items_by_property[property_name] += map(float, words[word_index : word_index + int(number)])
+                word_index += int(number)
+    return _typed(element, values_by_property, items_by_property), word_index
 
 
-def _read_binary(data: memoryview, position: int, element: Element, order: str) -> tuple[Table, int]:
+def _read_binary(data: memoryview, position: int, element: Element, byte_order: str) -> tuple[Table, int]:
     """Read an element from the bytes of a binary file.
 
     If all rows have the same length, they are read at once, otherwise one by one.
@@ -317,66 +325,95 @@ def _read_binary(data: memoryview, position: int, element: Element, order: str) 
         data: bytes of the file.
         position: position of the first byte of the element.
         element: description of the element.
-        order: byte order of numpy.
+        byte_order: byte order of numpy.
 
     Returns: the table, and the position after the element.
     """
-    types = element.properties
+    type_by_property = element.properties
     if not element.lists:
         rows = np.frombuffer(
-            data, [(name, order + kind) for name, kind in types.items()], element.count, position
+            data,
+            [(name, byte_order + kind) for name, kind in type_by_property.items()],
+            element.count,
+            position,
         )
-        return {name: rows[name] for name in types}, position + rows.nbytes
+        return {name: rows[name] for name in type_by_property}, position + rows.nbytes
     if element.count and len(element.lists) == 1:
         (name,) = element.lists
         # Assume that all lists are as long as the first list, for example in a mesh of triangles only.
         offset_in_row = sum(
-            np.dtype(kind).itemsize for kind in list(types.values())[: list(types).index(name)]
+            np.dtype(kind).itemsize
+            for kind in list(type_by_property.values())[: list(type_by_property).index(name)]
         )
-        length = int(np.frombuffer(data, order + types[name], 1, position + offset_in_row)[0])
+        list_length = int(
+            np.frombuffer(data, byte_order + type_by_property[name], 1, position + offset_in_row)[0]
+        )
         # numpy fields of a row: each property, and after the length of the list its items
-        fields = [
+        row_fields = [
             field
-            for key, kind in types.items()
+            for property_name, kind in type_by_property.items()
             for field in (
-                [(key, order + kind), (f"{key} items", order + element.lists[key], (length,))]
-                if key == name
-                else [(key, order + kind)]
+                [
+                    (property_name, byte_order + kind),
+                    (f"{property_name} items", byte_order + element.lists[property_name], (list_length,)),
+                ]
+                if property_name == name
+                else [(property_name, byte_order + kind)]
             )
         ]
-        if 0 <= length <= len(data) and position + np.dtype(fields).itemsize * element.count <= len(data):
-            rows = np.frombuffer(data, fields, element.count, position)
+        if 0 <= list_length <= len(data) and position + np.dtype(row_fields).itemsize * element.count <= len(
+            data
+        ):
+            rows = np.frombuffer(data, row_fields, element.count, position)
             # The assumption holds if every row states the same length.
-            if (rows[name] == length).all():
-                columns: Table = {key: rows[key] for key in types if key != name}
+            if (rows[name] == list_length).all():
+                columns: Table = {
+                    property_name: rows[property_name]
+                    for property_name in type_by_property
+                    if property_name != name
+                }
                 return {
                     **columns,
                     name: (rows[name], rows[f"{name} items"].reshape(-1)),
                 }, position + rows.nbytes
     # The lists have different lengths, so the rows are read one by one.
-    values: dict[str, list] = {name: [] for name in types}
-    items: dict[str, list] = {name: [] for name in element.lists}
-    dtypes = {name: np.dtype(order + kind) for name, kind in types.items()}
+    values_by_property: dict[str, list] = {name: [] for name in type_by_property}
+    items_by_property: dict[str, list] = {name: [] for name in element.lists}
+    dtypes = {name: np.dtype(byte_order + kind) for name, kind in type_by_property.items()}
     for _ in range(element.count):
         for name, kind in dtypes.items():
-            values[name].append(np.frombuffer(data, kind, 1, position)[0])
+            values_by_property[name].append(np.frombuffer(data, kind, 1, position)[0])
             position += kind.itemsize
-            if name in items:
-                list_items = np.frombuffer(data, order + element.lists[name], int(values[name][-1]), position)
-                items[name].append(list_items)
+            if name in items_by_property:
+                list_items = np.frombuffer(
+                    data, byte_order + element.lists[name], int(values_by_property[name][-1]), position
+                )
+                items_by_property[name].append(list_items)
                 position += list_items.nbytes
     return (
-        _typed(element, values, {name: np.concatenate(rows) if rows else [] for name, rows in items.items()}),
+        _typed(
+            element,
+            values_by_property,
+            {name: np.concatenate(rows) if rows else [] for name, rows in items_by_property.items()},
+        ),
         position,
     )
 
 
-def _typed(element: Element, values: dict[str, list], items: dict) -> Table:
+def _typed(element: Element, values_by_property: dict[str, list], items_by_property: dict) -> Table:
     """Convert the columns of a table, and the items of its lists, to the types that the header states."""
-    columns = {name: np.array(values[name]).astype(kind) for name, kind in element.properties.items()}
+    columns = {
+        property_name: np.array(values_by_property[property_name]).astype(kind)
+        for property_name, kind in element.properties.items()
+    }
     return {
-        name: (column, np.asarray(items[name]).astype(element.lists[name])) if name in items else column
-        for name, column in columns.items()
+        property_name: (
+            column,
+            np.asarray(items_by_property[property_name]).astype(element.lists[property_name]),
+        )
+        if property_name in items_by_property
+        else column
+        for property_name, column in columns.items()
     }
 
 
@@ -408,33 +445,36 @@ def read_splats(data: memoryview) -> Splats:
         header.length,
     )
 
-    def columns(*names: str) -> np.ndarray:
+    def read_columns(*property_names: str) -> np.ndarray:
         """Return properties of all Gaussians as columns [N, number of names] float32.
 
         Raises: ValueError for NaN or infinity.
         """
-        stacked = np.stack([rows[name].astype("<f4") for name in names], axis=1)
+        stacked = np.stack([rows[property_name].astype("<f4") for property_name in property_names], axis=1)
         if not np.isfinite(stacked).all():
             raise ValueError(
-                f"the property {names[0]} of the Gaussians contains NaN or infinity. Export the splats again."
+                f"the property {property_names[0]} of the Gaussians contains NaN or infinity. Export the"
+                " splats again."
             )
         return stacked
 
-    rotations = columns(*_SPLAT[10:])
-    lengths = np.linalg.norm(rotations, axis=1, keepdims=True)
+    rotations = read_columns(*_SPLAT[10:])
+    quaternion_lengths = np.linalg.norm(rotations, axis=1, keepdims=True)
     # A quaternion of length 0 becomes the identity (1, 0, 0, 0); the inner `where` avoids a division by 0.
     rotations = np.where(
-        lengths > 0, rotations / np.where(lengths > 0, lengths, 1), np.array([1, 0, 0, 0], np.float32)
+        quaternion_lengths > 0,
+        rotations / np.where(quaternion_lengths > 0, quaternion_lengths, 1),
+        np.array([1, 0, 0, 0], np.float32),
     )
     # Clipping keeps exp() finite. It changes no result, because sigmoid(+-80) is 0 or 1 in 8 bits.
-    logits = columns("opacity")[:, 0].clip(-80, 80)
+    logits = read_columns("opacity")[:, 0].clip(-80, 80)
     return Splats(
-        columns(*_SPLAT[:3]),
-        _half(columns(*_SPLAT[7:10])),
+        read_columns(*_SPLAT[:3]),
+        _half(read_columns(*_SPLAT[7:10])),
         np.rint(rotations * 32767).astype("<i2"),
         # sigmoid of the logit, in 0..255
         np.rint(255 / (1 + np.exp(-logits))).astype("u1"),
-        _half(columns(*_SPLAT[3:6])),
+        _half(read_columns(*_SPLAT[3:6])),
         _rest(rows, rest_count),
         _DEGREES[rest_count],
     )
@@ -460,32 +500,33 @@ def check_splats(header: Header) -> int:
         raise ValueError("the PLY file of splats is a text file. Save it as binary_little_endian.")
     missing_names = [name for name in _SPLAT if name not in vertex_element.properties]
     rest_names = [name for name in vertex_element.properties if name.startswith("f_rest_")]
-    if (
-        missing_names
-        or len(rest_names) not in _DEGREES
-        or set(rest_names) != {f"f_rest_{i}" for i in range(len(rest_names))}
-    ):
-        missing_text = f", and without {', '.join(missing_names)}" if missing_names else ""
+    if missing_names:
         raise ValueError(
-            f"the splats have {len(rest_names)} f_rest_* properties{missing_text}. Export splats with"
-            f" harmonics of degree 0 to 3, which have {', '.join(map(str, _DEGREES))} such properties."
+            f"the Gaussians lack the properties {', '.join(missing_names)}. Export the splats in the format"
+            " of 3D Gaussian splatting."
+        )
+    if len(rest_names) not in _DEGREES or set(rest_names) != {f"f_rest_{i}" for i in range(len(rest_names))}:
+        raise ValueError(
+            f"the splats have {len(rest_names)} f_rest_* properties, but there must be"
+            f" {' or '.join(map(str, _DEGREES))}, numbered from 0. Export splats with harmonics of degree 0"
+            " to 3."
         )
     return len(rest_names)
 
 
-def _rest(rows: np.ndarray, count: int) -> np.ndarray:
+def _rest(rows: np.ndarray, property_count: int) -> np.ndarray:
     """Return the coefficients of higher degrees [N, count] as float16.
 
     Args:
         rows: table of all Gaussians [N].
-        count: number of properties f_rest_*.
+        property_count: number of properties f_rest_*.
 
     Raises: ValueError for NaN or infinity.
     """
-    coefficients = np.empty((len(rows), count), "<f2")
-    for i in range(count):
+    coefficients = np.empty((len(rows), property_count), "<f2")
+    for index in range(property_count):
         # 65504 is the largest finite number of float16
-        coefficients[:, i] = rows[f"f_rest_{i}"].clip(-65504, 65504)
+        coefficients[:, index] = rows[f"f_rest_{index}"].clip(-65504, 65504)
     if not np.isfinite(coefficients).all():
         raise ValueError("the properties f_rest_* contain NaN or infinity. Export the splats again.")
     return coefficients
@@ -510,8 +551,8 @@ def splat_parts(splats: Splats) -> list[bytes | memoryview]:
         *lowest.tolist(),
         *(splats.centres.max(axis=0) - lowest).tolist(),
     )
-    parts: list[bytes | memoryview] = [header]
-    for values in (
+    file_parts: list[bytes | memoryview] = [header]
+    for array in (
         splats.centres,
         splats.scales,
         splats.rotations,
@@ -520,6 +561,6 @@ def splat_parts(splats: Splats) -> list[bytes | memoryview]:
         splats.rest,
     ):
         # Each array is padded to a multiple of 4 bytes.
-        data = np.ascontiguousarray(values).tobytes()
-        parts += [data, bytes(-len(data) % 4)]
-    return parts
+        array_bytes = np.ascontiguousarray(array).tobytes()
+        file_parts += [array_bytes, bytes(-len(array_bytes) % 4)]
+    return file_parts

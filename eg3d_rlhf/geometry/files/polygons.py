@@ -36,37 +36,40 @@ def triangulate_faces(
             " mesh before exporting it."
         )
     # index of the first corner of each face in `corners`
-    start = np.cumsum(counts) - counts
+    first_corner = np.cumsum(counts) - counts
     points = np.asarray(positions, dtype=np.float64)
     triangle_faces = np.flatnonzero(counts == 3)
     quad_faces = np.flatnonzero(counts == 4)
-    triangles = [start[triangle_faces, None] + np.arange(3), _split_quads(points, corners, start[quad_faces])]
+    triangles = [
+        first_corner[triangle_faces, None] + np.arange(3),
+        _split_quads(points, corners, first_corner[quad_faces]),
+    ]
     # A quad gives two triangles.
-    faces = [triangle_faces, np.repeat(quad_faces, 2)]
+    face_indices = [triangle_faces, np.repeat(quad_faces, 2)]
     for face_index in np.flatnonzero(counts > 4):
         face_triangles = _split_polygon(
-            points[corners[start[face_index] : start[face_index] + counts[face_index]]]
+            points[corners[first_corner[face_index] : first_corner[face_index] + counts[face_index]]]
         )
-        triangles.append(start[face_index] + face_triangles)
-        faces.append(np.full(len(face_triangles), face_index))
-    face = np.concatenate(faces)
+        triangles.append(first_corner[face_index] + face_triangles)
+        face_indices.append(np.full(len(face_triangles), face_index))
+    face_of_triangle = np.concatenate(face_indices)
     # Triangles, quads and larger faces are sorted back into the order of the faces. The sort is stable, so
     # the triangles of a face keep their order.
-    order = np.argsort(face, kind="stable")
-    return np.concatenate(triangles)[order], face[order]
+    sort_order = np.argsort(face_of_triangle, kind="stable")
+    return np.concatenate(triangles)[sort_order], face_of_triangle[sort_order]
 
 
-def _split_quads(points: np.ndarray, corners: np.ndarray, start: np.ndarray) -> np.ndarray:
+def _split_quads(points: np.ndarray, corners: np.ndarray, first_corner: np.ndarray) -> np.ndarray:
     """Cut faces with four corners into two triangles each.
 
     Args:
         points: coordinates [V, 3] of the vertices.
         corners: indices [C] of vertices.
-        start: index [Q] in `corners` of the first corner of each of the Q faces.
+        first_corner: index [Q] in `corners` of the first corner of each of the Q faces.
 
     Returns: triangles [2 Q, 3] as indices into `corners`.
     """
-    a, b, c, d = (points[corners[start + i]] for i in range(4))
+    a, b, c, d = (points[corners[first_corner + offset]] for offset in range(4))
     # Twice the vector area of the quad; its direction is the orientation of the quad.
     normal = np.cross(c - a, d - b)
 
@@ -77,7 +80,7 @@ def _split_quads(points: np.ndarray, corners: np.ndarray, start: np.ndarray) -> 
     uses_second_diagonal = smaller_area((a, b, d), (b, c, d)) > smaller_area((a, b, c), (a, c, d))
     # corners of the two triangles for each diagonal
     cuts = np.where(uses_second_diagonal[:, None, None], [[0, 1, 3], [1, 2, 3]], [[0, 1, 2], [0, 2, 3]])
-    return (start[:, None, None] + cuts).reshape(-1, 3)
+    return (first_corner[:, None, None] + cuts).reshape(-1, 3)
 
 
 def _split_polygon(points: np.ndarray) -> np.ndarray:
@@ -89,76 +92,79 @@ def _split_polygon(points: np.ndarray) -> np.ndarray:
     Returns: triangles [N - 2, 3] as indices of the corners.
     """
     # Centred, so that the cross products do not lose digits far from the origin.
-    centred = points - points.mean(axis=0)
+    centred_points = points - points.mean(axis=0)
     # Newell's normal. The face is projected along the coordinate axis that is nearest to the normal.
-    normal = np.cross(centred, np.roll(centred, -1, axis=0)).sum(axis=0)
-    axis = int(np.abs(normal).argmax())
+    normal = np.cross(centred_points, np.roll(centred_points, -1, axis=0)).sum(axis=0)
+    dropped_axis = int(np.abs(normal).argmax())
     # [N, 2]; the sign mirrors the plane if necessary, so that the corners are in counter-clockwise order
-    plane = centred[:, [(axis + 1) % 3, (axis + 2) % 3]] * [1 if normal[axis] >= 0 else -1, 1]
-    signed_areas = _cross(np.roll(plane, 1, axis=0), plane, np.roll(plane, -1, axis=0))
+    plane_points = centred_points[:, [(dropped_axis + 1) % 3, (dropped_axis + 2) % 3]] * [
+        1 if normal[dropped_axis] >= 0 else -1,
+        1,
+    ]
+    signed_areas = _cross(np.roll(plane_points, 1, axis=0), plane_points, np.roll(plane_points, -1, axis=0))
     corner_index = np.arange(1, len(points) - 1)
     # No corner turns right: the face is convex, and a fan of triangles around its first corner is enough.
     if (signed_areas >= 0).all():
         return np.stack([np.zeros_like(corner_index), corner_index, corner_index + 1], axis=1)
-    return np.array(_ears(plane))
+    return np.array(_ears(plane_points))
 
 
-def _ears(plane: np.ndarray) -> list[tuple[int, int, int]]:
+def _ears(plane_points: np.ndarray) -> list[tuple[int, int, int]]:
     """Triangulate a polygon by ear clipping: cut off one ear after another until a triangle remains.
 
     An ear is a convex corner whose triangle with its two neighbours contains no other corner. If a polygon
     intersects itself and has no ear, the corner with the largest signed area is cut off.
 
     Args:
-        plane: coordinates [N, 2] of the corners in counter-clockwise order.
+        plane_points: coordinates [N, 2] of the corners in counter-clockwise order.
 
     Returns: N - 2 triangles as indices of the corners.
     """
-    remaining = list(range(len(plane)))
+    remaining = list(range(len(plane_points)))
     ears = []
     search_start = 0
     while len(remaining) > 3:
         # The search starts where the last ear was, which avoids testing the same corners again.
         for step in range(len(remaining)):
-            i = (search_start + step) % len(remaining)
+            position = (search_start + step) % len(remaining)
             # for i = 0, the index -1 is the last corner
-            ear = remaining[i - 1], remaining[i], remaining[(i + 1) % len(remaining)]
-            if _is_ear(plane, remaining, ear):
+            ear = remaining[position - 1], remaining[position], remaining[(position + 1) % len(remaining)]
+            if _is_ear(plane_points, remaining, ear):
                 break
         else:
             # The loop found no ear, so the polygon intersects itself.
-            ring = plane[remaining]
-            i = int(_cross(np.roll(ring, 1, axis=0), ring, np.roll(ring, -1, axis=0)).argmax())
-            ear = remaining[i - 1], remaining[i], remaining[(i + 1) % len(remaining)]
+            ring = plane_points[remaining]
+            position = int(_cross(np.roll(ring, 1, axis=0), ring, np.roll(ring, -1, axis=0)).argmax())
+            ear = remaining[position - 1], remaining[position], remaining[(position + 1) % len(remaining)]
         ears.append(ear)
-        del remaining[i]
-        search_start = i
+        del remaining[position]
+        search_start = position
     return [*ears, (remaining[0], remaining[1], remaining[2])]
 
 
-def _is_ear(plane: np.ndarray, remaining: list[int], ear: tuple[int, int, int]) -> bool:
+def _is_ear(plane_points: np.ndarray, remaining: list[int], ear: tuple[int, int, int]) -> bool:
     """Return True if a corner of the remaining polygon is an ear.
 
     Args:
-        plane: coordinates [N, 2] of all corners.
+        plane_points: coordinates [N, 2] of all corners.
         remaining: indices of the corners that were not cut off yet.
         ear: indices of the previous corner, the corner itself, and the next corner.
     """
-    a, b, c = plane[list(ear)]
+    a, b, c = plane_points[list(ear)]
     if _cross(a, b, c) <= 0:
         return False
-    other_corners = plane[remaining]
-    inside = (
+    other_corners = plane_points[remaining]
+    is_inside = (
         (_cross(a, b, other_corners) >= 0)
         & (_cross(b, c, other_corners) >= 0)
         & (_cross(c, a, other_corners) >= 0)
     )
     # Corners at the same position as a corner of the triangle do not count. They occur where a polygon with a
     # hole is cut open along a line to the hole.
-    at_corner = (
+    is_at_corner = (
         (other_corners == a).all(axis=1) | (other_corners == b).all(axis=1) | (other_corners == c).all(axis=1)
     )
-    return not (inside & ~at_corner).any()
+    return not (is_inside & ~is_at_corner).any()
 
 
 def _cross(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -29,16 +29,16 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises: ValueError for a file that is damaged or has no triangles; OSError for a file that cannot be read.
     """
-    data = path.read_bytes()
+    file_bytes = path.read_bytes()
     # The content decides, because files from untrusted sources may have wrong suffixes.
-    if data[:4] == GLB_MAGIC:
-        return scene_triangles(glb.read_glb(memoryview(data), geometry_only=True))
-    if data[:3] == b"ply":
-        return scene_triangles(ply.read_mesh(data))
+    if file_bytes[:4] == GLB_MAGIC:
+        return scene_triangles(glb.read_glb(memoryview(file_bytes), geometry_only=True))
+    if file_bytes[:3] == b"ply":
+        return scene_triangles(ply.read_mesh(file_bytes))
     if path.suffix.lower() == ".obj":
-        return scene_triangles(obj.read_obj(data, path, geometry_only=True))
+        return scene_triangles(obj.read_obj(file_bytes, path, geometry_only=True))
     # An OBJ file has no magic bytes, so text in UTF-16 without the suffix .obj gets an error of its own.
-    if (encoding := obj.utf16(data[:512])) is not None:
+    if (encoding := obj.utf16(file_bytes[:512])) is not None:
         raise ValueError(
             f"the file {path.name} is text in {encoding.upper()} and not a mesh. Save it as UTF-8."
         )
@@ -52,9 +52,9 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     try:
         # process=False: vertices are neither merged nor reordered
-        loaded = trimesh.load_mesh(path, process=False)
-        vertices = np.asarray(loaded.vertices, np.float64)
-        faces = np.asarray(loaded.faces, np.int64)
+        loaded_mesh = trimesh.load_mesh(path, process=False)
+        vertices = np.asarray(loaded_mesh.vertices, np.float64)
+        faces = np.asarray(loaded_mesh.faces, np.int64)
     # The readers of trimesh raise many types of exceptions for damaged files.
     except Exception as error:
         raise ValueError(
@@ -80,12 +80,12 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
     faces = []
     vertex_count = 0
     # Depth-first traversal with a stack. Reversed, because the last item of the stack is taken first.
-    pending = [(node_index, np.eye(4)) for node_index in reversed(model.roots)]
-    while pending:
-        node_index, parent_matrix = pending.pop()
+    pending_nodes = [(node_index, np.eye(4)) for node_index in reversed(model.roots)]
+    while pending_nodes:
+        node_index, parent_matrix = pending_nodes.pop()
         node = model.nodes[node_index]
         matrix = parent_matrix @ _matrix(node.place)
-        pending += [(child, matrix) for child in reversed(node.children)]
+        pending_nodes += [(child_index, matrix) for child_index in reversed(node.children)]
         for primitive in model.meshes[node.mesh] if node.mesh is not None else ():
             points = _points(primitive)
             triangles = _sides(primitive)
@@ -105,7 +105,7 @@ def _points(primitive: Primitive) -> np.ndarray:
     """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
     array = primitive.attributes["POSITION"]
     points = array.values.astype(np.float64)
-    # floats, and integers that stand for themselves
+    # floats, and integers that are coordinates already
     if not array.normalized:
         return points
     # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
@@ -113,12 +113,15 @@ def _points(primitive: Primitive) -> np.ndarray:
 
 
 def _sides(primitive: Primitive) -> np.ndarray:
-    """Return the triangles [F, 3] of a primitive as indices of vertices. Strips and fans are converted to
-    separate triangles.
+    """Return the triangles [F, 3] of a primitive as indices of vertices.
+
+    Strips and fans are converted to separate triangles.
     """
-    count = len(primitive.attributes["POSITION"].values)
+    vertex_count = len(primitive.attributes["POSITION"].values)
     indices = (
-        np.arange(count) if primitive.indices is None else primitive.indices.values[:, 0].astype(np.int64)
+        np.arange(vertex_count)
+        if primitive.indices is None
+        else primitive.indices.values[:, 0].astype(np.int64)
     )
     if primitive.mode == _STRIP:
         triangles = np.stack([indices[:-2], indices[1:-1], indices[2:]], axis=1)
@@ -132,19 +135,19 @@ def _sides(primitive: Primitive) -> np.ndarray:
     return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 
-def _matrix(place: dict) -> np.ndarray:
+def _matrix(node_place: dict) -> np.ndarray:
     """Return the transformation matrix [4, 4] of a node.
 
     Args:
-        place: fields of the node's record in glTF: either a matrix, or scale, rotation and translation, which
-            are applied in this order. A missing field means no change.
+        node_place: fields of the node's record in glTF: either a matrix, or scale, rotation and translation,
+            which are applied in this order. A missing field means no change.
     """
-    if "matrix" in place:
+    if "matrix" in node_place:
         # glTF stores matrices column by column
-        return np.array(place["matrix"], dtype=np.float64).reshape(4, 4).T
+        return np.array(node_place["matrix"], dtype=np.float64).reshape(4, 4).T
     matrix = np.eye(4)
     # the identity by default
-    x, y, z, w = place.get("rotation", (0, 0, 0, 1))
+    x, y, z, w = node_place.get("rotation", (0, 0, 0, 1))
     # rotation matrix of the unit quaternion (x, y, z, w)
     rotation = np.array(
         [
@@ -154,6 +157,6 @@ def _matrix(place: dict) -> np.ndarray:
         ]
     )
     # scales the columns: the scale is applied before the rotation
-    matrix[:3, :3] = rotation * np.array(place.get("scale", (1, 1, 1)), dtype=np.float64)
-    matrix[:3, 3] = place.get("translation", (0, 0, 0))
+    matrix[:3, :3] = rotation * np.array(node_place.get("scale", (1, 1, 1)), dtype=np.float64)
+    matrix[:3, 3] = node_place.get("translation", (0, 0, 0))
     return matrix
