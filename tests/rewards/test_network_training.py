@@ -17,7 +17,7 @@ from eg3d_rlhf.people.study.power import decided_trials
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.evaluation import (
-    LEAST_TEST,
+    MIN_TEST,
     auc,
     auc_interval,
     calibration_error,
@@ -332,7 +332,7 @@ def test_the_warning_about_too_few_pairs_states_the_needed_number():
 
 
 def test_the_least_number_of_test_pairs_separates_seventy_percent_from_chance():
-    assert decided_trials(0.7) == LEAST_TEST
+    assert decided_trials(0.7) == MIN_TEST
 
 
 def test_an_auc_of_one_has_an_interval_below_one():
