@@ -54,10 +54,10 @@ reward_flags = combine_decorators(
         metavar="KIND",
         default="sigma",
         help=(
-            "Input of the reward network. sigma: grid of densities (the slab); points: point cloud that"
-            " covers all sides of the surface; lifted-points: point cloud of the side that a frontal camera"
-            " sees; published-points: point cloud of the paper's point rewards, which includes the"
-            " background."
+            "Input of the reward network. sigma: grid of densities (the slab); points: point cloud on all"
+            " sides of the surface; lifted-points: point cloud of the side that a frontal camera sees, with"
+            " one scale for all shapes; published-points: point cloud of arXiv 2606.27305, which includes"
+            " the background and is scaled separately for each sample."
         ),
     ),
     _data_option(

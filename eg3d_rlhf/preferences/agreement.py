@@ -5,8 +5,7 @@ Cohen (1960), "A coefficient of agreement for nominal scales". Krippendorff (201
 alpha-reliability"; with alpha, annotators may leave units unanswered.
 
 Shapes: U units (pairs of shapes that were labelled), K categories of answers, T kinds of units (units with
-    the
-same answers are of one kind), B random samples.
+the same answers are of one kind), B random samples.
 """
 
 import itertools
@@ -65,25 +64,35 @@ def cohen_kappa(
         confidence: level of the interval, in 0..1.
         seed: seed of the random samples of the posterior.
     """
-    n = len(first)
-    index = {answer: i for i, answer in enumerate(dict.fromkeys([*first, *second]))}
-    k = len(index)
-    if k < 2:
-        return Agreement(value=None, lo=None, hi=None, n=n)
-    table = np.zeros((k, k))  # [K, K], numbers of units by the answers of the first and second annotator
+    n_units = len(first)
+    category_index = {answer: i for i, answer in enumerate(dict.fromkeys([*first, *second]))}
+    n_categories = len(category_index)
+    if n_categories < 2:
+        return Agreement(value=None, lo=None, hi=None, n=n_units)
+    # [K, K], numbers of units by the answers of the first and second annotator
+    unit_counts = np.zeros((n_categories, n_categories))
     for first_answer, second_answer in zip(first, second, strict=True):
-        table[index[first_answer], index[second_answer]] += 1
-    value = float(_kappa(table))
-    if n < LEAST_UNITS:
-        return Agreement(value=value, lo=None, hi=None, n=n)
+        unit_counts[category_index[first_answer], category_index[second_answer]] += 1
+    kappa = float(_kappa(unit_counts))
+    if n_units < LEAST_UNITS:
+        return Agreement(value=kappa, lo=None, hi=None, n=n_units)
     # The K diagonal cells share the agreeing units of the prior, and the K^2 - K other cells the differing
     # ones.
-    prior = np.where(np.eye(k) > 0, _AGREEING / k, _DIFFERING / (k * k - k))
-    # Gamma variables divided by their sum have a Dirichlet distribution, and `_kappa` divides by the sum.
-    posterior = _kappa(
-        np.random.default_rng(seed).standard_gamma(table * (n - 1) / n + prior, size=(_DRAWS, k, k))
+    prior_unit_counts = np.where(
+        np.eye(n_categories) > 0,
+        _AGREEING / n_categories,
+        _DIFFERING / (n_categories * n_categories - n_categories),
     )
-    return _with_interval(value, posterior, n, confidence, perfect=np.trace(table) == n)
+    # Gamma variables divided by their sum have a Dirichlet distribution, and `_kappa` divides by the sum.
+    posterior_kappas = _kappa(
+        np.random.default_rng(seed).standard_gamma(
+            unit_counts * (n_units - 1) / n_units + prior_unit_counts,
+            size=(_DRAWS, n_categories, n_categories),
+        )
+    )
+    return _with_interval(
+        kappa, posterior_kappas, n_units, confidence, is_perfect=np.trace(unit_counts) == n_units
+    )
 
 
 def _kappa(table: np.ndarray) -> np.ndarray:
@@ -119,76 +128,89 @@ def krippendorff_alpha(
     answers_of_units = [list(unit.values()) for unit in units if len(unit) >= 2]
     # Index of each category of answers, in the order of the first occurrence
     categories = dict.fromkeys(itertools.chain.from_iterable(answers_of_units))
-    index = {answer: i for i, answer in enumerate(categories)}
-    n = len(answers_of_units)
-    k = len(index)
-    if n < 2 or k < 2:
-        return Agreement(value=None, lo=None, hi=None, n=n)
-    counts = np.zeros((n, k))  # [U, K]
+    category_index = {answer: i for i, answer in enumerate(categories)}
+    n_units = len(answers_of_units)
+    n_categories = len(category_index)
+    if n_units < 2 or n_categories < 2:
+        return Agreement(value=None, lo=None, hi=None, n=n_units)
+    answer_counts = np.zeros((n_units, n_categories))  # [U, K]
     for row, answers in enumerate(answers_of_units):
         for answer in answers:
-            counts[row, index[answer]] += 1
-    observed, chance, answer_count = (float(result) for result in _disagreements(np.ones(n), counts))
+            answer_counts[row, category_index[answer]] += 1
+    observed_disagreement, chance_disagreement, answer_count = (
+        float(result) for result in _disagreements(np.ones(n_units), answer_counts)
+    )
     # Krippendorff draws without replacement, which multiplies D_e by V / (V - 1) for V answers.
-    value = 1 - observed / chance * (answer_count - 1) / answer_count
-    if n < LEAST_UNITS:
-        return Agreement(value=value, lo=None, hi=None, n=n)
+    alpha = 1 - observed_disagreement / chance_disagreement * (answer_count - 1) / answer_count
+    if n_units < LEAST_UNITS:
+        return Agreement(value=alpha, lo=None, hi=None, n=n_units)
     # Units with the same answers contribute the same, so the posterior is over kinds of units.
-    kinds, unit_counts = np.unique(counts, axis=0, return_counts=True)  # [T, K], [T]
+    unit_kinds, unit_counts = np.unique(answer_counts, axis=0, return_counts=True)  # [T, K], [T]
     # Agreeing units of the prior, one per category, with the mean number of answers, but at least 2
-    agreeing_units = np.eye(k) * max(2, round(answer_count / n))
+    agreeing_units = np.eye(n_categories) * max(2, round(answer_count / n_units))
     # Differing units of the prior: one answer a of an agreeing unit is replaced by an answer b.
     differing_units = [
-        agreeing_units[a] - np.eye(k)[a] + np.eye(k)[b] for a, b in itertools.permutations(range(k), 2)
+        agreeing_units[a] - np.eye(n_categories)[a] + np.eye(n_categories)[b]
+        for a, b in itertools.permutations(range(n_categories), 2)
     ]
     # Concentrations of the Dirichlet posterior for the data and both kinds of prior units
     concentrations = np.r_[
-        unit_counts * (n - 1) / n,
-        np.full(k, _AGREEING / k),
+        unit_counts * (n_units - 1) / n_units,
+        np.full(n_categories, _AGREEING / n_categories),
         np.full(len(differing_units), _DIFFERING / len(differing_units)),
     ]
     # [B, T + number of prior units]; `_disagreements` does not depend on the sum of the weights.
-    posterior = np.random.default_rng(seed).standard_gamma(concentrations, size=(_DRAWS, len(concentrations)))
+    posterior_weights = np.random.default_rng(seed).standard_gamma(
+        concentrations, size=(_DRAWS, len(concentrations))
+    )
     posterior_observed, posterior_chance, _ = _disagreements(
-        posterior, np.concatenate([kinds, agreeing_units, differing_units])
+        posterior_weights, np.concatenate([unit_kinds, agreeing_units, differing_units])
     )
     return _with_interval(
-        value, 1 - posterior_observed / posterior_chance, n, confidence, perfect=observed == 0
+        alpha,
+        1 - posterior_observed / posterior_chance,
+        n_units,
+        confidence,
+        is_perfect=observed_disagreement == 0,
     )
 
 
-def _disagreements(weights: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _disagreements(
+    unit_weights: np.ndarray, answer_counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the observed disagreement and the disagreement by chance of weighted units.
 
     Args:
-        weights: weights [..., U] of the units.
-        counts: numbers [U, K] of answers of each category in each unit.
+        unit_weights: weights [..., U] of the units.
+        answer_counts: numbers [U, K] of answers of each category in each unit.
     Returns: D_o [...], D_e [...] for answers that are drawn with replacement, and the weighted number of
         answers [...].
     """
-    answers_per_unit = counts.sum(axis=1)  # [U]
-    answer_count = weights @ answers_per_unit  # [...]
+    answers_per_unit = answer_counts.sum(axis=1)  # [U]
+    answer_count = unit_weights @ answers_per_unit  # [...]
     # Ordered pairs of different answers in a unit, divided by its number of answers - 1 (Krippendorff 2011)
-    unit_disagreement = (answers_per_unit**2 - (counts**2).sum(axis=1)) / (answers_per_unit - 1)
-    observed = weights @ unit_disagreement / answer_count
+    unit_disagreement = (answers_per_unit**2 - (answer_counts**2).sum(axis=1)) / (answers_per_unit - 1)
+    observed = unit_weights @ unit_disagreement / answer_count
     # Probability that two answers that are drawn at random differ
-    chance = 1 - (((weights @ counts) / answer_count[..., None]) ** 2).sum(axis=-1)
+    chance = 1 - (((unit_weights @ answer_counts) / answer_count[..., None]) ** 2).sum(axis=-1)
     return observed, chance, answer_count
 
 
 def _with_interval(
-    value: float, posterior: np.ndarray, n: int, confidence: float, perfect: bool
+    coefficient: float, posterior: np.ndarray, n_units: int, confidence: float, is_perfect: bool
 ) -> Agreement:
     """Add the interval to the value of a coefficient.
 
     Its ends are quantiles of the posterior, extended so that the interval contains the value.
 
     Args:
-        value: the coefficient.
+        coefficient: the coefficient.
         posterior: random samples [B] of the posterior.
-        n: number of units.
+        n_units: number of units.
         confidence: level of the interval, in 0..1.
-        perfect: True if all answers agree; the upper end is then 1.
+        is_perfect: True if all answers agree; the upper end is then 1.
     """
     lo, hi = (float(end) for end in np.quantile(posterior, [0.5 - confidence / 2, 0.5 + confidence / 2]))
-    return Agreement(value=value, lo=min(lo, value), hi=1.0 if perfect else max(hi, value), n=n)
+    return Agreement(
+        value=coefficient, lo=min(lo, coefficient), hi=1.0 if is_perfect else max(hi, coefficient), n=n_units
+    )

@@ -60,9 +60,9 @@ def _regions(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return masks [n, n, n] of three regions of the cube: above the neck, back of the head, and face."""
     x, y, z = np.moveaxis(grid_points(n), -1, 0)
     # Everything below the base of the neck is ignored.
-    head = y > BASE
-    face = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > 0)
-    return head, head & (z < BACK), face
+    above_neck = y > BASE
+    face_region = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > 0)
+    return above_neck, above_neck & (z < BACK), face_region
 
 
 def _offsets(values: np.ndarray) -> np.ndarray:
@@ -97,17 +97,17 @@ def _at_surface(inside: np.ndarray) -> np.ndarray:
         # Views with this axis first. Writing to `result_view` writes to `at_surface`.
         result_view = np.moveaxis(at_surface, axis, 0)
         inside_view = np.moveaxis(inside, axis, 0)
-        changes = inside_view[1:] != inside_view[:-1]
-        result_view[1:] |= changes
-        result_view[:-1] |= changes
+        changes_sign = inside_view[1:] != inside_view[:-1]
+        result_view[1:] |= changes_sign
+        result_view[:-1] |= changes_sign
     return at_surface
 
 
 def largest_part(inside: np.ndarray) -> np.ndarray:
     """Return a mask [n, n, n] of the largest connected part of a mask; voxels are connected through faces."""
-    labels, count = ndimage.label(inside)
+    part_labels, part_count = ndimage.label(inside)
     # Label 0 is the background, so the sizes of parts begin at index 1.
-    return inside if count < 2 else labels == 1 + np.bincount(labels.ravel())[1:].argmax()
+    return inside if part_count < 2 else part_labels == 1 + np.bincount(part_labels.ravel())[1:].argmax()
 
 
 def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
@@ -121,47 +121,49 @@ def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
         "extra" the volume of the largest part outside the ground truth, and "floaters" the volume of all
         other parts outside the ground truth. All three are relative to the volume of the back of the head.
         "roughness" is |log(relief of the shape / relief of the ground truth)| where both surfaces are close
-        together, so that a surface that is too smooth is a defect, too.
-        "face" is the mean distance between both surfaces in the region of the face, in voxels.
+        together, so that a surface that is too smooth is a defect, too. "face" is the mean distance between
+        both surfaces in the region of the face, in voxels.
     """
     assert values.shape == ground_truth.shape and values.ndim == 3
     # NaN counts as outside.
     values = np.nan_to_num(np.asarray(values, np.float32), nan=1e4, posinf=1e4, neginf=-1e4)
-    head, back, face = _regions(len(values))
-    inside = values < 0
-    ground_truth_inside = ground_truth < 0
+    above_neck, back_of_head, face_region = _regions(len(values))
+    is_inside = values < 0
+    is_inside_truth = ground_truth < 0
     # A grid that is negative everywhere has no surface. It counts as empty.
-    if inside.all():
-        inside = ~inside
-    shape_part = largest_part(inside)
-    truth_part = largest_part(ground_truth_inside)
+    if is_inside.all():
+        is_inside = ~is_inside
+    shape_part = largest_part(is_inside)
+    truth_part = largest_part(is_inside_truth)
     # The lower limit 1 avoids a division by 0 for a ground truth without a back of the head.
-    back_volume = max(int((truth_part & back).sum()), 1)
+    back_volume = max(int((truth_part & back_of_head).sum()), 1)
     defect_masks = {
         "missing": truth_part & ~shape_part,
         "extra": shape_part & ~truth_part,
-        "floaters": inside & ~shape_part & ~ground_truth_inside,
+        "floaters": is_inside & ~shape_part & ~is_inside_truth,
     }
-    shares = {name: float((mask & head).sum() / back_volume) for name, mask in defect_masks.items()}
+    volume_errors = {
+        name: float((mask & above_neck).sum() / back_volume) for name, mask in defect_masks.items()
+    }
     shape_offsets = _offsets(values)
     truth_offsets = _offsets(np.asarray(ground_truth, np.float32))
     # Relief and face are compared on the surface of the ground truth.
-    surface = _at_surface(ground_truth_inside) & head
-    both_surfaces = surface & (np.abs(shape_offsets) < NEAR)
+    is_surface = _at_surface(is_inside_truth) & above_neck
+    is_near_both_surfaces = is_surface & (np.abs(shape_offsets) < NEAR)
     # Root mean square of the relief where both surfaces are close together. Without any such voxel, the
     # values 0 and 1 give a large roughness.
     shape_relief = 0.0
     truth_relief = 1.0
-    if both_surfaces.any():
-        shape_relief = float(np.sqrt(np.square(_relief(shape_offsets)[both_surfaces]).mean()))
-        truth_relief = float(np.sqrt(np.square(_relief(truth_offsets)[both_surfaces]).mean()))
-    face_surface = surface & face
+    if is_near_both_surfaces.any():
+        shape_relief = float(np.sqrt(np.square(_relief(shape_offsets)[is_near_both_surfaces]).mean()))
+        truth_relief = float(np.sqrt(np.square(_relief(truth_offsets)[is_near_both_surfaces]).mean()))
+    is_face_surface = is_surface & face_region
     return {
-        **shares,
-        # 1e-3 avoids the logarithm of 0, and gives two plane surfaces a roughness of 0.
+        **volume_errors,
+        # 1e-3 avoids the logarithm of 0, and gives two flat surfaces a roughness of 0.
         "roughness": abs(float(np.log((shape_relief + 1e-3) / (truth_relief + 1e-3)))),
-        "face": float(np.abs(shape_offsets - truth_offsets)[face_surface].mean())
-        if face_surface.any()
+        "face": float(np.abs(shape_offsets - truth_offsets)[is_face_surface].mean())
+        if is_face_surface.any()
         else 0.0,
     }
 
@@ -171,9 +173,11 @@ def utility(values: np.ndarray, ground_truth: np.ndarray) -> Utility:
 
     The constants of this module are chosen for grids with 64 points along each axis.
     """
-    measured = defects(values, ground_truth)
-    parts = {name: float(np.exp(-measured[name] / SCALES[name])) for name in DEFECTS}
-    return Utility(total=sum(WEIGHTS[name] * parts[name] for name in DEFECTS), parts=parts, defects=measured)
+    defect_sizes = defects(values, ground_truth)
+    parts = {name: float(np.exp(-defect_sizes[name] / SCALES[name])) for name in DEFECTS}
+    return Utility(
+        total=sum(WEIGHTS[name] * parts[name] for name in DEFECTS), parts=parts, defects=defect_sizes
+    )
 
 
 class PairLabel(NamedTuple):
@@ -189,10 +193,10 @@ def _utility_differences(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs as int64 [P, 2], and their differences of utility u_a - u_b as float64 [P]."""
     # An empty list of pairs needs the reshape to have two columns.
-    index = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    values = np.asarray(utilities, dtype=np.float64)
-    assert np.isfinite(values).all()
-    return index, values[index[:, 0]] - values[index[:, 1]]
+    pair_indices = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    utility_array = np.asarray(utilities, dtype=np.float64)
+    assert np.isfinite(utility_array).all()
+    return pair_indices, utility_array[pair_indices[:, 0]] - utility_array[pair_indices[:, 1]]
 
 
 def label_pairs(
@@ -212,17 +216,19 @@ def label_pairs(
     Returns: P labels in the order of `pairs`.
     """
     assert temperature >= 0
-    index, difference = _utility_differences(utilities, pairs)
+    pair_indices, utility_differences = _utility_differences(utilities, pairs)
     # Numbers are also drawn without noise, so that the state of `rng` does not depend on the temperature.
-    draws = rng.random(len(index))
+    uniform_draws = rng.random(len(pair_indices))
     # [P]: probability that a is preferred
     if temperature > 0:
-        probability = LAPSES + (1 - 2 * LAPSES) * expit(difference / temperature)
+        a_win_probabilities = LAPSES + (1 - 2 * LAPSES) * expit(utility_differences / temperature)
     else:
         # Without noise, a pair with equal utilities is decided at random.
-        probability = np.where(difference == 0, 0.5, difference > 0)
+        a_win_probabilities = np.where(utility_differences == 0, 0.5, utility_differences > 0)
     labels = []
-    for (a, b), a_wins, pair_difference in zip(index, draws < probability, difference, strict=True):
+    for (a, b), a_wins, pair_difference in zip(
+        pair_indices, uniform_draws < a_win_probabilities, utility_differences, strict=True
+    ):
         if a_wins:
             labels.append(PairLabel(int(a), int(b), bool(pair_difference >= 0)))
         else:
@@ -247,10 +253,10 @@ def solve_temperature(
     Raises: ValueError if the utilities of all pairs are equal.
     """
     assert 0.0 <= flip_rate < 0.5
-    _, difference = _utility_differences(utilities, pairs)
+    _, utility_differences = _utility_differences(utilities, pairs)
     # No label can contradict equal utilities.
-    gap = np.abs(difference[difference != 0])
-    if gap.size == 0:
+    nonzero_gaps = np.abs(utility_differences[utility_differences != 0])
+    if nonzero_gaps.size == 0:
         raise ValueError(
             "solve_temperature: the utilities of both shapes are equal in every pair. Choose other seeds, or"
             " check that the generator gives different shapes."
@@ -260,11 +266,11 @@ def solve_temperature(
     # Lapses flip a share LAPSES of the labels at any temperature, and the noise must flip the remaining
     # share.
     noise_flip_rate = max((flip_rate - LAPSES) / (1 - 2 * LAPSES), 1e-4)
-    scale = float(np.median(gap))
+    median_gap = float(np.median(nonzero_gaps))
 
     def excess(log_t: float) -> float:
         """Return the share of flipped labels at T = scale * exp(log_t), minus the required share."""
-        return float(expit(-gap / (scale * np.exp(log_t))).mean() - noise_flip_rate)
+        return float(expit(-nonzero_gaps / (median_gap * np.exp(log_t))).mean() - noise_flip_rate)
 
     # The search is over log T relative to the median difference, so it works at any scale of utilities.
-    return scale * float(np.exp(brentq(excess, -60.0, 60.0)))
+    return median_gap * float(np.exp(brentq(excess, -60.0, 60.0)))

@@ -48,8 +48,8 @@ class Strengths:
     lo: np.ndarray  # lower ends of the intervals, [N]
     hi: np.ndarray  # upper ends of the intervals, [N]
     covariance: np.ndarray  # covariance of the estimated strengths, [N, N]
-    # Davidson's nu >= 0, which is 0 without ties. Two equally strong items tie with probability nu / (2 +
-    # nu).
+    # Davidson's nu >= 0, which is 0 without ties. Two equally strong items tie with probability
+    # nu / (2 + nu).
     tie_weight: float
     regularised: bool  # True if the comparisons do not bound all strengths, so that a prior was used
 
@@ -59,13 +59,15 @@ def bradley_terry(
 ) -> Strengths:
     """Estimate strengths by maximum likelihood.
 
-    With s = exp(strength), P(i beats j) = s_i / (s_i + s_j + nu sqrt(s_i s_j)) and P(tie) = nu sqrt(s_i s_j)
-    / (s_i + s_j + nu sqrt(s_i s_j)) (Davidson 1970).
+    With s = exp(strength) and the weight of ties nu (Davidson 1970),
+
+        P(i beats j) = s_i / (s_i + s_j + nu sqrt(s_i s_j)),
+        P(tie) = nu sqrt(s_i s_j) / (s_i + s_j + nu sqrt(s_i s_j)).
 
     The likelihood has a maximum if every item is connected with every other item by a chain of items, each of
-    which beat or tied the next one (Ford 1957). Otherwise a prior N(0, PRIOR_SD^2) of each strength makes
-    them finite, and `regularised` is True. Intervals come from the observed information, including the
-    prior's.
+    which beat or tied the next one (Ford 1957). Otherwise a prior N(0, PRIOR_SD^2) of each strength keeps
+    the strengths finite, and `needs_prior` is True. Intervals come from the observed information of the
+    comparisons and of the prior.
 
     Args:
         comparisons: results of comparisons, at least one.
@@ -78,34 +80,43 @@ def bradley_terry(
     assert comparisons and all(comparison.winner != comparison.loser for comparison in comparisons)
     # Items are in the order of their first occurrence.
     items = tuple(dict.fromkeys(item for comparison in comparisons for item in comparison[:2]))
-    index = {item: k for k, item in enumerate(items)}
-    i = np.array([index[comparison.winner] for comparison in comparisons])
-    j = np.array([index[comparison.loser] for comparison in comparisons])
-    tie = np.array([comparison.tie for comparison in comparisons])
+    index_of_item = {item: k for k, item in enumerate(items)}
+    i = np.array([index_of_item[comparison.winner] for comparison in comparisons])
+    j = np.array([index_of_item[comparison.loser] for comparison in comparisons])
+    is_tie = np.array([comparison.tie for comparison in comparisons])
     n = len(items)
-    fixed = {index[item]: float(value) for item, value in (held or {}).items() if item in index}
-    free = np.array([k for k in range(n) if k not in fixed], dtype=int)
-    if not len(free):
+    fixed_strengths = {
+        index_of_item[item]: float(value) for item, value in (held or {}).items() if item in index_of_item
+    }
+    free_indices = np.array([k for k in range(n) if k not in fixed_strengths], dtype=int)
+    if not len(free_indices):
         raise ValueError(
             f"bradley_terry(held): the strengths of all {n} items are given, so there is nothing to"
             " estimate. Give the strengths of fewer items."
         )
     # Fixed strengths need no comparisons to be bounded, so edges in a ring connect their items.
-    ring = np.array(list(fixed), dtype=int)
+    fixed_indices = np.array(list(fixed_strengths), dtype=int)
     # Edges from winner to loser, and in both directions for ties
-    edge_starts = np.r_[i, j[tie], ring]
-    edge_ends = np.r_[j, i[tie], np.roll(ring, 1)]
+    edge_starts = np.r_[i, j[is_tie], fixed_indices]
+    edge_ends = np.r_[j, i[is_tie], np.roll(fixed_indices, 1)]
     edges = coo_matrix((np.ones(len(edge_starts)), (edge_starts, edge_ends)), shape=(n, n))
     # Ford's condition: the graph is strongly connected, so it has one strong component.
-    regularised = connected_components(edges, directed=True, connection="strong")[0] > 1
-    ridge = 1 / PRIOR_SD**2 if regularised else 0.0
+    needs_prior = connected_components(edges, directed=True, connection="strong")[0] > 1
+    ridge = 1 / PRIOR_SD**2 if needs_prior else 0.0
     # The search starts at the mean of the fixed strengths, or at 0 if there are none.
-    start = np.array([fixed.get(k, sum(fixed.values()) / max(1, len(fixed))) for k in range(n)])
-    theta, eta, information = _newton(start, free, i, j, tie, ridge)
+    start_strengths = np.array(
+        [
+            fixed_strengths.get(k, sum(fixed_strengths.values()) / max(1, len(fixed_strengths)))
+            for k in range(n)
+        ]
+    )
+    theta, eta, information = _newton(start_strengths, free_indices, i, j, is_tie, ridge)
     covariance = np.zeros((n, n))
     # The parameter of ties comes last in the information, and is left out here.
-    covariance[np.ix_(free, free)] = np.linalg.inv(information)[: len(free), : len(free)]
-    if not fixed:
+    covariance[np.ix_(free_indices, free_indices)] = np.linalg.inv(information)[
+        : len(free_indices), : len(free_indices)
+    ]
+    if not fixed_strengths:
         # Without fixed strengths only differences of strengths are determined, so the covariance is that of
         # strengths relative to their mean.
         centring = np.eye(n) - 1 / n
@@ -118,82 +129,98 @@ def bradley_terry(
         lo=theta - half_width,
         hi=theta + half_width,
         covariance=covariance,
-        tie_weight=math.exp(eta) if tie.any() else 0.0,
-        regularised=regularised,
+        tie_weight=math.exp(eta) if is_tie.any() else 0.0,
+        regularised=needs_prior,
     )
 
 
 def _newton(
-    start: np.ndarray, free: np.ndarray, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float
+    start_strengths: np.ndarray,
+    free_indices: np.ndarray,
+    i: np.ndarray,
+    j: np.ndarray,
+    is_tie: np.ndarray,
+    ridge: float,
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """Maximise the likelihood over the strengths theta [N] and eta = log nu with damped Newton steps.
 
-    Only the entries `free` of theta, and eta if there are ties, are estimated. Without a prior and without
-    fixed strengths, the likelihood does not change if all strengths increase by the same number. Therefore 1
-    / N is added to the information in this direction. The prior is centred on the mean of `start`.
+    Only the entries `free_indices` of theta, and eta if there are ties, are estimated. Without a prior and
+    without fixed strengths, the likelihood does not change if all strengths increase by the same number.
+    Therefore 1 / N is added to the information in this direction. The prior is centred on the mean of
+    `start_strengths`.
 
     Args:
-        start: strengths [N] at the start.
-        free: indices of the strengths that are estimated.
+        start_strengths: strengths [N] at the start.
+        free_indices: indices of the strengths that are estimated.
         i: index of the winner of each comparison, [M].
         j: index of the loser of each comparison, [M].
-        tie: bool [M], True for ties.
+        is_tie: bool [M], True for ties.
         ridge: inverse variance of the prior of each strength; 0 for no prior.
-    Returns: theta [N], eta, and the information of the estimated parameters at the maximum.
+    Returns: the strengths theta [N], the logarithm eta of the weight of ties, and the information matrix of
+        the estimated parameters at the maximum.
     """
-    n = len(start)
-    has_ties = bool(tie.any())
+    n = len(start_strengths)
+    has_ties = bool(is_tie.any())
     # With fixed strengths the prior is centred on their mean, otherwise on 0.
-    centre = float(start.mean()) if len(free) < n else 0.0
+    prior_mean = float(start_strengths.mean()) if len(free_indices) < n else 0.0
     # All parameters: theta, followed by eta
-    x = np.r_[start, 0.0]
+    parameters = np.r_[start_strengths, 0.0]
     # Without ties eta cannot be estimated, and is not used.
     if has_ties:
         # The estimate of eta for equal strengths
-        x[n] = math.log(2 * tie.sum() / max(1, (~tie).sum()))
+        parameters[n] = math.log(2 * is_tie.sum() / max(1, (~is_tie).sum()))
 
-    def logits_and_total(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def logits_and_log_sum(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return logits [3, M] of win, loss and tie, and the logarithm [M] of their summed exponentials."""
-        difference = x[i] - x[j]
-        tie_logit = np.full_like(difference, x[n] if has_ties else -np.inf)
+        difference = parameters[i] - parameters[j]
+        tie_logit = np.full_like(difference, parameters[n] if has_ties else -np.inf)
         logits = np.stack([difference / 2, -difference / 2, tie_logit])
         # Subtracting the largest logit avoids overflow.
         largest_logit = logits.max(axis=0)
         return logits, largest_logit + np.log(np.exp(logits - largest_logit).sum(axis=0))
 
-    def objective(x: np.ndarray) -> float:
+    def objective(parameters: np.ndarray) -> float:
         """Return the log-likelihood, including the prior."""
-        logits, total = logits_and_total(x)
-        prior = ridge * ((x[:n] - centre) ** 2).sum() + _ETA_PRIOR * has_ties * x[n] ** 2
-        return float((np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * prior)
+        logits, log_sum = logits_and_log_sum(parameters)
+        prior_penalty = (
+            ridge * ((parameters[:n] - prior_mean) ** 2).sum() + _ETA_PRIOR * has_ties * parameters[n] ** 2
+        )
+        return float((np.where(is_tie, logits[2], logits[0]) - log_sum).sum() - 0.5 * prior_penalty)
 
-    value = objective(x)
-    # Indices in x of the estimated parameters; `[n] * has_ties` is empty without ties.
-    estimated = np.r_[free, [n] * has_ties].astype(int)
+    log_likelihood = objective(parameters)
+    # Indices of the estimated parameters; `[n] * has_ties` is empty without ties.
+    estimated_indices = np.r_[free_indices, [n] * has_ties].astype(int)
     # Information in the direction in which all strengths increase equally
     common_information = np.zeros((n + 1, n + 1))
-    if not ridge and len(free) == n:
+    if not ridge and len(free_indices) == n:
         common_information[:n, :n] = 1 / n
-    common_information = common_information[np.ix_(estimated, estimated)]
+    common_information = common_information[np.ix_(estimated_indices, estimated_indices)]
     for _ in range(_STEPS):
-        gradient, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *logits_and_total(x))
-        step = np.zeros_like(x)
-        # The Hessian is that of the negative log-likelihood, so this step increases the likelihood.
-        step[estimated] = np.linalg.solve(
-            hessian[np.ix_(estimated, estimated)] + common_information, gradient[estimated]
+        gradient, hessian = _derivatives(
+            parameters, n, i, j, is_tie, ridge, prior_mean, *logits_and_log_sum(parameters)
         )
-        scale = 1.0
+        step = np.zeros_like(parameters)
+        # The Hessian is that of the negative log-likelihood, so this step increases the likelihood.
+        step[estimated_indices] = np.linalg.solve(
+            hessian[np.ix_(estimated_indices, estimated_indices)] + common_information,
+            gradient[estimated_indices],
+        )
+        step_scale = 1.0
         # The likelihood is concave, so it increases after enough halvings of the step.
-        while scale > 1e-8 and objective(x + scale * step) < value:
-            scale /= 2
-        x = x + scale * step
-        if len(free) == n:
-            x[:n] -= x[:n].mean()  # the mean of the strengths is 0
-        value = objective(x)
-        if np.abs(scale * step).max() < _TOLERANCE:
+        while step_scale > 1e-8 and objective(parameters + step_scale * step) < log_likelihood:
+            step_scale /= 2
+        parameters = parameters + step_scale * step
+        if len(free_indices) == n:
+            parameters[:n] -= parameters[:n].mean()  # the mean of the strengths is 0
+        log_likelihood = objective(parameters)
+        if np.abs(step_scale * step).max() < _TOLERANCE:
             break
-    _, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *logits_and_total(x))
-    return x[:n], float(x[n]), hessian[np.ix_(estimated, estimated)] + common_information
+    _, hessian = _derivatives(parameters, n, i, j, is_tie, ridge, prior_mean, *logits_and_log_sum(parameters))
+    return (
+        parameters[:n],
+        float(parameters[n]),
+        hessian[np.ix_(estimated_indices, estimated_indices)] + common_information,
+    )
 
 
 # Inverse variance of a prior of eta. It makes eta finite if every comparison is a tie, and is negligible
@@ -202,43 +229,46 @@ _ETA_PRIOR = 1e-9
 
 
 def _derivatives(
-    x: np.ndarray,
+    parameters: np.ndarray,
     n: int,
     i: np.ndarray,
     j: np.ndarray,
-    tie: np.ndarray,
+    is_tie: np.ndarray,
     ridge: float,
-    centre: float,
+    prior_mean: float,
     logits: np.ndarray,
-    total: np.ndarray,
+    log_sum: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the derivatives of the log-likelihood, including the prior, in (theta, eta).
+    """Compute the derivatives of the log-likelihood, including the prior, in its parameters.
 
     Args:
-        x: parameters [N + 1], theta followed by eta.
+        parameters: parameters [N + 1]: the strengths theta, followed by the logarithm eta of the weight of
+            ties.
         n: number of items, N.
         i: index of the winner of each comparison, [M].
         j: index of the loser of each comparison, [M].
-        tie: bool [M], True for ties.
+        is_tie: bool [M], True for ties.
         ridge: inverse variance of the prior of each strength.
-        centre: mean of the prior.
+        prior_mean: mean of the prior.
         logits: logits [3, M] of win, loss and tie.
-        total: logarithm [M] of the sum of their exponentials.
-    Returns: gradient [N + 1] and negative Hessian [N + 1, N + 1].
+        log_sum: logarithm [M] of the sum of the exponentials of the three logits.
+    Returns: the gradient [N + 1] and the negative Hessian matrix [N + 1, N + 1].
     """
-    win, loss, draw = np.exp(logits - total)  # probabilities, [M] each
+    win_probability, loss_probability, tie_probability = np.exp(logits - log_sum)  # probabilities, [M] each
     # Derivatives of each comparison's log-likelihood in theta_i - theta_j and in eta
-    difference_derivative = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)
-    eta_derivative = tie - draw
+    difference_derivative = np.where(is_tie, 0.0, 0.5) - 0.5 * (win_probability - loss_probability)
+    eta_derivative = is_tie - tie_probability
     gradient = np.zeros(n + 1)
     # Unlike gradient[i] += ..., np.add.at adds all values of repeated indices.
     np.add.at(gradient, i, difference_derivative)
     np.add.at(gradient, j, -difference_derivative)
-    gradient[:n] -= ridge * (x[:n] - centre)
-    gradient[n] = eta_derivative.sum() - _ETA_PRIOR * x[n]
-    difference_curvature = 0.25 * ((win + loss) - (win - loss) ** 2)
-    mixed_curvature = -0.5 * (win - loss) * draw
-    size = n + 1
+    gradient[:n] -= ridge * (parameters[:n] - prior_mean)
+    gradient[n] = eta_derivative.sum() - _ETA_PRIOR * parameters[n]
+    difference_curvature = 0.25 * (
+        (win_probability + loss_probability) - (win_probability - loss_probability) ** 2
+    )
+    mixed_curvature = -0.5 * (win_probability - loss_probability) * tie_probability
+    parameter_count = n + 1
     # Each comparison contributes to the four entries of its two items.
     rows = np.r_[i, j, i, j]
     columns = np.r_[i, j, j, i]
@@ -248,14 +278,14 @@ def _derivatives(
             np.r_[difference_curvature, difference_curvature, -difference_curvature, -difference_curvature],
             (rows, columns),
         ),
-        shape=(size, size),
+        shape=(parameter_count, parameter_count),
     ).toarray()
     # Mixed derivatives in theta and eta
     mixed_column = np.zeros(n)
     np.add.at(mixed_column, i, mixed_curvature)
     np.add.at(mixed_column, j, -mixed_curvature)
     hessian[:n, n] = hessian[n, :n] = mixed_column
-    hessian[n, n] = (draw * (1 - draw)).sum() + _ETA_PRIOR
+    hessian[n, n] = (tie_probability * (1 - tie_probability)).sum() + _ETA_PRIOR
     # The prior contributes to the diagonal only.
     hessian[np.arange(n), np.arange(n)] += ridge
     return gradient, hessian
@@ -267,43 +297,45 @@ def cycles(comparisons: Iterable[Comparison]) -> dict[str, Any]:
     An item beats another item if it won the majority of their comparisons. Pairs without a majority are left
     out.
 
-    Returns: JSON values: "triples", the number of triples of items whose three pairs all have a majority;
-        "cyclic", the number of intransitive triples; "share", their share in all triples, or None without any
-        triple; "share_by_chance", this share for random results; and "largest_knot", the size of the largest
-        set of items each of which beats every other one through a chain of items, or 0 without such a set.
+    Returns: a dict of JSON values. "triples" is the number of triples of items whose three pairs all have a
+        majority, and "cyclic" is the number of intransitive triples. "share" is cyclic / triples, or None if
+        there are no triples. "share_by_chance" is the expected share for random results. "largest_knot" is
+        the size of the largest set of items in which every item beats every other item through a chain of
+        items, or 0 if there is no such set.
     """
     margins: dict[tuple[int, int], int] = {}
-    index: dict[Hashable, int] = {}
+    index_of_item: dict[Hashable, int] = {}
     for comparison in comparisons:
         # setdefault returns the index of an item that has one, and adds the next index otherwise.
-        winner = index.setdefault(comparison.winner, len(index))
-        loser = index.setdefault(comparison.loser, len(index))
+        winner = index_of_item.setdefault(comparison.winner, len(index_of_item))
+        loser = index_of_item.setdefault(comparison.loser, len(index_of_item))
         # The margin of a pair is the number of wins minus losses of its item with the smaller index.
-        pair, sign = ((winner, loser), 1) if winner < loser else ((loser, winner), -1)
-        margins[pair] = margins.get(pair, 0) + (0 if comparison.tie else sign)
-    edges = [(a, b) if margin > 0 else (b, a) for (a, b), margin in margins.items() if margin]
-    if not edges:
+        index_pair, sign = ((winner, loser), 1) if winner < loser else ((loser, winner), -1)
+        margins[index_pair] = margins.get(index_pair, 0) + (0 if comparison.tie else sign)
+    winner_loser_pairs = [(a, b) if margin > 0 else (b, a) for (a, b), margin in margins.items() if margin]
+    if not winner_loser_pairs:
         return {"triples": 0, "cyclic": 0, "share": None, "share_by_chance": 0.25, "largest_knot": 0}
-    winners, losers = np.array(edges).T
+    winners, losers = np.array(winner_loser_pairs).T
     # [N, N], 1 where the item of the row beats the item of the column
-    beats = csr_matrix(
-        (np.ones(len(edges), dtype=np.int64), (winners, losers)), shape=(len(index), len(index))
+    beats_matrix = csr_matrix(
+        (np.ones(len(winner_loser_pairs), dtype=np.int64), (winners, losers)),
+        shape=(len(index_of_item), len(index_of_item)),
     )
     # [N, N], symmetric: 1 for pairs with a majority
-    has_majority = beats + beats.T
+    majority_matrix = beats_matrix + beats_matrix.T
     # Every cycle of three items is counted at each of its three items.
-    cyclic = int((beats @ beats).multiply(beats.T).sum()) // 3
+    cyclic_count = int((beats_matrix @ beats_matrix).multiply(beats_matrix.T).sum()) // 3
     # Every triple is counted at each of its three items, in two directions.
-    triples = int((has_majority @ has_majority).multiply(has_majority).sum()) // 6
+    triple_count = int((majority_matrix @ majority_matrix).multiply(majority_matrix).sum()) // 6
     # Sizes of the strongly connected components
-    sizes = np.bincount(connected_components(beats, directed=True, connection="strong")[1])
-    share = cyclic / triples if triples else None
+    component_sizes = np.bincount(connected_components(beats_matrix, directed=True, connection="strong")[1])
+    cyclic_share = cyclic_count / triple_count if triple_count else None
     # A component of one item contains no cycle.
-    largest_knot = int(sizes.max()) if sizes.max() > 1 else 0
+    largest_knot = int(component_sizes.max()) if component_sizes.max() > 1 else 0
     return {
-        "triples": triples,
-        "cyclic": cyclic,
-        "share": share,
+        "triples": triple_count,
+        "cyclic": cyclic_count,
+        "share": cyclic_share,
         "share_by_chance": 0.25,
         "largest_knot": largest_knot,
     }
@@ -353,12 +385,12 @@ class Tournament:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ratings as JSON values."""
-        rows = {
+        ratings_as_json = {
             name: {"elo": rating.elo, "ci95": [rating.lo, rating.hi], "judgements": rating.judgements}
             for name, rating in self.ratings.items()
         }
         return {
-            "ratings": rows,
+            "ratings": ratings_as_json,
             "ties": self.draws,
             "tie_weight": self.tie_weight,
             "regularised": self.regularised,
@@ -393,12 +425,14 @@ def elo(
     if not judgements:
         raise ValueError("elo: there are no judgements. Add results of comparisons.")
 
-    def fit(sample: Sequence[Judgement]) -> tuple[Strengths, dict[str, float]]:
+    def fit(judgement_sample: Sequence[Judgement]) -> tuple[Strengths, dict[str, float]]:
         """Return the strengths and the ratings of a sample of comparisons."""
         comparisons = []
-        for judgement in sample:
+        for judgement in judgement_sample:
             comparisons += _comparisons(judgement, draws)
-        strengths = bradley_terry(comparisons, held={name: value / SCALE for name, value in held.items()})
+        strengths = bradley_terry(
+            comparisons, held={name: method_elo / SCALE for name, method_elo in held.items()}
+        )
         # Given ratings determine the zero of the scale. Otherwise the mean of the strengths is 0.
         shift = 0.0 if held else MEAN
         return strengths, {
@@ -408,34 +442,40 @@ def elo(
 
     has_prompts = all(judgement.prompt for judgement in judgements)
     groups_by_key: dict[object, list[Judgement]] = defaultdict(list)
-    for number, judgement in enumerate(judgements):
+    for judgement_index, judgement in enumerate(judgements):
         # Without prompts, each comparison is a separate group.
-        groups_by_key[judgement.prompt if has_prompts else number].append(judgement)
-    strengths, ratings = fit(judgements)
-    groups = list(groups_by_key.values())
+        groups_by_key[judgement.prompt if has_prompts else judgement_index].append(judgement)
+    strengths, elo_by_method = fit(judgements)
+    judgement_groups = list(groups_by_key.values())
     # The seed is fixed, so that equal comparisons give equal intervals.
     rng = np.random.default_rng(0)
-    resampled_ratings: dict[str, list[float]] = defaultdict(list)
+    resampled_elos_by_method: dict[str, list[float]] = defaultdict(list)
     for _ in range(resamples):
         resample = []
-        for k in rng.integers(len(groups), size=len(groups)):
-            resample += groups[k]
-        names = {name for judgement in resample for name in (judgement.a, judgement.b)}
+        for k in rng.integers(len(judgement_groups), size=len(judgement_groups)):
+            resample += judgement_groups[k]
+        resampled_methods = {name for judgement in resample for name in (judgement.a, judgement.b)}
         # If the ratings of all methods in a resample are given, there is nothing to estimate.
-        if names - held.keys():
-            for name, value in fit(resample)[1].items():
-                resampled_ratings[name].append(value)
-    counts = {name: sum(name in (judgement.a, judgement.b) for judgement in judgements) for name in ratings}
-    rows = {
-        name: Rating(elo=value, **_interval(value, resampled_ratings[name]), judgements=counts[name])
-        for name, value in ratings.items()
+        if resampled_methods - held.keys():
+            for name, method_elo in fit(resample)[1].items():
+                resampled_elos_by_method[name].append(method_elo)
+    judgement_counts = {
+        name: sum(name in (judgement.a, judgement.b) for judgement in judgements) for name in elo_by_method
+    }
+    rating_by_method = {
+        name: Rating(
+            elo=method_elo,
+            **_interval(method_elo, resampled_elos_by_method[name]),
+            judgements=judgement_counts[name],
+        )
+        for name, method_elo in elo_by_method.items()
     }
     return Tournament(
-        ratings=dict(sorted(rows.items(), key=lambda row: -row[1].elo)),
+        ratings=dict(sorted(rating_by_method.items(), key=lambda row: -row[1].elo)),
         draws=draws,
         tie_weight=strengths.tie_weight,
         regularised=strengths.regularised,
-        prompts=len(groups) if has_prompts else 0,
+        prompts=len(judgement_groups) if has_prompts else 0,
     )
 
 
@@ -451,16 +491,16 @@ def _comparisons(judgement: Judgement, draws: str) -> list[Comparison]:
     return [Comparison(a, b) if judgement.winner == "a" else Comparison(b, a)]
 
 
-def _interval(value: float, resampled_values: Sequence[float]) -> dict[str, float]:
+def _interval(estimate: float, resampled_estimates: Sequence[float]) -> dict[str, float]:
     """Return the ends "lo" and "hi" of a normal 95 % interval, from the standard deviation over resamples.
 
     With few resamples these ends are more stable than quantiles. With fewer than two resamples the interval
     has no width.
     """
-    std = float(np.std(resampled_values, ddof=1)) if len(resampled_values) > 1 else 0.0
+    std = float(np.std(resampled_estimates, ddof=1)) if len(resampled_estimates) > 1 else 0.0
     # 1.96 is the quantile of the normal distribution for 95 %.
     half_width = 1.96 * std
-    return {"lo": value - half_width, "hi": value + half_width}
+    return {"lo": estimate - half_width, "hi": estimate + half_width}
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
@@ -469,23 +509,25 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     The fields are those of `Judgement`: a, b, winner and, optionally, prompt and criterion. All other fields
     are ignored.
 
-    Raises: OSError if the file cannot be read; ValueError, which names file and line, for a line that is not
-        valid, and for a file without comparisons.
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is not valid, or the file contains no comparison. The message names the file, and
+            the line that is not valid.
     """
     path = Path(path)
     judgements = []
-    for number, record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
-        values = {name: record[name] for name in Judgement._fields if name in record}
-        judgement = Judgement(**values) if {"a", "b", "winner"} <= values.keys() else None
+    for line_number, record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
+        judgement_fields = {name: record[name] for name in Judgement._fields if name in record}
+        judgement = Judgement(**judgement_fields) if {"a", "b", "winner"} <= judgement_fields.keys() else None
         if (
             judgement is None
-            or not all(isinstance(text, str) for text in judgement)
+            or not all(isinstance(field_value, str) for field_value in judgement)
             or judgement.a == judgement.b
             or judgement.winner not in ("a", "b", "tie")
         ):
             raise ValueError(
-                f"{path.name}, line {number}: expected the names of two different methods in a and b, and a,"
-                f" b or tie in winner, got {json.dumps(record)[:60]}. Write, for example,"
+                f"{path.name}, line {line_number}: expected the names of two different methods in a and b,"
+                f" and a, b or tie in winner, got {json.dumps(record)[:60]}. Write, for example,"
                 ' {"a": "ours", "b": "baseline", "winner": "a"}.'
             )
         judgements.append(judgement)
@@ -494,33 +536,33 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     return judgements
 
 
-def markdown(tables: Mapping[str, Tournament]) -> str:
+def markdown(tournaments: Mapping[str, Tournament]) -> str:
     """Format the ratings of each criterion as a table in Markdown.
 
-    Args: tables: ratings by criterion.
+    Args: tournaments: ratings by criterion.
     """
-    lines: list[str] = []
-    for criterion, tournament in tables.items():
-        ties = (
+    markdown_lines: list[str] = []
+    for criterion, tournament in tournaments.items():
+        tie_treatment = (
             "a draw is a win of both"
             if tournament.draws == "both"
             else f"Davidson's ties, nu {tournament.tie_weight:.2f}"
         )
         resampled_units = f"{tournament.prompts} prompts" if tournament.prompts else "single comparisons"
-        lines += [f"## {criterion} ({ties}; intervals over {resampled_units})", ""]
+        markdown_lines += [f"## {criterion} ({tie_treatment}; intervals over {resampled_units})", ""]
         if tournament.regularised:
             # 347 Elo points are PRIOR_SD * SCALE.
-            lines += [
+            markdown_lines += [
                 (
                     "The ratings have no maximum-likelihood estimate, because a method never lost to the"
                     " others. A normal prior (standard deviation 347 Elo) keeps them finite."
                 ),
                 "",
             ]
-        lines += ["| method | Elo | 95 % | comparisons |", "| --- | --- | --- | --- |"]
-        lines += [
+        markdown_lines += ["| method | Elo | 95 % | comparisons |", "| --- | --- | --- | --- |"]
+        markdown_lines += [
             f"| {name} | {rating.elo:.1f} | {rating.lo:.1f} to {rating.hi:.1f} | {rating.judgements} |"
             for name, rating in tournament.ratings.items()
         ]
-        lines.append("")
-    return "\n".join(lines)
+        markdown_lines.append("")
+    return "\n".join(markdown_lines)

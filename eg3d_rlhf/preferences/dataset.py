@@ -75,9 +75,9 @@ def split_by_seed(
         tuple(
             label
             for label in usable_labels
-            if split_of_seed[label.winner] == split_of_seed[label.loser] == split
+            if split_of_seed[label.winner] == split_of_seed[label.loser] == split_index
         )
-        for split in range(3)
+        for split_index in range(3)
     )
     # A split with a share of 0 may be empty.
     empty_splits = [
@@ -105,7 +105,11 @@ def _assign(
 ) -> dict[int, int]:
     """Assign each seed to a split; see `split_by_seed`.
 
-    Returns: index of the split in SPLITS by seed.
+    Args:
+        labels: labelled pairs without ties.
+        fractions: shares of train, val and test, which sum to 1.
+        rng: random numbers.
+    Returns: a dict from each seed to the index of its split in SPLITS.
     """
     neighbours: dict[int, list[int]] = defaultdict(list)
     for label in labels:
@@ -113,32 +117,37 @@ def _assign(
         neighbours[label.winner].append(label.loser)
         neighbours[label.loser].append(label.winner)
     components = _components(neighbours, rng)
-    # Number of labels of each component. Every label is counted at both of its seeds, hence the division by
-    # 2.
-    label_counts = [sum(len(neighbours[seed]) for seed in component) / 2 for component in components]
+    # Number of labels of each component. Every label is counted at each of its two seeds, hence the division
+    # by 2.
+    label_counts = [
+        sum(len(neighbours[seed]) for seed in component_seeds) / 2 for component_seeds in components
+    ]
     generator_of_seed = {seed: label.generator for label in labels for seed in (label.winner, label.loser)}
-    counts = Counter(label.generator for label in labels)
+    label_count_by_generator = Counter(label.generator for label in labels)
     # Number of labels that each split still lacks, by generator, so that each generator occurs in every split
     missing_counts = {
-        generator: [share * count for share in fractions] for generator, count in counts.items()
+        generator: [share * count for share in fractions]
+        for generator, count in label_count_by_generator.items()
     }
     split_of_seed: dict[int, int] = {}
     # Large components come first, since small ones can still balance the splits afterwards. sorted() is
     # stable: components of equal size keep their random order.
-    for k in sorted(range(len(components)), key=lambda k: -label_counts[k]):
-        component = components[k]
+    for component_index in sorted(
+        range(len(components)), key=lambda component_index: -label_counts[component_index]
+    ):
+        component_seeds = components[component_index]
         # A component that is too large for any split is divided. A component of two seeds is one pair, which
         # cannot be divided.
-        if label_counts[k] > max(fractions) * len(labels) and len(component) > 2:
+        if label_counts[component_index] > max(fractions) * len(labels) and len(component_seeds) > 2:
             # Positions at which the next split begins, rounded to integers
-            boundaries = np.floor(np.cumsum(fractions) * len(component) + 0.5)
-            for position, seed in enumerate(component):
-                split_of_seed[seed] = int(np.searchsorted(boundaries, position, side="right"))
+            split_starts = np.floor(np.cumsum(fractions) * len(component_seeds) + 0.5)
+            for seed_position, seed in enumerate(component_seeds):
+                split_of_seed[seed] = int(np.searchsorted(split_starts, seed_position, side="right"))
             continue
-        generator_missing = missing_counts[generator_of_seed[component[0]]]
+        generator_missing = missing_counts[generator_of_seed[component_seeds[0]]]
         target_split = max(range(3), key=lambda split: generator_missing[split])
-        generator_missing[target_split] -= label_counts[k]
-        split_of_seed.update(dict.fromkeys(component, target_split))
+        generator_missing[target_split] -= label_counts[component_index]
+        split_of_seed.update(dict.fromkeys(component_seeds, target_split))
     return split_of_seed
 
 
@@ -155,12 +164,12 @@ def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> l
     seeds = sorted(neighbours)
     visited_seeds: set[int] = set()
     components = []
-    for k in rng.permutation(len(seeds)):
-        if seeds[k] in visited_seeds:
+    for seed_index in rng.permutation(len(seeds)):
+        if seeds[seed_index] in visited_seeds:
             continue
-        queue = deque([seeds[k]])
+        queue = deque([seeds[seed_index]])
         component = []
-        visited_seeds.add(seeds[k])
+        visited_seeds.add(seeds[seed_index])
         while queue:
             seed = queue.popleft()
             component.append(seed)
@@ -187,15 +196,17 @@ def reference_seeds(
         exclude: seeds that are not used, for example seeds of labelled shapes.
     """
     # A set, because `exclude` may be an iterator.
-    excluded = set(exclude)
+    excluded_seeds = set(exclude)
     seeds = list(
-        itertools.islice((seed for seed in itertools.count(REFERENCE_SAMPLES) if seed not in excluded), count)
+        itertools.islice(
+            (seed for seed in itertools.count(REFERENCE_SAMPLES) if seed not in excluded_seeds), count
+        )
     )
     # Index of the first seed of each split, rounded, and the total number
-    boundaries = [0, *(int(round(share * count)) for share in np.cumsum(fractions))]
+    split_starts = [0, *(int(round(share * count)) for share in np.cumsum(fractions))]
     return {
         name: tuple(seeds[start:stop])
-        for name, start, stop in zip(SPLITS, boundaries[:-1], boundaries[1:], strict=True)
+        for name, start, stop in zip(SPLITS, split_starts[:-1], split_starts[1:], strict=True)
     }
 
 
@@ -213,15 +224,15 @@ def with_permuted_shapes(labels: Sequence[Preference], seed: int = 0) -> list[Pr
     labelled_seeds = np.array(sorted({shape for label in labels for shape in (label.winner, label.loser)}))
     shuffled_seeds = np.random.default_rng([seed, len(labelled_seeds)]).permutation(labelled_seeds)
     # Each seed is replaced by its predecessor in the shuffled order, so no seed is replaced by itself.
-    replacement = {
+    replacement_of_seed = {
         int(old): int(new) for old, new in zip(shuffled_seeds, np.roll(shuffled_seeds, 1), strict=True)
     }
     return [
         replace(
             label,
-            winner=replacement[label.winner],
-            loser=replacement[label.loser],
-            clean=None if label.clean is None else replacement[label.clean],
+            winner=replacement_of_seed[label.winner],
+            loser=replacement_of_seed[label.loser],
+            clean=None if label.clean is None else replacement_of_seed[label.clean],
         )
         for label in labels
     ]
@@ -237,14 +248,16 @@ def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str)
         name: name of the field, "generator" or "psi".
     Raises: ValueError if labels state different values.
     """
-    counts = Counter(value for label in labels if (value := getattr(label, name)) is not None)
-    if len(counts) > 1:
-        list_of_values = ", ".join(f"{value} ({count} labels)" for value, count in counts.most_common(4))
+    count_by_value = Counter(value for label in labels if (value := getattr(label, name)) is not None)
+    if len(count_by_value) > 1:
+        list_of_values = ", ".join(
+            f"{value} ({count} labels)" for value, count in count_by_value.most_common(4)
+        )
         raise ValueError(
             f"labels: expected the same {name} in all labels, got {list_of_values}. Put the labels of each"
             f" {name} into a separate file."
         )
-    return next(iter(counts), None)
+    return next(iter(count_by_value), None)
 
 
 def number_shapes(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
@@ -252,16 +265,16 @@ def number_shapes(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
 
     Every pair (hash of the generator, seed) gets one number, because a seed alone does not identify a shape.
 
-    Returns: the splits with numbers in place of seeds, and the (generator, seed) of each number.
+    Returns: the splits with numbers in place of seeds, and a list of the (generator, seed) of each number.
     """
     # (generator, seed) -> number, in the order of the first occurrence
-    numbers: dict[tuple[str, int], int] = {}
+    number_of_shape: dict[tuple[str, int], int] = {}
 
     def with_numbers(label: Preference) -> Preference:
         """Replace the seeds of one label."""
         # setdefault returns the number of a shape that has one, and adds the next number otherwise.
         winner, loser = (
-            numbers.setdefault((str(label.generator), seed), len(numbers))
+            number_of_shape.setdefault((str(label.generator), seed), len(number_of_shape))
             for seed in (label.winner, label.loser)
         )
         clean = None
@@ -270,4 +283,4 @@ def number_shapes(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
         return replace(label, winner=winner, loser=loser, clean=clean)
 
     train, val, test = (tuple(map(with_numbers, split)) for split in (splits.train, splits.val, splits.test))
-    return replace(splits, train=train, val=val, test=test), list(numbers)
+    return replace(splits, train=train, val=val, test=test), list(number_of_shape)

@@ -51,10 +51,10 @@ Value = TypeVar("Value")
 
 def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
     """Collect the values of each key. Keys and values are in the order of their first occurrence."""
-    groups: dict[Key, list[Value]] = defaultdict(list)
+    values_by_key: dict[Key, list[Value]] = defaultdict(list)
     for key, value in pairs:
-        groups[key].append(value)
-    return groups
+        values_by_key[key].append(value)
+    return values_by_key
 
 
 # Functions that convert the labels of one prompt to the goodness r of its assets
@@ -88,10 +88,10 @@ def goodness_from_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
     {'a': 0.667, 'b': 0.333}
     """
     votes_by_asset = _grouped(votes)
-    share = float(np.mean([vote for asset_votes in votes_by_asset.values() for vote in asset_votes]))
+    good_share = float(np.mean([vote for asset_votes in votes_by_asset.values() for vote in asset_votes]))
     return centred(
         {
-            name: (2 * (sum(asset_votes) + PRIOR * share) / (len(asset_votes) + PRIOR)) - 1
+            name: (2 * (sum(asset_votes) + PRIOR * good_share) / (len(asset_votes) + PRIOR)) - 1
             for name, asset_votes in votes_by_asset.items()
         }
     )
@@ -103,7 +103,12 @@ def goodness_from_probabilities(probabilities: Iterable[tuple[str, float]]) -> d
     The advantage of an asset is 2 p - 1, centred over the prompt, where p is the mean of its probabilities.
     If the members of an ensemble disagree about an asset, p is about 1/2.
     """
-    return centred({name: 2 * float(np.mean(values)) - 1 for name, values in _grouped(probabilities).items()})
+    return centred(
+        {
+            asset: 2 * float(np.mean(asset_probabilities)) - 1
+            for asset, asset_probabilities in _grouped(probabilities).items()
+        }
+    )
 
 
 def goodness_from_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
@@ -119,34 +124,38 @@ def goodness_from_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
     {'a': 0.667, 'b': 0.333}
     """
     probabilities: dict[str, float] = {}
-    for group in linked(comparisons):
+    for linked_comparisons in linked(comparisons):
         # Names in the order of their first occurrence
-        names: list[str] = []
-        for comparison in group:
+        asset_names: list[str] = []
+        for comparison in linked_comparisons:
             for name in (str(comparison.winner), str(comparison.loser)):
-                if name not in names:
-                    names.append(name)
-        if len(names) == 2:
-            wins = sum(
-                0.5 if comparison.tie else float(comparison.winner == names[0]) for comparison in group
+                if name not in asset_names:
+                    asset_names.append(name)
+        if len(asset_names) == 2:
+            first_win_count = sum(
+                0.5 if comparison.tie else float(comparison.winner == asset_names[0])
+                for comparison in linked_comparisons
             )
             # Laplace's rule of succession (a uniform prior). Bradley-Terry strengths would be infinite after
             # one win.
-            first_probability = (wins + 1) / (len(group) + 2)
-            probabilities |= {names[0]: first_probability, names[1]: 1 - first_probability}
+            first_probability = (first_win_count + 1) / (len(linked_comparisons) + 2)
+            probabilities |= {asset_names[0]: first_probability, asset_names[1]: 1 - first_probability}
         else:
-            fit = bradley_terry(group)
-            strength = dict(zip(fit.items, fit.strength.tolist(), strict=True))
+            fitted_strengths = bradley_terry(linked_comparisons)
+            strength_of_asset = dict(
+                zip(fitted_strengths.items, fitted_strengths.strength.tolist(), strict=True)
+            )
             # A set counts each opponent once, even after several comparisons.
-            opponents: dict[Hashable, set[Hashable]] = defaultdict(set)
-            for comparison in group:
-                opponents[comparison.winner].add(comparison.loser)
-                opponents[comparison.loser].add(comparison.winner)
-            for name in names:
-                wins_over_opponents = [
-                    expit(strength[name] - strength[opponent]) for opponent in opponents[name]
+            opponents_of_asset: dict[Hashable, set[Hashable]] = defaultdict(set)
+            for comparison in linked_comparisons:
+                opponents_of_asset[comparison.winner].add(comparison.loser)
+                opponents_of_asset[comparison.loser].add(comparison.winner)
+            for name in asset_names:
+                win_probabilities = [
+                    expit(strength_of_asset[name] - strength_of_asset[opponent])
+                    for opponent in opponents_of_asset[name]
                 ]
-                probabilities[name] = float(np.mean(wins_over_opponents))
+                probabilities[name] = float(np.mean(win_probabilities))
     return centred({name: 2 * p - 1 for name, p in probabilities.items()})
 
 
@@ -157,15 +166,18 @@ def linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
     comparisons. They are in the order of their first comparison.
     """
     items = dict.fromkeys(item for comparison in comparisons for item in comparison[:2])
-    index = {item: i for i, item in enumerate(items)}
+    index_of_item = {item: i for i, item in enumerate(items)}
     # Edges of the graph; their direction does not matter.
-    winners = [index[comparison.winner] for comparison in comparisons]
-    losers = [index[comparison.loser] for comparison in comparisons]
-    edges = coo_matrix((np.ones(len(comparisons)), (winners, losers)), shape=(len(index), len(index)))
-    _, component = connected_components(edges, directed=False)
+    winners = [index_of_item[comparison.winner] for comparison in comparisons]
+    losers = [index_of_item[comparison.loser] for comparison in comparisons]
+    edges = coo_matrix(
+        (np.ones(len(comparisons)), (winners, losers)), shape=(len(index_of_item), len(index_of_item))
+    )
+    _, component_of_item = connected_components(edges, directed=False)
     return list(
         _grouped(
-            (int(component[index[comparison.winner]]), comparison) for comparison in comparisons
+            (int(component_of_item[index_of_item[comparison.winner]]), comparison)
+            for comparison in comparisons
         ).values()
     )
 
@@ -175,7 +187,9 @@ def goodness_from_scores(scores: Iterable[tuple[str, float]]) -> dict[str, float
 
     The advantage of an asset is half the mean of its standardised scores, centred over the prompt.
     """
-    return centred({name: float(np.mean(values)) / 2 for name, values in _grouped(scores).items()})
+    return centred(
+        {asset: float(np.mean(asset_scores)) / 2 for asset, asset_scores in _grouped(scores).items()}
+    )
 
 
 def standardised_by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
@@ -189,12 +203,14 @@ def standardised_by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
     # The argument may be an iterator, and is read twice below.
     score_list = list(scores)
     # Mean and standard deviation of the scores of each rater
-    moments = {
-        rater: (float(np.mean(values)), float(np.std(values)))
-        for rater, values in _grouped(score_list).items()
+    moments_by_rater = {
+        rater: (float(np.mean(rater_scores)), float(np.std(rater_scores)))
+        for rater, rater_scores in _grouped(score_list).items()
     }
     return [
-        (score - moments[rater][0]) / moments[rater][1] if moments[rater][1] > 1e-9 else 0.0
+        (score - moments_by_rater[rater][0]) / moments_by_rater[rater][1]
+        if moments_by_rater[rater][1] > 1e-9
+        else 0.0
         for rater, score in score_list
     ]
 
@@ -206,11 +222,13 @@ def centred(advantages: Mapping[str, float]) -> dict[str, float]:
 
     Args: advantages: advantages by asset.
     """
-    values = np.array(list(advantages.values()), dtype=float)
+    advantage_array = np.array(list(advantages.values()), dtype=float)
     # The sum of A over a prompt becomes 0.
-    values -= values.mean()
-    values /= max(1.0, float(np.abs(values).max()))
-    return {name: float(0.5 + value / 2) for name, value in zip(advantages, values, strict=True)}
+    advantage_array -= advantage_array.mean()
+    advantage_array /= max(1.0, float(np.abs(advantage_array).max()))
+    return {
+        name: float(0.5 + advantage / 2) for name, advantage in zip(advantages, advantage_array, strict=True)
+    }
 
 
 # Advantages for losses over all assets of a prompt, and controls
@@ -229,10 +247,10 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
     # Standardisation would divide by 0 if all ranks are equal.
     if np.ptp(ranks) == 0:
         return np.zeros(len(ranks))
-    scores: np.ndarray = ndtri((ranks - 0.5) / len(ranks))
-    scores = scores - scores.mean()
-    scores = scores / scores.std()
-    return scores
+    advantages: np.ndarray = ndtri((ranks - 0.5) / len(ranks))
+    advantages = advantages - advantages.mean()
+    advantages = advantages / advantages.std()
+    return advantages
 
 
 def goodness_for_use(
@@ -255,8 +273,8 @@ def goodness_for_use(
     rng = np.random.default_rng([seed, 3])
     permuted_goodness = dict[str, float]()
     # The permutation is within a prompt, so that each prompt has the same values of r as before.
-    for names in _by_prompt(goodness, prompt_of).values():
-        for name, source_name in zip(names, rng.permutation(names).tolist(), strict=True):
+    for prompt_assets in _by_prompt(goodness, prompt_of).values():
+        for name, source_name in zip(prompt_assets, rng.permutation(prompt_assets).tolist(), strict=True):
             permuted_goodness[name] = goodness[source_name]
     # In the order of the assets in `goodness`
     return {name: permuted_goodness[name] for name in goodness}
@@ -310,13 +328,8 @@ class LabelLine:
     tie: bool = False  # for a pair: True if neither asset is preferred
 
 
-SINGLE_ASSET_KINDS = (
-    "thumb",
-    "label",
-    "score",
-    "p",
-    "rank",
-)  # names of the fields with labels of a single asset
+# Names of the fields with labels of a single asset
+SINGLE_ASSET_KINDS = ("thumb", "label", "score", "p", "rank")
 EXAMPLE = '{"asset": NAME, "condition": NAME, "thumb": true}'
 
 
@@ -333,9 +346,9 @@ def read_label_lines(path: Path, known: KnownAssets) -> list[LabelLine]:
     if not path.is_file():
         raise FileNotFoundError(f"--labels={path}: this file does not exist. Pass the path of a .jsonl file.")
     label_lines: list[LabelLine] = []
-    for number, record in jsonl_records(path, EXAMPLE):
+    for line_number, json_object in jsonl_records(path, EXAMPLE):
         try:
-            label_line = _parse(number, record, known, path.parent)
+            label_line = _parse(line_number, json_object, known, path.parent)
             label_lines.append(label_line)
             # Kinds cannot be mixed, because their scales differ. The first line decides the kind of the file.
             if label_line.kind != label_lines[0].kind:
@@ -344,7 +357,7 @@ def read_label_lines(path: Path, known: KnownAssets) -> list[LabelLine]:
                     f" the kind {label_lines[0].kind}. Put the labels of each kind into a separate file."
                 )
         except ValueError as error:
-            raise ValueError(f"{path.name}, line {number}: {error}") from None
+            raise ValueError(f"{path.name}, line {line_number}: {error}") from None
     if not label_lines:
         raise ValueError(
             f"{path.name}, line 1: the file is empty and contains no label. Add labels of some assets."
@@ -358,7 +371,10 @@ def read_goodness(path: Path, known: KnownAssets) -> dict[str, float]:
     Args:
         path: the .jsonl file.
         known: assets to which labels may refer.
-    Raises: as `read_label_lines`; also ValueError if the labels do not distinguish any assets of a prompt.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not valid (see `read_label_lines`), or the labels do not distinguish any assets
+            of a prompt.
     """
     lines = read_label_lines(path, known)
     goodness = _goodness_from_lines(lines, known.prompt_of, path.name)
@@ -403,23 +419,23 @@ def _parse(number: int, record: Mapping[str, Any], known: KnownAssets, folder: P
         preferred_asset = find_asset("preferred")
         rejected_asset = find_asset("rejected")
         # An exported tie has both fields, too, in any order.
-        tie = record.get("tie", False)
+        is_tie = record.get("tie", False)
         if preferred_asset == rejected_asset:
             raise ValueError(
-                f"preferred and rejected are the same asset, {preferred_asset!r}. Remove this line, or"
-                " correct one of both."
+                f"the fields preferred and rejected name the same asset, {preferred_asset!r}. Remove this"
+                " line, or correct the field preferred or the field rejected."
             )
         if known.prompt_of[preferred_asset] != known.prompt_of[rejected_asset]:
             raise ValueError(
                 f"the assets {preferred_asset!r} and {rejected_asset!r} have different prompts (condition),"
                 " so they cannot be compared. Remove this line."
             )
-        if not isinstance(tie, bool):
+        if not isinstance(is_tie, bool):
             raise ValueError(
-                f"expected tie to be true or false, got {tie!r}. Write true or false, or remove the field"
+                f"expected tie to be true or false, got {is_tie!r}. Write true or false, or remove the field"
                 " tie."
             )
-        return LabelLine(number=number, kind="pair", asset=preferred_asset, other=rejected_asset, tie=tie)
+        return LabelLine(number=number, kind="pair", asset=preferred_asset, other=rejected_asset, tie=is_tie)
     label_fields = [name for name in SINGLE_ASSET_KINDS if record.get(name) is not None]
     if not label_fields:
         raise ValueError(
@@ -433,21 +449,23 @@ def _parse(number: int, record: Mapping[str, Any], known: KnownAssets, folder: P
     label_field = label_fields[0]
     # The export of the labelling tool names a thumb `label`.
     kind = "thumb" if label_field == "label" else label_field
-    value = record[label_field]
+    label_value = record[label_field]
     # In Python, 1 == True and 0 == False, so 1 and 0 are accepted for a thumb, too.
-    if kind == "thumb" and value not in (True, False):
-        raise ValueError(f"expected {label_field} to be true or false, got {value!r}. Write true or false.")
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"expected {label_field} to be a number, got {value!r}. Write a number.")
-    if kind == "p" and not 0 <= value <= 1:
+    if kind == "thumb" and label_value not in (True, False):
         raise ValueError(
-            f"expected the probability p from 0 to 1, got {value!r}. For ratings on a different scale use the"
-            " field score."
+            f"expected {label_field} to be true or false, got {label_value!r}. Write true or false."
+        )
+    if not isinstance(label_value, (int, float)) or not math.isfinite(label_value):
+        raise ValueError(f"expected {label_field} to be a number, got {label_value!r}. Write a number.")
+    if kind == "p" and not 0 <= label_value <= 1:
+        raise ValueError(
+            f"expected the probability p from 0 to 1, got {label_value!r}. For ratings on a different scale"
+            " use the field score."
         )
     # Labels without the name of a rater count as labels of one rater, ''.
     rater = str(record.get("rater") or record.get("annotator") or "")
     asset = find_asset("asset", "mesh", "look_at")
-    return LabelLine(number=number, kind=kind, asset=asset, value=float(value), rater=rater)
+    return LabelLine(number=number, kind=kind, asset=asset, value=float(label_value), rater=rater)
 
 
 def _goodness_from_lines(
@@ -460,67 +478,78 @@ def _goodness_from_lines(
         prompt_of: prompt of every asset.
         file: name of the file, for messages.
     """
-    kind = lines[0].kind
+    label_kind = lines[0].kind
     # Scores are standardised over all prompts of a rater. Everything else is computed per prompt.
-    values = (
+    label_values = (
         standardised_by_rater((line.rater, line.value) for line in lines)
-        if kind == "score"
+        if label_kind == "score"
         else [line.value for line in lines]
     )
-    groups = _grouped(
-        (prompt_of[line.asset], (line, value)) for line, value in zip(lines, values, strict=True)
+    lines_of_prompt = _grouped(
+        (prompt_of[line.asset], (line, label_value))
+        for line, label_value in zip(lines, label_values, strict=True)
     )
     # Functions that compute r of the assets of a prompt from their lines and values
     converters: dict[str, Callable[[list[tuple[LabelLine, float]]], dict[str, float]]] = {
-        "thumb": lambda group: goodness_from_votes([(line.asset, bool(value)) for line, value in group]),
-        "score": lambda group: goodness_from_scores([(line.asset, value) for line, value in group]),
-        "p": lambda group: goodness_from_probabilities([(line.asset, value) for line, value in group]),
-        "pair": lambda group: goodness_from_pairs(
-            [Comparison(line.asset, line.other, line.tie) for line, _ in group]
+        "thumb": lambda lines_and_values: goodness_from_votes(
+            [(line.asset, bool(label_value)) for line, label_value in lines_and_values]
         ),
-        "rank": lambda group: goodness_from_ranks(_unique_ranks(group, file)),
+        "score": lambda lines_and_values: goodness_from_scores(
+            [(line.asset, label_value) for line, label_value in lines_and_values]
+        ),
+        "p": lambda lines_and_values: goodness_from_probabilities(
+            [(line.asset, label_value) for line, label_value in lines_and_values]
+        ),
+        "pair": lambda lines_and_values: goodness_from_pairs(
+            [Comparison(line.asset, line.other, line.tie) for line, _ in lines_and_values]
+        ),
+        "rank": lambda lines_and_values: goodness_from_ranks(_unique_ranks(lines_and_values, file)),
     }
     goodness: dict[str, float] = {}
-    for group in groups.values():
-        goodness |= converters[kind](group)
+    for lines_and_values in lines_of_prompt.values():
+        goodness |= converters[label_kind](lines_and_values)
     return goodness
 
 
-def _unique_ranks(group: Sequence[tuple[LabelLine, float]], file: str) -> dict[str, float]:
+def _unique_ranks(lines_and_ranks: Sequence[tuple[LabelLine, float]], file: str) -> dict[str, float]:
     """Return the rank of each asset of a prompt.
 
     Args:
-        group: lines of the prompt with their ranks.
+        lines_and_ranks: lines of the prompt with their ranks.
         file: name of the file, for messages.
     Raises: ValueError for an asset with two ranks.
     """
-    ranks: dict[str, float] = {}
-    for line, value in group:
-        if line.asset in ranks:
+    rank_by_asset: dict[str, float] = {}
+    # Number of the line of each asset, for the message
+    line_number_by_asset: dict[str, int] = {}
+    for line, rank in lines_and_ranks:
+        if line.asset in rank_by_asset:
+            first_number = line_number_by_asset[line.asset]
             raise ValueError(
-                f"{file}, line {line.number}: this is a second rank of the asset {line.asset!r}. Remove one"
-                " of both lines."
+                f"{file}, line {line.number}: the asset {line.asset!r} already has a rank in line"
+                f" {first_number}. Remove line {first_number} or line {line.number}."
             )
-        ranks[line.asset] = value
-    return ranks
+        rank_by_asset[line.asset] = rank
+        line_number_by_asset[line.asset] = line.number
+    return rank_by_asset
 
 
 def _describe_no_signal(lines: Sequence[LabelLine], prompt_of: Mapping[str, str]) -> str:
     """Return a message that states why labels do not distinguish assets, and what to do."""
-    kind = lines[0].kind
+    label_kind = lines[0].kind
     # Only pairs have a second asset; for all other kinds its name is ''.
-    labelled_assets = {name for line in lines for name in (line.asset, line.other) if name}
-    if len(labelled_assets) == len({prompt_of[name] for name in labelled_assets}):
+    labelled_assets = {asset for line in lines for asset in (line.asset, line.other) if asset}
+    if len(labelled_assets) == len({prompt_of[asset] for asset in labelled_assets}):
         return (
             "each prompt (condition) has labels of one asset only, so that no assets can be compared. Label"
             " several assets of a prompt."
         )
-    if kind == "thumb" and len({line.value for line in lines}) == 1:
+    if label_kind == "thumb" and len({line.value for line in lines}) == 1:
         return (
             f"all {len(lines)} labels state that the asset is {'good' if lines[0].value else 'bad'}, so that"
             " they do not distinguish assets. Label further assets, or use scores."
         )
-    equal_labels = "only ties" if kind in ("rank", "pair") else f"equal {kind}s"
+    equal_labels = "only ties" if label_kind in ("rank", "pair") else f"equal {label_kind}s"
     return (
         f"the labels of each prompt are {equal_labels}, so that they do not distinguish assets. Label further"
         " assets, or use a finer scale."
@@ -535,9 +564,9 @@ def contrast(goodness: Goodness, prompts: Collection[str], prompt_of: Mapping[st
         prompts: prompts whose assets are selected.
         prompt_of: prompt of every asset.
     """
-    groups = _by_prompt(goodness, prompt_of)
+    labelled_assets_by_prompt = _by_prompt(goodness, prompt_of)
     return {
         name: r
         for name, r in goodness.items()
-        if prompt_of[name] in prompts and len(groups[prompt_of[name]]) > 1
+        if prompt_of[name] in prompts and len(labelled_assets_by_prompt[prompt_of[name]]) > 1
     }

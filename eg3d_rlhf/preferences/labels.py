@@ -76,8 +76,8 @@ class Preference:
             )
         if self.clean is not None and self.clean not in (self.winner, self.loser):
             raise ValueError(
-                f"expected clean to be {self.winner} or {self.loser}, got"
-                f" {self.clean!r}. Write the seed of the better shape, or remove the field clean."
+                f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the seed of"
+                " the better shape, or remove the field clean."
             )
         check_psi(self.psi)
 
@@ -91,12 +91,12 @@ class Preference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the label as JSON values. Fields that were not stated, and a false tie, are left out."""
-        record = {}
+        json_values = {}
         for name in FIELDS:
-            value = getattr(self, name)
-            if value is not None and not (name == "tie" and not value):
-                record[name] = value
-        return {**record, **self.extra}
+            field_value = getattr(self, name)
+            if field_value is not None and not (name == "tie" and not field_value):
+                json_values[name] = field_value
+        return {**json_values, **self.extra}
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,11 @@ def read_records(
             f"labels: the file {path} does not exist. Correct the path, or label some {things} first."
         )
     labels = []
-    for line, record in readers[path.suffix](path):
+    for line_number, record in readers[path.suffix](path):
         try:
             labels.append(parse(record))
         except ValueError as error:
-            raise ValueError(f"{path.name}, line {line}: {error}") from error
+            raise ValueError(f"{path.name}, line {line_number}: {error}") from error
     if not labels:
         raise ValueError(
             f"{path.name}, line 1: the file is empty and contains no label. Add labels of {things}."
@@ -188,16 +188,16 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
     # All records are needed first, since they determine the columns of a CSV file.
     records = [label.to_dict() for label in labels]
     if path.suffix == ".jsonl":
-        text = "".join(json.dumps(record) + "\n" for record in records)
+        file_text = "".join(json.dumps(record) + "\n" for record in records)
     else:
         # One column for each further field of any record; in other records its cell is empty.
         extra_names = sorted({name for record in records for name in record} - set(FIELDS))
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, [*FIELDS, *extra_names], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        text = buffer.getvalue()
-    write_atomic(path, text.encode())
+        csv_buffer = io.StringIO()
+        csv_writer = csv.DictWriter(csv_buffer, [*FIELDS, *extra_names], lineterminator="\n")
+        csv_writer.writeheader()
+        csv_writer.writerows(records)
+        file_text = csv_buffer.getvalue()
+    write_atomic(path, file_text.encode())
     return path
 
 
@@ -224,23 +224,23 @@ def jsonl_records(
     Raises: ValueError, which names file and line, for a line that is not a JSON object.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path.name}, line {number}: the line is not valid JSON ({error}). Write one JSON object"
-                    f" per line, for example {example}."
+                    f"{path.name}, line {line_number}: the line is not valid JSON ({error}). Write one JSON"
+                    f" object per line, for example {example}."
                 ) from error
             if not isinstance(record, dict):
-                kind = type(record).__name__
+                type_name = type(record).__name__
                 raise ValueError(
-                    f"{path.name}, line {number}: expected a JSON object, got a value of type {kind}. Write,"
-                    f" for example, {example}."
+                    f"{path.name}, line {line_number}: expected a JSON object, got a value of type"
+                    f" {type_name}. Write, for example, {example}."
                 )
-            yield number, record
+            yield line_number, record
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -249,30 +249,30 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises: ValueError, which names file and line, for a header or a row that is not valid.
     """
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = csv.reader(file)
-        header = [name.strip() for name in next(rows, [])]
+        csv_rows = csv.reader(file)
+        header = [name.strip() for name in next(csv_rows, [])]
         # In a table of ranked seeds, rank 1 is the winner. The name of its first column may differ.
         is_ranked_table = header[1:] == ["rank1", "rank2"]
-        names = ["index", "winner", "loser"] if is_ranked_table else header
-        if not {"winner", "loser"} <= set(names):
+        column_names = ["index", "winner", "loser"] if is_ranked_table else header
+        if not {"winner", "loser"} <= set(column_names):
             raise ValueError(
                 f"{path.name}, line 1: expected a header with the columns winner and loser (or: index, rank1,"
                 f" rank2), got {header}. Add the header."
             )
-        for row in rows:
+        for row_cells in csv_rows:
             # Empty lines are skipped.
-            if not any(cell.strip() for cell in row):
+            if not any(cell.strip() for cell in row_cells):
                 continue
-            if len(row) != len(names):
+            if len(row_cells) != len(column_names):
                 raise ValueError(
-                    f"{path.name}, line {rows.line_num}: expected {len(names)} cells as in the header, got"
-                    f" {len(row)}. Add or remove cells."
+                    f"{path.name}, line {csv_rows.line_num}: expected {len(column_names)} cells as in the"
+                    f" header, got {len(row_cells)}. Add or remove cells."
                 )
-            record = dict(zip(names, (cell.strip() for cell in row), strict=True))
+            record = dict(zip(column_names, (cell.strip() for cell in row_cells), strict=True))
             if is_ranked_table:
                 record.pop("index")
             # A row may have several lines; line_num is the number of its last line.
-            yield rows.line_num, {name: cell for name, cell in record.items() if cell != ""}
+            yield csv_rows.line_num, {name: cell for name, cell in record.items() if cell != ""}
 
 
 def _parse(record: Mapping[str, Any]) -> Preference:
@@ -300,7 +300,7 @@ def _parse(record: Mapping[str, Any]) -> Preference:
         raise ValueError(
             f"expected tie to be true or false, got {tie!r}. Write true or false, or remove the field tie."
         )
-    # `clean` may also be true, which stands for the winner, or false for the loser.
+    # `clean` may also be true, which means the winner, or false, which means the loser.
     if str(clean).lower() in ("true", "false"):
         clean = winner if str(clean).lower() == "true" else loser
     return Preference(
@@ -318,7 +318,7 @@ def common_fields(record: Mapping[str, Any], names: Collection[str]) -> dict[str
     Args:
         record: record of a JSON line or of a CSV row.
         names: names of all fields of the label; all others become `extra`.
-    Returns: values by name of the field.
+    Returns: dict of the parsed values "generator", "annotator", "psi", "time" and "extra".
     Raises: ValueError for a value that is not valid; the caller adds file and line to the message.
     """
     return {
@@ -355,12 +355,13 @@ def parse_number(record: Mapping[str, Any], name: str) -> float | None:
 
     Raises: ValueError for a value that is no number; the caller adds file and line to the message.
     """
-    value = record.get(name)
+    field_value = record.get(name)
     try:
-        return None if value is None else float(value)
+        return None if field_value is None else float(field_value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"expected {name} to be a number, got {value!r}. Write a number, or remove the field {name}."
+            f"expected {name} to be a number, got {field_value!r}. Write a number, or remove the field"
+            f" {name}."
         ) from None
 
 

@@ -35,7 +35,7 @@ REACH = 8.0
 _TOGETHER = -0.5
 # Least variance, relative to the variance of the model for untied games. If one generator wins almost all
 # games, the variance of the residuals is too small.
-_LEAST = 0.45
+_MIN_VARIANCE = 0.45
 _FIT_STEPS = 60  # largest number of steps of Newton's method
 _HALVINGS = 40  # largest number of steps of the bisection for an end of an interval
 _PRECISION = 1e-4  # precision of an end of an interval, in units of strength
@@ -61,11 +61,11 @@ class Design:
 
         Its product with the strengths gives the difference of strengths of each cell.
         """
-        signs = np.zeros((len(self.cells), self.generators))
-        rows = np.arange(len(self.cells))
-        signs[rows, self.cells[:, 0]] = 1
-        signs[rows, self.cells[:, 1]] = -1
-        return signs
+        sign_matrix = np.zeros((len(self.cells), self.generators))
+        cell_indices = np.arange(len(self.cells))
+        sign_matrix[cell_indices, self.cells[:, 0]] = 1
+        sign_matrix[cell_indices, self.cells[:, 1]] = -1
+        return sign_matrix
 
     @property
     def games(self) -> np.ndarray:
@@ -74,13 +74,16 @@ class Design:
 
 
 def fit(
-    score: np.ndarray, games: np.ndarray, signs: np.ndarray, held: tuple[np.ndarray, np.ndarray] | None = None
+    cell_scores: np.ndarray,
+    game_counts: np.ndarray,
+    signs: np.ndarray,
+    held: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Maximise the logistic quasi-likelihood of scores over strengths with mean 0.
 
     Args:
-        score: sums [R, C] of the scores of each cell.
-        games: numbers [C] of games of each cell.
+        cell_scores: sums [R, C] of the scores of each cell.
+        game_counts: numbers [C] of games of each cell.
         signs: matrix [C, G] of `Design.signs`.
         held: coefficients c [G] and values [R] of an additional constraint c . strength = value; None for no
             constraint.
@@ -88,33 +91,37 @@ def fit(
     """
     # Columns: the constraint that the mean is 0, and the additional constraint.
     constraints = np.ones((signs.shape[1], 1)) if held is None else np.c_[np.ones(signs.shape[1]), held[0]]
-    # Basis [G, F] of the directions that change no constraint: the left singular vectors after the first
-    # ones.
-    free = np.linalg.svd(constraints)[0][:, constraints.shape[1] :]
+    # Basis [G, F] of the directions in which the constraints remain fulfilled: the left singular vectors
+    # after the first ones, one for each constraint.
+    free_directions = np.linalg.svd(constraints)[0][:, constraints.shape[1] :]
     # Strengths that fulfil the constraints
     if held is None:
-        start = np.zeros((len(score), signs.shape[1]))
+        start_strengths = np.zeros((len(cell_scores), signs.shape[1]))
     else:
-        coefficient, value = held
-        start = value[:, None] * coefficient / (coefficient @ coefficient)
-    free_signs = signs @ free
-    coefficients = np.zeros((len(score), free.shape[1]))
-    for _ in range(_FIT_STEPS if free.shape[1] else 0):
-        p = expit((start + coefficients @ free.T) @ signs.T)
+        constraint_coefficients, constraint_values = held
+        start_strengths = (
+            constraint_values[:, None]
+            * constraint_coefficients
+            / (constraint_coefficients @ constraint_coefficients)
+        )
+    free_signs = signs @ free_directions
+    coefficients = np.zeros((len(cell_scores), free_directions.shape[1]))
+    for _ in range(_FIT_STEPS if free_directions.shape[1] else 0):
+        p = expit((start_strengths + coefficients @ free_directions.T) @ signs.T)
         # A step of Newton's method. If one generator wins a cell with certainty, the cell has no curvature,
         # and 1e-12 makes the matrix regular.
-        hessian = np.einsum("rc,ca,cb->rab", games * p * (1 - p), free_signs, free_signs) + 1e-12 * np.eye(
-            free.shape[1]
-        )
-        step = np.linalg.solve(hessian, ((score - games * p) @ free_signs)[..., None])[..., 0]
+        hessian = np.einsum(
+            "rc,ca,cb->rab", game_counts * p * (1 - p), free_signs, free_signs
+        ) + 1e-12 * np.eye(free_directions.shape[1])
+        step = np.linalg.solve(hessian, ((cell_scores - game_counts * p) @ free_signs)[..., None])[..., 0]
         # A step is limited to 2 units of strength.
         step *= np.minimum(1, 2 / np.abs(step).max(axis=1, keepdims=True).clip(1e-12))
         coefficients = coefficients + step
         # This is far below the precision of the ends of intervals.
         if np.abs(step).max() < 1e-7:
             break
-    strength: np.ndarray = start + coefficients @ free.T
-    return strength
+    fitted_strengths: np.ndarray = start_strengths + coefficients @ free_directions.T
+    return fitted_strengths
 
 
 def strengths(
@@ -124,50 +131,58 @@ def strengths(
 
     The expected score of a game is sigmoid(s_i - s_j), where s_i, s_j are the strengths of the first and the
     second generator. Ties count half. G - 1 additional ties, distributed evenly over the cells, make the
-    estimate finite (with two generators this is Firth's estimate).
+    estimate finite. With two generators this is Firth's estimate.
 
     An end of an interval is the strength at which the squared efficient score of the games exceeds its
-    variance V times the squared quantile of Student's t distribution. With two generators and independent
-    games this is Wilson's interval. The variance is V = V_prompts + V_annotators - V_both (Cameron, Gelbach
-    and Miller 2011), where each term is the variance for games that are grouped by prompt, by annotator, and
-    by both. The difference V_annotators - V_both is at least -0.5 V_both. With fewer than FEW annotators V =
-    V_prompts. V is at least 0.45 times the variance of untied independent games. Degrees of freedom are those
-    of Satterthwaite.
+    variance V times the squared quantile of Student's t distribution. The efficient score is the derivative
+    of the log-likelihood in this strength, see `_direction`. With two generators and independent games the
+    result is Wilson's interval. The variance is V = V_prompts + V_annotators - V_both (Cameron, Gelbach and
+    Miller 2011). V_prompts is the variance for games that are grouped by prompt, V_annotators for games that
+    are grouped by annotator, and V_both for games that are grouped by prompt and annotator together. The
+    difference V_annotators - V_both is limited to values of at least -0.5 V_both. With fewer than FEW
+    annotators V is V_prompts. V is at least 0.45 times the variance of untied independent games. Degrees of
+    freedom are those of Satterthwaite.
 
     Args:
         scores: scores [R, M] of the games.
         design: structure of the games, with at least two prompts.
         confidence: level of the intervals, in 0..1.
-    Returns: strengths with mean 0, and lower and upper ends of their intervals, [R, G] each. An end is
-        infinite if the games do not bound the strength on this side.
+    Returns: the strengths with mean 0, the lower ends of their intervals, and the upper ends of their
+        intervals, [R, G] each. An end is infinite if the games do not bound the strength on this side.
     """
-    cell_of_game = np.zeros((len(design.cell), len(design.cells)))  # [M, C]
-    cell_of_game[np.arange(len(design.cell)), design.cell] = 1
-    cell_score = scores @ cell_of_game  # [R, C], sums of the scores of all games of a cell
-    games = design.games
+    cell_membership = np.zeros((len(design.cell), len(design.cells)))  # [M, C]
+    cell_membership[np.arange(len(design.cell)), design.cell] = 1
+    cell_scores = scores @ cell_membership  # [R, C], sums of the scores of all games of a cell
+    game_counts = design.games
     signs = design.signs
     # Number of additional ties of each cell, a fraction of a game
-    added_ties = np.full(len(games), (design.generators - 1) / len(games))
-    estimate = fit(cell_score + added_ties / 2, games + added_ties, signs)
-    p = expit(estimate @ signs.T)
+    added_ties = np.full(len(game_counts), (design.generators - 1) / len(game_counts))
+    estimated_strengths = fit(cell_scores + added_ties / 2, game_counts + added_ties, signs)
+    win_probabilities = expit(estimated_strengths @ signs.T)
     # [R, M]. The second term in the bracket is the influence of the additional ties. With it the residuals
     # sum to 0.
-    residual = scores - (p - added_ties / games * (0.5 - p))[:, design.cell]
-    least_variance = _LEAST * (scores != 0.5).mean(axis=1)  # [R]; ties carry no variance
-    ends = np.empty((2, *estimate.shape))
-    for k in range(design.generators):
+    residuals = (
+        scores - (win_probabilities - added_ties / game_counts * (0.5 - win_probabilities))[:, design.cell]
+    )
+    min_variance = _MIN_VARIANCE * (scores != 0.5).mean(axis=1)  # [R]; ties carry no variance
+    interval_ends = np.empty((2, *estimated_strengths.shape))
+    for generator_index in range(design.generators):
         # The product of this contrast and the strengths is the strength of generator k relative to the mean.
-        contrast = np.eye(design.generators)[k] - 1 / design.generators
-        limit = _largest_accepted(residual, least_variance, estimate, design, contrast, confidence)
-        data = (cell_score, games, signs, added_ties)
+        contrast = np.eye(design.generators)[generator_index] - 1 / design.generators
+        accepted_limit = _largest_accepted(
+            residuals, min_variance, estimated_strengths, design, contrast, confidence
+        )
+        cell_data = (cell_scores, game_counts, signs, added_ties)
         # Lower end (-1) and upper end (1)
-        for side, side_ends in zip((-1, 1), ends, strict=True):
-            side_ends[:, k] = _find_end(estimate[:, k], side, contrast, limit, data)
-    return estimate, ends[0], ends[1]
+        for side, side_ends in zip((-1, 1), interval_ends, strict=True):
+            side_ends[:, generator_index] = _find_end(
+                estimated_strengths[:, generator_index], side, contrast, accepted_limit, cell_data
+            )
+    return estimated_strengths, interval_ends[0], interval_ends[1]
 
 
 def _direction(
-    strength: np.ndarray, games: np.ndarray, signs: np.ndarray, contrast: np.ndarray
+    strength_values: np.ndarray, game_counts: np.ndarray, signs: np.ndarray, contrast: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the direction of the efficient score of a contrast of strengths.
 
@@ -175,29 +190,32 @@ def _direction(
     strengths are unknown.
 
     Args:
-        strength: strengths [R, G] at which the direction is computed.
-        games: numbers [C] of games of each cell.
+        strength_values: strengths [R, G] at which the direction is computed.
+        game_counts: numbers [C] of games of each cell.
         signs: matrix [C, G] of `Design.signs`.
         contrast: coefficients [G] of the contrast, which sum to 0.
-    Returns: weights [R, G] of the derivatives in the strengths, and the efficient information [R].
+    Returns: the weights [R, G] with which the derivatives in the strengths are added to the efficient score,
+        and the variance [R] of the efficient score in the model (its information).
     """
-    p = expit(strength @ signs.T)
-    information = np.einsum("rc,ca,cb->rab", games * p * (1 - p), signs, signs)
+    p = expit(strength_values @ signs.T)
+    information = np.einsum("rc,ca,cb->rab", game_counts * p * (1 - p), signs, signs)
     # The games give no information on the mean of all strengths. A constant that is added to all entries
     # makes the matrix regular, and does not change the result for a contrast.
-    constant = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
-    right_side = np.broadcast_to(contrast, strength.shape)[..., None]
+    mean_information = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
+    right_side = np.broadcast_to(contrast, strength_values.shape)[..., None]
     # The inverse of the information times the contrast, [R, G]
-    solution = np.linalg.solve(information + constant + 1e-14 * np.eye(len(contrast)), right_side)[..., 0]
+    inverse_times_contrast = np.linalg.solve(
+        information + mean_information + 1e-14 * np.eye(len(contrast)), right_side
+    )[..., 0]
     # The inverse of the efficient information is contrast . I^-1 contrast.
-    variance = (solution @ contrast)[:, None]
-    return solution / variance, 1 / variance[:, 0]
+    variance = (inverse_times_contrast @ contrast)[:, None]
+    return inverse_times_contrast / variance, 1 / variance[:, 0]
 
 
 def _largest_accepted(
-    residual: np.ndarray,
-    least_variance: np.ndarray,
-    strength: np.ndarray,
+    residuals: np.ndarray,
+    min_variance: np.ndarray,
+    estimated_strengths: np.ndarray,
     design: Design,
     contrast: np.ndarray,
     confidence: float,
@@ -208,97 +226,109 @@ def _largest_accepted(
     `strengths`) to its information.
 
     Args:
-        residual: residuals [R, M] of the games.
-        least_variance: least variance [R] relative to the information.
-        strength: estimated strengths [R, G].
+        residuals: residuals [R, M] of the games.
+        min_variance: lower limit [R] of the variance, as a share of the information.
+        estimated_strengths: estimated strengths [R, G].
         design: structure of the games.
         contrast: coefficients [G] of the contrast.
         confidence: level of the interval, in 0..1.
     """
-    weights, information = _direction(strength, design.games, design.signs, contrast)
-    contributions = residual * (weights @ design.signs.T)[:, design.cell]  # [R, M]
+    weights, information = _direction(estimated_strengths, design.games, design.signs, contrast)
+    contributions = residuals * (weights @ design.signs.T)[:, design.cell]  # [R, M]
     independent_variance = (contributions**2).sum(axis=1)
     annotator_count = len(np.unique(design.annotator))
     prompt_count = len(np.unique(design.prompt))
     # Games with the same prompt are not independent, so games are always grouped by prompt.
     prompt_variance = _grouped_variance(contributions, design.prompt)
     variance = prompt_variance
-    degrees = np.full(len(contributions), prompt_count - 1.0)
+    degrees_of_freedom = np.full(len(contributions), prompt_count - 1.0)
     if annotator_count >= FEW:
         annotator_variance = _grouped_variance(contributions, design.annotator)
         # One number for each combination of prompt and annotator
-        combination = design.prompt.astype(np.int64) * (int(design.annotator.max()) + 1) + design.annotator
-        both_variance = _grouped_variance(contributions, combination)
-        annotator_part = np.maximum(annotator_variance - both_variance, _TOGETHER * both_variance)
-        variance = prompt_variance + annotator_part
+        combination_index = (
+            design.prompt.astype(np.int64) * (int(design.annotator.max()) + 1) + design.annotator
+        )
+        both_variance = _grouped_variance(contributions, combination_index)
+        annotator_term = np.maximum(annotator_variance - both_variance, _TOGETHER * both_variance)
+        variance = prompt_variance + annotator_term
         # Satterthwaite's approximation of the degrees of freedom of a sum of two variances
-        denominator = annotator_variance**2 * (annotator_part > 0) / (
+        denominator = annotator_variance**2 * (annotator_term > 0) / (
             annotator_count - 1
         ) + prompt_variance**2 / (prompt_count - 1)
-        degrees = np.clip(
+        degrees_of_freedom = np.clip(
             variance**2 / denominator.clip(1e-300),
             min(annotator_count, prompt_count) - 1,
             prompt_count - 1,
         )
     # If one generator won all games, the residuals have no variance, and the variance of the model is used.
     has_variance = independent_variance > 1e-9 * information
-    variance = np.where(has_variance, np.maximum(variance, least_variance * information), information)
-    limit: np.ndarray = student.ppf(0.5 + confidence / 2, degrees) ** 2 * variance / information
-    return limit
+    variance = np.where(has_variance, np.maximum(variance, min_variance * information), information)
+    accepted_limit: np.ndarray = (
+        student.ppf(0.5 + confidence / 2, degrees_of_freedom) ** 2 * variance / information
+    )
+    return accepted_limit
 
 
-def _grouped_variance(contributions: np.ndarray, group: np.ndarray) -> np.ndarray:
+def _grouped_variance(contributions: np.ndarray, group_indices: np.ndarray) -> np.ndarray:
     """Estimate the variance [R] of the sum of M contributions if contributions of different groups are
     independent.
 
     Args:
         contributions: contributions [R, M].
-        group: index of the group of each contribution, [M].
+        group_indices: index of the group of each contribution, [M].
     """
     # Sorted by group, because np.add.reduceat sums runs. A stable sort gives a fixed order of summation.
-    order = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    squares: np.ndarray = (np.add.reduceat(contributions[:, order], starts, axis=1) ** 2).sum(axis=1)
+    game_order = np.argsort(group_indices, kind="stable")
+    group_starts = np.flatnonzero(np.diff(group_indices[game_order], prepend=-1))
+    squared_sum: np.ndarray = (np.add.reduceat(contributions[:, game_order], group_starts, axis=1) ** 2).sum(
+        axis=1
+    )
     # The factor n / (n - 1) corrects the bias for a small number n of groups.
-    return squares * len(starts) / max(1, len(starts) - 1)
+    return squared_sum * len(group_starts) / max(1, len(group_starts) - 1)
 
 
 def _find_end(
-    estimate: np.ndarray, side: int, contrast: np.ndarray, limit: np.ndarray, data: tuple[np.ndarray, ...]
+    estimated_contrast: np.ndarray,
+    side: int,
+    contrast: np.ndarray,
+    accepted_limit: np.ndarray,
+    cell_data: tuple[np.ndarray, ...],
 ) -> np.ndarray:
     """Find the end of an interval on one side by bisection between the estimate and `side` * REACH.
 
     Args:
-        estimate: estimated contrast [R].
+        estimated_contrast: estimated contrast [R].
         side: -1 for the lower end, 1 for the upper end.
         contrast: coefficients [G] of the contrast.
-        limit: largest accepted value [R], see `_largest_accepted`.
-        data: sums of scores [R, C], numbers of games [C], matrix of signs [C, G], and numbers of additional
-            ties [C].
-    Returns: end [R] of the interval, or infinity where it lies beyond REACH.
+        accepted_limit: largest accepted value [R], see `_largest_accepted`.
+        cell_data: four arrays that describe the cells: the sums of scores [R, C], the numbers of games [C],
+            the matrix of signs [C, G] of `Design.signs`, and the numbers of additional ties [C].
+    Returns: the end [R] of the interval. It is infinite, with the sign of `side`, if it is beyond REACH.
     """
-    cell_score, games, signs, added_ties = data
+    cell_scores, game_counts, signs, added_ties = cell_data
 
-    def is_inside(value: np.ndarray) -> np.ndarray:
-        """Return True [R] for values [R] of the contrast inside the interval.
+    def is_inside(contrast_values: np.ndarray) -> np.ndarray:
+        """Return a mask [R] of the values [R] of the contrast that are inside the interval.
 
         All other combinations of strengths have their most likely values.
         """
-        constrained = fit(cell_score + added_ties / 2, games + added_ties, signs, (contrast, value))
-        weights, information = _direction(constrained, games, signs, contrast)
-        derivative = (cell_score - games * expit(constrained @ signs.T)) @ signs
+        constrained_strengths = fit(
+            cell_scores + added_ties / 2, game_counts + added_ties, signs, (contrast, contrast_values)
+        )
+        weights, information = _direction(constrained_strengths, game_counts, signs, contrast)
+        derivative = (cell_scores - game_counts * expit(constrained_strengths @ signs.T)) @ signs
         efficient_score = (derivative * weights).sum(axis=1)
-        result: np.ndarray = efficient_score**2 <= limit * information
-        return result
+        is_accepted: np.ndarray = efficient_score**2 <= accepted_limit * information
+        return is_accepted
 
-    inner_value = estimate
-    outer_value = np.full(len(estimate), side * REACH)
+    inner_value = estimated_contrast
+    outer_value = np.full(len(estimated_contrast), side * REACH)
     is_unbounded = is_inside(outer_value)
     for _ in range(_HALVINGS):
-        middle = (inner_value + outer_value) / 2
-        middle_inside = is_inside(middle)
-        inner_value = np.where(middle_inside, middle, inner_value)
-        outer_value = np.where(middle_inside, outer_value, middle)
+        middle_value = (inner_value + outer_value) / 2
+        is_middle_inside = is_inside(middle_value)
+        inner_value = np.where(is_middle_inside, middle_value, inner_value)
+        outer_value = np.where(is_middle_inside, outer_value, middle_value)
         if np.abs(inner_value - outer_value).max() < _PRECISION:
             break
     return np.where(is_unbounded, side * np.inf, inner_value)
@@ -312,8 +342,8 @@ def _find_end(
 
 # Least numbers of games and prompts of a generator with points. With fewer games or prompts, no interval that
 # we tried has the stated coverage (docs/results/intervals.md).
-LEAST_GAMES = 20
-LEAST_PROMPTS = 10
+MIN_GAMES = 20
+MIN_PROMPTS = 10
 
 
 class Game(NamedTuple):
@@ -418,22 +448,22 @@ class Leaderboard:
             "n": self.games,
             "annotators": self.annotators,
             "prompts": self.prompts,
-            "least_games": LEAST_GAMES,
-            "least_prompts": LEAST_PROMPTS,
+            "least_games": MIN_GAMES,
+            "least_prompts": MIN_PROMPTS,
         }
 
 
-def needs(games: int, prompts: int) -> str:
+def needs(n_games: int, n_prompts: int) -> str:
     """Describe how many games and prompts a generator still needs for points.
 
     Args:
-        games: number of its games.
-        prompts: number of different prompts of its games.
+        n_games: number of its games.
+        n_prompts: number of different prompts of its games.
     """
     # Missing number, name of the unit, and ending of its plural
     requirements = [
-        (LEAST_GAMES - games, "more comparison", "s"),
-        (LEAST_PROMPTS - prompts, "more prompt", "s or pairs"),
+        (MIN_GAMES - n_games, "more comparison", "s"),
+        (MIN_PROMPTS - n_prompts, "more prompt", "s or pairs"),
     ]
     phrases = [
         f"{missing_count} {unit}{plural if missing_count > 1 else ''}"
@@ -441,14 +471,14 @@ def needs(games: int, prompts: int) -> str:
         if missing_count > 0
     ]
     if not phrases:
-        return f"{games} comparisons, but its opponents have too few"
-    return f"{games} comparisons over {prompts} prompts; needs {' and '.join(phrases)}"
+        return f"{n_games} comparisons, but its opponents have too few"
+    return f"{n_games} comparisons over {n_prompts} prompts; needs {' and '.join(phrases)}"
 
 
 def leaderboard(games: Iterable[Game]) -> Leaderboard:
     """Compute the leaderboard of all generators in games.
 
-    A generator gets points if it has at least LEAST_GAMES games with LEAST_PROMPTS different prompts against
+    A generator gets points if it has at least MIN_GAMES games with MIN_PROMPTS different prompts against
     other generators with points.
     """
     games = list(games)
@@ -457,22 +487,28 @@ def leaderboard(games: Iterable[Game]) -> Leaderboard:
     ranked_games = games
     # Removing a generator removes games of its opponents, which may then have too few games as well.
     while True:
-        names = sorted(name for name in _names(ranked_games) if _has_enough_games(ranked_games, name))
-        remaining_games = [game for game in ranked_games if game.first in names and game.second in names]
+        sufficient_names = sorted(
+            name for name in _names(ranked_games) if _has_enough_games(ranked_games, name)
+        )
+        remaining_games = [
+            game
+            for game in ranked_games
+            if game.first in sufficient_names and game.second in sufficient_names
+        ]
         if len(remaining_games) == len(ranked_games):
             break
         ranked_games = remaining_games
     connected_comparisons = []
     if ranked_games:
         connected_comparisons = linked([Comparison(game.first, game.second) for game in ranked_games])
-    groups = []
+    standing_groups = []
     for comparisons in connected_comparisons:
         group_names = {name for comparison in comparisons for name in comparison[:2]}
-        groups.append(_standings([game for game in ranked_games if game.first in group_names]))
-    few = [_standing(games, name, None) for name in sorted(_names(games) - _names(ranked_games))]
+        standing_groups.append(_standings([game for game in ranked_games if game.first in group_names]))
+    few_standings = [_standing(games, name, None) for name in sorted(_names(games) - _names(ranked_games))]
     return Leaderboard(
-        groups=tuple(sorted(groups, key=lambda group: (-len(group), group[0].name))),
-        few=tuple(few),
+        groups=tuple(sorted(standing_groups, key=lambda group: (-len(group), group[0].name))),
+        few=tuple(few_standings),
         games=len(games),
         annotators=len({game.annotator for game in games}),
         prompts=len({game.prompt for game in games}),
@@ -484,21 +520,23 @@ def _names(games: Iterable[Game]) -> set[str]:
     return {name for game in games for name in (game.first, game.second)}
 
 
-def _has_enough_games(games: Sequence[Game], name: str) -> bool:
+def _has_enough_games(games: Sequence[Game], generator_name: str) -> bool:
     """Return True if a generator has enough games with enough different prompts."""
-    own_games = [game for game in games if name in (game.first, game.second)]
-    return len(own_games) >= LEAST_GAMES and len({game.prompt for game in own_games}) >= LEAST_PROMPTS
+    generator_games = [game for game in games if generator_name in (game.first, game.second)]
+    return len(generator_games) >= MIN_GAMES and len({game.prompt for game in generator_games}) >= MIN_PROMPTS
 
 
 def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
     """Compute the results of a group of generators that are connected by games, best first."""
-    index = {name: i for i, name in enumerate(sorted(_names(games)))}
+    index_of_name = {name: i for i, name in enumerate(sorted(_names(games)))}
     # A cell is an unordered pair of names, and its first generator is the one with the smaller name. The
     # first two fields of a game are the names.
-    cells: dict[tuple[str, str], int] = {}
-    cell_of_game = [cells.setdefault((min(game[:2]), max(game[:2])), len(cells)) for game in games]
+    index_of_cell: dict[tuple[str, str], int] = {}
+    cell_of_game = [
+        index_of_cell.setdefault((min(game[:2]), max(game[:2])), len(index_of_cell)) for game in games
+    ]
     design = Design(
-        cells=np.array([[index[first], index[second]] for first, second in cells]),
+        cells=np.array([[index_of_name[first], index_of_name[second]] for first, second in index_of_cell]),
         cell=np.array(cell_of_game),
         annotator=_enumerate_values(game.annotator for game in games),
         prompt=_enumerate_values(game.prompt for game in games),
@@ -507,8 +545,10 @@ def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
     scores = np.array([0.5 if game.winner is None else float(game.winner == min(game[:2])) for game in games])
     # One leaderboard is one repetition, R = 1.
     points, lo, hi = (MEAN + SCALE * result[0] for result in strengths(scores[None], design))
-    rows = [_standing(games, name, (points[i], lo[i], hi[i])) for name, i in index.items()]
-    return tuple(sorted(rows, key=lambda row: -(row.points or 0)))
+    generator_standings = [
+        _standing(games, name, (points[i], lo[i], hi[i])) for name, i in index_of_name.items()
+    ]
+    return tuple(sorted(generator_standings, key=lambda row: -(row.points or 0)))
 
 
 def _enumerate_values(values: Iterable[Hashable]) -> np.ndarray:
@@ -525,25 +565,25 @@ def _standing(games: Sequence[Game], name: str, interval: tuple[float, float, fl
         name: name of the generator.
         interval: points, lower end and upper end; None for a generator without points.
     """
-    own_games = [game for game in games if name in (game.first, game.second)]
+    generator_games = [game for game in games if name in (game.first, game.second)]
     points = lo = hi = None
     if interval is not None:
         # JSON has no infinity, so an infinite end is None.
         points, lo, hi = (float(value) if np.isfinite(value) else None for value in interval)
-    results: Counter[str] = Counter()
-    for game in own_games:
+    outcome_counts: Counter[str] = Counter()
+    for game in generator_games:
         if game.winner is None:
-            results["tie"] += 1
+            outcome_counts["tie"] += 1
         else:
-            results["win" if game.winner == name else "loss"] += 1
+            outcome_counts["win" if game.winner == name else "loss"] += 1
     return Standing(
         name=name,
-        games=len(own_games),
-        wins=results["win"],
-        losses=results["loss"],
-        ties=results["tie"],
-        both_bad=sum(game.bad for game in own_games),
-        prompts=len({game.prompt for game in own_games}),
+        games=len(generator_games),
+        wins=outcome_counts["win"],
+        losses=outcome_counts["loss"],
+        ties=outcome_counts["tie"],
+        both_bad=sum(game.bad for game in generator_games),
+        prompts=len({game.prompt for game in generator_games}),
         points=points,
         lo=lo,
         hi=hi,

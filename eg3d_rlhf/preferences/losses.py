@@ -3,9 +3,10 @@
 `preference_loss` is a function of the margin delta of each pair:
 
     reward network  delta = r_preferred - r_rejected (Bradley and Terry 1952)
-    flow            delta = (e_ref - e)_preferred - (e_ref - e)_rejected, where e and e_ref are the
-    flow-matching
-                    errors of the flow and of the reference flow (Circular-DPO, equation 6)
+    flow            delta = (e_ref - e)_preferred - (e_ref - e)_rejected (Circular-DPO, equation 6)
+
+A reward network has the reward r. A flow has the flow-matching error e, and the reference flow, from which
+the training started, has the error e_ref.
 
 The terms of the reward network are those of arXiv 2606.27305, reward training. `PreferenceLoss` is their
 weighted sum. All other functions are pure and return one value per pair or per sample.
@@ -34,16 +35,16 @@ def cs_divergence(
 ) -> torch.Tensor:
     """Compute the Cauchy-Schwarz divergence [] of two sets of embeddings (Jenssen et al. 2006).
 
-    The divergence is log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), with the kernel
-    k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)). It is symmetric: it measures the distance between the sets,
-    and not which set is better. Differentiable in x, y and bandwidth. Identical sets have gradient 0.
+    The divergence is log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), with the kernel k(a, b) =
+    exp(-|a - b|^2 / (2 bandwidth^2)). It is symmetric: it measures the distance between the sets, and not
+    which set is better. Differentiable in x, y and bandwidth. Identical sets have gradient 0.
 
     Args:
         x: embeddings [m, M] of the first set.
         y: embeddings [n, M] of the second set.
         bandwidth: bandwidth of the kernel, > 0, in units of the embeddings.
         estimator: "V" averages over all pairs, including an embedding with itself. The result is at least 0,
-            and too large in many dimensions: by about log((1/m + (1 - 1/m) A) / A) for each set, where A is
+            and too large in many dimensions: by about log((1/m + (1 - 1/m) c) / c) for each set, where c is
             the mean of k over pairs of different embeddings of the set. "U" leaves out the pairs of an
             embedding with itself. It has a smaller bias and may be negative. It is meant for measurements,
             and not for training.
@@ -59,12 +60,12 @@ def cs_divergence(
         # [m, n]. The expanded form |a|^2 - 2 a b + |b|^2 would lose precision for close points.
         squared_distances = (a[:, None] - b[None]).square().sum(2)
         exponents = -squared_distances / (2 * bandwidth**2)
-        count = squared_distances.numel()
+        pair_count = squared_distances.numel()
         if within and estimator == "U":
             # The kernel of an embedding with itself is 1, which makes the mean too large.
             exponents = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
-            count = count - len(a)
-        return torch.logsumexp(exponents.flatten(), 0) - math.log(count)
+            pair_count = pair_count - len(a)
+        return torch.logsumexp(exponents.flatten(), 0) - math.log(pair_count)
 
     # The sum over both orders is bitwise identical if the sets are exchanged.
     between = log_mean(x, y) + log_mean(y, x)
@@ -124,10 +125,10 @@ def pair_loss_drawn_order(
         generator: random numbers, on the CPU.
     """
     # [P, 2]: losses of both presentation orders
-    losses = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)
+    order_losses = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)
     # [P, 1]; the orders are sampled on the CPU, so that they are the same on all devices.
-    order = torch.multinomial(torch.full((losses.shape[0], 2), 0.5), 1, generator=generator)
-    return losses.gather(1, order.to(losses.device)).squeeze(1)
+    drawn_orders = torch.multinomial(torch.full((order_losses.shape[0], 2), 0.5), 1, generator=generator)
+    return order_losses.gather(1, drawn_orders.to(order_losses.device)).squeeze(1)
 
 
 def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:

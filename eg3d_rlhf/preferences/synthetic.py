@@ -50,7 +50,7 @@ class Annotation:
 
     @property
     def utilities(self) -> np.ndarray:
-        """Utilities [S] of all seeds, in the order of `judged`."""
+        """Utilities [S] of all seeds, in the order of `evaluations`."""
         return np.array([evaluation.total for evaluation in self.evaluations.values()])
 
     def preferences(self, generator: str) -> list[Preference]:
@@ -62,10 +62,10 @@ class Annotation:
         Args: generator: hash of the network that generated the shapes.
         """
         # Fields that are the same in all labels
-        common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
+        common_fields: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
         preferences = []
         for label in self.labels:
-            gap = abs(
+            volume_error_gap = abs(
                 self.evaluations[label.winner].volume_error - self.evaluations[label.loser].volume_error
             )
             preferences.append(
@@ -73,8 +73,8 @@ class Annotation:
                     winner=label.winner,
                     loser=label.loser,
                     clean=label.winner if label.clean else label.loser,
-                    **common,
-                    extra={"gap": round(gap, 3)},
+                    **common_fields,
+                    extra={"gap": round(volume_error_gap, 3)},
                 )
             )
         return preferences
@@ -93,29 +93,34 @@ class Annotation:
         """
         # A separate stream of random numbers (3), so that labels of pairs do not change.
         rng = np.random.default_rng([self.options.seed, 3])
-        count = len(self.evaluations)
+        shape_count = len(self.evaluations)
         utilities = self.utilities
-        noisy_utilities = utilities + self.temperature * rng.gumbel(size=count)
+        noisy_utilities = utilities + self.temperature * rng.gumbel(size=shape_count)
 
-        def rank_scores(values: np.ndarray) -> np.ndarray:
+        def rank_scores(ranked_utilities: np.ndarray) -> np.ndarray:
             """Return scores [S] in 0..SCALE from the ranks of values [S]."""
             # argsort of argsort gives ranks from 0. Adding 0.5 and dividing gives quantiles in 0..1.
-            quantile = (np.argsort(np.argsort(values)) + 0.5) / count
-            return np.interp(quantile, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE])
+            quantiles = (np.argsort(np.argsort(ranked_utilities)) + 0.5) / shape_count
+            return np.interp(quantiles, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE])
 
         noisy_scores = rank_scores(noisy_utilities)
         clean_scores = rank_scores(utilities)
         noisy_scores = rng.permutation(noisy_scores) if shuffled else noisy_scores
-        common: dict[str, Any] = {
+        common_fields: dict[str, Any] = {
             "generator": generator,
             "psi": PSI,
             "annotator": ANNOTATOR + ("-shuffled" * shuffled),
         }
         labels = [
             UnpairedPreference(
-                seed=seed, score=round(float(score), 3), clean=bool(clean_score >= (GOOD + BAD) / 2), **common
+                seed=seed,
+                score=round(float(noisy_score), 3),
+                clean=bool(clean_score >= (GOOD + BAD) / 2),
+                **common_fields,
             )
-            for seed, score, clean_score in zip(self.evaluations, noisy_scores, clean_scores, strict=True)
+            for seed, noisy_score, clean_score in zip(
+                self.evaluations, noisy_scores, clean_scores, strict=True
+            )
         ]
         if self.options.kind == "scores":
             return labels
@@ -172,8 +177,10 @@ def shape_values(field: Field, resolution: int) -> np.ndarray:
     """
     # The outermost points of a SlabSpec lie on the faces of its cube. The outermost centres of voxels are one
     # voxel closer together than the faces of the field's cube.
-    side = field.bounds.side * (resolution - 1) / resolution
-    density = field.density_grid(SlabSpec.from_bounds(field.bounds, resolution, box_warp=side))
+    edge_between_centres = field.bounds.side * (resolution - 1) / resolution
+    density = field.density_grid(
+        SlabSpec.from_bounds(field.bounds, resolution, box_warp=edge_between_centres)
+    )
     # [N, z, y, x] -> [N, x, y, z]
     return (field.level - density).permute(0, 3, 2, 1).cpu().numpy()
 
@@ -235,20 +242,20 @@ def annotate(
     """
     # Without repetitions, in the order of the first occurrences
     seeds = list(options.seeds if pairs is None else dict.fromkeys(seed for pair in pairs for seed in pair))
-    judged: dict[int, Utility] = {}
+    evaluation_of_seed: dict[int, Utility] = {}
     for seed, evaluation in zip(
         seeds,
         evaluate_seeds(generator, seeds, resolution=options.resolution, batch=options.batch),
         strict=True,
     ):
-        judged[seed] = evaluation
+        evaluation_of_seed[seed] = evaluation
         if on_seed is not None:
             on_seed(evaluation)
     # The same random numbers serve the pairing and the noise, so the order of the calls below must not
     # change.
     rng = np.random.default_rng(options.seed)
-    utilities = [evaluation.total for evaluation in judged.values()]
-    index_of_seed = {seed: number for number, seed in enumerate(seeds)}
+    utilities = [evaluation.total for evaluation in evaluation_of_seed.values()]
+    index_of_seed = {seed: seed_index for seed_index, seed in enumerate(seeds)}
     index_pairs = (
         blocks_of_pairs(options.pairs, options.block, rng)
         if pairs is None
@@ -260,4 +267,4 @@ def annotate(
         PairLabel(seeds[label.winner], seeds[label.loser], label.clean)
         for label in label_pairs(utilities, index_pairs, temperature, rng)
     ]
-    return Annotation(options=options, labels=labels, evaluations=judged, temperature=temperature)
+    return Annotation(options=options, labels=labels, evaluations=evaluation_of_seed, temperature=temperature)

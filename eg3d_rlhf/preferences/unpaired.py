@@ -78,8 +78,8 @@ class UnpairedPreference:
             )
         if self.label is not None and self.score is not None:
             raise ValueError(
-                f"expected a label or a score, got both (label {self.label}, score {self.score:g}). Remove"
-                " one of both fields."
+                f"expected a label or a score, got both: the label {self.label} and the score {self.score:g}."
+                " Remove the field label or the field score."
             )
         if self.score is not None and not 0 <= self.score <= SCALE:
             raise ValueError(
@@ -103,12 +103,12 @@ class UnpairedPreference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the label as JSON values, with 1 and 0 for truth values, without fields that are None."""
-        record = {}
+        json_values = {}
         for name in FIELDS:
-            value = getattr(self, name)
-            if value is not None:
-                record[name] = int(value) if isinstance(value, bool) else value
-        return {**record, **self.extra}
+            field_value = getattr(self, name)
+            if field_value is not None:
+                json_values[name] = int(field_value) if isinstance(field_value, bool) else field_value
+        return {**json_values, **self.extra}
 
 
 def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
@@ -126,8 +126,8 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
         path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})
     ):
         return from_pairs(load_labels(path))
-    reader = functools.partial(jsonl_records, example="{'seed': ..., 'label': ...}")
-    return read_records(path, {".jsonl": reader, ".ndjson": reader}, _parse, "shapes")
+    read_jsonl = functools.partial(jsonl_records, example="{'seed': ..., 'label': ...}")
+    return read_records(path, {".jsonl": read_jsonl, ".ndjson": read_jsonl}, _parse, "shapes")
 
 
 def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Path:
@@ -166,14 +166,14 @@ def _parse_truth(record: Mapping[str, Any], name: str) -> bool | None:
 
     Raises: ValueError for a value that is neither 1, 0, true nor false.
     """
-    value = record.get(name)
+    field_value = record.get(name)
     # In Python, True == 1 and False == 0, so true and false are accepted, too.
-    if value not in (None, 0, 1):
+    if field_value not in (None, 0, 1):
         raise ValueError(
-            f"expected {name} to be 1 or 0, got {value!r}. Write 1 or 0; for ratings on a scale use the field"
-            " score."
+            f"expected {name} to be 1 or 0, got {field_value!r}. Write 1 or 0; for ratings on a scale use the"
+            " field score."
         )
-    return None if value is None else bool(value)
+    return None if field_value is None else bool(field_value)
 
 
 def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
@@ -187,44 +187,44 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     """
     # A shape is identified by (hash of the generator, seed). Its results are True for a win and False for a
     # loss.
-    results: dict[tuple[str, int], set[bool]] = defaultdict(set)
-    first_label: dict[tuple[str, int], Preference] = {}
+    outcomes_of_shape: dict[tuple[str, int], set[bool]] = defaultdict(set)
+    first_label_of_shape: dict[tuple[str, int], Preference] = {}
     for label in labels:
         for seed, has_won in ((label.winner, True), (label.loser, False)):
             shape = (label.generator or "", seed)
-            first_label.setdefault(shape, label)
+            first_label_of_shape.setdefault(shape, label)
             # The entry exists also for a shape that has only ties.
-            results[shape] |= set() if label.tie else {has_won}
-    mixed_shapes = [shape for shape, shape_results in results.items() if len(shape_results) == 2]
+            outcomes_of_shape[shape] |= set() if label.tie else {has_won}
+    mixed_shapes = [shape for shape, shape_outcomes in outcomes_of_shape.items() if len(shape_outcomes) == 2]
     # Shapes with results of one kind only
-    preferred = {
-        shape: next(iter(shape_results))
-        for shape, shape_results in results.items()
-        if len(shape_results) == 1
+    is_preferred_of_shape = {
+        shape: next(iter(shape_outcomes))
+        for shape, shape_outcomes in outcomes_of_shape.items()
+        if len(shape_outcomes) == 1
     }
     if mixed_shapes:
         comparisons = [
             Comparison((label.generator or "", label.winner), (label.generator or "", label.loser), label.tie)
             for label in labels
         ]
-        fit = bradley_terry(comparisons)
-        strength = dict(zip(fit.items, fit.strength, strict=True))
+        fitted_strengths = bradley_terry(comparisons)
+        strength_of_shape = dict(zip(fitted_strengths.items, fitted_strengths.strength, strict=True))
         # Quantiles that bound the middle fifth of these shapes
-        low, high = np.quantile(
-            [strength[shape] for shape in mixed_shapes], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2]
+        middle_start, middle_end = np.quantile(
+            [strength_of_shape[shape] for shape in mixed_shapes], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2]
         )
         for shape in mixed_shapes:
-            if not low <= strength[shape] <= high:
-                preferred[shape] = strength[shape] > high
+            if not middle_start <= strength_of_shape[shape] <= middle_end:
+                is_preferred_of_shape[shape] = strength_of_shape[shape] > middle_end
     return [
         UnpairedPreference(
             seed=seed,
-            label=bool(preferred[generator, seed]),
-            generator=first_label[generator, seed].generator,
-            psi=first_label[generator, seed].psi,
-            annotator=first_label[generator, seed].annotator,
+            label=bool(is_preferred_of_shape[generator, seed]),
+            generator=first_label_of_shape[generator, seed].generator,
+            psi=first_label_of_shape[generator, seed].psi,
+            annotator=first_label_of_shape[generator, seed].annotator,
         )
-        for generator, seed in sorted(preferred)
+        for generator, seed in sorted(is_preferred_of_shape)
     ]
 
 
@@ -237,7 +237,7 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
     Args:
         labels: labels of single shapes.
         seed: seed of the random pairing.
-    Raises: ValueError if no shape is preferred, or if all shapes are.
+    Raises: ValueError if no shape is preferred, or if all shapes are preferred.
     """
     # A separate stream of random numbers: the number 1 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 1])
@@ -304,49 +304,52 @@ def split_unpaired(
     Returns: labels by the name of the split.
     """
     split_of_seed: dict[int, str] = {}
-    for name in SPLITS:
-        for pair in getattr(pairs, name):
-            split_of_seed[pair.winner] = name
-            split_of_seed[pair.loser] = name
+    for split_name in SPLITS:
+        for pair in getattr(pairs, split_name):
+            split_of_seed[pair.winner] = split_name
+            split_of_seed[pair.loser] = split_name
     # A separate stream of random numbers: the number 2 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 2])
     usable_labels = [label for label in labels if label.preferred is not None]
     for is_preferred in (True, False):
-        kind_seeds = {label.seed for label in usable_labels if label.preferred is is_preferred}
-        unassigned_seeds = sorted(kind_seeds - set(split_of_seed))
+        usable_seeds = {label.seed for label in usable_labels if label.preferred is is_preferred}
+        unassigned_seeds = sorted(usable_seeds - set(split_of_seed))
         # Positions at which the next split begins; adding 0.5 rounds to the nearest integer.
-        boundaries = np.floor(np.cumsum(fractions) * len(unassigned_seeds) + 0.5)
-        for position, shape_seed in enumerate(rng.permutation(unassigned_seeds).tolist()):
+        split_starts = np.floor(np.cumsum(fractions) * len(unassigned_seeds) + 0.5)
+        for seed_position, shape_seed in enumerate(rng.permutation(unassigned_seeds).tolist()):
             # `min` is needed if the sum of the shares is rounded to less than 1.
-            split_index = min(int(np.searchsorted(boundaries, position, side="right")), 2)
+            split_index = min(int(np.searchsorted(split_starts, seed_position, side="right")), 2)
             split_of_seed[shape_seed] = SPLITS[split_index]
     return {
-        name: tuple(label for label in usable_labels if split_of_seed[label.seed] == name) for name in SPLITS
+        split_name: tuple(label for label in usable_labels if split_of_seed[label.seed] == split_name)
+        for split_name in SPLITS
     }
 
 
 def endless_batches(
-    labels: Sequence[UnpairedPreference], size: int, rng: np.random.Generator
+    labels: Sequence[UnpairedPreference], batch_size: int, rng: np.random.Generator
 ) -> Iterator[list[UnpairedPreference]]:
-    """Yield batches without end, each with `size` / 2 preferred shapes, followed by as many other shapes.
+    """Yield batches without end, each with as many preferred shapes as other shapes, preferred ones first.
 
-    Labels of each kind are shuffled again when all of them have been used.
+    Preferred shapes and other shapes are shuffled separately, each time when all of them have been used.
 
     Args:
-        labels: labels of single shapes, of both kinds.
-        size: number of labels of a batch, even.
+        labels: labels of single shapes; some shapes must be preferred and some must not.
+        batch_size: number of labels of a batch, even.
         rng: random numbers of the order.
     """
-    labels_by_kind = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
+    label_sets = [
+        [label for label in labels if label.preferred is is_preferred] for is_preferred in (True, False)
+    ]
 
-    def endless_labels(kind_labels: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:
+    def endless_labels(label_set: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:
         """Yield labels of one kind without end, in a new random order each time."""
         while True:
-            yield from (kind_labels[i] for i in rng.permutation(len(kind_labels)))
+            yield from (label_set[i] for i in rng.permutation(len(label_set)))
 
-    streams = [endless_labels(kind_labels) for kind_labels in labels_by_kind]
+    label_streams = [endless_labels(label_set) for label_set in label_sets]
     while True:
-        yield [next(stream) for stream in streams for _ in range(size // 2)]
+        yield [next(label_stream) for label_stream in label_streams for _ in range(batch_size // 2)]
 
 
 def resample_labels(
@@ -354,12 +357,13 @@ def resample_labels(
 ) -> list[UnpairedPreference]:
     """Sample labels with replacement, separately for preferred and for other shapes.
 
-    The result has as many labels of each kind as `labels`; labels between the thresholds are left out.
+    The result has as many preferred and as many other shapes as `labels`. Labels with a score between the
+    thresholds are left out.
     """
     resampled_labels = []
     for is_preferred in (True, False):
-        kind_labels = [label for label in labels if label.preferred is is_preferred]
+        label_set = [label for label in labels if label.preferred is is_preferred]
         # rng.integers needs an upper bound of at least 1, even if the size is 0.
-        indices = rng.integers(max(len(kind_labels), 1), size=len(kind_labels))
-        resampled_labels += [kind_labels[i] for i in indices]
+        sampled_indices = rng.integers(max(len(label_set), 1), size=len(label_set))
+        resampled_labels += [label_set[i] for i in sampled_indices]
     return resampled_labels

@@ -110,21 +110,21 @@ class Aggregate:
                 f"--aggregate: expected one of {', '.join(CHOICES)}, got {self.kind!r}. Choose one of them."
             )
         # An unknown kind has been rejected above.
-        kind = KINDS[self.kind]
-        if self.strength is not None and not kind.strength_name:
+        aggregate_kind = KINDS[self.kind]
+        if self.strength is not None and not aggregate_kind.strength_name:
             raise ValueError(
                 f"--strength={self.strength} has no effect, because --aggregate={self.kind} has no strength."
                 " Remove --strength."
             )
         if self.strength is not None and not (math.isfinite(self.strength) and self.strength > 0):
             raise ValueError(
-                f"--strength: expected a value of {kind.strength_name} above 0, got {self.strength}. Without"
-                f" --strength, {kind.strength} is used."
+                f"--strength: expected a value of {aggregate_kind.strength_name} above 0, got"
+                f" {self.strength}. Without --strength, {aggregate_kind.strength} is used."
             )
         # The default is filled in, so that a file of the ensemble states the value that was used. A frozen
         # dataclass allows an assignment only through object.__setattr__.
-        if self.strength is None and kind.strength_name:
-            object.__setattr__(self, "strength", kind.strength)
+        if self.strength is None and aggregate_kind.strength_name:
+            object.__setattr__(self, "strength", aggregate_kind.strength)
 
     def __call__(self, scores: "torch.Tensor") -> "torch.Tensor":
         """Aggregate scores [E, N] -> [N]. Differentiable.
@@ -148,6 +148,7 @@ def check_joining(kind: str | None, strength: float | None) -> None:
         Aggregate(kind, strength)
     elif strength is not None:
         raise ValueError(
-            f"--strength={strength} applies only to --aggregate=lcb, uwo or softmin, and"
-            f" {f'--aggregate={kind}' if kind else 'none'} was given. Remove --strength."
+            f"--strength={strength} applies only to --aggregate=lcb, uwo or softmin, but"
+            f" {f'--aggregate={kind} was given' if kind else '--aggregate was not given'}. Remove --strength,"
+            " or choose one of these aggregates."
         )

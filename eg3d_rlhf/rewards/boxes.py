@@ -1,7 +1,7 @@
 """CPU test problem for score distillation: box heads of 16^3 voxels, rendered one side at a time.
 
 A box has four sides, and each side has a recess. A side is *empty*, or it is a *face* with two painted eyes
-and a nose. The nose stands in the recess and does not protrude from it, so that the features of one side are
+and a nose. The nose is in the recess and does not protrude from it, so that the features of one side are
 never visible to the camera of another side. There are two kinds of prompts:
 
 - **mini-Janus**: the two modes of the prior are a face and an empty side. Each side starts near the face with
@@ -12,8 +12,9 @@ never visible to the camera of another side. There are two kinds of prompts:
 - **mode**: the two modes are two emblems that are mirror images, transposes or colour permutations of each
   other. The first emblem is preferred. Sides start half way between both emblems.
 
-Shapes: A assets, V = 4 views (one per side), B = number of prompts in a batch, K = 2 x number of prompts
-modes, N voxels per edge, R = 16 pixels per edge, P points.
+Shapes: A is the number of assets, B the number of prompts in a batch, and K the number of modes, twice the
+number of all prompts. There are V = 4 views (one per side), N voxels per edge, R = 16 pixels per edge, and P
+points.
 """
 
 import functools
@@ -82,8 +83,8 @@ def _coordinates(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
     The axes of the arrays are z, y, x.
     """
-    axis = torch.linspace(0, 15, n)
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    coordinates = torch.linspace(0, 15, n)
+    z, y, x = torch.meshgrid(coordinates, coordinates, coordinates, indexing="ij")
     return x, y, z
 
 
@@ -119,38 +120,43 @@ def nose_voxels(n: int, side: int) -> torch.Tensor:
 def _painted_masks(
     n: int, side: int, features: Side
 ) -> list[tuple[torch.Tensor, tuple[float, float, float]]]:
-    """Return a mask [N, N, N] and an RGB colour for every feature of a side.
+    """Return pairs of a mask [N, N, N] and an RGB colour, one for every feature of a side.
 
-    Eyes and emblems lie on the base of the recess. The list is empty for an empty side.
+    Eyes and emblems are on the base of the recess. The list is empty for an empty side.
+
+    Args:
+        n: voxels per edge, N.
+        side: index of the side, see `side_axes`.
+        features: features of the side.
     """
     across, up, towards = side_axes(n, side)
-    base = (towards - FLOOR).abs() < 0.5
-    masks = []
+    is_on_base = (towards - FLOOR).abs() < 0.5
+    painted_features = []
     if features.nose is not None:
-        masks += [(base & _within((across, up), eye), _DARK) for eye in _EYES]
-        masks.append((nose_voxels(n, side), COLOURS[features.nose]))
+        painted_features += [(is_on_base & _within((across, up), eye), _DARK) for eye in _EYES]
+        painted_features.append((nose_voxels(n, side), COLOURS[features.nose]))
     if features.emblem is not None:
-        name, colour = features.emblem
-        masks.append((base & _EMBLEMS[name](across, up), COLOURS[colour]))
-    return masks
+        emblem_name, colour = features.emblem
+        painted_features.append((is_on_base & _EMBLEMS[emblem_name](across, up), COLOURS[colour]))
+    return painted_features
 
 
 def emblem_points(prompt: Prompt, side: int, n: int = RESOLUTION) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the points on a side's base at which the prompt's two emblems have different colours.
 
-    Returns: positions [P, 3] in world units, and colours [2, P, 3] of the preferred and the other emblem at
-        these positions.
+    Returns: the positions [P, 3] of the points in world units, and the colours [2, P, 3] of the preferred
+        emblem and of the other emblem at these points.
     """
-    body = torch.tensor(COLOURS[prompt.body])
-    # [2, N, N, N, 3]: the box in each of both modes, painted on this side only
-    colours = torch.stack([body.expand(n, n, n, 3).clone() for _ in prompt.sides])
+    body_colour = torch.tensor(COLOURS[prompt.body])
+    # [2, N, N, N, 3]: the box in the first and in the second mode, painted on this side only
+    colours = torch.stack([body_colour.expand(n, n, n, 3).clone() for _ in prompt.sides])
     for mode, features in enumerate(prompt.sides):
         for mask, colour in _painted_masks(n, side, features):
             colours[mode][mask] = torch.tensor(colour)
-    differs = (colours[0] != colours[1]).any(dim=-1)
+    has_different_colours = (colours[0] != colours[1]).any(dim=-1)
     # Voxel coordinates 0..15 become world coordinates -0.5..0.5.
-    points = torch.stack(_coordinates(n), dim=-1) / 15 - 0.5  # [N, N, N, 3]
-    return points[differs], colours[:, differs]
+    grid_positions = torch.stack(_coordinates(n), dim=-1) / 15 - 0.5  # [N, N, N, 3]
+    return grid_positions[has_different_colours], colours[:, has_different_colours]
 
 
 def _logit(colour: Sequence[float]) -> torch.Tensor:
@@ -163,29 +169,31 @@ def _logit(colour: Sequence[float]) -> torch.Tensor:
 def build(
     prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: float = SOLID, empty: float = EMPTY
 ) -> Voxels:
-    """Build A objects of one prompt, whose sides are blends of the prompt's two modes.
+    """Build objects of one prompt, whose sides are blends of the prompt's two modes.
 
     Args:
         prompt: prompt of all objects.
-        shares: shares [A, 4] of the first mode for each side, in 0..1; a share of 0 is the second mode.
+        shares: shares [A, 4] of the first mode for each object and side, in 0..1; a share of 0 is the second
+            mode.
         n: voxels per edge.
         solid: density parameter (`Voxels.shape`) inside the object.
         empty: density parameter (`Voxels.shape`) outside the object.
     """
     voxels = Voxels(len(shares), n).requires_grad_(False)
     # A cube, from which the four recesses are removed below
-    body = _within(_coordinates(n), [_BODY] * 3)
+    is_body = _within(_coordinates(n), [_BODY] * 3)
     for side in range(SIDES):
         across, up, towards = side_axes(n, side)
         # Only the coordinates across and up are bounded: the recess is open towards the camera.
-        body &= ~(_within((across, up), (_RECESS, _RECESS)) & (towards > FLOOR + 0.5))
-    voxels.shape.copy_(torch.where(body, solid, empty).expand_as(voxels.shape))
+        is_body &= ~(_within((across, up), (_RECESS, _RECESS)) & (towards > FLOOR + 0.5))
+    voxels.shape.copy_(torch.where(is_body, solid, empty).expand_as(voxels.shape))
     voxels.paint.copy_(_logit(COLOURS[prompt.body]).view(3, 1, 1, 1).expand_as(voxels.paint))
     # Blends are linear in the parameters, so a share of 0.5 is half way before the sigmoid.
     for side in range(SIDES):
-        share = shares[:, side].to(voxels.shape)  # [A]; voxels.shape is a tensor and gives dtype and device
-        for mode, weight in ((1, 1 - share), (0, share)):
-            for mask, colour in _painted_masks(n, side, prompt.sides[mode]):
+        # [A]; voxels.shape is a tensor and gives dtype and device
+        side_shares = shares[:, side].to(voxels.shape)
+        for mode_index, weight in ((1, 1 - side_shares), (0, side_shares)):
+            for mask, colour in _painted_masks(n, side, prompt.sides[mode_index]):
                 # Colours are blended as logits, in the parameters' own space.
                 colours = voxels.paint[:, :, mask]  # [A, 3, voxels]
                 voxels.paint[:, :, mask] = colours + weight[:, None, None] * (
@@ -193,7 +201,7 @@ def build(
                 )
         if prompt.kind == "janus":
             # A nose is also geometry: its density follows the share of the face. [A, 1]
-            voxels.shape[:, nose_voxels(n, side)] = (empty + share * (solid - empty))[:, None]
+            voxels.shape[:, nose_voxels(n, side)] = (empty + side_shares * (solid - empty))[:, None]
     return voxels
 
 
@@ -204,19 +212,19 @@ def modes() -> torch.Tensor:
     There are two successive rows per prompt (first mode, second mode), in the order of `PROMPTS`. The result
     is cached and must not be changed.
     """
-    latents = []
+    mode_latents = []
     for prompt in PROMPTS:
         # One object with all sides in the first mode and one with all sides in the second mode
         first_mode_shares = torch.eye(2)[:, :1].expand(2, SIDES)  # rows of ones and of zeros
-        objects = build(prompt, first_mode_shares)
-        images, *_ = four_views(objects.raw, torch.sigmoid(objects.paint), objects.pitch)
+        mode_boxes = build(prompt, first_mode_shares)
+        images, *_ = four_views(mode_boxes.raw, torch.sigmoid(mode_boxes.paint), mode_boxes.pitch)
         # All four sides are equal, so the front view is enough.
-        latents.append(images[:, 0])
-    return torch.cat(latents) * 2 - 1
+        mode_latents.append(images[:, 0])
+    return torch.cat(mode_latents) * 2 - 1
 
 
 def modes_of(texts: Sequence[str]) -> torch.Tensor:
-    """Return images [B, 2, 4, R, R] in 0..1 (RGB and inverse depth) of the two modes of each of B prompts."""
+    """Return images [B, 2, 4, R, R] of the two modes of each prompt: RGB and inverse depth, in 0..1."""
     prompt_indices = torch.tensor([PROMPTS.index(prompt_of(text)) for text in texts], dtype=torch.long)
     # `modes` has two rows per prompt: [K, ...] -> [K / 2, 2, ...]. Values -1..1 become 0..1.
     return (modes().unflatten(0, (-1, 2))[prompt_indices] + 1) / 2
@@ -224,31 +232,39 @@ def modes_of(texts: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float = FACE_PROBABILITY) -> Voxels:
-    """Create the initial voxels of A assets, each with its own prompt and its own random generator.
+    """Create the initial voxels of assets, each with its own prompt and its own random generator.
 
     The boxes themselves are complete. Each side of a head starts near the face with probability p. Sides with
     emblems start half way between both modes.
 
     Args:
-        texts: texts of the A prompts.
-        generators: A generators of random numbers.
+        texts: text of the prompt of each asset, [A].
+        generators: generator of random numbers of each asset, [A].
         p: probability that a side of a head starts near the face.
     Raises: ValueError for a text that is not a prompt of the test problem.
     """
-    started = Voxels(len(texts), RESOLUTION)
-    for i, (text, rng) in enumerate(zip(texts, generators, strict=True)):
+    started_boxes = Voxels(len(texts), RESOLUTION)
+    for asset_index, (text, rng) in enumerate(zip(texts, generators, strict=True)):
         prompt = prompt_of(text)
         range_choice = torch.rand(SIDES, generator=rng)
         range_position = torch.rand(SIDES, generator=rng)
-        # [4] each: least and greatest share of each side
-        low, high = (torch.where(range_choice < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True))
-        share = torch.lerp(low, high, range_position) if prompt.kind == "janus" else torch.full((SIDES,), 0.5)
+        # [4] each: smallest and largest possible share of each side
+        min_shares, max_shares = (
+            torch.where(range_choice < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True)
+        )
+        side_shares = (
+            torch.lerp(min_shares, max_shares, range_position)
+            if prompt.kind == "janus"
+            else torch.full((SIDES,), 0.5)
+        )
         # `build` takes shares [A, 4], and here A is 1.
-        initial = build(prompt, share[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
-        for batch_parameter, parameter in zip(started.parameters(), initial.parameters(), strict=True):
-            noise = torch.randn(parameter.shape[1:], generator=rng)
-            batch_parameter[i] = parameter[0] + _START_NOISE * noise
-    return started
+        initial_box = build(prompt, side_shares[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
+        for batch_parameter, parameter in zip(
+            started_boxes.parameters(), initial_box.parameters(), strict=True
+        ):
+            parameter_noise = torch.randn(parameter.shape[1:], generator=rng)
+            batch_parameter[asset_index] = parameter[0] + _START_NOISE * parameter_noise
+    return started_boxes
 
 
 # Detector of the test problem. It counts how many sides of a box head have a nose. It reads surfaces, which
@@ -257,10 +273,9 @@ def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float 
 # and with more noses. In the shapes below, R is the number of rays per edge.
 
 _WINDOW = 0.25  # half of the edge of the searched square on a side (the recess), in edges of the cube
-_STEP = (
-    0.06  # least height of a nose above the base, in edges of the cube: half the height of a complete nose
-)
-_AREA = (0.06, 0.6)  # least and greatest share of the window that a nose covers
+# Smallest height of a nose above the base, in edges of the cube: half the height of a complete nose
+_STEP = 0.06
+_AREA = (0.06, 0.6)  # smallest and largest share of the window that a nose covers
 # Quantile of the heights in the window that is taken as the height of the base. It is right as long as a nose
 # covers less than two thirds of the window.
 _BASE_QUANTILE = 0.3
@@ -276,16 +291,16 @@ def _heights(field: Field) -> torch.Tensor:
     The rows of an image are in the order of increasing y, and its columns run to the camera's right.
     """
     grid = SlabSpec.from_bounds(field.bounds, RAYS)
-    solid = field.density_grid(grid) >= field.level  # [A, z, y, x]
+    is_solid = field.density_grid(grid) >= field.level  # [A, z, y, x]
     # Views along z [A, y, x, z] and along x [A, y, z, x]; flips bring each side into its camera's axes.
-    along_z = solid.permute(0, 2, 3, 1)
-    along_x = solid.permute(0, 2, 1, 3)
-    sides = [along_z, along_x.flip(2), along_z.flip(2, 3), along_x.flip(3)]
+    along_z = is_solid.permute(0, 2, 3, 1)
+    along_x = is_solid.permute(0, 2, 1, 3)
+    side_views = [along_z, along_x.flip(2), along_z.flip(2, 3), along_x.flip(3)]
     point_heights = torch.linspace(-0.5, 0.5, RAYS)
     # A field does not state its device, so one density is computed to learn it.
     side_heights = [
-        torch.where(side, point_heights.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3)
-        for side in sides
+        torch.where(side_view, point_heights.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3)
+        for side_view in side_views
     ]
     return torch.stack(side_heights, dim=1)
 
@@ -299,18 +314,17 @@ def noses(field: Field) -> torch.Tensor:
 
     heights = _heights(field)
     # Only the recess can hold a nose.
-    window = torch.linspace(-0.5, 0.5, RAYS).abs() <= _WINDOW
-    recess_heights = heights[:, :, window][
-        :, :, :, window
-    ]  # [A, 4, w, w], w = number of True entries of `window`
-    base = recess_heights.flatten(2).quantile(_BASE_QUANTILE, dim=2)[:, :, None, None]
+    is_in_window = torch.linspace(-0.5, 0.5, RAYS).abs() <= _WINDOW
+    # [A, 4, w, w], where w is the number of True entries of `is_in_window`
+    recess_heights = heights[:, :, is_in_window][:, :, :, is_in_window]
+    base_heights = recess_heights.flatten(2).quantile(_BASE_QUANTILE, dim=2)[:, :, None, None]
     # Connected bumps are searched on the CPU by scipy.
-    raised = (recess_heights > base + _STEP).cpu().numpy()
-    least_area, greatest_area = (share * recess_heights[0, 0].numel() for share in _AREA)  # pixels
+    is_raised = (recess_heights > base_heights + _STEP).cpu().numpy()
+    min_area, max_area = (share * recess_heights[0, 0].numel() for share in _AREA)  # pixels
     # [A, 4]: True for each side with a nose
     has_nose = np.zeros(heights.shape[:2], dtype=bool)
     for asset_and_side in np.ndindex(has_nose.shape):
-        labels, _ = ndimage.label(raised[asset_and_side])
-        areas = np.bincount(labels.ravel())[1:]  # label 0 is the background
-        has_nose[asset_and_side] = ((areas >= least_area) & (areas <= greatest_area)).any()
+        bump_labels, _ = ndimage.label(is_raised[asset_and_side])
+        bump_areas = np.bincount(bump_labels.ravel())[1:]  # label 0 is the background
+        has_nose[asset_and_side] = ((bump_areas >= min_area) & (bump_areas <= max_area)).any()
     return torch.from_numpy(has_nose.sum(axis=1))

@@ -155,26 +155,26 @@ class ObservationCache:
         observations: dict[int, torch.Tensor] = {}
         batches = [missing_seeds[start : start + batch] for start in range(0, len(missing_seeds), batch)]
         for batch_seeds in batches[ranks.rank :: ranks.world]:
-            rows = self._source(batch_seeds).to("cpu", torch.float16)
-            observations.update(zip(batch_seeds, rows, strict=True))
+            observation_rows = self._source(batch_seeds).to("cpu", torch.float16)
+            observations.update(zip(batch_seeds, observation_rows, strict=True))
             if on_drawn:
                 on_drawn(len(batch_seeds))
         # Each seed was observed by one rank. In a sum over ranks the other ranks add zeros, so that every
         # rank gets the observation. A rank without a batch observes one seed only to get the shape.
         if ranks.world > 1 and missing_seeds:
-            shape = (
+            observation_shape = (
                 next(iter(observations.values())).shape
                 if observations
                 else self._source(missing_seeds[:1]).shape[1:]
             )
             # Zeros leave the sum of float16 values exact.
-            zeros = torch.zeros(shape, dtype=torch.float16)
+            zeros = torch.zeros(observation_shape, dtype=torch.float16)
             # 64 seeds at a time, so that the exchange needs little additional memory.
             for start in range(0, len(missing_seeds), 64):
                 exchanged_seeds = missing_seeds[start : start + 64]
-                rows = torch.stack([observations.get(seed, zeros) for seed in exchanged_seeds])
-                ranks.sum_(rows, "exchange observations")
-                observations.update(zip(exchanged_seeds, rows, strict=True))
+                observation_rows = torch.stack([observations.get(seed, zeros) for seed in exchanged_seeds])
+                ranks.sum_(observation_rows, "exchange observations")
+                observations.update(zip(exchanged_seeds, observation_rows, strict=True))
         # In ascending order on every rank, whichever rank observed a seed.
         self._cached.update((seed, observations[seed]) for seed in missing_seeds)
         return len(missing_seeds)

@@ -1,7 +1,7 @@
 """Depth maps of a field from one camera or from three cameras, and the reward networks that read them.
 
-There are two networks: the published one with a frozen ResNet-50 (arXiv 2606.27305),
-and a small one that is trained from scratch. A depth is a distance along the pixel's unit ray.
+There are two networks: the published one with a frozen ResNet-50 (arXiv 2606.27305), and a small one that is
+trained from scratch. A depth is a distance along the pixel's unit ray.
 
 Shapes: N samples, V views, C channels (1, or 2 with the mask), R pixels per edge.
 """
@@ -71,8 +71,9 @@ class Depth(observations.Observation):
     def __post_init__(self) -> None:
         if not 0 < self.near < self.far or self.resolution < 1 or not self.yaws:
             raise ValueError(
-                f"depth: expected 0 < near < far, resolution >= 1 and at least one yaw, got {self}. Correct"
-                " these values in the observation of the reward's file."
+                f"depth: expected 0 < near < far, resolution >= 1 and at least one yaw, got near {self.near},"
+                f" far {self.far}, resolution {self.resolution} and yaws {self.yaws}. Correct these values in"
+                " the observation of the reward's file."
             )
 
     @classmethod
@@ -101,7 +102,7 @@ class Depth(observations.Observation):
         # The reward reads shapes from the generator's own camera family.
         cameras = generator.cameras
         half_edge = generator.bounds.side / 2
-        # Half the cube's diagonal: inside this sphere, a camera may stand inside the cube.
+        # Half the cube's diagonal: inside this sphere, a camera may be inside the cube.
         if cameras.radius <= half_edge * 3**0.5:
             raise ValueError(
                 "--observation=depth cannot be used with this generator: its cameras are"
@@ -134,11 +135,11 @@ class Depth(observations.Observation):
 
     def cameras(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the camera labels [V, 25] of the views: 16 values of cam2world and 9 of the intrinsics."""
-        family = CameraFamily(self.radius, self.pivot, self.focal)
+        camera_family = CameraFamily(self.radius, self.pivot, self.focal)
         # The pose sampler draws random numbers, although they do not change these poses. `fixed_draws`
         # restores torch's global random state.
         with fixed_draws():
-            return torch.cat([family.label(yaw, device=device) for yaw in self.yaws])
+            return torch.cat([camera_family.label(yaw, device=device) for yaw in self.yaws])
 
     def observe(self, field: Field) -> torch.Tensor:
         """Render the maps [N, V, C, R, R] of a field of N shapes. Differentiable in the field.
@@ -175,24 +176,25 @@ class Depth(observations.Observation):
     def misfits(self, generator: "Generator") -> list[str]:
         """List the differences between the cameras of this observation and the cameras of a generator.
 
-        The position of the cameras and the range of depths are compared. The list is empty if both agree.
+        The position of the cameras and the range of depths are compared. The list is empty if position and
+        range agree.
         """
-        family = generator.cameras
+        camera_family = generator.cameras
         # name, value of this observation, value of the generator
-        compared: list[tuple[str, Any, Any]] = [
-            ("camera radius", self.radius, family.radius),
-            ("camera pivot", self.pivot, family.pivot),
+        compared_values: list[tuple[str, Any, Any]] = [
+            ("camera radius", self.radius, camera_family.radius),
+            ("camera pivot", self.pivot, camera_family.pivot),
             ("rays between", (self.near, self.far), depth_range(generator)),
         ]
         return [
             f"{name} {value}, got {generator_value}"
-            for name, value, generator_value in compared
+            for name, value, generator_value in compared_values
             if not np.allclose(value, generator_value, rtol=0, atol=_TOLERANCE)
         ]
 
 
 def depth_range(generator: "Generator") -> tuple[float, float]:
-    """Return the least and the greatest depth on the generator's rays, in world units.
+    """Return the smallest and the largest depth on the generator's rays, in world units.
 
     If the generator does not state the ends of its rays, return the depths of the front and the back of its
     cube for a frontal camera.
@@ -218,12 +220,11 @@ INPUT = 224  # pixels per edge of the input of ResNet-50
 WIDTHS = (16, 32, 64, 96)  # channels of the small network's stages
 GROUPS = 8  # number of groups in the small network's group normalisation
 FEATURES_PER_VIEW = 128  # of the small network
-_EXTERNAL = (
-    "external."  # prefix of the backbone's entries in a state dict; files do not contain these entries
-)
-# Least standard deviation of a pixel, as a share of the mean standard deviation of all pixels. Without this
-# limit, pixels that are empty in almost all samples would be amplified.
-_LEAST_SCALE = 0.3
+# Prefix of the backbone's entries in a state dict; files do not contain these entries
+_EXTERNAL = "external."
+# Smallest standard deviation of a pixel, as a share of the mean standard deviation of all pixels. Without
+# this limit, pixels that are empty in almost all samples would be amplified.
+_MIN_SCALE = 0.3
 
 
 class PublishedDepth(RewardNetwork):
@@ -293,15 +294,15 @@ class PublishedDepth(RewardNetwork):
         _check("resnet50", (self._description["views"], 1), shape)
 
 
-def _remove_backbone(module: nn.Module, state: dict[str, Any], prefix: str, _local: object) -> None:
+def _remove_backbone(_module: nn.Module, state_dict: dict[str, Any], prefix: str, _local: object) -> None:
     """Remove the backbone's entries from a state dict, in place.
 
     This is a hook that torch calls at the end of `state_dict`.
     """
     # The names are collected first, since a dict must not change during iteration.
-    backbone_names = [name for name in state if name.startswith(f"{prefix}{_EXTERNAL}")]
+    backbone_names = [name for name in state_dict if name.startswith(f"{prefix}{_EXTERNAL}")]
     for name in backbone_names:
-        del state[name]
+        del state_dict[name]
 
 
 def _ignore_missing_backbone(_module: nn.Module, keys: Any) -> None:
@@ -343,9 +344,9 @@ class SmallDepth(RewardNetwork):
     """Small depth network: four stages of stride 2 on standardised maps, with 128 features per view.
 
     Each pixel is standardised over the training shapes. There is no pooling before the linear layer, because
-    the heads of one generator differ little, and pooling would discard where they differ. In eval mode the
-    features of the maps and of their mirror images are averaged, so that a score does not change if a shape
-    is mirrored.
+    the samples of one generator of heads differ little, and pooling would discard where they differ. In eval
+    mode the features of the maps and of their mirror images are averaged, so that a score does not change if
+    a shape is mirrored.
 
     Args:
         views: number of views, 1 or 3.
@@ -363,13 +364,16 @@ class SmallDepth(RewardNetwork):
         # must not be strict.
         in_channels = (2, *WIDTHS)
         self.stages = nn.Sequential(
-            *(Stage(inputs, outputs) for inputs, outputs in zip(in_channels, WIDTHS, strict=False))
+            *(
+                Stage(stage_inputs, stage_outputs)
+                for stage_inputs, stage_outputs in zip(in_channels, WIDTHS, strict=False)
+            )
         )
         self.dropout = nn.Dropout(dropout)
         # Pixels per edge after the last stage: every stage halves the edge and rounds up, and -(-a // b) is
         # the quotient a / b rounded up.
-        side = -(-resolution // 2 ** len(WIDTHS))
-        self.each = nn.Linear(WIDTHS[-1] * side**2, FEATURES_PER_VIEW)
+        final_edge = -(-resolution // 2 ** len(WIDTHS))
+        self.each = nn.Linear(WIDTHS[-1] * final_edge**2, FEATURES_PER_VIEW)
         self.register_buffer("mean", torch.zeros(self._shape))
         self.register_buffer("scale", torch.ones(self._shape))
 
@@ -391,11 +395,11 @@ class SmallDepth(RewardNetwork):
         maps = take()
         # With the mirror images the statistics are symmetric.
         maps = torch.cat([maps, mirror(maps)])
-        scale = maps.std(dim=0)
+        pixel_stds = maps.std(dim=0)
         self.mean.copy_(maps.mean(dim=0))
         # Both are buffers of the state dict, so they are changed in place. 1e-6 avoids a division by 0 if all
         # maps are equal.
-        self.scale.copy_(scale.clamp_min(_LEAST_SCALE * float(scale.mean()) + 1e-6))
+        self.scale.copy_(pixel_stds.clamp_min(_MIN_SCALE * float(pixel_stds.mean()) + 1e-6))
 
     def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Compute features [N, V * 128] of maps [N, V, 2, R, R]. Differentiable in the maps.
@@ -418,8 +422,8 @@ class SmallDepth(RewardNetwork):
 
     def _features(self, observations: torch.Tensor) -> torch.Tensor:
         """Compute features [N, V * 128] of maps in one orientation."""
-        x = ((observations - self.mean) / self.scale).flatten(0, 1)  # [N * V, 2, R, R]
-        view_features = self.each(self.dropout(self.stages(x).flatten(1)))  # [N * V, 128]
+        standardised_maps = ((observations - self.mean) / self.scale).flatten(0, 1)  # [N * V, 2, R, R]
+        view_features = self.each(self.dropout(self.stages(standardised_maps).flatten(1)))  # [N * V, 128]
         return view_features.unflatten(0, observations.shape[:2]).flatten(1)
 
     def describe(self) -> dict[str, Any]:
@@ -431,13 +435,19 @@ class SmallDepth(RewardNetwork):
         _check("small", self._shape, shape)
 
 
-def _check(name: str, expected: Sequence[int], shape: Sequence[int]) -> None:
-    """Raise ValueError if the shape [V, C, R, R] of one sample's maps does not begin with `expected`."""
-    if tuple(shape[: len(expected)]) != tuple(expected):
+def _check(extractor: str, expected_sizes: Sequence[int], shape: Sequence[int]) -> None:
+    """Raise ValueError if the shape of one sample's maps does not begin with the expected sizes.
+
+    Args:
+        extractor: name of the network's extractor, for the message.
+        expected_sizes: expected first sizes of the shape.
+        shape: shape [V, C, R, R] of the maps.
+    """
+    if tuple(shape[: len(expected_sizes)]) != tuple(expected_sizes):
         raise ValueError(
-            f"depth reward ({name}): expected maps whose shape [views, channels, height, width] begins with"
-            f" {list(expected)}, got {list(shape)}. Use maps with the reward's number of views, channels and"
-            " resolution."
+            f"depth reward ({extractor}): expected maps whose shape [views, channels, height, width] begins"
+            f" with {list(expected_sizes)}, got {list(shape)}. Use maps with the reward's number of views,"
+            " channels and resolution."
         )
 
 
@@ -447,19 +457,19 @@ def build(description: Mapping[str, Any]) -> RewardNetwork:
     Raises: ValueError for an unknown extractor, or for a field that the network does not have.
     """
     # A copy, since the entry is removed below.
-    values = dict(description)
-    name = values.pop("extractor", None)
+    network_settings = dict(description)
+    extractor = network_settings.pop("extractor", None)
     network_classes: dict[str, type[RewardNetwork]] = {"small": SmallDepth, "resnet50": PublishedDepth}
-    if name not in network_classes:
+    if extractor not in network_classes:
         raise ValueError(
-            f"depth reward: expected the extractor {' or '.join(network_classes)}, got {name!r}. If a later"
-            " version of the package wrote the file, open it with that version."
+            f"depth reward: expected the extractor {' or '.join(network_classes)}, got {extractor!r}. If a"
+            " later version of the package wrote the file, open it with that version."
         )
     try:
-        return network_classes[name](**values)
+        return network_classes[extractor](**network_settings)
     except TypeError as error:
         raise ValueError(
-            f"depth reward ({name}): the description has a wrong setting: {error}. Correct the network's"
+            f"depth reward ({extractor}): the description has a wrong setting: {error}. Correct the network's"
             " settings in the reward's file."
         ) from error
 

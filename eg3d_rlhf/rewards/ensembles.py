@@ -7,8 +7,7 @@ share errors: ensembles reduce over-optimisation, but they do not remove it (Eis
 2312.09244).
 
 Shapes: N samples, E members, P pairs, M entries of an embedding; [N, ...] is a batch of observations, which
-    are
-the inputs of the networks.
+are the inputs of the networks.
 """
 
 import copy
@@ -80,7 +79,7 @@ class RewardEnsemble(nn.Module):
     `standard`, raw scores are aggregated. Time and memory are the sum over all members.
 
     Args:
-        members: trained networks, E in number.
+        members: trained networks [E].
         aggregate: function that joins the members' scores.
         standard: statistics of the members' scores; None aggregates raw scores.
     Raises: ValueError if the number of members in `standard` is not E.
@@ -135,10 +134,10 @@ class RewardEnsemble(nn.Module):
         if self.aggregate == MEAN and self.standard is None:
             # The first version of the package wrote this form, without an entry "ensemble".
             return description
-        settings = asdict(self.aggregate)
+        ensemble_settings = asdict(self.aggregate)
         if self.standard is not None:
-            settings.update(asdict(self.standard))
-        return {**description, "ensemble": settings}
+            ensemble_settings.update(asdict(self.standard))
+        return {**description, "ensemble": ensemble_settings}
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError unless every member can read observations of this shape (without batch axis)."""
@@ -159,15 +158,16 @@ class RewardEnsemble(nn.Module):
 
     def joined(self, scores: Sequence[torch.Tensor]) -> torch.Tensor:
         """Aggregate the scores of the members, [N] each, into the reward [N]."""
-        stacked = torch.stack(list(scores))  # [E, N]
+        member_scores = torch.stack(list(scores))  # [E, N]
         if self.standard is None:
-            return self.aggregate(stacked)
+            return self.aggregate(member_scores)
         # [E, 1] each, so that they broadcast over samples
         offsets, scales = (
-            stacked.new_tensor(values)[:, None] for values in (self.standard.offsets, self.standard.scales)
+            member_scores.new_tensor(moments)[:, None]
+            for moments in (self.standard.offsets, self.standard.scales)
         )
         # The last two factors restore the unit of the members' scores, see the formula of the class.
-        return self.aggregate((stacked - offsets) / scales) * scales.mean() + offsets.mean()
+        return self.aggregate((member_scores - offsets) / scales) * scales.mean() + offsets.mean()
 
     def score(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the reward [N] of observations [N, ...]. Differentiable in the observations."""
@@ -222,16 +222,18 @@ def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
             " --aggregate=mean, min or softmin."
         )
     # A copy, so that the first network keeps its own weights.
-    average = copy.deepcopy(networks[0])
-    states = [network.state_dict() for network in networks]
+    average_network = copy.deepcopy(networks[0])
+    state_dicts = [network.state_dict() for network in networks]
     with torch.no_grad():
-        for name, value in average.state_dict().items():
+        for name, average_tensor in average_network.state_dict().items():
             # state_dict returns the network's own tensors, so that copying into them changes the network.
             # Integer entries, for example counters, are not averaged.
-            if value.is_floating_point():
+            if average_tensor.is_floating_point():
                 # Float64 for the sum; copy_ rounds to the parameter's type.
-                value.copy_(torch.stack([state[name].double() for state in states]).mean(dim=0))
-    return average.eval().requires_grad_(False)
+                average_tensor.copy_(
+                    torch.stack([state_dict[name].double() for state_dict in state_dicts]).mean(dim=0)
+                )
+    return average_network.eval().requires_grad_(False)
 
 
 def combine(
@@ -272,17 +274,17 @@ def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | 
         ensemble.
     """
     build = builder_of(kind)
-    values = dict(description)
+    network_description = dict(description)
     # A number of members with one architecture, or a list of the members' descriptions.
-    members = values.pop("members", 1)
-    ensemble_settings = values.pop("ensemble", None)
+    members_description = network_description.pop("members", 1)
+    ensemble_settings = network_description.pop("ensemble", None)
     # The description of a single network has neither entry.
-    if ensemble_settings is None and members == 1:
-        return build(values)
+    if ensemble_settings is None and members_description == 1:
+        return build(network_description)
     networks = (
-        [build(member) for member in members]
-        if isinstance(members, list)
-        else [build(values) for _ in range(members)]
+        [build(member_description) for member_description in members_description]
+        if isinstance(members_description, list)
+        else [build(network_description) for _ in range(members_description)]
     )
     if ensemble_settings is None:
         return RewardEnsemble(networks)

@@ -28,19 +28,19 @@ from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from eg3d_rlhf.rewards.networks import RewardNetwork
 from training.distributed import SINGLE, Ranks
 
-# Least numbers of labels for training and for statements about the result
-LEAST_TRAIN = 200  # pairs; a network that reads a density grid mostly memorises fewer pairs
+# Smallest numbers of labels for training and for statements about the result
+MIN_TRAIN = 200  # pairs; a network that reads a density grid mostly memorises fewer pairs
 # Pairs. With 54 pairs, the exact binomial test distinguishes a true accuracy of 0.7 from chance with a power
 # of 80 %.
-LEAST_TEST = 54
-LEAST_KIND = 27  # held-out labels of single shapes, for preferred shapes and for all other shapes
+MIN_TEST = 54
+MIN_SHAPES = 27  # held-out labels of single shapes, for preferred shapes and for all other shapes
 # Difference of the volume errors of two shapes, as a share of the volume of the back of the head. Every
 # reward should order pairs correctly that differ by at least this much.
 APART = 0.05
 
 
 def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
-    """Return a warning if there are too few pairs for the training or the evaluation; otherwise return ''.
+    """Return a warning if there are too few pairs for the training or the evaluation, or '' otherwise.
 
     Args:
         counts: number of pairs of each of the splits train, val and test.
@@ -48,40 +48,40 @@ def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
     """
     # In the order of `fractions`
     train_count, val_count, test_count = (counts[name] for name in ("train", "val", "test"))
-    if train_count >= LEAST_TRAIN and val_count >= LEAST_TEST and test_count >= LEAST_TEST:
+    if train_count >= MIN_TRAIN and val_count >= MIN_TEST and test_count >= MIN_TEST:
         return ""
     # Least total number of labels for which every split with a share above 0 gets its least number
-    least_counts = zip((LEAST_TRAIN, LEAST_TEST, LEAST_TEST), fractions, strict=True)
-    needed_count = max(math.ceil(least_count / share) for least_count, share in least_counts if share)
+    min_counts_and_shares = zip((MIN_TRAIN, MIN_TEST, MIN_TEST), fractions, strict=True)
+    needed_count = max(math.ceil(min_count / share) for min_count, share in min_counts_and_shares if share)
     return (
         f"too few labels: {train_count} pairs for training, {val_count} for the choice of the epoch and"
-        f" {test_count} for the test. About {needed_count} labels are needed ({LEAST_TRAIN} for training,"
-        f" {LEAST_TEST} for the choice of the epoch, {LEAST_TEST} for the test). The results below are not"
+        f" {test_count} for the test. About {needed_count} labels are needed ({MIN_TRAIN} for training,"
+        f" {MIN_TEST} for the choice of the epoch, {MIN_TEST} for the test). The results below are not"
         " reliable."
     )
 
 
 def too_few_shapes(preferred_count: int, other_count: int) -> str:
-    """Return a warning if there are too few held-out labels of single shapes; otherwise return ''.
+    """Return a warning if there are too few held-out labels of single shapes, or '' otherwise.
 
     Args:
         preferred_count: number of held-out shapes that are labelled as preferred.
         other_count: number of held-out shapes with any other label.
     """
-    if min(preferred_count, other_count) >= LEAST_KIND:
+    if min(preferred_count, other_count) >= MIN_SHAPES:
         return ""
     return (
         f"too few labels: {preferred_count} preferred shapes and {other_count} other shapes are held out,"
-        f" but {LEAST_KIND} of each kind are needed. Label more shapes."
+        f" but {MIN_SHAPES} preferred and {MIN_SHAPES} other shapes are needed. Label more shapes."
     )
 
 
 def auc_interval(
-    value: float, preferred_count: int, other_count: int, confidence: float = 0.95
+    measured_auc: float, preferred_count: int, other_count: int, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Compute the confidence interval of an AUC (area under the ROC curve).
 
-    This is method 5 of Newcombe (2006). The ends of the interval are the solutions A of |A - value| =
+    This is method 5 of Newcombe (2006). The ends of the interval are the solutions A of |A - measured AUC| =
     z sqrt(V(A)), where z is the quantile of the normal distribution. V is the variance of Hanley and McNeil
     (1982), in which both counts inside the bracket are replaced by their mean:
 
@@ -91,11 +91,11 @@ def auc_interval(
     The interval lies inside 0..1, and it also exists for values of 0 and 1.
 
     Args:
-        value: measured AUC, in 0..1.
+        measured_auc: measured AUC, in 0..1.
         preferred_count: number of preferred shapes.
         other_count: number of all other shapes.
         confidence: level of the interval, in 0..1.
-    Returns: lower and upper end of the interval.
+    Returns: the lower end and the upper end of the interval.
     """
     z = float(ndtri(0.5 + confidence / 2))
     n = (preferred_count + other_count) / 2 - 1
@@ -104,13 +104,13 @@ def auc_interval(
     # outside, so that each end is a root.
     def excess(a: float) -> float:
         variance = a * (1 - a) * (1 + n * ((1 - a) / (2 - a) + a / (1 + a))) / (preferred_count * other_count)
-        return (a - value) ** 2 - z * z * variance
+        return (a - measured_auc) ** 2 - z * z * variance
 
     # For a value of exactly 0 or 1 the function is 0 there, which is a root but not the searched end.
-    inner_auc = min(max(value, 1e-9), 1 - 1e-9)
+    inner_auc = min(max(measured_auc, 1e-9), 1 - 1e-9)
     return (
-        0.0 if value <= 0 else brentq(excess, 0.0, inner_auc),
-        1.0 if value >= 1 else brentq(excess, inner_auc, 1.0),
+        0.0 if measured_auc <= 0 else brentq(excess, 0.0, inner_auc),
+        1.0 if measured_auc >= 1 else brentq(excess, inner_auc, 1.0),
     )
 
 
@@ -181,11 +181,11 @@ def calibration_error(margin: np.ndarray, bins: int = 10) -> float:
     # A confidence of exactly 1 belongs to the last bin.
     bin_index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     error = 0.0
-    for b in range(bins):
-        in_bin = bin_index == b  # [P]
+    for bin_number in range(bins):
+        is_in_bin = bin_index == bin_number  # [P]
         # An empty bin has no accuracy and contributes nothing.
-        if in_bin.any():
-            error += in_bin.mean() * abs((margin[in_bin] > 0).mean() - confidence[in_bin].mean())
+        if is_in_bin.any():
+            error += is_in_bin.mean() * abs((margin[is_in_bin] > 0).mean() - confidence[is_in_bin].mean())
     return float(error)
 
 
@@ -198,12 +198,12 @@ def fit_temperature(margin: np.ndarray) -> float:
     Args: margin: margins [P] of validation pairs.
     """
     # The search is over log T, in which doubling and halving are steps of equal size.
-    fit = minimize_scalar(
+    optimum = minimize_scalar(
         lambda log_t: log_loss(margin * math.exp(-log_t)),
         bounds=(math.log(0.01), math.log(100)),
         method="bounded",
     )
-    return float(math.exp(fit.x))
+    return float(math.exp(optimum.x))
 
 
 def rate(correct: int, n: int) -> dict:
@@ -223,21 +223,21 @@ def rate(correct: int, n: int) -> dict:
 def auc(preferred_scores: Sequence[float], other_scores: Sequence[float]) -> float:
     """Compute the AUC, the area under the ROC curve, of preferred shapes against all other shapes.
 
-    The AUC is the probability that a preferred shape has a higher score than a shape of the other kind, where
-    equal scores count one half. A random score has an AUC of 0.5.
+    The AUC is the probability that a preferred shape has a higher score than a shape that is not preferred,
+    where equal scores count one half. A random score has an AUC of 0.5.
 
     Args:
         preferred_scores: scores of the preferred shapes.
         other_scores: scores of all other shapes.
-    Raises: ValueError if there is no shape of one kind.
+    Raises: ValueError if there is no preferred shape or no other shape.
     """
     if not len(preferred_scores) or not len(other_scores):
         raise ValueError(
             "auc: expected scores of at least one preferred and one other shape, got"
             f" {len(preferred_scores)} and {len(other_scores)} scores. Label more shapes."
         )
-    # Mann-Whitney U statistic: the rank sum of the preferred shapes minus its least value n (n + 1) / 2.
-    # Equal scores get their mean rank.
+    # Mann-Whitney U statistic: the rank sum of the preferred shapes minus its smallest possible value
+    # n (n + 1) / 2. Equal scores get their mean rank.
     ranks = rankdata([*preferred_scores, *other_scores])
     u_statistic = (
         ranks[: len(preferred_scores)].sum() - len(preferred_scores) * (len(preferred_scores) + 1) / 2
@@ -245,25 +245,25 @@ def auc(preferred_scores: Sequence[float], other_scores: Sequence[float]) -> flo
     return float(u_statistic / (len(preferred_scores) * len(other_scores)))
 
 
-def silhouette(points: np.ndarray, kind: np.ndarray) -> float:
-    """Compute the mean silhouette of two kinds of points, in -1..1: 1 if they are well separated.
+def silhouette(points: np.ndarray, is_first_set: np.ndarray) -> float:
+    """Compute the mean silhouette of two sets of points, in -1..1: 1 if they are well separated.
 
     The silhouette of a point is (b - a) / max(a, b) (Rousseeuw 1987), where a is its mean distance to the
-    other points of its own kind, and b its mean distance to the points of the other kind.
+    other points of its own set, and b its mean distance to the points of the other set.
 
     Args:
         points: positions [N, M].
-        kind: bool [N], the kind of each point; each kind needs at least two points.
+        is_first_set: mask [N] of the points of the first set; each set needs at least two points.
     """
-    distance = cdist(points, points)
-    # [2, N]: sums of distances to points of kind False and of kind True
-    distance_sums = np.stack([distance[:, ~kind].sum(1), distance[:, kind].sum(1)])
-    kind_index = kind.astype(int)
-    kind_count = np.array([(~kind).sum(), kind.sum()])
-    point_index = np.arange(len(kind))
+    distances = cdist(points, points)
+    # [2, N]: sums of the distances to the points of the second set and of the first set
+    distance_sums = np.stack([distances[:, ~is_first_set].sum(1), distances[:, is_first_set].sum(1)])
+    set_index = is_first_set.astype(int)
+    set_sizes = np.array([(~is_first_set).sum(), is_first_set.sum()])
+    point_index = np.arange(len(is_first_set))
     # The sum contains the distance of the point to itself, which is 0, so the divisor is smaller by one.
-    a = distance_sums[kind_index, point_index] / (kind_count[kind_index] - 1)
-    b = distance_sums[1 - kind_index, point_index] / kind_count[1 - kind_index]
+    a = distance_sums[set_index, point_index] / (set_sizes[set_index] - 1)
+    b = distance_sums[1 - set_index, point_index] / set_sizes[1 - set_index]
     # If all distances are 0, the tiny divisor gives a silhouette of 0.
     return float(((b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny)).mean())
 
@@ -280,9 +280,9 @@ def evaluate_unpaired(
         model: reward network or ensemble that gives the scores.
         embed: network that gives the embedding, for example the first member of an ensemble.
         store: cache that contains the observations of all seeds.
-        labels: labels of single shapes; both kinds must occur at least twice.
-    Returns: JSON values: "n" (numbers of preferred and other shapes), "auc", "auc_interval_95", "divergence"
-        and "silhouette".
+        labels: labels of single shapes; at least two must be preferred, and at least two must not.
+    Returns: dict of JSON values. "n" contains the numbers of preferred and of other shapes. The other entries
+        are "auc", "auc_interval_95", "divergence" and "silhouette".
     """
     seeds = [label.seed for label in labels]
     # `preferred` may also be None, which counts as not preferred.
@@ -296,17 +296,19 @@ def evaluate_unpaired(
             embed.embed(store.take(seeds[i : i + 32], device)).cpu().double()
             for i in range(0, len(seeds), 32)
         ]
-    points = torch.nn.functional.normalize(torch.cat(embeddings))
-    divergence = cs_divergence(points[is_preferred], points[~is_preferred], median_distance(points), "U")
+    unit_embeddings = torch.nn.functional.normalize(torch.cat(embeddings))
+    divergence = cs_divergence(
+        unit_embeddings[is_preferred], unit_embeddings[~is_preferred], median_distance(unit_embeddings), "U"
+    )
     seed_scores = np.array([scores[seed] for seed in seeds])
-    counts = [int(is_preferred.sum()), int((~is_preferred).sum())]  # preferred shapes, other shapes
-    area = auc(seed_scores[is_preferred], seed_scores[~is_preferred])
+    shape_counts = [int(is_preferred.sum()), int((~is_preferred).sum())]  # preferred shapes, other shapes
+    measured_auc = auc(seed_scores[is_preferred], seed_scores[~is_preferred])
     return {
-        "n": counts,
-        "auc": area,
-        "auc_interval_95": list(auc_interval(area, *counts)),
+        "n": shape_counts,
+        "auc": measured_auc,
+        "auc_interval_95": list(auc_interval(measured_auc, *shape_counts)),
         "divergence": float(divergence),
-        "silhouette": silhouette(points.numpy(), is_preferred),
+        "silhouette": silhouette(unit_embeddings.numpy(), is_preferred),
     }
 
 
@@ -322,21 +324,21 @@ def evaluate(
         store: cache that contains the observations of all seeds.
         labels: P labelled pairs.
         temperature: divisor of the margins for "calibration_error_scaled", see `fit_temperature`.
-    Returns: JSON values: the accuracy "labels", "log_loss", "calibration_error", "calibration_error_scaled"
-        and "mean_margin". If some labels state the noise-free order: the accuracy "clean" against this order,
-        over these labels only, and "label_noise", the share of these labels that contradict it. If some of
-        these labels also state that the volume errors of the pair differ by at least APART: the accuracy
-        "apart" over the pairs that do.
+    Returns: dict of JSON values. It always has the entries "labels" (the accuracy), "log_loss",
+        "calibration_error", "calibration_error_scaled" and "mean_margin". If some labels state the noise-free
+        order, two entries are added for these labels: "clean" is the accuracy against this order, and
+        "label_noise" is the share of the labels that contradict it. If some of these labels also state that
+        the volume errors of the pair differ by at least APART, "apart" is the accuracy over these pairs.
     """
     scores = score_seeds(model, store, [seed for label in labels for seed in (label.winner, label.loser)])
     # [P], positive where the reward agrees with the label
-    margin = margins(scores, labels)
+    pair_margins = margins(scores, labels)
     report = {
-        "labels": rate(int((margin > 0).sum()), len(margin)),
-        "log_loss": log_loss(margin),
-        "calibration_error": calibration_error(margin),
-        "calibration_error_scaled": calibration_error(margin / temperature),
-        "mean_margin": float(margin.mean()),
+        "labels": rate(int((pair_margins > 0).sum()), len(pair_margins)),
+        "log_loss": log_loss(pair_margins),
+        "calibration_error": calibration_error(pair_margins),
+        "calibration_error_scaled": calibration_error(pair_margins / temperature),
+        "mean_margin": float(pair_margins.mean()),
     }
     # [P]: 1 where the label agrees with the noise-free order, -1 where it contradicts this order, 0 where the
     # label does not state it
@@ -346,12 +348,14 @@ def evaluate(
             agreement[i] = 1 if label.clean == label.winner else -1
     if np.any(agreement):
         # margin * agreement is positive where the reward agrees with the noise-free order.
-        report["clean"] = rate(int((margin * agreement > 0).sum()), int((agreement != 0).sum()))
+        report["clean"] = rate(int((pair_margins * agreement > 0).sum()), int((agreement != 0).sum()))
         report["label_noise"] = float((agreement < 0).sum() / (agreement != 0).sum())
     # [P]; "gap" is the difference of the volume errors
-    differs = (agreement != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
-    if np.any(differs):
-        report["apart"] = rate(int((margin * agreement > 0)[differs].sum()), int(differs.sum()))
+    differs_clearly = (agreement != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
+    if np.any(differs_clearly):
+        report["apart"] = rate(
+            int((pair_margins * agreement > 0)[differs_clearly].sum()), int(differs_clearly.sum())
+        )
     return report
 
 
@@ -363,21 +367,22 @@ def evaluate_feature(feature: Mapping[int, float], labels: Sequence[Preference])
     Args:
         feature: feature by seed.
         labels: labelled pairs.
-    Returns: accuracies in the form of `rate`: "clean" over all pairs, "apart" over the pairs whose volume
-        errors differ by at least APART. An accuracy without any pair is left out.
+    Returns: dict of accuracies, each a result of `rate`. "clean" is the accuracy over all pairs, and "apart"
+        the accuracy over the pairs whose volume errors differ by at least APART. An accuracy without any pair
+        is left out.
     """
     clean_labels = [label for label in labels if label.clean is not None]
     # +1 where the label agrees with the noise-free order, -1 where it contradicts this order
     agreement = np.array([2 * (label.clean == label.winner) - 1 for label in clean_labels])
-    difference = np.array([feature[label.winner] - feature[label.loser] for label in clean_labels])
+    feature_differences = np.array([feature[label.winner] - feature[label.loser] for label in clean_labels])
     # True where the feature agrees with the noise-free order
-    is_correct = agreement * difference > 0
-    differs = np.array([label.extra.get("gap", 0.0) >= APART for label in clean_labels], dtype=bool)
-    counted_pairs = {"clean": np.ones_like(differs), "apart": differs}
+    is_correct = agreement * feature_differences > 0
+    differs_clearly = np.array([label.extra.get("gap", 0.0) >= APART for label in clean_labels], dtype=bool)
+    pair_masks = {"clean": np.ones_like(differs_clearly), "apart": differs_clearly}
     return {
-        name: rate(int(is_correct[rows].sum()), int(rows.sum()))
-        for name, rows in counted_pairs.items()
-        if rows.any()
+        accuracy_name: rate(int(is_correct[pair_mask].sum()), int(pair_mask.sum()))
+        for accuracy_name, pair_mask in pair_masks.items()
+        if pair_mask.any()
     }
 
 
@@ -390,12 +395,15 @@ def collect_curves(history: Sequence[dict], best_epoch: int, context: dict) -> d
         context: facts that are printed above the plot, for example the number of pairs and the seed.
     """
     metrics = {
-        name: [record[name] for record in history]
-        for name in ("train_accuracy", "val_accuracy", "val_log_loss")
+        metric_name: [epoch_record[metric_name] for epoch_record in history]
+        for metric_name in ("train_accuracy", "val_accuracy", "val_log_loss")
     }
-    losses = {name: [record["loss"][name] for record in history] for name in history[0]["loss"]}
+    losses = {
+        metric_name: [epoch_record["loss"][metric_name] for epoch_record in history]
+        for metric_name in history[0]["loss"]
+    }
     # Plots count epochs from 1.
-    epochs = [record["epoch"] + 1 for record in history]
+    epochs = [epoch_record["epoch"] + 1 for epoch_record in history]
     return {"epoch": epochs, **metrics, "loss": losses, "best_epoch": best_epoch + 1, "context": context}
 
 
@@ -423,17 +431,19 @@ def plot_curves(json_path: Path, png_path: Path) -> Path:
     accuracy_axes.set(xlabel="epoch", ylabel="pairs ordered as labelled (fraction)")
     accuracy_axes.legend()
     loss_axes.plot(curves["epoch"], curves["val_log_loss"], label="validation log loss")
-    for name, values in curves["loss"].items():
+    for term_name, term_values in curves["loss"].items():
         # The divergence is maximised, so the loss holds its negative. The axis is logarithmic.
-        sign = -1 if name == "divergence" else 1
+        sign = -1 if term_name == "divergence" else 1
         loss_axes.plot(
             curves["epoch"],
-            [sign * value for value in values],
-            label=f"training {name}, weighted",
+            [sign * term_value for term_value in term_values],
+            label=f"training {term_name}, weighted",
             linewidth=1,
         )
     loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
     loss_axes.legend(fontsize=8)
-    figure.suptitle(", ".join(f"{k} {v}" for k, v in curves["context"].items()), fontsize=9)
+    figure.suptitle(
+        ", ".join(f"{fact_name} {fact}" for fact_name, fact in curves["context"].items()), fontsize=9
+    )
     figure.savefig(png_path, dpi=120)
     return png_path

@@ -50,7 +50,7 @@ class WeightGradients:
         layer: Any,
         result_gradient: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         x: torch.Tensor,
-        mix: torch.Tensor | None,
+        channel_mix: torch.Tensor | None,
         sums: torch.Tensor,
         grad_sums: torch.Tensor,
     ) -> None:
@@ -60,38 +60,41 @@ class WeightGradients:
             layer: the `NormConv`.
             result_gradient: gradient of the result, as the arguments g, h and factors of
                 `volume_conv_gradient`.
-            x: input [N, C, D, H, W]; or, with `mix`, the one channel [N, 1, D, H, W] from which the input is
-                made.
-            mix: [C, 2]: channel c of the input is mix[c, 0] x + mix[c, 1]; None if x is the input.
+            x: input [N, C, D, H, W] if `channel_mix` is None, otherwise the one channel [N, 1, D, H, W] from
+                which the input is made.
+            channel_mix: [C, 2]: channel c of the input is mix[c, 0] x + mix[c, 1]; None if x is the input.
             sums: sums [N, C, 2] of the input and of its square.
             grad_sums: sums that `volume_conv_gradient` returned.
         """
         norm = layer.groupnorm
         kernel = layer.conv.weight
-        voxels = x[0, 0].numel()
+        voxel_count = x[0, 0].numel()
         if kernel in self._requested:
-            scale, shift = group_affine(norm, sums, voxels)
+            scale, shift = group_affine(norm, sums, voxel_count)
             # The normalised input is scale * input + shift, and the input is mix[:, 0] x + mix[:, 1], so both
             # maps are combined into one scale and one shift of x.
-            if mix is not None:
-                scale, shift = scale * mix[:, 0], scale * mix[:, 1] + shift
+            if channel_mix is not None:
+                scale, shift = scale * channel_mix[:, 0], scale * channel_mix[:, 1] + shift
             self.gradients[kernel] = ops.volume_conv_weight(*result_gradient, x, scale, shift)
-        self.gradients[norm.weight], self.gradients[norm.bias] = group_weights(norm, sums, grad_sums, voxels)
+        self.gradients[norm.weight], self.gradients[norm.bias] = group_weights(
+            norm, sums, grad_sums, voxel_count
+        )
 
-    def gates(self, module: Any, linear: list[torch.Tensor], gates: torch.Tensor) -> None:
+    def gates(self, module: Any, linear_gradients: list[torch.Tensor], gate_sums: torch.Tensor) -> None:
         """Store the gradients of the channel gate and of the voxel gate.
 
         Args:
             module: the `ScSE` with both gates.
-            linear: gradients of the parameters of the channel gate (cSE), in the order of its parameters.
-            gates: sums [N, 2 C + 1] that `volume_gate_gradient` returned.
+            linear_gradients: gradients of the parameters of the channel gate (cSE), in the order of its
+                parameters.
+            gate_sums: gradient sums [N, 2 C + 1] that `volume_gate_gradient` returned.
         """
-        self.gradients.update(zip(module.cSE.parameters(), linear, strict=True))
+        self.gradients.update(zip(module.cSE.parameters(), linear_gradients, strict=True))
         layer = module.sSE.conv
-        channels = len(linear[0])
+        channels = len(linear_gradients[0])
         # The first C sums belong to the channel gate. C sums for the weights of the voxel gate and one sum
         # for its bias follow.
-        spatial_sums = gates[:, channels:].sum(dim=0).float()  # [C + 1]
+        spatial_sums = gate_sums[:, channels:].sum(dim=0).float()  # [C + 1]
         self.gradients[layer.weight] = spatial_sums[:channels].view_as(layer.weight)
         self.gradients[layer.bias] = spatial_sums[channels:]
 
@@ -137,17 +140,17 @@ class WeightGradients:
 # Group normalisation, written as a scale and a shift from sums over each channel's voxels, and its gradients.
 
 
-def statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxel_count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean and the inverse standard deviation of each channel's group, [N, C] each, in float64.
 
     Args:
         norm: the group normalisation.
         sums: float64 [N, C, 2], sums of the values and of their squares over the voxels of each channel.
-        voxels: number of voxels per channel.
+        voxel_count: number of voxels per channel.
     """
     channels_per_group = sums.shape[1] // norm.num_groups
     # [N, G, 2]: means of the values and of their squares over each group
-    group_means = sums.unflatten(1, (norm.num_groups, -1)).sum(dim=2) / (voxels * channels_per_group)
+    group_means = sums.unflatten(1, (norm.num_groups, -1)).sum(dim=2) / (voxel_count * channels_per_group)
     mean = group_means[..., 0]
     # The variance E[x^2] - mean^2 can become slightly negative by rounding.
     inverse_std = (group_means[..., 1] - mean.square()).clamp_min(0).add(norm.eps).rsqrt()
@@ -157,7 +160,9 @@ def statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[tor
     )
 
 
-def group_affine(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def group_affine(
+    norm: nn.GroupNorm, sums: torch.Tensor, voxel_count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scale and the shift of a group normalisation, float32 [N, C] each.
 
     The normalised values are scale * x + shift.
@@ -165,15 +170,15 @@ def group_affine(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[t
     Args:
         norm: the group normalisation.
         sums: float64 [N, C, 2], sums of the values and of their squares over the voxels of each channel.
-        voxels: number of voxels per channel.
+        voxel_count: number of voxels per channel.
     """
-    mean, inverse_std = statistics(norm, sums, voxels)
+    mean, inverse_std = statistics(norm, sums, voxel_count)
     scale = norm.weight.double() * inverse_std
     return scale.float(), (norm.bias.double() - mean * scale).float()
 
 
 def group_gradient(
-    norm: nn.GroupNorm, sums: torch.Tensor, grad_sums: torch.Tensor, voxels: int
+    norm: nn.GroupNorm, sums: torch.Tensor, grad_sums: torch.Tensor, voxel_count: int
 ) -> torch.Tensor:
     """Return the factors (f0, f1, f2) of the gradient of a group normalisation: float64 [N, C, 3].
 
@@ -185,16 +190,16 @@ def group_gradient(
         norm: the group normalisation.
         sums: float64 [N, C, 2], sums of x and of x^2 over the voxels of each channel.
         grad_sums: float64 [N, C, 2], sums of g and of g x over the voxels of each channel.
-        voxels: number of voxels per channel.
+        voxel_count: number of voxels per channel.
     """
-    mean, inverse_std = statistics(norm, sums, voxels)
+    mean, inverse_std = statistics(norm, sums, voxel_count)
     w = norm.weight.double()
     channels_per_group = sums.shape[1] // norm.num_groups
 
     def group_mean(voxel_sums: torch.Tensor) -> torch.Tensor:
         """Return means over the channels and voxels of each group, repeated for its channels, [N, C]."""
         channel_mean = voxel_sums.unflatten(1, (norm.num_groups, -1)).mean(dim=2)
-        return channel_mean.repeat_interleave(channels_per_group, dim=1) / voxels
+        return channel_mean.repeat_interleave(channels_per_group, dim=1) / voxel_count
 
     mean_wg = group_mean(w * grad_sums[..., 0])  # mean(w g)
     # The sum of g x' over voxels is s (sum of g x - mean * sum of g).
@@ -207,13 +212,13 @@ def group_gradient(
 
 
 def group_weights(
-    norm: nn.GroupNorm, sums: torch.Tensor, grad_sums: torch.Tensor, voxels: int
+    norm: nn.GroupNorm, sums: torch.Tensor, grad_sums: torch.Tensor, voxel_count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of the weight and of the bias of a group normalisation, float32 [C] each.
 
     The arguments are described in `group_gradient`.
     """
-    mean, inverse_std = statistics(norm, sums, voxels)
+    mean, inverse_std = statistics(norm, sums, voxel_count)
     # Sum of g x' over voxels and samples, with the standardised input x'
     weight_gradient = ((grad_sums[..., 1] - mean * grad_sums[..., 0]) * inverse_std).sum(dim=0)
     bias_gradient = grad_sums[..., 0].sum(dim=0)
@@ -221,9 +226,8 @@ def group_weights(
 
 
 _LANES = 8  # number of channels that the operators process at a time
-_VOXELS = (
-    1 << 21
-)  # voxels that are evaluated at once without gradients; more voxels need memory and save no time
+# Number of voxels that are evaluated at once without gradients; more voxels need memory and save no time
+_VOXELS = 1 << 21
 # Weights in the layout of the operators, by layer and role. Each entry also holds the address and the version
 # of the weights from which it was made.
 _kernels: "WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, torch.Tensor]]]" = WeakKeyDictionary()
@@ -319,15 +323,15 @@ class _Maps(torch.autograd.Function):
     def backward(ctx, last_gradient, coarsest_gradient):
         """Compute the gradients of the slab and of the weights."""
         weights = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needs_gradient = ctx.needs_input_grad
         # The first three arguments of `forward` are no weights.
         weight_gradients = WeightGradients(
-            w for w, requested in zip(weights, needed[3:], strict=True) if requested
+            w for w, requested in zip(weights, needs_gradient[3:], strict=True) if requested
         )
         slab_gradient = ctx.run.gradient_of_maps(last_gradient, coarsest_gradient, weight_gradients)
         # One result per argument of `forward`: slab, model, stores_volumes, weights.
         return (
-            slab_gradient if needed[0] else None,
+            slab_gradient if needs_gradient[0] else None,
             None,
             None,
             *(weight_gradients.gradients.get(w) for w in weights),
@@ -449,8 +453,8 @@ class _Pass:
             moments: mean and variance [N, 1] of r, only with `mix`.
         """
         channels = sums.shape[1]
-        voxels = r[0, 0].numel()
-        scale, shift = group_affine(module.conv2.groupnorm, sums, voxels)
+        voxel_count = r[0, 0].numel()
+        scale, shift = group_affine(module.conv2.groupnorm, sums, voxel_count)
         buffer = self._buffer("inner", r, channels)
         if mix is None:
             kernel = _kernel(module.conv2.conv, "conv", ops.transformed_kernel)
@@ -461,7 +465,7 @@ class _Pass:
             inner, inner_sums = ops.volume_conv(
                 r, *_convolution_of_one_channel(module, mix, scale, shift, *moments), relu=True, out=buffer
             )
-        scale, shift = group_affine(module.conv3.groupnorm, inner_sums, voxels)
+        scale, shift = group_affine(module.conv3.groupnorm, inner_sums, voxel_count)
         kernel = _kernel(module.conv3.conv, "conv", ops.transformed_kernel)
         if self.stores_volumes:
             buffer = None
@@ -473,7 +477,7 @@ class _Pass:
         h, h_sums = ops.volume_conv(
             inner, scale, shift, module.conv3.conv.weight, kernel, residual=r, mix=mix, relu=True, out=buffer
         )
-        squeezed = (h_sums[..., 0] / voxels).float()
+        squeezed = (h_sums[..., 0] / voxel_count).float()
         return _Block(
             module,
             r,
@@ -499,11 +503,11 @@ class _Pass:
         if self.stores_volumes:
             return None
         shape = (len(like), channels, *like.shape[2:])
-        size = len(like) * channels * like[0, 0].numel()
-        if role not in self.buffers or self.buffers[role].numel() < size:
-            self.buffers[role] = like.new_empty(size)
+        buffer_size = len(like) * channels * like[0, 0].numel()
+        if role not in self.buffers or self.buffers[role].numel() < buffer_size:
+            self.buffers[role] = like.new_empty(buffer_size)
         # A larger buffer of an earlier block serves a smaller volume, too.
-        return self.buffers[role][:size].view(shape)
+        return self.buffers[role][:buffer_size].view(shape)
 
     def _apply_gates(self, block: _Block, pool: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Apply the gates of a block to its h.
@@ -523,25 +527,28 @@ class _Pass:
         `gradient` differentiates it.
         """
         arch = self.arch
-        last = self.decoder_blocks[-1]
-        final = self.net.final_conv
-        assert final.bias is not None
+        last_block = self.decoder_blocks[-1]
+        final_conv = self.net.final_conv
+        assert final_conv.bias is not None
         # The first recon_channels outputs are reconstructions; the others are responses.
-        weight = final.weight.detach()[arch.recon_channels :, :, 0, 0, 0]  # [R, C]
-        bias = final.bias.detach()[arch.recon_channels :]
+        weight = final_conv.weight.detach()[arch.recon_channels :, :, 0, 0, 0]  # [R, C]
+        bias = final_conv.bias.detach()[arch.recon_channels :]
         with torch.set_grad_enabled(self.stores_volumes):
             # Only the voxel with the largest response in each slice matters, so the graph reads just these
             # voxels.
             if arch.pooling == "slice_max":
                 # [N, D]: index of this voxel inside each slice
-                _, slice_indices = ops.volume_profile(last.h, last.gate, *last.spatial(), weight, bias)
+                _, slice_indices = ops.volume_profile(
+                    last_block.h, last_block.gate, *last_block.spatial(), weight, bias
+                )
                 # Index of the first voxel of each slice in the flattened volume
-                first_voxels = torch.arange(slice_indices.shape[1]) * last.h[0, 0, 0].numel()
+                first_voxels = torch.arange(slice_indices.shape[1]) * last_block.h[0, 0, 0].numel()
                 volume_indices = slice_indices + first_voxels
-                self.voxel_indices = volume_indices[:, None].expand(-1, last.h.shape[1], -1)  # [N, C, D]
-                self.leaves = [last.h.flatten(2).gather(2, self.voxel_indices), last.gate]
+                # [N, C, D]
+                self.voxel_indices = volume_indices[:, None].expand(-1, last_block.h.shape[1], -1)
+                self.leaves = [last_block.h.flatten(2).gather(2, self.voxel_indices), last_block.gate]
                 values, gate = (t.requires_grad_(self.stores_volumes) for t in self.leaves)
-                w, b = last.spatial()
+                w, b = last_block.spatial()
                 gated = values * torch.maximum(
                     gate[..., None], torch.sigmoid(torch.einsum("ncd,c->nd", values, w) + b)[:, None]
                 )
@@ -549,7 +556,7 @@ class _Pass:
                 # As in `unet3d.slice_max_feature`
                 self.result = profile[:, slice_windows(profile.shape[1], arch.pool_size)].amax(dim=2)
             else:
-                volumes = (self._apply_gates(last)[0], bottleneck)
+                volumes = (self._apply_gates(last_block)[0], bottleneck)
                 self.leaves = [t.requires_grad_(self.stores_volumes) for t in volumes]
                 fine, coarse = self.leaves
                 response = F.conv3d(fine, weight[..., None, None, None], bias)
@@ -670,20 +677,20 @@ class _Pass:
             weight_gradients: receives the gradients of the weights; None if they are not needed.
         """
         module = block.module
-        voxels = block.h[0, 0].numel()
+        voxel_count = block.h[0, 0].numel()
         r = block.r
         mix = block.mix
         # The channel gate has few operations, so autograd computes its gradient.
-        squeezed, *linear = (
+        squeezed, *linear_parameters = (
             t.detach().requires_grad_() for t in (block.squeezed, *module.se_module.cSE.parameters())
         )
         with torch.enable_grad():
-            gate = _channel_gate(squeezed, *linear)
+            gate = _channel_gate(squeezed, *linear_parameters)
             mean_gradient, *linear_gradients = torch.autograd.grad(
-                gate, [squeezed, *linear], gate_sums[:, : gate.shape[1]].float()
+                gate, [squeezed, *linear_parameters], gate_sums[:, : gate.shape[1]].float()
             )
         # The mean of h over voxels passes the same share of its gradient to every voxel. [N, C, 1]
-        mean_gradient = mean_gradient[..., None].double() / voxels
+        mean_gradient = mean_gradient[..., None].double() / voxel_count
         # The complete gradient of h has the form f0 g + f1 h + f2 of the operators, with f0 = 1, f1 = 0 and
         # the gradient through the mean as the constant f2.
         factors = torch.cat(
@@ -700,7 +707,7 @@ class _Pass:
             weight_gradients.convolution(
                 module.conv3, (h_gradient, block.h, factors), block.inner, None, block.inner_sums, sums
             )
-        factors = group_gradient(module.conv3.groupnorm, block.inner_sums, sums, voxels).float()
+        factors = group_gradient(module.conv3.groupnorm, block.inner_sums, sums, voxel_count).float()
         inner_gradient = g
         g, sums = ops.volume_conv_gradient(inner_gradient, block.inner, factors, conv2_kernel, r, mix)
         if weight_gradients is not None:
@@ -713,7 +720,7 @@ class _Pass:
                 r = torch.addcmul(mix[:, 1, None, None, None], r, mix[:, 0, None, None, None])
                 mix = None
         factors = torch.cat(
-            [mean_gradient, group_gradient(module.conv2.groupnorm, block.r_sums, sums, voxels)], dim=2
+            [mean_gradient, group_gradient(module.conv2.groupnorm, block.r_sums, sums, voxel_count)], dim=2
         ).float()
         # The residual is added to the result of conv3, and it is also the input of conv2: both gradients.
         return ops.volume_join(h_gradient, block.h, g, r, factors, mix)
@@ -739,14 +746,14 @@ def _gate_gradients(
     return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), gated_gradient, pooled_gradient)
 
 
-def _channel_gate(squeezed: torch.Tensor, *linear: torch.Tensor) -> torch.Tensor:
+def _channel_gate(squeezed: torch.Tensor, *linear_parameters: torch.Tensor) -> torch.Tensor:
     """Compute the channel gate [N, C] of ScSE.
 
     Args:
         squeezed: means [N, C] of the channels over the voxels.
-        linear: weight and bias of fc1, weight and bias of fc2.
+        linear_parameters: weight and bias of fc1, weight and bias of fc2.
     """
-    return torch.sigmoid(F.linear(F.relu(F.linear(squeezed, *linear[:2])), *linear[2:]))
+    return torch.sigmoid(F.linear(F.relu(F.linear(squeezed, *linear_parameters[:2])), *linear_parameters[2:]))
 
 
 def _convolution_of_one_channel(
@@ -770,7 +777,8 @@ def _convolution_of_one_channel(
         shift: shift of conv2's group normalisation, [N, C].
         mean: mean of x, float64 [N, 1].
         variance: variance of x, float64 [N, 1].
-    Returns: scale and shift [N, 2] that make the two channels, and kernels [N, O, 2, 3, 3, 3].
+    Returns: the scale [N, 2] and the shift [N, 2] that make the two channels from x, and the kernels
+        [N, O, 2, 3, 3, 3].
     """
     w, b = mix.double().T[:, None]  # [1, C]
     std = variance.sqrt().clamp_min(1e-12)  # a constant slab has a standard deviation of 0
@@ -797,22 +805,24 @@ def _kernel(layer: nn.Module, role: str, make: Callable[[torch.Tensor], torch.Te
     cached_kernels = _kernels.setdefault(layer, {})
     # An optimiser changes weights in place, which increases _version; a loaded tensor may have another
     # address.
-    state = (weight.data_ptr(), weight._version)
-    if role not in cached_kernels or cached_kernels[role][:2] != state:
-        cached_kernels[role] = (*state, make(weight.detach()))
+    weight_version = (weight.data_ptr(), weight._version)
+    if role not in cached_kernels or cached_kernels[role][:2] != weight_version:
+        cached_kernels[role] = (*weight_version, make(weight.detach()))
     return cached_kernels[role][2]
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the mean and the variance of each channel over its voxels, float64 [N, C] each."""
-    flat = x.flatten(2)
+    flat_values = x.flatten(2)
     # Two passes: the variance is computed from centred values, which avoids cancellation.
-    mean = flat.mean(dim=2, keepdim=True)
-    centred = flat - mean
-    return mean[..., 0].double(), torch.einsum("ncv,ncv->nc", centred, centred).double() / flat.shape[2]
+    mean = flat_values.mean(dim=2, keepdim=True)
+    centred_values = flat_values - mean
+    return mean[..., 0].double(), torch.einsum(
+        "ncv,ncv->nc", centred_values, centred_values
+    ).double() / flat_values.shape[2]
 
 
-def _sums(mean: torch.Tensor, variance: torch.Tensor, voxels: int) -> torch.Tensor:
+def _sums(mean: torch.Tensor, variance: torch.Tensor, voxel_count: int) -> torch.Tensor:
     """Return the sums [N, C, 2] of values and of their squares, from means and variances [N, C]."""
     # E[x^2] = Var[x] + E[x]^2
-    return torch.stack([mean, variance + mean.square()], dim=2) * voxels
+    return torch.stack([mean, variance + mean.square()], dim=2) * voxel_count

@@ -44,8 +44,14 @@ from training.storage import checksum, write_atomic
 
 
 def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:
-    """Write everything that a resumed run needs to `path`, atomically."""
-    values = {
+    """Write everything that a resumed run needs to a file, atomically.
+
+    Args:
+        path: file to write.
+        state: state of the training.
+        options: settings of the training, with which `load_state` compares its own.
+    """
+    training_values = {
         "epoch": state.epoch,
         "history": state.history,
         "best_epoch": state.best_epoch,
@@ -54,35 +60,40 @@ def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
     # Only runs with unpaired labels have a bandwidth. Without it the key is left out, as in files of earlier
     # versions.
     if state.bandwidth is not None:
-        values["bandwidth"] = state.bandwidth
+        training_values["bandwidth"] = state.bandwidth
     tensors = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "best": state.best,
     }
-    buffer = io.BytesIO()
+    file_buffer = io.BytesIO()
     # The values are a JSON string inside the tensor file, so that torch.load can read it with
     # weights_only=True, which runs no code from the file.
     torch.save(
-        {**tensors, "plain": json.dumps(values), "sha256": checksum(_flatten(tensors), values)}, buffer
+        {
+            **tensors,
+            "plain": json.dumps(training_values),
+            "sha256": checksum(_flatten(tensors), training_values),
+        },
+        file_buffer,
     )
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, file_buffer.getvalue())
 
 
-def _flatten(value, path: str = "") -> dict[str, torch.Tensor]:
+def _flatten(nested, path: str = "") -> dict[str, torch.Tensor]:
     """Return all tensors inside nested dictionaries and lists, by their path, for example "/model/MLP.0".
 
     Values of all other types are left out.
     """
-    if isinstance(value, torch.Tensor):
-        return {path: value}
-    if isinstance(value, dict):
-        items = list(value.items())
+    if isinstance(nested, torch.Tensor):
+        return {path: nested}
+    if isinstance(nested, dict):
+        keys_and_values = list(nested.items())
     else:
-        items = list(enumerate(value)) if isinstance(value, (list, tuple)) else []
+        keys_and_values = list(enumerate(nested)) if isinstance(nested, (list, tuple)) else []
     tensors = {}
-    for key, item in items:
-        tensors.update(_flatten(item, f"{path}/{key}"))
+    for nested_key, nested_value in keys_and_values:
+        tensors.update(_flatten(nested_value, f"{path}/{nested_key}"))
     return tensors
 
 
@@ -95,16 +106,18 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
         options: options of this run.
     Raises: ValueError if the file is damaged or is no training state, or if its run had other options.
     """
-    content = None
+    file_tensors = None
     if state.ranks.is_main:
         # The copy is writable, as torch requires.
-        content = {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())}
+        file_tensors = {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())}
     # Ranks on other machines may have no access to the file, so rank 0 sends its bytes.
-    data = state.ranks.broadcast_named(content)["file"]
+    file_bytes = state.ranks.broadcast_named(file_tensors)["file"]
     try:
-        stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
-        values = json.loads(stored["plain"])
-        if stored.pop("sha256") != checksum(_flatten(stored), values):
+        stored_state = torch.load(
+            io.BytesIO(file_bytes.numpy().tobytes()), map_location="cpu", weights_only=True
+        )
+        training_values = json.loads(stored_state["plain"])
+        if stored_state.pop("sha256") != checksum(_flatten(stored_state), training_values):
             raise ValueError("the checksum does not match")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
         cause = type(error).__name__
@@ -114,22 +127,24 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
         ) from error
     # A conversion to JSON and back turns tuples into lists, as in the file.
     requested_options = json.loads(json.dumps(asdict(options)))
-    stored_options = version_0_1.settings(values["options"])
+    stored_options = version_0_1.settings(training_values["options"])
     changed_names = sorted(
-        name for name, value in requested_options.items() if stored_options.get(name) != value
+        name
+        for name, requested_value in requested_options.items()
+        if stored_options.get(name) != requested_value
     )
     if changed_names:
         raise ValueError(
             f"{path}: the training was started with different values of {', '.join(changed_names)}. Pass the"
             " values with which it was started, or delete the file to start the training again."
         )
-    state.model.load_state_dict(stored["model"])
-    state.optimizer.load_state_dict(stored["optimizer"])
-    state.epoch = values["epoch"]
-    state.history = values["history"]
-    state.best_epoch = values["best_epoch"]
-    state.best = stored["best"]
-    state.bandwidth = values.get("bandwidth")
+    state.model.load_state_dict(stored_state["model"])
+    state.optimizer.load_state_dict(stored_state["optimizer"])
+    state.epoch = training_values["epoch"]
+    state.history = training_values["history"]
+    state.best_epoch = training_values["best_epoch"]
+    state.best = stored_state["best"]
+    state.bandwidth = training_values.get("bandwidth")
 
 
 # Distribution of a training step over ranks: the items of each rank, the exchange of values between ranks,
@@ -159,9 +174,10 @@ class Share:
         return len(range(self.ranks.rank, self.count, self.ranks.world)) / max(self.count, 1)
 
     def select_from_blocks(self, values: np.ndarray) -> np.ndarray:
-        """Select this rank's items from values of B blocks of `count` items each.
+        """Select the values of this rank's items.
 
-        [B * count] -> [B * len(rows)].
+        Args: values: values [B * count] of B blocks of `count` items each.
+        Returns: values [B * len(rows)] of B blocks of this rank's items.
         """
         return values.reshape(-1, self.count)[:, self.rows].reshape(-1)
 
@@ -175,45 +191,53 @@ class Share:
         """
         if self.ranks.world == 1:
             return values
-        gathered = values.new_zeros(self.count, *values.shape[1:])
-        rows = torch.tensor(self.rows, device=values.device)
+        step_values = values.new_zeros(self.count, *values.shape[1:])
+        item_indices = torch.tensor(self.rows, device=values.device)
         # A rank without items must not overwrite the first item, which belongs to rank 0.
         if not self.weight:
-            return self.ranks.sum_(gathered, "exchange embeddings")
-        gathered[rows] = values.detach()
+            return self.ranks.sum_(step_values, "exchange embeddings")
+        step_values[item_indices] = values.detach()
         # The sum carries no gradient. index_copy replaces this rank's rows by the original values, which do.
-        return self.ranks.sum_(gathered, "exchange embeddings").index_copy(0, rows, values)
+        return self.ranks.sum_(step_values, "exchange embeddings").index_copy(0, item_indices, values)
 
     def update(
-        self, model: torch.nn.Module, metrics: dict[str, float], stop: bool, weights: Mapping[str, float]
+        self,
+        model: torch.nn.Module,
+        metrics: dict[str, float],
+        should_stop: bool,
+        metric_weights: Mapping[str, float],
     ) -> tuple[dict[str, float], bool]:
         """Sum the gradients of the model over ranks, in place, and average metrics over ranks.
 
         Args:
             model: network whose gradients are summed.
             metrics: metrics of this rank, by name.
-            stop: True if this rank was asked to stop.
-            weights: weight of this rank's value in the mean over the step, by name of the metric; a metric
-                that is not named has the weight `Share.weight`.
+            should_stop: True if this rank was asked to stop.
+            metric_weights: weight of this rank's value in the mean over the step, by name of the metric; a
+                metric that is not named has the weight `Share.weight`.
         Returns: the metrics of the complete step, and True if any rank was asked to stop.
         """
         if self.ranks.world == 1:
-            return metrics, stop
+            return metrics, should_stop
         has_items = float(self.weight > 0)
         # 'strength' is a norm over samples, so its squares are summed. All other metrics are means.
-        terms = [
-            value**2 * has_items if name == "strength" else value * weights.get(name, self.weight)
-            for name, value in metrics.items()
+        weighted_metrics = [
+            metric_value**2 * has_items
+            if metric_name == "strength"
+            else metric_value * metric_weights.get(metric_name, self.weight)
+            for metric_name, metric_value in metrics.items()
         ]
-        sums = torch.tensor(
-            [*terms, float(stop)], dtype=torch.float32, device=next(model.parameters()).device
+        metric_sums = torch.tensor(
+            [*weighted_metrics, float(should_stop)],
+            dtype=torch.float32,
+            device=next(model.parameters()).device,
         )
         # Metrics and the request to stop are sent together with the gradients, in one exchange.
-        sum_over_ranks(self.ranks, model.parameters(), [sums])
-        *totals, stop_requests = sums.tolist()
+        sum_over_ranks(self.ranks, model.parameters(), [metric_sums])
+        *metric_totals, stop_requests = metric_sums.tolist()
         step_metrics = {
-            name: total**0.5 if name == "strength" else total
-            for name, total in zip(metrics, totals, strict=True)
+            metric_name: metric_sum**0.5 if metric_name == "strength" else metric_sum
+            for metric_name, metric_sum in zip(metrics, metric_totals, strict=True)
         }
         return step_metrics, stop_requests > 0
 
@@ -234,21 +258,21 @@ class Step:
         self.pair_share = Share(len(pairs), ranks)
         self.shape_share = Share(len(shapes), ranks)
 
-    def draws(self, rows: int) -> contextlib.AbstractContextManager:
+    def draws(self, pair_row_count: int) -> contextlib.AbstractContextManager:
         """Return a context in which each sample gets the random numbers that it has in a run with one rank.
 
         Args:
-            rows: number of this rank's observations of pairs in the forward pass. They are ordered block by
-                block, and the observations of unpaired labels follow.
+            pair_row_count: number of this rank's observations of pairs in the forward pass. They are ordered
+                block by block, and the observations of unpaired labels follow.
         """
         if self.ranks.world == 1:
             return contextlib.nullcontext()
         # Blocks of winners, losers, and perhaps reference samples; max avoids a division by 0 without pairs.
-        block_count = rows // max(len(self.pair_share.rows), 1)
+        block_count = pair_row_count // max(len(self.pair_share.rows), 1)
         # Index of each of this rank's observations in the batch of a single rank
         pair_indices = []
-        for block in range(block_count):
-            pair_indices += [block * len(self.pairs) + row for row in self.pair_share.rows]
+        for block_index in range(block_count):
+            pair_indices += [block_index * len(self.pairs) + row for row in self.pair_share.rows]
         shape_indices = [block_count * len(self.pairs) + row for row in self.shape_share.rows]
         return RowDraws(
             [*pair_indices, *shape_indices],
@@ -257,8 +281,8 @@ class Step:
 
 
 MOMENTUM = 0.9  # momentum of the moving average over steps of the divergence's bandwidth
-# Least bandwidth of the divergence. It is needed if all embeddings coincide, whose median distance is 0.
-LEAST_BANDWIDTH = 1e-3
+# Smallest bandwidth of the divergence. It is needed if all embeddings coincide, whose median distance is 0.
+MIN_BANDWIDTH = 1e-3
 
 
 def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
@@ -388,17 +412,19 @@ def train_reward(
     # The index of the last finished epoch is state.epoch - 1.
     while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
         with state.request:
-            record = _epoch(state, data, options, on_step)
-        state.history.append(record)
+            epoch_record = _epoch(state, data, options, on_step)
+        state.history.append(epoch_record)
         state.epoch += 1
         # max() returns the first of equal records, so a later epoch must be better to become the best one.
-        if record is max(state.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_log_loss"])):
-            state.best_epoch = record["epoch"]
+        if epoch_record is max(
+            state.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_log_loss"])
+        ):
+            state.best_epoch = epoch_record["epoch"]
             state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         if state_file is not None and ranks.is_main:
             save_state(state_file, state, options)
         if on_epoch:
-            on_epoch(record)
+            on_epoch(epoch_record)
     model.load_state_dict(state.best)
     model.eval().requires_grad_(False)
     return state
@@ -407,26 +433,28 @@ def train_reward(
 def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
     """Raise ValueError if the weights of the loss and the unpaired labels do not match.
 
-    The terms `regression` and `divergence` need unpaired labels of both kinds, and only they use these
-    labels.
+    The terms `regression` and `divergence` need unpaired labels of preferred shapes and of shapes that are
+    not preferred, and only these terms use unpaired labels.
     """
     has_unpaired_loss = options.weights.regression or options.weights.divergence
-    kinds = {label.preferred for label in data.unpaired}
+    preferences = {label.preferred for label in data.unpaired}
     if data.unpaired and not has_unpaired_loss:
         raise ValueError(
             "--unpaired has no effect, because --regression and --divergence are 0. Set one of them above 0,"
             " or remove --unpaired."
         )
-    if has_unpaired_loss and not kinds:
+    if has_unpaired_loss and not preferences:
         raise ValueError(
             "--regression and --divergence need labels of single shapes, but there are none. Pass"
             " --unpaired=FILE, or set both to 0."
         )
-    if has_unpaired_loss and kinds != {True, False}:
+    if has_unpaired_loss and preferences != {True, False}:
         raise ValueError(
             "--regression and --divergence need labels of preferred shapes and of shapes that are not"
-            f" preferred, but all {len(data.unpaired)} training labels are of one kind, and none are of the"
-            " other kind. Add labels of the other kind to --unpaired."
+            f" preferred, but all {len(data.unpaired)} training labels are of"
+            f" {'preferred shapes' if True in preferences else 'shapes that are not preferred'}. Add labels"
+            f" of {'shapes that are not preferred' if True in preferences else 'preferred shapes'} to"
+            " --unpaired."
         )
 
 
@@ -435,7 +463,12 @@ def _epoch(
 ) -> dict:
     """Train for one epoch, and then evaluate the network on the validation pairs.
 
-    Returns: the epoch's record of JSON values.
+    Args:
+        state: state of the training, which is changed.
+        data: labels and observations of the training.
+        options: settings of the training.
+        on_step: function that is called after each step.
+    Returns: dict of JSON values with the results of the epoch.
     """
     start_time = time.monotonic()
     # Random numbers depend on the seed and the epoch only, so a resumed epoch draws the same numbers. The
@@ -443,26 +476,31 @@ def _epoch(
     pair_rng = np.random.default_rng([options.seed, state.epoch])
     unpaired_rng = np.random.default_rng([options.seed, state.epoch, 1])
     generator = torch.Generator().manual_seed(int(pair_rng.integers(2**62)))
-    steps = data.steps(options)
+    step_count = data.steps(options)
     unpaired_batches = endless_batches(data.unpaired, options.unpaired_batch, unpaired_rng)
     metrics: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):  # dropout reads the global generator
         torch.manual_seed(int(pair_rng.integers(2**62)))
         state.model.train()
-        order = pair_rng.permutation(len(data.train) if data.trains_on_pairs(options) else 0)
-        for step in range(steps):
+        pair_order = pair_rng.permutation(len(data.train) if data.trains_on_pairs(options) else 0)
+        for step_index in range(step_count):
             if options.cosine:
                 # Half a cosine over all epochs, updated at every step
-                progress = (state.epoch + step / steps) / options.epochs
+                progress = (state.epoch + step_index / step_count) / options.epochs
                 state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * progress))
-            pairs = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
+            pairs = [
+                data.train[i]
+                for i in pair_order[step_index * options.batch : (step_index + 1) * options.batch]
+            ]
             # Metrics are averaged over pairs, so that a short last step counts less. Without pairs, all steps
             # count equally.
-            step_weight, total_weight = (len(pairs), len(order)) if pairs else (1, steps)
-            batch = Step(pairs, next(unpaired_batches) if data.unpaired else [], state.ranks)
-            step_metrics = _step(state, batch, data, options, (pair_rng, unpaired_rng), generator)
-            for name, value in step_metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value * step_weight / total_weight
+            step_weight, total_weight = (len(pairs), len(pair_order)) if pairs else (1, step_count)
+            step_labels = Step(pairs, next(unpaired_batches) if data.unpaired else [], state.ranks)
+            step_metrics = _step(state, step_labels, data, options, (pair_rng, unpaired_rng), generator)
+            for metric_name, metric_value in step_metrics.items():
+                metrics[metric_name] = (
+                    metrics.get(metric_name, 0.0) + metric_value * step_weight / total_weight
+                )
             if on_step:
                 on_step()
     # All other metrics are loss terms.
@@ -475,15 +513,15 @@ def _epoch(
         [seed for label in data.val for seed in (label.winner, label.loser)],
         state.ranks,
     )
-    margin = margins(scores, data.val)
-    record = {
+    pair_margins = margins(scores, data.val)
+    epoch_record = {
         "epoch": state.epoch,
         "seconds": time.monotonic() - start_time,
         "lr": state.optimizer.param_groups[0]["lr"],
         "loss": metrics,
         "train_accuracy": train_accuracy,
-        "val_accuracy": float((margin > 0).mean()),
-        "val_log_loss": log_loss(margin),
+        "val_accuracy": float((pair_margins > 0).mean()),
+        "val_log_loss": log_loss(pair_margins),
     }
     if data.unpaired_val:
         scores = score_seeds(
@@ -491,13 +529,13 @@ def _epoch(
         )
         preferred_scores = [scores[label.seed] for label in data.unpaired_val if label.preferred is True]
         other_scores = [scores[label.seed] for label in data.unpaired_val if label.preferred is False]
-        record["val_auc"] = auc(preferred_scores, other_scores)
-    return record
+        epoch_record["val_auc"] = auc(preferred_scores, other_scores)
+    return epoch_record
 
 
 def _step(
     state: TrainState,
-    batch: Step,
+    step_labels: Step,
     data: TrainData,
     options: TrainOptions,
     rngs: tuple[np.random.Generator, np.random.Generator],
@@ -507,148 +545,165 @@ def _step(
 
     Args:
         state: state of the training, which is changed.
-        batch: labels of the step.
+        step_labels: labels of the step.
         data: labels and observations of the training.
         options: settings of the training.
-        rngs: random numbers of pairs, and of unpaired labels.
+        rngs: two random generators; the first one serves pairs, and the second one unpaired labels.
         generator: random numbers of the loss, which chooses presentation orders.
     Returns: the weighted loss terms by name and, as "correct", the share of pairs that the scores order as
         labelled.
     """
     device = next(state.model.parameters()).device
-    weights = options.weights
-    loss = PreferenceLoss(weights)
-    terms = {}
+    loss_weights = options.weights
+    preference_loss = PreferenceLoss(loss_weights)
+    loss_terms = {}
     metrics = {}
     pair_rng, unpaired_rng = rngs
     pair_batch = (
-        _pair_batch(batch.pairs, batch.pair_share, data, options, pair_rng, device) if batch.pairs else None
+        _pair_batch(step_labels.pairs, step_labels.pair_share, data, options, pair_rng, device)
+        if step_labels.pairs
+        else None
     )
     observations = [] if pair_batch is None else [pair_batch[0]]
-    if batch.shapes:
+    if step_labels.shapes:
         observations.append(
-            _observe_shapes(batch.shapes, batch.shape_share, data, options, unpaired_rng, device)
+            _observe_shapes(step_labels.shapes, step_labels.shape_share, data, options, unpaired_rng, device)
         )
     pair_rows = 0 if pair_batch is None else len(pair_batch[0])
     # One forward pass for pairs and unpaired labels, so that batch normalisation, if the network has any,
     # averages over both.
-    with batch.draws(pair_rows):
+    with step_labels.draws(pair_rows):
         output = state.model(
             observations[0] if len(observations) == 1 else torch.cat(observations),
-            reconstruct=weights.reconstruction > 0,
+            reconstruct=loss_weights.reconstruction > 0,
         )
     if pair_batch is not None:
-        pair_observations, better, worse = pair_batch
-        count = len(batch.pair_share.rows)
+        pair_observations, better_indices, worse_indices = pair_batch
+        pair_count = len(step_labels.pair_share.rows)
         pair_output = output.rows(0, pair_rows)
         # The loss of pairs draws random numbers for blocks of pairs.
         with (
             contextlib.nullcontext()
-            if batch.ranks.world == 1
-            else RowDraws(batch.pair_share.rows, len(batch.pairs), blocks=True)
+            if step_labels.ranks.world == 1
+            else RowDraws(step_labels.pair_share.rows, len(step_labels.pairs), blocks=True)
         ):
-            terms = loss(
+            loss_terms = preference_loss(
                 pair_output,
-                better,
-                worse,
+                better_indices,
+                worse_indices,
                 pair_logits=state.model.pair_logits,
                 observed=pair_observations,
                 epoch=state.epoch,
                 generator=generator,
             )
-        # The first `count` rows are winners, and the next `count` rows are losers.
-        is_correct = pair_output.scalar[:count] > pair_output.scalar[count : 2 * count]
+        # The first `pair_count` rows are winners, and the next `pair_count` rows are losers.
+        is_correct = pair_output.scalar[:pair_count] > pair_output.scalar[pair_count : 2 * pair_count]
         metrics["correct"] = float(is_correct.float().mean())
-    if batch.shapes:
+    if step_labels.shapes:
         unpaired_output, correct_share = _unpaired_output(
-            output.rows(pair_rows, len(output.scalar)), batch, state
+            output.rows(pair_rows, len(output.scalar)), step_labels, state
         )
-        terms |= loss.unpaired(unpaired_output)
+        loss_terms |= preference_loss.unpaired(unpaired_output)
         # If there are pairs, they already contributed "correct" and the reconstruction.
         if pair_batch is None:
             metrics["correct"] = correct_share
             if output.reconstruction is not None:
-                terms["reconstruction"] = (
-                    weights.reconstruction
+                loss_terms["reconstruction"] = (
+                    loss_weights.reconstruction
                     * reconstruction_loss(output.reconstruction, observations[0]).mean()
                 )
-    return _update(state, batch, terms, metrics)
+    return _update(state, step_labels, loss_terms, metrics)
 
 
 def _update(
-    state: TrainState, batch: Step, terms: dict[str, torch.Tensor], metrics: dict[str, float]
+    state: TrainState, step_labels: Step, loss_terms: dict[str, torch.Tensor], metrics: dict[str, float]
 ) -> dict[str, float]:
     """Update the network with the gradients of all ranks.
 
     Args:
         state: state of the training, which is changed.
-        batch: labels of the step.
-        terms: weighted loss terms of this rank, by name.
+        step_labels: labels of the step.
+        loss_terms: weighted loss terms of this rank, by name.
         metrics: further metrics of this rank, by name.
     Returns: the loss terms and metrics of the complete step, by name.
     Raises: StoppedError if any rank was asked to stop.
     """
-    main_share = batch.pair_share if batch.pairs else batch.shape_share
-    equal_weight = 1 / batch.ranks.world
+    main_share = step_labels.pair_share if step_labels.pairs else step_labels.shape_share
+    equal_weight = 1 / step_labels.ranks.world
     # Every rank computes the divergence of the complete step, but differentiates only its own embeddings. The
     # sum of gradients over ranks is then the gradient of the divergence, so its weight is 1.
-    term_weights = {"regression": batch.shape_share.weight, "divergence": 1.0}
+    term_weights = {"regression": step_labels.shape_share.weight, "divergence": 1.0}
     state.optimizer.zero_grad(set_to_none=True)
     # Terms are multiplied by this rank's share, so that the sum over ranks is the mean over the step.
-    loss = sum(value * term_weights.get(name, main_share.weight) for name, value in terms.items())
+    total_loss = sum(
+        loss_term * term_weights.get(term_name, main_share.weight)
+        for term_name, loss_term in loss_terms.items()
+    )
     # The type of `sum` includes the int 0, which it returns without terms.
-    cast(torch.Tensor, loss).backward()
-    metrics = {**{name: float(value.detach()) for name, value in terms.items()}, **metrics}
+    cast(torch.Tensor, total_loss).backward()
+    metrics = {
+        **{term_name: float(loss_term.detach()) for term_name, loss_term in loss_terms.items()},
+        **metrics,
+    }
     # Metrics that every rank computes for the complete step have equal weights.
-    metric_weights = {"regression": batch.shape_share.weight, "divergence": equal_weight}
-    if not batch.pairs:
+    metric_weights = {"regression": step_labels.shape_share.weight, "divergence": equal_weight}
+    if not step_labels.pairs:
         metric_weights["correct"] = equal_weight
     stop_requested = state.request.received is not None
-    metrics, stop = main_share.update(state.model, metrics, stop_requested, metric_weights)
+    metrics, should_stop = main_share.update(state.model, metrics, stop_requested, metric_weights)
     # All ranks stop at the same step, before the update. Otherwise a rank would wait for a stopped rank
     # without end.
-    if stop:
+    if should_stop:
         raise StoppedError(f"stopped in epoch {state.epoch + 1}")
     state.optimizer.step()
     return metrics
 
 
-def _unpaired_output(output: RewardOutput, batch: Step, state: TrainState) -> tuple[UnpairedOutput, float]:
+def _unpaired_output(
+    network_output: RewardOutput, step_labels: Step, state: TrainState
+) -> tuple[UnpairedOutput, float]:
     """Prepare the input of the loss terms on unpaired labels, and update `state.bandwidth`.
 
     Args:
-        output: output of the network for this rank's unpaired labels.
-        batch: labels of the step.
+        network_output: output of the network for this rank's unpaired labels.
+        step_labels: labels of the step.
         state: state of the training.
-    Returns: the input of the loss terms; and, over all pairs of a preferred shape and another shape of the
-        step, the share in which the preferred shape has the higher score.
+    Returns: the input of the loss terms, and an accuracy in 0..1. The accuracy is computed over all pairs of
+        a preferred shape and a shape of the step that is not preferred: it is the share of the pairs in which
+        the preferred shape has the higher score.
     """
-    device = output.scalar.device
-    share = batch.shape_share
-    target = torch.tensor(
-        [batch.shapes[i].target for i in share.rows], dtype=output.scalar.dtype, device=device
+    device = network_output.scalar.device
+    share = step_labels.shape_share
+    target_rewards = torch.tensor(
+        [step_labels.shapes[i].target for i in share.rows], dtype=network_output.scalar.dtype, device=device
     )
-    preferred = torch.tensor([label.preferred is True for label in batch.shapes], device=device)
+    is_preferred = torch.tensor([label.preferred is True for label in step_labels.shapes], device=device)
     # [U, M + 1]: embeddings of length 1, and in the last column the scores, of the shapes of all ranks. One
     # tensor needs only one exchange.
     step_output = share.gather(
-        torch.cat([torch.nn.functional.normalize(output.embedding), output.scalar.detach()[:, None]], 1)
+        torch.cat(
+            [
+                torch.nn.functional.normalize(network_output.embedding),
+                network_output.scalar.detach()[:, None],
+            ],
+            1,
+        )
     )
     embedding = step_output[:, :-1]
     scores = step_output[:, -1].detach()
     # The bandwidth is the median distance of a step, averaged over steps.
-    step_bandwidth = max(float(median_distance(embedding)), LEAST_BANDWIDTH)
+    step_bandwidth = max(float(median_distance(embedding)), MIN_BANDWIDTH)
     if state.bandwidth is None:
         state.bandwidth = step_bandwidth
     else:
         state.bandwidth = MOMENTUM * state.bandwidth + (1 - MOMENTUM) * step_bandwidth
-    correct_share = float((scores[preferred][:, None] > scores[~preferred]).float().mean())
+    correct_share = float((scores[is_preferred][:, None] > scores[~is_preferred]).float().mean())
     return (
         UnpairedOutput(
-            scalar=output.scalar,
-            target=target,
+            scalar=network_output.scalar,
+            target=target_rewards,
             embedding=embedding,
-            preferred=preferred,
+            preferred=is_preferred,
             bandwidth=state.bandwidth,
         ),
         correct_share,
@@ -663,7 +718,17 @@ def _observe_shapes(
     rng: np.random.Generator,
     device,
 ):
-    """Return the observations [len(share.rows), ...] of this rank's unpaired labels, augmented at random."""
+    """Return the observations of this rank's unpaired labels, augmented at random.
+
+    Args:
+        labels: unpaired labels of the complete step.
+        share: share of this rank.
+        data: labels and observations of the training.
+        options: settings of the training.
+        rng: random numbers of the augmentation.
+        device: device of the result.
+    Returns: observations [len(share.rows), ...].
+    """
     observations = data.store.take([labels[i].seed for i in share.rows], device)
     if not options.mirror:
         return observations
@@ -682,9 +747,10 @@ def _pair_batch(
 ):
     """Return the observations and the comparisons of this rank's labelled pairs.
 
-    The observations [N, ...] are blocks of winners, losers and, if the run has any, reference samples. With
-    reference samples, every labelled pair gives three comparisons: winner before loser, reference sample
-    before winner, and reference sample before loser. Without them it gives only the first one.
+    The observations [N, ...] are a block of winners, a block of losers and, if the run has reference samples,
+    a block of these. With reference samples, every labelled pair gives three comparisons: winner before
+    loser, reference sample before winner, and reference sample before loser. Without them it gives only the
+    first of these.
 
     Args:
         pairs: labelled pairs of the complete step.
@@ -693,29 +759,29 @@ def _pair_batch(
         options: settings of the training.
         rng: random numbers of reference samples and augmentation.
         device: device of the results.
-    Returns: the observations; the indices of the better and of the worse observation of each comparison,
-        int64 [P] each.
+    Returns: the observations [N, ...], the index of the better observation of each comparison, and the index
+        of the worse one, int64 [P] each.
     """
-    total = len(pairs)
+    step_pair_count = len(pairs)
     rank_pairs = [pairs[i] for i in share.rows]
-    count = len(rank_pairs)
+    pair_count = len(rank_pairs)
     observations = data.store.take(
         [pair.winner for pair in rank_pairs] + [pair.loser for pair in rank_pairs], device
     )
-    # The index of a sample is its index in the block plus `count` times the index of the block.
-    row = torch.arange(count)
-    better = [row]
-    worse = [row + count]
+    # The index of a sample is its index in the block plus `pair_count` times the index of the block.
+    pair_rows = torch.arange(pair_count)
+    better_indices = [pair_rows]
+    worse_indices = [pair_rows + pair_count]
     if data.references and data.reference_store is not None:
         # One random reference sample is chosen per pair of the complete step, and this rank's are selected.
-        reference_indices = share.select_from_blocks(rng.integers(len(data.references), size=total))
+        reference_indices = share.select_from_blocks(rng.integers(len(data.references), size=step_pair_count))
         reference_seeds = [data.references[i] for i in reference_indices]
         observations = torch.cat([observations, data.reference_store.take(reference_seeds, device)])
-        better += [row + 2 * count, row + 2 * count]
-        worse += [row, row + count]
+        better_indices += [pair_rows + 2 * pair_count, pair_rows + 2 * pair_count]
+        worse_indices += [pair_rows, pair_rows + pair_count]
     if options.mirror:
         # One random number per observation of the complete step
-        block_count = len(observations) // count
-        draws = share.select_from_blocks(rng.random(block_count * total))
+        block_count = len(observations) // pair_count
+        draws = share.select_from_blocks(rng.random(block_count * step_pair_count))
         observations = data.observation.augment(observations, draws)
-    return observations, torch.cat(better).to(device), torch.cat(worse).to(device)
+    return observations, torch.cat(better_indices).to(device), torch.cat(worse_indices).to(device)

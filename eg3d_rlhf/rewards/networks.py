@@ -1,8 +1,8 @@
 """Base class of reward networks, and the registry of the networks that read each kind of observation.
 
 An observation is the input that a network reads from a shape. A network consists of a feature extractor, a
-trunk, and three heads. A network for a new kind of observation is a subclass of `RewardNetwork` with the
-methods `features` and `describe`, and `register` registers it.
+trunk, and three output heads. A network for a new kind of observation is a subclass of `RewardNetwork` with
+the methods `features` and `describe`, and `register` registers it.
 
 Shapes: N samples, P pairs, M entries of an embedding; [N, ...] is a batch of observations, whose other axes
 depend on the kind.
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         if len(hidden) < 2 or len(set(hidden[:-1])) > 1:
             raise ValueError(
                 "MLP: expected two or more hidden sizes, of which all except the last are equal, got"
-                f" {hidden}. Change the sizes of the trunk or of the heads in the architecture."
+                f" {hidden}. Change the sizes of the trunk or of the output heads in the architecture."
             )
         self.input_layer = nn.Linear(size_in, hidden[0])
         layer_sizes = zip(hidden[:-1], hidden[1:], strict=True)
@@ -78,27 +78,27 @@ class RewardOutput:
 
     def rows(self, start: int, stop: int) -> "RewardOutput":
         """Return the output of the samples with the indices start to stop - 1."""
-        rows = slice(start, stop)
+        sample_slice = slice(start, stop)
         reconstruction = self.reconstruction
         return RewardOutput(
-            embedding=self.embedding[rows],
-            scalar=self.scalar[rows],
-            log_strength=self.log_strength[rows],
-            reconstruction=None if reconstruction is None else reconstruction[rows],
+            embedding=self.embedding[sample_slice],
+            scalar=self.scalar[sample_slice],
+            log_strength=self.log_strength[sample_slice],
+            reconstruction=None if reconstruction is None else reconstruction[sample_slice],
         )
 
 
 class RewardNetwork(nn.Module, ABC):
-    """Reward network: trunk and three heads on the features that a subclass computes.
+    """Reward network: trunk and three output heads on the features that a subclass computes.
 
-    The heads give the reward (`score`), the logarithm of the Bradley-Terry strength, and the logits of a
-    pair.
+    The output heads give the reward (`score`), the logarithm of the Bradley-Terry strength, and the logits of
+    a pair.
 
     Args:
         feature_size: length of the feature vector that `features` computes.
         trunk: hidden sizes of the trunk.
         embedding: length of the trunk's output, the embedding.
-        heads: hidden sizes of each of the three heads.
+        heads: hidden sizes of each of the three output heads.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class RewardNetwork(nn.Module, ABC):
         """
 
     def embed(self, observations: torch.Tensor) -> torch.Tensor:
-        """Compute the embedding, which all heads read: [N, ...] -> [N, M]."""
+        """Compute the embedding, which all output heads read: [N, ...] -> [N, M]."""
         return self.MLP(self.features(observations))
 
     def score(self, observations: torch.Tensor) -> torch.Tensor:
@@ -175,14 +175,15 @@ class RewardNetwork(nn.Module, ABC):
             first: embeddings [P, M] of the first samples.
             second: embeddings [P, M] of the second samples.
         """
-        # The mean over both orders removes the head's bias towards the first or the second input.
+        # The mean over both orders removes the bias of the pair head towards the first or the second input.
         logits = self.pair_logits(first, second)
         swapped_logits = self.pair_logits(second, first)
         return 0.5 * ((logits[:, 0] - logits[:, 1]) - (swapped_logits[:, 0] - swapped_logits[:, 1]))
 
     def reconstruct(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the features [N, feature_size], and the reconstruction [N, ...] of the observations.
+        """Compute the features of observations, and reconstruct the observations.
 
+        Returns: the features [N, feature_size], and the reconstruction [N, ...].
         Raises: ValueError if the network has no decoder.
         """
         raise ValueError(

@@ -4,8 +4,8 @@ The σ slab is the cropped density grid of arXiv 2606.27305. Plugins add other k
 docs/extending.md. The file of a reward states its observation completely. `eg3d_rlhf.rewards.networks` is the
 registry of the networks that read each kind.
 
-Shapes: N shapes; [N, ...] is a batch of observations, whose other axes depend on the kind; D, H, W = grid
-points along z, y, x.
+Shapes: N shapes; [N, ...] is a batch of observations, whose other axes depend on the kind. D, H and W are the
+numbers of grid points along z, y and x.
 """
 
 import abc
@@ -83,14 +83,14 @@ class Observation(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the observation as JSON values, including `kind`."""
-        values: dict[str, Any] = {"kind": self.kind}
+        json_values: dict[str, Any] = {"kind": self.kind}
         # All subclasses are dataclasses, but the base class is not, which mypy cannot express.
-        values |= dataclasses.asdict(self)  # type: ignore[call-overload]
-        if "spec" in values:
+        json_values |= dataclasses.asdict(self)  # type: ignore[call-overload]
+        if "spec" in json_values:
             # SlabSpec leaves out fields of later versions that have their default, so that hashes of earlier
             # files do not change.
-            values["spec"] = self.spec.to_dict()  # type: ignore[attr-defined]
-        return values
+            json_values["spec"] = self.spec.to_dict()  # type: ignore[attr-defined]
+        return json_values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -100,14 +100,15 @@ class Observation(abc.ABC):
         Raises: ValueError for unknown or missing fields.
         """
         # JSON has lists where the dataclass has tuples.
-        arguments = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        field_values = {
+            name: tuple(json_value) if isinstance(json_value, list) else json_value
+            for name, json_value in values.items()
         }
         if "spec" in cls.__dataclass_fields__:  # type: ignore[attr-defined]
             # A missing spec is read as an empty one, whose missing fields SlabSpec reports.
-            arguments["spec"] = SlabSpec.from_dict(values.get("spec", {}))
+            field_values["spec"] = SlabSpec.from_dict(values.get("spec", {}))
         try:
-            return cls(**arguments)
+            return cls(**field_values)
         except TypeError as error:
             raise ValueError(
                 f"observation {cls.kind}: the reward's file has unknown or missing fields: {error}. If a"
@@ -161,16 +162,20 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
     >>> observation_of("sigma", load_generator().generator, resolution=32).shape
     (1, 17, 18, 16)
     """
-    cls = OBSERVATIONS[kind]
+    observation_class = OBSERVATIONS[kind]
     # None means that the user did not set the flag.
     changed_settings = {name: value for name, value in settings.items() if value is not None}
-    # The parameters of `of` are the settings that apply to the kind.
-    unknown_names = sorted(set(changed_settings) - set(inspect.signature(cls.from_generator).parameters))
+    # The parameters of `from_generator` are the settings that apply to the kind.
+    unknown_names = sorted(
+        set(changed_settings) - set(inspect.signature(observation_class.from_generator).parameters)
+    )
     if unknown_names:
-        flags = ", ".join(f"--{name}={changed_settings[name]}" for name in unknown_names)
-        names = " and ".join(f"--{name}" for name in unknown_names)
-        raise ValueError(f"{flags} has no effect on the observation {kind}. Remove {names}.")
-    return cls.from_generator(generator, **changed_settings)
+        unknown_settings = ", ".join(f"--{name}={changed_settings[name]}" for name in unknown_names)
+        unknown_flags = " and ".join(f"--{name}" for name in unknown_names)
+        raise ValueError(
+            f"{unknown_settings} has no effect on the observation {kind}. Remove {unknown_flags}."
+        )
+    return observation_class.from_generator(generator, **changed_settings)
 
 
 @register
@@ -237,13 +242,13 @@ class SigmaSlab(Observation):
         """
         bounds = generator.bounds
         # name, value of this slab, value of the generator
-        compared = (
+        compared_values = (
             ("box_warp", self.spec.box_warp, bounds.side),
             ("centre", self.spec.centre, bounds.centre),
         )
         return [
             f"{name} {value}, got {generator_value}"
-            for name, value, generator_value in compared
+            for name, value, generator_value in compared_values
             if value != generator_value
         ]
 

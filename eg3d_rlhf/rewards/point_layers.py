@@ -36,8 +36,8 @@ class PointArch(Architecture):
     # the samples of a batch do not influence each other
     norm: str = "batch"
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
-    embedding: int = 512  # length of the trunk's output, which all heads read
-    heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
+    embedding: int = 512  # length of the trunk's output, which all output heads read
+    heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three output heads
 
     def __post_init__(self) -> None:
         check_choice(f"{type(self).__name__}.norm", self.norm, NORMS)
@@ -49,7 +49,7 @@ class PointArch(Architecture):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Sizes of trunk and heads, as keyword arguments of `RewardNetwork`."""
+        """Sizes of the trunk and of the output heads, as keyword arguments of `RewardNetwork`."""
         return {"trunk": self.trunk, "embedding": self.embedding, "heads": self.heads}
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,16 +66,16 @@ class PointNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def norm(kind: str, channels: int, axes: int = 1) -> nn.Module:
+def norm(norm_kind: str, channels: int, axis_count: int = 1) -> nn.Module:
     """Create a normalisation of features [N, channels, ...].
 
     Args:
         kind: "batch" or "layer".
         channels: number of channels.
-        axes: number of axes after the channels, 2 or at most 1; layer normalisation ignores it.
+        axis_count: number of axes after the channels, 2 or at most 1; layer normalisation ignores it.
     """
-    if kind == "batch":
-        return nn.BatchNorm2d(channels) if axes == 2 else nn.BatchNorm1d(channels)
+    if norm_kind == "batch":
+        return nn.BatchNorm2d(channels) if axis_count == 2 else nn.BatchNorm1d(channels)
     return PointNorm(channels) if channels >= _NARROW else nn.Identity()
 
 
@@ -124,8 +124,10 @@ STARTS = ("first", "farthest")  # values of `start` of `farthest_points`
 def distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Compute the distances between centres [N, 3, S] and points [N, 3, P]: float64 [N, S, P]."""
     # The faster mode of cdist expands the square into products. Its rounding errors could change neighbours.
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(centres.double().transpose(1, 2), points.double().transpose(1, 2), compute_mode=exact)
+    exact_mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(
+        centres.double().transpose(1, 2), points.double().transpose(1, 2), compute_mode=exact_mode
+    )
 
 
 @torch.no_grad()
@@ -138,20 +140,20 @@ def farthest_points(points: torch.Tensor, count: int, start: str = "first") -> t
     Args:
         points: positions [N, 3, P].
         count: number of points to choose.
-        start: first chosen point: "first" for the point with index 0; "farthest" for the point farthest from
-            the centroid, which does not depend on the order of the points.
+        start: choice of the first point. "first" is the point with index 0. "farthest" is the point farthest
+            from the centroid, which does not depend on the order of the points.
     """
     points = points.double()
     indices = torch.zeros(len(points), count, dtype=torch.int64, device=points.device)
     if start == "farthest":
         indices[:, 0] = (points - points.mean(dim=2, keepdim=True)).square().sum(dim=1).argmax(dim=1)
     # [N, P]: squared distance of each point to the nearest chosen point
-    distance = torch.full_like(points[:, 0], torch.inf)
+    nearest_distances = torch.full_like(points[:, 0], torch.inf)
     for i in range(1, count):
         previous_point = points.gather(2, indices[:, i - 1, None, None].expand(-1, 3, 1))  # [N, 3, 1]
-        # All earlier points are already included in `distance`.
-        distance = torch.minimum(distance, (points - previous_point).square().sum(dim=1))
-        indices[:, i] = distance.argmax(dim=1)
+        # All earlier points are already included in `nearest_distances`.
+        nearest_distances = torch.minimum(nearest_distances, (points - previous_point).square().sum(dim=1))
+        indices[:, i] = nearest_distances.argmax(dim=1)
     return indices
 
 
@@ -169,17 +171,17 @@ def ball(
         points: positions [N, 3, P].
         radius: radius of the balls, in the unit of the positions.
         limit: largest number of points per ball.
-    Returns: ascending indices int64 [N, S, K] with K = min(limit, P), and the number of indices of each ball
-        without repetitions, int64 [N, S].
+    Returns: the indices of the points of each ball in ascending order, int64 [N, S, K] with K = min(limit,
+        P), and the number of indices of each ball without repetitions, int64 [N, S].
     """
-    index = torch.arange(points.shape[2], device=points.device)
-    total = points.shape[2]
+    point_indices = torch.arange(points.shape[2], device=points.device)
+    point_count = points.shape[2]
     # Points outside the ball get the index P, which is larger than all others. The smallest indices then
     # belong to points inside the ball.
-    inside = torch.where(distances(centres, points) < radius, index, total)
-    inside = inside.topk(min(limit, total), dim=2, largest=False).values  # ascending
-    is_inside = inside < total
-    return torch.where(is_inside, inside, inside[..., :1]), is_inside.sum(dim=2)
+    ball_indices = torch.where(distances(centres, points) < radius, point_indices, point_count)
+    ball_indices = ball_indices.topk(min(limit, point_count), dim=2, largest=False).values  # ascending
+    is_inside = ball_indices < point_count
+    return torch.where(is_inside, ball_indices, ball_indices[..., :1]), is_inside.sum(dim=2)
 
 
 @torch.no_grad()
@@ -194,14 +196,14 @@ def nearest(points: torch.Tensor, count: int) -> torch.Tensor:
     return distances(points, points).topk(min(count, points.shape[2]), dim=2, largest=False).indices
 
 
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def take(x: torch.Tensor, point_indices: torch.Tensor) -> torch.Tensor:
     """Select the features of points by their index. Differentiable in x.
 
     Args:
         x: features [N, C, P].
-        index: indices of points, int64 [N, ...].
+        point_indices: indices of points, int64 [N, ...].
     Returns: features [N, C, ...].
     """
     # gather needs the index once per channel: [N, C, number of indices]
-    channel_index = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)
-    return x.gather(2, channel_index).unflatten(2, index.shape[1:])
+    channel_index = point_indices.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.gather(2, channel_index).unflatten(2, point_indices.shape[1:])

@@ -40,7 +40,7 @@ from training.config import check_choice
 # points, each a neighbour of the previous one, that a learned function chooses. The classes below choose the
 # first points of curves, choose their further points, and update the features of all points from the curves.
 
-_EPS = 1e-8  # least product of norms in the denominator of a cosine; it avoids a division by 0
+_EPS = 1e-8  # smallest product of norms in the denominator of a cosine; it avoids a division by 0
 
 
 class Walk(nn.Module):
@@ -52,15 +52,15 @@ class Walk(nn.Module):
         channels: number of channels C of the features.
         steps: number of steps T of each curve.
         mix: "reshaped" or "transposed", see `CurveNetArch.mix`.
-        kind: kind of the normalisation, "batch" or "layer".
+        norm_kind: kind of the normalisation, "batch" or "layer".
     """
 
-    def __init__(self, channels: int, steps: int, mix: str, kind: str):
+    def __init__(self, channels: int, steps: int, mix: str, norm_kind: str):
         super().__init__()
         self.steps = steps
         self.mix = mix
-        self.agent_mlp = nn.Sequential(nn.Conv2d(2 * channels, 1, 1, bias=False), norm(kind, 1, 2))
-        self.momentum_mlp = nn.Sequential(nn.Conv1d(2 * channels, 2, 1, bias=False), norm(kind, 2))
+        self.agent_mlp = nn.Sequential(nn.Conv2d(2 * channels, 1, 1, bias=False), norm(norm_kind, 1, 2))
+        self.momentum_mlp = nn.Sequential(nn.Conv1d(2 * channels, 2, 1, bias=False), norm(norm_kind, 2))
 
     def _mix(self, current: torch.Tensor, descriptor: torch.Tensor) -> torch.Tensor:
         """Compute the new descriptors of the curves: weighted means of descriptors and current features.
@@ -76,58 +76,66 @@ class Walk(nn.Module):
             weights = weights.reshape(len(weights), -1, 2).transpose(1, 2)
         return weights[:, :1] * current + weights[:, 1:] * descriptor
 
-    def forward(self, x: torch.Tensor, index: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, neighbour_indices: torch.Tensor, start_points: torch.Tensor
+    ) -> torch.Tensor:
         """Compute the features of the points of the curves, [N, C, Q, T].
 
         Args:
             x: features of all points, [N, C, P].
-            index: indices of the neighbours of each point, without the point itself, [N, P, K].
-            start: indices of the points at which the curves start, [N, Q].
+            neighbour_indices: indices of the neighbours of each point, without the point itself, [N, P, K].
+            start_points: indices of the points at which the curves start, [N, Q].
         """
-        point = start  # [N, Q], index of the current point of each curve
-        current = take(x, start)  # [N, C, Q]
-        descriptor = current
+        current_points = start_points  # [N, Q], index of the current point of each curve
+        current_features = take(x, start_points)  # [N, C, Q]
+        descriptors = current_features
         curve_features = []
         for step in range(self.steps):
             # In the first step, descriptor and current features are equal.
             if step:
-                descriptor = self._mix(current, descriptor)
-            neighbours = index.gather(1, point[..., None].expand(-1, -1, index.shape[2]))  # [N, Q, K]
-            neighbour_features = take(x, neighbours)  # [N, C, Q, K]
+                descriptors = self._mix(current_features, descriptors)
+            # [N, Q, K]
+            curve_neighbours = neighbour_indices.gather(
+                1, current_points[..., None].expand(-1, -1, neighbour_indices.shape[2])
+            )
+            neighbour_features = take(x, curve_neighbours)  # [N, C, Q, K]
             agent_input = torch.cat(
-                [neighbour_features, descriptor[..., None].expand_as(neighbour_features)], dim=1
+                [neighbour_features, descriptors[..., None].expand_as(neighbour_features)], dim=1
             )
             logits = self.agent_mlp(agent_input).squeeze(1)  # [N, Q, K]
             # The first step has no previous direction.
             if step:
                 logits = logits * turning_factors(
-                    current - descriptor, neighbour_features - current[..., None]
+                    current_features - descriptors, neighbour_features - current_features[..., None]
                 )
             probabilities = F.softmax(logits, dim=2)
-            best = logits.argmax(dim=2, keepdim=True)  # [N, Q, 1]
+            best_neighbour = logits.argmax(dim=2, keepdim=True)  # [N, Q, 1]
             # Straight-through estimator: the value is one-hot, and the gradient is that of the softmax.
-            one_hot = torch.zeros_like(probabilities).scatter(2, best, 1.0)
+            one_hot = torch.zeros_like(probabilities).scatter(2, best_neighbour, 1.0)
             choice = one_hot - probabilities.detach() + probabilities
-            current = (neighbour_features * choice[:, None]).sum(dim=3)
-            point = neighbours.gather(2, best).squeeze(2)
-            curve_features.append(current)
+            current_features = (neighbour_features * choice[:, None]).sum(dim=3)
+            current_points = curve_neighbours.gather(2, best_neighbour).squeeze(2)
+            curve_features.append(current_features)
         return torch.stack(curve_features, dim=3)
 
 
 @torch.no_grad()
-def turning_factors(direction: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+def turning_factors(previous_directions: torch.Tensor, next_steps: torch.Tensor) -> torch.Tensor:
     """Compute factors of the logits in 0..1, which make it unlikely that a curve turns back.
 
     The factor is 1 + the cosine between the previous direction and the next step, clamped to 0..1. Both are
     vectors of features. No gradient.
 
     Args:
-        direction: previous directions [N, C, Q] of the curves.
-        steps: possible next steps [N, C, Q, K] to the neighbours.
+        previous_directions: previous directions [N, C, Q] of the curves.
+        next_steps: possible next steps [N, C, Q, K] to the neighbours.
     Returns: factors [N, Q, K].
     """
-    dot = (direction[..., None] * steps).sum(dim=1)
-    return (1 + dot / (direction.norm(dim=1)[..., None] * steps.norm(dim=1)).clamp_min(_EPS)).clamp(0, 1)
+    dot_products = (previous_directions[..., None] * next_steps).sum(dim=1)
+    return (
+        1
+        + dot_products / (previous_directions.norm(dim=1)[..., None] * next_steps.norm(dim=1)).clamp_min(_EPS)
+    ).clamp(0, 1)
 
 
 class CurveGrouping(nn.Module):
@@ -138,27 +146,27 @@ class CurveGrouping(nn.Module):
         curves: largest number of curves.
         steps: number of steps T of each curve.
         mix: "reshaped" or "transposed", see `CurveNetArch.mix`.
-        kind: kind of the normalisation, "batch" or "layer".
+        norm_kind: kind of the normalisation, "batch" or "layer".
     """
 
-    def __init__(self, channels: int, curves: int, steps: int, mix: str, kind: str):
+    def __init__(self, channels: int, curves: int, steps: int, mix: str, norm_kind: str):
         super().__init__()
         self.curves = curves
         self.att = nn.Conv1d(channels, 1, 1, bias=False)
-        self.walk = Walk(channels, steps, mix, kind)
+        self.walk = Walk(channels, steps, mix, norm_kind)
 
-    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, neighbour_indices: torch.Tensor) -> torch.Tensor:
         """Compute the features of the points of the curves, [N, C, Q, T].
 
         Args:
             x: features of all points, [N, C, P].
-            index: indices of the neighbours of each point, without the point itself, [N, P, K].
+            neighbour_indices: indices of the neighbours of each point, without the point itself, [N, P, K].
         """
         attention = torch.sigmoid(self.att(x))  # [N, 1, P]
         # With the mix "reshaped", the order of the curves changes the result. The published code uses the
         # unsorted order of topk.
-        start = attention.squeeze(1).topk(min(self.curves, x.shape[2]), dim=1, sorted=False).indices
-        return self.walk(x * attention, index, start)
+        start_points = attention.squeeze(1).topk(min(self.curves, x.shape[2]), dim=1, sorted=False).indices
+        return self.walk(x * attention, neighbour_indices, start_points)
 
 
 class CurveAggregation(nn.Module):
@@ -168,10 +176,10 @@ class CurveAggregation(nn.Module):
 
     Args:
         channels: number of channels C of the features.
-        kind: kind of the normalisation, "batch" or "layer".
+        norm_kind: kind of the normalisation, "batch" or "layer".
     """
 
-    def __init__(self, channels: int, kind: str):
+    def __init__(self, channels: int, norm_kind: str):
         super().__init__()
         half_channels = channels // 2
         # The names are those of published state dicts.
@@ -180,7 +188,7 @@ class CurveAggregation(nn.Module):
         )
         self.convn, self.convl = (nn.Conv1d(half_channels, half_channels, 1, bias=False) for _ in range(2))
         self.convd = nn.Sequential(
-            nn.Conv1d(2 * half_channels, channels, 1, bias=False), norm(kind, channels)
+            nn.Conv1d(2 * half_channels, channels, 1, bias=False), norm(norm_kind, channels)
         )
         self.line_conv_att = nn.Conv2d(channels, 1, 1, bias=False)
 
@@ -195,12 +203,12 @@ class CurveAggregation(nn.Module):
         logits = self.line_conv_att(curves)  # [N, 1, Q, T]
         curve_keys = self.conva((curves * F.softmax(logits, dim=3)).sum(dim=3))  # [N, C/2, Q]
         step_keys = self.convb((curves * F.softmax(logits, dim=2)).sum(dim=2))  # [N, C/2, T]
-        query = self.convc(x).transpose(1, 2)  # [N, P, C/2]
-        results = [
-            value_layer(keys).matmul(F.softmax(query @ keys, dim=2).transpose(1, 2))  # [N, C/2, P]
+        point_queries = self.convc(x).transpose(1, 2)  # [N, P, C/2]
+        attended_features = [
+            value_layer(keys).matmul(F.softmax(point_queries @ keys, dim=2).transpose(1, 2))  # [N, C/2, P]
             for keys, value_layer in ((curve_keys, self.convn), (step_keys, self.convl))
         ]
-        return leaky(x + self.convd(torch.cat(results, dim=1)))
+        return leaky(x + self.convd(torch.cat(attended_features, dim=1)))
 
 
 # Settings of a block: output channels, number of points, radius of the ball for pooling, divisor of the input
@@ -257,32 +265,32 @@ class CurveNetArch(PointArch):
             )
 
 
-def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential:
+def conv(size_in: int, size_out: int, norm_kind: str, axis_count: int = 1) -> nn.Sequential:
     """Create a convolution with kernel size 1 and without bias, followed by a normalisation.
 
     Args:
         size_in: number of input channels.
         size_out: number of output channels.
-        kind: kind of the normalisation, "batch" or "layer".
-        axes: number of axes after the channels: 1 for features [N, C, P], 2 for features [N, C, P, K].
+        norm_kind: kind of the normalisation, "batch" or "layer".
+        axis_count: number of axes after the channels: 1 for features [N, C, P], 2 for features [N, C, P, K].
     """
     layer = (
         nn.Conv2d(size_in, size_out, 1, bias=False)
-        if axes == 2
+        if axis_count == 2
         else nn.Conv1d(size_in, size_out, 1, bias=False)
     )
-    return nn.Sequential(layer, norm(kind, size_out, axes))
+    return nn.Sequential(layer, norm(norm_kind, size_out, axis_count))
 
 
-def encode_neighbours(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def encode_neighbours(points: torch.Tensor, neighbour_indices: torch.Tensor) -> torch.Tensor:
     """Compute the 9 channels (p_i, p_j, p_j - p_i) for every point i and each of its neighbours j.
 
     Args:
         points: positions [N, 3, P].
-        index: indices of the neighbours of each point, [N, P, K].
+        neighbour_indices: indices of the neighbours of each point, [N, P, K].
     Returns: encoding [N, 9, P, K].
     """
-    neighbours = take(points, index)  # [N, 3, P, K]
+    neighbours = take(points, neighbour_indices)  # [N, 3, P, K]
     centres = points[..., None].expand_as(neighbours)
     return torch.cat([centres, neighbours, neighbours - centres], dim=1)
 
@@ -293,33 +301,35 @@ class LocalAggregation(nn.Module):
     Args:
         size_in: number of input channels, C.
         size_out: number of output channels, C'.
-        kind: kind of the normalisation, "batch" or "layer".
-        initial: True for the layer before the blocks, which reads positions and input channels directly.
+        norm_kind: kind of the normalisation, "batch" or "layer".
+        is_initial: True for the layer before the blocks, which reads positions and input channels directly.
     """
 
-    def __init__(self, size_in: int, size_out: int, kind: str, initial: bool = False):
+    def __init__(self, size_in: int, size_out: int, norm_kind: str, is_initial: bool = False):
         super().__init__()
-        if not initial:
-            self.xyz2feature = conv(9, size_out, kind, 2)
-        self.initial = initial
-        self.mlp = nn.Sequential(conv(9 + size_in if initial else size_out, size_out, kind, 2))
+        if not is_initial:
+            self.xyz2feature = conv(9, size_out, norm_kind, 2)
+        self.initial = is_initial
+        self.mlp = nn.Sequential(conv(9 + size_in if is_initial else size_out, size_out, norm_kind, 2))
 
-    def forward(self, x: torch.Tensor | None, points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | None, points: torch.Tensor, neighbour_indices: torch.Tensor
+    ) -> torch.Tensor:
         """Compute features [N, C', P].
 
         Args:
             x: features [N, C, P]; None if the points have only positions.
             points: positions [N, 3, P].
-            index: indices of the neighbours of each point, [N, P, K].
+            neighbour_indices: indices of the neighbours of each point, [N, P, K].
         """
-        encoding = encode_neighbours(points, index)  # [N, 9, P, K]
+        encoding = encode_neighbours(points, neighbour_indices)  # [N, 9, P, K]
         if self.initial:
-            features = encoding if x is None else torch.cat([encoding, take(x, index)], dim=1)
+            features = encoding if x is None else torch.cat([encoding, take(x, neighbour_indices)], dim=1)
             return leaky(self.mlp(features)).amax(dim=3)
         # Only the initial layer may have no features.
         assert x is not None
         # Differences between the features of neighbour and centre, plus an encoding of the positions
-        features = take(x, index) - x[..., None] + self.xyz2feature(encoding)
+        features = take(x, neighbour_indices) - x[..., None] + self.xyz2feature(encoding)
         return leaky(self.mlp(leaky(features))).mean(dim=3)
 
 
@@ -362,12 +372,12 @@ class CurveBlock(nn.Module):
             points = centres
         shortcut = self.shortcut(x)
         x = leaky(self.conv1(x))
-        index = nearest(points, self.k + 1)  # [N, P, K + 1]; entry 0 is the point itself
+        neighbour_indices = nearest(points, self.k + 1)  # [N, P, K + 1]; entry 0 is the point itself
         if self.has_curves:
             # A curve must not stay at its point, so the point itself is left out.
-            x = self.curveaggregation(x, self.curvegrouping(x, index[:, :, 1:]))
+            x = self.curveaggregation(x, self.curvegrouping(x, neighbour_indices[:, :, 1:]))
         # As published, the aggregation over K neighbours includes the point itself.
-        x = self.lpfa(x, points, index[:, :, : self.k])
+        x = self.lpfa(x, points, neighbour_indices[:, :, : self.k])
         return leaky(self.conv2(x) + shortcut), points
 
 
@@ -377,7 +387,7 @@ class CurveNetModule(nn.Module):
     def __init__(self, arch: CurveNetArch):
         super().__init__()
         self.k = arch.k
-        self.lpfa = LocalAggregation(arch.inputs - 3, arch.first, arch.norm, initial=True)
+        self.lpfa = LocalAggregation(arch.inputs - 3, arch.first, arch.norm, is_initial=True)
         # Numbers of channels before the first block and after each block
         sizes: Sequence[int] = (arch.first, *(block[0] for block in arch.blocks))
         # Names of published state dicts: cic11, cic12, cic21, cic22, ...
@@ -460,17 +470,17 @@ class PointNet2Arch(PointArch):
             )
 
 
-def layers(sizes: Sequence[int], kind: str) -> nn.Sequential:
+def layers(layer_sizes: Sequence[int], norm_kind: str) -> nn.Sequential:
     """Create a stack of layers on features [E, C]: linear layer, normalisation and ReLU for each size.
 
     Args:
-        sizes: number of input channels, followed by the number of output channels of each linear layer.
-        kind: kind of the normalisation, "batch" or "layer".
+        layer_sizes: number of input channels, followed by the number of output channels of each linear layer.
+        norm_kind: kind of the normalisation, "batch" or "layer".
     """
-    modules: list[nn.Module] = []
-    for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
-        modules += [nn.Linear(size_in, size_out), norm(kind, size_out), nn.ReLU()]
-    return nn.Sequential(*modules)
+    layer_list: list[nn.Module] = []
+    for size_in, size_out in zip(layer_sizes[:-1], layer_sizes[1:], strict=True):
+        layer_list += [nn.Linear(size_in, size_out), norm(norm_kind, size_out), nn.ReLU()]
+    return nn.Sequential(*layer_list)
 
 
 class SetAbstraction(nn.Module):
@@ -504,19 +514,24 @@ class SetAbstraction(nn.Module):
         """
         centre_index = farthest_points(points, math.ceil(self.ratio * points.shape[2]), self.start)
         centres = take(points, centre_index)  # [N, 3, S]
-        index, counts = ball(centres, points, self.radius, self.limit)  # [N, S, K], [N, S]
+        # [N, S, K], [N, S]
+        neighbour_indices, neighbour_counts = ball(centres, points, self.radius, self.limit)
         # False for indices that `ball` repeated
-        is_neighbour = torch.arange(index.shape[2], device=index.device) < counts[..., None]  # [N, S, K]
-        neighbours = take(points, index) - centres[..., None]  # [N, 3, S, K]
+        # [N, S, K]
+        is_neighbour = (
+            torch.arange(neighbour_indices.shape[2], device=neighbour_indices.device)
+            < neighbour_counts[..., None]
+        )
+        neighbours = take(points, neighbour_indices) - centres[..., None]  # [N, 3, S, K]
         if x is not None:
-            neighbours = torch.cat([take(x, index), neighbours], dim=1)
+            neighbours = torch.cat([take(x, neighbour_indices), neighbours], dim=1)
         # [E, C']: repeated neighbours are left out, since they would change the statistics of a batch
         # normalisation.
-        edges = self.point_conv["local_nn"](neighbours.movedim(1, -1)[is_neighbour])
+        pair_features = self.point_conv["local_nn"](neighbours.movedim(1, -1)[is_neighbour])
         # [N, S, K, C'], with -inf for repeated neighbours, so that the maximum ignores them
-        no_features = edges.new_full((*is_neighbour.shape, edges.shape[1]), -torch.inf)
-        edge_features = no_features.index_put((is_neighbour,), edges)
-        return edge_features.amax(dim=2).transpose(1, 2), centres
+        no_features = pair_features.new_full((*is_neighbour.shape, pair_features.shape[1]), -torch.inf)
+        padded_features = no_features.index_put((is_neighbour,), pair_features)
+        return padded_features.amax(dim=2).transpose(1, 2), centres
 
 
 class PointNet2Module(nn.Module):
@@ -543,9 +558,11 @@ class PointNet2Module(nn.Module):
         # The channels after the position are the normals, if there are any.
         x, centres = self.sa1_module(cloud[:, 3:] if cloud.shape[1] > 3 else None, points)
         x, centres = self.sa2_module(x, centres)
-        rows = torch.cat([x, centres], dim=1).transpose(1, 2)  # [N, S, C + 3]
+        centre_rows = torch.cat([x, centres], dim=1).transpose(1, 2)  # [N, S, C + 3]
         # The layers read rows of all samples together, [N * S, C + 3].
-        return self.sa3_module["mlp"](rows.flatten(0, 1)).unflatten(0, rows.shape[:2]).amax(dim=1)
+        return (
+            self.sa3_module["mlp"](centre_rows.flatten(0, 1)).unflatten(0, centre_rows.shape[:2]).amax(dim=1)
+        )
 
 
 class PointNet2(PointNetwork):
@@ -578,8 +595,8 @@ class PointNetArch(PointArch):
 
     network: ClassVar[str] = "pointnet"
     widths: tuple[int, int, int] = (64, 128, 1024)  # numbers of channels of the three layers on each point
-    # Pooling over points: 'max', as published; or 'max-mean', which appends the mean to the maximum, so that
-    # every point gets a gradient
+    # Pooling over points. 'max' takes the maximum, as published. 'max-mean' appends the mean to the maximum,
+    # so that every point gets a gradient
     pool: str = "max"
 
     def __post_init__(self) -> None:
@@ -622,7 +639,7 @@ _NETWORKS: Mapping[str, tuple[type[PointArch], Any]] = {
     arch.network: (arch, network)
     for arch, network in ((PointNetArch, PointNet), (PointNet2Arch, PointNet2), (CurveNetArch, CurveNet))
 }
-# Crop of the cube that contains the heads of the bundled generator, without shoulders
+# Crop of the cube that contains the heads of people which the bundled generator makes, without shoulders
 HEAD_CROP = (0.16, 0.16, 0.26, 0.20, 0.24, 0.25)
 # Settings of the blocks of our CurveNet, see `Block`
 _CURVE_BLOCKS = (
@@ -640,19 +657,19 @@ def build(description: Mapping[str, Any]) -> PointNetwork:
     Raises: ValueError for an unknown network, or for unknown fields.
     """
     # A copy, since an entry is removed below.
-    values = dict(description)
-    name = str(values.pop("network", None))
-    check_choice("reward network", name, tuple(_NETWORKS))
-    arch, network = _NETWORKS[name]
-    return network(arch.from_dict(values))
+    architecture_values = dict(description)
+    network_name = str(architecture_values.pop("network", None))
+    check_choice("reward network", network_name, tuple(_NETWORKS))
+    arch_class, network_class = _NETWORKS[network_name]
+    return network_class(arch_class.from_dict(architecture_values))
 
 
-def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
+def own_presets(inputs: int, observation_settings: Mapping[str, Any]) -> dict[str, Preset]:
     """Return the presets of our networks, which suit a few thousand pairs and one CPU core.
 
     Args:
         inputs: number of channels of a point, 3 or 6.
-        observe: settings of the observation.
+        observation_settings: settings of the observation.
     """
     common_sizes: dict[str, Any] = {
         "inputs": inputs,
@@ -685,13 +702,20 @@ def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
             **common_sizes,
         ),
     }
-    train = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "weight_decay": 0.1, "decoupled": True}
-    curvenet_train = {"epochs": 10, "patience": 10}  # a step of CurveNet takes five times as long
+    train_settings = {
+        "epochs": 20,
+        "patience": 20,
+        "batch": 16,
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "decoupled": True,
+    }
+    curvenet_settings = {"epochs": 10, "patience": 10}  # a step of CurveNet takes five times as long
     return {
         name: Preset(
             network=arch.to_dict(),
-            train={**train, **(curvenet_train if name == "curvenet" else {})},
-            observe=observe,
+            train={**train_settings, **(curvenet_settings if name == "curvenet" else {})},
+            observe=observation_settings,
         )
         for name, arch in architectures.items()
     }
@@ -699,23 +723,23 @@ def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
 
 def published_presets() -> dict[str, Preset]:
     """Return the presets of the published networks, with the settings of their published training."""
-    presets = {}
+    preset_by_name = {}
     # Sizes of the network, pairs per batch, number of reference samples
-    for arch, batch, reference_samples in (
+    for arch, batch_size, reference_samples in (
         (PointNetArch(), 4, 1000),
         (PointNet2Arch(), 2, 0),
         (CurveNetArch(), 2, 0),
     ):
-        train = {
+        train_settings = {
             "epochs": 10,
             "patience": 3,
-            "batch": batch,
+            "batch": batch_size,
             "lr": 1e-5,
             "cosine": False,
             "reference_samples": reference_samples,
             "weights": replace(LossWeights(), reconstruction=0.0),
         }
-        presets[f"paper-{arch.network}"] = Preset(
-            network=arch.to_dict(), train=train, observe={"resolution": 128}
+        preset_by_name[f"paper-{arch.network}"] = Preset(
+            network=arch.to_dict(), train=train_settings, observe={"resolution": 128}
         )
-    return presets
+    return preset_by_name

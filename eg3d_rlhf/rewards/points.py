@@ -1,12 +1,12 @@
 """Point clouds that rewards read, from the density's level set or from a frontal depth map.
 
 The observation `points` covers all sides of a shape, and `lifted-points` covers the side that a frontal
-camera sees. All shapes of both have the same scale and origin, so that a score can depend on a shape's size
-and position. `published-points` is the cloud of the published point rewards (arXiv 2606.27305): it includes
-the background, and each sample is scaled separately.
+camera sees. In these two observations all shapes have the same scale and origin, so that a score can depend
+on a shape's size and position. `published-points` is the cloud of the published point rewards (arXiv
+2606.27305): it includes the background, and each sample is scaled separately.
 
-Shapes: N shapes, P points of a cloud, E candidates for a point (grid edges or pixels), R pixels per edge; D,
-H, W = grid points along z, y, x.
+Shapes: N shapes, P points of a cloud, E candidates for a point (grid edges or pixels), R pixels per edge.
+D, H and W are the numbers of grid points along z, y and x.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from training.rendering.cameras import RaySampler, unpack_label
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import Generator
 
-_FLAT = 1e-6  # least difference of the densities of two grid points that do not count as equal
+_FLAT = 1e-6  # smallest density difference of two grid points that counts as different from 0
 
 
 def lift(depth: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
@@ -44,12 +44,12 @@ def lift(depth: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
     return origins + depth.reshape(n, -1, 1) * directions
 
 
-def evenly_spaced(total: int, count: int) -> torch.Tensor:
-    """Return `count` evenly spaced indices in 0..`total` - 1, int64 [count], as in the published code.
+def evenly_spaced(available_count: int, count: int) -> torch.Tensor:
+    """Return evenly spaced indices, int64 [count], as in the published code.
 
     They are round(linspace(0, total - 1, count)).
     """
-    return torch.from_numpy(np.linspace(0, total - 1, count).round().astype(np.int64))
+    return torch.from_numpy(np.linspace(0, available_count - 1, count).round().astype(np.int64))
 
 
 def self_scaled(points: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def _random_ranks(candidates: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(candidates))
 
 
-def choose_candidates(usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_candidates(is_usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `count` of the usable candidates. The choice is the same in every call with the same seed.
 
     The seed gives every candidate a rank, and the usable candidates with the lowest ranks are chosen. If one
@@ -76,27 +76,27 @@ def choose_candidates(usable: torch.Tensor, count: int, seed: int) -> tuple[torc
     candidates are usable, they are repeated in their order.
 
     Args:
-        usable: mask [N, E] of the usable candidates.
+        is_usable: mask [N, E] of the usable candidates.
         count: number of candidates to choose.
         seed: seed of the ranks.
-    Returns: indices of the chosen candidates, int64 [N, count]; and bool [N, 1], True if any candidate of the
-        shape is usable. The indices have no meaning otherwise.
+    Returns: the indices of the chosen candidates, int64 [N, count], and a mask [N, 1] of the shapes that have
+        a usable candidate. The indices of all other shapes have no meaning.
     Raises: ValueError if there are fewer than `count` candidates.
     """
-    candidates = usable.shape[1]
-    if candidates < count:
+    candidate_count = is_usable.shape[1]
+    if candidate_count < count:
         raise ValueError(
-            f"--points: expected at most {candidates}, the number of candidates for a point at this"
+            f"--points: expected at most {candidate_count}, the number of candidates for a point at this"
             f" resolution, got {count}. Increase --resolution, or decrease --points."
         )
-    ranks = _random_ranks(candidates, seed).to(usable.device)
+    ranks = _random_ranks(candidate_count, seed).to(is_usable.device)
     # Unusable candidates get ranks after all usable ones. topk returns sorted values.
-    best = torch.where(usable, ranks, ranks + candidates).topk(count, dim=1, largest=False)
+    lowest_ranks = torch.where(is_usable, ranks, ranks + candidate_count).topk(count, dim=1, largest=False)
     # The lower limit 1 makes the remainder below defined for shapes without a usable candidate.
-    usable_count = usable.sum(dim=1, keepdim=True).clamp(1, count)  # [N, 1]
+    usable_count = is_usable.sum(dim=1, keepdim=True).clamp(1, count)  # [N, 1]
     # 0, 1, ..., usable_count - 1, 0, 1, ...: repeats the usable candidates
-    repeated_order = torch.arange(count, device=usable.device) % usable_count
-    return best.indices.gather(1, repeated_order), usable.any(dim=1, keepdim=True)
+    repeated_order = torch.arange(count, device=is_usable.device) % usable_count
+    return lowest_ranks.indices.gather(1, repeated_order), is_usable.any(dim=1, keepdim=True)
 
 
 def _density_gradient(density: torch.Tensor, voxel: float) -> torch.Tensor:
@@ -114,19 +114,22 @@ def _grid_edges(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the edges between neighbouring points of a grid [D, H, W].
 
-    Returns: indices of the start points and of the end points in the flattened grid, and the axes of the
-        edges (0 for x, 1 for y, 2 for z), int64 [E] each.
+    Args:
+        shape: numbers of grid points (D, H, W).
+        device: device of the result.
+    Returns: the indices of the start points in the flattened grid, the indices of the end points, and the
+        axes of the edges (0 for x, 1 for y, 2 for z), int64 [E] each.
     """
-    index = torch.arange(int(np.prod(shape)), device=device).reshape(shape)
-    starts = []
-    ends = []
+    point_indices = torch.arange(int(np.prod(shape)), device=device).reshape(shape)
+    start_points = []
+    end_points = []
     axes = []
     # Dimensions 2, 1, 0 of the grid are x, y, z.
     for axis, dim in enumerate((2, 1, 0)):
-        starts.append(index.narrow(dim, 0, shape[dim] - 1).flatten())
-        ends.append(index.narrow(dim, 1, shape[dim] - 1).flatten())
-        axes.append(torch.full_like(starts[-1], axis))
-    return torch.cat(starts), torch.cat(ends), torch.cat(axes)
+        start_points.append(point_indices.narrow(dim, 0, shape[dim] - 1).flatten())
+        end_points.append(point_indices.narrow(dim, 1, shape[dim] - 1).flatten())
+        axes.append(torch.full_like(start_points[-1], axis))
+    return torch.cat(start_points), torch.cat(end_points), torch.cat(axes)
 
 
 def level_set(
@@ -148,8 +151,8 @@ def level_set(
         grid: straight grid.
         count: number of points to choose.
         seed: seed of the choice, see `choose_candidates`.
-    Returns: world points [N, count, 3]; outward normals of length 1, [N, count, 3]; and bool [N, 1], True for
-        shapes with a crossing. Points and normals of other shapes have no meaning.
+    Returns: the world points [N, count, 3], the outward normals of length 1 [N, count, 3], and a mask [N, 1]
+        of the shapes with a crossing. Points and normals of all other shapes have no meaning.
     """
     edge_start, edge_end, edge_axis = _grid_edges(grid.shape, density.device)  # [E] each
     flat_density = density.flatten(1)
@@ -158,12 +161,13 @@ def level_set(
     a = edge_start[edges]
     b = edge_end[edges]
     density_a = flat_density.gather(1, a)
-    step = flat_density.gather(1, b) - flat_density.gather(1, a)
-    is_steep = step.abs() > _FLAT
+    density_difference = flat_density.gather(1, b) - flat_density.gather(1, a)
+    is_steep = density_difference.abs() > _FLAT
     # The inner where() replaces tiny divisors. A division by 0 would give NaN gradients, even if its result
     # is not used.
-    divisor = torch.where(is_steep, step, torch.ones_like(step))
-    t = torch.where(is_steep, (level - density_a) / divisor, torch.full_like(step, 0.5))  # [N, P]
+    divisor = torch.where(is_steep, density_difference, torch.ones_like(density_difference))
+    # [N, P]
+    t = torch.where(is_steep, (level - density_a) / divisor, torch.full_like(density_difference, 0.5))
     grid_points = grid.points().reshape(-1, 3).to(density)  # [D * H * W, 3]
     edge_vector = torch.nn.functional.one_hot(edge_axis[edges], 3) * grid.voxel  # [N, P, 3]
     points = grid_points[a] + t[..., None] * edge_vector
@@ -187,7 +191,7 @@ def in_box(points: torch.Tensor, side: float, centre: tuple[float, float, float]
     return (points - torch.tensor(centre).to(points)) / (0.5 * side)
 
 
-_OPAQUE = 0.5  # least opacity of a pixel that shows a surface and not the background
+_OPAQUE = 0.5  # smallest opacity of a pixel that shows a surface and not the background
 
 
 def mirror(observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
@@ -208,14 +212,19 @@ def mirror(observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
 def _check_cloud(owner: str, points: int, seed: int) -> None:
     """Raise ValueError unless `points` and `seed` of an observation are integers in their ranges.
 
-    The values may come from a reward's file. `owner` is the start of the message.
+    The values may come from a reward's file.
+
+    Args:
+        owner: name of the observation's class, for the message.
+        points: number of points, at least 1.
+        seed: random seed, at least 0.
     """
-    for name, value, least_value in (("points", points, 1), ("seed", seed, 0)):
+    for field_name, field_value, min_value in (("points", points, 1), ("seed", seed, 0)):
         # bool is a subclass of int.
-        if isinstance(value, bool) or not isinstance(value, int) or value < least_value:
+        if isinstance(field_value, bool) or not isinstance(field_value, int) or field_value < min_value:
             raise ValueError(
-                f"{owner}.{name}: expected an integer of at least {least_value}, got {value!r}. Correct the"
-                f" entry {name} of the observation in the reward's file."
+                f"{owner}.{field_name}: expected an integer of at least {min_value}, got {field_value!r}."
+                f" Correct the entry {field_name} of the observation in the reward's file."
             )
 
 
@@ -331,15 +340,15 @@ class LiftedPoints(Observation):
             points: number of points of the cloud.
         """
         cameras = generator.cameras
-        box = generator.bounds
+        bounds = generator.bounds
         return cls(
             resolution=resolution,
             points=points,
             radius=cameras.radius,
             pivot=cameras.pivot,
             focal=cameras.focal,
-            box_side=box.side,
-            centre=box.centre,
+            box_side=bounds.side,
+            centre=bounds.centre,
         )
 
     @property
@@ -352,7 +361,7 @@ class LiftedPoints(Observation):
 
         The random offsets of the samples along the rays are the same in every call.
 
-        Returns: world points of all pixels [N, R * R, 3], and the rendering.
+        Returns: the world points [N, R * R, 3] of all pixels, and the rendering.
         """
         camera = CameraFamily(self.radius, self.pivot, self.focal).label()
         # Torch's global random state is restored at the end of the block. To store the state of CUDA devices
@@ -368,8 +377,8 @@ class LiftedPoints(Observation):
         """Compute the clouds [N, 3, P] of the shapes of a field. Differentiable in the field."""
         points, rendering = self._render_points(field)
         points = in_box(points, self.box_side, self.centre)
-        usable = (rendering.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)  # [N, R * R]
-        pixels, has_pixels = choose_candidates(usable, self.points, self.seed)
+        is_usable = (rendering.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)  # [N, R * R]
+        pixels, has_pixels = choose_candidates(is_usable, self.points, self.seed)
         clouds = points.gather(1, pixels[..., None].expand(-1, -1, 3)) * has_pixels[..., None]  # [N, P, 3]
         return clouds.transpose(1, 2)
 
@@ -383,13 +392,13 @@ class LiftedPoints(Observation):
         The list is empty if all are equal.
         """
         cameras = generator.cameras
-        box = generator.bounds
+        bounds = generator.bounds
         generator_values = {
             "radius": cameras.radius,
             "pivot": cameras.pivot,
             "focal": cameras.focal,
-            "box_side": box.side,
-            "centre": box.centre,
+            "box_side": bounds.side,
+            "centre": bounds.centre,
         }
         return [
             f"{name} {getattr(self, name)}, got {value}"
@@ -436,9 +445,9 @@ class PublishedPoints(LiftedPoints):
             draws: random numbers [N] in [0, 1), from which the random numbers of each cloud are derived.
         """
         augmented_clouds = []
-        for cloud, number in zip(observations, draws, strict=True):
+        for cloud, cloud_draw in zip(observations, draws, strict=True):
             # A float64 in [0, 1) has 53 random bits, which become the seed of this cloud's generator.
-            rng = np.random.default_rng(int(number * 2**53))
+            rng = np.random.default_rng(int(cloud_draw * 2**53))
             scale = torch.from_numpy(rng.uniform(0.95, 1.05, (3, 1))).to(cloud)
             jitter = torch.from_numpy(rng.uniform(-0.001, 0.001, tuple(cloud.shape))).to(cloud)
             augmented_clouds.append(cloud * scale + jitter)

@@ -26,7 +26,7 @@ class Architecture:
         Raises: ValueError for fields that are unknown, missing or out of range.
         """
         try:
-            return cls(**{name: _tuples(value) for name, value in values.items()})
+            return cls(**{name: _tuples(json_value) for name, json_value in values.items()})
         except TypeError as error:
             raise ValueError(
                 f"{cls.__name__}: the reward's file has unknown or missing fields: {error}. If a later"
@@ -34,9 +34,13 @@ class Architecture:
             ) from error
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(json_value: Any) -> Any:
     """Convert nested lists to tuples, which JSON does not have. Return any other value unchanged."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+    return (
+        tuple(_tuples(json_item) for json_item in json_value)
+        if isinstance(json_value, (list, tuple))
+        else json_value
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +85,13 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
         kind: kind of the observation.
     Raises: ValueError for an unknown name, and for a kind whose networks need no training.
     """
-    presets = presets_of(kind)
-    if not presets:
+    presets_by_name = presets_of(kind)
+    if not presets_by_name:
         raise ValueError(
             f"reward preset: the reward {kind} needs no training and has no presets. Pass its name"
             f" {kind} instead of the file of a trained reward."
         )
     # The first preset of a kind is its default.
-    name = next(iter(presets)) if name is None else name
-    check_choice("reward preset", name, presets)
-    return presets[name]
+    name = next(iter(presets_by_name)) if name is None else name
+    check_choice("reward preset", name, presets_by_name)
+    return presets_by_name[name]

@@ -9,8 +9,9 @@ A release is a folder with `best_model.pt` (a state dict, or a dict that contain
 record of a training run: YAML with `${...}` references. Since it comes from an unknown source, it is parsed
 as data only (without tags that create objects, and without aliases), and only these fields are read:
 
-    data.dset_dict.selected_dtypes     the first entry sigma_field_<N> states N grid points per axis of the
-    cube data.augmentations.tune            transform of fine-tuning, a self-normalisation to [lower, upper]
+    data.dset_dict.selected_dtypes     the first entry, sigma_field_<N>, states N grid points per axis of the
+                                       cube
+    data.augmentations.tune            transform of fine-tuning, a self-normalisation to [lower, upper]
     data.augmentations.upper_norm      upper end of the range, if `tune` does not state it
     model                              num_groups, f_maps, layer_order, in_channels, is_segmentation,
                                        residual, input_size, external
@@ -85,11 +86,12 @@ class ReleaseConfig:
 def import_release(source: str | Path, transform: str = "config", lattice: str = "straight") -> Reward:
     """Read a released reward, in eval mode. No code from its files is executed.
 
-    The provenance of the result states the names and the SHA-256 hashes of both files.
+    The provenance of the result states the names and the SHA-256 hashes of the file of the weights and of the
+    configuration.
 
     Args:
-        source: folder of the release; or the file of the weights, for example `swa_weights.pt`, whose folder
-            contains the configuration.
+        source: path of the release. It is either the folder of the release, or the file of the weights, for
+            example `swa_weights.pt`, whose folder contains the configuration.
         transform: "config" or "published", see `read_config`.
         lattice: lattice on which the reward evaluates densities, see `SlabSpec`.
     Raises: FileNotFoundError if a file is missing; ValueError if a file is damaged or is no reward, if its
@@ -98,7 +100,7 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
     source = Path(source)
     weights_path = source / WEIGHTS if source.is_dir() else source
     folder = weights_path.parent
-    state = read(weights_path, "import_release")
+    state_dict = read(weights_path, "import_release")
     config_paths = [folder / name for name in CONFIG_NAMES if (folder / name).is_file()]
     if not config_paths:
         raise FileNotFoundError(
@@ -112,10 +114,12 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
             f" {' and '.join(CONFIG_NAMES)}. Remove the file that does not belong to {weights_path.name}."
         )
     config_path = config_paths[0]
-    settings = read_config(config_path, transform)
-    arch = arch_from_state(state, settings)
-    model = fill_published(RewardModel(arch), state, f"import_release({weights_path.name})")
-    spec = SlabSpec(resolution=settings.resolution, value_max=settings.value_max, lattice=lattice)
+    release_settings = read_config(config_path, transform)
+    arch = arch_from_state(state_dict, release_settings)
+    model = fill_published(RewardModel(arch), state_dict, f"import_release({weights_path.name})")
+    spec = SlabSpec(
+        resolution=release_settings.resolution, value_max=release_settings.value_max, lattice=lattice
+    )
     if min(spec.shape) < arch.smallest_side:
         raise ValueError(
             f"import_release: the network needs slabs with at least {arch.smallest_side} points along each"
@@ -134,7 +138,7 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
     return Reward(SigmaSlab(spec), model, provenance).eval().requires_grad_(False)
 
 
-def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) -> RewardArch:
+def arch_from_state(state_dict: Mapping[str, torch.Tensor], release_settings: ReleaseConfig) -> RewardArch:
     """Derive the architecture of a network from the shapes of its weights.
 
     Half of the channels of the last convolution are reconstructions of the slab, and the other half is pooled
@@ -142,37 +146,39 @@ def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) 
     architecture: the strict loading that follows then reports the missing entries.
 
     Args:
-        state: state dict of the network.
-        settings: settings from the configuration.
+        state_dict: state dict of the network.
+        release_settings: settings from the configuration.
     Raises: ValueError if the configuration states sizes that differ from those of the weights.
     """
 
     def sizes(pattern: str) -> tuple[int, ...]:
         """Return the first dimensions of the entries that `pattern` names with the numbers 0, 1, ...
 
-        The numbers end at the first missing entry. Raises: KeyError if entry 0 is missing.
+        The numbers end at the first missing entry.
+
+        Raises: KeyError if entry 0 is missing.
         """
-        later_names = itertools.takewhile(state.__contains__, map(pattern.format, itertools.count(1)))
-        return tuple(len(state[name]) for name in (pattern.format(0), *later_names))
+        later_names = itertools.takewhile(state_dict.__contains__, map(pattern.format, itertools.count(1)))
+        return tuple(len(state_dict[name]) for name in (pattern.format(0), *later_names))
 
     def hidden_sizes(name: str) -> tuple[int, ...]:
         """Return the hidden sizes of the `MLP` with this name."""
         # The doubled braces leave {} for the number of the layer.
-        return (len(state[f"{name}.input_layer.weight"]), *sizes(f"{name}.hidden_layers.{{}}.0.weight"))
+        return (len(state_dict[f"{name}.input_layer.weight"]), *sizes(f"{name}.hidden_layers.{{}}.0.weight"))
 
     try:
         feature_maps = sizes("Conv3DModule.encoders.{}.basic_module.conv2.conv.weight")
-        channels = len(state["Conv3DModule.final_conv.weight"])
-        trunk = hidden_sizes("MLP")
-        heads = hidden_sizes("scalar_rwd_head")
-        pool_size = state["MLP.input_layer.weight"].shape[1]
-        embedding = len(state["MLP.output_layer.weight"])
+        channel_count = len(state_dict["Conv3DModule.final_conv.weight"])
+        trunk_sizes = hidden_sizes("MLP")
+        head_sizes = hidden_sizes("scalar_rwd_head")
+        pool_size = state_dict["MLP.input_layer.weight"].shape[1]
+        embedding_size = len(state_dict["MLP.output_layer.weight"])
     # Errors of a missing entry, and of an entry that is no matrix
     except (KeyError, IndexError, TypeError):
-        return replace(PAPER, groups=settings.groups)
+        return replace(PAPER, groups=release_settings.groups)
     for name, weights_value, stated_value in (
-        ("f_maps", feature_maps, settings.feature_maps),
-        ("input_size", pool_size, settings.input_size),
+        ("f_maps", feature_maps, release_settings.feature_maps),
+        ("input_size", pool_size, release_settings.input_size),
     ):
         if stated_value is not None and stated_value != weights_value:
             raise ValueError(
@@ -181,13 +187,13 @@ def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) 
             )
     return RewardArch(
         feature_maps=feature_maps,
-        groups=settings.groups,
-        recon_channels=channels // 2,
-        feature_channels=channels - channels // 2,
+        groups=release_settings.groups,
+        recon_channels=channel_count // 2,
+        feature_channels=channel_count - channel_count // 2,
         pool_size=pool_size,
-        trunk=trunk,
-        embedding=embedding,
-        heads=heads,
+        trunk=trunk_sizes,
+        embedding=embedding_size,
+        heads=head_sizes,
     )
 
 
@@ -247,47 +253,49 @@ def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the field, if a field is
         missing, not supported, or has a value that our network does not implement.
     """
-    source = f"reward config {Path(path).name}"
-    root = read_yaml(Path(path), source, _MAX_BYTES, aliases=0)
-    settings = dict(_model_settings(root, source))
+    message_prefix = f"reward config {Path(path).name}"
+    config_root = read_yaml(Path(path), message_prefix, _MAX_BYTES, aliases=0)
+    model_settings = dict(_model_settings(config_root, message_prefix))
     if transform == "published":
-        return ReleaseConfig(**settings)
-    data_types = resolve(root, lookup(root, "data.dset_dict.selected_dtypes"), source)
+        return ReleaseConfig(**model_settings)
+    data_types = resolve(config_root, lookup(config_root, "data.dset_dict.selected_dtypes"), message_prefix)
     # The field is a list of types, or a single type.
     first_type = data_types[0] if isinstance(data_types, list) and data_types else data_types
-    data_type = resolve(root, first_type, source)
-    match = re.fullmatch(r"sigma_field_(\d{1,4})", data_type) if isinstance(data_type, str) else None
-    if match is None:
+    data_type = resolve(config_root, first_type, message_prefix)
+    type_match = re.fullmatch(r"sigma_field_(\d{1,4})", data_type) if isinstance(data_type, str) else None
+    if type_match is None:
         raise ValueError(
-            f"{source}: data.dset_dict.selected_dtypes: expected sigma_field_<points> as the first entry, got"
-            f" {data_type!r}. Rewards that read depth maps or point clouds cannot be imported. If the reward"
-            " reads density grids and the field is missing, use --transform=published."
+            f"{message_prefix}: data.dset_dict.selected_dtypes: expected sigma_field_<points> as the first"
+            f" entry, got {data_type!r}. Rewards that read depth maps or point clouds cannot be imported. If"
+            " the reward reads density grids and the field is missing, use --transform=published."
         )
-    return ReleaseConfig(resolution=int(match[1]), value_max=_value_max(root, source), **settings)
+    return ReleaseConfig(
+        resolution=int(type_match[1]), value_max=_value_max(config_root, message_prefix), **model_settings
+    )
 
 
-def lookup(root: Mapping, dotted: str) -> Any:
+def lookup(config_root: Mapping, dotted: str) -> Any:
     """Return the value at a path of keys such as "a.b.c", or None if it does not exist.
 
     Entries of lists are named by their index, for example "a.0".
     """
-    value: Any = root
+    node: Any = config_root
     for key in dotted.split("."):
-        entries = {str(i): entry for i, entry in enumerate(value)} if isinstance(value, list) else value
-        value = entries.get(key) if isinstance(entries, Mapping) else None
-    return value
+        entries = {str(i): entry for i, entry in enumerate(node)} if isinstance(node, list) else node
+        node = entries.get(key) if isinstance(entries, Mapping) else None
+    return node
 
 
-def resolve(root: Mapping, value: Any, source: str) -> Any:
+def resolve(config_root: Mapping, value: Any, message_prefix: str) -> Any:
     """Replace all references in a text by their values.
 
     A reference is `${a.b}`, a field of the file, or `${multiply:x,y}`, a product. If the text consists of one
     reference only, the result has the type of the field. A value that is no text is returned unchanged.
 
     Args:
-        root: contents of the file.
+        config_root: contents of the file.
         value: value to resolve.
-        source: start of the messages.
+        message_prefix: start of the messages.
     Raises: ValueError if a reference is malformed, names no field, or refers to itself.
     """
     for _ in range(_MAX_STEPS):
@@ -295,40 +303,42 @@ def resolve(root: Mapping, value: Any, source: str) -> Any:
         if reference is None:
             if isinstance(value, str) and "${" in value:
                 raise ValueError(
-                    f"{source}: the reference in {value[:80]!r} has no closing brace. Replace it by its"
-                    " value."
+                    f"{message_prefix}: the reference in {value[:80]!r} has no closing brace. Replace it by"
+                    " its value."
                 )
             return value
-        content = reference[1].strip()
-        name, colon, arguments = content.partition(":")
+        expression = reference[1].strip()
+        name, colon, arguments = expression.partition(":")
         if colon and name == "multiply":
-            target = math.prod(
-                _number(factor, f"{source}: ${{{content}}}") for factor in arguments.split(",")
+            referenced_value = math.prod(
+                _number(factor, f"{message_prefix}: ${{{expression}}}") for factor in arguments.split(",")
             )
-        elif colon or (target := lookup(root, content)) is None:
+        elif colon or (referenced_value := lookup(config_root, expression)) is None:
             raise ValueError(
-                f"{source}: the reference ${{{content[:80]}}} is neither a field of this file nor of the form"
+                f"{message_prefix}: the reference ${{{expression[:80]}}} is neither a field of this file nor"
+                " of the form"
                 " ${multiply:x,y}. Replace it by its value."
             )
         if reference[0] == value.strip():
-            value = target  # the target keeps its type, for example a list or a number
-        elif isinstance(target, (str, int, float)):
-            value = value[: reference.start()] + str(target) + value[reference.end() :]
+            value = referenced_value  # the target keeps its type, for example a list or a number
+        elif isinstance(referenced_value, (str, int, float)):
+            value = value[: reference.start()] + str(referenced_value) + value[reference.end() :]
         else:
             raise ValueError(
-                f"{source}: the reference in {value[:80]!r} names a value of type {type(target).__name__},"
-                " which cannot be part of a text. Replace the reference by its value."
+                f"{message_prefix}: the reference in {value[:80]!r} names a value of type"
+                f" {type(referenced_value).__name__}, which cannot be part of a text. Replace the reference"
+                " by its value."
             )
         # References that expand to several references would make the text longer in every step.
         if isinstance(value, str) and len(value) > 4096:
             break
     raise ValueError(
-        f"{source}: references refer to themselves (a circle), or more than {_MAX_STEPS} of them follow each"
-        " other. Replace them by their values."
+        f"{message_prefix}: references refer to themselves (a circle), or more than {_MAX_STEPS} of them"
+        " follow each other. Replace them by their values."
     )
 
 
-def _number(value: Any, source: str) -> int | float:
+def _number(value: Any, message_prefix: str) -> int | float:
     """Convert a value to int or float. YAML 1.1 reads 1e-5 as text, so text is converted, too.
 
     Raises: ValueError for a value that is no number, or whose absolute value is 1e9 or more.
@@ -340,39 +350,50 @@ def _number(value: Any, source: str) -> int | float:
                 break
     # The comparison is written with `not`, so that it also rejects NaN. bool is a subclass of int.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
-        raise ValueError(f"{source}: expected a number below 1e9, got {value!r}. {_REMEDY}")
+        raise ValueError(f"{message_prefix}: expected a number below 1e9, got {value!r}. {_REMEDY}")
     return value
 
 
-def _value_max(root: Mapping, source: str) -> float:
+def _value_max(config_root: Mapping, message_prefix: str) -> float:
     """Return the upper end of the range to which `data.augmentations.tune` normalises densities."""
-    field = f"{source}: data.augmentations.tune"
-    bounds = {}
-    transforms = list(_self_normalisations(root, lookup(root, "data.augmentations.tune"), field))
+    field_prefix = f"{message_prefix}: data.augmentations.tune"
+    range_ends = {}
+    transforms = list(
+        _self_normalisations(config_root, lookup(config_root, "data.augmentations.tune"), field_prefix)
+    )
     if len(transforms) > 1:
-        raise ValueError(f"{field}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
-    for key, value in transforms[0].items() if transforms else ():
-        if key in _ENDS:
-            bounds[_ENDS[key]] = _number(resolve(root, value, field), f"{field}.{key}")
-        elif key not in _NEUTRAL:
-            raise ValueError(
-                f"{field}: the self-normalisation has the setting {key!r}, which is not supported; only its"
-                f" bounds are. {_REMEDY}"
+        raise ValueError(f"{field_prefix}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
+    for setting_name, value in transforms[0].items() if transforms else ():
+        if setting_name in _ENDS:
+            range_ends[_ENDS[setting_name]] = _number(
+                resolve(config_root, value, field_prefix), f"{field_prefix}.{setting_name}"
             )
-    if bounds.get("lower", 0) != 0:
-        raise ValueError(f"{field}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
-    if "upper" in bounds:
-        return float(bounds["upper"])
-    default = lookup(root, "data.augmentations.upper_norm")
-    if default is None:
+        elif setting_name not in _NEUTRAL:
+            raise ValueError(
+                f"{field_prefix}: the self-normalisation has the setting {setting_name!r}, which is not"
+                f" supported; only its bounds are. {_REMEDY}"
+            )
+    if range_ends.get("lower", 0) != 0:
         raise ValueError(
-            f"{field}: the upper end of the range is missing, here and in data.augmentations.upper_norm."
-            f" {_REMEDY}"
+            f"{field_prefix}: expected a range that starts at 0, got {range_ends['lower']}. {_REMEDY}"
         )
-    return float(_number(resolve(root, default, field), f"{source}: data.augmentations.upper_norm"))
+    if "upper" in range_ends:
+        return float(range_ends["upper"])
+    default_upper = lookup(config_root, "data.augmentations.upper_norm")
+    if default_upper is None:
+        raise ValueError(
+            f"{field_prefix}: the upper end of the range is missing, here and in"
+            f" data.augmentations.upper_norm. {_REMEDY}"
+        )
+    return float(
+        _number(
+            resolve(config_root, default_upper, field_prefix),
+            f"{message_prefix}: data.augmentations.upper_norm",
+        )
+    )
 
 
-def _self_normalisations(root: Mapping, node: Any, source: str) -> Iterator[Mapping]:
+def _self_normalisations(config_root: Mapping, node: Any, message_prefix: str) -> Iterator[Mapping]:
     """Yield the self-normalisations inside a transform.
 
     A transform is a mapping with the key `_target_` (which may be a composition of transforms), a list of
@@ -380,62 +401,65 @@ def _self_normalisations(root: Mapping, node: Any, source: str) -> Iterator[Mapp
 
     Raises: ValueError for any other transform.
     """
-    pending = [node]
+    pending_nodes = [node]
     # A reference may lead back to a node that contains it, so the number of steps is limited.
     for _ in range(_MAX_STEPS):
-        if not pending:
+        if not pending_nodes:
             return
-        node = resolve(root, pending.pop(), source)
+        node = resolve(config_root, pending_nodes.pop(), message_prefix)
         if isinstance(node, Mapping) and "_target_" in node:
-            name = str(resolve(root, node["_target_"], source)).rpartition(".")[2]
+            class_name = str(resolve(config_root, node["_target_"], message_prefix)).rpartition(".")[2]
             # Names differ between versions in case, underscores and spelling.
-            simplified_name = name.lower().replace("_", "").replace("normalize", "normalise")
+            simplified_name = class_name.lower().replace("_", "").replace("normalize", "normalise")
             if simplified_name == "compose":
-                pending.append(node.get("transforms"))
+                pending_nodes.append(node.get("transforms"))
             elif "normalise" in simplified_name and "self" in simplified_name:
                 yield node
             else:
                 raise ValueError(
-                    f"{source}: expected a self-normalisation to a fixed range, got the transform"
-                    f" {name[:60]!r}. {_REMEDY}"
+                    f"{message_prefix}: expected a self-normalisation to a fixed range, got the transform"
+                    f" {class_name[:60]!r}. {_REMEDY}"
                 )
         elif isinstance(node, (list, Mapping)):
-            pending += list(node.values() if isinstance(node, Mapping) else node)[:_MAX_STEPS]
+            pending_nodes += list(node.values() if isinstance(node, Mapping) else node)[:_MAX_STEPS]
         elif node is not None:
-            raise ValueError(f"{source}: expected a transform, got {node!r}. {_REMEDY}")
+            raise ValueError(f"{message_prefix}: expected a transform, got {node!r}. {_REMEDY}")
     raise ValueError(
-        f"{source}: the transform has more than {_MAX_STEPS} entries, or a reference that refers to itself."
-        f" {_REMEDY}"
+        f"{message_prefix}: the transform has more than {_MAX_STEPS} entries, or a reference that refers to"
+        f" itself. {_REMEDY}"
     )
 
 
-def _model_settings(root: Mapping, source: str) -> Iterator[tuple[str, Any]]:
+def _model_settings(config_root: Mapping, message_prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield those settings of the node `model` that cannot be derived from the weights, as (field, value).
 
     The fields are those of `ReleaseConfig`.
 
     Raises: ValueError for a value that our network does not implement.
     """
-    if lookup(root, "model.external"):
+    if lookup(config_root, "model.external"):
         raise ValueError(
-            f"{source}: model.external: this reward reads depth maps, and only rewards that read density"
-            " grids can be imported. Train a reward on depth maps with --observation=depth instead."
+            f"{message_prefix}: model.external: this reward reads depth maps, and only rewards that read"
+            " density grids can be imported. Train a reward on depth maps with --observation=depth instead."
         )
-    for path, key, value in _find_settings(root.get("model"), "model"):
-        value = resolve(root, value, source)
-        if key in _FIXED and value is not None and value != _FIXED[key]:
+    for setting_path, setting_name, setting_value in _find_settings(config_root.get("model"), "model"):
+        setting_value = resolve(config_root, setting_value, message_prefix)
+        if setting_name in _FIXED and setting_value is not None and setting_value != _FIXED[setting_name]:
             raise ValueError(
-                f"{source}: {path}: expected {_FIXED[key]!r}, got {value!r}. Our network does not implement"
-                " this value, so this reward cannot be imported."
+                f"{message_prefix}: {setting_path}: expected {_FIXED[setting_name]!r}, got {setting_value!r}."
+                " Our network does not implement this value, so this reward cannot be imported."
             )
-        if key == "num_groups":
-            yield "groups", int(_number(value, f"{source}: {path}"))
-        elif key == "f_maps" and isinstance(value, list):
-            sizes = [int(_number(resolve(root, entry, source), f"{source}: {path}")) for entry in value]
-            yield "feature_maps", tuple(sizes)
-    input_size = resolve(root, lookup(root, "model.mlp_global.input_size"), source)
+        if setting_name == "num_groups":
+            yield "groups", int(_number(setting_value, f"{message_prefix}: {setting_path}"))
+        elif setting_name == "f_maps" and isinstance(setting_value, list):
+            channel_counts = [
+                int(_number(resolve(config_root, entry, message_prefix), f"{message_prefix}: {setting_path}"))
+                for entry in setting_value
+            ]
+            yield "feature_maps", tuple(channel_counts)
+    input_size = resolve(config_root, lookup(config_root, "model.mlp_global.input_size"), message_prefix)
     if input_size is not None:
-        yield "input_size", int(_number(input_size, f"{source}: model.mlp_global.input_size"))
+        yield "input_size", int(_number(input_size, f"{message_prefix}: model.mlp_global.input_size"))
 
 
 def _find_settings(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
@@ -445,8 +469,8 @@ def _find_settings(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
         node: value in the configuration; the result is empty for a value that is no mapping.
         path: path of the node, with dots between keys.
     """
-    for key, value in node.items() if isinstance(node, Mapping) else ():
-        if key in _FIXED or key in ("num_groups", "f_maps"):
-            yield f"{path}.{key}", key, value
+    for child_key, child_node in node.items() if isinstance(node, Mapping) else ():
+        if child_key in _FIXED or child_key in ("num_groups", "f_maps"):
+            yield f"{path}.{child_key}", child_key, child_node
         else:
-            yield from _find_settings(value, f"{path}.{key}")
+            yield from _find_settings(child_node, f"{path}.{child_key}")

@@ -148,18 +148,21 @@ class Reward(nn.Module):
             )
         try:
             # Converted before anything is written, so that an error leaves no file.
-            text = json.dumps({"format": _FORMAT, **self.describe()}, indent=2)
+            json_text = json.dumps({"format": _FORMAT, **self.describe()}, indent=2)
         except TypeError as error:
             raise ValueError(
                 f"Reward.save: the provenance cannot be written as JSON ({error}). Convert its tensors to"
                 " numbers and its paths to strings."
             ) from error
         # Tensors must be contiguous, since safetensors stores no memory layouts.
-        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        write_atomic(path, safetensors.torch.save(state, metadata={"format": _FORMAT}))
+        state_dict = {
+            name: state_tensor.detach().cpu().contiguous()
+            for name, state_tensor in self.network.state_dict().items()
+        }
+        write_atomic(path, safetensors.torch.save(state_dict, metadata={"format": _FORMAT}))
         # The description is written last. If writing is interrupted, `load_reward` reports that it is
         # missing.
-        write_atomic(path.with_suffix(".json"), (text + "\n").encode())
+        write_atomic(path.with_suffix(".json"), (json_text + "\n").encode())
         return path
 
 
@@ -188,14 +191,14 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
         observation = SigmaSlab()
         description = PAPER.to_dict()
         provenance = {}
-    source = f"load_reward({path.name})"
-    state = read(path, "load_reward")
+    message_prefix = f"load_reward({path.name})"
+    state_dict = read(path, "load_reward")
     try:
         reward = Reward(observation, build_network(observation.kind, description), provenance)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{message_prefix}: {error}") from error
     # Strict loading ensures that no part of the network has random weights.
-    fill_published(reward.network, state, source)
+    fill_published(reward.network, state_dict, message_prefix)
     return reward.to(device).eval().requires_grad_(False)
 
 
@@ -252,26 +255,26 @@ def check_reward(reward: Reward, generator: Generator, source: str = "reward") -
         )
 
 
-def fill_published(model: Module, state: Mapping[str, torch.Tensor], source: str) -> Module:
+def fill_published(model: Module, state_dict: Mapping[str, torch.Tensor], source: str) -> Module:
     """Load a state dict into a network, strictly.
 
     Args:
         model: network to fill.
-        state: state dict, as read from a file.
+        state_dict: state dict, as read from a file.
         source: start of the messages, which names the file.
     Returns: the network.
     Raises: ValueError if an entry is missing, unknown, or of a wrong shape.
     """
     # Version 1.8.2 of pytorch-3dunet renamed this entry and changed the computation. Files of older versions
     # are recognised by the old name.
-    old_name = next((name for name in state if name.endswith("upsampling.upsample.weight")), None)
+    old_name = next((name for name in state_dict if name.endswith("upsampling.upsample.weight")), None)
     if old_name is not None:
         raise ValueError(
             f"{source}: the entry '{old_name}' shows that these weights were trained with pytorch-3dunet"
             " 1.8.1 or older, whose upsampling computes different values. The scores would be wrong even"
             " with a renamed entry. Use weights that were trained with pytorch-3dunet 1.8.2 or later."
         )
-    return fill(model, state, source)
+    return fill(model, state_dict, source)
 
 
 def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str, Any]]:
@@ -281,41 +284,41 @@ def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, or if it is no reward of
         this version.
     """
-    source = f"load_reward({path.name})"
+    message_prefix = f"load_reward({path.name})"
     if not path.is_file():
         raise FileNotFoundError(
             f"load_reward: the reward's description {path} is missing. Copy it into the folder of the"
             " weights."
         )
     try:
-        values = json.loads(path.read_text())
+        description_values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{source}: the file is not valid JSON ({error}). It may be incomplete: copy it again."
+            f"{message_prefix}: the file is not valid JSON ({error}). It may be incomplete: copy it again."
         ) from error
     # The top level of a JSON file may also be a list or a number.
-    stated_format = values.get("format") if isinstance(values, dict) else None
+    stated_format = description_values.get("format") if isinstance(description_values, dict) else None
     if stated_format != _FORMAT:
         # The last character of _FORMAT is the number of the version.
         if str(stated_format).startswith(_FORMAT[:-1]):
             raise ValueError(
-                f"{source}: expected a reward of the format {_FORMAT!r}, got {stated_format!r}. Open it with"
-                " the version of the package that wrote it, or train the reward again."
+                f"{message_prefix}: expected a reward of the format {_FORMAT!r}, got {stated_format!r}. Open"
+                " it with the version of the package that wrote it, or train the reward again."
             )
         raise ValueError(
-            f"{source}: this file does not describe a reward, because its format is not {_FORMAT!r}. Pass a"
-            " file that Reward.save wrote."
+            f"{message_prefix}: this file does not describe a reward, because its format is not {_FORMAT!r}."
+            " Pass a file that Reward.save wrote."
         )
     try:
         return (
-            observations.from_dict(values["observation"]),
-            dict(values["network"]),
-            dict(values["provenance"]),
+            observations.from_dict(description_values["observation"]),
+            dict(description_values["network"]),
+            dict(description_values["provenance"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{source}: expected the entries observation, network and provenance, but {error} is missing or"
-            " has a wrong type. The file is damaged: copy it again."
+            f"{message_prefix}: expected the entries observation, network and provenance, but {error} is"
+            " missing or has a wrong type. The file is damaged: copy it again."
         ) from error
 
 
@@ -373,16 +376,21 @@ def join(
     cutoff = _common_value(rewards, "truncation_cutoff") or CUTOFF
     # The observations are stored, because they are read twice: for the standardisation, and for mean and
     # standard deviation of the joint score.
-    batches: list[torch.Tensor] = []
+    observation_batches: list[torch.Tensor] = []
     for observations_batch in observe_untuned(generator.generator, observation, psi, cutoff, batch):
-        batches.append(observations_batch)
+        observation_batches.append(observations_batch)
         if on_batch is not None:
             on_batch(len(observations_batch))
     network = combine(
-        [cast(RewardNetwork, member.network) for member in members.values()], aggregate, strength, batches
+        [cast(RewardNetwork, member.network) for member in members.values()],
+        aggregate,
+        strength,
+        observation_batches,
     )
     with torch.no_grad():
-        scores = torch.cat([network.score(observations_batch) for observations_batch in batches]).double()
+        scores = torch.cat(
+            [network.score(observations_batch) for observations_batch in observation_batches]
+        ).double()
     temperatures = [member.temperature for member in members.values()]
     provenance = {
         "generator": generator.hash,
@@ -404,7 +412,13 @@ def join(
 def _check_members(
     rewards: Mapping[str, Reward], members: Mapping[str, Reward], generator: LoadedGenerator
 ) -> None:
-    """Raise ValueError if the rewards cannot be joined, or if the generator is not theirs."""
+    """Raise ValueError if the rewards cannot be joined, or if the generator is not theirs.
+
+    Args:
+        rewards: rewards by name.
+        members: members of all rewards, by a name that messages use.
+        generator: generator on which the rewards were trained.
+    """
     if len(members) < 2:
         raise ValueError(
             f"rewards: expected at least two members, got {len(members)}. Pass the file of another reward."
@@ -412,10 +426,17 @@ def _check_members(
     first_name, observation = next((name, reward.observation) for name, reward in rewards.items())
     for name, reward in rewards.items():
         if reward.observation != observation:
+            first_settings = observation.to_dict()
+            settings = reward.observation.to_dict()
+            differing_names = [
+                setting
+                for setting in dict.fromkeys([*first_settings, *settings])
+                if first_settings.get(setting) != settings.get(setting)
+            ]
             raise ValueError(
-                f"rewards: {first_name} and {name} have different observations, {observation.to_dict()} and"
-                f" {reward.observation.to_dict()}. Join rewards that were trained with the same"
-                " --observation, --resolution and --crop."
+                f"rewards: the observations of {first_name} and {name} differ in"
+                f" {', '.join(differing_names)}. Join rewards that were trained with the same --observation,"
+                " --resolution and --crop."
             )
     name_by_hash: dict[str, str] = {}
     for name, member in members.items():

@@ -126,10 +126,12 @@ def with_changes(options: TrainOptions, **changes) -> TrainOptions:
         changes: new values by name of a field of TrainOptions or of LossWeights; a value of None changes
             nothing.
     """
-    values = {name: value for name, value in changes.items() if value is not None}
+    new_values = {name: value for name, value in changes.items() if value is not None}
     # list() makes a copy of the names, because entries are removed during the iteration.
-    weights = {name: values.pop(name) for name in list(values) if name in LossWeights.__dataclass_fields__}
-    return replace(options, weights=replace(options.weights, **weights), **values)
+    new_weights = {
+        name: new_values.pop(name) for name in list(new_values) if name in LossWeights.__dataclass_fields__
+    }
+    return replace(options, weights=replace(options.weights, **new_weights), **new_values)
 
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"
@@ -198,7 +200,7 @@ class RewardRun:
         rare=True,
     )
     any_generator: bool = False  # accept labels that were made with another generator
-    # Control without a learnable signal: each label is applied to shapes that were not compared
+    # Train a control without a learnable signal: each label is applied to shapes that were not compared
     wrong_faces: bool = False
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # shares of the labels for train, val and test
     split_seed: int = knob(
@@ -225,9 +227,10 @@ class RewardRun:
     )
     aggregate: str | None = knob(
         None,
-        "Function that combines the scores of the networks of an ensemble (see --members). The scores are"
-        " standardised first, except with the default. The value warm averages the networks' weights"
-        " instead.",
+        "Function that combines the scores of the networks of an ensemble (see --members), which are"
+        " standardised first. mean: the mean; min: the lowest score; lcb: the mean minus k standard"
+        " deviations; uwo: the mean minus lambda times the variance; softmin: a smooth minimum. warm does not"
+        " combine scores, but averages the networks' weights.",
         "Network",
         choices=CHOICES,
         shown="the mean of raw scores",
@@ -254,7 +257,7 @@ class RewardRun:
         if self.unpaired is not None and self.wrong_faces:
             raise ValueError(
                 f"--wrong-faces applies to pairs only and cannot be combined with --unpaired={self.unpaired}."
-                " Remove one of both flags."
+                " Remove --wrong-faces or --unpaired."
             )
         if self.members < 2 and (self.aggregate is not None or self.shared_start):
             flag = "--shared-start" if self.aggregate is None else f"--aggregate={self.aggregate}"
@@ -266,13 +269,13 @@ class RewardRun:
     def to_dict(self) -> dict:
         """Return the settings as JSON values. The source of the labels is replaced by its settings."""
         # JSON has no type for paths.
-        values = {
+        json_values = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self).items()
             if name != "labels"
         }
-        values["more_networks"] = [str(path) for path in self.more_networks]
-        return {**values, "network": values["network"] or "bundled", **self.labels.settings}
+        json_values["more_networks"] = [str(path) for path in self.more_networks]
+        return {**json_values, "network": json_values["network"] or "bundled", **self.labels.settings}
 
     @classmethod
     def from_dict(cls, values: Mapping, labels: LabelSource) -> Self:
@@ -282,19 +285,21 @@ class RewardRun:
             values: result of `to_dict`; entries that are not settings are ignored.
             labels: source of the labels, which `values` describes.
         """
-        names = cls.__dataclass_fields__.keys() & values.keys() - {"labels", "train"}
-        fields: dict[str, Any] = {}
-        for name in names:
+        field_names = cls.__dataclass_fields__.keys() & values.keys() - {"labels", "train"}
+        field_values: dict[str, Any] = {}
+        for name in field_names:
             value = values[name]
             # JSON has lists where the dataclass has tuples.
-            fields[name] = tuple(value) if isinstance(value, list) else value
+            field_values[name] = tuple(value) if isinstance(value, list) else value
         for name in ("unpaired", "cache"):
-            if fields.get(name) is not None:
-                fields[name] = Path(fields[name])
-        fields["network"] = None if fields["network"] == "bundled" else Path(fields["network"])
-        fields["more_networks"] = tuple(map(Path, fields["more_networks"]))
-        train = {**values["train"], "weights": LossWeights(**values["train"]["weights"])}
-        return cls(labels=labels, train=TrainOptions(**train), **fields)
+            if field_values.get(name) is not None:
+                field_values[name] = Path(field_values[name])
+        field_values["network"] = (
+            None if field_values["network"] == "bundled" else Path(field_values["network"])
+        )
+        field_values["more_networks"] = tuple(map(Path, field_values["more_networks"]))
+        train_values = {**values["train"], "weights": LossWeights(**values["train"]["weights"])}
+        return cls(labels=labels, train=TrainOptions(**train_values), **field_values)
 
 
 def record(settings: RewardRun, opened: object) -> Mapping[str, Any]:

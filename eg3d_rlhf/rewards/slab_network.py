@@ -19,9 +19,9 @@ from eg3d_rlhf.rewards.networks import READERS, RewardNetwork
 from eg3d_rlhf.rewards.slab_presets import PAPER, RewardArch
 from eg3d_rlhf.rewards.unet3d import UNet3d, grid_feature, slice_max_feature
 
-# Least standard deviation of a voxel, as a share of the mean standard deviation of all voxels. Without this
-# limit, voxels that are empty in almost all samples would be amplified.
-_LEAST_SCALE = 0.3
+# Smallest standard deviation of a voxel, as a share of the mean standard deviation of all voxels. Without
+# this limit, voxels that are empty in almost all samples would be amplified.
+_MIN_SCALE = 0.3
 
 
 class StridedConv3d(nn.Module):
@@ -54,21 +54,23 @@ class StridedConv3d(nn.Module):
         self.second = nn.Conv3d(channels, 2 * channels, 3, stride=2, padding=1)
         self.third = nn.Conv3d(2 * channels, 4 * channels, 3, stride=2, padding=1)
         self.dropout = nn.Dropout(dropout)
-        for name in ("slab", "difference"):
-            self.register_buffer(f"{name}_mean", torch.zeros(shape))
-            self.register_buffer(f"{name}_scale", torch.ones(shape))
+        for input_name in ("slab", "difference"):
+            self.register_buffer(f"{input_name}_mean", torch.zeros(shape))
+            self.register_buffer(f"{input_name}_scale", torch.ones(shape))
 
     @torch.no_grad()
     def calibrate(self, slabs: torch.Tensor) -> None:
         """Set mean and standard deviation of each voxel from training slabs [N, 1, D, H, W]."""
         # With the mirror images the statistics are symmetric. [2 N, D, H, W]
         slabs = torch.cat([slabs[:, 0], slabs[:, 0].flip(-1)])
-        for name, values in (("slab", slabs), ("difference", (slabs - slabs.flip(-1)).abs())):
-            scale = values.std(dim=0)
-            getattr(self, f"{name}_mean").copy_(values.mean(dim=0))
+        for input_name, input_slabs in (("slab", slabs), ("difference", (slabs - slabs.flip(-1)).abs())):
+            voxel_stds = input_slabs.std(dim=0)
+            getattr(self, f"{input_name}_mean").copy_(input_slabs.mean(dim=0))
             # Both are buffers of the state dict, so they are changed in place. 1e-6 avoids a division by 0 if
             # all slabs are equal.
-            getattr(self, f"{name}_scale").copy_(scale.clamp_min(_LEAST_SCALE * float(scale.mean()) + 1e-6))
+            getattr(self, f"{input_name}_scale").copy_(
+                voxel_stds.clamp_min(_MIN_SCALE * float(voxel_stds.mean()) + 1e-6)
+            )
 
     def _features(self, slab: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         """Compute features [N, M].
@@ -77,11 +79,11 @@ class StridedConv3d(nn.Module):
             slab: slabs [N, 1, D, H, W] in one orientation.
             difference: |slab - mirrored slab|, [N, 1, D, H, W].
         """
-        channels = [
+        input_channels = [
             (slab - self.slab_mean) / self.slab_scale,
             (difference - self.difference_mean) / self.difference_scale,
         ]
-        x = torch.cat(channels, dim=1)  # [N, 2, D, H, W]
+        x = torch.cat(input_channels, dim=1)  # [N, 2, D, H, W]
         for layer in (self.first, self.second, self.third):
             x = F.silu(layer(x))
         return self.dropout(x.flatten(1))
@@ -109,7 +111,7 @@ class StridedConv3d(nn.Module):
 
 
 class RewardModel(RewardNetwork):
-    """Reward network on slabs: a U-Net or strided convolutions, followed by a trunk and three heads.
+    """Reward network on slabs: a U-Net or strided convolutions, followed by a trunk and three output heads.
 
     Samples of a batch do not influence each other, because all normalisation is group normalisation.
 
@@ -152,18 +154,24 @@ class RewardModel(RewardNetwork):
             self.extractor.calibrate(take())
 
     def _pooled(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the U-Net's final maps [N, C, D/p, H/p, W/p], and the pooled features [N, M]."""
+        """Return the U-Net's final maps [N, C, D/p, H/p, W/p], and the pooled features [N, M]."""
         arch = self.arch
         # [N, p^3, D/p, H/p, W/p]
         patches = self._patches(slab)
-        final, bottleneck = (
+        final_maps, coarsest_maps = (
             fused.maps(self, patches) if fused.is_supported(self, slab) else self.Conv3DModule(patches)
         )
-        response = final[:, arch.recon_channels :]  # the first channels are reconstructions of the slab
+        response_maps = final_maps[
+            :, arch.recon_channels :
+        ]  # the first channels are reconstructions of the slab
         if arch.pooling == "slice_max":
-            return final, slice_max_feature(response, arch.pool_size)
-        return final, torch.cat(
-            [grid_feature(response, arch.final_cells), grid_feature(bottleneck, arch.bottleneck_cells)], dim=1
+            return final_maps, slice_max_feature(response_maps, arch.pool_size)
+        return final_maps, torch.cat(
+            [
+                grid_feature(response_maps, arch.final_cells),
+                grid_feature(coarsest_maps, arch.bottleneck_cells),
+            ],
+            dim=1,
         )
 
     def _patches(self, slab: torch.Tensor) -> torch.Tensor:
@@ -209,23 +217,27 @@ class RewardModel(RewardNetwork):
             ("N", 1, "D", "H", "W"),
             "Pass the result of the reward's observation.",
         )
-        final, features = self._pooled(observations)
+        final_maps, features = self._pooled(observations)
         # As published: maximum over channels, followed by a scalar affine map.
-        slab = final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
-        affine = self.Conv3DModule.conv3d_for_recon
-        slab = fused.pointwise(affine, slab) if fused.is_supported(self, observations) else affine(slab)
+        reconstruction = final_maps[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
+        affine_layer = self.Conv3DModule.conv3d_for_recon
+        reconstruction = (
+            fused.pointwise(affine_layer, reconstruction)
+            if fused.is_supported(self, observations)
+            else affine_layer(reconstruction)
+        )
         if self.arch.patch > 1:
-            slab = F.interpolate(slab, scale_factor=self.arch.patch, mode="nearest")
+            reconstruction = F.interpolate(reconstruction, scale_factor=self.arch.patch, mode="nearest")
         # Remove the voxels that `to_patches` padded.
         d, h, w = observations.shape[2:]
-        return features, slab[:, :, :d, :h, :w]
+        return features, reconstruction[:, :, :d, :h, :w]
 
 
 def to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
-    """Cut slabs into patches of p^3 voxels, which become channels: [N, 1, D, H, W] -> [N, p^3, D/p, H/p,
-    W/p].
+    """Cut slabs into patches of p^3 voxels, which become channels.
 
-    If a side is not a multiple of p, the last voxel along it is repeated until it is.
+    [N, 1, D, H, W] -> [N, p^3, D/p, H/p, W/p]. If a side is not a multiple of p, the last voxel along it is
+    repeated until it is.
 
     Args:
         slab: slabs [N, 1, D, H, W].

@@ -44,13 +44,13 @@ class RewardArch(Architecture):
     slab_shape: tuple[int, ...] = ()  # for 'strided': the only slab shape (D, H, W) that the network reads
     dropout: float = 0.0  # for 'strided': share of features that are dropped during training, [0, 1)
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
-    embedding: int = 512  # length of the trunk's output, which all heads read
-    heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
+    embedding: int = 512  # length of the trunk's output, which all output heads read
+    heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three output heads
 
     def __post_init__(self):
         check_choice("RewardArch.pooling", self.pooling, ("slice_max", "grid"))
         check_choice("RewardArch.extractor", self.extractor, ("unet3d", "strided"))
-        sizes = (
+        positive_sizes = (
             self.groups,
             self.recon_channels,
             self.feature_channels,
@@ -61,11 +61,15 @@ class RewardArch(Architecture):
         has_valid_shape = (
             len(self.slab_shape) == 3 if self.extractor == "strided" else len(self.feature_maps) >= 2
         )
-        if min(sizes) < 1 or not has_valid_shape or not 0 <= self.dropout < 1:
+        if min(positive_sizes) < 1 or not has_valid_shape or not 0 <= self.dropout < 1:
             raise ValueError(
                 "RewardArch: expected sizes of at least 1, dropout in [0, 1), and three entries of slab_shape"
-                f" (for 'strided') or at least two entries of feature_maps (for 'unet3d'), got {self}."
-                " Correct these values in the network of the reward's file."
+                " (for 'strided') or at least two entries of feature_maps (for 'unet3d'), got groups"
+                f" {self.groups}, recon_channels {self.recon_channels}, feature_channels"
+                f" {self.feature_channels}, patch {self.patch}, pool_size {self.pool_size}, embedding"
+                f" {self.embedding}, dropout {self.dropout}, slab_shape {self.slab_shape} and feature_maps"
+                f" {self.feature_maps} for {self.extractor!r}. Correct these values in the network of the"
+                " reward's file."
             )
 
     @property
@@ -84,7 +88,7 @@ class RewardArch(Architecture):
 
     @property
     def smallest_side(self) -> int:
-        """Least number of voxels of a slab along each axis, with which the coarsest level has one voxel."""
+        """Smallest number of voxels of a slab along an axis, which gives the coarsest level one voxel."""
         return self.patch * 2 ** (len(self.feature_maps) - 1)
 
 
@@ -109,8 +113,8 @@ HEADS = RewardArch(
     heads=(32, 16),
 )
 PRESETS = {
-    # About 0.1 M parameters. The crop of its slabs of 39 x 45 x 36 points contains the heads of the bundled
-    # generator from the forehead to the nape, without shoulders.
+    # About 0.1 M parameters. Its slabs of 39 x 45 x 36 points are a crop that contains the heads of people
+    # which the bundled generator makes, from the forehead to the nape, without shoulders.
     "heads": Preset(
         network=HEADS.to_dict(),
         train={"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True},

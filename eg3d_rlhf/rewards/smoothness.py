@@ -84,7 +84,7 @@ class Smoothness(CubeScore):
         """Compute the scores [N, 1] of the shapes of a field. Differentiable in the field."""
         # n grid points have n - 1 intervals.
         spacing = self.spec.box_warp / (self.spec.resolution - 1)
-        # 1e-6 avoids the logarithm of 0 for a plane surface.
+        # 1e-6 avoids the logarithm of 0 for a flat surface.
         return -torch.log(roughness(field.density_grid(self.spec), field.level, spacing) + 1e-6)[:, None]
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class IdentityReward(RewardNetwork):
     scale: torch.Tensor
 
     def __init__(self) -> None:
-        # RewardNetwork.__init__ is skipped, because it would create a trunk and heads.
+        # RewardNetwork.__init__ is skipped, because it would create a trunk and output heads.
         nn.Module.__init__(self)
         # The file of a reward needs a state dict with at least one entry.
         self.register_buffer("scale", torch.ones(1))

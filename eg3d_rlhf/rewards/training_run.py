@@ -100,7 +100,7 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
         )
     # The value of the settings has priority over the value of the labels; without both, there is no
     # truncation. psi = 0 is a valid value, so `or` would be wrong.
-    psi = next((value for value in (settings.psi, label_psi) if value is not None), 1.0)
+    psi = next((psi_value for psi_value in (settings.psi, label_psi) if psi_value is not None), 1.0)
     pairs = with_permuted_shapes(labels, settings.split_seed) if settings.wrong_faces else labels
     observation = create_observation(settings, generators)
     splits = split_by_seed(pairs, settings.fractions, settings.split_seed)
@@ -108,8 +108,8 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     new_network(settings.train, settings.observation).check(observation.shape)
     # The record of the run names the generators "network", "network 2", "network 3", ...
     run.inputs["network"] = generators[0].path
-    for number, generator in enumerate(generators[1:], start=2):
-        run.inputs[f"network {number}"] = generator.path
+    for generator_number, generator in enumerate(generators[1:], start=2):
+        run.inputs[f"network {generator_number}"] = generator.path
     if settings.labels.file is not None:
         run.inputs["labels"] = settings.labels.file
     if settings.unpaired is not None:
@@ -136,33 +136,40 @@ def open_generators(
     Raises: ValueError if labels belong to a generator that was not passed, or if there are several generators
         and labels do not name theirs.
     """
-    generators = [load_generator(source, device) for source in (settings.network, *settings.more_networks)]
+    generators = [
+        load_generator(network_source, device)
+        for network_source in (settings.network, *settings.more_networks)
+    ]
     # With this setting, the user states that the seeds give the same shapes, so hashes are not compared.
     if settings.any_generator and len(generators) == 1:
         return generators
     if settings.any_generator:
         raise ValueError(
             "--set any_generator=true cannot be combined with --set more_networks, because it applies to a"
-            " single --network. Remove one of both settings."
+            " single --network. Remove --set any_generator or --set more_networks."
         )
-    hashes = [generator.hash for generator in generators]
+    generator_hashes = [generator.hash for generator in generators]
     # Number of labels by the hash of their generator; the key None counts labels that do not name it.
-    counts = Counter(label.generator for label in labels)
-    if len(generators) > 1 and counts[None]:
+    label_count_by_hash = Counter(label.generator for label in labels)
+    if len(generators) > 1 and label_count_by_hash[None]:
         raise ValueError(
-            f"labels: {counts[None]} labels do not name their generator, which they must if there are several"
-            " generators. Pass one generator only, without --set more_networks."
+            f"labels: {label_count_by_hash[None]} labels do not name their generator, which they must if"
+            " there are several generators. Pass one generator only, without --set more_networks."
         )
-    unknown_hashes = [name for name in counts if name is not None and name not in hashes]
+    unknown_hashes = [
+        generator_hash
+        for generator_hash in label_count_by_hash
+        if generator_hash is not None and generator_hash not in generator_hashes
+    ]
     if unknown_hashes:
-        passed_generators = ", ".join(f"{name[:12]}..." for name in hashes)
+        passed_generators = ", ".join(f"{generator_hash[:12]}..." for generator_hash in generator_hashes)
         unknown_hash = unknown_hashes[0]
         raise ValueError(
-            f"labels: {counts[unknown_hash]} labels belong to the generator {unknown_hash[:12]}..., which is"
-            f" not among the generators of this run ({passed_generators}). Pass the generator of the labels"
-            " with --network, and a second one with --set more_networks=FILE. If the seeds give the same"
-            " shapes, use --set any_generator=true. To label shapes of this generator: eg3d-rlhf label"
-            " synthetic --out=FILE."
+            f"labels: {label_count_by_hash[unknown_hash]} labels belong to the generator"
+            f" {unknown_hash[:12]}..., which is not among the generators of this run ({passed_generators})."
+            " Pass the generator of the labels with --network, and a second one with --set"
+            " more_networks=FILE. If the seeds give the same shapes, use --set any_generator=true. To label"
+            " shapes of this generator: eg3d-rlhf label synthetic --out=FILE."
         )
     return generators
 
@@ -210,8 +217,8 @@ def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks =
         return load_labels(resumed / KEPT)
     # A store can receive a label after one rank has read it and before another rank does. Therefore only
     # rank 0 reads it.
-    records = ranks.broadcast([label.to_dict() for label in source.read()])
-    return [Preference.from_dict(record) for record in records]
+    json_records = ranks.broadcast([label.to_dict() for label in source.read()])
+    return [Preference.from_dict(json_record) for json_record in json_records]
 
 
 def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
@@ -236,11 +243,11 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
     if run.ranks.is_main and settings.labels.file is None and not (run.folder / KEPT).is_file():
         write_labels(run.folder / KEPT, labels)
     generator = generators[0]
-    shapes: list[tuple[str, int]] = []
+    shape_keys: list[tuple[str, int]] = []
     # With several generators, a seed does not identify a shape. In `splits`, numbers of shapes then replace
     # the seeds.
     if len(generators) > 1:
-        splits, shapes = number_shapes(splits)
+        splits, shape_keys = number_shapes(splits)
     unpaired_splits = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
     # Pairs are training data only if the loss has terms on pairs.
     trains_on_pairs = bool(settings.train.weights.on_pairs) or not unpaired
@@ -251,62 +258,66 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         warning = too_few_shapes(preferred_count, other_count)
     if warning and run.ranks.is_main:
         print(f"Warning: {warning}", file=sys.stderr, flush=True)
-    data = collect_observations(settings, opened, splits, unpaired_splits, shapes, run.ranks)
-    states, start_hash = _train_members(settings, run, data)
+    train_data = collect_observations(settings, opened, splits, unpaired_splits, shape_keys, run.ranks)
+    member_states, start_hash = _train_members(settings, run, train_data)
     # No rank ends before all ranks have finished their training.
     run.ranks.barrier()
     leave()  # leaves the process group: only rank 0 has further work
     if not run.ranks.is_main:
         return
     # The file of a single network has no aggregate.
-    model: Network = states[0].model
-    if len(states) > 1:
+    model: Network = member_states[0].model
+    if len(member_states) > 1:
         observations = observe_untuned(
             generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch
         )
         model = combine(
-            [state.model for state in states], settings.aggregate, settings.strength, observations
+            [state.model for state in member_states], settings.aggregate, settings.strength, observations
         )
-    report = assess(settings, model, states, data, splits) | {"too_few": warning}
+    report_values = assess(settings, model, member_states, train_data, splits) | {"too_few": warning}
     # A simple baseline for comparison: the order of the test pairs by their volume alone. Numbers of shapes
     # (with several generators) do not identify a seed of the first generator.
     if (
         isinstance(opened.observation, SigmaSlab)
-        and not shapes
+        and not shape_keys
         and any(label.clean is not None for label in splits.test)
     ):
-        report["test_by_volume"] = evaluate_feature(volumes(settings, opened, splits.test), splits.test)
+        report_values["test_by_volume"] = evaluate_feature(
+            volumes(settings, opened, splits.test), splits.test
+        )
     # If --labels and --unpaired name the same file, its hash is stated once.
     label_sets = (labels if settings.labels.file != settings.unpaired else [], unpaired)
-    report["labels_file"] = settings.labels.name
-    report["labels_sha256"] = "+".join(labels_hash(label_set) for label_set in label_sets if label_set)
-    report |= {"generator": generator.hash, "psi": psi}
+    report_values["labels_file"] = settings.labels.name
+    report_values["labels_sha256"] = "+".join(labels_hash(label_set) for label_set in label_sets if label_set)
+    report_values |= {"generator": generator.hash, "psi": psi}
     if unpaired:
-        counts = {name: len(split) for name, split in unpaired_splits.items()}
-        counts["unused"] = len(unpaired) - sum(map(len, unpaired_splits.values()))
-        results = {
-            name: evaluate_unpaired(model, states[0].model, data.store, unpaired_splits[name])
-            for name in ("val", "test")
+        unpaired_counts = {split_name: len(split) for split_name, split in unpaired_splits.items()}
+        unpaired_counts["unused"] = len(unpaired) - sum(map(len, unpaired_splits.values()))
+        unpaired_results = {
+            split_name: evaluate_unpaired(
+                model, member_states[0].model, train_data.store, unpaired_splits[split_name]
+            )
+            for split_name in ("val", "test")
         }
-        report["unpaired"] = {
+        report_values["unpaired"] = {
             "file": settings.unpaired and settings.unpaired.name,
-            "splits": counts,
-            **results,
+            "splits": unpaired_counts,
+            **unpaired_results,
         }
-    options = settings.train
+    train_options = settings.train
     provenance = {
         "generator": generator.hash,
         "architecture": generator.generator.architecture,
         "psi": psi,
         "truncation_cutoff": settings.cutoff,
-        "labels": report["labels_sha256"],
-        "preset": options.preset,
-        "seed": options.seed,
-        "temperature": report["temperature"],
-        "test_accuracy": report["test"]["labels"],
-        "test_accuracy_clean": report["test"].get("clean"),
-        "score_mean": report["score_mean"],
-        "score_std": report["score_std"],
+        "labels": report_values["labels_sha256"],
+        "preset": train_options.preset,
+        "seed": train_options.seed,
+        "temperature": report_values["temperature"],
+        "test_accuracy": report_values["test"]["labels"],
+        "test_accuracy_clean": report_values["test"].get("clean"),
+        "score_mean": report_values["score_mean"],
+        "score_std": report_values["score_std"],
     }
     if start_hash:
         provenance["start"] = start_hash
@@ -315,19 +326,21 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         provenance["wrong_faces"] = True
     if len(generators) > 1:
         provenance["generators"] = [member.hash for member in generators]
-    path = Reward(opened.observation, model, provenance).save(run.folder / "reward.safetensors")
-    write_atomic(run.folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
-    context = {
+    reward_path = Reward(opened.observation, model, provenance).save(run.folder / "reward.safetensors")
+    write_atomic(run.folder / REPORT, (json.dumps(report_values, indent=1) + "\n").encode())
+    curve_context = {
         "pairs": len(splits.train),
         "validation": len(splits.val),
-        "seed": options.seed,
-        "preset": options.preset,
-        "member": f"1 of {len(states)}",
+        "seed": train_options.seed,
+        "preset": train_options.preset,
+        "member": f"1 of {len(member_states)}",
         "generator": generator.hash[:8],
     }
-    run.write("curves.json", collect_curves(states[0].history, states[0].best_epoch, context))
+    run.write(
+        "curves.json", collect_curves(member_states[0].history, member_states[0].best_epoch, curve_context)
+    )
     plot_curves(run.folder / "curves.json", run.folder / "curves.png")
-    print("\n".join(summary_lines(report, path)), flush=True)
+    print("\n".join(summary_lines(report_values, reward_path)), flush=True)
 
 
 @torch.no_grad()
@@ -353,57 +366,63 @@ def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -
     return shares
 
 
-def summary_lines(report: dict, path: Path) -> Iterator[str]:
+def summary_lines(report: dict, reward_path: Path) -> Iterator[str]:
     """Yield the lines that summarise the results of a training.
 
     Args:
         report: contents of report.json.
-        path: file of the reward.
+        reward_path: file of the reward.
     """
-    test = report["test"]
+    test_results = report["test"]
     titles = {
         "labels": "test pairs in the order of their labels",
         "clean": "test pairs in the noise-free order",
         "apart": f"of these, pairs whose volume errors differ by at least {APART}",
     }
     # Accuracies of the volume alone, by the names of `titles`
-    by_volume = report.get("test_by_volume", {})
-    for name, title in titles.items():
-        if name in test:
-            low, high = test[name]["interval_95"]
-            counts = f"{test[name]['correct']}/{test[name]['n']} = {test[name]['accuracy']:.3f}"
+    volume_accuracies = report.get("test_by_volume", {})
+    for accuracy_name, title in titles.items():
+        if accuracy_name in test_results:
+            accuracy = test_results[accuracy_name]
+            interval_low, interval_high = accuracy["interval_95"]
+            accuracy_text = f"{accuracy['correct']}/{accuracy['n']} = {accuracy['accuracy']:.3f}"
             baseline = (
-                f"; ordered by the volume in the slab alone: {by_volume[name]['accuracy']:.3f}"
-                if name in by_volume
+                "; ordered by the volume in the slab alone:"
+                f" {volume_accuracies[accuracy_name]['accuracy']:.3f}"
+                if accuracy_name in volume_accuracies
                 else ""
             )
-            yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}{baseline}"
+            yield (
+                f"{title}: {accuracy_text}, 95 % interval {interval_low:.3f} to {interval_high:.3f}{baseline}"
+            )
     if "unpaired" in report:
         unpaired_test = report["unpaired"]["test"]
         preferred_count, other_count = unpaired_test["n"]
-        low, high = unpaired_test["auc_interval_95"]
+        interval_low, interval_high = unpaired_test["auc_interval_95"]
         yield (
             f"test labels of single shapes: AUC {unpaired_test['auc']:.3f} ({preferred_count} preferred"
-            f" shapes, {other_count} other shapes), 95 % interval {low:.3f} to {high:.3f}"
+            f" shapes, {other_count} other shapes), 95 % interval {interval_low:.3f} to {interval_high:.3f}"
         )
     if report["too_few"]:
         # At the start of the run the results follow the warning; here they precede it.
         yield report["too_few"].replace("below", "above")
-    yield f"expected calibration error {test['calibration_error']:.3f}; reward written to {path}"
+    yield (
+        f"expected calibration error {test_results['calibration_error']:.3f}; reward written to {reward_path}"
+    )
 
 
-def _bar(total: int, title: str, unit: str, ranks: Ranks) -> Callable[[int], None]:
+def _bar(unit_count: int, title: str, unit_name: str, ranks: Ranks) -> Callable[[int], None]:
     """Show a progress bar on stderr of rank 0, and return a function that advances it by a number of units.
 
     Args:
-        total: number of units of the complete bar.
+        unit_count: number of units of the complete bar.
         title: text before the bar.
-        unit: name of a unit.
+        unit_name: name of a unit.
         ranks: processes of the run.
     """
-    bar = tqdm(total=total, desc=title, unit=unit, disable=not ranks.is_main)
+    progress_bar = tqdm(total=unit_count, desc=title, unit=unit_name, disable=not ranks.is_main)
     # `and None` discards the result of `update`.
-    return lambda count: bar.update(count) and None
+    return lambda count: progress_bar.update(count) and None
 
 
 def collect_observations(
@@ -411,7 +430,7 @@ def collect_observations(
     opened: Opened,
     splits: Splits,
     unpaired_splits: Mapping[str, Sequence[UnpairedPreference]],
-    shapes: list[tuple[str, int]],
+    shape_keys: list[tuple[str, int]],
     ranks: Ranks = SINGLE,
 ) -> TrainData:
     """Observe all labelled shapes and the reference samples, or read their observations from the cache.
@@ -424,8 +443,8 @@ def collect_observations(
         opened: result of `open_training`.
         splits: labelled pairs by split.
         unpaired_splits: labels of single shapes by split.
-        shapes: with several generators, the hash of the generator and the seed of each number in the splits;
-            empty if the splits contain seeds.
+        shape_keys: empty if the splits contain seeds. With several generators the splits contain numbers of
+            shapes, and entry i is (hash of the generator, seed) of the shape with the number i.
         ranks: processes that share the work.
     """
     generators = opened.generators
@@ -434,7 +453,7 @@ def collect_observations(
     cutoff = settings.cutoff
 
     def observe(
-        seeds: Iterable[int], psi: float, title: str, generator: LoadedGenerator = generators[0]
+        seeds: Iterable[int], psi: float, bar_title: str, generator: LoadedGenerator = generators[0]
     ) -> ObservationCache:
         """Return a cache with the observations of seeds, and save new ones if there is a cache file."""
         unique_seeds = list(dict.fromkeys(seeds))
@@ -445,46 +464,50 @@ def collect_observations(
             observe_seeds(generator.generator, observation, psi=psi, cutoff=cutoff), cache_path
         )
         # Each rank observes its share of the seeds; -(-a // b) is a / b rounded up.
-        advance = _bar(-(-len(unique_seeds) // ranks.world), title, "shape", ranks)
+        advance = _bar(-(-len(unique_seeds) // ranks.world), bar_title, "shape", ranks)
         missing_count = store.fill(unique_seeds, settings.slab_batch, advance, ranks)
         if missing_count and ranks.is_main:
             store.save()
         return store
 
-    # Seeds; or numbers of shapes, with several generators
+    # Seeds of the labelled shapes. With several generators these are the numbers of `number_shapes`.
     shape_ids: list[int] = []
     for split in (splits.train, splits.val, splits.test):
         for label in split:
             shape_ids += [label.winner, label.loser]
     for unpaired_split in unpaired_splits.values():
         shape_ids += [unpaired_label.seed for unpaired_label in unpaired_split]
-    labelled_seeds = [seed for _, seed in shapes] or shape_ids
+    labelled_seeds = [seed for _, seed in shape_keys] or shape_ids
     reference_count = settings.train.reference_samples
-    references: Sequence[int] = ()
+    reference_seed_list: Sequence[int] = ()
     if reference_count:
         # Seeds of labelled shapes are not used for reference samples.
-        references = reference_seeds(reference_count, settings.fractions, exclude=labelled_seeds)["train"]
-    if shapes:
+        reference_seed_list = reference_seeds(reference_count, settings.fractions, exclude=labelled_seeds)[
+            "train"
+        ]
+    if shape_keys:
         store_by_generator = {}
         for generator in generators:
-            generator_seeds = [seed for name, seed in shapes if name == generator.hash]
+            generator_seeds = [seed for name, seed in shape_keys if name == generator.hash]
             store_by_generator[generator.hash] = observe(generator_seeds, psi, "shapes", generator)
 
-        def take_shapes(numbers: Sequence[int]) -> torch.Tensor:
+        def take_shapes(shape_numbers: Sequence[int]) -> torch.Tensor:
             """Return the observations of shapes from the caches of their generators."""
-            hashes_and_seeds = [shapes[number] for number in numbers]
+            hashes_and_seeds = [shape_keys[shape_number] for shape_number in shape_numbers]
             return torch.cat([store_by_generator[name].take([seed]) for name, seed in hashes_and_seeds])
 
         store = ObservationCache(take_shapes)
         store.fill(shape_ids, settings.slab_batch)
     else:
         store = observe(shape_ids, psi, "shapes")
-    reference_store = observe(references, REFERENCE_PSI, "reference samples") if references else None
+    reference_store = (
+        observe(reference_seed_list, REFERENCE_PSI, "reference samples") if reference_seed_list else None
+    )
     return TrainData(
         train=splits.train,
         val=splits.val,
         store=store,
-        references=references,
+        references=reference_seed_list,
         reference_store=reference_store,
         observation=observation,
         unpaired=unpaired_splits["train"],
@@ -492,7 +515,7 @@ def collect_observations(
     )
 
 
-def _train_members(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainState], str]:
+def _train_members(settings: RewardRun, run: Run, train_data: TrainData) -> tuple[list[TrainState], str]:
     """Train every member of the ensemble, each with its own random seed.
 
     If the members start from the weights of one network, this network is trained first. It is logged as
@@ -501,62 +524,70 @@ def _train_members(settings: RewardRun, run: Run, data: TrainData) -> tuple[list
     Args:
         settings: settings of the training.
         run: folder, device and ranks of the run.
-        data: labels and observations.
-    Returns: the training states of the members, and the SHA-256 of the network from which they started; ''
-        for random initialisations.
+        train_data: labels and observations.
+    Returns: the training states of the members, and the SHA-256 of the network from which they started. The
+        hash is '' if the members have random initialisations.
     """
     # Averaged weights are only useful if the members start from one network.
     has_shared_start = settings.shared_start or settings.aggregate == AVERAGE
-    options = settings.train
+    train_options = settings.train
     network_count = settings.members + has_shared_start
-    step_count = data.steps(options) * options.epochs * network_count
+    step_count = train_data.steps(train_options) * train_options.epochs * network_count
     advance = _bar(step_count, "training", "step", run.ranks)
 
     def train_member(
-        number: int, options: TrainOptions, state_name: str, start: RewardNetwork | None = None
+        member_number: int,
+        train_options: TrainOptions,
+        state_name: str,
+        start_network: RewardNetwork | None = None,
     ) -> TrainState:
         """Train one network, and log its epochs."""
 
-        def on_epoch(epoch: dict) -> None:
+        def on_epoch(epoch_record: dict) -> None:
             """Write the record of an epoch to stats.jsonl, and print it."""
-            run.stats({"member": number, **epoch})
+            run.stats({"member": member_number, **epoch_record})
             if run.ranks.is_main:
                 tqdm.write(
-                    f"member {number}  epoch {epoch['epoch'] + 1:3d}  train {epoch['train_accuracy']:6.3f} "
-                    f" val {epoch['val_accuracy']:6.3f}  val log loss {epoch['val_log_loss']:7.4f}  lr"
-                    f" {epoch['lr']:.2e}  {epoch['seconds']:6.1f} s"
+                    f"member {member_number}  epoch {epoch_record['epoch'] + 1:3d}  train"
+                    f" {epoch_record['train_accuracy']:6.3f}  val {epoch_record['val_accuracy']:6.3f}  val"
+                    f" log loss {epoch_record['val_log_loss']:7.4f}  lr {epoch_record['lr']:.2e}"
+                    f"  {epoch_record['seconds']:6.1f} s"
                 )
 
         return train_reward(
-            data,
-            options,
+            train_data,
+            train_options,
             device=run.device,
             state_file=run.folder / state_name,
             ranks=run.ranks,
             on_step=lambda: advance(1),
             on_epoch=on_epoch,
-            start=start,
+            start=start_network,
         )
 
-    start = None
+    start_network = None
     start_hash = ""
     if has_shared_start:
         # The network from which all members start is trained on all labels, because all members would share
         # its bootstrap sample.
-        start = train_member(0, replace(options, bootstrap=False), "state-start.pt").model
-        start_hash = state_hash(start)
-    states = []
-    for number in range(1, settings.members + 1):
+        start_network = train_member(0, replace(train_options, bootstrap=False), "state-start.pt").model
+        start_hash = state_hash(start_network)
+    member_states = []
+    for member_number in range(1, settings.members + 1):
         # The first member has the seed of the run.
-        member_seed = options.seed + MEMBER_STRIDE * (number - 1)
-        member_options = replace(options, seed=member_seed, start=start_hash)
-        state_name = STATE if number == 1 else f"state-{number}.pt"
-        states.append(train_member(number, member_options, state_name, start))
-    return states, start_hash
+        member_seed = train_options.seed + MEMBER_STRIDE * (member_number - 1)
+        member_options = replace(train_options, seed=member_seed, start=start_hash)
+        state_name = STATE if member_number == 1 else f"state-{member_number}.pt"
+        member_states.append(train_member(member_number, member_options, state_name, start_network))
+    return member_states, start_hash
 
 
 def assess(
-    settings: RewardRun, model: Network, states: list[TrainState], data: TrainData, splits: Splits
+    settings: RewardRun,
+    model: Network,
+    member_states: list[TrainState],
+    train_data: TrainData,
+    splits: Splits,
 ) -> dict:
     """Evaluate a reward on the validation and test pairs.
 
@@ -566,36 +597,43 @@ def assess(
     Args:
         settings: settings of the training.
         model: network or ensemble.
-        states: training states of the members.
-        data: labels and observations.
+        member_states: training states of the members.
+        train_data: labels and observations.
         splits: labelled pairs by split.
     Returns: JSON values, the contents of report.json.
     """
     # Training pairs give the scale of the scores, so that the test pairs have no influence on the reward.
-    train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
-    scores = torch.tensor(list(score_seeds(model, data.store, train_seeds).values()), dtype=torch.float64)
+    train_seeds = [seed for label in train_data.train for seed in (label.winner, label.loser)]
+    train_scores = torch.tensor(
+        list(score_seeds(model, train_data.store, train_seeds).values()), dtype=torch.float64
+    )
     val_scores = score_seeds(
-        model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)]
+        model, train_data.store, [seed for label in train_data.val for seed in (label.winner, label.loser)]
     )
     # Training pairs would give a temperature that is too small.
-    temperature = fit_temperature(margins(val_scores, data.val))
+    temperature = fit_temperature(margins(val_scores, train_data.val))
     return {
-        "test": evaluate(model, data.store, splits.test, temperature),
-        "val": evaluate(model, data.store, splits.val, temperature),
+        "test": evaluate(model, train_data.store, splits.test, temperature),
+        "val": evaluate(model, train_data.store, splits.val, temperature),
         "temperature": temperature,
-        "score_mean": float(scores.mean()),
-        "score_std": float(scores.std()),
+        "score_mean": float(train_scores.mean()),
+        "score_std": float(train_scores.std()),
         "splits": splits.counts(),
-        "best_epoch": states[0].best_epoch + 1,
-        "epochs": states[0].epoch,
+        "best_epoch": member_states[0].best_epoch + 1,
+        "epochs": member_states[0].epoch,
         "members": (
-            [evaluate(state.model, data.store, splits.val, temperature) for state in states]
-            if len(states) > 1
+            [
+                evaluate(member_state.model, train_data.store, splits.val, temperature)
+                for member_state in member_states
+            ]
+            if len(member_states) > 1
             else []
         ),
-        "seconds_training": sum(record["seconds"] for state in states for record in state.history),
+        "seconds_training": sum(
+            epoch_record["seconds"] for member_state in member_states for epoch_record in member_state.history
+        ),
         "preset": settings.train.preset,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": settings.train.seed,
     }
 

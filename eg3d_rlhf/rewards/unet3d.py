@@ -169,14 +169,15 @@ class UNet3d(nn.Module):
     def __init__(self, in_channels: int, feature_maps: Sequence[int], out_channels: int, groups: int):
         super().__init__()
         widths = list(feature_maps)
-        levels = len(widths)
+        level_count = len(widths)
         # Encoder k reads the channels of level k - 1, and the first encoder reads the input without pooling.
         self.encoders = nn.ModuleList(
-            Encoder([in_channels, *widths][k], widths[k], groups, pool=k > 0) for k in range(levels)
+            Encoder([in_channels, *widths][level], widths[level], groups, pool=level > 0)
+            for level in range(level_count)
         )
         # From the coarsest to the finest level
         self.decoders = nn.ModuleList(
-            Decoder(widths[k + 1], widths[k], groups) for k in reversed(range(levels - 1))
+            Decoder(widths[level + 1], widths[level], groups) for level in reversed(range(level_count - 1))
         )
         self.final_conv = nn.Conv3d(widths[0], out_channels, kernel_size=1)
         self.conv1d_for_recon = nn.Conv1d(1, 1, kernel_size=1)
@@ -191,14 +192,14 @@ class UNet3d(nn.Module):
 
         Args: x: input [N, C_in, D, H, W]; each of D, H, W must be at least 2^(levels - 1).
         """
-        skips = []
+        skip_volumes = []
         for encoder in self.encoders:
             x = encoder(x)
             # Each level's result is a skip connection, except for the coarsest one.
-            skips.append(x)
-        bottleneck = skips.pop()
+            skip_volumes.append(x)
+        bottleneck = skip_volumes.pop()
         for decoder in self.decoders:
-            x = decoder(x, skips.pop())
+            x = decoder(x, skip_volumes.pop())
         return self.final_conv(x), bottleneck
 
 

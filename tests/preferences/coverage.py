@@ -1,7 +1,9 @@
-"""Judgements of a known truth, drawn many times: whether the intervals of agreement and of leaderboards hold
-what they say.
+"""Simulate judgements with a known truth, to measure the coverage of intervals.
 
-Letters: S studies, U units, A annotators, K answers, M comparisons, G generators, P prompts, C cells.
+The intervals are those of the agreement of annotators and of leaderboards.
+
+Shapes: S studies, U units, K answers, M comparisons, G generators, P prompts, C cells. A is the number of
+annotators.
 """
 
 import itertools
@@ -19,9 +21,7 @@ _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # of a standard normal
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """A model of annotators: each names a unit's answer with one and the same chance,
-    else another at random.
-    """
+    """Model of annotators, who give the true answer of a unit with a fixed probability, else a random one."""
 
     agreement: float  # chance that two give the same answer, were there two answers
     prevalence: float  # of the first answer among those that are no tie

@@ -19,15 +19,15 @@ def units_of(*rows: str):
 
 
 def test_kappa_of_a_two_by_two_table():
-    result = cohen_kappa(*answers([[20, 5], [10, 15]]))  # p_o = 0.7, p_e = 0.5
-    assert result.value == pytest.approx(0.4) and result.n == 50
+    kappa = cohen_kappa(*answers([[20, 5], [10, 15]]))  # p_o = 0.7, p_e = 0.5
+    assert kappa.value == pytest.approx(0.4) and kappa.n == 50
 
 
 def test_kappa_and_its_error_in_the_example_of_fleiss_cohen_and_everitt():
     # 1969, n = 200: kappa 0.429, variance 0.002885
-    result = cohen_kappa(*answers([[106, 10, 4], [22, 28, 10], [2, 12, 6]]))
-    assert result.value == pytest.approx(0.429, abs=5e-4)
-    assert ((result.hi - result.lo) / (2 * 1.959964)) ** 2 == pytest.approx(0.002885, rel=0.06)
+    kappa = cohen_kappa(*answers([[106, 10, 4], [22, 28, 10], [2, 12, 6]]))
+    assert kappa.value == pytest.approx(0.429, abs=5e-4)
+    assert ((kappa.hi - kappa.lo) / (2 * 1.959964)) ** 2 == pytest.approx(0.002885, rel=0.06)
 
 
 def test_kappa_is_one_for_equal_and_zero_for_independent_answers():
@@ -53,9 +53,9 @@ def test_agreement_is_undefined_for_constant_answers_or_without_shared_units():
     ],
 )
 def test_alpha_of_published_examples(rows, expected):
-    result = krippendorff_alpha(units_of(*rows))
-    assert result.value == pytest.approx(expected, abs=6e-4)
-    assert result.lo <= result.value <= result.hi
+    alpha = krippendorff_alpha(units_of(*rows))
+    assert alpha.value == pytest.approx(expected, abs=6e-4)
+    assert alpha.lo <= alpha.value <= alpha.hi
 
 
 @pytest.mark.parametrize("n", [2, 9])

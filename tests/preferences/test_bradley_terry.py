@@ -61,16 +61,16 @@ def call(*arguments):
 
 
 def test_the_tool_rates_each_criterion_and_continues_from_its_file(tmp_path):
-    source = write(tmp_path / "j.jsonl", records(30, 10) + records(10, 30, "texture"))
+    judgement_file = write(tmp_path / "j.jsonl", records(30, 10) + records(10, 30, "texture"))
     out = tmp_path / "elo.json"
-    done = call(source, f"--out={out}")
+    done = call(judgement_file, f"--out={out}")
     assert done.exit_code == 0, done.output
     tables = json.loads(out.read_text())
     assert list(tables) == ["overall", "texture"] and list(tables["overall"]["ratings"]) == ["x", "y"]
     assert list(tables["texture"]["ratings"]) == ["y", "x"] and tables["overall"]["prompts"] == 40
     assert f"| x | {tables['overall']['ratings']['x']['elo']:.1f} |" in done.output
     new = write(tmp_path / "new.jsonl", [{"a": "new", "b": "x", "winner": w} for w in "ab"])
-    again = call(source, new, f"--held={out}")
+    again = call(judgement_file, new, f"--held={out}")
     assert "texture" in again.stderr and "overall" not in again.stderr
     assert (
         again.exit_code == 0 and f"| new | {tables['overall']['ratings']['x']['elo']:.1f} |" in again.output
@@ -89,9 +89,9 @@ def test_damaged_files_are_rejected_in_one_line(tmp_path, text):
 
 
 def test_held_needs_a_file_of_the_tool(tmp_path):
-    source = write(tmp_path / "j.jsonl", records(3, 1))
-    done = call(source, f"--held={source}")
-    rejected(done, "--held", str(source), "--out")
+    judgement_file = write(tmp_path / "j.jsonl", records(3, 1))
+    done = call(judgement_file, f"--held={judgement_file}")
+    rejected(done, "--held", str(judgement_file), "--out")
 
 
 # Strengths against closed forms and a published table; cycles against counting by hand.
@@ -107,18 +107,22 @@ def strength(result, item) -> float:
 
 
 def test_two_items_have_the_log_odds_and_its_variance():
-    result = bradley_terry(drawn_games({("a", "b"): 30, ("b", "a"): 10}))
-    assert strength(result, "a") - strength(result, "b") == pytest.approx(math.log(3))
+    strengths = bradley_terry(drawn_games({("a", "b"): 30, ("b", "a"): 10}))
+    assert strength(strengths, "a") - strength(strengths, "b") == pytest.approx(math.log(3))
     contrast = np.array([1.0, -1.0])
-    assert contrast @ result.covariance @ contrast == pytest.approx(1 / 30 + 1 / 10)
-    assert result.strength.sum() == pytest.approx(0) and not result.regularised and result.tie_weight == 0
+    assert contrast @ strengths.covariance @ contrast == pytest.approx(1 / 30 + 1 / 10)
+    assert (
+        strengths.strength.sum() == pytest.approx(0)
+        and not strengths.regularised
+        and strengths.tie_weight == 0
+    )
 
 
 def test_two_items_with_ties_have_davidsons_closed_form():
     ties = [Comparison("a", "b", True)] * 5 + [Comparison("b", "a", True)] * 7
-    result = bradley_terry(drawn_games({("a", "b"): 18, ("b", "a"): 8}) + ties)
-    assert strength(result, "a") - strength(result, "b") == pytest.approx(math.log(18 / 8))
-    assert result.tie_weight == pytest.approx(12 / math.sqrt(18 * 8))
+    strengths = bradley_terry(drawn_games({("a", "b"): 18, ("b", "a"): 8}) + ties)
+    assert strength(strengths, "a") - strength(strengths, "b") == pytest.approx(math.log(18 / 8))
+    assert strengths.tie_weight == pytest.approx(12 / math.sqrt(18 * 8))
 
 
 def test_the_american_league_of_1987():
@@ -133,14 +137,16 @@ def test_the_american_league_of_1987():
         [4, 4, 5, 6, 6, 0, 6],
         [2, 4, 1, 3, 1, 7, 0],
     )
-    result = bradley_terry(
+    strengths = bradley_terry(
         drawn_games({(teams[i], teams[j]): n for i, row in enumerate(rows) for j, n in enumerate(row)})
     )
-    over_baltimore = [strength(result, team) - strength(result, "Baltimore") for team in teams]
+    over_baltimore = [strength(strengths, team) - strength(strengths, "Baltimore") for team in teams]
     assert over_baltimore == pytest.approx([1.58, 1.44, 1.29, 1.25, 1.11, 0.68, 0.0], abs=6e-3)
-    i = result.items.index("Milwaukee")
-    j = result.items.index("Baltimore")
-    error = math.sqrt(result.covariance[i, i] + result.covariance[j, j] - 2 * result.covariance[i, j])
+    i = strengths.items.index("Milwaukee")
+    j = strengths.items.index("Baltimore")
+    error = math.sqrt(
+        strengths.covariance[i, i] + strengths.covariance[j, j] - 2 * strengths.covariance[i, j]
+    )
     assert error == pytest.approx(0.343, abs=2e-3)
 
 
@@ -150,15 +156,15 @@ def test_the_score_equations_hold_at_the_maximum():
         Comparison(*rng.choice(8, 2, replace=False).tolist(), tie=bool(rng.random() < 0.2))
         for _ in range(300)
     ]
-    result = bradley_terry(pairs)
+    strengths = bradley_terry(pairs)
     points = np.zeros(8)
     expected = np.zeros(8)
     draws = 0.0
-    s = {item: math.exp(strength(result, item)) for item in range(8)}
+    s = {item: math.exp(strength(strengths, item)) for item in range(8)}
     for a, b, tie in pairs:
         points[a] += 0.5 if tie else 1
         points[b] += 0.5 if tie else 0
-        root = result.tie_weight * math.sqrt(s[a] * s[b])
+        root = strengths.tie_weight * math.sqrt(s[a] * s[b])
         total = s[a] + s[b] + root
         expected[a] += (s[a] + root / 2) / total
         expected[b] += (s[b] + root / 2) / total
@@ -169,11 +175,11 @@ def test_the_score_equations_hold_at_the_maximum():
 
 
 def test_an_unbeaten_item_is_held_by_the_prior_and_reported():
-    result = bradley_terry(drawn_games({("a", "b"): 5, ("b", "c"): 3, ("c", "b"): 2}))
+    strengths = bradley_terry(drawn_games({("a", "b"): 5, ("b", "c"): 3, ("c", "b"): 2}))
     assert (
-        result.regularised
-        and np.isfinite(result.strength).all()
-        and result.strength.argmax() == result.items.index("a")
+        strengths.regularised
+        and np.isfinite(strengths.strength).all()
+        and strengths.strength.argmax() == strengths.items.index("a")
     )
     separate = bradley_terry(drawn_games({("a", "b"): 5, ("b", "a"): 2, ("c", "d"): 4, ("d", "c"): 4}))
     assert separate.regularised and strength(separate, "c") == pytest.approx(

@@ -43,8 +43,12 @@ ANY = {
 @pytest.mark.parametrize("kind", ANY)
 def test_r_lies_in_0_to_1_and_has_the_mean_of_one_half(kind):
     for _ in range(20):
-        values = list(ANY[kind]().values())
-        assert min(values) >= 0 and max(values) <= 1 and math.isclose(np.mean(values), 0.5, abs_tol=1e-12)
+        goodness_values = list(ANY[kind]().values())
+        assert (
+            min(goodness_values) >= 0
+            and max(goodness_values) <= 1
+            and math.isclose(np.mean(goodness_values), 0.5, abs_tol=1e-12)
+        )
 
 
 def test_ranks():

@@ -49,16 +49,16 @@ def test_one_who_always_wins_has_finite_points_and_a_bound_on_one_side_alone():
     board = leaderboard(
         [*games("best", "a", 30, 0), *games("best", "b", 30, 0, start=30), *games("a", "b", 15, 15, start=60)]
     )
-    rows = {s.name: s for s in board.groups[0]}
+    standing_of_name = {s.name: s for s in board.groups[0]}
     assert (
-        math.isfinite(rows["best"].points)
-        and rows["best"].hi is None
-        and 1000 < rows["best"].lo < rows["best"].points
+        math.isfinite(standing_of_name["best"].points)
+        and standing_of_name["best"].hi is None
+        and 1000 < standing_of_name["best"].lo < standing_of_name["best"].points
     )
-    assert rows["a"].hi is not None
-    assert [name for name in rows if any(re.search(rf"\b{name}\b", note) for note in board.notes())] == [
-        "best"
-    ]
+    assert standing_of_name["a"].hi is not None
+    assert [
+        name for name in standing_of_name if any(re.search(rf"\b{name}\b", note) for note in board.notes())
+    ] == ["best"]
     json.dumps(board.to_dict(), allow_nan=False)
 
 
@@ -130,5 +130,5 @@ def test_intervals_hold_the_truth_over_the_whole_grid(prompts):
 
 
 def test_one_who_nearly_always_wins_is_covered_too():
-    kind = Games(generators=3, strength=2.5, prompts=10, annotators=1)
-    assert leaderboard_coverage(kind, 200, seed=3) > 0.93
+    games_model = Games(generators=3, strength=2.5, prompts=10, annotators=1)
+    assert leaderboard_coverage(games_model, 200, seed=3) > 0.93

@@ -1,4 +1,4 @@
-"""Labels from a stand-in generator whose scans lack more or less of the ground-truth heads."""
+"""Test simulated labels of a substitute generator, whose shapes lack parts of the ground-truth heads."""
 
 import json
 import types
@@ -19,8 +19,9 @@ RADIUS = 0.3
 
 
 class _Heads:
-    """Stands in for a generator: a ball that is cut off behind a plane as deep as the
-    latent's first number.
+    """Substitute for a generator. Its shapes are balls that are cut off behind a plane.
+
+    The depth of the plane is the first number of the latent.
     """
 
     z_dim = 64
@@ -61,11 +62,11 @@ OPTIONS = AnnotationOptions(pairs=28, resolution=32, batch=3, flip_rate=0.1)
 def test_shapes_are_read_at_the_middles_of_voxels_along_x_y_z():
     ws = torch.zeros(1, 1, 64)
     ws[0, 0, 0] = 2.0
-    values = shape_values(_Heads().field(ws), 16)[0]
+    shape_grid = shape_values(_Heads().field(ws), 16)[0]
     middles = (np.arange(16) + 0.5) / 16 - 0.5
     # at the back of the head
-    assert values[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)
-    assert values[0, 8, 8] == pytest.approx(600 * (np.linalg.norm(middles[[0, 8, 8]]) - RADIUS), rel=1e-4)
+    assert shape_grid[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)
+    assert shape_grid[0, 8, 8] == pytest.approx(600 * (np.linalg.norm(middles[[0, 8, 8]]) - RADIUS), rel=1e-4)
 
 
 def test_annotation_repeats_whatever_the_batch(generator):

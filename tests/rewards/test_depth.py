@@ -68,8 +68,8 @@ def trained(labels, options):
     val = labels[96:120]
     test = labels[120:]
     store.fill(s for label in labels for s in (label.winner, label.loser))
-    state = train_reward(TrainData(train=train, val=val, store=store, observation=Depth()), options)
-    return evaluate(state.model, store, test)["labels"]["accuracy"]
+    train_state = train_reward(TrainData(train=train, val=val, store=store, observation=Depth()), options)
+    return evaluate(train_state.model, store, test)["labels"]["accuracy"]
 
 
 @pytest.mark.long
@@ -225,14 +225,14 @@ def small(views: int = 1) -> SmallDepth:
 def test_depth_follows_a_ball_that_moves():
     centres = torch.zeros(1, 3)
     for moved in (0.02, -0.05):
-        before, after = (
+        maps_before, maps_after = (
             Depth(resolution=PIXELS, masked=False, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0)).observe(
                 Ball(centre)
             )[0, 0, 0]
             for centre in (centres, centres + torch.tensor([0.0, 0.0, moved]))
         )
         middle = slice(PIXELS // 2 - 2, PIXELS // 2 + 2)
-        assert (after - before)[middle, middle].mean().item() == pytest.approx(
+        assert (maps_after - maps_before)[middle, middle].mean().item() == pytest.approx(
             moved / (3.2 - 2.2), rel=0.05
         ), "nearer is brighter"
 
@@ -289,10 +289,10 @@ def test_observations_repeat_and_keep_the_global_random_state(generator):
     observation = replace(Depth.from_generator(generator, resolution=8), samples=4)
     field = generator.field(ws_of_seeds(generator, [1]))
     torch.manual_seed(3)
-    before = torch.rand(4)
+    numbers_before = torch.rand(4)
     torch.manual_seed(3)
     assert torch.equal(observation.observe(field), observation.observe(field)) and torch.equal(
-        before, torch.rand(4)
+        numbers_before, torch.rand(4)
     )
 
 

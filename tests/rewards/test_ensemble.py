@@ -180,9 +180,9 @@ def test_damaged_descriptions_are_named(members, tmp_path, change, names):
     path = Reward(SigmaSlab(SPEC), RewardEnsemble.from_networks(members, Aggregate("lcb"), [slabs(6)])).save(
         tmp_path / "r.safetensors"
     )
-    values = json.loads(path.with_suffix(".json").read_text())
-    values["network"]["ensemble"] |= change
-    path.with_suffix(".json").write_text(json.dumps(values))
+    description = json.loads(path.with_suffix(".json").read_text())
+    description["network"]["ensemble"] |= change
+    path.with_suffix(".json").write_text(json.dumps(description))
     with raising("r.safetensors", *names):
         load_reward(path)
 
@@ -256,11 +256,11 @@ def test_members_differ_and_repeat(train):
     )
     first, second = (member.network.state_dict() for member in reward.members())
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    before = (out / "reward.safetensors").read_bytes()
+    reward_bytes_before = (out / "reward.safetensors").read_bytes()
     done = CliRunner().invoke(main, [f"--resume={out}"])
-    assert done.exit_code == 0 and (out / "reward.safetensors").read_bytes() == before
+    assert done.exit_code == 0 and (out / "reward.safetensors").read_bytes() == reward_bytes_before
     _, again = train("again", "--members=2", "--aggregate=min")
-    assert (again / "reward.safetensors").read_bytes() == before
+    assert (again / "reward.safetensors").read_bytes() == reward_bytes_before
     done = CliRunner().invoke(main, [f"--resume={out}", "--set=bootstrap=false"])
     rejected(done, "bootstrap", "--resume")
 
@@ -282,10 +282,10 @@ def test_warm_averages_members_that_were_trained_from_one_network(train):
 
 def test_training_begins_at_the_weights_of_the_start():
     labels = toy_labels(16), toy_labels(8, 100)
-    data = TrainData(train=labels[0], val=labels[1], store=filled(*labels))
-    start = train_reward(data, with_changes(OPTIONS, epochs=1)).model
+    train_data = TrainData(train=labels[0], val=labels[1], store=filled(*labels))
+    start = train_reward(train_data, with_changes(OPTIONS, epochs=1)).model
     still = with_changes(OPTIONS, epochs=1, lr=1e-12, weight_decay=0.0, seed=9)
-    for name, value in train_reward(data, still, start=start).model.state_dict().items():
+    for name, value in train_reward(train_data, still, start=start).model.state_dict().items():
         torch.testing.assert_close(value, start.state_dict()[name], msg=name)
 
 
@@ -294,12 +294,12 @@ def test_bootstrap_takes_as_many_pairs_and_depends_on_the_seed():
     store = filled(*labels)
     drawn = []
     taken = store.take
-    data = TrainData(train=labels[0], val=labels[1], store=store)
+    train_data = TrainData(train=labels[0], val=labels[1], store=store)
 
     def listed(seed):
         drawn.clear()
         store.take = lambda seeds, device="cpu": (drawn.append(tuple(seeds)), taken(seeds, device))[1]
-        train_reward(data, with_changes(OPTIONS, epochs=1, bootstrap=True, seed=seed))
+        train_reward(train_data, with_changes(OPTIONS, epochs=1, bootstrap=True, seed=seed))
         return sorted(seed for batch in drawn[:-1] for seed in batch[: len(batch) // 2] if seed < 100)
 
     first = listed(0)

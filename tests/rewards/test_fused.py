@@ -105,9 +105,12 @@ def gradients_of(model, x, impl="auto"):
     model.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
     with implementation(impl):
-        made = model.reconstruct(x)
-        weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(2)).to(t) for t in made]
-        sum((t * w).sum() for t, w in zip(made, weights, strict=True)).backward()
+        features_and_reconstruction = model.reconstruct(x)
+        weights = [
+            torch.randn(t.shape, generator=torch.Generator().manual_seed(2)).to(t)
+            for t in features_and_reconstruction
+        ]
+        sum((t * w).sum() for t, w in zip(features_and_reconstruction, weights, strict=True)).backward()
     return {
         "slab": x.grad,
         **{name: p.grad for name, p in model.Conv3DModule.named_parameters() if p.grad is not None},
@@ -182,11 +185,11 @@ def test_volumes_are_freed_with_the_maps():
 def test_training_has_the_losses_of_the_reference(preset):
     train = toy_labels(8)
     val = toy_labels(4, 100)
-    data = TrainData(train=train, val=val, store=filled(train, val))
+    train_data = TrainData(train=train, val=val, store=filled(train, val))
     options = with_changes(OPTIONS, preset=preset, epochs=2, lr=1e-4, reconstruction=0.01)
-    history = train_reward(data, options).history
+    history = train_reward(train_data, options).history
     with implementation("ref"):
-        expected = train_reward(data, options).history
+        expected = train_reward(train_data, options).history
     # Adam's first steps follow the signs of gradients, and rounding changes some signs.
     for epoch, tolerance in ((0, 1e-5), (1, 1e-4)):
         assert history[epoch]["loss"] == pytest.approx(expected[epoch]["loss"], rel=tolerance, abs=tolerance)

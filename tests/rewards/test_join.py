@@ -39,13 +39,14 @@ def files(tiny_reward, generator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("members")
     tiny = load_reward(tiny_reward)
     known = {"generator": generator.hash, "psi": 0.7, "temperature": 2.0, "start": "s" * 64}
-    made = {name: moved(tiny, i, labels=name * 64, **known) for i, name in enumerate("abc")}
-    made["elsewhere"] = moved(tiny, 5, **{**known, "generator": "f" * 64})
-    made["other psi"] = moved(tiny, 6, **{**known, "psi": 1.0})
-    made["startless"] = moved(tiny, 7, generator=generator.hash)
-    made["finer"] = Reward(SigmaSlab(SlabSpec(resolution=32)), made["a"].network, known)
+    rewards = {name: moved(tiny, i, labels=name * 64, **known) for i, name in enumerate("abc")}
+    rewards["elsewhere"] = moved(tiny, 5, **{**known, "generator": "f" * 64})
+    rewards["other psi"] = moved(tiny, 6, **{**known, "psi": 1.0})
+    rewards["startless"] = moved(tiny, 7, generator=generator.hash)
+    rewards["finer"] = Reward(SigmaSlab(SlabSpec(resolution=32)), rewards["a"].network, known)
     return {
-        name: reward.save(folder / f"{name.replace(' ', '-')}.safetensors") for name, reward in made.items()
+        name: reward.save(folder / f"{name.replace(' ', '-')}.safetensors")
+        for name, reward in rewards.items()
     }
 
 

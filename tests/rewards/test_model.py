@@ -144,9 +144,9 @@ def saved(tmp_path):
 
 
 def test_truncated_and_foreign_files_are_rejected(saved, tmp_path):
-    content = saved.read_bytes()
+    weight_bytes = saved.read_bytes()
     described = saved.with_suffix(".json")
-    for damaged in (content[: len(content) // 2], b"", b"hello"):
+    for damaged in (weight_bytes[: len(weight_bytes) // 2], b"", b"hello"):
         saved.write_bytes(damaged)
         with raising("r.safetensors"):
             load_reward(saved)

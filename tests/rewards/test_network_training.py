@@ -17,7 +17,7 @@ from eg3d_rlhf.people.study.power import decided_trials
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.evaluation import (
-    LEAST_TEST,
+    MIN_TEST,
     auc,
     auc_interval,
     calibration_error,
@@ -81,17 +81,19 @@ def test_learns_which_blob_is_larger_in_seconds():
     val = toy_labels(40, 1000)
     test = toy_labels(100, 2000, noise=0.1)
     store = filled(train, val, test)
-    state = train_reward(TrainData(train=train, val=val, store=store), OPTIONS)
-    report = evaluate(state.model, store, test)
+    train_state = train_reward(TrainData(train=train, val=val, store=store), OPTIONS)
+    report = evaluate(train_state.model, store, test)
     assert report["clean"]["accuracy"] > 0.9, report
     low, high = report["clean"]["interval_95"]
     assert low < report["clean"]["accuracy"] < high
     assert report["labels"]["accuracy"] == pytest.approx(
         report["clean"]["accuracy"] - report["label_noise"], abs=0.08
     )
-    assert state.history[state.best_epoch]["val_accuracy"] == max(r["val_accuracy"] for r in state.history)
+    assert train_state.history[train_state.best_epoch]["val_accuracy"] == max(
+        r["val_accuracy"] for r in train_state.history
+    )
     swapped = [Preference(winner=p.loser, loser=p.winner) for p in test]
-    scores = {s: float(state.model.score(store.take([s]))) for p in test for s in (p.winner, p.loser)}
+    scores = {s: float(train_state.model.score(store.take([s]))) for p in test for s in (p.winner, p.loser)}
     np.testing.assert_array_equal(margins(scores, test), -margins(scores, swapped))
 
 
@@ -102,9 +104,11 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, references):
     store = filled(train, val)
     seeds = tuple(range(500, 500 + references))
     reference_store = filled(toy_labels(references // 2, 500)) if references else None
-    data = TrainData(train=train, val=val, store=store, references=seeds, reference_store=reference_store)
+    train_data = TrainData(
+        train=train, val=val, store=store, references=seeds, reference_store=reference_store
+    )
     options = with_changes(OPTIONS, epochs=5, patience=5, reference_samples=references, reconstruction=0.01)
-    straight = train_reward(data, options)
+    straight = train_reward(train_data, options)
 
     class Stop(Exception):
         pass
@@ -115,28 +119,28 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, references):
 
     path = tmp_path / "state.pt"
     with pytest.raises(Stop):
-        train_reward(data, options, state_file=path, on_epoch=stop)
-    resumed = train_reward(data, options, state_file=path)
+        train_reward(train_data, options, state_file=path, on_epoch=stop)
+    resumed = train_reward(train_data, options, state_file=path)
     drop = [[{k: v for k, v in r.items() if k != "seconds"} for r in s.history] for s in (straight, resumed)]
     assert drop[0] == drop[1] and len(drop[0]) == 5
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    other = train_reward(data, with_changes(options, seed=1))
+    other = train_reward(train_data, with_changes(options, seed=1))
     assert not torch.equal(other.model.MLP.input_layer.weight, straight.model.MLP.input_layer.weight)
     with raising("state.pt", " lr."):
-        train_reward(data, with_changes(options, lr=1e-4), state_file=path)
+        train_reward(train_data, with_changes(options, lr=1e-4), state_file=path)
     path.write_bytes(b"cut")
     with raising("state.pt"):
-        train_reward(data, options, state_file=path)
+        train_reward(train_data, options, state_file=path)
 
 
 def test_training_leaves_the_global_generator_alone():
     train = toy_labels(8)
     val = toy_labels(4, 100)
     torch.manual_seed(1)
-    before = torch.get_rng_state()
+    random_state_before = torch.get_rng_state()
     train_reward(TrainData(train=train, val=val, store=filled(train, val)), with_changes(OPTIONS, epochs=1))
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(random_state_before, torch.get_rng_state())
 
 
 def test_paper_preset_has_the_papers_settings():
@@ -269,9 +273,9 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     assert len((tmp_path / "run" / "stats.jsonl").read_text().splitlines()) == 2
     again = invoke(*run, "--reference-samples", 10)
     rejected(again, "--resume")
-    before = (tmp_path / "run" / "reward.safetensors").read_bytes()
+    reward_bytes_before = (tmp_path / "run" / "reward.safetensors").read_bytes()
     assert invoke("--resume", tmp_path / "run").exit_code == 0
-    assert (tmp_path / "run" / "reward.safetensors").read_bytes() == before
+    assert (tmp_path / "run" / "reward.safetensors").read_bytes() == reward_bytes_before
     numbered = invoke(
         *run[:4],
         "--preset=tiny",
@@ -332,7 +336,7 @@ def test_the_warning_about_too_few_pairs_states_the_needed_number():
 
 
 def test_the_least_number_of_test_pairs_separates_seventy_percent_from_chance():
-    assert decided_trials(0.7) == LEAST_TEST
+    assert decided_trials(0.7) == MIN_TEST
 
 
 def test_an_auc_of_one_has_an_interval_below_one():

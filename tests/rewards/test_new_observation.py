@@ -43,7 +43,7 @@ def reward(tmp_path_factory) -> Path:
     """Train a reward on depth maps of the bundled generator, on simulated labels, for a few steps."""
     folder = tmp_path_factory.mktemp("depth")
     succeed(synthetic, "--pairs=24", "--block=2", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
-    output = succeed(
+    command_output = succeed(
         reward_training.train,
         "--observation=frontal-depth",
         f"--labels={folder / 'labels.jsonl'}",
@@ -51,7 +51,7 @@ def reward(tmp_path_factory) -> Path:
         "--epochs=2",
         "--set=fractions=0.6 0.2 0.2",
     )
-    assert re.search(r"\b\d+/\d+ = [01]\.\d{3}\b", output)  # of the test pairs
+    assert re.search(r"\b\d+/\d+ = [01]\.\d{3}\b", command_output)  # of the test pairs
     return folder / "run" / "reward.safetensors"
 
 
@@ -80,13 +80,13 @@ def test_the_file_states_the_observation_and_fields_are_scored(reward):
 
 @pytest.mark.long
 def test_the_reward_tunes_and_is_the_held_out_reward_of_a_resumed_run(reward, tmp_path):
-    data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
+    dataset_path = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
     flags = [
         "--reward=frontal-depth",
         "--lambda-r=1",
         f"--reward-ckpt={reward}",
         f"--heldout-reward={reward}",
-        f"--data={data}",
+        f"--data={dataset_path}",
         "--kimg=0.016",
         "--tick=0.008",
         "--no-summary",

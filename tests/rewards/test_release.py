@@ -76,14 +76,16 @@ def tune(text):
 @pytest.mark.long
 def test_published_release_scores_as_the_fixtures_after_conversion(fixtures_dir, tmp_path):
     (scalar,) = of_set(arrays(fixtures_dir / "reward" / "full_fwd.npz"), "a_scalar")
-    state = recipe_state(RewardModel(PAPER))
-    released = import_release(release(tmp_path / "release", {"state_dict": state}, name="run_config.yaml"))
+    state_dict = recipe_state(RewardModel(PAPER))
+    released = import_release(
+        release(tmp_path / "release", {"state_dict": state_dict}, name="run_config.yaml")
+    )
     assert released.network.arch == PAPER and released.observation.spec == SlabSpec()
     reward = load_reward(released.save(tmp_path / "out.safetensors"))
     known = reward.provenance
     assert reward.observation == SigmaSlab() and known["preset"] == "paper"
     assert len(known["weights_sha256"]) == len(known["config_sha256"]) == 64
-    assert all(torch.equal(value, state[name]) for name, value in reward.network.state_dict().items())
+    assert all(torch.equal(value, state_dict[name]) for name, value in reward.network.state_dict().items())
     with torch.no_grad():
         assert float(reward.score_observed(full_slabs()["a"])) == pytest.approx(scalar.item(), rel=2e-5)
 
@@ -91,15 +93,17 @@ def test_published_release_scores_as_the_fixtures_after_conversion(fixtures_dir,
 @pytest.mark.parametrize("file", some(REDUCED_FILES, "this set has no reward/red_*.npz beside red_state.npz"))
 def test_reduced_network_is_rebuilt_from_its_shapes(file, fixtures_dir, tmp_path):
     with arrays(fixtures_dir / "reward" / "red_state.npz") as stored:
-        state = {k: torch.from_numpy(stored[k]) for k in stored.files}
-    text = (
+        state_dict = {k: torch.from_numpy(stored[k]) for k in stored.files}
+    config_text = (
         "data: {dset_dict: {selected_dtypes: [sigma_field_64]}, augmentations: {upper_norm: 100}}\n"
         f"model: {{Conv3DModule: {{num_groups: {RECIPE['groups']}}}}}"
     )
-    released = import_release(release(tmp_path / "r", state, text))
+    released = import_release(release(tmp_path / "r", state_dict, config_text))
     example = RewardModel(EXAMPLE_ARCH).state_dict()
     assert arch_of(example, {"groups": EXAMPLE_ARCH.groups}) == EXAMPLE_ARCH
-    assert released.network.arch == arch_of(state) and released.observation.spec == SlabSpec(resolution=64)
+    assert released.network.arch == arch_of(state_dict) and released.observation.spec == SlabSpec(
+        resolution=64
+    )
     with arrays(fixtures_dir / "reward" / f"{file}.npz") as d, torch.no_grad():
         for item, slab in slabs_of(d).items():
             (scalar,) = of_set(d, f"{item}_scalar")
@@ -240,12 +244,12 @@ class Hostile:
 def test_hostile_and_damaged_weights_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_example(tmp_path / "r")
-    content = (folder / "best_model.pt").read_bytes()
+    weight_bytes = (folder / "best_model.pt").read_bytes()
     torch.save({"MLP.input_layer.weight": Hostile()}, folder / "best_model.pt")
     with raising("best_model.pt"):
         import_release(folder)
     assert not (tmp_path / "ran").exists()
-    (folder / "best_model.pt").write_bytes(content[: len(content) // 2])
+    (folder / "best_model.pt").write_bytes(weight_bytes[: len(weight_bytes) // 2])
     with raising("best_model.pt"):
         import_release(folder)
     (folder / "best_model.pt").unlink()
@@ -255,10 +259,10 @@ def test_hostile_and_damaged_weights_end_in_one_line(tmp_path, monkeypatch):
 
 def test_either_configuration_is_found_and_two_must_agree(tmp_path):
     folder = write_example(tmp_path / "r")
-    text = (folder / "release_config.yaml").read_text()
-    (folder / "run_config.yaml").write_text(text + "seed: 3\n")
+    config_text = (folder / "release_config.yaml").read_text()
+    (folder / "run_config.yaml").write_text(config_text + "seed: 3\n")
     assert import_release(folder / "best_model.pt").provenance["config"] == "release_config.yaml"
-    (folder / "run_config.yaml").write_text(text.replace("upper_norm: 100", "upper_norm: 1"))
+    (folder / "run_config.yaml").write_text(config_text.replace("upper_norm: 100", "upper_norm: 1"))
     with raising(str(folder)):
         import_release(folder)
     (folder / "release_config.yaml").unlink()
@@ -271,13 +275,17 @@ def test_either_configuration_is_found_and_two_must_agree(tmp_path):
 def test_scores_of_both_lattices_equal_those_of_their_slabs(tiny_networks, tmp_path):
     released = import_release(write_example(tmp_path / "r"))
     generator = load_generator(tiny_networks).generator
-    results = list(compare_lattices(released, generator, [4, 7], psi=0.7))
+    rewards_by_lattice = list(compare_lattices(released, generator, [4, 7], psi=0.7))
     for place, lattice in enumerate(("straight", "skewed"), 1):
         slabs = observe_seeds(generator, SigmaSlab(SlabSpec(resolution=32, lattice=lattice)), psi=0.7)([4, 7])
         with torch.no_grad():
             expected = released.score_observed(slabs)
-        torch.testing.assert_close(torch.tensor([r[place] for r in results]), expected, rtol=1e-4, atol=1e-5)
-    assert [r[0] for r in results] == [4, 7] and results[0][1] != results[0][2]
+        torch.testing.assert_close(
+            torch.tensor([r[place] for r in rewards_by_lattice]), expected, rtol=1e-4, atol=1e-5
+        )
+    assert [r[0] for r in rewards_by_lattice] == [4, 7] and rewards_by_lattice[0][1] != rewards_by_lattice[0][
+        2
+    ]
 
 
 def run(*flags):
@@ -294,20 +302,22 @@ def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
         "--lattice=skewed",
     )
     assert result.exit_code == 0, result.output
-    rows = [line.split() for line in result.stdout.splitlines()[1:]]
-    assert rows[0] == ["seed", "straight", "skewed", "difference"] and [row[0] for row in rows[1:]] == [
+    table_rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert table_rows[0] == ["seed", "straight", "skewed", "difference"] and [
+        row[0] for row in table_rows[1:]
+    ] == [
         "1",
         "3",
         "4",
         "mean",
     ]
-    for row in rows[1:]:
+    for row in table_rows[1:]:
         straight, skewed, difference = map(float, row[1:])
         assert difference == pytest.approx(straight - skewed, abs=2e-6)
     reward = load_reward(out)
     assert reward.observation.spec == SlabSpec(resolution=32, lattice="skewed")
     slabs = observe_seeds(load_generator(tiny_networks).G, reward.observation)([1])
-    assert float(reward.score_observed(slabs)) == pytest.approx(float(rows[1][2]), abs=1e-5)
+    assert float(reward.score_observed(slabs)) == pytest.approx(float(table_rows[1][2]), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -73,17 +73,17 @@ def two(tiny_networks, tmp_path_factory) -> list[Path]:
 
 
 def run_of(two: list[Path], labels: list[Preference], folder: Path, **more) -> RewardRun:
-    source = LabelSource.from_file(write_labels(folder / "labels.jsonl", labels))
+    label_source = LabelSource.from_file(write_labels(folder / "labels.jsonl", labels))
     options = with_changes(default_options("tiny"), epochs=1)
-    values = {
+    run_values = {
         "network": two[0],
         "more_networks": tuple(two[1:]),
-        "labels": source,
+        "labels": label_source,
         "resolution": 24,
         "train": options,
         **more,
     }
-    return RewardRun(**values)
+    return RewardRun(**run_values)
 
 
 def train(settings: RewardRun, folder: Path) -> dict:
@@ -101,14 +101,16 @@ def test_every_shape_comes_from_its_own_generator(two, tmp_path):
     opened = Opened(
         labels=labels, unpaired=[], splits=splits, generators=generators, observation=observation, psi=1.0
     )
-    data = collect_observations(run, opened, splits, dict.fromkeys(SPLITS, ()), shapes)
+    train_data = collect_observations(run, opened, splits, dict.fromkeys(SPLITS, ()), shapes)
     by_hash = {g.hash: observe_seeds(g.generator, observation) for g in generators}
     for number, (name, seed) in enumerate(shapes):
         torch.testing.assert_close(
-            data.store.take([number]), by_hash[name]([seed]).half().float(), rtol=0, atol=0.1
+            train_data.store.take([number]), by_hash[name]([seed]).half().float(), rtol=0, atol=0.1
         )
     same = [number for number, (_, seed) in enumerate(shapes) if seed == 12]
-    assert len(same) == 2 and not torch.equal(data.store.take(same[:1]), data.store.take(same[1:]))
+    assert len(same) == 2 and not torch.equal(
+        train_data.store.take(same[:1]), train_data.store.take(same[1:])
+    )
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 

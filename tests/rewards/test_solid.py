@@ -91,11 +91,11 @@ def test_trained_kinds_need_a_file_and_kinds_without_a_gradient_cannot_tune(tmp_
 
 @pytest.mark.long
 def test_solid_tunes_without_a_file_and_without_labels(tmp_path):
-    data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
+    dataset_path = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
     flags = [
         "--reward=solid",
         "--lambda-r=10",
-        f"--data={data}",
+        f"--data={dataset_path}",
         "--kimg=0.008",
         "--tick=0.008",
         "--no-summary",

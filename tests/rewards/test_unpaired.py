@@ -73,14 +73,14 @@ MIXED = {"regression": 0.3, "divergence": 0.3, "epochs": 4}
     ids=["alone", "regression", "mixed"],
 )
 def test_learns_which_blob_is_larger(data, changes):
-    state = train_reward(data, with_changes(OPTIONS, **changes))
+    train_state = train_reward(data, with_changes(OPTIONS, **changes))
     test = toy_labels(60, 2000)
-    assert evaluate(state.model, data.store, test)["clean"]["accuracy"] > 0.75  # of 60 pairs
-    assert state.history[state.best_epoch]["val_auc"] > 0.95
+    assert evaluate(train_state.model, data.store, test)["clean"]["accuracy"] > 0.75  # of 60 pairs
+    assert train_state.history[train_state.best_epoch]["val_auc"] > 0.95
     single = toy_thumbs(200, 2000)
-    figures = evaluate_unpaired(state.model, state.model, data.store, single)
+    figures = evaluate_unpaired(train_state.model, train_state.model, data.store, single)
     assert figures["auc"] > 0.95 and figures["silhouette"] > 0.3 and figures["divergence"] > 0.3
-    assert state.bandwidth is not None and ("divergence" in state.history[0]["loss"]) == bool(
+    assert train_state.bandwidth is not None and ("divergence" in train_state.history[0]["loss"]) == bool(
         changes["divergence"]
     )
 
@@ -145,12 +145,12 @@ def test_auc_and_silhouette_of_known_scores():
         and auc([1, 1], [1]) == 0.5
         and auc([1, 3], [2]) == 0.5
     )
-    kind = np.array([True, True, False, False])
+    is_first_set = np.array([True, True, False, False])
     points = np.array([[0.0], [1.0], [10.0], [11.0]])
-    assert silhouette(points, kind) == pytest.approx(
+    assert silhouette(points, is_first_set) == pytest.approx(
         np.mean([1 - 1 / 10.5, 1 - 1 / 9.5, 1 - 1 / 9.5, 1 - 1 / 10.5])
     )
-    assert silhouette(points, kind[[0, 2, 1, 3]]) < 0
+    assert silhouette(points, is_first_set[[0, 2, 1, 3]]) < 0
 
 
 def test_the_command_accepts_unpaired_labels_alone_and_with_pairs(network, tmp_path):  # noqa: F811

@@ -9,8 +9,8 @@ number is its index in `Items`. A strategy returns pairs of numbers, which the c
 A new strategy is a file that adds it to the registry, and an entry of the table below; or a plugin, see
 docs/extending.md.
 
-Shapes: N items, P pairs, C candidate pairs, K members of an ensemble, M entries of the embeddings of all
-    members.
+Shapes: N items, P pairs, C candidate pairs, K members of an ensemble, M entries of the concatenated
+embeddings of all members.
 """
 
 import abc
@@ -132,10 +132,10 @@ class Items:
     def by(self, key: Callable[[Item], Key]) -> dict[Key, list[int]]:
         """Group the numbers of items by a key. Groups and numbers are in the order of the items."""
         # A dict keeps the order of insertion, so that results do not depend on hashes.
-        groups: dict[Key, list[int]] = defaultdict(list)
-        for number, item in enumerate(self.members):
-            groups[key(item)].append(number)
-        return groups
+        numbers_by_key: dict[Key, list[int]] = defaultdict(list)
+        for item_number, item in enumerate(self.members):
+            numbers_by_key[key(item)].append(item_number)
+        return numbers_by_key
 
     def groups(self) -> list[list[int]]:
         """Group the numbers of items by prompt. Only items of the same group are compared."""
@@ -161,13 +161,13 @@ class Items:
     def scored(self) -> Scored:
         """Score all items with the ensemble, which must exist (see `check_rewards`)."""
         assert self.ensemble is not None
-        numbers = range(len(self))
-        batches = [
-            self.ensemble.score(numbers[start : start + _BATCH]) for start in range(0, len(self), _BATCH)
+        item_numbers = range(len(self))
+        scored_batches = [
+            self.ensemble.score(item_numbers[start : start + _BATCH]) for start in range(0, len(self), _BATCH)
         ]
         return Scored(
-            np.concatenate([batch.scores for batch in batches], axis=1),
-            np.concatenate([batch.embeddings for batch in batches]),
+            np.concatenate([scored_batch.scores for scored_batch in scored_batches], axis=1),
+            np.concatenate([scored_batch.embeddings for scored_batch in scored_batches]),
         )
 
 
@@ -214,17 +214,17 @@ STRATEGIES: Registry[PairStrategy] = Registry(
 )
 
 
-def check_rewards(strategy: str, size: int) -> None:
+def check_rewards(strategy: str, reward_count: int) -> None:
     """Raise ValueError if there are too few rewards for a strategy, or if the strategy is unknown.
 
     Args:
         strategy: name of the strategy.
-        size: number of rewards.
+        reward_count: number of rewards.
     """
     # The look-up imports the strategy, or raises an error that lists the names.
-    least_rewards = STRATEGIES[strategy].least_rewards
-    if size < least_rewards:
+    min_reward_count = STRATEGIES[strategy].least_rewards
+    if reward_count < min_reward_count:
         raise ValueError(
-            f"--strategy={strategy} needs at least {least_rewards} rewards, got {size}. Pass more files of"
-            " rewards, or use --strategy=random."
+            f"--strategy={strategy} needs at least {min_reward_count} rewards, got {reward_count}. Pass more"
+            " files of rewards, or use --strategy=random."
         )

@@ -47,8 +47,8 @@ class Blocks(PairStrategy):
         """Return the number of seeds in complete blocks for `options.pairs` pairs."""
         # Each item of a block of B items is in B - 1 pairs, which are the rounds. A block has B (B - 1) / 2
         # pairs.
-        block = options.rounds + 1
-        return -(-options.pairs // (block * (block - 1) // 2)) * block
+        block_size = options.rounds + 1
+        return -(-options.pairs // (block_size * (block_size - 1) // 2)) * block_size
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         """Choose all pairs of each block, block by block; see `PairStrategy.plan`."""
@@ -56,9 +56,9 @@ class Blocks(PairStrategy):
             return Chosen(blocks_of_pairs(options.pairs, options.rounds + 1, rng).tolist())
         blocks = items.groups()
         # Ordered items already have a random order (see `Items`).
-        order = range(len(blocks)) if items.ordered else rng.permutation(len(blocks))
+        block_order = range(len(blocks)) if items.ordered else rng.permutation(len(blocks))
         # Generators, so that no more pairs are formed than are needed
-        all_pairs = (pair for i in order for pair in combinations(blocks[i], 2))
+        all_pairs = (pair for i in block_order for pair in combinations(blocks[i], 2))
         comparable_pairs = (pair for pair in all_pairs if items.comparable(*pair))
         return Chosen(list(islice(comparable_pairs, options.pairs)))
 

@@ -40,9 +40,8 @@ class Selection:
 
     pairs: np.ndarray  # numbers of the items, [P, 2]
     worth: np.ndarray  # worth of each pair, [P]
-    distance: (
-        np.ndarray
-    )  # distance [P] to the nearest pair that was chosen earlier; infinite for the first pair
+    # Distance [P] to the nearest pair that was chosen earlier; infinite for the first pair
+    distance: np.ndarray
 
 
 def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -53,8 +52,8 @@ def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         pairs: numbers of the items of each pair, [C, 2].
     """
     # Standard deviation over the K rewards of the probability that the first item is better
-    std: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
-    return std
+    probability_std: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
+    return probability_std
 
 
 def closeness(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -65,9 +64,9 @@ def closeness(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         pairs: numbers of the items of each pair, [C, 2].
     """
     # Mean over the K rewards of the probability that the first item is better
-    probability = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).mean(axis=0)
-    result: np.ndarray = 1 - np.abs(2 * probability - 1)
-    return result
+    mean_probability = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).mean(axis=0)
+    closeness_values: np.ndarray = 1 - np.abs(2 * mean_probability - 1)
+    return closeness_values
 
 
 def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -79,13 +78,13 @@ def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         embeddings: embeddings [N, M] of items.
         pairs: numbers of the items of each pair, [C, 2].
     """
-    std = embeddings.std(axis=0)
+    entry_std = embeddings.std(axis=0)
     # Entries that are constant over all items carry no information and become 0.
     standardised_embeddings = np.divide(
         embeddings - embeddings.mean(axis=0),
-        std,
+        entry_std,
         out=np.zeros_like(embeddings),
-        where=std > 0,
+        where=entry_std > 0,
     )
     a = standardised_embeddings[pairs[:, 0]]
     b = standardised_embeddings[pairs[:, 1]]
@@ -95,7 +94,7 @@ def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return scaled_features
 
 
-def candidates(items: Items, rng: Rng, most: int) -> np.ndarray:
+def candidates(items: Items, rng: Rng, max_pairs: int) -> np.ndarray:
     """Return candidate pairs [C, 2] without repetitions, in ascending order.
 
     For seeds, the candidates are the pairs of several random pairings of all seeds. For finished assets, they
@@ -104,14 +103,17 @@ def candidates(items: Items, rng: Rng, most: int) -> np.ndarray:
     Args:
         items: items that may be compared.
         rng: random numbers.
-        most: largest number of pairs for each prompt and each two generators.
+        max_pairs: largest number of pairs for each prompt and each two generators.
     """
-    count = len(items)
+    item_count = len(items)
     if items.unlimited:
         # Each pairing uses every seed once. If the number of seeds is odd, one seed is left out.
-        pair_lists = [rng.permutation(count)[: count - count % 2].reshape(-1, 2) for _ in range(_MATCHINGS)]
+        pair_lists = [
+            rng.permutation(item_count)[: item_count - item_count % 2].reshape(-1, 2)
+            for _ in range(_MATCHINGS)
+        ]
     else:
-        pair_lists = [np.array(pairs) for pairs in meetings(items, rng, most).values()]
+        pair_lists = [np.array(pairs) for pairs in meetings(items, rng, max_pairs).values()]
     all_pairs = np.concatenate(pair_lists) if pair_lists else np.empty((0, 2), dtype=np.int64)
     # Sorted within each pair, so that `unique` recognises repetitions in any order.
     return np.unique(np.sort(all_pairs, axis=1), axis=0)
@@ -141,41 +143,41 @@ def select(
     is_unchosen = np.ones(len(pairs), dtype=bool)
     use_counts = np.zeros(len(scored.embeddings), dtype=np.int64)  # number of chosen pairs with each item
     # -(-a // b) is a / b rounded up.
-    largest_use = -(-2 * count // len(use_counts))
+    max_use_count = -(-2 * count // len(use_counts))
     chosen_indices: list[int] = []
     distances: list[float] = []
     for _ in range(min(count, len(pairs))):
         # Available candidates: both of their items may be used again. The limit increases only if there are
         # none.
-        while not (available := is_unchosen & (use_counts[pairs] < largest_use).all(axis=1)).any():
-            largest_use += 1
-        value = (1 - diversity) * _relative(pair_worth, available)
+        while not (is_available := is_unchosen & (use_counts[pairs] < max_use_count).all(axis=1)).any():
+            max_use_count += 1
+        candidate_value = (1 - diversity) * _relative(pair_worth, is_available)
         # The first pair has no distance and is chosen by its worth alone.
         if chosen_indices:
-            value += diversity * _relative(nearest_distance, available)
-        best = int(np.where(available, value, -np.inf).argmax())
-        chosen_indices.append(best)
-        distances.append(nearest_distance[best])
+            candidate_value += diversity * _relative(nearest_distance, is_available)
+        best_index = int(np.where(is_available, candidate_value, -np.inf).argmax())
+        chosen_indices.append(best_index)
+        distances.append(nearest_distance[best_index])
         # Only the distance to the new pair can be smaller than before.
-        new_distance = np.linalg.norm(features - features[best], axis=1)
-        nearest_distance = np.minimum(nearest_distance, new_distance)
-        is_unchosen[best] = False
-        use_counts[pairs[best]] += 1
+        distance_to_best = np.linalg.norm(features - features[best_index], axis=1)
+        nearest_distance = np.minimum(nearest_distance, distance_to_best)
+        is_unchosen[best_index] = False
+        use_counts[pairs[best_index]] += 1
     return Selection(pairs[chosen_indices], pair_worth[chosen_indices], np.array(distances))
 
 
-def _relative(values: np.ndarray, available: np.ndarray) -> np.ndarray:
+def _relative(values: np.ndarray, is_available: np.ndarray) -> np.ndarray:
     """Divide values [C] by their maximum over the available candidates. Return zeros if the maximum is 0."""
-    maximum = values[available].max()
-    return values / maximum if maximum > 0 else np.zeros_like(values)
+    largest_value = values[is_available].max()
+    return values / largest_value if largest_value > 0 else np.zeros_like(values)
 
 
 class ScoredPairs(PairStrategy):
     """Strategy that chooses pairs by a function of their scores.
 
     Args:
-        name: name of this quantity in reports.
-        worth: function that computes the worth of pairs.
+        name: name of the function in reports, such as "disagreement".
+        worth: function that computes the worth of pairs from their scores.
         least_rewards: least number of rewards in the ensemble.
     """
 
@@ -199,10 +201,10 @@ class ScoredPairs(PairStrategy):
         # There are no candidates if no two items may be compared.
         if not len(candidate_pairs):
             return Chosen([])
-        count = max(1, round(options.pairs * options.doubtful))
-        selection = select(scored, candidate_pairs, count, options.diversity, self.worth)
+        scored_pair_count = max(1, round(options.pairs * options.doubtful))
+        selection = select(scored, candidate_pairs, scored_pair_count, options.diversity, self.worth)
         pairs = selection.pairs
-        if count < options.pairs:
+        if scored_pair_count < options.pairs:
             random_pairs = self._random_pairs(items, selection.pairs, rng, options.pairs)
             pairs = np.concatenate([pairs, random_pairs])
             # The pairs are shuffled, so that annotators do not get all pairs of one kind first.
@@ -230,7 +232,7 @@ class ScoredPairs(PairStrategy):
             },
         )
 
-    def _random_pairs(self, items: Items, chosen_pairs: np.ndarray, rng: Rng, total: int) -> np.ndarray:
+    def _random_pairs(self, items: Items, chosen_pairs: np.ndarray, rng: Rng, pair_count: int) -> np.ndarray:
         """Sample random pairs in addition to pairs that were chosen by their scores.
 
         For seeds, they consist of seeds that no chosen pair contains. For finished assets, they are pairs
@@ -240,14 +242,14 @@ class ScoredPairs(PairStrategy):
             items: items that may be compared.
             chosen_pairs: pairs [P, 2] that were chosen by their scores.
             rng: random numbers.
-            total: number of pairs of both kinds together.
+            pair_count: number of chosen pairs and random pairs together.
         """
-        random_count = total - len(chosen_pairs)
+        random_count = pair_count - len(chosen_pairs)
         if items.unlimited:
             unused_seeds = rng.permutation(np.setdiff1d(np.arange(len(items)), chosen_pairs))
             return unused_seeds[: 2 * random_count].reshape(-1, 2)
         excluded_pairs = set(map(tuple, np.sort(chosen_pairs, axis=1).tolist()))
-        balanced_pairs = balanced(meetings(items, rng, total), rng)
+        balanced_pairs = balanced(meetings(items, rng, pair_count), rng)
         random_pairs = [pair for pair in balanced_pairs if tuple(sorted(pair)) not in excluded_pairs]
         # reshape gives two columns also if there are no pairs.
         return np.array(random_pairs[:random_count], dtype=np.int64).reshape(-1, 2)

@@ -36,17 +36,17 @@ def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: Rng) -> Iterator
         rng: random numbers.
     """
     prompt_buckets: dict[G, list[Sequence[T]]] = defaultdict(list)
-    for (group, _), members in buckets.items():
-        prompt_buckets[group].append(members)
-    streams = [_balanced_over_prompts(group_buckets, rng) for group_buckets in prompt_buckets.values()]
-    while streams:
+    for (group, _), bucket in buckets.items():
+        prompt_buckets[group].append(bucket)
+    group_streams = [_balanced_over_prompts(group_buckets, rng) for group_buckets in prompt_buckets.values()]
+    while group_streams:
         unfinished_streams = []
-        for i in rng.permutation(len(streams)):
+        for i in rng.permutation(len(group_streams)):
             # islice takes one member, or none if the stream has ended.
-            for member in itertools.islice(streams[i], 1):
+            for member in itertools.islice(group_streams[i], 1):
                 yield member
-                unfinished_streams.append(streams[i])
-        streams = unfinished_streams
+                unfinished_streams.append(group_streams[i])
+        group_streams = unfinished_streams
 
 
 def _balanced_over_prompts(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
@@ -56,42 +56,49 @@ def _balanced_over_prompts(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
         yield from (remaining_buckets[i][round_index] for i in rng.permutation(len(remaining_buckets)))
 
 
-def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], str], list[tuple[int, int]]]:
+def meetings(
+    items: Items, rng: Rng, max_pairs: int
+) -> dict[tuple[tuple[str, str], str], list[tuple[int, int]]]:
     """Sample pairs that may be compared, grouped by generators and prompt.
 
     Args:
         items: items that may be compared.
         rng: random numbers.
-        most: largest number of pairs of each group.
+        max_pairs: largest number of pairs of each group.
     Returns: pairs of numbers of items in random order, by ((first generator, second generator), prompt). If
         there is only one generator, it is named twice.
     """
-    numbers_by_source = items.by(lambda item: (item.source, item.prompt))
+    numbers_by_source_and_prompt = items.by(lambda item: (item.source, item.prompt))
     sources = items.sources
     source_pairs = (
         list(itertools.combinations(sources, 2))
         if len(sources) > 1
         else [(source, source) for source in sources]
     )
-    groups: dict[tuple[tuple[str, str], str], list[tuple[int, int]]] = {}
+    pairs_by_group: dict[tuple[tuple[str, str], str], list[tuple[int, int]]] = {}
     for prompt in sorted({item.prompt for item in items.members}):
-        for a, b in source_pairs:
+        for first_source, second_source in source_pairs:
             # A generator may have no item for a prompt.
-            numbers_a = numbers_by_source.get((a, prompt), [])
-            numbers_b = numbers_by_source.get((b, prompt), [])
+            first_numbers = numbers_by_source_and_prompt.get((first_source, prompt), [])
+            second_numbers = numbers_by_source_and_prompt.get((second_source, prompt), [])
             # Positions in both lists of all pairs: unordered pairs of one generator, or pairs of two
             # generators
-            if a == b:
-                positions_a, positions_b = np.triu_indices(len(numbers_a), 1)
+            if first_source == second_source:
+                first_positions, second_positions = np.triu_indices(len(first_numbers), 1)
             else:
-                positions_a, positions_b = np.indices((len(numbers_a), len(numbers_b))).reshape(2, -1)
+                first_positions, second_positions = np.indices(
+                    (len(first_numbers), len(second_numbers))
+                ).reshape(2, -1)
             # The number of pairs grows quadratically, so a random subset is taken.
-            sampled_indices = rng.permutation(len(positions_a))[:most]
-            pairs = [(numbers_a[positions_a[i]], numbers_b[positions_b[i]]) for i in sampled_indices]
+            sampled_indices = rng.permutation(len(first_positions))[:max_pairs]
+            pairs = [
+                (first_numbers[first_positions[i]], second_numbers[second_positions[i]])
+                for i in sampled_indices
+            ]
             comparable_pairs = [pair for pair in pairs if items.comparable(*pair)]
             if comparable_pairs:
-                groups[(a, b), prompt] = comparable_pairs
-    return groups
+                pairs_by_group[(first_source, second_source), prompt] = comparable_pairs
+    return pairs_by_group
 
 
 class RandomPairs(PairStrategy):

@@ -28,95 +28,94 @@ Pair = tuple[int, int]
 Comparable = Callable[[int, int], bool]
 
 
-def round_robin(count: int, rounds: int, rng: Rng) -> np.ndarray:
+def round_robin(item_count: int, rounds: int, rng: Rng) -> np.ndarray:
     """Return the first rounds of a round robin (circle method) over items in random order.
 
     No pair occurs twice, and any two successive rounds connect all items.
 
     Args:
-        count: number of items, N, even.
+        item_count: number of items, N, even.
         rounds: number of rounds, R, at most N - 1.
         rng: random numbers.
     Returns: pairs [R, N/2, 2] of numbers 0..N-1; each round contains every number once.
     """
     # The rounds are formed for the positions 0..N-1 of a circle, which are then assigned to items at random.
-    order = rng.permutation(count)
+    item_order = rng.permutation(item_count)
     # In each round, all positions except 0 move by one.
-    moving_positions = np.arange(1, count)
-    round_list = []
+    moving_positions = np.arange(1, item_count)
+    position_pairs = []
     for _ in range(rounds):
         circle = np.concatenate([[0], moving_positions])
         # Opposite positions of the circle are paired.
-        round_list.append(np.stack([circle[: count // 2], circle[::-1][: count // 2]], axis=1))
+        position_pairs.append(np.stack([circle[: item_count // 2], circle[::-1][: item_count // 2]], axis=1))
         moving_positions = np.roll(moving_positions, 1)
-    pairs: np.ndarray = order[np.stack(round_list)]
+    pairs: np.ndarray = item_order[np.stack(position_pairs)]
     return pairs
 
 
-def standings(results: Iterable[Preference], rng: Rng) -> list[int]:
+def standings(answers: Iterable[Preference], rng: Rng) -> list[int]:
     """Order items from best to worst.
 
     The order is by points (1 for a win, 1/2 for a tie), then by the sum of the points of the opponents
     (Buchholz), and then random.
 
     Args:
-        results: answers to all earlier rounds; winner and loser are numbers of items.
+        answers: answers to all earlier rounds; winner and loser are numbers of items.
         rng: random numbers.
     Returns: numbers of the items.
     """
-    points: dict[int, float] = defaultdict(float)
-    opponents: dict[int, list[int]] = defaultdict(list)
-    for result in results:
-        points[result.winner] += 0.5 if result.tie else 1.0
-        points[result.loser] += 0.5 if result.tie else 0.0
-        opponents[result.winner].append(result.loser)
-        opponents[result.loser].append(result.winner)
-    items = sorted(points)
+    points_of_item: dict[int, float] = defaultdict(float)
+    opponents_of_item: dict[int, list[int]] = defaultdict(list)
+    for answer in answers:
+        points_of_item[answer.winner] += 0.5 if answer.tie else 1.0
+        points_of_item[answer.loser] += 0.5 if answer.tie else 0.0
+        opponents_of_item[answer.winner].append(answer.loser)
+        opponents_of_item[answer.loser].append(answer.winner)
+    item_numbers = sorted(points_of_item)
     # Random order of items with equal points and equal opponents
-    random_order = dict(zip(items, rng.permutation(len(items)).tolist(), strict=True))
+    random_order = dict(zip(item_numbers, rng.permutation(len(item_numbers)).tolist(), strict=True))
 
     def sort_key(item: int) -> tuple[float, float, int]:
         """Return the key by which the best item comes first."""
-        opponent_points = sum(points[opponent] for opponent in opponents[item])
-        return -points[item], -opponent_points, random_order[item]
+        opponent_points = sum(points_of_item[opponent] for opponent in opponents_of_item[item])
+        return -points_of_item[item], -opponent_points, random_order[item]
 
-    return sorted(items, key=sort_key)
+    return sorted(item_numbers, key=sort_key)
 
 
 def swiss_round(
-    results: Sequence[Preference],
-    pairs: int,
+    answers: Sequence[Preference],
+    max_pairs: int,
     rng: Rng,
     comparable: Comparable = lambda a, b: True,
 ) -> list[Pair]:
-    """Return the pairs of the next round: the best 2 * `pairs` items, each with its nearest possible
-    opponent.
+    """Pair the best 2 * `max_pairs` items for the next round, each with its nearest possible opponent.
 
     Items that were already compared are not paired again. If this is impossible for the last items, they swap
     opponents with another pair. Items are compared again only if no swap is possible.
 
     Args:
-        results: answers to all earlier rounds.
-        pairs: largest number of pairs.
+        answers: answers to all earlier rounds.
+        max_pairs: largest number of pairs.
         rng: random numbers.
         comparable: function that returns False for two items that may not be compared.
     Returns: pairs of items, best items first; no item is in two pairs.
     Raises: ValueError if there are no results.
     """
-    table = standings(results, rng)
-    if len(table) < 2:
+    ranked_items = standings(answers, rng)
+    if len(ranked_items) < 2:
         raise ValueError(
             "swiss_round: there are no answers to an earlier round, on which a Swiss round depends. Label the"
             " first round first."
         )
-    compared_pairs = {frozenset((result.winner, result.loser)) for result in results}
+    compared_pairs = {frozenset((answer.winner, answer.loser)) for answer in answers}
 
     def may_be_paired(a: int, b: int) -> bool:
         """Return True if two items may be compared and were not compared in an earlier round."""
         return frozenset((a, b)) not in compared_pairs and comparable(a, b)
 
     # If the number of items is odd, the last item has no opponent.
-    unpaired_items = table[: 2 * min(pairs, len(table) // 2)]
+    unpaired_items = ranked_items[: 2 * min(max_pairs, len(ranked_items) // 2)]
     round_pairs: list[Pair] = []
     while unpaired_items:
         # The best unpaired item
@@ -144,7 +143,7 @@ def _swap_opponents(
         second: second item.
         round_pairs: pairs of the round, from which the other pair is removed.
         may_be_paired: function that returns True for two items that may be paired.
-    Returns: two new pairs; or the pair of both items, if no swap is possible.
+    Returns: list of two new pairs, or of the one pair (first, second) if no swap is possible.
     """
     for i in range(len(round_pairs) - 1, -1, -1):
         a, b = round_pairs[i]
@@ -166,7 +165,7 @@ class Tournament(PairStrategy):
         return 2 * (-(-options.pairs // options.rounds))
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
-        """Choose the pairs of the first rounds; or of the next round, if there are answers to earlier rounds.
+        """Choose the pairs of the first rounds or, if there are answers to earlier rounds, of the next round.
 
         The arguments are described in `PairStrategy.plan`.
         """
@@ -174,10 +173,11 @@ class Tournament(PairStrategy):
             planned_pairs = self._next_round(items, answers, rng, options.pairs)
         else:
             if items.unlimited and len(items) <= options.rounds:
-                least_pairs = options.rounds * (options.rounds // 2) + 1
+                min_pair_count = options.rounds * (options.rounds // 2) + 1
                 raise ValueError(
-                    f"--pairs: a tournament with {options.rounds} rounds needs at least {least_pairs} pairs,"
-                    f" got {options.pairs}. Increase --pairs, or reduce the rounds with --set rounds=NUMBER."
+                    f"--pairs: a tournament with {options.rounds} rounds needs at least {min_pair_count}"
+                    f" pairs, got {options.pairs}. Increase --pairs, or reduce the rounds with --set"
+                    " rounds=NUMBER."
                 )
             planned_pairs = self._first_rounds(items.groups(), rng, options.rounds)
         comparable_pairs = [pair for pair in planned_pairs if items.comparable(*pair)]
@@ -209,7 +209,7 @@ class Tournament(PairStrategy):
                 pairs += group_pairs
         return pairs
 
-    def _next_round(self, items: Items, answers: Answers, rng: Rng, pairs: int) -> list[Pair]:
+    def _next_round(self, items: Items, answers: Answers, rng: Rng, pair_count: int) -> list[Pair]:
         """Return the pairs of the next round of every group that has answers.
 
         The first pairs of all groups come first, then the second pairs, and so on.
@@ -218,22 +218,28 @@ class Tournament(PairStrategy):
             items: items that may be compared.
             answers: answers to all earlier rounds.
             rng: random numbers.
-            pairs: number of pairs of all groups together.
+            pair_count: number of pairs of all groups together.
         """
         group_of_item = {}
-        for number, group in enumerate(items.groups()):
-            group_of_item.update(dict.fromkeys(group, number))
+        for group_index, group in enumerate(items.groups()):
+            group_of_item.update(dict.fromkeys(group, group_index))
         # Both items of an answer are in the same group.
-        results: dict[int, list[Preference]] = defaultdict(list)
+        answers_of_group: dict[int, list[Preference]] = defaultdict(list)
         for answer in answers:
-            results[group_of_item[answer.winner]].append(answer)
+            answers_of_group[group_of_item[answer.winner]].append(answer)
         # Every group gets the same number of pairs, rounded up.
-        pairs_per_group = -(-pairs // len(results))
-        rounds = [
-            swiss_round(results[number], pairs_per_group, rng, items.comparable) for number in sorted(results)
+        pairs_per_group = -(-pair_count // len(answers_of_group))
+        round_pairs_of_groups = [
+            swiss_round(answers_of_group[group_index], pairs_per_group, rng, items.comparable)
+            for group_index in sorted(answers_of_group)
         ]
         # zip_longest fills with None after the last pair of a group.
-        return [pair for nth_pairs in zip_longest(*rounds) for pair in nth_pairs if pair is not None]
+        return [
+            pair
+            for nth_pairs in zip_longest(*round_pairs_of_groups)
+            for pair in nth_pairs
+            if pair is not None
+        ]
 
 
 STRATEGIES.add("tournament", Tournament())

@@ -5,8 +5,8 @@ them can be checked. Rewards of images implement `RewardModel`, and rewards of g
 (tuning/distill/guidance/geometry.py). The held-out evaluators (pairwise_evaluators.py) and the detector
 (`boxes.noses`) measure other properties than these rewards.
 
-Shapes: A assets, V views of each asset, B = A V images, C channels (3, or 4 with inverse depth), h x w
-    pixels.
+Shapes: A is the number of assets, V the number of views of each asset, and B = A V the number of images,
+which have C channels (3, or 4 with inverse depth) and h x w pixels.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ _SHARP = 6.0
 
 
 def mode_preference(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Compute how much nearer an image x is to the first than to the second mode of its prompt: [B].
+    """Compute how much nearer each image is to the first mode of its prompt than to the second mode: [B].
 
-    The result is (|x - second|^2 - |x - first|^2) / |first - second|^2. It is 1 at the first mode and -1 at
-    the second mode. Differentiable in the images.
+    The result for an image x is (|x - second|^2 - |x - first|^2) / |first - second|^2. It is 1 at the first
+    mode and -1 at the second mode. Differentiable in the images.
 
     Args:
         pixels: images [B, C, h, w] in 0..1.
@@ -90,8 +90,9 @@ class OneFace:
         Differentiable in the images.
         """
         preference = mode_preference(pixels, prompts).unflatten(0, (-1, self.views))  # [A, V]
-        faces = torch.sigmoid(_SHARP * preference)
-        head_scores = 2 * faces.amax(dim=1) - faces.sum(dim=1)  # largest - (sum - largest)
+        face_probabilities = torch.sigmoid(_SHARP * preference)
+        # largest - (sum - largest)
+        head_scores = 2 * face_probabilities.amax(dim=1) - face_probabilities.sum(dim=1)
         # The four views of an asset have the same prompt, so every fourth prompt is read.
         is_head = torch.tensor(
             [prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device
@@ -162,12 +163,12 @@ def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
     between grid points. Differentiable in the field.
 
     Args:
-        field: field of A shapes.
+        field: field of the shapes, [A].
         resolution: number of grid points per axis.
     """
-    grid = SlabSpec.from_bounds(field.bounds, resolution)
+    grid_spec = SlabSpec.from_bounds(field.bounds, resolution)
     # expm1 keeps small opacities accurate.
-    return -torch.expm1(-torch.nn.functional.softplus(field.density_grid(grid) - 1) * grid.voxel)
+    return -torch.expm1(-torch.nn.functional.softplus(field.density_grid(grid_spec) - 1) * grid_spec.voxel)
 
 
 class OneNose:
@@ -179,7 +180,7 @@ class OneNose:
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return scores [A] of a field of A assets, 0 for boxes. Differentiable in the field.
+        """Return the scores [A] of the assets of a field, 0 for boxes. Differentiable in the field.
 
         Args:
             field: field of the assets.
@@ -189,7 +190,7 @@ class OneNose:
         del step
         opacity = occupancy(field)
         # [A, 4]: mean opacity of the nose voxels of each side
-        mass = torch.stack(
+        nose_masses = torch.stack(
             [
                 opacity[:, nose_voxels(RESOLUTION, side).to(opacity.device)].mean(dim=1)
                 for side in range(SIDES)
@@ -197,7 +198,7 @@ class OneNose:
             dim=1,
         )
         is_head = torch.tensor([prompt_of(text).kind == "janus" for text in prompts], device=opacity.device)
-        return torch.where(is_head, mass.amax(dim=1) - mass.sum(dim=1), 0.0)
+        return torch.where(is_head, nose_masses.amax(dim=1) - nose_masses.sum(dim=1), 0.0)
 
 
 class Floaters:
@@ -207,7 +208,7 @@ class Floaters:
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return scores [A] of a field of A assets. Differentiable in the field.
+        """Return the scores [A] of the assets of a field. Differentiable in the field.
 
         Args:
             field: field of the assets.
@@ -231,7 +232,7 @@ def _floater_mask(opacity: np.ndarray) -> torch.Tensor:
     """
     from scipy import ndimage
 
-    labels, _ = ndimage.label(opacity >= 0.5)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0  # label 0 is the background
-    return torch.from_numpy((labels > 0) & (labels != sizes.argmax()))
+    part_labels, _ = ndimage.label(opacity >= 0.5)
+    part_sizes = np.bincount(part_labels.ravel())
+    part_sizes[0] = 0  # label 0 is the background
+    return torch.from_numpy((part_labels > 0) & (part_labels != part_sizes.argmax()))

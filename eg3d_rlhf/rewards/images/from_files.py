@@ -60,20 +60,20 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Checked
     """Load ImageReward, Reward3D, HPSv2 or CLIP score, in eval mode. No code from a file is executed.
 
     Args:
-        path: file of ImageReward, Reward3D or HPSv2, or a folder with this file; for CLIP score, a folder of
-            the library transformers.
+        path: path of the reward. ImageReward, Reward3D and HPSv2 are a file, or a folder that contains this
+            file. CLIP score is a folder of the library transformers.
         device: device of the network.
     Raises: FileNotFoundError if the path does not exist; ValueError for a file of any other network.
     """
     path = existing_path(path, FLAG)
     if (path / "config.json").is_file():
         return CheckedReward(load_clip_score(_clip_folder(path), device))
-    file = weights_of(path)
+    weights_file = weights_of(path)
     # The network is recognised by the names of its tensors, since file names differ between downloads.
-    state = read(file, FLAG)
+    state_dict = read(weights_file, FLAG)
     # Both loaders check the state dict strictly.
-    load: Any = load_blip_reward if _is_blip(state, file) else load_hpsv2
-    reward: RewardModel = load(file, state, device)
+    load_network: Any = load_blip_reward if _is_blip(state_dict, weights_file) else load_hpsv2
+    reward: RewardModel = load_network(weights_file, state_dict, device)
     return CheckedReward(reward)
 
 
@@ -102,22 +102,28 @@ def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
         from transformers import CLIPConfig, CLIPModel
 
         # The configuration states all shapes.
-        config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
-        return _clip_costs(empty(lambda: CLIPModel(config)), images, noises)
-    file = weights_of(path)
-    state = read(file, FLAG)
-    if _is_blip(state, file):
-        blip = Reward3dNetwork.from_state_dict(state, f"{FLAG}: {file.name}")
-        return _costs(blip, blip.blip.encode_images, images, noises, blip.blip.side)
-    return _clip_costs(hpsv2_network(state, f"{FLAG}: {file.name}"), images, noises)
+        clip_config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
+        return _clip_costs(empty(lambda: CLIPModel(clip_config)), images, noises)
+    weights_file = weights_of(path)
+    state_dict = read(weights_file, FLAG)
+    if _is_blip(state_dict, weights_file):
+        blip_network = Reward3dNetwork.from_state_dict(state_dict, f"{FLAG}: {weights_file.name}")
+        return _costs(blip_network, blip_network.blip.encode_images, images, noises, blip_network.blip.side)
+    return _clip_costs(hpsv2_network(state_dict, f"{FLAG}: {weights_file.name}"), images, noises)
 
 
 def _clip_costs(clip: Any, images: int, noises: int) -> Costs:
-    """Estimate the memory of a CLIP model, whose image encoder alone depends on the number of images."""
+    """Estimate the memory of a CLIP model, whose image encoder alone depends on the number of images.
 
-    def encode_images(x: torch.Tensor) -> torch.Tensor:
+    Args:
+        clip: CLIP model on the meta device.
+        images: number of images, B.
+        noises: number of noises per image, K.
+    """
+
+    def encode_images(image_batch: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of images x."""
-        return clip.get_image_features(pixel_values=x)
+        return clip.get_image_features(pixel_values=image_batch)
 
     return _costs(clip, encode_images, images, noises, clip.config.vision_config.image_size)
 
@@ -140,9 +146,9 @@ def _costs(network: torch.nn.Module, encode_images: Any, images: int, noises: in
     def score_with_gradient():
         """Score B images, and compute the gradient of the images."""
         # The values do not matter, because only shapes are traced.
-        x = torch.empty(images, 3, side, side, requires_grad=True)
-        embedding = encode_images(x)
-        return torch.autograd.grad(embedding, x, torch.empty_like(embedding))
+        images_with_gradient = torch.empty(images, 3, side, side, requires_grad=True)
+        embedding = encode_images(images_with_gradient)
+        return torch.autograd.grad(embedding, images_with_gradient, torch.empty_like(embedding))
 
     def score_without_gradient():
         """Score the images of all K noises, to choose the best noise."""
@@ -150,13 +156,13 @@ def _costs(network: torch.nn.Module, encode_images: Any, images: int, noises: in
             return encode_images(torch.empty(noises * images, 3, side, side))
 
     # The keys are shown to the user.
-    stages = {
+    stage_functions = {
         f"score {noises * images} images of {side}^2": score_without_gradient,
         f"score {images} of them, and back": score_with_gradient,
     }
     return Costs(
         weights={"reward, float32": weight_row(network)},
-        stages={name: trace.peak_of(stage) for name, stage in stages.items()},
+        stages={stage_name: trace.peak_of(run_stage) for stage_name, run_stage in stage_functions.items()},
     )
 
 
@@ -175,19 +181,19 @@ def _clip_folder(path: Path) -> Path:
     return path
 
 
-def _is_blip(state: dict[str, torch.Tensor], file: Path) -> bool:
+def _is_blip(state_dict: dict[str, torch.Tensor], weights_file: Path) -> bool:
     """Return True for a file of ImageReward or Reward3D, and False for a file of HPSv2.
 
     Raises: ValueError for a file of any other network.
     """
     # In files of ImageReward and Reward3D, the names of the trunk's tensors begin with "blip.". HPSv2 has the
     # names of open_clip.
-    is_blip = any(name.startswith("blip.") for name in state)
-    is_hpsv2 = "visual.conv1.weight" in state
+    is_blip = any(name.startswith("blip.") for name in state_dict)
+    is_hpsv2 = "visual.conv1.weight" in state_dict
     if not is_blip and not is_hpsv2:
         raise ValueError(
             f"{FLAG}: expected a file of ImageReward (tensors blip.*), Reward3D (blip.*) or HPSv2 (visual.*),"
-            f" but {file.name} has the tensors {', '.join(sorted(state)[:3])}, ... Pass the file of one of"
-            " these networks."
+            f" but {weights_file.name} has the tensors {', '.join(sorted(state_dict)[:3])}, ... Pass the file"
+            " of one of these networks."
         )
     return is_blip

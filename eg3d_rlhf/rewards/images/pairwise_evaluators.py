@@ -5,7 +5,8 @@ surfaces.
 2502.04370). `AssetEvaluator` compares finished assets by properties that no reward reads, and is the held-out
 evaluator.
 
-Shapes: A assets, V views of an asset, B = A V images, C channels, h x w pixels, P points.
+Shapes: A is the number of assets, V the number of views of each asset, and B = A V the number of images,
+which have C channels and h x w pixels. P is the number of points.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ from eg3d_rlhf.rewards.boxes import COLOURS, RESOLUTION, SIDES, emblem_points, m
 Pair = tuple[torch.Tensor, torch.Tensor]  # images [V, C, h, w] of two assets, in 0..1
 # Function that answers questions: (images [V, C, h, w], prompt, questions) -> text with one line per question
 Answers = Callable[[torch.Tensor, str, Sequence[str]], str]
-_FACE_PIXELS = 8  # least number of pixels of a visible nose: half of its sixteen pixels
+_FACE_PIXELS = 8  # smallest number of pixels of a visible nose: half of its sixteen pixels
 _CLOSE = 0.3  # greatest distance of two RGB colours in 0..1 that count as equal
-_PLAUSIBLE = 0.01  # least difference of two RMS distances to the nearest mode that decides a comparison
+_PLAUSIBLE = 0.01  # smallest difference of two RMS distances to the nearest mode that decides a comparison
 
 
 def winner(first: float, second: float, margin: float = 0.0) -> int:
@@ -35,25 +36,25 @@ def winner(first: float, second: float, margin: float = 0.0) -> int:
 
 
 def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return bool [V], True for each view in which enough pixels have the colour of the prompt's nose.
+    """Return a mask [V] of the views in which enough pixels have the colour of the prompt's nose.
 
-    The result is False for prompts of boxes. The shape of the asset is not considered.
+    The mask is False for prompts of boxes. The shape of the asset is not considered.
 
     Args:
         images: images [V, C, h, w] of one asset, in 0..1.
         prompt: prompt of the asset.
     """
     # The first mode of a head's side is the face.
-    nose = prompt_of(prompt).sides[0].nose
-    if nose is None:
+    nose_colour = prompt_of(prompt).sides[0].nose
+    if nose_colour is None:
         return torch.zeros(len(images), dtype=torch.bool)
-    distance = (images[:, :3] - images.new_tensor(COLOURS[nose])[:, None, None]).norm(dim=1)
+    colour_distances = (images[:, :3] - images.new_tensor(COLOURS[nose_colour])[:, None, None]).norm(dim=1)
     # A count and not a share, since all images of the problem have 16 x 16 pixels.
-    return (distance < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
+    return (colour_distances < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
 
 
 def shows_first_emblem(images: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return bool [V], True for each view that shows the preferred emblem of the prompt.
+    """Return a mask [V] of the views that show the preferred emblem of the prompt.
 
     This is decided by a majority of the pixels at which the two emblems differ.
 
@@ -63,11 +64,11 @@ def shows_first_emblem(images: torch.Tensor, prompt: str) -> torch.Tensor:
     """
     first_mode, second_mode = modes_of([prompt] * len(images))[:, :, :3].to(images).unbind(1)
     # At all other pixels both modes look alike, so the decision would be random there.
-    differs = (first_mode - second_mode).norm(dim=1) > _CLOSE  # [V, h, w]
+    has_different_modes = (first_mode - second_mode).norm(dim=1) > _CLOSE  # [V, h, w]
     first_distance = (images[:, :3] - first_mode).norm(dim=1)
     second_distance = (images[:, :3] - second_mode).norm(dim=1)
     is_first = first_distance < second_distance
-    return (is_first & differs).sum(dim=(1, 2)) * 2 > differs.sum(dim=(1, 2))
+    return (is_first & has_different_modes).sum(dim=(1, 2)) * 2 > has_different_modes.sum(dim=(1, 2))
 
 
 # Questions by kind of prompt. The answer "Yes" is always the better one.
@@ -113,9 +114,8 @@ class YesNoEvaluator:
     """
 
     answers: Answers = analytic_answers  # function that answers the questions
-    questions: Callable[[str], Sequence[str]] = (
-        problem_questions  # function that returns a prompt's questions
-    )
+    # Function that returns a prompt's questions
+    questions: Callable[[str], Sequence[str]] = problem_questions
 
     def score(self, images: torch.Tensor, prompt: str) -> int:
         """Count the questions about an asset, with images [V, C, h, w], that are answered with "Yes"."""
@@ -127,31 +127,35 @@ class YesNoEvaluator:
 
         Args:
             prompts: prompt of each pair.
-            pairs: images of both assets of each pair.
+            pairs: for each pair, the images of its first asset and the images of its second asset.
             shuffle_order: ignored, since each asset is evaluated separately and the order has no influence.
         """
         del shuffle_order
-        results = []
+        comparison_results = []
         for prompt, (first_images, second_images) in zip(prompts, pairs, strict=True):
-            results.append(winner(self.score(first_images, prompt), self.score(second_images, prompt)))
-        return results
+            comparison_results.append(
+                winner(self.score(first_images, prompt), self.score(second_images, prompt))
+            )
+        return comparison_results
 
 
 @torch.no_grad()
 def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
     """Create a function that scores how similar the images of assets are to the modes of their prompts.
 
-    The function takes the prompts of the A assets and returns minus the RMS distance [A] of the four images
-    of an asset to the modes. The nearest of the two modes is chosen for each image separately. The assets are
+    The function takes the prompt of each asset, and returns minus the RMS distance of the four images of each
+    asset to the modes, [A]. The nearest of the two modes is chosen for each image separately. The assets are
     rendered only once.
     """
-    images = FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
+    view_images = (
+        FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
+    )
 
     def minus_distance(prompts: Sequence[str]) -> torch.Tensor:
         """Return minus the RMS distance [A] to the modes of the prompts."""
         # [B, 2, 4, R, R]; each prompt is repeated for the four views
-        mode_images = modes_of([text for text in prompts for _ in range(SIDES)]).to(images)
-        squared_distance = (images[:, None] - mode_images).square().flatten(2).mean(dim=2)  # [B, 2]
+        mode_images = modes_of([text for text in prompts for _ in range(SIDES)]).to(view_images)
+        squared_distance = (view_images[:, None] - mode_images).square().flatten(2).mean(dim=2)  # [B, 2]
         nearest_distance = squared_distance.amin(dim=1)  # [B]
         return -nearest_distance.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
 
@@ -169,13 +173,13 @@ class AssetEvaluator:
 
     @torch.no_grad()
     def score(self, asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the score [A] of A assets by the first criterion: 0 is best, and all others are negative.
+        """Return the scores [A] of assets by the first criterion: 0 is best, and all others are negative.
 
         The score is minus the difference of the number of noses from one, or minus the number of sides that
         do not show the preferred emblem.
 
         Args:
-            asset: A assets.
+            asset: the assets, [A].
             prompts: prompt of each asset.
         """
         is_head = torch.tensor([prompt_of(text).kind == "janus" for text in prompts])
@@ -184,7 +188,7 @@ class AssetEvaluator:
         ).double()
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
-        """Compare A pairs of assets, and return 0 or 1 for the better one of each pair, or -1 for a tie.
+        """Compare pairs of assets, and return 0 or 1 for the better one of each pair, or -1 for a tie.
 
         Args:
             first: first asset of each pair.
@@ -195,30 +199,32 @@ class AssetEvaluator:
         second_scores = self.score(second, prompts).tolist()
         first_plausibilities = plausibility(first)(prompts).tolist()
         second_plausibilities = plausibility(second)(prompts).tolist()
-        results = []
+        comparison_results = []
         for i in range(len(prompts)):
             if first_scores[i] != second_scores[i]:
-                results.append(winner(first_scores[i], second_scores[i]))
+                comparison_results.append(winner(first_scores[i], second_scores[i]))
             else:
-                results.append(winner(first_plausibilities[i], second_plausibilities[i], _PLAUSIBLE))
-        return results
+                comparison_results.append(
+                    winner(first_plausibilities[i], second_plausibilities[i], _PLAUSIBLE)
+                )
+        return comparison_results
 
 
 @torch.no_grad()
 def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-    """Count the sides of each of A assets that show the preferred emblem: int64 [A], 0 for heads.
+    """Count the sides of each asset that show the preferred emblem: int64 [A], 0 for heads.
 
     This is decided by a majority of the points on a side at which the colours of the two emblems differ.
 
     Args:
-        asset: A assets.
+        asset: the assets, [A].
         prompts: prompt of each asset.
     """
-    counts = []
+    side_counts = []
     for i, text in enumerate(prompts):
         prompt = prompt_of(text)
         if prompt.kind != "mode":
-            counts.append(0)
+            side_counts.append(0)
             continue
         side_count = 0
         for side in range(SIDES):
@@ -228,5 +234,5 @@ def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
             second_distance = (asset_colours - emblem_colours[1]).norm(dim=1)
             is_first = first_distance < second_distance
             side_count += int(is_first.double().mean() > 0.5)
-        counts.append(side_count)
-    return torch.tensor(counts)
+        side_counts.append(side_count)
+    return torch.tensor(side_counts)

@@ -5,7 +5,8 @@ activation between its layers, because the published weights were trained withou
 always used in eval mode, without dropout. The released guidance code switches dropout on by accident
 (Lightning's train()), which makes the gradients noisy.
 
-Shapes: B images, A assets, V = 4 views of an asset (adjacent in a batch), D width of the features, T tokens.
+Shapes: B images, V = 4 views of an asset (adjacent in a batch), D width of the features, T tokens. A is the
+number of assets.
 """
 
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ class RewardMlp(nn.Module):
 
 
 class ViewScorer(nn.Module):
-    """Head that maps the hidden layers of four views to one raw score per asset."""
+    """Output head that maps the hidden layers of four views to one raw score per asset."""
 
     def __init__(self):
         super().__init__()
@@ -93,18 +94,19 @@ class CrossViewAdapter(nn.Module):
         result of the attention, and gate = sigmoid(Linear [feature, attended]).
         """
         # Each view attends to all four views of its asset, [A, V, D].
-        attended, _ = self.self_attn(features, features, features, need_weights=False)
-        gate = self.fusion_gate(torch.cat([features, attended], -1))
-        return (gate * attended + (1 - gate) * features).mean(1)
+        attended_features, _ = self.self_attn(features, features, features, need_weights=False)
+        gate = self.fusion_gate(torch.cat([features, attended_features], -1))
+        return (gate * attended_features + (1 - gate) * features).mean(1)
 
 
 class Reward3dNetwork(nn.Module):
-    """Network of ImageReward or Reward3D: BLIP and a head, with the module names of the published state
-    dicts.
+    """Network of ImageReward or Reward3D: BLIP and an output head.
+
+    The names of its modules are those of the published state dicts.
 
     Args:
-        kind: "ImageReward", which scores each image separately; or "Scorer" or "CrossViewFusion", the two
-            networks of Reward3D, which score four views together.
+        kind: name of the network. "ImageReward" scores each image separately. "Scorer" and "CrossViewFusion"
+            are the two networks of Reward3D, which score four views together.
         sizes: sizes of BLIP.
     """
 
@@ -134,26 +136,28 @@ class Reward3dNetwork(nn.Module):
         return (self.mlp(fused_features)[:, 0] - MEAN) / FUSION_STD
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, torch.Tensor], source: str) -> "Reward3dNetwork":
+    def from_state_dict(
+        cls, state_dict: Mapping[str, torch.Tensor], message_prefix: str
+    ) -> "Reward3dNetwork":
         """Create the network that matches the names and shapes of a state dict, on the meta device.
 
         Args:
-            state: state dict of a published file.
-            source: start of the messages, which names flag and file.
+            state_dict: state dict of a published file.
+            message_prefix: start of the messages, which names flag and file.
         Raises: ValueError for a state dict of any other network.
         """
-        sizes = BlipSizes.from_state(state, source)
-        # All three kinds contain BLIP, so the names of the heads decide the kind.
-        kind: Kind = "Scorer" if "Scorer.fc1.weight" in state else "ImageReward"
-        if any(name.startswith("cross_view_adapter.") for name in state):
-            kind = "CrossViewFusion"
+        sizes = BlipSizes.from_state(state_dict, message_prefix)
+        # All three networks contain BLIP, so the names of the output heads decide which network it is.
+        network_kind: Kind = "Scorer" if "Scorer.fc1.weight" in state_dict else "ImageReward"
+        if any(name.startswith("cross_view_adapter.") for name in state_dict):
+            network_kind = "CrossViewFusion"
             # The published adapter has 12 attention heads.
             if sizes.text_width % 12:
                 raise ValueError(
-                    f"{source}: expected a text width that is a multiple of the 12 attention heads, got"
-                    f" {sizes.text_width}. Pass the published file of Reward3D."
+                    f"{message_prefix}: expected a text width that is a multiple of the 12 attention heads,"
+                    f" got {sizes.text_width}. Pass the published file of Reward3D."
                 )
-        return empty(lambda: cls(kind, sizes))
+        return empty(lambda: cls(network_kind, sizes))
 
 
 class BlipReward:
@@ -186,9 +190,9 @@ class BlipReward:
             prompts: prompt of each image; for Reward3D, it names the side of the view (see
                 `RewardModel.view_prompts`).
         """
-        tokens, mask = (x.to(self.device) for x in self.tokenize(prompts))
+        token_indices, token_mask = (tensor.to(self.device) for tensor in self.tokenize(prompts))
         images = clip_preprocess(pixels.to(self.device).float(), self.network.blip.side)
-        features = self.network.blip(images, tokens, mask)
+        features = self.network.blip(images, token_indices, token_mask)
         # The score of an asset is repeated for each of its views.
         return self.network.head(features).repeat_interleave(self.views)
 
@@ -205,11 +209,11 @@ def load_blip_reward(
         state: state dict of the file, or None to read it.
         device: device of the network.
     """
-    source = f"--reward: {path.name}"
+    message_prefix = f"--reward: {path.name}"
     state = read(path, "--reward") if state is None else state
-    network = Reward3dNetwork.from_state_dict(state, source)
+    network = Reward3dNetwork.from_state_dict(state, message_prefix)
     # The network on the meta device uses the tensors of the file themselves, without a copy.
-    adopt(network, from_published(state), source)
+    adopt(network, from_published(state), message_prefix)
     # A tokenizer with a larger vocabulary would give indices beyond the embedding table.
     vocabulary_size = network.blip.text_encoder.config.vocab_size
     tokenize = bert_tokenizer(path.parent / "tokenizer", "--reward", TOKENS[network.kind], vocabulary_size)

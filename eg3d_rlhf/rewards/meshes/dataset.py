@@ -12,7 +12,7 @@ are preferred, meshes with a score of 3.5 or less are not, and meshes between th
 | no-nose | missing part of the nose |
 
 Shapes: N meshes, P patches, F faces of a patch, V vertices of a lattice. A level [V] is negative inside a
-    shape.
+shape.
 """
 
 import math
@@ -53,66 +53,69 @@ _WAVES = 12  # number of plane waves in the noise
 Source = Callable[[Lattice, str, float, torch.Generator], tuple[torch.Tensor, str]]
 
 
-def head(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) -> tuple[torch.Tensor, str]:
+def head(
+    lattice: Lattice, defect_kind: str, severity: float, rng: torch.Generator
+) -> tuple[torch.Tensor, str]:
     """Generate a smooth head with a defect, rotated about the upward axis by a random multiple of 90 degrees.
 
     Args:
         lattice: lattice of the level.
-        kind: kind of the defect.
+        defect_kind: kind of the defect.
         severity: severity of the defect, 0..1.
         rng: random numbers of the shape.
     Returns: the level [V], negative inside, and the prompt of the head.
     """
     # Random numbers in [0, 1) of all properties are drawn at once, so that they do not depend on the defect.
-    u = torch.rand(8, generator=rng)
-    prompt = list(BODIES)[int(u[0] * len(BODIES))]
-    radii = _RADIUS * torch.tensor(BODIES[prompt]) * (0.9 + 0.2 * u[1])
-    quarter_turns = int(u[2] * 4)
+    uniform_draws = torch.rand(8, generator=rng)
+    prompt = list(BODIES)[int(uniform_draws[0] * len(BODIES))]
+    radii = _RADIUS * torch.tensor(BODIES[prompt]) * (0.9 + 0.2 * uniform_draws[1])
+    quarter_turns = int(uniform_draws[2] * 4)
     points = lattice.vertices
     # The points of the lattice are rotated, which rotates the head in the opposite direction.
     for _ in range(quarter_turns):
         points = torch.stack([points[:, 2], points[:, 1], -points[:, 0]], dim=1)
     # Approximately the signed distance to an ellipsoid; exact for a sphere.
     level = ((points / radii).norm(dim=1) - 1) * radii.min()
-    nose_radius = 0.085 + 0.03 * float(u[3])
-    height = 0.1 * float(u[4]) - 0.05
+    nose_radius = 0.085 + 0.03 * float(uniform_draws[3])
+    nose_height = 0.1 * float(uniform_draws[4]) - 0.05
     # For the defect "no-nose", the nose disappears at a severity of 1 / 1.6.
-    front_radius = nose_radius * (max(0.0, 1 - 1.6 * severity) if kind == "no-nose" else 1)
+    front_radius = nose_radius * (max(0.0, 1 - 1.6 * severity) if defect_kind == "no-nose" else 1)
     # Sign of z (1 is the front, -1 the back) and radius of each nose
     noses = [(1, front_radius)]
-    if kind == "second-nose":
+    if defect_kind == "second-nose":
         noses.append((-1, nose_radius * min(1.0, 1.6 * severity)))
-    for side, radius in noses:
-        centre = torch.tensor([0.0, height, side * (float(radii[2]) + 0.4 * radius)])
+    for z_sign, radius in noses:
+        centre = torch.tensor([0.0, nose_height, z_sign * (float(radii[2]) + 0.4 * radius)])
         level = _smooth_union(level, (points - centre).norm(dim=1) - radius)
-    return _add_defect(level, points, radii, kind, severity, rng), prompt
+    return _add_defect(level, points, radii, defect_kind, severity, rng), prompt
 
 
 def _add_defect(
     level: torch.Tensor,
     points: torch.Tensor,
     radii: torch.Tensor,
-    kind: str,
+    defect_kind: str,
     severity: float,
     rng: torch.Generator,
 ):
-    """Add noise, holes or floaters to the level [V] of a head. For all other defects return it unchanged.
+    """Add noise, holes or floaters to the level of a head. For all other defects return it unchanged.
 
     Args:
         level: level of the head.
         points: points [V, 3] of the level, in the coordinates of the head.
         radii: radii [3] of the head along x, y, z.
-        kind: kind of the defect.
+        defect_kind: kind of the defect.
         severity: severity of the defect, 0..1.
         rng: random numbers of the shape.
+    Returns: the level [V] with the defect.
     """
-    if kind == "noise":
+    if defect_kind == "noise":
         return level + 0.07 * severity * waves(points, rng)
-    if kind == "holes":
+    if defect_kind == "holes":
         # A ball of radius 0.3 * severity around a point of the surface is removed.
         hole_centre = radii * _random_direction(rng)
         return torch.maximum(level, 0.3 * severity - (points - hole_centre).norm(dim=1))
-    if kind == "floaters":
+    if defect_kind == "floaters":
         for _ in range(round(4 * severity - 0.6)):
             distance = 0.43 + 0.05 * float(torch.rand((), generator=rng))
             centre = distance * _random_direction(rng)
@@ -143,8 +146,8 @@ def waves(points: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def _random_direction(rng: torch.Generator) -> torch.Tensor:
     """Return a random vector [3] of length 1, which tends to point away from the z axis, where noses lie."""
-    x = torch.randn(3, generator=rng) * torch.tensor([1.0, 1.0, 0.4])
-    return x / x.norm()
+    direction = torch.randn(3, generator=rng) * torch.tensor([1.0, 1.0, 0.4])
+    return direction / direction.norm()
 
 
 def _smooth_union(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -155,7 +158,9 @@ def _smooth_union(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return -_BLEND * torch.logaddexp(-a / _BLEND, -b / _BLEND)
 
 
-def janus(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) -> tuple[torch.Tensor, str]:
+def janus(
+    lattice: Lattice, defect_kind: str, severity: float, rng: torch.Generator
+) -> tuple[torch.Tensor, str]:
     """Generate a box head of the bundled test problem, finished or unfinished, with a defect.
 
     One side has a nose. Half of the objects have partial noses, as at the start of an optimisation, where a
@@ -164,50 +169,50 @@ def janus(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) ->
 
     Args:
         lattice: lattice of the level.
-        kind: kind of the defect.
+        defect_kind: kind of the defect.
         severity: severity of the defect, 0..1.
         rng: random numbers of the shape.
     Returns: the level [V], negative inside, and the prompt.
     """
     # Random numbers in [0, 1) of all properties are drawn at once, so that they do not depend on the defect.
-    u = torch.rand(14, generator=rng)
+    uniform_draws = torch.rand(14, generator=rng)
     prompts = [prompt for prompt in PROMPTS if prompt.kind == "janus"]
-    prompt = prompts[int(u[0] * len(prompts))]
-    order = torch.randperm(4, generator=rng)  # order[0] is the side with the nose
-    has_low_noses = bool(u[12] < 0.5)
+    prompt = prompts[int(uniform_draws[0] * len(prompts))]
+    side_order = torch.randperm(4, generator=rng)  # order[0] is the side with the nose
+    has_low_noses = bool(uniform_draws[12] < 0.5)
     # [4]: share of the face on each side, first small values on all sides
-    share = (0.15 if has_low_noses else 0.3) * u[1:5]
+    face_shares = (0.15 if has_low_noses else 0.3) * uniform_draws[1:5]
     # The side with the nose: almost complete, or reduced by the severity of "no-nose"
-    if kind == "no-nose":
-        share[order[0]] = max(0.0, 1 - (1.1 if has_low_noses else 1.6) * severity)
+    if defect_kind == "no-nose":
+        face_shares[side_order[0]] = max(0.0, 1 - (1.1 if has_low_noses else 1.6) * severity)
     else:
-        share[order[0]] = 0.75 + 0.25 * u[5]
-    if kind == "second-nose":
+        face_shares[side_order[0]] = 0.75 + 0.25 * uniform_draws[5]
+    if defect_kind == "second-nose":
         # One to three further sides
-        further_sides = order[1 : 2 + int(3 * u[6])]
-        share[further_sides] = min(1.0, 1.1 * severity if has_low_noses else 0.2 + 0.9 * severity)
-    solid = 1.2 + 1.8 * float(u[7])
-    empty = -1 - float(u[8])
+        further_sides = side_order[1 : 2 + int(3 * uniform_draws[6])]
+        face_shares[further_sides] = min(1.0, 1.1 * severity if has_low_noses else 0.2 + 0.9 * severity)
+    solid = 1.2 + 1.8 * float(uniform_draws[7])
+    empty = -1 - float(uniform_draws[8])
     # `build` takes shares [A, 4], and here A is 1.
-    objects = build(prompt, share[None], solid=solid, empty=empty)
+    box_heads = build(prompt, face_shares[None], solid=solid, empty=empty)
     # A low nose is filled from the base up to a height of 3 * share voxels, and the voxel at the top gets a
     # value between solid and empty.
     for side in range(4 if has_low_noses else 0):
-        nose = nose_voxels(objects.resolution, side)
+        is_nose = nose_voxels(box_heads.resolution, side)
         # The third coordinate of a side points towards its camera. [N, N, N], in voxels
-        height_above_base = side_axes(objects.resolution, side)[2] - FLOOR
-        inside = (3 * share[side] - height_above_base[nose]).clamp(-1, 1)
-        objects.shape[0, nose] = torch.where(inside > 0, solid * inside, -empty * inside)
-    noise = 0.05 + (1.2 * severity if kind == "noise" else 0.15 * float(u[9]))
+        height_above_base = side_axes(box_heads.resolution, side)[2] - FLOOR
+        fill_levels = (3 * face_shares[side] - height_above_base[is_nose]).clamp(-1, 1)
+        box_heads.shape[0, is_nose] = torch.where(fill_levels > 0, solid * fill_levels, -empty * fill_levels)
+    noise_std = 0.05 + (1.2 * severity if defect_kind == "noise" else 0.15 * float(uniform_draws[9]))
     # Every object has some noise, and objects with the defect "noise" have more.
-    objects.shape.add_(noise * torch.randn(objects.shape.shape, generator=rng))
-    level = (objects.level - objects.density(lattice.vertices)[0]) / GAIN
-    if kind == "holes":
+    box_heads.shape.add_(noise_std * torch.randn(box_heads.shape.shape, generator=rng))
+    level = (box_heads.level - box_heads.density(lattice.vertices)[0]) / GAIN
+    if defect_kind == "holes":
         # The centre of the hole lies on one of the six faces of a cube with half edge 0.43.
         direction = torch.randn(3, generator=rng)
         hole_centre = 0.43 * direction / direction.abs().max()
         # Division by the distance between voxels converts to the unit of the level.
-        hole_level = (0.3 * severity - (lattice.vertices - hole_centre).norm(dim=1)) / objects.pitch
+        hole_level = (0.3 * severity - (lattice.vertices - hole_centre).norm(dim=1)) / box_heads.pitch
         level = torch.maximum(level, hole_level)
     return level, prompt.text
 
@@ -239,50 +244,55 @@ class MeshSet:
         Args:
             held_out: share of the labels that are held out, 0..1.
             seed: random seed of the split.
-        Returns: training labels, and held-out labels.
-        Raises: ValueError if either result has fewer than two labels of preferred or of other meshes.
+        Returns: the training labels, and the held-out labels.
+        Raises: ValueError if the training labels or the held-out labels contain fewer than two preferred or
+            fewer than two other meshes.
         """
         # There are no pairs, so the labels are split by their shares alone.
-        splits = split_unpaired(
+        label_splits = split_unpaired(
             self.labels,
             Splits(train=(), val=(), test=(), dropped=0, ties=0),
             (1 - held_out, 0.0, held_out),
             seed,
         )
-        for name in ("train", "test"):
-            preferred_count = sum(label.preferred is True for label in splits[name])
-            other_count = sum(label.preferred is False for label in splits[name])
+        for split_name in ("train", "test"):
+            preferred_count = sum(label.preferred is True for label in label_splits[split_name])
+            other_count = sum(label.preferred is False for label in label_splits[split_name])
             if min(preferred_count, other_count) < 2:
                 raise ValueError(
-                    f"meshes: expected at least 2 preferred and 2 other meshes in the split {name}, got"
+                    f"meshes: expected at least 2 preferred and 2 other meshes in the split {split_name}, got"
                     f" {preferred_count} preferred and {other_count} other meshes. Label more meshes."
                 )
-        return list(splits["train"]), list(splits["test"])
+        return list(label_splits["train"]), list(label_splits["test"])
 
     def select(self, labels: Sequence[UnpairedPreference]) -> tuple[Patches, list[str]]:
         """Return the patches and the prompts of the meshes to which labels belong."""
         # The seed of a label is the index of its mesh.
-        index = torch.tensor([label.seed for label in labels])
-        return Patches(*(tensor[index] for tensor in self.patches)), [
+        mesh_indices = torch.tensor([label.seed for label in labels])
+        return Patches(*(tensor[mesh_indices] for tensor in self.patches)), [
             self.prompts[label.seed] for label in labels
         ]
 
 
-def severity_of(index: int, u: float) -> float:
+def severity_of(shape_index: int, uniform_draw: float) -> float:
     """Choose the severity of the defect of a generated shape.
 
     Preferred and other shapes alternate, and one shape in BETWEEN has a score between the thresholds.
 
     Args:
-        index: index of the shape.
-        u: random number in 0..1.
+        shape_index: index of the shape.
+        uniform_draw: random number in 0..1.
     """
-    # Severities of both thresholds, from score = 5 - FALL * severity
+    # Severities of the threshold GOOD and of the threshold BAD, from score = 5 - FALL * severity
     good_severity, bad_severity = ((5 - score) / FALL for score in (GOOD, BAD))
-    if index % BETWEEN == BETWEEN - 1:
+    if shape_index % BETWEEN == BETWEEN - 1:
         # 0.1 and 0.8 keep the severity away from both thresholds.
-        return good_severity + (bad_severity - good_severity) * (0.1 + 0.8 * u)
-    return good_severity * u if index % 2 == 0 else bad_severity + (1 - bad_severity) * u
+        return good_severity + (bad_severity - good_severity) * (0.1 + 0.8 * uniform_draw)
+    return (
+        good_severity * uniform_draw
+        if shape_index % 2 == 0
+        else bad_severity + (1 - bad_severity) * uniform_draw
+    )
 
 
 def generate_meshes(
@@ -300,25 +310,25 @@ def generate_meshes(
     """
     # All shapes share one lattice.
     lattice = cube(resolution)
-    patches = []
+    mesh_patches = []
     labels = list[UnpairedPreference]()
     prompts = list[str]()
     kinds = list[str]()
-    source_kinds = KINDS[source]
-    for i in range(count):
-        rng = torch.Generator().manual_seed(derive_seed(seed, "mesh", source, i))
+    defect_kinds = KINDS[source]
+    for mesh_index in range(count):
+        rng = torch.Generator().manual_seed(derive_seed(seed, "mesh", source, mesh_index))
         # Preferred and other shapes alternate, so i // 2 gives both the same kinds of defects.
-        kind = source_kinds[i // 2 % len(source_kinds)]
-        severity = severity_of(i, float(torch.rand((), generator=rng)))
-        level, prompt = SOURCES[source](lattice, kind, severity, rng)
-        patches.append(compute_mesh_patches([net_mesh(closed_level(level, lattice), lattice)], options))
-        labels.append(UnpairedPreference(seed=i, score=SCALE - FALL * severity))
+        defect_kind = defect_kinds[mesh_index // 2 % len(defect_kinds)]
+        severity = severity_of(mesh_index, float(torch.rand((), generator=rng)))
+        level, prompt = SOURCES[source](lattice, defect_kind, severity, rng)
+        mesh_patches.append(compute_mesh_patches([net_mesh(closed_level(level, lattice), lattice)], options))
+        labels.append(UnpairedPreference(seed=mesh_index, score=SCALE - FALL * severity))
         prompts.append(prompt)
-        kinds.append(kind)
+        kinds.append(defect_kind)
         if on_shape is not None:
             on_shape(1)
     return MeshSet(
-        patches=concatenate(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds)
+        patches=concatenate(mesh_patches), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds)
     )
 
 
@@ -337,37 +347,40 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
     """
     if not path.is_file():
         raise FileNotFoundError(f"--data={path}: this file does not exist. Pass the path of a .jsonl file.")
-    patches = []
+    mesh_patches = []
     labels = list[UnpairedPreference]()
     prompts = list[str]()
-    for line, record in jsonl_records(path, "{'mesh': ..., 'prompt': ..., 'score': ...}"):
+    for line_number, json_object in jsonl_records(path, "{'mesh': ..., 'prompt': ..., 'score': ...}"):
         try:
-            labels.append(_label(len(labels), record))
-            prompts.append(str(record.get("prompt", "")))
-            patches.append(
-                compute_mesh_patches([load_mesh(path.parent / str(record.get("mesh", "")))], options)
+            labels.append(_label(len(labels), json_object))
+            prompts.append(str(json_object.get("prompt", "")))
+            mesh_patches.append(
+                compute_mesh_patches([load_mesh(path.parent / str(json_object.get("mesh", "")))], options)
             )
         except (ValueError, OSError) as error:
-            raise ValueError(f"--data: {path.name}, line {line}: {error}") from error
+            raise ValueError(f"--data: {path.name}, line {line_number}: {error}") from error
         if on_shape is not None:
             on_shape(1)
-    if not patches:
+    if not mesh_patches:
         raise ValueError(
             f"--data={path}: this file lists no mesh. Add a line such as"
             ' {"mesh": "chair.glb", "prompt": "a chair", "score": 4.5} for each mesh.'
         )
     return MeshSet(
-        patches=concatenate(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels)
+        patches=concatenate(mesh_patches),
+        labels=tuple(labels),
+        prompts=tuple(prompts),
+        kinds=("",) * len(labels),
     )
 
 
-def _label(number: int, record: Mapping) -> UnpairedPreference:
-    """Create the label of the mesh with index `number` from the record of a line.
+def _label(mesh_index: int, json_object: Mapping) -> UnpairedPreference:
+    """Create the label of the mesh with index `mesh_index` from the record of a line.
 
     Raises: ValueError for a score that is no number, or a label that is not 0 or 1.
     """
-    score = record.get("score")
-    label = record.get("label")
+    score = json_object.get("score")
+    label = json_object.get("label")
     if label not in (None, 0, 1) or isinstance(score, (str, bool, list, dict)):
         stated_value = label if score is None else score
         raise ValueError(
@@ -375,7 +388,7 @@ def _label(number: int, record: Mapping) -> UnpairedPreference:
             " this entry of the line."
         )
     return UnpairedPreference(
-        seed=number,
+        seed=mesh_index,
         score=None if score is None else float(score),
         label=None if label is None else bool(label),
     )
@@ -409,16 +422,17 @@ def load_mesh(path: Path) -> Mesh:
 def randomised_labels(labels: Sequence[UnpairedPreference], seed: int) -> list[UnpairedPreference]:
     """Permute scores and labels at random over the meshes. The result is a control without signal."""
     # A separate stream of random numbers (3), so that the order of batches is not changed.
-    order = np.random.default_rng([seed, 3]).permutation(len(labels))
+    label_order = np.random.default_rng([seed, 3]).permutation(len(labels))
     return [
         replace(label, score=labels[i].score, label=labels[i].label)
-        for label, i in zip(labels, order, strict=True)
+        for label, i in zip(labels, label_order, strict=True)
     ]
 
 
 def rotated(patches: Patches, quarters: torch.Tensor, mirrored: torch.Tensor) -> Patches:
-    """Rotate meshes by multiples of 90 degrees about the upward axis through the origin, and mirror some in
-    x.
+    """Rotate meshes by multiples of 90 degrees about the upward axis, and mirror some of them in x.
+
+    The axis passes through the origin.
 
     Args:
         patches: patches of N meshes.
@@ -430,14 +444,17 @@ def rotated(patches: Patches, quarters: torch.Tensor, mirrored: torch.Tensor) ->
     flips_z = (quarters == 1) | (quarters == 2)
     swaps_xz = (quarters % 2 == 1).view(-1, 1, 1)
     # [N, 1, 1, 3], factors of x, y, z after the exchange
-    sign = torch.stack([1 - 2.0 * flips_x, torch.ones(len(quarters)), 1 - 2.0 * flips_z], dim=1)[
+    coordinate_signs = torch.stack([1 - 2.0 * flips_x, torch.ones(len(quarters)), 1 - 2.0 * flips_z], dim=1)[
         :, None, None
     ]
 
     def rotate(vectors: torch.Tensor) -> torch.Tensor:
         """Rotate and mirror vectors [N, P, F, 3]."""
         x, y, z = vectors.unbind(-1)
-        return torch.stack([torch.where(swaps_xz, z, x), y, torch.where(swaps_xz, x, z)], dim=-1) * sign
+        return (
+            torch.stack([torch.where(swaps_xz, z, x), y, torch.where(swaps_xz, x, z)], dim=-1)
+            * coordinate_signs
+        )
 
     # Features 1 to 3 are the normal of a face. The other features do not depend on the orientation.
     features = torch.cat(
@@ -449,9 +466,9 @@ def rotated(patches: Patches, quarters: torch.Tensor, mirrored: torch.Tensor) ->
 def with_permuted_faces(patches: Patches, rng: torch.Generator) -> Patches:
     """Permute the faces of every patch at random. Otherwise the encoder would memorise their order."""
     # Sorting random numbers gives a random permutation. [N, P, F, 1]
-    order = torch.rand(patches.features.shape[:3], generator=rng).argsort(dim=2)[..., None]
+    face_order = torch.rand(patches.features.shape[:3], generator=rng).argsort(dim=2)[..., None]
     features, centres = (
-        tensor.gather(2, order.expand(-1, -1, -1, tensor.shape[3]))
+        tensor.gather(2, face_order.expand(-1, -1, -1, tensor.shape[3]))
         for tensor in (patches.features, patches.centres)
     )
     return Patches(features, centres, patches.mask)

@@ -1,11 +1,11 @@
 """Train RewardCS (DreamCS, arXiv 2506.09814, reconstructed) on labels of single meshes.
 
 The loss is w mean (r - score / 5)^2 - lambda D, where r is the predicted reward and D the Cauchy-Schwarz
-divergence between the embeddings (of length 1) of preferred meshes and of all other meshes. Batches contain
-equal numbers of both. The bandwidth of the divergence's kernel is the median distance in the batch, averaged
-over steps, with a lower limit. The limit is needed because, when each kind has contracted to a cluster, a
-narrow kernel has no gradient at points in the wrong cluster. The paper does not state bandwidth, learning
-rate and batch size.
+divergence between the embeddings (of length 1) of preferred meshes and of all other meshes. One half of a
+batch are preferred meshes. The bandwidth of the divergence's kernel is the median distance in the batch,
+averaged over steps, with a lower limit. The limit is needed because preferred meshes contract to a cluster,
+as do all other meshes: a narrow kernel then has no gradient at points in the wrong cluster. The paper does
+not state bandwidth, learning rate and batch size.
 """
 
 import json
@@ -42,7 +42,7 @@ from training.phases import derive_seed
 from training.storage import write_atomic
 
 MOMENTUM = 0.9  # momentum of the moving average of the bandwidth over steps
-TINY = 1e-3  # least bandwidth of the divergence of held-out meshes
+TINY = 1e-3  # smallest bandwidth of the divergence of held-out meshes
 
 
 def open_meshes(options: MeshRewardTraining, on_shape: OnShape = None) -> MeshSet:
@@ -81,9 +81,9 @@ class MeshTraining:
         other_count = sum(label.preferred is False for label in self.train)
         if options.batch // 2 > min(preferred_count, other_count):
             raise ValueError(
-                f"--set batch={options.batch}: half of a batch must not exceed the number of training meshes"
-                f" of either kind, which are {preferred_count} preferred and {other_count} other meshes. Use"
-                " a smaller batch."
+                f"--set batch={options.batch}: one half of a batch are preferred meshes and the other half"
+                f" are not, but there are only {preferred_count} preferred and {other_count} other meshes for"
+                " the training. Use a smaller batch."
             )
         # A separate random state, so that the initialisation depends only on the seed.
         with torch.random.fork_rng(devices=[]):
@@ -118,64 +118,67 @@ class MeshTraining:
         """
         # The order of batches depends only on the seed, so a resumed run skips the batches that it has used.
         batch_rng = np.random.default_rng([self.options.seed, 4])
-        batches = endless_batches(self.train, self.options.batch, batch_rng)
+        label_batches = endless_batches(self.train, self.options.batch, batch_rng)
         for _ in range(self.finished_steps):
-            next(batches)
+            next(label_batches)
         self.reward.train()
         step_terms = []
         while self.finished_steps < until:
-            step_terms.append(self._step(next(batches)))
+            step_terms.append(self._step(next(label_batches)))
             self.finished_steps += 1
         self.reward.eval()
-        names = step_terms[0] if step_terms else ()
-        return {name: float(np.mean([terms[name] for terms in step_terms])) for name in names}
+        term_names = step_terms[0] if step_terms else ()
+        return {
+            term_name: float(np.mean([loss_terms[term_name] for loss_terms in step_terms]))
+            for term_name in term_names
+        }
 
     def _step(self, labels: Sequence[UnpairedPreference]) -> dict[str, float]:
         """Update the network on the meshes of one batch of labels, and return the loss terms by name."""
         options = self.options
-        step = self.finished_steps
+        step_index = self.finished_steps
         warmup_steps = max(options.steps // 20, 1)
-        for group in self.optimizer.param_groups:
+        for param_group in self.optimizer.param_groups:
             # Linear warm-up over the first twentieth of the steps, limited by a cosine decay to 0
-            decay = 0.5 * (1 + np.cos(np.pi * step / options.steps))
-            group["lr"] = options.lr * min((step + 1) / warmup_steps, decay)
+            decay = 0.5 * (1 + np.cos(np.pi * step_index / options.steps))
+            param_group["lr"] = options.lr * min((step_index + 1) / warmup_steps, decay)
         patches, prompts = self.meshes.select(labels)
         # Every step has its own random numbers, so the augmentation is the same in a run that is resumed.
-        rng = torch.Generator().manual_seed(derive_seed(options.seed, "step", step))
+        rng = torch.Generator().manual_seed(derive_seed(options.seed, "step", step_index))
         patches = with_permuted_faces(patches, rng)
         if options.turns:
             quarter_turns = torch.randint(4, (len(labels),), generator=rng)
-            mirrored = torch.rand(len(labels), generator=rng) < 0.5
-            patches = rotated(patches, quarter_turns, mirrored)
-        unknown = torch.rand(len(labels), generator=rng) < options.forget
-        scores, embedding = self.reward(patches, prompts, unknown)
+            is_mirrored = torch.rand(len(labels), generator=rng) < 0.5
+            patches = rotated(patches, quarter_turns, is_mirrored)
+        is_unknown = torch.rand(len(labels), generator=rng) < options.forget
+        scores, embedding = self.reward(patches, prompts, is_unknown)
         # Averaged over steps, with a lower limit; see the docstring of the module.
         step_bandwidth = max(float(median_distance(embedding)), options.bandwidth)
         if self.bandwidth is None:
             self.bandwidth = step_bandwidth
         else:
             self.bandwidth = MOMENTUM * self.bandwidth + (1 - MOMENTUM) * step_bandwidth
-        target = torch.tensor([label.target for label in labels])
-        preferred = torch.tensor([label.preferred is True for label in labels])
-        terms = self.loss.unpaired(
+        target_rewards = torch.tensor([label.target for label in labels])
+        is_preferred = torch.tensor([label.preferred is True for label in labels])
+        loss_terms = self.loss.unpaired(
             UnpairedOutput(
                 scalar=scores,
-                target=target,
+                target=target_rewards,
                 embedding=embedding,
-                preferred=preferred,
+                preferred=is_preferred,
                 bandwidth=self.bandwidth,
             )
         )
-        if "divergence" in terms and options.divergence_ramp:
+        if "divergence" in loss_terms and options.divergence_ramp:
             # The weight increases linearly over the first steps, see --divergence-ramp.
             ramp_steps = options.divergence_ramp * options.steps
-            terms["divergence"] = terms["divergence"] * min(step / ramp_steps, 1.0)
+            loss_terms["divergence"] = loss_terms["divergence"] * min(step_index / ramp_steps, 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        cast(torch.Tensor, sum(terms.values())).backward()
+        cast(torch.Tensor, sum(loss_terms.values())).backward()
         # A gradient that is not finite raises an error here, before it changes the weights.
         torch.nn.utils.clip_grad_norm_(self.reward.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
-        return {name: float(value.detach()) for name, value in terms.items()}
+        return {term_name: float(loss_term.detach()) for term_name, loss_term in loss_terms.items()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Return everything that changes during training, as tensors by name and as JSON values."""
@@ -197,37 +200,45 @@ class MeshTraining:
     def report(self) -> dict:
         """Evaluate the reward on the held-out meshes.
 
-        Returns: JSON values. "n" are the numbers of preferred and of other meshes, and "auc" is the AUC of
-            the scores of both. "auc_by_kind" is, for each kind of defect, the AUC of meshes with this defect
-            against all preferred meshes. "divergence" is the unbiased estimate of D with the median distance
-            as bandwidth, "divergence_v" is the biased estimate, which training uses, and "divergence_fixed"
-            is the unbiased estimate with the bandwidth of the settings, so that trainings can be compared.
-            "silhouette" is the mean silhouette of the embeddings.
+        Returns: dict of JSON values. "n" are the numbers of preferred and of other meshes, and "auc" is the
+            AUC of the scores of preferred meshes against other meshes. "auc_by_kind" is, for each kind of
+            defect, the AUC of all preferred meshes against meshes with this defect. "divergence" is the
+            unbiased estimate of D with the median distance as bandwidth, "divergence_v" is the biased
+            estimate, which training uses, and "divergence_fixed" is the unbiased estimate with the bandwidth
+            of the settings, so that trainings can be compared. "silhouette" is the mean silhouette of the
+            embeddings.
         """
         labels = self.test
         patches, prompts = self.meshes.select(labels)
-        scores, points = self.reward.eval()(patches, prompts)
+        scores, embeddings = self.reward.eval()(patches, prompts)
         is_preferred = np.array([label.preferred is True for label in labels])
-        defects = np.array([self.meshes.kinds[label.seed] for label in labels])
-        values = scores.numpy()
-        preferred_points = points[torch.from_numpy(is_preferred)]
-        other_points = points[torch.from_numpy(~is_preferred)]
-        bandwidth = max(float(median_distance(points)), TINY)
+        defect_of_mesh = np.array([self.meshes.kinds[label.seed] for label in labels])
+        score_array = scores.numpy()
+        preferred_embeddings = embeddings[torch.from_numpy(is_preferred)]
+        other_embeddings = embeddings[torch.from_numpy(~is_preferred)]
+        bandwidth = max(float(median_distance(embeddings)), TINY)
         fixed_bandwidth = self.options.bandwidth
-        report = {
+        report_values = {
             "n": [int(is_preferred.sum()), int((~is_preferred).sum())],
-            "auc": auc(values[is_preferred], values[~is_preferred]),
-            "divergence": float(cs_divergence(preferred_points, other_points, bandwidth, "U")),
-            "divergence_v": float(cs_divergence(preferred_points, other_points, bandwidth)),
-            "divergence_fixed": float(cs_divergence(preferred_points, other_points, fixed_bandwidth, "U")),
-            "silhouette": silhouette(points.numpy(), is_preferred),
+            "auc": auc(score_array[is_preferred], score_array[~is_preferred]),
+            "divergence": float(cs_divergence(preferred_embeddings, other_embeddings, bandwidth, "U")),
+            "divergence_v": float(cs_divergence(preferred_embeddings, other_embeddings, bandwidth)),
+            "divergence_fixed": float(
+                cs_divergence(preferred_embeddings, other_embeddings, fixed_bandwidth, "U")
+            ),
+            "silhouette": silhouette(embeddings.numpy(), is_preferred),
         }
         # Defects of meshes of the user are '', and are left out.
-        kinds = sorted({str(name) for name in defects[~is_preferred] if name})
-        report["auc_by_kind"] = {
-            name: auc(values[is_preferred], values[~is_preferred & (defects == name)]) for name in kinds
+        defect_names = sorted(
+            {str(defect_name) for defect_name in defect_of_mesh[~is_preferred] if defect_name}
+        )
+        report_values["auc_by_kind"] = {
+            defect_name: auc(
+                score_array[is_preferred], score_array[~is_preferred & (defect_of_mesh == defect_name)]
+            )
+            for defect_name in defect_names
         }
-        return report
+        return report_values
 
     def finished(self) -> RewardCS:
         """Return the reward, with its settings and its results on the held-out meshes as provenance."""
@@ -243,7 +254,7 @@ class MeshTraining:
         return self.reward
 
 
-# Complete training of RewardCS in a run folder; and a table that compares several trainings (arms), each with
+# Complete training of RewardCS in a run folder, and a table that compares several trainings (arms), each with
 # several random seeds.
 
 EVERY = 50  # number of steps between two checkpoints
@@ -277,14 +288,14 @@ def run_training(training: MeshTraining, run: Run) -> dict:
         while training.finished_steps < options.steps and not run.stop_requested:
             # Train up to the next multiple of EVERY, where a checkpoint is written.
             next_checkpoint = (training.finished_steps // EVERY + 1) * EVERY
-            means = training.run(min(next_checkpoint, options.steps))
-            run.stats({"step": training.finished_steps, **means})
+            mean_loss_terms = training.run(min(next_checkpoint, options.steps))
+            run.stats({"step": training.finished_steps, **mean_loss_terms})
             run.status(
                 {"step": training.finished_steps},
                 training.finished_steps,
                 options.steps,
                 "step",
-                {name: f"{value:.4f}" for name, value in means.items()},
+                {term_name: f"{mean_value:.4f}" for term_name, mean_value in mean_loss_terms.items()},
             )
             run.checkpoint(training.finished_steps, *training.state())
         if training.finished_steps < options.steps:
@@ -312,63 +323,81 @@ def run_table(
         seeds: training seeds.
         on_shape: function that is called with 1 after each mesh that is read or generated.
         say: function that shows a line of text after each training.
-    Returns: {"training": settings, "rows": {"arm/seed": results of `MeshTraining.report`}, "summary": result
-        of `summary`}.
+    Returns: dict with three entries. "training" are the settings that all trainings share, "rows" are the
+        results of `MeshTraining.report` by "arm/seed", and "summary" is the result of `summary`.
     Raises: ValueError if table.json contains results of other settings.
     """
-    path = out / TABLE
+    table_path = out / TABLE
     # Arms and seeds change these settings, so the record of the table leaves them out.
     changed_names = ("seed", "divergence", "randomised", "area_only")
-    settings = {name: value for name, value in options.to_dict().items() if name not in changed_names}
-    table = {"training": settings, "rows": {}}
-    if path.is_file():
-        table = version_0_1.mesh_table(json.loads(path.read_text()))
+    shared_settings = {name: value for name, value in options.to_dict().items() if name not in changed_names}
+    stored_table = {"training": shared_settings, "rows": {}}
+    if table_path.is_file():
+        stored_table = version_0_1.mesh_table(json.loads(table_path.read_text()))
     # A conversion to JSON and back turns tuples into lists, as in the file.
-    if table["training"] != json.loads(json.dumps(settings)):
+    if stored_table["training"] != json.loads(json.dumps(shared_settings)):
         raise ValueError(
-            f"--resume: {path} contains results of trainings with other settings. Pass the settings of that"
-            " table, or use another --outdir."
+            f"--resume: {table_path} contains results of trainings with other settings. Pass the settings of"
+            " that table, or use another --outdir."
         )
     meshes = open_meshes(options, on_shape)
-    rows = table["rows"]
+    results_by_arm_and_seed = stored_table["rows"]
     for seed in seeds:
-        for arm, changes in ARMS.items():
-            if f"{arm}/{seed}" not in rows:
-                training = MeshTraining(replace(options, seed=seed, **changes), meshes)
+        for arm, changed_settings in ARMS.items():
+            if f"{arm}/{seed}" not in results_by_arm_and_seed:
+                training = MeshTraining(replace(options, seed=seed, **changed_settings), meshes)
                 training.run(options.steps)
-                report = training.report()
-                rows[f"{arm}/{seed}"] = report
-                say(f"seed {seed}  {arm:9s}  AUC {report['auc']:.3f}  D {report['divergence']:.3f}")
+                held_out_results = training.report()
+                results_by_arm_and_seed[f"{arm}/{seed}"] = held_out_results
+                say(
+                    f"seed {seed}  {arm:9s}  AUC {held_out_results['auc']:.3f}  D"
+                    f" {held_out_results['divergence']:.3f}"
+                )
                 # The file is written after each training, so that an interrupted table can be resumed.
                 write_atomic(
-                    path, (json.dumps({"training": settings, "rows": rows}, indent=1) + "\n").encode()
+                    table_path,
+                    (
+                        json.dumps({"training": shared_settings, "rows": results_by_arm_and_seed}, indent=1)
+                        + "\n"
+                    ).encode(),
                 )
-    return {"training": settings, "rows": rows, "summary": summary(rows)}
+    return {
+        "training": shared_settings,
+        "rows": results_by_arm_and_seed,
+        "summary": summary(results_by_arm_and_seed),
+    }
 
 
 def summary(rows: dict[str, dict]) -> dict[str, dict]:
     """Summarise the results of each arm over its seeds.
 
     Args: rows: results of `MeshTraining.report`, by "arm/seed".
-    Returns: by arm, the number of trainings "n", mean "auc" and least and greatest value "auc_range", mean
-        "divergence" and "divergence_fixed", and mean "auc_by_kind". Arms without results are left out.
+    Returns: dict from each arm to a dict of JSON values. "n" is the number of trainings. "auc",
+        "auc_by_kind", "divergence" and "divergence_fixed" are means over the trainings. "auc_range" are the
+        smallest and the largest AUC. Arms without results are left out.
     """
-    table = {}
+    summary_by_arm = {}
     for arm in ARMS:
-        arm_rows = [row for name, row in rows.items() if name.split("/")[0] == arm]
-        if not arm_rows:
+        arm_results = [
+            arm_result for arm_and_seed, arm_result in rows.items() if arm_and_seed.split("/")[0] == arm
+        ]
+        if not arm_results:
             continue
-        aucs = [row["auc"] for row in arm_rows]
+        auc_values = [arm_result["auc"] for arm_result in arm_results]
         auc_by_kind = {
-            kind: float(np.mean([row["auc_by_kind"][kind] for row in arm_rows]))
-            for kind in arm_rows[0]["auc_by_kind"]
+            defect_kind: float(
+                np.mean([arm_result["auc_by_kind"][defect_kind] for arm_result in arm_results])
+            )
+            for defect_kind in arm_results[0]["auc_by_kind"]
         }
-        table[arm] = {
-            "n": len(arm_rows),
-            "auc": float(np.mean(aucs)),
-            "auc_range": [min(aucs), max(aucs)],
-            "divergence": float(np.mean([row["divergence"] for row in arm_rows])),
-            "divergence_fixed": float(np.mean([row["divergence_fixed"] for row in arm_rows])),
+        summary_by_arm[arm] = {
+            "n": len(arm_results),
+            "auc": float(np.mean(auc_values)),
+            "auc_range": [min(auc_values), max(auc_values)],
+            "divergence": float(np.mean([arm_result["divergence"] for arm_result in arm_results])),
+            "divergence_fixed": float(
+                np.mean([arm_result["divergence_fixed"] for arm_result in arm_results])
+            ),
             "auc_by_kind": auc_by_kind,
         }
-    return table
+    return summary_by_arm

@@ -4,8 +4,8 @@ Tokens of the mesh attend to tokens of the prompt, and the maximum over the toke
 is stored in `<name>.safetensors`, which contains the state dict and, in its header, patch options, sizes,
 prompts and provenance. `<name>.json` beside it repeats the header in readable form.
 
-Shapes: A meshes, P patches, F faces of a patch, T tokens of a prompt (1 + number of words of the longest
-prompt), C channels.
+Shapes: P patches, F faces of a patch, T tokens of a prompt (1 + number of words of the longest prompt), C
+channels. A is the number of meshes.
 """
 
 import json
@@ -86,16 +86,16 @@ class MeshEncoder(nn.Module):
         return self.norm(x)
 
 
-def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_max(tokens: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
     """Compute the maximum [A, C] over the tokens of each mesh that are not masked.
 
     Args:
         tokens: tokens [A, P, C].
-        mask: bool [A, P], False for masked tokens; the result is 0 if all tokens of a mesh are masked.
+        token_mask: bool [A, P], False for masked tokens; the result is 0 if all tokens of a mesh are masked.
     """
     # -inf is never the maximum, unless all tokens are masked.
-    maximum = tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
-    return torch.where(mask.any(dim=1, keepdim=True), maximum, 0.0)
+    maximum = tokens.masked_fill(~token_mask[..., None], -torch.inf).amax(dim=1)
+    return torch.where(token_mask.any(dim=1, keepdim=True), maximum, 0.0)
 
 
 def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -104,15 +104,15 @@ def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> l
     Args:
         encoder: encoder to fill.
         tensors: state dict of MeshMAE.
-    Returns: sorted names of the entries that were not used (class token, heads, decoder).
+    Returns: sorted names of the entries that were not used (class token, output heads, decoder).
     Raises: ValueError if the used entries do not match the encoder.
     """
     # Names have the prefix "module." after parallel training, and "encoder." in the autoencoder.
-    renamed = {
-        name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()
+    renamed_tensors = {
+        name.removeprefix("module.").removeprefix("encoder."): tensor for name, tensor in tensors.items()
     }
-    unused_names = sorted(name for name in renamed if name.startswith(_OTHERS))
-    encoder_tensors = {name: value for name, value in renamed.items() if name not in unused_names}
+    unused_names = sorted(name for name in renamed_tensors if name.startswith(_OTHERS))
+    encoder_tensors = {name: tensor for name, tensor in renamed_tensors.items() if name not in unused_names}
     load_strict(encoder, encoder_tensors, f"MeshMAE, of {encoder.options}")
     return unused_names
 
@@ -127,9 +127,9 @@ _WORD = re.compile(r"[\w']+")
 class PromptTokens(nn.Module):
     """Module that maps prompts to tokens [A, T, C] and their mask [A, T].
 
-    The first token of a prompt stands for the complete prompt, and the others for its words. Row 0 of the
-    table of prompts is for unknown prompts. Any other module with this interface and an attribute `width`,
-    for example a frozen text encoder, can replace this module.
+    The first token of a prompt represents the complete prompt, and the others represent its words. Row 0 of
+    the table of prompts is for unknown prompts. Any other module with this interface and an attribute
+    `width`, for example a frozen text encoder, can replace this module.
 
     Args:
         prompts: prompts of the training.
@@ -151,32 +151,36 @@ class PromptTokens(nn.Module):
         """Return the tokens [A, T, C] of prompts and their mask [A, T], which is False for padding.
 
         Args:
-            prompts: A prompts.
+            prompts: prompt of each mesh, [A].
             unknown: bool [A], True for prompts that are treated as unknown, although they may be prompts of
                 the training; None for no such prompt. Their words are still read.
         """
         device = self.table.weight.device
-        rows = torch.tensor([self._row.get(prompt, 0) for prompt in prompts], device=device)
-        rows = rows if unknown is None else rows.masked_fill(unknown.to(device), 0)
+        prompt_rows = torch.tensor([self._row.get(prompt, 0) for prompt in prompts], device=device)
+        prompt_rows = prompt_rows if unknown is None else prompt_rows.masked_fill(unknown.to(device), 0)
         # Rows of the words of each prompt. Unlike crc32, Python's hash() changes with every process.
         word_rows = []
         for prompt in prompts:
             prompt_words = _WORD.findall(prompt.lower())
             word_rows.append([zlib.crc32(word.encode()) % BUCKETS for word in prompt_words])
         # Shorter prompts are padded, and the mask excludes the padding.
-        word_counts = [len(row) for row in word_rows]
+        word_counts = [len(prompt_word_rows) for prompt_word_rows in word_rows]
         largest_count = max(word_counts, default=0)
-        padded_rows = [row + [0] * (largest_count - len(row)) for row in word_rows]
+        padded_rows = [
+            prompt_word_rows + [0] * (largest_count - len(prompt_word_rows)) for prompt_word_rows in word_rows
+        ]
         # view() gives the right shape also without words.
-        index = torch.tensor(padded_rows, dtype=torch.int64, device=device).view(len(prompts), largest_count)
+        word_indices = torch.tensor(padded_rows, dtype=torch.int64, device=device).view(
+            len(prompts), largest_count
+        )
         # A prompt with n words has n + 1 tokens, with the indices 0..n.
         token_index = torch.arange(largest_count + 1, device=device)
-        mask = token_index <= torch.tensor(word_counts, device=device)[:, None]
-        return torch.cat([self.table(rows)[:, None], self.words(index)], dim=1), mask
+        token_mask = token_index <= torch.tensor(word_counts, device=device)[:, None]
+        return torch.cat([self.table(prompt_rows)[:, None], self.words(word_indices)], dim=1), token_mask
 
 
 KIND = "mesh-reward"  # kind of the file, which the file itself states
-_LEAST_SCALE = 1e-5  # least standard deviation of a feature; it avoids a division by 0 for constant features
+_MIN_SCALE = 1e-5  # smallest standard deviation of a feature; it avoids a division by 0 for constant features
 
 
 class RewardCS(nn.Module):
@@ -225,7 +229,7 @@ class RewardCS(nn.Module):
         features = patches.features[patches.mask].flatten(0, 1)
         # Both are buffers of the state dict, so they are changed in place.
         self.mean.copy_(features.mean(dim=0))
-        self.scale.copy_(features.std(dim=0).clamp_min(_LEAST_SCALE))
+        self.scale.copy_(features.std(dim=0).clamp_min(_MIN_SCALE))
 
     def embed(
         self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
@@ -233,8 +237,8 @@ class RewardCS(nn.Module):
         """Compute embeddings [A, C]. Differentiable in the features and the centres of the faces.
 
         Args:
-            patches: patches of A meshes.
-            prompts: prompt of each mesh.
+            patches: patches of the meshes, [A, P, F, ...].
+            prompts: prompt of each mesh, [A].
             unknown: bool [A], True for prompts that are treated as unknown, see `PromptTokens`.
         """
         assert len(prompts) == len(patches.features)
@@ -242,12 +246,12 @@ class RewardCS(nn.Module):
         features = (patches.features.to(self.mean) - self.mean) / self.scale
         standardised_patches = Patches(features, patches.centres.to(self.mean), patches.mask)
         tokens = self.encoder(standardised_patches)  # [A, P, C]
-        text, text_mask = self.text(prompts, unknown)
+        text_tokens, text_mask = self.text(prompts, unknown)
         # torch's key_padding_mask is True for keys that are ignored.
-        attended, _ = self.cross(
-            self.norm(tokens), text, text, key_padding_mask=~text_mask, need_weights=False
+        attended_tokens, _ = self.cross(
+            self.norm(tokens), text_tokens, text_tokens, key_padding_mask=~text_mask, need_weights=False
         )
-        return masked_max(self.final(tokens + attended), patches.mask)
+        return masked_max(self.final(tokens + attended_tokens), patches.mask)
 
     def forward(
         self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
@@ -260,7 +264,7 @@ class RewardCS(nn.Module):
         return self.head(embedding)[:, 0], F.normalize(embedding)
 
     def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
-        """Return scores [A] of A meshes for their prompts. The best score of the training is 1."""
+        """Return the scores [A] of meshes for their prompts. The best score of the training is 1."""
         return self(patches, prompts)[0]
 
     def save(self, path: Path) -> None:
@@ -268,15 +272,17 @@ class RewardCS(nn.Module):
 
         Each file is written atomically.
         """
-        meta = {
+        file_header = {
             "patches": asdict(self.patches),
             "encoder": asdict(self.encoder.options),
             "prompts": list(self.text.prompts),
             "resolution": self.resolution,
             "provenance": self.provenance,
         }
-        write_tensors(path, KIND, self.state_dict(), meta)
-        write_atomic(path.with_suffix(".json"), (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
+        write_tensors(path, KIND, self.state_dict(), file_header)
+        write_atomic(
+            path.with_suffix(".json"), (json.dumps(file_header, indent=1, sort_keys=True) + "\n").encode()
+        )
 
 
 def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> RewardCS:
@@ -287,12 +293,16 @@ def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> Re
         device: device of the network.
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged or is no mesh reward.
     """
-    tensors, meta = read_tensors(path, KIND, device)
+    tensors, file_header = read_tensors(path, KIND, device)
     try:
-        patches = PatchOptions(**meta["patches"])
-        encoder = EncoderOptions(**meta["encoder"])
+        patch_options = PatchOptions(**file_header["patches"])
+        encoder_options = EncoderOptions(**file_header["encoder"])
         reward = RewardCS(
-            patches, encoder, tuple(meta["prompts"]), int(meta["resolution"]), meta["provenance"]
+            patch_options,
+            encoder_options,
+            tuple(file_header["prompts"]),
+            int(file_header["resolution"]),
+            file_header["provenance"],
         )
         # Strict loading reports weights whose sizes differ from the sizes that the header states.
         reward.load_state_dict(tensors)

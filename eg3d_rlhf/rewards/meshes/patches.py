@@ -10,7 +10,7 @@ crossing of the surface stays on its edge and moves along it. If the surface no 
 crossing stays at the end of the edge, without a gradient. Parts of the surface therefore appear and disappear
 only at rebuilds, and topology has no gradient.
 
-Shapes: A assets, V vertices of the lattice, P patches, F faces of a patch.
+Shapes: V vertices of the lattice, P patches, F faces of a patch. A is the number of assets.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def concatenate(patches: Sequence[Patches]) -> Patches:
 
 
 def compute_mesh_patches(meshes: Sequence[Mesh], options: PatchOptions) -> Patches:
-    """Compute the patches [A, P, F, ...] of A meshes. Differentiable in the vertices."""
+    """Compute the patches [A, P, F, ...] of meshes. Differentiable in the vertices."""
     return concatenate([compute_patches(mesh.vertices, make_plan(mesh, options), options) for mesh in meshes])
 
 
@@ -79,7 +79,7 @@ class Held(NamedTuple):
 class _Batch(NamedTuple):
     """Choices for all assets, concatenated.
 
-    Shapes: N crossings of all A assets, U vertices of all meshes, M faces of all meshes.
+    Shapes: N crossings of all assets, U vertices of all meshes, M faces of all meshes.
     """
 
     # Indices [2 N] into levels [A * V]: the start points of all crossed edges, followed by their end points
@@ -116,13 +116,13 @@ class MeshReader:
         self._batch: _Batch | None = None
 
     def __call__(self, field: Field, step: int) -> Patches:
-        """Compute the patches [A, P, F, ...] of a field of A shapes.
+        """Compute the patches [A, P, F, ...] of the shapes of a field.
 
         The surface is rebuilt at steps that are multiples of `every`. Differentiable in the parameters of the
         field, except that normals at vertices are constant between two rebuilds.
 
         Args:
-            field: field of A shapes.
+            field: field of the shapes, [A].
             step: number of the step, from 0.
         """
         density = densities(field, self.lattice)  # [A, V]
@@ -131,60 +131,68 @@ class MeshReader:
             self.choices = self._rebuild(density.detach(), field.level)
             self._batch = None
         # The choices are concatenated at the first call after a rebuild.
-        self._batch = batch = self._batch or self._concatenate()
+        self._batch = concatenated = self._batch or self._concatenate()
         level = closed_level(field.level - density, self.lattice)
         # Levels [N] at both ends of the crossed edges, and the share of each edge at which the level is 0
-        start_level, end_level = level.flatten().index_select(0, batch.ends).view(2, -1)
-        vertices = batch.net.vertices(crossing_share(start_level, end_level))
-        if batch.mixture is not None:
-            vertex_index, weight = batch.mixture
-            vertices = (vertices[vertex_index] * weight).sum(dim=1)
-        frame = compute_frames(Mesh(vertices, batch.faces), batch.owners, self.options.place)
-        corner = vertices.index_select(0, batch.corners.flatten()).view(*batch.corners.shape, 3)
-        return Patches(*features_in_frame(corner, batch.around, *frame, self.options.area), batch.mask)
+        start_level, end_level = level.flatten().index_select(0, concatenated.ends).view(2, -1)
+        vertices = concatenated.net.vertices(crossing_share(start_level, end_level))
+        if concatenated.mixture is not None:
+            mixture_indices, mixture_weights = concatenated.mixture
+            vertices = (vertices[mixture_indices] * mixture_weights).sum(dim=1)
+        frames_and_areas = compute_frames(
+            Mesh(vertices, concatenated.faces), concatenated.owners, self.options.place
+        )
+        face_corners = vertices.index_select(0, concatenated.corners.flatten()).view(
+            *concatenated.corners.shape, 3
+        )
+        return Patches(
+            *features_in_frame(face_corners, concatenated.around, *frames_and_areas, self.options.area),
+            concatenated.mask,
+        )
 
     @torch.no_grad()
     def _rebuild(self, density: torch.Tensor, level: float) -> list[Held]:
-        """Compute the normals at vertices of all assets, and new nets and plans where the surface has
-        changed.
+        """Compute the choices for all assets: new normals, and new nets and plans of changed surfaces.
+
+        A net and a plan stay valid as long as the surface crosses the same edges of the lattice.
 
         Args:
             density: raw densities [A, V] at the vertices of the lattice.
             level: raw density at the surface.
         """
-        rebuilt = []
+        new_choices = []
         for i, asset_density in enumerate(density):
             levels = closed_level(level - asset_density, self.lattice)
-            previous = self.choices[i] if len(self.choices) == len(density) else None
-            if previous is not None and torch.equal(previous.inside, levels < 0):
+            previous_choice = self.choices[i] if len(self.choices) == len(density) else None
+            if previous_choice is not None and torch.equal(previous_choice.inside, levels < 0):
                 # With equal signs the surface crosses the same edges, so net and plan are still valid.
-                asset_net = previous.net
-                plan = previous.plan
+                asset_net = previous_choice.net
+                plan = previous_choice.plan
                 mesh = net_mesh(levels, self.lattice, asset_net)
             else:
                 asset_net = net(levels, self.lattice)
                 mesh = net_mesh(levels, self.lattice, asset_net)
                 plan = make_plan(mesh, self.options)
             normals = vertex_normals(plan.mixed(mesh.vertices), plan.faces)
-            rebuilt.append(Held(levels < 0, normals, asset_net, plan))
-        return rebuilt
+            new_choices.append(Held(levels < 0, normals, asset_net, plan))
+        return new_choices
 
     @torch.no_grad()
     def _concatenate(self) -> _Batch:
-        """Concatenate the choices for all assets.
+        """Concatenate the choices for all assets, and return them.
 
         The corners of all faces of an asset without a surface are the fixed vertex 0.
         """
         lattice_vertices = self.lattice.vertices
         device = lattice_vertices.device
-        shape = (self.options.patches, self.options.faces, 3)
+        patch_shape = (self.options.patches, self.options.faces, 3)
         nets = []
-        sources = []
-        weights = []
+        mixture_sources = []
+        mixture_weights = []
         faces = []
         corners = []
-        around = []
-        counts = []
+        corner_normals = []
+        vertex_and_face_counts = []
         has_mixture = any(held.plan.source is not None for held in self.choices)
         # Index of the first vertex of the next asset, among the vertices of all nets and among the U
         # vertices. Index 0 is the fixed vertex.
@@ -201,26 +209,28 @@ class MeshReader:
                 )
             )
             if plan.source is not None and plan.weight is not None:
-                sources.append(plan.source + net_offset)
-                weights.append(plan.weight)
+                mixture_sources.append(plan.source + net_offset)
+                mixture_weights.append(plan.weight)
             if len(plan.faces):
                 asset_corners = plan.faces[plan.select]  # [P, F, 3]
-                around.append(normals[asset_corners])
+                corner_normals.append(normals[asset_corners])
                 corners.append(asset_corners + vertex_offset)
             else:
-                around.append(lattice_vertices.new_zeros(*shape, 3))
-                corners.append(torch.zeros(shape, dtype=torch.int64, device=device))
+                corner_normals.append(lattice_vertices.new_zeros(*patch_shape, 3))
+                corners.append(torch.zeros(patch_shape, dtype=torch.int64, device=device))
             faces.append(plan.faces + vertex_offset)
-            counts.append((len(normals), len(plan.faces)))
-            # `base` contains three coordinates per vertex.
+            vertex_and_face_counts.append((len(normals), len(plan.faces)))
+            # `base_coordinates` contains three coordinates per vertex.
             net_offset = net_offset + len(asset_net.base) // 3
             vertex_offset = vertex_offset + len(normals)
-        edges, net_corners, row, reach, base = (torch.cat(tensors) for tensors in zip(*nets, strict=True))
+        edges, net_corners, coordinate_rows, reach, base_coordinates = (
+            torch.cat(tensors) for tensors in zip(*nets, strict=True)
+        )
         asset_index = torch.arange(len(self.choices), device=device)
         # The index of its asset, once for each vertex [U] and for each face [M] of the batch
         vertex_asset, face_asset = (
             asset_index.repeat_interleave(torch.tensor(count, device=device))
-            for count in zip(*counts, strict=True)
+            for count in zip(*vertex_and_face_counts, strict=True)
         )
         # Three times the index of the fixed vertex, which is also the row of its mixture
         fixed_vertex = torch.zeros(1, 3, dtype=torch.int64, device=device)
@@ -228,28 +238,34 @@ class MeshReader:
         if has_mixture:
             fixed_weight = lattice_vertices.new_zeros(1, 3)
             mixture = (
-                torch.cat([fixed_vertex, *sources]),
-                torch.cat([fixed_weight, *weights])[..., None],
+                torch.cat([fixed_vertex, *mixture_sources]),
+                torch.cat([fixed_weight, *mixture_weights])[..., None],
             )
         return _Batch(
             ends=edges.T.flatten(),
-            net=Net(edges, net_corners, row, reach, torch.cat([base.new_zeros(3), base])),
+            net=Net(
+                edges,
+                net_corners,
+                coordinate_rows,
+                reach,
+                torch.cat([base_coordinates.new_zeros(3), base_coordinates]),
+            ),
             mixture=mixture,
             faces=torch.cat(faces),
             # The fixed vertex counts as a vertex of asset 0.
             owners=Owners(len(self.choices), torch.cat([fixed_vertex[0, :1], vertex_asset]), face_asset),
             corners=torch.stack(corners),
-            around=torch.stack(around),
+            around=torch.stack(corner_normals),
             mask=torch.stack([held.plan.mask for held in self.choices]),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the choices of the last rebuild as tensors by name, for a run that resumes."""
-        state: dict[str, torch.Tensor] = {}
+        state_tensors: dict[str, torch.Tensor] = {}
         for i, (inside, around, asset_net, plan) in enumerate(self.choices):
             choices = {"inside": inside, "around": around, **asset_net._asdict(), **plan._asdict()}
-            state |= {f"{i}.{name}": value for name, value in choices.items() if value is not None}
-        return state
+            state_tensors |= {f"{i}.{name}": value for name, value in choices.items() if value is not None}
+        return state_tensors
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the choices that `state_dict` returned."""

@@ -4,14 +4,13 @@ The features are those of MeshMAE (Liang et al. 2022, arXiv 2207.10228):
 
 | features | meaning |
 | --- | --- |
-| 0 | area of the face: its share in the area of the mesh ("share"), or the area itself ("raw", as in MeshMAE)
-| | 1-3 | normal of length 1 |
+| 0 | area of the face: divided by the area of the mesh ("share"), or not ("raw", as in MeshMAE) |
+| 1-3 | normal of length 1 |
 | 4-6 | interior angles, ascending, radians |
 | 7-9 | dot products of the normal with the normals at the three vertices, ascending |
 
-Shapes: A meshes, N vertices, M faces of a mesh; P patches, F faces of a patch; Q points, K candidate faces,
-    or
-pairs of neighbouring faces.
+Shapes: N vertices and M faces of a mesh, P patches, F faces of a patch, Q points, K candidate faces or pairs
+of neighbouring faces. A is the number of meshes.
 """
 
 import math
@@ -27,7 +26,8 @@ from eg3d_rlhf.geometry.mesh import decimate, find_parts, remove_unused_vertices
 from eg3d_rlhf.rewards.point_layers import farthest_points
 from training.heads.people_mesh import closest_on_triangles
 
-# Least distance of the arguments of square root and arc cosine from points at which their slope is infinite
+# Smallest distance of the arguments of square root and arc cosine from points at which their slope is
+# infinite
 TINY = 1e-7
 
 
@@ -52,34 +52,36 @@ def face_features(
     return features, vertices[faces].mean(dim=1)
 
 
-def measure_faces(corner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def measure_faces(face_corners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the normals, areas and angles of faces from their corners [..., 3, 3].
 
     Returns: normals of length 1 [..., 3], areas [..., 1], and interior angles at the corners [..., 3].
     """
-    side = corner.roll(-1, -2) - corner  # from each corner to the next corner
-    cross = torch.linalg.cross(side[..., 0, :], -side[..., 2, :])
-    double_area = _length(cross)
-    direction = side / _length(side)
+    side_vectors = face_corners.roll(-1, -2) - face_corners  # from each corner to the next corner
+    cross_products = torch.linalg.cross(side_vectors[..., 0, :], -side_vectors[..., 2, :])
+    double_area = _length(cross_products)
+    side_directions = side_vectors / _length(side_vectors)
     # Cosine of the angle at each corner. The previous side arrives at the corner, hence the minus sign.
-    cosine = -(direction * direction.roll(1, -2)).sum(dim=-1)
-    return cross / double_area, double_area / 2, cosine.clamp(-1 + TINY, 1 - TINY).acos()
+    angle_cosines = -(side_directions * side_directions.roll(1, -2)).sum(dim=-1)
+    return cross_products / double_area, double_area / 2, angle_cosines.clamp(-1 + TINY, 1 - TINY).acos()
 
 
 def _average_normals(
-    count: int, faces: torch.Tensor, normal: torch.Tensor, angle: torch.Tensor
+    vertex_count: int, faces: torch.Tensor, normal: torch.Tensor, angle: torch.Tensor
 ) -> torch.Tensor:
     """Compute normals of length 1 at vertices, [N, 3], as weighted means of the normals of faces.
 
     Args:
-        count: number of vertices, N.
+        vertex_count: number of vertices, N.
         faces: vertices of each face, int64 [M, 3].
         normal: normals [M, 3] of the faces.
         angle: interior angles [M, 3] of the faces, which are the weights.
     """
     weighted_normals = (angle[..., None] * normal[:, None]).flatten(0, 1)  # [3 M, 3]
     # index_add sums over all faces of a vertex.
-    return F.normalize(normal.new_zeros(count, 3).index_add(0, faces.flatten(), weighted_normals), dim=1)
+    return F.normalize(
+        normal.new_zeros(vertex_count, 3).index_add(0, faces.flatten(), weighted_normals), dim=1
+    )
 
 
 def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
@@ -123,7 +125,7 @@ def to_frame(mesh: Mesh, place: str = "centre") -> torch.Tensor:
     Args:
         mesh: the mesh.
         place: the frame. "centre" has its origin at the centre of the surface, and the mean distance of the
-            surface from it as unit. "box" has its origin at the corner of the bounding box with the least
+            surface from it as unit. "box" has its origin at the corner of the bounding box with the smallest
             coordinates, and the longest side of the box as unit, as in MeshMAE. "world" changes nothing.
     """
     single_mesh = Owners(
@@ -142,7 +144,7 @@ class Owners(NamedTuple):
 
 
 def compute_frames(mesh: Mesh, owners: Owners, place: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the frame and the area of each of A concatenated meshes. Differentiable in vertices.
+    """Compute the frame and the area of each of several concatenated meshes. Differentiable in vertices.
 
     Args:
         mesh: the concatenated meshes.
@@ -163,20 +165,20 @@ def compute_frames(mesh: Mesh, owners: Owners, place: str) -> tuple[torch.Tensor
     has_area = total_area.detach() > 0
     area = torch.where(has_area, total_area, 1.0)
     if place == "box":
-        index = owners.vertices[:, None].expand(-1, 3)
+        vertex_owners = owners.vertices[:, None].expand(-1, 3)
         zeros = vertices.new_zeros(owners.number, 3)
-        # Least and greatest coordinates of the vertices of each mesh
-        least = zeros.scatter_reduce(0, index, vertices, "amin", include_self=False)
-        greatest = zeros.scatter_reduce(0, index, vertices, "amax", include_self=False)
-        longest_side = (greatest - least).amax(dim=1, keepdim=True).clamp_min(TINY)
-        return least, torch.where(has_area, longest_side, 1.0), area
+        # Smallest and largest coordinates of the vertices of each mesh
+        min_coordinates = zeros.scatter_reduce(0, vertex_owners, vertices, "amin", include_self=False)
+        max_coordinates = zeros.scatter_reduce(0, vertex_owners, vertices, "amax", include_self=False)
+        longest_side = (max_coordinates - min_coordinates).amax(dim=1, keepdim=True).clamp_min(TINY)
+        return min_coordinates, torch.where(has_area, longest_side, 1.0), area
     if place == "world":
         return vertices.new_zeros(owners.number, 3), vertices.new_ones(owners.number, 1), area
     # Centre of the surface, and mean distance from it, both weighted by area
     face_centre = (first + second + third) / 3
     origin = sum_over_faces(face_area * face_centre) / area
-    distance = _length(face_centre - origin.index_select(0, owners.faces))
-    radius = sum_over_faces(face_area * distance) / area
+    centre_distances = _length(face_centre - origin.index_select(0, owners.faces))
+    radius = sum_over_faces(face_area * centre_distances) / area
     return origin, torch.where(has_area, radius.clamp_min(TINY), 1.0), area
 
 
@@ -229,7 +231,7 @@ def features_in_frame(
     total_area: torch.Tensor,
     area: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute features [A, ..., 10] and centres [A, ..., 3] of some faces of A meshes.
+    """Compute the features [A, ..., 10] and the centres [A, ..., 3] of some faces of several meshes.
 
     Differentiable in all tensors.
 
@@ -272,92 +274,98 @@ def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
         faces: number of faces of a patch, F, a power of 4.
     Raises: ValueError for numbers that are not allowed.
     """
-    levels = round(math.log(max(faces, 1), 4))
-    if faces != 4**levels or patches < 4:
+    level_count = round(math.log(max(faces, 1), 4))
+    if faces != 4**level_count or patches < 4:
         raise ValueError(
             "--set patchifier=maps: expected at least 4 patches, and 1, 4, 16, 64, ... faces per patch, got"
             f" {patches} patches of {faces} faces. Use, for example, --set patches=256 and --set faces=64."
         )
     device = mesh.faces.device
     # Subdivision of face p of the base gives the faces p, p + P, p + 2 P, ...
-    select = torch.arange(patches * faces, device=device).view(faces, patches).T
+    selected_faces = torch.arange(patches * faces, device=device).view(faces, patches).T
     if not len(mesh.faces):
         return Plan(
             None,
             None,
             mesh.faces,
-            torch.zeros_like(select),
+            torch.zeros_like(selected_faces),
             torch.zeros(patches, dtype=torch.bool, device=device),
         )
     # Decimation and projection need no gradient, so they are computed by numpy, in float64.
     vertices = mesh.vertices.detach().double().cpu().numpy()
     mesh_faces = mesh.faces.cpu().numpy()
     points, new_faces = base(vertices, mesh_faces, patches)
-    for _ in range(levels):
+    for _ in range(level_count):
         points, new_faces = subdivided(points, new_faces)
     # Nearest face of the mesh for each point, and weights of its corners
-    face, weight = nearest_on(points, vertices[mesh_faces])
-    source = torch.from_numpy(mesh_faces[face]).to(device)
-    weights = torch.from_numpy(weight.astype(np.float32)).to(device)
-    mask = torch.ones(patches, dtype=torch.bool, device=device)
+    nearest_faces, nearest_weights = nearest_on(points, vertices[mesh_faces])
+    source_vertices = torch.from_numpy(mesh_faces[nearest_faces]).to(device)
+    weights = torch.from_numpy(nearest_weights.astype(np.float32)).to(device)
+    patch_mask = torch.ones(patches, dtype=torch.bool, device=device)
     return Plan(
-        source,
+        source_vertices,
         weights / weights.sum(dim=1, keepdim=True),
         torch.from_numpy(new_faces).to(device),
-        select,
-        mask,
+        selected_faces,
+        patch_mask,
     )
 
 
-def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce or refine a mesh to exactly `count` faces.
+def base(vertices: np.ndarray, faces: np.ndarray, face_count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce or refine a mesh to exactly `face_count` faces.
 
     Args:
         vertices: positions [N, 3].
         faces: vertices of each face, [M, 3].
-        count: number of faces of the result.
+        face_count: number of faces of the result.
     Returns: positions [N', 3], float64, and faces [count, 3], int64.
     """
-    target = count
+    target_count = face_count
     with warnings.catch_warnings():
         # decimate() warns if its result has more faces than requested. This case is handled below.
         warnings.simplefilter("ignore")
-        points, new_faces = decimate(vertices, faces, target)
+        points, new_faces = decimate(vertices, faces, target_count)
         # Decimation may end above its target, so the target is decreased step by step.
-        while len(new_faces) > count and target > max(count // 4, 4):
-            target = max(int(0.8 * target), 4)
-            points, new_faces = decimate(vertices, faces, target)
+        while len(new_faces) > face_count and target_count > max(face_count // 4, 4):
+            target_count = max(int(0.8 * target_count), 4)
+            points, new_faces = decimate(vertices, faces, target_count)
     # If there are still too many faces, small parts of the mesh are left out.
-    if len(new_faces) > count:
-        part_count, part = find_parts(new_faces, len(points))
-        corner = points[new_faces]
+    if len(new_faces) > face_count:
+        part_count, part_of_face = find_parts(new_faces, len(points))
+        face_corners = points[new_faces]
         # Twice the areas
-        areas = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
-        # Parts in the order of decreasing area, and True for those whose faces together are at most `count`
-        part_order = np.argsort(-np.bincount(part, weights=areas, minlength=part_count), kind="stable")
-        fits = np.bincount(part, minlength=part_count)[part_order].cumsum() <= count
+        areas = np.linalg.norm(
+            np.cross(face_corners[:, 1] - face_corners[:, 0], face_corners[:, 2] - face_corners[:, 0]), axis=1
+        )
+        # Parts in the order of decreasing area, and True for those whose faces together are at most
+        # `face_count`
+        part_order = np.argsort(
+            -np.bincount(part_of_face, weights=areas, minlength=part_count), kind="stable"
+        )
+        fits = np.bincount(part_of_face, minlength=part_count)[part_order].cumsum() <= face_count
         if fits[0]:
-            new_faces = new_faces[np.isin(part, part_order[fits])]
+            new_faces = new_faces[np.isin(part_of_face, part_order[fits])]
         else:
             # The largest part alone has too many faces, so the largest faces are used.
-            new_faces = new_faces[np.argsort(-areas, kind="stable")[:count]]
+            new_faces = new_faces[np.argsort(-areas, kind="stable")[:face_count]]
         points, new_faces = remove_unused_vertices(points, new_faces)
-    return _bisect(points.astype(np.float64), new_faces.astype(np.int64), count)
+    return _bisect(points.astype(np.float64), new_faces.astype(np.int64), face_count)
 
 
-def _bisect(points: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bisect the longest edge, and all faces at this edge, until there are `count` faces.
+def _bisect(points: np.ndarray, faces: np.ndarray, face_count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bisect the longest edge, and all faces at this edge, until there are `face_count` faces.
 
-    The last bisection may leave a face at the edge undivided.
+    The last bisection may leave a face at the edge undivided. The result are positions [N', 3] and faces
+    [count, 3].
 
     Args:
         points: positions [N, 3].
         faces: vertices of each face, [M, 3].
-        count: number of faces of the result.
+        face_count: number of faces of the result.
     """
     face_list = [tuple(face) for face in faces.tolist()]
     positions = list(points)
-    while len(face_list) < count:
+    while len(face_list) < face_count:
         # Squared length of each edge, by its two vertices in ascending order
         squared_length: dict[tuple[int, ...], float] = {}
         for face in face_list:
@@ -366,16 +374,16 @@ def _bisect(points: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarr
                 squared_length[tuple(sorted((face[i], face[j])))] = float((edge_vector**2).sum())
         # Among edges of equal length, the indices of the vertices decide, so the result is deterministic.
         edge = max(squared_length, key=lambda vertices: (squared_length[vertices], vertices))
-        middle = len(positions)
+        midpoint_index = len(positions)
         positions.append((positions[edge[0]] + positions[edge[1]]) / 2)
         faces_at_edge = [k for k, face in enumerate(face_list) if set(edge) <= set(face)]
-        for k in faces_at_edge[: count - len(face_list)]:
+        for k in faces_at_edge[: face_count - len(face_list)]:
             face = face_list[k]
             i, j = next((i, j) for i, j in _EDGES if {face[i], face[j]} == set(edge))
             # The three positions in a face sum to 0 + 1 + 2 = 3.
             opposite = face[3 - i - j]
-            face_list[k] = (face[i], middle, opposite)
-            face_list.append((middle, face[j], opposite))
+            face_list[k] = (face[i], midpoint_index, opposite)
+            face_list.append((midpoint_index, face[j], opposite))
     return np.array(positions), np.array(face_list, dtype=np.int64)
 
 
@@ -409,26 +417,29 @@ def nearest_on(points: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, n
     Args:
         points: positions [Q, 3].
         triangles: corners [M, 3, 3] of the triangles.
-    Returns: index of the triangle [Q], and weights [Q, 3] of its corners that give the nearest point.
+    Returns: the index of the triangle that contains the nearest point [Q], and the weights [Q, 3] of its
+        corners that give this point.
     """
     from scipy.spatial import cKDTree
 
     tree = cKDTree(triangles.mean(axis=1))
-    _, candidates = tree.query(points, k=min(NEAR, len(triangles)))
+    _, candidate_triangles = tree.query(points, k=min(NEAR, len(triangles)))
     # With k = 1, `query` returns one axis less. [Q, K]
-    candidates = candidates.reshape(len(points), -1)
-    weight = closest_on_triangles(triangles[candidates], points[:, None])  # [Q, K, 3]
-    squared_difference = ((weight[..., None] * triangles[candidates]).sum(axis=2) - points[:, None]) ** 2
-    best = squared_difference.sum(axis=2).argmin(axis=1)
-    row = np.arange(len(points))
-    return candidates[row, best], weight[row, best]
+    candidate_triangles = candidate_triangles.reshape(len(points), -1)
+    corner_weights = closest_on_triangles(triangles[candidate_triangles], points[:, None])  # [Q, K, 3]
+    squared_difference = (
+        (corner_weights[..., None] * triangles[candidate_triangles]).sum(axis=2) - points[:, None]
+    ) ** 2
+    best_candidates = squared_difference.sum(axis=2).argmin(axis=1)
+    point_rows = np.arange(len(points))
+    return candidate_triangles[point_rows, best_candidates], corner_weights[point_rows, best_candidates]
 
 
 # Regions: patches that grow over neighbouring faces with similar normals. This is the default, for meshes of
 # any kind. It replaces the mesh fusion of DreamCS, whose algorithm is not published. All choices are
 # discrete, so topology has no gradient.
 
-SIMILAR = 0.9  # least cosine of the angle between the normals of a face and of its region
+SIMILAR = 0.9  # smallest cosine of the angle between the normals of a face and of its region
 RELAX = 0.1  # decrease of this limit when no region can grow
 SMALL = 0.1  # area, relative to the mean area of regions, below which a region joins a neighbouring region
 
@@ -450,16 +461,20 @@ def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
         faces: number of faces of a patch, F.
     """
     triangles = mesh.vertices.detach().double().cpu().numpy()[mesh.faces.cpu().numpy()]  # [M, 3, 3]
-    select = np.zeros((patches, faces), dtype=np.int64)
-    mask = np.zeros(patches, dtype=bool)
+    selected_faces = np.zeros((patches, faces), dtype=np.int64)
+    patch_mask = np.zeros(patches, dtype=bool)
     if len(triangles):
-        label = grown(triangles, mesh.faces.cpu().numpy(), patches)
-        count = int(label.max()) + 1
-        select[:count] = _select_faces(triangles, label, count, faces)
-        mask[:count] = True
+        region_of_face = grown(triangles, mesh.faces.cpu().numpy(), patches)
+        region_count = int(region_of_face.max()) + 1
+        selected_faces[:region_count] = _select_faces(triangles, region_of_face, region_count, faces)
+        patch_mask[:region_count] = True
     device = mesh.faces.device
     return Plan(
-        None, None, mesh.faces, torch.from_numpy(select).to(device), torch.from_numpy(mask).to(device)
+        None,
+        None,
+        mesh.faces,
+        torch.from_numpy(selected_faces).to(device),
+        torch.from_numpy(patch_mask).to(device),
     )
 
 
@@ -473,17 +488,19 @@ def grown(triangles: np.ndarray, faces: np.ndarray, patches: int) -> np.ndarray:
         faces: vertices of each face, [M, 3].
         patches: number of regions, P.
     """
-    cross = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    double_area = np.linalg.norm(cross, axis=1)
-    normals = cross / np.maximum(double_area, 1e-12)[:, None]
+    cross_products = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    double_area = np.linalg.norm(cross_products, axis=1)
+    normals = cross_products / np.maximum(double_area, 1e-12)[:, None]
     areas = double_area / 2
     centres = triangles.mean(axis=1)
     region_count = min(patches, len(faces))
-    pairs = neighbours(faces)
-    seeds = farthest_points(torch.from_numpy(centres.T.copy())[None], region_count, "farthest")[0].numpy()
-    label = _grow(normals, pairs, seeds)
-    label = _merge(label, pairs, areas, centres, region_count)
-    return _split(label, areas, centres, region_count)
+    face_pairs = neighbours(faces)
+    start_faces = farthest_points(torch.from_numpy(centres.T.copy())[None], region_count, "farthest")[
+        0
+    ].numpy()
+    region_of_face = _grow(normals, face_pairs, start_faces)
+    region_of_face = _merge(region_of_face, face_pairs, areas, centres, region_count)
+    return _split(region_of_face, areas, centres, region_count)
 
 
 def neighbours(faces: np.ndarray) -> np.ndarray:
@@ -493,103 +510,115 @@ def neighbours(faces: np.ndarray) -> np.ndarray:
     """
     edge_vertices = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
     # One integer per edge
-    key = edge_vertices[:, 0].astype(np.int64) * (int(faces.max(initial=0)) + 1) + edge_vertices[:, 1]
+    edge_keys = edge_vertices[:, 0].astype(np.int64) * (int(faces.max(initial=0)) + 1) + edge_vertices[:, 1]
     # Equal edges of different faces are neighbours in the sorted order. Index i // 3 is the face of edge i.
-    order = np.argsort(key, kind="stable")
-    is_same_edge = key[order[1:]] == key[order[:-1]]
-    return np.stack([order[:-1][is_same_edge] // 3, order[1:][is_same_edge] // 3], axis=1)
+    edge_order = np.argsort(edge_keys, kind="stable")
+    is_same_edge = edge_keys[edge_order[1:]] == edge_keys[edge_order[:-1]]
+    return np.stack([edge_order[:-1][is_same_edge] // 3, edge_order[1:][is_same_edge] // 3], axis=1)
 
 
-def _grow(normals: np.ndarray, pairs: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+def _grow(normals: np.ndarray, face_pairs: np.ndarray, start_faces: np.ndarray) -> np.ndarray:
     """Grow regions from seeds, and return the index of the region of each face, [M].
 
     Connected parts of the mesh without a seed become regions with the indices P, P + 1, ...
 
     Args:
         normals: normals [M, 3] of the faces.
-        pairs: pairs [K, 2] of neighbouring faces.
-        seeds: faces [P] at which the regions start.
+        face_pairs: pairs [K, 2] of neighbouring faces.
+        start_faces: faces [P] at which the regions start.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    label = np.full(len(normals), -1)  # -1 for faces without a region
-    label[seeds] = np.arange(len(seeds))
-    normal_sum = normals[seeds].copy()  # [P, 3], sums of the normals of each region
-    least_cosine = SIMILAR
+    region_of_face = np.full(len(normals), -1)  # -1 for faces without a region
+    region_of_face[start_faces] = np.arange(len(start_faces))
+    normal_sum = normals[start_faces].copy()  # [P, 3], sums of the normals of each region
+    min_cosine = SIMILAR
     # The neighbours of face i are neighbour[start[i] : start[i + 1]].
-    directed_pairs = np.concatenate([pairs, pairs[:, ::-1]])
+    directed_pairs = np.concatenate([face_pairs, face_pairs[:, ::-1]])
     directed_pairs = directed_pairs[np.argsort(directed_pairs[:, 0], kind="stable")]
-    start = np.searchsorted(directed_pairs[:, 0], np.arange(len(normals) + 1))
-    neighbour = directed_pairs[:, 1]
-    new_faces = seeds
+    neighbour_starts = np.searchsorted(directed_pairs[:, 0], np.arange(len(normals) + 1))
+    neighbour_faces = directed_pairs[:, 1]
+    new_faces = start_faces
     # Candidates: region[k] can grow by face[k]. They are neighbours of faces that joined in the last step,
     # and candidates of earlier steps whose normals were not similar enough.
-    region = np.zeros(0, dtype=np.int64)
-    face = np.zeros(0, dtype=np.int64)
+    candidate_regions = np.zeros(0, dtype=np.int64)
+    candidate_faces = np.zeros(0, dtype=np.int64)
     while True:
-        count = start[new_faces + 1] - start[new_faces]
+        neighbour_counts = neighbour_starts[new_faces + 1] - neighbour_starts[new_faces]
         # Indices of the neighbours of all new faces, without a loop over faces
-        index = np.repeat(start[new_faces] - count.cumsum() + count, count) + np.arange(count.sum())
-        region = np.concatenate([region, np.repeat(label[new_faces], count)])
-        face = np.concatenate([face, neighbour[index]])
-        is_unassigned = label[face] < 0
-        region = region[is_unassigned]
-        face = face[is_unassigned]
-        if not len(face):
+        neighbour_indices = np.repeat(
+            neighbour_starts[new_faces] - neighbour_counts.cumsum() + neighbour_counts, neighbour_counts
+        ) + np.arange(neighbour_counts.sum())
+        candidate_regions = np.concatenate(
+            [candidate_regions, np.repeat(region_of_face[new_faces], neighbour_counts)]
+        )
+        candidate_faces = np.concatenate([candidate_faces, neighbour_faces[neighbour_indices]])
+        is_unassigned = region_of_face[candidate_faces] < 0
+        candidate_regions = candidate_regions[is_unassigned]
+        candidate_faces = candidate_faces[is_unassigned]
+        if not len(candidate_faces):
             break
-        norm = np.maximum(np.sqrt((normal_sum * normal_sum).sum(axis=1)), 1e-12)
-        mean_normal = normal_sum / norm[:, None]
-        cosine = np.einsum("ki,ki->k", normals[face], mean_normal[region])
-        while not (is_similar := cosine >= least_cosine).any():
-            least_cosine -= RELAX
+        normal_lengths = np.maximum(np.sqrt((normal_sum * normal_sum).sum(axis=1)), 1e-12)
+        mean_normal = normal_sum / normal_lengths[:, None]
+        candidate_cosines = np.einsum("ki,ki->k", normals[candidate_faces], mean_normal[candidate_regions])
+        while not (is_similar := candidate_cosines >= min_cosine).any():
+            min_cosine -= RELAX
         # If several regions can grow by the same face, the last assignment counts, so the most similar region
         # comes last.
-        order = np.argsort(cosine[is_similar], kind="stable")
-        new_faces = np.unique(face[is_similar])
-        label[face[is_similar][order]] = region[is_similar][order]
-        np.add.at(normal_sum, label[new_faces], normals[new_faces])
+        similarity_order = np.argsort(candidate_cosines[is_similar], kind="stable")
+        new_faces = np.unique(candidate_faces[is_similar])
+        region_of_face[candidate_faces[is_similar][similarity_order]] = candidate_regions[is_similar][
+            similarity_order
+        ]
+        np.add.at(normal_sum, region_of_face[new_faces], normals[new_faces])
     # Faces that no region reaches are grouped by connected part.
-    is_unreached = label < 0
+    is_unreached = region_of_face < 0
     if is_unreached.any():
-        is_unreached_pair = is_unreached[pairs].all(axis=1)
-        unreached_pairs = pairs[is_unreached_pair]
+        is_unreached_pair = is_unreached[face_pairs].all(axis=1)
+        unreached_pairs = face_pairs[is_unreached_pair]
         face_count = len(normals)
         graph = coo_array(
             (np.ones(len(unreached_pairs)), (unreached_pairs[:, 0], unreached_pairs[:, 1])),
             shape=(face_count, face_count),
         )
-        part = connected_components(graph, directed=False)[1]
-        label[is_unreached] = len(seeds) + np.unique(part[is_unreached], return_inverse=True)[1]
-    return label
+        part_of_face = connected_components(graph, directed=False)[1]
+        region_of_face[is_unreached] = (
+            len(start_faces) + np.unique(part_of_face[is_unreached], return_inverse=True)[1]
+        )
+    return region_of_face
 
 
 def _merge(
-    label: np.ndarray, pairs: np.ndarray, areas: np.ndarray, centres: np.ndarray, most: int
+    region_of_face: np.ndarray,
+    face_pairs: np.ndarray,
+    areas: np.ndarray,
+    centres: np.ndarray,
+    max_regions: int,
 ) -> np.ndarray:
     """Merge small regions and surplus regions into other regions.
 
     Args:
-        label: index of the region of each face, [M].
-        pairs: pairs [K, 2] of neighbouring faces.
+        region_of_face: index of the region of each face, [M].
+        face_pairs: pairs [K, 2] of neighbouring faces.
         areas: areas [M] of the faces.
         centres: centres [M, 3] of the faces.
-        most: largest number of regions of the result.
+        max_regions: largest number of regions of the result.
     Returns: index of the region of each face, [M], numbered from 0 without gaps.
     """
     while True:
-        label = np.unique(label, return_inverse=True)[1]
-        count = int(label.max()) + 1
-        region_area = np.bincount(label, weights=areas, minlength=count)
+        region_of_face = np.unique(region_of_face, return_inverse=True)[1]
+        region_count = int(region_of_face.max()) + 1
+        region_area = np.bincount(region_of_face, weights=areas, minlength=region_count)
         # Pairs of different regions with a common edge
-        region_pairs = label[pairs]
+        region_pairs = region_of_face[face_pairs]
         region_pairs = region_pairs[region_pairs[:, 0] != region_pairs[:, 1]]
-        has_neighbour = np.bincount(region_pairs.flatten(), minlength=count) > 0
+        has_neighbour = np.bincount(region_pairs.flatten(), minlength=region_count) > 0
         is_small = has_neighbour & (region_area < SMALL * region_area.mean())
-        if count <= most and not is_small.any():
-            return label
+        if region_count <= max_regions and not is_small.any():
+            return region_of_face
         # The smallest of the small regions, or of all regions, is merged.
-        is_eligible = is_small if is_small.any() else np.ones(count, dtype=bool)
+        is_eligible = is_small if is_small.any() else np.ones(region_count, dtype=bool)
         merged_region = int(np.where(is_eligible, region_area, np.inf).argmin())
         if has_neighbour[merged_region]:
             # It joins the neighbour with the largest number of common edges.
@@ -599,74 +628,96 @@ def _merge(
                     region_pairs[region_pairs[:, 1] == merged_region, 0],
                 ]
             )
-            target = int(np.bincount(neighbour_regions).argmax())
+            target_region = int(np.bincount(neighbour_regions).argmax())
         else:
             # A region without neighbours is a separate part, and joins the region with the nearest centre.
-            region_centres = _region_means(label, centres, count)
-            distance = np.linalg.norm(region_centres - region_centres[merged_region], axis=1)
-            distance[merged_region] = np.inf
-            target = int(distance.argmin())
-        label[label == merged_region] = target
+            region_centres = _region_means(region_of_face, centres, region_count)
+            centre_distances = np.linalg.norm(region_centres - region_centres[merged_region], axis=1)
+            centre_distances[merged_region] = np.inf
+            target_region = int(centre_distances.argmin())
+        region_of_face[region_of_face == merged_region] = target_region
 
 
-def _split(label: np.ndarray, areas: np.ndarray, centres: np.ndarray, region_count: int) -> np.ndarray:
+def _split(
+    region_of_face: np.ndarray, areas: np.ndarray, centres: np.ndarray, region_count: int
+) -> np.ndarray:
     """Halve the largest regions, in place, until there are `region_count` regions.
 
     Args:
-        label: index of the region of each face, [M].
+        region_of_face: index of the region of each face, [M].
         areas: areas [M] of the faces.
         centres: centres [M, 3] of the faces.
         region_count: number of regions, at most the number of faces.
-    Returns: `label`.
+    Returns: `region_of_face`.
     """
-    count = int(label.max()) + 1
+    count = int(region_of_face.max()) + 1
     while count < region_count:
-        region_area = np.bincount(label, weights=areas, minlength=count)
-        region_area[np.bincount(label, minlength=count) < 2] = -1  # a region of one face cannot be halved
-        region_faces = np.flatnonzero(label == region_area.argmax())
+        region_area = np.bincount(region_of_face, weights=areas, minlength=count)
+        region_area[
+            np.bincount(region_of_face, minlength=count) < 2
+        ] = -1  # a region of one face cannot be halved
+        region_faces = np.flatnonzero(region_of_face == region_area.argmax())
         # Each face joins the nearer one of two faces that are far apart.
-        positions = centres[region_faces]
-        first = positions[np.linalg.norm(positions - positions.mean(0), axis=1).argmax()]
-        second = positions[np.linalg.norm(positions - first, axis=1).argmax()]
-        joins_second = np.linalg.norm(positions - second, axis=1) < np.linalg.norm(positions - first, axis=1)
+        face_centres = centres[region_faces]
+        first_end = face_centres[np.linalg.norm(face_centres - face_centres.mean(0), axis=1).argmax()]
+        second_end = face_centres[np.linalg.norm(face_centres - first_end, axis=1).argmax()]
+        joins_second = np.linalg.norm(face_centres - second_end, axis=1) < np.linalg.norm(
+            face_centres - first_end, axis=1
+        )
         # If all centres are equal, the last face becomes a new region.
         joins_second[-1] |= not joins_second.any()
-        label[region_faces[joins_second]] = count
+        region_of_face[region_faces[joins_second]] = count
         count += 1
-    return label
+    return region_of_face
 
 
-def _region_means(label: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """Compute the mean of values [M, 3] over the faces of each of `count` regions: [count, 3]."""
-    face_counts = np.bincount(label, minlength=count)
-    sums = np.stack([np.bincount(label, weights=column, minlength=count) for column in values.T], axis=1)
+def _region_means(region_of_face: np.ndarray, face_values: np.ndarray, region_count: int) -> np.ndarray:
+    """Compute the mean of values [M, 3] over the faces of each of `region_count` regions: [count, 3]."""
+    face_counts = np.bincount(region_of_face, minlength=region_count)
+    sums = np.stack(
+        [
+            np.bincount(region_of_face, weights=value_column, minlength=region_count)
+            for value_column in face_values.T
+        ],
+        axis=1,
+    )
     return sums / face_counts[:, None]
 
 
-def _select_faces(triangles: np.ndarray, label: np.ndarray, count: int, faces: int) -> np.ndarray:
+def _select_faces(
+    triangles: np.ndarray, region_of_face: np.ndarray, region_count: int, faces: int
+) -> np.ndarray:
     """Select F faces of each region at equal steps of area, from the centre of the region outwards.
 
     Args:
         triangles: corners [M, 3, 3] of the faces.
-        label: index of the region of each face, [M].
-        count: number of regions.
+        region_of_face: index of the region of each face, [M].
+        region_count: number of regions.
         faces: number of faces to select, F.
     Returns: indices of the selected faces, [count, F].
     """
     centres = triangles.mean(axis=1)
-    distance = np.linalg.norm(centres - _region_means(label, centres, count)[label], axis=1)
+    centre_distances = np.linalg.norm(
+        centres - _region_means(region_of_face, centres, region_count)[region_of_face], axis=1
+    )
     # Sorted by region, and within a region by the distance from its centre
-    order = np.lexsort((distance, label))
-    cross = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    face_order = np.lexsort((centre_distances, region_of_face))
+    cross_products = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     # Twice the areas; with 1e-12, faces without area can be selected, too.
-    area = np.linalg.norm(cross, axis=1)[order] + 1e-12
-    cumulative_area = area.cumsum()
-    # Positions in `order` of the first and the last face of each region
-    last = np.searchsorted(label[order], np.arange(count), side="right") - 1
-    first = np.concatenate([[0], last[:-1] + 1])
-    start_area = cumulative_area[first] - area[first]
-    end_area = cumulative_area[last]
+    double_areas = np.linalg.norm(cross_products, axis=1)[face_order] + 1e-12
+    cumulative_area = double_areas.cumsum()
+    # Positions in `face_order` of the first and the last face of each region
+    last_positions = np.searchsorted(region_of_face[face_order], np.arange(region_count), side="right") - 1
+    first_positions = np.concatenate([[0], last_positions[:-1] + 1])
+    start_area = cumulative_area[first_positions] - double_areas[first_positions]
+    end_area = cumulative_area[last_positions]
     # [count, F]: cumulative areas at the middles of F equal steps
-    selected_area = start_area[:, None] + (end_area - start_area)[:, None] * (np.arange(faces) + 0.5) / faces
+    selection_areas = (
+        start_area[:, None] + (end_area - start_area)[:, None] * (np.arange(faces) + 0.5) / faces
+    )
     # The clip prevents that a rounding error selects a face of a neighbouring region.
-    return order[np.searchsorted(cumulative_area, selected_area).clip(first[:, None], last[:, None])]
+    return face_order[
+        np.searchsorted(cumulative_area, selection_areas).clip(
+            first_positions[:, None], last_positions[:, None]
+        )
+    ]

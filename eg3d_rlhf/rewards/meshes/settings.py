@@ -54,8 +54,9 @@ class EncoderOptions:
         if min(self.faces, self.width, self.heads) < 1 or self.depth < 0 or self.width % self.heads:
             raise ValueError(
                 "EncoderOptions: expected faces, width and heads of at least 1, a depth of at least 0, and a"
-                f" width that is a multiple of heads, got {self}. Change width or heads, for example to 64"
-                " and 4."
+                f" width that is a multiple of heads, got faces {self.faces}, width {self.width}, heads"
+                f" {self.heads} and depth {self.depth}. Use, for example, --set width=64 --set heads=4, and"
+                " positive numbers of faces."
             )
 
 
@@ -125,7 +126,7 @@ class MeshRewardTraining:
     place: str = _rare_net_knob(
         "centre",
         "Origin of the coordinates that the network reads: centre is the centre of the surface, box is the"
-        " corner of the bounding box with the least coordinates, and world is the world's origin.",
+        " corner of the bounding box with the smallest coordinates, and world is the world's origin.",
         choices=PLACES,
     )
     width: int = _rare_net_knob(64, "Number of channels of the encoder's tokens.", low=4)
@@ -147,8 +148,8 @@ class MeshRewardTraining:
     )
     bandwidth: float = _rare_train_knob(
         0.7,
-        "Least bandwidth of the divergence's kernel, as a distance of embeddings of length 1. If the median"
-        " distance of a batch is larger, that distance is used.",
+        "Smallest bandwidth of the divergence's kernel, as a distance of embeddings of length 1. If the"
+        " median distance of a batch is larger, that distance is used.",
         above=0,
     )
     regression: float = _rare_train_knob(

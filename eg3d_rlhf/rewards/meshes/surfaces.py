@@ -4,9 +4,9 @@ A level is a number per vertex of the lattice that is negative inside a shape, s
 the level is 0. The lattice is a cube whose cells are divided into 6 tetrahedra around the main diagonal. It
 is computed when needed and not stored in files.
 
-Shapes: R cells per edge, V = (R + 1)^3 vertices of the lattice, T tetrahedra, E edges of tetrahedra. For
-marching tetrahedra: N vertices, M faces of the mesh. For a net: N crossings of the surface with edges, N'
-vertices, M = 2 N faces.
+Shapes: R cells per edge, V = (R + 1)^3 vertices of the lattice, T tetrahedra, E edges of tetrahedra. Marching
+tetrahedra give a mesh of N vertices and M faces. A net has N crossings of the surface with edges, N'
+vertices, and M = 2 N faces.
 """
 
 import functools
@@ -53,12 +53,14 @@ class Lattice:
         """
         edge_vertices = tetrahedra[:, EDGES].sort(dim=2).values  # [T, 6, 2]
         # An edge from vertex a to vertex b > a gets the key a * V + b, and `unique` removes repeated edges.
-        keys, edges_of = (edge_vertices[..., 0] * len(vertices) + edge_vertices[..., 1]).unique(
+        edge_keys, edges_of = (edge_vertices[..., 0] * len(vertices) + edge_vertices[..., 1]).unique(
             return_inverse=True
         )
-        edges = torch.stack([keys.div(len(vertices), rounding_mode="floor"), keys % len(vertices)], dim=1)
-        border = ((vertices == vertices.amin(dim=0)) | (vertices == vertices.amax(dim=0))).any(dim=1)
-        return cls(vertices, tetrahedra, edges, edges_of, step, border, axes)
+        edges = torch.stack(
+            [edge_keys.div(len(vertices), rounding_mode="floor"), edge_keys % len(vertices)], dim=1
+        )
+        is_border = ((vertices == vertices.amin(dim=0)) | (vertices == vertices.amax(dim=0))).any(dim=1)
+        return cls(vertices, tetrahedra, edges, edges_of, step, is_border, axes)
 
     def to(self, device: str | torch.device) -> "Lattice":
         """Return the lattice on a device. It must be the device of the field."""
@@ -86,21 +88,31 @@ def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
         bounds: the cube; None for the unit cube around the origin.
     """
     bounds = bounds or Bounds()
-    side = resolution + 1
-    coordinates = (torch.arange(side) / resolution - 0.5) * bounds.side
+    vertices_per_edge = resolution + 1
+    coordinates = (torch.arange(vertices_per_edge) / resolution - 0.5) * bounds.side
     x, y, z = (coordinates + centre for centre in bounds.centre)
     vertices = torch.cartesian_prod(x, y, z)
-    index = torch.arange(side**3).view(side, side, side)
-    index_step = (side * side, side, 1)  # from a vertex to the next vertex along x, y, z
+    vertex_indices = torch.arange(vertices_per_edge**3).view(
+        vertices_per_edge, vertices_per_edge, vertices_per_edge
+    )
+    # From a vertex to the next vertex along x, y, z
+    index_step = (
+        vertices_per_edge * vertices_per_edge,
+        vertices_per_edge,
+        1,
+    )
     corners = []
     # Kuhn triangulation: each of the 6 orders of the axes gives a path along edges of the cell from corner
     # (0, 0, 0) to corner (1, 1, 1), and the four corners of the path form a tetrahedron.
-    for order in itertools.permutations(range(3)):
-        path = list(itertools.accumulate((index_step[axis] for axis in order), initial=0))
+    for axis_order in itertools.permutations(range(3)):
+        corner_path = list(itertools.accumulate((index_step[axis] for axis in axis_order), initial=0))
         # Odd permutations give negatively oriented tetrahedra, so two vertices are exchanged.
-        is_odd = sum(a > b for a, b in itertools.combinations(order, 2)) % 2
-        corners.append([path[0], path[1], path[3], path[2]] if is_odd else path)
-    first_corners = index[:-1, :-1, :-1].reshape(-1, 1, 1)  # [R^3, 1, 1], corner (0, 0, 0) of each cell
+        is_odd = sum(a > b for a, b in itertools.combinations(axis_order, 2)) % 2
+        corners.append(
+            [corner_path[0], corner_path[1], corner_path[3], corner_path[2]] if is_odd else corner_path
+        )
+    # [R^3, 1, 1], corner (0, 0, 0) of each cell
+    first_corners = vertex_indices[:-1, :-1, :-1].reshape(-1, 1, 1)
     tetrahedra = (first_corners + torch.tensor(corners)).reshape(-1, 4)
     return Lattice.from_tetrahedra(vertices, tetrahedra, bounds.side / resolution, (x, y, z))
 
@@ -111,9 +123,9 @@ def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
 # gradient, and only the positions of existing vertices have one. Source: DMTet (Shen et al. 2021, arXiv
 # 2111.04276). The table of its 16 cases is derived here from the signs.
 
-# Least difference of the levels at both ends of an edge that is cut. Tetrahedra with a smaller difference are
-# skipped.
-LEAST_STEP = 1e-8
+# Smallest difference of the levels at the two ends of an edge that is cut. Tetrahedra with a smaller
+# difference are skipped.
+MIN_STEP = 1e-8
 # Pairs of opposite edges of a tetrahedron. A quadrilateral is divided along the first pair that belongs to
 # it.
 _DIAGONALS = (((0, 2), (1, 3)), ((0, 3), (1, 2)), ((0, 1), (2, 3)))
@@ -124,30 +136,33 @@ def _cases() -> tuple[torch.Tensor, torch.Tensor]:
 
     Bit i of the number of a case is 1 if vertex i of the tetrahedron is inside.
 
-    Returns: the triangles [16, 2, 3], whose corners are indices of EDGES; and the number of triangles [16].
+    Returns: the triangles [16, 2, 3], whose corners are indices of EDGES, and the number of triangles of each
+        case [16].
     """
-    corner = torch.cat([torch.zeros(1, 3), torch.eye(3)])  # a positively oriented tetrahedron
-    middle = {edge: (corner[edge[0]] + corner[edge[1]]) / 2 for edge in EDGES}
+    corners = torch.cat([torch.zeros(1, 3), torch.eye(3)])  # a positively oriented tetrahedron
+    edge_midpoints = {edge: (corners[edge[0]] + corners[edge[1]]) / 2 for edge in EDGES}
     triangles = torch.zeros(16, 2, 3, dtype=torch.int64)
-    count = torch.zeros(16, dtype=torch.int64)
+    triangle_counts = torch.zeros(16, dtype=torch.int64)
     # In the cases 0 and 15 all vertices are on the same side, and there is no surface.
     for case in range(1, 15):
-        inside = [bool(case >> i & 1) for i in range(4)]
-        cut_edges = [edge for edge in EDGES if inside[edge[0]] != inside[edge[1]]]
+        is_corner_inside = [bool(case >> i & 1) for i in range(4)]
+        cut_edges = [edge for edge in EDGES if is_corner_inside[edge[0]] != is_corner_inside[edge[1]]]
         case_triangles = [tuple(cut_edges)]
         # Four cut edges form a quadrilateral; its diagonal connects two opposite edges.
         if len(cut_edges) == 4:
             p, q = next(pair for pair in _DIAGONALS if set(pair) <= set(cut_edges))
             case_triangles = [(p, q, edge) for edge in cut_edges if edge not in (p, q)]
-        outside = [not is_inside for is_inside in inside]
-        outward = corner[outside].mean(0) - corner[inside].mean(0)
+        is_corner_outside = [not is_inside for is_inside in is_corner_inside]
+        outward_direction = corners[is_corner_outside].mean(0) - corners[is_corner_inside].mean(0)
         for i, (a, b, c) in enumerate(case_triangles):
             # Order the corners so that the normal points from inside to outside.
-            normal = torch.linalg.cross(middle[b] - middle[a], middle[c] - middle[a])
-            oriented_triangle = (a, b, c) if normal @ outward > 0 else (a, c, b)
+            normal = torch.linalg.cross(
+                edge_midpoints[b] - edge_midpoints[a], edge_midpoints[c] - edge_midpoints[a]
+            )
+            oriented_triangle = (a, b, c) if normal @ outward_direction > 0 else (a, c, b)
             triangles[case, i] = torch.tensor([EDGES.index(edge) for edge in oriented_triangle])
-        count[case] = len(case_triangles)
-    return triangles, count
+        triangle_counts[case] = len(case_triangles)
+    return triangles, triangle_counts
 
 
 TRIANGLES, COUNT = _cases()
@@ -184,8 +199,8 @@ def marching_tetrahedra(
     if deformation is not None:
         positions = positions + deformation.tanh() * lattice.step
     a, b = edges.unbind(1)
-    share = crossing_share(level[a], level[b])[:, None]  # [N, 1]
-    return Mesh(positions[a] + share * (positions[b] - positions[a]), faces)
+    crossing_shares = crossing_share(level[a], level[b])[:, None]  # [N, 1]
+    return Mesh(positions[a] + crossing_shares * (positions[b] - positions[a]), faces)
 
 
 @torch.no_grad()
@@ -195,26 +210,27 @@ def find_cut_edges(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor,
     Args:
         level: levels [V], negative inside.
         lattice: lattice of the levels.
-    Returns: vertices of each cut edge, [N, 2]; and faces [M, 3], whose corners are indices of cut edges.
+    Returns: the vertices of each cut edge [N, 2], and the faces [M, 3], whose corners are indices of cut
+        edges.
     """
-    inside = level < 0
+    is_vertex_inside = level < 0
     a, b = lattice.edges.unbind(1)  # [E] each
-    is_cut = inside[a] != inside[b]  # [E]
+    is_cut = is_vertex_inside[a] != is_vertex_inside[b]  # [E]
     # On an edge whose levels are almost equal, position and gradient would be rounding errors.
-    is_flat = is_cut & ((level[a] - level[b]).abs() < LEAST_STEP)
+    is_flat = is_cut & ((level[a] - level[b]).abs() < MIN_STEP)
     triangles = TRIANGLES.to(level.device)
-    count = COUNT.to(level.device)
+    triangle_counts = COUNT.to(level.device)
     # The number of the case has bit i set if vertex i is inside. [T]
-    case = (inside[lattice.tetrahedra] << torch.arange(4, device=level.device)).sum(dim=1)
-    tetrahedra = ((case > 0) & (case < 15)).nonzero()[:, 0]
+    case_numbers = (is_vertex_inside[lattice.tetrahedra] << torch.arange(4, device=level.device)).sum(dim=1)
+    tetrahedra = ((case_numbers > 0) & (case_numbers < 15)).nonzero()[:, 0]
     tetrahedra = tetrahedra[~is_flat[lattice.edges_of[tetrahedra]].any(dim=1)]  # [T'], cut and not flat
     is_cut &= ~is_flat
     vertex_index = is_cut.cumsum(0) - 1  # index of the mesh vertex on each cut edge
-    corner_edges = triangles[case[tetrahedra]].flatten(1)  # [T', 6], indices of EDGES
+    corner_edges = triangles[case_numbers[tetrahedra]].flatten(1)  # [T', 6], indices of EDGES
     faces = vertex_index[lattice.edges_of[tetrahedra].gather(1, corner_edges)].view(-1, 2, 3)
     # A case has one or two triangles.
-    exists = torch.arange(2, device=level.device) < count[case[tetrahedra], None]
-    return lattice.edges[is_cut], faces[exists]
+    is_existing = torch.arange(2, device=level.device) < triangle_counts[case_numbers[tetrahedra], None]
+    return lattice.edges[is_cut], faces[is_existing]
 
 
 def crossing_share(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
@@ -244,8 +260,7 @@ def signed_volume(mesh: Mesh) -> torch.Tensor:
 
 
 def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
-    """Change a level so that the border of the lattice is outside. A shape that reaches the border is closed
-    there.
+    """Change a level so that the border of the lattice is outside, which closes the shape there.
 
     The closing surface lies about 1/1000 of a cell from the border. Differentiable in level, except at
     vertices of the border that were inside.
@@ -254,12 +269,12 @@ def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
         level: levels [..., V], negative inside.
         lattice: lattice of the levels.
     """
-    least = 1e-3 * level.detach().abs().mean(dim=-1, keepdim=True) + LEAST_STEP
-    return torch.where(lattice.border, level.maximum(least), level)
+    border_level = 1e-3 * level.detach().abs().mean(dim=-1, keepdim=True) + MIN_STEP
+    return torch.where(lattice.border, level.maximum(border_level), level)
 
 
 def densities(field: Field, lattice: Lattice) -> torch.Tensor:
-    """Compute the raw densities [A, V] of a field of A shapes at the vertices of a lattice.
+    """Compute the raw densities [A, V] of the shapes of a field at the vertices of a lattice.
 
     Differentiable in the parameters of the field.
     """
@@ -311,19 +326,21 @@ def net(level: torch.Tensor, lattice: Lattice) -> Net:
         level: levels [V], negative inside; the border must be outside, see `closed_level`.
         lattice: lattice of the levels, made by `cube`.
     """
-    inside = lattice.grid(level) < 0  # [R + 1, R + 1, R + 1]
-    assert not bool((lattice.grid(lattice.border) & inside).any()), "pass the level through closed_level"
-    side = inside.shape[0]
+    is_vertex_inside = lattice.grid(level) < 0  # [R + 1, R + 1, R + 1]
+    assert not bool((lattice.grid(lattice.border) & is_vertex_inside).any()), (
+        "pass the level through closed_level"
+    )
+    vertices_per_edge = is_vertex_inside.shape[0]
     positions = lattice.vertices
     # Steps of the index to the next vertex of the lattice, and to the next cell, along x, y, z
-    vertex_step = (side * side, side, 1)
-    cell_step = ((side - 1) ** 2, side - 1, 1)
+    vertex_step = (vertices_per_edge * vertices_per_edge, vertices_per_edge, 1)
+    cell_step = ((vertices_per_edge - 1) ** 2, vertices_per_edge - 1, 1)
     edges = []
     cells = []
     axes = []
     for axis in range(3):
-        start_inside = inside.narrow(axis, 0, side - 1)
-        end_inside = inside.narrow(axis, 1, side - 1)
+        start_inside = is_vertex_inside.narrow(axis, 0, vertices_per_edge - 1)
+        end_inside = is_vertex_inside.narrow(axis, 1, vertices_per_edge - 1)
         start_position = (start_inside != end_inside).nonzero()  # [n, 3], of the starts of cut edges
         start_vertex = (start_position * start_position.new_tensor(vertex_step)).sum(dim=1)
         start_cell = (start_position * start_position.new_tensor(cell_step)).sum(dim=1)
@@ -331,7 +348,7 @@ def net(level: torch.Tensor, lattice: Lattice) -> Net:
         second_step = cell_step[(axis + 1) % 3]
         third_step = cell_step[(axis + 2) % 3]
         # The four cells around the edge, counterclockwise as seen from its end
-        quad = torch.stack(
+        surrounding_cells = torch.stack(
             [
                 start_cell - second_step - third_step,
                 start_cell - third_step,
@@ -343,13 +360,13 @@ def net(level: torch.Tensor, lattice: Lattice) -> Net:
         # Seen from outside, the order must be counterclockwise. If the end of the edge is inside, the order
         # is reversed.
         is_start_inside = start_inside[tuple(start_position.T)][:, None]
-        cells.append(torch.where(is_start_inside, quad, quad.flip(1)))
+        cells.append(torch.where(is_start_inside, surrounding_cells, surrounding_cells.flip(1)))
         edges.append(torch.stack([start_vertex, start_vertex + vertex_step[axis]], dim=1))
         axes.append(torch.full_like(start_vertex, axis))
     all_cells = torch.cat(cells)  # [N, 4]
     all_edges = torch.cat(edges)  # [N, 2]
     edge_axis = torch.cat(axes)  # [N]
-    has_vertex = torch.zeros((side - 1) ** 3, dtype=torch.bool, device=level.device)
+    has_vertex = torch.zeros((vertices_per_edge - 1) ** 3, dtype=torch.bool, device=level.device)
     has_vertex[all_cells.flatten()] = True
     # The vertices are numbered in the order of their cells.
     corners = (has_vertex.cumsum(0) - 1)[all_cells]  # [N, 4]

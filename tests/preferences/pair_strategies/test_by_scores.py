@@ -33,10 +33,10 @@ def test_disagreement_against_a_plain_loop():
 
 
 def test_without_diversity_each_step_takes_the_greatest_doubt_left():
-    data = scored()
+    scored_items = scored()
     pairs = seed_pairs()
-    chosen = select(data, pairs, 8, diversity=0.0)
-    doubt = dict(zip(map(tuple, pairs.tolist()), disagreement(data.scores, pairs), strict=True))
+    chosen = select(scored_items, pairs, 8, diversity=0.0)
+    doubt = dict(zip(map(tuple, pairs.tolist()), disagreement(scored_items.scores, pairs), strict=True))
     used: set[int] = set()
     for a, b in chosen.pairs.tolist():
         assert (a, b) == max((p for p in doubt if used.isdisjoint(p)), key=doubt.get)
@@ -51,10 +51,10 @@ def test_closeness_is_1_for_equal_scores_and_0_where_the_better_one_is_certain()
 
 
 def test_items_are_used_evenly_and_again_where_no_others_are_left():
-    data = scored(items=6)
+    scored_items = scored(items=6)
     every = np.array([(a, b) for a in range(6) for b in range(a + 1, 6)])
     for count in (3, 6, 10, 15, 99):
-        chosen = select(data, every, count, diversity=0.3).pairs
+        chosen = select(scored_items, every, count, diversity=0.3).pairs
         assert len({tuple(pair) for pair in chosen.tolist()}) == len(chosen) == min(count, 15)
         assert np.bincount(chosen.ravel(), minlength=6).max() <= -(-2 * len(chosen) // 6) + 1
     disjoint = select(
@@ -62,4 +62,4 @@ def test_items_are_used_evenly_and_again_where_no_others_are_left():
     )
     assert sorted(disjoint.pairs.ravel().tolist()) == list(range(12))
     star = np.array([(0, b) for b in range(1, 6)])  # the first item is in all of them
-    assert len(select(data, star, 4, diversity=0.3).pairs) == 4
+    assert len(select(scored_items, star, 4, diversity=0.3).pairs) == 4

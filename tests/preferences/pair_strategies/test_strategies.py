@@ -69,12 +69,12 @@ def allowed(items: Items) -> set[frozenset]:
 @pytest.mark.parametrize("pairs", [10, 37])
 def test_pairs_of_seeds_are_as_many_as_asked_for_and_different(name, pairs):
     options = StrategyOptions(pairs=pairs)
-    made = chosen(name, seeds(name, options), options)
-    assert len({frozenset(pair) for pair in made}) == len(made) == pairs
-    assert all(a != b for a, b in made)
-    assert made == chosen(name, seeds(name, options), options)
-    assert made != chosen(name, seeds(name, options), options, seed=1)
-    games = Counter(itertools.chain(*made))
+    chosen_pairs = chosen(name, seeds(name, options), options)
+    assert len({frozenset(pair) for pair in chosen_pairs}) == len(chosen_pairs) == pairs
+    assert all(a != b for a, b in chosen_pairs)
+    assert chosen_pairs == chosen(name, seeds(name, options), options)
+    assert chosen_pairs != chosen(name, seeds(name, options), options, seed=1)
+    games = Counter(itertools.chain(*chosen_pairs))
     assert max(games.values()) == (1 if name in ("random", "active", "close") else options.rounds)
 
 
@@ -84,10 +84,14 @@ def test_pairs_of_seeds_are_as_many_as_asked_for_and_different(name, pairs):
 def test_pairs_of_assets_are_allowed_ones(name, sizes, pairs):
     items = assets(*sizes)
     options = StrategyOptions(pairs=pairs, rounds=50)
-    made = chosen(name, items, options)
-    assert {frozenset(pair) for pair in made} <= allowed(items)
-    assert len({frozenset(pair) for pair in made}) == len(made) == min(pairs, len(allowed(items)))
-    assert made == chosen(name, items, options)
+    chosen_pairs = chosen(name, items, options)
+    assert {frozenset(pair) for pair in chosen_pairs} <= allowed(items)
+    assert (
+        len({frozenset(pair) for pair in chosen_pairs})
+        == len(chosen_pairs)
+        == min(pairs, len(allowed(items)))
+    )
+    assert chosen_pairs == chosen(name, items, options)
 
 
 @pytest.mark.parametrize("name", SEEDED)

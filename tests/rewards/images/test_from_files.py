@@ -42,10 +42,10 @@ def random_images(n, side=40, seed=0):
 
 def letters(prompts):
     """Tokenise without a library: letters by number, padded with 0."""
-    rows = torch.zeros(len(prompts), 16, dtype=torch.long)
+    token_indices = torch.zeros(len(prompts), 16, dtype=torch.long)
     for i, prompt in enumerate(prompts):
-        rows[i, : len(prompt) + 1] = torch.tensor([1, *(2 + ord(c) % 40 for c in prompt)])
-    return rows, rows > 0
+        token_indices[i, : len(prompt) + 1] = torch.tensor([1, *(2 + ord(c) % 40 for c in prompt)])
+    return token_indices, token_indices > 0
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +93,12 @@ def test_the_image_encoder_equals_that_of_transformers(made):
             layer_norm_eps=1e-6,
         )
     ).eval()
-    state = entries_below(torch.load(made["ImageReward"], weights_only=True), VISION)
+    vision_state_dict = entries_below(torch.load(made["ImageReward"], weights_only=True), VISION)
     renamed = {
-        "embeddings.class_embedding": state.pop("cls_token"),
-        "embeddings.position_embedding": state.pop("pos_embed"),
+        "embeddings.class_embedding": vision_state_dict.pop("cls_token"),
+        "embeddings.position_embedding": vision_state_dict.pop("pos_embed"),
     }
-    for old, new in state.items():
+    for old, new in vision_state_dict.items():
         for here, there in (
             ("patch_embed.proj", "embeddings.patch_embedding"),
             ("blocks.", "encoder.layers."),
@@ -212,11 +212,11 @@ def tiny_state():
 )
 def test_hostile_and_damaged_files_end_in_one_line(tmp_path, monkeypatch, change, names):
     monkeypatch.chdir(tmp_path)
-    state = tiny_state()
-    change(state)
-    torch.save(state, tmp_path / "r.pt")
+    state_dict = tiny_state()
+    change(state_dict)
+    torch.save(state_dict, tmp_path / "r.pt")
     for old in (False, True):
-        torch.save(state, tmp_path / "r.pt", _use_new_zipfile_serialization=not old)
+        torch.save(state_dict, tmp_path / "r.pt", _use_new_zipfile_serialization=not old)
         with raising("--reward", *names):
             load_reward(tmp_path / "r.pt")
         assert not (tmp_path / "ran").exists()

@@ -175,8 +175,10 @@ def test_the_bandwidth_has_a_lower_limit(meshes):
 
 
 def command(*flags):
-    given = {param.name for param in main.params}
-    tiny = [f"--{name}={value}" if name in given else f"--set={name}={value}" for name, value in TINY.items()]
+    flag_names = {param.name for param in main.params}
+    tiny = [
+        f"--{name}={value}" if name in flag_names else f"--set={name}={value}" for name, value in TINY.items()
+    ]
     return CliRunner().invoke(main, [*tiny, *map(str, flags)])
 
 
@@ -282,10 +284,10 @@ def test_the_table_keeps_finished_trainings(tmp_path):
 def test_c3(tmp_path):
     """Generated meshes, 400 + 400 unpaired, five seeds; docs/lab-book/2026-11-text-to-3d.md has the table."""
     options = MeshRewardTraining(resolution=16, patches=32, faces=16, width=48, depth=2, steps=300, lr=3e-3)
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     table = run_table(options, tmp_path, range(5))["summary"]
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads_before)
     with_term = table["lambda 1"]
     without = table["lambda 0"]
     assert min(with_term["auc"], without["auc"]) >= 0.9

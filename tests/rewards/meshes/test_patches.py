@@ -1,4 +1,4 @@
-"""Patches of both kinds: which faces they cover, and gradients that reach the field (claim C4)."""
+"""Test patches by regions and by maps: covered faces, and gradients that reach the field (claim C4)."""
 
 import pytest
 import torch
@@ -227,11 +227,11 @@ def test_a_reader_rebuilds_every_few_steps_and_can_be_resumed():
     other = MeshReader(grid, options, every=3)
     for step in range(7):
         field.radii = (0.2 + 0.02 * step, 0.3)
-        before = [held.net.edges for held in read.choices]
+        edges_before = [held.net.edges for held in read.choices]
         patches = read(field, step)
         calls.append(patches.centres.norm(dim=3).mean((1, 2)))
         assert step % 3 == 0 or all(
-            held.net.edges is edges for held, edges in zip(read.choices, before, strict=True)
+            held.net.edges is edges for held, edges in zip(read.choices, edges_before, strict=True)
         )
         if step == 4:
             other.load_state_dict(read.state_dict())
