@@ -167,7 +167,7 @@ def check_knobs(settings: typing.Any) -> None:
                 else "--" + (field_knob.name or field.name).replace("_", "-")
             )
             check_choice(flag, field_value, field_knob.choices)
-        limits = (  # (limit, sign for the message, comparison that a valid value fulfils)
+        limits = (  # (limit, sign for the message, function that returns True for a valid value)
             (field_knob.low, ">=", operator.ge),
             (field_knob.high, "<=", operator.le),
             (field_knob.above, ">", operator.gt),

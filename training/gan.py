@@ -92,7 +92,7 @@ def save_grid(
         images = images.detach().cpu()
     pixels = np.asarray(images, dtype=np.float32)
     black_value, white_value = value_range
-    # The bound avoids a division by 0 for a constant image, where high == low.
+    # The bound avoids a division by 0 for a constant image, where the two values are equal.
     pixels = np.clip(
         np.rint((pixels - black_value) * (255 / max(white_value - black_value, 1e-12))), 0, 255
     ).astype(np.uint8)

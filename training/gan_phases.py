@@ -215,7 +215,8 @@ class GanPhases:
         ws = self.G.mapping(z, conditioning, update_emas=update_emas)
         if self.config.style_mixing_prob > 0:
             style_count = ws.shape[1]
-            # One cutoff for the whole batch, as in StyleGAN2-ADA. With cutoff == length, no style is mixed.
+            # One cutoff for the whole batch, as in StyleGAN2-ADA. With cutoff == style_count, no
+            # style is mixed.
             cutoff = torch.randint(1, style_count, [], device=ws.device)
             cutoff = torch.where(
                 torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, style_count

@@ -44,7 +44,7 @@ def load_plugins() -> None:
     Raises: ValueError for a plugin of the environment variable that cannot be imported.
     """
     plugins = (plugin_name.strip() for plugin_name in os.environ.get(VARIABLE, "").split(","))
-    # filter(None, ...) drops empty names, such as the one of an unset variable.
+    # filter(None, ...) drops empty names. An unset variable gives one empty name.
     for plugin in filter(None, plugins):
         if plugin not in _loaded:
             # Added before the import: a plugin may look up a registry while it is imported, and that calls

@@ -36,7 +36,7 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
     given_shape = list(tensor.shape)
     size_of_letter: dict[str, int] = {}
     is_match = len(given_shape) == len(pattern)
-    # strict=False: a different number of axes is already recorded in `fits`.
+    # strict=False: a different number of axes is already recorded in `is_match`.
     for axis_size, axis in zip(given_shape, pattern, strict=False):
         # setdefault stores the size at the first occurrence of a letter, and returns it at later ones.
         required_size = axis if isinstance(axis, int) else size_of_letter.setdefault(axis, axis_size)

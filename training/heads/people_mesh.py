@@ -241,8 +241,8 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     """Find the nearest point of a mesh for each of P points.
 
     Args: corners: corners of the triangles [T, 3, 3]; points: points [P, 3].
-    Returns: index of the nearest triangle [P], weights [P, 3] of its corners at the nearest point, and
-        distance [P].
+    Returns: three arrays. The first is the index of the nearest triangle [P]. The second contains the weights
+        [P, 3] of its corners at the nearest point. The third is the distance [P] to the nearest point.
     """
     # A search tree finds the nearest samples of the surface. Exact distances are computed only to their
     # triangles. Large triangles have more samples.
@@ -250,11 +250,13 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     division_counts = np.clip(np.ceil(longest_edge / SAMPLE), 1, 6).astype(int)
     sample_positions = []
     triangles_of_samples = []
-    for count in np.unique(division_counts):
-        triangles_with_count = np.flatnonzero(division_counts == count)
-        positions = np.einsum("sc,tcd->tsd", _sample_weights(int(count)), corners[triangles_with_count])
+    for divisions in np.unique(division_counts):
+        same_division_triangles = np.flatnonzero(division_counts == divisions)
+        positions = np.einsum(
+            "sc,tcd->tsd", _sample_weights(int(divisions)), corners[same_division_triangles]
+        )
         sample_positions.append(positions.reshape(-1, 3))
-        triangles_of_samples.append(np.repeat(triangles_with_count, positions.shape[1]))
+        triangles_of_samples.append(np.repeat(same_division_triangles, positions.shape[1]))
     sample_tree = cKDTree(np.concatenate(sample_positions))
     triangle_of_sample = np.concatenate(triangles_of_samples)  # index of the triangle of each sample
     nearest_triangle = np.empty(len(points), int)

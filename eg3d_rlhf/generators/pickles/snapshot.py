@@ -311,7 +311,7 @@ class SnapshotRules(Rules):
             or not self._is_state(description.get("state"))
         ):
             raise RejectedError("it has a module description without a valid type, class_name or state")
-        # meta["module_src"], the source text that EG3D would execute, is ignored.
+        # description["module_src"], the source text that EG3D would execute, is ignored.
         return ModuleRecord(description["class_name"], description["state"])
 
     def _tensor(self, args: tuple) -> TensorRecord:
