@@ -299,7 +299,7 @@ class AugmentPipe(torch.nn.Module):
             transforms: matrices [N, 3, 3] from `_draw_geometry`.
         Returns: images [N, C, H, W].
         """
-        n, channels, height, width = images.shape
+        image_count, channels, height, width = images.shape
         # While p is small, there is often no transform in the whole batch.
         if bool((transforms == torch.eye(3, device=transforms.device)).all()):
             return images
@@ -329,7 +329,7 @@ class AugmentPipe(torch.nn.Module):
         grid_transforms = to_fine @ recentre @ transforms @ to_coarse
         sampling_grid = F.affine_grid(
             grid_transforms[:, :2].to(images.dtype),
-            [n, channels, upsampled_height, upsampled_width],
+            [image_count, channels, upsampled_height, upsampled_width],
             align_corners=False,
         )
         images = grid_sample_gradfix.grid_sample(images, sampling_grid)
@@ -391,7 +391,7 @@ class AugmentPipe(torch.nn.Module):
         Raises: ValueError for images that are smaller than the filter.
         """
         options = self.options
-        n, channels, height, width = images.shape
+        image_count, channels, height, width = images.shape
         # Expected fraction of each octave in the power of a natural image. The lowest octave contains
         # the mean.
         power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
@@ -415,14 +415,13 @@ class AugmentPipe(torch.nn.Module):
                 f"AugmentPipe: the transform imgfilter needs more than {reach} pixels per edge, got images of"
                 f" {height} x {width}. Set imgfilter=0."
             )
-        channel_images = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[
-            None
-        ]  # [1, N*C, H+42, W+42]
+        # [1, N*C, H+42, W+42]
+        channel_images = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[None]
         # Grouped convolution with one group for each channel of each image. The filter is separable, so it is
         # applied along rows and then along columns.
-        channel_images = F.conv2d(channel_images, kernel[:, None, None, :], groups=n * channels)
-        channel_images = F.conv2d(channel_images, kernel[:, None, :, None], groups=n * channels)
-        return channel_images.reshape(n, channels, height, width)
+        channel_images = F.conv2d(channel_images, kernel[:, None, None, :], groups=image_count * channels)
+        channel_images = F.conv2d(channel_images, kernel[:, None, :, None], groups=image_count * channels)
+        return channel_images.reshape(image_count, channels, height, width)
 
 
 def _margins(transforms: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
@@ -474,33 +473,36 @@ def _recolour(images: torch.Tensor, colour_maps: torch.Tensor) -> torch.Tensor:
             map's rows.
     Returns: images [N, C, H, W].
     """
-    n, channels, height, width = images.shape
+    image_count, channels, height, width = images.shape
     colour_maps = colour_maps.to(images.dtype)
     if channels == 1:
         mean_row = colour_maps[:, :3].mean(dim=1, keepdim=True)  # [N, 1, 4]
         # The three colours are equal, so their coefficients are added. Entry 3 is the constant.
         return images * mean_row[:, :, :3].sum(dim=2)[:, :, None, None] + mean_row[:, :, 3:, None]
-    rgb = images.reshape(n, channels // 3, 3, height * width)  # [N, C / 3, 3, H * W]
+    rgb = images.reshape(image_count, channels // 3, 3, height * width)  # [N, C / 3, 3, H * W]
     # The linear part [N, 1, 3, 3] times the colours, plus the constant part [N, 1, 3, 1].
     return (colour_maps[:, None, :3, :3] @ rgb + colour_maps[:, None, :3, 3:]).reshape(
-        n, channels, height, width
+        image_count, channels, height, width
     )
 
 
-def matrix(rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
+def matrix(entry_rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
     """Return one square matrix for each image.
 
     Args:
-        rows: rows of entries.
+        entry_rows: rows of entries.
         like: tensor [N, ...] with the number of images, the device and the dtype of the result.
     Returns: matrices [N, rows, rows].
     """
-    n = like.shape[0]
+    image_count = like.shape[0]
     entries = []
-    for row in rows:
+    for entry_row in entry_rows:
         # A number is the same for all images, a tensor [N] contains one value for each.
-        entries += [torch.as_tensor(entry, dtype=like.dtype, device=like.device).expand(n) for entry in row]
-    return torch.stack(entries, dim=1).reshape(n, len(rows), len(rows[0]))
+        entries += [
+            torch.as_tensor(entry, dtype=like.dtype, device=like.device).expand(image_count)
+            for entry in entry_row
+        ]
+    return torch.stack(entries, dim=1).reshape(image_count, len(entry_rows), len(entry_rows[0]))
 
 
 def translate2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:

@@ -197,7 +197,8 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
         names: entry name of each image, for messages.
         where: name of the file, for messages.
         c_dim: required number of numbers L in a label, or None to accept any.
-    Returns: float32 [n, L] for lists of numbers, int64 [n] for class indices.
+    Returns: an array float32 [n, L] if the labels are lists of numbers, or an array int64 [n] if they are
+        class indices.
     Raises: ValueError if the lengths differ from c_dim or from each other, if a value is no finite number, or
         if a label of 25 numbers contains no rigid pose. The message names the first such image.
     """
@@ -337,12 +338,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                     " images."
                 )
             if stored_labels is not None:
-                labels = label_array(stored_labels, self._files.images, where, c_dim)
+                label_matrix = label_array(stored_labels, self._files.images, where, c_dim)
                 # Class indices become one-hot rows of the identity matrix.
                 self._labels = (
-                    np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
+                    np.eye(label_matrix.max() + 1, dtype=np.float32)[label_matrix]
+                    if label_matrix.ndim == 1
+                    else label_matrix
                 )
-        n = len(self._files.images)
+        raw_image_count = len(self._files.images)
         self._shape = self._files.read_image(self._files.images[0]).shape  # (C, R, R)
         if resolution is not None and resolution != self._shape[1]:
             raise ValueError(
@@ -352,17 +355,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             )
         # A raw index is the index of a file. An index of the dataset counts the subset, and then its
         # mirrored copy.
-        subset = np.arange(n, dtype=np.int64)
-        if max_size is not None and max_size < n:
+        subset = np.arange(raw_image_count, dtype=np.int64)
+        if max_size is not None and max_size < raw_image_count:
             # EG3D's choice of the subset: the first max_size elements of a shuffled list, in the order
             # of files.
             np.random.RandomState(random_seed).shuffle(subset)
             subset = np.sort(subset[:max_size])
         self._raw_index = np.tile(subset, 2) if xflip else subset  # index of the dataset -> raw index
         self._is_flipped = np.arange(len(self._raw_index)) >= len(subset)
-        self.in_memory = (
-            n * int(np.prod(self._shape)) < CACHE_LIMIT
-        )  # True: decoded images are kept in memory
+        # True: decoded images are kept in memory.
+        self.in_memory = raw_image_count * int(np.prod(self._shape)) < CACHE_LIMIT
         self._cache: np.ndarray | None = None  # decoded images, uint8 [n, C, R, R]
         self._is_cached: np.ndarray | None = None  # bool [n], True for images that are in the cache
 
@@ -418,10 +420,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Return the labels of all images, [number of images, L], as from `get_label`."""
         if self._labels is None:
             return np.zeros((len(self), 0), np.float32)
-        labels = self._labels[self._raw_index]
+        label_rows = self._labels[self._raw_index]
         if self.label_dim == LABEL_NUMBERS and self._is_flipped.any():
-            labels[self._is_flipped] = mirror_label(torch.from_numpy(labels[self._is_flipped])).numpy()
-        return labels
+            label_rows[self._is_flipped] = mirror_label(
+                torch.from_numpy(label_rows[self._is_flipped])
+            ).numpy()
+        return label_rows
 
     def without_memory(self) -> "ImageFolderDataset":
         """Return a copy of the dataset for use in other processes.
@@ -511,9 +515,8 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         window_length = int(np.rint(n * self.window_size)) if self.shuffle else 0
         if self.shuffle:
             rng.shuffle(order)
-        shuffled_indices: list[int] = (
-            order.tolist()
-        )  # a list is faster than an array for access to single elements
+        # A list is faster than an array for access to single elements.
+        shuffled_indices: list[int] = order.tolist()
         steps_back = iter(list[int]())
         for position in itertools.count():
             i = position % n
@@ -671,8 +674,8 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
     # requested another one.
     tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slot_count)))
     with contextlib.closing(work_in_advance(fill_slot, tasks, workers, WORKER_DEATH_MESSAGE)) as filled_slots:
-        for slot, labels in filled_slots:
-            yield images[slot], labels
+        for slot, batch_labels in filled_slots:
+            yield images[slot], batch_labels
 
 
 def _fill(
@@ -687,8 +690,8 @@ def _fill(
     Returns: the index of the slot, and the labels [n, L].
     """
     slot, indices = task
-    labels = []
+    batch_labels = []
     for position, image_index in enumerate(indices):
-        images[slot, position], label = dataset[image_index]
-        labels.append(label)
-    return slot, np.stack(labels)
+        images[slot, position], image_label = dataset[image_index]
+        batch_labels.append(image_label)
+    return slot, np.stack(batch_labels)

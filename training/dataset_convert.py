@@ -143,21 +143,21 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     """
     if options.labels == "drop" or LABELS_FILE not in files.entries:
         return None
-    labels = files.read_labels()
-    if labels is None:
+    stored_labels = files.read_labels()
+    if stored_labels is None:
         return None
     # With max_images = None, the slice contains all images.
     image_names = files.images[: options.max_images]
     where = f"dataset {files.path}: {LABELS_FILE}"
-    labels = labels[: len(image_names)]
-    label_values = label_array(labels, image_names, where, None)
+    stored_labels = stored_labels[: len(image_names)]
+    label_values = label_array(stored_labels, image_names, where, None)
     # It is unknown how mirroring an image changes a label that is no camera label.
     if options.mirror and label_values.ndim == 2 and label_values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
             f"{where}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got {label_values.shape[1]}."
             " Convert the set without --mirror, or drop the labels with --labels=drop."
         )
-    return labels
+    return stored_labels
 
 
 def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
@@ -236,7 +236,7 @@ def convert_dataset(
     """
     image_files = ImageFiles(Path(source))
     dest = Path(dest)
-    labels = read_labels(image_files, options)
+    source_labels = read_labels(image_files, options)
     entries = image_files.images[: options.max_images]
     target_size = options.resolution
     label_rows: list[list] = []
@@ -257,26 +257,28 @@ def convert_dataset(
             first_shape = first_shape or converted_shape
             _check_shape(converted_shape, first_shape, entries[i], f"dataset {image_files.path}")
             output_labels = (
-                [None] * len(images) if labels is None else _output_labels(labels[i], options, source_size)
+                [None] * len(images)
+                if source_labels is None
+                else _output_labels(source_labels[i], options, source_size)
             )
-            for image, label in zip(images, output_labels, strict=True):
+            for image, output_label in zip(images, output_labels, strict=True):
                 # The names are EG3D's, with 1,000 images in a folder.
                 image_name = f"{len(label_rows) // 1000:05d}/img{len(label_rows):08d}.png"
-                label_rows.append([image_name, label])
+                label_rows.append([image_name, output_label])
                 write(image_name, image)
-            left, top, right, bottom = crop_box(options, *source_size)
+            left_edge, top, right_edge, bottom = crop_box(options, *source_size)
             enlarged_count += target_size is not None and (
-                right - left < target_size[0] or bottom - top < target_size[1]
+                right_edge - left_edge < target_size[0] or bottom - top < target_size[1]
             )
             # `_output_labels` returns the same object if the crop did not change the label.
-            cropped_count += labels is not None and output_labels[0] is not labels[i]
+            cropped_count += source_labels is not None and output_labels[0] is not source_labels[i]
             on_image(1)
-        write(LABELS_FILE, json.dumps({"labels": None if labels is None else label_rows}).encode())
+        write(LABELS_FILE, json.dumps({"labels": None if source_labels is None else label_rows}).encode())
     assert first_shape is not None  # `ImageFiles` rejects a set without images
-    if labels is None:
+    if source_labels is None:
         label_length = 0
     else:
-        label_length = len(labels[0]) if isinstance(labels[0], list) else 1
+        label_length = len(source_labels[0]) if isinstance(source_labels[0], list) else 1
     return Converted(
         images=len(label_rows),
         shape=first_shape,

@@ -56,14 +56,13 @@ class MinibatchStdLayer(torch.nn.Module):
         # A batch with fewer images than the group size forms a single group.
         group_size = n if self.group_size is None else min(self.group_size, n)
         # [G, N/G, F, C/F, H, W]
-        deviation = x.reshape(group_size, n // group_size, self.num_channels, c // self.num_channels, h, w)
-        deviation = (
-            (deviation - deviation.mean(dim=0)).square().mean(dim=0)
-        )  # biased variance over the group, [N/G, F, C/F, H, W]
-        deviation = (deviation + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
+        grouped = x.reshape(group_size, n // group_size, self.num_channels, c // self.num_channels, h, w)
+        # Biased variance over the group, [N/G, F, C/F, H, W].
+        variances = (grouped - grouped.mean(dim=0)).square().mean(dim=0)
+        std_maps = (variances + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
         # All images of a group get the same value at every pixel: [N, F, H, W].
-        deviation = deviation.reshape(-1, self.num_channels, 1, 1).repeat(group_size, 1, h, w)
-        return torch.cat([x, deviation], dim=1)
+        std_maps = std_maps.reshape(-1, self.num_channels, 1, 1).repeat(group_size, 1, h, w)
+        return torch.cat([x, std_maps], dim=1)
 
 
 class DiscriminatorBlock(torch.nn.Module):

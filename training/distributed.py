@@ -200,7 +200,7 @@ def launch_identity() -> str | None:
     The text does not change if torchrun restarts the processes. It is torchrun's --rdzv-id if it was given,
     otherwise the name of the machine with the number of the launching process.
 
-    Returns: None if the process was not started by torchrun.
+    Returns: the text, or None if the process was not started by torchrun.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None

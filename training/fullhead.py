@@ -115,7 +115,8 @@ def sample_balls(planes: torch.Tensor, points: torch.Tensor, box_warp: float) ->
     Returns: features [N, 3, P, C].
     """
     x, y, z = (points * (2 / box_warp)).unbind(-1)
-    # At some points the weights of the two balls are 0. With EPSILON in the denominator, the result is 0 there.
+    # At some points the weights of the two balls are 0. With EPSILON in the denominator, the result is 0
+    # there.
     weighted_features = torch.zeros([], device=planes.device)
     weight_sum = torch.full([], EPSILON, device=planes.device)
     for ball, ball_coordinates in zip(planes.unbind(1), ((z, y, -x), (-z, -x, y)), strict=True):

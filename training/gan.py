@@ -96,12 +96,11 @@ def save_grid(
     pixels = np.clip(
         np.rint((pixels - black_value) * (255 / max(white_value - black_value, 1e-12))), 0, 255
     ).astype(np.uint8)
-    n, c, h, w = pixels.shape
-    grid_rows = -(-n // columns)  # n / columns, rounded up
-    canvas = np.full(
-        [grid_rows * columns, c, h, w], 255, dtype=np.uint8
-    )  # missing images of the last row are white
-    canvas[:n] = pixels
+    image_count, c, h, w = pixels.shape
+    grid_rows = -(-image_count // columns)  # image_count / columns, rounded up
+    # Missing images of the last row are white.
+    canvas = np.full([grid_rows * columns, c, h, w], 255, dtype=np.uint8)
+    canvas[:image_count] = pixels
     # Grid of images [rows, columns, C, H, W] to one image [rows * H, columns * W, C].
     canvas = (
         canvas.reshape(grid_rows, columns, c, h, w)
@@ -217,8 +216,8 @@ class Gan:
 
         Raises: ValueError or OSError if the data cannot be read.
         """
-        images, labels = map(self._to_device, next(self._batches))
-        self._fetched = images.to(torch.float32).div_(127.5).sub_(1), labels  # [0, 255] -> [-1, 1]
+        images, camera_labels = map(self._to_device, next(self._batches))
+        self._fetched = images.to(torch.float32).div_(127.5).sub_(1), camera_labels  # [0, 255] -> [-1, 1]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """Copy an array to the device. CUDA copies from pinned memory without blocking this process."""
@@ -248,12 +247,12 @@ class Gan:
             len(self.dataset), size=self.loop.batch
         )
         # [N, K]
-        c = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in label_indices])).to(
+        cameras = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in label_indices])).to(
             self.device
         )
         # Camera of the previous image of the batch. The roll is over the full batch, so the result does not
         # depend on the division into rounds.
-        swap_c = torch.roll(c, 1, 0)
+        swap_c = torch.roll(cameras, 1, 0)
 
         def batch_of_round(round_index: int) -> Batch:
             """Seed torch, and return the rows of one round of this rank."""
@@ -269,7 +268,7 @@ class Gan:
                 tensor[round_index :: layout.rounds_per_rank].contiguous() for tensor in self._fetched
             )
             row_slice = layout.rows(round_index)
-            gen_z, gen_c, round_swap_c = (tensor[row_slice].contiguous() for tensor in (z, c, swap_c))
+            gen_z, gen_c, round_swap_c = (tensor[row_slice].contiguous() for tensor in (z, cameras, swap_c))
             return Batch(real, real_c, gen_z, gen_c, cur_nimg, round_swap_c, range(layout.batch)[row_slice])
 
         return batch_of_round
@@ -363,8 +362,8 @@ class Gan:
         grid_z, grid_c = self._grid
         # Eight images at a time, to bound the memory.
         renders = [
-            self.nets.G_ema(z=z, c=c, noise_mode="const")
-            for z, c in zip(grid_z.split(8), grid_c.split(8), strict=True)
+            self.nets.G_ema(z=chunk_z, c=chunk_c, noise_mode="const")
+            for chunk_z, chunk_c in zip(grid_z.split(8), grid_c.split(8), strict=True)
         ]
         columns, _ = self.config.grid
         for image_key, suffix in (("image", ""), ("image_raw", "_raw")):

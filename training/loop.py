@@ -227,10 +227,10 @@ class TrainingLoop:
             self.save_checkpoint()
         if not is_stopped:
             error_texts = self.ranks.gather(None if read_error is None else str(read_error).strip())
-            cause = next(error_text for error_text in error_texts if error_text is not None)
+            first_error_text = next(error_text for error_text in error_texts if error_text is not None)
             raise ValueError(
-                f"{cause} The run stopped at {self.cur_nimg} images. Continue with --resume={folder}, which"
-                f" reads {self.files.last_checkpoint.name}."
+                f"{first_error_text} The run stopped at {self.cur_nimg} images. Continue with"
+                f" --resume={folder}, which reads {self.files.last_checkpoint.name}."
             ) from read_error
         self.stopped = next(
             stopped_by for stopped_by in self.ranks.gather(signal_name) if stopped_by is not None
@@ -299,14 +299,14 @@ class TrainingLoop:
         """Write a checkpoint on rank 0 and return its path. All ranks must call this method."""
         # Each rank has sums of statistics over its own images since the last tick.
         rank_stats = self.ranks.gather(
-            {name: collector.state() for name, collector in self.collectors.items()}
+            {optimizer_name: collector.state() for optimizer_name, collector in self.collectors.items()}
         )
         tensors = {}
         for module_name, module in self._modules().items():
             for tensor_name, tensor in module.state_dict().items():
                 tensors[f"{module_name}.{tensor_name}"] = tensor
-        for name, optimizer in self._optimizers().items():
-            tensors.update(checkpoint.optimizer_tensors(name, optimizer))
+        for optimizer_name, optimizer in self._optimizers().items():
+            tensors.update(checkpoint.optimizer_tensors(optimizer_name, optimizer))
         meta = {
             "cur_nimg": self.cur_nimg,
             "batch_idx": self.batch_idx,
@@ -329,17 +329,17 @@ class TrainingLoop:
             fall_back: True: if the checkpoint is damaged, use the previous one.
         """
         tensors, meta = self.files.read(source, fall_back)
-        for name, module in self._modules().items():
+        for object_name, module in self._modules().items():
             # With the dot, the prefix "G" does not match the names of "G_ema".
-            prefix = f"{name}."
+            prefix = f"{object_name}."
             module_tensors = {
                 tensor_name.removeprefix(prefix): tensor
                 for tensor_name, tensor in tensors.items()
                 if tensor_name.startswith(prefix)
             }
-            storage.load_strict(module, module_tensors, f"{self.files.last_checkpoint} ({name})")
-        for name, optimizer in self._optimizers().items():
-            checkpoint.restore_optimizer(name, optimizer, tensors)
+            storage.load_strict(module, module_tensors, f"{self.files.last_checkpoint} ({object_name})")
+        for object_name, optimizer in self._optimizers().items():
+            checkpoint.restore_optimizer(object_name, optimizer, tensors)
         self.cur_nimg = meta["cur_nimg"]
         self.batch_idx = meta["batch_idx"]
         self.cur_tick = meta["cur_tick"]
@@ -348,13 +348,13 @@ class TrainingLoop:
         # the interruption. With another number of ranks, the sums of the old ranks are distributed over
         # the new ones.
         rank_stats = meta["rank_stats"]
-        for name, collector in self.collectors.items():
+        for object_name, collector in self.collectors.items():
             # A statistic has three sums, see training_stats.Collector. With more ranks than before, some of
             # them get no old sums, and begin at 0.
-            sums = {tensor_name: [0.0, 0.0, 0.0] for tensor_name in rank_stats[0][name]}
+            sums = {tensor_name: [0.0, 0.0, 0.0] for tensor_name in rank_stats[0][object_name]}
             for old_rank_state in rank_stats[self.ranks.rank :: self.ranks.world]:
                 for tensor_name, key_sums in sums.items():
-                    old_sums = old_rank_state[name].get(tensor_name, [0.0, 0.0, 0.0])
+                    old_sums = old_rank_state[object_name].get(tensor_name, [0.0, 0.0, 0.0])
                     sums[tensor_name] = [
                         restored_sum + old_sum
                         for restored_sum, old_sum in zip(key_sums, old_sums, strict=True)

@@ -65,14 +65,14 @@ def build(G_kwargs: dict, D_kwargs: dict, training_set: dict) -> Networks:
         D_kwargs: constructor arguments of D.
         training_set: description of the training images.
     """
-    G = TriPlaneGenerator(**G_kwargs)
-    D = DualDiscriminator(**D_kwargs)
-    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    generator = TriPlaneGenerator(**G_kwargs)
+    discriminator = DualDiscriminator(**D_kwargs)
+    G_ema = copy.deepcopy(generator).eval().requires_grad_(False)
     # Parameters are frozen between phases. Each phase of the training loop enables the gradients of
     # its network.
-    G = G.train().requires_grad_(False)
-    D = D.train().requires_grad_(False)
-    return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set)
+    generator = generator.train().requires_grad_(False)
+    discriminator = discriminator.train().requires_grad_(False)
+    return Networks(generator, discriminator, G_ema, G_kwargs, D_kwargs, training_set)
 
 
 def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:

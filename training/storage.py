@@ -94,7 +94,7 @@ def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor],
     from safetensors.torch import save
 
     # safetensors does not accept tensors that share a storage, so all are copied.
-    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    copies = {tensor_name: tensor.detach().contiguous().clone() for tensor_name, tensor in tensors.items()}
     description = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
     header_text = json.dumps({**description, CHECKSUM_KEY: checksum(copies, description)}, sort_keys=True)
     write_atomic(path, save(copies, metadata={HEADER_KEY: header_text}))
@@ -114,9 +114,8 @@ def checksum(tensors: dict[str, torch.Tensor], description: object) -> str:
     for tensor_name, tensor in sorted(tensors.items()):
         cpu_tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{tensor_name}{list(cpu_tensor.shape)}{cpu_tensor.dtype}".encode())
-        digest.update(
-            cpu_tensor.reshape(-1).view(torch.uint8).numpy().data
-        )  # viewed as bytes, as numpy has no bfloat16
+        # Viewed as bytes, because numpy has no bfloat16.
+        digest.update(cpu_tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

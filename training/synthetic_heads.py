@@ -163,14 +163,16 @@ def _render_group(options: PeopleOptions, group_index: int) -> tuple[list[bytes]
     Returns: the PNG bytes of each image, and the depth offsets [images, R, R] as float16. An offset is the
         depth minus the camera's radius, which float16 stores with a smaller error than the depth.
     """
-    shape_coordinates, appearance_coordinates, labels = head_parameters(
+    shape_coordinates, appearance_coordinates, camera_labels = head_parameters(
         options, range(group_index * _GROUP, min((group_index + 1) * _GROUP, options.n))
     )
-    heads = people.heads_from_latents(np.concatenate([shape_coordinates, appearance_coordinates], axis=1))
-    poses = labels[:, :16].reshape(-1, 4, 4)
+    intact_heads = people.heads_from_latents(
+        np.concatenate([shape_coordinates, appearance_coordinates], axis=1)
+    )
+    poses = camera_labels[:, :16].reshape(-1, 4, 4)
     renders = [
-        people.render_head(head, pose, FFHQ_FOCAL, options.resolution)
-        for head, pose in zip(heads, poses, strict=True)
+        people.render_head(intact_head, pose, FFHQ_FOCAL, options.resolution)
+        for intact_head, pose in zip(intact_heads, poses, strict=True)
     ]
     images = np.stack([image for image, _ in renders])  # [images, R, R, 3] in 0..1
     depths = np.stack([depth for _, depth in renders])  # [images, R, R]
@@ -201,7 +203,7 @@ def write_heads(
     rendered_groups = in_order(
         functools.partial(_render_group, options), range(group_count), processes, death_message
     )
-    shape_coordinates, appearance_coordinates, labels = head_parameters(options, range(options.n))
+    shape_coordinates, appearance_coordinates, camera_labels = head_parameters(options, range(options.n))
     image_names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
     depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,14 +224,15 @@ def write_heads(
                     archive.writestr(zipfile.ZipInfo(image_name, ZIP_DATE), image)
                 bar.update(len(images))
             label_rows = [
-                [image_name, label.tolist()] for image_name, label in zip(image_names, labels, strict=True)
+                [image_name, camera_label.tolist()]
+                for image_name, camera_label in zip(image_names, camera_labels, strict=True)
             ]
             archive.writestr(zipfile.ZipInfo("dataset.json", ZIP_DATE), json.dumps({"labels": label_rows}))
         np.savez(
             temporary_paths[".npz"],
             shape=shape_coordinates,
             appearance=appearance_coordinates,
-            labels=labels,
+            labels=camera_labels,
             depth_offset=depth,
         )
         # The archive is renamed last, because an existing archive has to be complete, with its ground truth.
@@ -255,15 +258,15 @@ def resolve_dataset(
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
-    options = parse_name(str(name))
+    people_options = parse_name(str(name))
     archive_path = (
         Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
-        / f"{options.stem()}.zip"
+        / f"{people_options.stem()}.zip"
     )
     # If one of the two files is missing, both are written again.
     if not (archive_path.exists() and archive_path.with_suffix(".npz").exists()):
         try:
-            write_heads(options, archive_path, processes, progress)
+            write_heads(people_options, archive_path, processes, progress)
         except OSError as error:
             raise OSError(
                 f"{archive_path}: the rendered images cannot be written: {error.strerror or error}. Free"

@@ -48,7 +48,8 @@ class OSGDecoder(torch.nn.Module):
         Args:
             sampled_features: features of the three planes at points, [N, 3, P, C].
             ray_directions: argument of EG3D's signature without effect.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw and rgb is in -0.001..1.001.
+        Returns: a dict with the colour features 'rgb' [N, P, D] in -0.001..1.001, and the raw density 'sigma'
+            [N, P, 1].
         """
         del ray_directions
         return self.decode(sampled_features.mean(dim=1))
@@ -66,7 +67,8 @@ class OSGDecoder(torch.nn.Module):
         """Return the scaled weights of both layers, for `triplane_decode`. Differentiable in the parameters.
 
         Args: dtype: dtype of the weights; None: their own.
-        Returns: w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D].
+        Returns: a tuple of four tensors: the weight [hidden, C] and the bias [hidden] of the first layer, and
+            the weight [1 + D, hidden] and the bias [1 + D] of the last layer.
         """
         # net[1] is the softplus, which has no weights.
         first_layer: typing.Any = self.net[0]
@@ -81,15 +83,12 @@ class OSGDecoder(torch.nn.Module):
     def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the scaled weights that the density depends on. Differentiable in the parameters.
 
-        Returns: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma [].
+        Returns: a tuple of four tensors: the weight [hidden, C] and the bias [hidden] of the first layer, and
+            the weight [hidden] and the bias [] of the density output.
         """
         decoder_weights = self.weights()
-        return (
-            decoder_weights.w0,
-            decoder_weights.b0,
-            decoder_weights.w1[0],
-            decoder_weights.b1[0],
-        )  # output 0 is the density
+        # Output 0 is the density.
+        return decoder_weights.w0, decoder_weights.b0, decoder_weights.w1[0], decoder_weights.b1[0]
 
 
 class TriPlaneGenerator(torch.nn.Module):
@@ -287,11 +286,11 @@ class TriPlaneGenerator(torch.nn.Module):
         Returns: the same dict as `synthesis`.
         """
         feature_image, depth_image, opacity = self._march(planes, c, resolution, options)
-        rgb = feature_image[:, :3]  # [N, D, r, r] -> [N, 3, r, r]; the first three features are RGB
+        raw_image = feature_image[:, :3]  # [N, D, r, r] -> [N, 3, r, r]; the first three features are RGB
         image = self.superresolution(
-            rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
+            raw_image, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
         )
-        return {"image": image, "image_raw": rgb, "image_depth": depth_image, "image_opacity": opacity}
+        return {"image": image, "image_raw": raw_image, "image_depth": depth_image, "image_opacity": opacity}
 
     def _march(
         self, planes: torch.Tensor, c: torch.Tensor, resolution: int, options: dict
@@ -357,7 +356,7 @@ class TriPlaneGenerator(torch.nn.Module):
                 `mapping` truncates ws.
             sigma_only: True: leave out 'rgb', which saves time.
             synthesis_kwargs: further arguments of `SynthesisBlock.forward`, such as noise_mode.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw.
+        Returns: a dict with the colour features 'rgb' [N, P, D] and the raw density 'sigma' [N, P, 1].
         """
         del truncation_psi, truncation_cutoff, update_emas
         # The planes are generated in each call; planes that `synthesis` stored are not used.

@@ -137,10 +137,10 @@ class GroupedOption(click.Option):
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Convert a value as click does. A value that was renamed since version 0.1 is an error."""
         # Other click commands have no attribute `job`, and no renamed values.
-        job = getattr(ctx.command, "job", "")
+        command_words = getattr(ctx.command, "job", "")
         if isinstance(value, (str, tuple, list)) and not ctx.resilient_parsing:
             with user_errors():
-                check_value(job, self.opts[0], value)
+                check_value(command_words, self.opts[0], value)
         return super().type_cast_value(ctx, value)
 
     def get_help_extra(self, ctx: click.Context) -> Any:
@@ -637,13 +637,13 @@ def parse_names(flag: str, flag_value: str, allowed_names: Iterable[str]) -> lis
     """
     # The argument may be an iterator, and it is used twice.
     allowed_names = list(allowed_names)
-    requested_names = {name.strip() for name in flag_value.split(",") if name.strip()}
+    requested_names = {allowed_name.strip() for allowed_name in flag_value.split(",") if allowed_name.strip()}
     if not requested_names or requested_names - set(allowed_names):
         raise ValueError(
             f"{flag}: expected one or more of {', '.join(allowed_names)}, separated by commas, got"
             f" {flag_value!r}. Use only these names."
         )
-    return [name for name in allowed_names if name in requested_names]
+    return [allowed_name for allowed_name in allowed_names if allowed_name in requested_names]
 
 
 def parse_numbers(flag: str, flag_value: str, number_type: type[float] = float) -> list[Any]:
@@ -780,8 +780,8 @@ def options_from_settings(*settings_classes: type) -> Decorator:
     field_knobs = [
         field_knob for settings_class in settings_classes for field_knob in knobs_of(settings_class)
     ]
-    for field, value_type, knob in field_knobs:
-        parameter_name = knob.name or field.name
+    for settings_field, value_type, knob in field_knobs:
+        parameter_name = knob.name or settings_field.name
         # `flag` is False for a field that presets or the common flags of a mode set.
         if not knob.flag or parameter_name in decorator_by_name:
             continue
@@ -812,7 +812,7 @@ def options_from_settings(*settings_classes: type) -> Decorator:
             # `GroupedOption` shows the value that the command resolves to; click would show None.
             show_default=False,
             help=knob.help,
-            field=field,
+            field=settings_field,
         )
     return combine_decorators(*decorator_by_name.values())
 

@@ -242,7 +242,7 @@ def march(
     the field.
 
     Args:
-        field: N shapes.
+        field: shapes to render, [N].
         cameras: camera labels, [N, 25], or [1, 25] for one camera that all shapes share.
         options: settings of the render.
         resolution: pixels per edge if `options.resolution` is None.
@@ -289,8 +289,9 @@ def _march_rays(
     """March along rays. Return their colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1].
 
     Args:
-        field: N shapes.
-        rays: [N, M, 8]: origin (3), direction (3), near limit and far limit, in world units.
+        field: shapes to render, [N].
+        rays: rays [N, M, 8]. The entries of a ray are its origin (3), its direction (3), its near limit and
+            its far limit, in world units.
         samples: number of samples on each ray.
     """
     origins = rays[..., :3]  # [N, M, 3]
@@ -299,20 +300,22 @@ def _march_rays(
     far = rays[..., 7:]  # [N, M, 1]
     depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
     # Positions of all samples of a shape, on one axis, as `Field.density` expects them.
-    points = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
+    sample_positions = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
     # A field that can decode density and colour together saves one pass of its decoder.
     raw, colour = (
-        field.decode(points)
+        field.decode(sample_positions)
         if isinstance(field, DecodedField)
-        else (field.density(points), field.colour(points))
+        else (field.density(sample_positions), field.colour(sample_positions))
     )
     # [N, M, S]. The samples of a ray that misses the bounds count as empty space.
     raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)
     # `symmetric` would mirror the density at the plane x = 0; a field is used as it is. The empty dict holds
     # rendering options, of which this call needs none.
     marcher = MipRayMarcher2(symmetric=False)
-    rgb, depth, weights = marcher(colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {})
-    return rgb, depth, weights.sum(dim=2)
+    rgb, depth, interval_weights = marcher(
+        colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {}
+    )
+    return rgb, depth, interval_weights.sum(dim=2)
 
 
 @contextlib.contextmanager
@@ -341,7 +344,7 @@ def render_each(
     The state of torch's random generator is restored. Not differentiable.
 
     Args:
-        field: N shapes.
+        field: shapes to render, [N].
         cameras: camera labels, each [N, 25] or [1, 25].
         options: settings of the renders.
         seed: seed of the random numbers.

@@ -253,11 +253,13 @@ class Costs:
         """Format the weights and the stages as two tables for the terminal, in GiB."""
         text_lines = [f"{'weights':44}{'parameters':>12}{'GiB':>9}"]
         text_lines += [
-            f"  {name:42}{parameter_count / 1e6:>10.1f} M{byte_count / GIB:>9.2f}"
-            for name, (parameter_count, byte_count) in self.weights.items()
+            f"  {row_name:42}{parameter_count / 1e6:>10.1f} M{byte_count / GIB:>9.2f}"
+            for row_name, (parameter_count, byte_count) in self.weights.items()
         ]
         text_lines += [f"{'peak memory of a stage, in addition to the weights':56}{'GiB':>9}"]
-        text_lines += [f"  {name:54}{byte_count / GIB:>9.2f}" for name, byte_count in self.stages.items()]
+        text_lines += [
+            f"  {row_name:54}{byte_count / GIB:>9.2f}" for row_name, byte_count in self.stages.items()
+        ]
         return "\n".join([*text_lines, f"{'weights and the largest stage':56}{self.total / GIB:>9.2f}"])
 
 

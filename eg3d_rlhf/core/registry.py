@@ -69,10 +69,10 @@ def _load(plugin: str) -> None:
         # file exists.
         if module_spec is None or module_spec.loader is None or not plugin_path.is_file():
             raise ImportError(f"there is no file {plugin_path}")
-        module = importlib.util.module_from_spec(module_spec)
+        plugin_module = importlib.util.module_from_spec(module_spec)
         # Other modules may import the file by its stem. An imported module of the same name is not replaced.
-        sys.modules.setdefault(plugin_path.stem, module)
-        module_spec.loader.exec_module(module)
+        sys.modules.setdefault(plugin_path.stem, plugin_module)
+        module_spec.loader.exec_module(plugin_module)
     except ImportError as error:
         # Removed, so that a later call can try the import again.
         _loaded.discard(plugin)

@@ -73,26 +73,26 @@ class SlabSpec:
         # A list from JSON becomes a tuple, which is hashable. The dataclass is frozen, so the field is set
         # through `object`.
         object.__setattr__(self, "crop", crop)
-        centre = tuple(float(value) for value in self.centre)
-        if len(centre) != 3 or not all(math.isfinite(value) for value in centre):
+        centre = tuple(float(field_value) for field_value in self.centre)
+        if len(centre) != 3 or not all(math.isfinite(field_value) for field_value in centre):
             raise ValueError(
                 f"SlabSpec: expected centre = (x, y, z) with finite coordinates, got {self.centre!r}. Use"
                 " (0, 0, 0) for a cube about the origin."
             )
         object.__setattr__(self, "centre", centre)
         for field_name in ("box_warp", "value_max"):
-            value = getattr(self, field_name)
+            field_value = getattr(self, field_name)
             if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or value <= 0
+                isinstance(field_value, bool)
+                or not isinstance(field_value, (int, float))
+                or not math.isfinite(field_value)
+                or field_value <= 0
             ):
                 raise ValueError(
-                    f"SlabSpec: expected a finite number {field_name} > 0, got {value!r}. Use"
+                    f"SlabSpec: expected a finite number {field_name} > 0, got {field_value!r}. Use"
                     f" {getattr(type(self), field_name)}, the default."
                 )
-            object.__setattr__(self, field_name, float(value))
+            object.__setattr__(self, field_name, float(field_value))
         if self.lattice not in LATTICES:
             raise ValueError(
                 f"SlabSpec: expected lattice to be one of {', '.join(LATTICES)}, got {self.lattice!r}. Use"
@@ -216,10 +216,10 @@ class SlabSpec:
         """Return the spec whose fields `to_dict` returned.
 
         Raises: ValueError if a field is missing, unknown or out of range. No default replaces a missing
-            field: the reward would then score another grid than the one that it was trained on.
+            spec_field: the reward would then score another grid than the one that it was trained on.
         """
         # Older descriptions lack the fields of _LATER, so these may be missing.
-        field_names = {field.name for field in fields(cls)}
+        field_names = {spec_field.name for spec_field in fields(cls)}
         if not isinstance(value_by_field, Mapping):
             raise ValueError(
                 f"SlabSpec.from_dict: expected a mapping with the fields {sorted(field_names)}, got"

@@ -112,7 +112,7 @@ def wilson_ends(rate: ArrayLike, n: ArrayLike, quantile: ArrayLike) -> tuple[np.
     Returns: lower and upper ends in 0..1, with the broadcast shape.
     """
     # z is the quantile in Wilson's formula, see `wilson_interval`.
-    rate, n, z = (np.asarray(values, dtype=np.float64) for values in (rate, n, quantile))
+    rate, n, z = (np.asarray(argument, dtype=np.float64) for argument in (rate, n, quantile))
     denominator = 1 + z * z / n
     centre = (rate + z * z / (2 * n)) / denominator
     half_width = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / denominator
@@ -129,7 +129,7 @@ def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:
         successes: observed number of successes, 0 <= successes <= n.
         n: number of trials.
         rate: success probability of the null hypothesis, in [0, 1].
-    Returns: p-value in [0, 1]; 1 for n = 0.
+    Returns: the p-value, in [0, 1]. It is 1 for n = 0.
     Raises: ValueError for a negative count, successes > n, or a rate outside [0, 1].
     """
     _check_counts("binomial_test", successes, n)
@@ -188,12 +188,12 @@ def bootstrap_mean_interval(
     # number of rows.
     rows_at_once = max(1, _BOOTSTRAP_CELLS // sample.size)
     means_of_chunks = []
-    for start in range(0, resamples, rows_at_once):
-        row_count = min(rows_at_once, resamples - start)
-        indices = rng.integers(0, sample.size, size=(row_count, sample.size))
-        means_of_chunks.append(sample[indices].mean(axis=1))  # [rows, N] -> [rows]
-    means = np.concatenate(means_of_chunks)  # [resamples]
-    lo, hi = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    for first_resample in range(0, resamples, rows_at_once):
+        row_count = min(rows_at_once, resamples - first_resample)
+        resampled_indices = rng.integers(0, sample.size, size=(row_count, sample.size))
+        means_of_chunks.append(sample[resampled_indices].mean(axis=1))  # [rows, N] -> [rows]
+    resampled_means = np.concatenate(means_of_chunks)  # [resamples]
+    lo, hi = np.quantile(resampled_means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return MeanInterval(float(sample.mean()), float(lo), float(hi))
 
 

@@ -242,12 +242,14 @@ def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
     }
     label_std = nets.training_set.get("label_std")
     for entry_name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):
-        module = getattr(nets, entry_name)
-        if module is None:
+        network = getattr(nets, entry_name)
+        if network is None:
             continue
         # On the CPU, so that the file can be loaded on any machine. Cloned, because a tensor that is a view
         # would be stored with its full storage.
-        state_dict = {key: tensor.detach().cpu().clone() for key, tensor in module.state_dict().items()}
+        state_dict = {
+            tensor_name: tensor.detach().cpu().clone() for tensor_name, tensor in network.state_dict().items()
+        }
         # EG3D's training adds this buffer to G and G_ema.
         if entry_name != "D" and label_std is not None:
             state_dict["dataset_label_std"] = torch.tensor(label_std, dtype=torch.float32)

@@ -115,12 +115,12 @@ class PlaneField:
             or not hasattr(self._G.decoder, "weights")
         ):
             return self._decoded(points)["rgb"][..., :3]
-        planes = self._wide(self.planes)
-        decoder_weights = self._G.decoder.weights(planes.dtype)
+        wide_planes = self._wide(self.planes)
+        decoder_weights = self._G.decoder.weights(wide_planes.dtype)
         # The first four rows of the output layer are density, red, green and blue.
         rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
         colours, _ = triplane_decode(
-            planes, self._axes, points, self.bounds.side, rgb_weights, merged=self._merged
+            wide_planes, self._axes, points, self.bounds.side, rgb_weights, merged=self._merged
         )
         return colours
 
@@ -159,22 +159,25 @@ class PlaneField:
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
         """Return the density on a grid as a sum over planes before the nonlinearity, see `SeparableField`.
 
-        Args: x: world coordinates [X]; y: [Y]; z: [Z]. The field must have one shape.
-        Returns: None if the planes are not axis-aligned. The caller then evaluates the points one by one.
+        The field must have one shape.
+
+        Args: x, y, z: world coordinates [X], [Y] and [Z] of the grid.
+        Returns: the sum over planes, or None if the planes are not axis-aligned. In that case the caller
+            evaluates the points one by one.
         """
         assert len(self) == 1
         if self._pairs is None:
             return None
-        planes = self._wide(self.planes)
+        wide_planes = self._wide(self.planes)
         # Plane coordinates run from -1 to 1 over the cube.
-        plane_coordinates = [axis.to(planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
+        plane_coordinates = [axis.to(wide_planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
         # The weights of the decoder's density output alone.
-        decoder_weights = self._weights(planes.dtype)
+        decoder_weights = self._weights(wide_planes.dtype)
         # [0] removes the batch axis, N = 1.
         plane_maps = [
             plane_map[0]
             for plane_map in pair_maps(
-                planes, self._pairs, plane_coordinates, decoder_weights.w0, decoder_weights.b0
+                wide_planes, self._pairs, plane_coordinates, decoder_weights.w0, decoder_weights.b0
             )
         ]
         return SeparableDensity(
@@ -188,11 +191,13 @@ class PlaneField:
 
         Args: points: world points [N, P, 3].
         """
-        planes = self._wide(self.planes)
-        decoder_weights = self._G.decoder.weights(planes.dtype)
+        wide_planes = self._wide(self.planes)
+        decoder_weights = self._G.decoder.weights(wide_planes.dtype)
         # The first four rows of the output layer are density, red, green and blue.
         rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
-        colour, raw = triplane_decode(planes, self._axes, points.to(planes), self.bounds.side, rgb_weights)
+        colour, raw = triplane_decode(
+            wide_planes, self._axes, points.to(wide_planes), self.bounds.side, rgb_weights
+        )
         return raw.squeeze(2), colour.clamp(0, 1)
 
     @staticmethod
@@ -211,9 +216,9 @@ class PlaneField:
 
     @functools.cached_property
     def _pairs(self) -> tuple[tuple[int, int], ...] | None:
-        """Return the pair of world axes (0, 1 or 2) that each plane spans; None for rotated planes.
+        """Return the pair of world axes (0, 1 or 2) that each plane spans.
 
-        A warning is issued if the planes are not axis-aligned.
+        If the planes are not axis-aligned, the result is None, and a warning is issued.
         """
         axis_pairs = projection_axes(self._axes)
         if axis_pairs is None:
@@ -227,7 +232,10 @@ class PlaneField:
 
     @functools.cached_property
     def _merged(self) -> MergedPlanes | None:
-        """Return the planes in the memory layout of `triplane_decode`; None if they are not axis-aligned."""
+        """Return the planes in the memory layout of `triplane_decode`, or None for planes of other axes.
+
+        The layout exists only for axis-aligned planes.
+        """
         return None if self._pairs is None else merge_planes(self._wide(self.planes), self._pairs)
 
 

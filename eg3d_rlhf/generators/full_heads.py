@@ -143,9 +143,9 @@ class TriGridField(HeadField):
 
     @functools.cached_property
     def _orders(self) -> list[Order] | None:
-        """Return, for each stack, the world axes (0, 1, 2) along its width, height and slices.
+        """Determine the world axes (0, 1, 2) along the width, the height and the slices of each stack.
 
-        Returns: None if the slices of the three stacks do not lie along three different axes.
+        Returns: three axes for each stack, or None if the slices of two stacks lie along the same axis.
         """
         # The basis of a stack is a permutation matrix. The largest entry of a row is at the world axis.
         axis_orders = [tuple(int(axis) for axis in basis.argmax(dim=1)) for basis in self._axes]

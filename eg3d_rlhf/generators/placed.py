@@ -144,9 +144,8 @@ class PlacedField:
         is_inside = self._within(inner_grid.points()).to(sigma.device)  # [D, H, W]
         # If all points are inside, none is replaced. If none is inside, there is no smallest density.
         if is_inside.any() and not is_inside.all():
-            smallest_sigma = sigma.where(is_inside, torch.inf).amin(
-                dim=(1, 2, 3), keepdim=True
-            )  # [N, 1, 1, 1]
+            # [N, 1, 1, 1]
+            smallest_sigma = sigma.where(is_inside, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
             sigma = torch.where(is_inside, sigma, smallest_sigma)
         sigma = self._place.density(sigma)
         return sigma.flip(-1) if self._place.mirrored else sigma

@@ -245,10 +245,10 @@ def heads_from_latents(z: torch.Tensor | np.ndarray, basis: Basis | None = None)
     all_offsets = np.tensordot(identity_coordinates, basis.components, axes=1) + np.tensordot(
         hair_field_amounts, basis.hair, axes=1
     )
-    heads = []
+    intact_heads = []
     for i, offsets in enumerate(all_offsets):
         vertices = (basis.mean + offsets).astype(np.float32)
-        heads.append(
+        intact_heads.append(
             Head(
                 vertices=vertices,
                 normals=vertex_normals(vertices, basis.triangles),
@@ -257,7 +257,7 @@ def heads_from_latents(z: torch.Tensor | np.ndarray, basis: Basis | None = None)
                 quality=quality[i],
             )
         )
-    return heads
+    return intact_heads
 
 
 # Cylinder with rounded edges that closes every bust at the bottom, world units.

@@ -98,9 +98,8 @@ def _grouped(corners: np.ndarray) -> Groups:
         return np.add.reduceat(triangle_values[order], group_starts[:-1])
 
     centre = sum_groups(triangle_areas * triangle_centres) / sum_groups(triangle_areas)
-    group_of_triangle = np.repeat(
-        np.arange(len(triangle_groups)), np.diff(group_starts)
-    )  # in the order of `order`
+    # Index of the group of each triangle, in the order of `order`.
+    group_of_triangle = np.repeat(np.arange(len(triangle_groups)), np.diff(group_starts))
     corner_distances = np.linalg.norm(corners[order] - centre[group_of_triangle, None], axis=2).max(axis=1)
     return Groups(
         order=order,
@@ -265,15 +264,20 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     sample_distance, nearest_sample = sample_tree.query(points, eps=0.01)
     # Far from the surface, the triangle of the nearest sample is a sufficient approximation.
     is_far = sample_distance > CLEAR * SAMPLE
-    for point_indices, count in ((np.flatnonzero(is_far), 1), (np.flatnonzero(~is_far), NEIGHBOURS)):
+    for point_indices, candidate_count in (
+        (np.flatnonzero(is_far), 1),
+        (np.flatnonzero(~is_far), NEIGHBOURS),
+    ):
         # Chunks bound the memory.
         for chunk in np.array_split(point_indices, len(point_indices) // 20_000 + 1):
             nearest_samples = (
-                nearest_sample[chunk, None] if count == 1 else sample_tree.query(points[chunk], count)[1]
+                nearest_sample[chunk, None]
+                if candidate_count == 1
+                else sample_tree.query(points[chunk], candidate_count)[1]
             )
-            candidate_triangles = triangle_of_sample[nearest_samples]  # [chunk, count]
+            candidate_triangles = triangle_of_sample[nearest_samples]  # [chunk, candidate_count]
             # One row for each pair of a point and a candidate.
-            repeated_points = np.repeat(points[chunk], count, axis=0)
+            repeated_points = np.repeat(points[chunk], candidate_count, axis=0)
             candidate_corners = corners[candidate_triangles.ravel()]
             candidate_weights = closest_on_triangles(candidate_corners, repeated_points)
             nearest_points = np.einsum("pc,pcd->pd", candidate_weights, candidate_corners)

@@ -325,8 +325,8 @@ class ImportanceRenderer(torch.nn.Module):
             colors = torch.cat([colors, fine_colors], dim=-2)
             colors = colors.gather(-2, depth_order.expand(-1, -1, -1, colors.shape[-1]))
             densities = torch.cat([densities, fine_densities], dim=-2).gather(-2, depth_order)
-        rgb, depth, weights = self.ray_marcher(colors, densities, depths, options)
-        return rgb, depth, weights.sum(dim=2)
+        rgb, depth, interval_weights_of_rays = self.ray_marcher(colors, densities, depths, options)
+        return rgb, depth, interval_weights_of_rays.sum(dim=2)
 
     def _render_unsorted(
         self, planes, decoder, origins, directions, depths, options
@@ -447,7 +447,8 @@ class ImportanceRenderer(torch.nn.Module):
             sigma_only: True: decode only the density.
             merged: result of `merge` for these planes, which several calls can share; None: compute it
                 if needed.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw; only 'sigma' if sigma_only.
+        Returns: a dict with the colour features 'rgb' [N, P, D] and the raw density 'sigma' [N, P, 1]. With
+            sigma_only, it contains only 'sigma'.
         """
         del sample_directions
         decoded = self._decode_at(
@@ -482,7 +483,7 @@ class ImportanceRenderer(torch.nn.Module):
     def merge(self, planes: torch.Tensor) -> MergedPlanes | None:
         """Convert planes [N, 3, C, H, W] to the memory layout of `triplane_decode`.
 
-        Returns: None if the planes are not axis-aligned.
+        Returns: the converted planes, or None if the planes are not axis-aligned.
         """
         cached_axes, cached_version, axis_pairs = self._cached_pairs
         # The pairs are computed again only if the tensor of axes was replaced or changed in place

@@ -266,14 +266,16 @@ class AssetGenerator:
         Raises: ValueError for values that are no index of an asset, such as interpolated ones.
         """
         del noise_mode
-        indices = ws.flatten().tolist()
-        if ws.shape[1:] != (1, 1) or not all(index in range(self.count) for index in indices):
+        asset_indices = ws.flatten().tolist()
+        if ws.shape[1:] != (1, 1) or not all(
+            asset_index in range(self.count) for asset_index in asset_indices
+        ):
             raise ValueError(
                 f"assets: expected ws [N, 1, 1] with indices from 0 to {self.count - 1}, got"
-                f" {list(ws.shape)} with {indices[:4]}. Assets cannot be interpolated; pass ws as `mapping`"
-                " returns them."
+                f" {list(ws.shape)} with {asset_indices[:4]}. Assets cannot be interpolated; pass ws as"
+                " `mapping` returns them."
             )
-        return self.module.asset.select([int(index) for index in indices])
+        return self.module.asset.select([int(asset_index) for asset_index in asset_indices])
 
 
 def wrap(module: AssetNetwork) -> Generator:

@@ -244,9 +244,8 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
     alpha = -torch.expm1(-optical_depth)
     # Edge of the cube between the centres of the outer voxels.
     cube_edge = pitch * (voxels_per_edge - 1)
-    coordinates = (
-        torch.linspace(-0.5, 0.5, voxels_per_edge).to(raw) * cube_edge
-    )  # increasing coordinates of the voxels of a row
+    # Increasing coordinates of the voxels of a row.
+    coordinates = torch.linspace(-0.5, 0.5, voxels_per_edge).to(raw) * cube_edge
     # Scaled inverse depth of each voxel for a camera at the high end of the axis, [N].
     disparity = nearness(
         DISTANCE * cube_edge - coordinates, (DISTANCE - 0.5) * cube_edge, (DISTANCE + 0.5) * cube_edge

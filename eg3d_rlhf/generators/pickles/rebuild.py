@@ -258,7 +258,7 @@ KINDS = EG3D, PANOHEAD, SPHEREHEAD, HYPLANEHEAD
 
 def check_class(class_name: str) -> None:
     """Raise RejectedError for a generator of an unknown class."""
-    class_names = [name for family in KINDS for name in family.class_names]
+    class_names = [known_name for family in KINDS for known_name in family.class_names]
     if class_name not in class_names:
         # dict.fromkeys removes repetitions: several families have the same class name.
         known_classes = " or ".join(map(repr, dict.fromkeys(class_names)))
@@ -281,17 +281,17 @@ def family_of(class_name: str, shape_by_name: dict[str, tuple[int, ...]], render
         output channels, or if the option render_mode is unknown.
     """
     output_layers = [
-        name
-        for name in shape_by_name
-        if name.startswith("backbone.synthesis.b") and name.endswith(".torgb.weight")
+        tensor_name
+        for tensor_name in shape_by_name
+        if tensor_name.startswith("backbone.synthesis.b") and tensor_name.endswith(".torgb.weight")
     ]
     # The layer of the highest resolution. The key (length, name) sorts "b64" before "b128".
-    last_layer = max(output_layers, key=lambda name: (len(name), name), default="")
+    last_layer = max(output_layers, key=lambda tensor_name: (len(tensor_name), tensor_name), default="")
     # The first axis of a convolution's weight is its number of output channels.
     channel_count = shape_by_name[last_layer][0] if last_layer and shape_by_name[last_layer] else 0
     if "ConvA.0.weight" in shape_by_name:
         family = SPHEREHEAD
-    elif not any(name.startswith("t_mapping.") for name in shape_by_name):
+    elif not any(tensor_name.startswith("t_mapping.") for tensor_name in shape_by_name):
         family = EG3D
     elif "render_mode" in rendering_options and rendering_options["render_mode"] != RENDER_MODE:
         raise RejectedError(
@@ -330,14 +330,15 @@ def _arguments(module_record: ModuleRecord, positional_names: tuple[str, ...], w
     """
     positional_arguments = json_values(module_record.state.get("_init_args", ()))
     keyword_arguments = json_values(module_record.state.get("_init_kwargs", {}))
-    if (
-        not isinstance(positional_arguments, list)
-        or not isinstance(keyword_arguments, dict)
-        or len(positional_arguments) > len(positional_names)
-    ):
+    if not isinstance(positional_arguments, list) or not isinstance(keyword_arguments, dict):
         raise RejectedError(
-            f"its constructor arguments are {describe(positional_arguments)} and"
-            f" {describe(keyword_arguments)}"
+            f"its {who} has the constructor arguments {describe(positional_arguments)} and"
+            f" {describe(keyword_arguments)} instead of a list and a dictionary"
+        )
+    if len(positional_arguments) > len(positional_names):
+        raise RejectedError(
+            f"its {who} has {len(positional_arguments)} positional constructor arguments instead of at most"
+            f" {len(positional_names)}"
         )
     # strict=False: the other arguments are keyword arguments.
     return _with(
@@ -356,7 +357,7 @@ def _with(arguments: dict, required_names: Iterable[str], who: str) -> dict:
         who: start of the message, which names the owner of the arguments, such as "generator".
     Raises: RejectedError if a required name is missing.
     """
-    missing_names = [name for name in required_names if name not in arguments]
+    missing_names = [required_name for required_name in required_names if required_name not in arguments]
     if missing_names:
         raise RejectedError(f"its {who} has no {', '.join(missing_names)}")
     return arguments
@@ -380,15 +381,15 @@ def _without_built_in(arguments: dict, group_name: str = "") -> dict:
     return supported_arguments
 
 
-def generator_plan(module_record: ModuleRecord, name: str) -> "Plan":
+def generator_plan(module_record: ModuleRecord, network_name: str) -> "Plan":
     """Check a pickled generator and plan its construction, without building it.
 
-    Args: module_record: record of the generator; name: "G" or "G_ema".
+    Args: module_record: record of the generator; network_name: "G" or "G_ema".
     Raises: RejectedError for another class, unknown names of arguments, values that are not accepted, or
         unknown plane axes.
     """
     check_class(module_record.class_name)
-    record_by_name = tensors(module_record, name)
+    record_by_name = tensors(module_record, network_name)
     # EG3D's training adds this buffer, which the class of the network does not have.
     record_by_name.pop("dataset_label_std", None)
     arguments = _arguments(module_record, G_NAMES, "generator")
@@ -488,7 +489,8 @@ class Plan:
         """Build the network and copy the tensors of the file into it."""
         network = self.cls(**self.kwargs)
         network.load_state_dict(
-            {tensor_name: record.tensor() for tensor_name, record in self.tensors.items()}, strict=True
+            {tensor_name: tensor_record.tensor() for tensor_name, tensor_record in self.tensors.items()},
+            strict=True,
         )
         return network
 
@@ -554,19 +556,19 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
         if "G_ema" not in snapshot.networks:
             raise RejectedError("it contains no G_ema")
         plan_by_name: dict[str, Plan] = {}
-        for name in ("G_ema", "G"):
-            if (generator_record := snapshot.networks.get(name)) is not None:
+        for network_name in ("G_ema", "G"):
+            if (generator_record := snapshot.networks.get(network_name)) is not None:
                 # Only for its check; `rebuild` sets the resolution.
                 neural_rendering_resolution(generator_record)
-                plan_by_name[name] = generator_plan(generator_record, name)
+                plan_by_name[network_name] = generator_plan(generator_record, network_name)
         # G_ema is a moving average of G, so both must have the same architecture.
         if "G" in plan_by_name and plan_by_name["G"].kwargs != plan_by_name["G_ema"].kwargs:
             ema_arguments = plan_by_name["G_ema"].kwargs
             g_arguments = plan_by_name["G"].kwargs
             differing_names = sorted(
-                name
-                for name in {**ema_arguments, **g_arguments}
-                if ema_arguments.get(name) != g_arguments.get(name)
+                network_name
+                for network_name in {**ema_arguments, **g_arguments}
+                if ema_arguments.get(network_name) != g_arguments.get(network_name)
             )
             raise RejectedError(f"its G and G_ema differ in {', '.join(differing_names)}")
         D_record = snapshot.networks.get("D")
@@ -595,8 +597,8 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
         )
         if total_bytes > snapshot.size + SLACK:
             raise RejectedError(f"its tensors have {total_bytes} bytes, but the file has {snapshot.size}")
-    for name, network_plan in plan_by_name.items():
-        _check_shapes(network_plan, f"{snapshot.who} ({name})")
+    for network_name, network_plan in plan_by_name.items():
+        _check_shapes(network_plan, f"{snapshot.who} ({network_name})")
     return plan_by_name
 
 

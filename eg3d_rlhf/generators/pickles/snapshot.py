@@ -90,7 +90,7 @@ class TensorRecord:
             dtype=f"<i{element_size}",
             buffer=self.storage.data,
             offset=self.offset * element_size,
-            strides=[step * element_size for step in self.stride],
+            strides=[axis_stride * element_size for axis_stride in self.stride],
         )
         return torch.from_numpy(file_view.copy(order="C")).view(dtype)
 
@@ -336,14 +336,16 @@ class SnapshotRules(Rules):
             )
         # type() is compared, because bool is a subclass of int. The products below cannot overflow, because
         # Python's integers have no fixed size.
-        if not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *shape, *stride)):
+        if not all(type(entry) is int and 0 <= entry < 1 << 62 for entry in (offset, *shape, *stride)):
             raise RejectedError("it has a tensor whose offset, shape or stride contains no integers >= 0")
         element_count = math.prod(shape)
         storage_count = len(storage.data) // storage.dtype.itemsize
         # Strides are not negative, so the last element has the largest index.
         last_index = offset
         if element_count:
-            last_index += sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+            last_index += sum(
+                (axis_size - 1) * axis_stride for axis_size, axis_stride in zip(shape, stride, strict=True)
+            )
         # max: an empty tensor has the last index 0 in an empty storage.
         if element_count > storage_count or last_index >= max(storage_count, 1):
             raise RejectedError(
