@@ -215,17 +215,17 @@ class AugmentPipe(torch.nn.Module):
         if options.cutout > 0:
             height, width = images.shape[2:]
             # Width and height of the square, [N, 2, 1, 1, 1]. A closed gate gives the size 0.
-            size = draws.gated(
+            square_size = draws.gated(
                 torch.full([draws.n, 2, 1, 1, 1], float(options.cutout_size), device=draws.device),
                 options.cutout * self.p,
                 0,
             )
-            centre = draws.uniform(2, 1, 1, 1)
-            x = (torch.arange(width, device=draws.device) + 0.5) / width  # [W]
-            y = ((torch.arange(height, device=draws.device) + 0.5) / height)[:, None]  # [H, 1]
+            square_centre = draws.uniform(2, 1, 1, 1)
+            pixel_x = (torch.arange(width, device=draws.device) + 0.5) / width  # [W]
+            pixel_y = ((torch.arange(height, device=draws.device) + 0.5) / height)[:, None]  # [H, 1]
             # [N, 1, H, W]. The factor 0 inside the square is grey in [-1, 1].
-            is_outside = ((x - centre[:, 0]).abs() >= size[:, 0] / 2) | (
-                (y - centre[:, 1]).abs() >= size[:, 1] / 2
+            is_outside = ((pixel_x - square_centre[:, 0]).abs() >= square_size[:, 0] / 2) | (
+                (pixel_y - square_centre[:, 1]).abs() >= square_size[:, 1] / 2
             )
             images = images * is_outside.to(images.dtype)
         return images
@@ -244,42 +244,48 @@ class AugmentPipe(torch.nn.Module):
         p = self.p
         height, width = images.shape[2:]
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
-        g = scale2d(1, 1, like)  # product of the inverse transforms so far, [N, 3, 3]
+        transform = scale2d(1, 1, like)  # product of the inverse transforms so far, [N, 3, 3]
         if options.xflip > 0:
             # 2 u, rounded down, is 0 or 1 with equal probability. Half of the images with an open gate
             # are therefore mirrored.
-            g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), options.xflip * p, 0), 1, like)
+            transform = transform @ scale2d(
+                1 - 2 * draws.gated((draws.uniform() * 2).floor(), options.xflip * p, 0), 1, like
+            )
         if options.rotate90 > 0:
-            g = g @ rotate2d(
+            transform = transform @ rotate2d(
                 math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), options.rotate90 * p, 0), like
             )
         if options.xint > 0:
-            t = draws.gated((draws.uniform(2) * 2 - 1) * options.xint_max, options.xint * p, 0)
-            g = g @ translate2d(-(t[:, 0] * width).round(), -(t[:, 1] * height).round(), like)
+            shift = draws.gated((draws.uniform(2) * 2 - 1) * options.xint_max, options.xint * p, 0)
+            transform = transform @ translate2d(
+                -(shift[:, 0] * width).round(), -(shift[:, 1] * height).round(), like
+            )
         if options.scale > 0:
-            s = draws.gated((draws.normal() * options.scale_std).exp2(), options.scale * p, 1)
-            g = g @ scale2d(1 / s, 1 / s, like)
+            factor = draws.gated((draws.normal() * options.scale_std).exp2(), options.scale * p, 1)
+            transform = transform @ scale2d(1 / factor, 1 / factor, like)
         # There are two rotations. If each has the probability q, at least one is applied with the probability
         # 1 - (1 - q)^2, which has to be rotate * p.
         p_rotate = 1 - (1 - options.rotate * p).clamp(0, 1).sqrt()
         if options.rotate > 0:
-            g = g @ rotate2d(
+            transform = transform @ rotate2d(
                 draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0), like
             )
         if options.aniso > 0:
-            s = draws.gated((draws.normal() * options.aniso_std).exp2(), options.aniso * p, 1)
-            g = g @ scale2d(1 / s, s, like)
+            factor = draws.gated((draws.normal() * options.aniso_std).exp2(), options.aniso * p, 1)
+            transform = transform @ scale2d(1 / factor, factor, like)
         if options.rotate > 0:
             # With `debug_percentile` the second rotation is left out, as in EG3D, so that a single
             # angle remains.
-            theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0)
-            g = g @ rotate2d(theta if draws.percentile is None else torch.zeros_like(theta), like)
+            angle = draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0)
+            transform = transform @ rotate2d(
+                angle if draws.percentile is None else torch.zeros_like(angle), like
+            )
         if options.xfrac > 0:
-            t = draws.gated(draws.normal(2) * options.xfrac_std, options.xfrac * p, 0)
-            g = g @ translate2d(-t[:, 0] * width, -t[:, 1] * height, like)
-        return g
+            shift = draws.gated(draws.normal(2) * options.xfrac_std, options.xfrac * p, 0)
+            transform = transform @ translate2d(-shift[:, 0] * width, -shift[:, 1] * height, like)
+        return transform
 
-    def _warp(self, images: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    def _warp(self, images: torch.Tensor, transforms: torch.Tensor) -> torch.Tensor:
         """Resample images by geometric transforms.
 
         The images are padded by mirrored borders, upsampled by a factor of 2 with the filter `Hz_geom`,
@@ -290,35 +296,43 @@ class AugmentPipe(torch.nn.Module):
 
         Args:
             images: images [N, C, H, W].
-            g: matrices [N, 3, 3] from `_draw_geometry`.
+            transforms: matrices [N, 3, 3] from `_draw_geometry`.
         Returns: images [N, C, H, W].
         """
-        n, channels, height, width = images.shape
+        image_count, channels, height, width = images.shape
         # While p is small, there is often no transform in the whole batch.
-        if bool((g == torch.eye(3, device=g.device)).all()):
+        if bool((transforms == torch.eye(3, device=transforms.device)).all()):
             return images
         # Number of pixels beyond an image that the filter needs: half its length on the upsampled grid.
         reach = self.Hz_geom.shape[0] // 4
-        left, right, top, bottom = _margins(g, height, width, reach)
-        images = F.pad(images, (left, right, top, bottom), mode="reflect")
+        left_margin, right_margin, top_margin, bottom_margin = _margins(transforms, height, width, reach)
+        images = F.pad(images, (left_margin, right_margin, top_margin, bottom_margin), mode="reflect")
         images = upfirdn2d.upsample2d(images, self.Hz_geom, up=2)
         # Size of the upsampled output. It is larger than twice the image, because the downsampling filter
         # needs a margin.
-        out_h = 2 * (height + 2 * reach)
-        out_w = 2 * (width + 2 * reach)
+        upsampled_height = 2 * (height + 2 * reach)
+        upsampled_width = 2 * (width + 2 * reach)
         # From affine_grid's coordinates [-1, 1] on the upsampled output to pixels of the image.
-        to_coarse = scale2d(0.5, 0.5, g) @ translate2d(0.5, 0.5, g) @ scale2d(out_w / 2, out_h / 2, g)
+        to_coarse = (
+            scale2d(0.5, 0.5, transforms)
+            @ translate2d(0.5, 0.5, transforms)
+            @ scale2d(upsampled_width / 2, upsampled_height / 2, transforms)
+        )
         # Different margins on opposite sides move the centre of the padded image.
-        recentre = translate2d((left - right) / 2, (top - bottom) / 2, g)
+        recentre = translate2d((left_margin - right_margin) / 2, (top_margin - bottom_margin) / 2, transforms)
         # From pixels of the padded image to grid_sample's coordinates [-1, 1] on the upsampled padded image.
         to_fine = (
-            scale2d(2 / images.shape[3], 2 / images.shape[2], g)
-            @ translate2d(-0.5, -0.5, g)
-            @ scale2d(2, 2, g)
+            scale2d(2 / images.shape[3], 2 / images.shape[2], transforms)
+            @ translate2d(-0.5, -0.5, transforms)
+            @ scale2d(2, 2, transforms)
         )
-        theta = to_fine @ recentre @ g @ to_coarse
-        grid = F.affine_grid(theta[:, :2].to(images.dtype), [n, channels, out_h, out_w], align_corners=False)
-        images = grid_sample_gradfix.grid_sample(images, grid)
+        grid_transforms = to_fine @ recentre @ transforms @ to_coarse
+        sampling_grid = F.affine_grid(
+            grid_transforms[:, :2].to(images.dtype),
+            [image_count, channels, upsampled_height, upsampled_width],
+            align_corners=False,
+        )
+        images = grid_sample_gradfix.grid_sample(images, sampling_grid)
         # The negative padding removes the margin of the output.
         return upfirdn2d.downsample2d(images, self.Hz_geom, down=2, padding=-2 * reach, flip_filter=True)
 
@@ -336,33 +350,35 @@ class AugmentPipe(torch.nn.Module):
         grey_axis = like.new_tensor([1, 1, 1, 0]) / _R3  # unit vector in homogeneous coordinates
         eye = torch.eye(4, device=like.device)
         grey_projector = torch.outer(grey_axis, grey_axis)
-        c = affine3d(1, 0, like)  # product of the transforms so far, [N, 4, 4]
+        colour_map = affine3d(1, 0, like)  # product of the transforms so far, [N, 4, 4]
         if options.brightness > 0:
-            b = draws.gated(draws.normal() * options.brightness_std, options.brightness * p, 0)
-            c = affine3d(1, b, like) @ c
+            brightness_shift = draws.gated(draws.normal() * options.brightness_std, options.brightness * p, 0)
+            colour_map = affine3d(1, brightness_shift, like) @ colour_map
         if options.contrast > 0:
-            s = draws.gated((draws.normal() * options.contrast_std).exp2(), options.contrast * p, 1)
-            c = affine3d(s, 0, like) @ c
+            factor = draws.gated((draws.normal() * options.contrast_std).exp2(), options.contrast * p, 1)
+            colour_map = affine3d(factor, 0, like) @ colour_map
         if options.lumaflip > 0:
             # 2 u, rounded down, is 0 or 1 with equal probability. For 1, the matrix is the Householder
             # reflection that changes the sign of the grey component.
-            c = (
+            colour_map = (
                 eye
                 - 2 * grey_projector * draws.gated((draws.uniform(1, 1) * 2).floor(), options.lumaflip * p, 0)
-            ) @ c
+            ) @ colour_map
         if options.hue > 0 and images.shape[1] > 1:
-            c = (
+            colour_map = (
                 rotate_about_grey(
                     draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.hue_max), options.hue * p, 0),
                     like,
                 )
-                @ c
+                @ colour_map
             )
         if options.saturation > 0 and images.shape[1] > 1:
-            s = draws.gated((draws.normal(1, 1) * options.saturation_std).exp2(), options.saturation * p, 1)
+            factor = draws.gated(
+                (draws.normal(1, 1) * options.saturation_std).exp2(), options.saturation * p, 1
+            )
             # The grey component is unchanged, and the component orthogonal to it is scaled.
-            c = (grey_projector + (eye - grey_projector) * s) @ c
-        return c
+            colour_map = (grey_projector + (eye - grey_projector) * factor) @ colour_map
+        return colour_map
 
     def _filter_bands(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
         """Amplify or weaken random frequency bands of images.
@@ -375,7 +391,7 @@ class AugmentPipe(torch.nn.Module):
         Raises: ValueError for images that are smaller than the filter.
         """
         options = self.options
-        n, channels, height, width = images.shape
+        image_count, channels, height, width = images.shape
         # Expected fraction of each octave in the power of a natural image. The lowest octave contains
         # the mean.
         power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
@@ -399,73 +415,94 @@ class AugmentPipe(torch.nn.Module):
                 f"AugmentPipe: the transform imgfilter needs more than {reach} pixels per edge, got images of"
                 f" {height} x {width}. Set imgfilter=0."
             )
-        planes = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[None]  # [1, N*C, H+42, W+42]
+        # [1, N*C, H+42, W+42]
+        channel_images = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[None]
         # Grouped convolution with one group for each channel of each image. The filter is separable, so it is
         # applied along rows and then along columns.
-        planes = F.conv2d(planes, kernel[:, None, None, :], groups=n * channels)
-        planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
-        return planes.reshape(n, channels, height, width)
+        channel_images = F.conv2d(channel_images, kernel[:, None, None, :], groups=image_count * channels)
+        channel_images = F.conv2d(channel_images, kernel[:, None, :, None], groups=image_count * channels)
+        return channel_images.reshape(image_count, channels, height, width)
 
 
-def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
+def _margins(transforms: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
     """Return the numbers of pixels (left, right, top, bottom) that the transforms need outside the images.
 
     They are limited to the image size - 1, because reflection padding cannot add more.
 
     Args:
-        g: matrices [N, 3, 3] from `_draw_geometry`.
+        transforms: matrices [N, 3, 3] from `_draw_geometry`.
         height, width: size of the images in pixels.
         reach: number of further pixels that the filter needs.
     """
-    cx = (width - 1) / 2
-    cy = (height - 1) / 2
+    centre_x = (width - 1) / 2
+    centre_y = (height - 1) / 2
     # Positions in the input of the corners of all outputs: x and y, [2, N*4].
-    corners = g.new_tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]])
-    xy = (g @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)
+    corners = transforms.new_tensor(
+        [
+            [-centre_x, -centre_y, 1],
+            [centre_x, -centre_y, 1],
+            [centre_x, centre_y, 1],
+            [-centre_x, centre_y, 1],
+        ]
+    )
+    corner_positions = (transforms @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)
     # Largest distances from the centre to the left, right, top and bottom, minus the distance of the
     # image's edge.
-    extents = torch.stack([-xy[0].min(), xy[0].max(), -xy[1].min(), xy[1].max()])
-    margins = extents + 2 * reach - g.new_tensor([cx, cx, cy, cy])
-    limits = g.new_tensor([width - 1, width - 1, height - 1, height - 1])
+    extents = torch.stack(
+        [
+            -corner_positions[0].min(),
+            corner_positions[0].max(),
+            -corner_positions[1].min(),
+            corner_positions[1].max(),
+        ]
+    )
+    margins = extents + 2 * reach - transforms.new_tensor([centre_x, centre_x, centre_y, centre_y])
+    limits = transforms.new_tensor([width - 1, width - 1, height - 1, height - 1])
     left, right, top, bottom = (
         int(margin) for margin in margins.clamp(min=0).minimum(limits).ceil().tolist()
     )
     return left, right, top, bottom
 
 
-def _recolour(images: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def _recolour(images: torch.Tensor, colour_maps: torch.Tensor) -> torch.Tensor:
     """Apply colour transforms to images.
 
     Args:
         images: images [N, C, H, W], grey (C = 1) or with RGB in each three channels.
-        c: affine maps [N, 4, 4] of RGB colours. A grey image is transformed by the mean of the map's rows.
+        colour_maps: affine maps [N, 4, 4] of RGB colours. A grey image is transformed by the mean of the
+            map's rows.
     Returns: images [N, C, H, W].
     """
-    n, channels, height, width = images.shape
-    c = c.to(images.dtype)
+    image_count, channels, height, width = images.shape
+    colour_maps = colour_maps.to(images.dtype)
     if channels == 1:
-        row = c[:, :3].mean(dim=1, keepdim=True)  # [N, 1, 4]
+        mean_row = colour_maps[:, :3].mean(dim=1, keepdim=True)  # [N, 1, 4]
         # The three colours are equal, so their coefficients are added. Entry 3 is the constant.
-        return images * row[:, :, :3].sum(dim=2)[:, :, None, None] + row[:, :, 3:, None]
-    rgb = images.reshape(n, channels // 3, 3, height * width)  # [N, C / 3, 3, H * W]
+        return images * mean_row[:, :, :3].sum(dim=2)[:, :, None, None] + mean_row[:, :, 3:, None]
+    rgb = images.reshape(image_count, channels // 3, 3, height * width)  # [N, C / 3, 3, H * W]
     # The linear part [N, 1, 3, 3] times the colours, plus the constant part [N, 1, 3, 1].
-    return (c[:, None, :3, :3] @ rgb + c[:, None, :3, 3:]).reshape(n, channels, height, width)
+    return (colour_maps[:, None, :3, :3] @ rgb + colour_maps[:, None, :3, 3:]).reshape(
+        image_count, channels, height, width
+    )
 
 
-def matrix(rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
+def matrix(entry_rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
     """Return one square matrix for each image.
 
     Args:
-        rows: rows of entries.
+        entry_rows: rows of entries.
         like: tensor [N, ...] with the number of images, the device and the dtype of the result.
     Returns: matrices [N, rows, rows].
     """
-    n = like.shape[0]
+    image_count = like.shape[0]
     entries = []
-    for row in rows:
+    for entry_row in entry_rows:
         # A number is the same for all images, a tensor [N] contains one value for each.
-        entries += [torch.as_tensor(entry, dtype=like.dtype, device=like.device).expand(n) for entry in row]
-    return torch.stack(entries, dim=1).reshape(n, len(rows), len(rows[0]))
+        entries += [
+            torch.as_tensor(entry, dtype=like.dtype, device=like.device).expand(image_count)
+            for entry in entry_row
+        ]
+    return torch.stack(entries, dim=1).reshape(image_count, len(entry_rows), len(entry_rows[0]))
 
 
 def translate2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
@@ -479,17 +516,19 @@ def scale2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
 
 
 def rotate2d(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 3, 3] that rotate by theta [N] radians, from x towards y. See `matrix` for
-    `like`.
+    """Return matrices [N, 3, 3] that rotate by theta [N] radians, from x towards y.
+
+    See `matrix` for `like`.
     """
-    c = theta.cos()
-    s = theta.sin()
-    return matrix([[c, -s, 0], [s, c, 0], [0, 0, 1]], like)
+    cos_theta = theta.cos()
+    sin_theta = theta.sin()
+    return matrix([[cos_theta, -sin_theta, 0], [sin_theta, cos_theta, 0], [0, 0, 1]], like)
 
 
 def affine3d(scale: Entry, shift: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 4, 4] that scale all axes by `scale`, then add `shift` to all. See `matrix`
-    for `like`.
+    """Return matrices [N, 4, 4] that scale all axes by `scale`, then add `shift` to all.
+
+    See `matrix` for `like`.
     """
     return matrix([[scale, 0, 0, shift], [0, scale, 0, shift], [0, 0, scale, shift], [0, 0, 0, 1]], like)
 
@@ -500,12 +539,12 @@ def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     With v = (1, 1, 1)' / sqrt(3), its transpose v', and its cross-product matrix [v]x, Rodrigues' formula is
     v v' + cos(theta) (I - v v') + sin(theta) [v]x. See `matrix` for `like`.
     """
-    c = theta.cos()
-    s = theta.sin()
+    cos_theta = theta.cos()
+    sin_theta = theta.sin()
     # Entries of Rodrigues' matrix: those of the diagonal, and those with a positive or a negative sine.
-    diagonal = (1 + 2 * c) / 3
-    plus_sine = (1 - c) / 3 + s / _R3
-    minus_sine = (1 - c) / 3 - s / _R3
+    diagonal = (1 + 2 * cos_theta) / 3
+    plus_sine = (1 - cos_theta) / 3 + sin_theta / _R3
+    minus_sine = (1 - cos_theta) / 3 - sin_theta / _R3
     return matrix(
         [
             [diagonal, minus_sine, plus_sine, 0],
@@ -540,9 +579,9 @@ def octave_filter_bank(bands: int = 4) -> np.ndarray:
     for new_band in range(1, bands):
         stretched = np.zeros([bands, 2 * bank.shape[1] - 1])
         stretched[:, ::2] = bank
-        bank = np.stack([np.convolve(row, low_power) for row in stretched])
-        start = (bank.shape[1] - len(high_power)) // 2  # centres the shorter filter
-        bank[new_band, start : start + len(high_power)] += high_power
+        bank = np.stack([np.convolve(band_filter, low_power) for band_filter in stretched])
+        offset = (bank.shape[1] - len(high_power)) // 2  # centres the shorter filter
+        bank[new_band, offset : offset + len(high_power)] += high_power
     # Some taps cancel except for rounding, which depends on the order of numpy's sums. They are set to
     # exactly 0.
     return np.where(np.abs(bank) < 1e-12, 0.0, bank)

@@ -21,9 +21,9 @@ def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str
     The index is the position of the parameter in the optimiser, as in torch's state_dict.
     """
     tensors = {}
-    for index, parameter_state in optimizer.state_dict()["state"].items():
-        for name, value in parameter_state.items():
-            tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value)
+    for parameter_index, parameter_state in optimizer.state_dict()["state"].items():
+        for moment_name, moment in parameter_state.items():
+            tensors[f"{prefix}.{parameter_index}.{moment_name}"] = torch.as_tensor(moment)
     return tensors
 
 
@@ -40,21 +40,22 @@ def restore_optimizer(
         tensors: all tensors of a checkpoint.
     Raises: ValueError if the checkpoint contains moments of more parameters than the optimiser has.
     """
-    state: dict[int, dict] = {}
-    for name, value in tensors.items():
+    state_by_parameter: dict[int, dict] = {}
+    for tensor_name, moment in tensors.items():
         # With the dot, the prefix "optim_G" does not match the names of "optim_Greward".
-        if name.startswith(f"{prefix}."):
-            index, key = name.removeprefix(f"{prefix}.").split(".")
-            state.setdefault(int(index), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]  # learning rates and parameters of this run
-    count = sum(len(group["params"]) for group in groups)
+        if tensor_name.startswith(f"{prefix}."):
+            parameter_index, moment_name = tensor_name.removeprefix(f"{prefix}.").split(".")
+            state_by_parameter.setdefault(int(parameter_index), {})[moment_name] = moment
+    parameter_groups = optimizer.state_dict()["param_groups"]  # learning rates and parameters of this run
+    parameter_count = sum(len(parameter_group["params"]) for parameter_group in parameter_groups)
     # Fewer moments are no error, because Adam has none for parameters that never had a gradient.
-    if any(index >= count for index in state):
+    if any(parameter_index >= parameter_count for parameter_index in state_by_parameter):
         raise ValueError(
-            f"checkpoint: the optimiser {prefix} has {count} parameters, but the checkpoint has moments of"
-            f" the parameter with index {max(state)}. Resume with the flags of the original run."
+            f"checkpoint: the optimiser {prefix} has {parameter_count} parameters, but the checkpoint has"
+            f" moments of the parameter with index {max(state_by_parameter)}. Resume with the flags of the"
+            " original run."
         )
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state_by_parameter, "param_groups": parameter_groups})
 
 
 def write(folder: Path, cur_nimg: int, tensors: dict[str, torch.Tensor], meta: dict) -> Path:
@@ -67,12 +68,12 @@ def write(folder: Path, cur_nimg: int, tensors: dict[str, torch.Tensor], meta: d
         meta: description of the checkpoint, JSON values.
     Returns: the path of the file.
     """
-    path = path_of(folder, cur_nimg)
-    storage.write_tensors(path, "checkpoint", tensors, meta)
+    checkpoint_path = path_of(folder, cur_nimg)
+    storage.write_tensors(checkpoint_path, "checkpoint", tensors, meta)
     # Older checkpoints are deleted only when the new file is complete, because the disk may be full.
     for old_path in available(folder)[:-KEEP]:
         old_path.unlink()
-    return path
+    return checkpoint_path
 
 
 def path_of(folder: Path, cur_nimg: int) -> Path:
@@ -111,12 +112,16 @@ def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor]
                 f"--resume: the path {source} does not exist. Name a run folder or a checkpoint file."
             )
         # Older checkpoints of the same folder may replace the named one, newer checkpoints may not.
-        older_paths = [path for path in available(source.parent)[::-1] if path.name < source.name]
+        older_paths = [
+            candidate_path
+            for candidate_path in available(source.parent)[::-1]
+            if candidate_path.name < source.name
+        ]
         candidates = [source, *older_paths]
     # Pairs of a checkpoint and the next older one, None for the oldest.
-    for path, older_path in zip(candidates, [*candidates[1:], None], strict=True):
+    for candidate_path, older_path in zip(candidates, [*candidates[1:], None], strict=True):
         try:
-            return *storage.read_tensors(path, "checkpoint"), path
+            return *storage.read_tensors(candidate_path, "checkpoint"), candidate_path
         except ValueError as error:
             if not fall_back or older_path is None:
                 hint = ""

@@ -21,18 +21,13 @@ GAN = "GAN losses and schedule"
 OPT = "Optimisation"
 # Modes of the synthesis network's noise inputs: constant, random, or 0.
 NOISE_MODES = ("const", "random", "none")
-REG_TYPES = (
-    "l1",
-    "monotonic-detach",
-    "monotonic-fixed",
-)  # types of the density regulariser, see `GanPhases.g_reg`
+# Types of the density regulariser, see `GanPhases.g_reg`.
+REG_TYPES = ("l1", "monotonic-detach", "monotonic-fixed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knob:
-    """Description of a field of settings for the command line. It is in the metadata of the field,
-    see `knob`.
-    """
+    """Description of a settings field for the command line, which `knob` stores in the field's metadata."""
 
     help: str  # help text
     group: str  # title under which --help lists the flag
@@ -73,63 +68,72 @@ def knob(default: object, help: str, group: str, **more) -> typing.Any:
 _gan_knob = functools.partial(knob, group=GAN)  # `knob` for the most frequent group
 
 
-def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
+def knobs_of(settings_class: type) -> list[tuple[dataclasses.Field, type, Knob]]:
     """Return the knobs of a settings dataclass and of its nested dataclasses, in the order of the fields.
 
     Returns: list of (field, type of the field without None, knob).
     """
-    knobs = []
-    hints = typing.get_type_hints(kind)
+    field_knobs = []
+    type_by_field = typing.get_type_hints(settings_class)
     # get_type_hints also resolves annotations that are texts, which `field.type` would return unresolved.
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        if isinstance(hint, types.UnionType):
+    for field in dataclasses.fields(settings_class):
+        field_type = type_by_field[field.name]
+        if isinstance(field_type, types.UnionType):
             # `int | None` -> int, because click needs the type of the values that users give.
-            hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-        if dataclasses.is_dataclass(hint):
-            knobs += knobs_of(typing.cast(type, hint))
+            field_type = next(
+                member_type
+                for member_type in typing.get_args(field_type)
+                if member_type is not types.NoneType
+            )
+        if dataclasses.is_dataclass(field_type):
+            field_knobs += knobs_of(typing.cast(type, field_type))
         elif "knob" in field.metadata:
-            knobs.append((field, hint, field.metadata["knob"]))
-    return knobs
+            field_knobs.append((field, field_type, field.metadata["knob"]))
+    return field_knobs
 
 
 def settings_to_values(settings: object) -> dict[str, typing.Any]:
     """Return the values of all knobs of a settings object and its nested objects, by name of the field."""
-    values: dict[str, typing.Any] = {}
+    value_by_field: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
+        field_value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(field_value):
             # One flat mapping suffices: like flags, fields of nested dataclasses have unique names.
-            values |= settings_to_values(value)
+            value_by_field |= settings_to_values(field_value)
         elif "knob" in field.metadata:
-            values[field.name] = value
-    return values
+            value_by_field[field.name] = field_value
+    return value_by_field
 
 
-def settings_from_values(kind: type, values: Mapping) -> typing.Any:
+def settings_from_values(settings_class: type, value_by_field: Mapping) -> typing.Any:
     """Return a settings object with the given values of its fields.
 
-    A field that is missing in `values` has its default. Names that are no fields are ignored.
+    A field that is missing in `value_by_field` has its default. Names that are no fields are ignored.
 
     Args:
-        kind: settings dataclass.
-        values: values by name of the field. Nested settings take their values from the same mapping.
+        settings_class: settings dataclass.
+        value_by_field: values by name of the field. Nested settings take their values from the same mapping.
     """
-    return kind(**_constructor_arguments(kind, values))
+    return settings_class(**_constructor_arguments(settings_class, value_by_field))
 
 
-def _constructor_arguments(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
-    """Return the constructor arguments of `kind` for a flat mapping of values, see `built`."""
+def _constructor_arguments(settings_class: typing.Any, value_by_field: Mapping) -> dict[str, typing.Any]:
+    """Return the constructor arguments of `settings_class` for a flat mapping of values.
+
+    See `settings_from_values` for the arguments.
+    """
     arguments: dict[str, typing.Any] = {}
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(settings_class):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as
         # an object.
-        if dataclasses.is_dataclass(default) and not isinstance(values.get(field.name), type(default)):
-            nested_arguments = _constructor_arguments(default, values)
+        if dataclasses.is_dataclass(default) and not isinstance(
+            value_by_field.get(field.name), type(default)
+        ):
+            nested_arguments = _constructor_arguments(default, value_by_field)
             arguments[field.name] = dataclasses.replace(default, **nested_arguments)  # type: ignore[type-var]
-        elif field.name in values:
-            arguments[field.name] = values[field.name]
+        elif field.name in value_by_field:
+            arguments[field.name] = value_by_field[field.name]
     return arguments
 
 
@@ -149,25 +153,29 @@ def check_knobs(settings: typing.Any) -> None:
     Raises: ValueError that names the field or its flag.
     """
     for field in dataclasses.fields(settings):
-        k = field.metadata.get("knob")
-        value = getattr(settings, field.name)
-        if k is None or value is None:
+        field_knob = field.metadata.get("knob")
+        field_value = getattr(settings, field.name)
+        if field_knob is None or field_value is None:
             continue
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(field_value, float) and not math.isfinite(field_value):
             # Infinity would pass a lower limit, and both would pass if the field has no limit.
-            raise ValueError(f"{field.name} must be a finite number, got {value}")
-        if k.choices is not None:
-            flag = f"--set {field.name}" if k.rare else "--" + (k.name or field.name).replace("_", "-")
-            check_choice(flag, value, k.choices)
-        limits = (  # (limit, sign for the message, comparison that a valid value fulfils)
-            (k.low, ">=", operator.ge),
-            (k.high, "<=", operator.le),
-            (k.above, ">", operator.gt),
-            (k.below, "<", operator.lt),
+            raise ValueError(f"{field.name} must be a finite number, got {field_value}")
+        if field_knob.choices is not None:
+            flag = (
+                f"--set {field.name}"
+                if field_knob.rare
+                else "--" + (field_knob.name or field.name).replace("_", "-")
+            )
+            check_choice(flag, field_value, field_knob.choices)
+        limits = (  # (limit, sign for the message, function that returns True for a valid value)
+            (field_knob.low, ">=", operator.ge),
+            (field_knob.high, "<=", operator.le),
+            (field_knob.above, ">", operator.gt),
+            (field_knob.below, "<", operator.lt),
         )
-        for limit, sign, holds in limits:
-            if limit is not None and not holds(value, limit):
-                raise ValueError(f"{field.name} must be {sign} {limit:g}, got {value}")
+        for limit, sign, is_valid in limits:
+            if limit is not None and not is_valid(field_value, limit):
+                raise ValueError(f"{field.name} must be {sign} {limit:g}, got {field_value}")
 
 
 class Knobs:
@@ -320,7 +328,9 @@ class GanConfig(Knobs):
     reg_type: str = _gan_knob(
         "l1",
         "Type of the density regulariser: l1 penalises differences between neighbouring points."
-        " monotonic-detach and monotonic-fixed also penalise a density that decreases from front to back.",
+        " monotonic-detach and monotonic-fixed also penalise a density that decreases from front to back."
+        " With monotonic-detach, only the density at the back gets the gradient of this penalty; with"
+        " monotonic-fixed, the density at the front gets it as well.",
         choices=REG_TYPES,
     )
     glr: float = knob(0.0025, "Learning rate of the generator G.", OPT, above=0)
@@ -343,9 +353,8 @@ class GanConfig(Knobs):
     )
     # Largest half-life of G_ema as a fraction of the images that the run has used; None: no limit.
     ema_rampup: float | None = 0.05
-    ada_kimg: float = (
-        500.0  # smallest number of images, in thousands, in which ADA's probability can change by 1
-    )
+    # Smallest number of images, in thousands, in which ADA's probability can change by 1.
+    ada_kimg: float = 500.0
     ada_interval: int = 4  # iterations between two changes of the augmentation probability
     d_reg_interval: int = 16  # iterations between two R1 steps
     blur_init_sigma: float = 10.0  # blur of D's inputs at the start, pixels
@@ -498,123 +507,133 @@ SR_BY_RESOLUTION = {  # resolution of the training images -> super-resolution mo
 }
 
 
-def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[dict, dict]:
+def networks_for(network_config: NetworkConfig, resolution: int, gan_config: GanConfig) -> tuple[dict, dict]:
     """Return the constructor arguments of new networks G and D.
 
     Args:
-        net: settings of the networks.
+        network_config: settings of the networks.
         resolution: pixels per edge of the training images.
-        gan: settings of adversarial training, some of which the rendering options contain.
-    Raises: ValueError if EG3D has no super-resolution module for this resolution, and `net` names none.
+        gan_config: settings of adversarial training, some of which the rendering options contain.
+    Returns: the arguments of G, and then the arguments of D, each a dict by name.
+    Raises: ValueError if EG3D has no super-resolution module for this resolution, and `network_config` names
+        none.
     """
-    is_small = net.cfg == "heads64"
-    rendering = {
+    is_small = network_config.cfg == "heads64"
+    rendering_kwargs = {
         **_RENDERING,
-        **FAMILIES[net.cfg],
+        **FAMILIES[network_config.cfg],
         "image_resolution": resolution,
-        "c_gen_conditioning_zero": not gan.gen_pose_cond,
-        "gpc_reg_prob": gan.gpc_reg_prob if gan.gen_pose_cond else None,
-        "density_reg": gan.density_reg,
-        "density_reg_p_dist": gan.density_reg_p_dist,
-        "reg_type": gan.reg_type,
-        "c_scale": net.c_scale,
-        "superresolution_noise_mode": net.sr_noise_mode,
-        "decoder_lr_mul": net.decoder_lr_mul,
+        "c_gen_conditioning_zero": not gan_config.gen_pose_cond,
+        "gpc_reg_prob": gan_config.gpc_reg_prob if gan_config.gen_pose_cond else None,
+        "density_reg": gan_config.density_reg,
+        "density_reg_p_dist": gan_config.density_reg_p_dist,
+        "reg_type": gan_config.reg_type,
+        "c_scale": network_config.c_scale,
+        "superresolution_noise_mode": network_config.sr_noise_mode,
+        "decoder_lr_mul": network_config.decoder_lr_mul,
     }
-    sr_module = net.sr_module or ("NoSuperresolution" if is_small else SR_BY_RESOLUTION.get(resolution))
+    sr_module = network_config.sr_module or (
+        "NoSuperresolution" if is_small else SR_BY_RESOLUTION.get(resolution)
+    )
     if sr_module is None:
         resolutions = ", ".join(map(str, SR_BY_RESOLUTION))
         raise ValueError(
-            f"--data: expected images of {resolutions} pixels per edge for --cfg={net.cfg}, got {resolution}."
-            " Resize the images with tools/dataset_tool.py, or name a super-resolution module with"
-            " --sr-module."
+            f"--data: expected images of {resolutions} pixels per edge for --cfg={network_config.cfg}, got"
+            f" {resolution}. Resize the images with tools/dataset_tool.py, or name a super-resolution module"
+            " with --sr-module."
         )
     # Network files contain the module with its path, which users need not write.
-    rendering["superresolution_module"] = (
+    rendering_kwargs["superresolution_module"] = (
         f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
     )
-    dim = 128 if is_small else 512
-    channels = {"channel_base": net.cbase, "channel_max": net.cmax}
+    w_dim = 128 if is_small else 512
+    channel_kwargs = {"channel_base": network_config.cbase, "channel_max": network_config.cmax}
     # The small preset renders at the final resolution or at half of it, so a super-resolution module with few
     # feature maps suffices.
-    sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if is_small else dict(channels)
-    G: dict[str, typing.Any] = {
+    sr_kwargs = (
+        {"input_resolution": resolution // 2, "block_channels": [32, 16]}
+        if is_small
+        else dict(channel_kwargs)
+    )
+    G_kwargs: dict[str, typing.Any] = {
         "z_dim": 64 if is_small else 512,
         "c_dim": 25,
-        "w_dim": dim,
+        "w_dim": w_dim,
         "img_resolution": resolution,
         "img_channels": 3,
-        "mapping_kwargs": {"num_layers": net.map_depth},
-        "rendering_kwargs": rendering,
+        "mapping_kwargs": {"num_layers": network_config.map_depth},
+        "rendering_kwargs": rendering_kwargs,
         "conv_clamp": None,
-        "num_fp16_res": net.g_num_fp16_res,
-        "sr_num_fp16_res": net.sr_num_fp16_res,
+        "num_fp16_res": network_config.g_num_fp16_res,
+        "sr_num_fp16_res": network_config.sr_num_fp16_res,
         # In training, ordinary convolutions are used instead of grouped convolutions, which is faster. EG3D
         # has the same setting.
         "fused_modconv_default": "inference_only",
-        "plane_layout": net.plane_layout,
-        "sr_kwargs": {**sr, "fused_modconv_default": "inference_only"},
-        **channels,
+        "plane_layout": network_config.plane_layout,
+        "sr_kwargs": {**sr_kwargs, "fused_modconv_default": "inference_only"},
+        **channel_kwargs,
     }
     if is_small:
-        G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
+        G_kwargs.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
         # The training images are renders of heads that belong to latents. With StyleGAN's factor of 0.01 on
         # its learning rate, the mapping network would learn this correspondence too slowly.
-        G["mapping_kwargs"]["lr_multiplier"] = 1.0
+        G_kwargs["mapping_kwargs"]["lr_multiplier"] = 1.0
         if sr_module == "NoSuperresolution":
             # Without super-resolution, the rendered features are the image, so there are three: RGB.
-            G["decoder_features"] = 3
+            G_kwargs["decoder_features"] = 3
     # In a short run, a camera embedding with StyleGAN's factor of 0.01 on the learning rate would learn too
     # little. D would then ignore the camera, and the shapes of G would remain flat.
-    D = {
+    D_kwargs = {
         "c_dim": 25,
         "img_resolution": resolution,
         "img_channels": 3,
-        "block_kwargs": {"freeze_layers": net.freezed},
+        "block_kwargs": {"freeze_layers": network_config.freezed},
         "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if is_small else {},
-        "epilogue_kwargs": {"mbstd_group_size": net.mbstd_group},
-        "disc_c_noise": net.disc_c_noise,
-        "num_fp16_res": net.d_num_fp16_res,
+        "epilogue_kwargs": {"mbstd_group_size": network_config.mbstd_group},
+        "disc_c_noise": network_config.disc_c_noise,
+        "num_fp16_res": network_config.d_num_fp16_res,
         "conv_clamp": 256,
-        **channels,
+        **channel_kwargs,
     }
-    return G, D
+    return G_kwargs, D_kwargs
 
 
 Settings = TypeVar("Settings")
 
 
-def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
+def from_dict(settings_class: type[Settings], value_by_field: Mapping, who: str = "") -> Settings:
     """Return a settings object from the JSON form of `dataclasses.asdict`.
 
     Args:
-        kind: settings dataclass.
-        values: values of the fields by name, as JSON values.
+        settings_class: settings dataclass.
+        value_by_field: values of the fields by name, as JSON values.
         who: name of the settings in messages; the name of the class by default.
     Raises: ValueError for a field that the class does not have, or if nested settings are no mapping.
     """
-    who = who or kind.__name__
-    hints = typing.get_type_hints(kind)
-    unknown_names = sorted(set(values) - set(hints))
+    who = who or settings_class.__name__
+    type_by_field = typing.get_type_hints(settings_class)
+    unknown_names = sorted(set(value_by_field) - set(type_by_field))
     if unknown_names:
         raise ValueError(
             f"{who}: this version of the program has no settings {', '.join(unknown_names)}. Use the version"
             " that wrote the file, or start a new run."
         )
-    arguments = dict(values)
+    arguments = dict(value_by_field)
     # In JSON, nested dataclasses have become mappings, and tuples have become lists. Both are converted back.
-    for name, value in values.items():
-        if value is None:
+    for field_name, field_value in value_by_field.items():
+        if field_value is None:
             continue
         # The type itself and, for a type such as `A | None`, its members.
-        for option in (hints[name], *typing.get_args(hints[name])):
-            if isinstance(option, type) and dataclasses.is_dataclass(option):
-                if not isinstance(value, Mapping):
+        for member_type in (type_by_field[field_name], *typing.get_args(type_by_field[field_name])):
+            if isinstance(member_type, type) and dataclasses.is_dataclass(member_type):
+                if not isinstance(field_value, Mapping):
                     raise ValueError(
-                        f"{who}.{name}: expected a mapping from names to values, got {value!r}. Use the"
-                        " version that wrote the file, or start a new run."
+                        f"{who}.{field_name}: expected a mapping from names to values, got {field_value!r}."
+                        " Use the version that wrote the file, or start a new run."
                     )
-                arguments[name] = from_dict(typing.cast(type, option), value, f"{who}.{name}")
-            elif typing.get_origin(option) is tuple:
-                arguments[name] = tuple(value)
-    return kind(**arguments)
+                arguments[field_name] = from_dict(
+                    typing.cast(type, member_type), field_value, f"{who}.{field_name}"
+                )
+            elif typing.get_origin(member_type) is tuple:
+                arguments[field_name] = tuple(field_value)
+    return settings_class(**arguments)

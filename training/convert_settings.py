@@ -51,8 +51,9 @@ class ConvertOptions:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Target (width, height) in pixels. Call it only if `transform` is set, which requires a
-        resolution.
+        """Target (width, height) in pixels.
+
+        It may be read only if `transform` is set, which requires a resolution.
         """
         assert self.resolution is not None
         return self.resolution

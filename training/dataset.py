@@ -43,8 +43,9 @@ ROTATION_TOLERANCE = 1e-2
 
 
 class ImageFiles:
-    """The image files and labels of a folder or zip archive. An entry is a file in it, named by its
-    relative path.
+    """The image files and labels of a folder or zip archive.
+
+    An entry is a file in the folder or archive. Its name is its relative path.
 
     Args: path: folder, which is searched recursively, or .zip file.
     Raises: ValueError if the path does not exist, is a damaged archive, or contains no images.
@@ -57,7 +58,9 @@ class ImageFiles:
         self._is_folder = self.path.is_dir()
         if self._is_folder:
             entries = [
-                file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()
+                file_path.relative_to(self.path).as_posix()
+                for file_path in self.path.rglob("*")
+                if file_path.is_file()
             ]
         elif self.path.is_file():
             entries = self._open_archive().namelist()
@@ -67,7 +70,7 @@ class ImageFiles:
                 " --data."
             )
         self.entries = frozenset(entries)
-        self.images = sorted(name for name in entries if name.lower().endswith(IMAGE_SUFFIXES))
+        self.images = sorted(entry for entry in entries if entry.lower().endswith(IMAGE_SUFFIXES))
         if not self.images:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(
@@ -115,25 +118,25 @@ class ImageFiles:
 
         Raises: ValueError if the entry is damaged, too large, or no 8-bit greyscale or RGB image.
         """
-        where = f"dataset {self.path}: entry {entry!r}"
-        data = self.read(entry)
+        entry_description = f"dataset {self.path}: entry {entry!r}"
+        encoded_image = self.read(entry)
         try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
+            with PIL.Image.open(io.BytesIO(encoded_image)) as image:
                 # The size comes from the header. Only copy() decodes the pixels.
                 if image.width * image.height > _PIXEL_LIMIT:
                     raise ValueError(f"{image.width}x{image.height} is too large")
-                decoded = image.copy()
+                decoded_image = image.copy()
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{where}: the image cannot be decoded from its {len(data)} bytes ({error}). Replace the"
-                " file, or remove it from the set."
+                f"{entry_description}: the image cannot be decoded from its {len(encoded_image)} bytes"
+                f" ({error}). Replace the file, or remove it from the set."
             ) from error
         if image.mode not in ("L", "RGB"):
             raise ValueError(
-                f"{where}: expected an 8-bit RGB or greyscale image, got the mode {decoded.mode}. Convert the"
-                " image to RGB."
+                f"{entry_description}: expected an 8-bit RGB or greyscale image, got the mode"
+                f" {decoded_image.mode}. Convert the image to RGB."
             )
-        return decoded
+        return decoded_image
 
     def read_image(self, entry: str) -> np.ndarray:
         """Return the pixels of an entry, uint8 [C, R, R] with C = 1 or 3.
@@ -163,25 +166,27 @@ class ImageFiles:
                 f"dataset {self.path}: the file {LABELS_FILE} with the camera labels is missing. Add it at"
                 " the top level of the set."
             )
-        where = f"dataset {self.path}: {LABELS_FILE}"
+        file_description = f"dataset {self.path}: {LABELS_FILE}"
         try:
-            rows = json.loads(self.read(LABELS_FILE))["labels"]
-            label_by_name = None if rows is None else {str(name): label for name, label in rows}
+            label_rows = json.loads(self.read(LABELS_FILE))["labels"]
+            label_by_name = (
+                None if label_rows is None else {str(image_name): label for image_name, label in label_rows}
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{where}: expected {{"labels": [[image name, label], ...]}}, got another form ({error!r}).'
-                " Write the file in this form."
+                f'{file_description}: expected {{"labels": [[image name, label], ...]}}, got another form'
+                f" ({error!r}). Write the file in this form."
             ) from error
         if label_by_name is None:
             return None
         # Labels of images that the set does not contain are ignored.
-        unlabelled_names = [name for name in self.images if label_by_name.get(name) is None]
+        unlabelled_names = [image_name for image_name in self.images if label_by_name.get(image_name) is None]
         if unlabelled_names:
             raise ValueError(
-                f"{where}: {len(unlabelled_names)} of {len(self.images)} images have no label, for example"
-                f" {unlabelled_names[0]!r}. Add their labels, or remove the images."
+                f"{file_description}: {len(unlabelled_names)} of {len(self.images)} images have no label, for"
+                f" example {unlabelled_names[0]!r}. Add their labels, or remove the images."
             )
-        return [label_by_name[name] for name in self.images]
+        return [label_by_name[image_name] for image_name in self.images]
 
 
 def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -> np.ndarray:
@@ -192,51 +197,57 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
         names: entry name of each image, for messages.
         where: name of the file, for messages.
         c_dim: required number of numbers L in a label, or None to accept any.
-    Returns: float32 [n, L] for lists of numbers, int64 [n] for class indices.
+    Returns: an array float32 [n, L] if the labels are lists of numbers, or an array int64 [n] if they are
+        class indices.
     Raises: ValueError if the lengths differ from c_dim or from each other, if a value is no finite number, or
         if a label of 25 numbers contains no rigid pose. The message names the first such image.
     """
     # bool is a subclass of int in Python, but true and false are no class indices.
     if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
-        classes = np.array(labels, dtype=np.int64)
-        if classes.min() < 0:
+        class_indices = np.array(labels, dtype=np.int64)
+        if class_indices.min() < 0:
             raise ValueError(
-                f"{where}: entry {names[int(classes.argmin())]!r}: expected a class index >= 0, got"
-                f" {classes.min()}. Correct the label in the file."
+                f"{where}: entry {names[int(class_indices.argmin())]!r}: expected a class index >= 0, got"
+                f" {class_indices.min()}. Correct the label in the file."
             )
-        _check_length(int(classes.max()) + 1, names[int(classes.argmax())], where, c_dim)
-        return classes
+        _check_length(int(class_indices.max()) + 1, names[int(class_indices.argmax())], where, c_dim)
+        return class_indices
     # If no length is required, all labels need the length of the first one.
     required_length = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
-    for name, label in zip(names, labels, strict=True):
+    for image_name, label in zip(names, labels, strict=True):
         if not isinstance(label, list):
             raise ValueError(
-                f"{where}: entry {name!r}: expected a list of numbers as for other images, got {label!r}."
-                " Correct the label in the file."
+                f"{where}: entry {image_name!r}: expected a list of numbers as for other images, got"
+                f" {label!r}. Correct the label in the file."
             )
-        _check_length(len(label), name, where, required_length)
+        _check_length(len(label), image_name, where, required_length)
     try:
-        values = np.array(labels, dtype=np.float32)
+        label_matrix = np.array(labels, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: a label contains a value that is no number ({error}). Correct the label in the file."
         ) from error
-    is_finite = np.isfinite(values).all(axis=1)  # [n]
+    is_finite = np.isfinite(label_matrix).all(axis=1)  # [n]
     if not is_finite.all():
         # argmin returns the index of the first False.
-        first_name = names[int(is_finite.argmin())]
+        first_invalid_name = names[int(is_finite.argmin())]
         raise ValueError(
-            f"{where}: entry {first_name!r}: expected finite numbers, got NaN or infinity. Correct the label"
-            " in the file."
+            f"{where}: entry {first_invalid_name!r}: expected finite numbers, got NaN or infinity. Correct"
+            " the label in the file."
         )
-    if values.shape[1] == LABEL_NUMBERS:
-        check_poses(values, names, where)
-    return values
+    if label_matrix.shape[1] == LABEL_NUMBERS:
+        check_poses(label_matrix, names, where)
+    return label_matrix
 
 
 def _check_length(length: int, name: str, where: str, required_length: int | None) -> None:
-    """Raise ValueError if the label of the image `name` has another length than required. None accepts
-    any.
+    """Raise ValueError if a label has another length than required.
+
+    Args:
+        length: number of numbers in the label.
+        name: name of the image, for the message.
+        where: name of the file with the labels, for the message.
+        required_length: required number of numbers; None: any number is accepted.
     """
     if required_length is not None and length != required_length:
         is_camera = required_length == LABEL_NUMBERS
@@ -256,26 +267,26 @@ def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
         where: name of the file, for messages.
     """
     # In double precision, rounding in the check itself is negligible.
-    pose = values[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
-    rotation = pose[:, :3, :3]
-    error = np.abs(rotation.transpose(0, 2, 1) @ rotation - np.eye(3)).max(axis=(1, 2))
+    poses = values[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
+    rotations = poses[:, :3, :3]
+    rotation_error = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
     # R^T R = I also holds for a reflection, whose determinant is negative.
-    is_no_rotation = (error > ROTATION_TOLERANCE) | (np.linalg.det(rotation) < 0)
-    if is_no_rotation.any():
-        first_index = int(is_no_rotation.argmax())
+    has_no_rotation = (rotation_error > ROTATION_TOLERANCE) | (np.linalg.det(rotations) < 0)
+    if has_no_rotation.any():
+        first_index = int(has_no_rotation.argmax())
         raise ValueError(
             f"{where}: entry {names[first_index]!r}: the pose contains no rotation, because |R^T R - I| ="
-            f" {error[first_index]:.3g} and the determinant is {np.linalg.det(rotation[first_index]):.3g}"
-            f" ({int(is_no_rotation.sum())} of {len(names)} labels). Write a rigid cam2world matrix in"
-            " row-major order."
+            f" {rotation_error[first_index]:.3g} and the determinant is"
+            f" {np.linalg.det(rotations[first_index]):.3g} ({int(has_no_rotation.sum())} of {len(names)}"
+            " labels). Write a rigid cam2world matrix in row-major order."
         )
     # A pose in column-major order has its translation in the last row.
-    is_wrong_order = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
+    is_wrong_order = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
     if is_wrong_order.any():
         first_index = int(is_wrong_order.argmax())
         raise ValueError(
             f"{where}: entry {names[first_index]!r}: expected 0 0 0 1 in the last row of the pose, got"
-            f" {pose[first_index, 3].tolist()}. Write cam2world in row-major order."
+            f" {poses[first_index, 3].tolist()}. Write cam2world in row-major order."
         )
 
 
@@ -327,12 +338,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                     " images."
                 )
             if stored_labels is not None:
-                labels = label_array(stored_labels, self._files.images, where, c_dim)
+                label_matrix = label_array(stored_labels, self._files.images, where, c_dim)
                 # Class indices become one-hot rows of the identity matrix.
                 self._labels = (
-                    np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
+                    np.eye(label_matrix.max() + 1, dtype=np.float32)[label_matrix]
+                    if label_matrix.ndim == 1
+                    else label_matrix
                 )
-        n = len(self._files.images)
+        raw_image_count = len(self._files.images)
         self._shape = self._files.read_image(self._files.images[0]).shape  # (C, R, R)
         if resolution is not None and resolution != self._shape[1]:
             raise ValueError(
@@ -342,17 +355,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             )
         # A raw index is the index of a file. An index of the dataset counts the subset, and then its
         # mirrored copy.
-        subset = np.arange(n, dtype=np.int64)
-        if max_size is not None and max_size < n:
+        subset = np.arange(raw_image_count, dtype=np.int64)
+        if max_size is not None and max_size < raw_image_count:
             # EG3D's choice of the subset: the first max_size elements of a shuffled list, in the order
             # of files.
             np.random.RandomState(random_seed).shuffle(subset)
             subset = np.sort(subset[:max_size])
         self._raw_index = np.tile(subset, 2) if xflip else subset  # index of the dataset -> raw index
         self._is_flipped = np.arange(len(self._raw_index)) >= len(subset)
-        self.in_memory = (
-            n * int(np.prod(self._shape)) < CACHE_LIMIT
-        )  # True: decoded images are kept in memory
+        # True: decoded images are kept in memory.
+        self.in_memory = raw_image_count * int(np.prod(self._shape)) < CACHE_LIMIT
         self._cache: np.ndarray | None = None  # decoded images, uint8 [n, C, R, R]
         self._is_cached: np.ndarray | None = None  # bool [n], True for images that are in the cache
 
@@ -408,10 +420,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Return the labels of all images, [number of images, L], as from `get_label`."""
         if self._labels is None:
             return np.zeros((len(self), 0), np.float32)
-        labels = self._labels[self._raw_index]
+        label_rows = self._labels[self._raw_index]
         if self.label_dim == LABEL_NUMBERS and self._is_flipped.any():
-            labels[self._is_flipped] = mirror_label(torch.from_numpy(labels[self._is_flipped])).numpy()
-        return labels
+            label_rows[self._is_flipped] = mirror_label(
+                torch.from_numpy(label_rows[self._is_flipped])
+            ).numpy()
+        return label_rows
 
     def without_memory(self) -> "ImageFolderDataset":
         """Return a copy of the dataset for use in other processes.
@@ -497,23 +511,24 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         """Yield the indices of this rank without end."""
         n = self.length
         order = np.arange(self.length)
-        random = np.random.RandomState(self.seed)
-        window = int(np.rint(n * self.window_size)) if self.shuffle else 0
+        rng = np.random.RandomState(self.seed)
+        window_length = int(np.rint(n * self.window_size)) if self.shuffle else 0
         if self.shuffle:
-            random.shuffle(order)
-        shuffled: list[int] = order.tolist()  # a list is faster than an array for access to single elements
+            rng.shuffle(order)
+        # A list is faster than an array for access to single elements.
+        shuffled_indices: list[int] = order.tolist()
         steps_back = iter(list[int]())
         for position in itertools.count():
             i = position % n
             if position >= self.start_index and position % self.num_replicas == self.rank:
-                yield shuffled[i]
-            if window >= 2:
+                yield shuffled_indices[i]
+            if window_length >= 2:
                 if position % _DRAWS == 0:
                     # One call gives the same numbers as many single calls, and is much faster.
-                    steps_back = iter(random.randint(window, size=_DRAWS).tolist())
+                    steps_back = iter(rng.randint(window_length, size=_DRAWS).tolist())
                 j = (i - next(steps_back)) % n
                 # The swap follows the yield, so an image is moved only after it has been used.
-                shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
+                shuffled_indices[i], shuffled_indices[j] = shuffled_indices[j], shuffled_indices[i]
 
 
 # Worker processes that compute results in advance, in the order of the tasks.
@@ -601,7 +616,7 @@ def work_in_advance(work: Callable, tasks: Iterable, workers: int, death_message
 
 
 def in_order(work: Callable, tasks: Sequence, workers: int, death_message: str) -> Generator:
-    """Yield work(task) for every task of a finite list, in order. See `ahead` for the arguments.
+    """Yield work(task) for every task of a finite list, in order. See `work_in_advance` for the arguments.
 
     There are at most as many workers as tasks. A single worker would save no time, so this process does
     its work.
@@ -612,7 +627,7 @@ def in_order(work: Callable, tasks: Sequence, workers: int, death_message: str) 
 
 # Batches in the order of the sampler.
 
-MOST_WORKERS = 3  # largest default number of workers, which is EG3D's default
+MAX_WORKERS = 3  # largest default number of workers, which is EG3D's default
 WORKER_DEATH_MESSAGE = (
     "--workers: a process that reads images was killed, probably because the memory was full. Use a smaller"
     " number; with --workers=0 the main process reads the images."
@@ -625,10 +640,10 @@ def default_workers(dataset: ImageFolderDataset, ranks: Ranks) -> int:
     The number is 0 for a set that is kept in memory. Otherwise it is the number of free cores, but at
     most three.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    core_count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # The cores are divided among the training processes of this machine, and each of these needs one
     # core itself.
-    return 0 if dataset.in_memory else max(0, min(MOST_WORKERS, cores // ranks.neighbours - 1))
+    return 0 if dataset.in_memory else max(0, min(MAX_WORKERS, core_count // ranks.neighbours - 1))
 
 
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]  # yields (images, labels)
@@ -649,18 +664,18 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
     """
     # A slot is the memory of one batch. One more slot than batches in advance is needed, for the batch that
     # the caller is using.
-    slots = AHEAD * workers + 1
-    size = (slots, n, dataset.num_channels, dataset.resolution, dataset.resolution)
+    slot_count = AHEAD * workers + 1
+    memory_shape = (slot_count, n, dataset.num_channels, dataset.resolution, dataset.resolution)
     # Anonymous shared memory (-1: no file). Forked workers write into the same pages, so images are not
     # copied between processes.
-    images = np.frombuffer(mmap.mmap(-1, int(np.prod(size))), np.uint8).reshape(size)
-    work = functools.partial(_fill, dataset.without_memory() if workers else dataset, images)
+    images = np.frombuffer(mmap.mmap(-1, int(np.prod(memory_shape))), np.uint8).reshape(memory_shape)
+    fill_slot = functools.partial(_fill, dataset.without_memory() if workers else dataset, images)
     # Slots are used cyclically, so a slot is reused only when its batch has been yielded and the caller has
     # requested another one.
-    tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slots)))
-    with contextlib.closing(work_in_advance(work, tasks, workers, WORKER_DEATH_MESSAGE)) as filled_slots:
-        for slot, labels in filled_slots:
-            yield images[slot], labels
+    tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slot_count)))
+    with contextlib.closing(work_in_advance(fill_slot, tasks, workers, WORKER_DEATH_MESSAGE)) as filled_slots:
+        for slot, batch_labels in filled_slots:
+            yield images[slot], batch_labels
 
 
 def _fill(
@@ -675,8 +690,8 @@ def _fill(
     Returns: the index of the slot, and the labels [n, L].
     """
     slot, indices = task
-    labels = []
-    for position, index in enumerate(indices):
-        images[slot, position], label = dataset[index]
-        labels.append(label)
-    return slot, np.stack(labels)
+    batch_labels = []
+    for position, image_index in enumerate(indices):
+        images[slot, position], image_label = dataset[image_index]
+        batch_labels.append(image_label)
+    return slot, np.stack(batch_labels)

@@ -28,14 +28,9 @@ from training.convert_settings import ConvertOptions
 from training.dataset import LABELS_FILE, ImageFiles, in_order, label_array
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
-ZIP_DATE = (
-    2020,
-    1,
-    1,
-    0,
-    0,
-    0,
-)  # date of all files in an archive; it is constant, so that archives are reproducible
+# Date of all files in an archive (year, month, day, hour, minute, second). It is constant, so that archives
+# are reproducible.
+ZIP_DATE = (2020, 1, 1, 0, 0, 0)
 _CHUNK = 8  # number of images in a task of a worker
 
 
@@ -63,9 +58,9 @@ def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int
         return 0, 0, width, height
     # Aspect ratio of the rectangle.
     ratio_width, ratio_height = (1, 1) if options.transform == "center-crop" else options.size
-    scale = min(width / ratio_width, height / ratio_height)
-    crop_width = max(1, round(ratio_width * scale))
-    crop_height = max(1, round(ratio_height * scale))
+    pixels_per_unit = min(width / ratio_width, height / ratio_height)
+    crop_width = max(1, round(ratio_width * pixels_per_unit))
+    crop_height = max(1, round(ratio_height * pixels_per_unit))
     left = (width - crop_width) // 2
     top = (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
@@ -128,14 +123,16 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
         H) of the source image, and the shape (C, H, W) of the result.
     Raises: ValueError for a damaged entry.
     """
-    results = []
+    conversion_results = []
     for entry in entries:
-        source = files.decode(entry)
-        image = transform_image(source, options)
+        source_image = files.decode(entry)
+        image = transform_image(source_image, options)
         images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
-        shape = (len(image.getbands()), image.height, image.width)
-        results.append(([png(output) for output in images], source.size, shape))
-    return results
+        converted_shape = (len(image.getbands()), image.height, image.width)
+        conversion_results.append(
+            ([png(output_image) for output_image in images], source_image.size, converted_shape)
+        )
+    return conversion_results
 
 
 def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
@@ -146,21 +143,21 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     """
     if options.labels == "drop" or LABELS_FILE not in files.entries:
         return None
-    labels = files.read_labels()
-    if labels is None:
+    stored_labels = files.read_labels()
+    if stored_labels is None:
         return None
     # With max_images = None, the slice contains all images.
-    names = files.images[: options.max_images]
+    image_names = files.images[: options.max_images]
     where = f"dataset {files.path}: {LABELS_FILE}"
-    labels = labels[: len(names)]
-    values = label_array(labels, names, where, None)
+    stored_labels = stored_labels[: len(image_names)]
+    label_values = label_array(stored_labels, image_names, where, None)
     # It is unknown how mirroring an image changes a label that is no camera label.
-    if options.mirror and values.ndim == 2 and values.shape[1] != LABEL_NUMBERS:
+    if options.mirror and label_values.ndim == 2 and label_values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
-            f"{where}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got {values.shape[1]}."
+            f"{where}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got {label_values.shape[1]}."
             " Convert the set without --mirror, or drop the labels with --labels=drop."
         )
-    return labels
+    return stored_labels
 
 
 def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
@@ -188,8 +185,9 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
 def _check_shape(
     shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, where: str
 ) -> None:
-    """Raise ValueError unless an image is square, has a power of two as size, and the shape of the
-    first image.
+    """Raise ValueError unless an image is square, of a power-of-two size, and as large as the first image.
+
+    The numbers of channels must be equal, too.
 
     Args:
         shape: (C, H, W) of the converted image.
@@ -236,45 +234,53 @@ def convert_dataset(
     Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written, for
         example because the disk is full. In both cases `dest` is not changed.
     """
-    files = ImageFiles(Path(source))
+    image_files = ImageFiles(Path(source))
     dest = Path(dest)
-    labels = read_labels(files, options)
-    entries = files.images[: options.max_images]
-    target = options.resolution
-    rows: list[list] = []
+    source_labels = read_labels(image_files, options)
+    entries = image_files.images[: options.max_images]
+    target_size = options.resolution
+    label_rows: list[list] = []
     first_shape: tuple[int, int, int] | None = None
     enlarged_count = 0
     cropped_count = 0
     # The workers, which are forked below, must not share the open file.
-    files.close()
+    image_files.close()
     chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     death_message = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
-    conversion_results = in_order(functools.partial(_convert, files, options), chunks, workers, death_message)
+    conversion_results = in_order(
+        functools.partial(_convert, image_files, options), chunks, workers, death_message
+    )
     with open_writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
-        for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(conversion_results)):
-            first_shape = first_shape or shape
-            _check_shape(shape, first_shape, entries[i], f"dataset {files.path}")
+        for i, (images, source_size, converted_shape) in enumerate(
+            itertools.chain.from_iterable(conversion_results)
+        ):
+            first_shape = first_shape or converted_shape
+            _check_shape(converted_shape, first_shape, entries[i], f"dataset {image_files.path}")
             output_labels = (
-                [None] * len(images) if labels is None else _output_labels(labels[i], options, size)
+                [None] * len(images)
+                if source_labels is None
+                else _output_labels(source_labels[i], options, source_size)
             )
-            for image, label in zip(images, output_labels, strict=True):
+            for image, output_label in zip(images, output_labels, strict=True):
                 # The names are EG3D's, with 1,000 images in a folder.
-                name = f"{len(rows) // 1000:05d}/img{len(rows):08d}.png"
-                rows.append([name, label])
-                write(name, image)
-            left, top, right, bottom = crop_box(options, *size)
-            enlarged_count += target is not None and (right - left < target[0] or bottom - top < target[1])
+                image_name = f"{len(label_rows) // 1000:05d}/img{len(label_rows):08d}.png"
+                label_rows.append([image_name, output_label])
+                write(image_name, image)
+            left_edge, top, right_edge, bottom = crop_box(options, *source_size)
+            enlarged_count += target_size is not None and (
+                right_edge - left_edge < target_size[0] or bottom - top < target_size[1]
+            )
             # `_output_labels` returns the same object if the crop did not change the label.
-            cropped_count += labels is not None and output_labels[0] is not labels[i]
+            cropped_count += source_labels is not None and output_labels[0] is not source_labels[i]
             on_image(1)
-        write(LABELS_FILE, json.dumps({"labels": None if labels is None else rows}).encode())
+        write(LABELS_FILE, json.dumps({"labels": None if source_labels is None else label_rows}).encode())
     assert first_shape is not None  # `ImageFiles` rejects a set without images
-    if labels is None:
+    if source_labels is None:
         label_length = 0
     else:
-        label_length = len(labels[0]) if isinstance(labels[0], list) else 1
+        label_length = len(source_labels[0]) if isinstance(source_labels[0], list) else 1
     return Converted(
-        images=len(rows),
+        images=len(label_rows),
         shape=first_shape,
         labels=label_length,
         enlarged=enlarged_count,
@@ -284,11 +290,10 @@ def convert_dataset(
 
 @contextlib.contextmanager
 def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
-    """Yield a function write(name, data), which adds a file to a temporary folder or zip archive
-    beside `dest`.
+    """Yield a function write(name, data), which adds a file to a new folder or zip archive.
 
-    If the block ends without an error, the temporary folder or archive is renamed to `dest`, otherwise it
-    is deleted.
+    The folder or archive has a temporary name beside `dest`. If the block ends without an error, it is
+    renamed to `dest`, otherwise it is deleted.
 
     Args:
         dest: path of the result, a .zip file or a folder.

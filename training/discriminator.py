@@ -54,14 +54,15 @@ class MinibatchStdLayer(torch.nn.Module):
         """Map features x [N, C, H, W] to [N, C + F, H, W]."""
         n, c, h, w = x.shape
         # A batch with fewer images than the group size forms a single group.
-        group = n if self.group_size is None else min(self.group_size, n)
+        group_size = n if self.group_size is None else min(self.group_size, n)
         # [G, N/G, F, C/F, H, W]
-        y = x.reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
-        y = (y - y.mean(dim=0)).square().mean(dim=0)  # biased variance over the group, [N/G, F, C/F, H, W]
-        y = (y + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
+        grouped = x.reshape(group_size, n // group_size, self.num_channels, c // self.num_channels, h, w)
+        # Biased variance over the group, [N/G, F, C/F, H, W].
+        variances = (grouped - grouped.mean(dim=0)).square().mean(dim=0)
+        std_maps = (variances + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
         # All images of a group get the same value at every pixel: [N, F, H, W].
-        y = y.reshape(-1, self.num_channels, 1, 1).repeat(group, 1, h, w)
-        return torch.cat([x, y], dim=1)
+        std_maps = std_maps.reshape(-1, self.num_channels, 1, 1).repeat(group_size, 1, h, w)
+        return torch.cat([x, std_maps], dim=1)
 
 
 class DiscriminatorBlock(torch.nn.Module):
@@ -104,7 +105,7 @@ class DiscriminatorBlock(torch.nn.Module):
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
         self.num_layers = 0
 
-        def layer(*args, **kwargs) -> Conv2dLayer:
+        def build_layer(*args, **kwargs) -> Conv2dLayer:
             """Build the next layer, which is frozen if it is one of the first layers of the network."""
             # Layers are counted over all blocks, in the order in which they are built. Freeze-D (Mo et al.
             # 2020) freezes the layers that are nearest to the image.
@@ -114,11 +115,11 @@ class DiscriminatorBlock(torch.nn.Module):
             return Conv2dLayer(*args, **kwargs)
 
         if in_channels == 0:
-            self.fromrgb = layer(img_channels, tmp_channels, 1, activation="lrelu")
-        self.conv0 = layer(tmp_channels, tmp_channels, 3, activation="lrelu")
-        self.conv1 = layer(tmp_channels, out_channels, 3, activation="lrelu", down=2)
+            self.fromrgb = build_layer(img_channels, tmp_channels, 1, activation="lrelu")
+        self.conv0 = build_layer(tmp_channels, tmp_channels, 3, activation="lrelu")
+        self.conv1 = build_layer(tmp_channels, out_channels, 3, activation="lrelu", down=2)
         # As in StyleGAN2-ADA, the linear skip connection is not clamped.
-        self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, conv_clamp=None)
+        self.skip = build_layer(tmp_channels, out_channels, 1, bias=False, down=2, conv_clamp=None)
 
     def forward(
         self, x: torch.Tensor | None, img: torch.Tensor | None, force_fp32: bool = False
@@ -239,27 +240,30 @@ class DualDiscriminator(torch.nn.Module):
         self.block_resolutions = block_resolutions(img_resolution)[:0:-1]
         # Lowest resolution in half precision, at least 8.
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
-        width = {res: channels_at(res, channel_base, channel_max) for res in [*self.block_resolutions, 4]}
+        channels_by_resolution = {
+            resolution: channels_at(resolution, channel_base, channel_max)
+            for resolution in [*self.block_resolutions, 4]
+        }
         # Without labels there is no projection, and the single output of the last layer is the logit.
         if c_dim == 0:
             cmap_dim = 0
         elif cmap_dim is None:
-            cmap_dim = width[4]
+            cmap_dim = channels_by_resolution[4]
         layer_idx = 0
-        for res in self.block_resolutions:
+        for resolution in self.block_resolutions:
             block = DiscriminatorBlock(
                 # 0 marks the first block, whose input is the image.
-                width[res] if res < img_resolution else 0,
-                width[res],
-                width[res // 2],
-                resolution=res,
+                channels_by_resolution[resolution] if resolution < img_resolution else 0,
+                channels_by_resolution[resolution],
+                channels_by_resolution[resolution // 2],
+                resolution=resolution,
                 img_channels=self.img_channels,
                 first_layer_idx=layer_idx,
                 conv_clamp=conv_clamp,
-                use_fp16=(num_fp16_res > 0 and res >= fp16_from),
+                use_fp16=(num_fp16_res > 0 and resolution >= fp16_from),
                 **(block_kwargs or {}),
             )
-            setattr(self, f"b{res}", block)
+            setattr(self, f"b{resolution}", block)
             layer_idx += block.num_layers
         if c_dim > 0:
             # A mapping network without a latent. Its output, one vector per image, is the embedded label.
@@ -267,7 +271,11 @@ class DualDiscriminator(torch.nn.Module):
                 z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {})
             )
         self.b4 = DiscriminatorEpilogue(
-            width[4], cmap_dim=cmap_dim, resolution=4, conv_clamp=conv_clamp, **(epilogue_kwargs or {})
+            channels_by_resolution[4],
+            cmap_dim=cmap_dim,
+            resolution=4,
+            conv_clamp=conv_clamp,
+            **(epilogue_kwargs or {}),
         )
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
 
@@ -287,18 +295,20 @@ class DualDiscriminator(torch.nn.Module):
             noise accumulates over phases.
         """
         del update_emas
-        x = None
+        features = None
         # [N, 6, R, R]
         both_images = torch.cat(
             [img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1
         )
-        for res in self.block_resolutions:
+        for resolution in self.block_resolutions:
             # Only the first block gets the images.
-            x = getattr(self, f"b{res}")(x, both_images if x is None else None, **block_kwargs)
-        cmap = None
+            features = getattr(self, f"b{resolution}")(
+                features, both_images if features is None else None, **block_kwargs
+            )
+        embedded_labels = None
         if self.c_dim > 0:
             # The noise is a regulariser of D's conditioning on the camera (EG3D).
             if self.disc_c_noise > 0:
                 c = c + torch.randn_like(c) * c.std(dim=0) * self.disc_c_noise
-            cmap = self.mapping(None, c)
-        return self.b4(x, cmap)
+            embedded_labels = self.mapping(None, c)
+        return self.b4(features, embedded_labels)

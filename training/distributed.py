@@ -65,8 +65,9 @@ class Ranks:
             ) from error
 
     def sum_(self, tensor: torch.Tensor, purpose: str = "exchange gradients") -> torch.Tensor:
-        """Replace a tensor by its sum over ranks, in place, and return it. `purpose` is for error
-        messages.
+        """Replace a tensor by its sum over ranks, in place, and return it.
+
+        Args: tensor: tensor of this rank; purpose: verb phrase that describes the exchange in messages.
         """
         if self.world > 1:
             tensor_on_device = tensor.to(self.device)  # NCCL sums only tensors on GPUs
@@ -79,8 +80,8 @@ class Ranks:
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return, for each flag, True if it is true on at least one rank."""
-        counts = self.sum_(torch.tensor([float(flag) for flag in flags]), "agree to continue")
-        return [count > 0 for count in counts.tolist()]
+        flag_counts = self.sum_(torch.tensor([float(flag) for flag in flags]), "agree to continue")
+        return [flag_count > 0 for flag_count in flag_counts.tolist()]
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite tensors by the tensors of rank 0, in place.
@@ -101,8 +102,8 @@ class Ranks:
                 dist.broadcast(concatenated, src=0)
             received_values = concatenated.split([tensor.numel() for tensor in same_dtype_tensors])
             with torch.no_grad():
-                for tensor, values in zip(same_dtype_tensors, received_values, strict=True):
-                    tensor.copy_(values.reshape(tensor.shape))
+                for tensor, tensor_values in zip(same_dtype_tensors, received_values, strict=True):
+                    tensor.copy_(tensor_values.reshape(tensor.shape))
 
     def broadcast(self, value: Any) -> Any:
         """Return the value of rank 0 on every rank. It must consist of JSON values."""
@@ -116,20 +117,20 @@ class Ranks:
         if self.world == 1:
             return [value]
         # JSON is used instead of dist.all_gather_object, which unpickles data and could execute code in it.
-        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        message_bytes = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
         with self._exchange("exchange messages"):
             # all_gather needs tensors of equal size. The lengths are exchanged first, and the messages
             # are padded.
-            sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-            dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
-            largest_size = max(int(size) for size in sizes)
-            padded_data = torch.zeros(largest_size, dtype=torch.uint8, device=self.device)
-            padded_data[: len(data)] = data
-            messages = [torch.zeros_like(padded_data) for _ in range(self.world)]
-            dist.all_gather(messages, padded_data)
+            message_sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+            dist.all_gather(message_sizes, torch.tensor([len(message_bytes)], device=self.device))
+            largest_size = max(int(message_size) for message_size in message_sizes)
+            padded_message = torch.zeros(largest_size, dtype=torch.uint8, device=self.device)
+            padded_message[: len(message_bytes)] = message_bytes
+            messages = [torch.zeros_like(padded_message) for _ in range(self.world)]
+            dist.all_gather(messages, padded_message)
         return [
-            json.loads(message[: int(size)].cpu().numpy().tobytes())
-            for message, size in zip(messages, sizes, strict=True)
+            json.loads(message[: int(message_size)].cpu().numpy().tobytes())
+            for message, message_size in zip(messages, message_sizes, strict=True)
         ]
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -194,13 +195,12 @@ SINGLE = Ranks()  # for a run of one process
 
 
 def launch_identity() -> str | None:
-    """Return a text that identifies the launch by torchrun. It does not change if torchrun restarts
-    the processes.
+    """Return a text that identifies the launch by torchrun.
 
-    The text is torchrun's --rdzv-id if it was given, otherwise the names of the machine and of the
-    launching process.
+    The text does not change if torchrun restarts the processes. It is torchrun's --rdzv-id if it was given,
+    otherwise the name of the machine with the number of the launching process.
 
-    Returns: None if the process was not started by torchrun.
+    Returns: the text, or None if the process was not started by torchrun.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -228,7 +228,9 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
         yield SINGLE
         return
     try:
-        rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, world, local_rank = (
+            int(os.environ[variable_name]) for variable_name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     except (KeyError, ValueError) as error:
@@ -238,10 +240,10 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
         ) from None
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
+            gpu_count = torch.cuda.device_count()
             raise ValueError(
-                f"torchrun: each process needs its own GPU, but this machine has {count} GPUs for the process"
-                f" with LOCAL_RANK={local_rank}. Start torchrun with --nproc-per-node={count}."
+                f"torchrun: each process needs its own GPU, but this machine has {gpu_count} GPUs for the"
+                f" process with LOCAL_RANK={local_rank}. Start torchrun with --nproc-per-node={gpu_count}."
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -115,9 +115,10 @@ def sample_balls(planes: torch.Tensor, points: torch.Tensor, box_warp: float) ->
     Returns: features [N, 3, P, C].
     """
     x, y, z = (points * (2 / box_warp)).unbind(-1)
-    # At some points both weights are 0. With EPSILON in the denominator, the result is 0 there.
-    total = torch.zeros([], device=planes.device)
-    weights = torch.full([], EPSILON, device=planes.device)
+    # At some points the weights of the two balls are 0. With EPSILON in the denominator, the result is 0
+    # there.
+    weighted_features = torch.zeros([], device=planes.device)
+    weight_sum = torch.full([], EPSILON, device=planes.device)
     for ball, ball_coordinates in zip(planes.unbind(1), ((z, y, -x), (-z, -x, y)), strict=True):
         q = torch.stack(ball_coordinates, dim=-1)  # [N, P, 3]
         polar, azimuth = spherical(q)
@@ -126,12 +127,16 @@ def sample_balls(planes: torch.Tensor, points: torch.Tensor, box_warp: float) ->
         phi = azimuth / math.pi
         # Coordinates on the three planes of the ball, [N, 3, P, 2].
         coordinate_pairs = ((theta, phi), (theta, r), (phi, r))
-        grid = torch.stack([torch.stack(pair, dim=-1) for pair in coordinate_pairs], dim=1)
+        grid = torch.stack(
+            [torch.stack(coordinate_pair, dim=-1) for coordinate_pair in coordinate_pairs], dim=1
+        )
         # [N, 1, P, 1]. The weight is 0 at the seam and the poles of the ball, where the planes are distorted.
-        weight = ((1 + torch.cos(math.pi * theta)) * (1 + torch.cos(math.pi * phi)) / 4)[:, None, :, None]
-        total = total + _read(ball, grid.unsqueeze(2)) * weight
-        weights = weights + weight
-    return total / weights
+        ball_weight = ((1 + torch.cos(math.pi * theta)) * (1 + torch.cos(math.pi * phi)) / 4)[
+            :, None, :, None
+        ]
+        weighted_features = weighted_features + _read(ball, grid.unsqueeze(2)) * ball_weight
+        weight_sum = weight_sum + ball_weight
+    return weighted_features / weight_sum
 
 
 def equal_area_square(p: torch.Tensor) -> torch.Tensor:
@@ -222,8 +227,11 @@ class FeatureDecoder(OSGDecoder):
 
     def decode(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Decode features [N, P, C] that are averaged over planes. See `OSGDecoder.decode` for the result."""
-        x = self.net(features)
-        return {"rgb": ACTIVATIONS[self.activation](x[..., 1:]), "sigma": x[..., :1]}
+        decoder_outputs = self.net(features)
+        return {
+            "rgb": ACTIVATIONS[self.activation](decoder_outputs[..., 1:]),
+            "sigma": decoder_outputs[..., :1],
+        }
 
 
 class HeadRenderer(ImportanceRenderer):
@@ -288,25 +296,29 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
         plane_layout: str = "panohead",
         **kwargs,
     ):
-        size = rendering_kwargs["triplane_size"]
+        plane_resolution = rendering_kwargs["triplane_size"]
         super().__init__(
             rendering_kwargs=rendering_kwargs,
             mapping_kwargs=mapping_kwargs,
             plane_layout=plane_layout,
-            plane_resolution=size,
+            plane_resolution=plane_resolution,
             **kwargs,
         )
         # This replaces the renderer that the base class has built.
         self.renderer = HeadRenderer(self._reader(), plane_layout)
-        features = kwargs.get("decoder_features") or self.plane_channels
+        feature_count = kwargs.get("decoder_features") or self.plane_channels
         if rendering_kwargs["use_torgb_raw"]:
-            self.torgb = ToRGBLayer(features, 3, self.w_dim)
+            self.torgb = ToRGBLayer(feature_count, 3, self.w_dim)
         if rendering_kwargs["use_background"]:
-            background_kwargs = {name: value for name, value in kwargs.items() if name in _CONVOLUTIONS}
+            background_kwargs = {
+                argument_name: argument
+                for argument_name, argument in kwargs.items()
+                if argument_name in _CONVOLUTIONS
+            }
             # The background network has half as many channels as the backbone.
             background_kwargs["channel_base"] = kwargs.get("channel_base", 32768) // 2
             self.bcg_synthesis = SynthesisNetwork(
-                self.w_dim, self.superresolution.input_resolution, features, **background_kwargs
+                self.w_dim, self.superresolution.input_resolution, feature_count, **background_kwargs
             )
         # Network that maps a latent and a camera to a translation [3] of this camera.
         camera_kwargs = {**(mapping_kwargs or {}), "lr_multiplier": 1.0, "last_activation": "linear"}
@@ -345,14 +357,14 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
             features = features + (1 - opacity) * self._background(
                 ws, resolution, options["sr_antialias"], noise_mode
             )
-        raw = self.to_rgb(features, ws)
+        raw_image = self.to_rgb(features, ws)
         image = self.superresolution(
-            raw, features, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
+            raw_image, features, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
         )
         mask = opacity * (1 + 2 * 0.001) - 0.001  # stretched like the colours of EG3D's sigmoid
         return {
             "image": image,
-            "image_raw": raw,
+            "image_raw": raw_image,
             "image_depth": depth,
             "image_opacity": opacity,
             "image_mask": mask,
@@ -417,8 +429,9 @@ class PanoHeadGenerator(FullHeadGenerator):
 
 
 class SphereHeadGenerator(FullHeadGenerator):
-    """SphereHead's generator with two balls of three spherical planes each, see `sample_balls` (Li et
-    al. 2024).
+    """SphereHead's generator (Li et al. 2024), whose features are two balls of three spherical planes each.
+
+    See `sample_balls`.
     """
 
     ConvA: torch.nn.Sequential
@@ -426,17 +439,20 @@ class SphereHeadGenerator(FullHeadGenerator):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        wide, narrow = _BALL_FEATURES
-        channels = self.plane_channels * kwargs["rendering_kwargs"]["triplane_depth"]
+        backbone_channels, inner_channels = _BALL_FEATURES
+        ball_channels = self.plane_channels * kwargs["rendering_kwargs"]["triplane_depth"]
         if kwargs["rendering_kwargs"]["triplane_depth"] != 3:
             raise ValueError(
                 "triplane_depth: a ball has 3 planes, got"
                 f" {kwargs['rendering_kwargs']['triplane_depth']}. Set the rendering option triplane_depth to"
                 " 3."
             )
-        for name in ("ConvA", "ConvB"):
-            layers = Conv2dLayer(wide, narrow, 1, bias=False), Conv2dLayer(narrow, channels, 1, bias=False)
-            setattr(self, name, torch.nn.Sequential(*layers))
+        for convolution_name in ("ConvA", "ConvB"):
+            layers = (
+                Conv2dLayer(backbone_channels, inner_channels, 1, bias=False),
+                Conv2dLayer(inner_channels, ball_channels, 1, bias=False),
+            )
+            setattr(self, convolution_name, torch.nn.Sequential(*layers))
 
     def _backbone_output(self) -> tuple[int, int]:
         """Return resolution and number of channels of the backbone's output."""
@@ -462,18 +478,23 @@ class HyPlaneHeadGenerator(FullHeadGenerator):
 
     def __init__(self, **kwargs):
         # Only this variant of the published ones is implemented.
-        options = kwargs["rendering_kwargs"]
-        supported = {"multiplane_num": 1, "triplane_depth": 1, "render_mode": "TriPlane_SingSph_flatten"}
-        for name, value in supported.items():
-            if options[name] != value:
+        rendering_options = kwargs["rendering_kwargs"]
+        supported_options = {
+            "multiplane_num": 1,
+            "triplane_depth": 1,
+            "render_mode": "TriPlane_SingSph_flatten",
+        }
+        for option_name, supported_value in supported_options.items():
+            if rendering_options[option_name] != supported_value:
                 raise ValueError(
-                    f"{name}: only {value!r} is implemented, got {options[name]!r}. Use a network with the"
-                    f" rendering option {name}={value!r}."
+                    f"{option_name}: only {supported_value!r} is implemented, got"
+                    f" {rendering_options[option_name]!r}. Use a network with the rendering option"
+                    f" {option_name}={supported_value!r}."
                 )
-        if options["sph2cir_flag"] != options["cir2squ_flag"]:
+        if rendering_options["sph2cir_flag"] != rendering_options["cir2squ_flag"]:
             raise ValueError(
-                f"sph2cir_flag, cir2squ_flag: expected equal values, got {options['sph2cir_flag']} and"
-                f" {options['cir2squ_flag']}. Set both rendering options to the same value."
+                f"sph2cir_flag, cir2squ_flag: expected equal values, got {rendering_options['sph2cir_flag']}"
+                f" and {rendering_options['cir2squ_flag']}. Set both rendering options to the same value."
             )
         super().__init__(**kwargs)
 

@@ -39,8 +39,8 @@ def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, worl
     """
     batch = loop.batch
     batch_gpu = loop.batch_gpu
-    std_layer = nets.D.b4.mbstd
-    module = nets.G.superresolution
+    minibatch_std_layer = nets.D.b4.mbstd
+    superresolution = nets.G.superresolution
     if batch % (world * (batch_gpu or 1)):
         raise ValueError(
             f"--batch: expected a multiple of {world * (batch_gpu or 1)} ({world} processes x"
@@ -48,26 +48,32 @@ def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, worl
         )
     images_per_pass = batch_gpu or batch // world
     # A group has at most as many images as a forward pass. Without the layer there are no groups.
-    group = min(std_layer.group_size or images_per_pass, images_per_pass) if std_layer is not None else 1
-    if images_per_pass % group:
+    group_size = (
+        min(minibatch_std_layer.group_size or images_per_pass, images_per_pass)
+        if minibatch_std_layer is not None
+        else 1
+    )
+    if images_per_pass % group_size:
         flag = "--batch-gpu" if batch_gpu else "--batch"
         raise ValueError(
             f"{flag}: a forward pass has {images_per_pass} images, but D's minibatch standard deviation needs"
-            f" a multiple of its group size {group}. Change {flag} or --mbstd-group."
+            f" a multiple of its group size {group_size}. Change {flag} or --mbstd-group."
         )
     is_conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
     if is_conditioned != config.gen_pose_cond:
-        state = "is conditioned on the camera" if is_conditioned else "is not conditioned on the camera"
+        conditioning_text = (
+            "is conditioned on the camera" if is_conditioned else "is not conditioned on the camera"
+        )
         raise ValueError(
-            f"--gen-pose-cond: this generator {state}, but the setting is {config.gen_pose_cond}. Start the"
-            " run without this flag."
+            f"--gen-pose-cond: this generator {conditioning_text}, but the setting is {config.gen_pose_cond}."
+            " Start the run without this flag."
         )
     largest_resolution = max(config.nrr_initial, config.nrr_final or 0)
-    if module.only_enlarges and largest_resolution > module.input_resolution:
+    if superresolution.only_enlarges and largest_resolution > superresolution.input_resolution:
         raise ValueError(
-            f"--nrr-initial, --nrr-final: the super-resolution module {type(module).__name__} accepts"
-            f" renderings of at most {module.input_resolution} pixels, got {largest_resolution}. Set both"
-            f" flags to at most {module.input_resolution}."
+            f"--nrr-initial, --nrr-final: the super-resolution module {type(superresolution).__name__}"
+            f" accepts renderings of at most {superresolution.input_resolution} pixels, got"
+            f" {largest_resolution}. Set both flags to at most {superresolution.input_resolution}."
         )
 
 
@@ -84,18 +90,23 @@ def save_grid(
     """
     if isinstance(images, torch.Tensor):
         images = images.detach().cpu()
-    x = np.asarray(images, dtype=np.float32)
-    low, high = value_range
-    # The bound avoids a division by 0 for a constant image, where high == low.
-    x = np.clip(np.rint((x - low) * (255 / max(high - low, 1e-12))), 0, 255).astype(np.uint8)
-    n, c, h, w = x.shape
-    rows = -(-n // columns)  # n / columns, rounded up
-    canvas = np.full(
-        [rows * columns, c, h, w], 255, dtype=np.uint8
-    )  # missing images of the last row are white
-    canvas[:n] = x
+    pixels = np.asarray(images, dtype=np.float32)
+    black_value, white_value = value_range
+    # The bound avoids a division by 0 for a constant image, where the two values are equal.
+    pixels = np.clip(
+        np.rint((pixels - black_value) * (255 / max(white_value - black_value, 1e-12))), 0, 255
+    ).astype(np.uint8)
+    image_count, c, h, w = pixels.shape
+    grid_rows = -(-image_count // columns)  # image_count / columns, rounded up
+    # Missing images of the last row are white.
+    canvas = np.full([grid_rows * columns, c, h, w], 255, dtype=np.uint8)
+    canvas[:image_count] = pixels
     # Grid of images [rows, columns, C, H, W] to one image [rows * H, columns * W, C].
-    canvas = canvas.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    canvas = (
+        canvas.reshape(grid_rows, columns, c, h, w)
+        .transpose(0, 3, 1, 4, 2)
+        .reshape(grid_rows * h, columns * w, c)
+    )
     # PIL expects greyscale images without a channel axis.
     PIL.Image.fromarray(canvas[:, :, 0] if c == 1 else canvas).save(path)
 
@@ -168,28 +179,36 @@ class Gan:
         """
         # The order of real images depends only on the seed and continues at cur_nimg. A resumed run therefore
         # uses the same images as an uninterrupted run.
-        seed = derive_seed(self.loop.seed, "reals") % 2**32
-        order = iter(
-            InfiniteSampler(self.dataset, self.ranks.rank, self.ranks.world, seed=seed, start_index=cur_nimg)
+        order_seed = derive_seed(self.loop.seed, "reals") % 2**32
+        image_order = iter(
+            InfiniteSampler(
+                self.dataset, self.ranks.rank, self.ranks.world, seed=order_seed, start_index=cur_nimg
+            )
         )
-        self._batches = read_batches(self.dataset, order, self.loop.batch // self.ranks.world, self.workers)
+        self._batches = read_batches(
+            self.dataset, image_order, self.loop.batch // self.ranks.world, self.workers
+        )
         if folder is None:
             return
-        columns, rows = self.config.grid
+        grid_columns, grid_rows = self.config.grid
         # As in EG3D, the grid has the same latents and labels in the whole run, so that snapshots can
         # be compared.
-        z = (
+        grid_z = (
             np.random.RandomState(self.loop.seed)
-            .randn(columns * rows, self.nets.G_ema.z_dim)
+            .randn(grid_columns * grid_rows, self.nets.G_ema.z_dim)
             .astype(np.float32)
         )
         # The labels are those of the first images. The modulo repeats them if the set is smaller than
         # the grid.
-        c = np.stack([self.dataset.get_label(i % len(self.dataset)) for i in range(columns * rows)])
-        self._grid = torch.from_numpy(z).to(self.device), torch.from_numpy(c).to(self.device)
+        grid_c = np.stack(
+            [self.dataset.get_label(i % len(self.dataset)) for i in range(grid_columns * grid_rows)]
+        )
+        self._grid = torch.from_numpy(grid_z).to(self.device), torch.from_numpy(grid_c).to(self.device)
         if cur_nimg == 0:
-            reals = np.stack([self.dataset[i][0] for i in range(min(len(self.dataset), columns * rows))])
-            save_grid(reals, (0, 255), columns, folder / "reals.png")
+            real_images = np.stack(
+                [self.dataset[i][0] for i in range(min(len(self.dataset), grid_columns * grid_rows))]
+            )
+            save_grid(real_images, (0, 255), grid_columns, folder / "reals.png")
             self._fakes(folder, "_init")
 
     def fetch(self) -> None:
@@ -197,8 +216,8 @@ class Gan:
 
         Raises: ValueError or OSError if the data cannot be read.
         """
-        images, labels = map(self._to_device, next(self._batches))
-        self._fetched = images.to(torch.float32).div_(127.5).sub_(1), labels  # [0, 255] -> [-1, 1]
+        images, camera_labels = map(self._to_device, next(self._batches))
+        self._fetched = images.to(torch.float32).div_(127.5).sub_(1), camera_labels  # [0, 255] -> [-1, 1]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         """Copy an array to the device. CUDA copies from pinned memory without blocking this process."""
@@ -221,30 +240,36 @@ class Gan:
 
         Args: phase: name of the phase; cur_nimg: number of images before this iteration.
         """
-        seed = derive_seed(self.loop.seed, cur_nimg, phase)
+        phase_seed = derive_seed(self.loop.seed, cur_nimg, phase)
         layout = self.layout
         # Generated images are rendered from the cameras of random training images.
-        indices = np.random.RandomState(seed % 2**32).randint(len(self.dataset), size=self.loop.batch)
+        label_indices = np.random.RandomState(phase_seed % 2**32).randint(
+            len(self.dataset), size=self.loop.batch
+        )
         # [N, K]
-        c = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in indices])).to(self.device)
+        cameras = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in label_indices])).to(
+            self.device
+        )
         # Camera of the previous image of the batch. The roll is over the full batch, so the result does not
         # depend on the division into rounds.
-        swap_c = torch.roll(c, 1, 0)
+        swap_c = torch.roll(cameras, 1, 0)
 
         def batch_of_round(round_index: int) -> Batch:
             """Seed torch, and return the rows of one round of this rank."""
             # Every round samples the latents of the full batch, and uses only its rows. Therefore the random
             # numbers in the losses begin at the same state of the generator in every round.
-            torch.manual_seed(seed)
+            torch.manual_seed(phase_seed)
             z = torch.randn([self.loop.batch, self.nets.G.z_dim], device=self.device)
             assert self._fetched is not None
             # `_fetched` contains only the rows of this rank, so its step is the number of rounds of
             # this rank. The other tensors contain the full batch, so their step is the number of rounds
             # of all ranks.
-            real, real_c = (x[round_index :: layout.rounds_per_rank].contiguous() for x in self._fetched)
-            rows = layout.rows(round_index)
-            gen_z, gen_c, round_swap_c = (x[rows].contiguous() for x in (z, c, swap_c))
-            return Batch(real, real_c, gen_z, gen_c, cur_nimg, round_swap_c, range(layout.batch)[rows])
+            real, real_c = (
+                tensor[round_index :: layout.rounds_per_rank].contiguous() for tensor in self._fetched
+            )
+            row_slice = layout.rows(round_index)
+            gen_z, gen_c, round_swap_c = (tensor[row_slice].contiguous() for tensor in (z, cameras, swap_c))
+            return Batch(real, real_c, gen_z, gen_c, cur_nimg, round_swap_c, range(layout.batch)[row_slice])
 
         return batch_of_round
 
@@ -270,14 +295,16 @@ class Gan:
         pipe = self.augment_pipe
         if pipe is None or config.aug != "ada" or batch_idx % config.ada_interval:
             return
-        mean = self.ada_stats.mean("Loss/signs/real", self.ranks.sum_)
+        mean_sign = self.ada_stats.mean("Loss/signs/real", self.ranks.sum_)
         self.ada_stats.flush()
-        if mean is not None:
+        if mean_sign is not None:
             # p increases if the mean sign of D's logits for real images exceeds the target, which indicates
             # overfitting, and decreases otherwise. A change from 0 to 1 needs ada_kimg thousand images.
-            step = math.copysign(1, mean - config.target) if mean != config.target else 0.0
-            step *= self.loop.batch * config.ada_interval / (config.ada_kimg * 1000)
-            pipe.p.copy_((pipe.p + step).clamp_min(0))
+            probability_step = (
+                math.copysign(1, mean_sign - config.target) if mean_sign != config.target else 0.0
+            )
+            probability_step *= self.loop.batch * config.ada_interval / (config.ada_kimg * 1000)
+            pipe.p.copy_((pipe.p + probability_step).clamp_min(0))
 
     @torch.no_grad()
     def _update_ema(self, cur_nimg: int) -> None:
@@ -334,14 +361,14 @@ class Gan:
         """
         grid_z, grid_c = self._grid
         # Eight images at a time, to bound the memory.
-        outputs = [
-            self.nets.G_ema(z=z, c=c, noise_mode="const")
-            for z, c in zip(grid_z.split(8), grid_c.split(8), strict=True)
+        renders = [
+            self.nets.G_ema(z=chunk_z, c=chunk_c, noise_mode="const")
+            for chunk_z, chunk_c in zip(grid_z.split(8), grid_c.split(8), strict=True)
         ]
         columns, _ = self.config.grid
-        for name, suffix in (("image", ""), ("image_raw", "_raw")):
-            images = torch.cat([output[name].cpu() for output in outputs])
+        for image_key, suffix in (("image", ""), ("image_raw", "_raw")):
+            images = torch.cat([render[image_key].cpu() for render in renders])
             save_grid(images, (-1, 1), columns, folder / f"fakes{tag}{suffix}.png")
-        nearness = -torch.cat([output["image_depth"].cpu() for output in outputs])
+        nearness = -torch.cat([render["image_depth"].cpu() for render in renders])
         nearness_range = (float(nearness.min()), float(nearness.max()))
         save_grid(nearness, nearness_range, columns, folder / f"fakes{tag}_depth.png")

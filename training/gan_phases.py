@@ -111,9 +111,8 @@ class Schedule:
     """Settings that change with the number of images that the run has used."""
 
     blur_sigma: float  # width of the blur of D's inputs, pixels; 0: no blur
-    swapping_prob: (
-        float | None
-    )  # probability of a swapped conditioning camera; None: G has no camera conditioning
+    # Probability of a swapped conditioning camera; None: G has no camera conditioning.
+    swapping_prob: float | None
     neural_rendering_resolution: int  # resolution of volume rendering, pixels per edge
 
 
@@ -161,8 +160,8 @@ class Batch:
     @property
     def places(self) -> torch.Tensor:
         """Indices [N] of the images among all images that the run uses, counted from 0."""
-        rows = range(len(self.gen_z)) if self.rows is None else self.rows
-        return self.cur_nimg + torch.as_tensor(rows, device=self.gen_z.device)
+        row_indices = range(len(self.gen_z)) if self.rows is None else self.rows
+        return self.cur_nimg + torch.as_tensor(row_indices, device=self.gen_z.device)
 
     @property
     def neighbour_c(self) -> torch.Tensor:
@@ -212,19 +211,20 @@ class GanPhases:
         """
         other_c = torch.roll(c, 1, 0) if other_c is None else other_c
         # Without camera conditioning, the mapping network still embeds a label [N, K], of zeros.
-        cond = torch.zeros_like(c) if swap is None else torch.where(swap, other_c, c)
-        ws = self.G.mapping(z, cond, update_emas=update_emas)
+        conditioning = torch.zeros_like(c) if swap is None else torch.where(swap, other_c, c)
+        ws = self.G.mapping(z, conditioning, update_emas=update_emas)
         if self.config.style_mixing_prob > 0:
-            length = ws.shape[1]
-            # One cutoff for the whole batch, as in StyleGAN2-ADA. With cutoff == length, no style is mixed.
-            cutoff = torch.randint(1, length, [], device=ws.device)
+            style_count = ws.shape[1]
+            # One cutoff for the whole batch, as in StyleGAN2-ADA. With cutoff == style_count, no
+            # style is mixed.
+            cutoff = torch.randint(1, style_count, [], device=ws.device)
             cutoff = torch.where(
-                torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, length
+                torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, style_count
             )
             # As in EG3D, the second ws are always conditioned on the cameras c, also for swapped images.
             second_ws = self.G.mapping(torch.randn_like(z), c, update_emas=False)
             # [1, L, 1]. A mask, because a slice would need the value of the cutoff on the CPU.
-            is_before_cutoff = torch.arange(length, device=ws.device)[None, :, None] < cutoff
+            is_before_cutoff = torch.arange(style_count, device=ws.device)[None, :, None] < cutoff
             ws = torch.where(is_before_cutoff, ws, second_ws)
         return ws
 
@@ -244,9 +244,9 @@ class GanPhases:
             swap = torch.rand([c.shape[0], 1], device=c.device) < sched.swapping_prob
         ws = self.ws(batch.gen_z, c, swap, update_emas, batch.neighbour_c)
         with self._mixed(c.device):
-            img = self.G.synthesis(ws, c, neural_rendering_resolution=sched.neural_rendering_resolution)
+            images = self.G.synthesis(ws, c, neural_rendering_resolution=sched.neural_rendering_resolution)
         # Under autocast the images may be bfloat16, but losses and augmentation need float32.
-        return {name: x.float() for name, x in img.items()}
+        return {image_name: image.float() for image_name, image in images.items()}
 
     def _mixed(self, device: torch.device, is_allowed: bool = True):
         """Return a context with autocast to bfloat16 if --amp=bf16 is set and it is allowed here.
@@ -269,25 +269,25 @@ class GanPhases:
             c: cameras [N, K].
             blur_sigma: width of the blur of "image", pixels; 0: no blur.
             mixed: True: allow reduced precision.
-        Returns: logits [N, 1], and the tensors that the R1 penalty differentiates by: the images that D
-            received.
+        Returns: the logits [N, 1], and the list of the images that D received. The R1 penalty is the gradient
+            of the logits with respect to these images.
         """
         image = blur(img["image"], blur_sigma)
         raw = img["image_raw"]
         if self.augment_pipe is not None:
             # Both images must get the same transform, because D compares them. They are therefore augmented
             # as one image with six channels.
-            size = image.shape[-1]
-            six_channels = torch.cat([image, filtered_resizing(raw, size)], dim=1)  # [N, 6, R, R]
-            augmented = self.augment_pipe(six_channels)
-            image = augmented[:, :3]
-            raw = filtered_resizing(augmented[:, 3:], raw.shape[-1])
+            image_size = image.shape[-1]
+            six_channels = torch.cat([image, filtered_resizing(raw, image_size)], dim=1)  # [N, 6, R, R]
+            augmented_images = self.augment_pipe(six_channels)
+            image = augmented_images[:, :3]
+            raw = filtered_resizing(augmented_images[:, 3:], raw.shape[-1])
         with self._mixed(c.device, mixed):
             logits = self.D({"image": image, "image_raw": raw}, c)
         return logits.float(), ([image, raw] if self.config.dual_discrimination else [image])
 
     def _real(self, batch: Batch, sched: Schedule, requires_grad: bool) -> dict[str, torch.Tensor]:
-        """Return the real images at both resolutions, as input of `run_D`.
+        """Return the real images at the final and at the raw resolution, as input of `run_D`.
 
         Args: requires_grad: True: the images get gradients, which the R1 penalty needs.
         """
@@ -347,8 +347,9 @@ class GanPhases:
     def _sigma_raw(
         self, ws: torch.Tensor, first_points: torch.Tensor, second_points: torch.Tensor
     ) -> torch.Tensor:
-        """Return the raw densities [N, 2P, 1] at two sets of points [N, P, 3], from one call of the
-        decoder.
+        """Return the raw densities [N, 2P, 1] at two sets of points [N, P, 3].
+
+        The densities of the first set come first. The decoder is called only once.
         """
         points = torch.cat([first_points, second_points], dim=1)
         # The decoder does not use directions. They are drawn, so that the sequence of random numbers
@@ -357,10 +358,10 @@ class GanPhases:
         return self.G.sample_mixed(points, directions, ws, update_emas=False, sigma_only=True)["sigma"]
 
     def d_main(self, batch: Batch) -> Iterator[Loss]:
-        """Yield the logistic loss of the discriminator for generated images, and then for real images
-        (phase Dmain).
+        """Yield the logistic loss of the discriminator (phase Dmain).
 
-        The loop runs the backward pass of each loss separately, so that only one graph is in memory.
+        The first loss is the loss for generated images, the second is the loss for real images. The loop runs
+        the backward pass of each loss separately, so that only one graph is in memory.
         """
         sched = schedule(self.config, batch.cur_nimg)
         # As in EG3D, the running mean of w is updated in this phase, where G runs without a graph, not

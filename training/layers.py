@@ -77,15 +77,16 @@ class FullyConnectedLayer(torch.nn.Module):
         return bias if self.bias_gain == 1 else bias * self.bias_gain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map features x [N, I] to [N, O]. Without activation, x may have further axes: [..., I] to [...,
-        O].
+        """Map features x [N, I] to [N, O].
+
+        Without activation, x may have further axes: [..., I] becomes [..., O].
         """
-        weight = self.effective_weight(x.dtype)
-        bias = self.effective_bias(x.dtype)
+        scaled_weight = self.effective_weight(x.dtype)
+        scaled_bias = self.effective_bias(x.dtype)
         # Without activation, torch has one fused operation.
         if self.activation == "linear":
-            return torch.nn.functional.linear(x, weight, bias)
-        return bias_act.bias_act(x.matmul(weight.t()), bias, act=self.activation)
+            return torch.nn.functional.linear(x, scaled_weight, scaled_bias)
+        return bias_act.bias_act(x.matmul(scaled_weight.t()), scaled_bias, act=self.activation)
 
     def extra_repr(self) -> str:
         return (
@@ -140,13 +141,18 @@ class Conv2dLayer(torch.nn.Module):
         self.act_gain = bias_act.activation_funcs[activation].def_gain
         # Checkpoints of EG3D contain this buffer also for layers without up- and downsampling.
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
-        weight = torch.randn([out_channels, in_channels, kernel_size, kernel_size])
-        for name, value in (("weight", weight), ("bias", torch.zeros([out_channels]) if bias else None)):
+        initial_weight = torch.randn([out_channels, in_channels, kernel_size, kernel_size])
+        for tensor_name, initial_value in (
+            ("weight", initial_weight),
+            ("bias", torch.zeros([out_channels]) if bias else None),
+        ):
             if trainable:
-                self.register_parameter(name, None if value is None else torch.nn.Parameter(value))
+                self.register_parameter(
+                    tensor_name, None if initial_value is None else torch.nn.Parameter(initial_value)
+                )
             else:
                 # Freeze-D (Mo et al. 2020). Buffers have the same names in the state dict as parameters.
-                self.register_buffer(name, value)
+                self.register_buffer(tensor_name, initial_value)
 
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
         """Map features x [N, C, H, W] to [N, O, H * up / down, W * up / down].
@@ -154,14 +160,14 @@ class Conv2dLayer(torch.nn.Module):
         Args: x: features; gain: factor on the output.
         """
         # Scaled in float32 and then converted, because a product in half precision would be rounded twice.
-        weight = (self.weight * self.weight_gain).to(x.dtype)
+        scaled_weight = (self.weight * self.weight_gain).to(x.dtype)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         # As in StyleGAN2, upsampling layers compute a convolution with a flipped kernel, other
         # layers a correlation.
         is_correlation = self.up == 1
         x = conv2d_resample.conv2d_resample(
             x=x,
-            w=weight,
+            w=scaled_weight,
             f=self.resample_filter,
             up=self.up,
             down=self.down,
@@ -249,14 +255,14 @@ class MappingNetwork(torch.nn.Module):
         self.num_layers = num_layers
         self.w_avg_beta = w_avg_beta
         embed_features = 0 if c_dim == 0 else (embed_features or w_dim)
-        hidden = layer_features or w_dim  # number of outputs of all layers except the last one
+        hidden_features = layer_features or w_dim  # number of outputs of all layers except the last one
         if num_ws is not None and w_avg_beta is not None:
             self.register_buffer("w_avg", torch.zeros([w_dim]))
         if c_dim > 0:
             # Unlike the layers below, the embedding has the full learning rate.
             self.embed = FullyConnectedLayer(c_dim, embed_features)
-        sizes = [z_dim + embed_features] + [hidden] * (num_layers - 1) + [w_dim]
-        for i, (size_in, size_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        layer_sizes = [z_dim + embed_features] + [hidden_features] * (num_layers - 1) + [w_dim]
+        for i, (size_in, size_out) in enumerate(zip(layer_sizes[:-1], layer_sizes[1:], strict=True)):
             is_last = i == num_layers - 1
             layer_activation = last_activation if is_last and last_activation is not None else activation
             # The names fc0, fc1, ... are those of published checkpoints. A ModuleList would give other names.
@@ -287,23 +293,23 @@ class MappingNetwork(torch.nn.Module):
                 the phase Dmain of GAN training does this.
         Returns: style vectors [N, L, W], or [N, W] if num_ws is None.
         """
-        inputs = []
+        normalised_inputs = []
         # Latent and label are normalised separately, so that neither dominates because of its scale.
         if self.z_dim > 0:
-            inputs.append(normalize_2nd_moment(_as_float32(z)))
+            normalised_inputs.append(normalize_2nd_moment(_as_float32(z)))
         if self.c_dim > 0:
-            inputs.append(normalize_2nd_moment(self.embed(_as_float32(c))))
-        x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
+            normalised_inputs.append(normalize_2nd_moment(self.embed(_as_float32(c))))
+        features = torch.cat(normalised_inputs, dim=1) if len(normalised_inputs) > 1 else normalised_inputs[0]
         for i in range(self.num_layers):
-            x = getattr(self, f"fc{i}")(x)
+            features = getattr(self, f"fc{i}")(features)
         # w_avg is a buffer, so it is updated in place.
         if update_emas and self.w_avg_beta is not None and self.num_ws is not None:
-            self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
+            self.w_avg.copy_(features.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
         if self.num_ws is None:
-            return x
+            return features
         # One copy for each layer of the synthesis network. Style mixing and truncation can change some
         # of them.
-        ws = x.unsqueeze(1).repeat([1, self.num_ws, 1])  # [N, L, W]
+        ws = features.unsqueeze(1).repeat([1, self.num_ws, 1])  # [N, L, W]
         # psi = 1 changes nothing but the rounding, so it is skipped.
         if truncation_psi != 1:
             cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff

@@ -73,9 +73,7 @@ class TrainingLoop:
     # Methods of one iteration.
 
     def step(self) -> None:
-        """Run one iteration: every phase whose interval divides the number of iterations, on the
-        fetched batch.
-        """
+        """Run one iteration on the fetched batch: every phase whose interval divides the iteration number."""
         # The order matters, because each phase uses the weights that earlier phases have updated.
         for phase in self.phases:
             if self.batch_idx % phase.interval == 0:
@@ -133,17 +131,17 @@ class TrainingLoop:
         # `losses` is a generator, so the graph of a loss is freed before the next loss is computed. The peak
         # memory is therefore that of the largest graph.
         for loss in phase.losses(batch):
-            value = loss.value.mean()  # [N] -> []
-            if not torch.isfinite(value):
+            mean_loss = loss.value.mean()  # [N] -> []
+            if not torch.isfinite(mean_loss):
                 if self.ranks.world == 1:
-                    raise self._not_finite(phase, str(value.item()))
+                    raise self._not_finite(phase, str(mean_loss.item()))
                 nonfinite_count += 1
             # Rounds have equal size, so the mean over the batch is the mean over rounds of their means.
             # Gradients are summed over rounds and ranks, so each is divided by the total number of rounds.
-            (value * (phase.gain / self.layout.total)).backward()
-            for name, stat in loss.stats.items():
-                self.stats.report(name, stat)
-                self.trained_object.observe(name, stat)
+            (mean_loss * (phase.gain / self.layout.total)).backward()
+            for stat_name, stat_values in loss.stats.items():
+                self.stats.report(stat_name, stat_values)
+                self.trained_object.observe(stat_name, stat_values)
 
     def _not_finite(self, phase: Phase, loss_text: str) -> LossNotFiniteError:
         """Return the error for a loss that is NaN or infinite.
@@ -183,20 +181,20 @@ class TrainingLoop:
                 files.folder.mkdir(parents=True, exist_ok=True)
             self.trained_object.begin(self.cur_nimg, files.folder if self.ranks.is_main else None)
         files.continue_from(self.cur_nimg / 1000)
-        total = round(config.kimg * 1000)
-        interval = round(config.tick * 1000)
+        image_count = round(config.kimg * 1000)
+        images_per_tick = round(config.tick * 1000)
         # In a resumed run, the end of the current tick comes from the checkpoint.
-        self.next_tick = self.next_tick or self.cur_nimg + interval
+        self.next_tick = self.next_tick or self.cur_nimg + images_per_tick
         try:
             with files.stoppable():
-                while self.cur_nimg < total:
+                while self.cur_nimg < image_count:
                     if not self._fetch_or_stop():
                         return
                     self.step()
                     # The end of the run also ends the last tick, which may be shorter than the others.
-                    if self.cur_nimg >= min(self.next_tick, total):
-                        self.next_tick = self.cur_nimg + interval
-                        self._tick(is_last=self.cur_nimg >= total)
+                    if self.cur_nimg >= min(self.next_tick, image_count):
+                        self.next_tick = self.cur_nimg + images_per_tick
+                        self._tick(is_last=self.cur_nimg >= image_count)
         finally:
             # Also after an error, because the worker processes that read images have to be ended.
             self.trained_object.end()
@@ -229,12 +227,14 @@ class TrainingLoop:
             self.save_checkpoint()
         if not is_stopped:
             error_texts = self.ranks.gather(None if read_error is None else str(read_error).strip())
-            cause = next(text for text in error_texts if text is not None)
+            first_error_text = next(error_text for error_text in error_texts if error_text is not None)
             raise ValueError(
-                f"{cause} The run stopped at {self.cur_nimg} images. Continue with --resume={folder}, which"
-                f" reads {self.files.last_checkpoint.name}."
+                f"{first_error_text} The run stopped at {self.cur_nimg} images. Continue with"
+                f" --resume={folder}, which reads {self.files.last_checkpoint.name}."
             ) from read_error
-        self.stopped = next(name for name in self.ranks.gather(signal_name) if name is not None)
+        self.stopped = next(
+            stopped_by for stopped_by in self.ranks.gather(signal_name) if stopped_by is not None
+        )
         if self.ranks.is_main:
             print(
                 f"{self.stopped}: the run stopped at {self.cur_nimg} images. Continue with --resume={folder}",
@@ -255,9 +255,9 @@ class TrainingLoop:
         with self.files.writing():
             if self.ranks.is_main:
                 # `report` comes first, because it may add statistics that `on_tick` reads.
-                subject_fields = self.trained_object.report(stats)
+                object_fields = self.trained_object.report(stats)
                 tick_fields = self.on_tick(self, stats) if self.on_tick is not None else {}
-                further_fields = {**tick_fields, **subject_fields}
+                further_fields = {**tick_fields, **object_fields}
                 self.files.stats({"tick": self.cur_tick, "nimg": self.cur_nimg, **stats})
                 self.files.status(
                     {"tick": f"{self.cur_tick:<5d}", "kimg": f"{kimg:<8.2f}"},
@@ -283,32 +283,30 @@ class TrainingLoop:
         }
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return the optimisers by the prefix of their tensors' names in a checkpoint: optim_G, optim_D,
-        ...
-        """
-        optimizers: dict[str, torch.optim.Optimizer] = {}
+        """Return the optimisers by the prefix of their tensors' names in a checkpoint, such as optim_G."""
+        optimizer_by_name: dict[str, torch.optim.Optimizer] = {}
         for phase in self.phases:
             # Phases of one network share an optimiser: the first letter of Gmain and of Greg gives optim_G.
             # The optimiser of a phase with `own_optimizer` has the full name of the phase.
-            name = f"optim_{phase.name}" if phase.own_optimizer else f"optim_{phase.name[0]}"
-            assert optimizers.setdefault(name, phase.optimizer) is phase.optimizer, (
-                f"phase {phase.name} has another optimiser than other phases of {name}. Set"
+            optimizer_name = f"optim_{phase.name}" if phase.own_optimizer else f"optim_{phase.name[0]}"
+            assert optimizer_by_name.setdefault(optimizer_name, phase.optimizer) is phase.optimizer, (
+                f"phase {phase.name} has another optimiser than other phases of {optimizer_name}. Set"
                 " own_optimizer=True."
             )
-        return optimizers
+        return optimizer_by_name
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint on rank 0 and return its path. All ranks must call this method."""
         # Each rank has sums of statistics over its own images since the last tick.
         rank_stats = self.ranks.gather(
-            {name: collector.state() for name, collector in self.collectors.items()}
+            {optimizer_name: collector.state() for optimizer_name, collector in self.collectors.items()}
         )
         tensors = {}
         for module_name, module in self._modules().items():
             for tensor_name, tensor in module.state_dict().items():
                 tensors[f"{module_name}.{tensor_name}"] = tensor
-        for name, optimizer in self._optimizers().items():
-            tensors.update(checkpoint.optimizer_tensors(name, optimizer))
+        for optimizer_name, optimizer in self._optimizers().items():
+            tensors.update(checkpoint.optimizer_tensors(optimizer_name, optimizer))
         meta = {
             "cur_nimg": self.cur_nimg,
             "batch_idx": self.batch_idx,
@@ -331,15 +329,17 @@ class TrainingLoop:
             fall_back: True: if the checkpoint is damaged, use the previous one.
         """
         tensors, meta = self.files.read(source, fall_back)
-        for name, module in self._modules().items():
+        for object_name, module in self._modules().items():
             # With the dot, the prefix "G" does not match the names of "G_ema".
-            prefix = f"{name}."
+            prefix = f"{object_name}."
             module_tensors = {
-                key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)
+                tensor_name.removeprefix(prefix): tensor
+                for tensor_name, tensor in tensors.items()
+                if tensor_name.startswith(prefix)
             }
-            storage.load_strict(module, module_tensors, f"{self.files.last_checkpoint} ({name})")
-        for name, optimizer in self._optimizers().items():
-            checkpoint.restore_optimizer(name, optimizer, tensors)
+            storage.load_strict(module, module_tensors, f"{self.files.last_checkpoint} ({object_name})")
+        for object_name, optimizer in self._optimizers().items():
+            checkpoint.restore_optimizer(object_name, optimizer, tensors)
         self.cur_nimg = meta["cur_nimg"]
         self.batch_idx = meta["batch_idx"]
         self.cur_tick = meta["cur_tick"]
@@ -348,14 +348,17 @@ class TrainingLoop:
         # the interruption. With another number of ranks, the sums of the old ranks are distributed over
         # the new ones.
         rank_stats = meta["rank_stats"]
-        for name, collector in self.collectors.items():
+        for object_name, collector in self.collectors.items():
             # A statistic has three sums, see training_stats.Collector. With more ranks than before, some of
             # them get no old sums, and begin at 0.
-            sums = {key: [0.0, 0.0, 0.0] for key in rank_stats[0][name]}
+            sums = {tensor_name: [0.0, 0.0, 0.0] for tensor_name in rank_stats[0][object_name]}
             for old_rank_state in rank_stats[self.ranks.rank :: self.ranks.world]:
-                for key, key_sums in sums.items():
-                    old_sums = old_rank_state[name].get(key, [0.0, 0.0, 0.0])
-                    sums[key] = [total + value for total, value in zip(key_sums, old_sums, strict=True)]
+                for tensor_name, key_sums in sums.items():
+                    old_sums = old_rank_state[object_name].get(tensor_name, [0.0, 0.0, 0.0])
+                    sums[tensor_name] = [
+                        restored_sum + old_sum
+                        for restored_sum, old_sum in zip(key_sums, old_sums, strict=True)
+                    ]
             collector.restore(sums)
         self.trained_object.restore(meta)
         self.files.continue_from(self.cur_nimg / 1000, meta["stats_lines"])

@@ -65,14 +65,14 @@ def build(G_kwargs: dict, D_kwargs: dict, training_set: dict) -> Networks:
         D_kwargs: constructor arguments of D.
         training_set: description of the training images.
     """
-    G = TriPlaneGenerator(**G_kwargs)
-    D = DualDiscriminator(**D_kwargs)
-    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    generator = TriPlaneGenerator(**G_kwargs)
+    discriminator = DualDiscriminator(**D_kwargs)
+    G_ema = copy.deepcopy(generator).eval().requires_grad_(False)
     # Parameters are frozen between phases. Each phase of the training loop enables the gradients of
     # its network.
-    G = G.train().requires_grad_(False)
-    D = D.train().requires_grad_(False)
-    return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set)
+    generator = generator.train().requires_grad_(False)
+    discriminator = discriminator.train().requires_grad_(False)
+    return Networks(generator, discriminator, G_ema, G_kwargs, D_kwargs, training_set)
 
 
 def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
@@ -122,23 +122,25 @@ def load(
         ValueError: the file is damaged or no network file, or its architecture is unknown.
     """
     tensors, meta = storage.read_tensors(path, "network")
-    name = meta.get("architecture", EG3D)
-    G_class, D_class = classes(name)
+    architecture = meta.get("architecture", EG3D)
+    G_class, D_class = classes(architecture)
     # The arguments themselves are changed, because snapshots of this run contain them.
-    if freeze_layers is not None and any(key.startswith("D.") for key in tensors):
+    if freeze_layers is not None and any(tensor_name.startswith("D.") for tensor_name in tensors):
         meta["D_kwargs"]["block_kwargs"] = {
             **meta["D_kwargs"].get("block_kwargs", {}),
             "freeze_layers": freeze_layers,
         }
     modules: dict[str, Any] = {}
-    for module_name, module_class, kwargs in (
+    for module_name, module_class, constructor_kwargs in (
         ("G_ema", G_class, meta["G_kwargs"]),
         ("G", G_class, meta["G_kwargs"]),
         ("D", D_class, meta["D_kwargs"]),
     ):
         prefix = f"{module_name}."
         module_tensors = {
-            key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)
+            tensor_name.removeprefix(prefix): tensor
+            for tensor_name, tensor in tensors.items()
+            if tensor_name.startswith(prefix)
         }
         # A file that was saved with only_ema contains neither G nor D. G_ema is required: without its
         # tensors, `load_strict` raises an error.
@@ -146,16 +148,16 @@ def load(
             modules[module_name] = None
             continue
         who = f"{path} ({module_name})"
-        module: Any = _make(module_class, kwargs, who)
+        module: Any = _make(module_class, constructor_kwargs, who)
         storage.load_strict(module, module_tensors, who)
         module.train(module_name != "G_ema").requires_grad_(False)
         if module_name != "D" and RENDERED in meta:
             module.neural_rendering_resolution = meta[RENDERED]
         modules[module_name] = module
     other_fields: dict[str, Any] = {
-        key: meta[key] for key in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")
+        tensor_name: meta[tensor_name] for tensor_name in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")
     }
-    return Networks(**modules, **other_fields, architecture=name).to(device)
+    return Networks(**modules, **other_fields, architecture=architecture).to(device)
 
 
 def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
@@ -173,18 +175,20 @@ def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
         ) from None
 
 
-def set_mbstd_group(networks: Networks, group: int | None) -> None:
+def set_mbstd_group(networks: Networks, group_size: int | None) -> None:
     """Set the group size of D's minibatch standard deviation layer. The layer has no weights.
 
-    Args: networks: networks whose D is changed in place; group: number of images in a group; None: no change.
+    Args:
+        networks: networks whose D is changed in place.
+        group_size: number of images in a group; None: no change.
     """
-    if group is not None and networks.D.b4.mbstd is not None:
+    if group_size is not None and networks.D.b4.mbstd is not None:
         # The constructor arguments are changed, too, because snapshots of this run contain them.
-        networks.D.b4.mbstd.group_size = group
+        networks.D.b4.mbstd.group_size = group_size
         assert networks.D_kwargs is not None
         networks.D_kwargs["epilogue_kwargs"] = {
             **networks.D_kwargs.get("epilogue_kwargs", {}),
-            "mbstd_group_size": group,
+            "mbstd_group_size": group_size,
         }
 
 
@@ -196,7 +200,7 @@ def state_hash(module: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     # Sorted, because the order in which submodules were registered must not change the hash.
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+    for tensor_name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{tensor_name}{list(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

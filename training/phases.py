@@ -50,9 +50,8 @@ class Phase:
     losses: Callable[[Any], Iterator[Loss]]  # function that yields the loss terms of a batch
     interval: int = 1  # number of iterations between two steps
     gain: float = 1.0  # factor on every loss term; equal to `interval` for lazy regularisation
-    state: torch.nn.Module | None = (
-        None  # module whose state belongs to the phase and is stored in checkpoints
-    )
+    # Module whose state belongs to the phase and is stored in checkpoints; None: there is none.
+    state: torch.nn.Module | None = None
     # True: the optimiser is not shared with other phases of the network, and has the phase's name
     # in checkpoints.
     own_optimizer: bool = False
@@ -66,7 +65,7 @@ def cosine(initial_rate: float, progress: float) -> float:
 
     Args:
         initial_rate: learning rate at the start.
-        progress: completed fraction of the schedule. From 1 on, the rate is `LAST_SHARE` times the
+        progress: completed fraction of the schedule. From 1 on, the rate is `LAST_FRACTION` times the
             initial rate.
     """
     return initial_rate * (
@@ -91,16 +90,19 @@ def lazy_adam(
         interval: number of iterations I between steps of the regulariser; None: no correction.
         betas: Adam's decay rates without the correction.
     """
-    r = interval / (interval + 1) if interval else 1.0
+    correction = interval / (interval + 1) if interval else 1.0
     return torch.optim.Adam(
-        list(module.parameters()), lr=lr * r, betas=(betas[0] ** r, betas[1] ** r), eps=1e-8
+        list(module.parameters()),
+        lr=lr * correction,
+        betas=(betas[0] ** correction, betas[1] ** correction),
+        eps=1e-8,
     )
 
 
-def derive_seed(*values: object) -> int:
+def derive_seed(*seed_parts: object) -> int:
     """Return a seed of 63 bits that depends on the texts of the values."""
     # Python's hash() is not used, because it differs between processes.
-    digest = hashlib.sha256("/".join(str(value) for value in values).encode()).digest()
+    digest = hashlib.sha256("/".join(str(seed_part) for seed_part in seed_parts).encode()).digest()
     # 64 bits, shifted to 63 bits, because seeds of torch are signed.
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -156,20 +158,25 @@ class RowDraws(TorchFunctionMode):
         self.blocks = blocks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call a function of torch. Random functions draw for the full batch, all others are
-        called unchanged.
+        """Call a function of torch.
+
+        Random functions draw for the full batch. All other functions are called unchanged.
         """
         kwargs = dict(kwargs or {})
         if func in (torch.rand, torch.randn):
             # torch accepts rand(size=[2, 3]), rand([2, 3]) and rand(2, 3).
             if "size" in kwargs:
-                size = kwargs.pop("size")
+                requested_size = kwargs.pop("size")
             elif args and not isinstance(args[0], int):
-                size = args[0]
+                requested_size = args[0]
             else:
-                size = args
-            full_size = self._full_size(list(size))
-            return func(list(size), **kwargs) if full_size is None else self._keep(func(full_size, **kwargs))
+                requested_size = args
+            full_size = self._full_size(list(requested_size))
+            return (
+                func(list(requested_size), **kwargs)
+                if full_size is None
+                else self._keep(func(full_size, **kwargs))
+            )
         if func in (torch.rand_like, torch.randn_like):
             full_size = self._full_size(list(args[0].shape))
             return (
@@ -184,22 +191,28 @@ class RowDraws(TorchFunctionMode):
         assert func not in _FORBIDDEN_DRAWS, f"{func} is not supported inside RowDraws. Use rand or randn."
         return func(*args, **kwargs)
 
-    def _full_size(self, size: list[int]) -> list[int] | None:
+    def _full_size(self, requested_size: list[int]) -> list[int] | None:
         """Return the size of a tensor for the full batch, or None if the first axis is not divisible by m."""
-        m = len(self.rows)
+        samples_per_round = len(self.rows)
         # Scalars and empty tensors are drawn unchanged, too.
-        is_divisible = bool(size) and size[0] > 0 and size[0] % m == 0
-        return [size[0] // m * self.total, *size[1:]] if is_divisible else None
+        is_divisible = (
+            bool(requested_size) and requested_size[0] > 0 and requested_size[0] % samples_per_round == 0
+        )
+        return (
+            [requested_size[0] // samples_per_round * self.total, *requested_size[1:]]
+            if is_divisible
+            else None
+        )
 
     def _keep(self, full_values: torch.Tensor) -> torch.Tensor:
         """Return the rows of this round from values for the full batch."""
-        rows = self.rows.to(full_values.device)
-        q = full_values.shape[0] // self.total
+        row_indices = self.rows.to(full_values.device)
+        values_per_sample = full_values.shape[0] // self.total
         if self.blocks:
             # [q, N, ...] -> [q, m, ...] -> [q * m, ...]
-            return full_values.unflatten(0, (q, self.total))[:, rows].flatten(0, 1)
+            return full_values.unflatten(0, (values_per_sample, self.total))[:, row_indices].flatten(0, 1)
         # [N, q, ...] -> [m, q, ...] -> [m * q, ...]
-        return full_values.unflatten(0, (self.total, q))[rows].flatten(0, 1)
+        return full_values.unflatten(0, (self.total, values_per_sample))[row_indices].flatten(0, 1)
 
     def _dropout(
         self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -214,16 +227,18 @@ class RowDraws(TorchFunctionMode):
         )
 
     def _multinomial(
-        self, weights: torch.Tensor, count: int, replacement: bool = False, **kwargs
+        self, sample_weights: torch.Tensor, count: int, replacement: bool = False, **kwargs
     ) -> torch.Tensor:
         """Draw indices for the full batch, and return those of this round. See torch.multinomial."""
-        full_size = self._full_size(list(weights.shape))
+        full_size = self._full_size(list(sample_weights.shape))
         # The weights of samples in other rounds are not available here, so all samples must have
         # equal weights.
-        assert full_size is not None and bool((weights == weights[:1]).all()), (
+        assert full_size is not None and bool((sample_weights == sample_weights[:1]).all()), (
             "inside RowDraws, multinomial needs the same weights for every sample"
         )
-        return self._keep(torch.multinomial(weights[:1].expand(full_size), count, replacement, **kwargs))
+        return self._keep(
+            torch.multinomial(sample_weights[:1].expand(full_size), count, replacement, **kwargs)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +251,12 @@ class Layout:
 
     def __post_init__(self):
         world = self.ranks.world
-        size = self.size or max(self.batch // self.ranks.world, 1)
-        if self.batch % (world * size):
+        samples_per_round = self.size or max(self.batch // self.ranks.world, 1)
+        if self.batch % (world * samples_per_round):
             raise ValueError(
-                f"--batch: expected a multiple of {world * size} ({world} processes x {size} images in a"
-                f" forward pass), got {self.batch}. Use such a multiple, or change --batch-gpu."
+                f"--batch: expected a multiple of {world * samples_per_round} ({world} processes x"
+                f" {samples_per_round} images in a forward pass), got {self.batch}. Use such a multiple, or"
+                " change --batch-gpu."
             )
 
     @property
@@ -260,8 +276,9 @@ class Layout:
         return slice(self.ranks.rank + round_index * self.ranks.world, None, self.total)
 
     def random_rows(self, round_index: int):
-        """Return a context in which random functions draw the numbers of a round's rows. It has no effect if
-        K = 1.
+        """Return a context in which random functions draw the numbers of a round's rows.
+
+        The context has no effect if there is only one round (K = 1).
         """
         if self.total == 1:
             return contextlib.nullcontext()
@@ -280,23 +297,24 @@ class MovingAverages:
     def __init__(self, module: torch.nn.Module, rounds: int):
         # A single round needs no correction. The list is then empty, and the methods have no effect.
         named_buffers = module.named_buffers() if rounds > 1 else ()
-        self._buffers = [buffer for name, buffer in named_buffers if name.endswith("w_avg")]
+        self._buffers = [buffer for buffer_name, buffer in named_buffers if buffer_name.endswith("w_avg")]
         self._start = [buffer.clone() for buffer in self._buffers]  # values at the start of each round
         self.steps = [torch.zeros_like(buffer) for buffer in self._buffers]  # sums of changes divided by K
         self._rounds = rounds
 
     def end_round(self) -> None:
         """Add the changes of the round to `steps`, and reset the buffers."""
-        for buffer, start, step in zip(self._buffers, self._start, self.steps, strict=True):
-            step += (buffer - start) / self._rounds
-            buffer.copy_(start)
+        for buffer, initial_value, mean_change in zip(self._buffers, self._start, self.steps, strict=True):
+            mean_change += (buffer - initial_value) / self._rounds
+            buffer.copy_(initial_value)
 
     def finish(self) -> None:
-        """Add the mean change to the buffers. With several ranks, `steps` must have been summed over
-        ranks before.
+        """Add the mean change to the buffers.
+
+        With several ranks, `steps` must have been summed over ranks before.
         """
-        for buffer, step in zip(self._buffers, self.steps, strict=True):
-            buffer += step
+        for buffer, mean_change in zip(self._buffers, self.steps, strict=True):
+            buffer += mean_change
 
 
 class GradientSum:
@@ -344,7 +362,7 @@ def sum_over_ranks(
     tensors = [parameter.grad for parameter in parameters if parameter.grad is not None] + other_tensors
     if ranks.world > 1:
         # One transfer of a flat tensor, because the latency of hundreds of small transfers would be long.
-        concatenated = ranks.sum_(torch.cat([tensor.reshape(-1).float() for tensor in tensors]))
-        summed_values = concatenated.split([tensor.numel() for tensor in tensors])
-        for tensor, values in zip(tensors, summed_values, strict=True):
-            tensor.copy_(values.reshape(tensor.shape))
+        summed_tensor = ranks.sum_(torch.cat([tensor.reshape(-1).float() for tensor in tensors]))
+        summed_values = summed_tensor.split([tensor.numel() for tensor in tensors])
+        for tensor, tensor_values in zip(tensors, summed_values, strict=True):
+            tensor.copy_(tensor_values.reshape(tensor.shape))

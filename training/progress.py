@@ -22,11 +22,13 @@ class tqdm(library.tqdm):
         if not self.disable and not self._is_terminal():
             # With leave=None, the library keeps only the outermost of nested bars, which has the position 0.
             if self.leave or self.leave is None and not self.pos:
-                count = f"{self.n:g}" if self.total in (None, self.n) else f"{self.n:g} of {self.total:g}"
-                elapsed = self.format_interval(self.format_dict["elapsed"])
+                count_text = (
+                    f"{self.n:g}" if self.total in (None, self.n) else f"{self.n:g} of {self.total:g}"
+                )
+                elapsed_text = self.format_interval(self.format_dict["elapsed"])
                 # "it" (iterations) is the library's default unit, which carries no information here.
-                unit = "" if self.unit == "it" else f" {self.unit}" if self.n == 1 else f" {self.unit}s"
-                self.fp.write(f"{self.desc or 'done'}: {count}{unit} in {elapsed}\n")
+                unit_text = "" if self.unit == "it" else f" {self.unit}" if self.n == 1 else f" {self.unit}s"
+                self.fp.write(f"{self.desc or 'done'}: {count_text}{unit_text} in {elapsed_text}\n")
             # Without `sp`, its function that prints, the library's close() only removes the bar from
             # its list.
             self.sp = None

@@ -94,29 +94,28 @@ def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor],
     from safetensors.torch import save
 
     # safetensors does not accept tensors that share a storage, so all are copied.
-    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    content = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
-    header_text = json.dumps({**content, CHECKSUM_KEY: checksum(copies, content)}, sort_keys=True)
+    copies = {tensor_name: tensor.detach().contiguous().clone() for tensor_name, tensor in tensors.items()}
+    description = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
+    header_text = json.dumps({**description, CHECKSUM_KEY: checksum(copies, description)}, sort_keys=True)
     write_atomic(path, save(copies, metadata={HEADER_KEY: header_text}))
 
 
-def checksum(tensors: dict[str, torch.Tensor], content: object) -> str:
+def checksum(tensors: dict[str, torch.Tensor], description: object) -> str:
     """Compute the SHA-256 of a description and of the names, shapes, dtypes and bytes of tensors, in hex.
 
-    Args: tensors: tensors by name; content: description, JSON values.
+    Args: tensors: tensors by name; description: description, JSON values.
     """
     import torch
 
     # Writing and reading JSON converts keys to texts and tuples to lists. The reader computes the checksum of
     # this form.
-    json_content = json.loads(json.dumps(content))
-    digest = hashlib.sha256(json.dumps(json_content, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}{list(data.shape)}{data.dtype}".encode())
-        digest.update(
-            data.reshape(-1).view(torch.uint8).numpy().data
-        )  # viewed as bytes, as numpy has no bfloat16
+    json_description = json.loads(json.dumps(description))
+    digest = hashlib.sha256(json.dumps(json_description, sort_keys=True).encode())
+    for tensor_name, tensor in sorted(tensors.items()):
+        cpu_tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{tensor_name}{list(cpu_tensor.shape)}{cpu_tensor.dtype}".encode())
+        # Viewed as bytes, because numpy has no bfloat16.
+        digest.update(cpu_tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -124,10 +123,11 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict:
     """Return the description in a file of `write_tensors`, without reading its tensors.
 
     Args: path: path of the file; kind: required kind; None: any kind.
-    Raises: FileNotFoundError, ValueError as for `read_tensors`, except for changed bytes of tensors.
+    Raises: FileNotFoundError and ValueError in the same cases as `read_tensors`. Changed bytes of tensors are
+        not detected, because the tensors are not read.
     """
-    with _opened(path, kind) as (_, content):
-        return content["meta"]
+    with _opened(path, kind) as (_, header):
+        return header["meta"]
 
 
 def read_tensors(
@@ -146,22 +146,22 @@ def read_tensors(
         ValueError: the file is truncated, its bytes have changed, it is not of this project or of another
             kind, or a later version wrote it.
     """
-    with _opened(path, kind) as (file, content):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    stored_checksum = content.pop(CHECKSUM_KEY, None)
-    if stored_checksum is not None and checksum(tensors, content) != stored_checksum:
+    with _opened(path, kind) as (file, header):
+        tensors = {tensor_name: file.get_tensor(tensor_name) for tensor_name in file.keys()}
+    stored_checksum = header.pop(CHECKSUM_KEY, None)
+    if stored_checksum is not None and checksum(tensors, header) != stored_checksum:
         raise ValueError(
             f"{path}: the content of this {kind or 'tensor'} file differs from its checksum, so it has"
             " changed since it was written. Restore the file from a copy, or name another file."
         )
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, content["meta"]
+    return {tensor_name: tensor.to(device) for tensor_name, tensor in tensors.items()}, header["meta"]
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
     """Open a file and yield it with the content of its header.
 
-    Raises: FileNotFoundError, ValueError as for `read_tensors`.
+    Raises: FileNotFoundError and ValueError in the same cases as `read_tensors`, except for a wrong checksum.
     """
     path = Path(path)
     file_kind = f"{kind or 'tensor'} file"
@@ -184,27 +184,27 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
         # A damaged header can contain any text or value. It is replaced by an empty dict, which is
         # rejected below.
         try:
-            content = json.loads(header_text)
+            header = json.loads(header_text)
         except ValueError:
-            content = None
-        if not isinstance(content, dict) or not isinstance(content.get("format", 1), int):
-            content = {}
-        if content.get("format", 1) > FORMAT:
+            header = None
+        if not isinstance(header, dict) or not isinstance(header.get("format", 1), int):
+            header = {}
+        if header.get("format", 1) > FORMAT:
             raise ValueError(
-                f"{path}: the file has the format {content['format']}, which a later version of the package"
+                f"{path}: the file has the format {header['format']}, which a later version of the package"
                 " wrote. Update the package."
             )
-        if not {"kind", "meta"} <= content.keys():
+        if not {"kind", "meta"} <= header.keys():
             raise ValueError(
                 f"{path}: the header of the file is damaged. Restore the file from a copy, or name another"
                 f" {file_kind}."
             )
-        if kind is not None and content["kind"] != kind:
+        if kind is not None and header["kind"] != kind:
             raise ValueError(
-                f"{path}: expected a {file_kind}, got a file of the kind {content['kind']!r}. Name a"
+                f"{path}: expected a {file_kind}, got a file of the kind {header['kind']!r}. Name a"
                 f" {file_kind}."
             )
-        yield file, content
+        yield file, header
 
 
 def check_fit(
@@ -224,25 +224,28 @@ def check_fit(
         names: (missing names, unexpected names) as torch has determined them; None: determine them here.
     """
     shape_errors = {}
-    for name in expected:
-        if name in tensors and tensors[name].shape != expected[name].shape:
-            shape_errors[name] = f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
+    for tensor_name in expected:
+        if tensor_name in tensors and tensors[tensor_name].shape != expected[tensor_name].shape:
+            shape_errors[tensor_name] = (
+                f"{tensor_name} {list(tensors[tensor_name].shape)} instead of"
+                f" {list(expected[tensor_name].shape)}"
+            )
     missing_names, unexpected_names = names or (
         expected.keys() - tensors.keys(),
         tensors.keys() - expected.keys(),
     )
-    lists = (
+    texts_by_problem = (
         # `load_strict` leaves out tensors of another shape, so torch reports them as missing, too.
         ("missing", sorted(set(missing_names) - set(shape_errors))),
         ("unexpected", sorted(unexpected_names)),
         ("misshapen", sorted(shape_errors.values())),
     )
     problems = []
-    for title, texts in lists:
+    for title, texts in texts_by_problem:
         if texts:
             # At most eight names are listed. Names come from a file, so they are shortened, and control
             # characters, which could change the terminal, are escaped.
-            safe_texts = [text[:120].encode("unicode_escape").decode() for text in texts[:8]]
+            safe_texts = [problem_text[:120].encode("unicode_escape").decode() for problem_text in texts[:8]]
             problems.append(f"{title}: {', '.join(safe_texts)}{' ...' if len(texts) > 8 else ''}")
     if problems:
         raise ValueError(
@@ -260,13 +263,13 @@ def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wh
         message.
     Raises: ValueError if the tensors do not fit, see `check_fit`.
     """
-    state = module.state_dict()
+    state_dict = module.state_dict()
     # For another shape, load_state_dict raises an error of many lines. Such tensors are left out, and
     # `check_fit` lists them.
     tensors_that_fit = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in state or state[name].shape == tensor.shape
+        tensor_name: tensor
+        for tensor_name, tensor in tensors.items()
+        if tensor_name not in state_dict or state_dict[tensor_name].shape == tensor.shape
     }
     missing_names, unexpected_names = module.load_state_dict(tensors_that_fit, strict=False)
-    check_fit(state, tensors, who, (missing_names, unexpected_names))
+    check_fit(state_dict, tensors, who, (missing_names, unexpected_names))

@@ -67,9 +67,9 @@ class SuperresolutionHybrid(torch.nn.Module):
                 " module with --sr-module."
             )
         self.sr_antialias = sr_antialias and self.antialias_allowed
-        wide, narrow = block_channels or self.default_block_channels
+        first_channels, second_channels = block_channels or self.default_block_channels
         use_fp16 = sr_num_fp16_res > 0
-        kwargs = {
+        common_kwargs = {
             "w_dim": w_dim,
             "img_channels": 3,
             "use_fp16": use_fp16,
@@ -77,11 +77,21 @@ class SuperresolutionHybrid(torch.nn.Module):
             "conv_clamp": 256 if use_fp16 else None,
             **block_kwargs,
         }
-        resolution0 = self.input_resolution * (2 if self.first_block_upsamples else 1)
+        first_block_resolution = self.input_resolution * (2 if self.first_block_upsamples else 1)
         self.block0 = SynthesisBlock(
-            channels, wide, resolution=resolution0, upsample=self.first_block_upsamples, **kwargs
+            channels,
+            first_channels,
+            resolution=first_block_resolution,
+            upsample=self.first_block_upsamples,
+            **common_kwargs,
         )
-        self.block1 = SynthesisBlock(wide, narrow, resolution=resolution0 * 2, is_last=True, **kwargs)
+        self.block1 = SynthesisBlock(
+            first_channels,
+            second_channels,
+            resolution=first_block_resolution * 2,
+            is_last=True,
+            **common_kwargs,
+        )
         if self.has_resample_filter:
             self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
 
@@ -90,16 +100,20 @@ class SuperresolutionHybrid(torch.nn.Module):
 
         Raises: ValueError if x is larger and the module only enlarges.
         """
-        size = self.input_resolution
-        if x.shape[-1] == size:
+        target_resolution = self.input_resolution
+        if x.shape[-1] == target_resolution:
             return x  # interpolation to the same size could change the values by rounding
-        if self.only_enlarges and x.shape[-1] > size:
+        if self.only_enlarges and x.shape[-1] > target_resolution:
             raise ValueError(
-                f"{type(self).__name__}: expected a rendering of at most {size} pixels per edge, got"
-                f" {x.shape[-1]}. Set --nrr-initial and --nrr-final to at most {size}."
+                f"{type(self).__name__}: expected a rendering of at most {target_resolution} pixels per edge,"
+                f" got {x.shape[-1]}. Set --nrr-initial and --nrr-final to at most {target_resolution}."
             )
         return torch.nn.functional.interpolate(
-            x, size=(size, size), mode="bilinear", align_corners=False, antialias=self.sr_antialias
+            x,
+            size=(target_resolution, target_resolution),
+            mode="bilinear",
+            align_corners=False,
+            antialias=self.sr_antialias,
         )
 
     def forward(self, rgb: torch.Tensor, x: torch.Tensor, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:

@@ -213,9 +213,14 @@ class SynthesisBlock(torch.nn.Module):
             # Learned input, the same for all samples.
             self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
         else:
-            up = 2 if upsample else 1
+            upsampling_factor = 2 if upsample else 1
             self.conv0 = SynthesisLayer(
-                in_channels, out_channels, resolution=resolution, up=up, use_noise=use_noise, **layer_kwargs
+                in_channels,
+                out_channels,
+                resolution=resolution,
+                up=upsampling_factor,
+                use_noise=use_noise,
+                **layer_kwargs,
             )
         self.conv1 = SynthesisLayer(
             out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer_kwargs
@@ -245,7 +250,7 @@ class SynthesisBlock(torch.nn.Module):
             noise_mode: "random", "const" or "none", see `SynthesisLayer`.
         Returns: features [N, O, R, R] and image [N, I, R, R].
         """
-        w_iter = iter(ws.unbind(dim=1))  # [N, W] each, in the order conv0, conv1, torgb
+        remaining_ws = iter(ws.unbind(dim=1))  # [N, W] each, in the order conv0, conv1, torgb
         is_half_precision = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
         dtype = torch.float16 if is_half_precision else torch.float32
         fastest_layout = convolution_layout(ws.device, self.resolution, self.conv1.weight.shape[0])
@@ -255,7 +260,7 @@ class SynthesisBlock(torch.nn.Module):
         if fused_modconv == "inference_only":
             # As in EG3D: the fused form has grouped convolutions, with which training is slower.
             fused_modconv = not self.training
-        kwargs: dict[str, Any] = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
+        layer_kwargs: dict[str, Any] = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
         if self.in_channels == 0:
             # The learned constant, expanded to the batch: [O, R, R] -> [N, O, R, R].
             x = (
@@ -265,12 +270,14 @@ class SynthesisBlock(torch.nn.Module):
             )
         else:
             assert x is not None
-            x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
-        x = self.conv1(x, next(w_iter), **kwargs)
+            x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(remaining_ws), **layer_kwargs)
+        x = self.conv1(x, next(remaining_ws), **layer_kwargs)
         # As in StyleGAN2-ADA, the image remains in float32 also if features are in half precision.
         if img is not None and self.upsample:
             img = upfirdn2d.upsample2d(img.to(memory_format=fastest_layout), self.resample_filter)
-        block_image = self.torgb(x, next(w_iter), fused_modconv=bool(fused_modconv)).to(dtype=torch.float32)
+        block_image = self.torgb(x, next(remaining_ws), fused_modconv=bool(fused_modconv)).to(
+            dtype=torch.float32
+        )
         # As in EG3D, images on a GPU are contiguous, also if features have the format channels_last.
         block_image = block_image if ws.device.type == "cpu" else block_image.contiguous()
         if img is None:
@@ -314,21 +321,21 @@ class SynthesisNetwork(torch.nn.Module):
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         self.num_ws = 0
         previous_channels = 0  # output channels of the block before; 0 marks the first block
-        for res in self.block_resolutions:
-            channels = channels_at(res, channel_base, channel_max)
+        for resolution in self.block_resolutions:
+            channels = channels_at(resolution, channel_base, channel_max)
             block = SynthesisBlock(
                 previous_channels,
                 channels,
                 w_dim=w_dim,
-                resolution=res,
+                resolution=resolution,
                 img_channels=img_channels,
-                is_last=(res == img_resolution),
-                use_fp16=(num_fp16_res > 0 and res >= fp16_from),
+                is_last=(resolution == img_resolution),
+                use_fp16=(num_fp16_res > 0 and resolution >= fp16_from),
                 **block_kwargs,
             )
             self.num_ws += block.num_conv
             # The names b4, b8, ... are those of published checkpoints.
-            setattr(self, f"b{res}", block)
+            setattr(self, f"b{resolution}", block)
             previous_channels = channels
         self.num_ws += 1  # for ToRGB of the last block, which has no next block to share a style vector with
 
@@ -345,15 +352,15 @@ class SynthesisNetwork(torch.nn.Module):
             )
         ws = ws.to(torch.float32)
         first_w = 0  # index of the block's first style vector
-        x: Any = None
-        img: Any = None
-        for res in self.block_resolutions:
-            block = getattr(self, f"b{res}")
+        features: Any = None
+        image: Any = None
+        for resolution in self.block_resolutions:
+            block = getattr(self, f"b{resolution}")
             block_ws = ws.narrow(1, first_w, block.num_conv + block.num_torgb)
-            x, img = block(x, img, block_ws, **block_kwargs)
+            features, image = block(features, image, block_ws, **block_kwargs)
             # The style vector of ToRGB is also the first one of the next block.
             first_w += block.num_conv
-        return img
+        return image
 
 
 class Generator(torch.nn.Module):

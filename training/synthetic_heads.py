@@ -57,9 +57,8 @@ class PeopleOptions:
     n: int = 4000  # number of images, >= 1
     seed: int = 0  # random seed, >= 0
     yaw: float = 0.5  # standard deviation of the yaw, radians, in [0, pi]
-    pitch: float = (
-        0.22  # standard deviation of the pitch parameter of `camera_position`, radians, in [0, pi / 2]
-    )
+    # Standard deviation of the pitch parameter of `camera_position`, radians, in [0, pi / 2].
+    pitch: float = 0.22
 
     def __post_init__(self):
         if self.resolution % 8 or not 8 <= self.resolution <= 1024:
@@ -84,8 +83,8 @@ class PeopleOptions:
 
         It contains a hash of all options and of the versions of the format and of the head basis.
         """
-        identity = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
-        return f"people{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        hashed_text = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
+        return f"people{self.resolution}-n{self.n}-{hashlib.sha256(hashed_text.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,23 +111,24 @@ def parse_name(name: str) -> PeopleOptions:
             " synthetic:people64@n=500."
         )
     value_types = {"n": int, "seed": int, "yaw": float, "pitch": float}
-    values = {}
+    value_by_key = {}
     # match[2] is the text after the first @, or None. Options may be separated by commas or by further @.
     for assignment in re.split("[,@]", match[2]) if match[2] else []:
-        key, _, text = assignment.partition("=")
-        if key not in value_types:
+        option_key, _, value_text = assignment.partition("=")
+        if option_key not in value_types:
             raise ValueError(
-                f"dataset name: {key!r} in {name!r} is no option. Use key=value with one of the keys"
+                f"dataset name: {option_key!r} in {name!r} is no option. Use key=value with one of the keys"
                 f" {', '.join(value_types)}."
             )
         try:
-            values[key] = value_types[key](text)
+            value_by_key[option_key] = value_types[option_key](value_text)
         except ValueError as error:
             raise ValueError(
-                f"dataset name: the value of {key} in {name!r} must be of the type"
-                f" {value_types[key].__name__}, got {text!r}. Write a number after {key}=."
+                f"dataset name: the value of {option_key} in {name!r} must be of the type"
+                f" {value_types[option_key].__name__}, got {value_text!r}. Write a number after"
+                f" {option_key}=."
             ) from error
-    return PeopleOptions(resolution=int(match[1]), **values)
+    return PeopleOptions(resolution=int(match[1]), **value_by_key)
 
 
 def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -150,26 +150,29 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
     # The poses are computed in float64 and rounded once.
     yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
     poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
-    shape, appearance = np.split(np.stack(latents), [people.SHAPE], axis=1)
-    return shape, appearance, pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
+    shape_coordinates, appearance_coordinates = np.split(np.stack(latents), [people.SHAPE], axis=1)
+    return shape_coordinates, appearance_coordinates, pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
 
 
-def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.ndarray]:
+def _render_group(options: PeopleOptions, group_index: int) -> tuple[list[bytes], np.ndarray]:
     """Render a group of images, in a worker process.
 
-    Args: options: options of the set; group: index of the group of `_GROUP` images. The last group may be
-        smaller.
-    Returns: PNG bytes of each image, and depth offsets [images, R, R] as float16. An offset is the depth
-        minus the camera's radius, which float16 stores with a smaller error than the depth.
+    Args:
+        options: options of the set.
+        group_index: index of the group of `_GROUP` images. The last group may be smaller.
+    Returns: the PNG bytes of each image, and the depth offsets [images, R, R] as float16. An offset is the
+        depth minus the camera's radius, which float16 stores with a smaller error than the depth.
     """
-    shape, appearance, labels = head_parameters(
-        options, range(group * _GROUP, min((group + 1) * _GROUP, options.n))
+    shape_coordinates, appearance_coordinates, camera_labels = head_parameters(
+        options, range(group_index * _GROUP, min((group_index + 1) * _GROUP, options.n))
     )
-    heads = people.heads_from_latents(np.concatenate([shape, appearance], axis=1))
-    poses = labels[:, :16].reshape(-1, 4, 4)
+    intact_heads = people.heads_from_latents(
+        np.concatenate([shape_coordinates, appearance_coordinates], axis=1)
+    )
+    poses = camera_labels[:, :16].reshape(-1, 4, 4)
     renders = [
-        people.render_head(head, pose, FFHQ_FOCAL, options.resolution)
-        for head, pose in zip(heads, poses, strict=True)
+        people.render_head(intact_head, pose, FFHQ_FOCAL, options.resolution)
+        for intact_head, pose in zip(intact_heads, poses, strict=True)
     ]
     images = np.stack([image for image, _ in renders])  # [images, R, R, 3] in 0..1
     depths = np.stack([depth for _, depth in renders])  # [images, R, R]
@@ -197,9 +200,11 @@ def write_heads(
     group_count = math.ceil(options.n / _GROUP)
     processes = min(processes or core_count, _MAX_PROCESSES)
     death_message = "synthetic heads: a worker process was killed. Free memory, and start the command again."
-    groups = in_order(functools.partial(_render_group, options), range(group_count), processes, death_message)
-    shape, appearance, labels = head_parameters(options, range(options.n))
-    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
+    rendered_groups = in_order(
+        functools.partial(_render_group, options), range(group_count), processes, death_message
+    )
+    shape_coordinates, appearance_coordinates, camera_labels = head_parameters(options, range(options.n))
+    image_names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
     depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The names contain the process id, so that two processes can render the same set at the same time.
@@ -211,17 +216,24 @@ def write_heads(
             zipfile.ZipFile(temporary_paths[".zip"], "w", zipfile.ZIP_STORED) as archive,
             tqdm(total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress) as bar,
         ):
-            for group, (images, offsets) in enumerate(groups):
-                group_rows = slice(group * _GROUP, group * _GROUP + len(images))
-                depth[group_rows] = offsets
-                for name, image in zip(names[group_rows], images, strict=True):
+            for group_index, (images, depth_offsets) in enumerate(rendered_groups):
+                group_rows = slice(group_index * _GROUP, group_index * _GROUP + len(images))
+                depth[group_rows] = depth_offsets
+                for image_name, image in zip(image_names[group_rows], images, strict=True):
                     # With a constant date, the same options give the same bytes.
-                    archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), image)
+                    archive.writestr(zipfile.ZipInfo(image_name, ZIP_DATE), image)
                 bar.update(len(images))
-            rows = [[name, label.tolist()] for name, label in zip(names, labels, strict=True)]
-            archive.writestr(zipfile.ZipInfo("dataset.json", ZIP_DATE), json.dumps({"labels": rows}))
+            label_rows = [
+                [image_name, camera_label.tolist()]
+                for image_name, camera_label in zip(image_names, camera_labels, strict=True)
+            ]
+            archive.writestr(zipfile.ZipInfo("dataset.json", ZIP_DATE), json.dumps({"labels": label_rows}))
         np.savez(
-            temporary_paths[".npz"], shape=shape, appearance=appearance, labels=labels, depth_offset=depth
+            temporary_paths[".npz"],
+            shape=shape_coordinates,
+            appearance=appearance_coordinates,
+            labels=camera_labels,
+            depth_offset=depth,
         )
         # The archive is renamed last, because an existing archive has to be complete, with its ground truth.
         os.replace(temporary_paths[".npz"], path.with_suffix(".npz"))
@@ -246,21 +258,21 @@ def resolve_dataset(
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
-    options = parse_name(str(name))
-    path = (
+    people_options = parse_name(str(name))
+    archive_path = (
         Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
-        / f"{options.stem()}.zip"
+        / f"{people_options.stem()}.zip"
     )
     # If one of the two files is missing, both are written again.
-    if not (path.exists() and path.with_suffix(".npz").exists()):
+    if not (archive_path.exists() and archive_path.with_suffix(".npz").exists()):
         try:
-            write_heads(options, path, processes, progress)
+            write_heads(people_options, archive_path, processes, progress)
         except OSError as error:
             raise OSError(
-                f"{path}: the rendered images cannot be written: {error.strerror or error}. Free space, or"
-                " set the environment variable EG3D_RLHF_CACHE to another folder."
+                f"{archive_path}: the rendered images cannot be written: {error.strerror or error}. Free"
+                " space, or set the environment variable EG3D_RLHF_CACHE to another folder."
             ) from error
-    return path
+    return archive_path
 
 
 def load_truth(path: Path) -> HeadsTruth:
@@ -269,14 +281,17 @@ def load_truth(path: Path) -> HeadsTruth:
     Args: path: path of the archive, as `resolve_dataset` returns it.
     Raises: ValueError if there is no .npz file in the same folder.
     """
-    source = Path(path).with_suffix(".npz")
-    if not source.exists():
+    truth_path = Path(path).with_suffix(".npz")
+    if not truth_path.exists():
         raise ValueError(
-            f"load_truth: the file {source} is missing. Only synthetic sets have such a file. Delete the"
+            f"load_truth: the file {truth_path} is missing. Only synthetic sets have such a file. Delete the"
             " archive to render the set again."
         )
-    with np.load(source) as data:
-        depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`
+    with np.load(truth_path) as truth_arrays:
+        depth = truth_arrays["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`
         return HeadsTruth(
-            shape=data["shape"], appearance=data["appearance"], labels=data["labels"], depth=depth
+            shape=truth_arrays["shape"],
+            appearance=truth_arrays["appearance"],
+            labels=truth_arrays["labels"],
+            depth=depth,
         )

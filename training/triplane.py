@@ -48,22 +48,27 @@ class OSGDecoder(torch.nn.Module):
         Args:
             sampled_features: features of the three planes at points, [N, 3, P, C].
             ray_directions: argument of EG3D's signature without effect.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw and rgb is in -0.001..1.001.
+        Returns: a dict with the colour features 'rgb' [N, P, D] in -0.001..1.001, and the raw density 'sigma'
+            [N, P, 1].
         """
         del ray_directions
         return self.decode(sampled_features.mean(dim=1))
 
     def decode(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Decode features [N, P, C] that are averaged over planes. The result is the same as of `forward`."""
-        x = self.net(features)
+        decoder_outputs = self.net(features)
         # As in MipNeRF, the sigmoid is stretched to [-0.001, 1.001], so that 0 and 1 can be reached exactly.
-        return {"rgb": torch.sigmoid(x[..., 1:]) * (1 + 2 * 0.001) - 0.001, "sigma": x[..., :1]}
+        return {
+            "rgb": torch.sigmoid(decoder_outputs[..., 1:]) * (1 + 2 * 0.001) - 0.001,
+            "sigma": decoder_outputs[..., :1],
+        }
 
     def weights(self, dtype: torch.dtype | None = None) -> DecoderWeights:
         """Return the scaled weights of both layers, for `triplane_decode`. Differentiable in the parameters.
 
         Args: dtype: dtype of the weights; None: their own.
-        Returns: w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D].
+        Returns: a tuple of four tensors: the weight [hidden, C] and the bias [hidden] of the first layer, and
+            the weight [1 + D, hidden] and the bias [1 + D] of the last layer.
         """
         # net[1] is the softplus, which has no weights.
         first_layer: typing.Any = self.net[0]
@@ -78,10 +83,12 @@ class OSGDecoder(torch.nn.Module):
     def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the scaled weights that the density depends on. Differentiable in the parameters.
 
-        Returns: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma [].
+        Returns: a tuple of four tensors: the weight [hidden, C] and the bias [hidden] of the first layer, and
+            the weight [hidden] and the bias [] of the density output.
         """
-        weights = self.weights()
-        return weights.w0, weights.b0, weights.w1[0], weights.b1[0]  # output 0 is the density
+        decoder_weights = self.weights()
+        # Output 0 is the density.
+        return decoder_weights.w0, decoder_weights.b0, decoder_weights.w1[0], decoder_weights.b1[0]
 
 
 class TriPlaneGenerator(torch.nn.Module):
@@ -146,38 +153,37 @@ class TriPlaneGenerator(torch.nn.Module):
         self.renderer = ImportanceRenderer(plane_layout)
         self.ray_sampler = RaySampler()
         # For the backbone, an ordinary StyleGAN2 generator, the planes are an image with many channels.
-        size, channels = self._backbone_output()
+        backbone_resolution, backbone_channels = self._backbone_output()
         self.backbone = Generator(
             z_dim,
             c_dim,
             w_dim,
-            img_resolution=size,
-            img_channels=channels,
+            img_resolution=backbone_resolution,
+            img_channels=backbone_channels,
             mapping_kwargs=mapping_kwargs,
             **synthesis_kwargs,
         )
         # Number of features that are accumulated along rays. The first three are the raw image, and all of
         # them are the input of super-resolution.
-        features = decoder_features or plane_channels
+        feature_count = decoder_features or plane_channels
         sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
         self.superresolution = sr_class(
-            channels=features,
+            channels=feature_count,
             img_resolution=img_resolution,
             sr_num_fp16_res=sr_num_fp16_res,
             sr_antialias=self.rendering_kwargs["sr_antialias"],
             w_dim=w_dim,
             **(sr_kwargs or {}),
         )
-        options = {
+        decoder_options = {
             "decoder_lr_mul": 1,  # default for networks whose rendering_kwargs do not contain it
             **self.rendering_kwargs,
-            "decoder_output_dim": features,
+            "decoder_output_dim": feature_count,
             "decoder_hidden_dim": decoder_hidden_dim,
         }
-        self.decoder = self.decoder_class(plane_channels, options)
-        self._last_planes: torch.Tensor | None = (
-            None  # planes that `synthesis` stored with cache_backbone=True
-        )
+        self.decoder = self.decoder_class(plane_channels, decoder_options)
+        # Planes that `synthesis` stored with cache_backbone=True.
+        self._last_planes: torch.Tensor | None = None
 
     def _backbone_output(self) -> tuple[int, int]:
         """Return resolution and number of channels of the backbone's output."""
@@ -280,11 +286,11 @@ class TriPlaneGenerator(torch.nn.Module):
         Returns: the same dict as `synthesis`.
         """
         feature_image, depth_image, opacity = self._march(planes, c, resolution, options)
-        rgb = feature_image[:, :3]  # [N, D, r, r] -> [N, 3, r, r]; the first three features are RGB
+        raw_image = feature_image[:, :3]  # [N, D, r, r] -> [N, 3, r, r]; the first three features are RGB
         image = self.superresolution(
-            rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
+            raw_image, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
         )
-        return {"image": image, "image_raw": rgb, "image_depth": depth_image, "image_opacity": opacity}
+        return {"image": image, "image_raw": raw_image, "image_depth": depth_image, "image_opacity": opacity}
 
     def _march(
         self, planes: torch.Tensor, c: torch.Tensor, resolution: int, options: dict
@@ -302,7 +308,8 @@ class TriPlaneGenerator(torch.nn.Module):
             rendered_tensors = self.renderer(planes.float(), self.decoder, origins, directions, options)
         # [N, r * r, D] -> [N, D, r, r]; rays are in row-major order of pixels.
         return [
-            x.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous() for x in rendered_tensors
+            rendered_tensor.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous()
+            for rendered_tensor in rendered_tensors
         ]
 
     def sample(
@@ -349,14 +356,14 @@ class TriPlaneGenerator(torch.nn.Module):
                 `mapping` truncates ws.
             sigma_only: True: leave out 'rgb', which saves time.
             synthesis_kwargs: further arguments of `SynthesisBlock.forward`, such as noise_mode.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw.
+        Returns: a dict with the colour features 'rgb' [N, P, D] and the raw density 'sigma' [N, P, 1].
         """
         del truncation_psi, truncation_cutoff, update_emas
         # The planes are generated in each call; planes that `synthesis` stored are not used.
         planes = self.planes(ws, **synthesis_kwargs)
-        options = self.rendering_kwargs
+        rendering_options = self.rendering_kwargs
         return self.renderer.run_model(
-            planes, self.decoder, coordinates, directions, options, sigma_only=sigma_only
+            planes, self.decoder, coordinates, directions, rendering_options, sigma_only=sigma_only
         )
 
     def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,8 @@
-"""Shared parts of all commands: options in titled groups, one-line errors with exit code 2, checks
-at start-up.
+"""Shared parts of all commands: options in titled groups, one-line errors, and checks at start-up.
 
 A command is a `GroupedCommand`. Its options come from `option`, or from settings dataclasses by
-`options_from_settings`.
-A rare setting is a setting without a flag: it is set by --set NAME=VALUE or by the JSON file of --settings,
-and only --help-all lists it.
+`options_from_settings`. A rare setting is a setting without a flag: it is set by --set NAME=VALUE or by the
+JSON file of --settings, and only --help-all lists it.
 
 Errors that a user can correct are ValueError or OSError everywhere in the package; `user_errors` turns them
 into one line on stderr. `--help` shows the defaults that the command will use (`HelpValues`).
@@ -64,30 +62,30 @@ class HelpValues:
         self._by_name: dict[str, Any] = {}
         # by id: knobs are not hashable by content, and one knob can belong to several dataclasses
         self._by_knob: dict[int, Any] = {}
-        for values in resolved or ():
-            if isinstance(values, Mapping):
+        for settings_or_mapping in resolved or ():
+            if isinstance(settings_or_mapping, Mapping):
                 # Values that are already there come last and win: the first one given counts.
-                self._by_name = {**values, **self._by_name}
+                self._by_name = {**settings_or_mapping, **self._by_name}
             else:
-                self._add(values)
+                self._add(settings_or_mapping)
 
     def _add(self, settings: Any) -> None:
         """Add the knobs of a settings dataclass, and of the dataclasses in its fields."""
         for field in dataclasses.fields(settings):
-            value = getattr(settings, field.name)
-            if dataclasses.is_dataclass(value):
-                self._add(value)
+            field_value = getattr(settings, field.name)
+            if dataclasses.is_dataclass(field_value):
+                self._add(field_value)
             elif "knob" in field.metadata:
-                self._by_knob.setdefault(id(field.metadata["knob"]), value)
+                self._by_knob.setdefault(id(field.metadata["knob"]), field_value)
 
     def lookup(self, option: "GroupedOption") -> tuple[bool, Any]:
         """Return (True, value) for an option whose value is resolved, else (False, None)."""
         # The name of the parameter may differ from the name of the field; mappings may use either.
-        for name in (option.name, option.field and option.field.name):
-            if name in self._by_name:
-                return True, self._by_name[name]
-        key = id(option.field.metadata["knob"]) if option.field is not None else None
-        return key in self._by_knob, self._by_knob.get(key)  # type: ignore[arg-type]
+        for option_name in (option.name, option.field and option.field.name):
+            if option_name in self._by_name:
+                return True, self._by_name[option_name]
+        knob_id = id(option.field.metadata["knob"]) if option.field is not None else None
+        return knob_id in self._by_knob, self._by_knob.get(knob_id)  # type: ignore[arg-type]
 
 
 VALUES = f"{__name__}.values"  # key of the HelpValues in click's Context.meta while the help is written
@@ -108,8 +106,12 @@ def as_shown(value: object) -> str:
     if isinstance(value, float):
         # The short form, unless it would show another number than the one that is used.
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    text = str(value)
-    return text.removeprefix(f"{ASSETS.parent}/") if text.startswith(str(ASSETS)) else text or '""'
+    value_text = str(value)
+    return (
+        value_text.removeprefix(f"{ASSETS.parent}/")
+        if value_text.startswith(str(ASSETS))
+        else value_text or '""'
+    )
 
 
 class GroupedOption(click.Option):
@@ -135,36 +137,36 @@ class GroupedOption(click.Option):
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Convert a value as click does. A value that was renamed since version 0.1 is an error."""
         # Other click commands have no attribute `job`, and no renamed values.
-        job = getattr(ctx.command, "job", "")
+        command_words = getattr(ctx.command, "job", "")
         if isinstance(value, (str, tuple, list)) and not ctx.resilient_parsing:
             with user_errors():
-                check_value(job, self.opts[0], value)
+                check_value(command_words, self.opts[0], value)
         return super().type_cast_value(ctx, value)
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return click's notes on the option, with the value that this command will use as the default."""
-        extra = super().get_help_extra(ctx)
+        help_notes = super().get_help_extra(ctx)
         # None if the command has no function `resolved`.
         help_values: HelpValues | None = ctx.meta.get(VALUES)
-        is_resolved, value = help_values.lookup(self) if help_values is not None else (False, None)
+        is_resolved, default_value = help_values.lookup(self) if help_values is not None else (False, None)
         # click accepts a text for `show_default`, which it shows in place of a default.
         text_if_unset = self.show_default if isinstance(self.show_default, str) else None
-        # The default of an option of a settings field stands in the field; click's own default is None.
+        # The default of an option of a settings field is stored in the field; click's own default is None.
         if self.field is not None:
-            value = value if is_resolved else self.field.default
+            default_value = default_value if is_resolved else self.field.default
             text_if_unset = self.field.metadata["knob"].shown
         elif not is_resolved and text_if_unset is None or self.is_flag and not self.secondary_opts:
             # Click's own default is correct for an option whose value is not resolved. It shows no default
             # for a flag without an opposite such as --no-NAME, which is correct, too.
-            return extra
-        extra.pop("default", None)
+            return help_notes
+        help_notes.pop("default", None)
         # For an unset value the help shows a text such as "by resolution", which describes the behaviour.
-        is_unset = value is None or value == "" and text_if_unset is not None
-        default_text = text_if_unset if is_unset else as_shown(value)
+        is_unset = default_value is None or default_value == "" and text_if_unset is not None
+        default_text = text_if_unset if is_unset else as_shown(default_value)
         # A default that depends on values that could not be resolved is not shown at all.
         if default_text is not None and not (help_values is not None and help_values.unknown):
-            extra["default"] = default_text
-        return extra
+            help_notes["default"] = default_text
+        return help_notes
 
 
 def _with_dashes(name: str) -> str:
@@ -203,17 +205,18 @@ def check_value(job: str, flag: str, value: str | Sequence[Any]) -> None:
         flag: name of the flag, for the message.
         value: value of the flag, or all its values if it may be given several times.
     """
-    for text in (value,) if isinstance(value, str) else value:
+    for single_value in (value,) if isinstance(value, str) else value:
         # Only texts were renamed.
-        if not isinstance(text, str):
+        if not isinstance(single_value, str):
             continue
-        if (names := renamed.new_value(job, flag, text)) is not None:
-            old_name, new_name = names
+        if (old_and_new_name := renamed.new_value(job, flag, single_value)) is not None:
+            old_name, new_name = old_and_new_name
             raise ValueError(
-                f"{flag}={text}: the value {old_name} was renamed to {new_name}. Write {new_name} instead."
+                f"{flag}={single_value}: the value {old_name} was renamed to {new_name}. Write {new_name}"
+                " instead."
             )
         if flag == "--seeds":
-            renamed.check_seeds(job, text)
+            renamed.check_seeds(job, single_value)
 
 
 class GroupedCommand(click.Command):
@@ -238,13 +241,13 @@ class GroupedCommand(click.Command):
 
     def __init__(self, *args: Any, job: str = "", **kwargs: Any) -> None:
         self.job = job
-        common = {
+        common_settings = {
             "token_normalize_func": _with_dashes,
             "help_option_names": ["-h", "--help"],
             "max_content_width": 140,
         }
         # Settings of a command override the common ones.
-        kwargs["context_settings"] = {**common, **(kwargs.get("context_settings") or {})}
+        kwargs["context_settings"] = {**common_settings, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
         self.rare: dict[str, Any] = {
             option.name: option
@@ -322,18 +325,19 @@ class GroupedCommand(click.Command):
         help_option = self.get_help_option(ctx)
         return ctx.meta[ALL] or help_option is not None and bool(parsed.get(help_option.name))
 
-    def _reject_renamed(self, typed: str) -> None:
+    def _reject_renamed(self, typed_flag: str) -> None:
         """Print the new name of an option that was renamed since version 0.1, and exit with code 2.
 
         Returns normally for any other option.
 
-        Args: typed: the flag as it was typed, or "--set NAME" for a rare setting.
+        Args: typed_flag: the flag as it was typed, or "--set NAME" for a rare setting.
         """
-        own_flags = {name: parameter for parameter in self.params for name in parameter.opts}
-        if (new_flag := renamed.new_flag(self.job, typed, own_flags)) is not None:
+        parameter_by_flag = {flag: parameter for parameter in self.params for flag in parameter.opts}
+        if (new_flag := renamed.new_flag(self.job, typed_flag, parameter_by_flag)) is not None:
             with user_errors():
                 raise ValueError(
-                    f"{typed} is no option of this command; its name is {new_flag}. Write {new_flag} instead."
+                    f"{typed_flag} is no option of this command; its name is {new_flag}. Write {new_flag}"
+                    " instead."
                 )
 
     def _reject_rare(self, error: click.NoSuchOption) -> None:
@@ -343,16 +347,16 @@ class GroupedCommand(click.Command):
         """
         typed_flag = _with_dashes(error.option_name)
         # spelling as a flag -> name of the rare setting
-        rare_names: dict[str, str] = {}
-        for name, setting in self.rare.items():
+        setting_name_by_spelling: dict[str, str] = {}
+        for setting_name, setting in self.rare.items():
             for flag in setting.opts:
-                rare_names[_with_dashes(flag)] = name
+                setting_name_by_spelling[_with_dashes(flag)] = setting_name
         # `possibilities` are click's similar flags: one of them may be the better match. The cutoff 0.8
         # accepts typing errors only. A flag of another mode is no typing error; `ModeCommand` reports it.
         close_matches = difflib.get_close_matches(
-            typed_flag, [*rare_names, *(error.possibilities or ())], n=1, cutoff=0.8
+            typed_flag, [*setting_name_by_spelling, *(error.possibilities or ())], n=1, cutoff=0.8
         )
-        closest_name = rare_names.get(close_matches[0]) if close_matches else None
+        closest_name = setting_name_by_spelling.get(close_matches[0]) if close_matches else None
         if closest_name is None:
             return
         with user_errors():
@@ -390,133 +394,153 @@ class GroupedCommand(click.Command):
         """
         # The function of the command does not accept these two parameters themselves.
         assignments = ctx.params.pop("set_")  # texts NAME=VALUE
-        file = ctx.params.pop("settings")
+        settings_file = ctx.params.pop("settings")
         # All names that --settings may contain: the parameters of the command and the rare settings.
-        options: dict[str, Any] = {
+        option_by_name: dict[str, Any] = {
             parameter.name: parameter for parameter in self.params if parameter.name in ctx.params
         } | self.rare
         # The function of the command expects every rare setting, also those that were not given.
-        ctx.params |= {name: () if option.multiple else option.default for name, option in self.rare.items()}
-        values: dict[str, Any] = {}
-        if file is not None:
+        ctx.params |= {
+            setting_name: () if option.multiple else option.default
+            for setting_name, option in self.rare.items()
+        }
+        value_by_name: dict[str, Any] = {}
+        if settings_file is not None:
             try:
-                values = json.loads(file.read_text())
+                value_by_name = json.loads(settings_file.read_text())
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"--settings: {file} cannot be read as JSON: {error}. Name a JSON file, for example the"
-                    " output of --dry-run."
+                    f"--settings: {settings_file} cannot be read as JSON: {error}. Name a JSON file, for"
+                    " example the output of --dry-run."
                 ) from None
             # The file may hold a list or a number, which is valid JSON.
-            if not isinstance(values, dict):
+            if not isinstance(value_by_name, dict):
                 raise ValueError(
-                    f"--settings: expected a JSON object that maps names to values in {file}, got a"
-                    f" {type(values).__name__}. Name a file in the form that --dry-run prints."
+                    f"--settings: expected a JSON object that maps names to values in {settings_file}, got a"
+                    f" {type(value_by_name).__name__}. Name a file in the form that --dry-run prints."
                 )
             # Flags on the command line take precedence.
             names_on_command_line = {
-                name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
+                setting_name
+                for setting_name in value_by_name
+                if ctx.get_parameter_source(setting_name) == ParameterSource.COMMANDLINE
             }
             # --dry-run prints null for a setting that is not set, so null is skipped.
-            values = {
-                name: value
-                for name, value in values.items()
-                if value is not None and name not in names_on_command_line
+            value_by_name = {
+                setting_name: setting_value
+                for setting_name, setting_value in value_by_name.items()
+                if setting_value is not None and setting_name not in names_on_command_line
             }
         # --set comes after the file and replaces its values.
-        for text in assignments:
-            name, equals_sign, value = text.partition("=")
+        for assignment in assignments:
+            setting_name, equals_sign, setting_value = assignment.partition("=")
             if not equals_sign:
-                raise ValueError(f"--set: expected NAME=VALUE, got {text!r}. Write --set {name}=VALUE.")
+                raise ValueError(
+                    f"--set: expected NAME=VALUE, got {assignment!r}. Write --set {setting_name}=VALUE."
+                )
             # Users may write the name in the form of a flag.
-            name = name.lstrip("-").replace("-", "_")
+            setting_name = setting_name.lstrip("-").replace("-", "_")
             # A setting that may be repeated collects its values.
-            is_repeatable = name in options and getattr(options[name], "multiple", False)
-            values[name] = [*values.get(name, ()), value] if is_repeatable else value
-        for name, value in values.items():
-            if name not in options:
-                self._reject_renamed(f"--set {name}")
-                close_matches = difflib.get_close_matches(name, options, n=1)
+            is_repeatable = setting_name in option_by_name and getattr(
+                option_by_name[setting_name], "multiple", False
+            )
+            value_by_name[setting_name] = (
+                [*value_by_name.get(setting_name, ()), setting_value] if is_repeatable else setting_value
+            )
+        for setting_name, setting_value in value_by_name.items():
+            if setting_name not in option_by_name:
+                self._reject_renamed(f"--set {setting_name}")
+                close_matches = difflib.get_close_matches(setting_name, option_by_name, n=1)
                 suggestion = f"Did you mean {close_matches[0]}? " if close_matches else ""
                 raise ValueError(
-                    f"--set, --settings: {name!r} is no setting of this command. {suggestion}Use one of the"
-                    " names that --dry-run prints."
+                    f"--set, --settings: {setting_name!r} is no setting of this command. {suggestion}Use one"
+                    " of the names that --dry-run prints."
                 )
-            if isinstance(value, str):
+            if isinstance(setting_value, str):
                 check_value(
-                    self.job, f"--set {name}" if name in self.rare else f"--{_with_dashes(name)}", value
+                    self.job,
+                    f"--set {setting_name}"
+                    if setting_name in self.rare
+                    else f"--{_with_dashes(setting_name)}",
+                    setting_value,
                 )
             # Options such as --crop take several values.
-            nargs = getattr(options[name], "nargs", 1)
+            value_count = getattr(option_by_name[setting_name], "nargs", 1)
             # --set gives them as one text: --set NAME="a b"
-            value = value.split() if nargs > 1 and isinstance(value, str) else value
-            is_list = isinstance(value, list)
-            if nargs > 1 and (not is_list or len(value) != nargs):
+            setting_value = (
+                setting_value.split() if value_count > 1 and isinstance(setting_value, str) else setting_value
+            )
+            is_list = isinstance(setting_value, list)
+            if value_count > 1 and (not is_list or len(setting_value) != value_count):
                 raise ValueError(
-                    f"{name}: expected {nargs} values, got {value}. Separate the values by spaces in --set,"
-                    " or write a list in the file of --settings."
+                    f"{setting_name}: expected {value_count} values, got {setting_value}. Separate the values"
+                    " by spaces in --set, or write a list in the file of --settings."
                 )
             try:
                 # str(): values from JSON are already numbers, and click's types convert from text.
                 # Each value is converted and checked as if it had come from a flag.
                 converted_values = [
-                    options[name].type.convert(str(single_value), options[name], ctx)
-                    for single_value in (value if is_list else [value])
+                    option_by_name[setting_name].type.convert(
+                        str(single_value), option_by_name[setting_name], ctx
+                    )
+                    for single_value in (setting_value if is_list else [setting_value])
                 ]
             except click.BadParameter as error:
                 raise ValueError(
-                    f"{name}: {error.message.rstrip('.')}. --help-all lists the allowed values."
+                    f"{setting_name}: {error.message.rstrip('.')}. --help-all lists the allowed values."
                 ) from None
-            has_several = is_list or options[name].multiple
-            ctx.params[name] = tuple(converted_values) if has_several else converted_values[0]
+            has_several_values = is_list or option_by_name[setting_name].multiple
+            ctx.params[setting_name] = tuple(converted_values) if has_several_values else converted_values[0]
             # `ModeCommand` and other callers distinguish given values from defaults by their source.
-            ctx.set_parameter_source(name, ParameterSource.COMMANDLINE)
+            ctx.set_parameter_source(setting_name, ParameterSource.COMMANDLINE)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options by group, and the rare settings if --help-all was given."""
-        reason = self.prepare_help(ctx)
-        groups: dict[str, list[tuple[str, str]]] = {}
+        reason_of_missing_defaults = self.prepare_help(ctx)
+        records_by_group: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
+            help_record = parameter.get_help_record(ctx)
+            if help_record is not None:
                 # Groups in the order of their first option.
-                groups.setdefault(getattr(parameter, "group", "General"), []).append(record)
+                records_by_group.setdefault(getattr(parameter, "group", "General"), []).append(help_record)
         if self.rare and ctx.meta.get(ALL):
-            groups[RARE] += self.rare_records(ctx)
-        for title, records in groups.items():
+            records_by_group[RARE] += self.rare_records(ctx)
+        for title, help_records in records_by_group.items():
             with formatter.section(title):
-                formatter.write_dl(records)
-        if reason is not None:
+                formatter.write_dl(help_records)
+        if reason_of_missing_defaults is not None:
             formatter.write_paragraph()
             formatter.write_text(
-                f"Some defaults are not shown, because they could not be determined: {reason}"
+                "Some defaults are not shown, because they could not be determined:"
+                f" {reason_of_missing_defaults}"
             )
 
     def rare_records(self, ctx: click.Context) -> list[tuple[str, str]]:
         """Return ("NAME=VALUE", help text) for each rare setting, in the order of their declaration."""
-        records = []
-        for name, setting in self.rare.items():
+        help_records = []
+        for setting_name, setting in self.rare.items():
             metavar = "BOOL" if setting.is_flag else setting.make_metavar(ctx)
             # A help record is (names of the option, help text); the names would show a flag.
-            records.append((f"{name}={metavar}", setting.get_help_record(ctx)[1]))
-        return records
+            help_records.append((f"{setting_name}={metavar}", setting.get_help_record(ctx)[1]))
+        return help_records
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Print a user's error in one line and exit with code 2."""
         with user_errors(self._as_typed):
             return super().invoke(ctx)
 
-    def _as_typed(self, text: str) -> str:
+    def _as_typed(self, message: str) -> str:
         """Replace flags of rare settings in a message by --set NAME.
 
         Messages in the whole package name each setting by its flag, but rare settings have none.
         """
-        for name, setting in self.rare.items():
+        for setting_name, setting in self.rare.items():
             for flag in setting.opts:
                 # First flags with a value (--flag=3 -> --set flag=3), then flags without one. The lookarounds
                 # exclude a longer flag that contains this one, such as --flag-size.
-                text = re.sub(rf"(?<![\w-]){flag}(?==\S)", f"--set {name}", text)
-                text = re.sub(rf"(?<![\w-]){flag}(?![\w-])", f"--set {name}=VALUE", text)
-        return text
+                message = re.sub(rf"(?<![\w-]){flag}(?==\S)", f"--set {setting_name}", message)
+                message = re.sub(rf"(?<![\w-]){flag}(?![\w-])", f"--set {setting_name}=VALUE", message)
+        return message
 
 
 class GroupedGroup(GroupedCommand, click.Group):
@@ -561,10 +585,10 @@ def user_errors(edit_message: Callable[[str], str] = str) -> Iterator[None]:
         if package not in EXTRAS:
             # All optional packages are in EXTRAS. An import that fails otherwise is a bug of ours.
             raise
-        extra = EXTRAS[package]
+        extra_name = EXTRAS[package]
         click.echo(
             f"Error: this command needs {package}, which is not installed. Run pip install"
-            f" 'eg3d-rlhf[{extra}]'.",
+            f" 'eg3d-rlhf[{extra_name}]'.",
             err=True,
         )
         sys.exit(2)
@@ -602,57 +626,57 @@ def _is_output_closed() -> bool:
     return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
-def parse_names(flag: str, text: str, allowed_names: Iterable[str]) -> list[str]:
+def parse_names(flag: str, flag_value: str, allowed_names: Iterable[str]) -> list[str]:
     """Parse a comma-separated list of names. Return the names in the order of `allowed_names`.
 
     Args:
         flag: name of the flag, for the message.
-        text: value of the flag.
+        flag_value: value of the flag.
         allowed_names: allowed names.
     Raises: ValueError for an unknown name and for an empty list.
     """
     # The argument may be an iterator, and it is used twice.
     allowed_names = list(allowed_names)
-    requested = {name.strip() for name in text.split(",") if name.strip()}
-    if not requested or requested - set(allowed_names):
+    requested_names = {allowed_name.strip() for allowed_name in flag_value.split(",") if allowed_name.strip()}
+    if not requested_names or requested_names - set(allowed_names):
         raise ValueError(
-            f"{flag}: expected one or more of {', '.join(allowed_names)}, separated by commas, got {text!r}."
-            f" Use only these names."
+            f"{flag}: expected one or more of {', '.join(allowed_names)}, separated by commas, got"
+            f" {flag_value!r}. Use only these names."
         )
-    return [name for name in allowed_names if name in requested]
+    return [allowed_name for allowed_name in allowed_names if allowed_name in requested_names]
 
 
-def parse_numbers(flag: str, text: str, kind: type[float] = float) -> list[Any]:
+def parse_numbers(flag: str, flag_value: str, number_type: type[float] = float) -> list[Any]:
     """Parse comma-separated numbers. Empty text gives an empty list.
 
     Args:
         flag: name of the flag, for the message.
-        text: value of the flag.
-        kind: type of the numbers, float or int.
+        flag_value: value of the flag.
+        number_type: type of the numbers, float or int.
     Raises: ValueError that names the flag if a part is no number of this type.
     """
     try:
-        return [kind(number_text) for number_text in text.split(",") if number_text.strip()]
+        return [number_type(number_text) for number_text in flag_value.split(",") if number_text.strip()]
     except ValueError:
         raise ValueError(
-            f"{flag}: expected {'integers' if kind is int else 'numbers'} separated by commas, got {text!r}."
-            " Write them in the form 0,1,10."
+            f"{flag}: expected {'integers' if number_type is int else 'numbers'} separated by commas, got"
+            f" {flag_value!r}. Write them in the form 0,1,10."
         ) from None
 
 
-def seeds_of(flag: str, text: str) -> tuple[int, ...]:
+def seeds_of(flag: str, flag_value: str) -> tuple[int, ...]:
     """Parse a comma-separated list of training seeds. A repeated seed is returned only once.
 
     Args:
         flag: name of the flag, for the message.
-        text: value of the flag.
+        flag_value: value of the flag.
     Raises: ValueError that names the flag, for an empty list and for a negative seed.
     """
-    seeds = tuple(dict.fromkeys(parse_numbers(flag, text, int)))
+    seeds = tuple(dict.fromkeys(parse_numbers(flag, flag_value, int)))
     if not seeds or min(seeds) < 0:
         raise ValueError(
-            f"{flag}: expected at least one training seed, none of them negative, got {text!r}. Write the"
-            " seeds in the form 0,1,2."
+            f"{flag}: expected at least one training seed, none of them negative, got {flag_value!r}. Write"
+            " the seeds in the form 0,1,2."
         )
     return seeds
 
@@ -666,17 +690,17 @@ def prefix_errors(flag: str) -> Iterator[None]:
         raise ValueError(f"{flag}: {str(error).strip()}") from error
 
 
-def option(*names: str, group: str = "General", rare: bool = False, **kwargs: Any) -> Decorator:
+def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs: Any) -> Decorator:
     """Return a decorator that adds an option to a command. Other arguments are those of `click.option`.
 
     Args:
-        names: spellings of the option and name of the parameter, as for `click.option`.
+        spellings: spellings of the option and name of the parameter, as for `click.option`.
         group: title of the group under which `--help` lists the option.
         rare: True for a setting without a flag, which only --help-all lists (see `GroupedCommand`).
     """
     kwargs.setdefault("show_default", True)
     if not rare:
-        return click.option(*names, cls=GroupedOption, group=group, **kwargs)
+        return click.option(*spellings, cls=GroupedOption, group=group, **kwargs)
 
     def decorate(command: Command, /) -> Command:
         # Functions and commands accept new attributes, but their types declare none.
@@ -684,7 +708,7 @@ def option(*names: str, group: str = "General", rare: bool = False, **kwargs: An
         # The default None marks a setting that was not given.
         untyped_command.rare = [
             *getattr(command, "rare", ()),
-            GroupedOption(names, group=group, **{"default": None, **kwargs}),
+            GroupedOption(spellings, group=group, **{"default": None, **kwargs}),
         ]
         return command
 
@@ -716,13 +740,13 @@ def combine_decorators(*decorators: Decorator) -> Decorator:
     return decorate
 
 
-def mark_rare(names: Sequence[str], decorator: Decorator) -> Decorator:
+def mark_rare(parameter_names: Sequence[str], decorator: Decorator) -> Decorator:
     """Return a decorator that acts as `decorator`, but turns some of its options into rare settings.
 
     Rare settings have no flag, see `GroupedCommand`.
 
     Args:
-        names: names of the parameters that become rare settings.
+        parameter_names: names of the parameters that become rare settings.
         decorator: decorator that adds options.
     """
 
@@ -730,50 +754,56 @@ def mark_rare(names: Sequence[str], decorator: Decorator) -> Decorator:
         command = decorator(command)
         untyped_command: Any = command
         # click collects the options of a function in this attribute until the command is created.
-        params = untyped_command.__click_params__
-        untyped_command.__click_params__ = [parameter for parameter in params if parameter.name not in names]
+        parameters = untyped_command.__click_params__
+        untyped_command.__click_params__ = [
+            parameter for parameter in parameters if parameter.name not in parameter_names
+        ]
         untyped_command.rare = [
             *getattr(untyped_command, "rare", ()),
-            *(parameter for parameter in params if parameter.name in names),
+            *(parameter for parameter in parameters if parameter.name in parameter_names),
         ]
         return command
 
     return decorate
 
 
-def options_from_settings(*kinds: type) -> Decorator:
+def options_from_settings(*settings_classes: type) -> Decorator:
     """Return a decorator that adds one option for every knob of settings dataclasses.
 
     A knob (`training.config.Knob`) in the metadata of a field describes its option. A knob that several
     dataclasses share gives one option. The default of each option is None, so that a preset can decide where
     the option is not given. Knobs with `rare` become rare settings of `GroupedCommand`.
 
-    Args: kinds: settings dataclasses.
+    Args: settings_classes: settings dataclasses.
     """
-    decorators: dict[str, Any] = {}
-    knobs = [row for kind in kinds for row in knobs_of(kind)]
-    for field, hint, knob in knobs:
-        name = knob.name or field.name
+    decorator_by_name: dict[str, Any] = {}
+    field_knobs = [
+        field_knob for settings_class in settings_classes for field_knob in knobs_of(settings_class)
+    ]
+    for settings_field, value_type, knob in field_knobs:
+        parameter_name = knob.name or settings_field.name
         # `flag` is False for a field that presets or the common flags of a mode set.
-        if not knob.flag or name in decorators:
+        if not knob.flag or parameter_name in decorator_by_name:
             continue
-        names = (f"--{_with_dashes(name)}", *knob.flags, name)
-        option_type: click.ParamType[Any] | type = click.Path(path_type=Path) if hint is Path else hint
+        spellings = (f"--{_with_dashes(parameter_name)}", *knob.flags, parameter_name)
+        option_type: click.ParamType[Any] | type = (
+            click.Path(path_type=Path) if value_type is Path else value_type
+        )
         # `above` and `below` are exclusive bounds, `low` and `high` are inclusive. A knob has only one of the
         # two at each end.
-        low = knob.low if knob.above is None else knob.above
-        high = knob.high if knob.below is None else knob.below
+        lower_bound = knob.low if knob.above is None else knob.above
+        upper_bound = knob.high if knob.below is None else knob.below
         # Choices take precedence over the type of the field.
         if knob.choices is not None:
             option_type = click.Choice(knob.choices)
-        elif hint in (int, float) and (low, high) != (None, None):
-            range_type: Any = click.IntRange if hint is int else click.FloatRange
+        elif value_type in (int, float) and (lower_bound, upper_bound) != (None, None):
+            range_type: Any = click.IntRange if value_type is int else click.FloatRange
             option_type = range_type(
-                low, high, min_open=knob.above is not None, max_open=knob.below is not None
+                lower_bound, upper_bound, min_open=knob.above is not None, max_open=knob.below is not None
             )
-        metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
-        decorators[name] = option(
-            *names,
+        metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(value_type))
+        decorator_by_name[parameter_name] = option(
+            *spellings,
             group=knob.group,
             rare=knob.rare,
             metavar=metavar,
@@ -782,44 +812,44 @@ def options_from_settings(*kinds: type) -> Decorator:
             # `GroupedOption` shows the value that the command resolves to; click would show None.
             show_default=False,
             help=knob.help,
-            field=field,
+            field=settings_field,
         )
-    return combine_decorators(*decorators.values())
+    return combine_decorators(*decorator_by_name.values())
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(cell_rows: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as text with aligned columns, one line per row."""
     # Widest cell of each column.
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*cell_rows, strict=True)]
     return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(cell_row, widths, strict=True)).rstrip()
+        for cell_row in cell_rows
     )
 
 
-def choose_device(name: str) -> "torch.device":
+def choose_device(device_name: str) -> "torch.device":
     """Return the torch device of --device. 'auto' selects CUDA if it is available, else the CPU.
 
     For CUDA, TF32 is switched off in this process, as EG3D's training does. PyTorch computes convolutions in
     TF32 by default, which has 10 bits of mantissa: on an H100 scores of shapes differed by 1e-3 and gradients
     by 1e-2. `chosen_precision` switches it on again for flows that ask for it.
 
-    Args: name: 'auto', 'cpu' or 'cuda'.
+    Args: device_name: 'auto', 'cpu' or 'cuda'.
     Raises: ValueError if CUDA is requested but not available.
     """
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
+    if device_name == "auto":
+        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_name == "cuda" and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    elif name == "cuda":
+    elif device_name == "cuda":
         raise ValueError(
             "--device: cuda was requested, but PyTorch finds no CUDA device. Use --device=cpu or"
             " --device=auto."
         )
-    return torch.device(name)
+    return torch.device(device_name)
 
 
 def versions() -> dict[str, str]:

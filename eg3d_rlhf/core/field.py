@@ -64,9 +64,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class CameraFamily:
-    """Cameras of a generator, which stand on a sphere about the world's origin and look at one common
-    point.
-    """
+    """Cameras of a generator, which lie on a sphere about the world's origin and look at one point."""
 
     radius: float = camera_model.FFHQ_RADIUS  # distance from the origin, world units
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the point that all cameras look at, world units
@@ -118,12 +116,12 @@ class RenderOptions:
                 f"RenderOptions: expected sample_mult > 0, got sample_mult={self.sample_mult}. Pass 1 to keep"
                 f" the generator's number of samples."
             )
-        for name in ("resolution", "samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+        for option_name in ("resolution", "samples"):
+            option_value = getattr(self, option_name)
+            if option_value is not None and option_value < 1:
                 raise ValueError(
-                    f"RenderOptions: expected {name} >= 1, got {name}={value}. Pass None to use the"
-                    f" generator's value."
+                    f"RenderOptions: expected {option_name} >= 1, got {option_name}={option_value}. Pass None"
+                    " to use the generator's value."
                 )
 
 
@@ -210,13 +208,12 @@ class Field(Protocol):
 
 @runtime_checkable
 class ProductField(Field, Protocol):
-    """A field that evaluates its density faster on a grid of x, y and z than at the same points one by
-    one.
-    """
+    """A field that evaluates its density faster on a grid of x, y and z than point by point."""
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Return the raw density [N, X, Y, Z] at all combinations of world coordinates x [X], y [Y], z
-        [Z].
+        """Return the raw density [N, X, Y, Z] at all combinations of world coordinates.
+
+        Args: x: coordinates [X]; y: coordinates [Y]; z: coordinates [Z].
         """
 
 
@@ -228,9 +225,8 @@ class DecodedField(Protocol):
         """Return raw density [N, P] and colour [N, P, 3] in 0..1 at points [N, P, 3] inside the bounds."""
 
 
-_SAMPLES_AT_ONCE = (
-    1 << 20
-)  # largest number of samples in one call of the decoder; bounds the memory of `march`
+# Largest number of samples in one call of the decoder, which bounds the memory of `march`.
+_SAMPLES_AT_ONCE = 1 << 20
 
 
 def march(
@@ -246,7 +242,7 @@ def march(
     the field.
 
     Args:
-        field: N shapes.
+        field: shapes to render, [N].
         cameras: camera labels, [N, 25], or [1, 25] for one camera that all shapes share.
         options: settings of the render.
         resolution: pixels per edge if `options.resolution` is None.
@@ -254,10 +250,10 @@ def march(
     """
     cam2world, intrinsics = camera_model.unpack_label(cameras.expand(len(field), -1))
     # A field has no super-resolution, so the final image has the rendered resolution: R = r.
-    r = options.resolution or resolution
+    rendered_resolution = options.resolution or resolution
     # The marcher integrates over the intervals between samples, so it needs at least two samples.
     samples = max(2, round((options.samples or samples) * options.sample_mult))
-    origins, directions = camera_model.RaySampler()(cam2world, intrinsics, r)  # [N, M, 3]
+    origins, directions = camera_model.RaySampler()(cam2world, intrinsics, rendered_resolution)  # [N, M, 3]
     # [N, M, 1] each. `ray_limits_box` takes a cube about the origin, so the rays are shifted first.
     near, far = camera_model.ray_limits_box(
         origins - origins.new_tensor(field.bounds.centre), directions, field.bounds.side
@@ -275,13 +271,13 @@ def march(
     # `chunk_results` holds (colour, depth, opacity) of each chunk. zip(*...) groups the chunks of each of the
     # three. [N, M, C] -> [N, C, M] -> [N, C, r, r] for colour (C = 3), depth and opacity (C = 1)
     rgb, depth, opacity = (
-        torch.cat(tensors, dim=1).transpose(1, 2).unflatten(2, (r, r))
+        torch.cat(tensors, dim=1).transpose(1, 2).unflatten(2, (rendered_resolution, rendered_resolution))
         for tensors in zip(*chunk_results, strict=True)
     )
     # [N, 1, r, r]. `ray_limits_box` returns near >= far for a ray that misses the cube.
-    hit = (far > near).transpose(1, 2).unflatten(2, (r, r))
+    is_hit = (far > near).transpose(1, 2).unflatten(2, (rendered_resolution, rendered_resolution))
     # A ray that misses gets the farthest depth, the same value that MipRayMarcher2 gives an empty ray.
-    depth = torch.where(hit, depth, far.amax())
+    depth = torch.where(is_hit, depth, far.amax())
     # The marcher returns colour in 0..1; images of EG3D are in -1..1.
     image = rgb * 2 - 1
     return Rendering(image, image, depth, opacity)
@@ -293,8 +289,9 @@ def _march_rays(
     """March along rays. Return their colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1].
 
     Args:
-        field: N shapes.
-        rays: [N, M, 8]: origin (3), direction (3), near limit and far limit, in world units.
+        field: shapes to render, [N].
+        rays: rays [N, M, 8]. The entries of a ray are its origin (3), its direction (3), its near limit and
+            its far limit, in world units.
         samples: number of samples on each ray.
     """
     origins = rays[..., :3]  # [N, M, 3]
@@ -303,20 +300,22 @@ def _march_rays(
     far = rays[..., 7:]  # [N, M, 1]
     depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
     # Positions of all samples of a shape, on one axis, as `Field.density` expects them.
-    points = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
+    sample_positions = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
     # A field that can decode density and colour together saves one pass of its decoder.
     raw, colour = (
-        field.decode(points)
+        field.decode(sample_positions)
         if isinstance(field, DecodedField)
-        else (field.density(points), field.colour(points))
+        else (field.density(sample_positions), field.colour(sample_positions))
     )
     # [N, M, S]. The samples of a ray that misses the bounds count as empty space.
     raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)
     # `symmetric` would mirror the density at the plane x = 0; a field is used as it is. The empty dict holds
     # rendering options, of which this call needs none.
     marcher = MipRayMarcher2(symmetric=False)
-    rgb, depth, weights = marcher(colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {})
-    return rgb, depth, weights.sum(dim=2)
+    rgb, depth, interval_weights = marcher(
+        colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {}
+    )
+    return rgb, depth, interval_weights.sum(dim=2)
 
 
 @contextlib.contextmanager
@@ -345,7 +344,7 @@ def render_each(
     The state of torch's random generator is restored. Not differentiable.
 
     Args:
-        field: N shapes.
+        field: shapes to render, [N].
         cameras: camera labels, each [N, 25] or [1, 25].
         options: settings of the renders.
         seed: seed of the random numbers.

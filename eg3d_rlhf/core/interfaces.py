@@ -115,12 +115,16 @@ class Patches(NamedTuple):
 
 @runtime_checkable
 class MeshReward(Protocol):
-    """A reward that scores meshes. Its scores are differentiable in the features and centres of the
-    patches.
+    """A reward that scores meshes.
+
+    Its scores are differentiable in the features and centres of the patches.
     """
 
     def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
-        """Return the scores [A] of A meshes. `prompts` holds one text for each mesh."""
+        """Return the scores [A] of meshes, one for each asset.
+
+        Args: patches: patches of the meshes; prompts: one text for each mesh.
+        """
 
 
 @dataclass
@@ -204,12 +208,12 @@ def check_images(images: torch.Tensor, who: str) -> None:
             " with three colour channels."
         )
     # `aminmax` needs one pass over the tensor. Detached, because checks must not enter the graph.
-    low, high = (float(extreme) for extreme in images.detach().aminmax())
+    lowest_value, highest_value = (float(extreme) for extreme in images.detach().aminmax())
     # A comparison with NaN is False, so NaN is rejected too
-    if not (low >= -SLACK and high <= 1 + SLACK):
+    if not (lowest_value >= -SLACK and highest_value <= 1 + SLACK):
         raise ValueError(
-            f"{who}: expected images within 0..1, got {low:.3g}..{high:.3g}. Scale images of 0..255 or -1..1"
-            " to 0..1."
+            f"{who}: expected images within 0..1, got {lowest_value:.3g}..{highest_value:.3g}. Scale images"
+            " of 0..255 or -1..1 to 0..1."
         )
 
 
@@ -269,7 +273,7 @@ class CheckedPrior:
         """Predict the noise [B, C, H, W] in noisy latents. See `DiffusionPrior.predict_noise`."""
         check_views(len(x_t), self.views)
         # With unequal numbers a prior would broadcast without an error, or fail far from the cause.
-        counts = {
+        count_by_input = {
             "times": len(t),
             "prompts": len(cond),
             "cameras": len(x_t) if cameras is None else len(cameras),
@@ -279,8 +283,8 @@ class CheckedPrior:
                 f"--prior: expected latents of shape [B, {', '.join(map(str, self.latent_shape))}], got"
                 f" {list(x_t.shape)}. Encode images with this prior."
             )
-        if set(counts.values()) != {len(x_t)}:
-            given_counts = ", ".join(f"{count} {name}" for name, count in counts.items())
+        if set(count_by_input.values()) != {len(x_t)}:
+            given_counts = ", ".join(f"{count} {input_name}" for input_name, count in count_by_input.items())
             raise ValueError(
                 f"--prior: expected one time, prompt and camera for each of {len(x_t)} latents, got"
                 f" {given_counts}. Pass as many of each as latents."

@@ -44,7 +44,7 @@ class MemoryTrace(TorchDispatchMode):
         # Not through super(): mypy would not recognise the untyped constructor of torch.
         TorchDispatchMode.__init__(self)
         self.current_bytes = 0  # bytes of all storages that exist
-        # Largest value of `now` since the last call of `mark`, bytes
+        # Largest value of `current_bytes` since the last call of `mark`
         self.peak = 0
         # Number of multiplications and additions since the last call of `mark`
         self.flops = 0
@@ -87,8 +87,8 @@ class MemoryTrace(TorchDispatchMode):
             bytes_before = self.current_bytes
             # The variable keeps the result alive until `run` has returned, so that it is counted. Deleting it
             # frees its memory for the next measurement.
-            result = run()
-            del result
+            run_result = run()
+            del run_result
         return self.peak - bytes_before
 
     def __torch_dispatch__(
@@ -100,15 +100,18 @@ class MemoryTrace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         # tree_leaves also finds tensors inside lists and dicts.
-        input_tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        input_tensors = [
+            candidate for candidate in tree_leaves((args, kwargs)) if isinstance(candidate, torch.Tensor)
+        ]
         # The operator creates a tensor on the meta device, which occupies no memory and is not counted.
         if not input_tensors and torch.device(kwargs.get("device") or "cpu").type == "meta":
             return self._execute(func, args, kwargs)
         # All input tensors have values (integers): execute the operator on them.
         if input_tensors and not any(
-            isinstance(x, FakeTensor) or x.device.type == "meta" for x in input_tensors
+            isinstance(candidate, FakeTensor) or candidate.device.type == "meta"
+            for candidate in input_tensors
         ):
-            result = self._execute(func, args, kwargs)
+            operator_result = self._execute(func, args, kwargs)
         elif func is aten._local_scalar_dense.default:
             # This operator is `.item()`, and a fake tensor has no value to return. With 1, loops over ranges
             # and divisions remain valid.
@@ -119,15 +122,16 @@ class MemoryTrace(TorchDispatchMode):
                 # selected rows.
                 args = (args[0], self._indices_from_masks(args[1]), *args[2:])
             # The fake mode computes shapes and dtypes only.
-            result = func(*args, **kwargs)
+            operator_result = func(*args, **kwargs)
             integer_tensors = [
-                x
-                for x in tree_leaves(result)
-                if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex())
+                candidate
+                for candidate in tree_leaves(operator_result)
+                if isinstance(candidate, torch.Tensor)
+                and not (candidate.is_floating_point() or candidate.is_complex())
             ]
             # A new integer tensor, e.g. of torch.arange: compute it.
             if integer_tensors and not input_tensors:
-                result = self._execute(func, args, kwargs)
+                operator_result = self._execute(func, args, kwargs)
             elif integer_tensors:
                 # The integers depend on fake values. Those of topk are indices along its dimension, which is
                 # its third argument, -1 by default. For every other operator, 0 is a valid index.
@@ -136,20 +140,20 @@ class MemoryTrace(TorchDispatchMode):
                     dimension = args[2] if len(args) > 2 else -1
                     upper_bound = args[0].shape[dimension]
                 # Compared by identity: `in` would compare elements of tensors.
-                result = tree_map(
+                operator_result = tree_map(
                     lambda leaf: (
                         self._spread(leaf, upper_bound)
                         if any(leaf is tensor for tensor in integer_tensors)
                         else leaf
                     ),
-                    result,
+                    operator_result,
                 )
-        self.flops += flops_of(func.overloadpacket, args, kwargs, result)
+        self.flops += flops_of(func.overloadpacket, args, kwargs, operator_result)
         # Tensors on the meta device have no memory.
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.device.type != "meta":
-                self._count(x)
-        return result
+        for candidate in tree_leaves(operator_result):
+            if isinstance(candidate, torch.Tensor) and candidate.device.type != "meta":
+                self._count(candidate)
+        return operator_result
 
     @staticmethod
     def _execute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,44 +164,46 @@ class MemoryTrace(TorchDispatchMode):
     def _indices_from_masks(self, indices: Any) -> list[Any]:
         """Replace each boolean mask in a list of indices by the integer indices of its True elements."""
         integer_indices: list[Any] = []
-        for index in indices:
-            if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+        for index_tensor in indices:
+            if isinstance(index_tensor, torch.Tensor) and index_tensor.dtype == torch.bool:
                 # A mask of several dimensions gives one index tensor for each dimension.
-                integer_indices += self._execute(lambda mask: [*mask.nonzero(as_tuple=True)], (index,), {})
+                integer_indices += self._execute(
+                    lambda mask: [*mask.nonzero(as_tuple=True)], (index_tensor,), {}
+                )
             else:
-                integer_indices.append(index)
+                integer_indices.append(index_tensor)
         return integer_indices
 
     @staticmethod
-    def _spread(x: torch.Tensor, upper_bound: int) -> torch.Tensor:
+    def _spread(replaced_tensor: torch.Tensor, upper_bound: int) -> torch.Tensor:
         """Return a tensor of valid integers that replaces integers which depend on fake values.
 
         Args:
-            x: integer or boolean tensor, of which only the shape and the dtype are used.
+            replaced_tensor: integer or boolean tensor, of which only the shape and the dtype are used.
             upper_bound: number of valid values, >= 1.
         Returns: the values 0, 1, ..., upper_bound - 1, repeated in this order; True for a boolean tensor.
         """
         with unset_fake_temporarily():
             return (
-                torch.ones(x.shape, dtype=x.dtype)
-                if x.dtype == torch.bool
-                else torch.arange(x.numel()).view(x.shape) % upper_bound
+                torch.ones(replaced_tensor.shape, dtype=replaced_tensor.dtype)
+                if replaced_tensor.dtype == torch.bool
+                else torch.arange(replaced_tensor.numel()).view(replaced_tensor.shape) % upper_bound
             )
 
-    def _count(self, x: torch.Tensor) -> None:
+    def _count(self, tensor: torch.Tensor) -> None:
         """Add the size of a tensor's storage to the count until the storage is freed."""
-        storage = x.untyped_storage()
+        storage = tensor.untyped_storage()
         # Views share a storage, which is counted once.
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.current_bytes += self._sizes[key]
+        storage_address = storage._cdata
+        if storage_address not in self._sizes:
+            self._sizes[storage_address] = storage.nbytes()
+            self.current_bytes += self._sizes[storage_address]
             self.peak = max(self.peak, self.current_bytes)
-            weakref.finalize(storage, self._drop, key)
+            weakref.finalize(storage, self._drop, storage_address)
 
-    def _drop(self, key: int) -> None:
+    def _drop(self, storage_address: int) -> None:
         """Subtract the size of a storage that was freed."""
-        self.current_bytes -= self._sizes.pop(key, 0)
+        self.current_bytes -= self._sizes.pop(storage_address, 0)
 
 
 def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -213,10 +219,10 @@ def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     """
     if op is ATTENTION:
         # The first three arguments are query, key and value.
-        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
     if op is ATTENTION_BACK:
         # The first four arguments are the output's gradient, query, key and value.
-        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
     return int(flop_registry[op](*args, **kwargs, out_val=result)) if op in flop_registry else 0
 
 
@@ -230,24 +236,31 @@ class Costs:
     @property
     def total(self) -> int:
         """Return the bytes of all weights plus the peak of the most expensive stage."""
-        return sum(size for _, size in self.weights.values()) + max(self.stages.values(), default=0)
+        return sum(byte_count for _, byte_count in self.weights.values()) + max(
+            self.stages.values(), default=0
+        )
 
     def __add__(self, other: "Costs") -> "Costs":
         """Combine the memory of two jobs.
 
-        The weights of both are in memory at the same time. Their stages run one after another.
+        The weights of the two jobs are in memory at the same time. Their stages run one after another.
+
+        Args: other: costs of the second job. Where both jobs have a name, the second job's value is used.
         """
         return Costs(weights=self.weights | other.weights, stages=self.stages | other.stages)
 
     def __str__(self) -> str:
         """Format the weights and the stages as two tables for the terminal, in GiB."""
-        rows = [f"{'weights':44}{'parameters':>12}{'GiB':>9}"]
-        rows += [
-            f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()
+        text_lines = [f"{'weights':44}{'parameters':>12}{'GiB':>9}"]
+        text_lines += [
+            f"  {row_name:42}{parameter_count / 1e6:>10.1f} M{byte_count / GIB:>9.2f}"
+            for row_name, (parameter_count, byte_count) in self.weights.items()
         ]
-        rows += [f"{'peak memory of a stage, in addition to the weights':56}{'GiB':>9}"]
-        rows += [f"  {name:54}{size / GIB:>9.2f}" for name, size in self.stages.items()]
-        return "\n".join([*rows, f"{'weights and the largest stage':56}{self.total / GIB:>9.2f}"])
+        text_lines += [f"{'peak memory of a stage, in addition to the weights':56}{'GiB':>9}"]
+        text_lines += [
+            f"  {row_name:54}{byte_count / GIB:>9.2f}" for row_name, byte_count in self.stages.items()
+        ]
+        return "\n".join([*text_lines, f"{'weights and the largest stage':56}{self.total / GIB:>9.2f}"])
 
 
 def weight_row(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> tuple[int, int]:

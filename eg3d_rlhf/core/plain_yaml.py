@@ -6,16 +6,16 @@ It builds only dicts, lists and scalars, so that a file cannot create other obje
 from pathlib import Path
 from typing import Any
 
-DEEPEST = 64  # largest number of nested levels; the files that we read have fewer
+MAX_DEPTH = 64  # largest number of nested levels; the files that we read have fewer
 
 
-def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int = 16) -> dict[Any, Any]:
+def read_yaml(path: Path, who: str = "", max_bytes: int = 1 << 16, aliases: int = 16) -> dict[Any, Any]:
     """Read a YAML file whose top level is a mapping.
 
     Args:
         path: path of the file.
         who: start of error messages; the path by default.
-        most_bytes: largest allowed size of the file, in bytes.
+        max_bytes: largest allowed size of the file, in bytes.
         aliases: largest allowed number of aliases (*name), which repeat a part of the file.
     Raises:
         FileNotFoundError: there is no file at the path.
@@ -29,28 +29,28 @@ def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int
     if not path.is_file():
         raise FileNotFoundError(f"{who}: there is no file {path}. Pass the path of an existing YAML file.")
     # Checked before the file is read into memory.
-    if path.stat().st_size > most_bytes:
+    if path.stat().st_size > max_bytes:
         raise ValueError(
             f"{who}: {path} has {path.stat().st_size >> 10} KiB, but this YAML file may have at most"
-            f" {most_bytes >> 10} KiB. Check that the path names the right file."
+            f" {max_bytes >> 10} KiB. Check that the path names the right file."
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        yaml_text = path.read_text(encoding="utf-8")
         depth = 0
         alias_count = 0
         # Aliases and depth are counted on the parser's events, before any object is built. Nested
         # aliases could otherwise expand to gigabytes. The parser is lazy, so a rejected file is not
         # parsed to its end.
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for event in yaml.parse(yaml_text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             alias_count += isinstance(event, yaml.AliasEvent)
             # Both errors are caught below, where the path is added.
             if alias_count > aliases:
                 raise ValueError(f"it uses more than {aliases} aliases (*name)")
-            if depth > DEEPEST:
-                raise ValueError(f"it nests deeper than {DEEPEST} levels")
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
         # SafeLoader rejects tags, which could name other types.
-        root = yaml.load(text, Loader=yaml.SafeLoader)
+        root = yaml.load(yaml_text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         allowed_form = "YAML" if aliases else "plain YAML without tags and aliases"
         # The parser's message has several lines and may quote the file at length.

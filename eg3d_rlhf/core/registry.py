@@ -43,41 +43,41 @@ def load_plugins() -> None:
 
     Raises: ValueError for a plugin of the environment variable that cannot be imported.
     """
-    names = (plugin_name.strip() for plugin_name in os.environ.get(VARIABLE, "").split(","))
-    # filter(None, ...) drops empty names, such as the one of an unset variable.
-    for name in filter(None, names):
-        if name not in _loaded:
+    plugins = (plugin_name.strip() for plugin_name in os.environ.get(VARIABLE, "").split(","))
+    # filter(None, ...) drops empty names. An unset variable gives one empty name.
+    for plugin in filter(None, plugins):
+        if plugin not in _loaded:
             # Added before the import: a plugin may look up a registry while it is imported, and that calls
             # this function again.
-            _loaded.add(name)
-            _load(name)
+            _loaded.add(plugin)
+            _load(plugin)
     if GROUP not in _loaded:
         _loaded.add(GROUP)
         for entry_point in importlib.metadata.entry_points(group=GROUP):
             entry_point.load()
 
 
-def _load(name: str) -> None:
+def _load(plugin: str) -> None:
     """Import one plugin: a module by its dotted name, or a .py file by its path."""
     try:
-        if not name.endswith(".py"):
-            importlib.import_module(name)
+        if not plugin.endswith(".py"):
+            importlib.import_module(plugin)
             return
-        path = Path(name).resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        plugin_path = Path(plugin).resolve()
+        module_spec = importlib.util.spec_from_file_location(plugin_path.stem, plugin_path)
         # Python returns None for a kind of file that it cannot import. It does not check that the
         # file exists.
-        if spec is None or spec.loader is None or not path.is_file():
-            raise ImportError(f"there is no file {path}")
-        module = importlib.util.module_from_spec(spec)
+        if module_spec is None or module_spec.loader is None or not plugin_path.is_file():
+            raise ImportError(f"there is no file {plugin_path}")
+        plugin_module = importlib.util.module_from_spec(module_spec)
         # Other modules may import the file by its stem. An imported module of the same name is not replaced.
-        sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
+        sys.modules.setdefault(plugin_path.stem, plugin_module)
+        module_spec.loader.exec_module(plugin_module)
     except ImportError as error:
         # Removed, so that a later call can try the import again.
-        _loaded.discard(name)
+        _loaded.discard(plugin)
         raise ValueError(
-            f"{VARIABLE}: the plugin {name} cannot be imported: {error}. Name an importable module or a .py"
+            f"{VARIABLE}: the plugin {plugin} cannot be imported: {error}. Name an importable module or a .py"
             " file, and install the packages that it imports."
         ) from error
 

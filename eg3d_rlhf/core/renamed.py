@@ -146,12 +146,12 @@ def new_flag(job: str, typed: str, flags_of_command: Mapping[str, object]) -> st
         typed: the flag as it was typed, or "--set NAME" for a setting without a flag.
         flags_of_command: flags that the command has, as keys.
     """
-    names = FLAGS.get(job, {})
+    new_name_by_old = FLAGS.get(job, {})
     bare_name = typed.removeprefix("--set ").lstrip("-")
     # The user may have typed a flag for a setting without a flag, or the reverse: both forms are looked up.
     for spelling in (f"--{bare_name.replace('_', '-')}", f"--set {bare_name.replace('-', '_')}"):
-        if spelling in names:
-            return names[spelling]
+        if spelling in new_name_by_old:
+            return new_name_by_old[spelling]
     counterpart = {"out": "--outdir", "outdir": "--out"}.get(bare_name)
     return counterpart if counterpart in flags_of_command else None
 
@@ -164,28 +164,29 @@ def new_value(job: str, flag: str, value: str) -> tuple[str, str] | None:
         flag: flag, or "--set NAME" for a setting without a flag.
         value: text of the value; it may be a comma-separated list of names.
     """
-    names = VALUES.get((job, flag), {})
+    new_name_by_old = VALUES.get((job, flag), {})
     for element in value.split(","):
         old_name = element.strip()
-        if old_name in names:
-            return old_name, names[old_name]
+        if old_name in new_name_by_old:
+            return old_name, new_name_by_old[old_name]
     return None
 
 
-def check_seeds(job: str, text: str) -> None:
+def check_seeds(job: str, seeds_value: str) -> None:
     """Raise ValueError for --seeds with a single number above 0, whose meaning changed since version 0.1.
 
     In version 0.1 the number was the number of trainings. It would now be a single training seed.
 
-    Args: job: words of the command; text: value of --seeds.
+    Args: job: words of the command; seeds_value: value of --seeds.
     """
-    if job in COUNTED and text.strip().isdecimal() and int(text) > 0:
-        count = int(text)
+    if job in COUNTED and seeds_value.strip().isdecimal() and int(seeds_value) > 0:
+        training_count = int(seeds_value)
         # The message shows at most three seeds. A comma after a single seed marks a list.
-        list_ending = "," if count == 1 else ",..." if count > 3 else ""
-        seed_list = ",".join(map(str, range(min(count, 3)))) + list_ending
+        list_ending = "," if training_count == 1 else ",..." if training_count > 3 else ""
+        seed_list = ",".join(map(str, range(min(training_count, 3)))) + list_ending
         raise ValueError(
-            f"--seeds={text}: expected a comma-separated list of training seeds. In version 0.1 the value was"
-            f" the number of trainings. For as many trainings write --seeds={seed_list}; for one training"
-            f" with the seed {count} write --seeds={count}, with the comma at the end."
+            f"--seeds={seeds_value}: expected a comma-separated list of training seeds. In version 0.1 the"
+            f" value was the number of trainings. For as many trainings write --seeds={seed_list}; for one"
+            f" training with the seed {training_count} write --seeds={training_count}, with the comma at the"
+            " end."
         )

@@ -120,12 +120,12 @@ def reject_held_out_seeds(seeds: Iterable[int], who: str) -> None:
     """
     for seed in seeds:
         # The ranges do not overlap, so the first match is the only one.
-        for held_range in HELD_OUT:
+        for held_out_range in HELD_OUT:
             # A report with --seed=S uses this range shifted by S * STRIDE: the shift of this seed.
-            move = seed // STRIDE if held_range.shifted else 0
-            if seed - STRIDE * move in held_range.seeds:
-                reserved_seeds = held_range.take(held_range.count, move)
-                range_name = held_range.name + (f" of --seed={move}" if move else "")
+            shift_count = seed // STRIDE if held_out_range.shifted else 0
+            if seed - STRIDE * shift_count in held_out_range.seeds:
+                reserved_seeds = held_out_range.take(held_out_range.count, shift_count)
+                range_name = held_out_range.name + (f" of --seed={shift_count}" if shift_count else "")
                 raise ValueError(
                     f"{who}: seed {seed} is held out for evaluation (range {range_name},"
                     f" {reserved_seeds[0]} to {reserved_seeds[-1]}). Choose seeds outside this range."

@@ -35,11 +35,11 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
         )
     given_shape = list(tensor.shape)
     size_of_letter: dict[str, int] = {}
-    fits = len(given_shape) == len(pattern)
-    # strict=False: a different number of axes is already recorded in `fits`.
-    for size, axis in zip(given_shape, pattern, strict=False):
+    is_match = len(given_shape) == len(pattern)
+    # strict=False: a different number of axes is already recorded in `is_match`.
+    for axis_size, axis in zip(given_shape, pattern, strict=False):
         # setdefault stores the size at the first occurrence of a letter, and returns it at later ones.
-        required_size = axis if isinstance(axis, int) else size_of_letter.setdefault(axis, size)
-        fits = fits and size >= 1 and size == required_size
-    if not fits:
+        required_size = axis if isinstance(axis, int) else size_of_letter.setdefault(axis, axis_size)
+        is_match = is_match and axis_size >= 1 and axis_size == required_size
+    if not is_match:
         raise ValueError(f"{who}: expected shape {expected_shape}, got {given_shape}. {what_to_do}")

@@ -20,10 +20,8 @@ if TYPE_CHECKING:  # these modules import torch, which `--help` does not need
     from eg3d_rlhf.core.field import Bounds
 
 LATTICES = ("straight", "skewed")
-_LATER = {
-    "lattice",
-    "centre",
-}  # fields that were added later, so that older descriptions lack them; see `to_dict`
+# Fields that were added later, so that older descriptions lack them; see `to_dict`.
+_LATER = {"lattice", "centre"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,26 +73,26 @@ class SlabSpec:
         # A list from JSON becomes a tuple, which is hashable. The dataclass is frozen, so the field is set
         # through `object`.
         object.__setattr__(self, "crop", crop)
-        centre = tuple(float(value) for value in self.centre)
-        if len(centre) != 3 or not all(math.isfinite(value) for value in centre):
+        centre = tuple(float(field_value) for field_value in self.centre)
+        if len(centre) != 3 or not all(math.isfinite(field_value) for field_value in centre):
             raise ValueError(
                 f"SlabSpec: expected centre = (x, y, z) with finite coordinates, got {self.centre!r}. Use"
                 " (0, 0, 0) for a cube about the origin."
             )
         object.__setattr__(self, "centre", centre)
-        for name in ("box_warp", "value_max"):
-            value = getattr(self, name)
+        for field_name in ("box_warp", "value_max"):
+            field_value = getattr(self, field_name)
             if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or value <= 0
+                isinstance(field_value, bool)
+                or not isinstance(field_value, (int, float))
+                or not math.isfinite(field_value)
+                or field_value <= 0
             ):
                 raise ValueError(
-                    f"SlabSpec: expected a finite number {name} > 0, got {value!r}. Use"
-                    f" {getattr(type(self), name)}, the default."
+                    f"SlabSpec: expected a finite number {field_name} > 0, got {field_value!r}. Use"
+                    f" {getattr(type(self), field_name)}, the default."
                 )
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, field_name, float(field_value))
         if self.lattice not in LATTICES:
             raise ValueError(
                 f"SlabSpec: expected lattice to be one of {', '.join(LATTICES)}, got {self.lattice!r}. Use"
@@ -141,16 +139,16 @@ class SlabSpec:
         x_low, x_high, y_low, y_high, z_low, z_high = (
             int(fraction * self.resolution) for fraction in self.crop
         )
-        x = (x_low, self.resolution - x_high)
-        y = (y_low, self.resolution - y_high)
-        z = (z_low, self.resolution - z_high)
-        return x, y, z
+        x_range = (x_low, self.resolution - x_high)
+        y_range = (y_low, self.resolution - y_high)
+        z_range = (z_low, self.resolution - z_high)
+        return x_range, y_range, z_range
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Numbers of points (D, H, W) along z, y and x."""
-        x, y, z = (stop - start for start, stop in self.index_ranges)
-        return z, y, x
+        width, height, depth = (stop - start for start, stop in self.index_ranges)
+        return depth, height, width
 
     @property
     def voxel(self) -> float:
@@ -198,46 +196,46 @@ class SlabSpec:
         i, j, k = (torch.arange(start, stop, dtype=torch.float64) for start, stop in self.index_ranges)
         k, j, i = torch.meshgrid(k, j, i, indexing="ij")  # [D, H, W] each
         # Index coordinates of the skewed lattice, as in the class docstring: [D, H, W, 3].
-        index = torch.stack([i + j / n + k / n**2, j + k / n, k], dim=-1).float()
-        return index * self.voxel - self.box_warp / 2 + torch.tensor(self.centre)
+        index_coordinates = torch.stack([i + j / n + k / n**2, j + k / n, k], dim=-1).float()
+        return index_coordinates * self.voxel - self.box_warp / 2 + torch.tensor(self.centre)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values.
 
         `lattice` and `centre` are omitted if they have their default values.
         """
-        values = {**asdict(self), "crop": list(self.crop), "centre": list(self.centre)}
+        value_by_field = {**asdict(self), "crop": list(self.crop), "centre": list(self.centre)}
         # The two fields were added later. The digest of a spec without them must not change.
-        for name in _LATER:
-            if getattr(self, name) == getattr(type(self), name):
-                del values[name]
-        return values
+        for field_name in _LATER:
+            if getattr(self, field_name) == getattr(type(self), field_name):
+                del value_by_field[field_name]
+        return value_by_field
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SlabSpec":
+    def from_dict(cls, value_by_field: Mapping[str, Any]) -> "SlabSpec":
         """Return the spec whose fields `to_dict` returned.
 
         Raises: ValueError if a field is missing, unknown or out of range. No default replaces a missing
-            field: the reward would then score another grid than the one that it was trained on.
+            spec_field: the reward would then score another grid than the one that it was trained on.
         """
         # Older descriptions lack the fields of _LATER, so these may be missing.
-        field_names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping):
+        field_names = {spec_field.name for spec_field in fields(cls)}
+        if not isinstance(value_by_field, Mapping):
             raise ValueError(
                 f"SlabSpec.from_dict: expected a mapping with the fields {sorted(field_names)}, got"
-                f" {type(values).__name__}. Pass the values that SlabSpec.to_dict() returned."
+                f" {type(value_by_field).__name__}. Pass the values that SlabSpec.to_dict() returned."
             )
-        if set(values) | _LATER != field_names:
+        if set(value_by_field) | _LATER != field_names:
             raise ValueError(
-                f"SlabSpec.from_dict: expected the fields {sorted(field_names)}, got {sorted(values)}. Pass"
-                " the values that SlabSpec.to_dict() returned."
+                f"SlabSpec.from_dict: expected the fields {sorted(field_names)}, got"
+                f" {sorted(value_by_field)}. Pass the values that SlabSpec.to_dict() returned."
             )
-        return cls(**values)
+        return cls(**value_by_field)
 
     def digest(self) -> str:
         """Return the SHA-256 of the spec's canonical JSON (sorted keys, no spaces) in hex.
 
         Equal specs have equal digests on every machine.
         """
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        canonical_json = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical_json.encode()).hexdigest()

@@ -2,11 +2,10 @@
 rank correlations.
 
 All functions compute in float64 with numpy on the CPU. They are deterministic, because the bootstrap takes a
-seed.
-scipy.stats has functions for the same purposes, but they round differently, and reports that were already
-written have to stay bitwise reproducible. Largest relative differences with scipy 1.17: 6e-13 for
-`binomtest`, 2e-16 for its Wilson interval, 1e-16 for `bootstrap` (whose resampled means are bitwise equal,
-but which takes twice as long), 7e-15 for `t.interval` and 1e-16 for `spearmanr`.
+seed. scipy.stats has functions for the same purposes, but they round differently, and reports that were
+already written have to stay bitwise reproducible. The largest relative differences with scipy 1.17 are 6e-13
+for `binomtest`, 2e-16 for its Wilson interval, 1e-16 for `bootstrap` (whose resampled means are bitwise
+equal, but which takes twice as long), 7e-15 for `t.interval` and 1e-16 for `spearmanr`.
 
 Shapes: N is the number of items, T of times, C of clusters.
 """
@@ -113,10 +112,10 @@ def wilson_ends(rate: ArrayLike, n: ArrayLike, quantile: ArrayLike) -> tuple[np.
     Returns: lower and upper ends in 0..1, with the broadcast shape.
     """
     # z is the quantile in Wilson's formula, see `wilson_interval`.
-    rate, n, z = (np.asarray(values, dtype=np.float64) for values in (rate, n, quantile))
-    scale = 1 + z * z / n
-    centre = (rate + z * z / (2 * n)) / scale
-    half_width = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
+    rate, n, z = (np.asarray(argument, dtype=np.float64) for argument in (rate, n, quantile))
+    denominator = 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / denominator
+    half_width = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / denominator
     return np.clip(centre - half_width, 0, 1), np.clip(centre + half_width, 0, 1)
 
 
@@ -130,7 +129,7 @@ def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:
         successes: observed number of successes, 0 <= successes <= n.
         n: number of trials.
         rate: success probability of the null hypothesis, in [0, 1].
-    Returns: p-value in [0, 1]; 1 for n = 0.
+    Returns: the p-value, in [0, 1]. It is 1 for n = 0.
     Raises: ValueError for a negative count, successes > n, or a rate outside [0, 1].
     """
     _check_counts("binomial_test", successes, n)
@@ -189,12 +188,12 @@ def bootstrap_mean_interval(
     # number of rows.
     rows_at_once = max(1, _BOOTSTRAP_CELLS // sample.size)
     means_of_chunks = []
-    for start in range(0, resamples, rows_at_once):
-        row_count = min(rows_at_once, resamples - start)
-        indices = rng.integers(0, sample.size, size=(row_count, sample.size))
-        means_of_chunks.append(sample[indices].mean(axis=1))  # [rows, N] -> [rows]
-    means = np.concatenate(means_of_chunks)  # [resamples]
-    lo, hi = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    for first_resample in range(0, resamples, rows_at_once):
+        row_count = min(rows_at_once, resamples - first_resample)
+        resampled_indices = rng.integers(0, sample.size, size=(row_count, sample.size))
+        means_of_chunks.append(sample[resampled_indices].mean(axis=1))  # [rows, N] -> [rows]
+    resampled_means = np.concatenate(means_of_chunks)  # [resamples]
+    lo, hi = np.quantile(resampled_means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return MeanInterval(float(sample.mean()), float(lo), float(hi))
 
 
@@ -277,15 +276,20 @@ def clustered_rate(
     Returns: (rate, lo, hi) in 0..1.
     Raises: ValueError for fewer than two clusters, or for different numbers of outcomes and cluster names.
     """
-    rate, sums, degrees = _clustered_sums("clustered_rate", outcomes, clusters)
+    rate, residual_sums, degrees_of_freedom = _clustered_sums("clustered_rate", outcomes, clusters)
     n = np.size(outcomes)
-    # degrees = C - 1. Without the maximum, clusters that agree by chance would give a narrower interval than
-    # independent outcomes.
-    variance = max(rate * (1 - rate) / n, float((sums**2).sum()) / n**2 * (degrees + 1) / degrees)
+    # degrees_of_freedom = C - 1. Without the maximum, clusters that agree by chance would give a narrower
+    # interval than independent outcomes.
+    variance = max(
+        rate * (1 - rate) / n,
+        float((residual_sums**2).sum()) / n**2 * (degrees_of_freedom + 1) / degrees_of_freedom,
+    )
     # If all outcomes are 0, or all are 1, the variance is 0, and the number of outcomes is used.
     effective_size = rate * (1 - rate) / variance if variance > 0 else n
     # 1e-9 avoids a division by 0.
-    lo, hi = wilson_ends(rate, max(effective_size, 1e-9), float(stdtrit(degrees, 0.5 + confidence / 2)))
+    lo, hi = wilson_ends(
+        rate, max(effective_size, 1e-9), float(stdtrit(degrees_of_freedom, 0.5 + confidence / 2))
+    )
     return MeanInterval(rate, float(lo), float(hi))
 
 
@@ -302,17 +306,17 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: 
     Returns: (mean, lo, hi) in the unit of `values`.
     Raises: ValueError for fewer than two clusters, or for different numbers of values and cluster names.
     """
-    mean, sums, degrees = _clustered_sums("clustered_mean", values, clusters)
+    mean, residual_sums, degrees_of_freedom = _clustered_sums("clustered_mean", values, clusters)
     residuals = np.asarray(values, dtype=np.float64) - mean
     # As in `clustered_rate`: the larger of the variance of independent values and the cluster-robust one.
     variance = (
-        max(float((residuals**2).sum()), float((sums**2).sum()))
+        max(float((residuals**2).sum()), float((residual_sums**2).sum()))
         / np.size(values) ** 2
-        * (degrees + 1)
-        / degrees
+        * (degrees_of_freedom + 1)
+        / degrees_of_freedom
     )
     # Student's quantile times the cluster-robust standard error.
-    half_width = float(stdtrit(degrees, 0.5 + confidence / 2)) * math.sqrt(variance)
+    half_width = float(stdtrit(degrees_of_freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
     return MeanInterval(mean, mean - half_width, mean + half_width)
 
 
@@ -322,19 +326,19 @@ def _clustered_sums(
     """Return the mean, the sum of (value - mean) of each cluster [C], and the degrees of freedom C - 1."""
     sample = _finite_vector(who, values)
     # [N]: index of each value's cluster in the sorted list of clusters
-    _, cluster_index = np.unique(np.asarray(clusters), return_inverse=True)
-    cluster_count = int(cluster_index.max()) + 1
-    if cluster_index.size != sample.size:
+    _, cluster_indices = np.unique(np.asarray(clusters), return_inverse=True)
+    cluster_count = int(cluster_indices.max()) + 1
+    if cluster_indices.size != sample.size:
         raise ValueError(
             f"{who}: expected one cluster name for each value, got {sample.size} values and"
-            f" {cluster_index.size} names. Pass both in the same order."
+            f" {cluster_indices.size} names. Pass both in the same order."
         )
     if cluster_count < 2:
         raise ValueError(
             f"{who}: expected values of at least two clusters, got one cluster. Add another cluster, because"
             " the interval is computed from the spread between clusters."
         )
-    residual_sums = np.bincount(cluster_index, sample - sample.mean())
+    residual_sums = np.bincount(cluster_indices, sample - sample.mean())
     return float(sample.mean()), residual_sums, cluster_count - 1
 
 
@@ -383,27 +387,27 @@ def paired_summary(
             f"paired_summary: expected as many values after as before, got {values_before.size} before and"
             f" {values_after.size} after. Pass the same items in both."
         )
-    delta = values_after - values_before  # [N]
+    differences = values_after - values_before  # [N]
     # Differences, not values, are resampled, which keeps pairs together.
-    interval = bootstrap_mean_interval(delta, confidence, resamples, seed)
-    positive = int((delta > 0).sum())
-    negative = int((delta < 0).sum())
-    rate = wilson_interval(positive, delta.size, confidence)
+    mean_interval = bootstrap_mean_interval(differences, confidence, resamples, seed)
+    positive_count = int((differences > 0).sum())
+    negative_count = int((differences < 0).sum())
+    positive_rate = wilson_interval(positive_count, differences.size, confidence)
     return PairedSummary(
-        n=delta.size,
-        mean=interval.mean,
-        mean_lo=interval.lo,
-        mean_hi=interval.hi,
-        median=float(np.median(delta)),
-        std=float(delta.std(ddof=1)) if delta.size > 1 else 0.0,
-        positive=positive,
-        negative=negative,
-        ties=delta.size - positive - negative,
-        positive_rate=positive / delta.size,
-        positive_lo=rate.lo,
-        positive_hi=rate.hi,
+        n=differences.size,
+        mean=mean_interval.mean,
+        mean_lo=mean_interval.lo,
+        mean_hi=mean_interval.hi,
+        median=float(np.median(differences)),
+        std=float(differences.std(ddof=1)) if differences.size > 1 else 0.0,
+        positive=positive_count,
+        negative=negative_count,
+        ties=differences.size - positive_count - negative_count,
+        positive_rate=positive_count / differences.size,
+        positive_lo=positive_rate.lo,
+        positive_hi=positive_rate.hi,
         # Ties carry no information on the sign and are left out of the test, as is usual.
-        sign_p=binomial_test(positive, positive + negative),
+        sign_p=binomial_test(positive_count, positive_count + negative_count),
         confidence=confidence,
     )
 
@@ -468,12 +472,12 @@ def fit_line(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Line:
     # The mean of y need not be subtracted, because `centred_x` sums to 0.
     slope = float((centred_x * y_vector).sum() / squares_of_x)
     intercept = float(y_vector.mean() - slope * x_vector.mean())
-    residual = y_vector - intercept - slope * x_vector
+    residuals = y_vector - intercept - slope * x_vector
     # A point has leverage 1 and residual 0 if all other points share another x. The bound avoids 0 / 0 there.
     leverage = np.minimum(1 / x_vector.size + centred_x**2 / squares_of_x, 1 - 1e-9)
     # HC3 standard error of the slope.
-    error = math.sqrt(float((centred_x**2 * (residual / (1 - leverage)) ** 2).sum())) / squares_of_x
-    half_width = float(stdtrit(x_vector.size - 2, 0.5 + confidence / 2)) * error
+    standard_error = math.sqrt(float((centred_x**2 * (residuals / (1 - leverage)) ** 2).sum())) / squares_of_x
+    half_width = float(stdtrit(x_vector.size - 2, 0.5 + confidence / 2)) * standard_error
     return Line(
         slope=slope, lo=slope - half_width, hi=slope + half_width, intercept=intercept, n=x_vector.size
     )
@@ -488,20 +492,20 @@ def slopes(times: ArrayLike, values: ArrayLike) -> np.ndarray:
     Returns: slopes [N], in the unit of the values per unit of time.
     Raises: ValueError for other shapes, or if all times are equal.
     """
-    t = np.asarray(times, dtype=np.float64)
-    y = np.asarray(values, dtype=np.float64)
-    if t.ndim != 1 or y.ndim != 2 or y.shape[1] != t.size:
+    time_vector = np.asarray(times, dtype=np.float64)
+    value_matrix = np.asarray(values, dtype=np.float64)
+    if time_vector.ndim != 1 or value_matrix.ndim != 2 or value_matrix.shape[1] != time_vector.size:
         raise ValueError(
-            f"slopes: expected times [T] and values [N, T], got the shapes {t.shape} and {y.shape}. Pass one"
-            " value per item and time."
+            f"slopes: expected times [T] and values [N, T], got the shapes {time_vector.shape} and"
+            f" {value_matrix.shape}. Pass one value per item and time."
         )
-    if t.size < 2 or t.min() == t.max():
+    if time_vector.size < 2 or time_vector.min() == time_vector.max():
         raise ValueError(
-            f"slopes: expected at least two distinct times, got {t.tolist()}. Name snapshots of at least two"
-            " different times."
+            f"slopes: expected at least two distinct times, got {time_vector.tolist()}. Name snapshots of at"
+            " least two different times."
         )
-    centred_times = t - t.mean()
-    rates: np.ndarray = y @ centred_times / (centred_times @ centred_times)
+    centred_times = time_vector - time_vector.mean()
+    rates: np.ndarray = value_matrix @ centred_times / (centred_times @ centred_times)
     return rates
 
 
@@ -518,12 +522,12 @@ def spearman(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> MeanInterv
     Returns: (rho, lo, hi) in -1..1.
     Raises: ValueError for fewer pairs, a value that is not finite, or constant x or y.
     """
-    x_ranks, y_ranks = (rankdata(values) for values in _pair("spearman", x, y, 4))
-    for name, ranks in (("x", x_ranks), ("y", y_ranks)):
+    x_ranks, y_ranks = (rankdata(variable_values) for variable_values in _pair("spearman", x, y, 4))
+    for variable_name, ranks in (("x", x_ranks), ("y", y_ranks)):
         if ranks.min() == ranks.max():
             raise ValueError(
-                f"spearman: all values of {name} are equal, so they cannot be ranked. Pass at least two"
-                " distinct values."
+                f"spearman: all values of {variable_name} are equal, so they cannot be ranked. Pass at least"
+                " two distinct values."
             )
     # By rounding, the correlation may exceed 1 slightly.
     rho = float(np.clip(np.corrcoef(x_ranks, y_ranks)[0, 1], -1, 1))

@@ -109,11 +109,11 @@ def check_seeds(generator: Generator, largest_seed: int, who: str) -> None:
         largest_seed: largest of the seeds to check.
         who: start of the message, such as a flag.
     """
-    count = shape_count(generator)
-    if count is not None and largest_seed >= count:
+    generator_shape_count = shape_count(generator)
+    if generator_shape_count is not None and largest_seed >= generator_shape_count:
         raise ValueError(
-            f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {largest_seed}."
-            " Use smaller seeds."
+            f"{who}: expected seeds 0 to {generator_shape_count - 1}, one for each shape of this network, got"
+            f" {largest_seed}. Use smaller seeds."
         )
 
 
@@ -208,9 +208,9 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     >>> load_generator().generator.z_dim
     64
     """
-    path = find_network(source)
-    nets = load_networks(path, device)
-    return LoadedGenerator(as_generator(nets.G_ema), networks.state_hash(nets.G_ema), path, nets)
+    network_path = find_network(source)
+    nets = load_networks(network_path, device)
+    return LoadedGenerator(as_generator(nets.G_ema), networks.state_hash(nets.G_ema), network_path, nets)
 
 
 def load_networks(
@@ -243,22 +243,22 @@ def find_network(source: str | Path | None) -> Path:
                 " repository."
             )
         return bundled.GENERATOR
-    path = Path(source)
-    if path.is_dir():
+    source_path = Path(source)
+    if source_path.is_dir():
         # The snapshot that early stopping selected is better than the newest one.
-        if (path / KEPT).is_file():
-            return path / KEPT
+        if (source_path / KEPT).is_file():
+            return source_path / KEPT
         # Names contain the number of images with leading zeros, so the last name is the newest snapshot.
-        snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(
-            path.glob("network-snapshot-*.pkl")
+        snapshots = sorted(source_path.glob("network-snapshot-*.safetensors")) or sorted(
+            source_path.glob("network-snapshot-*.pkl")
         )
         if not snapshots:
             raise FileNotFoundError(
-                f"network: the folder {path} contains no network-snapshot-*.safetensors or .pkl. Pass a"
-                " network file, or the folder of another run."
+                f"network: the folder {source_path} contains no network-snapshot-*.safetensors or .pkl. Pass"
+                " a network file, or the folder of another run."
             )
         return snapshots[-1]
-    return path
+    return source_path
 
 
 def latents(seeds: Sequence[int], z_dim: int) -> torch.Tensor:

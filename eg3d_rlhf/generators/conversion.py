@@ -47,10 +47,10 @@ def fit_slice_weights(extent: float, slices: int = SLICES) -> tuple[torch.Tensor
     Args:
         extent: extent of the slices, in sides of the box.
         slices: number of slices D.
-    Returns: weights s [D], and the largest |sum_d T_d(t) s_d - 1| over the box.
+    Returns: the weights s [D], and the largest error |sum_d T_d(t) s_d - 1| over the box.
     """
-    # Values of the hat functions at positions over the box, in units of the extent. `interpolation` returns
-    # the columns only for slices that the positions reach.
+    # Values of the hat functions at positions over the box, in units of the extent. `interpolation_matrix`
+    # returns the columns only for slices that the positions reach.
     matrix, reached_slices = interpolation_matrix(
         torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slices
     )
@@ -85,11 +85,11 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     slice_weights, residual = fit_slice_weights(extent)
     original_rendering = nets.G_kwargs["rendering_kwargs"]
     G_ema: Any = nets.G_ema
-    size = G_ema.plane_resolution
+    plane_resolution = G_ema.plane_resolution
     # PanoHead's additional options. All other options keep their values.
-    rendering = {
+    rendering_options = {
         **original_rendering,
-        "triplane_size": size,
+        "triplane_size": plane_resolution,
         "triplane_depth": SLICES,
         "triplane_extent": extent,
         "side_margin": None,
@@ -98,23 +98,29 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
         "use_torgb_raw": True,
         "use_background": True,
     }
-    kwargs = {
+    converted_kwargs = {
         # PanoHead's network takes its plane resolution from the option triplane_size.
-        **{name: value for name, value in nets.G_kwargs.items() if name != "plane_resolution"},
-        "rendering_kwargs": rendering,
+        **{
+            argument_name: argument
+            for argument_name, argument in nets.G_kwargs.items()
+            if argument_name != "plane_resolution"
+        },
+        "rendering_kwargs": rendering_options,
     }
     # Explicit, because the default layouts of the families differ.
-    kwargs["plane_layout"] = G_ema.plane_layout
+    converted_kwargs["plane_layout"] = G_ema.plane_layout
     # An empty pixel has the colour -1 before the background is added, and white is 1, so white needs 2.
     background = 2.0 if original_rendering.get("white_back", False) else 0.0
     network_class = FAMILIES["panohead"].module
     # Files without training state contain no G.
     converted_G = (
-        None if nets.G is None else _build_converted(network_class, kwargs, nets.G, slice_weights, background)
+        None
+        if nets.G is None
+        else _build_converted(network_class, converted_kwargs, nets.G, slice_weights, background)
     )
-    converted_G_ema = _build_converted(network_class, kwargs, G_ema, slice_weights, background)
+    converted_G_ema = _build_converted(network_class, converted_kwargs, G_ema, slice_weights, background)
     other_fields = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
-    return networks.Networks(converted_G, nets.D, converted_G_ema, kwargs, *other_fields), residual
+    return networks.Networks(converted_G, nets.D, converted_G_ema, converted_kwargs, *other_fields), residual
 
 
 @torch.no_grad()
@@ -136,18 +142,24 @@ def _build_converted(
         torch.manual_seed(0)
         network: Any = network_class(**kwargs)
     # The state dict holds references, so copying into its tensors changes the network.
-    state = network.state_dict()
-    for name, value in G.state_dict().items():
-        if name.startswith("backbone.synthesis.") and name.endswith((".torgb.weight", ".torgb.bias")):
+    state_dict = network.state_dict()
+    for tensor_name, tensor in G.state_dict().items():
+        if tensor_name.startswith("backbone.synthesis.") and tensor_name.endswith(
+            (".torgb.weight", ".torgb.bias")
+        ):
             # Each output channel of the plane is repeated for D slices and multiplied by the slice's weight:
             # [3 C, ...] -> [3 C, 1, ...] * [D, 1, ...] -> [3 C, D, ...] -> [3 C D, ...]
-            weights_along_slices = slice_weights.to(value).view(-1, *[1] * (value.ndim - 1))
-            value = (value.unflatten(0, (-1, 1)) * weights_along_slices).flatten(0, 1)
-        state[name].copy_(value)
+            weights_along_slices = slice_weights.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+            tensor = (tensor.unflatten(0, (-1, 1)) * weights_along_slices).flatten(0, 1)
+        state_dict[tensor_name].copy_(tensor)
     # The output layers of the background network become 0, apart from the affine layers of their styles.
-    for name, value in state.items():
-        if name.startswith("bcg_synthesis.") and ".torgb." in name and ".affine." not in name:
-            value.zero_()
+    for tensor_name, tensor in state_dict.items():
+        if (
+            tensor_name.startswith("bcg_synthesis.")
+            and ".torgb." in tensor_name
+            and ".affine." not in tensor_name
+        ):
+            tensor.zero_()
     feature_count = network.torgb.weight.shape[1]  # F
     # With a weight of 0, the style of the colour layer is its bias, which is 1.
     network.torgb.affine.weight.zero_()
@@ -171,50 +183,56 @@ def settings_unknown_to_eg3d(nets: networks.Networks) -> list[str]:
     """
     # The defaults of our constructor are the fixed values in EG3D's code.
     parameters = inspect.signature(TriPlaneGenerator).parameters
-    unsupported = [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
-    for name in ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features"):
-        default = parameters[name].default
-        if nets.G_kwargs.get(name, default) != default:
-            unsupported.append(f"{name} = {nets.G_kwargs[name]}")
+    unsupported_settings = (
+        [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
+    )
+    for setting_name in ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features"):
+        default = parameters[setting_name].default
+        if nets.G_kwargs.get(setting_name, default) != default:
+            unsupported_settings.append(f"{setting_name} = {nets.G_kwargs[setting_name]}")
     sr_kwargs = nets.G_kwargs.get("sr_kwargs") or {}
-    module = module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
+    sr_class = module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
     # EG3D's code has only subclasses of this module.
-    if not issubclass(module, SuperresolutionHybrid):
-        unsupported.append(f"superresolution_module = {module.__name__}")
+    if not issubclass(sr_class, SuperresolutionHybrid):
+        unsupported_settings.append(f"superresolution_module = {sr_class.__name__}")
     else:
         built_in = {
-            "input_resolution": module.default_input_resolution,
-            "block_channels": list(module.default_block_channels),
+            "input_resolution": sr_class.default_input_resolution,
+            "block_channels": list(sr_class.default_block_channels),
         }
-        for name, built_in_value in built_in.items():
+        for setting_name, built_in_value in built_in.items():
             # None selects the built-in value.
-            if name in sr_kwargs and sr_kwargs[name] not in (None, built_in_value):
-                unsupported.append(f"sr_kwargs.{name} = {sr_kwargs[name]}")
+            if setting_name in sr_kwargs and sr_kwargs[setting_name] not in (None, built_in_value):
+                unsupported_settings.append(f"sr_kwargs.{setting_name} = {sr_kwargs[setting_name]}")
     # EG3D's super-resolution modules have the fixed w_dim 512.
     if nets.G_kwargs["w_dim"] != 512:
-        unsupported.append(f"w_dim = {nets.G_kwargs['w_dim']}")
-    return unsupported
+        unsupported_settings.append(f"w_dim = {nets.G_kwargs['w_dim']}")
+    return unsupported_settings
 
 
 def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
     """Return networks as dicts, lists, numbers, texts and tensors, for a .pt file that EG3D's code can use.
 
     Args:
-        nets: networks whose settings EG3D's code supports, see `foreign_sizes`.
+        nets: networks whose settings EG3D's code supports, see `settings_unknown_to_eg3d`.
         only_ema: True: leave out G and D.
     Returns: a dict with the keys 'G', 'D', 'G_ema' (state dicts), 'G_kwargs', 'D_kwargs' (EG3D's constructor
         arguments), 'plane_axes' [3, 3, 3], 'neural_rendering_resolution' and 'training_set' (JSON values).
     """
     # Arguments that EG3D's super-resolution modules do not accept are removed.
     sr_kwargs = {
-        name: value
-        for name, value in (nets.G_kwargs.get("sr_kwargs") or {}).items()
-        if name not in ("input_resolution", "block_channels")
+        entry_name: argument
+        for entry_name, argument in (nets.G_kwargs.get("sr_kwargs") or {}).items()
+        if entry_name not in ("input_resolution", "block_channels")
     }
     G_ema: Any = nets.G_ema
-    content: dict = {
+    file_content: dict = {
         "G_kwargs": {
-            **{name: value for name, value in nets.G_kwargs.items() if name not in OURS},
+            **{
+                entry_name: argument
+                for entry_name, argument in nets.G_kwargs.items()
+                if entry_name not in OURS
+            },
             "sr_kwargs": sr_kwargs,
         },
         "D_kwargs": nets.D_kwargs,
@@ -223,18 +241,20 @@ def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
         "neural_rendering_resolution": G_ema.neural_rendering_resolution,
     }
     label_std = nets.training_set.get("label_std")
-    for name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):
-        module = getattr(nets, name)
-        if module is None:
+    for entry_name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):
+        network = getattr(nets, entry_name)
+        if network is None:
             continue
         # On the CPU, so that the file can be loaded on any machine. Cloned, because a tensor that is a view
         # would be stored with its full storage.
-        state = {key: tensor.detach().cpu().clone() for key, tensor in module.state_dict().items()}
+        state_dict = {
+            tensor_name: tensor.detach().cpu().clone() for tensor_name, tensor in network.state_dict().items()
+        }
         # EG3D's training adds this buffer to G and G_ema.
-        if name != "D" and label_std is not None:
-            state["dataset_label_std"] = torch.tensor(label_std, dtype=torch.float32)
-        content[name] = state
-    return content
+        if entry_name != "D" and label_std is not None:
+            state_dict["dataset_label_std"] = torch.tensor(label_std, dtype=torch.float32)
+        file_content[entry_name] = state_dict
+    return file_content
 
 
 def check_suffix(out: Path) -> None:
@@ -261,25 +281,32 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
     """
     check_suffix(out)
     requested_names = ("G_ema",) if only_ema else ("G", "D", "G_ema")
-    names = [name for name in requested_names if getattr(nets, name) is not None]
+    network_names = [
+        network_name for network_name in requested_names if getattr(nets, network_name) is not None
+    ]
     if out.suffix == ".safetensors":
         networks.save(out, nets, only_ema)
-        reloaded = load_networks(out)
-        states = {name: getattr(reloaded, name).state_dict() for name in names}
+        reloaded_networks = load_networks(out)
+        written_state_dicts = {
+            network_name: getattr(reloaded_networks, network_name).state_dict()
+            for network_name in network_names
+        }
     else:
         # `write_atomic` takes bytes, so the file is first written to memory.
         buffer = io.BytesIO()
         torch.save(stock_content(nets, only_ema), buffer)
         storage.write_atomic(out, buffer.getvalue())
         # weights_only: no code from the file is executed.
-        reloaded = torch.load(out, weights_only=True)
-        states = {name: reloaded[name] for name in names}
-    for name in names:
-        for key, tensor in getattr(nets, name).state_dict().items():
+        reloaded_networks = torch.load(out, weights_only=True)
+        written_state_dicts = {
+            network_name: reloaded_networks[network_name] for network_name in network_names
+        }
+    for network_name in network_names:
+        for tensor_name, tensor in getattr(nets, network_name).state_dict().items():
             # torch.equal demands equal values without any tolerance.
-            if not torch.equal(states[name][key], tensor.cpu()):
+            if not torch.equal(written_state_dicts[network_name][tensor_name], tensor.cpu()):
                 raise OSError(
-                    f"{out}: after writing, the file has other values of {name}.{key} than the network. Check"
-                    " the disk, and write the file again."
+                    f"{out}: after writing, the file has other values of {network_name}.{tensor_name} than"
+                    " the network. Check the disk, and write the file again."
                 )
-    return {name: len(states[name]) for name in names}
+    return {network_name: len(written_state_dicts[network_name]) for network_name in network_names}

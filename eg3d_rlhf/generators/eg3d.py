@@ -58,16 +58,18 @@ class PlaneField:
         if points.ndim == 3 and implementations.current() == "ref":
             return self._decoded(points.to(self.planes), sigma_only=True)["sigma"].squeeze(2)
         # Interpolation in float16 would lose the precision of the density.
-        planes = self._wide(self.planes)
+        wide_planes = self._wide(self.planes)
         # Merged planes are a copy in another memory layout. They are not used if gradients are recorded.
-        merged = None if implementations.current() == "ref" or torch.is_grad_enabled() else self._merged
+        merged_planes = (
+            None if implementations.current() == "ref" or torch.is_grad_enabled() else self._merged
+        )
         return sigma_at(
-            planes,
+            wide_planes,
             self._axes,
-            self._weights(planes.dtype),
-            points.to(planes),
+            self._weights(wide_planes.dtype),
+            points.to(wide_planes),
             self.bounds.side,
-            merged=merged,
+            merged=merged_planes,
         )
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
@@ -87,8 +89,8 @@ class PlaneField:
             # output can be freed.
             densities = [self._decoded(chunk, sigma_only=True)["sigma"].contiguous() for chunk in chunks]
             return torch.cat(densities, dim=1).reshape(len(self), *grid.shape)
-        weights = DecoderWeights(*self._G.decoder.sigma_weights())
-        return sigma_from_planes(self.planes, self._axes, weights, grid, self.bounds.side, impl)
+        decoder_weights = DecoderWeights(*self._G.decoder.sigma_weights())
+        return sigma_from_planes(self.planes, self._axes, decoder_weights, grid, self.bounds.side, impl)
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """Return the colour [N, P, 3] in 0..1, see `Field`.
@@ -113,12 +115,12 @@ class PlaneField:
             or not hasattr(self._G.decoder, "weights")
         ):
             return self._decoded(points)["rgb"][..., :3]
-        planes = self._wide(self.planes)
-        weights = self._G.decoder.weights(planes.dtype)
+        wide_planes = self._wide(self.planes)
+        decoder_weights = self._G.decoder.weights(wide_planes.dtype)
         # The first four rows of the output layer are density, red, green and blue.
-        rgb_weights = weights._replace(w1=weights.w1[:4], b1=weights.b1[:4])
+        rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
         colours, _ = triplane_decode(
-            planes, self._axes, points, self.bounds.side, rgb_weights, merged=self._merged
+            wide_planes, self._axes, points, self.bounds.side, rgb_weights, merged=self._merged
         )
         return colours
 
@@ -128,25 +130,27 @@ class PlaneField:
         Returns: 'sigma' [N, P, 1], raw, and 'rgb' [N, P, features] unless sigma_only.
         """
         # Noise on the density is a regulariser of training, so it is turned off here.
-        options = {**self._G.rendering_kwargs, "density_noise": 0}
+        rendering_options = {**self._G.rendering_kwargs, "density_noise": 0}
         return self._G.renderer.run_model(
-            self.planes, self._G.decoder, points, None, options, sigma_only=sigma_only
+            self.planes, self._G.decoder, points, None, rendering_options, sigma_only=sigma_only
         )
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = DEFAULT_OPTIONS) -> Rendering:
         """Render the shapes from cameras, see `Field`."""
-        kwargs = self._G.rendering_kwargs
+        rendering_options = self._G.rendering_kwargs
         # Numbers of samples per ray in the coarse pass and in the importance pass.
-        for key in ("depth_resolution", "depth_resolution_importance"):
-            samples = (
-                options.samples if options.samples is not None else round(kwargs[key] * options.sample_mult)
+        for option_name in ("depth_resolution", "depth_resolution_importance"):
+            sample_count = (
+                options.samples
+                if options.samples is not None
+                else round(rendering_options[option_name] * options.sample_mult)
             )
-            kwargs = {**kwargs, key: samples}
+            rendering_options = {**rendering_options, option_name: sample_count}
         # The attribute is read at each call, because the schedule of training changes it.
         resolution = options.resolution or self._G.neural_rendering_resolution
         cameras = cameras.to(self.ws.device).expand(len(self), -1)
         renders = self._G.render(
-            self.planes, self.ws, cameras, resolution, kwargs, noise_mode=self._noise_mode
+            self.planes, self.ws, cameras, resolution, rendering_options, noise_mode=self._noise_mode
         )
         return Rendering(
             renders["image"], renders["image_raw"], renders["image_depth"], renders["image_opacity"]
@@ -155,20 +159,30 @@ class PlaneField:
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
         """Return the density on a grid as a sum over planes before the nonlinearity, see `SeparableField`.
 
-        Args: x: world coordinates [X]; y: [Y]; z: [Z]. The field must have one shape.
-        Returns: None if the planes are not axis-aligned. The caller then evaluates the points one by one.
+        The field must have one shape.
+
+        Args: x, y, z: world coordinates [X], [Y] and [Z] of the grid.
+        Returns: the sum over planes, or None if the planes are not axis-aligned. In that case the caller
+            evaluates the points one by one.
         """
         assert len(self) == 1
         if self._pairs is None:
             return None
-        planes = self._wide(self.planes)
+        wide_planes = self._wide(self.planes)
         # Plane coordinates run from -1 to 1 over the cube.
-        axes = [axis.to(planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
+        plane_coordinates = [axis.to(wide_planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
         # The weights of the decoder's density output alone.
-        weights = self._weights(planes.dtype)
+        decoder_weights = self._weights(wide_planes.dtype)
         # [0] removes the batch axis, N = 1.
-        maps = [plane_map[0] for plane_map in pair_maps(planes, self._pairs, axes, weights.w0, weights.b0)]
-        return SeparableDensity(maps, weights.w_sigma, weights.b_sigma, (len(x), len(y), len(z)))
+        plane_maps = [
+            plane_map[0]
+            for plane_map in pair_maps(
+                wide_planes, self._pairs, plane_coordinates, decoder_weights.w0, decoder_weights.b0
+            )
+        ]
+        return SeparableDensity(
+            plane_maps, decoder_weights.w_sigma, decoder_weights.b_sigma, (len(x), len(y), len(z))
+        )
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the raw density [N, P] and the colour [N, P, 3] in 0..1 at points, from one decoder pass.
@@ -177,11 +191,13 @@ class PlaneField:
 
         Args: points: world points [N, P, 3].
         """
-        planes = self._wide(self.planes)
-        weights = self._G.decoder.weights(planes.dtype)
+        wide_planes = self._wide(self.planes)
+        decoder_weights = self._G.decoder.weights(wide_planes.dtype)
         # The first four rows of the output layer are density, red, green and blue.
-        rgb_weights = weights._replace(w1=weights.w1[:4], b1=weights.b1[:4])
-        colour, raw = triplane_decode(planes, self._axes, points.to(planes), self.bounds.side, rgb_weights)
+        rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
+        colour, raw = triplane_decode(
+            wide_planes, self._axes, points.to(wide_planes), self.bounds.side, rgb_weights
+        )
         return raw.squeeze(2), colour.clamp(0, 1)
 
     @staticmethod
@@ -200,23 +216,26 @@ class PlaneField:
 
     @functools.cached_property
     def _pairs(self) -> tuple[tuple[int, int], ...] | None:
-        """Return the pair of world axes (0, 1 or 2) that each plane spans; None for rotated planes.
+        """Return the pair of world axes (0, 1 or 2) that each plane spans.
 
-        A warning is issued if the planes are not axis-aligned.
+        If the planes are not axis-aligned, the result is None, and a warning is issued.
         """
-        pairs = projection_axes(self._axes)
-        if pairs is None:
+        axis_pairs = projection_axes(self._axes)
+        if axis_pairs is None:
             warnings.warn(
                 "field: the planes are not axis-aligned, so each point is decoded by itself, which is"
                 " slower.",
                 # The warning names the caller of the method that reads this property.
                 stacklevel=3,
             )
-        return pairs
+        return axis_pairs
 
     @functools.cached_property
     def _merged(self) -> MergedPlanes | None:
-        """Return the planes in the memory layout of `triplane_decode`; None if they are not axis-aligned."""
+        """Return the planes in the memory layout of `triplane_decode`, or None for planes of other axes.
+
+        The layout exists only for axis-aligned planes.
+        """
         return None if self._pairs is None else merge_planes(self._wide(self.planes), self._pairs)
 
 
@@ -245,12 +264,20 @@ class EG3D:
 
         A value that is missing in the network's rendering_kwargs has the default of `CameraFamily`.
         """
-        options = self.module.rendering_kwargs
-        x, y, z = (float(value) for value in options.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
-        ray_start, ray_end = (options.get(name, "auto") for name in ("ray_start", "ray_end"))
+        rendering_options = self.module.rendering_kwargs
+        pivot_x, pivot_y, pivot_z = (
+            float(coordinate) for coordinate in rendering_options.get("avg_camera_pivot", (0.0, 0.0, 0.0))
+        )
+        ray_start, ray_end = (
+            rendering_options.get(option_name, "auto") for option_name in ("ray_start", "ray_end")
+        )
         # The two options are depths along the ray, or 'auto' for the depths where the ray crosses the bounds.
-        span = None if "auto" in (ray_start, ray_end) else (float(ray_start), float(ray_end))
-        return CameraFamily(options.get("avg_camera_radius", CameraFamily.radius), (x, y, z), span=span)
+        depth_range = None if "auto" in (ray_start, ray_end) else (float(ray_start), float(ray_end))
+        return CameraFamily(
+            rendering_options.get("avg_camera_radius", CameraFamily.radius),
+            (pivot_x, pivot_y, pivot_z),
+            span=depth_range,
+        )
 
     @property
     def conditioned(self) -> bool:

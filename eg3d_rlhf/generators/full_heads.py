@@ -136,21 +136,21 @@ class TriGridField(HeadField):
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1)
             return self.density(points.reshape(-1, 3)).unflatten(1, points.shape[:3])
         # Interpolation weights are computed on the CPU, see `tri_grid_density`.
-        axes = [axis.cpu().to(self.planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
+        plane_coordinates = [axis.cpu().to(self.planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
         return tri_grid_density(
-            self.planes, self._orders, self._weights(self.planes.dtype), axes, self._G.extent
+            self.planes, self._orders, self._weights(self.planes.dtype), plane_coordinates, self._G.extent
         )
 
     @functools.cached_property
     def _orders(self) -> list[Order] | None:
-        """Return, for each stack, the world axes (0, 1, 2) along its width, height and slices.
+        """Determine the world axes (0, 1, 2) along the width, the height and the slices of each stack.
 
-        Returns: None if the slices of the three stacks do not lie along three different axes.
+        Returns: three axes for each stack, or None if the slices of two stacks lie along the same axis.
         """
         # The basis of a stack is a permutation matrix. The largest entry of a row is at the world axis.
-        orders = [tuple(int(axis) for axis in basis.argmax(dim=1)) for basis in self._axes]
-        slice_axes = {order[2] for order in orders}
-        return orders if slice_axes == {0, 1, 2} else None  # type: ignore[return-value]
+        axis_orders = [tuple(int(axis) for axis in basis.argmax(dim=1)) for basis in self._axes]
+        slice_axes = {axis_order[2] for axis_order in axis_orders}
+        return axis_orders if slice_axes == {0, 1, 2} else None  # type: ignore[return-value]
 
 
 class PanoHead(FullHead):

@@ -24,8 +24,9 @@ _FAR_BELOW = 1000.0  # difference of the level and the density outside the gener
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-    """A similarity transformation from a point q of our world to the point p = scale * q + shift of
-    theirs.
+    """A similarity transformation from points of our world to points of their world.
+
+    A point q of our world is mapped to the point p = scale * q + shift.
     """
 
     scale: float = 1.0  # units of their world per unit of our world
@@ -57,11 +58,13 @@ def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     Args: sigma: raw density; factor: positive number.
     Deviates: for sigma - 1 < -15, where softplus(x) is approximately exp(x), log(factor) is added to sigma.
     """
-    x = sigma - 1
+    shifted_sigma = sigma - 1
     # The clamp keeps the values that `where` discards finite. Otherwise their gradient would be NaN.
-    activated = F.softplus(x.clamp_min(-15)) * factor
+    activated = F.softplus(shifted_sigma.clamp_min(-15)) * factor
     # Inverse of softplus: log(exp(a) - 1) = a + log(1 - exp(-a)).
-    return 1 + torch.where(x < -15, x + np.log(factor), activated + torch.log(-torch.expm1(-activated)))
+    return 1 + torch.where(
+        shifted_sigma < -15, shifted_sigma + np.log(factor), activated + torch.log(-torch.expm1(-activated))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +110,9 @@ class PlacedField:
         return offsets.abs().amax(dim=-1) <= inner_bounds.side / 2 * (1 + 1e-5)
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the raw density [N, P], see `Field`. Outside the generator's cube it is far below the
-        level.
+        """Return the raw density [N, P], see `Field`.
+
+        Outside the generator's cube the density is far below the level of the surface.
         """
         inner_points = self._place.similarity.apply(self._flipped(points))
         sigma = self._place.density(self._inner.density(inner_points))
@@ -127,19 +131,22 @@ class PlacedField:
         # For a mirrored place, the grid is evaluated without mirroring, with the crops at low and high x
         # exchanged, and the result is flipped at the end.
         x_low, x_high, y_low, y_high, z_low, z_high = grid.crop
-        crop = (x_high, x_low, y_low, y_high, z_low, z_high) if self._place.mirrored else grid.crop
+        inner_crop = (x_high, x_low, y_low, y_high, z_low, z_high) if self._place.mirrored else grid.crop
         similarity = self._place.similarity
-        centre = similarity.apply(self._flipped(torch.tensor(grid.centre, dtype=torch.float64))).tolist()
+        inner_centre = similarity.apply(
+            self._flipped(torch.tensor(grid.centre, dtype=torch.float64))
+        ).tolist()
         inner_grid = dataclasses.replace(
-            grid, crop=crop, centre=tuple(centre), box_warp=grid.box_warp * similarity.scale
+            grid, crop=inner_crop, centre=tuple(inner_centre), box_warp=grid.box_warp * similarity.scale
         )
         # The grid is transformed, not its points, because the inner generator may evaluate grids faster.
         sigma = self._inner.density_grid(inner_grid)
         is_inside = self._within(inner_grid.points()).to(sigma.device)  # [D, H, W]
         # If all points are inside, none is replaced. If none is inside, there is no smallest density.
         if is_inside.any() and not is_inside.all():
-            smallest = sigma.where(is_inside, torch.inf).amin(dim=(1, 2, 3), keepdim=True)  # [N, 1, 1, 1]
-            sigma = torch.where(is_inside, sigma, smallest)
+            # [N, 1, 1, 1]
+            smallest_sigma = sigma.where(is_inside, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
+            sigma = torch.where(is_inside, sigma, smallest_sigma)
         sigma = self._place.density(sigma)
         return sigma.flip(-1) if self._place.mirrored else sigma
 

@@ -81,9 +81,8 @@ class Basis:
     """Linear basis of head meshes. All heads have the same triangles."""
 
     mean: np.ndarray  # vertices of the mean head [V, 3], float32, world units
-    components: (
-        np.ndarray
-    )  # offsets of vertices for one standard deviation of identity [K, V, 3], world units
+    # Offsets of vertices for one standard deviation of a coordinate of identity [K, V, 3], world units.
+    components: np.ndarray
     hair: np.ndarray  # offsets of vertices for the full amount of each hair field [H, V, 3], world units
     triangles: np.ndarray  # indices of vertices [T, 3], int64
     masks: dict[str, np.ndarray]  # name of a region of the head -> membership of each vertex [V] in 0..1
@@ -171,10 +170,9 @@ def _split(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 
 
 def ramp(low: float, high: float, x: Numbers) -> Numbers:
-    """Return a smooth step function of x, which is 0 at `low` and 1 at `high`, and constant outside of
-    this range.
+    """Return a smooth step function of x, which is 0 at `low` and 1 at `high`.
 
-    `low` may be larger than `high`; the step then decreases with x.
+    It is constant outside of this range. `low` may be larger than `high`; the step then decreases with x.
     """
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)  # cubic polynomial whose slope is 0 at t = 0 and t = 1
@@ -241,23 +239,25 @@ def heads_from_latents(z: torch.Tensor | np.ndarray, basis: Basis | None = None)
     Args: z: latents [N, 64]; basis: basis of head meshes; None: the bundled basis.
     """
     basis = basis or load_basis()
-    identity, hair, appearance, quality = _split(normalise_latents(z))
-    amounts = hair_amounts(hair)
+    identity_coordinates, hair_coordinates, appearance, quality = _split(normalise_latents(z))
+    hair_field_amounts = hair_amounts(hair_coordinates)
     # Offsets from the mean head, [N, V, 3].
-    all_offsets = np.tensordot(identity, basis.components, axes=1) + np.tensordot(amounts, basis.hair, axes=1)
-    heads = []
+    all_offsets = np.tensordot(identity_coordinates, basis.components, axes=1) + np.tensordot(
+        hair_field_amounts, basis.hair, axes=1
+    )
+    intact_heads = []
     for i, offsets in enumerate(all_offsets):
         vertices = (basis.mean + offsets).astype(np.float32)
-        heads.append(
+        intact_heads.append(
             Head(
                 vertices=vertices,
                 normals=vertex_normals(vertices, basis.triangles),
-                long=float(amounts[i, 2]),  # column 2 is long hair
+                long=float(hair_field_amounts[i, 2]),  # column 2 is long hair
                 appearance=appearance[i],
                 quality=quality[i],
             )
         )
-    return heads
+    return intact_heads
 
 
 # Cylinder with rounded edges that closes every bust at the bottom, world units.
@@ -267,10 +267,9 @@ BUST_ROUND = 0.04  # radius of the rounding of its edges
 
 
 def bust_end(points: np.ndarray) -> np.ndarray:
-    """Return the signed distances [...] of points [..., 3] to the cylinder that closes every bust at
-    the bottom.
+    """Return the signed distances [...] of points [..., 3] to the cylinder that closes a bust at the bottom.
 
-    The axis of the cylinder is the y axis. Distances are negative inside of it.
+    The cylinder is the same for every bust. Its axis is the y axis. Distances are negative inside of it.
     """
     x, y, z = np.moveaxis(points, -1, 0)
     # Signed distances to the side and to the bottom of a cylinder that is smaller by the radius of
@@ -298,14 +297,22 @@ def _palette(colours: np.ndarray, coordinate: float) -> np.ndarray:
     )
 
 
-def _mix(base: np.ndarray, colour: np.ndarray | float, weight: np.ndarray) -> np.ndarray:
-    """Blend a colour over colours `base` [P, 3], with weights [P] in 0..1. A number is a grey colour."""
-    return base + (colour - base) * weight[:, None]
+def _mix(base_colours: np.ndarray, top_colour: np.ndarray | float, weights: np.ndarray) -> np.ndarray:
+    """Blend a colour over other colours.
+
+    Args:
+        base_colours: colours [P, 3] that are covered.
+        top_colour: colours [P, 3], one colour [3] for all points, or a number for a grey colour.
+        weights: weights [P] of the top colour, in 0..1.
+    Returns: colours [P, 3].
+    """
+    return base_colours + (top_colour - base_colours) * weights[:, None]
 
 
 def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """Return the shaded colours [P, 3] in 0..1 of points on the surface. They do not depend on the
-    viewing direction.
+    """Return the shaded colours [P, 3] in 0..1 of points on the surface.
+
+    The colours do not depend on the viewing direction.
 
     Args:
         head: head, for its coordinates of appearance and its amount of long hair.
@@ -369,71 +376,94 @@ def rasterise(
         cam2world: pose of the camera [4, 4] with OpenCV axes.
         focal: focal length divided by the image size.
         size: pixels per edge R.
-    Returns: index of the nearest triangle [R, R], -1 for none; perspective-correct weights of its corners [R,
-        R, 3]; depth along the camera's axis [R, R], inf for none.
+    Returns: three arrays. The first is the index of the nearest triangle [R, R], or -1 where there is none.
+        The second contains the perspective-correct weights of its corners [R, R, 3]. The third is the depth
+        along the camera's axis [R, R], which is inf where there is no triangle.
     """
     # Camera coordinates R^T (x - t) for a pose with rotation R and translation t; points are rows.
     camera_points = (vertices - cam2world[:3, 3]) @ cam2world[:3, :3]
-    depth = camera_points[:, 2]
+    vertex_depths = camera_points[:, 2]
     # Image coordinates in pixels. With -0.5, the centres of pixels are at integers.
-    pixel = (camera_points[:, :2] / depth[:, None] * focal + 0.5) * size - 0.5
-    corner = pixel[triangles]  # [T, 3, 2]
-    corner_depth = depth[triangles]  # [T, 3]
+    vertex_pixels = (camera_points[:, :2] / vertex_depths[:, None] * focal + 0.5) * size - 0.5
+    corner_pixels = vertex_pixels[triangles]  # [T, 3, 2]
+    corner_depths = vertex_depths[triangles]  # [T, 3]
     # Range of the pixels that a triangle can cover, limited to the image.
-    low = np.clip(np.ceil(corner.min(axis=1)).astype(int), 0, size)
-    high = np.clip(np.floor(corner.max(axis=1)).astype(int) + 1, 0, size)
-    extent = np.clip(high - low, 0, None)
-    nearest = np.full(size * size, np.inf)
-    owner = np.full(size * size, -1)  # index of the triangle
-    weights = np.zeros((size * size, 3))
+    first_pixels = np.clip(np.ceil(corner_pixels.min(axis=1)).astype(int), 0, size)
+    end_pixels = np.clip(np.floor(corner_pixels.max(axis=1)).astype(int) + 1, 0, size)
+    covered_extents = np.clip(end_pixels - first_pixels, 0, None)
+    nearest_depth = np.full(size * size, np.inf)
+    nearest_triangle = np.full(size * size, -1)  # index of the triangle
+    nearest_weights = np.zeros((size * size, 3))
     # All pixels of many triangles are tested in one step. The triangles are sorted by their number of pixels
     # and divided into chunks, which bounds the memory.
-    count = extent.prod(axis=1)
-    order = np.argsort(count, kind="stable")
-    order = order[count[order] > 0]
-    for chunk in np.array_split(order, max(1, int(count.sum() // 400_000))):
-        # One row for each pair of a triangle and a pixel in its range. `within` counts the pixels of a
-        # triangle from 0.
-        index = np.repeat(chunk, count[chunk])
-        within = np.arange(len(index)) - np.repeat(np.cumsum(count[chunk]) - count[chunk], count[chunk])
-        column = low[index, 0] + within % extent[index, 0]
-        row = low[index, 1] + within // extent[index, 0]
-        a, b, c = (corner[index, i] for i in range(3))
-        p = np.stack([column, row], axis=1)
-        area = cross_2d(b - a, c - a)
+    pixel_counts = covered_extents.prod(axis=1)
+    triangle_order = np.argsort(pixel_counts, kind="stable")
+    triangle_order = triangle_order[pixel_counts[triangle_order] > 0]
+    for chunk in np.array_split(triangle_order, max(1, int(pixel_counts.sum() // 400_000))):
+        # One row for each pair of a triangle and a pixel in its range. `pixel_numbers` counts the pixels of
+        # a triangle from 0.
+        triangle_indices = np.repeat(chunk, pixel_counts[chunk])
+        pixel_numbers = np.arange(len(triangle_indices)) - np.repeat(
+            np.cumsum(pixel_counts[chunk]) - pixel_counts[chunk], pixel_counts[chunk]
+        )
+        pixel_columns = (
+            first_pixels[triangle_indices, 0] + pixel_numbers % covered_extents[triangle_indices, 0]
+        )
+        pixel_rows = first_pixels[triangle_indices, 1] + pixel_numbers // covered_extents[triangle_indices, 0]
+        a, b, c = (corner_pixels[triangle_indices, i] for i in range(3))
+        pixel_positions = np.stack([pixel_columns, pixel_rows], axis=1)
+        doubled_areas = cross_2d(b - a, c - a)
         # A triangle that is seen edge-on has the area 0. With an infinite area, all its weights become 0.
-        area = np.where(np.abs(area) < 1e-12, np.inf, area)
+        doubled_areas = np.where(np.abs(doubled_areas) < 1e-12, np.inf, doubled_areas)
         # Barycentric weights of the corners at the pixel, [rows, 3].
         corner_weights = (
-            np.stack([cross_2d(c - b, p - b), cross_2d(a - c, p - c), cross_2d(b - a, p - a)], axis=1)
-            / area[:, None]
+            np.stack(
+                [
+                    cross_2d(c - b, pixel_positions - b),
+                    cross_2d(a - c, pixel_positions - c),
+                    cross_2d(b - a, pixel_positions - a),
+                ],
+                axis=1,
+            )
+            / doubled_areas[:, None]
         )
         # The tolerance closes gaps between neighbouring triangles.
         is_inside = (corner_weights >= -1e-9).all(axis=1)
-        index = index[is_inside]
+        triangle_indices = triangle_indices[is_inside]
         corner_weights = corner_weights[is_inside]
-        pixel_index = (row * size + column)[is_inside]
+        flat_pixel_indices = (pixel_rows * size + pixel_columns)[is_inside]
         # Perspective-correct interpolation: 1 / depth is linear in image coordinates, but depth is not.
-        weights_over_depth = corner_weights / corner_depth[index]
-        distance = 1 / weights_over_depth.sum(axis=1)
+        weights_over_depth = corner_weights / corner_depths[triangle_indices]
+        pair_depths = 1 / weights_over_depth.sum(axis=1)
         # Rows are sorted by pixel, and for each pixel from far to near. The last row of a pixel is the
         # nearest triangle.
-        sorted_rows = np.lexsort((-distance, pixel_index))
+        sorted_rows = np.lexsort((-pair_depths, flat_pixel_indices))
         is_last_of_pixel = (
-            np.r_[np.diff(pixel_index[sorted_rows]) > 0, True] if len(sorted_rows) else np.zeros(0, bool)
+            np.r_[np.diff(flat_pixel_indices[sorted_rows]) > 0, True]
+            if len(sorted_rows)
+            else np.zeros(0, bool)
         )
         nearest_rows = sorted_rows[is_last_of_pixel]
         # Triangles of earlier chunks may be nearer.
-        nearest_rows = nearest_rows[distance[nearest_rows] < nearest[pixel_index[nearest_rows]]]
-        nearest[pixel_index[nearest_rows]] = distance[nearest_rows]
-        owner[pixel_index[nearest_rows]] = index[nearest_rows]
-        weights[pixel_index[nearest_rows]] = weights_over_depth[nearest_rows] * distance[nearest_rows, None]
-    return owner.reshape(size, size), weights.reshape(size, size, 3), nearest.reshape(size, size)
+        nearest_rows = nearest_rows[
+            pair_depths[nearest_rows] < nearest_depth[flat_pixel_indices[nearest_rows]]
+        ]
+        nearest_depth[flat_pixel_indices[nearest_rows]] = pair_depths[nearest_rows]
+        nearest_triangle[flat_pixel_indices[nearest_rows]] = triangle_indices[nearest_rows]
+        nearest_weights[flat_pixel_indices[nearest_rows]] = (
+            weights_over_depth[nearest_rows] * pair_depths[nearest_rows, None]
+        )
+    return (
+        nearest_triangle.reshape(size, size),
+        nearest_weights.reshape(size, size, 3),
+        nearest_depth.reshape(size, size),
+    )
 
 
 def cross_2d(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the third component [N] of the cross products of vectors a [N, 2] and b [N, 2] in the plane z
-    = 0.
+    """Return the third component [N] of the cross products of vectors a [N, 2] and b [N, 2].
+
+    The vectors lie in the plane z = 0.
     """
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
@@ -453,14 +483,16 @@ def render_head(head: Head, cam2world: np.ndarray, focal: float, size: int) -> t
     # Colours are rendered at twice the resolution and averaged, to avoid jagged edges. Depth is not averaged,
     # because a mean of depths on two sides of an edge lies on no surface.
     fine_size = 2 * size
-    owner, weights, _ = rasterise(head.vertices, basis.triangles, cam2world, focal, fine_size)
+    nearest_triangle, corner_weights, _ = rasterise(
+        head.vertices, basis.triangles, cam2world, focal, fine_size
+    )
     image = np.ones((fine_size, fine_size, 3), np.float32)
-    is_foreground = owner >= 0
-    corners = basis.triangles[owner[is_foreground]]  # [P, 3]
+    is_foreground = nearest_triangle >= 0
+    corners = basis.triangles[nearest_triangle[is_foreground]]  # [P, 3]
     # Attributes and normals, interpolated between the corners of each pixel's triangle.
     attributes, normals = (
-        np.einsum("pcd,pc->pd", values[corners], weights[is_foreground]).astype(np.float32)
-        for values in (basis.drawn, head.normals)
+        np.einsum("pcd,pc->pd", vertex_values[corners], corner_weights[is_foreground]).astype(np.float32)
+        for vertex_values in (basis.drawn, head.normals)
     )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
     image[is_foreground] = surface_colour(head, attributes, normals)

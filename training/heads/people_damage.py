@@ -28,8 +28,9 @@ BASE = -0.30  # y coordinate; the shoulders below it are not damaged
 
 
 def severity(quality: torch.Tensor) -> torch.Tensor:
-    """Return the severity [N] of the damage for coordinates [N, Q]: 0 for an intact scan, 1 for a fully
-    damaged one.
+    """Return the severity [N] of the damage for coordinates of scan quality [N, Q].
+
+    It is 0 for an intact scan and 1 for a fully damaged one.
     """
     # ndtr, the normal distribution function, maps a standard normal coordinate to its quantile. The ramp is
     # narrow, so that most scans have a severity of 0 or 1.

@@ -75,36 +75,37 @@ class Groups:
 def _grouped(corners: np.ndarray) -> Groups:
     """Divide triangles with corners [T, 3, 3] into groups of neighbours."""
     triangle_centres = corners.mean(axis=1)
-    groups = [np.arange(len(corners))]
+    triangle_groups = [np.arange(len(corners))]
     # All groups are halved in each step, along their longest axis. Their sizes therefore differ by at
     # most one.
-    while len(groups[0]) > GROUP:
+    while len(triangle_groups[0]) > GROUP:
         halves = []
-        for group in groups:
-            axis = np.ptp(triangle_centres[group], axis=0).argmax()
-            sorted_group = group[np.argsort(triangle_centres[group, axis], kind="stable")]
+        for triangle_group in triangle_groups:
+            axis = np.ptp(triangle_centres[triangle_group], axis=0).argmax()
+            sorted_group = triangle_group[np.argsort(triangle_centres[triangle_group, axis], kind="stable")]
             half_size = len(sorted_group) // 2
             halves += [sorted_group[:half_size], sorted_group[half_size:]]
-        groups = halves
-    start = np.cumsum([0] + [len(group) for group in groups])
-    order = np.concatenate(groups)
+        triangle_groups = halves
+    group_starts = np.cumsum([0] + [len(triangle_group) for triangle_group in triangle_groups])
+    order = np.concatenate(triangle_groups)
     # Area times unit normal of each triangle, [T, 3].
     area_vectors = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) / 2
     # The small number avoids 0 / 0 for groups of degenerate triangles.
-    weight = np.linalg.norm(area_vectors, axis=1, keepdims=True) + 1e-12
+    triangle_areas = np.linalg.norm(area_vectors, axis=1, keepdims=True) + 1e-12
 
-    def sum_groups(values: np.ndarray) -> np.ndarray:
+    def sum_groups(triangle_values: np.ndarray) -> np.ndarray:
         """Sum values of triangles over each group."""
-        return np.add.reduceat(values[order], start[:-1])
+        return np.add.reduceat(triangle_values[order], group_starts[:-1])
 
-    centre = sum_groups(weight * triangle_centres) / sum_groups(weight)
-    group_of_triangle = np.repeat(np.arange(len(groups)), np.diff(start))  # in the order of `order`
+    centre = sum_groups(triangle_areas * triangle_centres) / sum_groups(triangle_areas)
+    # Index of the group of each triangle, in the order of `order`.
+    group_of_triangle = np.repeat(np.arange(len(triangle_groups)), np.diff(group_starts))
     corner_distances = np.linalg.norm(corners[order] - centre[group_of_triangle, None], axis=2).max(axis=1)
     return Groups(
         order=order,
-        start=start,
+        start=group_starts,
         centre=centre,
-        radius=np.maximum.reduceat(corner_distances, start[:-1]),
+        radius=np.maximum.reduceat(corner_distances, group_starts[:-1]),
         dipole=sum_groups(area_vectors),
     )
 
@@ -116,32 +117,37 @@ def winding_number(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     """
     corners = corners.astype(np.float64)
     points = points.astype(np.float64)
-    groups = _grouped(corners)
-    result = np.zeros(len(points))
+    triangle_groups = _grouped(corners)
+    winding_numbers = np.zeros(len(points))
     # The points of a block are near each other, so the same groups are far from all of them.
     for block in _blocks(points):
         block_points = points[block]
         block_centre = (block_points.min(axis=0) + block_points.max(axis=0)) / 2
         block_radius = np.linalg.norm(block_points - block_centre, axis=1).max()
         # With the radius of the block, a group is far from every point of it.
-        is_far = np.linalg.norm(groups.centre - block_centre, axis=1) > FAR * groups.radius + block_radius
-        offsets = groups.centre[is_far] - block_points[:, None]  # [B, G, 3]
+        is_far = (
+            np.linalg.norm(triangle_groups.centre - block_centre, axis=1)
+            > FAR * triangle_groups.radius + block_radius
+        )
+        offsets = triangle_groups.centre[is_far] - block_points[:, None]  # [B, G, 3]
         # The solid angle of a dipole is offset . dipole / |offset|^3.
         angles = np.einsum(
-            "bgd,gd,bg->b", offsets, groups.dipole[is_far], (offsets * offsets).sum(axis=2) ** -1.5
+            "bgd,gd,bg->b", offsets, triangle_groups.dipole[is_far], (offsets * offsets).sum(axis=2) ** -1.5
         )
         near_triangles = [
-            groups.order[groups.start[i] : groups.start[i + 1]] for i in np.flatnonzero(~is_far)
+            triangle_groups.order[triangle_groups.start[i] : triangle_groups.start[i + 1]]
+            for i in np.flatnonzero(~is_far)
         ]
         if near_triangles:
             angles += solid_angles(corners[np.concatenate(near_triangles)], block_points).sum(axis=1)
-        result[block] = angles / (4 * np.pi)
-    return result
+        winding_numbers[block] = angles / (4 * np.pi)
+    return winding_numbers
 
 
 def _blocks(points: np.ndarray) -> list[np.ndarray]:
-    """Divide points [P, 3] into blocks of neighbours. Return the indices of the points of each block, at
-    most BLOCK.
+    """Divide points [P, 3] into blocks of at most BLOCK neighbours.
+
+    Returns: the indices of the points of each block.
     """
     blocks = []
     remaining_blocks = [np.arange(len(points))] if len(points) else []
@@ -176,52 +182,56 @@ def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     a = corners[..., 0, :]
     u = corners[..., 1, :] - corners[..., 0, :]
     v = corners[..., 2, :] - corners[..., 0, :]
-    d = points - a
+    offset_from_a = points - a
     uu = dot(u, u)
     uv = dot(u, v)
     vv = dot(v, v)
     # Determinant of the equations, four times the squared area. The bound avoids a division by 0 for
     # degenerate triangles.
     determinant = np.maximum(uu * vv - uv * uv, 1e-300)
-    weight_u = (vv * dot(u, d) - uv * dot(v, d)) / determinant
-    weight_v = (uu * dot(v, d) - uv * dot(u, d)) / determinant
+    weight_u = (vv * dot(u, offset_from_a) - uv * dot(v, offset_from_a)) / determinant
+    weight_v = (uu * dot(v, offset_from_a) - uv * dot(u, offset_from_a)) / determinant
     projection_weights = np.stack([1 - weight_u - weight_v, weight_u, weight_v], axis=-1)
     best_weights = projection_weights
     # Squared distances. The projection is a candidate only if it lies inside the triangle.
     smallest_distance = np.where(
         (projection_weights >= 0).all(axis=-1),
-        dot(d - (weight_u[..., None] * u + weight_v[..., None] * v), d),
+        dot(offset_from_a - (weight_u[..., None] * u + weight_v[..., None] * v), offset_from_a),
         np.inf,
     )
     # The nearest points of the three edges are the other candidates.
     for i, j in ((0, 1), (1, 2), (2, 0)):
         edge = corners[..., j, :] - corners[..., i, :]
-        along = np.clip(dot(points - corners[..., i, :], edge) / np.maximum(dot(edge, edge), 1e-300), 0, 1)
-        offset = points - corners[..., i, :] - along[..., None] * edge
+        edge_fraction = np.clip(
+            dot(points - corners[..., i, :], edge) / np.maximum(dot(edge, edge), 1e-300), 0, 1
+        )
+        edge_offset = points - corners[..., i, :] - edge_fraction[..., None] * edge
         edge_weights = np.zeros_like(projection_weights)
-        edge_weights[..., i] = 1 - along
-        edge_weights[..., j] = along
-        is_nearer = dot(offset, offset) < smallest_distance
+        edge_weights[..., i] = 1 - edge_fraction
+        edge_weights[..., j] = edge_fraction
+        is_nearer = dot(edge_offset, edge_offset) < smallest_distance
         best_weights = np.where(is_nearer[..., None], edge_weights, best_weights)
-        smallest_distance = np.where(is_nearer, dot(offset, offset), smallest_distance)
+        smallest_distance = np.where(is_nearer, dot(edge_offset, edge_offset), smallest_distance)
     return best_weights
 
 
 @functools.cache
 def _sample_weights(divisions: int) -> np.ndarray:
-    """Return barycentric weights [parts^2, 3] of samples of a triangle.
+    """Return barycentric weights [divisions^2, 3] of samples of a triangle.
 
-    The samples are the centres of parts^2 equal triangles into which the triangle is divided.
+    The samples are the centres of divisions^2 equal triangles into which the triangle is divided.
+
+    Args: divisions: number of parts of each edge.
     """
-    rows = []
+    first_two_weights_of_samples = []
     for i in range(divisions):
         for j in range(divisions - i):
             # An upright small triangle, and the inverted one next to it, which does not exist at the end
             # of a row.
-            rows.append((i + 1 / 3, j + 1 / 3))
+            first_two_weights_of_samples.append((i + 1 / 3, j + 1 / 3))
             if i + j < divisions - 1:
-                rows.append((i + 2 / 3, j + 2 / 3))
-    first_two_weights = np.array(rows) / divisions
+                first_two_weights_of_samples.append((i + 2 / 3, j + 2 / 3))
+    first_two_weights = np.array(first_two_weights_of_samples) / divisions
     # The three weights sum to 1.
     return np.concatenate([first_two_weights, 1 - first_two_weights.sum(axis=1, keepdims=True)], axis=1)
 
@@ -230,45 +240,58 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     """Find the nearest point of a mesh for each of P points.
 
     Args: corners: corners of the triangles [T, 3, 3]; points: points [P, 3].
-    Returns: index of the nearest triangle [P], weights [P, 3] of its corners at the nearest point, and
-        distance [P].
+    Returns: three arrays. The first is the index of the nearest triangle [P]. The second contains the weights
+        [P, 3] of its corners at the nearest point. The third is the distance [P] to the nearest point.
     """
     # A search tree finds the nearest samples of the surface. Exact distances are computed only to their
     # triangles. Large triangles have more samples.
     longest_edge = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(axis=1)
-    parts = np.clip(np.ceil(longest_edge / SAMPLE), 1, 6).astype(int)
-    samples = []
-    owners = []
-    for count in np.unique(parts):
-        triangles_with_count = np.flatnonzero(parts == count)
-        positions = np.einsum("sc,tcd->tsd", _sample_weights(int(count)), corners[triangles_with_count])
-        samples.append(positions.reshape(-1, 3))
-        owners.append(np.repeat(triangles_with_count, positions.shape[1]))
-    tree = cKDTree(np.concatenate(samples))
-    owner = np.concatenate(owners)  # index of the triangle of each sample
-    triangle = np.empty(len(points), int)
-    weights = np.empty((len(points), 3))
-    distance = np.empty(len(points))
-    sample_distance, sample = tree.query(points, eps=0.01)
+    division_counts = np.clip(np.ceil(longest_edge / SAMPLE), 1, 6).astype(int)
+    sample_positions = []
+    triangles_of_samples = []
+    for divisions in np.unique(division_counts):
+        same_division_triangles = np.flatnonzero(division_counts == divisions)
+        positions = np.einsum(
+            "sc,tcd->tsd", _sample_weights(int(divisions)), corners[same_division_triangles]
+        )
+        sample_positions.append(positions.reshape(-1, 3))
+        triangles_of_samples.append(np.repeat(same_division_triangles, positions.shape[1]))
+    sample_tree = cKDTree(np.concatenate(sample_positions))
+    triangle_of_sample = np.concatenate(triangles_of_samples)  # index of the triangle of each sample
+    nearest_triangle = np.empty(len(points), int)
+    nearest_weights = np.empty((len(points), 3))
+    nearest_distance = np.empty(len(points))
+    sample_distance, nearest_sample = sample_tree.query(points, eps=0.01)
     # Far from the surface, the triangle of the nearest sample is a sufficient approximation.
     is_far = sample_distance > CLEAR * SAMPLE
-    for rows, count in ((np.flatnonzero(is_far), 1), (np.flatnonzero(~is_far), NEIGHBOURS)):
+    for point_indices, candidate_count in (
+        (np.flatnonzero(is_far), 1),
+        (np.flatnonzero(~is_far), NEIGHBOURS),
+    ):
         # Chunks bound the memory.
-        for chunk in np.array_split(rows, len(rows) // 20_000 + 1):
-            nearest_samples = sample[chunk, None] if count == 1 else tree.query(points[chunk], count)[1]
-            candidates = owner[nearest_samples]  # [chunk, count]
+        for chunk in np.array_split(point_indices, len(point_indices) // 20_000 + 1):
+            nearest_samples = (
+                nearest_sample[chunk, None]
+                if candidate_count == 1
+                else sample_tree.query(points[chunk], candidate_count)[1]
+            )
+            candidate_triangles = triangle_of_sample[nearest_samples]  # [chunk, candidate_count]
             # One row for each pair of a point and a candidate.
-            repeated_points = np.repeat(points[chunk], count, axis=0)
-            candidate_corners = corners[candidates.ravel()]
+            repeated_points = np.repeat(points[chunk], candidate_count, axis=0)
+            candidate_corners = corners[candidate_triangles.ravel()]
             candidate_weights = closest_on_triangles(candidate_corners, repeated_points)
             nearest_points = np.einsum("pc,pcd->pd", candidate_weights, candidate_corners)
-            lengths = np.linalg.norm(nearest_points - repeated_points, axis=1).reshape(candidates.shape)
-            best_candidate = lengths.argmin(axis=1)
-            row = np.arange(len(chunk))
-            triangle[chunk] = candidates[row, best_candidate]
-            distance[chunk] = lengths[row, best_candidate]
-            weights[chunk] = candidate_weights.reshape(*candidates.shape, 3)[row, best_candidate]
-    return triangle, weights, distance
+            candidate_distances = np.linalg.norm(nearest_points - repeated_points, axis=1).reshape(
+                candidate_triangles.shape
+            )
+            best_candidate = candidate_distances.argmin(axis=1)
+            chunk_rows = np.arange(len(chunk))
+            nearest_triangle[chunk] = candidate_triangles[chunk_rows, best_candidate]
+            nearest_distance[chunk] = candidate_distances[chunk_rows, best_candidate]
+            nearest_weights[chunk] = candidate_weights.reshape(*candidate_triangles.shape, 3)[
+                chunk_rows, best_candidate
+            ]
+    return nearest_triangle, nearest_weights, nearest_distance
 
 
 def grid_points(resolution: int) -> np.ndarray:
@@ -289,53 +312,69 @@ GRID_VERSION = 2  # part of the cache key; it has to be raised if `head_grid` re
 BAND = 1.8  # largest distance from the surface, in voxels, at which the distances of `head_grid` are exact
 
 
-def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def crossings(corners: np.ndarray, grid_coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Count the crossings of a mesh by the lines along z through the points of a grid.
 
-    A crossing into the mesh counts 1, a crossing out of it -1. For a closed mesh, both results are the
-    winding number.
+    A crossing into the mesh counts 1, a crossing out of it -1. The crossings on either side of a point are
+    counted separately. For a closed mesh, each of the two counts is the winding number.
 
     Args:
         corners: corners of triangles with outward normals [T, 3, 3].
-        steps: evenly spaced coordinates [n] of the grid, the same for each axis.
-    Returns: signed counts [n, n, n] of crossings at a smaller z than each point, for a line in the direction
-        of +z; and at a larger z, for a line in the direction of -z.
+        grid_coordinates: evenly spaced coordinates [n] of the grid, the same for each axis.
+    Returns: two arrays of signed counts [n, n, n]. The first counts the crossings at a smaller z than each
+        point, for a line in the direction of +z. The second counts the crossings at a larger z, for a line in
+        the direction of -z.
     """
-    n = len(steps)
-    first_coordinate = steps[0]
-    width = steps[1] - steps[0]
+    n = len(grid_coordinates)
+    first_coordinate = grid_coordinates[0]
+    grid_spacing = grid_coordinates[1] - grid_coordinates[0]
     corners_xy = corners[:, :, :2]
     # Range of the lines (x, y) that can hit each triangle.
-    low = np.clip(np.ceil((corners_xy.min(axis=1) - first_coordinate) / width).astype(int), 0, n)
-    high = np.clip(np.floor((corners_xy.max(axis=1) - first_coordinate) / width).astype(int) + 1, 0, n)
-    extent = np.clip(high - low, 0, None)
-    count = extent.prod(axis=1)
-    # One row for each pair of a triangle and a line in its range. `within` counts the lines of a triangle
-    # from 0.
-    index = np.repeat(np.arange(len(corners)), count)
-    within = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
-    i = low[index, 0] + within // extent[index, 1]
-    j = low[index, 1] + within % extent[index, 1]
+    first_lines = np.clip(
+        np.ceil((corners_xy.min(axis=1) - first_coordinate) / grid_spacing).astype(int), 0, n
+    )
+    end_lines = np.clip(
+        np.floor((corners_xy.max(axis=1) - first_coordinate) / grid_spacing).astype(int) + 1, 0, n
+    )
+    covered_extents = np.clip(end_lines - first_lines, 0, None)
+    line_counts = covered_extents.prod(axis=1)
+    # One row for each pair of a triangle and a line in its range. `line_numbers` counts the lines of a
+    # triangle from 0.
+    triangle_indices = np.repeat(np.arange(len(corners)), line_counts)
+    line_numbers = np.arange(len(triangle_indices)) - np.repeat(
+        np.cumsum(line_counts) - line_counts, line_counts
+    )
+    i = first_lines[triangle_indices, 0] + line_numbers // covered_extents[triangle_indices, 1]
+    j = first_lines[triangle_indices, 1] + line_numbers % covered_extents[triangle_indices, 1]
     # The lines are shifted slightly, because a line through a vertex would hit several triangles.
-    point = first_coordinate + width * np.stack([i, j], axis=1) + 1e-7
-    a, b, c = (corners_xy[index, corner] for corner in range(3))
-    area = cross_2d(b - a, c - a)
+    line_positions = first_coordinate + grid_spacing * np.stack([i, j], axis=1) + 1e-7
+    a, b, c = (corners_xy[triangle_indices, corner] for corner in range(3))
+    doubled_areas = cross_2d(b - a, c - a)
     # Barycentric weights of the corners, multiplied by the area.
     weighted_area = np.stack(
-        [cross_2d(c - b, point - b), cross_2d(a - c, point - c), cross_2d(b - a, point - a)], axis=1
+        [
+            cross_2d(c - b, line_positions - b),
+            cross_2d(a - c, line_positions - c),
+            cross_2d(b - a, line_positions - a),
+        ],
+        axis=1,
     )
-    is_hit = (np.abs(area) > 1e-15) & ((weighted_area * np.sign(area)[:, None]) >= 0).all(axis=1)
-    weights = weighted_area[is_hit] / area[is_hit, None]
+    is_hit = (np.abs(doubled_areas) > 1e-15) & ((weighted_area * np.sign(doubled_areas)[:, None]) >= 0).all(
+        axis=1
+    )
+    corner_weights = weighted_area[is_hit] / doubled_areas[is_hit, None]
     # z coordinate of the crossing, in steps of the grid.
-    crossing_z = ((weights * corners[index[is_hit], :, 2]).sum(axis=1) - first_coordinate) / width
+    crossing_z = (
+        (corner_weights * corners[triangle_indices[is_hit], :, 2]).sum(axis=1) - first_coordinate
+    ) / grid_spacing
     # Index of the first grid point at a larger z. It is n for crossings beyond the last point.
-    layer = np.clip(np.ceil(crossing_z).astype(int), 0, n)
-    sign = np.sign(area[is_hit]).astype(int)
-    counts = np.zeros((n, n, n + 1), int)
+    layer_indices = np.clip(np.ceil(crossing_z).astype(int), 0, n)
+    area_signs = np.sign(doubled_areas[is_hit]).astype(int)
+    crossing_counts = np.zeros((n, n, n + 1), int)
     # A line in the direction of +z enters the mesh at a triangle whose normal points to -z (area < 0).
     # np.add.at adds several crossings with the same index, which indexing with += would not.
-    np.add.at(counts, (i[is_hit], j[is_hit], layer), -sign)
-    at_smaller_z = counts.cumsum(axis=2)
+    np.add.at(crossing_counts, (i[is_hit], j[is_hit], layer_indices), -area_signs)
+    at_smaller_z = crossing_counts.cumsum(axis=2)
     at_larger_z = at_smaller_z - at_smaller_z[:, :, -1:]
     # The last layer belongs to no grid point.
     return at_smaller_z[:, :, :n], at_larger_z[:, :, :n]
@@ -386,17 +425,17 @@ def ground_truth_grids(z: torch.Tensor, resolution: int = 64) -> np.ndarray:
     Args: z: latents [N, 64]; resolution: number of voxels per edge n.
     Returns: grids [N, n, n, n], float32, rounded to half precision.
     """
-    return np.stack([_ground_truth_grid(row, resolution) for row in z.detach().cpu().float().numpy()])
+    return np.stack([_ground_truth_grid(latent, resolution) for latent in z.detach().cpu().float().numpy()])
 
 
 def _ground_truth_grid(z: np.ndarray, resolution: int) -> np.ndarray:
     """Return the grid [n, n, n] of one latent [64], from the cache if it is stored there."""
     # The file name is a hash of everything that the grid depends on.
-    key = z.tobytes() + f"{resolution} {GRID_VERSION}".encode() + _basis_hash()
-    name = hashlib.sha256(key).hexdigest()[:20]
-    path = cache_dir().parent / "heads" / f"{name}.npy"
+    cache_key = z.tobytes() + f"{resolution} {GRID_VERSION}".encode() + _basis_hash()
+    file_stem = hashlib.sha256(cache_key).hexdigest()[:20]
+    cache_path = cache_dir().parent / "heads" / f"{file_stem}.npy"
     try:
-        return np.load(path).astype(np.float32)
+        return np.load(cache_path).astype(np.float32)
     except (OSError, ValueError):
         # The grid is stored in half precision. It is rounded here, so that the first call returns the same
         # values as later ones.
@@ -405,7 +444,7 @@ def _ground_truth_grid(z: np.ndarray, resolution: int) -> np.ndarray:
     with contextlib.suppress(OSError):
         buffer = io.BytesIO()
         np.save(buffer, grid)
-        write_atomic(path, buffer.getvalue())
+        write_atomic(cache_path, buffer.getvalue())
     return grid.astype(np.float32)
 
 

@@ -59,16 +59,17 @@ def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     world_up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype, device=position.device).expand_as(forward)
     right = -torch.nn.functional.normalize(torch.linalg.cross(world_up, forward), dim=-1)
     down = torch.nn.functional.normalize(torch.linalg.cross(forward, right), dim=-1)
-    top = torch.stack([right, down, forward, position], dim=-1)  # [N, 3, 4]
-    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=position.dtype, device=position.device).expand(
+    upper_rows = torch.stack([right, down, forward, position], dim=-1)  # [N, 3, 4]
+    last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=position.dtype, device=position.device).expand(
         len(position), 1, 4
     )
-    return torch.cat([top, bottom], dim=1)
+    return torch.cat([upper_rows, last_row], dim=1)
 
 
 class LookAtPoseSampler:
-    """Sampler of poses with normally distributed angles, on a sphere about the origin, that look at
-    one point.
+    """Sampler of camera poses on a sphere about the origin, with normally distributed angles.
+
+    All cameras look at one point.
 
     The name and the order of arguments are EG3D's. Torch's global generator yields the noise of the yaw [N,
     1], and then the noise of the pitch [N, 1], even if both standard deviations are 0. Callers may rely on
@@ -99,10 +100,10 @@ class LookAtPoseSampler:
         """
         # Noise of standard deviation 0 is drawn, too, because the number of random values must not depend on
         # the arguments.
-        h = torch.randn((batch_size, 1), device=device) * horizontal_stddev + horizontal_mean
-        v = torch.randn((batch_size, 1), device=device) * vertical_stddev + vertical_mean
+        yaw = torch.randn((batch_size, 1), device=device) * horizontal_stddev + horizontal_mean
+        pitch = torch.randn((batch_size, 1), device=device) * vertical_stddev + vertical_mean
         return look_at(
-            camera_position(h, v, radius),
+            camera_position(yaw, pitch, radius),
             torch.as_tensor(lookat_position, dtype=torch.float32, device=device),
         )
 
@@ -137,8 +138,10 @@ def pack_label(cam2world: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tenso
         intrinsics: normalised intrinsics, [N, 3, 3], or [3, 3] for all cameras.
     """
     assert cam2world.ndim == 3 and cam2world.shape[1:] == (4, 4) and intrinsics.shape[-2:] == (3, 3)
-    k = intrinsics.expand(len(cam2world), 3, 3)
-    return torch.cat([cam2world.reshape(-1, POSE_NUMBERS), k.reshape(-1, INTRINSICS_NUMBERS)], dim=1)
+    intrinsics_of_cameras = intrinsics.expand(len(cam2world), 3, 3)
+    return torch.cat(
+        [cam2world.reshape(-1, POSE_NUMBERS), intrinsics_of_cameras.reshape(-1, INTRINSICS_NUMBERS)], dim=1
+    )
 
 
 def unpack_label(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,7 +65,8 @@ class MipRayMarcher2(torch.nn.Module):
         """
         # [N, M, S-1, 1] each
         weights, depths_mid = (
-            values.unsqueeze(-1) for values in interval_weights(densities.squeeze(-1), depths.squeeze(-1))
+            interval_values.unsqueeze(-1)
+            for interval_values in interval_weights(densities.squeeze(-1), depths.squeeze(-1))
         )
         colors_mid = (colors[:, :, :-1] + colors[:, :, 1:]) / 2  # [N, M, S-1, C]
         rgb = (weights * colors_mid).sum(dim=-2)
@@ -94,23 +95,24 @@ class MipRayMarcher2(torch.nn.Module):
         depths = torch.cat([pass_depths for _, _, pass_depths in passes], dim=2).reshape(n * m, -1)
         # Weights of samples, in the order of the input. The weight of an interval is divided between its
         # two samples.
-        weights, depth_sum, total = ray_march(densities, depths)
+        sample_weights, depth_sum, weight_sum = ray_march(densities, depths)
         rgb: Any = 0
-        start = 0
+        first_sample = 0
         for colors, _, _ in passes:
-            count = colors.shape[2]
+            sample_count = colors.shape[2]
             # [N*M, C]
             rgb = rgb + _WeightedSum.apply(
-                weights[:, start : start + count], colors.reshape(n * m, count, -1)
+                sample_weights[:, first_sample : first_sample + sample_count],
+                colors.reshape(n * m, sample_count, -1),
             )
-            start += count
-        return rgb.reshape(n, m, -1), depth_sum.reshape(n, m, 1), total.reshape(n, m, 1)
+            first_sample += sample_count
+        return rgb.reshape(n, m, -1), depth_sum.reshape(n, m, 1), weight_sum.reshape(n, m, 1)
 
     def finish(
         self,
         rgb: torch.Tensor,
         depth_sum: torch.Tensor,
-        total: torch.Tensor,
+        weight_sum: torch.Tensor,
         depth_range: tuple[torch.Tensor, torch.Tensor],
         rendering_options: dict,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +121,7 @@ class MipRayMarcher2(torch.nn.Module):
         Args:
             rgb: sum(w c) [N, M, C].
             depth_sum: sum(w d) [N, M, 1].
-            total: sum(w) [N, M, 1].
+            weight_sum: sum(w) [N, M, 1].
             depth_range: smallest and largest depth of all samples of the batch, two tensors [].
             rendering_options: see `forward`.
         Raises: ValueError for another clamp_mode than 'softplus'.
@@ -131,10 +133,10 @@ class MipRayMarcher2(torch.nn.Module):
             )
         # If all weights of a ray are 0, the quotient 0 / 0 would make the gradient NaN, although `where`
         # discards the quotient. Therefore the divisor is replaced, too.
-        has_weight = total > 0
-        depth = torch.where(has_weight, depth_sum / torch.where(has_weight, total, 1), float("inf"))
+        has_weight = weight_sum > 0
+        depth = torch.where(has_weight, depth_sum / torch.where(has_weight, weight_sum, 1), float("inf"))
         if rendering_options.get("white_back", False):
-            rgb = rgb + 1 - total  # the remaining light comes from a white background
+            rgb = rgb + 1 - weight_sum  # the remaining light comes from a white background
         rgb = rgb * 2 - 1 if self.symmetric else rgb
         return rgb, torch.clamp(depth, *depth_range)
 
@@ -184,16 +186,18 @@ def sample_stratified(
     Returns: depths [N, M, S, 1] in ascending order.
     """
     n, m, _ = origins.shape
-    steps = torch.linspace(0, 1, count, device=origins.device)
+    fractions = torch.linspace(0, 1, count, device=origins.device)
     if disparity:
-        t = steps.reshape(1, 1, count, 1).repeat(n, m, 1, 1)
-        t = t + torch.rand_like(t) * (1 / (count - 1))
-        return 1 / (1 / ray_start * (1 - t) + 1 / ray_end * t)
+        disparity_fractions = fractions.reshape(1, 1, count, 1).repeat(n, m, 1, 1)
+        disparity_fractions = disparity_fractions + torch.rand_like(disparity_fractions) * (1 / (count - 1))
+        return 1 / (1 / ray_start * (1 - disparity_fractions) + 1 / ray_end * disparity_fractions)
     # Each ray has its own limits, from the option "auto": [N, M, 1] -> [N, M, S, 1].
     if isinstance(ray_start, torch.Tensor):
-        span = ray_end - ray_start  # [N, M, 1]
-        depths = (ray_start[:, :, None] + steps.reshape(1, 1, count, 1) * span[:, :, None]).contiguous()
-        return depths + torch.rand_like(depths) * (span / (count - 1))[:, :, None]
+        ray_lengths = ray_end - ray_start  # [N, M, 1]
+        depths = (
+            ray_start[:, :, None] + fractions.reshape(1, 1, count, 1) * ray_lengths[:, :, None]
+        ).contiguous()
+        return depths + torch.rand_like(depths) * (ray_lengths / (count - 1))[:, :, None]
     depths = (
         torch.linspace(ray_start, ray_end, count, device=origins.device)
         .reshape(1, 1, count, 1)
@@ -212,8 +216,10 @@ def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> t
             with few samples. Published networks were trained without it.
     Returns: numbers [B, F] in [0, 1).
     """
-    draws = torch.rand(len(rays), count, device=rays.device)
-    return (draws + torch.arange(count, device=rays.device)) / count if stratified else draws
+    random_numbers = torch.rand(len(rays), count, device=rays.device)
+    return (
+        (random_numbers + torch.arange(count, device=rays.device)) / count if stratified else random_numbers
+    )
 
 
 # Rendering option for the argument `stratified` of `uniform_draws`. A network without this option has False.
@@ -252,8 +258,9 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
 
 
 class ImportanceRenderer(torch.nn.Module):
-    """Renderer with a coarse stratified pass and a fine importance pass, whose samples are
-    composited together.
+    """Renderer with a coarse stratified pass and a fine importance pass.
+
+    The samples of the two passes are composited together.
 
     Args: plane_layout: layout of the planes, see `generate_planes`.
     """
@@ -286,10 +293,10 @@ class ImportanceRenderer(torch.nn.Module):
             units; opacity [N, M, 1] in 0..1.
         """
         options = rendering_options
-        start, end = self._ray_limits(ray_origins, ray_directions, options)
-        disparity = options.get("disparity_space_sampling", False)
+        ray_start, ray_end = self._ray_limits(ray_origins, ray_directions, options)
+        is_disparity = options.get("disparity_space_sampling", False)
         # [N, M, S, 1]
-        depths = sample_stratified(ray_origins, start, end, options["depth_resolution"], disparity)
+        depths = sample_stratified(ray_origins, ray_start, ray_end, options["depth_resolution"], is_disparity)
         # The ray marcher of another family may need sorted samples.
         is_sorted = implementations.current() == "ref" or type(self.ray_marcher) is not MipRayMarcher2
         render = self._render_sorted if is_sorted else self._render_unsorted
@@ -314,12 +321,12 @@ class ImportanceRenderer(torch.nn.Module):
                 planes, decoder, origins, directions, fine_depths, options
             )
             # Samples of both passes in the order of their depths: [N, M, S + F, 1].
-            depths, order = torch.cat([depths, fine_depths], dim=-2).sort(dim=-2)
+            depths, depth_order = torch.cat([depths, fine_depths], dim=-2).sort(dim=-2)
             colors = torch.cat([colors, fine_colors], dim=-2)
-            colors = colors.gather(-2, order.expand(-1, -1, -1, colors.shape[-1]))
-            densities = torch.cat([densities, fine_densities], dim=-2).gather(-2, order)
-        rgb, depth, weights = self.ray_marcher(colors, densities, depths, options)
-        return rgb, depth, weights.sum(dim=2)
+            colors = colors.gather(-2, depth_order.expand(-1, -1, -1, colors.shape[-1]))
+            densities = torch.cat([densities, fine_densities], dim=-2).gather(-2, depth_order)
+        rgb, depth, interval_weights_of_rays = self.ray_marcher(colors, densities, depths, options)
+        return rgb, depth, interval_weights_of_rays.sum(dim=2)
 
     def _render_unsorted(
         self, planes, decoder, origins, directions, depths, options
@@ -332,39 +339,41 @@ class ImportanceRenderer(torch.nn.Module):
         merged = self.merge(planes)
         fine_count = options.get("depth_resolution_importance", 0)
         has_density_noise = options.get("density_noise", 0) > 0
-        stratified = options.get(STRATIFIED, False)
+        is_stratified = options.get(STRATIFIED, False)
         # The random numbers of all rays are drawn at once, before the rays are divided into chunks, so the
         # result does not depend on the chunk size. With density noise, the noise of the coarse pass has to be
         # drawn first, as in the reference path. There is only one chunk then, and its numbers are drawn in
         # the loop below.
         all_draws = None
         if not has_density_noise and fine_count > 0:
-            all_draws = uniform_draws(depths.flatten(0, 1), fine_count, stratified).reshape(n, m, fine_count)
+            all_draws = uniform_draws(depths.flatten(0, 1), fine_count, is_stratified).reshape(
+                n, m, fine_count
+            )
         # Number of rays of each image that are rendered together. On a CPU, chunks are so small that their
         # colours remain in the processor's cache. If a graph is recorded, chunks would save no memory.
         rays_at_once = m
         is_graph_recorded = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (planes, origins, directions, *decoder.parameters())
+            tensor.requires_grad for tensor in (planes, origins, directions, *decoder.parameters())
         )
         if depths.device.type == "cpu" and not has_density_noise and not is_graph_recorded:
             rays_at_once = max(1, min(m, _CPU_SAMPLES // (n * s)))
         sums_of_chunks = []
         smallest_depths = []
         largest_depths = []
-        for start in range(0, m, rays_at_once):
-            rays = slice(start, start + rays_at_once)
-            chunk_rays = (origins[:, rays], directions[:, rays])
-            coarse_depths = depths[:, rays]
+        for first_ray in range(0, m, rays_at_once):
+            ray_slice = slice(first_ray, first_ray + rays_at_once)
+            chunk_rays = (origins[:, ray_slice], directions[:, ray_slice])
+            coarse_depths = depths[:, ray_slice]
             colors, densities = self._query(planes, decoder, *chunk_rays, coarse_depths, options, merged)
             passes = [(colors, densities, coarse_depths)]
             if fine_count > 0:
                 depths_of_rays = coarse_depths.flatten(0, 1).squeeze(2)  # [N*rays, S]
                 densities_of_rays = densities.flatten(0, 1).squeeze(2)  # [N*rays, S]
                 if all_draws is None:
-                    draws = uniform_draws(depths_of_rays, fine_count, stratified)
+                    chunk_draws = uniform_draws(depths_of_rays, fine_count, is_stratified)
                 else:
-                    draws = all_draws[:, rays].flatten(0, 1)
-                fine_depths = importance_depths(densities_of_rays, depths_of_rays, draws)
+                    chunk_draws = all_draws[:, ray_slice].flatten(0, 1)
+                fine_depths = importance_depths(densities_of_rays, depths_of_rays, chunk_draws)
                 fine_depths = fine_depths.reshape(n, -1, fine_count, 1)
                 fine_colors, fine_densities = self._query(
                     planes, decoder, *chunk_rays, fine_depths, options, merged
@@ -377,9 +386,9 @@ class ImportanceRenderer(torch.nn.Module):
         # Depths are clamped to the range of the whole batch, see `MipRayMarcher2.forward`.
         depth_range = (torch.stack(smallest_depths).amin(), torch.stack(largest_depths).amax())
         # One sum per chunk [N, rays, ...] -> all rays [N, M, ...], for each of the three sums.
-        rgb, depth_sum, total = (torch.cat(sums, dim=1) for sums in zip(*sums_of_chunks, strict=True))
-        rgb, depth = self.ray_marcher.finish(rgb, depth_sum, total, depth_range, options)
-        return rgb, depth, total
+        rgb, depth_sum, weight_sum = (torch.cat(sums, dim=1) for sums in zip(*sums_of_chunks, strict=True))
+        rgb, depth = self.ray_marcher.finish(rgb, depth_sum, weight_sum, depth_range, options)
+        return rgb, depth, weight_sum
 
     @staticmethod
     def _ray_limits(origins: torch.Tensor, directions: torch.Tensor, options: dict) -> tuple:
@@ -438,7 +447,8 @@ class ImportanceRenderer(torch.nn.Module):
             sigma_only: True: decode only the density.
             merged: result of `merge` for these planes, which several calls can share; None: compute it
                 if needed.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw; only 'sigma' if sigma_only.
+        Returns: a dict with the colour features 'rgb' [N, P, D] and the raw density 'sigma' [N, P, 1]. With
+            sigma_only, it contains only 'sigma'.
         """
         del sample_directions
         decoded = self._decode_at(
@@ -462,23 +472,23 @@ class ImportanceRenderer(torch.nn.Module):
             features = sample_planes_channels_first(self.plane_axes, planes, points, box_warp)
             # [N, 3, C, P] -> [N, C, P] -> [N, P, C]
             return decoder.decode(features.mean(dim=1).transpose(1, 2))
-        weights = decoder.weights(planes.dtype)
-        weights = weights.density_only() if sigma_only else weights
+        decoder_weights = decoder.weights(planes.dtype)
+        decoder_weights = decoder_weights.density_only() if sigma_only else decoder_weights
         merged = self.merge(planes) if merged is None else merged
         rgb, sigma = triplane_decode(
-            planes, self.plane_axes, points.to(planes), box_warp, weights, merged=merged
+            planes, self.plane_axes, points.to(planes), box_warp, decoder_weights, merged=merged
         )
         return {"rgb": rgb, "sigma": sigma}
 
     def merge(self, planes: torch.Tensor) -> MergedPlanes | None:
         """Convert planes [N, 3, C, H, W] to the memory layout of `triplane_decode`.
 
-        Returns: None if the planes are not axis-aligned.
+        Returns: the converted planes, or None if the planes are not axis-aligned.
         """
-        cached_axes, cached_version, pairs = self._cached_pairs
+        cached_axes, cached_version, axis_pairs = self._cached_pairs
         # The pairs are computed again only if the tensor of axes was replaced or changed in place
         # (`_version`), because on a GPU the computation waits for the device.
         if cached_axes is not self.plane_axes or cached_version != self.plane_axes._version:
-            pairs = projection_axes(self.plane_axes)
-            self._cached_pairs = (self.plane_axes, self.plane_axes._version, pairs)
-        return None if pairs is None else merge_planes(planes, pairs)
+            axis_pairs = projection_axes(self.plane_axes)
+            self._cached_pairs = (self.plane_axes, self.plane_axes._version, axis_pairs)
+        return None if axis_pairs is None else merge_planes(planes, axis_pairs)

@@ -1,8 +1,7 @@
-"""Base class of assets, which are `Field`s whose values are parameters, and the generator family of
-finished assets.
+"""Base class of assets, and the generator family of finished assets.
 
-Score distillation optimises an asset. Slabs, depth maps, point clouds, meshes and rewards use it like any
-other field.
+An asset is a 3D shape (`Field`) whose values are the parameters of a module. Score distillation optimises an
+asset. Slabs, depth maps, point clouds, meshes and rewards use it like any other field.
 
 Shapes: A is the number of assets, P of points, and D, H and W are numbers of grid points along z, y and x.
 For the generator of finished assets, N is the number of samples and Z is z_dim.
@@ -128,11 +127,11 @@ class Asset(torch.nn.Module, abc.ABC):
         """Return a copy that contains only the assets with the given indices, in their order."""
         # The copy has all attributes and buffers. Its parameters are replaced below.
         selected_assets = copy.deepcopy(self)
-        for name, parameter in self.named_parameters():
+        for parameter_name, parameter in self.named_parameters():
             selected_values = torch.nn.Parameter(
                 parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad
             )
-            setattr(selected_assets, name, selected_values)
+            setattr(selected_assets, parameter_name, selected_values)
         return selected_assets
 
     def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
@@ -140,7 +139,8 @@ class Asset(torch.nn.Module, abc.ABC):
 
         Args:
             path: path of the file.
-            pairs: (prompt, seed) of each asset, for information; empty: none are written.
+            pairs: pair (prompt, seed) of each asset, which is stored for information. Without pairs, the file
+                contains no such entry.
         """
         # With the key "asset", the parameters have the names that they have in `AssetNetwork`.
         network = torch.nn.ModuleDict({"asset": self})
@@ -184,22 +184,22 @@ def load_assets(path: str | Path) -> Asset:
     network = AssetNetwork(**meta["G_kwargs"])
     load_strict(
         network,
-        {name.removeprefix("G_ema."): value for name, value in tensors.items()},
+        {tensor_name.removeprefix("G_ema."): tensor for tensor_name, tensor in tensors.items()},
         f"load_assets({Path(path).name})",
     )
     return network.asset
 
 
-def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
+def sparsity(raw: torch.Tensor, grid_spacing: float) -> dict[str, torch.Tensor]:
     """Compute two penalties on the opacity o = 1 - exp(-softplus(raw - 1) step) of grid points.
 
     Args:
         raw: raw density [A, ...] at the points of a grid.
-        step: distance of neighbouring points, world units.
+        grid_spacing: distance of neighbouring grid points, world units.
     Returns: 'sparsity' [A], the mean of o; 'opacity' [A], the mean binary entropy of o in nats, which is 0 if
         every point is either opaque or empty.
     """
-    optical_depth = torch.nn.functional.softplus(raw - 1) * step
+    optical_depth = torch.nn.functional.softplus(raw - 1) * grid_spacing
     # 1 - exp(-x); expm1 is accurate for small x.
     opacity = -torch.expm1(-optical_depth)
     # Binary entropy -(1 - o) log(1 - o) - o log(o), where -log(1 - o) is the optical depth. The clamp
@@ -214,7 +214,7 @@ def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
 
 
 class AssetGenerator:
-    """A `Generator` whose shapes are A finished assets. Its attribute `count` is their number."""
+    """A `Generator` whose shapes are finished assets. Its attribute `count` is the number A of assets."""
 
     architecture = ARCHITECTURE
     conditioned = False
@@ -266,14 +266,16 @@ class AssetGenerator:
         Raises: ValueError for values that are no index of an asset, such as interpolated ones.
         """
         del noise_mode
-        indices = ws.flatten().tolist()
-        if ws.shape[1:] != (1, 1) or not all(index in range(self.count) for index in indices):
+        asset_indices = ws.flatten().tolist()
+        if ws.shape[1:] != (1, 1) or not all(
+            asset_index in range(self.count) for asset_index in asset_indices
+        ):
             raise ValueError(
                 f"assets: expected ws [N, 1, 1] with indices from 0 to {self.count - 1}, got"
-                f" {list(ws.shape)} with {indices[:4]}. Assets cannot be interpolated; pass ws as `mapping`"
-                " returns them."
+                f" {list(ws.shape)} with {asset_indices[:4]}. Assets cannot be interpolated; pass ws as"
+                " `mapping` returns them."
             )
-        return self.module.asset.select([int(index) for index in indices])
+        return self.module.asset.select([int(asset_index) for asset_index in asset_indices])
 
 
 def wrap(module: AssetNetwork) -> Generator:

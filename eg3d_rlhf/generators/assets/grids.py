@@ -65,13 +65,13 @@ class Voxels(Asset):
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return raw density and colour, see `Asset`. The logits of the colour are interpolated."""
         # Density and colour are interpolated in one call.
-        values = torch.cat([self.raw.unsqueeze(1), self.paint], dim=1)  # [A, 4, N, N, N]
+        density_and_colour = torch.cat([self.raw.unsqueeze(1), self.paint], dim=1)  # [A, 4, N, N, N]
         # grid_sample expects coordinates in -1..1 on a 3D grid of points: [A, 1, 1, P, 3], components x,
         # y, z.
         positions = (points * (2 / self.bounds.side))[:, None, None]
         # [A, 4, 1, 1, P] -> [A, 4, P]
         interpolated = F.grid_sample(
-            values, positions, mode="bilinear", padding_mode="border", align_corners=True
+            density_and_colour, positions, mode="bilinear", padding_mode="border", align_corners=True
         )[:, :, 0, 0]
         return interpolated[:, 0], torch.sigmoid(interpolated[:, 1:]).transpose(1, 2)
 
@@ -160,8 +160,9 @@ class TriPlanes(Asset):
         rng = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float) -> torch.nn.Parameter:
-            """Return a parameter [A, *shape] with normally distributed values of standard deviation
-            `scale`.
+            """Return a parameter [A, *shape] with normally distributed values.
+
+            Args: shape: shape for one asset; scale: standard deviation of the values.
             """
             return torch.nn.Parameter(torch.randn(assets, *shape, generator=rng) * scale)
 

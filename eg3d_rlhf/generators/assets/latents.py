@@ -34,7 +34,7 @@ class Latents(Asset):
     kind = "latents"
 
     def __init__(self, assets: int, generator: str | None = None):
-        """Create A assets with the generator's mean latent.
+        """Create assets with the generator's mean latent.
 
         Args:
             assets: number of assets A.
@@ -50,18 +50,18 @@ class Latents(Asset):
                 f" {_bundled().hash[:12]}. Restore the generator with the hash {generator:.12} to assets/."
             )
         # With a truncation psi of 0, every seed is mapped to the mean latent.
-        mean = ws_of_seeds(_bundled().generator, [0], truncation_psi=0.0)
+        mean_ws = ws_of_seeds(_bundled().generator, [0], truncation_psi=0.0)
         # [A, L, W]. Each layer has its own latent (the space W+).
-        self.ws = torch.nn.Parameter(mean.repeat(assets, 1, 1))
+        self.ws = torch.nn.Parameter(mean_ws.repeat(assets, 1, 1))
 
     @classmethod
     def from_seeds(cls, seeds: Sequence[int]) -> "Latents":
         """Create one asset for each seed, with the latent of the bundled generator's shape of that seed."""
-        asset = cls(len(seeds))
+        new_assets = cls(len(seeds))
         with torch.no_grad():
             # In place, so that the parameter remains the same object.
-            asset.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
-        return asset
+            new_assets.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
+        return new_assets
 
     @property
     def settings(self) -> dict:

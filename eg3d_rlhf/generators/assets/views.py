@@ -6,7 +6,7 @@ problem), or perspective views of any field.
 
 In our world, y points up, the camera of a portrait is at +z, and the camera axes are those of OpenCV (x
 right, y down, z forward). In MVDream's world, z points up, and the camera axes are those of OpenGL (x right,
-y up, z backward). An azimuth of 0 is the front in both, and increases towards +x.
+y up, z backward). In each of the two worlds, an azimuth of 0 is the front, and increases towards +x.
 
 Shapes: A is the number of assets, V of views of each, and B = A * V, where the views of an asset are
 adjacent. N is the number of voxels per edge, R of pixels per edge.
@@ -62,10 +62,10 @@ class CameraRanges:
 
         Args: assets: number of assets A; rng: generator of the random numbers.
         """
-        # Columns of u: fov, elevation, distance, choice of the elevation's distribution, azimuth.
-        u = torch.rand(assets, 5, generator=rng, dtype=torch.float64)
+        # Columns: fov, elevation, distance, choice of the elevation's distribution, azimuth.
+        uniform_numbers = torch.rand(assets, 5, generator=rng, dtype=torch.float64)
         fov, uniform_angle, distance = (
-            low + u[:, i] * (high - low)
+            low + uniform_numbers[:, i] * (high - low)
             for i, (low, high) in enumerate((self.fov, self.elevation, self.distance))
         )
         lowest, highest = self.elevation
@@ -75,12 +75,14 @@ class CameraRanges:
         # either distribution.
         fraction = (uniform_angle - lowest) / max(highest - lowest, _TINY)
         uniform_height = lowest_sine + fraction * (highest_sine - lowest_sine)
-        elevation = torch.where(u[:, 3] < 0.5, uniform_angle, torch.rad2deg(torch.asin(uniform_height)))
+        elevation = torch.where(
+            uniform_numbers[:, 3] < 0.5, uniform_angle, torch.rad2deg(torch.asin(uniform_height))
+        )
         # One random offset per asset, followed by equal steps: [V] + [A, 1] -> [A, V].
-        azimuth = (torch.arange(self.views) + u[:, 4:]) * (360 / self.views) - 180  # [A, V]
+        azimuth = (torch.arange(self.views) + uniform_numbers[:, 4:]) * (360 / self.views) - 180  # [A, V]
         distance = distance * self.half_side / torch.tan(torch.deg2rad(fov) / 2)
         # One value per asset, [A] -> one value per view, [B].
-        per_view = (value.repeat_interleave(self.views) for value in (elevation, distance, fov))
+        per_view = (asset_values.repeat_interleave(self.views) for asset_values in (elevation, distance, fov))
         return views_at(azimuth.flatten(), *per_view)
 
 
@@ -132,7 +134,9 @@ def evenly_around(
     """
     azimuth = (torch.arange(views, dtype=torch.float64) * (360 / views)).repeat(assets)
     azimuth = torch.where(azimuth > 180, azimuth - 360, azimuth)  # azimuths are in (-180, 180]
-    return views_at(azimuth, *(torch.full_like(azimuth, value) for value in (elevation, distance, fov)))
+    return views_at(
+        azimuth, *(torch.full_like(azimuth, view_value) for view_value in (elevation, distance, fov))
+    )
 
 
 # Rotation of world coordinates: (x, y, z) of our world becomes (x, -z, y) of the world whose z axis
@@ -140,12 +144,8 @@ def evenly_around(
 _TO_Z_UP = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 # Rotation by 90 degrees about the z axis, from -y to +x.
 _QUARTER_TURN = ((0.0, -1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
-_FLIP = (
-    1.0,
-    -1.0,
-    -1.0,
-    1.0,
-)  # signs of the columns of a pose, which convert OpenCV's camera axes to OpenGL's
+# Signs of the columns of a pose, which convert OpenCV's camera axes to OpenGL's.
+_FLIP = (1.0, -1.0, -1.0, 1.0)
 
 
 def to_z_up(cam2world: torch.Tensor) -> torch.Tensor:
@@ -166,10 +166,10 @@ def unit_distance(cam2world: torch.Tensor) -> torch.Tensor:
     """
     translation = cam2world[:, :3, 3:]
     # Rotation and scaled translation: [B, 3, 4].
-    rows = torch.cat(
+    upper_rows = torch.cat(
         [cam2world[:, :3, :3], translation / (translation.norm(dim=1, keepdim=True) + _TINY)], dim=2
     )
-    return torch.cat([rows, cam2world[:, 3:]], dim=1).flatten(1)
+    return torch.cat([upper_rows, cam2world[:, 3:]], dim=1).flatten(1)
 
 
 def network_cameras(cameras: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ ORTHOGRAPHIC = 4  # number of orthographic views
 
 
 class RenderedViews(NamedTuple):
-    """Renders of A assets, each from V cameras."""
+    """Renders of several assets, V views of each."""
 
     images: torch.Tensor  # [B, C, R, R] in 0..1: RGB for C = 3, RGB and inverse depth for C = 4
     opacity: torch.Tensor  # [B, 1, R, R] in 0..1
@@ -200,13 +200,16 @@ class Renderer(Protocol):
     """Interface to an object that samples cameras and renders assets for the optimisation loop."""
 
     def draw(self, assets: int, rng: torch.Generator) -> Views:
-        """Sample the cameras of one step of the optimisation, V for each of A assets."""
+        """Sample the cameras of one step of the optimisation, V for each asset.
+
+        Args: assets: number of assets A; rng: generator of the random numbers.
+        """
 
     def render(self, asset: Asset, views: Views, background: torch.Tensor) -> RenderedViews:
         """Render assets. Differentiable in their parameters.
 
         Args:
-            asset: module of A assets.
+            asset: module that contains the assets, [A].
             views: B = A * V cameras.
             background: colour [3] or [B, 3] in 0..1.
         """
@@ -235,15 +238,14 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
     Returns: channels [A, 4, 4, N, N] (axes: asset, view, channel, rows from the top, columns) with RGB and
         inverse depth, multiplied by the opacity; and the opacity [A, 4, 1, N, N].
     """
-    n = raw.shape[-1]  # N
+    voxels_per_edge = raw.shape[-1]  # N
     # Optical depth of each voxel, as in EG3D's ray marcher.
-    tau = F.softplus(raw - 1) * pitch
-    alpha = -torch.expm1(-tau)
+    optical_depth = F.softplus(raw - 1) * pitch
+    alpha = -torch.expm1(-optical_depth)
     # Edge of the cube between the centres of the outer voxels.
-    cube_edge = pitch * (n - 1)
-    coordinates = (
-        torch.linspace(-0.5, 0.5, n).to(raw) * cube_edge
-    )  # increasing coordinates of the voxels of a row
+    cube_edge = pitch * (voxels_per_edge - 1)
+    # Increasing coordinates of the voxels of a row.
+    coordinates = torch.linspace(-0.5, 0.5, voxels_per_edge).to(raw) * cube_edge
     # Scaled inverse depth of each voxel for a camera at the high end of the axis, [N].
     disparity = nearness(
         DISTANCE * cube_edge - coordinates, (DISTANCE - 0.5) * cube_edge, (DISTANCE + 0.5) * cube_edge
@@ -253,30 +255,38 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
     # from the high end.
     for axis, view_names in ((1, ("back", "front")), (3, ("left", "right"))):
         # The sum includes the voxel itself. Seen from the low end, the optical depth before a voxel is
-        # cumulative - tau; seen from the high end, it is total - cumulative.
-        cumulative = tau.cumsum(dim=axis)
-        total = cumulative.narrow(axis, n - 1, 1)
+        # cumulative_optical_depth - optical_depth; seen from the high end, it is total_optical_depth -
+        # cumulative_optical_depth.
+        cumulative_optical_depth = optical_depth.cumsum(dim=axis)
+        total_optical_depth = cumulative_optical_depth.narrow(axis, voxels_per_edge - 1, 1)
         # Shape that broadcasts one value per voxel of a row, [N], over [A, N, N, N].
         shape_along_ray = [1, 1, 1, 1]
-        shape_along_ray[axis] = n
-        for view_name, tau_before, view_disparity in zip(
-            view_names, (cumulative - tau, total - cumulative), (disparity.flip(0), disparity), strict=True
+        shape_along_ray[axis] = voxels_per_edge
+        for view_name, optical_depth_before, view_disparity in zip(
+            view_names,
+            (cumulative_optical_depth - optical_depth, total_optical_depth - cumulative_optical_depth),
+            (disparity.flip(0), disparity),
+            strict=True,
         ):
-            weights = alpha * torch.exp(-tau_before)  # [A, N, N, N]
+            weights = alpha * torch.exp(-optical_depth_before)  # [A, N, N, N]
             rgb = (weights.unsqueeze(1) * colours).sum(dim=axis + 1)  # [A, 3, N, N]
             inverse_depth = (weights * view_disparity.view(shape_along_ray)).sum(dim=axis).unsqueeze(1)
             channels = torch.cat([rgb, inverse_depth], dim=1)  # [A, 4, N, N]
             rendered_views[view_name] = channels, weights.sum(dim=axis).unsqueeze(1)
     # The image axes of views along z are (y, x), those of views along x are (z, y). In the result, rows have
     # to begin at the top (largest y), and columns have to run to the camera's right.
-    orient = {
+    orient_by_view = {
         "front": lambda image: image.flip(2),
         "right": lambda image: image.transpose(2, 3).flip(2, 3),
         "back": lambda image: image.flip(2, 3),
         "left": lambda image: image.transpose(2, 3).flip(2),
     }
-    oriented_channels = [orient[view_name](rendered_views[view_name][0]) for view_name in orient]
-    oriented_opacity = [orient[view_name](rendered_views[view_name][1]) for view_name in orient]
+    oriented_channels = [
+        orient_by_view[view_name](rendered_views[view_name][0]) for view_name in orient_by_view
+    ]
+    oriented_opacity = [
+        orient_by_view[view_name](rendered_views[view_name][1]) for view_name in orient_by_view
+    ]
     return torch.stack(oriented_channels, dim=1), torch.stack(oriented_opacity, dim=1)
 
 

@@ -158,11 +158,11 @@ class Rules:
         raise RejectedError(f"it refers to {describe(name)}{self.location}")
 
     def reduce(self, function: Any, args: tuple) -> Any:
-        """Return the record that stands for the result of a function call."""
+        """Return the record that represents the result of a function call."""
         raise RejectedError(f"it calls {describe(function)}{self.location}")
 
     def new(self, cls: Any, args: tuple) -> Any:
-        """Return the record that stands for a new object of the class `cls`, without its state."""
+        """Return the record that represents a new object of the class `cls`, without its state."""
         raise RejectedError(f"it creates an object of {describe(cls)}{self.location}")
 
     def build(self, record: Any, state: Any) -> None:
@@ -208,37 +208,37 @@ class Machine:
             raise RejectedError(f"it has the pickle protocol {self.protocol}, which is not one of 2 to 5")
         while True:
             self.rules.budget.spend(opcodes=1)
-            code = self.u1()
-            if code == 0x2E:  # STOP
+            opcode = self.u1()
+            if opcode == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.below:
                     raise RejectedError("it ends with more than one value")
                 return self.pop()
             # An opcode outside the table is rejected.
-            operation = OPERATIONS.get(code)
+            operation = OPERATIONS.get(opcode)
             if operation is None:
-                raise RejectedError(f"it uses the opcode 0x{code:02x}, which network pickles do not use")
+                raise RejectedError(f"it uses the opcode 0x{opcode:02x}, which network pickles do not use")
             operation(self)
 
     # Methods that read bytes of the stream.
 
-    def take(self, size: int) -> memoryview:
-        """Return the next `size` bytes without copying them.
+    def take(self, byte_count: int) -> memoryview:
+        """Return the next `byte_count` bytes without copying them.
 
         Raises: RejectedError if fewer bytes remain.
         """
         remaining = len(self.data) - self.position
-        if size > remaining:
-            raise RejectedError(f"it ends too early: {size} bytes are needed, but {remaining} remain")
-        self.position += size
-        return self.data[self.position - size : self.position]
+        if byte_count > remaining:
+            raise RejectedError(f"it ends too early: {byte_count} bytes are needed, but {remaining} remain")
+        self.position += byte_count
+        return self.data[self.position - byte_count : self.position]
 
     def u1(self) -> int:
         """Read one unsigned byte."""
         return self.take(1)[0]
 
-    def number(self, form: str) -> Any:
-        """Read one number. `form` is its format in the notation of the module `struct`."""
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def number(self, struct_format: str) -> Any:
+        """Read one number. `struct_format` is its format in the notation of the module `struct`."""
+        return struct.unpack(struct_format, self.take(struct.calcsize(struct_format)))[0]
 
     def line(self) -> str:
         """Read text up to a newline, which is not part of the result.
@@ -246,28 +246,28 @@ class Machine:
         Raises: RejectedError if there is no newline within MAX_NAME bytes.
         """
         # The search is limited, so that a file without newline is not searched to its end.
-        window = bytes(self.data[self.position : self.position + MAX_NAME + 1])
-        length = window.find(b"\n")
+        search_window = bytes(self.data[self.position : self.position + MAX_NAME + 1])
+        length = search_window.find(b"\n")
         if length < 0:
             raise RejectedError(f"it has a name of more than {MAX_NAME} characters, or ends within a name")
         self.position += length + 1
-        return decode(window[:length])
+        return decode(search_window[:length])
 
-    def text(self, size: int) -> "str | LongText":
-        """Read a text of `size` bytes of UTF-8. A text of more than LONG_TEXT bytes is not decoded."""
-        if size > MAX_TEXT:
-            raise RejectedError(f"it has a text of {size} bytes")
-        view = self.take(size)
-        if size > LONG_TEXT:
-            return LongText(view)
-        self.rules.budget.spend(texts=size)
-        return decode(bytes(view))
+    def text(self, byte_count: int) -> "str | LongText":
+        """Read a text of `byte_count` bytes of UTF-8. A text of more than LONG_TEXT bytes is not decoded."""
+        if byte_count > MAX_TEXT:
+            raise RejectedError(f"it has a text of {byte_count} bytes")
+        utf8_view = self.take(byte_count)
+        if byte_count > LONG_TEXT:
+            return LongText(utf8_view)
+        self.rules.budget.spend(texts=byte_count)
+        return decode(bytes(utf8_view))
 
-    def integer(self, size: int) -> int:
-        """Read a signed integer of `size` bytes, in little-endian two's complement."""
-        if not 0 <= size <= MAX_INTEGER_BYTES:
-            raise RejectedError(f"it has an integer of {size} bytes")
-        return int.from_bytes(self.take(size), "little", signed=True)
+    def integer(self, byte_count: int) -> int:
+        """Read a signed integer of `byte_count` bytes, in little-endian two's complement."""
+        if not 0 <= byte_count <= MAX_INTEGER_BYTES:
+            raise RejectedError(f"it has an integer of {byte_count} bytes")
+        return int.from_bytes(self.take(byte_count), "little", signed=True)
 
     # Methods on the stack.
 
@@ -275,17 +275,20 @@ class Machine:
         """Push a value onto the stack."""
         self.stack.append(value)
 
-    def top(self, kind: type | tuple = object) -> Any:
-        """Return the topmost value of the stack. Raises: RejectedError unless it has the type `kind`."""
+    def top(self, required_type: type | tuple = object) -> Any:
+        """Return the topmost value of the stack.
+
+        Raises: RejectedError if the stack is empty, or if the value does not have the type `required_type`.
+        """
         if not self.stack:
             raise RejectedError("it has an opcode without the values that the opcode needs")
-        if not isinstance(self.stack[-1], kind):
+        if not isinstance(self.stack[-1], required_type):
             raise RejectedError(f"it has an opcode that cannot be applied to {describe(self.stack[-1])}")
         return self.stack[-1]
 
-    def pop(self, kind: type | tuple = object) -> Any:
-        """Remove the topmost value of the stack and return it. `kind` is its type, see `top`."""
-        value = self.top(kind)
+    def pop(self, required_type: type | tuple = object) -> Any:
+        """Remove the topmost value of the stack and return it. `required_type` is its type, see `top`."""
+        value = self.top(required_type)
         del self.stack[-1]
         return value
 
@@ -293,9 +296,9 @@ class Machine:
         """Close the last mark. Remove and return all values above it."""
         if not self.below:
             raise RejectedError("it has an opcode without the mark that the opcode needs")
-        items = self.stack
+        values_above_mark = self.stack
         self.stack = self.below.pop()
-        return items
+        return values_above_mark
 
     def mark(self) -> None:
         """Open a mark. The values below it cannot be accessed until the mark is closed, as in pickle."""
@@ -310,23 +313,23 @@ class Machine:
             raise RejectedError("it has an opcode without the values that the opcode needs")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
-    def extend(self, items: list, kind: type) -> None:
-        """Add items to the list or set on top of the stack. `kind` is list or set."""
+    def extend(self, items: list, container_type: type) -> None:
+        """Add items to the list or set on top of the stack. `container_type` is list or set."""
         # The check of the type prevents that the stream extends a record.
-        target = self.top(kind)
-        target.extend(items) if kind is list else target.update(members(items))
+        container = self.top(container_type)
+        container.extend(items) if container_type is list else container.update(members(items))
 
     # Methods on the memo.
 
-    def put(self, index: int) -> None:
+    def put(self, memo_index: int) -> None:
         """Store the topmost value in the memo. The value remains on the stack."""
-        self.memo[index] = self.top()
+        self.memo[memo_index] = self.top()
 
-    def get(self, index: int) -> None:
+    def get(self, memo_index: int) -> None:
         """Push a value from the memo."""
-        if index not in self.memo:
-            raise RejectedError(f"it uses the memo entry {index} before it is stored")
-        self.push(self.memo[index])
+        if memo_index not in self.memo:
+            raise RejectedError(f"it uses the memo entry {memo_index} before it is stored")
+        self.push(self.memo[memo_index])
 
     # Other operations. The rules decide whether a name is accepted.
 
@@ -335,20 +338,20 @@ class Machine:
         # The opcode STACK_GLOBAL takes both texts from the stack, where they may be long.
         if max(len(module), len(name)) > MAX_NAME:
             raise RejectedError(f"it has a name of more than {MAX_NAME} characters")
-        requested = Global(module, name)
+        requested_name = Global(module, name)
         # Counted before the rules decide, so that a rejected name is counted, too.
-        self.rules.name_counts[requested.path] += 1
-        self.push(self.rules.find(requested))
+        self.rules.name_counts[requested_name.path] += 1
+        self.push(self.rules.find(requested_name))
 
     def frame(self) -> None:
         """Read and check the length of a frame.
 
         A frame is a block that pickle reads at once. Here the file is in memory, so frames have no effect.
         """
-        size = self.number("<Q")
+        frame_size = self.number("<Q")
         remaining = len(self.data) - self.position
-        if size > remaining:
-            raise RejectedError(f"it has a frame of {size} bytes, but {remaining} remain")
+        if frame_size > remaining:
+            raise RejectedError(f"it has a frame of {frame_size} bytes, but {remaining} remain")
 
 
 # Opcode -> operation on a machine `m`, with the names of pickletools in comments. Python evaluates

@@ -48,8 +48,9 @@ def or_none(check: Check) -> Check:
 
 
 def one_of(*values: Any) -> Check:
-    """Return a check that accepts exactly these values. Types are compared, too, because 1 == True in
-    Python.
+    """Return a check that accepts exactly these values, with exactly these types.
+
+    Types are compared, too, because 1 == True in Python.
     """
     return (
         lambda v: any(type(v) is type(allowed_value) and v == allowed_value for allowed_value in values),
@@ -158,30 +159,30 @@ OPTIONAL_RENDERING = {
 }
 
 
-def check(values: dict, table: dict, where: str) -> None:
+def check(arguments: dict, check_by_name: dict, where: str) -> None:
     """Check constructor arguments or options.
 
     Args:
-        values: arguments by name.
-        table: a `Check` by name, or a table for an argument that is a dictionary itself.
+        arguments: arguments by name.
+        check_by_name: a `Check` by name, or a table for an argument that is a dictionary itself.
         where: start of the full name in messages, such as "mapping_kwargs.".
     Raises: RejectedError for the first name outside the table, or the first value that is not accepted.
     """
-    for name, value in values.items():
+    for argument_name, argument in arguments.items():
         # `shorten` also escapes control characters, which must not reach the terminal.
-        full_name = f"{where}{shorten(name)}"
+        full_name = f"{where}{shorten(argument_name)}"
         # An unknown argument might change the architecture, so it is not ignored.
-        if name not in table:
+        if argument_name not in check_by_name:
             raise RejectedError(f"it has the unknown constructor argument {full_name}")
-        rule = table[name]
-        if isinstance(rule, dict):
-            if not isinstance(value, dict):
-                raise RejectedError(f"its {full_name} is {describe(value)} instead of a dictionary")
-            check(value, rule, f"{full_name}.")
+        argument_check = check_by_name[argument_name]
+        if isinstance(argument_check, dict):
+            if not isinstance(argument, dict):
+                raise RejectedError(f"its {full_name} is {describe(argument)} instead of a dictionary")
+            check(argument, argument_check, f"{full_name}.")
             continue
-        is_accepted, accepted_values = rule
-        if not is_accepted(value):
-            raise RejectedError(f"its {full_name} is {describe(value)} instead of {accepted_values}")
+        is_accepted, accepted_values = argument_check
+        if not is_accepted(argument):
+            raise RejectedError(f"its {full_name} is {describe(argument)} instead of {accepted_values}")
 
 
 # The family of a generator is determined from the names and shapes of its tensors. Its class in our code and
@@ -257,14 +258,14 @@ KINDS = EG3D, PANOHEAD, SPHEREHEAD, HYPLANEHEAD
 
 def check_class(class_name: str) -> None:
     """Raise RejectedError for a generator of an unknown class."""
-    class_names = [name for kind in KINDS for name in kind.class_names]
+    class_names = [known_name for family in KINDS for known_name in family.class_names]
     if class_name not in class_names:
         # dict.fromkeys removes repetitions: several families have the same class name.
         known_classes = " or ".join(map(repr, dict.fromkeys(class_names)))
         raise RejectedError(f"its generator has the class {describe(class_name)} instead of {known_classes}")
 
 
-def family_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: dict) -> Kind:
+def family_of(class_name: str, shape_by_name: dict[str, tuple[int, ...]], rendering_options: dict) -> Kind:
     """Determine the family of a generator from the names and shapes of its tensors.
 
     SphereHead has a second stack of convolutions ("ConvA"). PanoHead and HyPlaneHead have a network for the
@@ -273,166 +274,201 @@ def family_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: di
 
     Args:
         class_name: class name of the generator in the file.
-        shapes: name -> shape of each tensor in its state dict.
-        rendering: its rendering options.
-    Raises: RejectedError if the class name contradicts the tensors, or for other numbers of channels or an
-        unknown option render_mode.
+        shape_by_name: name -> shape of each tensor in its state dict.
+        rendering_options: its rendering options.
+    Returns: the properties of the family.
+    Raises: RejectedError if the class name contradicts the tensors, if the backbone has another number of
+        output channels, or if the option render_mode is unknown.
     """
     output_layers = [
-        name for name in shapes if name.startswith("backbone.synthesis.b") and name.endswith(".torgb.weight")
+        tensor_name
+        for tensor_name in shape_by_name
+        if tensor_name.startswith("backbone.synthesis.b") and tensor_name.endswith(".torgb.weight")
     ]
     # The layer of the highest resolution. The key (length, name) sorts "b64" before "b128".
-    last_layer = max(output_layers, key=lambda name: (len(name), name), default="")
+    last_layer = max(output_layers, key=lambda tensor_name: (len(tensor_name), tensor_name), default="")
     # The first axis of a convolution's weight is its number of output channels.
-    channels = shapes[last_layer][0] if last_layer and shapes[last_layer] else 0
-    if "ConvA.0.weight" in shapes:
-        kind = SPHEREHEAD
-    elif not any(name.startswith("t_mapping.") for name in shapes):
-        kind = EG3D
-    elif "render_mode" in rendering and rendering["render_mode"] != RENDER_MODE:
+    channel_count = shape_by_name[last_layer][0] if last_layer and shape_by_name[last_layer] else 0
+    if "ConvA.0.weight" in shape_by_name:
+        family = SPHEREHEAD
+    elif not any(tensor_name.startswith("t_mapping.") for tensor_name in shape_by_name):
+        family = EG3D
+    elif "render_mode" in rendering_options and rendering_options["render_mode"] != RENDER_MODE:
         raise RejectedError(
-            f"its render_mode is {describe(rendering['render_mode'])} instead of {RENDER_MODE!r}"
+            f"its render_mode is {describe(rendering_options['render_mode'])} instead of {RENDER_MODE!r}"
         )
-    elif channels == _CHANNELS and "render_mode" in rendering:
-        kind = HYPLANEHEAD
-    elif channels and channels % (_PLANES * _CHANNELS) == 0:
-        kind = PANOHEAD
+    elif channel_count == _CHANNELS and "render_mode" in rendering_options:
+        family = HYPLANEHEAD
+    elif channel_count and channel_count % (_PLANES * _CHANNELS) == 0:
+        family = PANOHEAD
     else:
         raise RejectedError(
-            f"its generator has the tensors of a full-head generator, but a backbone with {channels} output"
-            " channels"
+            f"its generator has the tensors of a full-head generator, but a backbone with {channel_count}"
+            " output channels"
         )
-    if class_name not in kind.class_names:
+    if class_name not in family.class_names:
         raise RejectedError(
-            f"its generator has the class {describe(class_name)}, but the tensors of {kind.architecture}"
+            f"its generator has the class {describe(class_name)}, but the tensors of {family.architecture}"
         )
-    return kind
+    return family
 
 
 G_NAMES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")  # constructor arguments by position
 D_NAMES = ("c_dim", "img_resolution", "img_channels")
 
 
-def _arguments(module: ModuleRecord, names: tuple[str, ...], who: str) -> dict:
+def _arguments(module_record: ModuleRecord, positional_names: tuple[str, ...], who: str) -> dict:
     """Return the constructor arguments of a module by name.
 
     EG3D's pickles contain positional arguments (_init_args) and keyword arguments (_init_kwargs).
 
     Args:
-        module: record of the module.
-        names: names of the positional arguments in order. All of them must be present.
+        module_record: record of the module.
+        positional_names: names of the positional arguments in order. All of them must be present.
         who: name of the network in messages.
     Raises: RejectedError for a missing argument, or for values that are no JSON values.
     """
-    args = json_values(module.state.get("_init_args", ()))
-    kwargs = json_values(module.state.get("_init_kwargs", {}))
-    if not isinstance(args, list) or not isinstance(kwargs, dict) or len(args) > len(names):
-        raise RejectedError(f"its constructor arguments are {describe(args)} and {describe(kwargs)}")
+    positional_arguments = json_values(module_record.state.get("_init_args", ()))
+    keyword_arguments = json_values(module_record.state.get("_init_kwargs", {}))
+    if not isinstance(positional_arguments, list) or not isinstance(keyword_arguments, dict):
+        raise RejectedError(
+            f"its {who} has the constructor arguments {describe(positional_arguments)} and"
+            f" {describe(keyword_arguments)} instead of a list and a dictionary"
+        )
+    if len(positional_arguments) > len(positional_names):
+        raise RejectedError(
+            f"its {who} has {len(positional_arguments)} positional constructor arguments instead of at most"
+            f" {len(positional_names)}"
+        )
     # strict=False: the other arguments are keyword arguments.
-    return _with({**dict(zip(names, args, strict=False)), **kwargs}, names, who)
+    return _with(
+        {**dict(zip(positional_names, positional_arguments, strict=False)), **keyword_arguments},
+        positional_names,
+        who,
+    )
 
 
-def _with(values: dict, names: Iterable[str], who: str) -> dict:
-    """Return `values` unchanged. Raises: RejectedError, which begins with `who`, if one of `names`
-    is missing.
+def _with(arguments: dict, required_names: Iterable[str], who: str) -> dict:
+    """Return `arguments` unchanged, after a check that none of the required names is missing.
+
+    Args:
+        arguments: arguments or options by name.
+        required_names: names that must be present.
+        who: start of the message, which names the owner of the arguments, such as "generator".
+    Raises: RejectedError if a required name is missing.
     """
-    missing_names = [name for name in names if name not in values]
+    missing_names = [required_name for required_name in required_names if required_name not in arguments]
     if missing_names:
         raise RejectedError(f"its {who} has no {', '.join(missing_names)}")
-    return values
+    return arguments
 
 
-def _without_built_in(values: dict, group: str = "") -> dict:
+def _without_built_in(arguments: dict, group_name: str = "") -> dict:
     """Remove the constructor arguments that our networks do not have, because their value is built in.
 
-    Args: values: checked arguments by name; group: name of the argument that `values` is the value of, or "".
+    Args:
+        arguments: checked arguments by name.
+        group_name: name of the dictionary that contains the arguments, such as "block_kwargs"; "" for the
+            arguments of the network itself.
     """
-    built_in_names = FIXED + (("activation",) if group in BUILT_IN_ACTIVATION else ())
-    supported = {}
-    for name, value in values.items():
-        if name not in built_in_names:
-            supported[name] = _without_built_in(value, name) if isinstance(value, dict) else value
-    return supported
+    built_in_names = FIXED + (("activation",) if group_name in BUILT_IN_ACTIVATION else ())
+    supported_arguments = {}
+    for argument_name, argument in arguments.items():
+        if argument_name not in built_in_names:
+            supported_arguments[argument_name] = (
+                _without_built_in(argument, argument_name) if isinstance(argument, dict) else argument
+            )
+    return supported_arguments
 
 
-def generator_plan(module: ModuleRecord, name: str) -> "Plan":
+def generator_plan(module_record: ModuleRecord, network_name: str) -> "Plan":
     """Check a pickled generator and plan its construction, without building it.
 
-    Args: module: record of the generator; name: "G" or "G_ema".
+    Args: module_record: record of the generator; network_name: "G" or "G_ema".
     Raises: RejectedError for another class, unknown names of arguments, values that are not accepted, or
         unknown plane axes.
     """
-    check_class(module.class_name)
-    records = tensors(module, name)
+    check_class(module_record.class_name)
+    record_by_name = tensors(module_record, network_name)
     # EG3D's training adds this buffer, which the class of the network does not have.
-    records.pop("dataset_label_std", None)
-    kwargs = _arguments(module, G_NAMES, "generator")
-    rendering_arguments = kwargs.pop("rendering_kwargs", {})
+    record_by_name.pop("dataset_label_std", None)
+    arguments = _arguments(module_record, G_NAMES, "generator")
+    rendering_arguments = arguments.pop("rendering_kwargs", {})
     # Training may change the attribute after the constructor has run. The renderer uses the attribute.
-    rendering = json_values(module.state.get("rendering_kwargs", rendering_arguments))
-    check(kwargs, G_OPTIONS, "")
-    if not isinstance(rendering, dict):
-        raise RejectedError(f"its rendering_kwargs are {describe(rendering)} instead of a dictionary")
-    shapes = {key: record.shape for key, record in records.items()}
-    kind = family_of(module.class_name, shapes, rendering)
-    required_checks = {**RENDERING, **kind.rendering}
+    rendering_options = json_values(module_record.state.get("rendering_kwargs", rendering_arguments))
+    check(arguments, G_OPTIONS, "")
+    if not isinstance(rendering_options, dict):
+        raise RejectedError(f"its rendering_kwargs are {describe(rendering_options)} instead of a dictionary")
+    shape_by_name = {
+        option_name: tensor_record.shape for option_name, tensor_record in record_by_name.items()
+    }
+    family = family_of(module_record.class_name, shape_by_name, rendering_options)
+    required_checks = {**RENDERING, **family.rendering}
     # Old checkpoints have no clamp_mode. Their rendering is that of the only accepted value.
-    _with(rendering, [key for key in required_checks if key != "clamp_mode"], "rendering_kwargs")
-    all_checks = {**required_checks, **OPTIONAL_RENDERING, **kind.optional}
-    checked_options = {key: value for key, value in rendering.items() if key in all_checks}
+    _with(
+        rendering_options,
+        [option_name for option_name in required_checks if option_name != "clamp_mode"],
+        "rendering_kwargs",
+    )
+    all_checks = {**required_checks, **OPTIONAL_RENDERING, **family.optional}
+    checked_options = {
+        option_name: option_value
+        for option_name, option_value in rendering_options.items()
+        if option_name in all_checks
+    }
     check(checked_options, all_checks, "rendering_kwargs.")
-    layout = {"plane_layout": plane_layout(module, kind)} if kind.layouts else {}
-    all_kwargs = {**_without_built_in(kwargs), "rendering_kwargs": rendering, **layout}
-    return Plan(kind.cls, all_kwargs, records, kind.architecture)
+    layout_argument = {"plane_layout": plane_layout(module_record, family)} if family.layouts else {}
+    all_arguments = {**_without_built_in(arguments), "rendering_kwargs": rendering_options, **layout_argument}
+    return Plan(family.cls, all_arguments, record_by_name, family.architecture)
 
 
-def _inside(module: ModuleRecord, part_name: str, name: str) -> Any:
+def _inside(module_record: ModuleRecord, attribute_name: str, child_name: str) -> Any:
     """Return a buffer or submodule of a module, or None if the module has none of this name.
 
-    Args: part_name: "_buffers" or "_modules"; name: name of the buffer or submodule.
+    Args: attribute_name: "_buffers" or "_modules"; child_name: name of the buffer or submodule.
     """
-    children = module.state.get(part_name)
-    return children.get(name) if isinstance(children, dict) else None
+    children = module_record.state.get(attribute_name)
+    return children.get(child_name) if isinstance(children, dict) else None
 
 
-def plane_layout(module: ModuleRecord, kind: Kind) -> str:
+def plane_layout(module_record: ModuleRecord, family: Kind) -> str:
     """Determine the name of the plane layout from the tensor plane_axes of the renderer.
 
     Raises: RejectedError if the tensor is missing or belongs to none of the layouts of the family.
     """
-    renderer = _inside(module, "_modules", "renderer")
+    renderer_record = _inside(module_record, "_modules", "renderer")
     # plane_axes is an ordinary attribute of EG3D's renderer, not a buffer.
-    axes = (
-        renderer.state.get("plane_axes")
-        if isinstance(renderer, ModuleRecord) and renderer.state is not None
+    axes_record = (
+        renderer_record.state.get("plane_axes")
+        if isinstance(renderer_record, ModuleRecord) and renderer_record.state is not None
         else None
     )
-    if not isinstance(axes, TensorRecord) or axes.shape != (3, 3, 3):
+    if not isinstance(axes_record, TensorRecord) or axes_record.shape != (3, 3, 3):
         raise RejectedError("its generator has a renderer without plane_axes [3, 3, 3]")
-    value = axes.tensor().to(torch.float32)
+    plane_axes = axes_record.tensor().to(torch.float32)
     # Axes of a layout are permutations, so they have to be exactly equal.
-    for layout in kind.layouts:
-        if torch.equal(value, generate_planes(layout)):
+    for layout in family.layouts:
+        if torch.equal(plane_axes, generate_planes(layout)):
             return layout
     raise RejectedError(
-        f"its plane_axes belong to no plane layout of the family {kind.architecture}"
-        f" ({', '.join(kind.layouts)})"
+        f"its plane_axes belong to no plane layout of the family {family.architecture}"
+        f" ({', '.join(family.layouts)})"
     )
 
 
-def neural_rendering_resolution(module: ModuleRecord) -> int:
+def neural_rendering_resolution(module_record: ModuleRecord) -> int:
     """Return the resolution of volume rendering at the end of the training, in pixels per edge.
 
     The result is EG3D's default of 64 if the file does not contain the resolution.
 
     Raises: RejectedError for a value outside 1 to 4096.
     """
-    value = module.state.get("neural_rendering_resolution", 64)
-    if type(value) is not int or not 1 <= value <= 4096:
+    resolution = module_record.state.get("neural_rendering_resolution", 64)
+    if type(resolution) is not int or not 1 <= resolution <= 4096:
         raise RejectedError(
-            f"its neural_rendering_resolution is {describe(value)} instead of an integer from 1 to 4096"
+            f"its neural_rendering_resolution is {describe(resolution)} instead of an integer from 1 to 4096"
         )
-    return value
+    return resolution
 
 
 # Number of bytes by which the total size of tensors may exceed the size of the file, because several small
@@ -451,9 +487,12 @@ class Plan:
 
     def build(self) -> torch.nn.Module:
         """Build the network and copy the tensors of the file into it."""
-        module = self.cls(**self.kwargs)
-        module.load_state_dict({name: record.tensor() for name, record in self.tensors.items()}, strict=True)
-        return module
+        network = self.cls(**self.kwargs)
+        network.load_state_dict(
+            {tensor_name: tensor_record.tensor() for tensor_name, tensor_record in self.tensors.items()},
+            strict=True,
+        )
+        return network
 
 
 def load(
@@ -478,25 +517,27 @@ def load(
 
 def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Networks:
     """Build the networks of a snapshot, see `load` for arguments, result and errors."""
-    plans = plan(snapshot, freeze_layers)
-    built_modules: dict[str, Any] = {name: network_plan.build() for name, network_plan in plans.items()}
+    plan_by_name = plan(snapshot, freeze_layers)
+    built_networks: dict[str, Any] = {
+        name: network_plan.build() for name, network_plan in plan_by_name.items()
+    }
     with reporting_rejection(snapshot.who):
         # The resolution is an attribute of the generators in EG3D, not part of the state dict.
-        for name in built_modules.keys() - {"D"}:
-            built_modules[name].neural_rendering_resolution = neural_rendering_resolution(
+        for name in built_networks.keys() - {"D"}:
+            built_networks[name].neural_rendering_resolution = neural_rendering_resolution(
                 snapshot.networks[name]
             )
         training_set = _training_set(snapshot)
-    for name, module in built_modules.items():
+    for name, network in built_networks.items():
         # G and D are in training mode, and G_ema is in eval mode, as in a training run.
-        module.train(name != "G_ema").requires_grad_(False)
-    D_kwargs = plans["D"].kwargs if "D" in plans else None
-    G_kwargs = plans["G_ema"].kwargs
-    name = plans["G_ema"].architecture
+        network.train(name != "G_ema").requires_grad_(False)
+    D_kwargs = plan_by_name["D"].kwargs if "D" in plan_by_name else None
+    G_kwargs = plan_by_name["G_ema"].kwargs
+    name = plan_by_name["G_ema"].architecture
     return networks.Networks(
-        built_modules.get("G"),
-        built_modules.get("D"),
-        built_modules["G_ema"],
+        built_networks.get("G"),
+        built_networks.get("D"),
+        built_networks["G_ema"],
         G_kwargs,
         D_kwargs,
         training_set,
@@ -514,46 +555,51 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
     with reporting_rejection(snapshot.who):
         if "G_ema" not in snapshot.networks:
             raise RejectedError("it contains no G_ema")
-        plans: dict[str, Plan] = {}
-        for name in ("G_ema", "G"):
-            if (module := snapshot.networks.get(name)) is not None:
+        plan_by_name: dict[str, Plan] = {}
+        for network_name in ("G_ema", "G"):
+            if (generator_record := snapshot.networks.get(network_name)) is not None:
                 # Only for its check; `rebuild` sets the resolution.
-                neural_rendering_resolution(module)
-                plans[name] = generator_plan(module, name)
+                neural_rendering_resolution(generator_record)
+                plan_by_name[network_name] = generator_plan(generator_record, network_name)
         # G_ema is a moving average of G, so both must have the same architecture.
-        if "G" in plans and plans["G"].kwargs != plans["G_ema"].kwargs:
-            ema_arguments = plans["G_ema"].kwargs
-            g_arguments = plans["G"].kwargs
+        if "G" in plan_by_name and plan_by_name["G"].kwargs != plan_by_name["G_ema"].kwargs:
+            ema_arguments = plan_by_name["G_ema"].kwargs
+            g_arguments = plan_by_name["G"].kwargs
             differing_names = sorted(
-                name
-                for name in {**ema_arguments, **g_arguments}
-                if ema_arguments.get(name) != g_arguments.get(name)
+                network_name
+                for network_name in {**ema_arguments, **g_arguments}
+                if ema_arguments.get(network_name) != g_arguments.get(network_name)
             )
             raise RejectedError(f"its G and G_ema differ in {', '.join(differing_names)}")
-        D = snapshot.networks.get("D")
-        if D is not None and D.class_name != "DualDiscriminator":
+        D_record = snapshot.networks.get("D")
+        if D_record is not None and D_record.class_name != "DualDiscriminator":
             print(
                 f"Warning: {snapshot.who}: the discriminator is ignored, because its class is"
-                f" {describe(D.class_name)} and not DualDiscriminator.",
+                f" {describe(D_record.class_name)} and not DualDiscriminator.",
                 file=sys.stderr,
             )
-        elif D is not None:
-            kwargs = _arguments(D, D_NAMES, "discriminator")
-            check(kwargs, D_OPTIONS, "")
-            kwargs = _without_built_in(kwargs)
+        elif D_record is not None:
+            D_arguments = _arguments(D_record, D_NAMES, "discriminator")
+            check(D_arguments, D_OPTIONS, "")
+            D_arguments = _without_built_in(D_arguments)
             # In transfer learning, the caller's value replaces the value in the file.
             if freeze_layers is not None:
-                kwargs["block_kwargs"] = {**kwargs.get("block_kwargs", {}), "freeze_layers": freeze_layers}
-            plans["D"] = Plan(DualDiscriminator, kwargs, tensors(D, "D"))
+                D_arguments["block_kwargs"] = {
+                    **D_arguments.get("block_kwargs", {}),
+                    "freeze_layers": freeze_layers,
+                }
+            plan_by_name["D"] = Plan(DualDiscriminator, D_arguments, tensors(D_record, "D"))
         # Tensors are views of storages in the file, so their total size cannot exceed the file's by much.
         total_bytes = sum(
-            record.nbytes for network_plan in plans.values() for record in network_plan.tensors.values()
+            tensor_record.nbytes
+            for network_plan in plan_by_name.values()
+            for tensor_record in network_plan.tensors.values()
         )
         if total_bytes > snapshot.size + SLACK:
             raise RejectedError(f"its tensors have {total_bytes} bytes, but the file has {snapshot.size}")
-    for name, network_plan in plans.items():
-        _check_shapes(network_plan, f"{snapshot.who} ({name})")
-    return plans
+    for network_name, network_plan in plan_by_name.items():
+        _check_shapes(network_plan, f"{snapshot.who} ({network_name})")
+    return plan_by_name
 
 
 def _check_shapes(network_plan: Plan, who: str) -> None:
@@ -565,7 +611,7 @@ def _check_shapes(network_plan: Plan, who: str) -> None:
     """
     try:
         with torch.device("meta"):
-            module = network_plan.cls(**network_plan.kwargs)
+            meta_network = network_plan.cls(**network_plan.kwargs)
     # torch raises these errors for sizes that overflow, and for layers without channels.
     except (RuntimeError, ZeroDivisionError) as error:
         reason = shorten(str(error))
@@ -575,31 +621,31 @@ def _check_shapes(network_plan: Plan, who: str) -> None:
         ) from None
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
-    records = network_plan.tensors
-    dtypes = {record.storage.dtype for record in records.values()}
-    other_dtypes = sorted(str(dtype) for dtype in dtypes if not dtype.is_floating_point)
-    if other_dtypes:
+    record_by_name = network_plan.tensors
+    dtypes = {tensor_record.storage.dtype for tensor_record in record_by_name.values()}
+    integer_dtypes = sorted(str(dtype) for dtype in dtypes if not dtype.is_floating_point)
+    if integer_dtypes:
         raise ValueError(
-            f"{who}: expected floating-point tensors, got {', '.join(other_dtypes)}. Download the file again"
-            " from its source."
+            f"{who}: expected floating-point tensors, got {', '.join(integer_dtypes)}. Download the file"
+            " again from its source."
         )
-    for name, record in records.items():
-        if math.prod(record.shape) > 1 << 40:
+    for tensor_name, tensor_record in record_by_name.items():
+        if math.prod(tensor_record.shape) > 1 << 40:
             raise ValueError(
-                f"{who}: expected tensors of at most 2^40 elements, got {list(record.shape)} for"
-                f" {shorten(name)}. Download the file again from its source."
+                f"{who}: expected tensors of at most 2^40 elements, got {list(tensor_record.shape)} for"
+                f" {shorten(tensor_name)}. Download the file again from its source."
             )
     # Empty tensors take the place of the file's tensors. Constant buffers such as filters are on the CPU
     # even within `torch.device("meta")`, so each empty tensor is created on the device of its counterpart.
     # A tensor with another name or shape is created on the meta device; `load_strict` lists all of these
     # in one error.
-    state = module.state_dict()
+    state_dict = meta_network.state_dict()
     placeholders = {}
-    for name, record in records.items():
-        is_match = name in state and state[name].shape == record.shape
-        device = state[name].device if is_match else torch.device("meta")
-        placeholders[name] = torch.empty(record.shape, device=device)
-    storage.load_strict(module, placeholders, who)
+    for tensor_name, tensor_record in record_by_name.items():
+        is_match = tensor_name in state_dict and state_dict[tensor_name].shape == tensor_record.shape
+        device = state_dict[tensor_name].device if is_match else torch.device("meta")
+        placeholders[tensor_name] = torch.empty(tensor_record.shape, device=device)
+    storage.load_strict(meta_network, placeholders, who)
 
 
 def _training_set(snapshot: Snapshot) -> dict:
@@ -607,22 +653,22 @@ def _training_set(snapshot: Snapshot) -> dict:
 
     Raises: RejectedError for values of another type.
     """
-    options_of_file = snapshot.training_set
-    path = options_of_file.get("path")
+    dataset_options = snapshot.training_set
+    dataset_path = dataset_options.get("path")
     description: dict = {
-        "name": Path(path).stem if isinstance(path, str) else "",
-        "resolution": options_of_file.get("resolution"),
+        "name": Path(dataset_path).stem if isinstance(dataset_path, str) else "",
+        "resolution": dataset_options.get("resolution"),
     }
-    if options_of_file:
-        description["options"] = dict(options_of_file)
+    if dataset_options:
+        description["options"] = dict(dataset_options)
     # Standard deviation of the camera labels, a buffer that EG3D's training adds to G.
-    label_std = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")
-    if label_std is not None:
+    label_std_record = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")
+    if label_std_record is not None:
         # 2^16 bytes are far more than a camera label needs.
-        is_vector = isinstance(label_std, TensorRecord) and len(label_std.shape) == 1
-        if not is_vector or label_std.nbytes > 1 << 16:
+        is_vector = isinstance(label_std_record, TensorRecord) and len(label_std_record.shape) == 1
+        if not is_vector or label_std_record.nbytes > 1 << 16:
             raise RejectedError("its dataset_label_std is not a vector of at most 65536 bytes")
-        description["label_std"] = json_values([float(value) for value in label_std.tensor()])
+        description["label_std"] = json_values([float(value) for value in label_std_record.tensor()])
     if snapshot.augment_pipe is not None:
         probability_record = _inside(snapshot.augment_pipe, "_buffers", "p")
         if not isinstance(probability_record, TensorRecord) or probability_record.shape != ():
@@ -630,10 +676,10 @@ def _training_set(snapshot: Snapshot) -> dict:
         probability = float(probability_record.tensor())
         if not math.isfinite(probability):
             raise RejectedError(f"its augment_pipe has the augmentation probability p = {probability}")
-        options = json_values(snapshot.augment_pipe.state.get("_init_kwargs", {}))
+        augment_options = json_values(snapshot.augment_pipe.state.get("_init_kwargs", {}))
         description["augment"] = {
             "class_name": snapshot.augment_pipe.class_name,
-            "options": options,
+            "options": augment_options,
             "p": probability,
         }
     return description

@@ -82,17 +82,17 @@ class TensorRecord:
         if not self.nbytes:
             # numpy rejects a view of an empty buffer.
             return torch.empty(self.shape, dtype=dtype)
-        size = dtype.itemsize
+        element_size = dtype.itemsize
         # The bytes are copied as integers of the same size, because numpy has no bfloat16. `_tensor` has
         # checked that the view lies inside the buffer.
-        view = np.ndarray(
+        file_view = np.ndarray(
             self.shape,
-            dtype=f"<i{size}",
+            dtype=f"<i{element_size}",
             buffer=self.storage.data,
-            offset=self.offset * size,
-            strides=[step * size for step in self.stride],
+            offset=self.offset * element_size,
+            strides=[axis_stride * element_size for axis_stride in self.stride],
         )
-        return torch.from_numpy(view.copy(order="C")).view(dtype)
+        return torch.from_numpy(file_view.copy(order="C")).view(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +126,19 @@ class StorageRules(Rules):
         if (
             not isinstance(pid, tuple)
             or len(pid) != 6
-            or not all(isinstance(member, kind) for member, kind in zip(pid, member_types, strict=True))
+            or not all(
+                isinstance(member, member_type) for member, member_type in zip(pid, member_types, strict=True)
+            )
         ):
             raise RejectedError(f"it has the storage id {describe(pid)}")
-        prefix, storage_class, key, _, count, _ = pid
+        prefix, storage_class, storage_key, _, element_count, _ = pid
         # bool is a subclass of int in Python, so it is excluded explicitly.
-        if prefix != "storage" or isinstance(count, bool) or count < 0:
+        if prefix != "storage" or isinstance(element_count, bool) or element_count < 0:
             raise RejectedError(
-                f"it has a storage id that begins with {describe(prefix)} and states {describe(count)}"
-                " elements"
+                f"it has a storage id that begins with {describe(prefix)} and states"
+                f" {describe(element_count)} elements"
             )
-        return _StorageId(DTYPES[storage_class.name], key, count)
+        return _StorageId(DTYPES[storage_class.name], storage_key, element_count)
 
 
 def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> StorageRecord:
@@ -156,31 +158,31 @@ def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> Stor
         machine = Machine(data, position, StorageRules(budget, name_counts))
         pickled_values.append(machine.run())
         position = machine.position
-    magic, version, system, storage, keys = pickled_values
-    if magic != MAGIC or version != VERSION:
+    magic_number, protocol_number, system_properties, storage_id, storage_keys = pickled_values
+    if magic_number != MAGIC or protocol_number != VERSION:
         raise RejectedError(
             "it has a tensor stream with another magic number or protocol number than torch's"
         )
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
+    if not isinstance(system_properties, dict) or system_properties.get("little_endian") is not True:
         raise RejectedError("it has a tensor stream from a big-endian machine")
     if (
-        not isinstance(storage, _StorageId)
-        or not isinstance(keys, list)
-        or len(keys) != 1
-        or keys[0] != storage.key
+        not isinstance(storage_id, _StorageId)
+        or not isinstance(storage_keys, list)
+        or len(storage_keys) != 1
+        or storage_keys[0] != storage_id.key
     ):
         raise RejectedError("it has a tensor stream that does not contain exactly one storage")
     if len(data) - position < 8:
         raise RejectedError("it has a tensor stream without a number of elements")
     # The number of elements (8 bytes) is stored a second time, after the persistent id.
-    (count,) = struct.unpack("<q", data[position : position + 8])
+    (element_count,) = struct.unpack("<q", data[position : position + 8])
     element_bytes = data[position + 8 :]
-    if count != storage.count or count * storage.dtype.itemsize != len(element_bytes):
-        stated_size = f"{storage.count} and {count} elements of {storage.dtype.itemsize} bytes"
+    if element_count != storage_id.count or element_count * storage_id.dtype.itemsize != len(element_bytes):
+        stated_size = f"{storage_id.count} and {element_count} elements of {storage_id.dtype.itemsize} bytes"
         raise RejectedError(
             f"it has a tensor stream that states {stated_size}, but contains {len(element_bytes)} bytes"
         )
-    return StorageRecord(storage.dtype, element_bytes)
+    return StorageRecord(storage_id.dtype, element_bytes)
 
 
 # Classes of modules without the decorator of torch_utils.persistence. They are pickled as ordinary objects.
@@ -258,22 +260,22 @@ class SnapshotRules(Rules):
     def reduce(self, function: Any, args: tuple) -> Any:
         """Return the record of a call of one of the functions in `calls`, or an empty dictionary."""
         # The path is empty for a call of something that is no name. The base class rejects it below.
-        path = function.path if isinstance(function, Global) else ""
+        function_path = function.path if isinstance(function, Global) else ""
         # Pickle creates dictionaries either by a call without arguments or as new objects.
-        if path in DICTIONARIES:
+        if function_path in DICTIONARIES:
             return self.new(function, args)
-        if path not in self.calls:
+        if function_path not in self.calls:
             return super().reduce(function, args)
-        return self.calls[path](args)
+        return self.calls[function_path](args)
 
     def new(self, cls: Any, args: tuple) -> Any:
         """Return the record of a module without state, or an empty dictionary."""
-        path = cls.path if isinstance(cls, Global) else ""
+        class_path = cls.path if isinstance(cls, Global) else ""
         if args != ():
             raise RejectedError(f"it passes arguments to a new {describe(cls)}")
-        if path in DICTIONARIES:
+        if class_path in DICTIONARIES:
             return {}
-        if path not in PLAIN_MODULES:
+        if class_path not in PLAIN_MODULES:
             raise RejectedError(f"it creates an object of {describe(cls)}")
         return ModuleRecord(cls.name, None)
 
@@ -302,15 +304,15 @@ class SnapshotRules(Rules):
 
     def _module(self, args: tuple) -> ModuleRecord:
         """Return the record of a module from the dictionary that torch_utils.persistence wrote."""
-        meta = _only(args, dict, "module")
+        description = _only(args, dict, "module")
         if (
-            meta.get("type") != "class"
-            or not isinstance(meta.get("class_name"), str)
-            or not self._is_state(meta.get("state"))
+            description.get("type") != "class"
+            or not isinstance(description.get("class_name"), str)
+            or not self._is_state(description.get("state"))
         ):
             raise RejectedError("it has a module description without a valid type, class_name or state")
-        # meta["module_src"], the source text that EG3D would execute, is ignored.
-        return ModuleRecord(meta["class_name"], meta["state"])
+        # description["module_src"], the source text that EG3D would execute, is ignored.
+        return ModuleRecord(description["class_name"], description["state"])
 
     def _tensor(self, args: tuple) -> TensorRecord:
         """Return the record of a tensor from its storage, offset, shape and stride.
@@ -334,14 +336,16 @@ class SnapshotRules(Rules):
             )
         # type() is compared, because bool is a subclass of int. The products below cannot overflow, because
         # Python's integers have no fixed size.
-        if not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *shape, *stride)):
+        if not all(type(entry) is int and 0 <= entry < 1 << 62 for entry in (offset, *shape, *stride)):
             raise RejectedError("it has a tensor whose offset, shape or stride contains no integers >= 0")
         element_count = math.prod(shape)
         storage_count = len(storage.data) // storage.dtype.itemsize
         # Strides are not negative, so the last element has the largest index.
         last_index = offset
         if element_count:
-            last_index += sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+            last_index += sum(
+                (axis_size - 1) * axis_stride for axis_size, axis_stride in zip(shape, stride, strict=True)
+            )
         # max: an empty tensor has the last index 0 in an empty storage.
         if element_count > storage_count or last_index >= max(storage_count, 1):
             raise RejectedError(
@@ -367,20 +371,24 @@ class SnapshotRules(Rules):
         if len(args) != 2 or not isinstance(args[0], DtypeRecord) or not isinstance(args[1], memoryview):
             raise RejectedError("it has a number without its type and bytes")
         # Byte order and type in the notation of the module struct.
-        form = args[0].order + SCALARS[args[0].code]
-        if len(args[1]) != struct.calcsize(form):
-            raise RejectedError(f"it has a number of {len(args[1])} bytes instead of {struct.calcsize(form)}")
-        return struct.unpack(form, args[1])[0]
+        struct_format = args[0].order + SCALARS[args[0].code]
+        if len(args[1]) != struct.calcsize(struct_format):
+            raise RejectedError(
+                f"it has a number of {len(args[1])} bytes instead of {struct.calcsize(struct_format)}"
+            )
+        return struct.unpack(struct_format, args[1])[0]
 
     def _bytes(self, args: tuple) -> memoryview:
         """Return bytes that protocol 2 has written as latin-1 text, one character for each byte."""
         if len(args) != 2 or not isinstance(args[0], (str, LongText)) or args[1] not in ("latin1", "latin-1"):
             raise RejectedError("it has bytes in another encoding than latin1")
-        text = args[0]
-        self.budget.spend(decoded=len(text.utf8) if isinstance(text, LongText) else len(text))
-        text = decode(bytes(text.utf8)) if isinstance(text, LongText) else text
+        latin1_text = args[0]
+        self.budget.spend(
+            decoded=len(latin1_text.utf8) if isinstance(latin1_text, LongText) else len(latin1_text)
+        )
+        latin1_text = decode(bytes(latin1_text.utf8)) if isinstance(latin1_text, LongText) else latin1_text
         try:
-            return memoryview(text.encode("latin-1"))
+            return memoryview(latin1_text.encode("latin-1"))
         except UnicodeEncodeError:
             raise RejectedError("it has bytes with values above 255") from None
 
@@ -392,21 +400,24 @@ class SnapshotRules(Rules):
 
     def _set(self, args: tuple) -> set:
         """Return a set, which protocol 2 writes as a call with the list of its members."""
-        items = _only(args, list, "set")
+        set_members = _only(args, list, "set")
         # A stream can convert the same list many times, so its length counts each time.
-        self.budget.spend(opcodes=len(items))
-        return set(members(items))
+        self.budget.spend(opcodes=len(set_members))
+        return set(members(set_members))
 
 
-def _only(args: tuple, kind: type, object_name: str) -> Any:
+def _only(args: tuple, required_type: type, object_name: str) -> Any:
     """Return the single argument of a call that creates an object.
 
-    Args: args: arguments of the call; kind: required type; object_name: name of the object in messages.
+    Args:
+        args: arguments of the call.
+        required_type: type that the argument must have.
+        object_name: name of the object in messages, such as "set".
     Raises: RejectedError for another number of arguments or another type.
     """
     if len(args) != 1:
         raise RejectedError(f"it creates a {object_name} from {len(args)} arguments instead of one")
-    if not isinstance(args[0], kind):
+    if not isinstance(args[0], required_type):
         raise RejectedError(f"it creates a {object_name} from {describe(args[0])}")
     return args[0]
 
@@ -459,16 +470,18 @@ def parse(data: memoryview, who: str) -> Snapshot:
         if not isinstance(root, dict):
             raise RejectedError(f"it contains {describe(root)} instead of a dictionary of networks")
         # Other keys of the dictionary are ignored.
-        modules = {
-            name: _module(root[name], name)
-            for name in (*NETWORKS, "augment_pipe")
-            if root.get(name) is not None
+        module_records = {
+            module_name: _module(root[module_name], module_name)
+            for module_name in (*NETWORKS, "augment_pipe")
+            if root.get(module_name) is not None
         }
-        augment = modules.pop("augment_pipe", None)
+        augment_record = module_records.pop("augment_pipe", None)
         training_set = json_values(root.get("training_set_kwargs") or {})
         if not isinstance(training_set, dict):
             raise RejectedError("its training_set_kwargs are not a dictionary")
-        return Snapshot(who, len(data), machine.protocol, modules, augment, training_set, dict(name_counts))
+        return Snapshot(
+            who, len(data), machine.protocol, module_records, augment_record, training_set, dict(name_counts)
+        )
 
 
 @contextlib.contextmanager
@@ -499,13 +512,13 @@ def _mapped(path: str | Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _module(value: Any, name: str) -> ModuleRecord:
+def _module(value: Any, module_name: str) -> ModuleRecord:
     """Return `value` unchanged. Raises: RejectedError unless it is a module record with a state.
 
-    Args: value: any value of the stream; name: name of the module in messages.
+    Args: value: any value of the stream; module_name: name of the module in messages.
     """
     if not isinstance(value, ModuleRecord) or value.state is None:
-        raise RejectedError(f"its {name} is {describe(value)} instead of a module with a state")
+        raise RejectedError(f"its {module_name} is {describe(value)} instead of a module with a state")
     return value
 
 
@@ -515,15 +528,15 @@ def json_values(value: Any) -> Any:
     Raises: RejectedError for other records, NaN, infinity, long texts, and for more than MAX_NODES values or
         MAX_DEPTH levels.
     """
-    count = 0
+    value_count = 0
 
     def convert(value: Any, depth: int) -> Any:
         """Convert one value at a depth of nesting. All values of the tree are counted together."""
-        nonlocal count
-        count += 1
+        nonlocal value_count
+        value_count += 1
         # A list that contains the same list twice, and so on, expands exponentially. Deep nesting would
         # exceed Python's recursion limit.
-        if count > MAX_NODES or depth > MAX_DEPTH:
+        if value_count > MAX_NODES or depth > MAX_DEPTH:
             raise RejectedError(f"its options have more than {MAX_NODES} values or {MAX_DEPTH} levels")
         if (
             value is None
@@ -549,48 +562,53 @@ def json_values(value: Any) -> Any:
     return convert(value, 0)
 
 
-def tensors(module: ModuleRecord, name: str) -> dict[str, TensorRecord]:
+def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, TensorRecord]:
     """Return the state dict of a module and its submodules: name -> tensor, in the order of torch.
 
-    Args: module: record of the network; name: name of the network in messages.
+    Args: network_record: record of the network; network_name: name of the network in messages.
     Raises: RejectedError for submodules or tensors of another type, and for more than MAX_NODES modules and
         tensors, for example if a module contains itself.
     """
-    records: dict[str, TensorRecord] = {}
-    count = 0
+    record_by_name: dict[str, TensorRecord] = {}
+    node_count = 0
 
-    def collect(record: Any, prefix: str, depth: int) -> None:
+    def collect(parent_record: Any, prefix: str, depth: int) -> None:
         """Add the tensors of a module, whose names in the state dict begin with `prefix`."""
-        nonlocal count
-        count += 1
-        if count > MAX_NODES or depth > MAX_DEPTH:
+        nonlocal node_count
+        node_count += 1
+        if node_count > MAX_NODES or depth > MAX_DEPTH:
             raise RejectedError(
-                f"its {name} has more than {MAX_NODES} modules or {MAX_DEPTH} levels of modules"
+                f"its {network_name} has more than {MAX_NODES} modules or {MAX_DEPTH} levels of modules"
             )
-        state = _module(record, shorten(prefix.removesuffix(".")) or name).state
-        non_persistent = state.get("_non_persistent_buffers_set", set())
-        if not isinstance(non_persistent, (set, frozenset)):
-            raise RejectedError(f"its {name} has {describe(non_persistent)} as names of buffers")
-        for part_name in ("_parameters", "_buffers", "_modules"):
-            children = state.get(part_name, {})
+        module_state = _module(parent_record, shorten(prefix.removesuffix(".")) or network_name).state
+        non_persistent_names = module_state.get("_non_persistent_buffers_set", set())
+        if not isinstance(non_persistent_names, (set, frozenset)):
+            raise RejectedError(
+                f"its {network_name} has {describe(non_persistent_names)} as names of buffers"
+            )
+        for attribute_name in ("_parameters", "_buffers", "_modules"):
+            children = module_state.get(attribute_name, {})
             is_small = isinstance(children, dict) and len(children) <= MAX_NODES
-            if not is_small or not all(isinstance(key, str) and len(key) <= MAX_KEY for key in children):
+            if not is_small or not all(
+                isinstance(child_name, str) and len(child_name) <= MAX_KEY for child_name in children
+            ):
                 raise RejectedError(
-                    f"its {name} has a module whose {part_name} are no dictionary with names as keys"
+                    f"its {network_name} has a module whose {attribute_name} are no dictionary with names as"
+                    " keys"
                 )
-            count += len(children)  # tensors are counted, too
-            for key, value in children.items():
+            node_count += len(children)  # tensors are counted, too
+            for child_name, child in children.items():
                 # torch's state_dict leaves out missing tensors and non-persistent buffers, too.
-                if value is None or (part_name == "_buffers" and key in non_persistent):
+                if child is None or (attribute_name == "_buffers" and child_name in non_persistent_names):
                     continue
-                if part_name == "_modules":
-                    collect(value, f"{prefix}{key}.", depth + 1)
-                elif not isinstance(value, TensorRecord):
+                if attribute_name == "_modules":
+                    collect(child, f"{prefix}{child_name}.", depth + 1)
+                elif not isinstance(child, TensorRecord):
                     raise RejectedError(
-                        f"its tensor {shorten(prefix + key)} is {describe(value)} instead of a tensor"
+                        f"its tensor {shorten(prefix + child_name)} is {describe(child)} instead of a tensor"
                     )
                 else:
-                    records[prefix + key] = value
+                    record_by_name[prefix + child_name] = child
 
-    collect(module, "", 0)
-    return records
+    collect(network_record, "", 0)
+    return record_by_name
