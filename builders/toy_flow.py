@@ -60,7 +60,7 @@ def train_base(
         stage.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema)
     )
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=training.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
+    lr_schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=training.warm_up),
@@ -70,13 +70,13 @@ def train_base(
     )
     for step in range(1, training.steps + 1):
         indices = torch.randint(len(PROMPTS), (training.batch,), generator=generator)
-        names = [PROMPTS[i] for i in indices.tolist()]  # prompts
-        x_0: Batch = draw_drafts(names, generator).latents(stage.name)
+        prompts = [PROMPTS[i] for i in indices.tolist()]  # prompts
+        x_0: Batch = draw_drafts(prompts, generator).latents(stage.name)
         eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
         t = stage.path.times(count(x_0), generator)
-        cond = pipeline.conditioning(names, stage.name)
+        cond = pipeline.conditioning(prompts, stage.name)
         # True for samples that keep their conditioning; for others, zeros are the empty conditioning.
-        has_prompt = torch.rand(len(names), generator=generator) >= training.no_condition
+        has_prompt = torch.rand(len(prompts), generator=generator) >= training.no_condition
         x_t = stage.path.mix(x_0, t, eps)
         # A new batch object: data that depend on the voxels are cached in it, and are valid for this step
         # only.
@@ -87,7 +87,7 @@ def train_base(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        lr_schedule.step()
         average_model.update_parameters(stage.model)
         if on_step is not None:
             on_step(step, training.steps, float(loss.detach()))

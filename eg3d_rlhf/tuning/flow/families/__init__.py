@@ -52,10 +52,11 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
 
     Args:
         root: folder of a generator, or the name of a bundled generator.
-        say: function that prints the notice.
+        print_line: function that prints the notice.
     Raises: FileNotFoundError if the folder is missing, or if no family recognises it.
     """
-    root, bundled = Path(root), bundled_family(str(root))
+    bundled = bundled_family(str(root))
+    root = Path(root)
     if bundled is not None:
         return bundled
     # A plugin's family may recognise the folder, so plugins must be loaded before the search.
@@ -68,11 +69,11 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
             return family
     if not root.is_dir() or not any(root.iterdir()):
         if root.is_dir():
-            problem = f"the folder {root} is empty"
+            problem_text = f"the folder {root} is empty"
         elif root.exists():
-            problem = f"{root} is a file and not a folder"
+            problem_text = f"{root} is a file and not a folder"
         else:
-            problem = f"the folder {root} does not exist"
+            problem_text = f"the folder {root} does not exist"
         addresses = [family.address for family in FAMILIES.values() if family.address]
         # Someone who wrote the name of a published generator gets the address of just that one.
         # The last part of an address is the generator's name.
@@ -81,7 +82,7 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
         ]
         downloads = " or ".join(same_name_addresses or addresses)
         raise FileNotFoundError(
-            f"--pipeline: {problem}. Pass the folder of a generator. Generators can be downloaded from"
+            f"--pipeline: {problem_text}. Pass the folder of a generator. Generators can be downloaded from"
             f" {downloads}."
         )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())

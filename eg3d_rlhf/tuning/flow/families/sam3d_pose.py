@@ -94,8 +94,8 @@ def decode_pose(
         decoder: name of the decoder, one of DECODERS.
         scale: scales of the point maps, [N, 3].
         shift: shifts of the point maps, [N, 3].
-        factor: factor by which the shape was shrunk before the second stage; see `sam3d.thinned`. The size is
-            multiplied by it.
+        factor: factor by which the shape was shrunk before the second stage; see `sam3d.reduce_voxels`. The
+            size is multiplied by it.
     Raises: ValueError if the latents lack one of the pose.
     """
     name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]

@@ -138,12 +138,12 @@ def read_pipeline(root: Path) -> PipelineFile:
         raise FileNotFoundError(
             f"--pipeline: there is no file pipeline.json in {root}. Pass the folder of a TRELLIS.2 model."
         )
-    content = files.read_json(path)
-    name = content.get("name")
-    args = content.get("args")
-    if name != NAME:
+    pipeline_json = files.read_json(path)
+    pipeline_name = pipeline_json.get("name")
+    args = pipeline_json.get("args")
+    if pipeline_name != NAME:
         raise ValueError(
-            f"{path}: expected the name {NAME}, got {name!r}. Pass the folder of a TRELLIS.2 model."
+            f"{path}: expected the name {NAME}, got {pipeline_name!r}. Pass the folder of a TRELLIS.2 model."
         )
     if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
         raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
@@ -194,7 +194,7 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
     (1 + w) v_cond - w v_null.
     """
 
-    def read(name: str, params: Mapping) -> Sampling:
+    def parse_sampler(name: str, params: Mapping) -> Sampling:
         """Parse the params of a sampler."""
         trellis_names = sorted(str(k) for k in params if str(k).startswith("cfg_"))
         if trellis_names:
@@ -219,7 +219,7 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
             cfg_rescale=float(params.get("guidance_rescale", 0.0)),
         )
 
-    return files.sampler_of(path, args.get(key), key, read)
+    return files.sampler_of(path, args.get(key), key, parse_sampler)
 
 
 def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -227,17 +227,17 @@ def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ..
 
     Raises: ValueError for missing or invalid numbers.
     """
-    content = args.get(key) or {}
+    normalization_entry = args.get(key) or {}
     try:
-        mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+        mean, std = (tuple(map(float, normalization_entry[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
         # Reported by the error below.
         mean = ()
         std = ()
     if not mean or not are_scales(mean, std):
         raise ValueError(
-            f"{path}: {key} must have a finite mean and a std > 0 per channel, got {str(content)[:80]}."
-            " Download the file again."
+            f"{path}: {key} must have a finite mean and a std > 0 per channel, got"
+            f" {str(normalization_entry)[:80]}. Download the file again."
         )
     return mean, std
 
@@ -339,10 +339,12 @@ def released_stages() -> list[SizedStage]:
             qk_rms_norm=True,
             qk_rms_norm_cross=True,
         )
-        grid = dict(channels=channels, resolution=cells)
+        latent_kwargs = dict(channels=channels, resolution=cells)
         # The structure is a dense grid; all other stages have features on voxels.
         latents: LatentKind = (
-            DenseGrid(**grid) if name == "structure" else SparseVoxels(given=given_channels, **grid)
+            DenseGrid(**latent_kwargs)
+            if name == "structure"
+            else SparseVoxels(given=given_channels, **latent_kwargs)
         )
         flow_class = StructureFlow if name == "structure" else VoxelFlow
         stage = FlowStage(

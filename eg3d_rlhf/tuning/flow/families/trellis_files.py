@@ -109,15 +109,15 @@ def read_pipeline(root: Path) -> PipelineFile:
         raise FileNotFoundError(
             f"--pipeline: there is no file pipeline.json in {root}. Pass the folder of a TRELLIS model."
         )
-    content = read_json(path)
-    name = content.get("name", "")
-    args = content.get("args")
+    pipeline_json = read_json(path)
+    pipeline_name = pipeline_json.get("name", "")
+    args = pipeline_json.get("args")
     # The kind is part of the name, such as TrellisTextTo3DPipeline.
-    kind = next((k for k in KINDS if f"{k}to3d" in str(name).lower()), None)
+    kind = next((k for k in KINDS if f"{k}to3d" in str(pipeline_name).lower()), None)
     if kind is None:
         raise ValueError(
-            f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline, got {name!r}."
-            " Pass the folder of a TRELLIS model."
+            f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline, got"
+            f" {pipeline_name!r}. Pass the folder of a TRELLIS model."
         )
     if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
         raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
@@ -149,17 +149,17 @@ def normalization(file: PipelineFile, stage: str) -> dict | None:
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
 
 
-def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
+def _sampler(path: Path, sampler_entry: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
     """Read the settings of a stage's sampler, and sigma_min.
 
     Args:
         path: path of pipeline.json, for messages.
-        content: entry of the sampler in pipeline.json, or None if there is no entry.
+        sampler_entry: entry of the sampler in pipeline.json, or None if there is no entry.
         key: name of the entry, for messages.
         default: values of settings that the entry lacks.
     """
 
-    def read(name: str, params: Mapping) -> Sampling:
+    def parse_sampler(name: str, params: Mapping) -> Sampling:
         """Parse the class name and the params of a sampler."""
         # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
         # use guidance at all times; FlowEulerSampler uses no guidance.
@@ -175,32 +175,32 @@ def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> t
             cfg_interval=(float(interval[0]), float(interval[1])),
         )
 
-    return sampler_of(path, content, key, read)
+    return sampler_of(path, sampler_entry, key, parse_sampler)
 
 
 def sampler_of(
-    path: Path, content: Mapping | None, key: str, read: Callable[[str, Mapping], Sampling]
+    path: Path, sampler_entry: Mapping | None, key: str, read: Callable[[str, Mapping], Sampling]
 ) -> tuple[Sampling, float]:
     """Read the settings of a sampler in a pipeline.json, and sigma_min.
 
     Args:
         path: path of pipeline.json, for messages.
-        content: entry of the sampler in the file, or None if there is no entry.
+        sampler_entry: entry of the sampler in the file, or None if there is no entry.
         key: name of the entry.
         read: function that parses the sampler's class name and its params. It may raise ValueError, TypeError
             or IndexError.
     """
     # Without an entry, the sampler has its published class and default settings.
-    content = content or {}
-    name = str(content.get("name", "FlowEulerGuidanceIntervalSampler"))
+    sampler_entry = sampler_entry or {}
+    name = str(sampler_entry.get("name", "FlowEulerGuidanceIntervalSampler"))
     if not name.startswith("FlowEuler"):
         raise ValueError(
             f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other"
             " conventions are not supported. Download the file again."
         )
     try:
-        return read(name, content.get("params") or {}), float(
-            (content.get("args") or {}).get("sigma_min", 1e-5)
+        return read(name, sampler_entry.get("params") or {}), float(
+            (sampler_entry.get("args") or {}).get("sigma_min", 1e-5)
         )
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path}, {key}: {error}") from None
@@ -219,8 +219,8 @@ def find_model(file: ModelFolder, model: str) -> Path:
     stems = list(_possible_stems(file, file.models[model])) if model in file.models else []
     if model in file.usual:
         folders = [file.root / "ckpts"]
-        for value in file.models.values():
-            folders += [stem.parent for stem in _possible_stems(file, value)]
+        for model_path in file.models.values():
+            folders += [stem.parent for stem in _possible_stems(file, model_path)]
         # dict.fromkeys removes duplicates and keeps the order.
         stems += [folder / file.usual[model] for folder in dict.fromkeys(folders)]
     for stem in stems:
@@ -336,12 +336,12 @@ def architecture(
         )
     if not isinstance(args, Mapping):
         raise ValueError(f"{message_prefix}: the object 'args' is missing. Download the file again.")
-    model, config = supported_classes
-    fields = dataclasses.fields(config)
+    model_class, config_class = supported_classes
+    fields = dataclasses.fields(config_class)
     no_default = dataclasses.MISSING
     field_names = {field.name for field in fields}
     # Some classes of the original ignore unknown arguments.
-    if getattr(model, "passes_over", False):
+    if getattr(model_class, "passes_over", False):
         args = {key: value for key, value in args.items() if key in field_names}
     unknown_args = sorted(set(args) - field_names)
     missing_args = sorted(
@@ -354,15 +354,15 @@ def architecture(
             f"{message_prefix}: the args do not fit {name}: unknown are {unknown_args}, missing are"
             f" {missing_args}. Download the file again, or pass the folder of a supported generator."
         )
-    return model, config(**args)
+    return model_class, config_class(**args)
 
 
 def build_model(
     content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
 ) -> nn.Module:
     """Build an untrained model from the content of its JSON file; see `architecture` for the arguments."""
-    model, config = architecture(content, message_prefix, architectures)
-    return model(config)
+    model_class, config = architecture(content, message_prefix, architectures)
+    return model_class(config)
 
 
 def load_model(
@@ -378,7 +378,7 @@ def load_model(
 
     Args:
         stem: path of the model's files without endings.
-        dtype: dtype of the layers that may be half precision; see `filled`.
+        dtype: dtype of the layers that may be half precision; see `build_from_state`.
         weights: file of weights to read instead, such as a training checkpoint (.pt). None: that at the stem.
         device: device of the model.
         architectures: supported classes by name.
@@ -394,11 +394,11 @@ def load_model(
             f"{stem.name}: {json_file} or the file of weights beside it is missing. Download both files"
             " again."
         )
-    state = base_state(weights)
-    model, config = architecture(read_json(json_file), str(json_file), architectures)
+    tensors = base_state(weights)
+    model_class, config = architecture(read_json(json_file), str(json_file), architectures)
     if prepare is not None:
-        state = prepare(model, config, state, str(weights))
-    return build_from_state(model, config, state, str(weights), dtype, device)
+        tensors = prepare(model_class, config, tensors, str(weights))
+    return build_from_state(model_class, config, tensors, str(weights), dtype, device)
 
 
 def networks_of(
@@ -420,11 +420,11 @@ def networks_of(
         architectures: supported classes by name; see `load_model`.
         prepare: function that renames or removes tensors; see `load_model`.
     """
-    networks = []
+    network_list = []
     for name in models:
         without = optional.get(name, "")
         if without and not has_model(file, name):
-            networks.append(
+            network_list.append(
                 Network(
                     name=name, file=file.root / file.usual[name], expected={}, tensors={}, without=without
                 )
@@ -434,17 +434,22 @@ def networks_of(
         json_file = with_ending(stem, ".json")
         weights = find_weights(stem)
         assert weights is not None  # find_model has checked it
-        model, config = architecture(read_json(json_file), str(json_file), architectures)
-        state = base_state(weights)
-        state = state if prepare is None else prepare(model, config, state, str(weights))
-        expected = shapes(empty(partial(model, config)).state_dict())
-        counts = (released or {}).get(name)
-        networks.append(
+        model_class, config = architecture(read_json(json_file), str(json_file), architectures)
+        tensors = base_state(weights)
+        tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights))
+        expected = shapes(empty(partial(model_class, config)).state_dict())
+        released_counts = (released or {}).get(name)
+        network_list.append(
             Network(
-                name=name, file=weights, expected=expected, tensors=state, without=without, released=counts
+                name=name,
+                file=weights,
+                expected=expected,
+                tensors=tensors,
+                without=without,
+                released=released_counts,
             )
         )
-    return networks
+    return network_list
 
 
 def flows_of(
@@ -477,7 +482,7 @@ def flows_of(
 
 
 def build_from_state(
-    make: Callable[[Any], nn.Module],
+    model_class: Callable[[Any], nn.Module],
     config: Any,
     state: State,
     message_prefix: str,
@@ -487,7 +492,7 @@ def build_from_state(
     """Build a model with the tensors of a file, in eval mode. Names and shapes must match exactly.
 
     Args:
-        make: class of the model.
+        model_class: class of the model.
         config: configuration of the model, the only argument of the class.
         state: tensors by name.
         message_prefix: beginning of error messages, such as the path of the file.
@@ -496,16 +501,18 @@ def build_from_state(
         device: device of the model.
     Raises: ValueError for missing or unexpected tensors, and for tensors of another shape.
     """
-    types: dict[str, torch.dtype] = {}
+    dtype_by_name: dict[str, torch.dtype] = {}
     if dtype is not None:
         # Which layers the original converts is known only to its classes. Their switch is use_fp16 in TRELLIS
         # and dtype in TRELLIS.2. A second network without memory therefore states the dtype of each tensor.
         half_setting = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
-        half_state = empty(lambda: make(dataclasses.replace(config, **half_setting))).state_dict()
+        half_state = empty(lambda: model_class(dataclasses.replace(config, **half_setting))).state_dict()
         for name in state:
             is_half = name in half_state and half_state[name].dtype in (torch.float16, torch.bfloat16)
-            types[name] = dtype if is_half else torch.float32
-    return fill(empty(lambda: make(config)), state, message_prefix, types=types, device=device).eval()
+            dtype_by_name[name] = dtype if is_half else torch.float32
+    return fill(
+        empty(lambda: model_class(config)), state, message_prefix, types=dtype_by_name, device=device
+    ).eval()
 
 
 def base_state(path: Path) -> State:
@@ -514,14 +521,14 @@ def base_state(path: Path) -> State:
     Raises: FileNotFoundError for a missing file; ValueError for a damaged file, for weights that are not
         finite, and for a file of adapters (LoRA) instead of a model.
     """
-    state, adapters = split_state(read(path, "weights"), path.name)
+    tensors, adapters = split_state(read(path, "weights"), path.name)
     if adapters:
         raise ValueError(
             f"{path}: the file contains adapters (LoRA) instead of the weights of a model. Put the base"
             " model's file here, and pass this file as tuned weights."
         )
     # Distributed training adds the prefix "module.".
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def release_of(
@@ -550,8 +557,8 @@ def release_of(
     export_stems = dict[str, str]()  # name of a model -> its stem in the exported folder
     exported_files = dict[str, Path | bytes]()  # path in the exported folder -> source file, or content
     networks = dict[str, Stored]()  # tuned networks by stage
-    elsewhere = []  # names of models that are not on this machine
-    sources: dict[str, Path] = {}  # last part of a stem -> stem
+    missing_models = []  # names of models that are not on this machine
+    stem_by_name: dict[str, Path] = {}  # last part of a stem -> stem
     tuned_models = {flows[stage]: stage for stage in stages}
     for name in dict.fromkeys([*file.models, *file.usual]):
         try:
@@ -559,36 +566,37 @@ def release_of(
         except FileNotFoundError:
             if name in required or name in tuned_models:
                 raise
-            elsewhere.append(name)
+            missing_models.append(name)
             continue
         # All models are written to one folder, so their names must differ.
-        if sources.setdefault(stem.name, stem) != stem:
+        if stem_by_name.setdefault(stem.name, stem) != stem:
             raise ValueError(
-                f"export: the models {stem} and {sources[stem.name]} have the same file name. Rename the"
+                f"export: the models {stem} and {stem_by_name[stem.name]} have the same file name. Rename the"
                 " files of one of them, and its value in pipeline.json."
             )
         export_stems[name] = f"ckpts/{stem.name}"
-        base = find_weights(stem)
-        assert base is not None  # find_model has checked it
+        base_weights = find_weights(stem)
+        assert base_weights is not None  # find_model has checked it
         exported_files[f"{export_stems[name]}.json"] = with_ending(stem, ".json")
         if name in tuned_models:
             # The tuned network is read and written only when the export runs.
             networks[tuned_models[name]] = Stored(
                 file=f"{export_stems[name]}.safetensors",
                 load=partial(load, stem),
-                write=partial(_write_tuned, base),
+                write=partial(_write_tuned, base_weights),
             )
         else:
-            exported_files[export_stems[name] + base.suffix] = base
+            exported_files[export_stems[name] + base_weights.suffix] = base_weights
     for path in (file.root / name for name in ("pipeline.json", *other_pipeline_files)):
         if path.is_file():
-            content = read_json(path)
+            pipeline_json = read_json(path)
             # Exported models get their path in the exported folder; others stay references.
-            content["args"]["models"] = {
-                name: export_stems.get(name, value) for name, value in content["args"]["models"].items()
+            pipeline_json["args"]["models"] = {
+                name: export_stems.get(name, model_path)
+                for name, model_path in pipeline_json["args"]["models"].items()
             }
-            exported_files[path.name] = (json.dumps(content, indent=4) + "\n").encode()
-    return Release(files=exported_files, networks=networks, elsewhere=elsewhere)
+            exported_files[path.name] = (json.dumps(pipeline_json, indent=4) + "\n").encode()
+    return Release(files=exported_files, networks=networks, elsewhere=missing_models)
 
 
 def _write_tuned(base: Path, path: Path, state: State) -> None:
@@ -605,7 +613,7 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
         kind: kind of prompt, "text" or "image".
         width: channels of the conditioning tokens, 768 for CLIP and 1024 for DINOv2.
     """
-    common: dict[str, Any] = dict(
+    network_kwargs: dict[str, Any] = dict(
         in_channels=8,
         out_channels=8,
         model_channels=1024,
@@ -614,16 +622,16 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
         num_head_channels=64,
         qk_rms_norm=True,
     )
-    structure = StructureFlowConfig(resolution=16, patch_size=1, **common)
-    latent = LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **common)
+    structure_config = StructureFlowConfig(resolution=16, patch_size=1, **network_kwargs)
+    latent_config = LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **network_kwargs)
     stages = (
-        ("structure", partial(StructureFlow, structure), DenseGrid(channels=8, resolution=16)),
-        ("latent", partial(LatentFlow, latent), SparseVoxels(channels=8, resolution=64)),
+        ("structure", partial(StructureFlow, structure_config), DenseGrid(channels=8, resolution=16)),
+        ("latent", partial(LatentFlow, latent_config), SparseVoxels(channels=8, resolution=64)),
     )
     return [
         SizedStage(
             conditioning=[TOKENS[kind], width],
-            stage=FlowStage(name=name, model=empty(make), latents=latents, sampling=KINDS[kind]),
+            stage=FlowStage(name=name, model=empty(make_network), latents=latents, sampling=KINDS[kind]),
         )
-        for name, make, latents in stages
+        for name, make_network, latents in stages
     ]

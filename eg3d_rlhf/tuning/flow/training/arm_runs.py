@@ -108,7 +108,7 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
         settings: settings of the run, an ArmsRun.
         opened: the problem and its labels, opened in this process.
         run: folder, ranks and device of the run.
-        open: function that opens the problem and its labels in a worker process.
+        open_problem: function that opens the problem and its labels in a worker process.
     """
     problem, _ = opened
     folder = run.folder
@@ -135,8 +135,8 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
         return
     stage = settings.stage_in(problem).name
     # links, not copies: the weights of a large stage would double the size of the run
-    for file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
-        link(file, folder / stage / file.name)
+    for policy_file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
+        link(policy_file, folder / stage / policy_file.name)
     print(f"The weights of the arm {settings.arms[0]} are in {folder / stage}.")
     if settings.summary:
         facts = {
@@ -145,10 +145,10 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
             "run": asdict(settings),
             "versions": versions(),
         }
-        data = table(results, settings, facts)
-        for path in write(data, folder, settings.NAME, settings.markdown):
+        table_data = table(results, settings, facts)
+        for path in write(table_data, folder, settings.NAME, settings.markdown):
             print(f"The table was written to {path}.")
-        print(settings.markdown(data))
+        print(settings.markdown(table_data))
     run.done()
 
 
@@ -156,7 +156,7 @@ def pooled(
     title: str,
     needs: Mapping[str, Sequence[str]],
     setup: Callable[..., Callable[[str], dict]],
-    arguments: tuple,
+    setup_arguments: tuple,
     jobs: int,
     folder: Path,
 ) -> dict[str, dict]:
@@ -165,9 +165,9 @@ def pooled(
     Args:
         title: title of the progress bar.
         needs: names of the tasks, each with the names of the tasks that it waits for.
-        setup: function from `arguments`, and True if there is one process only, to a callable that does a
-            task. It is called once in each process.
-        arguments: first arguments of `setup`.
+        setup: function from `setup_arguments`, and True if there is one process only, to a callable that does
+            a task. It is called once in each process.
+        setup_arguments: first arguments of `setup`.
         jobs: number of processes.
         folder: folder whose subfolder logs/ receives the output of the tasks.
     """
@@ -177,7 +177,7 @@ def pooled(
         return run_tasks(
             needs,
             setup,
-            (*arguments, jobs == 1),
+            (*setup_arguments, jobs == 1),
             jobs,
             folder / "logs",
             lambda name, result: bar.update(),
@@ -218,7 +218,7 @@ class Worker:
         }
 
         def maker(folder: Path) -> tuple[list[Path], dict]:
-            result: dict = {}
+            task_result: dict = {}
             models: dict[str, torch.nn.Module] = {}
             if arm:
                 # controls keep their last network, see the module
@@ -226,22 +226,22 @@ class Worker:
                 if choosing is not None and not arm.endswith(CONTROLS):
                     # no other stage is tuned, on either side of the comparison
                     win_rate = choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
-                done = bench.train(
+                stage_result = bench.train(
                     arm, folder, held_out=win_rate, ranks=self.ranks, resume=True, say=self.say
                 )
-                models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
-                result = {
-                    **done.record(),
+                models = {bench.stage.name: tuned_model(bench.stage.model, stage_result.weights)}
+                task_result = {
+                    **stage_result.record(),
                     **bench.measure(
-                        arm, done, models[bench.stage.name], settings.evaluation.seed, self.ranks
+                        arm, stage_result, models[bench.stage.name], settings.evaluation.seed, self.ranks
                     ),
                 }
             if self.ranks.is_main and settings.summary:
                 # all arms and seeds are scored on the same noises, so that they can be compared pair by pair
-                result["scores"] = evaluate(
+                task_result["scores"] = evaluate(
                     bench.problem, models, settings.evaluation, given=self._given(bench)
                 )["scores"]
-            return [folder / POLICY] if arm else [], result
+            return [folder / POLICY] if arm else [], task_result
 
         # hashed=False: the folder has the plain name of the task, since it belongs to this run alone
         store = Store(self.folder, self.ranks, hashed=False)
@@ -253,17 +253,17 @@ class Worker:
         The mapping is empty if the first stage is tuned. The voxels are the same for all arms, and are
         generated once in a process.
         """
-        name = bench.stage.name
+        stage_name = bench.stage.name
         pipeline = bench.problem.pipeline
-        if name == pipeline.stages[0].name:
+        if stage_name == pipeline.stages[0].name:
             return {}  # the first stage starts from noise alone
         if self.cached_voxels is None:
             prompts, seeds = self.settings.evaluation.crossed(bench.problem)
             # None: the earlier stages have their own, untuned networks
             self.cached_voxels = voxels_for(
-                pipeline, name, prompts, seeds, None, self.settings.evaluation.batch
+                pipeline, stage_name, prompts, seeds, None, self.settings.evaluation.batch
             )
-        return {name: self.cached_voxels}
+        return {stage_name: self.cached_voxels}
 
 
 def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool) -> Worker:

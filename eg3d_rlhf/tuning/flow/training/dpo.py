@@ -190,7 +190,7 @@ def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict
     """
     assert errors.ref_preferred is not None and errors.ref_rejected is not None
     delta = delta.detach()
-    values = {
+    metric_values = {
         # before the first update all margins are 0, which gives 0.5 and not 0
         "implicit_accuracy": 0.5 * (1 + delta.sign()),
         "margin": delta,
@@ -200,5 +200,5 @@ def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict
     # the first P times are those of the pairs; the clamp puts t = 1 into the last bin
     time_bin = (t[: len(delta)] * TIME_BINS).long().clamp(0, TIME_BINS - 1)  # [P]
     # a sum of ones is the number of pairs
-    sums = {"pairs": torch.ones_like(delta), **values}
+    sums = {"pairs": torch.ones_like(delta), **metric_values}
     return {name: delta.new_zeros(TIME_BINS).index_add(0, time_bin, value) for name, value in sums.items()}

@@ -66,7 +66,7 @@ class ZeroConditioning:
         return self.null_conditioning(len(names), stage)
 
     def null_conditioning(self, n: int, stage: str) -> Any:
-        """Return zeros as the empty conditioning of n samples, see `Pipeline.no_condition`."""
+        """Return zeros as the empty conditioning of n samples, see `Pipeline.null_conditioning`."""
         if isinstance(self.token_shape, dict):
             return {name: torch.zeros(n, *shape) for name, shape in self.token_shape.items()}
         return torch.zeros(n, *self.token_shape)
@@ -115,14 +115,17 @@ def given_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Vo
         voxels: number of voxels of each sample; None for `voxels_of`.
     Returns: `count` outputs; `count` times None if the stage has latents of another kind than voxels.
     """
-    kind = stage.latents
+    latent_kind = stage.latents
     generator = torch.Generator().manual_seed(0)
-    if not isinstance(kind, SparseVoxels):
+    if not isinstance(latent_kind, SparseVoxels):
         return [None] * count
-    shells = [shell(voxels or voxels_of(kind.resolution), kind.resolution, generator) for _ in range(count)]
-    if not kind.given:
+    shells = [
+        shell(voxels or voxels_of(latent_kind.resolution), latent_kind.resolution, generator)
+        for _ in range(count)
+    ]
+    if not latent_kind.given:
         return [*shells]
-    return [SparseSample(coords, torch.zeros(len(coords), kind.given)) for coords in shells]
+    return [SparseSample(coords, torch.zeros(len(coords), latent_kind.given)) for coords in shells]
 
 
 def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:
@@ -214,29 +217,29 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
         tokens: number of tokens of its input.
     """
     block = ModulatedBlock(width, width, width // 64).to(device)
-    shapes = ([tokens, width], [width], [256, width])  # input, embedding of the time, conditioning
-    x, time_embedding, cond = (torch.randn(1, *shape, device=device) for shape in shapes)
+    input_shapes = ([tokens, width], [width], [256, width])  # input, embedding of the time, conditioning
+    block_input, time_embedding, cond = (torch.randn(1, *shape, device=device) for shape in input_shapes)
 
     def step() -> None:
         """Compute a forward and a backward pass."""
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-            y = block(x, time_embedding, cond, DenseLayout())
-        y.float().sum().backward()
+            block_output = block(block_input, time_embedding, cond, DenseLayout())
+        block_output.float().sum().backward()
         # CUDA computes asynchronously, so the time would otherwise be taken before the work is finished.
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
 
     # The fastest of three calls is used, because the first call includes initialisation.
-    seconds = []
+    durations = []
     for _ in range(3):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - began)
+        durations.append(time.perf_counter() - start_time)
     with MemoryTrace() as trace, implementation("ref"):
         # The same passes on fake tensors, which counts their operations.
         block = ModulatedBlock(width, width, width // 64)
-        block(*(torch.zeros(1, *shape) for shape in shapes), DenseLayout()).sum().backward()
-    return trace.flops / min(seconds)
+        block(*(torch.zeros(1, *shape) for shape in input_shapes), DenseLayout()).sum().backward()
+    return trace.flops / min(durations)
 
 
 def estimate(
@@ -321,7 +324,7 @@ def estimate(
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a text table. The column of times is left out if no time was measured."""
-    head = ["stage", "what", "batch", "passes", "weights", "recompute", "GiB", "TFLOP", "time"]
+    header = ["stage", "what", "batch", "passes", "weights", "recompute", "GiB", "TFLOP", "time"]
     cells = [
         [
             r.stage,
@@ -343,8 +346,8 @@ def table(rows: Sequence[Row]) -> str:
         for r in rows
     ]
     # -1 cuts the last column, the time.
-    column_count = len(head) if any(row[-1] for row in cells) else -1
-    return aligned([line[:column_count] for line in (head, *cells)])
+    column_count = len(header) if any(row[-1] for row in cells) else -1
+    return aligned([line[:column_count] for line in (header, *cells)])
 
 
 def check_fits(rows: Sequence[Row], space: int, who: str) -> None:

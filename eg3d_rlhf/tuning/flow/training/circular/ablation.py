@@ -62,7 +62,7 @@ def table(
     scores: Mapping[str, Sequence[Mapping]],
     seeds: Sequence[int],
     training_records: Mapping[str, Sequence[Mapping]],
-    loop: Mapping,
+    loop_statistics: Mapping,
     facts: Mapping,
 ) -> dict:
     """Make the table, as JSON.
@@ -71,7 +71,7 @@ def table(
         scores: results of `evaluate` by group, one for each training seed.
         seeds: training seeds, [K].
         training_records: records of the trainings by group, one mapping for each training seed.
-        loop: statistics of the loop's pairs, by training seed and stage.
+        loop_statistics: statistics of the loop's pairs, by training seed and stage.
         facts: further entries, which describe the run.
     """
     arrays = {}  # scores by group and evaluator, [K, C, S] each
@@ -116,7 +116,7 @@ def table(
     return {
         "groups": groups,
         "pairwise": pairwise,
-        "loop": dict(loop),
+        "loop": dict(loop_statistics),
         **rates.sizes,  # numbers of prompts, noises and seeds
         # smallest win rate that a table of this size detects in 80 % of cases
         "detectable": detectable(C, S, len(seeds)),
@@ -125,16 +125,16 @@ def table(
     }
 
 
-def markdown(data: Mapping) -> str:
+def markdown(table_data: Mapping) -> str:
     """Format the table as Markdown."""
     # all groups have the same parts and stages
-    part_names = list(next(iter(data["groups"].values()))["parts"])
-    stages = list(data["groups"]["i"]["spread"])
+    part_names = list(next(iter(table_data["groups"].values()))["parts"])
+    stages = list(table_data["groups"]["i"]["spread"])
     header = [
         "group",
         "what is trained",
         "win rate against base",
-        *[f"seed {seed}" for seed in data["training_seeds"]],
+        *[f"seed {seed}" for seed in table_data["training_seeds"]],
     ]
     header += (
         [f"{name} alone" for name in part_names]
@@ -142,7 +142,7 @@ def markdown(data: Mapping) -> str:
         + [f"spread, {stage}" for stage in stages]
     )
     table_rows = []
-    for letter, group in data["groups"].items():
+    for letter, group in table_data["groups"].items():
         # the order of the cells is that of `header`
         cells = [f"({letter})", group["title"], with_interval(group), *win_rates_by_seed(group)]
         cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in part_names]
@@ -155,9 +155,9 @@ def markdown(data: Mapping) -> str:
         cells += ["" if share is None else f"{share:.2f}" for share in spread_shares]
         table_rows.append(cells)
     facts = (
-        f"{data['conditions']} held-out prompts x {data['noises']} noises x {len(data['training_seeds'])}"
-        " training seeds; ties count "
-        f"half. Brackets: {data['interval']}. The final evaluator was not used to label, to train or"
+        f"{table_data['conditions']} held-out prompts x {table_data['noises']} noises x"
+        f" {len(table_data['training_seeds'])} training seeds; ties count half. Brackets:"
+        f" {table_data['interval']}. The final evaluator was not used to label, to train or"
         ' to choose; "chooser" chose '
         'checkpoints, "reward" scored the loop\'s pairs. Spread: mean difference between assets of a prompt,'
         " as a share of the base's."
@@ -177,9 +177,9 @@ def markdown(data: Mapping) -> str:
         " the same noises.",
         "",
     ]
-    header = ["comparison", "win rate", *[f"seed {seed}" for seed in data["training_seeds"]]]
+    header = ["comparison", "win rate", *[f"seed {seed}" for seed in table_data["training_seeds"]]]
     table_rows = []
-    for name, comparison in data["pairwise"].items():
+    for name, comparison in table_data["pairwise"].items():
         group_letter, rival_letter = name.split("_vs_")  # keys are "a_vs_b"
         table_rows.append(
             [
@@ -190,9 +190,9 @@ def markdown(data: Mapping) -> str:
         )
     markdown_lines += markdown_rows(header, table_rows)
     # absent for runs without the loop
-    if data["loop"]:
+    if table_data["loop"]:
         table_rows = []
-        for seed, stages in data["loop"].items():
+        for seed, stages in table_data["loop"].items():
             for stage, pairs in stages.items():
                 tuned_better = pairs.get("tuned_rewarded_where_changed")
                 table_rows.append(
@@ -218,25 +218,27 @@ def markdown(data: Mapping) -> str:
     return "\n".join(markdown_lines) + "\n"
 
 
-def plot(data: Mapping):
+def plot(table_data: Mapping):
     """Plot the win rates of all groups against the base, and of group (a) against the other groups.
 
-    Args: data: the table, as JSON.
+    Args: table_data: the table, as JSON.
     """
     # panel 1: every group against the base
-    groups_by_title = {f"({letter}) {group['title']}": group for letter, group in data["groups"].items()}
+    groups_by_title = {
+        f"({letter}) {group['title']}": group for letter, group in table_data["groups"].items()
+    }
     # panel 2: the full loop against every other group; absent if (a) was not trained
     rivals = {
         f"({name.removeprefix('a_vs_')})": comparison
-        for name, comparison in data["pairwise"].items()
+        for name, comparison in table_data["pairwise"].items()
         if name.startswith("a_vs_")
     }
     panels = [("win rate against base, final evaluator", groups_by_title)]
     panels += [("win rate of (a) against, final evaluator", rivals)] if rivals else []
     return plot_rates(
         panels,
-        f"{data['conditions']} prompts x {data['noises']} noises, training seeds"
-        f" {', '.join(map(str, data['training_seeds']))}; bars: 95 % over prompts, ticks: seeds",
+        f"{table_data['conditions']} prompts x {table_data['noises']} noises, training seeds"
+        f" {', '.join(map(str, table_data['training_seeds']))}; bars: 95 % over prompts, ticks: seeds",
     )
 
 
@@ -313,14 +315,16 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     if not ranks.is_main:
         return
     # stage -> name of its folder of weights in the run
-    weights = {stage: keep(loop, stage, trainings, folder) for stage, trainings in lineage.items()}
-    result = {
+    weights_folder_names = {
+        stage: keep(loop, stage, trainings, folder) for stage, trainings in lineage.items()
+    }
+    run_result = {
         "steps": steps,
-        "weights": weights,
+        "weights": weights_folder_names,
         "warnings": [warning for step in steps for warning in step.get("warnings", [])],
     }
-    run.write(RESULT, result)
-    print(f"The weights are in {', '.join(str(folder / name) for name in weights.values())}.")
+    run.write(RESULT, run_result)
+    print(f"The weights are in {', '.join(str(folder / name) for name in weights_folder_names.values())}.")
     if settings.summary and problem.final is not None:
         # A table of one training seed: the tuned generator, and the generator of which only the last stage is
         # tuned, against the base. The letters are those of the ablation's groups.
@@ -342,15 +346,15 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         # after several rounds, the statistics of the last round remain in the mapping
         pair_steps = {step["stage"]: step for step in steps if step["step"] == "pairs"}
         facts = {"training_seeds": [seed], **settings.facts(problem)}
-        data = table(
+        table_data = table(
             scores,
             [seed],
             {letter: [{}] for letter in scores},
             {str(seed): pair_steps} if pair_steps else {},
             facts,
         )
-        write(data, folder, "summary", markdown, plot)
-        print(markdown(data))
+        write(table_data, folder, "summary", markdown, plot)
+        print(markdown(table_data))
 
 
 def describe(step: Mapping) -> str:
@@ -369,16 +373,20 @@ def describe(step: Mapping) -> str:
             f" structure{remark}"
         )
     # the rate at the kept update, if it was measured there
-    rates = ""
+    rate_remarks = ""
     for name, rate_name in (
         ("win_rates", "held-out win rate"),
         ("held_out_accuracies", "accuracy on held-out pairs"),
     ):
-        values = dict(step[name])
-        rates += f", {rate_name} {values[step['kept_step']]:.3f}" if step["kept_step"] in values else ""
+        rate_by_step = dict(step[name])
+        rate_remarks += (
+            f", {rate_name} {rate_by_step[step['kept_step']]:.3f}"
+            if step["kept_step"] in rate_by_step
+            else ""
+        )
     return (
         f"{position}: trained on {step['pairs']} pairs ({step['step']}), kept update"
-        f" {step['kept_step']}{rates}"
+        f" {step['kept_step']}{rate_remarks}"
     )
 
 
@@ -430,8 +438,8 @@ class Ablation:
             networks = self._trained(loop, group.last, "last") if group.last != BASE else {}
             networks |= self._trained(loop, group.first, "first") if group.first != BASE else {}
         scores = loop.evaluate(networks, self.plan.evaluation)
-        records = {stage: _training(trainings[-1]) for stage, trainings in networks.items()}
-        return {"scores": scores.record, "trainings": records, "reused": scores.reused}
+        training_records = {stage: _training(trainings[-1]) for stage, trainings in networks.items()}
+        return {"scores": scores.record, "trainings": training_records, "reused": scores.reused}
 
     def _trained(self, loop: CircularLoop, kind: str, stages: str) -> dict[str, tuple[Artefact, ...]]:
         """Train the last stage, or each of the stages before it, from the untuned networks.
@@ -495,10 +503,10 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
         flush=True,
     )
     results = pooled("ablation", tasks, handler_of, (run, device, open), jobs, folder)
-    data = tabled(results, plan, run.facts(problem))
-    for path in write(data, folder, "ablation", markdown, plot):
+    table_data = tabled(results, plan, run.facts(problem))
+    for path in write(table_data, folder, "ablation", markdown, plot):
         print(f"The table was written to {path}.")
-    print(markdown(data))
+    print(markdown(table_data))
 
 
 def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
@@ -516,5 +524,5 @@ def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -
         scores[letter] = [result["scores"] for result in group_results]
         training_records[letter] = [result["trainings"] for result in group_results]
     # the keys of a JSON object are texts
-    loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
-    return table(scores, seeds, training_records, loop, {"training_seeds": list(seeds), **facts})
+    loop_statistics = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
+    return table(scores, seeds, training_records, loop_statistics, {"training_seeds": list(seeds), **facts})

@@ -121,15 +121,17 @@ class LoopPairMaker:
         sampled_stage = next_stage([stage.name for stage in self.pipeline.stages], self.stage)
         assert sampled_stage in self.tuned_models
         # tuned and reference samples differ in the network of the next stage alone
-        references = {name: model for name, model in self.tuned_models.items() if name != sampled_stage}
+        reference_networks = {
+            name: model for name, model in self.tuned_models.items() if name != sampled_stage
+        }
         if sampled_stage in self.reference_models:
-            references[sampled_stage] = self.reference_models[sampled_stage]
+            reference_networks[sampled_stage] = self.reference_models[sampled_stage]
         # `batch` is a number of assets; each human pair gives per_pair tuned and per_pair reference samples
-        per_batch = max(1, self.config.batch // self.config.per_pair)
+        pairs_per_batch = max(1, self.config.batch // self.config.per_pair)
         new_pairs = []
-        for i in range(0, len(pairs), per_batch):
-            batch_pairs = pairs[i : i + per_batch]
-            new_pairs += self._batch(batch_pairs, (self.tuned_models, references), sampled_stage)
+        for i in range(0, len(pairs), pairs_per_batch):
+            batch_pairs = pairs[i : i + pairs_per_batch]
+            new_pairs += self._batch(batch_pairs, (self.tuned_models, reference_networks), sampled_stage)
             if on_pair:
                 on_pair(len(batch_pairs))
         return new_pairs
@@ -160,18 +162,22 @@ class LoopPairMaker:
         # the tuned and the reference sample of a new pair have the same seed, which is below 2**31
         seeds = [derive_seed("loop", self.seed, stage, pair.id, k) % 2**31 for pair, _, k in sample_inputs]
         voxels_by_stage = {sampled_stage: [voxels for _, voxels, _ in sample_inputs]}
-        latents = []  # latents of the stage: a list for the tuned and one for the reference samples
-        rewards = []  # rewards [n] of the tuned and of the reference samples
+        # latents of the stage: a list for the tuned and one for the reference samples
+        latents_by_network = []
+        rewards_by_network = []  # rewards [n] of the tuned and of the reference samples
         for models in networks_of_samples:
             # steps 2 and 3
             assets = generate(self.pipeline, prompts, seeds, models, config.batch, voxels_by_stage)
-            rewards.append(self.reward(assets, prompts).detach().float().cpu())
-            latents.append([to_cpu(stage_latents[stage]) for stage_latents in self.pipeline.encode(assets)])
+            rewards_by_network.append(self.reward(assets, prompts).detach().float().cpu())
+            latents_by_network.append(
+                [to_cpu(latents_by_stage[stage]) for latents_by_stage in self.pipeline.encode(assets)]
+            )
         # w1 compares rewards, and a comparison with NaN would always be false
-        if not all(bool(values.isfinite().all()) for values in rewards):
+        if not all(bool(sample_rewards.isfinite().all()) for sample_rewards in rewards_by_network):
             raise ValueError(
-                f"loop pairs: some rewards are not finite: {rewards[0].tolist()} and {rewards[1].tolist()}."
-                " Check the program of the reward for NaN and infinite values."
+                f"loop pairs: some rewards are not finite: {rewards_by_network[0].tolist()} and"
+                f" {rewards_by_network[1].tolist()}. Check the program of the reward for NaN and infinite"
+                " values."
             )
         new_pairs = [
             PreferencePair(
@@ -181,12 +187,16 @@ class LoopPairMaker:
                 preferred=tuned_latent,
                 rejected=reference_latent,
                 source="loop",
-                reward_preferred=float(rewards[0][n]),
-                reward_rejected=float(rewards[1][n]),
-                provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": sampled_stage},
+                reward_preferred=float(rewards_by_network[0][index]),
+                reward_rejected=float(rewards_by_network[1][index]),
+                provenance={
+                    "human_pair": pair.id,
+                    "noise_seed": seeds[index],
+                    "sampled_stage": sampled_stage,
+                },
             )
-            for n, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
-                zip(sample_inputs, *latents, strict=True)
+            for index, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
+                zip(sample_inputs, *latents_by_network, strict=True)
             )
         ]
         # the comparison of latents, element by element, is recorded in the pair, so that it is done only once
@@ -240,11 +250,11 @@ def make_in_chunks(
         on_pair: function that is called with the number of human pairs that were just done.
     """
     chunk_starts = range(0, len(human), make.config.chunk)
-    chunks = folder / "chunks"
+    chunks_folder = folder / "chunks"
     # this rank makes every world-th chunk
-    for number, chunk_start in list(enumerate(chunk_starts))[ranks.rank :: ranks.world]:
+    for chunk_number, chunk_start in list(enumerate(chunk_starts))[ranks.rank :: ranks.world]:
         chunk_pairs = human[chunk_start : chunk_start + make.config.chunk]
-        chunk_folder = chunks / f"{number:05d}"
+        chunk_folder = chunks_folder / f"{chunk_number:05d}"
         # finished before an interruption; the progress bar counts its pairs, too
         if chunk_folder.exists():
             if on_pair:
@@ -254,7 +264,7 @@ def make_in_chunks(
         # an interrupted call may have left an incomplete folder of this chunk
         unfinished_folder = chunk_folder.with_suffix(".part")
         shutil.rmtree(unfinished_folder, ignore_errors=True)
-        write_pairs(unfinished_folder, new_pairs, {"seed": make.seed, "chunk": number})
+        write_pairs(unfinished_folder, new_pairs, {"seed": make.seed, "chunk": chunk_number})
         # renaming is atomic, so a folder of the final name is always complete
         os.replace(unfinished_folder, chunk_folder)
     ranks.barrier()
@@ -262,13 +272,13 @@ def make_in_chunks(
     if not ranks.is_main:
         return folder / "pairs", {}
     pairs: list[PreferencePair] = []
-    for number in range(len(chunk_starts)):
+    for chunk_number in range(len(chunk_starts)):
         # read_pairs returns (pairs, description)
-        pairs += read_pairs(chunks / f"{number:05d}", make.stage)[0]
+        pairs += read_pairs(chunks_folder / f"{chunk_number:05d}", make.stage)[0]
     shutil.rmtree(folder / "pairs", ignore_errors=True)
     meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
     write_pairs(folder / "pairs", pairs, meta)
-    shutil.rmtree(chunks)
+    shutil.rmtree(chunks_folder)
     return folder / "pairs", summarise_pairs(pairs)
 
 
@@ -392,15 +402,17 @@ def weigh(
         )
     w1_by_id: dict[str, float] = {}  # id -> w1
     # all pairs are candidates, also pairs whose latents have the same structure
-    for group in by_condition(pairs).values() if all_scored else ():
+    for prompt_pairs in by_condition(pairs).values() if all_scored else ():
         rewards = torch.tensor(
-            [p.rewards[0] for p in group] + [p.rewards[1] for p in group], dtype=torch.float64
+            [p.rewards[0] for p in prompt_pairs] + [p.rewards[1] for p in prompt_pairs], dtype=torch.float64
         )
         # the preferred samples come first, then the rejected ones
         preferred_indices, rejected_indices = torch.arange(len(rewards)).chunk(2)
         # w1 is computed for all pairs of a prompt at once
         w1_by_id |= zip(
-            (p.id for p in group), w1(rewards, preferred_indices, rejected_indices).tolist(), strict=True
+            (p.id for p in prompt_pairs),
+            w1(rewards, preferred_indices, rejected_indices).tolist(),
+            strict=True,
         )
     selected_pairs = [p for p in differing_pairs if not use_w1 or w1_by_id[p.id] > 0]
     weights: list[float | None] = [None] * len(selected_pairs)

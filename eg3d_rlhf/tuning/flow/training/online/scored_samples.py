@@ -94,14 +94,14 @@ class Task:
                 trained_scores[name] = reward(assets, prompts)
         heldout_scores = {} if self.heldout is None else dict(self.heldout(assets, prompts))
         # a single NaN would make the advantages of its whole group NaN
-        for name, values in (trained_scores | heldout_scores).items():
-            if not bool(values.isfinite().all()):
+        for name, reward_scores in (trained_scores | heldout_scores).items():
+            if not bool(reward_scores.isfinite().all()):
                 raise ValueError(
-                    f"reward {name}: some scores are not finite: {values.tolist()}. Check the program of the"
-                    " reward for NaN and infinite values."
+                    f"reward {name}: some scores are not finite: {reward_scores.tolist()}. Check the program"
+                    " of the reward for NaN and infinite values."
                 )
         return _cpu(torch.stack(list(trained_scores.values()))), {
-            name: _cpu(values) for name, values in heldout_scores.items()
+            name: _cpu(reward_scores) for name, reward_scores in heldout_scores.items()
         }
 
 
@@ -180,22 +180,22 @@ class Explorer:
         pass_size = self.config.batch_gpu or len(prompts) * K
         group_voxels = self.task.input_voxels(prompts, seeds, pass_size)
         # one entry for each of the G * K samples; the samples of a group stand side by side
-        members = [
+        sample_inputs = [
             (prompt, seed, k, voxels)
             for prompt, seed, voxels in zip(prompts, seeds, group_voxels, strict=True)
             for k in range(K)
         ]
         sampled_passes = []
-        for i in range(0, len(members), pass_size):
+        for i in range(0, len(sample_inputs), pass_size):
             # one pass: a slice that may begin and end inside a group
-            names, group_seeds, member_indices, voxels = map(
-                list, zip(*members[i : i + pass_size], strict=True)
+            pass_prompts, group_seeds, member_indices, voxels = map(
+                list, zip(*sample_inputs[i : i + pass_size], strict=True)
             )
-            cond = to_device(pipeline.conditioning(names, stage.name), self.device)
+            cond = to_device(pipeline.conditioning(pass_prompts, stage.name), self.device)
             no_cond = None
             # without guidance the empty conditioning is not needed
             if self.sampling.cfg_strength:
-                no_cond = to_device(pipeline.null_conditioning(len(names), stage.name), self.device)
+                no_cond = to_device(pipeline.null_conditioning(len(pass_prompts), stage.name), self.device)
 
             # the defaults bind the lists of this pass; a closure would read those of the last pass
             def noise(
@@ -216,7 +216,7 @@ class Explorer:
                 x_0, moves = self._chain(noise, noisy_steps, trained_steps, cond, no_cond)
             sampled_passes.append(
                 Drawn(
-                    prompts=names,
+                    prompts=pass_prompts,
                     seeds=group_seeds,
                     members=member_indices,
                     voxels=voxels,

@@ -83,13 +83,12 @@ class ExactStep(Step):
 
     def mean(self, x: Batch, v: Batch) -> Batch:
         """Compute (1 - u) x_0 + sigma_u k eps, with the x_0 and eps that follow from x and v."""
-        times_of_samples = feats_of(x).new_full([count(x)], self.t)
-        data = self.path.data(x, times_of_samples, v)  # x_0 that follows from x and v
-        noise = self.path.noise(x, times_of_samples, v)  # eps that follows from x and v
+        sample_times = feats_of(x).new_full([count(x)], self.t)
+        x_0 = self.path.data(x, sample_times, v)  # x_0 that follows from x and v
+        eps = self.path.noise(x, sample_times, v)  # eps that follows from x and v
         return with_feats(
             x,
-            (1 - self.until) * feats_of(data)
-            + self.noise_share * self.path.sigma(self.until) * feats_of(noise),
+            (1 - self.until) * feats_of(x_0) + self.noise_share * self.path.sigma(self.until) * feats_of(eps),
         )
 
 
@@ -126,8 +125,8 @@ class SdeStep(Step):
     def mean(self, x: Batch, v: Batch) -> Batch:
         """Compute x - D (v + g^2 / (2 sigma_t) eps)."""
         # the score is -eps / sigma_t, so this drift cancels the added diffusion on average
-        noise = self.path.noise(x, feats_of(x).new_full([count(x)], self.t), v)
-        drift = feats_of(v) + self.diffusion**2 / (2 * self.path.sigma(self.t)) * feats_of(noise)
+        eps = self.path.noise(x, feats_of(x).new_full([count(x)], self.t), v)
+        drift = feats_of(v) + self.diffusion**2 / (2 * self.path.sigma(self.t)) * feats_of(eps)
         return with_feats(x, feats_of(x) - self.length * drift)
 
 
@@ -175,10 +174,10 @@ def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
     Differentiable in: mean.
     """
     # log density of each element by itself, [N, ...] or one row for each voxel
-    values = (
+    log_densities = (
         -((feats_of(x) - feats_of(mean)) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     )
-    return mean_per_sample(values, x)
+    return mean_per_sample(log_densities, x)
 
 
 def divergence(mean: Batch, other_mean: Batch, std: float) -> torch.Tensor:
