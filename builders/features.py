@@ -88,7 +88,9 @@ def colour(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:
     """Resample images by affine maps, with white outside the image.
 
-    Args: matrices: maps [N, 2, 3] from output to input coordinates, both in -1..1.
+    Args:
+        images: images [N, 3, H, W].
+        matrices: maps [N, 2, 3] from output to input coordinates, both in -1..1.
     """
     # White is 1. Padding adds zeros, so images are shifted by -1 before and by +1 after.
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)

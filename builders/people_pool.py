@@ -169,7 +169,14 @@ def _on_surface(
 
 
 def draw_points(head: Head, basis: Basis, options: PoolOptions, rng: np.random.Generator) -> np.ndarray:
-    """Sample points [P, 3] of a head in all regions, in random order. P is `o.total`."""
+    """Sample points [P, 3] of a head in all regions, in random order. P is `o.total`.
+
+    Args:
+        head: head whose points are sampled.
+        basis: basis with the regions of the mean head.
+        options: numbers of points by region.
+        rng: random generator.
+    """
     # Coordinates of the vertices of the mean head, relative to the eyes and in units of the original head.
     x = np.abs(basis.mean[:, 0]) / UNIT
     y = basis.mean[:, 1] / UNIT - 0.005
@@ -203,6 +210,11 @@ def head_points(
 
     The colour of a point is the shaded colour of the nearest surface point.
 
+    Args:
+        head: ground-truth head.
+        basis: basis with the triangles of the heads.
+        options: numbers of points by region.
+        rng: random generator.
     Returns: "points" [P, 3] int16 in steps of POINT_STEP, "distance" [P] float16 in world units, and "colour"
         [P, 3] uint8.
     """

@@ -126,7 +126,9 @@ def check_source(source: ProblemSource) -> None:
 def unread_options(source: ProblemSource, read_options: Sequence[str]) -> str:
     """Return the flags, separated by commas, that differ from their default but are not read.
 
-    Args: read_options: names of the fields of ProblemSource that are read.
+    Args:
+        source: options of a problem.
+        read_options: names of the fields of ProblemSource that are read.
     """
     flags = []
     for f in fields(source):
@@ -143,6 +145,7 @@ def reject_unread(source: ProblemSource, read_options: Sequence[str], reason: st
     """Raise ValueError for options that are given but not read.
 
     Args:
+        source: options of a problem.
         read_options: names of the fields of ProblemSource that are read.
         reason: explanation for the message, such as "only applies to a bundled generator".
     """

@@ -84,6 +84,7 @@ class OpenedFolder:
         Without conditioning nothing is checked.
 
         Args:
+            stage: name of the stage.
             channels: number of channels of a token that the stage's network expects.
             remedy: last sentence of the message.
         """

@@ -119,7 +119,14 @@ class ShapeAsset:
 def call(
     network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Call the network with the arguments of the original, where t = 1 is data and t = 0 is noise."""
+    """Call the network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+
+    Args:
+        network: network of the flow.
+        x_t: noisy latents [N, T, C].
+        t: times [N] in 0..1.
+        cond: conditioning tensors by name.
+    """
     return network(x_t, t, contexts=dict(cond))
 
 
@@ -237,7 +244,13 @@ def as_image(pixels: np.ndarray) -> torch.Tensor:
 
 
 def image_tokens(file: files.ShapeFiles, encoder: Dino, images: torch.Tensor) -> torch.Tensor:
-    """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm."""
+    """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm.
+
+    Args:
+        file: settings of config.yaml.
+        encoder: DINOv2 network.
+        images: images [N, 3, h, w].
+    """
     tokens = encoder(short_side(images, file.encoder.pixels))
     # The class token is the first token. Some configurations remove it.
     return (tokens if file.class_token else tokens[:, 1:]).float()

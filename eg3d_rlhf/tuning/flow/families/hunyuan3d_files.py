@@ -364,6 +364,11 @@ def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
     """Build the decoder of the autoencoder in float32, also if the checkpoint is in half precision.
 
     Other tensors of the section vae are ignored, as in the original.
+
+    Args:
+        files: settings of config.yaml.
+        sections: tensors of the checkpoint.
+        device: device of the network.
     """
     return _load_network(
         ShapeDecoder,
@@ -394,6 +399,10 @@ def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
 
     It is read from the checkpoint, or from the separate folder of the autoencoder beside it.
 
+    Args:
+        files: settings of config.yaml.
+        sections: tensors of the checkpoint.
+        device: device of the network.
     Raises: FileNotFoundError if neither has the encoder.
     """
     path, tensors = _encoding(files, sections[VAE])
@@ -415,7 +424,9 @@ def _encoding(
     The checkpoint is preferred to the separate folder of the autoencoder. If neither has the encoder, the
     checkpoint and no tensors are returned.
 
-    Args: vae_tensors: tensors of the section vae of the checkpoint.
+    Args:
+        files: settings of config.yaml and the paths of the files.
+        vae_tensors: tensors of the section vae of the checkpoint.
     """
     vae_folder = files.root.parent / VAE_FOLDER
     vae_files = [vae_folder / name for name in CHECKPOINTS if (vae_folder / name).is_file()]
@@ -435,6 +446,10 @@ def _encoding(
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
     """Build the image encoder in float32. Names and shapes must match exactly.
 
+    Args:
+        files: settings of config.yaml.
+        sections: tensors of the checkpoint.
+        device: device of the network.
     Raises: ValueError for tensors that do not belong to the image encoder.
     """
     # Without this check, weights of a second encoder would be ignored without an error.
@@ -463,6 +478,14 @@ def _load_network(
     """Build a frozen network from its tensors. Names and shapes must match exactly.
 
     The network is first built on the meta device, so that its memory is allocated only once.
+
+    Args:
+        network_class: class of the network.
+        config: configuration of the network, the only argument of the class.
+        state: tensors by name.
+        message_prefix: beginning of error messages.
+        dtype: dtype of the weights; None keeps the dtypes of the file.
+        device: device of the network.
     """
     network = fill(empty(lambda: network_class(config)), state, message_prefix, types=dtype, device=device)
     return freeze(network, device)

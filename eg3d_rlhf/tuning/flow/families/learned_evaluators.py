@@ -28,7 +28,9 @@ def features(asset: SplatAsset, cells: int = CELLS) -> torch.Tensor:
     The first K^3 features are log(1 + m) with m the sum of opacities in a cell. The other 3 K^3 features are
     the opacity-weighted mean of colour - 0.5 in each cell, and 0 in an empty cell.
 
-    Args: cells: K, cells per axis of the cube -0.5..0.5.
+    Args:
+        asset: Gaussians of the asset.
+        cells: K, cells per axis of the cube -0.5..0.5.
     """
     # On the CPU, index_add sums in a fixed order; on a GPU the order of threads varies.
     asset = asset.to("cpu")

@@ -227,6 +227,8 @@ def _identity(family: FlowFamily, source: ProblemSource, embeddings: Path, files
     Names of stored artefacts are computed from them, so the keys must not be renamed.
 
     Args:
+        family: family of the generator.
+        source: settings that name the data type.
         embeddings: file or folder of the prompts' embeddings.
         files: other files of the problem, by name.
     """

@@ -75,7 +75,12 @@ def call_mixture(
 ) -> NamedBatch:
     """Call the first network with the arguments of the original, where t = 1 is data and t = 0 is noise.
 
-    Args: step: optionally the step size, which a shortcut model reads.
+    Args:
+        network: first network.
+        x_t: noisy latents by name.
+        t: times [N] in 0..1.
+        cond: conditioning tokens [N, L, E].
+        step: optionally the step size, which a shortcut model reads.
     """
     return x_t.like(network(x_t.tensors, t, cond, *step))
 
@@ -85,7 +90,12 @@ def call_voxels(
 ) -> SparseBatch:
     """Call the second network with the arguments of the original, where t = 1 is data and t = 0 is noise.
 
-    Args: step: optionally the step size, which a shortcut model reads.
+    Args:
+        network: second network.
+        x_t: noisy latents on voxels.
+        t: times [N] in 0..1.
+        cond: conditioning tokens [N, L, E].
+        step: optionally the step size, which a shortcut model reads.
     """
     return network(x_t, t, cond, *step)
 
@@ -556,7 +566,7 @@ class Sam3d(FlowFamily):
 
     @torch.no_grad()
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
-        """Embed images of objects by the embedders of both checkpoints.
+        """Embed images of objects by the embedders of the two stages' checkpoints.
 
         The alpha channel of an image is the object's mask, and its point map is a file beside it; see
         `inputs_of`.

@@ -590,7 +590,10 @@ def network_of(config: MixtureConfig | VoxelFlowConfig) -> Any:
 def flow_state(file: GeneratorFile, state: State | None = None) -> State:
     """Return the tensors of the flow's network in a generator's checkpoint, without their prefix.
 
-    Args: state: content of the checkpoint; None: it is read from its file.
+    Args:
+        file: settings of the generator.
+        state: content of the checkpoint.
+        None: it is read from its file.
     """
     # The embedder may be inside the network; its tensors are left out.
     return {
@@ -603,7 +606,10 @@ def flow_state(file: GeneratorFile, state: State | None = None) -> State:
 def embedder_state(file: GeneratorFile, state: State | None = None) -> State:
     """Return the tensors of the embedder in a generator's checkpoint, without their prefix.
 
-    Args: state: content of the checkpoint; None: it is read from its file.
+    Args:
+        file: settings of the generator.
+        state: content of the checkpoint.
+        None: it is read from its file.
     """
     return _under(file, EMBEDDERS, state)
 
@@ -755,7 +761,9 @@ def load_part(file: PipelineFile, part: str, device: str | torch.device = "cpu")
 def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
     """Return the class, the configuration and the checkpoint of a decoder or of the encoder.
 
-    Args: part: key of AUTOENCODERS.
+    Args:
+        file: settings of the pipeline.
+        part: key of AUTOENCODERS.
     Raises: FileNotFoundError if its files are missing; ValueError for a configuration that does not fit.
     """
     file_prefix, network_class, config_class = AUTOENCODERS[part]

@@ -222,7 +222,9 @@ class Trellis(FlowFamily):
 
         If all stages have pairs, the files that the tuning loop needs are returned, too.
 
-        Args: stages: names of the stages that have pairs; None means all stages.
+        Args:
+            root: folder of the generator.
+            stages: names of the stages that have pairs; None means all stages.
         Raises: FileNotFoundError for missing files.
         """
         file = files.read_pipeline(root)
@@ -281,7 +283,14 @@ class Trellis(FlowFamily):
         return replace(problem, identity={**problem.identity, "encoding": vars(family.encoding)})
 
     def check_pairs(self, pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
-        """Raise ValueError if the latents of the pairs are not normalised as pipeline.json states."""
+        """Raise ValueError if the latents of the pairs are not normalised as pipeline.json states.
+
+        Args:
+            pipeline: pipeline to which the pairs must belong.
+            folder: folder of the pairs, for the message.
+            stage: name of the stage.
+            meta: content of meta.json.
+        """
         # Training on latents in another scale would raise no error, but give a wrong flow.
         if meta.get("normalization") != files.normalization(pipeline.file, stage):
             raise ValueError(
@@ -340,7 +349,9 @@ class Trellis(FlowFamily):
     def release(self, root: Path, stages: Sequence[str]) -> Release:
         """Describe the folder to export; see `trellis_files.release_of`.
 
-        Args: stages: names of the tuned stages.
+        Args:
+            root: folder of the generator.
+            stages: names of the tuned stages.
         Raises: FileNotFoundError for a model that is missing, although the folder that pipeline.json states
             for it exists.
         """

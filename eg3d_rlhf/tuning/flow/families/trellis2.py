@@ -237,6 +237,11 @@ class Trellis2Pipeline(EncodingFolder):
     def _unnormalised(self, coords: torch.Tensor, feats: torch.Tensor, stage: str) -> SparseBatch:
         """Build a batch of one sample, with latents converted from the scale of a stage's flow to the
         decoder's.
+
+        Args:
+            coords: voxels [v, 3] of the sample.
+            feats: latents [v, C], in the scale of the flow.
+            stage: name of the stage.
         """
         return SparseBatch.join([SparseSample(coords, self.unnormalised(feats.float(), stage))]).to(
             self.device
@@ -521,8 +526,9 @@ class Trellis2(FlowFamily):
         return open_folder(self, source, device, stages=stages, rewards=not missing_encoders)
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
-        """Embed images with transparent backgrounds at both sizes, by the DINOv3 model that pipeline.json
-        names.
+        """Embed images with transparent backgrounds by the DINOv3 model that pipeline.json names.
+
+        Each image is encoded at the sizes SMALL and LARGER.
         """
         file = files.read_pipeline(root)
         tokens = {}

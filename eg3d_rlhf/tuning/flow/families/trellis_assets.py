@@ -376,6 +376,10 @@ def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
 def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, ...]:
     """Project the Gaussians in front of the camera to the image.
 
+    Args:
+        asset: Gaussians.
+        view: camera.
+        size: S, pixels per side of the image.
     Returns: centres [G, 2] in pixels, inverse covariances [G, 3], opacities [G], radii [G] in pixels beyond
         which a Gaussian is cut off, and the indices [G] of the Gaussians from front to back. All are in this
         order, without the Gaussians that are nearer than NEAR.

@@ -250,7 +250,9 @@ def has_model(file: ModelFolder, model: str) -> bool:
 def paths_of(file: ModelFolder, models: Mapping[str, str]) -> dict[str, Path]:
     """Return the files of several models.
 
-    Args: models: own name of a model -> its name in pipeline.json.
+    Args:
+        file: settings of pipeline.json.
+        models: own name of a model -> its name in pipeline.json.
     Returns: the file of weights under the own name, and the JSON file under "<own name>.json".
     Raises: FileNotFoundError for a model whose files are not on this machine.
     """
@@ -271,7 +273,9 @@ def find_weights(stem: Path) -> Path | None:
 def _possible_stems(file: ModelFolder, value: str):
     """Yield the stems at which the files of a model may be.
 
-    Args: value: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
+    Args:
+        file: settings of pipeline.json.
+        value: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
     """
     yield file.root / value
     # Padded by empty parts, so that a value with less than two parts can be unpacked, too.

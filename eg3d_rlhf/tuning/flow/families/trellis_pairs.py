@@ -193,6 +193,11 @@ def write_latent(path: Path, pipeline: Any, latent: Latent) -> None:
     """Write the latent of a sampled asset as .safetensors, with the keys of TRELLIS's data tools.
 
     They are "coords" and "feats" for the second stage, and "mean" for the first.
+
+    Args:
+        path: path of the file.
+        pipeline: pipeline that unnormalises latents of the second stage.
+        latent: latent of either stage.
     """
     if isinstance(latent, SparseSample):
         # TRELLIS's tools expect latents that are not normalised.

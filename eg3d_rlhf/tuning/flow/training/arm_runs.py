@@ -269,7 +269,12 @@ class Worker:
 def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool) -> Worker:
     """Create the worker of a process.
 
-    Args: alone: whether this is the only process; otherwise it computes with one thread.
+    Args:
+        settings: settings of the run, an ArmsRun.
+        folder: folder of the run.
+        device: device of the process.
+        open: function that opens the problem and its labels.
+        alone: whether this is the only process; otherwise it computes with one thread.
     """
     # more threads than cores would slow all processes down
     if not alone:

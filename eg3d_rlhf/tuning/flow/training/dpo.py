@@ -139,8 +139,8 @@ class PairErrors:
     def delta(self, loser_weight: float = 1.0) -> torch.Tensor:
         """Compute the margin (e_ref - e)_preferred - loser_weight (e_ref - e)_rejected of each pair, [P].
 
-        Here e is the error of the policy and e_ref that of the reference.
-        It is positive where the policy's error fell more on the preferred sample than on the rejected one.
+        Here e is the error of the policy and e_ref that of the reference. The margin is positive where the
+        policy's error fell more on the preferred sample than on the rejected one.
         Differentiable in: the policy's errors.
         """
         assert self.ref_preferred is not None and self.ref_rejected is not None

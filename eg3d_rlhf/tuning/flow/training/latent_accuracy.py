@@ -141,8 +141,8 @@ def compare_rewards(
 def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndarray:
     """Return 1 for each pair that a latent reward orders correctly, and 0 for each other pair, [P].
 
-    A pair is ordered correctly if the preferred sample has the higher score. It counts one half if both
-    scores are equal.
+    A pair is ordered correctly if the preferred sample has the higher score. It counts one half if its
+    two scores are equal.
     """
     margins = []
     # in batches, which bound the memory
@@ -162,15 +162,21 @@ def of_assets(
     The result is [S, P] for S rewards and P pairs of the last stage. Equal scores count one half.
 
     Each asset is decoded once for all rewards.
+
+    Args:
+        problem: problem with the pipeline.
+        rewards: rewards of finished assets, S.
+        pairs: pairs of the last stage, P.
     """
     preferred, rejected = scores_of_assets(problem, rewards, pairs).unbind(2)  # [P, S] each
     return score_order((preferred - rejected).T.numpy())
 
 
 def _batch(pairs: Sequence[PreferencePair], role: str):
-    """Return the preferred or the rejected latents of pairs as a batch, and the prompts of the pairs.
+    """Collect the latents of one role, and the prompts of pairs.
 
-    Args: role: "preferred" or "rejected".
+    Args: pairs: the pairs; role: "preferred" or "rejected".
+    Returns: the latents as a batch; and the prompts of the pairs.
     """
     return collate([getattr(pair, role) for pair in pairs]), [pair.condition for pair in pairs]
 
@@ -182,6 +188,12 @@ def speeds(
 
     The measured call goes from latents on the stage's device to scores. It includes decoding if the reward
     needs finished assets.
+
+    Args:
+        problem: problem with the pipeline.
+        stage: name of the tuned stage.
+        rewards: rewards by their kind, LATENT or DECODED.
+        pairs: pairs of the stage, of which the first BATCH are scored.
     """
     latents, prompts = _batch(pairs[:BATCH], "preferred")
     tuned_stage = stage_of(problem.pipeline, stage)

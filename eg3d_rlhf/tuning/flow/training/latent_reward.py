@@ -403,6 +403,10 @@ def scores_of_assets(
 ) -> torch.Tensor:
     """Decode both assets of each pair of the last stage, and score them by several rewards.
 
+    Args:
+        problem: problem with the pipeline.
+        rewards: rewards of finished assets, S.
+        pairs: pairs of the last stage, n.
     Returns: the scores, float64 [n, S, 2] for n pairs and S rewards, the preferred asset first.
     """
     device = next(problem.pipeline.stages[-1].model.parameters()).device

@@ -283,6 +283,7 @@ class ArmsRun(ABC):
         """Return those entries of an arm's row, as JSON, that only this kind of run has.
 
         Args:
+            arm: name of the arm.
             trainings: records of the arm's trainings, one for each seed.
             rates: win rates of the arm against the base, by name of the evaluator.
             scores: scores of the arm by name of the evaluator, [K, C, S] each (letters as in arm_runs.py).

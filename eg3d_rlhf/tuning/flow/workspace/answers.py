@@ -120,6 +120,11 @@ def _open_for_reading(
 
     The weights of the flow networks are not loaded if the family allows this.
 
+    Args:
+        work: work folder.
+        family: family of the generator.
+        device: device on which assets are encoded.
+        encoding: settings of the encoding that the user has set.
     Raises: ValueError for a setting of the encoding that the family does not use.
     """
     unused_settings = [name for name in encoding if name not in family.options]
@@ -137,6 +142,10 @@ def _open_for_reading(
 def _read_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
     """Read pairs from a folder of ranked assets or of DSO's samples.
 
+    Args:
+        family: family of the generator.
+        folder: folder that the user named.
+        pipeline: generator that reads and encodes latents.
     Raises: FileNotFoundError or ValueError if the folder contains neither, or if a file in it is damaged.
     """
     if not (folder / RANKING).is_file():
@@ -190,7 +199,13 @@ def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]
 
 
 def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
-    """Write pairs into the work folder, in place of all earlier pairs."""
+    """Write pairs into the work folder, in place of all earlier pairs.
+
+    Args:
+        work: work folder.
+        family: family of the generator.
+        imported: pairs of every stage, and the report of the import.
+    """
     # Earlier pairs may belong to other stages, whose folders would otherwise remain.
     shutil.rmtree(work.folder / PAIRS, ignore_errors=True)
     report = dict(imported.report)

@@ -181,7 +181,13 @@ class AssetSampling:
         existing_assets: Mapping[str, Path],
         on_asset: Callable[[int], object],
     ) -> None:
-        """Sample one batch, and write those of its assets that do not exist yet."""
+        """Sample one batch, and write those of its assets that do not exist yet.
+
+        Args:
+            batch: (stem of the file names, prompt, seed) of each asset.
+            existing_assets: files of the assets that exist: stem -> path.
+            on_asset: function that is called with 1 after each new asset.
+        """
         stems, names, seeds = zip(*batch, strict=True)
         for stem, sampled in zip(stems, draw_or_empty(self.pipeline, names, seeds), strict=True):
             if stem in existing_assets:

@@ -6,7 +6,7 @@ several seeds and evaluated on the same noises. Groups of one seed share the ste
 (a), (b), (d), (g) and (h) share the training of the last stage; (a), (g) and (h) the loop's pairs; (b) and
 (c) the training of the first stage. Here "first" is the position of a stage: the paper's "step 1" in (c) is
 the first stage, while the first step of the method trains the last stage. With more than two stages, "first"
-stands for all stages before the last.
+means all stages before the last.
 
 Shapes: K training seeds, C prompts, S noises per prompt.
 """
@@ -252,7 +252,12 @@ def loop_of(
 ) -> CircularLoop:
     """Create the loop of a run for a training seed.
 
-    Args: bars: whether progress bars are printed.
+    Args:
+        run: settings of the run.
+        problem: the problem, opened in this process.
+        seed: training seed.
+        ranks: processes that work together.
+        bars: whether progress bars are printed.
     """
     # tqdm.write prints above progress bars
     store = Store(Path(run.artefacts), ranks, tqdm.write)
@@ -290,7 +295,13 @@ def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
 
 
 def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
-    """Run the loop, or train `settings.stage` alone, and write the weights and the table."""
+    """Run the loop, or train `settings.stage` alone, and write the weights and the table.
+
+    Args:
+        settings: settings of the run.
+        problem: the problem, opened in this process.
+        run: folder and ranks of the run.
+    """
     folder = run.folder
     ranks = run.ranks
     loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.is_main)
@@ -394,6 +405,12 @@ def keep(loop: CircularLoop, stage: str, trainings: tuple[Artefact, ...], folder
     """Link the weights of a stage into the folder of the run, and return the name of their folder there.
 
     They are the weights of its training, or after several rounds all parameters of the network.
+
+    Args:
+        loop: steps of the run.
+        stage: name of the stage.
+        trainings: trainings of the stage, the oldest first.
+        folder: folder of the run.
     """
     # links to the artefacts, so that weights are not stored twice
     link_folder(network_weights(loop, stage, trainings, folder / stage), folder / stage)
@@ -444,11 +461,13 @@ class Ablation:
     def _trained(self, loop: CircularLoop, kind: str, stages: str) -> dict[str, tuple[Artefact, ...]]:
         """Train the last stage, or each of the stages before it, from the untuned networks.
 
-        Returns the lineage of the trained stages.
-
-        Args: kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning; stages: "last" or "first".
+        Args:
+            loop: loop of the training seed.
+            kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning.
+            stages: "last" or "first".
+        Returns: the lineage of the trained stages.
         """
-        # with two stages, "first" stands for one stage
+        # with two stages, "first" means one stage
         stage_names = loop.names[-1:] if stages == "last" else loop.names[:-1]
         return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in stage_names}
 
@@ -481,7 +500,11 @@ def _training(artefact: Artefact) -> dict:
 def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablation:
     """Create the worker of a process.
 
-    Args: alone: whether this is the only process; otherwise it computes with one thread.
+    Args:
+        run: settings of the run.
+        device: device of the process.
+        open: function that opens the problem.
+        alone: whether this is the only process; otherwise it computes with one thread.
     """
     # more threads than cores would slow all processes down
     if not alone:
@@ -490,7 +513,16 @@ def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablati
 
 
 def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int, open: Open) -> None:
-    """Train and evaluate all groups on worker processes, and write the table."""
+    """Train and evaluate all groups on worker processes, and write the table.
+
+    Args:
+        run: settings of the run.
+        problem: the problem, opened in this process.
+        folder: folder of the run.
+        device: device of the worker processes.
+        jobs: number of worker processes.
+        open: function that opens the problem in a worker process.
+    """
     plan = run.plan
     tasks = run.plan.tasks()
     print(f"{len(tasks)} tasks run on {jobs} processes. Their output is in {folder / 'logs'}.", flush=True)
@@ -510,7 +542,13 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
 
 
 def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
-    """Make the table from the results of all tasks, by name of the task."""
+    """Make the table from the results of all tasks, by name of the task.
+
+    Args:
+        results: results of the tasks, by name of the task.
+        plan: plan of the ablation.
+        facts: further entries of the table, which describe the run.
+    """
     seeds = plan.seeds
     scores = {}  # group -> result of `evaluate` for each seed
     training_records: dict[str, list] = {}  # group -> records of the trainings for each seed

@@ -365,18 +365,25 @@ def run_loop(
 ) -> tuple[Lineage, list[dict]]:
     """Run the loop `settings.rounds` times.
 
-    Returns the lineage with the trainings of every stage, and a description of each step as JSON. If all
-    pairs of a stage are dropped, the loop ends. In the first round, the stages tuned so far are then the
-    result. In a later round, the networks of the previous round are the result.
+    If all pairs of a stage are dropped, the loop ends. In the first round, the stages tuned so far are then
+    the result. In a later round, the networks of the previous round are the result.
 
     Args: loop: steps of the run; on_step: function that is called with the description of each finished step.
+    Returns: the lineage with the trainings of every stage; and a description of each step as JSON.
     """
     stages = loop.names
     lineage: dict[str, tuple[Artefact, ...]] = {}
     steps: list[dict] = []
 
     def done(round_number: int, step_name: str, stage: str, artefact: Artefact) -> Artefact:
-        """Record a step of a round, and return its artefact."""
+        """Record a step of a round, and return its artefact.
+
+        Args:
+            round_number: number of the round, counted from 1.
+            step_name: name of the step: "people", "pairs" or "loop".
+            stage: name of the stage.
+            artefact: artefact that the step made.
+        """
         steps.append(
             {
                 "round": round_number,

@@ -7,8 +7,8 @@ be trained:
     2. Stage i + 1 is sampled with it twice from the same noise: the tuned sample (the paper's "op") from the
        tuned network, and the reference sample from the reference network. Later stages, if there are any, are
        the same for both samples.
-    3. Both samples are decoded to assets, scored, and encoded back. Their latents of stage i are
-       the new pair, with the tuned sample preferred.
+    3. The tuned and the reference sample are decoded to assets, scored, and encoded back. Their latents of
+       stage i are the new pair, with the tuned sample preferred.
 The two latents of a pair differ only if decoding gave assets that are encoded differently. Pairs whose
 latents are equal are marked in `provenance`, since with shared noise they have the loss log 2 and no
 gradient. The remaining pairs are selected by w1 and weighted by w2 (equations 10-14):
@@ -17,9 +17,9 @@ gradient. The remaining pairs are selected by w1 and weighted by w2 (equations 1
          C_i the comparisons that candidate i of n wins by reward
     w2 = sigmoid(r_preferred - r_rejected) / its mean over the selected pairs,  r the reward
 
-The candidates are both samples of all pairs of a prompt. With one reward and the paper's threshold of 0, w1
-selects a pair exactly if its reward gap r_preferred - r_rejected is positive. The other candidates then have
-no influence.
+The candidates are the preferred and the rejected samples of all pairs of a prompt. With one reward and the
+paper's threshold of 0, w1 selects a pair exactly if its reward gap r_preferred - r_rejected is positive. The
+other candidates then have no influence.
 
 Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in
 algorithm 1 and equation 11, the rejected sample is the reference's.
@@ -95,7 +95,14 @@ class LoopPairMaker:
     ) -> "LoopPairMaker":
         """Create the maker with the pipeline and the reward of a problem.
 
-        Args: reference_models: reference networks by stage; None: the pipeline's own networks.
+        Args:
+            problem: problem with the pipeline and the reward.
+            tuned_models: tuned networks by stage.
+            config: settings of how pairs are made.
+            seed: seed of the noises.
+            stage: name of the stage to be trained.
+            reference_models: reference networks by stage.
+            None: the pipeline's own networks.
         """
         # `check` has rejected problems without a reward
         assert problem.reward is not None
@@ -239,15 +246,15 @@ def make_in_chunks(
     The ranks make chunks of pairs alternately. A finished chunk stays on the disk until all chunks are
     finished, so that an interrupted call can be resumed.
 
-    Returns the path folder/pairs, and statistics of the pairs (see summarise_pairs), which are empty on all
-    ranks but 0.
-
     Args:
         folder: folder for the result and the chunks.
         make: maker of the pairs.
         human: all human pairs of the stage.
         ranks: this process among the processes that work together.
         on_pair: function that is called with the number of human pairs that were just done.
+
+    Returns: the path folder/pairs; and statistics of the pairs (see summarise_pairs), which are empty on all
+        ranks but 0.
     """
     chunk_starts = range(0, len(human), make.config.chunk)
     chunks_folder = folder / "chunks"
@@ -314,8 +321,8 @@ def win_shares(rewards: torch.Tensor) -> torch.Tensor:
     """Compute P of each of n candidates from their rewards, [n] -> [n] float64 (Circular-DPO, equations
     10-14).
 
-    P is the share of all comparisons that a candidate wins, so the result sums to 1. Of equal rewards, both
-    win half a comparison.
+    P is the share of all comparisons that a candidate wins, so the result sums to 1. If two candidates
+    have equal rewards, each wins half a comparison.
 
     >>> win_shares(torch.tensor([3.0, 1.0, 2.0]))
     tensor([0.6667, 0.0000, 0.3333], dtype=torch.float64)
@@ -351,7 +358,7 @@ def w2(gaps: torch.Tensor) -> torch.Tensor:
 
 
 def same_structure(pair: PreferencePair) -> bool:
-    """Return True if both latents are equal up to rounding, so that the pair has no gradient.
+    """Return True if the two latents of a pair are equal up to rounding, so that it has no gradient.
 
     If the entry "same_structure" of `provenance` is there, its value is returned without a comparison.
     """
@@ -381,12 +388,12 @@ def weigh(
 ) -> tuple[list[PreferencePair], dict]:
     """Select pairs and fill in their w1 and w2.
 
-    Returns the selected pairs, and a report (JSON) with the number of dropped pairs by reason and statistics
-    of w1, w2 and the reward gaps.
-
     Pairs whose latents have the same structure are dropped first, then, with `use_w1`, pairs with w1 <= 0.
-    The candidates of a prompt are both samples of all its pairs. Without `use_w1`, w1 is filled in but drops
-    nothing. Without `use_w2`, w2 stays empty and all pairs count alike.
+    The candidates of a prompt are the preferred and the rejected samples of all its pairs. Without `use_w1`,
+    w1 is filled in but drops nothing. Without `use_w2`, w2 stays empty and all pairs count alike.
+
+    Returns: the selected pairs; and a report (JSON) with the number of dropped pairs by reason and statistics
+        of w1, w2 and the reward gaps.
 
     Raises: ValueError for pairs without finite rewards if w1 or w2 is used.
     """
@@ -451,7 +458,7 @@ def select_and_weigh(
 ) -> tuple[list[PreferencePair], dict]:
     """Select and weight the loop's pairs for training, see `weigh`.
 
-    Returns the selected pairs and the report.
+    Returns: the selected pairs; and the report of `weigh`.
 
     Raises: NoPairsError if all pairs are dropped.
     """

@@ -164,7 +164,7 @@ class Velocities:
 
 
 class LabelPasses(Passes[Example]):
-    """Base class of the updates by both losses."""
+    """Base class of the updates by the losses of DiffusionNFT and of DGPO."""
 
     sums = 2 + 5  # number of examples and loss, see Passes, then the five of Velocities.totals
     columns = (
@@ -414,7 +414,7 @@ class OfflineBench(Bench):
     def prompts(self) -> Collection[str] | None:
         """Return the prompts to train on, or None if the problem has no held-out evaluator.
 
-        None stands for all prompts: without an evaluator, no prompts have to be held out.
+        None means all prompts: without an evaluator, no prompts have to be held out.
         """
         has_evaluator = self.problem.final is not None or self.problem.chooser is not None
         return self.problem.train_prompts if has_evaluator else None

@@ -41,7 +41,7 @@ class Scale:
     def divisor(self, rewards: torch.Tensor, centred_rewards: torch.Tensor) -> torch.Tensor:
         """Compute the divisor from rewards [G, K] and centred rewards [G, K].
 
-        Returns a tensor [G, 1] if `over` is "group", and a scalar tensor otherwise.
+        Returns: a tensor [G, 1] if `over` is "group", and a scalar tensor otherwise.
         """
         if self.over == "none":
             # a scalar 1 of the same type and device
@@ -65,6 +65,11 @@ def advantages(rewards: torch.Tensor, scale: Scale | None = None, clip: float = 
     >>> advantages(torch.tensor([[1.0, 3.0], [2.0, 2.0]])).round(decimals=2)
     tensor([[-1.,  1.],
             [ 0.,  0.]])
+
+    Args:
+        rewards: rewards [G, K].
+        scale: settings of the divisor; None: the defaults.
+        clip: largest absolute value of the result.
     """
     return _scaled(rewards.double(), scale or Scale()).clamp(-clip, clip).float()
 

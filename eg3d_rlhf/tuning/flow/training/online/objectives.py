@@ -263,6 +263,13 @@ class OnLatents:
     ) -> torch.Tensor:
         """Compute and add the gradients at one time t [n] and one noise for each sample, and return their
         sums.
+
+        Args:
+            samples: the n samples.
+            advantage: advantage of each sample, [n].
+            distance_factor: factor of each sample's weight `kl` of the distance from the reference, [n].
+            t: times [n] in 0..1.
+            eps: n noises.
         """
         config = self.config
         stage = self.stage

@@ -282,7 +282,13 @@ def heldout_scores(
 
 
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
-    """Create the training data and settings of a run's arms, for one training seed."""
+    """Create the training data and settings of a run's arms, for one training seed.
+
+    Args:
+        run: settings of the run.
+        opened: the problem, and no labels.
+        seed: training seed.
+    """
     problem = opened[0]
     weights = parse_weights(run.reward)  # by name of the reward
     stage = run.stage_in(problem)

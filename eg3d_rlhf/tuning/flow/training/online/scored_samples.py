@@ -62,7 +62,13 @@ class Task:
         return voxels_for(self.pipeline, self.stage.name, prompts, seeds, self.others, batch)
 
     def assets(self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence:
-        """Complete N latents of the stage to N assets, by the later stages with these seeds."""
+        """Complete N latents of the stage to N assets, by the later stages with these seeds.
+
+        Args:
+            x_0: N latents of the stage.
+            prompts: prompts of the samples, [N].
+            seeds: seeds of the noises of the later stages, [N].
+        """
         stage_names = [stage.name for stage in self.pipeline.stages]
         later_stages = stage_names[stage_names.index(self.stage.name) + 1 :]
         # the last stage's latents are decoded directly
@@ -76,8 +82,12 @@ class Task:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Score N latents of the stage.
 
-        Returns the trained rewards [R, N], and the held-out rewards by name, [N] each; all float32 on the
-        CPU.
+        Args:
+            x_0: N latents of the stage.
+            prompts: prompts of the samples, [N].
+            seeds: seeds of the noises of the later stages, [N].
+        Returns: the trained rewards [R, N]; and the held-out rewards by name, [N] each. All are float32 on
+            the CPU.
 
         Raises: ValueError for a reward that is not finite.
         """
@@ -179,7 +189,7 @@ class Explorer:
         # by default all samples are generated in one pass
         pass_size = self.config.batch_gpu or len(prompts) * K
         group_voxels = self.task.input_voxels(prompts, seeds, pass_size)
-        # one entry for each of the G * K samples; the samples of a group stand side by side
+        # one entry for each of the G * K samples; the samples of a group follow each other
         sample_inputs = [
             (prompt, seed, k, voxels)
             for prompt, seed, voxels in zip(prompts, seeds, group_voxels, strict=True)
@@ -296,6 +306,11 @@ class Explorer:
     ) -> Batch:
         """Compute a velocity with classifier-free guidance (Ho and Salimans 2022), in float32.
 
-        Args: velocity: function of the velocity of a network, such as FrozenModel.velocity.
+        Args:
+            velocity: function of the velocity of a network, such as FrozenModel.velocity.
+            x: n samples at time t.
+            t: time in 0..1, the same for all samples.
+            cond: conditioning, n rows.
+            no_cond: empty conditioning, n rows; None without guidance.
         """
         return single(guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling))

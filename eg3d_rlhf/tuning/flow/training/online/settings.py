@@ -335,7 +335,7 @@ class OnlineRun(ArmsRun):
     NAME: ClassVar[str] = "online"
     TITLE: ClassVar[str] = "Online tuning against its base"
     MORE: ClassVar[str] = (
-        " The mean reward of the untuned network stands in brackets. Samples: number of samples that were"
+        " The mean reward of the untuned network is in brackets. Samples: number of samples that were"
         " generated in training. KL: divergence of the sampler's steps from those of the untuned network,"
         " averaged over elements, steps and samples."
     )

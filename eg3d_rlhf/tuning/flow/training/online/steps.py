@@ -172,6 +172,11 @@ def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
     Flow-GRPO takes the mean, too. With the sum, ratios of densities in thousands of dimensions would be 0 or
     infinite.
     Differentiable in: mean.
+
+    Args:
+        x: N samples after the step.
+        mean: mean of the step for each sample.
+        std: standard deviation of the step.
     """
     # log density of each element by itself, [N, ...] or one row for each voxel
     log_densities = (
@@ -187,6 +192,11 @@ def divergence(mean: Batch, other_mean: Batch, std: float) -> torch.Tensor:
     does not have the length of the step as a factor, so its divergence is smaller by that factor. Its weight
     0.04 with ten steps therefore corresponds to 0.004 here.
     Differentiable in: mean, other_mean.
+
+    Args:
+        mean: mean of the first step for each of N samples.
+        other_mean: mean of the second step for each sample.
+        std: standard deviation of the two steps.
     """
     # the trace and log-determinant terms cancel, as both steps have the same standard deviation
     return mean_per_sample((feats_of(mean) - feats_of(other_mean)).square() / (2 * std**2), mean)

@@ -158,7 +158,7 @@ class OnlineUpdates(Descent):
     def _scored(self, sampled_passes: Sequence[Drawn]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Score the samples of this rank, and gather the scores of all ranks.
 
-        Returns the trained rewards [R, B, K], and the held-out rewards by name, [B, K] each.
+        Returns: the trained rewards [R, B, K]; and the held-out rewards by name, [B, K] each.
         """
         pass_scores = [
             self.task.scores(samples.x_0, samples.prompts, samples.seeds) for samples in sampled_passes
@@ -227,7 +227,14 @@ class OnlineUpdates(Descent):
         advantage: torch.Tensor,
         sampled_passes: Sequence[Drawn],
     ) -> dict[str, float]:
-        """Compute the metrics of the rewards and of the samples' moves, by name."""
+        """Compute the metrics of the rewards and of the samples' moves, by name.
+
+        Args:
+            rewards: trained rewards [R, B, K].
+            heldout: held-out rewards by name, [B, K] each.
+            advantage: advantages [B, K].
+            sampled_passes: samples of this process, in passes.
+        """
         # weighted sum of the rewards, [R, B, K] -> [B, K]
         weighted_rewards = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
         # 1 for each group in which every reward has equal values, [B]
@@ -387,6 +394,11 @@ def _lasting(lines: Sequence[Mapping], name: str, limit: float) -> Mapping | Non
     """Return the last line that has this metric if it was above a limit in the last LINES such lines.
 
     Return None otherwise.
+
+    Args:
+        lines: lines of stats.jsonl so far.
+        name: name of the metric.
+        limit: value above which the metric must be.
     """
     # evaluations write lines without the metrics of updates
     recent_lines = [line for line in lines if name in line][-LINES:]
