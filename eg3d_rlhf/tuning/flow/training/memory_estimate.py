@@ -187,8 +187,8 @@ def choose_pass(
             It is called for 1 and 2 examples only, since the memory is assumed to be linear in their number.
         batch: number of examples of the process in an update.
         space: bytes of memory that the update may take.
-        recompute: whether blocks are recomputed; None tries passes without recomputation first, and then passes
-            with it.
+        recompute: whether blocks are recomputed; None tries passes without recomputation first, and then
+            passes with it.
     """
     for recompute_blocks in (False, True) if recompute is None else (recompute,):
         single_bytes = costs(1, recompute_blocks).bytes
