@@ -72,10 +72,13 @@ def build_rewards() -> None:
     tuning. The two trainings run at the same time, with one thread each.
     """
     commands = []
-    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-heldout", 1, HELDOUT_LABELS)):
+    for name, seed, labels_path in (
+        ("reward", 0, ASSETS / "labels.jsonl"),
+        ("reward-heldout", 1, HELDOUT_LABELS),
+    ):
         shutil.rmtree(RUNS / name, ignore_errors=True)
         flags = (
-            f"--labels={source}",
+            f"--labels={labels_path}",
             f"--seed={seed}",
             f"--set=split_seed={seed}",
             f"--run-dir={RUNS / name}",
@@ -93,13 +96,13 @@ def build_control() -> None:
     run(("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control"))
     # Names of runs begin with an increasing number, so the largest name is the newest run.
     newest_run = max(RUNS.glob("*-control"))
-    run_summary, settings = (
+    run_summary, run_settings = (
         json.loads((newest_run / name).read_text()) for name in ("summary.json", "training_options.json")
     )
     # Settings with paths and versions of this machine are left out.
     machine_settings = ("reward_ckpt", "heldout_reward", "versions", "launch")
     run_summary["settings"] = {
-        name: value for name, value in settings.items() if name not in machine_settings
+        name: value for name, value in run_settings.items() if name not in machine_settings
     }
     write_atomic(
         ASSETS / "control-summary.json", (json.dumps(run_summary, indent=1, sort_keys=True) + "\n").encode()

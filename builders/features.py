@@ -65,13 +65,15 @@ def blur(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     kernel = torch.exp(-0.5 * (steps / sigma.clamp_min(1e-3)[:, None]) ** 2)
     # One kernel per image and channel: [N * 3, taps].
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
-    n, _, height, width = images.shape
+    image_count, _, height, width = images.shape
     # Images and channels become groups of one convolution, first vertical, then horizontal.
     flat_images = F.pad(images, (radius,) * 4, mode="replicate").reshape(
-        1, n * 3, height + 2 * radius, width + 2 * radius
+        1, image_count * 3, height + 2 * radius, width + 2 * radius
     )
-    flat_images = F.conv2d(flat_images, kernel[:, None, :, None], groups=n * 3)
-    return F.conv2d(flat_images, kernel[:, None, None, :], groups=n * 3).reshape(n, 3, height, width)
+    flat_images = F.conv2d(flat_images, kernel[:, None, :, None], groups=image_count * 3)
+    return F.conv2d(flat_images, kernel[:, None, None, :], groups=image_count * 3).reshape(
+        image_count, 3, height, width
+    )
 
 
 def noise(images: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
@@ -251,8 +253,8 @@ def _finish(
         name: round(1 - float(r), 3) for name, r in zip(FACTOR_NAMES, residual, strict=True)
     }
     digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
     network_record["hash"] = digest.hexdigest()[:12]
     return HeadFactorFeatures(net, network_record)
 
@@ -358,12 +360,12 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
 
     reference = compute_statistics(images[:half])
     undamaged_distance = compute_statistics(images[half:]).distance(reference)
-    rows = []
+    adequacy_rows = []
     for name, (damage, strengths, unit) in DAMAGES.items():
         distances = [
             compute_statistics(images[half:], damage, strength).distance(reference) for strength in strengths
         ]
-        rows.append(
+        adequacy_rows.append(
             AdequacyRow(
                 damage=name,
                 unit=unit,
@@ -371,7 +373,7 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
                 distances=(undamaged_distance, *distances),
             )
         )
-    return rows
+    return adequacy_rows
 
 
 @click.command("python -m builders.features", cls=GroupedCommand)
@@ -398,7 +400,9 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
     help="Only check the network in --out, without training. It may also be a TorchScript Inception.",
 )
 @command.dry_run
-def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: bool, **settings) -> None:
+def features(
+    out: Path, dataset_name: str, check_data: str, check_only: bool, dry_run: bool, **settings
+) -> None:
     """Train the bundled feature network of the Fréchet distance on images of heads. Then print the Fréchet
     distances of images with rising strengths of damage. This takes a few minutes on two cores.
 
@@ -410,18 +414,20 @@ def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: b
     options = FeatureTraining(**{name: value for name, value in settings.items() if value is not None})
     if dry_run:
         click.echo(
-            json.dumps({"out": out.name, "data": data, "check_data": check_data, **asdict(options)}, indent=1)
+            json.dumps(
+                {"out": out.name, "data": dataset_name, "check_data": check_data, **asdict(options)}, indent=1
+            )
         )
         return
     if check_only:
         network = feature_files.load_features(out)
     else:
-        dataset_path = resolve_dataset(data)
+        dataset_path = resolve_dataset(dataset_name)
         images = read_images(dataset_path)
         targets = factors(load_truth(dataset_path))
         with command.loss_bar("features", []) as on_step:
             network = train_features(images, targets, options, on_step)
-        network.record["data"] = data
+        network.record["data"] = dataset_name
         network.save(out)
         variance = network.record["explained_variance"]
         click.echo(

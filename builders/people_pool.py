@@ -147,7 +147,7 @@ class PoolOptions:
 
 
 def _on_surface(
-    head: Head, basis: Basis, share: np.ndarray, count: int, spread: float, rng: np.random.Generator
+    head: Head, basis: Basis, share: np.ndarray, point_count: int, spread: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Sample points around the surface of a head, with density proportional to `share`.
 
@@ -155,7 +155,7 @@ def _on_surface(
         head: head, whose vertices are used.
         basis: basis, whose triangles are used.
         share: relative density at each vertex, [V].
-        count: P, number of points.
+        point_count: P, number of points.
         spread: standard deviation of the points' distance from the surface along each axis, in world units.
         rng: random generator.
     Returns: points [P, 3].
@@ -163,9 +163,11 @@ def _on_surface(
     corners = head.vertices[basis.triangles]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
     weight = area * share[basis.triangles].mean(axis=1)
-    triangle = rng.choice(len(weight), count, p=weight / weight.sum())
-    barycentric = rng.dirichlet([1, 1, 1], count)  # uniform in a triangle
-    return np.einsum("pc,pcd->pd", barycentric, corners[triangle]) + spread * rng.standard_normal((count, 3))
+    triangle = rng.choice(len(weight), point_count, p=weight / weight.sum())
+    barycentric = rng.dirichlet([1, 1, 1], point_count)  # uniform in a triangle
+    return np.einsum("pc,pcd->pd", barycentric, corners[triangle]) + spread * rng.standard_normal(
+        (point_count, 3)
+    )
 
 
 def draw_points(head: Head, basis: Basis, options: PoolOptions, rng: np.random.Generator) -> np.ndarray:
@@ -225,7 +227,8 @@ def head_points(
     corners = basis.triangles[face]
     # Attributes of the nearest surface points, interpolated between the corners of their triangles.
     vertex_attributes, normals = (
-        np.einsum("pcd,pc->pd", values[corners], weights) for values in (basis.drawn, head.normals)
+        np.einsum("pcd,pc->pd", vertex_values[corners], weights)
+        for vertex_values in (basis.drawn, head.normals)
     )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
     colour = surface_colour(head, vertex_attributes, normals)

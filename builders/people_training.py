@@ -181,24 +181,24 @@ class FrontImages:
         ]
     )
 
-    def __init__(self, z: np.ndarray, seed: int, size: int = 128):
+    def __init__(self, z: np.ndarray, seed: int, image_side: int = 128):
         """Render an image of each head from a random camera near the front.
 
         Args:
             z: latents of the heads, [H, 64].
             seed: seed of the cameras.
-            size: R, pixels per side.
+            image_side: R, pixels per side.
         """
         # The constant 3 makes the stream differ from other streams with the same seed.
         rng = np.random.default_rng([seed, 3])
-        self.size = size
+        self.size = image_side
         # Standard deviations of 0.4 (yaw) and 0.2 (pitch) radians about the frontal view.
         yaw, pitch = torch.from_numpy(math.pi / 2 + rng.standard_normal((2, len(z), 1)) * [[[0.4]], [[0.2]]])
         poses = look_at(camera_position(yaw, pitch, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
         self.poses = poses
         self.intrinsics = intrinsics_matrix(FFHQ_FOCAL)
         images = [
-            render_head(head, pose.numpy(), FFHQ_FOCAL, size)[0]
+            render_head(head, pose.numpy(), FFHQ_FOCAL, image_side)[0]
             for head, pose in zip(heads_from_latents(z), tqdm(poses), strict=True)
         ]
         self.images = torch.from_numpy(np.round(255 * np.stack(images)).astype(np.uint8))  # [H, R, R, 3]
@@ -207,7 +207,7 @@ class FrontImages:
             "hpd,hdc->hpc", self.LANDMARKS - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy()
         )
         # Columns and rows in the images, [H, 4, 2] in pixels.
-        self.landmark_pixels = (in_camera[..., :2] / in_camera[..., 2:] * FFHQ_FOCAL + 0.5) * size
+        self.landmark_pixels = (in_camera[..., :2] / in_camera[..., 2:] * FFHQ_FOCAL + 0.5) * image_side
 
     def windows(self, rng: np.random.Generator, image_indices: np.ndarray, edge: int) -> torch.Tensor:
         """Choose a random window around an eye, the nose or the mouth in each image.
@@ -243,14 +243,14 @@ class FrontImages:
         Returns: errors [N].
         """
         # The same pixels for all three coordinates of a ray, and for all three channels of a colour.
-        index = pixels.unsqueeze(2).expand(-1, -1, 3)
+        pixel_indices = pixels.unsqueeze(2).expand(-1, -1, 3)
         rays = G.ray_sampler(
             self.poses[image_indices], self.intrinsics.expand(len(image_indices), 3, 3), self.size
         )
-        origins, directions = (values.gather(1, index) for values in rays)
+        origins, directions = (ray_vectors.gather(1, pixel_indices) for ray_vectors in rays)
         # Colours of -1..1 become 0..1; further feature channels are left out.
         colour = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)[0][..., :3] / 2 + 0.5
-        colour_error = colour - self.images[image_indices].flatten(1, 2).gather(1, index) / 255
+        colour_error = colour - self.images[image_indices].flatten(1, 2).gather(1, pixel_indices) / 255
         edge = math.isqrt(pixels.shape[1])
         window_error = colour_error.unflatten(1, (edge, edge))  # [N, edge, edge, 3]
         return (
@@ -272,13 +272,13 @@ def fresh_damage(head_coordinates: torch.Tensor) -> torch.Tensor:
     return quality / quality.norm(dim=1, keepdim=True) * length
 
 
-def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
+def planes_of(G: Any, ws: torch.Tensor, block_resolution: int) -> torch.Tensor:
     """Compute tri-planes with the blocks of the backbone up to a resolution, and upsample them.
 
     Args:
         G: generator.
         ws: style vectors [N, L, W].
-        size: texels per side of the last block that is used.
+        block_resolution: texels per side of the last block that is used.
     Returns: planes [N, 3, C, 128, 128].
     """
     network = G.backbone.synthesis
@@ -287,7 +287,7 @@ def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
     start = 0
     for resolution in network.block_resolutions:
         block = getattr(network, f"b{resolution}")
-        if resolution > size:
+        if resolution > block_resolution:
             image = upfirdn2d.upsample2d(image, block.resample_filter)
             continue
         # Style vectors of the block; the one of its ToRGB layer is also the first one of the next block.
@@ -311,7 +311,7 @@ def losses(
     empty: torch.Tensor,
     options: PeopleTraining,
     edge: float,
-    size: int,
+    block_resolution: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the errors of density and colour of a batch; see the module's docstring.
 
@@ -321,7 +321,7 @@ def losses(
         empty: lower corners of empty voxels, from `Pool.empty`.
         options: settings.
         edge: depth at which a head has its full density, in world units.
-        size: texels per side of the planes that are trained.
+        block_resolution: texels per side of the planes that are trained.
     Returns: mean absolute error of density divided by 10, [N]; weighted mean absolute error of colour near
         the surface, [N]; and the planes.
     """
@@ -329,7 +329,7 @@ def losses(
     quality = fresh_damage(head_coordinates)
     z = torch.cat([head_coordinates, quality], dim=1)
     # The mapping network gets zeros as conditioning [N, 25], because it does not use the camera.
-    planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), size)
+    planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), block_resolution)
     decode = functools.partial(
         G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs
     )
@@ -433,11 +433,11 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
     first_step = 0
     if checkpoint.available(folder):
         # fall_back: if the newest checkpoint is damaged, the previous one is read.
-        tensors, meta, path = checkpoint.read(folder, fall_back=True)
+        tensors, checkpoint_meta, path = checkpoint.read(folder, fall_back=True)
         network_tensors = {name: tensors[name] for name in tensors if not name.startswith("optim_G.")}
         storage.load_strict(modules, network_tensors, str(path))
         checkpoint.restore_optimizer("optim_G", optimizer, tensors)
-        first_step = meta["step"]
+        first_step = checkpoint_meta["step"]
     step_count = sum(options.steps)
     start_time = time.time()
     sums = np.zeros(4)  # of the three errors since the last line of the log, and number of steps
@@ -469,17 +469,17 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
         with torch.no_grad():
             # In the first steps the average is the plain mean of all weights.
             decay = min(options.ema, 1 - 1 / (step_number + 1))
-            for average, value in zip(G_ema.parameters(), G.parameters(), strict=True):
-                average.lerp_(value, 1 - decay)
-            for average, value in zip(G_ema.buffers(), G.buffers(), strict=True):
-                average.copy_(value)
+            for average_tensor, trained_tensor in zip(G_ema.parameters(), G.parameters(), strict=True):
+                average_tensor.lerp_(trained_tensor, 1 - decay)
+            for average_tensor, trained_tensor in zip(G_ema.buffers(), G.buffers(), strict=True):
+                average_tensor.copy_(trained_tensor)
         sums += [*(float(error.detach().mean()) for error in (density, colour, image_error)), 1]
         if (step_number + 1) % 100 == 0:
             seconds_per_step = (time.time() - start_time) / (step_number + 1 - first_step)
             means = {
-                name: round(float(value / sums[3]), 4)
+                name: round(float(trained_tensor / sums[3]), 4)
                 # Three names: the fourth entry of `sums` is the number of steps.
-                for name, value in zip(("density", "colour", "picture"), sums, strict=False)
+                for name, trained_tensor in zip(("density", "colour", "picture"), sums, strict=False)
             }
             log_entry = {
                 "step": step_number + 1,

@@ -147,27 +147,27 @@ TOY_PARTS = (STRUCTURE, VOXELS, "reward")
 _training_option = functools.partial(option, group="Training")
 
 
-def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
+def make_toy(network_name: str, training: BaseTraining | RewardTraining, out: Path) -> None:
     """Train a network of the toy generator, save it, and print its loss and accuracy.
 
     Args:
-        part: name of the network: a stage, or "reward".
+        network_name: name of the network: a stage, or "reward".
         training: settings.
         out: folder of the file.
     """
     losses: list[float] = []
     start_time = time.monotonic()
     network: torch.nn.Module
-    with command.loss_bar(part, losses) as on_step:
+    with command.loss_bar(network_name, losses) as on_step:
         if isinstance(training, RewardTraining):
             network, metrics = train_reward(training, on_step)
         else:
-            network = train_base(part, training, on_step)
+            network = train_base(network_name, training, on_step)
             metrics = {}
     metrics = {"loss": command.final_loss(losses), **metrics}
-    path = save_network(part, network, {"training": asdict(training), **metrics}, out)
-    metrics_text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    click.echo(f"{part}: {metrics_text}, {time.monotonic() - start_time:.0f} s, saved to {path}")
+    path = save_network(network_name, network, {"training": asdict(training), **metrics}, out)
+    metrics_text = ", ".join(f"{name} {metric_value:.4f}" for name, metric_value in metrics.items())
+    click.echo(f"{network_name}: {metrics_text}, {time.monotonic() - start_time:.0f} s, saved to {path}")
 
 
 @click.command("python -m builders.toy_flow", cls=GroupedCommand)
@@ -205,19 +205,23 @@ def toy_flow(parts: tuple[str, ...], outdir: Path, steps: int | None, seed: int,
         python -m builders.toy_flow reward --dry-run
     """
     trainings: dict[str, BaseTraining | RewardTraining] = {
-        part: replace(base, seed=seed, steps=steps or base.steps) for part, base in BASES.items()
+        network_name: replace(base, seed=seed, steps=steps or base.steps)
+        for network_name, base in BASES.items()
     }
     trainings["reward"] = RewardTraining(seed=seed)
-    chosen_trainings = {part: trainings[part] for part in parts or TOY_PARTS}
+    chosen_trainings = {network_name: trainings[network_name] for network_name in parts or TOY_PARTS}
     if dry_run:
         click.echo(
-            json.dumps({part: asdict(training) for part, training in chosen_trainings.items()}, indent=1)
+            json.dumps(
+                {network_name: asdict(training) for network_name, training in chosen_trainings.items()},
+                indent=1,
+            )
         )
         return
     # With one thread, sums have the same order on every machine of one kind.
     torch.set_num_threads(1)
-    for part, training in chosen_trainings.items():
-        make_toy(part, training, outdir)
+    for network_name, training in chosen_trainings.items():
+        make_toy(network_name, training, outdir)
 
 
 if __name__ == "__main__":

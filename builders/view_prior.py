@@ -141,7 +141,7 @@ def train(
         torch.manual_seed(settings.seed)
         network = TinyUNet(TinySizes(), [prompt.text for prompt in PROMPTS])
     generator = torch.Generator().manual_seed(settings.seed)
-    average_by_name = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    average_by_name = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     cameras = network_cameras(evenly_around(settings.assets, SIDES, DISTANCE).cameras)
@@ -164,8 +164,8 @@ def train(
         # The decay is smaller in the first steps, so that the initial weights soon have no influence on the
         # average.
         decay = min(_AVERAGE, (1 + step) / (10 + step))
-        for name, value in network.state_dict().items():
-            average_by_name[name].lerp_(value, 1 - decay)
+        for name, tensor in network.state_dict().items():
+            average_by_name[name].lerp_(tensor, 1 - decay)
         on_step(step, float(loss.detach()))
     network.load_state_dict(average_by_name)
     return TinyPrior(network)

@@ -136,8 +136,8 @@ def unread_options(source: ProblemSource, read_options: Sequence[str]) -> str:
         if f.name in read_options or getattr(source, f.name) == f.default:
             continue
         # A flag may have another name than its field; the field's metadata then state the name.
-        name = f.metadata["knob"].name or f.name if "knob" in f.metadata else f.name
-        flags.append(f"--{name.replace('_', '-')}")
+        flag_name = f.metadata["knob"].name or f.name if "knob" in f.metadata else f.name
+        flags.append(f"--{flag_name.replace('_', '-')}")
     return ", ".join(flags)
 
 

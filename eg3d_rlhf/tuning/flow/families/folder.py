@@ -101,9 +101,9 @@ class OpenedFolder:
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
             name_text = f" named {tensor_name!r}" if tensor_name else ""
             expected = f"tokens [L, {channels}]{name_text} for stage {stage!r}"
-            source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
+            source_text = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
             raise ValueError(
-                f"conditioning: expected {expected}, but the file has {token_form}{source}. {remedy}"
+                f"conditioning: expected {expected}, but the file has {token_form}{source_text}. {remedy}"
             )
 
     def conditioning(self, names: Sequence[str], stage: str) -> Any:

@@ -97,11 +97,11 @@ class ShapeAsset:
         def evaluate_slab(x: slice) -> torch.Tensor:
             """Evaluate the grid points of a range of indices along x, and update the range of values."""
             nonlocal low, high
-            values = self.decoder.slab(decoded, grid_coordinates, x)
-            is_finite = bool(values.isfinite().all())
-            low = min(low, float(values.min()))
-            high = max(high, float(values.max())) if is_finite else math.nan
-            return values
+            slab_values = self.decoder.slab(decoded, grid_coordinates, x)
+            is_finite = bool(slab_values.isfinite().all())
+            low = min(low, float(slab_values.min()))
+            high = max(high, float(slab_values.max())) if is_finite else math.nan
+            return slab_values
 
         try:
             # The surface is where the value is 0; values inside the shape are positive.

@@ -330,8 +330,8 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
     # Only the sections that are read are checked; a file may have more.
     non_tensors = []
     for section in TARGETS:
-        for name, value in sections.get(section, {}).items():
-            if not isinstance(value, torch.Tensor):
+        for name, tensor in sections.get(section, {}).items():
+            if not isinstance(tensor, torch.Tensor):
                 non_tensors.append(f"{section}.{name}")
     if non_tensors:
         raise ValueError(
@@ -470,7 +470,7 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
 def _load_network(
     network_class: Any,
     config: Any,
-    state: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     message_prefix: str,
     dtype: torch.dtype | None,
     device: str | torch.device,
@@ -482,33 +482,33 @@ def _load_network(
     Args:
         network_class: class of the network.
         config: configuration of the network, the only argument of the class.
-        state: tensors by name.
+        tensors: tensors by name.
         message_prefix: beginning of error messages.
         dtype: dtype of the weights; None keeps the dtypes of the file.
         device: device of the network.
     """
-    network = fill(empty(lambda: network_class(config)), state, message_prefix, types=dtype, device=device)
+    network = fill(empty(lambda: network_class(config)), tensors, message_prefix, types=dtype, device=device)
     return freeze(network, device)
 
 
-def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
+def write_checkpoint(source_path: Path, target_path: Path, tuned_tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a copy of a checkpoint with other weights of the flow. Each tensor has the dtype of the source.
 
     Args:
-        source: path of the checkpoint to copy.
-        target: path of the file to write.
-        state: tensors of the flow by name.
+        source_path: path of the checkpoint to copy.
+        target_path: path of the file to write.
+        tuned_tensors: tensors of the flow by name.
     """
     # All sections are read, because all are written to the copy.
-    sections = read_sections(source, (MODEL,))
-    new_content: dict = {**sections, MODEL: in_types_of(sections[MODEL], state)}
-    if target.suffix == ".safetensors":
+    sections = read_sections(source_path, (MODEL,))
+    new_content: dict = {**sections, MODEL: in_types_of(sections[MODEL], tuned_tensors)}
+    if target_path.suffix == ".safetensors":
         # This format cannot store nested dictionaries, so sections become prefixes of the names.
         flat_content = {}
         for section, tensors in new_content.items():
             flat_content.update({f"{section}.{name}": tensor for name, tensor in tensors.items()})
         new_content = flat_content
-    rewrite(target, new_content)
+    rewrite(target_path, new_content)
 
 
 def source_of(files: ShapeFiles, sections: Sections) -> str:

@@ -252,15 +252,15 @@ def read_stages(
     """
     pairs_by_stage: dict[str, list[PreferencePair]] = {}
     for stage, folder in folders.items():
-        pairs_by_stage[stage], meta = read_pairs(folder, stage_of(pipeline, stage))
-        convention = meta.get("convention")
+        pairs_by_stage[stage], pairs_meta = read_pairs(folder, stage_of(pipeline, stage))
+        convention = pairs_meta.get("convention")
         if convention != CONVENTION:
             # If time ran the other way, training would silently approach noise.
             raise ValueError(
                 f"{folder}/meta.json: expected the convention {CONVENTION!r}, got {convention!r}. Make the"
                 " pairs again with `eg3d-rlhf flow tune WORK --pairs-only`."
             )
-        check(folder, stage, meta)
+        check(folder, stage, pairs_meta)
     # Every stage is compared with the first one. The order of pairs may differ between stages.
     (first_stage, first_pairs), *other_stages = pairs_by_stage.items()
     expected_pairs = {(pair.id, pair.condition) for pair in first_pairs}

@@ -223,7 +223,9 @@ class Sam3dPipeline(OpenedFolder):
                 latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution),
                 **stage_kwargs,
             )
-        latent_shapes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
+        latent_shapes = {
+            latent_name: [latent.tokens, latent.in_channels] for latent_name, latent in config.latents.items()
+        }
         # By default all groups of layers get adapters, and all latents have the same weight in the loss.
         groups: list[str] = list(config.groups)
         latents: Dictionary = ShapeAndPose(shapes=latent_shapes)
@@ -521,11 +523,11 @@ class Sam3d(FlowFamily):
                 flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
                 continue
             # Checkpoints are read one after the other, because they take most of the memory.
-            state = read(generator.checkpoint, "weights")
-            flow: Any = files.load_flow(generator, dtype, device, state=state)
+            checkpoint_tensors = read(generator.checkpoint, "weights")
+            flow: Any = files.load_flow(generator, dtype, device, state=checkpoint_tensors)
             flows[stage] = flow
             flow.recompute = True
-            fingerprints.append(fingerprint(files.embedder_state(generator, state)))
+            fingerprints.append(fingerprint(files.embedder_state(generator, checkpoint_tensors)))
         # Files of embeddings name both embedders, so they can be checked only if both checkpoints were read.
         if conditioning is not None and len(fingerprints) == len(files.STAGES):
             conditioning.check_source("conditioning", _source(file, fingerprints), REMEDY)
@@ -582,9 +584,17 @@ class Sam3d(FlowFamily):
             for name, path in embedding_progress(images.items(), "image"):
                 inputs = inputs_of(path, file.cuts[stage], reads_point_map)
                 # Stored for decoding the pose, which is in units of the point map.
-                tokens[name] |= {key: inputs[key] for key in (SCALE, SHIFT) if key in inputs}
+                tokens[name] |= {
+                    tensor_name: inputs[tensor_name]
+                    for tensor_name in (SCALE, SHIFT)
+                    if tensor_name in inputs
+                }
                 tokens[name][stage] = (
-                    embedder({key: inputs[key][None].to(device) for key in embedder.names})[0].float().cpu()
+                    embedder(
+                        {tensor_name: inputs[tensor_name][None].to(device) for tensor_name in embedder.names}
+                    )[0]
+                    .float()
+                    .cpu()
                 )
         return Conditioning(tokens=tokens, encoder=_source(file, fingerprints), zero_null=True)
 

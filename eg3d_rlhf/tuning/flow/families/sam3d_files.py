@@ -192,21 +192,22 @@ def read_pipeline(root: Path) -> PipelineFile:
     # The file is read as data: no class that it names is imported.
     pipeline_settings = read_yaml(path)
     paths = {PIPELINE: path}
-    for part in PARTS.values():
+    for part_prefix in PARTS.values():
         # Paths are relative to the folder of pipeline.yaml.
         for setting_kind in ("config", "ckpt"):
-            file_name = pipeline_settings.get(f"{part}_{setting_kind}_path")
+            file_name = pipeline_settings.get(f"{part_prefix}_{setting_kind}_path")
             file = root / str(file_name)
             if not file_name:
                 raise FileNotFoundError(
-                    f"{path}: the setting {part}_{setting_kind}_path is missing. Download the file again."
+                    f"{path}: the setting {part_prefix}_{setting_kind}_path is missing. Download the file"
+                    " again."
                 )
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"{path}: {part}_{setting_kind}_path states {file_name!r}, but the file {file} does not"
-                    " exist. Download it."
+                    f"{path}: {part_prefix}_{setting_kind}_path states {file_name!r}, but the file {file}"
+                    " does not exist. Download it."
                 )
-            paths[f"{part}.{setting_kind}"] = file
+            paths[f"{part_prefix}.{setting_kind}"] = file
     # The encoder is optional, because it is needed only to encode meshes.
     encoder_config = root / f"{ENCODER}.yaml"
     encoder_weights = [
@@ -400,8 +401,8 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
     try:
         # "_target_" names a class and is no weight.
         weights = {
-            name: float(value)
-            for name, value in (flow_settings.get("loss_weights") or {}).items()
+            name: float(setting_value)
+            for name, setting_value in (flow_settings.get("loss_weights") or {}).items()
             if name != "_target_"
         }
         # The settings of the embedder are beside those of the network, or inside them.
@@ -483,30 +484,30 @@ def _build_config(config_class: Any, file_settings: Mapping, **overrides: Any) -
         name for name, value in file_settings.items() if name not in fields and name not in IGNORED and value
     )
     # Ignored settings are used only if the caller passes their values.
-    settings = {
+    config_kwargs = {
         name: value for name, value in file_settings.items() if name in fields and name not in IGNORED
     }
-    settings |= overrides
+    config_kwargs |= overrides
     # A field without any default must be in the file.
     no_default = dataclasses.MISSING
     missing_settings = [
         name
         for name, field in fields.items()
-        if field.default is no_default and field.default_factory is no_default and name not in settings
+        if field.default is no_default and field.default_factory is no_default and name not in config_kwargs
     ]
     if unknown_settings or missing_settings:
         raise ValueError(
             f"the settings do not fit {config_class.__name__}: unknown are {unknown_settings[:8]}, missing"
             f" are {missing_settings[:8]}. Pass the folder of SAM 3D Objects."
         )
-    return config_class(**settings)
+    return config_class(**config_kwargs)
 
 
 def _latents(network: Mapping) -> dict[str, LatentConfig]:
     """Read the sizes of the first stage's latents, by name, from the settings of its network."""
     latents = {}
-    for latent_name, settings in network["latent_mapping"].items():
-        position_settings = settings.get("pos_embedder") or {}
+    for latent_name, latent_settings in network["latent_mapping"].items():
+        position_settings = latent_settings.get("pos_embedder") or {}
         resolution = position_settings.get("resolution")
         if position_settings.get("patch_size", 1) != 1:
             raise ValueError(
@@ -517,7 +518,7 @@ def _latents(network: Mapping) -> dict[str, LatentConfig]:
         # default 1.
         token_count = int(resolution) ** 3 if resolution else int(position_settings.get("token_len", 1))
         latents[latent_name] = LatentConfig(
-            in_channels=int(settings["in_channels"]), tokens=token_count, resolution=resolution
+            in_channels=int(latent_settings["in_channels"]), tokens=token_count, resolution=resolution
         )
     return latents
 
@@ -678,7 +679,10 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
             " Download the generator's YAML file again."
         )
     try:
-        encoders = [_encoder(i, settings, state) for i, settings in enumerate(file.embedder["embedder_list"])]
+        encoders = [
+            _encoder(i, settings_and_inputs, state)
+            for i, settings_and_inputs in enumerate(file.embedder["embedder_list"])
+        ]
         projections = [f"projection_nets.{i}" for i in range(len(encoders))]
         # The files state these widths only indirectly, so they are read from the tensors.
         hidden_widths = [len(state[f"{projection}.1.w1.weight"]) for projection in projections]
@@ -715,13 +719,13 @@ def _encoder(
     encoder_inputs = [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
     with torch.device("meta"):
         if class_name == "Dino":
-            size = int(encoder_settings.get("input_size", 224))
+            image_side = int(encoder_settings.get("input_size", 224))
             # The sizes are inferred from the tensors, because the YAML file does not state them.
             backbone_tensors = entries_below(state, f"module_list.{encoder_index}.backbone.")
-            config = DinoConfig.from_state(backbone_tensors, "embedder", shown=size)
+            config = DinoConfig.from_state(backbone_tensors, "embedder", shown=image_side)
             prenorm = bool(encoder_settings.get("prenorm_features", False))
             normalise = bool(encoder_settings.get("normalize_images", True))
-            return ImageEncoder(config, size, prenorm, normalise), config.hidden_size, encoder_inputs
+            return ImageEncoder(config, image_side, prenorm, normalise), config.hidden_size, encoder_inputs
         if class_name == "PointPatchEmbed":
             # Other settings of this encoder concern training and are ignored.
             field_names = {field.name for field in dataclasses.fields(PointConfig)}
@@ -773,7 +777,7 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
             f"{part}: {file_prefix}.yaml or {weights_names} is missing in {file.root}. Download both files;"
             " they are released beside the other checkpoints."
         )
-    config_file, checkpoint = (file.files[f"{file_prefix}.{kind}"] for kind in ("config", "ckpt"))
+    config_file, checkpoint = (file.files[f"{file_prefix}.{file_kind}"] for file_kind in ("config", "ckpt"))
     config_settings = read_yaml(config_file)
     field_names = {field.name for field in dataclasses.fields(config_class)}
     try:
@@ -830,20 +834,20 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     )
 
 
-def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
+def write_checkpoint(source_path: Path, target_path: Path, tuned_tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a copy of a generator's checkpoint with other weights of the flow. Each tensor has the dtype of
     the source.
 
     Args:
-        source: path of the checkpoint to copy.
-        target: path of the file to write.
-        state: tensors of the flow's network by name.
+        source_path: path of the checkpoint to copy.
+        target_path: path of the file to write.
+        tuned_tensors: tensors of the flow's network by name.
     """
-    checkpoint_content = read_content(source, "export")
+    checkpoint_content = read_content(source_path, "export")
     # Updated in place, so that everything else in the checkpoint is written unchanged.
     tensors = checkpoint_content.get("state_dict", checkpoint_content)
-    tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in state.items()})
-    rewrite(target, checkpoint_content)
+    tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in tuned_tensors.items()})
+    rewrite(target_path, checkpoint_content)
 
 
 def networks(root: Path) -> list[Network]:
@@ -860,9 +864,9 @@ def networks(root: Path) -> list[Network]:
     }
     for stage, generator in file.generators.items():
         # One checkpoint at a time is in memory.
-        state = read(generator.checkpoint, "weights")
-        flow_tensors = flow_state(generator, state)
-        embedder_tensors = embedder_state(generator, state)
+        checkpoint_tensors = read(generator.checkpoint, "weights")
+        flow_tensors = flow_state(generator, checkpoint_tensors)
+        embedder_tensors = embedder_state(generator, checkpoint_tensors)
         flow_network = empty(partial(network_of(generator.config), generator.config))
         embedder_network = embedder_of(generator, embedder_tensors)
         flow_and_embedder = (

@@ -107,10 +107,10 @@ class Trellis2Pipeline(EncodingFolder):
         for name, (mean, _) in file.normalization.items():
             channels = self.configs[name].out_channels if name in self.configs else len(mean)
             if len(mean) != channels:
-                key = files.NORMALIZATIONS[name]
+                normalization_name = files.NORMALIZATIONS[name]
                 raise ValueError(
-                    f"pipeline.json: {key} has {len(mean)} channels, but the model of stage {name!r} has"
-                    f" {channels}. Use pipeline.json and models of one release."
+                    f"pipeline.json: {normalization_name} has {len(mean)} channels, but the model of stage"
+                    f" {name!r} has {channels}. Use pipeline.json and models of one release."
                 )
         # The texture's flow must read as many channels as the shape's latents have.
         shape_channels = self.configs[self.shape].out_channels
@@ -538,8 +538,8 @@ class Trellis2(FlowFamily):
         for name, path in embedding_progress(images.items(), "image"):
             resized_images = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
             tokens[name] = {
-                size: image_tokens(encoder, image[None])[0]
-                for size, image in zip(sizes, resized_images, strict=True)
+                image_size: image_tokens(encoder, image[None])[0]
+                for image_size, image in zip(sizes, resized_images, strict=True)
             }
         return Conditioning(tokens=tokens, encoder=source_of(file), zero_null=True)
 

@@ -173,10 +173,12 @@ def write_ply(path: Path, asset: SplatAsset) -> None:
         asset.rotations,
     ]
     # "<f4" is little-endian float32, as the header below states.
-    rows = torch.cat([c.detach().float().cpu() for c in columns], 1).numpy().astype("<f4")
+    row_array = torch.cat([c.detach().float().cpu() for c in columns], 1).numpy().astype("<f4")
     properties = "".join(f"property float {name}\n" for name in PLY_FIELDS)
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
-    write_atomic(path, header.encode() + rows.tobytes())
+    header = (
+        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(row_array)}\n{properties}end_header\n"
+    )
+    write_atomic(path, header.encode() + row_array.tobytes())
 
 
 def show(asset: SplatAsset, path: Path) -> Path:
@@ -231,7 +233,7 @@ def read_ply(path: Path) -> SplatAsset:
     header = ply_bytes[: max(header_end, 0)].decode("ascii", "replace").splitlines()
     # Lines such as "property float x" and "element vertex 1000".
     properties = [header_line.split() for header_line in header if header_line.startswith("property ")]
-    names = [line_words[-1] for line_words in properties]
+    property_names = [line_words[-1] for line_words in properties]
     all_float32 = all(line_words[1] in ("float", "float32") for line_words in properties)
     elements = [header_line.split() for header_line in header if header_line.startswith("element ")]
     row_counts = [int(line_words[2]) for line_words in elements if line_words[2].isdigit()]
@@ -240,7 +242,7 @@ def read_ply(path: Path) -> SplatAsset:
             f"{path}: the file is not a binary little-endian .ply. Export it again in this format."
         )
     # Normals are always zero, and other programs may leave them out.
-    missing_names = sorted(set(PLY_FIELDS) - {"nx", "ny", "nz"} - set(names))
+    missing_names = sorted(set(PLY_FIELDS) - {"nx", "ny", "nz"} - set(property_names))
     if missing_names:
         raise ValueError(
             f"{path}: the properties {', '.join(missing_names)} of Gaussian splats are missing. Export the"
@@ -253,7 +255,7 @@ def read_ply(path: Path) -> SplatAsset:
             " other types. Export the file again as Gaussian splats."
         )
     row_bytes = ply_bytes[header_end + len(b"end_header\n") :]
-    expected_size = len(names) * 4 * row_counts[0]  # 4 bytes per float32
+    expected_size = len(property_names) * 4 * row_counts[0]  # 4 bytes per float32
     if len(row_bytes) != expected_size:
         raise ValueError(
             f"{path}: expected {expected_size} bytes after the header, got {len(row_bytes)}. The file is"
@@ -263,7 +265,7 @@ def read_ply(path: Path) -> SplatAsset:
 
     def select_columns(*fields: str) -> torch.Tensor:
         """Select columns of the table by the names of their properties."""
-        return table[:, [names.index(name) for name in fields]]
+        return table[:, [property_names.index(name) for name in fields]]
 
     scales = select_columns("scale_0", "scale_1", "scale_2").exp()
     rotations = select_columns("rot_0", "rot_1", "rot_2", "rot_3")
@@ -306,19 +308,19 @@ class View:
         return self.focal * camera_points[:, :2] / camera_points[:, 2:] + 0.5
 
 
-def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
+def views_around(camera_count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
     """Place cameras evenly on a sphere around the origin, looking at the origin, with z up.
 
     Args:
-        count: number of cameras, at least 1.
+        camera_count: number of cameras, at least 1.
         radius: distance of the cameras from the origin.
         fov: field of view in degrees.
     """
     views = []
-    for i in range(count):
+    for i in range(camera_count):
         # Fibonacci sphere: heights are evenly spaced in -1..1, and each camera is rotated about the z axis by
         # the golden angle, pi (3 - sqrt(5)), against the previous one.
-        height = 1 - (2 * i + 1) / count
+        height = 1 - (2 * i + 1) / camera_count
         azimuth = i * math.pi * (3 - math.sqrt(5))
         ring = math.sqrt(1 - height**2)  # radius of the circle at this height
         position = torch.tensor([ring * math.cos(azimuth), ring * math.sin(azimuth), height])
@@ -333,31 +335,31 @@ def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[Vie
 
 
 @torch.no_grad()
-def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
+def render(asset: SplatAsset, view: View, image_side: int) -> torch.Tensor:
     """Render an asset over a black background. Not differentiable.
 
     Args:
         asset: Gaussians.
         view: camera.
-        size: S, pixels per side of the image.
+        image_side: S, pixels per side of the image.
     Returns: image [3, S, S] of values 0..1.
     """
-    means, conics, alphas, reach, order = _on_screen(asset, view, size)
+    means, conics, alphas, reach, order = _on_screen(asset, view, image_side)
     colours = asset.colours[order]
     # Bounding boxes on screen, [G, 2] each.
     low = means - reach[:, None]
     high = means + reach[:, None]
-    image = means.new_zeros(3, size, size)
-    for top in range(0, size, TILE):
+    image = means.new_zeros(3, image_side, image_side)
+    for top in range(0, image_side, TILE):
         # Gaussians that overlap this row of tiles.
         row_indices = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
-        for left in range(0, size, TILE):
+        for left in range(0, image_side, TILE):
             # Gaussians that overlap this tile, still ordered by depth.
             tile_indices = row_indices[(low[row_indices, 0] < left + TILE) & (high[row_indices, 0] > left)]
             if len(tile_indices):
                 # Pixel centres are at + 0.5; tiles at the right and lower border may be smaller.
                 y, x = (
-                    torch.arange(start, min(start + TILE, size), device=means.device) + 0.5
+                    torch.arange(start, min(start + TILE, image_side), device=means.device) + 0.5
                     for start in (top, left)
                 )
                 # cartesian_prod gives (y, x) row by row; flipped to (x, y), [P, 2].
@@ -373,13 +375,13 @@ def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
     return image
 
 
-def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, ...]:
+def _on_screen(asset: SplatAsset, view: View, image_side: int) -> tuple[torch.Tensor, ...]:
     """Project the Gaussians in front of the camera to the image.
 
     Args:
         asset: Gaussians.
         view: camera.
-        size: S, pixels per side of the image.
+        image_side: S, pixels per side of the image.
     Returns: centres [G, 2] in pixels, inverse covariances [G, 3], opacities [G], radii [G] in pixels beyond
         which a Gaussian is cut off, and the indices [G] of the Gaussians from front to back. All are in this
         order, without the Gaussians that are nearer than NEAR.
@@ -388,7 +390,7 @@ def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, 
     order = camera_points[:, 2].argsort()
     order = order[camera_points[order, 2] > NEAR]
     x, y, z = camera_points[order].unbind(1)
-    f = view.focal * size  # focal length in pixels
+    f = view.focal * image_side  # focal length in pixels
     zero = torch.zeros_like(z)
     # Jacobian of the projection at the centre (Zwicker et al. 2001, EWA splatting): [G, 2, 3].
     jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)
@@ -410,7 +412,7 @@ def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, 
     largest_eigenvalue = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
     alphas = asset.opacities[order].float() * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
     # In pixels; the optical axis meets the image in its centre, size / 2.
-    means = torch.stack([f * x / z, f * y / z], 1) + size / 2
+    means = torch.stack([f * x / z, f * y / z], 1) + image_side / 2
     return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), order
 
 
@@ -444,7 +446,7 @@ def _tile(
 def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
     """Convert quaternions [G, 4], real part first, to rotation matrices [G, 3, 3]."""
     w, x, y, z = torch.nn.functional.normalize(quaternions, dim=1).unbind(1)
-    rows = [
+    matrix_entries = [
         1 - 2 * (y * y + z * z),
         2 * (x * y - w * z),
         2 * (x * z + w * y),
@@ -455,7 +457,7 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
         2 * (y * z + w * x),
         1 - 2 * (x * x + y * y),
     ]
-    return torch.stack(rows, 1).view(-1, 3, 3)
+    return torch.stack(matrix_entries, 1).view(-1, 3, 3)
 
 
 @torch.no_grad()

@@ -111,29 +111,32 @@ def read_pipeline(root: Path) -> PipelineFile:
         )
     pipeline_json = read_json(path)
     pipeline_name = pipeline_json.get("name", "")
-    args = pipeline_json.get("args")
+    pipeline_args = pipeline_json.get("args")
     # The kind is part of the name, such as TrellisTextTo3DPipeline.
-    kind = next((k for k in KINDS if f"{k}to3d" in str(pipeline_name).lower()), None)
-    if kind is None:
+    prompt_kind = next((k for k in KINDS if f"{k}to3d" in str(pipeline_name).lower()), None)
+    if prompt_kind is None:
         raise ValueError(
             f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline, got"
             f" {pipeline_name!r}. Pass the folder of a TRELLIS model."
         )
-    if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+    if not isinstance(pipeline_args, dict) or not isinstance(pipeline_args.get("models"), dict):
         raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
-    missing_models = [model for model in FLOWS.values() if model not in args["models"]]
+    missing_models = [model for model in FLOWS.values() if model not in pipeline_args["models"]]
     if missing_models:
         raise ValueError(
             f"{path}: args.models does not name the model {' and '.join(missing_models)}. Download the file"
             " again."
         )
-    samplers = {stage: _sampler(path, args.get(key), key, KINDS[kind]) for stage, key in SAMPLERS.items()}
-    normalization_values = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
+    samplers = {
+        stage: _sampler(path, pipeline_args.get(key), key, KINDS[prompt_kind])
+        for stage, key in SAMPLERS.items()
+    }
+    normalization_values = {**NORMALIZATION, **(pipeline_args.get("slat_normalization") or {})}
     return PipelineFile(
         root=root,
-        kind=kind,
-        models=dict(args["models"]),
-        encoder=args.get(f"{kind}_cond_model") or ENCODERS[kind],
+        kind=prompt_kind,
+        models=dict(pipeline_args["models"]),
+        encoder=pipeline_args.get(f"{prompt_kind}_cond_model") or ENCODERS[prompt_kind],
         sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
         mean=tuple(map(float, normalization_values["mean"])),
@@ -149,61 +152,65 @@ def normalization(file: PipelineFile, stage: str) -> dict | None:
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
 
 
-def _sampler(path: Path, sampler_entry: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
+def _sampler(
+    path: Path, sampler_entry: dict | None, sampler_name: str, default: Sampling
+) -> tuple[Sampling, float]:
     """Read the settings of a stage's sampler, and sigma_min.
 
     Args:
         path: path of pipeline.json, for messages.
         sampler_entry: entry of the sampler in pipeline.json, or None if there is no entry.
-        key: name of the entry, for messages.
+        sampler_name: name of the entry, for messages.
         default: values of settings that the entry lacks.
     """
 
-    def parse_sampler(name: str, params: Mapping) -> Sampling:
+    def parse_sampler(class_name: str, params: Mapping) -> Sampling:
         """Parse the class name and the params of a sampler."""
         # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
         # use guidance at all times; FlowEulerSampler uses no guidance.
         interval = params.get(
-            "cfg_interval", default.cfg_interval if "GuidanceInterval" in name else (0.0, 1.0)
+            "cfg_interval", default.cfg_interval if "GuidanceInterval" in class_name else (0.0, 1.0)
         )
         return Sampling(
             steps=int(params.get("steps", default.steps)),
             rescale_t=float(params.get("rescale_t", default.rescale_t)),
             cfg_strength=(
-                float(params.get("cfg_strength", default.cfg_strength)) if name != "FlowEulerSampler" else 0.0
+                float(params.get("cfg_strength", default.cfg_strength))
+                if class_name != "FlowEulerSampler"
+                else 0.0
             ),
             cfg_interval=(float(interval[0]), float(interval[1])),
         )
 
-    return sampler_of(path, sampler_entry, key, parse_sampler)
+    return sampler_of(path, sampler_entry, sampler_name, parse_sampler)
 
 
 def sampler_of(
-    path: Path, sampler_entry: Mapping | None, key: str, read: Callable[[str, Mapping], Sampling]
+    path: Path, sampler_entry: Mapping | None, sampler_name: str, read: Callable[[str, Mapping], Sampling]
 ) -> tuple[Sampling, float]:
     """Read the settings of a sampler in a pipeline.json, and sigma_min.
 
     Args:
         path: path of pipeline.json, for messages.
         sampler_entry: entry of the sampler in the file, or None if there is no entry.
-        key: name of the entry.
+        sampler_name: name of the entry.
         read: function that parses the sampler's class name and its params. It may raise ValueError, TypeError
             or IndexError.
     """
     # Without an entry, the sampler has its published class and default settings.
     sampler_entry = sampler_entry or {}
-    name = str(sampler_entry.get("name", "FlowEulerGuidanceIntervalSampler"))
-    if not name.startswith("FlowEuler"):
+    class_name = str(sampler_entry.get("name", "FlowEulerGuidanceIntervalSampler"))
+    if not class_name.startswith("FlowEuler"):
         raise ValueError(
-            f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other"
-            " conventions are not supported. Download the file again."
+            f"{path}: expected a FlowEuler sampler for {sampler_name} (t = 1 is noise), got {class_name!r}."
+            " Other conventions are not supported. Download the file again."
         )
     try:
-        return read(name, sampler_entry.get("params") or {}), float(
+        return read(class_name, sampler_entry.get("params") or {}), float(
             (sampler_entry.get("args") or {}).get("sigma_min", 1e-5)
         )
     except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}, {key}: {error}") from None
+        raise ValueError(f"{path}, {sampler_name}: {error}") from None
 
 
 def find_model(file: ModelFolder, model: str) -> Path:
@@ -270,16 +277,16 @@ def find_weights(stem: Path) -> Path | None:
     return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
-def _possible_stems(file: ModelFolder, value: str):
+def _possible_stems(file: ModelFolder, model_path: str):
     """Yield the stems at which the files of a model may be.
 
     Args:
         file: settings of pipeline.json.
-        value: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
+        model_path: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
     """
-    yield file.root / value
+    yield file.root / model_path
     # Padded by empty parts, so that a value with less than two parts can be unpacked, too.
-    owner, repo, *path_parts = [*Path(value).parts, "", ""]
+    owner, repo, *path_parts = [*Path(model_path).parts, "", ""]
     path_in_repo = "/".join(part for part in path_parts if part)
     # A value with less than three parts is no path in another repository.
     if not path_in_repo:
@@ -320,25 +327,25 @@ Architectures = Mapping[str, tuple[type[nn.Module], type]]  # name of a class ->
 
 
 def architecture(
-    content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
+    model_json: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
 ) -> tuple[type[nn.Module], Any]:
     """Return the class and the configuration of the model that a JSON file describes.
 
     Args:
-        content: content of the file, {"name": class, "args": {...}}.
+        model_json: content of the file, {"name": class, "args": {...}}.
         message_prefix: beginning of messages, such as the path of the file.
         architectures: supported classes by name.
     Raises: ValueError for an unknown class, and for unknown or missing arguments.
     """
-    name = content.get("name")
-    args = content.get("args")
-    supported_classes = architectures.get(str(name).removeprefix("Elastic"))
+    class_name = model_json.get("name")
+    model_args = model_json.get("args")
+    supported_classes = architectures.get(str(class_name).removeprefix("Elastic"))
     if supported_classes is None:
         raise ValueError(
-            f"{message_prefix}: expected a model among {', '.join(architectures)}, got {name!r}. Pass the"
-            " folder of a supported generator."
+            f"{message_prefix}: expected a model among {', '.join(architectures)}, got {class_name!r}. Pass"
+            " the folder of a supported generator."
         )
-    if not isinstance(args, Mapping):
+    if not isinstance(model_args, Mapping):
         raise ValueError(f"{message_prefix}: the object 'args' is missing. Download the file again.")
     model_class, config_class = supported_classes
     fields = dataclasses.fields(config_class)
@@ -346,19 +353,19 @@ def architecture(
     field_names = {field.name for field in fields}
     # Some classes of the original ignore unknown arguments.
     if getattr(model_class, "passes_over", False):
-        args = {key: value for key, value in args.items() if key in field_names}
-    unknown_args = sorted(set(args) - field_names)
+        model_args = {key: value for key, value in model_args.items() if key in field_names}
+    unknown_args = sorted(set(model_args) - field_names)
     missing_args = sorted(
         f.name
         for f in fields
-        if f.default is no_default and f.default_factory is no_default and f.name not in args
+        if f.default is no_default and f.default_factory is no_default and f.name not in model_args
     )
     if unknown_args or missing_args:
         raise ValueError(
-            f"{message_prefix}: the args do not fit {name}: unknown are {unknown_args}, missing are"
+            f"{message_prefix}: the args do not fit {class_name}: unknown are {unknown_args}, missing are"
             f" {missing_args}. Download the file again, or pass the folder of a supported generator."
         )
-    return model_class, config_class(**args)
+    return model_class, config_class(**model_args)
 
 
 def build_model(
@@ -425,16 +432,20 @@ def networks_of(
         prepare: function that renames or removes tensors; see `load_model`.
     """
     network_list = []
-    for name in models:
-        without = optional.get(name, "")
-        if without and not has_model(file, name):
+    for model_name in models:
+        without = optional.get(model_name, "")
+        if without and not has_model(file, model_name):
             network_list.append(
                 Network(
-                    name=name, file=file.root / file.usual[name], expected={}, tensors={}, without=without
+                    name=model_name,
+                    file=file.root / file.usual[model_name],
+                    expected={},
+                    tensors={},
+                    without=without,
                 )
             )
             continue
-        stem = find_model(file, name)
+        stem = find_model(file, model_name)
         json_file = with_ending(stem, ".json")
         weights = find_weights(stem)
         assert weights is not None  # find_model has checked it
@@ -442,10 +453,10 @@ def networks_of(
         tensors = base_state(weights)
         tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights))
         expected = shapes(empty(partial(model_class, config)).state_dict())
-        released_counts = (released or {}).get(name)
+        released_counts = (released or {}).get(model_name)
         network_list.append(
             Network(
-                name=name,
+                name=model_name,
                 file=weights,
                 expected=expected,
                 tensors=tensors,
@@ -564,13 +575,13 @@ def release_of(
     missing_models = []  # names of models that are not on this machine
     stem_by_name: dict[str, Path] = {}  # last part of a stem -> stem
     tuned_models = {flows[stage]: stage for stage in stages}
-    for name in dict.fromkeys([*file.models, *file.usual]):
+    for model_name in dict.fromkeys([*file.models, *file.usual]):
         try:
-            stem = find_model(file, name)
+            stem = find_model(file, model_name)
         except FileNotFoundError:
-            if name in required or name in tuned_models:
+            if model_name in required or model_name in tuned_models:
                 raise
-            missing_models.append(name)
+            missing_models.append(model_name)
             continue
         # All models are written to one folder, so their names must differ.
         if stem_by_name.setdefault(stem.name, stem) != stem:
@@ -578,26 +589,26 @@ def release_of(
                 f"export: the models {stem} and {stem_by_name[stem.name]} have the same file name. Rename the"
                 " files of one of them, and its value in pipeline.json."
             )
-        export_stems[name] = f"ckpts/{stem.name}"
+        export_stems[model_name] = f"ckpts/{stem.name}"
         base_weights = find_weights(stem)
         assert base_weights is not None  # find_model has checked it
-        exported_files[f"{export_stems[name]}.json"] = with_ending(stem, ".json")
-        if name in tuned_models:
+        exported_files[f"{export_stems[model_name]}.json"] = with_ending(stem, ".json")
+        if model_name in tuned_models:
             # The tuned network is read and written only when the export runs.
-            networks[tuned_models[name]] = Stored(
-                file=f"{export_stems[name]}.safetensors",
+            networks[tuned_models[model_name]] = Stored(
+                file=f"{export_stems[model_name]}.safetensors",
                 load=partial(load, stem),
                 write=partial(_write_tuned, base_weights),
             )
         else:
-            exported_files[export_stems[name] + base_weights.suffix] = base_weights
-    for path in (file.root / name for name in ("pipeline.json", *other_pipeline_files)):
+            exported_files[export_stems[model_name] + base_weights.suffix] = base_weights
+    for path in (file.root / model_name for model_name in ("pipeline.json", *other_pipeline_files)):
         if path.is_file():
             pipeline_json = read_json(path)
             # Exported models get their path in the exported folder; others stay references.
             pipeline_json["args"]["models"] = {
-                name: export_stems.get(name, model_path)
-                for name, model_path in pipeline_json["args"]["models"].items()
+                model_name: export_stems.get(model_name, model_path)
+                for model_name, model_path in pipeline_json["args"]["models"].items()
             }
             exported_files[path.name] = (json.dumps(pipeline_json, indent=4) + "\n").encode()
     return Release(files=exported_files, networks=networks, elsewhere=missing_models)

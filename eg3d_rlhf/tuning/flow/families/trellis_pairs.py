@@ -63,7 +63,9 @@ def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool
     if STRUCTURE in record:
         latents[STRUCTURE] = read_structure(folder / record[STRUCTURE])
     if LATENT in record:
-        coords, feats = (read_array(folder / record[LATENT], key) for key in ("coords", "feats"))
+        coords, feats = (
+            read_array(folder / record[LATENT], array_name) for array_name in ("coords", "feats")
+        )
         # In the format of a batch, each row begins with the sample's index, here 0. It is removed.
         if coords.ndim == 2 and coords.shape[1] == 4 and not coords[:, 0].any():
             coords = coords[:, 1:]

@@ -180,7 +180,7 @@ def pooled(
             (*setup_arguments, jobs == 1),
             jobs,
             folder / "logs",
-            lambda name, result: bar.update(),
+            lambda name, task_result: bar.update(),
             user_errors,
         )
 
@@ -296,17 +296,19 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
     seeds = settings.training_seeds
     arms = settings.arms
     # [1, C, S]: the base has no training seed, so an axis of size 1 broadcasts over the seeds of the arms
-    base = {name: np.array([values]) for name, values in results[BASE]["scores"].items()}
+    base = {
+        name: np.array([scores_of_prompts]) for name, scores_of_prompts in results[BASE]["scores"].items()
+    }
     scores: dict[str, dict[str, np.ndarray]] = {}  # arm -> evaluator -> [K, C, S]
     for arm in arms:
         arm_scores = [results[f"{arm}-{seed}"]["scores"] for seed in seeds]
         scores[arm] = {name: np.array([seed_scores[name] for seed_scores in arm_scores]) for name in base}
     rates = Table(scores=scores, base=base, seeds=seeds)
-    rows = {}
+    row_by_arm = {}
     for arm in arms:
         trainings = [results[f"{arm}-{seed}"] for seed in seeds]
         win_rates = rates.against_base(arm)
-        rows[arm] = {
+        row_by_arm[arm] = {
             "evaluators": {name: win_rates[name] for name in EVALUATORS if name in win_rates},
             **{key: [training[key] for training in trainings] for key in ("kept_step", "warnings")},
             **settings.row(arm, trainings, win_rates, scores[arm], base),
@@ -315,7 +317,7 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
     evaluator = next(name for name in EVALUATORS if name in base)
     compared_arms = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
     return {
-        "arms": rows,
+        "arms": row_by_arm,
         "pairwise": rates.pairwise(evaluator, compared_arms),
         "evaluator": evaluator,
         **rates.sizes,

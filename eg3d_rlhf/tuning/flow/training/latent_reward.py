@@ -159,22 +159,24 @@ class PositionNetwork(nn.Module):
         """
         return self.head(self.embed(rows, condition)).squeeze(1)
 
-    def embed(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+    def embed(self, feature_rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
         """Embed each position, and average over the positions of each sample, [N, W]. See forward.
 
         Differentiable in: rows, parameters.
         """
         # samples may have different numbers of positions: all rows are concatenated, [P, D]
-        lengths = torch.tensor([len(x) for x in rows], device=condition.device)
+        lengths = torch.tensor([len(x) for x in feature_rows], device=condition.device)
         # index of the sample of each position, [P]
-        sample_index = torch.arange(len(rows), device=condition.device).repeat_interleave(lengths)
+        sample_index = torch.arange(len(feature_rows), device=condition.device).repeat_interleave(lengths)
         conditioning = self.told(condition)
         # [P, W]
         embeddings = self.place(
-            torch.cat([(torch.cat(list(rows)) - self.mean) / self.std, conditioning[sample_index]], 1)
+            torch.cat([(torch.cat(list(feature_rows)) - self.mean) / self.std, conditioning[sample_index]], 1)
         )
         return (
-            embeddings.new_zeros(len(rows), embeddings.shape[1]).index_add(0, sample_index, embeddings)
+            embeddings.new_zeros(len(feature_rows), embeddings.shape[1]).index_add(
+                0, sample_index, embeddings
+            )
             / lengths[:, None]
         )
 
@@ -234,10 +236,10 @@ class LatentReward:
             # x_0 minus the untuned network's prediction of it
             features.append(feats_of(x_0) - feats_of(path.data(x_t, t, v)))
         if isinstance(x_0, SparseBatch):
-            rows = torch.cat(
+            feature_rows = torch.cat(
                 [*(feature.float() for feature in features), _around(x_0, self.form.resolution)], 1
             )
-            return list(rows.split(x_0.lengths.tolist()))
+            return list(feature_rows.split(x_0.lengths.tolist()))
         assert isinstance(x_0, torch.Tensor)
         # tokens [N, L, C] have no position
         if not self.form.resolution:
@@ -273,9 +275,9 @@ class LatentReward:
         condition = self.conditioning(prompts)
         # the features are the same for all members, and the untuned network's predictions take most of the
         # time
-        rows = self.position_features(x_0, condition)
+        feature_rows = self.position_features(x_0, condition)
         members: list[Any] = [*self.network.members]
-        embeddings = [member.embed(rows, pooled(condition)) for member in members]
+        embeddings = [member.embed(feature_rows, pooled(condition)) for member in members]
         scores = [
             member.head(embedding).squeeze(1) for member, embedding in zip(members, embeddings, strict=True)
         ]
@@ -292,7 +294,7 @@ class LatentReward:
         )
 
 
-def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
+def _around(sparse_batch: SparseBatch, resolution: int) -> torch.Tensor:
     """Compute the features of the location of each voxel, [V, 14].
 
     They are: the number of its six neighbours that are occupied (one-hot, 0 to 6), 7 values; whether its
@@ -300,14 +302,14 @@ def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
     3 values; and the number of voxels of its sample in hundreds, 1 value.
 
     Args:
-        x: voxels of all samples.
+        sparse_batch: voxels of all samples.
         resolution: cells per axis of the grid, for samples that have no grid size of their own.
     """
-    sample_index = x.sample  # [V], index of the sample of each voxel
+    sample_index = sparse_batch.sample  # [V], index of the sample of each voxel
     # column 0 of coords is the sample; [V, 3]
-    voxels = x.coords[:, 1:].long()
+    voxels = sparse_batch.coords[:, 1:].long()
     # cells per edge of each sample's grid; samples without their own use the stage's resolution
-    grid_sizes = [grid_size or resolution for grid_size in x.cells or [None] * x.size]
+    grid_sizes = [grid_size or resolution for grid_size in sparse_batch.cells or [None] * sparse_batch.size]
     cells_per_axis = torch.tensor(grid_sizes, device=voxels.device)[sample_index][:, None]  # [V, 1]
 
     def voxel_key(voxel: torch.Tensor) -> torch.Tensor:
@@ -326,7 +328,7 @@ def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
     mirror_is_occupied = torch.stack(
         [is_occupied(torch.where(axis.bool(), cells_per_axis - 1 - voxels, voxels)) for axis in axes], 1
     )
-    voxel_count = (x.lengths.float() / 100)[sample_index][:, None]
+    voxel_count = (sparse_batch.lengths.float() / 100)[sample_index][:, None]
     return torch.cat(
         [
             F.one_hot(neighbour_count, 7).float(),
@@ -465,7 +467,9 @@ def train_on_pairs(
     # features are computed once for all epochs, as neither the latents nor the untuned network change
     features, conditioning = _read(reward, pairs)
     # mean and standard deviation of the features, from at most 256 pairs
-    sample_features = torch.cat([x for pair_features in features[:256] for x in pair_features])
+    sample_features = torch.cat(
+        [latent_features for pair_features in features[:256] for latent_features in pair_features]
+    )
     mean = sample_features.mean(0)
     std = sample_features.std(0).clamp(min=0.05)  # a feature that is almost constant must not be amplified
     prompts = sorted({pair.condition for pair in pairs})
@@ -625,10 +629,10 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
             for latents of another form or for another network of the stage; and if the weights do not fit by
             name and shape.
     """
-    tensors, meta = read_tensors(path, KIND)
-    meta = version_0_1.latent_reward(meta)
+    tensors, file_meta = read_tensors(path, KIND)
+    file_meta = version_0_1.latent_reward(file_meta)
     try:
-        file_form = LatentForm(**meta["form"])
+        file_form = LatentForm(**file_meta["form"])
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: the description of the latent reward is incomplete or has unknown entries: {error}."
@@ -636,12 +640,12 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
         ) from None
     # another network of the stage would make other predictions, and so other features: its hash must match
     stage_form = LatentForm.of(stage)
-    for name, stage_value in asdict(stage_form).items():
-        if getattr(file_form, name) != stage_value:
+    for field_name, stage_value in asdict(stage_form).items():
+        if getattr(file_form, field_name) != stage_value:
             raise ValueError(
-                f"{path}: this reward was trained for {name} {getattr(file_form, name)!r}, but the stage has"
-                f" {stage_value!r}. Train a reward of this stage."
+                f"{path}: this reward was trained for {field_name} {getattr(file_form, field_name)!r}, but"
+                f" the stage has {stage_value!r}. Train a reward of this stage."
             )
     network = _new(pipeline, stage_form, condition, 0)
     load_strict(network, tensors, str(path))
-    return LatentReward(pipeline, stage, network, meta["record"])
+    return LatentReward(pipeline, stage, network, file_meta["record"])

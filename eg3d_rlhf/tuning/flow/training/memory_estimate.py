@@ -77,9 +77,9 @@ def cost_of_update(
             policy, reference = policy_and_reference(fake_copy, config)
             set_recompute(policy, recompute)
             updates = start(fake_copy, policy, reference)
-            for group in updates.optimizer.param_groups:
+            for param_group in updates.optimizer.param_groups:
                 # AdamW's default on CUDA: one update of all parameters, with temporary copies of them
-                group["foreach"] = device == "cuda"
+                param_group["foreach"] = device == "cuda"
             # The moments are allocated in the first update, so the second one has the true peak. The moments
             # of adapters are small enough to measure the first.
             for step in range(1 if config.lora else 2):
@@ -194,8 +194,12 @@ def choose_pass(
         single_bytes = costs(1, recompute_blocks).bytes
         # bytes of each further example
         extra_bytes = costs(2, recompute_blocks).bytes - single_bytes if batch > 1 else 0
-        divisors = [n for n in range(batch, 0, -1) if batch % n == 0]  # the largest first
-        fitting_sizes = [n for n in divisors if single_bytes + (n - 1) * extra_bytes <= space]
+        divisors = [
+            pass_size for pass_size in range(batch, 0, -1) if batch % pass_size == 0
+        ]  # the largest first
+        fitting_sizes = [
+            pass_size for pass_size in divisors if single_bytes + (pass_size - 1) * extra_bytes <= space
+        ]
         if fitting_sizes:
             return fitting_sizes[0], recompute_blocks
     return None

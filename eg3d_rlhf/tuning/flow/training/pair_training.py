@@ -319,13 +319,13 @@ class Passes(Descent, Generic[Example]):
         """
 
     @abstractmethod
-    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Args:
             step: number of the update, counted from 0.
             totals: sums over all passes and ranks, [sums].
-            items: (number of the epoch, example) for the whole batch.
+            batch_items: (number of the epoch, example) for the whole batch.
         """
 
 
@@ -420,7 +420,7 @@ class Updates(Passes[PreferencePair]):
             totals[4:] = torch.cat([stats[name] for name in BINNED])
         return totals
 
-    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
+    def finish_update(self, step: int, totals: torch.Tensor, batch_items: Sequence[Item]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         The entry "bins" has the sums of the BINNED metrics over all ranks in each time bin. For the loss dro,
@@ -428,17 +428,19 @@ class Updates(Passes[PreferencePair]):
         """
         dpo = self.config.dpo
         # three ids are enough to find the batch of an error
-        example_names = "pairs " + ", ".join(pair.id for _, pair in items[:3])
-        _, loss, norm, preferred, rejected, *bin_sums = self.descend(step, totals, example_names)
+        example_names = "pairs " + ", ".join(pair.id for _, pair in batch_items[:3])
+        _, loss, grad_norm, preferred, rejected, *bin_sums = self.descend(step, totals, example_names)
         # [len(BINNED) * TIME_BINS] -> one row for each metric
         bins = (
             dict(zip(BINNED, np.reshape(bin_sums, (-1, TIME_BINS)).tolist(), strict=True))
             if self.reference is not None
             else {}
         )
-        metrics = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "pairs": len(batch_items), "bins": bins}
         return metrics | (
-            {"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {}
+            {"w_error": preferred / len(batch_items), "l_error": rejected / len(batch_items)}
+            if dpo.kind == "dro"
+            else {}
         )
 
 

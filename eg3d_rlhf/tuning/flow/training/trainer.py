@@ -254,7 +254,10 @@ class Progress:
                         continue
                     stats_line[name] = math.fsum(bin_sums) / total_count
                     # a bin without pairs has no mean
-                    bin_means = [x / n if n else None for x, n in zip(bin_sums, bin_counts, strict=True)]
+                    bin_means = [
+                        bin_sum / bin_count if bin_count else None
+                        for bin_sum, bin_count in zip(bin_sums, bin_counts, strict=True)
+                    ]
                     time_bins[name] = bin_means
                 stats_line["time_bins"] = time_bins
             stats_line["lr"] = lr
@@ -271,7 +274,10 @@ def _added(sums_so_far: Mapping, added_values: dict) -> dict:
         if isinstance(value, dict):
             sums[key] = _added(sums_so_far[key], value)
         elif isinstance(value, list):
-            sums[key] = [x + y for x, y in zip(sums_so_far[key], value, strict=True)]
+            sums[key] = [
+                previous_element + added_element
+                for previous_element, added_element in zip(sums_so_far[key], value, strict=True)
+            ]
         else:
             sums[key] = sums_so_far[key] + value
     return sums
@@ -651,9 +657,11 @@ class _Training:
         # only rank 0 holds the lines and prints
         self.lines.append(stats_line)
         signs = self.updates.signs(self.lines)
-        new_warnings = {name: text for name, text in signs.items() if name not in self.warnings}
-        for name, text in new_warnings.items():
-            self.say(f"Warning ({name}): {text}")
+        new_warnings = {
+            name: warning_text for name, warning_text in signs.items() if name not in self.warnings
+        }
+        for name, warning_text in new_warnings.items():
+            self.say(f"Warning ({name}): {warning_text}")
         if new_warnings:
             self.warnings |= new_warnings
             self.run.write(WARNINGS, self.warnings)
@@ -687,8 +695,12 @@ class _Training:
             unsharded(tensors | checkpoint.optimizer_tensors("optim", self.updates.optimizer), self.ranks)
             | self.updates.tensors()
         )
-        meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
-        self.run.checkpoint(self.progress.step, tensors, meta)
+        checkpoint_meta = {
+            "progress": asdict(self.progress),
+            "lines": self.run.lines,
+            "warnings": self.warnings,
+        }
+        self.run.checkpoint(self.progress.step, tensors, checkpoint_meta)
         self.referenced_steps = [*self.referenced_steps, self.progress.kept_step][-checkpoint.KEEP :]
         # after the checkpoint: a run killed here still has what its newest state refers to
         if self.ranks.is_main:
@@ -703,7 +715,7 @@ class _Training:
         """
         line_count = 0  # number of lines of stats.jsonl at the checkpoint
         if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.is_main else None):
-            tensors, meta = self.run.read(previous=True)
+            tensors, checkpoint_meta = self.run.read(previous=True)
             self._load({name: tensors[f"policy.{name}"] for name in self.trained_parameters}, self.policy)
             # the file holds full tensors: each rank takes its part of the optimiser's moments
             for parameter_index, parameter in enumerate(self.updates.parameters):
@@ -711,9 +723,9 @@ class _Training:
                 tensors |= {name: like(tensors[name], parameter) for name in moment_names}
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
             self.updates.restore(tensors)
-            self.progress = Progress(**version_0_1.flow_progress(meta["progress"]))
-            self.warnings = version_0_1.flow_warnings(meta["warnings"])
-            line_count = meta["lines"]
+            self.progress = Progress(**version_0_1.flow_progress(checkpoint_meta["progress"]))
+            self.warnings = version_0_1.flow_warnings(checkpoint_meta["warnings"])
+            line_count = checkpoint_meta["lines"]
         self.referenced_steps = [self.progress.kept_step]
         # drops the lines of stats.jsonl that were written after the checkpoint
         self.run.continue_from(self.progress.step, line_count)
@@ -723,7 +735,7 @@ class _Training:
     def _finish(self) -> dict:
         """Write the policy and the result, and delete the checkpoints. Return the result of the training."""
         progress = self.progress
-        result = None
+        training_result = None
         # gathering needs all ranks, so it comes before the part of rank 0
         kept_tensors = {} if self.evaluates else unsharded(self.trained_parameters, self.ranks)
         if self.ranks.is_main:
@@ -740,10 +752,10 @@ class _Training:
             run_settings = version_0_1.former_settings(self.run.settings)
             policy_meta = {**run_settings, "kept_step": progress.kept_step, self.criterion: progress.best}
             save_policy(policy, self.run.folder / POLICY, policy_meta)
-            warnings = [f"{name}: {text}" for name, text in self.warnings.items()]
+            warnings = [f"{name}: {warning_text}" for name, warning_text in self.warnings.items()]
             self.run.write(RESULT, {"kept_step": progress.kept_step, "warnings": warnings})
             # last of all, so that a run killed before this line can still be resumed
             for path in [*checkpoint.available(self.run.folder), *self.run.folder.glob("kept-*.safetensors")]:
                 path.unlink()
-            result = read_result(self.run.folder)
-        return self.ranks.broadcast(result)
+            training_result = read_result(self.run.folder)
+        return self.ranks.broadcast(training_result)

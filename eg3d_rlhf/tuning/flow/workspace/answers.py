@@ -301,7 +301,9 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
     def score(numbers: Sequence[int]) -> Scored:
         # The labelling project numbers assets in an order of its own, so samples are found by their file
         # names.
-        scored_samples = [samples_by_file[collection.assets[number].path.name] for number in numbers]
+        scored_samples = [
+            samples_by_file[collection.assets[asset_number].path.name] for asset_number in numbers
+        ]
         latents = collate([sample.latents[stage.name] for sample in scored_samples])
         scores, embeddings = reward.score_members(latents, [sample.condition for sample in scored_samples])
         return Scored(scores.double().numpy(), embeddings.double().numpy())

@@ -186,7 +186,7 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
     trace = MemoryTrace()
     with implementation("ref"):
         stage = fake_stage(trace, sized.stage)
-        given = given_of(stage, batch, voxels)
+        stage_voxels = given_of(stage, batch, voxels)
         with trace:
             cond = ZeroConditioning(sized).null_conditioning(batch, stage.name)
             trace.mark()
@@ -194,7 +194,7 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
             # below.
             sample(
                 stage,
-                stage.noise([0] * batch, given),
+                stage.noise([0] * batch, stage_voxels),
                 cond,
                 cond,
                 replace(sampling, steps=1, cfg_interval=(0.0, 1.0)),
@@ -284,17 +284,20 @@ def estimate(
         leave=False,
         disable=None,
     )
-    for (index, sized), (what, recompute) in jobs:
+    for (stage_index, sized), (cost_kind, recompute) in jobs:
         # The weights of the other stages stay in memory while a stage is sampled or tuned.
-        other_weights = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[index])
+        other_weights = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[stage_index])
         traced_precision = "bfloat16" if dtype != "float32" else precision
         traced_stage = replace(sized, stage=replace(sized.stage, precision=traced_precision))
 
         # The default values are the loop's variables of this iteration.
         def cost(
-            batch: int, what: str = what, recompute: bool = recompute, traced_stage: SizedStage = traced_stage
+            batch: int,
+            cost_kind: str = cost_kind,
+            recompute: bool = recompute,
+            traced_stage: SizedStage = traced_stage,
         ) -> Cost:
-            if what == "sample":
+            if cost_kind == "sample":
                 return sampling_cost(traced_stage, batch, voxels)
             device_type = torch.device(device or "cpu").type
             return update(traced_stage, batch, recompute, lora=lora, device=device_type, voxels=voxels)
@@ -305,11 +308,11 @@ def estimate(
             bytes_per_sample = cost_of_two.bytes - cost_of_one.bytes
             peak_bytes = cost_of_one.bytes + (batch - 1) * bytes_per_sample + other_weights
             # Full tuning needs float32 weights in any case.
-            peak_bytes -= saved_bytes * weight_counts[index] if what != "full" else 0
+            peak_bytes -= saved_bytes * weight_counts[stage_index] if cost_kind != "full" else 0
             rows.append(
                 Row(
                     stage=sized.stage.name,
-                    what=what,
+                    what=cost_kind,
                     batch=batch,
                     precision=precision,
                     dtype=dtype,
@@ -359,9 +362,9 @@ def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
         who: beginning of the message.
     """
     for stage in dict.fromkeys(row.stage for row in rows):
-        for what in dict.fromkeys(row.what for row in rows):
+        for cost_kind in dict.fromkeys(row.what for row in rows):
             # If the variant with the smallest memory does not fit, no variant does.
-            variants = [row for row in rows if (row.stage, row.what) == (stage, what)]
+            variants = [row for row in rows if (row.stage, row.what) == (stage, cost_kind)]
             smallest = min(variants, key=lambda row: row.bytes)
             # Only the share SHARE of the free memory is used.
             if smallest.bytes > SHARE * space:
@@ -370,7 +373,7 @@ def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
                     remedy += ", or weights in bfloat16 (--set dtype=bfloat16)"
                 raise ValueError(
                     f"{who}: stage {stage!r} needs {smallest.bytes / SHARE / GIB:.1f} GiB of free memory"
-                    f" ({what}, batch"
+                    f" ({cost_kind}, batch"
                     f" {smallest.batch}{', with recomputed blocks' if smallest.recompute else ''}), but the"
                     f" device has {space / GIB:.1f} GiB. {remedy}."
                 )

@@ -188,8 +188,8 @@ class AssetSampling:
             existing_assets: files of the assets that exist: stem -> path.
             on_asset: function that is called with 1 after each new asset.
         """
-        stems, names, seeds = zip(*batch, strict=True)
-        for stem, sampled in zip(stems, draw_or_empty(self.pipeline, names, seeds), strict=True):
+        stems, prompts, seeds = zip(*batch, strict=True)
+        for stem, sampled in zip(stems, draw_or_empty(self.pipeline, prompts, seeds), strict=True):
             if stem in existing_assets:
                 continue
             if isinstance(sampled, EmptyStructure):
@@ -366,7 +366,7 @@ def make_sampling(
     # Shortcut networks are sampled without guidance, in few long steps.
     for stage in shortcut_stages if few_steps else ():
         stage.sampling = replace(stage.sampling, steps=few_steps, cfg_strength=0.0, shortcut=True)
-    names = work.names(*splits)
+    prompt_names = work.names(*splits)
     # drawn_from.json of earlier versions is compared with this dictionary, so its keys cannot change. Options
     # that are not given have no key.
     given_options = {"cells": cells, "few_steps": few_steps}
@@ -374,28 +374,30 @@ def make_sampling(
         # The first entry of a file's record is its hash.
         "files": {file: digest for file, (digest, *_) in work.files.items()},
         "conditions": hash_of(work.conditions_file),
-        "names": names,
+        "names": prompt_names,
         "each": work.each,
         "precision": work.precision,
         "batch": work.batch,
         "tuned": {stage: hash_of(path) for stage, path in (tuned or {}).items()},
-        **{option: value for option, value in given_options.items() if value},
+        **{option: option_value for option, option_value in given_options.items() if option_value},
     }
-    prompts = []
-    for prompt in names:
+    prompt_lines = []
+    for prompt in prompt_names:
         if prompt in work.inputs:
-            prompts.append({"prompt": prompt, "image": str(work.folder / "inputs" / work.inputs[prompt])})
+            prompt_lines.append(
+                {"prompt": prompt, "image": str(work.folder / "inputs" / work.inputs[prompt])}
+            )
         else:
-            prompts.append({"prompt": prompt, "text": prompt})
+            prompt_lines.append({"prompt": prompt, "text": prompt})
     return AssetSampling(
         folder=work.asset_folder(name),
         pipeline=pipeline,
         family=family,
-        prompt_names=names,
+        prompt_names=prompt_names,
         identity=identity,
         each=work.each,
         batch=work.batch,
         size=() if cells is None else (cells,),
-        prompts=prompts,
+        prompts=prompt_lines,
         ranks=ranks,
     )

@@ -252,7 +252,7 @@ def _train_stages(
         def train_into_folder(
             stage_folder: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
         ) -> tuple[list[Path], dict]:
-            result = train_stage(
+            stage_result = train_stage(
                 labels.conditioned,
                 labels.train,
                 config,
@@ -263,7 +263,7 @@ def _train_stages(
                 say=say,
                 samples=None if samples is None else functools.partial(samples, name),
             )
-            return [result.weights], result.record()
+            return [stage_result.weights], stage_result.record()
 
         artefact = store.make(name, inputs, train_into_folder)
         # Made from the artefact in both cases: the stage was trained now, or read from the store.
@@ -325,9 +325,12 @@ def _result_of_loop(
     """
     records = [artefact.record for artefact in artefacts]
     weights = network_weights(loop, stage, artefacts, folder)
-    warnings = [text for record in records for text in record["warnings"]]
+    warnings = [warning_text for training_record in records for warning_text in training_record["warnings"]]
     return StageResult(
-        weights=weights, kept_step=sum(record["kept_step"] for record in records), stats=[], warnings=warnings
+        weights=weights,
+        kept_step=sum(training_record["kept_step"] for training_record in records),
+        stats=[],
+        warnings=warnings,
     )
 
 
@@ -521,9 +524,9 @@ def markdown(report: Mapping) -> str:
             *(f"- {name.replace('_', ' ')}: {value}" for name, value in report["labels"].items()),
         ]
     warnings = [
-        f"- {stage}: {text}"
+        f"- {stage}: {warning_text}"
         for stage, stage_report in report["stages"].items()
-        for text in stage_report["warnings"]
+        for warning_text in stage_report["warnings"]
     ]
     if warnings:
         markdown_lines += ["", "Warnings during training:", "", *warnings]

@@ -132,11 +132,11 @@ class Labels:
         repeated_answers = 0
         # Sorted by time, because a repeated answer is compared with the first one.
         for answer in sorted(self.answers, key=lambda answer: answer.time):
-            key = (answer.annotator, answer.pair)
-            if answer.repeat and key in first_answers:
-                equal_answers = equal_answers + (answer.preferred == first_answers[key])
+            annotator_and_pair = (answer.annotator, answer.pair)
+            if answer.repeat and annotator_and_pair in first_answers:
+                equal_answers = equal_answers + (answer.preferred == first_answers[annotator_and_pair])
                 repeated_answers = repeated_answers + 1
-            first_answers.setdefault(key, answer.preferred)
+            first_answers.setdefault(annotator_and_pair, answer.preferred)
         return equal_answers, repeated_answers
 
     def votes(self, a: Path | None, b: Path | None) -> tuple[int, int]:
@@ -231,13 +231,13 @@ class Work:
         """
         # The notice about the licence is not printed, because `flow new` has printed it already.
         family = family_of(Path(self.pipeline), print_line=lambda licence: None)
-        files = family.files(Path(self.pipeline))
-        if family.name != self.family or set(files) != set(self.files):
+        generator_files = family.files(Path(self.pipeline))
+        if family.name != self.family or set(generator_files) != set(self.files):
             raise self._changed_error(
                 f"it is now a generator of the family {family.name} with the files"
-                f" {', '.join(sorted(files))[:120]}"
+                f" {', '.join(sorted(generator_files))[:120]}"
             )
-        for name, path in files.items():
+        for name, path in generator_files.items():
             # Weights are large, so a file is hashed only if its size or its time of change differs.
             recorded_hash, *recorded_stamp = self.files[name]
             if recorded_stamp != stamp_of(path) and file_hash(path) != recorded_hash:
@@ -337,7 +337,7 @@ class Work:
             name: name of the folder, such as tune-00; None for the latest training.
         Raises: FileNotFoundError if there is no such training; ValueError if it has no tuned weights.
         """
-        folders = {path.name: path for path in self.numbered("tune")}
+        folders = {training_folder.name: training_folder for training_folder in self.numbered("tune")}
         if not folders:
             raise FileNotFoundError(
                 f"WORK: there is no training in {self.folder}. Train with: eg3d-rlhf flow tune {self.folder}"
@@ -347,13 +347,14 @@ class Work:
                 f"WORK: there is no training {name} in {self.folder}. Name one of {', '.join(folders)}, or"
                 f" train with: eg3d-rlhf flow tune {self.folder}"
             )
-        path = folders[name] if name else list(folders.values())[-1]
-        if not self.tuned(path):
+        training_folder = folders[name] if name else list(folders.values())[-1]
+        if not self.tuned(training_folder):
             raise ValueError(
-                f"{path}: the training has no tuned weights, because it was stopped, or because its labels"
-                " carried no learnable signal. Run eg3d-rlhf flow tune again, or label more pairs first."
+                f"{training_folder}: the training has no tuned weights, because it was stopped, or because"
+                " its labels carried no learnable signal. Run eg3d-rlhf flow tune again, or label more pairs"
+                " first."
             )
-        return path
+        return training_folder
 
     # ---- sampled assets and answers
 

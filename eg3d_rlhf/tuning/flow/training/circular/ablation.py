@@ -79,11 +79,11 @@ def table(
     for letter, seed_results in scores.items():
         # all seeds have the same evaluators and stages, so the names are taken from the first one
         arrays[letter] = {
-            name: np.array([result["scores"][name] for result in seed_results])
+            name: np.array([seed_result["scores"][name] for seed_result in seed_results])
             for name in seed_results[0]["scores"]
         }
         spreads[letter] = {
-            stage: float(np.mean([result["spread"][stage] for result in seed_results]))
+            stage: float(np.mean([seed_result["spread"][stage] for seed_result in seed_results]))
             for stage in seed_results[0]["spread"]
         }
     # "i" is the base; its scores are repeated for every seed, so that they can be compared with each group's
@@ -559,8 +559,8 @@ def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -
             training_records[letter] = [{} for _ in seeds]
             continue
         group_results = [results[f"{seed}/{letter}"] for seed in seeds]
-        scores[letter] = [result["scores"] for result in group_results]
-        training_records[letter] = [result["trainings"] for result in group_results]
+        scores[letter] = [task_result["scores"] for task_result in group_results]
+        training_records[letter] = [task_result["trainings"] for task_result in group_results]
     # the keys of a JSON object are texts
     loop_statistics = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
     return table(scores, seeds, training_records, loop_statistics, {"training_seeds": list(seeds), **facts})

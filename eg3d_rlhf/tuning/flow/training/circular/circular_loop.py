@@ -267,7 +267,9 @@ class CircularLoop:
             "pairs": pair_source,
             # settings that do not change the result are not hashed
             "config": {
-                name: value for name, value in asdict(config).items() if name not in CHANGEABLE_SETTINGS
+                setting_name: setting_value
+                for setting_name, setting_value in asdict(config).items()
+                if setting_name not in CHANGEABLE_SETTINGS
             },
             "choosing": None if choosing is None else asdict(choosing),
             "unseen": self.problem.unseen_pairs is not None,
@@ -277,7 +279,11 @@ class CircularLoop:
             pairs, report = load_pairs()
             models = self.models(lineage)
             # a win rate compares this stage with the network that it starts from; other stages are the same
-            other_models = {name: model for name, model in models.items() if name != stage}
+            other_models = {
+                stage_name: model
+                for stage_name, model in models.items()
+                if stage_name != stage
+            }
             held_out = None
             if choosing is not None:
                 held_out = choosing.held_out(self.problem, stage, other_models, dict(models), self.ranks)

@@ -283,8 +283,8 @@ def make_in_chunks(
         # read_pairs returns (pairs, description)
         pairs += read_pairs(chunks_folder / f"{chunk_number:05d}", make.stage)[0]
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
-    write_pairs(folder / "pairs", pairs, meta)
+    pairs_meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
+    write_pairs(folder / "pairs", pairs, pairs_meta)
     shutil.rmtree(chunks_folder)
     return folder / "pairs", summarise_pairs(pairs)
 
@@ -464,7 +464,9 @@ def select_and_weigh(
     """
     selected_pairs, report = weigh(with_roles(pairs, weighing.roles), weighing.use_w1, weighing.use_w2)
     if not selected_pairs:
-        dropped_counts = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
+        dropped_counts = ", ".join(
+            f"{reason} {dropped_count}" for reason, dropped_count in report["dropped"].items()
+        )
         raise NoPairsError(
             f"loop: all {len(pairs)} pairs were dropped ({dropped_counts}), so there is nothing to train on."
             " Train the next stage further, or make more pairs (--set loop_pairs=N)."

@@ -196,11 +196,11 @@ class AblationPlan:
         tasks: dict[str, list[str]] = {}
         # trainings that groups share; PEOPLE/last comes first, since the loop's pairs wait for it
         for stages in ("last", "first"):  # the two fields of Group
-            for data in (PEOPLE, SUPERVISED):
-                if not any(getattr(group, stages) == data for group in groups):
+            for data_name in (PEOPLE, SUPERVISED):
+                if not any(getattr(group, stages) == data_name for group in groups):
                     continue
-                tasks |= {f"{seed}/{data}/{stages}": [] for seed in self.seeds}
-                if (data, stages) == (PEOPLE, "last") and looping:
+                tasks |= {f"{seed}/{data_name}/{stages}": [] for seed in self.seeds}
+                if (data_name, stages) == (PEOPLE, "last") and looping:
                     # the pairs are made from samples of the tuned last stage
                     tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
         for letter in self.groups:

@@ -61,7 +61,7 @@ class SingleDraw:
 def draw_singles(
     conditioned: ConditionedStage,
     singles: Sequence[Single],
-    names: Sequence[str],
+    asset_names: Sequence[str],
     seed: int,
     epoch: int,
     device: torch.device,
@@ -74,7 +74,7 @@ def draw_singles(
     Args:
         conditioned: stage of the assets.
         singles: the N assets.
-        names: name of each asset, [N]; assets with the same name share their time and noise.
+        asset_names: name of each asset, [N]; assets with the same name share their time and noise.
         seed: seed of the times and noises.
         epoch: number of the pass over the data.
         device: device of the result.
@@ -82,11 +82,11 @@ def draw_singles(
     stage = conditioned.stage
     latents = [asset.latent for asset in singles]
     x_0 = collate(latents).to(device)
-    seeds = [derive_seed(seed, name, epoch, "noise") for name in names]
+    seeds = [derive_seed(seed, name, epoch, "noise") for name in asset_names]
     eps = stage.noise(seeds, coords_of(latents)).to(device)
     asset_times = [
         stage.path.times(1, torch.Generator().manual_seed(derive_seed(seed, name, epoch, "time")))
-        for name in names
+        for name in asset_names
     ]
     # one time for each asset, [N]
     t = torch.cat(asset_times).clamp(min=MIN_TIME).to(device)
@@ -174,18 +174,18 @@ class LabelPasses(Passes[Example]):
     )
 
     def velocities(
-        self, singles: Sequence[Single], names: Sequence[str], epoch: int, dropout_seed: int
+        self, singles: Sequence[Single], asset_names: Sequence[str], epoch: int, dropout_seed: int
     ) -> Velocities:
         """Compute the velocities of both networks for assets.
 
         Args:
             singles: the N assets.
-            names: name of each asset, on which its time and noise depend, [N].
+            asset_names: name of each asset, on which its time and noise depend, [N].
             epoch: number of the pass over the data.
             dropout_seed: seed of torch's global generator in the pass.
         """
         # the random numbers of times and noises come from generators of their own
-        draw = draw_singles(self.conditioned, singles, names, self.config.seed, epoch, self.device)
+        draw = draw_singles(self.conditioned, singles, asset_names, self.config.seed, epoch, self.device)
         # after sampling, which must not depend on how many random numbers the dropout takes
         torch.manual_seed(dropout_seed)
         assert self.reference is not None  # both losses need it
@@ -202,7 +202,7 @@ class LabelPasses(Passes[Example]):
             [torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), totals]
         )
 
-    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Among them are distance, the mean squared distance from the reference; drift, the distance divided by
@@ -210,7 +210,7 @@ class LabelPasses(Passes[Example]):
         which the policy agrees (see Velocities.totals).
         """
         _, loss, grad_norm, sample_count, distance, ref_error, decided_count, agreement_count = self.descend(
-            step, totals, f"{len(items)} {self.what}"
+            step, totals, f"{len(batch_items)} {self.what}"
         )
         return {
             "loss": loss,

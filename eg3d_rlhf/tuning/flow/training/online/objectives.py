@@ -243,13 +243,15 @@ class OnLatents:
             noise_keys = [("sample", seed, member) for seed, member in groups_and_members]  # type: ignore[misc]
             time_keys = list(noise_keys)
         generators = [
-            torch.Generator().manual_seed(derive_seed("time", *key, optimizer_step, draw_number))
-            for key in time_keys
+            torch.Generator().manual_seed(derive_seed("time", *seed_key, optimizer_step, draw_number))
+            for seed_key in time_keys
         ]
         t = torch.cat([self.stage.path.times(1, generator) for generator in generators])
         t = t.clamp(min=MIN_TIME).to(self.explorer.device)
         # seeds of noises are below 2**31
-        noise_seeds = [derive_seed("train", *key, optimizer_step, draw_number) % 2**31 for key in noise_keys]
+        noise_seeds = [
+            derive_seed("train", *seed_key, optimizer_step, draw_number) % 2**31 for seed_key in noise_keys
+        ]
         eps = stage_noise(self.stage, noise_seeds, samples.voxels)
         return t, eps.to(self.explorer.device)
 

@@ -409,20 +409,20 @@ def format_mean(values: Sequence[float | None]) -> str:
 # Here a window keeps its size: it begins at `steps - size` at the latest, and then stays or starts again.
 
 
-def check_window(size: int, start: int, end: int, steps: int) -> None:
-    """Raise ValueError for a window of `size` steps that does not fit between two steps.
+def check_window(window_size: int, start: int, end: int, steps: int) -> None:
+    """Raise ValueError for a window of `window_size` steps that does not fit between two steps.
 
     Args:
-        size: number of steps in the window.
+        window_size: number of steps in the window.
         start: first step that the window may contain, counted from 0.
         end: end of the steps that the window may contain, exclusive.
         steps: number of the sampler's steps that may have noise.
     """
-    if not 0 <= start < end <= steps or not 1 <= size <= end - start:
+    if not 0 <= start < end <= steps or not 1 <= window_size <= end - start:
         raise ValueError(
-            f"--window: {size} consecutive steps do not fit into steps {start} to {end} (without the last"
-            f" number); the sampler adds noise in steps 0 to {steps}. Use a smaller window, or more sampler"
-            " steps."
+            f"--window: {window_size} consecutive steps do not fit into steps {start} to {end} (without the"
+            f" last number); the sampler adds noise in steps 0 to {steps}. Use a smaller window, or more"
+            " sampler steps."
         )
 
 

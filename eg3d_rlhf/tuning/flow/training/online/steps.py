@@ -143,7 +143,7 @@ class DanceStep(SdeStep):
 KINDS: dict[str, type[Step]] = dict(zip(STEPS, (ExactStep, CpsStep, SdeStep, DanceStep), strict=True))
 
 
-def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exact") -> list[Step]:
+def steps_of(path: FlowPath, sampling: Sampling, level: float, step_kind: str = "exact") -> list[Step]:
     """Return all steps of a sampler, from t = 1 to 0.
 
     Callers replace the last step, to t = 0, by its mean, because it adds no noise or hardly any. It has no
@@ -153,12 +153,12 @@ def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exac
         path: path of the flow.
         sampling: settings of the sampler, with the number of steps and the spacing of times.
         level: level a of the noise.
-        kind: kind of the steps, one of STEPS.
+        step_kind: kind of the steps, one of STEPS.
     """
     step_times = times(sampling)  # descending from 1 to 0
     # each step leads from a time to the next one
     intervals = zip(step_times[:-1], step_times[1:], strict=True)
-    return [KINDS[kind](path, t, until, level) for t, until in intervals]
+    return [KINDS[step_kind](path, t, until, level) for t, until in intervals]
 
 
 def without_noise(step: Step) -> Step:

@@ -245,9 +245,9 @@ class OnlineUpdates(Descent):
             "alike": all_equal.mean(),
         }
         metrics |= {
-            f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)
+            f"reward/{name}": scores.mean() for name, scores in zip(self.task.rewards, rewards, strict=True)
         }
-        metrics |= {f"heldout/{name}": values.mean() for name, values in heldout.items()}
+        metrics |= {f"heldout/{name}": scores.mean() for name, scores in heldout.items()}
         # if many r are 0 or 1, advantages are clipped and adv_clip is too small
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
@@ -262,7 +262,7 @@ class OnlineUpdates(Descent):
                 "kl": sums_by_name["kl"] / sums_by_name["moves"],
                 "drift": sums_by_name["drift"] / sums_by_name["missing"].clamp(min=1e-12),
             }
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(metric_value) for name, metric_value in metrics.items()}
 
     def _logged_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Compute the logged metrics from the means of the objective's sums."""
@@ -271,7 +271,7 @@ class OnlineUpdates(Descent):
             ratio_std = max(means.pop("ratio_square") - means["ratio"] ** 2, 0.0) ** 0.5
             logged_names = {"high": "clip_high", "low": "clip_low", "stopped": "clipped"}
             return {
-                **{logged_names.get(name, name): value for name, value in means.items()},
+                **{logged_names.get(name, name): metric_value for name, metric_value in means.items()},
                 "ratio_std": ratio_std,
             }
         # 1e-12 guards the quotients where a network predicts its samples exactly
@@ -417,10 +417,10 @@ def online_signs(lines: Sequence[Mapping], on_steps: bool) -> dict[str, str]:
     signs = win_rate_signs(win_rates(lines), CALM)
     if line := _lasting(lines, "alike", ALIKE):
         # only samplers with noise have the second flag
-        options = "--group or --sde-noise" if on_steps else "--group"
+        option_names = "--group or --sde-noise" if on_steps else "--group"
         signs["alike"] = (
             f"step {line['step']}: in {line['alike']:.0%} of the groups all rewards are equal and give no"
-            f" gradient. Raise {options}, or use a reward with finer values."
+            f" gradient. Raise {option_names}, or use a reward with finer values."
         )
     if line := _lasting(lines, "clipped", STOPPED):
         signs["clip"] = (
