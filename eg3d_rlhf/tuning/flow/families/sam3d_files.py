@@ -497,8 +497,9 @@ def _build_config(config_class: Any, file_settings: Mapping, **overrides: Any) -
     ]
     if unknown_settings or missing_settings:
         raise ValueError(
-            f"the settings do not fit {config_class.__name__}: unknown are {unknown_settings[:8]}, missing"
-            f" are {missing_settings[:8]}. Pass the folder of SAM 3D Objects."
+            f"the settings do not fit {config_class.__name__}: unknown are"
+            f" {', '.join(unknown_settings[:8]) or 'none'}, missing are"
+            f" {', '.join(missing_settings[:8]) or 'none'}. Pass the folder of SAM 3D Objects."
         )
     return config_class(**config_kwargs)
 

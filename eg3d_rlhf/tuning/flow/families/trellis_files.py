@@ -362,8 +362,9 @@ def architecture(
     )
     if unknown_args or missing_args:
         raise ValueError(
-            f"{message_prefix}: the args do not fit {class_name}: unknown are {unknown_args}, missing are"
-            f" {missing_args}. Download the file again, or pass the folder of a supported generator."
+            f"{message_prefix}: the args do not fit {class_name}: unknown are"
+            f" {', '.join(unknown_args) or 'none'}, missing are {', '.join(missing_args) or 'none'}. Download"
+            " the file again, or pass the folder of a supported generator."
         )
     return model_class, config_class(**model_args)
 

@@ -167,8 +167,10 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
                 tokens[prompt] = read_embedding(table.parent / f"{image_id}_cond.pt")
     if not candidates:
         raise ValueError(
-            f"DSO samples: no file NNN_sparse_sample_MMM.pt below {root} has an angle in its model_info.npz."
-            " Pass the folder of the samples."
+            f"DSO samples: no sample below {root} can be used. {without_angle} files"
+            " NNN_sparse_sample_MMM.pt were found, and none of them has a finite angle in the model_info.npz"
+            " beside it. If no file was found, pass the folder of the samples; otherwise simulate the samples"
+            " again with DSO."
         )
     pairs = pair_up(candidates)
     # Images of which all samples stand, or all fall, give no pair.

@@ -603,6 +603,15 @@ def _read(
 
 # Files.
 
+# names of the fields of LatentForm in messages
+FORM_TEXTS = {
+    "stage": "stage",
+    "kind": "class of latents",
+    "channels": "number of channels",
+    "resolution": "grid resolution",
+    "base": "hash of the stage's network",
+}
+
 
 def save(path: Path, reward: LatentReward) -> Path:
     """Write the weights of a reward to a file, and return the path.
@@ -643,8 +652,9 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
     for field_name, stage_value in asdict(stage_form).items():
         if getattr(file_form, field_name) != stage_value:
             raise ValueError(
-                f"{path}: this reward was trained for {field_name} {getattr(file_form, field_name)!r}, but"
-                f" the stage has {stage_value!r}. Train a reward of this stage."
+                f"{path}: this reward does not fit the stage {stage.name!r}: its {FORM_TEXTS[field_name]} is"
+                f" {getattr(file_form, field_name)!r}, but that of the stage is {stage_value!r}. Train a"
+                " reward of this stage."
             )
     network = _new(pipeline, stage_form, condition, 0)
     load_strict(network, tensors, str(path))

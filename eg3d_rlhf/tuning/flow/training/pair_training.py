@@ -319,7 +319,9 @@ class Passes(Descent, Generic[Example]):
         """
 
     @abstractmethod
-    def finish_update(self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(
+        self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]
+    ) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Args:

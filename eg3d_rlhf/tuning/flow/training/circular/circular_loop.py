@@ -279,11 +279,7 @@ class CircularLoop:
             pairs, report = load_pairs()
             models = self.models(lineage)
             # a win rate compares this stage with the network that it starts from; other stages are the same
-            other_models = {
-                stage_name: model
-                for stage_name, model in models.items()
-                if stage_name != stage
-            }
+            other_models = {stage_name: model for stage_name, model in models.items() if stage_name != stage}
             held_out = None
             if choosing is not None:
                 held_out = choosing.held_out(self.problem, stage, other_models, dict(models), self.ranks)

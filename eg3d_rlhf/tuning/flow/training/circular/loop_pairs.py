@@ -181,10 +181,10 @@ class LoopPairMaker:
             )
         # w1 compares rewards, and a comparison with NaN would always be false
         if not all(bool(sample_rewards.isfinite().all()) for sample_rewards in rewards_by_network):
+            all_rewards = torch.cat(rewards_by_network)
             raise ValueError(
-                f"loop pairs: some rewards are not finite: {rewards_by_network[0].tolist()} and"
-                f" {rewards_by_network[1].tolist()}. Check the program of the reward for NaN and infinite"
-                " values."
+                f"loop pairs: {int((~all_rewards.isfinite()).sum())} of {len(all_rewards)} rewards are NaN or"
+                " infinite. Check the program of the reward."
             )
         new_pairs = [
             PreferencePair(

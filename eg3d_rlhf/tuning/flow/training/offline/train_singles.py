@@ -202,7 +202,9 @@ class LabelPasses(Passes[Example]):
             [torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), totals]
         )
 
-    def finish_update(self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(
+        self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]
+    ) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Among them are distance, the mean squared distance from the reference; drift, the distance divided by

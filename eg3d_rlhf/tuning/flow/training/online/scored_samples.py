@@ -106,9 +106,10 @@ class Task:
         # a single NaN would make the advantages of its whole group NaN
         for name, reward_scores in (trained_scores | heldout_scores).items():
             if not bool(reward_scores.isfinite().all()):
+                invalid_count = int((~reward_scores.isfinite()).sum())
                 raise ValueError(
-                    f"reward {name}: some scores are not finite: {reward_scores.tolist()}. Check the program"
-                    " of the reward for NaN and infinite values."
+                    f"reward {name}: {invalid_count} of {len(reward_scores)} scores are NaN or infinite."
+                    " Check the program of the reward."
                 )
         return _cpu(torch.stack(list(trained_scores.values()))), {
             name: _cpu(reward_scores) for name, reward_scores in heldout_scores.items()
