@@ -400,9 +400,7 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
     help="Only check the network in --out, without training. It may also be a TorchScript Inception.",
 )
 @command.dry_run
-def features(
-    out: Path, dataset_name: str, check_data: str, check_only: bool, dry_run: bool, **settings
-) -> None:
+def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: bool, **settings) -> None:
     """Train the bundled feature network of the Fréchet distance on images of heads. Then print the Fréchet
     distances of images with rising strengths of damage. This takes a few minutes on two cores.
 
@@ -414,20 +412,18 @@ def features(
     options = FeatureTraining(**{name: value for name, value in settings.items() if value is not None})
     if dry_run:
         click.echo(
-            json.dumps(
-                {"out": out.name, "data": dataset_name, "check_data": check_data, **asdict(options)}, indent=1
-            )
+            json.dumps({"out": out.name, "data": data, "check_data": check_data, **asdict(options)}, indent=1)
         )
         return
     if check_only:
         network = feature_files.load_features(out)
     else:
-        dataset_path = resolve_dataset(dataset_name)
+        dataset_path = resolve_dataset(data)
         images = read_images(dataset_path)
         targets = factors(load_truth(dataset_path))
         with command.loss_bar("features", []) as on_step:
             network = train_features(images, targets, options, on_step)
-        network.record["data"] = dataset_name
+        network.record["data"] = data
         network.save(out)
         variance = network.record["explained_variance"]
         click.echo(
