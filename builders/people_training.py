@@ -477,9 +477,9 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
         if (step_number + 1) % 100 == 0:
             seconds_per_step = (time.time() - start_time) / (step_number + 1 - first_step)
             means = {
-                name: round(float(trained_tensor / sums[3]), 4)
+                name: round(float(error_sum / sums[3]), 4)
                 # Three names: the fourth entry of `sums` is the number of steps.
-                for name, trained_tensor in zip(("density", "colour", "picture"), sums, strict=False)
+                for name, error_sum in zip(("density", "colour", "picture"), sums, strict=False)
             }
             log_entry = {
                 "step": step_number + 1,

@@ -330,8 +330,8 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
     # Only the sections that are read are checked; a file may have more.
     non_tensors = []
     for section in TARGETS:
-        for name, tensor in sections.get(section, {}).items():
-            if not isinstance(tensor, torch.Tensor):
+        for name, entry in sections.get(section, {}).items():
+            if not isinstance(entry, torch.Tensor):
                 non_tensors.append(f"{section}.{name}")
     if non_tensors:
         raise ValueError(

@@ -221,7 +221,7 @@ def read_pipeline(root: Path) -> PipelineFile:
     }
     try:
         mean, std = (
-            tuple(map(float, pipeline_settings[f"slat_{file_name}"])) for file_name in ("mean", "std")
+            tuple(map(float, pipeline_settings[f"slat_{statistic}"])) for statistic in ("mean", "std")
         )
         # Missing or null means 0: nothing is removed.
         prune_distance = int(pipeline_settings.get("downsample_ss_dist") or 0)
@@ -238,10 +238,10 @@ def read_pipeline(root: Path) -> PipelineFile:
         )
     # The original cannot open a file with `use_stage...`. Input mappings would change the conditioning.
     unsupported_settings = [
-        file_name
-        for file_name in pipeline_settings
-        if file_name.startswith("use_stage")
-        or (file_name.endswith("_condition_input_mapping") and pipeline_settings[file_name])
+        setting_name
+        for setting_name in pipeline_settings
+        if setting_name.startswith("use_stage")
+        or (setting_name.endswith("_condition_input_mapping") and pipeline_settings[setting_name])
     ]
     if unsupported_settings:
         raise ValueError(
@@ -787,8 +787,8 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
             config_class,
             config_settings,
             **{
-                file_prefix: config_settings[file_prefix]
-                for file_prefix in field_names & IGNORED & set(config_settings)
+                setting_name: config_settings[setting_name]
+                for setting_name in field_names & IGNORED & set(config_settings)
             },
         )
         # The network is built on the meta device only to check that its sizes fit each other.

@@ -603,7 +603,7 @@ def release_of(
             )
         else:
             exported_files[export_stems[model_name] + base_weights.suffix] = base_weights
-    for path in (file.root / model_name for model_name in ("pipeline.json", *other_pipeline_files)):
+    for path in (file.root / file_name for file_name in ("pipeline.json", *other_pipeline_files)):
         if path.is_file():
             pipeline_json = read_json(path)
             # Exported models get their path in the exported folder; others stay references.

@@ -121,7 +121,7 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
         try:
             with np.load(table) as arrays:
                 image_ids, sample_ids, angles = (
-                    arrays[prompt] for prompt in ("image_ids", "glb_ids", "angles")
+                    arrays[array_name] for array_name in ("image_ids", "glb_ids", "angles")
                 )
                 # DSO does not document its second column. The largest tilt counts: all must be small.
                 if angles.ndim == 2 and len(angles) == image_ids.size:

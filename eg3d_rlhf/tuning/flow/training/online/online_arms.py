@@ -154,7 +154,7 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
         noise_seeds = [derive_seed("sample", group_seed, k) for group_seed in seeds for k in range(K)]
         latents = stage_latents(task.pipeline, task.stage, sample_prompts, noise_seeds, sample_voxels)
         trained_scores, _ = task.scores(latents, sample_prompts, sample_seeds)  # [R, n]
-        # weighted sum of the rewards, [R, n] -> [G, K]
+        # [R, n] -> [G, K]
         weighted_rewards = (weights * trained_scores).sum(0).view(-1, K)
         # controls shuffle or negate the rewards before samples are ordered
         rewards = apply_control(weighted_rewards, config.use, seeds)

@@ -235,7 +235,7 @@ class OnlineUpdates(Descent):
             advantage: advantages [B, K].
             sampled_passes: samples of this process, in passes.
         """
-        # weighted sum of the rewards, [R, B, K] -> [B, K]
+        # [R, B, K] -> [B, K]
         weighted_rewards = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
         # 1 for each group in which every reward has equal values, [B]
         all_equal = (rewards == rewards[..., :1]).all(-1).all(0).float()
