@@ -72,10 +72,13 @@ def build_rewards() -> None:
     tuning. The two trainings run at the same time, with one thread each.
     """
     commands = []
-    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-heldout", 1, HELDOUT_LABELS)):
+    for name, seed, labels_path in (
+        ("reward", 0, ASSETS / "labels.jsonl"),
+        ("reward-heldout", 1, HELDOUT_LABELS),
+    ):
         shutil.rmtree(RUNS / name, ignore_errors=True)
         flags = (
-            f"--labels={source}",
+            f"--labels={labels_path}",
             f"--seed={seed}",
             f"--set=split_seed={seed}",
             f"--run-dir={RUNS / name}",
@@ -92,15 +95,17 @@ def build_control() -> None:
     """Run the demo with lambda_r = 0 as a control, and store its summary and settings in assets/."""
     run(("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control"))
     # Names of runs begin with an increasing number, so the largest name is the newest run.
-    newest = max(RUNS.glob("*-control"))
-    record, settings = (
-        json.loads((newest / name).read_text()) for name in ("summary.json", "training_options.json")
+    newest_run = max(RUNS.glob("*-control"))
+    run_summary, run_settings = (
+        json.loads((newest_run / name).read_text()) for name in ("summary.json", "training_options.json")
     )
     # Settings with paths and versions of this machine are left out.
     machine_settings = ("reward_ckpt", "heldout_reward", "versions", "launch")
-    record["settings"] = {name: value for name, value in settings.items() if name not in machine_settings}
+    run_summary["settings"] = {
+        name: value for name, value in run_settings.items() if name not in machine_settings
+    }
     write_atomic(
-        ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+        ASSETS / "control-summary.json", (json.dumps(run_summary, indent=1, sort_keys=True) + "\n").encode()
     )
 
 
@@ -115,10 +120,10 @@ def build_people() -> None:
     torch.set_num_threads(1)
     folder = RUNS / "people"
     (folder / "pool").mkdir(parents=True, exist_ok=True)
-    description = people_basis.write(people.ASSET)
+    basis_description = people_basis.write(people.ASSET)
     print(
-        f"basis: {description['vertices']} vertices; median and 95 % quantile of the distance between"
-        f" sampled and reconstructed vertices of heads: {description['error_voxels']} voxels",
+        f"basis: {basis_description['vertices']} vertices; median and 95 % quantile of the distance between"
+        f" sampled and reconstructed vertices of heads: {basis_description['error_voxels']} voxels",
         flush=True,
     )
     # The basis was replaced, so a basis that was loaded before must not be used.

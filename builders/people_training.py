@@ -10,8 +10,8 @@ A latent has 64 coordinates with a root mean square of 1: 46 coordinates of the 
 the damage. The length of the sampled damage therefore follows from the length of the head's coordinates.
 
 Shapes: N number of heads, P number of points, Q = 18 coordinates of damage, E number of empty voxels, H
-    number of heads
-of the pool, R pixels per side of an image, L number of style vectors, W their width, C channels of a plane.
+number of heads of the pool, R pixels per side of an image, L number of style vectors, W their width,
+C channels of a plane.
 """
 
 import copy
@@ -84,8 +84,8 @@ class PeopleTraining:
 def fresh_networks(seed: int) -> nets.Networks:
     """Build untrained networks with the sizes of the bundled generator, and planes of 128 x 128 texels."""
     torch.manual_seed(seed)
-    net = NetworkConfig(cfg="heads64", cbase=2048, cmax=64, plane_layout="fixed")
-    G_kwargs, D_kwargs = networks_for(net, PIXELS, GanConfig(gen_pose_cond=False))
+    network_settings = NetworkConfig(cfg="heads64", cbase=2048, cmax=64, plane_layout="fixed")
+    G_kwargs, D_kwargs = networks_for(network_settings, PIXELS, GanConfig(gen_pose_cond=False))
     G_kwargs.update(plane_resolution=PLANES, plane_channels=CHANNELS, decoder_hidden_dim=HIDDEN)
     networks = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
     for module in (networks.G, networks.G_ema):
@@ -137,21 +137,23 @@ class Pool:
             corner[(smallest_distance > 0.03) & np.isfinite(smallest_distance) & ~may_be_swollen]
         )
 
-    def draw(self, rng: np.random.Generator, rows: np.ndarray, points: int) -> tuple[torch.Tensor, ...]:
+    def draw(
+        self, rng: np.random.Generator, head_indices: np.ndarray, point_count: int
+    ) -> tuple[torch.Tensor, ...]:
         """Read a batch of heads with P successive points of each, which the file has in random order.
 
         Args:
             rng: random generator, which chooses the first point.
-            rows: indices of the N heads in the pool.
-            points: P, number of points of each head.
+            head_indices: indices of the N heads in the pool.
+            point_count: P, number of points of each head.
         Returns: coordinates of the ground-truth heads [N, 46], points [N, P, 3] and signed distances [N, P]
             in world units, and colours [N, P, 3] of 0..1.
         """
         samples = []
-        for row in rows:
-            head_points, distance, colour = self._heads[row]
-            start = rng.integers(len(head_points) - points)
-            selection = slice(start, start + points)
+        for head_index in head_indices:
+            head_points, distance, colour = self._heads[head_index]
+            start = rng.integers(len(head_points) - point_count)
+            selection = slice(start, start + point_count)
             samples.append(
                 (
                     head_points[selection] * np.float32(POINT_STEP),
@@ -159,7 +161,7 @@ class Pool:
                     colour[selection] / np.float32(255),
                 )
             )
-        return torch.from_numpy(self.z[rows, :NAMED]), *(
+        return torch.from_numpy(self.z[head_indices, :NAMED]), *(
             torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True)
         )
 
@@ -179,24 +181,24 @@ class FrontImages:
         ]
     )
 
-    def __init__(self, z: np.ndarray, seed: int, size: int = 128):
+    def __init__(self, z: np.ndarray, seed: int, image_side: int = 128):
         """Render an image of each head from a random camera near the front.
 
         Args:
             z: latents of the heads, [H, 64].
             seed: seed of the cameras.
-            size: R, pixels per side.
+            image_side: R, pixels per side.
         """
         # The constant 3 makes the stream differ from other streams with the same seed.
         rng = np.random.default_rng([seed, 3])
-        self.size = size
+        self.size = image_side
         # Standard deviations of 0.4 (yaw) and 0.2 (pitch) radians about the frontal view.
         yaw, pitch = torch.from_numpy(math.pi / 2 + rng.standard_normal((2, len(z), 1)) * [[[0.4]], [[0.2]]])
         poses = look_at(camera_position(yaw, pitch, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
         self.poses = poses
         self.intrinsics = intrinsics_matrix(FFHQ_FOCAL)
         images = [
-            render_head(head, pose.numpy(), FFHQ_FOCAL, size)[0]
+            render_head(head, pose.numpy(), FFHQ_FOCAL, image_side)[0]
             for head, pose in zip(heads_from_latents(z), tqdm(poses), strict=True)
         ]
         self.images = torch.from_numpy(np.round(255 * np.stack(images)).astype(np.uint8))  # [H, R, R, 3]
@@ -205,27 +207,29 @@ class FrontImages:
             "hpd,hdc->hpc", self.LANDMARKS - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy()
         )
         # Columns and rows in the images, [H, 4, 2] in pixels.
-        self.landmark_pixels = (in_camera[..., :2] / in_camera[..., 2:] * FFHQ_FOCAL + 0.5) * size
+        self.landmark_pixels = (in_camera[..., :2] / in_camera[..., 2:] * FFHQ_FOCAL + 0.5) * image_side
 
-    def windows(self, rng: np.random.Generator, rows: np.ndarray, edge: int) -> torch.Tensor:
+    def windows(self, rng: np.random.Generator, image_indices: np.ndarray, edge: int) -> torch.Tensor:
         """Choose a random window around an eye, the nose or the mouth in each image.
 
         Args:
             rng: random generator.
-            rows: indices of the N images.
+            image_indices: indices of the N images.
             edge: pixels per side of a window.
         Returns: flat indices [N, edge^2] of the pixels of the windows.
         """
         # The centre is shifted by up to 8 pixels, so that windows differ.
-        centre = self.landmark_pixels[rows, rng.choice(4, len(rows), p=[0.35, 0.35, 0.1, 0.2])] + rng.uniform(
-            -8, 8, (len(rows), 2)
-        )
+        centre = self.landmark_pixels[
+            image_indices, rng.choice(4, len(image_indices), p=[0.35, 0.35, 0.1, 0.2])
+        ] + rng.uniform(-8, 8, (len(image_indices), 2))
         # Column and row of the upper left pixel, [N, 2]; windows stay in the image.
         upper_left = np.clip(np.round(centre - edge / 2).astype(int), 0, self.size - edge)
         row, column = np.divmod(np.arange(edge * edge), edge)
         return torch.from_numpy((upper_left[:, 1:] + row) * self.size + upper_left[:, :1] + column)
 
-    def loss(self, G: Any, planes: torch.Tensor, rows: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self, G: Any, planes: torch.Tensor, image_indices: np.ndarray, pixels: torch.Tensor
+    ) -> torch.Tensor:
         """Compute the error of rendered windows.
 
         It is the mean absolute error of colours of 0..1, plus the mean absolute errors of the differences
@@ -234,21 +238,23 @@ class FrontImages:
         Args:
             G: generator.
             planes: planes of the heads, [N, 3, C, 128, 128].
-            rows: indices of the N images.
+            image_indices: indices of the N images.
             pixels: pixels of the windows, from `windows`.
         Returns: errors [N].
         """
         # The same pixels for all three coordinates of a ray, and for all three channels of a colour.
-        index = pixels.unsqueeze(2).expand(-1, -1, 3)
-        rays = G.ray_sampler(self.poses[rows], self.intrinsics.expand(len(rows), 3, 3), self.size)
-        origins, directions = (values.gather(1, index) for values in rays)
+        pixel_indices = pixels.unsqueeze(2).expand(-1, -1, 3)
+        rays = G.ray_sampler(
+            self.poses[image_indices], self.intrinsics.expand(len(image_indices), 3, 3), self.size
+        )
+        origins, directions = (ray_vectors.gather(1, pixel_indices) for ray_vectors in rays)
         # Colours of -1..1 become 0..1; further feature channels are left out.
         colour = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)[0][..., :3] / 2 + 0.5
-        error = colour - self.images[rows].flatten(1, 2).gather(1, index) / 255
+        colour_error = colour - self.images[image_indices].flatten(1, 2).gather(1, pixel_indices) / 255
         edge = math.isqrt(pixels.shape[1])
-        window_error = error.unflatten(1, (edge, edge))  # [N, edge, edge, 3]
+        window_error = colour_error.unflatten(1, (edge, edge))  # [N, edge, edge, 3]
         return (
-            error.abs().mean(dim=[1, 2])
+            colour_error.abs().mean(dim=[1, 2])
             + window_error.diff(dim=1).abs().mean(dim=[1, 2, 3])
             + window_error.diff(dim=2).abs().mean(dim=[1, 2, 3])
         )
@@ -266,26 +272,26 @@ def fresh_damage(head_coordinates: torch.Tensor) -> torch.Tensor:
     return quality / quality.norm(dim=1, keepdim=True) * length
 
 
-def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
+def planes_of(G: Any, ws: torch.Tensor, block_resolution: int) -> torch.Tensor:
     """Compute tri-planes with the blocks of the backbone up to a resolution, and upsample them.
 
     Args:
         G: generator.
         ws: style vectors [N, L, W].
-        size: texels per side of the last block that is used.
+        block_resolution: texels per side of the last block that is used.
     Returns: planes [N, 3, C, 128, 128].
     """
     network = G.backbone.synthesis
-    x: Any = None
+    features: Any = None
     image: Any = None
     start = 0
     for resolution in network.block_resolutions:
         block = getattr(network, f"b{resolution}")
-        if resolution > size:
+        if resolution > block_resolution:
             image = upfirdn2d.upsample2d(image, block.resample_filter)
             continue
         # Style vectors of the block; the one of its ToRGB layer is also the first one of the next block.
-        x, image = block(x, image, ws.narrow(1, start, block.num_conv + block.num_torgb))
+        features, image = block(features, image, ws.narrow(1, start, block.num_conv + block.num_torgb))
         start += block.num_conv
     return image.unflatten(1, (3, G.plane_channels))
 
@@ -300,7 +306,12 @@ def _sample_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def losses(
-    G: Any, batch: tuple[torch.Tensor, ...], empty: torch.Tensor, o: PeopleTraining, edge: float, size: int
+    G: Any,
+    batch: tuple[torch.Tensor, ...],
+    empty: torch.Tensor,
+    options: PeopleTraining,
+    edge: float,
+    block_resolution: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the errors of density and colour of a batch; see the module's docstring.
 
@@ -308,9 +319,9 @@ def losses(
         G: generator.
         batch: coordinates of heads, points, distances and colours, from `Pool.draw`.
         empty: lower corners of empty voxels, from `Pool.empty`.
-        o: settings.
+        options: settings.
         edge: depth at which a head has its full density, in world units.
-        size: texels per side of the planes that are trained.
+        block_resolution: texels per side of the planes that are trained.
     Returns: mean absolute error of density divided by 10, [N]; weighted mean absolute error of colour near
         the surface, [N]; and the planes.
     """
@@ -318,51 +329,59 @@ def losses(
     quality = fresh_damage(head_coordinates)
     z = torch.cat([head_coordinates, quality], dim=1)
     # The mapping network gets zeros as conditioning [N, 25], because it does not use the camera.
-    planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), size)
+    planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), block_resolution)
     decode = functools.partial(
         G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs
     )
     with torch.no_grad():
-        scan = damaged_distance(points, distance, quality)
-        target = density_of(scan, edge)
+        scan_distance = damaged_distance(points, distance, quality)
+        target_density = density_of(scan_distance, edge)
         # Indices of the points near the surface, at the back of the head, and with the largest error.
-        near = _sample_indices(scan.abs() < o.reach, o.near)
-        back = _sample_indices(
-            (distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind
+        near_indices = _sample_indices(scan_distance.abs() < options.reach, options.near)
+        back_indices = _sample_indices(
+            (distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), options.behind
         )
         density_error = (
-            decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target
+            decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target_density
         ).abs()
-        hard = density_error.topk(o.hard, dim=1, sorted=False).indices
-        selected = torch.cat(
-            [near, back, hard, torch.randint(points.shape[1], (len(head_coordinates), o.others))], dim=1
+        hard_indices = density_error.topk(options.hard, dim=1, sorted=False).indices
+        selected_indices = torch.cat(
+            [
+                near_indices,
+                back_indices,
+                hard_indices,
+                torch.randint(points.shape[1], (len(head_coordinates), options.others)),
+            ],
+            dim=1,
         )
         # Random points in empty voxels, of which those with the highest density of the network are used.
-        empty_points = empty[torch.randint(len(empty), (len(head_coordinates), o.empty))] + torch.rand(
-            len(head_coordinates), o.empty, 3
+        empty_points = empty[torch.randint(len(empty), (len(head_coordinates), options.empty))] + torch.rand(
+            len(head_coordinates), options.empty, 3
         ) * (SIDE / EMPTY_VOXELS)
-        dense = (
+        dense_indices = (
             decode(sample_coordinates=empty_points, sigma_only=True)["sigma"]
             .squeeze(2)
-            .topk(o.debris, dim=1, sorted=False)
+            .topk(options.debris, dim=1, sorted=False)
             .indices
         )
-        points = points.gather(1, selected.unsqueeze(2).expand(-1, -1, 3))
-        empty_points = empty_points.gather(1, dense.unsqueeze(2).expand(-1, -1, 3))
+        points = points.gather(1, selected_indices.unsqueeze(2).expand(-1, -1, 3))
+        empty_points = empty_points.gather(1, dense_indices.unsqueeze(2).expand(-1, -1, 3))
         points = torch.cat([points, empty_points], dim=1)
-        target = torch.cat([target.gather(1, selected), torch.full(dense.shape, OUTSIDE)], dim=1)
-        colour = colour.gather(1, near.unsqueeze(2).expand(-1, -1, 3))
-        depth = distance.gather(1, near)
+        target_density = torch.cat(
+            [target_density.gather(1, selected_indices), torch.full(dense_indices.shape, OUTSIDE)], dim=1
+        )
+        colour = colour.gather(1, near_indices.unsqueeze(2).expand(-1, -1, 3))
+        depth = distance.gather(1, near_indices)
         # Weight 1 for points at which rays become opaque, and a small weight for hidden points.
-        colour_weight = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)
+        colour_weight = torch.where((depth > -options.edge) & (depth < options.edge / 3), 1.0, options.unseen)
         # The first o.near points are those near the surface.
-        x, y, z = points[:, : o.near].unbind(2)
+        x, y, z = points[:, : options.near].unbind(2)
         colour_weight = colour_weight * torch.where(
-            (torch.hypot(x.abs() - UNIT * EYE[0], y - UNIT * EYE[1]) < 0.035) & (z > 0.05), o.eyes, 1.0
+            (torch.hypot(x.abs() - UNIT * EYE[0], y - UNIT * EYE[1]) < 0.035) & (z > 0.05), options.eyes, 1.0
         )
     prediction = decode(sample_coordinates=points)
-    density = (prediction["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
-    error = (prediction["rgb"][:, : o.near, :3] - colour).abs().mean(dim=2)
+    density = (prediction["sigma"].squeeze(2) - target_density).abs().mean(dim=1) / 10
+    error = (prediction["rgb"][:, : options.near, :3] - colour).abs().mean(dim=2)
     return density, (error * colour_weight).sum(dim=1) / colour_weight.sum(dim=1), planes
 
 
@@ -378,14 +397,14 @@ class Step:
     planes: int  # texels per side of the planes that are trained
 
 
-def schedule(o: PeopleTraining) -> Iterator[Step]:
+def schedule(options: PeopleTraining) -> Iterator[Step]:
     """Yield the settings of all training steps in order."""
     for stage, (steps, lr, colour, planes, images) in enumerate(
-        zip(o.steps, o.lr, o.colour, o.planes, o.pictures, strict=True)
+        zip(options.steps, options.lr, options.colour, options.planes, options.pictures, strict=True)
     ):
         for step in range(steps):
             # Densities with a softer border are easier to learn at first.
-            edge = o.edge * (2 if stage == 0 and step < o.soft * steps else 1)
+            edge = options.edge * (2 if stage == 0 and step < options.soft * steps else 1)
             yield Step(
                 stage=stage,
                 lr=cosine(lr, step / steps),
@@ -396,88 +415,92 @@ def schedule(o: PeopleTraining) -> Iterator[Step]:
             )
 
 
-def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Path:
+def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) -> Path:
     """Train the generator, or resume from the newest complete checkpoint of a folder.
 
     Args:
         folder: folder of checkpoints, network.safetensors and log.jsonl.
         pool: heads to train on.
-        o: settings.
+        options: settings.
     Returns: path of network.safetensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    networks = fresh_networks(o.seed)
+    networks = fresh_networks(options.seed)
     G = networks.G.requires_grad_(True)
     G_ema = networks.G_ema
-    optimizer = torch.optim.Adam(G.parameters(), lr=o.lr[0], betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(G.parameters(), lr=options.lr[0], betas=(0.9, 0.99))
     modules = torch.nn.ModuleDict({"G": G, "G_ema": G_ema})
     first_step = 0
     if checkpoint.available(folder):
         # fall_back: if the newest checkpoint is damaged, the previous one is read.
-        tensors, meta, path = checkpoint.read(folder, fall_back=True)
+        tensors, checkpoint_meta, path = checkpoint.read(folder, fall_back=True)
         network_tensors = {name: tensors[name] for name in tensors if not name.startswith("optim_G.")}
         storage.load_strict(modules, network_tensors, str(path))
         checkpoint.restore_optimizer("optim_G", optimizer, tensors)
-        first_step = meta["step"]
-    total = sum(o.steps)
+        first_step = checkpoint_meta["step"]
+    step_count = sum(options.steps)
     start_time = time.time()
     sums = np.zeros(4)  # of the three errors since the last line of the log, and number of steps
-    out = folder / "network.safetensors"
+    network_path = folder / "network.safetensors"
     front_images = None
-    for number, step in enumerate(schedule(o)):
+    for step_number, step in enumerate(schedule(options)):
         # Steps before the checkpoint are skipped, so that the schedule is the same after a resume.
-        if number < first_step:
+        if step_number < first_step:
             continue
         optimizer.param_groups[0]["lr"] = step.lr
         # The seed depends only on the step, so that a resumed run samples the same as an uninterrupted run.
-        rng = np.random.default_rng([o.seed, number])
+        rng = np.random.default_rng([options.seed, step_number])
         torch.manual_seed(int(rng.integers(1 << 62)))
-        rows = rng.integers(len(pool.z), size=o.heads)
+        head_indices = rng.integers(len(pool.z), size=options.heads)
         density, colour, planes = losses(
-            G, pool.draw(rng, rows, o.candidates), pool.empty, o, step.edge, step.planes
+            G, pool.draw(rng, head_indices, options.candidates), pool.empty, options, step.edge, step.planes
         )
         loss = density + step.colour * colour
         image_error = torch.zeros(1)
         if step.images > 0:
-            front_images = front_images or FrontImages(pool.z, o.seed)
-            image_error = front_images.loss(G, planes, rows, front_images.windows(rng, rows, o.window))
+            front_images = front_images or FrontImages(pool.z, options.seed)
+            image_error = front_images.loss(
+                G, planes, head_indices, front_images.windows(rng, head_indices, options.window)
+            )
             loss = loss + step.images * image_error
         optimizer.zero_grad(set_to_none=True)
         loss.mean().backward()
         optimizer.step()
         with torch.no_grad():
             # In the first steps the average is the plain mean of all weights.
-            decay = min(o.ema, 1 - 1 / (number + 1))
-            for average, value in zip(G_ema.parameters(), G.parameters(), strict=True):
-                average.lerp_(value, 1 - decay)
-            for average, value in zip(G_ema.buffers(), G.buffers(), strict=True):
-                average.copy_(value)
+            decay = min(options.ema, 1 - 1 / (step_number + 1))
+            for average_tensor, trained_tensor in zip(G_ema.parameters(), G.parameters(), strict=True):
+                average_tensor.lerp_(trained_tensor, 1 - decay)
+            for average_tensor, trained_tensor in zip(G_ema.buffers(), G.buffers(), strict=True):
+                average_tensor.copy_(trained_tensor)
         sums += [*(float(error.detach().mean()) for error in (density, colour, image_error)), 1]
-        if (number + 1) % 100 == 0:
-            seconds_per_step = (time.time() - start_time) / (number + 1 - first_step)
+        if (step_number + 1) % 100 == 0:
+            seconds_per_step = (time.time() - start_time) / (step_number + 1 - first_step)
             means = {
-                name: round(float(value / sums[3]), 4)
+                name: round(float(error_sum / sums[3]), 4)
                 # Three names: the fourth entry of `sums` is the number of steps.
-                for name, value in zip(("density", "colour", "picture"), sums, strict=False)
+                for name, error_sum in zip(("density", "colour", "picture"), sums, strict=False)
             }
             log_entry = {
-                "step": number + 1,
+                "step": step_number + 1,
                 "stage": step.stage,
                 "lr": round(step.lr, 5),
                 **means,
                 "seconds_a_step": round(seconds_per_step, 3),
-                "minutes_left": round(seconds_per_step * (total - number - 1) / 60, 1),
+                "minutes_left": round(seconds_per_step * (step_count - step_number - 1) / 60, 1),
             }
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(log_entry) + "\n")
             print(log_entry, flush=True)
             sums[:] = 0
-        if (number + 1) % o.save_every == 0 or number + 1 == total:
-            networks.cur_nimg = (number + 1) * o.heads
-            nets.save(out, networks)
+        if (step_number + 1) % options.save_every == 0 or step_number + 1 == step_count:
+            networks.cur_nimg = (step_number + 1) * options.heads
+            nets.save(network_path, networks)
             tensors = {**modules.state_dict(), **checkpoint.optimizer_tensors("optim_G", optimizer)}
-            checkpoint.write(folder, networks.cur_nimg, tensors, {"step": number + 1, "options": asdict(o)})
-    return out
+            checkpoint.write(
+                folder, networks.cur_nimg, tensors, {"step": step_number + 1, "options": asdict(options)}
+            )
+    return network_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -492,37 +515,48 @@ class FrontTraining:
     seed: int = 0
 
 
-def train_discriminator(networks: nets.Networks, o: FrontTraining = FrontTraining()) -> list[float]:
+def train_discriminator(networks: nets.Networks, options: FrontTraining = FrontTraining()) -> list[float]:
     """Train the discriminator of `networks` in place.
 
     Generated images are those of G_ema, from cameras of the dataset.
 
     Args:
         networks: networks, of which G_ema is not changed.
-        o: settings.
+        options: settings.
     Returns: loss of each step, without R1.
     """
     config = GanConfig(
-        gen_pose_cond=False, gamma=o.gamma, dlr=o.lr, blur_fade_kimg=0, density_reg=0, nrr_initial=PIXELS
+        gen_pose_cond=False,
+        gamma=options.gamma,
+        dlr=options.lr,
+        blur_fade_kimg=0,
+        density_reg=0,
+        nrr_initial=PIXELS,
     )
-    dataset = ImageFolderDataset(resolve_dataset(o.data), resolution=PIXELS, c_dim=25)
+    dataset = ImageFolderDataset(resolve_dataset(options.data), resolution=PIXELS, c_dim=25)
     # A copy, because the phases may change the state of G.
     G = copy.deepcopy(networks.G_ema)
     D = networks.D.requires_grad_(True)
     phases = GanPhases(G, D, config)
     optimizer = lazy_adam(D, config.dlr, config.d_reg_interval)
     losses = []
-    for step in range(o.steps):
-        rng = np.random.default_rng([o.seed, step])
+    for step in range(options.steps):
+        rng = np.random.default_rng([options.seed, step])
         torch.manual_seed(int(rng.integers(1 << 62)))
         # Real images with their labels, and cameras of other images for the generated ones.
-        images, labels = zip(*(dataset[i] for i in rng.integers(len(dataset), size=o.batch)), strict=True)
+        images, labels = zip(
+            *(dataset[i] for i in rng.integers(len(dataset), size=options.batch)), strict=True
+        )
         cameras = torch.from_numpy(
-            np.stack([dataset.get_label(i) for i in rng.integers(len(dataset), size=o.batch)])
+            np.stack([dataset.get_label(i) for i in rng.integers(len(dataset), size=options.batch)])
         )
         real = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
         batch = Batch(
-            real, torch.from_numpy(np.stack(labels)), torch.randn(o.batch, 64), cameras, step * o.batch
+            real,
+            torch.from_numpy(np.stack(labels)),
+            torch.randn(options.batch, 64),
+            cameras,
+            step * options.batch,
         )
         # Lazy regularisation (Karras et al. 2020): R1 every d_reg_interval steps, with this interval as
         # weight.
@@ -531,17 +565,18 @@ def train_discriminator(networks: nets.Networks, o: FrontTraining = FrontTrainin
             phases_of_step.append((phases.d_reg, config.d_reg_interval))
         for phase, gain in phases_of_step:
             optimizer.zero_grad(set_to_none=True)
-            total = 0.0
+            loss_sum = 0.0
             for loss in phase(batch):
                 (loss.value.mean() * gain).backward()
-                total += float(loss.value.detach().mean())
+                loss_sum += float(loss.value.detach().mean())
             optimizer.step()
             # Only the main loss is recorded, whose weight is 1.
             if gain == 1:
-                losses.append(total)
+                losses.append(loss_sum)
         if (step + 1) % 50 == 0:
             print(
-                f"discriminator: step {step + 1} of {o.steps}, loss {np.mean(losses[-50:]):.3f}", flush=True
+                f"discriminator: step {step + 1} of {options.steps}, loss {np.mean(losses[-50:]):.3f}",
+                flush=True,
             )
     networks.D.requires_grad_(False)
     return losses

@@ -4,9 +4,8 @@ A network regresses latent coordinates and blur from normal maps of ground-truth
 measures the shape Fréchet distance of held-out heads: of ground-truth heads, of blurred heads, and of damaged
 scans.
 
-Shapes: N number of shapes, F number of views, n grid points along each axis, S number of regression targets,
-    R pixels per
-side of a map, B number of maps.
+Shapes: N number of shapes, F number of views, n grid points along each axis, S number of regression
+targets, R pixels per side of a map, B number of maps.
 """
 
 import json
@@ -135,11 +134,11 @@ def true_maps(distances: np.ndarray, blurs: np.ndarray | None = None) -> Tensor:
     """
     maps = []
     for i, grid in enumerate(distances):
-        values = density_field(grid, EDGES[i % len(EDGES)])
+        field = density_field(grid, EDGES[i % len(EDGES)])
         if blurs is not None:
             # len(values) = n: from voxels of a grid of 64 to voxels of this grid.
-            values = gaussian_filter(values, blurs[i] * len(values) / 64)
-        maps.append(normal_maps(torch.from_numpy(values)[None]).half())
+            field = gaussian_filter(field, blurs[i] * len(field) / 64)
+        maps.append(normal_maps(torch.from_numpy(field)[None]).half())
     return torch.cat(maps)
 
 
@@ -159,7 +158,7 @@ def targets(z: np.ndarray, blurs: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate(columns, axis=1)).float()
 
 
-def fit(maps: Tensor, map_targets: Tensor, o: ShapeTraining) -> MapNet:
+def fit(maps: Tensor, map_targets: Tensor, options: ShapeTraining) -> MapNet:
     """Train a network to predict targets from normal maps, by the mean squared error.
 
     Each map is mirrored with probability 1/2, because heads are nearly symmetric.
@@ -167,65 +166,66 @@ def fit(maps: Tensor, map_targets: Tensor, o: ShapeTraining) -> MapNet:
     Args:
         maps: normal maps [B, 4, R, R] in half precision.
         map_targets: targets [B, S].
-        o: settings.
+        options: settings.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(o.seed)
+        torch.manual_seed(options.seed)
         net = MapNet()
-    generator = torch.Generator().manual_seed(o.seed)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=o.learning_rate, weight_decay=0.01)
-    steps_per_epoch = math.ceil(len(maps) / o.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, o.epochs * steps_per_epoch)
-    for _ in range(o.epochs):
-        for rows in torch.randperm(len(maps), generator=generator).split(o.batch):
-            batch = maps[rows].float()
-            is_mirrored = torch.rand(len(rows), generator=generator) < 0.5
-            predicted = net(torch.where(is_mirrored[:, None, None, None], mirrored(batch), batch))
+    generator = torch.Generator().manual_seed(options.seed)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    steps_per_epoch = math.ceil(len(maps) / options.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.epochs * steps_per_epoch)
+    for _ in range(options.epochs):
+        for map_indices in torch.randperm(len(maps), generator=generator).split(options.batch):
+            map_batch = maps[map_indices].float()
+            is_mirrored = torch.rand(len(map_indices), generator=generator) < 0.5
+            predicted = net(torch.where(is_mirrored[:, None, None, None], mirrored(map_batch), map_batch))
             optimiser.zero_grad()
-            functional.mse_loss(predicted, map_targets[rows]).backward()
+            functional.mse_loss(predicted, map_targets[map_indices]).backward()
             optimiser.step()
             schedule.step()
     return net
 
 
-def train_shape_features(z: np.ndarray, o: ShapeTraining, on_shape: OnShape = None) -> ShapeFeatures:
+def train_shape_features(z: np.ndarray, options: ShapeTraining, on_shape: OnShape = None) -> ShapeFeatures:
     """Train the features of the shape Fréchet distance.
 
     Args:
         z: latents [heads + reference + held_out, 64]. The features are trained on the first `o.heads`
             latents, their scale and the reference of the distance are computed from the next `o.reference`,
             and they are evaluated on the others.
-        o: settings.
+        options: settings.
         on_shape: function that is called with 1 after every head.
     """
     train_z, reference_z, held_out_z = np.split(
-        z[: o.heads + o.reference + o.held_out], [o.heads, o.heads + o.reference]
+        z[: options.heads + options.reference + options.held_out],
+        [options.heads, options.heads + options.reference],
     )
-    blurs = np.random.default_rng(o.seed).uniform(0.25, o.blur, o.heads)
-    distances = true_grids(train_z, o.grid, on_shape)
+    blurs = np.random.default_rng(options.seed).uniform(0.25, options.blur, options.heads)
+    distances = true_grids(train_z, options.grid, on_shape)
     # Each head once sharp and once blurred.
     maps = torch.cat([true_maps(distances), true_maps(distances, blurs)])
-    head_targets = torch.cat([targets(train_z, np.zeros(o.heads)), targets(train_z, blurs)])
+    head_targets = torch.cat([targets(train_z, np.zeros(options.heads)), targets(train_z, blurs)])
     views = maps.shape[1]
     # All views of a head have the same targets.
-    net = fit(maps.flatten(0, 1), head_targets.repeat_interleave(views, dim=0), o)
+    net = fit(maps.flatten(0, 1), head_targets.repeat_interleave(views, dim=0), options)
     # Scale 0 and 1, so that the features below are not standardised yet.
-    result = ShapeFeatures(
+    shape_features = ShapeFeatures(
         net, torch.zeros(0), torch.stack([torch.zeros(FEATURES), torch.ones(FEATURES)]), {}
     )
-    reference_features = result(true_maps(true_grids(reference_z, o.grid, on_shape)))
-    result.scale = torch.stack(
+    reference_features = shape_features(true_maps(true_grids(reference_z, options.grid, on_shape)))
+    shape_features.scale = torch.stack(
         [reference_features.mean(dim=0), reference_features.std(dim=0).clamp_min(1e-6)]
     )
-    result.true = (reference_features - result.scale[0]) / result.scale[1]
-    held_out_distances = true_grids(held_out_z, o.grid, on_shape)
-    result.record = {
-        "training": asdict(o),
+    shape_features.true = (reference_features - shape_features.scale[0]) / shape_features.scale[1]
+    held_out_distances = true_grids(held_out_z, options.grid, on_shape)
+    shape_features.record = {
+        "training": asdict(options),
         "parameters": sum(p.numel() for p in net.parameters()),
-        "frechet": frechet_distances(result, held_out_z, held_out_distances),
+        "frechet": frechet_distances(shape_features, held_out_z, held_out_distances),
         "explained": explained(net, held_out_z, held_out_distances),
     }
-    return result
+    return shape_features
 
 
 def frechet_distances(features: ShapeFeatures, z: np.ndarray, distances: np.ndarray) -> dict[str, float]:
@@ -293,10 +293,10 @@ def shapes(out: Path, dry_run: bool, **settings) -> None:
         click.echo(json.dumps({"out": out.name, **asdict(options)}, indent=1))
         return
     torch.set_num_threads(1)
-    count = options.heads + options.reference + options.held_out
-    with tqdm(total=count, desc="heads", unit="head") as bar:
+    head_count = options.heads + options.reference + options.held_out
+    with tqdm(total=head_count, desc="heads", unit="head") as bar:
         network = train_shape_features(
-            latents(range(GROUND_TRUTH_HEADS, GROUND_TRUTH_HEADS + count), LATENT).numpy(),
+            latents(range(GROUND_TRUTH_HEADS, GROUND_TRUTH_HEADS + head_count), LATENT).numpy(),
             options,
             bar.update,
         )

@@ -60,7 +60,7 @@ def train_base(
         stage.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema)
     )
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=training.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
+    lr_schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=training.warm_up),
@@ -70,13 +70,13 @@ def train_base(
     )
     for step in range(1, training.steps + 1):
         indices = torch.randint(len(PROMPTS), (training.batch,), generator=generator)
-        names = [PROMPTS[i] for i in indices.tolist()]  # prompts
-        x_0: Batch = draw_drafts(names, generator).latents(stage.name)
+        prompts = [PROMPTS[i] for i in indices.tolist()]  # prompts
+        x_0: Batch = draw_drafts(prompts, generator).latents(stage.name)
         eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
         t = stage.path.times(count(x_0), generator)
-        cond = pipeline.conditioning(names, stage.name)
+        cond = pipeline.conditioning(prompts, stage.name)
         # True for samples that keep their conditioning; for others, zeros are the empty conditioning.
-        has_prompt = torch.rand(len(names), generator=generator) >= training.no_condition
+        has_prompt = torch.rand(len(prompts), generator=generator) >= training.no_condition
         x_t = stage.path.mix(x_0, t, eps)
         # A new batch object: data that depend on the voxels are cached in it, and are valid for this step
         # only.
@@ -87,7 +87,7 @@ def train_base(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        lr_schedule.step()
         average_model.update_parameters(stage.model)
         if on_step is not None:
             on_step(step, training.steps, float(loss.detach()))
@@ -147,27 +147,27 @@ TOY_PARTS = (STRUCTURE, VOXELS, "reward")
 _training_option = functools.partial(option, group="Training")
 
 
-def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
+def make_toy(network_name: str, training: BaseTraining | RewardTraining, out: Path) -> None:
     """Train a network of the toy generator, save it, and print its loss and accuracy.
 
     Args:
-        part: name of the network: a stage, or "reward".
+        network_name: name of the network: a stage, or "reward".
         training: settings.
         out: folder of the file.
     """
     losses: list[float] = []
     start_time = time.monotonic()
     network: torch.nn.Module
-    with command.loss_bar(part, losses) as on_step:
+    with command.loss_bar(network_name, losses) as on_step:
         if isinstance(training, RewardTraining):
             network, metrics = train_reward(training, on_step)
         else:
-            network = train_base(part, training, on_step)
+            network = train_base(network_name, training, on_step)
             metrics = {}
     metrics = {"loss": command.final_loss(losses), **metrics}
-    path = save_network(part, network, {"training": asdict(training), **metrics}, out)
-    metrics_text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    click.echo(f"{part}: {metrics_text}, {time.monotonic() - start_time:.0f} s, saved to {path}")
+    path = save_network(network_name, network, {"training": asdict(training), **metrics}, out)
+    metrics_text = ", ".join(f"{name} {metric_value:.4f}" for name, metric_value in metrics.items())
+    click.echo(f"{network_name}: {metrics_text}, {time.monotonic() - start_time:.0f} s, saved to {path}")
 
 
 @click.command("python -m builders.toy_flow", cls=GroupedCommand)
@@ -205,19 +205,23 @@ def toy_flow(parts: tuple[str, ...], outdir: Path, steps: int | None, seed: int,
         python -m builders.toy_flow reward --dry-run
     """
     trainings: dict[str, BaseTraining | RewardTraining] = {
-        part: replace(base, seed=seed, steps=steps or base.steps) for part, base in BASES.items()
+        network_name: replace(base, seed=seed, steps=steps or base.steps)
+        for network_name, base in BASES.items()
     }
     trainings["reward"] = RewardTraining(seed=seed)
-    chosen_trainings = {part: trainings[part] for part in parts or TOY_PARTS}
+    chosen_trainings = {network_name: trainings[network_name] for network_name in parts or TOY_PARTS}
     if dry_run:
         click.echo(
-            json.dumps({part: asdict(training) for part, training in chosen_trainings.items()}, indent=1)
+            json.dumps(
+                {network_name: asdict(training) for network_name, training in chosen_trainings.items()},
+                indent=1,
+            )
         )
         return
     # With one thread, sums have the same order on every machine of one kind.
     torch.set_num_threads(1)
-    for part, training in chosen_trainings.items():
-        make_toy(part, training, outdir)
+    for network_name, training in chosen_trainings.items():
+        make_toy(network_name, training, outdir)
 
 
 if __name__ == "__main__":

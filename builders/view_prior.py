@@ -60,22 +60,22 @@ class PriorTraining(Knobs):
     seed: int = knob(0, "Random seed of the initial weights and of the training data.", TRAINING, low=0)
 
 
-def reflect_between_modes(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+def reflect_between_modes(latents: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     """Reflect latents [A, 4, 4, 16, 16] along the difference between the two modes of their prompts.
 
     A reflection is orthogonal, so the distribution of normal noise does not change.
 
     Args:
-        values: latents or noise of the objects.
+        latents: latents or noise of the objects.
         prompt: index of each object's prompt, [A].
     """
     # modes() lists two modes per prompt, one after the other.
     difference = (modes()[::2] - modes()[1::2])[prompt][:, None]  # [A, 1, 4, 16, 16]
     direction = difference / difference.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
-    return values - 2 * (values * direction).sum((2, 3, 4), keepdim=True) * direction
+    return latents - 2 * (latents * direction).sum((2, 3, 4), keepdim=True) * direction
 
 
-def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(object_count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample latents of procedural objects from four views, and their prompts.
 
     Each view shows one of the two modes of the prompt. A random colour is added to an object, and independent
@@ -83,24 +83,26 @@ def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]
     modes, and its variation is reflected. Both modes are therefore equally frequent.
 
     Args:
-        assets: A, number of objects.
-        rng: random generator.
+        object_count: A, number of objects.
+        generator: random generator.
     Returns: latents [A, 4, 4, 16, 16], and indices of the prompts [A].
     """
     # Two successive objects have the same prompt; an odd number of objects leaves out the last one.
-    prompt = torch.randint(len(PROMPTS), ((assets + 1) // 2,), generator=rng).repeat_interleave(2)[:assets]
-    mode = torch.randint(2, (assets, SIDES), generator=rng)
-    colour = _COLOUR_JITTER * torch.randn(assets, 1, 4, 1, 1, generator=rng)
-    variation = colour + PIXEL_NOISE * torch.randn(assets, *_VIEWS_SHAPE, generator=rng)
+    prompt = torch.randint(len(PROMPTS), ((object_count + 1) // 2,), generator=generator).repeat_interleave(
+        2
+    )[:object_count]
+    mode = torch.randint(2, (object_count, SIDES), generator=generator)
+    colour = _COLOUR_JITTER * torch.randn(object_count, 1, 4, 1, 1, generator=generator)
+    variation = colour + PIXEL_NOISE * torch.randn(object_count, *_VIEWS_SHAPE, generator=generator)
     # Objects 1, 3, ... become the opposites of objects 0, 2, ...
-    mode[1::2] = 1 - mode[: assets - 1 : 2]
-    variation[1::2] = reflect_between_modes(variation[: assets - 1 : 2], prompt[1::2])
+    mode[1::2] = 1 - mode[: object_count - 1 : 2]
+    variation[1::2] = reflect_between_modes(variation[: object_count - 1 : 2], prompt[1::2])
     # Index of a mode in modes(): two modes per prompt.
     return modes()[2 * prompt[:, None] + mode] + variation, prompt
 
 
 def draw_noise(
-    prompt: torch.Tensor, settings: PriorTraining, rng: torch.Generator
+    prompt: torch.Tensor, settings: PriorTraining, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sample the noise of a training step for objects from `draw`.
 
@@ -109,18 +111,18 @@ def draw_noise(
     Args:
         prompt: indices of the prompts [A].
         settings: settings, of which no_prompt is used.
-        rng: random generator.
+        generator: random generator.
     Returns: mask [A] of objects that are trained with the empty prompt, times [A], and noise [A, 4, 4, 16,
         16].
     """
-    assets = len(prompt)
-    withheld = torch.rand(assets, generator=rng) < settings.no_prompt
-    t = (torch.rand(assets, generator=rng) * STEPS).long()
-    noise = torch.randn(assets, *_VIEWS_SHAPE, generator=rng)
-    withheld[1::2] = withheld[: assets - 1 : 2]
-    t[1::2] = t[: assets - 1 : 2]
-    noise[1::2] = reflect_between_modes(noise[: assets - 1 : 2], prompt[1::2])
-    return withheld, t, noise
+    object_count = len(prompt)
+    is_withheld = torch.rand(object_count, generator=generator) < settings.no_prompt
+    t = (torch.rand(object_count, generator=generator) * STEPS).long()
+    noise = torch.randn(object_count, *_VIEWS_SHAPE, generator=generator)
+    is_withheld[1::2] = is_withheld[: object_count - 1 : 2]
+    t[1::2] = t[: object_count - 1 : 2]
+    noise[1::2] = reflect_between_modes(noise[: object_count - 1 : 2], prompt[1::2])
+    return is_withheld, t, noise
 
 
 def train(
@@ -138,16 +140,16 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = TinyUNet(TinySizes(), [prompt.text for prompt in PROMPTS])
-    rng = torch.Generator().manual_seed(settings.seed)
-    average = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    generator = torch.Generator().manual_seed(settings.seed)
+    average_by_name = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     cameras = network_cameras(evenly_around(settings.assets, SIDES, DISTANCE).cameras)
     for step in range(settings.steps):
-        x_0, prompt = draw(settings.assets, rng)
-        withheld, t, noise = draw_noise(prompt, settings, rng)
+        x_0, prompt = draw(settings.assets, generator)
+        is_withheld, t, noise = draw_noise(prompt, settings, generator)
         # Index len(PROMPTS) is the empty prompt. All views of an object have the same prompt.
-        conditioning = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
+        conditioning = torch.where(is_withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
         x_0 = x_0.flatten(0, 1)  # [4 A, 4, 16, 16]: the network denoises views
         noise = noise.flatten(0, 1)
         t = t.repeat_interleave(SIDES)
@@ -162,10 +164,10 @@ def train(
         # The decay is smaller in the first steps, so that the initial weights soon have no influence on the
         # average.
         decay = min(_AVERAGE, (1 + step) / (10 + step))
-        for name, value in network.state_dict().items():
-            average[name].lerp_(value, 1 - decay)
+        for name, tensor in network.state_dict().items():
+            average_by_name[name].lerp_(tensor, 1 - decay)
         on_step(step, float(loss.detach()))
-    network.load_state_dict(average)
+    network.load_state_dict(average_by_name)
     return TinyPrior(network)
 
 
@@ -197,10 +199,10 @@ def view_prior(out: Path, dry_run: bool, **flags) -> None:
     metrics = {"loss": command.final_loss(losses)}
     out.parent.mkdir(parents=True, exist_ok=True)
     prior.save(out, {**asdict(settings), **metrics})
-    parameters = sum(p.numel() for p in prior.network.parameters())
+    parameter_count = sum(p.numel() for p in prior.network.parameters())
     click.echo(
-        f"{parameters} parameters, loss {metrics['loss']:.4f}, {time.monotonic() - start_time:.0f} s, saved"
-        f" to {out}"
+        f"{parameter_count} parameters, loss {metrics['loss']:.4f}, {time.monotonic() - start_time:.0f} s,"
+        f" saved to {out}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The builders' commands, and what a user finds who types a job that they replaced."""
+"""Test the builders' commands, and the messages for the names of former jobs that they replaced."""
 
 import importlib
 import json

@@ -1,4 +1,6 @@
-"""Training of the bundled feature network: distances rise with every kind of damage, and a run repeats."""
+"""Test the training of the bundled feature network: distances rise with every kind of damage, and a repeated
+run gives the same network.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from training.synthetic_heads import load_truth, resolve_dataset
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
-    """256 clean heads of a seed that no training used: uint8 [256, 3, 64, 64] and their factors."""
+    """Return 256 undamaged heads, uint8 [256, 3, 64, 64], and their factors. No training used their seed."""
     path = resolve_dataset(
         "synthetic:people64@n=256,seed=123", tmp_path_factory.mktemp("heads"), processes=1, progress=False
     )

@@ -1,4 +1,4 @@
-"""Basis of heads of people, pool of their points, and training of the bundled generator."""
+"""Test the basis of heads, the pool of their points, and the training of the bundled generator."""
 
 import importlib.metadata
 from unittest.mock import Mock
@@ -30,8 +30,8 @@ def test_without_its_package_the_basis_cannot_be_made(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory, latents, heads):
-    """A folder with one small file, whose distances are our own: the package that makes real ones is not
-    here.
+    """Write a pool with one small file of invented distances, since the package that computes true distances
+    is not installed.
     """
     folder = tmp_path_factory.mktemp("pool")
     rng = np.random.default_rng(6)

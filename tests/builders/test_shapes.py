@@ -1,4 +1,6 @@
-"""Training of the shape features: it repeats, and ranks true, blurred and damaged heads."""
+"""Test the training of the shape features: it repeats exactly, and its distances order true, blurred and
+damaged heads.
+"""
 
 import json
 
@@ -36,7 +38,7 @@ QUICK = ShapeTraining(heads=5, reference=40, held_out=5, grid=16, epochs=1, batc
 
 
 def eggs(z, grid, on_shape=None):
-    """Signed distances, about, of egg-like shapes in place of heads: quickly made."""
+    """Compute approximate signed distances of egg-like shapes, which are faster to make than heads."""
     return np.stack(
         [np.linalg.norm(grid_points(grid) * (1 + 0.1 * row[:3]), axis=-1) - 0.2 for row in z]
     ).astype(np.float32)

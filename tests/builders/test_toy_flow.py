@@ -1,4 +1,4 @@
-"""Training of the toy flow generator's networks and of its reward."""
+"""Test the training of the toy flow generator's networks and of its reward."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Training of the small prior of score distillation."""
+"""Test the training of the small prior of score distillation."""
 
 import torch
 

@@ -52,10 +52,11 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
 
     Args:
         root: folder of a generator, or the name of a bundled generator.
-        say: function that prints the notice.
+        print_line: function that prints the notice.
     Raises: FileNotFoundError if the folder is missing, or if no family recognises it.
     """
-    root, bundled = Path(root), bundled_family(str(root))
+    bundled = bundled_family(str(root))
+    root = Path(root)
     if bundled is not None:
         return bundled
     # A plugin's family may recognise the folder, so plugins must be loaded before the search.
@@ -68,11 +69,11 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
             return family
     if not root.is_dir() or not any(root.iterdir()):
         if root.is_dir():
-            problem = f"the folder {root} is empty"
+            problem_text = f"the folder {root} is empty"
         elif root.exists():
-            problem = f"{root} is a file and not a folder"
+            problem_text = f"{root} is a file and not a folder"
         else:
-            problem = f"the folder {root} does not exist"
+            problem_text = f"the folder {root} does not exist"
         addresses = [family.address for family in FAMILIES.values() if family.address]
         # Someone who wrote the name of a published generator gets the address of just that one.
         # The last part of an address is the generator's name.
@@ -81,7 +82,7 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
         ]
         downloads = " or ".join(same_name_addresses or addresses)
         raise FileNotFoundError(
-            f"--pipeline: {problem}. Pass the folder of a generator. Generators can be downloaded from"
+            f"--pipeline: {problem_text}. Pass the folder of a generator. Generators can be downloaded from"
             f" {downloads}."
         )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
@@ -125,7 +126,9 @@ def check_source(source: ProblemSource) -> None:
 def unread_options(source: ProblemSource, read_options: Sequence[str]) -> str:
     """Return the flags, separated by commas, that differ from their default but are not read.
 
-    Args: read_options: names of the fields of ProblemSource that are read.
+    Args:
+        source: options of a problem.
+        read_options: names of the fields of ProblemSource that are read.
     """
     flags = []
     for f in fields(source):
@@ -133,8 +136,8 @@ def unread_options(source: ProblemSource, read_options: Sequence[str]) -> str:
         if f.name in read_options or getattr(source, f.name) == f.default:
             continue
         # A flag may have another name than its field; the field's metadata then state the name.
-        name = f.metadata["knob"].name or f.name if "knob" in f.metadata else f.name
-        flags.append(f"--{name.replace('_', '-')}")
+        flag_name = f.metadata["knob"].name or f.name if "knob" in f.metadata else f.name
+        flags.append(f"--{flag_name.replace('_', '-')}")
     return ", ".join(flags)
 
 
@@ -142,6 +145,7 @@ def reject_unread(source: ProblemSource, read_options: Sequence[str], reason: st
     """Raise ValueError for options that are given but not read.
 
     Args:
+        source: options of a problem.
         read_options: names of the fields of ProblemSource that are read.
         reason: explanation for the message, such as "only applies to a bundled generator".
     """

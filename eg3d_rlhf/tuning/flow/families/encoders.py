@@ -20,11 +20,11 @@ from eg3d_rlhf.tuning.flow.families.folder import embedding_progress
 TEXT_TOKENS = 77  # length of CLIP's text input
 
 
-def pretrained(kind: str, name: str):
+def pretrained(class_name: str, name: str):
     """Load a model or a tokenizer of the package transformers from the local cache.
 
     Args:
-        kind: name of a class of transformers, such as "CLIPTextModel".
+        class_name: name of a class of transformers, such as "CLIPTextModel".
         name: name of the model on huggingface.co, or a local folder.
     Raises: ValueError if its files are not on this machine.
     """
@@ -33,7 +33,7 @@ def pretrained(kind: str, name: str):
 
     try:
         # local_files_only: transformers would otherwise download what is missing.
-        return getattr(transformers, kind).from_pretrained(name, local_files_only=True)
+        return getattr(transformers, class_name).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
         # At most 100 characters of the first line, because messages of transformers are long.
         reason = (str(error).splitlines() or [""])[0][:100]
@@ -66,9 +66,10 @@ class TextEncoder:
     def embed(self, texts: Sequence[str]) -> Conditioning:
         """Embed texts, and the empty text for guidance. The name of an embedding is its text."""
         # dict.fromkeys removes duplicates and keeps the order. NULL is the empty text.
-        names = list(dict.fromkeys([*texts, NULL]))
+        unique_texts = list(dict.fromkeys([*texts, NULL]))
         return Conditioning(
-            tokens={name: self([name])[0] for name in embedding_progress(names, "text")}, encoder=self.name
+            tokens={name: self([name])[0] for name in embedding_progress(unique_texts, "text")},
+            encoder=self.name,
         )
 
 
@@ -92,12 +93,12 @@ class ImageEncoder:
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """Encode images [N, 3, 518, 518] of values 0..1 as maps of patch tokens, [N, E, 37, 37]."""
         config = self.model.config
-        grid = config.image_size // config.patch_size
+        patches_per_side = config.image_size // config.patch_size
         return (
             # Without class token and registers: [N, 37^2, E] -> [N, E, 37, 37]
             self.tokens(images)[:, 1 + config.num_register_tokens :]
             .transpose(1, 2)
-            .unflatten(2, (grid, grid))
+            .unflatten(2, (patches_per_side, patches_per_side))
         )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -111,9 +112,9 @@ class ImageEncoder:
     def embed(self, images: Mapping[str, Path]) -> Conditioning:
         """Embed images with transparent backgrounds. Embeddings have the names of the images."""
         # A generator: only one image is in memory at a time.
-        prepared = (
+        prepared_images = (
             (name, read_cut_out(path, lambda image: on_black(image, self.size)))
             for name, path in embedding_progress(images.items(), "image")
         )
-        tokens = {name: self(image[None])[0] for name, image in prepared}
+        tokens = {name: self(image[None])[0] for name, image in prepared_images}
         return Conditioning(tokens=tokens, encoder=self.name, zero_null=True)

@@ -84,23 +84,27 @@ class OpenedFolder:
         Without conditioning nothing is checked.
 
         Args:
+            stage: name of the stage.
             channels: number of channels of a token that the stage's network expects.
             remedy: last sentence of the message.
         """
         if self.tokens is None:
             return
-        form = self.tokens.form
-        name = self.conditioning_key(stage)
+        token_form = self.tokens.form
+        tensor_name = self.conditioning_key(stage)
         # The form is a shape [L, E], or shapes by name if the conditioning has several tensors.
         shape: Any
-        if name is None:
-            shape = form
+        if tensor_name is None:
+            shape = token_form
         else:
-            shape = form.get(name) if isinstance(form, Mapping) else None
+            shape = token_form.get(tensor_name) if isinstance(token_form, Mapping) else None
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
-            expected = f"tokens [L, {channels}]{f' named {name!r}' if name else ''} for stage {stage!r}"
-            source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
-            raise ValueError(f"conditioning: expected {expected}, but the file has {form}{source}. {remedy}")
+            name_text = f" named {tensor_name!r}" if tensor_name else ""
+            expected = f"tokens [L, {channels}]{name_text} for stage {stage!r}"
+            source_text = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
+            raise ValueError(
+                f"conditioning: expected {expected}, but the file has {token_form}{source_text}. {remedy}"
+            )
 
     def conditioning(self, names: Sequence[str], stage: str) -> Any:
         """Return the conditioning of these prompts for a stage.
@@ -118,8 +122,8 @@ class OpenedFolder:
 
     def _conditioning(self, tensors: Any, stage: str) -> Any:
         """Select the conditioning tensor that a stage reads and move it to the pipeline's device."""
-        name = self.conditioning_key(stage)
-        return to_device(tensors if name is None else tensors[name], self.device)
+        tensor_name = self.conditioning_key(stage)
+        return to_device(tensors if tensor_name is None else tensors[tensor_name], self.device)
 
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
         """Convert latents [v, C] from the decoder's scale to the scale of a stage's flow: (x - mean) /
@@ -182,18 +186,18 @@ def mentions(path: Path, word: str) -> bool:
 def read_json(path: Path) -> dict:
     """Read a JSON object from a file. Raises: ValueError, naming the file, for any other content."""
     try:
-        content = json.loads(path.read_text())
+        json_value = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
             f"{path}: the file is not valid JSON ({error}). Download or write it again."
         ) from None
     # Valid JSON may also be a list or a number.
-    if not isinstance(content, dict):
+    if not isinstance(json_value, dict):
         raise ValueError(
-            f"{path}: expected a JSON object, got a {type(content).__name__}. Download or write the file"
+            f"{path}: expected a JSON object, got a {type(json_value).__name__}. Download or write the file"
             " again."
         )
-    return content
+    return json_value
 
 
 def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Module]) -> nn.Module:
@@ -206,10 +210,10 @@ def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Modu
     Raises: OSError for a missing file; ValueError for tensors whose names or shapes do not match.
     """
     # The keys of the JSON file are the names of the arguments.
-    module = make(**read_json(root / files[0]))
+    network = make(**read_json(root / files[0]))
     path = root / files[1]
-    load_strict(module, read(path, str(path)), str(path))
-    return module.eval()
+    load_strict(network, read(path, str(path)), str(path))
+    return network.eval()
 
 
 def read_mesh(path: Path) -> Mesh:
@@ -251,22 +255,24 @@ def sample_surface_points(
     cumulative = double_area.cumsum(0)
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
     # The clamp is only a guard: the values are at most the total, so the index is that of a face.
-    face = torch.searchsorted(cumulative, uniform * cumulative[-1]).clamp(max=len(cumulative) - 1)
+    face_index = torch.searchsorted(cumulative, uniform * cumulative[-1]).clamp(max=len(cumulative) - 1)
     u, v = torch.rand(2, count, 1, generator=generator, dtype=torch.float64)  # [P, 1] each
     # The square root makes the points uniform in the triangle (Osada et al. 2002, equation 1).
-    a, b, c = corners[face].unbind(1)
-    return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / double_area[face, None]
+    a, b, c = corners[face_index].unbind(1)
+    return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face_index] / double_area[
+        face_index, None
+    ]
 
 
 def check_finite(message_prefix: str, x_0: Batch) -> None:
     """Raise ValueError, beginning with `message_prefix`, if latents contain NaN or infinite values."""
     # NaN > 0 is false: a decoder would return an empty grid without an error.
-    values = feats_of(x_0)
-    invalid_count = int((~torch.isfinite(values)).sum())
+    latent_values = feats_of(x_0)
+    invalid_count = int((~torch.isfinite(latent_values)).sum())
     if invalid_count:
         raise ValueError(
-            f"{message_prefix}: {invalid_count} of {values.numel()} latent values are NaN or infinite. Use an"
-            " earlier checkpoint of the flow."
+            f"{message_prefix}: {invalid_count} of {latent_values.numel()} latent values are NaN or infinite."
+            " Use an earlier checkpoint of the flow."
         )
 
 

@@ -3,8 +3,8 @@
 The paint stage of the published generator is a diffusion model of images. It is not supported.
 
 Shapes: N number of samples, T latent vectors of a sample, C channels of a latent vector, L number of
-    conditioning
-tokens, E channels of a token, P points on a mesh, f further features of a point, V vertices, F faces.
+conditioning tokens, E channels of a token, P points on a mesh, f further features of a point, V vertices,
+F faces.
 """
 
 import math
@@ -87,25 +87,25 @@ class ShapeAsset:
         Raises: Unbounded if the shape has no surface; ValueError for values that are not finite.
         """
         # n cells have n + 1 grid points; the axes x, y and z are equal.
-        axis = torch.linspace(-BOUND, BOUND, cells + 1, device=self.latent.device)
+        grid_coordinates = torch.linspace(-BOUND, BOUND, cells + 1, device=self.latent.device)
         decoded = self.decoder(self.latent[None])
         # Range of all values, for the error message if there is no surface. NaN marks values that are not
         # finite.
         low = math.inf
         high = -math.inf
 
-        def sample(x: slice) -> torch.Tensor:
+        def evaluate_slab(x: slice) -> torch.Tensor:
             """Evaluate the grid points of a range of indices along x, and update the range of values."""
             nonlocal low, high
-            values = self.decoder.slab(decoded, axis, x)
-            is_finite = bool(values.isfinite().all())
-            low = min(low, float(values.min()))
-            high = max(high, float(values.max())) if is_finite else math.nan
-            return values
+            slab_values = self.decoder.slab(decoded, grid_coordinates, x)
+            is_finite = bool(slab_values.isfinite().all())
+            low = min(low, float(slab_values.min()))
+            high = max(high, float(slab_values.max())) if is_finite else math.nan
+            return slab_values
 
         try:
             # The surface is where the value is 0; values inside the shape are positive.
-            return extract_mesh_blockwise(sample, [axis.double().cpu()] * 3, 0.0)
+            return extract_mesh_blockwise(evaluate_slab, [grid_coordinates.double().cpu()] * 3, 0.0)
         except ValueError:
             # Values that are not finite have another cause than a missing surface.
             if not (math.isfinite(low) and math.isfinite(high)):
@@ -117,12 +117,17 @@ class ShapeAsset:
 
 
 def call(
-    module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
+    network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Call the network `module` with the arguments of the original, where t = 1 is data and t = 0 is
-    noise.
+    """Call the network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+
+    Args:
+        network: network of the flow.
+        x_t: noisy latents [N, T, C].
+        t: times [N] in 0..1.
+        cond: conditioning tensors by name.
     """
-    return module(x_t, t, contexts=dict(cond))
+    return network(x_t, t, contexts=dict(cond))
 
 
 class ShapePipeline(OpenedFolder):
@@ -180,13 +185,13 @@ class ShapePipeline(OpenedFolder):
 
         Returns: for each mesh, a dictionary with the latent [T, C] of the stage.
         """
-        network: ShapeEncoder = self.part(ENCODING_HALF)
+        encoder: ShapeEncoder = self.part(ENCODING_HALF)
         latents: list[dict[str, Any]] = []
         for mesh in assets:
             # A new generator per mesh, so that a latent does not depend on the other meshes.
             generator = torch.Generator().manual_seed(0)
             points = surface_points(mesh, self.file.vae, generator)
-            latents.append({SHAPE: network.latents(points, generator).cpu()})
+            latents.append({SHAPE: encoder.latents(points, generator).cpu()})
         return latents
 
 
@@ -238,9 +243,15 @@ def as_image(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def image_tokens(file: files.ShapeFiles, network: Dino, images: torch.Tensor) -> torch.Tensor:
-    """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm."""
-    tokens = network(short_side(images, file.encoder.pixels))
+def image_tokens(file: files.ShapeFiles, encoder: Dino, images: torch.Tensor) -> torch.Tensor:
+    """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm.
+
+    Args:
+        file: settings of config.yaml.
+        encoder: DINOv2 network.
+        images: images [N, 3, h, w].
+    """
+    tokens = encoder(short_side(images, file.encoder.pixels))
     # The class token is the first token. Some configurations remove it.
     return (tokens if file.class_token else tokens[:, 1:]).float()
 
@@ -280,14 +291,14 @@ class Hunyuan3d(FlowFamily):
         """
         file = files.read_files(root)
 
-        def part(name: str) -> nn.Module:
+        def read_part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
             return PARTS[name](file, files.read_sections(file.checkpoint), device)
 
         # If the flow is not needed, as for encoding and decoding, it stays on the meta device without
         # weights.
         if stages is not None and SHAPE not in stages:
-            return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditioning, part, device)
+            return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditioning, read_part, device)
         sections = files.read_sections(file.checkpoint)
         if conditioning is not None:
             conditioning.check_source("conditioning", files.source_of(file, sections), REMEDY)
@@ -296,7 +307,7 @@ class Hunyuan3d(FlowFamily):
         model = files.denoiser(file, sections, dtype, device)
         # Recomputing blocks saves the memory of their activations.
         model.recompute = True
-        return ShapePipeline(file, model, conditioning, part, device)
+        return ShapePipeline(file, model, conditioning, read_part, device)
 
     def condition(self, pipeline: ShapePipeline, stage: str) -> dict[str, list[int]]:
         """Return the shape [L, E] of the only conditioning tensor, by its name."""
@@ -308,12 +319,12 @@ class Hunyuan3d(FlowFamily):
         file = files.read_files(root)
         # Only the image encoder is needed; the flow's section may be missing.
         sections = files.read_sections(file.checkpoint, (files.CONDITIONER,))
-        network = files.image_encoder(file, sections, device)
+        encoder = files.image_encoder(file, sections, device)
         tokens = {}
         for name, path in embedding_progress(images.items(), "image"):
             # The second value is the object's mask. Only the image over white is encoded.
             pixels, _ = read_cut_out(path, lambda image: on_white(image, file.image_size, file.border))
-            tokens[name] = {MAIN: image_tokens(file, network, as_image(pixels).to(device))[0].cpu()}
+            tokens[name] = {MAIN: image_tokens(file, encoder, as_image(pixels).to(device))[0].cpu()}
         return Conditioning(tokens=tokens, encoder=files.source_of(file, sections), zero_null=True)
 
     def show(self, asset: ShapeAsset, path: Path, cells: int | None = None) -> Path:

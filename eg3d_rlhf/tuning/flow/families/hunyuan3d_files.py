@@ -140,85 +140,87 @@ def read_files(root: Path) -> ShapeFiles:
             " again."
         )
     # The file is read as data: no class that it names is imported.
-    config = read_yaml(path)
+    yaml_config = read_yaml(path)
     try:
         # Every section must name the class of Hunyuan3D-2.1, because other classes compute something else.
-        params = {section: _params(config, section, target) for section, target in TARGETS.items()}
-        settings = {section: _settings(config, section) for section in SETTINGS}
-        encoder, class_token = _image_encoder_config(params[CONDITIONER])
-        image_processor = settings["image_processor"]
+        params_by_section = {
+            section: _params(yaml_config, section, target) for section, target in TARGETS.items()
+        }
+        settings_by_section = {section: _settings(yaml_config, section) for section in SETTINGS}
+        encoder, class_token = _image_encoder_config(params_by_section[CONDITIONER])
+        image_processor = settings_by_section["image_processor"]
         border = image_processor.get("border_ratio")  # null means the default
-        result = ShapeFiles(
+        shape_files = ShapeFiles(
             root=folder,
             checkpoint=checkpoint,
-            model=_build_config(DenoiserConfig, params[MODEL], ignore_unknown=True),
-            vae=_build_config(AutoencoderConfig, params[VAE]),
+            model=_build_config(DenoiserConfig, params_by_section[MODEL], ignore_unknown=True),
+            vae=_build_config(AutoencoderConfig, params_by_section[VAE]),
             encoder=encoder,
             class_token=class_token,
-            shift=float(settings["scheduler"].get("shift", 1.0)),
+            shift=float(settings_by_section["scheduler"].get("shift", 1.0)),
             image_size=int(image_processor.get("size", IMAGE_SIZE)),
             border=BORDER if border is None else float(border),
         )
-        if not (result.shift > 0 and result.image_size > 0 and 0 <= result.border < 1):
+        if not (shape_files.shift > 0 and shape_files.image_size > 0 and 0 <= shape_files.border < 1):
             raise ValueError(
                 "shift and size must be above 0, and border_ratio must be in [0, 1), got shift"
-                f" {result.shift}, size {result.image_size} and border_ratio {result.border}. Download the"
-                " file again."
+                f" {shape_files.shift}, size {shape_files.image_size} and border_ratio {shape_files.border}."
+                " Download the file again."
             )
     except (TypeError, ValueError) as error:
         # The inner errors name the setting; the name of the file is added here.
         raise ValueError(f"{path}: {error}") from None
     # The three networks must fit each other: number and channels of latent vectors, channels of the
     # conditioning.
-    flow_sizes = (result.model.input_size, result.model.in_channels, result.model.context_dim)
-    other_sizes = (result.vae.num_latents, result.vae.embed_dim, result.tokens[1])
+    flow_sizes = (shape_files.model.input_size, shape_files.model.in_channels, shape_files.model.context_dim)
+    other_sizes = (shape_files.vae.num_latents, shape_files.vae.embed_dim, shape_files.tokens[1])
     if other_sizes != flow_sizes:
         raise ValueError(
             f"{path}: the section model states (latent vectors, channels, conditioning channels) ="
             f" {flow_sizes}, but vae and conditioner state {other_sizes}. Download the file again."
         )
-    return result
+    return shape_files
 
 
-def _params(config: Mapping, section: str, target: str) -> dict:
+def _params(yaml_config: Mapping, section: str, target: str) -> dict:
     """Return the params of a required section of config.yaml.
 
     Args:
-        config: content of config.yaml.
+        yaml_config: content of config.yaml.
         section: name of the section.
         target: name of the class that the section must name.
     Raises: ValueError for another class, or if there are no params.
     """
-    content = config.get(section)
+    section_content = yaml_config.get(section)
     # A section that is no mapping is reported like a missing section.
-    content = content if isinstance(content, Mapping) else {}
+    section_content = section_content if isinstance(section_content, Mapping) else {}
     # Only the class is compared, without the path of its module, as in "hy3dshape.models.HunYuanDiTPlain".
-    class_name = str(content.get("target", "")).rpartition(".")[2]
+    class_name = str(section_content.get("target", "")).rpartition(".")[2]
     if class_name != target:
         raise ValueError(
             f"the section {section} must have the target {target}, got {class_name or 'no target'}. Pass the"
             " folder of Hunyuan3D-2.1."
         )
-    if not isinstance(content.get("params"), Mapping):
+    if not isinstance(section_content.get("params"), Mapping):
         raise ValueError(f"the section {section} has no params. Download the file again.")
-    return dict(content["params"])
+    return dict(section_content["params"])
 
 
-def _settings(config: Mapping, section: str) -> dict:
+def _settings(yaml_config: Mapping, section: str) -> dict:
     """Return the params of an optional section of config.yaml. A missing section gives an empty dictionary.
 
     Args:
-        config: content of config.yaml.
+        yaml_config: content of config.yaml.
         section: name of the section, a key of SETTINGS.
     Raises: ValueError for another class or for unknown params, which would sample or crop in another way.
     """
     target, known_params = SETTINGS[section]
     # Without the section the original uses its defaults.
-    if section not in config:
+    if section not in yaml_config:
         return {}
-    content = config[section] if isinstance(config[section], Mapping) else {}
-    class_name = str(content.get("target", "")).rpartition(".")[2]
-    params = content.get("params") or {}
+    section_content = yaml_config[section] if isinstance(yaml_config[section], Mapping) else {}
+    class_name = str(section_content.get("target", "")).rpartition(".")[2]
+    params = section_content.get("params") or {}
     # For example, the consistency scheduler of distilled models uses other times.
     if class_name != target:
         raise ValueError(
@@ -251,24 +253,28 @@ def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
     Returns: configuration, and whether the class token is one of the conditioning tokens.
     Raises: ValueError for an encoder other than a single DINOv2.
     """
-    encoder = params.get("main_image_encoder")
-    encoder = encoder if isinstance(encoder, Mapping) else {}
-    kind = encoder.get("type")
-    kwargs = encoder.get("kwargs")
+    encoder_settings = params.get("main_image_encoder")
+    encoder_settings = encoder_settings if isinstance(encoder_settings, Mapping) else {}
+    encoder_type = encoder_settings.get("type")
+    kwargs = encoder_settings.get("kwargs")
     kwargs = kwargs if isinstance(kwargs, Mapping) else {}
     if (
-        kind != "DinoImageEncoder"
+        encoder_type != "DinoImageEncoder"
         # drop_ratio is the dropout of the conditioning in training; it has no effect on sampling.
         or set(params) - {"main_image_encoder", "drop_ratio"}
         or not isinstance(kwargs.get("config"), Mapping)
     ):
         raise ValueError(
-            f"the conditioner must be a single DinoImageEncoder with a config, got {kind!r} with the params"
-            f" {sorted(params)}. Pass the folder of Hunyuan3D-2.1."
+            f"the conditioner must be a single DinoImageEncoder with a config, got {encoder_type!r} with the"
+            f" params {sorted(params)}. Pass the folder of Hunyuan3D-2.1."
         )
     # The inner value is the resolution at which DINOv2 was trained, the outer one that of the input images.
-    config = {"image_size": ENCODER_SIZE, **kwargs["config"], "shown": kwargs.get("image_size", ENCODER_SIZE)}
-    return DinoConfig.from_settings(config), bool(kwargs.get("use_cls_token", True))
+    dino_settings = {
+        "image_size": ENCODER_SIZE,
+        **kwargs["config"],
+        "shown": kwargs.get("image_size", ENCODER_SIZE),
+    }
+    return DinoConfig.from_settings(dino_settings), bool(kwargs.get("use_cls_token", True))
 
 
 def _build_config(config_class: Any, params: Mapping, ignore_unknown: bool = False) -> Any:
@@ -324,8 +330,8 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
     # Only the sections that are read are checked; a file may have more.
     non_tensors = []
     for section in TARGETS:
-        for name, value in sections.get(section, {}).items():
-            if not isinstance(value, torch.Tensor):
+        for name, entry in sections.get(section, {}).items():
+            if not isinstance(entry, torch.Tensor):
                 non_tensors.append(f"{section}.{name}")
     if non_tensors:
         raise ValueError(
@@ -358,6 +364,11 @@ def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
     """Build the decoder of the autoencoder in float32, also if the checkpoint is in half precision.
 
     Other tensors of the section vae are ignored, as in the original.
+
+    Args:
+        files: settings of config.yaml.
+        sections: tensors of the checkpoint.
+        device: device of the network.
     """
     return _load_network(
         ShapeDecoder,
@@ -388,6 +399,10 @@ def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
 
     It is read from the checkpoint, or from the separate folder of the autoencoder beside it.
 
+    Args:
+        files: settings of config.yaml.
+        sections: tensors of the checkpoint.
+        device: device of the network.
     Raises: FileNotFoundError if neither has the encoder.
     """
     path, tensors = _encoding(files, sections[VAE])
@@ -401,30 +416,40 @@ def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
     return _load_network(ShapeEncoder, files.vae, tensors, f"{path}, {VAE}", torch.float32, device)
 
 
-def _encoding(files: ShapeFiles, vae: Mapping[str, torch.Tensor]) -> tuple[Path, Mapping[str, torch.Tensor]]:
+def _encoding(
+    files: ShapeFiles, vae_tensors: Mapping[str, torch.Tensor]
+) -> tuple[Path, Mapping[str, torch.Tensor]]:
     """Return the file and the tensors of the autoencoder's encoder.
 
     The checkpoint is preferred to the separate folder of the autoencoder. If neither has the encoder, the
     checkpoint and no tensors are returned.
 
-    Args: vae: tensors of the section vae of the checkpoint.
+    Args:
+        files: settings of config.yaml and the paths of the files.
+        vae_tensors: tensors of the section vae of the checkpoint.
     """
     vae_folder = files.root.parent / VAE_FOLDER
     vae_files = [vae_folder / name for name in CHECKPOINTS if (vae_folder / name).is_file()]
-    in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae)
+    in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae_tensors)
     if in_checkpoint or not vae_files:
         path = files.checkpoint
-        state = vae
+        autoencoder_tensors = vae_tensors
     else:
         # The file in the separate folder has no sections, only the tensors of the autoencoder.
         path = vae_files[0]
-        state = read_content(path, "checkpoint")
-    return path, {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
+        autoencoder_tensors = read_content(path, "checkpoint")
+    return path, {
+        name: tensor for name, tensor in autoencoder_tensors.items() if name.startswith(ENCODER_HALF)
+    }
 
 
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
     """Build the image encoder in float32. Names and shapes must match exactly.
 
+    Args:
+        files: settings of config.yaml.
+        sections: tensors of the checkpoint.
+        device: device of the network.
     Raises: ValueError for tensors that do not belong to the image encoder.
     """
     # Without this check, weights of a second encoder would be ignored without an error.
@@ -445,7 +470,7 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
 def _load_network(
     network_class: Any,
     config: Any,
-    state: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     message_prefix: str,
     dtype: torch.dtype | None,
     device: str | torch.device,
@@ -453,29 +478,37 @@ def _load_network(
     """Build a frozen network from its tensors. Names and shapes must match exactly.
 
     The network is first built on the meta device, so that its memory is allocated only once.
+
+    Args:
+        network_class: class of the network.
+        config: configuration of the network, the only argument of the class.
+        tensors: tensors by name.
+        message_prefix: beginning of error messages.
+        dtype: dtype of the weights; None keeps the dtypes of the file.
+        device: device of the network.
     """
-    network = fill(empty(lambda: network_class(config)), state, message_prefix, types=dtype, device=device)
+    network = fill(empty(lambda: network_class(config)), tensors, message_prefix, types=dtype, device=device)
     return freeze(network, device)
 
 
-def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
+def write_checkpoint(source_path: Path, target_path: Path, tuned_tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a copy of a checkpoint with other weights of the flow. Each tensor has the dtype of the source.
 
     Args:
-        source: path of the checkpoint to copy.
-        target: path of the file to write.
-        state: tensors of the flow by name.
+        source_path: path of the checkpoint to copy.
+        target_path: path of the file to write.
+        tuned_tensors: tensors of the flow by name.
     """
     # All sections are read, because all are written to the copy.
-    sections = read_sections(source, (MODEL,))
-    new_content: dict = {**sections, MODEL: in_types_of(sections[MODEL], state)}
-    if target.suffix == ".safetensors":
+    sections = read_sections(source_path, (MODEL,))
+    new_content: dict = {**sections, MODEL: in_types_of(sections[MODEL], tuned_tensors)}
+    if target_path.suffix == ".safetensors":
         # This format cannot store nested dictionaries, so sections become prefixes of the names.
         flat_content = {}
         for section, tensors in new_content.items():
             flat_content.update({f"{section}.{name}": tensor for name, tensor in tensors.items()})
         new_content = flat_content
-    rewrite(target, new_content)
+    rewrite(target_path, new_content)
 
 
 def source_of(files: ShapeFiles, sections: Sections) -> str:
@@ -485,8 +518,12 @@ def source_of(files: ShapeFiles, sections: Sections) -> str:
     weights, "*" stands for the encoder.
     """
     # "*" matches any encoder; see `check_source` in base/conditioning.py.
-    weights = sections.get(CONDITIONER)
-    return f"DINOv2 {fingerprint(weights)}, {files.preparation}" if weights else f"*, {files.preparation}"
+    encoder_tensors = sections.get(CONDITIONER)
+    return (
+        f"DINOv2 {fingerprint(encoder_tensors)}, {files.preparation}"
+        if encoder_tensors
+        else f"*, {files.preparation}"
+    )
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
@@ -516,7 +553,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     notice = NOTICE_FILE.format(
         file=exported_checkpoint, papers=", ".join(licence_files) or "LICENSE"
     ).encode()
-    vae = {
+    vae_files = {
         f"{VAE_FOLDER}/{path.name}": path for path in (repository / VAE_FOLDER).glob("*") if path.is_file()
     }
     # The network is read and written only when the export runs.
@@ -525,9 +562,10 @@ def release(root: Path, stages: Sequence[str]) -> Release:
         load=partial(denoiser, files, sections),
         write=partial(write_checkpoint, files.checkpoint),
     )
-    config = {f"{FOLDER}/{CONFIG}": files.root / CONFIG}
+    config_files = {f"{FOLDER}/{CONFIG}": files.root / CONFIG}
     return Release(
-        files={**licence_files, **vae, **config, "Notice": notice}, networks=dict.fromkeys(stages, stored)
+        files={**licence_files, **vae_files, **config_files, "Notice": notice},
+        networks=dict.fromkeys(stages, stored),
     )
 
 
@@ -539,11 +577,13 @@ def networks(root: Path) -> list[Network]:
     files = read_files(root)
     # No section is required here, so that missing networks are listed and raise no error.
     sections = read_sections(files.checkpoint, ())
-    vae = sections.get(VAE, {})
-    encoder_file, vae_encoder_tensors = _encoding(files, vae)
+    vae_tensors = sections.get(VAE, {})
+    encoder_file, vae_encoder_tensors = _encoding(files, vae_tensors)
     # The section vae has the tensors of decoder and encoder.
     decoder_shapes = _shapes(lambda: ShapeDecoder(files.vae))
-    decoder_tensors = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
+    decoder_tensors = {
+        name: tensor for name, tensor in vae_tensors.items() if not name.startswith(ENCODER_HALF)
+    }
     if decoder_shapes.keys() <= decoder_tensors.keys():
         # Tensors that the decoder does not have are ignored, as in `decoding_half`.
         decoder_tensors = {name: decoder_tensors[name] for name in decoder_shapes}

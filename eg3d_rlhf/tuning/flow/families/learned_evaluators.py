@@ -28,7 +28,9 @@ def features(asset: SplatAsset, cells: int = CELLS) -> torch.Tensor:
     The first K^3 features are log(1 + m) with m the sum of opacities in a cell. The other 3 K^3 features are
     the opacity-weighted mean of colour - 0.5 in each cell, and 0 in an empty cell.
 
-    Args: cells: K, cells per axis of the cube -0.5..0.5.
+    Args:
+        asset: Gaussians of the asset.
+        cells: K, cells per axis of the cube -0.5..0.5.
     """
     # On the CPU, index_add sums in a fixed order; on a GPU the order of threads varies.
     asset = asset.to("cpu")
@@ -137,10 +139,10 @@ class RewardOfPairs:
                 latents[id(pair.rejected)] = pair.rejected
             features_by_id: dict[int, torch.Tensor] = {}
             # One latent at a time: a decoded asset is large, its features are not.
-            for key, latent in tqdm(
+            for latent_id, latent in tqdm(
                 latents.items(), desc=self._title, unit="asset", leave=False, disable=None
             ):
-                features_by_id[key] = features(self._pipeline.decode(SparseBatch.join([latent]))[0])
+                features_by_id[latent_id] = features(self._pipeline.decode(SparseBatch.join([latent]))[0])
             preferred = torch.stack([features_by_id[id(pair.preferred)] for pair in pairs])  # [P, F]
             rejected = torch.stack([features_by_id[id(pair.rejected)] for pair in pairs])  # [P, F]
             self._reward = LinearReward(preferred, rejected, self._ridge)

@@ -100,22 +100,22 @@ def open_folder(
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
     folders = pairs_in(family, source)
-    fit = family.fit_reward if rewards and isinstance(family, FitsRewards) else None
+    fit_reward = family.fit_reward if rewards and isinstance(family, FitsRewards) else None
     embeddings_path = embeddings_beside(
         folders, None if source.conditions is None else Path(source.conditions)
     )
     # Read before the networks, so that a missing file is reported within seconds.
-    tokens = read_conditioning(embeddings_path, zero_null=family.zero_null)
+    embeddings = read_conditioning(embeddings_path, zero_null=family.zero_null)
     # An error for missing networks that only the rewards need is raised here, before the flows are read.
     files = family.files(Path(source.pipeline), tuple(folders))
     pipeline = family.load(
-        Path(source.pipeline), tokens, stages=stages, dtype=getattr(torch, source.dtype), device=device
+        Path(source.pipeline), embeddings, stages=stages, dtype=getattr(torch, source.dtype), device=device
     )
     # Hashes of all inputs. They name the artefacts that are made from this problem.
     identity = _identity(family, source, embeddings_path, files)
     pairs_by_stage = read_stages(folders, pipeline, functools.partial(family.check_pairs, pipeline))
     prompts = sorted({pair.condition for pairs in pairs_by_stage.values() for pair in pairs})
-    tokens.select(prompts)  # raises an error for prompts without an embedding
+    embeddings.select(prompts)  # raises an error for prompts without an embedding
     training_prompts, choosing_prompts, table_prompts = map(
         list, source.splits or split_prompts(prompts, source.seed, source.held_out)
     )
@@ -128,13 +128,15 @@ def open_folder(
 
     def fit_to_prompts(title: str, names: Sequence[str]) -> AssetReward | None:
         """Fit a reward to the last stage's pairs of some prompts; None if the family fits no rewards."""
-        if fit is None:
+        if fit_reward is None:
             return None
-        return fit(pipeline, pairs_of_prompts(pairs_by_stage.get(last_stage, ()), names), title)
+        return fit_reward(pipeline, pairs_of_prompts(pairs_by_stage.get(last_stage, ()), names), title)
 
     # The second and the third reward evaluate assets that went through all stages, so all must have pairs.
     has_evaluators = (
-        fit is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(table_prompts)
+        fit_reward is not None
+        and set(folders) == {stage.name for stage in pipeline.stages}
+        and bool(table_prompts)
     )
     # Every second prompt, so that the reward for training and the reward for choosing share no pair.
     if len(training_prompts) > 1:
@@ -158,8 +160,8 @@ def open_folder(
         # The fit of a linear reward has no randomness, so the seed is ignored.
         fit_reward=(
             None
-            if fit is None or last_stage not in folders
-            else lambda pairs, seed: fit(pipeline, pairs, "reward")
+            if fit_reward is None or last_stage not in folders
+            else lambda pairs, seed: fit_reward(pipeline, pairs, "reward")
         ),
         identity={
             **identity,
@@ -200,13 +202,13 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
         )
     root = Path(source.pipeline)
     embeddings_path = Path(source.conditions)
-    tokens = read_conditioning(embeddings_path, zero_null=family.zero_null)
+    embeddings = read_conditioning(embeddings_path, zero_null=family.zero_null)
     # Zeros are used only if the file has no embedding of '' (NULL).
-    tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
-    pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
+    embeddings = replace(embeddings, zero_null=embeddings.zero_null and NULL not in embeddings.tokens)
+    pipeline = family.load(root, embeddings, dtype=getattr(torch, source.dtype), device=device)
     identity = _identity(family, source, embeddings_path, family.files(root))
     training_prompts, choosing_prompts, table_prompts = split_prompts(
-        tokens.names, source.seed, source.held_out
+        embeddings.names, source.seed, source.held_out
     )
     return Problem(
         pipeline=pipeline,
@@ -225,6 +227,8 @@ def _identity(family: FlowFamily, source: ProblemSource, embeddings: Path, files
     Names of stored artefacts are computed from them, so the keys must not be renamed.
 
     Args:
+        family: family of the generator.
+        source: settings that name the data type.
         embeddings: file or folder of the prompts' embeddings.
         files: other files of the problem, by name.
     """
@@ -248,21 +252,21 @@ def read_stages(
     """
     pairs_by_stage: dict[str, list[PreferencePair]] = {}
     for stage, folder in folders.items():
-        pairs_by_stage[stage], meta = read_pairs(folder, stage_of(pipeline, stage))
-        convention = meta.get("convention")
+        pairs_by_stage[stage], pairs_meta = read_pairs(folder, stage_of(pipeline, stage))
+        convention = pairs_meta.get("convention")
         if convention != CONVENTION:
             # If time ran the other way, training would silently approach noise.
             raise ValueError(
                 f"{folder}/meta.json: expected the convention {CONVENTION!r}, got {convention!r}. Make the"
                 " pairs again with `eg3d-rlhf flow tune WORK --pairs-only`."
             )
-        check(folder, stage, meta)
+        check(folder, stage, pairs_meta)
     # Every stage is compared with the first one. The order of pairs may differ between stages.
     (first_stage, first_pairs), *other_stages = pairs_by_stage.items()
-    expected = {(pair.id, pair.condition) for pair in first_pairs}
+    expected_pairs = {(pair.id, pair.condition) for pair in first_pairs}
     for stage, stage_pairs in other_stages:
         # Pairs (id, prompt) that only one of the two stages has.
-        unmatched_pairs = sorted({(pair.id, pair.condition) for pair in stage_pairs} ^ expected)
+        unmatched_pairs = sorted({(pair.id, pair.condition) for pair in stage_pairs} ^ expected_pairs)
         if unmatched_pairs:
             raise ValueError(
                 f"--pairs: stages {first_stage!r} and {stage!r} must have the same pairs, but"
@@ -286,12 +290,16 @@ def split_prompts(names: Sequence[str], seed: int, held_out: float) -> tuple[lis
     Returns: names of the prompts for training, for choosing, and for the final table.
     """
     # Sorted by hash, so that the order of the names in the file does not matter.
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    hashed_order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     # At least one prompt is held out, and at least one remains for training.
-    held_out_count = min(max(1, round(held_out * len(order))), len(order) - 1)
+    held_out_count = min(max(1, round(held_out * len(hashed_order))), len(hashed_order) - 1)
     # A single held-out prompt is for the table, because choosing_count is then 0.
     choosing_count = held_out_count // 2
-    return order[held_out_count:], order[:choosing_count], order[choosing_count:held_out_count]
+    return (
+        hashed_order[held_out_count:],
+        hashed_order[:choosing_count],
+        hashed_order[choosing_count:held_out_count],
+    )
 
 
 def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
@@ -360,8 +368,10 @@ def embeddings_beside(folders: Mapping[str, Path], requested: Path | None = None
 
 
 def hash_of(path: Path) -> str:
-    """Compute the hash of a file's content, or of the names and contents of all files directly in a
-    folder.
+    """Compute the hash of a file or of a folder.
+
+    The hash of a file is that of its content. The hash of a folder is that of the names and contents of the
+    files directly in it.
     """
     if path.is_file():
         return file_hash(path)

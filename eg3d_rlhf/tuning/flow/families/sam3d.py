@@ -8,9 +8,8 @@ The stages are tuned one by one, without the tuning loop. The loop would need en
 only the encoder of shapes is supported. With it, pairs of shapes can be made from meshes of the user.
 
 Shapes: N number of samples, R grid points per axis, S number of tokens of a shape, A channels of such a
-    token, v voxels
-of a sample, L number of conditioning tokens, E channels of a token; for images h rows, w columns, s pixels
-per side.
+token, v voxels of a sample, L number of conditioning tokens, E channels of a token; for images h rows,
+w columns, s pixels per side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +61,7 @@ TOKENS = {
     files.STRUCTURE: 7528,
     files.LATENT: 5496,
 }  # conditioning tokens of the released embedders, by stage
-MOST_VOXELS = 42000  # largest number of voxels of the second stage
+MAX_VOXELS = 42000  # largest number of voxels of the second stage
 # Names of tensors that are stored beside the conditioning tokens.
 SCALE = "pointmap_scale"
 SHIFT = "pointmap_shift"
@@ -72,23 +71,33 @@ CROSS = ("to_q", "to_kv", "to_out")
 
 
 def call_mixture(
-    module: nn.Module, x_t: NamedBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
+    network: nn.Module, x_t: NamedBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
 ) -> NamedBatch:
     """Call the first network with the arguments of the original, where t = 1 is data and t = 0 is noise.
 
-    Args: step: optionally the step size, which a shortcut model reads.
+    Args:
+        network: first network.
+        x_t: noisy latents by name.
+        t: times [N] in 0..1.
+        cond: conditioning tokens [N, L, E].
+        step: optionally the step size, which a shortcut model reads.
     """
-    return x_t.like(module(x_t.tensors, t, cond, *step))
+    return x_t.like(network(x_t.tensors, t, cond, *step))
 
 
 def call_voxels(
-    module: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
+    network: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
 ) -> SparseBatch:
     """Call the second network with the arguments of the original, where t = 1 is data and t = 0 is noise.
 
-    Args: step: optionally the step size, which a shortcut model reads.
+    Args:
+        network: second network.
+        x_t: noisy latents on voxels.
+        t: times [N] in 0..1.
+        cond: conditioning tokens [N, L, E].
+        step: optionally the step size, which a shortcut model reads.
     """
-    return module(x_t, t, cond, *step)
+    return network(x_t, t, cond, *step)
 
 
 def targets_of(config: Any, groups: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -100,13 +109,13 @@ def targets_of(config: Any, groups: Sequence[str] | None = None) -> tuple[str, .
         config: configuration of the network.
         groups: names of the groups that are tuned; None means all groups.
     """
-    names = []
+    layer_names = []
     # In self-attention the group is the last part of a name; in cross-attention it is the middle part.
     for group in groups or config.groups:
-        names += [f"self_attn.{layer}.{group}" for layer in SELF]
+        layer_names += [f"self_attn.{layer}.{group}" for layer in SELF]
     for group in groups or config.groups:
-        names += [f"cross_attn.{group}.{layer}" for layer in CROSS]
-    return tuple(names)
+        layer_names += [f"cross_attn.{group}.{layer}" for layer in CROSS]
+    return tuple(layer_names)
 
 
 class ShapeAndPose(Dictionary):
@@ -132,8 +141,9 @@ class ShapeAlone(Dictionary):
 
 
 def shape_alone(latent: Latent) -> Latent:
-    """Return a latent of the first stage without its pose. Latents of the second stage are returned
-    unchanged.
+    """Return a latent of the first stage without its pose.
+
+    Latents of the second stage are returned unchanged.
     """
     if isinstance(latent, NamedSample) and SHAPE in latent.tensors:
         return NamedSample({SHAPE: latent[SHAPE]})
@@ -189,14 +199,15 @@ class Sam3dPipeline(OpenedFolder):
         return self.file.generators[stage].config
 
     def _make_stage(self, name: str, model: nn.Module) -> FlowStage:
-        """Build the stage `name` with its network. Raises: ValueError if conditioning or files do not fit
-        it.
+        """Build the stage `name` with its network.
+
+        Raises: ValueError if the conditioning or the files do not fit it.
         """
         config = self._config(name)
         generator = self.file.generators[name]
         self.check_tokens(name, config.cond_channels, f"Embed them with {REMEDY}.")
         call = call_voxels if name == files.LATENT else call_mixture
-        common: dict[str, Any] = dict(
+        stage_kwargs: dict[str, Any] = dict(
             name=name,
             model=model,
             data_at_one=True,
@@ -209,16 +220,19 @@ class Sam3dPipeline(OpenedFolder):
         # The second stage has a single latent, which is tuned as a whole.
         if name == files.LATENT:
             return FlowStage(
-                latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution), **common
+                latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution),
+                **stage_kwargs,
             )
-        sizes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
+        latent_shapes = {
+            latent_name: [latent.tokens, latent.in_channels] for latent_name, latent in config.latents.items()
+        }
         # By default all groups of layers get adapters, and all latents have the same weight in the loss.
         groups: list[str] = list(config.groups)
-        latents: Dictionary = ShapeAndPose(shapes=sizes)
+        latents: Dictionary = ShapeAndPose(shapes=latent_shapes)
         if self.tuned_parts == SHAPE:
             # Only layers of the shape get adapters, so that the pose stays unchanged.
             groups = [SHAPE]
-            latents = ShapeAlone(shapes={SHAPE: sizes[SHAPE]})
+            latents = ShapeAlone(shapes={SHAPE: latent_shapes[SHAPE]})
         elif self.tuned_parts == FILE:
             # In the published file the weight of the shape is 0, so with this option only the pose is tuned.
             if not generator.weights or not any(generator.weights.values()):
@@ -226,8 +240,8 @@ class Sam3dPipeline(OpenedFolder):
                     f"--set parts={FILE} does not apply, because the file of stage {name!r} has no"
                     f" loss_weights above 0. Use --set parts={ALL} or --set parts={SHAPE}."
                 )
-            common["path"] = replace(generator.path, weights=generator.weights)
-        return FlowStage(latents=latents, lora_targets=targets_of(config, groups), **common)
+            stage_kwargs["path"] = replace(generator.path, weights=generator.weights)
+        return FlowStage(latents=latents, lora_targets=targets_of(config, groups), **stage_kwargs)
 
     def conditioning_key(self, stage: str) -> str:
         """Return the name of the stage, because each stage reads the tokens of its own embedder."""
@@ -242,7 +256,8 @@ class Sam3dPipeline(OpenedFolder):
         Args:
             stage: name of the first stage; no other stage has a next stage.
             x_0: latents of the first stage.
-        Raises: ValueError for another stage, or for latents that are not finite.
+        Raises: ValueError for another stage, or for latents that are not finite; EmptyStructure for a shape
+            without occupied voxels within the context `rejecting_empty`.
         """
         if stage != files.STRUCTURE:
             raise ValueError(
@@ -258,16 +273,19 @@ class Sam3dPipeline(OpenedFolder):
     def structure(self, shape: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Decode a shape [S, A] to its voxels.
 
-        Returns: voxels [v, 3] int32; and the factor, 1 or 2, by which the shape was shrunk because it had too
-            many voxels.
+        Returns: voxels [v, 3] int32; and the factor by which the shape was shrunk, which is 2 if it had too
+            many voxels and 1 otherwise.
+        Raises: EmptyStructure for a shape without occupied voxels within the context `rejecting_empty`.
         """
         resolution = self._config(files.STRUCTURE).latents[SHAPE].resolution
         decoder = self.part("structure decoder")
         # Tokens are in the order of the grid, the last axis fastest: [S, A] -> [1, A, R, R, R].
         grid = shape.T.unflatten(1, [resolution] * 3)[None]
         logits = decoder(grid.to(self.device, torch.float32))
+        # An empty structure would leave the next stage without voxels, so its most probable voxel is
+        # occupied.
         (voxels,) = voxels_of(occupy_best_voxel(logits, f"stage {files.STRUCTURE!r}"))
-        return reduce_voxels(remove_inner_voxels(voxels, self.file.prune), MOST_VOXELS)
+        return reduce_voxels(remove_inner_voxels(voxels, self.file.prune), MAX_VOXELS)
 
     def pose(self, condition: str, latents: NamedSample) -> pose.Pose | None:
         """Decode the pose of an object in the camera's space.
@@ -281,9 +299,13 @@ class Sam3dPipeline(OpenedFolder):
         if not isinstance(tensors, Mapping) or SCALE not in tensors:
             return None
         # The second stage may have a smaller copy of the shape, which must then be enlarged in space.
-        factor = self.structure(latents[SHAPE])[1]
-        batch = {name: tensor[None].cpu() for name, tensor in latents.tensors.items()}  # of one sample
-        return pose.decode_pose(batch, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], factor)
+        shrink_factor = self.structure(latents[SHAPE])[1]
+        latents_of_one = {
+            name: tensor[None].cpu() for name, tensor in latents.tensors.items()
+        }  # of one sample
+        return pose.decode_pose(
+            latents_of_one, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], shrink_factor
+        )
 
     @torch.no_grad()
     def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Latent]]:
@@ -294,7 +316,7 @@ class Sam3dPipeline(OpenedFolder):
         encoder = self.part("structure encoder")
         resolution = self._config(files.LATENT).resolution
         latents = list[dict[str, Latent]]()
-        tokens = self._config(files.STRUCTURE).latents[SHAPE]
+        shape_config = self._config(files.STRUCTURE).latents[SHAPE]
         for mesh in assets:
             # The voxels of the surface are occupied, as TRELLIS's data tools define it.
             grid = grid_of([surface_voxels(mesh, resolution)], resolution)
@@ -302,7 +324,7 @@ class Sam3dPipeline(OpenedFolder):
             check_shape(
                 files.ENCODER,
                 mean,
-                [1, tokens.in_channels, *[tokens.resolution] * 3],
+                [1, shape_config.in_channels, *[shape_config.resolution] * 3],
                 "Use the released encoder.",
             )
             # [1, A, R, R, R] -> tokens [S, A]
@@ -350,26 +372,26 @@ def remove_inner_voxels(voxels: torch.Tensor, distance: int) -> torch.Tensor:
     return voxels[near_empty[x, y, z] > 0]
 
 
-def reduce_voxels(voxels: torch.Tensor, most_voxels: int) -> tuple[torch.Tensor, int]:
-    """Reduce the number of voxels [v, 3] to at most `most_voxels`, as the original does.
+def reduce_voxels(voxels: torch.Tensor, max_voxels: int) -> tuple[torch.Tensor, int]:
+    """Reduce the number of voxels [v, 3] to at most `max_voxels`, as the original does.
 
     If there are too many voxels, the shape is shrunk to about half its size, about the centre of its bounding
     box. If there are still too many voxels, a random subset is returned, the same at every call.
 
     Returns: voxels [fewer, 3], and the factor by which the shape was shrunk: 2, or 1 if it was not.
     """
-    if len(voxels) <= most_voxels:
+    if len(voxels) <= max_voxels:
         return voxels, 1
     low = int(voxels.min())
     high = int(voxels.max())
-    size = high - low  # one size for all axes
+    extent = high - low  # one size for all axes
     # Half the size, and centred. Voxels with the same new indices become one voxel.
-    shrunk = (voxels - low) / size * (size / 2 - 1) + low + size / 4
+    shrunk = (voxels - low) / extent * (extent / 2 - 1) + low + extent / 4
     fewer_voxels = torch.unique(shrunk.round().int().clamp(low, high), dim=0)
-    if len(fewer_voxels) > most_voxels:
+    if len(fewer_voxels) > max_voxels:
         generator = torch.Generator().manual_seed(0)
         # Sorted, so that the voxels keep their order.
-        subset = torch.randperm(len(fewer_voxels), generator=generator)[:most_voxels].sort().values
+        subset = torch.randperm(len(fewer_voxels), generator=generator)[:max_voxels].sort().values
         fewer_voxels = fewer_voxels[subset.to(fewer_voxels.device)]
     return fewer_voxels, 2
 
@@ -382,21 +404,22 @@ NOTICE = (
 )
 
 
-def _source(file: files.PipelineFile, prints: Sequence[str]) -> str:
+def _source(file: files.PipelineFile, fingerprints: Sequence[str]) -> str:
     """Return a text that names the embedders and the preprocessing of images.
 
     Files of embeddings contain this text and are compared by it, so it must not change.
 
     Args:
         file: settings of the pipeline.
-        prints: fingerprints (hashes) of the embedders' weights.
+        fingerprints: fingerprints (hashes) of the embedders' weights.
     """
-    return f"SAM 3D's embedders {' '.join(prints)}, {file.preparation}"
+    return f"SAM 3D's embedders {' '.join(fingerprints)}, {file.preparation}"
 
 
 def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage:
-    """Return the pairs of all stages without poses. They are computed when the pairs of a stage are
-    accessed.
+    """Return the pairs of all stages without poses.
+
+    The pairs of a stage are computed when they are accessed.
     """
     return PairsByStage(
         pairs,
@@ -493,31 +516,31 @@ class Sam3d(FlowFamily):
         """
         file = files.read_pipeline(root)
         flows = dict[str, nn.Module]()
-        prints = []
+        fingerprints = []
         for stage, generator in file.generators.items():
             if stages is not None and stage not in stages:
                 # A flow that is not needed stays on the meta device.
                 flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
                 continue
             # Checkpoints are read one after the other, because they take most of the memory.
-            state = read(generator.checkpoint, "weights")
-            flow: Any = files.load_flow(generator, dtype, device, state=state)
+            checkpoint_tensors = read(generator.checkpoint, "weights")
+            flow: Any = files.load_flow(generator, dtype, device, state=checkpoint_tensors)
             flows[stage] = flow
             flow.recompute = True
-            prints.append(fingerprint(files.embedder_state(generator, state)))
+            fingerprints.append(fingerprint(files.embedder_state(generator, checkpoint_tensors)))
         # Files of embeddings name both embedders, so they can be checked only if both checkpoints were read.
-        if conditioning is not None and len(prints) == len(files.STAGES):
-            conditioning.check_source("conditioning", _source(file, prints), REMEDY)
+        if conditioning is not None and len(fingerprints) == len(files.STAGES):
+            conditioning.check_source("conditioning", _source(file, fingerprints), REMEDY)
         # Called after both flows are built, because the size of the larger flow decides.
         return_memory_if_large(flows.values(), device)
         # Meshes have no pose, so latents without one must be accepted.
-        parts = SHAPE if conditioning is None else self.parts
+        tuned_parts = SHAPE if conditioning is None else self.parts
 
-        def part(name: str) -> nn.Module:
+        def read_part(name: str) -> nn.Module:
             """Read a decoder or the encoder by its name."""
             return files.load_part(file, name, device)
 
-        return Sam3dPipeline(file, flows, conditioning, part, device, parts)
+        return Sam3dPipeline(file, flows, conditioning, read_part, device, tuned_parts)
 
     def condition(self, pipeline: Sam3dPipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of the conditioning tokens of one sample."""
@@ -545,27 +568,35 @@ class Sam3d(FlowFamily):
 
     @torch.no_grad()
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
-        """Embed images of objects by the embedders of both checkpoints.
+        """Embed images of objects by the embedders of the two stages' checkpoints.
 
         The alpha channel of an image is the object's mask, and its point map is a file beside it; see
         `inputs_of`.
         """
         file = files.read_pipeline(root)
         tokens = {name: dict[str, torch.Tensor]() for name in images}
-        prints = []
+        fingerprints = []
         # One embedder is in memory at a time, because each has two DINOv2 networks.
         for stage in files.STAGES:
             embedder = files.load_embedder(file.generators[stage], device)
             reads_point_map = any("pointmap" in name for name in embedder.names)
-            prints.append(fingerprint(files.embedder_state(file.generators[stage])))
+            fingerprints.append(fingerprint(files.embedder_state(file.generators[stage])))
             for name, path in embedding_progress(images.items(), "image"):
                 inputs = inputs_of(path, file.cuts[stage], reads_point_map)
                 # Stored for decoding the pose, which is in units of the point map.
-                tokens[name] |= {key: inputs[key] for key in (SCALE, SHIFT) if key in inputs}
+                tokens[name] |= {
+                    tensor_name: inputs[tensor_name]
+                    for tensor_name in (SCALE, SHIFT)
+                    if tensor_name in inputs
+                }
                 tokens[name][stage] = (
-                    embedder({key: inputs[key][None].to(device) for key in embedder.names})[0].float().cpu()
+                    embedder(
+                        {tensor_name: inputs[tensor_name][None].to(device) for tensor_name in embedder.names}
+                    )[0]
+                    .float()
+                    .cpu()
                 )
-        return Conditioning(tokens=tokens, encoder=_source(file, prints), zero_null=True)
+        return Conditioning(tokens=tokens, encoder=_source(file, fingerprints), zero_null=True)
 
     def facts(self, pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]) -> dict:
         """Return the pose of a sampled object for the list of sampled assets, in JSON types.
@@ -573,18 +604,22 @@ class Sam3d(FlowFamily):
         The entry "pose" has the rotation as a quaternion (real part first), the translation, and the size
         along each axis, all in the camera's space. Without a pose, the dictionary is empty.
         """
-        structure = latents[files.STRUCTURE]
+        structure_latent = latents[files.STRUCTURE]
         # There is no pose for latents of meshes, or for embeddings without point maps.
-        object_pose = pipeline.pose(condition, structure) if isinstance(structure, NamedSample) else None
+        object_pose = (
+            pipeline.pose(condition, structure_latent) if isinstance(structure_latent, NamedSample) else None
+        )
         if object_pose is None:
             return {}
-        values = {
+        pose_tensors = {
             "rotation": object_pose.quaternion,
             "translation": object_pose.translation,
             "scale": object_pose.scale,
         }
         # Six decimals are below the accuracy of the pose and keep the list readable.
-        return {"pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in values.items()}}
+        return {
+            "pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in pose_tensors.items()}
+        }
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
         """Return the function that builds the published stages, by the generator's name."""
@@ -596,7 +631,7 @@ def released_stages() -> list[SizedStage]:
 
     The sizes are copied from the published YAML files.
     """
-    common: dict[str, Any] = dict(
+    network_kwargs: dict[str, Any] = dict(
         model_channels=1024, cond_channels=1024, num_blocks=24, num_heads=16, qk_rms_norm=True
     )
     # Latent of the pose -> its channels. Each of them is a single token.
@@ -610,7 +645,7 @@ def released_stages() -> list[SizedStage]:
         # The four latents of the pose share the layers of one group.
         latent_share_transformer={"6drotation_normalized": tuple(pose_channels)},
         is_shortcut_model=True,
-        **common,
+        **network_kwargs,
     )
     latent_config = VoxelFlowConfig(
         resolution=64,
@@ -619,16 +654,16 @@ def released_stages() -> list[SizedStage]:
         patch_size=2,
         io_block_channels=(128,),
         num_io_res_blocks=2,
-        **common,
+        **network_kwargs,
     )
-    sizes = {name: [latent.tokens, latent.in_channels] for name, latent in latents.items()}
+    latent_shapes = {name: [latent.tokens, latent.in_channels] for name, latent in latents.items()}
     return [
         SizedStage(
             conditioning=[TOKENS["structure"], 1024],
             stage=FlowStage(
                 name="structure",
                 model=empty(partial(MixtureFlow, structure_config)),
-                latents=Dictionary(shapes=sizes),
+                latents=Dictionary(shapes=latent_shapes),
                 data_at_one=True,
                 call=call_mixture,
                 # pipeline.yaml has no settings for the first stage; these are the defaults of the original's

@@ -137,7 +137,8 @@ class PipelineFile:
     sampling: Mapping[str, Sampling]  # by stage
     mean: tuple[float, ...]  # mean of the second stage's latents, per channel
     std: tuple[float, ...]  # standard deviation of the second stage's latents, per channel
-    prune: int  # distance in voxels for removing inner voxels, see `sam3d.pruned`; 0: none is removed
+    # distance in voxels for removing inner voxels, see `sam3d.remove_inner_voxels`; 0: none is removed
+    prune: int
     cuts: Mapping[str, ObjectCut]  # settings for cropping images, by stage
     pose: str  # name of the pose's decoder, one of sam3d_pose.DECODERS
     files: Mapping[str, Path]  # all files that are read, by name
@@ -189,23 +190,24 @@ def read_pipeline(root: Path) -> PipelineFile:
             " 3D Objects."
         )
     # The file is read as data: no class that it names is imported.
-    content = read_yaml(path)
+    pipeline_settings = read_yaml(path)
     paths = {PIPELINE: path}
-    for part in PARTS.values():
+    for part_prefix in PARTS.values():
         # Paths are relative to the folder of pipeline.yaml.
-        for kind in ("config", "ckpt"):
-            name = content.get(f"{part}_{kind}_path")
-            file = root / str(name)
-            if not name:
+        for setting_kind in ("config", "ckpt"):
+            file_name = pipeline_settings.get(f"{part_prefix}_{setting_kind}_path")
+            file = root / str(file_name)
+            if not file_name:
                 raise FileNotFoundError(
-                    f"{path}: the setting {part}_{kind}_path is missing. Download the file again."
+                    f"{path}: the setting {part_prefix}_{setting_kind}_path is missing. Download the file"
+                    " again."
                 )
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"{path}: {part}_{kind}_path states {name!r}, but the file {file} does not exist."
-                    " Download it."
+                    f"{path}: {part_prefix}_{setting_kind}_path states {file_name!r}, but the file {file}"
+                    " does not exist. Download it."
                 )
-            paths[f"{part}.{kind}"] = file
+            paths[f"{part_prefix}.{setting_kind}"] = file
     # The encoder is optional, because it is needed only to encode meshes.
     encoder_config = root / f"{ENCODER}.yaml"
     encoder_weights = [
@@ -218,25 +220,28 @@ def read_pipeline(root: Path) -> PipelineFile:
         for stage in STAGES
     }
     try:
-        mean, std = (tuple(map(float, content[f"slat_{name}"])) for name in ("mean", "std"))
+        mean, std = (
+            tuple(map(float, pipeline_settings[f"slat_{statistic}"])) for statistic in ("mean", "std")
+        )
         # Missing or null means 0: nothing is removed.
-        prune = int(content.get("downsample_ss_dist") or 0)
+        prune_distance = int(pipeline_settings.get("downsample_ss_dist") or 0)
     except (KeyError, TypeError, ValueError):
         # Reported by the error below.
         mean = ()
         std = ()
-        prune = 0
-    if not mean or not are_scales(mean, std) or prune < 0:
+        prune_distance = 0
+    if not mean or not are_scales(mean, std) or prune_distance < 0:
         raise ValueError(
             f"{path}: slat_mean must be finite, slat_std > 0, and downsample_ss_dist >= 0, got"
-            f" {content.get('slat_mean')}, {content.get('slat_std')} and {content.get('downsample_ss_dist')}."
-            " Download the file again."
+            f" {pipeline_settings.get('slat_mean')}, {pipeline_settings.get('slat_std')} and"
+            f" {pipeline_settings.get('downsample_ss_dist')}. Download the file again."
         )
     # The original cannot open a file with `use_stage...`. Input mappings would change the conditioning.
     unsupported_settings = [
-        name
-        for name in content
-        if name.startswith("use_stage") or (name.endswith("_condition_input_mapping") and content[name])
+        setting_name
+        for setting_name in pipeline_settings
+        if setting_name.startswith("use_stage")
+        or (setting_name.endswith("_condition_input_mapping") and pipeline_settings[setting_name])
     ]
     if unsupported_settings:
         raise ValueError(
@@ -244,39 +249,39 @@ def read_pipeline(root: Path) -> PipelineFile:
             " in few steps, use --few-steps."
         )
     # The name of the decoder decides the units of the pose; see sam3d_pose.py.
-    pose = str(content.get("pose_decoder_name", SHIFTED))
-    if pose not in DECODERS:
+    pose_decoder = str(pipeline_settings.get("pose_decoder_name", SHIFTED))
+    if pose_decoder not in DECODERS:
         raise ValueError(
-            f"{path}: pose_decoder_name must be {' or '.join(DECODERS)}, got {pose!r}. Download the file"
-            " again."
+            f"{path}: pose_decoder_name must be {' or '.join(DECODERS)}, got {pose_decoder!r}. Download the"
+            " file again."
         )
     try:
-        cuts = {stage: _cut(content[f"{SHORT[stage]}_preprocessor"], stage) for stage in STAGES}
+        cuts = {stage: _cut(pipeline_settings[f"{SHORT[stage]}_preprocessor"], stage) for stage in STAGES}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = (
+        error_text = (
             error
             if isinstance(error, ValueError)
             else f"the preprocessors of images cannot be read ({error!r}). Download the file again."
         )
-        raise ValueError(f"{path}: {reason}") from None
+        raise ValueError(f"{path}: {error_text}") from None
     return PipelineFile(
         root=root,
         generators=generators,
-        sampling={stage: _sampling(path, content, stage, generators[stage]) for stage in STAGES},
+        sampling={stage: _sampling(path, pipeline_settings, stage, generators[stage]) for stage in STAGES},
         mean=mean,
         std=std,
-        prune=prune,
+        prune=prune_distance,
         cuts=cuts,
-        pose=pose,
+        pose=pose_decoder,
         files=paths,
     )
 
 
-def _cut(content: Mapping, stage: str) -> ObjectCut:
+def _cut(preprocessor_settings: Mapping, stage: str) -> ObjectCut:
     """Read the settings by which a preprocessor crops images.
 
     Args:
-        content: entry of the preprocessor in pipeline.yaml.
+        preprocessor_settings: entry of the preprocessor in pipeline.yaml.
         stage: name of the stage that reads the images.
     Raises: ValueError for a preprocessor that does anything else; KeyError or TypeError for missing settings.
     """
@@ -284,45 +289,47 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
     # Joint transforms are applied to image, mask and point map together. There is one list of them for inputs
     # with point maps and one for inputs without; the other list must be empty.
     if reads_point_map:
-        steps = content["img_mask_pointmap_joint_transform"]
-        other_steps = content.get("img_mask_joint_transform")
+        transforms = preprocessor_settings["img_mask_pointmap_joint_transform"]
+        unused_transforms = preprocessor_settings.get("img_mask_joint_transform")
     else:
-        steps = content["img_mask_joint_transform"]
-        other_steps = content.get("img_mask_pointmap_joint_transform")
+        transforms = preprocessor_settings["img_mask_joint_transform"]
+        unused_transforms = preprocessor_settings.get("img_mask_pointmap_joint_transform")
     # By class name. A transform that occurs twice is detected below by the number of steps.
-    joint_transforms = {_class_name(step): step for step in steps}
+    joint_transforms = {_class_name(transform): transform for transform in transforms}
     sizes = set[int]()
     is_supported = True
-    for kind in ("img", "mask", *(["pointmap"] if reads_point_map else [])):
+    for input_kind in ("img", "mask", *(["pointmap"] if reads_point_map else [])):
         # Exactly two transforms: padding to a square, then resizing.
-        pad, resize = content[f"{kind}_transform"]["transforms"]
+        pad, resize = preprocessor_settings[f"{input_kind}_transform"]["transforms"]
         # Codes of Pillow: 0 is nearest neighbour, 2 is bilinear, which is the default for images.
-        interpolates_right = resize.get("interpolation") in ((None, 2) if kind == "img" else (0,))
-        names = (_class_name(pad), _class_name(resize))
-        is_supported &= interpolates_right and names == ("pad_to_square_centered", "Resize")
+        interpolates_right = resize.get("interpolation") in ((None, 2) if input_kind == "img" else (0,))
+        class_names = (_class_name(pad), _class_name(resize))
+        is_supported &= interpolates_right and class_names == ("pad_to_square_centered", "Resize")
         sizes.add(int(resize["size"]))
     # resize_all_to_same_size resizes the point map to the image, which `object_inputs` always does.
     unknown_names = set(joint_transforms) - {*CUTTING, "resize_all_to_same_size"}
-    is_supported &= not unknown_names and len(steps) == len(joint_transforms) and not other_steps
-    settings = {
+    is_supported &= not unknown_names and len(transforms) == len(joint_transforms) and not unused_transforms
+    crop_settings = {
         name: value
         for name, value in joint_transforms.get(CROP, {}).items()
         if name not in ("_target_", "_partial_")
     }
-    if set(settings) != {"box_size_factor", "padding_factor"} or not is_supported:
-        step_names = ", ".join(map(_class_name, [*steps, *(other_steps or ())])) or "no joint transforms"
+    if set(crop_settings) != {"box_size_factor", "padding_factor"} or not is_supported:
+        transform_names = (
+            ", ".join(map(_class_name, [*transforms, *(unused_transforms or ())])) or "no joint transforms"
+        )
         raise ValueError(
             f"{SHORT[stage]}_preprocessor: only a crop around the mask, padding to squares and resizing are"
-            f" supported, got {step_names}. Download the file again."
+            f" supported, got {transform_names}. Download the file again."
         )
     if len(sizes) != 1:
         raise ValueError(
             f"{SHORT[stage]}_preprocessor: images, masks and point maps must have the same size, got sizes"
             f" {sorted(sizes)}. Download the file again."
         )
-    normaliser = content.get("pointmap_normalizer") or {}
+    normaliser_settings = preprocessor_settings.get("pointmap_normalizer") or {}
     # Without an entry the original uses SSIPointmapNormalizer.
-    normaliser_name = _class_name(normaliser) if normaliser else NORMALISERS[1]
+    normaliser_name = _class_name(normaliser_settings) if normaliser_settings else NORMALISERS[1]
     if normaliser_name not in NORMALISERS:
         raise ValueError(
             f"{SHORT[stage]}_preprocessor: pointmap_normalizer must be one of {', '.join(NORMALISERS)}, got"
@@ -333,9 +340,9 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
         rembg=REMBG in joint_transforms,
         normaliser=normaliser_name,
         # Without normalize_pointmap the map is unchanged, but its scale and shift are still computed.
-        moments_alone=not content.get("normalize_pointmap", False),
-        scene_scale=bool(normaliser.get("use_scene_scale", True)),
-        **{name: float(value) for name, value in settings.items()},
+        moments_alone=not preprocessor_settings.get("normalize_pointmap", False),
+        scene_scale=bool(normaliser_settings.get("use_scene_scale", True)),
+        **{name: float(value) for name, value in crop_settings.items()},
     )
 
 
@@ -356,32 +363,36 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
     try:
         # The settings are nested: generator.backbone is the flow, its reverse_fn adds guidance, and the
         # backbone of that is the network.
-        module = read_yaml(path)["module"]
-        flow = module["generator"]["backbone"]
-        guided = flow["reverse_fn"]
-        network = guided["backbone"]
-        kinds = [str(part["_target_"]) for part in (flow, guided, network)]
+        module_settings = read_yaml(path)["module"]
+        flow_settings = module_settings["generator"]["backbone"]
+        guidance_settings = flow_settings["reverse_fn"]
+        network_settings = guidance_settings["backbone"]
+        class_paths = [
+            str(class_settings["_target_"])
+            for class_settings in (flow_settings, guidance_settings, network_settings)
+        ]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: module.generator.backbone, its reverse_fn and its reverse_fn.backbone must each have a"
             f" _target_, but {error} is missing. Pass the folder of SAM 3D Objects."
         ) from None
-    for kind, supported_names in zip(kinds, (GENERATORS, GUIDED, None), strict=True):
+    for class_path, supported_names in zip(class_paths, (GENERATORS, GUIDED, None), strict=True):
         # Classes of other packages may use another direction of time.
-        if not kind.startswith(PACKAGE) or (
-            supported_names and kind.rpartition(".")[2] not in supported_names
+        if not class_path.startswith(PACKAGE) or (
+            supported_names and class_path.rpartition(".")[2] not in supported_names
         ):
-            expected = f"{' or '.join(supported_names or ('a network',))} of {PACKAGE}"
+            expected_class = f"{' or '.join(supported_names or ('a network',))} of {PACKAGE}"
             raise ValueError(
-                f"{path}: expected the class {expected}, got {kind}. Pass the folder of SAM 3D Objects."
+                f"{path}: expected the class {expected_class}, got {class_path}. Pass the folder of SAM 3D"
+                " Objects."
             )
-    if flow.get("reversed_timestamp"):
+    if flow_settings.get("reversed_timestamp"):
         raise ValueError(
             f"{path}: reversed_timestamp is not supported, because it reverses the times of the sampler, but"
             " not of the training path. Set it to false."
         )
     # The defaults are those of the original's code.
-    time_sampler = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
+    time_sampler = flow_settings.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
     if "_target_" in time_sampler and _class_name(time_sampler) != "lognorm_sampler":
         raise ValueError(
             f"{path}: training_time_sampler_fn must be lognorm_sampler, got {_class_name(time_sampler)}."
@@ -390,35 +401,42 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
     try:
         # "_target_" names a class and is no weight.
         weights = {
-            name: float(value)
-            for name, value in (flow.get("loss_weights") or {}).items()
+            name: float(setting_value)
+            for name, setting_value in (flow_settings.get("loss_weights") or {}).items()
             if name != "_target_"
         }
         # The settings of the embedder are beside those of the network, or inside them.
-        embedder = (
-            (module.get("condition_embedder") or {}).get("backbone")
-            or network.get("condition_embedder")
+        embedder_settings = (
+            (module_settings.get("condition_embedder") or {}).get("backbone")
+            or network_settings.get("condition_embedder")
             or {}
         )
-        scale = {"time_scale": float(flow.get("time_scale", 1000.0))}
+        time_scale_kwargs = {"time_scale": float(flow_settings.get("time_scale", 1000.0))}
         mean = float(time_sampler["mean"])
         std = float(time_sampler["std"])
-        if not (0 < scale["time_scale"] < math.inf and 0 < std < math.inf and math.isfinite(mean)):
+        if not (
+            0 < time_scale_kwargs["time_scale"] < math.inf and 0 < std < math.inf and math.isfinite(mean)
+        ):
             raise ValueError(
                 f"time_scale and std of the training times must be above 0 and mean must be finite, got"
-                f" {scale['time_scale']}, {std} and {mean}. Download the file again."
+                f" {time_scale_kwargs['time_scale']}, {std} and {mean}. Download the file again."
             )
         # The second network has one latent, whose sizes are settings of the network itself.
         config: Any = (
-            _build_config(MixtureConfig, network, latents=_latents(network), **scale)
+            _build_config(
+                MixtureConfig, network_settings, latents=_latents(network_settings), **time_scale_kwargs
+            )
             if stage == STRUCTURE
             else _build_config(
-                VoxelFlowConfig, network, **{k: network[k] for k in SIZES if k in network}, **scale
+                VoxelFlowConfig,
+                network_settings,
+                **{k: network_settings[k] for k in SIZES if k in network_settings},
+                **time_scale_kwargs,
             )
         )
         # The original's time is 1 - t of this package, which negates the mean of the logit-normal
         # distribution.
-        flow_path = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-mean, std=std)
+        flow_path = FlowPath(sigma_min=float(flow_settings.get("sigma_min", 0.0)), mean=-mean, std=std)
         if weights and stage == STRUCTURE and set(weights) != set(config.latents):
             raise ValueError(
                 f"loss_weights must name {', '.join(config.latents)}, got {', '.join(weights)}. Download the"
@@ -432,17 +450,17 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
         ) from None
     # The empty conditioning is zeros only with both settings. With unconditional_handling alone, the original
     # leaves the conditioning unchanged, so that guidance has no effect.
-    has_empty_conditioning = guided.get("unconditional_handling") == "add_flag" and bool(
-        network.get("force_zeros_cond")
+    has_empty_conditioning = guidance_settings.get("unconditional_handling") == "add_flag" and bool(
+        network_settings.get("force_zeros_cond")
     )
     return GeneratorFile(
         checkpoint=checkpoint,
         config=config,
-        embedder=embedder,
+        embedder=embedder_settings,
         path=flow_path,
         weights=weights or None,
         guided=has_empty_conditioning,
-        single=kinds[0].endswith(FLOW_MATCHING),
+        single=class_paths[0].endswith(FLOW_MATCHING),
     )
 
 
@@ -451,59 +469,62 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
 SIZES = ("resolution", "in_channels", "out_channels", "patch_size", "pe_mode")
 
 
-def _build_config(config_class: Any, content: Mapping, **values: Any) -> Any:
+def _build_config(config_class: Any, file_settings: Mapping, **overrides: Any) -> Any:
     """Build a configuration from settings of a YAML file.
 
     Args:
         config_class: dataclass of the configuration.
-        content: settings of the file.
-        values: values of fields that have priority over the file.
+        file_settings: settings of the file.
+        overrides: values of fields that have priority over the file.
     Raises: ValueError for unknown settings that are switched on, and for missing settings.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     # Unknown settings that are null or false change nothing, so they are accepted.
     unknown_settings = sorted(
-        name for name, value in content.items() if name not in fields and name not in IGNORED and value
+        name for name, value in file_settings.items() if name not in fields and name not in IGNORED and value
     )
     # Ignored settings are used only if the caller passes their values.
-    settings = {name: value for name, value in content.items() if name in fields and name not in IGNORED}
-    settings |= values
+    config_kwargs = {
+        name: value for name, value in file_settings.items() if name in fields and name not in IGNORED
+    }
+    config_kwargs |= overrides
     # A field without any default must be in the file.
     no_default = dataclasses.MISSING
     missing_settings = [
         name
         for name, field in fields.items()
-        if field.default is no_default and field.default_factory is no_default and name not in settings
+        if field.default is no_default and field.default_factory is no_default and name not in config_kwargs
     ]
     if unknown_settings or missing_settings:
         raise ValueError(
-            f"the settings do not fit {config_class.__name__}: unknown are {unknown_settings[:8]}, missing"
-            f" are {missing_settings[:8]}. Pass the folder of SAM 3D Objects."
+            f"the settings do not fit {config_class.__name__}: unknown are"
+            f" {', '.join(unknown_settings[:8]) or 'none'}, missing are"
+            f" {', '.join(missing_settings[:8]) or 'none'}. Pass the folder of SAM 3D Objects."
         )
-    return config_class(**settings)
+    return config_class(**config_kwargs)
 
 
 def _latents(network: Mapping) -> dict[str, LatentConfig]:
     """Read the sizes of the first stage's latents, by name, from the settings of its network."""
     latents = {}
-    for name, settings in network["latent_mapping"].items():
-        positions = settings.get("pos_embedder") or {}
-        resolution = positions.get("resolution")
-        if positions.get("patch_size", 1) != 1:
+    for latent_name, latent_settings in network["latent_mapping"].items():
+        position_settings = latent_settings.get("pos_embedder") or {}
+        resolution = position_settings.get("resolution")
+        if position_settings.get("patch_size", 1) != 1:
             raise ValueError(
-                f"latent_mapping.{name}: patch_size must be 1, got {positions['patch_size']}. Download the"
-                " file again."
+                f"latent_mapping.{latent_name}: patch_size must be 1, got {position_settings['patch_size']}."
+                " Download the file again."
             )
         # A latent on a grid has one token per grid point. Other latents state their number of tokens, by
         # default 1.
-        tokens = int(resolution) ** 3 if resolution else int(positions.get("token_len", 1))
-        latents[name] = LatentConfig(
-            in_channels=int(settings["in_channels"]), tokens=tokens, resolution=resolution
+        token_count = int(resolution) ** 3 if resolution else int(position_settings.get("token_len", 1))
+        latents[latent_name] = LatentConfig(
+            in_channels=int(latent_settings["in_channels"]), tokens=token_count, resolution=resolution
         )
     return latents
 
 
-def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile) -> Sampling:
+def _sampling(path: Path, pipeline_settings: Mapping, stage: str, generator: GeneratorFile) -> Sampling:
     """Read the settings of a stage's sampler.
 
     In the file, times are multiplied by time_scale, and 0 is noise. The guided velocity is (1 + w) v_cond - w
@@ -511,30 +532,32 @@ def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile
 
     Args:
         path: path of pipeline.yaml, for messages.
-        content: content of pipeline.yaml.
+        pipeline_settings: content of pipeline.yaml.
         stage: name of the stage.
         generator: settings of the stage's generator.
     """
-    short = SHORT[stage]
-    scale = generator.config.time_scale
+    prefix = SHORT[stage]
+    time_scale = generator.config.time_scale
     try:
         # Divided by time_scale, and clipped to 1, the end of the path.
-        low, high = (min(float(t) / scale, 1.0) for t in content.get(f"{short}_cfg_interval", (0, 500)))
+        low, high = (
+            min(float(t) / time_scale, 1.0) for t in pipeline_settings.get(f"{prefix}_cfg_interval", (0, 500))
+        )
         sampling = Sampling(
-            steps=int(content.get(f"{short}_inference_steps", 25)),
-            rescale_t=float(content.get(f"{short}_rescale_t", 3.0)),
-            cfg_strength=float(content.get(f"{short}_cfg_strength", STRENGTH[stage])),
+            steps=int(pipeline_settings.get(f"{prefix}_inference_steps", 25)),
+            rescale_t=float(pipeline_settings.get(f"{prefix}_rescale_t", 3.0)),
+            cfg_strength=float(pipeline_settings.get(f"{prefix}_cfg_strength", STRENGTH[stage])),
             # Time runs from 1 (noise) to 0 in this package, so the ends of the interval are swapped.
             cfg_interval=(1 - high, 1 - low),
-            time_scale=scale,
+            time_scale=time_scale,
             single=generator.single,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}, {short}: {error}") from None
+        raise ValueError(f"{path}, {prefix}: {error}") from None
     # Without an empty conditioning, guidance would compare the prompt with itself.
     if sampling.cfg_strength and not generator.guided:
         raise ValueError(
-            f"{path}: {short}_cfg_strength is {sampling.cfg_strength:g}, but guidance needs"
+            f"{path}: {prefix}_cfg_strength is {sampling.cfg_strength:g}, but guidance needs"
             " force_zeros_cond: true and unconditional_handling: add_flag in the generator's file. Set it"
             " to 0, or download the generator's file again."
         )
@@ -552,7 +575,7 @@ def load_flow(
 
     Args:
         file: settings of the generator.
-        dtype: dtype of the layers that may be half precision; see `trellis_files.filled`.
+        dtype: dtype of the layers that may be half precision; see `trellis_files.build_from_state`.
         device: device of the network.
         state: content of the checkpoint; None: it is read from its file.
     """
@@ -569,7 +592,10 @@ def network_of(config: MixtureConfig | VoxelFlowConfig) -> Any:
 def flow_state(file: GeneratorFile, state: State | None = None) -> State:
     """Return the tensors of the flow's network in a generator's checkpoint, without their prefix.
 
-    Args: state: content of the checkpoint; None: it is read from its file.
+    Args:
+        file: settings of the generator.
+        state: content of the checkpoint.
+        None: it is read from its file.
     """
     # The embedder may be inside the network; its tensors are left out.
     return {
@@ -582,7 +608,10 @@ def flow_state(file: GeneratorFile, state: State | None = None) -> State:
 def embedder_state(file: GeneratorFile, state: State | None = None) -> State:
     """Return the tensors of the embedder in a generator's checkpoint, without their prefix.
 
-    Args: state: content of the checkpoint; None: it is read from its file.
+    Args:
+        file: settings of the generator.
+        state: content of the checkpoint.
+        None: it is read from its file.
     """
     return _under(file, EMBEDDERS, state)
 
@@ -613,8 +642,10 @@ def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Em
     state = embedder_state(file)
     embedder = embedder_of(file, state)
     # The checkpoint has DINOv2's names of torch hub; this package uses those of transformers.
-    renamed = rename_dino_tensors(embedder, state)
-    return freeze(fill(embedder, renamed, str(file.checkpoint), types=torch.float32, device=device), device)
+    renamed_tensors = rename_dino_tensors(embedder, state)
+    return freeze(
+        fill(embedder, renamed_tensors, str(file.checkpoint), types=torch.float32, device=device), device
+    )
 
 
 def rename_dino_tensors(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
@@ -623,16 +654,18 @@ def rename_dino_tensors(embedder: Embedder, state: Mapping[str, torch.Tensor]) -
 
     Returns: all tensors of the embedder by name.
     """
-    renamed = dict(state)
-    for number, encoder in enumerate(embedder.module_list):
+    renamed_tensors = dict(state)
+    for encoder_index, encoder in enumerate(embedder.module_list):
         if isinstance(encoder, ImageEncoder):
-            prefix = f"module_list.{number}.backbone."
+            prefix = f"module_list.{encoder_index}.backbone."
             # from_hub may also interpolate the position embeddings to the size of the input images.
             dino_tensors = from_hub(entries_below(state, prefix), encoder.backbone.config)
             # The old names are removed, because unknown names are an error when the network is filled.
-            renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(prefix)}
-            renamed |= {prefix + name: tensor for name, tensor in dino_tensors.items()}
-    return renamed
+            renamed_tensors = {
+                name: tensor for name, tensor in renamed_tensors.items() if not name.startswith(prefix)
+            }
+            renamed_tensors |= {prefix + name: tensor for name, tensor in dino_tensors.items()}
+    return renamed_tensors
 
 
 def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:
@@ -647,7 +680,10 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
             " Download the generator's YAML file again."
         )
     try:
-        encoders = [_encoder(i, settings, state) for i, settings in enumerate(file.embedder["embedder_list"])]
+        encoders = [
+            _encoder(i, settings_and_inputs, state)
+            for i, settings_and_inputs in enumerate(file.embedder["embedder_list"])
+        ]
         projections = [f"projection_nets.{i}" for i in range(len(encoders))]
         # The files state these widths only indirectly, so they are read from the tensors.
         hidden_widths = [len(state[f"{projection}.1.w1.weight"]) for projection in projections]
@@ -668,39 +704,39 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
 
 
 def _encoder(
-    number: int, settings: Any, state: Mapping[str, torch.Tensor]
+    encoder_index: int, settings_and_inputs: Any, state: Mapping[str, torch.Tensor]
 ) -> tuple[nn.Module, int, list[tuple[str, str | None]]]:
     """Build one encoder of the embedder without weights.
 
     Args:
-        number: index of the encoder in the embedder.
-        settings: pair of the encoder's settings and the list of its inputs.
+        encoder_index: index of the encoder in the embedder.
+        settings_and_inputs: pair of the encoder's settings and the list of its inputs.
         state: tensors of the embedder.
     Returns: the encoder, its number of channels, and its inputs as pairs (name, coordinate frame or None).
     Raises: ValueError for an unsupported class of encoder.
     """
-    content, inputs = settings
-    kind = _class_name(content)
-    names = [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
+    encoder_settings, inputs = settings_and_inputs
+    class_name = _class_name(encoder_settings)
+    encoder_inputs = [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
     with torch.device("meta"):
-        if kind == "Dino":
-            size = int(content.get("input_size", 224))
+        if class_name == "Dino":
+            image_side = int(encoder_settings.get("input_size", 224))
             # The sizes are inferred from the tensors, because the YAML file does not state them.
-            backbone = entries_below(state, f"module_list.{number}.backbone.")
-            config = DinoConfig.from_state(backbone, "embedder", shown=size)
-            prenorm = bool(content.get("prenorm_features", False))
-            normalise = bool(content.get("normalize_images", True))
-            return ImageEncoder(config, size, prenorm, normalise), config.hidden_size, names
-        if kind == "PointPatchEmbed":
+            backbone_tensors = entries_below(state, f"module_list.{encoder_index}.backbone.")
+            config = DinoConfig.from_state(backbone_tensors, "embedder", shown=image_side)
+            prenorm = bool(encoder_settings.get("prenorm_features", False))
+            normalise = bool(encoder_settings.get("normalize_images", True))
+            return ImageEncoder(config, image_side, prenorm, normalise), config.hidden_size, encoder_inputs
+        if class_name == "PointPatchEmbed":
             # Other settings of this encoder concern training and are ignored.
             field_names = {field.name for field in dataclasses.fields(PointConfig)}
             point_config = PointConfig(
-                **{name: value for name, value in content.items() if name in field_names}
+                **{name: value for name, value in encoder_settings.items() if name in field_names}
             )
-            return PointPatches(point_config), point_config.embed_dim, names
+            return PointPatches(point_config), point_config.embed_dim, encoder_inputs
     raise ValueError(
-        f"embedder_list: an encoder must be Dino or PointPatchEmbed, got {kind!r}. Download the generator's"
-        " YAML file again."
+        f"embedder_list: an encoder must be Dino or PointPatchEmbed, got {class_name!r}. Download the"
+        " generator's YAML file again."
     )
 
 
@@ -721,36 +757,45 @@ def load_part(file: PipelineFile, part: str, device: str | torch.device = "cpu")
         device: device of the network.
     Raises: FileNotFoundError if the encoder is not on this machine.
     """
-    make, config, checkpoint = part_of(file, part)
-    return build_from_state(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)
+    network_class, config, checkpoint = part_of(file, part)
+    return build_from_state(
+        network_class, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device
+    )
 
 
 def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
     """Return the class, the configuration and the checkpoint of a decoder or of the encoder.
 
-    Args: part: key of AUTOENCODERS.
+    Args:
+        file: settings of the pipeline.
+        part: key of AUTOENCODERS.
     Raises: FileNotFoundError if its files are missing; ValueError for a configuration that does not fit.
     """
-    name, make, config_class = AUTOENCODERS[part]
-    if f"{name}.ckpt" not in file.files:
-        weights = " or ".join(f"{name}{ending}" for ending in ENDINGS)
+    file_prefix, network_class, config_class = AUTOENCODERS[part]
+    if f"{file_prefix}.ckpt" not in file.files:
+        weights_names = " or ".join(f"{file_prefix}{ending}" for ending in ENDINGS)
         raise FileNotFoundError(
-            f"{part}: {name}.yaml or {weights} is missing in {file.root}. Download both files; they are"
-            " released beside the other checkpoints."
+            f"{part}: {file_prefix}.yaml or {weights_names} is missing in {file.root}. Download both files;"
+            " they are released beside the other checkpoints."
         )
-    config_file, checkpoint = (file.files[f"{name}.{kind}"] for kind in ("config", "ckpt"))
-    content = read_yaml(config_file)
+    config_file, checkpoint = (file.files[f"{file_prefix}.{file_kind}"] for file_kind in ("config", "ckpt"))
+    config_settings = read_yaml(config_file)
     field_names = {field.name for field in dataclasses.fields(config_class)}
     try:
         # Settings in IGNORED are ignored for generators, but these networks need some of them.
         config = _build_config(
-            config_class, content, **{name: content[name] for name in field_names & IGNORED & set(content)}
+            config_class,
+            config_settings,
+            **{
+                setting_name: config_settings[setting_name]
+                for setting_name in field_names & IGNORED & set(config_settings)
+            },
         )
         # The network is built on the meta device only to check that its sizes fit each other.
-        empty(lambda: make(config))
+        empty(lambda: network_class(config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
-    return make, config, checkpoint
+    return network_class, config, checkpoint
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
@@ -790,20 +835,20 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     )
 
 
-def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
+def write_checkpoint(source_path: Path, target_path: Path, tuned_tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a copy of a generator's checkpoint with other weights of the flow. Each tensor has the dtype of
     the source.
 
     Args:
-        source: path of the checkpoint to copy.
-        target: path of the file to write.
-        state: tensors of the flow's network by name.
+        source_path: path of the checkpoint to copy.
+        target_path: path of the file to write.
+        tuned_tensors: tensors of the flow's network by name.
     """
-    checkpoint_content = read_content(source, "export")
+    checkpoint_content = read_content(source_path, "export")
     # Updated in place, so that everything else in the checkpoint is written unchanged.
     tensors = checkpoint_content.get("state_dict", checkpoint_content)
-    tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in state.items()})
-    rewrite(target, checkpoint_content)
+    tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in tuned_tensors.items()})
+    rewrite(target_path, checkpoint_content)
 
 
 def networks(root: Path) -> list[Network]:
@@ -812,41 +857,43 @@ def networks(root: Path) -> list[Network]:
     They are the flows and embedders of both stages, the decoders and the encoder.
     """
     file = read_pipeline(root)
-    networks = []
+    network_list = []
     # Number of tensors and number of values of the published (flow, embedder), by stage.
-    sizes = {
+    released_sizes = {
         STRUCTURE: ((945, 964_156_437), (914, 634_485_760)),
         LATENT: ((526, 600_432_520), (891, 626_054_144)),
     }
     for stage, generator in file.generators.items():
         # One checkpoint at a time is in memory.
-        state = read(generator.checkpoint, "weights")
-        flow = flow_state(generator, state)
-        embedder = embedder_state(generator, state)
-        network = empty(partial(network_of(generator.config), generator.config))
-        encoders = embedder_of(generator, embedder)
+        checkpoint_tensors = read(generator.checkpoint, "weights")
+        flow_tensors = flow_state(generator, checkpoint_tensors)
+        embedder_tensors = embedder_state(generator, checkpoint_tensors)
+        flow_network = empty(partial(network_of(generator.config), generator.config))
+        embedder_network = embedder_of(generator, embedder_tensors)
         flow_and_embedder = (
-            ("flow", network, flow),
-            ("embedder", encoders, rename_dino_tensors(encoders, embedder)),
+            ("flow", flow_network, flow_tensors),
+            ("embedder", embedder_network, rename_dino_tensors(embedder_network, embedder_tensors)),
         )
-        for (kind, module, tensors), released in zip(flow_and_embedder, sizes[stage], strict=True):
-            networks.append(
+        for (network_kind, network, tensors), released in zip(
+            flow_and_embedder, released_sizes[stage], strict=True
+        ):
+            network_list.append(
                 Network(
-                    name=f"{kind} of {stage}",
+                    name=f"{network_kind} of {stage}",
                     file=generator.checkpoint,
-                    expected=shapes(module.state_dict()),
+                    expected=shapes(network.state_dict()),
                     tensors=tensors,
                     released=released,
                 )
             )
     # The published encoder was not available, so its sizes are not stated.
-    counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
+    decoder_counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
     for part in AUTOENCODERS:
         try:
-            make, config, path = part_of(file, part)
+            network_class, config, checkpoint = part_of(file, part)
         # Only the encoder may be missing; for missing decoders, read_pipeline has raised an error.
         except FileNotFoundError:
-            networks.append(
+            network_list.append(
                 Network(
                     name=part,
                     file=file.root / f"{ENCODER}.yaml",
@@ -856,16 +903,16 @@ def networks(root: Path) -> list[Network]:
                 )
             )
             continue
-        expected_shapes = shapes(empty(partial(make, config)).state_dict())
+        expected_shapes = shapes(empty(partial(network_class, config)).state_dict())
         without = OWN_SHAPES if part == "structure encoder" else ""
-        networks.append(
+        network_list.append(
             Network(
                 name=part,
-                file=path,
+                file=checkpoint,
                 expected=expected_shapes,
-                tensors=read(path, part),
+                tensors=read(checkpoint, part),
                 without=without,
-                released=counts.get(part),
+                released=decoder_counts.get(part),
             )
         )
-    return networks
+    return network_list

@@ -65,16 +65,16 @@ class Pose:
         xz = symmetric[:, 0, 2]
         yz = symmetric[:, 1, 2]
         w, x, y, z = squares.unbind(1)
-        rows = torch.stack(
+        scaled_quaternions = torch.stack(
             [
-                torch.stack(row, 1)
-                for row in ((w, wx, wy, wz), (wx, x, xy, xz), (wy, xy, y, yz), (wz, xz, yz, z))
+                torch.stack(row_elements, 1)
+                for row_elements in ((w, wx, wy, wz), (wx, x, xy, xz), (wy, xy, y, yz), (wz, xz, yz, z))
             ],
             1,
         )
         # Each row is 4 q_i times the quaternion. The row of the largest component is the most accurate,
         # because its length is never close to 0.
-        longest_row = rows[torch.arange(len(rows)), squares.argmax(1)]
+        longest_row = scaled_quaternions[torch.arange(len(scaled_quaternions)), squares.argmax(1)]
         unit = longest_row / longest_row.norm(dim=1, keepdim=True)
         # q and -q are the same rotation; the sign is fixed by the real part.
         return torch.where(unit[:, :1] < 0, -unit, unit).float()
@@ -94,8 +94,8 @@ def decode_pose(
         decoder: name of the decoder, one of DECODERS.
         scale: scales of the point maps, [N, 3].
         shift: shifts of the point maps, [N, 3].
-        factor: factor by which the shape was shrunk before the second stage; see `sam3d.thinned`. The size is
-            multiplied by it.
+        factor: factor by which the shape was shrunk before the second stage; see `sam3d.reduce_voxels`. The
+            size is multiplied by it.
     Raises: ValueError if the latents lack one of the pose.
     """
     name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]
@@ -107,7 +107,8 @@ def decode_pose(
         )
     # Each latent of the pose is a single token: [N, 1, channels] -> [N, channels].
     rotation_6d, translation, log_size, log_translation_scale = (
-        latents[key][:, 0].float() for key in (name, "translation", "scale", "translation_scale")
+        latents[latent_name][:, 0].float()
+        for latent_name in (name, "translation", "scale", "translation_scale")
     )
     if name == NORMALISED:
         rotation_6d = rotation_6d * rotation_6d.new_tensor(STD) + rotation_6d.new_tensor(MEAN)

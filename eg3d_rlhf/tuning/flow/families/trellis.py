@@ -4,8 +4,7 @@ The first stage samples a structure, which is decoded to occupied voxels. The se
 these voxels, which are decoded to Gaussian splats.
 
 Shapes: N number of samples, C channels, R grid points per axis, v voxels of a sample, L number of
-    conditioning
-tokens, E channels of a token.
+conditioning tokens, E channels of a token.
 """
 
 import json
@@ -47,7 +46,7 @@ from eg3d_rlhf.tuning.flow.families.trellis_assets import (
 )
 from eg3d_rlhf.tuning.flow.families.trellis_pairs import candidate, read_dso, write_latent
 
-MOST_CALIBRATED = 32  # largest number of assets to which the share of opacity is fitted
+MAX_CALIBRATED = 32  # largest number of assets to which the share of opacity is fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +122,11 @@ class TrellisPipeline(EncodingFolder):
 
         If a structure has no occupied voxel, its most probable voxel is returned.
 
-        Args: stage: name of the first stage; no other stage has a next stage.
-        Raises: ValueError for structures that are not finite.
+        Args:
+            stage: name of the first stage; no other stage has a next stage.
+            x_0: structures.
+        Raises: ValueError for structures that are not finite; EmptyStructure for a structure without occupied
+            voxels within the context `rejecting_empty`.
         """
         assert stage == files.STRUCTURE
         check_finite("advance", x_0)
@@ -134,6 +136,8 @@ class TrellisPipeline(EncodingFolder):
         # One sample at a time, because the decoder needs 64^3 x 128 floats for each.
         for latent in x_0:
             logits = decoder(latent[None].to(self.device, torch.float32))  # [1, 1, 64, 64, 64]
+            # An empty structure would leave the next stage without voxels, so its most probable voxel is
+            # occupied.
             voxels += voxels_of(occupy_best_voxel(logits, f"stage {stage!r}"))
         return voxels
 
@@ -153,22 +157,26 @@ class TrellisPipeline(EncodingFolder):
         Raises: FileNotFoundError or ValueError if the encoder or DINOv2 is not on this machine.
         """
         voxels = self.voxels(asset)
-        size = self.resolution
+        resolution = self.resolution
         if stage == files.STRUCTURE:
             # The encoder returns (mean, log variance) for a batch; the mean of the only sample is the latent.
-            return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], size).to(self.device))[0][0]
+            return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], resolution).to(self.device))[0][0]
         encoder = self.part(files.LATENT_ENCODER)
         # DINOv2 is loaded only if an asset is encoded for the second stage.
         if self._image_encoder is None:
             self._image_encoder = ImageEncoder(self.encoding.image_model, self.device)
         features = voxel_features(
-            asset.to(self.device), voxels.to(self.device), self._image_encoder, size, self.encoding.views
+            asset.to(self.device),
+            voxels.to(self.device),
+            self._image_encoder,
+            resolution,
+            self.encoding.views,
         )
         latent, _ = encoder(SparseBatch.join([SparseSample(voxels.to(self.device), features)]))
         return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
-        """Return the voxels [v, 3] int32 that an asset fills; see `voxels_filled`."""
+        """Return the voxels [v, 3] int32 that an asset fills; see `find_filled_voxels`."""
         return find_filled_voxels(asset, self.resolution, self.encoding.share)
 
 
@@ -203,18 +211,20 @@ class Trellis(FlowFamily):
         if not path.is_file():
             return False
         try:
-            name = json.loads(path.read_text()).get("name", "")
+            pipeline_name = json.loads(path.read_text()).get("name", "")
         except (ValueError, AttributeError):
             return True
         # Compared without regard to case, as in `read_pipeline`.
-        return any(str(name).lower() == f"trellis{kind}to3dpipeline" for kind in files.KINDS)
+        return any(str(pipeline_name).lower() == f"trellis{kind}to3dpipeline" for kind in files.KINDS)
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
         """Return pipeline.json and the files of the flows, by name.
 
         If all stages have pairs, the files that the tuning loop needs are returned, too.
 
-        Args: stages: names of the stages that have pairs; None means all stages.
+        Args:
+            root: folder of the generator.
+            stages: names of the stages that have pairs; None means all stages.
         Raises: FileNotFoundError for missing files.
         """
         file = files.read_pipeline(root)
@@ -242,11 +252,11 @@ class Trellis(FlowFamily):
         # Called after all flows are built, because the size of the largest flow decides.
         return_memory_if_large(flows.values(), device)
 
-        def part(name: str) -> nn.Module:
+        def read_part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
             return files.load_model(files.find_model(file, name), dtype=torch.float32, device=device)
 
-        return TrellisPipeline(file, flows, conditioning, part, device, self.encoding)
+        return TrellisPipeline(file, flows, conditioning, read_part, device, self.encoding)
 
     def condition(self, pipeline: TrellisPipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of the conditioning tokens of one sample."""
@@ -273,7 +283,14 @@ class Trellis(FlowFamily):
         return replace(problem, identity={**problem.identity, "encoding": vars(family.encoding)})
 
     def check_pairs(self, pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
-        """Raise ValueError if the latents of the pairs are not normalised as pipeline.json states."""
+        """Raise ValueError if the latents of the pairs are not normalised as pipeline.json states.
+
+        Args:
+            pipeline: pipeline to which the pairs must belong.
+            folder: folder of the pairs, for the message.
+            stage: name of the stage.
+            meta: content of meta.json.
+        """
         # Training on latents in another scale would raise no error, but give a wrong flow.
         if meta.get("normalization") != files.normalization(pipeline.file, stage):
             raise ValueError(
@@ -283,8 +300,9 @@ class Trellis(FlowFamily):
             )
 
     def pair_meta(self, pipeline: TrellisPipeline, stage: str, report: Mapping) -> Mapping:
-        """Return the entries that a family adds to the meta.json of pairs: the normalisation, and the
-        report.
+        """Return the entries that the family adds to the meta.json of pairs.
+
+        They are the normalisation of the latents, and the report of the import.
         """
         return {"normalization": files.normalization(pipeline.file, stage), "report": report}
 
@@ -304,7 +322,7 @@ class Trellis(FlowFamily):
         """Return a message with the share of opacity that should be used to encode assets.
 
         It is the share at which sampled assets best fill the voxels from which they were sampled; see
-        `calibrated`.
+        `find_best_share`.
 
         Args:
             folder: folder of the sampled assets.
@@ -312,14 +330,14 @@ class Trellis(FlowFamily):
             pipeline: pipeline that sampled them.
         """
         # A few assets suffice, because only eleven shares are compared.
-        records = lines[:MOST_CALIBRATED]
-        assets = [read_ply(folder / record["look_at"]) for record in records]
-        voxels = [read_array(folder / record[files.LATENT], "coords") for record in records]
-        best = find_best_share(assets, voxels, pipeline.resolution)
+        calibrated_lines = lines[:MAX_CALIBRATED]
+        assets = [read_ply(folder / asset_line["look_at"]) for asset_line in calibrated_lines]
+        voxels = [read_array(folder / asset_line[files.LATENT], "coords") for asset_line in calibrated_lines]
+        best_match = find_best_share(assets, voxels, pipeline.resolution)
         return (
-            f"With voxel_share={best['share']:g}, assets best match the voxels from which they were sampled"
-            f" (mean intersection over union {best['iou']:.2f} over {len(assets)} assets). Use this value"
-            f" with `eg3d-rlhf flow tune --loop --set voxel_share={best['share']:g}`."
+            f"With voxel_share={best_match['share']:g}, assets best match the voxels from which they were"
+            f" sampled (mean intersection over union {best_match['iou']:.2f} over {len(assets)} assets). Use"
+            f" this value with `eg3d-rlhf flow tune --loop --set voxel_share={best_match['share']:g}`."
         )
 
     def networks(self, root: Path) -> list[Network]:
@@ -331,13 +349,17 @@ class Trellis(FlowFamily):
     def release(self, root: Path, stages: Sequence[str]) -> Release:
         """Describe the folder to export; see `trellis_files.release_of`.
 
-        Args: stages: names of the tuned stages.
+        Args:
+            root: folder of the generator.
+            stages: names of the tuned stages.
         Raises: FileNotFoundError for a model that is missing, although the folder that pipeline.json states
             for it exists.
         """
         file = files.read_pipeline(root)
         # Models whose stated folder does not exist are references to other repositories.
-        required = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
+        required = {
+            name for name, model_path in file.models.items() if (file.root / model_path).parent.is_dir()
+        }
         return files.release_of(file, stages, files.FLOWS, files.load_model, required)
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:

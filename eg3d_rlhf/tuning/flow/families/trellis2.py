@@ -5,14 +5,14 @@ voxels, and shape_1024 on finer voxels. Each stage determines the voxels of the 
 
     structure    its decoder gives the occupancy of a grid, which is pooled to the resolution of the shape
     shape_512    in a cascade, its decoder divides voxels into finer ones, which are merged to the grid of
-    shape_1024 last shape   the texture has the same voxels, and reads the shape's latents
+                 shape_1024
+    last shape   the texture has the same voxels as the last shape stage, and reads its latents
 
 Latents of the structure are not normalised. Other latents are stored normalised, in the scale of their flows.
 The tuning loop trains structure and shape. Assets are encoded by their dual grids (geometry/dual_grid.py).
 
 Shapes: N number of samples, C channels, R grid points per axis, v voxels of a sample, L number of
-    conditioning
-tokens, E channels of a token, W voxels of an asset.
+conditioning tokens, E channels of a token, W voxels of an asset.
 """
 
 import json
@@ -107,10 +107,10 @@ class Trellis2Pipeline(EncodingFolder):
         for name, (mean, _) in file.normalization.items():
             channels = self.configs[name].out_channels if name in self.configs else len(mean)
             if len(mean) != channels:
-                key = files.NORMALIZATIONS[name]
+                normalization_name = files.NORMALIZATIONS[name]
                 raise ValueError(
-                    f"pipeline.json: {key} has {len(mean)} channels, but the model of stage {name!r} has"
-                    f" {channels}. Use pipeline.json and models of one release."
+                    f"pipeline.json: {normalization_name} has {len(mean)} channels, but the model of stage"
+                    f" {name!r} has {channels}. Use pipeline.json and models of one release."
                 )
         # The texture's flow must read as many channels as the shape's latents have.
         shape_channels = self.configs[self.shape].out_channels
@@ -126,18 +126,22 @@ class Trellis2Pipeline(EncodingFolder):
         A cascade may lower the resolution of a sample; the largest number is returned.
         """
         # The texture uses the shape's grid; the resolution in the file of its model may differ.
-        name = self.shape if stage == files.TEXTURE else stage
+        latent_stage = self.shape if stage == files.TEXTURE else stage
         # The pipeline "1536_cascade" uses the flow of resolution 1024 on a finer grid.
-        factor = CASCADE_1536_FACTOR if name == files.HIGH and self.file.kind == "1536_cascade" else 1
-        return int(self.configs[name].resolution * factor)
+        resolution_factor = (
+            CASCADE_1536_FACTOR if latent_stage == files.HIGH and self.file.kind == "1536_cascade" else 1
+        )
+        return int(self.configs[latent_stage].resolution * resolution_factor)
 
     def _make_stage(self, name: str, model: nn.Module) -> FlowStage:
         """Build the stage `name` with its network. Raises: ValueError if the conditioning does not fit it."""
         config = self.configs[name]
         on_voxels = name != files.STRUCTURE
         self.check_tokens(name, config.cond_channels, f"Embed the images with {self.file.encoder}.")
-        size = dict(channels=config.out_channels, resolution=self.cells(name))
-        latents: LatentKind = SparseVoxels(**size, given=config.given) if on_voxels else DenseGrid(**size)
+        latent_kwargs = dict(channels=config.out_channels, resolution=self.cells(name))
+        latents: LatentKind = (
+            SparseVoxels(**latent_kwargs, given=config.given) if on_voxels else DenseGrid(**latent_kwargs)
+        )
         # The published distributions of training times: logit-normal for the structure, uniform for others.
         path = FlowPath(
             sigma_min=self.file.sigma_min[name], schedule="uniform" if on_voxels else "logit-normal"
@@ -163,13 +167,13 @@ class Trellis2Pipeline(EncodingFolder):
             latents as features.
         Raises: ValueError for the last stage, or for latents that are not finite.
         """
-        names = [s.name for s in self.stages]
-        if stage not in names[:-1]:
+        stage_names = [s.name for s in self.stages]
+        if stage not in stage_names[:-1]:
             raise ValueError(
-                f"advance: expected one of the stages {', '.join(names[:-1])}, got {stage!r}. The last stage"
-                " has no next stage; call decode for it."
+                f"advance: expected one of the stages {', '.join(stage_names[:-1])}, got {stage!r}. The last"
+                " stage has no next stage; call decode for it."
             )
-        next_stage = names[names.index(stage) + 1]
+        next_stage = stage_names[stage_names.index(stage) + 1]
         check_finite("advance", x_0)
         # Latents of the structure are a dense tensor.
         if isinstance(x_0, torch.Tensor):
@@ -185,15 +189,21 @@ class Trellis2Pipeline(EncodingFolder):
 
         A voxel of this grid is occupied if it contains an occupied voxel of the decoder's grid.
 
-        Args: resolution: voxels per axis of the coarser grid.
-        Raises: ValueError if the decoder's resolution is not a multiple of it.
+        Args:
+            latent: latent of one structure.
+            resolution: voxels per axis of the coarser grid.
+        Raises: ValueError if the decoder's resolution is not a multiple of it; EmptyStructure for a structure
+            without occupied voxels within the context `rejecting_empty`.
         """
         # A batch of one sample; the logits are [1, 1, side, side, side].
         logits = self.part(files.STRUCTURE_DECODER)(latent[None].to(self.device, torch.float32))
+        # An empty structure would leave the next stage without voxels, so its most probable voxel is
+        # occupied. Within `rejecting_empty` an empty structure is an error instead.
         logits = occupy_best_voxel(logits, f"stage {files.STRUCTURE!r}")
         # Voxels of the decoder's grid per voxel of the coarser grid, along an axis.
         factor, remainder = divmod(logits.shape[-1], resolution)
-        if remainder or not factor:
+        # A resolution above the decoder's leaves a remainder, too.
+        if remainder:
             raise ValueError(
                 f"stage {files.STRUCTURE!r}: the decoder's resolution must be a multiple of {resolution}, got"
                 f" {logits.shape[-1]}. Use models of one release."
@@ -208,14 +218,14 @@ class Trellis2Pipeline(EncodingFolder):
         """
         decoder = self._decoder()
         # `levels` stops the decoder after its last division of voxels; features are not needed.
-        finest, _ = decoder(
+        finest_voxels, _ = decoder(
             self._unnormalised(sample.coords, sample.feats, stage), levels=len(decoder.config.up_block_type)
         )
         # Voxels of the decoder's finest grid per voxel of the latents, along an axis.
         factor = decoder.config.finer
         coords, cells = finer_voxels(
             # Without the first column, the index of the sample in the batch.
-            finest.coords[:, 1:],
+            finest_voxels.coords[:, 1:],
             self.configs[stage].resolution * factor,
             self.cells(files.HIGH) * factor,
             self.configs[files.HIGH].resolution * factor,
@@ -227,6 +237,11 @@ class Trellis2Pipeline(EncodingFolder):
     def _unnormalised(self, coords: torch.Tensor, feats: torch.Tensor, stage: str) -> SparseBatch:
         """Build a batch of one sample, with latents converted from the scale of a stage's flow to the
         decoder's.
+
+        Args:
+            coords: voxels [v, 3] of the sample.
+            feats: latents [v, C], in the scale of the flow.
+            stage: name of the stage.
         """
         return SparseBatch.join([SparseSample(coords, self.unnormalised(feats.float(), stage))]).to(
             self.device
@@ -282,34 +297,34 @@ class Trellis2Pipeline(EncodingFolder):
             surface.
         """
         if stage == files.STRUCTURE:
-            network = self.part(files.STRUCTURE_ENCODER)
+            encoder = self.part(files.STRUCTURE_ENCODER)
             # Voxels per axis of the encoder's input: each level after the first halves the resolution.
-            side = self.configs[stage].resolution * 2 ** (len(network.config.channels) - 1)
+            side = self.configs[stage].resolution * 2 ** (len(encoder.config.channels) - 1)
             resolution = (
                 asset.resolution if isinstance(asset, VoxelAsset) else side * self._encoder().config.coarser
             )
             # Voxels of the dual grid, pooled to the resolution of the encoder's input.
             voxels = torch.unique(self._grid(asset, resolution)[0].coords.long() * side // resolution, dim=0)
             # The encoder returns (mean, log variance) for a batch; the mean of the only sample is the latent.
-            return network(grid_of([voxels], side).to(self.device))[0][0].cpu()
-        network = self._encoder()
+            return encoder(grid_of([voxels], side).to(self.device))[0][0].cpu()
+        encoder = self._encoder()
         at_asset_resolution = stage in (self.shape, files.TEXTURE) and isinstance(asset, VoxelAsset)
-        name = self.shape if stage == files.TEXTURE else stage
+        shape_stage = self.shape if stage == files.TEXTURE else stage
         if at_asset_resolution:
             # An asset keeps its resolution, which a cascade may have lowered.
             resolution = asset.resolution  # type: ignore[union-attr]
         else:
-            resolution = self.configs[name].resolution * network.config.coarser
+            resolution = self.configs[shape_stage].resolution * encoder.config.coarser
         grid, materials = self._grid(asset, resolution)
         encoder_input = encoded_shape(grid.coords, grid.vertices, grid.crossed).to(self.device)
-        mean, _ = network(encoder_input)
+        mean, _ = encoder(encoder_input)
         # Only "1536_cascade" has samples of different resolutions, which state their grid cells.
         cells = (
-            resolution // network.config.coarser
-            if self.file.kind == "1536_cascade" and name == files.HIGH
+            resolution // encoder.config.coarser
+            if self.file.kind == "1536_cascade" and shape_stage == files.HIGH
             else None
         )
-        feats = self.normalised(mean.feats, name).cpu()
+        feats = self.normalised(mean.feats, shape_stage).cpu()
         if stage != files.TEXTURE:
             # Without the first column of the coordinates, the index of the sample in the batch.
             return SparseSample(mean.coords[:, 1:].cpu(), feats, cells=cells)
@@ -333,9 +348,9 @@ class Trellis2Pipeline(EncodingFolder):
 
         Returns: dual grid; and materials, or None if the asset has no materials or another resolution.
         """
-        cached = self._cached_grid
+        cached_grid = self._cached_grid
         # Assets are compared by identity, because they are large and are not modified.
-        if cached is None or cached[0] is not asset or cached[1] != resolution:
+        if cached_grid is None or cached_grid[0] is not asset or cached_grid[1] != resolution:
             grid: tuple[DualGrid, torch.Tensor | None]
             if not isinstance(asset, VoxelAsset):
                 grid = dual_grid(*centred(asset), resolution), None
@@ -344,12 +359,12 @@ class Trellis2Pipeline(EncodingFolder):
             else:
                 # Materials are on the asset's own voxels, so they do not fit another resolution.
                 grid = dual_grid_at(asset, resolution), None
-            self._cached_grid = cached = asset, resolution, grid
-        return cached[2]
+            self._cached_grid = cached_grid = asset, resolution, grid
+        return cached_grid[2]
 
 
 CASCADE_1536_FACTOR = 1.5  # resolution of the last shape in "1536_cascade", over the resolution of its flow
-MOST_VOXELS = 49152  # number of voxels from which a cascade lowers the resolution
+VOXEL_LIMIT = 49152  # number of voxels from which a cascade lowers the resolution
 RESOLUTION_STEP = 128  # voxels per axis by which the resolution is lowered at a time
 
 
@@ -359,11 +374,11 @@ def finer_voxels(
     resolution: int,
     lowest_resolution: int,
     factor: int,
-    most_voxels: int = MOST_VOXELS,
+    voxel_limit: int = VOXEL_LIMIT,
 ) -> tuple[torch.Tensor, int]:
     """Map voxels of a grid to the voxels of a finer shape's latents, in a cascade.
 
-    The resolution is lowered in steps of 128 while there are `most_voxels` voxels or more, and the resolution
+    The resolution is lowered in steps of 128 while there are `voxel_limit` voxels or more, and the resolution
     is above `lowest_resolution`.
 
     Args:
@@ -372,14 +387,14 @@ def finer_voxels(
         resolution: requested voxels per axis of the asset.
         lowest_resolution: resolution that is not lowered further.
         factor: voxels of the asset per voxel of the latents, along an axis.
-        most_voxels: number of voxels from which the resolution is lowered.
+        voxel_limit: number of voxels from which the resolution is lowered.
     Returns: voxels [v, 3] int32 of the latents, sorted, and grid cells per axis of the latents.
     """
     while True:
         cells = resolution // factor  # grid cells per axis of the latents
         # Centres of the voxels, rescaled to the new grid; float64, so that no centre falls on a border.
         voxels = torch.unique(((coords.double() + 0.5) / side * cells).floor().int(), dim=0)
-        if len(voxels) < most_voxels or resolution <= lowest_resolution:
+        if len(voxels) < voxel_limit or resolution <= lowest_resolution:
             return voxels, cells
         resolution -= RESOLUTION_STEP
 
@@ -475,12 +490,12 @@ class Trellis2(FlowFamily):
                 flow.recompute = True
         return_memory_if_large(flows.values(), device)
 
-        def part(name: str) -> nn.Module:
+        def read_part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
             # Autoencoders always compute in float32.
             return files.load_model(find_model(file, name), dtype=torch.float32, device=device)
 
-        return Trellis2Pipeline(file, flows, conditioning, part, device)
+        return Trellis2Pipeline(file, flows, conditioning, read_part, device)
 
     def condition(self, pipeline: Trellis2Pipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of a stage's conditioning."""
@@ -511,8 +526,9 @@ class Trellis2(FlowFamily):
         return open_folder(self, source, device, stages=stages, rewards=not missing_encoders)
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
-        """Embed images with transparent backgrounds at both sizes, by the DINOv3 model that pipeline.json
-        names.
+        """Embed images with transparent backgrounds by the DINOv3 model that pipeline.json names.
+
+        Each image is encoded at the sizes SMALL and LARGER.
         """
         file = files.read_pipeline(root)
         tokens = {}
@@ -520,10 +536,10 @@ class Trellis2(FlowFamily):
         encoder = read_dino3(file.encoder, device)
         sizes = (SMALL, LARGER)
         for name, path in embedding_progress(images.items(), "image"):
-            resized = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
+            resized_images = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
             tokens[name] = {
-                size: image_tokens(encoder, image[None])[0]
-                for size, image in zip(sizes, resized, strict=True)
+                image_size: image_tokens(encoder, image[None])[0]
+                for image_size, image in zip(sizes, resized_images, strict=True)
             }
         return Conditioning(tokens=tokens, encoder=source_of(file), zero_null=True)
 

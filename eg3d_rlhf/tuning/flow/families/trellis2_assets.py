@@ -42,9 +42,9 @@ def faces_of(asset: VoxelAsset) -> list[torch.Tensor]:
         # The four voxels in a circle around the edge: [crossed edges, 4].
         corners = codes[asset.crossed[:, axis], None] + torch.stack([torch.zeros_like(b), c, b + c, b])
         # Codes beyond the last one get the index W, hence the clamp; they differ in the comparison.
-        position = torch.searchsorted(sorted_codes, corners).clamp(max=len(sorted_codes) - 1)
+        code_position = torch.searchsorted(sorted_codes, corners).clamp(max=len(sorted_codes) - 1)
         # Only edges around which all four voxels exist.
-        quads.append(voxel_index[position[(sorted_codes[position] == corners).all(1)]])
+        quads.append(voxel_index[code_position[(sorted_codes[code_position] == corners).all(1)]])
     return quads
 
 
@@ -76,8 +76,8 @@ def dual_grid_of(asset: VoxelAsset) -> tuple[DualGrid, torch.Tensor | None]:
     quads = faces_of(asset)
     crossed = torch.zeros_like(asset.crossed)
     # The first voxel of a face owns the edge; see `faces_of`. Edges without a face are removed.
-    for axis, faces in enumerate(quads):
-        crossed[faces[:, 0], axis] = True
+    for axis, axis_quads in enumerate(quads):
+        crossed[axis_quads[:, 0], axis] = True
     voxel_index = torch.unique(torch.cat(quads))
     if not len(voxel_index):
         # Assets of untrained networks may have no face.

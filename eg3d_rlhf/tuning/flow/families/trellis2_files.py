@@ -138,39 +138,39 @@ def read_pipeline(root: Path) -> PipelineFile:
         raise FileNotFoundError(
             f"--pipeline: there is no file pipeline.json in {root}. Pass the folder of a TRELLIS.2 model."
         )
-    content = files.read_json(path)
-    name = content.get("name")
-    args = content.get("args")
-    if name != NAME:
+    pipeline_json = files.read_json(path)
+    pipeline_name = pipeline_json.get("name")
+    pipeline_args = pipeline_json.get("args")
+    if pipeline_name != NAME:
         raise ValueError(
-            f"{path}: expected the name {NAME}, got {name!r}. Pass the folder of a TRELLIS.2 model."
+            f"{path}: expected the name {NAME}, got {pipeline_name!r}. Pass the folder of a TRELLIS.2 model."
         )
-    if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+    if not isinstance(pipeline_args, dict) or not isinstance(pipeline_args.get("models"), dict):
         raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
     # "1024_cascade" is the default of the original.
-    kind = args.get("default_pipeline_type", "1024_cascade")
-    if kind not in CHAINS:
+    pipeline_type = pipeline_args.get("default_pipeline_type", "1024_cascade")
+    if pipeline_type not in CHAINS:
         raise ValueError(
-            f"{path}: default_pipeline_type must be one of {', '.join(CHAINS)}, got {kind!r}. Correct it in"
-            " the file, or download the file again."
+            f"{path}: default_pipeline_type must be one of {', '.join(CHAINS)}, got {pipeline_type!r}."
+            " Correct it in the file, or download the file again."
         )
-    chain = CHAINS[kind]
-    models = args["models"]
+    chain = CHAINS[pipeline_type]
+    models = pipeline_args["models"]
     missing_models = [model for model in (*chain.values(), *DECODERS) if model not in models]
     if missing_models:
         raise ValueError(
-            f"{path}: args.models does not name {', '.join(missing_models[:8])}, which {kind!r} needs."
-            " Download the file again."
+            f"{path}: args.models does not name {', '.join(missing_models[:8])}, which {pipeline_type!r}"
+            " needs. Download the file again."
         )
-    samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
-    image_encoder = args.get("image_cond_model") or {}
+    samplers = {stage: _sampler(path, pipeline_args, SAMPLERS[stage]) for stage in chain}
+    image_encoder = pipeline_args.get("image_cond_model") or {}
     # The second file names the shape's encoder. It is optional.
     texturing_path = root / TEXTURING
     texturing_args = files.read_json(texturing_path).get("args") if texturing_path.is_file() else None
     texturing_models = texturing_args.get("models") if isinstance(texturing_args, dict) else None
     return PipelineFile(
         root=root,
-        kind=kind,
+        kind=pipeline_type,
         # If both files name a model, the path in pipeline.json is used.
         models={**(texturing_models or {}), **models},
         # The entry is an object with args.model_name, or just a name.
@@ -182,19 +182,21 @@ def read_pipeline(root: Path) -> PipelineFile:
         sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
         normalization={
-            stage: _normalization(path, args, key) for stage, key in NORMALIZATIONS.items() if stage in chain
+            stage: _normalization(path, pipeline_args, key)
+            for stage, key in NORMALIZATIONS.items()
+            if stage in chain
         },
     )
 
 
-def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
-    """Read the settings of the sampler `key`, and sigma_min.
+def _sampler(path: Path, pipeline_args: Mapping, sampler_name: str) -> tuple[Sampling, float]:
+    """Read the settings of the sampler `sampler_name`, and sigma_min.
 
     guidance_strength in the file is 1 + w, with w the `cfg_strength` of this package: the guided velocity is
     (1 + w) v_cond - w v_null.
     """
 
-    def read(name: str, params: Mapping) -> Sampling:
+    def parse_sampler(name: str, params: Mapping) -> Sampling:
         """Parse the params of a sampler."""
         trellis_names = sorted(str(k) for k in params if str(k).startswith("cfg_"))
         if trellis_names:
@@ -219,25 +221,27 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
             cfg_rescale=float(params.get("guidance_rescale", 0.0)),
         )
 
-    return files.sampler_of(path, args.get(key), key, read)
+    return files.sampler_of(path, pipeline_args.get(sampler_name), sampler_name, parse_sampler)
 
 
-def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read the normalisation `key`: the mean and the standard deviation per channel.
+def _normalization(
+    path: Path, pipeline_args: Mapping, normalization_name: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Read the normalisation `normalization_name`: the mean and the standard deviation per channel.
 
     Raises: ValueError for missing or invalid numbers.
     """
-    content = args.get(key) or {}
+    normalization_entry = pipeline_args.get(normalization_name) or {}
     try:
-        mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+        mean, std = (tuple(map(float, normalization_entry[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
         # Reported by the error below.
         mean = ()
         std = ()
     if not mean or not are_scales(mean, std):
         raise ValueError(
-            f"{path}: {key} must have a finite mean and a std > 0 per channel, got {str(content)[:80]}."
-            " Download the file again."
+            f"{path}: {normalization_name} must have a finite mean and a std > 0 per channel, got"
+            f" {str(normalization_entry)[:80]}. Download the file again."
         )
     return mean, std
 
@@ -259,25 +263,25 @@ def load_model(
     )
 
 
-def convert_tensors(model: Any, config: Any, state: State, message_prefix: str) -> State:
+def convert_tensors(model: Any, config: Any, tensors: State, message_prefix: str) -> State:
     """Convert the tensors of a file to the names of this package.
 
     The tensors of convolutions are renamed. The angles of rotary position embeddings (`rope_phases`, complex
-    numbers of length 1) are removed from `state`, because this package computes them.
+    numbers of length 1) are removed from `tensors`, because this package computes them.
 
     Args:
         model: class of the model.
         config: configuration of the model.
-        state: tensors of the file by name.
+        tensors: tensors of the file by name.
         message_prefix: beginning of the message of an error.
     Raises: ValueError if stored angles differ from the computed ones.
     """
     # "conv1.conv.weight" -> "conv1.weight"
     if issubclass(model, VoxelNetwork):
-        return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
-    if model is StructureFlow and "rope_phases" in state:
+        return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in tensors.items()}
+    if model is StructureFlow and "rope_phases" in tensors:
         # Removed, because the network here computes the angles and has no such buffer.
-        stored_phases = state.pop("rope_phases")
+        stored_phases = tensors.pop("rope_phases")
         angles = angles_of(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3), config.head_channels)
         # Stored angles may have been rounded to half precision, hence the tolerance of 1e-2.
         expected_phases = torch.polar(torch.ones_like(angles), angles)
@@ -292,7 +296,7 @@ def convert_tensors(model: Any, config: Any, state: State, message_prefix: str) 
                 f" resolution in the model's JSON file (complex {list(expected_phases.shape)}). Download"
                 " both files again."
             )
-    return state
+    return tensors
 
 
 def model_files(file: PipelineFile) -> dict[str, Path]:
@@ -339,10 +343,12 @@ def released_stages() -> list[SizedStage]:
             qk_rms_norm=True,
             qk_rms_norm_cross=True,
         )
-        grid = dict(channels=channels, resolution=cells)
+        latent_kwargs = dict(channels=channels, resolution=cells)
         # The structure is a dense grid; all other stages have features on voxels.
         latents: LatentKind = (
-            DenseGrid(**grid) if name == "structure" else SparseVoxels(given=given_channels, **grid)
+            DenseGrid(**latent_kwargs)
+            if name == "structure"
+            else SparseVoxels(given=given_channels, **latent_kwargs)
         )
         flow_class = StructureFlow if name == "structure" else VoxelFlow
         stage = FlowStage(

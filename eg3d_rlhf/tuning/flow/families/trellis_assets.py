@@ -3,9 +3,8 @@
 This module reads and writes their files, finds the voxels that they fill, renders them in plain PyTorch
 (slow, exact, on any device), and computes the image features that the encoder of the second stage reads.
 
-Shapes: G number of Gaussians, R voxels per axis, S pixels per side of an image, P pixels of a tile, K number
-    of
-Gaussians that overlap the tile, v number of voxels, E channels of a feature.
+Shapes: G number of Gaussians, R voxels per axis, S pixels per side of an image, P pixels of a tile,
+K number of Gaussians that overlap the tile, v number of voxels, E channels of a feature.
 
 Rendering follows Kerbl et al. 2023 (3D Gaussian Splatting), with the projection of Zwicker et al. 2001 (EWA
 Splatting) and the blur of Yu et al. 2024 (Mip-Splatting).
@@ -74,8 +73,8 @@ def find_filled_voxels(asset: SplatAsset, resolution: int = 64, share: float = 0
     The mass of a voxel is the sum of the opacities of the Gaussians with their centres in it. A voxel is
     filled if its mass is at least `share` times the mean mass of all voxels with a mass above 0.
 
-    Deviates: TRELLIS's data tools find the voxels that a mesh's surface passes through. `calibrated` finds
-        the share that comes closest to this.
+    Deviates: TRELLIS's data tools find the voxels that a mesh's surface passes through. `find_best_share`
+        finds the share that comes closest to this.
 
     Args:
         asset: Gaussians in the cube -0.5..0.5.
@@ -115,16 +114,16 @@ def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tenso
     return mass, mass[has_mass].mean()
 
 
-SHARES = tuple(2.0**k for k in range(-8, 3))  # shares that `calibrated` compares, 1/256..4
+SHARES = tuple(2.0**k for k in range(-8, 3))  # shares that `find_best_share` compares, 1/256..4
 
 
 def find_best_share(
     assets: Sequence[SplatAsset], voxels: Sequence[torch.Tensor], resolution: int = 64
 ) -> dict[str, float | list]:
-    """Find the `share` of `voxels_filled` at which assets best match the voxels from which they were decoded.
+    """Find the argument `share` of `find_filled_voxels` at which assets best match their own voxels.
 
-    TRELLIS places Gaussians on the voxels that a surface passes through. These voxels are therefore what its
-    data tools would find for such an asset.
+    An asset's own voxels are those from which it was decoded. TRELLIS places Gaussians on the voxels that a
+    surface passes through. These voxels are therefore what its data tools would find for such an asset.
 
     Args:
         assets: assets that TRELLIS decoded, at least one.
@@ -137,17 +136,17 @@ def find_best_share(
     assert len(assets) == len(voxels)
     if not assets:
         raise ValueError("--list: the list has no assets. Sample assets first with `eg3d-rlhf flow sample`.")
-    overlaps = torch.zeros(len(SHARES), dtype=torch.float64)
+    iou_sums = torch.zeros(len(SHARES), dtype=torch.float64)
     for asset, source_voxels in zip(assets, voxels, strict=True):
         x, y, z = source_voxels.cpu().long().unbind(1)
-        target = torch.zeros(resolution**3, dtype=torch.bool)
-        target[(x * resolution + y) * resolution + z] = True
+        is_source = torch.zeros(resolution**3, dtype=torch.bool)
+        is_source[(x * resolution + y) * resolution + z] = True
         # The sums are the same for all shares, so they are computed once per asset.
         mass, mean_mass = _mass(asset, resolution)
         for i, share in enumerate(SHARES):
-            filled = (mass >= share * mean_mass) & (mass > 0)  # the condition of `voxels_filled`
-            overlaps[i] += (filled & target).sum() / (filled | target).sum()
-    ious = (overlaps / len(assets)).tolist()  # mean over assets, one per share
+            is_filled = (mass >= share * mean_mass) & (mass > 0)  # the condition of `find_filled_voxels`
+            iou_sums[i] += (is_filled & is_source).sum() / (is_filled | is_source).sum()
+    ious = (iou_sums / len(assets)).tolist()  # mean over assets, one per share
     # Index of the largest value; the smallest share if several are equal.
     best_index = max(range(len(SHARES)), key=lambda i: ious[i])
     return {
@@ -174,10 +173,12 @@ def write_ply(path: Path, asset: SplatAsset) -> None:
         asset.rotations,
     ]
     # "<f4" is little-endian float32, as the header below states.
-    rows = torch.cat([c.detach().float().cpu() for c in columns], 1).numpy().astype("<f4")
+    row_array = torch.cat([c.detach().float().cpu() for c in columns], 1).numpy().astype("<f4")
     properties = "".join(f"property float {name}\n" for name in PLY_FIELDS)
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
-    write_atomic(path, header.encode() + rows.tobytes())
+    header = (
+        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(row_array)}\n{properties}end_header\n"
+    )
+    write_atomic(path, header.encode() + row_array.tobytes())
 
 
 def show(asset: SplatAsset, path: Path) -> Path:
@@ -227,54 +228,54 @@ def read_ply(path: Path) -> SplatAsset:
         raise FileNotFoundError(
             f"asset: the file {path} does not exist. Correct the path of the .ply file of Gaussians."
         )
-    data = path.read_bytes()
-    header_end = data.find(b"end_header\n")  # -1, that is no header, for other files
-    header = data[: max(header_end, 0)].decode("ascii", "replace").splitlines()
+    ply_bytes = path.read_bytes()
+    header_end = ply_bytes.find(b"end_header\n")  # -1, that is no header, for other files
+    header = ply_bytes[: max(header_end, 0)].decode("ascii", "replace").splitlines()
     # Lines such as "property float x" and "element vertex 1000".
-    properties = [text.split() for text in header if text.startswith("property ")]
-    names = [words[-1] for words in properties]
-    all_float32 = all(words[1] in ("float", "float32") for words in properties)
-    elements = [text.split() for text in header if text.startswith("element ")]
-    counts = [int(words[2]) for words in elements if words[2].isdigit()]
+    properties = [header_line.split() for header_line in header if header_line.startswith("property ")]
+    property_names = [line_words[-1] for line_words in properties]
+    all_float32 = all(line_words[1] in ("float", "float32") for line_words in properties)
+    elements = [header_line.split() for header_line in header if header_line.startswith("element ")]
+    row_counts = [int(line_words[2]) for line_words in elements if line_words[2].isdigit()]
     if "format binary_little_endian 1.0" not in header:
         raise ValueError(
             f"{path}: the file is not a binary little-endian .ply. Export it again in this format."
         )
     # Normals are always zero, and other programs may leave them out.
-    missing_names = sorted(set(PLY_FIELDS) - {"nx", "ny", "nz"} - set(names))
+    missing_names = sorted(set(PLY_FIELDS) - {"nx", "ny", "nz"} - set(property_names))
     if missing_names:
         raise ValueError(
             f"{path}: the properties {', '.join(missing_names)} of Gaussian splats are missing. Export the"
             " file again as Gaussian splats."
         )
     # With a single element, the Gaussians, and only float32 properties, all rows have the same length.
-    if not all_float32 or len(counts) != 1:
+    if not all_float32 or len(row_counts) != 1:
         raise ValueError(
-            f"{path}: expected one element with only float32 properties, got {len(counts)} elements or other"
-            " types. Export the file again as Gaussian splats."
+            f"{path}: expected one element with only float32 properties, got {len(row_counts)} elements or"
+            " other types. Export the file again as Gaussian splats."
         )
-    rows = data[header_end + len(b"end_header\n") :]
-    expected_size = len(names) * 4 * counts[0]  # 4 bytes per float32
-    if len(rows) != expected_size:
+    row_bytes = ply_bytes[header_end + len(b"end_header\n") :]
+    expected_size = len(property_names) * 4 * row_counts[0]  # 4 bytes per float32
+    if len(row_bytes) != expected_size:
         raise ValueError(
-            f"{path}: expected {expected_size} bytes after the header, got {len(rows)}. The file is"
+            f"{path}: expected {expected_size} bytes after the header, got {len(row_bytes)}. The file is"
             " truncated or damaged. Export it again."
         )
-    table = torch.from_numpy(np.frombuffer(rows, "<f4").reshape(counts[0], -1).astype(np.float32))
+    table = torch.from_numpy(np.frombuffer(row_bytes, "<f4").reshape(row_counts[0], -1).astype(np.float32))
 
-    def columns(*fields: str) -> torch.Tensor:
+    def select_columns(*fields: str) -> torch.Tensor:
         """Select columns of the table by the names of their properties."""
-        return table[:, [names.index(name) for name in fields]]
+        return table[:, [property_names.index(name) for name in fields]]
 
-    scales = columns("scale_0", "scale_1", "scale_2").exp()
-    rotations = columns("rot_0", "rot_1", "rot_2", "rot_3")
+    scales = select_columns("scale_0", "scale_1", "scale_2").exp()
+    rotations = select_columns("rot_0", "rot_1", "rot_2", "rot_3")
     return SplatAsset(
-        means=columns("x", "y", "z"),
-        features_dc=columns("f_dc_0", "f_dc_1", "f_dc_2"),
+        means=select_columns("x", "y", "z"),
+        features_dc=select_columns("f_dc_0", "f_dc_1", "f_dc_2"),
         scales=scales,
         # Other programs may write quaternions that are not normalised.
         rotations=torch.nn.functional.normalize(rotations, dim=1),
-        opacities=columns("opacity")[:, 0].sigmoid(),
+        opacities=select_columns("opacity")[:, 0].sigmoid(),
     )
 
 
@@ -303,23 +304,23 @@ class View:
         """Project points [G, 3] to image coordinates [G, 2], 0..1 to the right and down from the upper
         left corner.
         """
-        in_camera = self.camera(xyz)
-        return self.focal * in_camera[:, :2] / in_camera[:, 2:] + 0.5
+        camera_points = self.camera(xyz)
+        return self.focal * camera_points[:, :2] / camera_points[:, 2:] + 0.5
 
 
-def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
+def views_around(camera_count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
     """Place cameras evenly on a sphere around the origin, looking at the origin, with z up.
 
     Args:
-        count: number of cameras, at least 1.
+        camera_count: number of cameras, at least 1.
         radius: distance of the cameras from the origin.
         fov: field of view in degrees.
     """
     views = []
-    for i in range(count):
+    for i in range(camera_count):
         # Fibonacci sphere: heights are evenly spaced in -1..1, and each camera is rotated about the z axis by
         # the golden angle, pi (3 - sqrt(5)), against the previous one.
-        height = 1 - (2 * i + 1) / count
+        height = 1 - (2 * i + 1) / camera_count
         azimuth = i * math.pi * (3 - math.sqrt(5))
         ring = math.sqrt(1 - height**2)  # radius of the circle at this height
         position = torch.tensor([ring * math.cos(azimuth), ring * math.sin(azimuth), height])
@@ -334,64 +335,74 @@ def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[Vie
 
 
 @torch.no_grad()
-def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
+def render(asset: SplatAsset, view: View, image_side: int) -> torch.Tensor:
     """Render an asset over a black background. Not differentiable.
 
     Args:
         asset: Gaussians.
         view: camera.
-        size: S, pixels per side of the image.
+        image_side: S, pixels per side of the image.
     Returns: image [3, S, S] of values 0..1.
     """
-    means, conics, alphas, reach, order = _on_screen(asset, view, size)
+    means, conics, alphas, reach, order = _on_screen(asset, view, image_side)
     colours = asset.colours[order]
     # Bounding boxes on screen, [G, 2] each.
     low = means - reach[:, None]
     high = means + reach[:, None]
-    image = means.new_zeros(3, size, size)
-    for top in range(0, size, TILE):
+    image = means.new_zeros(3, image_side, image_side)
+    for top in range(0, image_side, TILE):
         # Gaussians that overlap this row of tiles.
-        in_row = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
-        for left in range(0, size, TILE):
+        row_indices = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
+        for left in range(0, image_side, TILE):
             # Gaussians that overlap this tile, still ordered by depth.
-            in_tile = in_row[(low[in_row, 0] < left + TILE) & (high[in_row, 0] > left)]
-            if len(in_tile):
+            tile_indices = row_indices[(low[row_indices, 0] < left + TILE) & (high[row_indices, 0] > left)]
+            if len(tile_indices):
                 # Pixel centres are at + 0.5; tiles at the right and lower border may be smaller.
                 y, x = (
-                    torch.arange(start, min(start + TILE, size), device=means.device) + 0.5
+                    torch.arange(start, min(start + TILE, image_side), device=means.device) + 0.5
                     for start in (top, left)
                 )
                 # cartesian_prod gives (y, x) row by row; flipped to (x, y), [P, 2].
                 pixels = torch.cartesian_prod(y, x).flip(1)
-                tile = _tile(pixels, means[in_tile], conics[in_tile], alphas[in_tile], colours[in_tile])
+                tile = _tile(
+                    pixels,
+                    means[tile_indices],
+                    conics[tile_indices],
+                    alphas[tile_indices],
+                    colours[tile_indices],
+                )
                 image[:, top : top + TILE, left : left + TILE] = tile.T.unflatten(1, (len(y), len(x)))
     return image
 
 
-def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, ...]:
+def _on_screen(asset: SplatAsset, view: View, image_side: int) -> tuple[torch.Tensor, ...]:
     """Project the Gaussians in front of the camera to the image.
 
+    Args:
+        asset: Gaussians.
+        view: camera.
+        image_side: S, pixels per side of the image.
     Returns: centres [G, 2] in pixels, inverse covariances [G, 3], opacities [G], radii [G] in pixels beyond
         which a Gaussian is cut off, and the indices [G] of the Gaussians from front to back. All are in this
         order, without the Gaussians that are nearer than NEAR.
     """
-    in_camera = view.camera(asset.means.float())
-    order = in_camera[:, 2].argsort()
-    order = order[in_camera[order, 2] > NEAR]
-    x, y, z = in_camera[order].unbind(1)
-    f = view.focal * size  # focal length in pixels
+    camera_points = view.camera(asset.means.float())
+    order = camera_points[:, 2].argsort()
+    order = order[camera_points[order, 2] > NEAR]
+    x, y, z = camera_points[order].unbind(1)
+    f = view.focal * image_side  # focal length in pixels
     zero = torch.zeros_like(z)
     # Jacobian of the projection at the centre (Zwicker et al. 2001, EWA splatting): [G, 2, 3].
     jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)
     # Covariance = axes axes^T, with the rotated axes of a Gaussian scaled by its standard deviations.
     axes = (
         jacobian
-        @ view.rotation.to(in_camera)
+        @ view.rotation.to(camera_points)
         @ _rotations(asset.rotations[order].float())
         * asset.scales[order, None].float()
     )
     covariance_before_blur = axes @ axes.mT  # on screen, [G, 2, 2]
-    covariance = covariance_before_blur + BLUR * torch.eye(2, device=in_camera.device)
+    covariance = covariance_before_blur + BLUR * torch.eye(2, device=camera_points.device)
     determinant = covariance.det()
     a = covariance[:, 0, 0]
     b = covariance[:, 0, 1]
@@ -401,7 +412,7 @@ def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, 
     largest_eigenvalue = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
     alphas = asset.opacities[order].float() * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
     # In pixels; the optical axis meets the image in its centre, size / 2.
-    means = torch.stack([f * x / z, f * y / z], 1) + size / 2
+    means = torch.stack([f * x / z, f * y / z], 1) + image_side / 2
     return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), order
 
 
@@ -427,15 +438,15 @@ def _tile(
     alpha = (alphas * torch.exp(-0.5 * (a * dx * dx + d * dy * dy) - b * dx * dy)).clamp_max(MAX_ALPHA)
     # Transmittance of the Gaussians in front (Kerbl et al. 2023, equation 3): the product over all Gaussians
     # before this one. It is the cumulative product, shifted by one.
-    product = torch.cumprod(1 - alpha, 1)
-    transmittance = torch.cat([torch.ones_like(product[:, :1]), product[:, :-1]], 1)
+    cumulative_product = torch.cumprod(1 - alpha, 1)
+    transmittance = torch.cat([torch.ones_like(cumulative_product[:, :1]), cumulative_product[:, :-1]], 1)
     return (alpha * transmittance) @ colours
 
 
 def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
     """Convert quaternions [G, 4], real part first, to rotation matrices [G, 3, 3]."""
     w, x, y, z = torch.nn.functional.normalize(quaternions, dim=1).unbind(1)
-    rows = [
+    matrix_entries = [
         1 - 2 * (y * y + z * z),
         2 * (x * y - w * z),
         2 * (x * z + w * y),
@@ -446,7 +457,7 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
         2 * (y * z + w * x),
         1 - 2 * (x * x + y * y),
     ]
-    return torch.stack(rows, 1).view(-1, 3, 3)
+    return torch.stack(matrix_entries, 1).view(-1, 3, 3)
 
 
 @torch.no_grad()
@@ -467,12 +478,12 @@ def voxel_features(
     Returns: features [v, E] float32.
     """
     centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
-    total: Any = None
+    feature_sum: Any = None
     for view in views_around(views):
         patches = encoder.patches(render(asset, view, encoder.size)[None])  # [1, E, 37, 37]
         # grid_sample expects coordinates of -1..1: [1, v, 1, 2] -> [1, E, v, 1] -> [v, E].
         coordinates = (2 * view.project(centres) - 1).to(patches)[None, :, None]
         sampled = F.grid_sample(patches, coordinates, mode="bilinear", align_corners=False)[0, :, :, 0].T
-        total = sampled if total is None else total + sampled
-    assert total is not None  # holds because views >= 1
-    return total / views
+        feature_sum = sampled if feature_sum is None else feature_sum + sampled
+    assert feature_sum is not None  # holds because views >= 1
+    return feature_sum / views

@@ -109,31 +109,34 @@ def read_pipeline(root: Path) -> PipelineFile:
         raise FileNotFoundError(
             f"--pipeline: there is no file pipeline.json in {root}. Pass the folder of a TRELLIS model."
         )
-    content = read_json(path)
-    name = content.get("name", "")
-    args = content.get("args")
+    pipeline_json = read_json(path)
+    pipeline_name = pipeline_json.get("name", "")
+    pipeline_args = pipeline_json.get("args")
     # The kind is part of the name, such as TrellisTextTo3DPipeline.
-    kind = next((k for k in KINDS if f"{k}to3d" in str(name).lower()), None)
-    if kind is None:
+    prompt_kind = next((k for k in KINDS if f"{k}to3d" in str(pipeline_name).lower()), None)
+    if prompt_kind is None:
         raise ValueError(
-            f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline, got {name!r}."
-            " Pass the folder of a TRELLIS model."
+            f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline, got"
+            f" {pipeline_name!r}. Pass the folder of a TRELLIS model."
         )
-    if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+    if not isinstance(pipeline_args, dict) or not isinstance(pipeline_args.get("models"), dict):
         raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
-    missing_models = [model for model in FLOWS.values() if model not in args["models"]]
+    missing_models = [model for model in FLOWS.values() if model not in pipeline_args["models"]]
     if missing_models:
         raise ValueError(
             f"{path}: args.models does not name the model {' and '.join(missing_models)}. Download the file"
             " again."
         )
-    samplers = {stage: _sampler(path, args.get(key), key, KINDS[kind]) for stage, key in SAMPLERS.items()}
-    normalization_values = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
+    samplers = {
+        stage: _sampler(path, pipeline_args.get(key), key, KINDS[prompt_kind])
+        for stage, key in SAMPLERS.items()
+    }
+    normalization_values = {**NORMALIZATION, **(pipeline_args.get("slat_normalization") or {})}
     return PipelineFile(
         root=root,
-        kind=kind,
-        models=dict(args["models"]),
-        encoder=args.get(f"{kind}_cond_model") or ENCODERS[kind],
+        kind=prompt_kind,
+        models=dict(pipeline_args["models"]),
+        encoder=pipeline_args.get(f"{prompt_kind}_cond_model") or ENCODERS[prompt_kind],
         sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
         mean=tuple(map(float, normalization_values["mean"])),
@@ -149,61 +152,65 @@ def normalization(file: PipelineFile, stage: str) -> dict | None:
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
 
 
-def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
+def _sampler(
+    path: Path, sampler_entry: dict | None, sampler_name: str, default: Sampling
+) -> tuple[Sampling, float]:
     """Read the settings of a stage's sampler, and sigma_min.
 
     Args:
         path: path of pipeline.json, for messages.
-        content: entry of the sampler in pipeline.json, or None if there is no entry.
-        key: name of the entry, for messages.
+        sampler_entry: entry of the sampler in pipeline.json, or None if there is no entry.
+        sampler_name: name of the entry, for messages.
         default: values of settings that the entry lacks.
     """
 
-    def read(name: str, params: Mapping) -> Sampling:
+    def parse_sampler(class_name: str, params: Mapping) -> Sampling:
         """Parse the class name and the params of a sampler."""
         # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
         # use guidance at all times; FlowEulerSampler uses no guidance.
         interval = params.get(
-            "cfg_interval", default.cfg_interval if "GuidanceInterval" in name else (0.0, 1.0)
+            "cfg_interval", default.cfg_interval if "GuidanceInterval" in class_name else (0.0, 1.0)
         )
         return Sampling(
             steps=int(params.get("steps", default.steps)),
             rescale_t=float(params.get("rescale_t", default.rescale_t)),
             cfg_strength=(
-                float(params.get("cfg_strength", default.cfg_strength)) if name != "FlowEulerSampler" else 0.0
+                float(params.get("cfg_strength", default.cfg_strength))
+                if class_name != "FlowEulerSampler"
+                else 0.0
             ),
             cfg_interval=(float(interval[0]), float(interval[1])),
         )
 
-    return sampler_of(path, content, key, read)
+    return sampler_of(path, sampler_entry, sampler_name, parse_sampler)
 
 
 def sampler_of(
-    path: Path, content: Mapping | None, key: str, read: Callable[[str, Mapping], Sampling]
+    path: Path, sampler_entry: Mapping | None, sampler_name: str, read: Callable[[str, Mapping], Sampling]
 ) -> tuple[Sampling, float]:
     """Read the settings of a sampler in a pipeline.json, and sigma_min.
 
     Args:
         path: path of pipeline.json, for messages.
-        content: entry of the sampler in the file, or None if there is no entry.
-        key: name of the entry.
+        sampler_entry: entry of the sampler in the file, or None if there is no entry.
+        sampler_name: name of the entry.
         read: function that parses the sampler's class name and its params. It may raise ValueError, TypeError
             or IndexError.
     """
     # Without an entry, the sampler has its published class and default settings.
-    content = content or {}
-    name = str(content.get("name", "FlowEulerGuidanceIntervalSampler"))
-    if not name.startswith("FlowEuler"):
+    sampler_entry = sampler_entry or {}
+    class_name = str(sampler_entry.get("name", "FlowEulerGuidanceIntervalSampler"))
+    if not class_name.startswith("FlowEuler"):
         raise ValueError(
-            f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other"
-            " conventions are not supported. Download the file again."
+            f"{path}: expected a FlowEuler sampler for {sampler_name} (t = 1 is noise), got {class_name!r}."
+            " Other conventions are not supported. Download the file again."
         )
     try:
-        return read(name, content.get("params") or {}), float(
-            (content.get("args") or {}).get("sigma_min", 1e-5)
+        return read(class_name, sampler_entry.get("params") or {}), float(
+            (sampler_entry.get("args") or {}).get("sigma_min", 1e-5)
         )
     except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}, {key}: {error}") from None
+        raise ValueError(f"{path}, {sampler_name}: {error}") from None
 
 
 def find_model(file: ModelFolder, model: str) -> Path:
@@ -219,8 +226,8 @@ def find_model(file: ModelFolder, model: str) -> Path:
     stems = list(_possible_stems(file, file.models[model])) if model in file.models else []
     if model in file.usual:
         folders = [file.root / "ckpts"]
-        for value in file.models.values():
-            folders += [stem.parent for stem in _possible_stems(file, value)]
+        for model_path in file.models.values():
+            folders += [stem.parent for stem in _possible_stems(file, model_path)]
         # dict.fromkeys removes duplicates and keeps the order.
         stems += [folder / file.usual[model] for folder in dict.fromkeys(folders)]
     for stem in stems:
@@ -250,7 +257,9 @@ def has_model(file: ModelFolder, model: str) -> bool:
 def paths_of(file: ModelFolder, models: Mapping[str, str]) -> dict[str, Path]:
     """Return the files of several models.
 
-    Args: models: own name of a model -> its name in pipeline.json.
+    Args:
+        file: settings of pipeline.json.
+        models: own name of a model -> its name in pipeline.json.
     Returns: the file of weights under the own name, and the JSON file under "<own name>.json".
     Raises: FileNotFoundError for a model whose files are not on this machine.
     """
@@ -268,14 +277,16 @@ def find_weights(stem: Path) -> Path | None:
     return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
-def _possible_stems(file: ModelFolder, value: str):
+def _possible_stems(file: ModelFolder, model_path: str):
     """Yield the stems at which the files of a model may be.
 
-    Args: value: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
+    Args:
+        file: settings of pipeline.json.
+        model_path: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
     """
-    yield file.root / value
+    yield file.root / model_path
     # Padded by empty parts, so that a value with less than two parts can be unpacked, too.
-    owner, repo, *path_parts = [*Path(value).parts, "", ""]
+    owner, repo, *path_parts = [*Path(model_path).parts, "", ""]
     path_in_repo = "/".join(part for part in path_parts if part)
     # A value with less than three parts is no path in another repository.
     if not path_in_repo:
@@ -316,53 +327,54 @@ Architectures = Mapping[str, tuple[type[nn.Module], type]]  # name of a class ->
 
 
 def architecture(
-    content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
+    model_json: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
 ) -> tuple[type[nn.Module], Any]:
     """Return the class and the configuration of the model that a JSON file describes.
 
     Args:
-        content: content of the file, {"name": class, "args": {...}}.
+        model_json: content of the file, {"name": class, "args": {...}}.
         message_prefix: beginning of messages, such as the path of the file.
         architectures: supported classes by name.
     Raises: ValueError for an unknown class, and for unknown or missing arguments.
     """
-    name = content.get("name")
-    args = content.get("args")
-    supported_classes = architectures.get(str(name).removeprefix("Elastic"))
+    class_name = model_json.get("name")
+    model_args = model_json.get("args")
+    supported_classes = architectures.get(str(class_name).removeprefix("Elastic"))
     if supported_classes is None:
         raise ValueError(
-            f"{message_prefix}: expected a model among {', '.join(architectures)}, got {name!r}. Pass the"
-            " folder of a supported generator."
+            f"{message_prefix}: expected a model among {', '.join(architectures)}, got {class_name!r}. Pass"
+            " the folder of a supported generator."
         )
-    if not isinstance(args, Mapping):
+    if not isinstance(model_args, Mapping):
         raise ValueError(f"{message_prefix}: the object 'args' is missing. Download the file again.")
-    model, config = supported_classes
-    fields = dataclasses.fields(config)
+    model_class, config_class = supported_classes
+    fields = dataclasses.fields(config_class)
     no_default = dataclasses.MISSING
     field_names = {field.name for field in fields}
     # Some classes of the original ignore unknown arguments.
-    if getattr(model, "passes_over", False):
-        args = {key: value for key, value in args.items() if key in field_names}
-    unknown_args = sorted(set(args) - field_names)
+    if getattr(model_class, "passes_over", False):
+        model_args = {key: value for key, value in model_args.items() if key in field_names}
+    unknown_args = sorted(set(model_args) - field_names)
     missing_args = sorted(
         f.name
         for f in fields
-        if f.default is no_default and f.default_factory is no_default and f.name not in args
+        if f.default is no_default and f.default_factory is no_default and f.name not in model_args
     )
     if unknown_args or missing_args:
         raise ValueError(
-            f"{message_prefix}: the args do not fit {name}: unknown are {unknown_args}, missing are"
-            f" {missing_args}. Download the file again, or pass the folder of a supported generator."
+            f"{message_prefix}: the args do not fit {class_name}: unknown are"
+            f" {', '.join(unknown_args) or 'none'}, missing are {', '.join(missing_args) or 'none'}. Download"
+            " the file again, or pass the folder of a supported generator."
         )
-    return model, config(**args)
+    return model_class, config_class(**model_args)
 
 
 def build_model(
     content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
 ) -> nn.Module:
     """Build an untrained model from the content of its JSON file; see `architecture` for the arguments."""
-    model, config = architecture(content, message_prefix, architectures)
-    return model(config)
+    model_class, config = architecture(content, message_prefix, architectures)
+    return model_class(config)
 
 
 def load_model(
@@ -378,7 +390,7 @@ def load_model(
 
     Args:
         stem: path of the model's files without endings.
-        dtype: dtype of the layers that may be half precision; see `filled`.
+        dtype: dtype of the layers that may be half precision; see `build_from_state`.
         weights: file of weights to read instead, such as a training checkpoint (.pt). None: that at the stem.
         device: device of the model.
         architectures: supported classes by name.
@@ -394,11 +406,11 @@ def load_model(
             f"{stem.name}: {json_file} or the file of weights beside it is missing. Download both files"
             " again."
         )
-    state = base_state(weights)
-    model, config = architecture(read_json(json_file), str(json_file), architectures)
+    tensors = base_state(weights)
+    model_class, config = architecture(read_json(json_file), str(json_file), architectures)
     if prepare is not None:
-        state = prepare(model, config, state, str(weights))
-    return build_from_state(model, config, state, str(weights), dtype, device)
+        tensors = prepare(model_class, config, tensors, str(weights))
+    return build_from_state(model_class, config, tensors, str(weights), dtype, device)
 
 
 def networks_of(
@@ -420,31 +432,40 @@ def networks_of(
         architectures: supported classes by name; see `load_model`.
         prepare: function that renames or removes tensors; see `load_model`.
     """
-    networks = []
-    for name in models:
-        without = optional.get(name, "")
-        if without and not has_model(file, name):
-            networks.append(
+    network_list = []
+    for model_name in models:
+        without = optional.get(model_name, "")
+        if without and not has_model(file, model_name):
+            network_list.append(
                 Network(
-                    name=name, file=file.root / file.usual[name], expected={}, tensors={}, without=without
+                    name=model_name,
+                    file=file.root / file.usual[model_name],
+                    expected={},
+                    tensors={},
+                    without=without,
                 )
             )
             continue
-        stem = find_model(file, name)
+        stem = find_model(file, model_name)
         json_file = with_ending(stem, ".json")
         weights = find_weights(stem)
         assert weights is not None  # find_model has checked it
-        model, config = architecture(read_json(json_file), str(json_file), architectures)
-        state = base_state(weights)
-        state = state if prepare is None else prepare(model, config, state, str(weights))
-        expected = shapes(empty(partial(model, config)).state_dict())
-        counts = (released or {}).get(name)
-        networks.append(
+        model_class, config = architecture(read_json(json_file), str(json_file), architectures)
+        tensors = base_state(weights)
+        tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights))
+        expected = shapes(empty(partial(model_class, config)).state_dict())
+        released_counts = (released or {}).get(model_name)
+        network_list.append(
             Network(
-                name=name, file=weights, expected=expected, tensors=state, without=without, released=counts
+                name=model_name,
+                file=weights,
+                expected=expected,
+                tensors=tensors,
+                without=without,
+                released=released_counts,
             )
         )
-    return networks
+    return network_list
 
 
 def flows_of(
@@ -477,7 +498,7 @@ def flows_of(
 
 
 def build_from_state(
-    make: Callable[[Any], nn.Module],
+    model_class: Callable[[Any], nn.Module],
     config: Any,
     state: State,
     message_prefix: str,
@@ -487,7 +508,7 @@ def build_from_state(
     """Build a model with the tensors of a file, in eval mode. Names and shapes must match exactly.
 
     Args:
-        make: class of the model.
+        model_class: class of the model.
         config: configuration of the model, the only argument of the class.
         state: tensors by name.
         message_prefix: beginning of error messages, such as the path of the file.
@@ -496,16 +517,18 @@ def build_from_state(
         device: device of the model.
     Raises: ValueError for missing or unexpected tensors, and for tensors of another shape.
     """
-    types: dict[str, torch.dtype] = {}
+    dtype_by_name: dict[str, torch.dtype] = {}
     if dtype is not None:
         # Which layers the original converts is known only to its classes. Their switch is use_fp16 in TRELLIS
         # and dtype in TRELLIS.2. A second network without memory therefore states the dtype of each tensor.
         half_setting = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
-        half_state = empty(lambda: make(dataclasses.replace(config, **half_setting))).state_dict()
+        half_state = empty(lambda: model_class(dataclasses.replace(config, **half_setting))).state_dict()
         for name in state:
             is_half = name in half_state and half_state[name].dtype in (torch.float16, torch.bfloat16)
-            types[name] = dtype if is_half else torch.float32
-    return fill(empty(lambda: make(config)), state, message_prefix, types=types, device=device).eval()
+            dtype_by_name[name] = dtype if is_half else torch.float32
+    return fill(
+        empty(lambda: model_class(config)), state, message_prefix, types=dtype_by_name, device=device
+    ).eval()
 
 
 def base_state(path: Path) -> State:
@@ -514,14 +537,14 @@ def base_state(path: Path) -> State:
     Raises: FileNotFoundError for a missing file; ValueError for a damaged file, for weights that are not
         finite, and for a file of adapters (LoRA) instead of a model.
     """
-    state, adapters = split_state(read(path, "weights"), path.name)
+    tensors, adapters = split_state(read(path, "weights"), path.name)
     if adapters:
         raise ValueError(
             f"{path}: the file contains adapters (LoRA) instead of the weights of a model. Put the base"
             " model's file here, and pass this file as tuned weights."
         )
     # Distributed training adds the prefix "module.".
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def release_of(
@@ -550,45 +573,46 @@ def release_of(
     export_stems = dict[str, str]()  # name of a model -> its stem in the exported folder
     exported_files = dict[str, Path | bytes]()  # path in the exported folder -> source file, or content
     networks = dict[str, Stored]()  # tuned networks by stage
-    elsewhere = []  # names of models that are not on this machine
-    sources: dict[str, Path] = {}  # last part of a stem -> stem
+    missing_models = []  # names of models that are not on this machine
+    stem_by_name: dict[str, Path] = {}  # last part of a stem -> stem
     tuned_models = {flows[stage]: stage for stage in stages}
-    for name in dict.fromkeys([*file.models, *file.usual]):
+    for model_name in dict.fromkeys([*file.models, *file.usual]):
         try:
-            stem = find_model(file, name)
+            stem = find_model(file, model_name)
         except FileNotFoundError:
-            if name in required or name in tuned_models:
+            if model_name in required or model_name in tuned_models:
                 raise
-            elsewhere.append(name)
+            missing_models.append(model_name)
             continue
         # All models are written to one folder, so their names must differ.
-        if sources.setdefault(stem.name, stem) != stem:
+        if stem_by_name.setdefault(stem.name, stem) != stem:
             raise ValueError(
-                f"export: the models {stem} and {sources[stem.name]} have the same file name. Rename the"
+                f"export: the models {stem} and {stem_by_name[stem.name]} have the same file name. Rename the"
                 " files of one of them, and its value in pipeline.json."
             )
-        export_stems[name] = f"ckpts/{stem.name}"
-        base = find_weights(stem)
-        assert base is not None  # find_model has checked it
-        exported_files[f"{export_stems[name]}.json"] = with_ending(stem, ".json")
-        if name in tuned_models:
+        export_stems[model_name] = f"ckpts/{stem.name}"
+        base_weights = find_weights(stem)
+        assert base_weights is not None  # find_model has checked it
+        exported_files[f"{export_stems[model_name]}.json"] = with_ending(stem, ".json")
+        if model_name in tuned_models:
             # The tuned network is read and written only when the export runs.
-            networks[tuned_models[name]] = Stored(
-                file=f"{export_stems[name]}.safetensors",
+            networks[tuned_models[model_name]] = Stored(
+                file=f"{export_stems[model_name]}.safetensors",
                 load=partial(load, stem),
-                write=partial(_write_tuned, base),
+                write=partial(_write_tuned, base_weights),
             )
         else:
-            exported_files[export_stems[name] + base.suffix] = base
-    for path in (file.root / name for name in ("pipeline.json", *other_pipeline_files)):
+            exported_files[export_stems[model_name] + base_weights.suffix] = base_weights
+    for path in (file.root / file_name for file_name in ("pipeline.json", *other_pipeline_files)):
         if path.is_file():
-            content = read_json(path)
+            pipeline_json = read_json(path)
             # Exported models get their path in the exported folder; others stay references.
-            content["args"]["models"] = {
-                name: export_stems.get(name, value) for name, value in content["args"]["models"].items()
+            pipeline_json["args"]["models"] = {
+                model_name: export_stems.get(model_name, model_path)
+                for model_name, model_path in pipeline_json["args"]["models"].items()
             }
-            exported_files[path.name] = (json.dumps(content, indent=4) + "\n").encode()
-    return Release(files=exported_files, networks=networks, elsewhere=elsewhere)
+            exported_files[path.name] = (json.dumps(pipeline_json, indent=4) + "\n").encode()
+    return Release(files=exported_files, networks=networks, elsewhere=missing_models)
 
 
 def _write_tuned(base: Path, path: Path, state: State) -> None:
@@ -605,7 +629,7 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
         kind: kind of prompt, "text" or "image".
         width: channels of the conditioning tokens, 768 for CLIP and 1024 for DINOv2.
     """
-    common: dict[str, Any] = dict(
+    network_kwargs: dict[str, Any] = dict(
         in_channels=8,
         out_channels=8,
         model_channels=1024,
@@ -614,16 +638,16 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
         num_head_channels=64,
         qk_rms_norm=True,
     )
-    structure = StructureFlowConfig(resolution=16, patch_size=1, **common)
-    latent = LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **common)
+    structure_config = StructureFlowConfig(resolution=16, patch_size=1, **network_kwargs)
+    latent_config = LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **network_kwargs)
     stages = (
-        ("structure", partial(StructureFlow, structure), DenseGrid(channels=8, resolution=16)),
-        ("latent", partial(LatentFlow, latent), SparseVoxels(channels=8, resolution=64)),
+        ("structure", partial(StructureFlow, structure_config), DenseGrid(channels=8, resolution=16)),
+        ("latent", partial(LatentFlow, latent_config), SparseVoxels(channels=8, resolution=64)),
     )
     return [
         SizedStage(
             conditioning=[TOKENS[kind], width],
-            stage=FlowStage(name=name, model=empty(make), latents=latents, sampling=KINDS[kind]),
+            stage=FlowStage(name=name, model=empty(make_network), latents=latents, sampling=KINDS[kind]),
         )
-        for name, make, latents in stages
+        for name, make_network, latents in stages
     ]

@@ -5,11 +5,9 @@ Ranked list: a file of JSON lines, one line per asset, with paths relative to th
     {"condition": "a red chair", "rank": 2, "asset": "0b.ply"}
     rank        rank among the assets of a prompt; 1 is best, and assets of equal rank are not paired
     structure   file of the first stage's latent: array "mean" [8, 16, 16, 16] in .npz (the format of
-    TRELLIS's
-                data tools), or a tensor in .pt, .npy or .safetensors
+                TRELLIS's data tools), or a tensor in .pt, .npy or .safetensors
     latent      file of the second stage's latent: coords [v, 3] and feats [v, 8], not normalised, for v
-    voxels,
-                in .npz or .safetensors
+                voxels, in .npz or .safetensors
     asset       .ply file of Gaussians; latents that the line does not name are encoded from it, for which the
                 second stage needs DINOv2 on this machine
 
@@ -65,7 +63,9 @@ def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool
     if STRUCTURE in record:
         latents[STRUCTURE] = read_structure(folder / record[STRUCTURE])
     if LATENT in record:
-        coords, feats = (read_array(folder / record[LATENT], key) for key in ("coords", "feats"))
+        coords, feats = (
+            read_array(folder / record[LATENT], array_name) for array_name in ("coords", "feats")
+        )
         # In the format of a batch, each row begins with the sample's index, here 0. It is removed.
         if coords.ndim == 2 and coords.shape[1] == 4 and not coords[:, 0].any():
             coords = coords[:, 1:]
@@ -111,86 +111,97 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
     tables = sorted(Path(root).rglob("model_info.npz"))
     if not tables:
         raise FileNotFoundError(
-            f"DSO samples: no file model_info.npz was found at or below {root}. Pass the folder of the"
-            " samples."
+            f"DSO samples: no file model_info.npz was found at or below {root}. Pass the folder that"
+            " DSO wrote, with one model_info.npz for each set of samples."
         )
     candidates: list[Candidate] = []
     tokens: dict[str, torch.Tensor] = {}
     without_angle = 0  # number of ignored samples
     for table in tables:
         try:
-            with np.load(table) as file:
-                images, samples, angles = (file[name] for name in ("image_ids", "glb_ids", "angles"))
+            with np.load(table) as arrays:
+                image_ids, sample_ids, angles = (
+                    arrays[array_name] for array_name in ("image_ids", "glb_ids", "angles")
+                )
                 # DSO does not document its second column. The largest tilt counts: all must be small.
-                if angles.ndim == 2 and len(angles) == images.size:
+                if angles.ndim == 2 and len(angles) == image_ids.size:
                     tilts = angles.max(1)
                 else:
                     tilts = angles.reshape(-1)
-                columns = [images.reshape(-1), samples.reshape(-1), tilts]
+                id_and_tilt_columns = [image_ids.reshape(-1), sample_ids.reshape(-1), tilts]
         except (KeyError, ValueError, OSError) as error:
             raise ValueError(
                 f"{table}: the arrays image_ids, glb_ids and angles cannot be read ({error}). Write the table"
                 " again with DSO."
             ) from None
-        if len({len(column) for column in columns}) != 1:
+        if len({len(column) for column in id_and_tilt_columns}) != 1:
             raise ValueError(
                 f"{table}: image_ids, glb_ids and angles must have the same length, got"
-                f" {[len(c) for c in columns]}. Write the table again with DSO."
+                f" {[len(c) for c in id_and_tilt_columns]}. Write the table again with DSO."
             )
         tilt_by_ids = {
-            (_canonical(image), _canonical(sample)): float(angle)
-            for image, sample, angle in zip(*columns, strict=True)
+            (_canonical(image_id), _canonical(sample_id)): float(tilt)
+            for image_id, sample_id, tilt in zip(*id_and_tilt_columns, strict=True)
         }
         # Images of several tables may have the same number, so prompts are named by their folder, too.
         prefix = "" if table.parent == Path(root) else f"{table.parent.relative_to(root).as_posix()}/"
         for path in sorted(table.parent.glob("*_sparse_sample_*.pt")):
-            image, _, sample = path.stem.rpartition("_sparse_sample_")
-            angle = tilt_by_ids.get((_canonical(image), _canonical(sample)), math.nan)
-            if not math.isfinite(angle):
+            image_id, _, sample_id = path.stem.rpartition("_sparse_sample_")
+            tilt = tilt_by_ids.get((_canonical(image_id), _canonical(sample_id)), math.nan)
+            if not math.isfinite(tilt):
                 without_angle += 1
                 continue
             latent = read_structure(path)
             stage_of(pipeline, STRUCTURE).check(str(path), latent)
-            name = prefix + image
+            prompt = prefix + image_id
             candidates.append(
                 Candidate(
                     # Rank 0 (better) for a standing asset, rank 1 for a falling one.
-                    name=sample,
-                    condition=name,
-                    rank=float(angle >= LARGEST_STANDING_TILT),
+                    name=sample_id,
+                    condition=prompt,
+                    rank=float(tilt >= LARGEST_STANDING_TILT),
                     latents={STRUCTURE: latent},
                 )
             )
-            if name not in tokens:
-                tokens[name] = read_embedding(table.parent / f"{image}_cond.pt")
+            if prompt not in tokens:
+                tokens[prompt] = read_embedding(table.parent / f"{image_id}_cond.pt")
     if not candidates:
         raise ValueError(
-            f"DSO samples: no file NNN_sparse_sample_MMM.pt below {root} has an angle in its model_info.npz."
-            " Pass the folder of the samples."
+            f"DSO samples: no sample below {root} can be used. {without_angle} files"
+            " NNN_sparse_sample_MMM.pt were found, and none of them has a finite angle in the model_info.npz"
+            " beside it. If no file was found, pass the folder of the samples; otherwise simulate the samples"
+            " again with DSO."
         )
     pairs = pair_up(candidates)
     # Images of which all samples stand, or all fall, give no pair.
-    paired = {pair.condition for pair in pairs[STRUCTURE]}
-    conditioning = Conditioning(tokens={k: v for k, v in tokens.items() if k in paired}, zero_null=True)
+    paired_prompts = {pair.condition for pair in pairs[STRUCTURE]}
+    conditioning = Conditioning(
+        tokens={k: v for k, v in tokens.items() if k in paired_prompts}, zero_null=True
+    )
     report = {
         "assets": len(candidates),
         "without_angle": without_angle,
-        "one_sided": len(tokens) - len(paired),
+        "one_sided": len(tokens) - len(paired_prompts),
         "pairs": len(pairs[STRUCTURE]),
     }
     return Imported(pairs=pairs, conditioning=conditioning, report=report)
 
 
-def _canonical(number: object) -> str:
+def _canonical(raw_id: object) -> str:
     """Return an id as text without leading zeros, because 7, "007" and "7" are the same id."""
-    text = number.decode() if isinstance(number, bytes) else str(number)
-    return str(int(text)) if text.isdecimal() else text
+    id_text = raw_id.decode() if isinstance(raw_id, bytes) else str(raw_id)
+    return str(int(id_text)) if id_text.isdecimal() else id_text
 
 
 def write_latent(path: Path, pipeline: Any, latent: Latent) -> None:
     """Write the latent of a sampled asset as .safetensors, with the keys of TRELLIS's data tools.
 
     They are "coords" and "feats" for the second stage, and "mean" for the first.
+
+    Args:
+        path: path of the file.
+        pipeline: pipeline that unnormalises latents of the second stage.
+        latent: latent of either stage.
     """
     if isinstance(latent, SparseSample):
         # TRELLIS's tools expect latents that are not normalised.

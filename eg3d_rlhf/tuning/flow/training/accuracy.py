@@ -37,7 +37,7 @@ from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from training.phases import derive_seed
 
 DRAWS = 4  # K, the number of times and noises at which a pair is measured
-LEAST_CONDITIONS = 3  # smallest number of labelled prompts; with fewer, no interval can exclude one half
+MIN_PROMPTS = 3  # smallest number of labelled prompts; with fewer, no interval can exclude one half
 # largest probability that at least one stage passes the test although all answers were given at random
 FALSE_ALARMS = 0.05
 
@@ -81,7 +81,7 @@ class PairAccuracy:
         """
         device = next(model.parameters()).device
         # rows: margin, rise of the preferred error, reference's preferred error
-        sums = np.zeros((3, len(self.pairs)))
+        measurement_sums = np.zeros((3, len(self.pairs)))
         for draw in range(self.draws):
             for batch_start in range(0, len(self.pairs), self.batch):
                 batch_pairs = self.pairs[batch_start : batch_start + self.batch]
@@ -100,9 +100,11 @@ class PairAccuracy:
                 measurements = torch.stack(
                     [errors.delta(), errors.preferred - errors.ref_preferred, errors.ref_preferred]
                 )
-                sums[:, batch_start : batch_start + len(batch_pairs)] += measurements.double().cpu().numpy()
+                measurement_sums[:, batch_start : batch_start + len(batch_pairs)] += (
+                    measurements.double().cpu().numpy()
+                )
         # means over the draws, [P] each
-        margins, rises, reference_errors = sums / self.draws
+        margins, rises, reference_errors = measurement_sums / self.draws
         # one scale for all pairs: a quotient for each pair would be dominated by pairs of small errors
         return Measured(margins, rises / reference_errors.mean())
 
@@ -148,14 +150,14 @@ def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePa
     same assets at another stage are inverted alike.
     """
     # sorted by id, so that the order of the list has no influence
-    prompt_indices: dict[str, list[int]] = {}  # prompt -> indices of its pairs
+    indices_by_prompt: dict[str, list[int]] = {}  # prompt -> indices of its pairs
     for index, pair in sorted(enumerate(pairs), key=lambda numbered_pair: numbered_pair[1].id):
-        prompt_indices.setdefault(pair.condition, []).append(index)
+        indices_by_prompt.setdefault(pair.condition, []).append(index)
     rng = np.random.default_rng(derive_seed("shuffled", seed))
     inverted_indices = set[int]()
     invert_larger_half = bool(rng.integers(2))
-    for prompt in rng.permutation(sorted(prompt_indices)).tolist():
-        shuffled_indices = rng.permutation(prompt_indices[prompt])
+    for prompt in rng.permutation(sorted(indices_by_prompt)).tolist():
+        shuffled_indices = rng.permutation(indices_by_prompt[prompt])
         # + True rounds half of an odd number up, + False rounds it down
         inverted_count = (len(shuffled_indices) + invert_larger_half) // 2
         inverted_indices |= set(shuffled_indices[:inverted_count].tolist())
@@ -189,7 +191,7 @@ class Accuracy:
     margin: float  # mean margin over the pairs
     pairs: int  # number of pairs
     prompts: int  # number of prompts; the name is a JSON key
-    outcomes: tuple[float, ...] = ()  # [P], 1, 0 or one half for each pair; see ordered
+    outcomes: tuple[float, ...] = ()  # [P], 1, 0 or one half for each pair; see score_order
     # (mean, low, high): mean rise in error of the preferred samples (see Measured) and its interval; None:
     # not measured
     preferred: tuple[float, float, float] | None = None
@@ -216,7 +218,7 @@ def compute_confidence(stages: int) -> float:
     With it, at least one stage passes the test by chance in at most FALSE_ALARMS of all cases. The confidence
     is 95 % for one or two stages.
 
-    >>> confidence_of(2), round(confidence_of(4), 4)
+    >>> compute_confidence(2), round(compute_confidence(4), 4)
     (0.95, 0.975)
     """
     # only one side of an interval can raise an alarm, hence the factor 2 (Bonferroni over the stages)
@@ -226,15 +228,15 @@ def compute_confidence(stages: int) -> float:
 def check_enough(prompts: Sequence[str]) -> set[str]:
     """Return the set of the prompts of held-out pairs.
 
-    Raises: ValueError if there are fewer than LEAST_CONDITIONS different prompts.
+    Raises: ValueError if there are fewer than MIN_PROMPTS different prompts.
     """
-    names = set(prompts)
-    if len(names) < LEAST_CONDITIONS:
+    distinct_prompts = set(prompts)
+    if len(distinct_prompts) < MIN_PROMPTS:
         raise ValueError(
-            f"held-out pairs: labels of at least {LEAST_CONDITIONS} held-out prompts are needed, got"
-            f" {len(names)}. Label assets of more prompts, or hold more prompts out."
+            f"held-out pairs: labels of at least {MIN_PROMPTS} held-out prompts are needed, got"
+            f" {len(distinct_prompts)}. Label assets of more prompts, or hold more prompts out."
         )
-    return names
+    return distinct_prompts
 
 
 def compute_accuracy(
@@ -251,21 +253,21 @@ def compute_accuracy(
         confidence: confidence of the intervals, in 0..1.
         preferred: rise of the error of the preferred samples, [P], see Measured; None: not measured.
 
-    Raises: ValueError for fewer prompts than LEAST_CONDITIONS.
+    Raises: ValueError for fewer prompts than MIN_PROMPTS.
     """
-    names = check_enough(prompts)
+    distinct_prompts = check_enough(prompts)
     outcomes = score_order(margins)
     # pairs of one prompt are not independent, so prompts and not pairs are the units of the interval
     rate, low, high = clustered_rate(outcomes, prompts, confidence)
-    rise = None if preferred is None else clustered_mean(preferred, prompts, confidence)
+    preferred_rise = None if preferred is None else clustered_mean(preferred, prompts, confidence)
     return Accuracy(
         accuracy=rate,
         interval=(low, high),
         margin=float(margins.mean()),
         pairs=len(outcomes),
-        prompts=len(names),
+        prompts=len(distinct_prompts),
         outcomes=tuple(outcomes.tolist()),
-        preferred=rise,
+        preferred=preferred_rise,
     )
 
 

@@ -108,7 +108,7 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
         settings: settings of the run, an ArmsRun.
         opened: the problem and its labels, opened in this process.
         run: folder, ranks and device of the run.
-        open: function that opens the problem and its labels in a worker process.
+        open_problem: function that opens the problem and its labels in a worker process.
     """
     problem, _ = opened
     folder = run.folder
@@ -135,8 +135,8 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
         return
     stage = settings.stage_in(problem).name
     # links, not copies: the weights of a large stage would double the size of the run
-    for file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
-        link(file, folder / stage / file.name)
+    for policy_file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
+        link(policy_file, folder / stage / policy_file.name)
     print(f"The weights of the arm {settings.arms[0]} are in {folder / stage}.")
     if settings.summary:
         facts = {
@@ -145,10 +145,10 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
             "run": asdict(settings),
             "versions": versions(),
         }
-        data = table(results, settings, facts)
-        for path in write(data, folder, settings.NAME, settings.markdown):
+        table_data = table(results, settings, facts)
+        for path in write(table_data, folder, settings.NAME, settings.markdown):
             print(f"The table was written to {path}.")
-        print(settings.markdown(data))
+        print(settings.markdown(table_data))
     run.done()
 
 
@@ -156,7 +156,7 @@ def pooled(
     title: str,
     needs: Mapping[str, Sequence[str]],
     setup: Callable[..., Callable[[str], dict]],
-    arguments: tuple,
+    setup_arguments: tuple,
     jobs: int,
     folder: Path,
 ) -> dict[str, dict]:
@@ -165,9 +165,9 @@ def pooled(
     Args:
         title: title of the progress bar.
         needs: names of the tasks, each with the names of the tasks that it waits for.
-        setup: function from `arguments`, and True if there is one process only, to a callable that does a
-            task. It is called once in each process.
-        arguments: first arguments of `setup`.
+        setup: function from `setup_arguments`, and True if there is one process only, to a callable that does
+            a task. It is called once in each process.
+        setup_arguments: first arguments of `setup`.
         jobs: number of processes.
         folder: folder whose subfolder logs/ receives the output of the tasks.
     """
@@ -177,10 +177,10 @@ def pooled(
         return run_tasks(
             needs,
             setup,
-            (*arguments, jobs == 1),
+            (*setup_arguments, jobs == 1),
             jobs,
             folder / "logs",
-            lambda name, result: bar.update(),
+            lambda name, task_result: bar.update(),
             user_errors,
         )
 
@@ -218,7 +218,7 @@ class Worker:
         }
 
         def maker(folder: Path) -> tuple[list[Path], dict]:
-            result: dict = {}
+            task_result: dict = {}
             models: dict[str, torch.nn.Module] = {}
             if arm:
                 # controls keep their last network, see the module
@@ -226,22 +226,22 @@ class Worker:
                 if choosing is not None and not arm.endswith(CONTROLS):
                     # no other stage is tuned, on either side of the comparison
                     win_rate = choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
-                done = bench.train(
+                stage_result = bench.train(
                     arm, folder, held_out=win_rate, ranks=self.ranks, resume=True, say=self.say
                 )
-                models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
-                result = {
-                    **done.record(),
+                models = {bench.stage.name: tuned_model(bench.stage.model, stage_result.weights)}
+                task_result = {
+                    **stage_result.record(),
                     **bench.measure(
-                        arm, done, models[bench.stage.name], settings.evaluation.seed, self.ranks
+                        arm, stage_result, models[bench.stage.name], settings.evaluation.seed, self.ranks
                     ),
                 }
             if self.ranks.is_main and settings.summary:
                 # all arms and seeds are scored on the same noises, so that they can be compared pair by pair
-                result["scores"] = evaluate(
+                task_result["scores"] = evaluate(
                     bench.problem, models, settings.evaluation, given_outputs=self._given(bench)
                 )["scores"]
-            return [folder / POLICY] if arm else [], result
+            return [folder / POLICY] if arm else [], task_result
 
         # hashed=False: the folder has the plain name of the task, since it belongs to this run alone
         store = Store(self.folder, self.ranks, hashed=False)
@@ -253,23 +253,28 @@ class Worker:
         The mapping is empty if the first stage is tuned. The voxels are the same for all arms, and are
         generated once in a process.
         """
-        name = bench.stage.name
+        stage_name = bench.stage.name
         pipeline = bench.problem.pipeline
-        if name == pipeline.stages[0].name:
+        if stage_name == pipeline.stages[0].name:
             return {}  # the first stage starts from noise alone
         if self.cached_voxels is None:
             prompts, seeds = self.settings.evaluation.crossed(bench.problem)
             # None: the earlier stages have their own, untuned networks
             self.cached_voxels = voxels_for(
-                pipeline, name, prompts, seeds, None, self.settings.evaluation.batch
+                pipeline, stage_name, prompts, seeds, None, self.settings.evaluation.batch
             )
-        return {name: self.cached_voxels}
+        return {stage_name: self.cached_voxels}
 
 
 def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool) -> Worker:
     """Create the worker of a process.
 
-    Args: alone: whether this is the only process; otherwise it computes with one thread.
+    Args:
+        settings: settings of the run, an ArmsRun.
+        folder: folder of the run.
+        device: device of the process.
+        open: function that opens the problem and its labels.
+        alone: whether this is the only process; otherwise it computes with one thread.
     """
     # more threads than cores would slow all processes down
     if not alone:
@@ -291,17 +296,19 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
     seeds = settings.training_seeds
     arms = settings.arms
     # [1, C, S]: the base has no training seed, so an axis of size 1 broadcasts over the seeds of the arms
-    base = {name: np.array([values]) for name, values in results[BASE]["scores"].items()}
+    base = {
+        name: np.array([scores_of_prompts]) for name, scores_of_prompts in results[BASE]["scores"].items()
+    }
     scores: dict[str, dict[str, np.ndarray]] = {}  # arm -> evaluator -> [K, C, S]
     for arm in arms:
         arm_scores = [results[f"{arm}-{seed}"]["scores"] for seed in seeds]
         scores[arm] = {name: np.array([seed_scores[name] for seed_scores in arm_scores]) for name in base}
     rates = Table(scores=scores, base=base, seeds=seeds)
-    rows = {}
+    row_by_arm = {}
     for arm in arms:
         trainings = [results[f"{arm}-{seed}"] for seed in seeds]
         win_rates = rates.against_base(arm)
-        rows[arm] = {
+        row_by_arm[arm] = {
             "evaluators": {name: win_rates[name] for name in EVALUATORS if name in win_rates},
             **{key: [training[key] for training in trainings] for key in ("kept_step", "warnings")},
             **settings.row(arm, trainings, win_rates, scores[arm], base),
@@ -310,7 +317,7 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
     evaluator = next(name for name in EVALUATORS if name in base)
     compared_arms = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
     return {
-        "arms": rows,
+        "arms": row_by_arm,
         "pairwise": rates.pairwise(evaluator, compared_arms),
         "evaluator": evaluator,
         **rates.sizes,

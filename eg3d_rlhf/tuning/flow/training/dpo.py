@@ -139,8 +139,8 @@ class PairErrors:
     def delta(self, loser_weight: float = 1.0) -> torch.Tensor:
         """Compute the margin (e_ref - e)_preferred - loser_weight (e_ref - e)_rejected of each pair, [P].
 
-        Here e is the error of the policy and e_ref that of the reference.
-        It is positive where the policy's error fell more on the preferred sample than on the rejected one.
+        Here e is the error of the policy and e_ref that of the reference. The margin is positive where the
+        policy's error fell more on the preferred sample than on the rejected one.
         Differentiable in: the policy's errors.
         """
         assert self.ref_preferred is not None and self.ref_rejected is not None
@@ -190,7 +190,7 @@ def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict
     """
     assert errors.ref_preferred is not None and errors.ref_rejected is not None
     delta = delta.detach()
-    values = {
+    metric_values = {
         # before the first update all margins are 0, which gives 0.5 and not 0
         "implicit_accuracy": 0.5 * (1 + delta.sign()),
         "margin": delta,
@@ -200,5 +200,5 @@ def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict
     # the first P times are those of the pairs; the clamp puts t = 1 into the last bin
     time_bin = (t[: len(delta)] * TIME_BINS).long().clamp(0, TIME_BINS - 1)  # [P]
     # a sum of ones is the number of pairs
-    sums = {"pairs": torch.ones_like(delta), **values}
+    sums = {"pairs": torch.ones_like(delta), **metric_values}
     return {name: delta.new_zeros(TIME_BINS).index_add(0, time_bin, value) for name, value in sums.items()}

@@ -38,7 +38,7 @@ TIMED = 5  # number of timed batches of each reward; the median counts
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """Accuracy and speed of one of the two rewards."""
+    """Accuracy and speed of a reward of latents, or of a reward of finished assets."""
 
     accuracy: MeanInterval  # mean over training seeds; interval over the pairs, clustered by prompt
     by_seed: tuple[float, ...]  # [S], accuracy of each training seed
@@ -55,7 +55,7 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardComparison:
-    """Comparison of both rewards on the same held-out pairs."""
+    """Comparison of a reward of latents with a reward of finished assets, on the same held-out pairs."""
 
     pairs: int  # number of pairs
     prompts: int  # number of prompts; the name is a JSON key
@@ -76,10 +76,11 @@ class RewardComparison:
 def compare_rewards(
     problem: Problem, stage: str, seeds: Sequence[int], say: Callable[[str], None] = lambda text: None
 ) -> tuple[LatentReward, RewardComparison]:
-    """Train rewards of both kinds, and compare them on held-out pairs.
+    """Train rewards of latents and rewards of finished assets, and compare them on held-out pairs.
 
-    Returns the latent reward of the first training seed, and the comparison over all seeds. Both kinds are
-    trained on the pairs of the training prompts.
+    Both kinds are trained on the pairs of the training prompts.
+
+    Returns: the latent reward of the first training seed, and the comparison over all training seeds.
 
     Args:
         problem: problem with people's pairs.
@@ -106,29 +107,31 @@ def compare_rewards(
             )
         )
     # 1, 0 or one half for each seed and pair, [S, P]
-    outcomes = {LATENT: np.stack([of_latents(reward, held_out_pairs[stage]) for reward in latent_rewards])}
+    outcomes_by_kind = {
+        LATENT: np.stack([of_latents(reward, held_out_pairs[stage]) for reward in latent_rewards])
+    }
     if decoded_rewards:
         say("decoding the held-out pairs")
         # pairs of the last stage hold the same assets; the order must be that of the stage's own pairs
-        outcomes[DECODED] = of_assets(
+        outcomes_by_kind[DECODED] = of_assets(
             problem, decoded_rewards, in_order(held_out_pairs[last_stage], held_out_pairs[stage])
         )
     timed_rewards: dict[str, AssetReward] = {LATENT: latent_rewards[0]}
     if decoded_rewards:
         timed_rewards[DECODED] = decoded_rewards[0]
-    speed = speeds(problem, stage, timed_rewards, held_out_pairs[stage])
+    speed_by_kind = speeds(problem, stage, timed_rewards, held_out_pairs[stage])
     kinds = {
-        kind: Kind(
+        reward_kind: Kind(
             # averaged over seeds first, since the interval is over the pairs, clustered by prompt
             accuracy=clustered_rate(kind_outcomes.mean(0), pair_prompts),
             by_seed=tuple(kind_outcomes.mean(1).tolist()),
-            samples_per_second=speed[kind],
+            samples_per_second=speed_by_kind[reward_kind],
         )
-        for kind, kind_outcomes in outcomes.items()
+        for reward_kind, kind_outcomes in outcomes_by_kind.items()
     }
     difference = None
     if DECODED in kinds:
-        pair_differences = outcomes[LATENT].mean(0) - outcomes[DECODED].mean(0)  # [P]
+        pair_differences = outcomes_by_kind[LATENT].mean(0) - outcomes_by_kind[DECODED].mean(0)  # [P]
         difference = clustered_mean(pair_differences, pair_prompts)
     return latent_rewards[0], RewardComparison(
         pairs=len(pair_prompts), prompts=len(prompts), kinds=kinds, difference=difference
@@ -138,8 +141,8 @@ def compare_rewards(
 def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndarray:
     """Return 1 for each pair that a latent reward orders correctly, and 0 for each other pair, [P].
 
-    A pair is ordered correctly if the preferred sample has the higher score. It counts one half if both
-    scores are equal.
+    A pair is ordered correctly if the preferred sample has the higher score. It counts one half if its
+    two scores are equal.
     """
     margins = []
     # in batches, which bound the memory
@@ -159,15 +162,21 @@ def of_assets(
     The result is [S, P] for S rewards and P pairs of the last stage. Equal scores count one half.
 
     Each asset is decoded once for all rewards.
+
+    Args:
+        problem: problem with the pipeline.
+        rewards: rewards of finished assets, S.
+        pairs: pairs of the last stage, P.
     """
     preferred, rejected = scores_of_assets(problem, rewards, pairs).unbind(2)  # [P, S] each
     return score_order((preferred - rejected).T.numpy())
 
 
 def _batch(pairs: Sequence[PreferencePair], role: str):
-    """Return the preferred or the rejected latents of pairs as a batch, and the prompts of the pairs.
+    """Collect the latents of one role, and the prompts of pairs.
 
-    Args: role: "preferred" or "rejected".
+    Args: pairs: the pairs; role: "preferred" or "rejected".
+    Returns: the latents as a batch; and the prompts of the pairs.
     """
     return collate([getattr(pair, role) for pair in pairs]), [pair.condition for pair in pairs]
 
@@ -179,19 +188,30 @@ def speeds(
 
     The measured call goes from latents on the stage's device to scores. It includes decoding if the reward
     needs finished assets.
+
+    Args:
+        problem: problem with the pipeline.
+        stage: name of the tuned stage.
+        rewards: rewards by their kind, LATENT or DECODED.
+        pairs: pairs of the stage, of which the first BATCH are scored.
     """
     latents, prompts = _batch(pairs[:BATCH], "preferred")
     tuned_stage = stage_of(problem.pipeline, stage)
-    seconds = {kind: list[float]() for kind in rewards}
+    seconds_by_kind = {reward_kind: list[float]() for reward_kind in rewards}
     # moved before the measurement, since tuning has its latents on the device already
     latents = latents.to(next(tuned_stage.model.parameters()).device)
     # the first round is not counted: it includes compilation and allocation
     for _ in range(1 + TIMED):
-        # alternately, so that a slow moment of the machine affects both kinds
-        for kind, reward in rewards.items():
-            task = Task(pipeline=problem.pipeline, stage=tuned_stage, rewards={kind: reward}, prompts=prompts)
+        # alternately, so that a slow moment of the machine affects both kinds of rewards
+        for reward_kind, reward in rewards.items():
+            task = Task(
+                pipeline=problem.pipeline, stage=tuned_stage, rewards={reward_kind: reward}, prompts=prompts
+            )
             start_time = time.perf_counter()
             # the scores are on the CPU, so the call waits for the device
             task.scores(latents, prompts, range(len(prompts)))
-            seconds[kind].append(time.perf_counter() - start_time)
-    return {kind: len(prompts) / median(durations[1:]) for kind, durations in seconds.items()}
+            seconds_by_kind[reward_kind].append(time.perf_counter() - start_time)
+    return {
+        reward_kind: len(prompts) / median(durations[1:])
+        for reward_kind, durations in seconds_by_kind.items()
+    }

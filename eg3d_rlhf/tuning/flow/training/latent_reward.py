@@ -22,8 +22,8 @@ A .safetensors file holds the weights. Its JSON description holds the stage, the
 of the stage's network, and the record of the training.
 
 Shapes: N samples, V voxels and C channels, as in models/sparse.py; P positions of all samples,
-p positions of one sample, D features of a position, E size of a pooled conditioning, W width of a network, K
-networks of the ensemble.
+p positions of one sample, D features of a position, E size of a pooled conditioning, W width of a network,
+K networks of the ensemble.
 """
 
 from collections.abc import Mapping, Sequence
@@ -159,22 +159,24 @@ class PositionNetwork(nn.Module):
         """
         return self.head(self.embed(rows, condition)).squeeze(1)
 
-    def embed(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+    def embed(self, feature_rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
         """Embed each position, and average over the positions of each sample, [N, W]. See forward.
 
         Differentiable in: rows, parameters.
         """
-        # samples may have different feature_count of places: all rows are concatenated, [P, D]
-        lengths = torch.tensor([len(x) for x in rows], device=condition.device)
+        # samples may have different numbers of positions: all rows are concatenated, [P, D]
+        lengths = torch.tensor([len(x) for x in feature_rows], device=condition.device)
         # index of the sample of each position, [P]
-        sample = torch.arange(len(rows), device=condition.device).repeat_interleave(lengths)
+        sample_index = torch.arange(len(feature_rows), device=condition.device).repeat_interleave(lengths)
         conditioning = self.told(condition)
         # [P, W]
         embeddings = self.place(
-            torch.cat([(torch.cat(list(rows)) - self.mean) / self.std, conditioning[sample]], 1)
+            torch.cat([(torch.cat(list(feature_rows)) - self.mean) / self.std, conditioning[sample_index]], 1)
         )
         return (
-            embeddings.new_zeros(len(rows), embeddings.shape[1]).index_add(0, sample, embeddings)
+            embeddings.new_zeros(len(feature_rows), embeddings.shape[1]).index_add(
+                0, sample_index, embeddings
+            )
             / lengths[:, None]
         )
 
@@ -225,29 +227,31 @@ class LatentReward:
         n = count(x_0)
         coords = coords_of(separate(x_0))  # the noise of a sparse sample lies on the voxels of the sample
         features = [feats_of(x_0)]
-        for number, time in enumerate(TIMES):
+        for time_number, time in enumerate(TIMES):
             t = torch.full([n], time, device=self.device)
             # the same seed for all samples: scores then differ by latents and prompts alone
-            eps = self.stage.noise([number] * n, coords).to(self.device)
+            eps = self.stage.noise([time_number] * n, coords).to(self.device)
             x_t = path.mix(x_0, t, eps)
             v = self.base.velocity(self.stage, x_t, t, condition)
             # x_0 minus the untuned network's prediction of it
             features.append(feats_of(x_0) - feats_of(path.data(x_t, t, v)))
         if isinstance(x_0, SparseBatch):
-            rows = torch.cat(
+            feature_rows = torch.cat(
                 [*(feature.float() for feature in features), _around(x_0, self.form.resolution)], 1
             )
-            return list(rows.split(x_0.lengths.tolist()))
+            return list(feature_rows.split(x_0.lengths.tolist()))
         assert isinstance(x_0, torch.Tensor)
         # tokens [N, L, C] have no position
         if not self.form.resolution:
             return list(torch.cat(features, 2).float())
         resolution = self.form.resolution
         # indices of all cells of a grid [N, C, X, Y, Z], as [N, 3, X, Y, Z]
-        cells = torch.cartesian_prod(*[torch.arange(resolution, device=self.device)] * 3)
-        cells = cells.T.view(1, 3, resolution, resolution, resolution).expand(n, -1, -1, -1, -1)
+        cell_coordinates = torch.cartesian_prod(*[torch.arange(resolution, device=self.device)] * 3)
+        cell_coordinates = cell_coordinates.T.view(1, 3, resolution, resolution, resolution).expand(
+            n, -1, -1, -1, -1
+        )
         # the centre of each cell in -1..1
-        features.append((2 * cells + 1) / resolution - 1)
+        features.append((2 * cell_coordinates + 1) / resolution - 1)
         # mean over 3 x 3 x 3 cells, with zeros outside the grid
         features.append(F.avg_pool3d(F.pad(x_0, (1,) * 6), 3, 1))
         # [N, D, X, Y, Z] -> [N, cells, D]
@@ -263,15 +267,17 @@ class LatentReward:
     def score_members(self, x_0: Batch, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score latents of the stage by each network of the ensemble.
 
-        Returns the scores [K, N], and the embeddings of all networks side by side [N, K * W], both float32 on
-        the CPU. Not differentiable.
+        Not differentiable.
+
+        Returns: the scores [K, N]; and the embeddings of all networks side by side, [N, K * W]. Both are
+            float32 on the CPU.
         """
         condition = self.conditioning(prompts)
         # the features are the same for all members, and the untuned network's predictions take most of the
         # time
-        rows = self.position_features(x_0, condition)
+        feature_rows = self.position_features(x_0, condition)
         members: list[Any] = [*self.network.members]
-        embeddings = [member.embed(rows, pooled(condition)) for member in members]
+        embeddings = [member.embed(feature_rows, pooled(condition)) for member in members]
         scores = [
             member.head(embedding).squeeze(1) for member, embedding in zip(members, embeddings, strict=True)
         ]
@@ -280,15 +286,15 @@ class LatentReward:
     def __call__(self, assets: Sequence[Any], prompts: Sequence[str]) -> torch.Tensor:
         """Score finished assets, [N], by encoding them and scoring the latents of the stage.
 
-        This makes the object an AssetReward, which tables use. Tuning calls `of_latents` with the latents
-        themselves.
+        This makes the object an AssetReward, which tables use. Tuning calls `score_latents` with the
+        latents themselves.
         """
         return self.score_latents(
             collate([latents[self.stage.name] for latents in self.pipeline.encode(assets)]), prompts
         )
 
 
-def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
+def _around(sparse_batch: SparseBatch, resolution: int) -> torch.Tensor:
     """Compute the features of the location of each voxel, [V, 14].
 
     They are: the number of its six neighbours that are occupied (one-hot, 0 to 6), 7 values; whether its
@@ -296,38 +302,38 @@ def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
     3 values; and the number of voxels of its sample in hundreds, 1 value.
 
     Args:
-        x: voxels of all samples.
+        sparse_batch: voxels of all samples.
         resolution: cells per axis of the grid, for samples that have no grid size of their own.
     """
-    sample = x.sample  # [V], index of the sample of each voxel
+    sample_index = sparse_batch.sample  # [V], index of the sample of each voxel
     # column 0 of coords is the sample; [V, 3]
-    voxels = x.coords[:, 1:].long()
+    voxels = sparse_batch.coords[:, 1:].long()
     # cells per edge of each sample's grid; samples without their own use the stage's resolution
-    grid_sizes = [grid_size or resolution for grid_size in x.cells or [None] * x.size]
-    cells = torch.tensor(grid_sizes, device=voxels.device)[sample][:, None]  # [V, 1]
+    grid_sizes = [grid_size or resolution for grid_size in sparse_batch.cells or [None] * sparse_batch.size]
+    cells_per_axis = torch.tensor(grid_sizes, device=voxels.device)[sample_index][:, None]  # [V, 1]
 
-    def key(voxel: torch.Tensor) -> torch.Tensor:
+    def voxel_key(voxel: torch.Tensor) -> torch.Tensor:
         """Return a number for each voxel [V, 3] that is unique over all samples, [V]."""
         # + 1: neighbours may lie outside the grid by one cell, on either side
         a, b, c = (voxel + 1).unbind(1)
-        return ((sample * (resolution + 2) + a) * (resolution + 2) + b) * (resolution + 2) + c
+        return ((sample_index * (resolution + 2) + a) * (resolution + 2) + b) * (resolution + 2) + c
 
     def is_occupied(voxel: torch.Tensor) -> torch.Tensor:
         """Return True for each voxel [V, 3] that is occupied in its sample, [V] bool."""
-        return torch.isin(key(voxel), key(voxels), assume_unique=True)
+        return torch.isin(voxel_key(voxel), voxel_key(voxels), assume_unique=True)
 
     axes = torch.eye(3, dtype=torch.long, device=voxels.device)
     neighbour_count = torch.stack([is_occupied(voxels + step) for step in (*axes, *-axes)]).sum(0)  # [V]
     # the coordinate i of one axis becomes cells - 1 - i; [V, 3]
     mirror_is_occupied = torch.stack(
-        [is_occupied(torch.where(axis.bool(), cells - 1 - voxels, voxels)) for axis in axes], 1
+        [is_occupied(torch.where(axis.bool(), cells_per_axis - 1 - voxels, voxels)) for axis in axes], 1
     )
-    voxel_count = (x.lengths.float() / 100)[sample][:, None]
+    voxel_count = (sparse_batch.lengths.float() / 100)[sample_index][:, None]
     return torch.cat(
         [
             F.one_hot(neighbour_count, 7).float(),
             mirror_is_occupied.float(),
-            (2 * voxels + 1) / cells - 1,
+            (2 * voxels + 1) / cells_per_axis - 1,
             voxel_count,
         ],
         1,
@@ -399,7 +405,11 @@ def scores_of_assets(
 ) -> torch.Tensor:
     """Decode both assets of each pair of the last stage, and score them by several rewards.
 
-    Returns the scores, float64 [n, S, 2] for n pairs and S rewards, the preferred asset first.
+    Args:
+        problem: problem with the pipeline.
+        rewards: rewards of finished assets, S.
+        pairs: pairs of the last stage, n.
+    Returns: the scores, float64 [n, S, 2] for n pairs and S rewards, the preferred asset first.
     """
     device = next(problem.pipeline.stages[-1].model.parameters()).device
     pair_scores = []
@@ -457,7 +467,9 @@ def train_on_pairs(
     # features are computed once for all epochs, as neither the latents nor the untuned network change
     features, conditioning = _read(reward, pairs)
     # mean and standard deviation of the features, from at most 256 pairs
-    sample_features = torch.cat([x for pair_features in features[:256] for x in pair_features])
+    sample_features = torch.cat(
+        [latent_features for pair_features in features[:256] for latent_features in pair_features]
+    )
     mean = sample_features.mean(0)
     std = sample_features.std(0).clamp(min=0.05)  # a feature that is almost constant must not be amplified
     prompts = sorted({pair.condition for pair in pairs})
@@ -500,29 +512,30 @@ def train_on_pairs(
     return reward
 
 
-def _batches(prompt_numbers: torch.Tensor, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+def _batches(prompt_numbers: torch.Tensor, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Divide the indices of n labels into random batches.
 
-    Up to TOGETHER labels of one prompt stand side by side, and so mostly in the same batch.
+    Up to TOGETHER labels of one prompt follow each other, so they are mostly in the same batch.
 
     Args:
         prompt_numbers: number of the prompt of each label, [n].
-        size: number of labels in a batch.
+        batch_size: number of labels in a batch.
         generator: random generator.
     """
     shuffled_indices = torch.randperm(len(prompt_numbers), generator=generator)
     blocks: list[torch.Tensor] = []  # up to TOGETHER indices each, all of one prompt
-    for number in prompt_numbers.unique():
-        blocks += shuffled_indices[prompt_numbers[shuffled_indices] == number].split(TOGETHER)
+    for prompt_number in prompt_numbers.unique():
+        blocks += shuffled_indices[prompt_numbers[shuffled_indices] == prompt_number].split(TOGETHER)
     block_order = torch.randperm(len(blocks), generator=generator).tolist()
-    return list(torch.cat([blocks[i] for i in block_order]).split(size))
+    return list(torch.cat([blocks[i] for i in block_order]).split(batch_size))
 
 
 def _agreement(
     scores: torch.Tensor, target_scores: torch.Tensor, prompt_numbers: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the mean cross-entropy of the comparisons of all assets of one prompt with each other, a
-    scalar.
+    """Compute the mean cross-entropy of comparisons of assets, a scalar.
+
+    All assets of one prompt are compared with each other.
 
     The probability that an asset wins against another one is the sigmoid of the difference of their scores.
     Its target is the sigmoid of the difference of their target scores.
@@ -546,30 +559,31 @@ def _agreement(
     )
 
 
-def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> PositionNetworks:
+def _new(pipeline: Pipeline, form: LatentForm, prompt: str, seed: int) -> PositionNetworks:
     """Create untrained networks for a form of latents.
 
     Args:
         pipeline: pipeline of the stage.
         form: form of the stage's latents.
-        condition: any prompt, from which the size of the conditioning is taken.
+        prompt: any prompt, from which the size of the conditioning is taken.
         seed: seed of the initial parameters.
     """
-    size = pooled(pipeline.conditioning([condition], form.stage)).shape[1]
+    conditioning_size = pooled(pipeline.conditioning([prompt], form.stage)).shape[1]
     device = next(stage_of(pipeline, form.stage).model.parameters()).device
     # created on the CPU, so that the initial parameters are the same on every device; fork_rng leaves the
     # global generator of the caller unchanged
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PositionNetworks(form.feature_count, size).to(device)
+        return PositionNetworks(form.feature_count, conditioning_size).to(device)
 
 
 def _read(
     reward: LatentReward, pairs: Sequence[PreferencePair]
 ) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
-    """Compute the features of both latents of each pair, and the pooled conditioning of the n pairs, [n, E].
+    """Compute the features of both latents of each pair, and the pooled conditioning of the n pairs.
 
-    The features of a pair are a list of two tensors [p, D], the preferred latent first.
+    Returns: the features, a list with two tensors [p, D] for each pair, the preferred latent first; and the
+        conditioning [n, E].
     """
     features = list[list[torch.Tensor]]()
     pooled_rows = []
@@ -588,6 +602,15 @@ def _read(
 
 
 # Files.
+
+# names of the fields of LatentForm in messages
+FORM_TEXTS = {
+    "stage": "stage",
+    "kind": "class of latents",
+    "channels": "number of channels",
+    "resolution": "grid resolution",
+    "base": "hash of the stage's network",
+}
 
 
 def save(path: Path, reward: LatentReward) -> Path:
@@ -615,10 +638,10 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
             for latents of another form or for another network of the stage; and if the weights do not fit by
             name and shape.
     """
-    tensors, meta = read_tensors(path, KIND)
-    meta = version_0_1.latent_reward(meta)
+    tensors, file_meta = read_tensors(path, KIND)
+    file_meta = version_0_1.latent_reward(file_meta)
     try:
-        file_form = LatentForm(**meta["form"])
+        file_form = LatentForm(**file_meta["form"])
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: the description of the latent reward is incomplete or has unknown entries: {error}."
@@ -626,12 +649,13 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
         ) from None
     # another network of the stage would make other predictions, and so other features: its hash must match
     stage_form = LatentForm.of(stage)
-    for name, value in asdict(stage_form).items():
-        if getattr(file_form, name) != value:
+    for field_name, stage_value in asdict(stage_form).items():
+        if getattr(file_form, field_name) != stage_value:
             raise ValueError(
-                f"{path}: this reward was trained for {name} {getattr(file_form, name)!r}, but the stage has"
-                f" {value!r}. Train a reward of this stage."
+                f"{path}: this reward does not fit the stage {stage.name!r}: its {FORM_TEXTS[field_name]} is"
+                f" {getattr(file_form, field_name)!r}, but that of the stage is {stage_value!r}. Train a"
+                " reward of this stage."
             )
     network = _new(pipeline, stage_form, condition, 0)
     load_strict(network, tensors, str(path))
-    return LatentReward(pipeline, stage, network, meta["record"])
+    return LatentReward(pipeline, stage, network, file_meta["record"])

@@ -130,6 +130,11 @@ def dppo_loss(ratio: torch.Tensor, advantage: torch.Tensor, is_dropped: torch.Te
     """Compute Flow-DPPO's loss -A q, 0 where a sample is dropped, [N].
 
     Differentiable in: ratio.
+
+    Args:
+        ratio: ratio q of the densities, [N].
+        advantage: advantage A of each sample, [N].
+        is_dropped: result of dppo_dropped, [N] bool.
     Deviates: the published program does not clip advantages; here the caller clips them, as for all losses.
     """
     # torch.where, not a product with the mask: 0 times an infinite ratio would be NaN
@@ -151,6 +156,12 @@ def group_margin(
     is below 0 where the policy's errors fell, against the reference's, on the samples of positive
     advantage.
     Differentiable in: errors.
+
+    Args:
+        errors: errors e of the policy, [G, K].
+        ref_errors: errors e_ref of the reference, [G, K].
+        advantage: advantages A, [G, K].
+        beta: factor of the margin, per unit of error.
     """
     # [G, K] -> [G]
     return beta * (advantage * (errors - ref_errors.detach())).mean(1)
@@ -189,6 +200,12 @@ def dgpo_stopped(
     exp(e_old - e) lies outside 1 ± c on the side towards which the advantage moves it, with e_old the error
     of the sampling network. Pass `torch.where(dgpo_stopped(...), e.detach(), e)` to dgpo_loss, so that they
     give no gradient.
+
+    Args:
+        errors: errors e of the policy.
+        old_errors: errors e_old of the sampling network.
+        advantage: advantages A.
+        clip: largest distance c of the ratio from 1.
     """
     # an error below the old one counts as a density above the old one
     ratio = (old_errors - errors.detach()).exp()

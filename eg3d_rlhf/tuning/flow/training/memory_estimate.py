@@ -77,9 +77,9 @@ def cost_of_update(
             policy, reference = policy_and_reference(fake_copy, config)
             set_recompute(policy, recompute)
             updates = start(fake_copy, policy, reference)
-            for group in updates.optimizer.param_groups:
+            for param_group in updates.optimizer.param_groups:
                 # AdamW's default on CUDA: one update of all parameters, with temporary copies of them
-                group["foreach"] = device == "cuda"
+                param_group["foreach"] = device == "cuda"
             # The moments are allocated in the first update, so the second one has the true peak. The moments
             # of adapters are small enough to measure the first.
             for step in range(1 if config.lora else 2):
@@ -127,13 +127,13 @@ def fit_passes(
 
     Raises: ValueError with the required and the free memory if not even one example fits.
     """
-    weights = [p for p in stage.model.parameters()]
+    parameters = [p for p in stage.model.parameters()]
     device = next(stage.model.parameters()).device
     # "auto" gives None: recomputation is then chosen here
     fixed_recompute = {"on": True, "off": False}.get(config.recompute)
     # only on CUDA is a batch divided into passes to fit into the memory
-    cuda = device.type == "cuda"
-    if sum(p.numel() for p in weights) < LARGE or (fixed_recompute is not None and not cuda):
+    is_cuda = device.type == "cuda"
+    if sum(p.numel() for p in parameters) < LARGE or (fixed_recompute is not None and not is_cuda):
         return None, fixed_recompute is True
     estimate = functools.cache(
         lambda examples, recompute: cost_of_update(stage, config, start(examples), recompute, device.type)
@@ -141,35 +141,35 @@ def fit_passes(
     # full tuning over several ranks is sharded: this share of the training state is on the other ranks
     remote_share = 0.0 if config.lora else 1 - 1 / ranks.world
     # 16 bytes a parameter: weight, gradient and AdamW's two moments in float32
-    remote_bytes = int(16 * remote_share * sum(p.numel() for p in weights))
+    remote_bytes = int(16 * remote_share * sum(p.numel() for p in parameters))
 
     def costs(examples: int, recompute: bool) -> Cost:
         # on the CPU the batch is never divided into passes, so only the whole batch is estimated
-        cost = estimate(examples if cuda else batch, recompute)
+        cost = estimate(examples if is_cuda else batch, recompute)
         return replace(cost, bytes=cost.bytes - remote_bytes)
 
     # the estimate includes the weights, which are on the device already and so are not free
-    space = int(SHARE * (free_bytes(device) + sum(p.nbytes for p in weights)))
+    usable_bytes = int(SHARE * (free_bytes(device) + sum(p.nbytes for p in parameters)))
     # rank 0 decides for all: ranks with different passes would wait for each other
-    best = ranks.broadcast(
-        choose_pass(costs, batch if cuda else 1, space, fixed_recompute) if ranks.is_main else None
+    pass_choice = ranks.broadcast(
+        choose_pass(costs, batch if is_cuda else 1, usable_bytes, fixed_recompute) if ranks.is_main else None
     )
-    if best is None:
+    if pass_choice is None:
         required_gib = (
             ranks.broadcast(costs(1, fixed_recompute is not False).bytes if ranks.is_main else None) / GIB
         )
         raise ValueError(
             f"train_stage({stage.name}): one update needs {required_gib:.1f} GiB of memory, but only"
-            f" {space / GIB:.1f} GiB are free. Load the flows in bfloat16 (--set dtype=bfloat16), or use a"
-            " larger device."
+            f" {usable_bytes / GIB:.1f} GiB are free. Load the flows in bfloat16 (--set dtype=bfloat16), or"
+            " use a larger device."
         )
-    size, recompute = best
-    activations = "recomputed" if recompute else "kept"
+    pass_size, recompute = pass_choice
+    activations_state = "recomputed" if recompute else "kept"
     say(
-        f"Stage {stage.name}: {size if cuda else batch} examples per pass, activations are {activations};"
-        f" {space / GIB:.1f} GiB of memory are free."
+        f"Stage {stage.name}: {pass_size if is_cuda else batch} examples per pass, activations are"
+        f" {activations_state}; {usable_bytes / GIB:.1f} GiB of memory are free."
     )
-    return size if cuda else None, recompute
+    return pass_size if is_cuda else None, recompute
 
 
 def choose_pass(
@@ -187,14 +187,19 @@ def choose_pass(
             It is called for 1 and 2 examples only, since the memory is assumed to be linear in their number.
         batch: number of examples of the process in an update.
         space: bytes of memory that the update may take.
-        recompute: whether blocks are recomputed; None tries both.
+        recompute: whether blocks are recomputed; None tries passes without recomputation first, and then
+            passes with it.
     """
     for recompute_blocks in (False, True) if recompute is None else (recompute,):
         single_bytes = costs(1, recompute_blocks).bytes
         # bytes of each further example
         extra_bytes = costs(2, recompute_blocks).bytes - single_bytes if batch > 1 else 0
-        divisors = [n for n in range(batch, 0, -1) if batch % n == 0]  # the largest first
-        fitting_sizes = [n for n in divisors if single_bytes + (n - 1) * extra_bytes <= space]
+        divisors = [
+            pass_size for pass_size in range(batch, 0, -1) if batch % pass_size == 0
+        ]  # the largest first
+        fitting_sizes = [
+            pass_size for pass_size in divisors if single_bytes + (pass_size - 1) * extra_bytes <= space
+        ]
         if fitting_sizes:
             return fitting_sizes[0], recompute_blocks
     return None

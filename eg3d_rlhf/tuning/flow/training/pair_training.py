@@ -80,15 +80,15 @@ class Order(Generic[Example]):
         A batch may cross the end of an epoch, or cover several epochs if there are few examples. The result
         depends on `step` alone, so a resumed run trains on the same examples.
         """
-        items = []
-        for number in range(step * self.batch, (step + 1) * self.batch):
-            epoch, position = divmod(number, len(self.examples))
+        batch_items = []
+        for example_number in range(step * self.batch, (step + 1) * self.batch):
+            epoch, position_in_epoch = divmod(example_number, len(self.examples))
             if epoch not in self._orders:
                 self._orders = {
                     epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
                 }
-            items.append((epoch, self.examples[self._orders[epoch][position]]))
-        return items
+            batch_items.append((epoch, self.examples[self._orders[epoch][position_in_epoch]]))
+        return batch_items
 
 
 PAIRS = 64  # number of most recent pairs over which metrics are averaged
@@ -243,19 +243,19 @@ class Passes(Descent, Generic[Example]):
         self.config = config
         self.reference = reference
         # by default a rank computes its whole part of the batch in one pass
-        size = config.batch_gpu or max(config.batch // ranks.world, 1)
-        if config.batch % (ranks.world * size):
+        pass_size = config.batch_gpu or max(config.batch // ranks.world, 1)
+        if config.batch % (ranks.world * pass_size):
             raise ValueError(
-                f"train_stage: the batch must be a multiple of {ranks.world} processes x {size} {self.what}"
-                f" per pass (batch_gpu), got {config.batch}. Choose another --batch, or set batch_gpu to a"
-                " number that divides it."
+                f"train_stage: the batch must be a multiple of {ranks.world} processes x {pass_size}"
+                f" {self.what} per pass (batch_gpu), got {config.batch}. Choose another --batch, or set"
+                " batch_gpu to a number that divides it."
             )
         self.order = Order(examples, config.batch, config.seed)
-        self.layout = Layout(config.batch, ranks, size)
+        self.layout = Layout(config.batch, ranks, pass_size)
 
     def run(self, step: int) -> dict:
         """Do one update, see Descent."""
-        items = self.order.items(step)
+        batch_items = self.order.items(step)
         layout = self.layout
         gradients = GradientSum(self.parameters, layout.rounds_per_rank)
         totals = torch.zeros(self.sums, device=self.device)  # summed over passes here, over ranks below
@@ -264,20 +264,20 @@ class Passes(Descent, Generic[Example]):
         # a round is one pass on every rank
         for round_number in range(layout.rounds_per_rank):
             # the seed of the dropout differs for every part of the batch, on every rank
-            for epoch, examples in self._draws(items, round_number):
-                seed = derive_seed(
+            for epoch, examples in self._draws(batch_items, round_number):
+                dropout_seed = derive_seed(
                     self.training.seed,
                     "dropout",
                     step,
                     self.ranks.rank + round_number * self.ranks.world,
                     epoch,
                 )
-                totals += self.backward(examples, epoch, seed)
+                totals += self.backward(examples, epoch, dropout_seed)
             gradients.end_round()
         gradients.finish()
         # FSDP has summed the gradients of sharded parameters already
         sum_over_ranks(self.ranks, [p for p in self.parameters if not sharded(p)], [totals])
-        return self.finish_update(step, totals, items)
+        return self.finish_update(step, totals, batch_items)
 
     def _draws(
         self, items: Sequence[tuple[int, Example]], round_number: int
@@ -290,42 +290,44 @@ class Passes(Descent, Generic[Example]):
         world = self.ranks.world
         first_item = round_number * self.ranks.world
         # the examples of each rank in this round; ranks take the items of a batch alternately, see Layout
-        examples_of_ranks = [items[first_item + rank :: self.layout.total] for rank in range(world)]
+        items_of_ranks = [items[first_item + rank :: self.layout.total] for rank in range(world)]
         examples_by_epoch: dict[int, list[Example]] = {}  # epoch -> examples
-        for epoch, example in sorted(examples_of_ranks[self.ranks.rank], key=lambda item: item[0]):
+        for epoch, example in sorted(items_of_ranks[self.ranks.rank], key=lambda item: item[0]):
             examples_by_epoch.setdefault(epoch, []).append(example)
         # in ascending order of the epochs, since dictionaries keep the order of insertion
-        groups = [*examples_by_epoch.items()]
+        epoch_groups = [*examples_by_epoch.items()]
         # largest number of groups on any rank; without sharding, ranks need not agree
         group_count = 0
         if sharded(self.parameters[0]):
-            group_count = max(len({epoch for epoch, _ in rank_items}) for rank_items in examples_of_ranks)
-        while len(groups) < group_count:
+            group_count = max(len({epoch for epoch, _ in rank_items}) for rank_items in items_of_ranks)
+        while len(epoch_groups) < group_count:
             # parameters are gathered and gradients summed by all ranks together, once a pass
-            largest_index = max(range(len(groups)), key=lambda index: len(groups[index][1]))
-            epoch, largest_group = groups.pop(largest_index)
+            largest_index = max(range(len(epoch_groups)), key=lambda index: len(epoch_groups[index][1]))
+            epoch, largest_group = epoch_groups.pop(largest_index)
             middle = len(largest_group) // 2
-            groups += [(epoch, largest_group[:middle]), (epoch, largest_group[middle:])]
-        return groups
+            epoch_groups += [(epoch, largest_group[:middle]), (epoch, largest_group[middle:])]
+        return epoch_groups
 
     @abstractmethod
-    def backward(self, examples: Sequence[Example], epoch: int, dropout: int) -> torch.Tensor:
+    def backward(self, examples: Sequence[Example], epoch: int, dropout_seed: int) -> torch.Tensor:
         """Compute and add the gradients of a part of the batch, and return its sums, a tensor [sums].
 
         Args:
             examples: examples of the part, all of one epoch.
             epoch: number of the epoch, on which times and noises depend.
-            dropout: seed of torch's global generator in the pass.
+            dropout_seed: seed of torch's global generator in the pass.
         """
 
     @abstractmethod
-    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(
+        self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]
+    ) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Args:
             step: number of the update, counted from 0.
             totals: sums over all passes and ranks, [sums].
-            items: (number of the epoch, example) for the whole batch.
+            batch_items: (number of the epoch, example) for the whole batch.
         """
 
 
@@ -333,7 +335,7 @@ class Updates(Passes[PreferencePair]):
     """Objective of a training on preference pairs (DPO, DRO or fine-tuning).
 
     Args:
-        common: arguments of Passes.
+        common: positional arguments of Passes.
         unseen: evaluator on pairs that are not trained on; None: nothing is evaluated.
     """
 
@@ -361,10 +363,10 @@ class Updates(Passes[PreferencePair]):
         reference = self.reference or FrozenModel(shared_copy(self.stage.model))
         return self.unseen.metrics(self.policy, reference)
 
-    def backward(self, examples: Sequence[PreferencePair], epoch: int, dropout: int) -> torch.Tensor:
+    def backward(self, examples: Sequence[PreferencePair], epoch: int, dropout_seed: int) -> torch.Tensor:
         draw = self._draw(examples, epoch)
         # after sampling: it must not depend on how many random numbers the dropout takes
-        torch.manual_seed(dropout)
+        torch.manual_seed(dropout_seed)
         return self._pass(draw)
 
     def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
@@ -375,11 +377,16 @@ class Updates(Passes[PreferencePair]):
         draw = draw_pairs(self.stage, pairs, cond, no_cond, config.dpo, config.seed, epoch, self.device)
         if config.dpo.kind != "sft":
             return draw
-        count = len(pairs)
+        pair_count = len(pairs)
         # sparse samples have different lengths, so a batch cannot be sliced: it is separated and collated
-        x_0, eps, x_t = (collate(separate(batch)[:count]) for batch in (draw.x_0, draw.eps, draw.x_t))
+        x_0, eps, x_t = (collate(separate(batch)[:pair_count]) for batch in (draw.x_0, draw.eps, draw.x_t))
         return replace(
-            draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=each(lambda c: c[:count], draw.cond)
+            draw,
+            x_0=x_0,
+            eps=eps,
+            x_t=x_t,
+            t=draw.t[:pair_count],
+            cond=each(lambda c: c[:pair_count], draw.cond),
         )
 
     def _pass(self, draw: PairDraw) -> torch.Tensor:
@@ -415,7 +422,7 @@ class Updates(Passes[PreferencePair]):
             totals[4:] = torch.cat([stats[name] for name in BINNED])
         return totals
 
-    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
+    def finish_update(self, step: int, totals: torch.Tensor, batch_items: Sequence[Item]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         The entry "bins" has the sums of the BINNED metrics over all ranks in each time bin. For the loss dro,
@@ -423,17 +430,19 @@ class Updates(Passes[PreferencePair]):
         """
         dpo = self.config.dpo
         # three ids are enough to find the batch of an error
-        example_names = "pairs " + ", ".join(pair.id for _, pair in items[:3])
-        _, loss, norm, preferred, rejected, *bin_sums = self.descend(step, totals, example_names)
+        example_names = "pairs " + ", ".join(pair.id for _, pair in batch_items[:3])
+        _, loss, grad_norm, preferred, rejected, *bin_sums = self.descend(step, totals, example_names)
         # [len(BINNED) * TIME_BINS] -> one row for each metric
         bins = (
             dict(zip(BINNED, np.reshape(bin_sums, (-1, TIME_BINS)).tolist(), strict=True))
             if self.reference is not None
             else {}
         )
-        metrics = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "pairs": len(batch_items), "bins": bins}
         return metrics | (
-            {"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {}
+            {"w_error": preferred / len(batch_items), "l_error": rejected / len(batch_items)}
+            if dpo.kind == "dro"
+            else {}
         )
 
 
@@ -512,7 +521,7 @@ def train_stage(
         )
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
-        size, recompute = fit_passes(
+        pass_size, recompute = fit_passes(
             stage,
             config,
             config.batch_gpu or max(config.batch // ranks.world, 1),
@@ -523,7 +532,7 @@ def train_stage(
         set_recompute(policy, recompute)
         # the size of a pass is not in the recorded options, so a run may be resumed on a device of other
         # memory
-        sized_config = replace(config, batch_gpu=config.batch_gpu or size)
+        sized_config = replace(config, batch_gpu=config.batch_gpu or pass_size)
         return Updates(conditioned, pairs, sized_config, policy, reference, run.ranks, unseen=pair_accuracy)
 
     # rank 0 hashes, since large sets take time; the other ranks receive the result

@@ -163,12 +163,12 @@ class DpoConfig:
         # sft has no rejected half, and its loss already is the preferred error: both would have no effect
         ignored_names = ("loser_weight", "sft_weight") if self.kind == "sft" else ()
         for name in ignored_names:
-            value = getattr(self, name)
+            setting_value = getattr(self, name)
             # the attribute of the class is the field's default, which stands for "not given"
-            if value != getattr(DpoConfig, name):
+            if setting_value != getattr(DpoConfig, name):
                 raise ValueError(
-                    f"DpoConfig.{name}: the loss {self.kind} does not use this setting, got {value}. Remove"
-                    " the setting, or choose another loss."
+                    f"DpoConfig.{name}: the loss {self.kind} does not use this setting, got {setting_value}."
+                    " Remove the setting, or choose another loss."
                 )
 
     @property
@@ -283,6 +283,7 @@ class ArmsRun(ABC):
         """Return those entries of an arm's row, as JSON, that only this kind of run has.
 
         Args:
+            arm: name of the arm.
             trainings: records of the arm's trainings, one for each seed.
             rates: win rates of the arm against the base, by name of the evaluator.
             scores: scores of the arm by name of the evaluator, [K, C, S] each (letters as in arm_runs.py).
@@ -299,7 +300,7 @@ class ArmsRun(ABC):
 
         return stage_of(problem.pipeline, self.stage or problem.pipeline.stages[-1].name)
 
-    def markdown(self, data: Mapping) -> str:
+    def markdown(self, table_data: Mapping) -> str:
         """Format the table as Markdown.
 
         It has up to three parts: the arms against the base, the held-out measures, and the arms against each
@@ -308,14 +309,14 @@ class ArmsRun(ABC):
         # imported here, to keep `--help` quick
         from eg3d_rlhf.experiments.table import markdown_rows, win_rates_by_seed, with_interval
 
-        evaluator = data["evaluator"]
-        seeds = [f"seed {seed}" for seed in data["training_seeds"]]
+        evaluator = table_data["evaluator"]
+        seed_titles = [f"seed {seed}" for seed in table_data["training_seeds"]]
         table_rows = []
-        for name, row in data["arms"].items():
-            win_rates = row["evaluators"][evaluator]
-            left_cells = [cell(name, row) for cell in self.BEFORE.values()]
-            right_cells = [cell(name, row) for cell in self.AFTER.values()]
-            kept_steps = ", ".join(map(str, row["kept_step"]))  # one a training seed
+        for name, arm_row in table_data["arms"].items():
+            win_rates = arm_row["evaluators"][evaluator]
+            left_cells = [cell(name, arm_row) for cell in self.BEFORE.values()]
+            right_cells = [cell(name, arm_row) for cell in self.AFTER.values()]
+            kept_steps = ", ".join(map(str, arm_row["kept_step"]))  # one a training seed
             table_rows.append(
                 [
                     *left_cells,
@@ -326,21 +327,23 @@ class ArmsRun(ABC):
                 ]
             )
         facts = (
-            f"Stage {data['stage']}; {data['conditions']} held-out prompts x {data['noises']} noises x"
-            f" {len(seeds)} training seeds; ties count half. Brackets: {data['interval']}.{self.MORE}"
+            f"Stage {table_data['stage']}; {table_data['conditions']} held-out prompts x"
+            f" {table_data['noises']} noises x {len(seed_titles)} training seeds; ties count half. Brackets:"
+            f" {table_data['interval']}.{self.MORE}"
         )
         header = [
             *self.BEFORE,
             f"{evaluator} evaluator, wins against base",
-            *seeds,
+            *seed_titles,
             *self.AFTER,
             "kept update",
         ]
         markdown_lines = [f"# {self.TITLE}", "", facts, "", *markdown_rows(header, table_rows)]
         # all arms have the same measures, so the first arm's names are the columns
-        if measures := next(iter(data["arms"].values())).get("measures"):
+        if measures := next(iter(table_data["arms"].values())).get("measures"):
             table_rows = [
-                [name, *map(with_interval, row["measures"].values())] for name, row in data["arms"].items()
+                [name, *map(with_interval, arm_row["measures"].values())]
+                for name, arm_row in table_data["arms"].items()
             ]
             markdown_lines += [
                 "",
@@ -348,16 +351,16 @@ class ArmsRun(ABC):
                 "",
                 *markdown_rows(["arm", *measures], table_rows),
             ]
-        if data["pairwise"]:
+        if table_data["pairwise"]:
             # the key "a_vs_b" gives the first two cells
             table_rows = [
                 [*name.split("_vs_"), with_interval(comparison), *win_rates_by_seed(comparison)]
-                for name, comparison in data["pairwise"].items()
+                for name, comparison in table_data["pairwise"].items()
             ]
             markdown_lines += [
                 "",
                 f"## Arms against each other, {evaluator} evaluator",
                 "",
-                *markdown_rows(["arm", "against", "wins", *seeds], table_rows),
+                *markdown_rows(["arm", "against", "wins", *seed_titles], table_rows),
             ]
         return "\n".join(markdown_lines) + "\n"

@@ -105,17 +105,17 @@ def unsharded(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, to
     return gathered_tensors
 
 
-def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def like(full_tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a full tensor, or the tensor itself if `parameter` is not sharded.
 
     Args:
-        value: full tensor of a parameter's shape, or a scalar state of the optimiser.
+        full_tensor: full tensor of a parameter's shape, or a scalar state of the optimiser.
         parameter: the parameter whose device and sharding the result has.
     """
     # AdamW's step counter is a scalar state of a sharded parameter: another shape, and not sharded
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
+    if not isinstance(parameter, DTensor) or full_tensor.shape != parameter.shape:
+        return full_tensor
     # src_data_rank=None: every rank has read the same file, so nothing needs to be sent
     return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        full_tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )

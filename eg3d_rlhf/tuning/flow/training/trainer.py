@@ -96,7 +96,7 @@ class Descent(ABC):
 
         Args: step: number of the update, counted from 0.
         Raises: LossNotFiniteError if the loss or the gradient is not finite; the parameters are then
-        unchanged.
+            unchanged.
         """
 
     @abstractmethod
@@ -115,8 +115,9 @@ class Descent(ABC):
         return {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return further tensors that a resumed run needs, by name, besides the parameters and the
-        optimiser.
+        """Return further tensors that a resumed run needs, by name.
+
+        The parameters and the state of the optimiser are not among them.
         """
         return {}
 
@@ -124,7 +125,7 @@ class Descent(ABC):
         """Restore the tensors that `tensors` returned. The mapping also holds tensors of other names."""
         return
 
-    def ends(self, record: Mapping) -> str | None:
+    def ends(self, stats_line: Mapping) -> str | None:
         """Return the reason why training must stop after this line of stats.jsonl, or None if it continues.
 
         The result is the same on every rank.
@@ -148,12 +149,12 @@ class Descent(ABC):
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad /= totals[0]
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip)
+        total_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip)
         # sharded gradients give each rank a part of the norm
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        total_norm = total_norm.full_tensor() if isinstance(total_norm, DTensor) else total_norm
         # one transfer to the CPU for all metrics, since each transfer waits for the device
         mass, loss_sum, *further_sums, grad_norm = torch.cat(
-            [totals, norm.detach().reshape(1).to(totals)]
+            [totals, total_norm.detach().reshape(1).to(totals)]
         ).tolist()
         # an update without examples has no mean loss; it is reported as an error below
         loss = loss_sum / mass if mass else math.nan
@@ -164,8 +165,8 @@ class Descent(ABC):
                 f" loss is {loss:g} and the norm of the gradient {grad_norm:g} ({example_names}, ...). Use a"
                 " lower lr, a larger beta, or float32 instead of bfloat16."
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step)
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = self.lr(step)
         self.optimizer.step()
         return [mass, loss, grad_norm, *further_sums]
 
@@ -237,13 +238,13 @@ class Progress:
         sums = self.sums
         # the next line starts from empty sums
         self.sums = {}
-        record = {"step": self.step, **{name: sums[name] for name in COUNTED if name in sums}}
+        stats_line = {"step": self.step, **{name: sums[name] for name in COUNTED if name in sums}}
         # empty sums occur for the evaluation before the first update
         if sums:
             # name of a metric -> its sum over the pairs of each time bin, [TIME_BINS]
             bins = sums.get("bins")
             averaged_names = [name for name in sums if name not in (*COUNTED, "updates", "bins")]
-            record |= {name: sums[name] / sums["updates"] for name in averaged_names}
+            stats_line |= {name: sums[name] / sums["updates"] for name in averaged_names}
             if bins:
                 bin_counts = bins["pairs"]  # number of pairs in each time bin
                 total_count = math.fsum(bin_counts)
@@ -251,13 +252,16 @@ class Progress:
                 for name, bin_sums in bins.items():
                     if name == "pairs":
                         continue
-                    record[name] = math.fsum(bin_sums) / total_count
+                    stats_line[name] = math.fsum(bin_sums) / total_count
                     # a bin without pairs has no mean
-                    bin_means = [x / n if n else None for x, n in zip(bin_sums, bin_counts, strict=True)]
+                    bin_means = [
+                        bin_sum / bin_count if bin_count else None
+                        for bin_sum, bin_count in zip(bin_sums, bin_counts, strict=True)
+                    ]
                     time_bins[name] = bin_means
-                record["time_bins"] = time_bins
-            record["lr"] = lr
-        return {**record, **evaluation_metrics}
+                stats_line["time_bins"] = time_bins
+            stats_line["lr"] = lr
+        return {**stats_line, **evaluation_metrics}
 
 
 def _added(sums_so_far: Mapping, added_values: dict) -> dict:
@@ -270,7 +274,10 @@ def _added(sums_so_far: Mapping, added_values: dict) -> dict:
         if isinstance(value, dict):
             sums[key] = _added(sums_so_far[key], value)
         elif isinstance(value, list):
-            sums[key] = [x + y for x, y in zip(sums_so_far[key], value, strict=True)]
+            sums[key] = [
+                previous_element + added_element
+                for previous_element, added_element in zip(sums_so_far[key], value, strict=True)
+            ]
         else:
             sums[key] = sums_so_far[key] + value
     return sums
@@ -282,15 +289,18 @@ def read_lines(path: Path) -> list[dict]:
     return [version_0_1.flow_stats(json.loads(line)) for line in json_lines]
 
 
-def format_columns(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+def format_columns(
+    stats_line: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]
+) -> dict[str, str]:
     """Format the metrics of a line of stats.jsonl in fixed widths, as texts by title of the column.
 
     Args:
-        record: line of stats.jsonl.
+        stats_line: line of stats.jsonl.
         steps: number of updates of the whole training.
-        columns: columns of the objective, see Descent; they stand between those that every training has.
+        columns: columns of the objective, see Descent; they are placed between those that every training
+            has.
     """
-    fields = {"step": f"{record['step']:>6d}/{steps:<6d}"}
+    cells_by_title = {"step": f"{stats_line['step']:>6d}/{steps:<6d}"}
     evaluation_columns = ((WIN_RATE, "win_rate", "<6.3f"), (ACCURACY, "held_out", "<6.3f"))
     for name, title, number_format in (
         ("loss", "loss", "<8.4f"),
@@ -298,12 +308,12 @@ def format_columns(record: Mapping, steps: int, columns: Sequence[tuple[str, str
         ("grad_norm", "grad", "<8.2e"),
         *evaluation_columns,
     ):
-        value = record.get(name)
+        metric_value = stats_line.get(name)
         # a line has no value for a metric that was not measured
-        text = "" if value is None else format(value, number_format)
+        cell = "" if metric_value is None else format(metric_value, number_format)
         # an absent metric is padded to the width of its format, such as 6 in "<6.3f", so that columns align
-        fields[title] = text.ljust(int(number_format.lstrip("<+").split(".")[0]))
-    return fields
+        cells_by_title[title] = cell.ljust(int(number_format.lstrip("<+").split(".")[0]))
+    return cells_by_title
 
 
 RATE_NOISE = 0.02  # largest change of the win rate that is taken for noise
@@ -600,27 +610,31 @@ class _Training:
         The win rate decides if it is measured, and otherwise the accuracy on held-out pairs.
         """
         with gathered(self.policy):
-            rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
+            win_rate_metric = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
             # the metrics of rank 0 count, so that all ranks decide alike
-            metrics = self.ranks.broadcast(self.updates.evaluate() | rate)
+            metrics = self.ranks.broadcast(self.updates.evaluate() | win_rate_metric)
             if self.samples is not None and self.ranks.is_main:
-                path = self.samples(self.policy, self.run.folder / SAMPLES / f"{self.progress.step:06d}.png")
-                self.run.log_image(SAMPLES, path, self.progress.step)
-        value = metrics[self.criterion]
-        assert 0 <= value <= 1
+                image_path = self.samples(
+                    self.policy, self.run.folder / SAMPLES / f"{self.progress.step:06d}.png"
+                )
+                self.run.log_image(SAMPLES, image_path, self.progress.step)
+        criterion_value = metrics[self.criterion]
+        assert 0 <= criterion_value <= 1
         # an accuracy on a few dozen pairs is too noisy to stop at one large fall
         max_drop = self.config.max_drop if self.criterion == WIN_RATE else math.inf
-        if self.progress.record_rate(value, self.config.patience, max_drop):
-            values = unsharded(self.trained_parameters, self.ranks)
+        if self.progress.record_rate(criterion_value, self.config.patience, max_drop):
+            best_tensors = unsharded(self.trained_parameters, self.ranks)
             if self.ranks.is_main:
-                write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
+                write_tensors(
+                    self._kept(self.progress.step), KEPT, best_tensors, {"step": self.progress.step}
+                )
         return metrics
 
     @torch.no_grad()
-    def _load(self, values: Mapping[str, torch.Tensor], policy: torch.nn.Module) -> None:
+    def _load(self, tensors: Mapping[str, torch.Tensor], policy: torch.nn.Module) -> None:
         """Copy values (full tensors by name) into the trained parameters of a policy, in place."""
         for name, parameter in trained_parameters(policy).items():
-            parameter.copy_(like(values[name], parameter))
+            parameter.copy_(like(tensors[name], parameter))
 
     def _report(self, evaluation_metrics: Mapping[str, float]) -> None:
         """Write the line of the updates since the last line, the status line, and new warnings.
@@ -629,23 +643,25 @@ class _Training:
         """
         progress = self.progress
         # the learning rate of the last update done; before the first update the line has no "lr"
-        record = self.progress.line(self.updates.lr(self.progress.step - 1), evaluation_metrics)
-        self.run.stats(record)
-        columns = format_columns(record, self.config.steps, self.updates.columns)
+        stats_line = self.progress.line(self.updates.lr(self.progress.step - 1), evaluation_metrics)
+        self.run.stats(stats_line)
+        formatted_columns = format_columns(stats_line, self.config.steps, self.updates.columns)
         # once an evaluation has ended the training, the objective need not decide
-        stop_reason = None if progress.ended else self.updates.ends(record)
+        stop_reason = None if progress.ended else self.updates.ends(stats_line)
         progress.ended |= stop_reason is not None
         self.run.status(
-            columns, progress.step, progress.step if progress.ended else self.config.steps, "step"
+            formatted_columns, progress.step, progress.step if progress.ended else self.config.steps, "step"
         )
         if not self.ranks.is_main:
             return
         # only rank 0 holds the lines and prints
-        self.lines.append(record)
+        self.lines.append(stats_line)
         signs = self.updates.signs(self.lines)
-        new_warnings = {name: text for name, text in signs.items() if name not in self.warnings}
-        for name, text in new_warnings.items():
-            self.say(f"Warning ({name}): {text}")
+        new_warnings = {
+            name: warning_text for name, warning_text in signs.items() if name not in self.warnings
+        }
+        for name, warning_text in new_warnings.items():
+            self.say(f"Warning ({name}): {warning_text}")
         if new_warnings:
             self.warnings |= new_warnings
             self.run.write(WARNINGS, self.warnings)
@@ -679,8 +695,12 @@ class _Training:
             unsharded(tensors | checkpoint.optimizer_tensors("optim", self.updates.optimizer), self.ranks)
             | self.updates.tensors()
         )
-        meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
-        self.run.checkpoint(self.progress.step, tensors, meta)
+        checkpoint_meta = {
+            "progress": asdict(self.progress),
+            "lines": self.run.lines,
+            "warnings": self.warnings,
+        }
+        self.run.checkpoint(self.progress.step, tensors, checkpoint_meta)
         self.referenced_steps = [*self.referenced_steps, self.progress.kept_step][-checkpoint.KEEP :]
         # after the checkpoint: a run killed here still has what its newest state refers to
         if self.ranks.is_main:
@@ -695,17 +715,17 @@ class _Training:
         """
         line_count = 0  # number of lines of stats.jsonl at the checkpoint
         if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.is_main else None):
-            tensors, meta = self.run.read(previous=True)
+            tensors, checkpoint_meta = self.run.read(previous=True)
             self._load({name: tensors[f"policy.{name}"] for name in self.trained_parameters}, self.policy)
             # the file holds full tensors: each rank takes its part of the optimiser's moments
-            for number, parameter in enumerate(self.updates.parameters):
-                moments = [name for name in tensors if name.startswith(f"optim.{number}.")]
-                tensors |= {name: like(tensors[name], parameter) for name in moments}
+            for parameter_index, parameter in enumerate(self.updates.parameters):
+                moment_names = [name for name in tensors if name.startswith(f"optim.{parameter_index}.")]
+                tensors |= {name: like(tensors[name], parameter) for name in moment_names}
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
             self.updates.restore(tensors)
-            self.progress = Progress(**version_0_1.flow_progress(meta["progress"]))
-            self.warnings = version_0_1.flow_warnings(meta["warnings"])
-            line_count = meta["lines"]
+            self.progress = Progress(**version_0_1.flow_progress(checkpoint_meta["progress"]))
+            self.warnings = version_0_1.flow_warnings(checkpoint_meta["warnings"])
+            line_count = checkpoint_meta["lines"]
         self.referenced_steps = [self.progress.kept_step]
         # drops the lines of stats.jsonl that were written after the checkpoint
         self.run.continue_from(self.progress.step, line_count)
@@ -715,27 +735,27 @@ class _Training:
     def _finish(self) -> dict:
         """Write the policy and the result, and delete the checkpoints. Return the result of the training."""
         progress = self.progress
-        result = None
+        training_result = None
         # gathering needs all ranks, so it comes before the part of rank 0
-        values = {} if self.evaluates else unsharded(self.trained_parameters, self.ranks)
+        kept_tensors = {} if self.evaluates else unsharded(self.trained_parameters, self.ranks)
         if self.ranks.is_main:
             if not self.evaluates:
                 progress.kept_step = progress.step
             else:
                 # read_tensors returns (tensors, description)
-                values = read_tensors(self._kept(progress.kept_step), KEPT)[0]
+                kept_tensors = read_tensors(self._kept(progress.kept_step), KEPT)[0]
             is_sharded = any(map(sharded, self.trained_parameters.values()))
             # a sharded network cannot be saved by one rank: the values go into a new, unsharded one
             policy = policy_and_reference(self.stage, self.config)[0] if is_sharded else self.policy
-            self._load(values, policy)
+            self._load(kept_tensors, policy)
             # the file keeps the spelling of version 0.1
-            settings = version_0_1.former_settings(self.run.settings)
-            meta = {**settings, "kept_step": progress.kept_step, self.criterion: progress.best}
-            save_policy(policy, self.run.folder / POLICY, meta)
-            warnings = [f"{name}: {text}" for name, text in self.warnings.items()]
+            run_settings = version_0_1.former_settings(self.run.settings)
+            policy_meta = {**run_settings, "kept_step": progress.kept_step, self.criterion: progress.best}
+            save_policy(policy, self.run.folder / POLICY, policy_meta)
+            warnings = [f"{name}: {warning_text}" for name, warning_text in self.warnings.items()]
             self.run.write(RESULT, {"kept_step": progress.kept_step, "warnings": warnings})
             # last of all, so that a run killed before this line can still be resumed
             for path in [*checkpoint.available(self.run.folder), *self.run.folder.glob("kept-*.safetensors")]:
                 path.unlink()
-            result = read_result(self.run.folder)
-        return self.ranks.broadcast(result)
+            training_result = read_result(self.run.folder)
+        return self.ranks.broadcast(training_result)

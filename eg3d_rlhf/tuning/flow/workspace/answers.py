@@ -1,9 +1,10 @@
 """Conversion of people's answers in a work folder (WORK) to pairs of latents of every stage, and to a tuning
 problem.
 
-    WORK/pairs/STAGE                        pairs of a stage, which are made again from the answers at each
-    call WORK/pairs/conditioning.safetensors     embeddings of the pairs' prompts, if these are not the
-    prompts of WORK
+    WORK/pairs/STAGE                       pairs of a stage, which are made again from the answers at each
+                                           call
+    WORK/pairs/conditioning.safetensors    embeddings of the pairs' prompts, if these are not the prompts of
+                                           WORK
 
 One third of the prompts to choose on is used to choose checkpoints during training. The other two thirds are
 used to test whether the labels carried a learnable signal. Test prompts are not used.
@@ -74,7 +75,7 @@ def imported_of(
         device: device on which assets are encoded.
         encoding: settings of the encoding that the user has set.
     Raises: FileNotFoundError or ValueError if there are no assets or labels yet, or if the labels belong to
-    other assets.
+        other assets.
     """
     if labels is not None and labels.is_dir():
         return _read_folder(family, labels, _open_for_reading(work, family, device, encoding))
@@ -90,13 +91,13 @@ def imported_of(
         assert answers is not None
         votes = answers.votes
         equal_answers, repeated_answers = answers.repeats
-        facts = {
+        label_counts = {
             "answers": len(answers.answers),
             "pairs": answers.pairs,
             "ties": answers.ties,
             "repeats_answered_alike": f"{equal_answers} of {repeated_answers}",
         }
-        return Imported(pairs=pair_up(candidates, lambda a, b: votes(a.file, b.file)), report=facts)
+        return Imported(pairs=pair_up(candidates, lambda a, b: votes(a.file, b.file)), report=label_counts)
     asset_names = known_of(candidates)
     label_lines = read_label_lines(labels, asset_names)
     # All lines of a file have the same kind.
@@ -119,6 +120,11 @@ def _open_for_reading(
 
     The weights of the flow networks are not loaded if the family allows this.
 
+    Args:
+        work: work folder.
+        family: family of the generator.
+        device: device on which assets are encoded.
+        encoding: settings of the encoding that the user has set.
     Raises: ValueError for a setting of the encoding that the family does not use.
     """
     unused_settings = [name for name in encoding if name not in family.options]
@@ -136,6 +142,10 @@ def _open_for_reading(
 def _read_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
     """Read pairs from a folder of ranked assets or of DSO's samples.
 
+    Args:
+        family: family of the generator.
+        folder: folder that the user named.
+        pipeline: generator that reads and encodes latents.
     Raises: FileNotFoundError or ValueError if the folder contains neither, or if a file in it is damaged.
     """
     if not (folder / RANKING).is_file():
@@ -158,7 +168,7 @@ def _read_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
 
 
 def _prompts_in(imported: Imported) -> list[str]:
-    """Return the prompts of all pairs, sorted."""
+    """Return the prompts of all imported pairs, each once and sorted by name."""
     return sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
 
 
@@ -175,8 +185,8 @@ def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]
     """
     if not set(work.names()) & set(prompts):
         return tuple(map(tuple, split_prompts(sorted(prompts), work.seed, 0.4)))
-    train = tuple(name for name in work.names(TRAIN) if name in set(prompts))
-    if not train:
+    train_prompts = tuple(name for name in work.names(TRAIN) if name in set(prompts))
+    if not train_prompts:
         raise ValueError(
             f"labels: the answers are about {len(prompts)} prompts to choose on, and none about prompts to"
             " train on. Label more pairs."
@@ -185,11 +195,17 @@ def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]
     # A random order. The first word is part of what is hashed, so it cannot change.
     other_prompts.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
     choose_count = max(round(CHOOSING * len(other_prompts)), 1)
-    return train, tuple(other_prompts[:choose_count]), tuple(other_prompts[choose_count:])
+    return train_prompts, tuple(other_prompts[:choose_count]), tuple(other_prompts[choose_count:])
 
 
 def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
-    """Write pairs into the work folder, in place of all earlier pairs."""
+    """Write pairs into the work folder, in place of all earlier pairs.
+
+    Args:
+        work: work folder.
+        family: family of the generator.
+        imported: pairs of every stage, and the report of the import.
+    """
     # Earlier pairs may belong to other stages, whose folders would otherwise remain.
     shutil.rmtree(work.folder / PAIRS, ignore_errors=True)
     report = dict(imported.report)
@@ -256,8 +272,8 @@ def check_trained(work: Work, strategy: str) -> None:
         return
     command = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={path}"
     if bundled_family(work.pipeline) is None:
-        inputs = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
-        command = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {command} {inputs}"
+        input_flags = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
+        command = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {command} {input_flags}"
     raise FileNotFoundError(
         f"--strategy={strategy} needs an ensemble of rewards that scores samples, but there is no {path}. To"
         f" train it, run: {command}"
@@ -285,10 +301,14 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
     def score(numbers: Sequence[int]) -> Scored:
         # The labelling project numbers assets in an order of its own, so samples are found by their file
         # names.
-        scored_samples = [samples_by_file[collection.assets[number].path.name] for number in numbers]
+        scored_samples = [
+            samples_by_file[collection.assets[asset_number].path.name] for asset_number in numbers
+        ]
         latents = collate([sample.latents[stage.name] for sample in scored_samples])
         scores, embeddings = reward.score_members(latents, [sample.condition for sample in scored_samples])
         return Scored(scores.double().numpy(), embeddings.double().numpy())
 
-    size = len(reward.network.members)
-    return Ensemble(score, size, [{"file": path.name, "sha256": file_hash(path), "members": size}])
+    member_count = len(reward.network.members)
+    return Ensemble(
+        score, member_count, [{"file": path.name, "sha256": file_hash(path), "members": member_count}]
+    )

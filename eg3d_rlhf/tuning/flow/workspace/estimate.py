@@ -66,7 +66,7 @@ class ZeroConditioning:
         return self.null_conditioning(len(names), stage)
 
     def null_conditioning(self, n: int, stage: str) -> Any:
-        """Return zeros as the empty conditioning of n samples, see `Pipeline.no_condition`."""
+        """Return zeros as the empty conditioning of n samples, see `Pipeline.null_conditioning`."""
         if isinstance(self.token_shape, dict):
             return {name: torch.zeros(n, *shape) for name, shape in self.token_shape.items()}
         return torch.zeros(n, *self.token_shape)
@@ -115,14 +115,17 @@ def given_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Vo
         voxels: number of voxels of each sample; None for `voxels_of`.
     Returns: `count` outputs; `count` times None if the stage has latents of another kind than voxels.
     """
-    kind = stage.latents
+    latent_kind = stage.latents
     generator = torch.Generator().manual_seed(0)
-    if not isinstance(kind, SparseVoxels):
+    if not isinstance(latent_kind, SparseVoxels):
         return [None] * count
-    shells = [shell(voxels or voxels_of(kind.resolution), kind.resolution, generator) for _ in range(count)]
-    if not kind.given:
+    shells = [
+        shell(voxels or voxels_of(latent_kind.resolution), latent_kind.resolution, generator)
+        for _ in range(count)
+    ]
+    if not latent_kind.given:
         return [*shells]
-    return [SparseSample(coords, torch.zeros(len(coords), kind.given)) for coords in shells]
+    return [SparseSample(coords, torch.zeros(len(coords), latent_kind.given)) for coords in shells]
 
 
 def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:
@@ -183,7 +186,7 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
     trace = MemoryTrace()
     with implementation("ref"):
         stage = fake_stage(trace, sized.stage)
-        given = given_of(stage, batch, voxels)
+        stage_voxels = given_of(stage, batch, voxels)
         with trace:
             cond = ZeroConditioning(sized).null_conditioning(batch, stage.name)
             trace.mark()
@@ -191,7 +194,7 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
             # below.
             sample(
                 stage,
-                stage.noise([0] * batch, given),
+                stage.noise([0] * batch, stage_voxels),
                 cond,
                 cond,
                 replace(sampling, steps=1, cfg_interval=(0.0, 1.0)),
@@ -214,29 +217,29 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
         tokens: number of tokens of its input.
     """
     block = ModulatedBlock(width, width, width // 64).to(device)
-    shapes = ([tokens, width], [width], [256, width])  # input, embedding of the time, conditioning
-    x, time_embedding, cond = (torch.randn(1, *shape, device=device) for shape in shapes)
+    input_shapes = ([tokens, width], [width], [256, width])  # input, embedding of the time, conditioning
+    block_input, time_embedding, cond = (torch.randn(1, *shape, device=device) for shape in input_shapes)
 
     def step() -> None:
         """Compute a forward and a backward pass."""
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-            y = block(x, time_embedding, cond, DenseLayout())
-        y.float().sum().backward()
+            block_output = block(block_input, time_embedding, cond, DenseLayout())
+        block_output.float().sum().backward()
         # CUDA computes asynchronously, so the time would otherwise be taken before the work is finished.
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
 
     # The fastest of three calls is used, because the first call includes initialisation.
-    seconds = []
+    durations = []
     for _ in range(3):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - began)
+        durations.append(time.perf_counter() - start_time)
     with MemoryTrace() as trace, implementation("ref"):
         # The same passes on fake tensors, which counts their operations.
         block = ModulatedBlock(width, width, width // 64)
-        block(*(torch.zeros(1, *shape) for shape in shapes), DenseLayout()).sum().backward()
-    return trace.flops / min(seconds)
+        block(*(torch.zeros(1, *shape) for shape in input_shapes), DenseLayout()).sum().backward()
+    return trace.flops / min(durations)
 
 
 def estimate(
@@ -281,17 +284,20 @@ def estimate(
         leave=False,
         disable=None,
     )
-    for (index, sized), (what, recompute) in jobs:
+    for (stage_index, sized), (cost_kind, recompute) in jobs:
         # The weights of the other stages stay in memory while a stage is sampled or tuned.
-        other_weights = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[index])
+        other_weights = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[stage_index])
         traced_precision = "bfloat16" if dtype != "float32" else precision
         traced_stage = replace(sized, stage=replace(sized.stage, precision=traced_precision))
 
         # The default values are the loop's variables of this iteration.
         def cost(
-            batch: int, what: str = what, recompute: bool = recompute, traced_stage: SizedStage = traced_stage
+            batch: int,
+            cost_kind: str = cost_kind,
+            recompute: bool = recompute,
+            traced_stage: SizedStage = traced_stage,
         ) -> Cost:
-            if what == "sample":
+            if cost_kind == "sample":
                 return sampling_cost(traced_stage, batch, voxels)
             device_type = torch.device(device or "cpu").type
             return update(traced_stage, batch, recompute, lora=lora, device=device_type, voxels=voxels)
@@ -302,11 +308,11 @@ def estimate(
             bytes_per_sample = cost_of_two.bytes - cost_of_one.bytes
             peak_bytes = cost_of_one.bytes + (batch - 1) * bytes_per_sample + other_weights
             # Full tuning needs float32 weights in any case.
-            peak_bytes -= saved_bytes * weight_counts[index] if what != "full" else 0
+            peak_bytes -= saved_bytes * weight_counts[stage_index] if cost_kind != "full" else 0
             rows.append(
                 Row(
                     stage=sized.stage.name,
-                    what=what,
+                    what=cost_kind,
                     batch=batch,
                     precision=precision,
                     dtype=dtype,
@@ -321,7 +327,7 @@ def estimate(
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a text table. The column of times is left out if no time was measured."""
-    head = ["stage", "what", "batch", "passes", "weights", "recompute", "GiB", "TFLOP", "time"]
+    header = ["stage", "what", "batch", "passes", "weights", "recompute", "GiB", "TFLOP", "time"]
     cells = [
         [
             r.stage,
@@ -343,8 +349,8 @@ def table(rows: Sequence[Row]) -> str:
         for r in rows
     ]
     # -1 cuts the last column, the time.
-    column_count = len(head) if any(row[-1] for row in cells) else -1
-    return aligned([line[:column_count] for line in (head, *cells)])
+    column_count = len(header) if any(row[-1] for row in cells) else -1
+    return aligned([line[:column_count] for line in (header, *cells)])
 
 
 def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
@@ -356,9 +362,9 @@ def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
         who: beginning of the message.
     """
     for stage in dict.fromkeys(row.stage for row in rows):
-        for what in dict.fromkeys(row.what for row in rows):
+        for cost_kind in dict.fromkeys(row.what for row in rows):
             # If the variant with the smallest memory does not fit, no variant does.
-            variants = [row for row in rows if (row.stage, row.what) == (stage, what)]
+            variants = [row for row in rows if (row.stage, row.what) == (stage, cost_kind)]
             smallest = min(variants, key=lambda row: row.bytes)
             # Only the share SHARE of the free memory is used.
             if smallest.bytes > SHARE * space:
@@ -367,7 +373,7 @@ def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
                     remedy += ", or weights in bfloat16 (--set dtype=bfloat16)"
                 raise ValueError(
                     f"{who}: stage {stage!r} needs {smallest.bytes / SHARE / GIB:.1f} GiB of free memory"
-                    f" ({what}, batch"
+                    f" ({cost_kind}, batch"
                     f" {smallest.batch}{', with recomputed blocks' if smallest.recompute else ''}), but the"
                     f" device has {space / GIB:.1f} GiB. {remedy}."
                 )

@@ -30,7 +30,7 @@ _LIGHT = np.array(
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """Function that renders a strip of images."""
+    """Callable that renders one asset of each prompt into an image, side by side (a strip)."""
 
     pipeline: Pipeline  # generator
     family: FlowFamily  # family of the generator
@@ -53,12 +53,12 @@ class Strip:
             tempfile.TemporaryDirectory() as folder,
         ):
             # One asset at a time, because the training occupies most of the memory.
-            for name in self.prompts:
-                (result,) = draw_or_empty(self.pipeline, [name], [0], {stage: model})
+            for prompt in self.prompts:
+                (sampled,) = draw_or_empty(self.pipeline, [prompt], [0], {stage: model})
                 try:
                     file = None
-                    if not isinstance(result, EmptyStructure):
-                        _, asset = result
+                    if not isinstance(sampled, EmptyStructure):
+                        _, asset = sampled
                         file = self.family.show(asset, Path(folder) / "asset", *self.size)
                     images.append(image_of(file, self.family.up))
                 # An asset with NaN cannot be rendered. It gets a white image, because a strip must not stop
@@ -114,9 +114,9 @@ def points_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
     The points of a mesh are random points of its surface, with shaded colours in 0..1. The points of Gaussian
     splats are their centres, with colours that are neither shaded nor limited to 0..1.
     """
-    data = file.read_bytes()
-    if file.suffix == ".ply" and "f_dc_0" in read_header(memoryview(data)).elements[0].properties:
-        splats = read_splats(memoryview(data))
+    file_bytes = file.read_bytes()
+    if file.suffix == ".ply" and "f_dc_0" in read_header(memoryview(file_bytes)).elements[0].properties:
+        splats = read_splats(memoryview(file_bytes))
         return splats.centres.astype(float), 0.5 + _SH * splats.colours.astype(float)
     import trimesh  # slow to import, and not needed for Gaussians
 

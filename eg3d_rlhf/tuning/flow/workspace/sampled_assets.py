@@ -4,8 +4,7 @@ Each folder below drawn/ of a work folder contains:
 
     drawn_from.json     everything that determines the assets
     00007-2.ply         asset of prompt 7 (counted from 0) and seed 2, in its family's format; for an asset
-    without a
-                        surface, 00007-2.txt with the reason
+                        without a surface, 00007-2.txt with the reason
     00007-2*            latents of the asset for all stages
     ranking.jsonl       list with one line for each asset that can be shown; written last
     prompts.jsonl       prompts, which the labelling page shows beside a pair: texts, or images in inputs/
@@ -58,18 +57,18 @@ def draw(
     Returns: for each asset, its latents (name of a stage -> latent) and the asset.
     Raises: EmptyStructure if a structure between two stages has no voxel.
     """
-    given: Sequence[Voxels] = [None] * len(seeds)  # the first stage has no input
+    stage_voxels: Sequence[Voxels] = [None] * len(seeds)  # the first stage has no input
     latents: list[dict[str, Latent]] = [{} for _ in seeds]
-    for number, stage in enumerate(stages_with(pipeline, models), 1):
-        x_0 = stage_latents(pipeline, stage, prompts, seeds, given)
+    for stage_number, stage in enumerate(stages_with(pipeline, models), 1):
+        x_0 = stage_latents(pipeline, stage, prompts, seeds, stage_voxels)
         for asset_latents, latent in zip(latents, separate(x_0), strict=True):
             asset_latents[stage.name] = latent
         # The latents of the last stage are decoded below.
-        if number < len(pipeline.stages):
+        if stage_number < len(pipeline.stages):
             # Without this context an empty structure would be replaced by its most probable voxel. People
             # should not compare such assets.
             with rejecting_empty():
-                given = pipeline.advance(stage.name, x_0)
+                stage_voxels = pipeline.advance(stage.name, x_0)
     return list(zip(latents, pipeline.decode(x_0), strict=True))
 
 
@@ -136,13 +135,12 @@ class AssetSampling:
         Args:
             on_asset: function that is called with the number of assets that were added since its last call.
         Raises: ValueError if the folder contains assets of other settings, if none of the assets can be
-        shown, or if the
-            disk is full.
+            shown, or if the disk is full.
         """
         path = self.folder / IDENTITY
-        text = json.dumps(self.identity, indent=1, sort_keys=True) + "\n"
+        identity_json = json.dumps(self.identity, indent=1, sort_keys=True) + "\n"
         # Compared as text, which is possible because the keys are sorted.
-        if path.is_file() and path.read_text() != text:
+        if path.is_file() and path.read_text() != identity_json:
             raise ValueError(
                 f"sample: {self.folder} contains assets of other settings than the present ones. Move that"
                 " folder away, or make a new work folder with `eg3d-rlhf flow new`."
@@ -152,7 +150,7 @@ class AssetSampling:
         with self._disk_errors():
             # Written before the first asset, so that the settings of an interrupted folder are known.
             if self.ranks.is_main:
-                write_atomic(path, text.encode())
+                write_atomic(path, identity_json.encode())
             for batch in self._batches(existing_assets):
                 self._draw(batch, existing_assets, on_asset)
             # Rank 0 lists the assets of all ranks, so it waits until they are written.
@@ -183,15 +181,21 @@ class AssetSampling:
         existing_assets: Mapping[str, Path],
         on_asset: Callable[[int], object],
     ) -> None:
-        """Sample one batch, and write those of its assets that do not exist yet."""
-        stems, names, seeds = zip(*batch, strict=True)
-        for stem, result in zip(stems, draw_or_empty(self.pipeline, names, seeds), strict=True):
+        """Sample one batch, and write those of its assets that do not exist yet.
+
+        Args:
+            batch: (stem of the file names, prompt, seed) of each asset.
+            existing_assets: files of the assets that exist: stem -> path.
+            on_asset: function that is called with 1 after each new asset.
+        """
+        stems, prompts, seeds = zip(*batch, strict=True)
+        for stem, sampled in zip(stems, draw_or_empty(self.pipeline, prompts, seeds), strict=True):
             if stem in existing_assets:
                 continue
-            if isinstance(result, EmptyStructure):
-                write_atomic(self.folder / (stem + NOTHING), f"{result}\n".encode())
+            if isinstance(sampled, EmptyStructure):
+                write_atomic(self.folder / (stem + NOTHING), f"{sampled}\n".encode())
             else:
-                latents, asset = result
+                latents, asset = sampled
                 self._write_latents(stem, latents)
                 assert isinstance(self.family, Shows)  # checked in `make_sampling`
                 self.family.show(asset, self.folder / stem, *self.size)
@@ -205,12 +209,12 @@ class AssetSampling:
 
     def _write_latents(self, stem: str, latents: Mapping[str, Latent]) -> None:
         """Write the latents of an asset, in the family's own format if the family has one."""
-        files = self._files(stem)
+        latent_files = self._files(stem)
         if not isinstance(self.family, WritesLatents):
-            write_latents(self.folder / files["latents"], latents)
+            write_latents(self.folder / latent_files["latents"], latents)
             return
         for stage, latent in latents.items():
-            self.family.write_latent(self.folder / files[stage], self.pipeline, stage, latent)
+            self.family.write_latent(self.folder / latent_files[stage], self.pipeline, stage, latent)
 
     def _list(self) -> None:
         """Write ranking.jsonl and prompts.jsonl. An asset that the labelling page cannot show gets a note and
@@ -225,16 +229,16 @@ class AssetSampling:
         lines = []
         for stem, condition, seed in self.jobs:
             if shown_files[stem].suffix != NOTHING:
-                files = self._files(stem)
+                latent_files = self._files(stem)
                 facts: Mapping = {}
                 if isinstance(self.family, StatesFacts):
-                    latents = read_latents(self.folder / files["latents"])
+                    latents = read_latents(self.folder / latent_files["latents"])
                     facts = self.family.facts(self.pipeline, condition, latents)
                 lines.append(
                     {
                         "condition": condition,
                         "rank": None,
-                        **files,
+                        **latent_files,
                         **facts,
                         "seed": seed,
                         "look_at": shown_files[stem].name,
@@ -283,9 +287,9 @@ class SamplingSummary:
 
 def unfit(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the files that the labelling page cannot show: path -> reason."""
-    results = zip(paths, reading.examine_or_reason(paths), strict=True)
+    paths_and_results = zip(paths, reading.examine_or_reason(paths), strict=True)
     # The result for a file that can be shown is an object, and for any other file the reason as a text.
-    return {path: examined for path, examined in results if isinstance(examined, str)}
+    return {path: examined for path, examined in paths_and_results if isinstance(examined, str)}
 
 
 def open_pipeline(
@@ -362,36 +366,38 @@ def make_sampling(
     # Shortcut networks are sampled without guidance, in few long steps.
     for stage in shortcut_stages if few_steps else ():
         stage.sampling = replace(stage.sampling, steps=few_steps, cfg_strength=0.0, shortcut=True)
-    names = work.names(*splits)
+    prompt_names = work.names(*splits)
     # drawn_from.json of earlier versions is compared with this dictionary, so its keys cannot change. Options
     # that are not given have no key.
-    options = {"cells": cells, "few_steps": few_steps}
+    given_options = {"cells": cells, "few_steps": few_steps}
     identity = {
         # The first entry of a file's record is its hash.
         "files": {file: digest for file, (digest, *_) in work.files.items()},
         "conditions": hash_of(work.conditions_file),
-        "names": names,
+        "names": prompt_names,
         "each": work.each,
         "precision": work.precision,
         "batch": work.batch,
         "tuned": {stage: hash_of(path) for stage, path in (tuned or {}).items()},
-        **{option: value for option, value in options.items() if value},
+        **{option: option_value for option, option_value in given_options.items() if option_value},
     }
-    prompts = []
-    for prompt in names:
+    prompt_lines = []
+    for prompt in prompt_names:
         if prompt in work.inputs:
-            prompts.append({"prompt": prompt, "image": str(work.folder / "inputs" / work.inputs[prompt])})
+            prompt_lines.append(
+                {"prompt": prompt, "image": str(work.folder / "inputs" / work.inputs[prompt])}
+            )
         else:
-            prompts.append({"prompt": prompt, "text": prompt})
+            prompt_lines.append({"prompt": prompt, "text": prompt})
     return AssetSampling(
         folder=work.asset_folder(name),
         pipeline=pipeline,
         family=family,
-        prompt_names=names,
+        prompt_names=prompt_names,
         identity=identity,
         each=work.each,
         batch=work.batch,
         size=() if cells is None else (cells,),
-        prompts=prompts,
+        prompts=prompt_lines,
         ranks=ranks,
     )

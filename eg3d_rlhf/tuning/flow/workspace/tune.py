@@ -30,7 +30,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
 from eg3d_rlhf.tuning.flow.training.accuracy import (
-    LEAST_CONDITIONS,
+    MIN_PROMPTS,
     Accuracy,
     PairAccuracy,
     compute_accuracy,
@@ -59,7 +59,7 @@ TRAINING = "training"
 LOOP = "loop"
 FINAL_DRAWS = 8  # number of random (time, noise) pairs with which the test evaluates each preference pair
 # Largest number of pairs on which the accuracy of an evaluator is measured; each needs two decoded assets.
-MOST_EVALUATED = 200
+MAX_EVALUATED = 200
 # Function that renders samples of a network. Its arguments are the name of the stage, the network and the
 # file to write, and its result is the file; see sample_strips.py.
 Samples = Callable[[str, torch.nn.Module, Path], Path]
@@ -82,8 +82,9 @@ class StageLabels:
 
     @classmethod
     def from_problem(cls, problem: Problem, stage: str) -> "StageLabels":
-        """Take a stage and its pairs from a problem. Raises: ValueError if there is no such stage, or it has
-        no pairs.
+        """Take a stage and its pairs from a problem.
+
+        Raises: ValueError if there is no such stage, or if it has no pairs.
         """
         return cls(
             conditioned=ConditionedStage.from_pipeline(problem.pipeline, stage),
@@ -98,20 +99,19 @@ class StageLabels:
         # Prompts and not pairs are counted, because the intervals are over prompts: pairs of a prompt are not
         # independent.
         counts = {use: len({pair.condition for pair in pairs}) for use, pairs in pairs_by_use.items()}
-        required_counts = {"to train on": 1, "to choose on": 1, "to test on": LEAST_CONDITIONS}
+        required_counts = {"to train on": 1, "to choose on": 1, "to test on": MIN_PROMPTS}
         if any(counts[use] < required_counts[use] for use in counts):
             count_texts = ", ".join(f"{count} {use}" for use, count in counts.items())
             raise ValueError(
                 f"tune({self.conditioned.stage.name}): labels are needed for at least 1 prompt to train on, 1"
-                f" to choose on and {LEAST_CONDITIONS} to test on, but there are {count_texts}. Label assets"
+                f" to choose on and {MIN_PROMPTS} to test on, but there are {count_texts}. Label assets"
                 " of more prompts."
             )
 
     def randomised(self, seed: int) -> "StageLabels":
-        """Return the labels of the control, which carry no signal, since half of the training pairs are
-        inverted.
+        """Return the labels of the control, in which half of the training pairs are inverted.
 
-        The pairs by which checkpoints are chosen keep people's labels.
+        These labels carry no signal. The pairs by which checkpoints are chosen keep people's labels.
 
         Args:
             seed: seed of the choice of the inverted pairs.
@@ -141,19 +141,21 @@ def tune(
         samples: function that renders samples at every evaluation; None for no images.
     Returns: the report, as values for JSON.
     Raises: ValueError before any training if there are too few labels, or if the circular loop cannot train
-    the problem.
+        the problem.
     """
     # By default all stages that have pairs, in the order of the generator.
-    names = settings.stages or [s.name for s in problem.pipeline.stages if s.name in problem.train_pairs]
-    stages = {name: StageLabels.from_problem(problem, name) for name in names}
+    stage_names = settings.stages or [
+        s.name for s in problem.pipeline.stages if s.name in problem.train_pairs
+    ]
+    stages = {name: StageLabels.from_problem(problem, name) for name in stage_names}
     # All stages are checked before the first training, which may take hours.
     for stage_labels in stages.values():
         stage_labels.check()
     if settings.loop:
         check(problem)
     say_main = say if ranks.is_main else lambda line: None
-    evaluators = evaluator_accuracies(problem) if ranks.is_main and settings.loop else {}
-    for name, accuracy in evaluators.items():
+    accuracy_by_evaluator = evaluator_accuracies(problem) if ranks.is_main and settings.loop else {}
+    for name, accuracy in accuracy_by_evaluator.items():
         above_chance = accuracy.interval[0] > 0.5
         say_main(
             f"Evaluator {name!r} agrees with people on {accuracy} of the pairs to which it was not"
@@ -162,11 +164,11 @@ def tune(
     # choosing=None: checkpoints are chosen by labelled pairs, and not by the win rate of generated assets.
     circular = replace(settings.circular, choosing=None)
     seed = circular.seed
-    arguments = (circular, folder, ranks, say_main)
+    loop_arguments = (circular, folder, ranks, say_main)
     if settings.loop:
-        trained = _train_loop(problem, *arguments)
+        trained = _train_loop(problem, *loop_arguments)
     else:
-        trained = _train_stages(stages, problem.identity, *arguments, samples=samples)
+        trained = _train_stages(stages, problem.identity, *loop_arguments, samples=samples)
     control: Mapping[str, StageResult] = {}
     # The control has the same settings and seeds, and differs in its labels only.
     if settings.control:
@@ -174,10 +176,10 @@ def tune(
             "Control: the same training on randomised labels (half of each prompt's answers are inverted)."
         )
         if settings.loop:
-            control = _train_loop(randomised(problem, seed), *arguments, control=True)
+            control = _train_loop(randomised(problem, seed), *loop_arguments, control=True)
         else:
             randomised_stages = {name: stage.randomised(seed) for name, stage in stages.items()}
-            control = _train_stages(randomised_stages, problem.identity, *arguments, control=True)
+            control = _train_stages(randomised_stages, problem.identity, *loop_arguments, control=True)
     report: dict = {}
     if ranks.is_main:
         report = {
@@ -187,7 +189,7 @@ def tune(
             "settings": asdict(settings),
             "problem": dict(problem.identity),
             "versions": versions(),
-            "evaluators": {name: accuracy.to_json() for name, accuracy in evaluators.items()},
+            "evaluators": {name: accuracy.to_json() for name, accuracy in accuracy_by_evaluator.items()},
             "labels": dict(labels or {}),
         }
         write(report, folder, REPORT, markdown)
@@ -215,8 +217,9 @@ def _train_stages(
     control: bool = False,
     samples: Samples | None = None,
 ) -> dict[str, StageResult]:
-    """Train the stages separately, one after the other. A stage that was trained before is read from the
-    store.
+    """Train the stages separately, one after the other.
+
+    A stage that was trained before is read from the store.
 
     Args:
         stages: name of a stage -> its labels.
@@ -234,8 +237,8 @@ def _train_stages(
     for name, labels in stages.items():
         say(f"Stage {name!r}{', control' if control else ''}:")
         config = circular.human.for_stage(labels.conditioned.stage, circular.seed)
-        # The inputs name the artefact. They do not contain the settings FREE, which have no effect on the
-        # result.
+        # The inputs name the artefact. They do not contain the settings CHANGEABLE_SETTINGS, which have no
+        # effect on the result.
         inputs = {
             "step": "train",
             "problem": dict(identity),
@@ -246,10 +249,10 @@ def _train_stages(
 
         # The default values are the loop's variables of this iteration; a closure would read their later
         # values.
-        def train_into(
+        def train_into_folder(
             stage_folder: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
         ) -> tuple[list[Path], dict]:
-            result = train_stage(
+            stage_result = train_stage(
                 labels.conditioned,
                 labels.train,
                 config,
@@ -260,9 +263,9 @@ def _train_stages(
                 say=say,
                 samples=None if samples is None else functools.partial(samples, name),
             )
-            return [result.weights], result.record()
+            return [stage_result.weights], stage_result.record()
 
-        artefact = store.make(name, inputs, train_into)
+        artefact = store.make(name, inputs, train_into_folder)
         # Made from the artefact in both cases: the stage was trained now, or read from the store.
         trained[name] = StageResult(
             weights=artefact.folder / POLICY,
@@ -322,14 +325,17 @@ def _result_of_loop(
     """
     records = [artefact.record for artefact in artefacts]
     weights = network_weights(loop, stage, artefacts, folder)
-    warnings = [text for record in records for text in record["warnings"]]
+    warnings = [warning_text for training_record in records for warning_text in training_record["warnings"]]
     return StageResult(
-        weights=weights, kept_step=sum(record["kept_step"] for record in records), stats=[], warnings=warnings
+        weights=weights,
+        kept_step=sum(training_record["kept_step"] for training_record in records),
+        stats=[],
+        warnings=warnings,
     )
 
 
 def _tests(
-    labels: Mapping[str, StageLabels],
+    labels_by_stage: Mapping[str, StageLabels],
     trained: Mapping[str, StageResult],
     control: Mapping[str, StageResult],
     folder: Path,
@@ -339,7 +345,7 @@ def _tests(
     """Test every stage on its held-out pairs, and link the weights of the stages that pass into the folder.
 
     Args:
-        labels: name of a stage -> its labels.
+        labels_by_stage: name of a stage -> its labels.
         trained: name of a stage -> result of its training.
         control: name of a stage -> result of the training of the control; empty without a control.
         folder: folder of the training.
@@ -349,66 +355,68 @@ def _tests(
     """
     # The confidence level is corrected for the number of tests.
     confidence = compute_confidence(len(trained))
-    stages = {}
-    for stage, result in trained.items():
-        stage_labels = labels[stage]
+    stage_reports = {}
+    for stage, stage_result in trained.items():
+        stage_labels = labels_by_stage[stage]
         prompts = [pair.condition for pair in stage_labels.held_out]
         # The same object for the tuned network and the control, so that both get the same times and noises.
-        evaluator = PairAccuracy(
+        pair_accuracy = PairAccuracy(
             stage_labels.conditioned, stage_labels.held_out, draws=FINAL_DRAWS, seed=seed
         )
-        tuned = _measure_accuracy(evaluator, result, confidence)
+        tuned = _measure_accuracy(pair_accuracy, stage_result, confidence)
         control_accuracy = None
         if stage in control:
-            control_accuracy = _measure_accuracy(evaluator, control[stage], confidence)
-        test = signal_test(result.kept_step, tuned, control_accuracy, prompts, confidence)
-        stages[stage] = {
-            "learnable_signal": test.learnable_signal,
-            "likelihood_displacement": test.likelihood_displacement,
-            "why": test.why,
+            control_accuracy = _measure_accuracy(pair_accuracy, control[stage], confidence)
+        signal = signal_test(stage_result.kept_step, tuned, control_accuracy, prompts, confidence)
+        stage_reports[stage] = {
+            "learnable_signal": signal.learnable_signal,
+            "likelihood_displacement": signal.likelihood_displacement,
+            "why": signal.why,
             "pairs": len(stage_labels.train),
-            "kept_step": result.kept_step,
+            "kept_step": stage_result.kept_step,
             "held_out": tuned.to_json(),
             "control": None if control_accuracy is None else control_accuracy.to_json(),
-            "above_control": None if test.above_control is None else list(test.above_control),
-            "warnings": list(result.warnings),
-            "weights": stage if test.learnable_signal else None,
+            "above_control": None if signal.above_control is None else list(signal.above_control),
+            "warnings": list(stage_result.warnings),
+            "weights": stage if signal.learnable_signal else None,
         }
-        say(f"Stage {stage!r}: {SIGNAL if test.learnable_signal else NOTHING}: {test.why}.")
-        if test.likelihood_displacement:
+        say(f"Stage {stage!r}: {SIGNAL if signal.learnable_signal else NOTHING}: {signal.why}.")
+        if signal.likelihood_displacement:
             say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned.to_json()))}")
         # The weights of a stage without a signal stay in training/, so that they are not exported by mistake.
-        if test.learnable_signal:
-            link_folder(result.weights, folder / stage)
+        if signal.learnable_signal:
+            link_folder(stage_result.weights, folder / stage)
         if stage in control:
             link_folder(control[stage].weights, folder / CONTROL / stage)
-    passed_stages = [stage for stage, tested in stages.items() if tested["learnable_signal"]]
+    passed_stages = [
+        stage for stage, stage_report in stage_reports.items() if stage_report["learnable_signal"]
+    ]
     if passed_stages:
         say(f"Tuned weights are in {', '.join(str(folder / stage) for stage in passed_stages)}.")
     else:
         say(f"{NOTHING.capitalize()}: the base generator is kept unchanged.")
-    return {"stages": stages, "kept": passed_stages, "confidence": confidence}
+    return {"stages": stage_reports, "kept": passed_stages, "confidence": confidence}
 
 
-def _measure_accuracy(evaluator: PairAccuracy, result: StageResult, confidence: float) -> Accuracy:
+def _measure_accuracy(pair_accuracy: PairAccuracy, result: StageResult, confidence: float) -> Accuracy:
     """Return the accuracy of a tuned network on held-out pairs, by its implicit reward (the margin of DPO).
 
     Args:
-        evaluator: held-out pairs with fixed times and noises.
+        pair_accuracy: held-out pairs with fixed times and noises.
         result: result of the training, with the tuned weights.
         confidence: confidence level of the interval.
     """
-    base = evaluator.stage.model
+    base = pair_accuracy.stage.model
     # The reference shares the weights of the base network, since a second copy would double the memory.
-    margins = evaluator.measure(tuned_model(base, result.weights), FrozenModel(shared_copy(base)))
-    prompts = [pair.condition for pair in evaluator.pairs]
-    return compute_accuracy(margins.margins, prompts, confidence, margins.preferred)
+    measurement = pair_accuracy.measure(tuned_model(base, result.weights), FrozenModel(shared_copy(base)))
+    prompts = [pair.condition for pair in pair_accuracy.pairs]
+    return compute_accuracy(measurement.margins, prompts, confidence, measurement.preferred)
 
 
 def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
     """Measure how often the problem's evaluators order pairs of the last stage as people did.
 
-    Each evaluator is measured on at most MOST_EVALUATED pairs, whose prompts it was not fitted to. An
+    Each evaluator is measured on at most MAX_EVALUATED pairs, whose prompts it was not fitted to. An
     evaluator with pairs of too few prompts is left out.
 
     Returns: name of an evaluator -> its accuracy.
@@ -426,16 +434,16 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
         pairs = [pair for pair in (*train_pairs, *other_pairs) if pair.condition not in fitted_prompts]
         # Every k-th pair in the order of the ids, which begin with the prompt, so that the selection covers
         # all prompts.
-        stride = max(1, -(-len(pairs) // MOST_EVALUATED))
+        stride = max(1, -(-len(pairs) // MAX_EVALUATED))
         pairs = sorted(pairs, key=lambda pair: pair.id)[::stride]
-        if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
+        if len({pair.condition for pair in pairs}) < MIN_PROMPTS:
             continue
         device = next(problem.pipeline.stages[-1].model.parameters()).device
         prompts = [pair.condition for pair in pairs]
         scores = []  # scores [n] of the preferred and of the rejected assets of the n pairs
-        for side in ("preferred", "rejected"):
+        for role in ("preferred", "rejected"):
             # Decoded one at a time, which bounds the memory.
-            assets = [problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs]
+            assets = [problem.pipeline.decode(collate([getattr(pair, role)]).to(device))[0] for pair in pairs]
             scores.append(evaluator(assets, prompts).double().cpu())
         accuracies[name] = compute_accuracy((scores[0] - scores[1]).numpy(), prompts)
     return accuracies
@@ -444,9 +452,9 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
 # Reports for people to read.
 
 
-def markdown(data: Mapping) -> str:
-    """Return the report as Markdown text. `data` is the content of report.json."""
-    head = [
+def markdown(report: Mapping) -> str:
+    """Return the report as Markdown text. `report` is the content of report.json."""
+    header = [
         "stage",
         "labels",
         "accuracy on held-out pairs",
@@ -456,68 +464,73 @@ def markdown(data: Mapping) -> str:
         "kept update",
         "pairs, prompts",
     ]
-    rows = []
-    for stage, tested in data["stages"].items():
-        tuned = tested["held_out"]
-        control = tested["control"]
-        result = f"**{SIGNAL}**" if tested["learnable_signal"] else NOTHING
-        result += ", likelihood displacement" if tested["likelihood_displacement"] else ""
+    table_rows = []
+    for stage, stage_report in report["stages"].items():
+        tuned_accuracy = stage_report["held_out"]
+        control_accuracy = stage_report["control"]
+        result_text = f"**{SIGNAL}**" if stage_report["learnable_signal"] else NOTHING
+        result_text += ", likelihood displacement" if stage_report["likelihood_displacement"] else ""
         difference_text = ""
-        if tested["above_control"] is not None:
-            difference, low, high = tested["above_control"]
+        if stage_report["above_control"] is not None:
+            difference, low, high = stage_report["above_control"]
             difference_text = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
-        rows.append(
+        table_rows.append(
             [
                 stage,
-                result,
-                _with_interval(tuned),
-                "" if control is None else _with_interval(control),
+                result_text,
+                _with_interval(tuned_accuracy),
+                "" if control_accuracy is None else _with_interval(control_accuracy),
                 difference_text,
-                _rise(tuned),
-                tested["kept_step"],
-                f"{tuned['pairs']}, {tuned['conditions']}",
+                _rise(tuned_accuracy),
+                stage_report["kept_step"],
+                f"{tuned_accuracy['pairs']}, {tuned_accuracy['conditions']}",
             ]
         )
-    passed_stages = ", ".join(data["kept"])
+    passed_stages = ", ".join(report["kept"])
     title = f"{NOTHING.capitalize()}; the base generator is kept"
     if passed_stages:
         title = f"Learnable signal: {passed_stages}"
-    lines = [
+    markdown_lines = [
         f"# {title}",
         "",
-        *markdown_rows(head, rows),
+        *markdown_rows(header, table_rows),
         "",
     ]
-    lines += [
+    markdown_lines += [
         (
             "The accuracy is the share of held-out pairs that the network's implicit reward orders as people"
             " did. The prompts of held-out pairs were used neither for training nor for choosing a"
-            f" checkpoint. Brackets contain {data['confidence']:.1%} intervals over prompts. A stage has a"
+            f" checkpoint. Brackets contain {report['confidence']:.1%} intervals over prompts. A stage has a"
             " learnable signal if the intervals of its accuracy and of the difference from the control are"
             " above chance; random answers pass in at most 5 % of tunings. The error of the preferred is the"
             " relative rise of the flow-matching error of preferred assets. A rise (likelihood displacement)"
             " usually means worse samples."
         ),
     ]
-    if data["evaluators"]:
-        rows = [
+    if report["evaluators"]:
+        table_rows = [
             [name, _with_interval(accuracy), accuracy["pairs"]]
-            for name, accuracy in data["evaluators"].items()
+            for name, accuracy in report["evaluators"].items()
         ]
-        lines += [
+        markdown_lines += [
             "",
             "Accuracy of the evaluators on pairs to which they were not fitted:",
             "",
-            *markdown_rows(["evaluator", "accuracy", "pairs"], rows),
+            *markdown_rows(["evaluator", "accuracy", "pairs"], table_rows),
         ]
-    if data["labels"]:
-        lines += ["", *(f"- {name.replace('_', ' ')}: {value}" for name, value in data["labels"].items())]
+    if report["labels"]:
+        markdown_lines += [
+            "",
+            *(f"- {name.replace('_', ' ')}: {value}" for name, value in report["labels"].items()),
+        ]
     warnings = [
-        f"- {stage}: {text}" for stage, tested in data["stages"].items() for text in tested["warnings"]
+        f"- {stage}: {warning_text}"
+        for stage, stage_report in report["stages"].items()
+        for warning_text in stage_report["warnings"]
     ]
     if warnings:
-        lines += ["", "Warnings during training:", "", *warnings]
-    return "\n".join(lines) + "\n"
+        markdown_lines += ["", "Warnings during training:", "", *warnings]
+    return "\n".join(markdown_lines) + "\n"
 
 
 def _with_interval(accuracy: Mapping) -> str:

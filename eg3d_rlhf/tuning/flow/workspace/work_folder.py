@@ -3,9 +3,10 @@
 The steps are sampling, labelling, tuning, study and export.
 
     work.json                   settings of `flow new`: generator, prompts of each split, labelling project,
-    seeds inputs/                     images that are prompts, or prompts.txt conditioning.safetensors
-    embeddings of all prompts, made by the generator's encoder drawn/base/                 assets of the
-    untuned generator for people to compare, with their latents,
+                                seeds
+    inputs/                     images that are prompts, or prompts.txt
+    conditioning.safetensors    embeddings of all prompts, made by the generator's encoder
+    drawn/base/                 assets of the untuned generator for people to compare, with their latents,
                                 ranking.jsonl and prompts.jsonl
     labels.db                   people's answers
     tune-00/                    weights of a training in STAGE/, and weights of its control in control/STAGE/
@@ -127,14 +128,15 @@ class Labels:
         second number counts all repeated answers.
         """
         first_answers: dict[tuple[str, frozenset[str]], str | None] = {}
-        equal_answers = repeated_answers = 0
+        equal_answers = 0
+        repeated_answers = 0
         # Sorted by time, because a repeated answer is compared with the first one.
         for answer in sorted(self.answers, key=lambda answer: answer.time):
-            key = (answer.annotator, answer.pair)
-            if answer.repeat and key in first_answers:
-                equal_answers = equal_answers + (answer.preferred == first_answers[key])
+            annotator_and_pair = (answer.annotator, answer.pair)
+            if answer.repeat and annotator_and_pair in first_answers:
+                equal_answers = equal_answers + (answer.preferred == first_answers[annotator_and_pair])
                 repeated_answers = repeated_answers + 1
-            first_answers.setdefault(key, answer.preferred)
+            first_answers.setdefault(annotator_and_pair, answer.preferred)
         return equal_answers, repeated_answers
 
     def votes(self, a: Path | None, b: Path | None) -> tuple[int, int]:
@@ -217,8 +219,8 @@ class Work:
         _check_splits(self.splits)
         check_new(self.folder)
         # The path of the folder is not stored, so that the folder can be moved.
-        fields = {name: value for name, value in asdict(self).items() if name != "folder"}
-        write_atomic(self.folder / FILE, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
+        entries = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_atomic(self.folder / FILE, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
         return self
 
     def check_pipeline(self) -> FlowFamily:
@@ -229,13 +231,13 @@ class Work:
         """
         # The notice about the licence is not printed, because `flow new` has printed it already.
         family = family_of(Path(self.pipeline), print_line=lambda licence: None)
-        files = family.files(Path(self.pipeline))
-        if family.name != self.family or set(files) != set(self.files):
+        generator_files = family.files(Path(self.pipeline))
+        if family.name != self.family or set(generator_files) != set(self.files):
             raise self._changed_error(
                 f"it is now a generator of the family {family.name} with the files"
-                f" {', '.join(sorted(files))[:120]}"
+                f" {', '.join(sorted(generator_files))[:120]}"
             )
-        for name, path in files.items():
+        for name, path in generator_files.items():
             # Weights are large, so a file is hashed only if its size or its time of change differs.
             recorded_hash, *recorded_stamp = self.files[name]
             if recorded_stamp != stamp_of(path) and file_hash(path) != recorded_hash:
@@ -288,27 +290,27 @@ class Work:
         """URL of the database of people's answers."""
         return f"sqlite:///{self.folder / 'labels.db'}"
 
-    def numbered(self, what: str) -> list[Path]:
+    def numbered(self, step: str) -> list[Path]:
         """Return the numbered folders of a step, in the order of their numbers.
 
         Args:
-            what: step, such as "tune" for the folders tune-00, tune-01, ...
+            step: step, such as "tune" for the folders tune-00, tune-01, ...
         """
         folders = [
             path
-            for path in self.folder.glob(f"{what}-*")
-            if re.fullmatch(rf"{what}-\d+", path.name) and path.is_dir()
+            for path in self.folder.glob(f"{step}-*")
+            if re.fullmatch(rf"{step}-\d+", path.name) and path.is_dir()
         ]
         # Sorted as texts, tune-100 would come before tune-99.
         return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
-    def next(self, what: str) -> Path:
+    def next(self, step: str) -> Path:
         """Return the path of the next numbered folder of a step such as "tune". The folder does not exist
         yet.
         """
-        folders = self.numbered(what)
+        folders = self.numbered(step)
         next_number = int(folders[-1].name.rpartition("-")[2]) + 1 if folders else 0
-        return self.folder / f"{what}-{next_number:02d}"
+        return self.folder / f"{step}-{next_number:02d}"
 
     def tuned(self, tune: Path, control: bool = False) -> dict[str, Path]:
         """Return the folders with tuned weights of a training: name of a stage -> folder.
@@ -335,7 +337,7 @@ class Work:
             name: name of the folder, such as tune-00; None for the latest training.
         Raises: FileNotFoundError if there is no such training; ValueError if it has no tuned weights.
         """
-        folders = {path.name: path for path in self.numbered("tune")}
+        folders = {training_folder.name: training_folder for training_folder in self.numbered("tune")}
         if not folders:
             raise FileNotFoundError(
                 f"WORK: there is no training in {self.folder}. Train with: eg3d-rlhf flow tune {self.folder}"
@@ -345,13 +347,14 @@ class Work:
                 f"WORK: there is no training {name} in {self.folder}. Name one of {', '.join(folders)}, or"
                 f" train with: eg3d-rlhf flow tune {self.folder}"
             )
-        path = folders[name] if name else list(folders.values())[-1]
-        if not self.tuned(path):
+        training_folder = folders[name] if name else list(folders.values())[-1]
+        if not self.tuned(training_folder):
             raise ValueError(
-                f"{path}: the training has no tuned weights, because it was stopped, or because its labels"
-                " carried no learnable signal. Run eg3d-rlhf flow tune again, or label more pairs first."
+                f"{training_folder}: the training has no tuned weights, because it was stopped, or because"
+                " its labels carried no learnable signal. Run eg3d-rlhf flow tune again, or label more pairs"
+                " first."
             )
-        return path
+        return training_folder
 
     # ---- sampled assets and answers
 
@@ -392,8 +395,8 @@ class Work:
                     f" with: eg3d-rlhf flow label {self.folder}"
                 )
             # The database may contain judgements of other modes, such as studies.
-            rows = kept_judgements(store, LabelFilters(campaign=self.campaign), Mode.LABEL)
-        answers = list(self._answers(rows, shown_files))
+            judgements = kept_judgements(store, LabelFilters(campaign=self.campaign), Mode.LABEL)
+        answers = list(self._answers(judgements, shown_files))
         if not answers:
             raise ValueError(
                 "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
@@ -402,16 +405,15 @@ class Work:
         return Labels(answers, self.asset_folder())
 
     def _answers(
-        self, rows: "Sequence[JudgementRow]", shown_files: Mapping[tuple[str, int], str]
+        self, judgements: "Sequence[JudgementRow]", shown_files: Mapping[tuple[str, int], str]
     ) -> Iterator[Answer]:
         """Yield the answers in rows of the database.
 
         Args:
-            rows: rows of the database.
+            judgements: rows of the database.
             shown_files: (prompt, seed) of an asset -> name of its file.
         Raises: ValueError if an asset is not in the list, if its file has changed since it was shown, or if
-        its prompt is
-            a test prompt.
+            its prompt is a test prompt.
         """
         from eg3d_rlhf.people.label.entities import Kind
 
@@ -419,15 +421,17 @@ class Work:
         allowed_prompts = set(self.names(*SHOWN))
         # (file name, hash in the row) -> True if the file has this hash. Each file is hashed only once.
         is_unchanged: dict[tuple[str, str], bool] = {}
-        for row in rows:
-            names = []
-            for shape in (row.left, row.right):
-                name = shown_files.get((shape.condition, shape.seed))
-                if name is not None and (name, shape.file) not in is_unchanged:
-                    is_unchanged[name, shape.file] = _has_hash(self.asset_folder() / name, shape.file)
+        for judgement in judgements:
+            file_names = []
+            for shape in (judgement.left, judgement.right):
+                file_name = shown_files.get((shape.condition, shape.seed))
+                if file_name is not None and (file_name, shape.file) not in is_unchanged:
+                    is_unchanged[file_name, shape.file] = _has_hash(
+                        self.asset_folder() / file_name, shape.file
+                    )
                 if (
-                    name is None
-                    or not is_unchanged[name, shape.file]
+                    file_name is None
+                    or not is_unchanged[file_name, shape.file]
                     or shape.condition not in allowed_prompts
                 ):
                     raise ValueError(
@@ -435,15 +439,15 @@ class Work:
                         f" does not belong to the assets in {self.asset_folder()}. Restore that folder from a"
                         " copy, or label again."
                     )
-                names.append(name)
+                file_names.append(file_name)
             yield Answer(
-                condition=row.left.condition,
-                left=names[0],
-                right=names[1],
-                choice="tie" if row.choice.equal else row.choice.value,
-                annotator=row.annotator,
-                repeat=row.kind in (Kind.REPEAT, Kind.SWAP),
-                time=row.received_at,
+                condition=judgement.left.condition,
+                left=file_names[0],
+                right=file_names[1],
+                choice="tie" if judgement.choice.equal else judgement.choice.value,
+                annotator=judgement.annotator,
+                repeat=judgement.kind in (Kind.REPEAT, Kind.SWAP),
+                time=judgement.received_at,
             )
 
 
@@ -477,16 +481,16 @@ def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) ->
             " example --split=0.6,0.2,0.2."
         )
     # Sorted by a hash, so that the split does not depend on the order of the prompts.
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    hashed_order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     # A split with a share above 0 gets at least one prompt.
-    choose_count, test_count = (max(round(share * len(order)), int(share > 0)) for share in shares[1:])
-    members = {
-        TEST: set(order[:test_count]),
-        CHOOSE: set(order[test_count : test_count + choose_count]),
-        TRAIN: set(order[test_count + choose_count :]),
+    choose_count, test_count = (max(round(share * len(hashed_order)), int(share > 0)) for share in shares[1:])
+    prompts_by_split = {
+        TEST: set(hashed_order[:test_count]),
+        CHOOSE: set(hashed_order[test_count : test_count + choose_count]),
+        TRAIN: set(hashed_order[test_count + choose_count :]),
     }
     # Within a split, the prompts have the same order as in `names`.
-    splits = {split: tuple(name for name in names if name in members[split]) for split in SPLITS}
+    splits = {split: tuple(name for name in names if name in prompts_by_split[split]) for split in SPLITS}
     _check_splits(splits)
     return splits
 

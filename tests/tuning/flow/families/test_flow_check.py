@@ -1,4 +1,6 @@
-"""`eg3d-rlhf flow check`: the content of a folder on one screen, and exit code 0 only if all of it fits."""
+"""Test `eg3d-rlhf flow check`: it shows the content of a folder on one screen, and exits with 0 only if all
+of it fits.
+"""
 
 import math
 import re
@@ -25,14 +27,14 @@ def root(tmp_path):
 
 
 def looked(root):
-    """Call the command; return its exit code and output."""
+    """Call the command, and return its exit code and its output."""
     done = CliRunner().invoke(check, [str(root)])
     assert done.exception is None or isinstance(done.exception, SystemExit)
     return done.exit_code, done.output
 
 
 def row(text, title):
-    """Return the wrapped rows under a title in one line, or '' without the title."""
+    """Return the wrapped rows under a title as one line, or '' if the title is missing."""
     blocks = re.split(r"\n(?=\S)", text)
     return " ".join(" ".join(block.split()) for block in blocks if block.startswith(title)).strip()
 

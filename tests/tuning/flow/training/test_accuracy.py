@@ -1,5 +1,5 @@
-"""Accuracy on held-out pairs: its margins against a loop in float64, the control's pairs, and a rule that
-random answers do not pass.
+"""Test the accuracy on held-out pairs: its margins against a loop in float64, the control's pairs, and that
+random answers do not pass the test.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from tests.tuning.flow.tiny_trainings import run
 
 
 def moved(pipeline, stage=1):
-    """The stage's network after a step in some direction."""
+    """Return the stage's network after a step in a random direction."""
     policy, _ = policy_and_reference(pipeline.stages[stage], tiny_config(lora=None))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -99,8 +99,9 @@ def test_swapping_a_pair_turns_its_margin():
 
 
 def test_the_accuracy_is_logged_chooses_and_stops_early(tmp_path):
-    """Without a judge: labels that can be learnt raise it; turned over, no update is better than none, and
-    training stops.
+    """Without an evaluator, learnable labels raise the accuracy.
+
+    With inverted labels no update is better than the untuned network, and training stops.
     """
     pairs = voxel_pairs(24)
     unseen = voxel_pairs(12, seed=7)
@@ -190,8 +191,8 @@ def test_clustered_intervals_against_their_formulas():
 
 
 def answers(rng, prompts: int, ranked: bool):
-    """Outcomes of a fixed order of four assets a condition, against answers at random: a coin for every pair,
-    or a random ranking.
+    """Return outcomes of a fixed order of four assets per prompt, and of random answers: independent for each
+    pair, or from a random ranking.
     """
     if not ranked:
         return rng.integers(0, 2, 6 * prompts).astype(float)

@@ -60,7 +60,7 @@ def feats(latent) -> torch.Tensor:
 
 
 def common(a, b) -> list[tuple]:
-    """Features of two samples on the voxels of both."""
+    """Return the features of two samples on the voxels that both have."""
     known = dict(zip(map(tuple, a.coords.tolist()), a.feats.tolist(), strict=True))
     return [
         (known[tuple(c)], f)
@@ -71,7 +71,10 @@ def common(a, b) -> list[tuple]:
 
 @KINDS
 def test_draws_derive_from_seed_id_and_epoch_alone(sparse):
-    """In another batch, in another order, a second time: the same; with another seed, epoch or id: others."""
+    """Times and noises are the same in another batch, in another order and at a second call.
+
+    They differ for another seed, epoch or id.
+    """
     pairs = [pair_of(i, sparse) for i in range(4)]
     stage = stage_of(PerChannel(), sparse)
     config = replace(CONFIG, condition_dropout=0.5)
@@ -100,8 +103,8 @@ def test_conditions_are_dropped_for_both_of_a_pair_in_their_share():
 
 @KINDS
 def test_identical_pairs_cost_log_two_and_give_no_gradient(sparse):
-    """The velocities' gradients of a pair's two cancel to the bit, so what reaches the weights is the
-    rounding of a sum of zeros.
+    """The gradients of the two samples cancel exactly, so the gradient of the weights is only the rounding of
+    a sum of zeros.
     """
     stage, draw = drawn(sparse, [pair_of(i, sparse, same=True) for i in range(4)])
     ref = errors_of(stage, draw, PerChannel(seed=1)).detach()

@@ -1,5 +1,5 @@
-"""A reward that reads latents: what it learns from pairs, its files, and that nothing is decoded while
-tuning.
+"""Test a reward of latents: what it learns from pairs, its files, and that nothing is decoded while a stage
+is tuned by it.
 """
 
 from dataclasses import replace
@@ -62,8 +62,9 @@ def _turned(pairs):
 
 @pytest.mark.parametrize("cells", [None, 5])
 def test_symmetry_is_read_about_the_middle_of_the_samples_own_grid(cells):
-    """Two voxels at both ends, opposite each other or not: neither where they lie nor what lies beside them
-    tells which.
+    """Two voxels at opposite ends of the grid are mirror images or not.
+
+    Neither their coordinates nor their neighbours show which.
     """
     pipeline = TinyPipeline()
     g = torch.Generator().manual_seed(0)
@@ -155,8 +156,8 @@ def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
 
 @pytest.mark.long
 def test_what_one_feature_of_assets_orders_without_any_training():
-    """The share of a toy's voxels whose mirror image is filled, on the pairs of `reward latent`'s table;
-    `pytest -s` prints it.
+    """The feature is the share of a toy's voxels whose mirror image is filled, on the pairs of the table of
+    `reward latent`; `pytest -s` prints its accuracy.
     """
     problem = toy_problem()
     pairs = problem.held_out_pairs("voxels")

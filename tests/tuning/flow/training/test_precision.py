@@ -1,4 +1,6 @@
-"""Precision of passes: one for training, win rates and samples; what is learnt stays float32."""
+"""Test the precision of passes: training, win rates and samples use the same one, and trained parameters stay
+float32.
+"""
 
 from dataclasses import replace
 

@@ -34,7 +34,7 @@ def frozen_copy(model):
 
 
 def train(policy, reference, of, parameters, steps=4):
-    """Some DPO updates, with weight decay and at a rate that moves every bit that can move."""
+    """Do some DPO updates with weight decay, at a learning rate that changes every trained parameter."""
     optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1)
     losses = []
     for step in range(steps):

@@ -1,5 +1,5 @@
-"""Training of one stage: what it learns, what it leaves alone, and that a resumed run is the run that was
-never stopped.
+"""Test the training of one stage: what it learns, what it leaves unchanged, and that a resumed run equals an
+uninterrupted one.
 """
 
 import copy
@@ -139,8 +139,8 @@ def test_a_judge_that_sees_nothing_keeps_the_start_and_stops_early(tmp_path):
 
 
 def test_an_unanchored_run_at_a_small_beta_is_caught_and_the_better_network_kept(tmp_path):
-    """Away from the rejected ones without end: the win rate rises, then falls to nothing; an anchored run
-    stays up.
+    """Without regularisation the policy moves away from the rejected samples without end: the win rate rises
+    and then falls. A regularised run keeps its win rate.
     """
     pipeline = TinyPipeline()
     held_out = judge(pipeline)
@@ -433,8 +433,9 @@ def test_wrong_settings_are_named():
 
 
 def lines(count, *, rates=None, **figures):
-    """Lines of 16 pairs every 10 updates; a figure is a number or a function of the line's number. rates: by
-    update.
+    """Make lines of 16 pairs, one every 10 updates.
+
+    A value is a number or a function of the line's number; rates: win rates by update.
     """
     usual = {
         "loss": 0.69,

@@ -1,4 +1,4 @@
-"""Several processes train what one trains, and stop and resume together."""
+"""Test that several processes train the same network as one, and that they stop and resume together."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Estimates of memory and time: against what torch's profiler sees of real tensors,
-and against closed forms.
-"""
+"""Test estimates of memory and time against torch's profiler on real tensors, and against closed forms."""
 
 from dataclasses import replace
 from functools import partial
@@ -96,9 +94,9 @@ def really(make):
 
 
 def allocated(run) -> int:
-    """Most memory that torch's CPU allocator gave out at a time while `run` ran, above what it had before.
+    """Measure the peak memory of torch's CPU allocator while `run` runs, above the memory before.
 
-    By torch's own kernels, as on other devices: those for AVX-512 hold less.
+    torch's own kernels are used, as on other devices, because those for AVX-512 take less memory.
     """
     with implementation("ref"), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()

@@ -1,5 +1,5 @@
-"""Drawing for people: files do not depend on interruptions or ranks; what cannot be shown stops nothing; a
-full disk loses nothing.
+"""Test the sampling of assets for people: files do not depend on interruptions or ranks, an asset that cannot
+be shown stops nothing, and a full disk loses nothing.
 """
 
 import copy
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def toy_work(folder: Path) -> Work:
-    """Five conditions to draw, three assets each, five at once."""
+    """Make a work folder with five prompts, three assets of each, and batches of five."""
     family = family_of(Path("toy"))
     write_conditioning(folder / "conditioning.safetensors", family.embed_texts(Path("toy"), NAMES, CPU))
     return Work(
@@ -117,7 +117,7 @@ def test_a_drawing_that_was_stopped_goes_on_and_draws_nothing_twice(work, tmp_pa
 
 
 def showing(family, show):
-    """A family that shows assets in another way."""
+    """Make a family that writes assets in another way."""
     made = copy.copy(family)
     made.show = show
     return made

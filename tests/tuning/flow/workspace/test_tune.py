@@ -1,6 +1,4 @@
-"""Tuning on people's pairs and its verdict: labels that can be learnt are, answers given at random teach
-nothing.
-"""
+"""Test tuning on people's pairs: learnable labels pass the test, and random answers do not."""
 
 import json
 from dataclasses import replace
@@ -38,8 +36,8 @@ def run(problem, folder, seed=0, said=None, **changes):
 
 @pytest.mark.long
 def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(root, tmp_path):
-    """Held-out labels of one-stage families used to be thrown away, and the last update was kept whatever the
-    labels were.
+    """Regression: held-out labels of families with one stage were not used, and the last update was kept
+    whatever the labels were.
     """
     problem = labelled.shapes(root, 0, per_condition=4)
     said = []
@@ -102,7 +100,7 @@ HELD_OUT = ("grey", "pink", "black", "brown")
 
 
 def enough(stage):
-    """Pairs of conditions of the tiny problem that nothing trains on."""
+    """Return pairs of those prompts of the tiny problem that no training uses."""
     names = (*CHOOSING, *HELD_OUT)
     pairs = human_pairs(stage)
     return [replace(pair, id=f"{name}-{pair.id}", condition=name) for name in names for pair in pairs[:3]]
@@ -118,7 +116,7 @@ def tiny(**changes):
 
 
 def test_all_stages_with_pairs_are_tuned_by_default(tmp_path):
-    """Pairs of both stages used to take two runs."""
+    """Regression: two runs were needed to tune two stages with pairs."""
     settings = Tuning(circular=SETTINGS, control=False)
     report = tune(tiny(), settings, tmp_path / "a", say=lambda line: None)
     assert list(report["stages"]) == ["structure", "voxels"] and report["stages"]["voxels"]["control"] is None
@@ -139,7 +137,7 @@ def test_the_loop_and_its_control(tmp_path):
 
 
 def test_an_evaluator_at_chance_is_reported(tmp_path):
-    """Win rates of judges that order pairs like a coin used to be printed and believed."""
+    """Regression: win rates of evaluators without accuracy above chance were printed without a warning."""
 
     def deaf(assets, conditions):
         return torch.tensor(

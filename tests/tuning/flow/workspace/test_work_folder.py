@@ -1,4 +1,4 @@
-"""The folder that remembers a journey: its splits, what it refuses, and people's answers in it."""
+"""Test the work folder: its splits, what it rejects, and people's answers in it."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def work(tmp_path):
 
 
 def drawn(work):
-    """Two assets of each condition that may be shown."""
+    """Return two assets of each prompt that may be shown."""
     work.asset_folder().mkdir(parents=True)
     lines = []
     for i, name in enumerate(work.names("train", "choose")):
@@ -59,8 +59,9 @@ def shape(work, line, **changes):
 
 
 def answered(work, pairs, choose):
-    """A campaign whose pairs one person answers; choose:
-    from the assets' names, left and right, to a choice.
+    """Make a labelling project whose pairs one person answers.
+
+    choose: function from the names of the left and the right asset to a choice.
     """
     with open_store(work.database, create=True) as store:
         settings = CampaignSettings(

@@ -6,7 +6,7 @@ several seeds and evaluated on the same noises. Groups of one seed share the ste
 (a), (b), (d), (g) and (h) share the training of the last stage; (a), (g) and (h) the loop's pairs; (b) and
 (c) the training of the first stage. Here "first" is the position of a stage: the paper's "step 1" in (c) is
 the first stage, while the first step of the method trains the last stage. With more than two stages, "first"
-stands for all stages before the last.
+means all stages before the last.
 
 Shapes: K training seeds, C prompts, S noises per prompt.
 """
@@ -62,7 +62,7 @@ def table(
     scores: Mapping[str, Sequence[Mapping]],
     seeds: Sequence[int],
     training_records: Mapping[str, Sequence[Mapping]],
-    loop: Mapping,
+    loop_statistics: Mapping,
     facts: Mapping,
 ) -> dict:
     """Make the table, as JSON.
@@ -71,7 +71,7 @@ def table(
         scores: results of `evaluate` by group, one for each training seed.
         seeds: training seeds, [K].
         training_records: records of the trainings by group, one mapping for each training seed.
-        loop: statistics of the loop's pairs, by training seed and stage.
+        loop_statistics: statistics of the loop's pairs, by training seed and stage.
         facts: further entries, which describe the run.
     """
     arrays = {}  # scores by group and evaluator, [K, C, S] each
@@ -79,11 +79,11 @@ def table(
     for letter, seed_results in scores.items():
         # all seeds have the same evaluators and stages, so the names are taken from the first one
         arrays[letter] = {
-            name: np.array([result["scores"][name] for result in seed_results])
+            name: np.array([seed_result["scores"][name] for seed_result in seed_results])
             for name in seed_results[0]["scores"]
         }
         spreads[letter] = {
-            stage: float(np.mean([result["spread"][stage] for result in seed_results]))
+            stage: float(np.mean([seed_result["spread"][stage] for seed_result in seed_results]))
             for stage in seed_results[0]["spread"]
         }
     # "i" is the base; its scores are repeated for every seed, so that they can be compared with each group's
@@ -116,7 +116,7 @@ def table(
     return {
         "groups": groups,
         "pairwise": pairwise,
-        "loop": dict(loop),
+        "loop": dict(loop_statistics),
         **rates.sizes,  # numbers of prompts, noises and seeds
         # smallest win rate that a table of this size detects in 80 % of cases
         "detectable": detectable(C, S, len(seeds)),
@@ -125,16 +125,16 @@ def table(
     }
 
 
-def markdown(data: Mapping) -> str:
+def markdown(table_data: Mapping) -> str:
     """Format the table as Markdown."""
     # all groups have the same parts and stages
-    part_names = list(next(iter(data["groups"].values()))["parts"])
-    stages = list(data["groups"]["i"]["spread"])
+    part_names = list(next(iter(table_data["groups"].values()))["parts"])
+    stages = list(table_data["groups"]["i"]["spread"])
     header = [
         "group",
         "what is trained",
         "win rate against base",
-        *[f"seed {seed}" for seed in data["training_seeds"]],
+        *[f"seed {seed}" for seed in table_data["training_seeds"]],
     ]
     header += (
         [f"{name} alone" for name in part_names]
@@ -142,7 +142,7 @@ def markdown(data: Mapping) -> str:
         + [f"spread, {stage}" for stage in stages]
     )
     table_rows = []
-    for letter, group in data["groups"].items():
+    for letter, group in table_data["groups"].items():
         # the order of the cells is that of `header`
         cells = [f"({letter})", group["title"], with_interval(group), *win_rates_by_seed(group)]
         cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in part_names]
@@ -155,9 +155,9 @@ def markdown(data: Mapping) -> str:
         cells += ["" if share is None else f"{share:.2f}" for share in spread_shares]
         table_rows.append(cells)
     facts = (
-        f"{data['conditions']} held-out prompts x {data['noises']} noises x {len(data['training_seeds'])}"
-        " training seeds; ties count "
-        f"half. Brackets: {data['interval']}. The final evaluator was not used to label, to train or"
+        f"{table_data['conditions']} held-out prompts x {table_data['noises']} noises x"
+        f" {len(table_data['training_seeds'])} training seeds; ties count half. Brackets:"
+        f" {table_data['interval']}. The final evaluator was not used to label, to train or"
         ' to choose; "chooser" chose '
         'checkpoints, "reward" scored the loop\'s pairs. Spread: mean difference between assets of a prompt,'
         " as a share of the base's."
@@ -177,9 +177,9 @@ def markdown(data: Mapping) -> str:
         " the same noises.",
         "",
     ]
-    header = ["comparison", "win rate", *[f"seed {seed}" for seed in data["training_seeds"]]]
+    header = ["comparison", "win rate", *[f"seed {seed}" for seed in table_data["training_seeds"]]]
     table_rows = []
-    for name, comparison in data["pairwise"].items():
+    for name, comparison in table_data["pairwise"].items():
         group_letter, rival_letter = name.split("_vs_")  # keys are "a_vs_b"
         table_rows.append(
             [
@@ -190,9 +190,9 @@ def markdown(data: Mapping) -> str:
         )
     markdown_lines += markdown_rows(header, table_rows)
     # absent for runs without the loop
-    if data["loop"]:
+    if table_data["loop"]:
         table_rows = []
-        for seed, stages in data["loop"].items():
+        for seed, stages in table_data["loop"].items():
             for stage, pairs in stages.items():
                 tuned_better = pairs.get("tuned_rewarded_where_changed")
                 table_rows.append(
@@ -218,25 +218,27 @@ def markdown(data: Mapping) -> str:
     return "\n".join(markdown_lines) + "\n"
 
 
-def plot(data: Mapping):
+def plot(table_data: Mapping):
     """Plot the win rates of all groups against the base, and of group (a) against the other groups.
 
-    Args: data: the table, as JSON.
+    Args: table_data: the table, as JSON.
     """
     # panel 1: every group against the base
-    groups_by_title = {f"({letter}) {group['title']}": group for letter, group in data["groups"].items()}
+    groups_by_title = {
+        f"({letter}) {group['title']}": group for letter, group in table_data["groups"].items()
+    }
     # panel 2: the full loop against every other group; absent if (a) was not trained
     rivals = {
         f"({name.removeprefix('a_vs_')})": comparison
-        for name, comparison in data["pairwise"].items()
+        for name, comparison in table_data["pairwise"].items()
         if name.startswith("a_vs_")
     }
     panels = [("win rate against base, final evaluator", groups_by_title)]
     panels += [("win rate of (a) against, final evaluator", rivals)] if rivals else []
     return plot_rates(
         panels,
-        f"{data['conditions']} prompts x {data['noises']} noises, training seeds"
-        f" {', '.join(map(str, data['training_seeds']))}; bars: 95 % over prompts, ticks: seeds",
+        f"{table_data['conditions']} prompts x {table_data['noises']} noises, training seeds"
+        f" {', '.join(map(str, table_data['training_seeds']))}; bars: 95 % over prompts, ticks: seeds",
     )
 
 
@@ -250,7 +252,12 @@ def loop_of(
 ) -> CircularLoop:
     """Create the loop of a run for a training seed.
 
-    Args: bars: whether progress bars are printed.
+    Args:
+        run: settings of the run.
+        problem: the problem, opened in this process.
+        seed: training seed.
+        ranks: processes that work together.
+        bars: whether progress bars are printed.
     """
     # tqdm.write prints above progress bars
     store = Store(Path(run.artefacts), ranks, tqdm.write)
@@ -288,7 +295,13 @@ def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
 
 
 def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
-    """Run the loop, or train `settings.stage` alone, and write the weights and the table."""
+    """Run the loop, or train `settings.stage` alone, and write the weights and the table.
+
+    Args:
+        settings: settings of the run.
+        problem: the problem, opened in this process.
+        run: folder and ranks of the run.
+    """
     folder = run.folder
     ranks = run.ranks
     loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.is_main)
@@ -313,14 +326,16 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     if not ranks.is_main:
         return
     # stage -> name of its folder of weights in the run
-    weights = {stage: keep(loop, stage, trainings, folder) for stage, trainings in lineage.items()}
-    result = {
+    weights_folder_names = {
+        stage: keep(loop, stage, trainings, folder) for stage, trainings in lineage.items()
+    }
+    run_result = {
         "steps": steps,
-        "weights": weights,
+        "weights": weights_folder_names,
         "warnings": [warning for step in steps for warning in step.get("warnings", [])],
     }
-    run.write(RESULT, result)
-    print(f"The weights are in {', '.join(str(folder / name) for name in weights.values())}.")
+    run.write(RESULT, run_result)
+    print(f"The weights are in {', '.join(str(folder / name) for name in weights_folder_names.values())}.")
     if settings.summary and problem.final is not None:
         # A table of one training seed: the tuned generator, and the generator of which only the last stage is
         # tuned, against the base. The letters are those of the ablation's groups.
@@ -342,15 +357,15 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         # after several rounds, the statistics of the last round remain in the mapping
         pair_steps = {step["stage"]: step for step in steps if step["step"] == "pairs"}
         facts = {"training_seeds": [seed], **settings.facts(problem)}
-        data = table(
+        table_data = table(
             scores,
             [seed],
             {letter: [{}] for letter in scores},
             {str(seed): pair_steps} if pair_steps else {},
             facts,
         )
-        write(data, folder, "summary", markdown, plot)
-        print(markdown(data))
+        write(table_data, folder, "summary", markdown, plot)
+        print(markdown(table_data))
 
 
 def describe(step: Mapping) -> str:
@@ -369,16 +384,20 @@ def describe(step: Mapping) -> str:
             f" structure{remark}"
         )
     # the rate at the kept update, if it was measured there
-    rates = ""
+    rate_remarks = ""
     for name, rate_name in (
         ("win_rates", "held-out win rate"),
         ("held_out_accuracies", "accuracy on held-out pairs"),
     ):
-        values = dict(step[name])
-        rates += f", {rate_name} {values[step['kept_step']]:.3f}" if step["kept_step"] in values else ""
+        rate_by_step = dict(step[name])
+        rate_remarks += (
+            f", {rate_name} {rate_by_step[step['kept_step']]:.3f}"
+            if step["kept_step"] in rate_by_step
+            else ""
+        )
     return (
         f"{position}: trained on {step['pairs']} pairs ({step['step']}), kept update"
-        f" {step['kept_step']}{rates}"
+        f" {step['kept_step']}{rate_remarks}"
     )
 
 
@@ -386,6 +405,12 @@ def keep(loop: CircularLoop, stage: str, trainings: tuple[Artefact, ...], folder
     """Link the weights of a stage into the folder of the run, and return the name of their folder there.
 
     They are the weights of its training, or after several rounds all parameters of the network.
+
+    Args:
+        loop: steps of the run.
+        stage: name of the stage.
+        trainings: trainings of the stage, the oldest first.
+        folder: folder of the run.
     """
     # links to the artefacts, so that weights are not stored twice
     link_folder(network_weights(loop, stage, trainings, folder / stage), folder / stage)
@@ -430,17 +455,19 @@ class Ablation:
             networks = self._trained(loop, group.last, "last") if group.last != BASE else {}
             networks |= self._trained(loop, group.first, "first") if group.first != BASE else {}
         scores = loop.evaluate(networks, self.plan.evaluation)
-        records = {stage: _training(trainings[-1]) for stage, trainings in networks.items()}
-        return {"scores": scores.record, "trainings": records, "reused": scores.reused}
+        training_records = {stage: _training(trainings[-1]) for stage, trainings in networks.items()}
+        return {"scores": scores.record, "trainings": training_records, "reused": scores.reused}
 
     def _trained(self, loop: CircularLoop, kind: str, stages: str) -> dict[str, tuple[Artefact, ...]]:
         """Train the last stage, or each of the stages before it, from the untuned networks.
 
-        Returns the lineage of the trained stages.
-
-        Args: kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning; stages: "last" or "first".
+        Args:
+            loop: loop of the training seed.
+            kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning.
+            stages: "last" or "first".
+        Returns: the lineage of the trained stages.
         """
-        # with two stages, "first" stands for one stage
+        # with two stages, "first" means one stage
         stage_names = loop.names[-1:] if stages == "last" else loop.names[:-1]
         return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in stage_names}
 
@@ -473,7 +500,11 @@ def _training(artefact: Artefact) -> dict:
 def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablation:
     """Create the worker of a process.
 
-    Args: alone: whether this is the only process; otherwise it computes with one thread.
+    Args:
+        run: settings of the run.
+        device: device of the process.
+        open: function that opens the problem.
+        alone: whether this is the only process; otherwise it computes with one thread.
     """
     # more threads than cores would slow all processes down
     if not alone:
@@ -482,7 +513,16 @@ def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablati
 
 
 def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int, open: Open) -> None:
-    """Train and evaluate all groups on worker processes, and write the table."""
+    """Train and evaluate all groups on worker processes, and write the table.
+
+    Args:
+        run: settings of the run.
+        problem: the problem, opened in this process.
+        folder: folder of the run.
+        device: device of the worker processes.
+        jobs: number of worker processes.
+        open: function that opens the problem in a worker process.
+    """
     plan = run.plan
     tasks = run.plan.tasks()
     print(f"{len(tasks)} tasks run on {jobs} processes. Their output is in {folder / 'logs'}.", flush=True)
@@ -495,14 +535,20 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
         flush=True,
     )
     results = pooled("ablation", tasks, handler_of, (run, device, open), jobs, folder)
-    data = tabled(results, plan, run.facts(problem))
-    for path in write(data, folder, "ablation", markdown, plot):
+    table_data = tabled(results, plan, run.facts(problem))
+    for path in write(table_data, folder, "ablation", markdown, plot):
         print(f"The table was written to {path}.")
-    print(markdown(data))
+    print(markdown(table_data))
 
 
 def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
-    """Make the table from the results of all tasks, by name of the task."""
+    """Make the table from the results of all tasks, by name of the task.
+
+    Args:
+        results: results of the tasks, by name of the task.
+        plan: plan of the ablation.
+        facts: further entries of the table, which describe the run.
+    """
     seeds = plan.seeds
     scores = {}  # group -> result of `evaluate` for each seed
     training_records: dict[str, list] = {}  # group -> records of the trainings for each seed
@@ -513,8 +559,8 @@ def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -
             training_records[letter] = [{} for _ in seeds]
             continue
         group_results = [results[f"{seed}/{letter}"] for seed in seeds]
-        scores[letter] = [result["scores"] for result in group_results]
-        training_records[letter] = [result["trainings"] for result in group_results]
+        scores[letter] = [task_result["scores"] for task_result in group_results]
+        training_records[letter] = [task_result["trainings"] for task_result in group_results]
     # the keys of a JSON object are texts
-    loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
-    return table(scores, seeds, training_records, loop, {"training_seeds": list(seeds), **facts})
+    loop_statistics = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
+    return table(scores, seeds, training_records, loop_statistics, {"training_seeds": list(seeds), **facts})

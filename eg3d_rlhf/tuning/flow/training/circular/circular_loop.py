@@ -69,14 +69,14 @@ class CircularLoop:
     say: Callable[[str], None] = print  # function that prints status lines and warnings
     _models: dict = field(default_factory=dict, repr=False)  # networks by their stage and trainings
 
-    def of_round(self, number: int) -> "CircularLoop":
+    def of_round(self, round_number: int) -> "CircularLoop":
         """Return the same loop with the random seed of a round, counted from 1."""
         # the first round has the seed of the run, so that its steps are the same in runs of one or more
         # rounds
-        if number == 1:
+        if round_number == 1:
             return self
         # later rounds have other noises, orders and adapters; the seed is below 2**31
-        seed = derive_seed("round", self.settings.seed, number) % 2**31
+        seed = derive_seed("round", self.settings.seed, round_number) % 2**31
         return replace(self, settings=replace(self.settings, seed=seed))
 
     # Parts of the problem.
@@ -102,12 +102,12 @@ class CircularLoop:
 
     def _model(self, stage: str, trainings: tuple[Artefact, ...]) -> torch.nn.Module:
         """Return the network of a stage after its trainings, which are given oldest first."""
-        key = (stage, *(training.content for training in trainings))
+        cache_key = (stage, *(training.content for training in trainings))
         # the weights of a training apply to the network of the previous training
-        if key not in self._models:
+        if cache_key not in self._models:
             base = self._model(stage, trainings[:-1]) if len(trainings) > 1 else self.stage(stage).stage.model
-            self._models[key] = tuned_model(base, weights_of(trainings[-1]), merge=True)
-        return self._models[key]
+            self._models[cache_key] = tuned_model(base, weights_of(trainings[-1]), merge=True)
+        return self._models[cache_key]
 
     def _named(self, lineage: Lineage) -> dict[str, list[str]]:
         """Return the hashes of a lineage's trainings, by stage; they become part of the hashes of later
@@ -150,7 +150,7 @@ class CircularLoop:
         reference_lineage = reference_lineage or {}
         seed = self.settings.seed
         sampled_stage = next_stage(self.names, stage)
-        references = (
+        reference_trainings = (
             {sampled_stage: reference_lineage[sampled_stage]} if reference_lineage.get(sampled_stage) else {}
         )
         inputs = {
@@ -162,7 +162,7 @@ class CircularLoop:
             "config": {"per_pair": self.settings.loop_pairs.per_pair},
             # the next two keys have the spelling of version 0.1, since they are part of the hash
             "op": self._named({name: trainings for name, trainings in lineage.items() if name != stage}),
-            "un_op": self._named(references),
+            "un_op": self._named(reference_trainings),
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
@@ -174,7 +174,7 @@ class CircularLoop:
                 self.settings.loop_pairs,
                 seed,
                 stage=stage,
-                reference_models=self.models(references),
+                reference_models=self.models(reference_trainings),
             )
             # the bar counts the pairs of this rank; -(-a // b) divides and rounds up
             with self._bar(f"pairs for {stage}", -(-len(human_pairs) // self.ranks.world)) as bar:
@@ -211,7 +211,7 @@ class CircularLoop:
         config = self.settings.loop
         use = use or self.use
         # entries of the hash that identify the pairs of this training
-        source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
+        pair_source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
         # the first two uses change the loss, which is part of the hash by the config; the other uses change
         # the pairs
         if use == REGULARISER:
@@ -219,10 +219,10 @@ class CircularLoop:
         elif use == WINNERS:
             config = replace(config, dpo=self.settings.sft.dpo)
         elif use != PAIRS:
-            source["use"] = version_0_1.former_use(use)
+            pair_source["use"] = version_0_1.former_use(use)
 
         # called only if the artefact does not exist yet
-        def read() -> tuple[list[PreferencePair], dict]:
+        def load_pairs() -> tuple[list[PreferencePair], dict]:
             # read_pairs returns (pairs, description)
             selected_pairs, report = select_and_weigh(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
             return used(selected_pairs, use, self.settings.seed, self.people(stage)), report
@@ -231,8 +231,8 @@ class CircularLoop:
             stage,
             lineage,
             config,
-            source,
-            read,
+            pair_source,
+            load_pairs,
             "DPO on the loop's pairs" if use == PAIRS else f"the loop's pairs: {use}",
         )
 
@@ -241,8 +241,8 @@ class CircularLoop:
         stage: str,
         lineage: Lineage,
         config: TrainConfig,
-        source: Mapping,
-        read: Callable[[], tuple[Sequence[PreferencePair], Mapping]],
+        pair_source: Mapping,
+        load_pairs: Callable[[], tuple[Sequence[PreferencePair], Mapping]],
         description: str,
     ) -> Artefact:
         """Train a stage, or return the artefact of the same training if it exists.
@@ -251,8 +251,8 @@ class CircularLoop:
             stage: name of the stage.
             lineage: lineage whose network of the stage training starts from.
             config: settings of the training.
-            source: entries of the hash that identify the pairs.
-            read: function that returns the pairs and a report of their selection.
+            pair_source: entries of the hash that identify the pairs.
+            load_pairs: function that returns the pairs and a report of their selection.
             description: description of the training for messages.
         """
         conditioned = self.stage(stage)
@@ -264,24 +264,26 @@ class CircularLoop:
             "problem": self.problem.identity,
             "stage": stage,
             "networks": self._named(lineage),
-            "pairs": source,
+            "pairs": pair_source,
             # settings that do not change the result are not hashed
             "config": {
-                name: value for name, value in asdict(config).items() if name not in CHANGEABLE_SETTINGS
+                setting_name: setting_value
+                for setting_name, setting_value in asdict(config).items()
+                if setting_name not in CHANGEABLE_SETTINGS
             },
             "choosing": None if choosing is None else asdict(choosing),
             "unseen": self.problem.unseen_pairs is not None,
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
-            pairs, report = read()
+            pairs, report = load_pairs()
             models = self.models(lineage)
             # a win rate compares this stage with the network that it starts from; other stages are the same
-            other_models = {name: model for name, model in models.items() if name != stage}
+            other_models = {stage_name: model for stage_name, model in models.items() if stage_name != stage}
             held_out = None
             if choosing is not None:
                 held_out = choosing.held_out(self.problem, stage, other_models, dict(models), self.ranks)
-            result = train_stage(
+            stage_result = train_stage(
                 conditioned.with_model(models.get(stage)),
                 pairs,
                 config,
@@ -293,49 +295,51 @@ class CircularLoop:
                 say=self.say,
             )
             # last line with metrics of updates, since lines of evaluations have none
-            last_line = next((line for line in reversed(result.stats) if line.get("pairs")), None)
-            return [result.weights], {
-                "weights": result.weights.relative_to(folder).as_posix(),
-                **result.record(),
-                "held_out_accuracies": result.values_of(ACCURACY),
+            last_line = next((line for line in reversed(stage_result.stats) if line.get("pairs")), None)
+            return [stage_result.weights], {
+                "weights": stage_result.weights.relative_to(folder).as_posix(),
+                **stage_result.record(),
+                "held_out_accuracies": stage_result.values_of(ACCURACY),
                 "last": last_line,  # shows the margins at the end of the training
                 "pairs": len(pairs),
                 "weighing": report,
             }
 
         return self.store.make(
-            f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {description}"
+            f"{stage}-{pair_source['source']}", inputs, maker, f"stage {stage!r}, {description}"
         )
 
     def _bar(self, title: str, total: int) -> tqdm:
         """Create a progress bar, which prints nothing unless `bars` is set."""
         return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
 
-    def evaluate(self, lineage: Lineage, evaluation: Evaluation) -> Artefact:
+    def evaluate(self, lineage: Lineage, evaluation_settings: Evaluation) -> Artefact:
         """Score assets of the held-out prompts by every evaluator. The record of the artefact holds the
         scores.
 
-        Args: lineage: lineage of the networks; evaluation: settings of the samples.
+        Args: lineage: lineage of the networks; evaluation_settings: settings of the samples.
         """
         # the keys and values have the spelling of version 0.1, since they are part of the hash
         inputs = {
             "step": "judge",
             "problem": self.problem.identity,
             "networks": self._named(lineage),
-            "judging": asdict(evaluation),
+            "judging": asdict(evaluation_settings),
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
             del folder  # not used: the scores are in the record, and no files are written
             with self._bar(
-                "evaluation", evaluation.per_condition * len(self.problem.held_out_prompts)
+                "evaluation", evaluation_settings.per_condition * len(self.problem.held_out_prompts)
             ) as bar:
                 return [], evaluate(
-                    self.problem, self.models(lineage), evaluation, bar.update, measures_spread=True
+                    self.problem, self.models(lineage), evaluation_settings, bar.update, measures_spread=True
                 )
 
-        names = ", ".join(stage for stage, trainings in lineage.items() if trainings) or "none"
-        return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
+        tuned_stages = ", ".join(stage for stage, trainings in lineage.items() if trainings) or "none"
+        return self.store.make(
+            "scores", inputs, maker, f"scores of the generator with tuned stages: {tuned_stages}"
+        )
 
 
 def check(problem: Problem) -> None:
@@ -363,22 +367,29 @@ def run_loop(
 ) -> tuple[Lineage, list[dict]]:
     """Run the loop `settings.rounds` times.
 
-    Returns the lineage with the trainings of every stage, and a description of each step as JSON. If all
-    pairs of a stage are dropped, the loop ends. In the first round, the stages tuned so far are then the
-    result. In a later round, the networks of the previous round are the result.
+    If all pairs of a stage are dropped, the loop ends. In the first round, the stages tuned so far are then
+    the result. In a later round, the networks of the previous round are the result.
 
     Args: loop: steps of the run; on_step: function that is called with the description of each finished step.
+    Returns: the lineage with the trainings of every stage; and a description of each step as JSON.
     """
     stages = loop.names
     lineage: dict[str, tuple[Artefact, ...]] = {}
     steps: list[dict] = []
 
-    def done(number: int, kind: str, stage: str, artefact: Artefact) -> Artefact:
-        """Record a step of a round, and return its artefact."""
+    def done(round_number: int, step_name: str, stage: str, artefact: Artefact) -> Artefact:
+        """Record a step of a round, and return its artefact.
+
+        Args:
+            round_number: number of the round, counted from 1.
+            step_name: name of the step: "people", "pairs" or "loop".
+            stage: name of the stage.
+            artefact: artefact that the step made.
+        """
         steps.append(
             {
-                "round": number,
-                "step": kind,
+                "round": round_number,
+                "step": step_name,
                 "stage": stage,
                 "artefact": artefact.folder.name,
                 **artefact.record,
@@ -387,18 +398,20 @@ def run_loop(
         on_step(steps[-1])
         return artefact
 
-    for number in range(1, loop.settings.rounds + 1):
+    for round_number in range(1, loop.settings.rounds + 1):
         previous_lineage = dict(lineage)  # networks that this round starts from, and its reference
-        this_round = loop.of_round(number)
-        training = done(number, "people", stages[-1], this_round.from_people(stages[-1], previous_lineage))
+        this_round = loop.of_round(round_number)
+        training = done(
+            round_number, "people", stages[-1], this_round.from_people(stages[-1], previous_lineage)
+        )
         lineage[stages[-1]] = (*previous_lineage.get(stages[-1], ()), training)
         try:
             for stage in reversed(stages[:-1]):
-                pairs = done(number, "pairs", stage, this_round.pairs(stage, lineage, previous_lineage))
-                training = done(number, "loop", stage, this_round.from_loop(stage, pairs, lineage))
+                pairs = done(round_number, "pairs", stage, this_round.pairs(stage, lineage, previous_lineage))
+                training = done(round_number, "loop", stage, this_round.from_loop(stage, pairs, lineage))
                 lineage[stage] = (*previous_lineage.get(stage, ()), training)
         except NoPairsError as error:
-            if number == 1:
+            if round_number == 1:
                 loop.say(
                     "Warning: the loop has no pairs for the earlier stages. The stages tuned so far are kept:"
                     f" {', '.join(lineage)}. {error}"
@@ -406,8 +419,8 @@ def run_loop(
                 return lineage, steps
             # the trainings of an incomplete round are not part of the result
             loop.say(
-                f"Warning: round {number} has no pairs to train on, so the networks of round {number - 1} are"
-                f" the result. {error}"
+                f"Warning: round {round_number} has no pairs to train on, so the networks of round"
+                f" {round_number - 1} are the result. {error}"
             )
             return previous_lineage, steps
     return lineage, steps

@@ -7,8 +7,8 @@ be trained:
     2. Stage i + 1 is sampled with it twice from the same noise: the tuned sample (the paper's "op") from the
        tuned network, and the reference sample from the reference network. Later stages, if there are any, are
        the same for both samples.
-    3. Both samples are decoded to assets, scored, and encoded back. Their latents of stage i are
-       the new pair, with the tuned sample preferred.
+    3. The tuned and the reference sample are decoded to assets, scored, and encoded back. Their latents of
+       stage i are the new pair, with the tuned sample preferred.
 The two latents of a pair differ only if decoding gave assets that are encoded differently. Pairs whose
 latents are equal are marked in `provenance`, since with shared noise they have the loss log 2 and no
 gradient. The remaining pairs are selected by w1 and weighted by w2 (equations 10-14):
@@ -17,9 +17,9 @@ gradient. The remaining pairs are selected by w1 and weighted by w2 (equations 1
          C_i the comparisons that candidate i of n wins by reward
     w2 = sigmoid(r_preferred - r_rejected) / its mean over the selected pairs,  r the reward
 
-The candidates are both samples of all pairs of a prompt. With one reward and the paper's threshold of 0, w1
-selects a pair exactly if its reward gap r_preferred - r_rejected is positive. The other candidates then have
-no influence.
+The candidates are the preferred and the rejected samples of all pairs of a prompt. With one reward and the
+paper's threshold of 0, w1 selects a pair exactly if its reward gap r_preferred - r_rejected is positive. The
+other candidates then have no influence.
 
 Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in
 algorithm 1 and equation 11, the rejected sample is the reference's.
@@ -95,7 +95,14 @@ class LoopPairMaker:
     ) -> "LoopPairMaker":
         """Create the maker with the pipeline and the reward of a problem.
 
-        Args: reference_models: reference networks by stage; None: the pipeline's own networks.
+        Args:
+            problem: problem with the pipeline and the reward.
+            tuned_models: tuned networks by stage.
+            config: settings of how pairs are made.
+            seed: seed of the noises.
+            stage: name of the stage to be trained.
+            reference_models: reference networks by stage.
+            None: the pipeline's own networks.
         """
         # `check` has rejected problems without a reward
         assert problem.reward is not None
@@ -121,15 +128,17 @@ class LoopPairMaker:
         sampled_stage = next_stage([stage.name for stage in self.pipeline.stages], self.stage)
         assert sampled_stage in self.tuned_models
         # tuned and reference samples differ in the network of the next stage alone
-        references = {name: model for name, model in self.tuned_models.items() if name != sampled_stage}
+        reference_networks = {
+            name: model for name, model in self.tuned_models.items() if name != sampled_stage
+        }
         if sampled_stage in self.reference_models:
-            references[sampled_stage] = self.reference_models[sampled_stage]
+            reference_networks[sampled_stage] = self.reference_models[sampled_stage]
         # `batch` is a number of assets; each human pair gives per_pair tuned and per_pair reference samples
-        per_batch = max(1, self.config.batch // self.config.per_pair)
+        pairs_per_batch = max(1, self.config.batch // self.config.per_pair)
         new_pairs = []
-        for i in range(0, len(pairs), per_batch):
-            batch_pairs = pairs[i : i + per_batch]
-            new_pairs += self._batch(batch_pairs, (self.tuned_models, references), sampled_stage)
+        for i in range(0, len(pairs), pairs_per_batch):
+            batch_pairs = pairs[i : i + pairs_per_batch]
+            new_pairs += self._batch(batch_pairs, (self.tuned_models, reference_networks), sampled_stage)
             if on_pair:
                 on_pair(len(batch_pairs))
         return new_pairs
@@ -160,18 +169,22 @@ class LoopPairMaker:
         # the tuned and the reference sample of a new pair have the same seed, which is below 2**31
         seeds = [derive_seed("loop", self.seed, stage, pair.id, k) % 2**31 for pair, _, k in sample_inputs]
         voxels_by_stage = {sampled_stage: [voxels for _, voxels, _ in sample_inputs]}
-        latents = []  # latents of the stage: a list for the tuned and one for the reference samples
-        rewards = []  # rewards [n] of the tuned and of the reference samples
+        # latents of the stage: a list for the tuned and one for the reference samples
+        latents_by_network = []
+        rewards_by_network = []  # rewards [n] of the tuned and of the reference samples
         for models in networks_of_samples:
             # steps 2 and 3
             assets = generate(self.pipeline, prompts, seeds, models, config.batch, voxels_by_stage)
-            rewards.append(self.reward(assets, prompts).detach().float().cpu())
-            latents.append([to_cpu(stage_latents[stage]) for stage_latents in self.pipeline.encode(assets)])
+            rewards_by_network.append(self.reward(assets, prompts).detach().float().cpu())
+            latents_by_network.append(
+                [to_cpu(latents_by_stage[stage]) for latents_by_stage in self.pipeline.encode(assets)]
+            )
         # w1 compares rewards, and a comparison with NaN would always be false
-        if not all(bool(values.isfinite().all()) for values in rewards):
+        if not all(bool(sample_rewards.isfinite().all()) for sample_rewards in rewards_by_network):
+            all_rewards = torch.cat(rewards_by_network)
             raise ValueError(
-                f"loop pairs: some rewards are not finite: {rewards[0].tolist()} and {rewards[1].tolist()}."
-                " Check the program of the reward for NaN and infinite values."
+                f"loop pairs: {int((~all_rewards.isfinite()).sum())} of {len(all_rewards)} rewards are NaN or"
+                " infinite. Check the program of the reward."
             )
         new_pairs = [
             PreferencePair(
@@ -181,12 +194,16 @@ class LoopPairMaker:
                 preferred=tuned_latent,
                 rejected=reference_latent,
                 source="loop",
-                reward_preferred=float(rewards[0][n]),
-                reward_rejected=float(rewards[1][n]),
-                provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": sampled_stage},
+                reward_preferred=float(rewards_by_network[0][index]),
+                reward_rejected=float(rewards_by_network[1][index]),
+                provenance={
+                    "human_pair": pair.id,
+                    "noise_seed": seeds[index],
+                    "sampled_stage": sampled_stage,
+                },
             )
-            for n, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
-                zip(sample_inputs, *latents, strict=True)
+            for index, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
+                zip(sample_inputs, *latents_by_network, strict=True)
             )
         ]
         # the comparison of latents, element by element, is recorded in the pair, so that it is done only once
@@ -229,22 +246,22 @@ def make_in_chunks(
     The ranks make chunks of pairs alternately. A finished chunk stays on the disk until all chunks are
     finished, so that an interrupted call can be resumed.
 
-    Returns the path folder/pairs, and statistics of the pairs (see summarise_pairs), which are empty on all
-    ranks but 0.
-
     Args:
         folder: folder for the result and the chunks.
         make: maker of the pairs.
         human: all human pairs of the stage.
         ranks: this process among the processes that work together.
         on_pair: function that is called with the number of human pairs that were just done.
+
+    Returns: the path folder/pairs; and statistics of the pairs (see summarise_pairs), which are empty on all
+        ranks but 0.
     """
     chunk_starts = range(0, len(human), make.config.chunk)
-    chunks = folder / "chunks"
+    chunks_folder = folder / "chunks"
     # this rank makes every world-th chunk
-    for number, chunk_start in list(enumerate(chunk_starts))[ranks.rank :: ranks.world]:
+    for chunk_number, chunk_start in list(enumerate(chunk_starts))[ranks.rank :: ranks.world]:
         chunk_pairs = human[chunk_start : chunk_start + make.config.chunk]
-        chunk_folder = chunks / f"{number:05d}"
+        chunk_folder = chunks_folder / f"{chunk_number:05d}"
         # finished before an interruption; the progress bar counts its pairs, too
         if chunk_folder.exists():
             if on_pair:
@@ -254,7 +271,7 @@ def make_in_chunks(
         # an interrupted call may have left an incomplete folder of this chunk
         unfinished_folder = chunk_folder.with_suffix(".part")
         shutil.rmtree(unfinished_folder, ignore_errors=True)
-        write_pairs(unfinished_folder, new_pairs, {"seed": make.seed, "chunk": number})
+        write_pairs(unfinished_folder, new_pairs, {"seed": make.seed, "chunk": chunk_number})
         # renaming is atomic, so a folder of the final name is always complete
         os.replace(unfinished_folder, chunk_folder)
     ranks.barrier()
@@ -262,13 +279,13 @@ def make_in_chunks(
     if not ranks.is_main:
         return folder / "pairs", {}
     pairs: list[PreferencePair] = []
-    for number in range(len(chunk_starts)):
+    for chunk_number in range(len(chunk_starts)):
         # read_pairs returns (pairs, description)
-        pairs += read_pairs(chunks / f"{number:05d}", make.stage)[0]
+        pairs += read_pairs(chunks_folder / f"{chunk_number:05d}", make.stage)[0]
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
-    write_pairs(folder / "pairs", pairs, meta)
-    shutil.rmtree(chunks)
+    pairs_meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
+    write_pairs(folder / "pairs", pairs, pairs_meta)
+    shutil.rmtree(chunks_folder)
     return folder / "pairs", summarise_pairs(pairs)
 
 
@@ -304,8 +321,8 @@ def win_shares(rewards: torch.Tensor) -> torch.Tensor:
     """Compute P of each of n candidates from their rewards, [n] -> [n] float64 (Circular-DPO, equations
     10-14).
 
-    P is the share of all comparisons that a candidate wins, so the result sums to 1. Of equal rewards, both
-    win half a comparison.
+    P is the share of all comparisons that a candidate wins, so the result sums to 1. If two candidates
+    have equal rewards, each wins half a comparison.
 
     >>> win_shares(torch.tensor([3.0, 1.0, 2.0]))
     tensor([0.6667, 0.0000, 0.3333], dtype=torch.float64)
@@ -341,7 +358,7 @@ def w2(gaps: torch.Tensor) -> torch.Tensor:
 
 
 def same_structure(pair: PreferencePair) -> bool:
-    """Return True if both latents are equal up to rounding, so that the pair has no gradient.
+    """Return True if the two latents of a pair are equal up to rounding, so that it has no gradient.
 
     If the entry "same_structure" of `provenance` is there, its value is returned without a comparison.
     """
@@ -371,12 +388,12 @@ def weigh(
 ) -> tuple[list[PreferencePair], dict]:
     """Select pairs and fill in their w1 and w2.
 
-    Returns the selected pairs, and a report (JSON) with the number of dropped pairs by reason and statistics
-    of w1, w2 and the reward gaps.
-
     Pairs whose latents have the same structure are dropped first, then, with `use_w1`, pairs with w1 <= 0.
-    The candidates of a prompt are both samples of all its pairs. Without `use_w1`, w1 is filled in but drops
-    nothing. Without `use_w2`, w2 stays empty and all pairs count alike.
+    The candidates of a prompt are the preferred and the rejected samples of all its pairs. Without `use_w1`,
+    w1 is filled in but drops nothing. Without `use_w2`, w2 stays empty and all pairs count alike.
+
+    Returns: the selected pairs; and a report (JSON) with the number of dropped pairs by reason and statistics
+        of w1, w2 and the reward gaps.
 
     Raises: ValueError for pairs without finite rewards if w1 or w2 is used.
     """
@@ -392,15 +409,17 @@ def weigh(
         )
     w1_by_id: dict[str, float] = {}  # id -> w1
     # all pairs are candidates, also pairs whose latents have the same structure
-    for group in by_condition(pairs).values() if all_scored else ():
+    for prompt_pairs in by_condition(pairs).values() if all_scored else ():
         rewards = torch.tensor(
-            [p.rewards[0] for p in group] + [p.rewards[1] for p in group], dtype=torch.float64
+            [p.rewards[0] for p in prompt_pairs] + [p.rewards[1] for p in prompt_pairs], dtype=torch.float64
         )
         # the preferred samples come first, then the rejected ones
         preferred_indices, rejected_indices = torch.arange(len(rewards)).chunk(2)
         # w1 is computed for all pairs of a prompt at once
         w1_by_id |= zip(
-            (p.id for p in group), w1(rewards, preferred_indices, rejected_indices).tolist(), strict=True
+            (p.id for p in prompt_pairs),
+            w1(rewards, preferred_indices, rejected_indices).tolist(),
+            strict=True,
         )
     selected_pairs = [p for p in differing_pairs if not use_w1 or w1_by_id[p.id] > 0]
     weights: list[float | None] = [None] * len(selected_pairs)
@@ -439,13 +458,15 @@ def select_and_weigh(
 ) -> tuple[list[PreferencePair], dict]:
     """Select and weight the loop's pairs for training, see `weigh`.
 
-    Returns the selected pairs and the report.
+    Returns: the selected pairs; and the report of `weigh`.
 
     Raises: NoPairsError if all pairs are dropped.
     """
     selected_pairs, report = weigh(with_roles(pairs, weighing.roles), weighing.use_w1, weighing.use_w2)
     if not selected_pairs:
-        dropped_counts = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
+        dropped_counts = ", ".join(
+            f"{reason} {dropped_count}" for reason, dropped_count in report["dropped"].items()
+        )
         raise NoPairsError(
             f"loop: all {len(pairs)} pairs were dropped ({dropped_counts}), so there is nothing to train on."
             " Train the next stage further, or make more pairs (--set loop_pairs=N)."

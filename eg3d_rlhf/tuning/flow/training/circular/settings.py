@@ -150,7 +150,7 @@ ARMS = {
 ALL = GROUPS | ARMS
 
 
-def parse_groups(text: str) -> list[str]:
+def parse_groups(group_list: str) -> list[str]:
     """Parse a list of groups such as "a..i", "a,d,i" or "a..d,regulariser", and return their names in order.
 
     The base, group "i", is always among them.
@@ -158,21 +158,21 @@ def parse_groups(text: str) -> list[str]:
     Raises: ValueError for a part that is neither a letter, a range of letters nor the name of an arm.
     """
     # the base is always included, since all groups are compared with it
-    names: set[str] = {"i"}
-    for group_text in text.replace(" ", "").split(","):
+    group_names: set[str] = {"i"}
+    for group_text in group_list.replace(" ", "").split(","):
         start, separator, end = group_text.partition("..")
         bounds = [start, end if separator else start]
         if group_text in ARMS:
-            names.add(group_text)
+            group_names.add(group_text)
             continue
         if not all(bound in GROUPS for bound in bounds) or bounds[0] > bounds[1]:
             arms = ", ".join(ARMS)
             raise ValueError(
-                f"groups: {group_text!r} in {text!r} is not a group. Write letters from a to i, such as a,b,d"
-                f" or a..i, or arms among {arms}."
+                f"groups: {group_text!r} in {group_list!r} is not a group. Write letters from a to i, such as"
+                f" a,b,d or a..i, or arms among {arms}."
             )
-        names.update(letter for letter in GROUPS if bounds[0] <= letter <= bounds[1])
-    return [name for name in ALL if name in names]
+        group_names.update(letter for letter in GROUPS if bounds[0] <= letter <= bounds[1])
+    return [group_name for group_name in ALL if group_name in group_names]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +196,11 @@ class AblationPlan:
         tasks: dict[str, list[str]] = {}
         # trainings that groups share; PEOPLE/last comes first, since the loop's pairs wait for it
         for stages in ("last", "first"):  # the two fields of Group
-            for data in (PEOPLE, SUPERVISED):
-                if not any(getattr(group, stages) == data for group in groups):
+            for data_name in (PEOPLE, SUPERVISED):
+                if not any(getattr(group, stages) == data_name for group in groups):
                     continue
-                tasks |= {f"{seed}/{data}/{stages}": [] for seed in self.seeds}
-                if (data, stages) == (PEOPLE, "last") and looping:
+                tasks |= {f"{seed}/{data_name}/{stages}": [] for seed in self.seeds}
+                if (data_name, stages) == (PEOPLE, "last") and looping:
                     # the pairs are made from samples of the tuned last stage
                     tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
         for letter in self.groups:

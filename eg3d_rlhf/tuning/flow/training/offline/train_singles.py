@@ -6,7 +6,7 @@ The loss is that of DiffusionNFT (Zheng et al. 2025) for each asset by itself, o
 The untuned network is the reference, and it also serves as the sampling network v_old of the losses, although
 other networks may have generated the assets. It never follows the policy, since training then diverges on a
 finite set of assets (losses.nft_loss). Times are sampled by the stage's own schedule, but not below
-LEAST_TIME, where errors hardly depend on the asset. Guidance is not used. The folder of a run, checkpoints
+MIN_TIME, where errors hardly depend on the asset. Guidance is not used. The folder of a run, checkpoints
 and resuming are described in trainer.py.
 
 In the formulas below, v is the velocity of the policy, v_ref that of the reference, u the target velocity,
@@ -42,7 +42,7 @@ from eg3d_rlhf.tuning.flow.training.trainer import StageResult, train, win_rate_
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
-LEAST_TIME = 0.02  # smallest time to train on, in 0..1
+MIN_TIME = 0.02  # smallest time to train on, in 0..1
 EVEN = 1e-9  # largest distance from 1/2 of an r that counts as neutral and gives no gradient
 FAR = 0.9  # squared distance from the reference, divided by its squared error, above which a warning is given
 CALM = "Raise --trust or --kl, lower --lr, or train fewer updates."
@@ -53,7 +53,7 @@ class SingleDraw:
     """Noisy latents of a batch of N assets, with the time and the target of each."""
 
     x_t: Batch  # N mixtures of latents and noises at the times t
-    t: torch.Tensor  # [N] in LEAST_TIME..1
+    t: torch.Tensor  # [N] in MIN_TIME..1
     target: Batch  # N target velocities u
     cond: Condition  # N rows
 
@@ -61,7 +61,7 @@ class SingleDraw:
 def draw_singles(
     conditioned: ConditionedStage,
     singles: Sequence[Single],
-    names: Sequence[str],
+    asset_names: Sequence[str],
     seed: int,
     epoch: int,
     device: torch.device,
@@ -74,7 +74,7 @@ def draw_singles(
     Args:
         conditioned: stage of the assets.
         singles: the N assets.
-        names: name of each asset, [N]; assets with the same name share their time and noise.
+        asset_names: name of each asset, [N]; assets with the same name share their time and noise.
         seed: seed of the times and noises.
         epoch: number of the pass over the data.
         device: device of the result.
@@ -82,14 +82,14 @@ def draw_singles(
     stage = conditioned.stage
     latents = [asset.latent for asset in singles]
     x_0 = collate(latents).to(device)
-    seeds = [derive_seed(seed, name, epoch, "noise") for name in names]
+    seeds = [derive_seed(seed, name, epoch, "noise") for name in asset_names]
     eps = stage.noise(seeds, coords_of(latents)).to(device)
     asset_times = [
         stage.path.times(1, torch.Generator().manual_seed(derive_seed(seed, name, epoch, "time")))
-        for name in names
+        for name in asset_names
     ]
     # one time for each asset, [N]
-    t = torch.cat(asset_times).clamp(min=LEAST_TIME).to(device)
+    t = torch.cat(asset_times).clamp(min=MIN_TIME).to(device)
     cond = to_device(conditioned.conditioning([asset.condition for asset in singles]), device)
     return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
 
@@ -151,10 +151,10 @@ class Velocities:
         is_decided = (r - 0.5).abs() > EVEN
         # 1 if the signs of both factors are equal, 0 if they differ, one half for equal errors
         agreement = 0.5 * (1 + ((ref_errors - errors) * (r - 0.5)).sign())
-        n = r.new_tensor(float(len(r)))
+        sample_count = r.new_tensor(float(len(r)))
         return torch.stack(
             [
-                n,
+                sample_count,
                 self.distance.detach().sum(),
                 ref_errors.sum(),
                 is_decided.float().sum(),
@@ -164,7 +164,7 @@ class Velocities:
 
 
 class LabelPasses(Passes[Example]):
-    """Base class of the updates by both losses."""
+    """Base class of the updates by the losses of DiffusionNFT and of DGPO."""
 
     sums = 2 + 5  # number of examples and loss, see Passes, then the five of Velocities.totals
     columns = (
@@ -174,20 +174,20 @@ class LabelPasses(Passes[Example]):
     )
 
     def velocities(
-        self, singles: Sequence[Single], names: Sequence[str], epoch: int, dropout: int
+        self, singles: Sequence[Single], asset_names: Sequence[str], epoch: int, dropout_seed: int
     ) -> Velocities:
         """Compute the velocities of both networks for assets.
 
         Args:
             singles: the N assets.
-            names: name of each asset, on which its time and noise depend, [N].
+            asset_names: name of each asset, on which its time and noise depend, [N].
             epoch: number of the pass over the data.
-            dropout: seed of torch's global generator in the pass.
+            dropout_seed: seed of torch's global generator in the pass.
         """
         # the random numbers of times and noises come from generators of their own
-        draw = draw_singles(self.conditioned, singles, names, self.config.seed, epoch, self.device)
+        draw = draw_singles(self.conditioned, singles, asset_names, self.config.seed, epoch, self.device)
         # after sampling, which must not depend on how many random numbers the dropout takes
-        torch.manual_seed(dropout)
+        torch.manual_seed(dropout_seed)
         assert self.reference is not None  # both losses need it
         return Velocities(self.stage, draw, self.policy, self.reference)
 
@@ -202,7 +202,9 @@ class LabelPasses(Passes[Example]):
             [torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), totals]
         )
 
-    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(
+        self, step: int, totals: torch.Tensor, batch_items: Sequence[tuple[int, Example]]
+    ) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Among them are distance, the mean squared distance from the reference; drift, the distance divided by
@@ -210,7 +212,7 @@ class LabelPasses(Passes[Example]):
         which the policy agrees (see Velocities.totals).
         """
         _, loss, grad_norm, sample_count, distance, ref_error, decided_count, agreement_count = self.descend(
-            step, totals, f"{len(items)} {self.what}"
+            step, totals, f"{len(batch_items)} {self.what}"
         )
         return {
             "loss": loss,
@@ -240,9 +242,9 @@ class SingleUpdates(LabelPasses[Single]):
 
     what = "assets"
 
-    def backward(self, examples: Sequence[Single], epoch: int, dropout: int) -> torch.Tensor:
+    def backward(self, examples: Sequence[Single], epoch: int, dropout_seed: int) -> torch.Tensor:
         # each asset has its own time and noise, which depend on its id
-        velocities = self.velocities(examples, [asset.id for asset in examples], epoch, dropout)
+        velocities = self.velocities(examples, [asset.id for asset in examples], epoch, dropout_seed)
         r = torch.tensor([asset.r for asset in examples], device=self.device)  # [N]
         return self.back(
             velocities.nft(r, self.config.trust) + self.config.distance * velocities.distance,
@@ -272,17 +274,17 @@ class GroupUpdates(LabelPasses[Ranked]):
         indices = torch.randperm(len(group), generator=generator)[: self.config.group]
         return [group[i] for i in sorted(indices.tolist())]
 
-    def backward(self, examples: Sequence[Ranked], epoch: int, dropout: int) -> torch.Tensor:
+    def backward(self, examples: Sequence[Ranked], epoch: int, dropout_seed: int) -> torch.Tensor:
         groups = [self.members(group, epoch) for group in examples]
         singles = [asset for group in groups for asset in group]
         # times and noises depend on the prompt: all assets of a group share them, as DGPO's loss needs
-        velocities = self.velocities(singles, [asset.condition for asset in singles], epoch, dropout)
+        velocities = self.velocities(singles, [asset.condition for asset in singles], epoch, dropout_seed)
         r = torch.tensor([asset.r for asset in singles], device=self.device)
-        sizes = [len(group) for group in groups]
+        group_sizes = [len(group) for group in groups]
         losses = []
         # [N] -> one tensor [K] for each group
         quantities = (velocities.errors, velocities.ref_errors, velocities.distance, r)
-        split_quantities = [quantity.split(sizes) for quantity in quantities]
+        split_quantities = [quantity.split(group_sizes) for quantity in quantities]
         # groups may differ in size, so the loss is computed for one group, [1, K], at a time
         for errors, ref_errors, distance, group_r in zip(*split_quantities, strict=True):
             # advantages come from ranks alone: labels order the assets, but differences of labels have no
@@ -331,12 +333,12 @@ def train_singles(
         return GroupUpdates(conditioned, groups, *common)
 
     latents = {asset.id: asset.latent for asset in singles}
-    columns = [[asset.id, asset.condition, asset.r] for asset in singles]
+    label_rows = [[asset.id, asset.condition, asset.r] for asset in singles]
     # rank 0 hashes for all; a run cannot be resumed with other assets
-    origin = ranks.broadcast(
-        {"base": stage.hash, "singles": latents_checksum(latents, columns)} if ranks.is_main else None
+    training_inputs = ranks.broadcast(
+        {"base": stage.hash, "singles": latents_checksum(latents, label_rows)} if ranks.is_main else None
     )
-    return train(stage, config, origin, start, Path(out), ranks=ranks, shards=True, **common)
+    return train(stage, config, training_inputs, start, Path(out), ranks=ranks, shards=True, **common)
 
 
 def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss: str = NFT) -> None:
@@ -414,7 +416,7 @@ class OfflineBench(Bench):
     def prompts(self) -> Collection[str] | None:
         """Return the prompts to train on, or None if the problem has no held-out evaluator.
 
-        None stands for all prompts: without an evaluator, no prompts have to be held out.
+        None means all prompts: without an evaluator, no prompts have to be held out.
         """
         has_evaluator = self.problem.final is not None or self.problem.chooser is not None
         return self.problem.train_prompts if has_evaluator else None

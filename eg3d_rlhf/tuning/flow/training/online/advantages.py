@@ -41,7 +41,7 @@ class Scale:
     def divisor(self, rewards: torch.Tensor, centred_rewards: torch.Tensor) -> torch.Tensor:
         """Compute the divisor from rewards [G, K] and centred rewards [G, K].
 
-        Returns a tensor [G, 1] if `over` is "group", and a scalar tensor otherwise.
+        Returns: a tensor [G, 1] if `over` is "group", and a scalar tensor otherwise.
         """
         if self.over == "none":
             # a scalar 1 of the same type and device
@@ -65,6 +65,11 @@ def advantages(rewards: torch.Tensor, scale: Scale | None = None, clip: float = 
     >>> advantages(torch.tensor([[1.0, 3.0], [2.0, 2.0]])).round(decimals=2)
     tensor([[-1.,  1.],
             [ 0.,  0.]])
+
+    Args:
+        rewards: rewards [G, K].
+        scale: settings of the divisor; None: the defaults.
+        clip: largest absolute value of the result.
     """
     return _scaled(rewards.double(), scale or Scale()).clamp(-clip, clip).float()
 
@@ -122,9 +127,9 @@ def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
     """
     differences = rewards[:, :, None] - rewards[:, None]  # [G, K, K]
     ties = (differences == 0).double().sum(2) - 1  # minus the tie with itself
-    share = ((differences > 0).double().sum(2) + ties / 2 + 0.5) / rewards.shape[1]
+    quantile_level = ((differences > 0).double().sum(2) + ties / 2 + 0.5) / rewards.shape[1]
     # share is in 1 / (2 K)..1 - 1 / (2 K), so that all quantiles are finite
-    scores = torch.special.ndtri(share)
+    scores = torch.special.ndtri(quantile_level)
     return (scores - scores.mean(1, keepdim=True)).float()
 
 
@@ -154,8 +159,8 @@ def apply_control(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torc
 # GARDO's gate (Tsinghua and Kuaishou 2025): the divergence penalty applies to samples that the trained reward
 # alone ranks highly.
 
-LOWEST_SHARE = 0.02  # smallest share of the samples with a penalty
-HIGHEST_SHARE = 0.2  # largest share of the samples with a penalty
+MIN_SHARE = 0.02  # smallest share of the samples with a penalty
+MAX_SHARE = 0.2  # largest share of the samples with a penalty
 HISTORY = 20  # number of recent updates whose mean excess is stored
 
 
@@ -171,7 +176,7 @@ class Gate:
     against its own purpose. The share is otherwise computed as there.
     """
 
-    # share of the samples with an excess of at least 0 that are selected, in LOWEST_SHARE..HIGHEST_SHARE
+    # share of the samples with an excess of at least 0 that are selected, in MIN_SHARE..MAX_SHARE
     share: float = 0.1
     past: list[float] = field(default_factory=list)  # mean excess of each of the last updates
 
@@ -187,9 +192,9 @@ class Gate:
         nonnegative_excess = excess[excess >= 0]  # never empty, since all ranks have the same mean
         mean_excess = float(nonnegative_excess.mean())
         if self.past and mean_excess > max(self.past):
-            self.share = min(1.1 * self.share, HIGHEST_SHARE)
+            self.share = min(1.1 * self.share, MAX_SHARE)
         elif self.past and mean_excess < min(self.past):
-            self.share = max(0.9 * self.share, LOWEST_SHARE)
+            self.share = max(0.9 * self.share, MIN_SHARE)
         self.past = [*self.past, mean_excess][-HISTORY:]
         return excess >= torch.quantile(nonnegative_excess, 1 - self.share)
 

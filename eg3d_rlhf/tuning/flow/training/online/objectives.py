@@ -38,7 +38,7 @@ from eg3d_rlhf.tuning.flow.training.online.steps import divergence, log_density
 from training.phases import derive_seed
 
 # smallest time to train on; at smaller times the errors of finished samples hardly depend on the sample
-EARLIEST = 0.02
+MIN_TIME = 0.02
 # sums over samples and over their moves or noises, by name of the metric; "mass" is the number of summands
 Totals = dict[str, torch.Tensor]
 
@@ -95,26 +95,31 @@ class OnSteps:
     def totals_of(self, sampled_passes: Sequence[Drawn]) -> Totals:
         """Sum metrics over the moves of all samples, by name.
 
-        moves: number of moves; kl: divergence from the reference; drift: m((v - v_ref)^2); missing:
+        move_count: number of moves; kl: divergence from the reference; drift: m((v - v_ref)^2); missing:
         m((u - v_ref)^2), with u the velocity that leads straight to the finished sample.
         """
         move_sums = []
         for samples in sampled_passes:
             for move in samples.moves:
-                times = feats_of(move.x).new_full([count(move.x)], move.step.t)
+                sample_times = feats_of(move.x).new_full([count(move.x)], move.step.t)
                 # the velocity that leads from x straight to the finished sample
-                target = self.path.velocity_to(move.x, times, samples.x_0)
+                target = self.path.velocity_to(move.x, sample_times, samples.x_0)
                 drift = self.path.apart(move.v, move.v_ref)
                 ref_error = self.path.apart(target, move.v_ref)
                 # [4, n] -> [4]
                 move_sums.append(
                     torch.stack([torch.ones_like(drift), move.ref_divergence, drift, ref_error]).sum(1)
                 )
-        moves, kl, drift, ref_error = torch.stack(move_sums).sum(0)
-        return {"moves": moves, "kl": kl, "drift": drift, "missing": ref_error}
+        move_count, kl, drift, ref_error = torch.stack(move_sums).sum(0)
+        return {"moves": move_count, "kl": kl, "drift": drift, "missing": ref_error}
 
     def add(
-        self, samples: Drawn, advantage: torch.Tensor, distance_factor: torch.Tensor, step: int, number: int
+        self,
+        samples: Drawn,
+        advantage: torch.Tensor,
+        distance_factor: torch.Tensor,
+        step: int,
+        optimizer_step: int,
     ) -> Totals:
         """Compute and add the gradients of the n samples of a pass, and return their sums.
 
@@ -123,7 +128,7 @@ class OnSteps:
             advantage: advantage of each sample, [n].
             distance_factor: factor of each sample's weight `kl` of the distance from the reference, [n].
             step: number of the update.
-            number: number of the optimiser's step on the samples of the update, counted from 0.
+            optimizer_step: number of the optimiser's step on the samples of the update, counted from 0.
         """
         config = self.config
         totals = torch.zeros(len(self.sums), device=advantage.device)  # in the order of `sums`
@@ -195,23 +200,30 @@ class OnLatents:
         with self.old.active():
             return self.explorer.draw(prompts, seeds)
 
-    def totals_of(self, drawn: Sequence[Drawn]) -> Totals:
+    def totals_of(self, sampled_passes: Sequence[Drawn]) -> Totals:
         """Return an empty mapping, since finished samples have no moves."""
         return {}
 
     def add(
-        self, samples: Drawn, advantage: torch.Tensor, distance_factor: torch.Tensor, step: int, number: int
+        self,
+        samples: Drawn,
+        advantage: torch.Tensor,
+        distance_factor: torch.Tensor,
+        step: int,
+        optimizer_step: int,
     ) -> Totals:
         """Compute and add the gradients of some samples, see OnSteps.add."""
         totals = torch.zeros(len(self.sums), device=advantage.device)
         # several times and noises for each sample, since the error at a single one is noisy
         for k in range(self.config.draws):
             totals += self._drawn_once(
-                samples, advantage, distance_factor, *self._noised(samples, step, number, k)
+                samples, advantage, distance_factor, *self._noised(samples, step, optimizer_step, k)
             )
         return dict(zip(self.sums, totals, strict=True))
 
-    def _noised(self, samples: Drawn, step: int, number: int, k: int) -> tuple[torch.Tensor, Batch]:
+    def _noised(
+        self, samples: Drawn, step: int, optimizer_step: int, draw_number: int
+    ) -> tuple[torch.Tensor, Batch]:
         """Sample a time and a noise for each sample; return the times [n] and the n noises.
 
         For DGPO all samples of an update have the same time, and all samples of a group the same noise, since
@@ -220,23 +232,26 @@ class OnLatents:
         Args:
             samples: the samples.
             step: number of the update.
-            number: number of the optimiser's step on the samples, counted from 0.
-            k: number of the time and noise of a sample, counted from 0.
+            optimizer_step: number of the optimiser's step on the samples, counted from 0.
+            draw_number: number of the time and noise of a sample, counted from 0.
         """
         if self.config.loss == "dgpo":
             noise_keys = [("group", seed) for seed in samples.seeds]
             time_keys: list[tuple] = [("update", self.config.seed, step)] * len(noise_keys)
         else:
-            members = zip(samples.seeds, samples.members, strict=True)
-            noise_keys = [("sample", seed, member) for seed, member in members]  # type: ignore[misc]
+            groups_and_members = zip(samples.seeds, samples.members, strict=True)
+            noise_keys = [("sample", seed, member) for seed, member in groups_and_members]  # type: ignore[misc]
             time_keys = list(noise_keys)
         generators = [
-            torch.Generator().manual_seed(derive_seed("time", *key, number, k)) for key in time_keys
+            torch.Generator().manual_seed(derive_seed("time", *seed_key, optimizer_step, draw_number))
+            for seed_key in time_keys
         ]
         t = torch.cat([self.stage.path.times(1, generator) for generator in generators])
-        t = t.clamp(min=EARLIEST).to(self.explorer.device)
+        t = t.clamp(min=MIN_TIME).to(self.explorer.device)
         # seeds of noises are below 2**31
-        noise_seeds = [derive_seed("train", *key, number, k) % 2**31 for key in noise_keys]
+        noise_seeds = [
+            derive_seed("train", *seed_key, optimizer_step, draw_number) % 2**31 for seed_key in noise_keys
+        ]
         eps = stage_noise(self.stage, noise_seeds, samples.voxels)
         return t, eps.to(self.explorer.device)
 
@@ -250,6 +265,13 @@ class OnLatents:
     ) -> torch.Tensor:
         """Compute and add the gradients at one time t [n] and one noise for each sample, and return their
         sums.
+
+        Args:
+            samples: the n samples.
+            advantage: advantage of each sample, [n].
+            distance_factor: factor of each sample's weight `kl` of the distance from the reference, [n].
+            t: times [n] in 0..1.
+            eps: n noises.
         """
         config = self.config
         stage = self.stage
@@ -276,8 +298,8 @@ class OnLatents:
             policy_error = path.apart(v, u)
             is_stopped = dgpo_stopped(policy_error, old_error, advantage, config.choose_clip(1))
             policy_error, group_ref_errors, group_advantage = (
-                values.view(-1, config.group)
-                for values in (
+                quantity.view(-1, config.group)
+                for quantity in (
                     torch.where(is_stopped, policy_error.detach(), policy_error),
                     ref_error,
                     advantage,

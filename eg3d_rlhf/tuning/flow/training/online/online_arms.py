@@ -107,12 +107,12 @@ class OnlineBench(Bench):
         held_out_prompts = list(self.problem.held_out_prompts)
         if split_arm(arm)[0] == DPO:
             # all samples are generated before the training
-            samples = config.steps * config.batch * config.group
+            sample_count = config.steps * config.batch * config.group
         else:
             # a training may stop early, so the samples in its lines are counted
-            samples = sum(line.get("samples", 0) for line in done.stats)
+            sample_count = sum(line.get("samples", 0) for line in done.stats)
         return {
-            "samples": samples,
+            "samples": sample_count,
             "kl": drift(self.task, model, config, held_out_prompts, seed)
             if held_out_prompts and ranks.is_main
             else None,
@@ -133,12 +133,12 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
         batch: number of samples that are generated at once.
     """
     # the same schedule of prompts as in online tuning
-    order = Order(task.prompts, config.batch, seed)
+    prompt_order = Order(task.prompts, config.batch, seed)
     K = config.group  # samples of a group
     groups: list[tuple[str, int]] = []  # prompt and seed of each group
     for step in range(config.steps):
-        for number, (_, prompt) in enumerate(order.items(step)):
-            groups.append((prompt, derive_seed("pairs", seed, step, number) % 2**31))
+        for group_number, (_, prompt) in enumerate(prompt_order.items(step)):
+            groups.append((prompt, derive_seed("pairs", seed, step, group_number) % 2**31))
     batch_groups = max(1, batch // K)  # number of groups that are generated at once
     pairs = []
     weights = torch.tensor(task.weights)[:, None]  # [R, 1]
@@ -154,31 +154,31 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
         noise_seeds = [derive_seed("sample", group_seed, k) for group_seed in seeds for k in range(K)]
         latents = stage_latents(task.pipeline, task.stage, sample_prompts, noise_seeds, sample_voxels)
         trained_scores, _ = task.scores(latents, sample_prompts, sample_seeds)  # [R, n]
-        # weighted sum of the rewards, [R, n] -> [G, K]
-        total = (weights * trained_scores).sum(0).view(-1, K)
+        # [R, n] -> [G, K]
+        weighted_rewards = (weights * trained_scores).sum(0).view(-1, K)
         # controls shuffle or negate the rewards before samples are ordered
-        rewards = apply_control(total, config.use, seeds)
+        rewards = apply_control(weighted_rewards, config.use, seeds)
         # the pairs of all batches stay in memory until the training, so they are moved off the device
         cpu_latents = [to_cpu(latent) for latent in separate(latents)]
-        for number, (prompt, scores) in enumerate(zip(prompts, rewards, strict=True)):
+        for group_number, (prompt, group_rewards) in enumerate(zip(prompts, rewards, strict=True)):
             # indices of the samples from best to worst; stable, so that equal rewards give the same pairs
             # everywhere
-            ranking = scores.argsort(descending=True, stable=True).tolist()
+            ranking = group_rewards.argsort(descending=True, stable=True).tolist()
             # for an odd K the middle sample has no partner
             for k in range(K // 2):
                 high_index = ranking[k]
                 low_index = ranking[-1 - k]  # k-th from the end
-                if scores[high_index] > scores[low_index]:
+                if group_rewards[high_index] > group_rewards[low_index]:
                     pairs.append(
                         PreferencePair(
-                            id=f"{i + number}-{k}",
+                            id=f"{i + group_number}-{k}",
                             condition=prompt,
                             stage=task.stage.name,
-                            preferred=cpu_latents[number * K + high_index],
-                            rejected=cpu_latents[number * K + low_index],
+                            preferred=cpu_latents[group_number * K + high_index],
+                            rejected=cpu_latents[group_number * K + low_index],
                             source="loop",
-                            reward_preferred=float(scores[high_index]),
-                            reward_rejected=float(scores[low_index]),
+                            reward_preferred=float(group_rewards[high_index]),
+                            reward_rejected=float(group_rewards[low_index]),
                         )
                     )
     return pairs
@@ -282,7 +282,13 @@ def heldout_scores(
 
 
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
-    """Create the training data and settings of a run's arms, for one training seed."""
+    """Create the training data and settings of a run's arms, for one training seed.
+
+    Args:
+        run: settings of the run.
+        opened: the problem, and no labels.
+        seed: training seed.
+    """
     problem = opened[0]
     weights = parse_weights(run.reward)  # by name of the reward
     stage = run.stage_in(problem)
@@ -300,7 +306,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         gate=tuple(name.strip() for name in run.gate.split(",")) if run.gate else (),
     )
 
-    def total(assets: Sequence, prompts: Sequence[str]) -> torch.Tensor:
+    def compute_weighted_reward(assets: Sequence, prompts: Sequence[str]) -> torch.Tensor:
         """Compute the weighted sum of the trained rewards, which the table shows as the reward."""
         scores = [weights[name] * reward(assets, prompts) for name, reward in rewards.items()]
         return torch.stack(scores).sum(0)
@@ -310,7 +316,9 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         **{field.name: getattr(run.losses, field.name).for_stage(stage, seed) for field in fields(Losses)},
     )
     # the table evaluates the trained reward, so the weighted sum replaces the reward of the problem
-    evaluated_problem = replace(problem, reward=total, parts=problem.measures or problem.parts)
+    evaluated_problem = replace(
+        problem, reward=compute_weighted_reward, parts=problem.measures or problem.parts
+    )
     return OnlineBench(
         evaluated_problem,
         stage,

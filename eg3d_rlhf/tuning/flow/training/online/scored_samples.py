@@ -62,7 +62,13 @@ class Task:
         return voxels_for(self.pipeline, self.stage.name, prompts, seeds, self.others, batch)
 
     def assets(self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence:
-        """Complete N latents of the stage to N assets, by the later stages with these seeds."""
+        """Complete N latents of the stage to N assets, by the later stages with these seeds.
+
+        Args:
+            x_0: N latents of the stage.
+            prompts: prompts of the samples, [N].
+            seeds: seeds of the noises of the later stages, [N].
+        """
         stage_names = [stage.name for stage in self.pipeline.stages]
         later_stages = stage_names[stage_names.index(self.stage.name) + 1 :]
         # the last stage's latents are decoded directly
@@ -76,8 +82,12 @@ class Task:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Score N latents of the stage.
 
-        Returns the trained rewards [R, N], and the held-out rewards by name, [N] each; all float32 on the
-        CPU.
+        Args:
+            x_0: N latents of the stage.
+            prompts: prompts of the samples, [N].
+            seeds: seeds of the noises of the later stages, [N].
+        Returns: the trained rewards [R, N]; and the held-out rewards by name, [N] each. All are float32 on
+            the CPU.
 
         Raises: ValueError for a reward that is not finite.
         """
@@ -94,14 +104,15 @@ class Task:
                 trained_scores[name] = reward(assets, prompts)
         heldout_scores = {} if self.heldout is None else dict(self.heldout(assets, prompts))
         # a single NaN would make the advantages of its whole group NaN
-        for name, values in (trained_scores | heldout_scores).items():
-            if not bool(values.isfinite().all()):
+        for name, reward_scores in (trained_scores | heldout_scores).items():
+            if not bool(reward_scores.isfinite().all()):
+                invalid_count = int((~reward_scores.isfinite()).sum())
                 raise ValueError(
-                    f"reward {name}: some scores are not finite: {values.tolist()}. Check the program of the"
-                    " reward for NaN and infinite values."
+                    f"reward {name}: {invalid_count} of {len(reward_scores)} scores are NaN or infinite."
+                    " Check the program of the reward."
                 )
         return _cpu(torch.stack(list(trained_scores.values()))), {
-            name: _cpu(values) for name, values in heldout_scores.items()
+            name: _cpu(reward_scores) for name, reward_scores in heldout_scores.items()
         }
 
 
@@ -179,23 +190,23 @@ class Explorer:
         # by default all samples are generated in one pass
         pass_size = self.config.batch_gpu or len(prompts) * K
         group_voxels = self.task.input_voxels(prompts, seeds, pass_size)
-        # one entry for each of the G * K samples; the samples of a group stand side by side
-        members = [
+        # one entry for each of the G * K samples; the samples of a group follow each other
+        sample_inputs = [
             (prompt, seed, k, voxels)
             for prompt, seed, voxels in zip(prompts, seeds, group_voxels, strict=True)
             for k in range(K)
         ]
         sampled_passes = []
-        for i in range(0, len(members), pass_size):
+        for i in range(0, len(sample_inputs), pass_size):
             # one pass: a slice that may begin and end inside a group
-            names, group_seeds, member_indices, voxels = map(
-                list, zip(*members[i : i + pass_size], strict=True)
+            pass_prompts, group_seeds, member_indices, voxels = map(
+                list, zip(*sample_inputs[i : i + pass_size], strict=True)
             )
-            cond = to_device(pipeline.conditioning(names, stage.name), self.device)
+            cond = to_device(pipeline.conditioning(pass_prompts, stage.name), self.device)
             no_cond = None
             # without guidance the empty conditioning is not needed
             if self.sampling.cfg_strength:
-                no_cond = to_device(pipeline.null_conditioning(len(names), stage.name), self.device)
+                no_cond = to_device(pipeline.null_conditioning(len(pass_prompts), stage.name), self.device)
 
             # the defaults bind the lists of this pass; a closure would read those of the last pass
             def noise(
@@ -216,7 +227,7 @@ class Explorer:
                 x_0, moves = self._chain(noise, noisy_steps, trained_steps, cond, no_cond)
             sampled_passes.append(
                 Drawn(
-                    prompts=names,
+                    prompts=pass_prompts,
                     seeds=group_seeds,
                     members=member_indices,
                     voxels=voxels,
@@ -296,6 +307,11 @@ class Explorer:
     ) -> Batch:
         """Compute a velocity with classifier-free guidance (Ho and Salimans 2022), in float32.
 
-        Args: velocity: function of the velocity of a network, such as FrozenModel.velocity.
+        Args:
+            velocity: function of the velocity of a network, such as FrozenModel.velocity.
+            x: n samples at time t.
+            t: time in 0..1, the same for all samples.
+            cond: conditioning, n rows.
+            no_cond: empty conditioning, n rows; None without guidance.
         """
         return single(guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling))

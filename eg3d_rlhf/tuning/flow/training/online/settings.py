@@ -242,23 +242,23 @@ class OnlineConfig(StageTraining):
         Raises: ValueError for more trained steps, or a longer window, than the sampler has steps.
         """
         sampling = replace(stage.sampling, steps=self.sampler_steps or stage.sampling.steps)
-        noisy_steps = sampling.steps - 1  # the last step has no noise, and so no density
+        noisy_count = sampling.steps - 1  # the last step has no noise, and so no density
         # losses on finished samples take any sampler, and by default no guidance
         if not self.on_steps:
             return sampling if self.guided else replace(sampling, cfg_strength=0.0)
-        if noisy_steps < 1:
+        if noisy_count < 1:
             raise ValueError(
                 f"--set sampler_steps: the loss {self.loss} needs at least 2 sampler steps, got"
                 f" {sampling.steps}. Use more steps."
             )
-        if self.trained_steps is not None and self.trained_steps > noisy_steps:
+        if self.trained_steps is not None and self.trained_steps > noisy_count:
             raise ValueError(
                 f"--trained-steps: got {self.trained_steps} of {sampling.steps} sampler steps, but only"
-                f" {noisy_steps} steps have noise (all except the last). Use fewer trained steps, or more"
+                f" {noisy_count} steps have noise (all except the last). Use fewer trained steps, or more"
                 " sampler steps."
             )
         if self.window is not None:
-            check_window(self.window, 0, self.find_window_end(sampling.steps), noisy_steps)
+            check_window(self.window, 0, self.find_window_end(sampling.steps), noisy_count)
         return sampling
 
     def find_window_end(self, steps: int) -> int:
@@ -295,7 +295,7 @@ ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use
 def split_arm(arm: str) -> tuple[str, str]:
     """Split the name of an arm into its kind and its use of the rewards.
 
-    >>> divided("grpo-guard-randomised"), divided("dpo")
+    >>> split_arm("grpo-guard-randomised"), split_arm("dpo")
     (('grpo-guard', 'randomised'), ('dpo', 'reward'))
     """
     kind, _, use = arm.rpartition("-")  # kinds hold hyphens, too, as in "grpo-guard"
@@ -305,16 +305,16 @@ def split_arm(arm: str) -> tuple[str, str]:
 PROBLEM_REWARD = "own"  # name of the problem's reward
 
 
-def parse_weights(text: str) -> dict[str, float]:
+def parse_weights(reward_list: str) -> dict[str, float]:
     """Parse the value of --reward to weights by name; a name without a weight has the weight 1.
 
     Raises: ValueError for a part that is not NAME or NAME:WEIGHT with a weight above 0.
 
-    >>> weighed("own,solid:0.5")
+    >>> parse_weights("own,solid:0.5")
     {'own': 1.0, 'solid': 0.5}
     """
     weights = {}
-    for reward_text in text.split(","):
+    for reward_text in reward_list.split(","):
         name, colon, weight_text = reward_text.strip().partition(":")
         try:
             weights[name] = float(weight_text) if colon else 1.0
@@ -322,8 +322,8 @@ def parse_weights(text: str) -> dict[str, float]:
             weights[name] = 0.0  # the check below rejects it
         if not name or not 0 < weights[name] < float("inf"):
             raise ValueError(
-                f"--reward: {reward_text.strip()!r} in {text!r} is not NAME or NAME:WEIGHT with a finite"
-                " weight above 0. Write the list for example as own,solid:0.5."
+                f"--reward: {reward_text.strip()!r} in {reward_list!r} is not NAME or NAME:WEIGHT with a"
+                " finite weight above 0. Write the list for example as own,solid:0.5."
             )
     return weights
 
@@ -335,7 +335,7 @@ class OnlineRun(ArmsRun):
     NAME: ClassVar[str] = "online"
     TITLE: ClassVar[str] = "Online tuning against its base"
     MORE: ClassVar[str] = (
-        " The mean reward of the untuned network stands in brackets. Samples: number of samples that were"
+        " The mean reward of the untuned network is in brackets. Samples: number of samples that were"
         " generated in training. KL: divergence of the sampler's steps from those of the untuned network,"
         " averaged over elements, steps and samples."
     )
@@ -350,7 +350,7 @@ class OnlineRun(ArmsRun):
     LISTED: ClassVar[str] = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
 
     losses: Losses
-    reward: str = PROBLEM_REWARD  # names of the trained rewards, with weights; see weighed
+    reward: str = PROBLEM_REWARD  # names of the trained rewards, with weights; see parse_weights
     gate: str | None = None  # comma-separated names of held-out rewards; None: no gate
     arms: tuple[str, ...] = ("nft",)
 
@@ -409,20 +409,20 @@ def format_mean(values: Sequence[float | None]) -> str:
 # Here a window keeps its size: it begins at `steps - size` at the latest, and then stays or starts again.
 
 
-def check_window(size: int, start: int, end: int, steps: int) -> None:
-    """Raise ValueError for a window of `size` steps that does not fit between two steps.
+def check_window(window_size: int, start: int, end: int, steps: int) -> None:
+    """Raise ValueError for a window of `window_size` steps that does not fit between two steps.
 
     Args:
-        size: number of steps in the window.
+        window_size: number of steps in the window.
         start: first step that the window may contain, counted from 0.
         end: end of the steps that the window may contain, exclusive.
         steps: number of the sampler's steps that may have noise.
     """
-    if not 0 <= start < end <= steps or not 1 <= size <= end - start:
+    if not 0 <= start < end <= steps or not 1 <= window_size <= end - start:
         raise ValueError(
-            f"--window: {size} consecutive steps do not fit into steps {start} to {end} (without the last"
-            f" number); the sampler adds noise in steps 0 to {steps}. Use a smaller window, or more sampler"
-            " steps."
+            f"--window: {window_size} consecutive steps do not fit into steps {start} to {end} (without the"
+            f" last number); the sampler adds noise in steps 0 to {steps}. Use a smaller window, or more"
+            " sampler steps."
         )
 
 
@@ -458,7 +458,9 @@ def progressive_window(
     window_starts = list(
         dict.fromkeys(min(window_start, end - size) for window_start in range(start, end, stride))
     )
-    moves = round_number // rounds  # number of moves so far
+    move_count = round_number // rounds  # number of moves so far
     # `repeat` starts again at the first window; otherwise the last window stays
-    window_start = window_starts[moves % len(window_starts) if repeat else min(moves, len(window_starts) - 1)]
+    window_start = window_starts[
+        move_count % len(window_starts) if repeat else min(move_count, len(window_starts) - 1)
+    ]
     return range(window_start, window_start + size)

@@ -71,23 +71,25 @@ class SolidReward:
         self._make_references(sorted(set(prompts) - set(self._reference_grids)))
         grids = [grid_of(self.pipeline, asset) for asset in assets]
         return [
-            solids.score_against(grid, self._reference_grids[name], rules_for(grid))
-            for grid, name in zip(grids, prompts, strict=True)
+            solids.score_against(grid, self._reference_grids[prompt], rules_for(grid))
+            for grid, prompt in zip(grids, prompts, strict=True)
         ]
 
-    def _make_references(self, names: Sequence[str]) -> None:
+    def _make_references(self, new_prompts: Sequence[str]) -> None:
         """Generate and store the references of these prompts, by the pipeline's own networks."""
         # the seed depends on the prompt alone, not on the order in which prompts occur
         prompts_and_seeds = [
-            (name, derive_seed("solid", name, k) % 2**31) for name in names for k in range(self.references)
+            (prompt, derive_seed("solid", prompt, k) % 2**31)
+            for prompt in new_prompts
+            for k in range(self.references)
         ]
         if not prompts_and_seeds:
             return
         prompts, seeds = map(list, zip(*prompts_and_seeds, strict=True))
         assets = generate(self.pipeline, prompts, seeds)
-        for asset, name in zip(assets, prompts, strict=True):
+        for asset, prompt in zip(assets, prompts, strict=True):
             grid = grid_of(self.pipeline, asset)
-            self._reference_grids.setdefault(name, []).append(solids.without_defects(grid, rules_for(grid)))
+            self._reference_grids.setdefault(prompt, []).append(solids.without_defects(grid, rules_for(grid)))
 
 
 def solid_reward(problem: Problem) -> SolidReward:

@@ -83,13 +83,12 @@ class ExactStep(Step):
 
     def mean(self, x: Batch, v: Batch) -> Batch:
         """Compute (1 - u) x_0 + sigma_u k eps, with the x_0 and eps that follow from x and v."""
-        times_of_samples = feats_of(x).new_full([count(x)], self.t)
-        data = self.path.data(x, times_of_samples, v)  # x_0 that follows from x and v
-        noise = self.path.noise(x, times_of_samples, v)  # eps that follows from x and v
+        sample_times = feats_of(x).new_full([count(x)], self.t)
+        x_0 = self.path.data(x, sample_times, v)  # x_0 that follows from x and v
+        eps = self.path.noise(x, sample_times, v)  # eps that follows from x and v
         return with_feats(
             x,
-            (1 - self.until) * feats_of(data)
-            + self.noise_share * self.path.sigma(self.until) * feats_of(noise),
+            (1 - self.until) * feats_of(x_0) + self.noise_share * self.path.sigma(self.until) * feats_of(eps),
         )
 
 
@@ -126,8 +125,8 @@ class SdeStep(Step):
     def mean(self, x: Batch, v: Batch) -> Batch:
         """Compute x - D (v + g^2 / (2 sigma_t) eps)."""
         # the score is -eps / sigma_t, so this drift cancels the added diffusion on average
-        noise = self.path.noise(x, feats_of(x).new_full([count(x)], self.t), v)
-        drift = feats_of(v) + self.diffusion**2 / (2 * self.path.sigma(self.t)) * feats_of(noise)
+        eps = self.path.noise(x, feats_of(x).new_full([count(x)], self.t), v)
+        drift = feats_of(v) + self.diffusion**2 / (2 * self.path.sigma(self.t)) * feats_of(eps)
         return with_feats(x, feats_of(x) - self.length * drift)
 
 
@@ -144,7 +143,7 @@ class DanceStep(SdeStep):
 KINDS: dict[str, type[Step]] = dict(zip(STEPS, (ExactStep, CpsStep, SdeStep, DanceStep), strict=True))
 
 
-def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exact") -> list[Step]:
+def steps_of(path: FlowPath, sampling: Sampling, level: float, step_kind: str = "exact") -> list[Step]:
     """Return all steps of a sampler, from t = 1 to 0.
 
     Callers replace the last step, to t = 0, by its mean, because it adds no noise or hardly any. It has no
@@ -154,12 +153,12 @@ def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exac
         path: path of the flow.
         sampling: settings of the sampler, with the number of steps and the spacing of times.
         level: level a of the noise.
-        kind: kind of the steps, one of STEPS.
+        step_kind: kind of the steps, one of STEPS.
     """
     step_times = times(sampling)  # descending from 1 to 0
     # each step leads from a time to the next one
     intervals = zip(step_times[:-1], step_times[1:], strict=True)
-    return [KINDS[kind](path, t, until, level) for t, until in intervals]
+    return [KINDS[step_kind](path, t, until, level) for t, until in intervals]
 
 
 def without_noise(step: Step) -> Step:
@@ -173,12 +172,17 @@ def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
     Flow-GRPO takes the mean, too. With the sum, ratios of densities in thousands of dimensions would be 0 or
     infinite.
     Differentiable in: mean.
+
+    Args:
+        x: N samples after the step.
+        mean: mean of the step for each sample.
+        std: standard deviation of the step.
     """
     # log density of each element by itself, [N, ...] or one row for each voxel
-    values = (
+    log_densities = (
         -((feats_of(x) - feats_of(mean)) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     )
-    return mean_per_sample(values, x)
+    return mean_per_sample(log_densities, x)
 
 
 def divergence(mean: Batch, other_mean: Batch, std: float) -> torch.Tensor:
@@ -188,6 +192,11 @@ def divergence(mean: Batch, other_mean: Batch, std: float) -> torch.Tensor:
     does not have the length of the step as a factor, so its divergence is smaller by that factor. Its weight
     0.04 with ten steps therefore corresponds to 0.004 here.
     Differentiable in: mean, other_mean.
+
+    Args:
+        mean: mean of the first step for each of N samples.
+        other_mean: mean of the second step for each sample.
+        std: standard deviation of the two steps.
     """
     # the trace and log-determinant terms cancel, as both steps have the same standard deviation
     return mean_per_sample((feats_of(mean) - feats_of(other_mean)).square() / (2 * std**2), mean)

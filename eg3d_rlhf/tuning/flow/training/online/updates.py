@@ -105,12 +105,15 @@ class OnlineUpdates(Descent):
         config = self.config
         K = self.config.group
         ranks = self.ranks
-        items = self.order.items(step)
+        prompt_items = self.order.items(step)
         # one seed for each group, below 2**31
-        seeds = [derive_seed("group", config.seed, step, number) % 2**31 for number in range(len(items))]
+        seeds = [
+            derive_seed("group", config.seed, step, group_number) % 2**31
+            for group_number in range(len(prompt_items))
+        ]
         # the groups of this rank: every world-th group, beginning with group number `rank`
         rank_groups = slice(ranks.rank, None, ranks.world)
-        prompts = [prompt for _, prompt in items[rank_groups]]
+        prompts = [prompt for _, prompt in prompt_items[rank_groups]]
         sampled_passes = self.objective.draw(prompts, seeds[rank_groups], step)
         rewards, heldout = self._scored(sampled_passes)
         # of all ranks' groups, [B, K], since advantages may be normalised over the whole batch
@@ -140,13 +143,13 @@ class OnlineUpdates(Descent):
             sum_over_ranks(ranks, self.parameters, [totals])
             # three prompts are enough to find the update of an error
             example_names = "prompts " + ", ".join(prompts[:3])
-            sample_count, loss, norm, *further_sums = self.descend(step, totals, example_names)
+            sample_count, loss, grad_norm, *further_sums = self.descend(step, totals, example_names)
             further_means = {
-                name: value / sample_count
-                for name, value in zip(self.objective.sums[2:], further_sums, strict=True)
+                name: metric_value / sample_count
+                for name, metric_value in zip(self.objective.sums[2:], further_sums, strict=True)
             }
-            for name, value in {"loss": loss, "grad_norm": norm, **further_means}.items():
-                means[name] += value / config.passes
+            for name, metric_value in {"loss": loss, "grad_norm": grad_norm, **further_means}.items():
+                means[name] += metric_value / config.passes
         self._after(step)
         return metrics | self._logged_metrics(means)
 
@@ -155,29 +158,33 @@ class OnlineUpdates(Descent):
     def _scored(self, sampled_passes: Sequence[Drawn]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Score the samples of this rank, and gather the scores of all ranks.
 
-        Returns the trained rewards [R, B, K], and the held-out rewards by name, [B, K] each.
+        Returns: the trained rewards [R, B, K]; and the held-out rewards by name, [B, K] each.
         """
         pass_scores = [
             self.task.scores(samples.x_0, samples.prompts, samples.seeds) for samples in sampled_passes
         ]
-        rewards = torch.cat([values for values, _ in pass_scores], 1)  # [R, n]
+        rewards = torch.cat([pass_rewards for pass_rewards, _ in pass_scores], 1)  # [R, n]
         heldout = {
             name: torch.cat([heldout_values[name] for _, heldout_values in pass_scores])
             for name in pass_scores[0][1]
         }
         scores_of_ranks = self.ranks.gather(
-            [rewards.tolist(), {name: values.tolist() for name, values in heldout.items()}]
+            [rewards.tolist(), {name: heldout_rewards.tolist() for name, heldout_rewards in heldout.items()}]
         )
 
         def grouped_by_prompt(rank_values: list) -> torch.Tensor:
             """Join the values of all ranks, [..., n] each, to [..., B, K] in the order of the groups."""
             # [..., G, ranks, K]: group number g * ranks + r is the g-th group of rank r
             group_values = torch.stack(
-                [torch.tensor(values).unflatten(-1, (-1, self.config.group)) for values in rank_values], -2
+                [
+                    torch.tensor(values_of_rank).unflatten(-1, (-1, self.config.group))
+                    for values_of_rank in rank_values
+                ],
+                -2,
             )
             return group_values.flatten(-3, -2)
 
-        return grouped_by_prompt([values for values, _ in scores_of_ranks]), {
+        return grouped_by_prompt([rank_rewards for rank_rewards, _ in scores_of_ranks]), {
             name: grouped_by_prompt([heldout_values[name] for _, heldout_values in scores_of_ranks])
             for name in heldout
         }
@@ -186,7 +193,7 @@ class OnlineUpdates(Descent):
         """Compute the advantages of all samples, [B, K], from the trained rewards [R, B, K]."""
         config = self.config
         clip = config.adv_clip
-        # several rewards have a normalisation of their own, see advantages.several
+        # several rewards have a normalisation of their own, see combine_rewards
         if len(rewards) > 1:
             return combine_rewards(rewards, self.task.weights, clip=clip)
         if config.advantage == "ranks":
@@ -220,20 +227,27 @@ class OnlineUpdates(Descent):
         advantage: torch.Tensor,
         sampled_passes: Sequence[Drawn],
     ) -> dict[str, float]:
-        """Compute the metrics of the rewards and of the samples' moves, by name."""
-        # weighted sum of the rewards, [R, B, K] -> [B, K]
-        total = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
+        """Compute the metrics of the rewards and of the samples' moves, by name.
+
+        Args:
+            rewards: trained rewards [R, B, K].
+            heldout: held-out rewards by name, [B, K] each.
+            advantage: advantages [B, K].
+            sampled_passes: samples of this process, in passes.
+        """
+        # [R, B, K] -> [B, K]
+        weighted_rewards = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
         # 1 for each group in which every reward has equal values, [B]
         all_equal = (rewards == rewards[..., :1]).all(-1).all(0).float()
         metrics = {
-            "reward": total.mean(),
-            "spread": total.std(1, correction=0).mean(),
+            "reward": weighted_rewards.mean(),
+            "spread": weighted_rewards.std(1, correction=0).mean(),
             "alike": all_equal.mean(),
         }
         metrics |= {
-            f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)
+            f"reward/{name}": scores.mean() for name, scores in zip(self.task.rewards, rewards, strict=True)
         }
-        metrics |= {f"heldout/{name}": values.mean() for name, values in heldout.items()}
+        metrics |= {f"heldout/{name}": scores.mean() for name, scores in heldout.items()}
         # if many r are 0 or 1, advantages are clipped and adv_clip is too small
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
@@ -248,7 +262,7 @@ class OnlineUpdates(Descent):
                 "kl": sums_by_name["kl"] / sums_by_name["moves"],
                 "drift": sums_by_name["drift"] / sums_by_name["missing"].clamp(min=1e-12),
             }
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(metric_value) for name, metric_value in metrics.items()}
 
     def _logged_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Compute the logged metrics from the means of the objective's sums."""
@@ -257,7 +271,7 @@ class OnlineUpdates(Descent):
             ratio_std = max(means.pop("ratio_square") - means["ratio"] ** 2, 0.0) ** 0.5
             logged_names = {"high": "clip_high", "low": "clip_low", "stopped": "clipped"}
             return {
-                **{logged_names.get(name, name): value for name, value in means.items()},
+                **{logged_names.get(name, name): metric_value for name, metric_value in means.items()},
                 "ratio_std": ratio_std,
             }
         # 1e-12 guards the quotients where a network predicts its samples exactly
@@ -287,28 +301,32 @@ class OnlineUpdates(Descent):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the state of the sampling network, of a reference that was reset, and of the gate."""
         # prefixes keep the names of the three apart in one file
-        state = {} if self.old is None else {OLD + name: value for name, value in self.old.values.items()}
+        state_tensors = (
+            {} if self.old is None else {OLD + name: value for name, value in self.old.values.items()}
+        )
         if isinstance(self.explorer.reference, Snapshot):
-            state |= {REFERENCE + name: value for name, value in self.explorer.reference.values.items()}
+            state_tensors |= {
+                REFERENCE + name: value for name, value in self.explorer.reference.values.items()
+            }
         if self.gate is not None:
-            state[GATE] = torch.tensor([self.gate.share, *self.gate.past], dtype=torch.float64)
-        return state
+            state_tensors[GATE] = torch.tensor([self.gate.share, *self.gate.past], dtype=torch.float64)
+        return state_tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore the tensors that `tensors` returned."""
 
-        def named(prefix: str) -> dict[str, torch.Tensor]:
+        def tensors_under(prefix: str) -> dict[str, torch.Tensor]:
             """Return the tensors under a prefix, by the parameters' names."""
             return {
                 name: tensors[prefix + name] for name in self.trained_parameters if prefix + name in tensors
             }
 
         if self.old is not None:
-            self.old.load(named(OLD))
+            self.old.load(tensors_under(OLD))
         # empty if the reference was never renewed; it is then the untuned network
-        if reference := named(REFERENCE):
+        if reference_tensors := tensors_under(REFERENCE):
             self.explorer.reference = Snapshot(self.policy, self.trained_parameters)
-            self.explorer.reference.load(reference)
+            self.explorer.reference.load(reference_tensors)
         if self.gate is not None:
             # the order is that of `tensors`
             share, *past = tensors[GATE].tolist()
@@ -319,8 +337,8 @@ class OnlineUpdates(Descent):
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         return online_signs(lines, self.config.on_steps)
 
-    def ends(self, record: Mapping) -> str | None:
-        return too_far(record, self.config.max_drift)
+    def ends(self, stats_line: Mapping) -> str | None:
+        return too_far(stats_line, self.config.max_drift)
 
 
 def train_online(
@@ -352,7 +370,7 @@ def train_online(
         return OnlineUpdates(task, config, policy, reference, run.ranks)
 
     # part of training_options.json: a run cannot be resumed with other rewards or prompts
-    options = {
+    training_inputs = {
         "base": task.stage.hash,
         "conditions": list(task.prompts),
         "rewards": list(task.rewards),
@@ -360,7 +378,7 @@ def train_online(
         "gate": list(task.gate),
         **identity,
     }
-    return train(task.stage, config, options, start, Path(out), **common)
+    return train(task.stage, config, training_inputs, start, Path(out), **common)
 
 
 # Warnings about failing trainings, from the lines of stats.jsonl, and the criterion to stop a training.
@@ -376,6 +394,11 @@ def _lasting(lines: Sequence[Mapping], name: str, limit: float) -> Mapping | Non
     """Return the last line that has this metric if it was above a limit in the last LINES such lines.
 
     Return None otherwise.
+
+    Args:
+        lines: lines of stats.jsonl so far.
+        name: name of the metric.
+        limit: value above which the metric must be.
     """
     # evaluations write lines without the metrics of updates
     recent_lines = [line for line in lines if name in line][-LINES:]
@@ -394,10 +417,10 @@ def online_signs(lines: Sequence[Mapping], on_steps: bool) -> dict[str, str]:
     signs = win_rate_signs(win_rates(lines), CALM)
     if line := _lasting(lines, "alike", ALIKE):
         # only samplers with noise have the second flag
-        options = "--group or --sde-noise" if on_steps else "--group"
+        option_names = "--group or --sde-noise" if on_steps else "--group"
         signs["alike"] = (
             f"step {line['step']}: in {line['alike']:.0%} of the groups all rewards are equal and give no"
-            f" gradient. Raise {options}, or use a reward with finer values."
+            f" gradient. Raise {option_names}, or use a reward with finer values."
         )
     if line := _lasting(lines, "clipped", STOPPED):
         signs["clip"] = (
@@ -426,15 +449,15 @@ def unconfirmed(lines: Sequence[Mapping]) -> str | None:
     if len(reward_lines) < 2 * LINES or not heldout_names:
         return None
 
-    def risen(name: str) -> float:
+    def relative_rise(name: str) -> float:
         """Return the rise of a reward as a share of its range; a fall is negative."""
-        values = [line[name] for line in reward_lines]
-        first_mean = sum(values[:LINES]) / LINES
-        last_mean = sum(values[-LINES:]) / LINES
+        reward_values = [line[name] for line in reward_lines]
+        first_mean = sum(reward_values[:LINES]) / LINES
+        last_mean = sum(reward_values[-LINES:]) / LINES
         # 1e-12 guards the quotient if all values are equal
-        return (last_mean - first_mean) / max(max(values) - min(values), 1e-12)
+        return (last_mean - first_mean) / max(max(reward_values) - min(reward_values), 1e-12)
 
-    if risen("reward") > 0.5 and all(risen(name) < -0.5 for name in heldout_names):
+    if relative_rise("reward") > 0.5 and all(relative_rise(name) < -0.5 for name in heldout_names):
         changes = ", ".join(
             f"{name.removeprefix('heldout/')} {reward_lines[-1][name]:.3g} from {reward_lines[0][name]:.3g}"
             for name in heldout_names
@@ -446,13 +469,13 @@ def unconfirmed(lines: Sequence[Mapping]) -> str | None:
     return None
 
 
-def too_far(record: Mapping, limit: float | None) -> str | None:
+def too_far(stats_line: Mapping, max_drift: float | None) -> str | None:
     """Return the reason why training must stop after a line, or None if it continues.
 
-    Args: record: line of stats.jsonl; limit: largest allowed policy drift, None for no limit.
+    Args: stats_line: line of stats.jsonl; max_drift: largest allowed policy drift, None for no limit.
     """
     # lines of evaluations have no drift
-    drift = record.get("drift")
-    if limit is None or drift is None or drift <= limit:
+    drift = stats_line.get("drift")
+    if max_drift is None or drift is None or drift <= max_drift:
         return None
-    return f"the policy drift is {drift:.2f}, more than {limit:g}. {CALM}"
+    return f"the policy drift is {drift:.2f}, more than {max_drift:g}. {CALM}"

@@ -294,8 +294,8 @@ def test_both_stages_learn_labels_and_are_compared_with_a_control(
 
 def test_the_option_parts_selects_the_latents_that_are_tuned(released, pipeline, width, tmp_path):
     """With the shape alone, pairs have no pose, only the shape has adapters, and the same shapes are sampled.
-    With the
-    file's weights, pairs are unchanged.
+
+    With the file's weights, pairs are unchanged.
     """
     both = pairs_of(pipeline, "structure", NAMES[:1])[0]
     people = write_people(tmp_path / "PAIRS", "structure", both.preferred, both.rejected, tokens(width))

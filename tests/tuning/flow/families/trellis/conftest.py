@@ -1,4 +1,4 @@
-"""The tiny TRELLIS, written once per session."""
+"""Fixtures with the tiny TRELLIS, which is written once per session."""
 
 import pytest
 
@@ -14,5 +14,5 @@ def trellis_root(tmp_path_factory):
 
 @pytest.fixture
 def pipeline(trellis_root):
-    """Open the folder anew."""
+    """Open the folder as a new pipeline."""
     return FAMILY.load(trellis_root, tiny_trellis.tokens())

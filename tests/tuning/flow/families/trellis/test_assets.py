@@ -145,7 +145,7 @@ def test_features_of_a_voxel_are_those_of_its_place_on_the_images():
 
 
 def test_the_share_is_that_at_which_assets_fill_the_voxels_they_were_made_on():
-    """Voxels of the asset hold ten times the opacity of voxels with strays."""
+    """The voxels of the asset have ten times the opacity of voxels with stray Gaussians."""
     g = torch.Generator().manual_seed(2)
     assets = []
     voxels = []

@@ -18,7 +18,7 @@ from tests.tuning.flow.families.trellis.tiny_trellis import PIPELINE, tokens
 
 
 def adapted(pipeline, folder, stage=0):
-    """Put an adapter that has an effect on a stage and write it; returns the tuned network."""
+    """Add an adapter that changes the output to a stage, write it, and return the tuned network."""
     stage = pipeline.stages[stage]
     model = copy.deepcopy(stage.model)
     add_lora(model, LoraConfig(rank=2, alpha=4, targets=stage.lora_targets), seed=0)

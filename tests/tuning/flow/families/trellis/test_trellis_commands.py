@@ -50,8 +50,8 @@ def test_dso(work, samples):  # noqa: F811
 
 
 def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
-    """They are in the run of a stage, named for the stage, or in one run each; a path named for a stage has
-    precedence.
+    """Tuned networks are found in the run of a stage, in a folder named after the stage, or in one run for
+    each stage. A path that is named for a stage has priority.
     """
     for run, stage in (("first_run", "structure"), ("second_run", "latent")):
         adapted(pipeline, tmp_path / run / stage, stage=["structure", "latent"].index(stage))
@@ -115,7 +115,7 @@ def test_labels_of_nothing_are_rejected(work, tmp_path):
 
 
 def test_ranked_samples_become_pairs_of_their_latents(pipeline, trellis_root, work, tmp_path):
-    """Assets are sampled and ranked; the pairs hold the very latents that were sampled."""
+    """Assets are sampled and ranked; the pairs contain exactly the latents that were sampled."""
     adapted(pipeline, tmp_path / "adapter")
     sampling_task = make_sampling(
         work,

@@ -27,7 +27,7 @@ def circular_dpo(*flags):
 
 @pytest.fixture(scope="module")
 def run(trellis_root, tmp_path_factory):
-    """Run a loop of few steps; returns its folder."""
+    """Run a loop of a few steps, and return its folder."""
     folder = tmp_path_factory.mktemp("loop")
     pairs = write_people(folder / "pairs", read_pipeline(trellis_root))
     # the last stage must move far enough, in a few steps, that decoding fills other voxels

@@ -1,4 +1,4 @@
-"""The tiny TRELLIS.2, written once per session."""
+"""Fixtures with the tiny TRELLIS.2, which is written once per session."""
 
 import shutil
 
@@ -16,7 +16,7 @@ def trellis2_root(tmp_path_factory):
 
 @pytest.fixture
 def pipeline(trellis2_root):
-    """Open the folder anew."""
+    """Open the folder as a new pipeline."""
     return FAMILY.load(trellis2_root, tiny_trellis2.tokens())
 
 

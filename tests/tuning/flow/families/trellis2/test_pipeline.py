@@ -188,7 +188,7 @@ def test_a_cascade_lowers_the_resolution_if_there_are_too_many_voxels(copied, mo
     assert [s.latents.resolution for s in opened.stages] == [4, 4, 12, 12]
     monkeypatch.setattr(family, "RESOLUTION_STEP", 4)
     for most, cells in ((10**6, 12), (1, 8)):
-        finer = partial(finer_voxels, most_voxels=most)
+        finer = partial(finer_voxels, voxel_limit=most)
         monkeypatch.setattr(family, "finer_voxels", finer)
         ((latents, asset),) = draw(opened, [NAMES[0]], [0])
         assert (

@@ -1,4 +1,6 @@
-"""The nine groups: how they are wired, what they share, and the arithmetic of their table."""
+"""Test the nine groups of the ablation: their trainings, the steps that they share, and the numbers of their
+table.
+"""
 
 import json
 from dataclasses import replace
@@ -64,12 +66,12 @@ def test_tasks_wait_for_what_groups_share():
 
 
 def halfway(assets, prompts):
-    """A reward that the tuned network does not always earn."""
+    """Return a reward that is not always higher for the tuned network."""
     return -(full(assets, prompts) - 0.48).abs()
 
 
 def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path, monkeypatch):
-    """All start from the same networks with the same draws; the table has each against (a)."""
+    """All arms start from the same networks and noises, and the table compares each arm with group (a)."""
     plan = AblationPlan(groups=("a", "i", *ARMS), seeds=(0,), evaluation=Evaluation(per_condition=2, batch=8))
     calls = []
     problem = tiny_problem(reward=halfway)
@@ -119,7 +121,7 @@ def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """All nine groups with two seeds: results, plan, calls of train_stage, and the handler."""
+    """Run all nine groups with two seeds; return results, plan, calls of train_stage, and the worker."""
     folder = tmp_path_factory.mktemp("ablation")
     calls = []
     plan = AblationPlan(seeds=(0, 1), evaluation=EVALUATION)

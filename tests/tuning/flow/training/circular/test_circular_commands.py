@@ -1,4 +1,4 @@
-"""train.py --mode=circular-dpo from the outside: its flags, what it refuses, and whole runs on a tiny
+"""Test train.py --mode=circular-dpo from the command line: flags, rejected flags, and complete runs on a tiny
 problem.
 """
 
@@ -30,7 +30,7 @@ def run(*flags: str):
 
 
 def values(*flags: str) -> Flags:
-    """Flags as the command gets them."""
+    """Return the flags as the command receives them."""
     return Flags(commands.CIRCULAR_DPO.command.make_context("train", list(flags)).params)
 
 
@@ -151,7 +151,7 @@ def test_settings_survive_json():
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The command on the tiny problem."""
+    """Make the command use the tiny problem."""
     monkeypatch.setattr(opening, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_settings", lambda pipeline: SETTINGS)
 

@@ -1,5 +1,5 @@
-"""The loop: what each step trains and on what, what is left alone, and what a stopped or changed run does
-again.
+"""Test the loop: what each step trains and on which pairs, what stays unchanged, and what a stopped or
+changed run repeats.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ from tests.tuning.flow.tiny_problem import HUMAN, SETTINGS, tiny_problem
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Calls of train_stage: (stage, source of the pairs, config)."""
+    """Return the calls of train_stage as (stage, source of the pairs, config)."""
     calls = []
 
     def counted(conditioned, pairs, config, out, **options):
@@ -67,7 +67,10 @@ def test_three_steps_from_back_to_front_that_leave_the_base_alone(tmp_path, trai
 
 
 def test_artefacts_keep_their_names(tmp_path):
-    """Recorded at 52ebe99: a change of these hashes makes every network of every user again."""
+    """The hashes were recorded at commit 52ebe99.
+
+    If they changed, every network of every user would be trained again.
+    """
     loop = loop_in(tmp_path)
     made = [loop.from_people("voxels"), loop.from_people("structure", supervised=True)]
     names = ["voxels-human-7d10d09826d8875d", "structure-human-fc1ae42c868803ab"]
@@ -172,8 +175,9 @@ def test_a_second_round_starts_from_the_first(tmp_path, trained, monkeypatch):
 
 
 def test_every_round_has_noises_of_its_own(tmp_path, trained):
-    """The first round's are those of a run of one round, bit for bit; the second's seeds, of samples and of
-    trainings, are all others.
+    """The seeds of the first round are those of a run of one round.
+
+    All seeds of the second round, of samples and of trainings, differ from them.
     """
     one, _ = run_loop(loop_in(tmp_path / "one"))
     trained.clear()

@@ -1,5 +1,5 @@
-"""The whole loop on two ranks: the same artefacts as on one, within rounding, with the pairs made between
-them.
+"""Test the whole loop on two ranks: it gives the same artefacts as one rank, up to rounding, and the ranks
+share the work of making pairs.
 """
 
 import pytest

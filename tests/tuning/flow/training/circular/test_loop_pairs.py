@@ -1,4 +1,6 @@
-"""Test the loop's pairs: what both sides share, where they may differ, how an interrupted call resumes."""
+"""Test the loop's pairs: what the tuned and the reference sample share, where they may differ, and how an
+interrupted call resumes.
+"""
 
 import copy
 import itertools
@@ -31,7 +33,7 @@ CONFIG = LoopPairsConfig(per_pair=2, batch=8, chunk=5)
 
 
 def tuned(model: torch.nn.Module, seed: int = 9, by: float = 0.3) -> torch.nn.Module:
-    """A copy with other weights."""
+    """Return a copy of a network with other weights."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         g = torch.Generator().manual_seed(seed)
@@ -71,7 +73,7 @@ def test_every_human_pair_gives_as_many_as_asked_with_op_preferred(problem, made
 
 
 def test_both_sides_stand_on_the_preferred_structure(problem, made):
-    """Decoding only carves, so nothing outside the preferred one's voxels can be filled."""
+    """Decoding only removes voxels, so no voxel outside the preferred structure can be filled."""
     for pair, human in zip(made[::2], problem.train_pairs["structure"], strict=True):
         room = human.preferred[0] > 0
         assert not ((pair.preferred[0] > 0) & ~room).any() and not ((pair.rejected[0] > 0) & ~room).any()
@@ -190,7 +192,7 @@ def test_an_interrupted_making_keeps_its_chunks(problem, op, made, tmp_path, mon
 
 
 def scored(rewards, sparse=False, **columns):
-    """A pair per (preferred, rejected) reward."""
+    """Make one pair for each (preferred, rejected) reward."""
     return [
         pair_of(i, sparse, reward_preferred=float(a), reward_rejected=float(b), **columns)
         for i, (a, b) in enumerate(rewards)
@@ -253,7 +255,7 @@ def test_ablations_switch_one_column_each():
 
 
 def test_w1_counts_all_candidates_of_a_condition():
-    """Three candidates' pairs of one condition: shares 2C/30 of six candidates."""
+    """Three pairs of one prompt have six candidates, whose shares are 2C/30."""
     pairs = scored([(5.0, 0.0), (4.0, 3.5), (3.0, 2.0)], condition="chair")
     best = torch.tensor(2 ** (10 / 30) - 1)
     kept, _ = weigh(pairs)

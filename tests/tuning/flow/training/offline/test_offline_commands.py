@@ -1,5 +1,5 @@
-"""train.py --mode=offline from the outside: its flags, what it refuses, and whole runs on a tiny problem and
-on a folder of points.
+"""Test train.py --mode=offline from the command line: flags, rejected flags, and complete runs on a tiny
+problem and on a folder of points.
 """
 
 import json
@@ -98,7 +98,7 @@ def test_flags_reach_their_settings(tmp_path):
 
 
 def people(kind: str) -> Labelled:
-    """The tiny problem's: both of a pair as assets by themselves."""
+    """Return the tiny problem's pairs as single assets: both assets of each pair."""
     assets = []
     votes = []
     for pair in human_pairs("structure"):
@@ -114,7 +114,7 @@ def people(kind: str) -> Labelled:
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The command on the tiny problem."""
+    """Make the command use the tiny problem."""
     monkeypatch.setattr(
         opening,
         "open_problem",

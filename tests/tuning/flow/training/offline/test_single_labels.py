@@ -1,4 +1,6 @@
-"""Labelled assets from a list and a file, from the list's own ranks, and the toy's own people."""
+"""Test labelled assets from a list and a file, from the ranks of a list, and from the toy's simulated
+annotators.
+"""
 
 import json
 
@@ -17,7 +19,7 @@ from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pai
 
 @pytest.fixture
 def folder(tmp_path):
-    """A drawn folder of six assets of two conditions, as `flow sample` leaves it."""
+    """Return a folder with six sampled assets of two prompts, as `flow sample` writes it."""
     rows = []
     for i, (one, other) in enumerate(zip(structure_pairs(6), voxel_pairs(6), strict=True)):
         write_latents(tmp_path / f"{i}.safetensors", {"structure": one.preferred, "voxels": other.preferred})

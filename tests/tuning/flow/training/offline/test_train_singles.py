@@ -1,5 +1,5 @@
-"""Training on single assets: what it learns and leaves alone, equal runs however they are cut, and what is
-refused.
+"""Test the training on single assets: what it learns and leaves unchanged, that passes and ranks do not
+change it, and what is rejected.
 """
 
 from dataclasses import replace
@@ -63,7 +63,7 @@ def singles(n: int = 12, stage: str = "voxels", use: str = "labels") -> list[Sin
 
 
 def ranked(made: list[Single]) -> list[Single]:
-    """By their mean feature."""
+    """Rank assets by their mean feature."""
     r = {}
     for group in by_condition(made).values():
         r |= goodness_from_ranks({one.id: -float(feats_of(one.latent).mean()) for one in group})

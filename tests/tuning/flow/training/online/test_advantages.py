@@ -1,5 +1,5 @@
-"""Advantages: what shifts, scales and orders leave alone, in groups, over batches, of several rewards; and
-the gate.
+"""Test advantages: which shifts, scales and orders do not change them, in groups, over batches and for
+several rewards; and the gate.
 """
 
 import pytest

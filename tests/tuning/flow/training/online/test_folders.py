@@ -1,5 +1,5 @@
-"""Online tuning on a generator's own folder, without pairs: points by a network with its data at t = 1, and a
-plugin's reward.
+"""Test online tuning on a generator's folder without pairs: points by a network with its data at t = 1, and
+the reward of a plugin.
 """
 
 import json
@@ -23,7 +23,7 @@ FEW = [
 
 
 def to_the_right(assets, names):
-    """Mean of the points' first coordinate."""
+    """Return the mean of the points' first coordinate, a reward."""
     return torch.stack([asset[:, 0].mean() for asset in assets])
 
 

@@ -1,5 +1,5 @@
-"""Online tuning of the tiny generator: what it learns by each loss, and that it is the same however it is
-computed or interrupted.
+"""Test online tuning of the tiny generator: what each loss learns, and that passes, ranks and interruptions
+do not change the result.
 """
 
 import json
@@ -137,8 +137,8 @@ def test_the_divergence_holds_the_policy_to_the_reference(tmp_path, loss):
 
 @pytest.mark.parametrize("loss", ["grpo", "grpo-guard", "dppo"])
 def test_a_first_pass_has_ratios_of_one_and_a_gradient_that_is_the_scores(loss):
-    """d loss = -A d log p where the policy is still the one that drew;
-    the divergence is 0 at the reference.
+    """While the policy equals the sampling network, d loss = -A d log p, and the divergence is 0 at the
+    reference.
     """
     updates = updates_of(loss=loss, kl=1.0, passes=1, lr=1e-12, clip=1e9)
     figures = updates.run(0)
@@ -225,7 +225,9 @@ def brightness(assets, prompts):
 
 
 def test_several_rewards_are_normalised_before_they_are_added():
-    """A reward of large numbers drowns no other: scaled by a thousand, the gradient stays."""
+    """A reward of large values does not dominate the others: scaling it by a thousand does not change the
+    gradient.
+    """
     found = []
     for factor in (1.0, 1000.0):
         task = by_name(
@@ -251,7 +253,9 @@ def gated_task() -> Task:
 
 @LOSS
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, loss):
-    """With a network that draws and lags, a reference that was reset, and a gate with a history."""
+    """The run has a sampling network that follows the policy, a reference that was reset, and a gate with a
+    history.
+    """
     options = {"loss": loss, "held_out": likes, "reset": 4, "kl": 0.1, "draws": 1}
     straight = contents(run(tmp_path / "straight", gated_task(), **options).weights.parent)
     assert json.loads((tmp_path / "straight" / "stats.jsonl").read_text().splitlines()[-1])["gated"] > 0

@@ -1,4 +1,4 @@
-"""Two processes tune what one tunes."""
+"""Test that two processes give the same tuned network as one process."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""`--reward=solid` of flows: what is sound and true to its condition is rewarded, what is only sound is not;
-voxels have y up.
+"""Test `--reward=solid` of flows: an asset is rewarded if it is solid and resembles its prompt's references,
+but not if it is only solid. Voxels have y up.
 """
 
 import numpy as np

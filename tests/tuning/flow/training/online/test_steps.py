@@ -1,4 +1,4 @@
-"""The samplers that draw: their marginals, their limits, and the densities that they are said to have."""
+"""Test samplers with noise: their marginals, their limits, and the densities that they state."""
 
 import math
 
@@ -26,7 +26,7 @@ LEVELS = pytest.mark.parametrize("level", [0.0, 0.7, 1.4])
 
 
 def exact(path: FlowPath, x, t, mean=MEAN, std=STD):
-    """E[(1 - s) eps - x_0 | x_t = x] of data N(mean, std^2)."""
+    """Compute the exact velocity E[(1 - s) eps - x_0 | x_t = x] for data N(mean, std^2)."""
     signal = 1 - t
     sigma = path.sigma_min + (1 - path.sigma_min) * t
     # E[x_0] = mean + signal std^2 off, E[eps] = sigma off
@@ -35,8 +35,9 @@ def exact(path: FlowPath, x, t, mean=MEAN, std=STD):
 
 
 def moments(path: FlowPath, level: float, points: list[float], std: float = STD) -> list[tuple[float, float]]:
-    """Mean and variance after each step, exactly: a step is linear in x, so that its values at 0 and 1 say
-    all.
+    """Compute the exact mean and variance after each step.
+
+    A step is linear in x, so its values at 0 and 1 are enough.
     """
     mean = 0.0
     variance = 1.0
@@ -54,7 +55,9 @@ def moments(path: FlowPath, level: float, points: list[float], std: float = STD)
 @LEVELS
 @pytest.mark.parametrize("sigma_min", [0.0, 1e-2])
 def test_marginals_are_those_of_the_flow(level, sigma_min):
-    """Mean and variance at t = 1/4 and at the end, and the error halves with the step."""
+    """The mean and the variance are right at t = 1/4 and at the end, and their error halves with the length
+    of the step.
+    """
     path = FlowPath(sigma_min=sigma_min)
     errors = []
     for n in (64, 128):
@@ -143,7 +146,9 @@ def test_density_and_divergence_are_the_normals(sparse):
 
 
 def noise_left(kind: str, level: float, steps: int = 10) -> list[tuple[float, float]]:
-    """(t, deviation of x there) of one object and a perfect network: what is in x besides (1 - t) x_0."""
+    """Return (t, standard deviation of x at t) for one object and a perfect network, that is, of x without (1
+    - t) x_0.
+    """
     path = FlowPath(sigma_min=0.0)
     points = [1 - i / steps for i in range(steps + 1)]
     variance = 1.0
