@@ -42,7 +42,9 @@ def resolve_settings(*flags: str) -> Settings:
 def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
     """Build new networks, and return them with their GAN settings.
 
-    Args: tiny: False: images of 512 pixels, rendered at 128; True: images of 32 pixels, rendered at 8.
+    Args:
+        tiny: False for images of 512 pixels, rendered at 128; True for images of 32 pixels, rendered at 8.
+        device: device of the networks.
     """
     if tiny:
         gan_config = GanConfig(gamma=1.0, nrr_initial=8)

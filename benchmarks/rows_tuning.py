@@ -109,7 +109,7 @@ def build_stage(flow_size: Size) -> FlowStage:
 def _rays(edge: int, view_index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sample points on the rays of an orthographic view, and their depths.
 
-    Args: edge: N; view: number of the view, 0 to 3.
+    Args: edge: number N of voxels along an axis; view_index: number of the view, 0 to 3.
     Returns: world points [N, N, N, 3] (row, column, step away from the camera), and depths [N].
     """
     voxel_positions = torch.linspace(-0.5, 0.5, edge)  # positions of the voxels

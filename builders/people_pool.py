@@ -171,7 +171,7 @@ def _on_surface(
 
 
 def draw_points(head: Head, basis: Basis, options: PoolOptions, rng: np.random.Generator) -> np.ndarray:
-    """Sample points [P, 3] of a head in all regions, in random order. P is `o.total`.
+    """Sample points [P, 3] of a head in all regions, in random order. P is `options.total`.
 
     Args:
         head: head whose points are sampled.

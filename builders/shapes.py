@@ -191,9 +191,9 @@ def train_shape_features(z: np.ndarray, options: ShapeTraining, on_shape: OnShap
     """Train the features of the shape Fréchet distance.
 
     Args:
-        z: latents [heads + reference + held_out, 64]. The features are trained on the first `o.heads`
-            latents, their scale and the reference of the distance are computed from the next `o.reference`,
-            and they are evaluated on the others.
+        z: latents [heads + reference + held_out, 64]. The features are trained on the first `options.heads`
+            latents. Their scale and the reference of the distance are computed from the next
+            `options.reference`, and they are evaluated on the others.
         options: settings.
         on_shape: function that is called with 1 after every head.
     """

@@ -182,7 +182,7 @@ class PlacedField:
 class Placed:
     """A `Generator` with the latents and shapes of another generator, which are moved into our world.
 
-    Its mapping network expects conditioning cameras of the inner generator, see `ws_of`.
+    Its mapping network expects conditioning cameras of the inner generator, see `ws_of_placed`.
 
     Args: inner: the other generator; place: position, size, orientation and density scale of the shapes.
     """

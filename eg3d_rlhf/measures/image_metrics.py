@@ -96,7 +96,7 @@ def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tens
 def fake_batches(
     generator: Generator, cameras: np.ndarray, metric_options: MetricOptions
 ) -> Iterator[torch.Tensor]:
-    """Yield generated images in batches, float [N, 3, R, R], `options.images` in total.
+    """Yield generated images in batches, float [N, 3, R, R], `metric_options.images` in total.
 
     The same seed gives the same images if the batch size is the same. torch's global random generator is
     restored after every batch.
@@ -163,9 +163,9 @@ def evaluate(
         bar: function that opens a progress bar from a number of images and a title. It returns a function
             that advances the bar by a number of images.
 
-    Returns: a list of one record per metric, in the order of `options.metrics`. A record is a dictionary of
-        JSON values. Its entry 'results' is a dictionary of the metric's values by name; the other entries
-        describe how they were computed.
+    Returns: a list of one record per metric, in the order of `metric_options.metrics`. A record is a
+        dictionary of JSON values. Its entry 'results' is a dictionary of the metric's values by name;
+        the other entries describe how they were computed.
     Raises: ValueError if the resolutions of dataset and generator differ, a set has fewer than two images, or
         a feature is not finite.
     """

@@ -113,10 +113,11 @@ flags = combine_decorators(
         metavar="ARM,...",
         show_default="none",
         help=(
-            "Compare several arms with sds on the same prompts and seeds. An arm is the name of a method;"
+            "Comma-separated list of arms that are compared with the baseline sds on the same prompts and"
+            " seeds; sds is always added. An arm is the name of a method;"
             " +geometry at its end adds the gradient of --geometry-reward. As controls, the first method with"
             " a reward also runs with the reward inverted, and with random numbers instead of the reward."
-            " none runs a single method."
+            " Pass --compare=none to run a single method."
         ),
     ),
     option(

@@ -313,8 +313,8 @@ _FLAGS = combine_decorators(
         metavar="YAW,PITCH|25 NUMBERS|JSON",
         show_default="frontal",
         help=(
-            "Camera of the image: yaw and pitch in radians, or a camera label of 25 numbers (16 of cam2world,"
-            " 9 of the intrinsics), also in a JSON file."
+            "Camera of the image: yaw and pitch in radians; or a camera label of 25 numbers (16 of cam2world,"
+            " 9 of the intrinsics); or the path of a .json file with a list of these 2 or 25 numbers."
         ),
     ),
     _target_option(

@@ -121,12 +121,14 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
         is not valid, and for a file without labels.
     """
     path = Path(path)
-    # Only labels of pairs have a winner. An empty file has no first record.
-    if path.suffix == ".csv" or (
-        path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})
-    ):
-        return from_pairs(load_labels(path))
     read_jsonl = functools.partial(jsonl_records, example="{'seed': ..., 'label': ...}")
+    has_pairs = path.suffix == ".csv"
+    if not has_pairs and path.is_file():
+        # Only labels of pairs have a winner. An empty file has no first record.
+        first_record = next((record for _, record in read_jsonl(path)), {})
+        has_pairs = "winner" in first_record
+    if has_pairs:
+        return from_pairs(load_labels(path))
     return read_records(path, {".jsonl": read_jsonl, ".ndjson": read_jsonl}, _parse, "shapes")
 
 

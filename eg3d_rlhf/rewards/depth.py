@@ -454,7 +454,12 @@ def _check(extractor: str, expected_sizes: Sequence[int], shape: Sequence[int]) 
 def build(description: Mapping[str, Any]) -> RewardNetwork:
     """Create an untrained network from its description.
 
-    Raises: ValueError for an unknown extractor, or for a field that the network does not have.
+    Args:
+        description: under "extractor" the name of the network, "small" or "resnet50"; all other entries are
+            arguments of its constructor.
+
+    Raises: ValueError for an unknown extractor, or for an argument that is missing or that the constructor
+        does not accept.
     """
     # A copy, since the entry is removed below.
     network_settings = dict(description)

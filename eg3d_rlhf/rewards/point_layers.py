@@ -70,7 +70,7 @@ def norm(norm_kind: str, channels: int, axis_count: int = 1) -> nn.Module:
     """Create a normalisation of features [N, channels, ...].
 
     Args:
-        kind: "batch" or "layer".
+        norm_kind: "batch" or "layer".
         channels: number of channels.
         axis_count: number of axes after the channels, 2 or at most 1; layer normalisation ignores it.
     """

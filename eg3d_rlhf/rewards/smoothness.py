@@ -58,7 +58,9 @@ class CubeScore(observations.Observation):
     spec: SlabSpec = SlabSpec.cube(48)
 
     @classmethod
-    def from_generator(cls, generator: "Generator", *, resolution: int | None = None) -> Self:  # type: ignore[override]
+    def from_generator(  # type: ignore[override]
+        cls, generator: "Generator", *, resolution: int | None = None
+    ) -> Self:
         """Create the observation for a generator's cube.
 
         Args:

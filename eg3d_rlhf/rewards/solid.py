@@ -80,9 +80,10 @@ def _grid_loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) ->
 
 
 def slope_at(grid: torch.Tensor, level: float) -> float:
-    """Return the median absolute change of densities [D, H, W] between neighbouring voxels at the surface.
+    """Return the median absolute difference of the densities `grid` [D, H, W] across the surface.
 
-    These are the pairs of neighbouring voxels on different sides of the surface. Return 1 if there are none.
+    The median is taken over all pairs of neighbouring voxels of which one is inside and the other is outside.
+    It is at least 1e-6. If no pair crosses the surface, the result is 1.
     """
     inside = grid > level
     steps = []

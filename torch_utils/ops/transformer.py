@@ -1,8 +1,9 @@
 """Transformer layers for long sequences on a CPU, computed in tiles and recomputed in the backward pass.
 
 A tile is a part of the rows of a matrix whose results fit into the processor's cache. Self-attention (Vaswani
-et al. 2017) computes the scores of one attention head for a tile of queries at a time. Queries and keys are
-normalised for each head, so that no normalised copy of them is stored. The feed-forward layer (linear layer,
+et al. 2017) computes the scores of one attention head for a tile of queries at a time. If gains
+are given, the queries and keys of an attention head are normalised when this head is processed, so that
+normalised copies of all heads are never in memory together. The feed-forward layer (linear layer,
 GELU in its tanh approximation, linear layer) is computed for a tile of rows at a time.
 
 Shapes: N samples, T tokens, H attention heads, D channels of an attention head; input and output features

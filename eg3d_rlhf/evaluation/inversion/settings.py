@@ -71,7 +71,8 @@ class InversionConfig:
     )
     lambda_sigma: float = knob(
         0.01,
-        "Weight of the change of the density in the second stage. It has an effect only if the reward's"
+        "Weight of the density-consistency term in the second stage: the mean absolute difference of the"
+        " density from the density before that stage. It has an effect only if the reward's"
         " weight is above 0.",
         LOSS,
         low=0,

@@ -82,8 +82,10 @@ class CameraRanges:
         azimuth = (torch.arange(self.views) + uniform_numbers[:, 4:]) * (360 / self.views) - 180  # [A, V]
         distance = distance * self.half_side / torch.tan(torch.deg2rad(fov) / 2)
         # One value per asset, [A] -> one value per view, [B].
-        per_view = (asset_values.repeat_interleave(self.views) for asset_values in (elevation, distance, fov))
-        return views_at(azimuth.flatten(), *per_view)
+        values_per_view = (
+            asset_values.repeat_interleave(self.views) for asset_values in (elevation, distance, fov)
+        )
+        return views_at(azimuth.flatten(), *values_per_view)
 
 
 def views_at(

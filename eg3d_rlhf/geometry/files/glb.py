@@ -429,8 +429,12 @@ class _Reader:
             accessor_record.get("componentType") not in COMPONENTS
             or accessor_record.get("type") not in WIDTHS
         ):
+            component_type = accessor_record.get("componentType")
             raise ValueError(
-                "an array in the GLB file has a type that is not supported. Export the file again."
+                f"an array (accessor) in the GLB file has componentType {component_type!r:.40} and type"
+                f" {accessor_record.get('type')!r:.40}, but only componentType"
+                f" {', '.join(map(str, COMPONENTS))} and type {', '.join(WIDTHS)} can be read. Export the"
+                " file with one of these types."
             )
         dtype = np.dtype(COMPONENTS[accessor_record["componentType"]])
         row_width = WIDTHS[accessor_record["type"]]

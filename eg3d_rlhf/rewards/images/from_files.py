@@ -85,15 +85,15 @@ def weights_of(path: Path) -> Path:
     return only_file(path, WEIGHTS, FLAG, "config.json (CLIP) or one file of weights")
 
 
-def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
+def reward_costs(path: str | Path, image_count: int, noises_per_image: int = 1) -> Costs:
     """Estimate the memory that a reward needs for a training step, from the shapes in its file.
 
     A step scores K B images, and back-propagates through B of them. No weights are loaded.
 
     Args:
         path: path of the reward, see `load_reward`.
-        images: number of images, B.
-        noises: number of noises per image, K.
+        image_count: number of images, B.
+        noises_per_image: number of noises per image, K.
     """
     path = existing_path(path, FLAG)
     if (path / "config.json").is_file():
@@ -103,13 +103,21 @@ def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
 
         # The configuration states all shapes.
         clip_config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
-        return _clip_costs(empty(lambda: CLIPModel(clip_config)), images, noises)
+        return _clip_costs(empty(lambda: CLIPModel(clip_config)), image_count, noises_per_image)
     weights_file = weights_of(path)
     state_dict = read(weights_file, FLAG)
     if _is_blip(state_dict, weights_file):
         blip_network = Reward3dNetwork.from_state_dict(state_dict, f"{FLAG}: {weights_file.name}")
-        return _costs(blip_network, blip_network.blip.encode_images, images, noises, blip_network.blip.side)
-    return _clip_costs(hpsv2_network(state_dict, f"{FLAG}: {weights_file.name}"), images, noises)
+        return _costs(
+            blip_network,
+            blip_network.blip.encode_images,
+            image_count,
+            noises_per_image,
+            blip_network.blip.side,
+        )
+    return _clip_costs(
+        hpsv2_network(state_dict, f"{FLAG}: {weights_file.name}"), image_count, noises_per_image
+    )
 
 
 def _clip_costs(clip: Any, images: int, noises: int) -> Costs:

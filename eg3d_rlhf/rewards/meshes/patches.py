@@ -274,8 +274,8 @@ class MeshReader:
         # Names begin with the index of the asset. The state does not contain fields that are None.
         while (prefix := f"{len(self.choices)}.") + "inside" in state:
             asset_net, plan = (
-                choice_class(*(state.get(prefix + name) for name in choice_class._fields))  # type: ignore[arg-type]
-                for choice_class in (Net, Plan)
+                choice(*(state.get(prefix + name) for name in choice._fields))  # type: ignore[arg-type]
+                for choice in (Net, Plan)
             )
             inside = state[prefix + "inside"]
             around = state[prefix + "around"]

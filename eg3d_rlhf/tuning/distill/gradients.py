@@ -256,11 +256,11 @@ def distillation_loss(
     """Compute the loss of one step, a scalar, from the gradients of a guidance.
 
     Args:
-        x: [B, C, H, W], latents with the graph of the render, to which `output.grad` is applied.
+        x: [B, C, H, W], latents with the graph of the render, to which `guidance_output.grad` is applied.
         guidance_output: gradients of the guidance.
-        images: [B, 3, h, w], rendered images with their graph. They are needed if `output.image_grad` is
-            given.
-        clamp: largest absolute value of an entry of `output.grad`; None for no limit.
+        images: [B, 3, h, w], rendered images with their graph. They are needed if
+            `guidance_output.image_grad` is given.
+        clamp: largest absolute value of an entry of `guidance_output.grad`; None for no limit.
     """
     loss = target_loss(x, guidance_output.grad, clamp=clamp)
     if guidance_output.image_grad is None:

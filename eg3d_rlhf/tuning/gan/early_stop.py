@@ -236,6 +236,8 @@ class EarlyStop(torch.nn.Module):
                 arguments.
         """
         for network_name in ("G", "G_ema"):
+            # The rendering resolution is not part of the state dict, so it is restored here. It is 0 for a
+            # generator without one.
             if network_name in self.kept and int(self.rendered):
                 setattr(self.kept[network_name], RENDERED, int(self.rendered))
         kept_networks: dict[str, Any] = dict(self.kept.items())

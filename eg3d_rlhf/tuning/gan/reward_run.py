@@ -1,6 +1,6 @@
 """Builds a GAN run from its settings: data, networks, phases, reward, held-out metrics and training loop.
 
-`build` makes a new run, `go_on` resumes one, and `train` trains to the end.
+`build` makes a new run, `resume` resumes one, and `train` trains to the end.
 """
 
 import copy

@@ -156,7 +156,7 @@ class _Bumps:
 
     Args:
         rng: random generator.
-        size: size of the asset.
+        asset_size: size of the asset.
     """
 
     def __init__(self, rng: np.random.Generator, asset_size: float):

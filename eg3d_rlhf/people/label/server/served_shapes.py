@@ -45,7 +45,7 @@ class Addresses:
 
     Args:
         secret: secret key of the server.
-        assets: asset tokens of all shapes, in order of the plan.
+        asset_tokens: asset tokens of all shapes, in order of the plan.
     """
 
     def __init__(self, secret: bytes, asset_tokens: Iterable[str]):

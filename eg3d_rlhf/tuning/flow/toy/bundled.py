@@ -28,8 +28,8 @@ from eg3d_rlhf.tuning.flow.toy.toy_oracles import (
     LearnedReward,
     RewardTraining,
     fit,
-    human_pairs,
-    human_singles,
+    simulated_pairs,
+    simulated_singles,
 )
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import CHOOSING, DEFECTS, HELD_OUT, TRAINED, R, ToyPipeline
 from training.storage import load_strict, read_tensors, write_tensors
@@ -337,15 +337,15 @@ def toy_problem(
         held_out_prompts=HELD_OUT,
         choosing_prompts=CHOOSING,
         train_pairs=PairsByStage(
-            STAGES, lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, defects)
+            STAGES, lambda stage: simulated_pairs(stage, TRAINED, pairs_per_condition, seed, defects)
         ),
         unseen_pairs=PairsByStage(
             STAGES,
-            lambda stage: human_pairs(stage, other_prompts, other_pairs_per_condition, seed, defects),
+            lambda stage: simulated_pairs(stage, other_prompts, other_pairs_per_condition, seed, defects),
         ),
         labelled=Lazy(
             ("thumbs", "ranks"),
-            lambda kind: human_singles(kind, TRAINED, pairs_per_condition, seed, defects),
+            lambda kind: simulated_singles(kind, TRAINED, pairs_per_condition, seed, defects),
         ),
         reward=load_network("reward"),
         chooser=ChooserOracle(),

@@ -2,15 +2,15 @@
 
     LabelOracle    intersection over union, and root mean square error of the colour: the labelling rule of
                    the simulated preference pairs
-    ChooserOracle  distances to the shape and back, and the share of voxels of the right colour: held-out win
-                   rate and early stopping
+    ChooserOracle  symmetric Chamfer distance (from the asset to the shape, and from the shape to the asset),
+                   and the share of voxels of the right colour: held-out win rate and early stopping
     FinalOracle    Dice overlap, the number of connected parts, symmetry, and the mean absolute error of the
                    colour: the final table only
 
 All are `AssetReward`s. A score is the sum of a score of the geometry and a score of the colour, and a larger
-score is better. Any variant of a shape is correct, and the geometry is compared with the best-fitting
-variant. A noisy simulated annotator chooses between two decoded drafts. The learned reward is fitted to these
-choices only, so it has errors.
+score is better. Each prompt has several correct target shapes (variants), and the geometry is compared with
+the variant that fits best. A noisy simulated annotator chooses between two decoded drafts. The learned reward
+is fitted to these choices only, so it has errors.
 
 Shapes: P = R^3 cells of the grid, or P pairs; other letters as in the package's docstring.
 """
@@ -216,7 +216,7 @@ def judge_drafts(
     return Judged(tuple(prompts), preferred, rejected, (better_assets, worse_assets), agrees)
 
 
-def human_pairs(
+def simulated_pairs(
     stage: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> list[PreferencePair]:
     """Make simulated preference pairs of a stage's latents.
@@ -254,7 +254,7 @@ def human_pairs(
     return pairs
 
 
-def human_singles(
+def simulated_singles(
     label_kind: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:
     """Make assets with one simulated label each. The assets do not depend on the kind of the labels.

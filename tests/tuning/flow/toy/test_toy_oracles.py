@@ -12,8 +12,8 @@ from eg3d_rlhf.tuning.flow.toy.toy_oracles import (
     ChooserOracle,
     FinalOracle,
     LabelOracle,
-    human_pairs,
     judge_drafts,
+    simulated_pairs,
 )
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import TRAINED, Defects
 from tests.tuning.flow.toy.drawing import drawn, perfect
@@ -87,7 +87,7 @@ def test_iou_and_dice_by_hand():
 
 
 def test_pairs_of_both_stages_are_of_the_same_assets():
-    structure, voxels = (human_pairs(stage, TRAINED[:3], 4, seed=1) for stage in ("structure", "voxels"))
+    structure, voxels = (simulated_pairs(stage, TRAINED[:3], 4, seed=1) for stage in ("structure", "voxels"))
     assert (
         len(structure) == 12
         and [p.id for p in structure] == [p.id for p in voxels]
@@ -104,11 +104,11 @@ def test_pairs_of_both_stages_are_of_the_same_assets():
 
 
 def test_a_condition_has_its_own_draws():
-    both = human_pairs("structure", TRAINED[:2], 3, seed=1)
-    alone = human_pairs("structure", TRAINED[1:2], 3, seed=1)
+    both = simulated_pairs("structure", TRAINED[:2], 3, seed=1)
+    alone = simulated_pairs("structure", TRAINED[1:2], 3, seed=1)
     assert [p.id for p in both[3:]] == [p.id for p in alone]
     assert all(torch.equal(p.preferred, q.preferred) for p, q in zip(both[3:], alone, strict=True))
-    other = human_pairs("structure", TRAINED[1:2], 3, seed=2)
+    other = simulated_pairs("structure", TRAINED[1:2], 3, seed=2)
     assert not all(torch.equal(p.preferred, q.preferred) for p, q in zip(alone, other, strict=True))
 
 
