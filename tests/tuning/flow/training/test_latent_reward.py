@@ -128,7 +128,7 @@ def test_files_are_read_strictly(tmp_path):
     with raising("odd.safetensors", "members.0.head.0.bias"):
         load(tmp_path / "odd.safetensors", pipeline, stages[1], "a")
     torch.nn.init.ones_(stages[1].model.to_out.weight)
-    with raising("reward.safetensors", "base"):
+    with raising("reward.safetensors", "hash of the stage's network"):
         load(path, pipeline, stages[1], "a")
     stages[1].latents = DenseGrid(channels=2, resolution=2)
     with raising("'DenseGrid'", "'SparseVoxels'"):

@@ -115,16 +115,20 @@ def cut(content):
             lambda c: flow(c)["reverse_fn"].update(_target_="sam3d_objects.PointmapCFG"),
             ("ClassifierFree", "PointmapCFG"),
         ),
-        ("ss_generator.yaml", lambda c: network(c).update(colour=2), ("ss_generator.yaml", "['colour']")),
+        (
+            "ss_generator.yaml",
+            lambda c: network(c).update(colour=2),
+            ("ss_generator.yaml", "unknown are colour"),
+        ),
         (
             "ss_generator.yaml",
             lambda c: network(c).update(protect_modality_list=["scale"]),
-            ("ss_generator.yaml", "['protect_modality_list']"),
+            ("ss_generator.yaml", "unknown are protect_modality_list"),
         ),
         (
             "ss_generator.yaml",
             lambda c: network(c).pop("num_blocks"),
-            ("ss_generator.yaml", "['num_blocks']"),
+            ("ss_generator.yaml", "missing are num_blocks"),
         ),
         (
             "ss_generator.yaml",

@@ -147,7 +147,7 @@ def test_of_three_stages_only_the_one_behind_differs():
 
 def test_rewards_that_are_not_finite_are_rejected(problem, op):
     broken = replace(problem, reward=lambda assets, conditions: torch.full([len(assets)], float("nan")))
-    with raising("pairs", "nan"):
+    with raising("pairs", "NaN"):
         make_loop_pairs(broken, op, CONFIG, seed=0)
 
 

@@ -373,5 +373,5 @@ def test_wrong_settings_are_named(tmp_path):
     assert not (tmp_path / "run").exists()
     with raising("--batch", "2", "3"):
         updates_of(ranks=Ranks(world=2))
-    with raising("target", "nan"):
+    with raising("target", "NaN"):
         run(tmp_path / "run", task_of(reward=lambda assets, conditions: torch.full([len(assets)], math.nan)))
