@@ -236,11 +236,11 @@ class OnLatents:
             draw_number: number of the time and noise of a sample, counted from 0.
         """
         if self.config.loss == "dgpo":
-            noise_keys = [("group", seed) for seed in samples.seeds]
+            noise_keys: list[tuple] = [("group", seed) for seed in samples.seeds]
             time_keys: list[tuple] = [("update", self.config.seed, step)] * len(noise_keys)
         else:
             groups_and_members = zip(samples.seeds, samples.members, strict=True)
-            noise_keys = [("sample", seed, number) for seed, number in groups_and_members]  # type: ignore[misc]
+            noise_keys = [("sample", seed, number) for seed, number in groups_and_members]
             time_keys = list(noise_keys)
         generators = [
             torch.Generator().manual_seed(derive_seed("time", *seed_key, optimizer_step, draw_number))
