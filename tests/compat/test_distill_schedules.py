@@ -22,8 +22,8 @@ pytestmark = needs(NAME)
 OTHER_TABLES = {
     "mvdream": {},
     "zero_snr": {"zero_snr": True},
-    "ddpm_linear": {"kind": "linear", "start": 1e-4, "end": 0.02},
-    "ddpm_cosine": {"kind": "squaredcos_cap_v2"},
+    "ddpm_linear": {"schedule_name": "linear", "start": 1e-4, "end": 0.02},
+    "ddpm_cosine": {"schedule_name": "squaredcos_cap_v2"},
 }
 
 
@@ -33,7 +33,7 @@ def betas(table: str = "sd") -> torch.Tensor:
     if config is None:
         return make_betas(**OTHER_TABLES.get(table, {}))
     names = {
-        "beta_schedule": "kind",
+        "beta_schedule": "schedule_name",
         "beta_start": "start",
         "beta_end": "end",
         "rescale_betas_zero_snr": "zero_snr",

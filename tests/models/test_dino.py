@@ -79,7 +79,7 @@ def test_names_are_those_of_torch_hub_and_sizes_those_of_the_tensors():
         DinoConfig.from_state({}, "x")
     for changes, name in (
         ({"hidden_act": "relu"}, "'relu'"),
-        ({"use_swiglu_ffn": True}, "True"),
+        ({"use_swiglu_ffn": True}, "has gates"),
         ({"image_size": 9}, "image_size=9"),
     ):
         with raising(name):

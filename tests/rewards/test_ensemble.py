@@ -313,7 +313,7 @@ def test_bootstrap_takes_as_many_pairs_and_depends_on_the_seed():
     [
         (["--aggregate=min"], ("--members", "--aggregate=min", "1")),
         (["--shared-start"], ("--members", "--shared-start", "1")),
-        (["--members=2", "--strength=1"], ("--strength", "--aggregate=lcb", "none")),
+        (["--members=2", "--strength=1"], ("--strength", "--aggregate=lcb", "not given")),
         (["--members=2", "--aggregate=min", "--strength=1"], ("--strength", "--aggregate=min")),
     ],
 )

@@ -128,12 +128,12 @@ def test_weights_and_labels_that_do_not_match_are_rejected(data):
         LossWeights(pairs=0, scalar=0, bradley_terry=0, divergence=1)
     with raising("--reference-samples", "4"):
         with_changes(OPTIONS, **ALONE, reference_samples=4)
-    with raising("--regression", "--divergence", "--unpaired", "none") as one_kind:
+    with raising("--regression", "--divergence", "--unpaired", "not preferred") as one_kind:
         train_reward(
             replace(data, unpaired=[label for label in data.unpaired if label.label]),
             with_changes(OPTIONS, **ALONE),
         )
-    with raising("--regression", "--divergence", "--unpaired", "none") as none:
+    with raising("--regression", "--divergence", "--unpaired") as none:
         train_reward(replace(data, unpaired=()), with_changes(OPTIONS, regression=1.0))
     assert str(one_kind.value) != str(none.value)
 

@@ -444,19 +444,17 @@ def check_votes(questions: Iterable[str], votes: Mapping[str, str], choice: Choi
         {question.name for question in parse_questions(questions)} if choice is not Choice.SKIP else set()
     )
     if set(votes) != question_names or not set(votes.values()) <= set(VOTES):
-        expected_text = (
-            f"one of {', '.join(VOTES)} for each of the questions {', '.join(sorted(question_names))}"
-            if question_names
-            else "no votes"
-        )
+        if question_names:
+            rule = (
+                f"each of the questions {', '.join(sorted(question_names))} needs a vote ({', '.join(VOTES)})"
+            )
+        else:
+            rule = "this answer must have no votes"
         # The message quotes at most MAX_QUESTIONS votes, so that its length is bounded.
         quoted_votes = ", ".join(
             f"{vote!r} for {question!r}" for question, vote in list(votes.items())[:MAX_QUESTIONS]
         )
-        raise ValueError(
-            f"answer: the votes must be {expected_text}, but they are {quoted_votes or 'none'}. Reload the"
-            " page."
-        )
+        raise ValueError(f"answer: {rule}, but the page sent {quoted_votes or 'no vote'}. Reload the page.")
 
 
 def check_stored(votes: str) -> None:

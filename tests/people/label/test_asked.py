@@ -78,7 +78,7 @@ def test_votes_and_names_outside_the_campaign_are_rejected(store):
 def test_every_question_and_no_other_is_voted_on(store, choice, votes, names):
     campaign, ann = begin(store, questions=ASKED)
     shown, *_ = store.assignments(campaign, ann)
-    with raising(str(votes), *names):
+    with raising(*(f"{vote!r} for {question!r}" for question, vote in votes.items()), *names):
         store.submit(
             campaign,
             ann,

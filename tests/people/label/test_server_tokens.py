@@ -224,4 +224,4 @@ def test_the_access_log_tells_who_and_what_but_no_secret(exposed):
         "token",
     ) in responses
     assert ("/*", 404, "ann", "session") in responses and ("/api/session", 401, None, None) in responses
-    assert any("token" in line.get("refused", "") for line in lines if line.get("status") == 401)
+    assert any("token" in line.get("rejected", "") for line in lines if line.get("status") == 401)

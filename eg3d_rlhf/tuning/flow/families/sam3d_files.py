@@ -496,10 +496,14 @@ def _build_config(config_class: Any, file_settings: Mapping, **overrides: Any) -
         if field.default is no_default and field.default_factory is no_default and name not in config_kwargs
     ]
     if unknown_settings or missing_settings:
+        faults = [
+            f"{fault} {', '.join(names[:8])}"
+            for fault, names in (("unknown:", unknown_settings), ("missing:", missing_settings))
+            if names
+        ]
         raise ValueError(
-            f"the settings do not fit {config_class.__name__}: unknown are"
-            f" {', '.join(unknown_settings[:8]) or 'none'}, missing are"
-            f" {', '.join(missing_settings[:8]) or 'none'}. Pass the folder of SAM 3D Objects."
+            f"the settings do not fit {config_class.__name__} ({'; '.join(faults)}). Pass the folder of SAM 3D"
+            " Objects."
         )
     return config_class(**config_kwargs)
 

@@ -361,10 +361,14 @@ def architecture(
         if f.default is no_default and f.default_factory is no_default and f.name not in model_args
     )
     if unknown_args or missing_args:
+        faults = [
+            f"{fault} {', '.join(names)}"
+            for fault, names in (("unknown:", unknown_args), ("missing:", missing_args))
+            if names
+        ]
         raise ValueError(
-            f"{message_prefix}: the args do not fit {class_name}: unknown are"
-            f" {', '.join(unknown_args) or 'none'}, missing are {', '.join(missing_args) or 'none'}. Download"
-            " the file again, or pass the folder of a supported generator."
+            f"{message_prefix}: the args do not fit {class_name} ({'; '.join(faults)}). Download the file"
+            " again, or pass the folder of a supported generator."
         )
     return model_class, config_class(**model_args)
 

@@ -118,17 +118,17 @@ def cut(content):
         (
             "ss_generator.yaml",
             lambda c: network(c).update(colour=2),
-            ("ss_generator.yaml", "unknown are colour"),
+            ("ss_generator.yaml", "unknown: colour"),
         ),
         (
             "ss_generator.yaml",
             lambda c: network(c).update(protect_modality_list=["scale"]),
-            ("ss_generator.yaml", "unknown are protect_modality_list"),
+            ("ss_generator.yaml", "unknown: protect_modality_list"),
         ),
         (
             "ss_generator.yaml",
             lambda c: network(c).pop("num_blocks"),
-            ("ss_generator.yaml", "missing are num_blocks"),
+            ("ss_generator.yaml", "missing: num_blocks"),
         ),
         (
             "ss_generator.yaml",

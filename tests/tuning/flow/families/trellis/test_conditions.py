@@ -50,7 +50,7 @@ def test_unsuitable_embeddings_are_rejected(tmp_path):
         Conditioning(tokens={"a": TOKENS})
     with raising("conditioning", "'a'"):
         Conditioning(tokens={"a": TOKENS / 0}, zero_null=True)
-    with raising("[2, 4], [3, 4]"):
+    with raising("[2, 4]; [3, 4]"):
         Conditioning(tokens={"a": TOKENS, "b": TOKENS[:2]}, zero_null=True)
     with raising("conditioning", "'x'"):
         Conditioning(tokens={"a": TOKENS}, zero_null=True).select(["a", "x"])

@@ -176,7 +176,7 @@ def test_unsuitable_models_are_rejected(copied):
         ({"name": "UNet", "args": {}}, ("SparseStructureFlowModel", "'UNet'")),
         (
             {"name": "SparseStructureFlowModel", "args": {"colour": 1, "resolution": 4}},
-            ("unknown are colour", "missing are cond_channels"),
+            ("unknown: colour", "missing: cond_channels"),
         ),
     ],
 )

@@ -87,7 +87,7 @@ def test_unsuitable_models_are_rejected(copied):
     stem.with_name("tex_1024.json").write_text(
         json.dumps({"name": "SLatFlowModel", "args": {**MODELS["tex_1024"]["args"], "colour": 1}})
     )
-    with raising("tex_1024.json", "unknown are colour", "missing are none"):
+    with raising("tex_1024.json", "unknown: colour"):
         files.load_model(stem)
 
 
