@@ -25,7 +25,7 @@ import pytest
 # does; which one is up to the author of the message.
 REMEDY = re.compile(
     r"\b(?:add|allowed|answer|at least|at most|belongs?|between|cannot|check|choose|close|convert|copy"
-    r"|compute|correct|create|delete|do not|download|drop|enlarge|expected|export|fewer|finish|fix|free"
+    r"|compute|correct|create|delete|do not|download|drop|embed|enlarge|expected|export|fewer|finish|fix|free"
     r"|give|have to|hold|increase|install|keep|label|leave|load|lower|make|merge|move|must|name|needs?|omit"
     r"|one of|only|pass|pick|put|raise|reduce|remove|rename|render|repeat|replace|restart|resume|retry"
     r"|run|sample|save|set|should|shrink|start|stop|supply|take|train|try|turn|unset|update|upgrade|use"

@@ -502,8 +502,8 @@ def _build_config(config_class: Any, file_settings: Mapping, **overrides: Any) -
             if names
         ]
         raise ValueError(
-            f"the settings do not fit {config_class.__name__} ({'; '.join(faults)}). Pass the folder of SAM 3D"
-            " Objects."
+            f"the settings do not fit {config_class.__name__} ({'; '.join(faults)}). Pass the folder of SAM"
+            " 3D Objects."
         )
     return config_class(**config_kwargs)
 
