@@ -277,7 +277,7 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
     files_by_caption = {}
     # At most half of the latents, since the strips of the best and the worst must not overlap.
     k = min(K, len(seeds) // 2)
-    upper_yaw, lower_yaw = choose_yaws(comparison)
+    top_row_yaw, bottom_row_yaw = choose_yaws(comparison)
     for role in ("before", "after"):
         generator = comparison.generators()[role]
         scores = comparison.scores(generator, seeds).double().numpy()  # [N]
@@ -292,8 +292,8 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
             # Seeds are consecutive, so the index of a seed is its difference to the first seed.
             score_texts = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in chosen_seeds)
             files_by_caption[
-                f"{role}, {end_name} reward from left to right ({score_texts}); yaw {upper_yaw:+.1f} above,"
-                f" {lower_yaw:+.1f} radians below"
+                f"{role}, {end_name} reward from left to right ({score_texts}); yaw {top_row_yaw:+.1f} above,"
+                f" {bottom_row_yaw:+.1f} radians below"
             ] = image_name
             table_rows += [
                 {

@@ -43,11 +43,15 @@ def read_mesh(path: Path, tolerance: float, up: str) -> CleanMesh:
     file_bytes = path.stat().st_size
     if not 0 < file_bytes <= MAX_BYTES:
         raise ValueError(
-            f"the file has {file_bytes:,} bytes; files of 1 byte to {MAX_BYTES >> 20} MB are accepted"
+            f"the file has {file_bytes:,} bytes, but only 1 byte to {MAX_BYTES >> 20} MB are accepted. Reduce"
+            " the mesh, or export it again if the file is empty."
         )
     vertices, faces = read_triangles(path)
     if len(faces) > MAX_TRIANGLES:
-        raise ValueError(f"the mesh has {len(faces):,} triangles; up to {MAX_TRIANGLES:,} are accepted")
+        raise ValueError(
+            f"the mesh has {len(faces):,} triangles, but at most {MAX_TRIANGLES:,} are accepted. Reduce the"
+            " mesh."
+        )
     return clean_mesh(vertices, faces, tolerance, up)
 
 

@@ -120,7 +120,9 @@ class Store:
         return self.root / f"{kind}-{inputs_hash[:16]}"
 
     def find(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
-        """Return an artefact if it is finished, and None otherwise. One rank alone may call this method.
+        """Return an artefact if it is finished, and None otherwise.
+
+        This method is not collective: a rank can call it without the others, unlike `make`.
 
         Args:
             kind: short word at the start of the folder's name.

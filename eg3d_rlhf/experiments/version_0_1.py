@@ -223,9 +223,9 @@ def _renamed(json_values: Any, new_name_by_old: Mapping[str, str]) -> Any:
 
 
 def summary(old_summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the summary.json of a run.
+    """Rename the keys of a run's summary.json from the names of version 0.1 to the present names.
 
-    The summary of the bundled control contains its settings, too. They are converted as `options` does.
+    The summary of the bundled control run also contains the settings of the run, which `options` converts.
     """
     # the settings have their own table of names, so they are empty in this step
     present_summary: dict[str, Any] = _renamed({**old_summary, "settings": {}}, _SUMMARY)

@@ -127,7 +127,7 @@ artefact_flags = combine_decorators(
         "--no-summary",
         group=RUN,
         is_flag=True,
-        help="Write no table of win rates at the end of a run of the loop or of one stage.",
+        help="Do not write the table of win rates at the end of the run. Cannot be combined with --ablate.",
     ),
 )
 what_flags = combine_decorators(

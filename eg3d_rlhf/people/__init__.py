@@ -1,1 +1,1 @@
-"""People: labelling in the browser, blind studies."""
+"""Everything that people do in a browser: labelling shapes, and blind studies."""

@@ -64,8 +64,8 @@ class TrainOptions:
     cosine: bool = True
     weight_decay: float = knob(
         1e-4,
-        "Weight decay of the Adam optimiser, as an L2 penalty. Presets of depth maps apply it separately from"
-        " the gradient, as AdamW does.",
+        "Weight decay of the Adam optimiser. It is an L2 penalty, or decoupled from the gradient as in AdamW"
+        " where the preset sets `decoupled`.",
         TRAINING,
         low=0,
         rare=True,

@@ -1,1 +1,1 @@
-"""The three ways to tune: gan/, flow/, distill/."""
+"""Tuning of generators by rewards and preferences: GANs, flow generators, and score distillation."""

@@ -118,7 +118,8 @@ def _read(flag: str, image_path: Path, pil_mode: str, resolution: int) -> np.nda
 def case_from_seed(generator: Generator, seed: int, camera: Tensor, psi: float = 1.0) -> Case:
     """Make a target from a sample of the generator.
 
-    The target is rendered with many samples per ray, and with other ray samples than the inversion.
+    The target is rendered with more samples per ray than the inversion uses, and at other random positions,
+    so that the inversion cannot fit the noise of the sampling.
 
     Args:
         seed: seed of the sample.

@@ -509,8 +509,8 @@ def _check_name(path: Path, named_file: str) -> None:
     ):
         raise ValueError(
             # shortened, because a name in an untrusted file may be very long
-            f"{path.name} names the file {named_file[:80]!r}, but only files in its folder or below it are"
-            " allowed. Move the file there."
+            f"{path.name} refers to the file {named_file[:80]!r}, which is not in or below the folder of"
+            f" {path.name}. Move that file there, and write its relative path in {path.name}."
         )
 
 

@@ -315,16 +315,18 @@ class Balance(Window):
         # [2, steps, A]: norms of both gradients.
         super().__init__(window, torch.zeros(2, 0, 0), "norms")
 
-    def __call__(self, distillation_norm: torch.Tensor, reward_norm: torch.Tensor) -> torch.Tensor:
+    def __call__(self, distillation_grad_norm: torch.Tensor, reward_grad_norm: torch.Tensor) -> torch.Tensor:
         """Add the norms of this step, and return the factor of each asset.
 
         Args:
-            distillation_norm: [A], norms of the distillation gradient.
-            reward_norm: [A], norms of the gradient of the reward.
+            distillation_grad_norm: [A], norms of the distillation gradient.
+            reward_grad_norm: [A], norms of the gradient of the reward.
         Returns: [A], mean distillation norm divided by the mean reward norm. It is 0 for assets whose reward
         norms were all 0.
         """
-        new_norms = torch.stack([distillation_norm, reward_norm]).detach().cpu()[:, None]  # [2, 1, A]
+        new_norms = (
+            torch.stack([distillation_grad_norm, reward_grad_norm]).detach().cpu()[:, None]
+        )  # [2, 1, A]
         # If the number of assets has changed, the old norms belong to other assets and are dropped.
         asset_count = new_norms.shape[2]
         old_norms = self.rows if self.rows.shape[2] == asset_count else self.rows.new_zeros(2, 0, asset_count)
@@ -337,7 +339,7 @@ class Balance(Window):
         ratio = torch.where(
             mean_reward_norm > 0, mean_distillation_norm / mean_reward_norm.clamp_min(1e-30), 0.0
         )
-        return ratio.to(distillation_norm.device)
+        return ratio.to(distillation_grad_norm.device)
 
 
 class History(Window):

@@ -95,7 +95,7 @@ def target_head(head_number: int) -> Head:
 
 @functools.cache
 def target_grid(head_number: int) -> np.ndarray:
-    """Return the signed distances of the ground-truth head of 'head NUMBER' on the grid, [n, n, n]."""
+    """Return the signed distances [n, n, n], at the points of GRID, of a prompt's ground-truth head."""
     return head_grid(target_head(head_number), GRID)
 
 

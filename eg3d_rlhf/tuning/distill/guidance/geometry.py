@@ -208,14 +208,14 @@ class ProgressiveGeometry:
         }
         # A parameter without a gradient of the distillation counts as one with the gradient 0.
         distillation_grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        distillation_norm = _norm(distillation_grads)  # [A]
-        reward_norm = (
+        distillation_grad_norm = _norm(distillation_grads)  # [A]
+        reward_grad_norm = (
             _norm(list(reward_grads.values())) if reward_grads else torch.zeros(len(scores), device=device)
         )
         # The balance makes the effect of alpha independent of the scale of the reward.
-        reward_factors = alpha * self.balance(distillation_norm, reward_norm)  # [A]
+        reward_factors = alpha * self.balance(distillation_grad_norm, reward_grad_norm)  # [A]
         # Inner product of both gradients over all parameters, [A].
-        inner_product = torch.zeros_like(reward_norm)
+        inner_product = torch.zeros_like(reward_grad_norm)
         for parameter_index, grad in reward_grads.items():
             inner_product = inner_product + (distillation_grads[parameter_index] * grad).flatten(1).sum(dim=1)
             # Minus, because the optimiser descends along `.grad`, and the reward is to increase.
@@ -224,7 +224,7 @@ class ProgressiveGeometry:
                 - reward_factors.view(-1, *[1] * (grad.ndim - 1)).to(grad) * grad
             )
         # Minus, because the direction in which the optimiser follows the reward is -g_r.
-        cosine = -inner_product / (distillation_norm * reward_norm).clamp_min(1e-30)
+        cosine = -inner_product / (distillation_grad_norm * reward_grad_norm).clamp_min(1e-30)
         return {
             "geometry": scores.to(device),
             "geometry_cosine": cosine,

@@ -277,10 +277,9 @@ def read_stages(
 
 
 def split_prompts(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:
-    """Divide prompts, by a hash of their names, for training, for choosing checkpoints, and for the final
-    table.
+    """Split prompts, by a hash of their names, into sets for training, checkpoint selection and the table.
 
-    At least one prompt is for training. If there are two or more prompts, at least one is held out.
+    The set for training has at least one prompt. If there are two or more prompts, at least one is held out.
 
     Args:
         names: names of the prompts, in any order.
