@@ -11,7 +11,7 @@ from eg3d_rlhf.models.sparse import collate, feats_of
 from eg3d_rlhf.preferences.label_scores import goodness_from_ranks, goodness_from_votes
 from eg3d_rlhf.tuning.flow.base.ranking import write_latents
 from eg3d_rlhf.tuning.flow.base.single_labels import read_labelled
-from eg3d_rlhf.tuning.flow.toy.toy_oracles import LabelOracle, human_singles
+from eg3d_rlhf.tuning.flow.toy.toy_oracles import LabelOracle, simulated_singles
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import TRAINED, ToyPipeline
 from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
@@ -84,8 +84,8 @@ def test_what_is_rejected(folder):
 
 
 def test_the_toys_people_prefer_what_the_oracle_does_and_see_the_same_assets():
-    thumbs, ranks = (human_singles(kind, TRAINED[:6], 40, seed=3) for kind in ("thumbs", "ranks"))
-    assert thumbs.identity != ranks.identity == human_singles("ranks", TRAINED[:6], 40, seed=3).identity
+    thumbs, ranks = (simulated_singles(kind, TRAINED[:6], 40, seed=3) for kind in ("thumbs", "ranks"))
+    assert thumbs.identity != ranks.identity == simulated_singles("ranks", TRAINED[:6], 40, seed=3).identity
     for stage in ("structure", "voxels"):
         both = zip(thumbs.assets, ranks.assets, strict=True)
         assert all(torch.equal(feats_of(a.latents[stage]), feats_of(b.latents[stage])) for a, b in both)
