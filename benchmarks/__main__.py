@@ -131,6 +131,9 @@ def main(
             )
             click.echo(f"{row.size:8s} {row.name:48s} {target}".rstrip())
         return
+    for row in [row for row in selected_rows if row.cpu_only and device != "cpu"]:
+        click.echo(f"Left out, because it runs only on a CPU: {row.name}", err=True)
+        selected_rows.remove(row)
     choose_device(device)  # raises an error if there is no such device
     torch.set_num_threads(threads)
     old_report = None if compare is None else report.read(compare)  # read before the file may be overwritten

@@ -92,6 +92,7 @@ class Row:
     gradient_tolerance: float = 1e-4  # largest gradient_error with which the paths agree
     # True: parts of the networks run in half precision on a GPU, so that the tolerances must be larger there
     half_on_cuda: bool = False
+    cpu_only: bool = False  # True: the row is left out on a GPU, because what it measures runs only on a CPU
 
     def tolerances(self, device: str) -> tuple[float, float]:
         """Return the tolerances of outputs and of gradients on a device."""

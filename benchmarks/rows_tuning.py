@@ -106,13 +106,16 @@ def build_stage(flow_size: Size) -> FlowStage:
     )
 
 
-def _rays(edge: int, view_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rays(edge: int, view_index: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sample points on the rays of an orthographic view, and their depths.
 
-    Args: edge: number N of voxels along an axis; view_index: number of the view, 0 to 3.
+    Args:
+        edge: number N of voxels along an axis.
+        view_index: number of the view, 0 to 3.
+        device: device of the returned tensors.
     Returns: world points [N, N, N, 3] (row, column, step away from the camera), and depths [N].
     """
-    voxel_positions = torch.linspace(-0.5, 0.5, edge)  # positions of the voxels
+    voxel_positions = torch.linspace(-0.5, 0.5, edge, device=device)  # positions of the voxels
     up, right, near = torch.meshgrid(-voxel_positions, voxel_positions, -voxel_positions, indexing="ij")
     x, z = ((right, near), (near, -right), (-right, -near), (-near, right))[view_index]
     return torch.stack([x, up, z], dim=-1), DISTANCE + voxel_positions
@@ -131,7 +134,7 @@ def _render_in_loops(voxels: Voxels) -> torch.Tensor:
             None
         ]  # [1, 4, N, N, N]
         for view_index in range(VIEWS):
-            points, depths = _rays(edge, view_index)
+            points, depths = _rays(edge, view_index, voxels.raw.device)
             # [4, N, N, N]
             volume_samples = F.grid_sample(
                 volume, 2 * points[None], mode="bilinear", padding_mode="border", align_corners=True
@@ -242,6 +245,7 @@ ROWS = [
         size="bundled",
         seconds=1,
         make=mesh_reward_steps,
+        cpu_only=True,
         target=Target(at_least=1 / 1.5, aim=0.8),
     ),
 ]
