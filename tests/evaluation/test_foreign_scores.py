@@ -85,7 +85,9 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
     assert set(data["agreement"]) == {"mirrored", SIDEWAYS, UP, FORWARD, "ψ 0.5"}
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
     assert (tmp_path / next(iter(result.images.values()))).stat().st_size > 1000
-    fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summarise(small.reference_measured.scores)})
+    fs.plot_scores(
+        {"networks": {"a": data["summary"]}, "reference": fs.summarise(small.reference_measured.scores)}
+    )
 
 
 def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):

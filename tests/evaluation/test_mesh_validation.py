@@ -118,7 +118,7 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
         main, ["check-assets", str(folder), f"--outdir={out}", "--samples=500", "--jobs=1"]
     )
     assert done.exit_code == 0, done.output
-    assert "2 measured, 1 not" in done.output
+    assert "2 meshes measured, 1 not" in done.output
     assert any("broken.glb" in line and "GLB" in line for line in done.output.splitlines())
     with (out / "data" / "files.csv").open() as file:
         result = {row["file"]: row for row in csv.DictReader(file)}
