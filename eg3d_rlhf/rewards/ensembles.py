@@ -29,7 +29,7 @@ MEAN = Aggregate()
 class Standard:
     """Mean and standard deviation of each member's scores of the same samples.
 
-    They bring the scores of all members to one scale.
+    With these values, the scores of all members are standardised to one scale.
 
     Raises: ValueError if the numbers of means and standard deviations differ, a value is not finite, or a
         standard deviation is not above 0.
@@ -46,8 +46,9 @@ class Standard:
         ):
             raise ValueError(
                 "ensemble: expected a finite mean and a standard deviation above 0 of each member's scores,"
-                f" got the means {list(self.offsets)} and the standard deviations {list(self.scales)}. Remove"
-                " members that give all samples the same score."
+                f" got the means {list(self.offsets)} and the standard deviations {list(self.scales)}. If a"
+                " member gives all samples the same score, leave this member out. If the reward's file was"
+                " changed, copy it again."
             )
 
     @classmethod
@@ -109,13 +110,13 @@ class RewardEnsemble(nn.Module):
         aggregate: Aggregate = MEAN,
         observations: Iterable[torch.Tensor] | None = None,
     ) -> "RewardEnsemble":
-        """Create an ensemble of copies of trained networks, in eval mode and without gradients of weights.
+        """Create an ensemble from copies of trained networks, in eval mode and without gradients of weights.
 
         Args:
             networks: trained networks, which are copied.
             aggregate: function that joins the members' scores.
             observations: batches [N, ...] of observations of untuned samples, on which the scores are
-                standardised; None aggregates raw scores.
+                standardised; they are read once. None aggregates raw scores.
         """
         # Copies, since the ensemble's parameters are frozen below.
         members = [copy.deepcopy(network) for network in networks]
@@ -145,7 +146,7 @@ class RewardEnsemble(nn.Module):
             member.check(shape)
 
     def features(self, observations: torch.Tensor) -> torch.Tensor:
-        """Concatenate the feature vectors of all members along axis 1."""
+        """Concatenate the feature vectors of all members along axis 1: [N, ...] -> [N, sum of lengths]."""
         return torch.cat([member.features(observations) for member in self.members], dim=1)
 
     def embed(self, observations: torch.Tensor) -> torch.Tensor:
@@ -174,7 +175,7 @@ class RewardEnsemble(nn.Module):
         return self.joined([member.score(observations) for member in self.members])
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Return the reward [N] of embeddings [N, E * M]."""
+        """Return the reward [N] of concatenated embeddings [N, E * M], the result of `embed`."""
         embeddings = zip(self.members, self._split_embedding(embedding), strict=True)
         return self.joined(
             [member.score_embedding(member_embedding) for member, member_embedding in embeddings]
@@ -212,6 +213,8 @@ def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
     too. This usually holds for networks that were fine-tuned from the same trained network. It does not hold
     for networks with different initialisations, and their average is useless.
 
+    Args: networks: trained networks, which are not changed; at least one.
+    Returns: a new network in eval mode, whose parameters need no gradient.
     Raises: ValueError if the networks have different architectures.
     """
     first_description, *other_descriptions = (network.describe() for network in networks)
@@ -270,8 +273,8 @@ def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | 
     Args:
         kind: kind of the observation that the network reads, for example "sigma".
         description: result of `describe` of a network or an ensemble.
-    Raises: ValueError if the description has fields that the network does not have, or lacks fields of the
-        ensemble.
+    Raises: ValueError for an unknown kind, if the description has fields that the network does not have, or
+        if fields of the ensemble are missing or invalid.
     """
     build = builder_of(kind)
     network_description = dict(description)

@@ -40,7 +40,7 @@ APART = 0.05
 
 
 def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
-    """Return a warning if there are too few pairs for the training or the evaluation, or '' otherwise.
+    """Return a warning if there are too few pairs for training or evaluation, and '' otherwise.
 
     Args:
         counts: number of pairs of each of the splits train, val and test.
@@ -62,7 +62,7 @@ def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
 
 
 def too_few_shapes(preferred_count: int, other_count: int) -> str:
-    """Return a warning if there are too few held-out labels of single shapes, or '' otherwise.
+    """Return a warning if there are too few held-out labels of single shapes, and '' otherwise.
 
     Args:
         preferred_count: number of held-out shapes that are labelled as preferred.
@@ -122,8 +122,8 @@ def score_seeds(
 ) -> dict[int, float]:
     """Compute the reward of every seed from its cached observation.
 
-    The batches are distributed over the ranks, and every rank gets all scores. The model must be in eval
-    mode if it has dropout.
+    The batches are distributed over the ranks, and every rank gets all scores. The model must be in eval mode
+    if it has dropout.
 
     Args:
         model: reward network or ensemble.
@@ -207,9 +207,12 @@ def fit_temperature(margin: np.ndarray) -> float:
 
 
 def rate(correct: int, n: int) -> dict:
-    """Return the proportion `correct` / `n` with its Wilson 95 % interval, as JSON values.
+    """Return the accuracy `correct` / `n` with its Wilson 95 % interval, as JSON values.
 
-    The proportion is None if `n` is 0.
+    Args:
+        correct: number of correct pairs.
+        n: number of all pairs.
+    Returns: dict with "correct", "n", "accuracy" (None if `n` is 0) and "interval_95" (lower and upper end).
     """
     low, high = wilson_interval(correct, n)
     return {
@@ -360,13 +363,13 @@ def evaluate(
 
 
 def evaluate_feature(feature: Mapping[int, float], labels: Sequence[Preference]) -> dict:
-    """Compute the share of pairs that a handcrafted feature, of which larger is better, orders correctly.
+    """Compute the share of pairs that a handcrafted feature orders correctly; larger values count as better.
 
     Only labels that state the noise-free order are used, and the feature is compared with this order.
 
     Args:
-        feature: feature by seed.
-        labels: labelled pairs.
+        feature: value of the feature by seed.
+        labels: labelled pairs; their seeds are looked up in `feature`.
     Returns: dict of accuracies, each a result of `rate`. "clean" is the accuracy over all pairs, and "apart"
         the accuracy over the pairs whose volume errors differ by at least APART. An accuracy without any pair
         is left out.
@@ -390,9 +393,11 @@ def collect_curves(history: Sequence[dict], best_epoch: int, context: dict) -> d
     """Collect the learning curves of a training as JSON values, one list over epochs per quantity.
 
     Args:
-        history: records of the epochs, in order.
+        history: records of the epochs, in order: dicts with "epoch", "train_accuracy", "val_accuracy",
+            "val_log_loss" and "loss" (value by name of the loss term).
         best_epoch: index of the chosen epoch, from 0.
-        context: facts that are printed above the plot, for example the number of pairs and the seed.
+        context: facts by name that are printed above the plot, for example the number of pairs and the seed.
+    Returns: dict with "epoch" (from 1), one entry per accuracy and loss, "best_epoch" (from 1) and "context".
     """
     metrics = {
         metric_name: [epoch_record[metric_name] for epoch_record in history]

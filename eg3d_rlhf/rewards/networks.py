@@ -1,8 +1,8 @@
 """Base class of reward networks, and the registry of the networks that read each kind of observation.
 
-An observation is the input that a network reads from a shape. A network consists of a feature extractor, a
-trunk, and three output heads. A network for a new kind of observation is a subclass of `RewardNetwork` with
-the methods `features` and `describe`, and `register` registers it.
+An observation is the input that a network reads from a shape, for example a depth map. A network consists of
+a feature extractor, a trunk, and three output heads. A network for a new kind of observation is a subclass of
+`RewardNetwork` with the methods `features` and `describe`, and `register` registers it.
 
 Shapes: N samples, P pairs, M entries of an embedding; [N, ...] is a batch of observations, whose other axes
 depend on the kind.
@@ -127,15 +127,15 @@ class RewardNetwork(nn.Module, ABC):
         """Return the description of the network: JSON values from which it can be created again."""
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError if the network cannot read observations of this shape, given without N.
+        """Raise ValueError if the network cannot read observations of this shape (without the batch axis N).
 
-        By default every shape is accepted.
+        This base class accepts every shape.
         """
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
         """Set statistics of the training data, with which the network standardises its input.
 
-        By default there are no statistics.
+        This base class has no such statistics and does nothing.
 
         Args: take: function that returns the observations of all training samples, [N, ...].
         """

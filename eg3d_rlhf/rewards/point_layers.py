@@ -85,7 +85,7 @@ class PointNetwork(RewardNetwork):
     arch: PointArch
 
     def describe(self) -> dict[str, Any]:
-        """Return the architecture as JSON values."""
+        """Return the architecture as JSON values, from which the network can be created again."""
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:
@@ -122,7 +122,7 @@ STARTS = ("first", "farthest")  # values of `start` of `farthest_points`
 
 
 def distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Compute the distances between centres [N, 3, S] and points [N, 3, P]: float64 [N, S, P]."""
+    """Compute the Euclidean distances between centres [N, 3, S] and points [N, 3, P]: float64 [N, S, P]."""
     # The faster mode of cdist expands the square into products. Its rounding errors could change neighbours.
     exact_mode = "donot_use_mm_for_euclid_dist"
     return torch.cdist(

@@ -127,12 +127,13 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
 def open_generators(
     settings: RewardRun, labels: Sequence[Preference | UnpairedPreference], device: str = "cpu"
 ) -> list[LoadedGenerator]:
-    """Open the generators of the labelled shapes, first the generator of --network.
+    """Open the generators of the labelled shapes, and check that they are the generators of the labels.
 
     Args:
         settings: settings of the training.
         labels: labels of pairs and of single shapes.
         device: device of the generators.
+    Returns: the generators, the generator of --network first.
     Raises: ValueError if labels belong to a generator that was not passed, or if there are several generators
         and labels do not name theirs.
     """
@@ -175,7 +176,7 @@ def open_generators(
 
 
 def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
-    """Create the observation of the reward from the settings of its preset and of the run.
+    """Create the observation that the reward reads, from the settings of its preset and of the run.
 
     Settings of the run have priority over settings of the preset.
 
@@ -349,6 +350,10 @@ def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -
 
     The density itself is evaluated, because the slabs that the reward reads are normalised per shape.
 
+    Args:
+        settings: settings of the training.
+        opened: result of `open_training`; shapes belong to its first generator.
+        labels: pairs of shapes whose volumes are computed.
     Returns: share in 0..1 by seed.
     """
     generator = opened.generators[0].generator
@@ -446,6 +451,7 @@ def collect_observations(
         shape_keys: empty if the splits contain seeds. With several generators the splits contain numbers of
             shapes, and entry i is (hash of the generator, seed) of the shape with the number i.
         ranks: processes that share the work.
+    Returns: the labels of the splits train and val, with the caches of all observations.
     """
     generators = opened.generators
     observation = opened.observation

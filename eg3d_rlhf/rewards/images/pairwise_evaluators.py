@@ -1,5 +1,4 @@
-"""Analytic evaluators of the bundled test problem. They compare two assets, by their images or their
-surfaces.
+"""Analytic evaluators of the bundled test problem, which compare two assets by their images or surfaces.
 
 `YesNoEvaluator` compares images by yes/no questions, as DreamDPO does with a vision-language model (arXiv
 2502.04370). `AssetEvaluator` compares finished assets by properties that no reward reads, and is the held-out
@@ -56,7 +55,7 @@ def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
 def shows_first_emblem(images: torch.Tensor, prompt: str) -> torch.Tensor:
     """Return a mask [V] of the views that show the preferred emblem of the prompt.
 
-    This is decided by a majority of the pixels at which the two emblems differ.
+    A view counts if most of the pixels at which the two emblems differ are nearer to the preferred emblem.
 
     Args:
         images: images [V, C, h, w] of one asset, in 0..1.
@@ -143,9 +142,10 @@ class YesNoEvaluator:
 def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
     """Create a function that scores how similar the images of assets are to the modes of their prompts.
 
-    The function takes the prompt of each asset, and returns minus the RMS distance of the four images of each
-    asset to the modes, [A]. The nearest of the two modes is chosen for each image separately. The assets are
-    rendered only once.
+    Args: asset: the assets, [A]; they are rendered only once.
+    Returns: function from the prompt of each asset to scores [A]. A score is minus the RMS distance of the
+        four images of the asset to the modes. The nearer of the prompt's two modes is chosen for each image
+        separately.
     """
     view_images = (
         FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
@@ -214,7 +214,8 @@ class AssetEvaluator:
 def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
     """Count the sides of each asset that show the preferred emblem: int64 [A], 0 for heads.
 
-    This is decided by a majority of the points on a side at which the colours of the two emblems differ.
+    A side counts if most of its points at which the two emblems differ are nearer to the preferred emblem's
+    colour.
 
     Args:
         asset: the assets, [A].
