@@ -41,9 +41,9 @@ def lowest(scores: "torch.Tensor", _strength: float) -> "torch.Tensor":
 def lower_bound(scores: "torch.Tensor", k: float) -> "torch.Tensor":
     """Compute the lower bound mean - k * std of each sample's scores: [E, N] -> [N].
 
-    Mean and standard deviation (std, with divisor E) are taken over the E members. The gradient lowers the
-    scores of members that lie above mean + std / k. If members agree on a sample, std contributes no
-    gradient.
+    Mean and standard deviation (std, with divisor E) are taken over the E members. Maximising the result
+    lowers the scores of members that lie above mean + std / k. If members agree on a sample, std contributes
+    no gradient.
 
     Args:
         scores: scores of the members, [E, N].
@@ -60,8 +60,8 @@ def variance_penalty(scores: "torch.Tensor", weight: float) -> "torch.Tensor":
     """Compute the penalised mean - weight * variance of each sample's scores: [E, N] -> [N].
 
     This is uncertainty-weighted optimisation, UWO, of Coste et al. 2023 (arXiv 2310.02743). Mean and variance
-    (with divisor E) are taken over the E members. The gradient lowers the scores of members that lie above
-    mean + 1 / (2 weight).
+    (with divisor E) are taken over the E members. Maximising the result lowers the scores of members that lie
+    above mean + 1 / (2 weight).
 
     Args:
         scores: scores of the members, [E, N].
@@ -88,7 +88,7 @@ def soft_minimum(scores: "torch.Tensor", beta: float) -> "torch.Tensor":
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of aggregate: its function, and default value and name of its parameter, the strength."""
+    """Kind of aggregate: a function, and the default value and the name of its parameter, the strength."""
 
     join: "Callable[[torch.Tensor, float], torch.Tensor]"  # scores [E, N], strength -> [N]
     strength: float = 0.0  # default value

@@ -76,7 +76,7 @@ _BY_TEXT = {prompt.text: prompt for prompt in PROMPTS}
 
 
 def prompt_of(text: str) -> Prompt:
-    """Return the prompt with this text.
+    """Return the prompt of the test problem that has this text.
 
     Raises: ValueError if the test problem has no prompt with this text.
     """

@@ -126,7 +126,7 @@ def nose_voxels(n: int, side: int) -> torch.Tensor:
 def _painted_masks(
     n: int, side: int, features: Side
 ) -> list[tuple[torch.Tensor, tuple[float, float, float]]]:
-    """Return pairs of a mask [N, N, N] and an RGB colour, one for every feature of a side.
+    """Return a mask [N, N, N] and an RGB colour for each painted feature of a side, as a list of pairs.
 
     Eyes and emblems are on the base of the recess. The list is empty for an empty side.
 
@@ -326,8 +326,8 @@ def _heights(field: Field) -> torch.Tensor:
 def noses(field: Field) -> torch.Tensor:
     """Count the sides of each asset that have a nose: int64 [A], in 0..4.
 
-    A side has a nose if its recess contains a connected bump that is higher than `_STEP` above the base and
-    covers a share of the window between the two values of `_AREA`.
+    A side has a nose if its recess contains a connected bump that rises more than 0.06 edges of the cube
+    above the base of the recess (`_STEP`), and covers 6 to 60 % of the recess (`_AREA`).
 
     Args: field: field of A shapes.
     """

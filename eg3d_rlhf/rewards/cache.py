@@ -54,7 +54,8 @@ def observe_untuned(
 ) -> Iterator[torch.Tensor]:
     """Yield batches [N, ...] of observations, on which the scores of ensemble members are standardised.
 
-    The observations are those of the untuned generator's samples with the seeds `SCALES`.
+    The observations are those of the untuned generator's samples. Their seeds (`SCALES`) are reserved for
+    this purpose.
 
     Args:
         generator: `Generator` before tuning, or a network from which `as_generator` creates one.
@@ -63,7 +64,6 @@ def observe_untuned(
         cutoff: number of layers whose latents are truncated; None truncates all layers.
         batch: number of samples per batch.
     """
-    # SCALES are held-out seeds that serve only this purpose.
     observe = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
     return (observe(SCALES.seeds[start : start + batch]) for start in range(0, SCALES.count, batch))
 
@@ -98,7 +98,8 @@ class ObservationCache:
     """Observations of a set of seeds in memory, optionally stored in a file between runs.
 
     Values are rounded to float16, with a relative error of at most 0.05 %. The rounding changes scores by
-    less than repeated training does. Published rewards were trained on float16 volumes as well.
+    less than a repetition of the training with another seed does. Published rewards were trained on float16
+    volumes as well.
 
     Args:
         source: function from seeds to their observations [N, ...]; it is called for seeds that are not in the
@@ -114,9 +115,11 @@ class ObservationCache:
         self._cached: dict[int, torch.Tensor] = {}  # seed -> observation of this seed, float16
         if cache is not None and cache.is_file():
             try:
-                stored = safetensors.torch.load_file(cache)
+                stored_tensors = safetensors.torch.load_file(cache)
                 # Rows of one tensor share its memory, so nothing is copied.
-                self._cached = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
+                self._cached = dict(
+                    zip(stored_tensors["seeds"].tolist(), stored_tensors["observed"], strict=True)
+                )
             except (safetensors.SafetensorError, KeyError) as error:
                 raise ValueError(
                     f"{cache}: this file of observations cannot be read ({error}). Delete the file; the"
@@ -193,8 +196,8 @@ class ObservationCache:
         Nothing is written if the cache is empty or has no file.
         """
         if self._cache is not None and self._cached:
-            stored = {
+            stored_tensors = {
                 "seeds": torch.tensor(list(self._cached), dtype=torch.int64),
                 "observed": torch.stack(list(self._cached.values())),
             }
-            write_atomic(self._cache, safetensors.torch.save(stored))
+            write_atomic(self._cache, safetensors.torch.save(stored_tensors))

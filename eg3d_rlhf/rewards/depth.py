@@ -37,9 +37,14 @@ _TOLERANCE = 1e-6  # world units; cameras whose values differ by less count as e
 
 
 def nearness(depth: torch.Tensor, near: float, far: float) -> torch.Tensor:
-    """Compute the nearness 1 - (depth - near) / (far - near), elementwise. Differentiable.
+    """Compute the nearness 1 - (depth - near) / (far - near) of each element of `depth`. Differentiable.
 
     The nearness is 1 at the depth `near` and 0 at the depth `far`. It is not clamped to 0..1.
+
+    Args:
+        depth: depths of any shape, in the unit of `near` and `far`.
+        near: depth at which nearness is 1.
+        far: depth at which nearness is 0.
     """
     return 1 - (depth - near) / (far - near)
 
@@ -233,12 +238,13 @@ _MIN_SCALE = 0.3
 
 
 class PublishedDepth(RewardNetwork):
-    """Published depth reward: a frozen ResNet-50 reads nearness at 224 pixels, repeated to three channels.
+    """Published depth reward, whose features are those of a frozen ResNet-50 (the backbone).
 
-    The backbone gives 2048 features per view, which are concatenated. With one view, 2,198,660 parameters are
-    trained. The backbone always stays in eval mode, so that its batch normalisation uses the statistics of
-    ImageNet. As in the published files, state dicts do not contain the backbone. The description of the
-    network states the backbone's path and SHA-256 instead.
+    Maps of nearness are resized to 224 pixels per edge and repeated to three channels. The backbone gives
+    2048 features per view, which are concatenated. With one view, 2,198,660 parameters are trained. The
+    backbone always stays in eval mode, so that its batch normalisation uses the statistics of ImageNet. As in
+    the published files, state dicts do not contain the backbone. The description of the network states the
+    backbone's path and SHA-256 instead.
 
     Deviates: the published code resizes depth maps and then converts them to nearness. This class resizes
         nearness. Both orders agree up to rounding, since resizing is linear.
@@ -346,12 +352,12 @@ class Stage(nn.Module):
 
 
 class SmallDepth(RewardNetwork):
-    """Small depth network: four stages of stride 2 on standardised maps, with 128 features per view.
+    """Small depth network: four stages of stride 2 on standardised maps, and 128 features per view.
 
     Each pixel is standardised over the training shapes. There is no pooling before the linear layer, because
-    the samples of one generator of heads differ little, and pooling would discard where they differ. In eval
-    mode the features of the maps and of their mirror images are averaged, so that a score does not change if
-    a shape is mirrored.
+    the samples of one generator of heads differ little, and pooling would discard where the samples differ.
+    In eval mode the features of the maps and of their mirror images are averaged, so that a score does not
+    change if a shape is mirrored.
 
     Args:
         views: number of views, 1 or 3.

@@ -141,7 +141,7 @@ class RewardEnsemble(nn.Module):
         return {**description, "ensemble": ensemble_settings}
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless every member can read observations of this shape (without batch axis)."""
+        """Raise ValueError if a member cannot read observations of this shape (without the batch axis N)."""
         for member in self.members:
             member.check(shape)
 
@@ -181,7 +181,7 @@ class RewardEnsemble(nn.Module):
             [member.score_embedding(member_embedding) for member, member_embedding in embeddings]
         )
 
-    def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    def pair_margin(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the logit [P] that the first sample of each pair is better than the second one.
 
         The result is the aggregate of the members' logits. Logits are log odds and need no standardisation.
@@ -189,11 +189,14 @@ class RewardEnsemble(nn.Module):
         pessimistic about the first sample, so swapping also changes the absolute value.
 
         Args:
-            first: embeddings [P, E * M] of the first samples.
-            second: embeddings [P, E * M] of the second samples.
+            first_embeddings: embeddings [P, E * M] of the first samples.
+            second_embeddings: embeddings [P, E * M] of the second samples.
         """
         embeddings = zip(
-            self.members, self._split_embedding(first), self._split_embedding(second), strict=True
+            self.members,
+            self._split_embedding(first_embeddings),
+            self._split_embedding(second_embeddings),
+            strict=True,
         )
         return self.aggregate(
             torch.stack(

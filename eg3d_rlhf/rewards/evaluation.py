@@ -161,12 +161,12 @@ def margins(scores: Mapping[int, float], labels: Sequence[Preference]) -> np.nda
 
 
 def log_loss(margin: np.ndarray) -> float:
-    """Compute the mean of -log sigmoid(margin) over margins [P], in nats."""
+    """Compute the mean of -log sigmoid(margin) over the margins [P] of labelled pairs, in nats."""
     # logaddexp(0, -m) = log(1 + exp(-m)), without overflow.
     return float(np.logaddexp(0, -margin).mean())
 
 
-def calibration_error(margin: np.ndarray, bins: int = 10) -> float:
+def calibration_error(margin: np.ndarray, bin_count: int = 10) -> float:
     """Compute the expected calibration error of p = sigmoid(margin), where p is the probability of the label.
 
     The error is sum_b n_b / n * |accuracy_b - confidence_b| (Guo et al. 2017, arXiv 1706.04599, eq. 3), where
@@ -175,13 +175,13 @@ def calibration_error(margin: np.ndarray, bins: int = 10) -> float:
 
     Args:
         margin: margins [P].
-        bins: number of bins of equal width over the confidences 0.5..1.
+        bin_count: number of bins of equal width over the confidences 0.5..1.
     """
     confidence = expit(np.abs(margin))
     # A confidence of exactly 1 belongs to the last bin.
-    bin_index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    bin_index = np.minimum(((confidence - 0.5) * 2 * bin_count).astype(int), bin_count - 1)
     error = 0.0
-    for bin_number in range(bins):
+    for bin_number in range(bin_count):
         is_in_bin = bin_index == bin_number  # [P]
         # An empty bin has no accuracy and contributes nothing.
         if is_in_bin.any():

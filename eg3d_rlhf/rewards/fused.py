@@ -60,13 +60,14 @@ class WeightGradients:
 
         Args:
             layer: the `NormConv`.
-            result_gradient: gradient of the result, as the arguments g, h and factors of
-                `volume_conv_gradient`.
+            result_gradient: tensors g [N, O, D, H, W], h [N, O, D, H, W] and f [N, O, 3]. The gradient of the
+                convolution's result is f0 g + f1 h + f2 where h > 0, and 0 elsewhere.
             x: input [N, C, D, H, W] if `channel_mix` is None, otherwise the one channel [N, 1, D, H, W] from
                 which the input is made.
             channel_mix: [C, 2]: channel c of the input is mix[c, 0] x + mix[c, 1]; None if x is the input.
-            sums: sums [N, C, 2] of the input and of its square.
-            grad_sums: sums that `volume_conv_gradient` returned.
+            sums: sums [N, C, 2] of the input and of its square over the voxels.
+            grad_sums: sums [N, C, 2] over the voxels of y and of y * input, where y is the gradient of the
+                normalised input.
         """
         norm = layer.groupnorm
         kernel = layer.conv.weight
@@ -218,7 +219,11 @@ def group_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of the weight and of the bias of a group normalisation, float32 [C] each.
 
-    The arguments are described in `group_gradient`.
+    Args:
+        norm: the group normalisation.
+        sums: float64 [N, C, 2], sums of the input x and of x^2 over the voxels of each channel.
+        grad_sums: float64 [N, C, 2], sums of g and of g x over the voxels, with the result's gradient g.
+        voxel_count: number of voxels per channel.
     """
     mean, inverse_std = statistics(norm, sums, voxel_count)
     # Sum of g x' over voxels and samples, with the standardised input x'
@@ -277,9 +282,11 @@ def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
 def maps(model: "RewardModel", slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the U-Net's final maps and its coarsest volume, as `UNet3d.forward` does.
 
-    The slabs [N, C, D, H, W] are cut into patches, whose voxels are channels (see `to_patches`).
-
     Differentiable once, in the slab and the weights.
+
+    Args:
+        model: reward network with a U-Net.
+        slab: slabs [N, C, D, H, W], whose channels are the voxels of patches, see `to_patches`.
     """
     net = model.Conv3DModule
     weights = [*net.encoders.parameters(), *net.decoders.parameters()]
@@ -510,28 +517,33 @@ class _Pass:
             _channel_gate(channel_means, *module.se_module.cSE.parameters()),
         )
 
-    def _buffer(self, role: str, like: torch.Tensor, channels: int) -> torch.Tensor | None:
+    def _buffer(
+        self, buffer_name: str, template_volume: torch.Tensor, channel_count: int
+    ) -> torch.Tensor | None:
         """Return memory for a volume that later blocks reuse, or None if volumes are stored.
 
         Reuse saves time, because new pages of memory from the system cost as much as a pass over them.
 
         Args:
-            role: name of the buffer.
-            like: tensor [N, ?, D, H, W] that gives the other axes and the type of the volume.
-            channels: number of channels of the volume.
+            buffer_name: name of the buffer.
+            template_volume: volume [N, ?, D, H, W] with the same type and axes, except for the channels.
+            channel_count: number of channels of the new volume.
         """
         if self.stores_volumes:
             return None
-        shape = (len(like), channels, *like.shape[2:])
-        buffer_size = len(like) * channels * like[0, 0].numel()
-        if role not in self.buffers or self.buffers[role].numel() < buffer_size:
-            self.buffers[role] = like.new_empty(buffer_size)
+        buffer_shape = (len(template_volume), channel_count, *template_volume.shape[2:])
+        buffer_size = len(template_volume) * channel_count * template_volume[0, 0].numel()
+        if buffer_name not in self.buffers or self.buffers[buffer_name].numel() < buffer_size:
+            self.buffers[buffer_name] = template_volume.new_empty(buffer_size)
         # A larger buffer of an earlier block serves a smaller volume, too.
-        return self.buffers[role][:buffer_size].view(shape)
+        return self.buffers[buffer_name][:buffer_size].view(buffer_shape)
 
     def _apply_gates(self, block: _Block, pool: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply the gates of a block to its h.
+        """Apply the channel gate and the voxel gate of a block to its volume h.
 
+        Args:
+            block: the block.
+            pool: True to pool the gated volume as well.
         Returns: the volume after the gates, and this volume after max-pooling by 2, or None if `pool` is
             False.
         """
@@ -759,7 +771,7 @@ def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
 def _gate_gradients(
     block: _Block, gated_gradient: torch.Tensor | None, pooled_gradient: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradients of a block's h and of its gates.
+    """Compute the gradients of a block's volume h and of its gates from those after the gates.
 
     Args:
         block: the block.
@@ -818,9 +830,7 @@ def _convolution_of_one_channel(
 
 
 def _kernel(layer: nn.Module, role: str, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return the weights of a layer in the layout of an operator.
-
-    The result is cached until the weights change.
+    """Return the weights of a layer in the layout that an operator needs, cached until the weights change.
 
     Args:
         layer: layer with the attribute `weight`.
@@ -849,6 +859,12 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _sums(mean: torch.Tensor, variance: torch.Tensor, voxel_count: int) -> torch.Tensor:
-    """Return the sums [N, C, 2] of values and of their squares, from means and variances [N, C]."""
+    """Return the sums [N, C, 2] of values and of their squares over `voxel_count` voxels.
+
+    Args:
+        mean: means [N, C] of the values of each channel.
+        variance: variances [N, C] of these values, with divisor `voxel_count`.
+        voxel_count: number of voxels per channel.
+    """
     # E[x^2] = Var[x] + E[x]^2
     return torch.stack([mean, variance + mean.square()], dim=2) * voxel_count

@@ -80,20 +80,20 @@ def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
     write_atomic(path, file_buffer.getvalue())
 
 
-def _flatten(nested, path: str = "") -> dict[str, torch.Tensor]:
+def _flatten(nested, key_path: str = "") -> dict[str, torch.Tensor]:
     """Return all tensors inside nested dictionaries and lists, by their path, for example "/model/MLP.0".
 
     Values of all other types are left out.
     """
     if isinstance(nested, torch.Tensor):
-        return {path: nested}
+        return {key_path: nested}
     if isinstance(nested, dict):
         keys_and_values = list(nested.items())
     else:
         keys_and_values = list(enumerate(nested)) if isinstance(nested, (list, tuple)) else []
     tensors = {}
     for nested_key, nested_value in keys_and_values:
-        tensors.update(_flatten(nested_value, f"{path}/{nested_key}"))
+        tensors.update(_flatten(nested_value, f"{key_path}/{nested_key}"))
     return tensors
 
 
@@ -363,9 +363,9 @@ def train_reward(
 
     The best epoch has the highest accuracy on validation pairs, and among equal ones the lowest log loss.
 
-    Training ends after `options.epochs` epochs, or after `options.patience` epochs without a better
-    validation accuracy. Random numbers depend only on the seed and the epoch, so a run that is resumed from
-    `state_file` is equal to an uninterrupted run.
+    Training ends after `options.epochs` epochs, or after `options.patience` epochs without a new best epoch.
+    Random numbers depend only on the seed and the epoch, so a run that is resumed from `state_file` is equal
+    to an uninterrupted run.
 
     Args:
         data: labels and observations.
@@ -579,14 +579,14 @@ def _step(
     # One forward pass for pairs and unpaired labels, so that batch normalisation, if the network has any,
     # averages over both.
     with step_labels.draws(pair_row_count):
-        output = state.model(
+        network_output = state.model(
             observations[0] if len(observations) == 1 else torch.cat(observations),
             reconstruct=loss_weights.reconstruction > 0,
         )
     if pair_batch is not None:
         pair_observations, better_indices, worse_indices = pair_batch
         pair_count = len(step_labels.pair_share.rows)
-        pair_output = output.rows(0, pair_row_count)
+        pair_output = network_output.rows(0, pair_row_count)
         # The loss of pairs draws random numbers for blocks of pairs.
         with (
             contextlib.nullcontext()
@@ -607,16 +607,16 @@ def _step(
         metrics["correct"] = float(is_correct.float().mean())
     if step_labels.shapes:
         unpaired_output, correct_share = _unpaired_output(
-            output.rows(pair_row_count, len(output.scalar)), step_labels, state
+            network_output.rows(pair_row_count, len(network_output.scalar)), step_labels, state
         )
         loss_terms |= preference_loss.unpaired(unpaired_output)
         # If there are pairs, they already contributed "correct" and the reconstruction.
         if pair_batch is None:
             metrics["correct"] = correct_share
-            if output.reconstruction is not None:
+            if network_output.reconstruction is not None:
                 loss_terms["reconstruction"] = (
                     loss_weights.reconstruction
-                    * reconstruction_loss(output.reconstruction, observations[0]).mean()
+                    * reconstruction_loss(network_output.reconstruction, observations[0]).mean()
                 )
     return _update(state, step_labels, loss_terms, metrics)
 

@@ -82,7 +82,7 @@ class Walk(nn.Module):
     def forward(
         self, x: torch.Tensor, neighbour_indices: torch.Tensor, start_points: torch.Tensor
     ) -> torch.Tensor:
-        """Compute the features of the points of the curves, [N, C, Q, T].
+        """Choose the points of the curves, and return the features of these points, [N, C, Q, T].
 
         Args:
             x: features of all points, [N, C, P].
@@ -159,7 +159,7 @@ class CurveGrouping(nn.Module):
         self.walk = Walk(channels, step_count, mix, norm_kind)
 
     def forward(self, x: torch.Tensor, neighbour_indices: torch.Tensor) -> torch.Tensor:
-        """Compute the features of the points of the curves, [N, C, Q, T].
+        """Create curves, and return the features of their points, [N, C, Q, T].
 
         Args:
             x: features of all points, [N, C, P].
@@ -197,7 +197,7 @@ class CurveAggregation(nn.Module):
         self.line_conv_att = nn.Conv2d(channels, 1, 1, bias=False)
 
     def forward(self, x: torch.Tensor, curves: torch.Tensor) -> torch.Tensor:
-        """Compute the updated features [N, C, P].
+        """Compute the updated features [N, C, P] of all points.
 
         Args:
             x: features of all points, [N, C, P].
@@ -235,7 +235,8 @@ MIXES = ("reshaped", "transposed")  # see CurveNetArch.mix
 class CurveNetArch(PointArch):
     """Sizes of a CurveNet.
 
-    The network with the default sizes has 4,319,325 parameters. They include four layers that are never used.
+    The network with the default sizes has 4,319,325 parameters. Three of its layers, a published classifier,
+    are never used.
 
     Raises: ValueError for a value that is not allowed.
     """
@@ -409,7 +410,7 @@ class CurveNetModule(nn.Module):
             self.bn1 = nn.BatchNorm1d(512)
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, 2 * last].
+        """Compute features [N, 2 * last], where `last` is the field of `CurveNetArch`.
 
         Args:
             cloud: clouds [N, C, P].
@@ -555,7 +556,7 @@ class PointNet2Module(nn.Module):
         self.sa3_module = nn.ModuleDict({"mlp": layers((arch.second[-1] + 3, *arch.whole), arch.norm)})
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, M].
+        """Compute one feature vector per cloud, [N, M].
 
         Args:
             cloud: clouds [N, C, P].

@@ -75,11 +75,12 @@ def _random_ranks(candidate_count: int, seed: int) -> torch.Tensor:
 def choose_candidates(
     is_usable: torch.Tensor, point_count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose P of the E candidates for the points of each shape's cloud, always the same for one seed.
+    """Choose P of the E candidates for the points of each shape's cloud.
 
-    The seed gives every candidate a rank, and the usable candidates with the lowest ranks are chosen. If one
-    candidate becomes usable or unusable, at most one chosen candidate changes. If fewer than P candidates are
-    usable, the usable candidates are repeated in their order.
+    The choice is the same in every call with the same seed and mask. The seed gives every candidate a rank,
+    and the usable candidates with the lowest ranks are chosen. If one candidate becomes usable or unusable,
+    at most one chosen candidate changes. If fewer than P candidates are usable, the usable candidates are
+    repeated in their order.
 
     Args:
         is_usable: mask [N, E] of the usable candidates.
@@ -218,17 +219,17 @@ def mirror(observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
     return observations * signs
 
 
-def _check_cloud(owner: str, points: int, seed: int) -> None:
+def _check_cloud(owner: str, point_count: int, seed: int) -> None:
     """Raise ValueError unless the fields `points` and `seed` of an observation are integers in their ranges.
 
     The values may come from a reward's file.
 
     Args:
         owner: name of the observation's class, for the message.
-        points: number of points, at least 1.
+        point_count: number of points, the field `points`, at least 1.
         seed: random seed, at least 0.
     """
-    for field_name, field_value, min_value in (("points", points, 1), ("seed", seed, 0)):
+    for field_name, field_value, min_value in (("points", point_count, 1), ("seed", seed, 0)):
         # bool is a subclass of int.
         if isinstance(field_value, bool) or not isinstance(field_value, int) or field_value < min_value:
             raise ValueError(
@@ -298,7 +299,12 @@ class LevelSetPoints(Observation):
         return (cloud * has_surface[..., None]).transpose(1, 2)
 
     def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Mirror clouds [N, 6, P] left to right with probability one half, see `mirror`."""
+        """Mirror each cloud [N, 6, P] left to right if its random number is below one half.
+
+        Args:
+            observations: clouds [N, 6, P].
+            draws: random numbers [N], uniform in [0, 1).
+        """
         return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
@@ -396,7 +402,12 @@ class LiftedPoints(Observation):
         return clouds.transpose(1, 2)
 
     def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Mirror clouds [N, 3, P] left to right with probability one half, see `mirror`."""
+        """Mirror each cloud [N, 3, P] left to right if its random number is below one half.
+
+        Args:
+            observations: clouds [N, 3, P].
+            draws: random numbers [N], uniform in [0, 1).
+        """
         return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
@@ -441,7 +452,10 @@ class PublishedPoints(LiftedPoints):
     ) -> Self:
         """Create the observation with the frontal camera of a generator.
 
-        See `LiftedPoints.from_generator`.
+        Args:
+            generator: generator whose shapes are observed.
+            resolution: pixels per edge of the depth map.
+            points: number of points of the cloud.
         """
         return super().from_generator(generator, resolution=resolution, points=points)
 

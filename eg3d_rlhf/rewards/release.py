@@ -95,8 +95,9 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
     Args:
         source: path of the release. It is either the folder of the release, or the file of the weights, for
             example `swa_weights.pt`, whose folder contains the configuration.
-        transform: "config" or "published", see `read_config`.
-        lattice: lattice on which the reward evaluates densities, see `SlabSpec`.
+        transform: "config" reads the grid and the range of the densities from the configuration; "published"
+            uses the published grid of 256 points per axis and the range 0..100.
+        lattice: lattice on which the reward evaluates densities, "straight" or "skewed".
     Raises: FileNotFoundError if a file is missing; ValueError if a file is damaged or is no reward, if its
         entries do not match the network, or if the configuration is not supported.
     """
@@ -155,10 +156,10 @@ def arch_from_state(state_dict: Mapping[str, torch.Tensor], release_settings: Re
     """
 
     def sizes(pattern: str) -> tuple[int, ...]:
-        """Return the first dimensions of the entries that `pattern` names with the numbers 0, 1, ...
+        """Return the length of the first axis of each of several entries of the state dict.
 
-        The numbers end at the first missing entry.
-
+        Args: pattern: name of an entry with {} in place of its number. The entries 0, 1, ... up to the first
+            missing entry are read.
         Raises: KeyError if entry 0 is missing.
         """
         later_names = itertools.takewhile(state_dict.__contains__, map(pattern.format, itertools.count(1)))
@@ -204,7 +205,7 @@ def arch_from_state(state_dict: Mapping[str, torch.Tensor], release_settings: Re
 def compare_lattices(
     reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0
 ) -> Iterator[tuple[int, float, float]]:
-    """Yield, for each seed, the seed and the rewards of its shape on the straight and on the skewed lattice.
+    """Score shapes with their densities evaluated on the straight and on the skewed lattice.
 
     The published reward was trained on the skewed lattice.
 
@@ -213,6 +214,7 @@ def compare_lattices(
         generator: generator of the shapes.
         seeds: seeds of the shapes.
         psi: truncation psi of the latents w; 1 truncates nothing.
+    Yields: for each seed, the seed, the reward on the straight lattice, and the reward on the skewed lattice.
     Raises: ValueError if the reward does not read slabs.
     """
     if not isinstance(reward.observation, SigmaSlab):

@@ -89,7 +89,7 @@ class Reward(nn.Module):
 
     @property
     def labels(self) -> frozenset[str]:
-        """SHA-256 hashes of the files of labels of the training; empty if the provenance states none."""
+        """SHA-256 hashes of the label sets of the training; empty if the provenance does not state them."""
         # Splitting an empty string gives [""], which is not a hash.
         return frozenset((self.provenance.get("labels") or "").split("+")) - {""}
 
@@ -102,13 +102,13 @@ class Reward(nn.Module):
             return [self]
         return [Reward(self.observation, member, self.provenance) for member in self.network.members]
 
-    def is_member_of(self, other: "Reward") -> bool:
-        """Return True if `other` is an ensemble that contains this reward, or any member of this reward."""
-        if not isinstance(other.network, RewardEnsemble):
+    def is_member_of(self, ensemble: "Reward") -> bool:
+        """Return True if `ensemble` is an ensemble that contains this reward or a member of this reward."""
+        if not isinstance(ensemble.network, RewardEnsemble):
             return False
         # Members are compared by their weights, since files can be copied and renamed.
         own_hashes = {state_hash(member.network) for member in self.members()}
-        ensemble_hashes = {state_hash(member.network) for member in other.members()}
+        ensemble_hashes = {state_hash(member.network) for member in ensemble.members()}
         return bool(own_hashes & ensemble_hashes)
 
     def channels_last(self) -> "Reward":
@@ -277,8 +277,7 @@ def fill_published(model: Module, state_dict: Mapping[str, torch.Tensor], source
 
 
 def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str, Any]]:
-    """Read the observation, the description of the network, and the provenance from the JSON file of a
-    reward.
+    """Read the JSON file of a reward: its observation, its network's description, and its provenance.
 
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, or if it is no reward of
         this version.

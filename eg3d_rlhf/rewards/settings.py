@@ -43,7 +43,8 @@ class TrainOptions:
     )
     patience: int = knob(
         5,
-        "Stop the training after this number of epochs without a better validation accuracy.",
+        "Stop the training after this number of epochs without a better validation accuracy (or an equal"
+        " accuracy with a lower log loss).",
         TRAINING,
         metavar="EPOCHS",
         low=1,

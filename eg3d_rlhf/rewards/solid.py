@@ -42,10 +42,11 @@ def solid_loss(
     floaters, and B is the sum of softplus(level + m - d) over the voxels that would close leaks. The density
     d, the level and the margin m are in units of the density's change per voxel at the surface.
 
-    The masks of both kinds of voxels (`solids.floaters`, `solids.caps`) are computed again in each call. They
-    have no gradient, so only the densities of these voxels get a gradient. The loss does not preserve the
-    remaining shape, so a density-consistency term is needed as well. Holes of radius h in walls of thickness
-    w are not detected if reach < (h^2 + w^2/4) / w, and intended openings that are narrower are closed.
+    The masks of both kinds of voxels (`solids.floaters`, `solids.hole_caps`) are computed again in each call.
+    Masks have no gradient, so only the densities of the masked voxels get a gradient. The loss does not
+    preserve the remaining shape, so a density-consistency term is needed as well. A hole of radius h in a
+    wall of thickness w is not detected if reach < (h^2 + w^2/4) / w. A smaller opening is closed, even if it
+    belongs to the intended shape.
 
     Differentiable in density. The loss is 0 for a shape without such defects, and for an empty shape.
 
@@ -80,10 +81,14 @@ def _grid_loss(grid: torch.Tensor, level: float, reach: float, fill_hollows: boo
 
 
 def slope_at(grid: torch.Tensor, level: float) -> float:
-    """Return the median absolute difference of the densities `grid` [D, H, W] across the surface.
+    """Return the median absolute difference of the densities of neighbouring voxels across the surface.
 
     The median is taken over all pairs of neighbouring voxels of which one is inside and the other is outside.
-    It is at least 1e-6. If no pair crosses the surface, the result is 1.
+    The result is at least 1e-6, and 1 if no pair crosses the surface.
+
+    Args:
+        grid: raw densities [D, H, W].
+        level: raw density at the surface.
     """
     is_inside = grid > level
     changes_by_axis = []

@@ -41,7 +41,7 @@ class ScSE(nn.Module):
 
 
 class NormConv(nn.Module):
-    """GroupNorm, followed by a 3x3x3 convolution without bias and with as many output channels.
+    """GroupNorm, followed by a 3x3x3 convolution without bias that keeps the number of channels.
 
     If there are fewer channels than groups, one group is used, as in the published checkpoints.
 
@@ -101,9 +101,15 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Max-pooling by 2 if `pool` is True, followed by a residual block.
+    """Level of the U-Net's encoder: max-pooling by 2 if `pool` is True, followed by a residual block.
 
     Max-pooling drops the last voxel of an axis with an odd number of voxels.
+
+    Args:
+        channels_in: number of input channels.
+        channels_out: number of output channels.
+        groups: number of groups of each normalisation.
+        pool: False for the finest level, which is not pooled.
     """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, pool: bool):
@@ -122,8 +128,12 @@ class Encoder(nn.Module):
 class Upsampler(nn.Module):
     """Transposed convolution, followed by nearest-neighbour resampling to the size of the skip connection.
 
-    The convolution turns n voxels per axis into 2 n - 1 voxels. The resampling from `in` to `out` voxels
-    reads voxel i * in // out for voxel i.
+    The convolution turns n voxels per axis into 2 n - 1 voxels. The resampling from m to k voxels per axis
+    reads voxel i * m // k for voxel i.
+
+    Args:
+        channels_in: number of input channels.
+        channels_out: number of output channels.
     """
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -135,12 +145,20 @@ class Upsampler(nn.Module):
         self.upsample = nn.ModuleDict({"conv_transposed": convolution})
 
     def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Map [N, C_in, d, h, w] to [N, C_out, *size]. Differentiable."""
+        """Map x [N, C_in, d, h, w] to [N, C_out, *size], where `size` is (D, H, W). Differentiable."""
         return F.interpolate(self.upsample["conv_transposed"](x), size=tuple(size), mode="nearest")
 
 
 class Decoder(nn.Module):
-    """Upsampling, sum with the skip connection (no concatenation), and a residual block without conv1."""
+    """Level of the U-Net's decoder: upsampling, sum with the skip connection, and a residual block.
+
+    The skip connection is added and not concatenated, so the block has no conv1.
+
+    Args:
+        channels_in: number of channels of the coarser level.
+        channels_out: number of output channels, equal to that of the skip connection.
+        groups: number of groups of each normalisation.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int):
         super().__init__()

@@ -155,7 +155,7 @@ class Inverted:
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return the negative scores [B] of images [B, C, h, w]."""
+        """Return the negative scores [B] of images [B, C, h, w] with their prompts."""
         return -self._reward.score(pixels, prompts)
 
 

@@ -195,6 +195,9 @@ def _clip_folder(path: Path) -> Path:
 def _is_blip(state_dict: dict[str, torch.Tensor], weights_file: Path) -> bool:
     """Return True for a file of ImageReward or Reward3D, and False for a file of HPSv2.
 
+    Args:
+        state_dict: contents of the file.
+        weights_file: path of the file, for the message.
     Raises: ValueError for a file of any other network.
     """
     # In files of ImageReward and Reward3D, the names of the trunk's tensors begin with "blip.". HPSv2 has the

@@ -26,12 +26,12 @@ _CLOSE = 0.3  # greatest distance of two RGB colours in 0..1 that count as equal
 _PLAUSIBLE = 0.01  # smallest difference of two RMS distances to the nearest mode that decides a comparison
 
 
-def winner(first: float, second: float, margin: float = 0.0) -> int:
-    """Return the index of the larger of two numbers, 0 or 1.
+def winner(first_score: float, second_score: float, margin: float = 0.0) -> int:
+    """Return 0 if the first of two scores is larger, and 1 if the second is larger.
 
-    Return -1 if the numbers differ by at most the margin.
+    Return -1 if the scores differ by at most `margin`.
     """
-    return -1 if abs(first - second) <= margin else int(second > first)
+    return -1 if abs(first_score - second_score) <= margin else int(second_score > first_score)
 
 
 def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
@@ -117,7 +117,12 @@ class YesNoEvaluator:
     questions: Callable[[str], Sequence[str]] = problem_questions
 
     def score(self, images: torch.Tensor, prompt: str) -> int:
-        """Count the questions about an asset, with images [V, C, h, w], that are answered with "Yes"."""
+        """Count the questions about an asset that are answered with "Yes".
+
+        Args:
+            images: images [V, C, h, w] of the asset, in 0..1.
+            prompt: prompt of the asset.
+        """
         answer_lines = self.answers(images, prompt, self.questions(prompt)).splitlines()
         return sum("yes" in line.lower() for line in answer_lines)
 
@@ -165,18 +170,18 @@ def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
 class AssetEvaluator:
     """Held-out evaluator of finished assets by their surface and its colour. It has no trained parts.
 
-    Of two heads, the one wins whose number of noses, counted on the surface, is closer to one. Of two boxes,
-    the one wins with more sides that show the preferred emblem. If these numbers are equal, the asset wins
+    Of two heads, the head wins whose number of noses, counted on the surface, is closer to one. Of two boxes,
+    the box wins that has more sides with the preferred emblem. If these numbers are equal, the asset wins
     whose images have the smaller RMS distance to the nearest modes, provided that the distances differ by
-    more than 0.01.
+    more than 0.01. Otherwise the comparison is a tie.
     """
 
     @torch.no_grad()
     def score(self, asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the scores [A] of assets by the first criterion: 0 is best, and all others are negative.
+        """Return the scores [A] of assets by the first criterion: 0 is best, and all other scores are below.
 
-        The score is minus the difference of the number of noses from one, or minus the number of sides that
-        do not show the preferred emblem.
+        The score of a head is minus the distance of its number of noses from one. The score of a box is minus
+        the number of sides that do not show the preferred emblem.
 
         Args:
             asset: the assets, [A].

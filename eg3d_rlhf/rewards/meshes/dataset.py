@@ -147,7 +147,7 @@ def waves(points: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _random_direction(rng: torch.Generator) -> torch.Tensor:
-    """Return a random vector [3] of length 1, which tends to point away from the z axis, where noses lie."""
+    """Return a random vector [3] of length 1. Directions near the z axis, where noses lie, are unlikely."""
     direction = torch.randn(3, generator=rng) * torch.tensor([1.0, 1.0, 0.4])
     return direction / direction.norm()
 

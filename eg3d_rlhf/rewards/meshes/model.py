@@ -269,7 +269,7 @@ class RewardCS(nn.Module):
         return self.head(embedding)[:, 0], F.normalize(embedding)
 
     def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
-        """Return the scores [A] of meshes for their prompts. The best score of the training is 1."""
+        """Return the scores [A] of meshes for their prompts, trained to be 0 (worst) to 1 (best)."""
         return self(patches, prompts)[0]
 
     def save(self, path: Path) -> None:

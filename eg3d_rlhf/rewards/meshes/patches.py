@@ -70,7 +70,7 @@ def compute_mesh_patches(meshes: Sequence[Mesh], options: PatchOptions) -> Patch
     return concatenate([compute_patches(mesh.vertices, make_plan(mesh, options), options) for mesh in meshes])
 
 
-class Held(NamedTuple):
+class AssetChoices(NamedTuple):
     """Discrete choices for one asset (edges of the lattice that the surface crosses, faces of each patch).
 
     These choices, and the normals, do not change between two rebuilds.
@@ -82,8 +82,8 @@ class Held(NamedTuple):
     plan: Plan  # faces of each patch
 
 
-class _Batch(NamedTuple):
-    """Discrete choices (see `Held`) for all assets, concatenated.
+class _BatchChoices(NamedTuple):
+    """Discrete choices (see `AssetChoices`) for all assets, concatenated.
 
     Shapes: N crossings of all assets, U vertices of all meshes, M faces of all meshes.
     """
@@ -119,8 +119,8 @@ class MeshReader:
         self.lattice = lattice
         self.options = options
         self.rebuild_interval = rebuild_interval
-        self.choices: list[Held] = []
-        self._batch: _Batch | None = None
+        self.choices: list[AssetChoices] = []
+        self._batch: _BatchChoices | None = None
 
     def __call__(self, field: Field, step: int) -> Patches:
         """Compute the patches [A, P, F, ...] of the shapes of a field.
@@ -160,7 +160,7 @@ class MeshReader:
         )
 
     @torch.no_grad()
-    def _rebuild(self, density: torch.Tensor, level: float) -> list[Held]:
+    def _rebuild(self, density: torch.Tensor, level: float) -> list[AssetChoices]:
         """Compute the choices for all assets: new normals, and new nets and plans of changed surfaces.
 
         A net contains the edges of the lattice that the surface crosses, and a plan the faces of each patch.
@@ -184,11 +184,11 @@ class MeshReader:
                 mesh = net_mesh(levels, self.lattice, asset_net)
                 plan = make_plan(mesh, self.options)
             normals = vertex_normals(plan.mixed(mesh.vertices), plan.faces)
-            new_choices.append(Held(levels < 0, normals, asset_net, plan))
+            new_choices.append(AssetChoices(levels < 0, normals, asset_net, plan))
         return new_choices
 
     @torch.no_grad()
-    def _concatenate(self) -> _Batch:
+    def _concatenate(self) -> _BatchChoices:
         """Concatenate the choices for all assets, and return them.
 
         The corners of all faces of an asset without a surface are the fixed vertex 0.
@@ -203,7 +203,7 @@ class MeshReader:
         corners = []
         corner_normals = []
         vertex_and_face_counts = []
-        has_mixture = any(held.plan.source is not None for held in self.choices)
+        has_mixture = any(asset_choices.plan.source is not None for asset_choices in self.choices)
         # Index of the first vertex of the next asset, among the vertices of all nets and among the U
         # vertices. Index 0 is the fixed vertex.
         net_offset = 1
@@ -239,8 +239,8 @@ class MeshReader:
         asset_index = torch.arange(len(self.choices), device=device)
         # The index of its asset, once for each vertex [U] and for each face [M] of the batch
         vertex_asset, face_asset = (
-            asset_index.repeat_interleave(torch.tensor(count, device=device))
-            for count in zip(*vertex_and_face_counts, strict=True)
+            asset_index.repeat_interleave(torch.tensor(counts_by_asset, device=device))
+            for counts_by_asset in zip(*vertex_and_face_counts, strict=True)
         )
         # Three times the index of the fixed vertex, which is also the row of its mixture
         fixed_vertex = torch.zeros(1, 3, dtype=torch.int64, device=device)
@@ -251,7 +251,7 @@ class MeshReader:
                 torch.cat([fixed_vertex, *mixture_sources]),
                 torch.cat([fixed_weight, *mixture_weights])[..., None],
             )
-        return _Batch(
+        return _BatchChoices(
             ends=edges.T.flatten(),
             net=Net(
                 edges,
@@ -266,7 +266,7 @@ class MeshReader:
             owners=Owners(len(self.choices), torch.cat([fixed_vertex[0, :1], vertex_asset]), face_asset),
             corners=torch.stack(corners),
             corner_normals=torch.stack(corner_normals),
-            mask=torch.stack([held.plan.mask for held in self.choices]),
+            mask=torch.stack([asset_choices.plan.mask for asset_choices in self.choices]),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -285,11 +285,9 @@ class MeshReader:
         # Names begin with the index of the asset. The state does not contain fields that are None.
         while (prefix := f"{len(self.choices)}.") + "inside" in state_tensors:
             asset_net, plan = (
-                tuple_class(
-                    *(state_tensors.get(prefix + name) for name in tuple_class._fields)  # type: ignore[arg-type]
-                )
+                tuple_class(*map(state_tensors.get, [prefix + name for name in tuple_class._fields]))  # type: ignore[arg-type]
                 for tuple_class in (Net, Plan)
             )
             is_inside = state_tensors[prefix + "inside"]
             normals = state_tensors[prefix + "around"]
-            self.choices.append(Held(is_inside, normals, asset_net, plan))  # type: ignore[arg-type]
+            self.choices.append(AssetChoices(is_inside, normals, asset_net, plan))  # type: ignore[arg-type]

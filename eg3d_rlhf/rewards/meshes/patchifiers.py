@@ -415,7 +415,7 @@ def subdivided(points: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def nearest_on(points: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the point on triangles that is nearest to each of Q points.
+    """Find for each of Q points the nearest point on a set of triangles.
 
     Only the NEAR triangles with the nearest centres are considered.
 

@@ -70,7 +70,9 @@ _rare_train_knob = functools.partial(knob, group=TRAIN, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class MeshRewardTraining:
-    """Settings of a training of RewardCS. With one thread, its result is always the same on the same machine.
+    """Settings of a training of RewardCS.
+
+    With one thread, equal settings give the same result on the same machine.
 
     Raises: ValueError for a value that is outside its range or contradicts another value.
     """
@@ -135,9 +137,13 @@ class MeshRewardTraining:
         " coordinates.",
         choices=PLACES,
     )
-    width: int = _rare_net_knob(64, "Number of channels of the encoder's tokens.", low=4)
+    width: int = _rare_net_knob(
+        64, "Number of channels of the encoder's tokens, a multiple of the number of heads.", low=4
+    )
     depth: int = _rare_net_knob(3, "Number of transformer blocks of the encoder.", low=0)
-    heads: int = _rare_net_knob(4, "Number of attention heads of the encoder.", low=1)
+    heads: int = _rare_net_knob(
+        4, "Number of attention heads of the encoder. It must divide the width.", low=1
+    )
     divergence: float = knob(
         1.0,
         "Weight lambda of the Cauchy-Schwarz divergence between the embeddings of preferred and other meshes."

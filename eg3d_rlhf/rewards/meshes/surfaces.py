@@ -234,7 +234,7 @@ def find_cut_edges(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor,
 
 
 def crossing_share(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
-    """Return the share [N] in 0..1 of an edge at which the level is 0, counted from end a.
+    """Return the position [N] on each edge at which the level is 0, in 0..1: 0 is end a, 1 is end b.
 
     If the levels at both ends have the same sign, the result is 0 or 1, the end that is closer to the
     surface, without a gradient.
