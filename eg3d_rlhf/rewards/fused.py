@@ -543,7 +543,7 @@ class _Pass:
 
         Args:
             block: the block.
-            pool: True to pool the gated volume as well.
+            pool: True to pool the volume after the gates as well.
         Returns: the volume after the gates, and this volume after max-pooling by 2, or None if `pool` is
             False.
         """

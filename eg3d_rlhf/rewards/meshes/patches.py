@@ -282,10 +282,12 @@ class MeshReader:
         """Restore the choices that `state_dict` returned."""
         self.choices = []
         self._batch = None
+        get_tensor = state_tensors.get
         # Names begin with the index of the asset. The state does not contain fields that are None.
         while (prefix := f"{len(self.choices)}.") + "inside" in state_tensors:
+            # mypy cannot check the fields of a class that is a variable.
             asset_net, plan = (
-                tuple_class(*map(state_tensors.get, [prefix + name for name in tuple_class._fields]))  # type: ignore[arg-type]
+                tuple_class(*(get_tensor(prefix + name) for name in tuple_class._fields))  # type: ignore[arg-type]
                 for tuple_class in (Net, Plan)
             )
             is_inside = state_tensors[prefix + "inside"]
