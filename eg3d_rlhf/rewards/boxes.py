@@ -105,7 +105,12 @@ def side_axes(n: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def _within(axes: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return a mask of the voxels whose coordinate on every axis lies in the axis's range, ends included."""
+    """Return a mask [N, N, N] of the voxels whose coordinate on every axis lies in the range of this axis.
+
+    Args:
+        axes: coordinates [N, N, N] of the voxels on each axis, in 0..15.
+        ranges: first and last coordinate of each axis's range, both included.
+    """
     inside = torch.ones_like(axes[0], dtype=torch.bool)
     # Half a voxel of margin, since coordinates of other resolutions are not integers.
     for axis, (low, high) in zip(axes, ranges, strict=True):

@@ -200,7 +200,7 @@ def group_gradient(
     channels_per_group = sums.shape[1] // norm.num_groups
 
     def group_mean(voxel_sums: torch.Tensor) -> torch.Tensor:
-        """Return means over the channels and voxels of each group, repeated for its channels, [N, C]."""
+        """Return the mean of each channel's group, [N, C], from sums [N, C] over each channel's voxels."""
         channel_mean = voxel_sums.unflatten(1, (norm.num_groups, -1)).mean(dim=2)
         return channel_mean.repeat_interleave(channels_per_group, dim=1) / voxel_count
 

@@ -262,8 +262,9 @@ class Step:
         """Return a context in which each sample gets the random numbers that it has in a run with one rank.
 
         Args:
-            pair_row_count: number of this rank's observations of pairs in the forward pass. They are ordered
-                block by block, and the observations of unpaired labels follow.
+            pair_row_count: number of this rank's observations of pairs in the forward pass. They come first,
+                block by block (winners, losers, reference samples). The observations of unpaired labels
+                follow.
         """
         if self.ranks.world == 1:
             return contextlib.nullcontext()
@@ -728,7 +729,7 @@ def _observe_shapes(
 
     Args:
         labels: unpaired labels of the complete step.
-        share: share of this rank.
+        share: labels of the step that this rank processes.
         data: labels and observations of the training.
         options: settings of the training.
         rng: random numbers of the augmentation.
@@ -760,7 +761,7 @@ def _pair_batch(
 
     Args:
         pairs: labelled pairs of the complete step.
-        share: share of this rank.
+        share: pairs of the step that this rank processes.
         data: labels and observations of the training.
         options: settings of the training.
         rng: random numbers of reference samples and augmentation.

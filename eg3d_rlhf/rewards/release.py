@@ -380,7 +380,7 @@ def _value_max(config_root: Mapping, message_prefix: str) -> float:
         elif setting_name not in _NEUTRAL:
             raise ValueError(
                 f"{field_prefix}: the self-normalisation has the setting {setting_name!r}, which is not"
-                f" supported; only its bounds are. {_REMEDY}"
+                f" supported. Only the two ends of the range are supported. {_REMEDY}"
             )
     if range_ends.get("lower", 0) != 0:
         raise ValueError(

@@ -233,8 +233,8 @@ class RewardRun:
         None,
         "Function that combines the scores of the networks of an ensemble (see --members), which are"
         " standardised first. mean: the mean; min: the lowest score; lcb: the mean minus k standard"
-        " deviations; uwo: the mean minus lambda times the variance; softmin: a smooth minimum. warm does not"
-        " combine scores, but averages the networks' weights.",
+        " deviations; uwo: the mean minus lambda times the variance; softmin: a smooth minimum (for k and"
+        " lambda, see --strength). warm does not combine scores, but averages the networks' weights.",
         "Network",
         choices=CHOICES,
         shown="the mean of raw scores",

@@ -32,6 +32,7 @@ _SHARP = 6.0
 def mode_preference(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """Compute how much nearer each image is to its prompt's first mode than to the second mode: [B].
 
+    The two modes of a prompt are two images of a side, for example a face and an empty side, see boxes.py.
     The result for an image x is (|x - second|^2 - |x - first|^2) / |first - second|^2. It is 1 at the first
     mode and -1 at the second mode. Differentiable in the images.
 
@@ -46,8 +47,9 @@ def mode_preference(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tenso
     first_mode, second_mode = modes_of(prompts)[:, :, :channels].to(pixels).unbind(1)
     if pixels.shape != first_mode.shape:
         raise ValueError(
-            f"--reward: this reward reads images of {list(first_mode.shape[2:])} pixels (the bundled test"
-            f" problem), got {list(pixels.shape[2:])} pixels. Choose another --reward."
+            f"--reward: this reward reads only images of the bundled test problem, which have"
+            f" {list(first_mode.shape[2:])} pixels, got {list(pixels.shape[2:])} pixels. Choose another"
+            " --reward."
         )
     # The difference of squared distances is linear in x, so its gradient is the same for all images.
     first_distance = (pixels - first_mode).square().flatten(1).sum(1)
@@ -206,9 +208,10 @@ class OneNose:
 
 
 class Floaters:
-    """Reward of geometry: minus the share of the opacity in floaters, parts not connected to the largest one.
+    """Reward of geometry that penalises floaters, the parts that are not connected to the largest part.
 
-    The parts are determined without a gradient.
+    The score is minus the share of the total opacity that lies in floaters. The parts are determined without
+    a gradient.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:

@@ -418,7 +418,7 @@ def load_mesh(path: Path) -> Mesh:
     try:
         vertices, faces = read_triangles(path)
     except ValueError as error:
-        raise ValueError(f"{error} in {path.name}. Convert it to .glb, .ply or .obj.") from error
+        raise ValueError(f"the mesh {path.name} cannot be read: {error}") from error
     if not len(faces):
         raise ValueError(f"{path.name} contains no faces. Export the surface as triangles.")
     if not np.isfinite(vertices).all():

@@ -285,11 +285,9 @@ class MeshReader:
         get_tensor = state_tensors.get
         # Names begin with the index of the asset. The state does not contain fields that are None.
         while (prefix := f"{len(self.choices)}.") + "inside" in state_tensors:
-            # mypy cannot check the fields of a class that is a variable.
-            asset_net, plan = (
-                tuple_class(*(get_tensor(prefix + name) for name in tuple_class._fields))  # type: ignore[arg-type]
-                for tuple_class in (Net, Plan)
-            )
+            # The stored values have the types of the fields, which mypy cannot verify.
+            asset_net = Net(*(get_tensor(prefix + name) for name in Net._fields))  # type: ignore[arg-type]
+            plan = Plan(*(get_tensor(prefix + name) for name in Plan._fields))  # type: ignore[arg-type]
             is_inside = state_tensors[prefix + "inside"]
             normals = state_tensors[prefix + "around"]
             self.choices.append(AssetChoices(is_inside, normals, asset_net, plan))  # type: ignore[arg-type]

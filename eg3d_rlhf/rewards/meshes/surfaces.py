@@ -252,9 +252,7 @@ def crossing_share(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
 def signed_volume(mesh: Mesh) -> torch.Tensor:
     """Compute the volume that a closed mesh encloses, a scalar tensor in world units^3.
 
-    Differentiable in the vertices.
-
-    The volume is positive if the faces point outward.
+    The volume is positive if the faces point outward. Differentiable in the vertices.
     """
     # Sum of the signed volumes of the tetrahedra from the origin to each face
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
