@@ -56,7 +56,7 @@ class Standard:
     def from_observations(
         cls, members: Sequence[RewardNetwork], observations: Iterable[torch.Tensor]
     ) -> "Standard":
-        """Compute the statistics of each member's scores.
+        """Compute mean and standard deviation of each member's scores of the same samples.
 
         Args:
             members: networks of the ensemble.

@@ -505,7 +505,7 @@ def collect_observations(
             store_by_generator[generator.hash] = observe(generator_seeds, psi, "shapes", generator)
 
         def take_shapes(shape_numbers: Sequence[int]) -> torch.Tensor:
-            """Return the observations of shapes from the caches of their generators."""
+            """Return the observations of shapes, given by number, from the caches of their generators."""
             hashes_and_seeds = [shape_keys[shape_number] for shape_number in shape_numbers]
             return torch.cat([store_by_generator[name].take([seed]) for name, seed in hashes_and_seeds])
 

@@ -290,4 +290,4 @@ class MeshReader:
             plan = Plan(*(get_tensor(prefix + name) for name in Plan._fields))  # type: ignore[arg-type]
             is_inside = state_tensors[prefix + "inside"]
             normals = state_tensors[prefix + "around"]
-            self.choices.append(AssetChoices(is_inside, normals, asset_net, plan))  # type: ignore[arg-type]
+            self.choices.append(AssetChoices(is_inside, normals, asset_net, plan))

@@ -42,7 +42,7 @@ def face_features(
     Args:
         vertices: positions [N, 3].
         faces: vertices of each face, int64 [M, 3].
-        area: unit of areas, "share" or "raw".
+        area: unit of areas: "share" of the mesh's total area, or "raw" (squared unit of positions).
     """
     normal, face_area, angle = measure_faces(vertices[faces])
     normals_at_vertices = _average_normals(len(vertices), faces, normal, angle)
@@ -213,7 +213,7 @@ def patch_features(vertices: torch.Tensor, plan: Plan, area: str = "share", plac
     Args:
         vertices: positions [N, 3], which may have changed since the plan was made.
         plan: assignment of faces to patches.
-        area: unit of areas, "share" or "raw".
+        area: unit of areas: "share" of the mesh's total area, or "raw" (squared unit of positions).
         place: frame of the coordinates, see `to_frame`.
     """
     if not len(plan.faces):
@@ -243,7 +243,7 @@ def features_in_frame(
         origin: origins [A, 3] of the frames, see `compute_frames`.
         unit: units [A, 1] of the frames.
         total_area: areas [A, 1] of the meshes.
-        area: unit of areas, "share" or "raw".
+        area: unit of areas: "share" of the mesh's total area, or "raw" (squared unit of positions).
     """
     batch_shape = (len(corner), *[1] * (corner.ndim - 3))  # broadcasts over the faces of each mesh
     normal, face_area, angle = measure_faces(corner)
