@@ -1,6 +1,7 @@
-"""Aggregate the scores of ensemble members that were trained separately into one reward.
+"""Functions that aggregate the scores of an ensemble's members into one reward.
 
-This module does not import torch, because `--help` lists the aggregates and must be quick.
+The members are reward networks that were trained separately. This module does not import torch, because
+`--help` lists the aggregates and must be quick.
 
 Shapes: N samples, E members of the ensemble.
 """
@@ -22,7 +23,7 @@ def mean(scores: "torch.Tensor", _strength: float) -> "torch.Tensor":
     """Average scores [E, N] over members: [N] (Lakshminarayanan et al. 2017, arXiv 1612.01474).
 
     The mean has a lower variance than the score of one member. It is not pessimistic: disagreement between
-    members does not lower it.
+    members does not lower it. `_strength` is ignored, because this aggregate has no parameter.
     """
     return scores.mean(dim=0)
 
@@ -31,17 +32,22 @@ def lowest(scores: "torch.Tensor", _strength: float) -> "torch.Tensor":
     """Take the lowest of the members' scores [E, N] for each sample: [N].
 
     This is worst-case optimisation, WCO, of Coste et al. 2023 (arXiv 2310.02743). Only the member with the
-    lowest score gets a gradient.
+    lowest score gets a gradient. `_strength` is ignored, because this aggregate has no parameter.
     """
     # amin splits the gradient evenly among equal members.
     return scores.amin(dim=0)
 
 
 def lower_bound(scores: "torch.Tensor", k: float) -> "torch.Tensor":
-    """Compute mean - k sd of scores [E, N] over members: [N].
+    """Compute the lower bound mean - k * std of each sample's scores: [E, N] -> [N].
 
-    sd is the standard deviation of the E scores, with divisor E. Increasing the result decreases the scores
-    of members that lie above mean + sd / k. If members agree on a sample, sd contributes no gradient.
+    Mean and standard deviation (std, with divisor E) are taken over the E members. Maximising the result
+    lowers the scores of members that lie above mean + std / k. If members agree on a sample, std contributes
+    no gradient.
+
+    Args:
+        scores: scores of the members, [E, N].
+        k: number of standard deviations to subtract, above 0.
     """
     # [N], over members
     variance = scores.var(dim=0, correction=0)
@@ -51,20 +57,29 @@ def lower_bound(scores: "torch.Tensor", k: float) -> "torch.Tensor":
 
 
 def variance_penalty(scores: "torch.Tensor", weight: float) -> "torch.Tensor":
-    """Compute mean - lambda var of scores [E, N] over members: [N].
+    """Compute the penalised mean - weight * variance of each sample's scores: [E, N] -> [N].
 
-    This is uncertainty-weighted optimisation, UWO, of Coste et al. 2023 (arXiv 2310.02743). var is the
-    variance of the E scores, with divisor E. Increasing the result decreases the scores of members that lie
-    above mean + 1 / (2 lambda).
+    This is uncertainty-weighted optimisation, UWO, of Coste et al. 2023 (arXiv 2310.02743). Mean and variance
+    (with divisor E) are taken over the E members. Maximising the result lowers the scores of members that lie
+    above mean + 1 / (2 weight).
+
+    Args:
+        scores: scores of the members, [E, N].
+        weight: weight of the variance (lambda in the paper), above 0.
     """
     return scores.mean(dim=0) - weight * scores.var(dim=0, correction=0)
 
 
 def soft_minimum(scores: "torch.Tensor", beta: float) -> "torch.Tensor":
-    """Compute -beta log mean exp(-r / beta) of the members' scores r [E, N]: [N] (arXiv 2606.09073).
+    """Compute the soft minimum -beta log mean exp(-r / beta) of each sample's scores r: [E, N] -> [N].
 
-    The result approaches the minimum as beta approaches 0, and the mean as beta grows. The gradient weights
-    of the members are in [0, 1] and sum to 1.
+    The mean is taken over the E members (arXiv 2606.09073). The result approaches the minimum as beta
+    approaches 0, and the mean as beta grows. The gradients with respect to the scores of the members are in
+    [0, 1] and sum to 1.
+
+    Args:
+        scores: scores of the members, [E, N].
+        beta: temperature, in the unit of the scores, above 0.
     """
     # Subtracting the lowest score first avoids overflow, and makes the result exact where members agree.
     lowest_score = scores.detach().amin(dim=0)
@@ -73,7 +88,7 @@ def soft_minimum(scores: "torch.Tensor", beta: float) -> "torch.Tensor":
 
 @dataclass(frozen=True)
 class _Kind:
-    """Function of one kind of aggregate, with the default and the name of its strength."""
+    """Kind of aggregate: a function, and the default value and the name of its parameter, the strength."""
 
     join: "Callable[[torch.Tensor, float], torch.Tensor]"  # scores [E, N], strength -> [N]
     strength: float = 0.0  # default value
@@ -95,10 +110,10 @@ CHOICES = (*KINDS, AVERAGE)
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Function that joins the scores of members into one reward.
+    """Function that joins the scores of an ensemble's members into one reward.
 
-    Raises: ValueError for an unknown kind, for a strength that is not above 0, and for a strength of a kind
-        that has none.
+    Raises: ValueError for an unknown kind, for a strength that is not above 0, and for a strength that was
+        given although the kind has no such parameter.
     """
 
     kind: str = "mean"
@@ -127,11 +142,11 @@ class Aggregate:
             object.__setattr__(self, "strength", aggregate_kind.strength)
 
     def __call__(self, scores: "torch.Tensor") -> "torch.Tensor":
-        """Aggregate scores [E, N] -> [N]. Differentiable.
+        """Aggregate the members' scores [E, N] into one reward per sample, [N]. Differentiable.
 
         The scores must be standardised, so that no member dominates only by its scale. A constant that is
-        added to all scores is added to the result. The order of members does not matter. The aggregates of
-        the same scores satisfy mean >= softmin >= min.
+        added to all scores is added to the result. The order of members does not matter. For the same scores,
+        mean >= softmin >= min.
         """
         # Kinds without a strength ignore the second argument.
         return KINDS[self.kind].join(scores, self.strength or 0.0)

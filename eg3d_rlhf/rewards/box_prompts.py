@@ -1,6 +1,7 @@
 """Prompts of the CPU test problem for text-to-3D (boxes.py).
 
-This module does not import torch, so that `--help` is quick.
+A prompt describes a head with a nose, or a box with emblems on its sides. This module does not import torch,
+so that `--help` is quick.
 """
 
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the two modes that each of the four sides can have.
+    """Prompt of the test problem, with the two modes that the distilled prior has for each side of the box.
 
-    The first mode is the face or the preferred emblem.
+    In the first mode, a side is a face or has the preferred emblem. In the second mode, the side is empty or
+    has the rejected emblem.
     """
 
     text: str
@@ -33,15 +35,15 @@ def _janus(body: str, nose: str) -> Prompt:
     return Prompt(f"a {body} head with a {nose} nose", "janus", body, (Side(nose=nose), Side()))
 
 
-def _mode(body: str, preferred: tuple[str, str], rejected: tuple[str, str]) -> Prompt:
+def _mode(body: str, preferred_emblem: tuple[str, str], rejected_emblem: tuple[str, str]) -> Prompt:
     """Create a prompt that describes a box and prefers one emblem (name, colour) over another emblem."""
-    preferred_name, preferred_colour = preferred
-    rejected_name, rejected_colour = rejected
+    preferred_name, preferred_colour = preferred_emblem
+    rejected_name, rejected_colour = rejected_emblem
     text = (
         f"a {body} box, each side with a {preferred_colour} {preferred_name} rather than a {rejected_colour}"
         f" {rejected_name}"
     )
-    return Prompt(text, "mode", body, (Side(emblem=preferred), Side(emblem=rejected)))
+    return Prompt(text, "mode", body, (Side(emblem=preferred_emblem), Side(emblem=rejected_emblem)))
 
 
 _HUES = ("red", "green", "blue", "yellow")
@@ -63,8 +65,8 @@ PROMPTS: tuple[Prompt, ...] = (
         ]
     ),
     *(
-        _mode("grey", ("disc", preferred), ("disc", rejected))
-        for preferred, rejected in [("red", "blue"), ("green", "red"), ("blue", "green")]
+        _mode("grey", ("disc", preferred_hue), ("disc", rejected_hue))
+        for preferred_hue, rejected_hue in [("red", "blue"), ("green", "red"), ("blue", "green")]
     ),
     *(_mode("grey", ("upright bar", hue), ("level bar", hue)) for hue in _HUES),
     *(_mode("grey", ("left half", hue), ("right half", hue)) for hue in _HUES),
@@ -74,7 +76,7 @@ _BY_TEXT = {prompt.text: prompt for prompt in PROMPTS}
 
 
 def prompt_of(text: str) -> Prompt:
-    """Return the prompt with this text.
+    """Return the prompt of the test problem that has this text.
 
     Raises: ValueError if the test problem has no prompt with this text.
     """
@@ -87,14 +89,16 @@ def prompt_of(text: str) -> Prompt:
     return _BY_TEXT[text]
 
 
-def pairs(seeds: int = SEEDS) -> list[tuple[str, int]]:
+def pairs(seed_count: int = SEEDS) -> list[tuple[str, int]]:
     """Return the samples of the default problem as pairs (text of the prompt, seed).
 
     Heads and boxes alternate, so that any two successive pairs contain both kinds of prompts.
+
+    Args: seed_count: number of seeds per prompt; the seeds are 0 to `seed_count` - 1.
     """
-    half = len(PROMPTS) // 2
+    head_count = len(PROMPTS) // 2
     # PROMPTS lists the heads first and the boxes second. Even indices take from the heads, and odd indices
     # from the boxes.
-    order = [PROMPTS[i // 2 + half * (i % 2)] for i in range(len(PROMPTS))]
+    alternating_prompts = [PROMPTS[i // 2 + head_count * (i % 2)] for i in range(len(PROMPTS))]
     # All prompts come with the first seed before the second seed begins.
-    return [(prompt.text, seed) for seed in range(seeds) for prompt in order]
+    return [(prompt.text, seed) for seed in range(seed_count) for prompt in alternating_prompts]

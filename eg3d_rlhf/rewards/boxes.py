@@ -2,15 +2,16 @@
 
 A box has four sides, and each side has a recess. A side is *empty*, or it is a *face* with two painted eyes
 and a nose. The nose is in the recess and does not protrude from it, so that the features of one side are
-never visible to the camera of another side. There are two kinds of prompts:
+never visible to the camera of another side. The prior, which is the diffusion model that is distilled, has
+two modes for each prompt: it can generate two images of a side. There are two kinds of prompts:
 
-- **mini-Janus**: the two modes of the prior are a face and an empty side. Each side starts near the face with
-  probability p, and the prior moves it to the nearest mode, so the number of noses is binomial. With p =
-  0.45, the probability of two or more noses on four sides is 0.609, close to the Janus ratio of 0.61 that is
-  published for DreamFusion (Poole et al. 2022, arXiv 2209.14988). The problem tests whether a method removes
-  surplus faces. It does not test whether score distillation creates them.
+- **mini-Janus**: the two modes are a face and an empty side. Each side starts near the face with probability
+  p, and the prior moves the side to the nearest mode, so the number of noses is binomial. With p = 0.45, the
+  probability of two or more noses on four sides is 0.609, close to the Janus ratio of 0.61 that is published
+  for DreamFusion (Poole et al. 2022, arXiv 2209.14988). The problem tests whether a method removes surplus
+  faces. It does not test whether score distillation creates them.
 - **mode**: the two modes are two emblems that are mirror images, transposes or colour permutations of each
-  other. The first emblem is preferred. Sides start half way between both emblems.
+  other. The first emblem is preferred. Sides start half way between the two emblems.
 
 Shapes: A is the number of assets, B the number of prompts in a batch, and K the number of modes, twice the
 number of all prompts. There are V = 4 views (one per side), N voxels per edge, R = 16 pixels per edge, and P
@@ -79,9 +80,9 @@ _EMBLEMS: dict[str, Inside] = {
 
 @functools.cache
 def _coordinates(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the coordinates x, y, z of the voxels, [N, N, N] each, in 0..15.
+    """Return the coordinates x, y, z of the n^3 voxels, three tensors [N, N, N] with values in 0..15.
 
-    The axes of the arrays are z, y, x.
+    The axes of each tensor are z, y, x.
     """
     coordinates = torch.linspace(0, 15, n)
     z, y, x = torch.meshgrid(coordinates, coordinates, coordinates, indexing="ij")
@@ -89,13 +90,13 @@ def _coordinates(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def side_axes(n: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the voxels' coordinates across, up and towards the camera of a side, [N, N, N] each, in 0..15.
-
-    The coordinate across increases to the camera's right.
+    """Return the coordinates of all voxels in the axes of one side's camera, with values in 0..15.
 
     Args:
         n: voxels per edge, N.
         side: index of the side: 0 front, 1 right (+x), 2 back, 3 left (-x).
+    Returns: three tensors [N, N, N]: the coordinate across the image, which increases to the camera's right,
+        the coordinate up, and the coordinate towards the camera.
     """
     x, y, z = _coordinates(n)
     # One row per side. A coordinate is reversed (15 - x) where it points away from that side's camera or to
@@ -104,7 +105,12 @@ def side_axes(n: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def _within(axes: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return a mask of the voxels whose coordinate on every axis lies in the axis's range, ends included."""
+    """Return a mask [N, N, N] of the voxels whose coordinate on every axis lies in the range of this axis.
+
+    Args:
+        axes: coordinates [N, N, N] of the voxels on each axis, in 0..15.
+        ranges: first and last coordinate of each axis's range, both included.
+    """
     inside = torch.ones_like(axes[0], dtype=torch.bool)
     # Half a voxel of margin, since coordinates of other resolutions are not integers.
     for axis, (low, high) in zip(axes, ranges, strict=True):
@@ -113,14 +119,19 @@ def _within(axes: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]]) -> 
 
 
 def nose_voxels(n: int, side: int) -> torch.Tensor:
-    """Return a mask [N, N, N] of the voxels of a side's nose."""
+    """Return a mask [N, N, N] of the voxels of a side's nose.
+
+    Args:
+        n: voxels per edge, N.
+        side: index of the side, see `side_axes`.
+    """
     return _within(side_axes(n, side), _NOSE)
 
 
 def _painted_masks(
     n: int, side: int, features: Side
 ) -> list[tuple[torch.Tensor, tuple[float, float, float]]]:
-    """Return pairs of a mask [N, N, N] and an RGB colour, one for every feature of a side.
+    """Return a mask [N, N, N] and an RGB colour for each painted feature of a side, as a list of pairs.
 
     Eyes and emblems are on the base of the recess. The list is empty for an empty side.
 
@@ -129,23 +140,29 @@ def _painted_masks(
         side: index of the side, see `side_axes`.
         features: features of the side.
     """
-    across, up, towards = side_axes(n, side)
-    is_on_base = (towards - FLOOR).abs() < 0.5
+    right_axis, up_axis, camera_axis = side_axes(n, side)
+    is_on_base = (camera_axis - FLOOR).abs() < 0.5
     painted_features = []
     if features.nose is not None:
-        painted_features += [(is_on_base & _within((across, up), eye), _DARK) for eye in _EYES]
+        painted_features += [
+            (is_on_base & _within((right_axis, up_axis), eye_ranges), _DARK) for eye_ranges in _EYES
+        ]
         painted_features.append((nose_voxels(n, side), COLOURS[features.nose]))
     if features.emblem is not None:
         emblem_name, colour = features.emblem
-        painted_features.append((is_on_base & _EMBLEMS[emblem_name](across, up), COLOURS[colour]))
+        painted_features.append((is_on_base & _EMBLEMS[emblem_name](right_axis, up_axis), COLOURS[colour]))
     return painted_features
 
 
 def emblem_points(prompt: Prompt, side: int, n: int = RESOLUTION) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the points on a side's base at which the prompt's two emblems have different colours.
 
-    Returns: the positions [P, 3] of the points in world units, and the colours [2, P, 3] of the preferred
-        emblem and of the other emblem at these points.
+    Args:
+        prompt: prompt of a box with emblems.
+        side: index of the side, see `side_axes`.
+        n: voxels per edge of the grid whose points are returned.
+    Returns: the positions [P, 3] of the points in world units, and the RGB colours [2, P, 3] in 0..1 of the
+        preferred emblem and of the other emblem at these points.
     """
     body_colour = torch.tensor(COLOURS[prompt.body])
     # [2, N, N, N, 3]: the box in the first and in the second mode, painted on this side only
@@ -169,23 +186,24 @@ def _logit(colour: Sequence[float]) -> torch.Tensor:
 def build(
     prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: float = SOLID, empty: float = EMPTY
 ) -> Voxels:
-    """Build objects of one prompt, whose sides are blends of the prompt's two modes.
+    """Build boxes of one prompt, whose sides are blends of the prompt's two modes.
 
     Args:
-        prompt: prompt of all objects.
-        shares: shares [A, 4] of the first mode for each object and side, in 0..1; a share of 0 is the second
+        prompt: prompt of all boxes.
+        shares: shares [A, 4] of the first mode for each box and side, in 0..1; a share of 0 gives the second
             mode.
         n: voxels per edge.
-        solid: density parameter (`Voxels.shape`) inside the object.
-        empty: density parameter (`Voxels.shape`) outside the object.
+        solid: density parameter (`Voxels.shape`) inside the box.
+        empty: density parameter (`Voxels.shape`) outside the box.
+    Returns: voxels of A boxes, whose parameters have no gradients.
     """
     voxels = Voxels(len(shares), n).requires_grad_(False)
     # A cube, from which the four recesses are removed below
     is_body = _within(_coordinates(n), [_BODY] * 3)
     for side in range(SIDES):
-        across, up, towards = side_axes(n, side)
-        # Only the coordinates across and up are bounded: the recess is open towards the camera.
-        is_body &= ~(_within((across, up), (_RECESS, _RECESS)) & (towards > FLOOR + 0.5))
+        right_axis, up_axis, camera_axis = side_axes(n, side)
+        # Only the first two coordinates are bounded: the recess is open towards the camera.
+        is_body &= ~(_within((right_axis, up_axis), (_RECESS, _RECESS)) & (camera_axis > FLOOR + 0.5))
     voxels.shape.copy_(torch.where(is_body, solid, empty).expand_as(voxels.shape))
     voxels.paint.copy_(_logit(COLOURS[prompt.body]).view(3, 1, 1, 1).expand_as(voxels.paint))
     # Blends are linear in the parameters, so a share of 0.5 is half way before the sigmoid.
@@ -207,14 +225,14 @@ def build(
 
 @functools.cache
 def modes() -> torch.Tensor:
-    """Return the latents [K, 4, R, R] of all modes: RGB and inverse depth of one side, in -1..1.
+    """Return the images [K, 4, R, R] of the modes of all prompts: RGB and inverse depth, in -1..1.
 
-    There are two successive rows per prompt (first mode, second mode), in the order of `PROMPTS`. The result
-    is cached and must not be changed.
+    These images are the latents of the prior. There are two successive rows per prompt (first mode, second
+    mode), in the order of `PROMPTS`. The result is cached and must not be changed.
     """
     mode_latents = []
     for prompt in PROMPTS:
-        # One object with all sides in the first mode and one with all sides in the second mode
+        # One box with all sides in the first mode and one with all sides in the second mode
         first_mode_shares = torch.eye(2)[:, :1].expand(2, SIDES)  # rows of ones and of zeros
         mode_boxes = build(prompt, first_mode_shares)
         images, *_ = four_views(mode_boxes.raw, torch.sigmoid(mode_boxes.paint), mode_boxes.pitch)
@@ -224,7 +242,11 @@ def modes() -> torch.Tensor:
 
 
 def modes_of(texts: Sequence[str]) -> torch.Tensor:
-    """Return images [B, 2, 4, R, R] of the two modes of each prompt: RGB and inverse depth, in 0..1."""
+    """Return images [B, 2, 4, R, R] of the two modes of each prompt: RGB and inverse depth, in 0..1.
+
+    Args: texts: text of each prompt, length B.
+    Raises: ValueError for a text that is not a prompt of the test problem.
+    """
     prompt_indices = torch.tensor([PROMPTS.index(prompt_of(text)) for text in texts], dtype=torch.long)
     # `modes` has two rows per prompt: [K, ...] -> [K / 2, 2, ...]. Values -1..1 become 0..1.
     return (modes().unflatten(0, (-1, 2))[prompt_indices] + 1) / 2
@@ -234,13 +256,14 @@ def modes_of(texts: Sequence[str]) -> torch.Tensor:
 def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float = FACE_PROBABILITY) -> Voxels:
     """Create the initial voxels of assets, each with its own prompt and its own random generator.
 
-    The boxes themselves are complete. Each side of a head starts near the face with probability p. Sides with
-    emblems start half way between both modes.
+    All assets start as boxes with recesses, with noise on all parameters. Each side of a head starts near the
+    face with probability p. Sides with emblems start half way between the two emblems.
 
     Args:
-        texts: text of the prompt of each asset, [A].
-        generators: generator of random numbers of each asset, [A].
+        texts: prompt of each asset, length A.
+        generators: generator of random numbers of each asset, length A.
         p: probability that a side of a head starts near the face.
+    Returns: voxels of A assets.
     Raises: ValueError for a text that is not a prompt of the test problem.
     """
     started_boxes = Voxels(len(texts), RESOLUTION)
@@ -306,9 +329,12 @@ def _heights(field: Field) -> torch.Tensor:
 
 
 def noses(field: Field) -> torch.Tensor:
-    """Count the sides that have a nose: int64 [A], in 0..4.
+    """Count the sides of each asset that have a nose: int64 [A], in 0..4.
 
-    A side has a nose if its recess contains at least one connected bump of suitable height and area.
+    A side has a nose if its recess contains a connected bump that rises more than 0.06 edges of the cube
+    above the base of the recess (`_STEP`), and covers 6 to 60 % of the recess (`_AREA`).
+
+    Args: field: field of A shapes.
     """
     from scipy import ndimage
 

@@ -30,14 +30,14 @@ def observe_seeds(
 ) -> Source:
     """Create a function that computes the observations [N, ...] of a generator's samples from their seeds.
 
-    The generator is conditioned on the frontal camera, its noise inputs are constant, and the operators are
-    those of `observation.ops`.
+    The generator is conditioned on the frontal camera, its noise inputs are constant, and custom operators
+    run in the implementation that `observation.ops` names.
 
     Args:
-        generator: generator of the samples.
+        generator: `Generator`, or a network from which `as_generator` creates one.
         observation: kind of observation to compute.
-        psi: truncation.
-        cutoff: number of layers that are truncated; None for all layers.
+        psi: truncation psi of the latents w; 1 truncates nothing.
+        cutoff: number of layers whose latents are truncated; None truncates all layers.
     """
     generator = as_generator(generator)
 
@@ -52,37 +52,39 @@ def observe_seeds(
 def observe_untuned(
     generator: Any, observation: Observation, psi: float, cutoff: int | None, batch: int = 16
 ) -> Iterator[torch.Tensor]:
-    """Yield batches [N, ...] of observations of samples on which the members of an ensemble are standardised.
+    """Yield batches [N, ...] of observations, on which the scores of ensemble members are standardised.
 
-    The samples are those of the generator before tuning, from the seeds `SCALES`.
+    The observations are those of the untuned generator's samples. Their seeds (`SCALES`) are reserved for
+    this purpose.
 
     Args:
-        generator: generator of the samples.
+        generator: `Generator` before tuning, or a network from which `as_generator` creates one.
         observation: kind of observation to compute.
-        psi: truncation.
-        cutoff: number of layers that are truncated; None for all layers.
+        psi: truncation psi of the latents w; 1 truncates nothing.
+        cutoff: number of layers whose latents are truncated; None truncates all layers.
         batch: number of samples per batch.
     """
-    # SCALES are held-out seeds that serve only this purpose.
     observe = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
     return (observe(SCALES.seeds[start : start + batch]) for start in range(0, SCALES.count, batch))
 
 
-def cache_file(root: Path, generator: str, observation: Observation, psi: float, cutoff: int | None) -> Path:
-    """Return the path of the cache file of these settings in the store at `root`.
+def cache_file(
+    root: Path, generator_hash: str, observation: Observation, psi: float, cutoff: int | None
+) -> Path:
+    """Return the path of the file that caches the observations of one generator with these settings.
 
-    The name of the folder changes with every setting that changes observations. The folder is never marked as
-    finished, because later runs with other labels add observations of further seeds.
+    The name of the file's folder changes with every setting that changes observations. The store never marks
+    this folder as finished, because later runs with other labels add observations of further seeds.
 
     Args:
-        root: folder of the store.
-        generator: hash of the generator's weights.
+        root: folder of the store (experiments/store.py), which contains the file's folder.
+        generator_hash: hash of the generator's weights.
         observation: kind of observation.
-        psi: truncation.
-        cutoff: number of layers that are truncated; None for all layers.
+        psi: truncation psi of the latents w; 1 truncates nothing.
+        cutoff: number of layers whose latents are truncated; None truncates all layers.
     """
     inputs = {
-        "generator": generator,
+        "generator": generator_hash,
         "observation": observation.to_dict(),
         "psi": psi,
         "cutoff": cutoff,
@@ -96,11 +98,14 @@ class ObservationCache:
     """Observations of a set of seeds in memory, optionally stored in a file between runs.
 
     Values are rounded to float16, with a relative error of at most 0.05 %. The rounding changes scores by
-    less than repeated training does. Published rewards were trained on float16 volumes as well.
+    less than a repetition of the training with another seed does. Published rewards were trained on float16
+    volumes as well.
 
     Args:
-        source: computes the observations of seeds that are not in the cache.
-        cache: file that is read here and written by `save`; None keeps observations in memory only.
+        source: function from seeds to their observations [N, ...]; it is called for seeds that are not in the
+            cache.
+        cache: path of the file that is read here and written by `save`; None keeps observations in memory
+            only.
     Raises: ValueError if the file exists and is not a file of observations.
     """
 
@@ -110,9 +115,11 @@ class ObservationCache:
         self._cached: dict[int, torch.Tensor] = {}  # seed -> observation of this seed, float16
         if cache is not None and cache.is_file():
             try:
-                stored = safetensors.torch.load_file(cache)
+                stored_tensors = safetensors.torch.load_file(cache)
                 # Rows of one tensor share its memory, so nothing is copied.
-                self._cached = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
+                self._cached = dict(
+                    zip(stored_tensors["seeds"].tolist(), stored_tensors["observed"], strict=True)
+                )
             except (safetensors.SafetensorError, KeyError) as error:
                 raise ValueError(
                     f"{cache}: this file of observations cannot be read ({error}). Delete the file; the"
@@ -129,7 +136,7 @@ class ObservationCache:
         on_drawn: Callable[[int], None] | None = None,
         ranks: Ranks = SINGLE,
     ) -> int:
-        """Compute the observations of all seeds that are not yet in the cache.
+        """Compute and store in memory the observations of all seeds that are not yet in the cache.
 
         The batches are distributed over the ranks, and every rank gets all results.
 
@@ -180,7 +187,7 @@ class ObservationCache:
         return len(missing_seeds)
 
     def take(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> torch.Tensor:
-        """Return the observations of seeds as float32 [N, ...]. `fill` must have computed them before."""
+        """Return the observations of seeds as float32 [N, ...]. `fill` must have computed these before."""
         return torch.stack([self._cached[seed] for seed in seeds]).to(device, torch.float32)
 
     def save(self) -> None:
@@ -189,8 +196,8 @@ class ObservationCache:
         Nothing is written if the cache is empty or has no file.
         """
         if self._cache is not None and self._cached:
-            stored = {
+            stored_tensors = {
                 "seeds": torch.tensor(list(self._cached), dtype=torch.int64),
                 "observed": torch.stack(list(self._cached.values())),
             }
-            write_atomic(self._cache, safetensors.torch.save(stored))
+            write_atomic(self._cache, safetensors.torch.save(stored_tensors))

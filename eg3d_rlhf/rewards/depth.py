@@ -1,7 +1,8 @@
-"""Depth maps of a field from one camera or from three cameras, and the reward networks that read them.
+"""Depth maps from one camera or from three cameras, and the reward networks that read these maps.
 
 There are two networks: the published one with a frozen ResNet-50 (arXiv 2606.27305), and a small one that is
-trained from scratch. A depth is a distance along the pixel's unit ray.
+trained from scratch. A depth is a distance along the pixel's unit ray. A field is a batch of 3D shapes that
+can be rendered (core/field.py).
 
 Shapes: N samples, V views, C channels (1, or 2 with the mask), R pixels per edge.
 """
@@ -36,9 +37,14 @@ _TOLERANCE = 1e-6  # world units; cameras whose values differ by less count as e
 
 
 def nearness(depth: torch.Tensor, near: float, far: float) -> torch.Tensor:
-    """Compute the nearness 1 - (depth - near) / (far - near), elementwise. Differentiable.
+    """Compute the nearness 1 - (depth - near) / (far - near) of each element of `depth`. Differentiable.
 
     The nearness is 1 at the depth `near` and 0 at the depth `far`. It is not clamped to 0..1.
+
+    Args:
+        depth: depths of any shape, in the unit of `near` and `far`.
+        near: depth at which nearness is 1.
+        far: depth at which nearness is 0.
     """
     return 1 - (depth - near) / (far - near)
 
@@ -46,7 +52,9 @@ def nearness(depth: torch.Tensor, near: float, far: float) -> torch.Tensor:
 @observations.register
 @dataclass(frozen=True, kw_only=True)
 class Depth(observations.Observation):
-    """Maps [N, V, C, R, R] of the nearness of the surface: 1 at the near end of the rays, 0 at the far end.
+    """Observation that renders maps [N, V, C, R, R] of the nearness of the surface to the camera.
+
+    Nearness is a linear function of depth: 1 at the near end of the rays, and 0 at the far end.
 
     If `masked` is True (our addition), nearness is multiplied by the ray's opacity, and opacity is a second
     channel. The background is then 0 in both channels, independently of the other samples of the batch, and
@@ -96,8 +104,8 @@ class Depth(observations.Observation):
         """
         if views not in VIEWS:
             raise ValueError(
-                f"--views: expected {' or '.join(map(str, VIEWS))} for depth maps, got {views}. Pass one of"
-                " these numbers."
+                f"depth maps: expected {' or '.join(map(str, VIEWS))} views, got {views}. Pass one of these"
+                " numbers."
             )
         # The reward reads shapes from the generator's own camera family.
         cameras = generator.cameras
@@ -176,8 +184,10 @@ class Depth(observations.Observation):
     def misfits(self, generator: "Generator") -> list[str]:
         """List the differences between the cameras of this observation and the cameras of a generator.
 
-        The position of the cameras and the range of depths are compared. The list is empty if position and
-        range agree.
+        Compared are the distance of the cameras from the origin, the point that they look at, and the range
+        of depths.
+
+        Returns: one text per difference, for example "camera radius 2.7, got 3.0"; empty if all values agree.
         """
         camera_family = generator.cameras
         # name, value of this observation, value of the generator
@@ -205,10 +215,10 @@ def depth_range(generator: "Generator") -> tuple[float, float]:
 
 
 def mirror(observations: torch.Tensor) -> torch.Tensor:
-    """Mirror maps [N, V, C, R, R] left to right.
+    """Return the maps [N, V, C, R, R] of the mirrored shapes: mirror each map, and reverse the views.
 
-    The order of the views is reversed, too: yaws are symmetric about the front, so the mirror image of the
-    view at yaw a is the view of the mirrored shape at -a.
+    Yaws are symmetric about the front, so the mirror image of the view at yaw a is the view of the mirrored
+    shape at yaw -a.
     """
     # Axis 1 holds the views and axis 4 the columns of pixels.
     return observations.flip(1, 4)
@@ -228,12 +238,13 @@ _MIN_SCALE = 0.3
 
 
 class PublishedDepth(RewardNetwork):
-    """Published depth reward: a frozen ResNet-50 reads nearness at 224 pixels, repeated to three channels.
+    """Published depth reward, whose features are those of a frozen ResNet-50 (the backbone).
 
-    The backbone gives 2048 features per view, which are concatenated. With one view, 2,198,660 parameters are
-    trained. The backbone always stays in eval mode, so that its batch normalisation uses the statistics of
-    ImageNet. As in the published files, state dicts do not contain the backbone. The description of the
-    network states the backbone's path and SHA-256 instead.
+    Maps of nearness are resized to 224 pixels per edge and repeated to three channels. The backbone gives
+    2048 features per view, which are concatenated. With one view, 2,198,660 parameters are trained. The
+    backbone always stays in eval mode, so that its batch normalisation uses the statistics of ImageNet. As in
+    the published files, state dicts do not contain the backbone. The description of the network states the
+    backbone's path and SHA-256 instead.
 
     Deviates: the published code resizes depth maps and then converts them to nearness. This class resizes
         nearness. Both orders agree up to rounding, since resizing is linear.
@@ -341,12 +352,12 @@ class Stage(nn.Module):
 
 
 class SmallDepth(RewardNetwork):
-    """Small depth network: four stages of stride 2 on standardised maps, with 128 features per view.
+    """Small depth network: four stages of stride 2 on standardised maps, and 128 features per view.
 
     Each pixel is standardised over the training shapes. There is no pooling before the linear layer, because
-    the samples of one generator of heads differ little, and pooling would discard where they differ. In eval
-    mode the features of the maps and of their mirror images are averaged, so that a score does not change if
-    a shape is mirrored.
+    the samples of one generator of heads differ little, and pooling would discard where the samples differ.
+    In eval mode the features of the maps and of their mirror images are averaged, so that a score does not
+    change if a shape is mirrored.
 
     Args:
         views: number of views, 1 or 3.
@@ -421,7 +432,7 @@ class SmallDepth(RewardNetwork):
         return 0.5 * (self._features(observations) + self._features(mirror(observations)))
 
     def _features(self, observations: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, V * 128] of maps in one orientation."""
+        """Compute features [N, V * 128] of maps [N, V, 2, R, R], without their mirror images."""
         standardised_maps = ((observations - self.mean) / self.scale).flatten(0, 1)  # [N * V, 2, R, R]
         view_features = self.each(self.dropout(self.stages(standardised_maps).flatten(1)))  # [N * V, 128]
         return view_features.unflatten(0, observations.shape[:2]).flatten(1)

@@ -29,7 +29,7 @@ MEAN = Aggregate()
 class Standard:
     """Mean and standard deviation of each member's scores of the same samples.
 
-    They bring the scores of all members to one scale.
+    With these values, the scores of all members are standardised to one scale.
 
     Raises: ValueError if the numbers of means and standard deviations differ, a value is not finite, or a
         standard deviation is not above 0.
@@ -46,8 +46,9 @@ class Standard:
         ):
             raise ValueError(
                 "ensemble: expected a finite mean and a standard deviation above 0 of each member's scores,"
-                f" got the means {list(self.offsets)} and the standard deviations {list(self.scales)}. Remove"
-                " members that give all samples the same score."
+                f" got the means {list(self.offsets)} and the standard deviations {list(self.scales)}. If a"
+                " member gives all samples the same score, leave this member out. If the reward's file was"
+                " changed, copy it again."
             )
 
     @classmethod
@@ -55,7 +56,7 @@ class Standard:
     def from_observations(
         cls, members: Sequence[RewardNetwork], observations: Iterable[torch.Tensor]
     ) -> "Standard":
-        """Compute the statistics of each member's scores.
+        """Compute mean and standard deviation of each member's scores of the same samples.
 
         Args:
             members: networks of the ensemble.
@@ -109,13 +110,13 @@ class RewardEnsemble(nn.Module):
         aggregate: Aggregate = MEAN,
         observations: Iterable[torch.Tensor] | None = None,
     ) -> "RewardEnsemble":
-        """Create an ensemble of copies of trained networks, in eval mode and without gradients of weights.
+        """Create an ensemble from copies of trained networks, in eval mode and without gradients of weights.
 
         Args:
             networks: trained networks, which are copied.
             aggregate: function that joins the members' scores.
             observations: batches [N, ...] of observations of untuned samples, on which the scores are
-                standardised; None aggregates raw scores.
+                standardised; they are read once. None aggregates raw scores.
         """
         # Copies, since the ensemble's parameters are frozen below.
         members = [copy.deepcopy(network) for network in networks]
@@ -140,12 +141,12 @@ class RewardEnsemble(nn.Module):
         return {**description, "ensemble": ensemble_settings}
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless every member can read observations of this shape (without batch axis)."""
+        """Raise ValueError if a member cannot read observations of this shape (without the batch axis N)."""
         for member in self.members:
             member.check(shape)
 
     def features(self, observations: torch.Tensor) -> torch.Tensor:
-        """Concatenate the feature vectors of all members along axis 1."""
+        """Concatenate the feature vectors of all members along axis 1: [N, ...] -> [N, sum of lengths]."""
         return torch.cat([member.features(observations) for member in self.members], dim=1)
 
     def embed(self, observations: torch.Tensor) -> torch.Tensor:
@@ -174,13 +175,13 @@ class RewardEnsemble(nn.Module):
         return self.joined([member.score(observations) for member in self.members])
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Return the reward [N] of embeddings [N, E * M]."""
+        """Return the reward [N] of concatenated embeddings [N, E * M], the result of `embed`."""
         embeddings = zip(self.members, self._split_embedding(embedding), strict=True)
         return self.joined(
             [member.score_embedding(member_embedding) for member, member_embedding in embeddings]
         )
 
-    def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    def pair_margin(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the logit [P] that the first sample of each pair is better than the second one.
 
         The result is the aggregate of the members' logits. Logits are log odds and need no standardisation.
@@ -188,11 +189,14 @@ class RewardEnsemble(nn.Module):
         pessimistic about the first sample, so swapping also changes the absolute value.
 
         Args:
-            first: embeddings [P, E * M] of the first samples.
-            second: embeddings [P, E * M] of the second samples.
+            first_embeddings: embeddings [P, E * M] of the first samples.
+            second_embeddings: embeddings [P, E * M] of the second samples.
         """
         embeddings = zip(
-            self.members, self._split_embedding(first), self._split_embedding(second), strict=True
+            self.members,
+            self._split_embedding(first_embeddings),
+            self._split_embedding(second_embeddings),
+            strict=True,
         )
         return self.aggregate(
             torch.stack(
@@ -212,6 +216,8 @@ def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
     too. This usually holds for networks that were fine-tuned from the same trained network. It does not hold
     for networks with different initialisations, and their average is useless.
 
+    Args: networks: trained networks, which are not changed; at least one.
+    Returns: a new network in eval mode, whose parameters need no gradient.
     Raises: ValueError if the networks have different architectures.
     """
     first_description, *other_descriptions = (network.describe() for network in networks)
@@ -270,8 +276,8 @@ def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | 
     Args:
         kind: kind of the observation that the network reads, for example "sigma".
         description: result of `describe` of a network or an ensemble.
-    Raises: ValueError if the description has fields that the network does not have, or lacks fields of the
-        ensemble.
+    Raises: ValueError for an unknown kind, if the description has fields that the network does not have, or
+        if fields of the ensemble are missing or invalid.
     """
     build = builder_of(kind)
     network_description = dict(description)

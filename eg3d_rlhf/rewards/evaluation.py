@@ -40,7 +40,7 @@ APART = 0.05
 
 
 def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
-    """Return a warning if there are too few pairs for the training or the evaluation, or '' otherwise.
+    """Return a warning if there are too few pairs for training or evaluation, and '' otherwise.
 
     Args:
         counts: number of pairs of each of the splits train, val and test.
@@ -62,7 +62,7 @@ def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
 
 
 def too_few_shapes(preferred_count: int, other_count: int) -> str:
-    """Return a warning if there are too few held-out labels of single shapes, or '' otherwise.
+    """Return a warning if there are too few held-out labels of single shapes, and '' otherwise.
 
     Args:
         preferred_count: number of held-out shapes that are labelled as preferred.
@@ -122,8 +122,8 @@ def score_seeds(
 ) -> dict[int, float]:
     """Compute the reward of every seed from its cached observation.
 
-    The batches are distributed over the ranks, and every rank gets all scores. The model must be in eval
-    mode if it has dropout.
+    The batches are distributed over the ranks, and every rank gets all scores. The model must be in eval mode
+    if it has dropout.
 
     Args:
         model: reward network or ensemble.
@@ -161,12 +161,12 @@ def margins(scores: Mapping[int, float], labels: Sequence[Preference]) -> np.nda
 
 
 def log_loss(margin: np.ndarray) -> float:
-    """Compute the mean of -log sigmoid(margin) over margins [P], in nats."""
+    """Compute the mean of -log sigmoid(margin) over the margins [P] of labelled pairs, in nats."""
     # logaddexp(0, -m) = log(1 + exp(-m)), without overflow.
     return float(np.logaddexp(0, -margin).mean())
 
 
-def calibration_error(margin: np.ndarray, bins: int = 10) -> float:
+def calibration_error(margin: np.ndarray, bin_count: int = 10) -> float:
     """Compute the expected calibration error of p = sigmoid(margin), where p is the probability of the label.
 
     The error is sum_b n_b / n * |accuracy_b - confidence_b| (Guo et al. 2017, arXiv 1706.04599, eq. 3), where
@@ -175,13 +175,13 @@ def calibration_error(margin: np.ndarray, bins: int = 10) -> float:
 
     Args:
         margin: margins [P].
-        bins: number of bins of equal width over the confidences 0.5..1.
+        bin_count: number of bins of equal width over the confidences 0.5..1.
     """
     confidence = expit(np.abs(margin))
     # A confidence of exactly 1 belongs to the last bin.
-    bin_index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    bin_index = np.minimum(((confidence - 0.5) * 2 * bin_count).astype(int), bin_count - 1)
     error = 0.0
-    for bin_number in range(bins):
+    for bin_number in range(bin_count):
         is_in_bin = bin_index == bin_number  # [P]
         # An empty bin has no accuracy and contributes nothing.
         if is_in_bin.any():
@@ -207,9 +207,12 @@ def fit_temperature(margin: np.ndarray) -> float:
 
 
 def rate(correct: int, n: int) -> dict:
-    """Return the proportion `correct` / `n` with its Wilson 95 % interval, as JSON values.
+    """Return the accuracy `correct` / `n` with its Wilson 95 % interval, as JSON values.
 
-    The proportion is None if `n` is 0.
+    Args:
+        correct: number of correct pairs.
+        n: number of all pairs.
+    Returns: dict with "correct", "n", "accuracy" (None if `n` is 0) and "interval_95" (lower and upper end).
     """
     low, high = wilson_interval(correct, n)
     return {
@@ -360,13 +363,13 @@ def evaluate(
 
 
 def evaluate_feature(feature: Mapping[int, float], labels: Sequence[Preference]) -> dict:
-    """Compute the share of pairs that a handcrafted feature, of which larger is better, orders correctly.
+    """Compute the share of pairs that a handcrafted feature orders correctly; larger values count as better.
 
     Only labels that state the noise-free order are used, and the feature is compared with this order.
 
     Args:
-        feature: feature by seed.
-        labels: labelled pairs.
+        feature: value of the feature by seed.
+        labels: labelled pairs; their seeds are looked up in `feature`.
     Returns: dict of accuracies, each a result of `rate`. "clean" is the accuracy over all pairs, and "apart"
         the accuracy over the pairs whose volume errors differ by at least APART. An accuracy without any pair
         is left out.
@@ -390,9 +393,11 @@ def collect_curves(history: Sequence[dict], best_epoch: int, context: dict) -> d
     """Collect the learning curves of a training as JSON values, one list over epochs per quantity.
 
     Args:
-        history: records of the epochs, in order.
+        history: records of the epochs, in order: dicts with "epoch", "train_accuracy", "val_accuracy",
+            "val_log_loss" and "loss" (value by name of the loss term).
         best_epoch: index of the chosen epoch, from 0.
-        context: facts that are printed above the plot, for example the number of pairs and the seed.
+        context: facts by name that are printed above the plot, for example the number of pairs and the seed.
+    Returns: dict with "epoch" (from 1), one entry per accuracy and loss, "best_epoch" (from 1) and "context".
     """
     metrics = {
         metric_name: [epoch_record[metric_name] for epoch_record in history]

@@ -38,11 +38,11 @@ class WeightGradients:
     Gradients of 3x3x3 kernels are computed only if they were requested, because they are the most expensive
     ones. The gradients of all other weights are always computed.
 
-    Args: requested: parameters whose gradients are needed.
+    Args: requested_parameters: parameters whose gradients are needed.
     """
 
-    def __init__(self, requested: Iterable[torch.Tensor]):
-        self._requested = set(requested)
+    def __init__(self, requested_parameters: Iterable[torch.Tensor]):
+        self._requested_parameters = set(requested_parameters)
         self.gradients: dict[torch.Tensor, torch.Tensor] = {}
 
     def convolution(
@@ -54,22 +54,25 @@ class WeightGradients:
         sums: torch.Tensor,
         grad_sums: torch.Tensor,
     ) -> None:
-        """Compute and store the gradients of a normalised convolution.
+        """Compute and store the gradients of a `NormConv`: of its kernel, and of its group normalisation.
+
+        The gradient of the kernel is computed only if it was requested.
 
         Args:
             layer: the `NormConv`.
-            result_gradient: gradient of the result, as the arguments g, h and factors of
-                `volume_conv_gradient`.
+            result_gradient: tensors g [N, O, D, H, W], h [N, O, D, H, W] and f [N, O, 3]. The gradient of the
+                convolution's result is f0 g + f1 h + f2 where h > 0, and 0 elsewhere.
             x: input [N, C, D, H, W] if `channel_mix` is None, otherwise the one channel [N, 1, D, H, W] from
                 which the input is made.
             channel_mix: [C, 2]: channel c of the input is mix[c, 0] x + mix[c, 1]; None if x is the input.
-            sums: sums [N, C, 2] of the input and of its square.
-            grad_sums: sums that `volume_conv_gradient` returned.
+            sums: sums [N, C, 2] of the input and of its square over the voxels.
+            grad_sums: sums [N, C, 2] over the voxels of y and of y * input, where y is the gradient of the
+                normalised input.
         """
         norm = layer.groupnorm
         kernel = layer.conv.weight
         voxel_count = x[0, 0].numel()
-        if kernel in self._requested:
+        if kernel in self._requested_parameters:
             scale, shift = group_affine(norm, sums, voxel_count)
             # The normalised input is scale * input + shift, and the input is mix[:, 0] x + mix[:, 1], so both
             # maps are combined into one scale and one shift of x.
@@ -81,7 +84,7 @@ class WeightGradients:
         )
 
     def gates(self, module: Any, linear_gradients: list[torch.Tensor], gate_sums: torch.Tensor) -> None:
-        """Store the gradients of the channel gate and of the voxel gate.
+        """Store the gradients of the parameters of the channel gate and of the voxel gate.
 
         Args:
             module: the `ScSE` with both gates.
@@ -120,7 +123,7 @@ class WeightGradients:
             grad: gradient [N, O, D, H, W] of its result after the resampling to the size of the skip
                 connection.
         """
-        if layer.weight in self._requested:
+        if layer.weight in self._requested_parameters:
             # The convolution turns n voxels per axis into 2 n - 1. Afterwards its result was resampled to the
             # skip connection's size, so the gradient is resampled back first.
             result_size = [2 * n - 1 for n in x.shape[2:]]
@@ -197,7 +200,7 @@ def group_gradient(
     channels_per_group = sums.shape[1] // norm.num_groups
 
     def group_mean(voxel_sums: torch.Tensor) -> torch.Tensor:
-        """Return means over the channels and voxels of each group, repeated for its channels, [N, C]."""
+        """Return the mean of each channel's group, [N, C], from sums [N, C] over each channel's voxels."""
         channel_mean = voxel_sums.unflatten(1, (norm.num_groups, -1)).mean(dim=2)
         return channel_mean.repeat_interleave(channels_per_group, dim=1) / voxel_count
 
@@ -216,7 +219,11 @@ def group_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of the weight and of the bias of a group normalisation, float32 [C] each.
 
-    The arguments are described in `group_gradient`.
+    Args:
+        norm: the group normalisation.
+        sums: float64 [N, C, 2], sums of the input x and of x^2 over the voxels of each channel.
+        grad_sums: float64 [N, C, 2], sums of g and of g x over the voxels, with the result's gradient g.
+        voxel_count: number of voxels per channel.
     """
     mean, inverse_std = statistics(norm, sums, voxel_count)
     # Sum of g x' over voxels and samples, with the standardised input x'
@@ -234,9 +241,10 @@ _kernels: "WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, torch.Tensor]]
 
 
 def is_supported(model: "RewardModel", slab: torch.Tensor) -> bool:
-    """Return True if the fused operators can compute this network for this slab.
+    """Return True if the fused operators can compute this network for slabs such as `slab`.
 
-    They need float32 on a CPU, numbers of channels that are multiples of 8, and the compiled extension.
+    The operators need float32 on a CPU, numbers of channels that are multiples of 8, and the compiled
+    extension.
     """
     if (
         slab.device.type != "cpu"
@@ -250,14 +258,18 @@ def is_supported(model: "RewardModel", slab: torch.Tensor) -> bool:
 
 
 def needs_weight_gradients(model: "RewardModel") -> bool:
-    """Return True if gradients with respect to the U-Net's weights are needed."""
+    """Return True if autograd needs gradients with respect to the U-Net's weights."""
     return torch.is_grad_enabled() and any(p.requires_grad for p in model.Conv3DModule.parameters())
 
 
 def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
-    """Compute the features [N, M] of slabs, which are cut into patches as channels: [N, C, D, H, W].
+    """Compute the features [N, M] of slabs. Differentiable once, in the slab.
 
-    Differentiable once, in the slab. The gradients of the weights are not computed.
+    The gradients of the weights are not computed.
+
+    Args:
+        model: reward network with a U-Net.
+        slab: slabs [N, C, D, H, W], whose channels are the voxels of patches, see `to_patches`.
     """
     if torch.is_grad_enabled() and slab.requires_grad:
         return _Features.apply(slab, model)
@@ -268,9 +280,13 @@ def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
 
 
 def maps(model: "RewardModel", slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the U-Net's result and its coarsest volume for slabs [N, C, D, H, W], as `UNet3d.forward` does.
+    """Compute the U-Net's final maps and its coarsest volume, as `UNet3d.forward` does.
 
     Differentiable once, in the slab and the weights.
+
+    Args:
+        model: reward network with a U-Net.
+        slab: slabs [N, C, D, H, W], whose channels are the voxels of patches, see `to_patches`.
     """
     net = model.Conv3DModule
     weights = [*net.encoders.parameters(), *net.decoders.parameters()]
@@ -310,7 +326,7 @@ class _Maps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, slab, model, stores_volumes, *weights):
-        """Compute both volumes; `weights` are passed so that autograd asks for their gradients."""
+        """Compute the two volumes; `weights` are arguments so that autograd requests their gradients."""
         # torch raises an error in the backward pass if a saved tensor was changed in between.
         ctx.save_for_backward(*weights)
         # The gradient of a volume that the loss does not use is then None instead of zeros.
@@ -323,15 +339,15 @@ class _Maps(torch.autograd.Function):
     def backward(ctx, last_gradient, coarsest_gradient):
         """Compute the gradients of the slab and of the weights."""
         weights = ctx.saved_tensors
-        needs_gradient = ctx.needs_input_grad
+        is_gradient_needed = ctx.needs_input_grad
         # The first three arguments of `forward` are no weights.
         weight_gradients = WeightGradients(
-            w for w, requested in zip(weights, needs_gradient[3:], strict=True) if requested
+            w for w, is_requested in zip(weights, is_gradient_needed[3:], strict=True) if is_requested
         )
         slab_gradient = ctx.run.gradient_of_maps(last_gradient, coarsest_gradient, weight_gradients)
         # One result per argument of `forward`: slab, model, stores_volumes, weights.
         return (
-            slab_gradient if needs_gradient[0] else None,
+            slab_gradient if is_gradient_needed[0] else None,
             None,
             None,
             *(weight_gradients.gradients.get(w) for w in weights),
@@ -346,10 +362,10 @@ class _Block:
     r: torch.Tensor  # residual [N, C, D, H, W], or the one channel [N, 1, D, H, W] from which it is made
     mix: torch.Tensor | None  # [C, 2]: channel c of the residual is mix[c, 0] r + mix[c, 1]
     r_sums: torch.Tensor  # sums [N, C, 2] of the residual and of its square
-    inner: torch.Tensor  # volume between the convolutions [N, C, D, H, W]
-    inner_sums: torch.Tensor  # sums [N, C, 2] of inner and of its square
+    inner_volume: torch.Tensor  # volume between the convolutions [N, C, D, H, W]
+    inner_sums: torch.Tensor  # sums [N, C, 2] of inner_volume and of its square
     h: torch.Tensor  # volume before the gates [N, C, D, H, W]
-    squeezed: torch.Tensor  # means of h over the voxels, [N, C]
+    channel_means: torch.Tensor  # means of h over the voxels, [N, C]
     gate: torch.Tensor  # channel gate [N, C]
     layer_input: Any = None  # input of the layer before r, if that layer's weights are trained
 
@@ -396,32 +412,35 @@ class _Pass:
         The gates of the last decoder block are not yet applied.
         """
         x = slab
-        skips = []
+        skip_volumes = []
         net = self.net
         for level, encoder in enumerate(net.encoders):
             block = self._encode(encoder.basic_module, x)
             block.layer_input = x if self.trains_weights else None
             # The result of the coarsest encoder is not pooled.
-            gated, pooled = self._apply_gates(block, pool=level + 1 < len(net.encoders))
-            skips.append(gated)
+            gated_volume, pooled_volume = self._apply_gates(block, pool=level + 1 < len(net.encoders))
+            skip_volumes.append(gated_volume)
             self.encoder_blocks.append(block)
-            x = gated if pooled is None else pooled
-        bottleneck = skips.pop()  # the coarsest volume is no skip connection
+            x = gated_volume if pooled_volume is None else pooled_volume
+        bottleneck = skip_volumes.pop()  # the coarsest volume is no skip connection
         previous_block = None
         for decoder in net.decoders:
             convolution = _upsampling(decoder)
-            skip = skips.pop()
+            skip_volume = skip_volumes.pop()
             x = bottleneck if previous_block is None else self._apply_gates(previous_block)[0]
             kernel = _kernel(convolution, "up", ops.transposed_kernel)
             # The sum overwrites the skip connection, which is not read afterwards.
-            r, sums = ops.volume_up(skip, x, convolution.weight, kernel, out=skip)
+            r, sums = ops.volume_up(skip_volume, x, convolution.weight, kernel, out=skip_volume)
             previous_block = self._block(decoder.basic_module, r, sums)
             previous_block.layer_input = x if self.trains_weights else None
             self.decoder_blocks.append(previous_block)
         return bottleneck
 
     def _encode(self, module: Any, x: torch.Tensor) -> _Block:
-        """Run a block of an encoder up to its gates, including its first 1x1x1 convolution, on x."""
+        """Run a residual block of an encoder on x [N, C, D, H, W], without applying its gates.
+
+        The 1x1x1 convolution at the start of the block is included.
+        """
         if x.shape[1] > 1 or isinstance(module.conv1, nn.Identity):
             r = x if isinstance(module.conv1, nn.Identity) else pointwise(module.conv1, x)
             return self._block(module, r, _sums(*_moments(r), r[0, 0].numel()))
@@ -443,7 +462,7 @@ class _Pass:
         mix: torch.Tensor | None = None,
         *moments: torch.Tensor,
     ) -> _Block:
-        """Run the two normalised convolutions of a residual block.
+        """Run the two normalised convolutions of a residual block, and compute its channel gate.
 
         Args:
             module: the `ResidualBlock`.
@@ -458,11 +477,11 @@ class _Pass:
         buffer = self._buffer("inner", r, channels)
         if mix is None:
             kernel = _kernel(module.conv2.conv, "conv", ops.transformed_kernel)
-            inner, inner_sums = ops.volume_conv(
+            inner_volume, inner_sums = ops.volume_conv(
                 r, scale, shift, module.conv2.conv.weight, kernel, relu=True, out=buffer
             )
         else:
-            inner, inner_sums = ops.volume_conv(
+            inner_volume, inner_sums = ops.volume_conv(
                 r, *_convolution_of_one_channel(module, mix, scale, shift, *moments), relu=True, out=buffer
             )
         scale, shift = group_affine(module.conv3.groupnorm, inner_sums, voxel_count)
@@ -475,43 +494,56 @@ class _Pass:
         else:
             buffer = self._buffer("outer", r, channels)
         h, h_sums = ops.volume_conv(
-            inner, scale, shift, module.conv3.conv.weight, kernel, residual=r, mix=mix, relu=True, out=buffer
+            inner_volume,
+            scale,
+            shift,
+            module.conv3.conv.weight,
+            kernel,
+            residual=r,
+            mix=mix,
+            relu=True,
+            out=buffer,
         )
-        squeezed = (h_sums[..., 0] / voxel_count).float()
+        channel_means = (h_sums[..., 0] / voxel_count).float()
         return _Block(
             module,
             r,
             mix,
             sums,
-            inner,
+            inner_volume,
             inner_sums,
             h,
-            squeezed,
-            _channel_gate(squeezed, *module.se_module.cSE.parameters()),
+            channel_means,
+            _channel_gate(channel_means, *module.se_module.cSE.parameters()),
         )
 
-    def _buffer(self, role: str, like: torch.Tensor, channels: int) -> torch.Tensor | None:
+    def _buffer(
+        self, buffer_name: str, template_volume: torch.Tensor, channel_count: int
+    ) -> torch.Tensor | None:
         """Return memory for a volume that later blocks reuse, or None if volumes are stored.
 
         Reuse saves time, because new pages of memory from the system cost as much as a pass over them.
 
         Args:
-            role: name of the buffer.
-            like: tensor [N, ?, D, H, W] that gives the other axes and the type of the volume.
-            channels: number of channels of the volume.
+            buffer_name: name of the buffer.
+            template_volume: volume [N, ?, D, H, W] with the same type and axes, except for the channels.
+            channel_count: number of channels of the new volume.
         """
         if self.stores_volumes:
             return None
-        shape = (len(like), channels, *like.shape[2:])
-        buffer_size = len(like) * channels * like[0, 0].numel()
-        if role not in self.buffers or self.buffers[role].numel() < buffer_size:
-            self.buffers[role] = like.new_empty(buffer_size)
+        buffer_shape = (len(template_volume), channel_count, *template_volume.shape[2:])
+        buffer_size = len(template_volume) * channel_count * template_volume[0, 0].numel()
+        if buffer_name not in self.buffers or self.buffers[buffer_name].numel() < buffer_size:
+            self.buffers[buffer_name] = template_volume.new_empty(buffer_size)
         # A larger buffer of an earlier block serves a smaller volume, too.
-        return self.buffers[role][:buffer_size].view(shape)
+        return self.buffers[buffer_name][:buffer_size].view(buffer_shape)
 
     def _apply_gates(self, block: _Block, pool: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply the gates of a block to its h.
+        """Apply the channel gate and the voxel gate of a block to its volume h.
 
+        Args:
+            block: the block.
+            pool: True to pool the volume after the gates as well.
         Returns: the volume after the gates, and this volume after max-pooling by 2, or None if `pool` is
             False.
         """
@@ -522,6 +554,8 @@ class _Pass:
 
     def _pool(self, bottleneck: torch.Tensor) -> torch.Tensor:
         """Pool the maps of the U-Net to the features [N, M].
+
+        Args: bottleneck: coarsest volume after its gates.
 
         Only this last part of the network is a graph of autograd, with the tensors `self.leaves` as inputs.
         `gradient` differentiates it.
@@ -547,31 +581,33 @@ class _Pass:
                 # [N, C, D]
                 self.voxel_indices = volume_indices[:, None].expand(-1, last_block.h.shape[1], -1)
                 self.leaves = [last_block.h.flatten(2).gather(2, self.voxel_indices), last_block.gate]
-                values, gate = (t.requires_grad_(self.stores_volumes) for t in self.leaves)
+                voxel_values, gate = (t.requires_grad_(self.stores_volumes) for t in self.leaves)
                 w, b = last_block.spatial()
-                gated = values * torch.maximum(
-                    gate[..., None], torch.sigmoid(torch.einsum("ncd,c->nd", values, w) + b)[:, None]
-                )
-                profile = (torch.einsum("ncd,rc->nrd", gated, weight) + bias[:, None]).amax(dim=1)
+                voxel_gate = torch.sigmoid(torch.einsum("ncd,c->nd", voxel_values, w) + b)[:, None]
+                gated_values = voxel_values * torch.maximum(gate[..., None], voxel_gate)
+                profile = (torch.einsum("ncd,rc->nrd", gated_values, weight) + bias[:, None]).amax(dim=1)
                 # As in `unet3d.slice_max_feature`
-                self.result = profile[:, slice_windows(profile.shape[1], arch.pool_size)].amax(dim=2)
+                self.pooled_features = profile[:, slice_windows(profile.shape[1], arch.pool_size)].amax(dim=2)
             else:
                 volumes = (self._apply_gates(last_block)[0], bottleneck)
                 self.leaves = [t.requires_grad_(self.stores_volumes) for t in volumes]
-                fine, coarse = self.leaves
-                response = F.conv3d(fine, weight[..., None, None, None], bias)
-                self.result = torch.cat(
-                    [grid_feature(response, arch.final_cells), grid_feature(coarse, arch.bottleneck_cells)],
+                last_volume, coarsest_volume = self.leaves
+                response_maps = F.conv3d(last_volume, weight[..., None, None, None], bias)
+                self.pooled_features = torch.cat(
+                    [
+                        grid_feature(response_maps, arch.final_cells),
+                        grid_feature(coarsest_volume, arch.bottleneck_cells),
+                    ],
                     dim=1,
                 )
-        return self.result.detach()
+        return self.pooled_features.detach()
 
     @torch.no_grad()
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """Compute the gradient of the slab [N, C, D, H, W] from the gradient of the features [N, M]."""
         # The graph is retained, because backward may be called again.
         first_gradient, second_gradient = torch.autograd.grad(
-            self.result, self.leaves, grad, retain_graph=True
+            self.pooled_features, self.leaves, grad, retain_graph=True
         )
         block = self.decoder_blocks[-1]
         if self.arch.pooling != "slice_max":
@@ -628,19 +664,20 @@ class _Pass:
             if weight_gradients is not None:
                 weight_gradients.upsampling(layer, self.decoder_blocks[k].layer_input, gradient)
             kernel = _kernel(layer, "up gradient", lambda w: ops.transposed_kernel(w.transpose(0, 1)))
-            after_gates = ops.volume_up_gradient(gradient, kernel, source_block.h.shape[2:])
+            # Gradient of the volume after the gates of `source_block`
+            gated_gradient = ops.volume_up_gradient(gradient, kernel, source_block.h.shape[2:])
             if k:
                 gradient = self._block_backward(
-                    source_block, *_gate_gradients(source_block, after_gates, None), weight_gradients
+                    source_block, *_gate_gradients(source_block, gated_gradient, None), weight_gradients
                 )
-        after_gates = after_gates if coarsest_gradient is None else after_gates + coarsest_gradient
+        gated_gradient = gated_gradient if coarsest_gradient is None else gated_gradient + coarsest_gradient
         # Encoders from the coarsest to the finest. The result of an encoder gets a gradient from its skip
         # connection and another one from the pooling before the next encoder.
         pooled_gradient = None
         for level in reversed(range(len(self.encoder_blocks))):
             block = self.encoder_blocks[level]
             gradient = self._block_backward(
-                block, *_gate_gradients(block, after_gates, pooled_gradient), weight_gradients
+                block, *_gate_gradients(block, gated_gradient, pooled_gradient), weight_gradients
             )
             # For a block with `mix` and without gradients of weights, the result is already the gradient of
             # the input of conv1.
@@ -652,7 +689,7 @@ class _Pass:
                 weight = block.module.conv1.weight.flatten(1)  # [O, C]
                 gradient = (weight.T @ gradient.flatten(2)).unflatten(2, gradient.shape[2:])
             if level:
-                after_gates = skip_gradients.pop()
+                gated_gradient = skip_gradients.pop()
                 pooled_gradient = gradient
         return gradient
 
@@ -681,13 +718,13 @@ class _Pass:
         r = block.r
         mix = block.mix
         # The channel gate has few operations, so autograd computes its gradient.
-        squeezed, *linear_parameters = (
-            t.detach().requires_grad_() for t in (block.squeezed, *module.se_module.cSE.parameters())
+        channel_means, *linear_parameters = (
+            t.detach().requires_grad_() for t in (block.channel_means, *module.se_module.cSE.parameters())
         )
         with torch.enable_grad():
-            gate = _channel_gate(squeezed, *linear_parameters)
+            gate = _channel_gate(channel_means, *linear_parameters)
             mean_gradient, *linear_gradients = torch.autograd.grad(
-                gate, [squeezed, *linear_parameters], gate_sums[:, : gate.shape[1]].float()
+                gate, [channel_means, *linear_parameters], gate_sums[:, : gate.shape[1]].float()
             )
         # The mean of h over voxels passes the same share of its gradient to every voxel. [N, C, 1]
         mean_gradient = mean_gradient[..., None].double() / voxel_count
@@ -700,19 +737,19 @@ class _Pass:
             _kernel(convolution, "gradient", lambda w: ops.transformed_kernel(ops.adjoint_kernel(w)))
             for convolution in (module.conv3.conv, module.conv2.conv)
         )
-        # Gradient of the normalised `inner`, and its sums for the group normalisation
-        g, sums = ops.volume_conv_gradient(h_gradient, block.h, factors, conv3_kernel, block.inner)
+        # Gradient of the normalised `inner_volume`, and its sums for the group normalisation
+        g, sums = ops.volume_conv_gradient(h_gradient, block.h, factors, conv3_kernel, block.inner_volume)
         if weight_gradients is not None:
             weight_gradients.gates(module.se_module, linear_gradients, gate_sums)
             weight_gradients.convolution(
-                module.conv3, (h_gradient, block.h, factors), block.inner, None, block.inner_sums, sums
+                module.conv3, (h_gradient, block.h, factors), block.inner_volume, None, block.inner_sums, sums
             )
         factors = group_gradient(module.conv3.groupnorm, block.inner_sums, sums, voxel_count).float()
         inner_gradient = g
-        g, sums = ops.volume_conv_gradient(inner_gradient, block.inner, factors, conv2_kernel, r, mix)
+        g, sums = ops.volume_conv_gradient(inner_gradient, block.inner_volume, factors, conv2_kernel, r, mix)
         if weight_gradients is not None:
             weight_gradients.convolution(
-                module.conv2, (inner_gradient, block.inner, factors), r, mix, block.r_sums, sums
+                module.conv2, (inner_gradient, block.inner_volume, factors), r, mix, block.r_sums, sums
             )
             # The gradients of conv1's weights need the gradient of every channel of the residual, so the
             # residual itself is computed now.
@@ -734,7 +771,7 @@ def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
 def _gate_gradients(
     block: _Block, gated_gradient: torch.Tensor | None, pooled_gradient: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradients of a block's h and of its gates.
+    """Compute the gradients of a block's volume h and of its gates from those after the gates.
 
     Args:
         block: the block.
@@ -746,14 +783,15 @@ def _gate_gradients(
     return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), gated_gradient, pooled_gradient)
 
 
-def _channel_gate(squeezed: torch.Tensor, *linear_parameters: torch.Tensor) -> torch.Tensor:
-    """Compute the channel gate [N, C] of ScSE.
+def _channel_gate(channel_means: torch.Tensor, *linear_parameters: torch.Tensor) -> torch.Tensor:
+    """Compute the channel gate [N, C] of `ScSE`.
 
     Args:
-        squeezed: means [N, C] of the channels over the voxels.
+        channel_means: means [N, C] of the channels over the voxels.
         linear_parameters: weight and bias of fc1, weight and bias of fc2.
     """
-    return torch.sigmoid(F.linear(F.relu(F.linear(squeezed, *linear_parameters[:2])), *linear_parameters[2:]))
+    hidden_features = F.relu(F.linear(channel_means, *linear_parameters[:2]))
+    return torch.sigmoid(F.linear(hidden_features, *linear_parameters[2:]))
 
 
 def _convolution_of_one_channel(
@@ -792,9 +830,7 @@ def _convolution_of_one_channel(
 
 
 def _kernel(layer: nn.Module, role: str, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return the weights of a layer in the layout of an operator.
-
-    The result is cached until the weights change.
+    """Return the weights of a layer in the layout that an operator needs, cached until the weights change.
 
     Args:
         layer: layer with the attribute `weight`.
@@ -823,6 +859,12 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _sums(mean: torch.Tensor, variance: torch.Tensor, voxel_count: int) -> torch.Tensor:
-    """Return the sums [N, C, 2] of values and of their squares, from means and variances [N, C]."""
+    """Return the sums [N, C, 2] of values and of their squares over `voxel_count` voxels.
+
+    Args:
+        mean: means [N, C] of the values of each channel.
+        variance: variances [N, C] of these values, with divisor `voxel_count`.
+        voxel_count: number of voxels per channel.
+    """
     # E[x^2] = Var[x] + E[x]^2
     return torch.stack([mean, variance + mean.square()], dim=2) * voxel_count

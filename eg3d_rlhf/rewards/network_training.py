@@ -49,7 +49,7 @@ def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
     Args:
         path: file to write.
         state: state of the training.
-        options: settings of the training, with which `load_state` compares its own.
+        options: settings of the training; `load_state` rejects the file if the resumed run has other ones.
     """
     training_values = {
         "epoch": state.epoch,
@@ -80,20 +80,20 @@ def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
     write_atomic(path, file_buffer.getvalue())
 
 
-def _flatten(nested, path: str = "") -> dict[str, torch.Tensor]:
+def _flatten(nested, key_path: str = "") -> dict[str, torch.Tensor]:
     """Return all tensors inside nested dictionaries and lists, by their path, for example "/model/MLP.0".
 
     Values of all other types are left out.
     """
     if isinstance(nested, torch.Tensor):
-        return {path: nested}
+        return {key_path: nested}
     if isinstance(nested, dict):
         keys_and_values = list(nested.items())
     else:
         keys_and_values = list(enumerate(nested)) if isinstance(nested, (list, tuple)) else []
     tensors = {}
     for nested_key, nested_value in keys_and_values:
-        tensors.update(_flatten(nested_value, f"{path}/{nested_key}"))
+        tensors.update(_flatten(nested_value, f"{key_path}/{nested_key}"))
     return tensors
 
 
@@ -102,8 +102,8 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
 
     Args:
         path: file that `save_state` wrote.
-        state: state to change.
-        options: options of this run.
+        state: state of the training, which is changed in place.
+        options: settings of this run.
     Raises: ValueError if the file is damaged or is no training state, or if its run had other options.
     """
     file_tensors = None
@@ -122,8 +122,8 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
         cause = type(error).__name__
         raise ValueError(
-            f"{path}: this file of a training state is damaged and cannot be read ({cause}). Delete the file"
-            " to start the training again."
+            f"{path}: this training state is damaged and cannot be read ({cause}). Delete the file to start"
+            " the training again."
         ) from error
     # A conversion to JSON and back turns tuples into lists, as in the file.
     requested_options = json.loads(json.dumps(asdict(options)))
@@ -153,7 +153,7 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
 
 @dataclass(frozen=True)
 class Share:
-    """Items of a training step that this rank processes: every W-th item.
+    """Items (pairs or unpaired labels) of a training step that this rank processes: every W-th item.
 
     The last step of an epoch may have fewer items than there are ranks. A rank without an item then processes
     the first item with weight 0, because all ranks must take part in the exchange of gradients.
@@ -182,9 +182,9 @@ class Share:
         return values.reshape(-1, self.count)[:, self.rows].reshape(-1)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Collect the values of the complete step on every rank.
+        """Collect the values of all items of the step on every rank.
 
-        Differentiable only in the values of this rank.
+        Differentiable only in the values of this rank's items.
 
         Args: values: values [len(rows), ...] of this rank's items.
         Returns: values [count, ...] of all items, in the order of the step.
@@ -207,7 +207,7 @@ class Share:
         should_stop: bool,
         metric_weights: Mapping[str, float],
     ) -> tuple[dict[str, float], bool]:
-        """Sum the gradients of the model over ranks, in place, and average metrics over ranks.
+        """Sum the model's gradients over ranks, in place, and compute the metrics of the complete step.
 
         Args:
             model: network whose gradients are summed.
@@ -262,8 +262,9 @@ class Step:
         """Return a context in which each sample gets the random numbers that it has in a run with one rank.
 
         Args:
-            pair_row_count: number of this rank's observations of pairs in the forward pass. They are ordered
-                block by block, and the observations of unpaired labels follow.
+            pair_row_count: number of this rank's observations of pairs in the forward pass. They come first,
+                block by block (winners, losers, reference samples). The observations of unpaired labels
+                follow.
         """
         if self.ranks.world == 1:
             return contextlib.nullcontext()
@@ -359,21 +360,25 @@ def train_reward(
     ranks: Ranks = SINGLE,
     start: RewardNetwork | None = None,
 ) -> TrainState:
-    """Train a reward network, and return it with the weights of the epoch that validates best.
+    """Train a reward network, and return the training state with the weights of the best epoch.
 
-    Training ends after `options.epochs` epochs, or after `options.patience` epochs without a better
-    validation accuracy. Random numbers depend only on the seed and the epoch, so a run that is resumed from
-    `state_file` is equal to an uninterrupted run.
+    The best epoch has the highest accuracy on validation pairs, and among equal ones the lowest log loss.
+
+    Training ends after `options.epochs` epochs, or after `options.patience` epochs without a new best epoch.
+    Random numbers depend only on the seed and the epoch, so a run that is resumed from `state_file` is equal
+    to an uninterrupted run.
 
     Args:
         data: labels and observations.
         options: settings of the training.
         device: device of the network.
-        state_file: file that is written after each epoch; if it exists, training resumes from it.
+        state_file: file that is written after each epoch; if it exists, training resumes from it. None writes
+            no file.
         on_step: function that is called after each step.
         on_epoch: function that is called with the record of each epoch.
         ranks: processes that train together; the labels of each step are distributed over them.
-        start: network from whose weights training starts; `options.start` states its hash.
+        start: network from whose weights training starts; `options.start` states its hash. None for a random
+            initialisation.
     Returns: the state after training, whose model has the weights of the best epoch and is in eval mode.
     Raises: ValueError if pairs or unpaired labels are missing, or if `state_file` belongs to a run with other
         options; StoppedError after SIGTERM or SIGINT.
@@ -445,13 +450,13 @@ def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
         )
     if has_unpaired_loss and not preferences:
         raise ValueError(
-            "--regression and --divergence need labels of single shapes, but there are none. Pass"
-            " --unpaired=FILE, or set both to 0."
+            "--regression or --divergence is above 0 and needs labels of single shapes, but there are none"
+            " for the training. Pass --unpaired=FILE, or set --regression and --divergence to 0."
         )
     if has_unpaired_loss and preferences != {True, False}:
         raise ValueError(
-            "--regression and --divergence need labels of preferred shapes and of shapes that are not"
-            f" preferred, but all {len(data.unpaired)} training labels are of"
+            "--regression or --divergence is above 0 and needs labels of preferred shapes and of shapes that"
+            f" are not preferred, but all {len(data.unpaired)} training labels are of"
             f" {'preferred shapes' if True in preferences else 'shapes that are not preferred'}. Add labels"
             f" of {'shapes that are not preferred' if True in preferences else 'preferred shapes'} to"
             " --unpaired."
@@ -468,7 +473,9 @@ def _epoch(
         data: labels and observations of the training.
         options: settings of the training.
         on_step: function that is called after each step.
-    Returns: dict of JSON values with the results of the epoch.
+    Returns: dict of JSON values, the record of the epoch. "loss" contains the loss terms by name, averaged
+        over the steps. The other entries are "epoch" (from 0), "seconds", "lr", "train_accuracy",
+        "val_accuracy", "val_log_loss" and, with unpaired validation labels, "val_auc".
     """
     start_time = time.monotonic()
     # Random numbers depend on the seed and the epoch only, so a resumed epoch draws the same numbers. The
@@ -569,18 +576,18 @@ def _step(
         observations.append(
             _observe_shapes(step_labels.shapes, step_labels.shape_share, data, options, unpaired_rng, device)
         )
-    pair_rows = 0 if pair_batch is None else len(pair_batch[0])
+    pair_row_count = 0 if pair_batch is None else len(pair_batch[0])
     # One forward pass for pairs and unpaired labels, so that batch normalisation, if the network has any,
     # averages over both.
-    with step_labels.draws(pair_rows):
-        output = state.model(
+    with step_labels.draws(pair_row_count):
+        network_output = state.model(
             observations[0] if len(observations) == 1 else torch.cat(observations),
             reconstruct=loss_weights.reconstruction > 0,
         )
     if pair_batch is not None:
         pair_observations, better_indices, worse_indices = pair_batch
         pair_count = len(step_labels.pair_share.rows)
-        pair_output = output.rows(0, pair_rows)
+        pair_output = network_output.rows(0, pair_row_count)
         # The loss of pairs draws random numbers for blocks of pairs.
         with (
             contextlib.nullcontext()
@@ -601,16 +608,16 @@ def _step(
         metrics["correct"] = float(is_correct.float().mean())
     if step_labels.shapes:
         unpaired_output, correct_share = _unpaired_output(
-            output.rows(pair_rows, len(output.scalar)), step_labels, state
+            network_output.rows(pair_row_count, len(network_output.scalar)), step_labels, state
         )
         loss_terms |= preference_loss.unpaired(unpaired_output)
         # If there are pairs, they already contributed "correct" and the reconstruction.
         if pair_batch is None:
             metrics["correct"] = correct_share
-            if output.reconstruction is not None:
+            if network_output.reconstruction is not None:
                 loss_terms["reconstruction"] = (
                     loss_weights.reconstruction
-                    * reconstruction_loss(output.reconstruction, observations[0]).mean()
+                    * reconstruction_loss(network_output.reconstruction, observations[0]).mean()
                 )
     return _update(state, step_labels, loss_terms, metrics)
 
@@ -618,7 +625,7 @@ def _step(
 def _update(
     state: TrainState, step_labels: Step, loss_terms: dict[str, torch.Tensor], metrics: dict[str, float]
 ) -> dict[str, float]:
-    """Update the network with the gradients of all ranks.
+    """Compute the gradients of the loss terms, and update the network with the gradients of all ranks.
 
     Args:
         state: state of the training, which is changed.
@@ -662,7 +669,7 @@ def _update(
 def _unpaired_output(
     network_output: RewardOutput, step_labels: Step, state: TrainState
 ) -> tuple[UnpairedOutput, float]:
-    """Prepare the input of the loss terms on unpaired labels, and update `state.bandwidth`.
+    """Prepare the input of the loss terms on unpaired labels, and update the kernel's `state.bandwidth`.
 
     Args:
         network_output: output of the network for this rank's unpaired labels.
@@ -722,7 +729,7 @@ def _observe_shapes(
 
     Args:
         labels: unpaired labels of the complete step.
-        share: share of this rank.
+        share: labels of the step that this rank processes.
         data: labels and observations of the training.
         options: settings of the training.
         rng: random numbers of the augmentation.
@@ -754,7 +761,7 @@ def _pair_batch(
 
     Args:
         pairs: labelled pairs of the complete step.
-        share: share of this rank.
+        share: pairs of the step that this rank processes.
         data: labels and observations of the training.
         options: settings of the training.
         rng: random numbers of reference samples and augmentation.

@@ -1,8 +1,8 @@
 """Base class of reward networks, and the registry of the networks that read each kind of observation.
 
-An observation is the input that a network reads from a shape. A network consists of a feature extractor, a
-trunk, and three output heads. A network for a new kind of observation is a subclass of `RewardNetwork` with
-the methods `features` and `describe`, and `register` registers it.
+An observation is the input that a network reads from a shape, for example a depth map. A network consists of
+a feature extractor, a trunk, and three output heads. A network for a new kind of observation is a subclass of
+`RewardNetwork` with the methods `features` and `describe`, and `register` registers it.
 
 Shapes: N samples, P pairs, M entries of an embedding; [N, ...] is a batch of observations, whose other axes
 depend on the kind.
@@ -127,15 +127,15 @@ class RewardNetwork(nn.Module, ABC):
         """Return the description of the network: JSON values from which it can be created again."""
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError if the network cannot read observations of this shape, given without N.
+        """Raise ValueError if the network cannot read observations of this shape (without the batch axis N).
 
-        By default every shape is accepted.
+        This base class accepts every shape.
         """
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
         """Set statistics of the training data, with which the network standardises its input.
 
-        By default there are no statistics.
+        This base class has no such statistics and does nothing.
 
         Args: take: function that returns the observations of all training samples, [N, ...].
         """
@@ -155,29 +155,30 @@ class RewardNetwork(nn.Module, ABC):
         """Compute the reward from embeddings: [N, M] -> [N]."""
         return self.scalar_rwd_head(embedding).squeeze(1)
 
-    def pair_logits(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Compute two logits for each pair: [P, 2]. They depend on the order of the two samples.
+    def pair_logits(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
+        """Compute two logits for each pair of samples, [P, 2].
 
-        Column 0 is the logit that the first sample is better, and column 1 the logit that the second one is.
+        Column 0 is the logit that the first sample is better, and column 1 the logit that the second sample
+        is better. The logits depend on the order of the two samples.
 
         Args:
-            first: embeddings [P, M] of the first samples.
-            second: embeddings [P, M] of the second samples.
+            first_embeddings: embeddings [P, M] of the first samples.
+            second_embeddings: embeddings [P, M] of the second samples.
         """
-        return self.scalar_rwd_head_pairs(torch.cat([first, second], dim=1))
+        return self.scalar_rwd_head_pairs(torch.cat([first_embeddings, second_embeddings], dim=1))
 
-    def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    def pair_margin(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the logit [P] that the first sample of each pair is better than the second one.
 
         The logits of both presentation orders are averaged, so swapping the two samples negates the result.
 
         Args:
-            first: embeddings [P, M] of the first samples.
-            second: embeddings [P, M] of the second samples.
+            first_embeddings: embeddings [P, M] of the first samples.
+            second_embeddings: embeddings [P, M] of the second samples.
         """
         # The mean over both orders removes the bias of the pair head towards the first or the second input.
-        logits = self.pair_logits(first, second)
-        swapped_logits = self.pair_logits(second, first)
+        logits = self.pair_logits(first_embeddings, second_embeddings)
+        swapped_logits = self.pair_logits(second_embeddings, first_embeddings)
         return 0.5 * ((logits[:, 0] - logits[:, 1]) - (swapped_logits[:, 0] - swapped_logits[:, 1]))
 
     def reconstruct(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Observation(abc.ABC):
-    """Function that computes the input of a reward network from a field of N shapes.
+    """Base class of observations, which compute the input of a reward network from a field of N shapes.
 
     Subclasses are frozen dataclasses whose fields are JSON values, unless they override `to_dict`.
     """
@@ -63,7 +63,7 @@ class Observation(abc.ABC):
         """
 
     def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Augment training inputs at random. By default they are not changed.
+        """Augment training inputs at random. This base class returns the inputs unchanged.
 
         Args:
             observations: training inputs [N, ...].
@@ -74,9 +74,12 @@ class Observation(abc.ABC):
         return observations
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """List the properties of the generator that do not match, for example "box_warp 1.0, got 2.0".
+        """List the properties in which this observation and a generator differ.
 
-        By default the list is empty.
+        This base class compares nothing and returns an empty list.
+
+        Returns: texts with the value of the observation and the value of the generator, for example
+            "box_warp 1.0, got 2.0".
         """
         del generator
         return []
@@ -94,7 +97,7 @@ class Observation(abc.ABC):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Create an observation from JSON values.
+        """Create an observation of this class from JSON values.
 
         Args: values: result of `to_dict` without the entry `kind`.
         Raises: ValueError for unknown or missing fields.
@@ -173,7 +176,7 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
         unknown_settings = ", ".join(f"--{name}={changed_settings[name]}" for name in unknown_names)
         unknown_flags = " and ".join(f"--{name}" for name in unknown_names)
         raise ValueError(
-            f"{unknown_settings} has no effect on the observation {kind}. Remove {unknown_flags}."
+            f"The observation {kind} does not have the setting {unknown_settings}. Remove {unknown_flags}."
         )
     return observation_class.from_generator(generator, **changed_settings)
 
@@ -181,7 +184,10 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
 @register
 @dataclasses.dataclass(frozen=True)
 class SigmaSlab(Observation):
-    """Slabs [N, 1, D, H, W]: raw density on a cropped grid, normalised per shape to [0, value_max]."""
+    """Observation of slabs [N, 1, D, H, W]: raw density on a cropped grid, normalised to [0, value_max].
+
+    Each shape is normalised separately.
+    """
 
     spec: SlabSpec = SlabSpec()
     kind: ClassVar[str] = "sigma"
@@ -195,7 +201,7 @@ class SigmaSlab(Observation):
         resolution: int = 64,
         crop: tuple[float, float, float, float, float, float] | None = None,
     ) -> Self:
-        """Create the slab of a generator's cube.
+        """Create the observation that evaluates a cropped grid over a generator's cube.
 
         64 grid points and the paper's crop give a slab of 33 x 36 x 32 points.
 

@@ -85,7 +85,7 @@ class PointNetwork(RewardNetwork):
     arch: PointArch
 
     def describe(self) -> dict[str, Any]:
-        """Return the architecture as JSON values."""
+        """Return the architecture as JSON values, from which the network can be created again."""
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:
@@ -122,7 +122,7 @@ STARTS = ("first", "farthest")  # values of `start` of `farthest_points`
 
 
 def distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Compute the distances between centres [N, 3, S] and points [N, 3, P]: float64 [N, S, P]."""
+    """Compute the Euclidean distances between centres [N, 3, S] and points [N, 3, P]: float64 [N, S, P]."""
     # The faster mode of cdist expands the square into products. Its rounding errors could change neighbours.
     exact_mode = "donot_use_mm_for_euclid_dist"
     return torch.cdist(
@@ -131,69 +131,70 @@ def distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def farthest_points(points: torch.Tensor, count: int, start: str = "first") -> torch.Tensor:
-    """Choose points by farthest-point sampling, and return their indices, int64 [N, count].
+def farthest_points(points: torch.Tensor, chosen_count: int, start: str = "first") -> torch.Tensor:
+    """Choose points by farthest-point sampling, and return their indices, int64 [N, chosen_count].
 
     Each chosen point is the point with the largest distance from all points that were chosen before. Among
     equal distances, the point with the lowest index is chosen.
 
     Args:
         points: positions [N, 3, P].
-        count: number of points to choose.
+        chosen_count: number of points to choose.
         start: choice of the first point. "first" is the point with index 0. "farthest" is the point farthest
             from the centroid, which does not depend on the order of the points.
     """
     points = points.double()
-    indices = torch.zeros(len(points), count, dtype=torch.int64, device=points.device)
+    chosen_indices = torch.zeros(len(points), chosen_count, dtype=torch.int64, device=points.device)
     if start == "farthest":
-        indices[:, 0] = (points - points.mean(dim=2, keepdim=True)).square().sum(dim=1).argmax(dim=1)
+        chosen_indices[:, 0] = (points - points.mean(dim=2, keepdim=True)).square().sum(dim=1).argmax(dim=1)
     # [N, P]: squared distance of each point to the nearest chosen point
     nearest_distances = torch.full_like(points[:, 0], torch.inf)
-    for i in range(1, count):
-        previous_point = points.gather(2, indices[:, i - 1, None, None].expand(-1, 3, 1))  # [N, 3, 1]
+    for i in range(1, chosen_count):
+        # [N, 3, 1]
+        previous_point = points.gather(2, chosen_indices[:, i - 1, None, None].expand(-1, 3, 1))
         # All earlier points are already included in `nearest_distances`.
         nearest_distances = torch.minimum(nearest_distances, (points - previous_point).square().sum(dim=1))
-        indices[:, i] = nearest_distances.argmax(dim=1)
-    return indices
+        chosen_indices[:, i] = nearest_distances.argmax(dim=1)
+    return chosen_indices
 
 
 @torch.no_grad()
 def ball(
-    centres: torch.Tensor, points: torch.Tensor, radius: float, limit: int
+    centres: torch.Tensor, points: torch.Tensor, radius: float, max_points: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the points inside a ball around each centre.
 
-    If there are more than `limit` points, those with the lowest indices are returned. If there are fewer, the
-    first index is repeated.
+    If a ball contains more than `max_points` points, the points with the lowest indices are returned. If it
+    contains fewer, the first index is repeated.
 
     Args:
         centres: positions [N, 3, S]; each must be one of the points, so that no ball is empty.
         points: positions [N, 3, P].
         radius: radius of the balls, in the unit of the positions.
-        limit: largest number of points per ball.
-    Returns: the indices of the points of each ball in ascending order, int64 [N, S, K] with K = min(limit,
-        P), and the number of indices of each ball without repetitions, int64 [N, S].
+        max_points: largest number of points per ball.
+    Returns: the indices of the points of each ball in ascending order, int64 [N, S, K] with K =
+        min(max_points, P), and the number of indices of each ball without repetitions, int64 [N, S].
     """
     point_indices = torch.arange(points.shape[2], device=points.device)
     point_count = points.shape[2]
     # Points outside the ball get the index P, which is larger than all others. The smallest indices then
     # belong to points inside the ball.
     ball_indices = torch.where(distances(centres, points) < radius, point_indices, point_count)
-    ball_indices = ball_indices.topk(min(limit, point_count), dim=2, largest=False).values  # ascending
+    ball_indices = ball_indices.topk(min(max_points, point_count), dim=2, largest=False).values  # ascending
     is_inside = ball_indices < point_count
     return torch.where(is_inside, ball_indices, ball_indices[..., :1]), is_inside.sum(dim=2)
 
 
 @torch.no_grad()
-def nearest(points: torch.Tensor, count: int) -> torch.Tensor:
+def nearest(points: torch.Tensor, nearest_count: int) -> torch.Tensor:
     """Find the nearest points of each point; the nearest one is the point itself.
 
     Args:
         points: positions [N, 3, P].
-        count: number of nearest points, including the point itself.
-    Returns: indices int64 [N, P, K] with K = min(count, P), in the order of the distances.
+        nearest_count: number of nearest points, including the point itself.
+    Returns: indices int64 [N, P, K] with K = min(nearest_count, P), in the order of the distances.
     """
-    return distances(points, points).topk(min(count, points.shape[2]), dim=2, largest=False).indices
+    return distances(points, points).topk(min(nearest_count, points.shape[2]), dim=2, largest=False).indices
 
 
 def take(x: torch.Tensor, point_indices: torch.Tensor) -> torch.Tensor:

@@ -44,42 +44,45 @@ _EPS = 1e-8  # smallest product of norms in the denominator of a cosine; it avoi
 
 
 class Walk(nn.Module):
-    """Choice of the points of curves, step by step from a point to one of its neighbours.
+    """Module that chooses the points of curves, step by step from a point to one of its neighbours.
 
     The neighbour with the largest logit is chosen. The gradient is that of the softmax over the neighbours.
 
     Args:
         channels: number of channels C of the features.
-        steps: number of steps T of each curve.
+        step_count: number of steps T of each curve.
         mix: "reshaped" or "transposed", see `CurveNetArch.mix`.
         norm_kind: kind of the normalisation, "batch" or "layer".
     """
 
-    def __init__(self, channels: int, steps: int, mix: str, norm_kind: str):
+    def __init__(self, channels: int, step_count: int, mix: str, norm_kind: str):
         super().__init__()
-        self.steps = steps
+        self.step_count = step_count
         self.mix = mix
         self.agent_mlp = nn.Sequential(nn.Conv2d(2 * channels, 1, 1, bias=False), norm(norm_kind, 1, 2))
         self.momentum_mlp = nn.Sequential(nn.Conv1d(2 * channels, 2, 1, bias=False), norm(norm_kind, 2))
 
-    def _mix(self, current: torch.Tensor, descriptor: torch.Tensor) -> torch.Tensor:
-        """Compute the new descriptors of the curves: weighted means of descriptors and current features.
+    def _mix(self, current_features: torch.Tensor, descriptors: torch.Tensor) -> torch.Tensor:
+        """Compute the new descriptors [N, C, Q] of curves, weighted means of descriptors and features.
+
+        A descriptor summarises the features of the points that a curve has visited.
 
         Args:
-            current: features [N, C, Q] of the current points of the curves.
-            descriptor: descriptors [N, C, Q] of the curves.
+            current_features: features [N, C, Q] of the current points of the curves.
+            descriptors: descriptors [N, C, Q] of the curves.
         """
-        weights = F.softmax(self.momentum_mlp(torch.cat([current, descriptor], dim=1)), dim=1)  # [N, 2, Q]
+        # [N, 2, Q]
+        weights = F.softmax(self.momentum_mlp(torch.cat([current_features, descriptors], dim=1)), dim=1)
         # The published error: curve i gets the entries 2 i and 2 i + 1 of the flattened weights, which belong
         # to other curves.
         if self.mix == "reshaped":
             weights = weights.reshape(len(weights), -1, 2).transpose(1, 2)
-        return weights[:, :1] * current + weights[:, 1:] * descriptor
+        return weights[:, :1] * current_features + weights[:, 1:] * descriptors
 
     def forward(
         self, x: torch.Tensor, neighbour_indices: torch.Tensor, start_points: torch.Tensor
     ) -> torch.Tensor:
-        """Compute the features of the points of the curves, [N, C, Q, T].
+        """Choose the points of the curves, and return the features of these points, [N, C, Q, T].
 
         Args:
             x: features of all points, [N, C, P].
@@ -90,7 +93,7 @@ class Walk(nn.Module):
         current_features = take(x, start_points)  # [N, C, Q]
         descriptors = current_features
         curve_features = []
-        for step in range(self.steps):
+        for step in range(self.step_count):
             # In the first step, descriptor and current features are equal.
             if step:
                 descriptors = self._mix(current_features, descriptors)
@@ -112,8 +115,8 @@ class Walk(nn.Module):
             best_neighbour = logits.argmax(dim=2, keepdim=True)  # [N, Q, 1]
             # Straight-through estimator: the value is one-hot, and the gradient is that of the softmax.
             one_hot = torch.zeros_like(probabilities).scatter(2, best_neighbour, 1.0)
-            choice = one_hot - probabilities.detach() + probabilities
-            current_features = (neighbour_features * choice[:, None]).sum(dim=3)
+            choice_weights = one_hot - probabilities.detach() + probabilities
+            current_features = (neighbour_features * choice_weights[:, None]).sum(dim=3)
             current_points = curve_neighbours.gather(2, best_neighbour).squeeze(2)
             curve_features.append(current_features)
         return torch.stack(curve_features, dim=3)
@@ -121,7 +124,7 @@ class Walk(nn.Module):
 
 @torch.no_grad()
 def turning_factors(previous_directions: torch.Tensor, next_steps: torch.Tensor) -> torch.Tensor:
-    """Compute factors of the logits in 0..1, which make it unlikely that a curve turns back.
+    """Compute factors in 0..1 for the logits of neighbours, so that a curve is unlikely to turn back.
 
     The factor is 1 + the cosine between the previous direction and the next step, clamped to 0..1. Both are
     vectors of features. No gradient.
@@ -139,24 +142,24 @@ def turning_factors(previous_directions: torch.Tensor, next_steps: torch.Tensor)
 
 
 class CurveGrouping(nn.Module):
-    """Curves that start at the points with the largest attention.
+    """Module that creates curves, which start at the points with the largest attention.
 
     Args:
         channels: number of channels C of the features.
-        curves: largest number of curves.
-        steps: number of steps T of each curve.
+        max_curves: largest number of curves.
+        step_count: number of steps T of each curve.
         mix: "reshaped" or "transposed", see `CurveNetArch.mix`.
         norm_kind: kind of the normalisation, "batch" or "layer".
     """
 
-    def __init__(self, channels: int, curves: int, steps: int, mix: str, norm_kind: str):
+    def __init__(self, channels: int, max_curves: int, step_count: int, mix: str, norm_kind: str):
         super().__init__()
-        self.curves = curves
+        self.max_curves = max_curves
         self.att = nn.Conv1d(channels, 1, 1, bias=False)
-        self.walk = Walk(channels, steps, mix, norm_kind)
+        self.walk = Walk(channels, step_count, mix, norm_kind)
 
     def forward(self, x: torch.Tensor, neighbour_indices: torch.Tensor) -> torch.Tensor:
-        """Compute the features of the points of the curves, [N, C, Q, T].
+        """Create curves, and return the features of their points, [N, C, Q, T].
 
         Args:
             x: features of all points, [N, C, P].
@@ -165,12 +168,13 @@ class CurveGrouping(nn.Module):
         attention = torch.sigmoid(self.att(x))  # [N, 1, P]
         # With the mix "reshaped", the order of the curves changes the result. The published code uses the
         # unsorted order of topk.
-        start_points = attention.squeeze(1).topk(min(self.curves, x.shape[2]), dim=1, sorted=False).indices
+        curve_count = min(self.max_curves, x.shape[2])
+        start_points = attention.squeeze(1).topk(curve_count, dim=1, sorted=False).indices
         return self.walk(x * attention, neighbour_indices, start_points)
 
 
 class CurveAggregation(nn.Module):
-    """Update of the features of points by dot-product attention to the curves.
+    """Module that updates the features of points by dot-product attention to the curves.
 
     The keys are means of each curve over its steps, and means of each step over the curves.
 
@@ -193,7 +197,7 @@ class CurveAggregation(nn.Module):
         self.line_conv_att = nn.Conv2d(channels, 1, 1, bias=False)
 
     def forward(self, x: torch.Tensor, curves: torch.Tensor) -> torch.Tensor:
-        """Compute the updated features [N, C, P].
+        """Compute the updated features [N, C, P] of all points.
 
         Args:
             x: features of all points, [N, C, P].
@@ -231,7 +235,8 @@ MIXES = ("reshaped", "transposed")  # see CurveNetArch.mix
 class CurveNetArch(PointArch):
     """Sizes of a CurveNet.
 
-    The network with the default sizes has 4,319,325 parameters. They include four layers that are never used.
+    The network with the default sizes has 4,319,325 parameters. Three of its layers, a published classifier,
+    are never used.
 
     Raises: ValueError for a value that is not allowed.
     """
@@ -296,7 +301,9 @@ def encode_neighbours(points: torch.Tensor, neighbour_indices: torch.Tensor) -> 
 
 
 class LocalAggregation(nn.Module):
-    """Features of points from their neighbours: the maximum if `initial` is True, otherwise the mean.
+    """Module that computes the features of points from their neighbours.
+
+    It takes the maximum over the neighbours if `is_initial` is True, and the mean otherwise.
 
     Args:
         size_in: number of input channels, C.
@@ -344,7 +351,7 @@ class CurveBlock(nn.Module):
 
     def __init__(self, size_in: int, block: Block, arch: CurveNetArch):
         super().__init__()
-        size_out, self.points, self.radius, ratio, has_curves = block
+        size_out, self.point_count, self.radius, ratio, has_curves = block
         self.k = arch.k
         self.start = arch.start
         width = size_in // ratio
@@ -358,15 +365,15 @@ class CurveBlock(nn.Module):
         self.lpfa = LocalAggregation(width, width, arch.norm)
 
     def forward(self, x: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute features [N, C', P'] and positions [N, 3, P'] of at most `self.points` points.
+        """Compute features [N, C', P'] and positions [N, 3, P'] of at most `self.point_count` points.
 
         Args:
             x: features [N, C, P].
             points: positions [N, 3, P].
         """
         # Choose fewer points, and take the maximum of the features over a ball around each of them.
-        if self.points < points.shape[2]:
-            centres = take(points, farthest_points(points, self.points, self.start))
+        if self.point_count < points.shape[2]:
+            centres = take(points, farthest_points(points, self.point_count, self.start))
             ball_index, _ = ball(centres, points, self.radius, self.k)
             x = take(x, ball_index).amax(dim=3)
             points = centres
@@ -382,7 +389,7 @@ class CurveBlock(nn.Module):
 
 
 class CurveNetModule(nn.Module):
-    """Feature extractor of CurveNet: initial aggregation, blocks, maximum and mean over the last points."""
+    """Feature extractor of CurveNet: initial aggregation, blocks, then maximum and mean over all points."""
 
     def __init__(self, arch: CurveNetArch):
         super().__init__()
@@ -403,7 +410,7 @@ class CurveNetModule(nn.Module):
             self.bn1 = nn.BatchNorm1d(512)
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, 2 * last].
+        """Compute features [N, 2 * last], where `last` is the field of `CurveNetArch`.
 
         Args:
             cloud: clouds [N, C, P].
@@ -418,7 +425,7 @@ class CurveNetModule(nn.Module):
 
 
 class CurveNet(PointNetwork):
-    """Reward network with CurveNet. Unlike the published code, it also accepts a batch of one sample.
+    """Reward network on point clouds with CurveNet. Unlike the published code, it accepts a single sample.
 
     Args: arch: sizes of the network; None takes the published sizes.
     """
@@ -484,7 +491,7 @@ def layers(layer_sizes: Sequence[int], norm_kind: str) -> nn.Sequential:
 
 
 class SetAbstraction(nn.Module):
-    """Set abstraction of PointNet++: features of centres, which are a subset of the points.
+    """Set abstraction of PointNet++: a module that computes features of centres, a subset of the points.
 
     The layers read the features of a neighbour and its position relative to the centre. The maximum over all
     neighbours is the feature of the centre.
@@ -549,7 +556,7 @@ class PointNet2Module(nn.Module):
         self.sa3_module = nn.ModuleDict({"mlp": layers((arch.second[-1] + 3, *arch.whole), arch.norm)})
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, M].
+        """Compute one feature vector per cloud, [N, M].
 
         Args:
             cloud: clouds [N, C, P].
@@ -630,8 +637,10 @@ class PointNet(PointNetwork):
         x, _ = self._split(observations)
         for layer, normalise in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.softplus(normalise(layer(x)))
-        maximum = x.max(dim=2).values
-        return torch.cat([maximum, x.mean(dim=2)], dim=1) if self.arch.pool == "max-mean" else maximum
+        max_features = x.max(dim=2).values
+        return (
+            torch.cat([max_features, x.mean(dim=2)], dim=1) if self.arch.pool == "max-mean" else max_features
+        )
 
 
 # Class of the sizes, and class of the network, by the name of the network in files
@@ -654,6 +663,8 @@ _CURVE_BLOCKS = (
 def build(description: Mapping[str, Any]) -> PointNetwork:
     """Create an untrained network from its description.
 
+    Args: description: under "network" the name of the network; all other entries are fields of its
+        architecture.
     Raises: ValueError for an unknown network, or for unknown fields.
     """
     # A copy, since an entry is removed below.
@@ -668,8 +679,9 @@ def own_presets(inputs: int, observation_settings: Mapping[str, Any]) -> dict[st
     """Return the presets of our networks, which suit a few thousand pairs and one CPU core.
 
     Args:
-        inputs: number of channels of a point, 3 or 6.
-        observation_settings: settings of the observation.
+        inputs: number of channels of a point, 3 (position) or 6 (position and normal).
+        observation_settings: settings of the observation, see `Observation.from_generator`.
+    Returns: preset by name.
     """
     common_sizes: dict[str, Any] = {
         "inputs": inputs,

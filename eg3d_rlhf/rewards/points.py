@@ -1,12 +1,12 @@
-"""Point clouds that rewards read, from the density's level set or from a frontal depth map.
+"""Observations that are point clouds, from the density's level set or from a frontal depth map.
 
 The observation `points` covers all sides of a shape, and `lifted-points` covers the side that a frontal
 camera sees. In these two observations all shapes have the same scale and origin, so that a score can depend
 on a shape's size and position. `published-points` is the cloud of the published point rewards (arXiv
 2606.27305): it includes the background, and each sample is scaled separately.
 
-Shapes: N shapes, P points of a cloud, E candidates for a point (grid edges or pixels), R pixels per edge.
-D, H and W are the numbers of grid points along z, y and x.
+Shapes: N shapes, P points of a cloud, E candidates for a point (grid edges or pixels), R pixels per edge. D,
+H and W are the numbers of grid points along z, y and x.
 """
 
 import dataclasses
@@ -44,17 +44,18 @@ def lift(depth: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
     return origins + depth.reshape(n, -1, 1) * directions
 
 
-def evenly_spaced(available_count: int, count: int) -> torch.Tensor:
-    """Return evenly spaced indices, int64 [count], as in the published code.
+def evenly_spaced(available_count: int, chosen_count: int) -> torch.Tensor:
+    """Return evenly spaced indices from 0 to `available_count` - 1, as in the published code.
 
-    They are round(linspace(0, total - 1, count)).
+    Returns: round(linspace(0, available_count - 1, chosen_count)), int64 [chosen_count].
     """
-    return torch.from_numpy(np.linspace(0, available_count - 1, count).round().astype(np.int64))
+    return torch.from_numpy(np.linspace(0, available_count - 1, chosen_count).round().astype(np.int64))
 
 
 def self_scaled(points: torch.Tensor) -> torch.Tensor:
-    """Move the centroid of each cloud [N, P, 3] to the origin, and divide by the largest absolute coordinate.
+    """Return clouds [N, P, 3] whose centroid is the origin and whose coordinates are in -1..1.
 
+    Each cloud is divided by its largest absolute coordinate after its centroid was subtracted.
     Differentiable, also through the centroid and the largest coordinate.
     """
     centred = points - points.mean(dim=1, keepdim=True)
@@ -63,39 +64,47 @@ def self_scaled(points: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _random_ranks(candidates: int, seed: int) -> torch.Tensor:
-    """Return the random permutation of 0..`candidates` - 1 that belongs to the seed, int64 [E]."""
-    return torch.from_numpy(np.random.default_rng(seed).permutation(candidates))
+def _random_ranks(candidate_count: int, seed: int) -> torch.Tensor:
+    """Return the random permutation of 0..E - 1 that belongs to the seed, int64 [E].
+
+    The result is cached and must not be changed.
+    """
+    return torch.from_numpy(np.random.default_rng(seed).permutation(candidate_count))
 
 
-def choose_candidates(is_usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose `count` of the usable candidates. The choice is the same in every call with the same seed.
+def choose_candidates(
+    is_usable: torch.Tensor, point_count: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose P of the E candidates for the points of each shape's cloud.
 
-    The seed gives every candidate a rank, and the usable candidates with the lowest ranks are chosen. If one
-    candidate becomes usable or unusable, at most one chosen candidate changes. If fewer than `count`
-    candidates are usable, they are repeated in their order.
+    The choice is the same in every call with the same seed and mask. The seed gives every candidate a rank,
+    and the usable candidates with the lowest ranks are chosen. If one candidate becomes usable or unusable,
+    at most one chosen candidate changes. If fewer than P candidates are usable, the usable candidates are
+    repeated in their order.
 
     Args:
         is_usable: mask [N, E] of the usable candidates.
-        count: number of candidates to choose.
-        seed: seed of the ranks.
-    Returns: the indices of the chosen candidates, int64 [N, count], and a mask [N, 1] of the shapes that have
-        a usable candidate. The indices of all other shapes have no meaning.
-    Raises: ValueError if there are fewer than `count` candidates.
+        point_count: number of candidates to choose, P.
+        seed: random seed of the ranks.
+    Returns: the indices of the chosen candidates, int64 [N, P], and a mask [N, 1] of the shapes that have a
+        usable candidate. The indices of all other shapes have no meaning.
+    Raises: ValueError if E is smaller than P.
     """
     candidate_count = is_usable.shape[1]
-    if candidate_count < count:
+    if candidate_count < point_count:
         raise ValueError(
             f"--points: expected at most {candidate_count}, the number of candidates for a point at this"
-            f" resolution, got {count}. Increase --resolution, or decrease --points."
+            f" resolution, got {point_count}. Increase --resolution, or decrease --points."
         )
     ranks = _random_ranks(candidate_count, seed).to(is_usable.device)
     # Unusable candidates get ranks after all usable ones. topk returns sorted values.
-    lowest_ranks = torch.where(is_usable, ranks, ranks + candidate_count).topk(count, dim=1, largest=False)
+    lowest_ranks = torch.where(is_usable, ranks, ranks + candidate_count).topk(
+        point_count, dim=1, largest=False
+    )
     # The lower limit 1 makes the remainder below defined for shapes without a usable candidate.
-    usable_count = is_usable.sum(dim=1, keepdim=True).clamp(1, count)  # [N, 1]
+    usable_count = is_usable.sum(dim=1, keepdim=True).clamp(1, point_count)  # [N, 1]
     # 0, 1, ..., usable_count - 1, 0, 1, ...: repeats the usable candidates
-    repeated_order = torch.arange(count, device=is_usable.device) % usable_count
+    repeated_order = torch.arange(point_count, device=is_usable.device) % usable_count
     return lowest_ranks.indices.gather(1, repeated_order), is_usable.any(dim=1, keepdim=True)
 
 
@@ -133,9 +142,9 @@ def _grid_edges(
 
 
 def level_set(
-    density: torch.Tensor, level: float, grid: SlabSpec, count: int, seed: int
+    density: torch.Tensor, level: float, grid: SlabSpec, point_count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose points at which edges of a grid cross the surface, and compute the normals of the surface there.
+    """Choose points at which edges of a grid cross the surface, and compute the surface's normals there.
 
     For an edge from a to b with the positions p_a, p_b and the densities s_a, s_b, the crossing p and the
     normal are
@@ -148,18 +157,19 @@ def level_set(
     Args:
         density: raw densities [N, D, H, W] at the points of the grid.
         level: raw density at the surface.
-        grid: straight grid.
-        count: number of points to choose.
-        seed: seed of the choice, see `choose_candidates`.
-    Returns: the world points [N, count, 3], the outward normals of length 1 [N, count, 3], and a mask [N, 1]
-        of the shapes with a crossing. Points and normals of all other shapes have no meaning.
+        grid: grid of the densities, whose `lattice` must be "straight".
+        point_count: number of points to choose, P.
+        seed: random seed of the choice, see `choose_candidates`.
+    Returns: the world points [N, P, 3], the outward normals of length 1 [N, P, 3], and a mask [N, 1] of the
+        shapes with a crossing. Points and normals of all other shapes have no meaning.
     """
     edge_start, edge_end, edge_axis = _grid_edges(grid.shape, density.device)  # [E] each
     flat_density = density.flatten(1)
     crosses_surface = (flat_density[:, edge_start] >= level) != (flat_density[:, edge_end] >= level)  # [N, E]
-    edges, has_crossing = choose_candidates(crosses_surface, count, seed)  # [N, P]
-    a = edge_start[edges]
-    b = edge_end[edges]
+    chosen_edges, has_crossing = choose_candidates(crosses_surface, point_count, seed)  # [N, P]
+    # Indices of the grid points at both ends of the chosen edges, [N, P]
+    a = edge_start[chosen_edges]
+    b = edge_end[chosen_edges]
     density_a = flat_density.gather(1, a)
     density_difference = flat_density.gather(1, b) - flat_density.gather(1, a)
     is_steep = density_difference.abs() > _FLAT
@@ -169,7 +179,7 @@ def level_set(
     # [N, P]
     t = torch.where(is_steep, (level - density_a) / divisor, torch.full_like(density_difference, 0.5))
     grid_points = grid.points().reshape(-1, 3).to(density)  # [D * H * W, 3]
-    edge_vector = torch.nn.functional.one_hot(edge_axis[edges], 3) * grid.voxel  # [N, P, 3]
+    edge_vector = torch.nn.functional.one_hot(edge_axis[chosen_edges], 3) * grid.voxel  # [N, P, 3]
     points = grid_points[a] + t[..., None] * edge_vector
     gradient = _density_gradient(density, grid.voxel).flatten(2)  # [N, 3, D * H * W]
     gradient_a = gradient.gather(2, a[:, None].expand(-1, 3, -1))  # [N, 3, P]
@@ -209,17 +219,17 @@ def mirror(observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
     return observations * signs
 
 
-def _check_cloud(owner: str, points: int, seed: int) -> None:
-    """Raise ValueError unless `points` and `seed` of an observation are integers in their ranges.
+def _check_cloud(owner: str, point_count: int, seed: int) -> None:
+    """Raise ValueError unless the fields `points` and `seed` of an observation are integers in their ranges.
 
     The values may come from a reward's file.
 
     Args:
         owner: name of the observation's class, for the message.
-        points: number of points, at least 1.
+        point_count: number of points, the field `points`, at least 1.
         seed: random seed, at least 0.
     """
-    for field_name, field_value, min_value in (("points", points, 1), ("seed", seed, 0)):
+    for field_name, field_value, min_value in (("points", point_count, 1), ("seed", seed, 0)):
         # bool is a subclass of int.
         if isinstance(field_value, bool) or not isinstance(field_value, int) or field_value < min_value:
             raise ValueError(
@@ -231,10 +241,10 @@ def _check_cloud(owner: str, points: int, seed: int) -> None:
 @observations.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LevelSetPoints(Observation):
-    """Clouds [N, 6, P] of points on the surface: position (3 channels) and normal of length 1 (3 channels).
+    """Observation of clouds [N, 6, P] of points on the surface, with position and normal (3 channels each).
 
-    Positions are coordinates of the cube, -1..1. The points are chosen by `level_set`. The cloud of a shape
-    without a surface inside the grid is zero and has no gradient.
+    Normals have length 1. Positions are coordinates of the cube, -1..1. The points are chosen by `level_set`.
+    The cloud of a shape without a surface inside the grid is zero and has no gradient.
     """
 
     kind: ClassVar[str] = "points"
@@ -289,18 +299,26 @@ class LevelSetPoints(Observation):
         return (cloud * has_surface[..., None]).transpose(1, 2)
 
     def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Mirror clouds [N, 6, P] left to right with probability one half, see `mirror`."""
+        """Mirror each cloud [N, 6, P] left to right if its random number is below one half.
+
+        Args:
+            observations: clouds [N, 6, P].
+            draws: random numbers [N], uniform in [0, 1).
+        """
         return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """List the differences between the cube of this observation and the cube of a generator."""
+        """List the differences between the cube of this observation and the cube of a generator.
+
+        Returns: one text per difference; empty if both cubes are equal.
+        """
         return SigmaSlab(self.spec).misfits(generator)
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiftedPoints(Observation):
-    """Clouds [N, 3, P] of points on the side of a shape that a frontal camera sees, from its depth map.
+    """Observation of clouds [N, 3, P] of the surface points that a frontal camera sees, from a depth map.
 
     Positions are coordinates of the cube, -1..1. Pixels with an opacity below one half, and points outside
     the cube, are not used. P of the remaining pixels are chosen by `choose_candidates`. The cloud of a shape
@@ -357,7 +375,7 @@ class LiftedPoints(Observation):
         return (3, self.points)
 
     def _render_points(self, field: Field) -> tuple[torch.Tensor, Rendering]:
-        """Render a field from the front.
+        """Render a field from the front, and compute the world point of every pixel.
 
         The random offsets of the samples along the rays are the same in every call.
 
@@ -378,12 +396,18 @@ class LiftedPoints(Observation):
         points, rendering = self._render_points(field)
         points = in_box(points, self.box_side, self.centre)
         is_usable = (rendering.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)  # [N, R * R]
-        pixels, has_pixels = choose_candidates(is_usable, self.points, self.seed)
-        clouds = points.gather(1, pixels[..., None].expand(-1, -1, 3)) * has_pixels[..., None]  # [N, P, 3]
+        pixel_indices, has_pixels = choose_candidates(is_usable, self.points, self.seed)
+        # [N, P, 3]; the product sets the clouds of shapes without a usable pixel to zero.
+        clouds = points.gather(1, pixel_indices[..., None].expand(-1, -1, 3)) * has_pixels[..., None]
         return clouds.transpose(1, 2)
 
     def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Mirror clouds [N, 3, P] left to right with probability one half, see `mirror`."""
+        """Mirror each cloud [N, 3, P] left to right if its random number is below one half.
+
+        Args:
+            observations: clouds [N, 3, P].
+            draws: random numbers [N], uniform in [0, 1).
+        """
         return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
@@ -410,7 +434,7 @@ class LiftedPoints(Observation):
 @observations.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedPoints(LiftedPoints):
-    """Clouds [N, 3, P] as the published point rewards read them.
+    """Observation of clouds [N, 3, P] as the published point rewards read them.
 
     The points belong to evenly spaced pixels of the complete depth map, and each cloud is scaled separately.
 
@@ -428,7 +452,10 @@ class PublishedPoints(LiftedPoints):
     ) -> Self:
         """Create the observation with the frontal camera of a generator.
 
-        See `LiftedPoints.from_generator`.
+        Args:
+            generator: generator whose shapes are observed.
+            resolution: pixels per edge of the depth map.
+            points: number of points of the cloud.
         """
         return super().from_generator(generator, resolution=resolution, points=points)
 

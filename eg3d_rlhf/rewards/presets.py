@@ -21,7 +21,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Create an architecture from JSON values.
+        """Create an architecture from the JSON values that `to_dict` returned.
 
         Raises: ValueError for fields that are unknown, missing or out of range.
         """
@@ -45,7 +45,7 @@ def _tuples(json_value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Description of an untrained network, with the settings that suit it."""
+    """Description of an untrained network, with settings of training and observation that suit it."""
 
     network: Mapping[str, Any]  # description, see `RewardNetwork.describe`
     train: Mapping[str, Any] = field(default_factory=dict)  # fields of TrainOptions
@@ -88,8 +88,8 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
     presets_by_name = presets_of(kind)
     if not presets_by_name:
         raise ValueError(
-            f"reward preset: the reward {kind} needs no training and has no presets. Pass its name"
-            f" {kind} instead of the file of a trained reward."
+            f"reward preset: the reward {kind} needs no training and has no presets. Do not train it: pass"
+            f" its name where the file of a trained reward is expected, for example --reward={kind}."
         )
     # The first preset of a kind is its default.
     name = next(iter(presets_by_name)) if name is None else name

@@ -68,16 +68,19 @@ _REMEDY = (
     "Use --transform=published, which ignores this field and reads the published slab (256 points, values"
     " 0..100)."
 )
+# --transform=published does not ignore the node `model`.
+_MODEL_REMEDY = "Replace this value in the configuration by the number with which the network was trained."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseConfig:
-    """Settings of a released reward that cannot be derived from its weights."""
+    """Settings that the configuration of a released reward states."""
 
     resolution: int = 256  # number of grid points per axis of the cube
     value_max: float = 100.0  # upper end of the range to which densities are normalised
     groups: int = 8  # number of groups of every group normalisation
-    # Numbers of channels of the U-Net's levels; None if the configuration does not state them
+    # Numbers of channels of the U-Net's levels; None if the configuration does not state them. This value and
+    # the next one are derived from the weights, too, and the two sources are compared.
     feature_maps: tuple[int, ...] | None = None
     # Length of the feature vector that the trunk reads; None if the configuration does not state it
     input_size: int | None = None
@@ -92,8 +95,9 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
     Args:
         source: path of the release. It is either the folder of the release, or the file of the weights, for
             example `swa_weights.pt`, whose folder contains the configuration.
-        transform: "config" or "published", see `read_config`.
-        lattice: lattice on which the reward evaluates densities, see `SlabSpec`.
+        transform: "config" reads the grid and the range of the densities from the configuration; "published"
+            uses the published grid of 256 points per axis and the range 0..100.
+        lattice: lattice on which the reward evaluates densities, "straight" or "skewed".
     Raises: FileNotFoundError if a file is missing; ValueError if a file is damaged or is no reward, if its
         entries do not match the network, or if the configuration is not supported.
     """
@@ -142,7 +146,7 @@ def arch_from_state(state_dict: Mapping[str, torch.Tensor], release_settings: Re
     """Derive the architecture of a network from the shapes of its weights.
 
     Half of the channels of the last convolution are reconstructions of the slab, and the other half is pooled
-    to the features (4 + 4 in the paper). If entries are missing in the state dict, return the paper's
+    to the features (4 + 4 in the paper). If the state dict lacks entries, the result is the paper's
     architecture: the strict loading that follows then reports the missing entries.
 
     Args:
@@ -152,10 +156,10 @@ def arch_from_state(state_dict: Mapping[str, torch.Tensor], release_settings: Re
     """
 
     def sizes(pattern: str) -> tuple[int, ...]:
-        """Return the first dimensions of the entries that `pattern` names with the numbers 0, 1, ...
+        """Return the length of the first axis of each of several entries of the state dict.
 
-        The numbers end at the first missing entry.
-
+        Args: pattern: name of an entry with {} in place of its number. The entries 0, 1, ... up to the first
+            missing entry are read.
         Raises: KeyError if entry 0 is missing.
         """
         later_names = itertools.takewhile(state_dict.__contains__, map(pattern.format, itertools.count(1)))
@@ -201,7 +205,7 @@ def arch_from_state(state_dict: Mapping[str, torch.Tensor], release_settings: Re
 def compare_lattices(
     reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0
 ) -> Iterator[tuple[int, float, float]]:
-    """Yield, for each seed, the seed and the rewards of its shape on the straight and on the skewed lattice.
+    """Score shapes with their densities evaluated on the straight and on the skewed lattice.
 
     The published reward was trained on the skewed lattice.
 
@@ -209,7 +213,8 @@ def compare_lattices(
         reward: reward that reads slabs.
         generator: generator of the shapes.
         seeds: seeds of the shapes.
-        psi: truncation.
+        psi: truncation psi of the latents w; 1 truncates nothing.
+    Yields: for each seed, the seed, the reward on the straight lattice, and the reward on the skewed lattice.
     Raises: ValueError if the reward does not read slabs.
     """
     if not isinstance(reward.observation, SigmaSlab):
@@ -226,7 +231,7 @@ def compare_lattices(
 
 
 def write_example(folder: str | Path, seed: int = 0) -> Path:
-    """Write a small untrained reward in the layout of a release, with which the import can be tested.
+    """Write a small untrained reward in the layout of a release, to test the import.
 
     Args:
         folder: folder to write to; it is created if it does not exist.
@@ -274,13 +279,13 @@ def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
     )
 
 
-def lookup(config_root: Mapping, dotted: str) -> Any:
-    """Return the value at a path of keys such as "a.b.c", or None if it does not exist.
+def lookup(config_root: Mapping, key_path: str) -> Any:
+    """Return the value at a path of keys such as "a.b.c", or None if there is no such value.
 
     Entries of lists are named by their index, for example "a.0".
     """
     node: Any = config_root
-    for key in dotted.split("."):
+    for key in key_path.split("."):
         entries = {str(i): entry for i, entry in enumerate(node)} if isinstance(node, list) else node
         node = entries.get(key) if isinstance(entries, Mapping) else None
     return node
@@ -333,14 +338,18 @@ def resolve(config_root: Mapping, value: Any, message_prefix: str) -> Any:
         if isinstance(value, str) and len(value) > 4096:
             break
     raise ValueError(
-        f"{message_prefix}: references refer to themselves (a circle), or more than {_MAX_STEPS} of them"
-        " follow each other. Replace them by their values."
+        f"{message_prefix}: references refer to themselves (a circle), more than {_MAX_STEPS} of them follow"
+        " each other, or they expand to more than 4096 characters. Replace them by their values."
     )
 
 
-def _number(value: Any, message_prefix: str) -> int | float:
+def _number(value: Any, message_prefix: str, remedy: str = _REMEDY) -> int | float:
     """Convert a value to int or float. YAML 1.1 reads 1e-5 as text, so text is converted, too.
 
+    Args:
+        value: value of the configuration.
+        message_prefix: start of the message, which names the file and the field.
+        remedy: end of the message.
     Raises: ValueError for a value that is no number, or whose absolute value is 1e9 or more.
     """
     if isinstance(value, str):
@@ -350,7 +359,7 @@ def _number(value: Any, message_prefix: str) -> int | float:
                 break
     # The comparison is written with `not`, so that it also rejects NaN. bool is a subclass of int.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
-        raise ValueError(f"{message_prefix}: expected a number below 1e9, got {value!r}. {_REMEDY}")
+        raise ValueError(f"{message_prefix}: expected a number below 1e9, got {value!r}. {remedy}")
     return value
 
 
@@ -371,7 +380,7 @@ def _value_max(config_root: Mapping, message_prefix: str) -> float:
         elif setting_name not in _NEUTRAL:
             raise ValueError(
                 f"{field_prefix}: the self-normalisation has the setting {setting_name!r}, which is not"
-                f" supported; only its bounds are. {_REMEDY}"
+                f" supported. Only the two ends of the range are supported. {_REMEDY}"
             )
     if range_ends.get("lower", 0) != 0:
         raise ValueError(
@@ -431,9 +440,7 @@ def _self_normalisations(config_root: Mapping, node: Any, message_prefix: str) -
 
 
 def _model_settings(config_root: Mapping, message_prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield those settings of the node `model` that cannot be derived from the weights, as (field, value).
-
-    The fields are those of `ReleaseConfig`.
+    """Yield the settings of the network in the node `model`, as (name of a field of `ReleaseConfig`, value).
 
     Raises: ValueError for a value that our network does not implement.
     """
@@ -450,24 +457,34 @@ def _model_settings(config_root: Mapping, message_prefix: str) -> Iterator[tuple
                 " Our network does not implement this value, so this reward cannot be imported."
             )
         if setting_name == "num_groups":
-            yield "groups", int(_number(setting_value, f"{message_prefix}: {setting_path}"))
+            yield "groups", int(_number(setting_value, f"{message_prefix}: {setting_path}", _MODEL_REMEDY))
         elif setting_name == "f_maps" and isinstance(setting_value, list):
             channel_counts = [
-                int(_number(resolve(config_root, entry, message_prefix), f"{message_prefix}: {setting_path}"))
+                int(
+                    _number(
+                        resolve(config_root, entry, message_prefix),
+                        f"{message_prefix}: {setting_path}",
+                        _MODEL_REMEDY,
+                    )
+                )
                 for entry in setting_value
             ]
             yield "feature_maps", tuple(channel_counts)
     input_size = resolve(config_root, lookup(config_root, "model.mlp_global.input_size"), message_prefix)
     if input_size is not None:
-        yield "input_size", int(_number(input_size, f"{message_prefix}: model.mlp_global.input_size"))
+        yield (
+            "input_size",
+            int(_number(input_size, f"{message_prefix}: model.mlp_global.input_size", _MODEL_REMEDY)),
+        )
 
 
 def _find_settings(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield (path, key, value) of the settings of the network at any depth below a node.
+    """Find the settings of the network that this module reads, at any depth below a node.
 
     Args:
         node: value in the configuration; the result is empty for a value that is no mapping.
         path: path of the node, with dots between keys.
+    Yields: path, key and value of each setting.
     """
     for child_key, child_node in node.items() if isinstance(node, Mapping) else ():
         if child_key in _FIXED or child_key in ("num_groups", "f_maps"):

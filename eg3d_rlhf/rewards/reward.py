@@ -37,7 +37,9 @@ _FORMAT = "eg3d-rlhf reward 2"  # stated in both files; a file that states any o
 
 
 class Reward(nn.Module):
-    """Observation, network (or ensemble of networks) and provenance, which together determine a score.
+    """Reward of 3D shapes: the network that scores them, its observation, and facts about its training.
+
+    The observation computes the input of the network from a shape, and the network computes the score.
 
     Args:
         observation: function that computes the input of the network from a shape.
@@ -100,16 +102,13 @@ class Reward(nn.Module):
             return [self]
         return [Reward(self.observation, member, self.provenance) for member in self.network.members]
 
-    def is_member_of(self, other: "Reward") -> bool:
-        """Return True if any member of this reward is also a member of the ensemble `other`.
-
-        The result is False if `other` is not an ensemble.
-        """
-        if not isinstance(other.network, RewardEnsemble):
+    def is_member_of(self, ensemble: "Reward") -> bool:
+        """Return True if `ensemble` is an ensemble that contains this reward or a member of this reward."""
+        if not isinstance(ensemble.network, RewardEnsemble):
             return False
         # Members are compared by their weights, since files can be copied and renamed.
         own_hashes = {state_hash(member.network) for member in self.members()}
-        ensemble_hashes = {state_hash(member.network) for member in other.members()}
+        ensemble_hashes = {state_hash(member.network) for member in ensemble.members()}
         return bool(own_hashes & ensemble_hashes)
 
     def channels_last(self) -> "Reward":
@@ -126,7 +125,7 @@ class Reward(nn.Module):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return the contents of the JSON file: observation, network and provenance."""
+        """Return the contents of the reward's JSON file: observation, network and provenance."""
         return {
             "observation": self.observation.to_dict(),
             "network": self.network.describe(),
@@ -222,15 +221,15 @@ def untrained_reward(kind: str, generator: Generator) -> Reward:
 def check_reward(reward: Reward, generator: Generator, source: str = "reward") -> None:
     """Raise ValueError if a reward cannot read the shapes of a generator.
 
-    If the reward can read them but was trained on shapes of a different generator, print a warning on stderr.
-    This is no error, because the generator may have been tuned from the generator of the training, and then
-    the scores are meaningful.
+    If the reward can read these shapes but was trained on shapes of a different generator, print a warning on
+    stderr. This is no error, because the generator may have been tuned from the generator of the training,
+    and then the scores are meaningful.
 
     Args:
         reward: reward to check.
         generator: generator whose shapes shall be scored.
         source: start of the messages, for example a flag.
-    Raises: ValueError that lists the differences.
+    Raises: ValueError that lists the differences between the reward's observation and the generator.
     """
     misfits = reward.observation.misfits(generator)
     if misfits:
@@ -278,8 +277,7 @@ def fill_published(model: Module, state_dict: Mapping[str, torch.Tensor], source
 
 
 def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str, Any]]:
-    """Read the observation, the description of the network, and the provenance from the JSON file of a
-    reward.
+    """Read the JSON file of a reward: its observation, its network's description, and its provenance.
 
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, or if it is no reward of
         this version.
@@ -340,7 +338,8 @@ def join(
     """Join the members of several rewards into one reward.
 
     If a reward is an ensemble, its members are used, and its aggregate is ignored. The scores of members are
-    standardised on samples of the generator, with the truncation that the rewards state.
+    standardised on samples of the generator, with the truncation that the rewards state. With the aggregate
+    "warm", the weights of the members are averaged instead.
 
     Args:
         rewards: rewards by name, for example by file name.
@@ -348,7 +347,8 @@ def join(
         aggregate: one of aggregates.CHOICES.
         strength: strength of the aggregate, or None for its default.
         batch: number of samples that are observed at once.
-        on_batch: function that is called with the number of samples of each batch.
+        on_batch: function that is called with the number of samples of each batch; None calls nothing.
+    Returns: the joint reward, in eval mode and without gradients of its parameters.
     Raises: ValueError for fewer than two members, for two equal members, for members with different
         observations, generators or truncations, and for a generator that is not the generator of the rewards;
         with the aggregate "warm", also if the members were not trained from one network.
@@ -412,7 +412,7 @@ def join(
 def _check_members(
     rewards: Mapping[str, Reward], members: Mapping[str, Reward], generator: LoadedGenerator
 ) -> None:
-    """Raise ValueError if the rewards cannot be joined, or if the generator is not theirs.
+    """Raise ValueError if the rewards cannot be joined, or were trained on another generator.
 
     Args:
         rewards: rewards by name.
@@ -488,9 +488,9 @@ def _common_value(rewards: Mapping[str, Reward], name: str):
 
 
 def _join_labels(rewards: Mapping[str, Reward]) -> str | None:
-    """Join the hashes of the label sets of all rewards with "+".
+    """Return the hashes of the labels of all rewards, joined with "+".
 
-    Return None if any reward does not state its labels.
+    The result is None if any reward does not state its labels.
     """
     label_sets: Sequence[frozenset[str]] = [reward.labels for reward in rewards.values()]
     # Sorted, so that the result does not depend on the order of the rewards. `all` is False if any set is

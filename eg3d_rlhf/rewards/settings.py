@@ -43,7 +43,8 @@ class TrainOptions:
     )
     patience: int = knob(
         5,
-        "Stop the training after this number of epochs without a better validation accuracy.",
+        "Stop the training after this number of epochs without a better validation accuracy (or an equal"
+        " accuracy with a lower log loss).",
         TRAINING,
         metavar="EPOCHS",
         low=1,
@@ -95,8 +96,9 @@ class TrainOptions:
         check_knobs(self)
         if self.unpaired_batch % 2:
             raise ValueError(
-                f"unpaired_batch: expected an even number, got {self.unpaired_batch}. Choose an even number,"
-                " since one half of the shapes of a step is labelled as preferred and the other half is not."
+                f"--set unpaired_batch: expected an even number, got {self.unpaired_batch}. Choose an even"
+                " number, since one half of the shapes of a step is labelled as preferred and the other half"
+                " is not."
             )
         if self.reference_samples and not self.weights.on_pairs:
             raise ValueError(
@@ -109,7 +111,7 @@ def default_options(name: str | None = None, kind: str = "sigma") -> TrainOption
     """Return the training settings of a preset.
 
     Args:
-        name: name of the preset; None for the first preset of the kind.
+        name: name of the preset; None for the default preset of the kind.
         kind: kind of the observation that the network reads.
     Raises: ValueError if this kind has no preset of this name.
     """
@@ -163,8 +165,9 @@ class RewardRun:
     observation: str = "sigma"  # kind of observation that the reward reads
     resolution: int | None = knob(
         None,
-        "Resolution of the input of the reward: for density grids, the number of grid points per axis of the"
-        " complete cube before the crop; for images, the number of pixels per edge.",
+        "Resolution of the input of the reward: for grids of densities, and for points on the surface, the"
+        " number of grid points per axis of the complete cube before the crop; for depth maps and points from"
+        " depth maps, the number of pixels per edge.",
         "Data",
         metavar="POINTS",
         low=16,
@@ -214,7 +217,8 @@ class RewardRun:
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in memory only
     slab_batch: int = knob(
         16,
-        "Number of shapes that the generator makes at once for the input of the reward.",
+        "Number of shapes that the generator makes at once for the input of the reward. A smaller number"
+        " needs less memory.",
         "Run",
         low=1,
         rare=True,
@@ -229,8 +233,8 @@ class RewardRun:
         None,
         "Function that combines the scores of the networks of an ensemble (see --members), which are"
         " standardised first. mean: the mean; min: the lowest score; lcb: the mean minus k standard"
-        " deviations; uwo: the mean minus lambda times the variance; softmin: a smooth minimum. warm does not"
-        " combine scores, but averages the networks' weights.",
+        " deviations; uwo: the mean minus lambda times the variance; softmin: a smooth minimum (for k and"
+        " lambda, see --strength). warm does not combine scores, but averages the networks' weights.",
         "Network",
         choices=CHOICES,
         shown="the mean of raw scores",
@@ -251,8 +255,8 @@ class RewardRun:
         check_joining(self.aggregate, self.strength)
         if self.unpaired is not None and self.more_networks:
             raise ValueError(
-                f"--unpaired={self.unpaired} allows one generator only, but a further one was given:"
-                f" {self.more_networks[0]}. Remove --unpaired, or pass one --network."
+                f"--unpaired={self.unpaired} allows one generator only, but --set more_networks names a"
+                f" further one: {self.more_networks[0]}. Remove --unpaired or --set more_networks."
             )
         if self.unpaired is not None and self.wrong_faces:
             raise ValueError(
@@ -267,7 +271,7 @@ class RewardRun:
             )
 
     def to_dict(self) -> dict:
-        """Return the settings as JSON values. The source of the labels is replaced by its settings."""
+        """Return the settings as JSON values, with the settings of the label source at the top level."""
         # JSON has no type for paths.
         json_values = {
             name: str(value) if isinstance(value, Path) else value

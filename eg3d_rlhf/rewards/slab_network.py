@@ -27,10 +27,10 @@ _MIN_SCALE = 0.3
 class StridedConv3d(nn.Module):
     """Feature extractor of three convolutions of stride 2, for few labels.
 
-    Its two input channels are the slab and its asymmetry |slab - mirrored slab|, standardised per voxel.
-    Samples of one generator differ little from their mean, and pooling would discard where they differ. With
-    one or two thousand pairs, accuracy improves if the input is the difference from the mean slab, and if
-    there is no pooling before the first linear layer.
+    The two input channels are the slab and its asymmetry |slab - mirrored slab|, standardised per voxel.
+    Samples of one generator differ little from their mean, and pooling would discard where the samples
+    differ. With one or two thousand pairs, accuracy improves if the input is the difference from the mean
+    slab, and if there is no pooling before the first linear layer.
 
     In eval mode, the features of the slab and of its mirror image are averaged, so that a score does not
     change if a shape is mirrored. In training mode, the features of the slab alone are used, because training
@@ -131,7 +131,7 @@ class RewardModel(RewardNetwork):
         self.Conv3DModule = UNet3d(arch.patch**3, arch.feature_maps, out_channels, arch.groups)
 
     def describe(self) -> dict[str, Any]:
-        """Return the architecture as JSON values."""
+        """Return the architecture as JSON values, from which the network can be created again."""
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:

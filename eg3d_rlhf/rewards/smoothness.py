@@ -1,4 +1,4 @@
-"""Reward without training that prefers smooth surfaces. It serves as a label-free control.
+"""Reward that prefers smooth surfaces. It needs no training, and serves as a label-free control.
 
 Shapes: N shapes, D, H, W = grid points along z, y, x.
 """
@@ -23,7 +23,7 @@ STEP = 0.02  # standard deviation of the Gaussian weight of a point's distance t
 
 
 def roughness(sigma: torch.Tensor, level: float, spacing: float) -> torch.Tensor:
-    """Compute the mean squared curvature [N] of the surfaces of raw densities. Differentiable.
+    """Compute the mean squared curvature [N] of the surface of each shape. Differentiable in the densities.
 
     The result is the squared derivative of the unit normal of the density's level sets, in 1 / world unit^2,
     averaged over grid points with a weight that decreases with the distance from the surface.
@@ -50,9 +50,10 @@ def roughness(sigma: torch.Tensor, level: float, spacing: float) -> torch.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class CubeScore(observations.Observation):
-    """Observation that is already a score [N, 1], computed from raw densities on a grid of the complete cube.
+    """Base class of observations [N, 1] that are already scores, computed from raw densities on a grid.
 
-    The network that reads it is `IdentityReward`, which returns the score.
+    The grid covers the complete cube of the generator. The network that reads such an observation is
+    `IdentityReward`, which returns the score.
     """
 
     spec: SlabSpec = SlabSpec.cube(48)
@@ -78,7 +79,7 @@ class CubeScore(observations.Observation):
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Smoothness(CubeScore):
-    """Smoothness [N, 1]: minus the logarithm of the roughness of the surface."""
+    """Observation that is the smoothness score [N, 1]: minus the logarithm of the surface's roughness."""
 
     kind: ClassVar[str] = KIND
 

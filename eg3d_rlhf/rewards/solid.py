@@ -34,18 +34,19 @@ def solid_loss(
     level: float,
     *,
     reach: float = REACH,
-    hollows: bool = False,
+    fill_hollows: bool = False,
 ) -> torch.Tensor:
     """Compute a loss [N] of floaters (separate parts, to be removed) and leaks (openings, to be closed).
 
-    The loss is the sum over the voxels of floaters of softplus(d - level + m), plus the sum over the voxels
-    that would close leaks of softplus(level + m - d), divided by the number of solid voxels. The density d
-    and the margin m are in units of the density's change per voxel at the surface.
+    The loss is (A + B) / number of solid voxels. A is the sum of softplus(d - level + m) over the voxels of
+    floaters, and B is the sum of softplus(level + m - d) over the voxels that would close leaks. The density
+    d, the level and the margin m are in units of the density's change per voxel at the surface.
 
-    The masks of both kinds of voxels (`solids.floaters`, `solids.caps`) are computed again in each call. They
-    have no gradient, so only the densities of these voxels get a gradient. The loss does not preserve the
-    remaining shape, so a density-consistency term is needed as well. Holes of radius h in walls of thickness
-    w are not detected if reach < (h^2 + w^2/4) / w, and intended openings that are narrower are closed.
+    The masks of both kinds of voxels (`solids.floaters`, `solids.hole_caps`) are computed again in each call.
+    Masks have no gradient, so only the densities of the masked voxels get a gradient. The loss does not
+    preserve the remaining shape, so a density-consistency term is needed as well. A hole of radius h in a
+    wall of thickness w is not detected if reach < (h^2 + w^2/4) / w. A smaller opening is closed, even if it
+    belongs to the intended shape.
 
     Differentiable in density. The loss is 0 for a shape without such defects, and for an empty shape.
 
@@ -53,52 +54,56 @@ def solid_loss(
         density: raw densities [N, D, H, W].
         level: raw density at the surface.
         reach: radius in voxels of the ball that must not pass an opening.
-        hollows: True to fill closed cavities as well.
+        fill_hollows: True to fill closed cavities as well.
     Raises: ValueError if a density is not finite.
     """
-    return torch.stack([_grid_loss(grid, level, reach, hollows) for grid in density])
+    return torch.stack([_grid_loss(grid, level, reach, fill_hollows) for grid in density])
 
 
-def _grid_loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torch.Tensor:
-    """Compute the loss [] of one grid of densities [D, H, W]; see `solid_loss`."""
-    solid = solids.occupied(grid.detach().cpu().numpy(), level, "solid_loss")
-    if not solid.any():
+def _grid_loss(grid: torch.Tensor, level: float, reach: float, fill_hollows: bool) -> torch.Tensor:
+    """Compute the loss, a scalar tensor, of one grid of densities [D, H, W]; see `solid_loss`."""
+    is_solid = solids.occupied(grid.detach().cpu().numpy(), level, "solid_loss")
+    if not is_solid.any():
         # This 0 depends on the grid, so that backward() works.
         return grid.sum() * 0
     # Voxels that would close leaks of the largest part
-    caps = solids.hole_caps(solid, reach)
-    if hollows:
-        caps |= solids.enclosed(solid)
+    is_cap = solids.hole_caps(is_solid, reach)
+    if fill_hollows:
+        is_cap |= solids.enclosed(is_solid)
     # Approximately the signed distance to the surface in voxels. The scale is detached and has no gradient.
     d = (grid - level) / slope_at(grid.detach(), level)
     # Masks are computed by numpy on the CPU, and the sums on the device of the field.
-    floater_mask = torch.from_numpy(solids.floaters(solid)).to(grid.device)
-    cap_mask = torch.from_numpy(caps).to(grid.device)
+    floater_mask = torch.from_numpy(solids.floaters(is_solid)).to(grid.device)
+    cap_mask = torch.from_numpy(is_cap).to(grid.device)
     floater_sum = F.softplus(d[floater_mask] + MARGIN).sum()
     cap_sum = F.softplus(MARGIN - d[cap_mask]).sum()
-    return (floater_sum + cap_sum) / int(solid.sum())
+    return (floater_sum + cap_sum) / int(is_solid.sum())
 
 
 def slope_at(grid: torch.Tensor, level: float) -> float:
-    """Return the median absolute difference of the densities `grid` [D, H, W] across the surface.
+    """Return the median absolute difference of the densities of neighbouring voxels across the surface.
 
     The median is taken over all pairs of neighbouring voxels of which one is inside and the other is outside.
-    It is at least 1e-6. If no pair crosses the surface, the result is 1.
+    The result is at least 1e-6, and 1 if no pair crosses the surface.
+
+    Args:
+        grid: raw densities [D, H, W].
+        level: raw density at the surface.
     """
-    inside = grid > level
-    steps = []
+    is_inside = grid > level
+    changes_by_axis = []
     for axis in range(3):
-        crosses_surface = inside.diff(dim=axis)
-        steps.append(grid.diff(dim=axis)[crosses_surface].abs())
-    changes = torch.cat(steps)
+        crosses_surface = is_inside.diff(dim=axis)
+        changes_by_axis.append(grid.diff(dim=axis)[crosses_surface].abs())
+    density_changes = torch.cat(changes_by_axis)
     # The median does not depend on the few very large and very small changes.
-    return max(float(changes.median()), 1e-6) if len(changes) else 1.0
+    return max(float(density_changes.median()), 1e-6) if len(density_changes) else 1.0
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Solid(CubeScore):
-    """Score [N, 1]: minus `solid_loss` on a grid of the complete cube.
+    """Observation that is a score [N, 1]: minus `solid_loss` on a grid of the complete cube.
 
     The grid is not cropped as a σ slab is, because a cropped shape is open where it was cut.
     """
@@ -114,11 +119,10 @@ class Solid(CubeScore):
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Soundness(CubeScore):
-    """Score [N, 1] of the validity of a mesh: `solids.reward` on a grid of the complete cube with EDGE^3
-    voxels.
+    """Observation that is a score [N, 1] of physical validity: `solids.reward` on a grid of EDGE^3 voxels.
 
-    The shape is compared with its own corrected version. The score has no gradient, and it is 0 for an empty
-    shape.
+    The grid covers the complete cube. The shape is compared with its own corrected version. The score has no
+    gradient, and it is 0 for an empty shape.
     """
 
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)

@@ -59,7 +59,9 @@ from training.storage import write_atomic
 # Names of files in the folder of the run
 STATE = "state.pt"  # training state of the first member
 REPORT = "report.json"  # results on the validation and test pairs
-KEPT = "labels.jsonl"  # copy of the labels at the start of the run, if they come from a store, which can grow
+LABELS_COPY = (
+    "labels.jsonl"  # copy of the labels at the start of the run, if they come from a store, which can grow
+)
 MEMBER_STRIDE = 1000  # difference between the random seeds of two consecutive members of an ensemble
 
 
@@ -127,12 +129,13 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
 def open_generators(
     settings: RewardRun, labels: Sequence[Preference | UnpairedPreference], device: str = "cpu"
 ) -> list[LoadedGenerator]:
-    """Open the generators of the labelled shapes, first the generator of --network.
+    """Open the generators of the labelled shapes, and check that they are the generators of the labels.
 
     Args:
         settings: settings of the training.
         labels: labels of pairs and of single shapes.
         device: device of the generators.
+    Returns: the generators, the generator of --network first.
     Raises: ValueError if labels belong to a generator that was not passed, or if there are several generators
         and labels do not name theirs.
     """
@@ -175,10 +178,13 @@ def open_generators(
 
 
 def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
-    """Create the observation of the reward from the settings of its preset and of the run.
+    """Create the observation that the reward reads, from the settings of its preset and of the run.
 
     Settings of the run have priority over settings of the preset.
 
+    Args:
+        settings: settings of the training.
+        generators: generators of the labelled shapes.
     Raises: ValueError if the generators need different observations, because scores of their shapes could not
         be compared.
     """
@@ -201,20 +207,22 @@ def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator
     return first_observation
 
 
-def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks = SINGLE) -> list[Preference]:
+def read_labels(
+    source: LabelSource, resumed_folder: Path | None = None, ranks: Ranks = SINGLE
+) -> list[Preference]:
     """Read the labels of a source. All ranks get the same labels.
 
     Args:
         source: file or store of the labels.
-        resumed: folder of the run that resumes, or None for a new run. A run that resumes gets the labels
-            with which it started.
+        resumed_folder: folder of the run that resumes, or None for a new run. A run that resumes gets the
+            labels with which it started.
         ranks: processes of the run.
     Raises: FileNotFoundError if the source is missing; ValueError if it contains no valid labels.
     """
     if source.file is not None:
         return source.read()
-    if resumed is not None and (resumed / KEPT).is_file():
-        return load_labels(resumed / KEPT)
+    if resumed_folder is not None and (resumed_folder / LABELS_COPY).is_file():
+        return load_labels(resumed_folder / LABELS_COPY)
     # A store can receive a label after one rank has read it and before another rank does. Therefore only
     # rank 0 reads it.
     json_records = ranks.broadcast([label.to_dict() for label in source.read()])
@@ -240,8 +248,8 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
     splits = opened.splits
     generators = opened.generators
     psi = opened.psi
-    if run.ranks.is_main and settings.labels.file is None and not (run.folder / KEPT).is_file():
-        write_labels(run.folder / KEPT, labels)
+    if run.ranks.is_main and settings.labels.file is None and not (run.folder / LABELS_COPY).is_file():
+        write_labels(run.folder / LABELS_COPY, labels)
     generator = generators[0]
     shape_keys: list[tuple[str, int]] = []
     # With several generators, a seed does not identify a shape. In `splits`, numbers of shapes then replace
@@ -349,6 +357,10 @@ def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -
 
     The density itself is evaluated, because the slabs that the reward reads are normalised per shape.
 
+    Args:
+        settings: settings of the training.
+        opened: result of `open_training`; shapes belong to its first generator.
+        labels: pairs of shapes whose volumes are computed.
     Returns: share in 0..1 by seed.
     """
     generator = opened.generators[0].generator
@@ -446,6 +458,7 @@ def collect_observations(
         shape_keys: empty if the splits contain seeds. With several generators the splits contain numbers of
             shapes, and entry i is (hash of the generator, seed) of the shape with the number i.
         ranks: processes that share the work.
+    Returns: the labels of the splits train and val, with the caches of all observations.
     """
     generators = opened.generators
     observation = opened.observation
@@ -492,7 +505,7 @@ def collect_observations(
             store_by_generator[generator.hash] = observe(generator_seeds, psi, "shapes", generator)
 
         def take_shapes(shape_numbers: Sequence[int]) -> torch.Tensor:
-            """Return the observations of shapes from the caches of their generators."""
+            """Return the observations of shapes, given by number, from the caches of their generators."""
             hashes_and_seeds = [shape_keys[shape_number] for shape_number in shape_numbers]
             return torch.cat([store_by_generator[name].take([seed]) for name, seed in hashes_and_seeds])
 
@@ -541,7 +554,14 @@ def _train_members(settings: RewardRun, run: Run, train_data: TrainData) -> tupl
         state_name: str,
         start_network: RewardNetwork | None = None,
     ) -> TrainState:
-        """Train one network, and log its epochs."""
+        """Train one network, and log its epochs.
+
+        Args:
+            member_number: number of the network in the log, from 1; 0 for the shared start.
+            train_options: settings of its training.
+            state_name: name of the file of its training state in the run's folder.
+            start_network: network from whose weights training starts; None for a random initialisation.
+        """
 
         def on_epoch(epoch_record: dict) -> None:
             """Write the record of an epoch to stats.jsonl, and print it."""

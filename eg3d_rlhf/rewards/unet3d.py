@@ -17,7 +17,7 @@ from torch import nn
 
 
 class ScSE(nn.Module):
-    """Concurrent channel and voxel gates, joined by the elementwise maximum: out = max(h * g, h * s).
+    """Gates of a volume h, one per channel (g) and one per voxel (s), joined as out = max(h * g, h * s).
 
     cSE gives one gate per channel, g = sigmoid(fc2(relu(fc1(mean of h over z, y, x)))), without a reduction
     of the number of channels. sSE gives one gate per voxel, s = sigmoid(1x1x1 convolution of h to one
@@ -41,7 +41,7 @@ class ScSE(nn.Module):
 
 
 class NormConv(nn.Module):
-    """GroupNorm, followed by a 3x3x3 convolution without bias and with as many output channels.
+    """GroupNorm, followed by a 3x3x3 convolution without bias that keeps the number of channels.
 
     If there are fewer channels than groups, one group is used, as in the published checkpoints.
 
@@ -101,9 +101,15 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Max-pooling by 2 if `pool` is True, followed by a residual block.
+    """Level of the U-Net's encoder: max-pooling by 2 if `pool` is True, followed by a residual block.
 
     Max-pooling drops the last voxel of an axis with an odd number of voxels.
+
+    Args:
+        channels_in: number of input channels.
+        channels_out: number of output channels.
+        groups: number of groups of each normalisation.
+        pool: False for the finest level, which is not pooled.
     """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, pool: bool):
@@ -122,8 +128,12 @@ class Encoder(nn.Module):
 class Upsampler(nn.Module):
     """Transposed convolution, followed by nearest-neighbour resampling to the size of the skip connection.
 
-    The convolution turns n voxels per axis into 2 n - 1 voxels. The resampling from `in` to `out` voxels
-    reads voxel i * in // out for voxel i.
+    The convolution turns n voxels per axis into 2 n - 1 voxels. The resampling from m to k voxels per axis
+    reads voxel i * m // k for voxel i.
+
+    Args:
+        channels_in: number of input channels.
+        channels_out: number of output channels.
     """
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -135,12 +145,20 @@ class Upsampler(nn.Module):
         self.upsample = nn.ModuleDict({"conv_transposed": convolution})
 
     def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Map [N, C_in, d, h, w] to [N, C_out, *size]. Differentiable."""
+        """Map x [N, C_in, d, h, w] to [N, C_out, *size], where `size` is (D, H, W). Differentiable."""
         return F.interpolate(self.upsample["conv_transposed"](x), size=tuple(size), mode="nearest")
 
 
 class Decoder(nn.Module):
-    """Upsampling, sum with the skip connection (no concatenation), and a residual block without conv1."""
+    """Level of the U-Net's decoder: upsampling, sum with the skip connection, and a residual block.
+
+    The skip connection is added and not concatenated, so the block has no conv1.
+
+    Args:
+        channels_in: number of channels of the coarser level.
+        channels_out: number of output channels, equal to that of the skip connection.
+        groups: number of groups of each normalisation.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int):
         super().__init__()
@@ -207,30 +225,34 @@ class UNet3d(nn.Module):
 # the cells of a coarse grid.
 
 
-def slice_windows(slices: int, bins: int) -> torch.Tensor:
-    """Return the indices of the slices that each bin of an adaptive pool covers, int64 [bins, K].
+def slice_windows(slice_count: int, bin_count: int) -> torch.Tensor:
+    """Return the indices of the slices that each bin of an adaptive pool covers, int64 [bin_count, K].
 
-    Bin i covers the slices i * D // bins to ceil((i + 1) * D / bins) - 1, where D is the number of slices. K
-    is the largest number of slices of a bin. Bins with fewer slices repeat their last slice.
+    With D slices and B bins, bin i covers the slices i * D // B to ceil((i + 1) * D / B) - 1. K is the
+    largest number of slices of a bin. Bins with fewer slices repeat their last slice.
     """
     # Integer arithmetic, which rounds exactly as AdaptiveMaxPool3d does.
-    bin_index = torch.arange(bins)
-    first_slice = bin_index * slices // bins
-    last_slice = ((bin_index + 1) * slices + bins - 1) // bins - 1
+    bin_index = torch.arange(bin_count)
+    first_slice = bin_index * slice_count // bin_count
+    last_slice = ((bin_index + 1) * slice_count + bin_count - 1) // bin_count - 1
     width = int((last_slice - first_slice).max()) + 1
     # A repeated slice does not change a maximum.
     return torch.minimum(first_slice[:, None] + torch.arange(width), last_slice[:, None])
 
 
-def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """Compute the paper's global feature: the maximum of each slice along z, stretched to `bins` values.
+def slice_max_feature(x: torch.Tensor, bin_count: int) -> torch.Tensor:
+    """Compute the paper's global feature: the maximum of each slice along z, stretched to B values.
 
-    [N, C, D, H, W] -> [N, bins]. The result and its gradients equal those of AdaptiveMaxPool3d((bins, 1, 1)),
+    [N, C, D, H, W] -> [N, B]. The result and its gradients equal those of AdaptiveMaxPool3d((B, 1, 1)),
     applied to the maximum over channels: a bin that covers two slices takes the larger maximum. The maxima of
-    the D slices are computed first, because `bins` (8192 in the paper) is much larger than D.
+    the D slices are computed first, because B (8192 in the paper) is much larger than D.
+
+    Args:
+        x: maps [N, C, D, H, W].
+        bin_count: length B of the result.
     """
     profile = x.max(dim=1).values.flatten(2).max(dim=2).values  # [N, D], the largest response per depth slice
-    windows = slice_windows(profile.shape[1], bins).to(x.device)  # [bins, K]
+    windows = slice_windows(profile.shape[1], bin_count).to(x.device)  # [B, K]
     return profile[:, windows].max(dim=2).values
 
 
@@ -238,7 +260,7 @@ def grid_feature(x: torch.Tensor, cells: tuple[int, int, int]) -> torch.Tensor:
     """Compute the mean and the maximum of every channel in every cell of a coarse grid.
 
     [N, C, D, H, W] -> [N, 2 * C * K], where K is the number of cells. Differentiable in x. Unlike
-    `slice_max_feature`, the result states where a response lies along y and x.
+    `slice_max_feature`, the result depends on the position of a response along y and x.
 
     Args:
         x: maps [N, C, D, H, W].

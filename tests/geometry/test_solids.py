@@ -185,4 +185,4 @@ def test_the_loss_determines_the_density_up_to_its_unit():
     assert small.item() == pytest.approx(large.item(), rel=1e-4) and small.item() > 0
     assert slope_at(distance[0], 0.0) == pytest.approx(2, abs=0.01)  # from -1 to 1
     hollow = torch.from_numpy(np.where(shell(), 2.0, -2.0)).float()[None]
-    assert solid_loss(hollow, 0.0, hollows=True).item() > 0
+    assert solid_loss(hollow, 0.0, fill_hollows=True).item() > 0

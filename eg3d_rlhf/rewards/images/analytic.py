@@ -1,9 +1,12 @@
-"""Rewards in closed form, of images and of geometry, with which methods are tested.
+"""Closed-form rewards of images and of geometry for the bundled test problem (boxes.py).
 
 The shapes and images that these rewards prefer are known exactly, so the effect of a method that optimises
-them can be checked. Rewards of images implement `RewardModel`, and rewards of geometry `GeometryReward`
-(tuning/distill/guidance/geometry.py). The held-out evaluators (pairwise_evaluators.py) and the detector
-(`boxes.noses`) measure other properties than these rewards.
+these rewards can be checked. Rewards of images implement `RewardModel`, and rewards of geometry
+`GeometryReward` (tuning/distill/guidance/geometry.py). The held-out evaluators (pairwise_evaluators.py) and
+the detector (`boxes.noses`) measure other properties than these rewards.
+
+Each prompt of the test problem has two modes, which are two images of a side: the first one is a face or the
+preferred emblem, and the second one is an empty side or the rejected emblem.
 
 Shapes: A is the number of assets, V the number of views of each asset, and B = A V the number of images,
 which have C channels (3, or 4 with inverse depth) and h x w pixels.
@@ -27,8 +30,9 @@ _SHARP = 6.0
 
 
 def mode_preference(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Compute how much nearer each image is to the first mode of its prompt than to the second mode: [B].
+    """Compute how much nearer each image is to its prompt's first mode than to the second mode: [B].
 
+    The two modes of a prompt are two images of a side, for example a face and an empty side, see boxes.py.
     The result for an image x is (|x - second|^2 - |x - first|^2) / |first - second|^2. It is 1 at the first
     mode and -1 at the second mode. Differentiable in the images.
 
@@ -43,8 +47,9 @@ def mode_preference(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tenso
     first_mode, second_mode = modes_of(prompts)[:, :, :channels].to(pixels).unbind(1)
     if pixels.shape != first_mode.shape:
         raise ValueError(
-            f"--reward: this reward reads images of {list(first_mode.shape[2:])} pixels (the bundled test"
-            f" problem), got {list(pixels.shape[2:])} pixels. Choose another --reward."
+            f"--reward: this reward reads only images of the bundled test problem, which have"
+            f" {list(first_mode.shape[2:])} pixels, got {list(pixels.shape[2:])} pixels. Choose another"
+            " --reward."
         )
     # The difference of squared distances is linear in x, so its gradient is the same for all images.
     first_distance = (pixels - first_mode).square().flatten(1).sum(1)
@@ -53,7 +58,7 @@ def mode_preference(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tenso
 
 
 class _EachImage:
-    """Properties that all rewards share which score each image separately and have a gradient."""
+    """Base class of the differentiable rewards that score each image separately."""
 
     modality: ClassVar[Modality] = "image"
     views = 1
@@ -61,10 +66,10 @@ class _EachImage:
 
 
 class ModeDistance(_EachImage):
-    """Reward of each view separately: `mode_preference`, the nearness to the first mode of the prompt.
+    """Reward that scores each view separately by `mode_preference`, its nearness to the prompt's first mode.
 
-    For heads the first mode is a face, so this reward prefers a face in every view. Rewards of single images
-    have this bias towards the Janus problem.
+    For heads the first mode is a face, so this reward prefers a face in every view. Real rewards of single
+    images have the same bias towards the Janus problem.
     """
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -73,7 +78,7 @@ class ModeDistance(_EachImage):
 
 
 class OneFace:
-    """Reward of the four views of an asset together. It prefers heads with exactly one face.
+    """Reward that scores the four views of an asset together, and prefers heads with exactly one face.
 
     The score of a head is the largest face probability minus the sum of the three others, where the face
     probability of a view is sigmoid(6 mode_preference). The score of a box is the mean of `mode_preference`
@@ -102,7 +107,7 @@ class OneFace:
 
 
 class MeanPixel(_EachImage):
-    """Reward that is the mean of all pixels of an image. It is a simple test of any guidance."""
+    """Reward that is the mean of all pixels of an image. It is a simple test of any guidance method."""
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Return scores [B] of images [B, C, h, w]. Differentiable in the images."""
@@ -152,18 +157,18 @@ class Inverted:
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return the negative scores [B] of images [B, C, h, w]."""
+        """Return the negative scores [B] of images [B, C, h, w] with their prompts."""
         return -self._reward.score(pixels, prompts)
 
 
 def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
-    """Compute the opacity [A, D, H, W] of a field at the points of a grid over its cube.
+    """Compute the opacity [A, D, H, W] of each shape at the points of a grid over the field's cube.
 
     The opacity is 1 - exp(-softplus(raw - 1) step), where raw is the raw density and step the distance
     between grid points. Differentiable in the field.
 
     Args:
-        field: field of the shapes, [A].
+        field: field of A shapes.
         resolution: number of grid points per axis.
     """
     grid_spec = SlabSpec.from_bounds(field.bounds, resolution)
@@ -174,9 +179,10 @@ def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
 class OneNose:
     """Reward of geometry that prefers heads with one nose. It is an upper bound for learned rewards.
 
-    The score of a head is minus the sum of the three smaller of its four nose masses. A nose mass is the mean
-    opacity of the voxels that the nose of a side would fill. A limit on the sum of all four masses would
-    instead remove every nose of most assets, and would still lower the Janus ratio.
+    The score of a head is minus the sum of the three smallest of its four nose masses. A nose mass is the
+    mean opacity of the voxels that the nose of a side would fill. The largest mass is left out for this
+    reason: a penalty on all four masses would remove every nose of most assets, and would still lower the
+    Janus ratio.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
@@ -202,9 +208,10 @@ class OneNose:
 
 
 class Floaters:
-    """Reward of geometry: minus the share of the filled volume that is not connected to the largest part.
+    """Reward of geometry that penalises floaters, the parts that are not connected to the largest part.
 
-    The parts are determined without a gradient.
+    The score is minus the share of the total opacity that lies in floaters. The parts are determined without
+    a gradient.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:

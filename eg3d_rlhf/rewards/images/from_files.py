@@ -1,9 +1,10 @@
-"""Load a published reward of images from its file, with checks of its inputs and scores.
+"""Load a published reward of images from its file, and check its inputs and scores.
 
 Supported are ImageReward (arXiv 2304.05977), Reward3D (arXiv 2403.14613), HPSv2 (arXiv 2306.09341) and CLIP
 score (arXiv 2104.08718).
 
-Shapes: B images, K noises, of which a step uses the one whose image has the best score.
+Shapes: B images; K noises per image. A training step scores the images of all K noises, and uses the noise
+whose image has the best score.
 """
 
 import json
@@ -120,32 +121,34 @@ def reward_costs(path: str | Path, image_count: int, noises_per_image: int = 1) 
     )
 
 
-def _clip_costs(clip: Any, images: int, noises: int) -> Costs:
-    """Estimate the memory of a CLIP model, whose image encoder alone depends on the number of images.
+def _clip_costs(clip: Any, image_count: int, noises_per_image: int) -> Costs:
+    """Estimate the memory of a CLIP model's weights, and of its image encoder in a training step.
 
     Args:
         clip: CLIP model on the meta device.
-        images: number of images, B.
-        noises: number of noises per image, K.
+        image_count: number of images, B.
+        noises_per_image: number of noises per image, K.
     """
 
     def encode_images(image_batch: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of images x."""
+        """Return the embeddings of a batch of images [N, 3, side, side]."""
         return clip.get_image_features(pixel_values=image_batch)
 
-    return _costs(clip, encode_images, images, noises, clip.config.vision_config.image_size)
+    return _costs(clip, encode_images, image_count, noises_per_image, clip.config.vision_config.image_size)
 
 
-def _costs(network: torch.nn.Module, encode_images: Any, images: int, noises: int, side: int) -> Costs:
-    """Estimate the memory of a network's weights and the peak memory of a step.
+def _costs(
+    network: torch.nn.Module, encode_images: Any, image_count: int, noises_per_image: int, side: int
+) -> Costs:
+    """Estimate the memory of a network's weights and the peak memory of a training step.
 
     The network is run with tensors that have shapes but no storage.
 
     Args:
         network: network on the meta device.
-        encode_images: function from images [B, 3, side, side] to embeddings.
-        images: number of images, B.
-        noises: number of noises per image, K.
+        encode_images: function from images [N, 3, side, side] to their embeddings.
+        image_count: number of images, B.
+        noises_per_image: number of noises per image, K.
         side: pixels per edge of the network's input.
     """
     trace = MemoryTrace()
@@ -154,19 +157,19 @@ def _costs(network: torch.nn.Module, encode_images: Any, images: int, noises: in
     def score_with_gradient():
         """Score B images, and compute the gradient of the images."""
         # The values do not matter, because only shapes are traced.
-        images_with_gradient = torch.empty(images, 3, side, side, requires_grad=True)
+        images_with_gradient = torch.empty(image_count, 3, side, side, requires_grad=True)
         embedding = encode_images(images_with_gradient)
         return torch.autograd.grad(embedding, images_with_gradient, torch.empty_like(embedding))
 
     def score_without_gradient():
         """Score the images of all K noises, to choose the best noise."""
         with torch.no_grad():
-            return encode_images(torch.empty(noises * images, 3, side, side))
+            return encode_images(torch.empty(noises_per_image * image_count, 3, side, side))
 
     # The keys are shown to the user.
     stage_functions = {
-        f"score {noises * images} images of {side}^2": score_without_gradient,
-        f"score {images} of them, and back": score_with_gradient,
+        f"score {noises_per_image * image_count} images of {side}^2 pixels": score_without_gradient,
+        f"score {image_count} of these images with a gradient": score_with_gradient,
     }
     return Costs(
         weights={"reward, float32": weight_row(network)},
@@ -192,6 +195,9 @@ def _clip_folder(path: Path) -> Path:
 def _is_blip(state_dict: dict[str, torch.Tensor], weights_file: Path) -> bool:
     """Return True for a file of ImageReward or Reward3D, and False for a file of HPSv2.
 
+    Args:
+        state_dict: contents of the file.
+        weights_file: path of the file, for the message.
     Raises: ValueError for a file of any other network.
     """
     # In files of ImageReward and Reward3D, the names of the trunk's tensors begin with "blip.". HPSv2 has the

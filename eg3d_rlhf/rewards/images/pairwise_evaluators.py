@@ -1,5 +1,4 @@
-"""Analytic evaluators of the bundled test problem. They compare two assets, by their images or their
-surfaces.
+"""Analytic evaluators of the bundled test problem, which compare two assets by their images or surfaces.
 
 `YesNoEvaluator` compares images by yes/no questions, as DreamDPO does with a vision-language model (arXiv
 2502.04370). `AssetEvaluator` compares finished assets by properties that no reward reads, and is the held-out
@@ -27,12 +26,12 @@ _CLOSE = 0.3  # greatest distance of two RGB colours in 0..1 that count as equal
 _PLAUSIBLE = 0.01  # smallest difference of two RMS distances to the nearest mode that decides a comparison
 
 
-def winner(first: float, second: float, margin: float = 0.0) -> int:
-    """Return the index of the larger of two numbers, 0 or 1.
+def winner(first_score: float, second_score: float, margin: float = 0.0) -> int:
+    """Return 0 if the first of two scores is larger, and 1 if the second is larger.
 
-    Return -1 if the numbers differ by at most the margin.
+    Return -1 if the scores differ by at most `margin`.
     """
-    return -1 if abs(first - second) <= margin else int(second > first)
+    return -1 if abs(first_score - second_score) <= margin else int(second_score > first_score)
 
 
 def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
@@ -56,7 +55,7 @@ def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
 def shows_first_emblem(images: torch.Tensor, prompt: str) -> torch.Tensor:
     """Return a mask [V] of the views that show the preferred emblem of the prompt.
 
-    This is decided by a majority of the pixels at which the two emblems differ.
+    A view counts if most of the pixels at which the two emblems differ are nearer to the preferred emblem.
 
     Args:
         images: images [V, C, h, w] of one asset, in 0..1.
@@ -118,7 +117,12 @@ class YesNoEvaluator:
     questions: Callable[[str], Sequence[str]] = problem_questions
 
     def score(self, images: torch.Tensor, prompt: str) -> int:
-        """Count the questions about an asset, with images [V, C, h, w], that are answered with "Yes"."""
+        """Count the questions about an asset that are answered with "Yes".
+
+        Args:
+            images: images [V, C, h, w] of the asset, in 0..1.
+            prompt: prompt of the asset.
+        """
         answer_lines = self.answers(images, prompt, self.questions(prompt)).splitlines()
         return sum("yes" in line.lower() for line in answer_lines)
 
@@ -143,9 +147,10 @@ class YesNoEvaluator:
 def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
     """Create a function that scores how similar the images of assets are to the modes of their prompts.
 
-    The function takes the prompt of each asset, and returns minus the RMS distance of the four images of each
-    asset to the modes, [A]. The nearest of the two modes is chosen for each image separately. The assets are
-    rendered only once.
+    Args: asset: the assets, [A]; they are rendered only once.
+    Returns: function from the prompt of each asset to scores [A]. A score is minus the RMS distance of the
+        four images of the asset to the modes. The nearer of the prompt's two modes is chosen for each image
+        separately.
     """
     view_images = (
         FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
@@ -165,18 +170,18 @@ def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
 class AssetEvaluator:
     """Held-out evaluator of finished assets by their surface and its colour. It has no trained parts.
 
-    Of two heads, the one wins whose number of noses, counted on the surface, is closer to one. Of two boxes,
-    the one wins with more sides that show the preferred emblem. If these numbers are equal, the asset wins
+    Of two heads, the head wins whose number of noses, counted on the surface, is closer to one. Of two boxes,
+    the box wins that has more sides with the preferred emblem. If these numbers are equal, the asset wins
     whose images have the smaller RMS distance to the nearest modes, provided that the distances differ by
-    more than 0.01.
+    more than 0.01. Otherwise the comparison is a tie.
     """
 
     @torch.no_grad()
     def score(self, asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the scores [A] of assets by the first criterion: 0 is best, and all others are negative.
+        """Return the scores [A] of assets by the first criterion: 0 is best, and all other scores are below.
 
-        The score is minus the difference of the number of noses from one, or minus the number of sides that
-        do not show the preferred emblem.
+        The score of a head is minus the distance of its number of noses from one. The score of a box is minus
+        the number of sides that do not show the preferred emblem.
 
         Args:
             asset: the assets, [A].
@@ -214,7 +219,8 @@ class AssetEvaluator:
 def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
     """Count the sides of each asset that show the preferred emblem: int64 [A], 0 for heads.
 
-    This is decided by a majority of the points on a side at which the colours of the two emblems differ.
+    A side counts if most of its points at which the two emblems differ are nearer to the preferred emblem's
+    colour.
 
     Args:
         asset: the assets, [A].

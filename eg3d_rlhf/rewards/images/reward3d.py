@@ -198,7 +198,7 @@ class BlipReward:
 
 
 def load_blip_reward(
-    path: Path, state: Mapping[str, torch.Tensor] | None = None, device: str | torch.device = "cpu"
+    path: Path, state_dict: Mapping[str, torch.Tensor] | None = None, device: str | torch.device = "cpu"
 ) -> BlipReward:
     """Load ImageReward.pt, Reward3D_Scorer.pt or Reward3D_CrossViewFusion.pt.
 
@@ -206,14 +206,15 @@ def load_blip_reward(
 
     Args:
         path: published file.
-        state: state dict of the file, or None to read it.
+        state_dict: state dict of the file; None reads the file.
         device: device of the network.
+    Raises: ValueError if the file contains any other network.
     """
     message_prefix = f"--reward: {path.name}"
-    state = read(path, "--reward") if state is None else state
-    network = Reward3dNetwork.from_state_dict(state, message_prefix)
+    state_dict = read(path, "--reward") if state_dict is None else state_dict
+    network = Reward3dNetwork.from_state_dict(state_dict, message_prefix)
     # The network on the meta device uses the tensors of the file themselves, without a copy.
-    adopt(network, from_published(state), message_prefix)
+    adopt(network, from_published(state_dict), message_prefix)
     # A tokenizer with a larger vocabulary would give indices beyond the embedding table.
     vocabulary_size = network.blip.text_encoder.config.vocab_size
     tokenize = bert_tokenizer(path.parent / "tokenizer", "--reward", TOKENS[network.kind], vocabulary_size)

@@ -1,4 +1,6 @@
-"""Meshes with labels of single shapes: generated with known defects, or read from files of the user.
+"""Labelled meshes, which are generated with known defects or read from files of the user.
+
+A label belongs to a single mesh and states whether the mesh is preferred.
 
 A generated mesh with a defect of severity s (0..1) has the score 5 - 4 s. Meshes with a score of 4.0 or more
 are preferred, meshes with a score of 3.5 or less are not, and meshes between these thresholds are not used.
@@ -11,8 +13,8 @@ are preferred, meshes with a score of 3.5 or less are not, and meshes between th
 | second-nose | size of an additional nose: at the back of a head, or on other sides of a box head |
 | no-nose | missing part of the nose |
 
-Shapes: N meshes, P patches, F faces of a patch, V vertices of a lattice. A level [V] is negative inside a
-shape.
+Shapes: N meshes, P patches, F faces of a patch, V vertices of a lattice. A level is a tensor [V] with one
+number per vertex of the lattice, which is negative inside a shape.
 """
 
 import math
@@ -59,8 +61,8 @@ def head(
     """Generate a smooth head with a defect, rotated about the upward axis by a random multiple of 90 degrees.
 
     Args:
-        lattice: lattice of the level.
-        defect_kind: kind of the defect.
+        lattice: lattice at whose vertices the level is computed.
+        defect_kind: kind of the defect, one of KINDS["heads"].
         severity: severity of the defect, 0..1.
         rng: random numbers of the shape.
     Returns: the level [V], negative inside, and the prompt of the head.
@@ -98,7 +100,7 @@ def _add_defect(
     severity: float,
     rng: torch.Generator,
 ):
-    """Add noise, holes or floaters to the level of a head. For all other defects return it unchanged.
+    """Add noise, holes or floaters to the level of a head. For all other defects return the level unchanged.
 
     Args:
         level: level of the head.
@@ -145,7 +147,7 @@ def waves(points: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _random_direction(rng: torch.Generator) -> torch.Tensor:
-    """Return a random vector [3] of length 1, which tends to point away from the z axis, where noses lie."""
+    """Return a random vector [3] of length 1. Directions near the z axis, where noses lie, are unlikely."""
     direction = torch.randn(3, generator=rng) * torch.tensor([1.0, 1.0, 0.4])
     return direction / direction.norm()
 
@@ -163,22 +165,23 @@ def janus(
 ) -> tuple[torch.Tensor, str]:
     """Generate a box head of the bundled test problem, finished or unfinished, with a defect.
 
-    One side has a nose. Half of the objects have partial noses, as at the start of an optimisation, where a
-    nose with a share of the face below about 0.4 does not reach the surface. The noses of the other half are
-    complete but lower, so that a reward has a gradient at every height.
+    One side has a nose; with the defect "second-nose", one to three further sides have a nose as well. Half
+    of the heads have partial noses, as at the start of an optimisation, where a nose with a share of the face
+    below about 0.4 does not reach the surface. The noses of the other heads are complete but lower, so that a
+    reward has a gradient at every height.
 
     Args:
-        lattice: lattice of the level.
-        defect_kind: kind of the defect.
+        lattice: lattice at whose vertices the level is computed.
+        defect_kind: kind of the defect, one of KINDS["janus"].
         severity: severity of the defect, 0..1.
         rng: random numbers of the shape.
-    Returns: the level [V], negative inside, and the prompt.
+    Returns: the level [V], negative inside, and the prompt of the head.
     """
     # Random numbers in [0, 1) of all properties are drawn at once, so that they do not depend on the defect.
     uniform_draws = torch.rand(14, generator=rng)
     prompts = [prompt for prompt in PROMPTS if prompt.kind == "janus"]
     prompt = prompts[int(uniform_draws[0] * len(prompts))]
-    side_order = torch.randperm(4, generator=rng)  # order[0] is the side with the nose
+    side_order = torch.randperm(4, generator=rng)  # side_order[0] is the side with the nose
     has_low_noses = bool(uniform_draws[12] < 0.5)
     # [4]: share of the face on each side, first small values on all sides
     face_shares = (0.15 if has_low_noses else 0.3) * uniform_draws[1:5]
@@ -204,7 +207,7 @@ def janus(
         fill_levels = (3 * face_shares[side] - height_above_base[is_nose]).clamp(-1, 1)
         box_heads.shape[0, is_nose] = torch.where(fill_levels > 0, solid * fill_levels, -empty * fill_levels)
     noise_std = 0.05 + (1.2 * severity if defect_kind == "noise" else 0.15 * float(uniform_draws[9]))
-    # Every object has some noise, and objects with the defect "noise" have more.
+    # Every head has some noise, and heads with the defect "noise" have more.
     box_heads.shape.add_(noise_std * torch.randn(box_heads.shape.shape, generator=rng))
     level = (box_heads.level - box_heads.density(lattice.vertices)[0]) / GAIN
     if defect_kind == "holes":
@@ -261,12 +264,13 @@ class MeshSet:
             if min(preferred_count, other_count) < 2:
                 raise ValueError(
                     f"meshes: expected at least 2 preferred and 2 other meshes in the split {split_name}, got"
-                    f" {preferred_count} preferred and {other_count} other meshes. Label more meshes."
+                    f" {preferred_count} preferred and {other_count} other meshes. Label more meshes, or"
+                    " generate more (--shapes)."
                 )
         return list(label_splits["train"]), list(label_splits["test"])
 
     def select(self, labels: Sequence[UnpairedPreference]) -> tuple[Patches, list[str]]:
-        """Return the patches and the prompts of the meshes to which labels belong."""
+        """Return the patches and the prompts of the meshes to which labels belong, in the labels' order."""
         # The seed of a label is the index of its mesh.
         mesh_indices = torch.tensor([label.seed for label in labels])
         return Patches(*(tensor[mesh_indices] for tensor in self.patches)), [
@@ -281,7 +285,8 @@ def severity_of(shape_index: int, uniform_draw: float) -> float:
 
     Args:
         shape_index: index of the shape.
-        uniform_draw: random number in 0..1.
+        uniform_draw: random number in 0..1, which chooses the severity within its range.
+    Returns: the severity, in 0..1.
     """
     # Severities of the threshold GOOD and of the threshold BAD, from score = 5 - FALL * severity
     good_severity, bad_severity = ((5 - score) / FALL for score in (GOOD, BAD))
@@ -296,13 +301,18 @@ def severity_of(shape_index: int, uniform_draw: float) -> float:
 
 
 def generate_meshes(
-    source: str, count: int, options: PatchOptions, resolution: int, seed: int = 0, on_shape: OnShape = None
+    source: str,
+    mesh_count: int,
+    options: PatchOptions,
+    resolution: int,
+    seed: int = 0,
+    on_shape: OnShape = None,
 ) -> MeshSet:
-    """Generate training meshes with defects. Mesh i depends only on the seed and on i.
+    """Generate training meshes with defects. Mesh i depends only on the arguments and on i.
 
     Args:
-        source: name of a function of SOURCES.
-        count: number of meshes.
+        source: "heads" or "janus", the name of a function in SOURCES.
+        mesh_count: number of meshes.
         options: settings with which meshes are converted to patches.
         resolution: number of cells per edge of the lattice on which meshes are extracted.
         seed: random seed.
@@ -315,7 +325,7 @@ def generate_meshes(
     prompts = list[str]()
     kinds = list[str]()
     defect_kinds = KINDS[source]
-    for mesh_index in range(count):
+    for mesh_index in range(mesh_count):
         rng = torch.Generator().manual_seed(derive_seed(seed, "mesh", source, mesh_index))
         # Preferred and other shapes alternate, so i // 2 gives both the same kinds of defects.
         defect_kind = defect_kinds[mesh_index // 2 % len(defect_kinds)]
@@ -375,7 +385,7 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
 
 
 def _label(mesh_index: int, json_object: Mapping) -> UnpairedPreference:
-    """Create the label of the mesh with index `mesh_index` from the record of a line.
+    """Create the label of the mesh with index `mesh_index` from the JSON object of a line.
 
     Raises: ValueError for a score that is no number, or a label that is not 0 or 1.
     """
@@ -408,11 +418,12 @@ def load_mesh(path: Path) -> Mesh:
     try:
         vertices, faces = read_triangles(path)
     except ValueError as error:
-        raise ValueError(f"{error} in {path.name}. Convert it to .glb, .ply or .obj.") from error
-    if not len(faces) or not np.isfinite(vertices).all():
+        raise ValueError(f"the mesh {path.name} cannot be read: {error}") from error
+    if not len(faces):
+        raise ValueError(f"{path.name} contains no faces. Export the surface as triangles.")
+    if not np.isfinite(vertices).all():
         raise ValueError(
-            f"expected at least one face and finite vertices, got {len(faces)} faces in {path.name}. Export"
-            " the surface as triangles."
+            f"{path.name} contains vertices whose coordinates are NaN or infinite. Export the surface again."
         )
     # Vertices of generated meshes are float32, too.
     mesh = Mesh(torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(faces))
@@ -429,24 +440,24 @@ def randomised_labels(labels: Sequence[UnpairedPreference], seed: int) -> list[U
     ]
 
 
-def rotated(patches: Patches, quarters: torch.Tensor, mirrored: torch.Tensor) -> Patches:
+def rotated(patches: Patches, quarter_turns: torch.Tensor, is_mirrored: torch.Tensor) -> Patches:
     """Rotate meshes by multiples of 90 degrees about the upward axis, and mirror some of them in x.
 
     The axis passes through the origin.
 
     Args:
         patches: patches of N meshes.
-        quarters: number of quarter turns of each mesh, int64 [N] in 0..3.
-        mirrored: bool [N], True for meshes that are mirrored after the rotation.
+        quarter_turns: number of quarter turns of each mesh, int64 [N] in 0..3.
+        is_mirrored: bool [N], True for meshes that are mirrored after the rotation.
     """
     # Rotation and mirroring exchange x and z or change their signs, so the result has no rounding errors.
-    flips_x = ((quarters == 2) | (quarters == 3)) ^ mirrored
-    flips_z = (quarters == 1) | (quarters == 2)
-    swaps_xz = (quarters % 2 == 1).view(-1, 1, 1)
+    flips_x = ((quarter_turns == 2) | (quarter_turns == 3)) ^ is_mirrored
+    flips_z = (quarter_turns == 1) | (quarter_turns == 2)
+    swaps_xz = (quarter_turns % 2 == 1).view(-1, 1, 1)
     # [N, 1, 1, 3], factors of x, y, z after the exchange
-    coordinate_signs = torch.stack([1 - 2.0 * flips_x, torch.ones(len(quarters)), 1 - 2.0 * flips_z], dim=1)[
-        :, None, None
-    ]
+    coordinate_signs = torch.stack(
+        [1 - 2.0 * flips_x, torch.ones(len(quarter_turns)), 1 - 2.0 * flips_z], dim=1
+    )[:, None, None]
 
     def rotate(vectors: torch.Tensor) -> torch.Tensor:
         """Rotate and mirror vectors [N, P, F, 3]."""
@@ -464,7 +475,7 @@ def rotated(patches: Patches, quarters: torch.Tensor, mirrored: torch.Tensor) ->
 
 
 def with_permuted_faces(patches: Patches, rng: torch.Generator) -> Patches:
-    """Permute the faces of every patch at random. Otherwise the encoder would memorise their order."""
+    """Permute the faces of every patch at random, so that the encoder cannot memorise their order."""
     # Sorting random numbers gives a random permutation. [N, P, F, 1]
     face_order = torch.rand(patches.features.shape[:3], generator=rng).argsort(dim=2)[..., None]
     features, centres = (
@@ -475,9 +486,10 @@ def with_permuted_faces(patches: Patches, rng: torch.Generator) -> Patches:
 
 
 def area_only(patches: Patches) -> Patches:
-    """Set all features of faces except their area to 0, and their centres, too.
+    """Set the centres of all faces, and all features of faces except the area, to 0.
 
-    The result is a control: a reward that reads it must not detect a second nose.
+    The result is the input of a control: a reward that is trained on areas alone must not detect a second
+    nose.
     """
     area = patches.features[..., :1]
     shape_features = torch.zeros_like(patches.features[..., 1:])

@@ -46,10 +46,10 @@ TINY = 1e-3  # smallest bandwidth of the divergence of held-out meshes
 
 
 def open_meshes(options: MeshRewardTraining, on_shape: OnShape = None) -> MeshSet:
-    """Read the meshes of `options.data`, or generate meshes if it is None.
+    """Read the meshes that the file `options.data` lists, or generate meshes if `options.data` is None.
 
     Args:
-        options: settings of the training.
+        options: settings of the training, which also state how meshes are converted to patches.
         on_shape: function that is called with 1 after each mesh.
     """
     if options.data is not None:
@@ -64,8 +64,8 @@ class MeshTraining:
 
     Args:
         options: settings of the training.
-        meshes: meshes with labels.
-    Raises: ValueError if there are too few meshes.
+        meshes: meshes with labels, which are split into training meshes and held-out meshes here.
+    Raises: ValueError if there are too few preferred meshes or too few other meshes.
     """
 
     def __init__(self, options: MeshRewardTraining, meshes: MeshSet):
@@ -111,10 +111,10 @@ class MeshTraining:
         self.bandwidth: float | None = None  # moving average over steps; None before the first step
         self.finished_steps = 0
 
-    def run(self, until: int) -> dict[str, float]:
-        """Train until `until` steps are finished, and return the means of the loss terms over the new steps.
+    def run(self, last_step: int) -> dict[str, float]:
+        """Train until `last_step` steps are finished, counted from the start of the training.
 
-        The result is empty if there are no new steps.
+        Returns: means of the loss terms over the new steps, by name; empty if there are no new steps.
         """
         # The order of batches depends only on the seed, so a resumed run skips the batches that it has used.
         batch_rng = np.random.default_rng([self.options.seed, 4])
@@ -123,7 +123,7 @@ class MeshTraining:
             next(label_batches)
         self.reward.train()
         step_terms = []
-        while self.finished_steps < until:
+        while self.finished_steps < last_step:
             step_terms.append(self._step(next(label_batches)))
             self.finished_steps += 1
         self.reward.eval()
@@ -189,12 +189,12 @@ class MeshTraining:
             "bandwidth": self.bandwidth,
         }
 
-    def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], json_values: Mapping) -> None:
         """Restore the training from the tensors and the JSON values that `state` returned."""
         self.reward.load_state_dict(entries_below(tensors, "reward."))
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
-        self.finished_steps = meta["done"]
-        self.bandwidth = meta["bandwidth"]
+        self.finished_steps = json_values["done"]
+        self.bandwidth = json_values["bandwidth"]
 
     @torch.no_grad()
     def report(self) -> dict:
@@ -202,11 +202,11 @@ class MeshTraining:
 
         Returns: dict of JSON values. "n" are the numbers of preferred and of other meshes, and "auc" is the
             AUC of the scores of preferred meshes against other meshes. "auc_by_kind" is, for each kind of
-            defect, the AUC of all preferred meshes against meshes with this defect. "divergence" is the
-            unbiased estimate of D with the median distance as bandwidth, "divergence_v" is the biased
-            estimate, which training uses, and "divergence_fixed" is the unbiased estimate with the bandwidth
-            of the settings, so that trainings can be compared. "silhouette" is the mean silhouette of the
-            embeddings.
+            defect, the AUC of all preferred meshes against the other meshes with this defect. "divergence" is
+            the unbiased estimate of the Cauchy-Schwarz divergence with the median distance as bandwidth,
+            "divergence_v" is the biased estimate, which training uses, and "divergence_fixed" is the unbiased
+            estimate with the bandwidth of the settings, so that trainings can be compared. "silhouette" is
+            the mean silhouette of the embeddings.
         """
         labels = self.test
         patches, prompts = self.meshes.select(labels)
@@ -308,7 +308,7 @@ def run_training(training: MeshTraining, run: Run) -> dict:
 
 def run_table(
     options: MeshRewardTraining,
-    out: Path,
+    table_folder: Path,
     seeds: Sequence[int],
     on_shape: OnShape = None,
     say: Callable[[str], object] = print,
@@ -319,7 +319,7 @@ def run_table(
 
     Args:
         options: settings that all trainings share.
-        out: folder of table.json.
+        table_folder: folder of table.json.
         seeds: training seeds.
         on_shape: function that is called with 1 after each mesh that is read or generated.
         say: function that shows a line of text after each training.
@@ -327,7 +327,7 @@ def run_table(
         results of `MeshTraining.report` by "arm/seed", and "summary" is the result of `summary`.
     Raises: ValueError if table.json contains results of other settings.
     """
-    table_path = out / TABLE
+    table_path = table_folder / TABLE
     # Arms and seeds change these settings, so the record of the table leaves them out.
     changed_names = ("seed", "divergence", "randomised", "area_only")
     shared_settings = {name: value for name, value in options.to_dict().items() if name not in changed_names}

@@ -46,7 +46,9 @@ _OTHERS = (
 
 
 class MeshEncoder(nn.Module):
-    """Encoder of patches to tokens [A, P, C]. Differentiable in the features and the centres of the faces.
+    """Encoder that turns each patch into a token: patches [A, P, F, ...] -> tokens [A, P, C].
+
+    Differentiable in the features and the centres of the faces.
 
     Args: options: sizes of the encoder.
     """
@@ -99,10 +101,10 @@ def masked_max(tokens: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
 
 
 def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Load the encoder of a MeshMAE state dict into an encoder, strictly.
+    """Load the encoder's weights from a MeshMAE state dict, strictly.
 
     Args:
-        encoder: encoder to fill.
+        encoder: encoder to fill, in place.
         tensors: state dict of MeshMAE.
     Returns: sorted names of the entries that were not used (class token, output heads, decoder).
     Raises: ValueError if the used entries do not match the encoder.
@@ -113,7 +115,7 @@ def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> l
     }
     unused_names = sorted(name for name in renamed_tensors if name.startswith(_OTHERS))
     encoder_tensors = {name: tensor for name, tensor in renamed_tensors.items() if name not in unused_names}
-    load_strict(encoder, encoder_tensors, f"MeshMAE, of {encoder.options}")
+    load_strict(encoder, encoder_tensors, f"MeshMAE state dict for {encoder.options}")
     return unused_names
 
 
@@ -146,18 +148,18 @@ class PromptTokens(nn.Module):
         self._row = {prompt: i for i, prompt in enumerate(self.prompts, 1)}
 
     def forward(
-        self, prompts: Sequence[str], unknown: torch.Tensor | None = None
+        self, prompts: Sequence[str], is_unknown: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens [A, T, C] of prompts and their mask [A, T], which is False for padding.
 
         Args:
-            prompts: prompt of each mesh, [A].
-            unknown: bool [A], True for prompts that are treated as unknown, although they may be prompts of
-                the training; None for no such prompt. Their words are still read.
+            prompts: prompt of each mesh, length A.
+            is_unknown: bool [A], True for prompts that are treated as unknown, although they may be prompts
+                of the training; None if there is no such prompt. The words of these prompts are still read.
         """
         device = self.table.weight.device
         prompt_rows = torch.tensor([self._row.get(prompt, 0) for prompt in prompts], device=device)
-        prompt_rows = prompt_rows if unknown is None else prompt_rows.masked_fill(unknown.to(device), 0)
+        prompt_rows = prompt_rows if is_unknown is None else prompt_rows.masked_fill(is_unknown.to(device), 0)
         # Rows of the words of each prompt. Unlike crc32, Python's hash() changes with every process.
         word_rows = []
         for prompt in prompts:
@@ -232,21 +234,24 @@ class RewardCS(nn.Module):
         self.scale.copy_(features.std(dim=0).clamp_min(_MIN_SCALE))
 
     def embed(
-        self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
+        self, patches: Patches, prompts: list[str], is_unknown: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute embeddings [A, C]. Differentiable in the features and the centres of the faces.
+        """Compute embeddings [A, C] of meshes with their prompts.
+
+        Differentiable in the features and the centres of the faces.
 
         Args:
             patches: patches of the meshes, [A, P, F, ...].
-            prompts: prompt of each mesh, [A].
-            unknown: bool [A], True for prompts that are treated as unknown, see `PromptTokens`.
+            prompts: prompt of each mesh, length A.
+            is_unknown: bool [A], True for prompts that are treated as unknown; None if there is no such
+                prompt, see `PromptTokens.forward`.
         """
         assert len(prompts) == len(patches.features)
         # .to(self.mean) moves the patches to the device and the type of the network.
         features = (patches.features.to(self.mean) - self.mean) / self.scale
         standardised_patches = Patches(features, patches.centres.to(self.mean), patches.mask)
         tokens = self.encoder(standardised_patches)  # [A, P, C]
-        text_tokens, text_mask = self.text(prompts, unknown)
+        text_tokens, text_mask = self.text(prompts, is_unknown)
         # torch's key_padding_mask is True for keys that are ignored.
         attended_tokens, _ = self.cross(
             self.norm(tokens), text_tokens, text_tokens, key_padding_mask=~text_mask, need_weights=False
@@ -254,17 +259,17 @@ class RewardCS(nn.Module):
         return masked_max(self.final(tokens + attended_tokens), patches.mask)
 
     def forward(
-        self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
+        self, patches: Patches, prompts: list[str], is_unknown: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute scores [A], which are trained to be 0..1, and embeddings [A, C] of length 1.
 
         The arguments are described in `embed`.
         """
-        embedding = self.embed(patches, prompts, unknown)
+        embedding = self.embed(patches, prompts, is_unknown)
         return self.head(embedding)[:, 0], F.normalize(embedding)
 
     def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
-        """Return the scores [A] of meshes for their prompts. The best score of the training is 1."""
+        """Return the scores [A] of meshes for their prompts, trained to be 0 (worst) to 1 (best)."""
         return self(patches, prompts)[0]
 
     def save(self, path: Path) -> None:

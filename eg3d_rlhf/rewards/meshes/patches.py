@@ -1,4 +1,4 @@
-"""Convert fields to patches of faces, which a mesh reward reads. The conversion is differentiable.
+"""Convert the surfaces of fields to patches of faces, which a mesh reward reads, differentiably.
 
     reader = MeshReader(cube(16), PatchOptions(patches=32, faces=32))
     patches = reader(field, step)         # differentiable in the parameters of the field
@@ -45,20 +45,23 @@ PATCHIFIERS = {"regions": regions, "maps": maps}  # by PatchOptions.kind
 
 
 def make_plan(mesh: Mesh, options: PatchOptions) -> Plan:
-    """Assign the faces of a mesh to patches."""
+    """Assign the faces of a mesh to patches, with the method `options.kind`."""
     return PATCHIFIERS[options.kind](mesh, options.patches, options.faces)
 
 
 def compute_patches(vertices: torch.Tensor, plan: Plan, options: PatchOptions) -> Patches:
-    """Compute the patches [1, P, F, ...] of a mesh from its vertices [N, 3] and its plan.
+    """Compute the patches [1, P, F, ...] of a mesh. Differentiable in the vertices.
 
-    Differentiable in the vertices.
+    Args:
+        vertices: positions [N, 3] of the mesh's vertices.
+        plan: faces of each patch, the result of `make_plan`.
+        options: settings of the patches.
     """
     return patch_features(vertices, plan, options.area, options.place)
 
 
 def concatenate(patches: Sequence[Patches]) -> Patches:
-    """Concatenate the patches of several meshes along the axis of meshes."""
+    """Concatenate patches [A, P, F, ...] of several batches of meshes along the first axis."""
     return Patches(*(torch.cat(tensors) for tensors in zip(*patches, strict=True)))
 
 
@@ -67,17 +70,20 @@ def compute_mesh_patches(meshes: Sequence[Mesh], options: PatchOptions) -> Patch
     return concatenate([compute_patches(mesh.vertices, make_plan(mesh, options), options) for mesh in meshes])
 
 
-class Held(NamedTuple):
-    """Choices for one asset that do not change between two rebuilds."""
+class AssetChoices(NamedTuple):
+    """Discrete choices for one asset (edges of the lattice that the surface crosses, faces of each patch).
 
-    inside: torch.Tensor  # bool [V], True for vertices of the lattice inside the surface
-    around: torch.Tensor  # normals [N', 3] at the vertices of the plan's faces
+    These choices, and the normals, do not change between two rebuilds.
+    """
+
+    is_inside: torch.Tensor  # bool [V], True for vertices of the lattice inside the surface
+    normals: torch.Tensor  # normals [N', 3] at the vertices of the plan's faces
     net: Net  # edges of the lattice that the surface crosses, and the mesh that they give
     plan: Plan  # faces of each patch
 
 
-class _Batch(NamedTuple):
-    """Choices for all assets, concatenated.
+class _BatchChoices(NamedTuple):
+    """Discrete choices (see `AssetChoices`) for all assets, concatenated.
 
     Shapes: N crossings of all assets, U vertices of all meshes, M faces of all meshes.
     """
@@ -91,43 +97,44 @@ class _Batch(NamedTuple):
     faces: torch.Tensor  # [M, 3] indices of the U vertices
     owners: Owners  # asset of each of the U vertices and M faces
     corners: torch.Tensor  # [A, P, F, 3] indices of the U vertices at the corners of the patches' faces
-    around: torch.Tensor  # [A, P, F, 3, 3] normals at these corners
+    corner_normals: torch.Tensor  # [A, P, F, 3, 3] normals at these corners
     mask: torch.Tensor  # bool [A, P], False for patches that do not exist
 
 
 class MeshReader:
     """Converter of fields to patches, which is called once per step of an optimisation.
 
-    `state_dict` and `load_state_dict` store and restore the choices of the last rebuild, so that an
+    At a rebuild, the edges of the lattice that the surface crosses and the faces of each patch are chosen
+    again. `state_dict` and `load_state_dict` store and restore the choices of the last rebuild, so that an
     interrupted run resumes exactly.
 
     Args:
         lattice: lattice on which surfaces are extracted, made by `cube`.
         options: settings of the patches.
-        every: number of steps between two rebuilds. At the default learning rate, a vertex needs more than 20
-            steps to leave its edge.
+        rebuild_interval: number of steps between two rebuilds. At the default learning rate, a vertex needs
+            more than 20 steps to leave its edge.
     """
 
-    def __init__(self, lattice: Lattice, options: PatchOptions, every: int = 20):
+    def __init__(self, lattice: Lattice, options: PatchOptions, rebuild_interval: int = 20):
         self.lattice = lattice
         self.options = options
-        self.every = every
-        self.choices: list[Held] = []
-        self._batch: _Batch | None = None
+        self.rebuild_interval = rebuild_interval
+        self.choices: list[AssetChoices] = []
+        self._batch: _BatchChoices | None = None
 
     def __call__(self, field: Field, step: int) -> Patches:
         """Compute the patches [A, P, F, ...] of the shapes of a field.
 
-        The surface is rebuilt at steps that are multiples of `every`. Differentiable in the parameters of the
-        field, except that normals at vertices are constant between two rebuilds.
+        Edges and patches are chosen again at steps that are multiples of `rebuild_interval`. Differentiable
+        in the parameters of the field, except that normals at vertices are constant between two rebuilds.
 
         Args:
-            field: field of the shapes, [A].
+            field: field of A shapes.
             step: number of the step, from 0.
         """
         density = densities(field, self.lattice)  # [A, V]
         # If the number of shapes has changed, the choices of the last rebuild cannot be used.
-        if step % self.every == 0 or len(self.choices) != len(density):
+        if step % self.rebuild_interval == 0 or len(self.choices) != len(density):
             self.choices = self._rebuild(density.detach(), field.level)
             self._batch = None
         # The choices are concatenated at the first call after a rebuild.
@@ -146,15 +153,18 @@ class MeshReader:
             *concatenated.corners.shape, 3
         )
         return Patches(
-            *features_in_frame(face_corners, concatenated.around, *frames_and_areas, self.options.area),
+            *features_in_frame(
+                face_corners, concatenated.corner_normals, *frames_and_areas, self.options.area
+            ),
             concatenated.mask,
         )
 
     @torch.no_grad()
-    def _rebuild(self, density: torch.Tensor, level: float) -> list[Held]:
+    def _rebuild(self, density: torch.Tensor, level: float) -> list[AssetChoices]:
         """Compute the choices for all assets: new normals, and new nets and plans of changed surfaces.
 
-        A net and a plan stay valid as long as the surface crosses the same edges of the lattice.
+        A net contains the edges of the lattice that the surface crosses, and a plan the faces of each patch.
+        Both stay valid as long as the surface crosses the same edges.
 
         Args:
             density: raw densities [A, V] at the vertices of the lattice.
@@ -164,7 +174,7 @@ class MeshReader:
         for i, asset_density in enumerate(density):
             levels = closed_level(level - asset_density, self.lattice)
             previous_choice = self.choices[i] if len(self.choices) == len(density) else None
-            if previous_choice is not None and torch.equal(previous_choice.inside, levels < 0):
+            if previous_choice is not None and torch.equal(previous_choice.is_inside, levels < 0):
                 # With equal signs the surface crosses the same edges, so net and plan are still valid.
                 asset_net = previous_choice.net
                 plan = previous_choice.plan
@@ -174,11 +184,11 @@ class MeshReader:
                 mesh = net_mesh(levels, self.lattice, asset_net)
                 plan = make_plan(mesh, self.options)
             normals = vertex_normals(plan.mixed(mesh.vertices), plan.faces)
-            new_choices.append(Held(levels < 0, normals, asset_net, plan))
+            new_choices.append(AssetChoices(levels < 0, normals, asset_net, plan))
         return new_choices
 
     @torch.no_grad()
-    def _concatenate(self) -> _Batch:
+    def _concatenate(self) -> _BatchChoices:
         """Concatenate the choices for all assets, and return them.
 
         The corners of all faces of an asset without a surface are the fixed vertex 0.
@@ -193,7 +203,7 @@ class MeshReader:
         corners = []
         corner_normals = []
         vertex_and_face_counts = []
-        has_mixture = any(held.plan.source is not None for held in self.choices)
+        has_mixture = any(asset_choices.plan.source is not None for asset_choices in self.choices)
         # Index of the first vertex of the next asset, among the vertices of all nets and among the U
         # vertices. Index 0 is the fixed vertex.
         net_offset = 1
@@ -229,8 +239,8 @@ class MeshReader:
         asset_index = torch.arange(len(self.choices), device=device)
         # The index of its asset, once for each vertex [U] and for each face [M] of the batch
         vertex_asset, face_asset = (
-            asset_index.repeat_interleave(torch.tensor(count, device=device))
-            for count in zip(*vertex_and_face_counts, strict=True)
+            asset_index.repeat_interleave(torch.tensor(counts_by_asset, device=device))
+            for counts_by_asset in zip(*vertex_and_face_counts, strict=True)
         )
         # Three times the index of the fixed vertex, which is also the row of its mixture
         fixed_vertex = torch.zeros(1, 3, dtype=torch.int64, device=device)
@@ -241,7 +251,7 @@ class MeshReader:
                 torch.cat([fixed_vertex, *mixture_sources]),
                 torch.cat([fixed_weight, *mixture_weights])[..., None],
             )
-        return _Batch(
+        return _BatchChoices(
             ends=edges.T.flatten(),
             net=Net(
                 edges,
@@ -255,28 +265,29 @@ class MeshReader:
             # The fixed vertex counts as a vertex of asset 0.
             owners=Owners(len(self.choices), torch.cat([fixed_vertex[0, :1], vertex_asset]), face_asset),
             corners=torch.stack(corners),
-            around=torch.stack(corner_normals),
-            mask=torch.stack([held.plan.mask for held in self.choices]),
+            corner_normals=torch.stack(corner_normals),
+            mask=torch.stack([asset_choices.plan.mask for asset_choices in self.choices]),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the choices of the last rebuild as tensors by name, for a run that resumes."""
         state_tensors: dict[str, torch.Tensor] = {}
-        for i, (inside, around, asset_net, plan) in enumerate(self.choices):
-            choices = {"inside": inside, "around": around, **asset_net._asdict(), **plan._asdict()}
+        for i, (is_inside, normals, asset_net, plan) in enumerate(self.choices):
+            # The keys are those of stored runs.
+            choices = {"inside": is_inside, "around": normals, **asset_net._asdict(), **plan._asdict()}
             state_tensors |= {f"{i}.{name}": value for name, value in choices.items() if value is not None}
         return state_tensors
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_tensors: dict[str, torch.Tensor]) -> None:
         """Restore the choices that `state_dict` returned."""
         self.choices = []
         self._batch = None
+        get_tensor = state_tensors.get
         # Names begin with the index of the asset. The state does not contain fields that are None.
-        while (prefix := f"{len(self.choices)}.") + "inside" in state:
-            asset_net, plan = (
-                choice(*(state.get(prefix + name) for name in choice._fields))  # type: ignore[arg-type]
-                for choice in (Net, Plan)
-            )
-            inside = state[prefix + "inside"]
-            around = state[prefix + "around"]
-            self.choices.append(Held(inside, around, asset_net, plan))  # type: ignore[arg-type]
+        while (prefix := f"{len(self.choices)}.") + "inside" in state_tensors:
+            # The stored values have the types of the fields, which mypy cannot verify.
+            asset_net = Net(*(get_tensor(prefix + name) for name in Net._fields))  # type: ignore[arg-type]
+            plan = Plan(*(get_tensor(prefix + name) for name in Plan._fields))  # type: ignore[arg-type]
+            is_inside = state_tensors[prefix + "inside"]
+            normals = state_tensors[prefix + "around"]
+            self.choices.append(AssetChoices(is_inside, normals, asset_net, plan))

@@ -42,7 +42,7 @@ def face_features(
     Args:
         vertices: positions [N, 3].
         faces: vertices of each face, int64 [M, 3].
-        area: unit of areas, "share" or "raw".
+        area: unit of areas: "share" of the mesh's total area, or "raw" (squared unit of positions).
     """
     normal, face_area, angle = measure_faces(vertices[faces])
     normals_at_vertices = _average_normals(len(vertices), faces, normal, angle)
@@ -106,9 +106,9 @@ def _assemble_features(
         angle: interior angles [..., 3] of the faces.
         corner_normals: normals [..., 3, 3] at the vertices of the faces.
     """
-    dots = (corner_normals * normal.unsqueeze(-2)).sum(dim=-1)
+    dot_products = (corner_normals * normal.unsqueeze(-2)).sum(dim=-1)
     # Sorted, so that the features do not depend on the order of the corners of a face.
-    return torch.cat([area, normal, angle.sort(dim=-1).values, dots.sort(dim=-1).values], dim=-1)
+    return torch.cat([area, normal, angle.sort(dim=-1).values, dot_products.sort(dim=-1).values], dim=-1)
 
 
 def _length(x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ def to_frame(mesh: Mesh, place: str = "centre") -> torch.Tensor:
 class Owners(NamedTuple):
     """Number of concatenated meshes, and the mesh to which each vertex and each face belongs."""
 
-    number: int  # number of meshes, A
+    mesh_count: int  # number of meshes, A
     vertices: torch.Tensor  # index of the mesh of each vertex, int64 [N]
     faces: torch.Tensor  # index of the mesh of each face, int64 [M]
 
@@ -150,32 +150,34 @@ def compute_frames(mesh: Mesh, owners: Owners, place: str) -> tuple[torch.Tensor
         mesh: the concatenated meshes.
         owners: mesh of each vertex and face.
         place: the frame, see `to_frame`.
-    Returns: origins [A, 3], units [A, 1] and areas [A, 1], in world units. Coordinates of the frame are
-        (x - origin) / unit. A mesh without faces has the origin 0, the unit 1 and the area 1.
+    Returns: origins [A, 3] and units [A, 1] of the frames in world units, and areas [A, 1] of the surfaces in
+        world units^2. Coordinates in a frame are (x - origin) / unit. A mesh without faces has the origin 0,
+        the unit 1 and the area 1.
     """
     vertices, faces = mesh
-    first, second, third = (vertices.index_select(0, faces[:, i]) for i in range(3))  # [M, 3] each
-    face_area = _length(torch.linalg.cross(second - first, third - first)) / 2  # [M, 1]
+    # [M, 3] each: the positions of the three corners of every face
+    corners_a, corners_b, corners_c = (vertices.index_select(0, faces[:, i]) for i in range(3))
+    face_area = _length(torch.linalg.cross(corners_b - corners_a, corners_c - corners_a)) / 2  # [M, 1]
 
     def sum_over_faces(values: torch.Tensor) -> torch.Tensor:
         """Return the sums [A, C] of values [M, C] over the faces of each mesh."""
-        return values.new_zeros(owners.number, values.shape[1]).index_add(0, owners.faces, values)
+        return values.new_zeros(owners.mesh_count, values.shape[1]).index_add(0, owners.faces, values)
 
     total_area = sum_over_faces(face_area)
     has_area = total_area.detach() > 0
     area = torch.where(has_area, total_area, 1.0)
     if place == "box":
         vertex_owners = owners.vertices[:, None].expand(-1, 3)
-        zeros = vertices.new_zeros(owners.number, 3)
+        zeros = vertices.new_zeros(owners.mesh_count, 3)
         # Smallest and largest coordinates of the vertices of each mesh
         min_coordinates = zeros.scatter_reduce(0, vertex_owners, vertices, "amin", include_self=False)
         max_coordinates = zeros.scatter_reduce(0, vertex_owners, vertices, "amax", include_self=False)
         longest_side = (max_coordinates - min_coordinates).amax(dim=1, keepdim=True).clamp_min(TINY)
         return min_coordinates, torch.where(has_area, longest_side, 1.0), area
     if place == "world":
-        return vertices.new_zeros(owners.number, 3), vertices.new_ones(owners.number, 1), area
+        return vertices.new_zeros(owners.mesh_count, 3), vertices.new_ones(owners.mesh_count, 1), area
     # Centre of the surface, and mean distance from it, both weighted by area
-    face_centre = (first + second + third) / 3
+    face_centre = (corners_a + corners_b + corners_c) / 3
     origin = sum_over_faces(face_area * face_centre) / area
     centre_distances = _length(face_centre - origin.index_select(0, owners.faces))
     radius = sum_over_faces(face_area * centre_distances) / area
@@ -211,7 +213,7 @@ def patch_features(vertices: torch.Tensor, plan: Plan, area: str = "share", plac
     Args:
         vertices: positions [N, 3], which may have changed since the plan was made.
         plan: assignment of faces to patches.
-        area: unit of areas, "share" or "raw".
+        area: unit of areas: "share" of the mesh's total area, or "raw" (squared unit of positions).
         place: frame of the coordinates, see `to_frame`.
     """
     if not len(plan.faces):
@@ -241,7 +243,7 @@ def features_in_frame(
         origin: origins [A, 3] of the frames, see `compute_frames`.
         unit: units [A, 1] of the frames.
         total_area: areas [A, 1] of the meshes.
-        area: unit of areas, "share" or "raw".
+        area: unit of areas: "share" of the mesh's total area, or "raw" (squared unit of positions).
     """
     batch_shape = (len(corner), *[1] * (corner.ndim - 3))  # broadcasts over the faces of each mesh
     normal, face_area, angle = measure_faces(corner)
@@ -259,7 +261,7 @@ _EDGES = ((0, 1), (1, 2), (2, 0))  # edges of a face, as pairs of its corners
 
 
 @torch.no_grad()
-def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
+def maps(mesh: Mesh, patch_count: int = 256, faces_per_patch: int = 64) -> Plan:
     """Create a plan by subdivision of a coarse mesh, as MeshMAE does.
 
     The mesh is reduced by decimation, or refined by bisection, to a base mesh of P faces. Every face of the
@@ -270,38 +272,41 @@ def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
 
     Args:
         mesh: the mesh.
-        patches: number of patches, P, at least 4.
-        faces: number of faces of a patch, F, a power of 4.
+        patch_count: number of patches, P, at least 4.
+        faces_per_patch: number of faces of a patch, F, a power of 4.
     Raises: ValueError for numbers that are not allowed.
     """
-    level_count = round(math.log(max(faces, 1), 4))
-    if faces != 4**level_count or patches < 4:
+    level_count = round(math.log(max(faces_per_patch, 1), 4))
+    if faces_per_patch != 4**level_count or patch_count < 4:
         raise ValueError(
             "--set patchifier=maps: expected at least 4 patches, and 1, 4, 16, 64, ... faces per patch, got"
-            f" {patches} patches of {faces} faces. Use, for example, --set patches=256 and --set faces=64."
+            f" {patch_count} patches of {faces_per_patch} faces. Use, for example, --set patches=256 and"
+            " --set faces=64."
         )
     device = mesh.faces.device
     # Subdivision of face p of the base gives the faces p, p + P, p + 2 P, ...
-    selected_faces = torch.arange(patches * faces, device=device).view(faces, patches).T
+    selected_faces = (
+        torch.arange(patch_count * faces_per_patch, device=device).view(faces_per_patch, patch_count).T
+    )
     if not len(mesh.faces):
         return Plan(
             None,
             None,
             mesh.faces,
             torch.zeros_like(selected_faces),
-            torch.zeros(patches, dtype=torch.bool, device=device),
+            torch.zeros(patch_count, dtype=torch.bool, device=device),
         )
     # Decimation and projection need no gradient, so they are computed by numpy, in float64.
     vertices = mesh.vertices.detach().double().cpu().numpy()
     mesh_faces = mesh.faces.cpu().numpy()
-    points, new_faces = base(vertices, mesh_faces, patches)
+    points, new_faces = base(vertices, mesh_faces, patch_count)
     for _ in range(level_count):
         points, new_faces = subdivided(points, new_faces)
     # Nearest face of the mesh for each point, and weights of its corners
     nearest_faces, nearest_weights = nearest_on(points, vertices[mesh_faces])
     source_vertices = torch.from_numpy(mesh_faces[nearest_faces]).to(device)
     weights = torch.from_numpy(nearest_weights.astype(np.float32)).to(device)
-    patch_mask = torch.ones(patches, dtype=torch.bool, device=device)
+    patch_mask = torch.ones(patch_count, dtype=torch.bool, device=device)
     return Plan(
         source_vertices,
         weights / weights.sum(dim=1, keepdim=True),
@@ -318,7 +323,7 @@ def base(vertices: np.ndarray, faces: np.ndarray, face_count: int) -> tuple[np.n
         vertices: positions [N, 3].
         faces: vertices of each face, [M, 3].
         face_count: number of faces of the result.
-    Returns: positions [N', 3], float64, and faces [count, 3], int64.
+    Returns: positions [N', 3], float64, and faces [face_count, 3], int64.
     """
     target_count = face_count
     with warnings.catch_warnings():
@@ -342,9 +347,9 @@ def base(vertices: np.ndarray, faces: np.ndarray, face_count: int) -> tuple[np.n
         part_order = np.argsort(
             -np.bincount(part_of_face, weights=areas, minlength=part_count), kind="stable"
         )
-        fits = np.bincount(part_of_face, minlength=part_count)[part_order].cumsum() <= face_count
-        if fits[0]:
-            new_faces = new_faces[np.isin(part_of_face, part_order[fits])]
+        is_selected = np.bincount(part_of_face, minlength=part_count)[part_order].cumsum() <= face_count
+        if is_selected[0]:
+            new_faces = new_faces[np.isin(part_of_face, part_order[is_selected])]
         else:
             # The largest part alone has too many faces, so the largest faces are used.
             new_faces = new_faces[np.argsort(-areas, kind="stable")[:face_count]]
@@ -355,13 +360,13 @@ def base(vertices: np.ndarray, faces: np.ndarray, face_count: int) -> tuple[np.n
 def _bisect(points: np.ndarray, faces: np.ndarray, face_count: int) -> tuple[np.ndarray, np.ndarray]:
     """Bisect the longest edge, and all faces at this edge, until there are `face_count` faces.
 
-    The last bisection may leave a face at the edge undivided. The result are positions [N', 3] and faces
-    [count, 3].
+    The last bisection may leave a face at the edge undivided.
 
     Args:
         points: positions [N, 3].
         faces: vertices of each face, [M, 3].
         face_count: number of faces of the result.
+    Returns: positions [N', 3] and faces [face_count, 3].
     """
     face_list = [tuple(face) for face in faces.tolist()]
     positions = list(points)
@@ -400,9 +405,9 @@ def subdivided(points: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
     edge_vertices = np.sort(faces[:, _EDGES], axis=2).reshape(-1, 2)
     # Faces with a common edge share its midpoint.
     edges, edge_index = np.unique(edge_vertices, axis=0, return_inverse=True)
-    middle = edge_index.reshape(-1, 3) + len(points)  # [M, 3], midpoints of the edges ab, bc, ca
+    midpoint_indices = edge_index.reshape(-1, 3) + len(points)  # [M, 3], midpoints of the edges ab, bc, ca
     a, b, c = faces.T
-    ab, bc, ca = middle.T
+    ab, bc, ca = midpoint_indices.T
     new_faces = np.concatenate(
         [np.stack(corners, axis=1) for corners in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
     )
@@ -410,7 +415,7 @@ def subdivided(points: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def nearest_on(points: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the point on triangles that is nearest to each of Q points.
+    """Find for each of Q points the nearest point on a set of triangles.
 
     Only the NEAR triangles with the nearest centres are considered.
 
@@ -445,7 +450,7 @@ SMALL = 0.1  # area, relative to the mean area of regions, below which a region 
 
 
 @torch.no_grad()
-def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
+def regions(mesh: Mesh, patch_count: int, faces_per_patch: int) -> Plan:
     """Create a plan of P patches with F faces each, which are regions of the surface with similar normals.
 
     Regions start at P faces that are chosen by farthest-point sampling of the centres. A region grows by
@@ -457,16 +462,18 @@ def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
 
     Args:
         mesh: the mesh.
-        patches: number of patches, P.
-        faces: number of faces of a patch, F.
+        patch_count: number of patches, P.
+        faces_per_patch: number of faces of a patch, F.
     """
     triangles = mesh.vertices.detach().double().cpu().numpy()[mesh.faces.cpu().numpy()]  # [M, 3, 3]
-    selected_faces = np.zeros((patches, faces), dtype=np.int64)
-    patch_mask = np.zeros(patches, dtype=bool)
+    selected_faces = np.zeros((patch_count, faces_per_patch), dtype=np.int64)
+    patch_mask = np.zeros(patch_count, dtype=bool)
     if len(triangles):
-        region_of_face = grown(triangles, mesh.faces.cpu().numpy(), patches)
+        region_of_face = grown(triangles, mesh.faces.cpu().numpy(), patch_count)
         region_count = int(region_of_face.max()) + 1
-        selected_faces[:region_count] = _select_faces(triangles, region_of_face, region_count, faces)
+        selected_faces[:region_count] = _select_faces(
+            triangles, region_of_face, region_count, faces_per_patch
+        )
         patch_mask[:region_count] = True
     device = mesh.faces.device
     return Plan(
@@ -478,22 +485,21 @@ def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
     )
 
 
-def grown(triangles: np.ndarray, faces: np.ndarray, patches: int) -> np.ndarray:
-    """Divide faces into regions, and return the index of the region of each face, [M], in 0..min(P, M) - 1.
-
-    Every region has at least one face.
+def grown(triangles: np.ndarray, faces: np.ndarray, max_regions: int) -> np.ndarray:
+    """Divide the faces of a mesh into min(P, M) regions, each with at least one face.
 
     Args:
         triangles: corners [M, 3, 3] of the faces.
         faces: vertices of each face, [M, 3].
-        patches: number of regions, P.
+        max_regions: number of regions, P, if the mesh has at least as many faces.
+    Returns: index of the region of each face, [M], in 0..min(P, M) - 1.
     """
     cross_products = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     double_area = np.linalg.norm(cross_products, axis=1)
     normals = cross_products / np.maximum(double_area, 1e-12)[:, None]
     areas = double_area / 2
     centres = triangles.mean(axis=1)
-    region_count = min(patches, len(faces))
+    region_count = min(max_regions, len(faces))
     face_pairs = neighbours(faces)
     start_faces = farthest_points(torch.from_numpy(centres.T.copy())[None], region_count, "farthest")[
         0
@@ -518,9 +524,9 @@ def neighbours(faces: np.ndarray) -> np.ndarray:
 
 
 def _grow(normals: np.ndarray, face_pairs: np.ndarray, start_faces: np.ndarray) -> np.ndarray:
-    """Grow regions from seeds, and return the index of the region of each face, [M].
+    """Grow regions from their start faces, and return the index of the region of each face, [M].
 
-    Connected parts of the mesh without a seed become regions with the indices P, P + 1, ...
+    Connected parts of the mesh without a start face become regions with the indices P, P + 1, ...
 
     Args:
         normals: normals [M, 3] of the faces.
@@ -534,14 +540,14 @@ def _grow(normals: np.ndarray, face_pairs: np.ndarray, start_faces: np.ndarray) 
     region_of_face[start_faces] = np.arange(len(start_faces))
     normal_sum = normals[start_faces].copy()  # [P, 3], sums of the normals of each region
     min_cosine = SIMILAR
-    # The neighbours of face i are neighbour[start[i] : start[i + 1]].
+    # The neighbours of face i are neighbour_faces[neighbour_starts[i] : neighbour_starts[i + 1]].
     directed_pairs = np.concatenate([face_pairs, face_pairs[:, ::-1]])
     directed_pairs = directed_pairs[np.argsort(directed_pairs[:, 0], kind="stable")]
     neighbour_starts = np.searchsorted(directed_pairs[:, 0], np.arange(len(normals) + 1))
     neighbour_faces = directed_pairs[:, 1]
     new_faces = start_faces
-    # Candidates: region[k] can grow by face[k]. They are neighbours of faces that joined in the last step,
-    # and candidates of earlier steps whose normals were not similar enough.
+    # Region candidate_regions[k] can grow by face candidate_faces[k]. Candidates are neighbours of faces that
+    # joined in the last step, and candidates of earlier steps whose normals were not similar enough.
     candidate_regions = np.zeros(0, dtype=np.int64)
     candidate_faces = np.zeros(0, dtype=np.int64)
     while True:
@@ -650,12 +656,11 @@ def _split(
         region_count: number of regions, at most the number of faces.
     Returns: `region_of_face`.
     """
-    count = int(region_of_face.max()) + 1
-    while count < region_count:
-        region_area = np.bincount(region_of_face, weights=areas, minlength=count)
-        region_area[
-            np.bincount(region_of_face, minlength=count) < 2
-        ] = -1  # a region of one face cannot be halved
+    current_count = int(region_of_face.max()) + 1
+    while current_count < region_count:
+        region_area = np.bincount(region_of_face, weights=areas, minlength=current_count)
+        # A region of one face cannot be halved, so it is never the largest one.
+        region_area[np.bincount(region_of_face, minlength=current_count) < 2] = -1
         region_faces = np.flatnonzero(region_of_face == region_area.argmax())
         # Each face joins the nearer one of two faces that are far apart.
         face_centres = centres[region_faces]
@@ -666,26 +671,26 @@ def _split(
         )
         # If all centres are equal, the last face becomes a new region.
         joins_second[-1] |= not joins_second.any()
-        region_of_face[region_faces[joins_second]] = count
-        count += 1
+        region_of_face[region_faces[joins_second]] = current_count
+        current_count += 1
     return region_of_face
 
 
 def _region_means(region_of_face: np.ndarray, face_values: np.ndarray, region_count: int) -> np.ndarray:
-    """Compute the mean of values [M, 3] over the faces of each of `region_count` regions: [count, 3]."""
+    """Compute the mean of values [M, 3] over the faces of each region: [region_count, 3]."""
     face_counts = np.bincount(region_of_face, minlength=region_count)
-    sums = np.stack(
+    value_sums = np.stack(
         [
             np.bincount(region_of_face, weights=value_column, minlength=region_count)
             for value_column in face_values.T
         ],
         axis=1,
     )
-    return sums / face_counts[:, None]
+    return value_sums / face_counts[:, None]
 
 
 def _select_faces(
-    triangles: np.ndarray, region_of_face: np.ndarray, region_count: int, faces: int
+    triangles: np.ndarray, region_of_face: np.ndarray, region_count: int, faces_per_region: int
 ) -> np.ndarray:
     """Select F faces of each region at equal steps of area, from the centre of the region outwards.
 
@@ -693,8 +698,8 @@ def _select_faces(
         triangles: corners [M, 3, 3] of the faces.
         region_of_face: index of the region of each face, [M].
         region_count: number of regions.
-        faces: number of faces to select, F.
-    Returns: indices of the selected faces, [count, F].
+        faces_per_region: number of faces to select in each region, F.
+    Returns: indices of the selected faces, [region_count, F].
     """
     centres = triangles.mean(axis=1)
     centre_distances = np.linalg.norm(
@@ -711,9 +716,10 @@ def _select_faces(
     first_positions = np.concatenate([[0], last_positions[:-1] + 1])
     start_area = cumulative_area[first_positions] - double_areas[first_positions]
     end_area = cumulative_area[last_positions]
-    # [count, F]: cumulative areas at the middles of F equal steps
+    # [region_count, F]: cumulative areas at the middles of F equal steps
     selection_areas = (
-        start_area[:, None] + (end_area - start_area)[:, None] * (np.arange(faces) + 0.5) / faces
+        start_area[:, None]
+        + (end_area - start_area)[:, None] * (np.arange(faces_per_region) + 0.5) / faces_per_region
     )
     # The clip prevents that a rounding error selects a face of a neighbouring region.
     return face_order[

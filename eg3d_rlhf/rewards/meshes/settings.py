@@ -70,7 +70,9 @@ _rare_train_knob = functools.partial(knob, group=TRAIN, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class MeshRewardTraining:
-    """Settings of a training of RewardCS. With one thread, its result is always the same on the same machine.
+    """Settings of a training of RewardCS.
+
+    With one thread, equal settings give the same result on the same machine.
 
     Raises: ValueError for a value that is outside its range or contradicts another value.
     """
@@ -84,8 +86,8 @@ class MeshRewardTraining:
     )
     data: Path | None = knob(
         None,
-        "File that lists meshes with scores or labels (.jsonl). The training then uses these meshes instead"
-        " of generated ones.",
+        "File that lists meshes (.jsonl), one line per mesh with its path, its prompt, and a score (0 to 5)"
+        " or a label (1 preferred, 0 not). The training then uses these meshes instead of generated ones.",
         DATA,
         metavar="FILE",
         shown="none",
@@ -116,22 +118,32 @@ class MeshRewardTraining:
         choices=PATCHIFIER_NAMES,
     )
     patches: int = _rare_net_knob(64, "Number of patches into which each mesh is divided.", low=4)
-    faces: int = _rare_net_knob(64, "Number of faces of each patch. Must be a power of 4 for maps.", low=1)
+    faces: int = _rare_net_knob(
+        64,
+        "Number of faces of each patch. It must be a power of 4 if patchifier is maps.",
+        low=1,
+    )
     area: str = _rare_net_knob(
         "share",
-        "Unit in which the areas of faces are given to the network: share divides them by the area of the"
-        " mesh, and raw does not.",
+        "Unit in which the network reads the areas of faces: share is the share of the mesh's total area, and"
+        " raw is the area in the squared unit of place, as in MeshMAE.",
         choices=AREAS,
     )
     place: str = _rare_net_knob(
         "centre",
-        "Origin of the coordinates that the network reads: centre is the centre of the surface, box is the"
-        " corner of the bounding box with the smallest coordinates, and world is the world's origin.",
+        "Origin and unit of the coordinates that the network reads. centre: the centre of the surface, and"
+        " the mean distance of the surface from this centre. box: the corner of the bounding box with the"
+        " smallest coordinates, and the longest side of the box; it needs turns=false. world: unchanged"
+        " coordinates.",
         choices=PLACES,
     )
-    width: int = _rare_net_knob(64, "Number of channels of the encoder's tokens.", low=4)
+    width: int = _rare_net_knob(
+        64, "Number of channels of the encoder's tokens, a multiple of the number of heads.", low=4
+    )
     depth: int = _rare_net_knob(3, "Number of transformer blocks of the encoder.", low=0)
-    heads: int = _rare_net_knob(4, "Number of attention heads of the encoder.", low=1)
+    heads: int = _rare_net_knob(
+        4, "Number of attention heads of the encoder. It must divide the width.", low=1
+    )
     divergence: float = knob(
         1.0,
         "Weight lambda of the Cauchy-Schwarz divergence between the embeddings of preferred and other meshes."
@@ -154,8 +166,8 @@ class MeshRewardTraining:
     )
     regression: float = _rare_train_knob(
         25.0,
-        "Weight of the squared error of the predicted score / 5. With 25 the error is measured in units of"
-        " the score (0 to 5).",
+        "Weight of the squared difference between the predicted reward (0 to 1) and the score / 5. With 25,"
+        " the difference is measured in units of the score (0 to 5).",
         above=0,
     )
     steps: int = knob(400, "Number of training steps.", TRAIN, low=1)

@@ -25,7 +25,7 @@ EDGES = tuple(itertools.combinations(range(4), 2))
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """Tetrahedra and their edges.
+    """Lattice of tetrahedra, at whose vertices levels and densities are given.
 
     All tetrahedra (a, b, c, d) are positively oriented: det(b - a, c - a, d - a) > 0.
     """
@@ -43,7 +43,7 @@ class Lattice:
     def from_tetrahedra(
         cls, vertices: torch.Tensor, tetrahedra: torch.Tensor, step: float, axes=None
     ) -> "Lattice":
-        """Create a lattice from tetrahedra. Its border are the vertices on the bounding box.
+        """Create a lattice from tetrahedra. The vertices on the bounding box form its border.
 
         Args:
             vertices: positions [V, 3], world units.
@@ -63,7 +63,7 @@ class Lattice:
         return cls(vertices, tetrahedra, edges, edges_of, step, is_border, axes)
 
     def to(self, device: str | torch.device) -> "Lattice":
-        """Return the lattice on a device. It must be the device of the field."""
+        """Return a copy of the lattice on a device, which must be the device of the evaluated field."""
         tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
@@ -79,7 +79,7 @@ class Lattice:
 
 @functools.lru_cache(maxsize=8)
 def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
-    """Create the lattice of the R^3 cells of a cube.
+    """Create the lattice that divides a cube into R^3 cells, and each cell into 6 tetrahedra.
 
     The order of the vertices is that of their coordinates x, y, z, with z fastest.
 
@@ -165,7 +165,7 @@ def _cases() -> tuple[torch.Tensor, torch.Tensor]:
     return triangles, triangle_counts
 
 
-TRIANGLES, COUNT = _cases()
+TRIANGLES, TRIANGLE_COUNTS = _cases()
 
 
 def marching_tetrahedra(
@@ -219,7 +219,7 @@ def find_cut_edges(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor,
     # On an edge whose levels are almost equal, position and gradient would be rounding errors.
     is_flat = is_cut & ((level[a] - level[b]).abs() < MIN_STEP)
     triangles = TRIANGLES.to(level.device)
-    triangle_counts = COUNT.to(level.device)
+    triangle_counts = TRIANGLE_COUNTS.to(level.device)
     # The number of the case has bit i set if vertex i is inside. [T]
     case_numbers = (is_vertex_inside[lattice.tetrahedra] << torch.arange(4, device=level.device)).sum(dim=1)
     tetrahedra = ((case_numbers > 0) & (case_numbers < 15)).nonzero()[:, 0]
@@ -234,7 +234,7 @@ def find_cut_edges(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor,
 
 
 def crossing_share(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
-    """Return the share [N] in 0..1 of an edge at which the level is 0, counted from end a.
+    """Return the position [N] on each edge at which the level is 0, in 0..1: 0 is end a, 1 is end b.
 
     If the levels at both ends have the same sign, the result is 0 or 1, the end that is closer to the
     surface, without a gradient.
@@ -250,9 +250,9 @@ def crossing_share(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
 
 
 def signed_volume(mesh: Mesh) -> torch.Tensor:
-    """Compute the volume [] that a closed mesh encloses, in world units^3. Differentiable in the vertices.
+    """Compute the volume that a closed mesh encloses, a scalar tensor in world units^3.
 
-    The volume is positive if the faces point outward.
+    The volume is positive if the faces point outward. Differentiable in the vertices.
     """
     # Sum of the signed volumes of the tetrahedra from the origin to each face
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
@@ -385,7 +385,7 @@ def net_mesh(level: torch.Tensor, lattice: Lattice, surface_net: Net | None = No
     Args:
         level: levels [V], negative inside.
         lattice: lattice of the levels.
-        surface_net: net of the level, if it is already computed; None computes it.
+        surface_net: net of the level, if it is already known; None computes the net.
     """
     surface_net = surface_net or net(level.detach(), lattice)
     start_level, end_level = level[surface_net.edges.T]

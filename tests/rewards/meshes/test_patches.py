@@ -223,8 +223,8 @@ def test_a_reader_rebuilds_every_few_steps_and_can_be_resumed():
 
     field = Growing()
     options = PatchOptions(patches=8, faces=8, place="world")
-    read = MeshReader(grid, options, every=3)
-    other = MeshReader(grid, options, every=3)
+    read = MeshReader(grid, options, rebuild_interval=3)
+    other = MeshReader(grid, options, rebuild_interval=3)
     for step in range(7):
         field.radii = (0.2 + 0.02 * step, 0.3)
         edges_before = [held.net.edges for held in read.choices]
@@ -246,7 +246,7 @@ def test_a_reader_rebuilds_every_few_steps_and_can_be_resumed():
 def test_a_surface_that_leaves_its_edges_has_no_gradient():
     grid = cube(6, Bounds())
     level = torch.full((343,), 0.5)
-    read = MeshReader(grid, PatchOptions(patches=4, faces=4, place="world"), every=100)
+    read = MeshReader(grid, PatchOptions(patches=4, faces=4, place="world"), rebuild_interval=100)
 
     class Free:
         bounds = Bounds()
