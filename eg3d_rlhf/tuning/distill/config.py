@@ -29,7 +29,10 @@ _TWIST = rf"(?:-({'|'.join(TWISTS)}))?"  # optional suffix of an arm's name; its
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A distillation method. methods.py adds each method to METHODS, and its presets to PRESETS."""
+    """Registered distillation method: its settings, its guidance, and the models that it accepts.
+
+    methods.py adds each method to METHODS, and its presets to PRESETS.
+    """
 
     settings: type  # dataclass of the method's settings
     # Function that makes the guidance, with the arguments (prior, settings, views=, streams=). It also has
@@ -54,7 +57,7 @@ _rare_opt_knob = functools.partial(knob, group=OPT, rare=True)
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of a comparison: a method, optional controls of its reward, and an optional geometry reward."""
+    """Arm of a comparison: a distillation method, with rewards that may be changed for a control."""
 
     method: str  # name of the method in METHODS
     twist: str | None = None  # control of the reward of images, one of TWISTS; None: the reward is unchanged
@@ -74,9 +77,10 @@ class Arm:
         match = re.fullmatch(pattern, arm_name)
         if match is None:
             raise ValueError(
-                f"{arm_name!r} is not an arm. Write a method ({', '.join(METHODS)}), after it -"
-                f"{' or -'.join(TWISTS)} for a control, and at the end +geometry or"
-                f" +geometry-{' or +geometry-'.join(TWISTS)} for a geometry reward."
+                f"{arm_name!r} is not an arm. An arm is a method ({', '.join(METHODS)}), then"
+                f" -{' or -'.join(TWISTS)} for a control with a changed reward, and at the end +geometry or"
+                f" +geometry-{' or +geometry-'.join(TWISTS)} for a geometry reward. Only the method is"
+                " needed."
             )
         if match[2] and not METHODS[match[1]].accepts_reward:
             raise ValueError(
@@ -249,7 +253,7 @@ class SceneConfig(Knobs):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """All settings that determine the result of a run."""
+    """All settings that determine the result of a score distillation run."""
 
     prompts: tuple[str, ...]  # texts from which assets are made; all are different
     arms: tuple[str, ...]  # names of the arms, see `Arm.name`; a run with one arm is not a comparison

@@ -48,17 +48,17 @@ def perp_neg(
     negative_weights: torch.Tensor,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """Apply Perp-Neg guidance (Armandpour et al. 2023), which moves images away from other views of the
-    prompt.
+    """Apply Perp-Neg guidance (Armandpour et al. 2023), which suppresses wrong viewing directions.
 
-    With p = text - null and q_i = negative_i - null, the result is
-    null + scale (p + sum_i weight_i perpendicular(q_i, p)), [B, C, H, W].
+    With p = text - null and q_i = negative_i - null, the result, [B, C, H, W], is
+
+        null + scale (p + sum_i weight_i perpendicular(q_i, p))
 
     Args:
         text_prediction: [B, C, H, W], prediction for the prompt.
         null_prediction: [B, C, H, W], prediction for the null prompt.
         negative_predictions: [Q, B, C, H, W], predictions for the prompt with other viewing directions.
-        negative_weights: [B, Q], weights of the negatives, <= 0.
+        negative_weights: [B, Q], weights of the negative predictions, <= 0.
         guidance_scale: guidance scale.
     """
     p = text_prediction - null_prediction
@@ -69,23 +69,23 @@ def perp_neg(
     return null_prediction + guidance_scale * (p + torch.stack(weighted_negatives).sum(0))
 
 
-def sds(predicted: torch.Tensor, noise: torch.Tensor, time_weight: torch.Tensor) -> torch.Tensor:
+def sds(predicted_noise: torch.Tensor, noise: torch.Tensor, time_weight: torch.Tensor) -> torch.Tensor:
     """Compute w (p - e), the gradient of score distillation sampling (Poole et al. 2022, equation 3).
 
     Args:
-        predicted: p, predicted noise, [B, C, H, W].
+        predicted_noise: p, predicted noise, [B, C, H, W].
         noise: e, added noise, [B, C, H, W].
         time_weight: w, weight of the time, [B, 1, 1, 1].
     """
     # The Jacobian of the U-Net is omitted as in the paper, because it is expensive to compute and poorly
     # conditioned at small noise levels.
-    return time_weight * (predicted - noise)
+    return time_weight * (predicted_noise - noise)
 
 
 def sjc(
     x: torch.Tensor,
     z: torch.Tensor,
-    predicted: torch.Tensor,
+    predicted_noise: torch.Tensor,
     u: torch.Tensor,
     *,
     variance_reduced: bool = True,
@@ -97,28 +97,30 @@ def sjc(
     Args:
         x: clean latents, [B, C, H, W].
         z: x + u e, latents noised without scaling, [B, C, H, W].
-        predicted: p, predicted noise, [B, C, H, W].
+        predicted_noise: p, predicted noise, [B, C, H, W].
         u: s / a, noise level, [B, 1, 1, 1].
         variance_reduced: True for (x - D) / u, which does not contain the noise u e of z; False for (z - D) /
             u.
     """
-    return ((x if variance_reduced else z) - (z - u * predicted)) / u
+    return ((x if variance_reduced else z) - (z - u * predicted_noise)) / u
 
 
-def image_loss(images: torch.Tensor, decoded: torch.Tensor, image_weight: torch.Tensor) -> torch.Tensor:
+def image_loss(
+    images: torch.Tensor, decoded_images: torch.Tensor, image_weight: torch.Tensor
+) -> torch.Tensor:
     """Compute weight (images - decoded), the gradient of HiFA's loss on images (Zhu et al. 2023), [B, 3, h,
     w].
 
     Args:
         images: rendered images, [B, 3, h, w].
-        decoded: images that the prior estimates, [B, 3, h, w].
+        decoded_images: images that the prior estimates, [B, 3, h, w].
         image_weight: w a / s, [B, 1, 1, 1].
     """
-    return image_weight * (images - decoded)
+    return image_weight * (images - decoded_images)
 
 
 def reconstruction_target(
-    x0: torch.Tensor, x0_text: torch.Tensor, rescale: float, views: int
+    x0: torch.Tensor, x0_text: torch.Tensor, rescale: float, view_count: int
 ) -> torch.Tensor:
     """Compute rescale x0 std(x0_text) / std(x0) + (1 - rescale) x0 (MVDream, arXiv 2308.16512, section 3.3).
 
@@ -128,22 +130,26 @@ def reconstruction_target(
         x0: estimate with guidance, [B, C, H, W].
         x0_text: estimate for the prompt without guidance, [B, C, H, W].
         rescale: strength of the rescaling, 0 to 1.
-        views: number V of views of an asset. Standard deviations are over the views, channels and pixels of
-            an asset.
+        view_count: number V of views of an asset. Standard deviations are over the views, channels and pixels
+            of an asset.
     """
     # One standard deviation per asset, [A]; 1e-8 avoids a division by zero for constant latents.
     std, std_text = (
-        estimate.reshape(estimate.shape[0] // views, -1).std(1) + 1e-8 for estimate in (x0, x0_text)
+        estimate.reshape(estimate.shape[0] // view_count, -1).std(1) + 1e-8 for estimate in (x0, x0_text)
     )
     # From assets [A] to images [B, 1, 1, 1].
-    ratio = (std_text / std).repeat_interleave(views).view(-1, 1, 1, 1)
+    ratio = (std_text / std).repeat_interleave(view_count).view(-1, 1, 1, 1)
     return rescale * (x0 * ratio) + (1 - rescale) * x0
 
 
 def reconstruction(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Compute x - target, the gradient of 0.5 |x - target|^2, which MVDream uses for distillation.
 
-    Unlike the other gradients of this module, it has no weight of the time.
+    Unlike the other gradients of this module, it has no weight that depends on the diffusion time.
+
+    Args:
+        x: clean latents of the render, [B, C, H, W].
+        target: result of `reconstruction_target`, [B, C, H, W].
     """
     return x - target
 
@@ -165,7 +171,7 @@ def reward_weighted(residuals: torch.Tensor, noise_weights: torch.Tensor) -> tor
 
 
 def dreamdpo(
-    predicted: torch.Tensor,
+    predicted_noises: torch.Tensor,
     noise: torch.Tensor,
     noise_weights: torch.Tensor,
     time_weight: torch.Tensor,
@@ -181,8 +187,8 @@ def dreamdpo(
     It then contains no term that keeps the image near the prior.
 
     Args:
-        predicted: p of both noises, [2, B, C, H, W]. The prediction of the loser may have its own guidance
-            scale.
+        predicted_noises: p of both noises, [2, B, C, H, W]. The prediction of the loser may have its own
+            guidance scale.
         noise: e, both added noises, [2, B, C, H, W].
         noise_weights: [2, B]; 1 for the winner, and -1 or 0 for the loser.
         time_weight: w, weight of the time, [B, 1, 1, 1].
@@ -191,34 +197,35 @@ def dreamdpo(
     if not subtract_noise:
         # The factor [1, B, 1, 1, 1] is 1 where both noises have a weight (first formula), else 0.
         noise = noise * (noise_weights != 0).all(0).view(1, -1, 1, 1, 1)
-    return time_weight * reward_weighted(predicted - noise, noise_weights)
+    return time_weight * reward_weighted(predicted_noises - noise, noise_weights)
 
 
 def psd(
     residuals: torch.Tensor,
-    win: torch.Tensor,
-    lose: torch.Tensor,
+    win_prediction: torch.Tensor,
+    lose_prediction: torch.Tensor,
     noise_win: torch.Tensor,
     noise_lose: torch.Tensor,
     *,
     strength: torch.Tensor,
     time_weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute mean_k residual_k + strength w [(q - e)_win - (q - e)_lose], [B, C, H, W].
+    """Compute the gradient of preference score distillation (PSD, arXiv 2603.01594), [B, C, H, W].
 
-    This is the gradient of preference score distillation (PSD, arXiv 2603.01594). Its formula is our
-    reconstruction, because the text of the paper was not available.
+    The gradient is mean_k residual_k + strength w [(q - e)_win - (q - e)_lose], where q is the noise
+    prediction whose image was ranked. This formula is our reconstruction, because the text of the paper was
+    not available.
 
     Args:
         residuals: gradients of score distillation of the K noises, already multiplied by w, [K, B, C, H, W].
-        win: q of the winner, the prediction whose image was ranked, [B, C, H, W].
-        lose: q of the loser, [B, C, H, W].
+        win_prediction: q of the winner, [B, C, H, W].
+        lose_prediction: q of the loser, [B, C, H, W].
         noise_win: e of the winner, [B, C, H, W].
         noise_lose: e of the loser, [B, C, H, W].
         strength: [B], the setting eta times a function of the gap between the scores.
         time_weight: w, weight of the time, [B, 1, 1, 1].
     """
-    preference_term = time_weight * ((win - noise_win) - (lose - noise_lose))
+    preference_term = time_weight * ((win_prediction - noise_win) - (lose_prediction - noise_lose))
     return residuals.mean(0) + strength.view(-1, 1, 1, 1) * preference_term
 
 
@@ -269,24 +276,24 @@ def distillation_loss(
     return loss + target_loss(images, guidance_output.image_grad)
 
 
-def norm_per_asset(grad: torch.Tensor, views: int) -> torch.Tensor:
+def norm_per_asset(grad: torch.Tensor, view_count: int) -> torch.Tensor:
     """Return the norm of each asset's gradient over all its views, [A].
 
     Args:
         grad: [B, ...], gradient of the images.
-        views: number V of views of an asset.
+        view_count: number V of views of an asset.
     """
     # The views of an asset are adjacent: [B, ...] = [A V, ...] to [A, V ...].
-    return grad.reshape(grad.shape[0] // views, -1).norm(dim=1)
+    return grad.reshape(grad.shape[0] // view_count, -1).norm(dim=1)
 
 
 class Window:
-    """Numbers of the last steps of a run, which checkpoints store.
+    """Tensor with numbers of the last steps of a run, which checkpoints store.
 
     Args:
         window: largest number of steps whose numbers are kept.
-        rows: initial numbers; the newest step is last.
-        state_key: key of the numbers in the state dict.
+        rows: initial tensor of numbers, whose newest step is last.
+        state_key: key of the tensor in the state dict.
     """
 
     def __init__(self, window: int, rows: torch.Tensor, state_key: str):
@@ -386,8 +393,7 @@ class History(Window):
 
 
 def digits(loss: float) -> int:
-    """Count the characters before the decimal point of the printed number, as DreamReward's released code
-    does.
+    """Count the characters before the decimal point of str(loss), as DreamReward's released code does.
 
     Examples: 12.5 gives 2, 9.5e-05 gives 1, and 1e-05 gives 5, because its text contains no decimal point.
     The presets of the released code depend on this behaviour.

@@ -99,17 +99,17 @@ def join_assets(batches: Sequence[Asset]) -> Asset:
 
 
 def write_images(
-    assets_by_arm: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, show: int
+    assets_by_arm: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, shown_limit: int
 ) -> None:
-    """Write grid.png, turntable.mp4 and the meshes of the first `show` assets of all arms.
+    """Write grid.png, turntable.mp4 and the meshes of the first `shown_limit` assets of all arms.
 
     Args:
         assets_by_arm: name of an arm -> its assets.
         pairs: (prompt, seed) of each asset.
         folder: folder of the run.
-        show: number of assets to show. With 0, nothing is written.
+        shown_limit: number of assets to show. With 0, nothing is written.
     """
-    shown_count = min(show, len(pairs))
+    shown_count = min(shown_limit, len(pairs))
     if not shown_count:
         return
     shown_assets = {
@@ -158,27 +158,27 @@ def write_images(
 
 
 @torch.no_grad()
-def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
+def turns(asset: Asset, frame_count: int) -> Iterator[list[np.ndarray]]:
     """Yield the frames of a full turn around assets, in front of a white background.
 
     Args:
         asset: assets to show.
-        frames: number of frames. With 1, the only frame is a view 30 degrees from the front.
+        frame_count: number of frames. With 1, the only frame is a view 30 degrees from the front.
     Yields: list with one image for each asset, [R, R, 3] uint8. R is at least CELL.
     """
     render_size = min(128, 3 * asset.samples // 2)  # a higher resolution would only show interpolation
     device = next(asset.parameters()).device
-    if frames == 1:
+    if frame_count == 1:
         # The second of twelve views around the asset is 30 degrees from the front.
         cameras = evenly_around(1, 12, **FINISHED).cameras[1:2]
     else:
-        cameras = evenly_around(1, frames, **FINISHED).cameras
+        cameras = evenly_around(1, frame_count, **FINISHED).cameras
     enlargement = -(-CELL // render_size)  # CELL / pixels, rounded up
     for camera in cameras.to(device):
         # One camera for all assets.
-        rendered = render_each(asset, [camera[None]], RenderOptions(resolution=render_size))[0]
+        rendered_views = render_each(asset, [camera[None]], RenderOptions(resolution=render_size))[0]
         # `raw` is in -1..1, where -1 is black: adding 2 (1 - opacity) makes transparent pixels white.
-        images_on_white = (rendered.raw + (1 - rendered.opacity) * 2).clamp(-1, 1)
+        images_on_white = (rendered_views.raw + (1 - rendered_views.opacity) * 2).clamp(-1, 1)
         images_on_white = images_on_white.repeat_interleave(enlargement, dim=2).repeat_interleave(
             enlargement, dim=3
         )
@@ -356,8 +356,8 @@ def plot_wins(table_data: Mapping):
 def plot_curves(curve_data: Mapping):
     """Plot each metric over the steps, in a panel of its own with one line per arm."""
     metrics = list(curve_data["curves"])
-    panel_rows = -(-len(metrics) // 2)  # two panels per row, rounded up
-    figure, axes = style.figure(columns=2, rows=panel_rows, size=(9.4, 2.4 * panel_rows))
+    panel_row_count = -(-len(metrics) // 2)  # two panels per row, rounded up
+    figure, axes = style.figure(columns=2, rows=panel_row_count, size=(9.4, 2.4 * panel_row_count))
     # matplotlib returns an array of panels, but a single panel as itself.
     panels = axes.ravel() if hasattr(axes, "ravel") else [axes]
     # strict=False: with an odd number of metrics there is one panel more.

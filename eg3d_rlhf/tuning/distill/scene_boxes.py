@@ -136,11 +136,11 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """
     is_head = torch.tensor([box_prompts.prompt_of(prompt).kind == "janus" for prompt in prompts])
     nose_counts = noses(asset).cpu()  # [A], also of boxes, for which they are not used
-    has_count = {"no nose": nose_counts == 0, "one nose": nose_counts == 1, "more": nose_counts > 1}
+    mask_by_measure = {"no nose": nose_counts == 0, "one nose": nose_counts == 1, "more": nose_counts > 1}
     return {
         **{
-            measure_name: torch.where(is_head, has_this_count.double(), torch.nan)
-            for measure_name, has_this_count in has_count.items()
+            measure_name: torch.where(is_head, has_nose_count.double(), torch.nan)
+            for measure_name, has_nose_count in mask_by_measure.items()
         },
         "preferred sides": torch.where(is_head, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
         "rms": -plausibility(asset)(prompts).double(),  # plausibility is minus this difference

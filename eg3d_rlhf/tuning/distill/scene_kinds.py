@@ -79,8 +79,8 @@ def check_boxes(
     # `pairs` alternates between the two kinds of prompts; dict.fromkeys removes repeated prompts and keeps
     # the order.
     used_prompts = prompts or tuple(dict.fromkeys(prompt for prompt, _ in box_prompts.pairs(1)))
-    default_assets = box_prompts.SEEDS if comparison and not prompts else 1
-    return used_prompts, assets or default_assets
+    default_asset_count = box_prompts.SEEDS if comparison and not prompts else 1
+    return used_prompts, assets or default_asset_count
 
 
 def check_heads(
@@ -97,8 +97,8 @@ def check_heads(
     Raises: ValueError for a prompt of another form.
     """
     head_numbers(prompts)  # raises ValueError for a prompt of another form
-    default_assets = HEAD_SEEDS if comparison and not prompts else 1
-    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or default_assets
+    default_asset_count = HEAD_SEEDS if comparison and not prompts else 1
+    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or default_asset_count
 
 
 def open_boxes(settings: "DistillSettings", device: "torch.device") -> "Scene":

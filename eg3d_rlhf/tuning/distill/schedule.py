@@ -122,10 +122,15 @@ class NoiseSchedule:
     def ddim_step(
         self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, earlier_t: torch.Tensor
     ) -> torch.Tensor:
-        """Return the latents at times earlier_t [B], from latents x_t at times t [B] and their predicted
-        noise.
+        """Compute one DDIM step from latents x_t at times t [B] to earlier times earlier_t [B].
 
         No new noise is added (DDIM, Song et al. 2020, equation 12 with sigma = 0).
+
+        Args:
+            x_t: [B, C, H, W], latents at the times t.
+            noise: [B, C, H, W], predicted noise of x_t.
+            t: [B] integers in 0..999.
+            earlier_t: [B] integers in 0..999, times of the result.
         """
         return self.mix(self.x0(x_t, noise, t), noise, earlier_t)
 
@@ -185,7 +190,7 @@ def draw_times(
 def ddim_times(
     time_count: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading"
 ) -> list[int]:
-    """Return n decreasing times in 0..999, from the start to the end of a DDIM chain.
+    """Return `time_count` decreasing times in 0..999, from the start to the end of a DDIM chain.
 
     Args:
         time_count: number of times.

@@ -32,8 +32,9 @@ class Ramp:
         steps = [step for step, _ in self.knots()] if has_valid_length else []
         if not has_valid_length or not all(math.isfinite(number) for number in ramp_numbers):
             raise ValueError(
-                f"Ramp: {self.spec} is not a ramp. Write a number, v0,v1,s1 or s0,v0,v1,s1, which is linear"
-                " from v0 at step s0 to v1 at step s1, or append further pairs v2,s2."
+                f"Ramp: {self.spec} is not a ramp. Write one number; or s0,v0,v1,s1, which is linear from v0"
+                " at step s0 to v1 at step s1, and append v2,s2 for a further linear piece; or v0,v1,s1,"
+                " which starts at step 0."
             )
         if any(next_step <= step for step, next_step in itertools.pairwise(steps)):
             raise ValueError(

@@ -117,12 +117,12 @@ class DreamReward(Rewarded):
         denoiser = self.denoiser
         settings = self.settings
         with torch.no_grad():
-            rendered = denoiser.prior.decode(x) if images is None else images
+            rendered_images = denoiser.prior.decode(x) if images is None else images
             # [B, 1, 1, 1]. At large times the estimate is blurred, so the render is scored in its place.
             uses_estimate = (t <= settings.x0_until).view(-1, 1, 1, 1).to(x.device) & (not reward_only)
-            scored_images = rendered
+            scored_images = rendered_images
             if uses_estimate.any():
-                scored_images = torch.where(uses_estimate, denoiser.prior.decode(x0), rendered)
+                scored_images = torch.where(uses_estimate, denoiser.prior.decode(x0), rendered_images)
         # A leaf of a new graph, which contains the reward only, and neither the decoder nor the renderer.
         scored_images = scored_images.detach().requires_grad_()
         with torch.enable_grad():

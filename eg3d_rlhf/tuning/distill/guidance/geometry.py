@@ -41,9 +41,9 @@ from training.storage import read_meta
 
 @runtime_checkable
 class GeometryReward(Protocol):
-    """Interface of a reward of the density or of the surface of shapes.
+    """Interface of a reward that scores the geometry of shapes, from their density or their surface.
 
-    Its score is differentiable in the parameters of the field.
+    The score is differentiable in the parameters of the shapes.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
@@ -129,13 +129,13 @@ def shuffle_weights(geometry: GeometryReward, seed: int) -> GeometryReward:
             "+geometry-random cannot be used with a --geometry-reward in closed form, which has no weights to"
             " shuffle. Use a learned reward, or remove that arm from --compare."
         )
-    shuffled = copy.deepcopy(geometry.reward)
+    shuffled_reward = copy.deepcopy(geometry.reward)
     # The permutations are generated on the CPU, so that they do not depend on the device.
     rng = torch.Generator().manual_seed(seed)
-    for weight in shuffled.parameters():
+    for weight in shuffled_reward.parameters():
         permutation = torch.randperm(weight.numel(), generator=rng).to(weight.device)
         weight.copy_(weight.flatten()[permutation].view_as(weight))
-    return dataclasses.replace(geometry, reward=shuffled)
+    return dataclasses.replace(geometry, reward=shuffled_reward)
 
 
 class ProgressiveGeometry:
@@ -282,7 +282,7 @@ GEOMETRY_REWARDS.add("solid", NamedGeometry(SolidGeometry))
 
 
 def load_geometry(name_or_path: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:
-    """Return a function that makes the reward of --geometry-reward, or None for the value none.
+    """Return a function that makes the reward named by --geometry-reward, or None for the value none.
 
     Args:
         name_or_path: value of --geometry-reward: none; sigma, the bundled reward of densities; a name in

@@ -177,8 +177,8 @@ class Psd(Ranked):
             else:
                 # The preference loss compares the prediction for n with the prediction for n0.
                 with torch.no_grad():
-                    reference = denoiser.predict(x_t, t, initial_conditioning, cameras).null
-                objective = -self._preference_loss(prediction.null, reference, noise, ranks)
+                    reference_prediction = denoiser.predict(x_t, t, initial_conditioning, cameras).null
+                objective = -self._preference_loss(prediction.null, reference_prediction, noise, ranks)
             # A sum over assets: the objective of an asset depends on its own null embedding only.
             grad = torch.autograd.grad(objective.sum(), n)[0].nan_to_num()
         # The length of the step and the radius of the ball are multiples of |n0|, so that the same settings
@@ -188,12 +188,12 @@ class Psd(Ranked):
         # The root mean square of the gradient is limited to 1. A smaller gradient is not enlarged.
         grad = grad / (grad.flatten(1).norm(dim=1).view(-1, 1, 1) / entry_count**0.5).clamp_min(1.0)
         # Gradient ascent on the objective.
-        moved = n.detach() + settings.negative_rate * initial_norm / entry_count**0.5 * grad - n0
-        moved_norm = moved.flatten(1).norm(dim=1).view(-1, 1, 1)
+        null_change = n.detach() + settings.negative_rate * initial_norm / entry_count**0.5 * grad - n0
+        change_norm = null_change.flatten(1).norm(dim=1).view(-1, 1, 1)
         # Projection onto the ball about n0 with the radius negative_ball |n0|.
-        self.moved = moved * (settings.negative_ball * initial_norm / moved_norm.clamp_min(1e-30)).clamp_max(
-            1.0
-        )
+        self.moved = null_change * (
+            settings.negative_ball * initial_norm / change_norm.clamp_min(1e-30)
+        ).clamp_max(1.0)
 
     def _mean_reward(
         self, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction, prompts: list[str]
@@ -217,7 +217,11 @@ class Psd(Ranked):
         return denoiser.per_asset(scores).mean(0) / std
 
     def _preference_loss(
-        self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks
+        self,
+        null_prediction: torch.Tensor,
+        reference_prediction: torch.Tensor,
+        noise: torch.Tensor,
+        ranks: Ranks,
     ) -> torch.Tensor:
         """Return the preference loss of delta = (r - m)_win - (r - m)_lose for each asset, [A].
 
@@ -227,13 +231,13 @@ class Psd(Ranked):
         noise better if n describes that image less. The loss is 0 for assets without an answer of the judge.
 
         Args:
-            null: [2, B, C, H, W], predictions with n.
-            reference: [2, B, C, H, W], predictions with n0.
+            null_prediction: [2, B, C, H, W], predictions with n.
+            reference_prediction: [2, B, C, H, W], predictions with n0.
             noise: [2, B, C, H, W], added noises.
             ranks: result of the ranking.
         """
-        reference_error = (reference - noise).square().flatten(2).mean(2)  # [2, B]
-        prediction_error = (null - noise).square().flatten(2).mean(2)  # [2, B]
+        reference_error = (reference_prediction - noise).square().flatten(2).mean(2)  # [2, B]
+        prediction_error = (null_prediction - noise).square().flatten(2).mean(2)  # [2, B]
         # r - m, positive where n predicts the noise better than n0. From images [2, B] to ranked units, [N]
         # each.
         improvement = (reference_error - prediction_error).unflatten(1, (len(ranks.winner), -1)).mean(2)
@@ -243,7 +247,7 @@ class Psd(Ranked):
         )
         loss = preference_loss(delta, beta=NEGATIVE_BETA) * (ranks.winner >= 0)
         # From ranked units [N] to assets [A]: the mean over the views if these were ranked separately.
-        return loss.unflatten(0, (null.shape[1] // self.denoiser.views, -1)).mean(1)
+        return loss.unflatten(0, (null_prediction.shape[1] // self.denoiser.views, -1)).mean(1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the scores of the last steps, and "moved", n - n0, after the first update of n."""

@@ -77,8 +77,8 @@ class RewardSds(Rewarded):
     ) -> torch.Tensor:
         """Denoise latents by several DDIM steps (RewardSDS's exploration).
 
-        The setting explore_steps is the number of evenly spaced times in 0..999. The steps start at t and
-        pass through those of these times that are smaller than t.
+        The setting explore_steps is a number of evenly spaced times in 0..999. Denoising starts at t, and
+        continues at each of the evenly spaced times that is smaller than t.
 
         Args:
             x_t: [K, B, C, H, W], noised latents.

@@ -16,9 +16,10 @@ from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Rewarded, reward_
 
 
 class Sds(Guided):
-    """Score distillation sampling: the mean over K noises of w(t) (p - e), see gradients.py.
+    """Score distillation sampling: the mean over K noises of w(t) (p - e).
 
-    The setting `form` selects other formulas than w(t) (p - e).
+    Here w(t) is the weight of the diffusion time, p the predicted noise and e the added noise. The setting
+    `form` selects other formulas, see gradients.py.
     """
 
     @torch.no_grad()
@@ -68,10 +69,10 @@ class BestOfN(Rewarded, Sds):
 
     @torch.no_grad()
     def best(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor) -> list[int]:
-        """Return the indices of the assets to keep, [A].
+        """Return the indices of the assets to keep, [A]: the best of the S starts of each asset.
 
-        For each of them it is the start with the largest mean reward over its views, and the first of such
-        starts if several have the same mean.
+        The best start has the largest mean reward over its views. If several starts have this mean, the first
+        one is kept.
 
         Args:
             images: [S A V, 3, h, w] in 0..1, renders of the finished assets.
@@ -84,7 +85,7 @@ class BestOfN(Rewarded, Sds):
             self.reward, images[None], reward_prompts(self.reward, prompts, cameras)
         )
         scores = denoiser.per_asset(image_scores)[0]  # [S A]
-        starts = self.settings.starts
-        assets = len(scores) // starts
-        best_starts = scores.unflatten(0, (starts, assets)).argmax(0).cpu()  # [A]
-        return (best_starts * assets + torch.arange(assets)).tolist()
+        start_count = self.settings.starts
+        asset_count = len(scores) // start_count
+        best_starts = scores.unflatten(0, (start_count, asset_count)).argmax(0).cpu()  # [A]
+        return (best_starts * asset_count + torch.arange(asset_count)).tolist()

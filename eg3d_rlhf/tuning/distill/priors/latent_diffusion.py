@@ -145,21 +145,21 @@ class LatentPrior:
         return (0.5 * images + 0.5).clamp(0, 1)
 
     def _each(self, process: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        """Return function(batch) for images or latents [B, ...].
+        """Return process(batch) for a batch of images or latents [B, ...].
 
         With checkpointing, the images of the batch are processed one by one, so that the activations of only
         one image are in memory.
         """
         if not self.options.checkpointing:
             return process(batch)
-        processed = []
+        processed_images = []
         for image in batch.split(1):
             # torch's checkpoint is needed for tensors with a gradient only.
             if image.requires_grad:
-                processed.append(checkpoint(process, image, use_reentrant=False))
+                processed_images.append(checkpoint(process, image, use_reentrant=False))
             else:
-                processed.append(process(image))
-        return torch.cat(processed)
+                processed_images.append(process(image))
+        return torch.cat(processed_images)
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
         """Return the embeddings of B prompts, [B, T, D].
@@ -328,8 +328,10 @@ class ViewAttention:
         pixels = hidden_states.shape[1]
         # [A V, pixels, D] to [A, V pixels, D], and back below.
         joined_states = hidden_states.unflatten(0, (-1, self.views)).flatten(1, 2)
-        attended = self.inner(attn, joined_states, encoder_hidden_states=encoder_hidden_states, **arguments)
-        return attended.unflatten(1, (self.views, pixels)).flatten(0, 1)
+        attended_states = self.inner(
+            attn, joined_states, encoder_hidden_states=encoder_hidden_states, **arguments
+        )
+        return attended_states.unflatten(1, (self.views, pixels)).flatten(0, 1)
 
 
 def join_views(unet: Any, views: int = VIEWS) -> Any:
@@ -456,7 +458,7 @@ def _text(
         # Stable Diffusion 2 and MVDream use the output of the last layer but one, so the last layer is left
         # out.
         layers = count(open_clip_state, "transformer.resblocks.") - 1
-        activation = "gelu"
+        activation_name = "gelu"
         if layers < 1:
             raise ValueError(
                 f"{who}: the text encoder has {layers + 1} layers, but needs at least 2. Download the file"
@@ -465,13 +467,13 @@ def _text(
         text_state = to_transformers_text(open_clip_state, layers)
     else:
         layers = count(text_state, "text_model.encoder.layers.")
-        activation = "quick_gelu"
+        activation_name = "quick_gelu"
     vocabulary, width = shape_of(text_state, "text_model.embeddings.token_embedding.weight", who, 2)
     config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": layers,
-        "hidden_act": activation,
+        "hidden_act": activation_name,
         "projection_dim": width,
         "num_attention_heads": max(
             width // 64, 1
@@ -524,7 +526,7 @@ def mvdream_file(path: Path) -> Path | None:
     """Return the path of MVDream's file, or None for a Stable Diffusion folder.
 
     Args:
-        path: path of the file, of a folder that contains only this file with weights, or of a Stable
+        path: path of MVDream's file, of a folder in which it is the only file with weights, or of a Stable
             Diffusion folder.
     Raises: ValueError if the path names neither, or if diffusers or transformers is not installed.
     """
@@ -553,13 +555,13 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
     )
 
 
-def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs:
+def latent_costs(prior: LatentPrior, image_count: int, noise_count: int = 1) -> Costs:
     """Estimate the memory of one step with a latent diffusion prior, by running its methods on fake tensors.
 
     Args:
         prior: prior whose networks are on the meta device. It is changed.
         image_count: number B of images in a step.
-        noises: number K of noises of the method.
+        noise_count: number K of noises of the method.
     Returns: memory of the weights, and peak memory of each stage of a step.
     """
     trace = MemoryTrace()
@@ -582,9 +584,9 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
         t = torch.zeros(batch, dtype=torch.long)
         return x, prior.predict_noise(x, t, torch.empty(batch, CLIP_TOKENS, width), cameras)
 
-    def backward(x: torch.Tensor, output: torch.Tensor):
+    def backward(x: torch.Tensor, output_tensor: torch.Tensor):
         # empty_like: the memory of the incoming gradient counts, and its values do not matter.
-        return torch.autograd.grad(output, x, torch.empty_like(output))
+        return torch.autograd.grad(output_tensor, x, torch.empty_like(output_tensor))
 
     def encode():
         images = torch.empty(image_count, 3, pixels, pixels, requires_grad=True)
@@ -592,8 +594,8 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
 
     stages = {
         f"encode {image_count} images of {pixels}^2, and backward": encode,
-        f"noise of {2 * noises * image_count} latents of {side}^2 (text and null)": torch.no_grad()(
-            lambda: predict(2 * noises * image_count, False)
+        f"noise of {2 * noise_count * image_count} latents of {side}^2 (text and null)": torch.no_grad()(
+            lambda: predict(2 * noise_count * image_count, False)
         ),
         f"decode {image_count} images for a reward": torch.no_grad()(
             lambda: prior.decode(torch.empty(image_count, channels, side, side))
@@ -611,7 +613,7 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
 
 
 def prior_costs(
-    path: str | Path, image_count: int, options: PriorOptions | None = None, noises: int = 1
+    path: str | Path, image_count: int, options: PriorOptions | None = None, noise_count: int = 1
 ) -> Costs:
     """Estimate the memory of a step with a prior, without loading its networks.
 
@@ -619,7 +621,7 @@ def prior_costs(
         path: path of the prior, as for `load_prior`.
         image_count: number B of images in a step.
         options: device and precision; None uses the defaults of `PriorOptions`.
-        noises: number K of noises of the method.
+        noise_count: number K of noises of the method.
     Returns: memory of the weights, and peak memory of each stage of a step.
     Raises: the errors of `load_prior`; ValueError if the prior cannot process B images.
     """
@@ -636,5 +638,7 @@ def prior_costs(
         networks, _ = mvdream_networks(read(weights_file, FLAG), f"{FLAG}: {weights_file.name}")
     check_views(image_count, prior_class.views)
     return latent_costs(
-        prior_class(networks, None, torch.empty(1000, device="meta"), "epsilon", options), image_count, noises
+        prior_class(networks, None, torch.empty(1000, device="meta"), "epsilon", options),
+        image_count,
+        noise_count,
     )

@@ -207,15 +207,15 @@ class TinyPrior:
         Raises: ValueError for a prompt that is not in the training data.
         """
         del directions
-        table_rows = {text: row for row, text in enumerate(self.network.prompts)}
-        table_rows[""] = len(self.network.prompts)
-        untrained_prompts = [text for text in prompts if text not in table_rows]
+        row_by_text = {text: row for row, text in enumerate(self.network.prompts)}
+        row_by_text[""] = len(self.network.prompts)
+        untrained_prompts = [text for text in prompts if text not in row_by_text]
         if untrained_prompts:
             raise ValueError(
                 f"--prompt: this prior was not trained on {untrained_prompts[0]!r}. Use a prompt of its"
                 f" training data, such as {self.network.prompts[0]!r}."
             )
-        return self.network.table.weight[[table_rows[text] for text in prompts]][:, None]
+        return self.network.table.weight[[row_by_text[text] for text in prompts]][:, None]
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
@@ -261,8 +261,8 @@ class TinyPrior:
 
 
 def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
-    """Read the prior from a file, by default the bundled prior. Raises: ValueError if the file contains no
-    prior.
+    """Read a `TinyPrior` from a file, by default the bundled file. Raises: ValueError if the file contains
+    none.
     """
     tensors, metadata = read_tensors(path, FILE_KIND)
     network = TinyUNet(TinySizes(**metadata["sizes"]), metadata["prompts"])
