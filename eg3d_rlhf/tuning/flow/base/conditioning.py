@@ -26,8 +26,7 @@ Condition = torch.Tensor | Mapping[str, torch.Tensor]
 def each(
     transform: Callable[..., torch.Tensor], condition: Condition, *other_conditionings: Condition
 ) -> Condition:
-    """Apply a function to each tensor of a conditioning, together with the same tensors of other
-    conditionings.
+    """Apply a function to the tensors of one or more conditionings, name by name.
 
     Args:
         transform: function of one tensor of `condition` and the tensors of the same name in
@@ -95,9 +94,7 @@ def expanded(empty: Condition, condition: Condition) -> Condition:
 
 
 def where(mask: torch.Tensor, if_true: Condition, if_false: Condition) -> Condition:
-    """Return a conditioning whose rows are those of `if_true` where mask [N] is True, and those of `if_false`
-    elsewhere.
-    """
+    """Return the rows of `if_true` where mask [N] is True, and the rows of `if_false` elsewhere."""
     # The mask is viewed as [N, 1, ..., 1], so that it broadcasts over the other dimensions of each tensor.
     return each(
         lambda true_rows, false_rows: torch.where(
@@ -123,10 +120,10 @@ SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")  # formats of files with embe
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Embeddings of prompts.
+    """Embeddings of prompts, with the empty conditioning for classifier-free guidance.
 
-    Classifier-free guidance needs an empty conditioning. For images it is zeros. For texts it is the
-    embedding of '', which must then be among the embeddings.
+    The empty conditioning is zeros for images. For texts it is the embedding of '', which must then be among
+    the embeddings.
 
     Raises: ValueError if the embeddings have different shapes or are not finite, or if that of '' is missing.
     """
@@ -238,8 +235,9 @@ class Conditioning:
 
 
 def form_of(condition: Condition | None) -> Any:
-    """Return the shape of a conditioning as a list; or name of a tensor -> shape, sorted by name; or [] for
-    None.
+    """Return the shape of a conditioning as a list, or name of a tensor -> shape; [] for None.
+
+    The names of tensors are sorted.
     """
     if condition is None or isinstance(condition, torch.Tensor):
         return [] if condition is None else list(condition.shape)
@@ -355,11 +353,11 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"array: there is no file {path}. Name an existing file.")
     try:
-        loaded = _READERS[path.suffix](path)
+        loaded_content = _READERS[path.suffix](path)
     except KeyError:
         raise ValueError(
             f"{path}: expected a file of type {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}."
-            " Convert it."
+            " Convert the file to one of these types."
         ) from None
     except (ValueError, EOFError, OSError) as error:
         # Messages of libraries have several lines, of which the first one is shown.
@@ -368,8 +366,8 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
             f"{path}: the file is damaged, or contains something else than an array ({error_summary})."
             " Restore it from a copy, or save the array again."
         ) from None
-    if isinstance(loaded, Mapping):
-        array_names = list(loaded)
+    if isinstance(loaded_content, Mapping):
+        array_names = list(loaded_content)
         # The name of an only array does not matter.
         array_name = key if key in array_names else array_names[0] if len(array_names) == 1 else None
         if array_name is None:
@@ -377,10 +375,12 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
                 f"{path}: expected one array{f' named {key}' if key else ''}, got {_listed(array_names)}."
                 f" Save the array {'under that name' if key else 'alone'}."
             )
-        loaded = loaded[array_name]
-    if not isinstance(loaded, torch.Tensor):
-        raise ValueError(f"{path}: expected an array, got {type(loaded).__name__}. Save the tensor alone.")
-    return loaded
+        loaded_content = loaded_content[array_name]
+    if not isinstance(loaded_content, torch.Tensor):
+        raise ValueError(
+            f"{path}: expected an array, got {type(loaded_content).__name__}. Save the tensor alone."
+        )
+    return loaded_content
 
 
 def _npz(path: Path) -> dict[str, torch.Tensor]:

@@ -130,10 +130,10 @@ def trajectory(
     device = tensor_of(cond).device
     assert sample_count == count(noise)
     if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, sample_count)):
-        given_rows = "None" if no_cond is None else f"{rows(no_cond)} rows"
+        given_rows_text = "None" if no_cond is None else f"{rows(no_cond)} rows"
         raise ValueError(
             f"sample(no_cond): guidance needs the empty conditioning with 1 or {sample_count} rows, got"
-            f" {given_rows}. Pass it, or set cfg_strength=0."
+            f" {given_rows_text}. Pass it, or set cfg_strength=0."
         )
     x = noise.to(device)
     all_times = times(sampling)
@@ -207,8 +207,10 @@ def rescaled_velocity(
     x_0_guided = path.data(x, t, v)
     x_0_unguided = path.data(x, t, unguided_v)
     # [N]. strength * (rescaled x_0) + (1 - strength) * x_0 is x_0 times this factor.
-    factor = strength * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - strength
-    return path.velocity_to(x, t, with_feats(x_0_guided, spread(factor, x_0_guided) * feats_of(x_0_guided)))
+    rescale_factor = strength * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - strength
+    return path.velocity_to(
+        x, t, with_feats(x_0_guided, spread(rescale_factor, x_0_guided) * feats_of(x_0_guided))
+    )
 
 
 def std_per_sample(batch: Batch) -> torch.Tensor:
@@ -222,10 +224,10 @@ def std_per_sample(batch: Batch) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(network: torch.nn.Module) -> Iterator[None]:
     """Set a network to eval mode within the context, and restore the mode of every module afterwards."""
     # Each module has its own mode: frozen parts may be in eval mode inside a network in training mode.
-    training_modules = [module for module in model.modules() if module.training]
+    training_modules = [module for module in network.modules() if module.training]
     for module in training_modules:
         module.training = False
     try:
@@ -271,8 +273,8 @@ def generate(
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None to use the stages' own networks.
         batch: number of assets that are generated together, which bounds the memory.
-        stages_given: name of one stage -> N outputs of the stages before it, as `voxels_for` returns them.
-            These stages are then not sampled. None: all stages are sampled.
+        stages_given: name of one stage -> its N inputs, as `voxels_for` returns them. The stages before it
+            are then not sampled. None: all stages are sampled.
     Raises: ValueError for the name of a stage that the pipeline does not have, or for a structure without
     voxels.
     """
@@ -286,8 +288,8 @@ def generate(
     # The last stage is separate, because its latents are decoded.
     *inner_stages, last_stage = stages_with(pipeline, models)[stage_names.index(first_stage) :]
     assets: list[Asset] = []
-    for start in range(0, len(seeds), batch):
-        batch_slice = slice(start, start + batch)
+    for first_index in range(0, len(seeds), batch):
+        batch_slice = slice(first_index, first_index + batch)
         last_input = _sample_stages(
             pipeline, inner_stages, prompts[batch_slice], seeds[batch_slice], stage_inputs[batch_slice]
         )
@@ -304,9 +306,9 @@ def voxels_for(
     models: Models | None = None,
     batch: int = 16,
 ) -> list[Voxels]:
-    """Sample the stages before a stage, and return their N outputs.
+    """Sample the stages before the stage named `stage`, and return its N inputs.
 
-    With these outputs as `stages_given` of `generate`, several networks of the stage can be compared without
+    With these inputs as `stages_given` of `generate`, several networks of the stage can be compared without
     sampling the earlier stages again.
 
     Args:
@@ -320,8 +322,8 @@ def voxels_for(
     stage_names = [s.name for s in pipeline.stages]
     earlier_stages = stages_with(pipeline, models)[: stage_names.index(stage_of(pipeline, stage).name)]
     stage_outputs: list[Voxels] = []
-    for start in range(0, len(seeds), batch):
-        batch_slice = slice(start, start + batch)
+    for first_index in range(0, len(seeds), batch):
+        batch_slice = slice(first_index, first_index + batch)
         first_input: list[Voxels] = [None] * len(seeds[batch_slice])
         stage_outputs += _sample_stages(
             pipeline, earlier_stages, prompts[batch_slice], seeds[batch_slice], first_input
@@ -390,8 +392,10 @@ def scores(
     Raises: ValueError if a score is NaN or infinite.
     """
     all_scores = [torch.zeros(0)]  # without seeds the list would be empty, which torch.cat does not accept
-    for start in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
-        batch_slice = slice(start, start + batch)
+    for first_index in tqdm(
+        range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None
+    ):
+        batch_slice = slice(first_index, first_index + batch)
         batch_inputs = {name: outputs[batch_slice] for name, outputs in (stages_given or {}).items()}
         assets = generate(pipeline, prompts[batch_slice], seeds[batch_slice], models, batch, batch_inputs)
         batch_scores = reward(assets, prompts[batch_slice]).detach().float().cpu()
@@ -437,7 +441,7 @@ def crossed(prompts: Sequence[str], per_condition: int, seed: int) -> tuple[list
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """Function that measures the held-out win rate of a stage's network while the network is trained.
+    """Callable object that measures the held-out win rate of a stage's network while the network is trained.
 
     The win rate is the share of N assets whose score is above that of the baseline generator's asset for the
     same prompt and seed. Equal scores count as half a win.

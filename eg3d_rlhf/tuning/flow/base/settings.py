@@ -52,10 +52,12 @@ class Choosing(Knobs):
         Args:
             problem: tuning problem.
             stage: name of the stage.
-            others: networks of the other stages, see `HeldOut`.
-            against: networks of the baseline generator, see `HeldOut`.
+            others: name of another stage -> network to use for it. Stages that are not named use the networks
+                of the pipeline.
+            against: name of a stage -> network of the baseline generator. Stages that are not named use the
+                networks of the pipeline.
             ranks: distributed ranks; None for a single process.
-        Returns: None if the problem has no reward that chooses checkpoints.
+        Returns: the function, or None if the problem has no reward that chooses checkpoints.
         """
         from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, crossed
         from training.distributed import SINGLE

@@ -80,10 +80,10 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
         same_name_addresses = [
             address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()
         ]
-        downloads = " or ".join(same_name_addresses or addresses)
+        download_text = " or ".join(same_name_addresses or addresses)
         raise FileNotFoundError(
             f"--pipeline: {problem_text}. Pass the folder of a generator. Generators can be downloaded from"
-            f" {downloads}."
+            f" {download_text}."
         )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
     raise FileNotFoundError(
@@ -111,8 +111,8 @@ def check_source(source: ProblemSource) -> None:
         )
         return
     # The family of a folder is not known yet, so options of any other family pass here and are checked later.
-    bundled_only = {name for family in FAMILIES.values() if family.bundled for name in family.options}
-    read_options = [f.name for f in fields(source) if f.name not in bundled_only]
+    bundled_only_fields = {name for family in FAMILIES.values() if family.bundled for name in family.options}
+    read_options = [f.name for f in fields(source) if f.name not in bundled_only_fields]
     reject_unread(
         source, read_options, "only applies to a bundled generator and has no effect with --pipeline=DIR"
     )

@@ -58,11 +58,11 @@ def surface_of(asset: VoxelAsset) -> tuple[torch.Tensor, torch.Tensor]:
     """
     quads = torch.cat(faces_of(asset))
     w0, w1, w2, w3 = asset.split[quads].unbind(1)  # weights of the four corners, [F] each
-    along_02 = (w0 * w2 > w1 * w3)[:, None]  # whether the diagonal connects corners 0 and 2, or 1 and 3
+    connects_02 = (w0 * w2 > w1 * w3)[:, None]  # whether the diagonal connects corners 0 and 2, or 1 and 3
     # Corners of the two triangles, for the diagonal 0-2 and for the diagonal 1-3.
     triangles = [
-        torch.where(along_02, quads[:, (0, 1, 2)], quads[:, (0, 1, 3)]),
-        torch.where(along_02, quads[:, (0, 2, 3)], quads[:, (3, 1, 2)]),
+        torch.where(connects_02, quads[:, (0, 1, 2)], quads[:, (0, 1, 3)]),
+        torch.where(connects_02, quads[:, (0, 2, 3)], quads[:, (3, 1, 2)]),
     ]
     # The two triangles of a face follow each other: [F, 2, 3] -> [2 F, 3].
     return asset.means, torch.stack(triangles, 1).flatten(0, 1)

@@ -190,10 +190,15 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 
 def _sampler(path: Path, pipeline_args: Mapping, sampler_name: str) -> tuple[Sampling, float]:
-    """Read the settings of the sampler `sampler_name`, and sigma_min.
+    """Read the settings of the sampler `sampler_name`, and sigma_min, the noise that remains at t = 0.
 
     guidance_strength in the file is 1 + w, with w the `cfg_strength` of this package: the guided velocity is
     (1 + w) v_cond - w v_null.
+
+    Args:
+        path: path of pipeline.json, for messages.
+        pipeline_args: object args of pipeline.json.
+        sampler_name: name of the sampler's entry in `pipeline_args`.
     """
 
     def parse_sampler(name: str, params: Mapping) -> Sampling:
@@ -205,19 +210,19 @@ def _sampler(path: Path, pipeline_args: Mapping, sampler_name: str) -> tuple[Sam
                 f"{', '.join(trellis_names)} are settings of TRELLIS and not of TRELLIS.2. Use"
                 " guidance_strength = cfg_strength + 1 and guidance_interval instead."
             )
-        strength = float(params.get("guidance_strength", 3.0))
+        guidance_strength = float(params.get("guidance_strength", 3.0))
         # t = 1 is noise in the file and in this package, so the interval needs no conversion.
-        low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
-        if strength < 1:
+        interval_start, interval_end = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
+        if guidance_strength < 1:
             raise ValueError(
-                f"guidance_strength must be >= 1, got {strength}. Smaller values would guide away from the"
-                " prompt. Set it to 1 for no guidance."
+                f"guidance_strength must be >= 1, got {guidance_strength}. Smaller values would guide away"
+                " from the prompt. Set it to 1 for no guidance."
             )
         return Sampling(
             steps=int(params.get("steps", 50)),
             rescale_t=float(params.get("rescale_t", 1.0)),
-            cfg_strength=strength - 1,
-            cfg_interval=(low, high),
+            cfg_strength=guidance_strength - 1,
+            cfg_interval=(interval_start, interval_end),
             cfg_rescale=float(params.get("guidance_rescale", 0.0)),
         )
 
@@ -299,15 +304,23 @@ def convert_tensors(model: Any, config: Any, tensors: State, message_prefix: str
     return tensors
 
 
-def model_files(file: PipelineFile) -> dict[str, Path]:
+def model_files(pipeline_file: PipelineFile) -> dict[str, Path]:
     """Return all files from which the pipeline is read, by name. Encoders are included if they exist.
 
     Raises: FileNotFoundError for a missing flow or decoder.
     """
-    paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
+    paths = {
+        name: pipeline_file.root / name
+        for name in ("pipeline.json", TEXTURING)
+        if (pipeline_file.root / name).is_file()
+    }
     # The hashes of these files identify a problem, so every file that is read must be included.
-    models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.has_model(file, name))]
-    return paths | files.paths_of(file, dict(zip(models, models, strict=True)))
+    models = [
+        *pipeline_file.flows.values(),
+        *DECODERS,
+        *(name for name in ENCODERS if files.has_model(pipeline_file, name)),
+    ]
+    return paths | files.paths_of(pipeline_file, dict(zip(models, models, strict=True)))
 
 
 # Pixels per side of the image -> number of DINOv3's tokens: 1 class token, 4 registers, (side / 16)^2

@@ -82,9 +82,9 @@ def find_filled_voxels(asset: SplatAsset, resolution: int = 64, share: float = 0
         share: share of the mean mass, >= 0.
     Raises: ValueError for an asset that fills no voxel.
     """
-    mass, mean_mass = _mass(asset, resolution)
+    voxel_mass, mean_mass = _mass(asset, resolution)
     # Voxels without mass are never filled, not even for a share of 0.
-    flat_index = ((mass >= share * mean_mass) & (mass > 0)).nonzero()[:, 0]  # (x R + y) R + z
+    flat_index = ((voxel_mass >= share * mean_mass) & (voxel_mass > 0)).nonzero()[:, 0]  # (x R + y) R + z
     return torch.stack(
         [flat_index // resolution**2, flat_index // resolution % resolution, flat_index % resolution], 1
     ).int()
@@ -142,9 +142,11 @@ def find_best_share(
         is_source = torch.zeros(resolution**3, dtype=torch.bool)
         is_source[(x * resolution + y) * resolution + z] = True
         # The sums are the same for all shares, so they are computed once per asset.
-        mass, mean_mass = _mass(asset, resolution)
+        voxel_mass, mean_mass = _mass(asset, resolution)
         for i, share in enumerate(SHARES):
-            is_filled = (mass >= share * mean_mass) & (mass > 0)  # the condition of `find_filled_voxels`
+            is_filled = (voxel_mass >= share * mean_mass) & (
+                voxel_mass > 0
+            )  # the condition of `find_filled_voxels`
             iou_sums[i] += (is_filled & is_source).sum() / (is_filled | is_source).sum()
     ious = (iou_sums / len(assets)).tolist()  # mean over assets, one per share
     # Index of the largest value; the smallest share if several are equal.
@@ -190,12 +192,12 @@ def show(asset: SplatAsset, path: Path) -> Path:
 
 
 @torch.no_grad()
-def decode_gaussians(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[SplatAsset]:
+def decode_gaussians(pipeline: OpenedFolder, decoder_name: str, x_0: SparseBatch) -> list[SplatAsset]:
     """Decode latents of a pipeline's last stage to assets, one sample at a time.
 
     Args:
         pipeline: pipeline with the decoder.
-        decoder: name of the decoder of Gaussians in the pipeline.
+        decoder_name: name of the decoder of Gaussians in the pipeline.
         x_0: latents on voxels, in the scale of the stage's flow.
     Raises: ValueError for latents that are not finite.
     """
@@ -203,7 +205,7 @@ def decode_gaussians(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> 
     assets = []
     for sample in x_0.samples():
         latent = SparseSample(sample.coords, pipeline.unnormalised(sample.feats.float()))
-        (gaussians,) = pipeline.part(decoder)(SparseBatch.join([latent]).to(pipeline.device))
+        (gaussians,) = pipeline.part(decoder_name)(SparseBatch.join([latent]).to(pipeline.device))
         assets.append(
             SplatAsset(
                 means=gaussians.means,
@@ -230,14 +232,14 @@ def read_ply(path: Path) -> SplatAsset:
         )
     ply_bytes = path.read_bytes()
     header_end = ply_bytes.find(b"end_header\n")  # -1, that is no header, for other files
-    header = ply_bytes[: max(header_end, 0)].decode("ascii", "replace").splitlines()
+    header_lines = ply_bytes[: max(header_end, 0)].decode("ascii", "replace").splitlines()
     # Lines such as "property float x" and "element vertex 1000".
-    properties = [header_line.split() for header_line in header if header_line.startswith("property ")]
+    properties = [header_line.split() for header_line in header_lines if header_line.startswith("property ")]
     property_names = [line_words[-1] for line_words in properties]
     all_float32 = all(line_words[1] in ("float", "float32") for line_words in properties)
-    elements = [header_line.split() for header_line in header if header_line.startswith("element ")]
+    elements = [header_line.split() for header_line in header_lines if header_line.startswith("element ")]
     row_counts = [int(line_words[2]) for line_words in elements if line_words[2].isdigit()]
-    if "format binary_little_endian 1.0" not in header:
+    if "format binary_little_endian 1.0" not in header_lines:
         raise ValueError(
             f"{path}: the file is not a binary little-endian .ply. Export it again in this format."
         )
@@ -301,8 +303,9 @@ class View:
         return (xyz - self.position.to(xyz)) @ self.rotation.to(xyz).T
 
     def project(self, xyz: torch.Tensor) -> torch.Tensor:
-        """Project points [G, 3] to image coordinates [G, 2], 0..1 to the right and down from the upper
-        left corner.
+        """Project points [G, 3] to image coordinates [G, 2].
+
+        The coordinates are 0..1, to the right and down from the upper left corner.
         """
         camera_points = self.camera(xyz)
         return self.focal * camera_points[:, :2] / camera_points[:, 2:] + 0.5
@@ -462,7 +465,11 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def voxel_features(
-    asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncoder, resolution: int = 64, views: int = 150
+    asset: SplatAsset,
+    voxels: torch.Tensor,
+    encoder: ImageEncoder,
+    resolution: int = 64,
+    view_count: int = 150,
 ) -> torch.Tensor:
     """Compute features of voxels from renders of an asset, as TRELLIS does.
 
@@ -474,16 +481,18 @@ def voxel_features(
         voxels: voxels [v, 3] int32.
         encoder: image encoder.
         resolution: R, voxels per axis.
-        views: number of renders, at least 1.
+        view_count: number of renders, at least 1.
     Returns: features [v, E] float32.
     """
     centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
     feature_sum: Any = None
-    for view in views_around(views):
+    for view in views_around(view_count):
         patches = encoder.patches(render(asset, view, encoder.size)[None])  # [1, E, 37, 37]
         # grid_sample expects coordinates of -1..1: [1, v, 1, 2] -> [1, E, v, 1] -> [v, E].
         coordinates = (2 * view.project(centres) - 1).to(patches)[None, :, None]
-        sampled = F.grid_sample(patches, coordinates, mode="bilinear", align_corners=False)[0, :, :, 0].T
-        feature_sum = sampled if feature_sum is None else feature_sum + sampled
+        sampled_features = F.grid_sample(patches, coordinates, mode="bilinear", align_corners=False)[
+            0, :, :, 0
+        ].T
+        feature_sum = sampled_features if feature_sum is None else feature_sum + sampled_features
     assert feature_sum is not None  # holds because views >= 1
-    return feature_sum / views
+    return feature_sum / view_count
