@@ -223,7 +223,7 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
                 (settings, run.folder, run.device),
                 process_count,
                 run.folder / "logs",
-                on_done=lambda part_name, result: (
+                on_done=lambda part_name, part_summary: (
                     progress_bar.update() and None
                 ),  # called once per finished part
                 expected=(ValueError, OSError, StoppedError),

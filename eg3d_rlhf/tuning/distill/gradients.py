@@ -1,5 +1,4 @@
-"""Computes the gradients of score distillation as pure functions of tensors, without logging and random
-numbers.
+"""Computes the gradients of score distillation as pure functions of tensors.
 
 The module also converts a gradient to a loss, balances two gradients of different size (`Balance`), and keeps
 statistics of the last steps (`History`).
@@ -7,9 +6,9 @@ statistics of the last steps (`History`).
 Shapes: K noises; A = number of assets; V views of an asset; B = A V images, with the views of an asset
 adjacent; Q negative prompts; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
 Symbols: x clean latents of the render; e the added noise; p the prior's prediction of e; x_t = a x + s e the
-noised latents with the levels a and s of the noise schedule (schedule.py); w the weight of the time, [B, 1,
-1, 1]. All methods use the identity p - e = (a / s) (x - x0), where x0 is the prior's one-step estimate of x.
-A step along the negative gradient therefore moves x towards x0.
+noised latents with the levels a and s of the noise schedule (schedule.py); w the weight of the time, with the
+shape [B, 1, 1, 1]. All methods use the identity p - e = (a / s) (x - x0), where x0 is the prior's one-step
+estimate of x. A step along the negative gradient therefore moves x towards x0.
 """
 
 import torch
@@ -108,13 +107,13 @@ def sjc(
 def image_loss(
     images: torch.Tensor, decoded_images: torch.Tensor, image_weight: torch.Tensor
 ) -> torch.Tensor:
-    """Compute weight (images - decoded), the gradient of HiFA's loss on images (Zhu et al. 2023), [B, 3, h,
-    w].
+    """Compute the gradient of HiFA's loss on images (Zhu et al. 2023), weight (images - decoded images).
 
     Args:
         images: rendered images, [B, 3, h, w].
         decoded_images: images that the prior estimates, [B, 3, h, w].
         image_weight: w a / s, [B, 1, 1, 1].
+    Returns: [B, 3, h, w].
     """
     return image_weight * (images - decoded_images)
 
@@ -233,8 +232,7 @@ def psd(
 
 
 def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = None) -> torch.Tensor:
-    """Compute the loss 0.5 sum (x - stopgrad(x - grad))^2 / B, whose derivative with respect to x is grad /
-    B.
+    """Compute a loss whose derivative with respect to x is grad / B: 0.5 sum (x - stopgrad(x - grad))^2 / B.
 
     The backward pass of this loss applies a gradient that was computed elsewhere to the parameters behind x.
 

@@ -42,14 +42,14 @@ FPS = 8  # frames per second of the turntable
 MESH = 64  # grid points per edge of the cube from which meshes are extracted
 
 
-def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
+def write(settings: DistillSettings, scene: Scene, run: Run, shown_limit: int) -> None:
     """Write all results of a run.
 
     Args:
         settings: settings of the run.
         scene: scene of the run, with its measures and its evaluator.
         run: the run, with its folder.
-        show: number of assets that images, video and meshes show.
+        shown_limit: number of assets that images, video and meshes show.
     """
     pairs = settings.pairs()
     assets_by_arm = {}
@@ -76,8 +76,8 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
             run.folder / "judgements.jsonl",
             "".join(json.dumps(judgement._asdict()) + "\n" for judgement in judgements).encode(),
         )
-    write_images(assets_by_arm, pairs, run.folder, show)
-    page = write_run_page(settings, run.folder, table, min(show, len(pairs)))
+    write_images(assets_by_arm, pairs, run.folder, shown_limit)
+    page = write_run_page(settings, run.folder, table, min(shown_limit, len(pairs)))
     if table is not None:
         print(markdown(table), notes(settings), sep="\n")
     print(f"The page with the results is {page}.", flush=True)
@@ -192,18 +192,18 @@ def turns(asset: Asset, frame_count: int) -> Iterator[list[np.ndarray]]:
 CURVES = ("reward", "gap_50", "first_wins", "one_sided", "cosine", "log_prob", "prior_error", "opacity")
 
 
-def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | None, show: int) -> Path:
+def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | None, shown_count: int) -> Path:
     """Write the page of a run.
 
     Args:
         settings: settings of the run.
         folder: folder of the run.
         table: table of the comparison; None for a run with one arm.
-        show: number of assets in images and video; 0 for a page without them.
+        shown_count: number of assets in images and video; 0 for a page without them.
     Returns: path of the page.
     """
     report_folder = folder / "report"
-    page_jobs = jobs(settings, folder, table, show)
+    page_jobs = jobs(settings, folder, table, shown_count)
     # Sections whose inputs have not changed are read from a cache.
     findings = pages.run(page_jobs, report_folder, quiet=True)
     introduction = (
@@ -214,7 +214,7 @@ def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | Non
     )
     video_file = folder / "turntable.mp4"
     video_section = ""
-    if show and video_file.exists():
+    if shown_count and video_file.exists():
         # The video is part of the page, so that the page is a single file.
         video = data_uri(video_file.read_bytes(), "video/mp4")
         video_section = (
@@ -235,21 +235,21 @@ def notes(settings: DistillSettings) -> str:
     """Return sentences about the arms that optimise several starts of each asset; "" if there are none."""
     starts_by_arm = {arm: arm_settings(settings, arm)[1] for arm in settings.arms}
     return " ".join(
-        f"{arm} optimises {starts} starts of each asset and keeps one, which takes {starts} times the"
-        " computation."
-        for arm, starts in starts_by_arm.items()
-        if starts > 1
+        f"{arm} optimises {start_count} starts of each asset and keeps one, which takes {start_count} times"
+        " the computation."
+        for arm, start_count in starts_by_arm.items()
+        if start_count > 1
     )
 
 
-def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: int) -> list[Job]:
+def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown_count: int) -> list[Job]:
     """Return the sections of the page: the table of a comparison, images, and curves of metrics.
 
     Args:
         settings: settings of the run.
         folder: folder of the run.
         table: table of the comparison; None for a page without it.
-        show: number of assets in the images; 0 for a page without images.
+        shown_count: number of assets in the images; 0 for a page without images.
     """
     facts = Facts(
         n=len(settings.pairs()),
@@ -288,7 +288,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
 
     def images(section_folder: Path) -> Finding:
         (section_folder / "grid.png").write_bytes((folder / "grid.png").read_bytes())
-        caption = f"The first {show} assets, one row per arm; prompt and seed are below the images"
+        caption = f"The first {shown_count} assets, one row per arm; prompt and seed are below the images"
         return Finding(facts=facts, data={}, images={caption: "grid.png"})
 
     def training_curves(section_folder: Path) -> Finding:
@@ -308,7 +308,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
                 inputs={"table": table},
             )
         )
-    if show:
+    if shown_count:
         sections.append(Job(key="pictures", title="Images", compute=images, inputs=run_inputs))
     sections.append(
         Job(
@@ -338,11 +338,12 @@ def curves(stats_lines: list[dict]) -> dict:
                 steps_of_arm = values_by_metric.setdefault(metric, {}).setdefault(stats_line["arm"], {})
                 steps_of_arm.setdefault(stats_line["step"], []).append(stats_line[metric])
     means_by_metric: dict[str, dict[str, list]] = {}
-    for metric, arms in values_by_metric.items():
+    for metric, steps_by_arm in values_by_metric.items():
         means_by_metric[metric] = {}
-        for arm, steps in arms.items():
+        for arm, values_by_step in steps_by_arm.items():
             means_by_metric[metric][arm] = [
-                [step, sum(batch_values) / len(batch_values)] for step, batch_values in sorted(steps.items())
+                [step, sum(batch_values) / len(batch_values)]
+                for step, batch_values in sorted(values_by_step.items())
             ]
     return means_by_metric
 

@@ -198,7 +198,7 @@ def estimate_memory(settings: DistillSettings, prior_options: PriorOptions) -> C
         prior_options: device and precision of the prior.
     """
     scene = settings.scene
-    estimates = []
+    arm_costs = []
     # Number of images in a step with one start of each asset.
     image_count = scene.views * min(settings.loop.batch, len(settings.pairs()))
     # [1:] are the numbers of starts and noises. They determine the memory, so each pair is estimated once.
@@ -206,8 +206,8 @@ def estimate_memory(settings: DistillSettings, prior_options: PriorOptions) -> C
         step_costs = prior_costs(scene.prior, start_count * image_count, prior_options, noise_count)
         if scene.reward is not None:
             step_costs = step_costs + reward_costs(scene.reward, start_count * image_count, noise_count)
-        estimates.append(step_costs)
-    return max(estimates, key=lambda step_costs: step_costs.total)
+        arm_costs.append(step_costs)
+    return max(arm_costs, key=lambda step_costs: step_costs.total)
 
 
 def _start_factory(resolution: int):

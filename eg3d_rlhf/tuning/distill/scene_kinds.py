@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneKind:
-    """Functions of a scene that needs no files. They are registered in SCENES, under the scene's value of
-    --prior.
+    """Functions that check the settings of a scene and open the scene, for a scene that needs no files.
+
+    They are registered in SCENES, under the scene's value of --prior.
     """
 
     # Function that opens the scene on a device.

@@ -1,5 +1,4 @@
-"""Defines `Ramp`, a number that changes with the optimisation step, and `TimeWindow`, the window of diffusion
-times.
+"""Defines `Ramp`, a number that changes with the step, and `TimeWindow`, a range of diffusion times.
 
 This file does not import PyTorch, so that `--help` is fast.
 """

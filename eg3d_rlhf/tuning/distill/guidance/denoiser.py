@@ -563,10 +563,12 @@ class Ranking:
             return Ranks(scores, (~first_wins).long(), (scores[0] - scores[1]).abs())
         answers = torch.tensor(self._answers(images, prompts, views_per_unit), device=images.device)  # [N]
         # [2, N]: 1 for the preferred noise; both are 0 if the judge gave no answer.
-        votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)
+        answer_scores = torch.stack([answers == 0, answers == 1]).to(images.dtype)
         # A judge does not say how much better an image is, so the gap is 1 for an answer and 0 without one.
         if scores is None or settings.judge_mode == "replace":
-            return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
+            return Ranks(
+                answer_scores if scores is None else scores, answers, (answers >= 0).to(images.dtype)
+            )
         # judge_mode=or: the first noise wins if the reward or the judge prefers it, as in DreamDPO's code.
         # The gap is negative if the judge prefers the first noise although its score is lower.
         first_wins = (scores[0] >= scores[1]) | (answers == 0)

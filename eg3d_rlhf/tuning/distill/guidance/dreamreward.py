@@ -22,8 +22,9 @@ REWARD_ONLY_WEIGHT = (
 
 
 class DreamReward(Rewarded):
-    """Score distillation minus the gradient of the mean reward of each asset. The arguments are those of
-    `Rewarded`.
+    """Score distillation minus the gradient of the mean reward of each asset.
+
+    The arguments are those of `Rewarded`.
 
     Raises: ValueError if the reward is not differentiable.
     """
@@ -136,10 +137,13 @@ class DreamReward(Rewarded):
         return scores.detach(), losses.detach().mean(), pixel_grad
 
     def _to_latents(self, x: torch.Tensor, pixel_grad: torch.Tensor) -> torch.Tensor:
-        """Convert a gradient with respect to images [B, 3, h, w] to one with respect to latents, [B, C, H,
-        W].
+        """Convert a gradient with respect to images to one with respect to latents, [B, C, H, W].
 
-        The conversion multiplies it by the Jacobian of the decoder at the latents x of the render.
+        The conversion multiplies the gradient by the Jacobian of the decoder.
+
+        Args:
+            x: [B, C, H, W], latents of the render, at which the Jacobian is computed.
+            pixel_grad: [B, 3, h, w], gradient with respect to the decoded images.
         """
         with torch.enable_grad():
             latents = x.detach().requires_grad_()

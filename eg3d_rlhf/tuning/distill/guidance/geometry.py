@@ -144,23 +144,25 @@ class ProgressiveGeometry:
     Args:
         reward: geometry reward.
         settings: settings of the geometry reward.
-        steps: number of steps of the run.
+        step_count: number of steps of the run.
         sign: 1; or -1 to decrease the reward, for the control "inverted".
     Raises: ValueError if the settings leave no step with the reward.
     """
 
-    def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int, sign: int = 1):
+    def __init__(self, reward: GeometryReward, settings: GeometrySettings, step_count: int, sign: int = 1):
         self.reward = reward
         self.sign = sign
         self.balance = Balance()
         self.every = settings.geometry_every  # number of steps between two evaluations of the reward
-        self.first_step = int(settings.geometry_start * steps)  # first step that uses the reward
-        if self.first_step >= steps:
+        self.first_step = int(settings.geometry_start * step_count)  # first step that uses the reward
+        if self.first_step >= step_count:
             raise ValueError(
-                f"--set geometry_start={settings.geometry_start:g} leaves none of the {steps} steps for the"
-                " geometry reward. Use a value below 1."
+                f"--set geometry_start={settings.geometry_start:g} leaves none of the {step_count} steps for"
+                " the geometry reward. Use a value below 1."
             )
-        self.alpha = Ramp((self.first_step, settings.geometry_weight_from, settings.geometry_weight, steps))
+        self.alpha = Ramp(
+            (self.first_step, settings.geometry_weight_from, settings.geometry_weight, step_count)
+        )
         # [A], scores of the last evaluation; None before the first one.
         self.scores: torch.Tensor | None = None
         # Gradients of the last evaluation: index of a parameter -> [A, ...].

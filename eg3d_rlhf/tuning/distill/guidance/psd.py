@@ -68,25 +68,25 @@ class Psd(Ranked):
         with torch.no_grad():
             initial_conditioning = denoiser.conditioning(prompts, cameras)  # its null embedding is n0
             # n - n0, from assets [A, T, D] to images [B, T, D].
-            moved: torch.Tensor | int = 0
+            null_change: torch.Tensor | int = 0
             if self.moved is not None:
-                moved = self.moved.to(initial_conditioning.null).repeat_interleave(denoiser.views, 0)
-            conditioning = initial_conditioning._replace(null=initial_conditioning.null + moved)
+                null_change = self.moved.to(initial_conditioning.null).repeat_interleave(denoiser.views, 0)
+            conditioning = initial_conditioning._replace(null=initial_conditioning.null + null_change)
             noise, x_t, _, prediction = denoiser.noise_and_predict(
                 2, x, t, prompts, cameras, step, conditioning
             )
             # The ranking and the push use the same prediction.
-            predicted = (
+            ranked_noises = (
                 prediction.text
                 if settings.predictor == "cond"
                 else prediction.guided(settings.prior.guidance_scale)
             )
             estimated_images = torch.stack(
-                [denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, predicted, t)]
+                [denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, ranked_noises, t)]
             )
             ranks = self.ranking(estimated_images, prompts, cameras)
             residuals = denoiser.residuals(x, noise, t, x_t, prediction)
-            grad = self._gradient(x, t, noise, residuals, predicted, ranks)
+            grad = self._gradient(x, t, noise, residuals, ranked_noises, ranks)
         terms = {"gap": ranks.gap, **denoiser.compare(residuals, grad)}
         # The update of n takes effect in the next step.
         if self.update != "none" and step >= settings.negative_from and step % settings.negative_every == 0:
@@ -124,14 +124,20 @@ class Psd(Ranked):
         images_per_unit = len(x) // len(ranks.winner)
         # [B, 1, 1, 1]. Without an answer of the judge, winner is -1; the order then does not matter.
         first_wins = (ranks.winner < 1).repeat_interleave(images_per_unit).view(-1, 1, 1, 1)
-        win = torch.where(first_wins, q[0], q[1])
-        lose = torch.where(first_wins, q[1], q[0])
+        win_prediction = torch.where(first_wins, q[0], q[1])
+        lose_prediction = torch.where(first_wins, q[1], q[0])
         noise_win = torch.where(first_wins, noise[0], noise[1])
         noise_lose = torch.where(first_wins, noise[1], noise[0])
         time_weight = self.denoiser.schedule.weight(t, settings.prior.weighting, x)
         strength_per_image = strength.repeat_interleave(images_per_unit)
         return gradients.psd(
-            residuals, win, lose, noise_win, noise_lose, strength=strength_per_image, time_weight=time_weight
+            residuals,
+            win_prediction,
+            lose_prediction,
+            noise_win,
+            noise_lose,
+            strength=strength_per_image,
+            time_weight=time_weight,
         )
 
     def _update_null(

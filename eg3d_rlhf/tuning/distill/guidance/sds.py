@@ -1,8 +1,8 @@
-"""Implements score distillation sampling (SDS; Poole et al. 2022), on which all other methods are based, and
-best-of-n.
+"""Implements score distillation sampling (SDS; Poole et al. 2022) and best-of-n.
 
-Best-of-n optimises several assets for each prompt by SDS, and keeps the asset with the highest reward. Its
-gradient contains no reward. It is a baseline that takes n times the computation of SDS.
+All other methods are based on SDS. Best-of-n optimises several assets for each prompt by SDS, and keeps the
+asset with the highest reward. Its gradient contains no reward. It is a baseline that takes n times the
+computation of SDS.
 
 Shapes: A = number of assets that are kept; S starts for each of them; V views of an asset; K noises; B
 images; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
@@ -53,9 +53,10 @@ class Sds(Guided):
                 / (1 - bar).sqrt()
             )
             # [K, B, C, H, W]
-            estimates = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)
+            latent_estimates = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)
             image_grads = [
-                gradients.image_loss(images, denoiser.prior.decode(x0), image_weight) for x0 in estimates
+                gradients.image_loss(images, denoiser.prior.decode(x0), image_weight)
+                for x0 in latent_estimates
             ]
             guidance_output.image_grad = torch.stack(image_grads).mean(0)
         return guidance_output

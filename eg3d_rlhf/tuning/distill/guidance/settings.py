@@ -88,7 +88,9 @@ class RankingSettings(Knobs):
         choices=("asset", "view"),
     )
     standardise: bool = _rare_ranking_knob(
-        True, "Divide the centred scores by their standard deviation over the last 200 steps."
+        True,
+        "Subtract the mean of the last 200 steps' scores from each score, and divide by their standard"
+        " deviation.",
     )
     judge_mode: str = _rare_ranking_knob(
         "replace",
@@ -362,7 +364,9 @@ class RewardSdsSettings:
         choices=("x0", "t0"),
     )
     standardise: bool = _rare_noises_knob(
-        True, "Divide the centred scores by their standard deviation over the last 200 steps."
+        True,
+        "Subtract the mean of the last 200 steps' scores from each score, and divide by their standard"
+        " deviation.",
     )
 
     def __post_init__(self):

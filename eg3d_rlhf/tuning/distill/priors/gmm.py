@@ -82,12 +82,12 @@ class GmmPrior:
                 is returned.
         Raises: ValueError for a prompt without an embedding.
         """
-        embedded = []
+        prompt_embeddings = []
         for prompt, direction in zip(prompts, directions or [""] * len(prompts), strict=True):
             prompt_key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
             check_choice("GmmPrior.embed", prompt_key, self.prompts)
-            embedded.append(self.prompts[prompt_key])
-        return torch.stack(embedded)[:, None]  # the conditioning of a prompt is one token
+            prompt_embeddings.append(self.prompts[prompt_key])
+        return torch.stack(prompt_embeddings)[:, None]  # the conditioning of a prompt is one token
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None

@@ -80,7 +80,7 @@ def rows(condition: Condition) -> int:
     return next(iter(row_count_by_name.values()))
 
 
-def expanded(empty: Condition, condition: Condition) -> Condition:
+def expanded(empty_conditioning: Condition, condition: Condition) -> Condition:
     """Return the empty conditioning with as many rows as `condition`.
 
     An empty conditioning of one row is repeated, and one of N rows is returned unchanged.
@@ -88,7 +88,7 @@ def expanded(empty: Condition, condition: Condition) -> Condition:
     # expand_as returns a view whose rows share memory, so callers must not write to the result.
     return each(
         lambda empty_rows, full_rows: empty_rows.expand_as(full_rows) if len(empty_rows) == 1 else empty_rows,
-        empty,
+        empty_conditioning,
         condition,
     )
 
@@ -171,24 +171,24 @@ class Conditioning:
         """Shape of an embedding, as a list; or name of a tensor -> its shape."""
         return form_of(next(iter(self.tokens.values())))
 
-    def check(self, who: str, expected: Mapping[str, list[int]] | list[int], encoder: str) -> None:
+    def check(self, who: str, expected_form: Mapping[str, list[int]] | list[int], encoder: str) -> None:
         """Raise ValueError if the embeddings do not have the expected shape.
 
         Args:
             who: beginning of the message.
-            expected: expected shape, in the form of the property `form`.
+            expected_form: expected shape, in the form of the property `form`.
             encoder: encoder that makes embeddings of this shape, in words.
         """
-        if self.form != expected:
+        if self.form != expected_form:
             encoder_text = f", which {self.encoder} has made" if self.encoder else ""
             raise ValueError(
-                f"{who}: expected embeddings of the shape {shape_text(expected)}, got"
+                f"{who}: expected embeddings of the shape {shape_text(expected_form)}, got"
                 f" {shape_text(self.form)}{encoder_text}. Embed the"
                 f" prompts with {encoder}."
             )
 
     def check_source(self, who: str, required_encoder: str, encoder: str) -> None:
-        """Raise ValueError if the embeddings were made by another encoder, or by another preparation of
+        """Raise ValueError if the embeddings were made by another encoder, or from differently prepared
         images.
 
         An unknown encoder is accepted, since files of other programs do not state it.

@@ -1,5 +1,4 @@
-"""Interface of a family of flow generators: how the folders of its generators are recognised, read and
-written.
+"""Interface of a family of flow generators, which recognises, reads and writes folders of generators.
 
 A family is a class with the attributes and methods of `FlowFamily`. An instance of it is registered by name
 (families/__init__.py). Its method `load` returns a `Pipeline` (stage.py). Abilities that only some families

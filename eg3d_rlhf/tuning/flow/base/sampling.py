@@ -455,9 +455,9 @@ class HeldOut:
     prompts: Sequence[str]  # N prompts
     seeds: Sequence[int]  # N seeds of the noise
     # Networks of the other stages. Stages that are not named use the pipeline's networks.
-    others: Models = field(default_factory=dict)
+    other_models: Models = field(default_factory=dict)
     # Networks of the baseline generator. Stages that are not named use the pipeline's networks.
-    against: Models = field(default_factory=dict)
+    baseline_models: Models = field(default_factory=dict)
     batch: int = 16  # number of assets that are generated together
     # Distributed ranks. Each scores its share of the assets, so all of them must call the object.
     ranks: Ranks = SINGLE
@@ -474,9 +474,11 @@ class HeldOut:
         # The baseline and the outputs of the earlier stages do not change, so they are computed in the first
         # call.
         if self._scores is None:
-            self._scores = scores(self.pipeline, self.reward, prompts, seeds, self.against, self.batch)
-            self._given = voxels_for(self.pipeline, self.stage, prompts, seeds, self.others, self.batch)
-        models = {**self.others, self.stage: model}
+            self._scores = scores(
+                self.pipeline, self.reward, prompts, seeds, self.baseline_models, self.batch
+            )
+            self._given = voxels_for(self.pipeline, self.stage, prompts, seeds, self.other_models, self.batch)
+        models = {**self.other_models, self.stage: model}
         model_scores = scores(
             self.pipeline,
             self.reward,

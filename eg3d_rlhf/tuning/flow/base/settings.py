@@ -43,8 +43,8 @@ class Choosing(Knobs):
         self,
         problem: "Problem",
         stage: str,
-        others: "Models",
-        against: "Models",
+        other_models: "Models",
+        baseline_models: "Models",
         ranks: "Ranks | None" = None,
     ) -> "HeldOut | None":
         """Return the function that measures the win rate of a stage's network while it is trained.
@@ -52,10 +52,10 @@ class Choosing(Knobs):
         Args:
             problem: tuning problem.
             stage: name of the stage.
-            others: name of another stage -> network to use for it. Stages that are not named use the networks
-                of the pipeline.
-            against: name of a stage -> network of the baseline generator. Stages that are not named use the
+            other_models: name of another stage -> network to use for it. Stages that are not named use the
                 networks of the pipeline.
+            baseline_models: name of a stage -> network of the baseline generator. Stages that are not named
+                use the networks of the pipeline.
             ranks: distributed ranks; None for a single process.
         Returns: the function, or None if the problem has no reward that chooses checkpoints.
         """
@@ -71,8 +71,8 @@ class Choosing(Knobs):
             reward=problem.chooser,
             prompts=prompts,
             seeds=seeds,
-            others=others,
-            against=against,
+            other_models=other_models,
+            baseline_models=baseline_models,
             batch=self.batch,
             ranks=ranks or SINGLE,
         )

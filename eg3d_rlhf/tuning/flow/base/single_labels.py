@@ -61,14 +61,14 @@ class Labelled:
         return replace(self, goodness=read_goodness(labels_path, known_of(self.assets)))
 
     def singles(
-        self, stage: str, prompts: Collection[str] | None = None, use: str = "labels", seed: int = 0
+        self, stage: str, prompts: Collection[str] | None = None, label_use: str = "labels", seed: int = 0
     ) -> list[Single]:
         """Return the training examples of a stage: the labelled assets whose prompt has at least two labels.
 
         Args:
             stage: name of the stage.
             prompts: prompts to train on; None for all prompts.
-            use: "labels" for the labels as they are, or the name of a control, see `goodness_for_use`.
+            label_use: "labels" for the labels as they are, or the name of a control, see `goodness_for_use`.
             seed: seed of the random numbers of a control.
         Raises: ValueError if there is no example, or if the assets have no latents of the stage.
         """
@@ -89,7 +89,7 @@ class Labelled:
                 f"labels: the assets have latents of {available_stages}, but not of stage {stage!r}. Name a"
                 " stage with latents by --stage."
             )
-        used_label_by_asset = goodness_for_use(used_labels, prompt_of, use, seed)
+        used_label_by_asset = goodness_for_use(used_labels, prompt_of, label_use, seed)
         return [
             Single(
                 id=f"{asset.condition}/{asset.name}",

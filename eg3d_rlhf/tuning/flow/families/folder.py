@@ -98,10 +98,11 @@ class OpenedFolder:
             shape = token_form.get(tensor_name) if isinstance(token_form, Mapping) else None
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
             name_text = f" named {tensor_name!r}" if tensor_name else ""
-            expected = f"tokens [L, {channels}]{name_text} for stage {stage!r}"
+            expected_text = f"tokens [L, {channels}]{name_text} for stage {stage!r}"
             source_text = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
             raise ValueError(
-                f"conditioning: expected {expected}, but the file has {token_form}{source_text}. {remedy}"
+                f"conditioning: expected {expected_text}, but the file has {token_form}{source_text}."
+                f" {remedy}"
             )
 
     def conditioning(self, names: Sequence[str], stage: str) -> Any:
@@ -196,18 +197,20 @@ def read_json(path: Path) -> dict:
     return json_value
 
 
-def read_network(root: Path, files: tuple[str, str], make_network: Callable[..., nn.Module]) -> nn.Module:
+def read_network(
+    root: Path, file_names: tuple[str, str], make_network: Callable[..., nn.Module]
+) -> nn.Module:
     """Build a network from a JSON file of its arguments and a file of its tensors, in eval mode.
 
     Args:
         root: folder of both files.
-        files: name of the JSON file, and name of the file of tensors.
+        file_names: name of the JSON file, and name of the file of tensors.
         make_network: class or function that builds the network from the arguments.
     Raises: OSError for a missing file; ValueError for tensors whose names or shapes do not match.
     """
     # The keys of the JSON file are the names of the arguments.
-    network = make_network(**read_json(root / files[0]))
-    path = root / files[1]
+    network = make_network(**read_json(root / file_names[0]))
+    path = root / file_names[1]
     load_strict(network, read(path, str(path)), str(path))
     return network.eval()
 

@@ -216,8 +216,8 @@ def surface_points(mesh: Mesh, config: AutoencoderConfig, generator: torch.Gener
         )
     positions, normals = sample_surface_points(mesh, LONGEST_SIDE, config.pc_size, generator)
     # point_feats counts the normal and the flag: 3 without the flag, 4 with it.
-    flag = torch.zeros(len(positions), config.point_feats - 3, dtype=torch.float64)
-    return torch.cat([positions, normals, flag], 1).float()
+    sharp_edge_flag = torch.zeros(len(positions), config.point_feats - 3, dtype=torch.float64)
+    return torch.cat([positions, normals, sharp_edge_flag], 1).float()
 
 
 def sampling(shift: float = 1.0) -> Sampling:

@@ -560,7 +560,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
         f"{VAE_FOLDER}/{path.name}": path for path in (repository / VAE_FOLDER).glob("*") if path.is_file()
     }
     # The network is read and written only when the export runs.
-    stored = Stored(
+    stored_network = Stored(
         file=exported_checkpoint,
         load=partial(denoiser, shape_files, sections),
         write=partial(write_checkpoint, shape_files.checkpoint),
@@ -568,7 +568,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     config_files = {f"{FOLDER}/{CONFIG}": shape_files.root / CONFIG}
     return Release(
         files={**licence_files, **vae_files, **config_files, "Notice": notice},
-        networks=dict.fromkeys(stages, stored),
+        networks=dict.fromkeys(stages, stored_network),
     )
 
 

@@ -79,7 +79,7 @@ def open_folder(
     source: ProblemSource,
     device: str | torch.device = "cpu",
     stages: Sequence[str] | None = None,
-    rewards: bool = True,
+    fits_rewards: bool = True,
 ) -> Problem:
     """Open a generator's folder and the preference pairs of its stages as a problem.
 
@@ -97,23 +97,23 @@ def open_folder(
         source: settings that name the generator, the pairs and the conditioning.
         device: device of the networks.
         stages: names of the stages whose flows are needed, or None for all; see `FlowFamily.load`.
-        rewards: if False, no reward is fitted.
+        fits_rewards: if False, no reward is fitted.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
     folders = pairs_in(family, source)
-    fit_reward = family.fit_reward if rewards and isinstance(family, FitsRewards) else None
+    fit_reward = family.fit_reward if fits_rewards and isinstance(family, FitsRewards) else None
     embeddings_path = embeddings_beside(
         folders, None if source.conditions is None else Path(source.conditions)
     )
     # Read before the networks, so that a missing file is reported within seconds.
     embeddings = read_conditioning(embeddings_path, zero_null=family.zero_null)
     # An error for missing networks that only the rewards need is raised here, before the flows are read.
-    files = family.files(Path(source.pipeline), tuple(folders))
+    file_by_name = family.files(Path(source.pipeline), tuple(folders))
     pipeline = family.load(
         Path(source.pipeline), embeddings, stages=stages, dtype=getattr(torch, source.dtype), device=device
     )
     # Hashes of all inputs. They name the artefacts that are made from this problem.
-    identity = _identity(family, source, embeddings_path, files)
+    identity = _identity(family, source, embeddings_path, file_by_name)
     pairs_by_stage = read_stages(folders, pipeline, functools.partial(family.check_pairs, pipeline))
     prompts = sorted({pair.condition for pairs in pairs_by_stage.values() for pair in pairs})
     embeddings.select(prompts)  # raises an error for prompts without an embedding
@@ -223,7 +223,7 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
 
 
 def _identity(
-    family: FlowFamily, source: ProblemSource, embeddings_path: Path, files: Mapping[str, Path]
+    family: FlowFamily, source: ProblemSource, embeddings_path: Path, file_by_name: Mapping[str, Path]
 ) -> dict:
     """Return the hashes of a problem's files, in JSON types.
 
@@ -233,14 +233,14 @@ def _identity(
         family: family of the generator.
         source: settings that name the data type.
         embeddings_path: file or folder of the prompts' embeddings.
-        files: other files of the problem, by name.
+        file_by_name: other files of the problem, by name.
     """
-    hashes = {name: file_hash(path) for name, path in files.items()}
+    hash_by_name = {name: file_hash(path) for name, path in file_by_name.items()}
     return {
         "problem": family.name,
         "dtype": source.dtype,
         "conditions": hash_of(embeddings_path),
-        "files": hashes,
+        "files": hash_by_name,
     }
 
 

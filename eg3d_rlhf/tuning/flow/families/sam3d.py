@@ -354,20 +354,20 @@ def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
     return torch.unique(((points + 0.5) * resolution).int(), dim=0)
 
 
-def remove_inner_voxels(voxels: torch.Tensor, distance: int) -> torch.Tensor:
+def remove_inner_voxels(voxels: torch.Tensor, voxel_distance: int) -> torch.Tensor:
     """Remove inner voxels from voxels [v, 3].
 
-    A voxel is inner if all voxels up to `distance` away along each axis exist, including diagonal neighbours.
-    With distance 0, all voxels are returned.
+    A voxel is inner if all voxels up to `voxel_distance` away along each axis exist, including diagonal
+    neighbours. With distance 0, all voxels are returned.
     """
-    if not distance:
+    if not voxel_distance:
         return voxels
     # The grid has a margin of empty cells on all sides, so voxels at its border are never inner.
-    x, y, z = (voxels.long() + distance).unbind(1)
-    empty_grid = torch.ones(1, *[int(voxels.max()) + 1 + 2 * distance] * 3, device=voxels.device)
+    x, y, z = (voxels.long() + voxel_distance).unbind(1)
+    empty_grid = torch.ones(1, *[int(voxels.max()) + 1 + 2 * voxel_distance] * 3, device=voxels.device)
     empty_grid[0, x, y, z] = 0
     # 1 if any cell of the surrounding cube is empty.
-    near_empty_grid = F.max_pool3d(empty_grid, 2 * distance + 1, stride=1)[0]
+    near_empty_grid = F.max_pool3d(empty_grid, 2 * voxel_distance + 1, stride=1)[0]
     x, y, z = voxels.long().unbind(1)
     return voxels[near_empty_grid[x, y, z] > 0]
 

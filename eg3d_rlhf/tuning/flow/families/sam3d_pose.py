@@ -82,7 +82,7 @@ class Pose:
 
 def decode_pose(
     latents: Mapping[str, torch.Tensor],
-    decoder: str,
+    decoder_name: str,
     scale: torch.Tensor,
     shift: torch.Tensor,
     shrink_factor: float = 1.0,
@@ -91,7 +91,7 @@ def decode_pose(
 
     Args:
         latents: latents by name; those of the pose are [N, 1, channels].
-        decoder: name of the decoder, one of DECODERS.
+        decoder_name: name of the decoder, one of DECODERS.
         scale: scales of the point maps, [N, 3].
         shift: shifts of the point maps, [N, 3].
         shrink_factor: factor by which the shape was shrunk before the second stage; see
@@ -118,9 +118,9 @@ def decode_pose(
     column_2 = torch.nn.functional.normalize(rotation_6d[:, 3:] - projection, dim=1)
     rotation = torch.stack([column_1, column_2, torch.linalg.cross(column_1, column_2)], 2)
     # Length of a unit of the latents in the camera's space, [N, 3].
-    unit_length = scale if decoder == SHIFTED else scale * log_translation_scale.exp()
+    unit_length = scale if decoder_name == SHIFTED else scale * log_translation_scale.exp()
     translation = translation * unit_length
-    if decoder == SHIFTED:
+    if decoder_name == SHIFTED:
         translation = translation + shift
     # As in the original, the mean over the axes is the size along all axes.
     object_size = (log_size.exp() * unit_length).mean(1, keepdim=True).expand(-1, 3)

@@ -384,7 +384,7 @@ def finer_voxels(
     side: int,
     resolution: int,
     lowest_resolution: int,
-    factor: int,
+    voxels_per_latent: int,
     voxel_limit: int = VOXEL_LIMIT,
 ) -> tuple[torch.Tensor, int]:
     """Compute the voxels of shape_1024's latents from the finest voxels of shape_512's decoder.
@@ -397,12 +397,12 @@ def finer_voxels(
         side: voxels per axis of this grid.
         resolution: requested voxels per axis of the asset.
         lowest_resolution: resolution that is not lowered further.
-        factor: voxels of the asset per voxel of the latents, along an axis.
+        voxels_per_latent: voxels of the asset per voxel of the latents, along an axis.
         voxel_limit: number of voxels from which the resolution is lowered.
     Returns: voxels [v, 3] int32 of the latents, sorted, and grid cells per axis of the latents.
     """
     while True:
-        cells = resolution // factor  # grid cells per axis of the latents
+        cells = resolution // voxels_per_latent  # grid cells per axis of the latents
         # Centres of the voxels, rescaled to the new grid; float64, so that no centre falls on a border.
         voxels = torch.unique(((coords.double() + 0.5) / side * cells).floor().int(), dim=0)
         if len(voxels) < voxel_limit or resolution <= lowest_resolution:
@@ -527,7 +527,7 @@ class Trellis2(FlowFamily):
         pipeline_file = files.read_pipeline(Path(source.pipeline))
         if files.TEXTURE in pairs_in(self, source):
             # The loop would need rewards of materials, which `fit_reward` does not support.
-            return open_folder(self, source, device, rewards=False)
+            return open_folder(self, source, device, fits_rewards=False)
         missing_encoders = [
             name
             for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER)
@@ -540,7 +540,7 @@ class Trellis2(FlowFamily):
             )
         stages = [stage for stage in files.STAGES if stage != files.TEXTURE]
         # Without rewards the loop does not run.
-        return open_folder(self, source, device, stages=stages, rewards=not missing_encoders)
+        return open_folder(self, source, device, stages=stages, fits_rewards=not missing_encoders)
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Embed images with transparent backgrounds by the DINOv3 model that pipeline.json names.
@@ -569,7 +569,7 @@ class Trellis2(FlowFamily):
             pipeline_file,
             (*pipeline_file.flows.values(), *files.DECODERS, *files.ENCODERS),
             files.OPTIONAL,
-            released=files.RELEASED,
+            released_sizes=files.RELEASED,
             architectures=files.ARCHITECTURES,
             prepare=files.convert_tensors,
         )

@@ -33,14 +33,14 @@ def faces_of(asset: VoxelAsset) -> list[torch.Tensor]:
     # cannot have the integer of another voxel.
     side = asset.resolution + 1
     strides = torch.tensor([side**2, side, 1], device=coords.device)
-    codes = (coords * strides).sum(1)  # [W]
+    voxel_codes = (coords * strides).sum(1)  # [W]
     quads = list[torch.Tensor]()
-    sorted_codes, voxel_index = codes.sort()
+    sorted_codes, voxel_index = voxel_codes.sort()
     for axis in range(3):
         # Strides b and c of the next voxels along the other two axes.
         b, c = (strides[(axis + k) % 3] for k in (1, 2))
         # The four voxels in a circle around the edge: [crossed edges, 4].
-        corners = codes[asset.crossed[:, axis], None] + torch.stack([torch.zeros_like(b), c, b + c, b])
+        corners = voxel_codes[asset.crossed[:, axis], None] + torch.stack([torch.zeros_like(b), c, b + c, b])
         # Codes beyond the last one get the index W, hence the clamp; they differ in the comparison.
         code_position = torch.searchsorted(sorted_codes, corners).clamp(max=len(sorted_codes) - 1)
         # Only edges around which all four voxels exist.
@@ -113,16 +113,16 @@ def dual_grid_at(asset: VoxelAsset, resolution: int) -> DualGrid:
         return DualGrid(coords, torch.full(coords.shape, 0.5), torch.zeros(coords.shape, dtype=torch.bool))
 
 
-def encoded_shape(coords: torch.Tensor, vertices: torch.Tensor, crossed: torch.Tensor) -> SparseBatch:
+def encoded_shape(coords: torch.Tensor, vertices: torch.Tensor, crosses_edge: torch.Tensor) -> SparseBatch:
     """Build the input of the shape's encoder: a batch of one sample with features [W, 6] of -0.5..0.5.
 
     Args:
         coords: voxels [W, 3] int32.
         vertices: positions of the vertices in their voxels, [W, 3] of 0..1.
-        crossed: whether the surface crosses the voxel's edge along each axis, [W, 3] bool.
+        crosses_edge: whether the surface crosses the voxel's edge along each axis, [W, 3] bool.
     """
     return SparseBatch.join(
-        [SparseSample(coords, torch.cat([vertices - 0.5, crossed.to(vertices) - 0.5], 1))]
+        [SparseSample(coords, torch.cat([vertices - 0.5, crosses_edge.to(vertices) - 0.5], 1))]
     )
 
 

@@ -154,15 +154,15 @@ def read_pipeline(root: Path) -> PipelineFile:
             f"{path}: default_pipeline_type must be one of {', '.join(CHAINS)}, got {pipeline_type!r}."
             " Correct it in the file, or download the file again."
         )
-    chain = CHAINS[pipeline_type]
+    model_by_stage = CHAINS[pipeline_type]
     models = pipeline_args["models"]
-    missing_models = [model for model in (*chain.values(), *DECODERS) if model not in models]
+    missing_models = [model for model in (*model_by_stage.values(), *DECODERS) if model not in models]
     if missing_models:
         raise ValueError(
             f"{path}: args.models does not name {', '.join(missing_models[:8])}, which {pipeline_type!r}"
             " needs. Download the file again."
         )
-    samplers = {stage: _sampler(path, pipeline_args, SAMPLERS[stage]) for stage in chain}
+    samplers = {stage: _sampler(path, pipeline_args, SAMPLERS[stage]) for stage in model_by_stage}
     image_encoder = pipeline_args.get("image_cond_model") or {}
     # The second file names the shape's encoder. It is optional.
     texturing_path = root / TEXTURING
@@ -184,7 +184,7 @@ def read_pipeline(root: Path) -> PipelineFile:
         normalization={
             stage: _normalization(path, pipeline_args, key)
             for stage, key in NORMALIZATIONS.items()
-            if stage in chain
+            if stage in model_by_stage
         },
     )
 
@@ -255,7 +255,7 @@ def load_model(
     stem: Path,
     dtype: torch.dtype | None = None,
     *,
-    weights: Path | None = None,
+    weights_path: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Build a model from <stem>.json and its weights; see `trellis_files.load_model`.
@@ -264,7 +264,12 @@ def load_model(
         rotary position embeddings (`rope_phases`) that do not match the resolution in the JSON file.
     """
     return files.load_model(
-        stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=convert_tensors
+        stem,
+        dtype,
+        weights_path=weights_path,
+        device=device,
+        architectures=ARCHITECTURES,
+        prepare=convert_tensors,
     )
 
 

@@ -263,11 +263,13 @@ def read_ply(path: Path) -> SplatAsset:
             f"{path}: expected {expected_size} bytes after the header, got {len(row_bytes)}. The file is"
             " truncated or damaged. Export it again."
         )
-    table = torch.from_numpy(np.frombuffer(row_bytes, "<f4").reshape(row_counts[0], -1).astype(np.float32))
+    row_table = torch.from_numpy(
+        np.frombuffer(row_bytes, "<f4").reshape(row_counts[0], -1).astype(np.float32)
+    )
 
     def select_columns(*fields: str) -> torch.Tensor:
         """Select columns of the table by the names of their properties."""
-        return table[:, [property_names.index(name) for name in fields]]
+        return row_table[:, [property_names.index(name) for name in fields]]
 
     scales = select_columns("scale_0", "scale_1", "scale_2").exp()
     rotations = select_columns("rot_0", "rot_1", "rot_2", "rot_3")
@@ -347,18 +349,20 @@ def render(asset: SplatAsset, view: View, image_side: int) -> torch.Tensor:
         image_side: S, pixels per side of the image.
     Returns: image [3, S, S] of values 0..1.
     """
-    means, conics, alphas, reach, order = _on_screen(asset, view, image_side)
-    colours = asset.colours[order]
+    means, conics, alphas, radii, depth_order = _on_screen(asset, view, image_side)
+    colours = asset.colours[depth_order]
     # Bounding boxes on screen, [G, 2] each.
-    low = means - reach[:, None]
-    high = means + reach[:, None]
+    box_min = means - radii[:, None]
+    box_max = means + radii[:, None]
     image = means.new_zeros(3, image_side, image_side)
     for top in range(0, image_side, TILE):
         # Gaussians that overlap this row of tiles.
-        row_indices = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
+        row_indices = ((box_min[:, 1] < top + TILE) & (box_max[:, 1] > top)).nonzero()[:, 0]
         for left in range(0, image_side, TILE):
             # Gaussians that overlap this tile, still ordered by depth.
-            tile_indices = row_indices[(low[row_indices, 0] < left + TILE) & (high[row_indices, 0] > left)]
+            tile_indices = row_indices[
+                (box_min[row_indices, 0] < left + TILE) & (box_max[row_indices, 0] > left)
+            ]
             if len(tile_indices):
                 # Pixel centres are at + 0.5; tiles at the right and lower border may be smaller.
                 y, x = (
@@ -390,19 +394,19 @@ def _on_screen(asset: SplatAsset, view: View, image_side: int) -> tuple[torch.Te
         order, without the Gaussians that are nearer than NEAR.
     """
     camera_points = view.camera(asset.means.float())
-    order = camera_points[:, 2].argsort()
-    order = order[camera_points[order, 2] > NEAR]
-    x, y, z = camera_points[order].unbind(1)
+    depth_order = camera_points[:, 2].argsort()
+    depth_order = depth_order[camera_points[depth_order, 2] > NEAR]
+    x, y, z = camera_points[depth_order].unbind(1)
     f = view.focal * image_side  # focal length in pixels
-    zero = torch.zeros_like(z)
+    zeros = torch.zeros_like(z)
     # Jacobian of the projection at the centre (Zwicker et al. 2001, EWA splatting): [G, 2, 3].
-    jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)
+    jacobian = torch.stack([f / z, zeros, -f * x / z**2, zeros, f / z, -f * y / z**2], 1).view(-1, 2, 3)
     # Covariance = axes axes^T, with the rotated axes of a Gaussian scaled by its standard deviations.
     axes = (
         jacobian
         @ view.rotation.to(camera_points)
-        @ _rotations(asset.rotations[order].float())
-        * asset.scales[order, None].float()
+        @ _rotations(asset.rotations[depth_order].float())
+        * asset.scales[depth_order, None].float()
     )
     covariance_before_blur = axes @ axes.mT  # on screen, [G, 2, 2]
     covariance = covariance_before_blur + BLUR * torch.eye(2, device=camera_points.device)
@@ -413,10 +417,13 @@ def _on_screen(asset: SplatAsset, view: View, image_side: int) -> tuple[torch.Te
     # Inverse of the covariance [[a, b], [b, d]] as three numbers, and the covariance's largest eigenvalue.
     conics = torch.stack([d, -b, a], 1) / determinant[:, None]
     largest_eigenvalue = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
-    alphas = asset.opacities[order].float() * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
+    alphas = (
+        asset.opacities[depth_order].float()
+        * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
+    )
     # In pixels; the optical axis meets the image in its centre, size / 2.
     means = torch.stack([f * x / z, f * y / z], 1) + image_side / 2
-    return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), order
+    return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), depth_order
 
 
 def _tile(

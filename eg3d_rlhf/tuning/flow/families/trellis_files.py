@@ -153,7 +153,7 @@ def normalization(pipeline_file: PipelineFile, stage: str) -> dict | None:
 
 
 def _sampler(
-    path: Path, sampler_entry: dict | None, sampler_name: str, default: Sampling
+    path: Path, sampler_entry: dict | None, sampler_name: str, default_sampling: Sampling
 ) -> tuple[Sampling, float]:
     """Read the settings of a stage's sampler, and sigma_min.
 
@@ -161,7 +161,7 @@ def _sampler(
         path: path of pipeline.json, for messages.
         sampler_entry: entry of the sampler in pipeline.json, or None if there is no entry.
         sampler_name: name of the entry, for messages.
-        default: values of settings that the entry lacks.
+        default_sampling: values of settings that the entry lacks.
     """
 
     def parse_sampler(class_name: str, params: Mapping) -> Sampling:
@@ -169,13 +169,13 @@ def _sampler(
         # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
         # use guidance at all times; FlowEulerSampler uses no guidance.
         guidance_interval = params.get(
-            "cfg_interval", default.cfg_interval if "GuidanceInterval" in class_name else (0.0, 1.0)
+            "cfg_interval", default_sampling.cfg_interval if "GuidanceInterval" in class_name else (0.0, 1.0)
         )
         return Sampling(
-            steps=int(params.get("steps", default.steps)),
-            rescale_t=float(params.get("rescale_t", default.rescale_t)),
+            steps=int(params.get("steps", default_sampling.steps)),
+            rescale_t=float(params.get("rescale_t", default_sampling.rescale_t)),
             cfg_strength=(
-                float(params.get("cfg_strength", default.cfg_strength))
+                float(params.get("cfg_strength", default_sampling.cfg_strength))
                 if class_name != "FlowEulerSampler"
                 else 0.0
             ),
@@ -246,10 +246,10 @@ def find_model(model_folder: ModelFolder, model: str) -> Path:
             " again."
         )
     searched_paths = ", ".join(dict.fromkeys(map(str, stems)))
-    endings = " or ".join(WEIGHTS)
+    ending_text = " or ".join(WEIGHTS)
     raise FileNotFoundError(
-        f"{model}: no file .json with a file {endings} beside it was found. Searched paths, without endings:"
-        f" {searched_paths}. Download the model's files to one of these paths."
+        f"{model}: no file .json with a file {ending_text} beside it was found. Searched paths, without"
+        f" endings: {searched_paths}. Download the model's files to one of these paths."
     )
 
 
@@ -387,10 +387,10 @@ def architecture(
 
 
 def build_model(
-    content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
+    model_json: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
 ) -> nn.Module:
     """Build an untrained model from the content of its JSON file; see `architecture` for the arguments."""
-    model_class, config = architecture(content, message_prefix, architectures)
+    model_class, config = architecture(model_json, message_prefix, architectures)
     return model_class(config)
 
 
@@ -398,7 +398,7 @@ def load_model(
     stem: Path,
     dtype: torch.dtype | None = None,
     *,
-    weights: Path | None = None,
+    weights_path: Path | None = None,
     device: str | torch.device = "cpu",
     architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
@@ -408,7 +408,7 @@ def load_model(
     Args:
         stem: path of the model's files without endings.
         dtype: dtype of the layers that may be half precision; see `build_from_state`.
-        weights: file of weights to read instead, such as a training checkpoint (.pt). None: the file of
+        weights_path: file of weights to read instead, such as a training checkpoint (.pt). None: the file of
             weights at the stem.
         device: device of the model.
         architectures: supported classes by name.
@@ -418,17 +418,17 @@ def load_model(
         weights that are not finite.
     """
     json_file = with_ending(stem, ".json")
-    weights = weights or find_weights(stem)
-    if not json_file.is_file() or weights is None:
+    weights_path = weights_path or find_weights(stem)
+    if not json_file.is_file() or weights_path is None:
         raise FileNotFoundError(
             f"{stem.name}: {json_file} or the file of weights beside it is missing. Download both files"
             " again."
         )
-    tensors = base_state(weights)
+    tensors = base_state(weights_path)
     model_class, config = architecture(read_json(json_file), str(json_file), architectures)
     if prepare is not None:
-        tensors = prepare(model_class, config, tensors, str(weights))
-    return build_from_state(model_class, config, tensors, str(weights), dtype, device)
+        tensors = prepare(model_class, config, tensors, str(weights_path))
+    return build_from_state(model_class, config, tensors, str(weights_path), dtype, device)
 
 
 def networks_of(
@@ -436,7 +436,7 @@ def networks_of(
     models: Iterable[str],
     optional_models: Mapping[str, str],
     *,
-    released: Mapping[str, tuple[int, int]] | None = None,
+    released_sizes: Mapping[str, tuple[int, int]] | None = None,
     architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
 ) -> list[Network]:
@@ -446,40 +446,40 @@ def networks_of(
         model_folder: settings of pipeline.json.
         models: names of the models in pipeline.json.
         optional_models: model that may be missing -> description of what cannot be done without it.
-        released: model -> number of tensors and number of values in its published file.
+        released_sizes: model -> number of tensors and number of values in its published file.
         architectures: supported classes by name; see `load_model`.
         prepare: function that renames or removes tensors; see `load_model`.
     """
     network_list = []
     for model_name in models:
-        without = optional_models.get(model_name, "")
-        if without and not has_model(model_folder, model_name):
+        missing_ability = optional_models.get(model_name, "")
+        if missing_ability and not has_model(model_folder, model_name):
             network_list.append(
                 Network(
                     name=model_name,
                     file=model_folder.root / model_folder.usual[model_name],
                     expected={},
                     tensors={},
-                    without=without,
+                    without=missing_ability,
                 )
             )
             continue
         stem = find_model(model_folder, model_name)
         json_file = with_ending(stem, ".json")
-        weights = find_weights(stem)
-        assert weights is not None  # find_model has checked it
+        weights_path = find_weights(stem)
+        assert weights_path is not None  # find_model has checked it
         model_class, config = architecture(read_json(json_file), str(json_file), architectures)
-        tensors = base_state(weights)
-        tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights))
-        expected = shapes(empty(partial(model_class, config)).state_dict())
-        released_counts = (released or {}).get(model_name)
+        tensors = base_state(weights_path)
+        tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights_path))
+        expected_shapes = shapes(empty(partial(model_class, config)).state_dict())
+        released_counts = (released_sizes or {}).get(model_name)
         network_list.append(
             Network(
                 name=model_name,
-                file=weights,
-                expected=expected,
+                file=weights_path,
+                expected=expected_shapes,
                 tensors=tensors,
-                without=without,
+                without=missing_ability,
                 released=released_counts,
             )
         )

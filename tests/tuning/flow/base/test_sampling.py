@@ -111,8 +111,8 @@ def test_held_out_compares_asset_by_asset():
         reward=likes_target,
         prompts=names,
         seeds=seeds,
-        others={"voxels": better},
-        against={"voxels": better},
+        other_models={"voxels": better},
+        baseline_models={"voxels": better},
     )
     assert ahead(pipeline.stages[0].model) == 0.5
 
