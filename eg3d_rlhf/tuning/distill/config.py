@@ -119,7 +119,7 @@ def parse_ramp(ramp_text: str) -> Ramp:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """Settings of the optimisation, which all methods have."""
+    """Settings of the optimisation loop. They are the same for all distillation methods."""
 
     steps: int = knob(100, "Number of optimisation steps of each asset.", OPT, low=1)
     batch: int = _rare_opt_knob(
@@ -199,7 +199,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig(Knobs):
-    """Settings of the assets, and of the models that guide them."""
+    """Settings of the assets of a run, and of the prior, the rewards and the judge that guide them."""
 
     prior: str = _assets_knob(
         "bundled",

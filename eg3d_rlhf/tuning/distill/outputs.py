@@ -349,7 +349,7 @@ def curves(stats_lines: list[dict]) -> dict:
 
 
 def plot_wins(table_data: Mapping):
-    """Plot the win rates of the arms against the base, with their intervals."""
+    """Plot the win rates of the other arms against the arm `BASE`, with their intervals."""
     row_by_arm = {arm: row for arm, row in table_data["arms"].items() if arm != BASE}
     return plot_rates([(f"win rate against {BASE}, 95 %", row_by_arm)], "")
 

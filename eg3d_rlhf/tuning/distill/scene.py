@@ -108,7 +108,7 @@ class Scene:
         )
 
     def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
-        """Make the geometry reward of an arm, with its control. Raises: ValueError if the scene has none."""
+        """Make an arm's geometry reward, changed in a control arm. Raises: ValueError if the scene has none."""
         if self.geometry is None:
             raise ValueError(
                 "--geometry-reward=none: arms with +geometry need a geometry reward. Name one, e.g."
@@ -127,8 +127,8 @@ class Scene:
         """Return the reward of images of an arm, or None. In a control arm, this reward is changed."""
         if self.reward is None or arm.twist is None:
             return self.reward
-        control = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
-        return cast(RewardModel, control)
+        control_reward = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
+        return cast(RewardModel, control_reward)
 
 
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:

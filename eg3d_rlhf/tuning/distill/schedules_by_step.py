@@ -51,7 +51,7 @@ class Ramp:
         return [(first_step, first_value), *later_knots]
 
     def __call__(self, step: int) -> float:
-        """Return the number at a step."""
+        """Return the value of the ramp at an optimisation step."""
         knots = self.knots()
         if len(knots) == 1:
             start_knot = end_knot = knots[0]
@@ -71,7 +71,7 @@ class Ramp:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeWindow:
-    """Window from which diffusion times t are sampled. Its bounds may change with the step."""
+    """Range from which diffusion times t are sampled. Its bounds may change with the step."""
 
     low: Ramp = Ramp(0.02)  # smallest time, as a share of 1000
     high: Ramp = Ramp(0.98)  # largest time, as a share of 1000

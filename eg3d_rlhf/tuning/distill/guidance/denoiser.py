@@ -127,7 +127,7 @@ def _decay(constants: tuple[float, float, float], r: float) -> float:
 
 
 class Conditioning(NamedTuple):
-    """Conditioning tokens of the prior for each image."""
+    """Conditioning tokens of each image: of its prompt, of the null prompt, and of negative prompts."""
 
     text: torch.Tensor  # [B, T, D], tokens of the prompts
     null: torch.Tensor  # [B, T, D], tokens of the null prompt
@@ -458,7 +458,7 @@ class Guided:
         self.windows: dict[str, Window] = {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the numbers of the last steps in all windows, by key."""
+        """Return the state for checkpoints: the tensor of each window, by its key."""
         return {name: window.rows for name, window in self.windows.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -492,7 +492,7 @@ class Rewarded(Guided):
 
 
 class Ranks(NamedTuple):
-    """Result of a ranking of two noises."""
+    """Result of a ranking of two noises: their scores, the preferred noise, and the gap between the scores."""
 
     # [2, N]; without a reward, 1 for the noise that the judge prefers and 0 for the other noise.
     scores: torch.Tensor

@@ -265,7 +265,7 @@ def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class NamedGeometry(NamedTuple):
-    """Geometry reward that --geometry-reward can name."""
+    """Geometry reward that the option --geometry-reward selects by a name."""
 
     # Function that makes a new reward for each run, since some have a state.
     make: Callable[[], GeometryReward]

@@ -256,7 +256,7 @@ class Psd(Ranked):
         return loss.unflatten(0, (null_prediction.shape[1] // self.denoiser.views, -1)).mean(1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the scores of the last steps, and "moved", n - n0, after the first update of n."""
+        """Return the scores of the last steps, and after the first update of n the change n - n0 as "moved"."""
         state = super().state_dict()
         return state if self.moved is None else {**state, "moved": self.moved}
 

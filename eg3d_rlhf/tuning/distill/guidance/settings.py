@@ -157,14 +157,14 @@ class NoiseWeighting(Knobs):
             # scale.
             return scores.softmax(0)
         # [K, N] indices of noises, best first. Stable: noises with equal scores keep their order.
-        order = scores.argsort(dim=0, descending=True, stable=True)
+        noise_order = scores.argsort(dim=0, descending=True, stable=True)
         if self.strategy == "push":
             # [1, N]: 1 where the worst noise is subtracted, else 0.
             push_weight = scores.new_ones(scores[:1].shape) if push is None else push[None].to(scores)
             return (
                 scores.new_zeros(scores.shape)
-                .scatter_(0, order[:1], 1.0)
-                .scatter_add_(0, order[-1:], -push_weight)
+                .scatter_(0, noise_order[:1], 1.0)
+                .scatter_add_(0, noise_order[-1:], -push_weight)
             )
         # With fewer noises than requested, all of them count.
         best_count = min(self.best, noise_count)
@@ -172,14 +172,14 @@ class NoiseWeighting(Knobs):
         # [best_count, N]: each of the best noises has the same weight.
         equal_shares = scores.new_full(scores[:best_count].shape, 1 / best_count)
         if self.strategy == "best":
-            return scores.new_zeros(scores.shape).scatter_(0, order[:best_count], equal_shares)
+            return scores.new_zeros(scores.shape).scatter_(0, noise_order[:best_count], equal_shares)
         noise_weights = scores.new_zeros(scores.shape)
-        noise_weights.scatter_(0, order[:best_count], self.best_weight * equal_shares)
+        noise_weights.scatter_(0, noise_order[:best_count], self.best_weight * equal_shares)
         # scatter_add_ and not scatter_, because with few noises one noise can be among the best and the
         # worst.
         return noise_weights.scatter_add_(
             0,
-            order[-worst_count:],
+            noise_order[-worst_count:],
             scores.new_full(scores[:worst_count].shape, -self.worst_weight / worst_count),
         )
 

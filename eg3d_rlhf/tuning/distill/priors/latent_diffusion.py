@@ -63,7 +63,7 @@ Networks = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class PriorOptions:
-    """Settings of the computation of a prior: device, precision, and saving of memory."""
+    """Settings for computing a prior: device, precision, and saving of memory."""
 
     device: str | torch.device = "cpu"  # device of all networks
     half: bool | None = None  # True: float16 for the U-Net; False: float32; None: float16 on a GPU only

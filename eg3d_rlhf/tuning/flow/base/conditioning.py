@@ -62,12 +62,15 @@ def to_device(condition: Condition, device: torch.device | str) -> Condition:
 
 
 def tensor_of(condition: Condition) -> torch.Tensor:
-    """Return one of the tensors of the conditioning. All of them are on the same device."""
+    """Return one tensor of the conditioning, for example to read the device, which all its tensors share."""
     return condition if isinstance(condition, torch.Tensor) else next(iter(condition.values()))
 
 
 def rows(condition: Condition) -> int:
-    """Return the number N of samples. Raises: ValueError if the tensors have different numbers of rows."""
+    """Return the number N of samples of a conditioning.
+
+    Raises: ValueError if the tensors have different numbers of rows.
+    """
     if isinstance(condition, torch.Tensor):
         return len(condition)
     row_count_by_name = {name: len(tensor) for name, tensor in condition.items()}
@@ -108,7 +111,7 @@ def where(mask: torch.Tensor, if_true: Condition, if_false: Condition) -> Condit
 
 
 def twice(condition: Condition) -> Condition:
-    """Return all N rows followed by the same N rows, which are 2 N rows."""
+    """Return a conditioning that has all N rows twice: the N rows, followed by the same N rows."""
     return each(lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1)), condition)
 
 

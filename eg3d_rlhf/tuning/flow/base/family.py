@@ -75,7 +75,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """Description of a new folder of a generator in which the networks of some stages are replaced."""
+    """Description of an exported folder, in which the networks of some stages are replaced."""
 
     # Path relative to the folder -> original file, which is linked (or copied if the file system has no
     # links), or the bytes to write.

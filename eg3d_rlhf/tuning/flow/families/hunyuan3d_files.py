@@ -78,7 +78,7 @@ Sections = Mapping[str, Mapping[str, torch.Tensor]]  # section -> tensors by nam
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeFiles:
-    """Settings of config.yaml and the paths of the files."""
+    """Settings of Hunyuan3D-2.1's config.yaml, and the paths of its files."""
 
     root: Path  # folder of config.yaml
     checkpoint: Path

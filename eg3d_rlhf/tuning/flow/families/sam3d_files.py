@@ -116,7 +116,7 @@ IGNORED = {  # settings that are ignored, because they concern training or are a
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorFile:
-    """Settings of one stage from its YAML file."""
+    """Settings of one stage of SAM 3D Objects, read from the stage's YAML file."""
 
     checkpoint: Path
     config: MixtureConfig | VoxelFlowConfig
@@ -496,14 +496,14 @@ def _build_config(config_class: Any, file_settings: Mapping, **overrides: Any) -
         if field.default is no_default and field.default_factory is no_default and name not in config_kwargs
     ]
     if unknown_settings or missing_settings:
-        faults = [
+        fault_texts = [
             f"{fault_label} {', '.join(names[:8])}"
             for fault_label, names in (("unknown:", unknown_settings), ("missing:", missing_settings))
             if names
         ]
         raise ValueError(
-            f"the settings do not fit {config_class.__name__} ({'; '.join(faults)}). Pass the folder of SAM"
-            " 3D Objects."
+            f"the settings do not fit {config_class.__name__} ({'; '.join(fault_texts)}). Pass the folder of"
+            " SAM 3D Objects."
         )
     return config_class(**config_kwargs)
 

@@ -276,12 +276,12 @@ class Trellis2Pipeline(EncodingFolder):
             # A cascade may have lowered the resolution of this sample.
             resolution = (sample.cells or self.cells(self.shape)) * decoder.config.finer
             latent = sample.given if sample.given is not None else sample.feats
-            surface, children = decoder(self._unnormalised(sample.coords, latent, self.shape))
+            surface, voxel_children = decoder(self._unnormalised(sample.coords, latent, self.shape))
             materials = None
             if has_texture:
                 texture = self._unnormalised(sample.coords, sample.feats, files.TEXTURE)
                 # Shape and materials must have the same voxels, so voxels are divided as for the shape.
-                materials, _ = self.part(files.TEXTURE_DECODER)(texture, children)
+                materials, _ = self.part(files.TEXTURE_DECODER)(texture, voxel_children)
             assets += assets_of(surface, materials, resolution, decoder.config.voxel_margin)
         return assets
 

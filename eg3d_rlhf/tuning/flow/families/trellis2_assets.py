@@ -74,22 +74,22 @@ def dual_grid_of(asset: VoxelAsset) -> tuple[DualGrid, torch.Tensor | None]:
     All voxels are returned if the asset has no face. The materials are None if the asset has none.
     """
     quads = faces_of(asset)
-    crossed = torch.zeros_like(asset.crossed)
+    crosses_edge = torch.zeros_like(asset.crossed)
     # The first voxel of a face owns the edge; see `faces_of`. Edges without a face are removed.
     for axis, axis_quads in enumerate(quads):
-        crossed[axis_quads[:, 0], axis] = True
+        crosses_edge[axis_quads[:, 0], axis] = True
     voxel_index = torch.unique(torch.cat(quads))
     if not len(voxel_index):
         # Assets of untrained networks may have no face.
         voxel_index = torch.arange(len(asset.coords), device=asset.coords.device)
-        crossed = asset.crossed
+        crosses_edge = asset.crossed
     coords = asset.coords[voxel_index].long()
     # Sorted by x, then y, then z: 21 bits for each coordinate in one 64-bit integer.
     voxel_index = voxel_index[((coords[:, 0] << 42) + (coords[:, 1] << 21) + coords[:, 2]).argsort()]
     grid = DualGrid(
         asset.coords[voxel_index].cpu(),
         asset.vertices[voxel_index].clamp(0, 1).cpu(),
-        crossed[voxel_index].cpu(),
+        crosses_edge[voxel_index].cpu(),
     )
     return grid, None if asset.materials is None else asset.materials[voxel_index]
 
@@ -136,12 +136,12 @@ def centred(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
     Raises: ValueError if all vertices are the same point.
     """
     vertices = mesh.vertices.double()
-    low = vertices.amin(0)
-    high = vertices.amax(0)
-    if not float((high - low).max()) > 0:
+    box_min = vertices.amin(0)
+    box_max = vertices.amax(0)
+    if not float((box_max - box_min).max()) > 0:
         raise ValueError("all vertices of the mesh are the same point. Export the surface as triangles.")
     # One scale for all axes, so that proportions stay the same.
-    return (vertices - (low + high) / 2) * (LONGEST_SIDE / (high - low).max()), mesh.faces
+    return (vertices - (box_min + box_max) / 2) * (LONGEST_SIDE / (box_max - box_min).max()), mesh.faces
 
 
 def read_asset(path: Path) -> Mesh:

@@ -202,7 +202,7 @@ def _sampler(path: Path, pipeline_args: Mapping, sampler_name: str) -> tuple[Sam
     """
 
     def parse_sampler(name: str, params: Mapping) -> Sampling:
-        """Parse the params of a sampler."""
+        """Convert the params of a sampler to settings. The name of its class is not used."""
         trellis_names = sorted(str(k) for k in params if str(k).startswith("cfg_"))
         if trellis_names:
             # These are settings of TRELLIS, whose cfg_strength is w and not 1 + w.
@@ -320,12 +320,12 @@ def model_files(pipeline_file: PipelineFile) -> dict[str, Path]:
         if (pipeline_file.root / name).is_file()
     }
     # The hashes of these files identify a problem, so every file that is read must be included.
-    models = [
+    model_names = [
         *pipeline_file.flows.values(),
         *DECODERS,
         *(name for name in ENCODERS if files.has_model(pipeline_file, name)),
     ]
-    return paths | files.paths_of(pipeline_file, dict(zip(models, models, strict=True)))
+    return paths | files.paths_of(pipeline_file, dict(zip(model_names, model_names, strict=True)))
 
 
 # Pixels per side of the image -> number of DINOv3's tokens: 1 class token, 4 registers, (side / 16)^2

@@ -135,7 +135,9 @@ def find_best_share(
     """
     assert len(assets) == len(voxels)
     if not assets:
-        raise ValueError("--list: the list has no assets. Sample assets first with `eg3d-rlhf flow sample`.")
+        raise ValueError(
+            "voxel_share: there are no assets to compare. Sample assets first with `eg3d-rlhf flow sample`."
+        )
     iou_sums = torch.zeros(len(SHARES), dtype=torch.float64)
     for asset, source_voxels in zip(assets, voxels, strict=True):
         x, y, z = source_voxels.cpu().long().unbind(1)
@@ -268,7 +270,7 @@ def read_ply(path: Path) -> SplatAsset:
     )
 
     def select_columns(*fields: str) -> torch.Tensor:
-        """Select columns of the table by the names of their properties."""
+        """Return the columns [G, properties] of the named properties."""
         return row_table[:, [property_names.index(name) for name in fields]]
 
     scales = select_columns("scale_0", "scale_1", "scale_2").exp()

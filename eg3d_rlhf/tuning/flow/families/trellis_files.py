@@ -155,17 +155,18 @@ def normalization(pipeline_file: PipelineFile, stage: str) -> dict | None:
 def _sampler(
     path: Path, sampler_entry: dict | None, sampler_name: str, default_sampling: Sampling
 ) -> tuple[Sampling, float]:
-    """Read the settings of a stage's sampler, and sigma_min.
+    """Read the settings of a stage's sampler, and sigma_min, the noise that remains at t = 0.
 
     Args:
         path: path of pipeline.json, for messages.
         sampler_entry: entry of the sampler in pipeline.json, or None if there is no entry.
         sampler_name: name of the entry, for messages.
         default_sampling: values of settings that the entry lacks.
+    Returns: settings of the sampler, and sigma_min.
     """
 
     def parse_sampler(class_name: str, params: Mapping) -> Sampling:
-        """Parse the class name and the params of a sampler."""
+        """Convert the class name and the params of a sampler to settings."""
         # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
         # use guidance at all times; FlowEulerSampler uses no guidance.
         guidance_interval = params.get(
@@ -191,7 +192,7 @@ def sampler_of(
     sampler_name: str,
     parse_params: Callable[[str, Mapping], Sampling],
 ) -> tuple[Sampling, float]:
-    """Read the settings of a sampler in a pipeline.json, and sigma_min.
+    """Read the settings of a sampler in a pipeline.json, and sigma_min, the noise that remains at t = 0.
 
     Args:
         path: path of pipeline.json, for messages.
@@ -199,6 +200,7 @@ def sampler_of(
         sampler_name: name of the entry.
         parse_params: function that parses the sampler's class name and its params. It may raise ValueError,
             TypeError or IndexError.
+    Returns: result of `parse_params`, and sigma_min.
     """
     # Without an entry, the sampler has its published class and default settings.
     sampler_entry = sampler_entry or {}
@@ -272,9 +274,9 @@ def paths_of(model_folder: ModelFolder, model_by_name: Mapping[str, str]) -> dic
     ending ".json" to the JSON file.
     Raises: FileNotFoundError for a model whose files are not on this machine.
     """
-    stems = {name: find_model(model_folder, model) for name, model in model_by_name.items()}
+    stem_by_name = {name: find_model(model_folder, model) for name, model in model_by_name.items()}
     path_by_name = {}
-    for name, stem in stems.items():
+    for name, stem in stem_by_name.items():
         path_by_name[f"{name}.json"] = with_ending(stem, ".json")
         # find_model has checked that there are weights; `or stem` only satisfies the type checker.
         path_by_name[name] = find_weights(stem) or stem
@@ -374,14 +376,14 @@ def architecture(
         if f.default is no_default and f.default_factory is no_default and f.name not in model_args
     )
     if unknown_args or missing_args:
-        faults = [
+        fault_texts = [
             f"{fault_label} {', '.join(names)}"
             for fault_label, names in (("unknown:", unknown_args), ("missing:", missing_args))
             if names
         ]
         raise ValueError(
-            f"{message_prefix}: the args do not fit {class_name} ({'; '.join(faults)}). Download the file"
-            " again, or pass the folder of a supported generator."
+            f"{message_prefix}: the args do not fit {class_name} ({'; '.join(fault_texts)}). Download the"
+            " file again, or pass the folder of a supported generator."
         )
     return model_class, config_class(**model_args)
 
@@ -593,12 +595,12 @@ def release_of(
     networks = dict[str, Stored]()  # tuned networks by stage
     missing_models = []  # names of models that are not on this machine
     stem_by_name: dict[str, Path] = {}  # last part of a stem -> stem
-    tuned_models = {flows[stage]: stage for stage in stages}
+    stage_by_tuned_model = {flows[stage]: stage for stage in stages}
     for model_name in dict.fromkeys([*model_folder.models, *model_folder.usual]):
         try:
             stem = find_model(model_folder, model_name)
         except FileNotFoundError:
-            if model_name in required_models or model_name in tuned_models:
+            if model_name in required_models or model_name in stage_by_tuned_model:
                 raise
             missing_models.append(model_name)
             continue
@@ -612,9 +614,9 @@ def release_of(
         base_weights = find_weights(stem)
         assert base_weights is not None  # find_model has checked it
         exported_files[f"{export_stems[model_name]}.json"] = with_ending(stem, ".json")
-        if model_name in tuned_models:
+        if model_name in stage_by_tuned_model:
             # The tuned network is read and written only when the export runs.
-            networks[tuned_models[model_name]] = Stored(
+            networks[stage_by_tuned_model[model_name]] = Stored(
                 file=f"{export_stems[model_name]}.safetensors",
                 load=partial(load, stem),
                 write=partial(_write_tuned, base_weights),
@@ -658,7 +660,7 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
     )
     structure_config = StructureFlowConfig(resolution=16, patch_size=1, **network_kwargs)
     latent_config = LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **network_kwargs)
-    stages = (
+    stage_rows = (
         ("structure", partial(StructureFlow, structure_config), DenseGrid(channels=8, resolution=16)),
         ("latent", partial(LatentFlow, latent_config), SparseVoxels(channels=8, resolution=64)),
     )
@@ -667,5 +669,5 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
             conditioning=[TOKENS[kind], width],
             stage=FlowStage(name=name, model=empty(make_network), latents=latents, sampling=KINDS[kind]),
         )
-        for name, make_network, latents in stages
+        for name, make_network, latents in stage_rows
     ]
