@@ -182,8 +182,9 @@ def dreamdpo(
     It is w [(p - e)_win - (p - e)_lose] for images whose scores differ enough, and w (p - e)_win for all
     others.
 
-    If winner and loser have the same guidance scale, the first formula equals w (a / s) (x0_lose - x0_win).
-    It then contains no term that keeps the image near the prior.
+    If winner and loser have the same guidance scale, the first formula equals w (a / s) (x0_lose - x0_win),
+    with the signal level a and the noise level s. It then contains no term that keeps the image near the
+    prior.
 
     Args:
         predicted_noises: p of both noises, [2, B, C, H, W]. The prediction of the loser may have its own

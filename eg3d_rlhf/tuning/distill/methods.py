@@ -172,7 +172,7 @@ def make_guidance(
     view_count: int,
     streams: "Streams",
 ) -> "Guidance":
-    """Make the guidance of a method.
+    """Make the guidance of a method, which computes the gradient of a step.
 
     Args:
         method_name: name of the method.

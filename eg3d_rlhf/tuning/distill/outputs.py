@@ -193,7 +193,7 @@ CURVES = ("reward", "gap_50", "first_wins", "one_sided", "cosine", "log_prob", "
 
 
 def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | None, shown_count: int) -> Path:
-    """Write the page of a run.
+    """Write the HTML page with the results of a run.
 
     Args:
         settings: settings of the run.

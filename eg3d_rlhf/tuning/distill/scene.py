@@ -108,7 +108,10 @@ class Scene:
         )
 
     def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
-        """Make an arm's geometry reward, changed in a control arm. Raises: ValueError if the scene has none."""
+        """Make an arm's geometry reward, which is changed in a control arm.
+
+        Raises: ValueError if the scene has none.
+        """
         if self.geometry is None:
             raise ValueError(
                 "--geometry-reward=none: arms with +geometry need a geometry reward. Name one, e.g."

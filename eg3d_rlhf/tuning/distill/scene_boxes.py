@@ -45,15 +45,15 @@ _NEVER = -60.0  # logit of a component that a prompt does not contain; its proba
 
 
 def mixture() -> GmmPrior:
-    """Make the prior in closed form.
+    """Make the prior, a mixture of Gaussians in closed form.
 
     About every mode there is a narrow and a broad component of the mixture. The distribution of a prompt
     consists of the narrow components of its two modes, with equal weights. The distribution of the null
     prompt consists of all broad components.
 
-    Because the null prompt is broad, the difference e(text) - e(null) of classifier-free guidance points to
-    the modes of the prompt. DreamDPO needs this: without guidance, no term of its gradient keeps images near
-    the modes.
+    Because the null prompt is broad, the difference e(text) - e(null) of the noises that classifier-free
+    guidance combines points to the modes of the prompt. DreamDPO needs this: without guidance, no term of its
+    gradient keeps images near the modes.
     """
     modes = problem.modes()  # [k, C, H, W]
     mode_count = len(modes)

@@ -150,7 +150,7 @@ class ViewMixture(GmmPrior):
 
 
 def mixture(prompts: Sequence[str]) -> ViewMixture:
-    """Make the prior in closed form.
+    """Make the prior, a mixture of Gaussians in closed form.
 
     Each of the K renders of a head is the mean of a narrow component. The distribution of a prompt consists
     of the components of its head, with equal weights. The distribution of the null prompt consists of the

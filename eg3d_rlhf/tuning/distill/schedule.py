@@ -166,10 +166,10 @@ def draw_times(
     *,
     shared: bool = True,
 ) -> torch.Tensor:
-    """Sample diffusion times from the window of a step.
+    """Sample the diffusion times of a step.
 
     Args:
-        window: window of times.
+        window: range of times, which may change with the step.
         step: number of the optimisation step, from 0.
         asset_count: number of assets.
         view_count: number of views of each asset.

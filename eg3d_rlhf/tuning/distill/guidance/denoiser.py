@@ -492,7 +492,7 @@ class Rewarded(Guided):
 
 
 class Ranks(NamedTuple):
-    """Result of a ranking of two noises: their scores, the preferred noise, and the gap between the scores."""
+    """Result of a ranking of two noises: their scores, the preferred noise, and the gap of the scores."""
 
     # [2, N]; without a reward, 1 for the noise that the judge prefers and 0 for the other noise.
     scores: torch.Tensor

@@ -155,7 +155,7 @@ class DreamReward(Rewarded):
         """Return the factor of the reward's gradient for each asset, [A], before the weight is applied.
 
         The loop averages a gradient over B images, while the reward's loss is a mean over the assets. The
-        factor therefore contains V.
+        factor therefore contains the number V of views.
 
         Args:
             grad: [B, C, H, W], gradient of score distillation.

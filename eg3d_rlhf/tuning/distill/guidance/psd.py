@@ -108,7 +108,7 @@ class Psd(Ranked):
         q: torch.Tensor,
         ranks: Ranks,
     ) -> torch.Tensor:
-        """Return the gradient [B, C, H, W] of score distillation and push, see `gradients.psd`.
+        """Return the gradient of score distillation and the preference term (`gradients.psd`), [B, C, H, W].
 
         Args:
             x: [B, C, H, W], clean latents.
@@ -151,10 +151,10 @@ class Psd(Ranked):
         cameras: torch.Tensor | None,
         ranks: Ranks,
     ) -> None:
-        """Update n by one step of gradient ascent on the reward, or of descent on the preference loss.
+        """Update the null embedding n by a step that raises the reward or lowers the preference loss.
 
         The gradient is limited to a root mean square of 1. The length of the step is a share of the norm of
-        n0, and n stays within a ball around n0.
+        the initial embedding n0, and n stays within a ball around n0.
 
         Args:
             x_t: [2, B, C, H, W], noised latents.
@@ -211,7 +211,7 @@ class Psd(Ranked):
         Args:
             x_t: [2, B, C, H, W], noised latents.
             t: [B], times.
-            prediction: predicted noises, differentiable in n.
+            prediction: predicted noises, differentiable in the null embedding.
             prompts: B prompts for the reward.
         """
         denoiser = self.denoiser
@@ -231,10 +231,11 @@ class Psd(Ranked):
     ) -> torch.Tensor:
         """Return the preference loss of delta = (r - m)_win - (r - m)_lose for each asset, [A].
 
-        m is the mean squared error of the noise that the prior predicts with n, and r is that error with n0.
-        The loss is smaller if n predicts the noise of the winner better, relative to n0, than the noise of
-        the loser. The noised latents of the winner already resemble the preferred image, so n predicts their
-        noise better if n describes that image less. The loss is 0 for assets without an answer of the judge.
+        m is the mean squared error of the noise that the prior predicts with the null embedding n, and r is
+        that error with its initial value n0. The loss is smaller if n predicts the noise of the winner
+        better, relative to n0, than the noise of the loser. The noised latents of the winner already resemble
+        the preferred image, so n predicts their noise better if n describes that image less. The loss is 0
+        for assets without an answer of the judge.
 
         Args:
             null_prediction: [2, B, C, H, W], predictions with n.
@@ -256,7 +257,7 @@ class Psd(Ranked):
         return loss.unflatten(0, (null_prediction.shape[1] // self.denoiser.views, -1)).mean(1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the scores of the last steps, and after the first update of n the change n - n0 as "moved"."""
+        """Return the scores of the last steps, and as "moved" the change n - n0 of the null embedding."""
         state = super().state_dict()
         return state if self.moved is None else {**state, "moved": self.moved}
 

@@ -191,8 +191,7 @@ class Conditioning:
             )
 
     def check_source(self, who: str, required_encoder: str, encoder: str) -> None:
-        """Raise ValueError if the embeddings were made by another encoder, or from differently prepared
-        images.
+        """Raise ValueError if the embeddings are from another encoder or from differently prepared images.
 
         An unknown encoder is accepted, since files of other programs do not state it.
 
