@@ -30,7 +30,7 @@ _POINTS = {0: 1.0, 1: 0.0, -1: 0.5}
 
 
 class FinalEvaluator(Protocol):
-    """Interface of a held-out evaluator, which compares finished assets for the comparison of arms.
+    """Interface of a held-out evaluator, which compares the finished assets of two arms.
 
     Neither training nor a reward uses this evaluator or its measurements.
     """

@@ -194,7 +194,7 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
 
 
 def estimate_memory(settings: DistillSettings, prior_options: PriorOptions) -> Costs:
-    """Estimate the memory of a step of the arm that needs most.
+    """Estimate the memory of a step for the arm whose step needs the most memory.
 
     Args:
         settings: settings of the run.

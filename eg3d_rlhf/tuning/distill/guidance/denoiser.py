@@ -144,7 +144,7 @@ class Prediction(Conditioning):
     def guided(self, guidance_scale: float) -> torch.Tensor:
         """Return the predicted noises with guidance, [K, B, C, H, W].
 
-        It is Perp-Neg if there are negative prompts, else classifier-free guidance.
+        The guidance is Perp-Neg if there are negative prompts, else classifier-free guidance.
 
         Args:
             guidance_scale: guidance scale. Scale 1 of classifier-free guidance gives the prediction for the

@@ -100,8 +100,8 @@ class ObservedGeometry:
 class SolidGeometry:
     """Geometry reward in closed form, which penalises floaters and leaks of the density.
 
-    Its score is minus `solid_loss` on the entire cube, 0 for a physically valid solid. It does not depend on
-    the prompt.
+    Its score is minus `solid_loss` over the entire cube, which is 0 for a physically valid solid. The score
+    does not depend on the prompt.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:

@@ -65,7 +65,7 @@ class Sds(Guided):
 class BestOfN(Rewarded, Sds):
     """Score distillation with S starts of each asset, of which one is kept.
 
-    The assets of the start s have the indices s A to (s + 1) A - 1.
+    If A assets are kept, those of the start s have the indices s A to (s + 1) A - 1.
     """
 
     @torch.no_grad()

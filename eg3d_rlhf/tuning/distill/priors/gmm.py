@@ -17,7 +17,8 @@ from training.config import check_choice
 class GmmPrior:
     """Mixture of Gaussians p(x | embedding) = sum_m softmax(to_logits embedding)_m N(x; mean_m, std_m^2).
 
-    At the time t, the noised mixture has the means a mean_m and the variances a^2 std_m^2 + s^2.
+    At the time t, the noised mixture has the means a mean_m and the variances a^2 std_m^2 + s^2, with the
+    signal level a and the noise level s.
 
     Latents are scale (2 images - 1). Decoding does not clip images to 0..1. The means should be permutations
     of one another: Adam scales each entry of a gradient separately, so otherwise some modes would be easier

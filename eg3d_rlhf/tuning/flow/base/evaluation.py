@@ -28,7 +28,8 @@ def evaluate(
 ) -> dict:
     """Generate assets of the held-out prompts, and score them with every evaluator that the problem has.
 
-    The evaluators are the fields EVALUATORS of the problem, and its sub-scores `parts`.
+    The evaluators are the fields of the problem that EVALUATORS lists, and its sub-scores `parts`. Below, C
+    is the number of held-out prompts and S the number of assets of each prompt.
 
     Args:
         problem: tuning problem.

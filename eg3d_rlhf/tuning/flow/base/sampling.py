@@ -413,7 +413,6 @@ def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Returns: [N], 1 where a is larger, 0 where b is larger, and 0.5 where they are equal.
 
-
     >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
     tensor([0.0000, 0.5000, 1.0000])
     """

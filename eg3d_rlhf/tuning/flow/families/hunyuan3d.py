@@ -120,7 +120,7 @@ class ShapeAsset:
 def call(
     network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Call the network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+    """Call the network as the original program does, where t = 1 is data and t = 0 is noise.
 
     Args:
         network: network of the flow.
@@ -201,7 +201,7 @@ def surface_points(mesh: Mesh, config: AutoencoderConfig, generator: torch.Gener
 
     Args:
         mesh: triangle mesh; it is moved and scaled to fit into the cube.
-        config: configuration that states P and f.
+        config: configuration with the number P of points, and the number f of columns besides the position.
         generator: random generator on the CPU.
     Returns: points [P, 3 + f] float32. The columns are the position, the normal of the face and, if the
         config has it, a flag for points on sharp edges, which is 0.
