@@ -218,7 +218,7 @@ class SceneConfig(Knobs):
     judge: str | None = _assets_knob(
         None,
         "Judge that ranks pairs of images in place of the reward, for the methods dreamdpo and psd. The only"
-        " one is questions, which works with the bundled prior.",
+        " judge is questions, which works with the bundled prior.",
         metavar="NAME",
         shown="none",
     )
@@ -232,15 +232,30 @@ class SceneConfig(Knobs):
     assets: int = _assets_knob(
         1, "Number of assets that are made from each prompt, with different seeds.", low=1
     )
-    views: int = knob(4, "Number of views of each asset that a step renders.", REAL, low=1, rare=True)
+    views: int = knob(
+        4,
+        "Number of views of each asset that a step renders. More views make the gradient less noisy, and a"
+        " step takes proportionally longer.",
+        REAL,
+        low=1,
+        rare=True,
+    )
     resolution: int = knob(
         64,
-        "Edge of the rendered views in pixels. They are resized to the size that the prior needs.",
+        "Edge of the rendered views in pixels. They are resized to the size that the prior needs. Larger"
+        " views show more detail, and need more time and memory.",
         REAL,
         low=8,
         rare=True,
     )
-    planes: int = knob(64, "Edge of the three feature planes of an asset, in texels.", REAL, low=4, rare=True)
+    planes: int = knob(
+        64,
+        "Edge of the three feature planes of an asset, in texels. Larger planes can store more detail, and"
+        " need more memory.",
+        REAL,
+        low=4,
+        rare=True,
+    )
     amp: str = knob(
         "auto",
         "Precision of the prior's network. half: float16; off: float32; auto: float16 on a GPU, float32 on a"

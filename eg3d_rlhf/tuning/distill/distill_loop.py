@@ -74,8 +74,8 @@ class Tick:
             self._append("gap", *(scores.amax(0) - scores.amin(0)).tolist())
         if guidance_output.winner is not None:
             # -1 stands for a pair to which the judge gave no answer.
-            answered_pairs = guidance_output.winner[guidance_output.winner >= 0]
-            self._append("first_wins", *(answered_pairs == 0).float().tolist())
+            answered_winners = guidance_output.winner[guidance_output.winner >= 0]
+            self._append("first_wins", *(answered_winners == 0).float().tolist())
             self._append("unanswered", *(guidance_output.winner < 0).float().tolist())
         # True where images were not moved away from the loser.
         if guidance_output.one_sided is not None:
@@ -144,10 +144,10 @@ def find_warnings(stats_lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
         )
     # Values may exceed 0..1 slightly by interpolation and rounding, hence the tolerance.
     if newest_line.get("image_low", 0) < -0.01 or newest_line.get("image_high", 1) > 1.01:
-        value_range = f"{newest_line['image_low']:.2f} to {newest_line['image_high']:.2f}"
+        value_range_text = f"{newest_line['image_low']:.2f} to {newest_line['image_high']:.2f}"
         warning_by_name["range"] = (
-            f"the rendered images have values from {value_range}, but priors and rewards need 0 to 1. Make"
-            " the renderer return values in 0 to 1."
+            f"the rendered images have values from {value_range_text}, but priors and rewards need 0 to 1."
+            " Make the renderer return values in 0 to 1."
         )
     # The newest tick is compared with the third one before it, because the noise between adjacent ticks is
     # too large.

@@ -363,10 +363,12 @@ class History(Window):
 
         If the number of scores differs from that of the last step, all earlier scores are dropped.
         """
-        new_row = scores.detach().flatten()[None].nan_to_num().cpu()  # [1, number of scores in a step]
-        score_count = new_row.shape[1]
-        old_rows = self.rows if self.rows.shape[1] == score_count else self.rows.new_zeros(0, score_count)
-        self.rows = torch.cat([old_rows, new_row])[-self.window :]
+        new_score_row = scores.detach().flatten()[None].nan_to_num().cpu()  # [1, number of scores in a step]
+        score_count = new_score_row.shape[1]
+        old_score_rows = (
+            self.rows if self.rows.shape[1] == score_count else self.rows.new_zeros(0, score_count)
+        )
+        self.rows = torch.cat([old_score_rows, new_score_row])[-self.window :]
 
     def standardise(self, scores: torch.Tensor) -> torch.Tensor:
         """Subtract the mean of the last steps from scores, and divide by their standard deviation.
@@ -388,6 +390,7 @@ class History(Window):
 
     def quantile(self, share: float) -> float:
         """Return the quantile of the scores of the last steps for a share in 0..1."""
+        # The lower of the two neighbouring scores, without interpolation.
         return float(self.rows.flatten().sort().values[int(share * (self.rows.numel() - 1))])
 
 

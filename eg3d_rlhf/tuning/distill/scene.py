@@ -62,7 +62,7 @@ class Scene:
     device: torch.device = torch.device("cpu")  # device of assets and prior
     inputs: Mapping[str, Path] = field(default_factory=dict)  # role -> file on whose contents the run depends
 
-    def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
+    def distillation(self, settings: DistillSettings, arm: Arm, batch_index: int) -> Distillation:
         """Make the optimisation of one batch of assets under one arm.
 
         All arms have the same starting assets, views, times and noises. If an arm has several starts of each
@@ -71,7 +71,7 @@ class Scene:
         Args:
             settings: settings of the run.
             arm: arm, with its method and controls.
-            batch: index of the batch in `DistillSettings.batches`.
+            batch_index: index of the batch in `DistillSettings.batches`.
         Raises: ValueError if the arm needs a reward that the scene does not have.
         """
         method_settings, start_count, _ = arm_settings(settings, arm.name)
@@ -79,7 +79,7 @@ class Scene:
         generators = []
         # All assets of start 0, then all of start 1, ...: `BestOfN.best` expects this order.
         for start_index in range(start_count):
-            for prompt, seed in settings.batches()[batch]:
+            for prompt, seed in settings.batches()[batch_index]:
                 # Start 0 is not part of the name of the random stream, so that it has the same random numbers
                 # as in arms with a single start.
                 stream_key = (prompt, seed, start_index) if start_index else (prompt, seed)
@@ -88,7 +88,7 @@ class Scene:
                     torch.Generator().manual_seed(derive_seed(settings.seed, "start", *stream_key))
                 )
         # The streams depend on the batch, and not on the process or the order in which batches are computed.
-        streams = Streams(seed=derive_seed(settings.seed, "batch", batch) % 2**62)
+        streams = Streams(seed=derive_seed(settings.seed, "batch", batch_index) % 2**62)
         starting_assets = self.start(prompts, generators).to(self.device)
         # A control changes the reward, so its arm must not use the judge in place of the reward.
         judge = None if arm.twist else self.judge

@@ -64,10 +64,10 @@ class DreamDpo(Ranked):
         )
         ranks = self.ranking(estimated_images, prompts, cameras)
         # [N], True where images are moved away from the loser.
-        two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
+        is_two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
         # [2, N], 1 for the winner. Without an answer of the judge (-1), the first noise counts as the winner.
         winner_indicator = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
-        noise_weights = NoiseWeighting(strategy="push")(winner_indicator, two_sided)
+        noise_weights = NoiseWeighting(strategy="push")(winner_indicator, is_two_sided)
         # From ranked units [2, N] to images [2, B].
         noise_weights = noise_weights.repeat_interleave(len(x) // noise_weights.shape[1], 1)
         is_subtracted = (noise_weights < 0).view(*noise_weights.shape, 1, 1, 1)  # [2, B, 1, 1, 1]
@@ -78,7 +78,7 @@ class DreamDpo(Ranked):
         )
         terms = {"gap": ranks.gap, **denoiser.compare(denoiser.residuals(x, noise, t, x_t, prediction), grad)}
         return GuidanceOutput(
-            grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~two_sided
+            grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~is_two_sided
         )
 
     def _predict_loser(self, prediction) -> torch.Tensor:

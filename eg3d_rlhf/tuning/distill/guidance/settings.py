@@ -37,8 +37,9 @@ class DenoiserSettings:
     )
     form: str = _rare_prior_knob(
         "sds",
-        "Formula of the gradient. sds: score distillation sampling; sjc: score Jacobian chaining with reduced"
-        " variance; sjc-plain: score Jacobian chaining without it; recon: MVDream's reconstruction loss.",
+        "Formula of the gradient. sds: score distillation sampling; sjc: score Jacobian chaining with"
+        " reduced variance; sjc-plain: score Jacobian chaining without reduced variance; recon: MVDream's"
+        " reconstruction loss.",
         choices=FORMS,
     )
     weighting: str = _rare_prior_knob(
@@ -193,7 +194,12 @@ class SdsSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     samples: int = knob(
-        1, "Number of noises per step, over which the gradient of sds is averaged.", SDS, low=1, rare=True
+        1,
+        "Number of noises per step, over which the gradient of sds is averaged. More noises make the"
+        " gradient less noisy, and a step takes proportionally longer.",
+        SDS,
+        low=1,
+        rare=True,
     )
     image_loss: float = knob(
         0.0,

@@ -63,20 +63,20 @@ class PreferencePair:
         for field_name in ("reward_preferred", "reward_rejected", "w1", "w2"):
             score = getattr(self, field_name)
             if score is not None and not (math.isfinite(score) and (field_name != "w2" or score >= 0)):
-                allowed_score = "a number >= 0" if field_name == "w2" else "a finite number"
+                allowed_score_text = "a number >= 0" if field_name == "w2" else "a finite number"
                 raise ValueError(
-                    f"{who}, {field_name}: expected {allowed_score} or None, got {score}. Drop the pair, or"
-                    " score it again."
+                    f"{who}, {field_name}: expected {allowed_score_text} or None, got {score}. Drop the pair,"
+                    " or score it again."
                 )
         latent_descriptions = []
         for field_name in ("preferred", "rejected"):
             latent = getattr(self, field_name)
             features = feats_of(latent)
-            bad_count = int((~torch.isfinite(features)).sum())
-            if bad_count:
+            invalid_count = int((~torch.isfinite(features)).sum())
+            if invalid_count:
                 raise ValueError(
-                    f"{who}, {field_name}: {bad_count} of {features.numel()} numbers of the latent are NaN or"
-                    " infinite. Drop the pair."
+                    f"{who}, {field_name}: {invalid_count} of {features.numel()} numbers of the latent are"
+                    " NaN or infinite. Drop the pair."
                 )
             # A voxel that occurs twice would have twice the weight in the flow-matching error.
             if isinstance(latent, SparseSample):

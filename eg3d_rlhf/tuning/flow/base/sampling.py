@@ -259,7 +259,7 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> list[Asset]:
     """Generate N assets, one for each prompt and seed, through all stages.
@@ -272,7 +272,7 @@ def generate(
         prompts: N prompts.
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None to use the stages' own networks.
-        batch: number of assets that are generated together, which bounds the memory.
+        batch_size: number of assets that are generated together, which bounds the memory.
         stages_given: name of one stage -> its N inputs, as `voxels_for` returns them. The stages before it
             are then not sampled. None: all stages are sampled.
     Raises: ValueError for the name of a stage that the pipeline does not have, or for a structure without
@@ -288,8 +288,8 @@ def generate(
     # The last stage is separate, because its latents are decoded.
     *inner_stages, last_stage = stages_with(pipeline, models)[stage_names.index(first_stage) :]
     assets: list[Asset] = []
-    for first_index in range(0, len(seeds), batch):
-        batch_slice = slice(first_index, first_index + batch)
+    for first_index in range(0, len(seeds), batch_size):
+        batch_slice = slice(first_index, first_index + batch_size)
         last_input = _sample_stages(
             pipeline, inner_stages, prompts[batch_slice], seeds[batch_slice], stage_inputs[batch_slice]
         )
@@ -304,7 +304,7 @@ def voxels_for(
     prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
 ) -> list[Voxels]:
     """Sample the stages before the stage named `stage`, and return its N inputs.
 
@@ -317,13 +317,13 @@ def voxels_for(
         prompts: N prompts.
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None to use the stages' own networks.
-        batch: number of assets that are sampled together, which bounds the memory.
+        batch_size: number of assets that are sampled together, which bounds the memory.
     """
     stage_names = [s.name for s in pipeline.stages]
     earlier_stages = stages_with(pipeline, models)[: stage_names.index(stage_of(pipeline, stage).name)]
     stage_outputs: list[Voxels] = []
-    for first_index in range(0, len(seeds), batch):
-        batch_slice = slice(first_index, first_index + batch)
+    for first_index in range(0, len(seeds), batch_size):
+        batch_slice = slice(first_index, first_index + batch_size)
         first_input: list[Voxels] = [None] * len(seeds[batch_slice])
         stage_outputs += _sample_stages(
             pipeline, earlier_stages, prompts[batch_slice], seeds[batch_slice], first_input
@@ -378,7 +378,7 @@ def scores(
     prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> torch.Tensor:
     """Generate N assets and return their scores, [N] float32 on the CPU.
@@ -393,11 +393,13 @@ def scores(
     """
     all_scores = [torch.zeros(0)]  # without seeds the list would be empty, which torch.cat does not accept
     for first_index in tqdm(
-        range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None
+        range(0, len(seeds), batch_size), desc="scoring", unit="batch", leave=False, disable=None
     ):
-        batch_slice = slice(first_index, first_index + batch)
+        batch_slice = slice(first_index, first_index + batch_size)
         batch_inputs = {name: outputs[batch_slice] for name, outputs in (stages_given or {}).items()}
-        assets = generate(pipeline, prompts[batch_slice], seeds[batch_slice], models, batch, batch_inputs)
+        assets = generate(
+            pipeline, prompts[batch_slice], seeds[batch_slice], models, batch_size, batch_inputs
+        )
         batch_scores = reward(assets, prompts[batch_slice]).detach().float().cpu()
         if not bool(batch_scores.isfinite().all()):
             raise ValueError(

@@ -24,7 +24,8 @@ class Choosing(Knobs):
 
     per_condition: int = knob(
         4,
-        "Number of assets of each held-out prompt whose win rate chooses the checkpoint.",
+        "Number of assets of each held-out prompt whose win rate chooses the checkpoint. More assets make"
+        " the win rate less noisy, and an evaluation takes longer.",
         TABLE,
         name="choose_noises",
         low=1,
@@ -193,7 +194,8 @@ class ProblemSource(EncodingSource, Knobs):
     parts: str = _rare_source_knob(
         "all",
         "SAM 3D: tensors that the loss of the first stage contains. all: shape and pose with equal weights;"
-        " shape: the shape only; file: shape and pose with the weights in the model's file.",
+        " shape: the shape only; file: shape and pose with the weights in the model's file. The published"
+        " file gives the shape the weight 0.",
         choices=("all", "shape", "file"),
     )
     needs_pairs: ClassVar[bool] = True  # False in subclasses whose problems need no pairs

@@ -72,10 +72,10 @@ class Labelled:
             seed: seed of the random numbers of a control.
         Raises: ValueError if there is no example, or if the assets have no latents of the stage.
         """
-        prompt_of = self.prompt_of
-        used_prompts = set(prompt_of.values()) if prompts is None else prompts
+        prompt_by_asset = self.prompt_of
+        used_prompts = set(prompt_by_asset.values()) if prompts is None else prompts
         # Labels are compared within a prompt, so the only label of a prompt has no effect and is left out.
-        used_labels = contrast(self.goodness, used_prompts, prompt_of)
+        used_labels = contrast(self.goodness, used_prompts, prompt_by_asset)
         if not used_labels:
             raise ValueError(
                 f"labels: none of the training prompts has two or more of the {len(self.goodness)} labels."
@@ -89,7 +89,7 @@ class Labelled:
                 f"labels: the assets have latents of {available_stages}, but not of stage {stage!r}. Name a"
                 " stage with latents by --stage."
             )
-        used_label_by_asset = goodness_for_use(used_labels, prompt_of, label_use, seed)
+        used_label_by_asset = goodness_for_use(used_labels, prompt_by_asset, label_use, seed)
         return [
             Single(
                 id=f"{asset.condition}/{asset.name}",

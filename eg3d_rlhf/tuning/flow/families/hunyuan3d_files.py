@@ -433,8 +433,8 @@ def _encoding(
     """
     vae_folder = shape_files.root.parent / VAE_FOLDER
     vae_files = [vae_folder / name for name in CHECKPOINTS if (vae_folder / name).is_file()]
-    in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae_tensors)
-    if in_checkpoint or not vae_files:
+    is_in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae_tensors)
+    if is_in_checkpoint or not vae_files:
         path = shape_files.checkpoint
         autoencoder_tensors = vae_tensors
     else:
@@ -504,14 +504,14 @@ def write_checkpoint(source_path: Path, target_path: Path, tuned_tensors: Mappin
     """
     # All sections are read, because all are written to the copy.
     sections = read_sections(source_path, (MODEL,))
-    new_content: dict = {**sections, MODEL: in_types_of(sections[MODEL], tuned_tensors)}
+    new_sections: dict = {**sections, MODEL: in_types_of(sections[MODEL], tuned_tensors)}
     if target_path.suffix == ".safetensors":
         # This format cannot store nested dictionaries, so sections become prefixes of the names.
-        flat_content = {}
-        for section, tensors in new_content.items():
-            flat_content.update({f"{section}.{name}": tensor for name, tensor in tensors.items()})
-        new_content = flat_content
-    rewrite(target_path, new_content)
+        flat_tensors = {}
+        for section, tensors in new_sections.items():
+            flat_tensors.update({f"{section}.{name}": tensor for name, tensor in tensors.items()})
+        new_sections = flat_tensors
+    rewrite(target_path, new_sections)
 
 
 def source_of(shape_files: ShapeFiles, sections: Sections) -> str:

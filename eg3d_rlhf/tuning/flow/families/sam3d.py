@@ -300,11 +300,11 @@ class Sam3dPipeline(OpenedFolder):
             return None
         # The second stage may have a smaller copy of the shape, which must then be enlarged in space.
         shrink_factor = self.structure(latents[SHAPE])[1]
-        latents_of_one = {
+        sample_latents = {
             name: tensor[None].cpu() for name, tensor in latents.tensors.items()
         }  # of one sample
         return pose.decode_pose(
-            latents_of_one, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], shrink_factor
+            sample_latents, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], shrink_factor
         )
 
     @torch.no_grad()
@@ -387,13 +387,13 @@ def reduce_voxels(voxels: torch.Tensor, max_voxels: int) -> tuple[torch.Tensor, 
     extent = highest_index - lowest_index  # one size for all axes
     # Half the size, and centred. Voxels with the same new indices become one voxel.
     shrunk_voxels = (voxels - lowest_index) / extent * (extent / 2 - 1) + lowest_index + extent / 4
-    fewer_voxels = torch.unique(shrunk_voxels.round().int().clamp(lowest_index, highest_index), dim=0)
-    if len(fewer_voxels) > max_voxels:
+    reduced_voxels = torch.unique(shrunk_voxels.round().int().clamp(lowest_index, highest_index), dim=0)
+    if len(reduced_voxels) > max_voxels:
         generator = torch.Generator().manual_seed(0)
         # Sorted, so that the voxels keep their order.
-        subset_indices = torch.randperm(len(fewer_voxels), generator=generator)[:max_voxels].sort().values
-        fewer_voxels = fewer_voxels[subset_indices.to(fewer_voxels.device)]
-    return fewer_voxels, 2
+        subset_indices = torch.randperm(len(reduced_voxels), generator=generator)[:max_voxels].sort().values
+        reduced_voxels = reduced_voxels[subset_indices.to(reduced_voxels.device)]
+    return reduced_voxels, 2
 
 
 REMEDY = "`eg3d-rlhf flow new` and these checkpoints"

@@ -335,11 +335,11 @@ class Trellis(FlowFamily):
         calibrated_lines = lines[:MAX_CALIBRATED]
         assets = [read_ply(folder / asset_line["look_at"]) for asset_line in calibrated_lines]
         voxels = [read_array(folder / asset_line[files.LATENT], "coords") for asset_line in calibrated_lines]
-        best_match = find_best_share(assets, voxels, pipeline.resolution)
+        share_report = find_best_share(assets, voxels, pipeline.resolution)
         return (
-            f"With voxel_share={best_match['share']:g}, assets best match the voxels from which they were"
-            f" sampled (mean intersection over union {best_match['iou']:.2f} over {len(assets)} assets). Use"
-            f" this value with `eg3d-rlhf flow tune --loop --set voxel_share={best_match['share']:g}`."
+            f"With voxel_share={share_report['share']:g}, assets best match the voxels from which they were"
+            f" sampled (mean intersection over union {share_report['iou']:.2f} over {len(assets)} assets)."
+            f" Use this value with `eg3d-rlhf flow tune --loop --set voxel_share={share_report['share']:g}`."
         )
 
     def networks(self, root: Path) -> list[Network]:

@@ -300,9 +300,9 @@ def convert_tensors(model: Any, config: Any, tensors: State, message_prefix: str
             or stored_phases.shape != expected_phases.shape
             or not torch.allclose(stored_phases.to(expected_phases), expected_phases, atol=1e-2)
         ):
-            stored_form = f"{stored_phases.dtype} {list(stored_phases.shape)}"
+            stored_form_text = f"{stored_phases.dtype} {list(stored_phases.shape)}"
             raise ValueError(
-                f"{message_prefix}: the stored rope_phases ({stored_form}) differ from those of the"
+                f"{message_prefix}: the stored rope_phases ({stored_form_text}) differ from those of the"
                 f" resolution in the model's JSON file (complex {list(expected_phases.shape)}). Download"
                 " both files again."
             )

@@ -238,7 +238,7 @@ def read_ply(path: Path) -> SplatAsset:
     # Lines such as "property float x" and "element vertex 1000".
     properties = [header_line.split() for header_line in header_lines if header_line.startswith("property ")]
     property_names = [line_words[-1] for line_words in properties]
-    all_float32 = all(line_words[1] in ("float", "float32") for line_words in properties)
+    are_all_float32 = all(line_words[1] in ("float", "float32") for line_words in properties)
     elements = [header_line.split() for header_line in header_lines if header_line.startswith("element ")]
     row_counts = [int(line_words[2]) for line_words in elements if line_words[2].isdigit()]
     if "format binary_little_endian 1.0" not in header_lines:
@@ -253,17 +253,17 @@ def read_ply(path: Path) -> SplatAsset:
             " file again as Gaussian splats."
         )
     # With a single element, the Gaussians, and only float32 properties, all rows have the same length.
-    if not all_float32 or len(row_counts) != 1:
+    if not are_all_float32 or len(row_counts) != 1:
         raise ValueError(
             f"{path}: expected one element with only float32 properties, got {len(row_counts)} elements or"
             " other types. Export the file again as Gaussian splats."
         )
     row_bytes = ply_bytes[header_end + len(b"end_header\n") :]
-    expected_size = len(property_names) * 4 * row_counts[0]  # 4 bytes per float32
-    if len(row_bytes) != expected_size:
+    expected_byte_count = len(property_names) * 4 * row_counts[0]  # 4 bytes per float32
+    if len(row_bytes) != expected_byte_count:
         raise ValueError(
-            f"{path}: expected {expected_size} bytes after the header, got {len(row_bytes)}. The file is"
-            " truncated or damaged. Export it again."
+            f"{path}: expected {expected_byte_count} bytes after the header, got {len(row_bytes)}. The file"
+            " is truncated or damaged. Export it again."
         )
     row_table = torch.from_numpy(
         np.frombuffer(row_bytes, "<f4").reshape(row_counts[0], -1).astype(np.float32)

@@ -303,7 +303,7 @@ def test_an_unregularised_third_step_at_a_small_beta_is_caught(tmp_path):
             conditions,
             seeds,
             loop.models({**lines, "structure": (one,)}),
-            batch=96,
+            batch_size=96,
         )
         for one in (guarded, last)
     )
