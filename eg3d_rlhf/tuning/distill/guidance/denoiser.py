@@ -320,7 +320,7 @@ class Denoiser:
             input_tokens += list(conditioning.negatives)
         repeat_count = len(input_tokens) * noise_count
         # One call with one large batch, which uses a GPU better than many small batches. Its order is:
-        # inputs, then noises, then images, [len(inputs) K B, ...].
+        # conditioning inputs, then noises, then images, [len(input_tokens) K B, ...].
         predicted_noises = self.prior.predict_noise(
             x_t.flatten(0, 1).repeat(len(input_tokens), 1, 1, 1),
             t.to(x_t.device).repeat(repeat_count),

@@ -625,6 +625,6 @@ def networks(root: Path) -> list[Network]:
     ]
 
 
-def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
+def _shapes(make_network: Callable[[], nn.Module]) -> dict[str, list[int]]:
     """Return the shapes of a network's tensors by name. The network is built on the meta device."""
-    return shapes(empty(make).state_dict())
+    return shapes(empty(make_network).state_dict())

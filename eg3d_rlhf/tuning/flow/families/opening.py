@@ -47,7 +47,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     reject_unread(
         source,
         (*family.common, *family.options),
-        f"only applies to other generators and has no effect on {family.name}",
+        f"a generator of the family {family.name}, only with other generators",
     )
     if source.pairs is None and not source.needs_pairs and not family.bundled:
         # Without pairs, a separate reward must be used, as in online tuning.
@@ -193,7 +193,7 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
     unread_flags = unread_options(source, COMMON)
     if unread_flags:
         raise ValueError(
-            f"{unread_flags} has no effect with --pipeline=DIR and --conditioning without --pairs. Remove"
+            f"{unread_flags} cannot be used with --pipeline=DIR and --conditioning without --pairs. Remove"
             f" {unread_flags} from the command."
         )
     if source.conditions is None:
