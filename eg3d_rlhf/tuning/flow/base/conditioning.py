@@ -220,8 +220,8 @@ class Conditioning:
         missing_prompts = sorted({prompt for prompt in prompts if prompt not in self.tokens})
         if missing_prompts:
             raise ValueError(
-                f"conditioning: there is no embedding of {_listed(missing_prompts)}. Add the embeddings"
-                " of these prompts."
+                f"conditioning: there is no embedding of {_listed(missing_prompts)}. Embed these prompts,"
+                " too, with the same encoder as the others."
             )
         first_embedding, *other_embeddings = [self.tokens[prompt] for prompt in prompts]
         return each(lambda *rows: torch.stack(rows), first_embedding, *other_embeddings)
@@ -315,7 +315,8 @@ def read_conditioning(path: Path, zero_null: bool = True) -> Conditioning:
         allowed_suffixes = ", ".join(SUFFIXES)
         raise FileNotFoundError(
             f"conditioning: {path} is neither a file of embeddings nor a folder with files"
-            f" {allowed_suffixes}. Embed the prompts first, or name the file or folder of their embeddings."
+            f" {allowed_suffixes}. Embed the prompts with eg3d-rlhf flow new, or name the file or folder of"
+            " their embeddings."
         )
     embeddings: dict[str, Condition] = {
         embedding_file.stem: read_embedding(embedding_file) for embedding_file in embedding_files

@@ -236,7 +236,7 @@ def _settings(yaml_config: Mapping, section: str) -> dict:
     if unknown_params:
         raise ValueError(
             f"the section {section} has the unknown params {', '.join(unknown_params)}, which may change the"
-            f" result. Remove them; supported are {', '.join(known_params)}."
+            f" result. Remove them. Only {', '.join(known_params)} are supported."
         )
     if params.get("use_dynamic_shifting"):
         raise ValueError(

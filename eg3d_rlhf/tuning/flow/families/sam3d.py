@@ -457,8 +457,9 @@ def inputs_of(path: Path, cut: ObjectCut, reads_point_map: bool) -> dict[str, to
     # A median depth below 0 shows that the map's z axis points backward.
     if points is not None and float(points[..., 2].nanmedian()) <= 0:
         raise ValueError(
-            f"{path.with_suffix('.npy')}: the median of z must be above 0, because z > 0 is in front"
-            " of the camera. Convert the axes to x left, y up, z forward."
+            f"{path.with_suffix('.npy')}: the median of z is {float(points[..., 2].nanmedian()):g}, but must"
+            " be above 0, because z > 0 is in front of the camera. Convert the axes to x left, y up, z"
+            " forward."
         )
     return inputs
 

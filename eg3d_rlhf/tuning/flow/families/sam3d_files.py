@@ -245,8 +245,8 @@ def read_pipeline(root: Path) -> PipelineFile:
     ]
     if unsupported_settings:
         raise ValueError(
-            f"{path}: {', '.join(unsupported_settings)} is not supported. Remove it from the file. To sample"
-            " in few steps, use --few-steps."
+            f"{path}: these settings are not supported: {', '.join(unsupported_settings)}. Remove them from"
+            " the file. To sample in few steps, use --few-steps."
         )
     # The name of the decoder decides the units of the pose; see sam3d_pose.py.
     pose_decoder = str(pipeline_settings.get("pose_decoder_name", SHIFTED))
@@ -562,8 +562,8 @@ def _sampling(path: Path, pipeline_settings: Mapping, stage: str, generator: Gen
     if sampling.cfg_strength and not generator.guided:
         raise ValueError(
             f"{path}: {prefix}_cfg_strength is {sampling.cfg_strength:g}, but guidance needs"
-            " force_zeros_cond: true and unconditional_handling: add_flag in the generator's file. Set it"
-            " to 0, or download the generator's file again."
+            " force_zeros_cond: true and unconditional_handling: add_flag in the generator's file. Set"
+            f" {prefix}_cfg_strength to 0, or download the generator's file again."
         )
     return sampling
 

@@ -207,7 +207,7 @@ def _sampler(path: Path, pipeline_args: Mapping, sampler_name: str) -> tuple[Sam
         if trellis_names:
             # These are settings of TRELLIS, whose cfg_strength is w and not 1 + w.
             raise ValueError(
-                f"{', '.join(trellis_names)} are settings of TRELLIS and not of TRELLIS.2. Use"
+                f"the sampler has settings of TRELLIS and not of TRELLIS.2: {', '.join(trellis_names)}. Use"
                 " guidance_strength = cfg_strength + 1 and guidance_interval instead."
             )
         guidance_strength = float(params.get("guidance_strength", 3.0))
