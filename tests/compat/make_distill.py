@@ -471,11 +471,11 @@ def rewardsds(m: Maker) -> dict:
 def schedules(m: Maker) -> dict:
     config = {"beta_start": 0.0012, "beta_end": 0.009, "beta_schedule": "scaled_linear"}
     other = {"beta_start": 2e-4, "beta_end": 0.015, "beta_schedule": "linear", "rescale_betas_zero_snr": True}
-    betas = make_betas("scaled_linear", start=0.0012, end=0.009)
+    betas = make_betas("scaled_linear", beta_start=0.0012, beta_end=0.009)
     schedule = NoiseSchedule((1 - betas).cumprod(0))
     bar = schedule.alphas_cumprod
     m.add({"betas": betas, "alphas_cumprod": bar, "final_alpha_cumprod": bar[0]}, "sd/")
-    others = make_betas("linear", start=2e-4, end=0.015, zero_snr=True)
+    others = make_betas("linear", beta_start=2e-4, beta_end=0.015, zero_snr=True)
     m.add({"alphas_cumprod": (1 - others).cumprod(0)}, "own/")
     for spacing, n in itertools.product(("leading", "linspace"), (7, 30)):
         m.add({"timesteps": ddim_times(n, spacing)}, f"timesteps/{spacing}_{n}/")

@@ -50,5 +50,5 @@ def test_case(case):
 def test_the_spread_is_that_of_each_asset():
     x0 = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     wide = torch.cat([x0[:4], 3 * x0[4:]])
-    target = gradients.reconstruction_target(wide, x0, 1.0, views=4)
+    target = gradients.reconstruction_target(wide, x0, 1.0, view_count=4)
     torch.testing.assert_close(target, x0)

@@ -22,7 +22,7 @@ pytestmark = needs(NAME)
 OTHER_TABLES = {
     "mvdream": {},
     "zero_snr": {"zero_snr": True},
-    "ddpm_linear": {"schedule_name": "linear", "start": 1e-4, "end": 0.02},
+    "ddpm_linear": {"schedule_name": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "ddpm_cosine": {"schedule_name": "squaredcos_cap_v2"},
 }
 
@@ -34,8 +34,8 @@ def betas(table: str = "sd") -> torch.Tensor:
         return make_betas(**OTHER_TABLES.get(table, {}))
     names = {
         "beta_schedule": "schedule_name",
-        "beta_start": "start",
-        "beta_end": "end",
+        "beta_start": "beta_start",
+        "beta_end": "beta_end",
         "rescale_betas_zero_snr": "zero_snr",
     }
     return make_betas(**{ours: config[theirs] for theirs, ours in names.items() if theirs in config})

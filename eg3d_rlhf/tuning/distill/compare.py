@@ -30,9 +30,9 @@ _POINTS = {0: 1.0, 1: 0.0, -1: 0.5}
 
 
 class FinalEvaluator(Protocol):
-    """Interface of a held-out evaluator of finished assets.
+    """Interface of a held-out evaluator, which compares the finished assets of two arms.
 
-    It is not used in training, and no reward has its inputs.
+    Neither training nor a reward uses this evaluator or its measurements.
     """
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
@@ -62,8 +62,8 @@ def compare(
         measured_by_arm: name of an arm -> name of a measure -> values [N], which are reported in addition. A
             value is NaN if the measure does not apply to the asset. A measure that applies to no asset is
             left out.
-    Returns: two results. The first is the table, as values for JSON. The second is a list with the judgements
-    of all comparisons.
+    Returns: two results. The first is the table as values for JSON; its key "arms" has a dictionary for each
+    arm. The second is a list with the judgements of all comparisons.
     """
     assert BASE in assets_by_arm and {len(arm_assets) for arm_assets in assets_by_arm.values()} == {
         len(pairs)

@@ -29,7 +29,10 @@ _TWIST = rf"(?:-({'|'.join(TWISTS)}))?"  # optional suffix of an arm's name; its
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A distillation method. methods.py adds each method to METHODS, and its presets to PRESETS."""
+    """Registered distillation method: its settings, its guidance, and the models that it accepts.
+
+    methods.py adds each method to METHODS, and its presets to PRESETS.
+    """
 
     settings: type  # dataclass of the method's settings
     # Function that makes the guidance, with the arguments (prior, settings, views=, streams=). It also has
@@ -54,7 +57,7 @@ _rare_opt_knob = functools.partial(knob, group=OPT, rare=True)
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of a comparison: a method, optional controls of its reward, and an optional geometry reward."""
+    """Arm of a comparison: a distillation method, with rewards that may be changed for a control."""
 
     method: str  # name of the method in METHODS
     twist: str | None = None  # control of the reward of images, one of TWISTS; None: the reward is unchanged
@@ -74,9 +77,10 @@ class Arm:
         match = re.fullmatch(pattern, arm_name)
         if match is None:
             raise ValueError(
-                f"{arm_name!r} is not an arm. Write a method ({', '.join(METHODS)}), after it -"
-                f"{' or -'.join(TWISTS)} for a control, and at the end +geometry or"
-                f" +geometry-{' or +geometry-'.join(TWISTS)} for a geometry reward."
+                f"{arm_name!r} is not an arm. An arm is a method ({', '.join(METHODS)}), then"
+                f" -{' or -'.join(TWISTS)} for a control with a changed reward, and at the end +geometry or"
+                f" +geometry-{' or +geometry-'.join(TWISTS)} for a geometry reward. Only the method is"
+                " needed."
             )
         if match[2] and not METHODS[match[1]].accepts_reward:
             raise ValueError(
@@ -115,7 +119,7 @@ def parse_ramp(ramp_text: str) -> Ramp:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """Settings of the optimisation, which all methods have."""
+    """Settings of the optimisation loop. They are the same for all distillation methods."""
 
     steps: int = knob(100, "Number of optimisation steps of each asset.", OPT, low=1)
     batch: int = _rare_opt_knob(
@@ -195,7 +199,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig(Knobs):
-    """Settings of the assets, and of the models that guide them."""
+    """Settings of the assets of a run, and of the prior, the rewards and the judge that guide them."""
 
     prior: str = _assets_knob(
         "bundled",
@@ -214,7 +218,7 @@ class SceneConfig(Knobs):
     judge: str | None = _assets_knob(
         None,
         "Judge that ranks pairs of images in place of the reward, for the methods dreamdpo and psd. The only"
-        " one is questions, which works with the bundled prior.",
+        " judge is questions, which works with the bundled prior.",
         metavar="NAME",
         shown="none",
     )
@@ -228,15 +232,30 @@ class SceneConfig(Knobs):
     assets: int = _assets_knob(
         1, "Number of assets that are made from each prompt, with different seeds.", low=1
     )
-    views: int = knob(4, "Number of views of each asset that a step renders.", REAL, low=1, rare=True)
+    views: int = knob(
+        4,
+        "Number of views of each asset that a step renders. More views make the gradient less noisy, and a"
+        " step takes proportionally longer.",
+        REAL,
+        low=1,
+        rare=True,
+    )
     resolution: int = knob(
         64,
-        "Edge of the rendered views in pixels. They are resized to the size that the prior needs.",
+        "Edge of the rendered views in pixels. They are resized to the size that the prior needs. Larger"
+        " views show more detail, and need more time and memory.",
         REAL,
         low=8,
         rare=True,
     )
-    planes: int = knob(64, "Edge of the three feature planes of an asset, in texels.", REAL, low=4, rare=True)
+    planes: int = knob(
+        64,
+        "Edge of the three feature planes of an asset, in texels. Larger planes can store more detail, and"
+        " need more memory.",
+        REAL,
+        low=4,
+        rare=True,
+    )
     amp: str = knob(
         "auto",
         "Precision of the prior's network. half: float16; off: float32; auto: float16 on a GPU, float32 on a"
@@ -249,7 +268,7 @@ class SceneConfig(Knobs):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """All settings that determine the result of a run."""
+    """All settings that determine the result of a score distillation run."""
 
     prompts: tuple[str, ...]  # texts from which assets are made; all are different
     arms: tuple[str, ...]  # names of the arms, see `Arm.name`; a run with one arm is not a comparison

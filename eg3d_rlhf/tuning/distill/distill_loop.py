@@ -74,8 +74,8 @@ class Tick:
             self._append("gap", *(scores.amax(0) - scores.amin(0)).tolist())
         if guidance_output.winner is not None:
             # -1 stands for a pair to which the judge gave no answer.
-            answered = guidance_output.winner[guidance_output.winner >= 0]
-            self._append("first_wins", *(answered == 0).float().tolist())
+            answered_winners = guidance_output.winner[guidance_output.winner >= 0]
+            self._append("first_wins", *(answered_winners == 0).float().tolist())
             self._append("unanswered", *(guidance_output.winner < 0).float().tolist())
         # True where images were not moved away from the loser.
         if guidance_output.one_sided is not None:
@@ -144,10 +144,10 @@ def find_warnings(stats_lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
         )
     # Values may exceed 0..1 slightly by interpolation and rounding, hence the tolerance.
     if newest_line.get("image_low", 0) < -0.01 or newest_line.get("image_high", 1) > 1.01:
-        value_range = f"{newest_line['image_low']:.2f} to {newest_line['image_high']:.2f}"
+        value_range_text = f"{newest_line['image_low']:.2f} to {newest_line['image_high']:.2f}"
         warning_by_name["range"] = (
-            f"the rendered images have values from {value_range}, but priors and rewards need 0 to 1. Make"
-            " the renderer return values in 0 to 1."
+            f"the rendered images have values from {value_range_text}, but priors and rewards need 0 to 1."
+            " Make the renderer return values in 0 to 1."
         )
     # The newest tick is compared with the third one before it, because the noise between adjacent ticks is
     # too large.
@@ -175,12 +175,12 @@ def find_warnings(stats_lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     return warning_by_name
 
 
-def status_columns(stats_line: Mapping[str, float], steps: int) -> dict[str, str]:
+def status_columns(stats_line: Mapping[str, float], step_count: int) -> dict[str, str]:
     """Return the columns of the status line with fixed widths: name -> text.
 
     Args:
         stats_line: line of stats.jsonl. Metrics that it does not contain have no column.
-        steps: number of steps of the run.
+        step_count: number of steps of the run.
     """
     # Metric -> width and format of its column.
     format_by_metric = {
@@ -193,7 +193,7 @@ def status_columns(stats_line: Mapping[str, float], steps: int) -> dict[str, str
         "prior_error": "6.3f",
         "opacity": "4.2f",
     }
-    return {"step": f"{int(stats_line['step']):>{len(str(steps))}}/{steps}"} | {
+    return {"step": f"{int(stats_line['step']):>{len(str(step_count))}}/{step_count}"} | {
         metric: f"{stats_line[metric]:<{width}}"
         for metric, width in format_by_metric.items()
         if metric in stats_line
@@ -250,8 +250,8 @@ class Distillation:
 
         Raises: LossNotFiniteError if the gradient contains NaN or infinity.
         """
-        views, rendered = self.look("views", step)
-        x = self.prior.encode(rendered.images)
+        views, rendered_views = self.look("views", step)
+        x = self.prior.encode(rendered_views.images)
         views_per_asset = len(x) // len(self.asset)
         t = draw_times(
             self.config.window,
@@ -264,16 +264,18 @@ class Distillation:
         # B prompts, one for each image; the views of an asset are adjacent.
         image_prompts = [prompt for prompt in self.prompts for _ in range(views_per_asset)]
         cam2world = views.cameras[:, :16].to(x.device)  # the other 9 numbers of a camera are its intrinsics
-        guidance_output = self.guidance(x, t.to(x.device), image_prompts, cam2world, step, rendered.images)
+        guidance_output = self.guidance(
+            x, t.to(x.device), image_prompts, cam2world, step, rendered_views.images
+        )
         # Without this check Adam would make all parameters NaN, and checkpoints would store them.
         if not bool(torch.isfinite(guidance_output.grad).all()):
             raise LossNotFiniteError(
-                f"--prior: its predictions contain NaN or infinity at step {step}. Use a lower"
-                " --guidance-scale, or --set amp=off."
+                f"--prior: the gradient contains NaN or infinity at step {step}, probably because predictions"
+                " of the prior overflow. Use a lower --guidance-scale, or --set amp=off."
             )
-        loss = distillation_loss(x, guidance_output, images=rendered.images)
+        loss = distillation_loss(x, guidance_output, images=rendered_views.images)
         metrics = {
-            "opacity": float(rendered.opacity.detach().mean()),
+            "opacity": float(rendered_views.opacity.detach().mean()),
             "grad": float(guidance_output.grad.norm()),
         }
         for regulariser in ("sparsity", "opacity"):
@@ -295,7 +297,7 @@ class Distillation:
                 self.asset, list(self.asset.parameters()), self.prompts, step
             )
         self.optimizer.step()
-        self.tick.add(guidance_output, metrics, rendered.images)
+        self.tick.add(guidance_output, metrics, rendered_views.images)
 
     def look(self, stream: str, step: int) -> tuple[Views, RenderedViews]:
         """Sample views of all assets and render them.
@@ -319,11 +321,12 @@ class Distillation:
 
         Returns: dictionary with one key. If the prior has an exact density, the key is "log_prob", and the
         value is the median log density of the renders in nats. Otherwise the key is "prior_error", and the
-        value is the mean squared error with which the prior predicts a fixed noise of the renders.
+        value is the mean squared error with which the prior predicts a fixed noise, which is added to the
+        latents of the renders at the diffusion time DRIFT_TIME.
         """
         # All random numbers are the same at every call, so that changes come from the assets only.
-        views, rendered = self.look("drift", 0)
-        x = self.prior.encode(rendered.images)
+        views, rendered_views = self.look("drift", 0)
+        x = self.prior.encode(rendered_views.images)
         prompts = [prompt for prompt in self.prompts for _ in range(len(x) // len(self.asset))]
         if self.log_prob is not None:
             # The median, because a single asset far from all modes would dominate the mean.
@@ -332,10 +335,10 @@ class Distillation:
         t = torch.full((len(x),), DRIFT_TIME, device=x.device)
         # Steps of the optimisation are >= 0, so the step -1 gives a noise of its own. [0]: one noise.
         noise = self.streams.noises(1, x, -1)[0]
-        predicted = self.prior.predict_noise(
+        predicted_noise = self.prior.predict_noise(
             schedule.mix(x, noise, t), t, self.prior.embed(prompts), views.cameras[:, :16].to(x)
         )
-        return {"prior_error": float((predicted - noise).square().mean())}
+        return {"prior_error": float((predicted_noise - noise).square().mean())}
 
     @torch.no_grad()
     def finished(self) -> Asset:
@@ -347,10 +350,10 @@ class Distillation:
         views = evenly_around(len(self.asset), views_per_asset, **FINISHED)
         # A white background in place of a random one, so that all starts are compared on the same background.
         background = torch.ones(3) if self.background is None else self.background
-        rendered = self.renderer.render(self.asset, views, background)
+        rendered_views = self.renderer.render(self.asset, views, background)
         image_prompts = [prompt for prompt in self.prompts for _ in range(views_per_asset)]
-        cam2world = views.cameras[:, :16].to(rendered.images)
-        return self.asset.select(self.guidance.best(rendered.images, image_prompts, cam2world))
+        cam2world = views.cameras[:, :16].to(rendered_views.images)
+        return self.asset.select(self.guidance.best(rendered_views.images, image_prompts, cam2world))
 
     # --- checkpoints
 
@@ -376,7 +379,7 @@ class Distillation:
         }
 
     def _stateful(self) -> dict:
-        """Return the parts of the optimisation besides the assets that have a state: name -> object."""
+        """Return the objects besides the assets whose state belongs to a checkpoint: name -> object."""
         object_by_name = {"guidance": self.guidance, "geometry": self.geometry, "scores": self.tick.scores}
         return {
             name: stateful_object

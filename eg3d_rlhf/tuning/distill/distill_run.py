@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
     @classmethod
     def from_name(cls, name: str) -> "Part":
-        """Return the part with a name, which has the form of the property `name`."""
+        """Parse the name of a part, such as 'sds/000', in the form of the property `name`."""
         arm, batch = name.split("/")
         return cls(arm, int(batch))
 
@@ -75,15 +75,16 @@ def distil(
         part: arm and batch.
         folder: folder of the part.
         print_line: function that prints a line of progress.
-    Returns: summary of the part, as values for JSON; the result of a finished part is read from its file.
+    Returns: summary of the part, as values for JSON: "arm", "batch", "assets" (their number), "last" (metrics
+    of the last tick) and "warnings" (their names). The summary of a finished part is read from its file.
     Raises: StoppedError if a signal ended the part, after its state is stored; LossNotFiniteError if the
     prior predicts NaN; ValueError or OSError if the scene cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # `run.resume` raises an error if a resumed part has other settings than those in its folder.
-    recorded_options = {"part": part.name, **settings.to_dict()}
+    recorded_settings = {"part": part.name, **settings.to_dict()}
     with Run(
-        folder, recorded_options, scene.inputs, say=lambda line: print_line(f"{part.name} {line}")
+        folder, recorded_settings, scene.inputs, say=lambda line: print_line(f"{part.name} {line}")
     ) as run:
         if recorded(folder):
             run.resume(CHANGEABLE)
@@ -113,7 +114,10 @@ def distil(
             while step < loop.steps:
                 if run.stop_requested:
                     _checkpoint(run, distillation, step, stats_lines)
-                    raise StoppedError(f"{run.stop_requested} after step {step} of {part.name}.")
+                    raise StoppedError(
+                        f"{run.stop_requested}: part {part.name} stopped after step {step}. Resume the run to"
+                        " continue."
+                    )
                 distillation.step(step)
                 step += 1
                 # A tick ends after loop.tick steps, and after the last step.
@@ -166,7 +170,9 @@ def _checkpoint(run: Run, distillation: Distillation, step: int, stats_lines: Se
 
 
 def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[str], dict]:
-    """Return the function with which a worker process computes a part. Its argument is the name of the part.
+    """Return the function with which a worker process computes a part.
+
+    Its argument is the name of a part, and its result is the summary that `distil` returns.
 
     Args:
         settings: settings of the run.
@@ -188,13 +194,13 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
     """
     part_names = [part.name for part in list_parts(settings)]
     # With torchrun, the processes take parts in turn: rank r takes the parts r, r + world, r + 2 world, ...
-    own_parts = part_names[run.ranks.rank :: run.ranks.world]
+    own_part_names = part_names[run.ranks.rank :: run.ranks.world]
     # The processes of torchrun start no worker processes of their own.
-    process_count = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(own_parts)))
+    process_count = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(own_part_names)))
     if process_count == 1:
         if run.ranks.world > 1:
             torch.set_num_threads(1)
-        for part_name in own_parts:
+        for part_name in own_part_names:
             distil(
                 settings,
                 scene,
@@ -204,17 +210,20 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
             )
     else:
         print(
-            f"{len(own_parts)} parts on {process_count} processes. Their output is in {run.folder / 'logs'}.",
+            f"{len(own_part_names)} parts on {process_count} processes. Their output is in"
+            f" {run.folder / 'logs'}.",
             flush=True,
         )
-        with tqdm(total=len(own_parts), unit="part", desc="distilling", dynamic_ncols=True) as progress_bar:
+        with tqdm(
+            total=len(own_part_names), unit="part", desc="distilling", dynamic_ncols=True
+        ) as progress_bar:
             run_tasks(
-                dict.fromkeys(own_parts, ()),
+                dict.fromkeys(own_part_names, ()),
                 handler,
                 (settings, run.folder, run.device),
                 process_count,
                 run.folder / "logs",
-                on_done=lambda part_name, result: (
+                on_done=lambda part_name, part_summary: (
                     progress_bar.update() and None
                 ),  # called once per finished part
                 expected=(ValueError, OSError, StoppedError),

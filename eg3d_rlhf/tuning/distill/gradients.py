@@ -1,5 +1,4 @@
-"""Computes the gradients of score distillation as pure functions of tensors, without logging and random
-numbers.
+"""Computes the gradients of score distillation as pure functions of tensors.
 
 The module also converts a gradient to a loss, balances two gradients of different size (`Balance`), and keeps
 statistics of the last steps (`History`).
@@ -7,9 +6,9 @@ statistics of the last steps (`History`).
 Shapes: K noises; A = number of assets; V views of an asset; B = A V images, with the views of an asset
 adjacent; Q negative prompts; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
 Symbols: x clean latents of the render; e the added noise; p the prior's prediction of e; x_t = a x + s e the
-noised latents with the levels a and s of the noise schedule (schedule.py); w the weight of the time, [B, 1,
-1, 1]. All methods use the identity p - e = (a / s) (x - x0), where x0 is the prior's one-step estimate of x.
-A step along the negative gradient therefore moves x towards x0.
+noised latents with the levels a and s of the noise schedule (schedule.py); w the weight of the time, with the
+shape [B, 1, 1, 1]. All methods use the identity p - e = (a / s) (x - x0), where x0 is the prior's one-step
+estimate of x. A step along the negative gradient therefore moves x towards x0.
 """
 
 import torch
@@ -48,17 +47,17 @@ def perp_neg(
     negative_weights: torch.Tensor,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """Apply Perp-Neg guidance (Armandpour et al. 2023), which moves images away from other views of the
-    prompt.
+    """Apply Perp-Neg guidance (Armandpour et al. 2023), which suppresses wrong viewing directions.
 
-    With p = text - null and q_i = negative_i - null, the result is
-    null + scale (p + sum_i weight_i perpendicular(q_i, p)), [B, C, H, W].
+    With p = text - null and q_i = negative_i - null, the result, [B, C, H, W], is
+
+        null + scale (p + sum_i weight_i perpendicular(q_i, p))
 
     Args:
         text_prediction: [B, C, H, W], prediction for the prompt.
         null_prediction: [B, C, H, W], prediction for the null prompt.
         negative_predictions: [Q, B, C, H, W], predictions for the prompt with other viewing directions.
-        negative_weights: [B, Q], weights of the negatives, <= 0.
+        negative_weights: [B, Q], weights of the negative predictions, <= 0.
         guidance_scale: guidance scale.
     """
     p = text_prediction - null_prediction
@@ -69,23 +68,23 @@ def perp_neg(
     return null_prediction + guidance_scale * (p + torch.stack(weighted_negatives).sum(0))
 
 
-def sds(predicted: torch.Tensor, noise: torch.Tensor, time_weight: torch.Tensor) -> torch.Tensor:
+def sds(predicted_noise: torch.Tensor, noise: torch.Tensor, time_weight: torch.Tensor) -> torch.Tensor:
     """Compute w (p - e), the gradient of score distillation sampling (Poole et al. 2022, equation 3).
 
     Args:
-        predicted: p, predicted noise, [B, C, H, W].
+        predicted_noise: p, predicted noise, [B, C, H, W].
         noise: e, added noise, [B, C, H, W].
         time_weight: w, weight of the time, [B, 1, 1, 1].
     """
     # The Jacobian of the U-Net is omitted as in the paper, because it is expensive to compute and poorly
     # conditioned at small noise levels.
-    return time_weight * (predicted - noise)
+    return time_weight * (predicted_noise - noise)
 
 
 def sjc(
     x: torch.Tensor,
     z: torch.Tensor,
-    predicted: torch.Tensor,
+    predicted_noise: torch.Tensor,
     u: torch.Tensor,
     *,
     variance_reduced: bool = True,
@@ -97,28 +96,30 @@ def sjc(
     Args:
         x: clean latents, [B, C, H, W].
         z: x + u e, latents noised without scaling, [B, C, H, W].
-        predicted: p, predicted noise, [B, C, H, W].
+        predicted_noise: p, predicted noise, [B, C, H, W].
         u: s / a, noise level, [B, 1, 1, 1].
         variance_reduced: True for (x - D) / u, which does not contain the noise u e of z; False for (z - D) /
             u.
     """
-    return ((x if variance_reduced else z) - (z - u * predicted)) / u
+    return ((x if variance_reduced else z) - (z - u * predicted_noise)) / u
 
 
-def image_loss(images: torch.Tensor, decoded: torch.Tensor, image_weight: torch.Tensor) -> torch.Tensor:
-    """Compute weight (images - decoded), the gradient of HiFA's loss on images (Zhu et al. 2023), [B, 3, h,
-    w].
+def image_loss(
+    images: torch.Tensor, decoded_images: torch.Tensor, image_weight: torch.Tensor
+) -> torch.Tensor:
+    """Compute the gradient of HiFA's loss on images (Zhu et al. 2023), weight (images - decoded images).
 
     Args:
         images: rendered images, [B, 3, h, w].
-        decoded: images that the prior estimates, [B, 3, h, w].
+        decoded_images: images that the prior estimates, [B, 3, h, w].
         image_weight: w a / s, [B, 1, 1, 1].
+    Returns: [B, 3, h, w].
     """
-    return image_weight * (images - decoded)
+    return image_weight * (images - decoded_images)
 
 
 def reconstruction_target(
-    x0: torch.Tensor, x0_text: torch.Tensor, rescale: float, views: int
+    x0: torch.Tensor, x0_text: torch.Tensor, rescale: float, view_count: int
 ) -> torch.Tensor:
     """Compute rescale x0 std(x0_text) / std(x0) + (1 - rescale) x0 (MVDream, arXiv 2308.16512, section 3.3).
 
@@ -128,22 +129,26 @@ def reconstruction_target(
         x0: estimate with guidance, [B, C, H, W].
         x0_text: estimate for the prompt without guidance, [B, C, H, W].
         rescale: strength of the rescaling, 0 to 1.
-        views: number V of views of an asset. Standard deviations are over the views, channels and pixels of
-            an asset.
+        view_count: number V of views of an asset. Standard deviations are over the views, channels and pixels
+            of an asset.
     """
     # One standard deviation per asset, [A]; 1e-8 avoids a division by zero for constant latents.
     std, std_text = (
-        estimate.reshape(estimate.shape[0] // views, -1).std(1) + 1e-8 for estimate in (x0, x0_text)
+        estimate.reshape(estimate.shape[0] // view_count, -1).std(1) + 1e-8 for estimate in (x0, x0_text)
     )
     # From assets [A] to images [B, 1, 1, 1].
-    ratio = (std_text / std).repeat_interleave(views).view(-1, 1, 1, 1)
+    ratio = (std_text / std).repeat_interleave(view_count).view(-1, 1, 1, 1)
     return rescale * (x0 * ratio) + (1 - rescale) * x0
 
 
 def reconstruction(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Compute x - target, the gradient of 0.5 |x - target|^2, which MVDream uses for distillation.
 
-    Unlike the other gradients of this module, it has no weight of the time.
+    Unlike the other gradients of this module, it has no weight that depends on the diffusion time.
+
+    Args:
+        x: clean latents of the render, [B, C, H, W].
+        target: result of `reconstruction_target`, [B, C, H, W].
     """
     return x - target
 
@@ -165,7 +170,7 @@ def reward_weighted(residuals: torch.Tensor, noise_weights: torch.Tensor) -> tor
 
 
 def dreamdpo(
-    predicted: torch.Tensor,
+    predicted_noises: torch.Tensor,
     noise: torch.Tensor,
     noise_weights: torch.Tensor,
     time_weight: torch.Tensor,
@@ -177,12 +182,13 @@ def dreamdpo(
     It is w [(p - e)_win - (p - e)_lose] for images whose scores differ enough, and w (p - e)_win for all
     others.
 
-    If winner and loser have the same guidance scale, the first formula equals w (a / s) (x0_lose - x0_win).
-    It then contains no term that keeps the image near the prior.
+    If winner and loser have the same guidance scale, the first formula equals w (a / s) (x0_lose - x0_win),
+    with the signal level a and the noise level s. It then contains no term that keeps the image near the
+    prior.
 
     Args:
-        predicted: p of both noises, [2, B, C, H, W]. The prediction of the loser may have its own guidance
-            scale.
+        predicted_noises: p of both noises, [2, B, C, H, W]. The prediction of the loser may have its own
+            guidance scale.
         noise: e, both added noises, [2, B, C, H, W].
         noise_weights: [2, B]; 1 for the winner, and -1 or 0 for the loser.
         time_weight: w, weight of the time, [B, 1, 1, 1].
@@ -191,34 +197,35 @@ def dreamdpo(
     if not subtract_noise:
         # The factor [1, B, 1, 1, 1] is 1 where both noises have a weight (first formula), else 0.
         noise = noise * (noise_weights != 0).all(0).view(1, -1, 1, 1, 1)
-    return time_weight * reward_weighted(predicted - noise, noise_weights)
+    return time_weight * reward_weighted(predicted_noises - noise, noise_weights)
 
 
 def psd(
     residuals: torch.Tensor,
-    win: torch.Tensor,
-    lose: torch.Tensor,
+    win_prediction: torch.Tensor,
+    lose_prediction: torch.Tensor,
     noise_win: torch.Tensor,
     noise_lose: torch.Tensor,
     *,
     strength: torch.Tensor,
     time_weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute mean_k residual_k + strength w [(q - e)_win - (q - e)_lose], [B, C, H, W].
+    """Compute the gradient of preference score distillation (PSD, arXiv 2603.01594), [B, C, H, W].
 
-    This is the gradient of preference score distillation (PSD, arXiv 2603.01594). Its formula is our
-    reconstruction, because the text of the paper was not available.
+    The gradient is mean_k residual_k + strength w [(q - e)_win - (q - e)_lose], where q is the noise
+    prediction whose image was ranked. This formula is our reconstruction, because the text of the paper was
+    not available.
 
     Args:
         residuals: gradients of score distillation of the K noises, already multiplied by w, [K, B, C, H, W].
-        win: q of the winner, the prediction whose image was ranked, [B, C, H, W].
-        lose: q of the loser, [B, C, H, W].
+        win_prediction: q of the winner, [B, C, H, W].
+        lose_prediction: q of the loser, [B, C, H, W].
         noise_win: e of the winner, [B, C, H, W].
         noise_lose: e of the loser, [B, C, H, W].
         strength: [B], the setting eta times a function of the gap between the scores.
         time_weight: w, weight of the time, [B, 1, 1, 1].
     """
-    preference_term = time_weight * ((win - noise_win) - (lose - noise_lose))
+    preference_term = time_weight * ((win_prediction - noise_win) - (lose_prediction - noise_lose))
     return residuals.mean(0) + strength.view(-1, 1, 1, 1) * preference_term
 
 
@@ -226,8 +233,7 @@ def psd(
 
 
 def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = None) -> torch.Tensor:
-    """Compute the loss 0.5 sum (x - stopgrad(x - grad))^2 / B, whose derivative with respect to x is grad /
-    B.
+    """Compute a loss whose derivative with respect to x is grad / B: 0.5 sum (x - stopgrad(x - grad))^2 / B.
 
     The backward pass of this loss applies a gradient that was computed elsewhere to the parameters behind x.
 
@@ -269,24 +275,24 @@ def distillation_loss(
     return loss + target_loss(images, guidance_output.image_grad)
 
 
-def norm_per_asset(grad: torch.Tensor, views: int) -> torch.Tensor:
+def norm_per_asset(grad: torch.Tensor, view_count: int) -> torch.Tensor:
     """Return the norm of each asset's gradient over all its views, [A].
 
     Args:
         grad: [B, ...], gradient of the images.
-        views: number V of views of an asset.
+        view_count: number V of views of an asset.
     """
     # The views of an asset are adjacent: [B, ...] = [A V, ...] to [A, V ...].
-    return grad.reshape(grad.shape[0] // views, -1).norm(dim=1)
+    return grad.reshape(grad.shape[0] // view_count, -1).norm(dim=1)
 
 
 class Window:
-    """Numbers of the last steps of a run, which checkpoints store.
+    """Tensor with numbers of the last steps of a run, which checkpoints store.
 
     Args:
         window: largest number of steps whose numbers are kept.
-        rows: initial numbers; the newest step is last.
-        state_key: key of the numbers in the state dict.
+        rows: initial tensor of numbers, whose newest step is last.
+        state_key: key of the tensor in the state dict.
     """
 
     def __init__(self, window: int, rows: torch.Tensor, state_key: str):
@@ -357,10 +363,12 @@ class History(Window):
 
         If the number of scores differs from that of the last step, all earlier scores are dropped.
         """
-        new_row = scores.detach().flatten()[None].nan_to_num().cpu()  # [1, number of scores in a step]
-        score_count = new_row.shape[1]
-        old_rows = self.rows if self.rows.shape[1] == score_count else self.rows.new_zeros(0, score_count)
-        self.rows = torch.cat([old_rows, new_row])[-self.window :]
+        new_score_row = scores.detach().flatten()[None].nan_to_num().cpu()  # [1, number of scores in a step]
+        score_count = new_score_row.shape[1]
+        old_score_rows = (
+            self.rows if self.rows.shape[1] == score_count else self.rows.new_zeros(0, score_count)
+        )
+        self.rows = torch.cat([old_score_rows, new_score_row])[-self.window :]
 
     def standardise(self, scores: torch.Tensor) -> torch.Tensor:
         """Subtract the mean of the last steps from scores, and divide by their standard deviation.
@@ -382,12 +390,12 @@ class History(Window):
 
     def quantile(self, share: float) -> float:
         """Return the quantile of the scores of the last steps for a share in 0..1."""
+        # The lower of the two neighbouring scores, without interpolation.
         return float(self.rows.flatten().sort().values[int(share * (self.rows.numel() - 1))])
 
 
 def digits(loss: float) -> int:
-    """Count the characters before the decimal point of the printed number, as DreamReward's released code
-    does.
+    """Count the characters before the decimal point of str(loss), as DreamReward's released code does.
 
     Examples: 12.5 gives 2, 9.5e-05 gives 1, and 1e-05 gives 5, because its text contains no decimal point.
     The presets of the released code depend on this behaviour.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def import_guidance(module_name: str, class_name: str, *args: Any, **kwargs: Any) -> "Guidance":
-    """Make the guidance of a method.
+    """Import a guidance class from the folder guidance/, and make an instance of it.
 
     Args:
         module_name: name of the module in the folder guidance/.
@@ -169,10 +169,10 @@ def make_guidance(
     prior: "DiffusionPrior",
     reward: "RewardModel | None",
     judge: "PairwiseJudge | None",
-    views: int,
+    view_count: int,
     streams: "Streams",
 ) -> "Guidance":
-    """Make the guidance of a method.
+    """Make the guidance of a method, which computes the gradient of a step.
 
     Args:
         method_name: name of the method.
@@ -181,7 +181,7 @@ def make_guidance(
         reward: reward of images, or None. It is not used by a method without a reward.
         judge: judge that ranks pairs in place of the reward, or None. It is not used by a method without a
             judge.
-        views: number of views of an asset in a step.
+        view_count: number of views of an asset in a step.
         streams: random streams of the run.
     Raises: ValueError if the method needs a reward and there is neither a reward nor a judge.
     """
@@ -198,7 +198,7 @@ def make_guidance(
                 " --reward, or use --method=sds."
             )
         optional_arguments["reward"] = reward
-    return method.guidance(prior, settings, views=views, streams=streams, **optional_arguments)
+    return method.guidance(prior, settings, views=view_count, streams=streams, **optional_arguments)
 
 
 def methods_by_setting() -> dict[str, list[str]]:
@@ -222,5 +222,5 @@ def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
     method = Arm.parse(arm).method
     method_settings = make_settings(method, settings.guidance, settings.preset)
     # Only best-of-n has the setting `starts`; all other methods optimise each asset once.
-    starts = getattr(method_settings, "starts", 1)
-    return method_settings, starts, METHODS[method].noises(method_settings)
+    start_count = getattr(method_settings, "starts", 1)
+    return method_settings, start_count, METHODS[method].noises(method_settings)

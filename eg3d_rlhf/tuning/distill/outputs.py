@@ -42,14 +42,14 @@ FPS = 8  # frames per second of the turntable
 MESH = 64  # grid points per edge of the cube from which meshes are extracted
 
 
-def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
+def write(settings: DistillSettings, scene: Scene, run: Run, shown_limit: int) -> None:
     """Write all results of a run.
 
     Args:
         settings: settings of the run.
         scene: scene of the run, with its measures and its evaluator.
         run: the run, with its folder.
-        show: number of assets that images, video and meshes show.
+        shown_limit: number of assets that images, video and meshes show.
     """
     pairs = settings.pairs()
     assets_by_arm = {}
@@ -76,8 +76,8 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
             run.folder / "judgements.jsonl",
             "".join(json.dumps(judgement._asdict()) + "\n" for judgement in judgements).encode(),
         )
-    write_images(assets_by_arm, pairs, run.folder, show)
-    page = write_run_page(settings, run.folder, table, min(show, len(pairs)))
+    write_images(assets_by_arm, pairs, run.folder, shown_limit)
+    page = write_run_page(settings, run.folder, table, min(shown_limit, len(pairs)))
     if table is not None:
         print(markdown(table), notes(settings), sep="\n")
     print(f"The page with the results is {page}.", flush=True)
@@ -99,17 +99,17 @@ def join_assets(batches: Sequence[Asset]) -> Asset:
 
 
 def write_images(
-    assets_by_arm: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, show: int
+    assets_by_arm: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, shown_limit: int
 ) -> None:
-    """Write grid.png, turntable.mp4 and the meshes of the first `show` assets of all arms.
+    """Write grid.png, turntable.mp4 and the meshes of the first `shown_limit` assets of all arms.
 
     Args:
         assets_by_arm: name of an arm -> its assets.
         pairs: (prompt, seed) of each asset.
         folder: folder of the run.
-        show: number of assets to show. With 0, nothing is written.
+        shown_limit: number of assets to show. With 0, nothing is written.
     """
-    shown_count = min(show, len(pairs))
+    shown_count = min(shown_limit, len(pairs))
     if not shown_count:
         return
     shown_assets = {
@@ -158,27 +158,27 @@ def write_images(
 
 
 @torch.no_grad()
-def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
+def turns(asset: Asset, frame_count: int) -> Iterator[list[np.ndarray]]:
     """Yield the frames of a full turn around assets, in front of a white background.
 
     Args:
         asset: assets to show.
-        frames: number of frames. With 1, the only frame is a view 30 degrees from the front.
+        frame_count: number of frames. With 1, the only frame is a view 30 degrees from the front.
     Yields: list with one image for each asset, [R, R, 3] uint8. R is at least CELL.
     """
     render_size = min(128, 3 * asset.samples // 2)  # a higher resolution would only show interpolation
     device = next(asset.parameters()).device
-    if frames == 1:
+    if frame_count == 1:
         # The second of twelve views around the asset is 30 degrees from the front.
         cameras = evenly_around(1, 12, **FINISHED).cameras[1:2]
     else:
-        cameras = evenly_around(1, frames, **FINISHED).cameras
+        cameras = evenly_around(1, frame_count, **FINISHED).cameras
     enlargement = -(-CELL // render_size)  # CELL / pixels, rounded up
     for camera in cameras.to(device):
         # One camera for all assets.
-        rendered = render_each(asset, [camera[None]], RenderOptions(resolution=render_size))[0]
+        rendered_views = render_each(asset, [camera[None]], RenderOptions(resolution=render_size))[0]
         # `raw` is in -1..1, where -1 is black: adding 2 (1 - opacity) makes transparent pixels white.
-        images_on_white = (rendered.raw + (1 - rendered.opacity) * 2).clamp(-1, 1)
+        images_on_white = (rendered_views.raw + (1 - rendered_views.opacity) * 2).clamp(-1, 1)
         images_on_white = images_on_white.repeat_interleave(enlargement, dim=2).repeat_interleave(
             enlargement, dim=3
         )
@@ -192,18 +192,18 @@ def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
 CURVES = ("reward", "gap_50", "first_wins", "one_sided", "cosine", "log_prob", "prior_error", "opacity")
 
 
-def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | None, show: int) -> Path:
-    """Write the page of a run.
+def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | None, shown_count: int) -> Path:
+    """Write the HTML page with the results of a run.
 
     Args:
         settings: settings of the run.
         folder: folder of the run.
         table: table of the comparison; None for a run with one arm.
-        show: number of assets in images and video; 0 for a page without them.
+        shown_count: number of assets in images and video; 0 for a page without them.
     Returns: path of the page.
     """
     report_folder = folder / "report"
-    page_jobs = jobs(settings, folder, table, show)
+    page_jobs = jobs(settings, folder, table, shown_count)
     # Sections whose inputs have not changed are read from a cache.
     findings = pages.run(page_jobs, report_folder, quiet=True)
     introduction = (
@@ -214,7 +214,7 @@ def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | Non
     )
     video_file = folder / "turntable.mp4"
     video_section = ""
-    if show and video_file.exists():
+    if shown_count and video_file.exists():
         # The video is part of the page, so that the page is a single file.
         video = data_uri(video_file.read_bytes(), "video/mp4")
         video_section = (
@@ -235,21 +235,21 @@ def notes(settings: DistillSettings) -> str:
     """Return sentences about the arms that optimise several starts of each asset; "" if there are none."""
     starts_by_arm = {arm: arm_settings(settings, arm)[1] for arm in settings.arms}
     return " ".join(
-        f"{arm} optimises {starts} starts of each asset and keeps one, which takes {starts} times the"
-        " computation."
-        for arm, starts in starts_by_arm.items()
-        if starts > 1
+        f"{arm} optimises {start_count} starts of each asset and keeps one, which takes {start_count} times"
+        " the computation."
+        for arm, start_count in starts_by_arm.items()
+        if start_count > 1
     )
 
 
-def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: int) -> list[Job]:
+def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown_count: int) -> list[Job]:
     """Return the sections of the page: the table of a comparison, images, and curves of metrics.
 
     Args:
         settings: settings of the run.
         folder: folder of the run.
         table: table of the comparison; None for a page without it.
-        show: number of assets in the images; 0 for a page without images.
+        shown_count: number of assets in the images; 0 for a page without images.
     """
     facts = Facts(
         n=len(settings.pairs()),
@@ -288,7 +288,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
 
     def images(section_folder: Path) -> Finding:
         (section_folder / "grid.png").write_bytes((folder / "grid.png").read_bytes())
-        caption = f"The first {show} assets, one row per arm; prompt and seed are below the images"
+        caption = f"The first {shown_count} assets, one row per arm; prompt and seed are below the images"
         return Finding(facts=facts, data={}, images={caption: "grid.png"})
 
     def training_curves(section_folder: Path) -> Finding:
@@ -308,7 +308,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
                 inputs={"table": table},
             )
         )
-    if show:
+    if shown_count:
         sections.append(Job(key="pictures", title="Images", compute=images, inputs=run_inputs))
     sections.append(
         Job(
@@ -338,17 +338,18 @@ def curves(stats_lines: list[dict]) -> dict:
                 steps_of_arm = values_by_metric.setdefault(metric, {}).setdefault(stats_line["arm"], {})
                 steps_of_arm.setdefault(stats_line["step"], []).append(stats_line[metric])
     means_by_metric: dict[str, dict[str, list]] = {}
-    for metric, arms in values_by_metric.items():
+    for metric, steps_by_arm in values_by_metric.items():
         means_by_metric[metric] = {}
-        for arm, steps in arms.items():
+        for arm, values_by_step in steps_by_arm.items():
             means_by_metric[metric][arm] = [
-                [step, sum(batch_values) / len(batch_values)] for step, batch_values in sorted(steps.items())
+                [step, sum(batch_values) / len(batch_values)]
+                for step, batch_values in sorted(values_by_step.items())
             ]
     return means_by_metric
 
 
 def plot_wins(table_data: Mapping):
-    """Plot the win rates of the arms against the base, with their intervals."""
+    """Plot the win rates of the other arms against the arm `BASE`, with their intervals."""
     row_by_arm = {arm: row for arm, row in table_data["arms"].items() if arm != BASE}
     return plot_rates([(f"win rate against {BASE}, 95 %", row_by_arm)], "")
 
@@ -356,8 +357,8 @@ def plot_wins(table_data: Mapping):
 def plot_curves(curve_data: Mapping):
     """Plot each metric over the steps, in a panel of its own with one line per arm."""
     metrics = list(curve_data["curves"])
-    panel_rows = -(-len(metrics) // 2)  # two panels per row, rounded up
-    figure, axes = style.figure(columns=2, rows=panel_rows, size=(9.4, 2.4 * panel_rows))
+    panel_row_count = -(-len(metrics) // 2)  # two panels per row, rounded up
+    figure, axes = style.figure(columns=2, rows=panel_row_count, size=(9.4, 2.4 * panel_row_count))
     # matplotlib returns an array of panels, but a single panel as itself.
     panels = axes.ravel() if hasattr(axes, "ravel") else [axes]
     # strict=False: with an odd number of metrics there is one panel more.

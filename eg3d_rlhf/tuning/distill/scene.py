@@ -38,7 +38,7 @@ from training.phases import derive_seed
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Everything that the runs of a problem have in common, on one device."""
+    """Prior, renderer, rewards and evaluator that all arms of a run share, on one device."""
 
     prior: DiffusionPrior  # frozen diffusion model
     renderer: Renderer  # samples cameras and renders assets
@@ -62,7 +62,7 @@ class Scene:
     device: torch.device = torch.device("cpu")  # device of assets and prior
     inputs: Mapping[str, Path] = field(default_factory=dict)  # role -> file on whose contents the run depends
 
-    def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
+    def distillation(self, settings: DistillSettings, arm: Arm, batch_index: int) -> Distillation:
         """Make the optimisation of one batch of assets under one arm.
 
         All arms have the same starting assets, views, times and noises. If an arm has several starts of each
@@ -71,24 +71,24 @@ class Scene:
         Args:
             settings: settings of the run.
             arm: arm, with its method and controls.
-            batch: index of the batch in `DistillSettings.batches`.
+            batch_index: index of the batch in `DistillSettings.batches`.
         Raises: ValueError if the arm needs a reward that the scene does not have.
         """
-        method_settings, starts, _ = arm_settings(settings, arm.name)
+        method_settings, start_count, _ = arm_settings(settings, arm.name)
         prompts = []
         generators = []
         # All assets of start 0, then all of start 1, ...: `BestOfN.best` expects this order.
-        for start in range(starts):
-            for prompt, seed in settings.batches()[batch]:
+        for start_index in range(start_count):
+            for prompt, seed in settings.batches()[batch_index]:
                 # Start 0 is not part of the name of the random stream, so that it has the same random numbers
                 # as in arms with a single start.
-                stream_name = (prompt, seed, start) if start else (prompt, seed)
+                stream_key = (prompt, seed, start_index) if start_index else (prompt, seed)
                 prompts.append(prompt)
                 generators.append(
-                    torch.Generator().manual_seed(derive_seed(settings.seed, "start", *stream_name))
+                    torch.Generator().manual_seed(derive_seed(settings.seed, "start", *stream_key))
                 )
         # The streams depend on the batch, and not on the process or the order in which batches are computed.
-        streams = Streams(seed=derive_seed(settings.seed, "batch", batch) % 2**62)
+        streams = Streams(seed=derive_seed(settings.seed, "batch", batch_index) % 2**62)
         starting_assets = self.start(prompts, generators).to(self.device)
         # A control changes the reward, so its arm must not use the judge in place of the reward.
         judge = None if arm.twist else self.judge
@@ -108,7 +108,10 @@ class Scene:
         )
 
     def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
-        """Make the geometry reward of an arm, with its control. Raises: ValueError if the scene has none."""
+        """Make an arm's geometry reward, which is changed in a control arm.
+
+        Raises: ValueError if the scene has none.
+        """
         if self.geometry is None:
             raise ValueError(
                 "--geometry-reward=none: arms with +geometry need a geometry reward. Name one, e.g."
@@ -124,11 +127,11 @@ class Scene:
         return ProgressiveGeometry(reward, geometry_settings, settings.loop.steps, sign)
 
     def _reward(self, arm: Arm) -> RewardModel | None:
-        """Return the reward of images of an arm: the scene's reward, its control, or None."""
+        """Return the reward of images of an arm, or None. In a control arm, this reward is changed."""
         if self.reward is None or arm.twist is None:
             return self.reward
-        control = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
-        return cast(RewardModel, control)
+        control_reward = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
+        return cast(RewardModel, control_reward)
 
 
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
@@ -191,23 +194,23 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
 
 
 def estimate_memory(settings: DistillSettings, prior_options: PriorOptions) -> Costs:
-    """Estimate the memory of a step of the arm that needs most.
+    """Estimate the memory of a step for the arm whose step needs the most memory.
 
     Args:
         settings: settings of the run.
         prior_options: device and precision of the prior.
     """
     scene = settings.scene
-    estimates = []
+    arm_costs = []
     # Number of images in a step with one start of each asset.
     image_count = scene.views * min(settings.loop.batch, len(settings.pairs()))
     # [1:] are the numbers of starts and noises. They determine the memory, so each pair is estimated once.
-    for starts, noises in {arm_settings(settings, arm)[1:] for arm in settings.arms}:
-        step_costs = prior_costs(scene.prior, starts * image_count, prior_options, noises)
+    for start_count, noise_count in {arm_settings(settings, arm)[1:] for arm in settings.arms}:
+        step_costs = prior_costs(scene.prior, start_count * image_count, prior_options, noise_count)
         if scene.reward is not None:
-            step_costs = step_costs + reward_costs(scene.reward, starts * image_count, noises)
-        estimates.append(step_costs)
-    return max(estimates, key=lambda step_costs: step_costs.total)
+            step_costs = step_costs + reward_costs(scene.reward, start_count * image_count, noise_count)
+        arm_costs.append(step_costs)
+    return max(arm_costs, key=lambda step_costs: step_costs.total)
 
 
 def _start_factory(resolution: int):

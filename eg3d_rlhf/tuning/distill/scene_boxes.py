@@ -45,15 +45,15 @@ _NEVER = -60.0  # logit of a component that a prompt does not contain; its proba
 
 
 def mixture() -> GmmPrior:
-    """Make the prior in closed form.
+    """Make the prior, a mixture of Gaussians in closed form.
 
     About every mode there is a narrow and a broad component of the mixture. The distribution of a prompt
     consists of the narrow components of its two modes, with equal weights. The distribution of the null
     prompt consists of all broad components.
 
-    Because the null prompt is broad, the difference e(text) - e(null) of classifier-free guidance points to
-    the modes of the prompt. DreamDPO needs this: without guidance, no term of its gradient keeps images near
-    the modes.
+    Because the null prompt is broad, the difference e(text) - e(null) of the noises that classifier-free
+    guidance combines points to the modes of the prompt. DreamDPO needs this: without guidance, no term of its
+    gradient keeps images near the modes.
     """
     modes = problem.modes()  # [k, C, H, W]
     mode_count = len(modes)
@@ -136,11 +136,11 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """
     is_head = torch.tensor([box_prompts.prompt_of(prompt).kind == "janus" for prompt in prompts])
     nose_counts = noses(asset).cpu()  # [A], also of boxes, for which they are not used
-    has_count = {"no nose": nose_counts == 0, "one nose": nose_counts == 1, "more": nose_counts > 1}
+    mask_by_measure = {"no nose": nose_counts == 0, "one nose": nose_counts == 1, "more": nose_counts > 1}
     return {
         **{
-            measure_name: torch.where(is_head, has_this_count.double(), torch.nan)
-            for measure_name, has_this_count in has_count.items()
+            measure_name: torch.where(is_head, has_nose_count.double(), torch.nan)
+            for measure_name, has_nose_count in mask_by_measure.items()
         },
         "preferred sides": torch.where(is_head, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
         "rms": -plausibility(asset)(prompts).double(),  # plausibility is minus this difference

@@ -150,7 +150,7 @@ class ViewMixture(GmmPrior):
 
 
 def mixture(prompts: Sequence[str]) -> ViewMixture:
-    """Make the prior in closed form.
+    """Make the prior, a mixture of Gaussians in closed form.
 
     Each of the K renders of a head is the mean of a narrow component. The distribution of a prompt consists
     of the components of its head, with equal weights. The distribution of the null prompt consists of the
@@ -199,9 +199,9 @@ def distance(shape_volume: np.ndarray, head_volume: np.ndarray) -> float:
     )
     if not len(shape_points) or not len(head_points):
         return 0.5
-    to_head = cKDTree(head_points).query(shape_points)[0].mean()
-    from_head = cKDTree(shape_points).query(head_points)[0].mean()
-    return float(np.mean([to_head, from_head]))
+    distance_to_head = cKDTree(head_points).query(shape_points)[0].mean()
+    distance_from_head = cKDTree(shape_points).query(head_points)[0].mean()
+    return float(np.mean([distance_to_head, distance_from_head]))
 
 
 @torch.no_grad()
@@ -225,8 +225,8 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     shape_volumes = shape_grids(asset, GRID)
     # (shape, ground-truth head) of each asset, both [n, n, n].
     volume_pairs = [
-        (cube, target_grid(head_number))
-        for cube, head_number in zip(shape_volumes, prompt_numbers, strict=True)
+        (shape_volume, target_grid(head_number))
+        for shape_volume, head_number in zip(shape_volumes, prompt_numbers, strict=True)
     ]
     images = (
         PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneKind:
-    """Functions of a scene that needs no files. They are registered in SCENES, under the scene's value of
-    --prior.
+    """Functions that check the settings of a scene and open the scene, for a scene that needs no files.
+
+    They are registered in SCENES, under the scene's value of --prior.
     """
 
     # Function that opens the scene on a device.
@@ -29,7 +30,7 @@ class SceneKind:
     # Function that checks the prompts and fills in the defaults. Its arguments are the prompts, () for the
     # default; the number of assets of each prompt, None for the default; and True for a comparison of arms.
     # It returns the prompts and the number of assets of each prompt, and raises ValueError for a prompt that
-    # the scene does not know.
+    # the scene does not contain.
     check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
 
 
@@ -39,7 +40,7 @@ HEAD_SEEDS = 2  # default number of assets of each head in a comparison
 
 def head_numbers(prompts: Sequence[str]) -> list[int]:
     """Return the number N of each prompt 'head N'. Raises: ValueError for a prompt of another form."""
-    numbers = []
+    prompt_numbers = []
     for prompt in prompts:
         match = re.fullmatch(r"head (\d{1,4})", prompt)
         if match is None:
@@ -47,8 +48,8 @@ def head_numbers(prompts: Sequence[str]) -> list[int]:
                 f"--prompt={prompt!r} is not a prompt of --prior=heads. Write 'head N' with a number N from 0"
                 " to 9999."
             )
-        numbers.append(int(match[1]))
-    return numbers
+        prompt_numbers.append(int(match[1]))
+    return prompt_numbers
 
 
 # The bundled problem in closed form, and a U-Net that was trained on its samples.
@@ -62,15 +63,15 @@ SCENES: Registry[SceneKind] = Registry("--prior", {})
 
 
 def check_boxes(
-    prompts: tuple[str, ...], assets: int | None, comparison: bool
+    prompts: tuple[str, ...], asset_count: int | None, is_comparison: bool
 ) -> tuple[tuple[str, ...], int]:
     """Check the prompts of the bundled problem and fill in its defaults.
 
     Args:
         prompts: prompts; () for all prompts of the problem.
-        assets: number of assets of each prompt; None for the default number, which is 5 in a
+        asset_count: number of assets of each prompt; None for the default number, which is 5 in a
             comparison of all prompts, else 1.
-        comparison: True for a comparison of arms.
+        is_comparison: True for a comparison of arms.
     Returns: two results. The first is the prompts, and the second is the number of assets of each prompt.
     Raises: ValueError for a prompt that the problem does not contain.
     """
@@ -79,26 +80,26 @@ def check_boxes(
     # `pairs` alternates between the two kinds of prompts; dict.fromkeys removes repeated prompts and keeps
     # the order.
     used_prompts = prompts or tuple(dict.fromkeys(prompt for prompt, _ in box_prompts.pairs(1)))
-    default_assets = box_prompts.SEEDS if comparison and not prompts else 1
-    return used_prompts, assets or default_assets
+    default_asset_count = box_prompts.SEEDS if is_comparison and not prompts else 1
+    return used_prompts, asset_count or default_asset_count
 
 
 def check_heads(
-    prompts: tuple[str, ...], assets: int | None, comparison: bool
+    prompts: tuple[str, ...], asset_count: int | None, is_comparison: bool
 ) -> tuple[tuple[str, ...], int]:
     """Check the prompts of the scene of synthetic heads and fill in its defaults.
 
     Args:
         prompts: prompts of the form 'head N'; () for 'head 0' to 'head 7'.
-        assets: number of assets of each prompt; None for the default number, which is 2 in a comparison of
-            the default prompts, else 1.
-        comparison: True for a comparison of arms.
+        asset_count: number of assets of each prompt; None for the default number, which is 2 in a comparison
+            of the default prompts, else 1.
+        is_comparison: True for a comparison of arms.
     Returns: two results. The first is the prompts, and the second is the number of assets of each prompt.
     Raises: ValueError for a prompt of another form.
     """
     head_numbers(prompts)  # raises ValueError for a prompt of another form
-    default_assets = HEAD_SEEDS if comparison and not prompts else 1
-    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or default_assets
+    default_asset_count = HEAD_SEEDS if is_comparison and not prompts else 1
+    return prompts or tuple(f"head {i}" for i in range(HEADS)), asset_count or default_asset_count
 
 
 def open_boxes(settings: "DistillSettings", device: "torch.device") -> "Scene":

@@ -21,8 +21,8 @@ from training.phases import derive_seed
 def make_betas(
     schedule_name: str = "scaled_linear",
     *,
-    start: float = 0.00085,
-    end: float = 0.012,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
     zero_snr: bool = False,
 ) -> torch.Tensor:
     """Compute the betas of a noise schedule, [1000] in float32.
@@ -31,16 +31,16 @@ def make_betas(
         schedule_name: name of the schedule as in diffusers: "scaled_linear", in which the square roots of the
             betas are linear in t (Stable Diffusion, MVDream); "linear"; or "squaredcos_cap_v2" (Nichol and
             Dhariwal 2021).
-        start: beta at t = 0, for the two linear schedules.
-        end: beta at t = 999, for the two linear schedules.
+        beta_start: beta at t = 0, for the two linear schedules.
+        beta_end: beta at t = 999, for the two linear schedules.
         zero_snr: True to shift and scale the schedule so that x_999 contains no signal (Lin et al. 2023). A
             prior with such a schedule must predict v.
     """
     if schedule_name == "scaled_linear":
         # In float32, as diffusers computes them.
-        betas = torch.linspace(start**0.5, end**0.5, STEPS) ** 2
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, STEPS) ** 2
     elif schedule_name == "linear":
-        betas = torch.linspace(start, end, STEPS)
+        betas = torch.linspace(beta_start, beta_end, STEPS)
     else:
         assert schedule_name == "squaredcos_cap_v2", schedule_name
         # alphas_cumprod is a squared cosine (Nichol and Dhariwal 2021, equation 17), and betas are at most
@@ -122,10 +122,15 @@ class NoiseSchedule:
     def ddim_step(
         self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, earlier_t: torch.Tensor
     ) -> torch.Tensor:
-        """Return the latents at times earlier_t [B], from latents x_t at times t [B] and their predicted
-        noise.
+        """Compute one DDIM step from latents x_t at times t [B] to earlier times earlier_t [B].
 
         No new noise is added (DDIM, Song et al. 2020, equation 12 with sigma = 0).
+
+        Args:
+            x_t: [B, C, H, W], latents at the times t.
+            noise: [B, C, H, W], predicted noise of x_t.
+            t: [B] integers in 0..999.
+            earlier_t: [B] integers in 0..999, times of the result.
         """
         return self.mix(self.x0(x_t, noise, t), noise, earlier_t)
 
@@ -145,10 +150,10 @@ class NoiseSchedule:
         Returns: [B, C, H, W], latents at the last of the times.
         """
         for t, next_t in itertools.pairwise(times):
-            moved = self.ddim_step(x_t, predict(x_t, t), t, next_t)
+            moved_latents = self.ddim_step(x_t, predict(x_t, t), t, next_t)
             # Images of a batch can have different times, so each image is compared on its own, [B, 1, 1, 1].
             is_unchanged = (t == next_t).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))
-            x_t = torch.where(is_unchanged, x_t, moved)
+            x_t = torch.where(is_unchanged, x_t, moved_latents)
         return x_t
 
 
@@ -161,10 +166,10 @@ def draw_times(
     *,
     shared: bool = True,
 ) -> torch.Tensor:
-    """Sample diffusion times from the window of a step.
+    """Sample the diffusion times of a step.
 
     Args:
-        window: window of times.
+        window: range of times, which may change with the step.
         step: number of the optimisation step, from 0.
         asset_count: number of assets.
         view_count: number of views of each asset.
@@ -185,7 +190,7 @@ def draw_times(
 def ddim_times(
     time_count: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading"
 ) -> list[int]:
-    """Return n decreasing times in 0..999, from the start to the end of a DDIM chain.
+    """Return `time_count` decreasing times in 0..999, from the start to the end of a DDIM chain.
 
     Args:
         time_count: number of times.

@@ -1,5 +1,4 @@
-"""Defines `Ramp`, a number that changes with the optimisation step, and `TimeWindow`, the window of diffusion
-times.
+"""Defines `Ramp`, a number that changes with the step, and `TimeWindow`, a range of diffusion times.
 
 This file does not import PyTorch, so that `--help` is fast.
 """
@@ -32,8 +31,9 @@ class Ramp:
         steps = [step for step, _ in self.knots()] if has_valid_length else []
         if not has_valid_length or not all(math.isfinite(number) for number in ramp_numbers):
             raise ValueError(
-                f"Ramp: {self.spec} is not a ramp. Write a number, v0,v1,s1 or s0,v0,v1,s1, which is linear"
-                " from v0 at step s0 to v1 at step s1, or append further pairs v2,s2."
+                f"Ramp: {self.spec} is not a ramp. Write one number; or s0,v0,v1,s1, which is linear from v0"
+                " at step s0 to v1 at step s1, and append v2,s2 for a further linear piece; or v0,v1,s1,"
+                " which starts at step 0."
             )
         if any(next_step <= step for step, next_step in itertools.pairwise(steps)):
             raise ValueError(
@@ -51,7 +51,7 @@ class Ramp:
         return [(first_step, first_value), *later_knots]
 
     def __call__(self, step: int) -> float:
-        """Return the number at a step."""
+        """Return the value of the ramp at an optimisation step."""
         knots = self.knots()
         if len(knots) == 1:
             start_knot = end_knot = knots[0]
@@ -71,7 +71,7 @@ class Ramp:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeWindow:
-    """Window from which diffusion times t are sampled. Its bounds may change with the step."""
+    """Range from which diffusion times t are sampled. Its bounds may change with the step."""
 
     low: Ramp = Ramp(0.02)  # smallest time, as a share of 1000
     high: Ramp = Ramp(0.98)  # largest time, as a share of 1000

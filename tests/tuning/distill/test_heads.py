@@ -80,7 +80,7 @@ def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
     )
     assert float(seen.abs().max()) < 1e-3 and float(inverted[0].abs().max()) > 0.1
     with raising("--prompt", "'a cube'"):
-        check_heads(("a cube",), None, comparison=False)
+        check_heads(("a cube",), None, is_comparison=False)
 
 
 def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():

@@ -1,3 +1,1 @@
-"""Distillation methods. Each computes the gradient of one step with respect to the latents of the rendered
-views.
-"""
+"""Distillation methods, which compute the gradient of a step with respect to the latents of the renders."""

@@ -51,21 +51,21 @@ def _wrap_degrees(azimuth: float) -> float:
     return (azimuth + 180) % 360 - 180
 
 
-def view_direction(elevation: float, azimuth: float, within: float = 45) -> str:
+def view_direction(elevation: float, azimuth: float, largest_angle: float = 45) -> str:
     """Return the name of the direction from which a camera sees the asset, one of `DIRECTIONS`.
 
     Args:
         elevation: elevation of the camera in degrees. Above OVERHEAD, the direction is "overhead".
         azimuth: azimuth of the camera in degrees.
-        within: largest angle in degrees between the camera and the exact front or back at which the direction
-            is "front" or "back". At larger angles it is "side". MVDream uses 30.
+        largest_angle: largest angle in degrees between the camera and the exact front or back at which the
+            direction is "front" or "back". At larger angles it is "side". MVDream uses 30.
     """
     angle_to_front = abs(_wrap_degrees(azimuth))
     if elevation > OVERHEAD:
         return "overhead"
-    if angle_to_front > 180 - within:
+    if angle_to_front > 180 - largest_angle:
         return "back"
-    return "front" if angle_to_front < within else "side"
+    return "front" if angle_to_front < largest_angle else "side"
 
 
 def reward_prompts(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) -> list[str]:
@@ -96,7 +96,7 @@ def reward_prompts(reward: RewardModel, prompts: list[str], cameras: torch.Tenso
 
 
 def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[str | None], list[float]]:
-    """Return the mixture of prompts of one view for Perp-Neg.
+    """Return the viewing directions that Perp-Neg mixes for one view, with their shares and weights.
 
     Args:
         elevation: elevation of the camera in degrees.
@@ -127,7 +127,7 @@ def _decay(constants: tuple[float, float, float], r: float) -> float:
 
 
 class Conditioning(NamedTuple):
-    """Conditioning tokens of the prior for each image."""
+    """Conditioning tokens of each image: of its prompt, of the null prompt, and of negative prompts."""
 
     text: torch.Tensor  # [B, T, D], tokens of the prompts
     null: torch.Tensor  # [B, T, D], tokens of the null prompt
@@ -144,7 +144,7 @@ class Prediction(Conditioning):
     def guided(self, guidance_scale: float) -> torch.Tensor:
         """Return the predicted noises with guidance, [K, B, C, H, W].
 
-        It is Perp-Neg if there are negative prompts, else classifier-free guidance.
+        The guidance is Perp-Neg if there are negative prompts, else classifier-free guidance.
 
         Args:
             guidance_scale: guidance scale. Scale 1 of classifier-free guidance gives the prediction for the
@@ -256,7 +256,7 @@ class Denoiser:
 
     def noise_and_predict(
         self,
-        noises: int,
+        noise_count: int,
         x: torch.Tensor,
         t: torch.Tensor,
         prompts: list[str],
@@ -267,7 +267,7 @@ class Denoiser:
         """Add the K noises of a step to latents, and predict the noises from the result.
 
         Args:
-            noises: number K of noises.
+            noise_count: number K of noises.
             x: [B, C, H, W], clean latents.
             t: [B] integers in 0..999, times.
             prompts: B prompts, one for each image.
@@ -279,7 +279,7 @@ class Denoiser:
         """
         self.check(x, t, prompts)
         # [K, B, C, H, W]; all arms of a comparison have the same noises.
-        noise = self.streams.noises(noises, x, step)
+        noise = self.streams.noises(noise_count, x, step)
         x_t = self.noised(x, noise, t)
         conditioning = self.conditioning(prompts, cameras) if conditioning is None else conditioning
         return noise, x_t, conditioning, self.predict(x_t, t, conditioning, cameras)
@@ -291,16 +291,16 @@ class Denoiser:
         """
         return torch.stack([self.schedule.mix(x, e, t) for e in noise])
 
-    def x0(self, x_t: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def x0(self, x_t: torch.Tensor, predicted_noises: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Estimate the clean latents in one step, [K, B, C, H, W].
 
         Args:
             x_t: [K, B, C, H, W], noised latents.
-            predicted: [K, B, C, H, W], predicted noises.
+            predicted_noises: [K, B, C, H, W], predicted noises.
             t: [B], times.
         """
         # The schedule computes one noise at a time.
-        return torch.stack([self.schedule.x0(x, p, t) for x, p in zip(x_t, predicted, strict=True)])
+        return torch.stack([self.schedule.x0(x, p, t) for x, p in zip(x_t, predicted_noises, strict=True)])
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, cameras: torch.Tensor | None
@@ -315,27 +315,27 @@ class Denoiser:
         Raises: ValueError if the prediction of an image contains no finite number.
         """
         noise_count, image_count = x_t.shape[:2]  # K, B
-        inputs = [conditioning.text, conditioning.null]
+        input_tokens = [conditioning.text, conditioning.null]
         if conditioning.negatives is not None:
-            inputs += list(conditioning.negatives)
-        repeats = len(inputs) * noise_count
+            input_tokens += list(conditioning.negatives)
+        repeat_count = len(input_tokens) * noise_count
         # One call with one large batch, which uses a GPU better than many small batches. Its order is:
-        # inputs, then noises, then images, [len(inputs) K B, ...].
-        predicted = self.prior.predict_noise(
-            x_t.flatten(0, 1).repeat(len(inputs), 1, 1, 1),
-            t.to(x_t.device).repeat(repeats),
-            torch.cat([tokens.repeat(noise_count, 1, 1) for tokens in inputs]),
-            None if cameras is None else cameras.repeat(repeats, 1),
+        # conditioning inputs, then noises, then images, [len(input_tokens) K B, ...].
+        predicted_noises = self.prior.predict_noise(
+            x_t.flatten(0, 1).repeat(len(input_tokens), 1, 1, 1),
+            t.to(x_t.device).repeat(repeat_count),
+            torch.cat([tokens.repeat(noise_count, 1, 1) for tokens in input_tokens]),
+            None if cameras is None else cameras.repeat(repeat_count, 1),
         )
         # A few NaN values are replaced later, by gradients.target_loss. If all values of an image are NaN,
         # the prior has failed.
-        if not torch.isfinite(predicted).flatten(1).any(1).all():
+        if not torch.isfinite(predicted_noises).flatten(1).any(1).all():
             raise ValueError(
                 "--prior: the prediction for an image contains NaN or infinity only. Use --set amp=off for"
                 " float32, or copy the prior's files again if they are damaged."
             )
-        text_prediction, null_prediction, *negatives = predicted.unflatten(
-            0, (len(inputs), noise_count, image_count)
+        text_prediction, null_prediction, *negatives = predicted_noises.unflatten(
+            0, (len(input_tokens), noise_count, image_count)
         ).unbind(0)
         return Prediction(
             text_prediction,
@@ -358,17 +358,17 @@ class Denoiser:
         Returns: [K, B, C, H, W].
         """
         settings = self.settings
-        predicted = prediction.guided(settings.guidance_scale)
+        predicted_noises = prediction.guided(settings.guidance_scale)
         # p and e are the predicted and the added noise, as in gradients.py.
         if settings.form == "sds":
             time_weight = self.schedule.weight(t, settings.weighting, x)
             return torch.stack(
-                [gradients.sds(p, e, time_weight) for p, e in zip(predicted, noise, strict=True)]
+                [gradients.sds(p, e, time_weight) for p, e in zip(predicted_noises, noise, strict=True)]
             )
         if settings.form == "recon":
             # MVDream rescales the estimate with guidance by the standard deviation of the estimate without
             # it.
-            guided_estimates = self.x0(x_t, predicted, t)
+            guided_estimates = self.x0(x_t, predicted_noises, t)
             text_estimates = self.x0(x_t, prediction.text, t)
             residuals = []
             for x0, x0_text in zip(guided_estimates, text_estimates, strict=True):
@@ -382,7 +382,7 @@ class Denoiser:
         return torch.stack(
             [
                 gradients.sjc(x, x + u * e, p, u, variance_reduced=variance_reduced)
-                for e, p in zip(noise, predicted, strict=True)
+                for e, p in zip(noise, predicted_noises, strict=True)
             ]
         )
 
@@ -441,7 +441,7 @@ class Denoiser:
 
 
 class Guided:
-    """Base class of all methods, with a denoiser and the method's state.
+    """Base class of all distillation methods: their denoiser, and the numbers that checkpoints store.
 
     `windows` contains the numbers of the last steps that a method needs, by their keys in checkpoints.
 
@@ -458,7 +458,7 @@ class Guided:
         self.windows: dict[str, Window] = {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the numbers of the last steps in all windows, by key."""
+        """Return the state for checkpoints: the tensor of each window, by its key."""
         return {name: window.rows for name, window in self.windows.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -492,7 +492,7 @@ class Rewarded(Guided):
 
 
 class Ranks(NamedTuple):
-    """Result of a ranking of two noises."""
+    """Result of a ranking of two noises: their scores, the preferred noise, and the gap of the scores."""
 
     # [2, N]; without a reward, 1 for the noise that the judge prefers and 0 for the other noise.
     scores: torch.Tensor
@@ -563,10 +563,12 @@ class Ranking:
             return Ranks(scores, (~first_wins).long(), (scores[0] - scores[1]).abs())
         answers = torch.tensor(self._answers(images, prompts, views_per_unit), device=images.device)  # [N]
         # [2, N]: 1 for the preferred noise; both are 0 if the judge gave no answer.
-        votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)
+        answer_scores = torch.stack([answers == 0, answers == 1]).to(images.dtype)
         # A judge does not say how much better an image is, so the gap is 1 for an answer and 0 without one.
         if scores is None or settings.judge_mode == "replace":
-            return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
+            return Ranks(
+                answer_scores if scores is None else scores, answers, (answers >= 0).to(images.dtype)
+            )
         # judge_mode=or: the first noise wins if the reward or the judge prefers it, as in DreamDPO's code.
         # The gap is negative if the judge prefers the first noise although its score is lower.
         first_wins = (scores[0] >= scores[1]) | (answers == 0)
@@ -574,7 +576,11 @@ class Ranking:
         return Ranks(scores, (~first_wins).long(), gap)
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return the scores [2, N] of images [2, B, 3, h, w], standardised if the settings say so."""
+        """Return the scores [2, N] of images [2, B, 3, h, w] for N ranked units.
+
+        A unit is an asset, or an image with pair_level=view. The scores are standardised over the last steps
+        if the setting `standardise` is True.
+        """
         scores = self.denoiser.score(self.reward, images, prompts)  # type: ignore[arg-type]
         scores = self.denoiser.per_asset(scores) if self.settings.pair_level == "asset" else scores
         return self.history.standardise(scores) if self.settings.standardise else scores
@@ -582,6 +588,11 @@ class Ranking:
     def _answers(self, images: torch.Tensor, prompts: list[str], views_per_unit: int) -> list[int]:
         """Return the judge's N answers: the index 0 or 1 of the better image, or -1 for no answer.
 
+        Args:
+            images: [2, B, 3, h, w] in 0..1, images of the two noises.
+            prompts: B prompts, one for each image of a noise.
+            views_per_unit: number of views that the judge compares together: V for assets, 1 for single
+                views.
         Raises: ValueError if the judge returns another number of answers, or other values.
         """
         # [N, V, 3, h, w] each; V is 1 if views are ranked separately.

@@ -58,25 +58,27 @@ class DreamDpo(Ranked):
         denoiser = self.denoiser
         settings = self.settings
         noise, x_t, _, prediction = denoiser.noise_and_predict(2, x, t, prompts, cameras, step)
-        guided = prediction.guided(settings.prior.guidance_scale)
-        estimated_images = torch.stack([denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, guided, t)])
+        guided_noises = prediction.guided(settings.prior.guidance_scale)
+        estimated_images = torch.stack(
+            [denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, guided_noises, t)]
+        )
         ranks = self.ranking(estimated_images, prompts, cameras)
         # [N], True where images are moved away from the loser.
-        two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
+        is_two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
         # [2, N], 1 for the winner. Without an answer of the judge (-1), the first noise counts as the winner.
-        is_winner = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
-        noise_weights = NoiseWeighting(strategy="push")(is_winner, two_sided)
+        winner_indicator = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
+        noise_weights = NoiseWeighting(strategy="push")(winner_indicator, is_two_sided)
         # From ranked units [2, N] to images [2, B].
         noise_weights = noise_weights.repeat_interleave(len(x) // noise_weights.shape[1], 1)
         is_subtracted = (noise_weights < 0).view(*noise_weights.shape, 1, 1, 1)  # [2, B, 1, 1, 1]
         time_weight = denoiser.schedule.weight(t, settings.prior.weighting, x)
-        predicted = torch.where(is_subtracted, self._predict_loser(prediction), guided)
+        predicted_noises = torch.where(is_subtracted, self._predict_loser(prediction), guided_noises)
         grad = gradients.dreamdpo(
-            predicted, noise, noise_weights, time_weight, subtract_noise=settings.subtract_noise
+            predicted_noises, noise, noise_weights, time_weight, subtract_noise=settings.subtract_noise
         )
         terms = {"gap": ranks.gap, **denoiser.compare(denoiser.residuals(x, noise, t, x_t, prediction), grad)}
         return GuidanceOutput(
-            grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~two_sided
+            grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~is_two_sided
         )
 
     def _predict_loser(self, prediction) -> torch.Tensor:

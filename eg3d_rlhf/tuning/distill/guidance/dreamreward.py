@@ -22,8 +22,9 @@ REWARD_ONLY_WEIGHT = (
 
 
 class DreamReward(Rewarded):
-    """Score distillation minus the gradient of the mean reward of each asset. The arguments are those of
-    `Rewarded`.
+    """Score distillation minus the gradient of the mean reward of each asset.
+
+    The arguments are those of `Rewarded`.
 
     Raises: ValueError if the reward is not differentiable.
     """
@@ -117,12 +118,12 @@ class DreamReward(Rewarded):
         denoiser = self.denoiser
         settings = self.settings
         with torch.no_grad():
-            rendered = denoiser.prior.decode(x) if images is None else images
+            rendered_images = denoiser.prior.decode(x) if images is None else images
             # [B, 1, 1, 1]. At large times the estimate is blurred, so the render is scored in its place.
             uses_estimate = (t <= settings.x0_until).view(-1, 1, 1, 1).to(x.device) & (not reward_only)
-            scored_images = rendered
+            scored_images = rendered_images
             if uses_estimate.any():
-                scored_images = torch.where(uses_estimate, denoiser.prior.decode(x0), rendered)
+                scored_images = torch.where(uses_estimate, denoiser.prior.decode(x0), rendered_images)
         # A leaf of a new graph, which contains the reward only, and neither the decoder nor the renderer.
         scored_images = scored_images.detach().requires_grad_()
         with torch.enable_grad():
@@ -136,10 +137,13 @@ class DreamReward(Rewarded):
         return scores.detach(), losses.detach().mean(), pixel_grad
 
     def _to_latents(self, x: torch.Tensor, pixel_grad: torch.Tensor) -> torch.Tensor:
-        """Convert a gradient with respect to images [B, 3, h, w] to one with respect to latents, [B, C, H,
-        W].
+        """Convert a gradient with respect to images to one with respect to latents, [B, C, H, W].
 
-        The conversion multiplies it by the Jacobian of the decoder at the latents x of the render.
+        The conversion multiplies the gradient by the Jacobian of the decoder.
+
+        Args:
+            x: [B, C, H, W], latents of the render, at which the Jacobian is computed.
+            pixel_grad: [B, 3, h, w], gradient with respect to the decoded images.
         """
         with torch.enable_grad():
             latents = x.detach().requires_grad_()
@@ -151,7 +155,7 @@ class DreamReward(Rewarded):
         """Return the factor of the reward's gradient for each asset, [A], before the weight is applied.
 
         The loop averages a gradient over B images, while the reward's loss is a mean over the assets. The
-        factor therefore contains V.
+        factor therefore contains the number V of views.
 
         Args:
             grad: [B, C, H, W], gradient of score distillation.

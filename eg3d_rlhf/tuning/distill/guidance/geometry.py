@@ -41,9 +41,9 @@ from training.storage import read_meta
 
 @runtime_checkable
 class GeometryReward(Protocol):
-    """Interface of a reward of the density or of the surface of shapes.
+    """Interface of a reward that scores the geometry of shapes, from their density or their surface.
 
-    Its score is differentiable in the parameters of the field.
+    The score is differentiable in the parameters of the shapes.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
@@ -100,8 +100,8 @@ class ObservedGeometry:
 class SolidGeometry:
     """Geometry reward in closed form, which penalises floaters and leaks of the density.
 
-    Its score is minus `solid_loss` on the entire cube, 0 for a physically valid solid. It does not depend on
-    the prompt.
+    Its score is minus `solid_loss` over the entire cube, which is 0 for a physically valid solid. The score
+    does not depend on the prompt.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
@@ -129,13 +129,13 @@ def shuffle_weights(geometry: GeometryReward, seed: int) -> GeometryReward:
             "+geometry-random cannot be used with a --geometry-reward in closed form, which has no weights to"
             " shuffle. Use a learned reward, or remove that arm from --compare."
         )
-    shuffled = copy.deepcopy(geometry.reward)
+    shuffled_reward = copy.deepcopy(geometry.reward)
     # The permutations are generated on the CPU, so that they do not depend on the device.
     rng = torch.Generator().manual_seed(seed)
-    for weight in shuffled.parameters():
+    for weight in shuffled_reward.parameters():
         permutation = torch.randperm(weight.numel(), generator=rng).to(weight.device)
         weight.copy_(weight.flatten()[permutation].view_as(weight))
-    return dataclasses.replace(geometry, reward=shuffled)
+    return dataclasses.replace(geometry, reward=shuffled_reward)
 
 
 class ProgressiveGeometry:
@@ -144,23 +144,25 @@ class ProgressiveGeometry:
     Args:
         reward: geometry reward.
         settings: settings of the geometry reward.
-        steps: number of steps of the run.
+        step_count: number of steps of the run.
         sign: 1; or -1 to decrease the reward, for the control "inverted".
     Raises: ValueError if the settings leave no step with the reward.
     """
 
-    def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int, sign: int = 1):
+    def __init__(self, reward: GeometryReward, settings: GeometrySettings, step_count: int, sign: int = 1):
         self.reward = reward
         self.sign = sign
         self.balance = Balance()
         self.every = settings.geometry_every  # number of steps between two evaluations of the reward
-        self.first_step = int(settings.geometry_start * steps)  # first step that uses the reward
-        if self.first_step >= steps:
+        self.first_step = int(settings.geometry_start * step_count)  # first step that uses the reward
+        if self.first_step >= step_count:
             raise ValueError(
-                f"--set geometry_start={settings.geometry_start:g} leaves none of the {steps} steps for the"
-                " geometry reward. Use a value below 1."
+                f"--set geometry_start={settings.geometry_start:g} leaves none of the {step_count} steps for"
+                " the geometry reward. Use a value below 1."
             )
-        self.alpha = Ramp((self.first_step, settings.geometry_weight_from, settings.geometry_weight, steps))
+        self.alpha = Ramp(
+            (self.first_step, settings.geometry_weight_from, settings.geometry_weight, step_count)
+        )
         # [A], scores of the last evaluation; None before the first one.
         self.scores: torch.Tensor | None = None
         # Gradients of the last evaluation: index of a parameter -> [A, ...].
@@ -263,7 +265,7 @@ def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class NamedGeometry(NamedTuple):
-    """Geometry reward that --geometry-reward can name."""
+    """Geometry reward that the option --geometry-reward selects by a name."""
 
     # Function that makes a new reward for each run, since some have a state.
     make: Callable[[], GeometryReward]
@@ -282,7 +284,7 @@ GEOMETRY_REWARDS.add("solid", NamedGeometry(SolidGeometry))
 
 
 def load_geometry(name_or_path: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:
-    """Return a function that makes the reward of --geometry-reward, or None for the value none.
+    """Return a function that makes the reward named by --geometry-reward, or None for the value none.
 
     Args:
         name_or_path: value of --geometry-reward: none; sigma, the bundled reward of densities; a name in

@@ -68,25 +68,25 @@ class Psd(Ranked):
         with torch.no_grad():
             initial_conditioning = denoiser.conditioning(prompts, cameras)  # its null embedding is n0
             # n - n0, from assets [A, T, D] to images [B, T, D].
-            moved: torch.Tensor | int = 0
+            null_change: torch.Tensor | int = 0
             if self.moved is not None:
-                moved = self.moved.to(initial_conditioning.null).repeat_interleave(denoiser.views, 0)
-            conditioning = initial_conditioning._replace(null=initial_conditioning.null + moved)
+                null_change = self.moved.to(initial_conditioning.null).repeat_interleave(denoiser.views, 0)
+            conditioning = initial_conditioning._replace(null=initial_conditioning.null + null_change)
             noise, x_t, _, prediction = denoiser.noise_and_predict(
                 2, x, t, prompts, cameras, step, conditioning
             )
             # The ranking and the push use the same prediction.
-            predicted = (
+            ranked_noises = (
                 prediction.text
                 if settings.predictor == "cond"
                 else prediction.guided(settings.prior.guidance_scale)
             )
             estimated_images = torch.stack(
-                [denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, predicted, t)]
+                [denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, ranked_noises, t)]
             )
             ranks = self.ranking(estimated_images, prompts, cameras)
             residuals = denoiser.residuals(x, noise, t, x_t, prediction)
-            grad = self._gradient(x, t, noise, residuals, predicted, ranks)
+            grad = self._gradient(x, t, noise, residuals, ranked_noises, ranks)
         terms = {"gap": ranks.gap, **denoiser.compare(residuals, grad)}
         # The update of n takes effect in the next step.
         if self.update != "none" and step >= settings.negative_from and step % settings.negative_every == 0:
@@ -108,7 +108,7 @@ class Psd(Ranked):
         q: torch.Tensor,
         ranks: Ranks,
     ) -> torch.Tensor:
-        """Return the gradient [B, C, H, W] of score distillation and push, see `gradients.psd`.
+        """Return the gradient of score distillation and the preference term (`gradients.psd`), [B, C, H, W].
 
         Args:
             x: [B, C, H, W], clean latents.
@@ -124,14 +124,20 @@ class Psd(Ranked):
         images_per_unit = len(x) // len(ranks.winner)
         # [B, 1, 1, 1]. Without an answer of the judge, winner is -1; the order then does not matter.
         first_wins = (ranks.winner < 1).repeat_interleave(images_per_unit).view(-1, 1, 1, 1)
-        win = torch.where(first_wins, q[0], q[1])
-        lose = torch.where(first_wins, q[1], q[0])
+        win_prediction = torch.where(first_wins, q[0], q[1])
+        lose_prediction = torch.where(first_wins, q[1], q[0])
         noise_win = torch.where(first_wins, noise[0], noise[1])
         noise_lose = torch.where(first_wins, noise[1], noise[0])
         time_weight = self.denoiser.schedule.weight(t, settings.prior.weighting, x)
         strength_per_image = strength.repeat_interleave(images_per_unit)
         return gradients.psd(
-            residuals, win, lose, noise_win, noise_lose, strength=strength_per_image, time_weight=time_weight
+            residuals,
+            win_prediction,
+            lose_prediction,
+            noise_win,
+            noise_lose,
+            strength=strength_per_image,
+            time_weight=time_weight,
         )
 
     def _update_null(
@@ -145,10 +151,10 @@ class Psd(Ranked):
         cameras: torch.Tensor | None,
         ranks: Ranks,
     ) -> None:
-        """Update n by one step of gradient ascent on the reward, or of descent on the preference loss.
+        """Update the null embedding n by a step that raises the reward or lowers the preference loss.
 
         The gradient is limited to a root mean square of 1. The length of the step is a share of the norm of
-        n0, and n stays within a ball around n0.
+        the initial embedding n0, and n stays within a ball around n0.
 
         Args:
             x_t: [2, B, C, H, W], noised latents.
@@ -177,8 +183,8 @@ class Psd(Ranked):
             else:
                 # The preference loss compares the prediction for n with the prediction for n0.
                 with torch.no_grad():
-                    reference = denoiser.predict(x_t, t, initial_conditioning, cameras).null
-                objective = -self._preference_loss(prediction.null, reference, noise, ranks)
+                    reference_prediction = denoiser.predict(x_t, t, initial_conditioning, cameras).null
+                objective = -self._preference_loss(prediction.null, reference_prediction, noise, ranks)
             # A sum over assets: the objective of an asset depends on its own null embedding only.
             grad = torch.autograd.grad(objective.sum(), n)[0].nan_to_num()
         # The length of the step and the radius of the ball are multiples of |n0|, so that the same settings
@@ -188,12 +194,12 @@ class Psd(Ranked):
         # The root mean square of the gradient is limited to 1. A smaller gradient is not enlarged.
         grad = grad / (grad.flatten(1).norm(dim=1).view(-1, 1, 1) / entry_count**0.5).clamp_min(1.0)
         # Gradient ascent on the objective.
-        moved = n.detach() + settings.negative_rate * initial_norm / entry_count**0.5 * grad - n0
-        moved_norm = moved.flatten(1).norm(dim=1).view(-1, 1, 1)
+        null_change = n.detach() + settings.negative_rate * initial_norm / entry_count**0.5 * grad - n0
+        change_norm = null_change.flatten(1).norm(dim=1).view(-1, 1, 1)
         # Projection onto the ball about n0 with the radius negative_ball |n0|.
-        self.moved = moved * (settings.negative_ball * initial_norm / moved_norm.clamp_min(1e-30)).clamp_max(
-            1.0
-        )
+        self.moved = null_change * (
+            settings.negative_ball * initial_norm / change_norm.clamp_min(1e-30)
+        ).clamp_max(1.0)
 
     def _mean_reward(
         self, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction, prompts: list[str]
@@ -205,7 +211,7 @@ class Psd(Ranked):
         Args:
             x_t: [2, B, C, H, W], noised latents.
             t: [B], times.
-            prediction: predicted noises, differentiable in n.
+            prediction: predicted noises, differentiable in the null embedding.
             prompts: B prompts for the reward.
         """
         denoiser = self.denoiser
@@ -217,23 +223,28 @@ class Psd(Ranked):
         return denoiser.per_asset(scores).mean(0) / std
 
     def _preference_loss(
-        self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks
+        self,
+        null_prediction: torch.Tensor,
+        reference_prediction: torch.Tensor,
+        noise: torch.Tensor,
+        ranks: Ranks,
     ) -> torch.Tensor:
         """Return the preference loss of delta = (r - m)_win - (r - m)_lose for each asset, [A].
 
-        m is the mean squared error of the noise that the prior predicts with n, and r is that error with n0.
-        The loss is smaller if n predicts the noise of the winner better, relative to n0, than the noise of
-        the loser. The noised latents of the winner already resemble the preferred image, so n predicts their
-        noise better if n describes that image less. The loss is 0 for assets without an answer of the judge.
+        m is the mean squared error of the noise that the prior predicts with the null embedding n, and r is
+        that error with its initial value n0. The loss is smaller if n predicts the noise of the winner
+        better, relative to n0, than the noise of the loser. The noised latents of the winner already resemble
+        the preferred image, so n predicts their noise better if n describes that image less. The loss is 0
+        for assets without an answer of the judge.
 
         Args:
-            null: [2, B, C, H, W], predictions with n.
-            reference: [2, B, C, H, W], predictions with n0.
+            null_prediction: [2, B, C, H, W], predictions with n.
+            reference_prediction: [2, B, C, H, W], predictions with n0.
             noise: [2, B, C, H, W], added noises.
             ranks: result of the ranking.
         """
-        reference_error = (reference - noise).square().flatten(2).mean(2)  # [2, B]
-        prediction_error = (null - noise).square().flatten(2).mean(2)  # [2, B]
+        reference_error = (reference_prediction - noise).square().flatten(2).mean(2)  # [2, B]
+        prediction_error = (null_prediction - noise).square().flatten(2).mean(2)  # [2, B]
         # r - m, positive where n predicts the noise better than n0. From images [2, B] to ranked units, [N]
         # each.
         improvement = (reference_error - prediction_error).unflatten(1, (len(ranks.winner), -1)).mean(2)
@@ -243,10 +254,10 @@ class Psd(Ranked):
         )
         loss = preference_loss(delta, beta=NEGATIVE_BETA) * (ranks.winner >= 0)
         # From ranked units [N] to assets [A]: the mean over the views if these were ranked separately.
-        return loss.unflatten(0, (null.shape[1] // self.denoiser.views, -1)).mean(1)
+        return loss.unflatten(0, (null_prediction.shape[1] // self.denoiser.views, -1)).mean(1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the scores of the last steps, and "moved", n - n0, after the first update of n."""
+        """Return the scores of the last steps, and as "moved" the change n - n0 of the null embedding."""
         state = super().state_dict()
         return state if self.moved is None else {**state, "moved": self.moved}
 

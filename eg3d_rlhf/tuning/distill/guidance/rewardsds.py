@@ -50,10 +50,10 @@ class RewardSds(Rewarded):
         if len(noise) > 1:
             guidance_scale = settings.prior.guidance_scale
             if settings.explore_steps == 1:
-                explored = denoiser.x0(x_t, prediction.guided(guidance_scale), t)
+                explored_latents = denoiser.x0(x_t, prediction.guided(guidance_scale), t)
             else:
-                explored = self.explore(x_t, t, conditioning, cameras, guidance_scale)
-            images = torch.stack([denoiser.prior.decode(latents) for latents in explored])
+                explored_latents = self.explore(x_t, t, conditioning, cameras, guidance_scale)
+            images = torch.stack([denoiser.prior.decode(latents) for latents in explored_latents])
             scores = self._score(images, reward_prompts(self.reward, prompts, cameras))
         # Weights are computed for assets [K, A] and repeated for their views [K, B].
         noise_weights = (
@@ -77,8 +77,8 @@ class RewardSds(Rewarded):
     ) -> torch.Tensor:
         """Denoise latents by several DDIM steps (RewardSDS's exploration).
 
-        The setting explore_steps is the number of evenly spaced times in 0..999. The steps start at t and
-        pass through those of these times that are smaller than t.
+        The setting explore_steps is a number of evenly spaced times in 0..999. Denoising starts at t, and
+        continues at each of the evenly spaced times that is smaller than t.
 
         Args:
             x_t: [K, B, C, H, W], noised latents.
@@ -103,13 +103,13 @@ class RewardSds(Rewarded):
 
         ends_at_x0 = self.settings.explore_end == "x0"
         chain_times = [t]
-        for time in ddim_times(self.settings.explore_steps, "floor"):
+        for chain_time in ddim_times(self.settings.explore_steps, "floor"):
             # Only times below t: DDIM steps remove noise. An end at x0 is computed below from a prediction,
             # not by a step to t = 0.
-            if time < int(t.max()) and (time > 0 or not ends_at_x0):
+            if chain_time < int(t.max()) and (chain_time > 0 or not ends_at_x0):
                 # clamp_max: an image whose own t is smaller stays unchanged until the chain reaches its t.
-                chain_times.append(t.clamp_max(time))
-        flat_chain_times = [times.repeat(noise_count) for times in chain_times]  # [K B] each
+                chain_times.append(t.clamp_max(chain_time))
+        flat_chain_times = [step_times.repeat(noise_count) for step_times in chain_times]  # [K B] each
         latents = denoiser.schedule.ddim_chain(x_t.flatten(0, 1), flat_chain_times, predict)
         if ends_at_x0:
             latents = denoiser.schedule.x0(

@@ -1,8 +1,8 @@
-"""Implements score distillation sampling (SDS; Poole et al. 2022), on which all other methods are based, and
-best-of-n.
+"""Implements score distillation sampling (SDS; Poole et al. 2022) and best-of-n.
 
-Best-of-n optimises several assets for each prompt by SDS, and keeps the asset with the highest reward. Its
-gradient contains no reward. It is a baseline that takes n times the computation of SDS.
+All other methods are based on SDS. Best-of-n optimises several assets for each prompt by SDS, and keeps the
+asset with the highest reward. Its gradient contains no reward. It is a baseline that takes n times the
+computation of SDS.
 
 Shapes: A = number of assets that are kept; S starts for each of them; V views of an asset; K noises; B
 images; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
@@ -16,9 +16,10 @@ from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Rewarded, reward_
 
 
 class Sds(Guided):
-    """Score distillation sampling: the mean over K noises of w(t) (p - e), see gradients.py.
+    """Score distillation sampling: the mean over K noises of w(t) (p - e).
 
-    The setting `form` selects other formulas than w(t) (p - e).
+    Here w(t) is the weight of the diffusion time, p the predicted noise and e the added noise. The setting
+    `form` selects other formulas, see gradients.py.
     """
 
     @torch.no_grad()
@@ -52,9 +53,10 @@ class Sds(Guided):
                 / (1 - bar).sqrt()
             )
             # [K, B, C, H, W]
-            estimates = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)
+            latent_estimates = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)
             image_grads = [
-                gradients.image_loss(images, denoiser.prior.decode(x0), image_weight) for x0 in estimates
+                gradients.image_loss(images, denoiser.prior.decode(x0), image_weight)
+                for x0 in latent_estimates
             ]
             guidance_output.image_grad = torch.stack(image_grads).mean(0)
         return guidance_output
@@ -63,15 +65,15 @@ class Sds(Guided):
 class BestOfN(Rewarded, Sds):
     """Score distillation with S starts of each asset, of which one is kept.
 
-    The assets of the start s have the indices s A to (s + 1) A - 1.
+    If A assets are kept, those of the start s have the indices s A to (s + 1) A - 1.
     """
 
     @torch.no_grad()
     def best(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor) -> list[int]:
-        """Return the indices of the assets to keep, [A].
+        """Return the indices of the assets to keep, [A]: the best of the S starts of each asset.
 
-        For each of them it is the start with the largest mean reward over its views, and the first of such
-        starts if several have the same mean.
+        The best start has the largest mean reward over its views. If several starts have this mean, the first
+        one is kept.
 
         Args:
             images: [S A V, 3, h, w] in 0..1, renders of the finished assets.
@@ -84,7 +86,7 @@ class BestOfN(Rewarded, Sds):
             self.reward, images[None], reward_prompts(self.reward, prompts, cameras)
         )
         scores = denoiser.per_asset(image_scores)[0]  # [S A]
-        starts = self.settings.starts
-        assets = len(scores) // starts
-        best_starts = scores.unflatten(0, (starts, assets)).argmax(0).cpu()  # [A]
-        return (best_starts * assets + torch.arange(assets)).tolist()
+        start_count = self.settings.starts
+        asset_count = len(scores) // start_count
+        best_starts = scores.unflatten(0, (start_count, asset_count)).argmax(0).cpu()  # [A]
+        return (best_starts * asset_count + torch.arange(asset_count)).tolist()

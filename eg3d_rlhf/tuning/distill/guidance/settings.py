@@ -37,8 +37,9 @@ class DenoiserSettings:
     )
     form: str = _rare_prior_knob(
         "sds",
-        "Formula of the gradient. sds: score distillation sampling; sjc: score Jacobian chaining with reduced"
-        " variance; sjc-plain: score Jacobian chaining without it; recon: MVDream's reconstruction loss.",
+        "Formula of the gradient. sds: score distillation sampling; sjc: score Jacobian chaining with"
+        " reduced variance; sjc-plain: score Jacobian chaining without reduced variance; recon: MVDream's"
+        " reconstruction loss.",
         choices=FORMS,
     )
     weighting: str = _rare_prior_knob(
@@ -88,7 +89,9 @@ class RankingSettings(Knobs):
         choices=("asset", "view"),
     )
     standardise: bool = _rare_ranking_knob(
-        True, "Divide the centred scores by their standard deviation over the last 200 steps."
+        True,
+        "Subtract the mean of the last 200 steps' scores from each score, and divide by their standard"
+        " deviation.",
     )
     judge_mode: str = _rare_ranking_knob(
         "replace",
@@ -155,14 +158,14 @@ class NoiseWeighting(Knobs):
             # scale.
             return scores.softmax(0)
         # [K, N] indices of noises, best first. Stable: noises with equal scores keep their order.
-        order = scores.argsort(dim=0, descending=True, stable=True)
+        noise_order = scores.argsort(dim=0, descending=True, stable=True)
         if self.strategy == "push":
             # [1, N]: 1 where the worst noise is subtracted, else 0.
             push_weight = scores.new_ones(scores[:1].shape) if push is None else push[None].to(scores)
             return (
                 scores.new_zeros(scores.shape)
-                .scatter_(0, order[:1], 1.0)
-                .scatter_add_(0, order[-1:], -push_weight)
+                .scatter_(0, noise_order[:1], 1.0)
+                .scatter_add_(0, noise_order[-1:], -push_weight)
             )
         # With fewer noises than requested, all of them count.
         best_count = min(self.best, noise_count)
@@ -170,14 +173,14 @@ class NoiseWeighting(Knobs):
         # [best_count, N]: each of the best noises has the same weight.
         equal_shares = scores.new_full(scores[:best_count].shape, 1 / best_count)
         if self.strategy == "best":
-            return scores.new_zeros(scores.shape).scatter_(0, order[:best_count], equal_shares)
+            return scores.new_zeros(scores.shape).scatter_(0, noise_order[:best_count], equal_shares)
         noise_weights = scores.new_zeros(scores.shape)
-        noise_weights.scatter_(0, order[:best_count], self.best_weight * equal_shares)
+        noise_weights.scatter_(0, noise_order[:best_count], self.best_weight * equal_shares)
         # scatter_add_ and not scatter_, because with few noises one noise can be among the best and the
         # worst.
         return noise_weights.scatter_add_(
             0,
-            order[-worst_count:],
+            noise_order[-worst_count:],
             scores.new_full(scores[:worst_count].shape, -self.worst_weight / worst_count),
         )
 
@@ -191,7 +194,12 @@ class SdsSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     samples: int = knob(
-        1, "Number of noises per step, over which the gradient of sds is averaged.", SDS, low=1, rare=True
+        1,
+        "Number of noises per step, over which the gradient of sds is averaged. More noises make the"
+        " gradient less noisy, and a step takes proportionally longer.",
+        SDS,
+        low=1,
+        rare=True,
     )
     image_loss: float = knob(
         0.0,
@@ -362,7 +370,9 @@ class RewardSdsSettings:
         choices=("x0", "t0"),
     )
     standardise: bool = _rare_noises_knob(
-        True, "Divide the centred scores by their standard deviation over the last 200 steps."
+        True,
+        "Subtract the mean of the last 200 steps' scores from each score, and divide by their standard"
+        " deviation.",
     )
 
     def __post_init__(self):

@@ -17,7 +17,8 @@ from training.config import check_choice
 class GmmPrior:
     """Mixture of Gaussians p(x | embedding) = sum_m softmax(to_logits embedding)_m N(x; mean_m, std_m^2).
 
-    At the time t, the noised mixture has the means a mean_m and the variances a^2 std_m^2 + s^2.
+    At the time t, the noised mixture has the means a mean_m and the variances a^2 std_m^2 + s^2, with the
+    signal level a and the noise level s.
 
     Latents are scale (2 images - 1). Decoding does not clip images to 0..1. The means should be permutations
     of one another: Adam scales each entry of a gradient separately, so otherwise some modes would be easier
@@ -82,12 +83,12 @@ class GmmPrior:
                 is returned.
         Raises: ValueError for a prompt without an embedding.
         """
-        embedded = []
+        prompt_embeddings = []
         for prompt, direction in zip(prompts, directions or [""] * len(prompts), strict=True):
             prompt_key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
             check_choice("GmmPrior.embed", prompt_key, self.prompts)
-            embedded.append(self.prompts[prompt_key])
-        return torch.stack(embedded)[:, None]  # the conditioning of a prompt is one token
+            prompt_embeddings.append(self.prompts[prompt_key])
+        return torch.stack(prompt_embeddings)[:, None]  # the conditioning of a prompt is one token
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None

@@ -63,7 +63,7 @@ Networks = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class PriorOptions:
-    """Settings of the computation of a prior: device, precision, and saving of memory."""
+    """Settings for computing a prior: device, precision, and saving of memory."""
 
     device: str | torch.device = "cpu"  # device of all networks
     half: bool | None = None  # True: float16 for the U-Net; False: float32; None: float16 on a GPU only
@@ -74,8 +74,8 @@ class PriorOptions:
     @property
     def unet_dtype(self) -> torch.dtype:
         """Data type of the U-Net's weights and activations."""
-        half = torch.device(self.device).type == "cuda" if self.half is None else self.half
-        return torch.float16 if half else torch.float32
+        uses_half = torch.device(self.device).type == "cuda" if self.half is None else self.half
+        return torch.float16 if uses_half else torch.float32
 
 
 class LatentPrior:
@@ -145,21 +145,21 @@ class LatentPrior:
         return (0.5 * images + 0.5).clamp(0, 1)
 
     def _each(self, process: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        """Return function(batch) for images or latents [B, ...].
+        """Return process(batch) for a batch of images or latents [B, ...].
 
         With checkpointing, the images of the batch are processed one by one, so that the activations of only
         one image are in memory.
         """
         if not self.options.checkpointing:
             return process(batch)
-        processed = []
+        processed_images = []
         for image in batch.split(1):
             # torch's checkpoint is needed for tensors with a gradient only.
             if image.requires_grad:
-                processed.append(checkpoint(process, image, use_reentrant=False))
+                processed_images.append(checkpoint(process, image, use_reentrant=False))
             else:
-                processed.append(process(image))
-        return torch.cat(processed)
+                processed_images.append(process(image))
+        return torch.cat(processed_images)
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
         """Return the embeddings of B prompts, [B, T, D].
@@ -310,12 +310,12 @@ class ViewAttention:
     Hidden states [B, pixels, D] are processed as [A, V * pixels, D].
 
     Args:
-        inner: attention processor that computes the attention.
+        inner_processor: attention processor that computes the attention.
         views: number V of views.
     """
 
-    def __init__(self, inner: Any, views: int = VIEWS):
-        self.inner = inner
+    def __init__(self, inner_processor: Any, views: int = VIEWS):
+        self.inner = inner_processor
         self.views = views
 
     def __call__(
@@ -323,13 +323,15 @@ class ViewAttention:
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        **arguments: Any,
+        **other_arguments: Any,
     ):
-        pixels = hidden_states.shape[1]
+        pixel_count = hidden_states.shape[1]
         # [A V, pixels, D] to [A, V pixels, D], and back below.
         joined_states = hidden_states.unflatten(0, (-1, self.views)).flatten(1, 2)
-        attended = self.inner(attn, joined_states, encoder_hidden_states=encoder_hidden_states, **arguments)
-        return attended.unflatten(1, (self.views, pixels)).flatten(0, 1)
+        attended_states = self.inner(
+            attn, joined_states, encoder_hidden_states=encoder_hidden_states, **other_arguments
+        )
+        return attended_states.unflatten(1, (self.views, pixel_count)).flatten(0, 1)
 
 
 def join_views(unet: Any, views: int = VIEWS) -> Any:
@@ -455,30 +457,30 @@ def _text(
     if open_clip_state:
         # Stable Diffusion 2 and MVDream use the output of the last layer but one, so the last layer is left
         # out.
-        layers = count(open_clip_state, "transformer.resblocks.") - 1
-        activation = "gelu"
-        if layers < 1:
+        layer_count = count(open_clip_state, "transformer.resblocks.") - 1
+        activation_name = "gelu"
+        if layer_count < 1:
             raise ValueError(
-                f"{who}: the text encoder has {layers + 1} layers, but needs at least 2. Download the file"
-                " that MVDream publishes."
+                f"{who}: the text encoder has {layer_count + 1} layers, but needs at least 2. Download the"
+                " file that MVDream publishes."
             )
-        text_state = to_transformers_text(open_clip_state, layers)
+        text_state = to_transformers_text(open_clip_state, layer_count)
     else:
-        layers = count(text_state, "text_model.encoder.layers.")
-        activation = "quick_gelu"
-    vocabulary, width = shape_of(text_state, "text_model.embeddings.token_embedding.weight", who, 2)
+        layer_count = count(text_state, "text_model.encoder.layers.")
+        activation_name = "quick_gelu"
+    vocabulary_size, width = shape_of(text_state, "text_model.embeddings.token_embedding.weight", who, 2)
     config = {
-        "vocab_size": vocabulary,
+        "vocab_size": vocabulary_size,
         "hidden_size": width,
-        "num_hidden_layers": layers,
-        "hidden_act": activation,
+        "num_hidden_layers": layer_count,
+        "hidden_act": activation_name,
         "projection_dim": width,
         "num_attention_heads": max(
             width // 64, 1
         ),  # both published encoders have 64 channels per attention head
-        "bos_token_id": vocabulary
+        "bos_token_id": vocabulary_size
         - 2,  # the last two tokens of CLIP's vocabulary are the start and the end token
-        "eos_token_id": vocabulary - 1,
+        "eos_token_id": vocabulary_size - 1,
         "intermediate_size": shape_of(text_state, "text_model.encoder.layers.0.mlp.fc1.weight", who, 2)[0],
     }
     return config, text_state
@@ -509,7 +511,7 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
             " file that MVDream publishes."
         )
     # open_clip pads prompts with the token 0. None: OpenAI's tokenizer pads with its end token.
-    pad_token = 0 if any(network_name.startswith(OPEN_CLIP) for network_name in file_tensors) else None
+    pad_token = 0 if any(tensor_name.startswith(OPEN_CLIP) for tensor_name in file_tensors) else None
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks["text"].config.vocab_size, pad_token)
     print_once(LICENCE)
     return MVDream(networks, tokenize, file_tensors["alphas_cumprod"], "epsilon", options)
@@ -524,7 +526,7 @@ def mvdream_file(path: Path) -> Path | None:
     """Return the path of MVDream's file, or None for a Stable Diffusion folder.
 
     Args:
-        path: path of the file, of a folder that contains only this file with weights, or of a Stable
+        path: path of MVDream's file, of a folder in which it is the only file with weights, or of a Stable
             Diffusion folder.
     Raises: ValueError if the path names neither, or if diffusers or transformers is not installed.
     """
@@ -553,13 +555,13 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
     )
 
 
-def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs:
+def latent_costs(prior: LatentPrior, image_count: int, noise_count: int = 1) -> Costs:
     """Estimate the memory of one step with a latent diffusion prior, by running its methods on fake tensors.
 
     Args:
         prior: prior whose networks are on the meta device. It is changed.
         image_count: number B of images in a step.
-        noises: number K of noises of the method.
+        noise_count: number K of noises of the method.
     Returns: memory of the weights, and peak memory of each stage of a step.
     """
     trace = MemoryTrace()
@@ -569,34 +571,36 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
     with trace:
         prior.alphas_cumprod = torch.empty(1000)
     prior.options = replace(prior.options, device="cpu")  # fake tensors are on the CPU
-    channels, side, _ = prior.latent_shape
-    pixels = prior.image_size
+    channels, latent_side, _ = prior.latent_shape
+    image_side = prior.image_size
     width = int(prior.text.config.hidden_size)
     dtype = prior.options.unet_dtype
 
     # The functions below run the stages of a step.
-    def predict(batch: int, grad: bool):
-        x = torch.empty(batch, channels, side, side, requires_grad=grad)
+    def predict(batch_size: int, needs_grad: bool):
+        x = torch.empty(batch_size, channels, latent_side, latent_side, requires_grad=needs_grad)
         # Only multi-view priors get cameras.
-        cameras = torch.empty(batch, 16) if prior.views > 1 else None
-        t = torch.zeros(batch, dtype=torch.long)
-        return x, prior.predict_noise(x, t, torch.empty(batch, CLIP_TOKENS, width), cameras)
+        cameras = torch.empty(batch_size, 16) if prior.views > 1 else None
+        t = torch.zeros(batch_size, dtype=torch.long)
+        return x, prior.predict_noise(x, t, torch.empty(batch_size, CLIP_TOKENS, width), cameras)
 
-    def backward(x: torch.Tensor, output: torch.Tensor):
+    def backward(x: torch.Tensor, output_tensor: torch.Tensor):
         # empty_like: the memory of the incoming gradient counts, and its values do not matter.
-        return torch.autograd.grad(output, x, torch.empty_like(output))
+        return torch.autograd.grad(output_tensor, x, torch.empty_like(output_tensor))
 
     def encode():
-        images = torch.empty(image_count, 3, pixels, pixels, requires_grad=True)
+        images = torch.empty(image_count, 3, image_side, image_side, requires_grad=True)
         return backward(images, prior.encode(images))
 
+    # The prior predicts the noise with the prompt and with the null prompt.
+    noised_count = 2 * noise_count * image_count
     stages = {
-        f"encode {image_count} images of {pixels}^2, and backward": encode,
-        f"noise of {2 * noises * image_count} latents of {side}^2 (text and null)": torch.no_grad()(
-            lambda: predict(2 * noises * image_count, False)
+        f"encode {image_count} images of {image_side}^2, and backward": encode,
+        f"noise of {noised_count} latents of {latent_side}^2 (text and null)": torch.no_grad()(
+            lambda: predict(noised_count, False)
         ),
         f"decode {image_count} images for a reward": torch.no_grad()(
-            lambda: prior.decode(torch.empty(image_count, channels, side, side))
+            lambda: prior.decode(torch.empty(image_count, channels, latent_side, latent_side))
         ),
         f"gradient through the U-Net, {image_count} latents": lambda: backward(*predict(image_count, True)),
     }
@@ -611,7 +615,7 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
 
 
 def prior_costs(
-    path: str | Path, image_count: int, options: PriorOptions | None = None, noises: int = 1
+    path: str | Path, image_count: int, options: PriorOptions | None = None, noise_count: int = 1
 ) -> Costs:
     """Estimate the memory of a step with a prior, without loading its networks.
 
@@ -619,7 +623,7 @@ def prior_costs(
         path: path of the prior, as for `load_prior`.
         image_count: number B of images in a step.
         options: device and precision; None uses the defaults of `PriorOptions`.
-        noises: number K of noises of the method.
+        noise_count: number K of noises of the method.
     Returns: memory of the weights, and peak memory of each stage of a step.
     Raises: the errors of `load_prior`; ValueError if the prior cannot process B images.
     """
@@ -636,5 +640,7 @@ def prior_costs(
         networks, _ = mvdream_networks(read(weights_file, FLAG), f"{FLAG}: {weights_file.name}")
     check_views(image_count, prior_class.views)
     return latent_costs(
-        prior_class(networks, None, torch.empty(1000, device="meta"), "epsilon", options), image_count, noises
+        prior_class(networks, None, torch.empty(1000, device="meta"), "epsilon", options),
+        image_count,
+        noise_count,
     )

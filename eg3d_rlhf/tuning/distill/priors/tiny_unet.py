@@ -53,8 +53,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         """Compute the block for features x [B, C, H, W] and a conditioning [B, width]."""
         scale, shift = self.film(conditioning)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1] each
-        modulated = self.norm(self.near(x)) * (1 + scale) + shift
-        return x + self.second(F.silu(self.first(modulated)))
+        modulated_features = self.norm(self.near(x)) * (1 + scale) + shift
+        return x + self.second(F.silu(self.first(modulated_features)))
 
 
 class ViewAttention(nn.Module):
@@ -78,13 +78,13 @@ class ViewAttention(nn.Module):
         # unsqueeze(1): a dimension of attention heads, of which there is one.
         q, k, v = tokens.unsqueeze(1).chunk(3, dim=3)
         # Back from [A, V H W, C] to [B, C, H W].
-        attended = (
+        attended_features = (
             F.scaled_dot_product_attention(q, k, v)[:, 0]
             .unflatten(1, (SIDES, -1))
             .transpose(2, 3)
             .flatten(0, 1)
         )
-        return x + self.out(attended.unflatten(2, x.shape[2:]))
+        return x + self.out(attended_features.unflatten(2, x.shape[2:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,15 +158,17 @@ class TinyUNet(nn.Module):
         )
         conditioning = F.silu(joint_conditioning)
         # The memory format channels_last halves the time of the convolutions on a CPU.
-        fine = self.fine(
+        fine_features = self.fine(
             self.enter(x_t.contiguous(memory_format=torch.channels_last)) + self.place, conditioning
         )
-        coarse = self.views(self.coarse(self.down(fine), conditioning))
+        coarse_features = self.views(self.coarse(self.down(fine_features), conditioning))
         # The conditioning of the last block contains the coarse features as well, which have seen all four
         # views.
-        conditioning = F.silu(joint_conditioning + self.seen(coarse.mean(dim=(2, 3))))
-        fine = self.late(fine + F.interpolate(self.up(coarse), scale_factor=2.0), conditioning)
-        patches = self.leave(fine) + self.sketch(conditioning).unflatten(1, (16, 8, 8))
+        conditioning = F.silu(joint_conditioning + self.seen(coarse_features.mean(dim=(2, 3))))
+        fine_features = self.late(
+            fine_features + F.interpolate(self.up(coarse_features), scale_factor=2.0), conditioning
+        )
+        patches = self.leave(fine_features) + self.sketch(conditioning).unflatten(1, (16, 8, 8))
         m = F.pixel_shuffle(patches, 2)  # [B, 16, 8, 8] to [B, 4, 16, 16]
         # x0 = m + k (x_t - a m), with the k of the class's docstring.
         bar = self.schedule.alpha(t, x_t)
@@ -207,15 +209,15 @@ class TinyPrior:
         Raises: ValueError for a prompt that is not in the training data.
         """
         del directions
-        table_rows = {text: row for row, text in enumerate(self.network.prompts)}
-        table_rows[""] = len(self.network.prompts)
-        untrained_prompts = [text for text in prompts if text not in table_rows]
+        row_by_text = {text: row for row, text in enumerate(self.network.prompts)}
+        row_by_text[""] = len(self.network.prompts)
+        untrained_prompts = [text for text in prompts if text not in row_by_text]
         if untrained_prompts:
             raise ValueError(
                 f"--prompt: this prior was not trained on {untrained_prompts[0]!r}. Use a prompt of its"
                 f" training data, such as {self.network.prompts[0]!r}."
             )
-        return self.network.table.weight[[table_rows[text] for text in prompts]][:, None]
+        return self.network.table.weight[[row_by_text[text] for text in prompts]][:, None]
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
@@ -238,9 +240,9 @@ class TinyPrior:
         view_cameras = (
             evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
         )
-        clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(view_cameras).to(x_t))
+        clean_latents = self.network(x_t, t.to(x_t.device), cond, network_cameras(view_cameras).to(x_t))
         # The network predicts clean latents, while the interface requires the noise.
-        return self.schedule.noise_of_x0(x_t, clean, t)
+        return self.schedule.noise_of_x0(x_t, clean_latents, t)
 
     def save(self, path: str | Path, training_metadata: dict) -> None:
         """Write the prior to a file.
@@ -261,8 +263,9 @@ class TinyPrior:
 
 
 def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
-    """Read the prior from a file, by default the bundled prior. Raises: ValueError if the file contains no
-    prior.
+    """Read a `TinyPrior` from a file, by default the bundled file.
+
+    Raises: ValueError if the file contains no such prior.
     """
     tensors, metadata = read_tensors(path, FILE_KIND)
     network = TinyUNet(TinySizes(**metadata["sizes"]), metadata["prompts"])

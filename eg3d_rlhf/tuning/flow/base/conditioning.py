@@ -26,8 +26,7 @@ Condition = torch.Tensor | Mapping[str, torch.Tensor]
 def each(
     transform: Callable[..., torch.Tensor], condition: Condition, *other_conditionings: Condition
 ) -> Condition:
-    """Apply a function to each tensor of a conditioning, together with the same tensors of other
-    conditionings.
+    """Apply a function to the tensors of one or more conditionings, name by name.
 
     Args:
         transform: function of one tensor of `condition` and the tensors of the same name in
@@ -63,12 +62,15 @@ def to_device(condition: Condition, device: torch.device | str) -> Condition:
 
 
 def tensor_of(condition: Condition) -> torch.Tensor:
-    """Return one of the tensors of the conditioning. All of them are on the same device."""
+    """Return one tensor of the conditioning, for example to read the device, which all its tensors share."""
     return condition if isinstance(condition, torch.Tensor) else next(iter(condition.values()))
 
 
 def rows(condition: Condition) -> int:
-    """Return the number N of samples. Raises: ValueError if the tensors have different numbers of rows."""
+    """Return the number N of samples of a conditioning.
+
+    Raises: ValueError if the tensors have different numbers of rows.
+    """
     if isinstance(condition, torch.Tensor):
         return len(condition)
     row_count_by_name = {name: len(tensor) for name, tensor in condition.items()}
@@ -81,7 +83,7 @@ def rows(condition: Condition) -> int:
     return next(iter(row_count_by_name.values()))
 
 
-def expanded(empty: Condition, condition: Condition) -> Condition:
+def expanded(empty_conditioning: Condition, condition: Condition) -> Condition:
     """Return the empty conditioning with as many rows as `condition`.
 
     An empty conditioning of one row is repeated, and one of N rows is returned unchanged.
@@ -89,15 +91,13 @@ def expanded(empty: Condition, condition: Condition) -> Condition:
     # expand_as returns a view whose rows share memory, so callers must not write to the result.
     return each(
         lambda empty_rows, full_rows: empty_rows.expand_as(full_rows) if len(empty_rows) == 1 else empty_rows,
-        empty,
+        empty_conditioning,
         condition,
     )
 
 
 def where(mask: torch.Tensor, if_true: Condition, if_false: Condition) -> Condition:
-    """Return a conditioning whose rows are those of `if_true` where mask [N] is True, and those of `if_false`
-    elsewhere.
-    """
+    """Return the rows of `if_true` where mask [N] is True, and the rows of `if_false` elsewhere."""
     # The mask is viewed as [N, 1, ..., 1], so that it broadcasts over the other dimensions of each tensor.
     return each(
         lambda true_rows, false_rows: torch.where(
@@ -111,7 +111,7 @@ def where(mask: torch.Tensor, if_true: Condition, if_false: Condition) -> Condit
 
 
 def twice(condition: Condition) -> Condition:
-    """Return all N rows followed by the same N rows, which are 2 N rows."""
+    """Return a conditioning that has all N rows twice: the N rows, followed by the same N rows."""
     return each(lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1)), condition)
 
 
@@ -123,10 +123,10 @@ SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")  # formats of files with embe
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Embeddings of prompts.
+    """Embeddings of prompts, with the empty conditioning for classifier-free guidance.
 
-    Classifier-free guidance needs an empty conditioning. For images it is zeros. For texts it is the
-    embedding of '', which must then be among the embeddings.
+    The empty conditioning is zeros for images. For texts it is the embedding of '', which must then be among
+    the embeddings.
 
     Raises: ValueError if the embeddings have different shapes or are not finite, or if that of '' is missing.
     """
@@ -174,25 +174,24 @@ class Conditioning:
         """Shape of an embedding, as a list; or name of a tensor -> its shape."""
         return form_of(next(iter(self.tokens.values())))
 
-    def check(self, who: str, expected: Mapping[str, list[int]] | list[int], encoder: str) -> None:
+    def check(self, who: str, expected_form: Mapping[str, list[int]] | list[int], encoder: str) -> None:
         """Raise ValueError if the embeddings do not have the expected shape.
 
         Args:
             who: beginning of the message.
-            expected: expected shape, in the form of the property `form`.
+            expected_form: expected shape, in the form of the property `form`.
             encoder: encoder that makes embeddings of this shape, in words.
         """
-        if self.form != expected:
+        if self.form != expected_form:
             encoder_text = f", which {self.encoder} has made" if self.encoder else ""
             raise ValueError(
-                f"{who}: expected embeddings of the shape {shape_text(expected)}, got"
+                f"{who}: expected embeddings of the shape {shape_text(expected_form)}, got"
                 f" {shape_text(self.form)}{encoder_text}. Embed the"
                 f" prompts with {encoder}."
             )
 
     def check_source(self, who: str, required_encoder: str, encoder: str) -> None:
-        """Raise ValueError if the embeddings were made by another encoder, or by another preparation of
-        images.
+        """Raise ValueError if the embeddings are from another encoder or from differently prepared images.
 
         An unknown encoder is accepted, since files of other programs do not state it.
 
@@ -221,8 +220,8 @@ class Conditioning:
         missing_prompts = sorted({prompt for prompt in prompts if prompt not in self.tokens})
         if missing_prompts:
             raise ValueError(
-                f"conditioning: there is no embedding of {_listed(missing_prompts)}. Add the embeddings"
-                " of these prompts."
+                f"conditioning: there is no embedding of {_listed(missing_prompts)}. Embed these prompts,"
+                " too, with the same encoder as the others."
             )
         first_embedding, *other_embeddings = [self.tokens[prompt] for prompt in prompts]
         return each(lambda *rows: torch.stack(rows), first_embedding, *other_embeddings)
@@ -238,8 +237,9 @@ class Conditioning:
 
 
 def form_of(condition: Condition | None) -> Any:
-    """Return the shape of a conditioning as a list; or name of a tensor -> shape, sorted by name; or [] for
-    None.
+    """Return the shape of a conditioning as a list, or name of a tensor -> shape; [] for None.
+
+    The names of tensors are sorted.
     """
     if condition is None or isinstance(condition, torch.Tensor):
         return [] if condition is None else list(condition.shape)
@@ -315,7 +315,8 @@ def read_conditioning(path: Path, zero_null: bool = True) -> Conditioning:
         allowed_suffixes = ", ".join(SUFFIXES)
         raise FileNotFoundError(
             f"conditioning: {path} is neither a file of embeddings nor a folder with files"
-            f" {allowed_suffixes}. Embed the prompts first, or name the file or folder of their embeddings."
+            f" {allowed_suffixes}. Embed the prompts with eg3d-rlhf flow new, or name the file or folder of"
+            " their embeddings."
         )
     embeddings: dict[str, Condition] = {
         embedding_file.stem: read_embedding(embedding_file) for embedding_file in embedding_files
@@ -355,11 +356,11 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"array: there is no file {path}. Name an existing file.")
     try:
-        loaded = _READERS[path.suffix](path)
+        loaded_content = _READERS[path.suffix](path)
     except KeyError:
         raise ValueError(
             f"{path}: expected a file of type {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}."
-            " Convert it."
+            " Convert the file to one of these types."
         ) from None
     except (ValueError, EOFError, OSError) as error:
         # Messages of libraries have several lines, of which the first one is shown.
@@ -368,8 +369,8 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
             f"{path}: the file is damaged, or contains something else than an array ({error_summary})."
             " Restore it from a copy, or save the array again."
         ) from None
-    if isinstance(loaded, Mapping):
-        array_names = list(loaded)
+    if isinstance(loaded_content, Mapping):
+        array_names = list(loaded_content)
         # The name of an only array does not matter.
         array_name = key if key in array_names else array_names[0] if len(array_names) == 1 else None
         if array_name is None:
@@ -377,10 +378,12 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
                 f"{path}: expected one array{f' named {key}' if key else ''}, got {_listed(array_names)}."
                 f" Save the array {'under that name' if key else 'alone'}."
             )
-        loaded = loaded[array_name]
-    if not isinstance(loaded, torch.Tensor):
-        raise ValueError(f"{path}: expected an array, got {type(loaded).__name__}. Save the tensor alone.")
-    return loaded
+        loaded_content = loaded_content[array_name]
+    if not isinstance(loaded_content, torch.Tensor):
+        raise ValueError(
+            f"{path}: expected an array, got {type(loaded_content).__name__}. Save the tensor alone."
+        )
+    return loaded_content
 
 
 def _npz(path: Path) -> dict[str, torch.Tensor]:

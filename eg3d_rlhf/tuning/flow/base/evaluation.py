@@ -28,7 +28,8 @@ def evaluate(
 ) -> dict:
     """Generate assets of the held-out prompts, and score them with every evaluator that the problem has.
 
-    The evaluators are the fields EVALUATORS of the problem, and its sub-scores `parts`.
+    The evaluators are the fields of the problem that EVALUATORS lists, and its sub-scores `parts`. Below, C
+    is the number of held-out prompts and S the number of assets of each prompt.
 
     Args:
         problem: tuning problem.
@@ -37,8 +38,8 @@ def evaluate(
         on_asset: function that is called with the number of assets after each batch; None to show a progress
             bar instead.
         measures_spread: True to measure the diversity of the assets, too.
-        given_outputs: name of one stage -> C S outputs of the stages before it, in the order of
-            Evaluation.crossed. These stages are then not sampled. None: all stages are sampled.
+        given_outputs: name of one stage -> its C S inputs, in the order of Evaluation.crossed. The stages
+            before it are then not sampled. None: all stages are sampled.
     Returns: dictionary of values for JSON. "conditions" is a list of the C prompts. "scores" is a dictionary
     from the name of an evaluator to C lists of S scores. If the diversity is measured, the dictionary also
     has the key "spread". Its value is a dictionary from the name of each stage before the last to C values of
@@ -60,7 +61,7 @@ def evaluate(
     # A batch contains all S assets of a prompt, so that the scores of a prompt are complete.
     prompts_per_batch = max(1, evaluation_settings.batch // S)
     all_prompts, all_seeds = evaluation_settings.crossed(problem)
-    for first_prompt in tqdm(
+    for first_prompt_index in tqdm(
         range(0, len(held_out_prompts), prompts_per_batch),
         desc="evaluation",
         unit="batch",
@@ -69,13 +70,15 @@ def evaluate(
         if on_asset
         else None,  # the caller has a progress bar; two bars would overwrite each other
     ):
-        batch_slice = slice(first_prompt * S, (first_prompt + prompts_per_batch) * S)
+        batch_slice = slice(first_prompt_index * S, (first_prompt_index + prompts_per_batch) * S)
         prompts = all_prompts[batch_slice]
         seeds = all_seeds[batch_slice]
-        batch_given = {
+        batch_given_outputs = {
             stage: stage_outputs[batch_slice] for stage, stage_outputs in (given_outputs or {}).items()
         }
-        assets = generate(problem.pipeline, prompts, seeds, models, evaluation_settings.batch, batch_given)
+        assets = generate(
+            problem.pipeline, prompts, seeds, models, evaluation_settings.batch, batch_given_outputs
+        )
         batch_scores = {
             evaluator_name: evaluator(assets, prompts) for evaluator_name, evaluator in evaluators.items()
         }
@@ -93,8 +96,8 @@ def evaluate(
             )
         encoded_assets = problem.pipeline.encode(assets) if spreads_by_stage else []
         for stage, stage_spreads in spreads_by_stage.items():
-            for first_asset in range(0, len(encoded_assets), S):
-                prompt_assets = encoded_assets[first_asset : first_asset + S]
+            for first_asset_index in range(0, len(encoded_assets), S):
+                prompt_assets = encoded_assets[first_asset_index : first_asset_index + S]
                 stage_spreads.append(spread([latents[stage] for latents in prompt_assets]))
         if on_asset:
             on_asset(len(assets))

@@ -1,5 +1,4 @@
-"""Export of a generator as a folder in its published layout, with tuned networks in place of the original
-ones.
+"""Export of a generator as a folder in its published layout, with tuned networks.
 
 The generator's family describes the files of the folder (`Release`). This module merges adapters into the
 weights, rounds the weights to the data types of the original files, and links or writes all files.

@@ -1,5 +1,4 @@
-"""Interface of a family of flow generators: how the folders of its generators are recognised, read and
-written.
+"""Interface of a family of flow generators, which recognises, reads and writes folders of generators.
 
 A family is a class with the attributes and methods of `FlowFamily`. An instance of it is registered by name
 (families/__init__.py). Its method `load` returns a `Pipeline` (stage.py). Abilities that only some families
@@ -63,7 +62,7 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A file of a generator's folder with the network of a stage."""
+    """File of a generator's folder that contains the network of one stage."""
 
     file: str  # path of the file relative to the folder
     # Function that loads the untuned network. Its argument is the data type; None for the data types of the
@@ -76,7 +75,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """Description of a new folder of a generator in which the networks of some stages are replaced."""
+    """Description of an exported folder, in which the networks of some stages are replaced."""
 
     # Path relative to the folder -> original file, which is linked (or copied if the file system has no
     # links), or the bytes to write.
@@ -116,8 +115,9 @@ class FlowFamily(Protocol):
     options: tuple[str, ...] = ()  # additional fields of ProblemSource that this family uses
 
     def recognises(self, root: Path) -> bool:
-        """Return True if a folder contains a generator of this family. Only names and headers of files are
-        read.
+        """Return True if a folder contains a generator of this family.
+
+        Only names and headers of files are read.
         """
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> Mapping[str, Path]:
@@ -160,8 +160,9 @@ class FlowFamily(Protocol):
         return None
 
     def configured(self: Family, source: EncodingSource) -> Family:
-        """Return this family with the settings of the encoding in a source. By default it has no such
-        settings.
+        """Return this family with the encoding settings of `source`, if the family encodes assets.
+
+        By default a family has no such settings, and is returned unchanged.
         """
         return self
 
@@ -177,11 +178,25 @@ class FlowFamily(Protocol):
         return None
 
     def pair_meta(self, pipeline: Any, stage: str, report: Mapping) -> Mapping:
-        """Return metadata that is stored with the pairs of a stage, and which `check_pairs` reads."""
+        """Return metadata that is stored with the pairs of a stage, and which `check_pairs` reads.
+
+        Args:
+            pipeline: generator.
+            stage: name of the stage.
+            report: values for JSON about the source of the pairs, see `Imported.report`.
+        """
         return {"family": self.name}
 
     def candidate(self, record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
-        """Read a line of a list of assets. The arguments are those of `ranking.sampled_candidate`."""
+        """Make a candidate for pairs from a line of the list of assets.
+
+        Args:
+            record: line of the list, as a dictionary.
+            name: name of the asset.
+            folder: folder of the list.
+            pipeline: generator to which the latents belong.
+            ranked: True if the line must have a rank.
+        """
         from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate, sampled_candidate
 
         read_line = asset_candidate(self.read_asset) if isinstance(self, Encodes) else sampled_candidate
@@ -192,7 +207,7 @@ class FlowFamily(Protocol):
 
         Args:
             folder: folder of the assets.
-            lines: lines of their list.
+            lines: lines of the list of these assets, as dictionaries.
             pipeline: generator.
         """
         return ""
@@ -247,8 +262,11 @@ class Exports(Protocol):
     """Family whose generators can be exported in their published layout."""
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """Describe a new folder in which the networks of `stages` are replaced; `root` is the original
-        folder.
+        """Describe the exported folder, in which the networks of some stages are replaced.
+
+        Args:
+            root: folder of the original generator.
+            stages: names of the stages whose networks are replaced.
         """
 
 
@@ -271,7 +289,7 @@ class Opens(Protocol):
     """Family that opens a tuning problem in its own way."""
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
-        """Open the tuning problem of a source."""
+        """Open the tuning problem that `source` describes, on a device."""
 
 
 @runtime_checkable
@@ -322,7 +340,7 @@ def sized_stages(family: FlowFamily, root: Path) -> list[SizedStage]:
     Raises: ValueError if the family does not define the shape of its conditioning; the errors of `load`.
     """
     pipeline = family.load(root, None, stages=())
-    sized_list = []
+    sized_stage_list = []
     for stage in pipeline.stages:
         conditioning_shape = family.condition(pipeline, stage.name)
         if conditioning_shape is None:
@@ -330,5 +348,5 @@ def sized_stages(family: FlowFamily, root: Path) -> list[SizedStage]:
                 f"estimate: the family {family.name} does not define the shape of its conditioning. Add the"
                 " method `condition` to it."
             )
-        sized_list.append(SizedStage(stage=stage, conditioning=conditioning_shape))
-    return sized_list
+        sized_stage_list.append(SizedStage(stage=stage, conditioning=conditioning_shape))
+    return sized_stage_list

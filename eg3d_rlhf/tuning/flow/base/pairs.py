@@ -63,28 +63,28 @@ class PreferencePair:
         for field_name in ("reward_preferred", "reward_rejected", "w1", "w2"):
             score = getattr(self, field_name)
             if score is not None and not (math.isfinite(score) and (field_name != "w2" or score >= 0)):
-                allowed_score = "a number >= 0" if field_name == "w2" else "a finite number"
+                allowed_score_text = "a number >= 0" if field_name == "w2" else "a finite number"
                 raise ValueError(
-                    f"{who}, {field_name}: expected {allowed_score} or None, got {score}. Drop the pair, or"
-                    " score it again."
+                    f"{who}, {field_name}: expected {allowed_score_text} or None, got {score}. Drop the pair,"
+                    " or score it again."
                 )
         latent_descriptions = []
         for field_name in ("preferred", "rejected"):
             latent = getattr(self, field_name)
             features = feats_of(latent)
-            bad_count = int((~torch.isfinite(features)).sum())
-            if bad_count:
+            invalid_count = int((~torch.isfinite(features)).sum())
+            if invalid_count:
                 raise ValueError(
-                    f"{who}, {field_name}: {bad_count} of {features.numel()} numbers of the latent are NaN or"
-                    " infinite. Drop the pair."
+                    f"{who}, {field_name}: {invalid_count} of {features.numel()} numbers of the latent are"
+                    " NaN or infinite. Drop the pair."
                 )
             # A voxel that occurs twice would have twice the weight in the flow-matching error.
             if isinstance(latent, SparseSample):
-                repeated_voxels = len(latent.coords) - len(torch.unique(latent.places))
-                if repeated_voxels:
+                repeated_voxel_count = len(latent.coords) - len(torch.unique(latent.places))
+                if repeated_voxel_count:
                     raise ValueError(
-                        f"{who}, {field_name}: {repeated_voxels} voxel indices are repeated, but each voxel"
-                        " may occur once only. Merge the features of equal voxels, or drop the pair."
+                        f"{who}, {field_name}: {repeated_voxel_count} voxel indices are repeated, but each"
+                        " voxel may occur once only. Merge the features of equal voxels, or drop the pair."
                     )
             latent_descriptions.append(_describe(latent))
         if latent_descriptions[0] != latent_descriptions[1]:
@@ -100,21 +100,19 @@ class PreferencePair:
 
     @property
     def rewards(self) -> tuple[float, float]:
-        """Scores of the preferred and of the rejected asset. The pair must have them."""
+        """Scores of the preferred and of the rejected asset, if `scored` is True."""
         assert self.reward_preferred is not None and self.reward_rejected is not None
         return self.reward_preferred, self.reward_rejected
 
     @property
     def reward_gap(self) -> float:
-        """Score of the preferred asset minus that of the rejected asset. The pair must have them."""
+        """Score of the preferred asset minus that of the rejected asset, if `scored` is True."""
         preferred_score, rejected_score = self.rewards
         return preferred_score - rejected_score
 
 
 def _describe(latent: Latent) -> str:
-    """Return the properties that two latents of one stage share: kind, channels and shape, but not the
-    voxels.
-    """
+    """Describe what two latents of one stage have in common: kind, channels and shape, but not voxels."""
     if isinstance(latent, SparseSample):
         given_text = "" if latent.given is None else f", {latent.given.shape[1]} given"
         return f"voxels of {latent.feats.shape[1]} channels{given_text}"
@@ -360,25 +358,25 @@ def _shards(latents: dict[str, Latent], max_bytes: int) -> Iterator[dict[str, to
         latents: name -> latent.
         max_bytes: largest size of a group in bytes.
     """
-    shard: dict[str, torch.Tensor] = {}
-    shard_size = 0
+    shard_tensors: dict[str, torch.Tensor] = {}
+    shard_byte_count = 0
     for name, latent in latents.items():
         # The key of a latent of one tensor ("x") is its name, such as "000003". The keys of a latent of
         # several tensors are such as "000003.coords".
         tensors = {
             name if key == "x" else f"{name}.{key}": tensor for key, tensor in parts_of(latent).items()
         }
-        latent_size = sum(
+        latent_byte_count = sum(
             tensor_part.numel() * tensor_part.element_size() for tensor_part in tensors.values()
         )
         # The first condition avoids an empty group before a latent that is larger than the limit.
-        if shard and shard_size + latent_size > max_bytes:
-            yield shard
-            shard = {}
-            shard_size = 0
-        shard.update({key: tensor_part.detach().cpu() for key, tensor_part in tensors.items()})
-        shard_size += latent_size
-    yield shard
+        if shard_tensors and shard_byte_count + latent_byte_count > max_bytes:
+            yield shard_tensors
+            shard_tensors = {}
+            shard_byte_count = 0
+        shard_tensors.update({key: tensor_part.detach().cpu() for key, tensor_part in tensors.items()})
+        shard_byte_count += latent_byte_count
+    yield shard_tensors
 
 
 def _read_description(folder: Path) -> dict:

@@ -105,9 +105,7 @@ class Problem:
         return sorted(pairs, key=lambda pair: derive_seed("to choose", pair.id))[:MAX_CHOOSING_PAIRS]
 
     def held_out_pairs(self, stage: str) -> list[PreferencePair]:
-        """Return the pairs of a stage for the held-out prompts, on which the accuracy of a network is
-        measured.
-        """
+        """Return a stage's pairs for the held-out prompts, on which a network's accuracy is measured."""
         return self._pairs_outside_training(stage, self.held_out_prompts)
 
     def _pairs_outside_training(self, stage: str, prompts: Sequence[str]) -> list[PreferencePair]:

@@ -48,7 +48,8 @@ def pair_up(
 
     Args:
         candidates: assets of all prompts.
-        count_votes: votes on two assets; None to use the ranks of the assets.
+        count_votes: function that counts the votes for the first and for the second of two assets; None to
+            use the ranks of the assets.
     Returns: name of a stage -> its pairs, for the stages of which all assets have latents.
     Raises: ValueError if there is no pair.
     """
@@ -63,15 +64,15 @@ def pair_up(
             if count_votes is None
             else _pair_by_votes(prompt_assets, count_votes)
         )
-        for better, worse, provenance in asset_pairs:
+        for better_asset, worse_asset, provenance in asset_pairs:
             for stage in stages:
                 pairs[stage].append(
                     PreferencePair(
-                        id=f"{condition}/{better.name}>{worse.name}",
+                        id=f"{condition}/{better_asset.name}>{worse_asset.name}",
                         condition=condition,
                         stage=stage,
-                        preferred=better.latents[stage],
-                        rejected=worse.latents[stage],
+                        preferred=better_asset.latents[stage],
+                        rejected=worse_asset.latents[stage],
                         provenance=provenance,
                     )
                 )
@@ -98,23 +99,21 @@ def _pair_by_rank(candidates: Sequence[Candidate]) -> AssetPairs:
     for better_rank, worse_rank in combinations(ranks, 2):
         better_assets = [candidate for candidate in candidates if candidate.rank == better_rank]
         worse_assets = [candidate for candidate in candidates if candidate.rank == worse_rank]
-        for better in better_assets:
-            for worse in worse_assets:
-                asset_pairs.append((better, worse, {"ranks": [better_rank, worse_rank]}))
+        for better_asset in better_assets:
+            for worse_asset in worse_assets:
+                asset_pairs.append((better_asset, worse_asset, {"ranks": [better_rank, worse_rank]}))
     return asset_pairs
 
 
 def _pair_by_votes(candidates: Sequence[Candidate], count_votes: Votes) -> AssetPairs:
-    """Pair every two assets of a prompt of which one has more votes. The better asset of a pair is the first
-    one.
-    """
+    """Pair every two assets of a prompt of which one has more votes. The better asset is first."""
     asset_pairs: AssetPairs = []
     for first_asset, second_asset in combinations(candidates, 2):
-        votes_for_a, votes_for_b = count_votes(first_asset, second_asset)
-        if votes_for_a > votes_for_b:
-            asset_pairs.append((first_asset, second_asset, {"votes": [votes_for_a, votes_for_b]}))
-        elif votes_for_b > votes_for_a:
-            asset_pairs.append((second_asset, first_asset, {"votes": [votes_for_b, votes_for_a]}))
+        first_votes, second_votes = count_votes(first_asset, second_asset)
+        if first_votes > second_votes:
+            asset_pairs.append((first_asset, second_asset, {"votes": [first_votes, second_votes]}))
+        elif second_votes > first_votes:
+            asset_pairs.append((second_asset, first_asset, {"votes": [second_votes, first_votes]}))
     return asset_pairs
 
 
@@ -125,8 +124,8 @@ def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
     # order.
     tensors = {}
     for i, stage in enumerate(stages):
-        for part, tensor in parts_of(to_cpu(latents[stage])).items():
-            tensors[f"{i}.{part}"] = tensor
+        for part_name, tensor in parts_of(to_cpu(latents[stage])).items():
+            tensors[f"{i}.{part_name}"] = tensor
     write_tensors(path, KIND, tensors, {"stages": stages})
 
 
@@ -141,10 +140,10 @@ def read_latents(path: Path) -> dict[str, Latent]:
 
 
 def rank_of(asset_line: Mapping, needs_rank: bool) -> float:
-    """Return the rank in a line of a list, or nan if the lines need no ranks.
+    """Return the rank that a line of the list of assets contains, or nan if ranks are not needed.
 
     Args:
-        asset_line: line of the list.
+        asset_line: line of the list, as a dictionary.
         needs_rank: True if the line must have a rank.
     Raises: ValueError if a required rank is missing or not a number.
     """
@@ -160,10 +159,10 @@ def rank_of(asset_line: Mapping, needs_rank: bool) -> float:
 
 
 def file_of(asset_line: Mapping, folder: Path) -> Path | None:
-    """Return the path of the file that people look at, or None if a line of a list names no such file.
+    """Return the path of the file of an asset that people look at, or None if there is no such file.
 
     Args:
-        asset_line: line of the list.
+        asset_line: line of the list of assets, as a dictionary.
         folder: folder of the list.
     """
     # The key "asset" names an asset of the user, which has no other file to look at.
@@ -177,7 +176,7 @@ Candidates = Callable[[dict, str, Path, Any, bool], Candidate]
 
 
 def _texts_of_line(asset_line: Any, *keys: str) -> list[str]:
-    """Return the texts of some keys in a line of a list of assets.
+    """Return the non-empty texts that a line of the list of assets has under some keys.
 
     Args:
         asset_line: line of the list.
@@ -187,9 +186,9 @@ def _texts_of_line(asset_line: Any, *keys: str) -> list[str]:
     texts = []
     missing_keys = []
     for key in keys:
-        text = asset_line.get(key) if isinstance(asset_line, dict) else None
-        if isinstance(text, str) and text:
-            texts.append(text)
+        key_text = asset_line.get(key) if isinstance(asset_line, dict) else None
+        if isinstance(key_text, str) and key_text:
+            texts.append(key_text)
         else:
             missing_keys.append(key)
     if missing_keys:
@@ -201,10 +200,10 @@ def _texts_of_line(asset_line: Any, *keys: str) -> list[str]:
 
 
 def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
-    """Read a line of a list whose latents are in a file of `write_latents`.
+    """Make a candidate from a line of the list of assets that names a file of `write_latents`.
 
     Args:
-        record: line of the list.
+        record: line of the list, as a dictionary.
         name: name of the asset.
         folder: folder of the list.
         pipeline: generator, by which the shapes of the latents are checked.
@@ -219,21 +218,23 @@ def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline,
     return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
 
 
-def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
-    """Return a function that reads a line of a list which may name a file of the user's own asset in place of
-    latents.
+def asset_candidate(read_asset: Callable[[Path], Any]) -> Candidates:
+    """Return a function that makes a candidate from a line which may name a file of the user's own asset.
+
+    If the line names latents, they are read. Otherwise the user's asset is read, and the generator encodes
+    it.
 
     Args:
-        read: function that reads the file of an asset. The generator encodes its result.
+        read_asset: function that reads the file of an asset in the form that the generator encodes.
     """
 
     def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
-        """Read a line of a list, see `sampled_candidate`."""
+        """Make a candidate from a line of the list of assets; see `sampled_candidate` for the arguments."""
         # If the line names latents, they are read, because this is faster than to encode an asset.
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
             return sampled_candidate(record, name, folder, pipeline, ranked)
         condition, asset_file = _texts_of_line(record, "condition", "asset")
-        (latents,) = pipeline.encode([read(folder / asset_file)])
+        (latents,) = pipeline.encode([read_asset(folder / asset_file)])
         for stage, latent in latents.items():
             stage_of(pipeline, stage).check(asset_file, latent)
         return Candidate(
@@ -261,7 +262,7 @@ def read_candidates(
     pipeline: Any,
     ranked: bool,
     on_asset: Callable[[], None] | None = None,
-    candidate: Candidates = sampled_candidate,
+    make_candidate: Candidates = sampled_candidate,
 ) -> list[Candidate]:
     """Read the assets of a list. All of them must have latents of the same stages.
 
@@ -270,7 +271,7 @@ def read_candidates(
         pipeline: generator to which the latents belong.
         ranked: True if each line must have a rank.
         on_asset: function that is called after each asset; None for no call.
-        candidate: function that reads a line.
+        make_candidate: function that makes a candidate from a line.
     Raises: FileNotFoundError if there is no list; ValueError, which names the line, if a line is wrong.
     """
     if not path.is_file():
@@ -284,7 +285,7 @@ def read_candidates(
         if line_text.strip():
             try:
                 candidates.append(
-                    candidate(json.loads(line_text), f"{line_number:06d}", path.parent, pipeline, ranked)
+                    make_candidate(json.loads(line_text), f"{line_number:06d}", path.parent, pipeline, ranked)
                 )
             except (ValueError, OSError) as error:
                 raise ValueError(f"{path}, line {line_number}: {error}") from error
@@ -305,7 +306,7 @@ def read_ranking(
     path: Path,
     pipeline: Any,
     on_asset: Callable[[], None] | None = None,
-    candidate: Candidates = sampled_candidate,
+    make_candidate: Candidates = sampled_candidate,
 ) -> Imported:
     """Read a list of ranked assets, and pair the assets of each prompt.
 
@@ -313,18 +314,19 @@ def read_ranking(
         path: path of the list.
         pipeline: generator to which the latents belong.
         on_asset: function that is called after each asset; None for no call.
-        candidate: function that reads a line.
+        make_candidate: function that makes a candidate from a line.
     Raises: FileNotFoundError if there is no list; ValueError, which names the line, if a line is wrong.
     """
-    candidates = read_candidates(path, pipeline, True, on_asset, candidate)
+    candidates = read_candidates(path, pipeline, True, on_asset, make_candidate)
     pairs = pair_up(candidates)
     pair_counts = {stage: len(stage_pairs) for stage, stage_pairs in pairs.items()}
     return Imported(pairs=pairs, report={"assets": len(candidates), "pairs": pair_counts})
 
 
 def write_import(folder: Path, imported: Imported, make_metadata: Callable[[str], Mapping]) -> dict[str, str]:
-    """Write pairs in the layout that training reads: a folder for each stage, and a file of embeddings if
-    there are any.
+    """Write pairs in the layout that training reads, with a folder for each stage.
+
+    The embeddings of the prompts are written to a file beside these folders, if there are any.
 
     Args:
         folder: folder to write.

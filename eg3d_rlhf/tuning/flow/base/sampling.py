@@ -130,10 +130,10 @@ def trajectory(
     device = tensor_of(cond).device
     assert sample_count == count(noise)
     if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, sample_count)):
-        given_rows = "None" if no_cond is None else f"{rows(no_cond)} rows"
+        given_rows_text = "None" if no_cond is None else f"{rows(no_cond)} rows"
         raise ValueError(
             f"sample(no_cond): guidance needs the empty conditioning with 1 or {sample_count} rows, got"
-            f" {given_rows}. Pass it, or set cfg_strength=0."
+            f" {given_rows_text}. Pass it, or set cfg_strength=0."
         )
     x = noise.to(device)
     all_times = times(sampling)
@@ -207,8 +207,10 @@ def rescaled_velocity(
     x_0_guided = path.data(x, t, v)
     x_0_unguided = path.data(x, t, unguided_v)
     # [N]. strength * (rescaled x_0) + (1 - strength) * x_0 is x_0 times this factor.
-    factor = strength * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - strength
-    return path.velocity_to(x, t, with_feats(x_0_guided, spread(factor, x_0_guided) * feats_of(x_0_guided)))
+    rescale_factor = strength * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - strength
+    return path.velocity_to(
+        x, t, with_feats(x_0_guided, spread(rescale_factor, x_0_guided) * feats_of(x_0_guided))
+    )
 
 
 def std_per_sample(batch: Batch) -> torch.Tensor:
@@ -222,10 +224,10 @@ def std_per_sample(batch: Batch) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(network: torch.nn.Module) -> Iterator[None]:
     """Set a network to eval mode within the context, and restore the mode of every module afterwards."""
     # Each module has its own mode: frozen parts may be in eval mode inside a network in training mode.
-    training_modules = [module for module in model.modules() if module.training]
+    training_modules = [module for module in network.modules() if module.training]
     for module in training_modules:
         module.training = False
     try:
@@ -257,7 +259,7 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> list[Asset]:
     """Generate N assets, one for each prompt and seed, through all stages.
@@ -270,9 +272,9 @@ def generate(
         prompts: N prompts.
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None to use the stages' own networks.
-        batch: number of assets that are generated together, which bounds the memory.
-        stages_given: name of one stage -> N outputs of the stages before it, as `voxels_for` returns them.
-            These stages are then not sampled. None: all stages are sampled.
+        batch_size: number of assets that are generated together, which bounds the memory.
+        stages_given: name of one stage -> its N inputs, as `voxels_for` returns them. The stages before it
+            are then not sampled. None: all stages are sampled.
     Raises: ValueError for the name of a stage that the pipeline does not have, or for a structure without
     voxels.
     """
@@ -286,8 +288,8 @@ def generate(
     # The last stage is separate, because its latents are decoded.
     *inner_stages, last_stage = stages_with(pipeline, models)[stage_names.index(first_stage) :]
     assets: list[Asset] = []
-    for start in range(0, len(seeds), batch):
-        batch_slice = slice(start, start + batch)
+    for first_index in range(0, len(seeds), batch_size):
+        batch_slice = slice(first_index, first_index + batch_size)
         last_input = _sample_stages(
             pipeline, inner_stages, prompts[batch_slice], seeds[batch_slice], stage_inputs[batch_slice]
         )
@@ -302,11 +304,11 @@ def voxels_for(
     prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
 ) -> list[Voxels]:
-    """Sample the stages before a stage, and return their N outputs.
+    """Sample the stages before the stage named `stage`, and return its N inputs.
 
-    With these outputs as `stages_given` of `generate`, several networks of the stage can be compared without
+    With these inputs as `stages_given` of `generate`, several networks of the stage can be compared without
     sampling the earlier stages again.
 
     Args:
@@ -315,13 +317,13 @@ def voxels_for(
         prompts: N prompts.
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None to use the stages' own networks.
-        batch: number of assets that are sampled together, which bounds the memory.
+        batch_size: number of assets that are sampled together, which bounds the memory.
     """
     stage_names = [s.name for s in pipeline.stages]
     earlier_stages = stages_with(pipeline, models)[: stage_names.index(stage_of(pipeline, stage).name)]
     stage_outputs: list[Voxels] = []
-    for start in range(0, len(seeds), batch):
-        batch_slice = slice(start, start + batch)
+    for first_index in range(0, len(seeds), batch_size):
+        batch_slice = slice(first_index, first_index + batch_size)
         first_input: list[Voxels] = [None] * len(seeds[batch_slice])
         stage_outputs += _sample_stages(
             pipeline, earlier_stages, prompts[batch_slice], seeds[batch_slice], first_input
@@ -376,7 +378,7 @@ def scores(
     prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> torch.Tensor:
     """Generate N assets and return their scores, [N] float32 on the CPU.
@@ -390,10 +392,14 @@ def scores(
     Raises: ValueError if a score is NaN or infinite.
     """
     all_scores = [torch.zeros(0)]  # without seeds the list would be empty, which torch.cat does not accept
-    for start in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
-        batch_slice = slice(start, start + batch)
+    for first_index in tqdm(
+        range(0, len(seeds), batch_size), desc="scoring", unit="batch", leave=False, disable=None
+    ):
+        batch_slice = slice(first_index, first_index + batch_size)
         batch_inputs = {name: outputs[batch_slice] for name, outputs in (stages_given or {}).items()}
-        assets = generate(pipeline, prompts[batch_slice], seeds[batch_slice], models, batch, batch_inputs)
+        assets = generate(
+            pipeline, prompts[batch_slice], seeds[batch_slice], models, batch_size, batch_inputs
+        )
         batch_scores = reward(assets, prompts[batch_slice]).detach().float().cpu()
         if not bool(batch_scores.isfinite().all()):
             raise ValueError(
@@ -408,7 +414,6 @@ def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Compare scores a [N] with scores b [N].
 
     Returns: [N], 1 where a is larger, 0 where b is larger, and 0.5 where they are equal.
-
 
     >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -437,7 +442,7 @@ def crossed(prompts: Sequence[str], per_condition: int, seed: int) -> tuple[list
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """Function that measures the held-out win rate of a stage's network while the network is trained.
+    """Callable object that measures the held-out win rate of a stage's network while the network is trained.
 
     The win rate is the share of N assets whose score is above that of the baseline generator's asset for the
     same prompt and seed. Equal scores count as half a win.
@@ -451,9 +456,9 @@ class HeldOut:
     prompts: Sequence[str]  # N prompts
     seeds: Sequence[int]  # N seeds of the noise
     # Networks of the other stages. Stages that are not named use the pipeline's networks.
-    others: Models = field(default_factory=dict)
+    other_models: Models = field(default_factory=dict)
     # Networks of the baseline generator. Stages that are not named use the pipeline's networks.
-    against: Models = field(default_factory=dict)
+    baseline_models: Models = field(default_factory=dict)
     batch: int = 16  # number of assets that are generated together
     # Distributed ranks. Each scores its share of the assets, so all of them must call the object.
     ranks: Ranks = SINGLE
@@ -470,9 +475,11 @@ class HeldOut:
         # The baseline and the outputs of the earlier stages do not change, so they are computed in the first
         # call.
         if self._scores is None:
-            self._scores = scores(self.pipeline, self.reward, prompts, seeds, self.against, self.batch)
-            self._given = voxels_for(self.pipeline, self.stage, prompts, seeds, self.others, self.batch)
-        models = {**self.others, self.stage: model}
+            self._scores = scores(
+                self.pipeline, self.reward, prompts, seeds, self.baseline_models, self.batch
+            )
+            self._given = voxels_for(self.pipeline, self.stage, prompts, seeds, self.other_models, self.batch)
+        models = {**self.other_models, self.stage: model}
         model_scores = scores(
             self.pipeline,
             self.reward,

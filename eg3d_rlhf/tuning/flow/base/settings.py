@@ -24,7 +24,8 @@ class Choosing(Knobs):
 
     per_condition: int = knob(
         4,
-        "Number of assets of each held-out prompt whose win rate chooses the checkpoint.",
+        "Number of assets of each held-out prompt whose win rate chooses the checkpoint. More assets make"
+        " the win rate less noisy, and an evaluation takes longer.",
         TABLE,
         name="choose_noises",
         low=1,
@@ -43,8 +44,8 @@ class Choosing(Knobs):
         self,
         problem: "Problem",
         stage: str,
-        others: "Models",
-        against: "Models",
+        other_models: "Models",
+        baseline_models: "Models",
         ranks: "Ranks | None" = None,
     ) -> "HeldOut | None":
         """Return the function that measures the win rate of a stage's network while it is trained.
@@ -52,10 +53,12 @@ class Choosing(Knobs):
         Args:
             problem: tuning problem.
             stage: name of the stage.
-            others: networks of the other stages, see `HeldOut`.
-            against: networks of the baseline generator, see `HeldOut`.
+            other_models: name of another stage -> network to use for it. Stages that are not named use the
+                networks of the pipeline.
+            baseline_models: name of a stage -> network of the baseline generator. Stages that are not named
+                use the networks of the pipeline.
             ranks: distributed ranks; None for a single process.
-        Returns: None if the problem has no reward that chooses checkpoints.
+        Returns: the function, or None if the problem has no reward that chooses checkpoints.
         """
         from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, crossed
         from training.distributed import SINGLE
@@ -69,8 +72,8 @@ class Choosing(Knobs):
             reward=problem.chooser,
             prompts=prompts,
             seeds=seeds,
-            others=others,
-            against=against,
+            other_models=other_models,
+            baseline_models=baseline_models,
             batch=self.batch,
             ranks=ranks or SINGLE,
         )
@@ -191,7 +194,8 @@ class ProblemSource(EncodingSource, Knobs):
     parts: str = _rare_source_knob(
         "all",
         "SAM 3D: tensors that the loss of the first stage contains. all: shape and pose with equal weights;"
-        " shape: the shape only; file: shape and pose with the weights in the model's file.",
+        " shape: the shape only; file: shape and pose with the weights in the model's file. The published"
+        " file gives the shape the weight 0.",
         choices=("all", "shape", "file"),
     )
     needs_pairs: ClassVar[bool] = True  # False in subclasses whose problems need no pairs

@@ -53,29 +53,29 @@ class Labelled:
             {asset.name: [asset.condition, self.goodness.get(asset.name)] for asset in self.assets}
         )
 
-    def with_labels_of(self, labels: Path) -> "Labelled":
-        """Return the same assets with the labels in the file `labels`.
+    def with_labels_of(self, labels_path: Path) -> "Labelled":
+        """Return the same assets with the labels in the file `labels_path`.
 
         Raises: FileNotFoundError or ValueError if the file cannot be read, see `read_goodness`.
         """
-        return replace(self, goodness=read_goodness(labels, known_of(self.assets)))
+        return replace(self, goodness=read_goodness(labels_path, known_of(self.assets)))
 
     def singles(
-        self, stage: str, prompts: Collection[str] | None = None, use: str = "labels", seed: int = 0
+        self, stage: str, prompts: Collection[str] | None = None, label_use: str = "labels", seed: int = 0
     ) -> list[Single]:
         """Return the training examples of a stage: the labelled assets whose prompt has at least two labels.
 
         Args:
             stage: name of the stage.
             prompts: prompts to train on; None for all prompts.
-            use: "labels" for the labels as they are, or the name of a control, see `goodness_for_use`.
+            label_use: "labels" for the labels as they are, or the name of a control, see `goodness_for_use`.
             seed: seed of the random numbers of a control.
         Raises: ValueError if there is no example, or if the assets have no latents of the stage.
         """
-        prompt_of = self.prompt_of
-        used_prompts = set(prompt_of.values()) if prompts is None else prompts
+        prompt_by_asset = self.prompt_of
+        used_prompts = set(prompt_by_asset.values()) if prompts is None else prompts
         # Labels are compared within a prompt, so the only label of a prompt has no effect and is left out.
-        used_labels = contrast(self.goodness, used_prompts, prompt_of)
+        used_labels = contrast(self.goodness, used_prompts, prompt_by_asset)
         if not used_labels:
             raise ValueError(
                 f"labels: none of the training prompts has two or more of the {len(self.goodness)} labels."
@@ -89,7 +89,7 @@ class Labelled:
                 f"labels: the assets have latents of {available_stages}, but not of stage {stage!r}. Name a"
                 " stage with latents by --stage."
             )
-        used_label_by_asset = goodness_for_use(used_labels, prompt_of, use, seed)
+        used_label_by_asset = goodness_for_use(used_labels, prompt_by_asset, label_use, seed)
         return [
             Single(
                 id=f"{asset.condition}/{asset.name}",
@@ -104,38 +104,36 @@ class Labelled:
 
 
 def read_labelled(
-    assets: Path,
-    labels: Path | None,
+    assets_path: Path,
+    labels_path: Path | None,
     pipeline: Any,
-    candidate: Candidates = sampled_candidate,
+    make_candidate: Candidates = sampled_candidate,
     on_asset: Callable[[], None] | None = None,
 ) -> Labelled:
     """Read the assets of a list and their labels.
 
     Args:
-        assets: path of the list, or of the folder that contains it.
-        labels: path of a file with labels; None for the ranks in the list.
+        assets_path: path of the list, or of the folder that contains it.
+        labels_path: path of a file with labels; None for the ranks in the list.
         pipeline: generator to which the latents belong.
-        candidate: function that reads a line of the list.
+        make_candidate: function that makes a candidate from a line of the list.
         on_asset: function that is called after each asset; None for no call.
     Raises: FileNotFoundError or ValueError if the list or the labels cannot be read. The message names the
     file and the line.
     """
-    path = assets / RANKING if assets.is_dir() else assets
+    path = assets_path / RANKING if assets_path.is_dir() else assets_path
     # False: the lines need no ranks, because the labels may be in another file.
-    candidates = read_candidates(path, pipeline, False, on_asset, candidate)
+    candidates = read_candidates(path, pipeline, False, on_asset, make_candidate)
     if not candidates:
         raise ValueError(
             f"{path.name}, line 1: the list is empty, but at least one asset is needed. Sample assets with"
             " eg3d-rlhf flow sample."
         )
-    return Labelled(assets=candidates, goodness=read_goodness(labels or path, known_of(candidates)))
+    return Labelled(assets=candidates, goodness=read_goodness(labels_path or path, known_of(candidates)))
 
 
 def known_of(candidates: Sequence[Candidate]) -> KnownAssets:
-    """Return the identifiers by which labels can name assets: numbers in the list, or files that people look
-    at.
-    """
+    """Return the identifiers by which labels can name assets: their numbers in the list, or their files."""
     # Paths are made absolute, because a file of labels may be in another folder than the assets.
     return KnownAssets(
         prompt_of={asset.name: asset.condition for asset in candidates},

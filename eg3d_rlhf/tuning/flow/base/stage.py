@@ -116,9 +116,7 @@ class LatentKind(Protocol):
 
 
 def _normal(shape: Sequence[int], seed: int) -> torch.Tensor:
-    """Sample standard normal numbers of a shape. They are sampled on the CPU, so they are the same for every
-    device.
-    """
+    """Sample standard normal numbers of a shape on the CPU, so that all devices get the same numbers."""
     return torch.randn(list(shape), generator=torch.Generator().manual_seed(seed))
 
 
@@ -456,10 +454,11 @@ class Sampling:
         }
         wrong_settings = [name for name, is_met in is_met_by_setting.items() if not is_met]
         if wrong_settings:
-            wrong_values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong_settings)
+            wrong_values_text = ", ".join(f"{name}={getattr(self, name)}" for name in wrong_settings)
             raise ValueError(
-                f"Sampling: {wrong_values} is not allowed. Use steps >= 1, a finite rescale_t > 0, a finite"
-                " cfg_strength >= 0, a cfg_interval low <= high within 0..1, and a cfg_rescale within 0..1."
+                f"Sampling: {wrong_values_text} is not allowed. Use steps >= 1, a finite rescale_t > 0, a"
+                " finite cfg_strength >= 0, a cfg_interval low <= high within 0..1, and a cfg_rescale within"
+                " 0..1."
             )
         if self.time_scale is not None and not 0 < self.time_scale < math.inf:
             raise ValueError(
@@ -595,7 +594,7 @@ class AssetReward(Protocol):
 
 
 def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
-    """Return the stage of a pipeline that has a name. Raises: ValueError if there is no such stage."""
+    """Return the stage of a pipeline called `name`. Raises: ValueError if there is no such stage."""
     for stage in pipeline.stages:
         if stage.name == name:
             return stage
@@ -605,10 +604,10 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
 
 @torch.no_grad()
 def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
-    """Check that the network of a stage was trained with the time convention that the stage states.
+    """Check that a stage's network was trained with the time convention of the field data_at_one.
 
     The network predicts velocities in both conventions. If its flow-matching error in the other convention is
-    less than half of that in the stated convention, the field data_at_one of the stage is wrong.
+    less than half of that in the declared convention, the field is wrong.
 
     Args:
         stage: stage to check.

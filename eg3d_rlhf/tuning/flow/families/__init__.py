@@ -80,10 +80,10 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
         same_name_addresses = [
             address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()
         ]
-        downloads = " or ".join(same_name_addresses or addresses)
+        download_text = " or ".join(same_name_addresses or addresses)
         raise FileNotFoundError(
             f"--pipeline: {problem_text}. Pass the folder of a generator. Generators can be downloaded from"
-            f" {downloads}."
+            f" {download_text}."
         )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
     raise FileNotFoundError(
@@ -97,7 +97,9 @@ def released_sizes() -> dict[str, Callable[[], list[SizedStage]]]:
 
     Each function builds the stages of its generator without weights, for estimates of memory.
     """
-    return {name: make for family in FAMILIES.values() for name, make in family.released().items()}
+    return {
+        name: build_stages for family in FAMILIES.values() for name, build_stages in family.released().items()
+    }
 
 
 def check_source(source: ProblemSource) -> None:
@@ -107,15 +109,13 @@ def check_source(source: ProblemSource) -> None:
         reject_unread(
             source,
             (*family.common, *family.options),
-            f"only applies with --pipeline=DIR and has no effect on the bundled generator {family.name}",
+            f"the bundled generator {family.name}, only with --pipeline=DIR",
         )
         return
     # The family of a folder is not known yet, so options of any other family pass here and are checked later.
-    bundled_only = {name for family in FAMILIES.values() if family.bundled for name in family.options}
-    read_options = [f.name for f in fields(source) if f.name not in bundled_only]
-    reject_unread(
-        source, read_options, "only applies to a bundled generator and has no effect with --pipeline=DIR"
-    )
+    bundled_only_fields = {name for family in FAMILIES.values() if family.bundled for name in family.options}
+    read_options = [f.name for f in fields(source) if f.name not in bundled_only_fields]
+    reject_unread(source, read_options, "--pipeline=DIR, only with a bundled generator")
     if source.pairs is None and source.needs_pairs:
         raise ValueError(
             "--pairs is missing. With --pipeline=DIR, pass the folder of preference pairs as --pairs=DIR."
@@ -141,14 +141,17 @@ def unread_options(source: ProblemSource, read_options: Sequence[str]) -> str:
     return ", ".join(flags)
 
 
-def reject_unread(source: ProblemSource, read_options: Sequence[str], reason: str) -> None:
+def reject_unread(source: ProblemSource, read_options: Sequence[str], generator_text: str) -> None:
     """Raise ValueError for options that are given but not read.
 
     Args:
         source: options of a problem.
         read_options: names of the fields of ProblemSource that are read.
-        reason: explanation for the message, such as "only applies to a bundled generator".
+        generator_text: end of the sentence "... cannot be used with" in the message, such as "--pipeline=DIR,
+            only with a bundled generator".
     """
     unread_flags = unread_options(source, read_options)
     if unread_flags:
-        raise ValueError(f"{unread_flags}: {reason}. Remove {unread_flags} from the command.")
+        raise ValueError(
+            f"{unread_flags} cannot be used with {generator_text}. Remove {unread_flags} from the command."
+        )

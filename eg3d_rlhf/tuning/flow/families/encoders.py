@@ -36,9 +36,9 @@ def pretrained(class_name: str, name: str):
         return getattr(transformers, class_name).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
         # At most 100 characters of the first line, because messages of transformers are long.
-        reason = (str(error).splitlines() or [""])[0][:100]
+        error_summary = (str(error).splitlines() or [""])[0][:100]
         raise ValueError(
-            f"{name}: the weights are not on this machine ({reason}). Download them with `hf download"
+            f"{name}: the weights are not on this machine ({error_summary}). Download them with `hf download"
             f" {name}` from https://huggingface.co/{name}."
         ) from None
 
@@ -58,10 +58,10 @@ class TextEncoder:
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Encode texts as tokens [N, 77, E] float32 on the CPU."""
         # No attention mask is passed, as in TRELLIS: the padding is encoded, too.
-        ids = self.tokenizer(
+        token_ids = self.tokenizer(
             list(texts), max_length=TEXT_TOKENS, padding="max_length", truncation=True, return_tensors="pt"
         )["input_ids"]
-        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float().cpu()
+        return self.model(input_ids=token_ids.to(self.model.device)).last_hidden_state.float().cpu()
 
     def embed(self, texts: Sequence[str]) -> Conditioning:
         """Embed texts, and the empty text for guidance. The name of an embedding is its text."""

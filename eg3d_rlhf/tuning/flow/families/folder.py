@@ -73,9 +73,7 @@ class OpenedFolder:
         return self._loaded[name]
 
     def conditioning_key(self, stage: str) -> str | None:
-        """Return the name of the conditioning tensor that a stage reads, or None if the stage reads all
-        tensors.
-        """
+        """Return the name of the conditioning tensor that a stage reads, or None if it reads all tensors."""
         return None
 
     def check_tokens(self, stage: str, channels: int, remedy: str) -> None:
@@ -100,10 +98,11 @@ class OpenedFolder:
             shape = token_form.get(tensor_name) if isinstance(token_form, Mapping) else None
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
             name_text = f" named {tensor_name!r}" if tensor_name else ""
-            expected = f"tokens [L, {channels}]{name_text} for stage {stage!r}"
+            expected_text = f"tokens [L, {channels}]{name_text} for stage {stage!r}"
             source_text = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
             raise ValueError(
-                f"conditioning: expected {expected}, but the file has {token_form}{source_text}. {remedy}"
+                f"conditioning: expected {expected_text}, but the file has {token_form}{source_text}."
+                f" {remedy}"
             )
 
     def conditioning(self, names: Sequence[str], stage: str) -> Any:
@@ -126,14 +125,12 @@ class OpenedFolder:
         return to_device(tensors if tensor_name is None else tensors[tensor_name], self.device)
 
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
-        """Convert latents [v, C] from the decoder's scale to the scale of a stage's flow: (x - mean) /
-        std.
-        """
+        """Convert latents [v, C] from the decoder's to the flow's scale of a stage: (x - mean) / std."""
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return (feats - mean) / std
 
     def unnormalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
-        """Convert latents [v, C] from the scale of a stage's flow to the decoder's scale: x * std + mean."""
+        """Convert latents [v, C] from the flow's to the decoder's scale of a stage: x * std + mean."""
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return feats * std + mean
 
@@ -200,18 +197,20 @@ def read_json(path: Path) -> dict:
     return json_value
 
 
-def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Module]) -> nn.Module:
+def read_network(
+    root: Path, file_names: tuple[str, str], make_network: Callable[..., nn.Module]
+) -> nn.Module:
     """Build a network from a JSON file of its arguments and a file of its tensors, in eval mode.
 
     Args:
         root: folder of both files.
-        files: name of the JSON file, and name of the file of tensors.
-        make: class or function that builds the network from the arguments.
+        file_names: name of the JSON file, and name of the file of tensors.
+        make_network: class or function that builds the network from the arguments.
     Raises: OSError for a missing file; ValueError for tensors whose names or shapes do not match.
     """
     # The keys of the JSON file are the names of the arguments.
-    network = make(**read_json(root / files[0]))
-    path = root / files[1]
+    network = make_network(**read_json(root / file_names[0]))
+    path = root / file_names[1]
     load_strict(network, read(path, str(path)), str(path))
     return network.eval()
 
@@ -225,7 +224,7 @@ def read_mesh(path: Path) -> Mesh:
 
 
 def sample_surface_points(
-    mesh: Mesh, side: float, count: int, generator: torch.Generator
+    mesh: Mesh, side: float, point_count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample points uniformly on a mesh's surface.
 
@@ -234,32 +233,36 @@ def sample_surface_points(
     Args:
         mesh: triangle mesh.
         side: length of the longest side of the bounding box after scaling.
-        count: P, number of points.
+        point_count: P, number of points.
         generator: random generator on the CPU.
     Returns: points [P, 3] and the unit normals of their faces [P, 3], both float64.
     Raises: ValueError for a mesh without area.
     """
     vertices = mesh.vertices.double()
-    low = vertices.amin(0)
-    high = vertices.amax(0)
-    corners = ((vertices - (low + high) / 2) * (side / (high - low).max()))[mesh.faces]  # [F, 3, 3]
+    box_min = vertices.amin(0)
+    box_max = vertices.amax(0)
+    corners = ((vertices - (box_min + box_max) / 2) * (side / (box_max - box_min).max()))[
+        mesh.faces
+    ]  # [F, 3, 3]
     # The cross product has the normal's direction and twice the area as its length.
-    cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    double_area = cross.norm(dim=1)  # the factor 2 cancels in the probabilities
+    cross_products = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    double_area = cross_products.norm(dim=1)  # the factor 2 cancels in the probabilities
     if not (bool(double_area.isfinite().all()) and float(double_area.sum()) > 0):
         raise ValueError(
             "the mesh has no surface, because the area of its faces is 0 or not finite. Export the surface as"
             " triangles."
         )
     # A face is chosen with a probability proportional to its area, by inverting the cumulative sum.
-    cumulative = double_area.cumsum(0)
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    cumulative_area = double_area.cumsum(0)
+    uniform_numbers = torch.rand(point_count, generator=generator, dtype=torch.float64)
     # The clamp is only a guard: the values are at most the total, so the index is that of a face.
-    face_index = torch.searchsorted(cumulative, uniform * cumulative[-1]).clamp(max=len(cumulative) - 1)
-    u, v = torch.rand(2, count, 1, generator=generator, dtype=torch.float64)  # [P, 1] each
+    face_index = torch.searchsorted(cumulative_area, uniform_numbers * cumulative_area[-1]).clamp(
+        max=len(cumulative_area) - 1
+    )
+    u, v = torch.rand(2, point_count, 1, generator=generator, dtype=torch.float64)  # [P, 1] each
     # The square root makes the points uniform in the triangle (Osada et al. 2002, equation 1).
     a, b, c = corners[face_index].unbind(1)
-    return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face_index] / double_area[
+    return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross_products[face_index] / double_area[
         face_index, None
     ]
 
@@ -321,8 +324,7 @@ def return_memory_if_large(flows: Iterable[nn.Module], device: str | torch.devic
 
 
 def return_freed_memory() -> bool:
-    """Make glibc return every freed block of 8 MiB or more to the system at once, for the rest of this
-    process.
+    """Make glibc return every freed block of 8 MiB or more to the system at once, in this process.
 
     By default glibc adapts its threshold and keeps freed blocks of up to 32 MiB in a heap. The few tensors
     that stay allocated between a network's blocks then fragment this heap. In a pass over TRELLIS's flows,

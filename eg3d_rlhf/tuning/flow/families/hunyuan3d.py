@@ -67,7 +67,7 @@ class Unbounded(ValueError):
 
 @dataclass(frozen=True)
 class ShapeAsset:
-    """A finished shape, as a decoded function of space. `surface` extracts a mesh from it."""
+    """Finished shape: a latent with its decoder, from which `surface` extracts a mesh."""
 
     latent: torch.Tensor  # [T, C]
     decoder: ShapeDecoder
@@ -78,7 +78,8 @@ class ShapeAsset:
 
         The grid is evaluated block by block, and the surface is closed at the border of the grid.
 
-        Args: cells: cells per axis of the grid.
+        Args:
+            cells: number of cells per axis of the grid.
         Returns: vertices [V, 3] within +-1.01, and faces [F, 3], counter-clockwise seen from outside.
 
         Deviates: the grid is regular. Published vertices are index / n instead of index / (n - 1) for n =
@@ -88,16 +89,16 @@ class ShapeAsset:
         """
         # n cells have n + 1 grid points; the axes x, y and z are equal.
         grid_coordinates = torch.linspace(-BOUND, BOUND, cells + 1, device=self.latent.device)
-        decoded = self.decoder(self.latent[None])
+        decoded_latents = self.decoder(self.latent[None])
         # Range of all values, for the error message if there is no surface. NaN marks values that are not
         # finite.
         low = math.inf
         high = -math.inf
 
-        def evaluate_slab(x: slice) -> torch.Tensor:
+        def evaluate_slab(x_slice: slice) -> torch.Tensor:
             """Evaluate the grid points of a range of indices along x, and update the range of values."""
             nonlocal low, high
-            slab_values = self.decoder.slab(decoded, grid_coordinates, x)
+            slab_values = self.decoder.slab(decoded_latents, grid_coordinates, x_slice)
             is_finite = bool(slab_values.isfinite().all())
             low = min(low, float(slab_values.min()))
             high = max(high, float(slab_values.max())) if is_finite else math.nan
@@ -119,7 +120,7 @@ class ShapeAsset:
 def call(
     network: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Call the network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+    """Call the network as the original program does, where t = 1 is data and t = 0 is noise.
 
     Args:
         network: network of the flow.
@@ -138,7 +139,7 @@ class ShapePipeline(OpenedFolder):
 
     def __init__(
         self,
-        file: files.ShapeFiles,
+        shape_files: files.ShapeFiles,
         model: Denoiser,
         conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
@@ -147,7 +148,7 @@ class ShapePipeline(OpenedFolder):
         """Build the stage.
 
         Args:
-            file: settings of config.yaml.
+            shape_files: settings of config.yaml.
             model: network of the flow.
             conditioning: embeddings of the images, or None if nothing is sampled.
             parts: function that reads the decoder or the encoder by its name.
@@ -155,20 +156,20 @@ class ShapePipeline(OpenedFolder):
         Raises: ValueError if the conditioning does not fit the model.
         """
         super().__init__(conditioning, parts, device, {})
-        self.file = file
+        self.file = shape_files
         if conditioning is not None:
-            conditioning.check("conditioning", {MAIN: file.tokens}, REMEDY)
+            conditioning.check("conditioning", {MAIN: shape_files.tokens}, REMEDY)
         self.stages = [
             FlowStage(
                 name=SHAPE,
                 model=model,
                 # A set of latent vectors without positions.
-                latents=TokenSet(tokens=file.model.input_size, channels=file.model.in_channels),
+                latents=TokenSet(tokens=shape_files.model.input_size, channels=shape_files.model.in_channels),
                 call=call,
                 data_at_one=True,
                 # As published: no noise is added to data, and training times are uniform.
                 path=FlowPath(sigma_min=0.0, schedule="uniform"),
-                sampling=sampling(file.shift),
+                sampling=sampling(shape_files.shift),
                 lora_targets=LORA_TARGETS,
             )
         ]
@@ -200,7 +201,7 @@ def surface_points(mesh: Mesh, config: AutoencoderConfig, generator: torch.Gener
 
     Args:
         mesh: triangle mesh; it is moved and scaled to fit into the cube.
-        config: configuration that states P and f.
+        config: configuration with the number P of points, and the number f of columns besides the position.
         generator: random generator on the CPU.
     Returns: points [P, 3 + f] float32. The columns are the position, the normal of the face and, if the
         config has it, a flag for points on sharp edges, which is 0.
@@ -215,8 +216,8 @@ def surface_points(mesh: Mesh, config: AutoencoderConfig, generator: torch.Gener
         )
     positions, normals = sample_surface_points(mesh, LONGEST_SIDE, config.pc_size, generator)
     # point_feats counts the normal and the flag: 3 without the flag, 4 with it.
-    flag = torch.zeros(len(positions), config.point_feats - 3, dtype=torch.float64)
-    return torch.cat([positions, normals, flag], 1).float()
+    sharp_edge_flag = torch.zeros(len(positions), config.point_feats - 3, dtype=torch.float64)
+    return torch.cat([positions, normals, sharp_edge_flag], 1).float()
 
 
 def sampling(shift: float = 1.0) -> Sampling:
@@ -243,17 +244,17 @@ def as_image(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def image_tokens(file: files.ShapeFiles, encoder: Dino, images: torch.Tensor) -> torch.Tensor:
+def image_tokens(shape_files: files.ShapeFiles, encoder: Dino, images: torch.Tensor) -> torch.Tensor:
     """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm.
 
     Args:
-        file: settings of config.yaml.
+        shape_files: settings of config.yaml.
         encoder: DINOv2 network.
         images: images [N, 3, h, w].
     """
-    tokens = encoder(short_side(images, file.encoder.pixels))
+    tokens = encoder(short_side(images, shape_files.encoder.pixels))
     # The class token is the first token. Some configurations remove it.
-    return (tokens if file.class_token else tokens[:, 1:]).float()
+    return (tokens if shape_files.class_token else tokens[:, 1:]).float()
 
 
 class Hunyuan3d(FlowFamily):
@@ -274,8 +275,11 @@ class Hunyuan3d(FlowFamily):
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
         """Return config.yaml and the checkpoint, by file name. `stages` is not used."""
-        file = files.read_files(root)
-        return {files.CONFIG: file.root / files.CONFIG, file.checkpoint.name: file.checkpoint}
+        shape_files = files.read_files(root)
+        return {
+            files.CONFIG: shape_files.root / files.CONFIG,
+            shape_files.checkpoint.name: shape_files.checkpoint,
+        }
 
     def load(
         self,
@@ -286,28 +290,31 @@ class Hunyuan3d(FlowFamily):
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
     ) -> ShapePipeline:
-        """Read the pipeline; see `FlowFamily.load`. Decoder and encoder are read when they are first
-        needed.
+        """Read the pipeline; see `FlowFamily.load`.
+
+        Decoder and encoder are read when they are first needed.
         """
-        file = files.read_files(root)
+        shape_files = files.read_files(root)
 
         def read_part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
-            return PARTS[name](file, files.read_sections(file.checkpoint), device)
+            return PARTS[name](shape_files, files.read_sections(shape_files.checkpoint), device)
 
         # If the flow is not needed, as for encoding and decoding, it stays on the meta device without
         # weights.
         if stages is not None and SHAPE not in stages:
-            return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditioning, read_part, device)
-        sections = files.read_sections(file.checkpoint)
+            return ShapePipeline(
+                shape_files, empty(partial(Denoiser, shape_files.model)), conditioning, read_part, device
+            )
+        sections = files.read_sections(shape_files.checkpoint)
         if conditioning is not None:
-            conditioning.check_source("conditioning", files.source_of(file, sections), REMEDY)
+            conditioning.check_source("conditioning", files.source_of(shape_files, sections), REMEDY)
         # Names and shapes of the decoder are checked now, before anything expensive is computed.
-        files.decoding_half(file, sections)
-        model = files.denoiser(file, sections, dtype, device)
+        files.decoding_half(shape_files, sections)
+        model = files.denoiser(shape_files, sections, dtype, device)
         # Recomputing blocks saves the memory of their activations.
         model.recompute = True
-        return ShapePipeline(file, model, conditioning, read_part, device)
+        return ShapePipeline(shape_files, model, conditioning, read_part, device)
 
     def condition(self, pipeline: ShapePipeline, stage: str) -> dict[str, list[int]]:
         """Return the shape [L, E] of the only conditioning tensor, by its name."""
@@ -316,16 +323,18 @@ class Hunyuan3d(FlowFamily):
     @torch.no_grad()
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Embed images with transparent backgrounds by the DINOv2 model in the checkpoint."""
-        file = files.read_files(root)
+        shape_files = files.read_files(root)
         # Only the image encoder is needed; the flow's section may be missing.
-        sections = files.read_sections(file.checkpoint, (files.CONDITIONER,))
-        encoder = files.image_encoder(file, sections, device)
+        sections = files.read_sections(shape_files.checkpoint, (files.CONDITIONER,))
+        encoder = files.image_encoder(shape_files, sections, device)
         tokens = {}
         for name, path in embedding_progress(images.items(), "image"):
             # The second value is the object's mask. Only the image over white is encoded.
-            pixels, _ = read_cut_out(path, lambda image: on_white(image, file.image_size, file.border))
-            tokens[name] = {MAIN: image_tokens(file, encoder, as_image(pixels).to(device))[0].cpu()}
-        return Conditioning(tokens=tokens, encoder=files.source_of(file, sections), zero_null=True)
+            pixels, _ = read_cut_out(
+                path, lambda image: on_white(image, shape_files.image_size, shape_files.border)
+            )
+            tokens[name] = {MAIN: image_tokens(shape_files, encoder, as_image(pixels).to(device))[0].cpu()}
+        return Conditioning(tokens=tokens, encoder=files.source_of(shape_files, sections), zero_null=True)
 
     def show(self, asset: ShapeAsset, path: Path, cells: int | None = None) -> Path:
         """Write the surface of a shape to <path>.obj.
@@ -343,9 +352,9 @@ class Hunyuan3d(FlowFamily):
             # The ending is appended and does not replace a suffix, because names may contain dots.
             return save_mesh(path.with_name(path.name + ".obj"), *asset.surface(cells or CELLS))
         except Unbounded as error:
-            file = path.with_name(path.name + ".txt")
-            file.write_text(f"{error}\n")
-            return file
+            reason_file = path.with_name(path.name + ".txt")
+            reason_file.write_text(f"{error}\n")
+            return reason_file
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
         """Return the function that builds the published stage, by the generator's name."""

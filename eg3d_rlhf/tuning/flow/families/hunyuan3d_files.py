@@ -78,7 +78,7 @@ Sections = Mapping[str, Mapping[str, torch.Tensor]]  # section -> tensors by nam
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeFiles:
-    """Settings of config.yaml and the paths of the files."""
+    """Settings of Hunyuan3D-2.1's config.yaml, and the paths of its files."""
 
     root: Path  # folder of config.yaml
     checkpoint: Path
@@ -105,9 +105,9 @@ class ShapeFiles:
 
 
 def folder_of(root: Path) -> Path:
-    """Return the folder of config.yaml, from this folder or from the folder of the released repository.
+    """Return the folder that contains config.yaml: `root`, or its subfolder in the released repository.
 
-    If neither has a config.yaml, `root` is returned.
+    If neither contains config.yaml, `root` is returned.
     """
     if not (root / CONFIG).is_file() and (root / FOLDER / CONFIG).is_file():
         return root / FOLDER
@@ -236,7 +236,7 @@ def _settings(yaml_config: Mapping, section: str) -> dict:
     if unknown_params:
         raise ValueError(
             f"the section {section} has the unknown params {', '.join(unknown_params)}, which may change the"
-            f" result. Remove them; supported are {', '.join(known_params)}."
+            f" result. Remove them. Only {', '.join(known_params)} are supported."
         )
     if params.get("use_dynamic_shifting"):
         raise ValueError(
@@ -298,7 +298,9 @@ def _build_config(config_class: Any, params: Mapping, ignore_unknown: bool = Fal
     return config_class(**{name: value for name, value in params.items() if name in field_names})
 
 
-def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[str, dict[str, torch.Tensor]]:
+def read_sections(
+    path: Path, required_sections: Sequence[str] = (MODEL, VAE)
+) -> dict[str, dict[str, torch.Tensor]]:
     """Read the sections of a checkpoint.
 
     A .ckpt file has one dictionary per section. A .safetensors file has names such as "model.x" for the
@@ -306,7 +308,7 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
 
     Args:
         path: path of the checkpoint.
-        required: names of sections that must not be missing or empty.
+        required_sections: names of sections that must not be missing or empty.
     Returns: tensors by section and name.
     Raises: ValueError for a damaged file, a file of another kind, a file that would run code when it is read,
         or a missing section.
@@ -319,19 +321,19 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
     # An empty section counts as missing, and a file that is no dictionary has no section.
     missing_sections = [
         section
-        for section in required
+        for section in required_sections
         if not (isinstance(sections, dict) and isinstance(sections.get(section), dict) and sections[section])
     ]
     if missing_sections:
         raise ValueError(
-            f"{path}: the checkpoint must have the sections {', '.join(required)}, but"
+            f"{path}: the checkpoint must have the sections {', '.join(required_sections)}, but"
             f" {', '.join(missing_sections)} is missing. Download the released checkpoint again."
         )
     # Only the sections that are read are checked; a file may have more.
     non_tensors = []
     for section in TARGETS:
-        for name, entry in sections.get(section, {}).items():
-            if not isinstance(entry, torch.Tensor):
+        for name, section_entry in sections.get(section, {}).items():
+            if not isinstance(section_entry, torch.Tensor):
                 non_tensors.append(f"{section}.{name}")
     if non_tensors:
         raise ValueError(
@@ -342,7 +344,7 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
 
 
 def denoiser(
-    files: ShapeFiles,
+    shape_files: ShapeFiles,
     sections: Sections,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -350,74 +352,75 @@ def denoiser(
     """Build the network of the flow from the section model. Names and shapes must match exactly.
 
     Args:
-        files: settings of config.yaml.
+        shape_files: settings of config.yaml.
         sections: tensors of the checkpoint.
         dtype: dtype of the weights; None keeps the dtypes of the file.
         device: device of the network.
     """
     return _load_network(
-        Denoiser, files.model, sections[MODEL], f"{files.checkpoint}, {MODEL}", dtype, device
+        Denoiser, shape_files.model, sections[MODEL], f"{shape_files.checkpoint}, {MODEL}", dtype, device
     )
 
 
-def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeDecoder:
+def decoder(shape_files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeDecoder:
     """Build the decoder of the autoencoder in float32, also if the checkpoint is in half precision.
 
     Other tensors of the section vae are ignored, as in the original.
 
     Args:
-        files: settings of config.yaml.
+        shape_files: settings of config.yaml.
         sections: tensors of the checkpoint.
         device: device of the network.
     """
     return _load_network(
         ShapeDecoder,
-        files.vae,
-        decoding_half(files, sections),
-        f"{files.checkpoint}, {VAE}",
+        shape_files.vae,
+        decoding_half(shape_files, sections),
+        f"{shape_files.checkpoint}, {VAE}",
         torch.float32,
         device,
     )
 
 
-def decoding_half(files: ShapeFiles, sections: Sections) -> Mapping[str, torch.Tensor]:
-    """Return the tensors of the decoder. Raises: ValueError for missing tensors or tensors of another
-    shape.
+def decoding_half(shape_files: ShapeFiles, sections: Sections) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of the decoder.
+
+    Raises: ValueError for missing tensors or tensors of another shape.
     """
     # Built on the meta device, only for the names and shapes of its tensors.
-    expected = empty(lambda: ShapeDecoder(files.vae)).state_dict()
+    expected_tensors = empty(lambda: ShapeDecoder(shape_files.vae)).state_dict()
     tensors = {name: tensor for name, tensor in sections[VAE].items() if not name.startswith(ENCODER_HALF)}
-    if expected.keys() <= tensors.keys():
+    if expected_tensors.keys() <= tensors.keys():
         # Tensors that the decoder does not have are ignored. A missing tensor is reported by the check below.
-        tensors = {name: tensors[name] for name in expected}
-    check_fit(expected, tensors, f"{files.checkpoint}, {VAE}")
+        tensors = {name: tensors[name] for name in expected_tensors}
+    check_fit(expected_tensors, tensors, f"{shape_files.checkpoint}, {VAE}")
     return tensors
 
 
-def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeEncoder:
+def encoder(shape_files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeEncoder:
     """Build the encoder of the autoencoder in float32.
 
     It is read from the checkpoint, or from the separate folder of the autoencoder beside it.
 
     Args:
-        files: settings of config.yaml.
+        shape_files: settings of config.yaml.
         sections: tensors of the checkpoint.
         device: device of the network.
     Raises: FileNotFoundError if neither has the encoder.
     """
-    path, tensors = _encoding(files, sections[VAE])
+    path, tensors = _encoding(shape_files, sections[VAE])
     if not tensors:
         # The released repository has the two folders side by side.
-        vae_folder = files.root.parent / VAE_FOLDER
+        vae_folder = shape_files.root.parent / VAE_FOLDER
         raise FileNotFoundError(
             f"The encoder of the autoencoder is neither in {path} nor in {vae_folder}. Download the folder"
             f" {VAE_FOLDER} of the released repository to {vae_folder}."
         )
-    return _load_network(ShapeEncoder, files.vae, tensors, f"{path}, {VAE}", torch.float32, device)
+    return _load_network(ShapeEncoder, shape_files.vae, tensors, f"{path}, {VAE}", torch.float32, device)
 
 
 def _encoding(
-    files: ShapeFiles, vae_tensors: Mapping[str, torch.Tensor]
+    shape_files: ShapeFiles, vae_tensors: Mapping[str, torch.Tensor]
 ) -> tuple[Path, Mapping[str, torch.Tensor]]:
     """Return the file and the tensors of the autoencoder's encoder.
 
@@ -425,14 +428,14 @@ def _encoding(
     checkpoint and no tensors are returned.
 
     Args:
-        files: settings of config.yaml and the paths of the files.
+        shape_files: settings of config.yaml and the paths of the files.
         vae_tensors: tensors of the section vae of the checkpoint.
     """
-    vae_folder = files.root.parent / VAE_FOLDER
+    vae_folder = shape_files.root.parent / VAE_FOLDER
     vae_files = [vae_folder / name for name in CHECKPOINTS if (vae_folder / name).is_file()]
-    in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae_tensors)
-    if in_checkpoint or not vae_files:
-        path = files.checkpoint
+    is_in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae_tensors)
+    if is_in_checkpoint or not vae_files:
+        path = shape_files.checkpoint
         autoencoder_tensors = vae_tensors
     else:
         # The file in the separate folder has no sections, only the tensors of the autoencoder.
@@ -443,11 +446,11 @@ def _encoding(
     }
 
 
-def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
+def image_encoder(shape_files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
     """Build the image encoder in float32. Names and shapes must match exactly.
 
     Args:
-        files: settings of config.yaml.
+        shape_files: settings of config.yaml.
         sections: tensors of the checkpoint.
         device: device of the network.
     Raises: ValueError for tensors that do not belong to the image encoder.
@@ -456,13 +459,13 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
     unknown_names = [name for name in sections[CONDITIONER] if not name.startswith(ENCODER)]
     if unknown_names:
         raise ValueError(
-            f"{files.checkpoint}, {CONDITIONER}: all names must begin with {ENCODER}, got"
+            f"{shape_files.checkpoint}, {CONDITIONER}: all names must begin with {ENCODER}, got"
             f" {', '.join(unknown_names[:8])}. Download the released checkpoint again."
         )
     return load_dino(
-        files.encoder,
+        shape_files.encoder,
         entries_below(sections[CONDITIONER], ENCODER),
-        f"{files.checkpoint}, {CONDITIONER}",
+        f"{shape_files.checkpoint}, {CONDITIONER}",
         device,
     )
 
@@ -501,17 +504,17 @@ def write_checkpoint(source_path: Path, target_path: Path, tuned_tensors: Mappin
     """
     # All sections are read, because all are written to the copy.
     sections = read_sections(source_path, (MODEL,))
-    new_content: dict = {**sections, MODEL: in_types_of(sections[MODEL], tuned_tensors)}
+    new_sections: dict = {**sections, MODEL: in_types_of(sections[MODEL], tuned_tensors)}
     if target_path.suffix == ".safetensors":
         # This format cannot store nested dictionaries, so sections become prefixes of the names.
-        flat_content = {}
-        for section, tensors in new_content.items():
-            flat_content.update({f"{section}.{name}": tensor for name, tensor in tensors.items()})
-        new_content = flat_content
-    rewrite(target_path, new_content)
+        flat_tensors = {}
+        for section, tensors in new_sections.items():
+            flat_tensors.update({f"{section}.{name}": tensor for name, tensor in tensors.items()})
+        new_sections = flat_tensors
+    rewrite(target_path, new_sections)
 
 
-def source_of(files: ShapeFiles, sections: Sections) -> str:
+def source_of(shape_files: ShapeFiles, sections: Sections) -> str:
     """Return a text that names the image encoder and the preprocessing of images.
 
     Files of embeddings contain this text and are compared by it. If the checkpoint lacks the encoder's
@@ -520,9 +523,9 @@ def source_of(files: ShapeFiles, sections: Sections) -> str:
     # "*" matches any encoder; see `check_source` in base/conditioning.py.
     encoder_tensors = sections.get(CONDITIONER)
     return (
-        f"DINOv2 {fingerprint(encoder_tensors)}, {files.preparation}"
+        f"DINOv2 {fingerprint(encoder_tensors)}, {shape_files.preparation}"
         if encoder_tensors
-        else f"*, {files.preparation}"
+        else f"*, {shape_files.preparation}"
     )
 
 
@@ -537,14 +540,14 @@ def release(root: Path, stages: Sequence[str]) -> Release:
         root: folder of the generator.
         stages: names of the tuned stages.
     """
-    files = read_files(root)
-    sections = read_sections(files.checkpoint, (MODEL,))
-    exported_checkpoint = f"{FOLDER}/{files.checkpoint.name}"
+    shape_files = read_files(root)
+    sections = read_sections(shape_files.checkpoint, (MODEL,))
+    exported_checkpoint = f"{FOLDER}/{shape_files.checkpoint.name}"
     # If config.yaml is not in the released subfolder, its folder is treated as the repository.
-    repository = files.root.parent if files.root.name == FOLDER else files.root
+    repository = shape_files.root.parent if shape_files.root.name == FOLDER else shape_files.root
     # Licence and notice files of both folders, by file name.
     licence_files = {}
-    for folder in (files.root, repository):
+    for folder in (shape_files.root, repository):
         for pattern in LICENCES:
             for path in sorted(folder.glob(pattern)):
                 # The licence requires a notice of every changed file. An earlier "Notice" is replaced below.
@@ -557,15 +560,15 @@ def release(root: Path, stages: Sequence[str]) -> Release:
         f"{VAE_FOLDER}/{path.name}": path for path in (repository / VAE_FOLDER).glob("*") if path.is_file()
     }
     # The network is read and written only when the export runs.
-    stored = Stored(
+    stored_network = Stored(
         file=exported_checkpoint,
-        load=partial(denoiser, files, sections),
-        write=partial(write_checkpoint, files.checkpoint),
+        load=partial(denoiser, shape_files, sections),
+        write=partial(write_checkpoint, shape_files.checkpoint),
     )
-    config_files = {f"{FOLDER}/{CONFIG}": files.root / CONFIG}
+    config_files = {f"{FOLDER}/{CONFIG}": shape_files.root / CONFIG}
     return Release(
         files={**licence_files, **vae_files, **config_files, "Notice": notice},
-        networks=dict.fromkeys(stages, stored),
+        networks=dict.fromkeys(stages, stored_network),
     )
 
 
@@ -574,13 +577,13 @@ def networks(root: Path) -> list[Network]:
 
     They are the flow, the decoder and the encoder of the autoencoder, and the image encoder.
     """
-    files = read_files(root)
+    shape_files = read_files(root)
     # No section is required here, so that missing networks are listed and raise no error.
-    sections = read_sections(files.checkpoint, ())
+    sections = read_sections(shape_files.checkpoint, ())
     vae_tensors = sections.get(VAE, {})
-    encoder_file, vae_encoder_tensors = _encoding(files, vae_tensors)
+    encoder_file, vae_encoder_tensors = _encoding(shape_files, vae_tensors)
     # The section vae has the tensors of decoder and encoder.
-    decoder_shapes = _shapes(lambda: ShapeDecoder(files.vae))
+    decoder_shapes = _shapes(lambda: ShapeDecoder(shape_files.vae))
     decoder_tensors = {
         name: tensor for name, tensor in vae_tensors.items() if not name.startswith(ENCODER_HALF)
     }
@@ -591,14 +594,14 @@ def networks(root: Path) -> list[Network]:
     return [
         Network(
             name="flow of shapes",
-            file=files.checkpoint,
-            expected=_shapes(lambda: Denoiser(files.model)),
+            file=shape_files.checkpoint,
+            expected=_shapes(lambda: Denoiser(shape_files.model)),
             tensors=sections.get(MODEL, {}),
             released=(752, 3_050_758_720),
         ),
         Network(
             name="autoencoder, latents to shapes",
-            file=files.checkpoint,
+            file=shape_files.checkpoint,
             expected=decoder_shapes,
             tensors=decoder_tensors,
             released=(266, 214_212_865),
@@ -606,15 +609,15 @@ def networks(root: Path) -> list[Network]:
         Network(
             name="autoencoder, shapes to latents",
             file=encoder_file,
-            expected=_shapes(lambda: ShapeEncoder(files.vae)),
+            expected=_shapes(lambda: ShapeEncoder(shape_files.vae)),
             tensors=vae_encoder_tensors,
             without="encoding your own meshes as pairs",
             released=(144, 113_533_312),
         ),
         Network(
             name="DINOv2",
-            file=files.checkpoint,
-            expected=_shapes(lambda: Dino(files.encoder)),
+            file=shape_files.checkpoint,
+            expected=_shapes(lambda: Dino(shape_files.encoder)),
             tensors=image_encoder_tensors,
             without="embedding images",
             released=(439, 304_368_640),
@@ -622,6 +625,6 @@ def networks(root: Path) -> list[Network]:
     ]
 
 
-def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
+def _shapes(make_network: Callable[[], nn.Module]) -> dict[str, list[int]]:
     """Return the shapes of a network's tensors by name. The network is built on the meta device."""
-    return shapes(empty(make).state_dict())
+    return shapes(empty(make_network).state_dict())

@@ -51,23 +51,23 @@ def features(asset: SplatAsset, cells: int = CELLS) -> torch.Tensor:
 class LinearReward:
     """Linear reward, score = w . (features - mean) / (sqrt(F) std). Implements AssetReward."""
 
-    def __init__(self, preferred: torch.Tensor, rejected: torch.Tensor, ridge: float = 1.0):
+    def __init__(self, preferred_features: torch.Tensor, rejected_features: torch.Tensor, ridge: float = 1.0):
         """Fit w by the Bradley-Terry model, P(preferred) = sigmoid(score difference).
 
         The minimised loss is the mean over pairs of -log P(preferred), plus ridge / 2 |w|^2 / P.
 
         Args:
-            preferred: features of the preferred assets, [P, F].
-            rejected: features of the rejected assets, [P, F].
+            preferred_features: features of the preferred assets, [P, F].
+            rejected_features: features of the rejected assets, [P, F].
             ridge: strength of the regulariser, >= 0.
         """
-        all_features = torch.cat([preferred, rejected]).double()
+        all_features = torch.cat([preferred_features, rejected_features]).double()
         self.mean = all_features.mean(0)
         # The factor sqrt(F) keeps the score's size independent of the number of features.
         # Features that are constant, such as cells outside all assets, have std 0, hence the bound 1e-6.
         self.std = all_features.std(0).clamp_min(1e-6) * all_features.shape[1] ** 0.5
         # The mean cancels in differences.
-        feature_differences = (preferred - rejected).double() / self.std  # [P, F]
+        feature_differences = (preferred_features - rejected_features).double() / self.std  # [P, F]
         # In float64, so that the line search is not limited by rounding.
         self.weight = torch.zeros(feature_differences.shape[1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([self.weight], max_iter=FITTING_STEPS, line_search_fn="strong_wolfe")
@@ -143,7 +143,7 @@ class RewardOfPairs:
                 latents.items(), desc=self._title, unit="asset", leave=False, disable=None
             ):
                 features_by_id[latent_id] = features(self._pipeline.decode(SparseBatch.join([latent]))[0])
-            preferred = torch.stack([features_by_id[id(pair.preferred)] for pair in pairs])  # [P, F]
-            rejected = torch.stack([features_by_id[id(pair.rejected)] for pair in pairs])  # [P, F]
-            self._reward = LinearReward(preferred, rejected, self._ridge)
+            preferred_features = torch.stack([features_by_id[id(pair.preferred)] for pair in pairs])  # [P, F]
+            rejected_features = torch.stack([features_by_id[id(pair.rejected)] for pair in pairs])  # [P, F]
+            self._reward = LinearReward(preferred_features, rejected_features, self._ridge)
         return self._reward(assets, prompts)

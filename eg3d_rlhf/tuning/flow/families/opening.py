@@ -47,7 +47,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     reject_unread(
         source,
         (*family.common, *family.options),
-        f"only applies to other generators and has no effect on {family.name}",
+        f"a generator of the family {family.name}, only with other generators",
     )
     if source.pairs is None and not source.needs_pairs and not family.bundled:
         # Without pairs, a separate reward must be used, as in online tuning.
@@ -65,8 +65,9 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
 
 
 def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
-    """Return the folders of preference pairs by stage: those in --pairs, or in the subfolder pairs of the
-    generator.
+    """Return the folders of preference pairs by stage, which are in --pairs or beside the networks.
+
+    Without --pairs, they are in the subfolder pairs of the generator's folder.
 
     Raises: FileNotFoundError or ValueError; see `pair_folders`.
     """
@@ -78,7 +79,7 @@ def open_folder(
     source: ProblemSource,
     device: str | torch.device = "cpu",
     stages: Sequence[str] | None = None,
-    rewards: bool = True,
+    fits_rewards: bool = True,
 ) -> Problem:
     """Open a generator's folder and the preference pairs of its stages as a problem.
 
@@ -96,23 +97,23 @@ def open_folder(
         source: settings that name the generator, the pairs and the conditioning.
         device: device of the networks.
         stages: names of the stages whose flows are needed, or None for all; see `FlowFamily.load`.
-        rewards: if False, no reward is fitted.
+        fits_rewards: if False, no reward is fitted.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
     folders = pairs_in(family, source)
-    fit_reward = family.fit_reward if rewards and isinstance(family, FitsRewards) else None
+    fit_reward = family.fit_reward if fits_rewards and isinstance(family, FitsRewards) else None
     embeddings_path = embeddings_beside(
         folders, None if source.conditions is None else Path(source.conditions)
     )
     # Read before the networks, so that a missing file is reported within seconds.
     embeddings = read_conditioning(embeddings_path, zero_null=family.zero_null)
     # An error for missing networks that only the rewards need is raised here, before the flows are read.
-    files = family.files(Path(source.pipeline), tuple(folders))
+    file_by_name = family.files(Path(source.pipeline), tuple(folders))
     pipeline = family.load(
         Path(source.pipeline), embeddings, stages=stages, dtype=getattr(torch, source.dtype), device=device
     )
     # Hashes of all inputs. They name the artefacts that are made from this problem.
-    identity = _identity(family, source, embeddings_path, files)
+    identity = _identity(family, source, embeddings_path, file_by_name)
     pairs_by_stage = read_stages(folders, pipeline, functools.partial(family.check_pairs, pipeline))
     prompts = sorted({pair.condition for pairs in pairs_by_stage.values() for pair in pairs})
     embeddings.select(prompts)  # raises an error for prompts without an embedding
@@ -192,7 +193,7 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
     unread_flags = unread_options(source, COMMON)
     if unread_flags:
         raise ValueError(
-            f"{unread_flags} has no effect with --pipeline=DIR and --conditioning without --pairs. Remove"
+            f"{unread_flags} cannot be used with --pipeline=DIR and --conditioning without --pairs. Remove"
             f" {unread_flags} from the command."
         )
     if source.conditions is None:
@@ -221,7 +222,9 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
     )
 
 
-def _identity(family: FlowFamily, source: ProblemSource, embeddings: Path, files: Mapping[str, Path]) -> dict:
+def _identity(
+    family: FlowFamily, source: ProblemSource, embeddings_path: Path, file_by_name: Mapping[str, Path]
+) -> dict:
     """Return the hashes of a problem's files, in JSON types.
 
     Names of stored artefacts are computed from them, so the keys must not be renamed.
@@ -229,11 +232,16 @@ def _identity(family: FlowFamily, source: ProblemSource, embeddings: Path, files
     Args:
         family: family of the generator.
         source: settings that name the data type.
-        embeddings: file or folder of the prompts' embeddings.
-        files: other files of the problem, by name.
+        embeddings_path: file or folder of the prompts' embeddings.
+        file_by_name: other files of the problem, by name.
     """
-    hashes = {name: file_hash(path) for name, path in files.items()}
-    return {"problem": family.name, "dtype": source.dtype, "conditions": hash_of(embeddings), "files": hashes}
+    hash_by_name = {name: file_hash(path) for name, path in file_by_name.items()}
+    return {
+        "problem": family.name,
+        "dtype": source.dtype,
+        "conditions": hash_of(embeddings_path),
+        "files": hash_by_name,
+    }
 
 
 def read_stages(
@@ -289,15 +297,15 @@ def split_prompts(names: Sequence[str], seed: int, held_out: float) -> tuple[lis
     Returns: names of the prompts for training, for choosing, and for the final table.
     """
     # Sorted by hash, so that the order of the names in the file does not matter.
-    hashed_order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    shuffled_prompts = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     # At least one prompt is held out, and at least one remains for training.
-    held_out_count = min(max(1, round(held_out * len(hashed_order))), len(hashed_order) - 1)
+    held_out_count = min(max(1, round(held_out * len(shuffled_prompts))), len(shuffled_prompts) - 1)
     # A single held-out prompt is for the table, because choosing_count is then 0.
     choosing_count = held_out_count // 2
     return (
-        hashed_order[held_out_count:],
-        hashed_order[:choosing_count],
-        hashed_order[choosing_count:held_out_count],
+        shuffled_prompts[held_out_count:],
+        shuffled_prompts[:choosing_count],
+        shuffled_prompts[choosing_count:held_out_count],
     )
 
 
@@ -316,9 +324,9 @@ def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
     else:
         folders = {stage: path / stage for stage in stages if (path / stage).is_dir()}
     if not folders:
-        subfolders = " or ".join(stages)
+        subfolder_text = " or ".join(stages)
         raise FileNotFoundError(
-            f"--pairs: {path} has neither a file meta.json nor a subfolder {subfolders}. Make pairs with"
+            f"--pairs: {path} has neither a file meta.json nor a subfolder {subfolder_text}. Make pairs with"
             " `eg3d-rlhf flow tune WORK --pairs-only`."
         )
     # meta.json may name a stage of another family.
@@ -342,26 +350,27 @@ def _stage_in(path: Path) -> str:
         ) from None
 
 
-def embeddings_beside(folders: Mapping[str, Path], requested: Path | None = None) -> Path:
-    """Return the file of embeddings: `requested` if it is not None, and otherwise the file beside the pairs.
+def embeddings_beside(folders: Mapping[str, Path], requested_file: Path | None = None) -> Path:
+    """Return the file of embeddings that the user named, or otherwise the file beside the pairs.
 
     Args:
         folders: folders of pairs by stage.
-        requested: file that the user named. Its existence is not checked.
-    Raises: FileNotFoundError if `requested` is None and there is no file beside the pairs.
+        requested_file: file that the user named, whose existence is not checked; None to search beside the
+            pairs.
+    Raises: FileNotFoundError if `requested_file` is None and there is no file beside the pairs.
     """
-    if requested is not None:
-        return Path(requested)
-    candidates = []
+    if requested_file is not None:
+        return Path(requested_file)
+    candidate_files = []
     for folder in folders.values():
         # The parent of the folder of a stage, or the parent of that, which is the layout of a WORK folder.
         for parent in folder.absolute().parents[:2]:
-            candidates.append(version_0_1.conditioning_file(parent))
-    path = next((path for path in candidates if path.is_file()), None)
+            candidate_files.append(version_0_1.conditioning_file(parent))
+    path = next((path for path in candidate_files if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"--conditioning: there is no file {candidates[0]} with embeddings of the pairs' prompts. Pass"
-            " the file of embeddings as --conditioning=FILE."
+            f"--conditioning: there is no file {candidate_files[0]} with embeddings of the pairs' prompts."
+            " Pass the file of embeddings as --conditioning=FILE."
         )
     return path
 

@@ -73,10 +73,10 @@ CROSS = ("to_q", "to_kv", "to_out")
 def call_mixture(
     network: nn.Module, x_t: NamedBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
 ) -> NamedBatch:
-    """Call the first network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+    """Call the first stage's network as the original program does, where t = 1 is data and t = 0 is noise.
 
     Args:
-        network: first network.
+        network: network of the first stage.
         x_t: noisy latents by name.
         t: times [N] in 0..1.
         cond: conditioning tokens [N, L, E].
@@ -88,10 +88,10 @@ def call_mixture(
 def call_voxels(
     network: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
 ) -> SparseBatch:
-    """Call the second network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+    """Call the second stage's network as the original program does, where t = 1 is data and t = 0 is noise.
 
     Args:
-        network: second network.
+        network: network of the second stage.
         x_t: noisy latents on voxels.
         t: times [N] in 0..1.
         cond: conditioning tokens [N, L, E].
@@ -101,7 +101,7 @@ def call_voxels(
 
 
 def targets_of(config: Any, groups: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the names of the layers of the first network that get LoRA adapters.
+    """Return the names of the layers of the first stage's network that get LoRA adapters.
 
     The network has separate layers for each group of latents.
 
@@ -158,7 +158,7 @@ class Sam3dPipeline(OpenedFolder):
 
     def __init__(
         self,
-        file: files.PipelineFile,
+        pipeline_file: files.PipelineFile,
         flows: Mapping[str, nn.Module],
         conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
@@ -168,7 +168,7 @@ class Sam3dPipeline(OpenedFolder):
         """Build the stages.
 
         Args:
-            file: settings of pipeline.yaml and of the generators' files.
+            pipeline_file: settings of pipeline.yaml and of the generators' files.
             flows: networks by stage name.
             conditioning: embeddings of the images, or None if nothing is sampled.
             parts: function that reads a decoder or the encoder by its name in sam3d_files.AUTOENCODERS.
@@ -177,15 +177,15 @@ class Sam3dPipeline(OpenedFolder):
                 ProblemSource.parts.
         Raises: ValueError if conditioning, files and networks do not fit each other.
         """
-        super().__init__(conditioning, parts, device, {files.LATENT: (file.mean, file.std)})
-        self.file = file
+        super().__init__(conditioning, parts, device, {files.LATENT: (pipeline_file.mean, pipeline_file.std)})
+        self.file = pipeline_file
         self.tuned_parts = tuned_parts
         self.stages = [self._make_stage(name, flows[name]) for name in files.STAGES]
         # The scales are from pipeline.yaml and the channels from the generator's file, so they may differ.
         channels = self._config(files.LATENT).in_channels
-        if len(file.mean) != channels:
+        if len(pipeline_file.mean) != channels:
             raise ValueError(
-                f"{files.PIPELINE}: slat_mean has {len(file.mean)} channels, but the model of stage"
+                f"{files.PIPELINE}: slat_mean has {len(pipeline_file.mean)} channels, but the model of stage"
                 f" {files.LATENT!r} has {channels}. Use files of one release."
             )
         if self._config(files.STRUCTURE).latents[SHAPE].resolution is None:
@@ -201,7 +201,7 @@ class Sam3dPipeline(OpenedFolder):
     def _make_stage(self, name: str, model: nn.Module) -> FlowStage:
         """Build the stage `name` with its network.
 
-        Raises: ValueError if the conditioning or the files do not fit it.
+        Raises: ValueError if the conditioning or the files do not fit the stage.
         """
         config = self._config(name)
         generator = self.file.generators[name]
@@ -300,11 +300,11 @@ class Sam3dPipeline(OpenedFolder):
             return None
         # The second stage may have a smaller copy of the shape, which must then be enlarged in space.
         shrink_factor = self.structure(latents[SHAPE])[1]
-        latents_of_one = {
+        sample_latents = {
             name: tensor[None].cpu() for name, tensor in latents.tensors.items()
         }  # of one sample
         return pose.decode_pose(
-            latents_of_one, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], shrink_factor
+            sample_latents, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], shrink_factor
         )
 
     @torch.no_grad()
@@ -354,22 +354,22 @@ def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
     return torch.unique(((points + 0.5) * resolution).int(), dim=0)
 
 
-def remove_inner_voxels(voxels: torch.Tensor, distance: int) -> torch.Tensor:
+def remove_inner_voxels(voxels: torch.Tensor, voxel_distance: int) -> torch.Tensor:
     """Remove inner voxels from voxels [v, 3].
 
-    A voxel is inner if all voxels up to `distance` away along each axis exist, including diagonal neighbours.
-    With distance 0, all voxels are returned.
+    A voxel is inner if all voxels up to `voxel_distance` away along each axis exist, including diagonal
+    neighbours. With distance 0, all voxels are returned.
     """
-    if not distance:
+    if not voxel_distance:
         return voxels
     # The grid has a margin of empty cells on all sides, so voxels at its border are never inner.
-    x, y, z = (voxels.long() + distance).unbind(1)
-    is_empty = torch.ones(1, *[int(voxels.max()) + 1 + 2 * distance] * 3, device=voxels.device)
-    is_empty[0, x, y, z] = 0
+    x, y, z = (voxels.long() + voxel_distance).unbind(1)
+    empty_grid = torch.ones(1, *[int(voxels.max()) + 1 + 2 * voxel_distance] * 3, device=voxels.device)
+    empty_grid[0, x, y, z] = 0
     # 1 if any cell of the surrounding cube is empty.
-    near_empty = F.max_pool3d(is_empty, 2 * distance + 1, stride=1)[0]
+    near_empty_grid = F.max_pool3d(empty_grid, 2 * voxel_distance + 1, stride=1)[0]
     x, y, z = voxels.long().unbind(1)
-    return voxels[near_empty[x, y, z] > 0]
+    return voxels[near_empty_grid[x, y, z] > 0]
 
 
 def reduce_voxels(voxels: torch.Tensor, max_voxels: int) -> tuple[torch.Tensor, int]:
@@ -382,18 +382,18 @@ def reduce_voxels(voxels: torch.Tensor, max_voxels: int) -> tuple[torch.Tensor, 
     """
     if len(voxels) <= max_voxels:
         return voxels, 1
-    low = int(voxels.min())
-    high = int(voxels.max())
-    extent = high - low  # one size for all axes
+    lowest_index = int(voxels.min())
+    highest_index = int(voxels.max())
+    extent = highest_index - lowest_index  # one size for all axes
     # Half the size, and centred. Voxels with the same new indices become one voxel.
-    shrunk = (voxels - low) / extent * (extent / 2 - 1) + low + extent / 4
-    fewer_voxels = torch.unique(shrunk.round().int().clamp(low, high), dim=0)
-    if len(fewer_voxels) > max_voxels:
+    shrunk_voxels = (voxels - lowest_index) / extent * (extent / 2 - 1) + lowest_index + extent / 4
+    reduced_voxels = torch.unique(shrunk_voxels.round().int().clamp(lowest_index, highest_index), dim=0)
+    if len(reduced_voxels) > max_voxels:
         generator = torch.Generator().manual_seed(0)
         # Sorted, so that the voxels keep their order.
-        subset = torch.randperm(len(fewer_voxels), generator=generator)[:max_voxels].sort().values
-        fewer_voxels = fewer_voxels[subset.to(fewer_voxels.device)]
-    return fewer_voxels, 2
+        subset_indices = torch.randperm(len(reduced_voxels), generator=generator)[:max_voxels].sort().values
+        reduced_voxels = reduced_voxels[subset_indices.to(reduced_voxels.device)]
+    return reduced_voxels, 2
 
 
 REMEDY = "`eg3d-rlhf flow new` and these checkpoints"
@@ -404,16 +404,16 @@ NOTICE = (
 )
 
 
-def _source(file: files.PipelineFile, fingerprints: Sequence[str]) -> str:
+def _source(pipeline_file: files.PipelineFile, fingerprints: Sequence[str]) -> str:
     """Return a text that names the embedders and the preprocessing of images.
 
     Files of embeddings contain this text and are compared by it, so it must not change.
 
     Args:
-        file: settings of the pipeline.
+        pipeline_file: settings of the pipeline.
         fingerprints: fingerprints (hashes) of the embedders' weights.
     """
-    return f"SAM 3D's embedders {' '.join(fingerprints)}, {file.preparation}"
+    return f"SAM 3D's embedders {' '.join(fingerprints)}, {pipeline_file.preparation}"
 
 
 def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage:
@@ -457,8 +457,9 @@ def inputs_of(path: Path, cut: ObjectCut, reads_point_map: bool) -> dict[str, to
     # A median depth below 0 shows that the map's z axis points backward.
     if points is not None and float(points[..., 2].nanmedian()) <= 0:
         raise ValueError(
-            f"{path.with_suffix('.npy')}: the median of z must be above 0, because z > 0 is in front"
-            " of the camera. Convert the axes to x left, y up, z forward."
+            f"{path.with_suffix('.npy')}: the median of z is {float(points[..., 2].nanmedian()):g}, but must"
+            " be above 0, because z > 0 is in front of the camera. Convert the axes to x left, y up, z"
+            " forward."
         )
     return inputs
 
@@ -514,10 +515,10 @@ class Sam3d(FlowFamily):
         Blocks are recomputed in the backward pass. Decoders are float32. Without conditioning, the first
         stage accepts latents of meshes, which have no pose.
         """
-        file = files.read_pipeline(root)
+        pipeline_file = files.read_pipeline(root)
         flows = dict[str, nn.Module]()
         fingerprints = []
-        for stage, generator in file.generators.items():
+        for stage, generator in pipeline_file.generators.items():
             if stages is not None and stage not in stages:
                 # A flow that is not needed stays on the meta device.
                 flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
@@ -530,7 +531,7 @@ class Sam3d(FlowFamily):
             fingerprints.append(fingerprint(files.embedder_state(generator, checkpoint_tensors)))
         # Files of embeddings name both embedders, so they can be checked only if both checkpoints were read.
         if conditioning is not None and len(fingerprints) == len(files.STAGES):
-            conditioning.check_source("conditioning", _source(file, fingerprints), REMEDY)
+            conditioning.check_source("conditioning", _source(pipeline_file, fingerprints), REMEDY)
         # Called after both flows are built, because the size of the larger flow decides.
         return_memory_if_large(flows.values(), device)
         # Meshes have no pose, so latents without one must be accepted.
@@ -538,9 +539,9 @@ class Sam3d(FlowFamily):
 
         def read_part(name: str) -> nn.Module:
             """Read a decoder or the encoder by its name."""
-            return files.load_part(file, name, device)
+            return files.load_part(pipeline_file, name, device)
 
-        return Sam3dPipeline(file, flows, conditioning, read_part, device, tuned_parts)
+        return Sam3dPipeline(pipeline_file, flows, conditioning, read_part, device, tuned_parts)
 
     def condition(self, pipeline: Sam3dPipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of the conditioning tokens of one sample."""
@@ -573,16 +574,16 @@ class Sam3d(FlowFamily):
         The alpha channel of an image is the object's mask, and its point map is a file beside it; see
         `inputs_of`.
         """
-        file = files.read_pipeline(root)
+        pipeline_file = files.read_pipeline(root)
         tokens = {name: dict[str, torch.Tensor]() for name in images}
         fingerprints = []
         # One embedder is in memory at a time, because each has two DINOv2 networks.
         for stage in files.STAGES:
-            embedder = files.load_embedder(file.generators[stage], device)
+            embedder = files.load_embedder(pipeline_file.generators[stage], device)
             reads_point_map = any("pointmap" in name for name in embedder.names)
-            fingerprints.append(fingerprint(files.embedder_state(file.generators[stage])))
+            fingerprints.append(fingerprint(files.embedder_state(pipeline_file.generators[stage])))
             for name, path in embedding_progress(images.items(), "image"):
-                inputs = inputs_of(path, file.cuts[stage], reads_point_map)
+                inputs = inputs_of(path, pipeline_file.cuts[stage], reads_point_map)
                 # Stored for decoding the pose, which is in units of the point map.
                 tokens[name] |= {
                     tensor_name: inputs[tensor_name]
@@ -596,7 +597,7 @@ class Sam3d(FlowFamily):
                     .float()
                     .cpu()
                 )
-        return Conditioning(tokens=tokens, encoder=_source(file, fingerprints), zero_null=True)
+        return Conditioning(tokens=tokens, encoder=_source(pipeline_file, fingerprints), zero_null=True)
 
     def facts(self, pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]) -> dict:
         """Return the pose of a sampled object for the list of sampled assets, in JSON types.

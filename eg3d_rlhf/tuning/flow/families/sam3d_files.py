@@ -116,7 +116,7 @@ IGNORED = {  # settings that are ignored, because they concern training or are a
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorFile:
-    """Settings of one stage from its YAML file."""
+    """Settings of one stage of SAM 3D Objects, read from the stage's YAML file."""
 
     checkpoint: Path
     config: MixtureConfig | VoxelFlowConfig
@@ -245,8 +245,8 @@ def read_pipeline(root: Path) -> PipelineFile:
     ]
     if unsupported_settings:
         raise ValueError(
-            f"{path}: {', '.join(unsupported_settings)} is not supported. Remove it from the file. To sample"
-            " in few steps, use --few-steps."
+            f"{path}: these settings are not supported: {', '.join(unsupported_settings)}. Remove them from"
+            " the file. To sample in few steps, use --few-steps."
         )
     # The name of the decoder decides the units of the pose; see sam3d_pose.py.
     pose_decoder = str(pipeline_settings.get("pose_decoder_name", SHIFTED))
@@ -302,9 +302,9 @@ def _cut(preprocessor_settings: Mapping, stage: str) -> ObjectCut:
         # Exactly two transforms: padding to a square, then resizing.
         pad, resize = preprocessor_settings[f"{input_kind}_transform"]["transforms"]
         # Codes of Pillow: 0 is nearest neighbour, 2 is bilinear, which is the default for images.
-        interpolates_right = resize.get("interpolation") in ((None, 2) if input_kind == "img" else (0,))
+        has_right_interpolation = resize.get("interpolation") in ((None, 2) if input_kind == "img" else (0,))
         class_names = (_class_name(pad), _class_name(resize))
-        is_supported &= interpolates_right and class_names == ("pad_to_square_centered", "Resize")
+        is_supported &= has_right_interpolation and class_names == ("pad_to_square_centered", "Resize")
         sizes.add(int(resize["size"]))
     # resize_all_to_same_size resizes the point map to the image, which `object_inputs` always does.
     unknown_names = set(joint_transforms) - {*CUTTING, "resize_all_to_same_size"}
@@ -496,14 +496,14 @@ def _build_config(config_class: Any, file_settings: Mapping, **overrides: Any) -
         if field.default is no_default and field.default_factory is no_default and name not in config_kwargs
     ]
     if unknown_settings or missing_settings:
-        faults = [
-            f"{fault} {', '.join(names[:8])}"
-            for fault, names in (("unknown:", unknown_settings), ("missing:", missing_settings))
+        fault_texts = [
+            f"{fault_label} {', '.join(names[:8])}"
+            for fault_label, names in (("unknown:", unknown_settings), ("missing:", missing_settings))
             if names
         ]
         raise ValueError(
-            f"the settings do not fit {config_class.__name__} ({'; '.join(faults)}). Pass the folder of SAM"
-            " 3D Objects."
+            f"the settings do not fit {config_class.__name__} ({'; '.join(fault_texts)}). Pass the folder of"
+            " SAM 3D Objects."
         )
     return config_class(**config_kwargs)
 
@@ -544,7 +544,7 @@ def _sampling(path: Path, pipeline_settings: Mapping, stage: str, generator: Gen
     time_scale = generator.config.time_scale
     try:
         # Divided by time_scale, and clipped to 1, the end of the path.
-        low, high = (
+        interval_start, interval_end = (
             min(float(t) / time_scale, 1.0) for t in pipeline_settings.get(f"{prefix}_cfg_interval", (0, 500))
         )
         sampling = Sampling(
@@ -552,7 +552,7 @@ def _sampling(path: Path, pipeline_settings: Mapping, stage: str, generator: Gen
             rescale_t=float(pipeline_settings.get(f"{prefix}_rescale_t", 3.0)),
             cfg_strength=float(pipeline_settings.get(f"{prefix}_cfg_strength", STRENGTH[stage])),
             # Time runs from 1 (noise) to 0 in this package, so the ends of the interval are swapped.
-            cfg_interval=(1 - high, 1 - low),
+            cfg_interval=(1 - interval_end, 1 - interval_start),
             time_scale=time_scale,
             single=generator.single,
         )
@@ -562,14 +562,14 @@ def _sampling(path: Path, pipeline_settings: Mapping, stage: str, generator: Gen
     if sampling.cfg_strength and not generator.guided:
         raise ValueError(
             f"{path}: {prefix}_cfg_strength is {sampling.cfg_strength:g}, but guidance needs"
-            " force_zeros_cond: true and unconditional_handling: add_flag in the generator's file. Set it"
-            " to 0, or download the generator's file again."
+            " force_zeros_cond: true and unconditional_handling: add_flag in the generator's file. Set"
+            f" {prefix}_cfg_strength to 0, or download the generator's file again."
         )
     return sampling
 
 
 def load_flow(
-    file: GeneratorFile,
+    generator_file: GeneratorFile,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     *,
@@ -578,13 +578,18 @@ def load_flow(
     """Build the network of a stage's flow. Names and shapes must match exactly.
 
     Args:
-        file: settings of the generator.
+        generator_file: settings of the generator.
         dtype: dtype of the layers that may be half precision; see `trellis_files.build_from_state`.
         device: device of the network.
         state: content of the checkpoint; None: it is read from its file.
     """
     return build_from_state(
-        network_of(file.config), file.config, flow_state(file, state), str(file.checkpoint), dtype, device
+        network_of(generator_file.config),
+        generator_file.config,
+        flow_state(generator_file, state),
+        str(generator_file.checkpoint),
+        dtype,
+        device,
     )
 
 
@@ -593,68 +598,67 @@ def network_of(config: MixtureConfig | VoxelFlowConfig) -> Any:
     return MixtureFlow if isinstance(config, MixtureConfig) else VoxelFlow
 
 
-def flow_state(file: GeneratorFile, state: State | None = None) -> State:
+def flow_state(generator_file: GeneratorFile, state: State | None = None) -> State:
     """Return the tensors of the flow's network in a generator's checkpoint, without their prefix.
 
     Args:
-        file: settings of the generator.
-        state: content of the checkpoint.
-        None: it is read from its file.
+        generator_file: settings of the generator.
+        state: content of the checkpoint; None: it is read from its file.
     """
     # The embedder may be inside the network; its tensors are left out.
     return {
         name: tensor
-        for name, tensor in _under(file, (FLOW,), state).items()
+        for name, tensor in _under(generator_file, (FLOW,), state).items()
         if not name.startswith("condition_embedder.")
     }
 
 
-def embedder_state(file: GeneratorFile, state: State | None = None) -> State:
+def embedder_state(generator_file: GeneratorFile, state: State | None = None) -> State:
     """Return the tensors of the embedder in a generator's checkpoint, without their prefix.
 
     Args:
-        file: settings of the generator.
-        state: content of the checkpoint.
-        None: it is read from its file.
+        generator_file: settings of the generator.
+        state: content of the checkpoint; None: it is read from its file.
     """
-    return _under(file, EMBEDDERS, state)
+    return _under(generator_file, EMBEDDERS, state)
 
 
-def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) -> State:
+def _under(generator_file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) -> State:
     """Return the tensors whose names begin with a prefix, without the prefix.
 
     Args:
-        file: settings of the generator.
+        generator_file: settings of the generator.
         prefixes: possible prefixes; the first one with any tensor is used.
         state: content of the checkpoint; None: it is read from its file.
     Raises: ValueError if no name begins with a prefix.
     """
-    state = read(file.checkpoint, "weights") if state is None else state
+    state = read(generator_file.checkpoint, "weights") if state is None else state
     for prefix in prefixes:
         if tensors := entries_below(state, prefix):
             return tensors
     raise ValueError(
-        f"{file.checkpoint}: no name of a tensor begins with {' or '.join(prefixes)}. The names are"
+        f"{generator_file.checkpoint}: no name of a tensor begins with {' or '.join(prefixes)}. The names are"
         f" {', '.join(sorted(state)[:8])} ... Download the released checkpoint again."
     )
 
 
-def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Embedder:
-    """Build the embedder of a stage's conditioning, frozen, in float32. Names and shapes must match
-    exactly.
+def load_embedder(generator_file: GeneratorFile, device: str | torch.device = "cpu") -> Embedder:
+    """Build the embedder of a stage's conditioning, frozen and in float32.
+
+    Names and shapes must match exactly.
     """
-    state = embedder_state(file)
-    embedder = embedder_of(file, state)
+    state = embedder_state(generator_file)
+    embedder = embedder_of(generator_file, state)
     # The checkpoint has DINOv2's names of torch hub; this package uses those of transformers.
     renamed_tensors = rename_dino_tensors(embedder, state)
     return freeze(
-        fill(embedder, renamed_tensors, str(file.checkpoint), types=torch.float32, device=device), device
+        fill(embedder, renamed_tensors, str(generator_file.checkpoint), types=torch.float32, device=device),
+        device,
     )
 
 
 def rename_dino_tensors(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
-    """Rename the tensors of the embedder's DINOv2 networks from the names of torch hub to those of
-    transformers.
+    """Rename the tensors of the embedder's DINOv2 networks from torch hub's to transformers' names.
 
     Returns: all tensors of the embedder by name.
     """
@@ -672,26 +676,26 @@ def rename_dino_tensors(embedder: Embedder, state: Mapping[str, torch.Tensor]) -
     return renamed_tensors
 
 
-def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:
+def embedder_of(generator_file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:
     """Build an embedder without weights. Its widths and its DINOv2 networks are inferred from the tensors.
 
     Raises: ValueError for tensors that do not belong to an embedder of SAM 3D Objects.
     """
-    position_kind = file.embedder.get("use_pos_embedding", "learned")
+    position_kind = generator_file.embedder.get("use_pos_embedding", "learned")
     if position_kind not in ("learned", "random"):
         raise ValueError(
-            f"{file.checkpoint}: use_pos_embedding must be learned or random, got {position_kind!r}."
-            " Download the generator's YAML file again."
+            f"{generator_file.checkpoint}: use_pos_embedding must be learned or random, got"
+            f" {position_kind!r}. Download the generator's YAML file again."
         )
     try:
         encoders = [
             _encoder(i, settings_and_inputs, state)
-            for i, settings_and_inputs in enumerate(file.embedder["embedder_list"])
+            for i, settings_and_inputs in enumerate(generator_file.embedder["embedder_list"])
         ]
         projections = [f"projection_nets.{i}" for i in range(len(encoders))]
         # The files state these widths only indirectly, so they are read from the tensors.
         hidden_widths = [len(state[f"{projection}.1.w1.weight"]) for projection in projections]
-        has_pre_norm = bool(file.embedder.get("projection_pre_norm", True))
+        has_pre_norm = bool(generator_file.embedder.get("projection_pre_norm", True))
         with torch.device("meta"):
             return Embedder(
                 encoders,
@@ -702,8 +706,8 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
             )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"{file.checkpoint}: the embedder of SAM 3D Objects cannot be built ({error!r}). Download the"
-            " checkpoint and the generator's YAML file again."
+            f"{generator_file.checkpoint}: the embedder of SAM 3D Objects cannot be built ({error!r})."
+            " Download the checkpoint and the generator's YAML file again."
         ) from None
 
 
@@ -728,9 +732,13 @@ def _encoder(
             # The sizes are inferred from the tensors, because the YAML file does not state them.
             backbone_tensors = entries_below(state, f"module_list.{encoder_index}.backbone.")
             config = DinoConfig.from_state(backbone_tensors, "embedder", shown=image_side)
-            prenorm = bool(encoder_settings.get("prenorm_features", False))
-            normalise = bool(encoder_settings.get("normalize_images", True))
-            return ImageEncoder(config, image_side, prenorm, normalise), config.hidden_size, encoder_inputs
+            has_pre_norm = bool(encoder_settings.get("prenorm_features", False))
+            normalises_images = bool(encoder_settings.get("normalize_images", True))
+            return (
+                ImageEncoder(config, image_side, has_pre_norm, normalises_images),
+                config.hidden_size,
+                encoder_inputs,
+            )
         if class_name == "PointPatchEmbed":
             # Other settings of this encoder concern training and are ignored.
             field_names = {field.name for field in dataclasses.fields(PointConfig)}
@@ -752,37 +760,39 @@ AUTOENCODERS: dict[str, tuple[str, Any, Any]] = {
 }
 
 
-def load_part(file: PipelineFile, part: str, device: str | torch.device = "cpu") -> nn.Module:
+def load_part(pipeline_file: PipelineFile, part: str, device: str | torch.device = "cpu") -> nn.Module:
     """Build a decoder or the encoder in float32. They have the architectures of TRELLIS.
 
     Args:
-        file: settings of the pipeline.
+        pipeline_file: settings of the pipeline.
         part: key of AUTOENCODERS.
         device: device of the network.
     Raises: FileNotFoundError if the encoder is not on this machine.
     """
-    network_class, config, checkpoint = part_of(file, part)
+    network_class, config, checkpoint = part_of(pipeline_file, part)
     return build_from_state(
         network_class, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device
     )
 
 
-def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
+def part_of(pipeline_file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
     """Return the class, the configuration and the checkpoint of a decoder or of the encoder.
 
     Args:
-        file: settings of the pipeline.
+        pipeline_file: settings of the pipeline.
         part: key of AUTOENCODERS.
     Raises: FileNotFoundError if its files are missing; ValueError for a configuration that does not fit.
     """
     file_prefix, network_class, config_class = AUTOENCODERS[part]
-    if f"{file_prefix}.ckpt" not in file.files:
+    if f"{file_prefix}.ckpt" not in pipeline_file.files:
         weights_names = " or ".join(f"{file_prefix}{ending}" for ending in ENDINGS)
         raise FileNotFoundError(
-            f"{part}: {file_prefix}.yaml or {weights_names} is missing in {file.root}. Download both files;"
-            " they are released beside the other checkpoints."
+            f"{part}: {file_prefix}.yaml or {weights_names} is missing in {pipeline_file.root}. Download both"
+            " files; they are released beside the other checkpoints."
         )
-    config_file, checkpoint = (file.files[f"{file_prefix}.{file_kind}"] for file_kind in ("config", "ckpt"))
+    config_file, checkpoint = (
+        pipeline_file.files[f"{file_prefix}.{file_kind}"] for file_kind in ("config", "ckpt")
+    )
     config_settings = read_yaml(config_file)
     field_names = {field.name for field in dataclasses.fields(config_class)}
     try:
@@ -809,11 +819,11 @@ def release(root: Path, stages: Sequence[str]) -> Release:
         root: folder of the generator.
         stages: names of the tuned stages.
     """
-    file = read_pipeline(root)
+    pipeline_file = read_pipeline(root)
     root = Path(root)
-    tuned = {stage: file.generators[stage] for stage in stages}
+    tuned_generators = {stage: pipeline_file.generators[stage] for stage in stages}
     # Checkpoints of tuned networks are written anew; all other files are copied.
-    tuned_checkpoints = {generator.checkpoint.resolve() for generator in tuned.values()}
+    tuned_checkpoints = {generator.checkpoint.resolve() for generator in tuned_generators.values()}
     copied_files = {}
     for path in root.rglob("*"):
         relative_path = path.relative_to(root)
@@ -834,14 +844,15 @@ def release(root: Path, stages: Sequence[str]) -> Release:
                 load=partial(load_flow, generator),
                 write=partial(write_checkpoint, generator.checkpoint),
             )
-            for stage, generator in tuned.items()
+            for stage, generator in tuned_generators.items()
         },
     )
 
 
 def write_checkpoint(source_path: Path, target_path: Path, tuned_tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a copy of a generator's checkpoint with other weights of the flow. Each tensor has the dtype of
-    the source.
+    """Write a copy of a generator's checkpoint with other weights of the flow.
+
+    Each tensor has the dtype of the source.
 
     Args:
         source_path: path of the checkpoint to copy.
@@ -860,14 +871,14 @@ def networks(root: Path) -> list[Network]:
 
     They are the flows and embedders of both stages, the decoders and the encoder.
     """
-    file = read_pipeline(root)
+    pipeline_file = read_pipeline(root)
     network_list = []
     # Number of tensors and number of values of the published (flow, embedder), by stage.
     released_sizes = {
         STRUCTURE: ((945, 964_156_437), (914, 634_485_760)),
         LATENT: ((526, 600_432_520), (891, 626_054_144)),
     }
-    for stage, generator in file.generators.items():
+    for stage, generator in pipeline_file.generators.items():
         # One checkpoint at a time is in memory.
         checkpoint_tensors = read(generator.checkpoint, "weights")
         flow_tensors = flow_state(generator, checkpoint_tensors)
@@ -878,7 +889,7 @@ def networks(root: Path) -> list[Network]:
             ("flow", flow_network, flow_tensors),
             ("embedder", embedder_network, rename_dino_tensors(embedder_network, embedder_tensors)),
         )
-        for (network_kind, network, tensors), released in zip(
+        for (network_kind, network, tensors), released_size in zip(
             flow_and_embedder, released_sizes[stage], strict=True
         ):
             network_list.append(
@@ -887,20 +898,20 @@ def networks(root: Path) -> list[Network]:
                     file=generator.checkpoint,
                     expected=shapes(network.state_dict()),
                     tensors=tensors,
-                    released=released,
+                    released=released_size,
                 )
             )
     # The published encoder was not available, so its sizes are not stated.
     decoder_counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
     for part in AUTOENCODERS:
         try:
-            network_class, config, checkpoint = part_of(file, part)
+            network_class, config, checkpoint = part_of(pipeline_file, part)
         # Only the encoder may be missing; for missing decoders, read_pipeline has raised an error.
         except FileNotFoundError:
             network_list.append(
                 Network(
                     name=part,
-                    file=file.root / f"{ENCODER}.yaml",
+                    file=pipeline_file.root / f"{ENCODER}.yaml",
                     expected={},
                     tensors={},
                     without=OWN_SHAPES,
@@ -908,14 +919,14 @@ def networks(root: Path) -> list[Network]:
             )
             continue
         expected_shapes = shapes(empty(partial(network_class, config)).state_dict())
-        without = OWN_SHAPES if part == "structure encoder" else ""
+        missing_ability = OWN_SHAPES if part == "structure encoder" else ""
         network_list.append(
             Network(
                 name=part,
                 file=checkpoint,
                 expected=expected_shapes,
                 tensors=read(checkpoint, part),
-                without=without,
+                without=missing_ability,
                 released=decoder_counts.get(part),
             )
         )

@@ -56,14 +56,14 @@ class Pose:
         # 4 q_i^2 for the components w, x, y, z of the quaternion q (Shepperd 1978).
         squares = torch.stack([1 + xx + yy + zz, 1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz], 1)
         # 4 q_i q_j of different components, from the antisymmetric and the symmetric part of R, times 2.
-        antisymmetric = r - r.mT
-        symmetric = r + r.mT
-        wx = antisymmetric[:, 2, 1]
-        wy = antisymmetric[:, 0, 2]
-        wz = antisymmetric[:, 1, 0]
-        xy = symmetric[:, 0, 1]
-        xz = symmetric[:, 0, 2]
-        yz = symmetric[:, 1, 2]
+        antisymmetric_part = r - r.mT
+        symmetric_part = r + r.mT
+        wx = antisymmetric_part[:, 2, 1]
+        wy = antisymmetric_part[:, 0, 2]
+        wz = antisymmetric_part[:, 1, 0]
+        xy = symmetric_part[:, 0, 1]
+        xz = symmetric_part[:, 0, 2]
+        yz = symmetric_part[:, 1, 2]
         w, x, y, z = squares.unbind(1)
         scaled_quaternions = torch.stack(
             [
@@ -75,31 +75,31 @@ class Pose:
         # Each row is 4 q_i times the quaternion. The row of the largest component is the most accurate,
         # because its length is never close to 0.
         longest_row = scaled_quaternions[torch.arange(len(scaled_quaternions)), squares.argmax(1)]
-        unit = longest_row / longest_row.norm(dim=1, keepdim=True)
+        unit_quaternions = longest_row / longest_row.norm(dim=1, keepdim=True)
         # q and -q are the same rotation; the sign is fixed by the real part.
-        return torch.where(unit[:, :1] < 0, -unit, unit).float()
+        return torch.where(unit_quaternions[:, :1] < 0, -unit_quaternions, unit_quaternions).float()
 
 
 def decode_pose(
     latents: Mapping[str, torch.Tensor],
-    decoder: str,
+    decoder_name: str,
     scale: torch.Tensor,
     shift: torch.Tensor,
-    factor: float = 1.0,
+    shrink_factor: float = 1.0,
 ) -> Pose:
     """Decode poses from the latents of the first stage.
 
     Args:
         latents: latents by name; those of the pose are [N, 1, channels].
-        decoder: name of the decoder, one of DECODERS.
+        decoder_name: name of the decoder, one of DECODERS.
         scale: scales of the point maps, [N, 3].
         shift: shifts of the point maps, [N, 3].
-        factor: factor by which the shape was shrunk before the second stage; see `sam3d.reduce_voxels`. The
-            size is multiplied by it.
-    Raises: ValueError if the latents lack one of the pose.
+        shrink_factor: factor by which the shape was shrunk before the second stage; see
+            `sam3d.reduce_voxels`. The size is multiplied by it.
+    Raises: ValueError if a latent of the pose is missing.
     """
-    name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]
-    missing_names = sorted({name, "translation", "scale", "translation_scale"} - set(latents))
+    rotation_name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]
+    missing_names = sorted({rotation_name, "translation", "scale", "translation_scale"} - set(latents))
     if missing_names:
         raise ValueError(
             f"pose: the latents {', '.join(missing_names)} are missing, so there is no pose. Use the"
@@ -108,9 +108,9 @@ def decode_pose(
     # Each latent of the pose is a single token: [N, 1, channels] -> [N, channels].
     rotation_6d, translation, log_size, log_translation_scale = (
         latents[latent_name][:, 0].float()
-        for latent_name in (name, "translation", "scale", "translation_scale")
+        for latent_name in (rotation_name, "translation", "scale", "translation_scale")
     )
-    if name == NORMALISED:
+    if rotation_name == NORMALISED:
         rotation_6d = rotation_6d * rotation_6d.new_tensor(STD) + rotation_6d.new_tensor(MEAN)
     # Gram-Schmidt: the six numbers are the first two columns of R before normalisation (Zhou et al. 2019).
     column_1 = torch.nn.functional.normalize(rotation_6d[:, :3], dim=1)
@@ -118,10 +118,10 @@ def decode_pose(
     column_2 = torch.nn.functional.normalize(rotation_6d[:, 3:] - projection, dim=1)
     rotation = torch.stack([column_1, column_2, torch.linalg.cross(column_1, column_2)], 2)
     # Length of a unit of the latents in the camera's space, [N, 3].
-    unit = scale if decoder == SHIFTED else scale * log_translation_scale.exp()
-    translation = translation * unit
-    if decoder == SHIFTED:
+    unit_length = scale if decoder_name == SHIFTED else scale * log_translation_scale.exp()
+    translation = translation * unit_length
+    if decoder_name == SHIFTED:
         translation = translation + shift
     # As in the original, the mean over the axes is the size along all axes.
-    size = (log_size.exp() * unit).mean(1, keepdim=True).expand(-1, 3)
-    return Pose(rotation, translation, factor * size)
+    object_size = (log_size.exp() * unit_length).mean(1, keepdim=True).expand(-1, 3)
+    return Pose(rotation, translation, shrink_factor * object_size)

@@ -69,7 +69,7 @@ class TrellisPipeline(EncodingFolder):
 
     def __init__(
         self,
-        file: files.PipelineFile,
+        pipeline_file: files.PipelineFile,
         flows: Mapping[str, Any],
         conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
@@ -79,7 +79,7 @@ class TrellisPipeline(EncodingFolder):
         """Build the stages.
 
         Args:
-            file: settings of pipeline.json.
+            pipeline_file: settings of pipeline.json.
             flows: networks by stage name.
             conditioning: embeddings of the prompts, or None if nothing is sampled.
             parts: function that reads a decoder or an encoder by its name in pipeline.json.
@@ -87,8 +87,8 @@ class TrellisPipeline(EncodingFolder):
             encoding: settings for encoding assets; None means the defaults.
         Raises: ValueError if the conditioning or pipeline.json does not fit the networks.
         """
-        super().__init__(conditioning, parts, device, {files.LATENT: (file.mean, file.std)})
-        self.file = file
+        super().__init__(conditioning, parts, device, {files.LATENT: (pipeline_file.mean, pipeline_file.std)})
+        self.file = pipeline_file
         self.encoding = encoding or Encoding()
         self._image_encoder: ImageEncoder | None = None
         self.stages = [self._make_stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
@@ -96,10 +96,10 @@ class TrellisPipeline(EncodingFolder):
         self.resolution = flows[files.LATENT].config.resolution
         # The scales are from pipeline.json and the channels from the model's own JSON file, so they may
         # differ.
-        if len(file.mean) != channels:
+        if len(pipeline_file.mean) != channels:
             raise ValueError(
-                f"pipeline.json: slat_normalization has {len(file.mean)} channels, but the model of stage"
-                f" {files.LATENT!r} has {channels}. Use pipeline.json and models of one release."
+                f"pipeline.json: slat_normalization has {len(pipeline_file.mean)} channels, but the model of"
+                f" stage {files.LATENT!r} has {channels}. Use pipeline.json and models of one release."
             )
 
     def _make_stage(self, name: str, model: Any) -> FlowStage:
@@ -227,11 +227,11 @@ class Trellis(FlowFamily):
             stages: names of the stages that have pairs; None means all stages.
         Raises: FileNotFoundError for missing files.
         """
-        file = files.read_pipeline(root)
+        pipeline_file = files.read_pipeline(root)
         # The tuning loop can run only with pairs of both stages.
         can_loop = stages is None or len(stages) == len(files.FLOWS)
-        models = files.FLOWS | {name: name for name in files.NEEDED if can_loop}
-        return {"pipeline.json": root / "pipeline.json", **files.paths_of(file, models)}
+        model_by_name = files.FLOWS | {name: name for name in files.NEEDED if can_loop}
+        return {"pipeline.json": root / "pipeline.json", **files.paths_of(pipeline_file, model_by_name)}
 
     def load(
         self,
@@ -246,17 +246,19 @@ class Trellis(FlowFamily):
 
         Decoders and encoders are float32 and are read when they are first needed.
         """
-        file = files.read_pipeline(root)
-        stems = {stage: files.find_model(file, model) for stage, model in files.FLOWS.items()}
-        flows = files.flows_of(stems, dtype, device, stages)
+        pipeline_file = files.read_pipeline(root)
+        stem_by_stage = {
+            stage: files.find_model(pipeline_file, model) for stage, model in files.FLOWS.items()
+        }
+        flows = files.flows_of(stem_by_stage, dtype, device, stages)
         # Called after all flows are built, because the size of the largest flow decides.
         return_memory_if_large(flows.values(), device)
 
         def read_part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
-            return files.load_model(files.find_model(file, name), dtype=torch.float32, device=device)
+            return files.load_model(files.find_model(pipeline_file, name), dtype=torch.float32, device=device)
 
-        return TrellisPipeline(file, flows, conditioning, read_part, device, self.encoding)
+        return TrellisPipeline(pipeline_file, flows, conditioning, read_part, device, self.encoding)
 
     def condition(self, pipeline: TrellisPipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of the conditioning tokens of one sample."""
@@ -264,7 +266,7 @@ class Trellis(FlowFamily):
         return [files.TOKENS[pipeline.file.kind], model.config.cond_channels]
 
     def configured(self, source: EncodingSource) -> "Trellis":
-        """Return the family with the encoding options of a source."""
+        """Return a copy of the family with the encoding settings of `source`."""
         return replace(self, encoding=Encoding(share=source.voxel_share, views=source.views))
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
@@ -333,18 +335,18 @@ class Trellis(FlowFamily):
         calibrated_lines = lines[:MAX_CALIBRATED]
         assets = [read_ply(folder / asset_line["look_at"]) for asset_line in calibrated_lines]
         voxels = [read_array(folder / asset_line[files.LATENT], "coords") for asset_line in calibrated_lines]
-        best_match = find_best_share(assets, voxels, pipeline.resolution)
+        share_report = find_best_share(assets, voxels, pipeline.resolution)
         return (
-            f"With voxel_share={best_match['share']:g}, assets best match the voxels from which they were"
-            f" sampled (mean intersection over union {best_match['iou']:.2f} over {len(assets)} assets). Use"
-            f" this value with `eg3d-rlhf flow tune --loop --set voxel_share={best_match['share']:g}`."
+            f"With voxel_share={share_report['share']:g}, assets best match the voxels from which they were"
+            f" sampled (mean intersection over union {share_report['iou']:.2f} over {len(assets)} assets)."
+            f" Use this value with `eg3d-rlhf flow tune --loop --set voxel_share={share_report['share']:g}`."
         )
 
     def networks(self, root: Path) -> list[Network]:
         """List all networks that the tuning loop needs. The encoder of the second stage may be missing."""
         models = (*files.FLOWS.values(), *files.NEEDED, files.LATENT_ENCODER)
-        optional = {files.LATENT_ENCODER: "encoding your own assets, and the loop"}
-        return files.networks_of(files.read_pipeline(root), models, optional)
+        optional_models = {files.LATENT_ENCODER: "encoding your own assets, and the loop"}
+        return files.networks_of(files.read_pipeline(root), models, optional_models)
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
         """Describe the folder to export; see `trellis_files.release_of`.
@@ -355,12 +357,14 @@ class Trellis(FlowFamily):
         Raises: FileNotFoundError for a model that is missing, although the folder that pipeline.json states
             for it exists.
         """
-        file = files.read_pipeline(root)
+        pipeline_file = files.read_pipeline(root)
         # Models whose stated folder does not exist are references to other repositories.
-        required = {
-            name for name, model_path in file.models.items() if (file.root / model_path).parent.is_dir()
+        required_models = {
+            name
+            for name, model_path in pipeline_file.models.items()
+            if (pipeline_file.root / model_path).parent.is_dir()
         }
-        return files.release_of(file, stages, files.FLOWS, files.load_model, required)
+        return files.release_of(pipeline_file, stages, files.FLOWS, files.load_model, required_models)
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
         """Return functions that build the stages of the published generators, by the generators' names."""
@@ -375,15 +379,15 @@ def _of_kind(root: Path, kind: str) -> files.PipelineFile:
 
     Raises: ValueError if the pipeline is of the other kind.
     """
-    file = files.read_pipeline(root)
-    if file.kind != kind:
+    pipeline_file = files.read_pipeline(root)
+    if pipeline_file.kind != kind:
         # Flag of `eg3d-rlhf flow new` for each kind of prompt.
-        flags = {"image": "--images", "text": "--prompts"}
+        flag_by_kind = {"image": "--images", "text": "--prompts"}
         raise ValueError(
-            f"{flags[kind]} does not apply, because {root}/pipeline.json is a pipeline of {file.kind}s. Pass"
-            f" {flags[file.kind]} instead."
+            f"{flag_by_kind[kind]} does not apply, because {root}/pipeline.json is a pipeline of"
+            f" {pipeline_file.kind}s. Pass {flag_by_kind[pipeline_file.kind]} instead."
         )
-    return file
+    return pipeline_file
 
 
 FAMILY = register(Trellis())

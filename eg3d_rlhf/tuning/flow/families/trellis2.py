@@ -76,7 +76,7 @@ class Trellis2Pipeline(EncodingFolder):
 
     def __init__(
         self,
-        file: files.PipelineFile,
+        pipeline_file: files.PipelineFile,
         flows: Mapping[str, nn.Module],
         conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
@@ -85,7 +85,7 @@ class Trellis2Pipeline(EncodingFolder):
         """Build the stages.
 
         Args:
-            file: settings of pipeline.json.
+            pipeline_file: settings of pipeline.json.
             flows: networks by stage name. The texture's network may be missing; the shape is then the last
                 stage.
             conditioning: embeddings of the images, or None if nothing is sampled.
@@ -93,18 +93,20 @@ class Trellis2Pipeline(EncodingFolder):
             device: device of decoders and encoders.
         Raises: ValueError if conditioning, pipeline.json and networks do not fit each other.
         """
-        super().__init__(conditioning, parts, device, file.normalization)
-        self.file = file
+        super().__init__(conditioning, parts, device, pipeline_file.normalization)
+        self.file = pipeline_file
         # The most recent asset, the resolution, and its dual grid with materials; see `_grid`.
         self._cached_grid: tuple[Any, int, tuple[DualGrid, torch.Tensor | None]] | None = None
         # FlowConfig of every stage.
-        self.configs: dict[str, Any] = {name: flows[name].config for name in file.flows if name in flows}
+        self.configs: dict[str, Any] = {
+            name: flows[name].config for name in pipeline_file.flows if name in flows
+        }
         if conditioning is not None:
-            conditioning.check_source("conditioning", source_of(file), "`eg3d-rlhf flow new`")
+            conditioning.check_source("conditioning", source_of(pipeline_file), "`eg3d-rlhf flow new`")
         # Name of the last shape stage, whose latents are decoded.
         self.shape = [name for name in self.configs if name in (files.LOW, files.HIGH)][-1]
         self.stages = [self._make_stage(name, flows[name]) for name in self.configs]
-        for name, (mean, _) in file.normalization.items():
+        for name, (mean, _) in pipeline_file.normalization.items():
             channels = self.configs[name].out_channels if name in self.configs else len(mean)
             if len(mean) != channels:
                 normalization_name = files.NORMALIZATIONS[name]
@@ -136,15 +138,15 @@ class Trellis2Pipeline(EncodingFolder):
     def _make_stage(self, name: str, model: nn.Module) -> FlowStage:
         """Build the stage `name` with its network. Raises: ValueError if the conditioning does not fit it."""
         config = self.configs[name]
-        on_voxels = name != files.STRUCTURE
+        uses_voxels = name != files.STRUCTURE
         self.check_tokens(name, config.cond_channels, f"Embed the images with {self.file.encoder}.")
         latent_kwargs = dict(channels=config.out_channels, resolution=self.cells(name))
         latents: LatentKind = (
-            SparseVoxels(**latent_kwargs, given=config.given) if on_voxels else DenseGrid(**latent_kwargs)
+            SparseVoxels(**latent_kwargs, given=config.given) if uses_voxels else DenseGrid(**latent_kwargs)
         )
         # The published distributions of training times: logit-normal for the structure, uniform for others.
         path = FlowPath(
-            sigma_min=self.file.sigma_min[name], schedule="uniform" if on_voxels else "logit-normal"
+            sigma_min=self.file.sigma_min[name], schedule="uniform" if uses_voxels else "logit-normal"
         )
         return FlowStage(
             name=name, model=model, latents=latents, path=path, sampling=self.file.sampling[name]
@@ -163,8 +165,8 @@ class Trellis2Pipeline(EncodingFolder):
         Args:
             stage: name of any stage but the last one.
             x_0: latents of the stage.
-        Returns: for each sample, voxels [v, 3] int32. If the next stage is the texture, they have the shape's
-            latents as features.
+        Returns: for each sample, voxels [v, 3] int32. If the next stage is the texture, the voxels have the
+            shape's latents as features.
         Raises: ValueError for the last stage, or for latents that are not finite.
         """
         stage_names = [s.name for s in self.stages]
@@ -192,8 +194,8 @@ class Trellis2Pipeline(EncodingFolder):
         Args:
             latent: latent of one structure.
             resolution: voxels per axis of the coarser grid.
-        Raises: ValueError if the decoder's resolution is not a multiple of it; EmptyStructure for a structure
-            without occupied voxels within the context `rejecting_empty`.
+        Raises: ValueError if the decoder's resolution is not a multiple of `resolution`; EmptyStructure for a
+            structure without occupied voxels within the context `rejecting_empty`.
         """
         # A batch of one sample; the logits are [1, 1, side, side, side].
         logits = self.part(files.STRUCTURE_DECODER)(latent[None].to(self.device, torch.float32))
@@ -201,7 +203,7 @@ class Trellis2Pipeline(EncodingFolder):
         # occupied. Within `rejecting_empty` an empty structure is an error instead.
         logits = occupy_best_voxel(logits, f"stage {files.STRUCTURE!r}")
         # Voxels of the decoder's grid per voxel of the coarser grid, along an axis.
-        factor, remainder = divmod(logits.shape[-1], resolution)
+        pooling_factor, remainder = divmod(logits.shape[-1], resolution)
         # A resolution above the decoder's leaves a remainder, too.
         if remainder:
             raise ValueError(
@@ -209,12 +211,17 @@ class Trellis2Pipeline(EncodingFolder):
                 f" {logits.shape[-1]}. Use models of one release."
             )
         # The largest logit is positive if any of the pooled voxels is occupied.
-        return voxels_of(nn.functional.max_pool3d(logits, factor))[0]
+        return voxels_of(nn.functional.max_pool3d(logits, pooling_factor))[0]
 
     def _upsample(self, sample: SparseSample, stage: str) -> SparseSample:
         """Return the voxels on which shape_1024 is sampled after shape_512.
 
         They are the voxels of the grid of shape_1024 that contain a voxel of the decoder's finest grid.
+
+        Args:
+            sample: latents [v, C] of shape_512 on its voxels, in the scale of the flow.
+            stage: name of the stage shape_512.
+        Returns: voxels with features that are not used.
         """
         decoder = self._decoder()
         # `levels` stops the decoder after its last division of voxels; features are not needed.
@@ -222,26 +229,25 @@ class Trellis2Pipeline(EncodingFolder):
             self._unnormalised(sample.coords, sample.feats, stage), levels=len(decoder.config.up_block_type)
         )
         # Voxels of the decoder's finest grid per voxel of the latents, along an axis.
-        factor = decoder.config.finer
+        voxels_per_latent = decoder.config.finer
         coords, cells = finer_voxels(
             # Without the first column, the index of the sample in the batch.
             finest_voxels.coords[:, 1:],
-            self.configs[stage].resolution * factor,
-            self.cells(files.HIGH) * factor,
-            self.configs[files.HIGH].resolution * factor,
-            factor,
+            self.configs[stage].resolution * voxels_per_latent,
+            self.cells(files.HIGH) * voxels_per_latent,
+            self.configs[files.HIGH].resolution * voxels_per_latent,
+            voxels_per_latent,
         )
         # A sample must have features. These are arbitrary, because the next stage starts from noise.
         return SparseSample(coords, coords[:, :1].float(), cells=cells)
 
     def _unnormalised(self, coords: torch.Tensor, feats: torch.Tensor, stage: str) -> SparseBatch:
-        """Build a batch of one sample, with latents converted from the scale of a stage's flow to the
-        decoder's.
+        """Build a batch of one sample, with its latents in the decoder's scale.
 
         Args:
             coords: voxels [v, 3] of the sample.
             feats: latents [v, C], in the scale of the flow.
-            stage: name of the stage.
+            stage: name of the stage, whose scale is removed.
         """
         return SparseBatch.join([SparseSample(coords, self.unnormalised(feats.float(), stage))]).to(
             self.device
@@ -251,8 +257,9 @@ class Trellis2Pipeline(EncodingFolder):
     def decode(self, x_0: SparseBatch) -> list[VoxelAsset]:
         """Decode latents of the last stage to one asset per sample.
 
-        Args: x_0: latents of the texture, with the shape's latents as given features. In a pipeline without
-            texture, latents of the shape; the assets then have no materials.
+        Args:
+            x_0: latents of the texture, with the shape's latents as given features. In a pipeline without
+                texture, latents of the shape; the assets then have no materials.
         Raises: ValueError for latents that are not finite, or for a texture without the shape's latents.
         """
         check_finite("decode", x_0)
@@ -269,17 +276,17 @@ class Trellis2Pipeline(EncodingFolder):
             # A cascade may have lowered the resolution of this sample.
             resolution = (sample.cells or self.cells(self.shape)) * decoder.config.finer
             latent = sample.given if sample.given is not None else sample.feats
-            surface, children = decoder(self._unnormalised(sample.coords, latent, self.shape))
+            surface, voxel_children = decoder(self._unnormalised(sample.coords, latent, self.shape))
             materials = None
             if has_texture:
                 texture = self._unnormalised(sample.coords, sample.feats, files.TEXTURE)
                 # Shape and materials must have the same voxels, so voxels are divided as for the shape.
-                materials, _ = self.part(files.TEXTURE_DECODER)(texture, children)
+                materials, _ = self.part(files.TEXTURE_DECODER)(texture, voxel_children)
             assets += assets_of(surface, materials, resolution, decoder.config.voxel_margin)
         return assets
 
     def _decoder(self) -> VoxelDecoder:
-        """Return the decoder of the shape, with its type."""
+        """Return the decoder of the shape. Unlike `part`, this method states its type."""
         return self.part(files.SHAPE_DECODER)
 
     def encodes(self, asset: VoxelAsset | Mesh) -> Sequence[str]:
@@ -299,18 +306,22 @@ class Trellis2Pipeline(EncodingFolder):
         if stage == files.STRUCTURE:
             encoder = self.part(files.STRUCTURE_ENCODER)
             # Voxels per axis of the encoder's input: each level after the first halves the resolution.
-            side = self.configs[stage].resolution * 2 ** (len(encoder.config.channels) - 1)
+            input_side = self.configs[stage].resolution * 2 ** (len(encoder.config.channels) - 1)
             resolution = (
-                asset.resolution if isinstance(asset, VoxelAsset) else side * self._encoder().config.coarser
+                asset.resolution
+                if isinstance(asset, VoxelAsset)
+                else input_side * self._encoder().config.coarser
             )
             # Voxels of the dual grid, pooled to the resolution of the encoder's input.
-            voxels = torch.unique(self._grid(asset, resolution)[0].coords.long() * side // resolution, dim=0)
+            voxels = torch.unique(
+                self._grid(asset, resolution)[0].coords.long() * input_side // resolution, dim=0
+            )
             # The encoder returns (mean, log variance) for a batch; the mean of the only sample is the latent.
-            return encoder(grid_of([voxels], side).to(self.device))[0][0].cpu()
+            return encoder(grid_of([voxels], input_side).to(self.device))[0][0].cpu()
         encoder = self._encoder()
-        at_asset_resolution = stage in (self.shape, files.TEXTURE) and isinstance(asset, VoxelAsset)
+        uses_asset_resolution = stage in (self.shape, files.TEXTURE) and isinstance(asset, VoxelAsset)
         shape_stage = self.shape if stage == files.TEXTURE else stage
-        if at_asset_resolution:
+        if uses_asset_resolution:
             # An asset keeps its resolution, which a cascade may have lowered.
             resolution = asset.resolution  # type: ignore[union-attr]
         else:
@@ -338,7 +349,7 @@ class Trellis2Pipeline(EncodingFolder):
         )
 
     def _encoder(self) -> VoxelEncoder:
-        """Return the encoder of the shape, with its type."""
+        """Return the encoder of the shape. Unlike `part`, this method states its type."""
         return self.part(files.SHAPE_ENCODER)
 
     def _grid(self, asset: VoxelAsset | Mesh, resolution: int) -> tuple[DualGrid, torch.Tensor | None]:
@@ -373,10 +384,10 @@ def finer_voxels(
     side: int,
     resolution: int,
     lowest_resolution: int,
-    factor: int,
+    voxels_per_latent: int,
     voxel_limit: int = VOXEL_LIMIT,
 ) -> tuple[torch.Tensor, int]:
-    """Map voxels of a grid to the voxels of a finer shape's latents, in a cascade.
+    """Compute the voxels of shape_1024's latents from the finest voxels of shape_512's decoder.
 
     The resolution is lowered in steps of 128 while there are `voxel_limit` voxels or more, and the resolution
     is above `lowest_resolution`.
@@ -386,12 +397,12 @@ def finer_voxels(
         side: voxels per axis of this grid.
         resolution: requested voxels per axis of the asset.
         lowest_resolution: resolution that is not lowered further.
-        factor: voxels of the asset per voxel of the latents, along an axis.
+        voxels_per_latent: voxels of the asset per voxel of the latents, along an axis.
         voxel_limit: number of voxels from which the resolution is lowered.
     Returns: voxels [v, 3] int32 of the latents, sorted, and grid cells per axis of the latents.
     """
     while True:
-        cells = resolution // factor  # grid cells per axis of the latents
+        cells = resolution // voxels_per_latent  # grid cells per axis of the latents
         # Centres of the voxels, rescaled to the new grid; float64, so that no centre falls on a border.
         voxels = torch.unique(((coords.double() + 0.5) / side * cells).floor().int(), dim=0)
         if len(voxels) < voxel_limit or resolution <= lowest_resolution:
@@ -402,12 +413,12 @@ def finer_voxels(
 # Conditioning: DINOv3's tokens of an image at two sizes, with weights on this machine. Nothing is downloaded.
 
 
-def source_of(file: files.PipelineFile) -> str:
+def source_of(pipeline_file: files.PipelineFile) -> str:
     """Return a text that names the image encoder and the preprocessing of images.
 
     Files of embeddings contain this text and are compared by it, so it must not change.
     """
-    return f"{file.encoder} before its last norm, pictures over black before they are resized"
+    return f"{pipeline_file.encoder} before its last norm, pictures over black before they are resized"
 
 
 @torch.no_grad()
@@ -461,16 +472,20 @@ class Trellis2(FlowFamily):
         If `stages` is not empty and does not name the texture, the pipeline has no texture, and the shape is
         the last stage.
         """
-        file = files.read_pipeline(root)
+        pipeline_file = files.read_pipeline(root)
         # An empty list, as for estimates, keeps the texture on the meta device.
         has_texture = not stages or files.TEXTURE in stages
         flow_models = {
-            stage: model for stage, model in file.flows.items() if has_texture or stage != files.TEXTURE
+            stage: model
+            for stage, model in pipeline_file.flows.items()
+            if has_texture or stage != files.TEXTURE
         }
         # Decoders are searched for now, so that a missing one is reported before the flows are read.
-        stems = {name: find_model(file, name) for name in (*flow_models.values(), *files.DECODERS)}
+        stem_by_model = {
+            name: find_model(pipeline_file, name) for name in (*flow_models.values(), *files.DECODERS)
+        }
         flows = flows_of(
-            {stage: stems[model] for stage, model in flow_models.items()},
+            {stage: stem_by_model[model] for stage, model in flow_models.items()},
             dtype,
             device,
             stages,
@@ -482,8 +497,8 @@ class Trellis2(FlowFamily):
             # error.
             if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
                 raise ValueError(
-                    f"pipeline.json, {file.flows[stage]}: a {type(flow).__name__} is no model of stage"
-                    f" {stage!r}. Correct the path of this model, or download pipeline.json again."
+                    f"pipeline.json, {pipeline_file.flows[stage]}: a {type(flow).__name__} is no model of"
+                    f" stage {stage!r}. Correct the path of this model, or download pipeline.json again."
                 )
             # Recomputing blocks in the backward pass saves the memory of their activations.
             if isinstance(flow, Flow):
@@ -493,9 +508,9 @@ class Trellis2(FlowFamily):
         def read_part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
             # Autoencoders always compute in float32.
-            return files.load_model(find_model(file, name), dtype=torch.float32, device=device)
+            return files.load_model(find_model(pipeline_file, name), dtype=torch.float32, device=device)
 
-        return Trellis2Pipeline(file, flows, conditioning, read_part, device)
+        return Trellis2Pipeline(pipeline_file, flows, conditioning, read_part, device)
 
     def condition(self, pipeline: Trellis2Pipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of a stage's conditioning."""
@@ -509,12 +524,14 @@ class Trellis2(FlowFamily):
         If the texture has pairs, the stages are tuned one by one, without the tuning loop. Otherwise the
         texture is left out. The loop then tunes structure and shape, if their encoders are on this machine.
         """
-        file = files.read_pipeline(Path(source.pipeline))
+        pipeline_file = files.read_pipeline(Path(source.pipeline))
         if files.TEXTURE in pairs_in(self, source):
             # The loop would need rewards of materials, which `fit_reward` does not support.
-            return open_folder(self, source, device, rewards=False)
+            return open_folder(self, source, device, fits_rewards=False)
         missing_encoders = [
-            name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not has_model(file, name)
+            name
+            for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER)
+            if not has_model(pipeline_file, name)
         ]
         if missing_encoders:
             print_notice(
@@ -523,34 +540,36 @@ class Trellis2(FlowFamily):
             )
         stages = [stage for stage in files.STAGES if stage != files.TEXTURE]
         # Without rewards the loop does not run.
-        return open_folder(self, source, device, stages=stages, rewards=not missing_encoders)
+        return open_folder(self, source, device, stages=stages, fits_rewards=not missing_encoders)
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Embed images with transparent backgrounds by the DINOv3 model that pipeline.json names.
 
         Each image is encoded at the sizes SMALL and LARGER.
         """
-        file = files.read_pipeline(root)
+        pipeline_file = files.read_pipeline(root)
         tokens = {}
         # One network for both sizes: rotary positions adapt to the number of patches.
-        encoder = read_dino3(file.encoder, device)
-        sizes = (SMALL, LARGER)
+        encoder = read_dino3(pipeline_file.encoder, device)
+        image_sizes = (SMALL, LARGER)
         for name, path in embedding_progress(images.items(), "image"):
-            resized_images = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
+            resized_images = read_cut_out(
+                path, lambda image: on_black_first(image, tuple(map(int, image_sizes)))
+            )
             tokens[name] = {
                 image_size: image_tokens(encoder, image[None])[0]
-                for image_size, image in zip(sizes, resized_images, strict=True)
+                for image_size, image in zip(image_sizes, resized_images, strict=True)
             }
-        return Conditioning(tokens=tokens, encoder=source_of(file), zero_null=True)
+        return Conditioning(tokens=tokens, encoder=source_of(pipeline_file), zero_null=True)
 
     def networks(self, root: Path) -> list[Network]:
         """List all networks of the pipeline for `flow check`. The encoders may be missing."""
-        file = files.read_pipeline(root)
+        pipeline_file = files.read_pipeline(root)
         return networks_of(
-            file,
-            (*file.flows.values(), *files.DECODERS, *files.ENCODERS),
+            pipeline_file,
+            (*pipeline_file.flows.values(), *files.DECODERS, *files.ENCODERS),
             files.OPTIONAL,
-            released=files.RELEASED,
+            released_sizes=files.RELEASED,
             architectures=files.ARCHITECTURES,
             prepare=files.convert_tensors,
         )
@@ -562,16 +581,19 @@ class Trellis2(FlowFamily):
 
         Raises: ValueError for tuned stages that the pipeline does not have.
         """
-        file = files.read_pipeline(root)
-        unknown_stages = sorted(set(stages) - set(file.flows))
+        pipeline_file = files.read_pipeline(root)
+        unknown_stages = sorted(set(stages) - set(pipeline_file.flows))
         if unknown_stages:
             raise ValueError(
-                f"export: the pipeline {file.kind!r} has no stage {', '.join(unknown_stages)}, only"
-                f" {', '.join(file.flows)}. Remove the tuned weights of the other stages from the command."
+                f"export: the pipeline {pipeline_file.kind!r} has no stage {', '.join(unknown_stages)}, only"
+                f" {', '.join(pipeline_file.flows)}. Remove the tuned weights of the other stages from the"
+                " command."
             )
         # Encoders are not among them: they are exported only if they exist.
-        required = {*file.flows.values(), *files.DECODERS}
-        return release_of(file, stages, file.flows, files.load_model, required, (files.TEXTURING,))
+        required_models = {*pipeline_file.flows.values(), *files.DECODERS}
+        return release_of(
+            pipeline_file, stages, pipeline_file.flows, files.load_model, required_models, (files.TEXTURING,)
+        )
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
         """Return the function that builds the published stages, by the generator's name."""

@@ -33,14 +33,14 @@ def faces_of(asset: VoxelAsset) -> list[torch.Tensor]:
     # cannot have the integer of another voxel.
     side = asset.resolution + 1
     strides = torch.tensor([side**2, side, 1], device=coords.device)
-    codes = (coords * strides).sum(1)  # [W]
+    voxel_codes = (coords * strides).sum(1)  # [W]
     quads = list[torch.Tensor]()
-    sorted_codes, voxel_index = codes.sort()
+    sorted_codes, voxel_index = voxel_codes.sort()
     for axis in range(3):
         # Strides b and c of the next voxels along the other two axes.
         b, c = (strides[(axis + k) % 3] for k in (1, 2))
         # The four voxels in a circle around the edge: [crossed edges, 4].
-        corners = codes[asset.crossed[:, axis], None] + torch.stack([torch.zeros_like(b), c, b + c, b])
+        corners = voxel_codes[asset.crossed[:, axis], None] + torch.stack([torch.zeros_like(b), c, b + c, b])
         # Codes beyond the last one get the index W, hence the clamp; they differ in the comparison.
         code_position = torch.searchsorted(sorted_codes, corners).clamp(max=len(sorted_codes) - 1)
         # Only edges around which all four voxels exist.
@@ -58,11 +58,11 @@ def surface_of(asset: VoxelAsset) -> tuple[torch.Tensor, torch.Tensor]:
     """
     quads = torch.cat(faces_of(asset))
     w0, w1, w2, w3 = asset.split[quads].unbind(1)  # weights of the four corners, [F] each
-    along_02 = (w0 * w2 > w1 * w3)[:, None]  # whether the diagonal connects corners 0 and 2, or 1 and 3
+    connects_02 = (w0 * w2 > w1 * w3)[:, None]  # whether the diagonal connects corners 0 and 2, or 1 and 3
     # Corners of the two triangles, for the diagonal 0-2 and for the diagonal 1-3.
     triangles = [
-        torch.where(along_02, quads[:, (0, 1, 2)], quads[:, (0, 1, 3)]),
-        torch.where(along_02, quads[:, (0, 2, 3)], quads[:, (3, 1, 2)]),
+        torch.where(connects_02, quads[:, (0, 1, 2)], quads[:, (0, 1, 3)]),
+        torch.where(connects_02, quads[:, (0, 2, 3)], quads[:, (3, 1, 2)]),
     ]
     # The two triangles of a face follow each other: [F, 2, 3] -> [2 F, 3].
     return asset.means, torch.stack(triangles, 1).flatten(0, 1)
@@ -74,22 +74,22 @@ def dual_grid_of(asset: VoxelAsset) -> tuple[DualGrid, torch.Tensor | None]:
     All voxels are returned if the asset has no face. The materials are None if the asset has none.
     """
     quads = faces_of(asset)
-    crossed = torch.zeros_like(asset.crossed)
+    crosses_edge = torch.zeros_like(asset.crossed)
     # The first voxel of a face owns the edge; see `faces_of`. Edges without a face are removed.
     for axis, axis_quads in enumerate(quads):
-        crossed[axis_quads[:, 0], axis] = True
+        crosses_edge[axis_quads[:, 0], axis] = True
     voxel_index = torch.unique(torch.cat(quads))
     if not len(voxel_index):
         # Assets of untrained networks may have no face.
         voxel_index = torch.arange(len(asset.coords), device=asset.coords.device)
-        crossed = asset.crossed
+        crosses_edge = asset.crossed
     coords = asset.coords[voxel_index].long()
     # Sorted by x, then y, then z: 21 bits for each coordinate in one 64-bit integer.
     voxel_index = voxel_index[((coords[:, 0] << 42) + (coords[:, 1] << 21) + coords[:, 2]).argsort()]
     grid = DualGrid(
         asset.coords[voxel_index].cpu(),
         asset.vertices[voxel_index].clamp(0, 1).cpu(),
-        crossed[voxel_index].cpu(),
+        crosses_edge[voxel_index].cpu(),
     )
     return grid, None if asset.materials is None else asset.materials[voxel_index]
 
@@ -113,16 +113,16 @@ def dual_grid_at(asset: VoxelAsset, resolution: int) -> DualGrid:
         return DualGrid(coords, torch.full(coords.shape, 0.5), torch.zeros(coords.shape, dtype=torch.bool))
 
 
-def encoded_shape(coords: torch.Tensor, vertices: torch.Tensor, crossed: torch.Tensor) -> SparseBatch:
+def encoded_shape(coords: torch.Tensor, vertices: torch.Tensor, crosses_edge: torch.Tensor) -> SparseBatch:
     """Build the input of the shape's encoder: a batch of one sample with features [W, 6] of -0.5..0.5.
 
     Args:
         coords: voxels [W, 3] int32.
         vertices: positions of the vertices in their voxels, [W, 3] of 0..1.
-        crossed: whether the surface crosses the voxel's edge along each axis, [W, 3] bool.
+        crosses_edge: whether the surface crosses the voxel's edge along each axis, [W, 3] bool.
     """
     return SparseBatch.join(
-        [SparseSample(coords, torch.cat([vertices - 0.5, crossed.to(vertices) - 0.5], 1))]
+        [SparseSample(coords, torch.cat([vertices - 0.5, crosses_edge.to(vertices) - 0.5], 1))]
     )
 
 
@@ -136,12 +136,12 @@ def centred(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
     Raises: ValueError if all vertices are the same point.
     """
     vertices = mesh.vertices.double()
-    low = vertices.amin(0)
-    high = vertices.amax(0)
-    if not float((high - low).max()) > 0:
+    box_min = vertices.amin(0)
+    box_max = vertices.amax(0)
+    if not float((box_max - box_min).max()) > 0:
         raise ValueError("all vertices of the mesh are the same point. Export the surface as triangles.")
     # One scale for all axes, so that proportions stay the same.
-    return (vertices - (low + high) / 2) * (LONGEST_SIDE / (high - low).max()), mesh.faces
+    return (vertices - (box_min + box_max) / 2) * (LONGEST_SIDE / (box_max - box_min).max()), mesh.faces
 
 
 def read_asset(path: Path) -> Mesh:

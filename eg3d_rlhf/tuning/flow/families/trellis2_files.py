@@ -154,15 +154,15 @@ def read_pipeline(root: Path) -> PipelineFile:
             f"{path}: default_pipeline_type must be one of {', '.join(CHAINS)}, got {pipeline_type!r}."
             " Correct it in the file, or download the file again."
         )
-    chain = CHAINS[pipeline_type]
+    model_by_stage = CHAINS[pipeline_type]
     models = pipeline_args["models"]
-    missing_models = [model for model in (*chain.values(), *DECODERS) if model not in models]
+    missing_models = [model for model in (*model_by_stage.values(), *DECODERS) if model not in models]
     if missing_models:
         raise ValueError(
             f"{path}: args.models does not name {', '.join(missing_models[:8])}, which {pipeline_type!r}"
             " needs. Download the file again."
         )
-    samplers = {stage: _sampler(path, pipeline_args, SAMPLERS[stage]) for stage in chain}
+    samplers = {stage: _sampler(path, pipeline_args, SAMPLERS[stage]) for stage in model_by_stage}
     image_encoder = pipeline_args.get("image_cond_model") or {}
     # The second file names the shape's encoder. It is optional.
     texturing_path = root / TEXTURING
@@ -184,40 +184,45 @@ def read_pipeline(root: Path) -> PipelineFile:
         normalization={
             stage: _normalization(path, pipeline_args, key)
             for stage, key in NORMALIZATIONS.items()
-            if stage in chain
+            if stage in model_by_stage
         },
     )
 
 
 def _sampler(path: Path, pipeline_args: Mapping, sampler_name: str) -> tuple[Sampling, float]:
-    """Read the settings of the sampler `sampler_name`, and sigma_min.
+    """Read the settings of the sampler `sampler_name`, and sigma_min, the noise that remains at t = 0.
 
     guidance_strength in the file is 1 + w, with w the `cfg_strength` of this package: the guided velocity is
     (1 + w) v_cond - w v_null.
+
+    Args:
+        path: path of pipeline.json, for messages.
+        pipeline_args: object args of pipeline.json.
+        sampler_name: name of the sampler's entry in `pipeline_args`.
     """
 
     def parse_sampler(name: str, params: Mapping) -> Sampling:
-        """Parse the params of a sampler."""
+        """Convert the params of a sampler to settings. The name of its class is not used."""
         trellis_names = sorted(str(k) for k in params if str(k).startswith("cfg_"))
         if trellis_names:
             # These are settings of TRELLIS, whose cfg_strength is w and not 1 + w.
             raise ValueError(
-                f"{', '.join(trellis_names)} are settings of TRELLIS and not of TRELLIS.2. Use"
+                f"the sampler has settings of TRELLIS and not of TRELLIS.2: {', '.join(trellis_names)}. Use"
                 " guidance_strength = cfg_strength + 1 and guidance_interval instead."
             )
-        strength = float(params.get("guidance_strength", 3.0))
+        guidance_strength = float(params.get("guidance_strength", 3.0))
         # t = 1 is noise in the file and in this package, so the interval needs no conversion.
-        low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
-        if strength < 1:
+        interval_start, interval_end = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
+        if guidance_strength < 1:
             raise ValueError(
-                f"guidance_strength must be >= 1, got {strength}. Smaller values would guide away from the"
-                " prompt. Set it to 1 for no guidance."
+                f"guidance_strength must be >= 1, got {guidance_strength}. Smaller values would guide away"
+                " from the prompt. Set it to 1 for no guidance."
             )
         return Sampling(
             steps=int(params.get("steps", 50)),
             rescale_t=float(params.get("rescale_t", 1.0)),
-            cfg_strength=strength - 1,
-            cfg_interval=(low, high),
+            cfg_strength=guidance_strength - 1,
+            cfg_interval=(interval_start, interval_end),
             cfg_rescale=float(params.get("guidance_rescale", 0.0)),
         )
 
@@ -250,7 +255,7 @@ def load_model(
     stem: Path,
     dtype: torch.dtype | None = None,
     *,
-    weights: Path | None = None,
+    weights_path: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Build a model from <stem>.json and its weights; see `trellis_files.load_model`.
@@ -259,7 +264,12 @@ def load_model(
         rotary position embeddings (`rope_phases`) that do not match the resolution in the JSON file.
     """
     return files.load_model(
-        stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=convert_tensors
+        stem,
+        dtype,
+        weights_path=weights_path,
+        device=device,
+        architectures=ARCHITECTURES,
+        prepare=convert_tensors,
     )
 
 
@@ -290,24 +300,32 @@ def convert_tensors(model: Any, config: Any, tensors: State, message_prefix: str
             or stored_phases.shape != expected_phases.shape
             or not torch.allclose(stored_phases.to(expected_phases), expected_phases, atol=1e-2)
         ):
-            stored_form = f"{stored_phases.dtype} {list(stored_phases.shape)}"
+            stored_form_text = f"{stored_phases.dtype} {list(stored_phases.shape)}"
             raise ValueError(
-                f"{message_prefix}: the stored rope_phases ({stored_form}) differ from those of the"
+                f"{message_prefix}: the stored rope_phases ({stored_form_text}) differ from those of the"
                 f" resolution in the model's JSON file (complex {list(expected_phases.shape)}). Download"
                 " both files again."
             )
     return tensors
 
 
-def model_files(file: PipelineFile) -> dict[str, Path]:
+def model_files(pipeline_file: PipelineFile) -> dict[str, Path]:
     """Return all files from which the pipeline is read, by name. Encoders are included if they exist.
 
     Raises: FileNotFoundError for a missing flow or decoder.
     """
-    paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
+    paths = {
+        name: pipeline_file.root / name
+        for name in ("pipeline.json", TEXTURING)
+        if (pipeline_file.root / name).is_file()
+    }
     # The hashes of these files identify a problem, so every file that is read must be included.
-    models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.has_model(file, name))]
-    return paths | files.paths_of(file, dict(zip(models, models, strict=True)))
+    model_names = [
+        *pipeline_file.flows.values(),
+        *DECODERS,
+        *(name for name in ENCODERS if files.has_model(pipeline_file, name)),
+    ]
+    return paths | files.paths_of(pipeline_file, dict(zip(model_names, model_names, strict=True)))
 
 
 # Pixels per side of the image -> number of DINOv3's tokens: 1 class token, 4 registers, (side / 16)^2

@@ -82,9 +82,9 @@ def find_filled_voxels(asset: SplatAsset, resolution: int = 64, share: float = 0
         share: share of the mean mass, >= 0.
     Raises: ValueError for an asset that fills no voxel.
     """
-    mass, mean_mass = _mass(asset, resolution)
+    voxel_mass, mean_mass = _mass(asset, resolution)
     # Voxels without mass are never filled, not even for a share of 0.
-    flat_index = ((mass >= share * mean_mass) & (mass > 0)).nonzero()[:, 0]  # (x R + y) R + z
+    flat_index = ((voxel_mass >= share * mean_mass) & (voxel_mass > 0)).nonzero()[:, 0]  # (x R + y) R + z
     return torch.stack(
         [flat_index // resolution**2, flat_index // resolution % resolution, flat_index % resolution], 1
     ).int()
@@ -135,16 +135,20 @@ def find_best_share(
     """
     assert len(assets) == len(voxels)
     if not assets:
-        raise ValueError("--list: the list has no assets. Sample assets first with `eg3d-rlhf flow sample`.")
+        raise ValueError(
+            "voxel_share: there are no assets to compare. Sample assets first with `eg3d-rlhf flow sample`."
+        )
     iou_sums = torch.zeros(len(SHARES), dtype=torch.float64)
     for asset, source_voxels in zip(assets, voxels, strict=True):
         x, y, z = source_voxels.cpu().long().unbind(1)
         is_source = torch.zeros(resolution**3, dtype=torch.bool)
         is_source[(x * resolution + y) * resolution + z] = True
         # The sums are the same for all shares, so they are computed once per asset.
-        mass, mean_mass = _mass(asset, resolution)
+        voxel_mass, mean_mass = _mass(asset, resolution)
         for i, share in enumerate(SHARES):
-            is_filled = (mass >= share * mean_mass) & (mass > 0)  # the condition of `find_filled_voxels`
+            is_filled = (voxel_mass >= share * mean_mass) & (
+                voxel_mass > 0
+            )  # the condition of `find_filled_voxels`
             iou_sums[i] += (is_filled & is_source).sum() / (is_filled | is_source).sum()
     ious = (iou_sums / len(assets)).tolist()  # mean over assets, one per share
     # Index of the largest value; the smallest share if several are equal.
@@ -190,12 +194,12 @@ def show(asset: SplatAsset, path: Path) -> Path:
 
 
 @torch.no_grad()
-def decode_gaussians(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[SplatAsset]:
+def decode_gaussians(pipeline: OpenedFolder, decoder_name: str, x_0: SparseBatch) -> list[SplatAsset]:
     """Decode latents of a pipeline's last stage to assets, one sample at a time.
 
     Args:
         pipeline: pipeline with the decoder.
-        decoder: name of the decoder of Gaussians in the pipeline.
+        decoder_name: name of the decoder of Gaussians in the pipeline.
         x_0: latents on voxels, in the scale of the stage's flow.
     Raises: ValueError for latents that are not finite.
     """
@@ -203,7 +207,7 @@ def decode_gaussians(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> 
     assets = []
     for sample in x_0.samples():
         latent = SparseSample(sample.coords, pipeline.unnormalised(sample.feats.float()))
-        (gaussians,) = pipeline.part(decoder)(SparseBatch.join([latent]).to(pipeline.device))
+        (gaussians,) = pipeline.part(decoder_name)(SparseBatch.join([latent]).to(pipeline.device))
         assets.append(
             SplatAsset(
                 means=gaussians.means,
@@ -230,14 +234,14 @@ def read_ply(path: Path) -> SplatAsset:
         )
     ply_bytes = path.read_bytes()
     header_end = ply_bytes.find(b"end_header\n")  # -1, that is no header, for other files
-    header = ply_bytes[: max(header_end, 0)].decode("ascii", "replace").splitlines()
+    header_lines = ply_bytes[: max(header_end, 0)].decode("ascii", "replace").splitlines()
     # Lines such as "property float x" and "element vertex 1000".
-    properties = [header_line.split() for header_line in header if header_line.startswith("property ")]
+    properties = [header_line.split() for header_line in header_lines if header_line.startswith("property ")]
     property_names = [line_words[-1] for line_words in properties]
-    all_float32 = all(line_words[1] in ("float", "float32") for line_words in properties)
-    elements = [header_line.split() for header_line in header if header_line.startswith("element ")]
+    are_all_float32 = all(line_words[1] in ("float", "float32") for line_words in properties)
+    elements = [header_line.split() for header_line in header_lines if header_line.startswith("element ")]
     row_counts = [int(line_words[2]) for line_words in elements if line_words[2].isdigit()]
-    if "format binary_little_endian 1.0" not in header:
+    if "format binary_little_endian 1.0" not in header_lines:
         raise ValueError(
             f"{path}: the file is not a binary little-endian .ply. Export it again in this format."
         )
@@ -249,23 +253,25 @@ def read_ply(path: Path) -> SplatAsset:
             " file again as Gaussian splats."
         )
     # With a single element, the Gaussians, and only float32 properties, all rows have the same length.
-    if not all_float32 or len(row_counts) != 1:
+    if not are_all_float32 or len(row_counts) != 1:
         raise ValueError(
             f"{path}: expected one element with only float32 properties, got {len(row_counts)} elements or"
             " other types. Export the file again as Gaussian splats."
         )
     row_bytes = ply_bytes[header_end + len(b"end_header\n") :]
-    expected_size = len(property_names) * 4 * row_counts[0]  # 4 bytes per float32
-    if len(row_bytes) != expected_size:
+    expected_byte_count = len(property_names) * 4 * row_counts[0]  # 4 bytes per float32
+    if len(row_bytes) != expected_byte_count:
         raise ValueError(
-            f"{path}: expected {expected_size} bytes after the header, got {len(row_bytes)}. The file is"
-            " truncated or damaged. Export it again."
+            f"{path}: expected {expected_byte_count} bytes after the header, got {len(row_bytes)}. The file"
+            " is truncated or damaged. Export it again."
         )
-    table = torch.from_numpy(np.frombuffer(row_bytes, "<f4").reshape(row_counts[0], -1).astype(np.float32))
+    row_table = torch.from_numpy(
+        np.frombuffer(row_bytes, "<f4").reshape(row_counts[0], -1).astype(np.float32)
+    )
 
     def select_columns(*fields: str) -> torch.Tensor:
-        """Select columns of the table by the names of their properties."""
-        return table[:, [property_names.index(name) for name in fields]]
+        """Return the columns [G, properties] of the named properties."""
+        return row_table[:, [property_names.index(name) for name in fields]]
 
     scales = select_columns("scale_0", "scale_1", "scale_2").exp()
     rotations = select_columns("rot_0", "rot_1", "rot_2", "rot_3")
@@ -301,8 +307,9 @@ class View:
         return (xyz - self.position.to(xyz)) @ self.rotation.to(xyz).T
 
     def project(self, xyz: torch.Tensor) -> torch.Tensor:
-        """Project points [G, 3] to image coordinates [G, 2], 0..1 to the right and down from the upper
-        left corner.
+        """Project points [G, 3] to image coordinates [G, 2].
+
+        The coordinates are 0..1, to the right and down from the upper left corner.
         """
         camera_points = self.camera(xyz)
         return self.focal * camera_points[:, :2] / camera_points[:, 2:] + 0.5
@@ -344,18 +351,20 @@ def render(asset: SplatAsset, view: View, image_side: int) -> torch.Tensor:
         image_side: S, pixels per side of the image.
     Returns: image [3, S, S] of values 0..1.
     """
-    means, conics, alphas, reach, order = _on_screen(asset, view, image_side)
-    colours = asset.colours[order]
+    means, conics, alphas, radii, depth_order = _on_screen(asset, view, image_side)
+    colours = asset.colours[depth_order]
     # Bounding boxes on screen, [G, 2] each.
-    low = means - reach[:, None]
-    high = means + reach[:, None]
+    box_min = means - radii[:, None]
+    box_max = means + radii[:, None]
     image = means.new_zeros(3, image_side, image_side)
     for top in range(0, image_side, TILE):
         # Gaussians that overlap this row of tiles.
-        row_indices = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
+        row_indices = ((box_min[:, 1] < top + TILE) & (box_max[:, 1] > top)).nonzero()[:, 0]
         for left in range(0, image_side, TILE):
             # Gaussians that overlap this tile, still ordered by depth.
-            tile_indices = row_indices[(low[row_indices, 0] < left + TILE) & (high[row_indices, 0] > left)]
+            tile_indices = row_indices[
+                (box_min[row_indices, 0] < left + TILE) & (box_max[row_indices, 0] > left)
+            ]
             if len(tile_indices):
                 # Pixel centres are at + 0.5; tiles at the right and lower border may be smaller.
                 y, x = (
@@ -387,19 +396,19 @@ def _on_screen(asset: SplatAsset, view: View, image_side: int) -> tuple[torch.Te
         order, without the Gaussians that are nearer than NEAR.
     """
     camera_points = view.camera(asset.means.float())
-    order = camera_points[:, 2].argsort()
-    order = order[camera_points[order, 2] > NEAR]
-    x, y, z = camera_points[order].unbind(1)
+    depth_order = camera_points[:, 2].argsort()
+    depth_order = depth_order[camera_points[depth_order, 2] > NEAR]
+    x, y, z = camera_points[depth_order].unbind(1)
     f = view.focal * image_side  # focal length in pixels
-    zero = torch.zeros_like(z)
+    zeros = torch.zeros_like(z)
     # Jacobian of the projection at the centre (Zwicker et al. 2001, EWA splatting): [G, 2, 3].
-    jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)
+    jacobian = torch.stack([f / z, zeros, -f * x / z**2, zeros, f / z, -f * y / z**2], 1).view(-1, 2, 3)
     # Covariance = axes axes^T, with the rotated axes of a Gaussian scaled by its standard deviations.
     axes = (
         jacobian
         @ view.rotation.to(camera_points)
-        @ _rotations(asset.rotations[order].float())
-        * asset.scales[order, None].float()
+        @ _rotations(asset.rotations[depth_order].float())
+        * asset.scales[depth_order, None].float()
     )
     covariance_before_blur = axes @ axes.mT  # on screen, [G, 2, 2]
     covariance = covariance_before_blur + BLUR * torch.eye(2, device=camera_points.device)
@@ -410,10 +419,13 @@ def _on_screen(asset: SplatAsset, view: View, image_side: int) -> tuple[torch.Te
     # Inverse of the covariance [[a, b], [b, d]] as three numbers, and the covariance's largest eigenvalue.
     conics = torch.stack([d, -b, a], 1) / determinant[:, None]
     largest_eigenvalue = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
-    alphas = asset.opacities[order].float() * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
+    alphas = (
+        asset.opacities[depth_order].float()
+        * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
+    )
     # In pixels; the optical axis meets the image in its centre, size / 2.
     means = torch.stack([f * x / z, f * y / z], 1) + image_side / 2
-    return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), order
+    return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), depth_order
 
 
 def _tile(
@@ -462,7 +474,11 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def voxel_features(
-    asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncoder, resolution: int = 64, views: int = 150
+    asset: SplatAsset,
+    voxels: torch.Tensor,
+    encoder: ImageEncoder,
+    resolution: int = 64,
+    view_count: int = 150,
 ) -> torch.Tensor:
     """Compute features of voxels from renders of an asset, as TRELLIS does.
 
@@ -474,16 +490,18 @@ def voxel_features(
         voxels: voxels [v, 3] int32.
         encoder: image encoder.
         resolution: R, voxels per axis.
-        views: number of renders, at least 1.
+        view_count: number of renders, at least 1.
     Returns: features [v, E] float32.
     """
     centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
     feature_sum: Any = None
-    for view in views_around(views):
+    for view in views_around(view_count):
         patches = encoder.patches(render(asset, view, encoder.size)[None])  # [1, E, 37, 37]
         # grid_sample expects coordinates of -1..1: [1, v, 1, 2] -> [1, E, v, 1] -> [v, E].
         coordinates = (2 * view.project(centres) - 1).to(patches)[None, :, None]
-        sampled = F.grid_sample(patches, coordinates, mode="bilinear", align_corners=False)[0, :, :, 0].T
-        feature_sum = sampled if feature_sum is None else feature_sum + sampled
+        sampled_features = F.grid_sample(patches, coordinates, mode="bilinear", align_corners=False)[
+            0, :, :, 0
+        ].T
+        feature_sum = sampled_features if feature_sum is None else feature_sum + sampled_features
     assert feature_sum is not None  # holds because views >= 1
-    return feature_sum / views
+    return feature_sum / view_count

@@ -144,58 +144,63 @@ def read_pipeline(root: Path) -> PipelineFile:
     )
 
 
-def normalization(file: PipelineFile, stage: str) -> dict | None:
+def normalization(pipeline_file: PipelineFile, stage: str) -> dict | None:
     """Return the mean and the std by which a stage's latents are normalised, in JSON types.
 
     The first stage's latents are not normalised; None is returned.
     """
-    return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
+    return {"mean": list(pipeline_file.mean), "std": list(pipeline_file.std)} if stage == LATENT else None
 
 
 def _sampler(
-    path: Path, sampler_entry: dict | None, sampler_name: str, default: Sampling
+    path: Path, sampler_entry: dict | None, sampler_name: str, default_sampling: Sampling
 ) -> tuple[Sampling, float]:
-    """Read the settings of a stage's sampler, and sigma_min.
+    """Read the settings of a stage's sampler, and sigma_min, the noise that remains at t = 0.
 
     Args:
         path: path of pipeline.json, for messages.
         sampler_entry: entry of the sampler in pipeline.json, or None if there is no entry.
         sampler_name: name of the entry, for messages.
-        default: values of settings that the entry lacks.
+        default_sampling: values of settings that the entry lacks.
+    Returns: settings of the sampler, and sigma_min.
     """
 
     def parse_sampler(class_name: str, params: Mapping) -> Sampling:
-        """Parse the class name and the params of a sampler."""
+        """Convert the class name and the params of a sampler to settings."""
         # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
         # use guidance at all times; FlowEulerSampler uses no guidance.
-        interval = params.get(
-            "cfg_interval", default.cfg_interval if "GuidanceInterval" in class_name else (0.0, 1.0)
+        guidance_interval = params.get(
+            "cfg_interval", default_sampling.cfg_interval if "GuidanceInterval" in class_name else (0.0, 1.0)
         )
         return Sampling(
-            steps=int(params.get("steps", default.steps)),
-            rescale_t=float(params.get("rescale_t", default.rescale_t)),
+            steps=int(params.get("steps", default_sampling.steps)),
+            rescale_t=float(params.get("rescale_t", default_sampling.rescale_t)),
             cfg_strength=(
-                float(params.get("cfg_strength", default.cfg_strength))
+                float(params.get("cfg_strength", default_sampling.cfg_strength))
                 if class_name != "FlowEulerSampler"
                 else 0.0
             ),
-            cfg_interval=(float(interval[0]), float(interval[1])),
+            cfg_interval=(float(guidance_interval[0]), float(guidance_interval[1])),
         )
 
     return sampler_of(path, sampler_entry, sampler_name, parse_sampler)
 
 
 def sampler_of(
-    path: Path, sampler_entry: Mapping | None, sampler_name: str, read: Callable[[str, Mapping], Sampling]
+    path: Path,
+    sampler_entry: Mapping | None,
+    sampler_name: str,
+    parse_params: Callable[[str, Mapping], Sampling],
 ) -> tuple[Sampling, float]:
-    """Read the settings of a sampler in a pipeline.json, and sigma_min.
+    """Read the settings of a sampler in a pipeline.json, and sigma_min, the noise that remains at t = 0.
 
     Args:
         path: path of pipeline.json, for messages.
         sampler_entry: entry of the sampler in the file, or None if there is no entry.
         sampler_name: name of the entry.
-        read: function that parses the sampler's class name and its params. It may raise ValueError, TypeError
-            or IndexError.
+        parse_params: function that parses the sampler's class name and its params. It may raise ValueError,
+            TypeError or IndexError.
+    Returns: result of `parse_params`, and sigma_min.
     """
     # Without an entry, the sampler has its published class and default settings.
     sampler_entry = sampler_entry or {}
@@ -206,14 +211,14 @@ def sampler_of(
             " Other conventions are not supported. Download the file again."
         )
     try:
-        return read(class_name, sampler_entry.get("params") or {}), float(
+        return parse_params(class_name, sampler_entry.get("params") or {}), float(
             (sampler_entry.get("args") or {}).get("sigma_min", 1e-5)
         )
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path}, {sampler_name}: {error}") from None
 
 
-def find_model(file: ModelFolder, model: str) -> Path:
+def find_model(model_folder: ModelFolder, model: str) -> Path:
     """Find the files of a model on this machine and return their stem.
 
     The files are searched for in the folder of pipeline.json. If pipeline.json states "owner/repo/path", they
@@ -223,53 +228,59 @@ def find_model(file: ModelFolder, model: str) -> Path:
 
     Raises: FileNotFoundError, naming the model and all paths that were searched.
     """
-    stems = list(_possible_stems(file, file.models[model])) if model in file.models else []
-    if model in file.usual:
-        folders = [file.root / "ckpts"]
-        for model_path in file.models.values():
-            folders += [stem.parent for stem in _possible_stems(file, model_path)]
+    stems = (
+        list(_possible_stems(model_folder, model_folder.models[model]))
+        if model in model_folder.models
+        else []
+    )
+    if model in model_folder.usual:
+        folders = [model_folder.root / "ckpts"]
+        for model_path in model_folder.models.values():
+            folders += [stem.parent for stem in _possible_stems(model_folder, model_path)]
         # dict.fromkeys removes duplicates and keeps the order.
-        stems += [folder / file.usual[model] for folder in dict.fromkeys(folders)]
+        stems += [folder / model_folder.usual[model] for folder in dict.fromkeys(folders)]
     for stem in stems:
         if with_ending(stem, ".json").is_file() and find_weights(stem) is not None:
             return stem
     if not stems:
         raise FileNotFoundError(
-            f"{model}: {file.root}/pipeline.json does not name this model. Download pipeline.json again."
+            f"{model}: {model_folder.root}/pipeline.json does not name this model. Download pipeline.json"
+            " again."
         )
     searched_paths = ", ".join(dict.fromkeys(map(str, stems)))
-    endings = " or ".join(WEIGHTS)
+    ending_text = " or ".join(WEIGHTS)
     raise FileNotFoundError(
-        f"{model}: no file .json with a file {endings} beside it was found. Searched paths, without endings:"
-        f" {searched_paths}. Download the model's files to one of these paths."
+        f"{model}: no file .json with a file {ending_text} beside it was found. Searched paths, without"
+        f" endings: {searched_paths}. Download the model's files to one of these paths."
     )
 
 
-def has_model(file: ModelFolder, model: str) -> bool:
+def has_model(model_folder: ModelFolder, model: str) -> bool:
     """Return True if `find_model` finds the files of a model."""
     try:
-        find_model(file, model)
+        find_model(model_folder, model)
     except FileNotFoundError:
         return False
     return True
 
 
-def paths_of(file: ModelFolder, models: Mapping[str, str]) -> dict[str, Path]:
+def paths_of(model_folder: ModelFolder, model_by_name: Mapping[str, str]) -> dict[str, Path]:
     """Return the files of several models.
 
     Args:
-        file: settings of pipeline.json.
-        models: own name of a model -> its name in pipeline.json.
-    Returns: the file of weights under the own name, and the JSON file under "<own name>.json".
+        model_folder: settings of pipeline.json.
+        model_by_name: name of a model in this package -> its name in pipeline.json.
+    Returns: dictionary from the name in this package to the file of weights, and from this name with the
+    ending ".json" to the JSON file.
     Raises: FileNotFoundError for a model whose files are not on this machine.
     """
-    stems = {name: find_model(file, model) for name, model in models.items()}
-    paths = {}
-    for name, stem in stems.items():
-        paths[f"{name}.json"] = with_ending(stem, ".json")
+    stem_by_name = {name: find_model(model_folder, model) for name, model in model_by_name.items()}
+    path_by_name = {}
+    for name, stem in stem_by_name.items():
+        path_by_name[f"{name}.json"] = with_ending(stem, ".json")
         # find_model has checked that there are weights; `or stem` only satisfies the type checker.
-        paths[name] = find_weights(stem) or stem
-    return paths
+        path_by_name[name] = find_weights(stem) or stem
+    return path_by_name
 
 
 def find_weights(stem: Path) -> Path | None:
@@ -277,29 +288,33 @@ def find_weights(stem: Path) -> Path | None:
     return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
-def _possible_stems(file: ModelFolder, model_path: str):
+def _possible_stems(model_folder: ModelFolder, model_path: str):
     """Yield the stems at which the files of a model may be.
 
     Args:
-        file: settings of pipeline.json.
+        model_folder: settings of pipeline.json.
         model_path: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
     """
-    yield file.root / model_path
+    yield model_folder.root / model_path
     # Padded by empty parts, so that a value with less than two parts can be unpacked, too.
     owner, repo, *path_parts = [*Path(model_path).parts, "", ""]
     path_in_repo = "/".join(part for part in path_parts if part)
     # A value with less than three parts is no path in another repository.
     if not path_in_repo:
         return
-    parent = file.root.parent
-    yield from (parent / repo / path_in_repo, parent / owner / repo / path_in_repo, parent / path_in_repo)
+    parent_folder = model_folder.root.parent
+    yield from (
+        parent_folder / repo / path_in_repo,
+        parent_folder / owner / repo / path_in_repo,
+        parent_folder / path_in_repo,
+    )
     # Environment variables and folders of the Hugging Face hub's cache.
-    cache = Path(
+    cache_folder = Path(
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     )
     # Sorted, so that the choice does not depend on the order of the file system.
-    for snapshot in sorted((cache / f"models--{owner}--{repo}" / "snapshots").glob("*")):
+    for snapshot in sorted((cache_folder / f"models--{owner}--{repo}" / "snapshots").glob("*")):
         yield snapshot / path_in_repo
 
 
@@ -361,23 +376,23 @@ def architecture(
         if f.default is no_default and f.default_factory is no_default and f.name not in model_args
     )
     if unknown_args or missing_args:
-        faults = [
-            f"{fault} {', '.join(names)}"
-            for fault, names in (("unknown:", unknown_args), ("missing:", missing_args))
+        fault_texts = [
+            f"{fault_label} {', '.join(names)}"
+            for fault_label, names in (("unknown:", unknown_args), ("missing:", missing_args))
             if names
         ]
         raise ValueError(
-            f"{message_prefix}: the args do not fit {class_name} ({'; '.join(faults)}). Download the file"
-            " again, or pass the folder of a supported generator."
+            f"{message_prefix}: the args do not fit {class_name} ({'; '.join(fault_texts)}). Download the"
+            " file again, or pass the folder of a supported generator."
         )
     return model_class, config_class(**model_args)
 
 
 def build_model(
-    content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
+    model_json: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
 ) -> nn.Module:
     """Build an untrained model from the content of its JSON file; see `architecture` for the arguments."""
-    model_class, config = architecture(content, message_prefix, architectures)
+    model_class, config = architecture(model_json, message_prefix, architectures)
     return model_class(config)
 
 
@@ -385,7 +400,7 @@ def load_model(
     stem: Path,
     dtype: torch.dtype | None = None,
     *,
-    weights: Path | None = None,
+    weights_path: Path | None = None,
     device: str | torch.device = "cpu",
     architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
@@ -395,7 +410,8 @@ def load_model(
     Args:
         stem: path of the model's files without endings.
         dtype: dtype of the layers that may be half precision; see `build_from_state`.
-        weights: file of weights to read instead, such as a training checkpoint (.pt). None: that at the stem.
+        weights_path: file of weights to read instead, such as a training checkpoint (.pt). None: the file of
+            weights at the stem.
         device: device of the model.
         architectures: supported classes by name.
         prepare: function that renames or removes tensors of the file, called with the class, the
@@ -404,68 +420,68 @@ def load_model(
         weights that are not finite.
     """
     json_file = with_ending(stem, ".json")
-    weights = weights or find_weights(stem)
-    if not json_file.is_file() or weights is None:
+    weights_path = weights_path or find_weights(stem)
+    if not json_file.is_file() or weights_path is None:
         raise FileNotFoundError(
             f"{stem.name}: {json_file} or the file of weights beside it is missing. Download both files"
             " again."
         )
-    tensors = base_state(weights)
+    tensors = base_state(weights_path)
     model_class, config = architecture(read_json(json_file), str(json_file), architectures)
     if prepare is not None:
-        tensors = prepare(model_class, config, tensors, str(weights))
-    return build_from_state(model_class, config, tensors, str(weights), dtype, device)
+        tensors = prepare(model_class, config, tensors, str(weights_path))
+    return build_from_state(model_class, config, tensors, str(weights_path), dtype, device)
 
 
 def networks_of(
-    file: ModelFolder,
+    model_folder: ModelFolder,
     models: Iterable[str],
-    optional: Mapping[str, str],
+    optional_models: Mapping[str, str],
     *,
-    released: Mapping[str, tuple[int, int]] | None = None,
+    released_sizes: Mapping[str, tuple[int, int]] | None = None,
     architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
 ) -> list[Network]:
     """List the networks of a folder with their expected and their stored tensors, for `flow check`.
 
     Args:
-        file: settings of pipeline.json.
+        model_folder: settings of pipeline.json.
         models: names of the models in pipeline.json.
-        optional: model that may be missing -> description of what cannot be done without it.
-        released: model -> number of tensors and number of values in its published file.
+        optional_models: model that may be missing -> description of what cannot be done without it.
+        released_sizes: model -> number of tensors and number of values in its published file.
         architectures: supported classes by name; see `load_model`.
         prepare: function that renames or removes tensors; see `load_model`.
     """
     network_list = []
     for model_name in models:
-        without = optional.get(model_name, "")
-        if without and not has_model(file, model_name):
+        missing_ability = optional_models.get(model_name, "")
+        if missing_ability and not has_model(model_folder, model_name):
             network_list.append(
                 Network(
                     name=model_name,
-                    file=file.root / file.usual[model_name],
+                    file=model_folder.root / model_folder.usual[model_name],
                     expected={},
                     tensors={},
-                    without=without,
+                    without=missing_ability,
                 )
             )
             continue
-        stem = find_model(file, model_name)
+        stem = find_model(model_folder, model_name)
         json_file = with_ending(stem, ".json")
-        weights = find_weights(stem)
-        assert weights is not None  # find_model has checked it
+        weights_path = find_weights(stem)
+        assert weights_path is not None  # find_model has checked it
         model_class, config = architecture(read_json(json_file), str(json_file), architectures)
-        tensors = base_state(weights)
-        tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights))
-        expected = shapes(empty(partial(model_class, config)).state_dict())
-        released_counts = (released or {}).get(model_name)
+        tensors = base_state(weights_path)
+        tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights_path))
+        expected_shapes = shapes(empty(partial(model_class, config)).state_dict())
+        released_counts = (released_sizes or {}).get(model_name)
         network_list.append(
             Network(
                 name=model_name,
-                file=weights,
-                expected=expected,
+                file=weights_path,
+                expected=expected_shapes,
                 tensors=tensors,
-                without=without,
+                without=missing_ability,
                 released=released_counts,
             )
         )
@@ -552,11 +568,11 @@ def base_state(path: Path) -> State:
 
 
 def release_of(
-    file: ModelFolder,
+    model_folder: ModelFolder,
     stages: Collection[str],
     flows: Mapping[str, str],
     load: Callable[..., nn.Module],
-    required: Container[str],
+    required_models: Container[str],
     other_pipeline_files: tuple[str, ...] = (),
 ) -> Release:
     """Describe the folder to export: pipeline.json and all models that are on this machine.
@@ -565,11 +581,11 @@ def release_of(
     pipeline.json. Models that pipeline.json does not name, such as encoders, are exported if they were found.
 
     Args:
-        file: settings of pipeline.json.
+        model_folder: settings of pipeline.json.
         stages: names of the tuned stages.
         flows: stage -> name of its model in pipeline.json.
         load: function that reads a model, called with its stem and a dtype.
-        required: names of models that must be on this machine.
+        required_models: names of models that must be on this machine.
         other_pipeline_files: names of further files with the form of pipeline.json. Those that exist are
             exported.
     Raises: FileNotFoundError for a missing model; ValueError if two models have the same file name.
@@ -579,12 +595,12 @@ def release_of(
     networks = dict[str, Stored]()  # tuned networks by stage
     missing_models = []  # names of models that are not on this machine
     stem_by_name: dict[str, Path] = {}  # last part of a stem -> stem
-    tuned_models = {flows[stage]: stage for stage in stages}
-    for model_name in dict.fromkeys([*file.models, *file.usual]):
+    stage_by_tuned_model = {flows[stage]: stage for stage in stages}
+    for model_name in dict.fromkeys([*model_folder.models, *model_folder.usual]):
         try:
-            stem = find_model(file, model_name)
+            stem = find_model(model_folder, model_name)
         except FileNotFoundError:
-            if model_name in required or model_name in tuned_models:
+            if model_name in required_models or model_name in stage_by_tuned_model:
                 raise
             missing_models.append(model_name)
             continue
@@ -598,16 +614,16 @@ def release_of(
         base_weights = find_weights(stem)
         assert base_weights is not None  # find_model has checked it
         exported_files[f"{export_stems[model_name]}.json"] = with_ending(stem, ".json")
-        if model_name in tuned_models:
+        if model_name in stage_by_tuned_model:
             # The tuned network is read and written only when the export runs.
-            networks[tuned_models[model_name]] = Stored(
+            networks[stage_by_tuned_model[model_name]] = Stored(
                 file=f"{export_stems[model_name]}.safetensors",
                 load=partial(load, stem),
                 write=partial(_write_tuned, base_weights),
             )
         else:
             exported_files[export_stems[model_name] + base_weights.suffix] = base_weights
-    for path in (file.root / file_name for file_name in ("pipeline.json", *other_pipeline_files)):
+    for path in (model_folder.root / file_name for file_name in ("pipeline.json", *other_pipeline_files)):
         if path.is_file():
             pipeline_json = read_json(path)
             # Exported models get their path in the exported folder; others stay references.
@@ -619,9 +635,9 @@ def release_of(
     return Release(files=exported_files, networks=networks, elsewhere=missing_models)
 
 
-def _write_tuned(base: Path, path: Path, state: State) -> None:
-    """Write tuned tensors to `path`, each in the dtype that it has in the file `base`."""
-    write(path, in_types_of(base_state(base), state))
+def _write_tuned(base_path: Path, target_path: Path, state: State) -> None:
+    """Write tuned tensors to `target_path`, each in the dtype that it has in the file `base_path`."""
+    write(target_path, in_types_of(base_state(base_path), state))
 
 
 def released_stages(kind: str, width: int) -> list[SizedStage]:
@@ -644,7 +660,7 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
     )
     structure_config = StructureFlowConfig(resolution=16, patch_size=1, **network_kwargs)
     latent_config = LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **network_kwargs)
-    stages = (
+    stage_rows = (
         ("structure", partial(StructureFlow, structure_config), DenseGrid(channels=8, resolution=16)),
         ("latent", partial(LatentFlow, latent_config), SparseVoxels(channels=8, resolution=64)),
     )
@@ -653,5 +669,5 @@ def released_stages(kind: str, width: int) -> list[SizedStage]:
             conditioning=[TOKENS[kind], width],
             stage=FlowStage(name=name, model=empty(make_network), latents=latents, sampling=KINDS[kind]),
         )
-        for name, make_network, latents in stages
+        for name, make_network, latents in stage_rows
     ]

@@ -85,7 +85,7 @@ def imported_of(
         work.asset_folder() / RANKING,
         _open_for_reading(work, family, device, encoding),
         False,  # the lines need no ranks
-        candidate=family.candidate,
+        make_candidate=family.candidate,
     )
     if labels is None:
         assert answers is not None
@@ -295,7 +295,7 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
     pipeline = open_pipeline(work, family, device, *SHOWN)
     stage = stage_of(pipeline, read_tensors(path, KIND)[1]["form"]["stage"])
     reward = load(path, pipeline, stage, work.names(*SHOWN)[0])
-    samples = read_candidates(work.asset_folder() / RANKING, pipeline, False, candidate=family.candidate)
+    samples = read_candidates(work.asset_folder() / RANKING, pipeline, False, make_candidate=family.candidate)
     samples_by_file = {sample.file.name: sample for sample in samples if sample.file is not None}
 
     def score(numbers: Sequence[int]) -> Scored:

@@ -81,7 +81,7 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
 
     def judged(structure):
         models = loop.models({"voxels": lines["voxels"]}) | structure
-        return scores(problem.pipeline, geometry, conditions, seeds, models, batch=96)
+        return scores(problem.pipeline, geometry, conditions, seeds, models, batch_size=96)
 
     def rate(a, b):
         return bootstrap_mean_interval(wins(a, b).view(-1, NOISES).mean(1).double().numpy())

@@ -34,10 +34,10 @@ def same(a, b, exact=False) -> bool:
 def test_a_seed_is_an_asset_whatever_the_batch():
     pipeline = TinyPipeline()
     names, seeds = crossed(NAMES, 3, 0)
-    assets = generate(pipeline, names, seeds, batch=4)
+    assets = generate(pipeline, names, seeds, batch_size=4)
     assert len(assets) == 9
-    assert same(assets, generate(pipeline, names, seeds, batch=4), exact=True)
-    assert same(assets, generate(pipeline, names, seeds, batch=16))
+    assert same(assets, generate(pipeline, names, seeds, batch_size=4), exact=True)
+    assert same(assets, generate(pipeline, names, seeds, batch_size=16))
     assert same(assets[5:7], generate(pipeline, names[5:7], seeds[5:7]))
     assert not same(assets[:1], generate(pipeline, names[:1], [seeds[0] + 1]))
 
@@ -70,11 +70,11 @@ def test_a_later_stage_can_be_given_its_voxels():
     pipeline = TinyPipeline()
     names, seeds = crossed(NAMES, 3, 0)
     base = generate(pipeline, names, seeds)
-    given = voxels_for(pipeline, "voxels", names, seeds, batch=4)
+    given = voxels_for(pipeline, "voxels", names, seeds, batch_size=4)
     assert all(torch.equal(places, asset.coords) for places, asset in zip(given, base, strict=True))
     assert voxels_for(pipeline, "structure", names, seeds) == [None] * 9
     other = {"structure": shifted(1, 9.0)}  # is not run
-    assert same(generate(pipeline, names, seeds, other, stages_given={"voxels": given}, batch=2), base)
+    assert same(generate(pipeline, names, seeds, other, stages_given={"voxels": given}, batch_size=2), base)
 
 
 def test_what_does_not_fit_is_refused():
@@ -103,7 +103,7 @@ def test_held_out_compares_asset_by_asset():
     rate = held_out(better)
     assert rate > 0.6
     base = scores(pipeline, likes_target, names, seeds)
-    won = wins(scores(pipeline, likes_target, names, seeds, {"voxels": better}, batch=5), base)
+    won = wins(scores(pipeline, likes_target, names, seeds, {"voxels": better}, batch_size=5), base)
     assert rate == pytest.approx(float(won.double().mean()))
     ahead = HeldOut(
         pipeline=pipeline,
@@ -111,8 +111,8 @@ def test_held_out_compares_asset_by_asset():
         reward=likes_target,
         prompts=names,
         seeds=seeds,
-        others={"voxels": better},
-        against={"voxels": better},
+        other_models={"voxels": better},
+        baseline_models={"voxels": better},
     )
     assert ahead(pipeline.stages[0].model) == 0.5
 

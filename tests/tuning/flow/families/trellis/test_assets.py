@@ -139,7 +139,7 @@ def test_features_of_a_voxel_are_those_of_its_place_on_the_images():
             return torch.stack(torch.meshgrid(grid, grid, indexing="ij"))[None]
 
     places = torch.tensor([[4, 4, 4], [4, 4, 6]]).int()
-    computed = voxel_features(splats([[0.0, 0, 0]], scales=0.001), places, Rows(), resolution=9, views=4)
+    computed = voxel_features(splats([[0.0, 0, 0]], scales=0.001), places, Rows(), resolution=9, view_count=4)
     assert torch.allclose(computed[0], torch.tensor([18.0, 18.0]), atol=1e-3)  # the middle of 37
     assert float(computed[1, 0]) < 17  # higher up: smaller rows
 

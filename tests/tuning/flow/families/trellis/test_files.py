@@ -145,11 +145,11 @@ def test_training_checkpoints(trellis_root, tmp_path):
     torch.save(masters, path)
     assert all(
         torch.equal(t, masters[f"module.{name}"])
-        for name, t in load_model(stem, weights=path).state_dict().items()
+        for name, t in load_model(stem, weights_path=path).state_dict().items()
     )
     torch.save({"optimizer": {"lr": 1.0}, "step": torch.ones(1)}, path)
     with raising("denoiser_ema0.9999_step0000100.pt", "weights"):
-        load_model(stem, weights=path)
+        load_model(stem, weights_path=path)
 
 
 def test_unsuitable_models_are_rejected(copied):

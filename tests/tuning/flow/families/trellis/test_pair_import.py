@@ -22,7 +22,7 @@ from eg3d_rlhf.tuning.flow.families.trellis_pairs import read_dso
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis.tiny_trellis import E, voxels, write_imported
 
-read_ranking = partial(read_any_ranking, candidate=pair_import.candidate)
+read_ranking = partial(read_any_ranking, make_candidate=pair_import.candidate)
 
 
 def candidates(*ranks, condition="c"):

@@ -203,7 +203,7 @@ def test_without_encoders_there_is_no_loop_and_a_notice_is_printed(copied, tmp_p
         read_ranking(
             tmp_path / "MESHES" / "ranking.jsonl",
             family.FAMILY.load(copied, None, stages=()),
-            candidate=family.FAMILY.candidate,
+            make_candidate=family.FAMILY.candidate,
         )
 
 

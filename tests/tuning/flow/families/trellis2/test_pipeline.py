@@ -114,11 +114,11 @@ def test_stored_angles_must_match_the_resolution(copied):
     state = load_file(f"{stem}.safetensors")
     path = copied / "ss_flow.pt"
     torch.save(state | {"rope_phases": torch.polar(torch.ones_like(angles), angles)}, path)
-    assert set(files.load_model(stem, weights=path).state_dict()) == set(state)
+    assert set(files.load_model(stem, weights_path=path).state_dict()) == set(state)
     for wrong in (torch.polar(torch.ones_like(angles), 2 * angles), torch.zeros(64, 6)):
         torch.save(state | {"rope_phases": wrong}, path)
         with raising("rope_phases", "[64, 6]"):
-            files.load_model(stem, weights=path)
+            files.load_model(stem, weights_path=path)
 
 
 def test_every_stage_leaves_voxels_to_the_next(pipeline):

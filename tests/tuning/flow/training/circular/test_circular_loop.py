@@ -221,7 +221,7 @@ def test_the_win_rate_of_a_step_compares_that_stage_alone(tmp_path, monkeypatch)
     models = loop.models({"voxels": voxels})
     loop.from_people("structure", {"voxels": voxels})
     held_out = seen[-1]
-    assert held_out.others == models and held_out.against == models and len(held_out.seeds) == 4
+    assert held_out.other_models == models and held_out.baseline_models == models and len(held_out.seeds) == 4
     loop_in(tmp_path, tiny_problem(chooser=None)).from_people("structure")
     assert len(seen) == 3 and seen[-1] is None
     # the structure as it was, on the same noises: ties
@@ -303,7 +303,7 @@ def test_an_unregularised_third_step_at_a_small_beta_is_caught(tmp_path):
             conditions,
             seeds,
             loop.models({**lines, "structure": (one,)}),
-            batch=96,
+            batch_size=96,
         )
         for one in (guarded, last)
     )

@@ -52,7 +52,7 @@ def test_a_file_of_labels_names_what_people_looked_at(folder):
     assert torch.equal(feats_of(singles[3].latent), feats_of(voxel_pairs(6)[3].preferred))
     assert singles[3].r == pytest.approx(expected["000004"])
     assert {one.condition for one in found.singles("structure", ["b"])} == {"b"}
-    turned = found.singles("voxels", use="inverted")
+    turned = found.singles("voxels", label_use="inverted")
     assert [one.r for one in turned] == pytest.approx([1 - one.r for one in singles])
 
 
