@@ -27,7 +27,7 @@ _DIFFERING = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """A coefficient of agreement with its interval.
+    """Coefficient of the agreement between annotators, with its interval.
 
     A value of 1 is perfect agreement, and 0 is the agreement by chance. Below 0, annotators disagree
     systematically.

@@ -43,7 +43,7 @@ LAPSES = 0.02  # share of labels that accidental answers flip, independent of th
 
 @dataclass(frozen=True, kw_only=True)
 class Utility:
-    """Evaluation of a shape without noise."""
+    """Utility of a shape compared with its ground-truth head, without label noise, and its defects."""
 
     total: float  # utility, in (0, 1]; 1 for the ground truth
     parts: dict[str, float]  # exp(-defect / scale) by defect, in (0, 1]; 1 without the defect
@@ -181,7 +181,7 @@ def utility(values: np.ndarray, ground_truth: np.ndarray) -> Utility:
 
 
 class PairLabel(NamedTuple):
-    """One noisy label."""
+    """Simulated label of one pair."""
 
     winner: int  # index of the preferred shape
     loser: int  # index of the other shape

@@ -1,5 +1,6 @@
-"""Split labelled pairs into training, validation and test pairs that share no seed; seeds of reference
-samples.
+"""Splits of labelled pairs into training, validation and test pairs that share no seed.
+
+The module also chooses the seeds of reference samples.
 
 A reference sample is a sample at a low truncation psi, which should score above every labelled shape.
 """
@@ -26,7 +27,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Labelled pairs by split, and numbers of unused labels. No seed is in two splits."""
+    """Labelled pairs by split, and counts of the labels that are not used. No seed is in two splits."""
 
     train: tuple[Preference, ...]  # pairs to train the reward
     val: tuple[Preference, ...]  # pairs to choose the epoch and to stop early
@@ -35,7 +36,7 @@ class Splits:
     ties: int  # number of labels without a preference, which are not used
 
     def counts(self) -> dict[str, int]:
-        """Return the number of labels of each split, and the numbers of unused labels."""
+        """Return the number of labels of each split, and the counts "dropped" and "ties" of unused labels."""
         return {
             **{name: len(getattr(self, name)) for name in SPLITS},
             "dropped": self.dropped,

@@ -1,4 +1,4 @@
-"""Compute the goodness r (0..1) of assets from labels of any kind.
+"""Compute the goodness r of assets from labels of any kind: 0 (worst) to 1 (best) within a prompt.
 
 A file of labels contains one JSON object per line. All lines of a file are of one kind:
 
@@ -256,7 +256,7 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
 def goodness_for_use(
     goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: int
 ) -> dict[str, float]:
-    """Return the goodness that a training or one of its controls uses.
+    """Return the goodness with which a flow is trained, or that of one of the two controls.
 
     Args:
         goodness: goodness r by asset.

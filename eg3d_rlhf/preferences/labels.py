@@ -288,7 +288,7 @@ def _parse(record: Mapping[str, Any]) -> Preference:
         )
     if missing_names:
         raise ValueError(
-            f"the field {' and the field '.join(missing_names)} is missing. Add the seed of the shape."
+            f"the label has no {' and no '.join(missing_names)}. Add this field, with the seed of the shape."
         )
     winner = parse_seed(record["winner"], "winner")
     loser = parse_seed(record["loser"], "loser")

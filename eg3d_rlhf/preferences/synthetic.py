@@ -54,10 +54,10 @@ class Annotation:
         return np.array([evaluation.total for evaluation in self.evaluations.values()])
 
     def preferences(self, generator: str) -> list[Preference]:
-        """Return the labels of pairs in the open format.
+        """Return the labels of pairs in the format of `eg3d_rlhf.preferences.labels`.
 
-        They contain no time, so equal options give equal bytes. The field "gap" in the extra fields of a
-        label is the difference of the volume errors of both shapes.
+        The labels contain no time, so equal options give equal bytes. The field "gap" in `extra` of a label
+        is the difference of the volume errors of both shapes.
 
         Args: generator: hash of the network that generated the shapes.
         """

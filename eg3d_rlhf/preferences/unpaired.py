@@ -231,10 +231,10 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
 
 
 def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Preference]:
-    """Form random pairs of a preferred shape and another shape, with each shape in at most one pair.
+    """Form random pairs of a preferred shape and one that is not preferred. No shape is in two pairs.
 
-    They serve to measure the accuracy if there are no labels of pairs. Shapes with contradictory labels are
-    left out.
+    The accuracy of a reward is measured on these pairs if there are no labels of pairs. Shapes with
+    contradictory labels are left out.
 
     Args:
         labels: labels of single shapes.

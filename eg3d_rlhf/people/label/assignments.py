@@ -135,12 +135,14 @@ FREE_FOR_ANNOTATOR = select(pairs.c.id).where(WITH_FREE_SLOT, not_(ASSIGNED_BEFO
 
 
 class Timetable:
-    """Kinds of an annotator's trials, by position. Positions are counted from 0, without practice pairs.
+    """Plan that states for each trial of an annotator whether it is a new pair, a repeat or a gold check.
 
-    The kinds are decided in advance, so that the number of trials can be computed. They look random: every
-    block of `gold_every` trials has one gold check at a random position. A trial is a repeat if the number of
-    repeats so far is below its share of the trials by more than a random threshold, and if a pair from more
-    than `repeat_gap` trials ago has not been repeated. The same holds for swaps.
+    The position of a trial is counted from 0, without practice pairs. The kinds of all trials are decided in
+    advance, so that the number of trials can be computed. They look random: every block of `gold_every`
+    trials has one gold check at a random position. A trial is a repeat if there were fewer repeats so far
+    than `repeat_share` of the trials, by more than a random threshold, and if a pair from more than
+    `repeat_gap` trials ago has not been repeated. The same rule, with `swap_share`, decides which trials are
+    repeats on swapped sides.
 
     If a planned repeat or gold check cannot be shown (all pairs that could be repeated were skipped, or no
     gold pair is prepared), a new pair is shown in its place, and the kinds of all other positions stay as
@@ -436,7 +438,7 @@ class Issuer:
 
         Args:
             count: number of assignments that the page needs.
-            is_ready: True for a pair whose shapes are both prepared.
+            is_ready: function that returns True for a pair whose shapes are both prepared.
         """
         with self.database.read() as connection:
             open_rows = list(connection.execute(OPEN_ASSIGNMENTS, self.parameters))
@@ -553,7 +555,7 @@ class Issuer:
         """Read the state that determines the next assignments of the annotator.
 
         Args:
-            is_ready: test that the state's scheduler uses.
+            is_ready: function that returns True for a pair whose shapes are both prepared.
             connection: connection to read from; None: a new one.
         """
         if connection is None:
@@ -629,7 +631,12 @@ def take_slot(connection: Connection, pair_id: int) -> bool:
 
 
 def count_gold_pairs(plan: Plan, has_failed: PairTest) -> int:
-    """Return the number of gold pairs that can be shown, now or after their preparation."""
+    """Return the number of gold pairs that can be shown, now or after their preparation.
+
+    Args:
+        plan: plan of the campaign.
+        has_failed: function that returns True for a pair that can never be prepared.
+    """
     return sum(not has_failed(pair) for pair in plan.gold)
 
 
@@ -638,9 +645,9 @@ class Reach:
 
     This is the number of new pairs that were assigned to the annotator, plus the number of other pairs with a
     free slot whose shapes can be prepared. The annotator's own answers do not change the sum, but assignments
-    of other annotators do. If few pairs are left, they are counted at every call. Otherwise the last result
-    is used for one second per 1,000 pairs of the plan. The answer to the question whether some pair can never
-    be prepared is cached for the same time.
+    of other annotators do. If few pairs are left, they are counted at every call. Otherwise the last count is
+    used for one second per 1,000 pairs of the plan. For the same time, the class remembers whether the plan
+    contains a pair that can never be prepared.
     """
 
     MANY = 500  # number of pairs left above which a slightly outdated result is used
@@ -668,7 +675,7 @@ class Reach:
             annotator_id: id of the annotator.
             assigned_count: number of new pairs that were assigned to the annotator.
             now: time in seconds since 1970.
-            has_failed: True for a pair that can never be prepared.
+            has_failed: function that returns True for a pair that can never be prepared.
         """
         key = (plan.campaign.id, annotator_id)
         counted_at, reach = self._cached_counts.get(key, (-math.inf, 0))
@@ -719,7 +726,8 @@ def read_progress(
         annotator: name of the annotator.
         now: time in seconds since 1970.
         reach: cache of the number of pairs that annotators can answer.
-        has_failed: True for a pair that can never be prepared. By default, no pair has failed.
+        has_failed: function that returns True for a pair that can never be prepared. By default, no pair has
+            failed.
     """
     # kind of assignments -> row with the numbers of shown and of answered assignments
     counts_by_kind = {

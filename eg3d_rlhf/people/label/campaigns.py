@@ -210,7 +210,7 @@ def shape_from_row(row: Row, prefix: str = "") -> Shape:
 
 
 def settings_from_json(text: str) -> CampaignSettings:
-    """Parse the column `settings` of the table `campaigns`, which is JSON."""
+    """Convert the JSON text in the column `settings` of the table `campaigns` to `CampaignSettings`."""
     setting_values = json.loads(text)
     # JSON has neither enums nor tuples. Campaigns of older versions have no questions.
     mode = Mode(setting_values["mode"])

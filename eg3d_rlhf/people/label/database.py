@@ -288,7 +288,14 @@ def _to(table: str, name: str | None = None, null: bool = False) -> sa.Column:
 
 
 def _column(sql_type, name: str, null: bool = False, **options) -> sa.Column:
-    """Make a column that may not be null unless `null` is True. `options` are arguments of sa.Column."""
+    """Make a column of a table, which may be null only if `null` is True.
+
+    Args:
+        sql_type: type of the values, a type of SQLAlchemy.
+        name: name of the column.
+        null: True if the column may be null.
+        options: further keyword arguments of sa.Column.
+    """
     return sa.Column(name, sql_type, nullable=null, **options)
 
 

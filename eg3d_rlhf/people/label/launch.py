@@ -51,11 +51,12 @@ _server_option = functools.partial(option, group="Server")
 
 
 def with_defaults(flags: Mapping, *settings_classes: type) -> dict:
-    """Return the values of flags, with the defaults of settings in place of flags that were not passed.
+    """Replace the value None of each flag that was not passed by the default of the setting of this name.
 
     Args:
         flags: value of each flag; None for a flag that was not passed.
-        settings_classes: settings dataclasses whose knobs have the names of the flags.
+        settings_classes: dataclasses whose settings (fields made by `training.config.knob`) have the names of
+            the flags.
     """
     defaults: dict = {}
     for settings_class in settings_classes:
@@ -244,7 +245,7 @@ def check_annotators(store: "Store | None", host: str, add_command: str) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class ServerFlags:
-    """Values of the flags of a label server, which have the names of the fields."""
+    """Values of the flags of a label server. The field of each flag has the name of the flag."""
 
     host: str
     port: int
@@ -306,8 +307,8 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             metavar="ADDRESS",
             default="127.0.0.1",
             help=(
-                "Address on which the server listens. If other machines can reach it, annotators need a"
-                " token."
+                "IP address or name on which the server listens. The default can be reached from this machine"
+                " only. With 0.0.0.0, other machines can reach the server, and annotators need a token."
             ),
         ),
         _server_option(
@@ -321,17 +322,20 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             "--certificate",
             metavar="FILE",
             type=pem_type,
-            help="PEM file of the server's certificate. With --key, the server uses https.",
+            help="PEM file of the server's TLS certificate. The server then uses https, and needs --key.",
         ),
         _server_option(
-            "--key", metavar="FILE", type=pem_type, help="PEM file of the certificate's private key."
+            "--key",
+            metavar="FILE",
+            type=pem_type,
+            help="PEM file of the private key that belongs to the certificate of --certificate.",
         ),
         _server_option(
             "--proxy",
             metavar="ADDRESS",
             help=(
-                "Address of a reverse proxy whose X-Forwarded headers are trusted. Annotators then need a"
-                " token."
+                "IP address of a reverse proxy in front of the server. Its X-Forwarded headers are trusted,"
+                " and annotators need a token."
             ),
         ),
         _server_option(
@@ -340,14 +344,14 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             type=file_type,
             show_default=access_log,
             rare=True,
-            help="File to which a JSON line without tokens is written for each request.",
+            help="Log file, to which one JSON line is written for each request. It contains no tokens.",
         ),
         _server_option(
             "--cache",
             metavar="DIR",
             type=click.Path(path_type=Path, file_okay=False),
             default=DEFAULT_FOLDER,
-            help="Folder in which prepared shapes are stored.",
+            help="Folder in which the server stores the shapes in the form that it sends to browsers.",
             rare=True,
         ),
         _server_option(
@@ -377,7 +381,7 @@ def serve_campaign(
         campaign: name of the campaign.
         server: flags of the server.
         announce: function (URL of the server) -> lines that are printed when the server listens.
-        unit: noun for an answer in the line that is printed at the end.
+        unit: noun for one answer, such as "label", in the line that is printed at the end.
     """
     from eg3d_rlhf.people.label.server.app import serve
 
@@ -445,7 +449,8 @@ def reject_flags_before(ctx: click.Context, *allowed: str) -> None:
         allowed_text = " and ".join(f"--{name}" for name in allowed)
         raise ValueError(
             f"{', '.join(rejected_flags)}: only {allowed_text} may precede the sub-command"
-            f" {ctx.invoked_subcommand}. Write the other flags after {ctx.invoked_subcommand}."
+            f" {ctx.invoked_subcommand}. Write the other flags after {ctx.invoked_subcommand}, or remove them if"
+            f" {ctx.invoked_subcommand} does not accept them."
         )
 
 
@@ -509,7 +514,7 @@ def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> b
 
 
 def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) -> list[Preference]:
-    """Return the labels of a campaign.
+    """Return the labels of a campaign that was planned by `make_round`, if enough pairs are answered.
 
     Args:
         url: URL of the store.

@@ -58,7 +58,7 @@ class PairingOptions(StrategyOptions):
     )
     seed: int = knob(
         0,
-        "Random seed for choosing pairs, their order, the sides of shapes, and repeats.",
+        "Random seed of the campaign, which decides the pairs, their order, the sides of shapes, and repeats.",
         TITLE,
         low=0,
         high=MAX_SEED,
@@ -72,7 +72,12 @@ class PairingOptions(StrategyOptions):
         high=MAX_SEED,
     )
     psi: float = _rare_title_knob(
-        1.0, "Truncation psi of the latents.", metavar="0..2", low=0, high=2, flags=("--trunc",)
+        1.0,
+        "Truncation psi of the latents. With 1, latents are not truncated.",
+        metavar="0..2",
+        low=0,
+        high=2,
+        flags=("--trunc",),
     )
     level: float | None = _rare_title_knob(
         None, "Raw density sigma_raw at the surface of a shape.", shown="stored in the generator"
@@ -93,7 +98,7 @@ class PairingOptions(StrategyOptions):
         " known.",
         low=0,
         high=10**5,
-        shown="one for 25 pairs, at least 4",
+        shown="one per 25 pairs, at least 4",
     )
     training: int = _rare_title_knob(
         3, "Number of practice pairs at the start, whose correct answer is explained.", low=0, high=100
@@ -101,7 +106,8 @@ class PairingOptions(StrategyOptions):
     rewards: tuple[str, ...] = ()  # reward files of the ensemble; empty: the two bundled rewards
     single: str | None = knob(
         None,
-        "Scale of a campaign that shows one shape at a time: thumbs up or down, or scores from 0 to 5.",
+        "Show one shape at a time instead of pairs, and ask for a rating: thumbs (up or down) or scores (0 to"
+        " 5).",
         TITLE,
         choices=("thumbs", "scores"),
         shown="pairs",
@@ -176,15 +182,16 @@ def plan(
         ensemble: rewards, for strategies that use scores.
 
     Raises:
-        ValueError: the generator does not accept a seed, or the results belong to another generator.
+        ValueError: the generator does not accept a seed, or the earlier preferences belong to another
+            generator.
     """
     from eg3d_rlhf.generators import check_seeds
 
     # The level of the generator is inserted, so that the stored plan contains the number.
     options = options if options.level is not None else replace(options, level=generator.generator.level)
     earlier_preferences = earlier_preferences if STRATEGIES[options.strategy].reads_answers else ()
-    # With results, the strategy chooses among the seeds of the earlier campaign, which was checked when it
-    # was planned.
+    # With earlier preferences, the strategy chooses among the seeds of the earlier campaign, which were
+    # checked when that campaign was planned.
     if not earlier_preferences:
         last_seed = options.first_seed + options.seeds - 1
         check_seeds(
@@ -236,7 +243,7 @@ def _chosen(
         Pairs of seeds, and the report of the strategy in JSON types.
 
     Raises:
-        ValueError: the results belong to another generator, or the ensemble has too few rewards.
+        ValueError: the earlier preferences belong to another generator, or the ensemble has too few rewards.
     """
     for earlier_preference in earlier_preferences:
         if earlier_preference.generator not in (None, generator.hash) or earlier_preference.psi not in (
@@ -244,7 +251,7 @@ def _chosen(
             options.psi,
         ):
             raise ValueError(
-                "plan: the results of the earlier campaign belong to generator"
+                "plan: the preferences of the earlier campaign belong to generator"
                 f" {str(earlier_preference.generator)[:12]} and psi {earlier_preference.psi}, but this"
                 f" campaign uses generator {generator.hash[:12]} and psi {options.psi}. Use the same"
                 " --network and --trunc as for the earlier campaign."
@@ -288,13 +295,13 @@ def _chosen(
 
 
 def report_with_names(report: Mapping, names_of: Callable[[int, int], Mapping]) -> dict:
-    """Return the report of a strategy with names of the items in place of their positions.
+    """Return the report of a strategy, with names of the items in place of their numbers.
 
-    Only the list "why" of the report, which explains the choice of each pair, contains positions.
+    Only the list "why" of the report, which explains the choice of each pair, contains numbers of items.
 
     Args:
         report: report of the strategy.
-        names_of: function (position, position) -> names of the two items, as JSON values.
+        names_of: function (number, number) -> names of the two items, as JSON values.
     """
     named_report = dict(report)
     if "why" in report:
@@ -334,7 +341,7 @@ def known_answers(
     Args:
         shapes: undamaged shapes.
         kind: kind of the pairs, GOLD or TRAINING.
-        rng: random generator, of which one number per pair is used.
+        rng: random number generator, from which one number per pair is drawn.
         damages: kind of damage -> its description for annotators.
     """
     pairs = []

@@ -172,8 +172,9 @@ class AssetPreparer:
 
 
 def prepare_prompts(prompts: Iterable[Mapping], cache: ShapeCache) -> None:
-    """Prepare the images of prompts that are missing in the cache. If an image cannot be shown, this is
-    recorded.
+    """Prepare the images of prompts that are missing in the cache.
+
+    If an image cannot be shown, the cache records the failure.
 
     Args:
         prompts: prompts with the path "image" and the SHA-256 "hash" of their image, if they have one.
@@ -220,8 +221,9 @@ def end_with_parent(parent_id: int) -> None:
 
 
 def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) -> None:
-    """Prepare the missing shapes of a campaign. This is the main function of the process that `Preparation`
-    starts.
+    """Prepare the missing shapes of a campaign.
+
+    This is the main function of the process that `Preparation` starts.
 
     Args:
         url: URL of the store.
@@ -277,8 +279,9 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
 
 
 class Preparation:
-    """Worker process that prepares the shapes of one campaign, as the server uses it. All methods are
-    thread-safe.
+    """Worker process that prepares the shapes of one campaign while the label server runs.
+
+    All methods are thread-safe.
 
     Args:
         url: URL of the store.

@@ -77,7 +77,10 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
         limits: thresholds of the flags; None: the default thresholds.
 
     Returns:
-        Metrics in JSON types. A metric without data is None.
+        Dict in JSON types, in which a metric without data is None: "judgements" (number of judgements that
+        count), "annotators" (see `annotator_quality`), "agreement" (see `agreement`), "bradley_terry" (see
+        `_strengths`), "cycles" (see `bradley_terry.cycles`), "questions" (see `by_question`), "leaderboards"
+        (see `leaderboards`) and "timeline" (see `timeline`).
     """
     limits = limits or QualityLimits()
     rows = list(rows)
@@ -118,7 +121,9 @@ def annotator_quality(
             consistency, because the annotator may have looked at an earlier answer to the same pair.
 
     Returns:
-        Metrics in JSON types. A metric without data is None.
+        Dict in JSON types, in which a metric without data is None: the name, counts of judgements and skips,
+        speed, side bias, consistency and gold accuracy, and under "flags" a list of sentences about metrics
+        that violate a threshold.
     """
     unchanged_rows = [row for row in rows if row.assignment not in changed_assignments]
     choice_counts = Counter(row.choice for row in rows)
@@ -172,18 +177,19 @@ def annotator_quality(
 
 
 def agreement(rows: Iterable[JudgementRow]) -> dict:
-    """Compute the agreement of annotators on the answers first, second and tie, which do not depend on the
-    sides.
+    """Compute Cohen's kappa of every two annotators, and Krippendorff's alpha of all annotators.
 
-    The agreement is Cohen's kappa of every two annotators who answered common pairs, and Krippendorff's alpha
-    of all annotators.
+    The compared answers are "first", "second" and "tie", which do not depend on the sides. Two annotators
+    have a kappa if they answered at least one common pair.
 
     Args:
         rows: judgements.
 
     Returns:
-        Kappas, alpha and its interval, in JSON types. With fewer than LEAST_UNITS common pairs, kappa or
-        alpha is None, and "alpha_needs" is the number of pairs that are missing for alpha.
+        Dict in JSON types: "cohen_kappa" (list with one record for each two annotators),
+        "krippendorff_alpha", "alpha_ci95", "alpha_n" (number of common pairs), "alpha_needs" (number of
+        common pairs that are missing for alpha) and "least" (LEAST_UNITS). With fewer than LEAST_UNITS common
+        pairs, kappa or alpha is None.
     """
     # id of a pair -> name of an annotator -> answer. Gold checks are left out, because their correct answer
     # is obvious, so that annotators agree on them more than on other pairs.
@@ -245,10 +251,10 @@ def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
 
 
 def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
-    """Compute metrics of each further question.
+    """Count the votes on each further question, and compute their agreement.
 
-    They are the counts of its votes, their agreement with the answer to the main question, and Krippendorff's
-    alpha of the annotators. Gold checks are left out.
+    The record of a question contains the counts of `vote_figures`, and Krippendorff's alpha of the annotators
+    with the keys of `agreement`. Gold checks are left out.
     """
     rows = [row for row in rows if row.kind != Kind.GOLD]
     question_names = dict.fromkeys(name for row in rows for name in row.votes)
@@ -298,7 +304,9 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
         bins: largest number of intervals of time.
 
     Returns:
-        One record per interval that contains judgements; [] if there are none.
+        One record per interval of time that contains judgements: "time" (start, in seconds since 1970),
+        "seconds" (length), "judgements" (number), "median_seconds" (median time to answer) and "annotators"
+        (name -> number of judgements). [] if there are no judgements.
     """
     if not rows:
         return []
@@ -375,7 +383,7 @@ def _consistency(share_key: str, rows: Sequence[JudgementRow], kind: Kind) -> di
 
 
 def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
-    """Describe in words the metrics of an annotator that exceed their limits."""
+    """Return one sentence about each metric of an annotator that violates a threshold of `limits`."""
     judgement_count = metrics["judgements"]
     flags = []
     if metrics["gold_n"] >= limits.gold_least and metrics["gold_accuracy"] < limits.gold_accuracy:
@@ -413,7 +421,7 @@ def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
 
 
 def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callable[[Shape], str]]:
-    """Return the comparisons of shapes that judgements contain, and a function (shape) -> name.
+    """Convert judgements to comparisons of shapes. Also return a function that gives the name of a shape.
 
     The name of a sample is its seed, and also its generator and psi if the shapes differ in them. The name of
     an asset is its generator and its file name. Skips and gold checks are left out.
@@ -471,7 +479,9 @@ def _strengths(
         limits: thresholds, of which `strengths` is used.
 
     Returns:
-        One record per shape, strongest first; [] if no shape is compared with two others.
+        One record per shape, strongest first: "label" (name of the shape), "strength" in log-odds, "ci95",
+        "comparisons" (number) and "regularised" (True if a prior keeps the strengths finite). [] if no shape
+        is compared with two others.
     """
     opponents_by_shape: dict[Any, set] = defaultdict(set)  # shape -> shapes with which it was compared
     comparison_counts: Counter = Counter()  # shape -> number of its comparisons

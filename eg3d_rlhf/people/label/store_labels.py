@@ -197,16 +197,17 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
         )
         raise ValueError(
             f"{flag_text}: filters can be used with a label store only, but --labels names the file"
-            f" {Path(source).name}. Remove them, or name a store, such as --labels=sqlite:///labels.db."
+            f" {Path(source).name}. Remove the filters, or name a store, such as"
+            " --labels=sqlite:///labels.db."
         )
     return LabelSource.from_file(Path(source))
 
 
 def to_preference(row: JudgementRow) -> Preference:
-    """Convert a judgement of a pair to the open label format.
+    """Convert a judgement of a pair to a label in the format of `eg3d_rlhf.preferences.labels`.
 
-    The origin of the judgement is stored in the field `extra`. It consists of texts and numbers, so that CSV
-    files can contain it.
+    The field `extra` of the label describes the origin of the judgement (campaign, pair, times, parameters of
+    the shapes). Its values are texts and numbers, so that CSV files can contain them.
 
     Raises:
         ValueError: the shapes are asset files or single shapes, or differ in more than their seeds.
@@ -410,14 +411,15 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
 
 
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
-    """Write the labels of a store in the open label format, and return the path of the file.
+    """Write the labels of a store into a file, and return its path.
 
-    Further fields of the labels describe the origin of each judgement.
+    The format is that of `eg3d_rlhf.preferences.labels`. Further fields of the labels describe the origin of
+    each judgement.
 
     Args:
         store: label store.
         path: file with the suffix .jsonl or .csv.
-        filters: arguments of `LabelFilters`.
+        filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
     """
     return write_labels(path, store_preferences(store, LabelFilters(**filters)))
 
@@ -430,8 +432,9 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
     Args:
         store: label store.
         path: file with the suffix .jsonl.
-        from_pairs: True uses campaigns of pairs, and in them the answers that both shapes are bad.
-        filters: arguments of `LabelFilters`.
+        from_pairs: False uses campaigns of single shapes. True uses campaigns of pairs: an answer that both
+            shapes are bad labels both of them as not good.
+        filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
     """
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
@@ -469,9 +472,9 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
         store: label store.
         path: file; the paths of assets below its folder are written relative to this folder.
         kind: format of the lines: "asset-pairs", "rankings" or "asset-scores".
-        from_pairs: for "asset-scores", True uses campaigns of pairs, and in them the answers that both shapes
-            are bad.
-        filters: arguments of `LabelFilters`.
+        from_pairs: for "asset-scores": False uses campaigns of single shapes. True uses campaigns of pairs:
+            an answer that both shapes are bad labels both of them as bad.
+        filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
 
     Raises:
         ValueError: no judgement of asset files passes the filters.
@@ -511,8 +514,7 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
 
 
 def prompt_of(row: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
-    """Return the text of the prompt of a judgement, or the name of the prompt if it is an image without a
-    text.
+    """Return the text of a judgement's prompt, or the prompt's name if it is an image without a text.
 
     Args:
         row: judgement of asset files.

@@ -56,7 +56,10 @@ def analyse(
         now: time of the report; None: the current time.
 
     Returns:
-        Results in JSON types.
+        Dict in JSON types: "design", "interim" (True before the stopping rule is met), "answered" (number of
+        answered trials), "late", "reported" (time), "result" (primary result, see `estimate`), "sensitivity"
+        (name of another analysis -> its estimate), "sides" (see `_sides`), "annotators" (see `_annotators`),
+        "exclusions" (see `_exclusions`), "agreement" (see `quality.agreement`) and "pairs" (see `_pairs`).
 
     Raises:
         ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
@@ -182,7 +185,10 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         resamples: number of resamples of each bootstrap; 0: no bootstraps.
 
     Returns:
-        Counts, win rate, intervals and tests in JSON types. Win rate, intervals and tests are None if no
+        Dict in JSON types: numbers of trials that count ("n"), of wins, ties, skips, annotators and latents;
+        the p-value "p_exact" of the binomial test without clustering; "win_rate"; "interval" (clustered) and
+        "wilson" as [lower end, upper end]; "p_clustered"; "design_effect"; "degrees_of_freedom"; and
+        "bootstrap" (clusters -> interval) if `resamples` > 0. All values from "win_rate" on are None if no
         trial counts.
     """
     scores = np.array([score(row, ties) for row in rows])  # [N]
@@ -273,15 +279,17 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
 
 
 def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
-    """Compute metrics of the sides: in which trials b was on the left, and how often the left side was
-    chosen.
+    """Count the trials with b on the left, and compute how often annotators chose the left side.
 
     Args:
         rows: trials.
         ties: rule for ties, "half" or "excluded".
 
     Returns:
-        Metrics in JSON types. A rate without trials is None.
+        Dict in JSON types, in which a rate without trials is None: "b_left" (number of trials with b on the
+        left), "n" (number of trials), "p_random" (p-value of random sides), "win_rate_b_left",
+        "win_rate_b_right" (win rate of b on this side), and "left_share" with its interval "left_ci" (share
+        of decided trials in which the left shape was preferred).
     """
     metrics: dict = {"b_left": sum(not row.first_is_left for row in rows), "n": len(rows)}
     # p-value of the hypothesis that the sides were random
@@ -302,7 +310,9 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
 def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
     """Compute the metrics of every annotator who has answered trials, also of excluded annotators.
 
-    Returns one record per annotator, in JSON types.
+    Returns:
+        One record per annotator, in JSON types. Its field "excluded" is the reason why the annotator is left
+        out of the primary result, or None.
     """
     annotator_metrics = []
     for annotator in sorted({row.annotator for row in sorted_rows.trials}):

@@ -118,11 +118,17 @@ class StudyDesign:
     a: Contender
     b: Contender
     trials: int  # number of answers to pairs after which the study is complete
-    annotators: int = knob(1, "Number of annotators who answer.", "Study", low=1)
+    annotators: int = knob(1, "Number of annotators among whom the trials are divided.", "Study", low=1)
     annotators_per_pair: int = 1  # number of different annotators who answer each pair
     seed: int = knob(0, "Random seed for choosing latents, gold checks, order and sides.", "Study", low=0)
     psi: float = knob(
-        0.7, "Truncation psi of the latents.", "Shapes", metavar="0..2", low=0, high=2, rare=True
+        0.7,
+        "Truncation psi of the latents. With 1, latents are not truncated.",
+        "Shapes",
+        metavar="0..2",
+        low=0,
+        high=2,
+        rare=True,
     )
     level: float = knob(10.0, "Raw density sigma_raw at the surface of a shape.", "Shapes", rare=True)
     resolution: int = knob(
@@ -139,8 +145,7 @@ class StudyDesign:
     )
     gold_every: int = knob(
         10,
-        "Number of trials of which one is a gold check: a pair whose correct answer is known. 0: no gold"
-        " checks.",
+        "Show one gold check per so many trials: a pair whose correct answer is known. 0: no gold checks.",
         "Study",
         metavar="TRIALS",
         low=0,
@@ -149,7 +154,8 @@ class StudyDesign:
     view: str = knob("front", "View from which a pair is first shown.", "Shapes", choices=VIEWS, rare=True)
     ties: str = knob(
         "half",
-        "Rule for ties: they count as half a win, or are excluded from the win rate.",
+        "Rule for ties: half counts a tie as half a win of each generator, and excluded leaves ties out of"
+        " the win rate.",
         "Study",
         choices=("half", "excluded"),
     )
@@ -233,9 +239,9 @@ class StudyDesign:
 
     @property
     def quota(self) -> int:
-        """Return the number of trials and gold checks after which an annotator is finished.
+        """Return the number of trials, gold checks included, after which an annotator is finished.
 
-        With several annotators it contains a tenth more trials than `share`, because some annotators stop
+        With several annotators, each gets a tenth more trials than `share`, because some annotators stop
         early.
         """
         pair_trials = self.share if self.annotators == 1 else math.ceil(1.1 * self.share)
@@ -605,7 +611,7 @@ def check_files(design: StudyDesign) -> None:
 
 
 def _digest(asset_pairs: list[dict], side: str) -> str:
-    """Return a hash of the asset files of a folder, which is used like the hash of a generator's weights.
+    """Return a hash of the asset files of one side, which takes the place of a hash of a generator's weights.
 
     Args:
         asset_pairs: pairs of assets, see StudyDesign.assets.

@@ -249,7 +249,7 @@ def flagged(flags: Mapping) -> Iterator[None]:
 def prepare(
     folder: Folder, name: str, flags: Mapping, written: set[str], report: Callable[[str], None]
 ) -> StudyDesign:
-    """Open the study of a folder, or create it if there is none.
+    """Read the design of the study in a folder, or create the study if there is none.
 
     The file of the design is written first, and then the campaign, which contains the hash of the design.
     Neither is changed later.

@@ -30,7 +30,8 @@ class PowerOptions:
 
     true_rate: float = knob(
         0.6,
-        "True win rate of b among decided trials that the study must be able to distinguish from 0.5.",
+        "True win rate of b among decided trials (no ties) that the study must be able to distinguish from"
+        " 0.5. A value nearer to 0.5 needs more trials.",
         "Power",
         metavar="0..1",
         low=0,
@@ -371,7 +372,9 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
         resamples: number of resamples of each bootstrap.
 
     Returns:
-        Results in JSON types.
+        Dict in JSON types: "options", "truth" (true win rate), "trials" (number in each study), mean and
+        standard deviation of the estimated win rates, "left_share", median "design_effect", and "intervals"
+        (name of an interval -> its coverage, see `_covered`).
     """
     from eg3d_rlhf.people.study.analysis import cluster_bootstrap, win_rate
 
@@ -413,8 +416,8 @@ def _covered(bounds: tuple[np.ndarray, np.ndarray], true_rate: float) -> dict:
         true_rate: true win rate.
 
     Returns:
-        Number of studies, share of intervals that contain `true_rate`, mean width, and share of intervals
-        that exclude 0.5.
+        {"studies": S, "coverage": share of intervals that contain `true_rate`, "width": mean width,
+        "rejects_50_percent": share of intervals that exclude 0.5}
     """
     lo, hi = bounds
     return {

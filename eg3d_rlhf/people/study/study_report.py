@@ -53,7 +53,9 @@ def compute(
         now: time of the report; None: the current time.
 
     Returns:
-        Content in JSON types.
+        Result of `analysis.analyse`, in JSON types, with "conclusions" (sentences) and "images": the latents
+        with the best and the worst win rate of b, with renders of both generators. "images" is None if there
+        are no such latents.
 
     Raises:
         ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another

@@ -100,7 +100,7 @@ def swiss_round(
         rng: random numbers.
         comparable: function that returns False for two items that may not be compared.
     Returns: pairs of items, best items first; no item is in two pairs.
-    Raises: ValueError if there are no results.
+    Raises: ValueError if there are no answers.
     """
     ranked_items = standings(answers, rng)
     if len(ranked_items) < 2:

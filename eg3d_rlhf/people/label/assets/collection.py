@@ -166,7 +166,7 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
 def _checked(
     collection: Collection, source: Path, report: Callable[[str], None], lenient: bool = False
 ) -> Collection:
-    """Check the number of assets, and that no asset occurs twice. Then examine the files."""
+    """Check the number of assets, and that no asset occurs twice. Then examine the files, see `_examined`."""
     if not collection.assets:
         raise ValueError(
             f"{source.name} contains no assets. Arrange the files as GENERATOR/PROMPT.glb, or write a list."
@@ -350,8 +350,8 @@ def _prompts(folder: Path, prompt_names: set[str]) -> dict[str, Prompt]:
                 prompt_by_name[prompt_name] = _prompt(prompt_record, folder, location)
         if prompt_names and not any(prompt.text or prompt.image for prompt in prompt_by_name.values()):
             raise ValueError(
-                f"{PROMPTS} describes none of the prompts of the asset files. Give the prompts in it the"
-                f" names of the files, such as {min(prompt_names)!r}."
+                f"{PROMPTS} describes none of the prompts of the asset files. Write the name of an asset file"
+                f' without its suffix, such as {min(prompt_names)!r}, as "prompt" on each line.'
             )
     return prompt_by_name
 
@@ -647,10 +647,14 @@ def plan_assets(
 
 
 def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
-    """Describe the assets for a strategy that chooses pairs.
+    """Convert the assets of a collection to `Items`, from which a strategy chooses pairs.
 
     A strategy compares assets of the same prompt: of different generators if there are several generators,
     and otherwise of different seeds. Equal files, which annotators could not distinguish, are not compared.
+
+    Args:
+        collection: examined collection. The number of an item is the index of its asset.
+        ensemble: rewards that score the assets; None for strategies that do not use scores.
     """
     members = [
         Item(prompt=asset.prompt, source=asset.generator, content=asset.hash) for asset in collection.assets
@@ -659,7 +663,9 @@ def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
 
 
 def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -> list[Preference]:
-    """Convert judgements of an earlier campaign to preferences between indices of assets in a collection.
+    """Convert judgements of an earlier campaign to preferences.
+
+    The winner and the loser of a preference are indices of assets in the collection.
 
     Raises:
         ValueError: a judgement is about an asset that is not in the collection.
@@ -677,8 +683,8 @@ def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -
             if index is None:
                 raise ValueError(
                     f"the earlier campaign contains an answer about the asset of prompt {shape.condition!r}"
-                    f" and seed {shape.seed}, which is not in this collection. Use a campaign of the same"
-                    " files."
+                    f" and seed {shape.seed}, which is not in this collection. Name an earlier campaign that"
+                    " compared the same files."
                 )
             pair_indices.append(index)
         left_index, right_index = pair_indices
@@ -688,7 +694,7 @@ def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -
 
 
 def _facts(first_asset: Asset, second_asset: Asset) -> dict:
-    """Return the names of the two assets of a pair, for the report of a plan."""
+    """Return the prompt, the generators and the seeds of the two assets of a pair, for the plan's report."""
     return {
         "prompt": first_asset.prompt,
         "generators": [first_asset.generator, second_asset.generator],
@@ -697,7 +703,7 @@ def _facts(first_asset: Asset, second_asset: Asset) -> dict:
 
 
 def prompts_json(collection: Collection) -> dict[str, dict]:
-    """Return the prompts in JSON types, by name, in the form in which a campaign stores them."""
+    """Return the prompts of a collection as a campaign stores them: name -> prompt in JSON types."""
     return {name: prompt.to_json() for name, prompt in collection.prompts.items()}
 
 
@@ -708,6 +714,9 @@ def _known_pairs(
 
     These pairs contain damaged assets, and videos cannot be damaged. If all assets are videos, both lists are
     empty.
+
+    Returns:
+        Gold pairs, and practice pairs.
     """
     damageable_assets = [asset for asset in collection.assets if asset.kind in DAMAGED_KINDS]
     if not damageable_assets:

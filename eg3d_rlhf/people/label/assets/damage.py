@@ -97,7 +97,7 @@ def damage_splats(splats: Splats, damage_kind: str, seed: int) -> Splats:
 
 
 def damage_draws(damage_kind: str, allowed_kinds: Collection[str], seed: int) -> np.random.Generator:
-    """Return the random generator of a damage, which depends on its kind and seed.
+    """Return the random number generator for damaging a shape, seeded by the kind of damage and the shape.
 
     Args:
         damage_kind: kind of damage.

@@ -62,14 +62,14 @@ class Examined:
 def examine_or_reason(
     paths: Sequence[Path], report: Callable[[int], None] = lambda done: None
 ) -> list[Examined | str]:
-    """Examine files.
+    """Recognise the kinds of files, and check whether the label page can show them.
 
     Args:
         paths: paths of the files.
-        report: function that is called with the number of examined files.
+        report: function that is called with the number of examined files after each file.
 
     Returns:
-        For each file, the result, or the reason why the file cannot be shown.
+        For each file an `Examined`, or the reason why the file cannot be shown.
     """
     results: list[Examined | str] = []
     # If a file ends the process, another process is started for the files after it.
@@ -83,11 +83,11 @@ def examine_or_reason(
 
 
 def examine(paths: Sequence[Path], report: Callable[[int], None] = lambda done: None) -> list[Examined]:
-    """Examine files, all of which must be suitable.
+    """Recognise the kinds of files, and raise an error if the label page cannot show one of them.
 
     Args:
         paths: paths of the files.
-        report: function that is called with the number of examined files.
+        report: function that is called with the number of examined files after each file.
 
     Raises:
         ValueError: files cannot be shown; the message names them.
@@ -142,14 +142,14 @@ def clean(path: Path, expected_hash: str, degradation: str = "", seed: int = 0) 
 
 
 def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: None) -> Iterable[dict]:
-    """Send requests to one new process, and return its answers.
+    """Start a process that runs this module, send requests to it, and return its answers.
 
     If the process ends early, there are fewer answers than requests, and the last answer states that the
     limits were exceeded.
 
     Args:
         requests: requests for `_answer`.
-        report: function that is called with the number of answers.
+        report: function that is called with the number of answers so far, after each answer.
     """
     largest_size = max((_size(Path(request["path"])) for request in requests), default=0)
     # With one thread, numpy needs less address space than with a thread for each processor.
@@ -358,7 +358,15 @@ def _pack(data: memoryview, path: Path, file_kind: str, degradation: str, seed: 
 
 
 def _answer(request: dict) -> dict:
-    """Answer one request. An error of the file becomes an answer with the key _REJECTED."""
+    """Examine or clean the file of one request, and return the answer as JSON values.
+
+    Args:
+        request: {"do": "examine", "path"} or {"do": "clean", "path", "hash", "degradation", "seed", "out"}.
+
+    Returns:
+        Result of `_examine` or `_clean`. If the file cannot be used, {_REJECTED: reason}, with "changed":
+        True for a `ChangedError`.
+    """
     path = Path(request["path"])
     try:
         if request["do"] == "examine":
@@ -547,8 +555,8 @@ def _ffmpeg(arguments: list[str], max_seconds: float) -> tuple[int, str]:
     """Run ffmpeg, and return its exit code and the end of its messages.
 
     Args:
-        arguments: arguments of ffmpeg.
-        max_seconds: largest time in seconds.
+        arguments: command-line arguments of ffmpeg, without the name of the program.
+        max_seconds: time limit in seconds.
 
     Raises:
         ValueError: ffmpeg takes more time.

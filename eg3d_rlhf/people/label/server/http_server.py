@@ -221,5 +221,7 @@ class Server(embed.Server):
         # granian if there is one.
         if not self.stopping.is_set():
             serving_task.result()
-            raise RuntimeError("granian stopped serving without a signal and without an error")
+            raise RuntimeError(
+                "granian stopped serving without a signal and without an error. Start the server again."
+            )
         return received_signals[0] if received_signals else None

@@ -295,8 +295,8 @@ class AccessLog:
 class RequestChecks:
     """ASGI middleware that checks requests, adds headers to responses, and writes the access log.
 
-    The checks are of the host, the origin, the size, the identity of the client, the rate of its requests,
-    the CSRF value and the content type.
+    It checks the host, the origin and the size of a request, the identity of the client, the rate of the
+    client's requests, the CSRF value and the content type.
     """
 
     def __init__(self, app: ASGIApp, options: AppOptions, identities: Identities, log: AccessLog):

@@ -68,7 +68,7 @@ async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Ident
         raise RequestError(
             403,
             "Only admins may open this address.",
-            "Log in with the token of an admin, whom tools/label.py add-annotator NAME --admin adds.",
+            "Log in with the token of an admin. Run tools/label.py add-annotator NAME --admin to add one.",
         )
     return identity
 
@@ -417,8 +417,8 @@ def admin_api(context: Context) -> APIRouter:
     def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
         """Return an export of the campaign.
 
-        The format "csv" or "jsonl" contains the labels in the open label format. The format "judgements"
-        contains all judgements without loss.
+        The format "csv" or "jsonl" contains the labels in the format of `eg3d_rlhf.preferences.labels`. The
+        format "judgements" contains all judgements without loss.
         """
         file_name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
         # The export is written into a temporary file and streamed from it, because it may be large.
