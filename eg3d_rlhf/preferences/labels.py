@@ -132,41 +132,48 @@ def load_labels(path: str | Path) -> list[Preference]:
     ...     load_labels(write_labels(Path(folder, "labels.jsonl"), [Preference(winner=3, loser=8)]))[0].winner
     3
     """
-    readers: dict[str, Reader] = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
-    return read_records(Path(path), readers, _parse, "pairs")
+    reader_by_suffix: dict[str, Reader] = {
+        ".jsonl": jsonl_records,
+        ".ndjson": jsonl_records,
+        ".csv": _csv_records,
+    }
+    return read_records(Path(path), reader_by_suffix, _parse, "pairs")
 
 
 def read_records(
-    path: Path, readers: Mapping[str, Reader], parse: Callable[[Mapping[str, Any]], Label], things: str
+    path: Path,
+    reader_by_suffix: Mapping[str, Reader],
+    parse: Callable[[Mapping[str, Any]], Label],
+    plural_noun: str,
 ) -> list[Label]:
     """Read all labels of a file.
 
     Args:
         path: file of labels.
-        readers: functions that read the records, by the ending of the file name.
+        reader_by_suffix: functions that read the records, by the ending of the file name.
         parse: function that converts a record to a label.
-        things: plural name of the labelled things, for messages.
+        plural_noun: plural name of the labelled things, for messages.
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for the first
         record that is not valid, and for a file without labels.
     """
-    if path.suffix not in readers:
+    if path.suffix not in reader_by_suffix:
         raise ValueError(
-            f"labels: expected a file with the ending {' or '.join(readers)}, got {path.name}. Convert it to"
-            f" {next(iter(readers))}."
+            f"labels: expected a file with the ending {' or '.join(reader_by_suffix)}, got {path.name}."
+            f" Convert it to {next(iter(reader_by_suffix))}."
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"labels: the file {path} does not exist. Correct the path, or label some {things} first."
+            f"labels: the file {path} does not exist. Correct the path, or label some {plural_noun} first."
         )
     labels = []
-    for line_number, record in readers[path.suffix](path):
+    for line_number, record in reader_by_suffix[path.suffix](path):
         try:
             labels.append(parse(record))
         except ValueError as error:
             raise ValueError(f"{path.name}, line {line_number}: {error}") from error
     if not labels:
         raise ValueError(
-            f"{path.name}, line 1: the file is empty and contains no label. Add labels of {things}."
+            f"{path.name}, line 1: the file is empty and contains no label. Add labels of {plural_noun}."
         )
     return labels
 

@@ -193,15 +193,17 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     first_label_of_shape: dict[tuple[str, int], Preference] = {}
     for label in labels:
         for seed, has_won in ((label.winner, True), (label.loser, False)):
-            shape = (label.generator or "", seed)
-            first_label_of_shape.setdefault(shape, label)
+            shape_key = (label.generator or "", seed)
+            first_label_of_shape.setdefault(shape_key, label)
             # The entry exists also for a shape that has only ties.
-            outcomes_of_shape[shape] |= set() if label.tie else {has_won}
-    mixed_shapes = [shape for shape, shape_outcomes in outcomes_of_shape.items() if len(shape_outcomes) == 2]
+            outcomes_of_shape[shape_key] |= set() if label.tie else {has_won}
+    mixed_shapes = [
+        shape_key for shape_key, shape_outcomes in outcomes_of_shape.items() if len(shape_outcomes) == 2
+    ]
     # Shapes with results of one kind only
     is_preferred_of_shape = {
-        shape: next(iter(shape_outcomes))
-        for shape, shape_outcomes in outcomes_of_shape.items()
+        shape_key: next(iter(shape_outcomes))
+        for shape_key, shape_outcomes in outcomes_of_shape.items()
         if len(shape_outcomes) == 1
     }
     if mixed_shapes:
@@ -213,11 +215,11 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
         strength_of_shape = dict(zip(fitted_strengths.items, fitted_strengths.strength, strict=True))
         # Quantiles that bound the middle fifth of these shapes
         middle_start, middle_end = np.quantile(
-            [strength_of_shape[shape] for shape in mixed_shapes], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2]
+            [strength_of_shape[shape_key] for shape_key in mixed_shapes], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2]
         )
-        for shape in mixed_shapes:
-            if not middle_start <= strength_of_shape[shape] <= middle_end:
-                is_preferred_of_shape[shape] = strength_of_shape[shape] > middle_end
+        for shape_key in mixed_shapes:
+            if not middle_start <= strength_of_shape[shape_key] <= middle_end:
+                is_preferred_of_shape[shape_key] = strength_of_shape[shape_key] > middle_end
     return [
         UnpairedPreference(
             seed=seed,
@@ -279,14 +281,14 @@ def unpaired_source(path: Path, seed: int = 0) -> LabelSource:
     )
 
 
-def _clean_winner(first: UnpairedPreference, second: UnpairedPreference) -> int | None:
+def _clean_winner(first_label: UnpairedPreference, second_label: UnpairedPreference) -> int | None:
     """Return the seed of the shape that an annotator without noise prefers.
 
     Return None if a label does not state this, or if both shapes are equally good.
     """
-    if first.clean is None or second.clean is None or first.clean == second.clean:
+    if first_label.clean is None or second_label.clean is None or first_label.clean == second_label.clean:
         return None
-    return first.seed if first.clean else second.seed
+    return first_label.seed if first_label.clean else second_label.seed
 
 
 def split_unpaired(

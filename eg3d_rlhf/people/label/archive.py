@@ -154,8 +154,8 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
         for table_row in table_rows:
             # Numeric ids are valid in this database only, so they are left out or replaced by names.
             column_values = {
-                column: value
-                for column, value in table_row._mapping.items()
+                column: column_value
+                for column, column_value in table_row._mapping.items()
                 if column != "id" and not column.endswith("_id") and column not in UNEXPORTED_COLUMNS
             }
             link_names = {
@@ -414,26 +414,26 @@ class _Import:
             reject_held_out_seeds([record["seed"]], f"campaign {campaign_name}")
         self.new += record_kind == "judgement"
 
-    def _id(self, kind: str, campaign_name: str, row_name) -> int:
+    def _id(self, record_kind: str, campaign_name: str, row_name) -> int:
         """Return the id of the row to which a record refers.
 
         Raises:
             ValueError: the file does not contain the row before this record.
         """
         # An undo may refer to a judgement that is still waiting.
-        if (kind, campaign_name) == self.kind and row_name in self.waiting:
+        if (record_kind, campaign_name) == self.kind and row_name in self.waiting:
             self._write()
-        ids = self.annotators if kind == "annotator" else self._row_ids(kind, campaign_name)
+        ids = self.annotators if record_kind == "annotator" else self._row_ids(record_kind, campaign_name)
         if row_name not in ids:
             # the name of a judgement is (id of the annotator, key), of which the key is in the file
             shown_name = row_name[1] if isinstance(row_name, tuple) else row_name
             raise ValueError(
-                f"the file has no {kind} {shown_name!r} before this record, which refers to it. Export the"
-                " campaign again."
+                f"the file has no {record_kind} {shown_name!r} before this record, which refers to it. Export"
+                " the campaign again."
             )
         return ids[row_name]
 
-    def _row_ids(self, kind: str, campaign: str) -> dict:
+    def _row_ids(self, record_kind: str, campaign: str) -> dict:
         """Return a dict that maps the names of a campaign's rows of one kind to their ids in the store.
 
         The first call for a campaign and a kind reads the ids from the store.
@@ -441,26 +441,26 @@ class _Import:
         Raises:
             ValueError: the file does not contain the campaign before this record.
         """
-        if (kind, campaign) not in self.ids:
+        if (record_kind, campaign) not in self.ids:
             if campaign not in self.campaigns:
                 raise ValueError(
                     f"the file has no campaign {campaign!r} before this record, which belongs to it. Export"
                     " the campaign again."
                 )
-            table_columns = RECORD_KINDS[kind].table.c
+            table_columns = RECORD_KINDS[record_kind].table.c
             selected_columns = (
                 table_columns.id,
-                table_columns[RECORD_KINDS[kind].name],
-                *([table_columns.annotator_id] if kind == "judgement" else []),
+                table_columns[RECORD_KINDS[record_kind].name],
+                *([table_columns.annotator_id] if record_kind == "judgement" else []),
             )
             id_rows = self.connection.execute(
                 select(*selected_columns).where(table_columns.campaign_id == self.campaigns[campaign])
             )
-            self.ids[kind, campaign] = {
-                (annotator[0], row_name) if annotator else row_name: row_id
-                for row_id, row_name, *annotator in id_rows
+            self.ids[record_kind, campaign] = {
+                (annotator_ids[0], row_name) if annotator_ids else row_name: row_id
+                for row_id, row_name, *annotator_ids in id_rows
             }
-        return self.ids[kind, campaign]
+        return self.ids[record_kind, campaign]
 
     def _write(self) -> None:
         """Insert the waiting rows, and store their ids."""

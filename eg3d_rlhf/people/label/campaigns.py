@@ -84,24 +84,24 @@ class Plan:
 
 
 def create(
-    connection: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair], now: float
+    connection: Connection, settings: CampaignSettings, planned_pairs: Sequence[PlannedPair], now: float
 ) -> tuple[int, list[int]]:
     """Store a new campaign.
 
     Args:
         connection: connection with an open transaction.
         settings: settings of the campaign.
-        planned: pairs in order of the plan.
+        planned_pairs: pairs in order of the plan.
         now: time of creation, seconds since 1970.
 
     Returns:
-        Id of the campaign, and the ids of its pairs in the order of `planned`.
+        Id of the campaign, and the ids of its pairs in the order of `planned_pairs`.
 
     Raises:
         ValueError: the name, the settings or the pairs are invalid.
     """
     # The check is part of the transaction, so that no other process can use the name in the meantime.
-    _check(connection, settings, planned)
+    _check(connection, settings, planned_pairs)
     # The keys are sorted, because an import compares the settings of two stores as text.
     settings_json = json.dumps(
         {**asdict(settings), "mode": settings.mode.value, "extra": dict(settings.extra)}, sort_keys=True
@@ -112,7 +112,7 @@ def create(
     ).scalar_one()
     # A shape that occurs in several pairs is stored once. dict.fromkeys removes repetitions and keeps the
     # order of the plan.
-    planned_shapes = [shape for pair in planned for shape in (pair.first, pair.second)]
+    planned_shapes = [shape for pair in planned_pairs for shape in (pair.first, pair.second)]
     unique_shape_keys = list(dict.fromkeys(_shape_key(shape) for shape in planned_shapes))
     shape_rows = [
         {
@@ -136,12 +136,12 @@ def create(
             "explanation": pair.explanation,
             "places": settings.annotators_per_pair,
         }
-        for position, pair in enumerate(planned)
+        for position, pair in enumerate(planned_pairs)
     ]
     return campaign_id, insert_all(connection, pairs, pair_rows)
 
 
-def _check(connection: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair]) -> None:
+def _check(connection: Connection, settings: CampaignSettings, planned_pairs: Sequence[PlannedPair]) -> None:
     """Check a campaign before it is stored.
 
     Raises:
@@ -159,9 +159,9 @@ def _check(connection: Connection, settings: CampaignSettings, planned: Sequence
             f"campaign: the name {name!r} is in use. Choose another name, or continue the campaign of this"
             " name."
         )
-    if not planned:
+    if not planned_pairs:
         raise ValueError(f"campaign {name}: the plan contains no pairs. Plan at least one pair.")
-    for position, pair in enumerate(planned):
+    for position, pair in enumerate(planned_pairs):
         # A plan of single shapes repeats its shape in `second`; a plan of pairs never does.
         if (pair.first == pair.second) != (settings.mode is Mode.SINGLE):
             if settings.mode is Mode.SINGLE:
@@ -179,7 +179,7 @@ def _check(connection: Connection, settings: CampaignSettings, planned: Sequence
     # the number of the file and no seed of a latent.
     if settings.mode is not Mode.STUDY:
         latent_seeds = (
-            shape.seed for pair in planned for shape in (pair.first, pair.second) if not shape.file
+            shape.seed for pair in planned_pairs for shape in (pair.first, pair.second) if not shape.file
         )
         reject_held_out_seeds(latent_seeds, f"campaign {name}")
 
@@ -209,9 +209,9 @@ def shape_from_row(row: Row, prefix: str = "") -> Shape:
     return Shape(**shape_values)
 
 
-def settings_from_json(text: str) -> CampaignSettings:
+def settings_from_json(settings_json: str) -> CampaignSettings:
     """Convert the JSON text in the column `settings` of the table `campaigns` to `CampaignSettings`."""
-    setting_values = json.loads(text)
+    setting_values = json.loads(settings_json)
     # JSON has neither enums nor tuples. Campaigns of older versions have no questions.
     mode = Mode(setting_values["mode"])
     questions = tuple(setting_values.get("questions", ()))
@@ -229,14 +229,19 @@ def list_campaigns(
         campaign_id: id of the only campaign that is returned; None: no restriction.
     """
     pair_count = select(func.count()).where(pairs.c.campaign_id == campaigns.c.id).scalar_subquery()
-    query = select(campaigns, pair_count.label("pair_count")).order_by(campaigns.c.id)
-    query = query.where(campaigns.c.name == name) if name is not None else query
-    query = query.where(campaigns.c.id == campaign_id) if campaign_id is not None else query
+    campaign_query = select(campaigns, pair_count.label("pair_count")).order_by(campaigns.c.id)
+    campaign_query = campaign_query.where(campaigns.c.name == name) if name is not None else campaign_query
+    campaign_query = (
+        campaign_query.where(campaigns.c.id == campaign_id) if campaign_id is not None else campaign_query
+    )
     return [
         StoredCampaign(
-            id=row.id, settings=settings_from_json(row.settings), created=row.created, pairs=row.pair_count
+            id=campaign_row.id,
+            settings=settings_from_json(campaign_row.settings),
+            created=campaign_row.created,
+            pairs=campaign_row.pair_count,
         )
-        for row in connection.execute(query)
+        for campaign_row in connection.execute(campaign_query)
     ]
 
 

@@ -125,13 +125,13 @@ class Shape:
     # eg3d_rlhf.people.label.shape_files.shape_key(shape) names the cached file of a shape.
 
     @classmethod
-    def from_asset(cls, **fields) -> "Shape":
+    def from_asset(cls, **other_fields) -> "Shape":
         """Make the shape of an asset file. The parameters of an isosurface get their empty values.
 
         Args:
-            fields: values of all fields except psi, level, resolution and triangles.
+            other_fields: values of all fields except psi, level, resolution and triangles.
         """
-        return cls(psi=math.nan, level=math.nan, resolution=0, triangles=0, **fields)
+        return cls(psi=math.nan, level=math.nan, resolution=0, triangles=0, **other_fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,18 +395,18 @@ class Question:
     text: str | None  # None: the page has the text in its languages
 
 
-def parse_questions(texts: Iterable[str]) -> tuple[Question, ...]:
+def parse_questions(question_texts: Iterable[str]) -> tuple[Question, ...]:
     """Parse the questions in the settings of a campaign.
 
     Args:
-        texts: questions as the settings contain them: a name of QUESTIONS, or NAME=TEXT.
+        question_texts: questions as the settings contain them: a name of QUESTIONS, or NAME=TEXT.
 
     Raises:
         ValueError: a name is unknown or occurs twice, a text has an invalid length, or there are more than
             MAX_QUESTIONS questions.
     """
     questions = []
-    for question_text in texts:
+    for question_text in question_texts:
         name, separator, text = (part.strip() for part in str(question_text).partition("="))
         # `separator` is empty if there is no "=". The page must then have texts for the name.
         if not QUESTION_NAME.fullmatch(name) or (not separator and name not in QUESTIONS):
@@ -451,16 +451,18 @@ def check_votes(questions: Iterable[str], votes: Mapping[str, str], choice: Choi
     )
     if set(votes) != question_names or not set(votes.values()) <= set(VOTES):
         if question_names:
-            rule = (
+            rule_text = (
                 f"each of the questions {', '.join(sorted(question_names))} needs a vote ({', '.join(VOTES)})"
             )
         else:
-            rule = "this answer must have no votes"
+            rule_text = "this answer must have no votes"
         # The message quotes at most MAX_QUESTIONS votes, so that its length is bounded.
         quoted_votes = ", ".join(
             f"{vote!r} for {question!r}" for question, vote in list(votes.items())[:MAX_QUESTIONS]
         )
-        raise ValueError(f"answer: {rule}, but the page sent {quoted_votes or 'no vote'}. Reload the page.")
+        raise ValueError(
+            f"answer: {rule_text}, but the page sent {quoted_votes or 'no vote'}. Reload the page."
+        )
 
 
 def check_stored(votes: str) -> None:

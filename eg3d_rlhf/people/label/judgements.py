@@ -216,8 +216,8 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
     }
     judgement_id = connection.execute(RECORD.returning(judgements.c.id), column_values).scalar_one()
     # CLOSE marks the assignment as answered, and renews its lease.
-    parameters = {"assignment": assignment_row.id, "judgement": judgement_id, "now": now}
-    released_at = connection.execute(CLOSE, parameters).scalar_one()
+    close_parameters = {"assignment": assignment_row.id, "judgement": judgement_id, "now": now}
+    released_at = connection.execute(CLOSE, close_parameters).scalar_one()
     # If the assignment was released, its slot is taken again if it is free. The answer counts in both cases.
     if released_at is not None and take_slot(connection, assignment_row.pair_id):
         connection.execute(
@@ -327,8 +327,8 @@ def _outcome(
         duplicate: True if the answer was recorded before.
     """
     if assignment_row.kind != Kind.TRAINING:
-        shown_names = revealed(plan, assignment_row, choice)
-        return Submitted(judgement=judgement_id, duplicate=duplicate, reveal=shown_names)
+        revealed_names = revealed(plan, assignment_row, choice)
+        return Submitted(judgement=judgement_id, duplicate=duplicate, reveal=revealed_names)
     pair = plan.pairs[assignment_row.pair_id]
     expected_answer = expected_side(
         pair.expected, bool(assignment_row.first_is_left), plan.campaign.settings.mode
@@ -445,8 +445,8 @@ def tally(connection: Connection) -> list[Row]:
         (time of receipt of the newest one, seconds since 1970).
     """
     # `answered` is null for an answer that was taken back, so the join leaves it out.
-    total_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
-    tally_query = select(judgements.c.campaign_id, annotators.c.name, *total_columns).join_from(
+    aggregate_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
+    tally_query = select(judgements.c.campaign_id, annotators.c.name, *aggregate_columns).join_from(
         assignments, judgements, judgements.c.id == assignments.c.answered
     )
     tally_query = tally_query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
@@ -497,7 +497,7 @@ def own_answers(
 
     An answer that was changed keeps its position in this order, because the assignment is the same.
     """
-    parameters = {
+    query_parameters = {
         "campaign": plan.campaign.id,
         "annotator": annotator_id,
         "before": ABOVE_ALL_SEQUENCES if before is None else before,
@@ -505,7 +505,7 @@ def own_answers(
     }
     is_complete = study_over(connection, plan, now)
     listed_answers = []
-    for row in connection.execute(OWN_ANSWERS, parameters):
+    for row in connection.execute(OWN_ANSWERS, query_parameters):
         pair = plan.pairs[row.pair_id]
         choice = Choice(row.choice)
         # The shapes are on the same sides as in the assignment.

@@ -75,7 +75,7 @@ def prepare(
     cache: ShapeCache,
     renderer: Any,
     renders: bool = False,
-    report: Callable[[dict], None] = lambda fields: None,
+    on_progress: Callable[[dict], None] = lambda fields: None,
 ) -> None:
     """Prepare the shapes that are missing in the cache, in order.
 
@@ -84,8 +84,8 @@ def prepare(
         cache: cache in which results and failures are stored.
         renderer: a `ShapeRenderer` for isosurfaces of a generator, or an `AssetPreparer` for asset files.
         renders: True makes the RGB renders as well.
-        report: function that is called with fields of `ShapeProgress`, before the first shape and after each
-            shape.
+        on_progress: function that is called with fields of `ShapeProgress`, before the first shape and after
+            each shape.
 
     Raises:
         ValueError: the file of a generator cannot be used.
@@ -109,7 +109,7 @@ def prepare(
         else:
             # `and` keeps None, which means an unknown time
             seconds_left = seconds_per_shape and seconds_per_shape * missing_count
-        report(
+        on_progress(
             {
                 "done": len(shapes_by_key) - len(failed_keys) - missing_count,
                 "total": len(shapes_by_key),
@@ -130,7 +130,9 @@ def prepare(
         shape_error = _prepare_shape(shape, cache, renderer, renders)
         if shape_error is not None:
             failure_reason = str(shape_error)
-            cache.put_failure(shape, failure_reason, temporary=isinstance(shape_error, reading.ChangedError))
+            cache.put_failure(
+                shape, failure_reason, is_temporary=isinstance(shape_error, reading.ChangedError)
+            )
             failed_keys.add(key)
             print(f"A shape cannot be shown: {failure_reason}", file=sys.stderr, flush=True)
         durations.append(time.monotonic() - start_time)
@@ -245,14 +247,14 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
     shape_cache.remove_leftovers()
     progress_path = progress_file(shape_cache, url, campaign)
     progress = ShapeProgress(campaign=campaign)
-    last_write = -float("inf")  # time of the last write of the progress, in seconds of time.monotonic
+    last_write_time = -float("inf")  # time of the last write of the progress, in seconds of time.monotonic
 
-    def write_progress(fields: dict) -> None:
-        nonlocal progress, last_write
-        progress = ShapeProgress(campaign=campaign, **fields)
-        if progress.finished or time.monotonic() - last_write >= _WRITE_EVERY:
+    def write_progress(progress_fields: dict) -> None:
+        nonlocal progress, last_write_time
+        progress = ShapeProgress(campaign=campaign, **progress_fields)
+        if progress.finished or time.monotonic() - last_write_time >= _WRITE_EVERY:
             progress.write(progress_path)
-            last_write = time.monotonic()
+            last_write_time = time.monotonic()
 
     try:
         with Store.open(url, create=False) as store:

@@ -209,14 +209,14 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
         first_answers, second_answers = zip(*answer_pairs, strict=True)
         kappa = cohen_kappa(list(first_answers), list(second_answers))
         equal_count = sum(first_answer == second_answer for first_answer, second_answer in answer_pairs)
-        same_share = _share("same", equal_count, kappa.n, "n")
+        same_share_fields = _share("same", equal_count, kappa.n, "n")
         kappas.append(
             {
                 "a": first_name,
                 "b": second_name,
                 "kappa": kappa.value if kappa.lo is not None else None,
                 "ci95": kappa.to_dict()["ci95"],
-                **same_share,
+                **same_share_fields,
             }
         )
     # The units of alpha are the pairs. Each annotator may have answered other pairs.
@@ -296,12 +296,12 @@ def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
     }
 
 
-def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
+def timeline(rows: Sequence[JudgementRow], max_bins: int = 240) -> list[dict]:
     """Compute the number of judgements and the median time to answer over time.
 
     Args:
         rows: judgements.
-        bins: largest number of intervals of time.
+        max_bins: largest number of intervals of time.
 
     Returns:
         One record per interval of time that contains judgements: "time" (start, in seconds since 1970),
@@ -317,7 +317,7 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
     # The shortest one with which there are few enough intervals. "- 1", because the judgements may begin and
     # end within an interval.
     bin_seconds = next(
-        bin_seconds for bin_seconds in bin_lengths if (end_time - start_time) / bin_seconds < bins - 1
+        bin_seconds for bin_seconds in bin_lengths if (end_time - start_time) / bin_seconds < max_bins - 1
     )
     # interval number i begins at i * width seconds since 1970
     rows_by_bin: dict[int, list[JudgementRow]] = defaultdict(list)
@@ -336,13 +336,13 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
 
 
 def _share(
-    share_key: str, hits: int, n: int, n_key: str | None = None, interval_key: str | None = None
+    share_key: str, hit_count: int, n: int, n_key: str | None = None, interval_key: str | None = None
 ) -> dict:
     """Return the share hits / n with its Wilson interval, under keys that begin with `share_key`.
 
     Args:
         share_key: key of the share. It is None if n is 0.
-        hits: number of cases that the share counts.
+        hit_count: number of cases that the share counts.
         n: number of all cases.
         n_key: key of n; None: n is not returned.
         interval_key: key of the interval; None: <name>_ci95. The interval is None if n < LEAST_UNITS.
@@ -350,9 +350,9 @@ def _share(
     Returns:
         Share, interval, and under <name>_needs the number of cases that are missing for an interval.
     """
-    interval_bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
+    interval_bounds = list(wilson_interval(hit_count, n)) if n >= LEAST_UNITS else None
     share_values = {
-        share_key: hits / n if n else None,
+        share_key: hit_count / n if n else None,
         interval_key or f"{share_key}_ci95": interval_bounds,
         f"{share_key}_needs": max(0, LEAST_UNITS - n),
     }

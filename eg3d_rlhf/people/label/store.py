@@ -168,7 +168,7 @@ class Store:
             )
         return token
 
-    def new_token(self, name: str, keep_session: str = "") -> str:
+    def new_token(self, name: str, kept_session_id: str = "") -> str:
         """Replace the login token of an annotator, and return the new token. It cannot be read again later.
 
         The old token and the annotator's sessions become invalid. Judgements and assignments stay. A revoked
@@ -176,7 +176,7 @@ class Store:
 
         Args:
             name: name of the annotator.
-            keep_session: id of a session that stays valid; "": no session.
+            kept_session_id: id of a session that stays valid; "": no session.
 
         Raises:
             ValueError: there is no annotator of this name who can have a token.
@@ -194,21 +194,21 @@ class Store:
             # session in which an admin replaces the own token is kept.
             ended_sessions = (
                 sessions.c.annotator_id == annotator.id,
-                sessions.c.id_hash != secret_hash(keep_session),
+                sessions.c.id_hash != secret_hash(kept_session_id),
             )
             connection.execute(delete(sessions).where(*ended_sessions))
         return token
 
-    def revoke_annotator(self, name: str, keep_an_admin: bool = False) -> None:
+    def revoke_annotator(self, name: str, must_keep_admin: bool = False) -> None:
         """Revoke the access of an annotator: the token and all sessions become invalid. Judgements stay.
 
         Args:
             name: name of the annotator. If the access was revoked before, nothing changes.
-            keep_an_admin: True raises an error if this annotator is the last admin with access.
+            must_keep_admin: True raises an error if this annotator is the last admin with access.
 
         Raises:
             ValueError: there is no annotator of this name who can have a token.
-            ConflictError: the annotator is the last admin, and `keep_an_admin` is True.
+            ConflictError: the annotator is the last admin, and `must_keep_admin` is True.
         """
         with self.database.write((Lock.SCHEMA, 2)) as connection:
             annotator = _with_token(connection, name)
@@ -221,7 +221,7 @@ class Store:
                 annotators.c.token_hash.is_not(None),
             )
             if (
-                keep_an_admin
+                must_keep_admin
                 and annotator.role == "admin"
                 and _first(connection, admin_query.where(annotators.c.id != annotator.id)) is None
             ):
@@ -338,8 +338,8 @@ class Store:
         campaign_id: int,
         annotator_id: int,
         count: int = 3,
-        is_ready: Callable[[str], bool] | None = None,
-        has_failed: Callable[[str], bool] | None = None,
+        readiness_test: Callable[[str], bool] | None = None,
+        failure_test: Callable[[str], bool] | None = None,
     ) -> list[AssignedPair]:
         """Return up to `count` open assignments of an annotator, and make new ones if there are fewer.
 
@@ -350,15 +350,15 @@ class Store:
             campaign_id: id of the campaign.
             annotator_id: id of the annotator.
             count: number of assignments that the page needs.
-            is_ready: function that returns True for the asset token of a prepared shape. Only pairs of two
-                prepared shapes are assigned. None: all shapes are prepared.
-            has_failed: function that returns True for the asset token of a shape that can never be prepared.
-                An annotator waits for practice pairs that are not prepared yet, but not for such ones. None:
-                no shape has failed.
+            readiness_test: function that returns True for the asset token of a prepared shape. Only pairs of
+                two prepared shapes are assigned. None: all shapes are prepared.
+            failure_test: function that returns True for the asset token of a shape that can never be
+                prepared. An annotator waits for practice pairs that are not prepared yet, but not for such
+                ones. None: no shape has failed.
         """
 
         def is_pair_ready(pair: StoredPair) -> bool:
-            return is_ready is None or (is_ready(pair.first) and is_ready(pair.second))
+            return readiness_test is None or (readiness_test(pair.first) and readiness_test(pair.second))
 
         issuer = Issuer(
             self.database,
@@ -366,7 +366,7 @@ class Store:
             annotator_id,
             self._name(annotator_id),
             self.clock,
-            _pair_failure_test(has_failed),
+            _pair_failure_test(failure_test),
         )
         return issuer.assignments(count, is_pair_ready)
 
@@ -444,15 +444,15 @@ class Store:
             return comments(connection, campaign_id, count)
 
     def progress(
-        self, campaign_id: int, annotator_id: int, has_failed: Callable[[str], bool] | None = None
+        self, campaign_id: int, annotator_id: int, failure_test: Callable[[str], bool] | None = None
     ) -> Progress:
         """Return the progress of an annotator in a campaign.
 
         Args:
             campaign_id: id of the campaign.
             annotator_id: id of the annotator.
-            has_failed: function that returns True for the asset token of a shape that can never be prepared.
-                None: no shape has failed.
+            failure_test: function that returns True for the asset token of a shape that can never be
+                prepared. None: no shape has failed.
         """
         plan = self._plan(campaign_id)
         annotator_name = self._name(annotator_id)
@@ -464,7 +464,7 @@ class Store:
                 annotator_name,
                 self.clock(),
                 self._reach,
-                _pair_failure_test(has_failed),
+                _pair_failure_test(failure_test),
             )
 
     def tally(self) -> list[Row]:
@@ -517,15 +517,15 @@ class Store:
         return self._plans[campaign_id]
 
 
-def _pair_failure_test(has_failed: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:
+def _pair_failure_test(failure_test: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:
     """Return a test of a pair: True if one of its two shapes has failed.
 
     Args:
-        has_failed: test of the asset token of a shape; None: no shape has failed.
+        failure_test: test of the asset token of a shape; None: no shape has failed.
     """
-    if has_failed is None:
+    if failure_test is None:
         return lambda pair: False
-    return lambda pair: has_failed(pair.first) or has_failed(pair.second)
+    return lambda pair: failure_test(pair.first) or failure_test(pair.second)
 
 
 def secret_hash(secret: str) -> str:
@@ -578,10 +578,10 @@ def find_or_add(connection: Connection, name: str, role: str, now: float) -> Sto
     )
 
 
-def _first(connection: Connection, query: Select) -> StoredAnnotator | None:
+def _first(connection: Connection, annotator_query: Select) -> StoredAnnotator | None:
     """Return the first row of a query as an annotator, or None."""
-    row = connection.execute(query).first()
-    return None if row is None else StoredAnnotator(**row._mapping)
+    annotator_row = connection.execute(annotator_query).first()
+    return None if annotator_row is None else StoredAnnotator(**annotator_row._mapping)
 
 
 # ---- names of annotators that people can distinguish

@@ -555,7 +555,7 @@ def to_score(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
         prompt: text of the prompt.
         write_path: function (path) -> text that is written.
     """
-    rating: dict = (
+    rating_fields: dict = (
         {"score": float(row.choice.value)}
         if row.choice.value.isdigit()
         else {"label": int(bool(row.choice.good))}
@@ -563,7 +563,7 @@ def to_score(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
     label_fields = {
         "mesh": write_path(row.left.source),
         "prompt": prompt,
-        **rating,
+        **rating_fields,
         "generator": row.left.generator,
         "condition": row.left.condition,
     }

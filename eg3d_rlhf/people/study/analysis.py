@@ -45,14 +45,17 @@ class SortedRows:
 
 
 def analyse(
-    design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, now: datetime | None = None
+    design: StudyDesign,
+    rows: Iterable[JudgementRow],
+    allow_interim: bool = False,
+    now: datetime | None = None,
 ) -> dict:
     """Compute all results of a study.
 
     Args:
         design: design of the study.
         rows: judgements of the study.
-        interim: True allows an analysis before the stopping rule is met.
+        allow_interim: True allows an analysis before the stopping rule is met.
         now: time of the report; None: the current time.
 
     Returns:
@@ -62,8 +65,8 @@ def analyse(
         "exclusions" (see `_exclusions`), "agreement" (see `quality.agreement`) and "pairs" (see `_pairs`).
 
     Raises:
-        ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
-            study.
+        ValueError: the stopping rule is not met and `allow_interim` is False, or a judgement belongs to
+            another study.
     """
     # answers that were taken back never count
     rows = [row for row in rows if not row.undone]
@@ -71,7 +74,7 @@ def analyse(
     sorted_rows = sort_rows(design, rows)
     answered_count = len(sorted_rows.trials)
     is_complete = stopped(design, answered_count, now)
-    if not is_complete and not interim:
+    if not is_complete and not allow_interim:
         end_text = f", or the time {design.until}" if design.until else ""
         raise ValueError(
             f"study {design.name}: the design requires {design.trials} answered trials{end_text}, but"
@@ -128,7 +131,7 @@ def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
         correct_count = sum(gold_results)
         # In an interim report no annotator may have answered the planned share, so the mean share so far is
         # used.
-        planned_share = min(design.share, len(trials) / design.annotators)
+        expected_trial_count = min(design.trials_per_annotator, len(trials) / design.annotators)
         if len(
             gold_results
         ) >= exclusion_rules.gold_least and correct_count < exclusion_rules.gold_accuracy * len(gold_results):
@@ -141,9 +144,9 @@ def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
                 f"too fast: {len(fast_trials)} of {len(annotator_trials)} trials took less than"
                 f" {exclusion_rules.fast_milliseconds} ms"
             )
-        elif len(annotator_trials) < exclusion_rules.least_share * planned_share:
+        elif len(annotator_trials) < exclusion_rules.least_share * expected_trial_count:
             sorted_rows.annotators[annotator] = (
-                f"incomplete: {len(annotator_trials)} of {design.share} trials"
+                f"incomplete: {len(annotator_trials)} of {design.trials_per_annotator} trials"
             )
         else:
             sorted_rows.fast += fast_trials
@@ -155,18 +158,18 @@ def is_fast(row: JudgementRow, min_milliseconds: int) -> bool:
     return row.choice != Choice.SKIP and row.milliseconds < min_milliseconds
 
 
-def score(row: JudgementRow, ties: str) -> float:
+def score(row: JudgementRow, tie_rule: str) -> float:
     """Return the score of a trial.
 
     Args:
         row: judgement of a pair, whose second shape is of generator b.
-        ties: "half" or "excluded".
+        tie_rule: "half" or "excluded".
 
     Returns:
         1 if b was preferred, 0 if a was preferred, 0.5 for a tie that counts half, NaN if the trial does not
         count.
     """
-    tie_score = 0.5 if ties == "half" else np.nan
+    tie_score = 0.5 if tie_rule == "half" else np.nan
     return {"first": 0.0, "second": 1.0, "tie": tie_score, "skip": np.nan}[side_free(row)]
 
 
@@ -175,23 +178,25 @@ def _ties(rows: Sequence[JudgementRow]) -> int:
     return sum(row.choice.equal for row in rows)
 
 
-def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 0) -> dict:
+def estimate(
+    rows: Sequence[JudgementRow], tie_rule: str, confidence: float = 0.95, resample_count: int = 0
+) -> dict:
     """Compute the win rate of b, with all intervals and tests that the design prescribes.
 
     Args:
         rows: trials.
-        ties: rule for ties, "half" or "excluded".
+        tie_rule: rule for ties, "half" or "excluded".
         confidence: level of the intervals.
-        resamples: number of resamples of each bootstrap; 0: no bootstraps.
+        resample_count: number of resamples of each bootstrap; 0: no bootstraps.
 
     Returns:
         Dict in JSON types: numbers of trials that count ("n"), of wins, ties, skips, annotators and latents;
         the p-value "p_exact" of the binomial test without clustering; "win_rate"; "interval" (clustered) and
         "wilson" as [lower end, upper end]; "p_clustered"; "design_effect"; "degrees_of_freedom"; and
-        "bootstrap" (clusters -> interval) if `resamples` > 0. All values from "win_rate" on are None if no
-        trial counts.
+        "bootstrap" (clusters -> interval) if `resample_count` > 0. All values from "win_rate" on are None if
+        no trial counts.
     """
-    scores = np.array([score(row, ties) for row in rows])  # [N]
+    scores = np.array([score(row, tie_rule) for row in rows])  # [N]
     choice_counts = Counter(row.choice for row in rows)
     # scores of the trials that are no ties and no skips
     decided_scores = [
@@ -220,8 +225,8 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         }
     # Names of annotators become indices 0..A-1, and ids of pairs become 0..L-1, since each has one latent.
     annotator_indices, latent_indices = (
-        np.unique([getattr(row, column) for row in rows], return_inverse=True)[1]
-        for column in ("annotator", "pair")
+        np.unique([getattr(row, column_name) for row in rows], return_inverse=True)[1]
+        for column_name in ("annotator", "pair")
     )
     # index 0: the arrays of `win_rate` have one element for each study, and this is one study
     win_rates = win_rate(scores, annotator_indices, latent_indices, confidence)
@@ -233,15 +238,17 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         "design_effect": float(win_rates.design_effect[0]),
         "degrees_of_freedom": int(win_rates.degrees[0]),
     }
-    if resamples:
+    if resample_count:
         cluster_kinds = ("annotators", "latents", "both")
         bounds_by_kind = {
-            kind: cluster_bootstrap(scores, annotator_indices, latent_indices, kind, confidence, resamples)
-            for kind in cluster_kinds
+            cluster_kind: cluster_bootstrap(
+                scores, annotator_indices, latent_indices, cluster_kind, confidence, resample_count
+            )
+            for cluster_kind in cluster_kinds
         }
         estimates["bootstrap"] = {
-            kind: None if interval_bounds is None else list(interval_bounds)
-            for kind, interval_bounds in bounds_by_kind.items()
+            cluster_kind: None if interval_bounds is None else list(interval_bounds)
+            for cluster_kind, interval_bounds in bounds_by_kind.items()
         }
     return estimates
 
@@ -278,12 +285,12 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
         )
 
 
-def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
+def _sides(rows: Sequence[JudgementRow], tie_rule: str) -> dict:
     """Count the trials with b on the left, and compute how often annotators chose the left side.
 
     Args:
         rows: trials.
-        ties: rule for ties, "half" or "excluded".
+        tie_rule: rule for ties, "half" or "excluded".
 
     Returns:
         Dict in JSON types, in which a rate without trials is None: "b_left" (number of trials with b on the
@@ -296,7 +303,7 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
     metrics["p_random"] = binomial_test(metrics["b_left"], metrics["n"])
     for rate_name, is_b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
         # b is the second shape of a pair, so b is on the left if the first shape is not.
-        scores = np.array([score(row, ties) for row in rows if row.first_is_left != is_b_left])
+        scores = np.array([score(row, tie_rule) for row in rows if row.first_is_left != is_b_left])
         metrics[rate_name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
     decided_rows = [row for row in rows if row.choice in (Choice.LEFT, Choice.RIGHT)]
     left_count = sum(row.choice == Choice.LEFT for row in decided_rows)
@@ -319,7 +326,7 @@ def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
         annotator_trials = [row for row in sorted_rows.trials if row.annotator == annotator]
         gold_results = [row.choice == row.expected for row in sorted_rows.gold if row.annotator == annotator]
         scores = np.array([score(row, design.ties) for row in annotator_trials])
-        counted_trials = int(np.sum(~np.isnan(scores)))  # number of trials that count
+        counted_trial_count = int(np.sum(~np.isnan(scores)))  # number of trials that count
         side_metrics = _sides(annotator_trials, design.ties)
         choice_counts = Counter(row.choice for row in annotator_trials)
         annotator_metrics.append(
@@ -328,9 +335,9 @@ def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
                 "trials": len(annotator_trials),
                 "ties": _ties(annotator_trials),
                 "skips": choice_counts[Choice.SKIP],
-                "n": counted_trials,
-                "win_rate": float(np.nanmean(scores)) if counted_trials else None,
-                "wilson": list(wilson_interval(float(np.nansum(scores)), counted_trials)),
+                "n": counted_trial_count,
+                "win_rate": float(np.nanmean(scores)) if counted_trial_count else None,
+                "wilson": list(wilson_interval(float(np.nansum(scores)), counted_trial_count)),
                 "left_share": side_metrics["left_share"],
                 "left_ci": side_metrics["left_ci"],
                 "gold_right": sum(gold_results),
@@ -366,14 +373,14 @@ def _exclusions(sorted_rows: SortedRows) -> list[dict]:
     return exclusions
 
 
-def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
+def _pairs(rows: Sequence[JudgementRow], tie_rule: str) -> list[dict]:
     """Compute the win rate of b for each latent.
 
     Returns records with seed, win_rate and n (number of trials), from the highest to the lowest win rate.
     """
     scores_by_seed: dict[int, list[float]] = defaultdict(list)
     for row in rows:
-        trial_score = score(row, ties)
+        trial_score = score(row, tie_rule)
         if not np.isnan(trial_score):
             scores_by_seed[row.left.seed].append(trial_score)
     latent_records = [
@@ -383,9 +390,9 @@ def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
 
     # Of latents with equal win rates, the one with more trials is closer to the end of the list at which
     # b or a wins.
-    def sort_key(latent: dict) -> tuple:
-        n = -latent["n"] if latent["win_rate"] > 0.5 else latent["n"]
-        return (-latent["win_rate"], n, latent["seed"])
+    def sort_key(latent_record: dict) -> tuple:
+        signed_trial_count = -latent_record["n"] if latent_record["win_rate"] > 0.5 else latent_record["n"]
+        return (-latent_record["win_rate"], signed_trial_count, latent_record["seed"])
 
     return sorted(latent_records, key=sort_key)
 
@@ -452,9 +459,9 @@ def win_rate(
             residuals, is_counted, trial_counts, cluster_indices
         )
     independent_variance = variances["trial"]  # variance as if all trials were independent, [S]
-    several_annotators = cluster_counts["annotator"] > 1
+    has_several_annotators = cluster_counts["annotator"] > 1
     clustered_variance = (
-        np.where(several_annotators, variances["annotator"], independent_variance)
+        np.where(has_several_annotators, variances["annotator"], independent_variance)
         + variances["latent"]
         - independent_variance
     )
@@ -463,7 +470,8 @@ def win_rate(
     degrees_of_freedom = np.maximum(
         1,
         np.minimum(
-            np.where(several_annotators, cluster_counts["annotator"], trial_counts), cluster_counts["latent"]
+            np.where(has_several_annotators, cluster_counts["annotator"], trial_counts),
+            cluster_counts["latent"],
         )
         - 1,
     )
@@ -514,25 +522,27 @@ def _cluster_variance(
     """
     if cluster_indices is None:
         residual_sums = residuals
-        cluster_count = trial_counts
+        cluster_counts = trial_counts
     else:
-        membership = np.zeros((len(cluster_indices), int(np.max(cluster_indices)) + 1))  # [N, G], one-hot
-        membership[np.arange(len(cluster_indices)), cluster_indices] = 1
-        residual_sums = residuals @ membership  # [S, G]
-        cluster_count = ((is_counted @ membership) > 0).sum(axis=1).astype(np.float64)
+        cluster_membership = np.zeros(
+            (len(cluster_indices), int(np.max(cluster_indices)) + 1)
+        )  # [N, G], one-hot
+        cluster_membership[np.arange(len(cluster_indices)), cluster_indices] = 1
+        residual_sums = residuals @ cluster_membership  # [S, G]
+        cluster_counts = ((is_counted @ cluster_membership) > 0).sum(axis=1).astype(np.float64)
     # The correction G / (G - 1) would divide by zero for one cluster. The residuals of one cluster sum to 0,
     # so the variance is 0 with any correction.
-    correction = cluster_count / np.maximum(cluster_count - 1, 1)
-    return (residual_sums**2).sum(axis=1) / trial_counts**2 * correction, cluster_count
+    correction = cluster_counts / np.maximum(cluster_counts - 1, 1)
+    return (residual_sums**2).sum(axis=1) / trial_counts**2 * correction, cluster_counts
 
 
 def cluster_bootstrap(
     scores: np.ndarray,
     annotator_indices: np.ndarray,
     latent_indices: np.ndarray,
-    over: str,
+    resampled_clusters: str,
     confidence: float = 0.95,
-    resamples: int = 4000,
+    resample_count: int = 4000,
     seed: int = 0,
 ) -> "Interval | None":
     """Compute a percentile bootstrap interval of one study's win rate by resampling clusters.
@@ -541,11 +551,12 @@ def cluster_bootstrap(
         scores: scores of the trials, [N].
         annotator_indices: index of the annotator of each trial, [N].
         latent_indices: index of the latent of each trial, [N].
-        over: clusters that are resampled: 'annotators', 'latents' or 'both'. With 'both', the weight of a
-            trial is the product of the weights of its annotator and its latent (pigeonhole bootstrap, Owen
-            2007). This interval is too wide if the scores vary more between trials than between clusters.
+        resampled_clusters: clusters that are resampled: 'annotators', 'latents' or 'both'. With 'both', the
+            weight of a trial is the product of the weights of its annotator and its latent (pigeonhole
+            bootstrap, Owen 2007). This interval is too wide if the scores vary more between trials than
+            between clusters.
         confidence: level of the interval.
-        resamples: number of resamples, R.
+        resample_count: number of resamples, R.
         seed: random seed.
 
     Returns:
@@ -557,12 +568,14 @@ def cluster_bootstrap(
         "annotators": [annotator_indices],
         "latents": [latent_indices],
         "both": [annotator_indices, latent_indices],
-    }[over]
+    }[resampled_clusters]
     # The indices are computed again without the trials that do not count, so that every cluster has a trial.
-    cluster_indices = [
+    cluster_index_arrays = [
         np.unique(trial_clusters[is_counted], return_inverse=True)[1] for trial_clusters in clusterings
     ]
-    cluster_counts = [int(cluster_index.max()) + 1 for cluster_index in cluster_indices]  # number of clusters
+    cluster_counts = [
+        int(cluster_indices.max()) + 1 for cluster_indices in cluster_index_arrays
+    ]  # number of clusters
     if min(cluster_counts) < 2:
         return None
     rng = np.random.default_rng(seed)
@@ -570,15 +583,15 @@ def cluster_bootstrap(
     counted_scores = scores[is_counted]
     # The weights [R, N] are computed in chunks of resamples, so that they do not fill the memory.
     chunk_size = max(1, _CELLS // len(counted_scores))
-    for start_index in range(0, resamples, chunk_size):
-        resample_count = min(chunk_size, resamples - start_index)
-        weights = np.ones((resample_count, len(counted_scores)))  # [R, N]
-        for cluster_index, cluster_count in zip(cluster_indices, cluster_counts, strict=True):
+    for start_index in range(0, resample_count, chunk_size):
+        chunk_resample_count = min(chunk_size, resample_count - start_index)
+        weights = np.ones((chunk_resample_count, len(counted_scores)))  # [R, N]
+        for cluster_indices, cluster_count in zip(cluster_index_arrays, cluster_counts, strict=True):
             # If `count` clusters are resampled with replacement, the number of times that each is drawn has a
             # multinomial distribution. This number is the weight of its trials.
             weights *= rng.multinomial(
-                cluster_count, np.full(cluster_count, 1 / cluster_count), size=resample_count
-            )[:, cluster_index]
+                cluster_count, np.full(cluster_count, 1 / cluster_count), size=chunk_resample_count
+            )[:, cluster_indices]
         weight_sums = weights.sum(axis=1)
         # With 'both', all weights of a resample can be 0. Such a resample is left out.
         resampled_rates.append((weights @ counted_scores)[weight_sums > 0] / weight_sums[weight_sums > 0])

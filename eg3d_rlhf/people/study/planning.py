@@ -218,9 +218,9 @@ def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
     """
     from eg3d_rlhf.generators import shape_count
 
-    a_count, b_count = (shape_count(loaded.generator) for loaded in (a, b))
+    a_count, b_count = (shape_count(loaded_generator.generator) for loaded_generator in (a, b))
     # "pairs" contains the prompts and seeds of the assets of a file
-    a_pairs, b_pairs = (loaded.nets.training_set.get("pairs") for loaded in (a, b))
+    a_pairs, b_pairs = (loaded_generator.nets.training_set.get("pairs") for loaded_generator in (a, b))
     if a_count != b_count or a_pairs != b_pairs:
         raise ValueError(
             "--a, --b: the two files contain assets of different prompts or seeds. Pass the files of two"
@@ -247,7 +247,7 @@ def flagged(flags: Mapping) -> Iterator[None]:
 
 
 def prepare(
-    folder: Folder, name: str, flags: Mapping, written: set[str], report: Callable[[str], None]
+    folder: Folder, name: str, flags: Mapping, written_flags: set[str], report_line: Callable[[str], None]
 ) -> StudyDesign:
     """Read the design of the study in a folder, or create the study if there is none.
 
@@ -258,8 +258,8 @@ def prepare(
         folder: folder of the study.
         name: name of a new study.
         flags: values of all flags, by name.
-        written: names of the flags that the user passed on the command line.
-        report: function that is called with lines of progress.
+        written_flags: names of the flags that the user passed on the command line.
+        report_line: function that is called with lines of progress.
 
     Raises:
         ValueError: a flag contradicts the design, or the study is complete.
@@ -277,8 +277,8 @@ def prepare(
                     " Restore the file, or use another --name."
                 )
     if is_new:
-        surface_flags = sorted(written & {"psi", "level", "resolution", "triangles"})
-        if "up" in written and not compares_assets(flags):
+        surface_flags = sorted(written_flags & {"psi", "level", "resolution", "triangles"})
+        if "up" in written_flags and not compares_assets(flags):
             raise ValueError(
                 "--up can be used for folders of asset files only, because the y axis of a generator's"
                 " shapes always points up. Remove --up."
@@ -288,11 +288,11 @@ def prepare(
                 f"--{surface_flags[0]} cannot be used for asset files, because their surfaces are fixed."
                 f" Remove --{surface_flags[0]}."
             )
-        designs.write_design(folder.design, make_design(name, flags, report))
+        designs.write_design(folder.design, make_design(name, flags, report_line))
     with open_store(folder.url, create=True) as store:
-        design = checked_design(folder, store, name if "name" in written or is_new else None)
+        design = checked_design(folder, store, name if "name" in written_flags or is_new else None)
         # A new design passes this check as well.
-        check_given(design, flags, written)
+        check_given(design, flags, written_flags)
         if design.assets:
             designs.check_files(design)
         # Loading a generator checks that its file contains the weights that the design names.
@@ -309,7 +309,7 @@ def prepare(
             " no further answers are collected. Make the report with: python tools/study.py report"
             f" --outdir={folder.path}"
         )
-    report(
+    report_line(
         f"study {design.name!r}: {answered_count} of {design.trials} trials answered; design {folder.design},"
         f" hash {design.hash[:16]}"
     )
@@ -340,13 +340,13 @@ def checked_design(folder: Folder, store: "Store", name: str | None = None) -> S
     return design
 
 
-def check_given(design: StudyDesign, flags: Mapping, written: set[str]) -> None:
+def check_given(design: StudyDesign, flags: Mapping, written_flags: set[str]) -> None:
     """Check that the flags that the user passed agree with the design, which cannot be changed.
 
     Args:
         design: design of the study.
         flags: values of all flags, by name.
-        written: names of the flags that the user passed on the command line.
+        written_flags: names of the flags that the user passed on the command line.
 
     Raises:
         ValueError: a flag has another value than the design.
@@ -365,14 +365,14 @@ def check_given(design: StudyDesign, flags: Mapping, written: set[str]) -> None:
     }
     # Flags that were not passed are not compared, because their defaults may have changed since the design
     # was made.
-    for flag in sorted(written & set(design_flags)):
+    for flag in sorted(written_flags & set(design_flags)):
         if flags[flag] != design_flags[flag]:
             raise ValueError(
                 f"--{flag.replace('_', '-')}={flags[flag]}: the study was designed with the value"
                 f" {design_flags[flag]}. Remove the flag, or design a new study in another --outdir."
             )
     for side in ("a", "b"):
-        if side in written:
+        if side in written_flags:
             with prefix_errors(f"--{side}"):
                 if not design.assets:
                     # Another path is allowed if the file has the same weights.

@@ -36,8 +36,8 @@ YAW = 0.35
 def compute(
     design: StudyDesign,
     rows: Iterable[JudgementRow],
-    interim: bool = False,
-    image_pairs: int = 6,
+    allow_interim: bool = False,
+    image_pair_count: int = 6,
     device: str = "cpu",
     now: datetime | None = None,
 ) -> dict:
@@ -46,8 +46,8 @@ def compute(
     Args:
         design: design of the study.
         rows: judgements of the study.
-        interim: True allows a report before the stopping rule is met.
-        image_pairs: number of latents whose images are shown for each generator that wins; with 0 no
+        allow_interim: True allows a report before the stopping rule is met.
+        image_pair_count: number of latents whose images are shown for each generator that wins; with 0 no
             generator is loaded.
         device: device on which shapes are computed.
         now: time of the report; None: the current time.
@@ -58,14 +58,14 @@ def compute(
         are no such latents.
 
     Raises:
-        ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
-            study.
+        ValueError: the stopping rule is not met and `allow_interim` is False, or a judgement belongs to
+            another study.
     """
-    analysis = analyse(design, rows, interim, now)
+    analysis = analyse(design, rows, allow_interim, now)
     # analysis["pairs"] is sorted from the highest to the lowest win rate of b
-    best_latents = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pairs]
+    best_latents = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pair_count]
     worst_latents = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][
-        :image_pairs
+        :image_pair_count
     ]
     if not best_latents and not worst_latents:
         return {**analysis, "conclusions": conclusions(analysis), "images": None}
@@ -73,10 +73,11 @@ def compute(
     a_images = shape_images(design, design.a, seeds, device)
     b_images = shape_images(design, design.b, seeds, device)
 
-    def with_images(latents: list[dict]) -> list[dict]:
+    def with_images(latent_records: list[dict]) -> list[dict]:
         """Add the images of both generators to the records of latents."""
         return [
-            {**latent, "a": a_images[latent["seed"]], "b": b_images[latent["seed"]]} for latent in latents
+            {**latent_record, "a": a_images[latent_record["seed"]], "b": b_images[latent_record["seed"]]}
+            for latent_record in latent_records
         ]
 
     return {
@@ -128,11 +129,11 @@ def shape_images(
             density = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid_spec)
         # sigma is [1, D, H, W]; index 0, 0 takes the only image and its only channel: [H, W] in 0..1
         grey_image = shade(density, YAW, IMAGE_SIDE, design.level)[0, 0].numpy()
-        buffer = io.BytesIO()
+        png_buffer = io.BytesIO()
         PIL.Image.fromarray((grey_image.clip(0, 1) * 255).round().astype("uint8")).save(
-            buffer, format="png", optimize=True
+            png_buffer, format="png", optimize=True
         )
-        images[seed] = data_uri(buffer.getvalue(), "image/png")
+        images[seed] = data_uri(png_buffer.getvalue(), "image/png")
     return images
 
 
@@ -170,11 +171,11 @@ def page(report: dict) -> str:
     }
     # min: a win rate of 1 belongs to the last bin
     bin_counts = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
-    css = (STATIC / "report.css").read_text()
+    stylesheet = (STATIC / "report.css").read_text()
     return jinja_environment.get_template("report.html").render(
         report,
         settings=shown_settings,
-        style=css,
+        style=stylesheet,
         histogram_counts=[bin_counts[bin_index] for bin_index in range(BINS)],
     )
 

@@ -136,7 +136,7 @@ def test_only_prepared_pairs_are_issued(store):
     campaign = campaign_of(store, plan(200, gold=3), gold_every=4)
     ann = annotator(store)
     prepared = set()
-    assert store.assignments(campaign, ann, is_ready=prepared.__contains__) == []
+    assert store.assignments(campaign, ann, readiness_test=prepared.__contains__) == []
     assets = [asset for asset, _ in store.shapes(campaign)]
     prepared |= set(assets[300:309])  # pairs 149 .. 152 of the plan, and one shape of the next
     rows = work_through(store, campaign, ann, ready=prepared.__contains__)

@@ -96,13 +96,13 @@ class Collection:
 
 
 def read_collection(
-    source: Path, report: Callable[[str], None] = lambda text: None, lenient: bool = False
+    source: Path, report_line: Callable[[str], None] = lambda text: None, lenient: bool = False
 ) -> Collection:
     """Read a collection of assets, and examine each file.
 
     Args:
         source: folder or list, see the docstring of this module.
-        report: function that is called with lines of progress.
+        report_line: function that is called with lines of progress.
         lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
             them.
 
@@ -119,7 +119,7 @@ def read_collection(
         raise FileNotFoundError(
             f"there is no folder and no list of assets at {source}. Pass the path of a folder or a list."
         )
-    return _checked(collection, source, report, lenient)
+    return _checked(collection, source, report_line, lenient)
 
 
 def is_asset_folder(path: Path) -> bool:
@@ -135,12 +135,12 @@ def is_asset_folder(path: Path) -> bool:
     )
 
 
-def read_generator(folder: Path, report: Callable[[str], None] = lambda text: None) -> Collection:
+def read_generator(folder: Path, report_line: Callable[[str], None] = lambda text: None) -> Collection:
     """Read the assets in the folder of one generator, and examine each file.
 
     Args:
         folder: folder of the assets. The file prompts.jsonl may lie in it or beside it.
-        report: function that is called with lines of progress.
+        report_line: function that is called with lines of progress.
 
     Raises:
         ValueError: the layout is not valid, or a file cannot be shown.
@@ -149,7 +149,7 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
     # The name of the folder becomes the name of the generator, so it must be printable.
     _name(folder.name, "folder")
     if (folder / RANKING).is_file():
-        return _checked(_from_rankings({folder.name: folder / RANKING}, folder), folder, report)
+        return _checked(_from_rankings({folder.name: folder / RANKING}, folder), folder, report_line)
     assets = [
         Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0)
         for path in asset_files(folder, folder)
@@ -159,12 +159,12 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
     return _checked(
         Collection(_check_stems(assets), _prompts(prompts_folder, {asset.prompt for asset in assets})),
         folder,
-        report,
+        report_line,
     )
 
 
 def _checked(
-    collection: Collection, source: Path, report: Callable[[str], None], lenient: bool = False
+    collection: Collection, source: Path, report_line: Callable[[str], None], lenient: bool = False
 ) -> Collection:
     """Check the number of assets, and that no asset occurs twice. Then examine the files, see `_examined`."""
     if not collection.assets:
@@ -186,15 +186,15 @@ def _checked(
                 f" {asset.generator} for prompt {asset.prompt} and seed {asset.seed}. Write a list that"
                 " gives them different seeds."
             )
-    return _examined(collection, report, lenient)
+    return _examined(collection, report_line, lenient)
 
 
-def _examined(collection: Collection, report: Callable[[str], None], lenient: bool) -> Collection:
+def _examined(collection: Collection, report_line: Callable[[str], None], lenient: bool) -> Collection:
     """Examine all files in a separate process, and return the collection with their kinds and hashes.
 
     Args:
         collection: collection that was not examined yet.
-        report: function that is called with lines of progress.
+        report_line: function that is called with lines of progress.
         lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
             them.
     """
@@ -202,14 +202,16 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
     # dict.fromkeys removes repetitions and keeps the order
     paths = list(dict.fromkeys([*image_paths, *(asset.path for asset in collection.assets)]))
 
-    def count(done: int) -> None:
+    def report_count(done: int) -> None:
         # one line for 100 files, so that the log stays short
         if done % 100 == 0 or done == len(paths):
-            report(f"examined {done} of {len(paths)} files")
+            report_line(f"examined {done} of {len(paths)} files")
 
-    result_by_path = dict(zip(paths, reading.examine_or_reason(paths, count), strict=True))
+    examination_by_path = dict(zip(paths, reading.examine_or_reason(paths, report_count), strict=True))
     examined_by_path = {
-        path: result for path, result in result_by_path.items() if isinstance(result, reading.Examined)
+        path: examination
+        for path, examination in examination_by_path.items()
+        if isinstance(examination, reading.Examined)
     }
     unfit_assets = [asset for asset in collection.assets if asset.path not in examined_by_path]
     unfit_count = len(paths) - len(examined_by_path)
@@ -217,11 +219,13 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
     # False if an image is among the unfit files.
     may_leave_out = lenient and len(unfit_assets) == unfit_count < len(collection.assets)
     if unfit_count and not may_leave_out:
-        reading.reject({path: reason for path, reason in result_by_path.items() if isinstance(reason, str)})
+        reading.reject(
+            {path: reason for path, reason in examination_by_path.items() if isinstance(reason, str)}
+        )
     if unfit_assets:
-        report(
+        report_line(
             f"{len(unfit_assets)} of {len(collection.assets)} assets are left out:"
-            f" {unfit_assets[0].path.name}: {result_by_path[unfit_assets[0].path]}"
+            f" {unfit_assets[0].path.name}: {examination_by_path[unfit_assets[0].path]}"
         )
         collection = Collection(
             [asset for asset in collection.assets if asset.path in examined_by_path], collection.prompts
@@ -232,9 +236,9 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
         if path in examined_by_path and examined_by_path[path].note
     ]
     for note in file_notes[:NOTED]:
-        report(note)
+        report_line(note)
     if len(file_notes) > NOTED:
-        report(f"{len(file_notes) - NOTED} more files have such notes")
+        report_line(f"{len(file_notes) - NOTED} more files have such notes")
     # The kind of a file is recognised by its content, so it may differ from the suffix.
     for path in image_paths:
         if examined_by_path[path].kind != "image":
@@ -369,10 +373,10 @@ def _from_rankings(list_by_generator: dict[str, Path], root: Path) -> Collection
         _name(generator, root.name)
         for asset_record, location in _lines(list_path):
             prompt_text = _text(asset_record, "condition", location)
-            look_at = _text(asset_record, "look_at", location)
+            look_at_path = _text(asset_record, "look_at", location)
             prompts[prompt_text] = Prompt(text=prompt_text)
-            # `look_at` is the file that annotators see; the list also contains the paths of latents
-            asset_path = inside(list_path.parent / look_at, list_path.parent, location)
+            # `look_at_path` is the file that annotators see; the list also contains the paths of latents
+            asset_path = inside(list_path.parent / look_at_path, list_path.parent, location)
             assets.append(
                 Asset(
                     path=asset_path,
@@ -579,18 +583,18 @@ def asset_shape(asset: Asset) -> Shape:
 
 
 def plan_assets(
-    options: PairingOptions,
+    pairing: PairingOptions,
     collection: Collection,
-    report: Callable[[str], None] = lambda text: None,
+    report_line: Callable[[str], None] = lambda text: None,
     answers: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
 ) -> Plan:
     """Plan the pairs of a campaign that compares assets, or that shows assets one by one.
 
     Args:
-        options: options of the pairs.
+        pairing: options of the pairs.
         collection: assets.
-        report: function that is called with a line if fewer pairs than requested can be planned.
+        report_line: function that is called with a line if fewer pairs than requested can be planned.
         answers: preferences of an earlier campaign, see `answers_of`, for strategies that use answers.
         ensemble: rewards that score assets by their index in the collection, for strategies that use scores.
 
@@ -598,19 +602,19 @@ def plan_assets(
         ValueError: no pair can be planned.
     """
     # All random choices come from this generator, so that equal options give equal plans.
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(pairing.seed)
     strategy_items = items_of(collection, ensemble)
     index_pairs: list[tuple[int, int]]  # pairs of indices into collection.assets
     strategy_report: dict = {}
-    if options.single:
+    if pairing.single:
         # The assets are chosen evenly from all generators and prompts. Each is paired with itself.
         asset_buckets = strategy_items.by(lambda item: (item.source, item.prompt))
         index_pairs = [
-            (index, index) for index in itertools.islice(balanced(asset_buckets, rng), options.pairs)
+            (index, index) for index in itertools.islice(balanced(asset_buckets, rng), pairing.pairs)
         ]
     else:
-        check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
-        strategy_plan = STRATEGIES[options.strategy].plan(strategy_items, answers, rng, options)
+        check_rewards(pairing.strategy, 0 if ensemble is None else ensemble.size)
+        strategy_plan = STRATEGIES[pairing.strategy].plan(strategy_items, answers, rng, pairing)
         # The order of an asset in a pair of a strategy has no meaning, so it is chosen at random.
         index_pairs = [(a, b) if rng.integers(2) else (b, a) for a, b in strategy_plan.pairs]
         strategy_report = report_with_names(
@@ -621,19 +625,21 @@ def plan_assets(
             "no prompt has two different assets that could be compared. Add a file of each generator for"
             " each prompt."
         )
-    if len(index_pairs) < options.pairs:
-        unit_noun = "assets" if options.single else "pairs"
-        report(f"planned only {len(index_pairs)} of {options.pairs} {unit_noun}, because there are no more")
-    options = replace(options, pairs=len(index_pairs))
+    if len(index_pairs) < pairing.pairs:
+        unit_noun = "assets" if pairing.single else "pairs"
+        report_line(
+            f"planned only {len(index_pairs)} of {pairing.pairs} {unit_noun}, because there are no more"
+        )
+    pairing = replace(pairing, pairs=len(index_pairs))
     asset_shapes = [asset_shape(asset) for asset in collection.assets]
     planned_pairs = [
         PlannedPair(first=asset_shapes[first_index], second=asset_shapes[second_index])
         for first_index, second_index in index_pairs
     ]
-    gold_pairs, practice_pairs = _known_pairs(options, collection, rng, report)
+    gold_pairs, practice_pairs = _known_pairs(pairing, collection, rng, report_line)
     # the other options do not apply to assets
     asset_options = {
-        key: value for key, value in asdict(options).items() if key in ("pairs", "seed", "single", "strategy")
+        key: value for key, value in asdict(pairing).items() if key in ("pairs", "seed", "single", "strategy")
     }
     plan_report = {
         **asset_options,
@@ -708,7 +714,10 @@ def prompts_json(collection: Collection) -> dict[str, dict]:
 
 
 def _known_pairs(
-    options: PairingOptions, collection: Collection, rng: np.random.Generator, report: Callable[[str], None]
+    pairing: PairingOptions,
+    collection: Collection,
+    rng: np.random.Generator,
+    report_line: Callable[[str], None],
 ) -> tuple[list[PlannedPair], list[PlannedPair]]:
     """Plan the gold pairs and the practice pairs of a campaign.
 
@@ -720,7 +729,7 @@ def _known_pairs(
     """
     damageable_assets = [asset for asset in collection.assets if asset.kind in DAMAGED_KINDS]
     if not damageable_assets:
-        report(
+        report_line(
             "There are no gold checks and no practice pairs, because they need damaged assets, and videos"
             " cannot be damaged."
         )
@@ -728,9 +737,9 @@ def _known_pairs(
     # A random order, which is repeated: in a small collection an asset is used several times.
     shuffled_indices = rng.permutation(len(damageable_assets))
     shape_cycle = itertools.cycle([asset_shape(damageable_assets[index]) for index in shuffled_indices])
-    make_pairs = damaged_singles if options.single else known_answers
-    gold_shapes = list(itertools.islice(shape_cycle, options.gold_pairs))
+    make_pairs = damaged_singles if pairing.single else known_answers
+    gold_shapes = list(itertools.islice(shape_cycle, pairing.gold_pair_count))
     gold_pairs = make_pairs(gold_shapes, Kind.GOLD, rng, DAMAGES)
-    practice_shapes = list(itertools.islice(shape_cycle, options.training))
+    practice_shapes = list(itertools.islice(shape_cycle, pairing.training))
     practice_pairs = make_pairs(practice_shapes, Kind.TRAINING, rng, DAMAGES)
     return gold_pairs, practice_pairs

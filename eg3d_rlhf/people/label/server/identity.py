@@ -175,12 +175,16 @@ class Identities:
             )
         return annotator
 
-    def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:
+    def _identity(
+        self, annotator: StoredAnnotator, identification: str, csrf: str = "", session: str = ""
+    ) -> Identity:
         """Make the identity of an annotator, and decide whether the annotator is an admin. See `Identity`."""
         # In a blind study the user of this machine may take part, and must not see results. An admin logs in
         # with a token there.
-        is_admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")
-        return Identity(annotator, by, is_admin, csrf, session)
+        is_admin = (identification == "local" and not self.blind) or (
+            identification != "local" and annotator.role == "admin"
+        )
+        return Identity(annotator, identification, is_admin, csrf, session)
 
 
 def _plausible(token: str) -> bool:

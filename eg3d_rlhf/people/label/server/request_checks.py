@@ -159,11 +159,11 @@ def check_same_origin(headers: Headers, scheme: str) -> None:
             "The request must have an Origin or Sec-Fetch-Site header.",
             "From a script, send the header 'Authorization: Bearer TOKEN' instead of a cookie.",
         )
-    own_origin = [f"{scheme}://{headers.get('host', '')}".lower()]
+    own_origins = [f"{scheme}://{headers.get('host', '')}".lower()]
     # A header that is present must be right; lists, because a header could occur twice.
     if (
         origin_headers
-        and [origin.lower() for origin in origin_headers] != own_origin
+        and [origin.lower() for origin in origin_headers] != own_origins
         or site_headers
         and site_headers != ["same-origin"]
     ):

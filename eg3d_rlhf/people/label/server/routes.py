@@ -291,11 +291,11 @@ def label_api(context: Context) -> APIRouter:
 
 
 @contextmanager
-def _store_errors(conflict: str, conflict_remedy: str, value_remedy: str) -> Iterator[None]:
+def _store_errors(conflict_reason: str, conflict_remedy: str, value_remedy: str) -> Iterator[None]:
     """Convert errors of the store to the error responses 404, 409 and 422.
 
     Args:
-        conflict: reason in a response 409.
+        conflict_reason: reason in a response 409.
         conflict_remedy: instruction in a response 409.
         value_remedy: instruction in a response 422.
     """
@@ -306,7 +306,7 @@ def _store_errors(conflict: str, conflict_remedy: str, value_remedy: str) -> Ite
             404, "This annotator has no such assignment.", "Request /api/assignments again."
         ) from None
     except ConflictError:
-        raise RequestError(409, conflict, conflict_remedy) from None
+        raise RequestError(409, conflict_reason, conflict_remedy) from None
     except ValueError as error:
         raise RequestError(422, str(error), value_remedy) from None
 
@@ -369,24 +369,27 @@ def admin_api(context: Context) -> APIRouter:
     """Make the router of the admin page. All its routes may be used by admins only."""
     router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)])
     report_lock = threading.Lock()
-    valid_until = 0.0  # time until which `report` is reused, in seconds of time.monotonic
-    report: dict = {}
+    valid_until = 0.0  # time until which `cached_report` is reused, in seconds of time.monotonic
+    cached_report: dict = {}
 
     @router.get("/quality")
     def quality() -> dict:
         """Return the quality report of the annotators and answers, and the progress of the preparation."""
-        nonlocal report, valid_until
+        nonlocal cached_report, valid_until
         # Only one thread at a time computes the report. It is reused for ten times the duration of its
         # computation, so that many open pages use at most a tenth of one thread.
         with report_lock:
             # While this thread waited for the lock, another one may have computed the report.
             start_time = time.monotonic()
             if start_time >= valid_until:
-                report = quality_report(
+                cached_report = quality_report(
                     context.store.judgements(context.campaign.settings.name, include_undone=True)
                 )
                 valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start_time))
-        return {**report, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
+        return {
+            **cached_report,
+            "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()},
+        }
 
     @router.get("/openapi.json", include_in_schema=False)
     def description(request: Request) -> JSONResponse:
@@ -485,7 +488,7 @@ def _annotators(router: APIRouter, context: Context) -> None:
         """
         try:
             return _new_access(
-                request, body.name, context.store.new_token(body.name, keep_session=requester.session)
+                request, body.name, context.store.new_token(body.name, kept_session_id=requester.session)
             )
         except ValueError as error:
             raise RequestError(404, str(error), "Request /api/admin/annotators.") from None
@@ -501,7 +504,7 @@ def _annotators(router: APIRouter, context: Context) -> None:
         try:
             # If only this machine can reach the server, its user is an admin without a token, so that another
             # admin is not needed.
-            context.store.revoke_annotator(body.name, keep_an_admin=context.options.exposed)
+            context.store.revoke_annotator(body.name, must_keep_admin=context.options.exposed)
         except ConflictError as error:
             raise RequestError(409, str(error), "Add another admin first.") from None
         except ValueError as error:
