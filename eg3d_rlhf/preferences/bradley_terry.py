@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 class Strengths:
     """Estimated strengths of items, on the scale of logits.
 
-    Their mean is 0, unless strengths of some items were given.
+    The mean of all strengths is 0, unless strengths of some items were given.
     """
 
     items: tuple[Hashable, ...]
@@ -68,8 +68,8 @@ def bradley_terry(
 
     The likelihood has a maximum if every item is connected with every other item by a chain of items, each of
     which beat or tied the next one (Ford 1957). Otherwise a prior N(0, PRIOR_SD^2) of each strength keeps
-    the strengths finite, and `needs_prior` is True. Intervals come from the observed information of the
-    comparisons and of the prior.
+    the strengths finite, and `regularised` of the result is True. Intervals come from the observed
+    information of the comparisons and of the prior.
 
     Args:
         comparisons: results of comparisons, at least one.
@@ -95,8 +95,8 @@ def bradley_terry(
     free_indices = np.array([k for k in range(n) if k not in fixed_strengths], dtype=int)
     if not len(free_indices):
         raise ValueError(
-            f"bradley_terry(held): the strengths of all {n} items are given, so there is nothing to"
-            " estimate. Give the strengths of fewer items."
+            f"bradley_terry(given_strengths): the strengths of all {n} items are given, so there is nothing"
+            " to estimate. Give the strengths of fewer items."
         )
     # Fixed strengths need no comparisons to be bounded, so edges in a ring connect their items.
     fixed_indices = np.array(list(fixed_strengths), dtype=int)

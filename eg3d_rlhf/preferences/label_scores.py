@@ -61,7 +61,7 @@ def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
 
 
 def goodness_from_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
-    """Compute r from ranks, of which 1 is the best.
+    """Compute the goodness r of the assets of a prompt from their ranks, of which 1 is the best.
 
     r = (number of worse assets + number of tied assets / 2) / (K - 1). The mean over the assets is 1/2. A
     single asset gets 1/2.
@@ -79,7 +79,7 @@ def goodness_from_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
 
 
 def goodness_from_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Compute r from votes (asset, True if the asset is good).
+    """Compute the goodness r of the assets of a prompt from votes (asset, True if the asset is good).
 
     The advantage of an asset is 2 p - 1, centred over the prompt, with p = (good + 2 s) / (n + 2). An asset
     has n votes, of which `good` are good, and s is the share of good votes of the prompt.
@@ -98,7 +98,7 @@ def goodness_from_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
 
 
 def goodness_from_probabilities(probabilities: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Compute r from probabilities (asset, probability that it is good).
+    """Compute the goodness r of the assets of a prompt from (asset, probability that the asset is good).
 
     The advantage of an asset is 2 p - 1, centred over the prompt, where p is the mean of its probabilities.
     If the members of an ensemble disagree about an asset, p is about 1/2.
@@ -112,7 +112,7 @@ def goodness_from_probabilities(probabilities: Iterable[tuple[str, float]]) -> d
 
 
 def goodness_from_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """Compute r from comparisons of pairs of assets.
+    """Compute the goodness r of the assets of a prompt from comparisons of pairs of assets.
 
     The advantage of an asset is 2 p - 1, centred over the prompt. For two assets that were only compared with
     each other, p = (wins + ties / 2 + 1) / (n + 2) for n comparisons. For all other assets, p is the mean,
@@ -183,7 +183,9 @@ def linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def goodness_from_scores(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Compute r from standardised scores (asset, score), see `standardised_by_rater`.
+    """Compute the goodness r of the assets of a prompt from (asset, standardised score).
+
+    The scores are standardised by `standardised_by_rater`.
 
     The advantage of an asset is half the mean of its standardised scores, centred over the prompt.
     """

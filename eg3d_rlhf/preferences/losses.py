@@ -68,8 +68,8 @@ def cs_divergence(
         return torch.logsumexp(exponents.flatten(), 0) - math.log(pair_count)
 
     # The sum over both orders is bitwise identical if the sets are exchanged.
-    between = log_mean(x, y) + log_mean(y, x)
-    return log_mean(x, x, is_same_set=True) + log_mean(y, y, is_same_set=True) - between
+    cross_terms = log_mean(x, y) + log_mean(y, x)
+    return log_mean(x, x, is_same_set=True) + log_mean(y, y, is_same_set=True) - cross_terms
 
 
 def median_distance(points: torch.Tensor) -> torch.Tensor:
@@ -118,8 +118,7 @@ def pair_loss_both_orders(
 def pair_loss_drawn_order(
     better_first_logits: torch.Tensor, worse_first_logits: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Compute the cross-entropy [P] of the pair head for one presentation order of each pair, chosen at
-    random.
+    """Compute the cross-entropy [P] of the pair head for one random presentation order of each pair.
 
     Args:
         better_first_logits: logits [P, 2] of the pair head for (better, worse), whose target is class 0.
@@ -287,9 +286,9 @@ class PreferenceLoss:
     def unpaired(self, unpaired_output: UnpairedOutput) -> dict[str, torch.Tensor]:
         """Compute the weighted loss terms of labels of single shapes, by name.
 
-        They are "regression" = w mean (reward - target)^2 and "divergence" = -w D, where D is the
-        Cauchy-Schwarz divergence between the embeddings of preferred shapes and of all other shapes. D is no
-        mean over samples, so its inputs contain the shapes of all processes.
+        The terms are "regression" = w mean (reward - target)^2 and "divergence" = -w D, where D is the
+        Cauchy-Schwarz divergence between the embeddings of preferred shapes and of all other shapes. D is not
+        a mean over samples, so its inputs contain the shapes of all processes.
 
         Args: unpaired_output: inputs of the terms.
         """

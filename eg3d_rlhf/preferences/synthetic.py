@@ -214,9 +214,9 @@ def evaluate_seeds(
         )
     for start in range(0, len(seeds), batch_size):
         batch_seeds = seeds[start : start + batch_size]
-        ground_truths = people_mesh.ground_truth_grids(latents(batch_seeds, generator.z_dim), resolution)
-        shapes = shape_values(generator.field(ws_of_seeds(generator, batch_seeds, psi)), resolution)
-        yield from map(utility, shapes, ground_truths)
+        truth_grids = people_mesh.ground_truth_grids(latents(batch_seeds, generator.z_dim), resolution)
+        shape_grids = shape_values(generator.field(ws_of_seeds(generator, batch_seeds, psi)), resolution)
+        yield from map(utility, shape_grids, truth_grids)
 
 
 def annotate(

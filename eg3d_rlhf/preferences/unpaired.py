@@ -241,7 +241,7 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
     Args:
         labels: labels of single shapes.
         seed: seed of the random pairing.
-    Raises: ValueError if no shape is preferred, or if all shapes are preferred.
+    Raises: ValueError if, without the contradictory labels, no shape is preferred or all shapes are.
     """
     # A separate stream of random numbers: the number 1 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 1])
@@ -252,7 +252,8 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
     if not good_seeds or not bad_seeds:
         raise ValueError(
             "unpaired labels: expected labels of preferred shapes and of shapes that are not preferred, got"
-            f" {len(good_labels)} preferred shapes and {len(bad_labels)} other shapes. Label more shapes."
+            f" {len(good_seeds)} preferred shapes and {len(bad_seeds)} other shapes (shapes whose labels"
+            " contradict each other are left out). Label more shapes."
         )
     winners = rng.permutation(sorted(good_seeds)).tolist()
     losers = rng.permutation(sorted(bad_seeds)).tolist()

@@ -156,7 +156,7 @@ def check_text(name: str, value: str, min_length: int = 1, max_length: int = MAX
 
 
 def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer, now: float) -> Submitted:
-    """Record the choice of an answer, see `Store.submit`.
+    """Record an answer to an assignment. An answer that is sent twice with one key is recorded once.
 
     Args:
         connection: connection with a write transaction that has the annotator's lock.
@@ -164,6 +164,14 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
         annotator_id: id of the annotator.
         answer: answer that was checked by `check_answer`.
         now: time of receipt, seconds since 1970.
+
+    Returns:
+        Result that the page shows; for a repeated answer, the result of the first one.
+
+    Raises:
+        ValueError: the choice or a vote is not valid in this campaign.
+        ConflictError: the assignment has an answer already, or the key was used for something else.
+        LookupError: the annotator has no such assignment.
     """
     # The page repeats an answer whose reply did not arrive. The repetition must not be recorded again.
     earlier_row = _by_key(connection, annotator_id, answer.key)
@@ -235,7 +243,7 @@ def _votes(answer: Answer) -> str | None:
 def undo(
     connection: Connection, plan: Plan, annotator_id: int, key: str, assignment: str | None, now: float
 ) -> str | None:
-    """Record that an answer is taken back, see `Store.undo`.
+    """Record that an answer is taken back. A second call with the same key has no effect.
 
     Args:
         connection: connection with a write transaction that has the annotator's lock.
@@ -247,6 +255,10 @@ def undo(
 
     Returns:
         Token of the assignment that is open again; None if there was no answer to take back.
+
+    Raises:
+        ConflictError: the answer may not be changed any more, or an answer has used the key.
+        LookupError: the annotator has no such assignment.
     """
     campaign_id = plan.campaign.id
     earlier_row = _by_key(connection, annotator_id, key)
@@ -491,17 +503,31 @@ def _row(row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
 
 
 def own_answers(
-    connection: Connection, plan: Plan, annotator_id: int, before: int | None, count: int, now: float
+    connection: Connection,
+    plan: Plan,
+    annotator_id: int,
+    before_sequence: int | None,
+    max_count: int,
+    now: float,
 ) -> list[OwnAnswer]:
-    """Return answers of an annotator that count, newest assignment first, see `Store.answers`.
+    """Return answers of an annotator that count, newest assignment first, without practice pairs.
 
     An answer that was changed keeps its position in this order, because the assignment is the same.
+
+    Args:
+        connection: connection to read from.
+        plan: plan of the campaign.
+        annotator_id: id of the annotator.
+        before_sequence: sequence number; only answers to assignments with a smaller number are returned.
+            None: no restriction.
+        max_count: largest number of answers that are returned.
+        now: time in seconds since 1970, which decides whether the study is complete.
     """
     query_parameters = {
         "campaign": plan.campaign.id,
         "annotator": annotator_id,
-        "before": ABOVE_ALL_SEQUENCES if before is None else before,
-        "count": count,
+        "before": ABOVE_ALL_SEQUENCES if before_sequence is None else before_sequence,
+        "count": max_count,
     }
     is_complete = study_over(connection, plan, now)
     listed_answers = []
@@ -529,13 +555,13 @@ def own_answers(
     return listed_answers
 
 
-def comments(connection: Connection, campaign_id: int, count: int) -> list[Row]:
+def comments(connection: Connection, campaign_id: int, max_count: int) -> list[Row]:
     """Return the newest comments on answers that count, newest first.
 
     Returns:
-        At most `count` rows with annotator (name), received_at (seconds since 1970), choice and comment.
+        At most `max_count` rows with annotator (name), received_at (seconds since 1970), choice and comment.
     """
-    return list(connection.execute(COMMENTS, {"campaign": campaign_id, "count": count}))
+    return list(connection.execute(COMMENTS, {"campaign": campaign_id, "count": max_count}))
 
 
 def check_open(connection: Connection, plan: Plan, assignment_row: Row, now: float) -> None:
@@ -593,9 +619,9 @@ def revealed(plan: Plan, assignment_row: Row, choice: Choice) -> tuple[str, str]
 
 
 def _reply_reveals(plan: Plan, kind: str, choice: Choice) -> bool:
-    """Return True if the reply to an answer contains information that the annotator must not have before.
+    """Return True if the reply to an answer reveals something, so that the answer may not be changed later.
 
-    The reply contains the names of the generators. If it does not contain them, it reveals that the pair was
-    a repeat or a gold check.
+    In campaigns with `reveal`, the reply contains the names of the generators. If it does not contain them,
+    it reveals that the pair was a repeat or a gold check.
     """
     return plan.campaign.settings.reveal and kind != Kind.TRAINING and choice is not Choice.SKIP

@@ -414,34 +414,34 @@ class Store:
             return judgements.undo(connection, plan, annotator_id, key, assignment, self.clock())
 
     def answers(
-        self, campaign_id: int, annotator_id: int, before: int | None = None, count: int = 20
+        self, campaign_id: int, annotator_id: int, before_sequence: int | None = None, max_count: int = 20
     ) -> list[OwnAnswer]:
         """Return the answers of an annotator that count, newest assignment first, without practice pairs.
 
         Args:
             campaign_id: id of the campaign.
             annotator_id: id of the annotator.
-            before: sequence number; only answers to assignments with a smaller number are returned. None: no
-                restriction.
-            count: largest number of answers that are returned.
+            before_sequence: sequence number; only answers to assignments with a smaller number are returned.
+                None: no restriction.
+            max_count: largest number of answers that are returned.
         """
         plan = self._plan(campaign_id)
         with self.database.read() as connection:
             # The time decides whether a study has ended. After its end, answers cannot be changed.
-            return own_answers(connection, plan, annotator_id, before, count, self.clock())
+            return own_answers(connection, plan, annotator_id, before_sequence, max_count, self.clock())
 
-    def comments(self, campaign_id: int, count: int = 200) -> list[Row]:
+    def comments(self, campaign_id: int, max_count: int = 200) -> list[Row]:
         """Return the newest comments of a campaign, newest first.
 
         Args:
             campaign_id: id of the campaign.
-            count: largest number of comments that are returned.
+            max_count: largest number of comments that are returned.
 
         Returns:
             Rows with annotator (name), received_at (seconds since 1970), choice and comment.
         """
         with self.database.read() as connection:
-            return comments(connection, campaign_id, count)
+            return comments(connection, campaign_id, max_count)
 
     def progress(
         self, campaign_id: int, annotator_id: int, failure_test: Callable[[str], bool] | None = None

@@ -210,7 +210,8 @@ def to_preference(row: JudgementRow) -> Preference:
     the shapes). Its values are texts and numbers, so that CSV files can contain them.
 
     Raises:
-        ValueError: the shapes are asset files or single shapes, or differ in more than their seeds.
+        ValueError: the shapes are asset files or single shapes, have the same seed, differ in more than their
+            seeds, or are damaged.
     """
     left_shape = row.left
     right_shape = row.right
@@ -229,9 +230,9 @@ def to_preference(row: JudgementRow) -> Preference:
         or right_shape.degradation
     ):
         raise ValueError(
-            f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than"
-            " their seeds, and cannot be written as a label. Export complete judgements with"
-            " --kind=judgements."
+            f"judgement {row.id} of campaign {row.campaign}: a label can contain only undamaged shapes that"
+            " differ in their seeds and in nothing else, which does not hold for this pair. Export complete"
+            " judgements with --kind=judgements."
         )
     # For a tie, `winner` is the left shape. It has no meaning then, because `tie` is True.
     winner_shape, loser_shape = (
@@ -330,7 +331,16 @@ def _parameters(shape: Shape) -> tuple:
 
 
 def store_preferences(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
-    """Return the labels of a store that pass the filters, in order of receipt. None: the default filters."""
+    """Return the labels of a store that pass the filters, in order of receipt.
+
+    Args:
+        store: label store.
+        filters: selection of the judgements; None: the default filters.
+
+    Raises:
+        ValueError: the filters name something that the store does not contain, or a judgement cannot be
+            written as a label (see `to_preference`).
+    """
     return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
 
 
@@ -392,6 +402,7 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
         filters: selection of the judgements; None: the default filters.
 
     Raises:
+        FileNotFoundError: there is no store at the URL.
         ValueError: SQLAlchemy is not installed, or no label passes the filters.
     """
     try:

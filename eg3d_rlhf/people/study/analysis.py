@@ -524,9 +524,8 @@ def _cluster_variance(
         residual_sums = residuals
         cluster_counts = trial_counts
     else:
-        cluster_membership = np.zeros(
-            (len(cluster_indices), int(np.max(cluster_indices)) + 1)
-        )  # [N, G], one-hot
+        # [N, G], one-hot
+        cluster_membership = np.zeros((len(cluster_indices), int(np.max(cluster_indices)) + 1))
         cluster_membership[np.arange(len(cluster_indices)), cluster_indices] = 1
         residual_sums = residuals @ cluster_membership  # [S, G]
         cluster_counts = ((is_counted @ cluster_membership) > 0).sum(axis=1).astype(np.float64)
@@ -560,7 +559,7 @@ def cluster_bootstrap(
         seed: random seed.
 
     Returns:
-        Interval, or None if there is only one cluster.
+        Interval, or None if all trials that count belong to one annotator or latent that would be resampled.
     """
     scores = np.asarray(scores, dtype=np.float64)
     is_counted = ~np.isnan(scores)
@@ -573,9 +572,7 @@ def cluster_bootstrap(
     cluster_index_arrays = [
         np.unique(trial_clusters[is_counted], return_inverse=True)[1] for trial_clusters in clusterings
     ]
-    cluster_counts = [
-        int(cluster_indices.max()) + 1 for cluster_indices in cluster_index_arrays
-    ]  # number of clusters
+    cluster_counts = [int(cluster_indices.max()) + 1 for cluster_indices in cluster_index_arrays]
     if min(cluster_counts) < 2:
         return None
     rng = np.random.default_rng(seed)
@@ -587,8 +584,8 @@ def cluster_bootstrap(
         chunk_resample_count = min(chunk_size, resample_count - start_index)
         weights = np.ones((chunk_resample_count, len(counted_scores)))  # [R, N]
         for cluster_indices, cluster_count in zip(cluster_index_arrays, cluster_counts, strict=True):
-            # If `count` clusters are resampled with replacement, the number of times that each is drawn has a
-            # multinomial distribution. This number is the weight of its trials.
+            # If `cluster_count` clusters are resampled with replacement, the number of times that each is
+            # drawn has a multinomial distribution. This number is the weight of its trials.
             weights *= rng.multinomial(
                 cluster_count, np.full(cluster_count, 1 / cluster_count), size=chunk_resample_count
             )[:, cluster_indices]

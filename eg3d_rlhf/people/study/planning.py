@@ -60,10 +60,10 @@ def power_options(flags: Mapping) -> PowerOptions:
         flags: values of all flags, by name.
     """
     # By default two annotators answer each pair, so that their agreement can be measured.
-    per_pair = flags["annotators_per_pair"] or min(2, flags["annotators"])
+    annotators_per_pair = flags["annotators_per_pair"] or min(2, flags["annotators"])
     return PowerOptions(
         annotators=flags["annotators"],
-        annotators_per_pair=per_pair,
+        annotators_per_pair=annotators_per_pair,
         **{name: flags[name] for name in POWER_FLAGS},
     )
 
@@ -100,8 +100,9 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
 
 
 def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
-    """Make the design of a study from flags. Both generators are loaded, because the design contains their
-    hashes.
+    """Make the design of a study from flags.
+
+    Both generators are loaded, because the design contains their hashes.
 
     Args:
         name: name of the study.
@@ -208,10 +209,9 @@ def compares_assets(flags: Mapping) -> bool:
 
 
 def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
-    """Return the number of shapes that two generators have in common.
+    """Return the number of shapes of two generators, or None if they have a shape for every seed.
 
-    A generator that is a file of optimised assets has a finite number of shapes. Other generators have a
-    shape for every seed; the result is None then.
+    Only a generator that is a file of optimised assets (text-to-3D) has a finite number of shapes.
 
     Raises:
         ValueError: the prompts and seeds of the two files differ.
@@ -223,8 +223,8 @@ def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
     a_pairs, b_pairs = (loaded_generator.nets.training_set.get("pairs") for loaded_generator in (a, b))
     if a_count != b_count or a_pairs != b_pairs:
         raise ValueError(
-            "--a, --b: the two files contain assets of different prompts or seeds. Pass the files of two"
-            " arms of one run."
+            "--a, --b: the two files contain assets of different prompts or seeds, which cannot be compared."
+            " Pass two files whose assets were optimised for the same prompts and seeds."
         )
     return a_count
 
@@ -262,7 +262,8 @@ def prepare(
         report_line: function that is called with lines of progress.
 
     Raises:
-        ValueError: a flag contradicts the design, or the study is complete.
+        ValueError: a flag contradicts the design, the design was changed or is missing, an asset file has
+            changed, or the study is complete.
     """
     from eg3d_rlhf.people.study import study_report as reports
     from eg3d_rlhf.people.study.analysis import sort_rows

@@ -149,7 +149,7 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
         # The power drops only over short ranges of n. If it is sufficient in the upper half of the range, it
         # is sufficient for all larger n.
         if len(insufficient_indices) == 0 or insufficient_indices[-1] < upper_bound // 2:
-            # The last insufficient n is insufficient[-1] + 1, and the result is the next number.
+            # The last insufficient n is insufficient_indices[-1] + 1, and the result is the next number.
             return int(insufficient_indices[-1]) + 2 if len(insufficient_indices) else 1
         upper_bound *= 2
 
@@ -185,7 +185,7 @@ def sample_size(options: PowerOptions) -> SampleSize:
         raise ValueError(
             f"annotators={k} is too small: with a correlation of {icc:g} between trials of one annotator,"
             f" the study needs more than {math.ceil(n_decided * icc / 0.98)} annotators. Ask more annotators,"
-            " or use a larger difference."
+            " or use a --true-rate that differs more from 0.5."
         )
     # n of the formula
     n_clustered = max(n_decided, n_decided * (1 - icc + (r - 1) * options.latent_icc) / denominator)
@@ -245,7 +245,8 @@ class SimulationOptions:
     )
     ties: str = knob(
         "half",
-        "Rule for ties: they count as half a win, or are excluded from the win rate.",
+        "Rule for ties: half counts a tie as half a win of each generator, and excluded leaves ties out of"
+        " the win rate.",
         "Studies",
         choices=("half", "excluded"),
         rare=True,
@@ -284,7 +285,7 @@ class SimulatedTrials:
 def allocation(
     annotator_count: int, latent_count: int, annotators_per_pair: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Assign annotators to trials, so that all annotators get the same number of trials, up to one.
+    """Assign annotators to trials, so that their numbers of trials differ by at most one.
 
     Args:
         annotator_count: number of annotators.
@@ -292,7 +293,8 @@ def allocation(
         annotators_per_pair: number of different annotators per latent.
 
     Returns:
-        Index of the annotator [N] and of the latent [N] of each trial, N = latents * per_pair.
+        Index of the annotator [N] and of the latent [N] of each trial, with N = latent_count *
+        annotators_per_pair.
     """
     latent_indices = np.repeat(np.arange(latent_count), annotators_per_pair)
     # The trials of a latent are consecutive, and so are the indices of their annotators, which therefore
@@ -301,8 +303,7 @@ def allocation(
 
 
 def centre(preference: float, bias: float, sd: float) -> float:
-    """Return the mean log-odds of a preference for b, for which the win rate with random sides is
-    `preference`.
+    """Return the mean log-odds of b at which the win rate of b with random sides is `preference`.
 
     The result mu solves
 

@@ -47,8 +47,8 @@ def compute(
         design: design of the study.
         rows: judgements of the study.
         allow_interim: True allows a report before the stopping rule is met.
-        image_pair_count: number of latents whose images are shown for each generator that wins; with 0 no
-            generator is loaded.
+        image_pair_count: largest number of latents with images, for each generator: those at which it wins
+            most clearly. 0: no images, and no generator is loaded.
         device: device on which shapes are computed.
         now: time of the report; None: the current time.
 

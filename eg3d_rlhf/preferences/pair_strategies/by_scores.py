@@ -127,7 +127,7 @@ def select(
     Each step chooses the pair with the largest value of (1 - diversity) * worth + diversity * distance. Worth
     and distance are divided by their largest values among the available candidates. The distance is measured
     to the nearest pair that is already chosen, and counts from the second step on. All items are used equally
-    often: an item is in at most ceil(2 count / N) pairs, as long as there are such candidates.
+    often: an item is in at most ceil(2 pair_count / N) pairs, as long as there are such candidates.
 
     Args:
         scored: scores and embeddings of the items.
@@ -177,8 +177,8 @@ class ScoredPairs(PairStrategy):
 
     Args:
         name: name of the function in reports, such as "disagreement".
-        worth: function that computes the worth of pairs from their scores.
-        least_rewards: least number of rewards in the ensemble.
+        compute_worth: function that computes the worth of pairs from their scores.
+        least_rewards: smallest number of rewards in the ensemble.
     """
 
     def __init__(self, name: str, compute_worth: Worth, least_rewards: int):
@@ -235,8 +235,8 @@ class ScoredPairs(PairStrategy):
     def _random_pairs(self, items: Items, chosen_pairs: np.ndarray, rng: Rng, pair_count: int) -> np.ndarray:
         """Sample random pairs in addition to pairs that were chosen by their scores.
 
-        For seeds, they consist of seeds that no chosen pair contains. For finished assets, they are pairs
-        that were not chosen.
+        For seeds, the random pairs consist of seeds that no chosen pair contains. For finished assets, the
+        random pairs are pairs that were not chosen.
 
         Args:
             items: items that may be compared.

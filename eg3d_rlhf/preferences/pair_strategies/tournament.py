@@ -143,7 +143,7 @@ def _swap_opponents(
         second_item: second item.
         round_pairs: pairs of the round, from which the other pair is removed.
         may_be_paired: function that returns True for two items that may be paired.
-    Returns: list of two new pairs, or of the one pair (first, second) if no swap is possible.
+    Returns: list of two new pairs, or of the one pair (first_item, second_item) if no swap is possible.
     """
     for i in range(len(round_pairs) - 1, -1, -1):
         a, b = round_pairs[i]

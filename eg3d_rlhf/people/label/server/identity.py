@@ -45,8 +45,12 @@ class Buckets:
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, key: str, count: float = 1.0) -> float:
-        """Take `count` tokens from the bucket of a key, or put tokens back if `count` is negative.
+    def take(self, key: str, taken_tokens: float = 1.0) -> float:
+        """Take tokens from the bucket of a key.
+
+        Args:
+            key: key of the bucket.
+            taken_tokens: number of tokens; a negative number puts tokens back.
 
         Returns:
             0 if the bucket contained enough tokens. Otherwise nothing is taken, and the number of seconds is
@@ -57,12 +61,15 @@ class Buckets:
             # A new key has a full bucket.
             token_count, counted_at = self._levels.pop(key, (self.burst, now))
             token_count = min(self.burst, token_count + (now - counted_at) * self.rate)
-            has_enough = token_count >= count
+            has_enough = token_count >= taken_tokens
             # `pop` has removed the key. Inserting it at the end marks it as recently used.
-            self._levels[key] = (min(self.burst, token_count - count) if has_enough else token_count, now)
+            self._levels[key] = (
+                min(self.burst, token_count - taken_tokens) if has_enough else token_count,
+                now,
+            )
             if len(self._levels) > KEYS:
                 self._levels.popitem(last=False)
-            return 0.0 if has_enough else (count - token_count) / self.rate
+            return 0.0 if has_enough else (taken_tokens - token_count) / self.rate
 
 
 def address_key(address: str) -> str:

@@ -355,8 +355,9 @@ def _judgements(router: APIRouter, context: Context) -> None:
         """Take an answer back. Its assignment is open again."""
         _check_may_answer(context, requester)
         with _store_errors(
-            "This answer cannot be undone, or another answer has the same key.",
-            "Request /api/assignments again.",
+            "This answer cannot be undone, because the study is complete or the names of the generators were"
+            " shown; or an answer has used the key.",
+            "Continue with the next pair, or send the undo with a new key.",
             "Send a key of 1 to 128 letters, digits, _ and -.",
         ):
             assignment_token = context.store.undo(
@@ -442,7 +443,9 @@ def admin_api(context: Context) -> APIRouter:
             folder.cleanup()
             # A study has no labels, and labels of single shapes cannot be written as CSV.
             if isinstance(error, ValueError):
-                raise RequestError(409, str(error), "Request format=judgements.") from None
+                raise RequestError(
+                    409, str(error), "Request the export with format=judgements, which contains all answers."
+                ) from None
             raise
         media_type = "text/csv" if format == "csv" else "application/x-ndjson"
         # The background task deletes the file after it was sent.
@@ -491,7 +494,7 @@ def _annotators(router: APIRouter, context: Context) -> None:
                 request, body.name, context.store.new_token(body.name, kept_session_id=requester.session)
             )
         except ValueError as error:
-            raise RequestError(404, str(error), "Request /api/admin/annotators.") from None
+            raise RequestError(404, str(error), "Use a name that /api/admin/annotators lists.") from None
 
     @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
     def revoke(body: models.Named, requester: Requester):
@@ -508,5 +511,5 @@ def _annotators(router: APIRouter, context: Context) -> None:
         except ConflictError as error:
             raise RequestError(409, str(error), "Add another admin first.") from None
         except ValueError as error:
-            raise RequestError(404, str(error), "Request /api/admin/annotators.") from None
+            raise RequestError(404, str(error), "Use a name that /api/admin/annotators lists.") from None
         return annotators()
