@@ -137,9 +137,9 @@ def krippendorff_alpha(
     if n_units < 2 or n_categories < 2:
         return Agreement(value=None, lo=None, hi=None, n=n_units)
     answer_counts = np.zeros((n_units, n_categories))  # [U, K]
-    for row, answers in enumerate(answers_of_units):
+    for unit_index, answers in enumerate(answers_of_units):
         for answer in answers:
-            answer_counts[row, category_index[answer]] += 1
+            answer_counts[unit_index, category_index[answer]] += 1
     observed_disagreement, chance_disagreement, answer_count = (
         float(total) for total in _disagreements(np.ones(n_units), answer_counts)
     )
@@ -214,7 +214,8 @@ def _with_interval(
         is_perfect: True if all answers agree; the upper end is then 1.
     """
     lo, hi = (
-        float(end) for end in np.quantile(posterior_samples, [0.5 - confidence / 2, 0.5 + confidence / 2])
+        float(interval_end)
+        for interval_end in np.quantile(posterior_samples, [0.5 - confidence / 2, 0.5 + confidence / 2])
     )
     return Agreement(
         value=coefficient, lo=min(lo, coefficient), hi=1.0 if is_perfect else max(hi, coefficient), n=n_units

@@ -174,9 +174,11 @@ def utility(shape_grid: np.ndarray, truth_grid: np.ndarray) -> Utility:
     The constants of this module are chosen for grids with 64 points along each axis.
     """
     defect_sizes = defects(shape_grid, truth_grid)
-    parts = {name: float(np.exp(-defect_sizes[name] / SCALES[name])) for name in DEFECTS}
+    utility_parts = {name: float(np.exp(-defect_sizes[name] / SCALES[name])) for name in DEFECTS}
     return Utility(
-        total=sum(WEIGHTS[name] * parts[name] for name in DEFECTS), parts=parts, defects=defect_sizes
+        total=sum(WEIGHTS[name] * utility_parts[name] for name in DEFECTS),
+        parts=utility_parts,
+        defects=defect_sizes,
     )
 
 

@@ -524,8 +524,8 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     """
     path = Path(path)
     judgements = []
-    for line_number, record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
-        judgement_fields = {name: record[name] for name in Judgement._fields if name in record}
+    for line_number, line_record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
+        judgement_fields = {name: line_record[name] for name in Judgement._fields if name in line_record}
         judgement = Judgement(**judgement_fields) if {"a", "b", "winner"} <= judgement_fields.keys() else None
         if (
             judgement is None
@@ -535,7 +535,7 @@ def read_judgements(path: str | Path) -> list[Judgement]:
         ):
             raise ValueError(
                 f"{path.name}, line {line_number}: expected the names of two different methods in a and b,"
-                f" and a, b or tie in winner, got {json.dumps(record)[:60]}. Write, for example,"
+                f" and a, b or tie in winner, got {json.dumps(line_record)[:60]}. Write, for example,"
                 ' {"a": "ours", "b": "baseline", "winner": "a"}.'
             )
         judgements.append(judgement)

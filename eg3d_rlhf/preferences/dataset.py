@@ -127,8 +127,8 @@ def _assign(
     label_count_by_generator = Counter(label.generator for label in labels)
     # Number of labels that each split still lacks, by generator, so that each generator occurs in every split
     missing_counts = {
-        generator: [share * count for share in fractions]
-        for generator, count in label_count_by_generator.items()
+        generator: [share * label_count for share in fractions]
+        for generator, label_count in label_count_by_generator.items()
     }
     split_of_seed: dict[int, int] = {}
     # Large components come first, since small ones can still balance the splits afterwards. sorted() is

@@ -378,13 +378,13 @@ def read_goodness(path: Path, known_assets: KnownAssets) -> dict[str, float]:
         ValueError: a line is not valid (see `read_label_lines`), or the labels do not distinguish any assets
             of a prompt.
     """
-    lines = read_label_lines(path, known_assets)
-    goodness = _goodness_from_lines(lines, known_assets.prompt_of, path.name)
+    label_lines = read_label_lines(path, known_assets)
+    goodness = _goodness_from_lines(label_lines, known_assets.prompt_of, path.name)
     # If all r are 1/2, no asset is better than another asset of its prompt.
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
         raise ValueError(
-            f"{path.name}, lines {lines[0].number} to {lines[-1].number}:"
-            f" {_describe_no_signal(lines, known_assets.prompt_of)}"
+            f"{path.name}, lines {label_lines[0].number} to {label_lines[-1].number}:"
+            f" {_describe_no_signal(label_lines, known_assets.prompt_of)}"
         )
     return goodness
 
@@ -455,16 +455,16 @@ def _parse(
         )
     label_field = label_fields[0]
     # The export of the labelling tool names a thumb `label`.
-    kind = "thumb" if label_field == "label" else label_field
+    label_kind = "thumb" if label_field == "label" else label_field
     label_value = json_object[label_field]
     # In Python, 1 == True and 0 == False, so 1 and 0 are accepted for a thumb, too.
-    if kind == "thumb" and label_value not in (True, False):
+    if label_kind == "thumb" and label_value not in (True, False):
         raise ValueError(
             f"expected {label_field} to be true or false, got {label_value!r}. Write true or false."
         )
     if not isinstance(label_value, (int, float)) or not math.isfinite(label_value):
         raise ValueError(f"expected {label_field} to be a number, got {label_value!r}. Write a number.")
-    if kind == "p" and not 0 <= label_value <= 1:
+    if label_kind == "p" and not 0 <= label_value <= 1:
         raise ValueError(
             f"expected the probability p from 0 to 1, got {label_value!r}. For ratings on a different scale"
             " use the field score."
@@ -472,43 +472,46 @@ def _parse(
     # Labels without the name of a rater count as labels of one rater, ''.
     rater = str(json_object.get("rater") or json_object.get("annotator") or "")
     asset = find_asset("asset", "mesh", "look_at")
-    return LabelLine(number=line_number, kind=kind, asset=asset, value=float(label_value), rater=rater)
+    return LabelLine(number=line_number, kind=label_kind, asset=asset, value=float(label_value), rater=rater)
 
 
 def _goodness_from_lines(
-    lines: Sequence[LabelLine], prompt_of: Mapping[str, str], file_name: str
+    label_lines: Sequence[LabelLine], prompt_of: Mapping[str, str], file_name: str
 ) -> dict[str, float]:
     """Compute the goodness r of all assets from parsed lines of one kind.
 
     Args:
-        lines: lines of a file of labels.
+        label_lines: lines of a file of labels.
         prompt_of: prompt of every asset.
         file_name: name of the file, for messages.
     """
-    label_kind = lines[0].kind
+    label_kind = label_lines[0].kind
     # Scores are standardised over all prompts of a rater. Everything else is computed per prompt.
     label_values = (
-        standardised_by_rater((line.rater, line.value) for line in lines)
+        standardised_by_rater((label_line.rater, label_line.value) for label_line in label_lines)
         if label_kind == "score"
-        else [line.value for line in lines]
+        else [label_line.value for label_line in label_lines]
     )
     lines_of_prompt = _grouped(
-        (prompt_of[line.asset], (line, label_value))
-        for line, label_value in zip(lines, label_values, strict=True)
+        (prompt_of[label_line.asset], (label_line, label_value))
+        for label_line, label_value in zip(label_lines, label_values, strict=True)
     )
     # Functions that compute r of the assets of a prompt from their lines and values
     converters: dict[str, Callable[[list[tuple[LabelLine, float]]], dict[str, float]]] = {
         "thumb": lambda lines_and_values: goodness_from_votes(
-            [(line.asset, bool(label_value)) for line, label_value in lines_and_values]
+            [(label_line.asset, bool(label_value)) for label_line, label_value in lines_and_values]
         ),
         "score": lambda lines_and_values: goodness_from_scores(
-            [(line.asset, label_value) for line, label_value in lines_and_values]
+            [(label_line.asset, label_value) for label_line, label_value in lines_and_values]
         ),
         "p": lambda lines_and_values: goodness_from_probabilities(
-            [(line.asset, label_value) for line, label_value in lines_and_values]
+            [(label_line.asset, label_value) for label_line, label_value in lines_and_values]
         ),
         "pair": lambda lines_and_values: goodness_from_pairs(
-            [Comparison(line.asset, line.other, line.tie) for line, _ in lines_and_values]
+            [
+                Comparison(label_line.asset, label_line.other, label_line.tie)
+                for label_line, _ in lines_and_values
+            ]
         ),
         "rank": lambda lines_and_values: goodness_from_ranks(_unique_ranks(lines_and_values, file_name)),
     }
@@ -529,32 +532,35 @@ def _unique_ranks(lines_and_ranks: Sequence[tuple[LabelLine, float]], file_name:
     rank_by_asset: dict[str, float] = {}
     # Number of the line of each asset, for the message
     line_number_by_asset: dict[str, int] = {}
-    for line, rank in lines_and_ranks:
-        if line.asset in rank_by_asset:
-            first_number = line_number_by_asset[line.asset]
+    for label_line, rank in lines_and_ranks:
+        if label_line.asset in rank_by_asset:
+            first_number = line_number_by_asset[label_line.asset]
             raise ValueError(
-                f"{file_name}, line {line.number}: the asset {line.asset!r} already has a rank in line"
-                f" {first_number}. Remove line {first_number} or line {line.number}."
+                f"{file_name}, line {label_line.number}: the asset {label_line.asset!r} already has a rank in"
+                f" line {first_number}. Remove line {first_number} or line {label_line.number}."
             )
-        rank_by_asset[line.asset] = rank
-        line_number_by_asset[line.asset] = line.number
+        rank_by_asset[label_line.asset] = rank
+        line_number_by_asset[label_line.asset] = label_line.number
     return rank_by_asset
 
 
-def _describe_no_signal(lines: Sequence[LabelLine], prompt_of: Mapping[str, str]) -> str:
+def _describe_no_signal(label_lines: Sequence[LabelLine], prompt_of: Mapping[str, str]) -> str:
     """Return a message that states why labels do not distinguish assets, and what to do."""
-    label_kind = lines[0].kind
+    label_kind = label_lines[0].kind
     # Only pairs have a second asset; for all other kinds its name is ''.
-    labelled_assets = {asset for line in lines for asset in (line.asset, line.other) if asset}
+    labelled_assets = {
+        asset for label_line in label_lines for asset in (label_line.asset, label_line.other) if asset
+    }
     if len(labelled_assets) == len({prompt_of[asset] for asset in labelled_assets}):
         return (
             "each prompt (condition) has labels of one asset only, so that no assets can be compared. Label"
             " several assets of a prompt."
         )
-    if label_kind == "thumb" and len({line.value for line in lines}) == 1:
+    if label_kind == "thumb" and len({label_line.value for label_line in label_lines}) == 1:
         return (
-            f"all {len(lines)} labels state that the asset is {'good' if lines[0].value else 'bad'}, so that"
-            " they do not distinguish assets. Label further assets, or use scores."
+            f"all {len(label_lines)} labels state that the asset is"
+            f" {'good' if label_lines[0].value else 'bad'}, so that they do not distinguish assets. Label"
+            " further assets, or use scores."
         )
     equal_labels_text = "only ties" if label_kind in ("rank", "pair") else f"equal {label_kind}s"
     return (

@@ -260,7 +260,7 @@ def annotate(
     index_pairs = (
         blocks_of_pairs(options.pairs, options.block, rng)
         if pairs is None
-        else [(index_of_seed[first], index_of_seed[second]) for first, second in pairs]
+        else [(index_of_seed[first_seed], index_of_seed[second_seed]) for first_seed, second_seed in pairs]
     )
     if temperature is None:
         temperature = solve_temperature(utilities, index_pairs, options.flip_rate)

@@ -125,7 +125,7 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
     has_pairs = path.suffix == ".csv"
     if not has_pairs and path.is_file():
         # Only labels of pairs have a winner. An empty file has no first record.
-        first_record = next((record for _, record in read_jsonl(path)), {})
+        first_record = next((label_record for _, label_record in read_jsonl(path)), {})
         has_pairs = "winner" in first_record
     if has_pairs:
         return from_pairs(load_labels(path))
@@ -147,28 +147,28 @@ def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Pa
     return path
 
 
-def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
+def _parse(label_record: Mapping[str, Any]) -> UnpairedPreference:
     """Create a label from a record.
 
     Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
     """
-    if record.get("seed") is None:
+    if label_record.get("seed") is None:
         raise ValueError("the field seed is missing. Add the seed with which the shape was generated.")
     return UnpairedPreference(
-        seed=parse_seed(record["seed"], "seed"),
-        label=_parse_truth(record, "label"),
-        score=parse_number(record, "score"),
-        clean=_parse_truth(record, "clean"),
-        **common_fields(record, FIELDS),
+        seed=parse_seed(label_record["seed"], "seed"),
+        label=_parse_truth(label_record, "label"),
+        score=parse_number(label_record, "score"),
+        clean=_parse_truth(label_record, "clean"),
+        **common_fields(label_record, FIELDS),
     )
 
 
-def _parse_truth(record: Mapping[str, Any], name: str) -> bool | None:
+def _parse_truth(label_record: Mapping[str, Any], name: str) -> bool | None:
     """Return the field `name` as a truth value, or None if it is missing.
 
     Raises: ValueError for a value that is neither 1, 0, true nor false.
     """
-    field_value = record.get(name)
+    field_value = label_record.get(name)
     # In Python, True == 1 and False == 0, so true and false are accepted, too.
     if field_value not in (None, 0, 1):
         raise ValueError(

@@ -252,24 +252,24 @@ def _timetable(*arguments) -> Timetable:
     return Timetable(*arguments)
 
 
-def timetable(settings: CampaignSettings, annotator: str, gold_count: int) -> Timetable:
+def timetable(campaign_settings: CampaignSettings, annotator: str, gold_count: int) -> Timetable:
     """Return the timetable of an annotator.
 
     Args:
-        settings: settings of the campaign.
+        campaign_settings: settings of the campaign.
         annotator: name of the annotator.
         gold_count: number of gold pairs that can be shown.
     """
-    gold_every = settings.gold_every if gold_count else 0
+    gold_every = campaign_settings.gold_every if gold_count else 0
     # The number of gold pairs has an influence only if every trial is a gold check, because gold pairs are
     # shown again otherwise. Replacing it by 0 then keeps the cache small.
     gold_count = gold_count if gold_every == 1 else 0
     return _timetable(
-        settings.seed,
+        campaign_settings.seed,
         annotator,
-        settings.repeat_share,
-        settings.swap_share,
-        settings.repeat_gap,
+        campaign_settings.repeat_share,
+        campaign_settings.swap_share,
+        campaign_settings.repeat_gap,
         gold_every,
         gold_count,
     )
@@ -347,10 +347,10 @@ class Scheduler:
         new_pair = min(window, key=lambda pair: self.uniform("order", pair.position))
         return self._on_random_sides(new_pair, sequence, Kind.PAIR)
 
-    def _on_random_sides(self, pair: StoredPair, sequence: int, kind: Kind) -> Trial:
+    def _on_random_sides(self, pair: StoredPair, sequence: int, trial_kind: Kind) -> Trial:
         """Make a trial whose first shape is on the left with probability one half."""
         return Trial(
-            pair=pair, sequence=sequence, kind=kind, first_is_left=self.uniform(sequence, "side") < 0.5
+            pair=pair, sequence=sequence, kind=trial_kind, first_is_left=self.uniform(sequence, "side") < 0.5
         )
 
     def _gold(self, trials: list[Trial], sequence: int) -> Trial | None:
@@ -374,7 +374,7 @@ class Scheduler:
         )
         return self._on_random_sides(gold_pair, sequence, Kind.GOLD)
 
-    def _repeat(self, kind: Kind, trials: list[Trial], sequence: int) -> Trial | None:
+    def _repeat(self, repeat_kind: Kind, trials: list[Trial], sequence: int) -> Trial | None:
         """Choose a pair that the annotator answered more than `repeat_gap` trials ago, and show it again.
 
         Every pair is repeated at most once. Returns None if no pair can be repeated.
@@ -400,9 +400,9 @@ class Scheduler:
         return Trial(
             pair=earlier_trial.pair,
             sequence=sequence,
-            kind=kind,
+            kind=repeat_kind,
             # "!=" negates the sides for a swap, and keeps them for a repeat
-            first_is_left=earlier_trial.first_is_left != (kind is Kind.SWAP),
+            first_is_left=earlier_trial.first_is_left != (repeat_kind is Kind.SWAP),
         )
 
 
@@ -578,31 +578,35 @@ class Issuer:
         # The stamp is read before the rows. If the rows change between both statements, the stamp is
         # outdated, and a later comparison with a new stamp notices it.
         stamp = tuple(connection.execute(STAMP, self.parameters).one())
-        rows = list(connection.execute(PAST, self.parameters))
+        assignment_rows = list(connection.execute(PAST, self.parameters))
         history = [
             Trial(
-                pair=self.plan.pairs[row.pair_id],
-                sequence=row.sequence,
-                kind=Kind(row.kind),
-                first_is_left=bool(row.first_is_left),
-                choice=row.choice,
+                pair=self.plan.pairs[assignment_row.pair_id],
+                sequence=assignment_row.sequence,
+                kind=Kind(assignment_row.kind),
+                first_is_left=bool(assignment_row.first_is_left),
+                choice=assignment_row.choice,
             )
-            for row in rows
-            if row.answered is not None or _is_open(row)
+            for assignment_row in assignment_rows
+            if assignment_row.answered is not None or _is_open(assignment_row)
         ]
         # Sequence numbers of released assignments are not used again, so the last row decides and not the
         # history.
-        last_sequence = rows[-1].sequence if rows else 0
+        last_sequence = assignment_rows[-1].sequence if assignment_rows else 0
         scheduler = Scheduler(
             self.plan, self.annotator, history, last_sequence, readiness_test, self.failure_test
         )
-        released_rows = [row for row in rows if row.answered is None and not _is_open(row)]
+        released_rows = [
+            assignment_row
+            for assignment_row in assignment_rows
+            if assignment_row.answered is None and not _is_open(assignment_row)
+        ]
         return _AssignmentState(
             stamp=stamp,
             scheduler=scheduler,
-            open_count=sum(_is_open(row) for row in rows),
+            open_count=sum(_is_open(assignment_row) for assignment_row in assignment_rows),
             # All writers update the rows of `pairs` in the same order, which avoids deadlocks.
-            released_rows=sorted(released_rows, key=lambda row: row.pair_id),
+            released_rows=sorted(released_rows, key=lambda assignment_row: assignment_row.pair_id),
         )
 
     def release_expired(self) -> int:
@@ -633,12 +637,14 @@ class Issuer:
         return len(expired_rows)
 
 
-def _is_open(row: Row) -> bool:
+def _is_open(assignment_row: Row) -> bool:
     """Return True if an assignment waits for an answer.
 
     It has no answer that counts, and it was not released, or its answer was undone after the release.
     """
-    return row.answered is None and (row.released is None or row.undone is not None)
+    return assignment_row.answered is None and (
+        assignment_row.released is None or assignment_row.undone is not None
+    )
 
 
 def take_slot(connection: Connection, pair_id: int) -> bool:
@@ -750,7 +756,7 @@ def read_progress(
         row.kind: row
         for row in connection.execute(COUNTS, {"campaign": plan.campaign.id, "annotator": annotator_id})
     }
-    settings = plan.campaign.settings
+    campaign_settings = plan.campaign.settings
     # Practice pairs do not count as trials, so their row is removed from the counts.
     practice_row = counts_by_kind.pop(TRAINING, None)
     practice_shown_count = practice_row.shown if practice_row else 0
@@ -764,9 +770,9 @@ def read_progress(
     total_count = shown_count
     if new_count > 0:
         gold_count = count_gold_pairs(plan, failure_test)
-        total_count = timetable(settings, annotator, gold_count).end(shown_count, new_count)
-    if settings.trials_per_annotator is not None:
-        total_count = max(shown_count, min(total_count, settings.trials_per_annotator))
+        total_count = timetable(campaign_settings, annotator, gold_count).end(shown_count, new_count)
+    if campaign_settings.trials_per_annotator is not None:
+        total_count = max(shown_count, min(total_count, campaign_settings.trials_per_annotator))
     # practice pairs that are shown but not answered yet
     practice_left_count = practice_shown_count - practice_answered_count
     # Further practice pairs are shown only before the first trial.

@@ -84,13 +84,16 @@ class Plan:
 
 
 def create(
-    connection: Connection, settings: CampaignSettings, planned_pairs: Sequence[PlannedPair], now: float
+    connection: Connection,
+    campaign_settings: CampaignSettings,
+    planned_pairs: Sequence[PlannedPair],
+    now: float,
 ) -> tuple[int, list[int]]:
     """Store a new campaign.
 
     Args:
         connection: connection with an open transaction.
-        settings: settings of the campaign.
+        campaign_settings: settings of the campaign.
         planned_pairs: pairs in order of the plan.
         now: time of creation, seconds since 1970.
 
@@ -101,12 +104,17 @@ def create(
         ValueError: the name, the settings or the pairs are invalid.
     """
     # The check is part of the transaction, so that no other process can use the name in the meantime.
-    _check(connection, settings, planned_pairs)
+    _check(connection, campaign_settings, planned_pairs)
     # The keys are sorted, because an import compares the settings of two stores as text.
     settings_json = json.dumps(
-        {**asdict(settings), "mode": settings.mode.value, "extra": dict(settings.extra)}, sort_keys=True
+        {
+            **asdict(campaign_settings),
+            "mode": campaign_settings.mode.value,
+            "extra": dict(campaign_settings.extra),
+        },
+        sort_keys=True,
     )
-    campaign_values = {"name": settings.name, "settings": settings_json, "created": now}
+    campaign_values = {"name": campaign_settings.name, "settings": settings_json, "created": now}
     campaign_id = connection.execute(
         insert(campaigns).returning(campaigns.c.id), campaign_values
     ).scalar_one()
@@ -134,22 +142,24 @@ def create(
             "kind": pair.kind.value,
             "expected": pair.expected,
             "explanation": pair.explanation,
-            "places": settings.annotators_per_pair,
+            "places": campaign_settings.annotators_per_pair,
         }
         for position, pair in enumerate(planned_pairs)
     ]
     return campaign_id, insert_all(connection, pairs, pair_rows)
 
 
-def _check(connection: Connection, settings: CampaignSettings, planned_pairs: Sequence[PlannedPair]) -> None:
+def _check(
+    connection: Connection, campaign_settings: CampaignSettings, planned_pairs: Sequence[PlannedPair]
+) -> None:
     """Check a campaign before it is stored.
 
     Raises:
         ValueError: the name is invalid or in use, the plan is empty, a pair does not fit the mode of the
             campaign, or a seed is held out for evaluation.
     """
-    name = settings.name
-    parse_questions(settings.questions)
+    name = campaign_settings.name
+    parse_questions(campaign_settings.questions)
     if not name.strip() or len(name) > 200 or not name.isprintable():
         raise ValueError(
             f"campaign: the name {name!r} is invalid. Choose a name of 1 to 200 printable characters."
@@ -163,8 +173,8 @@ def _check(connection: Connection, settings: CampaignSettings, planned_pairs: Se
         raise ValueError(f"campaign {name}: the plan contains no pairs. Plan at least one pair.")
     for position, pair in enumerate(planned_pairs):
         # A plan of single shapes repeats its shape in `second`; a plan of pairs never does.
-        if (pair.first == pair.second) != (settings.mode is Mode.SINGLE):
-            if settings.mode is Mode.SINGLE:
+        if (pair.first == pair.second) != (campaign_settings.mode is Mode.SINGLE):
+            if campaign_settings.mode is Mode.SINGLE:
                 raise ValueError(
                     f"campaign {name}, pair {position}: the pair consists of two different shapes, but this"
                     " campaign shows shapes one by one. Use the same shape as `first` and as `second`."
@@ -177,7 +187,7 @@ def _check(connection: Connection, settings: CampaignSettings, planned_pairs: Se
     # Held-out seeds are reserved for evaluation. A study evaluates generators, so it may use them. Answers of
     # other campaigns may train a reward, so these campaigns may not use them. The seed of an asset file is
     # the number of the file and no seed of a latent.
-    if settings.mode is not Mode.STUDY:
+    if campaign_settings.mode is not Mode.STUDY:
         latent_seeds = (
             shape.seed for pair in planned_pairs for shape in (pair.first, pair.second) if not shape.file
         )
@@ -194,14 +204,14 @@ def _shape_key(shape: Shape) -> tuple:
     return tuple(None if value != value else value for value in column_values)
 
 
-def shape_from_row(row: Row, prefix: str = "") -> Shape:
+def shape_from_row(shape_row: Row, prefix: str = "") -> Shape:
     """Make the shape that a row of the database describes. A null becomes nan.
 
     Args:
-        row: row with the columns FIELDS.
+        shape_row: row with the columns FIELDS.
         prefix: text before the name of each column in this row.
     """
-    row_columns = row._mapping
+    row_columns = shape_row._mapping
     shape_values: dict[str, Any] = {
         name: math.nan if row_columns[prefix + name] is None else row_columns[prefix + name]
         for name in FIELDS

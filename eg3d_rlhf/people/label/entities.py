@@ -488,11 +488,15 @@ def check_stored(votes: str) -> None:
         )
 
 
-def answers_to(question: str, rows: Iterable[JudgementRow]) -> list[JudgementRow]:
+def answers_to(question: str, judgement_rows: Iterable[JudgementRow]) -> list[JudgementRow]:
     """Return the judgements that have a vote on a question, with that vote in place of their choice.
 
     Args:
         question: name of the question.
-        rows: judgements.
+        judgement_rows: judgements.
     """
-    return [replace(row, choice=Choice(row.votes[question])) for row in rows if question in row.votes]
+    return [
+        replace(judgement, choice=Choice(judgement.votes[question]))
+        for judgement in judgement_rows
+        if question in judgement.votes
+    ]

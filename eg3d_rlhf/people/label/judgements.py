@@ -136,22 +136,22 @@ def check_answer(answer: Answer) -> None:
         )
 
 
-def check_text(name: str, value: str, min_length: int = 1, max_length: int = MAX_TEXT) -> None:
+def check_text(name: str, checked_text: str, min_length: int = 1, max_length: int = MAX_TEXT) -> None:
     """Check that a text has an allowed length, and contains no control characters and no lone surrogates.
 
     Args:
         name: name of the text for the message.
-        value: text.
+        checked_text: text.
         min_length: smallest allowed number of characters.
         max_length: largest allowed number of characters.
 
     Raises:
         ValueError: the text is not allowed.
     """
-    if not min_length <= len(value) <= max_length or not value.isprintable():
+    if not min_length <= len(checked_text) <= max_length or not checked_text.isprintable():
         raise ValueError(
-            f"answer: the text of {name}, {value[:40]!r}, must have {min_length} to {max_length} printable"
-            " characters. Send another text."
+            f"answer: the text of {name}, {checked_text[:40]!r}, must have {min_length} to {max_length}"
+            " printable characters. Send another text."
         )
 
 
@@ -190,17 +190,19 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
             )
         return _outcome(plan, assignment_row, earlier_row.id, Choice(earlier_row.choice), duplicate=True)
     assignment_row = _assignment(connection, plan.campaign.id, annotator_id, answer.assignment)
-    settings = plan.campaign.settings
+    campaign_settings = plan.campaign.settings
     # The choice BAD is valid only in campaigns with `both_bad`, and a skip is always valid.
     valid_choices = [
-        choice for choice in SCALES[settings.scale] if choice is not Choice.BAD or settings.both_bad
+        choice
+        for choice in SCALES[campaign_settings.scale]
+        if choice is not Choice.BAD or campaign_settings.both_bad
     ]
     if answer.choice not in (*valid_choices, Choice.SKIP):
         raise ValueError(
             f"answer: the choice {answer.choice} is not valid in this campaign. Reload the page, and choose"
             f" one of {', '.join(valid_choices)} or skip."
         )
-    check_votes(settings.questions, answer.votes, answer.choice)
+    check_votes(campaign_settings.questions, answer.votes, answer.choice)
     # An annotator can have two pages open, which show the same assignment.
     if assignment_row.answered is not None:
         raise ConflictError(
@@ -467,34 +469,34 @@ def tally(connection: Connection) -> list[Row]:
     return list(connection.execute(tally_query.order_by(func.min(judgements.c.id))))
 
 
-def _row(row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
+def _row(query_row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
     """Make a `JudgementRow` from a row of the query in `read_judgements`.
 
     Args:
-        row: row of the query.
+        query_row: row of the query.
         mode_by_campaign: cache of the modes, by name of the campaign. It is extended in place.
     """
-    if row.campaign not in mode_by_campaign:
-        mode_by_campaign[row.campaign] = settings_from_json(row.settings).mode.value
-    first_is_left = bool(row.first_is_left)
-    first_shape = shape_from_row(row, "first_")
-    second_shape = shape_from_row(row, "second_")
+    if query_row.campaign not in mode_by_campaign:
+        mode_by_campaign[query_row.campaign] = settings_from_json(query_row.settings).mode.value
+    first_is_left = bool(query_row.first_is_left)
+    first_shape = shape_from_row(query_row, "first_")
+    second_shape = shape_from_row(query_row, "second_")
     left_shape, right_shape = (first_shape, second_shape) if first_is_left else (second_shape, first_shape)
     return JudgementRow(
-        **{name: row._mapping[name] for name in AS_STORED},
-        mode=mode_by_campaign[row.campaign],
-        assignment=row.token,
-        pair=row.pair_id,
-        kind=Kind(row.kind),
+        **{name: query_row._mapping[name] for name in AS_STORED},
+        mode=mode_by_campaign[query_row.campaign],
+        assignment=query_row.token,
+        pair=query_row.pair_id,
+        kind=Kind(query_row.kind),
         left=left_shape,
         right=right_shape,
         first_is_left=first_is_left,
-        choice=Choice(row.choice),
-        expected=expected_side(row.expected, first_is_left, Mode(mode_by_campaign[row.campaign])),
-        views=tuple(json.loads(row.views)),
+        choice=Choice(query_row.choice),
+        expected=expected_side(query_row.expected, first_is_left, Mode(mode_by_campaign[query_row.campaign])),
+        views=tuple(json.loads(query_row.views)),
         # `answered` of the assignment is the id of the judgement that counts.
-        undone=row.answered != row.id,
-        votes=json.loads(row.votes) if row.votes else {},
+        undone=query_row.answered != query_row.id,
+        votes=json.loads(query_row.votes) if query_row.votes else {},
     )
 
 
@@ -592,11 +594,11 @@ def study_over(connection: Connection, plan: Plan, now: float) -> bool:
 
     Campaigns of other modes, and studies without a stopping rule, are never over.
     """
-    settings = plan.campaign.settings
-    max_trials = settings.extra.get("trials")
-    end_time = settings.extra.get("until")
+    campaign_settings = plan.campaign.settings
+    max_trials = campaign_settings.extra.get("trials")
+    end_time = campaign_settings.extra.get("until")
     # `extra` contains "trials" only if the study was planned with a stopping rule.
-    if settings.mode is not Mode.STUDY or max_trials is None:
+    if campaign_settings.mode is not Mode.STUDY or max_trials is None:
         return False
     # astimezone() interprets a date without a time zone as local time of the server.
     if end_time is not None and now >= datetime.fromisoformat(end_time).astimezone(UTC).timestamp():
@@ -618,10 +620,10 @@ def revealed(plan: Plan, assignment_row: Row, choice: Choice) -> tuple[str, str]
     return (first_name, second_name) if assignment_row.first_is_left else (second_name, first_name)
 
 
-def _reply_reveals(plan: Plan, kind: str, choice: Choice) -> bool:
+def _reply_reveals(plan: Plan, pair_kind: str, choice: Choice) -> bool:
     """Return True if the reply to an answer reveals something, so that the answer may not be changed later.
 
     In campaigns with `reveal`, the reply contains the names of the generators. If it does not contain them,
     it reveals that the pair was a repeat or a gold check.
     """
-    return plan.campaign.settings.reveal and kind != Kind.TRAINING and choice is not Choice.SKIP
+    return plan.campaign.settings.reveal and pair_kind != Kind.TRAINING and choice is not Choice.SKIP

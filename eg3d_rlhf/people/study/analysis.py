@@ -46,7 +46,7 @@ class SortedRows:
 
 def analyse(
     design: StudyDesign,
-    rows: Iterable[JudgementRow],
+    judgement_rows: Iterable[JudgementRow],
     allow_interim: bool = False,
     now: datetime | None = None,
 ) -> dict:
@@ -54,7 +54,7 @@ def analyse(
 
     Args:
         design: design of the study.
-        rows: judgements of the study.
+        judgement_rows: judgements of the study.
         allow_interim: True allows an analysis before the stopping rule is met.
         now: time of the report; None: the current time.
 
@@ -69,9 +69,9 @@ def analyse(
             another study.
     """
     # answers that were taken back never count
-    rows = [row for row in rows if not row.undone]
-    _check(design, rows)
-    sorted_rows = sort_rows(design, rows)
+    judgement_rows = [judgement for judgement in judgement_rows if not judgement.undone]
+    _check(design, judgement_rows)
+    sorted_rows = sort_rows(design, judgement_rows)
     answered_count = len(sorted_rows.trials)
     is_complete = stopped(design, answered_count, now)
     if not is_complete and not allow_interim:
@@ -81,12 +81,12 @@ def analyse(
             f" {answered_count} trials are answered. Wait for the other answers, or pass --interim for an"
             " interim report."
         )
-    fast_ids = {row.id for row in sorted_rows.fast}
+    fast_ids = {judgement.id for judgement in sorted_rows.fast}
     # Trials of the primary result. A skip is a trial without a score.
     primary_rows = [
-        row
-        for row in sorted_rows.trials
-        if row.annotator not in sorted_rows.annotators and row.id not in fast_ids
+        judgement
+        for judgement in sorted_rows.trials
+        if judgement.annotator not in sorted_rows.annotators and judgement.id not in fast_ids
     ]
     # The sensitivity analysis repeats the estimate with the other rule for ties.
     other_ties = "excluded" if design.ties == "half" else "half"
@@ -115,19 +115,34 @@ def analyse(
     }
 
 
-def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
+def sort_rows(design: StudyDesign, judgement_rows: Sequence[JudgementRow]) -> SortedRows:
     """Divide judgements into trials, gold checks and exclusions, by the rules of the design."""
-    pair_rows = sorted((row for row in rows if row.kind == Kind.PAIR), key=lambda row: row.id)
+    pair_rows = sorted(
+        (judgement for judgement in judgement_rows if judgement.kind == Kind.PAIR),
+        key=lambda judgement: judgement.id,
+    )
     end_time = datetime.fromisoformat(design.until).timestamp() if design.until else np.inf
     # Answers after the planned number of trials are only counted, because this number was fixed in advance.
-    trials = [row for row in pair_rows if row.received_at <= end_time][: design.trials]
-    gold_rows = [row for row in rows if row.kind == Kind.GOLD and row.choice != Choice.SKIP]
+    trials = [judgement for judgement in pair_rows if judgement.received_at <= end_time][: design.trials]
+    gold_rows = [
+        judgement
+        for judgement in judgement_rows
+        if judgement.kind == Kind.GOLD and judgement.choice != Choice.SKIP
+    ]
     sorted_rows = SortedRows(trials=trials, late=len(pair_rows) - len(trials), gold=gold_rows)
     exclusion_rules = design.exclusions
-    for annotator in sorted({row.annotator for row in trials}):
-        annotator_trials = [row for row in trials if row.annotator == annotator]
-        gold_results = [row.choice == row.expected for row in gold_rows if row.annotator == annotator]
-        fast_trials = [row for row in annotator_trials if is_fast(row, exclusion_rules.fast_milliseconds)]
+    for annotator in sorted({judgement.annotator for judgement in trials}):
+        annotator_trials = [judgement for judgement in trials if judgement.annotator == annotator]
+        gold_results = [
+            judgement.choice == judgement.expected
+            for judgement in gold_rows
+            if judgement.annotator == annotator
+        ]
+        fast_trials = [
+            judgement
+            for judgement in annotator_trials
+            if is_fast(judgement, exclusion_rules.fast_milliseconds)
+        ]
         correct_count = sum(gold_results)
         # In an interim report no annotator may have answered the planned share, so the mean share so far is
         # used.
@@ -153,16 +168,16 @@ def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
     return sorted_rows
 
 
-def is_fast(row: JudgementRow, min_milliseconds: int) -> bool:
+def is_fast(judgement: JudgementRow, min_milliseconds: int) -> bool:
     """Return True if a trial was answered in less than `min_milliseconds`. A skip is never too fast."""
-    return row.choice != Choice.SKIP and row.milliseconds < min_milliseconds
+    return judgement.choice != Choice.SKIP and judgement.milliseconds < min_milliseconds
 
 
-def score(row: JudgementRow, tie_rule: str) -> float:
+def score(judgement: JudgementRow, tie_rule: str) -> float:
     """Return the score of a trial.
 
     Args:
-        row: judgement of a pair, whose second shape is of generator b.
+        judgement: judgement of a pair, whose second shape is of generator b.
         tie_rule: "half" or "excluded".
 
     Returns:
@@ -170,21 +185,21 @@ def score(row: JudgementRow, tie_rule: str) -> float:
         count.
     """
     tie_score = 0.5 if tie_rule == "half" else np.nan
-    return {"first": 0.0, "second": 1.0, "tie": tie_score, "skip": np.nan}[side_free(row)]
+    return {"first": 0.0, "second": 1.0, "tie": tie_score, "skip": np.nan}[side_free(judgement)]
 
 
-def _ties(rows: Sequence[JudgementRow]) -> int:
+def _ties(judgement_rows: Sequence[JudgementRow]) -> int:
     """Count the judgements that rank both shapes equally."""
-    return sum(row.choice.equal for row in rows)
+    return sum(judgement.choice.equal for judgement in judgement_rows)
 
 
 def estimate(
-    rows: Sequence[JudgementRow], tie_rule: str, confidence: float = 0.95, resample_count: int = 0
+    judgement_rows: Sequence[JudgementRow], tie_rule: str, confidence: float = 0.95, resample_count: int = 0
 ) -> dict:
     """Compute the win rate of b, with all intervals and tests that the design prescribes.
 
     Args:
-        rows: trials.
+        judgement_rows: trials.
         tie_rule: rule for ties, "half" or "excluded".
         confidence: level of the intervals.
         resample_count: number of resamples of each bootstrap; 0: no bootstraps.
@@ -196,23 +211,23 @@ def estimate(
         "bootstrap" (clusters -> interval) if `resample_count` > 0. All values from "win_rate" on are None if
         no trial counts.
     """
-    scores = np.array([score(row, tie_rule) for row in rows])  # [N]
-    choice_counts = Counter(row.choice for row in rows)
+    scores = np.array([score(judgement, tie_rule) for judgement in judgement_rows])  # [N]
+    choice_counts = Counter(judgement.choice for judgement in judgement_rows)
     # scores of the trials that are no ties and no skips
     decided_scores = [
         trial_score
-        for trial_score, row in zip(scores, rows, strict=True)
-        if row.choice in (Choice.LEFT, Choice.RIGHT)
+        for trial_score, judgement in zip(scores, judgement_rows, strict=True)
+        if judgement.choice in (Choice.LEFT, Choice.RIGHT)
     ]
     b_wins = int(sum(decided_scores))
     estimates: dict = {
         "n": int(np.sum(~np.isnan(scores))),
         "b_wins": b_wins,
         "a_wins": len(decided_scores) - b_wins,
-        "ties": _ties(rows),
+        "ties": _ties(judgement_rows),
         "skips": choice_counts[Choice.SKIP],
-        "annotators": len({row.annotator for row in rows}),
-        "latents": len({row.pair for row in rows}),
+        "annotators": len({judgement.annotator for judgement in judgement_rows}),
+        "latents": len({judgement.pair for judgement in judgement_rows}),
         "confidence": confidence,
         "p_exact": binomial_test(b_wins, len(decided_scores)) if decided_scores else None,
     }
@@ -225,7 +240,7 @@ def estimate(
         }
     # Names of annotators become indices 0..A-1, and ids of pairs become 0..L-1, since each has one latent.
     annotator_indices, latent_indices = (
-        np.unique([getattr(row, column_name) for row in rows], return_inverse=True)[1]
+        np.unique([getattr(judgement, column_name) for judgement in judgement_rows], return_inverse=True)[1]
         for column_name in ("annotator", "pair")
     )
     # index 0: the arrays of `win_rate` have one element for each study, and this is one study
@@ -253,43 +268,51 @@ def estimate(
     return estimates
 
 
-def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
+def _check(design: StudyDesign, judgement_rows: Sequence[JudgementRow]) -> None:
     """Check that judgements belong to a study, and that its design is older than the first of them.
 
     Raises:
         ValueError: a judgement belongs to another study, or is older than the design.
     """
-    other_campaigns = {row.campaign for row in rows if row.campaign != design.name or row.mode != Mode.STUDY}
+    other_campaigns = {
+        judgement.campaign
+        for judgement in judgement_rows
+        if judgement.campaign != design.name or judgement.mode != Mode.STUDY
+    }
     if other_campaigns:
         other_names = ", ".join(sorted(other_campaigns))
         raise ValueError(
             f"study {design.name}: the database contains answers of {other_names}. Pass the database of the"
             " study with --db."
         )
-    for row in rows:
-        first_shape, second_shape = (row.left, row.right) if row.first_is_left else (row.right, row.left)
+    for judgement in judgement_rows:
+        first_shape, second_shape = (
+            (judgement.left, judgement.right)
+            if judgement.first_is_left
+            else (judgement.right, judgement.left)
+        )
         is_of_generators = (first_shape.generator, second_shape.generator) == (
             design.a.generator,
             design.b.generator,
         )
-        if row.kind == Kind.PAIR and not (is_of_generators and first_shape.seed == second_shape.seed):
+        if judgement.kind == Kind.PAIR and not (is_of_generators and first_shape.seed == second_shape.seed):
             raise ValueError(
-                f"study {design.name}: the answer {row.id} does not compare the two generators of the study"
-                " at one latent. Pass the database of the study with --db."
+                f"study {design.name}: the answer {judgement.id} does not compare the two generators of the"
+                " study at one latent. Pass the database of the study with --db."
             )
     design_time = datetime.fromisoformat(design.created).timestamp()
-    if rows and min(row.received_at for row in rows) < design_time:
+    if judgement_rows and min(judgement.received_at for judgement in judgement_rows) < design_time:
         raise ValueError(
             f"study {design.name}: an answer was received before the design was made at {design.created},"
             " but a study must be designed before its first answer. Start a new study."
         )
 
 
-def _sides(rows: Sequence[JudgementRow], tie_rule: str) -> dict:
+def _sides(judgement_rows: Sequence[JudgementRow], tie_rule: str) -> dict:
     """Count the trials with b on the left, and compute how often annotators chose the left side.
 
     Args:
-        rows: trials.
+        judgement_rows: trials.
         tie_rule: rule for ties, "half" or "excluded".
 
     Returns:
@@ -298,15 +321,26 @@ def _sides(rows: Sequence[JudgementRow], tie_rule: str) -> dict:
         "win_rate_b_right" (win rate of b on this side), and "left_share" with its interval "left_ci" (share
         of decided trials in which the left shape was preferred).
     """
-    metrics: dict = {"b_left": sum(not row.first_is_left for row in rows), "n": len(rows)}
+    metrics: dict = {
+        "b_left": sum(not judgement.first_is_left for judgement in judgement_rows),
+        "n": len(judgement_rows),
+    }
     # p-value of the hypothesis that the sides were random
     metrics["p_random"] = binomial_test(metrics["b_left"], metrics["n"])
     for rate_name, is_b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
         # b is the second shape of a pair, so b is on the left if the first shape is not.
-        scores = np.array([score(row, tie_rule) for row in rows if row.first_is_left != is_b_left])
+        scores = np.array(
+            [
+                score(judgement, tie_rule)
+                for judgement in judgement_rows
+                if judgement.first_is_left != is_b_left
+            ]
+        )
         metrics[rate_name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
-    decided_rows = [row for row in rows if row.choice in (Choice.LEFT, Choice.RIGHT)]
-    left_count = sum(row.choice == Choice.LEFT for row in decided_rows)
+    decided_rows = [
+        judgement for judgement in judgement_rows if judgement.choice in (Choice.LEFT, Choice.RIGHT)
+    ]
+    left_count = sum(judgement.choice == Choice.LEFT for judgement in decided_rows)
     return {
         **metrics,
         "left_share": left_count / len(decided_rows) if decided_rows else None,
@@ -322,13 +356,17 @@ def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
         out of the primary result, or None.
     """
     annotator_metrics = []
-    for annotator in sorted({row.annotator for row in sorted_rows.trials}):
-        annotator_trials = [row for row in sorted_rows.trials if row.annotator == annotator]
-        gold_results = [row.choice == row.expected for row in sorted_rows.gold if row.annotator == annotator]
-        scores = np.array([score(row, design.ties) for row in annotator_trials])
+    for annotator in sorted({judgement.annotator for judgement in sorted_rows.trials}):
+        annotator_trials = [judgement for judgement in sorted_rows.trials if judgement.annotator == annotator]
+        gold_results = [
+            judgement.choice == judgement.expected
+            for judgement in sorted_rows.gold
+            if judgement.annotator == annotator
+        ]
+        scores = np.array([score(judgement, design.ties) for judgement in annotator_trials])
         counted_trial_count = int(np.sum(~np.isnan(scores)))  # number of trials that count
         side_metrics = _sides(annotator_trials, design.ties)
-        choice_counts = Counter(row.choice for row in annotator_trials)
+        choice_counts = Counter(judgement.choice for judgement in annotator_trials)
         annotator_metrics.append(
             {
                 "name": annotator,
@@ -342,8 +380,11 @@ def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
                 "left_ci": side_metrics["left_ci"],
                 "gold_right": sum(gold_results),
                 "gold_n": len(gold_results),
-                "median_seconds": statistics.median(row.milliseconds for row in annotator_trials) / 1000,
-                "fast": sum(is_fast(row, design.exclusions.fast_milliseconds) for row in annotator_trials),
+                "median_seconds": statistics.median(judgement.milliseconds for judgement in annotator_trials)
+                / 1000,
+                "fast": sum(
+                    is_fast(judgement, design.exclusions.fast_milliseconds) for judgement in annotator_trials
+                ),
                 "excluded": sorted_rows.annotators.get(annotator),
             }
         )
@@ -352,12 +393,12 @@ def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
 
 def _exclusions(sorted_rows: SortedRows) -> list[dict]:
     """Return a list of exclusions: "what" was left out, the "reason", and the number of "trials"."""
-    trial_counts = Counter(row.annotator for row in sorted_rows.trials)
+    trial_counts = Counter(judgement.annotator for judgement in sorted_rows.trials)
     exclusions = [
         {"what": f"annotator {annotator}", "reason": reason, "trials": trial_counts[annotator]}
         for annotator, reason in sorted(sorted_rows.annotators.items())
     ]
-    fast_counts = Counter(row.annotator for row in sorted_rows.fast)
+    fast_counts = Counter(judgement.annotator for judgement in sorted_rows.fast)
     exclusions += [
         {"what": f"single trials of {annotator}", "reason": "answered too fast", "trials": trial_count}
         for annotator, trial_count in sorted(fast_counts.items())
@@ -373,16 +414,16 @@ def _exclusions(sorted_rows: SortedRows) -> list[dict]:
     return exclusions
 
 
-def _pairs(rows: Sequence[JudgementRow], tie_rule: str) -> list[dict]:
+def _pairs(judgement_rows: Sequence[JudgementRow], tie_rule: str) -> list[dict]:
     """Compute the win rate of b for each latent.
 
     Returns records with seed, win_rate and n (number of trials), from the highest to the lowest win rate.
     """
     scores_by_seed: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        trial_score = score(row, tie_rule)
+    for judgement in judgement_rows:
+        trial_score = score(judgement, tie_rule)
         if not np.isnan(trial_score):
-            scores_by_seed[row.left.seed].append(trial_score)
+            scores_by_seed[judgement.left.seed].append(trial_score)
     latent_records = [
         {"seed": seed, "win_rate": sum(seed_scores) / len(seed_scores), "n": len(seed_scores)}
         for seed, seed_scores in scores_by_seed.items()

@@ -401,5 +401,9 @@ def study_rows(folder: Folder) -> "tuple[StudyDesign, list[JudgementRow]]":
                 f"study {design.name}: the database {folder.url} does not contain the campaign of the study."
                 " Pass the database of the study with --db."
             )
-        rows = [row for row in store.judgements(design.name) if row.kind in (Kind.PAIR, Kind.GOLD)]
-        return design, rows
+        judgement_rows = [
+            judgement
+            for judgement in store.judgements(design.name)
+            if judgement.kind in (Kind.PAIR, Kind.GOLD)
+        ]
+        return design, judgement_rows

@@ -35,7 +35,7 @@ YAW = 0.35
 
 def compute(
     design: StudyDesign,
-    rows: Iterable[JudgementRow],
+    judgement_rows: Iterable[JudgementRow],
     allow_interim: bool = False,
     image_pair_count: int = 6,
     device: str = "cpu",
@@ -45,7 +45,7 @@ def compute(
 
     Args:
         design: design of the study.
-        rows: judgements of the study.
+        judgement_rows: judgements of the study.
         allow_interim: True allows a report before the stopping rule is met.
         image_pair_count: largest number of latents with images, for each generator: those at which it wins
             most clearly. 0: no images, and no generator is loaded.
@@ -61,7 +61,7 @@ def compute(
         ValueError: the stopping rule is not met and `allow_interim` is False, or a judgement belongs to
             another study.
     """
-    analysis = analyse(design, rows, allow_interim, now)
+    analysis = analyse(design, judgement_rows, allow_interim, now)
     # analysis["pairs"] is sorted from the highest to the lowest win rate of b
     best_latents = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pair_count]
     worst_latents = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][
@@ -207,7 +207,7 @@ def conclusions(analysis: dict) -> list[str]:
     Args:
         analysis: result of eg3d_rlhf.people.study.analysis.analyse.
     """
-    result = analysis["result"]
+    primary_result = analysis["result"]
     design = analysis["design"]
     sentences = []
     if analysis["interim"]:
@@ -216,18 +216,18 @@ def conclusions(analysis: dict) -> list[str]:
             " was made. The stopping rule is not met. Decisions from interim reports increase the rate of"
             " false alarms above the level of the interval."
         )
-    if result["win_rate"] is None:
+    if primary_result["win_rate"] is None:
         return [
             *sentences,
             "No trial counts, so nothing can be concluded about the two generators. The exclusions below are"
             " the reason.",
         ]
-    return [*sentences, *_main(result, design), *_doubts(analysis)]
+    return [*sentences, *_main(primary_result, design), *_doubts(analysis)]
 
 
-def percent(value: float) -> str:
+def percent(share: float) -> str:
     """Format a share as a percentage with one decimal: 0.5 -> "50.0 %"."""
-    return f"{100 * value:.1f} %"
+    return f"{100 * share:.1f} %"
 
 
 def p_value(p: float) -> str:
@@ -235,16 +235,17 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def _main(result: dict, design: dict) -> list[str]:
+def _main(primary_result: dict, design: dict) -> list[str]:
     """Return the sentences about the win rate, the interval and the test."""
-    lo, hi = result["interval"]
+    lo, hi = primary_result["interval"]
     label_a = design["a"]["label"]
     label_b = design["b"]["label"]
     ties = "ties count half" if design["ties"] == "half" else "ties are excluded"
     win_rate_sentence = (
-        f"{label_b} won over {label_a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
-        f" {result['confidence']:.0%} interval is {percent(lo)} to {percent(hi)}. It accounts for"
-        f" {result['annotators']} annotators and {result['latents']} latents."
+        f"{label_b} won over {label_a} in {percent(primary_result['win_rate'])} of {primary_result['n']}"
+        f" trials ({ties}); the {primary_result['confidence']:.0%} interval is {percent(lo)} to"
+        f" {percent(hi)}. It accounts for {primary_result['annotators']} annotators and"
+        f" {primary_result['latents']} latents."
     )
     if lo > 0.5 or hi < 0.5:  # the interval excludes one half
         preferred_label, other_label, min_share = (
@@ -260,48 +261,49 @@ def _main(result: dict, design: dict) -> list[str]:
             f" excludes that {label_b} is preferred in more than {percent(hi)} or in less than {percent(lo)}"
             " of such trials. It does not show that the two are equal."
         )
-    if result["p_exact"] is None:
+    if primary_result["p_exact"] is None:
         return [win_rate_sentence, conclusion_sentence, "Every trial was a tie, so no test is possible."]
     test_sentence = (
-        f"Exact binomial test of the {result['a_wins'] + result['b_wins']} decided trials against one half:"
-        f" {p_value(result['p_exact'])}"
+        f"Exact binomial test of the {primary_result['a_wins'] + primary_result['b_wins']} decided trials"
+        f" against one half: {p_value(primary_result['p_exact'])}"
     )
-    design_effect = result["design_effect"]
+    design_effect = primary_result["design_effect"]
     # A smaller design effect hardly changes the result, so it is not explained.
     if design_effect > 1.2:
         test_sentence += (
             f". This test treats trials as independent. Here they are worth only {1 / design_effect:.0%} of"
             f" as many independent trials (design effect {design_effect:.1f}). The test that accounts for"
-            f" this gives {p_value(result['p_clustered'])}."
+            f" this gives {p_value(primary_result['p_clustered'])}."
         )
     else:
         test_sentence += (
-            f". The test that accounts for annotators and latents gives {p_value(result['p_clustered'])}."
+            ". The test that accounts for annotators and latents gives"
+            f" {p_value(primary_result['p_clustered'])}."
         )
     return [win_rate_sentence, conclusion_sentence, test_sentence]
 
 
 def _doubts(analysis: dict) -> list[str]:
     """Return the sentences about limitations of the result."""
-    result = analysis["result"]
+    primary_result = analysis["result"]
     side_metrics = analysis["sides"]
     sentences = []
-    lo, hi = result["interval"]
-    if result["annotators"] == 1:
+    lo, hi = primary_result["interval"]
+    if primary_result["annotators"] == 1:
         sentences.append(
             "Only one annotator answered: the result is valid for this annotator and cannot be generalised."
         )
-    elif result["annotators"] < FEW_ANNOTATORS:
+    elif primary_result["annotators"] < FEW_ANNOTATORS:
         sentences.append(
-            f"With {result['annotators']} annotators, the differences between people are hardly known."
-            " Therefore the interval is wide."
+            f"With {primary_result['annotators']} annotators, the differences between people are hardly"
+            " known. Therefore the interval is wide."
         )
     if hi - lo > 2 * WIDE:
         sentences.append(
             f"The interval is {percent(hi - lo)} wide: the study is too small to give more than a first"
             " impression."
         )
-    wide_lo, wide_hi = result["wilson"]
+    wide_lo, wide_hi = primary_result["wilson"]
     # By chance, the clustered variance can be smaller than the variance of independent trials.
     if hi - lo < wide_hi - wide_lo:
         sentences.append(

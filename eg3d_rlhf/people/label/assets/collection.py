@@ -96,30 +96,32 @@ class Collection:
 
 
 def read_collection(
-    source: Path, report_line: Callable[[str], None] = lambda text: None, lenient: bool = False
+    folder_or_list: Path, report_line: Callable[[str], None] = lambda text: None, lenient: bool = False
 ) -> Collection:
     """Read a collection of assets, and examine each file.
 
     Args:
-        source: folder or list, see the docstring of this module.
+        folder_or_list: path of a folder of assets, or of a list of assets, in a layout that the docstring of
+            this module describes.
         report_line: function that is called with lines of progress.
         lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
             them.
 
     Raises:
-        FileNotFoundError: `source` does not exist.
+        FileNotFoundError: `folder_or_list` does not exist.
         ValueError: the layout is not valid, or a file cannot be shown.
     """
-    source = source.resolve()
-    if source.is_dir():
-        collection = _from_folder(source)
-    elif source.is_file():
-        collection = _from_list(source)
+    folder_or_list = folder_or_list.resolve()
+    if folder_or_list.is_dir():
+        collection = _from_folder(folder_or_list)
+    elif folder_or_list.is_file():
+        collection = _from_list(folder_or_list)
     else:
         raise FileNotFoundError(
-            f"there is no folder and no list of assets at {source}. Pass the path of a folder or a list."
+            f"there is no folder and no list of assets at {folder_or_list}. Pass the path of a folder or a"
+            " list."
         )
-    return _checked(collection, source, report_line, lenient)
+    return _checked(collection, folder_or_list, report_line, lenient)
 
 
 def is_asset_folder(path: Path) -> bool:
@@ -164,17 +166,18 @@ def read_generator(folder: Path, report_line: Callable[[str], None] = lambda tex
 
 
 def _checked(
-    collection: Collection, source: Path, report_line: Callable[[str], None], lenient: bool = False
+    collection: Collection, folder_or_list: Path, report_line: Callable[[str], None], lenient: bool = False
 ) -> Collection:
     """Check the number of assets, and that no asset occurs twice. Then examine the files, see `_examined`."""
     if not collection.assets:
         raise ValueError(
-            f"{source.name} contains no assets. Arrange the files as GENERATOR/PROMPT.glb, or write a list."
+            f"{folder_or_list.name} contains no assets. Arrange the files as GENERATOR/PROMPT.glb, or write a"
+            " list."
         )
     if len(collection.assets) > MAX_ASSETS:
         raise ValueError(
-            f"{source.name} contains {len(collection.assets):,} assets, but at most {MAX_ASSETS:,} are"
-            " allowed. Divide them among several campaigns: make a folder or list for each."
+            f"{folder_or_list.name} contains {len(collection.assets):,} assets, but at most {MAX_ASSETS:,}"
+            " are allowed. Divide them among several campaigns: make a folder or list for each."
         )
     asset_by_key: dict[tuple, Asset] = {}
     for asset in collection.assets:
@@ -441,21 +444,21 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
     with path.open("rb") as list_file:
         # readline returns at most MAX_LINE + 1 bytes. So a line that is too long is recognised, but never
         # completely in memory.
-        for number, line in enumerate(iter(lambda: list_file.readline(MAX_LINE + 1), b""), 1):
-            location = f"{path.name}, line {number}"
-            if not line.strip():
+        for line_number, line_bytes in enumerate(iter(lambda: list_file.readline(MAX_LINE + 1), b""), 1):
+            location = f"{path.name}, line {line_number}"
+            if not line_bytes.strip():
                 continue
             try:
-                record = json.loads(line) if len(line) <= MAX_LINE else None
+                line_record = json.loads(line_bytes) if len(line_bytes) <= MAX_LINE else None
             # RecursionError: the line contains very deeply nested brackets
             except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
+                line_record = None
+            if not isinstance(line_record, dict):
                 raise ValueError(
                     f"{location}: the line must be a JSON object of at most {MAX_LINE >> 10} kB, but it"
-                    f" begins with {line[:40]!r}. Write one JSON object per line."
+                    f" begins with {line_bytes[:40]!r}. Write one JSON object per line."
                 )
-            yield record, location
+            yield line_record, location
 
 
 def _text(line_record: dict, field_name: str, location: str) -> str:
@@ -472,22 +475,27 @@ def _text(line_record: dict, field_name: str, location: str) -> str:
     return _name(line_record.get(field_name), f'{location}: "{field_name}"')
 
 
-def _name(value: object, location: str) -> str:
+def _name(field_value: object, location: str) -> str:
     """Return a value, which must be a printable text of at most MAX_TEXT characters.
 
     Args:
-        value: value of a JSON file, which may have any type.
+        field_value: value of a JSON file, which may have any type.
         location: name of the value for the message.
 
     Raises:
         ValueError: the value is not such a text.
     """
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
+    if (
+        not isinstance(field_value, str)
+        or not field_value.strip()
+        or len(field_value) > MAX_TEXT
+        or not field_value.isprintable()
+    ):
         raise ValueError(
-            f"{location}: {str(value)[:40]!r} is not allowed. Use a printable text of 1 to {MAX_TEXT}"
+            f"{location}: {str(field_value)[:40]!r} is not allowed. Use a printable text of 1 to {MAX_TEXT}"
             " characters."
         )
-    return value
+    return field_value
 
 
 def _seed(line_record: dict, location: str) -> int:
@@ -517,18 +525,21 @@ def _prompt(line_record: dict, root: Path, location: str) -> Prompt:
     Raises:
         ValueError: the text is not allowed, or the image is no file in `root`.
     """
-    text = line_record.get("text")
-    if text is not None and (
-        not isinstance(text, str)
-        or len(text) > MAX_TEXT
+    prompt_text = line_record.get("text")
+    if prompt_text is not None and (
+        not isinstance(prompt_text, str)
+        or len(prompt_text) > MAX_TEXT
         # A text may contain line breaks and tabs. Other control characters (category Cc) cannot be shown, and
         # lone surrogates (Cs) cannot be encoded as UTF-8.
         or any(
-            unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\r\t"
+            unicodedata.category(character) in ("Cc", "Cs")
+            for character in prompt_text
+            if character not in "\n\r\t"
         )
     ):
         raise ValueError(
-            f'{location}: the "text" {str(text)[:40]!r} is not allowed. Use a text of at most {MAX_TEXT}'
+            f'{location}: the "text" {str(prompt_text)[:40]!r} is not allowed. Use a text of at most'
+            f" {MAX_TEXT}"
             " characters without control characters."
         )
     image = (
@@ -536,7 +547,7 @@ def _prompt(line_record: dict, root: Path, location: str) -> Prompt:
         if line_record.get("image") is not None
         else None
     )
-    return Prompt(text=text or None, image=image)
+    return Prompt(text=prompt_text or None, image=image)
 
 
 def inside(path: Path, root: Path, location: str) -> Path:
@@ -682,9 +693,9 @@ def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -
         (asset.generator, asset.prompt, asset.hash): index for index, asset in enumerate(collection.assets)
     }
     preferences = []
-    for row in judgement_rows:
+    for judgement in judgement_rows:
         pair_indices = []
-        for shape in (row.left, row.right):
+        for shape in (judgement.left, judgement.right):
             index = index_by_asset.get((shape.generator, shape.condition, shape.file))
             if index is None:
                 raise ValueError(
@@ -694,8 +705,10 @@ def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -
                 )
             pair_indices.append(index)
         left_index, right_index = pair_indices
-        winner, loser = (right_index, left_index) if row.choice is Choice.RIGHT else (left_index, right_index)
-        preferences.append(Preference(winner=winner, loser=loser, tie=row.choice.equal))
+        winner, loser = (
+            (right_index, left_index) if judgement.choice is Choice.RIGHT else (left_index, right_index)
+        )
+        preferences.append(Preference(winner=winner, loser=loser, tie=judgement.choice.equal))
     return preferences
 
 

@@ -357,8 +357,8 @@ def _pack(
         file_parts = glb_parts(damage_mesh(mesh_model, degradation, seed) if degradation else mesh_model)
     # The header of gzip contains no name and no time, so that equal files give equal bytes.
     with out_path.open("wb") as out_file, gzip.GzipFile("", "wb", _GZIP, out_file, mtime=0) as gzip_file:
-        for part in file_parts:
-            gzip_file.write(part)
+        for file_part in file_parts:
+            gzip_file.write(file_part)
 
 
 def _answer(request: dict) -> dict:

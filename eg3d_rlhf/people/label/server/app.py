@@ -416,7 +416,7 @@ def _login_page(
 
 
 def _set_cookie(
-    response: Response, request: Request, name: str, value: str, seconds: int, path: str = "/"
+    response: Response, request: Request, name: str, cookie_value: str, seconds: int, path: str = "/"
 ) -> None:
     """Set a cookie that scripts cannot read, and that browsers do not add to requests from other sites.
 
@@ -424,13 +424,13 @@ def _set_cookie(
         response: response to which the cookie is added.
         request: request of the client; over https, the cookie is sent over https only.
         name: name of the cookie.
-        value: value of the cookie.
+        cookie_value: value of the cookie.
         seconds: time until the cookie expires.
         path: path of the pages for which browsers send the cookie.
     """
     is_https = request.url.scheme == "https"
     response.set_cookie(
-        name, value, max_age=seconds, path=path, secure=is_https, httponly=True, samesite="strict"
+        name, cookie_value, max_age=seconds, path=path, secure=is_https, httponly=True, samesite="strict"
     )
 
 
