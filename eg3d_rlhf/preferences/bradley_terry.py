@@ -488,7 +488,7 @@ def elo(
 
 
 def _comparisons(judgement: Judgement, tie_rule: str) -> list[Comparison]:
-    """Convert a result to comparisons for `bradley_terry`.
+    """Convert a judgement to comparisons for `bradley_terry`.
 
     With `tie_rule` = "both", a tie gives two comparisons, one with each winner.
     """

@@ -49,10 +49,10 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+def _grouped(keys_and_values: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
     """Collect the values of each key. Keys and values are in the order of their first occurrence."""
     values_by_key: dict[Key, list[Value]] = defaultdict(list)
-    for key, value in pairs:
+    for key, value in keys_and_values:
         values_by_key[key].append(value)
     return values_by_key
 
@@ -392,7 +392,7 @@ def read_goodness(path: Path, known_assets: KnownAssets) -> dict[str, float]:
 def _parse(
     line_number: int, json_object: Mapping[str, Any], known_assets: KnownAssets, folder: Path
 ) -> LabelLine:
-    """Parse the record of a line.
+    """Convert the JSON object of a line to a `LabelLine`.
 
     Args:
         line_number: number of the line, from 1.

@@ -193,16 +193,16 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
             f" example, {path.stem}.jsonl."
         )
     # All records are needed first, since they determine the columns of a CSV file.
-    records = [label.to_dict() for label in labels]
+    label_records = [label.to_dict() for label in labels]
     if path.suffix == ".jsonl":
-        file_text = "".join(json.dumps(label_record) + "\n" for label_record in records)
+        file_text = "".join(json.dumps(label_record) + "\n" for label_record in label_records)
     else:
         # One column for each further field of any record; in other records its cell is empty.
-        extra_names = sorted({name for label_record in records for name in label_record} - set(FIELDS))
+        extra_names = sorted({name for label_record in label_records for name in label_record} - set(FIELDS))
         csv_buffer = io.StringIO()
         csv_writer = csv.DictWriter(csv_buffer, [*FIELDS, *extra_names], lineterminator="\n")
         csv_writer.writeheader()
-        csv_writer.writerows(records)
+        csv_writer.writerows(label_records)
         file_text = csv_buffer.getvalue()
     write_atomic(path, file_text.encode())
     return path

@@ -363,7 +363,7 @@ class Game(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Results of one generator."""
+    """Points of one generator, and the counts of its games."""
 
     name: str  # name of the generator
     games: int  # number of games
@@ -472,8 +472,8 @@ def needs(n_games: int, n_prompts: int) -> str:
         (MIN_PROMPTS - n_prompts, "more prompt", "s or pairs"),
     ]
     phrases = [
-        f"{missing_count} {unit}{plural_unit if missing_count > 1 else ''}"
-        for missing_count, unit, plural_unit in requirements
+        f"{missing_count} {unit_name}{plural_unit if missing_count > 1 else ''}"
+        for missing_count, unit_name, plural_unit in requirements
         if missing_count > 0
     ]
     if not phrases:

@@ -230,7 +230,7 @@ class PreferenceLoss:
 
     def __call__(
         self,
-        output: PairedOutput,
+        network_output: PairedOutput,
         better_indices: torch.Tensor,
         worse_indices: torch.Tensor,
         *,
@@ -242,7 +242,7 @@ class PreferenceLoss:
         """Compute the weighted loss terms of labelled pairs, by name.
 
         Args:
-            output: output of the network for N samples.
+            network_output: output of the network for N samples.
             better_indices: index of the preferred sample of each pair, int64 [P].
             worse_indices: index of the rejected sample of each pair, int64 [P].
             pair_logits: pair head of the network, a function of two batches of embeddings.
@@ -253,8 +253,8 @@ class PreferenceLoss:
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.pairs:
-            better_embedding = output.embedding[better_indices]
-            worse_embedding = output.embedding[worse_indices]
+            better_embedding = network_output.embedding[better_indices]
+            worse_embedding = network_output.embedding[worse_indices]
             better_first_logits = pair_logits(better_embedding, worse_embedding)
             worse_first_logits = pair_logits(worse_embedding, better_embedding)
             if epoch >= w.drawn_from_epoch:
@@ -265,21 +265,26 @@ class PreferenceLoss:
         # The rewards and strengths below do not depend on a presentation order.
         if w.scalar:
             terms["scalar"] = (
-                w.scalar * margin_loss(output.scalar[better_indices], output.scalar[worse_indices]).mean()
+                w.scalar
+                * margin_loss(
+                    network_output.scalar[better_indices], network_output.scalar[worse_indices]
+                ).mean()
             )
         if w.bradley_terry:
             terms["bradley_terry"] = (
                 w.bradley_terry
-                * margin_loss(output.log_strength[better_indices], output.log_strength[worse_indices]).mean()
+                * margin_loss(
+                    network_output.log_strength[better_indices], network_output.log_strength[worse_indices]
+                ).mean()
             )
         # L2 norm of all strengths of the batch. As in the paper's code it is detached: it is logged, and has
         # no gradient.
         if w.strength:
-            terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
+            terms["strength"] = w.strength * network_output.log_strength.detach().exp().norm()
         # The network returns a reconstruction only if it was requested.
-        if w.reconstruction and output.reconstruction is not None:
+        if w.reconstruction and network_output.reconstruction is not None:
             terms["reconstruction"] = (
-                w.reconstruction * reconstruction_loss(output.reconstruction, network_input).mean()
+                w.reconstruction * reconstruction_loss(network_output.reconstruction, network_input).mean()
             )
         return terms
 

@@ -38,7 +38,7 @@ def check_address(address: str) -> str:
 
 
 def login_link(address: str, token: str) -> str:
-    """Return the login link of a token.
+    """Return the link that logs in the annotator who has a token.
 
     Args:
         address: address of the server, see `check_address`; "" if it is not known. The link is then a path on

@@ -251,7 +251,7 @@ class _Import:
         self.kind: tuple[str, str] | None = None  # (kind, campaign) of the waiting rows
 
     def add(self, record: dict) -> None:
-        """Add one record.
+        """Add one record of the file to the store, or collect it until `_write` inserts it.
 
         Raises:
             ValueError: the kind is unknown, a field is missing, or a value is invalid.

@@ -247,7 +247,7 @@ class Timetable:
 
 @lru_cache(maxsize=1000)
 def _timetable(*arguments) -> Timetable:
-    """Return the timetable with these arguments. Equal arguments give the same object."""
+    """Return the `Timetable` with these arguments. Equal arguments give the same object."""
     # The cache keeps the positions that were computed, since a timetable is extended in place.
     return Timetable(*arguments)
 
@@ -408,7 +408,7 @@ class Scheduler:
 
 @dataclass(frozen=True, kw_only=True)
 class _AssignmentState:
-    """State of the database that determines the next assignments of an annotator."""
+    """Assignments of one annotator, as they were read from the database to choose the next ones."""
 
     stamp: tuple  # result of STAMP, which changes whenever this state changes
     scheduler: Scheduler
@@ -433,20 +433,20 @@ class Issuer:
         # values of the parameters that all statements above have
         self.parameters = {"campaign": self.campaign_id, "annotator": self.annotator_id}
 
-    def assignments(self, count: int, readiness_test: PairTest) -> list[AssignedPair]:
-        """Return up to `count` open assignments, and make new ones if there are fewer.
+    def assignments(self, needed_count: int, readiness_test: PairTest) -> list[AssignedPair]:
+        """Return up to `needed_count` open assignments, and make new ones if there are fewer.
 
         Args:
-            count: number of assignments that the page needs.
+            needed_count: number of assignments that the page needs.
             readiness_test: function that returns True for a pair whose shapes are both prepared.
         """
         with self.database.read() as connection:
             open_rows = list(connection.execute(OPEN_ASSIGNMENTS, self.parameters))
             must_renew = any(row.leased < self.clock() - RENEW_SECONDS for row in open_rows)
-            has_too_few = len(open_rows) < count
+            has_too_few = len(open_rows) < needed_count
             window = self.window(connection, readiness_test) if has_too_few else []
         # Expired leases of other annotators are released only when new pairs run out, which saves writes.
-        if has_too_few and len(window) < count and self.release_expired():
+        if has_too_few and len(window) < needed_count and self.release_expired():
             with self.database.read() as connection:
                 window = self.window(connection, readiness_test)
         if must_renew or has_too_few:
@@ -464,12 +464,12 @@ class Issuer:
                     # is then read again.
                     if tuple(connection.execute(STAMP, self.parameters).one()) != assignment_state.stamp:
                         assignment_state = self._read_state(readiness_test, connection)
-                    self._issue(connection, count, window, assignment_state)
+                    self._issue(connection, needed_count, window, assignment_state)
                     open_rows = list(connection.execute(OPEN_ASSIGNMENTS, self.parameters))
         # The assignment whose answer was undone last comes first. All others follow in order of their number.
         ordered_rows = sorted(open_rows, key=lambda row: (-(row.undone or 0), row.sequence))
         assigned_pairs = []
-        for row in ordered_rows[:count]:
+        for row in ordered_rows[:needed_count]:
             pair = self.plan.pairs[row.pair_id]
             left_token, right_token = (
                 (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
@@ -502,11 +502,11 @@ class Issuer:
     def _issue(
         self,
         connection: Connection,
-        count: int,
+        needed_count: int,
         window: list[StoredPair],
         assignment_state: "_AssignmentState",
     ) -> None:
-        """Renew leases, take released slots again, and make assignments until `count` are open.
+        """Renew leases, take released slots again, and make assignments until `needed_count` are open.
 
         The window was read before the lock was taken. If another annotator has taken the last slot of one of
         its pairs in the meantime, the window is read again, but only once. Trying its pairs one by one would
@@ -514,7 +514,7 @@ class Issuer:
 
         Args:
             connection: connection with an open write transaction.
-            count: number of open assignments that the page needs.
+            needed_count: number of open assignments that the page needs.
             window: pairs that can be assigned, see `window`.
             assignment_state: state of the annotator's assignments.
         """
@@ -533,7 +533,7 @@ class Issuer:
             )
             assignment_state = self._read_state(assignment_state.scheduler.readiness_test, connection)
         scheduler = assignment_state.scheduler
-        missing_count = count - assignment_state.open_count
+        missing_count = needed_count - assignment_state.open_count
         was_reread = False  # True when the window was read under the lock
         while missing_count > 0 and (trial := scheduler.next(window)):
             if trial.kind is Kind.PAIR:
@@ -668,8 +668,8 @@ class Reach:
     This is the number of new pairs that were assigned to the annotator, plus the number of other pairs with a
     free slot whose shapes can be prepared. The annotator's own answers do not change the sum, but assignments
     of other annotators do. If few pairs are left, they are counted at every call. Otherwise the last count is
-    used for one second per 1,000 pairs of the plan. For the same time, the class remembers whether the plan
-    contains a pair that can never be prepared.
+    used for one second per 1,000 pairs of the plan. Whether the plan contains a pair that can never be
+    prepared is also checked again only after this time.
     """
 
     MANY = 500  # number of pairs left above which a slightly outdated result is used

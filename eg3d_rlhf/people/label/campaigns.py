@@ -43,7 +43,7 @@ class StoredPair:
 
 @dataclass(frozen=True)
 class Plan:
-    """Campaign with its shapes and pairs. They never change, so a plan is loaded once and kept in memory."""
+    """Campaign with its shapes and pairs. A campaign never changes, so its plan is loaded only once."""
 
     campaign: StoredCampaign
     shapes: dict[str, Shape]  # by asset token, in order of the plan

@@ -179,8 +179,8 @@ class CampaignSettings:
     )
     repeat_gap: int = knob(
         10,
-        "Smallest number of trials between a pair and its repeat, so that annotators do not remember their"
-        " first answer.",
+        "Smallest number of trials between a pair and its repeat, so that the first answer does not"
+        " influence the second one.",
         "Pairs",
         metavar="TRIALS",
         low=1,

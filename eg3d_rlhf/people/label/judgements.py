@@ -301,7 +301,7 @@ def undo(
 
 
 def _by_key(connection: Connection, annotator_id: int, key: str) -> Row | None:
-    """Return the annotator's record with a key, or None if the key is new."""
+    """Return the row of the annotator's answer or undo with a key, or None if the key is new."""
     return connection.execute(BY_KEY, {"annotator": annotator_id, "key": key}).first()
 
 
@@ -452,7 +452,9 @@ def read_judgements(
 
 
 def tally(connection: Connection) -> list[Row]:
-    """Count the answers that count, by campaign and annotator, in order of the first answer.
+    """Return the number of answers of each annotator in each campaign, in order of the first answer.
+
+    Answers that were taken back are not counted.
 
     Returns:
         Rows with campaign_id, name (of the annotator), judgements (number of answers that count) and last

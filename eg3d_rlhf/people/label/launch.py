@@ -531,7 +531,9 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pair_count: 
     """
     with open_store(url, create=False) as store:
         # Pairs and not answers are counted, because several annotators may answer one pair.
-        answered_count = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
+        answered_count = len(
+            {judgement.pair for judgement in store.judgements(name) if judgement.kind is Kind.PAIR}
+        )
         labels = store_preferences(store, LabelFilters(campaign=name))
     min_answered_count = max(1, round(MIN_ANSWERED_SHARE * pair_count))
     if answered_count < min_answered_count:

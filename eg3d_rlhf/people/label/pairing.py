@@ -239,7 +239,7 @@ def _chosen(
     ensemble: Ensemble | None,
     rng: np.random.Generator,
 ) -> tuple[list[list[int]], dict]:
-    """Choose pairs of seeds with the strategy of the options.
+    """Choose pairs of seeds with the strategy `pairing.strategy`.
 
     Returns:
         Pairs of seeds, and the report of the strategy in JSON types.

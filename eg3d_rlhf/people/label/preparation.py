@@ -140,7 +140,7 @@ def prepare(
 
 
 def _prepare_shape(shape: Shape, cache: ShapeCache, renderer: Any, renders: bool) -> ValueError | None:
-    """Prepare the files of one shape that are missing.
+    """Make those files of one shape that are missing in the cache, and store them there.
 
     Returns:
         The error if the shape cannot be prepared, and None if it is prepared.

@@ -55,7 +55,7 @@ def counting(judgement_rows: Iterable[JudgementRow]) -> list[JudgementRow]:
 
 
 def side_free(judgement: JudgementRow) -> str:
-    """Return the answer of a judgement in terms of the pair, independent of the sides.
+    """Return the answer of a judgement in a form that does not depend on the sides.
 
     Returns:
         'first' or 'second' for the preferred shape of the pair, 'tie' also for "both are bad", or 'skip'. For
@@ -355,17 +355,18 @@ def timeline(judgement_rows: Sequence[JudgementRow], max_bins: int = 240) -> lis
 def _share(
     share_key: str, hit_count: int, n: int, n_key: str | None = None, interval_key: str | None = None
 ) -> dict:
-    """Return the share hits / n with its Wilson interval, under keys that begin with `share_key`.
+    """Return the share hit_count / n with its Wilson interval, under keys that begin with `share_key`.
 
     Args:
         share_key: key of the share. It is None if n is 0.
         hit_count: number of cases that the share counts.
         n: number of all cases.
         n_key: key of n; None: n is not returned.
-        interval_key: key of the interval; None: <name>_ci95. The interval is None if n < LEAST_UNITS.
+        interval_key: key of the interval; None: <share_key>_ci95. The interval is None if n < LEAST_UNITS.
 
     Returns:
-        Share, interval, and under <name>_needs the number of cases that are missing for an interval.
+        Dict with the share, the interval, under <share_key>_needs the number of cases that are missing for an
+        interval, and n under `n_key`.
     """
     interval_bounds = list(wilson_interval(hit_count, n)) if n >= LEAST_UNITS else None
     share_values = {
@@ -610,7 +611,7 @@ def _game(judgement: JudgementRow, name_by_generator: dict[str, str]) -> Game:
 
 
 def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
-    """Return a name of each generator, by its hash or, for assets, by its label.
+    """Return a readable name of each generator. The keys are hashes and, for assets, labels.
 
     The name of a network is the name of its file. If several networks have the same name, the folder of the
     file is added, and if that is not enough, the beginning of the hash. The name of the generator of assets

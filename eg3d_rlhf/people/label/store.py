@@ -93,7 +93,9 @@ class Store:
 
     # --- campaigns
 
-    def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
+    def create_campaign(
+        self, campaign_settings: CampaignSettings, planned_pairs: Sequence[PlannedPair]
+    ) -> int:
         """Store a new campaign with its pairs, and return its id.
 
         Raises:
@@ -101,7 +103,7 @@ class Store:
         """
         with self.database.write((Lock.SCHEMA, 1)) as connection:
             # The second result, which is the ids of the pairs, is used by imports only.
-            return campaigns.create(connection, settings, pairs, self.clock())[0]
+            return campaigns.create(connection, campaign_settings, planned_pairs, self.clock())[0]
 
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
         """Return the campaign of a name, or the newest campaign if `name` is None.
@@ -257,8 +259,8 @@ class Store:
         """Return all annotators, also revoked ones, in the order in which they were added."""
         with self.database.read() as connection:
             return [
-                StoredAnnotator(**row._mapping)
-                for row in connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id))
+                StoredAnnotator(**annotator_row._mapping)
+                for annotator_row in connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id))
             ]
 
     def authenticate(self, token: str) -> StoredAnnotator | None:
@@ -337,19 +339,20 @@ class Store:
         self,
         campaign_id: int,
         annotator_id: int,
-        count: int = 3,
+        needed_count: int = 3,
         readiness_test: Callable[[str], bool] | None = None,
         failure_test: Callable[[str], bool] | None = None,
     ) -> list[AssignedPair]:
-        """Return up to `count` open assignments of an annotator, and make new ones if there are fewer.
+        """Return up to `needed_count` open assignments of an annotator, and make new ones if there are fewer.
 
         The assignment whose answer was undone last comes first, and then the oldest one. There are fewer than
-        `count` assignments, or none, if the annotator is finished or must wait for the preparation of shapes.
+        `needed_count` assignments, or none, if the annotator is finished or must wait for the preparation of
+        shapes.
 
         Args:
             campaign_id: id of the campaign.
             annotator_id: id of the annotator.
-            count: number of assignments that the page needs.
+            needed_count: number of assignments that the page needs.
             readiness_test: function that returns True for the asset token of a prepared shape. Only pairs of
                 two prepared shapes are assigned. None: all shapes are prepared.
             failure_test: function that returns True for the asset token of a shape that can never be
@@ -368,7 +371,7 @@ class Store:
             self.clock,
             _pair_failure_test(failure_test),
         )
-        return issuer.assignments(count, is_pair_ready)
+        return issuer.assignments(needed_count, is_pair_ready)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
         """Record an answer. If an answer is submitted twice with one key, it is recorded once.

@@ -45,10 +45,10 @@ MODE_NAMES = {
 _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 
-def is_store_url(source: object) -> bool:
-    """Return True if `source` is the URL of a label store, and False if it is the name of a file."""
+def is_store_url(file_or_url: object) -> bool:
+    """Return True if `file_or_url` is the URL of a label store, and False if it is the name of a file."""
     # A `Path` is always a file, even if its name looks like a URL.
-    return isinstance(source, str) and _STORE.match(source) is not None
+    return isinstance(file_or_url, str) and _STORE.match(file_or_url) is not None
 
 
 def without_password(url: str) -> str:
@@ -56,19 +56,19 @@ def without_password(url: str) -> str:
     return _PASSWORD.sub(r"\1:***@", url)
 
 
-def labels_source(source: str | Path) -> str | Path:
+def labels_source(file_or_url: str | Path) -> str | Path:
     """Return the URL of a store unchanged, and the name of a file as a `Path`."""
-    return source if is_store_url(source) else Path(source)
+    return file_or_url if is_store_url(file_or_url) else Path(file_or_url)
 
 
-def source_stem(source: str | Path) -> str:
+def source_stem(file_or_url: str | Path) -> str:
     """Return a short name of a source of labels.
 
     It is the name of the file without its suffix, or the name of the PostgreSQL database.
     """
-    if not is_store_url(source):
-        return Path(source).stem
-    url_path = str(source).split("?")[0]  # without parameters
+    if not is_store_url(file_or_url):
+        return Path(file_or_url).stem
+    url_path = str(file_or_url).split("?")[0]  # without parameters
     # the name of a PostgreSQL database may contain a dot, and has no suffix
     return Path(url_path).stem if url_path.startswith("sqlite") else url_path.rpartition("/")[2]
 
@@ -168,23 +168,23 @@ class LabelFilters:
         return label_rows if self.criterion is None else answers_to(self.criterion, label_rows)
 
 
-def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
-    """Return a source of labels, from which they are read when they are needed.
+def label_source(file_or_url: str | Path, filters: LabelFilters | None = None) -> LabelSource:
+    """Return a `LabelSource`, which reads the labels of a file or store when they are needed.
 
     Args:
-        source: name of a label file, or URL of a label store.
+        file_or_url: name of a label file, or URL of a label store.
         filters: selection of the judgements of a store; None: the default filters.
 
     Raises:
-        ValueError: `source` is a file, and a filter differs from its default.
+        ValueError: `file_or_url` is a file, and a filter differs from its default.
     """
-    if is_store_url(source):
-        source_name = without_password(str(source))
+    if is_store_url(file_or_url):
+        source_name = without_password(str(file_or_url))
         filters = filters or LabelFilters()
         return LabelSource(
             source_name,
             # This function opens the store when the labels are needed.
-            functools.partial(read_preferences, str(source), filters),
+            functools.partial(read_preferences, str(file_or_url), filters),
             # The record of a training contains the URL without its password.
             {"labels": source_name, "filters": asdict(filters)},
         )
@@ -201,10 +201,10 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
         )
         raise ValueError(
             f"{flag_text}: filters can be used with a label store only, but --labels names the file"
-            f" {Path(source).name}. Remove the filters, or name a store, such as"
+            f" {Path(file_or_url).name}. Remove the filters, or name a store, such as"
             " --labels=sqlite:///labels.db."
         )
-    return LabelSource.from_file(Path(source))
+    return LabelSource.from_file(Path(file_or_url))
 
 
 def to_preference(judgement: JudgementRow) -> Preference:
@@ -494,13 +494,13 @@ PATH_FIELDS = ("structure", "latent", "latents", "look_at", "asset")  # fields o
 WritePath = Callable[[Path | str], str]  # (path) -> text that is written into a file of labels
 
 
-def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = False, **filters) -> Path:
+def export_assets(store: "Store", path: Path, label_format: str, from_pairs: bool = False, **filters) -> Path:
     """Write the judgements of asset files as JSON lines, and return the path of the file.
 
     Args:
         store: label store.
         path: file; the paths of assets below its folder are written relative to this folder.
-        kind: format of the lines: "asset-pairs", "rankings" or "asset-scores".
+        label_format: format of the lines: "asset-pairs", "rankings" or "asset-scores".
         from_pairs: for "asset-scores": False uses campaigns of single shapes. True uses campaigns of pairs:
             an answer that both shapes are bad labels both of them as bad.
         filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
@@ -508,7 +508,7 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     Raises:
         ValueError: no judgement of asset files passes the filters.
     """
-    campaign_mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
+    campaign_mode = Mode.SINGLE if label_format == "asset-scores" and not from_pairs else Mode.LABEL
     judgement_rows = kept_judgements(store, LabelFilters(**filters), campaign_mode)
     if from_pairs:
         # Each pair of two bad shapes becomes two judgements of a single shape, which is stored in `left`.
@@ -522,8 +522,8 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     judgement_rows = [judgement for judgement in judgement_rows if judgement.left.file]
     if not judgement_rows:
         raise ValueError(
-            f"--kind={kind}: no judgement of asset files passes the filters. Remove some of the filters, or"
-            " label asset files with --assets."
+            f"--kind={label_format}: no judgement of asset files passes the filters. Remove some of the"
+            " filters, or label asset files with --assets."
         )
     # name of a campaign -> its prompts
     prompts_by_campaign = {
@@ -539,9 +539,9 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
 
     label_lines = (
         rankings(judgement_rows, write_asset_path)
-        if kind == "rankings"
+        if label_format == "rankings"
         else [
-            KINDS[kind](judgement, prompt_of(judgement, prompts_by_campaign), write_asset_path)
+            KINDS[label_format](judgement, prompt_of(judgement, prompts_by_campaign), write_asset_path)
             for judgement in judgement_rows
         ]
     )

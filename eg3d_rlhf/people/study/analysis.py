@@ -247,8 +247,8 @@ def estimate(
     win_rates = win_rate(scores, annotator_indices, latent_indices, confidence)
     estimates |= {
         "win_rate": float(win_rates.rate[0]),
-        "interval": [float(end[0]) for end in win_rates.clustered],
-        "wilson": [float(end[0]) for end in win_rates.wilson],
+        "interval": [float(interval_end[0]) for interval_end in win_rates.clustered],
+        "wilson": [float(interval_end[0]) for interval_end in win_rates.wilson],
         "p_clustered": float(win_rates.p_clustered[0]),
         "design_effect": float(win_rates.design_effect[0]),
         "degrees_of_freedom": int(win_rates.degrees[0]),

@@ -121,7 +121,7 @@ def shape_images(
         Seed of a latent -> PNG image as a data: URL.
     """
     generator = load_contender(contender, device).generator
-    images = {}
+    image_by_seed = {}
     # the same number of grid points for every generator, over its own cube
     grid_spec = SlabSpec.from_bounds(generator.bounds, design.resolution)
     for seed in seeds:
@@ -133,15 +133,15 @@ def shape_images(
         PIL.Image.fromarray((grey_image.clip(0, 1) * 255).round().astype("uint8")).save(
             png_buffer, format="png", optimize=True
         )
-        images[seed] = data_uri(png_buffer.getvalue(), "image/png")
-    return images
+        image_by_seed[seed] = data_uri(png_buffer.getvalue(), "image/png")
+    return image_by_seed
 
 
-def page(report: dict) -> str:
+def page(report_content: dict) -> str:
     """Return the page of a report as one HTML text.
 
     Args:
-        report: result of `compute`. The template is static/report.html.
+        report_content: result of `compute`. The template is static/report.html.
     """
     # With autoescape, names of annotators and labels, which come from users, cannot contain HTML.
     jinja_environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
@@ -156,7 +156,7 @@ def page(report: dict) -> str:
     # The plan and the hash are in other sections of the page, and there are too many seeds for a table.
     shown_settings = {
         name: value
-        for name, value in report["design"].items()
+        for name, value in report_content["design"].items()
         if name not in ("plan", "latent_seeds", "hash")
     }
     for side in ("a", "b"):
@@ -170,34 +170,34 @@ def page(report: dict) -> str:
         for name, value in shown_settings.items()
     }
     # min: a win rate of 1 belongs to the last bin
-    bin_counts = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
+    bin_counts = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report_content["pairs"])
     stylesheet = (STATIC / "report.css").read_text()
     return jinja_environment.get_template("report.html").render(
-        report,
+        report_content,
         settings=shown_settings,
         style=stylesheet,
         histogram_counts=[bin_counts[bin_index] for bin_index in range(BINS)],
     )
 
 
-def write(report: dict, folder: Path) -> tuple[Path, Path]:
+def write(report_content: dict, folder: Path) -> tuple[Path, Path]:
     """Write a report into a folder, as JSON and as an HTML page.
 
     Args:
-        report: result of `compute`.
+        report_content: result of `compute`.
         folder: folder of the files report.json and report.html; the names of an interim report begin with
             "interim-".
 
     Returns:
         Path of the JSON file, and path of the HTML page.
     """
-    file_stem = "interim-report" if report["interim"] else "report"
+    file_stem = "interim-report" if report_content["interim"] else "report"
     # allow_nan=False raises an error for NaN, which is not allowed in JSON and which browsers reject
-    report_json = json.dumps(report, indent=1, allow_nan=False)
+    report_text = json.dumps(report_content, indent=1, allow_nan=False)
     paths = folder / f"{file_stem}.json", folder / f"{file_stem}.html"
-    write_atomic(paths[0], (report_json + "\n").encode())
+    write_atomic(paths[0], (report_text + "\n").encode())
     # The page is made from the parsed JSON, so that it can be made again from the JSON file alone.
-    write_atomic(paths[1], page(json.loads(report_json)).encode())
+    write_atomic(paths[1], page(json.loads(report_text)).encode())
     return paths
 
 

@@ -270,7 +270,7 @@ def _examined(collection: Collection, report_line: Callable[[str], None], lenien
 
 
 def _from_folder(folder: Path) -> Collection:
-    """Read a folder in one of the layouts in the docstring of this module."""
+    """Read the assets of a folder, in one of the layouts that the docstring of this module describes."""
     if (folder / RANKING).is_file():
         return _from_rankings({folder.name: folder / RANKING}, folder)
     # hidden folders such as .git are ignored
@@ -476,7 +476,7 @@ def _text(line_record: dict, field_name: str, location: str) -> str:
 
 
 def _name(field_value: object, location: str) -> str:
-    """Return a value, which must be a printable text of at most MAX_TEXT characters.
+    """Return `field_value` if it is a printable text of at most MAX_TEXT characters.
 
     Args:
         field_value: value of a JSON file, which may have any type.

@@ -50,7 +50,7 @@ class ChangedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """Result of examining a file that can be shown."""
+    """Kind and hash of a file that the label page can show."""
 
     # 'glb', 'ply', 'splats', 'obj', 'film' (a video; study designs of version 0.1 contain this name) or
     # 'image'
@@ -114,7 +114,9 @@ def reject(reason_by_path: Mapping[Path, str]) -> None:
 
 
 def clean(path: Path, expected_hash: str, degradation: str = "", seed: int = 0) -> bytes:
-    """Return the clean form of an asset or of the image of a prompt: GLB or GSP1 with gzip, MP4, or WebP.
+    """Return an asset or the image of a prompt in a form for the browser, which contains no metadata.
+
+    The form is GLB or GSP1, compressed with gzip, for meshes and splats, MP4 for videos, and WebP for images.
 
     Args:
         path: path of the file.

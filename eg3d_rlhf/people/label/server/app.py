@@ -165,7 +165,7 @@ def serve(
 
 @dataclass(frozen=True)
 class StaticFile:
-    """File of the page, in memory."""
+    """File of the label page or the admin page, in memory."""
 
     data: bytes  # content
     packed: bytes  # content, compressed with gzip

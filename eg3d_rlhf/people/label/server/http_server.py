@@ -105,7 +105,7 @@ def trusted_proxies(proxy: str) -> list[str] | str:
 
 
 def foreign_threads() -> set[int]:
-    """Return the ids of threads that run Python code but were not started by Python."""
+    """Return the ids of threads that run Python code but were not started by Python (those of granian)."""
     return set(sys._current_frames()) - {thread.ident for thread in threading.enumerate()}
 
 

@@ -225,7 +225,7 @@ def server_secret(path: Path) -> bytes:
 
 
 def csrf_token(key: str | bytes, purpose: str) -> str:
-    """Return the HMAC-SHA256 of a purpose as hexadecimal digits.
+    """Return a CSRF value: the HMAC-SHA256 of the name of its purpose, as hexadecimal digits.
 
     Args:
         key: secret that other sites cannot have: the id of a session, or the secret of the server.
