@@ -42,7 +42,7 @@ def test_held_ratings_stay_and_new_ones_are_relative_to_them():
     )
     assert tournament.ratings["x"].elo == pytest.approx(1270 + 400 * math.log10(3))
     assert tournament.ratings["x"].lo < tournament.ratings["x"].elo < tournament.ratings["x"].hi
-    with raising("held"):
+    with raising("given_strengths"):
         elo(of(3, 1), given_ratings={"x": 1.0, "y": 2.0})
 
 
