@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "ranked-seeds": ((".csv",), functools.partial(_archive, "export_ranked_seeds")),
     **{
         # the three exports of assets share one function
-        kind: ((".jsonl",), functools.partial(export_assets, kind=kind))
+        kind: ((".jsonl",), functools.partial(export_assets, label_format=kind))
         for kind in ("asset-pairs", "rankings", "asset-scores")
     },
 }

@@ -189,7 +189,7 @@ def elo(files, ties, held, out) -> None:
             )
             continue
         # The fixed ratings decide the scale of the new ratings.
-        tables[criterion] = ratings(judgements, draws=ties, held=fixed_ratings)
+        tables[criterion] = ratings(judgements, tie_rule=ties, given_ratings=fixed_ratings)
     if out is not None:
         write_atomic(
             out,

@@ -350,8 +350,8 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
         # the URL of a database server may contain a password
         "db": without_password(folder.url),
         **server.to_dict(),
-        "latents": design.latents,
-        "trials_per_annotator": design.quota,
+        "latents": design.latent_count,
+        "trials_per_annotator": design.trial_quota,
         "design": design_values,
     }
 

@@ -27,7 +27,7 @@ _DIFFERING = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """A coefficient of agreement with its interval.
+    """Coefficient of the agreement between annotators, with its interval.
 
     A value of 1 is perfect agreement, and 0 is the agreement by chance. Below 0, annotators disagree
     systematically.
@@ -44,7 +44,10 @@ class Agreement:
 
 
 def cohen_kappa(
-    first: Sequence[Hashable], second: Sequence[Hashable], confidence: float = 0.95, seed: int = 0
+    first_answers: Sequence[Hashable],
+    second_answers: Sequence[Hashable],
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Agreement:
     """Compute Cohen's kappa of two annotators.
 
@@ -59,19 +62,19 @@ def cohen_kappa(
     width in this case. There is no interval for fewer than LEAST_UNITS units.
 
     Args:
-        first: answers of the first annotator.
-        second: answers of the second annotator to the same units, in the same order.
+        first_answers: answers of the first annotator.
+        second_answers: answers of the second annotator to the same units, in the same order.
         confidence: level of the interval, in 0..1.
         seed: seed of the random samples of the posterior.
     """
-    n_units = len(first)
-    category_index = {answer: i for i, answer in enumerate(dict.fromkeys([*first, *second]))}
+    n_units = len(first_answers)
+    category_index = {answer: i for i, answer in enumerate(dict.fromkeys([*first_answers, *second_answers]))}
     n_categories = len(category_index)
     if n_categories < 2:
         return Agreement(value=None, lo=None, hi=None, n=n_units)
     # [K, K], numbers of units by the answers of the first and second annotator
     unit_counts = np.zeros((n_categories, n_categories))
-    for first_answer, second_answer in zip(first, second, strict=True):
+    for first_answer, second_answer in zip(first_answers, second_answers, strict=True):
         unit_counts[category_index[first_answer], category_index[second_answer]] += 1
     kappa = float(_kappa(unit_counts))
     if n_units < LEAST_UNITS:
@@ -100,8 +103,8 @@ def _kappa(table: np.ndarray) -> np.ndarray:
     # Tables may contain numbers of units or gamma variables, so they are normalised to a sum of 1.
     p = table / table.sum((-1, -2), keepdims=True)
     # Agreement by chance: sum over categories of the product of both annotators' shares
-    chance = (p.sum(-1) * p.sum(-2)).sum(-1)
-    kappa: np.ndarray = (np.trace(p, axis1=-2, axis2=-1) - chance) / (1 - chance)
+    chance_agreement = (p.sum(-1) * p.sum(-2)).sum(-1)
+    kappa: np.ndarray = (np.trace(p, axis1=-2, axis2=-1) - chance_agreement) / (1 - chance_agreement)
     return kappa
 
 
@@ -134,11 +137,11 @@ def krippendorff_alpha(
     if n_units < 2 or n_categories < 2:
         return Agreement(value=None, lo=None, hi=None, n=n_units)
     answer_counts = np.zeros((n_units, n_categories))  # [U, K]
-    for row, answers in enumerate(answers_of_units):
+    for unit_index, answers in enumerate(answers_of_units):
         for answer in answers:
-            answer_counts[row, category_index[answer]] += 1
+            answer_counts[unit_index, category_index[answer]] += 1
     observed_disagreement, chance_disagreement, answer_count = (
-        float(result) for result in _disagreements(np.ones(n_units), answer_counts)
+        float(total) for total in _disagreements(np.ones(n_units), answer_counts)
     )
     # Krippendorff draws without replacement, which multiplies D_e by V / (V - 1) for V answers.
     alpha = 1 - observed_disagreement / chance_disagreement * (answer_count - 1) / answer_count
@@ -192,12 +195,12 @@ def _disagreements(
     unit_disagreement = (answers_per_unit**2 - (answer_counts**2).sum(axis=1)) / (answers_per_unit - 1)
     observed = unit_weights @ unit_disagreement / answer_count
     # Probability that two answers that are drawn at random differ
-    chance = 1 - (((unit_weights @ answer_counts) / answer_count[..., None]) ** 2).sum(axis=-1)
-    return observed, chance, answer_count
+    chance_disagreement = 1 - (((unit_weights @ answer_counts) / answer_count[..., None]) ** 2).sum(axis=-1)
+    return observed, chance_disagreement, answer_count
 
 
 def _with_interval(
-    coefficient: float, posterior: np.ndarray, n_units: int, confidence: float, is_perfect: bool
+    coefficient: float, posterior_samples: np.ndarray, n_units: int, confidence: float, is_perfect: bool
 ) -> Agreement:
     """Add the interval to the value of a coefficient.
 
@@ -205,12 +208,15 @@ def _with_interval(
 
     Args:
         coefficient: the coefficient.
-        posterior: random samples [B] of the posterior.
+        posterior_samples: random samples [B] of the posterior.
         n_units: number of units.
         confidence: level of the interval, in 0..1.
         is_perfect: True if all answers agree; the upper end is then 1.
     """
-    lo, hi = (float(end) for end in np.quantile(posterior, [0.5 - confidence / 2, 0.5 + confidence / 2]))
+    lo, hi = (
+        float(interval_end)
+        for interval_end in np.quantile(posterior_samples, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    )
     return Agreement(
         value=coefficient, lo=min(lo, coefficient), hi=1.0 if is_perfect else max(hi, coefficient), n=n_units
     )

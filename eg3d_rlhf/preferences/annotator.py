@@ -43,7 +43,7 @@ LAPSES = 0.02  # share of labels that accidental answers flip, independent of th
 
 @dataclass(frozen=True, kw_only=True)
 class Utility:
-    """Evaluation of a shape without noise."""
+    """Utility of a shape compared with its ground-truth head, without label noise, and its defects."""
 
     total: float  # utility, in (0, 1]; 1 for the ground truth
     parts: dict[str, float]  # exp(-defect / scale) by defect, in (0, 1]; 1 without the defect
@@ -60,23 +60,23 @@ def _regions(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return masks [n, n, n] of three regions of the cube: above the neck, back of the head, and face."""
     x, y, z = np.moveaxis(grid_points(n), -1, 0)
     # Everything below the base of the neck is ignored.
-    above_neck = y > BASE
-    face_region = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > 0)
-    return above_neck, above_neck & (z < BACK), face_region
+    is_above_neck = y > BASE
+    is_face = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > 0)
+    return is_above_neck, is_above_neck & (z < BACK), is_face
 
 
-def _offsets(values: np.ndarray) -> np.ndarray:
+def _offsets(signed_values: np.ndarray) -> np.ndarray:
     """Compute the signed distance [n, n, n] to the surface, in voxels and clipped to -REACH..REACH.
 
     The distance is approximated to first order by value / |gradient|.
     """
-    squared_slope = np.zeros_like(values)
+    squared_slope = np.zeros_like(signed_values)
     for axis in range(3):
         # Differences are central, and one-sided at the faces of the cube.
-        slope = np.gradient(values, axis=axis)
+        slope = np.gradient(signed_values, axis=axis)
         squared_slope += slope * slope
     # 1e-12 avoids 0 / 0 where the values are constant.
-    offsets: np.ndarray = np.clip(values / np.sqrt(squared_slope + 1e-12), -REACH, REACH)
+    offsets: np.ndarray = np.clip(signed_values / np.sqrt(squared_slope + 1e-12), -REACH, REACH)
     return offsets
 
 
@@ -87,35 +87,35 @@ def _relief(offsets: np.ndarray) -> np.ndarray:
     return relief
 
 
-def _at_surface(inside: np.ndarray) -> np.ndarray:
+def _at_surface(is_inside: np.ndarray) -> np.ndarray:
     """Return a mask [n, n, n] of the voxels that have a neighbour on the other side of the surface.
 
-    Args: inside: mask [n, n, n] of the voxels inside the surface.
+    Args: is_inside: mask [n, n, n] of the voxels inside the surface.
     """
-    at_surface = np.zeros_like(inside)
+    is_at_surface = np.zeros_like(is_inside)
     for axis in range(3):
-        # Views with this axis first. Writing to `result_view` writes to `at_surface`.
-        result_view = np.moveaxis(at_surface, axis, 0)
-        inside_view = np.moveaxis(inside, axis, 0)
+        # Views with this axis first. Writing to `surface_view` writes to `is_at_surface`.
+        surface_view = np.moveaxis(is_at_surface, axis, 0)
+        inside_view = np.moveaxis(is_inside, axis, 0)
         changes_sign = inside_view[1:] != inside_view[:-1]
-        result_view[1:] |= changes_sign
-        result_view[:-1] |= changes_sign
-    return at_surface
+        surface_view[1:] |= changes_sign
+        surface_view[:-1] |= changes_sign
+    return is_at_surface
 
 
-def largest_part(inside: np.ndarray) -> np.ndarray:
+def largest_part(is_inside: np.ndarray) -> np.ndarray:
     """Return a mask [n, n, n] of the largest connected part of a mask; voxels are connected through faces."""
-    part_labels, part_count = ndimage.label(inside)
+    part_labels, part_count = ndimage.label(is_inside)
     # Label 0 is the background, so the sizes of parts begin at index 1.
-    return inside if part_count < 2 else part_labels == 1 + np.bincount(part_labels.ravel())[1:].argmax()
+    return is_inside if part_count < 2 else part_labels == 1 + np.bincount(part_labels.ravel())[1:].argmax()
 
 
-def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
+def defects(shape_grid: np.ndarray, truth_grid: np.ndarray) -> dict[str, float]:
     """Measure the defects of a shape against its ground-truth head.
 
     Args:
-        values: grid [n, n, n] of the shape, negative inside; it may contain NaN and infinity.
-        ground_truth: grid [n, n, n] of signed distances to the ground-truth head.
+        shape_grid: grid [n, n, n] of the shape, negative inside; it may contain NaN and infinity.
+        truth_grid: grid [n, n, n] of signed distances to the ground-truth head.
     Returns: size of each of DEFECTS; 0 is ideal, and larger is worse.
         "missing" is the volume of the ground truth that the largest part of the shape does not contain,
         "extra" the volume of the largest part outside the ground truth, and "floaters" the volume of all
@@ -124,31 +124,31 @@ def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
         together, so that a surface that is too smooth is a defect, too. "face" is the mean distance between
         both surfaces in the region of the face, in voxels.
     """
-    assert values.shape == ground_truth.shape and values.ndim == 3
+    assert shape_grid.shape == truth_grid.shape and shape_grid.ndim == 3
     # NaN counts as outside.
-    values = np.nan_to_num(np.asarray(values, np.float32), nan=1e4, posinf=1e4, neginf=-1e4)
-    above_neck, back_of_head, face_region = _regions(len(values))
-    is_inside = values < 0
-    is_inside_truth = ground_truth < 0
+    shape_grid = np.nan_to_num(np.asarray(shape_grid, np.float32), nan=1e4, posinf=1e4, neginf=-1e4)
+    is_above_neck, is_back_of_head, is_face = _regions(len(shape_grid))
+    is_inside = shape_grid < 0
+    is_inside_truth = truth_grid < 0
     # A grid that is negative everywhere has no surface. It counts as empty.
     if is_inside.all():
         is_inside = ~is_inside
-    shape_part = largest_part(is_inside)
-    truth_part = largest_part(is_inside_truth)
+    is_in_shape_part = largest_part(is_inside)
+    is_in_truth_part = largest_part(is_inside_truth)
     # The lower limit 1 avoids a division by 0 for a ground truth without a back of the head.
-    back_volume = max(int((truth_part & back_of_head).sum()), 1)
+    back_volume = max(int((is_in_truth_part & is_back_of_head).sum()), 1)
     defect_masks = {
-        "missing": truth_part & ~shape_part,
-        "extra": shape_part & ~truth_part,
-        "floaters": is_inside & ~shape_part & ~is_inside_truth,
+        "missing": is_in_truth_part & ~is_in_shape_part,
+        "extra": is_in_shape_part & ~is_in_truth_part,
+        "floaters": is_inside & ~is_in_shape_part & ~is_inside_truth,
     }
     volume_errors = {
-        name: float((mask & above_neck).sum() / back_volume) for name, mask in defect_masks.items()
+        name: float((mask & is_above_neck).sum() / back_volume) for name, mask in defect_masks.items()
     }
-    shape_offsets = _offsets(values)
-    truth_offsets = _offsets(np.asarray(ground_truth, np.float32))
+    shape_offsets = _offsets(shape_grid)
+    truth_offsets = _offsets(np.asarray(truth_grid, np.float32))
     # Relief and face are compared on the surface of the ground truth.
-    is_surface = _at_surface(is_inside_truth) & above_neck
+    is_surface = _at_surface(is_inside_truth) & is_above_neck
     is_near_both_surfaces = is_surface & (np.abs(shape_offsets) < NEAR)
     # Root mean square of the relief where both surfaces are close together. Without any such voxel, the
     # values 0 and 1 give a large roughness.
@@ -157,7 +157,7 @@ def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
     if is_near_both_surfaces.any():
         shape_relief = float(np.sqrt(np.square(_relief(shape_offsets)[is_near_both_surfaces]).mean()))
         truth_relief = float(np.sqrt(np.square(_relief(truth_offsets)[is_near_both_surfaces]).mean()))
-    is_face_surface = is_surface & face_region
+    is_face_surface = is_surface & is_face
     return {
         **volume_errors,
         # 1e-3 avoids the logarithm of 0, and gives two flat surfaces a roughness of 0.
@@ -168,20 +168,22 @@ def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
     }
 
 
-def utility(values: np.ndarray, ground_truth: np.ndarray) -> Utility:
+def utility(shape_grid: np.ndarray, truth_grid: np.ndarray) -> Utility:
     """Evaluate a shape against its ground-truth head; the arguments are described in `defects`.
 
     The constants of this module are chosen for grids with 64 points along each axis.
     """
-    defect_sizes = defects(values, ground_truth)
-    parts = {name: float(np.exp(-defect_sizes[name] / SCALES[name])) for name in DEFECTS}
+    defect_sizes = defects(shape_grid, truth_grid)
+    utility_parts = {name: float(np.exp(-defect_sizes[name] / SCALES[name])) for name in DEFECTS}
     return Utility(
-        total=sum(WEIGHTS[name] * parts[name] for name in DEFECTS), parts=parts, defects=defect_sizes
+        total=sum(WEIGHTS[name] * utility_parts[name] for name in DEFECTS),
+        parts=utility_parts,
+        defects=defect_sizes,
     )
 
 
 class PairLabel(NamedTuple):
-    """One noisy label."""
+    """Simulated label of one pair."""
 
     winner: int  # index of the preferred shape
     loser: int  # index of the other shape

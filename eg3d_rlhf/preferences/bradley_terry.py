@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 class Strengths:
     """Estimated strengths of items, on the scale of logits.
 
-    Their mean is 0, unless strengths of some items were given.
+    The mean of all strengths is 0, unless strengths of some items were given.
     """
 
     items: tuple[Hashable, ...]
@@ -55,7 +55,9 @@ class Strengths:
 
 
 def bradley_terry(
-    comparisons: Iterable[Comparison], held: Mapping[Hashable, float] | None = None, confidence: float = 0.95
+    comparisons: Iterable[Comparison],
+    given_strengths: Mapping[Hashable, float] | None = None,
+    confidence: float = 0.95,
 ) -> Strengths:
     """Estimate strengths by maximum likelihood.
 
@@ -66,13 +68,13 @@ def bradley_terry(
 
     The likelihood has a maximum if every item is connected with every other item by a chain of items, each of
     which beat or tied the next one (Ford 1957). Otherwise a prior N(0, PRIOR_SD^2) of each strength keeps
-    the strengths finite, and `needs_prior` is True. Intervals come from the observed information of the
-    comparisons and of the prior.
+    the strengths finite, and `regularised` of the result is True. Intervals come from the observed
+    information of the comparisons and of the prior.
 
     Args:
         comparisons: results of comparisons, at least one.
-        held: strengths of items that are not estimated; the strengths of all other items are estimated
-            relative to them.
+        given_strengths: strengths of items that are not estimated; the strengths of all other items are
+            estimated relative to them.
         confidence: level of the intervals, in 0..1.
     Raises: ValueError if the strengths of all items are given.
     """
@@ -86,13 +88,15 @@ def bradley_terry(
     is_tie = np.array([comparison.tie for comparison in comparisons])
     n = len(items)
     fixed_strengths = {
-        index_of_item[item]: float(value) for item, value in (held or {}).items() if item in index_of_item
+        index_of_item[item]: float(value)
+        for item, value in (given_strengths or {}).items()
+        if item in index_of_item
     }
     free_indices = np.array([k for k in range(n) if k not in fixed_strengths], dtype=int)
     if not len(free_indices):
         raise ValueError(
-            f"bradley_terry(held): the strengths of all {n} items are given, so there is nothing to"
-            " estimate. Give the strengths of fewer items."
+            f"bradley_terry(given_strengths): the strengths of all {n} items are given, so there is nothing"
+            " to estimate. Give the strengths of fewer items."
         )
     # Fixed strengths need no comparisons to be bounded, so edges in a ring connect their items.
     fixed_indices = np.array(list(fixed_strengths), dtype=int)
@@ -119,8 +123,8 @@ def bradley_terry(
     if not fixed_strengths:
         # Without fixed strengths only differences of strengths are determined, so the covariance is that of
         # strengths relative to their mean.
-        centring = np.eye(n) - 1 / n
-        covariance = centring @ covariance @ centring
+        centring_matrix = np.eye(n) - 1 / n
+        covariance = centring_matrix @ covariance @ centring_matrix
     # Normal quantile times the standard error; rounding may make a variance negative.
     half_width = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
     return Strengths(
@@ -172,9 +176,9 @@ def _newton(
 
     def logits_and_log_sum(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return logits [3, M] of win, loss and tie, and the logarithm [M] of their summed exponentials."""
-        difference = parameters[i] - parameters[j]
-        tie_logit = np.full_like(difference, parameters[n] if has_ties else -np.inf)
-        logits = np.stack([difference / 2, -difference / 2, tie_logit])
+        strength_difference = parameters[i] - parameters[j]
+        tie_logit = np.full_like(strength_difference, parameters[n] if has_ties else -np.inf)
+        logits = np.stack([strength_difference / 2, -strength_difference / 2, tie_logit])
         # Subtracting the largest logit avoids overflow.
         largest_logit = logits.max(axis=0)
         return logits, largest_logit + np.log(np.exp(logits - largest_logit).sum(axis=0))
@@ -401,9 +405,9 @@ class Tournament:
 def elo(
     judgements: Iterable[Judgement],
     *,
-    draws: str = "both",
-    held: Mapping[str, float] | None = None,
-    resamples: int = 200,
+    tie_rule: str = "both",
+    given_ratings: Mapping[str, float] | None = None,
+    resample_count: int = 200,
 ) -> Tournament:
     """Compute Elo ratings of all methods, with 95 % intervals.
 
@@ -412,16 +416,17 @@ def elo(
 
     Args:
         judgements: results of comparisons.
-        draws: treatment of ties: "both" counts a tie as a win of both methods, as in GPTEval3D; "davidson"
+        tie_rule: treatment of ties: "both" counts a tie as a win of both methods, as in GPTEval3D; "davidson"
             counts it as a separate result, which is more likely between equal methods.
-        held: ratings of methods that are not estimated. Without them the mean of all ratings is MEAN.
-        resamples: number of resamples for the intervals.
+        given_ratings: ratings of methods that are not estimated. Without them the mean of all ratings is
+            MEAN.
+        resample_count: number of resamples for the intervals.
     Raises: ValueError without comparisons, or if the ratings of all methods are given.
     """
     # The argument may be an iterator, and is read several times below.
     judgements = list(judgements)
-    held = dict(held or {})
-    assert draws in DRAWS and all(judgement.winner in ("a", "b", "tie") for judgement in judgements)
+    given_ratings = dict(given_ratings or {})
+    assert tie_rule in DRAWS and all(judgement.winner in ("a", "b", "tie") for judgement in judgements)
     if not judgements:
         raise ValueError("elo: there are no judgements. Add results of comparisons.")
 
@@ -429,12 +434,13 @@ def elo(
         """Return the strengths and the ratings of a sample of comparisons."""
         comparisons = []
         for judgement in judgement_sample:
-            comparisons += _comparisons(judgement, draws)
+            comparisons += _comparisons(judgement, tie_rule)
         strengths = bradley_terry(
-            comparisons, held={name: method_elo / SCALE for name, method_elo in held.items()}
+            comparisons,
+            given_strengths={name: method_elo / SCALE for name, method_elo in given_ratings.items()},
         )
         # Given ratings determine the zero of the scale. Otherwise the mean of the strengths is 0.
-        shift = 0.0 if held else MEAN
+        shift = 0.0 if given_ratings else MEAN
         return strengths, {
             str(item): SCALE * float(strength) + shift
             for item, strength in zip(strengths.items, strengths.strength, strict=True)
@@ -450,14 +456,16 @@ def elo(
     # The seed is fixed, so that equal comparisons give equal intervals.
     rng = np.random.default_rng(0)
     resampled_elos_by_method: dict[str, list[float]] = defaultdict(list)
-    for _ in range(resamples):
-        resample = []
+    for _ in range(resample_count):
+        resampled_judgements = []
         for k in rng.integers(len(judgement_groups), size=len(judgement_groups)):
-            resample += judgement_groups[k]
-        resampled_methods = {name for judgement in resample for name in (judgement.a, judgement.b)}
+            resampled_judgements += judgement_groups[k]
+        resampled_methods = {
+            name for judgement in resampled_judgements for name in (judgement.a, judgement.b)
+        }
         # If the ratings of all methods in a resample are given, there is nothing to estimate.
-        if resampled_methods - held.keys():
-            for name, method_elo in fit(resample)[1].items():
+        if resampled_methods - given_ratings.keys():
+            for name, method_elo in fit(resampled_judgements)[1].items():
                 resampled_elos_by_method[name].append(method_elo)
     judgement_counts = {
         name: sum(name in (judgement.a, judgement.b) for judgement in judgements) for name in elo_by_method
@@ -472,22 +480,22 @@ def elo(
     }
     return Tournament(
         ratings=dict(sorted(rating_by_method.items(), key=lambda row: -row[1].elo)),
-        draws=draws,
+        draws=tie_rule,
         tie_weight=strengths.tie_weight,
         regularised=strengths.regularised,
         prompts=len(judgement_groups) if has_prompts else 0,
     )
 
 
-def _comparisons(judgement: Judgement, draws: str) -> list[Comparison]:
-    """Convert a result to comparisons for `bradley_terry`.
+def _comparisons(judgement: Judgement, tie_rule: str) -> list[Comparison]:
+    """Convert a judgement to comparisons for `bradley_terry`.
 
-    With `draws` = "both", a tie gives two comparisons, one with each winner.
+    With `tie_rule` = "both", a tie gives two comparisons, one with each winner.
     """
     a = judgement.a
     b = judgement.b
     if judgement.winner == "tie":
-        return [Comparison(a, b), Comparison(b, a)] if draws == "both" else [Comparison(a, b, tie=True)]
+        return [Comparison(a, b), Comparison(b, a)] if tie_rule == "both" else [Comparison(a, b, tie=True)]
     return [Comparison(a, b) if judgement.winner == "a" else Comparison(b, a)]
 
 
@@ -516,8 +524,8 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     """
     path = Path(path)
     judgements = []
-    for line_number, record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
-        judgement_fields = {name: record[name] for name in Judgement._fields if name in record}
+    for line_number, line_record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
+        judgement_fields = {name: line_record[name] for name in Judgement._fields if name in line_record}
         judgement = Judgement(**judgement_fields) if {"a", "b", "winner"} <= judgement_fields.keys() else None
         if (
             judgement is None
@@ -527,7 +535,7 @@ def read_judgements(path: str | Path) -> list[Judgement]:
         ):
             raise ValueError(
                 f"{path.name}, line {line_number}: expected the names of two different methods in a and b,"
-                f" and a, b or tie in winner, got {json.dumps(record)[:60]}. Write, for example,"
+                f" and a, b or tie in winner, got {json.dumps(line_record)[:60]}. Write, for example,"
                 ' {"a": "ours", "b": "baseline", "winner": "a"}.'
             )
         judgements.append(judgement)
@@ -543,13 +551,16 @@ def markdown(tournaments: Mapping[str, Tournament]) -> str:
     """
     markdown_lines: list[str] = []
     for criterion, tournament in tournaments.items():
-        tie_treatment = (
+        tie_treatment_text = (
             "a draw is a win of both"
             if tournament.draws == "both"
             else f"Davidson's ties, nu {tournament.tie_weight:.2f}"
         )
-        resampled_units = f"{tournament.prompts} prompts" if tournament.prompts else "single comparisons"
-        markdown_lines += [f"## {criterion} ({tie_treatment}; intervals over {resampled_units})", ""]
+        resampled_units_text = f"{tournament.prompts} prompts" if tournament.prompts else "single comparisons"
+        markdown_lines += [
+            f"## {criterion} ({tie_treatment_text}; intervals over {resampled_units_text})",
+            "",
+        ]
         if tournament.regularised:
             # 347 Elo points are PRIOR_SD * SCALE.
             markdown_lines += [

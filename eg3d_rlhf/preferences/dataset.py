@@ -1,5 +1,6 @@
-"""Split labelled pairs into training, validation and test pairs that share no seed; seeds of reference
-samples.
+"""Splits of labelled pairs into training, validation and test pairs that share no seed.
+
+The module also chooses the seeds of reference samples.
 
 A reference sample is a sample at a low truncation psi, which should score above every labelled shape.
 """
@@ -26,7 +27,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Labelled pairs by split, and numbers of unused labels. No seed is in two splits."""
+    """Labelled pairs by split, and counts of the labels that are not used. No seed is in two splits."""
 
     train: tuple[Preference, ...]  # pairs to train the reward
     val: tuple[Preference, ...]  # pairs to choose the epoch and to stop early
@@ -35,7 +36,7 @@ class Splits:
     ties: int  # number of labels without a preference, which are not used
 
     def counts(self) -> dict[str, int]:
-        """Return the number of labels of each split, and the numbers of unused labels."""
+        """Return the number of labels of each split, and the counts "dropped" and "ties" of unused labels."""
         return {
             **{name: len(getattr(self, name)) for name in SPLITS},
             "dropped": self.dropped,
@@ -126,8 +127,8 @@ def _assign(
     label_count_by_generator = Counter(label.generator for label in labels)
     # Number of labels that each split still lacks, by generator, so that each generator occurs in every split
     missing_counts = {
-        generator: [share * count for share in fractions]
-        for generator, count in label_count_by_generator.items()
+        generator: [share * label_count for share in fractions]
+        for generator, label_count in label_count_by_generator.items()
     }
     split_of_seed: dict[int, int] = {}
     # Large components come first, since small ones can still balance the splits afterwards. sorted() is
@@ -144,9 +145,9 @@ def _assign(
             for seed_position, seed in enumerate(component_seeds):
                 split_of_seed[seed] = int(np.searchsorted(split_starts, seed_position, side="right"))
             continue
-        generator_missing = missing_counts[generator_of_seed[component_seeds[0]]]
-        target_split = max(range(3), key=lambda split: generator_missing[split])
-        generator_missing[target_split] -= label_counts[component_index]
+        missing_by_split = missing_counts[generator_of_seed[component_seeds[0]]]
+        target_split = max(range(3), key=lambda split: missing_by_split[split])
+        missing_by_split[target_split] -= label_counts[component_index]
         split_of_seed.update(dict.fromkeys(component_seeds, target_split))
     return split_of_seed
 
@@ -182,28 +183,28 @@ def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> l
 
 
 def reference_seeds(
-    count: int = 1000,
+    seed_count: int = 1000,
     fractions: Sequence[float] = (0.70, 0.15, 0.15),
-    exclude: Iterable[int] = (),
+    unusable_seeds: Iterable[int] = (),
 ) -> dict[str, tuple[int, ...]]:
     """Return the seeds of reference samples by split.
 
-    They are consecutive seeds from 100,000 on, without the seeds in `exclude`.
+    They are consecutive seeds from 100,000 on, without the seeds in `unusable_seeds`.
 
     Args:
-        count: number of seeds of all splits together.
+        seed_count: number of seeds of all splits together.
         fractions: shares of train, val and test, which sum to 1.
-        exclude: seeds that are not used, for example seeds of labelled shapes.
+        unusable_seeds: seeds that are not used, for example seeds of labelled shapes.
     """
-    # A set, because `exclude` may be an iterator.
-    excluded_seeds = set(exclude)
+    # A set, because `unusable_seeds` may be an iterator.
+    excluded_seeds = set(unusable_seeds)
     seeds = list(
         itertools.islice(
-            (seed for seed in itertools.count(REFERENCE_SAMPLES) if seed not in excluded_seeds), count
+            (seed for seed in itertools.count(REFERENCE_SAMPLES) if seed not in excluded_seeds), seed_count
         )
     )
     # Index of the first seed of each split, rounded, and the total number
-    split_starts = [0, *(int(round(share * count)) for share in np.cumsum(fractions))]
+    split_starts = [0, *(int(round(share * seed_count)) for share in np.cumsum(fractions))]
     return {
         name: tuple(seeds[start:stop])
         for name, start, stop in zip(SPLITS, split_starts[:-1], split_starts[1:], strict=True)
@@ -238,24 +239,24 @@ def with_permuted_shapes(labels: Sequence[Preference], seed: int = 0) -> list[Pr
     ]
 
 
-def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str) -> Any:
+def common_value(labels: "Iterable[Preference | UnpairedPreference]", field_name: str) -> Any:
     """Return the value of a field that all labels share.
 
     Labels that do not state the field are ignored. Return None if no label states it.
 
     Args:
         labels: labels of pairs or of single shapes.
-        name: name of the field, "generator" or "psi".
+        field_name: name of the field, "generator" or "psi".
     Raises: ValueError if labels state different values.
     """
-    count_by_value = Counter(value for label in labels if (value := getattr(label, name)) is not None)
+    count_by_value = Counter(value for label in labels if (value := getattr(label, field_name)) is not None)
     if len(count_by_value) > 1:
-        list_of_values = ", ".join(
-            f"{value} ({count} labels)" for value, count in count_by_value.most_common(4)
+        values_text = ", ".join(
+            f"{value} ({label_count} labels)" for value, label_count in count_by_value.most_common(4)
         )
         raise ValueError(
-            f"labels: expected the same {name} in all labels, got {list_of_values}. Put the labels of each"
-            f" {name} into a separate file."
+            f"labels: expected the same {field_name} in all labels, got {values_text}. Put the labels of each"
+            f" {field_name} into a separate file."
         )
     return next(iter(count_by_value), None)
 
@@ -277,10 +278,10 @@ def number_shapes(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
             number_of_shape.setdefault((str(label.generator), seed), len(number_of_shape))
             for seed in (label.winner, label.loser)
         )
-        clean = None
+        clean_number = None
         if label.clean is not None:
-            clean = winner if label.clean == label.winner else loser
-        return replace(label, winner=winner, loser=loser, clean=clean)
+            clean_number = winner if label.clean == label.winner else loser
+        return replace(label, winner=winner, loser=loser, clean=clean_number)
 
     train, val, test = (tuple(map(with_numbers, split)) for split in (splits.train, splits.val, splits.test))
     return replace(splits, train=train, val=val, test=test), list(number_of_shape)

@@ -1,4 +1,4 @@
-"""Compute the goodness r (0..1) of assets from labels of any kind.
+"""Compute the goodness r of assets from labels of any kind: 0 (worst) to 1 (best) within a prompt.
 
 A file of labels contains one JSON object per line. All lines of a file are of one kind:
 
@@ -49,10 +49,10 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+def _grouped(keys_and_values: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
     """Collect the values of each key. Keys and values are in the order of their first occurrence."""
     values_by_key: dict[Key, list[Value]] = defaultdict(list)
-    for key, value in pairs:
+    for key, value in keys_and_values:
         values_by_key[key].append(value)
     return values_by_key
 
@@ -61,7 +61,7 @@ def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
 
 
 def goodness_from_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
-    """Compute r from ranks, of which 1 is the best.
+    """Compute the goodness r of the assets of a prompt from their ranks, of which 1 is the best.
 
     r = (number of worse assets + number of tied assets / 2) / (K - 1). The mean over the assets is 1/2. A
     single asset gets 1/2.
@@ -79,7 +79,7 @@ def goodness_from_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
 
 
 def goodness_from_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Compute r from votes (asset, True if the asset is good).
+    """Compute the goodness r of the assets of a prompt from votes (asset, True if the asset is good).
 
     The advantage of an asset is 2 p - 1, centred over the prompt, with p = (good + 2 s) / (n + 2). An asset
     has n votes, of which `good` are good, and s is the share of good votes of the prompt.
@@ -98,7 +98,7 @@ def goodness_from_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
 
 
 def goodness_from_probabilities(probabilities: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Compute r from probabilities (asset, probability that it is good).
+    """Compute the goodness r of the assets of a prompt from (asset, probability that the asset is good).
 
     The advantage of an asset is 2 p - 1, centred over the prompt, where p is the mean of its probabilities.
     If the members of an ensemble disagree about an asset, p is about 1/2.
@@ -112,7 +112,7 @@ def goodness_from_probabilities(probabilities: Iterable[tuple[str, float]]) -> d
 
 
 def goodness_from_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """Compute r from comparisons of pairs of assets.
+    """Compute the goodness r of the assets of a prompt from comparisons of pairs of assets.
 
     The advantage of an asset is 2 p - 1, centred over the prompt. For two assets that were only compared with
     each other, p = (wins + ties / 2 + 1) / (n + 2) for n comparisons. For all other assets, p is the mean,
@@ -183,7 +183,9 @@ def linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def goodness_from_scores(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Compute r from standardised scores (asset, score), see `standardised_by_rater`.
+    """Compute the goodness r of the assets of a prompt from (asset, standardised score).
+
+    The scores are standardised by `standardised_by_rater`.
 
     The advantage of an asset is half the mean of its standardised scores, centred over the prompt.
     """
@@ -254,20 +256,20 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def goodness_for_use(
-    goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: int
+    goodness: Goodness, prompt_of: Mapping[str, str], label_use: str, seed: int
 ) -> dict[str, float]:
-    """Return the goodness that a training or one of its controls uses.
+    """Return the goodness with which a flow is trained, or that of one of the two controls.
 
     Args:
         goodness: goodness r by asset.
         prompt_of: prompt of every asset.
-        use: "labels" for the goodness itself; or one of two controls: "randomised" permutes r at random over
-            the assets of each prompt, and "inverted" gives 1 - r.
+        label_use: "labels" for the goodness itself; or one of two controls: "randomised" permutes r at random
+            over the assets of each prompt, and "inverted" gives 1 - r.
         seed: seed of the random permutation.
     """
-    if use == "inverted":
+    if label_use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}
-    if use != "randomised":
+    if label_use != "randomised":
         return dict(goodness)
     # A separate stream of random numbers: the number 3 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 3])
@@ -307,10 +309,10 @@ class KnownAssets:
             return name_or_path
         name = self.files.get((folder / name_or_path).resolve())
         if name is None:
-            examples = ", ".join(list(self.prompt_of)[:3])
+            example_names = ", ".join(list(self.prompt_of)[:3])
             raise ValueError(
-                f"{name_or_path!r} is not one of the {len(self.prompt_of)} assets ({examples}, ...). Use a"
-                " name or a file from the list of assets."
+                f"{name_or_path!r} is not one of the {len(self.prompt_of)} assets ({example_names}, ...). Use"
+                " a name or a file from the list of assets."
             )
         return name
 
@@ -333,12 +335,12 @@ SINGLE_ASSET_KINDS = ("thumb", "label", "score", "p", "rank")
 EXAMPLE = '{"asset": NAME, "condition": NAME, "thumb": true}'
 
 
-def read_label_lines(path: Path, known: KnownAssets) -> list[LabelLine]:
+def read_label_lines(path: Path, known_assets: KnownAssets) -> list[LabelLine]:
     """Read the lines of a file of labels. The docstring of the module describes the kinds of labels.
 
     Args:
         path: the .jsonl file.
-        known: assets to which labels may refer.
+        known_assets: assets to which labels may refer.
     Raises: FileNotFoundError if the file does not exist; ValueError, which names file and line, for a line
         that is not valid, for an unknown asset or a wrong prompt, for several kinds of labels in one file,
         and for a file without labels.
@@ -348,7 +350,7 @@ def read_label_lines(path: Path, known: KnownAssets) -> list[LabelLine]:
     label_lines: list[LabelLine] = []
     for line_number, json_object in jsonl_records(path, EXAMPLE):
         try:
-            label_line = _parse(line_number, json_object, known, path.parent)
+            label_line = _parse(line_number, json_object, known_assets, path.parent)
             label_lines.append(label_line)
             # Kinds cannot be mixed, because their scales differ. The first line decides the kind of the file.
             if label_line.kind != label_lines[0].kind:
@@ -365,67 +367,70 @@ def read_label_lines(path: Path, known: KnownAssets) -> list[LabelLine]:
     return label_lines
 
 
-def read_goodness(path: Path, known: KnownAssets) -> dict[str, float]:
+def read_goodness(path: Path, known_assets: KnownAssets) -> dict[str, float]:
     """Read a file of labels, and compute the goodness r of each labelled asset.
 
     Args:
         path: the .jsonl file.
-        known: assets to which labels may refer.
+        known_assets: assets to which labels may refer.
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: a line is not valid (see `read_label_lines`), or the labels do not distinguish any assets
             of a prompt.
     """
-    lines = read_label_lines(path, known)
-    goodness = _goodness_from_lines(lines, known.prompt_of, path.name)
+    label_lines = read_label_lines(path, known_assets)
+    goodness = _goodness_from_lines(label_lines, known_assets.prompt_of, path.name)
     # If all r are 1/2, no asset is better than another asset of its prompt.
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
         raise ValueError(
-            f"{path.name}, lines {lines[0].number} to {lines[-1].number}:"
-            f" {_describe_no_signal(lines, known.prompt_of)}"
+            f"{path.name}, lines {label_lines[0].number} to {label_lines[-1].number}:"
+            f" {_describe_no_signal(label_lines, known_assets.prompt_of)}"
         )
     return goodness
 
 
-def _parse(number: int, record: Mapping[str, Any], known: KnownAssets, folder: Path) -> LabelLine:
-    """Parse the record of a line.
+def _parse(
+    line_number: int, json_object: Mapping[str, Any], known_assets: KnownAssets, folder: Path
+) -> LabelLine:
+    """Convert the JSON object of a line to a `LabelLine`.
 
     Args:
-        number: number of the line, from 1.
-        record: JSON object of the line.
-        known: assets to which labels may refer.
+        line_number: number of the line, from 1.
+        json_object: JSON object of the line.
+        known_assets: assets to which labels may refer.
         folder: folder to which paths of assets are relative.
     Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
     """
 
-    def find_asset(*fields: str) -> str:
-        """Return the name of the asset in the first of `fields` that the record has."""
-        name_or_path = next((record[name] for name in fields if record.get(name)), None)
+    def find_asset(*field_names: str) -> str:
+        """Return the name of the asset in the first of `field_names` that the record has."""
+        name_or_path = next((json_object[name] for name in field_names if json_object.get(name)), None)
         if not isinstance(name_or_path, str):
             raise ValueError(
-                f"the field {fields[0]} with the name of an asset is missing. Write, for example, {EXAMPLE}."
+                f"the field {field_names[0]} with the name of an asset is missing. Write, for example,"
+                f" {EXAMPLE}."
             )
-        name = known.find(name_or_path, folder)
-        condition = record.get("condition")
-        if condition is not None and condition != known.prompt_of[name]:
+        name = known_assets.find(name_or_path, folder)
+        condition = json_object.get("condition")
+        if condition is not None and condition != known_assets.prompt_of[name]:
             raise ValueError(
-                f"expected condition {known.prompt_of[name]!r} of the asset {name_or_path!r}, as in the"
-                f" list of assets, got {condition!r}. Correct the condition of this line or of the list of"
-                " assets."
+                f"expected condition {known_assets.prompt_of[name]!r} of the asset {name_or_path!r}, as in"
+                f" the list of assets, got {condition!r}. Correct the condition of this line, or that of the"
+                " asset in the list."
             )
         return name
 
-    if "preferred" in record or "rejected" in record:
+    if "preferred" in json_object or "rejected" in json_object:
         preferred_asset = find_asset("preferred")
         rejected_asset = find_asset("rejected")
         # An exported tie has both fields, too, in any order.
-        is_tie = record.get("tie", False)
+        is_tie = json_object.get("tie", False)
         if preferred_asset == rejected_asset:
             raise ValueError(
                 f"the fields preferred and rejected name the same asset, {preferred_asset!r}. Remove this"
                 " line, or correct the field preferred or the field rejected."
             )
-        if known.prompt_of[preferred_asset] != known.prompt_of[rejected_asset]:
+        if known_assets.prompt_of[preferred_asset] != known_assets.prompt_of[rejected_asset]:
             raise ValueError(
                 f"the assets {preferred_asset!r} and {rejected_asset!r} have different prompts (condition),"
                 " so they cannot be compared. Remove this line."
@@ -435,8 +440,10 @@ def _parse(number: int, record: Mapping[str, Any], known: KnownAssets, folder: P
                 f"expected tie to be true or false, got {is_tie!r}. Write true or false, or remove the field"
                 " tie."
             )
-        return LabelLine(number=number, kind="pair", asset=preferred_asset, other=rejected_asset, tie=is_tie)
-    label_fields = [name for name in SINGLE_ASSET_KINDS if record.get(name) is not None]
+        return LabelLine(
+            number=line_number, kind="pair", asset=preferred_asset, other=rejected_asset, tie=is_tie
+        )
+    label_fields = [name for name in SINGLE_ASSET_KINDS if json_object.get(name) is not None]
     if not label_fields:
         raise ValueError(
             f"the line has none of the fields {', '.join(SINGLE_ASSET_KINDS)}. Write, for example, {EXAMPLE}."
@@ -448,62 +455,65 @@ def _parse(number: int, record: Mapping[str, Any], known: KnownAssets, folder: P
         )
     label_field = label_fields[0]
     # The export of the labelling tool names a thumb `label`.
-    kind = "thumb" if label_field == "label" else label_field
-    label_value = record[label_field]
+    label_kind = "thumb" if label_field == "label" else label_field
+    label_value = json_object[label_field]
     # In Python, 1 == True and 0 == False, so 1 and 0 are accepted for a thumb, too.
-    if kind == "thumb" and label_value not in (True, False):
+    if label_kind == "thumb" and label_value not in (True, False):
         raise ValueError(
             f"expected {label_field} to be true or false, got {label_value!r}. Write true or false."
         )
     if not isinstance(label_value, (int, float)) or not math.isfinite(label_value):
         raise ValueError(f"expected {label_field} to be a number, got {label_value!r}. Write a number.")
-    if kind == "p" and not 0 <= label_value <= 1:
+    if label_kind == "p" and not 0 <= label_value <= 1:
         raise ValueError(
             f"expected the probability p from 0 to 1, got {label_value!r}. For ratings on a different scale"
             " use the field score."
         )
     # Labels without the name of a rater count as labels of one rater, ''.
-    rater = str(record.get("rater") or record.get("annotator") or "")
+    rater = str(json_object.get("rater") or json_object.get("annotator") or "")
     asset = find_asset("asset", "mesh", "look_at")
-    return LabelLine(number=number, kind=kind, asset=asset, value=float(label_value), rater=rater)
+    return LabelLine(number=line_number, kind=label_kind, asset=asset, value=float(label_value), rater=rater)
 
 
 def _goodness_from_lines(
-    lines: Sequence[LabelLine], prompt_of: Mapping[str, str], file: str
+    label_lines: Sequence[LabelLine], prompt_of: Mapping[str, str], file_name: str
 ) -> dict[str, float]:
     """Compute the goodness r of all assets from parsed lines of one kind.
 
     Args:
-        lines: lines of a file of labels.
+        label_lines: lines of a file of labels.
         prompt_of: prompt of every asset.
-        file: name of the file, for messages.
+        file_name: name of the file, for messages.
     """
-    label_kind = lines[0].kind
+    label_kind = label_lines[0].kind
     # Scores are standardised over all prompts of a rater. Everything else is computed per prompt.
     label_values = (
-        standardised_by_rater((line.rater, line.value) for line in lines)
+        standardised_by_rater((label_line.rater, label_line.value) for label_line in label_lines)
         if label_kind == "score"
-        else [line.value for line in lines]
+        else [label_line.value for label_line in label_lines]
     )
     lines_of_prompt = _grouped(
-        (prompt_of[line.asset], (line, label_value))
-        for line, label_value in zip(lines, label_values, strict=True)
+        (prompt_of[label_line.asset], (label_line, label_value))
+        for label_line, label_value in zip(label_lines, label_values, strict=True)
     )
     # Functions that compute r of the assets of a prompt from their lines and values
     converters: dict[str, Callable[[list[tuple[LabelLine, float]]], dict[str, float]]] = {
         "thumb": lambda lines_and_values: goodness_from_votes(
-            [(line.asset, bool(label_value)) for line, label_value in lines_and_values]
+            [(label_line.asset, bool(label_value)) for label_line, label_value in lines_and_values]
         ),
         "score": lambda lines_and_values: goodness_from_scores(
-            [(line.asset, label_value) for line, label_value in lines_and_values]
+            [(label_line.asset, label_value) for label_line, label_value in lines_and_values]
         ),
         "p": lambda lines_and_values: goodness_from_probabilities(
-            [(line.asset, label_value) for line, label_value in lines_and_values]
+            [(label_line.asset, label_value) for label_line, label_value in lines_and_values]
         ),
         "pair": lambda lines_and_values: goodness_from_pairs(
-            [Comparison(line.asset, line.other, line.tie) for line, _ in lines_and_values]
+            [
+                Comparison(label_line.asset, label_line.other, label_line.tie)
+                for label_line, _ in lines_and_values
+            ]
         ),
-        "rank": lambda lines_and_values: goodness_from_ranks(_unique_ranks(lines_and_values, file)),
+        "rank": lambda lines_and_values: goodness_from_ranks(_unique_ranks(lines_and_values, file_name)),
     }
     goodness: dict[str, float] = {}
     for lines_and_values in lines_of_prompt.values():
@@ -511,48 +521,51 @@ def _goodness_from_lines(
     return goodness
 
 
-def _unique_ranks(lines_and_ranks: Sequence[tuple[LabelLine, float]], file: str) -> dict[str, float]:
+def _unique_ranks(lines_and_ranks: Sequence[tuple[LabelLine, float]], file_name: str) -> dict[str, float]:
     """Return the rank of each asset of a prompt.
 
     Args:
         lines_and_ranks: lines of the prompt with their ranks.
-        file: name of the file, for messages.
+        file_name: name of the file, for messages.
     Raises: ValueError for an asset with two ranks.
     """
     rank_by_asset: dict[str, float] = {}
     # Number of the line of each asset, for the message
     line_number_by_asset: dict[str, int] = {}
-    for line, rank in lines_and_ranks:
-        if line.asset in rank_by_asset:
-            first_number = line_number_by_asset[line.asset]
+    for label_line, rank in lines_and_ranks:
+        if label_line.asset in rank_by_asset:
+            first_number = line_number_by_asset[label_line.asset]
             raise ValueError(
-                f"{file}, line {line.number}: the asset {line.asset!r} already has a rank in line"
-                f" {first_number}. Remove line {first_number} or line {line.number}."
+                f"{file_name}, line {label_line.number}: the asset {label_line.asset!r} already has a rank in"
+                f" line {first_number}. Remove line {first_number} or line {label_line.number}."
             )
-        rank_by_asset[line.asset] = rank
-        line_number_by_asset[line.asset] = line.number
+        rank_by_asset[label_line.asset] = rank
+        line_number_by_asset[label_line.asset] = label_line.number
     return rank_by_asset
 
 
-def _describe_no_signal(lines: Sequence[LabelLine], prompt_of: Mapping[str, str]) -> str:
+def _describe_no_signal(label_lines: Sequence[LabelLine], prompt_of: Mapping[str, str]) -> str:
     """Return a message that states why labels do not distinguish assets, and what to do."""
-    label_kind = lines[0].kind
+    label_kind = label_lines[0].kind
     # Only pairs have a second asset; for all other kinds its name is ''.
-    labelled_assets = {asset for line in lines for asset in (line.asset, line.other) if asset}
+    labelled_assets = {
+        asset for label_line in label_lines for asset in (label_line.asset, label_line.other) if asset
+    }
     if len(labelled_assets) == len({prompt_of[asset] for asset in labelled_assets}):
         return (
             "each prompt (condition) has labels of one asset only, so that no assets can be compared. Label"
             " several assets of a prompt."
         )
-    if label_kind == "thumb" and len({line.value for line in lines}) == 1:
+    if label_kind == "thumb" and len({label_line.value for label_line in label_lines}) == 1:
         return (
-            f"all {len(lines)} labels state that the asset is {'good' if lines[0].value else 'bad'}, so that"
-            " they do not distinguish assets. Label further assets, or use scores."
+            f"all {len(label_lines)} labels state that the asset is"
+            f" {'good' if label_lines[0].value else 'bad'}, so that they do not distinguish assets. Label"
+            " further assets, or use scores."
         )
-    equal_labels = "only ties" if label_kind in ("rank", "pair") else f"equal {label_kind}s"
+    equal_labels_text = "only ties" if label_kind in ("rank", "pair") else f"equal {label_kind}s"
     return (
-        f"the labels of each prompt are {equal_labels}, so that they do not distinguish assets. Label further"
-        " assets, or use a finer scale."
+        f"the labels of each prompt are {equal_labels_text}, so that they do not distinguish assets. Label"
+        " further assets, or use a finer scale."
     )
 
 

@@ -82,11 +82,11 @@ class Preference:
         check_psi(self.psi)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "Preference":
+    def from_dict(cls, label_record: Mapping[str, Any]) -> "Preference":
         """Create a label from the values that `to_dict` returned. Unknown names become `extra`."""
         return cls(
-            **{name: value for name, value in record.items() if name in FIELDS},
-            extra={name: value for name, value in record.items() if name not in FIELDS},
+            **{name: value for name, value in label_record.items() if name in FIELDS},
+            extra={name: value for name, value in label_record.items() if name not in FIELDS},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,41 +132,48 @@ def load_labels(path: str | Path) -> list[Preference]:
     ...     load_labels(write_labels(Path(folder, "labels.jsonl"), [Preference(winner=3, loser=8)]))[0].winner
     3
     """
-    readers: dict[str, Reader] = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
-    return read_records(Path(path), readers, _parse, "pairs")
+    reader_by_suffix: dict[str, Reader] = {
+        ".jsonl": jsonl_records,
+        ".ndjson": jsonl_records,
+        ".csv": _csv_records,
+    }
+    return read_records(Path(path), reader_by_suffix, _parse, "pairs")
 
 
 def read_records(
-    path: Path, readers: Mapping[str, Reader], parse: Callable[[Mapping[str, Any]], Label], things: str
+    path: Path,
+    reader_by_suffix: Mapping[str, Reader],
+    parse: Callable[[Mapping[str, Any]], Label],
+    plural_noun: str,
 ) -> list[Label]:
     """Read all labels of a file.
 
     Args:
         path: file of labels.
-        readers: functions that read the records, by the ending of the file name.
+        reader_by_suffix: functions that read the records, by the ending of the file name.
         parse: function that converts a record to a label.
-        things: plural name of the labelled things, for messages.
+        plural_noun: plural name of the labelled things, for messages.
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for the first
         record that is not valid, and for a file without labels.
     """
-    if path.suffix not in readers:
+    if path.suffix not in reader_by_suffix:
         raise ValueError(
-            f"labels: expected a file with the ending {' or '.join(readers)}, got {path.name}. Convert it to"
-            f" {next(iter(readers))}."
+            f"labels: expected a file with the ending {' or '.join(reader_by_suffix)}, got {path.name}."
+            f" Convert it to {next(iter(reader_by_suffix))}."
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"labels: the file {path} does not exist. Correct the path, or label some {things} first."
+            f"labels: the file {path} does not exist. Correct the path, or label some {plural_noun} first."
         )
     labels = []
-    for line_number, record in readers[path.suffix](path):
+    for line_number, label_record in reader_by_suffix[path.suffix](path):
         try:
-            labels.append(parse(record))
+            labels.append(parse(label_record))
         except ValueError as error:
             raise ValueError(f"{path.name}, line {line_number}: {error}") from error
     if not labels:
         raise ValueError(
-            f"{path.name}, line 1: the file is empty and contains no label. Add labels of {things}."
+            f"{path.name}, line 1: the file is empty and contains no label. Add labels of {plural_noun}."
         )
     return labels
 
@@ -186,16 +193,16 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
             f" example, {path.stem}.jsonl."
         )
     # All records are needed first, since they determine the columns of a CSV file.
-    records = [label.to_dict() for label in labels]
+    label_records = [label.to_dict() for label in labels]
     if path.suffix == ".jsonl":
-        file_text = "".join(json.dumps(record) + "\n" for record in records)
+        file_text = "".join(json.dumps(label_record) + "\n" for label_record in label_records)
     else:
         # One column for each further field of any record; in other records its cell is empty.
-        extra_names = sorted({name for record in records for name in record} - set(FIELDS))
+        extra_names = sorted({name for label_record in label_records for name in label_record} - set(FIELDS))
         csv_buffer = io.StringIO()
         csv_writer = csv.DictWriter(csv_buffer, [*FIELDS, *extra_names], lineterminator="\n")
         csv_writer.writeheader()
-        csv_writer.writerows(records)
+        csv_writer.writerows(label_records)
         file_text = csv_buffer.getvalue()
     write_atomic(path, file_text.encode())
     return path
@@ -224,23 +231,23 @@ def jsonl_records(
     Raises: ValueError, which names file and line, for a line that is not a JSON object.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
-        for line_number, line in enumerate(file, 1):
-            if not line.strip():
+        for line_number, line_text in enumerate(file, 1):
+            if not line_text.strip():
                 continue
             try:
-                record = json.loads(line)
+                label_record = json.loads(line_text)
             except ValueError as error:
                 raise ValueError(
                     f"{path.name}, line {line_number}: the line is not valid JSON ({error}). Write one JSON"
                     f" object per line, for example {example}."
                 ) from error
-            if not isinstance(record, dict):
-                type_name = type(record).__name__
+            if not isinstance(label_record, dict):
+                type_name = type(label_record).__name__
                 raise ValueError(
                     f"{path.name}, line {line_number}: expected a JSON object, got a value of type"
                     f" {type_name}. Write, for example, {example}."
                 )
-            yield line_number, record
+            yield line_number, label_record
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -268,67 +275,67 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{path.name}, line {csv_rows.line_num}: expected {len(column_names)} cells as in the"
                     f" header, got {len(row_cells)}. Add or remove cells."
                 )
-            record = dict(zip(column_names, (cell.strip() for cell in row_cells), strict=True))
+            label_record = dict(zip(column_names, (cell.strip() for cell in row_cells), strict=True))
             if is_ranked_table:
-                record.pop("index")
+                label_record.pop("index")
             # A row may have several lines; line_num is the number of its last line.
-            yield csv_rows.line_num, {name: cell for name, cell in record.items() if cell != ""}
+            yield csv_rows.line_num, {name: cell for name, cell in label_record.items() if cell != ""}
 
 
-def _parse(record: Mapping[str, Any]) -> Preference:
+def _parse(label_record: Mapping[str, Any]) -> Preference:
     """Create a label from a record of a JSON line or of a CSV row.
 
     Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
     """
-    missing_names = [name for name in ("winner", "loser") if record.get(name) is None]
-    if missing_names and "seed" in record:
+    missing_names = [name for name in ("winner", "loser") if label_record.get(name) is None]
+    if missing_names and "seed" in label_record:
         raise ValueError(
             f"this is a label of a single shape, without {' and '.join(missing_names)}. Pass a file of such"
             " labels with --unpaired."
         )
     if missing_names:
         raise ValueError(
-            f"the field {' and the field '.join(missing_names)} is missing. Add the seed of the shape."
+            f"the label has no {' and no '.join(missing_names)}. Add this field, with the seed of the shape."
         )
-    winner = parse_seed(record["winner"], "winner")
-    loser = parse_seed(record["loser"], "loser")
-    tie = record.get("tie", False)
-    clean = record.get("clean")
+    winner = parse_seed(label_record["winner"], "winner")
+    loser = parse_seed(label_record["loser"], "loser")
+    tie = label_record.get("tie", False)
+    clean_seed = label_record.get("clean")
     # Values of JSON are bool, and values of CSV are text.
     is_tie = tie if isinstance(tie, bool) else _TRUTH.get(str(tie).lower())
     if is_tie is None:
         raise ValueError(
             f"expected tie to be true or false, got {tie!r}. Write true or false, or remove the field tie."
         )
-    # `clean` may also be true, which means the winner, or false, which means the loser.
-    if str(clean).lower() in ("true", "false"):
-        clean = winner if str(clean).lower() == "true" else loser
+    # `clean_seed` may also be true, which means the winner, or false, which means the loser.
+    if str(clean_seed).lower() in ("true", "false"):
+        clean_seed = winner if str(clean_seed).lower() == "true" else loser
     return Preference(
         winner=winner,
         loser=loser,
         tie=is_tie,
-        clean=None if clean is None else parse_seed(clean, "clean"),
-        **common_fields(record, FIELDS),
+        clean=None if clean_seed is None else parse_seed(clean_seed, "clean"),
+        **common_fields(label_record, FIELDS),
     )
 
 
-def common_fields(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def common_fields(label_record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Parse the fields that labels of pairs and labels of single shapes have in common.
 
     Args:
-        record: record of a JSON line or of a CSV row.
+        label_record: record of a JSON line or of a CSV row.
         names: names of all fields of the label; all others become `extra`.
     Returns: dict of the parsed values "generator", "annotator", "psi", "time" and "extra".
     Raises: ValueError for a value that is not valid; the caller adds file and line to the message.
     """
     return {
         **{
-            name: None if record.get(name) is None else str(record[name])
+            name: None if label_record.get(name) is None else str(label_record[name])
             for name in ("generator", "annotator")
         },
-        "psi": parse_number(record, "psi"),
-        "time": parse_time(record.get("time")),
-        "extra": {name: value for name, value in record.items() if name not in names},
+        "psi": parse_number(label_record, "psi"),
+        "time": parse_time(label_record.get("time")),
+        "extra": {name: value for name, value in label_record.items() if name not in names},
     }
 
 
@@ -350,12 +357,12 @@ def check_psi(psi: float | None) -> None:
         )
 
 
-def parse_number(record: Mapping[str, Any], name: str) -> float | None:
+def parse_number(label_record: Mapping[str, Any], name: str) -> float | None:
     """Return the field `name` as a number, or None if it is missing.
 
     Raises: ValueError for a value that is no number; the caller adds file and line to the message.
     """
-    field_value = record.get(name)
+    field_value = label_record.get(name)
     try:
         return None if field_value is None else float(field_value)
     except (TypeError, ValueError):
@@ -365,38 +372,38 @@ def parse_number(record: Mapping[str, Any], name: str) -> float | None:
         ) from None
 
 
-def parse_seed(value: Any, name: str) -> int:
+def parse_seed(field_value: Any, name: str) -> int:
     """Return the value of the field `name` as an integer seed.
 
     Raises: ValueError for a value that is no integer; the caller adds file and line to the message.
     """
     try:
         # int() would accept True, and would round 1.5 down.
-        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        if isinstance(field_value, bool) or (isinstance(field_value, float) and not field_value.is_integer()):
             raise ValueError
-        return int(value)
+        return int(field_value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"expected {name} to be an integer seed, got {value!r}. Write the seed with which the shape was"
-            " generated."
+            f"expected {name} to be an integer seed, got {field_value!r}. Write the seed with which the shape"
+            " was generated."
         ) from None
 
 
-def parse_time(value: Any) -> str | float | None:
+def parse_time(field_value: Any) -> str | float | None:
     """Return a time as seconds since 1970 or as ISO 8601 text, or None for None.
 
     Raises: ValueError for any other value; the caller adds file and line to the message.
     """
-    if value is None:
+    if field_value is None:
         return None
     # A number, also as text, is a time in seconds.
     with contextlib.suppress(TypeError, ValueError):
-        return float(value)
+        return float(field_value)
     try:
-        datetime.fromisoformat(str(value))
+        datetime.fromisoformat(str(field_value))
     except ValueError:
         raise ValueError(
-            f"expected time as ISO 8601 text or as seconds since 1970, got {value!r}. Write, for example,"
-            " 2026-01-31T12:00:00, or remove the field time."
+            f"expected time as ISO 8601 text or as seconds since 1970, got {field_value!r}. Write, for"
+            " example, 2026-01-31T12:00:00, or remove the field time."
         ) from None
-    return str(value)
+    return str(field_value)

@@ -51,7 +51,7 @@ class Design:
     prompt: np.ndarray  # index of the prompt of each game, [M]
 
     @property
-    def generators(self) -> int:
+    def generator_count(self) -> int:
         """Number of generators, G."""
         return int(self.cells.max()) + 1
 
@@ -61,14 +61,14 @@ class Design:
 
         Its product with the strengths gives the difference of strengths of each cell.
         """
-        sign_matrix = np.zeros((len(self.cells), self.generators))
+        sign_matrix = np.zeros((len(self.cells), self.generator_count))
         cell_indices = np.arange(len(self.cells))
         sign_matrix[cell_indices, self.cells[:, 0]] = 1
         sign_matrix[cell_indices, self.cells[:, 1]] = -1
         return sign_matrix
 
     @property
-    def games(self) -> np.ndarray:
+    def game_counts(self) -> np.ndarray:
         """Number of games of each cell, [C]."""
         return np.bincount(self.cell, minlength=len(self.cells)).astype(np.float64)
 
@@ -77,7 +77,7 @@ def fit(
     cell_scores: np.ndarray,
     game_counts: np.ndarray,
     signs: np.ndarray,
-    held: tuple[np.ndarray, np.ndarray] | None = None,
+    constraint: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Maximise the logistic quasi-likelihood of scores over strengths with mean 0.
 
@@ -85,20 +85,22 @@ def fit(
         cell_scores: sums [R, C] of the scores of each cell.
         game_counts: numbers [C] of games of each cell.
         signs: matrix [C, G] of `Design.signs`.
-        held: coefficients c [G] and values [R] of an additional constraint c . strength = value; None for no
-            constraint.
+        constraint: coefficients c [G] and values [R] of an additional constraint c . strength = value; None
+            for no constraint.
     Returns: strengths [R, G].
     """
     # Columns: the constraint that the mean is 0, and the additional constraint.
-    constraints = np.ones((signs.shape[1], 1)) if held is None else np.c_[np.ones(signs.shape[1]), held[0]]
+    constraints = (
+        np.ones((signs.shape[1], 1)) if constraint is None else np.c_[np.ones(signs.shape[1]), constraint[0]]
+    )
     # Basis [G, F] of the directions in which the constraints remain fulfilled: the left singular vectors
     # after the first ones, one for each constraint.
     free_directions = np.linalg.svd(constraints)[0][:, constraints.shape[1] :]
     # Strengths that fulfil the constraints
-    if held is None:
+    if constraint is None:
         start_strengths = np.zeros((len(cell_scores), signs.shape[1]))
     else:
-        constraint_coefficients, constraint_values = held
+        constraint_coefficients, constraint_values = constraint
         start_strengths = (
             constraint_values[:, None]
             * constraint_coefficients
@@ -153,10 +155,10 @@ def strengths(
     cell_membership = np.zeros((len(design.cell), len(design.cells)))  # [M, C]
     cell_membership[np.arange(len(design.cell)), design.cell] = 1
     cell_scores = scores @ cell_membership  # [R, C], sums of the scores of all games of a cell
-    game_counts = design.games
+    game_counts = design.game_counts
     signs = design.signs
     # Number of additional ties of each cell, a fraction of a game
-    added_ties = np.full(len(game_counts), (design.generators - 1) / len(game_counts))
+    added_ties = np.full(len(game_counts), (design.generator_count - 1) / len(game_counts))
     estimated_strengths = fit(cell_scores + added_ties / 2, game_counts + added_ties, signs)
     win_probabilities = expit(estimated_strengths @ signs.T)
     # [R, M]. The second term in the bracket is the influence of the additional ties. With it the residuals
@@ -166,9 +168,9 @@ def strengths(
     )
     min_variance = _MIN_VARIANCE * (scores != 0.5).mean(axis=1)  # [R]; ties carry no variance
     interval_ends = np.empty((2, *estimated_strengths.shape))
-    for generator_index in range(design.generators):
+    for generator_index in range(design.generator_count):
         # The product of this contrast and the strengths is the strength of generator k relative to the mean.
-        contrast = np.eye(design.generators)[generator_index] - 1 / design.generators
+        contrast = np.eye(design.generator_count)[generator_index] - 1 / design.generator_count
         accepted_limit = _largest_accepted(
             residuals, min_variance, estimated_strengths, design, contrast, confidence
         )
@@ -202,10 +204,10 @@ def _direction(
     # The games give no information on the mean of all strengths. A constant that is added to all entries
     # makes the matrix regular, and does not change the result for a contrast.
     mean_information = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
-    right_side = np.broadcast_to(contrast, strength_values.shape)[..., None]
+    right_hand_sides = np.broadcast_to(contrast, strength_values.shape)[..., None]
     # The inverse of the information times the contrast, [R, G]
     inverse_times_contrast = np.linalg.solve(
-        information + mean_information + 1e-14 * np.eye(len(contrast)), right_side
+        information + mean_information + 1e-14 * np.eye(len(contrast)), right_hand_sides
     )[..., 0]
     # The inverse of the efficient information is contrast . I^-1 contrast.
     variance = (inverse_times_contrast @ contrast)[:, None]
@@ -233,14 +235,14 @@ def _largest_accepted(
         contrast: coefficients [G] of the contrast.
         confidence: level of the interval, in 0..1.
     """
-    weights, information = _direction(estimated_strengths, design.games, design.signs, contrast)
+    weights, information = _direction(estimated_strengths, design.game_counts, design.signs, contrast)
     contributions = residuals * (weights @ design.signs.T)[:, design.cell]  # [R, M]
     independent_variance = (contributions**2).sum(axis=1)
     annotator_count = len(np.unique(design.annotator))
     prompt_count = len(np.unique(design.prompt))
     # Games with the same prompt are not independent, so games are always grouped by prompt.
     prompt_variance = _grouped_variance(contributions, design.prompt)
-    variance = prompt_variance
+    score_variance = prompt_variance
     degrees_of_freedom = np.full(len(contributions), prompt_count - 1.0)
     if annotator_count >= FEW:
         annotator_variance = _grouped_variance(contributions, design.annotator)
@@ -250,21 +252,23 @@ def _largest_accepted(
         )
         both_variance = _grouped_variance(contributions, combination_index)
         annotator_term = np.maximum(annotator_variance - both_variance, _TOGETHER * both_variance)
-        variance = prompt_variance + annotator_term
+        score_variance = prompt_variance + annotator_term
         # Satterthwaite's approximation of the degrees of freedom of a sum of two variances
         denominator = annotator_variance**2 * (annotator_term > 0) / (
             annotator_count - 1
         ) + prompt_variance**2 / (prompt_count - 1)
         degrees_of_freedom = np.clip(
-            variance**2 / denominator.clip(1e-300),
+            score_variance**2 / denominator.clip(1e-300),
             min(annotator_count, prompt_count) - 1,
             prompt_count - 1,
         )
     # If one generator won all games, the residuals have no variance, and the variance of the model is used.
     has_variance = independent_variance > 1e-9 * information
-    variance = np.where(has_variance, np.maximum(variance, min_variance * information), information)
+    score_variance = np.where(
+        has_variance, np.maximum(score_variance, min_variance * information), information
+    )
     accepted_limit: np.ndarray = (
-        student.ppf(0.5 + confidence / 2, degrees_of_freedom) ** 2 * variance / information
+        student.ppf(0.5 + confidence / 2, degrees_of_freedom) ** 2 * score_variance / information
     )
     return accepted_limit
 
@@ -359,7 +363,7 @@ class Game(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Results of one generator."""
+    """Points of one generator, and the counts of its games."""
 
     name: str  # name of the generator
     games: int  # number of games
@@ -411,9 +415,9 @@ class Leaderboard:
         """Return sentences that explain the results, for readers of a report."""
         sentences = []
         if self.groups:
-            average_over = "each group" if len(self.groups) > 1 else "all generators"
+            average_scope_text = "each group" if len(self.groups) > 1 else "all generators"
             sentences.append(
-                f"95 % intervals. Ties count half. The mean of {average_over} is {MEAN:g} points."
+                f"95 % intervals. Ties count half. The mean of {average_scope_text} is {MEAN:g} points."
             )
         if len(self.groups) > 1:
             sentences.append(
@@ -421,10 +425,12 @@ class Leaderboard:
                 " points of different groups cannot be compared."
             )
         if self.groups and self.annotators < FEW:
-            annotators = "this annotator" if self.annotators == 1 else f"these {self.annotators} annotators"
+            annotators_text = (
+                "this annotator" if self.annotators == 1 else f"these {self.annotators} annotators"
+            )
             sentences.append(
-                f"The intervals apply to {annotators} only. Add {FEW - self.annotators} or more annotators"
-                " for intervals that include the differences between annotators."
+                f"The intervals apply to {annotators_text} only. Add {FEW - self.annotators} or more"
+                " annotators for intervals that include the differences between annotators."
             )
         for group in self.groups:
             for standing in group:
@@ -466,8 +472,8 @@ def needs(n_games: int, n_prompts: int) -> str:
         (MIN_PROMPTS - n_prompts, "more prompt", "s or pairs"),
     ]
     phrases = [
-        f"{missing_count} {unit}{plural if missing_count > 1 else ''}"
-        for missing_count, unit, plural in requirements
+        f"{missing_count} {unit_name}{plural_unit if missing_count > 1 else ''}"
+        for missing_count, unit_name, plural_unit in requirements
         if missing_count > 0
     ]
     if not phrases:
@@ -544,7 +550,7 @@ def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
     # Scores of the first generator of the cell
     scores = np.array([0.5 if game.winner is None else float(game.winner == min(game[:2])) for game in games])
     # One leaderboard is one repetition, R = 1.
-    points, lo, hi = (MEAN + SCALE * result[0] for result in strengths(scores[None], design))
+    points, lo, hi = (MEAN + SCALE * estimate[0] for estimate in strengths(scores[None], design))
     generator_standings = [
         _standing(games, name, (points[i], lo[i], hi[i])) for name, i in index_of_name.items()
     ]

@@ -55,21 +55,21 @@ def cs_divergence(
         and min(len(x), len(y)) >= {"V": 1, "U": 2}[estimator]
     )
 
-    def log_mean(a: torch.Tensor, b: torch.Tensor, within: bool = False) -> torch.Tensor:
-        """Return log mean k(a, b); `within` is True if a and b are the same set."""
+    def log_mean(a: torch.Tensor, b: torch.Tensor, is_same_set: bool = False) -> torch.Tensor:
+        """Return log mean k(a, b); `is_same_set` is True if a and b are the same set."""
         # [m, n]. The expanded form |a|^2 - 2 a b + |b|^2 would lose precision for close points.
         squared_distances = (a[:, None] - b[None]).square().sum(2)
         exponents = -squared_distances / (2 * bandwidth**2)
         pair_count = squared_distances.numel()
-        if within and estimator == "U":
+        if is_same_set and estimator == "U":
             # The kernel of an embedding with itself is 1, which makes the mean too large.
             exponents = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
             pair_count = pair_count - len(a)
         return torch.logsumexp(exponents.flatten(), 0) - math.log(pair_count)
 
     # The sum over both orders is bitwise identical if the sets are exchanged.
-    between = log_mean(x, y) + log_mean(y, x)
-    return log_mean(x, x, within=True) + log_mean(y, y, within=True) - between
+    cross_terms = log_mean(x, y) + log_mean(y, x)
+    return log_mean(x, x, is_same_set=True) + log_mean(y, y, is_same_set=True) - cross_terms
 
 
 def median_distance(points: torch.Tensor) -> torch.Tensor:
@@ -103,29 +103,32 @@ def preference_loss(
     return loss
 
 
-def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor) -> torch.Tensor:
+def pair_loss_both_orders(
+    better_first_logits: torch.Tensor, worse_first_logits: torch.Tensor
+) -> torch.Tensor:
     """Compute the cross-entropy [P] of the pair head, averaged over both presentation orders.
 
     Args:
-        better_first: logits [P, 2] of the pair head for (better, worse), whose target is class 0.
-        worse_first: logits [P, 2] of the pair head for (worse, better), whose target is class 1.
+        better_first_logits: logits [P, 2] of the pair head for (better, worse), whose target is class 0.
+        worse_first_logits: logits [P, 2] of the pair head for (worse, better), whose target is class 1.
     """
-    return 0.5 * (_cross_entropy(better_first, 0) + _cross_entropy(worse_first, 1))
+    return 0.5 * (_cross_entropy(better_first_logits, 0) + _cross_entropy(worse_first_logits, 1))
 
 
 def pair_loss_drawn_order(
-    better_first: torch.Tensor, worse_first: torch.Tensor, generator: torch.Generator
+    better_first_logits: torch.Tensor, worse_first_logits: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Compute the cross-entropy [P] of the pair head for one presentation order of each pair, chosen at
-    random.
+    """Compute the cross-entropy [P] of the pair head for one random presentation order of each pair.
 
     Args:
-        better_first: logits [P, 2] of the pair head for (better, worse), whose target is class 0.
-        worse_first: logits [P, 2] of the pair head for (worse, better), whose target is class 1.
+        better_first_logits: logits [P, 2] of the pair head for (better, worse), whose target is class 0.
+        worse_first_logits: logits [P, 2] of the pair head for (worse, better), whose target is class 1.
         generator: random numbers, on the CPU.
     """
     # [P, 2]: losses of both presentation orders
-    order_losses = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)
+    order_losses = torch.stack(
+        [_cross_entropy(better_first_logits, 0), _cross_entropy(worse_first_logits, 1)], dim=1
+    )
     # [P, 1]; the orders are sampled on the CPU, so that they are the same on all devices.
     drawn_orders = torch.multinomial(torch.full((order_losses.shape[0], 2), 0.5), 1, generator=generator)
     return order_losses.gather(1, drawn_orders.to(order_losses.device)).squeeze(1)
@@ -136,7 +139,7 @@ def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:
     return -F.log_softmax(logits, dim=1)[:, target]  # [P]
 
 
-def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
+def margin_loss(better_scores: torch.Tensor, worse_scores: torch.Tensor) -> torch.Tensor:
     """Compute the loss -log sigmoid(better - worse) [P] of pairs.
 
     If the arguments are logarithms of strengths s, the loss is -log(s_better / (s_better + s_worse)).
@@ -145,10 +148,10 @@ def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
         difference of their logarithms.
 
     Args:
-        better: rewards [P] or logarithms of strengths [P] of the preferred samples.
-        worse: rewards [P] or logarithms of strengths [P] of the rejected samples.
+        better_scores: rewards [P] or logarithms of strengths [P] of the preferred samples.
+        worse_scores: rewards [P] or logarithms of strengths [P] of the rejected samples.
     """
-    return preference_loss(better - worse)
+    return preference_loss(better_scores - worse_scores)
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> torch.Tensor:
@@ -227,77 +230,87 @@ class PreferenceLoss:
 
     def __call__(
         self,
-        output: PairedOutput,
-        better: torch.Tensor,
-        worse: torch.Tensor,
+        network_output: PairedOutput,
+        better_indices: torch.Tensor,
+        worse_indices: torch.Tensor,
         *,
         pair_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        observed: torch.Tensor,
+        network_input: torch.Tensor,
         epoch: int,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
         """Compute the weighted loss terms of labelled pairs, by name.
 
         Args:
-            output: output of the network for N samples.
-            better: index of the preferred sample of each pair, int64 [P].
-            worse: index of the rejected sample of each pair, int64 [P].
+            network_output: output of the network for N samples.
+            better_indices: index of the preferred sample of each pair, int64 [P].
+            worse_indices: index of the rejected sample of each pair, int64 [P].
             pair_logits: pair head of the network, a function of two batches of embeddings.
-            observed: input of the network [N, ...], which is compared with its reconstruction.
+            network_input: input of the network [N, ...], which is compared with its reconstruction.
             epoch: index of the epoch, from 0.
             generator: random numbers of the presentation orders.
         """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.pairs:
-            better_embedding = output.embedding[better]
-            worse_embedding = output.embedding[worse]
-            better_first = pair_logits(better_embedding, worse_embedding)
-            worse_first = pair_logits(worse_embedding, better_embedding)
+            better_embedding = network_output.embedding[better_indices]
+            worse_embedding = network_output.embedding[worse_indices]
+            better_first_logits = pair_logits(better_embedding, worse_embedding)
+            worse_first_logits = pair_logits(worse_embedding, better_embedding)
             if epoch >= w.drawn_from_epoch:
-                pair_losses = pair_loss_drawn_order(better_first, worse_first, generator)
+                pair_losses = pair_loss_drawn_order(better_first_logits, worse_first_logits, generator)
             else:
-                pair_losses = pair_loss_both_orders(better_first, worse_first)
+                pair_losses = pair_loss_both_orders(better_first_logits, worse_first_logits)
             terms["pairs"] = w.pairs * pair_losses.mean()
         # The rewards and strengths below do not depend on a presentation order.
         if w.scalar:
-            terms["scalar"] = w.scalar * margin_loss(output.scalar[better], output.scalar[worse]).mean()
+            terms["scalar"] = (
+                w.scalar
+                * margin_loss(
+                    network_output.scalar[better_indices], network_output.scalar[worse_indices]
+                ).mean()
+            )
         if w.bradley_terry:
             terms["bradley_terry"] = (
-                w.bradley_terry * margin_loss(output.log_strength[better], output.log_strength[worse]).mean()
+                w.bradley_terry
+                * margin_loss(
+                    network_output.log_strength[better_indices], network_output.log_strength[worse_indices]
+                ).mean()
             )
         # L2 norm of all strengths of the batch. As in the paper's code it is detached: it is logged, and has
         # no gradient.
         if w.strength:
-            terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
+            terms["strength"] = w.strength * network_output.log_strength.detach().exp().norm()
         # The network returns a reconstruction only if it was requested.
-        if w.reconstruction and output.reconstruction is not None:
+        if w.reconstruction and network_output.reconstruction is not None:
             terms["reconstruction"] = (
-                w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
+                w.reconstruction * reconstruction_loss(network_output.reconstruction, network_input).mean()
             )
         return terms
 
-    def unpaired(self, shapes: UnpairedOutput) -> dict[str, torch.Tensor]:
+    def unpaired(self, unpaired_output: UnpairedOutput) -> dict[str, torch.Tensor]:
         """Compute the weighted loss terms of labels of single shapes, by name.
 
-        They are "regression" = w mean (reward - target)^2 and "divergence" = -w D, where D is the
-        Cauchy-Schwarz divergence between the embeddings of preferred shapes and of all other shapes. D is no
-        mean over samples, so its inputs contain the shapes of all processes.
+        The terms are "regression" = w mean (reward - target)^2 and "divergence" = -w D, where D is the
+        Cauchy-Schwarz divergence between the embeddings of preferred shapes and of all other shapes. D is not
+        a mean over samples, so its inputs contain the shapes of all processes.
 
-        Args: shapes: inputs of the terms.
+        Args: unpaired_output: inputs of the terms.
         """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.regression:
-            terms["regression"] = w.regression * (shapes.scalar - shapes.target).square().mean()
+            terms["regression"] = (
+                w.regression * (unpaired_output.scalar - unpaired_output.target).square().mean()
+            )
         if w.divergence:
-            preferred_set = shapes.embedding[shapes.preferred]
-            other_set = shapes.embedding[~shapes.preferred]
+            preferred_embeddings = unpaired_output.embedding[unpaired_output.preferred]
+            other_embeddings = unpaired_output.embedding[~unpaired_output.preferred]
             # The largest possible value of D. Embeddings of length 1 have a squared distance of at most 4, so
             # log mean k is between -2 / bandwidth^2 and 0, and D contains -2 log mean k(x, y).
-            bound = 4 / shapes.bandwidth**2
+            bound = 4 / unpaired_output.bandwidth**2
             # Because of the minus sign, training increases the divergence.
             terms["divergence"] = -w.divergence * cs_divergence(
-                preferred_set, other_set, shapes.bandwidth
+                preferred_embeddings, other_embeddings, unpaired_output.bandwidth
             ).clamp(max=bound)
         return terms

@@ -148,7 +148,12 @@ class AnnotationOptions:
         below=0.5,
     )
     seed: int = knob(0, "Random seed of the pairing and of the noise of the labels.", "Judgement", low=0)
-    batch: int = knob(16, "Number of samples that are generated at once.", "General", low=1)
+    batch: int = knob(
+        16,
+        "Number of samples that are generated at once. Reduce it if the memory does not suffice.",
+        "General",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         check_knobs(self)

@@ -53,16 +53,16 @@ class Annotation:
         """Utilities [S] of all seeds, in the order of `evaluations`."""
         return np.array([evaluation.total for evaluation in self.evaluations.values()])
 
-    def preferences(self, generator: str) -> list[Preference]:
-        """Return the labels of pairs in the open format.
+    def preferences(self, generator_hash: str) -> list[Preference]:
+        """Return the labels of pairs in the format of `eg3d_rlhf.preferences.labels`.
 
-        They contain no time, so equal options give equal bytes. The field "gap" in the extra fields of a
-        label is the difference of the volume errors of both shapes.
+        The labels contain no time, so equal options give equal bytes. The field "gap" in `extra` of a label
+        is the difference of the volume errors of both shapes.
 
-        Args: generator: hash of the network that generated the shapes.
+        Args: generator_hash: hash of the network that generated the shapes.
         """
         # Fields that are the same in all labels
-        common_fields: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
+        common_fields: dict[str, Any] = {"generator": generator_hash, "psi": PSI, "annotator": ANNOTATOR}
         preferences = []
         for label in self.labels:
             volume_error_gap = abs(
@@ -79,7 +79,7 @@ class Annotation:
             )
         return preferences
 
-    def unpaired(self, generator: str, shuffled: bool = False) -> list[UnpairedPreference]:
+    def unpaired(self, generator_hash: str, shuffle_labels: bool = False) -> list[UnpairedPreference]:
         """Return labels of single shapes, from the ranks of their noisy utilities.
 
         The noisy utility is utility + temperature * Gumbel noise. The difference of two Gumbel variables is
@@ -88,8 +88,9 @@ class Annotation:
         these two ranks.
 
         Args:
-            generator: hash of the network that generated the shapes.
-            shuffled: True to assign the labels to shapes at random; this control has no learnable signal.
+            generator_hash: hash of the network that generated the shapes.
+            shuffle_labels: True to assign the labels to shapes at random; this control has no learnable
+                signal.
         """
         # A separate stream of random numbers (3), so that labels of pairs do not change.
         rng = np.random.default_rng([self.options.seed, 3])
@@ -105,11 +106,11 @@ class Annotation:
 
         noisy_scores = rank_scores(noisy_utilities)
         clean_scores = rank_scores(utilities)
-        noisy_scores = rng.permutation(noisy_scores) if shuffled else noisy_scores
+        noisy_scores = rng.permutation(noisy_scores) if shuffle_labels else noisy_scores
         common_fields: dict[str, Any] = {
-            "generator": generator,
+            "generator": generator_hash,
             "psi": PSI,
-            "annotator": ANNOTATOR + ("-shuffled" * shuffled),
+            "annotator": ANNOTATOR + ("-shuffled" * shuffle_labels),
         }
         labels = [
             UnpairedPreference(
@@ -192,7 +193,7 @@ def evaluate_seeds(
     *,
     resolution: int = RESOLUTION,
     psi: float = PSI,
-    batch: int = 16,
+    batch_size: int = 16,
 ) -> Iterator[Utility]:
     """Evaluate samples of a generator against their ground-truth heads. Yield the evaluations in order.
 
@@ -201,7 +202,7 @@ def evaluate_seeds(
         seeds: seeds of the samples.
         resolution: number of voxels per axis of the grid on which shapes are evaluated.
         psi: truncation of the samples; the ground truth always belongs to the untruncated latent.
-        batch: number of samples that are generated at once.
+        batch_size: number of samples that are generated at once.
     Raises: ValueError for a generator whose samples have no ground-truth heads.
     """
     if not has_ground_truth_heads(generator):
@@ -211,11 +212,11 @@ def evaluate_seeds(
             f" numbers and {generator.bounds}. Pass a generator that was trained on synthetic:people64, or"
             " collect labels from people."
         )
-    for start in range(0, len(seeds), batch):
-        batch_seeds = seeds[start : start + batch]
-        ground_truths = people_mesh.ground_truth_grids(latents(batch_seeds, generator.z_dim), resolution)
-        shapes = shape_values(generator.field(ws_of_seeds(generator, batch_seeds, psi)), resolution)
-        yield from map(utility, shapes, ground_truths)
+    for start in range(0, len(seeds), batch_size):
+        batch_seeds = seeds[start : start + batch_size]
+        truth_grids = people_mesh.ground_truth_grids(latents(batch_seeds, generator.z_dim), resolution)
+        shape_grids = shape_values(generator.field(ws_of_seeds(generator, batch_seeds, psi)), resolution)
+        yield from map(utility, shape_grids, truth_grids)
 
 
 def annotate(
@@ -245,7 +246,7 @@ def annotate(
     evaluation_of_seed: dict[int, Utility] = {}
     for seed, evaluation in zip(
         seeds,
-        evaluate_seeds(generator, seeds, resolution=options.resolution, batch=options.batch),
+        evaluate_seeds(generator, seeds, resolution=options.resolution, batch_size=options.batch),
         strict=True,
     ):
         evaluation_of_seed[seed] = evaluation
@@ -259,7 +260,7 @@ def annotate(
     index_pairs = (
         blocks_of_pairs(options.pairs, options.block, rng)
         if pairs is None
-        else [(index_of_seed[first], index_of_seed[second]) for first, second in pairs]
+        else [(index_of_seed[first_seed], index_of_seed[second_seed]) for first_seed, second_seed in pairs]
     )
     if temperature is None:
         temperature = solve_temperature(utilities, index_pairs, options.flip_rate)

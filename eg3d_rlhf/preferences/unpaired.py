@@ -125,7 +125,7 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
     has_pairs = path.suffix == ".csv"
     if not has_pairs and path.is_file():
         # Only labels of pairs have a winner. An empty file has no first record.
-        first_record = next((record for _, record in read_jsonl(path)), {})
+        first_record = next((label_record for _, label_record in read_jsonl(path)), {})
         has_pairs = "winner" in first_record
     if has_pairs:
         return from_pairs(load_labels(path))
@@ -147,28 +147,28 @@ def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Pa
     return path
 
 
-def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
+def _parse(label_record: Mapping[str, Any]) -> UnpairedPreference:
     """Create a label from a record.
 
     Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
     """
-    if record.get("seed") is None:
+    if label_record.get("seed") is None:
         raise ValueError("the field seed is missing. Add the seed with which the shape was generated.")
     return UnpairedPreference(
-        seed=parse_seed(record["seed"], "seed"),
-        label=_parse_truth(record, "label"),
-        score=parse_number(record, "score"),
-        clean=_parse_truth(record, "clean"),
-        **common_fields(record, FIELDS),
+        seed=parse_seed(label_record["seed"], "seed"),
+        label=_parse_truth(label_record, "label"),
+        score=parse_number(label_record, "score"),
+        clean=_parse_truth(label_record, "clean"),
+        **common_fields(label_record, FIELDS),
     )
 
 
-def _parse_truth(record: Mapping[str, Any], name: str) -> bool | None:
+def _parse_truth(label_record: Mapping[str, Any], name: str) -> bool | None:
     """Return the field `name` as a truth value, or None if it is missing.
 
     Raises: ValueError for a value that is neither 1, 0, true nor false.
     """
-    field_value = record.get(name)
+    field_value = label_record.get(name)
     # In Python, True == 1 and False == 0, so true and false are accepted, too.
     if field_value not in (None, 0, 1):
         raise ValueError(
@@ -193,15 +193,17 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     first_label_of_shape: dict[tuple[str, int], Preference] = {}
     for label in labels:
         for seed, has_won in ((label.winner, True), (label.loser, False)):
-            shape = (label.generator or "", seed)
-            first_label_of_shape.setdefault(shape, label)
+            shape_key = (label.generator or "", seed)
+            first_label_of_shape.setdefault(shape_key, label)
             # The entry exists also for a shape that has only ties.
-            outcomes_of_shape[shape] |= set() if label.tie else {has_won}
-    mixed_shapes = [shape for shape, shape_outcomes in outcomes_of_shape.items() if len(shape_outcomes) == 2]
+            outcomes_of_shape[shape_key] |= set() if label.tie else {has_won}
+    mixed_shapes = [
+        shape_key for shape_key, shape_outcomes in outcomes_of_shape.items() if len(shape_outcomes) == 2
+    ]
     # Shapes with results of one kind only
     is_preferred_of_shape = {
-        shape: next(iter(shape_outcomes))
-        for shape, shape_outcomes in outcomes_of_shape.items()
+        shape_key: next(iter(shape_outcomes))
+        for shape_key, shape_outcomes in outcomes_of_shape.items()
         if len(shape_outcomes) == 1
     }
     if mixed_shapes:
@@ -213,11 +215,11 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
         strength_of_shape = dict(zip(fitted_strengths.items, fitted_strengths.strength, strict=True))
         # Quantiles that bound the middle fifth of these shapes
         middle_start, middle_end = np.quantile(
-            [strength_of_shape[shape] for shape in mixed_shapes], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2]
+            [strength_of_shape[shape_key] for shape_key in mixed_shapes], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2]
         )
-        for shape in mixed_shapes:
-            if not middle_start <= strength_of_shape[shape] <= middle_end:
-                is_preferred_of_shape[shape] = strength_of_shape[shape] > middle_end
+        for shape_key in mixed_shapes:
+            if not middle_start <= strength_of_shape[shape_key] <= middle_end:
+                is_preferred_of_shape[shape_key] = strength_of_shape[shape_key] > middle_end
     return [
         UnpairedPreference(
             seed=seed,
@@ -231,15 +233,15 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
 
 
 def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Preference]:
-    """Form random pairs of a preferred shape and another shape, with each shape in at most one pair.
+    """Form random pairs of a preferred shape and one that is not preferred. No shape is in two pairs.
 
-    They serve to measure the accuracy if there are no labels of pairs. Shapes with contradictory labels are
-    left out.
+    The accuracy of a reward is measured on these pairs if there are no labels of pairs. Shapes with
+    contradictory labels are left out.
 
     Args:
         labels: labels of single shapes.
         seed: seed of the random pairing.
-    Raises: ValueError if no shape is preferred, or if all shapes are preferred.
+    Raises: ValueError if, without the contradictory labels, no shape is preferred or all shapes are.
     """
     # A separate stream of random numbers: the number 1 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 1])
@@ -250,7 +252,8 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
     if not good_seeds or not bad_seeds:
         raise ValueError(
             "unpaired labels: expected labels of preferred shapes and of shapes that are not preferred, got"
-            f" {len(good_labels)} preferred shapes and {len(bad_labels)} other shapes. Label more shapes."
+            f" {len(good_seeds)} preferred shapes and {len(bad_seeds)} other shapes (shapes whose labels"
+            " contradict each other are left out). Label more shapes."
         )
     winners = rng.permutation(sorted(good_seeds)).tolist()
     losers = rng.permutation(sorted(bad_seeds)).tolist()
@@ -279,14 +282,14 @@ def unpaired_source(path: Path, seed: int = 0) -> LabelSource:
     )
 
 
-def _clean_winner(first: UnpairedPreference, second: UnpairedPreference) -> int | None:
+def _clean_winner(first_label: UnpairedPreference, second_label: UnpairedPreference) -> int | None:
     """Return the seed of the shape that an annotator without noise prefers.
 
     Return None if a label does not state this, or if both shapes are equally good.
     """
-    if first.clean is None or second.clean is None or first.clean == second.clean:
+    if first_label.clean is None or second_label.clean is None or first_label.clean == second_label.clean:
         return None
-    return first.seed if first.clean else second.seed
+    return first_label.seed if first_label.clean else second_label.seed
 
 
 def split_unpaired(

@@ -599,7 +599,7 @@ def _step(
                 better_indices,
                 worse_indices,
                 pair_logits=state.model.pair_logits,
-                observed=pair_observations,
+                network_input=pair_observations,
                 epoch=state.epoch,
                 generator=generator,
             )

@@ -495,9 +495,9 @@ def collect_observations(
     reference_seed_list: Sequence[int] = ()
     if reference_count:
         # Seeds of labelled shapes are not used for reference samples.
-        reference_seed_list = reference_seeds(reference_count, settings.fractions, exclude=labelled_seeds)[
-            "train"
-        ]
+        reference_seed_list = reference_seeds(
+            reference_count, settings.fractions, unusable_seeds=labelled_seeds
+        )["train"]
     if shape_keys:
         store_by_generator = {}
         for generator in generators:

@@ -267,7 +267,7 @@ def ratings(m: Maker) -> dict:
         judged = [Judgement(str(i), str(j), words[r]) for i, j, r in rows.tolist()]
         init = torch.arange(methods).double() * 30
         kept = {str(k): float(init[k]) for k in range(held)} or None
-        rating = elo(judged, held=kept, resamples=0)
+        rating = elo(judged, given_ratings=kept, resample_count=0)
         made = torch.tensor([rating.ratings[str(k)].elo for k in range(methods)], dtype=torch.float64)
         m.add({"comparisons": rows, "elo": made}, f"{name}/")
         if held:

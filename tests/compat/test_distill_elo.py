@@ -21,7 +21,7 @@ def rated(name: str, **options) -> tuple[np.ndarray, dict, bool]:
     # the others have moved
     held = {str(k): float(start) for k, (start, end) in enumerate(starts) if start == end} or None
     judgements = [Judgement(str(i), str(j), RESULT[int(result)]) for i, j, result in compared]
-    rating = elo(judgements, held=held, resamples=0, **options)
+    rating = elo(judgements, given_ratings=held, resample_count=0, **options)
     return (
         np.array([rating.ratings[str(k)].elo for k in range(len(rating.ratings))]),
         reference,
@@ -54,7 +54,7 @@ def test_ratings(name):
 )
 def test_davidsons_ties_keep_the_order_of_methods_far_apart(name):
     both, *_ = rated(name)
-    davidson, *_ = rated(name, draws="davidson")
+    davidson, *_ = rated(name, tie_rule="davidson")
     far = np.abs(np.subtract.outer(both, both)) > 60
     assert (np.sign(np.subtract.outer(both, both)) == np.sign(np.subtract.outer(davidson, davidson)))[
         far

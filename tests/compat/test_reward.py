@@ -301,7 +301,9 @@ def combined(model, slabs, reconstruct, epoch=0, seed=0, weights=WEIGHTS):
     index = torch.tensor([0]), torch.tensor([1])
     generator = torch.Generator().manual_seed(seed)
     loss = losses.PreferenceLoss(weights)
-    return loss(out, *index, pair_logits=model.pair_logits, observed=slabs, epoch=epoch, generator=generator)
+    return loss(
+        out, *index, pair_logits=model.pair_logits, network_input=slabs, epoch=epoch, generator=generator
+    )
 
 
 # our names of the terms, and those of the published code

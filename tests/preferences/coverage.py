@@ -132,8 +132,10 @@ class Games:
             np.add.at(met, (d.cell, d.annotator), 1)
             apart = apart + np.swapaxes(people[:, :, first] - people[:, :, second], 1, 2)  # [S, C, A]
         win, tie = _outcomes(apart[..., None] + spread * _NODES, self.ties)
-        score = (((win + tie / 2) @ _WEIGHTS) * met / met.sum(axis=1, keepdims=True)).sum(axis=-1) * d.games
-        return fit(score, d.games, d.signs)
+        score = (((win + tie / 2) @ _WEIGHTS) * met / met.sum(axis=1, keepdims=True)).sum(
+            axis=-1
+        ) * d.game_counts
+        return fit(score, d.game_counts, d.signs)
 
 
 def _outcomes(difference: np.ndarray, ties: float) -> tuple[np.ndarray, np.ndarray]:

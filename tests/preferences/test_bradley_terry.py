@@ -25,23 +25,25 @@ def gap(tournament) -> float:
 
 
 def test_two_methods_have_the_log_odds_in_elo():
-    assert gap(elo(of(30, 10), resamples=0)) == pytest.approx(400 * math.log10(3))
+    assert gap(elo(of(30, 10), resample_count=0)) == pytest.approx(400 * math.log10(3))
     # draws win for both
-    assert gap(elo(of(30, 10, 20), resamples=0)) == pytest.approx(400 * math.log10(50 / 30))
-    assert gap(elo(of(30, 10, 20), draws="davidson", resamples=0)) == pytest.approx(400 * math.log10(3))
-    assert sum(r.elo for r in elo(of(30, 10), resamples=0).ratings.values()) == pytest.approx(2000)
+    assert gap(elo(of(30, 10, 20), resample_count=0)) == pytest.approx(400 * math.log10(50 / 30))
+    assert gap(elo(of(30, 10, 20), tie_rule="davidson", resample_count=0)) == pytest.approx(
+        400 * math.log10(3)
+    )
+    assert sum(r.elo for r in elo(of(30, 10), resample_count=0).ratings.values()) == pytest.approx(2000)
 
 
 def test_held_ratings_stay_and_new_ones_are_relative_to_them():
-    tournament = elo(of(30, 10), held={"y": 1270.0}, resamples=50)
+    tournament = elo(of(30, 10), given_ratings={"y": 1270.0}, resample_count=50)
     assert (
         tournament.ratings["y"].elo == 1270.0
         and tournament.ratings["y"].lo == tournament.ratings["y"].hi == 1270.0
     )
     assert tournament.ratings["x"].elo == pytest.approx(1270 + 400 * math.log10(3))
     assert tournament.ratings["x"].lo < tournament.ratings["x"].elo < tournament.ratings["x"].hi
-    with raising("held"):
-        elo(of(3, 1), held={"x": 1.0, "y": 2.0})
+    with raising("given_strengths"):
+        elo(of(3, 1), given_ratings={"x": 1.0, "y": 2.0})
 
 
 def write(path: Path, records) -> Path:

@@ -67,7 +67,8 @@ def test_reference_seeds_are_the_papers_and_avoid_labelled_seeds():
     assert seeds["train"][0] == 100000 and seeds["test"][-1] == 100999
     assert (
         100005
-        not in reference_seeds(10, exclude=[100005])["train"] + reference_seeds(10, exclude=[100005])["val"]
+        not in reference_seeds(10, unusable_seeds=[100005])["train"]
+        + reference_seeds(10, unusable_seeds=[100005])["val"]
     )
 
 

@@ -97,7 +97,7 @@ def test_strength_norm_carries_no_gradient():
         losses.LossWeights(pairs=0, scalar=0, bradley_terry=0, strength=1, reconstruction=0)
     )
     output = SimpleNamespace(log_strength=x)
-    value = alone(output, x, x, pair_logits=None, observed=None, epoch=0, generator=None)["strength"]
+    value = alone(output, x, x, pair_logits=None, network_input=None, epoch=0, generator=None)["strength"]
     assert not value.requires_grad
     assert float(value) == pytest.approx(math.e * math.sqrt(3))
 

@@ -38,7 +38,7 @@ def check_address(address: str) -> str:
 
 
 def login_link(address: str, token: str) -> str:
-    """Return the login link of a token.
+    """Return the link that logs in the annotator who has a token.
 
     Args:
         address: address of the server, see `check_address`; "" if it is not known. The link is then a path on
@@ -58,8 +58,8 @@ def qr_code(link: str, error_correction: str = "m") -> Any:
 
     Args:
         link: text to encode.
-        error_correction: level of error correction of the QR standard, from low to high: "l", "m", "q" or
-            "h".
+        error_correction: level of error correction of the QR standard: "l", "m", "q" or "h", in ascending
+            order. A higher level makes the code larger, and readable if more of it is damaged.
     """
     # segno belongs to the optional dependencies [label]. It is imported here, so that --help works without
     # it.

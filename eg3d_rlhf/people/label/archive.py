@@ -56,8 +56,8 @@ FORMAT = 1  # version of the JSON lines; a file of another version is rejected
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Description of the records of one kind, and of the table that contains their rows."""
+class RecordKind:
+    """One kind of records in an exported file, and the database table that contains their rows."""
 
     table: Table  # table of the database
     # Column by which other records refer to a row. Records refer to a judgement by this column and the
@@ -69,11 +69,11 @@ class Kept:
 
 
 # Kind of record -> its description. A kind comes after the kinds to which it refers.
-KEPT = {
-    "shape": Kept(shapes, "asset", {}),
-    "pair": Kept(pairs, "position", {"first_id": "shape", "second_id": "shape"}),
-    "assignment": Kept(assignments, "token", {"annotator_id": "annotator", "pair_id": "pair"}),
-    "judgement": Kept(
+RECORD_KINDS = {
+    "shape": RecordKind(shapes, "asset", {}),
+    "pair": RecordKind(pairs, "position", {"first_id": "shape", "second_id": "shape"}),
+    "assignment": RecordKind(assignments, "token", {"annotator_id": "annotator", "pair_id": "pair"}),
+    "judgement": RecordKind(
         judgements,
         "key",
         {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"},
@@ -81,7 +81,7 @@ KEPT = {
 }
 # Columns that are not exported, because they describe leases, or `_Import.settle` computes them from the
 # records.
-STATE = {"takes_back", "answered", "leased", "taken"}
+UNEXPORTED_COLUMNS = {"takes_back", "answered", "leased", "taken"}
 
 
 def export_judgements(store: Store, path: str | Path, campaign: str | None = None) -> Path:
@@ -128,7 +128,7 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
     names_by_kind: dict[str, dict] = {
         "annotator": {annotator.id: annotator.name for annotator in all_annotators}
     }
-    for record_kind, table_description in KEPT.items():
+    for record_kind, table_description in RECORD_KINDS.items():
         table_rows = list(
             connection.execute(
                 select(table_description.table)
@@ -154,9 +154,9 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
         for table_row in table_rows:
             # Numeric ids are valid in this database only, so they are left out or replaced by names.
             column_values = {
-                column: value
-                for column, value in table_row._mapping.items()
-                if column != "id" and not column.endswith("_id") and column not in STATE
+                column: column_value
+                for column, column_value in table_row._mapping.items()
+                if column != "id" and not column.endswith("_id") and column not in UNEXPORTED_COLUMNS
             }
             link_names = {
                 column.removesuffix("_id"): names_by_kind[linked_kind].get(table_row._mapping[column])
@@ -166,8 +166,9 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
 
 
 def import_judgements(store: Store, path: str | Path) -> int:
-    """Add the records of an exported file to a store, in one transaction. Records that it has already are
-    skipped.
+    """Add the records of an exported file to a store, in one transaction.
+
+    Records that the store already contains are skipped.
 
     Args:
         store: store to which the records are added.
@@ -250,7 +251,7 @@ class _Import:
         self.kind: tuple[str, str] | None = None  # (kind, campaign) of the waiting rows
 
     def add(self, record: dict) -> None:
-        """Add one record.
+        """Add one record of the file to the store, or collect it until `_write` inserts it.
 
         Raises:
             ValueError: the kind is unknown, a field is missing, or a value is invalid.
@@ -259,7 +260,7 @@ class _Import:
         add_methods = {
             "campaign": self._add_campaign,
             "annotator": self._add_annotator,
-            **dict.fromkeys(KEPT, self._add_row),
+            **dict.fromkeys(RECORD_KINDS, self._add_row),
         }
         if record_kind not in add_methods:
             raise ValueError(
@@ -273,7 +274,7 @@ class _Import:
             ) from None
 
     def settle(self) -> None:
-        """Insert the waiting rows, and compute the columns of STATE of the imported campaigns."""
+        """Insert the waiting rows, and compute the columns UNEXPORTED_COLUMNS of the imported campaigns."""
         self._write()
         undos = judgements.alias("back")
         is_undone = select(undos.c.id).where(undos.c.takes_back == judgements.c.id).exists()
@@ -372,7 +373,7 @@ class _Import:
         """
         record_kind = record["record"]
         campaign_name = record["campaign"]
-        table_description = KEPT[record_kind]
+        table_description = RECORD_KINDS[record_kind]
         linked_ids: dict[str, Any] = {}  # column -> id of the row to which it refers
         for column, linked_kind in table_description.links.items():
             linked_name = (
@@ -413,52 +414,60 @@ class _Import:
             reject_held_out_seeds([record["seed"]], f"campaign {campaign_name}")
         self.new += record_kind == "judgement"
 
-    def _id(self, kind: str, campaign_name: str, row_name) -> int:
+    def _id(self, record_kind: str, campaign_name: str, row_name) -> int:
         """Return the id of the row to which a record refers.
 
         Raises:
             ValueError: the file does not contain the row before this record.
         """
         # An undo may refer to a judgement that is still waiting.
-        if (kind, campaign_name) == self.kind and row_name in self.waiting:
+        if (record_kind, campaign_name) == self.kind and row_name in self.waiting:
             self._write()
-        ids = self.annotators if kind == "annotator" else self._row_ids(kind, campaign_name)
+        ids = self.annotators if record_kind == "annotator" else self._row_ids(record_kind, campaign_name)
         if row_name not in ids:
             # the name of a judgement is (id of the annotator, key), of which the key is in the file
             shown_name = row_name[1] if isinstance(row_name, tuple) else row_name
             raise ValueError(
-                f"the file has no {kind} {shown_name!r} before this record, which refers to it. Export the"
-                " campaign again."
+                f"the file has no {record_kind} {shown_name!r} before this record, which refers to it. Export"
+                " the campaign again."
             )
         return ids[row_name]
 
-    def _row_ids(self, kind: str, campaign: str) -> dict:
-        """Return name -> id of a campaign's rows of one kind, which the first call reads from the store."""
-        if (kind, campaign) not in self.ids:
+    def _row_ids(self, record_kind: str, campaign: str) -> dict:
+        """Return a dict that maps the names of a campaign's rows of one kind to their ids in the store.
+
+        The first call for a campaign and a kind reads the ids from the store.
+
+        Raises:
+            ValueError: the file does not contain the campaign before this record.
+        """
+        if (record_kind, campaign) not in self.ids:
             if campaign not in self.campaigns:
                 raise ValueError(
                     f"the file has no campaign {campaign!r} before this record, which belongs to it. Export"
                     " the campaign again."
                 )
-            table_columns = KEPT[kind].table.c
+            table_columns = RECORD_KINDS[record_kind].table.c
             selected_columns = (
                 table_columns.id,
-                table_columns[KEPT[kind].name],
-                *([table_columns.annotator_id] if kind == "judgement" else []),
+                table_columns[RECORD_KINDS[record_kind].name],
+                *([table_columns.annotator_id] if record_kind == "judgement" else []),
             )
             id_rows = self.connection.execute(
                 select(*selected_columns).where(table_columns.campaign_id == self.campaigns[campaign])
             )
-            self.ids[kind, campaign] = {
-                (annotator[0], row_name) if annotator else row_name: row_id
-                for row_id, row_name, *annotator in id_rows
+            self.ids[record_kind, campaign] = {
+                (annotator_ids[0], row_name) if annotator_ids else row_name: row_id
+                for row_id, row_name, *annotator_ids in id_rows
             }
-        return self.ids[kind, campaign]
+        return self.ids[record_kind, campaign]
 
     def _write(self) -> None:
         """Insert the waiting rows, and store their ids."""
         if self.waiting and self.kind is not None:
-            row_ids = insert_all(self.connection, KEPT[self.kind[0]].table, list(self.waiting.values()))
+            row_ids = insert_all(
+                self.connection, RECORD_KINDS[self.kind[0]].table, list(self.waiting.values())
+            )
             self._row_ids(*self.kind).update(zip(self.waiting, row_ids, strict=True))
             self.waiting = {}
 
@@ -554,7 +563,7 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
     Args:
         store: store that contains the labels.
         path: CSV file.
-        filters: arguments of `LabelFilters`.
+        filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
 
     Raises:
         ValueError: no label except ties passes the filters.
@@ -572,7 +581,7 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
 
 
 def _answer_all(connection: Connection, common_columns: dict, pair_ids: list[int], now: float) -> None:
-    """Insert an answered assignment for each pair, in which the first shape of the pair is preferred.
+    """Insert an assignment for each pair, and an answer to it that prefers the first shape of the pair.
 
     Args:
         connection: connection with a write transaction.

@@ -38,8 +38,8 @@ LEASE_SECONDS = 30 * 60  # time without a request after which an unanswered assi
 RENEW_SECONDS = 60  # smallest age of a lease that is renewed; renewing younger leases would only cost writes
 RELEASE_AT_ONCE = 500  # largest number of assignments that one write transaction releases
 KINDS = (Kind.PAIR, Kind.REPEAT, Kind.SWAP, Kind.GOLD)  # a timetable stores indices into this tuple
-# Test of a pair. `is_ready` is True if both shapes are prepared; `has_failed` is True if a shape can never be
-# prepared.
+# Test of a pair. A `readiness_test` returns True if both shapes are prepared, and a `failure_test` if one of
+# them can never be prepared.
 PairTest = Callable[[StoredPair], bool]
 PAIR = Kind.PAIR.value
 TRAINING = Kind.TRAINING.value
@@ -135,12 +135,14 @@ FREE_FOR_ANNOTATOR = select(pairs.c.id).where(WITH_FREE_SLOT, not_(ASSIGNED_BEFO
 
 
 class Timetable:
-    """Kinds of an annotator's trials, by position. Positions are counted from 0, without practice pairs.
+    """Plan that states for each trial of an annotator whether it is a new pair, a repeat or a gold check.
 
-    The kinds are decided in advance, so that the number of trials can be computed. They look random: every
-    block of `gold_every` trials has one gold check at a random position. A trial is a repeat if the number of
-    repeats so far is below its share of the trials by more than a random threshold, and if a pair from more
-    than `repeat_gap` trials ago has not been repeated. The same holds for swaps.
+    The position of a trial is counted from 0, without practice pairs. The kinds of all trials are decided in
+    advance, so that the number of trials can be computed. They look random: every block of `gold_every`
+    trials has one gold check at a random position. A trial is a repeat if there were fewer repeats so far
+    than `repeat_share` of the trials, by more than a random threshold, and if a pair from more than
+    `repeat_gap` trials ago has not been repeated. The same rule, with `swap_share`, decides which trials are
+    repeats on swapped sides.
 
     If a planned repeat or gold check cannot be shown (all pairs that could be repeated were skipped, or no
     gold pair is prepared), a new pair is shown in its place, and the kinds of all other positions stay as
@@ -245,29 +247,29 @@ class Timetable:
 
 @lru_cache(maxsize=1000)
 def _timetable(*arguments) -> Timetable:
-    """Return the timetable with these arguments. Equal arguments give the same object."""
+    """Return the `Timetable` with these arguments. Equal arguments give the same object."""
     # The cache keeps the positions that were computed, since a timetable is extended in place.
     return Timetable(*arguments)
 
 
-def timetable(settings: CampaignSettings, annotator: str, gold_count: int) -> Timetable:
+def timetable(campaign_settings: CampaignSettings, annotator: str, gold_count: int) -> Timetable:
     """Return the timetable of an annotator.
 
     Args:
-        settings: settings of the campaign.
+        campaign_settings: settings of the campaign.
         annotator: name of the annotator.
         gold_count: number of gold pairs that can be shown.
     """
-    gold_every = settings.gold_every if gold_count else 0
+    gold_every = campaign_settings.gold_every if gold_count else 0
     # The number of gold pairs has an influence only if every trial is a gold check, because gold pairs are
     # shown again otherwise. Replacing it by 0 then keeps the cache small.
     gold_count = gold_count if gold_every == 1 else 0
     return _timetable(
-        settings.seed,
+        campaign_settings.seed,
         annotator,
-        settings.repeat_share,
-        settings.swap_share,
-        settings.repeat_gap,
+        campaign_settings.repeat_share,
+        campaign_settings.swap_share,
+        campaign_settings.repeat_gap,
         gold_every,
         gold_count,
     )
@@ -292,17 +294,17 @@ class Scheduler:
     annotator: str  # name of the annotator
     history: list[Trial]  # earlier assignments, in order of `sequence`
     last_sequence: int  # largest sequence number that was ever used; 0: none
-    is_ready: PairTest
-    has_failed: PairTest = lambda pair: False
+    readiness_test: PairTest
+    failure_test: PairTest = lambda pair: False
 
     def __post_init__(self):
         self.settings = self.plan.campaign.settings
 
-    def uniform(self, *key) -> float:
-        """Return a pseudo-random number in [0, 1) that depends on the seed, the annotator and `key` only."""
+    def uniform(self, *key_parts) -> float:
+        """Return a pseudo-random number in [0, 1), a hash of the seed, the annotator and `key_parts`."""
         # A random generator has a state. A hash has none, so the number can be computed again in any order
         # and process. 7 bytes are 56 bits, more than the 53 bits of a float's mantissa.
-        hash_input = "\x1f".join(str(part) for part in (self.settings.seed, self.annotator, *key))
+        hash_input = "\x1f".join(str(part) for part in (self.settings.seed, self.annotator, *key_parts))
         return int.from_bytes(hashlib.sha256(hash_input.encode()).digest()[:7], "big") / 2**56
 
     def next(self, window: Sequence[StoredPair]) -> Trial | None:
@@ -319,19 +321,19 @@ class Scheduler:
             practice_pairs = (
                 pair
                 for pair in self.plan.training
-                if pair.id not in assigned_ids and not self.has_failed(pair)
+                if pair.id not in assigned_ids and not self.failure_test(pair)
             )
             practice_pair = next(practice_pairs, None)
             if practice_pair is not None:
                 # the annotator waits for a practice pair that is not prepared yet
-                if not self.is_ready(practice_pair):
+                if not self.readiness_test(practice_pair):
                     return None
                 return self._on_random_sides(practice_pair, sequence, Kind.TRAINING)
         max_trials = self.settings.trials_per_annotator
         # If no new pair is left, there are no further repeats or gold checks either.
         if not window or (max_trials is not None and len(trials) >= max_trials):
             return None
-        gold_count = count_gold_pairs(self.plan, self.has_failed)
+        gold_count = count_gold_pairs(self.plan, self.failure_test)
         trial_kind = timetable(self.settings, self.annotator, gold_count).kind(len(trials))
         trial = None
         if trial_kind is Kind.GOLD:
@@ -345,10 +347,10 @@ class Scheduler:
         new_pair = min(window, key=lambda pair: self.uniform("order", pair.position))
         return self._on_random_sides(new_pair, sequence, Kind.PAIR)
 
-    def _on_random_sides(self, pair: StoredPair, sequence: int, kind: Kind) -> Trial:
+    def _on_random_sides(self, pair: StoredPair, sequence: int, trial_kind: Kind) -> Trial:
         """Make a trial whose first shape is on the left with probability one half."""
         return Trial(
-            pair=pair, sequence=sequence, kind=kind, first_is_left=self.uniform(sequence, "side") < 0.5
+            pair=pair, sequence=sequence, kind=trial_kind, first_is_left=self.uniform(sequence, "side") < 0.5
         )
 
     def _gold(self, trials: list[Trial], sequence: int) -> Trial | None:
@@ -360,7 +362,7 @@ class Scheduler:
         ready_pairs = [
             pair
             for pair in self.plan.gold
-            if self.is_ready(pair) and (self.settings.gold_every > 1 or pair.id not in shown_ids)
+            if self.readiness_test(pair) and (self.settings.gold_every > 1 or pair.id not in shown_ids)
         ]
         if not ready_pairs:
             return None
@@ -372,7 +374,7 @@ class Scheduler:
         )
         return self._on_random_sides(gold_pair, sequence, Kind.GOLD)
 
-    def _repeat(self, kind: Kind, trials: list[Trial], sequence: int) -> Trial | None:
+    def _repeat(self, repeat_kind: Kind, trials: list[Trial], sequence: int) -> Trial | None:
         """Choose a pair that the annotator answered more than `repeat_gap` trials ago, and show it again.
 
         Every pair is repeated at most once. Returns None if no pair can be repeated.
@@ -389,7 +391,7 @@ class Scheduler:
         repeatable_trials = [
             trial
             for trial in answered_trials
-            if trial.sequence < sequence - self.settings.repeat_gap and self.is_ready(trial.pair)
+            if trial.sequence < sequence - self.settings.repeat_gap and self.readiness_test(trial.pair)
         ]
         if not repeatable_trials:
             return None
@@ -398,15 +400,15 @@ class Scheduler:
         return Trial(
             pair=earlier_trial.pair,
             sequence=sequence,
-            kind=kind,
+            kind=repeat_kind,
             # "!=" negates the sides for a swap, and keeps them for a repeat
-            first_is_left=earlier_trial.first_is_left != (kind is Kind.SWAP),
+            first_is_left=earlier_trial.first_is_left != (repeat_kind is Kind.SWAP),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Past:
-    """State of the database that determines the next assignments of an annotator."""
+class _AssignmentState:
+    """Assignments of one annotator, as they were read from the database to choose the next ones."""
 
     stamp: tuple  # result of STAMP, which changes whenever this state changes
     scheduler: Scheduler
@@ -424,46 +426,50 @@ class Issuer:
     annotator_id: int
     annotator: str  # name of the annotator
     clock: Callable[[], float]  # returns the time in seconds since 1970
-    has_failed: PairTest = lambda pair: False
+    failure_test: PairTest = lambda pair: False
 
     def __post_init__(self):
         self.campaign_id = self.plan.campaign.id
         # values of the parameters that all statements above have
         self.parameters = {"campaign": self.campaign_id, "annotator": self.annotator_id}
 
-    def assignments(self, count: int, is_ready: PairTest) -> list[AssignedPair]:
-        """Return up to `count` open assignments, and make new ones if there are fewer.
+    def assignments(self, needed_count: int, readiness_test: PairTest) -> list[AssignedPair]:
+        """Return up to `needed_count` open assignments, and make new ones if there are fewer.
 
         Args:
-            count: number of assignments that the page needs.
-            is_ready: True for a pair whose shapes are both prepared.
+            needed_count: number of assignments that the page needs.
+            readiness_test: function that returns True for a pair whose shapes are both prepared.
         """
         with self.database.read() as connection:
             open_rows = list(connection.execute(OPEN_ASSIGNMENTS, self.parameters))
             must_renew = any(row.leased < self.clock() - RENEW_SECONDS for row in open_rows)
-            too_few = len(open_rows) < count
-            window = self.window(connection, is_ready) if too_few else []
+            has_too_few = len(open_rows) < needed_count
+            window = self.window(connection, readiness_test) if has_too_few else []
         # Expired leases of other annotators are released only when new pairs run out, which saves writes.
-        if too_few and len(window) < count and self.release_expired():
+        if has_too_few and len(window) < needed_count and self.release_expired():
             with self.database.read() as connection:
-                window = self.window(connection, is_ready)
-        if must_renew or too_few:
-            past = self._past(is_ready)
+                window = self.window(connection, readiness_test)
+        if must_renew or has_too_few:
+            assignment_state = self._read_state(readiness_test)
             # Most requests have nothing to write. They are answered without waiting for the lock.
-            if must_renew or past.released_rows or past.scheduler.next(window) is not None:
+            if (
+                must_renew
+                or assignment_state.released_rows
+                or assignment_state.scheduler.next(window) is not None
+            ):
                 with self.database.write(
                     (Lock.ANNOTATOR, self.annotator_id), (Lock.CAMPAIGN, self.campaign_id)
                 ) as connection:
                     # Another request of this annotator may have written before the lock was taken. The state
                     # is then read again.
-                    if tuple(connection.execute(STAMP, self.parameters).one()) != past.stamp:
-                        past = self._past(is_ready, connection)
-                    self._issue(connection, count, window, past)
+                    if tuple(connection.execute(STAMP, self.parameters).one()) != assignment_state.stamp:
+                        assignment_state = self._read_state(readiness_test, connection)
+                    self._issue(connection, needed_count, window, assignment_state)
                     open_rows = list(connection.execute(OPEN_ASSIGNMENTS, self.parameters))
         # The assignment whose answer was undone last comes first. All others follow in order of their number.
         ordered_rows = sorted(open_rows, key=lambda row: (-(row.undone or 0), row.sequence))
         assigned_pairs = []
-        for row in ordered_rows[:count]:
+        for row in ordered_rows[:needed_count]:
             pair = self.plan.pairs[row.pair_id]
             left_token, right_token = (
                 (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
@@ -475,7 +481,7 @@ class Issuer:
             )
         return assigned_pairs
 
-    def window(self, connection: Connection, is_ready: PairTest) -> list[StoredPair]:
+    def window(self, connection: Connection, readiness_test: PairTest) -> list[StoredPair]:
         """Read the first WINDOW pairs of the plan that can be assigned to this annotator now.
 
         These are the pairs that have a free slot, were not assigned to the annotator, and are prepared.
@@ -486,15 +492,21 @@ class Issuer:
         while len(window) < WINDOW:
             page_rows = list(connection.execute(PAGE, {**self.parameters, "after": last_position}))
             candidate_pairs = [self.plan.pairs[row.id] for row in page_rows]
-            window += [pair for pair in candidate_pairs if is_ready(pair)]
+            window += [pair for pair in candidate_pairs if readiness_test(pair)]
             # a page that is not full is the last one
             if len(page_rows) < 2 * WINDOW:
                 break
             last_position = page_rows[-1].position
         return window[:WINDOW]
 
-    def _issue(self, connection: Connection, count: int, window: list[StoredPair], past: "_Past") -> None:
-        """Renew leases, take released slots again, and make assignments until `count` are open.
+    def _issue(
+        self,
+        connection: Connection,
+        needed_count: int,
+        window: list[StoredPair],
+        assignment_state: "_AssignmentState",
+    ) -> None:
+        """Renew leases, take released slots again, and make assignments until `needed_count` are open.
 
         The window was read before the lock was taken. If another annotator has taken the last slot of one of
         its pairs in the meantime, the window is read again, but only once. Trying its pairs one by one would
@@ -502,24 +514,26 @@ class Issuer:
 
         Args:
             connection: connection with an open write transaction.
-            count: number of open assignments that the page needs.
+            needed_count: number of open assignments that the page needs.
             window: pairs that can be assigned, see `window`.
-            past: state of the annotator's assignments.
+            assignment_state: state of the annotator's assignments.
         """
         now = self.clock()
-        if past.open_count:
+        if assignment_state.open_count:
             connection.execute(RENEW, {**self.parameters, "now": now, "before": now - RENEW_SECONDS})
         # Slots of released assignments are taken again if they are still free.
-        regained_ids = [row.id for row in past.released_rows if take_slot(connection, row.pair_id)]
+        regained_ids = [
+            row.id for row in assignment_state.released_rows if take_slot(connection, row.pair_id)
+        ]
         if regained_ids:
             connection.execute(
                 update(assignments)
                 .where(assignments.c.id.in_(regained_ids))
                 .values(released=None, leased=now)
             )
-            past = self._past(past.scheduler.is_ready, connection)
-        scheduler = past.scheduler
-        missing_count = count - past.open_count
+            assignment_state = self._read_state(assignment_state.scheduler.readiness_test, connection)
+        scheduler = assignment_state.scheduler
+        missing_count = needed_count - assignment_state.open_count
         was_reread = False  # True when the window was read under the lock
         while missing_count > 0 and (trial := scheduler.next(window)):
             if trial.kind is Kind.PAIR:
@@ -527,7 +541,7 @@ class Issuer:
                     window = (
                         [pair for pair in window if pair is not trial.pair]
                         if was_reread
-                        else self.window(connection, scheduler.is_ready)
+                        else self.window(connection, scheduler.readiness_test)
                     )
                     was_reread = True
                     continue
@@ -549,42 +563,50 @@ class Issuer:
             scheduler.last_sequence = trial.sequence
             missing_count -= 1
 
-    def _past(self, is_ready: PairTest, connection: Connection | None = None) -> "_Past":
+    def _read_state(
+        self, readiness_test: PairTest, connection: Connection | None = None
+    ) -> "_AssignmentState":
         """Read the state that determines the next assignments of the annotator.
 
         Args:
-            is_ready: test that the state's scheduler uses.
+            readiness_test: function that returns True for a pair whose shapes are both prepared.
             connection: connection to read from; None: a new one.
         """
         if connection is None:
             with self.database.read() as connection:
-                return self._past(is_ready, connection)
+                return self._read_state(readiness_test, connection)
         # The stamp is read before the rows. If the rows change between both statements, the stamp is
         # outdated, and a later comparison with a new stamp notices it.
         stamp = tuple(connection.execute(STAMP, self.parameters).one())
-        rows = list(connection.execute(PAST, self.parameters))
+        assignment_rows = list(connection.execute(PAST, self.parameters))
         history = [
             Trial(
-                pair=self.plan.pairs[row.pair_id],
-                sequence=row.sequence,
-                kind=Kind(row.kind),
-                first_is_left=bool(row.first_is_left),
-                choice=row.choice,
+                pair=self.plan.pairs[assignment_row.pair_id],
+                sequence=assignment_row.sequence,
+                kind=Kind(assignment_row.kind),
+                first_is_left=bool(assignment_row.first_is_left),
+                choice=assignment_row.choice,
             )
-            for row in rows
-            if row.answered is not None or _is_open(row)
+            for assignment_row in assignment_rows
+            if assignment_row.answered is not None or _is_open(assignment_row)
         ]
         # Sequence numbers of released assignments are not used again, so the last row decides and not the
         # history.
-        last_sequence = rows[-1].sequence if rows else 0
-        scheduler = Scheduler(self.plan, self.annotator, history, last_sequence, is_ready, self.has_failed)
-        released_rows = [row for row in rows if row.answered is None and not _is_open(row)]
-        return _Past(
+        last_sequence = assignment_rows[-1].sequence if assignment_rows else 0
+        scheduler = Scheduler(
+            self.plan, self.annotator, history, last_sequence, readiness_test, self.failure_test
+        )
+        released_rows = [
+            assignment_row
+            for assignment_row in assignment_rows
+            if assignment_row.answered is None and not _is_open(assignment_row)
+        ]
+        return _AssignmentState(
             stamp=stamp,
             scheduler=scheduler,
-            open_count=sum(_is_open(row) for row in rows),
+            open_count=sum(_is_open(assignment_row) for assignment_row in assignment_rows),
             # All writers update the rows of `pairs` in the same order, which avoids deadlocks.
-            released_rows=sorted(released_rows, key=lambda row: row.pair_id),
+            released_rows=sorted(released_rows, key=lambda assignment_row: assignment_row.pair_id),
         )
 
     def release_expired(self) -> int:
@@ -615,12 +637,14 @@ class Issuer:
         return len(expired_rows)
 
 
-def _is_open(row: Row) -> bool:
+def _is_open(assignment_row: Row) -> bool:
     """Return True if an assignment waits for an answer.
 
     It has no answer that counts, and it was not released, or its answer was undone after the release.
     """
-    return row.answered is None and (row.released is None or row.undone is not None)
+    return assignment_row.answered is None and (
+        assignment_row.released is None or assignment_row.undone is not None
+    )
 
 
 def take_slot(connection: Connection, pair_id: int) -> bool:
@@ -628,9 +652,14 @@ def take_slot(connection: Connection, pair_id: int) -> bool:
     return connection.execute(TAKE, {"pair": pair_id}).rowcount == 1
 
 
-def count_gold_pairs(plan: Plan, has_failed: PairTest) -> int:
-    """Return the number of gold pairs that can be shown, now or after their preparation."""
-    return sum(not has_failed(pair) for pair in plan.gold)
+def count_gold_pairs(plan: Plan, failure_test: PairTest) -> int:
+    """Return the number of gold pairs that can be shown, now or after their preparation.
+
+    Args:
+        plan: plan of the campaign.
+        failure_test: function that returns True for a pair that can never be prepared.
+    """
+    return sum(not failure_test(pair) for pair in plan.gold)
 
 
 class Reach:
@@ -638,9 +667,9 @@ class Reach:
 
     This is the number of new pairs that were assigned to the annotator, plus the number of other pairs with a
     free slot whose shapes can be prepared. The annotator's own answers do not change the sum, but assignments
-    of other annotators do. If few pairs are left, they are counted at every call. Otherwise the last result
-    is used for one second per 1,000 pairs of the plan. The answer to the question whether some pair can never
-    be prepared is cached for the same time.
+    of other annotators do. If few pairs are left, they are counted at every call. Otherwise the last count is
+    used for one second per 1,000 pairs of the plan. Whether the plan contains a pair that can never be
+    prepared is also checked again only after this time.
     """
 
     MANY = 500  # number of pairs left above which a slightly outdated result is used
@@ -658,7 +687,7 @@ class Reach:
         annotator_id: int,
         assigned_count: int,
         now: float,
-        has_failed: PairTest,
+        failure_test: PairTest,
     ) -> int:
         """Return the number of new pairs that the annotator can answer in total.
 
@@ -668,33 +697,33 @@ class Reach:
             annotator_id: id of the annotator.
             assigned_count: number of new pairs that were assigned to the annotator.
             now: time in seconds since 1970.
-            has_failed: True for a pair that can never be prepared.
+            failure_test: function that returns True for a pair that can never be prepared.
         """
-        key = (plan.campaign.id, annotator_id)
-        counted_at, reach = self._cached_counts.get(key, (-math.inf, 0))
+        cache_key = (plan.campaign.id, annotator_id)
+        counted_at, reach_count = self._cached_counts.get(cache_key, (-math.inf, 0))
         # "0 <=" makes a result invalid that was counted before the clock was set back.
         is_recent = 0 <= now - counted_at < len(plan.pairs) / 1000
-        if reach - assigned_count <= self.MANY or not is_recent:
-            parameters = {"campaign": plan.campaign.id, "annotator": annotator_id}
-            reach = assigned_count + self._free(connection, plan, parameters, now, has_failed)
-            self._cached_counts[key] = now, reach
-        return reach
+        if reach_count - assigned_count <= self.MANY or not is_recent:
+            query_parameters = {"campaign": plan.campaign.id, "annotator": annotator_id}
+            reach_count = assigned_count + self._free(connection, plan, query_parameters, now, failure_test)
+            self._cached_counts[cache_key] = now, reach_count
+        return reach_count
 
     def _free(
-        self, connection: Connection, plan: Plan, parameters: dict, now: float, has_failed: PairTest
+        self, connection: Connection, plan: Plan, query_parameters: dict, now: float, failure_test: PairTest
     ) -> int:
         """Count the pairs that were not assigned to the annotator, have a free slot and can be prepared."""
-        checked_at, some_failed = self._cached_failures.get(plan.campaign.id, (-math.inf, False))
+        checked_at, any_pair_failed = self._cached_failures.get(plan.campaign.id, (-math.inf, False))
         if not 0 <= now - checked_at < len(plan.pairs) / 1000:
-            some_failed = any(has_failed(pair) for pair in plan.pairs.values())
-            self._cached_failures[plan.campaign.id] = now, some_failed
-        if some_failed:
-            rows = connection.execute(FREE_FOR_ANNOTATOR, parameters)
-            return sum(not has_failed(plan.pairs[row.id]) for row in rows)
+            any_pair_failed = any(failure_test(pair) for pair in plan.pairs.values())
+            self._cached_failures[plan.campaign.id] = now, any_pair_failed
+        if any_pair_failed:
+            free_rows = connection.execute(FREE_FOR_ANNOTATOR, query_parameters)
+            return sum(not failure_test(plan.pairs[row.id]) for row in free_rows)
         # If no pair has failed, the rows need not be read: two counts in the database are faster.
         return (
-            connection.execute(FREE, parameters).scalar_one()
-            - connection.execute(FREE_ASSIGNED_BEFORE, parameters).scalar_one()
+            connection.execute(FREE, query_parameters).scalar_one()
+            - connection.execute(FREE_ASSIGNED_BEFORE, query_parameters).scalar_one()
         )
 
 
@@ -705,7 +734,7 @@ def read_progress(
     annotator: str,
     now: float,
     reach: Reach,
-    has_failed: PairTest = lambda pair: False,
+    failure_test: PairTest = lambda pair: False,
 ) -> Progress:
     """Compute the progress of an annotator.
 
@@ -719,32 +748,35 @@ def read_progress(
         annotator: name of the annotator.
         now: time in seconds since 1970.
         reach: cache of the number of pairs that annotators can answer.
-        has_failed: True for a pair that can never be prepared. By default, no pair has failed.
+        failure_test: function that returns True for a pair that can never be prepared. By default, no pair
+            has failed.
     """
     # kind of assignments -> row with the numbers of shown and of answered assignments
     counts_by_kind = {
         row.kind: row
         for row in connection.execute(COUNTS, {"campaign": plan.campaign.id, "annotator": annotator_id})
     }
-    settings = plan.campaign.settings
+    campaign_settings = plan.campaign.settings
     # Practice pairs do not count as trials, so their row is removed from the counts.
     practice_row = counts_by_kind.pop(TRAINING, None)
-    practice_shown = practice_row.shown if practice_row else 0
-    practice_answered = practice_row.answered if practice_row else 0
+    practice_shown_count = practice_row.shown if practice_row else 0
+    practice_answered_count = practice_row.answered if practice_row else 0
     shown_count = sum(row.shown for row in counts_by_kind.values())
     answered_count = sum(row.answered for row in counts_by_kind.values())
     assigned_count = counts_by_kind[PAIR].shown if PAIR in counts_by_kind else 0
-    new_count = reach.count(connection, plan, annotator_id, assigned_count, now, has_failed) - assigned_count
+    new_count = (
+        reach.count(connection, plan, annotator_id, assigned_count, now, failure_test) - assigned_count
+    )
     total_count = shown_count
     if new_count > 0:
-        gold_count = count_gold_pairs(plan, has_failed)
-        total_count = timetable(settings, annotator, gold_count).end(shown_count, new_count)
-    if settings.trials_per_annotator is not None:
-        total_count = max(shown_count, min(total_count, settings.trials_per_annotator))
+        gold_count = count_gold_pairs(plan, failure_test)
+        total_count = timetable(campaign_settings, annotator, gold_count).end(shown_count, new_count)
+    if campaign_settings.trials_per_annotator is not None:
+        total_count = max(shown_count, min(total_count, campaign_settings.trials_per_annotator))
     # practice pairs that are shown but not answered yet
-    practice_left = practice_shown - practice_answered
+    practice_left_count = practice_shown_count - practice_answered_count
     # Further practice pairs are shown only before the first trial.
     if not shown_count:
-        practice_count = sum(not has_failed(pair) for pair in plan.training)
-        practice_left += max(practice_count - practice_shown, 0)
-    return Progress(done=answered_count, total=total_count, training_left=practice_left)
+        practice_count = sum(not failure_test(pair) for pair in plan.training)
+        practice_left_count += max(practice_count - practice_shown_count, 0)
+    return Progress(done=answered_count, total=total_count, training_left=practice_left_count)

@@ -43,7 +43,7 @@ class StoredPair:
 
 @dataclass(frozen=True)
 class Plan:
-    """Campaign with its shapes and pairs. They never change, so a plan is loaded once and kept in memory."""
+    """Campaign with its shapes and pairs. A campaign never changes, so its plan is loaded only once."""
 
     campaign: StoredCampaign
     shapes: dict[str, Shape]  # by asset token, in order of the plan
@@ -84,35 +84,43 @@ class Plan:
 
 
 def create(
-    connection: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair], now: float
+    connection: Connection,
+    campaign_settings: CampaignSettings,
+    planned_pairs: Sequence[PlannedPair],
+    now: float,
 ) -> tuple[int, list[int]]:
     """Store a new campaign.
 
     Args:
         connection: connection with an open transaction.
-        settings: settings of the campaign.
-        planned: pairs in order of the plan.
+        campaign_settings: settings of the campaign.
+        planned_pairs: pairs in order of the plan.
         now: time of creation, seconds since 1970.
 
     Returns:
-        Id of the campaign, and the ids of its pairs in the order of `planned`.
+        Id of the campaign, and the ids of its pairs in the order of `planned_pairs`.
 
     Raises:
         ValueError: the name, the settings or the pairs are invalid.
     """
     # The check is part of the transaction, so that no other process can use the name in the meantime.
-    _check(connection, settings, planned)
+    _check(connection, campaign_settings, planned_pairs)
     # The keys are sorted, because an import compares the settings of two stores as text.
     settings_json = json.dumps(
-        {**asdict(settings), "mode": settings.mode.value, "extra": dict(settings.extra)}, sort_keys=True
+        {
+            **asdict(campaign_settings),
+            "mode": campaign_settings.mode.value,
+            "extra": dict(campaign_settings.extra),
+        },
+        sort_keys=True,
     )
-    campaign_values = {"name": settings.name, "settings": settings_json, "created": now}
+    campaign_values = {"name": campaign_settings.name, "settings": settings_json, "created": now}
     campaign_id = connection.execute(
         insert(campaigns).returning(campaigns.c.id), campaign_values
     ).scalar_one()
     # A shape that occurs in several pairs is stored once. dict.fromkeys removes repetitions and keeps the
     # order of the plan.
-    planned_shapes = [shape for pair in planned for shape in (pair.first, pair.second)]
+    planned_shapes = [shape for pair in planned_pairs for shape in (pair.first, pair.second)]
     unique_shape_keys = list(dict.fromkeys(_shape_key(shape) for shape in planned_shapes))
     shape_rows = [
         {
@@ -134,22 +142,24 @@ def create(
             "kind": pair.kind.value,
             "expected": pair.expected,
             "explanation": pair.explanation,
-            "places": settings.annotators_per_pair,
+            "places": campaign_settings.annotators_per_pair,
         }
-        for position, pair in enumerate(planned)
+        for position, pair in enumerate(planned_pairs)
     ]
     return campaign_id, insert_all(connection, pairs, pair_rows)
 
 
-def _check(connection: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair]) -> None:
+def _check(
+    connection: Connection, campaign_settings: CampaignSettings, planned_pairs: Sequence[PlannedPair]
+) -> None:
     """Check a campaign before it is stored.
 
     Raises:
         ValueError: the name is invalid or in use, the plan is empty, a pair does not fit the mode of the
             campaign, or a seed is held out for evaluation.
     """
-    name = settings.name
-    parse_questions(settings.questions)
+    name = campaign_settings.name
+    parse_questions(campaign_settings.questions)
     if not name.strip() or len(name) > 200 or not name.isprintable():
         raise ValueError(
             f"campaign: the name {name!r} is invalid. Choose a name of 1 to 200 printable characters."
@@ -159,12 +169,12 @@ def _check(connection: Connection, settings: CampaignSettings, planned: Sequence
             f"campaign: the name {name!r} is in use. Choose another name, or continue the campaign of this"
             " name."
         )
-    if not planned:
+    if not planned_pairs:
         raise ValueError(f"campaign {name}: the plan contains no pairs. Plan at least one pair.")
-    for position, pair in enumerate(planned):
+    for position, pair in enumerate(planned_pairs):
         # A plan of single shapes repeats its shape in `second`; a plan of pairs never does.
-        if (pair.first == pair.second) != (settings.mode is Mode.SINGLE):
-            if settings.mode is Mode.SINGLE:
+        if (pair.first == pair.second) != (campaign_settings.mode is Mode.SINGLE):
+            if campaign_settings.mode is Mode.SINGLE:
                 raise ValueError(
                     f"campaign {name}, pair {position}: the pair consists of two different shapes, but this"
                     " campaign shows shapes one by one. Use the same shape as `first` and as `second`."
@@ -177,9 +187,9 @@ def _check(connection: Connection, settings: CampaignSettings, planned: Sequence
     # Held-out seeds are reserved for evaluation. A study evaluates generators, so it may use them. Answers of
     # other campaigns may train a reward, so these campaigns may not use them. The seed of an asset file is
     # the number of the file and no seed of a latent.
-    if settings.mode is not Mode.STUDY:
+    if campaign_settings.mode is not Mode.STUDY:
         latent_seeds = (
-            shape.seed for pair in planned for shape in (pair.first, pair.second) if not shape.file
+            shape.seed for pair in planned_pairs for shape in (pair.first, pair.second) if not shape.file
         )
         reject_held_out_seeds(latent_seeds, f"campaign {name}")
 
@@ -194,14 +204,14 @@ def _shape_key(shape: Shape) -> tuple:
     return tuple(None if value != value else value for value in column_values)
 
 
-def shape_from_row(row: Row, prefix: str = "") -> Shape:
+def shape_from_row(shape_row: Row, prefix: str = "") -> Shape:
     """Make the shape that a row of the database describes. A null becomes nan.
 
     Args:
-        row: row with the columns FIELDS.
+        shape_row: row with the columns FIELDS.
         prefix: text before the name of each column in this row.
     """
-    row_columns = row._mapping
+    row_columns = shape_row._mapping
     shape_values: dict[str, Any] = {
         name: math.nan if row_columns[prefix + name] is None else row_columns[prefix + name]
         for name in FIELDS
@@ -209,9 +219,9 @@ def shape_from_row(row: Row, prefix: str = "") -> Shape:
     return Shape(**shape_values)
 
 
-def settings_from_json(text: str) -> CampaignSettings:
-    """Parse the column `settings` of the table `campaigns`, which is JSON."""
-    setting_values = json.loads(text)
+def settings_from_json(settings_json: str) -> CampaignSettings:
+    """Convert the JSON text in the column `settings` of the table `campaigns` to `CampaignSettings`."""
+    setting_values = json.loads(settings_json)
     # JSON has neither enums nor tuples. Campaigns of older versions have no questions.
     mode = Mode(setting_values["mode"])
     questions = tuple(setting_values.get("questions", ()))
@@ -229,14 +239,19 @@ def list_campaigns(
         campaign_id: id of the only campaign that is returned; None: no restriction.
     """
     pair_count = select(func.count()).where(pairs.c.campaign_id == campaigns.c.id).scalar_subquery()
-    query = select(campaigns, pair_count.label("pair_count")).order_by(campaigns.c.id)
-    query = query.where(campaigns.c.name == name) if name is not None else query
-    query = query.where(campaigns.c.id == campaign_id) if campaign_id is not None else query
+    campaign_query = select(campaigns, pair_count.label("pair_count")).order_by(campaigns.c.id)
+    campaign_query = campaign_query.where(campaigns.c.name == name) if name is not None else campaign_query
+    campaign_query = (
+        campaign_query.where(campaigns.c.id == campaign_id) if campaign_id is not None else campaign_query
+    )
     return [
         StoredCampaign(
-            id=row.id, settings=settings_from_json(row.settings), created=row.created, pairs=row.pair_count
+            id=campaign_row.id,
+            settings=settings_from_json(campaign_row.settings),
+            created=campaign_row.created,
+            pairs=campaign_row.pair_count,
         )
-        for row in connection.execute(query)
+        for campaign_row in connection.execute(campaign_query)
     ]
 
 

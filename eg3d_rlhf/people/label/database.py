@@ -287,9 +287,16 @@ def _to(table: str, name: str | None = None, null: bool = False) -> sa.Column:
     return sa.Column(name or f"{table[:-1]}_id", Id, sa.ForeignKey(f"{table}.id"), nullable=null)
 
 
-def _column(sql_type, name: str, null: bool = False, **options) -> sa.Column:
-    """Make a column that may not be null unless `null` is True. `options` are arguments of sa.Column."""
-    return sa.Column(name, sql_type, nullable=null, **options)
+def _column(sql_type, name: str, null: bool = False, **column_arguments) -> sa.Column:
+    """Make a column of a table, which may be null only if `null` is True.
+
+    Args:
+        sql_type: type of the values, a type of SQLAlchemy.
+        name: name of the column.
+        null: True if the column may be null.
+        column_arguments: further keyword arguments of sa.Column.
+    """
+    return sa.Column(name, sql_type, nullable=null, **column_arguments)
 
 
 def _partial(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:

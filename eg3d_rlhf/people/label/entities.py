@@ -58,7 +58,10 @@ class Choice(enum.StrEnum):
 
     @property
     def good(self) -> bool | None:
-        """Return True if the answer rates a single shape as good, False if as bad, None for other answers."""
+        """Return True if the answer rates a single shape as good, and False if it rates the shape as bad.
+
+        Return None for an answer about a pair and for a skip.
+        """
         # Only the values of scores are digits. GOOD is the lowest score that counts as a good shape.
         if self.value in "012345":
             return int(self.value) >= GOOD
@@ -68,8 +71,8 @@ class Choice(enum.StrEnum):
         """Return True if the answer agrees with the correct answer.
 
         Args:
-            expected_answer: correct answer: 'left' or 'right', for a single shape 'up' or 'down', or None if
-                it is not known, with which no answer agrees.
+            expected_answer: correct answer: 'left' or 'right'; for a single shape 'up' or 'down'; None if the
+                correct answer is not known. No answer agrees with None.
         """
         # A score agrees with 'up' if it counts as good, and with 'down' if it does not.
         return self.value == expected_answer or (
@@ -122,13 +125,13 @@ class Shape:
     # eg3d_rlhf.people.label.shape_files.shape_key(shape) names the cached file of a shape.
 
     @classmethod
-    def from_asset(cls, **fields) -> "Shape":
+    def from_asset(cls, **other_fields) -> "Shape":
         """Make the shape of an asset file. The parameters of an isosurface get their empty values.
 
         Args:
-            fields: values of the other fields.
+            other_fields: values of all fields except psi, level, resolution and triangles.
         """
-        return cls(psi=math.nan, level=math.nan, resolution=0, triangles=0, **fields)
+        return cls(psi=math.nan, level=math.nan, resolution=0, triangles=0, **other_fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +159,8 @@ class CampaignSettings:
     annotators_per_pair: int = knob(1, "Number of different annotators who answer each pair.", "Pairs", low=1)
     repeat_share: float = knob(
         0.05,
-        "Share of the trials that show an earlier pair of the same annotator again, on the same sides.",
+        "Share of an annotator's trials that repeat a pair on the same sides, which measures how consistently"
+        " the annotator answers. 0: no such repeats.",
         "Pairs",
         metavar="0..0.5",
         low=0,
@@ -165,7 +169,8 @@ class CampaignSettings:
     )
     swap_share: float = knob(
         0.05,
-        "Share of the trials that show an earlier pair of the same annotator again, on swapped sides.",
+        "Share of an annotator's trials that repeat a pair with the sides swapped, which shows whether the"
+        " annotator prefers a side. 0: no such repeats.",
         "Pairs",
         metavar="0..0.5",
         low=0,
@@ -174,7 +179,8 @@ class CampaignSettings:
     )
     repeat_gap: int = knob(
         10,
-        "Smallest number of trials between a pair and its repeat.",
+        "Smallest number of trials between a pair and its repeat, so that the first answer does not"
+        " influence the second one.",
         "Pairs",
         metavar="TRIALS",
         low=1,
@@ -182,8 +188,7 @@ class CampaignSettings:
     )
     gold_every: int = knob(
         25,
-        "Number of trials of which one is a gold check: a pair whose correct answer is known. 0: no gold"
-        " checks.",
+        "Show one gold check per so many trials: a pair whose correct answer is known. 0: no gold checks.",
         "Pairs",
         metavar="TRIALS",
         low=0,
@@ -191,7 +196,7 @@ class CampaignSettings:
     )
     trials_per_annotator: int | None = knob(
         None,
-        "Number of trials after which an annotator is finished.",
+        "Largest number of trials of one annotator, repeats and gold checks included.",
         "Pairs",
         low=1,
         shown="all pairs",
@@ -218,10 +223,11 @@ class CampaignSettings:
             )
         pair_settings = [name for name in ("both_bad", "questions", "reveal") if getattr(self, name)]
         if self.mode is Mode.SINGLE and pair_settings:
-            name = pair_settings[0].replace("_", "-")
-            raise ValueError(
-                f"--{name} needs pairs, but this campaign shows shapes one by one. Remove --{name}."
+            # the flag --criteria sets the field `questions`
+            flag = {"questions": "--criteria"}.get(
+                pair_settings[0], f"--{pair_settings[0].replace('_', '-')}"
             )
+            raise ValueError(f"{flag} needs pairs, but this campaign shows shapes one by one. Remove {flag}.")
         if self.mode is Mode.STUDY and self.reveal:
             raise ValueError("--reveal cannot be used in a study, because a study is blind. Remove --reveal.")
         # Each pair is repeated at most once, so at most every second trial can be a repeat.
@@ -389,20 +395,20 @@ class Question:
     text: str | None  # None: the page has the text in its languages
 
 
-def parse_questions(texts: Iterable[str]) -> tuple[Question, ...]:
+def parse_questions(question_texts: Iterable[str]) -> tuple[Question, ...]:
     """Parse the questions in the settings of a campaign.
 
     Args:
-        texts: questions as the settings contain them: a name of QUESTIONS, or NAME=TEXT.
+        question_texts: questions as the settings contain them: a name of QUESTIONS, or NAME=TEXT.
 
     Raises:
         ValueError: a name is unknown or occurs twice, a text has an invalid length, or there are more than
             MAX_QUESTIONS questions.
     """
     questions = []
-    for question_text in texts:
+    for question_text in question_texts:
         name, separator, text = (part.strip() for part in str(question_text).partition("="))
-        # `equals` is empty if there is no "=". The page must then have texts for the name.
+        # `separator` is empty if there is no "=". The page must then have texts for the name.
         if not QUESTION_NAME.fullmatch(name) or (not separator and name not in QUESTIONS):
             raise ValueError(
                 f"--criteria: {question_text!r} is not a valid question. Use one of {', '.join(QUESTIONS)},"
@@ -445,16 +451,18 @@ def check_votes(questions: Iterable[str], votes: Mapping[str, str], choice: Choi
     )
     if set(votes) != question_names or not set(votes.values()) <= set(VOTES):
         if question_names:
-            rule = (
+            rule_text = (
                 f"each of the questions {', '.join(sorted(question_names))} needs a vote ({', '.join(VOTES)})"
             )
         else:
-            rule = "this answer must have no votes"
+            rule_text = "this answer must have no votes"
         # The message quotes at most MAX_QUESTIONS votes, so that its length is bounded.
         quoted_votes = ", ".join(
             f"{vote!r} for {question!r}" for question, vote in list(votes.items())[:MAX_QUESTIONS]
         )
-        raise ValueError(f"answer: {rule}, but the page sent {quoted_votes or 'no vote'}. Reload the page.")
+        raise ValueError(
+            f"answer: {rule_text}, but the page sent {quoted_votes or 'no vote'}. Reload the page."
+        )
 
 
 def check_stored(votes: str) -> None:
@@ -480,11 +488,15 @@ def check_stored(votes: str) -> None:
         )
 
 
-def answers_to(question: str, rows: Iterable[JudgementRow]) -> list[JudgementRow]:
+def answers_to(question: str, judgement_rows: Iterable[JudgementRow]) -> list[JudgementRow]:
     """Return the judgements that have a vote on a question, with that vote in place of their choice.
 
     Args:
         question: name of the question.
-        rows: judgements.
+        judgement_rows: judgements.
     """
-    return [replace(row, choice=Choice(row.votes[question])) for row in rows if question in row.votes]
+    return [
+        replace(judgement, choice=Choice(judgement.votes[question]))
+        for judgement in judgement_rows
+        if question in judgement.votes
+    ]

@@ -136,27 +136,27 @@ def check_answer(answer: Answer) -> None:
         )
 
 
-def check_text(name: str, value: str, min_length: int = 1, max_length: int = MAX_TEXT) -> None:
+def check_text(name: str, checked_text: str, min_length: int = 1, max_length: int = MAX_TEXT) -> None:
     """Check that a text has an allowed length, and contains no control characters and no lone surrogates.
 
     Args:
         name: name of the text for the message.
-        value: text.
+        checked_text: text.
         min_length: smallest allowed number of characters.
         max_length: largest allowed number of characters.
 
     Raises:
         ValueError: the text is not allowed.
     """
-    if not min_length <= len(value) <= max_length or not value.isprintable():
+    if not min_length <= len(checked_text) <= max_length or not checked_text.isprintable():
         raise ValueError(
-            f"answer: the text of {name}, {value[:40]!r}, must have {min_length} to {max_length} printable"
-            " characters. Send another text."
+            f"answer: the text of {name}, {checked_text[:40]!r}, must have {min_length} to {max_length}"
+            " printable characters. Send another text."
         )
 
 
 def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer, now: float) -> Submitted:
-    """Record the choice of an answer, see `Store.submit`.
+    """Record an answer to an assignment. An answer that is sent twice with one key is recorded once.
 
     Args:
         connection: connection with a write transaction that has the annotator's lock.
@@ -164,6 +164,14 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
         annotator_id: id of the annotator.
         answer: answer that was checked by `check_answer`.
         now: time of receipt, seconds since 1970.
+
+    Returns:
+        Result that the page shows; for a repeated answer, the result of the first one.
+
+    Raises:
+        ValueError: the choice or a vote is not valid in this campaign.
+        ConflictError: the assignment has an answer already, or the key was used for something else.
+        LookupError: the annotator has no such assignment.
     """
     # The page repeats an answer whose reply did not arrive. The repetition must not be recorded again.
     earlier_row = _by_key(connection, annotator_id, answer.key)
@@ -182,17 +190,19 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
             )
         return _outcome(plan, assignment_row, earlier_row.id, Choice(earlier_row.choice), duplicate=True)
     assignment_row = _assignment(connection, plan.campaign.id, annotator_id, answer.assignment)
-    settings = plan.campaign.settings
+    campaign_settings = plan.campaign.settings
     # The choice BAD is valid only in campaigns with `both_bad`, and a skip is always valid.
     valid_choices = [
-        choice for choice in SCALES[settings.scale] if choice is not Choice.BAD or settings.both_bad
+        choice
+        for choice in SCALES[campaign_settings.scale]
+        if choice is not Choice.BAD or campaign_settings.both_bad
     ]
     if answer.choice not in (*valid_choices, Choice.SKIP):
         raise ValueError(
             f"answer: the choice {answer.choice} is not valid in this campaign. Reload the page, and choose"
             f" one of {', '.join(valid_choices)} or skip."
         )
-    check_votes(settings.questions, answer.votes, answer.choice)
+    check_votes(campaign_settings.questions, answer.votes, answer.choice)
     # An annotator can have two pages open, which show the same assignment.
     if assignment_row.answered is not None:
         raise ConflictError(
@@ -216,8 +226,8 @@ def submit(connection: Connection, plan: Plan, annotator_id: int, answer: Answer
     }
     judgement_id = connection.execute(RECORD.returning(judgements.c.id), column_values).scalar_one()
     # CLOSE marks the assignment as answered, and renews its lease.
-    parameters = {"assignment": assignment_row.id, "judgement": judgement_id, "now": now}
-    released_at = connection.execute(CLOSE, parameters).scalar_one()
+    close_parameters = {"assignment": assignment_row.id, "judgement": judgement_id, "now": now}
+    released_at = connection.execute(CLOSE, close_parameters).scalar_one()
     # If the assignment was released, its slot is taken again if it is free. The answer counts in both cases.
     if released_at is not None and take_slot(connection, assignment_row.pair_id):
         connection.execute(
@@ -235,7 +245,7 @@ def _votes(answer: Answer) -> str | None:
 def undo(
     connection: Connection, plan: Plan, annotator_id: int, key: str, assignment: str | None, now: float
 ) -> str | None:
-    """Record that an answer is taken back, see `Store.undo`.
+    """Record that an answer is taken back. A second call with the same key has no effect.
 
     Args:
         connection: connection with a write transaction that has the annotator's lock.
@@ -247,6 +257,10 @@ def undo(
 
     Returns:
         Token of the assignment that is open again; None if there was no answer to take back.
+
+    Raises:
+        ConflictError: the answer may not be changed any more, or an answer has used the key.
+        LookupError: the annotator has no such assignment.
     """
     campaign_id = plan.campaign.id
     earlier_row = _by_key(connection, annotator_id, key)
@@ -287,7 +301,7 @@ def undo(
 
 
 def _by_key(connection: Connection, annotator_id: int, key: str) -> Row | None:
-    """Return the annotator's record with a key, or None if the key is new."""
+    """Return the row of the annotator's answer or undo with a key, or None if the key is new."""
     return connection.execute(BY_KEY, {"annotator": annotator_id, "key": key}).first()
 
 
@@ -327,8 +341,8 @@ def _outcome(
         duplicate: True if the answer was recorded before.
     """
     if assignment_row.kind != Kind.TRAINING:
-        shown_names = revealed(plan, assignment_row, choice)
-        return Submitted(judgement=judgement_id, duplicate=duplicate, reveal=shown_names)
+        revealed_names = revealed(plan, assignment_row, choice)
+        return Submitted(judgement=judgement_id, duplicate=duplicate, reveal=revealed_names)
     pair = plan.pairs[assignment_row.pair_id]
     expected_answer = expected_side(
         pair.expected, bool(assignment_row.first_is_left), plan.campaign.settings.mode
@@ -438,15 +452,17 @@ def read_judgements(
 
 
 def tally(connection: Connection) -> list[Row]:
-    """Count the answers that count, by campaign and annotator, in order of the first answer.
+    """Return the number of answers of each annotator in each campaign, in order of the first answer.
+
+    Answers that were taken back are not counted.
 
     Returns:
         Rows with campaign_id, name (of the annotator), judgements (number of answers that count) and last
         (time of receipt of the newest one, seconds since 1970).
     """
     # `answered` is null for an answer that was taken back, so the join leaves it out.
-    total_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
-    tally_query = select(judgements.c.campaign_id, annotators.c.name, *total_columns).join_from(
+    aggregate_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
+    tally_query = select(judgements.c.campaign_id, annotators.c.name, *aggregate_columns).join_from(
         assignments, judgements, judgements.c.id == assignments.c.answered
     )
     tally_query = tally_query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
@@ -455,34 +471,34 @@ def tally(connection: Connection) -> list[Row]:
     return list(connection.execute(tally_query.order_by(func.min(judgements.c.id))))
 
 
-def _row(row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
+def _row(query_row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
     """Make a `JudgementRow` from a row of the query in `read_judgements`.
 
     Args:
-        row: row of the query.
+        query_row: row of the query.
         mode_by_campaign: cache of the modes, by name of the campaign. It is extended in place.
     """
-    if row.campaign not in mode_by_campaign:
-        mode_by_campaign[row.campaign] = settings_from_json(row.settings).mode.value
-    first_is_left = bool(row.first_is_left)
-    first_shape = shape_from_row(row, "first_")
-    second_shape = shape_from_row(row, "second_")
+    if query_row.campaign not in mode_by_campaign:
+        mode_by_campaign[query_row.campaign] = settings_from_json(query_row.settings).mode.value
+    first_is_left = bool(query_row.first_is_left)
+    first_shape = shape_from_row(query_row, "first_")
+    second_shape = shape_from_row(query_row, "second_")
     left_shape, right_shape = (first_shape, second_shape) if first_is_left else (second_shape, first_shape)
     return JudgementRow(
-        **{name: row._mapping[name] for name in AS_STORED},
-        mode=mode_by_campaign[row.campaign],
-        assignment=row.token,
-        pair=row.pair_id,
-        kind=Kind(row.kind),
+        **{name: query_row._mapping[name] for name in AS_STORED},
+        mode=mode_by_campaign[query_row.campaign],
+        assignment=query_row.token,
+        pair=query_row.pair_id,
+        kind=Kind(query_row.kind),
         left=left_shape,
         right=right_shape,
         first_is_left=first_is_left,
-        choice=Choice(row.choice),
-        expected=expected_side(row.expected, first_is_left, Mode(mode_by_campaign[row.campaign])),
-        views=tuple(json.loads(row.views)),
+        choice=Choice(query_row.choice),
+        expected=expected_side(query_row.expected, first_is_left, Mode(mode_by_campaign[query_row.campaign])),
+        views=tuple(json.loads(query_row.views)),
         # `answered` of the assignment is the id of the judgement that counts.
-        undone=row.answered != row.id,
-        votes=json.loads(row.votes) if row.votes else {},
+        undone=query_row.answered != query_row.id,
+        votes=json.loads(query_row.votes) if query_row.votes else {},
     )
 
 
@@ -491,21 +507,35 @@ def _row(row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
 
 
 def own_answers(
-    connection: Connection, plan: Plan, annotator_id: int, before: int | None, count: int, now: float
+    connection: Connection,
+    plan: Plan,
+    annotator_id: int,
+    before_sequence: int | None,
+    max_count: int,
+    now: float,
 ) -> list[OwnAnswer]:
-    """Return answers of an annotator that count, newest assignment first, see `Store.answers`.
+    """Return answers of an annotator that count, newest assignment first, without practice pairs.
 
     An answer that was changed keeps its position in this order, because the assignment is the same.
+
+    Args:
+        connection: connection to read from.
+        plan: plan of the campaign.
+        annotator_id: id of the annotator.
+        before_sequence: sequence number; only answers to assignments with a smaller number are returned.
+            None: no restriction.
+        max_count: largest number of answers that are returned.
+        now: time in seconds since 1970, which decides whether the study is complete.
     """
-    parameters = {
+    query_parameters = {
         "campaign": plan.campaign.id,
         "annotator": annotator_id,
-        "before": ABOVE_ALL_SEQUENCES if before is None else before,
-        "count": count,
+        "before": ABOVE_ALL_SEQUENCES if before_sequence is None else before_sequence,
+        "count": max_count,
     }
     is_complete = study_over(connection, plan, now)
     listed_answers = []
-    for row in connection.execute(OWN_ANSWERS, parameters):
+    for row in connection.execute(OWN_ANSWERS, query_parameters):
         pair = plan.pairs[row.pair_id]
         choice = Choice(row.choice)
         # The shapes are on the same sides as in the assignment.
@@ -529,13 +559,13 @@ def own_answers(
     return listed_answers
 
 
-def comments(connection: Connection, campaign_id: int, count: int) -> list[Row]:
+def comments(connection: Connection, campaign_id: int, max_count: int) -> list[Row]:
     """Return the newest comments on answers that count, newest first.
 
     Returns:
-        At most `count` rows with annotator (name), received_at (seconds since 1970), choice and comment.
+        At most `max_count` rows with annotator (name), received_at (seconds since 1970), choice and comment.
     """
-    return list(connection.execute(COMMENTS, {"campaign": campaign_id, "count": count}))
+    return list(connection.execute(COMMENTS, {"campaign": campaign_id, "count": max_count}))
 
 
 def check_open(connection: Connection, plan: Plan, assignment_row: Row, now: float) -> None:
@@ -566,11 +596,11 @@ def study_over(connection: Connection, plan: Plan, now: float) -> bool:
 
     Campaigns of other modes, and studies without a stopping rule, are never over.
     """
-    settings = plan.campaign.settings
-    max_trials = settings.extra.get("trials")
-    end_time = settings.extra.get("until")
+    campaign_settings = plan.campaign.settings
+    max_trials = campaign_settings.extra.get("trials")
+    end_time = campaign_settings.extra.get("until")
     # `extra` contains "trials" only if the study was planned with a stopping rule.
-    if settings.mode is not Mode.STUDY or max_trials is None:
+    if campaign_settings.mode is not Mode.STUDY or max_trials is None:
         return False
     # astimezone() interprets a date without a time zone as local time of the server.
     if end_time is not None and now >= datetime.fromisoformat(end_time).astimezone(UTC).timestamp():
@@ -592,10 +622,10 @@ def revealed(plan: Plan, assignment_row: Row, choice: Choice) -> tuple[str, str]
     return (first_name, second_name) if assignment_row.first_is_left else (second_name, first_name)
 
 
-def _reply_reveals(plan: Plan, kind: str, choice: Choice) -> bool:
-    """Return True if the reply to an answer contains information that the annotator must not have before.
+def _reply_reveals(plan: Plan, pair_kind: str, choice: Choice) -> bool:
+    """Return True if the reply to an answer reveals something, so that the answer may not be changed later.
 
-    The reply contains the names of the generators. If it does not contain them, it reveals that the pair was
-    a repeat or a gold check.
+    In campaigns with `reveal`, the reply contains the names of the generators. If it does not contain them,
+    it reveals that the pair was a repeat or a gold check.
     """
-    return plan.campaign.settings.reveal and kind != Kind.TRAINING and choice is not Choice.SKIP
+    return plan.campaign.settings.reveal and pair_kind != Kind.TRAINING and choice is not Choice.SKIP

@@ -51,11 +51,12 @@ _server_option = functools.partial(option, group="Server")
 
 
 def with_defaults(flags: Mapping, *settings_classes: type) -> dict:
-    """Return the values of flags, with the defaults of settings in place of flags that were not passed.
+    """Replace the value None of each flag that was not passed by the default of the setting of this name.
 
     Args:
         flags: value of each flag; None for a flag that was not passed.
-        settings_classes: settings dataclasses whose knobs have the names of the flags.
+        settings_classes: dataclasses whose settings (fields made by `training.config.knob`) have the names of
+            the flags.
     """
     defaults: dict = {}
     for settings_class in settings_classes:
@@ -102,20 +103,24 @@ class Request:
         """
         # A campaign of pairs uses the default mode and the default scale.
         scale_settings = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
-        settings = {**self.settings, **scale_settings}
-        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **settings)
+        all_settings = {**self.settings, **scale_settings}
+        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **all_settings)
 
 
 def check_resumed(
-    campaign: StoredCampaign, flags: Mapping, written: set[str], another: str = "--campaign=NAME"
+    campaign: StoredCampaign,
+    flags: Mapping,
+    written_flags: set[str],
+    other_campaign_flag: str = "--campaign=NAME",
 ) -> dict:
     """Check that the flags of a command agree with the flags from which a stored campaign was planned.
 
     Args:
         campaign: stored campaign that is continued.
         flags: values of the flags of the command.
-        written: names of the flags that the user passed on the command line. Other flags are not compared.
-        another: flag that names another campaign, for the message.
+        written_flags: names of the flags that the user passed on the command line. Other flags are not
+            compared.
+        other_campaign_flag: flag that names another campaign, for the message.
 
     Returns:
         Values of the flags from which the campaign was planned.
@@ -132,12 +137,12 @@ def check_resumed(
             " cannot continue it. Choose another name."
         )
     # A flag that was not passed keeps its stored value, even if its default has changed.
-    for flag in sorted(written & set(flags)):
+    for flag in sorted(written_flags & set(flags)):
         if stored_flags.get(flag) != flags[flag]:
             raise ValueError(
                 f"--{flag.replace('_', '-')}={flags[flag]}: the campaign {campaign_name!r} was planned with"
                 f" the value {stored_flags.get(flag)}. Remove the flag, or start another campaign with"
-                f" {another}."
+                f" {other_campaign_flag}."
             )
     return stored_flags
 
@@ -145,17 +150,17 @@ def check_resumed(
 def plan_campaign(
     store: "Store | None",
     request: Request,
-    report: Callable[[str], None],
-    scorer: Callable[[Collection], Ensemble] | None = None,
+    report_line: Callable[[str], None],
+    load_ensemble: Callable[[Collection], Ensemble] | None = None,
 ) -> tuple[CampaignSettings, list[PlannedPair]]:
     """Plan a new campaign. It is not stored.
 
     Args:
         store: store that contains the campaign `request.after`; None: there is no store yet.
         request: campaign as the flags describe it.
-        report: function that is called with lines of progress.
-        scorer: function that makes the ensemble which scores asset files, for strategies that use scores.
-            None: the ensemble consists of the mesh rewards that the request names.
+        report_line: function that is called with lines of progress.
+        load_ensemble: function that makes the ensemble which scores asset files, for strategies that use
+            scores. None: the ensemble consists of the mesh rewards that the request names.
 
     Returns:
         Settings and pairs of the campaign.
@@ -177,11 +182,11 @@ def plan_campaign(
             filters = LabelFilters(campaign=request.after)
     if request.assets is not None:
         with prefix_errors("--assets"):
-            collection = read_collection(Path(request.assets), report, request.lenient)
+            collection = read_collection(Path(request.assets), report_line, request.lenient)
         ensemble = None
         # rewards are loaded only for strategies that use scores
         if strategy.least_rewards:
-            make_ensemble = scorer or partial(
+            make_ensemble = load_ensemble or partial(
                 mesh_ensemble, request.pairing.strategy, request.pairing.rewards
             )
             ensemble = make_ensemble(collection)
@@ -191,7 +196,7 @@ def plan_campaign(
             judgement_rows = kept_judgements(store, filters, Mode.LABEL) if store and filters else []
             preferences = answers_of(collection, judgement_rows)
         with prefix_errors("--assets"):
-            asset_plan = plan_assets(request.pairing, collection, report, preferences, ensemble)
+            asset_plan = plan_assets(request.pairing, collection, report_line, preferences, ensemble)
         extra_values = {
             FLAGS: request.to_json(),
             "plan": asset_plan.report,
@@ -206,7 +211,7 @@ def plan_campaign(
     with prefix_errors("--network"):
         generator = load_generator(request.network)
     unit_noun = "shapes" if request.pairing.single else "pairs"
-    report(f"planning {request.pairing.pairs} {unit_noun} ({request.pairing.strategy}) ...")
+    report_line(f"planning {request.pairing.pairs} {unit_noun} ({request.pairing.strategy}) ...")
     ensemble = reward_ensemble(request.pairing, generator) if strategy.least_rewards else None
     campaign_plan = plan(request.pairing, generator, earlier_preferences, ensemble)
     return request.campaign_settings(
@@ -244,7 +249,7 @@ def check_annotators(store: "Store | None", host: str, add_command: str) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class ServerFlags:
-    """Values of the flags of a label server, which have the names of the fields."""
+    """Values of the flags of a label server. The field of each flag has the name of the flag."""
 
     host: str
     port: int
@@ -306,8 +311,8 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             metavar="ADDRESS",
             default="127.0.0.1",
             help=(
-                "Address on which the server listens. If other machines can reach it, annotators need a"
-                " token."
+                "IP address or name on which the server listens. The default can be reached from this machine"
+                " only. With 0.0.0.0, other machines can reach the server, and annotators need a token."
             ),
         ),
         _server_option(
@@ -321,17 +326,20 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             "--certificate",
             metavar="FILE",
             type=pem_type,
-            help="PEM file of the server's certificate. With --key, the server uses https.",
+            help="PEM file of the server's TLS certificate. The server then uses https, and needs --key.",
         ),
         _server_option(
-            "--key", metavar="FILE", type=pem_type, help="PEM file of the certificate's private key."
+            "--key",
+            metavar="FILE",
+            type=pem_type,
+            help="PEM file of the private key that belongs to the certificate of --certificate.",
         ),
         _server_option(
             "--proxy",
             metavar="ADDRESS",
             help=(
-                "Address of a reverse proxy whose X-Forwarded headers are trusted. Annotators then need a"
-                " token."
+                "IP address of a reverse proxy in front of the server. Its X-Forwarded headers are trusted,"
+                " and annotators need a token."
             ),
         ),
         _server_option(
@@ -340,14 +348,14 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             type=file_type,
             show_default=access_log,
             rare=True,
-            help="File to which a JSON line without tokens is written for each request.",
+            help="Log file, to which one JSON line is written for each request. It contains no tokens.",
         ),
         _server_option(
             "--cache",
             metavar="DIR",
             type=click.Path(path_type=Path, file_okay=False),
             default=DEFAULT_FOLDER,
-            help="Folder in which prepared shapes are stored.",
+            help="Folder in which the server stores the shapes in the form that it sends to browsers.",
             rare=True,
         ),
         _server_option(
@@ -367,7 +375,7 @@ def serve_campaign(
     campaign: str,
     server: ServerFlags,
     announce: Callable[[str], list[str]],
-    unit: str,
+    answer_noun: str,
 ) -> None:
     """Serve a campaign until it is interrupted, and prepare its shapes in the meantime.
 
@@ -377,7 +385,7 @@ def serve_campaign(
         campaign: name of the campaign.
         server: flags of the server.
         announce: function (URL of the server) -> lines that are printed when the server listens.
-        unit: noun for an answer in the line that is printed at the end.
+        answer_noun: noun for one answer, such as "label", in the line that is printed at the end.
     """
     from eg3d_rlhf.people.label.server.app import serve
 
@@ -397,11 +405,11 @@ def serve_campaign(
         access_log=server.access_log,
     )
 
-    def listening(address: str) -> None:
+    def print_addresses(address: str) -> None:
         """Print the address of the server, and warnings about unsafe settings."""
         # The addresses 0.0.0.0 and [::] mean all interfaces, and a browser cannot open them.
-        for all_interfaces in ("//0.0.0.0:", "//[::]:"):
-            address = address.replace(all_interfaces, f"//{socket.gethostname()}:")
+        for wildcard_address in ("//0.0.0.0:", "//[::]:"):
+            address = address.replace(wildcard_address, f"//{socket.gethostname()}:")
         for line in announce(address):
             click.echo(line)
         # 0o077 are the permissions of the group and of others
@@ -424,28 +432,29 @@ def serve_campaign(
             certificate=server.certificate,
             key=server.key,
             proxy=server.proxy,
-            on_listening=listening,
+            on_listening=print_addresses,
         )
     # Every answer was on the disk before the page got its reply, so an interrupt loses no answer.
     except KeyboardInterrupt:
-        click.echo(f"Stopped. Every {unit} is stored. Run the same command again to continue.")
+        click.echo(f"Stopped. Every {answer_noun} is stored. Run the same command again to continue.")
 
 
-def reject_flags_before(ctx: click.Context, *allowed: str) -> None:
+def reject_flags_before(ctx: click.Context, *allowed_parameters: str) -> None:
     """Check that only allowed flags precede the name of a sub-command.
 
     Args:
         ctx: context of the group.
-        allowed: names of the allowed parameters.
+        allowed_parameters: names of the allowed parameters.
 
     Raises:
         ValueError: another flag precedes the sub-command; the message names it.
     """
-    if rejected_flags := named_flags(ctx, given_flags(ctx) - set(allowed)):
-        allowed_text = " and ".join(f"--{name}" for name in allowed)
+    if rejected_flags := named_flags(ctx, given_flags(ctx) - set(allowed_parameters)):
+        allowed_text = " and ".join(f"--{name}" for name in allowed_parameters)
         raise ValueError(
             f"{', '.join(rejected_flags)}: only {allowed_text} may precede the sub-command"
-            f" {ctx.invoked_subcommand}. Write the other flags after {ctx.invoked_subcommand}."
+            f" {ctx.invoked_subcommand}. Write the other flags after {ctx.invoked_subcommand}, or remove them"
+            f" if {ctx.invoked_subcommand} does not accept them."
         )
 
 
@@ -495,39 +504,41 @@ def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> b
         if store.campaign(name) is not None:
             return False
         # ASKED replaces some of the defaults
-        settings = with_defaults(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
+        round_settings = with_defaults(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
         request = Request(
             # The path is absolute, because labelling may be continued from another working directory.
             name=name,
             network=str(network.resolve()),
             after=None,
             pairing=pairing,
-            settings=settings,
+            settings=round_settings,
         )
         store.create_campaign(*plan_campaign(store, request, print))
         return True
 
 
-def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) -> list[Preference]:
-    """Return the labels of a campaign.
+def round_labels(url: str, name: str, generator: "LoadedGenerator", pair_count: int) -> list[Preference]:
+    """Return the labels of a campaign that was planned by `make_round`, if enough pairs are answered.
 
     Args:
         url: URL of the store.
         name: name of the campaign.
         generator: generator whose shapes the campaign compares.
-        pairs: number of pairs of the campaign.
+        pair_count: number of pairs of the campaign.
 
     Raises:
         ValueError: too few pairs are answered, or the labels belong to another generator.
     """
     with open_store(url, create=False) as store:
         # Pairs and not answers are counted, because several annotators may answer one pair.
-        answered_count = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
+        answered_count = len(
+            {judgement.pair for judgement in store.judgements(name) if judgement.kind is Kind.PAIR}
+        )
         labels = store_preferences(store, LabelFilters(campaign=name))
-    min_answered_count = max(1, round(MIN_ANSWERED_SHARE * pairs))
+    min_answered_count = max(1, round(MIN_ANSWERED_SHARE * pair_count))
     if answered_count < min_answered_count:
         raise ValueError(
-            f"campaign {name}: at least {min_answered_count} of {pairs} pairs must be answered, but"
+            f"campaign {name}: at least {min_answered_count} of {pair_count} pairs must be answered, but"
             f" {answered_count} are. Continue to label with: {label_command(url, name)}"
         )
     # Labels of another generator, such as those of another run's database, would train the reward on other

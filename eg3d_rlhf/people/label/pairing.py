@@ -58,7 +58,7 @@ class PairingOptions(StrategyOptions):
     )
     seed: int = knob(
         0,
-        "Random seed for choosing pairs, their order, the sides of shapes, and repeats.",
+        "Random seed of the campaign. It decides the pairs, their order, the sides of shapes, and repeats.",
         TITLE,
         low=0,
         high=MAX_SEED,
@@ -72,7 +72,12 @@ class PairingOptions(StrategyOptions):
         high=MAX_SEED,
     )
     psi: float = _rare_title_knob(
-        1.0, "Truncation psi of the latents.", metavar="0..2", low=0, high=2, flags=("--trunc",)
+        1.0,
+        "Truncation psi of the latents. With 1, latents are not truncated.",
+        metavar="0..2",
+        low=0,
+        high=2,
+        flags=("--trunc",),
     )
     level: float | None = _rare_title_knob(
         None, "Raw density sigma_raw at the surface of a shape.", shown="stored in the generator"
@@ -93,7 +98,7 @@ class PairingOptions(StrategyOptions):
         " known.",
         low=0,
         high=10**5,
-        shown="one for 25 pairs, at least 4",
+        shown="one per 25 pairs, at least 4",
     )
     training: int = _rare_title_knob(
         3, "Number of practice pairs at the start, whose correct answer is explained.", low=0, high=100
@@ -101,7 +106,8 @@ class PairingOptions(StrategyOptions):
     rewards: tuple[str, ...] = ()  # reward files of the ensemble; empty: the two bundled rewards
     single: str | None = knob(
         None,
-        "Scale of a campaign that shows one shape at a time: thumbs up or down, or scores from 0 to 5.",
+        "Show one shape at a time instead of pairs, and ask for a rating: thumbs (up or down) or scores (0 to"
+        " 5).",
         TITLE,
         choices=("thumbs", "scores"),
         shown="pairs",
@@ -121,19 +127,19 @@ class PairingOptions(StrategyOptions):
                 f"--level={self.level} is not a finite number. Pass a finite number, or remove --level to"
                 " use the value that is stored in the generator."
             )
-        if self.first_seed + self.seeds > MAX_SEED:
+        if self.first_seed + self.seed_count > MAX_SEED:
             raise ValueError(
-                f"--first-seed={self.first_seed}: the campaign needs {self.seeds} seeds from this one on,"
-                f" but the largest seed is {MAX_SEED}. Use a smaller --first-seed."
+                f"--first-seed={self.first_seed}: the campaign needs {self.seed_count} seeds from this one"
+                f" on, but the largest seed is {MAX_SEED}. Use a smaller --first-seed."
             )
         # Seeds that are reserved for evaluation must not train a reward.
         reject_held_out_seeds(
-            range(self.first_seed, self.first_seed + self.seeds),
-            f"--first-seed={self.first_seed}, {self.seeds} seeds",
+            range(self.first_seed, self.first_seed + self.seed_count),
+            f"--first-seed={self.first_seed}, {self.seed_count} seeds",
         )
 
     @property
-    def gold_pairs(self) -> int:
+    def gold_pair_count(self) -> int:
         """Return the number of gold pairs."""
         if self.gold is not None:
             return self.gold
@@ -141,14 +147,14 @@ class PairingOptions(StrategyOptions):
         return max(_MIN_GOLD_PAIRS, -(-self.pairs // _GOLD_EVERY))
 
     @property
-    def compared(self) -> int:
+    def compared_shape_count(self) -> int:
         """Return the number of different shapes that the pairs compare."""
         return self.pairs if self.single else STRATEGIES[self.strategy].items_for(self)
 
     @property
-    def seeds(self) -> int:
+    def seed_count(self) -> int:
         """Return the number of seeds that the campaign uses, including those of gold and practice pairs."""
-        return self.compared + self.gold_pairs + self.training
+        return self.compared_shape_count + self.gold_pair_count + self.training
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class Plan:
 
 
 def plan(
-    options: PairingOptions,
+    pairing: PairingOptions,
     generator: "LoadedGenerator",
     earlier_preferences: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
@@ -169,40 +175,41 @@ def plan(
     """Plan the pairs of a campaign.
 
     Args:
-        options: options of the pairs.
+        pairing: options of the pairs.
         generator: generator whose shapes are compared.
         earlier_preferences: preferences of an earlier campaign, for strategies that use answers. Other
             strategies ignore them.
         ensemble: rewards, for strategies that use scores.
 
     Raises:
-        ValueError: the generator does not accept a seed, or the results belong to another generator.
+        ValueError: the generator does not accept a seed, or the earlier preferences belong to another
+            generator.
     """
     from eg3d_rlhf.generators import check_seeds
 
     # The level of the generator is inserted, so that the stored plan contains the number.
-    options = options if options.level is not None else replace(options, level=generator.generator.level)
-    earlier_preferences = earlier_preferences if STRATEGIES[options.strategy].reads_answers else ()
-    # With results, the strategy chooses among the seeds of the earlier campaign, which was checked when it
-    # was planned.
+    pairing = pairing if pairing.level is not None else replace(pairing, level=generator.generator.level)
+    earlier_preferences = earlier_preferences if STRATEGIES[pairing.strategy].reads_answers else ()
+    # With earlier preferences, the strategy chooses among the seeds of the earlier campaign, which were
+    # checked when that campaign was planned.
     if not earlier_preferences:
-        last_seed = options.first_seed + options.seeds - 1
+        last_seed = pairing.first_seed + pairing.seed_count - 1
         check_seeds(
             generator.generator,
             last_seed,
-            f"--first-seed={options.first_seed}, {options.seeds} seeds with gold and practice pairs",
+            f"--first-seed={pairing.first_seed}, {pairing.seed_count} seeds with gold and practice pairs",
         )
-    rng = np.random.default_rng(options.seed)
-    make_shape = shape_factory(options, generator)
-    plan_report = {**asdict(options), "rewards": list(options.rewards)}
+    rng = np.random.default_rng(pairing.seed)
+    make_shape = shape_factory(pairing, generator)
+    plan_report = {**asdict(pairing), "rewards": list(pairing.rewards)}
     seed_pairs: Sequence[Sequence[int]]
-    if options.single:
+    if pairing.single:
         # Version 0.1 drew a permutation for pairs first. It is drawn and ignored, so that the next random
         # numbers are the same.
-        rng.permutation(2 * options.pairs)
-        seed_pairs = [(seed, seed) for seed in (rng.permutation(options.pairs) + options.first_seed).tolist()]
+        rng.permutation(2 * pairing.pairs)
+        seed_pairs = [(seed, seed) for seed in (rng.permutation(pairing.pairs) + pairing.first_seed).tolist()]
     else:
-        seed_pairs, strategy_report = _chosen(options, generator, earlier_preferences, ensemble, rng)
+        seed_pairs, strategy_report = _chosen(pairing, generator, earlier_preferences, ensemble, rng)
         plan_report |= strategy_report
     pairs = [
         PlannedPair(first=make_shape(first_seed), second=make_shape(second_seed))
@@ -212,41 +219,43 @@ def plan(
     # Gold and practice pairs use the next seeds that no pair uses, so that their undamaged shapes occur
     # nowhere else.
     unused_seeds = (
-        seed for seed in range(options.first_seed + options.compared, MAX_SEED) if seed not in used_seeds
+        seed
+        for seed in range(pairing.first_seed + pairing.compared_shape_count, MAX_SEED)
+        if seed not in used_seeds
     )
-    known_count = options.gold_pairs + options.training
+    known_count = pairing.gold_pair_count + pairing.training
     known_shapes = [make_shape(seed) for seed in itertools.islice(unused_seeds, known_count)]
-    make_known_pairs = damaged_singles if options.single else known_answers
-    gold_pairs = make_known_pairs(known_shapes[: options.gold_pairs], Kind.GOLD, rng)
-    practice_pairs = make_known_pairs(known_shapes[options.gold_pairs :], Kind.TRAINING, rng)
+    make_known_pairs = damaged_singles if pairing.single else known_answers
+    gold_pairs = make_known_pairs(known_shapes[: pairing.gold_pair_count], Kind.GOLD, rng)
+    practice_pairs = make_known_pairs(known_shapes[pairing.gold_pair_count :], Kind.TRAINING, rng)
     # Practice pairs come first, because annotators learn the task from them.
     return Plan(practice_pairs + interleave(pairs, gold_pairs), plan_report)
 
 
 def _chosen(
-    options: PairingOptions,
+    pairing: PairingOptions,
     generator: "LoadedGenerator",
     earlier_preferences: Sequence[Preference],
     ensemble: Ensemble | None,
     rng: np.random.Generator,
 ) -> tuple[list[list[int]], dict]:
-    """Choose pairs of seeds with the strategy of the options.
+    """Choose pairs of seeds with the strategy `pairing.strategy`.
 
     Returns:
         Pairs of seeds, and the report of the strategy in JSON types.
 
     Raises:
-        ValueError: the results belong to another generator, or the ensemble has too few rewards.
+        ValueError: the earlier preferences belong to another generator, or the ensemble has too few rewards.
     """
     for earlier_preference in earlier_preferences:
         if earlier_preference.generator not in (None, generator.hash) or earlier_preference.psi not in (
             None,
-            options.psi,
+            pairing.psi,
         ):
             raise ValueError(
-                "plan: the results of the earlier campaign belong to generator"
+                "plan: the preferences of the earlier campaign belong to generator"
                 f" {str(earlier_preference.generator)[:12]} and psi {earlier_preference.psi}, but this"
-                f" campaign uses generator {generator.hash[:12]} and psi {options.psi}. Use the same"
+                f" campaign uses generator {generator.hash[:12]} and psi {pairing.psi}. Use the same"
                 " --network and --trunc as for the earlier campaign."
             )
     # A later round of a tournament compares the seeds of the earlier rounds. A strategy does not use seeds,
@@ -258,7 +267,7 @@ def _chosen(
             for seed in (earlier_preference.winner, earlier_preference.loser)
         }
     )
-    seeds = seeds or range(options.first_seed, options.first_seed + options.compared)
+    seeds = seeds or range(pairing.first_seed, pairing.first_seed + pairing.compared_shape_count)
     position_by_seed = {seed: index for index, seed in enumerate(seeds)} if earlier_preferences else {}
     seed_ensemble = None
     if ensemble is not None:
@@ -266,8 +275,8 @@ def _chosen(
         seed_ensemble = replace(
             ensemble, score=lambda indices: score_seeds([seeds[index] for index in indices])
         )
-    check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
-    strategy_plan = STRATEGIES[options.strategy].plan(
+    check_rewards(pairing.strategy, 0 if ensemble is None else ensemble.size)
+    strategy_plan = STRATEGIES[pairing.strategy].plan(
         # Any two seeds may form a pair: there is one generator, and no prompt.
         Items(members=[Item()] * len(seeds), unlimited=True, ensemble=seed_ensemble),
         [
@@ -279,7 +288,7 @@ def _chosen(
             for earlier_preference in earlier_preferences
         ],
         rng,
-        options,
+        pairing,
     )
     seed_pairs = [
         [seeds[first_index], seeds[second_index]] for first_index, second_index in strategy_plan.pairs
@@ -287,45 +296,45 @@ def _chosen(
     return seed_pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
 
 
-def report_with_names(report: Mapping, names_of: Callable[[int, int], Mapping]) -> dict:
-    """Return the report of a strategy with names of the items in place of their positions.
+def report_with_names(strategy_report: Mapping, names_of: Callable[[int, int], Mapping]) -> dict:
+    """Return the report of a strategy, with names of the items in place of their numbers.
 
-    Only the list "why" of the report, which explains the choice of each pair, contains positions.
+    Only the list "why" of the report, which explains the choice of each pair, contains numbers of items.
 
     Args:
-        report: report of the strategy.
-        names_of: function (position, position) -> names of the two items, as JSON values.
+        strategy_report: report of the strategy.
+        names_of: function (number, number) -> names of the two items, as JSON values.
     """
-    named_report = dict(report)
-    if "why" in report:
+    named_report = dict(strategy_report)
+    if "why" in strategy_report:
         named_report["why"] = [
             {
                 **names_of(*pair_report["pair"]),
                 **{key: value for key, value in pair_report.items() if key != "pair"},
             }
-            for pair_report in report["why"]
+            for pair_report in strategy_report["why"]
         ]
     return named_report
 
 
-def shape_factory(options: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:
+def shape_factory(pairing: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:
     """Return a function (seed) -> `Shape` of the generator with these options."""
     # An empty source means the bundled generator, whose path differs from installation to installation.
     source_path = "" if generator.path == bundled.GENERATOR else str(generator.path.resolve())
-    surface_level = generator.generator.level if options.level is None else options.level
+    surface_level = generator.generator.level if pairing.level is None else pairing.level
     return lambda seed: Shape(
         generator=generator.hash,
         source=source_path,
         seed=int(seed),
-        psi=float(options.psi),
+        psi=float(pairing.psi),
         level=float(surface_level),
-        resolution=options.resolution,
-        triangles=options.triangles,
+        resolution=pairing.resolution,
+        triangles=pairing.triangles,
     )
 
 
 def known_answers(
-    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
+    shapes: Sequence[Shape], pair_kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
 ) -> list[PlannedPair]:
     """Make pairs whose correct answer is known: each shape, and a copy of it that is damaged deliberately.
 
@@ -333,8 +342,8 @@ def known_answers(
 
     Args:
         shapes: undamaged shapes.
-        kind: kind of the pairs, GOLD or TRAINING.
-        rng: random generator, of which one number per pair is used.
+        pair_kind: kind of the pairs, GOLD or TRAINING.
+        rng: random number generator, from which one number per pair is drawn.
         damages: kind of damage -> its description for annotators.
     """
     pairs = []
@@ -347,34 +356,36 @@ def known_answers(
             PlannedPair(
                 first=two_shapes[is_damaged_first],  # False and True are the indices 0 and 1
                 second=two_shapes[not is_damaged_first],
-                kind=kind,
+                kind=pair_kind,
                 expected="second" if is_damaged_first else "first",
-                explanation=EXPLANATION.format(description) if kind is Kind.TRAINING else "",
+                explanation=EXPLANATION.format(description) if pair_kind is Kind.TRAINING else "",
             )
         )
     return pairs
 
 
 def damaged_singles(
-    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
+    shapes: Sequence[Shape], pair_kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
 ) -> list[PlannedPair]:
     """Make pairs for a campaign of single shapes: each contains a deliberately damaged shape twice.
 
     The correct answer is thumbs down. See `known_answers` for the arguments.
     """
-    pairs = []
+    single_pairs = []
     # known_answers also draws the order of the two shapes, so the random numbers are the same as for pairs.
-    for pair in known_answers(shapes, kind, rng, damages):
+    for pair in known_answers(shapes, pair_kind, rng, damages):
         damaged_shape = pair.first if pair.first.degradation else pair.second
         explanation = (
-            SINGLE_EXPLANATION.format(damages[damaged_shape.degradation]) if kind is Kind.TRAINING else ""
+            SINGLE_EXPLANATION.format(damages[damaged_shape.degradation])
+            if pair_kind is Kind.TRAINING
+            else ""
         )
-        pairs.append(
+        single_pairs.append(
             replace(
                 pair, first=damaged_shape, second=damaged_shape, expected="second", explanation=explanation
             )
         )
-    return pairs
+    return single_pairs
 
 
 def interleave(pairs: Sequence[PlannedPair], gold_pairs: Sequence[PlannedPair]) -> list[PlannedPair]:

@@ -75,7 +75,7 @@ def prepare(
     cache: ShapeCache,
     renderer: Any,
     renders: bool = False,
-    report: Callable[[dict], None] = lambda fields: None,
+    on_progress: Callable[[dict], None] = lambda fields: None,
 ) -> None:
     """Prepare the shapes that are missing in the cache, in order.
 
@@ -84,8 +84,8 @@ def prepare(
         cache: cache in which results and failures are stored.
         renderer: a `ShapeRenderer` for isosurfaces of a generator, or an `AssetPreparer` for asset files.
         renders: True makes the RGB renders as well.
-        report: function that is called with fields of `ShapeProgress`, before the first shape and after each
-            shape.
+        on_progress: function that is called with fields of `ShapeProgress`, before the first shape and after
+            each shape.
 
     Raises:
         ValueError: the file of a generator cannot be used.
@@ -109,7 +109,7 @@ def prepare(
         else:
             # `and` keeps None, which means an unknown time
             seconds_left = seconds_per_shape and seconds_per_shape * missing_count
-        report(
+        on_progress(
             {
                 "done": len(shapes_by_key) - len(failed_keys) - missing_count,
                 "total": len(shapes_by_key),
@@ -130,7 +130,9 @@ def prepare(
         shape_error = _prepare_shape(shape, cache, renderer, renders)
         if shape_error is not None:
             failure_reason = str(shape_error)
-            cache.put_failure(shape, failure_reason, temporary=isinstance(shape_error, reading.ChangedError))
+            cache.put_failure(
+                shape, failure_reason, is_temporary=isinstance(shape_error, reading.ChangedError)
+            )
             failed_keys.add(key)
             print(f"A shape cannot be shown: {failure_reason}", file=sys.stderr, flush=True)
         durations.append(time.monotonic() - start_time)
@@ -138,7 +140,7 @@ def prepare(
 
 
 def _prepare_shape(shape: Shape, cache: ShapeCache, renderer: Any, renders: bool) -> ValueError | None:
-    """Prepare the files of one shape that are missing.
+    """Make those files of one shape that are missing in the cache, and store them there.
 
     Returns:
         The error if the shape cannot be prepared, and None if it is prepared.
@@ -172,8 +174,9 @@ class AssetPreparer:
 
 
 def prepare_prompts(prompts: Iterable[Mapping], cache: ShapeCache) -> None:
-    """Prepare the images of prompts that are missing in the cache. If an image cannot be shown, this is
-    recorded.
+    """Prepare the images of prompts that are missing in the cache.
+
+    If an image cannot be shown, the cache records the failure.
 
     Args:
         prompts: prompts with the path "image" and the SHA-256 "hash" of their image, if they have one.
@@ -220,8 +223,9 @@ def end_with_parent(parent_id: int) -> None:
 
 
 def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) -> None:
-    """Prepare the missing shapes of a campaign. This is the main function of the process that `Preparation`
-    starts.
+    """Prepare the missing shapes of a campaign.
+
+    This is the main function of the process that `Preparation` starts.
 
     Args:
         url: URL of the store.
@@ -243,14 +247,14 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
     shape_cache.remove_leftovers()
     progress_path = progress_file(shape_cache, url, campaign)
     progress = ShapeProgress(campaign=campaign)
-    last_write = -float("inf")  # time of the last write of the progress, in seconds of time.monotonic
+    last_write_time = -float("inf")  # time of the last write of the progress, in seconds of time.monotonic
 
-    def write_progress(fields: dict) -> None:
-        nonlocal progress, last_write
-        progress = ShapeProgress(campaign=campaign, **fields)
-        if progress.finished or time.monotonic() - last_write >= _WRITE_EVERY:
+    def write_progress(progress_fields: dict) -> None:
+        nonlocal progress, last_write_time
+        progress = ShapeProgress(campaign=campaign, **progress_fields)
+        if progress.finished or time.monotonic() - last_write_time >= _WRITE_EVERY:
             progress.write(progress_path)
-            last_write = time.monotonic()
+            last_write_time = time.monotonic()
 
     try:
         with Store.open(url, create=False) as store:
@@ -277,8 +281,9 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
 
 
 class Preparation:
-    """Worker process that prepares the shapes of one campaign, as the server uses it. All methods are
-    thread-safe.
+    """Worker process that prepares the shapes of one campaign while the label server runs.
+
+    All methods are thread-safe.
 
     Args:
         url: URL of the store.

@@ -46,49 +46,54 @@ class QualityLimits:
     strengths: int = 400
 
 
-def counting(rows: Iterable[JudgementRow]) -> list[JudgementRow]:
+def counting(judgement_rows: Iterable[JudgementRow]) -> list[JudgementRow]:
     """Return the judgements that count, in order of receipt: not taken back, and not of a practice pair."""
-    counted_rows = (row for row in rows if not row.undone and row.kind != Kind.TRAINING)
-    return sorted(counted_rows, key=lambda row: row.id)
+    counted_rows = (
+        judgement for judgement in judgement_rows if not judgement.undone and judgement.kind != Kind.TRAINING
+    )
+    return sorted(counted_rows, key=lambda judgement: judgement.id)
 
 
-def side_free(row: JudgementRow) -> str:
-    """Return the answer of a judgement in terms of the pair, independent of the sides.
+def side_free(judgement: JudgementRow) -> str:
+    """Return the answer of a judgement in a form that does not depend on the sides.
 
     Returns:
         'first' or 'second' for the preferred shape of the pair, 'tie' also for "both are bad", or 'skip'. For
         a single shape, the answer itself.
     """
-    if row.choice.equal:
+    if judgement.choice.equal:
         return Choice.TIE.value
-    if row.choice not in (Choice.LEFT, Choice.RIGHT):
-        return row.choice.value
-    return "first" if (row.choice == Choice.LEFT) == row.first_is_left else "second"
+    if judgement.choice not in (Choice.LEFT, Choice.RIGHT):
+        return judgement.choice.value
+    return "first" if (judgement.choice == Choice.LEFT) == judgement.first_is_left else "second"
 
 
-def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = None) -> dict:
+def quality_report(judgement_rows: Iterable[JudgementRow], limits: QualityLimits | None = None) -> dict:
     """Compute all quality metrics of judgements.
 
     Campaigns in study mode get no Bradley-Terry strengths, because these would reveal the result before the
     study is complete. Single shapes have no strengths either.
 
     Args:
-        rows: judgements, also those that were taken back.
+        judgement_rows: judgements, also those that were taken back.
         limits: thresholds of the flags; None: the default thresholds.
 
     Returns:
-        Metrics in JSON types. A metric without data is None.
+        Dict in JSON types, in which a metric without data is None: "judgements" (number of judgements that
+        count), "annotators" (see `annotator_quality`), "agreement" (see `agreement`), "bradley_terry" (see
+        `_strengths`), "cycles" (see `bradley_terry.cycles`), "questions" (see `by_question`), "leaderboards"
+        (see `leaderboards`) and "timeline" (see `timeline`).
     """
     limits = limits or QualityLimits()
-    rows = list(rows)
-    counted_rows = counting(rows)
+    judgement_rows = list(judgement_rows)
+    counted_rows = counting(judgement_rows)
     # assignments whose answer was changed
-    changed_assignments = {row.assignment for row in rows if row.undone}
+    changed_assignments = {judgement.assignment for judgement in judgement_rows if judgement.undone}
     rows_by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
-    for row in counted_rows:
-        rows_by_annotator[row.annotator].append(row)
+    for judgement in counted_rows:
+        rows_by_annotator[judgement.annotator].append(judgement)
     # judgements of studies are left out, because a study stays blind until its report
-    label_rows = [row for row in counted_rows if row.mode == Mode.LABEL]
+    label_rows = [judgement for judgement in counted_rows if judgement.mode == Mode.LABEL]
     comparisons, name_of_shape = _comparisons(label_rows)
     return {
         "judgements": len(counted_rows),
@@ -106,53 +111,66 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
 
 
 def annotator_quality(
-    name: str, rows: Sequence[JudgementRow], limits: QualityLimits, changed_assignments: Collection[str] = ()
+    name: str,
+    judgement_rows: Sequence[JudgementRow],
+    limits: QualityLimits,
+    changed_assignments: Collection[str] = (),
 ) -> dict:
     """Compute the quality metrics of one annotator, and flags in words.
 
     Args:
         name: name of the annotator.
-        rows: judgements of the annotator that count.
+        judgement_rows: judgements of the annotator that count.
         limits: thresholds of the flags.
         changed_assignments: tokens of assignments whose answer was changed. They are left out of the
             consistency, because the annotator may have looked at an earlier answer to the same pair.
 
     Returns:
-        Metrics in JSON types. A metric without data is None.
+        Dict in JSON types, in which a metric without data is None: the name, counts of judgements and skips,
+        speed, side bias, consistency and gold accuracy, and under "flags" a list of sentences about metrics
+        that violate a threshold.
     """
-    unchanged_rows = [row for row in rows if row.assignment not in changed_assignments]
-    choice_counts = Counter(row.choice for row in rows)
+    unchanged_rows = [
+        judgement for judgement in judgement_rows if judgement.assignment not in changed_assignments
+    ]
+    choice_counts = Counter(judgement.choice for judgement in judgement_rows)
     left_count = choice_counts[Choice.LEFT]
     right_count = choice_counts[Choice.RIGHT]
     # The time is 0 milliseconds if the page could not measure it, and for imported answers.
     answer_seconds = [
-        row.milliseconds / 1000 for row in rows if row.choice != Choice.SKIP and row.milliseconds > 0
+        judgement.milliseconds / 1000
+        for judgement in judgement_rows
+        if judgement.choice != Choice.SKIP and judgement.milliseconds > 0
     ]
     # A skipped gold check counts neither as correct nor as wrong.
     gold_rows = [
-        row
-        for row in rows
-        if row.kind == Kind.GOLD and row.expected is not None and row.choice != Choice.SKIP
+        judgement
+        for judgement in judgement_rows
+        if judgement.kind == Kind.GOLD and judgement.expected is not None and judgement.choice != Choice.SKIP
     ]
     # The working time is the sum of the gaps between judgements, without breaks.
-    receipt_times = sorted(row.received_at for row in rows)
+    receipt_times = sorted(judgement.received_at for judgement in judgement_rows)
     gaps = [later - earlier for earlier, later in itertools.pairwise(receipt_times)]
     work_gaps = [work_gap for work_gap in gaps if work_gap <= limits.break_seconds]
     metrics = {
         "name": name,
-        "judgements": len(rows),
+        "judgements": len(judgement_rows),
         "ties": choice_counts[Choice.TIE],
         "both_bad": choice_counts[Choice.BAD],
         "skips": choice_counts[Choice.SKIP],
-        "last": rows[-1].received_at if rows else None,
-        "skip_reasons": dict(Counter(row.reason or "other" for row in rows if row.choice == Choice.SKIP)),
+        "last": judgement_rows[-1].received_at if judgement_rows else None,
+        "skip_reasons": dict(
+            Counter(
+                judgement.reason or "other" for judgement in judgement_rows if judgement.choice == Choice.SKIP
+            )
+        ),
         "median_seconds": statistics.median(answer_seconds) if answer_seconds else None,
         "per_hour": 3600 * len(work_gaps) / sum(work_gaps) if sum(work_gaps) > 0 else None,
         # `good` is None for answers to pairs, so only ratings of single shapes are counted.
         **_share(
             "good_share",
-            sum(row.choice.good is True for row in rows),
-            sum(row.choice.good is not None for row in rows),
+            sum(judgement.choice.good is True for judgement in judgement_rows),
+            sum(judgement.choice.good is not None for judgement in judgement_rows),
         ),
         **_share("left_share", left_count, left_count + right_count),
         "left_right_n": left_count + right_count,
@@ -162,7 +180,7 @@ def annotator_quality(
         **_consistency("swap_consistency", unchanged_rows, Kind.SWAP),
         **_share(
             "gold_accuracy",
-            sum(row.choice.meets(row.expected) for row in gold_rows),
+            sum(judgement.choice.meets(judgement.expected) for judgement in gold_rows),
             len(gold_rows),
             "gold_n",
             "gold_ci95",
@@ -171,27 +189,28 @@ def annotator_quality(
     return {**metrics, "flags": _flags(metrics, limits)}
 
 
-def agreement(rows: Iterable[JudgementRow]) -> dict:
-    """Compute the agreement of annotators on the answers first, second and tie, which do not depend on the
-    sides.
+def agreement(judgement_rows: Iterable[JudgementRow]) -> dict:
+    """Compute Cohen's kappa of every two annotators, and Krippendorff's alpha of all annotators.
 
-    The agreement is Cohen's kappa of every two annotators who answered common pairs, and Krippendorff's alpha
-    of all annotators.
+    The compared answers are "first", "second" and "tie", which do not depend on the sides. Two annotators
+    have a kappa if they answered at least one common pair.
 
     Args:
-        rows: judgements.
+        judgement_rows: judgements.
 
     Returns:
-        Kappas, alpha and its interval, in JSON types. With fewer than LEAST_UNITS common pairs, kappa or
-        alpha is None, and "alpha_needs" is the number of pairs that are missing for alpha.
+        Dict in JSON types: "cohen_kappa" (list with one record for each two annotators),
+        "krippendorff_alpha", "alpha_ci95", "alpha_n" (number of common pairs), "alpha_needs" (number of
+        common pairs that are missing for alpha) and "least" (LEAST_UNITS). With fewer than LEAST_UNITS common
+        pairs, kappa or alpha is None.
     """
     # id of a pair -> name of an annotator -> answer. Gold checks are left out, because their correct answer
     # is obvious, so that annotators agree on them more than on other pairs.
     answers_by_pair: dict[int, dict[str, str]] = defaultdict(dict)
-    for row in counting(rows):
-        if row.kind != Kind.GOLD and row.choice != Choice.SKIP:
+    for judgement in counting(judgement_rows):
+        if judgement.kind != Kind.GOLD and judgement.choice != Choice.SKIP:
             # setdefault keeps the first answer of an annotator, so that repeats of a pair are not counted.
-            answers_by_pair[row.pair].setdefault(row.annotator, side_free(row))
+            answers_by_pair[judgement.pair].setdefault(judgement.annotator, side_free(judgement))
     shared_answers: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for answer_by_name in answers_by_pair.values():
         # The names are sorted, so that two annotators have only one key.
@@ -203,14 +222,14 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
         first_answers, second_answers = zip(*answer_pairs, strict=True)
         kappa = cohen_kappa(list(first_answers), list(second_answers))
         equal_count = sum(first_answer == second_answer for first_answer, second_answer in answer_pairs)
-        same_share = _share("same", equal_count, kappa.n, "n")
+        same_share_fields = _share("same", equal_count, kappa.n, "n")
         kappas.append(
             {
                 "a": first_name,
                 "b": second_name,
                 "kappa": kappa.value if kappa.lo is not None else None,
                 "ci95": kappa.to_dict()["ci95"],
-                **same_share,
+                **same_share_fields,
             }
         )
     # The units of alpha are the pairs. Each annotator may have answered other pairs.
@@ -225,18 +244,22 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
     }
 
 
-def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
+def leaderboards(judgement_rows: Sequence[JudgementRow]) -> list[dict]:
     """Compute leaderboards of the generators: one of the main question, and one of each further question.
 
     Judgements of studies are not used. The list is empty if the judgements are about a single generator.
     """
-    generators = {row.left.generator for row in rows} | {row.right.generator for row in rows}
+    generators = {judgement.left.generator for judgement in judgement_rows} | {
+        judgement.right.generator for judgement in judgement_rows
+    }
     if len(generators) < 2:
         return []
     # A dictionary removes repetitions and keeps the order of the questions.
-    questions = dict.fromkeys(question for row in rows for question in row.votes)
+    questions = dict.fromkeys(question for judgement in judgement_rows for question in judgement.votes)
     # None is the main question, which shape is better
-    board_by_question = {question: leaderboard_of(rows, question) for question in (None, *questions)}
+    board_by_question = {
+        question: leaderboard_of(judgement_rows, question) for question in (None, *questions)
+    }
     return [
         {"question": question, **question_board.to_dict()}
         for question, question_board in board_by_question.items()
@@ -244,138 +267,141 @@ def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
     ]
 
 
-def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
-    """Compute metrics of each further question.
+def by_question(judgement_rows: Iterable[JudgementRow]) -> list[dict]:
+    """Count the votes on each further question, and compute their agreement.
 
-    They are the counts of its votes, their agreement with the answer to the main question, and Krippendorff's
-    alpha of the annotators. Gold checks are left out.
+    The record of a question contains the counts of `vote_figures`, and Krippendorff's alpha of the annotators
+    with the keys of `agreement`. Gold checks are left out.
     """
-    rows = [row for row in rows if row.kind != Kind.GOLD]
-    question_names = dict.fromkeys(name for row in rows for name in row.votes)
-    agreements = {name: agreement(answers_to(name, rows)) for name in question_names}
+    judgement_rows = [judgement for judgement in judgement_rows if judgement.kind != Kind.GOLD]
+    question_names = dict.fromkeys(name for judgement in judgement_rows for name in judgement.votes)
+    agreements = {name: agreement(answers_to(name, judgement_rows)) for name in question_names}
     return [
         {
-            **vote_figures(name, rows),
+            **vote_figures(name, judgement_rows),
             **{key: value for key, value in agreements[name].items() if key != "cohen_kappa"},
         }
         for name in question_names
     ]
 
 
-def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
+def vote_figures(question: str, judgement_rows: Iterable[JudgementRow]) -> dict:
     """Count the votes on a question, and the votes that agree with the answer to the main question.
 
     Args:
         question: name of the question.
-        rows: judgements.
+        judgement_rows: judgements.
 
     Returns:
         {"name", "n": number of votes, "left", "right", "tie", "decided": number of judgements in which
         neither the vote nor the answer is a tie, "as_overall": number of those in which both choose the same
         side}
     """
-    voted_rows = [row for row in rows if question in row.votes]
-    vote_counts = Counter(row.votes[question] for row in voted_rows)
+    voted_rows = [judgement for judgement in judgement_rows if question in judgement.votes]
+    vote_counts = Counter(judgement.votes[question] for judgement in voted_rows)
     decided_rows = [
-        row
-        for row in voted_rows
-        if row.choice in (Choice.LEFT, Choice.RIGHT) and row.votes[question] != Choice.TIE
+        judgement
+        for judgement in voted_rows
+        if judgement.choice in (Choice.LEFT, Choice.RIGHT) and judgement.votes[question] != Choice.TIE
     ]
     return {
         "name": question,
         "n": len(voted_rows),
         **{vote: vote_counts[vote] for vote in VOTES},
         "decided": len(decided_rows),
-        "as_overall": sum(row.votes[question] == row.choice for row in decided_rows),
+        "as_overall": sum(judgement.votes[question] == judgement.choice for judgement in decided_rows),
     }
 
 
-def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
+def timeline(judgement_rows: Sequence[JudgementRow], max_bins: int = 240) -> list[dict]:
     """Compute the number of judgements and the median time to answer over time.
 
     Args:
-        rows: judgements.
-        bins: largest number of intervals of time.
+        judgement_rows: judgements.
+        max_bins: largest number of intervals of time.
 
     Returns:
-        One record per interval that contains judgements; [] if there are none.
+        One record per interval of time that contains judgements: "time" (start, in seconds since 1970),
+        "seconds" (length), "judgements" (number), "median_seconds" (median time to answer) and "annotators"
+        (name -> number of judgements). [] if there are no judgements.
     """
-    if not rows:
+    if not judgement_rows:
         return []
-    start_time = min(row.received_at for row in rows)
-    end_time = max(row.received_at for row in rows)
+    start_time = min(judgement.received_at for judgement in judgement_rows)
+    end_time = max(judgement.received_at for judgement in judgement_rows)
     # possible lengths of an interval in seconds: 1, 5, 15 minutes, 1, 4 hours, 1 day, 2 days, ...
     bin_lengths = itertools.chain((60, 300, 900, 3600, 4 * 3600), itertools.count(86400, 86400))
     # The shortest one with which there are few enough intervals. "- 1", because the judgements may begin and
     # end within an interval.
     bin_seconds = next(
-        bin_seconds for bin_seconds in bin_lengths if (end_time - start_time) / bin_seconds < bins - 1
+        bin_seconds for bin_seconds in bin_lengths if (end_time - start_time) / bin_seconds < max_bins - 1
     )
     # interval number i begins at i * width seconds since 1970
     rows_by_bin: dict[int, list[JudgementRow]] = defaultdict(list)
-    for row in rows:
-        rows_by_bin[int(row.received_at // bin_seconds)].append(row)
+    for judgement in judgement_rows:
+        rows_by_bin[int(judgement.received_at // bin_seconds)].append(judgement)
     return [
         {
             "time": index * bin_seconds,
             "seconds": bin_seconds,
             "judgements": len(bin_rows),
-            "median_seconds": statistics.median(row.milliseconds for row in bin_rows) / 1000,
-            "annotators": dict(sorted(Counter(row.annotator for row in bin_rows).items())),
+            "median_seconds": statistics.median(judgement.milliseconds for judgement in bin_rows) / 1000,
+            "annotators": dict(sorted(Counter(judgement.annotator for judgement in bin_rows).items())),
         }
         for index, bin_rows in sorted(rows_by_bin.items())
     ]
 
 
 def _share(
-    share_key: str, hits: int, n: int, n_key: str | None = None, interval_key: str | None = None
+    share_key: str, hit_count: int, n: int, n_key: str | None = None, interval_key: str | None = None
 ) -> dict:
-    """Return the share hits / n with its Wilson interval, under keys that begin with `share_key`.
+    """Return the share hit_count / n with its Wilson interval, under keys that begin with `share_key`.
 
     Args:
         share_key: key of the share. It is None if n is 0.
-        hits: number of cases that the share counts.
+        hit_count: number of cases that the share counts.
         n: number of all cases.
         n_key: key of n; None: n is not returned.
-        interval_key: key of the interval; None: <name>_ci95. The interval is None if n < LEAST_UNITS.
+        interval_key: key of the interval; None: <share_key>_ci95. The interval is None if n < LEAST_UNITS.
 
     Returns:
-        Share, interval, and under <name>_needs the number of cases that are missing for an interval.
+        Dict with the share, the interval, under <share_key>_needs the number of cases that are missing for an
+        interval, and n under `n_key`.
     """
-    interval_bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
+    interval_bounds = list(wilson_interval(hit_count, n)) if n >= LEAST_UNITS else None
     share_values = {
-        share_key: hits / n if n else None,
+        share_key: hit_count / n if n else None,
         interval_key or f"{share_key}_ci95": interval_bounds,
         f"{share_key}_needs": max(0, LEAST_UNITS - n),
     }
     return {**share_values, **({n_key: n} if n_key else {})}
 
 
-def _consistency(share_key: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
+def _consistency(share_key: str, judgement_rows: Sequence[JudgementRow], repeat_kind: Kind) -> dict:
     """Compute the share of repeats whose answer prefers the same shape as the first answer.
 
     Args:
         share_key: key of the share, see `_share`.
-        rows: judgements of one annotator, in order of receipt.
-        kind: kind of the repeats, REPEAT or SWAP.
+        judgement_rows: judgements of one annotator, in order of receipt.
+        repeat_kind: kind of the repeats, REPEAT or SWAP.
     """
     first_answers: dict[int, str] = {}  # id of a pair -> first answer, independent of sides
     consistent_count = 0
     repeat_count = 0
-    for row in rows:
+    for judgement in judgement_rows:
         # A skip contains no preference, so it is neither consistent nor inconsistent.
-        if row.choice == Choice.SKIP:
+        if judgement.choice == Choice.SKIP:
             continue
-        if row.kind == kind and row.pair in first_answers:
+        if judgement.kind == repeat_kind and judgement.pair in first_answers:
             repeat_count += 1
-            consistent_count += side_free(row) == first_answers[row.pair]
-        elif row.kind == Kind.PAIR:
-            first_answers.setdefault(row.pair, side_free(row))
+            consistent_count += side_free(judgement) == first_answers[judgement.pair]
+        elif judgement.kind == Kind.PAIR:
+            first_answers.setdefault(judgement.pair, side_free(judgement))
     return _share(share_key, consistent_count, repeat_count, f"{share_key}_n")
 
 
 def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
-    """Describe in words the metrics of an annotator that exceed their limits."""
+    """Return one sentence about each metric of an annotator that violates a threshold of `limits`."""
     judgement_count = metrics["judgements"]
     flags = []
     if metrics["gold_n"] >= limits.gold_least and metrics["gold_accuracy"] < limits.gold_accuracy:
@@ -412,17 +438,17 @@ def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
     return flags
 
 
-def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callable[[Shape], str]]:
-    """Return the comparisons of shapes that judgements contain, and a function (shape) -> name.
+def _comparisons(judgement_rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callable[[Shape], str]]:
+    """Convert judgements to comparisons of shapes. Also return a function that gives the name of a shape.
 
     The name of a sample is its seed, and also its generator and psi if the shapes differ in them. The name of
     an asset is its generator and its file name. Skips and gold checks are left out.
     """
     # Equal shapes become one object, by which the fit groups the comparisons.
     shape_by_key: dict[tuple, Shape] = {}
-    for row in rows:
-        shape_by_key[_shape_key(row.left)] = row.left
-        shape_by_key[_shape_key(row.right)] = row.right
+    for judgement in judgement_rows:
+        shape_by_key[_shape_key(judgement.left)] = judgement.left
+        shape_by_key[_shape_key(judgement.right)] = judgement.right
     generators = {shape.generator for shape in shape_by_key.values()}
     psis = {shape.psi for shape in shape_by_key.values() if not shape.file}
 
@@ -437,13 +463,15 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
         return ", ".join(name_parts)
 
     comparisons = []
-    for row in rows:
-        left_shape = shape_by_key[_shape_key(row.left)]
-        right_shape = shape_by_key[_shape_key(row.right)]
-        if row.choice == Choice.SKIP or row.kind == Kind.GOLD or left_shape is right_shape:
+    for judgement in judgement_rows:
+        left_shape = shape_by_key[_shape_key(judgement.left)]
+        right_shape = shape_by_key[_shape_key(judgement.right)]
+        if judgement.choice == Choice.SKIP or judgement.kind == Kind.GOLD or left_shape is right_shape:
             continue
-        winner, loser = (left_shape, right_shape) if row.choice != Choice.RIGHT else (right_shape, left_shape)
-        comparisons.append(Comparison(winner, loser, row.choice.equal))
+        winner, loser = (
+            (left_shape, right_shape) if judgement.choice != Choice.RIGHT else (right_shape, left_shape)
+        )
+        comparisons.append(Comparison(winner, loser, judgement.choice.equal))
     return comparisons, name_of_shape
 
 
@@ -471,7 +499,9 @@ def _strengths(
         limits: thresholds, of which `strengths` is used.
 
     Returns:
-        One record per shape, strongest first; [] if no shape is compared with two others.
+        One record per shape, strongest first: "label" (name of the shape), "strength" in log-odds, "ci95",
+        "comparisons" (number) and "regularised" (True if a prior keeps the strengths finite). [] if no shape
+        is compared with two others.
     """
     opponents_by_shape: dict[Any, set] = defaultdict(set)  # shape -> shapes with which it was compared
     comparison_counts: Counter = Counter()  # shape -> number of its comparisons
@@ -519,7 +549,7 @@ def _strengths(
 # ---- the leaderboard of a campaign's generators
 
 
-def leaderboard_of(rows: Iterable[JudgementRow], question: str | None = None) -> Leaderboard:
+def leaderboard_of(judgement_rows: Iterable[JudgementRow], question: str | None = None) -> Leaderboard:
     """Compute the leaderboard of the generators whose shapes were compared.
 
     The first answer of each annotator to a pair counts. Repeats, gold checks, practice pairs, skips, answers
@@ -528,54 +558,60 @@ def leaderboard_of(rows: Iterable[JudgementRow], question: str | None = None) ->
     common seed; and otherwise by the pair.
 
     Args:
-        rows: judgements.
+        judgement_rows: judgements.
         question: name of a further question, whose votes are used; None: the main question, which shape is
             better.
     """
     counted_rows = [
-        row for row in rows if row.kind == Kind.PAIR and row.mode == Mode.LABEL and not row.undone
+        judgement
+        for judgement in judgement_rows
+        if judgement.kind == Kind.PAIR and judgement.mode == Mode.LABEL and not judgement.undone
     ]
-    counted_rows.sort(key=lambda row: row.id)  # in order of receipt
+    counted_rows.sort(key=lambda judgement: judgement.id)  # in order of receipt
     counted_rows = [
-        row for row in counted_rows if row.choice != Choice.SKIP and row.left.generator != row.right.generator
+        judgement
+        for judgement in counted_rows
+        if judgement.choice != Choice.SKIP and judgement.left.generator != judgement.right.generator
     ]
     if question is not None:
         counted_rows = answers_to(question, counted_rows)
     name_by_generator = generator_names(
-        itertools.chain.from_iterable((row.left, row.right) for row in counted_rows)
+        itertools.chain.from_iterable((judgement.left, judgement.right) for judgement in counted_rows)
     )
     # Later entries of a dictionary replace earlier ones. In reversed order, the first answer to each pair
     # remains.
     game_by_key = {
-        (row.annotator, row.campaign, row.pair): _game(row, name_by_generator)
-        for row in reversed(counted_rows)
+        (judgement.annotator, judgement.campaign, judgement.pair): _game(judgement, name_by_generator)
+        for judgement in reversed(counted_rows)
     }
     return leaderboard(list(game_by_key.values())[::-1])
 
 
-def _game(row: JudgementRow, name_by_generator: dict[str, str]) -> Game:
+def _game(judgement: JudgementRow, name_by_generator: dict[str, str]) -> Game:
     """Convert a judgement to a comparison of two generators, which belongs to a cluster.
 
     Args:
-        row: judgement of a pair of shapes of two generators.
+        judgement: judgement of a pair of shapes of two generators.
         name_by_generator: hash of a generator, or label of an asset -> name.
     """
-    left_name = name_by_generator[row.left.generator]
-    right_name = name_by_generator[row.right.generator]
-    winner_name = {Choice.LEFT: left_name, Choice.RIGHT: right_name}.get(row.choice)  # None for a tie
+    left_name = name_by_generator[judgement.left.generator]
+    right_name = name_by_generator[judgement.right.generator]
+    winner_name = {Choice.LEFT: left_name, Choice.RIGHT: right_name}.get(judgement.choice)  # None for a tie
     # Comparisons of the same prompt or latent are not independent, so they form a cluster.
     cluster: Hashable
-    if row.left.condition:
-        cluster = row.left.condition
-    elif row.left.seed == row.right.seed and not row.left.file:
-        cluster = ("seed", row.left.seed)
+    if judgement.left.condition:
+        cluster = judgement.left.condition
+    elif judgement.left.seed == judgement.right.seed and not judgement.left.file:
+        cluster = ("seed", judgement.left.seed)
     else:
-        cluster = ("pair", row.campaign, row.pair)
-    return Game(left_name, right_name, winner_name, row.annotator, cluster, row.choice == Choice.BAD)
+        cluster = ("pair", judgement.campaign, judgement.pair)
+    return Game(
+        left_name, right_name, winner_name, judgement.annotator, cluster, judgement.choice == Choice.BAD
+    )
 
 
 def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
-    """Return a name of each generator, by its hash or, for assets, by its label.
+    """Return a readable name of each generator. The keys are hashes and, for assets, labels.
 
     The name of a network is the name of its file. If several networks have the same name, the folder of the
     file is added, and if that is not enough, the beginning of the hash. The name of the generator of assets
@@ -644,6 +680,6 @@ def _line(standing: Standing, name_width: int) -> str:
     )
 
 
-def _end(value: float | None) -> str:
+def _end(interval_end: float | None) -> str:
     """Format an end of an interval in Elo points; None becomes an empty text."""
-    return "" if value is None else f"{value:.0f}"
+    return "" if interval_end is None else f"{interval_end:.0f}"

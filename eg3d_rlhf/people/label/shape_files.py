@@ -98,9 +98,9 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     )
 
 
-def compress(content: bytes) -> bytes:
+def compress(raw_bytes: bytes) -> bytes:
     """Compress data with gzip. The header contains no time and no name, so equal data give equal bytes."""
-    return gzip.compress(content, 9, mtime=0)
+    return gzip.compress(raw_bytes, 9, mtime=0)
 
 
 def shape_key(shape: Shape) -> str:
@@ -144,26 +144,26 @@ class ShapeCache:
         path = self._existing(shape, ".failed.json")
         return json.loads(path.read_text())["reason"] if path else None
 
-    def put_mesh(self, shape: Shape, data: bytes) -> Path:
+    def put_mesh(self, shape: Shape, file_bytes: bytes) -> Path:
         """Store the prepared file of a shape, and return its path."""
         # In an MP4 file, bytes 4 to 7 are the type of the first box, 'ftyp'. All other files are compressed
         # with gzip.
-        return self._put(shape, ".mp4" if data[4:8] == b"ftyp" else ".shp.gz", data)
+        return self._put(shape, ".mp4" if file_bytes[4:8] == b"ftyp" else ".shp.gz", file_bytes)
 
-    def put_render(self, shape: Shape, data: bytes) -> Path:
+    def put_render(self, shape: Shape, file_bytes: bytes) -> Path:
         """Store the PNG render of a shape's latent, and return its path."""
-        return self._put(shape, ".png", data)
+        return self._put(shape, ".png", file_bytes)
 
-    def put_failure(self, shape: Shape, reason: str, temporary: bool = False) -> Path:
+    def put_failure(self, shape: Shape, reason: str, is_temporary: bool = False) -> Path:
         """Record that a shape cannot be prepared.
 
         Args:
             shape: shape.
             reason: reason of the failure.
-            temporary: True for a failure that `forget_temporary_failures` deletes.
+            is_temporary: True for a failure that `forget_temporary_failures` deletes.
         """
         # "passing" marks a temporary failure. Existing caches contain this key.
-        failure_record = {"seed": shape.seed, "reason": reason, **({"passing": True} if temporary else {})}
+        failure_record = {"seed": shape.seed, "reason": reason, **({"passing": True} if is_temporary else {})}
         return self._put(shape, ".failed.json", (json.dumps(failure_record) + "\n").encode())
 
     def forget_temporary_failures(self, shapes: Iterable[Shape]) -> None:
@@ -178,31 +178,33 @@ class ShapeCache:
 
     # ---- images of prompts. Their key is the SHA-256 of the image file.
 
-    def prompt(self, key: str) -> Path | None:
+    def prompt(self, image_hash: str) -> Path | None:
         """Return the path of the WebP image of a prompt, or None if it is not prepared."""
-        path = self._prompt_path(key, ".webp")
+        path = self._prompt_path(image_hash, ".webp")
         return path if path.is_file() else None
 
-    def prompt_settled(self, key: str) -> bool:
+    def prompt_settled(self, image_hash: str) -> bool:
         """Return True if the image of a prompt is prepared, or is recorded as impossible to prepare."""
-        return self.prompt(key) is not None or self._prompt_path(key, ".failed.json").is_file()
+        return self.prompt(image_hash) is not None or self._prompt_path(image_hash, ".failed.json").is_file()
 
-    def put_prompt(self, key: str, data: bytes) -> None:
+    def put_prompt(self, image_hash: str, file_bytes: bytes) -> None:
         """Store the WebP image of a prompt."""
-        write_atomic(self._prompt_path(key, ".webp"), data)
+        write_atomic(self._prompt_path(image_hash, ".webp"), file_bytes)
 
-    def put_prompt_failure(self, key: str, reason: str) -> None:
+    def put_prompt_failure(self, image_hash: str, reason: str) -> None:
         """Record that the image of a prompt cannot be prepared."""
-        write_atomic(self._prompt_path(key, ".failed.json"), (json.dumps({"reason": reason}) + "\n").encode())
+        write_atomic(
+            self._prompt_path(image_hash, ".failed.json"), (json.dumps({"reason": reason}) + "\n").encode()
+        )
 
-    def _prompt_path(self, key: str, suffix: str) -> Path:
+    def _prompt_path(self, image_hash: str, suffix: str) -> Path:
         """Return the path of a file about the image of a prompt.
 
         Args:
-            key: SHA-256 of the image.
+            image_hash: SHA-256 of the image.
             suffix: ".webp" for the prepared image, ".failed.json" for the record of a failure.
         """
-        return self.folder / "prompts" / f"{key}{suffix}"
+        return self.folder / "prompts" / f"{image_hash}{suffix}"
 
     def remove_leftovers(self) -> None:
         """Delete temporary files of writers that were killed."""
@@ -230,8 +232,8 @@ class ShapeCache:
         path = self._path(shape, suffix)
         return path if path.is_file() else None
 
-    def _put(self, shape: Shape, suffix: str, data: bytes) -> Path:
+    def _put(self, shape: Shape, suffix: str, file_bytes: bytes) -> Path:
         """Write a file of a shape, and return its path. See `_path` for `suffix`."""
         path = self._path(shape, suffix)
-        write_atomic(path, data)
+        write_atomic(path, file_bytes)
         return path

@@ -103,8 +103,10 @@ def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
     return remove_unused_vertices(vertices, faces[is_visible[part_of_face]])
 
 
-def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decimate a mesh to about `triangles` triangles, so that it loads fast in the browser.
+def within_budget(
+    vertices: np.ndarray, faces: np.ndarray, max_triangles: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decimate a mesh to about `max_triangles` triangles, so that it loads fast in the browser.
 
     The mesh stays closed if this number can be reached in that way. Otherwise a second method reaches it,
     with which the mesh may get open edges. They do no harm, because the mesh is only displayed.
@@ -112,24 +114,24 @@ def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tu
     Args:
         vertices: positions, [V, 3].
         faces: triangles, [F, 3].
-        triangles: requested number of triangles.
+        max_triangles: requested number of triangles.
     """
     with warnings.catch_warnings():
         # `decimate` warns if more triangles remain. This case is handled below.
         warnings.simplefilter("ignore", UserWarning)
-        fewer_vertices, fewer_faces = decimate(vertices, faces, triangles)
-    if len(fewer_faces) <= _SLACK * triangles:
+        fewer_vertices, fewer_faces = decimate(vertices, faces, max_triangles)
+    if len(fewer_faces) <= _SLACK * max_triangles:
         return fewer_vertices, fewer_faces
     import fast_simplification
 
     for _ in range(_PASSES):
         fewer_vertices, fewer_faces = fast_simplification.simplify(
-            fewer_vertices, fewer_faces, target_count=triangles
+            fewer_vertices, fewer_faces, target_count=max_triangles
         )
         fewer_vertices, fewer_faces = remove_unused_vertices(
             fewer_vertices.astype(np.float32), fewer_faces.astype(np.int32)
         )
-        if len(fewer_faces) <= _SLACK * triangles:
+        if len(fewer_faces) <= _SLACK * max_triangles:
             break
     return fewer_vertices, fewer_faces
 
@@ -227,14 +229,14 @@ def floaters(body: Body) -> np.ndarray:
     Returns the density [X, Y, Z].
     """
     radius = _LUMP * body.size
-    candidates = body.front()[:_TRIED]  # [N, 3]
+    candidate_positions = body.front()[:_TRIED]  # [N, 3]
     # corners of the cube with the smallest and the largest coordinates, [3] each
     lowest_corner, highest_corner = (np.array([axis[index] for axis in body.axes]) for index in (0, -1))
-    direction = body.rng.normal(size=candidates.shape)
+    direction = body.rng.normal(size=candidate_positions.shape)
     direction[:, 2] = abs(direction[:, 2])  # towards the camera
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    lump_distance = body.rng.uniform(1.5, 2.5, (len(candidates), 1)) * radius
-    centres = candidates + lump_distance * direction
+    lump_distance = body.rng.uniform(1.5, 2.5, (len(candidate_positions), 1)) * radius
+    centres = candidate_positions + lump_distance * direction
     # world coordinates -> fractional indices of the grid [N, 3], which map_coordinates needs
     grid_indices = (
         (centres - lowest_corner) / (highest_corner - lowest_corner) * (np.array(body.sigma.shape) - 1)
@@ -309,21 +311,23 @@ def damage(
     return damage_function(Body(sigma, axes, level, surface, rng)).astype(np.float32)
 
 
-def _scattered(damage_kind: str, candidates: np.ndarray, min_distance: float) -> np.ndarray:
-    """Select up to _CENTRES positions that are at least `min_distance` apart, in the order of `candidates`.
+def _scattered(damage_kind: str, candidate_positions: np.ndarray, min_distance: float) -> np.ndarray:
+    """Select up to _CENTRES of the candidate positions, in their order, at least `min_distance` apart.
 
     Args:
         damage_kind: kind of damage, for the message.
-        candidates: positions in world coordinates, [N, 3].
+        candidate_positions: positions in world coordinates, [N, 3].
         min_distance: smallest distance between two selected positions, in world units.
 
     Raises:
         ValueError: fewer than _MIN_CENTRES positions can be selected.
     """
     selected_positions: list[np.ndarray] = []
-    for candidate in candidates:
-        if all(np.linalg.norm(candidate - position) >= min_distance for position in selected_positions):
-            selected_positions.append(candidate)
+    for candidate_position in candidate_positions:
+        if all(
+            np.linalg.norm(candidate_position - position) >= min_distance for position in selected_positions
+        ):
+            selected_positions.append(candidate_position)
             if len(selected_positions) == _CENTRES:
                 break
     if len(selected_positions) < _MIN_CENTRES:

@@ -93,7 +93,9 @@ class Store:
 
     # --- campaigns
 
-    def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
+    def create_campaign(
+        self, campaign_settings: CampaignSettings, planned_pairs: Sequence[PlannedPair]
+    ) -> int:
         """Store a new campaign with its pairs, and return its id.
 
         Raises:
@@ -101,7 +103,7 @@ class Store:
         """
         with self.database.write((Lock.SCHEMA, 1)) as connection:
             # The second result, which is the ids of the pairs, is used by imports only.
-            return campaigns.create(connection, settings, pairs, self.clock())[0]
+            return campaigns.create(connection, campaign_settings, planned_pairs, self.clock())[0]
 
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
         """Return the campaign of a name, or the newest campaign if `name` is None.
@@ -168,7 +170,7 @@ class Store:
             )
         return token
 
-    def new_token(self, name: str, keep_session: str = "") -> str:
+    def new_token(self, name: str, kept_session_id: str = "") -> str:
         """Replace the login token of an annotator, and return the new token. It cannot be read again later.
 
         The old token and the annotator's sessions become invalid. Judgements and assignments stay. A revoked
@@ -176,7 +178,7 @@ class Store:
 
         Args:
             name: name of the annotator.
-            keep_session: id of a session that stays valid; "": no session.
+            kept_session_id: id of a session that stays valid; "": no session.
 
         Raises:
             ValueError: there is no annotator of this name who can have a token.
@@ -194,21 +196,21 @@ class Store:
             # session in which an admin replaces the own token is kept.
             ended_sessions = (
                 sessions.c.annotator_id == annotator.id,
-                sessions.c.id_hash != secret_hash(keep_session),
+                sessions.c.id_hash != secret_hash(kept_session_id),
             )
             connection.execute(delete(sessions).where(*ended_sessions))
         return token
 
-    def revoke_annotator(self, name: str, keep_an_admin: bool = False) -> None:
+    def revoke_annotator(self, name: str, must_keep_admin: bool = False) -> None:
         """Revoke the access of an annotator: the token and all sessions become invalid. Judgements stay.
 
         Args:
             name: name of the annotator. If the access was revoked before, nothing changes.
-            keep_an_admin: True raises an error if this annotator is the last admin with access.
+            must_keep_admin: True raises an error if this annotator is the last admin with access.
 
         Raises:
             ValueError: there is no annotator of this name who can have a token.
-            ConflictError: the annotator is the last admin, and `keep_an_admin` is True.
+            ConflictError: the annotator is the last admin, and `must_keep_admin` is True.
         """
         with self.database.write((Lock.SCHEMA, 2)) as connection:
             annotator = _with_token(connection, name)
@@ -221,7 +223,7 @@ class Store:
                 annotators.c.token_hash.is_not(None),
             )
             if (
-                keep_an_admin
+                must_keep_admin
                 and annotator.role == "admin"
                 and _first(connection, admin_query.where(annotators.c.id != annotator.id)) is None
             ):
@@ -257,8 +259,8 @@ class Store:
         """Return all annotators, also revoked ones, in the order in which they were added."""
         with self.database.read() as connection:
             return [
-                StoredAnnotator(**row._mapping)
-                for row in connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id))
+                StoredAnnotator(**annotator_row._mapping)
+                for annotator_row in connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id))
             ]
 
     def authenticate(self, token: str) -> StoredAnnotator | None:
@@ -337,28 +339,29 @@ class Store:
         self,
         campaign_id: int,
         annotator_id: int,
-        count: int = 3,
-        is_ready: Callable[[str], bool] | None = None,
-        has_failed: Callable[[str], bool] | None = None,
+        needed_count: int = 3,
+        readiness_test: Callable[[str], bool] | None = None,
+        failure_test: Callable[[str], bool] | None = None,
     ) -> list[AssignedPair]:
-        """Return up to `count` open assignments of an annotator, and make new ones if there are fewer.
+        """Return up to `needed_count` open assignments of an annotator, and make new ones if there are fewer.
 
         The assignment whose answer was undone last comes first, and then the oldest one. There are fewer than
-        `count` assignments, or none, if the annotator is finished or must wait for the preparation of shapes.
+        `needed_count` assignments, or none, if the annotator is finished or must wait for the preparation of
+        shapes.
 
         Args:
             campaign_id: id of the campaign.
             annotator_id: id of the annotator.
-            count: number of assignments that the page needs.
-            is_ready: function that returns True for the asset token of a prepared shape. Only pairs of two
-                prepared shapes are assigned. None: all shapes are prepared.
-            has_failed: function that returns True for the asset token of a shape that can never be prepared.
-                An annotator waits for practice pairs that are not prepared yet, but not for such ones. None:
-                no shape has failed.
+            needed_count: number of assignments that the page needs.
+            readiness_test: function that returns True for the asset token of a prepared shape. Only pairs of
+                two prepared shapes are assigned. None: all shapes are prepared.
+            failure_test: function that returns True for the asset token of a shape that can never be
+                prepared. An annotator waits for practice pairs that are not prepared yet, but not for such
+                ones. None: no shape has failed.
         """
 
         def is_pair_ready(pair: StoredPair) -> bool:
-            return is_ready is None or (is_ready(pair.first) and is_ready(pair.second))
+            return readiness_test is None or (readiness_test(pair.first) and readiness_test(pair.second))
 
         issuer = Issuer(
             self.database,
@@ -366,9 +369,9 @@ class Store:
             annotator_id,
             self._name(annotator_id),
             self.clock,
-            _pair_failure_test(has_failed),
+            _pair_failure_test(failure_test),
         )
-        return issuer.assignments(count, is_pair_ready)
+        return issuer.assignments(needed_count, is_pair_ready)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
         """Record an answer. If an answer is submitted twice with one key, it is recorded once.
@@ -414,45 +417,45 @@ class Store:
             return judgements.undo(connection, plan, annotator_id, key, assignment, self.clock())
 
     def answers(
-        self, campaign_id: int, annotator_id: int, before: int | None = None, count: int = 20
+        self, campaign_id: int, annotator_id: int, before_sequence: int | None = None, max_count: int = 20
     ) -> list[OwnAnswer]:
         """Return the answers of an annotator that count, newest assignment first, without practice pairs.
 
         Args:
             campaign_id: id of the campaign.
             annotator_id: id of the annotator.
-            before: sequence number; only answers to assignments with a smaller number are returned. None: no
-                restriction.
-            count: largest number of answers that are returned.
+            before_sequence: sequence number; only answers to assignments with a smaller number are returned.
+                None: no restriction.
+            max_count: largest number of answers that are returned.
         """
         plan = self._plan(campaign_id)
         with self.database.read() as connection:
             # The time decides whether a study has ended. After its end, answers cannot be changed.
-            return own_answers(connection, plan, annotator_id, before, count, self.clock())
+            return own_answers(connection, plan, annotator_id, before_sequence, max_count, self.clock())
 
-    def comments(self, campaign_id: int, count: int = 200) -> list[Row]:
+    def comments(self, campaign_id: int, max_count: int = 200) -> list[Row]:
         """Return the newest comments of a campaign, newest first.
 
         Args:
             campaign_id: id of the campaign.
-            count: largest number of comments that are returned.
+            max_count: largest number of comments that are returned.
 
         Returns:
             Rows with annotator (name), received_at (seconds since 1970), choice and comment.
         """
         with self.database.read() as connection:
-            return comments(connection, campaign_id, count)
+            return comments(connection, campaign_id, max_count)
 
     def progress(
-        self, campaign_id: int, annotator_id: int, has_failed: Callable[[str], bool] | None = None
+        self, campaign_id: int, annotator_id: int, failure_test: Callable[[str], bool] | None = None
     ) -> Progress:
         """Return the progress of an annotator in a campaign.
 
         Args:
             campaign_id: id of the campaign.
             annotator_id: id of the annotator.
-            has_failed: function that returns True for the asset token of a shape that can never be prepared.
-                None: no shape has failed.
+            failure_test: function that returns True for the asset token of a shape that can never be
+                prepared. None: no shape has failed.
         """
         plan = self._plan(campaign_id)
         annotator_name = self._name(annotator_id)
@@ -464,7 +467,7 @@ class Store:
                 annotator_name,
                 self.clock(),
                 self._reach,
-                _pair_failure_test(has_failed),
+                _pair_failure_test(failure_test),
             )
 
     def tally(self) -> list[Row]:
@@ -517,15 +520,15 @@ class Store:
         return self._plans[campaign_id]
 
 
-def _pair_failure_test(has_failed: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:
+def _pair_failure_test(failure_test: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:
     """Return a test of a pair: True if one of its two shapes has failed.
 
     Args:
-        has_failed: test of the asset token of a shape; None: no shape has failed.
+        failure_test: test of the asset token of a shape; None: no shape has failed.
     """
-    if has_failed is None:
+    if failure_test is None:
         return lambda pair: False
-    return lambda pair: has_failed(pair.first) or has_failed(pair.second)
+    return lambda pair: failure_test(pair.first) or failure_test(pair.second)
 
 
 def secret_hash(secret: str) -> str:
@@ -578,10 +581,10 @@ def find_or_add(connection: Connection, name: str, role: str, now: float) -> Sto
     )
 
 
-def _first(connection: Connection, query: Select) -> StoredAnnotator | None:
+def _first(connection: Connection, annotator_query: Select) -> StoredAnnotator | None:
     """Return the first row of a query as an annotator, or None."""
-    row = connection.execute(query).first()
-    return None if row is None else StoredAnnotator(**row._mapping)
+    annotator_row = connection.execute(annotator_query).first()
+    return None if annotator_row is None else StoredAnnotator(**annotator_row._mapping)
 
 
 # ---- names of annotators that people can distinguish

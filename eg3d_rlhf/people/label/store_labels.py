@@ -45,10 +45,10 @@ MODE_NAMES = {
 _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 
-def is_store_url(source: object) -> bool:
-    """Return True if `source` is the URL of a label store, and False if it is the name of a file."""
+def is_store_url(file_or_url: object) -> bool:
+    """Return True if `file_or_url` is the URL of a label store, and False if it is the name of a file."""
     # A `Path` is always a file, even if its name looks like a URL.
-    return isinstance(source, str) and _STORE.match(source) is not None
+    return isinstance(file_or_url, str) and _STORE.match(file_or_url) is not None
 
 
 def without_password(url: str) -> str:
@@ -56,19 +56,19 @@ def without_password(url: str) -> str:
     return _PASSWORD.sub(r"\1:***@", url)
 
 
-def labels_source(source: str | Path) -> str | Path:
+def labels_source(file_or_url: str | Path) -> str | Path:
     """Return the URL of a store unchanged, and the name of a file as a `Path`."""
-    return source if is_store_url(source) else Path(source)
+    return file_or_url if is_store_url(file_or_url) else Path(file_or_url)
 
 
-def source_stem(source: str | Path) -> str:
+def source_stem(file_or_url: str | Path) -> str:
     """Return a short name of a source of labels.
 
     It is the name of the file without its suffix, or the name of the PostgreSQL database.
     """
-    if not is_store_url(source):
-        return Path(source).stem
-    url_path = str(source).split("?")[0]  # without parameters
+    if not is_store_url(file_or_url):
+        return Path(file_or_url).stem
+    url_path = str(file_or_url).split("?")[0]  # without parameters
     # the name of a PostgreSQL database may contain a dot, and has no suffix
     return Path(url_path).stem if url_path.startswith("sqlite") else url_path.rpartition("/")[2]
 
@@ -123,29 +123,33 @@ class LabelFilters:
                 " or seconds since 1970."
             ) from None
 
-    def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
+    def keep(self, judgement_rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
         """Return the judgements that become labels, in their order.
 
         Args:
-            rows: judgements of one or several campaigns.
+            judgement_rows: judgements of one or several campaigns.
             mode: mode of the campaigns whose judgements are used, if `campaign` is None.
         """
         # A campaign that `campaign` names is used in any mode.
-        rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
-        rows = [
-            row
-            for row in rows
-            if self.campaign in (None, row.campaign)
-            and (not self.annotators or row.annotator in self.annotators)
+        judgement_rows = [
+            judgement
+            for judgement in judgement_rows
+            if not judgement.undone and (judgement.mode == mode or judgement.campaign == self.campaign)
         ]
-        trusted_annotators = {row.annotator for row in rows}
-        # The accuracy is computed from all gold checks of these rows, also those that the filters of time
-        # remove.
+        judgement_rows = [
+            judgement
+            for judgement in judgement_rows
+            if self.campaign in (None, judgement.campaign)
+            and (not self.annotators or judgement.annotator in self.annotators)
+        ]
+        trusted_annotators = {judgement.annotator for judgement in judgement_rows}
+        # The accuracy is computed from all gold checks of these judgements, also those that the filters of
+        # time remove.
         if self.least_gold_accuracy is not None:
             gold_results: dict[str, list[bool]] = defaultdict(list)  # by annotator; True for a correct answer
-            for row in rows:
-                if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
-                    gold_results[row.annotator].append(row.choice.meets(row.expected))
+            for judgement in judgement_rows:
+                if judgement.kind is Kind.GOLD and judgement.choice is not Choice.SKIP:
+                    gold_results[judgement.annotator].append(judgement.choice.meets(judgement.expected))
             trusted_annotators = {
                 name
                 for name, gold_answers in gold_results.items()
@@ -153,34 +157,34 @@ class LabelFilters:
             }
         counted_kinds = (Kind.PAIR,) if self.drop_repeats else COMPARED
         label_rows = [
-            row
-            for row in rows
-            if row.kind in counted_kinds
-            and row.choice is not Choice.SKIP
-            and row.annotator in trusted_annotators
-            and row.milliseconds >= self.min_milliseconds
-            and row.received_at >= self.start
+            judgement
+            for judgement in judgement_rows
+            if judgement.kind in counted_kinds
+            and judgement.choice is not Choice.SKIP
+            and judgement.annotator in trusted_annotators
+            and judgement.milliseconds >= self.min_milliseconds
+            and judgement.received_at >= self.start
         ]
         return label_rows if self.criterion is None else answers_to(self.criterion, label_rows)
 
 
-def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
-    """Return a source of labels, from which they are read when they are needed.
+def label_source(file_or_url: str | Path, filters: LabelFilters | None = None) -> LabelSource:
+    """Return a `LabelSource`, which reads the labels of a file or store when they are needed.
 
     Args:
-        source: name of a label file, or URL of a label store.
+        file_or_url: name of a label file, or URL of a label store.
         filters: selection of the judgements of a store; None: the default filters.
 
     Raises:
-        ValueError: `source` is a file, and a filter differs from its default.
+        ValueError: `file_or_url` is a file, and a filter differs from its default.
     """
-    if is_store_url(source):
-        source_name = without_password(str(source))
+    if is_store_url(file_or_url):
+        source_name = without_password(str(file_or_url))
         filters = filters or LabelFilters()
         return LabelSource(
             source_name,
             # This function opens the store when the labels are needed.
-            functools.partial(read_preferences, str(source), filters),
+            functools.partial(read_preferences, str(file_or_url), filters),
             # The record of a training contains the URL without its password.
             {"labels": source_name, "filters": asdict(filters)},
         )
@@ -197,27 +201,29 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
         )
         raise ValueError(
             f"{flag_text}: filters can be used with a label store only, but --labels names the file"
-            f" {Path(source).name}. Remove them, or name a store, such as --labels=sqlite:///labels.db."
+            f" {Path(file_or_url).name}. Remove the filters, or name a store, such as"
+            " --labels=sqlite:///labels.db."
         )
-    return LabelSource.from_file(Path(source))
+    return LabelSource.from_file(Path(file_or_url))
 
 
-def to_preference(row: JudgementRow) -> Preference:
-    """Convert a judgement of a pair to the open label format.
+def to_preference(judgement: JudgementRow) -> Preference:
+    """Convert a judgement of a pair to a label in the format of `eg3d_rlhf.preferences.labels`.
 
-    The origin of the judgement is stored in the field `extra`. It consists of texts and numbers, so that CSV
-    files can contain it.
+    The field `extra` of the label describes the origin of the judgement (campaign, pair, times, parameters of
+    the shapes). Its values are texts and numbers, so that CSV files can contain them.
 
     Raises:
-        ValueError: the shapes are asset files or single shapes, or differ in more than their seeds.
+        ValueError: the shapes are asset files or single shapes, have the same seed, differ in more than their
+            seeds, or are damaged.
     """
-    left_shape = row.left
-    right_shape = row.right
-    reject_assets(row, "asset-pairs")
-    if row.choice.good is not None:
+    left_shape = judgement.left
+    right_shape = judgement.right
+    reject_assets(judgement, "asset-pairs")
+    if judgement.choice.good is not None:
         raise ValueError(
-            f"campaign {row.campaign} shows shapes one by one and contains no preferences. Export it with"
-            " --kind=unpaired."
+            f"campaign {judgement.campaign} shows shapes one by one and contains no preferences. Export it"
+            " with --kind=unpaired."
         )
     # A preference identifies its shapes by their seeds, so all other parameters of the two shapes must be
     # equal.
@@ -228,54 +234,59 @@ def to_preference(row: JudgementRow) -> Preference:
         or right_shape.degradation
     ):
         raise ValueError(
-            f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than"
-            " their seeds, and cannot be written as a label. Export complete judgements with"
-            " --kind=judgements."
+            f"judgement {judgement.id} of campaign {judgement.campaign}: a label can contain only undamaged"
+            " shapes that differ in their seeds and in nothing else, which does not hold for this pair."
+            " Export complete judgements with --kind=judgements."
         )
     # For a tie, `winner` is the left shape. It has no meaning then, because `tie` is True.
     winner_shape, loser_shape = (
-        (right_shape, left_shape) if row.choice is Choice.RIGHT else (left_shape, right_shape)
+        (right_shape, left_shape) if judgement.choice is Choice.RIGHT else (left_shape, right_shape)
     )
-    chosen_side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
-    both_marker = "bad" if row.choice is Choice.BAD else None
-    extra_fields = {**_origin(row), "side": chosen_side, "left_seed": left_shape.seed, "both": both_marker}
+    chosen_side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(judgement.choice)
+    both_marker = "bad" if judgement.choice is Choice.BAD else None
+    extra_fields = {
+        **_origin(judgement),
+        "side": chosen_side,
+        "left_seed": left_shape.seed,
+        "both": both_marker,
+    }
     return Preference(
         winner=winner_shape.seed,
         loser=loser_shape.seed,
         generator=left_shape.generator or None,
         psi=None if math.isnan(left_shape.psi) else left_shape.psi,
-        annotator=row.annotator,
-        time=row.received_at,
-        tie=row.choice.equal,
+        annotator=judgement.annotator,
+        time=judgement.received_at,
+        tie=judgement.choice.equal,
         extra={name: value for name, value in extra_fields.items() if value is not None},
     )
 
 
-def _origin(row: JudgementRow) -> dict:
+def _origin(judgement: JudgementRow) -> dict:
     """Return the campaign, the pair, the times and the parameters of the shapes of a judgement."""
     # Both shapes of a pair have the same parameters, see to_preference.
-    shape = row.left
+    shape = judgement.left
     return {
-        "campaign": row.campaign,
-        "judgement": row.id,
-        "pair": row.pair,
-        "kind": row.kind.value,
-        "milliseconds": row.milliseconds,
-        "views": " ".join(row.views),
-        "answered_at": row.answered_at,
-        "page_version": row.page_version,
+        "campaign": judgement.campaign,
+        "judgement": judgement.id,
+        "pair": judgement.pair,
+        "kind": judgement.kind.value,
+        "milliseconds": judgement.milliseconds,
+        "views": " ".join(judgement.views),
+        "answered_at": judgement.answered_at,
+        "page_version": judgement.page_version,
         "level": None if math.isnan(shape.level) else shape.level,
         "resolution": shape.resolution,
         "triangles": shape.triangles,
     }
 
 
-def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
+def to_unpaired(judgement: JudgementRow, shape: Shape) -> "UnpairedPreference":
     """Convert a judgement to the label of a single shape. Its origin is stored in the field `extra`.
 
     Args:
-        row: judgement of a single shape; or the judgement "both are bad" of a pair, which labels each of its
-            two shapes as not good.
+        judgement: judgement of a single shape; or the judgement "both are bad" of a pair, which labels each
+            of its two shapes as not good.
         shape: shape that is labelled.
 
     Raises:
@@ -283,39 +294,39 @@ def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
     """
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
-    score = float(row.choice.value) if row.choice.value.isdigit() else None
+    score = float(judgement.choice.value) if judgement.choice.value.isdigit() else None
     label: bool | None = None
-    if row.choice is Choice.BAD:  # both shapes of a pair
+    if judgement.choice is Choice.BAD:  # both shapes of a pair
         label = False
     elif score is None:  # thumbs up or down
-        label = row.choice.good
+        label = judgement.choice.good
     else:
         # A score has no label, because the training chooses the lowest score that counts as good.
         label = None
-    reject_assets(row, "asset-scores")
+    reject_assets(judgement, "asset-scores")
     return UnpairedPreference(
         seed=shape.seed,
         label=label,
         score=score,
         generator=shape.generator or None,
         psi=None if math.isnan(shape.psi) else shape.psi,
-        annotator=row.annotator,
-        time=row.received_at,
-        extra={name: value for name, value in _origin(row).items() if value is not None},
+        annotator=judgement.annotator,
+        time=judgement.received_at,
+        extra={name: value for name, value in _origin(judgement).items() if value is not None},
     )
 
 
-def reject_assets(row: JudgementRow, export_kind: str = "asset-pairs") -> None:
+def reject_assets(judgement: JudgementRow, export_kind: str = "asset-pairs") -> None:
     """Raise ValueError if a judgement is about asset files, which have no seeds that identify them.
 
     Args:
-        row: judgement.
+        judgement: judgement that a preference cannot contain if its shapes are asset files.
         export_kind: value of --kind with which it can be exported, for the message.
     """
-    if row.left.file or row.right.file:
+    if judgement.left.file or judgement.right.file:
         raise ValueError(
-            f"campaign {row.campaign}: its shapes are asset files and not seeds of a generator. Export it"
-            f" with --kind={export_kind}."
+            f"campaign {judgement.campaign}: its shapes are asset files and not seeds of a generator. Export"
+            f" it with --kind={export_kind}."
         )
 
 
@@ -329,8 +340,20 @@ def _parameters(shape: Shape) -> tuple:
 
 
 def store_preferences(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
-    """Return the labels of a store that pass the filters, in order of receipt. None: the default filters."""
-    return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
+    """Return the labels of a store that pass the filters, in order of receipt.
+
+    Args:
+        store: label store.
+        filters: selection of the judgements; None: the default filters.
+
+    Raises:
+        ValueError: the filters name something that the store does not contain, or a judgement cannot be
+            written as a label (see `to_preference`).
+    """
+    return [
+        to_preference(judgement)
+        for judgement in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)
+    ]
 
 
 def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[JudgementRow]:
@@ -391,6 +414,7 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
         filters: selection of the judgements; None: the default filters.
 
     Raises:
+        FileNotFoundError: there is no store at the URL.
         ValueError: SQLAlchemy is not installed, or no label passes the filters.
     """
     try:
@@ -410,14 +434,15 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
 
 
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
-    """Write the labels of a store in the open label format, and return the path of the file.
+    """Write the labels of a store into a file, and return its path.
 
-    Further fields of the labels describe the origin of each judgement.
+    The format is that of `eg3d_rlhf.preferences.labels`. Further fields of the labels describe the origin of
+    each judgement.
 
     Args:
         store: label store.
         path: file with the suffix .jsonl or .csv.
-        filters: arguments of `LabelFilters`.
+        filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
     """
     return write_labels(path, store_preferences(store, LabelFilters(**filters)))
 
@@ -430,17 +455,24 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
     Args:
         store: label store.
         path: file with the suffix .jsonl.
-        from_pairs: True uses campaigns of pairs, and in them the answers that both shapes are bad.
-        filters: arguments of `LabelFilters`.
+        from_pairs: False uses campaigns of single shapes. True uses campaigns of pairs: an answer that both
+            shapes are bad labels both of them as not good.
+        filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
     """
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
-    rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
+    judgement_rows = kept_judgements(
+        store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE
+    )
     if from_pairs:
-        bad_rows = [row for row in rows if row.choice is Choice.BAD]
-        labels = [to_unpaired(row, shape) for row in bad_rows for shape in (row.left, row.right)]
+        bad_rows = [judgement for judgement in judgement_rows if judgement.choice is Choice.BAD]
+        labels = [
+            to_unpaired(judgement, shape)
+            for judgement in bad_rows
+            for shape in (judgement.left, judgement.right)
+        ]
     else:
-        labels = [to_unpaired(row, row.left) for row in rows]
+        labels = [to_unpaired(judgement, judgement.left) for judgement in judgement_rows]
     return write_unpaired(path, labels)
 
 
@@ -462,32 +494,36 @@ PATH_FIELDS = ("structure", "latent", "latents", "look_at", "asset")  # fields o
 WritePath = Callable[[Path | str], str]  # (path) -> text that is written into a file of labels
 
 
-def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = False, **filters) -> Path:
+def export_assets(store: "Store", path: Path, label_format: str, from_pairs: bool = False, **filters) -> Path:
     """Write the judgements of asset files as JSON lines, and return the path of the file.
 
     Args:
         store: label store.
         path: file; the paths of assets below its folder are written relative to this folder.
-        kind: format of the lines: "asset-pairs", "rankings" or "asset-scores".
-        from_pairs: for "asset-scores", True uses campaigns of pairs, and in them the answers that both shapes
-            are bad.
-        filters: arguments of `LabelFilters`.
+        label_format: format of the lines: "asset-pairs", "rankings" or "asset-scores".
+        from_pairs: for "asset-scores": False uses campaigns of single shapes. True uses campaigns of pairs:
+            an answer that both shapes are bad labels both of them as bad.
+        filters: keyword arguments of `LabelFilters`, which select the labels; none: the default selection.
 
     Raises:
         ValueError: no judgement of asset files passes the filters.
     """
-    campaign_mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
-    rows = kept_judgements(store, LabelFilters(**filters), campaign_mode)
+    campaign_mode = Mode.SINGLE if label_format == "asset-scores" and not from_pairs else Mode.LABEL
+    judgement_rows = kept_judgements(store, LabelFilters(**filters), campaign_mode)
     if from_pairs:
         # Each pair of two bad shapes becomes two judgements of a single shape, which is stored in `left`.
-        bad_rows = [row for row in rows if row.choice is Choice.BAD]
-        rows = [replace(row, left=shape) for row in bad_rows for shape in (row.left, row.right)]
+        bad_rows = [judgement for judgement in judgement_rows if judgement.choice is Choice.BAD]
+        judgement_rows = [
+            replace(judgement, left=shape)
+            for judgement in bad_rows
+            for shape in (judgement.left, judgement.right)
+        ]
     # samples of a generator have no file whose path could be written
-    rows = [row for row in rows if row.left.file]
-    if not rows:
+    judgement_rows = [judgement for judgement in judgement_rows if judgement.left.file]
+    if not judgement_rows:
         raise ValueError(
-            f"--kind={kind}: no judgement of asset files passes the filters. Remove some of the filters, or"
-            " label asset files with --assets."
+            f"--kind={label_format}: no judgement of asset files passes the filters. Remove some of the"
+            " filters, or label asset files with --assets."
         )
     # name of a campaign -> its prompts
     prompts_by_campaign = {
@@ -502,91 +538,101 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
         return str(asset_path.relative_to(folder)) if asset_path.is_relative_to(folder) else str(asset_path)
 
     label_lines = (
-        rankings(rows, write_asset_path)
-        if kind == "rankings"
-        else [KINDS[kind](row, prompt_of(row, prompts_by_campaign), write_asset_path) for row in rows]
+        rankings(judgement_rows, write_asset_path)
+        if label_format == "rankings"
+        else [
+            KINDS[label_format](judgement, prompt_of(judgement, prompts_by_campaign), write_asset_path)
+            for judgement in judgement_rows
+        ]
     )
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in label_lines).encode())
     return path
 
 
-def prompt_of(row: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
-    """Return the text of the prompt of a judgement, or the name of the prompt if it is an image without a
-    text.
+def prompt_of(judgement: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
+    """Return the text of a judgement's prompt, or the prompt's name if it is an image without a text.
 
     Args:
-        row: judgement of asset files.
+        judgement: judgement of asset files.
         prompts_by_campaign: name of a campaign -> name of a prompt -> prompt, with its "text".
     """
     return (
-        prompts_by_campaign.get(row.campaign, {}).get(row.left.condition, {}).get("text")
-        or row.left.condition
+        prompts_by_campaign.get(judgement.campaign, {}).get(judgement.left.condition, {}).get("text")
+        or judgement.left.condition
     )
 
 
-def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
+def to_pair(judgement: JudgementRow, prompt: str, write_path: WritePath) -> dict:
     """Convert a judgement of two assets to a line of the format asset-pairs.
 
     Args:
-        row: judgement.
+        judgement: judgement of a pair of assets.
         prompt: text of the prompt.
         write_path: function (path) -> text that is written.
     """
-    winner_shape, loser_shape = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+    winner_shape, loser_shape = (
+        (judgement.right, judgement.left)
+        if judgement.choice is Choice.RIGHT
+        else (judgement.left, judgement.right)
+    )
     label_fields = {
-        "condition": row.left.condition,
+        "condition": judgement.left.condition,
         "prompt": prompt,
         "preferred": write_path(winner_shape.source),
         "rejected": write_path(loser_shape.source),
-        "tie": row.choice not in (Choice.LEFT, Choice.RIGHT),
+        "tie": judgement.choice not in (Choice.LEFT, Choice.RIGHT),
         "preferred_generator": winner_shape.generator,
         "rejected_generator": loser_shape.generator,
     }
-    return {**label_fields, "choice": row.choice.value, **_provenance(row)}
+    return {**label_fields, "choice": judgement.choice.value, **_provenance(judgement)}
 
 
-def to_score(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
-    """Convert a judgement of one asset, `row.left`, to a line of the format asset-scores.
+def to_score(judgement: JudgementRow, prompt: str, write_path: WritePath) -> dict:
+    """Convert a judgement of one asset, `judgement.left`, to a line of the format asset-scores.
 
     Args:
-        row: judgement.
+        judgement: judgement of one asset; of its two shapes, only `left` is used.
         prompt: text of the prompt.
         write_path: function (path) -> text that is written.
     """
-    rating: dict = (
-        {"score": float(row.choice.value)}
-        if row.choice.value.isdigit()
-        else {"label": int(bool(row.choice.good))}
+    rating_fields: dict = (
+        {"score": float(judgement.choice.value)}
+        if judgement.choice.value.isdigit()
+        else {"label": int(bool(judgement.choice.good))}
     )
     label_fields = {
-        "mesh": write_path(row.left.source),
+        "mesh": write_path(judgement.left.source),
         "prompt": prompt,
-        **rating,
-        "generator": row.left.generator,
-        "condition": row.left.condition,
+        **rating_fields,
+        "generator": judgement.left.generator,
+        "condition": judgement.left.condition,
     }
-    return {**label_fields, **_provenance(row)}
+    return {**label_fields, **_provenance(judgement)}
 
 
 KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 
-def _provenance(row: JudgementRow) -> dict:
+def _provenance(judgement: JudgementRow) -> dict:
     """Return the fields that describe the origin of a judgement. Empty votes and comments are left out."""
     origin_fields = {
-        "annotator": row.annotator,
-        "time": row.received_at,
-        "campaign": row.campaign,
-        "judgement": row.id,
-        "kind": row.kind.value,
+        "annotator": judgement.annotator,
+        "time": judgement.received_at,
+        "campaign": judgement.campaign,
+        "judgement": judgement.id,
+        "kind": judgement.kind.value,
     }
     return {
         **origin_fields,
-        **{name: value for name, value in (("votes", row.votes), ("comment", row.comment)) if value},
+        **{
+            name: value
+            for name, value in (("votes", judgement.votes), ("comment", judgement.comment))
+            if value
+        },
     }
 
 
-def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[dict]:
+def rankings(judgement_rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[dict]:
     """Rank the compared assets of each prompt, and return one line per asset, best first.
 
     The rank of an asset follows from its Bradley-Terry strength; equal strengths get equal ranks. Strengths
@@ -594,7 +640,7 @@ def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[
     groups of a prompt, only the largest group is ranked.
 
     Args:
-        rows: judgements of pairs of assets.
+        judgement_rows: judgements of pairs of assets.
         write_path: function (path) -> text that is written.
 
     Returns:
@@ -605,19 +651,23 @@ def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[
 
     # name of a prompt -> judgements; assets of different prompts are never compared
     rows_by_prompt: dict[str, list[JudgementRow]] = defaultdict(list)
-    for row in rows:
-        rows_by_prompt[row.left.condition].append(row)
+    for judgement in judgement_rows:
+        rows_by_prompt[judgement.left.condition].append(judgement)
     ranking_lines = []
     sample_lists = _SampleLists()
     for prompt_name, prompt_rows in rows_by_prompt.items():
         # an asset is identified by its path
-        shape_by_path = {shape.source: shape for row in prompt_rows for shape in (row.left, row.right)}
+        shape_by_path = {
+            shape.source: shape for judgement in prompt_rows for shape in (judgement.left, judgement.right)
+        }
         all_comparisons = []
-        for row in prompt_rows:
+        for judgement in prompt_rows:
             winner_shape, loser_shape = (
-                (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+                (judgement.right, judgement.left)
+                if judgement.choice is Choice.RIGHT
+                else (judgement.left, judgement.right)
             )
-            is_tie = row.choice not in (Choice.LEFT, Choice.RIGHT)
+            is_tie = judgement.choice not in (Choice.LEFT, Choice.RIGHT)
             all_comparisons.append(Comparison(winner_shape.source, loser_shape.source, is_tie))
         # the linked group with the most assets
         comparisons = max(linked(all_comparisons), key=_asset_count)

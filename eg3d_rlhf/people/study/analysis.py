@@ -45,42 +45,48 @@ class SortedRows:
 
 
 def analyse(
-    design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, now: datetime | None = None
+    design: StudyDesign,
+    judgement_rows: Iterable[JudgementRow],
+    allow_interim: bool = False,
+    now: datetime | None = None,
 ) -> dict:
     """Compute all results of a study.
 
     Args:
         design: design of the study.
-        rows: judgements of the study.
-        interim: True allows an analysis before the stopping rule is met.
+        judgement_rows: judgements of the study.
+        allow_interim: True allows an analysis before the stopping rule is met.
         now: time of the report; None: the current time.
 
     Returns:
-        Results in JSON types.
+        Dict in JSON types: "design", "interim" (True before the stopping rule is met), "answered" (number of
+        answered trials), "late", "reported" (time), "result" (primary result, see `estimate`), "sensitivity"
+        (name of another analysis -> its estimate), "sides" (see `_sides`), "annotators" (see `_annotators`),
+        "exclusions" (see `_exclusions`), "agreement" (see `quality.agreement`) and "pairs" (see `_pairs`).
 
     Raises:
-        ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
-            study.
+        ValueError: the stopping rule is not met and `allow_interim` is False, or a judgement belongs to
+            another study.
     """
     # answers that were taken back never count
-    rows = [row for row in rows if not row.undone]
-    _check(design, rows)
-    sorted_rows = sort_rows(design, rows)
+    judgement_rows = [judgement for judgement in judgement_rows if not judgement.undone]
+    _check(design, judgement_rows)
+    sorted_rows = sort_rows(design, judgement_rows)
     answered_count = len(sorted_rows.trials)
     is_complete = stopped(design, answered_count, now)
-    if not is_complete and not interim:
+    if not is_complete and not allow_interim:
         end_text = f", or the time {design.until}" if design.until else ""
         raise ValueError(
             f"study {design.name}: the design requires {design.trials} answered trials{end_text}, but"
             f" {answered_count} trials are answered. Wait for the other answers, or pass --interim for an"
             " interim report."
         )
-    fast_ids = {row.id for row in sorted_rows.fast}
+    fast_ids = {judgement.id for judgement in sorted_rows.fast}
     # Trials of the primary result. A skip is a trial without a score.
     primary_rows = [
-        row
-        for row in sorted_rows.trials
-        if row.annotator not in sorted_rows.annotators and row.id not in fast_ids
+        judgement
+        for judgement in sorted_rows.trials
+        if judgement.annotator not in sorted_rows.annotators and judgement.id not in fast_ids
     ]
     # The sensitivity analysis repeats the estimate with the other rule for ties.
     other_ties = "excluded" if design.ties == "half" else "half"
@@ -109,23 +115,38 @@ def analyse(
     }
 
 
-def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
+def sort_rows(design: StudyDesign, judgement_rows: Sequence[JudgementRow]) -> SortedRows:
     """Divide judgements into trials, gold checks and exclusions, by the rules of the design."""
-    pair_rows = sorted((row for row in rows if row.kind == Kind.PAIR), key=lambda row: row.id)
+    pair_rows = sorted(
+        (judgement for judgement in judgement_rows if judgement.kind == Kind.PAIR),
+        key=lambda judgement: judgement.id,
+    )
     end_time = datetime.fromisoformat(design.until).timestamp() if design.until else np.inf
     # Answers after the planned number of trials are only counted, because this number was fixed in advance.
-    trials = [row for row in pair_rows if row.received_at <= end_time][: design.trials]
-    gold_rows = [row for row in rows if row.kind == Kind.GOLD and row.choice != Choice.SKIP]
+    trials = [judgement for judgement in pair_rows if judgement.received_at <= end_time][: design.trials]
+    gold_rows = [
+        judgement
+        for judgement in judgement_rows
+        if judgement.kind == Kind.GOLD and judgement.choice != Choice.SKIP
+    ]
     sorted_rows = SortedRows(trials=trials, late=len(pair_rows) - len(trials), gold=gold_rows)
     exclusion_rules = design.exclusions
-    for annotator in sorted({row.annotator for row in trials}):
-        annotator_trials = [row for row in trials if row.annotator == annotator]
-        gold_results = [row.choice == row.expected for row in gold_rows if row.annotator == annotator]
-        fast_trials = [row for row in annotator_trials if is_fast(row, exclusion_rules.fast_milliseconds)]
+    for annotator in sorted({judgement.annotator for judgement in trials}):
+        annotator_trials = [judgement for judgement in trials if judgement.annotator == annotator]
+        gold_results = [
+            judgement.choice == judgement.expected
+            for judgement in gold_rows
+            if judgement.annotator == annotator
+        ]
+        fast_trials = [
+            judgement
+            for judgement in annotator_trials
+            if is_fast(judgement, exclusion_rules.fast_milliseconds)
+        ]
         correct_count = sum(gold_results)
         # In an interim report no annotator may have answered the planned share, so the mean share so far is
         # used.
-        planned_share = min(design.share, len(trials) / design.annotators)
+        expected_trial_count = min(design.trials_per_annotator, len(trials) / design.annotators)
         if len(
             gold_results
         ) >= exclusion_rules.gold_least and correct_count < exclusion_rules.gold_accuracy * len(gold_results):
@@ -138,70 +159,75 @@ def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
                 f"too fast: {len(fast_trials)} of {len(annotator_trials)} trials took less than"
                 f" {exclusion_rules.fast_milliseconds} ms"
             )
-        elif len(annotator_trials) < exclusion_rules.least_share * planned_share:
+        elif len(annotator_trials) < exclusion_rules.least_share * expected_trial_count:
             sorted_rows.annotators[annotator] = (
-                f"incomplete: {len(annotator_trials)} of {design.share} trials"
+                f"incomplete: {len(annotator_trials)} of {design.trials_per_annotator} trials"
             )
         else:
             sorted_rows.fast += fast_trials
     return sorted_rows
 
 
-def is_fast(row: JudgementRow, min_milliseconds: int) -> bool:
+def is_fast(judgement: JudgementRow, min_milliseconds: int) -> bool:
     """Return True if a trial was answered in less than `min_milliseconds`. A skip is never too fast."""
-    return row.choice != Choice.SKIP and row.milliseconds < min_milliseconds
+    return judgement.choice != Choice.SKIP and judgement.milliseconds < min_milliseconds
 
 
-def score(row: JudgementRow, ties: str) -> float:
+def score(judgement: JudgementRow, tie_rule: str) -> float:
     """Return the score of a trial.
 
     Args:
-        row: judgement of a pair, whose second shape is of generator b.
-        ties: "half" or "excluded".
+        judgement: judgement of a pair, whose second shape is of generator b.
+        tie_rule: "half" or "excluded".
 
     Returns:
         1 if b was preferred, 0 if a was preferred, 0.5 for a tie that counts half, NaN if the trial does not
         count.
     """
-    tie_score = 0.5 if ties == "half" else np.nan
-    return {"first": 0.0, "second": 1.0, "tie": tie_score, "skip": np.nan}[side_free(row)]
+    tie_score = 0.5 if tie_rule == "half" else np.nan
+    return {"first": 0.0, "second": 1.0, "tie": tie_score, "skip": np.nan}[side_free(judgement)]
 
 
-def _ties(rows: Sequence[JudgementRow]) -> int:
+def _ties(judgement_rows: Sequence[JudgementRow]) -> int:
     """Count the judgements that rank both shapes equally."""
-    return sum(row.choice.equal for row in rows)
+    return sum(judgement.choice.equal for judgement in judgement_rows)
 
 
-def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 0) -> dict:
+def estimate(
+    judgement_rows: Sequence[JudgementRow], tie_rule: str, confidence: float = 0.95, resample_count: int = 0
+) -> dict:
     """Compute the win rate of b, with all intervals and tests that the design prescribes.
 
     Args:
-        rows: trials.
-        ties: rule for ties, "half" or "excluded".
+        judgement_rows: trials.
+        tie_rule: rule for ties, "half" or "excluded".
         confidence: level of the intervals.
-        resamples: number of resamples of each bootstrap; 0: no bootstraps.
+        resample_count: number of resamples of each bootstrap; 0: no bootstraps.
 
     Returns:
-        Counts, win rate, intervals and tests in JSON types. Win rate, intervals and tests are None if no
-        trial counts.
+        Dict in JSON types: numbers of trials that count ("n"), of wins, ties, skips, annotators and latents;
+        the p-value "p_exact" of the binomial test without clustering; "win_rate"; "interval" (clustered) and
+        "wilson" as [lower end, upper end]; "p_clustered"; "design_effect"; "degrees_of_freedom"; and
+        "bootstrap" (clusters -> interval) if `resample_count` > 0. All values from "win_rate" on are None if
+        no trial counts.
     """
-    scores = np.array([score(row, ties) for row in rows])  # [N]
-    choice_counts = Counter(row.choice for row in rows)
+    scores = np.array([score(judgement, tie_rule) for judgement in judgement_rows])  # [N]
+    choice_counts = Counter(judgement.choice for judgement in judgement_rows)
     # scores of the trials that are no ties and no skips
     decided_scores = [
         trial_score
-        for trial_score, row in zip(scores, rows, strict=True)
-        if row.choice in (Choice.LEFT, Choice.RIGHT)
+        for trial_score, judgement in zip(scores, judgement_rows, strict=True)
+        if judgement.choice in (Choice.LEFT, Choice.RIGHT)
     ]
     b_wins = int(sum(decided_scores))
     estimates: dict = {
         "n": int(np.sum(~np.isnan(scores))),
         "b_wins": b_wins,
         "a_wins": len(decided_scores) - b_wins,
-        "ties": _ties(rows),
+        "ties": _ties(judgement_rows),
         "skips": choice_counts[Choice.SKIP],
-        "annotators": len({row.annotator for row in rows}),
-        "latents": len({row.pair for row in rows}),
+        "annotators": len({judgement.annotator for judgement in judgement_rows}),
+        "latents": len({judgement.pair for judgement in judgement_rows}),
         "confidence": confidence,
         "p_exact": binomial_test(b_wins, len(decided_scores)) if decided_scores else None,
     }
@@ -214,84 +240,107 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         }
     # Names of annotators become indices 0..A-1, and ids of pairs become 0..L-1, since each has one latent.
     annotator_indices, latent_indices = (
-        np.unique([getattr(row, column) for row in rows], return_inverse=True)[1]
-        for column in ("annotator", "pair")
+        np.unique([getattr(judgement, column_name) for judgement in judgement_rows], return_inverse=True)[1]
+        for column_name in ("annotator", "pair")
     )
     # index 0: the arrays of `win_rate` have one element for each study, and this is one study
     win_rates = win_rate(scores, annotator_indices, latent_indices, confidence)
     estimates |= {
         "win_rate": float(win_rates.rate[0]),
-        "interval": [float(end[0]) for end in win_rates.clustered],
-        "wilson": [float(end[0]) for end in win_rates.wilson],
+        "interval": [float(interval_end[0]) for interval_end in win_rates.clustered],
+        "wilson": [float(interval_end[0]) for interval_end in win_rates.wilson],
         "p_clustered": float(win_rates.p_clustered[0]),
         "design_effect": float(win_rates.design_effect[0]),
         "degrees_of_freedom": int(win_rates.degrees[0]),
     }
-    if resamples:
+    if resample_count:
         cluster_kinds = ("annotators", "latents", "both")
         bounds_by_kind = {
-            kind: cluster_bootstrap(scores, annotator_indices, latent_indices, kind, confidence, resamples)
-            for kind in cluster_kinds
+            cluster_kind: cluster_bootstrap(
+                scores, annotator_indices, latent_indices, cluster_kind, confidence, resample_count
+            )
+            for cluster_kind in cluster_kinds
         }
         estimates["bootstrap"] = {
-            kind: None if interval_bounds is None else list(interval_bounds)
-            for kind, interval_bounds in bounds_by_kind.items()
+            cluster_kind: None if interval_bounds is None else list(interval_bounds)
+            for cluster_kind, interval_bounds in bounds_by_kind.items()
         }
     return estimates
 
 
-def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
+def _check(design: StudyDesign, judgement_rows: Sequence[JudgementRow]) -> None:
     """Check that judgements belong to a study, and that its design is older than the first of them.
 
     Raises:
         ValueError: a judgement belongs to another study, or is older than the design.
     """
-    other_campaigns = {row.campaign for row in rows if row.campaign != design.name or row.mode != Mode.STUDY}
+    other_campaigns = {
+        judgement.campaign
+        for judgement in judgement_rows
+        if judgement.campaign != design.name or judgement.mode != Mode.STUDY
+    }
     if other_campaigns:
         other_names = ", ".join(sorted(other_campaigns))
         raise ValueError(
             f"study {design.name}: the database contains answers of {other_names}. Pass the database of the"
             " study with --db."
         )
-    for row in rows:
-        first_shape, second_shape = (row.left, row.right) if row.first_is_left else (row.right, row.left)
+    for judgement in judgement_rows:
+        first_shape, second_shape = (
+            (judgement.left, judgement.right)
+            if judgement.first_is_left
+            else (judgement.right, judgement.left)
+        )
         is_of_generators = (first_shape.generator, second_shape.generator) == (
             design.a.generator,
             design.b.generator,
         )
-        if row.kind == Kind.PAIR and not (is_of_generators and first_shape.seed == second_shape.seed):
+        if judgement.kind == Kind.PAIR and not (is_of_generators and first_shape.seed == second_shape.seed):
             raise ValueError(
-                f"study {design.name}: the answer {row.id} does not compare the two generators of the study"
-                " at one latent. Pass the database of the study with --db."
+                f"study {design.name}: the answer {judgement.id} does not compare the two generators of the"
+                " study at one latent. Pass the database of the study with --db."
             )
     design_time = datetime.fromisoformat(design.created).timestamp()
-    if rows and min(row.received_at for row in rows) < design_time:
+    if judgement_rows and min(judgement.received_at for judgement in judgement_rows) < design_time:
         raise ValueError(
             f"study {design.name}: an answer was received before the design was made at {design.created},"
             " but a study must be designed before its first answer. Start a new study."
         )
 
 
-def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
-    """Compute metrics of the sides: in which trials b was on the left, and how often the left side was
-    chosen.
+def _sides(judgement_rows: Sequence[JudgementRow], tie_rule: str) -> dict:
+    """Count the trials with b on the left, and compute how often annotators chose the left side.
 
     Args:
-        rows: trials.
-        ties: rule for ties, "half" or "excluded".
+        judgement_rows: trials.
+        tie_rule: rule for ties, "half" or "excluded".
 
     Returns:
-        Metrics in JSON types. A rate without trials is None.
+        Dict in JSON types, in which a rate without trials is None: "b_left" (number of trials with b on the
+        left), "n" (number of trials), "p_random" (p-value of random sides), "win_rate_b_left",
+        "win_rate_b_right" (win rate of b on this side), and "left_share" with its interval "left_ci" (share
+        of decided trials in which the left shape was preferred).
     """
-    metrics: dict = {"b_left": sum(not row.first_is_left for row in rows), "n": len(rows)}
+    metrics: dict = {
+        "b_left": sum(not judgement.first_is_left for judgement in judgement_rows),
+        "n": len(judgement_rows),
+    }
     # p-value of the hypothesis that the sides were random
     metrics["p_random"] = binomial_test(metrics["b_left"], metrics["n"])
     for rate_name, is_b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
         # b is the second shape of a pair, so b is on the left if the first shape is not.
-        scores = np.array([score(row, ties) for row in rows if row.first_is_left != is_b_left])
+        scores = np.array(
+            [
+                score(judgement, tie_rule)
+                for judgement in judgement_rows
+                if judgement.first_is_left != is_b_left
+            ]
+        )
         metrics[rate_name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
-    decided_rows = [row for row in rows if row.choice in (Choice.LEFT, Choice.RIGHT)]
-    left_count = sum(row.choice == Choice.LEFT for row in decided_rows)
+    decided_rows = [
+        judgement for judgement in judgement_rows if judgement.choice in (Choice.LEFT, Choice.RIGHT)
+    ]
+    left_count = sum(judgement.choice == Choice.LEFT for judgement in decided_rows)
     return {
         **metrics,
         "left_share": left_count / len(decided_rows) if decided_rows else None,
@@ -302,31 +351,40 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
 def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
     """Compute the metrics of every annotator who has answered trials, also of excluded annotators.
 
-    Returns one record per annotator, in JSON types.
+    Returns:
+        One record per annotator, in JSON types. Its field "excluded" is the reason why the annotator is left
+        out of the primary result, or None.
     """
     annotator_metrics = []
-    for annotator in sorted({row.annotator for row in sorted_rows.trials}):
-        annotator_trials = [row for row in sorted_rows.trials if row.annotator == annotator]
-        gold_results = [row.choice == row.expected for row in sorted_rows.gold if row.annotator == annotator]
-        scores = np.array([score(row, design.ties) for row in annotator_trials])
-        counted_trials = int(np.sum(~np.isnan(scores)))  # number of trials that count
+    for annotator in sorted({judgement.annotator for judgement in sorted_rows.trials}):
+        annotator_trials = [judgement for judgement in sorted_rows.trials if judgement.annotator == annotator]
+        gold_results = [
+            judgement.choice == judgement.expected
+            for judgement in sorted_rows.gold
+            if judgement.annotator == annotator
+        ]
+        scores = np.array([score(judgement, design.ties) for judgement in annotator_trials])
+        counted_trial_count = int(np.sum(~np.isnan(scores)))  # number of trials that count
         side_metrics = _sides(annotator_trials, design.ties)
-        choice_counts = Counter(row.choice for row in annotator_trials)
+        choice_counts = Counter(judgement.choice for judgement in annotator_trials)
         annotator_metrics.append(
             {
                 "name": annotator,
                 "trials": len(annotator_trials),
                 "ties": _ties(annotator_trials),
                 "skips": choice_counts[Choice.SKIP],
-                "n": counted_trials,
-                "win_rate": float(np.nanmean(scores)) if counted_trials else None,
-                "wilson": list(wilson_interval(float(np.nansum(scores)), counted_trials)),
+                "n": counted_trial_count,
+                "win_rate": float(np.nanmean(scores)) if counted_trial_count else None,
+                "wilson": list(wilson_interval(float(np.nansum(scores)), counted_trial_count)),
                 "left_share": side_metrics["left_share"],
                 "left_ci": side_metrics["left_ci"],
                 "gold_right": sum(gold_results),
                 "gold_n": len(gold_results),
-                "median_seconds": statistics.median(row.milliseconds for row in annotator_trials) / 1000,
-                "fast": sum(is_fast(row, design.exclusions.fast_milliseconds) for row in annotator_trials),
+                "median_seconds": statistics.median(judgement.milliseconds for judgement in annotator_trials)
+                / 1000,
+                "fast": sum(
+                    is_fast(judgement, design.exclusions.fast_milliseconds) for judgement in annotator_trials
+                ),
                 "excluded": sorted_rows.annotators.get(annotator),
             }
         )
@@ -335,12 +393,12 @@ def _annotators(design: StudyDesign, sorted_rows: SortedRows) -> list[dict]:
 
 def _exclusions(sorted_rows: SortedRows) -> list[dict]:
     """Return a list of exclusions: "what" was left out, the "reason", and the number of "trials"."""
-    trial_counts = Counter(row.annotator for row in sorted_rows.trials)
+    trial_counts = Counter(judgement.annotator for judgement in sorted_rows.trials)
     exclusions = [
         {"what": f"annotator {annotator}", "reason": reason, "trials": trial_counts[annotator]}
         for annotator, reason in sorted(sorted_rows.annotators.items())
     ]
-    fast_counts = Counter(row.annotator for row in sorted_rows.fast)
+    fast_counts = Counter(judgement.annotator for judgement in sorted_rows.fast)
     exclusions += [
         {"what": f"single trials of {annotator}", "reason": "answered too fast", "trials": trial_count}
         for annotator, trial_count in sorted(fast_counts.items())
@@ -356,16 +414,16 @@ def _exclusions(sorted_rows: SortedRows) -> list[dict]:
     return exclusions
 
 
-def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
+def _pairs(judgement_rows: Sequence[JudgementRow], tie_rule: str) -> list[dict]:
     """Compute the win rate of b for each latent.
 
     Returns records with seed, win_rate and n (number of trials), from the highest to the lowest win rate.
     """
     scores_by_seed: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        trial_score = score(row, ties)
+    for judgement in judgement_rows:
+        trial_score = score(judgement, tie_rule)
         if not np.isnan(trial_score):
-            scores_by_seed[row.left.seed].append(trial_score)
+            scores_by_seed[judgement.left.seed].append(trial_score)
     latent_records = [
         {"seed": seed, "win_rate": sum(seed_scores) / len(seed_scores), "n": len(seed_scores)}
         for seed, seed_scores in scores_by_seed.items()
@@ -373,9 +431,9 @@ def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
 
     # Of latents with equal win rates, the one with more trials is closer to the end of the list at which
     # b or a wins.
-    def sort_key(latent: dict) -> tuple:
-        n = -latent["n"] if latent["win_rate"] > 0.5 else latent["n"]
-        return (-latent["win_rate"], n, latent["seed"])
+    def sort_key(latent_record: dict) -> tuple:
+        signed_trial_count = -latent_record["n"] if latent_record["win_rate"] > 0.5 else latent_record["n"]
+        return (-latent_record["win_rate"], signed_trial_count, latent_record["seed"])
 
     return sorted(latent_records, key=sort_key)
 
@@ -442,9 +500,9 @@ def win_rate(
             residuals, is_counted, trial_counts, cluster_indices
         )
     independent_variance = variances["trial"]  # variance as if all trials were independent, [S]
-    several_annotators = cluster_counts["annotator"] > 1
+    has_several_annotators = cluster_counts["annotator"] > 1
     clustered_variance = (
-        np.where(several_annotators, variances["annotator"], independent_variance)
+        np.where(has_several_annotators, variances["annotator"], independent_variance)
         + variances["latent"]
         - independent_variance
     )
@@ -453,7 +511,8 @@ def win_rate(
     degrees_of_freedom = np.maximum(
         1,
         np.minimum(
-            np.where(several_annotators, cluster_counts["annotator"], trial_counts), cluster_counts["latent"]
+            np.where(has_several_annotators, cluster_counts["annotator"], trial_counts),
+            cluster_counts["latent"],
         )
         - 1,
     )
@@ -504,25 +563,26 @@ def _cluster_variance(
     """
     if cluster_indices is None:
         residual_sums = residuals
-        cluster_count = trial_counts
+        cluster_counts = trial_counts
     else:
-        membership = np.zeros((len(cluster_indices), int(np.max(cluster_indices)) + 1))  # [N, G], one-hot
-        membership[np.arange(len(cluster_indices)), cluster_indices] = 1
-        residual_sums = residuals @ membership  # [S, G]
-        cluster_count = ((is_counted @ membership) > 0).sum(axis=1).astype(np.float64)
+        # [N, G], one-hot
+        cluster_membership = np.zeros((len(cluster_indices), int(np.max(cluster_indices)) + 1))
+        cluster_membership[np.arange(len(cluster_indices)), cluster_indices] = 1
+        residual_sums = residuals @ cluster_membership  # [S, G]
+        cluster_counts = ((is_counted @ cluster_membership) > 0).sum(axis=1).astype(np.float64)
     # The correction G / (G - 1) would divide by zero for one cluster. The residuals of one cluster sum to 0,
     # so the variance is 0 with any correction.
-    correction = cluster_count / np.maximum(cluster_count - 1, 1)
-    return (residual_sums**2).sum(axis=1) / trial_counts**2 * correction, cluster_count
+    correction = cluster_counts / np.maximum(cluster_counts - 1, 1)
+    return (residual_sums**2).sum(axis=1) / trial_counts**2 * correction, cluster_counts
 
 
 def cluster_bootstrap(
     scores: np.ndarray,
     annotator_indices: np.ndarray,
     latent_indices: np.ndarray,
-    over: str,
+    resampled_clusters: str,
     confidence: float = 0.95,
-    resamples: int = 4000,
+    resample_count: int = 4000,
     seed: int = 0,
 ) -> "Interval | None":
     """Compute a percentile bootstrap interval of one study's win rate by resampling clusters.
@@ -531,15 +591,16 @@ def cluster_bootstrap(
         scores: scores of the trials, [N].
         annotator_indices: index of the annotator of each trial, [N].
         latent_indices: index of the latent of each trial, [N].
-        over: clusters that are resampled: 'annotators', 'latents' or 'both'. With 'both', the weight of a
-            trial is the product of the weights of its annotator and its latent (pigeonhole bootstrap, Owen
-            2007). This interval is too wide if the scores vary more between trials than between clusters.
+        resampled_clusters: clusters that are resampled: 'annotators', 'latents' or 'both'. With 'both', the
+            weight of a trial is the product of the weights of its annotator and its latent (pigeonhole
+            bootstrap, Owen 2007). This interval is too wide if the scores vary more between trials than
+            between clusters.
         confidence: level of the interval.
-        resamples: number of resamples, R.
+        resample_count: number of resamples, R.
         seed: random seed.
 
     Returns:
-        Interval, or None if there is only one cluster.
+        Interval, or None if all trials that count belong to one annotator or latent that would be resampled.
     """
     scores = np.asarray(scores, dtype=np.float64)
     is_counted = ~np.isnan(scores)
@@ -547,12 +608,12 @@ def cluster_bootstrap(
         "annotators": [annotator_indices],
         "latents": [latent_indices],
         "both": [annotator_indices, latent_indices],
-    }[over]
+    }[resampled_clusters]
     # The indices are computed again without the trials that do not count, so that every cluster has a trial.
-    cluster_indices = [
+    cluster_index_arrays = [
         np.unique(trial_clusters[is_counted], return_inverse=True)[1] for trial_clusters in clusterings
     ]
-    cluster_counts = [int(cluster_index.max()) + 1 for cluster_index in cluster_indices]  # number of clusters
+    cluster_counts = [int(cluster_indices.max()) + 1 for cluster_indices in cluster_index_arrays]
     if min(cluster_counts) < 2:
         return None
     rng = np.random.default_rng(seed)
@@ -560,15 +621,15 @@ def cluster_bootstrap(
     counted_scores = scores[is_counted]
     # The weights [R, N] are computed in chunks of resamples, so that they do not fill the memory.
     chunk_size = max(1, _CELLS // len(counted_scores))
-    for start_index in range(0, resamples, chunk_size):
-        resample_count = min(chunk_size, resamples - start_index)
-        weights = np.ones((resample_count, len(counted_scores)))  # [R, N]
-        for cluster_index, cluster_count in zip(cluster_indices, cluster_counts, strict=True):
-            # If `count` clusters are resampled with replacement, the number of times that each is drawn has a
-            # multinomial distribution. This number is the weight of its trials.
+    for start_index in range(0, resample_count, chunk_size):
+        chunk_resample_count = min(chunk_size, resample_count - start_index)
+        weights = np.ones((chunk_resample_count, len(counted_scores)))  # [R, N]
+        for cluster_indices, cluster_count in zip(cluster_index_arrays, cluster_counts, strict=True):
+            # If `cluster_count` clusters are resampled with replacement, the number of times that each is
+            # drawn has a multinomial distribution. This number is the weight of its trials.
             weights *= rng.multinomial(
-                cluster_count, np.full(cluster_count, 1 / cluster_count), size=resample_count
-            )[:, cluster_index]
+                cluster_count, np.full(cluster_count, 1 / cluster_count), size=chunk_resample_count
+            )[:, cluster_indices]
         weight_sums = weights.sum(axis=1)
         # With 'both', all weights of a resample can be 0. Such a resample is left out.
         resampled_rates.append((weights @ counted_scores)[weight_sums > 0] / weight_sums[weight_sums > 0])

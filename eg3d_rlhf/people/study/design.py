@@ -118,11 +118,17 @@ class StudyDesign:
     a: Contender
     b: Contender
     trials: int  # number of answers to pairs after which the study is complete
-    annotators: int = knob(1, "Number of annotators who answer.", "Study", low=1)
+    annotators: int = knob(1, "Number of annotators among whom the trials are divided.", "Study", low=1)
     annotators_per_pair: int = 1  # number of different annotators who answer each pair
     seed: int = knob(0, "Random seed for choosing latents, gold checks, order and sides.", "Study", low=0)
     psi: float = knob(
-        0.7, "Truncation psi of the latents.", "Shapes", metavar="0..2", low=0, high=2, rare=True
+        0.7,
+        "Truncation psi of the latents. With 1, latents are not truncated.",
+        "Shapes",
+        metavar="0..2",
+        low=0,
+        high=2,
+        rare=True,
     )
     level: float = knob(10.0, "Raw density sigma_raw at the surface of a shape.", "Shapes", rare=True)
     resolution: int = knob(
@@ -139,8 +145,7 @@ class StudyDesign:
     )
     gold_every: int = knob(
         10,
-        "Number of trials of which one is a gold check: a pair whose correct answer is known. 0: no gold"
-        " checks.",
+        "Show one gold check per so many trials: a pair whose correct answer is known. 0: no gold checks.",
         "Study",
         metavar="TRIALS",
         low=0,
@@ -149,7 +154,8 @@ class StudyDesign:
     view: str = knob("front", "View from which a pair is first shown.", "Shapes", choices=VIEWS, rare=True)
     ties: str = knob(
         "half",
-        "Rule for ties: they count as half a win, or are excluded from the win rate.",
+        "Rule for ties: half counts a tie as half a win of each generator, and excluded leaves ties out of"
+        " the win rate.",
         "Study",
         choices=("half", "excluded"),
     )
@@ -194,7 +200,7 @@ class StudyDesign:
                 f"annotators_per_pair={self.annotators_per_pair} must be between 1 and the number of"
                 f" annotators, {self.annotators}. Use another number."
             )
-        if self.shapes is not None and self.latents > self.shapes:
+        if self.shapes is not None and self.latent_count > self.shapes:
             max_trials = self.shapes * self.annotators_per_pair
             raise ValueError(
                 f"n: {self.trials} trials were requested, but {self.shapes} pairs of shapes allow at most"
@@ -221,24 +227,26 @@ class StudyDesign:
             )
 
     @property
-    def latents(self) -> int:
+    def latent_count(self) -> int:
         """Return the number of latents that are compared."""
         # rounded up: the last latent may be answered by fewer annotators than the others
         return math.ceil(self.trials / self.annotators_per_pair)
 
     @property
-    def share(self) -> int:
+    def trials_per_annotator(self) -> int:
         """Return the number of trials per annotator if all annotators answer the same number, rounded up."""
         return math.ceil(self.trials / self.annotators)
 
     @property
-    def quota(self) -> int:
-        """Return the number of trials and gold checks after which an annotator is finished.
+    def trial_quota(self) -> int:
+        """Return the number of trials, gold checks included, after which an annotator is finished.
 
-        With several annotators it contains a tenth more trials than `share`, because some annotators stop
-        early.
+        With several annotators, each gets a tenth more trials than `trials_per_annotator`, because some
+        annotators stop early.
         """
-        pair_trials = self.share if self.annotators == 1 else math.ceil(1.1 * self.share)
+        pair_trials = (
+            self.trials_per_annotator if self.annotators == 1 else math.ceil(1.1 * self.trials_per_annotator)
+        )
         trial_count = pair_trials
         # At most ceil(total / gold_every) of `total` trials are gold checks. `total` is increased until
         # enough others are left.
@@ -256,10 +264,10 @@ class StudyDesign:
         spare_count = 64  # more than the gold and practice pairs need
         available_count = MAX_SEED if self.shapes is None else self.shapes
         rng = np.random.default_rng(self.seed)
-        drawn_count = min(available_count, self.latents + spare_count)
+        drawn_count = min(available_count, self.latent_count + spare_count)
         all_seeds = rng.choice(available_count, size=drawn_count, replace=False).tolist()
-        compared_seeds = all_seeds[: self.latents]
-        unused_seeds = all_seeds[self.latents :]
+        compared_seeds = all_seeds[: self.latent_count]
+        unused_seeds = all_seeds[self.latent_count :]
         # `cycle` repeats the seeds if there are too few
         spare_seeds = itertools.islice(itertools.cycle(unused_seeds + compared_seeds), spare_count)
         return compared_seeds, list(spare_seeds)
@@ -463,7 +471,7 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
         repeat_share=0.0,
         swap_share=0.0,
         gold_every=design.gold_every,
-        trials_per_annotator=design.quota,
+        trials_per_annotator=design.trial_quota,
         view=design.view,
         show_render=False,
         extra={
@@ -510,14 +518,14 @@ def contender_shape(design: StudyDesign, contender: Contender, seed: int) -> Sha
 
 
 def read_sides(
-    folder_a: Path, folder_b: Path, report: Callable[[str], None]
+    folder_a: Path, folder_b: Path, report_line: Callable[[str], None]
 ) -> tuple[dict[str, Contender], list[dict], dict]:
     """Read the two folders of asset files that a study compares.
 
     Args:
         folder_a: folder of the first generator's assets.
         folder_b: folder of the second generator's assets.
-        report: function that is called with a line for the user if assets are left out.
+        report_line: function that is called with a line for the user if assets are left out.
 
     Returns:
         Dictionary of the contenders by side ("a", "b"); list of the pairs of assets, which is the value of
@@ -555,7 +563,7 @@ def read_sides(
         )
     unused_count = sum(len(side_assets) for side_assets in assets_by_side.values()) - 2 * len(common_keys)
     if unused_count:
-        report(
+        report_line(
             f"{unused_count} assets are left out, because the other folder has no asset of their prompt and"
             " seed, or the same file."
         )
@@ -605,7 +613,7 @@ def check_files(design: StudyDesign) -> None:
 
 
 def _digest(asset_pairs: list[dict], side: str) -> str:
-    """Return a hash of the asset files of a folder, which is used like the hash of a generator's weights.
+    """Return a hash of the asset files of one side, which takes the place of a hash of a generator's weights.
 
     Args:
         asset_pairs: pairs of assets, see StudyDesign.assets.

@@ -60,10 +60,10 @@ def power_options(flags: Mapping) -> PowerOptions:
         flags: values of all flags, by name.
     """
     # By default two annotators answer each pair, so that their agreement can be measured.
-    per_pair = flags["annotators_per_pair"] or min(2, flags["annotators"])
+    annotators_per_pair = flags["annotators_per_pair"] or min(2, flags["annotators"])
     return PowerOptions(
         annotators=flags["annotators"],
-        annotators_per_pair=per_pair,
+        annotators_per_pair=annotators_per_pair,
         **{name: flags[name] for name in POWER_FLAGS},
     )
 
@@ -100,8 +100,9 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
 
 
 def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
-    """Make the design of a study from flags. Both generators are loaded, because the design contains their
-    hashes.
+    """Make the design of a study from flags.
+
+    Both generators are loaded, because the design contains their hashes.
 
     Args:
         name: name of the study.
@@ -208,23 +209,22 @@ def compares_assets(flags: Mapping) -> bool:
 
 
 def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
-    """Return the number of shapes that two generators have in common.
+    """Return the number of shapes of two generators, or None if they have a shape for every seed.
 
-    A generator that is a file of optimised assets has a finite number of shapes. Other generators have a
-    shape for every seed; the result is None then.
+    Only a generator that is a file of optimised assets (text-to-3D) has a finite number of shapes.
 
     Raises:
         ValueError: the prompts and seeds of the two files differ.
     """
     from eg3d_rlhf.generators import shape_count
 
-    a_count, b_count = (shape_count(loaded.generator) for loaded in (a, b))
+    a_count, b_count = (shape_count(loaded_generator.generator) for loaded_generator in (a, b))
     # "pairs" contains the prompts and seeds of the assets of a file
-    a_pairs, b_pairs = (loaded.nets.training_set.get("pairs") for loaded in (a, b))
+    a_pairs, b_pairs = (loaded_generator.nets.training_set.get("pairs") for loaded_generator in (a, b))
     if a_count != b_count or a_pairs != b_pairs:
         raise ValueError(
-            "--a, --b: the two files contain assets of different prompts or seeds. Pass the files of two"
-            " arms of one run."
+            "--a, --b: the two files contain assets of different prompts or seeds, which cannot be compared."
+            " Pass two files whose assets were optimised for the same prompts and seeds."
         )
     return a_count
 
@@ -247,9 +247,9 @@ def flagged(flags: Mapping) -> Iterator[None]:
 
 
 def prepare(
-    folder: Folder, name: str, flags: Mapping, written: set[str], report: Callable[[str], None]
+    folder: Folder, name: str, flags: Mapping, written_flags: set[str], report_line: Callable[[str], None]
 ) -> StudyDesign:
-    """Open the study of a folder, or create it if there is none.
+    """Read the design of the study in a folder, or create the study if there is none.
 
     The file of the design is written first, and then the campaign, which contains the hash of the design.
     Neither is changed later.
@@ -258,11 +258,12 @@ def prepare(
         folder: folder of the study.
         name: name of a new study.
         flags: values of all flags, by name.
-        written: names of the flags that the user passed on the command line.
-        report: function that is called with lines of progress.
+        written_flags: names of the flags that the user passed on the command line.
+        report_line: function that is called with lines of progress.
 
     Raises:
-        ValueError: a flag contradicts the design, or the study is complete.
+        ValueError: a flag contradicts the design, the design was changed or is missing, an asset file has
+            changed, or the study is complete.
     """
     from eg3d_rlhf.people.study import study_report as reports
     from eg3d_rlhf.people.study.analysis import sort_rows
@@ -277,8 +278,8 @@ def prepare(
                     " Restore the file, or use another --name."
                 )
     if is_new:
-        surface_flags = sorted(written & {"psi", "level", "resolution", "triangles"})
-        if "up" in written and not compares_assets(flags):
+        surface_flags = sorted(written_flags & {"psi", "level", "resolution", "triangles"})
+        if "up" in written_flags and not compares_assets(flags):
             raise ValueError(
                 "--up can be used for folders of asset files only, because the y axis of a generator's"
                 " shapes always points up. Remove --up."
@@ -288,11 +289,11 @@ def prepare(
                 f"--{surface_flags[0]} cannot be used for asset files, because their surfaces are fixed."
                 f" Remove --{surface_flags[0]}."
             )
-        designs.write_design(folder.design, make_design(name, flags, report))
+        designs.write_design(folder.design, make_design(name, flags, report_line))
     with open_store(folder.url, create=True) as store:
-        design = checked_design(folder, store, name if "name" in written or is_new else None)
+        design = checked_design(folder, store, name if "name" in written_flags or is_new else None)
         # A new design passes this check as well.
-        check_given(design, flags, written)
+        check_given(design, flags, written_flags)
         if design.assets:
             designs.check_files(design)
         # Loading a generator checks that its file contains the weights that the design names.
@@ -309,7 +310,7 @@ def prepare(
             " no further answers are collected. Make the report with: python tools/study.py report"
             f" --outdir={folder.path}"
         )
-    report(
+    report_line(
         f"study {design.name!r}: {answered_count} of {design.trials} trials answered; design {folder.design},"
         f" hash {design.hash[:16]}"
     )
@@ -340,13 +341,13 @@ def checked_design(folder: Folder, store: "Store", name: str | None = None) -> S
     return design
 
 
-def check_given(design: StudyDesign, flags: Mapping, written: set[str]) -> None:
+def check_given(design: StudyDesign, flags: Mapping, written_flags: set[str]) -> None:
     """Check that the flags that the user passed agree with the design, which cannot be changed.
 
     Args:
         design: design of the study.
         flags: values of all flags, by name.
-        written: names of the flags that the user passed on the command line.
+        written_flags: names of the flags that the user passed on the command line.
 
     Raises:
         ValueError: a flag has another value than the design.
@@ -365,14 +366,14 @@ def check_given(design: StudyDesign, flags: Mapping, written: set[str]) -> None:
     }
     # Flags that were not passed are not compared, because their defaults may have changed since the design
     # was made.
-    for flag in sorted(written & set(design_flags)):
+    for flag in sorted(written_flags & set(design_flags)):
         if flags[flag] != design_flags[flag]:
             raise ValueError(
                 f"--{flag.replace('_', '-')}={flags[flag]}: the study was designed with the value"
                 f" {design_flags[flag]}. Remove the flag, or design a new study in another --outdir."
             )
     for side in ("a", "b"):
-        if side in written:
+        if side in written_flags:
             with prefix_errors(f"--{side}"):
                 if not design.assets:
                     # Another path is allowed if the file has the same weights.
@@ -400,5 +401,9 @@ def study_rows(folder: Folder) -> "tuple[StudyDesign, list[JudgementRow]]":
                 f"study {design.name}: the database {folder.url} does not contain the campaign of the study."
                 " Pass the database of the study with --db."
             )
-        rows = [row for row in store.judgements(design.name) if row.kind in (Kind.PAIR, Kind.GOLD)]
-        return design, rows
+        judgement_rows = [
+            judgement
+            for judgement in store.judgements(design.name)
+            if judgement.kind in (Kind.PAIR, Kind.GOLD)
+        ]
+        return design, judgement_rows

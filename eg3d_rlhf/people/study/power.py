@@ -30,7 +30,8 @@ class PowerOptions:
 
     true_rate: float = knob(
         0.6,
-        "True win rate of b among decided trials that the study must be able to distinguish from 0.5.",
+        "True win rate of b among decided trials (no ties) that the study must be able to distinguish from"
+        " 0.5. A value nearer to 0.5 needs more trials.",
         "Power",
         metavar="0..1",
         low=0,
@@ -148,7 +149,7 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
         # The power drops only over short ranges of n. If it is sufficient in the upper half of the range, it
         # is sufficient for all larger n.
         if len(insufficient_indices) == 0 or insufficient_indices[-1] < upper_bound // 2:
-            # The last insufficient n is insufficient[-1] + 1, and the result is the next number.
+            # The last insufficient n is insufficient_indices[-1] + 1, and the result is the next number.
             return int(insufficient_indices[-1]) + 2 if len(insufficient_indices) else 1
         upper_bound *= 2
 
@@ -184,7 +185,7 @@ def sample_size(options: PowerOptions) -> SampleSize:
         raise ValueError(
             f"annotators={k} is too small: with a correlation of {icc:g} between trials of one annotator,"
             f" the study needs more than {math.ceil(n_decided * icc / 0.98)} annotators. Ask more annotators,"
-            " or use a larger difference."
+            " or use a --true-rate that differs more from 0.5."
         )
     # n of the formula
     n_clustered = max(n_decided, n_decided * (1 - icc + (r - 1) * options.latent_icc) / denominator)
@@ -244,7 +245,8 @@ class SimulationOptions:
     )
     ties: str = knob(
         "half",
-        "Rule for ties: they count as half a win, or are excluded from the win rate.",
+        "Rule for ties: half counts a tie as half a win of each generator, and excluded leaves ties out of"
+        " the win rate.",
         "Studies",
         choices=("half", "excluded"),
         rare=True,
@@ -280,26 +282,28 @@ class SimulatedTrials:
     latent: np.ndarray  # [N] index of the latent
 
 
-def allocation(annotators: int, latents: int, per_pair: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assign annotators to trials, so that all annotators get the same number of trials, up to one.
+def allocation(
+    annotator_count: int, latent_count: int, annotators_per_pair: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Assign annotators to trials, so that their numbers of trials differ by at most one.
 
     Args:
-        annotators: number of annotators.
-        latents: number of latents.
-        per_pair: number of different annotators per latent.
+        annotator_count: number of annotators.
+        latent_count: number of latents.
+        annotators_per_pair: number of different annotators per latent.
 
     Returns:
-        Index of the annotator [N] and of the latent [N] of each trial, N = latents * per_pair.
+        Index of the annotator [N] and of the latent [N] of each trial, with N = latent_count *
+        annotators_per_pair.
     """
-    latent_indices = np.repeat(np.arange(latents), per_pair)
+    latent_indices = np.repeat(np.arange(latent_count), annotators_per_pair)
     # The trials of a latent are consecutive, and so are the indices of their annotators, which therefore
     # differ.
-    return np.arange(len(latent_indices)) % annotators, latent_indices
+    return np.arange(len(latent_indices)) % annotator_count, latent_indices
 
 
 def centre(preference: float, bias: float, sd: float) -> float:
-    """Return the mean log-odds of a preference for b, for which the win rate with random sides is
-    `preference`.
+    """Return the mean log-odds of b at which the win rate of b with random sides is `preference`.
 
     The result mu solves
 
@@ -358,7 +362,7 @@ def simulate(options: SimulationOptions) -> SimulatedTrials:
     return SimulatedTrials(scores, b_left, b_wins == b_left, annotator_indices, latent_indices)
 
 
-def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: int = 1000) -> dict:
+def coverage(options: SimulationOptions, bootstrap_study_count: int = 0, resample_count: int = 1000) -> dict:
     """Compute how often each interval contains the true win rate, and how often it excludes 0.5.
 
     With a preference of 0.5, the share of intervals that exclude 0.5 is the rate of false alarms. With
@@ -366,19 +370,21 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
 
     Args:
         options: settings of the simulated studies.
-        bootstrap_studies: number of studies for which bootstrap intervals are computed as well, which is
+        bootstrap_study_count: number of studies for which bootstrap intervals are computed as well, which is
             slow.
-        resamples: number of resamples of each bootstrap.
+        resample_count: number of resamples of each bootstrap.
 
     Returns:
-        Results in JSON types.
+        Dict in JSON types: "options", "truth" (true win rate), "trials" (number in each study), mean and
+        standard deviation of the estimated win rates, "left_share", median "design_effect", and "intervals"
+        (name of an interval -> its coverage, see `_covered`).
     """
     from eg3d_rlhf.people.study.analysis import cluster_bootstrap, win_rate
 
     trials = simulate(options)
     win_rates = win_rate(trials.scores, trials.annotator, trials.latent)
     true_rate = options.truth
-    results = {
+    coverage_json = {
         "options": asdict(options),
         "truth": true_rate,
         "trials": trials.scores.shape[1],
@@ -391,32 +397,32 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
             for interval_name in ("clustered", "wilson")
         },
     }
-    bootstrap_count = min(bootstrap_studies, options.studies)
-    for over in ("annotators", "latents", "both") if bootstrap_count else ():
-        bootstrap_arguments = (trials.annotator, trials.latent, over)
+    bootstrap_count = min(bootstrap_study_count, options.studies)
+    for resampled_clusters in ("annotators", "latents", "both") if bootstrap_count else ():
+        bootstrap_arguments = (trials.annotator, trials.latent, resampled_clusters)
         bootstrap_intervals = [
-            cluster_bootstrap(scores, *bootstrap_arguments, resamples=resamples, seed=seed)
+            cluster_bootstrap(scores, *bootstrap_arguments, resample_count=resample_count, seed=seed)
             for seed, scores in enumerate(trials.scores[:bootstrap_count])
         ]
         # With a single annotator or latent, a bootstrap over it gives None.
         if None not in bootstrap_intervals:
             lo, hi = np.array(bootstrap_intervals).T
-            results["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), true_rate)
-    return results
+            coverage_json["intervals"][f"bootstrap_{resampled_clusters}"] = _covered((lo, hi), true_rate)
+    return coverage_json
 
 
-def _covered(bounds: tuple[np.ndarray, np.ndarray], true_rate: float) -> dict:
+def _covered(interval_ends: tuple[np.ndarray, np.ndarray], true_rate: float) -> dict:
     """Summarise the intervals of S studies.
 
     Args:
-        bounds: lower ends [S] and upper ends [S].
+        interval_ends: lower ends [S] and upper ends [S].
         true_rate: true win rate.
 
     Returns:
-        Number of studies, share of intervals that contain `true_rate`, mean width, and share of intervals
-        that exclude 0.5.
+        {"studies": S, "coverage": share of intervals that contain `true_rate`, "width": mean width,
+        "rejects_50_percent": share of intervals that exclude 0.5}
     """
-    lo, hi = bounds
+    lo, hi = interval_ends
     return {
         "studies": len(lo),
         "coverage": float(((lo <= true_rate) & (true_rate <= hi)).mean()),

@@ -35,9 +35,9 @@ YAW = 0.35
 
 def compute(
     design: StudyDesign,
-    rows: Iterable[JudgementRow],
-    interim: bool = False,
-    image_pairs: int = 6,
+    judgement_rows: Iterable[JudgementRow],
+    allow_interim: bool = False,
+    image_pair_count: int = 6,
     device: str = "cpu",
     now: datetime | None = None,
 ) -> dict:
@@ -45,25 +45,27 @@ def compute(
 
     Args:
         design: design of the study.
-        rows: judgements of the study.
-        interim: True allows a report before the stopping rule is met.
-        image_pairs: number of latents whose images are shown for each generator that wins; with 0 no
-            generator is loaded.
+        judgement_rows: judgements of the study.
+        allow_interim: True allows a report before the stopping rule is met.
+        image_pair_count: largest number of latents with images, for each generator: those at which it wins
+            most clearly. 0: no images, and no generator is loaded.
         device: device on which shapes are computed.
         now: time of the report; None: the current time.
 
     Returns:
-        Content in JSON types.
+        Result of `analysis.analyse`, in JSON types, with "conclusions" (sentences) and "images": the latents
+        with the best and the worst win rate of b, with renders of both generators. "images" is None if there
+        are no such latents.
 
     Raises:
-        ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
-            study.
+        ValueError: the stopping rule is not met and `allow_interim` is False, or a judgement belongs to
+            another study.
     """
-    analysis = analyse(design, rows, interim, now)
+    analysis = analyse(design, judgement_rows, allow_interim, now)
     # analysis["pairs"] is sorted from the highest to the lowest win rate of b
-    best_latents = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pairs]
+    best_latents = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pair_count]
     worst_latents = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][
-        :image_pairs
+        :image_pair_count
     ]
     if not best_latents and not worst_latents:
         return {**analysis, "conclusions": conclusions(analysis), "images": None}
@@ -71,10 +73,11 @@ def compute(
     a_images = shape_images(design, design.a, seeds, device)
     b_images = shape_images(design, design.b, seeds, device)
 
-    def with_images(latents: list[dict]) -> list[dict]:
+    def with_images(latent_records: list[dict]) -> list[dict]:
         """Add the images of both generators to the records of latents."""
         return [
-            {**latent, "a": a_images[latent["seed"]], "b": b_images[latent["seed"]]} for latent in latents
+            {**latent_record, "a": a_images[latent_record["seed"]], "b": b_images[latent_record["seed"]]}
+            for latent_record in latent_records
         ]
 
     return {
@@ -118,7 +121,7 @@ def shape_images(
         Seed of a latent -> PNG image as a data: URL.
     """
     generator = load_contender(contender, device).generator
-    images = {}
+    image_by_seed = {}
     # the same number of grid points for every generator, over its own cube
     grid_spec = SlabSpec.from_bounds(generator.bounds, design.resolution)
     for seed in seeds:
@@ -126,19 +129,19 @@ def shape_images(
             density = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid_spec)
         # sigma is [1, D, H, W]; index 0, 0 takes the only image and its only channel: [H, W] in 0..1
         grey_image = shade(density, YAW, IMAGE_SIDE, design.level)[0, 0].numpy()
-        buffer = io.BytesIO()
+        png_buffer = io.BytesIO()
         PIL.Image.fromarray((grey_image.clip(0, 1) * 255).round().astype("uint8")).save(
-            buffer, format="png", optimize=True
+            png_buffer, format="png", optimize=True
         )
-        images[seed] = data_uri(buffer.getvalue(), "image/png")
-    return images
+        image_by_seed[seed] = data_uri(png_buffer.getvalue(), "image/png")
+    return image_by_seed
 
 
-def page(report: dict) -> str:
+def page(report_content: dict) -> str:
     """Return the page of a report as one HTML text.
 
     Args:
-        report: result of `compute`. The template is static/report.html.
+        report_content: result of `compute`. The template is static/report.html.
     """
     # With autoescape, names of annotators and labels, which come from users, cannot contain HTML.
     jinja_environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
@@ -153,7 +156,7 @@ def page(report: dict) -> str:
     # The plan and the hash are in other sections of the page, and there are too many seeds for a table.
     shown_settings = {
         name: value
-        for name, value in report["design"].items()
+        for name, value in report_content["design"].items()
         if name not in ("plan", "latent_seeds", "hash")
     }
     for side in ("a", "b"):
@@ -167,34 +170,34 @@ def page(report: dict) -> str:
         for name, value in shown_settings.items()
     }
     # min: a win rate of 1 belongs to the last bin
-    bin_counts = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
-    css = (STATIC / "report.css").read_text()
+    bin_counts = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report_content["pairs"])
+    stylesheet = (STATIC / "report.css").read_text()
     return jinja_environment.get_template("report.html").render(
-        report,
+        report_content,
         settings=shown_settings,
-        style=css,
+        style=stylesheet,
         histogram_counts=[bin_counts[bin_index] for bin_index in range(BINS)],
     )
 
 
-def write(report: dict, folder: Path) -> tuple[Path, Path]:
+def write(report_content: dict, folder: Path) -> tuple[Path, Path]:
     """Write a report into a folder, as JSON and as an HTML page.
 
     Args:
-        report: result of `compute`.
+        report_content: result of `compute`.
         folder: folder of the files report.json and report.html; the names of an interim report begin with
             "interim-".
 
     Returns:
         Path of the JSON file, and path of the HTML page.
     """
-    file_stem = "interim-report" if report["interim"] else "report"
+    file_stem = "interim-report" if report_content["interim"] else "report"
     # allow_nan=False raises an error for NaN, which is not allowed in JSON and which browsers reject
-    report_json = json.dumps(report, indent=1, allow_nan=False)
+    report_text = json.dumps(report_content, indent=1, allow_nan=False)
     paths = folder / f"{file_stem}.json", folder / f"{file_stem}.html"
-    write_atomic(paths[0], (report_json + "\n").encode())
+    write_atomic(paths[0], (report_text + "\n").encode())
     # The page is made from the parsed JSON, so that it can be made again from the JSON file alone.
-    write_atomic(paths[1], page(json.loads(report_json)).encode())
+    write_atomic(paths[1], page(json.loads(report_text)).encode())
     return paths
 
 
@@ -204,7 +207,7 @@ def conclusions(analysis: dict) -> list[str]:
     Args:
         analysis: result of eg3d_rlhf.people.study.analysis.analyse.
     """
-    result = analysis["result"]
+    primary_result = analysis["result"]
     design = analysis["design"]
     sentences = []
     if analysis["interim"]:
@@ -213,18 +216,18 @@ def conclusions(analysis: dict) -> list[str]:
             " was made. The stopping rule is not met. Decisions from interim reports increase the rate of"
             " false alarms above the level of the interval."
         )
-    if result["win_rate"] is None:
+    if primary_result["win_rate"] is None:
         return [
             *sentences,
             "No trial counts, so nothing can be concluded about the two generators. The exclusions below are"
             " the reason.",
         ]
-    return [*sentences, *_main(result, design), *_doubts(analysis)]
+    return [*sentences, *_main(primary_result, design), *_doubts(analysis)]
 
 
-def percent(value: float) -> str:
+def percent(share: float) -> str:
     """Format a share as a percentage with one decimal: 0.5 -> "50.0 %"."""
-    return f"{100 * value:.1f} %"
+    return f"{100 * share:.1f} %"
 
 
 def p_value(p: float) -> str:
@@ -232,16 +235,17 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def _main(result: dict, design: dict) -> list[str]:
+def _main(primary_result: dict, design: dict) -> list[str]:
     """Return the sentences about the win rate, the interval and the test."""
-    lo, hi = result["interval"]
+    lo, hi = primary_result["interval"]
     label_a = design["a"]["label"]
     label_b = design["b"]["label"]
     ties = "ties count half" if design["ties"] == "half" else "ties are excluded"
     win_rate_sentence = (
-        f"{label_b} won over {label_a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
-        f" {result['confidence']:.0%} interval is {percent(lo)} to {percent(hi)}. It accounts for"
-        f" {result['annotators']} annotators and {result['latents']} latents."
+        f"{label_b} won over {label_a} in {percent(primary_result['win_rate'])} of {primary_result['n']}"
+        f" trials ({ties}); the {primary_result['confidence']:.0%} interval is {percent(lo)} to"
+        f" {percent(hi)}. It accounts for {primary_result['annotators']} annotators and"
+        f" {primary_result['latents']} latents."
     )
     if lo > 0.5 or hi < 0.5:  # the interval excludes one half
         preferred_label, other_label, min_share = (
@@ -257,48 +261,49 @@ def _main(result: dict, design: dict) -> list[str]:
             f" excludes that {label_b} is preferred in more than {percent(hi)} or in less than {percent(lo)}"
             " of such trials. It does not show that the two are equal."
         )
-    if result["p_exact"] is None:
+    if primary_result["p_exact"] is None:
         return [win_rate_sentence, conclusion_sentence, "Every trial was a tie, so no test is possible."]
     test_sentence = (
-        f"Exact binomial test of the {result['a_wins'] + result['b_wins']} decided trials against one half:"
-        f" {p_value(result['p_exact'])}"
+        f"Exact binomial test of the {primary_result['a_wins'] + primary_result['b_wins']} decided trials"
+        f" against one half: {p_value(primary_result['p_exact'])}"
     )
-    design_effect = result["design_effect"]
+    design_effect = primary_result["design_effect"]
     # A smaller design effect hardly changes the result, so it is not explained.
     if design_effect > 1.2:
         test_sentence += (
             f". This test treats trials as independent. Here they are worth only {1 / design_effect:.0%} of"
             f" as many independent trials (design effect {design_effect:.1f}). The test that accounts for"
-            f" this gives {p_value(result['p_clustered'])}."
+            f" this gives {p_value(primary_result['p_clustered'])}."
         )
     else:
         test_sentence += (
-            f". The test that accounts for annotators and latents gives {p_value(result['p_clustered'])}."
+            ". The test that accounts for annotators and latents gives"
+            f" {p_value(primary_result['p_clustered'])}."
         )
     return [win_rate_sentence, conclusion_sentence, test_sentence]
 
 
 def _doubts(analysis: dict) -> list[str]:
     """Return the sentences about limitations of the result."""
-    result = analysis["result"]
+    primary_result = analysis["result"]
     side_metrics = analysis["sides"]
     sentences = []
-    lo, hi = result["interval"]
-    if result["annotators"] == 1:
+    lo, hi = primary_result["interval"]
+    if primary_result["annotators"] == 1:
         sentences.append(
             "Only one annotator answered: the result is valid for this annotator and cannot be generalised."
         )
-    elif result["annotators"] < FEW_ANNOTATORS:
+    elif primary_result["annotators"] < FEW_ANNOTATORS:
         sentences.append(
-            f"With {result['annotators']} annotators, the differences between people are hardly known."
-            " Therefore the interval is wide."
+            f"With {primary_result['annotators']} annotators, the differences between people are hardly"
+            " known. Therefore the interval is wide."
         )
     if hi - lo > 2 * WIDE:
         sentences.append(
             f"The interval is {percent(hi - lo)} wide: the study is too small to give more than a first"
             " impression."
         )
-    wide_lo, wide_hi = result["wilson"]
+    wide_lo, wide_hi = primary_result["wilson"]
     # By chance, the clustered variance can be smaller than the variance of independent trials.
     if hi - lo < wide_hi - wide_lo:
         sentences.append(

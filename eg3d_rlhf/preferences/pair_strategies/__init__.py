@@ -37,7 +37,7 @@ _rare_title_knob = functools.partial(knob, group=TITLE, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyOptions:
-    """Settings of the strategies.
+    """Settings of the strategies that choose pairs.
 
     Raises: ValueError for values out of range.
     """
@@ -51,7 +51,8 @@ class StrategyOptions:
     )
     pool: float = _rare_title_knob(
         2.0,
-        "For --strategy=active and close: number of seeds that are scored, per seed that is used in a pair.",
+        "For --strategy=active and close: number of seeds that are scored for each seed that is used in a"
+        " pair. A larger pool contains more informative pairs, and takes longer to score.",
         low=2,
         high=100,
     )
@@ -66,7 +67,7 @@ class StrategyOptions:
     diversity: float = _rare_title_knob(
         0.5,
         "For --strategy=active and close: weight of the distance between a pair and the pairs that are"
-        " already chosen. With 0, only the scores count.",
+        " already chosen. A larger weight gives more varied pairs. With 0, only the scores count.",
         metavar="0..1",
         low=0,
         high=1,

@@ -19,25 +19,25 @@ from eg3d_rlhf.preferences.pair_strategies import (
 )
 
 
-def blocks_of_pairs(count: int, block: int, rng: Rng) -> np.ndarray:
+def blocks_of_pairs(pair_count: int, block_size: int, rng: Rng) -> np.ndarray:
     """Divide numbers into blocks at random, and return the pairs within all blocks, [P, 2].
 
     The numbers are 0, 1, ..., as many as the blocks need. No number is in two blocks, so labels can be split
     by blocks without a common sample.
 
     Args:
-        count: number of pairs, P.
-        block: number of numbers in a block.
+        pair_count: number of pairs, P.
+        block_size: number of numbers in a block.
         rng: random numbers.
     """
     # Positions of the two members of each pair within a block
-    first_position, second_position = np.triu_indices(block, 1)
+    first_position, second_position = np.triu_indices(block_size, 1)
     # -(-a // b) is a / b rounded up; the last block may be used in part.
-    block_count = -(-count // len(first_position))
-    members = rng.permutation(block_count * block).reshape(block_count, block)
+    block_count = -(-pair_count // len(first_position))
+    members = rng.permutation(block_count * block_size).reshape(block_count, block_size)
     # [number of blocks, pairs of a block, 2] -> [number of all pairs, 2]
     pairs = np.stack([members[:, first_position], members[:, second_position]], axis=2).reshape(-1, 2)
-    return pairs[:count]
+    return pairs[:pair_count]
 
 
 class Blocks(PairStrategy):

@@ -120,33 +120,33 @@ def candidates(items: Items, rng: Rng, max_pairs: int) -> np.ndarray:
 
 
 def select(
-    scored: Scored, pairs: np.ndarray, count: int, diversity: float, worth: Worth = disagreement
+    scored: Scored, pairs: np.ndarray, pair_count: int, diversity: float, compute_worth: Worth = disagreement
 ) -> Selection:
-    """Choose `count` of the candidate pairs, or all of them if there are fewer.
+    """Choose `pair_count` of the candidate pairs, or all of them if there are fewer.
 
     Each step chooses the pair with the largest value of (1 - diversity) * worth + diversity * distance. Worth
     and distance are divided by their largest values among the available candidates. The distance is measured
     to the nearest pair that is already chosen, and counts from the second step on. All items are used equally
-    often: an item is in at most ceil(2 count / N) pairs, as long as there are such candidates.
+    often: an item is in at most ceil(2 pair_count / N) pairs, as long as there are such candidates.
 
     Args:
         scored: scores and embeddings of the items.
         pairs: candidate pairs [C, 2].
-        count: number of pairs to choose.
+        pair_count: number of pairs to choose.
         diversity: weight of the distance, 0..1.
-        worth: function that computes the worth of pairs.
+        compute_worth: function that computes the worth of pairs.
     """
-    pair_worth = worth(scored.scores, pairs)  # [C]
+    pair_worth = compute_worth(scored.scores, pairs)  # [C]
     features = pair_features(scored.embeddings, pairs)
     # [C]: distance of each candidate to the nearest chosen pair
     nearest_distance = np.full(len(pairs), np.inf)
     is_unchosen = np.ones(len(pairs), dtype=bool)
     use_counts = np.zeros(len(scored.embeddings), dtype=np.int64)  # number of chosen pairs with each item
     # -(-a // b) is a / b rounded up.
-    max_use_count = -(-2 * count // len(use_counts))
+    max_use_count = -(-2 * pair_count // len(use_counts))
     chosen_indices: list[int] = []
     distances: list[float] = []
-    for _ in range(min(count, len(pairs))):
+    for _ in range(min(pair_count, len(pairs))):
         # Available candidates: both of their items may be used again. The limit increases only if there are
         # none.
         while not (is_available := is_unchosen & (use_counts[pairs] < max_use_count).all(axis=1)).any():
@@ -177,13 +177,13 @@ class ScoredPairs(PairStrategy):
 
     Args:
         name: name of the function in reports, such as "disagreement".
-        worth: function that computes the worth of pairs from their scores.
-        least_rewards: least number of rewards in the ensemble.
+        compute_worth: function that computes the worth of pairs from their scores.
+        least_rewards: smallest number of rewards in the ensemble.
     """
 
-    def __init__(self, name: str, worth: Worth, least_rewards: int):
+    def __init__(self, name: str, compute_worth: Worth, least_rewards: int):
         self.name = name
-        self.worth = worth
+        self.worth = compute_worth
         self.least_rewards = least_rewards
 
     def items_for(self, options: StrategyOptions) -> int:
@@ -235,8 +235,8 @@ class ScoredPairs(PairStrategy):
     def _random_pairs(self, items: Items, chosen_pairs: np.ndarray, rng: Rng, pair_count: int) -> np.ndarray:
         """Sample random pairs in addition to pairs that were chosen by their scores.
 
-        For seeds, they consist of seeds that no chosen pair contains. For finished assets, they are pairs
-        that were not chosen.
+        For seeds, the random pairs consist of seeds that no chosen pair contains. For finished assets, the
+        random pairs are pairs that were not chosen.
 
         Args:
             items: items that may be compared.

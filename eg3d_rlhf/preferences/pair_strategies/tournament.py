@@ -28,14 +28,14 @@ Pair = tuple[int, int]
 Comparable = Callable[[int, int], bool]
 
 
-def round_robin(item_count: int, rounds: int, rng: Rng) -> np.ndarray:
+def round_robin(item_count: int, round_count: int, rng: Rng) -> np.ndarray:
     """Return the first rounds of a round robin (circle method) over items in random order.
 
     No pair occurs twice, and any two successive rounds connect all items.
 
     Args:
         item_count: number of items, N, even.
-        rounds: number of rounds, R, at most N - 1.
+        round_count: number of rounds, R, at most N - 1.
         rng: random numbers.
     Returns: pairs [R, N/2, 2] of numbers 0..N-1; each round contains every number once.
     """
@@ -44,7 +44,7 @@ def round_robin(item_count: int, rounds: int, rng: Rng) -> np.ndarray:
     # In each round, all positions except 0 move by one.
     moving_positions = np.arange(1, item_count)
     position_pairs = []
-    for _ in range(rounds):
+    for _ in range(round_count):
         circle = np.concatenate([[0], moving_positions])
         # Opposite positions of the circle are paired.
         position_pairs.append(np.stack([circle[: item_count // 2], circle[::-1][: item_count // 2]], axis=1))
@@ -87,7 +87,7 @@ def swiss_round(
     answers: Sequence[Preference],
     max_pairs: int,
     rng: Rng,
-    comparable: Comparable = lambda a, b: True,
+    may_be_compared: Comparable = lambda a, b: True,
 ) -> list[Pair]:
     """Pair the best 2 * `max_pairs` items for the next round, each with its nearest possible opponent.
 
@@ -98,9 +98,9 @@ def swiss_round(
         answers: answers to all earlier rounds.
         max_pairs: largest number of pairs.
         rng: random numbers.
-        comparable: function that returns False for two items that may not be compared.
+        may_be_compared: function that returns False for two items that may not be compared.
     Returns: pairs of items, best items first; no item is in two pairs.
-    Raises: ValueError if there are no results.
+    Raises: ValueError if there are no answers.
     """
     ranked_items = standings(answers, rng)
     if len(ranked_items) < 2:
@@ -112,7 +112,7 @@ def swiss_round(
 
     def may_be_paired(a: int, b: int) -> bool:
         """Return True if two items may be compared and were not compared in an earlier round."""
-        return frozenset((a, b)) not in compared_pairs and comparable(a, b)
+        return frozenset((a, b)) not in compared_pairs and may_be_compared(a, b)
 
     # If the number of items is odd, the last item has no opponent.
     unpaired_items = ranked_items[: 2 * min(max_pairs, len(ranked_items) // 2)]
@@ -132,26 +132,26 @@ def swiss_round(
 
 
 def _swap_opponents(
-    first: int, second: int, round_pairs: list[Pair], may_be_paired: Comparable
+    first_item: int, second_item: int, round_pairs: list[Pair], may_be_paired: Comparable
 ) -> list[Pair]:
     """Pair two items, which may not be paired with each other, with the items of another pair of the round.
 
     The search starts at the last pair, whose items have the most similar standing.
 
     Args:
-        first: first item.
-        second: second item.
+        first_item: first item.
+        second_item: second item.
         round_pairs: pairs of the round, from which the other pair is removed.
         may_be_paired: function that returns True for two items that may be paired.
-    Returns: list of two new pairs, or of the one pair (first, second) if no swap is possible.
+    Returns: list of two new pairs, or of the one pair (first_item, second_item) if no swap is possible.
     """
     for i in range(len(round_pairs) - 1, -1, -1):
         a, b = round_pairs[i]
-        for new_pairs in ([(a, first), (b, second)], [(a, second), (b, first)]):
+        for new_pairs in ([(a, first_item), (b, second_item)], [(a, second_item), (b, first_item)]):
             if all(may_be_paired(*pair) for pair in new_pairs):
                 del round_pairs[i]
                 return new_pairs
-    return [(first, second)]
+    return [(first_item, second_item)]
 
 
 class Tournament(PairStrategy):
@@ -183,23 +183,27 @@ class Tournament(PairStrategy):
         comparable_pairs = [pair for pair in planned_pairs if items.comparable(*pair)]
         return Chosen(comparable_pairs[: options.pairs])
 
-    def _first_rounds(self, groups: list[list[int]], rng: Rng, rounds: int) -> list[Pair]:
+    def _first_rounds(self, groups: list[list[int]], rng: Rng, round_count: int) -> list[Pair]:
         """Return the pairs of the first rounds: round 1 of all groups, round 2 of all groups, and so on.
 
         Args:
             groups: numbers of the items of each prompt.
             rng: random numbers.
-            rounds: number of rounds.
+            round_count: number of rounds.
         """
         rounds_of_groups = []
-        for group in groups:
+        for group_items in groups:
             # `round_robin` needs an even number of items. If the number is odd, a position without item is
             # added, and the item that is paired with it has no opponent in this round.
-            even_count = len(group) + len(group) % 2
+            even_count = len(group_items) + len(group_items) % 2
             group_rounds = []
-            for round_positions in round_robin(even_count, min(rounds, even_count - 1), rng):
+            for round_positions in round_robin(even_count, min(round_count, even_count - 1), rng):
                 group_rounds.append(
-                    [(group[a], group[b]) for a, b in round_positions.tolist() if max(a, b) < len(group)]
+                    [
+                        (group_items[a], group_items[b])
+                        for a, b in round_positions.tolist()
+                        if max(a, b) < len(group_items)
+                    ]
                 )
             rounds_of_groups.append(group_rounds)
         pairs: list[Pair] = []

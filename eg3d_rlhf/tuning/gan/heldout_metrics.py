@@ -144,7 +144,7 @@ def utilities(
         resolution: number of grid points per edge of the cube on which a sample and its ground truth are
             compared.
     """
-    evaluations = evaluate_seeds(as_generator(G), seeds, psi=psi, resolution=resolution, batch=8)
+    evaluations = evaluate_seeds(as_generator(G), seeds, psi=psi, resolution=resolution, batch_size=8)
     return np.array([evaluation.total for evaluation in evaluations])
 
 

@@ -339,7 +339,7 @@ def pairing(
     make_options = partial(PairingOptions, pairs=config.round_pairs, psi=PSI, seed=seed, **control_pairs)
     # Active pairing needs more seeds than random pairing. With its number of seeds as the distance between
     # the first seeds of two rounds, their seeds never overlap.
-    seeds_per_round = make_options(strategy="active").seeds
+    seeds_per_round = make_options(strategy="active").seed_count
     return make_options(
         first_seed=PairingOptions.first_seed + (round_number - 1) * seeds_per_round, **active_options
     )

@@ -225,7 +225,7 @@ def _drawn(planned: list[PlannedPair]) -> Callable[[Shape], bytes]:
         (s for pair in planned for s in (pair.first, pair.second)),
         cache,
         ShapeRenderer(),
-        report=lambda fields: click.echo(str(fields)),
+        on_progress=lambda fields: click.echo(str(fields)),
     )
     return lambda shape: cache.mesh(shape).read_bytes()
 

@@ -210,9 +210,9 @@ def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_it
     assert {entry.changeable for page in pages for entry in page} == {True} and pages[1][3].comment == "hm"
     old = given[1]
     assert store.undo(campaign, ann, "u", old) == old
-    assert old not in [entry.assignment for entry in store.answers(campaign, ann, count=50)]
+    assert old not in [entry.assignment for entry in store.answers(campaign, ann, max_count=50)]
     store.submit(campaign, ann, answer(old, "anew", Choice.RIGHT))
-    listed = store.answers(campaign, ann, count=50)
+    listed = store.answers(campaign, ann, max_count=50)
     assert [entry.assignment for entry in listed] == given[::-1] and listed[-2].choice is Choice.RIGHT
     assert store.answers(campaign, bob) == []
     with pytest.raises(LookupError):

@@ -199,7 +199,7 @@ def served(collection, tmp_path_factory):
         [shape for pair in planned for shape in (pair.first, pair.second)],
         cache,
         AssetPreparer(),
-        report=progress.update,
+        on_progress=progress.update,
     )
     assert progress["finished"] and progress["failed"] == 0, progress
     with serving.running(
@@ -293,7 +293,7 @@ def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tm
         if content:
             path.write_bytes(content)
         cache.forget_temporary_failures(shapes)
-        prepare(shapes, cache, AssetPreparer(), report=progress.update)
+        prepare(shapes, cache, AssetPreparer(), on_progress=progress.update)
         assert progress["finished"] and progress["failed"] == failed
         if content != before:
             wrong = (

@@ -83,7 +83,7 @@ def study(made, tmp_path_factory):
             [shape for pair in planned for shape in (pair.first, pair.second)],
             served.options.cache,
             AssetPreparer(),
-            report=progress.update,
+            on_progress=progress.update,
         )
         assert progress["finished"] and progress["failed"] == 0, progress
         served.seen = []

@@ -57,7 +57,7 @@ def test_a_lost_token_is_replaced_and_the_work_stays(database_url):
             and store.authenticate(new) == ann
         )
         assert not store.withdrawn(old) and store.session(mine).name == "boss"
-        store.new_token("boss", keep_session=mine)
+        store.new_token("boss", kept_session_id=mine)
         assert store.session(mine).name == "boss" and store.authenticate(boss) is None
         login = store.open_session(ann.id, 60)
         store.revoke_annotator("ann")
@@ -106,9 +106,9 @@ def test_the_last_admin_stays_where_one_is_to_be_kept(exposed, database_url):
         store.annotator_without_token("imported", "admin")
         for name in ("ada", "bea"):
             store.add_annotator(name, "admin")
-        store.revoke_annotator("ada", keep_an_admin=True)
+        store.revoke_annotator("ada", must_keep_admin=True)
         with raising("bea", "admin", kind=ConflictError):
-            store.revoke_annotator("bea", keep_an_admin=True)
+            store.revoke_annotator("bea", must_keep_admin=True)
         store.revoke_annotator("bea")  # from the command line, where a leaked token must not stay
 
 

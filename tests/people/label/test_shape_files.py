@@ -165,7 +165,7 @@ def test_a_shape_that_cannot_be_drawn_is_noted_once_and_passed_over(cache):
     recorder = Recorder(without_surface=(1, 3))
     reports: list[dict] = []
     for _ in range(2):
-        prepare(shapes, cache, recorder, report=reports.append)
+        prepare(shapes, cache, recorder, on_progress=reports.append)
     assert recorder.drawn == [0, 1, 2, 3, 4] and reports[-1] == {
         **reports[-1],
         "done": 3,

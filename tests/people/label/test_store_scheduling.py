@@ -41,7 +41,7 @@ def test_order_and_sides_follow_from_seed_and_name(tmp_path):
         with Store.open(f"sqlite:///{tmp_path / str(run)}.db") as store:
             campaign = campaign_of(store, plan(40), seed=seed)
             issued[run] = seeds(
-                store.assignments(campaign, annotator(store, name), count=40), store, campaign
+                store.assignments(campaign, annotator(store, name), needed_count=40), store, campaign
             )
     assert issued[0] == issued[1]
     assert [a != b for a, b in ((issued[0], issued[2]), (issued[0], issued[3]))] == [True, True]
@@ -56,9 +56,10 @@ def test_asking_again_gives_the_same_and_each_annotator_each_pair_once(store):
     ann, bob, eve = (annotator(store, name) for name in ("ann", "bob", "eve"))
     shown = store.assignments(campaign, ann)
     assert (
-        store.assignments(campaign, ann) == shown and store.assignments(campaign, ann, count=2) == shown[:2]
+        store.assignments(campaign, ann) == shown
+        and store.assignments(campaign, ann, needed_count=2) == shown[:2]
     )
-    assert store.assignments(campaign, ann, count=5)[:3] == shown
+    assert store.assignments(campaign, ann, needed_count=5)[:3] == shown
     for who in (ann, bob):
         rows = work_through(store, campaign, who)
         assert len({row.pair for row in rows}) == len(rows) == 12 and [row.sequence for row in rows] == list(
@@ -136,7 +137,7 @@ def test_only_prepared_pairs_are_issued(store):
     campaign = campaign_of(store, plan(200, gold=3), gold_every=4)
     ann = annotator(store)
     prepared = set()
-    assert store.assignments(campaign, ann, is_ready=prepared.__contains__) == []
+    assert store.assignments(campaign, ann, readiness_test=prepared.__contains__) == []
     assets = [asset for asset, _ in store.shapes(campaign)]
     prepared |= set(assets[300:309])  # pairs 149 .. 152 of the plan, and one shape of the next
     rows = work_through(store, campaign, ann, ready=prepared.__contains__)

@@ -81,7 +81,7 @@ def test_no_report_before_the_stopping_rule_is_met_unless_marked():
     rows = two_people(design, "b" * 15, "b" * 15)
     with raising("small", "40", "30", "--interim"):
         analyse(design, rows)
-    analysis = analyse(design, rows, interim=True)
+    analysis = analyse(design, rows, allow_interim=True)
     assert analysis["interim"] and "30 of 40" in conclusions(analysis)[0]
     over = small_design(until="2030-01-01T00:00:00+00:00")
     assert not analyse(over, two_people(over, "b" * 15, "b" * 15), now=datetime(2030, 1, 2, tzinfo=UTC))[

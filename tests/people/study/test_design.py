@@ -39,7 +39,7 @@ def test_a_design_survives_the_disk_with_its_hash(tmp_path):
         "created",
     }
     assert needed <= set(content)
-    assert len(set(content["latent_seeds"])) == design.latents == 20
+    assert len(set(content["latent_seeds"])) == design.latent_count == 20
     with raising(str(path), kind=FileExistsError):
         write_design(path, design)
     assert read_design(path) == design

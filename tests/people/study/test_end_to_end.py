@@ -45,7 +45,7 @@ def test_the_known_preference_comes_back_despite_a_strong_side_bias(store):
     assert analysis["sides"]["p_random"] > 0.001 and abs(analysis["sides"]["left_share"] - 0.75) < 0.08
     assert all(p["gold_n"] >= 4 and p["gold_right"] == p["gold_n"] for p in analysis["annotators"])
     counts = [p["n"] for p in analysis["pairs"]]
-    assert len(counts) == design.latents and set(counts) == {2}
+    assert len(counts) == design.latent_count and set(counts) == {2}
 
 
 def test_a_careless_and_a_hasty_person_are_left_out(store):
@@ -84,7 +84,7 @@ def pictured(tmp_path_factory, tiny_networks):
 @pytest.fixture(scope="module")
 def report(pictured):
     design, rows = pictured
-    return reports.compute(design, rows, image_pairs=1)
+    return reports.compute(design, rows, image_pair_count=1)
 
 
 def test_the_report_shows_the_pairs_at_both_ends(report):
@@ -113,20 +113,20 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_names(report, tmp_pat
 
 def test_interim_reports_are_named_so_and_one_on_nothing_that_counts_is_still_a_page(pictured, tmp_path):
     design, rows = pictured
-    analysis = reports.compute(design, rows[: len(rows) // 2], interim=True, image_pairs=0)
+    analysis = reports.compute(design, rows[: len(rows) // 2], allow_interim=True, image_pair_count=0)
     _, page = reports.write(analysis, tmp_path)
     assert (
         page.name == "interim-report.html"
         and 'class="interim"' in page.read_text()
         and analysis["images"] is None
     )
-    analysis = reports.compute(design, [replace(r, milliseconds=1) for r in rows], image_pairs=2)
+    analysis = reports.compute(design, [replace(r, milliseconds=1) for r in rows], image_pair_count=2)
     _, page = reports.write(analysis, tmp_path)
     assert analysis["result"]["win_rate"] is None and _conclusions(page) == 1
     text = page.read_text()
     assert len(analysis["exclusions"]) == 2
     assert all(html.escape(left_out["reason"]) in text for left_out in analysis["exclusions"])
-    empty = reports.compute(design, [], interim=True, image_pairs=2)
+    empty = reports.compute(design, [], allow_interim=True, image_pair_count=2)
     assert _conclusions(reports.write(empty, tmp_path)[1]) == 2, "that it is an interim look as well"
 
 

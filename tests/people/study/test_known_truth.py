@@ -63,8 +63,8 @@ def test_random_sides_cancel_the_side_bias_and_fixed_sides_do_not():
 def test_the_bootstraps_cover_as_documented():
     result = coverage(
         SimulationOptions(studies=60, annotator_sd=0.0, latent_sd=0.0, tie_share=0.0),
-        bootstrap_studies=60,
-        resamples=300,
+        bootstrap_study_count=60,
+        resample_count=300,
     )
     assert result["intervals"]["bootstrap_both"]["coverage"] > 0.96  # wider than needed without clusters
     assert result["intervals"]["bootstrap_latents"]["coverage"] > 0.88
@@ -131,7 +131,7 @@ def test_the_bootstrap_over_clusters_has_the_clusters_spread():
     means = np.array([0.2, 0.5, 0.9, 0.6])
     scores = np.repeat(means, 25)
     annotator = np.repeat(np.arange(4), 25)
-    lo, hi = cluster_bootstrap(scores, annotator, np.arange(100), "annotators", resamples=20_000)
+    lo, hi = cluster_bootstrap(scores, annotator, np.arange(100), "annotators", resample_count=20_000)
     draws = np.random.default_rng(1).choice(means, (20_000, 4)).mean(axis=1)
     assert (lo, hi) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.02)
 

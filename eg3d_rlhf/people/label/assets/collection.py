@@ -96,30 +96,32 @@ class Collection:
 
 
 def read_collection(
-    source: Path, report: Callable[[str], None] = lambda text: None, lenient: bool = False
+    folder_or_list: Path, report_line: Callable[[str], None] = lambda text: None, lenient: bool = False
 ) -> Collection:
     """Read a collection of assets, and examine each file.
 
     Args:
-        source: folder or list, see the docstring of this module.
-        report: function that is called with lines of progress.
+        folder_or_list: path of a folder of assets, or of a list of assets, in a layout that the docstring of
+            this module describes.
+        report_line: function that is called with lines of progress.
         lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
             them.
 
     Raises:
-        FileNotFoundError: `source` does not exist.
+        FileNotFoundError: `folder_or_list` does not exist.
         ValueError: the layout is not valid, or a file cannot be shown.
     """
-    source = source.resolve()
-    if source.is_dir():
-        collection = _from_folder(source)
-    elif source.is_file():
-        collection = _from_list(source)
+    folder_or_list = folder_or_list.resolve()
+    if folder_or_list.is_dir():
+        collection = _from_folder(folder_or_list)
+    elif folder_or_list.is_file():
+        collection = _from_list(folder_or_list)
     else:
         raise FileNotFoundError(
-            f"there is no folder and no list of assets at {source}. Pass the path of a folder or a list."
+            f"there is no folder and no list of assets at {folder_or_list}. Pass the path of a folder or a"
+            " list."
         )
-    return _checked(collection, source, report, lenient)
+    return _checked(collection, folder_or_list, report_line, lenient)
 
 
 def is_asset_folder(path: Path) -> bool:
@@ -135,12 +137,12 @@ def is_asset_folder(path: Path) -> bool:
     )
 
 
-def read_generator(folder: Path, report: Callable[[str], None] = lambda text: None) -> Collection:
+def read_generator(folder: Path, report_line: Callable[[str], None] = lambda text: None) -> Collection:
     """Read the assets in the folder of one generator, and examine each file.
 
     Args:
         folder: folder of the assets. The file prompts.jsonl may lie in it or beside it.
-        report: function that is called with lines of progress.
+        report_line: function that is called with lines of progress.
 
     Raises:
         ValueError: the layout is not valid, or a file cannot be shown.
@@ -149,7 +151,7 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
     # The name of the folder becomes the name of the generator, so it must be printable.
     _name(folder.name, "folder")
     if (folder / RANKING).is_file():
-        return _checked(_from_rankings({folder.name: folder / RANKING}, folder), folder, report)
+        return _checked(_from_rankings({folder.name: folder / RANKING}, folder), folder, report_line)
     assets = [
         Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0)
         for path in asset_files(folder, folder)
@@ -159,22 +161,23 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
     return _checked(
         Collection(_check_stems(assets), _prompts(prompts_folder, {asset.prompt for asset in assets})),
         folder,
-        report,
+        report_line,
     )
 
 
 def _checked(
-    collection: Collection, source: Path, report: Callable[[str], None], lenient: bool = False
+    collection: Collection, folder_or_list: Path, report_line: Callable[[str], None], lenient: bool = False
 ) -> Collection:
-    """Check the number of assets, and that no asset occurs twice. Then examine the files."""
+    """Check the number of assets, and that no asset occurs twice. Then examine the files, see `_examined`."""
     if not collection.assets:
         raise ValueError(
-            f"{source.name} contains no assets. Arrange the files as GENERATOR/PROMPT.glb, or write a list."
+            f"{folder_or_list.name} contains no assets. Arrange the files as GENERATOR/PROMPT.glb, or write a"
+            " list."
         )
     if len(collection.assets) > MAX_ASSETS:
         raise ValueError(
-            f"{source.name} contains {len(collection.assets):,} assets, but at most {MAX_ASSETS:,} are"
-            " allowed. Divide them among several campaigns: make a folder or list for each."
+            f"{folder_or_list.name} contains {len(collection.assets):,} assets, but at most {MAX_ASSETS:,}"
+            " are allowed. Divide them among several campaigns: make a folder or list for each."
         )
     asset_by_key: dict[tuple, Asset] = {}
     for asset in collection.assets:
@@ -186,15 +189,15 @@ def _checked(
                 f" {asset.generator} for prompt {asset.prompt} and seed {asset.seed}. Write a list that"
                 " gives them different seeds."
             )
-    return _examined(collection, report, lenient)
+    return _examined(collection, report_line, lenient)
 
 
-def _examined(collection: Collection, report: Callable[[str], None], lenient: bool) -> Collection:
+def _examined(collection: Collection, report_line: Callable[[str], None], lenient: bool) -> Collection:
     """Examine all files in a separate process, and return the collection with their kinds and hashes.
 
     Args:
         collection: collection that was not examined yet.
-        report: function that is called with lines of progress.
+        report_line: function that is called with lines of progress.
         lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
             them.
     """
@@ -202,14 +205,16 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
     # dict.fromkeys removes repetitions and keeps the order
     paths = list(dict.fromkeys([*image_paths, *(asset.path for asset in collection.assets)]))
 
-    def count(done: int) -> None:
+    def report_count(done: int) -> None:
         # one line for 100 files, so that the log stays short
         if done % 100 == 0 or done == len(paths):
-            report(f"examined {done} of {len(paths)} files")
+            report_line(f"examined {done} of {len(paths)} files")
 
-    result_by_path = dict(zip(paths, reading.examine_or_reason(paths, count), strict=True))
+    examination_by_path = dict(zip(paths, reading.examine_or_reason(paths, report_count), strict=True))
     examined_by_path = {
-        path: result for path, result in result_by_path.items() if isinstance(result, reading.Examined)
+        path: examination
+        for path, examination in examination_by_path.items()
+        if isinstance(examination, reading.Examined)
     }
     unfit_assets = [asset for asset in collection.assets if asset.path not in examined_by_path]
     unfit_count = len(paths) - len(examined_by_path)
@@ -217,11 +222,13 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
     # False if an image is among the unfit files.
     may_leave_out = lenient and len(unfit_assets) == unfit_count < len(collection.assets)
     if unfit_count and not may_leave_out:
-        reading.reject({path: reason for path, reason in result_by_path.items() if isinstance(reason, str)})
+        reading.reject(
+            {path: reason for path, reason in examination_by_path.items() if isinstance(reason, str)}
+        )
     if unfit_assets:
-        report(
+        report_line(
             f"{len(unfit_assets)} of {len(collection.assets)} assets are left out:"
-            f" {unfit_assets[0].path.name}: {result_by_path[unfit_assets[0].path]}"
+            f" {unfit_assets[0].path.name}: {examination_by_path[unfit_assets[0].path]}"
         )
         collection = Collection(
             [asset for asset in collection.assets if asset.path in examined_by_path], collection.prompts
@@ -232,9 +239,9 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
         if path in examined_by_path and examined_by_path[path].note
     ]
     for note in file_notes[:NOTED]:
-        report(note)
+        report_line(note)
     if len(file_notes) > NOTED:
-        report(f"{len(file_notes) - NOTED} more files have such notes")
+        report_line(f"{len(file_notes) - NOTED} more files have such notes")
     # The kind of a file is recognised by its content, so it may differ from the suffix.
     for path in image_paths:
         if examined_by_path[path].kind != "image":
@@ -263,7 +270,7 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
 
 
 def _from_folder(folder: Path) -> Collection:
-    """Read a folder in one of the layouts in the docstring of this module."""
+    """Read the assets of a folder, in one of the layouts that the docstring of this module describes."""
     if (folder / RANKING).is_file():
         return _from_rankings({folder.name: folder / RANKING}, folder)
     # hidden folders such as .git are ignored
@@ -350,8 +357,8 @@ def _prompts(folder: Path, prompt_names: set[str]) -> dict[str, Prompt]:
                 prompt_by_name[prompt_name] = _prompt(prompt_record, folder, location)
         if prompt_names and not any(prompt.text or prompt.image for prompt in prompt_by_name.values()):
             raise ValueError(
-                f"{PROMPTS} describes none of the prompts of the asset files. Give the prompts in it the"
-                f" names of the files, such as {min(prompt_names)!r}."
+                f"{PROMPTS} describes none of the prompts of the asset files. Write the name of an asset file"
+                f' without its suffix, such as {min(prompt_names)!r}, as "prompt" on each line.'
             )
     return prompt_by_name
 
@@ -369,10 +376,10 @@ def _from_rankings(list_by_generator: dict[str, Path], root: Path) -> Collection
         _name(generator, root.name)
         for asset_record, location in _lines(list_path):
             prompt_text = _text(asset_record, "condition", location)
-            look_at = _text(asset_record, "look_at", location)
+            look_at_path = _text(asset_record, "look_at", location)
             prompts[prompt_text] = Prompt(text=prompt_text)
-            # `look_at` is the file that annotators see; the list also contains the paths of latents
-            asset_path = inside(list_path.parent / look_at, list_path.parent, location)
+            # `look_at_path` is the file that annotators see; the list also contains the paths of latents
+            asset_path = inside(list_path.parent / look_at_path, list_path.parent, location)
             assets.append(
                 Asset(
                     path=asset_path,
@@ -437,21 +444,21 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
     with path.open("rb") as list_file:
         # readline returns at most MAX_LINE + 1 bytes. So a line that is too long is recognised, but never
         # completely in memory.
-        for number, line in enumerate(iter(lambda: list_file.readline(MAX_LINE + 1), b""), 1):
-            location = f"{path.name}, line {number}"
-            if not line.strip():
+        for line_number, line_bytes in enumerate(iter(lambda: list_file.readline(MAX_LINE + 1), b""), 1):
+            location = f"{path.name}, line {line_number}"
+            if not line_bytes.strip():
                 continue
             try:
-                record = json.loads(line) if len(line) <= MAX_LINE else None
+                line_record = json.loads(line_bytes) if len(line_bytes) <= MAX_LINE else None
             # RecursionError: the line contains very deeply nested brackets
             except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
+                line_record = None
+            if not isinstance(line_record, dict):
                 raise ValueError(
                     f"{location}: the line must be a JSON object of at most {MAX_LINE >> 10} kB, but it"
-                    f" begins with {line[:40]!r}. Write one JSON object per line."
+                    f" begins with {line_bytes[:40]!r}. Write one JSON object per line."
                 )
-            yield record, location
+            yield line_record, location
 
 
 def _text(line_record: dict, field_name: str, location: str) -> str:
@@ -468,22 +475,27 @@ def _text(line_record: dict, field_name: str, location: str) -> str:
     return _name(line_record.get(field_name), f'{location}: "{field_name}"')
 
 
-def _name(value: object, location: str) -> str:
-    """Return a value, which must be a printable text of at most MAX_TEXT characters.
+def _name(field_value: object, location: str) -> str:
+    """Return `field_value` if it is a printable text of at most MAX_TEXT characters.
 
     Args:
-        value: value of a JSON file, which may have any type.
+        field_value: value of a JSON file, which may have any type.
         location: name of the value for the message.
 
     Raises:
         ValueError: the value is not such a text.
     """
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
+    if (
+        not isinstance(field_value, str)
+        or not field_value.strip()
+        or len(field_value) > MAX_TEXT
+        or not field_value.isprintable()
+    ):
         raise ValueError(
-            f"{location}: {str(value)[:40]!r} is not allowed. Use a printable text of 1 to {MAX_TEXT}"
+            f"{location}: {str(field_value)[:40]!r} is not allowed. Use a printable text of 1 to {MAX_TEXT}"
             " characters."
         )
-    return value
+    return field_value
 
 
 def _seed(line_record: dict, location: str) -> int:
@@ -513,18 +525,21 @@ def _prompt(line_record: dict, root: Path, location: str) -> Prompt:
     Raises:
         ValueError: the text is not allowed, or the image is no file in `root`.
     """
-    text = line_record.get("text")
-    if text is not None and (
-        not isinstance(text, str)
-        or len(text) > MAX_TEXT
+    prompt_text = line_record.get("text")
+    if prompt_text is not None and (
+        not isinstance(prompt_text, str)
+        or len(prompt_text) > MAX_TEXT
         # A text may contain line breaks and tabs. Other control characters (category Cc) cannot be shown, and
         # lone surrogates (Cs) cannot be encoded as UTF-8.
         or any(
-            unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\r\t"
+            unicodedata.category(character) in ("Cc", "Cs")
+            for character in prompt_text
+            if character not in "\n\r\t"
         )
     ):
         raise ValueError(
-            f'{location}: the "text" {str(text)[:40]!r} is not allowed. Use a text of at most {MAX_TEXT}'
+            f'{location}: the "text" {str(prompt_text)[:40]!r} is not allowed. Use a text of at most'
+            f" {MAX_TEXT}"
             " characters without control characters."
         )
     image = (
@@ -532,7 +547,7 @@ def _prompt(line_record: dict, root: Path, location: str) -> Prompt:
         if line_record.get("image") is not None
         else None
     )
-    return Prompt(text=text or None, image=image)
+    return Prompt(text=prompt_text or None, image=image)
 
 
 def inside(path: Path, root: Path, location: str) -> Path:
@@ -579,18 +594,18 @@ def asset_shape(asset: Asset) -> Shape:
 
 
 def plan_assets(
-    options: PairingOptions,
+    pairing: PairingOptions,
     collection: Collection,
-    report: Callable[[str], None] = lambda text: None,
+    report_line: Callable[[str], None] = lambda text: None,
     answers: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
 ) -> Plan:
     """Plan the pairs of a campaign that compares assets, or that shows assets one by one.
 
     Args:
-        options: options of the pairs.
+        pairing: options of the pairs.
         collection: assets.
-        report: function that is called with a line if fewer pairs than requested can be planned.
+        report_line: function that is called with a line if fewer pairs than requested can be planned.
         answers: preferences of an earlier campaign, see `answers_of`, for strategies that use answers.
         ensemble: rewards that score assets by their index in the collection, for strategies that use scores.
 
@@ -598,19 +613,19 @@ def plan_assets(
         ValueError: no pair can be planned.
     """
     # All random choices come from this generator, so that equal options give equal plans.
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(pairing.seed)
     strategy_items = items_of(collection, ensemble)
     index_pairs: list[tuple[int, int]]  # pairs of indices into collection.assets
     strategy_report: dict = {}
-    if options.single:
+    if pairing.single:
         # The assets are chosen evenly from all generators and prompts. Each is paired with itself.
         asset_buckets = strategy_items.by(lambda item: (item.source, item.prompt))
         index_pairs = [
-            (index, index) for index in itertools.islice(balanced(asset_buckets, rng), options.pairs)
+            (index, index) for index in itertools.islice(balanced(asset_buckets, rng), pairing.pairs)
         ]
     else:
-        check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
-        strategy_plan = STRATEGIES[options.strategy].plan(strategy_items, answers, rng, options)
+        check_rewards(pairing.strategy, 0 if ensemble is None else ensemble.size)
+        strategy_plan = STRATEGIES[pairing.strategy].plan(strategy_items, answers, rng, pairing)
         # The order of an asset in a pair of a strategy has no meaning, so it is chosen at random.
         index_pairs = [(a, b) if rng.integers(2) else (b, a) for a, b in strategy_plan.pairs]
         strategy_report = report_with_names(
@@ -621,19 +636,21 @@ def plan_assets(
             "no prompt has two different assets that could be compared. Add a file of each generator for"
             " each prompt."
         )
-    if len(index_pairs) < options.pairs:
-        unit_noun = "assets" if options.single else "pairs"
-        report(f"planned only {len(index_pairs)} of {options.pairs} {unit_noun}, because there are no more")
-    options = replace(options, pairs=len(index_pairs))
+    if len(index_pairs) < pairing.pairs:
+        unit_noun = "assets" if pairing.single else "pairs"
+        report_line(
+            f"planned only {len(index_pairs)} of {pairing.pairs} {unit_noun}, because there are no more"
+        )
+    pairing = replace(pairing, pairs=len(index_pairs))
     asset_shapes = [asset_shape(asset) for asset in collection.assets]
     planned_pairs = [
         PlannedPair(first=asset_shapes[first_index], second=asset_shapes[second_index])
         for first_index, second_index in index_pairs
     ]
-    gold_pairs, practice_pairs = _known_pairs(options, collection, rng, report)
+    gold_pairs, practice_pairs = _known_pairs(pairing, collection, rng, report_line)
     # the other options do not apply to assets
     asset_options = {
-        key: value for key, value in asdict(options).items() if key in ("pairs", "seed", "single", "strategy")
+        key: value for key, value in asdict(pairing).items() if key in ("pairs", "seed", "single", "strategy")
     }
     plan_report = {
         **asset_options,
@@ -647,10 +664,14 @@ def plan_assets(
 
 
 def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
-    """Describe the assets for a strategy that chooses pairs.
+    """Convert the assets of a collection to `Items`, from which a strategy chooses pairs.
 
     A strategy compares assets of the same prompt: of different generators if there are several generators,
     and otherwise of different seeds. Equal files, which annotators could not distinguish, are not compared.
+
+    Args:
+        collection: examined collection. The number of an item is the index of its asset.
+        ensemble: rewards that score the assets; None for strategies that do not use scores.
     """
     members = [
         Item(prompt=asset.prompt, source=asset.generator, content=asset.hash) for asset in collection.assets
@@ -659,7 +680,9 @@ def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
 
 
 def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -> list[Preference]:
-    """Convert judgements of an earlier campaign to preferences between indices of assets in a collection.
+    """Convert judgements of an earlier campaign to preferences.
+
+    The winner and the loser of a preference are indices of assets in the collection.
 
     Raises:
         ValueError: a judgement is about an asset that is not in the collection.
@@ -670,25 +693,27 @@ def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -
         (asset.generator, asset.prompt, asset.hash): index for index, asset in enumerate(collection.assets)
     }
     preferences = []
-    for row in judgement_rows:
+    for judgement in judgement_rows:
         pair_indices = []
-        for shape in (row.left, row.right):
+        for shape in (judgement.left, judgement.right):
             index = index_by_asset.get((shape.generator, shape.condition, shape.file))
             if index is None:
                 raise ValueError(
                     f"the earlier campaign contains an answer about the asset of prompt {shape.condition!r}"
-                    f" and seed {shape.seed}, which is not in this collection. Use a campaign of the same"
-                    " files."
+                    f" and seed {shape.seed}, which is not in this collection. Name an earlier campaign that"
+                    " compared the same files."
                 )
             pair_indices.append(index)
         left_index, right_index = pair_indices
-        winner, loser = (right_index, left_index) if row.choice is Choice.RIGHT else (left_index, right_index)
-        preferences.append(Preference(winner=winner, loser=loser, tie=row.choice.equal))
+        winner, loser = (
+            (right_index, left_index) if judgement.choice is Choice.RIGHT else (left_index, right_index)
+        )
+        preferences.append(Preference(winner=winner, loser=loser, tie=judgement.choice.equal))
     return preferences
 
 
 def _facts(first_asset: Asset, second_asset: Asset) -> dict:
-    """Return the names of the two assets of a pair, for the report of a plan."""
+    """Return the prompt, the generators and the seeds of the two assets of a pair, for the plan's report."""
     return {
         "prompt": first_asset.prompt,
         "generators": [first_asset.generator, second_asset.generator],
@@ -697,21 +722,27 @@ def _facts(first_asset: Asset, second_asset: Asset) -> dict:
 
 
 def prompts_json(collection: Collection) -> dict[str, dict]:
-    """Return the prompts in JSON types, by name, in the form in which a campaign stores them."""
+    """Return the prompts of a collection as a campaign stores them: name -> prompt in JSON types."""
     return {name: prompt.to_json() for name, prompt in collection.prompts.items()}
 
 
 def _known_pairs(
-    options: PairingOptions, collection: Collection, rng: np.random.Generator, report: Callable[[str], None]
+    pairing: PairingOptions,
+    collection: Collection,
+    rng: np.random.Generator,
+    report_line: Callable[[str], None],
 ) -> tuple[list[PlannedPair], list[PlannedPair]]:
     """Plan the gold pairs and the practice pairs of a campaign.
 
     These pairs contain damaged assets, and videos cannot be damaged. If all assets are videos, both lists are
     empty.
+
+    Returns:
+        Gold pairs, and practice pairs.
     """
     damageable_assets = [asset for asset in collection.assets if asset.kind in DAMAGED_KINDS]
     if not damageable_assets:
-        report(
+        report_line(
             "There are no gold checks and no practice pairs, because they need damaged assets, and videos"
             " cannot be damaged."
         )
@@ -719,9 +750,9 @@ def _known_pairs(
     # A random order, which is repeated: in a small collection an asset is used several times.
     shuffled_indices = rng.permutation(len(damageable_assets))
     shape_cycle = itertools.cycle([asset_shape(damageable_assets[index]) for index in shuffled_indices])
-    make_pairs = damaged_singles if options.single else known_answers
-    gold_shapes = list(itertools.islice(shape_cycle, options.gold_pairs))
+    make_pairs = damaged_singles if pairing.single else known_answers
+    gold_shapes = list(itertools.islice(shape_cycle, pairing.gold_pair_count))
     gold_pairs = make_pairs(gold_shapes, Kind.GOLD, rng, DAMAGES)
-    practice_shapes = list(itertools.islice(shape_cycle, options.training))
+    practice_shapes = list(itertools.islice(shape_cycle, pairing.training))
     practice_pairs = make_pairs(practice_shapes, Kind.TRAINING, rng, DAMAGES)
     return gold_pairs, practice_pairs

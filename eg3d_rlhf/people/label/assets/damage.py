@@ -40,28 +40,34 @@ def damage_mesh(model: Model, damage_kind: str, seed: int) -> Model:
             remain.
     """
     rng = damage_draws(damage_kind, DAMAGES, seed)
-    primitives = [part for mesh in model.meshes for part in mesh]
-    if any(part.mode != TRIANGLES for part in primitives):
+    primitives = [primitive for mesh in model.meshes for primitive in mesh]
+    if any(primitive.mode != TRIANGLES for primitive in primitives):
         raise ValueError("a mesh of triangle strips or fans cannot be damaged. Save it as separate triangles")
-    points = np.concatenate([part.attributes["POSITION"].values for part in primitives]).astype(np.float64)
+    points = np.concatenate([primitive.attributes["POSITION"].values for primitive in primitives]).astype(
+        np.float64
+    )
     asset_size = _size(points)
     if damage_kind == "rough":
         displaced_by_id: dict[int, Array] = {}  # id of an array of positions -> its displaced copy
         bumps = _Bumps(rng, asset_size)
         return replace(
-            model, meshes=[[_rough(part, bumps, displaced_by_id) for part in mesh] for mesh in model.meshes]
+            model,
+            meshes=[
+                [_rough(primitive, bumps, displaced_by_id) for primitive in mesh] for mesh in model.meshes
+            ],
         )
-    # A triangle is removed if its centre lies in a hole. The centres of each part are [F, 3].
-    triangle_centres = [_corners(part).mean(axis=1) for part in primitives]
+    # A triangle is removed if its centre lies in a hole. The centres of each primitive are [F, 3].
+    triangle_centres = [_corners(primitive).mean(axis=1) for primitive in primitives]
     hole_centres = _distant_points(rng, np.concatenate(triangle_centres))
     # The iterator yields the masks in the order of `parts`, which is also the order of the loops below.
     kept_masks = iter(
         [_is_outside(centres, hole_centres, _HOLE * asset_size) for centres in triangle_centres]
     )
-    meshes = [[_cut(part, next(kept_masks)) for part in mesh] for mesh in model.meshes]
-    # GLB does not allow a part without triangles, so parts that lie entirely in a hole are removed.
+    meshes = [[_cut(primitive, next(kept_masks)) for primitive in mesh] for mesh in model.meshes]
+    # GLB does not allow a primitive without triangles, so primitives that lie entirely in a hole are
+    # removed.
     meshes = [
-        [part for part in mesh if len(part.indices.values)]  # type: ignore[union-attr]
+        [primitive for primitive in mesh if len(primitive.indices.values)]  # type: ignore[union-attr]
         for mesh in meshes
     ]
     if not all(meshes):
@@ -97,7 +103,7 @@ def damage_splats(splats: Splats, damage_kind: str, seed: int) -> Splats:
 
 
 def damage_draws(damage_kind: str, allowed_kinds: Collection[str], seed: int) -> np.random.Generator:
-    """Return the random generator of a damage, which depends on its kind and seed.
+    """Return the random number generator for damaging a shape, seeded by the kind of damage and the shape.
 
     Args:
         damage_kind: kind of damage.
@@ -132,12 +138,12 @@ def _distant_points(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
     it.
     """
     points = points[rng.permutation(len(points))[:_TRIED]].astype(np.float64)
-    selected = [points[0]]
-    distances = np.linalg.norm(points - selected[0], axis=1)  # to the nearest selected point
+    selected_points = [points[0]]
+    distances = np.linalg.norm(points - selected_points[0], axis=1)  # to the nearest selected point
     for _ in range(_HOLES - 1):
-        selected.append(points[distances.argmax()])
-        distances = np.minimum(distances, np.linalg.norm(points - selected[-1], axis=1))
-    return np.array(selected)
+        selected_points.append(points[distances.argmax()])
+        distances = np.minimum(distances, np.linalg.norm(points - selected_points[-1], axis=1))
+    return np.array(selected_points)
 
 
 def _is_outside(points: np.ndarray, centres: np.ndarray, radius: float) -> np.ndarray:
@@ -178,18 +184,18 @@ class _Bumps:
         return displacement
 
 
-def _rough(part: Primitive, bumps: _Bumps, displaced_by_id: dict[int, Array]) -> Primitive:
-    """Displace the vertices of a part, and remove its normals and tangents.
+def _rough(primitive: Primitive, bumps: _Bumps, displaced_by_id: dict[int, Array]) -> Primitive:
+    """Displace the vertices of a primitive, and remove its normals and tangents.
 
     Shading with the normals of the undamaged surface would hide the bumps.
 
     Args:
-        part: part of a mesh.
+        primitive: part of a mesh that has one material (a primitive of glTF).
         bumps: displacement field.
         displaced_by_id: id of an array of positions -> its displaced copy. The dictionary is extended in
             place.
     """
-    positions = part.attributes["POSITION"]
+    positions = primitive.attributes["POSITION"]
     # Several parts may share an array of positions. It is displaced only once, so that they keep sharing it.
     if id(positions) not in displaced_by_id:
         displaced_values = positions.values.astype(np.float64)
@@ -201,27 +207,29 @@ def _rough(part: Primitive, bumps: _Bumps, displaced_by_id: dict[int, Array]) ->
         displaced_by_id[id(positions)] = Array(
             displaced_values.astype(positions.values.dtype), positions.normalized
         )
-    attributes = {name: array for name, array in part.attributes.items() if name not in ("NORMAL", "TANGENT")}
-    return replace(part, attributes={**attributes, "POSITION": displaced_by_id[id(positions)]})
+    attributes = {
+        name: array for name, array in primitive.attributes.items() if name not in ("NORMAL", "TANGENT")
+    }
+    return replace(primitive, attributes={**attributes, "POSITION": displaced_by_id[id(positions)]})
 
 
-def _faces(part: Primitive) -> np.ndarray:
-    """Return the triangles of a part as indices of vertices, [F, 3]."""
+def _faces(primitive: Primitive) -> np.ndarray:
+    """Return the triangles of a primitive as indices of vertices, [F, 3]."""
     indices = (
-        np.arange(len(part.attributes["POSITION"].values), dtype="<u4")
-        if part.indices is None
-        else part.indices.values[:, 0]
+        np.arange(len(primitive.attributes["POSITION"].values), dtype="<u4")
+        if primitive.indices is None
+        else primitive.indices.values[:, 0]
     )
     # One or two indices at the end, which form no triangle, are ignored, as other readers of GLB do.
     return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 
-def _corners(part: Primitive) -> np.ndarray:
-    """Return the corners of the triangles of a part, [F, corner, coordinate] = [F, 3, 3]."""
-    return part.attributes["POSITION"].values[_faces(part)].astype(np.float64)
+def _corners(primitive: Primitive) -> np.ndarray:
+    """Return the corners of the triangles of a primitive, [F, corner, coordinate] = [F, 3, 3]."""
+    return primitive.attributes["POSITION"].values[_faces(primitive)].astype(np.float64)
 
 
-def _cut(part: Primitive, is_kept: np.ndarray) -> Primitive:
-    """Return a part with only the triangles for which `is_kept` [F] is True."""
+def _cut(primitive: Primitive, is_kept: np.ndarray) -> Primitive:
+    """Return a primitive with only the triangles for which `is_kept` [F] is True."""
     # [F', 3] -> [3 F', 1], the shape of an index array in GLB
-    return replace(part, indices=Array(np.ascontiguousarray(_faces(part)[is_kept]).reshape(-1, 1)))
+    return replace(primitive, indices=Array(np.ascontiguousarray(_faces(primitive)[is_kept]).reshape(-1, 1)))

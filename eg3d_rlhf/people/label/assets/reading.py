@@ -50,7 +50,7 @@ class ChangedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """Result of examining a file that can be shown."""
+    """Kind and hash of a file that the label page can show."""
 
     # 'glb', 'ply', 'splats', 'obj', 'film' (a video; study designs of version 0.1 contain this name) or
     # 'image'
@@ -60,59 +60,63 @@ class Examined:
 
 
 def examine_or_reason(
-    paths: Sequence[Path], report: Callable[[int], None] = lambda done: None
+    paths: Sequence[Path], on_progress: Callable[[int], None] = lambda done: None
 ) -> list[Examined | str]:
-    """Examine files.
+    """Recognise the kinds of files, and check whether the label page can show them.
 
     Args:
         paths: paths of the files.
-        report: function that is called with the number of examined files.
+        on_progress: function that is called with the number of examined files after each file.
 
     Returns:
-        For each file, the result, or the reason why the file cannot be shown.
+        For each file an `Examined`, or the reason why the file cannot be shown.
     """
-    results: list[Examined | str] = []
+    file_results: list[Examined | str] = []
     # If a file ends the process, another process is started for the files after it.
-    while len(results) < len(paths):
-        done_count = len(results)
+    while len(file_results) < len(paths):
+        done_count = len(file_results)
         requests = [{"do": "examine", "path": str(path)} for path in paths[done_count:]]
         # _run calls the function in this iteration
-        for answer in _run(requests, lambda n: report(done_count + n)):  # noqa: B023
-            results.append(answer[_REJECTED] if _REJECTED in answer else Examined(**answer))
-    return results
+        for answer in _run(requests, lambda n: on_progress(done_count + n)):  # noqa: B023
+            file_results.append(answer[_REJECTED] if _REJECTED in answer else Examined(**answer))
+    return file_results
 
 
-def examine(paths: Sequence[Path], report: Callable[[int], None] = lambda done: None) -> list[Examined]:
-    """Examine files, all of which must be suitable.
+def examine(paths: Sequence[Path], on_progress: Callable[[int], None] = lambda done: None) -> list[Examined]:
+    """Recognise the kinds of files, and raise an error if the label page cannot show one of them.
 
     Args:
         paths: paths of the files.
-        report: function that is called with the number of examined files.
+        on_progress: function that is called with the number of examined files after each file.
 
     Raises:
         ValueError: files cannot be shown; the message names them.
     """
-    results = examine_or_reason(paths, report)
-    reject({path: reason for path, reason in zip(paths, results, strict=True) if isinstance(reason, str)})
-    return [result for result in results if isinstance(result, Examined)]
+    file_results = examine_or_reason(paths, on_progress)
+    reject(
+        {path: reason for path, reason in zip(paths, file_results, strict=True) if isinstance(reason, str)}
+    )
+    return [file_result for file_result in file_results if isinstance(file_result, Examined)]
 
 
-def reject(unfit: Mapping[Path, str]) -> None:
+def reject(reason_by_path: Mapping[Path, str]) -> None:
     """Raise ValueError if there are files that cannot be shown.
 
     Args:
-        unfit: path of a file -> reason why it cannot be shown.
+        reason_by_path: path of a file -> reason why it cannot be shown.
     """
-    reason_texts = [f"{path}: {reason}" for path, reason in unfit.items()]
+    reason_texts = [f"{path}: {reason}" for path, reason in reason_by_path.items()]
     if reason_texts:
         # at most five files, so that the message stays one readable line
-        more_text = f"; and {len(reason_texts) - 5} more files" if len(reason_texts) > 5 else ""
+        omitted_text = f"; and {len(reason_texts) - 5} more files" if len(reason_texts) > 5 else ""
         files_text = "this file" if len(reason_texts) == 1 else "these files"
-        raise ValueError(f"{'; '.join(reason_texts[:5])}{more_text}. Convert or remove {files_text}.")
+        raise ValueError(f"{'; '.join(reason_texts[:5])}{omitted_text}. Convert or remove {files_text}.")
 
 
 def clean(path: Path, expected_hash: str, degradation: str = "", seed: int = 0) -> bytes:
-    """Return the clean form of an asset or of the image of a prompt: GLB or GSP1 with gzip, MP4, or WebP.
+    """Return an asset or the image of a prompt in a form for the browser, which contains no metadata.
+
+    The form is GLB or GSP1, compressed with gzip, for meshes and splats, MP4 for videos, and WebP for images.
 
     Args:
         path: path of the file.
@@ -141,15 +145,15 @@ def clean(path: Path, expected_hash: str, degradation: str = "", seed: int = 0) 
         return out_path.read_bytes()
 
 
-def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: None) -> Iterable[dict]:
-    """Send requests to one new process, and return its answers.
+def _run(requests: Sequence[dict], on_progress: Callable[[int], None] = lambda done: None) -> Iterable[dict]:
+    """Start a process that runs this module, send requests to it, and return its answers.
 
     If the process ends early, there are fewer answers than requests, and the last answer states that the
     limits were exceeded.
 
     Args:
         requests: requests for `_answer`.
-        report: function that is called with the number of answers.
+        on_progress: function that is called with the number of answers so far, after each answer.
     """
     largest_size = max((_size(Path(request["path"])) for request in requests), default=0)
     # With one thread, numpy needs less address space than with a thread for each processor.
@@ -177,7 +181,7 @@ def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: 
             assert process.stdout is not None
             for answer_line in process.stdout:
                 answers.append(json.loads(answer_line))
-                report(len(answers))
+                on_progress(len(answers))
     # Fewer answers: the process was killed, or a parser crashed.
     if len(answers) < len(requests):
         answers.append({_REJECTED: "the file takes more memory or time than allowed. Reduce its size"})
@@ -258,13 +262,13 @@ def kind_of(first_bytes: bytes, name: str) -> str:
     raise ValueError("the format is unknown. Use a GLB, PLY, OBJ, MP4 or WebM file")
 
 
-def _hash(data: memoryview, path: Path, file_kind: str) -> str:
+def _hash(file_bytes: memoryview, path: Path, file_kind: str) -> str:
     """Return the SHA-256 of a file as hexadecimal digits.
 
     For an OBJ file, the names and contents of its companions (materials and textures) are hashed, too.
     """
-    digest = hashlib.sha256(data)
-    for companion in obj.companion_files(data, path) if file_kind == "obj" else ():
+    digest = hashlib.sha256(file_bytes)
+    for companion in obj.companion_files(file_bytes, path) if file_kind == "obj" else ():
         digest.update(f"\0{companion.name}\0{hashlib.sha256(companion.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 
@@ -278,26 +282,26 @@ def _examine(path: Path) -> dict:
     Raises:
         ValueError: the file cannot be shown.
     """
-    with _opened(path) as data:
-        file_kind = kind_of(bytes(data[:512]), path.name)
+    with _opened(path) as file_bytes:
+        file_kind = kind_of(bytes(file_bytes[:512]), path.name)
         view_note = ""
         if file_kind == "glb":
-            glb.read_glb(data)
+            glb.read_glb(file_bytes)
         elif file_kind == "ply":
-            header = ply.read_header(data)
+            header = ply.read_header(file_bytes)
             file_kind = "splats" if header.splats else file_kind
             # The result is not used. The function is called for its errors.
-            (ply.read_splats if header.splats else ply.read_mesh)(data)
+            (ply.read_splats if header.splats else ply.read_mesh)(file_bytes)
         elif file_kind == "obj":
-            obj.read_obj(data, path)
-            missing_libraries = obj.missing_libraries(data, path)
+            obj.read_obj(file_bytes, path)
+            missing_libraries = obj.missing_libraries(file_bytes, path)
             if missing_libraries:
                 view_note = f"shown in grey, because {', '.join(missing_libraries)[:200]} cannot be read"
         elif file_kind == "film":
             examine_video(path)
         elif file_kind == "image":
-            strip_image(data)
-        return {"kind": file_kind, "hash": _hash(data, path, file_kind), "note": view_note}
+            strip_image(file_bytes)
+        return {"kind": file_kind, "hash": _hash(file_bytes, path, file_kind), "note": view_note}
 
 
 def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path: Path) -> dict:
@@ -314,51 +318,61 @@ def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path
         ChangedError: the file has another hash.
         ValueError: the file cannot be shown or damaged.
     """
-    with _opened(path) as data:
-        file_kind = kind_of(bytes(data[:512]), path.name)
-        _check_hash(data, path, file_kind, expected_hash)
+    with _opened(path) as file_bytes:
+        file_kind = kind_of(bytes(file_bytes[:512]), path.name)
+        _check_hash(file_bytes, path, file_kind, expected_hash)
         if file_kind == "image":
-            out_path.write_bytes(preview_image(data))
+            out_path.write_bytes(preview_image(file_bytes))
         elif file_kind == "film":
             if degradation:
                 raise ValueError("a video cannot be damaged. Use a mesh or splats")
             clean_video(path, out_path)
         else:
-            _pack(data, path, file_kind, degradation, seed, out_path)
+            _pack(file_bytes, path, file_kind, degradation, seed, out_path)
     # The hash is checked again, because the file may have changed while it was read: the arrays are views of
     # the file, and ffmpeg has opened it by its name.
-    with _opened(path) as data:
-        _check_hash(data, path, file_kind, expected_hash)
+    with _opened(path) as file_bytes:
+        _check_hash(file_bytes, path, file_kind, expected_hash)
     return {}
 
 
-def _check_hash(data: memoryview, path: Path, file_kind: str, expected_hash: str) -> None:
+def _check_hash(file_bytes: memoryview, path: Path, file_kind: str, expected_hash: str) -> None:
     """Raise ChangedError if a file does not have the hash `expected_hash`."""
-    if _hash(data, path, file_kind) != expected_hash:
+    if _hash(file_bytes, path, file_kind) != expected_hash:
         raise ChangedError("the file has changed since the campaign was planned. Use the original file")
 
 
-def _pack(data: memoryview, path: Path, file_kind: str, degradation: str, seed: int, out_path: Path) -> None:
+def _pack(
+    file_bytes: memoryview, path: Path, file_kind: str, degradation: str, seed: int, out_path: Path
+) -> None:
     """Write a mesh as GLB or splats as GSP1, compressed with gzip, and damaged unless `degradation` is ''."""
-    if file_kind == "ply" and ply.read_header(data).splats:
-        splats = ply.read_splats(data)
+    if file_kind == "ply" and ply.read_header(file_bytes).splats:
+        splats = ply.read_splats(file_bytes)
         file_parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
     else:
         if file_kind == "glb":
-            mesh_model = glb.read_glb(data)
+            mesh_model = glb.read_glb(file_bytes)
         elif file_kind == "ply":
-            mesh_model = ply.read_mesh(data)
+            mesh_model = ply.read_mesh(file_bytes)
         else:
-            mesh_model = obj.read_obj(data, path)
+            mesh_model = obj.read_obj(file_bytes, path)
         file_parts = glb_parts(damage_mesh(mesh_model, degradation, seed) if degradation else mesh_model)
     # The header of gzip contains no name and no time, so that equal files give equal bytes.
     with out_path.open("wb") as out_file, gzip.GzipFile("", "wb", _GZIP, out_file, mtime=0) as gzip_file:
-        for part in file_parts:
-            gzip_file.write(part)
+        for file_part in file_parts:
+            gzip_file.write(file_part)
 
 
 def _answer(request: dict) -> dict:
-    """Answer one request. An error of the file becomes an answer with the key _REJECTED."""
+    """Examine or clean the file of one request, and return the answer as JSON values.
+
+    Args:
+        request: {"do": "examine", "path"} or {"do": "clean", "path", "hash", "degradation", "seed", "out"}.
+
+    Returns:
+        Result of `_examine` or `_clean`. If the file cannot be used, {_REJECTED: reason}, with "changed":
+        True for a `ChangedError`.
+    """
     path = Path(request["path"])
     try:
         if request["do"] == "examine":
@@ -452,9 +466,9 @@ def examine_video(path: Path) -> tuple[str, str]:
         )
     # Without an output file, ffmpeg prints a description of the input and exits with an error, which is
     # ignored.
-    _exit_code, description = _ffmpeg([*_INPUT, "-i", f"file:{path}"], 30)
-    track_match = _TRACK.search(description)
-    duration_match = _LENGTH.search(description)
+    _exit_code, ffmpeg_description = _ffmpeg([*_INPUT, "-i", f"file:{path}"], 30)
+    track_match = _TRACK.search(ffmpeg_description)
+    duration_match = _LENGTH.search(ffmpeg_description)
     if track_match is None:
         raise ValueError("the file contains no video track that can be read. Convert it to MP4")
     codec = track_match.group(1)
@@ -467,7 +481,7 @@ def examine_video(path: Path) -> tuple[str, str]:
             " Reduce its size"
         )
     if duration_match:
-        hours, minutes, seconds = (int(group) for group in duration_match.groups())
+        hours, minutes, seconds = (int(number_text) for number_text in duration_match.groups())
         if hours * 3600 + minutes * 60 + seconds > MAX_SECONDS:
             raise ValueError(
                 f"the video lasts {':'.join(duration_match.groups())}, but at most {MAX_SECONDS} s are"
@@ -547,8 +561,8 @@ def _ffmpeg(arguments: list[str], max_seconds: float) -> tuple[int, str]:
     """Run ffmpeg, and return its exit code and the end of its messages.
 
     Args:
-        arguments: arguments of ffmpeg.
-        max_seconds: largest time in seconds.
+        arguments: command-line arguments of ffmpeg, without the name of the program.
+        max_seconds: time limit in seconds.
 
     Raises:
         ValueError: ffmpeg takes more time.
@@ -557,7 +571,7 @@ def _ffmpeg(arguments: list[str], max_seconds: float) -> tuple[int, str]:
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
     try:
-        completed = subprocess.run(
+        completed_process = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -568,7 +582,7 @@ def _ffmpeg(arguments: list[str], max_seconds: float) -> tuple[int, str]:
         raise ValueError(
             f"the video takes more than {max_seconds:g} s to convert. Shorten it, or reduce its resolution"
         ) from None
-    return completed.returncode, completed.stderr[-20_000:].decode("utf-8", "replace")
+    return completed_process.returncode, completed_process.stderr[-20_000:].decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def serve(
 
 @dataclass(frozen=True)
 class StaticFile:
-    """File of the page, in memory."""
+    """File of the label page or the admin page, in memory."""
 
     data: bytes  # content
     packed: bytes  # content, compressed with gzip
@@ -194,15 +194,15 @@ def read_static(folder: Path) -> dict[str, StaticFile]:
             " again."
         )
     file_by_name = {}
-    for name, content in content_by_name.items():
+    for name, file_content in content_by_name.items():
         media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
         # Some systems assign another media type to .js, which browsers reject for modules.
         media_type = "text/javascript" if name.endswith(".js") else media_type
         file_by_name[name] = StaticFile(
-            content,
-            gzip.compress(content, mtime=0),
+            file_content,
+            gzip.compress(file_content, mtime=0),
             media_type,
-            f'"{hashlib.sha256(content).hexdigest()[:20]}"',
+            f'"{hashlib.sha256(file_content).hexdigest()[:20]}"',
         )
     return file_by_name
 
@@ -416,7 +416,7 @@ def _login_page(
 
 
 def _set_cookie(
-    response: Response, request: Request, name: str, value: str, seconds: int, path: str = "/"
+    response: Response, request: Request, name: str, cookie_value: str, seconds: int, path: str = "/"
 ) -> None:
     """Set a cookie that scripts cannot read, and that browsers do not add to requests from other sites.
 
@@ -424,13 +424,13 @@ def _set_cookie(
         response: response to which the cookie is added.
         request: request of the client; over https, the cookie is sent over https only.
         name: name of the cookie.
-        value: value of the cookie.
+        cookie_value: value of the cookie.
         seconds: time until the cookie expires.
         path: path of the pages for which browsers send the cookie.
     """
     is_https = request.url.scheme == "https"
     response.set_cookie(
-        name, value, max_age=seconds, path=path, secure=is_https, httponly=True, samesite="strict"
+        name, cookie_value, max_age=seconds, path=path, secure=is_https, httponly=True, samesite="strict"
     )
 
 
@@ -438,18 +438,18 @@ def _set_cookie(
 # other files needs a login. Its script contains no variable text, so that its hash is constant.
 
 
-def language_of(accepted: str) -> str:
+def language_of(accept_language: str) -> str:
     """Return the language of the login page that a browser prefers.
 
     Args:
-        accepted: value of the Accept-Language header (RFC 9110, section 12.5.4).
+        accept_language: value of the Accept-Language header (RFC 9110, section 12.5.4).
 
     Returns:
         The language of TEXTS with the highest weight in the header, or "en" if the header names none of them.
     """
     weight_by_language: dict[str, float] = {}
     # The length is limited, because anybody can send this header.
-    for language_range in accepted[:1000].split(","):
+    for language_range in accept_language[:1000].split(","):
         tag, _, weight_parameter = language_range.partition(";")
         language_code = tag.strip()[:2].lower()
         weight_text = weight_parameter.strip().removeprefix("q=") or "1"
@@ -465,15 +465,15 @@ def language_of(accepted: str) -> str:
     )
 
 
-def login_page(accepted: str, csrf: str, rejection: RequestError | None = None) -> str:
+def login_page(accept_language: str, csrf: str, rejection: RequestError | None = None) -> str:
     """Return the HTML of the login page.
 
     Args:
-        accepted: value of the Accept-Language header.
+        accept_language: value of the Accept-Language header.
         csrf: value of the hidden field `csrf` of the form.
         rejection: error of the last login attempt, which the page shows; None: no error.
     """
-    language = language_of(accepted)
+    language = language_of(accept_language)
     # every text that is inserted into the page is escaped
     escaped_texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
     message_html = ""

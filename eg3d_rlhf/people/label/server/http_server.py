@@ -105,7 +105,7 @@ def trusted_proxies(proxy: str) -> list[str] | str:
 
 
 def foreign_threads() -> set[int]:
-    """Return the ids of threads that run Python code but were not started by Python."""
+    """Return the ids of threads that run Python code but were not started by Python (those of granian)."""
     return set(sys._current_frames()) - {thread.ident for thread in threading.enumerate()}
 
 
@@ -127,7 +127,7 @@ class Server(embed.Server):
     def __init__(
         self,
         app: ASGIApp,
-        listening: socket.socket,
+        listening_socket: socket.socket,
         limits: Limits,
         certificate: Path | None = None,
         key: Path | None = None,
@@ -162,7 +162,7 @@ class Server(embed.Server):
                 f" {error.reason or error}. Pass the PEM files of a certificate and of its private key,"
                 " which must have no password."
             ) from None
-        self.listening = listening
+        self.listening = listening_socket
         self.running_loop: asyncio.AbstractEventLoop | None = None
         self.stopping = asyncio.Event()
 
@@ -180,8 +180,8 @@ class Server(embed.Server):
         # A thread of granian returns from its last call into Python after `serve` has ended. If the
         # interpreter ends before that, the process aborts, which happened in one of four runs. So this waits
         # for at most one second.
-        wait_until = time.monotonic() + 1
-        while foreign_threads() and time.monotonic() < wait_until:
+        wait_end_time = time.monotonic() + 1
+        while foreign_threads() and time.monotonic() < wait_end_time:
             time.sleep(0.01)
         if received_signal is not None:
             signal.raise_signal(received_signal)
@@ -202,8 +202,8 @@ class Server(embed.Server):
         self.running_loop = asyncio.get_running_loop()
         received_signals: list[signal.Signals] = []
 
-        def interrupt(number: signal.Signals) -> None:
-            received_signals.append(number)
+        def interrupt(received_signal: signal.Signals) -> None:
+            received_signals.append(received_signal)
             self.stopping.set()
 
         # Python allows signal handlers in the main thread only. Tests run the server in other threads.
@@ -221,5 +221,7 @@ class Server(embed.Server):
         # granian if there is one.
         if not self.stopping.is_set():
             serving_task.result()
-            raise RuntimeError("granian stopped serving without a signal and without an error")
+            raise RuntimeError(
+                "granian stopped serving without a signal and without an error. Start the server again."
+            )
         return received_signals[0] if received_signals else None

@@ -45,8 +45,12 @@ class Buckets:
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, key: str, count: float = 1.0) -> float:
-        """Take `count` tokens from the bucket of a key, or put tokens back if `count` is negative.
+    def take(self, key: str, taken_tokens: float = 1.0) -> float:
+        """Take tokens from the bucket of a key.
+
+        Args:
+            key: key of the bucket.
+            taken_tokens: number of tokens; a negative number puts tokens back.
 
         Returns:
             0 if the bucket contained enough tokens. Otherwise nothing is taken, and the number of seconds is
@@ -57,12 +61,15 @@ class Buckets:
             # A new key has a full bucket.
             token_count, counted_at = self._levels.pop(key, (self.burst, now))
             token_count = min(self.burst, token_count + (now - counted_at) * self.rate)
-            has_enough = token_count >= count
+            has_enough = token_count >= taken_tokens
             # `pop` has removed the key. Inserting it at the end marks it as recently used.
-            self._levels[key] = (min(self.burst, token_count - count) if has_enough else token_count, now)
+            self._levels[key] = (
+                min(self.burst, token_count - taken_tokens) if has_enough else token_count,
+                now,
+            )
             if len(self._levels) > KEYS:
                 self._levels.popitem(last=False)
-            return 0.0 if has_enough else (count - token_count) / self.rate
+            return 0.0 if has_enough else (taken_tokens - token_count) / self.rate
 
 
 def address_key(address: str) -> str:
@@ -175,12 +182,16 @@ class Identities:
             )
         return annotator
 
-    def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:
+    def _identity(
+        self, annotator: StoredAnnotator, identification: str, csrf: str = "", session: str = ""
+    ) -> Identity:
         """Make the identity of an annotator, and decide whether the annotator is an admin. See `Identity`."""
         # In a blind study the user of this machine may take part, and must not see results. An admin logs in
         # with a token there.
-        is_admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")
-        return Identity(annotator, by, is_admin, csrf, session)
+        is_admin = (identification == "local" and not self.blind) or (
+            identification != "local" and annotator.role == "admin"
+        )
+        return Identity(annotator, identification, is_admin, csrf, session)
 
 
 def _plausible(token: str) -> bool:
@@ -214,7 +225,7 @@ def server_secret(path: Path) -> bytes:
 
 
 def csrf_token(key: str | bytes, purpose: str) -> str:
-    """Return the HMAC-SHA256 of a purpose as hexadecimal digits.
+    """Return a CSRF value: the HMAC-SHA256 of the name of its purpose, as hexadecimal digits.
 
     Args:
         key: secret that other sites cannot have: the id of a session, or the secret of the server.

@@ -159,11 +159,11 @@ def check_same_origin(headers: Headers, scheme: str) -> None:
             "The request must have an Origin or Sec-Fetch-Site header.",
             "From a script, send the header 'Authorization: Bearer TOKEN' instead of a cookie.",
         )
-    own_origin = [f"{scheme}://{headers.get('host', '')}".lower()]
+    own_origins = [f"{scheme}://{headers.get('host', '')}".lower()]
     # A header that is present must be right; lists, because a header could occur twice.
     if (
         origin_headers
-        and [origin.lower() for origin in origin_headers] != own_origin
+        and [origin.lower() for origin in origin_headers] != own_origins
         or site_headers
         and site_headers != ["same-origin"]
     ):
@@ -295,8 +295,8 @@ class AccessLog:
 class RequestChecks:
     """ASGI middleware that checks requests, adds headers to responses, and writes the access log.
 
-    The checks are of the host, the origin, the size, the identity of the client, the rate of its requests,
-    the CSRF value and the content type.
+    It checks the host, the origin and the size of a request, the identity of the client, the rate of the
+    client's requests, the CSRF value and the content type.
     """
 
     def __init__(self, app: ASGIApp, options: AppOptions, identities: Identities, log: AccessLog):
@@ -323,14 +323,14 @@ class RequestChecks:
         # Without extensions there is no 'http.response.pathsend', with which granian would read the file of
         # an export after the application has deleted it.
         scope["extensions"] = {}
-        entry = Entry(client_address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
+        log_entry = Entry(client_address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
         # Every response that is sent through this function gets the headers and is recorded.
-        send = _recorded(send, entry, scope["scheme"] == "https")
+        send = _recorded(send, log_entry, scope["scheme"] == "https")
         try:
             try:
                 # The checks have read the body. `replay` passes it to the application at the first call, and
                 # empties the list, so that later calls wait for the client.
-                unsent_body = [await self._admit(scope, receive, entry)]
+                unsent_body = [await self._admit(scope, receive, log_entry)]
 
                 async def replay() -> Message:
                     if unsent_body:
@@ -339,7 +339,7 @@ class RequestChecks:
 
                 await self.app(scope, replay, send)
             except RequestError as rejection:
-                entry.rejected = rejection.error
+                log_entry.rejected = rejection.error
                 response: Response = rejection.response()
                 if rejection.status == 401:
                     headers = Headers(scope=scope)
@@ -356,28 +356,28 @@ class RequestChecks:
                         response.headers.append("Set-Cookie", FORGET)
                 await response(scope, receive, send)
         except Disconnected:
-            entry.rejected = "disconnected"  # no response can be sent
+            log_entry.rejected = "disconnected"  # no response can be sent
         except (exc.DBAPIError, exc.TimeoutError) as error:
             error_response = no_database(error)
-            entry.rejected = error_response.error
+            log_entry.rejected = error_response.error
             await error_response.response()(scope, receive, send)
         except Exception:
             # The response has the same number in its header X-Request-Id, by which the log entry can be
             # found.
-            LOGGER.exception("request %s failed", entry.request)
+            LOGGER.exception("request %s failed", log_entry.request)
             # After a response has begun, another status cannot be sent.
-            if entry.status == 0:
+            if log_entry.status == 0:
                 await RequestError(500, "The server has an internal error.", REMEDIES[500]).response()(
                     scope, receive, send
                 )
         finally:
             # The router has stored the route in the scope.
             route = scope.get("route")
-            entry.route = getattr(route, "path", entry.route)
-            entry.rejected = entry.rejected or scope.get("state", {}).get("rejected")
-            self.log.write("request", entry.fields())
+            log_entry.route = getattr(route, "path", log_entry.route)
+            log_entry.rejected = log_entry.rejected or scope.get("state", {}).get("rejected")
+            self.log.write("request", log_entry.fields())
 
-    async def _admit(self, scope: Scope, receive: Receive, entry: Entry) -> bytes:
+    async def _admit(self, scope: Scope, receive: Receive, log_entry: Entry) -> bytes:
         """Check a request, and return its body. Checks that cost less come first.
 
         Raises:
@@ -420,7 +420,7 @@ class RequestChecks:
         if length_headers and int(length_headers[0][:20]) > limits.body:
             raise _too_large(limits)
         request_state = scope.setdefault("state", {})
-        identity = request_state["identity"] = await self._identify(headers, method, path, entry)
+        identity = request_state["identity"] = await self._identify(headers, method, path, log_entry)
         if method not in SAFE_METHODS:
             # A browser does not add a token by itself, as it does with a cookie, so a request with a token
             # needs no check against cross-site request forgery (CSRF).
@@ -442,7 +442,7 @@ class RequestChecks:
             raise RequestError(400, "The body contains NUL characters.", "Send the body in UTF-8.")
         return body
 
-    async def _identify(self, headers: Headers, method: str, path: str, entry: Entry) -> Identity | None:
+    async def _identify(self, headers: Headers, method: str, path: str, log_entry: Entry) -> Identity | None:
         """Identify the client, and count the request for its rate limit.
 
         Returns:
@@ -452,18 +452,18 @@ class RequestChecks:
             RequestError: 401 for an unknown client, 429 if the rate limit is exceeded.
         """
         is_public = (method, path) in OPEN
-        client_key = address_key(entry.address)
+        client_key = address_key(log_entry.address)
         identity = None
         rejection = None
         try:
             if not is_public:
                 # `find` reads the database, so it runs in a thread and does not block the event loop.
-                identity = await run_in_threadpool(self.identities.find, headers, entry.address)
+                identity = await run_in_threadpool(self.identities.find, headers, log_entry.address)
         except RequestError as error:
             rejection = error
         if identity is not None:
-            entry.annotator = identity.annotator.name
-            entry.by = identity.by
+            log_entry.annotator = identity.annotator.name
+            log_entry.by = identity.by
         # The request counts for the rate limit before a wrong token is rejected, so wrong tokens are limited,
         # too.
         wait_seconds = (
@@ -511,12 +511,12 @@ def _check_type(headers: Headers, path: str) -> None:
         )
 
 
-def _recorded(send: Send, entry: Entry, is_https: bool) -> Send:
+def _recorded(send: Send, log_entry: Entry, is_https: bool) -> Send:
     """Return a function that sends a message of a response, adds headers, and records status and size.
 
     Args:
         send: function that sends a message (ASGI).
-        entry: line of the access log that receives status and size.
+        log_entry: line of the access log that receives status and size.
         is_https: True if the client is connected by https.
     """
     # Strict-Transport-Security: browsers use https for this server during the next year (31,536,000 seconds)
@@ -524,13 +524,13 @@ def _recorded(send: Send, entry: Entry, is_https: bool) -> Send:
 
     async def recorded(message: Message) -> None:
         if message["type"] == "http.response.start":
-            entry.status = message["status"]
+            log_entry.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = entry.request
+            headers["X-Request-Id"] = log_entry.request
             for name, value in fixed_headers.items():
                 headers.setdefault(name, value)  # a value that a route has set is kept
         elif message["type"] == "http.response.body":
-            entry.bytes += len(message.get("body", b""))
+            log_entry.bytes += len(message.get("body", b""))
         await send(message)
 
     return recorded

@@ -68,7 +68,7 @@ async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Ident
         raise RequestError(
             403,
             "Only admins may open this address.",
-            "Log in with the token of an admin, whom tools/label.py add-annotator NAME --admin adds.",
+            "Log in with the token of an admin. Run tools/label.py add-annotator NAME --admin to add one.",
         )
     return identity
 
@@ -291,11 +291,11 @@ def label_api(context: Context) -> APIRouter:
 
 
 @contextmanager
-def _store_errors(conflict: str, conflict_remedy: str, value_remedy: str) -> Iterator[None]:
+def _store_errors(conflict_reason: str, conflict_remedy: str, value_remedy: str) -> Iterator[None]:
     """Convert errors of the store to the error responses 404, 409 and 422.
 
     Args:
-        conflict: reason in a response 409.
+        conflict_reason: reason in a response 409.
         conflict_remedy: instruction in a response 409.
         value_remedy: instruction in a response 422.
     """
@@ -306,7 +306,7 @@ def _store_errors(conflict: str, conflict_remedy: str, value_remedy: str) -> Ite
             404, "This annotator has no such assignment.", "Request /api/assignments again."
         ) from None
     except ConflictError:
-        raise RequestError(409, conflict, conflict_remedy) from None
+        raise RequestError(409, conflict_reason, conflict_remedy) from None
     except ValueError as error:
         raise RequestError(422, str(error), value_remedy) from None
 
@@ -355,8 +355,9 @@ def _judgements(router: APIRouter, context: Context) -> None:
         """Take an answer back. Its assignment is open again."""
         _check_may_answer(context, requester)
         with _store_errors(
-            "This answer cannot be undone, or another answer has the same key.",
-            "Request /api/assignments again.",
+            "This answer cannot be undone, because the study is complete or the names of the generators were"
+            " shown; or an answer has used the key.",
+            "Continue with the next pair, or send the undo with a new key.",
             "Send a key of 1 to 128 letters, digits, _ and -.",
         ):
             assignment_token = context.store.undo(
@@ -369,24 +370,27 @@ def admin_api(context: Context) -> APIRouter:
     """Make the router of the admin page. All its routes may be used by admins only."""
     router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)])
     report_lock = threading.Lock()
-    valid_until = 0.0  # time until which `report` is reused, in seconds of time.monotonic
-    report: dict = {}
+    valid_until = 0.0  # time until which `cached_report` is reused, in seconds of time.monotonic
+    cached_report: dict = {}
 
     @router.get("/quality")
     def quality() -> dict:
         """Return the quality report of the annotators and answers, and the progress of the preparation."""
-        nonlocal report, valid_until
+        nonlocal cached_report, valid_until
         # Only one thread at a time computes the report. It is reused for ten times the duration of its
         # computation, so that many open pages use at most a tenth of one thread.
         with report_lock:
             # While this thread waited for the lock, another one may have computed the report.
             start_time = time.monotonic()
             if start_time >= valid_until:
-                report = quality_report(
+                cached_report = quality_report(
                     context.store.judgements(context.campaign.settings.name, include_undone=True)
                 )
                 valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start_time))
-        return {**report, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
+        return {
+            **cached_report,
+            "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()},
+        }
 
     @router.get("/openapi.json", include_in_schema=False)
     def description(request: Request) -> JSONResponse:
@@ -417,8 +421,8 @@ def admin_api(context: Context) -> APIRouter:
     def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
         """Return an export of the campaign.
 
-        The format "csv" or "jsonl" contains the labels in the open label format. The format "judgements"
-        contains all judgements without loss.
+        The format "csv" or "jsonl" contains the labels in the format of `eg3d_rlhf.preferences.labels`. The
+        format "judgements" contains all judgements without loss.
         """
         file_name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
         # The export is written into a temporary file and streamed from it, because it may be large.
@@ -439,7 +443,9 @@ def admin_api(context: Context) -> APIRouter:
             folder.cleanup()
             # A study has no labels, and labels of single shapes cannot be written as CSV.
             if isinstance(error, ValueError):
-                raise RequestError(409, str(error), "Request format=judgements.") from None
+                raise RequestError(
+                    409, str(error), "Request the export with format=judgements, which contains all answers."
+                ) from None
             raise
         media_type = "text/csv" if format == "csv" else "application/x-ndjson"
         # The background task deletes the file after it was sent.
@@ -485,10 +491,10 @@ def _annotators(router: APIRouter, context: Context) -> None:
         """
         try:
             return _new_access(
-                request, body.name, context.store.new_token(body.name, keep_session=requester.session)
+                request, body.name, context.store.new_token(body.name, kept_session_id=requester.session)
             )
         except ValueError as error:
-            raise RequestError(404, str(error), "Request /api/admin/annotators.") from None
+            raise RequestError(404, str(error), "Use a name that /api/admin/annotators lists.") from None
 
     @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
     def revoke(body: models.Named, requester: Requester):
@@ -501,9 +507,9 @@ def _annotators(router: APIRouter, context: Context) -> None:
         try:
             # If only this machine can reach the server, its user is an admin without a token, so that another
             # admin is not needed.
-            context.store.revoke_annotator(body.name, keep_an_admin=context.options.exposed)
+            context.store.revoke_annotator(body.name, must_keep_admin=context.options.exposed)
         except ConflictError as error:
             raise RequestError(409, str(error), "Add another admin first.") from None
         except ValueError as error:
-            raise RequestError(404, str(error), "Request /api/admin/annotators.") from None
+            raise RequestError(404, str(error), "Use a name that /api/admin/annotators lists.") from None
         return annotators()

@@ -107,7 +107,13 @@ def _xor(first_bytes: bytes, second_bytes: bytes) -> bytes:
 
 
 async def read(path: Path, start_byte: int, stop_byte: int) -> AsyncIterator[bytes]:
-    """Yield the bytes start..stop-1 of a file in chunks, without blocking the event loop."""
+    """Yield the bytes `start_byte` to `stop_byte` - 1 of a file in chunks, without blocking the event loop.
+
+    Args:
+        path: path of the file.
+        start_byte: index of the first byte, from 0.
+        stop_byte: index after the last byte.
+    """
     async with await anyio.open_file(path, "rb") as file:
         await file.seek(start_byte)
         position = start_byte
