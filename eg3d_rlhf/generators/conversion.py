@@ -38,7 +38,7 @@ _LATTICE = 257  # positions along the slices at which the weights of the slices 
 
 
 def fit_slice_weights(extent: float, slices: int = SLICES) -> tuple[torch.Tensor, float]:
-    """Fit weights of slices, so that the interpolated slices reproduce a plane.
+    """Fit one weight per slice of a tri-grid, so that the interpolated slices reproduce a single plane.
 
     At the position t across the slices, a tri-grid interpolates linearly: slice d has the weight T_d(t), a
     hat function. Every slice d is the plane times s_d, so the sum over d of T_d(t) s_d should be 1 for all t
@@ -131,7 +131,7 @@ def _build_converted(
 
     Args:
         network_class: class of the PanoHead network.
-        kwargs: its constructor arguments.
+        kwargs: constructor arguments of the PanoHead network.
         G: EG3D network.
         slice_weights: weight of each slice, [D].
         background: constant output of the background network.

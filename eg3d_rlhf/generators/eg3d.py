@@ -36,7 +36,7 @@ class PlaneField:
     Args:
         G: the network, or any object with the same attributes planes, decoder, renderer and rendering_kwargs.
         ws: style vectors [N, L, W].
-        noise_mode: noise of the synthesis network, one of `training.config.NOISE_MODES`.
+        noise_mode: noise of the synthesis network, 'const', 'random' or 'none', as in StyleGAN.
     """
 
     level = LEVEL
@@ -232,10 +232,7 @@ class PlaneField:
 
     @functools.cached_property
     def _merged(self) -> MergedPlanes | None:
-        """Return the planes in the memory layout of `triplane_decode`, or None for planes of other axes.
-
-        The layout exists only for axis-aligned planes.
-        """
+        """Return the planes in the memory layout of `triplane_decode`; None if they are not axis-aligned."""
         return None if self._pairs is None else merge_planes(self._wide(self.planes), self._pairs)
 
 

@@ -1,7 +1,7 @@
-"""A generator in other world coordinates: translated, scaled, mirrored, with its density on another scale.
+"""A generator whose shapes are translated, scaled and mirrored, and whose density is multiplied by a factor.
 
-With it, a reward can score shapes of another generator than the one that it was trained with. "Our world" has
-the coordinates of the reward, and "their world" the coordinates of the inner generator.
+A reward can therefore score shapes of a generator that it was not trained with. "Our world" has the
+coordinates of the reward, and "their world" has the coordinates of the inner generator.
 
 Shapes: N is the number of samples, P of points, and D, H and W are numbers of grid points along z, y and x.
 """
@@ -103,7 +103,7 @@ class PlacedField:
         return torch.cat([2 * self.bounds.centre[0] - points[..., :1], points[..., 1:]], dim=-1)
 
     def _within(self, points: torch.Tensor) -> torch.Tensor:
-        """Return a bool [...] for points [..., 3] of their world: True for points in the generator's cube."""
+        """Test which points [..., 3] of their world lie in the inner generator's cube: a bool [...]."""
         inner_bounds = self._inner.bounds
         offsets = points - points.new_tensor(inner_bounds.centre)
         # The tolerance 1e-5 includes points that rounding has moved out of the cube.

@@ -278,7 +278,7 @@ def _columns(
 def _span(
     corners: torch.Tensor, u: int, v: int, strip_start: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the range of the coordinate v of triangles within a strip row <= u <= row + 1.
+    """Compute the range of the coordinate v of triangles within a strip, strip_start <= u <= strip_start + 1.
 
     Args:
         corners: coordinates [K, 3 corners, 3].

@@ -32,7 +32,7 @@ _MIN_STEP = 1.0  # shortest step of a ray, in voxels
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LevelSet:
-    """Surface of one shape, on which the raw density equals a level. It is above the level inside."""
+    """Surface of one shape: the points where the raw density equals a level. The density is higher inside."""
 
     cube: Tensor  # [D, H, W] raw density at the grid points of `spec`
     spec: SlabSpec
@@ -81,7 +81,7 @@ class LevelSet:
         return torch.where(self._within(points), self.density(points) - self.level, -_FAR_BELOW)
 
     def _within(self, points: Tensor) -> Tensor:
-        """Return True [...] for points [..., 3] inside the cube or on its faces."""
+        """Test which points [..., 3] lie inside the cube or on its faces. Returns a bool [...]."""
         # The factor 1 + 1e-6 admits points on the faces that rounding has moved outwards.
         return (points - points.new_tensor(self.spec.centre)).abs().amax(dim=-1) <= self.spec.box_warp / 2 * (
             1 + 1e-6
@@ -181,7 +181,7 @@ class LevelSet:
 
     @functools.cached_property
     def _maps(self) -> Tensor:
-        """Two maps for tracing, [2, D, H, W].
+        """Return the two maps [2, D, H, W] that `trace` reads.
 
         The first map is the density minus the level. The second map is the distance to the nearest grid point
         inside in voxels. It uses the maximum norm, which is a lower bound of the Euclidean distance.
@@ -200,9 +200,9 @@ class LevelSet:
 
     @functools.cached_property
     def crowding(self) -> Tensor:
-        """Fraction of the space around each grid point that is inside the shape, in 0..1.
+        """Return the fraction of the space around each grid point that is inside the shape, in 0..1.
 
-        The shape is [2, D/2, H/2, W/2]: one map for each radius of REACHES, at half the resolution.
+        The result [2, D/2, H/2, W/2] has one map for each radius of REACHES, at half the resolution.
         """
         # imported here, because few functions need this library
         from scipy.ndimage import uniform_filter

@@ -68,6 +68,7 @@ def extract_mesh(
         volume.transpose(2, 1, 0), level
     )  # [W, H, D], so that vertices are (x, y, z)
     check_crossed(float(volume.min()), float(volume.max()), level)
+    # One layer of low density around the volume closes the surface at the border.
     vertices, faces, _ = marching_cubes(
         [np.pad(prepared_volume, 1, constant_values=outside_value(level))], level
     )
@@ -198,7 +199,7 @@ class EdgeCounts:
 
     @property
     def watertight(self) -> bool:
-        """True if every edge belongs to exactly two faces, which traverse it in opposite directions."""
+        """Return True if each edge belongs to exactly two faces, which traverse it in opposite directions."""
         return self.open == 0 and self.shared == 0
 
 
@@ -480,7 +481,7 @@ _MIN_BLOCK_PLANES = 16  # smallest number of planes of a block, so that there ar
 
 
 def bricks_along(point_count: int, cells_per_brick: int = BRICK) -> int:
-    """Return the number of bricks along an axis that cover its grid points, and one step beyond each end.
+    """Return the number of bricks (cubes of cells) that cover an axis, and one grid step beyond each end.
 
     Args:
         point_count: number of grid points along the axis.
@@ -561,7 +562,7 @@ class SurfaceBuilder:
         Layers must be added in order. Each layer begins with the last plane of the previous layer.
 
         Args:
-            first_plane: index along x of the first plane, where 0 is the plane outside the volume.
+            first_plane: index along x of the layer's first plane; index 0 is the plane before the volume.
             layer: raw density [planes, padded Y, padded Z], including points outside the volume. Only the
                 selected bricks are read.
             bricks: bool [bricks along y, bricks along z], True for the selected bricks. The surface must not

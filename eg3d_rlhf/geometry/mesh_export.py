@@ -109,7 +109,7 @@ class FieldGrid:
     def _block(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Compute the raw density [X, Y, Z] at all combinations of world coordinates x [X], y [Y] and z [Z].
 
-        The result is on the CPU. `low` and `high` are updated.
+        The result is on the CPU. `low` and `high`, the range of the densities so far, are updated.
         """
         density = self.separable(x, y, z)
         if density is None and isinstance(self.field, ProductField):
@@ -125,7 +125,7 @@ class FieldGrid:
         return block
 
     def __call__(self, x_range: slice) -> torch.Tensor:
-        """Return the raw density [x, Y, Z] of the grid points whose x indices are in a slice."""
+        """Return the raw density [x, Y, Z] of the grid points whose x indices are in the slice `x_range`."""
         first_inside = self.inside.start
         end_inside = self.inside.stop
         start = max(x_range.start, first_inside)
@@ -195,17 +195,16 @@ def extract_field_mesh(
 
 @dataclass(frozen=True)
 class BrickBounds:
-    """Classification of the bricks of a grid by the bounds of their density."""
+    """Bricks that may contain a part of the surface, according to bounds of the density in each brick."""
 
-    undecided: (
-        np.ndarray
-    )  # [bricks along x, y, z] bool: True for bricks that may contain a part of the surface
+    # bool [bricks along x, y, z], True for bricks that may contain a part of the surface
+    undecided: np.ndarray
     any_below: bool  # True if at least one brick lies certainly below the level
     any_above: bool  # True if at least one brick lies certainly above the level
 
 
 def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
-    """Classify all bricks by the bounds of their density.
+    """Find the bricks that may contain a part of the surface, by bounds of the density in each brick.
 
     If many bricks are undecided, the bounds of bricks of half the size are computed, too.
 
@@ -227,7 +226,7 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
 
 
 def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int) -> BrickBounds:
-    """Classify bricks of a given size by the bounds of their density.
+    """Find the bricks of a given size that may contain a part of the surface, see `bound_bricks`.
 
     Args:
         density: density in separable form.
@@ -445,7 +444,7 @@ SHAPE_SUFFIXES = (*MESH_SUFFIXES, ".mrc")
 
 
 def check_mesh_suffix(path: str | Path, caller: str = "save_mesh") -> Path:
-    """Return the path of a mesh file as a Path.
+    """Check that a path has the suffix of a mesh format, and return it as a Path.
 
     Args:
         path: path of the file.

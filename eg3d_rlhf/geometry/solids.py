@@ -52,13 +52,13 @@ class Rules:
                 f"Rules: weights must be {len(TERMS)} numbers >= 0, of which at least one is above 0, got"
                 f" {self.weights}."
             )
-        invalid = [
-            value for value in (self.thin, self.leak) if value is not None and not 0 < value < math.inf
+        invalid_radii = [
+            radius for radius in (self.thin, self.leak) if radius is not None and not 0 < radius < math.inf
         ]
-        if invalid:
+        if invalid_radii:
             raise ValueError(
-                f"Rules: thin and leak must be radii > 0 in voxels, got {invalid[0]}. Use a positive radius"
-                " or None."
+                f"Rules: thin and leak must be radii > 0 in voxels, got {invalid_radii[0]}. Use a positive"
+                " radius or None."
             )
 
     def bridge(self, solid: np.ndarray) -> float:
@@ -216,8 +216,8 @@ def morphological_closing(solid: np.ndarray, radius: float) -> np.ndarray:
     # The margin leaves space for balls outside the bounding box.
     margin = math.ceil(radius) + 1
     box, bounds = _cut_box(solid, margin)
-    closed = ndimage.distance_transform_edt(dilated(box, radius)) > radius  # erosion by the same ball
-    return _insert_box(closed | box, bounds, margin, solid.shape)
+    closed_box = ndimage.distance_transform_edt(dilated(box, radius)) > radius  # erosion by the same ball
+    return _insert_box(closed_box | box, bounds, margin, solid.shape)
 
 
 def enclosed(solid: np.ndarray) -> np.ndarray:
@@ -248,10 +248,10 @@ def exposed(labels: np.ndarray, part_count: int) -> np.ndarray:
     """Count the exposed voxel faces of each part: faces next to background or at the border of the grid.
 
     Args:
-        labels: [X, Y, Z], 0 for background and 1..count for the parts.
+        labels: [X, Y, Z], 0 for background and 1..part_count for the parts.
         part_count: number of parts.
 
-    Returns: numbers of faces [count].
+    Returns: numbers of faces [part_count].
     """
     padded = np.pad(labels, 1)
     face_counts = np.zeros(part_count + 1, dtype=np.int64)
@@ -411,8 +411,8 @@ def combine_terms(terms: Mapping[str, float], rules: Rules) -> Score:
     """
     weights = dict(zip(TERMS, rules.weights, strict=True))
     # logarithm of the weighted geometric mean
-    mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
-    return Score(**terms, solid=math.exp(mean))
+    log_mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
+    return Score(**terms, solid=math.exp(log_mean))
 
 
 def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
@@ -420,6 +420,10 @@ def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
 
     Its hollows are filled, and parts with less than CRUMB of the exposed voxel faces are removed. An empty
     grid is returned unchanged.
+
+    Args:
+        solid: grid [X, Y, Z].
+        rules: settings, of which only the radius `leak` is used.
     """
     filled = fill(solid, rules.bridge(solid))
     # parts of the filled shape
@@ -457,7 +461,7 @@ class ScoreWithFidelity:
 
     @property
     def reward(self) -> float:
-        """Reward in 0..1: solid * clip((F - 0.75) / 0.2, 0, 1).
+        """Return the reward in 0..1: solid * clip((F - 0.75) / 0.2, 0, 1).
 
         A plain product solid * F would be higher for the convex hull of a shape than for the shape itself.
         The clipped weight prevents this.
@@ -533,7 +537,7 @@ def hole_caps(solid: np.ndarray, radius: float) -> np.ndarray:
         radius: radius of the ball in voxels.
     """
     body = main_part(solid)
-    piece_labels, count = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
+    piece_labels, _ = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
     plugs = np.zeros_like(solid)
     for piece_label, bounds in enumerate(ndimage.find_objects(piece_labels), start=1):
         # The region has one more voxel on each side, because the Euler number depends on the neighbours.

@@ -140,7 +140,7 @@ class Blip(nn.Module):
 
     @property
     def side(self) -> int:
-        """Number of pixels per side of the images that the encoder takes."""
+        """Return the number of pixels per side of the images that the encoder takes."""
         return self.visual_encoder.config.image_size
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:

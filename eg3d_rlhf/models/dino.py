@@ -156,12 +156,12 @@ class DinoConfig:
 
     @property
     def pixels(self) -> int:
-        """Number of pixels per side of the input images, S."""
+        """Return the number of pixels per side of the input images, S."""
         return self.shown or self.image_size
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of an input image, L."""
+        """Return the number of tokens of an input image, L."""
         return 1 + self.num_register_tokens + (self.pixels // self.patch_size) ** 2
 
 
@@ -192,9 +192,9 @@ class Dino(nn.Module):
         self.encoder = network.encoder
         self.layernorm = network.layernorm
 
-    def tokens(self, standard: torch.Tensor) -> torch.Tensor:
+    def tokens(self, standard_images: torch.Tensor) -> torch.Tensor:
         """Return the tokens [N, L, E] before the last norm, for images [N, 3, S, S] from `standardised`."""
-        return self.encoder(self.embeddings(standard)).last_hidden_state
+        return self.encoder(self.embeddings(standard_images)).last_hidden_state
 
     def forward(self, images: torch.Tensor, normed: bool = True) -> torch.Tensor:
         # normed: True returns the tokens after the last norm, False the tokens before it.
@@ -237,25 +237,27 @@ def from_hub(state_dict: Mapping[str, torch.Tensor], config: DinoConfig) -> Stat
         state_dict: state dict with torch hub's names.
         config: settings of the network.
     """
-    renamed = to_transformers(state_dict, HUB_NAMES)
+    renamed_state = to_transformers(state_dict, HUB_NAMES)
     positions_name = "embeddings.position_embeddings"
     # If the entry is missing, `fill` reports this later with all other missing entries.
-    if positions_name in renamed:
-        renamed[positions_name] = _positions(renamed[positions_name], config.image_size // config.patch_size)
-    return renamed
+    if positions_name in renamed_state:
+        renamed_state[positions_name] = _positions(
+            renamed_state[positions_name], config.image_size // config.patch_size
+        )
+    return renamed_state
 
 
 def _positions(positions: torch.Tensor, target_side: int) -> torch.Tensor:
     """Interpolate position embeddings as torch hub's DINOv2 does.
 
-    The interpolation is bicubic without antialiasing, by the factor (side + 0.1) / G. The 0.1 shifts the
-    sampled positions, so it is needed for the same results.
+    The interpolation is bicubic without antialiasing, by the factor (target_side + 0.1) / G. The 0.1 shifts
+    the sampled positions, so it is needed for the same results.
 
     Args:
         positions: embeddings [1, 1 + G^2, E]; the first one belongs to the class token.
         target_side: number of patches per side of the result.
 
-    Returns: embeddings [1, 1 + side^2, E].
+    Returns: embeddings [1, 1 + target_side^2, E].
     """
     trained_side = math.isqrt(positions.shape[1] - 1)  # G
     if target_side == trained_side:
@@ -303,8 +305,9 @@ def _find_weights(name: str) -> Path:
         repository = HUB.get(name, name)
         raise FileNotFoundError(
             f"{name}: no weights were found on this machine (searched:"
-            f" {searched_paths or 'the cache of Hugging Face, which has no such network'}). Download them"
-            f" with hf download {repository} (https://huggingface.co/{repository})."
+            f" {searched_paths or 'the cache of Hugging Face, which has no such network'}). Check the name,"
+            f" or download a network of the Hugging Face hub with hf download {repository}"
+            f" (https://huggingface.co/{repository})."
         )
     return path
 
@@ -419,9 +422,9 @@ class Dino3(nn.Module):
         self.norm = network.norm
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        standard = standardised(images, self.norm.weight)
-        x = self.embeddings(standard)
-        angles = self.rope_embeddings(standard)  # cosines and sines, [G^2, channels of a head] each
+        standard_images = standardised(images, self.norm.weight)
+        x = self.embeddings(standard_images)
+        angles = self.rope_embeddings(standard_images)  # cosines and sines, [G^2, channels of a head] each
         # The model's output `hidden_states[-1]` is taken before the norm in some releases of transformers and
         # after it in others (4.56.2 to 5.23.0). Calling the layers gives the same result in all of them.
         for layer in self.layer:

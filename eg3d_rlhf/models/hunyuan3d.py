@@ -783,7 +783,7 @@ def farthest(points: torch.Tensor, point_count: int, generator: torch.Generator)
         point_count: number of points to choose.
         generator: random generator on the CPU.
 
-    Returns: the indices [count] of the chosen points.
+    Returns: the indices [point_count] of the chosen points.
     """
     chosen_indices = torch.zeros(point_count, dtype=torch.int64)
     if point_count:

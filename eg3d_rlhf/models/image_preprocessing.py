@@ -170,7 +170,7 @@ def _cubic(n: int, m: int) -> Taps:
 
 
 def _area_enlarging(n: int, m: int) -> Taps:
-    """Return the taps of "area" for an axis of an image of which a side grows.
+    """Return the taps of "area" for one axis of an image, if at least one of its two axes grows.
 
     As in OpenCV, this is a linear interpolation in which positions are measured from the edge of a pixel and
     not from its centre. The weights are integers in units of 1/2048, for fixed-point arithmetic.
@@ -216,7 +216,7 @@ def short_side(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
         x: images [N, C, h, w].
         side_pixels: pixels per side of the result.
 
-    Returns: images [N, C, size, size].
+    Returns: images [N, C, side_pixels, side_pixels].
     """
     height, width = x.shape[-2:]
     # The longer side is rounded down, as in torchvision.
@@ -244,7 +244,8 @@ def on_white(image: Image.Image, side_pixels: int, border: float) -> tuple[np.nd
         side_pixels: pixels per side of the result.
         border: share of the square's side that stays free around the object, 0..1.
 
-    Returns: the image, bytes [size, size, 3], and the mask of the object, bytes [size, size].
+    Returns: the image, bytes [side_pixels, side_pixels, 3], and the mask of the object, bytes [side_pixels,
+        side_pixels].
     Raises: ValueError if the object has no more than one row or column.
     """
     square = place_in_square(np.asarray(image), border)
@@ -278,8 +279,8 @@ def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
     object_size = int(height * scale), int(width * scale)
     if min(object_size) < 1:
         raise ValueError(
-            f"the object must be larger than one pixel, but has {height} x {width} (rows x columns). Choose"
-            " another image."
+            "the object is empty or too thin: its pixels that are not fully transparent lie in"
+            f" {len(object_rows)} rows and {len(object_columns)} columns. Choose another image."
         )
     # All four channels are resized alike, as in the original. Colours of transparent pixels therefore
     # influence the pixels at the edge of the object.
@@ -307,15 +308,15 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 def on_black(image: Image.Image, side_pixels: int, margin: float = 1.2) -> torch.Tensor:
     """Place the object in the centre of a black square, as the pipeline of TRELLIS does.
 
-    `squared` crops the square. It is resized by Lanczos, and then colours are multiplied by opacity and
-    rounded down to 8 bits.
+    `squared` crops the square, which is then resized by Lanczos. At the end, colours are multiplied by
+    opacity and rounded down to 8 bits.
 
     Args:
         image: RGBA image.
         side_pixels: pixels per side of the result.
         margin: side of the square, as a multiple of the longer side of the object.
 
-    Returns: an image [3, size, size] of values 0..1, in steps of 1/255.
+    Returns: an image [3, side_pixels, side_pixels] of values 0..1, in steps of 1/255.
     Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
     """
     square = squared(image, margin).resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)
@@ -335,7 +336,7 @@ def on_black_first(
         side_lengths: pixels per side of each result.
         largest: largest number of pixels of the longer side of the image.
 
-    Returns: one image [3, size, size] of values 0..1 for each of the sizes.
+    Returns: one image [3, s, s] of values 0..1 for each s of `side_lengths`.
     Raises: ValueError as `on_black`.
     """
     # The order matters: blending after resizing would change edges by up to 20 of 255.
@@ -361,8 +362,8 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
 
     The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
     pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where
-    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves
-    to the even one.
+    k = int(margin max(r - l, b - t)). Its corners are rounded to whole pixels; a coordinate halfway between
+    two pixels is rounded to the even one.
 
     Args:
         image: RGBA image.

@@ -75,7 +75,7 @@ CLIP = (  # regular expressions of open_clip's names and their replacements in t
 
 
 def unet_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Map the beginnings of the names in LDM's U-Net to the beginnings in diffusers.
+    """Return the prefixes of the names in LDM's U-Net, with the prefix in diffusers that replaces each.
 
     LDM numbers its blocks in two lists, input_blocks and output_blocks. diffusers numbers them by level of
     resolution, and within a level. In input_blocks, a level ends with a block that consists of a downsampling

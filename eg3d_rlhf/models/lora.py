@@ -117,7 +117,7 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Weight of the base layer, for networks that read its dtype or shape.
+        """Return the weight of the base layer, for networks that read its dtype or shape.
 
         A computation with this weight does not include the adapter.
         """

@@ -101,7 +101,7 @@ class MixtureConfig(blocks.ConditionedConfig):
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Names of the tensors of each group, in the order of the tokens."""
+        """Return the names of the tensors of each group, in the order of the tokens."""
         group_of_name: dict[str, str] = {}
         for group_name, latent_names in self.latent_share_transformer.items():
             group_of_name |= dict.fromkeys(latent_names, group_name)
@@ -426,7 +426,7 @@ class ImageEncoder(nn.Module):
             False returns the tokens after the last norm, without the registers.
         normalised: True standardises images by ImageNet's mean and standard deviation.
 
-    Raises: ValueError if `size` is not a multiple of the patch size.
+    Raises: ValueError if `side_pixels` is not a multiple of the patch size.
     """
 
     def __init__(
@@ -542,7 +542,7 @@ class PointPatches(nn.Module):
 
 
 def remapped(points: torch.Tensor, transform_name: str) -> torch.Tensor:
-    """Transform coordinates so that large values become smaller.
+    """Transform the coordinates of a point map, in most cases to reduce large values.
 
     Args:
         points: coordinates [N, 3, ...].
@@ -608,8 +608,8 @@ class Embedder(nn.Module):
             hidden_widths: channels inside the feed-forward layer after each encoder.
             channels: channels W of a conditioning token.
             has_pre_norm: True normalises the tokens before the feed-forward layer.
-            random: True if the frame vectors were random and not trained. Files then store them with one more
-                axis.
+            random: True if the vectors that distinguish the crop from the full frame were random and not
+                trained. Files then store them with one more axis.
         """
         super().__init__()
         self.inputs = [inputs for _, _, inputs in encoders]
@@ -629,7 +629,7 @@ class Embedder(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Names of the inputs, in the order of their tokens."""
+        """Return the names of the inputs, in the order of their tokens."""
         return [name for inputs in self.inputs for name, _ in inputs]
 
     def forward(self, inputs_by_name: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -38,7 +38,8 @@ def angles_of(
 ) -> torch.Tensor:
     """Compute the angles by which the channel pairs of an attention head are rotated, [V, P] float32.
 
-    The angles for axis 1 come first, then those for axis 2 and for axis 3, then zeros.
+    With n = head_channels // 6, the angles for axis 1 are coordinate * f_0 / f_1^(i / n) for i = 0 .. n - 1.
+    They are followed by the angles for axis 2 and for axis 3, and then by zeros.
 
     Args:
         coords: coordinates [V, 3] of the tokens.
@@ -49,7 +50,7 @@ def angles_of(
     rates = frequencies[0] / frequencies[1] ** (
         torch.arange(pairs_per_axis, dtype=torch.float32, device=coords.device) / pairs_per_axis
     )
-    angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
+    angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 pairs_per_axis]
     # An angle of zero leaves the remaining pairs unrotated.
     return torch.nn.functional.pad(angles, (0, head_channels // 2 - angles.shape[1]))
 
@@ -138,12 +139,12 @@ class FlowConfig(blocks.ConditionedConfig):
 
     @property
     def head_channels(self) -> int:
-        """Channels D of an attention head."""
+        """Return the number of channels D of an attention head."""
         return self.model_channels // self.heads
 
     @property
     def given(self) -> int:
-        """Channels K of the additional features; 0 if the model has none."""
+        """Return the number of channels K of the additional features; 0 if the model has none."""
         return self.in_channels - self.out_channels
 
 
@@ -385,7 +386,7 @@ class VoxelDecoderConfig(VoxelConfig):
 
     @property
     def finer(self) -> int:
-        """Number of finest voxels along a side of a coarsest voxel."""
+        """Return the number of finest voxels along a side of a coarsest voxel."""
         return 2 ** len(self.up_block_type)
 
 
@@ -409,7 +410,7 @@ class VoxelEncoderConfig(VoxelConfig):
 
     @property
     def coarser(self) -> int:
-        """Number of finest voxels along a side of a coarsest voxel."""
+        """Return the number of finest voxels along a side of a coarsest voxel."""
         return 2 ** len(self.down_block_type)
 
 
@@ -426,10 +427,12 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int, mlp_ratio: float = 4.0, use_checkpoint: bool = False):
         super().__init__()
         # use_checkpoint has no effect. It is accepted because block_args of released files may contain it.
-        hidden = int(channels * mlp_ratio)
+        hidden_channels = int(channels * mlp_ratio)
         self.norm = LayerNorm32(channels, affine=True)
         self.conv = Conv(channels, channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden_channels), nn.SiLU(), nn.Linear(hidden_channels, channels)
+        )
 
     def forward(self, x: SparseBatch) -> SparseBatch:
         return x.with_feats(x.feats + self.mlp(self.norm(self.conv(x).feats)))
@@ -464,12 +467,12 @@ class SplitBlock(nn.Module):
         """
         return self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
 
-    def forward(self, x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
+    def forward(self, x: SparseBatch, child_exists: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
-        # exists: bool [V, 8], True for children that exist. The skip connection and the branch of the
+        # child_exists: bool [V, 8], True for children that exist. The skip connection and the branch of the
         # convolutions get the same voxels.
-        y = split(x, exists)
-        h = split(h, exists)
+        y = split(x, child_exists)
+        h = split(h, child_exists)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
         return y.with_feats(h.feats + y.feats.repeat_interleave(self.repeats, 1))
 
@@ -499,19 +502,20 @@ class MergeBlock(nn.Module):
         return h.with_feats(y + self.conv2(h.with_feats(F.silu(self.norm2(h.feats)))).feats)
 
 
-def split(x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
+def split(x: SparseBatch, child_exists: torch.Tensor) -> SparseBatch:
     """Split voxels with features [V, 8 C] into their children with features [W, C]. Differentiable in: feats.
 
     The first C channels of a voxel belong to child 0, the next C channels to child 1, and so on.
 
     Args:
         x: batch of voxels.
-        exists: bool [V, 8], True for children that exist.
+        child_exists: bool [V, 8], True for children that exist.
 
     Raises: ValueError if no child exists.
     """
-    check_shape("split.there", exists, [len(x.feats), 8], "Pass the children of these voxels.")
-    voxel_rows, child_indices = exists.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
+    check_shape("split.child_exists", child_exists, [len(x.feats), 8], "Pass the children of these voxels.")
+    # [W] each: children stay in the order of their voxels
+    voxel_rows, child_indices = child_exists.nonzero().unbind(1)
     if not len(voxel_rows):
         raise ValueError(
             f"decode: none of the {len(x.feats)} voxels has children, so the decoded object is empty. Use"
@@ -532,10 +536,10 @@ def merge(x: SparseBatch) -> SparseBatch:
     """
     coarse = coarser(x)
     offsets = x.coords[:, 1:].long() & 1  # [W, 3] offset of each child in its voxel
-    child = offsets[:, 0] + 2 * offsets[:, 1] + 4 * offsets[:, 2]  # number of the child, as in `split`
-    merged = x.feats.new_zeros(len(coarse.coords), 8, x.feats.shape[1])
-    merged = merged.index_put((coarse.row, child), x.feats)
-    return SparseBatch(coarse.coords, merged.flatten(1), x.size, coarse.cache)
+    child_index = offsets[:, 0] + 2 * offsets[:, 1] + 4 * offsets[:, 2]  # as in `split`
+    merged_feats = x.feats.new_zeros(len(coarse.coords), 8, x.feats.shape[1])
+    merged_feats = merged_feats.index_put((coarse.row, child_index), x.feats)
+    return SparseBatch(coarse.coords, merged_feats.flatten(1), x.size, coarse.cache)
 
 
 class VoxelNetwork(nn.Module):
@@ -667,19 +671,19 @@ class VoxelAsset:
 
     @property
     def means(self) -> torch.Tensor:
-        """Positions of the vertices [W, 3] in the cube -0.5..0.5."""
+        """Return the positions of the vertices [W, 3] in the cube -0.5..0.5."""
         return (self.coords + self.vertices) / self.resolution - 0.5
 
     @property
     def colours(self) -> torch.Tensor:
-        """Base colours [W, 3], 0..1. They are grey (0.5) without materials."""
+        """Return the base colours [W, 3], 0..1. They are grey (0.5) without materials."""
         if self.materials is None:
             return torch.full_like(self.vertices, 0.5)
         return self.materials[:, :3].clamp(0, 1)
 
     @property
     def opacities(self) -> torch.Tensor:
-        """Opacities [W], 0..1. They are 1 without materials."""
+        """Return the opacities [W], 0..1. They are 1 without materials."""
         return torch.ones_like(self.split) if self.materials is None else self.materials[:, 5].clamp(0, 1)
 
     def to(self, device: str | torch.device) -> "VoxelAsset":

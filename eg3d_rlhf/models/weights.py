@@ -53,7 +53,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def existing_path(path: str | Path, who: str) -> Path:
-    """Return the path as a Path object.
+    """Check that a file or folder exists, and return its path as a Path object.
 
     Raises: FileNotFoundError if there is no file or folder with this path.
     """
@@ -190,19 +190,21 @@ def to_transformers(state_dict: Mapping[str, torch.Tensor], name_rules: Iterable
         state_dict: state dict.
         name_rules: pairs of a regular expression and its replacement, applied in order.
     """
-    renamed: State = {}
+    renamed_state: State = {}
     for name, tensor in state_dict.items():
         for pattern, replacement in name_rules:
             name = re.sub(pattern, replacement, name)
-        block, qkv, parameter = name.partition(".attn.qkv.")
-        if qkv:
+        block_name, qkv_separator, parameter_name = name.partition(".attn.qkv.")
+        if qkv_separator:
             projection_names = ("query", "key", "value")
             # Not strict: a tensor of another shape is reported later, when the network is filled.
             for projection_name, projection in zip(projection_names, tensor.chunk(3), strict=False):
-                renamed[f"{block}.attention.attention.{projection_name}.{parameter}"] = projection
+                renamed_state[f"{block_name}.attention.attention.{projection_name}.{parameter_name}"] = (
+                    projection
+                )
         else:
-            renamed[name] = tensor
-    return renamed
+            renamed_state[name] = tensor
+    return renamed_state
 
 
 def shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -406,18 +408,19 @@ def rewrite(path: Path, file_content: Any) -> None:
         path: file; the suffix .safetensors selects that format, any other suffix the format of torch.save.
         file_content: content of the file, as `read_content` returns it.
     """
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished_file = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.suffix == ".safetensors":
-            safetensors.torch.save_file(file_content, unfinished, metadata={"format": "pt"})
+            safetensors.torch.save_file(file_content, unfinished_file, metadata={"format": "pt"})
         else:
-            torch.save(file_content, unfinished)
+            torch.save(file_content, unfinished_file)
         # Renaming is atomic: the path leads to the old file or to the complete new file at any time.
-        unfinished.replace(path)
+        unfinished_file.replace(path)
     finally:
+        # After a successful rename there is no unfinished file.
         with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+            unfinished_file.unlink()
 
 
 @contextlib.contextmanager

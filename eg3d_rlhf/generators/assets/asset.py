@@ -47,7 +47,7 @@ KINDS: Registry[type["Asset"]] = Registry(
 
 
 class Asset(torch.nn.Module, abc.ABC):
-    """Base class of several assets of one kind in one module.
+    """Base class of modules that contain A assets of the same kind.
 
     Each asset has its own parameters: the first axis of every parameter is A. The bounds of the assets are
     the unit cube about the origin. Renders have no jitter, are black where space is empty, and are
@@ -89,7 +89,7 @@ class Asset(torch.nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return the parameters in groups with different learning rates.
+        """Return the parameters by group: name -> list. The groups have different learning rates.
 
         The group 'grid' contains the values of the grid or the latents. The group 'decoder' exists only for
         assets with a decoder.
@@ -191,7 +191,7 @@ def load_assets(path: str | Path) -> Asset:
 
 
 def sparsity(raw: torch.Tensor, grid_spacing: float) -> dict[str, torch.Tensor]:
-    """Compute two penalties on the opacity o = 1 - exp(-softplus(raw - 1) step) of grid points.
+    """Compute two penalties on the opacity o = 1 - exp(-softplus(raw - 1) grid_spacing) of grid points.
 
     Args:
         raw: raw density [A, ...] at the points of a grid.
@@ -239,7 +239,7 @@ class AssetGenerator:
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> torch.Tensor:
-        """Return ws [N, 1, 1], the index of the asset for each latent.
+        """Return the index of the asset of each latent, in the shape of style vectors ws [N, 1, 1].
 
         The camera and the truncation have no effect.
 
@@ -261,7 +261,7 @@ class AssetGenerator:
         return is_latent_of_asset.float().argmax(dim=1).view(-1, 1, 1).to(z)
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Asset:
-        """Return the assets with the indices ws [N, 1, 1].
+        """Return the assets whose indices ws [N, 1, 1] contains.
 
         Raises: ValueError for values that are no index of an asset, such as interpolated ones.
         """

@@ -1,4 +1,6 @@
-"""Assets on grids of parameters: voxels (for the test problem), and tri-planes with a decoder per asset.
+"""Assets on grids of parameters: voxels, and tri-planes with a decoder per asset.
+
+The CPU test problem for score distillation (eg3d_rlhf/rewards/boxes.py) uses the voxels.
 
 Shapes: A is the number of assets, N of voxels per edge, P of points, C of plane channels, J of hidden units,
 and R of texels per edge. X, Y and Z are numbers of grid points along x, y and z.

@@ -1,8 +1,8 @@
 """Cameras around assets, and renders of assets.
 
 Cameras are sampled as in public text-to-3D code, and converted to the conventions of networks with four views
-such as MVDream (Shi et al. 2023). Renders are either four orthographic views of voxels (for the test
-problem), or perspective views of any field.
+such as MVDream (Shi et al. 2023). Renders are either four orthographic views of voxels, or perspective views
+of any field.
 
 In our world, y points up, the camera of a portrait is at +z, and the camera axes are those of OpenCV (x
 right, y down, z forward). In MVDream's world, z points up, and the camera axes are those of OpenGL (x right,
@@ -293,7 +293,9 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
 
 
 class FourViews:
-    """A `Renderer` for the test problem: RGB and inverse depth of voxels, seen from four fixed sides.
+    """A `Renderer` of voxels from four fixed sides, with RGB and inverse depth.
+
+    The CPU test problem for score distillation (eg3d_rlhf/rewards/boxes.py) uses it.
 
     Args: resolution: pixels per edge R.
     """

@@ -21,7 +21,7 @@ MAX_TEXT = 1 << 27
 
 
 class RejectedError(ValueError):
-    """A stream is rejected. The text is the reason, a clause about the file that begins with 'it' or 'its'.
+    """Raised for a rejected stream, with the reason: a clause about the file that begins with 'it' or 'its'.
 
     Example: 'it refers to os.system, which no network needs'. `reporting_rejection` completes the sentence.
     """
@@ -38,16 +38,23 @@ class Budget:
     texts: int = MAX_TEXT  # number of bytes of short texts
 
     def spend(self, *, opcodes: int = 0, decoded: int = 0, texts: int = 0) -> None:
-        """Subtract work from the budget. Raises: RejectedError if the budget is exhausted."""
+        """Subtract work from the budget.
+
+        Args:
+            opcodes: number of opcodes, or of other operations of similar cost.
+            decoded: number of bytes decoded from long texts.
+            texts: number of bytes of short texts.
+        Raises: RejectedError if the budget is exhausted.
+        """
         self.opcodes = self.opcodes - opcodes
         self.decoded = self.decoded - decoded
         self.texts = self.texts - texts
         if self.opcodes < 0:
             raise RejectedError(f"it needs more than {MAX_OPCODES} opcodes")
         if self.decoded < 0:
-            raise RejectedError("its texts would decode to more bytes than the file has")
+            raise RejectedError("its long texts would decode to more bytes than the file has")
         if self.texts < 0:
-            raise RejectedError(f"its short texts have more than {MAX_TEXT} bytes")
+            raise RejectedError(f"its short texts have more than {MAX_TEXT} bytes together")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Global:
 
     @property
     def path(self) -> str:
-        """Return module.name."""
+        """Return the name with its module, for example 'torch.FloatStorage'."""
         return f"{self.module}.{self.name}"
 
 
@@ -154,7 +161,7 @@ class Rules:
         self.name_counts = name_counts
 
     def find(self, name: Global) -> Global:
-        """Return a name that the stream refers to if it is accepted."""
+        """Return a name that the stream refers to. Other names than the accepted ones are an error."""
         raise RejectedError(f"it refers to {describe(name)}{self.location}")
 
     def reduce(self, function: Any, args: tuple) -> Any:
@@ -170,7 +177,7 @@ class Rules:
         raise RejectedError(f"it sets the state of {describe(record)}{self.location}")
 
     def persistent(self, pid: Any) -> Any:
-        """Return the record of an object that is stored outside of the stream, by its persistent id."""
+        """Return the record of the object outside of the stream that has the persistent id `pid`."""
         raise RejectedError(f"it has a persistent id ({describe(pid)})")
 
 
@@ -256,7 +263,7 @@ class Machine:
     def text(self, byte_count: int) -> "str | LongText":
         """Read a text of `byte_count` bytes of UTF-8. A text of more than LONG_TEXT bytes is not decoded."""
         if byte_count > MAX_TEXT:
-            raise RejectedError(f"it has a text of {byte_count} bytes")
+            raise RejectedError(f"it has a text of {byte_count} bytes, which is more than {MAX_TEXT}")
         utf8_view = self.take(byte_count)
         if byte_count > LONG_TEXT:
             return LongText(utf8_view)
@@ -266,7 +273,9 @@ class Machine:
     def integer(self, byte_count: int) -> int:
         """Read a signed integer of `byte_count` bytes, in little-endian two's complement."""
         if not 0 <= byte_count <= MAX_INTEGER_BYTES:
-            raise RejectedError(f"it has an integer of {byte_count} bytes")
+            raise RejectedError(
+                f"it has an integer of {byte_count} bytes instead of 0 to {MAX_INTEGER_BYTES}"
+            )
         return int.from_bytes(self.take(byte_count), "little", signed=True)
 
     # Methods on the stack.

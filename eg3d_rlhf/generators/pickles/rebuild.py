@@ -1,7 +1,7 @@
 """Construction of networks from a snapshot of EG3D.
 
-A network is built from the constructor arguments in the file. The name and the value of each argument are
-checked before. Then the tensors are copied into the network by their names.
+The name and the value of each constructor argument in the file are checked. Then the network is built with
+these arguments, and the tensors of the file are copied into it by their names.
 """
 
 import dataclasses
@@ -160,7 +160,7 @@ OPTIONAL_RENDERING = {
 
 
 def check(arguments: dict, check_by_name: dict, where: str) -> None:
-    """Check constructor arguments or options.
+    """Check that the names and values of constructor arguments or options are accepted.
 
     Args:
         arguments: arguments by name.
@@ -354,7 +354,7 @@ def _with(arguments: dict, required_names: Iterable[str], who: str) -> dict:
     Args:
         arguments: arguments or options by name.
         required_names: names that must be present.
-        who: start of the message, which names the owner of the arguments, such as "generator".
+        who: owner of the arguments in messages, such as "generator".
     Raises: RejectedError if a required name is missing.
     """
     missing_names = [required_name for required_name in required_names if required_name not in arguments]
@@ -400,7 +400,7 @@ def generator_plan(module_record: ModuleRecord, network_name: str) -> "Plan":
     if not isinstance(rendering_options, dict):
         raise RejectedError(f"its rendering_kwargs are {describe(rendering_options)} instead of a dictionary")
     shape_by_name = {
-        option_name: tensor_record.shape for option_name, tensor_record in record_by_name.items()
+        tensor_name: tensor_record.shape for tensor_name, tensor_record in record_by_name.items()
     }
     family = family_of(module_record.class_name, shape_by_name, rendering_options)
     required_checks = {**RENDERING, **family.rendering}
@@ -423,9 +423,9 @@ def generator_plan(module_record: ModuleRecord, network_name: str) -> "Plan":
 
 
 def _inside(module_record: ModuleRecord, attribute_name: str, child_name: str) -> Any:
-    """Return a buffer or submodule of a module, or None if the module has none of this name.
+    """Return the buffer or submodule `child_name` of a module, or None if it does not exist.
 
-    Args: attribute_name: "_buffers" or "_modules"; child_name: name of the buffer or submodule.
+    Args: attribute_name: dictionary of the module that is searched, "_buffers" or "_modules".
     """
     children = module_record.state.get(attribute_name)
     return children.get(child_name) if isinstance(children, dict) else None
@@ -519,21 +519,21 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
     """Build the networks of a snapshot, see `load` for arguments, result and errors."""
     plan_by_name = plan(snapshot, freeze_layers)
     built_networks: dict[str, Any] = {
-        name: network_plan.build() for name, network_plan in plan_by_name.items()
+        network_name: network_plan.build() for network_name, network_plan in plan_by_name.items()
     }
     with reporting_rejection(snapshot.who):
         # The resolution is an attribute of the generators in EG3D, not part of the state dict.
-        for name in built_networks.keys() - {"D"}:
-            built_networks[name].neural_rendering_resolution = neural_rendering_resolution(
-                snapshot.networks[name]
+        for network_name in built_networks.keys() - {"D"}:
+            built_networks[network_name].neural_rendering_resolution = neural_rendering_resolution(
+                snapshot.networks[network_name]
             )
         training_set = _training_set(snapshot)
-    for name, network in built_networks.items():
+    for network_name, network in built_networks.items():
         # G and D are in training mode, and G_ema is in eval mode, as in a training run.
-        network.train(name != "G_ema").requires_grad_(False)
+        network.train(network_name != "G_ema").requires_grad_(False)
     D_kwargs = plan_by_name["D"].kwargs if "D" in plan_by_name else None
     G_kwargs = plan_by_name["G_ema"].kwargs
-    name = plan_by_name["G_ema"].architecture
+    family_name = plan_by_name["G_ema"].architecture
     return networks.Networks(
         built_networks.get("G"),
         built_networks.get("D"),
@@ -541,16 +541,18 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
         G_kwargs,
         D_kwargs,
         training_set,
-        architecture=name,
+        architecture=family_name,
     )
 
 
 def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan]:
     """Check the arguments and the tensors of every network of a snapshot, before memory is allocated.
 
-    Args: freeze_layers: number of first layers of D that stay frozen; None: the value in the file.
+    Args:
+        snapshot: contents of the file.
+        freeze_layers: number of first layers of D that stay frozen; None: the value in the file.
     Returns: name ("G", "D" or "G_ema") -> plan of the network.
-    Raises: ValueError with a message of one line.
+    Raises: ValueError with a message of one line, if a network, argument or tensor is not accepted.
     """
     with reporting_rejection(snapshot.who):
         if "G_ema" not in snapshot.networks:
@@ -566,11 +568,13 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
             ema_arguments = plan_by_name["G_ema"].kwargs
             g_arguments = plan_by_name["G"].kwargs
             differing_names = sorted(
-                network_name
-                for network_name in {**ema_arguments, **g_arguments}
-                if ema_arguments.get(network_name) != g_arguments.get(network_name)
+                argument_name
+                for argument_name in {**ema_arguments, **g_arguments}
+                if ema_arguments.get(argument_name) != g_arguments.get(argument_name)
             )
-            raise RejectedError(f"its G and G_ema differ in {', '.join(differing_names)}")
+            raise RejectedError(
+                f"its G and G_ema differ in the constructor arguments {', '.join(differing_names)}"
+            )
         D_record = snapshot.networks.get("D")
         if D_record is not None and D_record.class_name != "DualDiscriminator":
             print(
@@ -603,7 +607,9 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
 
 
 def _check_shapes(network_plan: Plan, who: str) -> None:
-    """Build a network on the meta device, where no memory is allocated, and compare names and shapes.
+    """Compare the tensors of the file with the network that the plan describes, by name and shape.
+
+    The network is built on the meta device, where no memory is allocated.
 
     Args: network_plan: plan of the network; who: file and network, for messages.
     Raises: ValueError if no network can be built from the arguments, or if its tensors have other names or

@@ -116,11 +116,11 @@ class StorageRules(Rules):
         return name
 
     def persistent(self, pid: Any) -> Any:
-        """Return the record of a storage id ('storage', class, key, location, count, view), where view
-        is None.
+        """Return the record of the storage that a persistent id refers to.
 
-        The location is the device of the original tensor. It is ignored, because all tensors are read to
-        the CPU.
+        Args: pid: tuple ('storage', class, key, location, count, None). The location is the device of the
+            original tensor. It is ignored, because all tensors are read to the CPU.
+        Raises: RejectedError for any other persistent id.
         """
         member_types: tuple[type, ...] = (str, Global, str, str, int, type(None))
         if (
@@ -130,7 +130,7 @@ class StorageRules(Rules):
                 isinstance(member, member_type) for member, member_type in zip(pid, member_types, strict=True)
             )
         ):
-            raise RejectedError(f"it has the storage id {describe(pid)}")
+            raise RejectedError(f"it has the invalid storage id {describe(pid)}")
         prefix, storage_class, storage_key, _, element_count, _ = pid
         # bool is a subclass of int in Python, so it is excluded explicitly.
         if prefix != "storage" or isinstance(element_count, bool) or element_count < 0:
@@ -258,7 +258,10 @@ class SnapshotRules(Rules):
         return name
 
     def reduce(self, function: Any, args: tuple) -> Any:
-        """Return the record of a call of one of the functions in `calls`, or an empty dictionary."""
+        """Return the record that represents the result of a function call, or an empty dictionary.
+
+        Only the functions in `calls` and the classes in DICTIONARIES are accepted.
+        """
         # The path is empty for a call of something that is no name. The base class rejects it below.
         function_path = function.path if isinstance(function, Global) else ""
         # Pickle creates dictionaries either by a call without arguments or as new objects.
@@ -322,7 +325,7 @@ class SnapshotRules(Rules):
         """
         # torch writes six arguments, newer versions seven. Only the first four matter here.
         if not 6 <= len(args) <= 7:
-            raise RejectedError(f"it has a tensor with {len(args)} arguments")
+            raise RejectedError(f"it creates a tensor from {len(args)} arguments instead of 6 or 7")
         storage, offset, shape, stride = args[:4]
         if not isinstance(storage, StorageRecord):
             raise RejectedError(f"it has a tensor whose storage is {describe(storage)}")
@@ -337,7 +340,10 @@ class SnapshotRules(Rules):
         # type() is compared, because bool is a subclass of int. The products below cannot overflow, because
         # Python's integers have no fixed size.
         if not all(type(entry) is int and 0 <= entry < 1 << 62 for entry in (offset, *shape, *stride)):
-            raise RejectedError("it has a tensor whose offset, shape or stride contains no integers >= 0")
+            raise RejectedError(
+                "it has a tensor whose offset, shape or stride contains a value that is not an integer from 0"
+                " to 2^62 - 1"
+            )
         element_count = math.prod(shape)
         storage_count = len(storage.data) // storage.dtype.itemsize
         # Strides are not negative, so the last element has the largest index.
@@ -363,7 +369,7 @@ class SnapshotRules(Rules):
     def _dtype(self, args: tuple) -> DtypeRecord:
         """Return the record of a numpy scalar type from its code."""
         if not args or not isinstance(args[0], str) or args[0] not in SCALARS:
-            raise RejectedError(f"it has the scalar type {describe(args[0] if args else None)}")
+            raise RejectedError(f"it has the unknown scalar type {describe(args[0] if args else None)}")
         return DtypeRecord(args[0])
 
     def _scalar(self, args: tuple) -> float | int | bool:
@@ -407,7 +413,7 @@ class SnapshotRules(Rules):
 
 
 def _only(args: tuple, required_type: type, object_name: str) -> Any:
-    """Return the single argument of a call that creates an object.
+    """Return the only argument of a call that creates an object, after checking its type.
 
     Args:
         args: arguments of the call.
@@ -486,9 +492,11 @@ def parse(data: memoryview, who: str) -> Snapshot:
 
 @contextlib.contextmanager
 def reporting_rejection(who: str, machine: Machine | None = None) -> Iterator[None]:
-    """Convert a RejectedError in the block into a ValueError with the file, the reason and its position.
+    """Convert a RejectedError in the block into a ValueError that states the file and the reason.
 
-    Args: who: name of the file; machine: interpreter that knows the position, or None.
+    Args:
+        who: name of the file.
+        machine: interpreter of the stream, whose position the message states; None: no position.
     """
     try:
         yield
@@ -531,7 +539,7 @@ def json_values(value: Any) -> Any:
     value_count = 0
 
     def convert(value: Any, depth: int) -> Any:
-        """Convert one value at a depth of nesting. All values of the tree are counted together."""
+        """Convert one value at the nesting level `depth`. All values of the tree are counted together."""
         nonlocal value_count
         value_count += 1
         # A list that contains the same list twice, and so on, expands exponentially. Deep nesting would
@@ -584,7 +592,8 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
         non_persistent_names = module_state.get("_non_persistent_buffers_set", set())
         if not isinstance(non_persistent_names, (set, frozenset)):
             raise RejectedError(
-                f"its {network_name} has {describe(non_persistent_names)} as names of buffers"
+                f"its {network_name} has a module whose _non_persistent_buffers_set is"
+                f" {describe(non_persistent_names)} instead of a set"
             )
         for attribute_name in ("_parameters", "_buffers", "_modules"):
             children = module_state.get(attribute_name, {})
@@ -593,8 +602,8 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
                 isinstance(child_name, str) and len(child_name) <= MAX_KEY for child_name in children
             ):
                 raise RejectedError(
-                    f"its {network_name} has a module whose {attribute_name} are no dictionary with names as"
-                    " keys"
+                    f"its {network_name} has a module whose {attribute_name} are not a dictionary of at most"
+                    f" {MAX_NODES} names of at most {MAX_KEY} characters"
                 )
             node_count += len(children)  # tensors are counted, too
             for child_name, child in children.items():
@@ -605,7 +614,7 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
                     collect(child, f"{prefix}{child_name}.", depth + 1)
                 elif not isinstance(child, TensorRecord):
                     raise RejectedError(
-                        f"its tensor {shorten(prefix + child_name)} is {describe(child)} instead of a tensor"
+                        f"its entry {shorten(prefix + child_name)} is {describe(child)} instead of a tensor"
                     )
                 else:
                     record_by_name[prefix + child_name] = child

@@ -168,7 +168,8 @@ class _Reader:
             )
         if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
             raise ValueError(
-                "the GLB file refers to data in another file. Export it with all data inside the file."
+                "the GLB file has several buffers, or a buffer with a URI instead of data inside the file."
+                " Export it with all data inside the file."
             )
         scenes = self._records("scenes")
         if not scenes:
@@ -204,7 +205,7 @@ class _Reader:
     # ---- records
 
     def _records(self, record_kind: str) -> list[dict]:
-        """Return all records of a kind, such as "buffers".
+        """Return the list `record_kind`, such as "buffers", of the JSON document; empty if it is missing.
 
         Raises: ValueError for other data than a list of objects.
         """
@@ -214,7 +215,7 @@ class _Reader:
         return records
 
     def _record(self, record_kind: str, record_index: object) -> dict:
-        """Return a record by its kind, such as "nodes", and its index.
+        """Return the record with the index `record_index` in the list `record_kind`, such as "nodes".
 
         Raises: ValueError for a wrong index.
         """
@@ -234,7 +235,7 @@ class _Reader:
     def _once(
         self, record_kind: str, record_index: Any, converted_records: list, convert: Callable[[dict], Any]
     ) -> int:
-        """Return the index in the model of a record of the file. The record is converted at its first use.
+        """Convert a record of the file at its first use, and return the index of the result in the model.
 
         Args:
             record_kind: kind of the record, such as "meshes".
@@ -407,7 +408,7 @@ class _Reader:
     # ---- arrays
 
     def _array(self, accessor_index: Any, is_index: bool = False) -> Array:
-        """Return the array of an accessor. It is read once as an attribute, and once as indices.
+        """Return the array of an accessor, which is read from the file at its first use.
 
         Args:
             accessor_index: index of the accessor.
@@ -463,10 +464,10 @@ class _Reader:
         return Array(array_values, bool(accessor_record.get("normalized", False)) and dtype.kind != "f")
 
     def _sparse(self, sparse_record: dict, values: np.ndarray) -> np.ndarray:
-        """Return a copy of an array with the values that a sparse accessor replaces.
+        """Return a copy of an array in which a sparse accessor has replaced some rows.
 
         Args:
-            sparse_record: field `sparse` of the accessor: indices, and new values.
+            sparse_record: field `sparse` of the accessor: indices of the replaced rows, and their new values.
             values: array [N, W] without the replacements.
 
         Raises: ValueError for indices outside the array.
@@ -503,22 +504,24 @@ class _Reader:
             "extensions", {}
         ) or "KHR_meshopt_compression" in view_record.get("extensions", {}):
             raise ValueError(
-                "the GLB file uses meshopt compression, which is not supported. Export it without it."
+                "the GLB file uses meshopt compression, which is not supported. Export it without this"
+                " compression."
             )
         first_byte = _count(view_record, "byteOffset", 0)
         byte_length = _count(view_record, "byteLength")
         # A GLB file has one buffer, its binary chunk.
         if view_record.get("buffer") != 0 or first_byte + byte_length > len(self.binary):
             raise ValueError(
-                f"the GLB file refers to the bytes {first_byte}..{first_byte + byte_length} of its binary"
-                f" chunk, which has {len(self.binary)} bytes. Export the file again."
+                f"a buffer view in the GLB file refers to the bytes {first_byte}..{first_byte + byte_length}"
+                f" of buffer {str(view_record.get('buffer'))[:40]}, but the file only has buffer 0, its"
+                f" binary chunk with {len(self.binary)} bytes. Export the file again."
             )
         return self.binary[first_byte : first_byte + byte_length], view_record
 
     def _view(
         self, view_index: Any, byte_offset: int, dtype: np.dtype, row_width: int, row_count: int
     ) -> np.ndarray:
-        """Return an array [count, width] as a view into the file.
+        """Return an array [row_count, row_width] as a view into the file.
 
         Args:
             view_index: index of the buffer view.
@@ -537,8 +540,8 @@ class _Reader:
             row_count and byte_offset + stride * (row_count - 1) + row_bytes > len(view_bytes)
         ):
             raise ValueError(
-                f"an array of {row_count:,} x {row_width} numbers does not fit into the {len(view_bytes):,}"
-                " bytes of its buffer view. Export the file again."
+                f"an array of {row_count:,} x {row_width} numbers with a stride of {stride} bytes does not"
+                f" fit into the {len(view_bytes):,} bytes of its buffer view. Export the file again."
             )
         if not row_count:
             return np.zeros((0, row_width), dtype)
@@ -606,7 +609,7 @@ class _Reader:
         return kept_reference
 
     def _source(self, texture_record: dict) -> dict:
-        """Convert the record of a texture: its image, and its sampler if it has one."""
+        """Return the record of a texture with new indices of its image and of its sampler, if it has one."""
         extensions = texture_record.get("extensions", {})
         # A WebP image takes precedence over its fallback, as in viewers that support the extension.
         image_index = extensions.get("EXT_texture_webp", {}).get("source", texture_record.get("source"))
@@ -634,7 +637,8 @@ class _Reader:
             uri = image_record.get("uri", "")
             if not isinstance(uri, str) or not uri.startswith("data:image/") or ";base64," not in uri[:64]:
                 raise ValueError(
-                    "the GLB file refers to textures in other files. Export it with all textures inside."
+                    "a texture of the GLB file is neither in the binary chunk nor in a base64 data URI of an"
+                    " image. Export the file with all textures inside."
                 )
             try:
                 image_bytes = memoryview(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
@@ -666,15 +670,15 @@ def _count(record: dict, field_name: str, default: int | None = None) -> int:
     Args:
         record: the record.
         field_name: name of the field.
-        default: value if the field is missing.
+        default: value if the field is missing; None: the field is required.
 
     Raises: ValueError for a value that is no integer in 0..2^40 - 1.
     """
     field_value = record.get(field_name, default)
     if type(field_value) is not int or not 0 <= field_value < 2**40:
         raise ValueError(
-            f"{field_name} in the GLB file must be an integer >= 0, got {str(field_value)[:40]}. Export the"
-            " file again."
+            f"{field_name} in the GLB file must be an integer from 0 to 2^40 - 1, got"
+            f" {str(field_value)[:40]}. Export the file again."
         )
     return field_value
 
@@ -685,7 +689,8 @@ def _number(value: object) -> float:
     if not is_number or not math.isfinite(value) or abs(value) > _REACH:  # type: ignore[arg-type]
         raise ValueError(
             # shortened, because the value comes from an untrusted file and may be long
-            f"the GLB file has {str(value)[:40]} in place of a finite number. Export the file again."
+            f"the GLB file has {str(value)[:40]} in place of a number from {-_REACH:g} to {_REACH:g}. Export"
+            " the file again."
         )
     return value  # type: ignore[return-value]
 
@@ -700,7 +705,7 @@ def _numbers(values: object, length: int) -> list[float]:
 
 
 def _share(value: object, length: int) -> Any:
-    """Return a number, or a list of numbers, clipped to 0..1.
+    """Clip a number, or each number of a list, to 0..1.
 
     Args:
         value: the number or the list.
@@ -712,11 +717,11 @@ def _share(value: object, length: int) -> Any:
 
 
 def _set(value: object) -> int:
-    """Return the index of a set of texture coordinates unchanged. Raises: ValueError unless it is 0 to 3."""
+    """Return the index of a vertex's texture coordinates unchanged. Raises: ValueError unless it is 0..3."""
     if type(value) is not int or not 0 <= value < 4:
         raise ValueError(
-            f"a texture uses the texture coordinates number {str(value)[:40]}, but only 0 to 3 are allowed."
-            " Export the file again."
+            f"a texture has the texCoord {str(value)[:40]}, but only the integers 0 to 3 are allowed. Export"
+            " the file again."
         )
     return value
 
@@ -731,10 +736,7 @@ def _sampler(sampler_record: dict) -> dict:
 
 
 def _place(node_record: dict) -> dict:
-    """Return the transformation of a node.
-
-    The result holds those of the fields matrix, translation, rotation and scale that the node's record has.
-    """
+    """Return the transformation of a node: its fields matrix, translation, rotation and scale, if present."""
     sizes = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
     return {
         field_name: _numbers(node_record[field_name], length)

@@ -210,7 +210,7 @@ class _Lines:
                     raise ValueError(
                         # shortened, because a word of an untrusted file may be very long
                         f"the index {word[:40]!r} in line {line_number} counts back beyond the first of the"
-                        f" {len(self.widths['v'])} vertices above it. Export the mesh again."
+                        f" {len(self.widths[line_kind])} lines `{line_kind}` above it. Export the mesh again."
                     )
         return "/".join(indices)
 
@@ -298,10 +298,11 @@ class _Lines:
         return numbers[(np.cumsum(line_widths) - line_widths)[:, None] + np.arange(column_count)]
 
     def parts(self) -> list[tuple[str, dict]]:
-        """Return the part of the mesh of each material: the material's name, and the arguments of
-        `triangle_primitive`.
+        """Divide the mesh into parts by material.
 
         A point with several texture coordinates or normals becomes several vertices.
+
+        Returns: for each part, the name of the material, and the arguments of `triangle_primitive` by name.
 
         Raises: ValueError for indices beyond the number of points.
         """

@@ -89,7 +89,7 @@ class Element:
 
     @property
     def row(self) -> int:
-        """Number of bytes of a row, if all its lists are empty."""
+        """Return the number of bytes of a row whose lists are all empty."""
         return sum(np.dtype(kind).itemsize for kind in self.properties.values())
 
 
@@ -103,7 +103,7 @@ class Header:
 
     @property
     def splats(self) -> bool:
-        """True if the vertices are Gaussian splats."""
+        """Return True if the vertices are Gaussian splats."""
         return any(
             element.name == "vertex" and {"f_dc_0", "opacity", "scale_0", "rot_0"} <= set(element.properties)
             for element in self.elements
@@ -168,7 +168,8 @@ def check_mesh(header: Header) -> None:
     # missing elements, or elements without rows
     if not counts.get("vertex") or not counts.get("face"):
         raise ValueError(
-            "the PLY file contains points without faces. Export a mesh with faces, or Gaussian splats."
+            f"the PLY file has {counts.get('vertex', 0)} vertices and {counts.get('face', 0)} faces, and its"
+            " vertices are no Gaussian splats. Export a mesh with faces, or Gaussian splats."
         )
     if counts["face"] > MAX_FACES:
         raise ValueError(
@@ -401,7 +402,13 @@ def _read_binary(data: memoryview, position: int, element: Element, byte_order: 
 
 
 def _typed(element: Element, values_by_property: dict[str, list], items_by_property: dict) -> Table:
-    """Convert the columns of a table, and the items of its lists, to the types that the header states."""
+    """Convert the columns of a table, and the items of its lists, to the types that the header states.
+
+    Args:
+        element: description of the table.
+        values_by_property: name of each property -> its values; of a list property, the lengths of the lists.
+        items_by_property: name of each list property -> the items of all its lists.
+    """
     columns = {
         property_name: np.array(values_by_property[property_name]).astype(kind)
         for property_name, kind in element.properties.items()
@@ -453,8 +460,8 @@ def read_splats(data: memoryview) -> Splats:
         stacked = np.stack([rows[property_name].astype("<f4") for property_name in property_names], axis=1)
         if not np.isfinite(stacked).all():
             raise ValueError(
-                f"the property {property_names[0]} of the Gaussians contains NaN or infinity. Export the"
-                " splats again."
+                f"the Gaussians have NaN or infinity among the properties {', '.join(property_names)}. Export"
+                " the splats again."
             )
         return stacked
 
@@ -488,8 +495,8 @@ def check_splats(header: Header) -> int:
     vertex_element = header.elements[0]
     if vertex_element.name != "vertex" or vertex_element.lists or not vertex_element.count:
         raise ValueError(
-            "the Gaussians must be the first element, `vertex`, of the PLY file, without list properties."
-            " Export the splats again."
+            "the first element of the PLY file must be `vertex`, with at least one Gaussian and without list"
+            " properties. Export the splats again."
         )
     if vertex_element.count > MAX_SPLATS:
         raise ValueError(
@@ -515,7 +522,7 @@ def check_splats(header: Header) -> int:
 
 
 def _rest(rows: np.ndarray, property_count: int) -> np.ndarray:
-    """Return the coefficients of higher degrees [N, count] as float16.
+    """Return the coefficients f_rest_* of the degrees above 0 as float16 [N, property_count].
 
     Args:
         rows: table of all Gaussians [N].

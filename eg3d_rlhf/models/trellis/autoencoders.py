@@ -441,7 +441,10 @@ class GaussianDecoderConfig(SwinConfig):
 
     @property
     def gaussians(self) -> GaussianSettings:
-        """Settings of the Gaussians. Raises: ValueError if a setting is missing, unknown or not supported."""
+        """Return the settings of the Gaussians.
+
+        Raises: ValueError if a setting is missing, unknown or not supported.
+        """
         file_settings = self.representation_config
         # Two names of the JSON file begin with a digit, so they cannot be names of fields.
         field_names = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
@@ -477,12 +480,12 @@ class Gaussians:
 
     @property
     def means(self) -> torch.Tensor:
-        """Centres [M, 3] in the cube -0.5..0.5."""
+        """Return the centres [M, 3] in the cube -0.5..0.5."""
         return self.xyz - 0.5
 
     @property
     def scales(self) -> torch.Tensor:
-        """Standard deviations [M, 3] along the axes of each Gaussian, in sides of the cube, > 0."""
+        """Return standard deviations [M, 3] > 0 along the axes of each Gaussian, in sides of the cube."""
         bias = self.settings.scaling_bias
         if self.settings.scaling_activation == "exp":
             scales = (self.scaling + math.log(bias)).exp()
@@ -495,12 +498,12 @@ class Gaussians:
 
     @property
     def rotations(self) -> torch.Tensor:
-        """Unit quaternions [M, 4], real part first. Raw quaternions of zero mean no rotation."""
+        """Return unit quaternions [M, 4], real part first. Raw quaternions of zero mean no rotation."""
         return F.normalize(self.rotation + self.rotation.new_tensor([1, 0, 0, 0]), dim=-1)
 
     @property
     def opacities(self) -> torch.Tensor:
-        """Opacities [M, 1], 0..1."""
+        """Return the opacities [M, 1], 0..1."""
         bias = self.settings.opacity_bias
         # log(b / (1 - b)) is the inverse of the sigmoid, so that a raw opacity of 0 gives `bias`.
         return torch.sigmoid(self.opacity + math.log(bias / (1 - bias)))

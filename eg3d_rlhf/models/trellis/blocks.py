@@ -49,7 +49,7 @@ class HeadsConfig:
 
     @property
     def heads(self) -> int:
-        """Number of attention heads H."""
+        """Return the number of attention heads H."""
         return self.num_heads or self.model_channels // self.num_head_channels
 
 
@@ -186,10 +186,10 @@ class LayerNorm32(nn.LayerNorm):
 
 
 class HeadRMSNorm(nn.Module):
-    """Root-mean-square norm of the vector of each attention head (Zhang and Sennrich 2019), [..., H, D] ->
-    [..., H, D].
+    """Root-mean-square norm of the channels of each attention head (Zhang and Sennrich 2019).
 
-    The result is x / |x| * gamma * sqrt(D), where gamma [H, D] is trained. It is computed in float32.
+    [..., H, D] -> [..., H, D]. The result is x / |x| * gamma * sqrt(D), where gamma [H, D] is trained. It is
+    computed in float32.
 
     Args:
         num_heads: number of heads H.
@@ -205,7 +205,7 @@ class HeadRMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
 
     def gain(self) -> torch.Tensor:
-        """Return the factors [H, D] of the vectors of length 1, gamma * sqrt(D)."""
+        """Return the factors [H, D] by which `forward` multiplies vectors of length 1: gamma * sqrt(D)."""
         return self.gamma * self.scale
 
 
@@ -247,7 +247,7 @@ def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
     rates = 1 / MAX_PERIOD ** (
         torch.arange(n_frequencies, dtype=torch.float32, device=coords.device) / n_frequencies
     )
-    angles = coords.float()[:, :, None] * rates  # [V, 3, count]
+    angles = coords.float()[:, :, None] * rates  # [V, 3, n_frequencies]
     embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
     # Zeros fill the remaining channels if their number is no multiple of 6.
     return F.pad(embedded, (0, channels - embedded.shape[1]))
@@ -264,9 +264,11 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         # Rounded down, as in the original: TRELLIS.2 has 5.3334 x 1536 = 8192.1 channels.
-        hidden = int(channels * ratio)
+        hidden_channels = int(channels * ratio)
         self.mlp = nn.Sequential(
-            Linear(channels, hidden), nn.GELU(approximate="tanh"), Linear(hidden, channels)
+            Linear(channels, hidden_channels),
+            nn.GELU(approximate="tanh"),
+            Linear(hidden_channels, channels),
         )
 
     def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
@@ -352,9 +354,8 @@ class CrossAttention(nn.Module):
 class ModulatedBlock(nn.Module):
     """Transformer block of a self-attention, a cross-attention and a feed-forward layer.
 
-    This is the block of DiT (Peebles and Xie 2023) with a cross-attention.
-
-    The time modulates (shifts, scales and gates) the self-attention and the feed-forward layer.
+    This is the block of DiT (Peebles and Xie 2023) with a cross-attention. The time modulates (shifts, scales
+    and gates) the self-attention and the feed-forward layer.
 
     Args:
         channels: channels C of a token.
@@ -477,9 +478,8 @@ def convert_torso(
 def torso_dtype(blocks: nn.Module) -> torch.dtype:
     """Return the dtype in which blocks compute.
 
-    It is the dtype of their first linear layer or convolution, or float32 if there is none.
-
-    The settings do not decide, because use_fp16 applies only to new weights.
+    This is the dtype of their first linear layer or convolution, or float32 if there is none. The setting
+    use_fp16 is not read, because it applies only to new weights.
     """
     for layer in blocks.modules():
         if isinstance(layer, (nn.Linear, nn.Conv3d)):
@@ -503,7 +503,7 @@ class Groups:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of rows of each run, in all its groups."""
+        """Return the number of rows of each run, in all its groups."""
         return [group_count * length for group_count, length in self.runs]
 
 
@@ -564,7 +564,7 @@ def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
 
 
 def samples(batch: SparseBatch) -> Groups:
-    """Return groups of which each is one sample. The rows of a batch are in this order already."""
+    """Return the groups for attention within samples: each sample is a group, in the order of the batch."""
     if "samples" not in batch.cache:
         runs: list[tuple[int, int]] = []
         # Only consecutive samples of the same length form a run, so that no reordering is needed.
@@ -578,7 +578,7 @@ def samples(batch: SparseBatch) -> Groups:
 
 
 def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
-    """Return groups of which each consists of the voxels of one cubic window.
+    """Return the groups for attention within cubic windows: the voxels of a window are a group.
 
     Voxels of a sample belong to the same window if they have the same value of (coordinate + shift) // window
     on every axis.
@@ -609,7 +609,7 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
 
 
 def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
-    """Return groups of which each is a section of the Z-order curve through the voxels of a sample.
+    """Return the groups for attention within sections of the Z-order curve through a sample's voxels.
 
     A sample of n voxels is divided into m = ceil(n / window) sections of equal length along the curve. If m >
     1, the group of a section consists of the `window` voxels around its middle. These include voxels of the

@@ -202,7 +202,7 @@ class LatentFlowConfig(FlowConfig):
 
     @property
     def io_channels(self) -> tuple[int, ...]:
-        """Channels at each resolution finer than the transformer's, finest first; empty if there is none."""
+        """Return the channels at each resolution finer than the transformer's, finest first; may be empty."""
         return tuple(self.io_block_channels or ())
 
 
