@@ -84,10 +84,13 @@ class PlaneField:
         """
         if impl == "auto" and implementations.current() == "ref":
             points = grid.points().to(self.ws).reshape(1, -1, 3).expand(len(self), -1, -1)  # [N, P, 3]
-            chunks = points.split(_POINTS_OF_EG3D, dim=1)
+            point_chunks = points.split(_POINTS_OF_EG3D, dim=1)
             # The density is a view into the decoder's full output. `contiguous` copies it, so that the full
             # output can be freed.
-            densities = [self._decoded(chunk, sigma_only=True)["sigma"].contiguous() for chunk in chunks]
+            densities = [
+                self._decoded(point_chunk, sigma_only=True)["sigma"].contiguous()
+                for point_chunk in point_chunks
+            ]
             return torch.cat(densities, dim=1).reshape(len(self), *grid.shape)
         decoder_weights = DecoderWeights(*self._G.decoder.sigma_weights())
         return sigma_from_planes(self.planes, self._axes, decoder_weights, grid, self.bounds.side, impl)
@@ -99,8 +102,8 @@ class PlaneField:
         """
         colours = [
             # EG3D's sigmoid exceeds 0..1 slightly.
-            self._colours(chunk.to(self.planes).expand(len(self), -1, -1)).clamp(0, 1)
-            for chunk in points.split(_POINT_CHUNK, dim=-2)  # axis P of [P, 3] or [N, P, 3]
+            self._colours(point_chunk.to(self.planes).expand(len(self), -1, -1)).clamp(0, 1)
+            for point_chunk in points.split(_POINT_CHUNK, dim=-2)  # axis P of [P, 3] or [N, P, 3]
         ]
         return torch.cat(colours, dim=1) if colours else self.planes.new_zeros(len(self), 0, 3)
 
@@ -149,11 +152,14 @@ class PlaneField:
         # The attribute is read at each call, because the schedule of training changes it.
         resolution = options.resolution or self._G.neural_rendering_resolution
         cameras = cameras.to(self.ws.device).expand(len(self), -1)
-        renders = self._G.render(
+        render_by_name = self._G.render(
             self.planes, self.ws, cameras, resolution, rendering_options, noise_mode=self._noise_mode
         )
         return Rendering(
-            renders["image"], renders["image_raw"], renders["image_depth"], renders["image_opacity"]
+            render_by_name["image"],
+            render_by_name["image_raw"],
+            render_by_name["image_depth"],
+            render_by_name["image_opacity"],
         )
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
@@ -195,10 +201,10 @@ class PlaneField:
         decoder_weights = self._G.decoder.weights(wide_planes.dtype)
         # The first four rows of the output layer are density, red, green and blue.
         rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
-        colour, raw = triplane_decode(
+        colour, raw_density = triplane_decode(
             wide_planes, self._axes, points.to(wide_planes), self.bounds.side, rgb_weights
         )
-        return raw.squeeze(2), colour.clamp(0, 1)
+        return raw_density.squeeze(2), colour.clamp(0, 1)
 
     @staticmethod
     def _wide(planes: torch.Tensor) -> torch.Tensor:

@@ -39,9 +39,10 @@ class HeadField(PlaneField):
             tensor.requires_grad for tensor in (self.planes, points, *self._G.decoder.parameters())
         )
         # A graph keeps the intermediate results of all chunks, so chunks would save no memory.
-        chunks = (points,) if is_graph_recorded else points.split(_POINT_CHUNK, dim=1)
+        point_chunks = (points,) if is_graph_recorded else points.split(_POINT_CHUNK, dim=1)
         return torch.cat(
-            [self._decoded(chunk, sigma_only=True)["sigma"].squeeze(2) for chunk in chunks], dim=1
+            [self._decoded(point_chunk, sigma_only=True)["sigma"].squeeze(2) for point_chunk in point_chunks],
+            dim=1,
         )
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
@@ -64,8 +65,8 @@ class HeadField(PlaneField):
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return raw density [N, P] and colour [N, P, 3] from one decoder pass, see `PlaneField.decode`."""
-        decoded = self._decoded(points.to(self.planes))
-        return decoded["sigma"].squeeze(2), self._to_colours(decoded["rgb"]).clamp(0, 1)
+        decoder_outputs = self._decoded(points.to(self.planes))
+        return decoder_outputs["sigma"].squeeze(2), self._to_colours(decoder_outputs["rgb"]).clamp(0, 1)
 
     def _colours(self, points: torch.Tensor) -> torch.Tensor:
         """Decode colours [N, P, 3] at world points [N, P, 3]."""

@@ -37,13 +37,13 @@ class Similarity:
         return points * self.scale + points.new_tensor(self.shift)
 
     @classmethod
-    def from_bounds(cls, theirs: Bounds, ours: Bounds) -> "Similarity":
-        """Return the transformation that maps the cube `ours` of our world onto the cube `theirs`."""
-        scale = theirs.side / ours.side
+    def from_bounds(cls, their_bounds: Bounds, our_bounds: Bounds) -> "Similarity":
+        """Return the transformation that maps the cube `our_bounds` onto the cube `their_bounds`."""
+        scale = their_bounds.side / our_bounds.side
         # The centre of our cube has to become the centre of theirs.
         shift = tuple(
             their_coordinate - scale * our_coordinate
-            for their_coordinate, our_coordinate in zip(theirs.centre, ours.centre, strict=True)
+            for their_coordinate, our_coordinate in zip(their_bounds.centre, our_bounds.centre, strict=True)
         )
         return cls(scale, shift)  # type: ignore[arg-type]
 
@@ -60,10 +60,12 @@ def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     """
     shifted_sigma = sigma - 1
     # The clamp keeps the values that `where` discards finite. Otherwise their gradient would be NaN.
-    activated = F.softplus(shifted_sigma.clamp_min(-15)) * factor
+    scaled_activation = F.softplus(shifted_sigma.clamp_min(-15)) * factor
     # Inverse of softplus: log(exp(a) - 1) = a + log(1 - exp(-a)).
     return 1 + torch.where(
-        shifted_sigma < -15, shifted_sigma + np.log(factor), activated + torch.log(-torch.expm1(-activated))
+        shifted_sigma < -15,
+        shifted_sigma + np.log(factor),
+        scaled_activation + torch.log(-torch.expm1(-scaled_activation)),
     )
 
 
@@ -172,11 +174,11 @@ class PlacedField:
         inner_cameras[:, [3, 7, 11]] = self._place.similarity.apply(inner_cameras[:, [3, 7, 11]])
         renderings = self._inner.render(inner_cameras, options)
         # The generator renders the unmirrored shape from the mirrored camera, so the image has to be flipped.
-        image, raw, depth, opacity = (
+        image, raw_image, depth, opacity = (
             (tensor.flip(-1) for tensor in renderings) if self._place.mirrored else renderings
         )
         # The depth is a length in their world.
-        return Rendering(image, raw, depth / self._place.similarity.scale, opacity)
+        return Rendering(image, raw_image, depth / self._place.similarity.scale, opacity)
 
 
 class Placed:

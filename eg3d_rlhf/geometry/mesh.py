@@ -174,16 +174,16 @@ def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndar
 
     Returns: world coordinates [V, 3] float32.
     """
-    world = np.empty(vertices.shape, dtype=np.float32)
+    world_coordinates = np.empty(vertices.shape, dtype=np.float32)
     for axis_index, axis_coordinates in enumerate(coordinates):
         # index of the grid point before the vertex; clipped, so that start + 1 exists
         lower_index = np.clip(
             np.floor(vertices[:, axis_index]).astype(np.int64), 0, len(axis_coordinates) - 2
         )
-        world[:, axis_index] = axis_coordinates[lower_index] + (vertices[:, axis_index] - lower_index) * (
-            axis_coordinates[lower_index + 1] - axis_coordinates[lower_index]
-        )
-    return world
+        world_coordinates[:, axis_index] = axis_coordinates[lower_index] + (
+            vertices[:, axis_index] - lower_index
+        ) * (axis_coordinates[lower_index + 1] - axis_coordinates[lower_index])
+    return world_coordinates
 
 
 @dataclass(frozen=True)
@@ -210,17 +210,17 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
         faces: triangles [F, 3] as indices of vertices.
     """
     # number of vertices: the largest index plus 1
-    graph = half_edges(faces, int(faces.max(initial=-1)) + 1)
+    half_edge_matrix = half_edges(faces, int(faces.max(initial=-1)) + 1)
     # Entries of the sparse matrix are summed where a half-edge occurs several times.
-    shared_count = 3 * len(faces) - graph.nnz
+    shared_count = 3 * len(faces) - half_edge_matrix.nnz
     # The matrix equals its transpose exactly if every half-edge has its reverse. This comparison is fast.
-    reversed_graph = graph.T.tocsr()
-    graph.sort_indices()
-    reversed_graph.sort_indices()
+    reversed_matrix = half_edge_matrix.T.tocsr()
+    half_edge_matrix.sort_indices()
+    reversed_matrix.sort_indices()
     if (
         shared_count == 0
-        and np.array_equal(graph.indptr, reversed_graph.indptr)
-        and np.array_equal(graph.indices, reversed_graph.indices)
+        and np.array_equal(half_edge_matrix.indptr, reversed_matrix.indptr)
+        and np.array_equal(half_edge_matrix.indices, reversed_matrix.indices)
     ):
         return EdgeCounts(0, 0)
     # A half-edge becomes one 64-bit key: its start in the upper 32 bits, its end in the lower 32 bits.
@@ -366,7 +366,7 @@ def decimate(
     part_count, part_of_face = find_parts(faces, len(vertices))
     part_ends = np.cumsum(np.bincount(part_of_face, minlength=part_count))
     faces_by_part = np.argsort(part_of_face, kind="stable")  # faces sorted by part
-    decimated = []
+    decimated_parts = []
     vertex_offset = 0
     excess_face_count = 0
     for part_start, part_end in zip([0, *part_ends[:-1]], part_ends, strict=True):
@@ -382,9 +382,9 @@ def decimate(
             wanted_face_count,
         )
         excess_face_count += max(0, len(decimated_part[1]) - wanted_face_count)
-        decimated.append((decimated_part[0], decimated_part[1] + np.int32(vertex_offset)))
+        decimated_parts.append((decimated_part[0], decimated_part[1] + np.int32(vertex_offset)))
         vertex_offset += len(decimated_part[0])
-    face_count = sum(len(piece_faces) for _, piece_faces in decimated)
+    face_count = sum(len(piece_faces) for _, piece_faces in decimated_parts)
     # Up to 5 % more faces cause no warning, because of rounding and of the smallest number of faces of a
     # part.
     if excess_face_count > 0.05 * target_face_count:
@@ -393,8 +393,8 @@ def decimate(
             " closed.",
             stacklevel=2,
         )
-    return np.concatenate([part_vertices for part_vertices, _ in decimated]), np.concatenate(
-        [part_faces for _, part_faces in decimated]
+    return np.concatenate([part_vertices for part_vertices, _ in decimated_parts]), np.concatenate(
+        [part_faces for _, part_faces in decimated_parts]
     )
 
 
@@ -461,9 +461,11 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
             shape=(len(face_chunk), len(vertices)),
         )
         normals += face_vertex_matrix.T @ face_normals  # each vertex sums over its faces
-    lengths = np.sqrt(np.einsum("vi,vi->v", normals, normals))[:, None]
+    normal_lengths = np.sqrt(np.einsum("vi,vi->v", normals, normals))[:, None]
     # A vertex without faces, or with opposite ones, gets the normal 0.
-    return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0).astype(np.float32)
+    return np.divide(normals, normal_lengths, out=np.zeros_like(normals), where=normal_lengths > 0).astype(
+        np.float32
+    )
 
 
 # Isosurface of a density that is never completely in memory. The grid is processed layer by layer. A layer
@@ -517,14 +519,14 @@ def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
         # The extremes of a brick are computed along x, then y, then z.
         extreme_values = reduce_extreme.reduce(layer, axis=0)
         for axis in (0, 1):
-            starts = np.arange(0, extreme_values.shape[axis] - 1, BRICK)
+            brick_starts = np.arange(0, extreme_values.shape[axis] - 1, BRICK)
             # `reduceat` covers all points of a brick except its last point, the first point of the next
             # brick.
             extreme_without_last = reduce_extreme.reduceat(
-                np.delete(extreme_values, -1, axis), starts, axis=axis
+                np.delete(extreme_values, -1, axis), brick_starts, axis=axis
             )
             extreme_values = reduce_extreme(
-                extreme_without_last, extreme_values.take(starts + BRICK, axis=axis)
+                extreme_without_last, extreme_values.take(brick_starts + BRICK, axis=axis)
             )
         extremes.append(extreme_values)
     # smallest and largest density of each brick

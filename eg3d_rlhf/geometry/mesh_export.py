@@ -212,17 +212,25 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
         density: density in separable form.
         level: raw density on the surface.
     """
-    coarse = bounds_of_size(density, level, BRICK)
-    if coarse.undecided.mean() <= _REFINE_SHARE:
-        return coarse
-    fine = bounds_of_size(density, level, BRICK // 2)
-    halves = np.zeros([2 * count for count in coarse.undecided.shape], dtype=bool)
-    halves[tuple(slice(count) for count in fine.undecided.shape)] = fine.undecided
-    x, y, z = coarse.undecided.shape
+    coarse_bounds = bounds_of_size(density, level, BRICK)
+    if coarse_bounds.undecided.mean() <= _REFINE_SHARE:
+        return coarse_bounds
+    fine_bounds = bounds_of_size(density, level, BRICK // 2)
+    halved_brick_is_undecided = np.zeros([2 * count for count in coarse_bounds.undecided.shape], dtype=bool)
+    halved_brick_is_undecided[tuple(slice(count) for count in fine_bounds.undecided.shape)] = (
+        fine_bounds.undecided
+    )
+    x, y, z = coarse_bounds.undecided.shape
     # A brick remains undecided if it is undecided by its own bounds, and at least one of its eight halved
     # bricks is undecided by the finer bounds. [2 x, 2 y, 2 z] -> [x, 2, y, 2, z, 2]
-    undecided = coarse.undecided & halves.reshape(x, 2, y, 2, z, 2).any(axis=(1, 3, 5))
-    return BrickBounds(undecided, coarse.any_below or fine.any_below, coarse.any_above or fine.any_above)
+    undecided = coarse_bounds.undecided & halved_brick_is_undecided.reshape(x, 2, y, 2, z, 2).any(
+        axis=(1, 3, 5)
+    )
+    return BrickBounds(
+        undecided,
+        coarse_bounds.any_below or fine_bounds.any_below,
+        coarse_bounds.any_above or fine_bounds.any_above,
+    )
 
 
 def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int) -> BrickBounds:
@@ -243,30 +251,30 @@ def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int
     for map_low, map_high in zip(map_minima, map_maxima, strict=True):
         check_finite(float(map_low.min()), float(map_high.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
-    x, y, z = (bricks_along(points, cells_per_brick) for points in density.shape)
+    x, y, z = (bricks_along(point_count, cells_per_brick) for point_count in density.shape)
     shape = (x, y, z)
     # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
-    upper = slab_density(
+    upper_bounds = slab_density(
         [torch.cat(pair, dim=1) for pair in zip(map_maxima, map_minima, strict=True)], w, density.b, shape
     )
-    lower = slab_density(
+    lower_bounds = slab_density(
         [torch.cat(pair, dim=1) for pair in zip(map_minima, map_maxima, strict=True)], w, density.b, shape
     )
     # [J], an upper bound of |h_j| on the grid
-    largest = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
+    activation_bound = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
     tolerance = _ROUNDING * (
-        float((density.w.abs() * (largest + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
+        float((density.w.abs() * (activation_bound + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
     )
     # True for bricks without points outside the volume
     is_inner = np.ones((), dtype=bool)
-    for axis, points in enumerate(density.shape):
+    for axis, point_count in enumerate(density.shape):
         first_point = np.arange(shape[axis]) * cells_per_brick
         is_inner = is_inner & np.expand_dims(
-            (first_point > 0) & (first_point + cells_per_brick <= points),
+            (first_point > 0) & (first_point + cells_per_brick <= point_count),
             tuple(other_axis for other_axis in range(3) if other_axis != axis),
         )
-    is_below = (upper < level - tolerance).numpy()
-    is_above = (lower > level + tolerance).numpy()
+    is_below = (upper_bounds < level - tolerance).numpy()
+    is_above = (lower_bounds > level + tolerance).numpy()
     # A brick at the border that lies above the level contains a part of the cap.
     is_undecided = ~(is_below | (is_above & is_inner))
     return BrickBounds(is_undecided, bool(is_below.any()), bool(is_above.any()))
@@ -286,8 +294,8 @@ def _map_extremes(
 
     Returns: smallest and largest values, in the layout of the map, with bricks in place of grid points.
     """
-    low = values
-    high = values
+    map_low = values
+    map_high = values
     # The extremes over a brick are computed axis by axis; axis 1 holds the hidden units.
     for axis, point_count in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
         # the map does not depend on this coordinate
@@ -298,14 +306,14 @@ def _map_extremes(
         point_indices = [
             (first_points + step).clamp(0, point_count - 1) for step in range(cells_per_brick + 1)
         ]
-        range_low = low.index_select(axis, point_indices[0])
-        range_high = high.index_select(axis, point_indices[0])
+        range_low = map_low.index_select(axis, point_indices[0])
+        range_high = map_high.index_select(axis, point_indices[0])
         for step_indices in point_indices[1:]:
-            torch.minimum(range_low, low.index_select(axis, step_indices), out=range_low)
-            torch.maximum(range_high, high.index_select(axis, step_indices), out=range_high)
-        low = range_low
-        high = range_high
-    return low, high
+            torch.minimum(range_low, map_low.index_select(axis, step_indices), out=range_low)
+            torch.maximum(range_high, map_high.index_select(axis, step_indices), out=range_high)
+        map_low = range_low
+        map_high = range_high
+    return map_low, map_high
 
 
 class _LayerSampler:
@@ -529,9 +537,9 @@ def write_mrc(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with mrcfile.new_mmap(temporary, shape=(resolution,) * 3, mrc_mode=2, overwrite=True) as file:
+        with mrcfile.new_mmap(temporary_path, shape=(resolution,) * 3, mrc_mode=2, overwrite=True) as file:
             for start in range(0, resolution, block_planes(resolution**2)):
                 stop = min(start + block_planes(resolution**2), resolution)
                 block = sample(slice(start, stop)).numpy()
@@ -544,9 +552,9 @@ def write_mrc(
             file.add_label(f"raw density, step {grid_step:.9g} world units, axes: -x, y, z")
             file.update_header_stats()
         # Renaming is atomic within one file system; the temporary file lies in the same folder.
-        os.replace(temporary, path)
+        os.replace(temporary_path, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
     return path
 
 

@@ -38,17 +38,17 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
     Raises: ValueError that begins with the path if the image is opaque, or if `cut` raises ValueError.
     """
     with Image.open(path) as image:
-        mode = image.mode
-        rgba = image.convert("RGBA")
+        image_mode = image.mode
+        rgba_image = image.convert("RGBA")
     try:
         # Alpha is the mask of the object. If its smallest value is
         # 255, the complete image would be the object.
-        if rgba.getchannel("A").getextrema()[0] == 255:
+        if rgba_image.getchannel("A").getextrema()[0] == 255:
             raise ValueError(
-                f"the image must have a transparent background, but is opaque ({mode}). Remove its background"
-                " first."
+                f"the image must have a transparent background, but is opaque ({image_mode}). Remove its"
+                " background first."
             )
-        return cut(rgba)
+        return cut(rgba_image)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -62,13 +62,13 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
 Taps = list[tuple[np.ndarray, np.ndarray]]
 
 
-def opencv(pixels: np.ndarray, target_size: tuple[int, int], how: str) -> np.ndarray:
+def opencv(pixels: np.ndarray, target_size: tuple[int, int], interpolation: str) -> np.ndarray:
     """Resize an image as OpenCV does. Values differ from OpenCV's by at most 1 of 255.
 
     Args:
         pixels: bytes [h, w, ...].
         target_size: rows and columns of the result.
-        how: interpolation, "area", "cubic" or "nearest". The kernel of "cubic" is not widened when an image
+        interpolation: "area", "cubic" or "nearest". The kernel of "cubic" is not widened when an image
             shrinks, so the result has aliasing.
     """
     height, width = pixels.shape[:2]
@@ -76,17 +76,17 @@ def opencv(pixels: np.ndarray, target_size: tuple[int, int], how: str) -> np.nda
     # OpenCV copies an image whose size does not change. The formulas below would round.
     if (height, width) == target_size:
         return pixels.copy()
-    if how == "nearest":
+    if interpolation == "nearest":
         return pixels[_nearest_pixels(height, target_rows)[:, None], _nearest_pixels(width, target_columns)]
-    if how == "area" and (target_rows > height or target_columns > width):
+    if interpolation == "area" and (target_rows > height or target_columns > width):
         # If at least one side grows, OpenCV uses another formula for "area", along rows and columns.
         return _enlarge_by_area(
             pixels, _area_enlarging(height, target_rows), _area_enlarging(width, target_columns)
         )
-    taps = _area_shrinking if how == "area" else _cubic
-    row_sums = _weighted_sum(pixels.astype(np.float32), taps(width, target_columns), 1)
+    make_taps = _area_shrinking if interpolation == "area" else _cubic
+    row_sums = _weighted_sum(pixels.astype(np.float32), make_taps(width, target_columns), 1)
     # As in OpenCV, values stay float32 until the end and are rounded once.
-    return np.rint(_weighted_sum(row_sums, taps(height, target_rows), 0)).clip(0, 255).astype(np.uint8)
+    return np.rint(_weighted_sum(row_sums, make_taps(height, target_rows), 0)).clip(0, 255).astype(np.uint8)
 
 
 def _weighted_sum(source_pixels: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
@@ -198,11 +198,11 @@ def _enlarge_by_area(pixels: np.ndarray, row_taps: Taps, column_taps: Taps) -> n
         column_taps: taps along the columns' axis.
     """
     # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of the two axes.
-    widened = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
+    widened_rows = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
     weight_shape = (-1, *[1] * (pixels.ndim - 1))  # shape in which the weights broadcast along the rows' axis
     (upper_row, upper_weight), (lower_row, lower_weight) = row_taps
-    upper_part = widened[upper_row] * upper_weight.reshape(weight_shape) >> 16
-    lower_part = widened[lower_row] * lower_weight.reshape(weight_shape) >> 16
+    upper_part = widened_rows[upper_row] * upper_weight.reshape(weight_shape) >> 16
+    lower_part = widened_rows[lower_row] * lower_weight.reshape(weight_shape) >> 16
     # Adding 2 before the shift by 2 rounds to the nearest integer.
     return ((upper_part + lower_part + 2) >> 2).clip(0, 255).astype(np.uint8)
 
@@ -275,8 +275,8 @@ def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
     )
     # The square is as large as the longer side of the image, not of the object.
     square_side = max(pixels.shape[:2])
-    scale = int(square_side * (1 - border)) / max(height, width, 1)  # magnification of the object
-    object_size = int(height * scale), int(width * scale)
+    magnification = int(square_side * (1 - border)) / max(height, width, 1)  # magnification of the object
+    object_size = int(height * magnification), int(width * magnification)
     if min(object_size) < 1:
         raise ValueError(
             "the object is empty or too thin: its pixels that are not fully transparent lie in"
@@ -324,37 +324,37 @@ def on_black(image: Image.Image, side_pixels: int, margin: float = 1.2) -> torch
 
 
 def on_black_first(
-    image: Image.Image, side_lengths: tuple[int, ...], largest: int = 1024
+    image: Image.Image, side_lengths: tuple[int, ...], max_side: int = 1024
 ) -> list[torch.Tensor]:
     """Place the object in the centre of a black square, as the pipeline of TRELLIS.2 does, in several sizes.
 
     In contrast to `on_black` there is no margin, the image is blended over black before it is resized, and
-    its longer side is first reduced to `largest` pixels if it is longer.
+    its longer side is first reduced to `max_side` pixels if it is longer.
 
     Args:
         image: RGBA image.
         side_lengths: pixels per side of each result.
-        largest: largest number of pixels of the longer side of the image.
+        max_side: largest number of pixels of the longer side of the image.
 
     Returns: one image [3, s, s] of values 0..1 for each s of `side_lengths`.
     Raises: ValueError as `on_black`.
     """
     # The order matters: blending after resizing would change edges by up to 20 of 255.
-    square = Image.fromarray(over_black(squared(at_most(image, largest), 1.0)))
+    square = Image.fromarray(over_black(squared(at_most(image, max_side), 1.0)))
     return [
         _to_tensor(np.asarray(square.resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)))
         for side_pixels in side_lengths
     ]
 
 
-def at_most(image: Image.Image, largest: int) -> Image.Image:
-    """Shrink an image by Lanczos so that its longer side has at most `largest` pixels.
+def at_most(image: Image.Image, max_side: int) -> Image.Image:
+    """Shrink an image by Lanczos so that its longer side has at most `max_side` pixels.
 
     An image that is small enough is returned unchanged.
     """
-    factor = min(1, largest / max(image.size))
-    shrunk_size = int(image.width * factor), int(image.height * factor)
-    return image if factor == 1 else image.resize(shrunk_size, Image.Resampling.LANCZOS)
+    scale_factor = min(1, max_side / max(image.size))
+    shrunk_size = int(image.width * scale_factor), int(image.height * scale_factor)
+    return image if scale_factor == 1 else image.resize(shrunk_size, Image.Resampling.LANCZOS)
 
 
 def squared(image: Image.Image, margin: float) -> Image.Image:
@@ -433,15 +433,15 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
             where there is no point. None returns no point maps.
         cut: settings of the preprocessor.
 
-    Returns: tensors [C, s, s] by name. `cropped_image`, `mask` and `pointmap` are cropped around the mask.
+    Returns: tensors [C, s, s] by name. `image`, `mask` and `pointmap` are cropped around the mask.
         `rgb_image`, `rgb_image_mask` and `rgb_pointmap` show the complete image, padded to a square. If there
         is a point map, pointmap_scale and pointmap_shift, [3] each, are returned, too: a point p has become
         (p - shift) / scale.
     Raises: ValueError if the mask has less than three rows or columns.
     """
-    rgba = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]
-    colours = rgba[:3]
-    mask = rgba[3:]  # [1, h, w], alpha with all its values 0..1
+    rgba_pixels = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]
+    colours = rgba_pixels[:3]
+    mask = rgba_pixels[3:]  # [1, h, w], alpha with all its values 0..1
     normalised_points = None
     inputs_by_name = {}
     if points is not None:

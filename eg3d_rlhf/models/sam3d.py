@@ -310,7 +310,7 @@ class MixtureFlow(nn.Module):
             "Use the embedder that belongs to this model.",
         )
         # Any: nn.ModuleDict is not generic, so the type checker would see plain modules.
-        layers: Any = self.latent_mapping
+        layers_by_latent: Any = self.latent_mapping
         dtype = blocks.torso_dtype(self.blocks)
         time = embedded_time(self, t, step, config.time_scale)  # [N, C]
         if config.share_mod:
@@ -319,7 +319,7 @@ class MixtureFlow(nn.Module):
         cond = cond.to(dtype)
         # Input and output layers are float32; only the blocks compute in `dtype`.
         tokens_by_latent = {
-            latent_name: layers[latent_name].read(x_t[latent_name].float()).to(dtype)
+            latent_name: layers_by_latent[latent_name].read(x_t[latent_name].float()).to(dtype)
             for latent_name in latents
         }
         # Tensors of a group are concatenated along the tokens: [N, T_g, C].
@@ -331,14 +331,14 @@ class MixtureFlow(nn.Module):
             tokens_by_group = blocks.run_block(block, tokens_by_group, time, cond, recompute=self.recompute)
         velocity_by_name = Tokens()
         for g, latent_names in names_by_group.items():
-            tokens_by_name = (
+            latent_tokens = (
                 tokens_by_group[g]
                 .float()
                 .split([latents[latent_name].tokens for latent_name in latent_names], 1)
             )
             velocity_by_name |= {
-                latent_name: layers[latent_name].write(name_tokens).to(x_t[latent_name].dtype)
-                for latent_name, name_tokens in zip(latent_names, tokens_by_name, strict=True)
+                latent_name: layers_by_latent[latent_name].write(name_tokens).to(x_t[latent_name].dtype)
+                for latent_name, name_tokens in zip(latent_names, latent_tokens, strict=True)
             }
         # In the order of the latents, and not of the groups
         return {latent_name: velocity_by_name[latent_name] for latent_name in latents}
@@ -555,12 +555,12 @@ def remapped(points: torch.Tensor, transform_name: str) -> torch.Tensor:
     # The other transforms treat the depth z differently from x and y.
     xy = points[:, :2]
     z = points[:, 2:]
-    transforms = {
+    remapped_by_transform = {
         "exp": (xy / (1 + z), z.log1p()),
         "exp_disparity": (xy / z, z.log()),
         "sinh_exp": (xy.asinh(), z.clamp_min(1e-8).log()),
     }
-    return torch.cat(transforms[transform_name], 1)
+    return torch.cat(remapped_by_transform[transform_name], 1)
 
 
 class GatedFeedForward(nn.Module):
@@ -599,7 +599,7 @@ class Embedder(nn.Module):
         channels: int,
         has_pre_norm: bool,
         *,
-        random: bool = False,
+        has_random_frames: bool = False,
     ):
         """Build the embedder from its encoders.
 
@@ -608,8 +608,8 @@ class Embedder(nn.Module):
             hidden_widths: channels inside the feed-forward layer after each encoder.
             channels: channels W of a conditioning token.
             has_pre_norm: True normalises the tokens before the feed-forward layer.
-            random: True if the vectors that distinguish the crop from the full frame were random and not
-                trained. Files then store them with one more axis.
+            has_random_frames: True if the vectors that distinguish the crop from the full frame were random
+                and not trained. Files then store them with one more axis.
         """
         super().__init__()
         self.inputs = [inputs for _, _, inputs in encoders]
@@ -625,7 +625,7 @@ class Embedder(nn.Module):
             for (_, encoder_channels, _), hidden_channels in zip(encoders, hidden_widths, strict=True)
         )
         # Files contain one row more than there are frames. The original does not use the last row.
-        self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * random, channels))
+        self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * has_random_frames, channels))
 
     @property
     def names(self) -> list[str]:

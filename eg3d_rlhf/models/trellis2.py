@@ -555,12 +555,17 @@ class VoxelNetwork(nn.Module):
         channels = config.model_channels
         args_by_level = config.block_args or ({},) * len(config.model_channels)
         self.blocks = nn.ModuleList()
-        for i, (level_channels, n_blocks) in enumerate(zip(channels, config.num_blocks, strict=True)):
-            level = [ConvBlock(level_channels, **args_by_level[i]) for _ in range(n_blocks)]
+        for level_index, (level_channels, n_blocks) in enumerate(
+            zip(channels, config.num_blocks, strict=True)
+        ):
+            level_blocks = [ConvBlock(level_channels, **args_by_level[level_index]) for _ in range(n_blocks)]
             # The block between levels is the last block of a level. The
             # last level has none, so the slice is empty.
-            step_blocks = [make_step(level_channels, next_width) for next_width in channels[i + 1 : i + 2]]
-            self.blocks.append(nn.ModuleList([*level, *step_blocks]))
+            step_blocks = [
+                make_step(level_channels, next_width)
+                for next_width in channels[level_index + 1 : level_index + 2]
+            ]
+            self.blocks.append(nn.ModuleList([*level_blocks, *step_blocks]))
         if config.use_fp16:
             convert_torso([self.blocks], torch.float16, (nn.Linear, Kernel))
 
@@ -594,39 +599,46 @@ class VoxelDecoder(VoxelNetwork):
         self.output_layer = nn.Linear(config.model_channels[-1], config.out_channels)
 
     def forward(
-        self, x: SparseBatch, children: Sequence[torch.Tensor] | None = None, levels: int | None = None
+        self,
+        x: SparseBatch,
+        child_logits: Sequence[torch.Tensor] | None = None,
+        split_count: int | None = None,
     ) -> tuple[SparseBatch, list[torch.Tensor]]:
         """Decode latents [V, C] to features on the finest voxels.
 
         Args:
             x: batch of latents.
-            children: logits of the children [V, 8] at every split, for a decoder that does not predict them;
-                None otherwise.
-            levels: number of splits after which the decoder stops, without the output layer; None: all.
+            child_logits: logits of the children [V, 8] at every split, for a decoder that does not predict
+                them; None otherwise.
+            split_count: number of splits after which the decoder stops, without the output layer; None: all.
 
         Returns: the batch of features, and a list of the logits of the children [V, 8] at every split.
         Raises: ValueError if the decoder does not predict children and the logits are missing.
         """
         config = self.config
-        if not config.pred_subdiv and (children is None or len(children) != len(config.up_block_type)):
-            given_split_count = "None" if children is None else len(children)
+        if not config.pred_subdiv and (
+            child_logits is None or len(child_logits) != len(config.up_block_type)
+        ):
+            given_split_count = "None" if child_logits is None else len(child_logits)
             raise ValueError(
-                f"VoxelDecoder: this decoder needs the logits of {len(config.up_block_type)} splits as"
-                f" children, got {given_split_count}. Pass the logits that the decoder of the shape returned."
+                f"VoxelDecoder: this decoder needs child_logits for {len(config.up_block_type)} splits, got"
+                f" {given_split_count}. Pass the logits that the decoder of the shape returned."
             )
         h = self.first(x, self.from_latent)
-        logits = list[torch.Tensor]()
-        for level in self.blocks:
+        split_logits = list[torch.Tensor]()
+        for level_blocks in self.blocks:
             # There is one entry of logits for each split.
-            if len(logits) == levels:
-                return h, logits
-            for block in level:  # type: ignore[attr-defined]
+            if len(split_logits) == split_count:
+                return h, split_logits
+            for block in level_blocks:  # type: ignore[attr-defined]
                 if isinstance(block, SplitBlock):
-                    logits.append(block.subdivision(h) if children is None else children[len(logits)])
-                    h = block(h, logits[-1] > 0)
+                    split_logits.append(
+                        block.subdivision(h) if child_logits is None else child_logits[len(split_logits)]
+                    )
+                    h = block(h, split_logits[-1] > 0)
                 else:
                     h = block(h)
-        return self.last(h, self.output_layer), logits
+        return self.last(h, self.output_layer), split_logits
 
 
 class VoxelEncoder(VoxelNetwork):
@@ -696,21 +708,23 @@ class VoxelAsset:
 
 
 def assets_of(
-    shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float
+    shape_batch: SparseBatch, material_batch: SparseBatch | None, resolution: int, margin: float
 ) -> list[VoxelAsset]:
     """Build one asset per sample from the outputs of the decoders.
 
     Args:
-        shape: output [W, 7] of the shape's decoder.
-        materials: output [W, 6] of the decoder of materials on the same voxels, or None.
+        shape_batch: output [W, 7] of the shape's decoder.
+        material_batch: output [W, 6] of the decoder of materials on the same voxels, or None.
         resolution: number of voxels per axis of the grid.
         margin: largest distance of a vertex from its voxel, in voxels.
     """
     sample_materials = (
-        [None] * shape.size if materials is None else [sample.feats for sample in materials.samples()]
+        [None] * shape_batch.size
+        if material_batch is None
+        else [sample.feats for sample in material_batch.samples()]
     )
     voxel_assets = []
-    for sample, raw_materials in zip(shape.samples(), sample_materials, strict=True):
+    for sample, raw_materials in zip(shape_batch.samples(), sample_materials, strict=True):
         # Channels of the shape: 3 for the vertex, 3 for the crossed edges, 1 for the diagonal
         raw_vertices, crossing_logits, raw_split = sample.feats.split([3, 3, 1], 1)
         voxel_assets.append(

@@ -71,11 +71,11 @@ def first_line(error: BaseException) -> str:
     If the error has no text, return the name of its class.
     """
     # Messages of libraries may contain stack traces and hints. Their first line states the cause.
-    cause = next(
+    stated_cause = next(
         (stripped_line.strip() for stripped_line in str(error).splitlines() if stripped_line.strip()),
         type(error).__name__,
     )
-    return cause if len(cause) <= 200 else cause[:200] + "..."
+    return stated_cause if len(stated_cause) <= 200 else stated_cause[:200] + "..."
 
 
 def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -> Path:
@@ -129,13 +129,13 @@ def read_content(path: str | Path, who: str) -> Any:
     except DAMAGED as error:
         # UnpicklingError has two causes. With this text, the file is no pickle at all. With any other text,
         # the pickle contains objects that weights_only does not allow.
-        operand = re.search(r"Unsupported operand \d+", str(error))
-        if isinstance(error, pickle.UnpicklingError) and operand is None:
+        operand_match = re.search(r"Unsupported operand \d+", str(error))
+        if isinstance(error, pickle.UnpicklingError) and operand_match is None:
             raise ValueError(
                 f"{who}: {path.name} is a pickle that contains more than weights. Its code was not executed."
                 " Download the file from its publisher, or save only its state dict."
             ) from error
-        reason = operand[0] if operand else first_line(error)
+        reason = operand_match[0] if operand_match else first_line(error)
         raise ValueError(
             f"{who}: no weights can be read from {path.name} ({reason}). The file may be incomplete or of"
             " another kind. Copy it again."
@@ -212,25 +212,27 @@ def shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in state_dict.items()}
 
 
-def shape_of(state_dict: Mapping[str, torch.Tensor], entry_name: str, who: str, axes: int) -> tuple[int, ...]:
+def shape_of(
+    state_dict: Mapping[str, torch.Tensor], entry_name: str, who: str, axis_count: int
+) -> tuple[int, ...]:
     """Return the shape of an entry of a state dict.
 
     Args:
         state_dict: state dict.
         entry_name: name of the entry.
         who: text that error messages begin with.
-        axes: number of axes that the entry must have.
+        axis_count: number of axes that the entry must have.
 
     Raises: ValueError if the entry is missing or has another number of axes.
     """
     if entry_name not in state_dict:
         raise ValueError(
-            f"{who}: the entry {entry_name} with {axes} axes is missing. The file may belong to another"
+            f"{who}: the entry {entry_name} with {axis_count} axes is missing. The file may belong to another"
             " network: use the file of this network."
         )
-    if state_dict[entry_name].ndim != axes:
+    if state_dict[entry_name].ndim != axis_count:
         raise ValueError(
-            f"{who}: {entry_name} must have {axes} axes, but has the shape"
+            f"{who}: {entry_name} must have {axis_count} axes, but has the shape"
             f" {list(state_dict[entry_name].shape)}. The file may belong to another network: use the file of"
             " this network."
         )
@@ -350,8 +352,8 @@ def adopt(network: Module, new_state: Mapping[str, torch.Tensor], who: str) -> M
     for name, position_ids in list(network.named_buffers()):
         if name.endswith(SKIPPED):
             # The buffer may not be part of the file, and then has no values on the meta device.
-            parent, _, buffer_name = name.rpartition(".")
-            network.get_submodule(parent).register_buffer(
+            parent_name, _, buffer_name = name.rpartition(".")
+            network.get_submodule(parent_name).register_buffer(
                 buffer_name, torch.arange(position_ids.shape[-1])[None], persistent=False
             )
     return network
@@ -395,8 +397,8 @@ def in_types_of(stored_state: Mapping[str, torch.Tensor], new_state: Mapping[str
 def write(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a state dict as a .safetensors file, atomically."""
     # safetensors rejects tensors that share memory, so each tensor is copied.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
-    write_atomic(path, safetensors.torch.save(copies, metadata={"format": "pt"}))
+    tensor_copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+    write_atomic(path, safetensors.torch.save(tensor_copies, metadata={"format": "pt"}))
 
 
 def rewrite(path: Path, file_content: Any) -> None:
@@ -449,14 +451,14 @@ def require_extra(flag: str, *libraries: str) -> None:
         it.
     """
     # diffusers belongs to the extra `sd`, transformers to the extra `vision`.
-    extra = "sd" if "diffusers" in libraries else "vision"
+    extra_name = "sd" if "diffusers" in libraries else "vision"
     for library in libraries:
         try:
             __import__(library)
         except ImportError as error:
             raise ValueError(
                 f"{flag}: these files need {' and '.join(libraries)}, but {library} cannot be imported"
-                f" ({first_line(error)}). Run pip install 'eg3d-rlhf[{extra}]'."
+                f" ({first_line(error)}). Run pip install 'eg3d-rlhf[{extra_name}]'."
             ) from error
 
 

@@ -193,7 +193,7 @@ def test_a_decoder_with_given_children_makes_the_voxels_of_the_one_that_predicts
     with torch.no_grad():
         shape, children = predicting(x)
         colours, _ = receiving(x, children)
-        coarse, none = predicting(x, levels=0)
+        coarse, none = predicting(x, split_count=0)
     assert (
         shape.feats.shape[1] == 7
         and colours.feats.shape[1] == 6

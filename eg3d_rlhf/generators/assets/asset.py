@@ -104,8 +104,8 @@ class Asset(torch.nn.Module, abc.ABC):
         # The cube is centred at the origin, see `bounds`.
         is_inside = (points.abs() <= self.bounds.side / 2 * (1 + _EDGE)).all(dim=-1)
         # Points outside are decoded, too, and their density is discarded.
-        raw, _ = self.decode(points)
-        return torch.where(is_inside, raw, EMPTY)
+        raw_density, _ = self.decode(points)
+        return torch.where(is_inside, raw_density, EMPTY)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
         """Return the raw density [A, D, H, W] at grid points, see `Field`."""
@@ -123,15 +123,15 @@ class Asset(torch.nn.Module, abc.ABC):
         """Render the assets from cameras, see `Field`."""
         return march(self, cameras.to(next(self.parameters())), options, RESOLUTION, self.samples)
 
-    def select(self, indices: list[int]) -> Self:
+    def select(self, asset_indices: list[int]) -> Self:
         """Return a copy that contains only the assets with the given indices, in their order."""
         # The copy has all attributes and buffers. Its parameters are replaced below.
         selected_assets = copy.deepcopy(self)
         for parameter_name, parameter in self.named_parameters():
-            selected_values = torch.nn.Parameter(
-                parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad
+            selected_parameter = torch.nn.Parameter(
+                parameter.detach()[asset_indices].clone(), requires_grad=parameter.requires_grad
             )
-            setattr(selected_assets, parameter_name, selected_values)
+            setattr(selected_assets, parameter_name, selected_parameter)
         return selected_assets
 
     def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
@@ -144,12 +144,14 @@ class Asset(torch.nn.Module, abc.ABC):
         """
         # With the key "asset", the parameters have the names that they have in `AssetNetwork`.
         network = torch.nn.ModuleDict({"asset": self})
-        arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
+        constructor_arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
         training_set = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
         # The file contains no G and no D, because finished assets are not trained further.
         networks.save(
             path,
-            networks.Networks(None, None, network, arguments, None, training_set, architecture=ARCHITECTURE),
+            networks.Networks(
+                None, None, network, constructor_arguments, None, training_set, architecture=ARCHITECTURE
+            ),
         )
 
 
@@ -190,16 +192,16 @@ def load_assets(path: str | Path) -> Asset:
     return network.asset
 
 
-def sparsity(raw: torch.Tensor, grid_spacing: float) -> dict[str, torch.Tensor]:
+def sparsity(raw_density: torch.Tensor, grid_spacing: float) -> dict[str, torch.Tensor]:
     """Compute two penalties on the opacity o = 1 - exp(-softplus(raw - 1) grid_spacing) of grid points.
 
     Args:
-        raw: raw density [A, ...] at the points of a grid.
+        raw_density: raw density [A, ...] at the points of a grid.
         grid_spacing: distance of neighbouring grid points, world units.
     Returns: 'sparsity' [A], the mean of o; 'opacity' [A], the mean binary entropy of o in nats, which is 0 if
         every point is either opaque or empty.
     """
-    optical_depth = torch.nn.functional.softplus(raw - 1) * grid_spacing
+    optical_depth = torch.nn.functional.softplus(raw_density - 1) * grid_spacing
     # 1 - exp(-x); expm1 is accurate for small x.
     opacity = -torch.expm1(-optical_depth)
     # Binary entropy -(1 - o) log(1 - o) - o log(o), where -log(1 - o) is the optical depth. The clamp

@@ -97,9 +97,9 @@ class Latents(Asset):
         'sparsity' and 'opacity' are computed on a coarse grid, see the function `sparsity`. 'roughness' is
         the mean squared difference between the latents of successive layers.
         """
-        probes = SlabSpec.from_bounds(self.bounds, _PROBES)
+        probe_grid = SlabSpec.from_bounds(self.bounds, _PROBES)
         return {
-            **sparsity(self.density_grid(probes), probes.voxel),
+            **sparsity(self.density_grid(probe_grid), probe_grid.voxel),
             "roughness": self.ws.diff(dim=1).square().flatten(1).mean(dim=1),
         }
 

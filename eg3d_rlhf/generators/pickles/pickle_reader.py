@@ -91,11 +91,11 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def shorten(text: str, limit: int = 80) -> str:
-    """Escape control characters in a text, and truncate it to `limit` characters."""
+def shorten(text: str, max_characters: int = 80) -> str:
+    """Escape control characters in a text, and truncate it to `max_characters` characters."""
     # Truncated first, so that a text of gigabytes is not escaped.
-    short = text if len(text) <= limit else text[:limit] + "..."
-    return short.encode("unicode_escape").decode("ascii")
+    short_text = text if len(text) <= max_characters else text[:max_characters] + "..."
+    return short_text.encode("unicode_escape").decode("ascii")
 
 
 def is_key(value: Any) -> bool:
@@ -233,9 +233,11 @@ class Machine:
 
         Raises: RejectedError if fewer bytes remain.
         """
-        remaining = len(self.data) - self.position
-        if byte_count > remaining:
-            raise RejectedError(f"it ends too early: {byte_count} bytes are needed, but {remaining} remain")
+        remaining_byte_count = len(self.data) - self.position
+        if byte_count > remaining_byte_count:
+            raise RejectedError(
+                f"it ends too early: {byte_count} bytes are needed, but {remaining_byte_count} remain"
+            )
         self.position += byte_count
         return self.data[self.position - byte_count : self.position]
 
@@ -254,11 +256,11 @@ class Machine:
         """
         # The search is limited, so that a file without newline is not searched to its end.
         search_window = bytes(self.data[self.position : self.position + MAX_NAME + 1])
-        length = search_window.find(b"\n")
-        if length < 0:
+        line_length = search_window.find(b"\n")
+        if line_length < 0:
             raise RejectedError(f"it has a name of more than {MAX_NAME} characters, or ends within a name")
-        self.position += length + 1
-        return decode(search_window[:length])
+        self.position += line_length + 1
+        return decode(search_window[:line_length])
 
     def text(self, byte_count: int) -> "str | LongText":
         """Read a text of `byte_count` bytes of UTF-8. A text of more than LONG_TEXT bytes is not decoded."""
@@ -316,11 +318,11 @@ class Machine:
 
     # Methods that create or extend containers.
 
-    def tuple_of(self, count: int) -> None:
-        """Replace the topmost `count` values by a tuple."""
-        if len(self.stack) < count:
+    def tuple_of(self, value_count: int) -> None:
+        """Replace the topmost `value_count` values by a tuple."""
+        if len(self.stack) < value_count:
             raise RejectedError("it has an opcode without the values that the opcode needs")
-        self.stack[-count:] = [tuple(self.stack[-count:])]
+        self.stack[-value_count:] = [tuple(self.stack[-value_count:])]
 
     def extend(self, items: list, container_type: type) -> None:
         """Add items to the list or set on top of the stack. `container_type` is list or set."""
@@ -358,9 +360,9 @@ class Machine:
         A frame is a block that pickle reads at once. Here the file is in memory, so frames have no effect.
         """
         frame_size = self.number("<Q")
-        remaining = len(self.data) - self.position
-        if frame_size > remaining:
-            raise RejectedError(f"it has a frame of {frame_size} bytes, but {remaining} remain")
+        remaining_byte_count = len(self.data) - self.position
+        if frame_size > remaining_byte_count:
+            raise RejectedError(f"it has a frame of {frame_size} bytes, but {remaining_byte_count} remain")
 
 
 # Opcode -> operation on a machine `m`, with the names of pickletools in comments. Python evaluates

@@ -159,18 +159,18 @@ OPTIONAL_RENDERING = {
 }
 
 
-def check(arguments: dict, check_by_name: dict, where: str) -> None:
+def check(arguments: dict, check_by_name: dict, name_prefix: str) -> None:
     """Check that the names and values of constructor arguments or options are accepted.
 
     Args:
         arguments: arguments by name.
         check_by_name: a `Check` by name, or a table for an argument that is a dictionary itself.
-        where: start of the full name in messages, such as "mapping_kwargs.".
+        name_prefix: start of the full name in messages, such as "mapping_kwargs.".
     Raises: RejectedError for the first name outside the table, or the first value that is not accepted.
     """
     for argument_name, argument in arguments.items():
         # `shorten` also escapes control characters, which must not reach the terminal.
-        full_name = f"{where}{shorten(argument_name)}"
+        full_name = f"{name_prefix}{shorten(argument_name)}"
         # An unknown argument might change the architecture, so it is not ignored.
         if argument_name not in check_by_name:
             raise RejectedError(f"it has the unknown constructor argument {full_name}")
@@ -661,12 +661,12 @@ def _training_set(snapshot: Snapshot) -> dict:
     """
     dataset_options = snapshot.training_set
     dataset_path = dataset_options.get("path")
-    description: dict = {
+    training_set_entry: dict = {
         "name": Path(dataset_path).stem if isinstance(dataset_path, str) else "",
         "resolution": dataset_options.get("resolution"),
     }
     if dataset_options:
-        description["options"] = dict(dataset_options)
+        training_set_entry["options"] = dict(dataset_options)
     # Standard deviation of the camera labels, a buffer that EG3D's training adds to G.
     label_std_record = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")
     if label_std_record is not None:
@@ -674,7 +674,7 @@ def _training_set(snapshot: Snapshot) -> dict:
         is_vector = isinstance(label_std_record, TensorRecord) and len(label_std_record.shape) == 1
         if not is_vector or label_std_record.nbytes > 1 << 16:
             raise RejectedError("its dataset_label_std is not a vector of at most 65536 bytes")
-        description["label_std"] = json_values([float(value) for value in label_std_record.tensor()])
+        training_set_entry["label_std"] = json_values([float(value) for value in label_std_record.tensor()])
     if snapshot.augment_pipe is not None:
         probability_record = _inside(snapshot.augment_pipe, "_buffers", "p")
         if not isinstance(probability_record, TensorRecord) or probability_record.shape != ():
@@ -683,9 +683,9 @@ def _training_set(snapshot: Snapshot) -> dict:
         if not math.isfinite(probability):
             raise RejectedError(f"its augment_pipe has the augmentation probability p = {probability}")
         augment_options = json_values(snapshot.augment_pipe.state.get("_init_kwargs", {}))
-        description["augment"] = {
+        training_set_entry["augment"] = {
             "class_name": snapshot.augment_pipe.class_name,
             "options": augment_options,
             "p": probability,
         }
-    return description
+    return training_set_entry

@@ -131,11 +131,11 @@ class StorageRules(Rules):
             )
         ):
             raise RejectedError(f"it has the invalid storage id {describe(pid)}")
-        prefix, storage_class, storage_key, _, element_count, _ = pid
+        id_prefix, storage_class, storage_key, _, element_count, _ = pid
         # bool is a subclass of int in Python, so it is excluded explicitly.
-        if prefix != "storage" or isinstance(element_count, bool) or element_count < 0:
+        if id_prefix != "storage" or isinstance(element_count, bool) or element_count < 0:
             raise RejectedError(
-                f"it has a storage id that begins with {describe(prefix)} and states"
+                f"it has a storage id that begins with {describe(id_prefix)} and states"
                 f" {describe(element_count)} elements"
             )
         return _StorageId(DTYPES[storage_class.name], storage_key, element_count)
@@ -151,13 +151,13 @@ def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> Stor
     Raises: RejectedError for another format, a name outside DTYPES, or a number of elements that does not fit
         the length of the stream.
     """
-    position = 0
+    byte_position = 0
     pickled_values = []
     for _ in range(5):
         # The five pickles follow one another without separators.
-        machine = Machine(data, position, StorageRules(budget, name_counts))
+        machine = Machine(data, byte_position, StorageRules(budget, name_counts))
         pickled_values.append(machine.run())
-        position = machine.position
+        byte_position = machine.position
     magic_number, protocol_number, system_properties, storage_id, storage_keys = pickled_values
     if magic_number != MAGIC or protocol_number != VERSION:
         raise RejectedError(
@@ -172,11 +172,11 @@ def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> Stor
         or storage_keys[0] != storage_id.key
     ):
         raise RejectedError("it has a tensor stream that does not contain exactly one storage")
-    if len(data) - position < 8:
+    if len(data) - byte_position < 8:
         raise RejectedError("it has a tensor stream without a number of elements")
     # The number of elements (8 bytes) is stored a second time, after the persistent id.
-    (element_count,) = struct.unpack("<q", data[position : position + 8])
-    element_bytes = data[position + 8 :]
+    (element_count,) = struct.unpack("<q", data[byte_position : byte_position + 8])
+    element_bytes = data[byte_position + 8 :]
     if element_count != storage_id.count or element_count * storage_id.dtype.itemsize != len(element_bytes):
         stated_size = f"{storage_id.count} and {element_count} elements of {storage_id.dtype.itemsize} bytes"
         raise RejectedError(
@@ -307,15 +307,15 @@ class SnapshotRules(Rules):
 
     def _module(self, args: tuple) -> ModuleRecord:
         """Return the record of a module from the dictionary that torch_utils.persistence wrote."""
-        description = _only(args, dict, "module")
+        module_description = _only(args, dict, "module")
         if (
-            description.get("type") != "class"
-            or not isinstance(description.get("class_name"), str)
-            or not self._is_state(description.get("state"))
+            module_description.get("type") != "class"
+            or not isinstance(module_description.get("class_name"), str)
+            or not self._is_state(module_description.get("state"))
         ):
             raise RejectedError("it has a module description without a valid type, class_name or state")
-        # description["module_src"], the source text that EG3D would execute, is ignored.
-        return ModuleRecord(description["class_name"], description["state"])
+        # module_description["module_src"], the source text that EG3D would execute, is ignored.
+        return ModuleRecord(module_description["class_name"], module_description["state"])
 
     def _tensor(self, args: tuple) -> TensorRecord:
         """Return the record of a tensor from its storage, offset, shape and stride.
@@ -469,20 +469,20 @@ def parse(data: memoryview, who: str) -> Snapshot:
     # A file cannot contain more bytes of text than it has itself.
     machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), name_counts))
     with reporting_rejection(who, machine):
-        root = machine.run()
+        root_object = machine.run()
         # The file may be a pickled generator, not a dictionary of networks.
-        if isinstance(root, ModuleRecord):
-            root = {"G_ema": root}
-        if not isinstance(root, dict):
-            raise RejectedError(f"it contains {describe(root)} instead of a dictionary of networks")
+        if isinstance(root_object, ModuleRecord):
+            root_object = {"G_ema": root_object}
+        if not isinstance(root_object, dict):
+            raise RejectedError(f"it contains {describe(root_object)} instead of a dictionary of networks")
         # Other keys of the dictionary are ignored.
         module_records = {
-            module_name: _module(root[module_name], module_name)
+            module_name: _module(root_object[module_name], module_name)
             for module_name in (*NETWORKS, "augment_pipe")
-            if root.get(module_name) is not None
+            if root_object.get(module_name) is not None
         }
         augment_record = module_records.pop("augment_pipe", None)
-        training_set = json_values(root.get("training_set_kwargs") or {})
+        training_set = json_values(root_object.get("training_set_kwargs") or {})
         if not isinstance(training_set, dict):
             raise RejectedError("its training_set_kwargs are not a dictionary")
         return Snapshot(
@@ -501,10 +501,10 @@ def reporting_rejection(who: str, machine: Machine | None = None) -> Iterator[No
     try:
         yield
     except RejectedError as rejection:
-        position = f" (byte {machine.position})" if machine is not None else ""
+        position_text = f" (byte {machine.position})" if machine is not None else ""
         raise ValueError(
-            f"{who}: the file is not accepted as a network pickle of EG3D: {rejection}{position}. No code"
-            " from the file was run. Download the file again from its source, or choose another file."
+            f"{who}: the file is not accepted as a network pickle of EG3D: {rejection}{position_text}. No"
+            " code from the file was run. Download the file again from its source, or choose another file."
         ) from None
 
 
@@ -564,8 +564,8 @@ def json_values(value: Any) -> Any:
         # Options such as avg_camera_pivot may be small tensors.
         if isinstance(value, TensorRecord) and 0 < value.nbytes <= 1 << 12:
             return convert(value.tensor().tolist(), depth + 1)
-        description = "a long text" if isinstance(value, (str, LongText)) else describe(value)
-        raise RejectedError(f"one of its options is {description}")
+        value_description = "a long text" if isinstance(value, (str, LongText)) else describe(value)
+        raise RejectedError(f"one of its options is {value_description}")
 
     return convert(value, 0)
 

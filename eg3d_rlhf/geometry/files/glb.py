@@ -160,10 +160,10 @@ class _Reader:
     def model(self) -> Model:
         """Convert the scene, and return the model. Raises: ValueError for parts that are not allowed."""
         # extensions without which the file cannot be shown
-        required_extensions = set(self.document.get("extensionsRequired", [])) - _RESOLVED
-        if required_extensions:
+        unsupported_extensions = set(self.document.get("extensionsRequired", [])) - _RESOLVED
+        if unsupported_extensions:
             raise ValueError(
-                f"the GLB file requires {', '.join(sorted(map(str, required_extensions)))[:200]}, which is"
+                f"the GLB file requires {', '.join(sorted(map(str, unsupported_extensions)))[:200]}, which is"
                 " not supported. Export it without this extension."
             )
         if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
@@ -179,13 +179,15 @@ class _Reader:
         self._nodes(scene.get("nodes", []))
         # The triangles of a mesh count once for each node that refers to the mesh.
         triangle_counts = [self._triangle_count(mesh) for mesh in self.out.meshes]
-        rendered_count = sum(triangle_counts[node.mesh] for node in self.out.nodes if node.mesh is not None)
-        if not rendered_count:
+        rendered_triangle_count = sum(
+            triangle_counts[node.mesh] for node in self.out.nodes if node.mesh is not None
+        )
+        if not rendered_triangle_count:
             raise ValueError("the GLB file has no triangles. Export a mesh that has faces.")
-        if rendered_count > MAX_TRIANGLES:
+        if rendered_triangle_count > MAX_TRIANGLES:
             raise ValueError(
-                f"the GLB file has {rendered_count:,} triangles, but at most {MAX_TRIANGLES:,} are allowed."
-                " Simplify the mesh, or reduce its resolution."
+                f"the GLB file has {rendered_triangle_count:,} triangles, but at most {MAX_TRIANGLES:,} are"
+                " allowed. Simplify the mesh, or reduce its resolution."
             )
         return self.out
 
@@ -245,18 +247,18 @@ class _Reader:
         """
         record = self._record(record_kind, record_index)
         if (record_kind, record_index) not in self._indices:
-            converted = convert(record)
-            converted_records.append(converted)
+            converted_record = convert(record)
+            converted_records.append(converted_record)
             self._indices[record_kind, record_index] = len(converted_records) - 1
         return self._indices[record_kind, record_index]
 
     # ---- scene
 
-    def _nodes(self, roots: list) -> None:
+    def _nodes(self, root_indices: list) -> None:
         """Convert the nodes of a scene. Nodes without a mesh, and without such nodes below them, are dropped.
 
         Args:
-            roots: indices in the file of the nodes without a parent.
+            root_indices: indices in the file of the nodes without a parent.
 
         Raises: ValueError for cycles, skins and instances, and for too many nodes.
         """
@@ -265,9 +267,11 @@ class _Reader:
         visited_nodes: set[int] = set()
         # Depth-first traversal with a stack, because recursion could exceed Python's limit. An entry is
         # (node, parent, depth). Lists are reversed, because the last entry of the stack is taken first.
-        pending: list[tuple[Any, int | None, int]] = [(node_index, None, 1) for node_index in reversed(roots)]
-        while pending:
-            node_index, parent_index, depth = pending.pop()
+        pending_nodes: list[tuple[Any, int | None, int]] = [
+            (node_index, None, 1) for node_index in reversed(root_indices)
+        ]
+        while pending_nodes:
+            node_index, parent_index, depth = pending_nodes.pop()
             node_record = self._record("nodes", node_index)
             if depth > MAX_DEPTH:
                 raise ValueError(
@@ -282,7 +286,9 @@ class _Reader:
                 )
             visited_nodes.add(node_index)
             visit_order.append((node_index, parent_index))
-            pending += [(child, node_index, depth + 1) for child in reversed(node_record.get("children", []))]
+            pending_nodes += [
+                (child, node_index, depth + 1) for child in reversed(node_record.get("children", []))
+            ]
         children: dict[int | None, list[int]] = {}
         converted_nodes: dict[int, Node] = {}
         # Reversed, so that children are converted before their parents.
@@ -304,14 +310,14 @@ class _Reader:
                     children.get(node_index, [])[::-1], mesh, _place(node_record)
                 )
                 children.setdefault(parent_index, []).append(node_index)
-        new_index = {
+        new_index_by_node = {
             node_index: position
             for position, node_index in enumerate(node for node, _ in visit_order if node in converted_nodes)
         }
-        self.out.nodes = [converted_nodes[node_index] for node_index in new_index]
+        self.out.nodes = [converted_nodes[node_index] for node_index in new_index_by_node]
         for node in self.out.nodes:
-            node.children = [new_index[child] for child in node.children]
-        self.out.roots = [new_index[node_index] for node_index in children.get(None, [])[::-1]]
+            node.children = [new_index_by_node[child] for child in node.children]
+        self.out.roots = [new_index_by_node[node_index] for node_index in children.get(None, [])[::-1]]
 
     def _mesh(self, mesh_record: dict) -> list[Primitive]:
         """Convert the record of a mesh into its primitives. Raises: ValueError for active morph targets."""
@@ -357,9 +363,9 @@ class _Reader:
                 attribute.values.shape[1] not in _NAMES[attribute_name]
                 or len(attribute.values) != vertex_count
             ):
-                widths = " or ".join(map(str, _NAMES[attribute_name]))
+                allowed_widths = " or ".join(map(str, _NAMES[attribute_name]))
                 raise ValueError(
-                    f"{attribute_name} must have the shape [{vertex_count}, {widths}], got"
+                    f"{attribute_name} must have the shape [{vertex_count}, {allowed_widths}], got"
                     f" {list(attribute.values.shape)}. Export the file again."
                 )
             if attribute.values.dtype.kind == "f" and not (np.abs(attribute.values) < _REACH).all():
@@ -552,15 +558,15 @@ class _Reader:
 
     def _material(self, material_record: dict) -> dict:
         """Return a copy of a material's record that contains only allowed fields with allowed values."""
-        pbr = material_record.get("pbrMetallicRoughness", {})
+        pbr_record = material_record.get("pbrMetallicRoughness", {})
         material: dict = {}
         pbr_fields: dict = {}
         for field_name, length in (("baseColorFactor", 4), ("metallicFactor", 0), ("roughnessFactor", 0)):
-            if field_name in pbr:
-                pbr_fields[field_name] = _share(pbr[field_name], length)
+            if field_name in pbr_record:
+                pbr_fields[field_name] = _share(pbr_record[field_name], length)
         for field_name in ("baseColorTexture", "metallicRoughnessTexture"):
-            if field_name in pbr:
-                pbr_fields[field_name] = self._texture(pbr[field_name])
+            if field_name in pbr_record:
+                pbr_fields[field_name] = self._texture(pbr_record[field_name])
         material["pbrMetallicRoughness"] = pbr_fields
         for field_name, factor_name in (
             ("normalTexture", "scale"),
@@ -592,18 +598,20 @@ class _Reader:
         }
         if "texCoord" in texture_reference:
             kept_reference["texCoord"] = _set(texture_reference["texCoord"])
-        transform = texture_reference.get("extensions", {}).get("KHR_texture_transform")
+        transform_record = texture_reference.get("extensions", {}).get("KHR_texture_transform")
         # Offset, scale and rotation of the texture coordinates.
-        if transform is not None:
+        if transform_record is not None:
             transform_fields: dict = {
-                field_name: _numbers(transform[field_name], 2)
+                field_name: _numbers(transform_record[field_name], 2)
                 for field_name in ("offset", "scale")
-                if field_name in transform
+                if field_name in transform_record
             }
             transform_fields |= (
-                {"rotation": _number(transform["rotation"])} if "rotation" in transform else {}
+                {"rotation": _number(transform_record["rotation"])} if "rotation" in transform_record else {}
             )
-            transform_fields |= {"texCoord": _set(transform["texCoord"])} if "texCoord" in transform else {}
+            transform_fields |= (
+                {"texCoord": _set(transform_record["texCoord"])} if "texCoord" in transform_record else {}
+            )
             kept_reference["extensions"] = {"KHR_texture_transform": transform_fields}
             self.out.extensions.add("KHR_texture_transform")
         return kept_reference
@@ -737,9 +745,9 @@ def _sampler(sampler_record: dict) -> dict:
 
 def _place(node_record: dict) -> dict:
     """Return the transformation of a node: its fields matrix, translation, rotation and scale, if present."""
-    sizes = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
+    length_by_field = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
     return {
         field_name: _numbers(node_record[field_name], length)
-        for field_name, length in sizes.items()
+        for field_name, length in length_by_field.items()
         if field_name in node_record
     }

@@ -51,14 +51,14 @@ def companion_files(data: bytes | memoryview, path: Path) -> list[Path]:
 
     Raises: ValueError for a file outside the folder, and for a missing texture.
     """
-    companions: dict[Path, None] = {}
-    for library in _libraries(data, path)[0]:
+    companion_paths: dict[Path, None] = {}
+    for library_path in _libraries(data, path)[0]:
         # a dictionary as an ordered set
-        companions[library] = None
-        for material in _materials(decode_text(library.read_bytes()), library).values():
+        companion_paths[library_path] = None
+        for material in _materials(decode_text(library_path.read_bytes()), library_path).values():
             if material.texture is not None:
-                companions[material.texture] = None
-    return list(companions)
+                companion_paths[material.texture] = None
+    return list(companion_paths)
 
 
 def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
@@ -114,12 +114,14 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
 
     Raises: ValueError for a damaged file, and for materials or textures that are missing or not allowed.
     """
-    libraries, missing_names = ([], []) if geometry_only else _libraries(data, path)
-    if len(libraries) > 1:
+    library_paths, missing_names = ([], []) if geometry_only else _libraries(data, path)
+    if len(library_paths) > 1:
         raise ValueError(
-            f"the OBJ file names {len(libraries)} material files (mtllib). Join them into one file."
+            f"the OBJ file names {len(library_paths)} material files (mtllib). Join them into one file."
         )
-    materials = _materials(decode_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
+    materials = (
+        _materials(decode_text(library_paths[0].read_bytes()), library_paths[0]) if library_paths else {}
+    )
     named_parts = _Lines(decode_text(data)).parts()
     # Materials that no face uses are dropped, with their textures.
     used_names = [
@@ -222,11 +224,11 @@ class _Lines:
         Raises: ValueError for a word that is no corner.
         """
         corner_words = self.words["f"]
-        slashes = {word.count("/") for word in corner_words}
+        slash_counts = {word.count("/") for word in corner_words}
         # Corners may have different forms: 1, 1/2, 1//3 or 1/2/3. They are padded with 0, which represents a
         # missing index, to the form 1/2/3.
         if (
-            len(slashes) > 1
+            len(slash_counts) > 1
             or "//" in (corner_text := " ".join(corner_words))
             or "/ " in corner_text
             or corner_text.endswith("/")
@@ -239,38 +241,38 @@ class _Lines:
                 "/".join(indices_as_text[: max(3, len(indices_as_text) - 2)])
                 for indices_as_text in padded_words
             ]
-            slashes = {word.count("/") for word in corner_words}
+            slash_counts = {word.count("/") for word in corner_words}
             corner_text = " ".join(corner_words)
-        indices_per_corner = slashes.pop() + 1
+        indices_per_corner = slash_counts.pop() + 1
         # All corners are parsed at once, because parsing them one by one is slow.
-        numbers = _numbers(corner_text.replace("/", " "), np.int64)
+        parsed_indices = _numbers(corner_text.replace("/", " "), np.int64)
         if (
-            slashes  # still several forms
+            slash_counts  # still several forms
             or indices_per_corner > 3
-            or len(numbers) != indices_per_corner * len(corner_words)
-            or (numbers < 0).any()
+            or len(parsed_indices) != indices_per_corner * len(corner_words)
+            or (parsed_indices < 0).any()
             # the first index of a corner must not be 0
-            or not numbers[::indices_per_corner].all()
+            or not parsed_indices[::indices_per_corner].all()
         ):
             # The error names the first malformed corner and its line.
-            valid_corner = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
-            wrong_index = next(
+            corner_pattern = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
+            wrong_corner_index = next(
                 (
                     corner_index
                     for corner_index, word in enumerate(self.words["f"])
-                    if not valid_corner.fullmatch(word)
+                    if not corner_pattern.fullmatch(word)
                 ),
                 0,
             )
             line_number = self.lines[
-                int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_index, side="right"))
+                int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_corner_index, side="right"))
             ]
             raise ValueError(
-                f"{self.words['f'][wrong_index][:40]!r} in line {line_number} is no corner of a face. Write"
-                " corners such as 1 or 1/1/1, which count from 1."
+                f"{self.words['f'][wrong_corner_index][:40]!r} in line {line_number} is no corner of a face."
+                " Write corners such as 1 or 1/1/1, which count from 1."
             )
         corner_indices = np.full((len(corner_words), 3), -1)
-        corner_indices[:, :indices_per_corner] = numbers.reshape(-1, indices_per_corner) - 1
+        corner_indices[:, :indices_per_corner] = parsed_indices.reshape(-1, indices_per_corner) - 1
         return corner_indices
 
     def _table(self, line_kind: str, min_count: int, max_columns: int) -> np.ndarray:
@@ -429,12 +431,15 @@ def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[s
     # The pattern _LIBRARY searches bytes, so UTF-16 is converted to UTF-8 first.
     if utf16(bytes(data[:512])) is not None:
         data = decode_text(data).encode()
-    names = dict.fromkeys(
+    library_names = dict.fromkeys(
         match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)
     )
-    files = {name: _companion(path, name, MAX_MTL, may_be_missing=True) for name in names}
-    return [file for file in files.values() if file is not None], [
-        name for name, file in files.items() if file is None
+    path_by_name = {
+        library_name: _companion(path, library_name, MAX_MTL, may_be_missing=True)
+        for library_name in library_names
+    }
+    return [library_path for library_path in path_by_name.values() if library_path is not None], [
+        library_name for library_name, library_path in path_by_name.items() if library_path is None
     ]
 
 
@@ -493,15 +498,15 @@ def _materials(mtl_text: str, path: Path) -> dict[str, Material]:
     return materials
 
 
-def _check_name(path: Path, named_file: str) -> None:
+def _check_name(path: Path, file_reference: str) -> None:
     """Raise ValueError if the name of a file is a URL or an absolute path, or leads to a parent folder.
 
     Args:
         path: OBJ or MTL file that contains the name.
-        named_file: name of the file; options may precede it.
+        file_reference: name of the file; options may precede it.
     """
     # Options such as "-s 2 2 2" may precede the name.
-    file_name = named_file.split()[-1]
+    file_name = file_reference.split()[-1]
     # Paths with backslashes come from Windows.
     if (
         _ADDRESS.match(file_name)
@@ -510,7 +515,7 @@ def _check_name(path: Path, named_file: str) -> None:
     ):
         raise ValueError(
             # shortened, because a name in an untrusted file may be very long
-            f"{path.name} refers to the file {named_file[:80]!r}, which is not in or below the folder of"
+            f"{path.name} refers to the file {file_reference[:80]!r}, which is not in or below the folder of"
             f" {path.name}. Move that file there, and write its relative path in {path.name}."
         )
 
@@ -527,24 +532,24 @@ def _companion(path: Path, file_name: str, max_bytes: int, may_be_missing: bool 
     Raises: ValueError for a file outside the folder, for a missing file, and for a file that is too large.
     """
     _check_name(path, file_name)
-    file = path.parent / file_name.replace("\\", "/").strip('"')
+    companion_path = path.parent / file_name.replace("\\", "/").strip('"')
     folder = path.parent.resolve()
     # A symbolic link may lead out of the folder although its name does not.
-    if not file.resolve().is_relative_to(folder):
+    if not companion_path.resolve().is_relative_to(folder):
         raise ValueError(
             f"{path.name} names the file {file_name[:80]!r}, which is a link to a file outside its folder."
             " Replace the link by the file."
         )
-    if not file.is_file():
+    if not companion_path.is_file():
         if may_be_missing:
             return None
         raise ValueError(
             f"{path.name} names the file {file_name[:80]!r}, which does not exist. Put it into the folder of"
             f" {path.name}."
         )
-    if file.stat().st_size > max_bytes:
+    if companion_path.stat().st_size > max_bytes:
         raise ValueError(
             f"the file {file_name[:80]!r} has more than {max_bytes >> 20} MB, which is the limit. Reduce its"
             " size."
         )
-    return file.resolve()
+    return companion_path.resolve()

@@ -353,15 +353,15 @@ class SwinTransformer(nn.Module):
             x: voxels.
             block_parity: 0 for even blocks, whose windows are not shifted; 1 for odd blocks.
         """
-        mode = self.config.attn_mode
-        window = self.config.window_size
-        if mode == "full":
+        attention_mode = self.config.attn_mode
+        window_size = self.config.window_size
+        if attention_mode == "full":
             return blocks.samples(x)
-        if mode == "swin":
-            return blocks.windows(x, window, block_parity * (window // 2))
-        if mode == "shift_window":
-            return blocks.curve_windows(x, window, shift=block_parity * CURVE_SHIFT)
-        return blocks.curve_windows(x, window, start=block_parity * (window // 2))
+        if attention_mode == "swin":
+            return blocks.windows(x, window_size, block_parity * (window_size // 2))
+        if attention_mode == "shift_window":
+            return blocks.curve_windows(x, window_size, shift=block_parity * CURVE_SHIFT)
+        return blocks.curve_windows(x, window_size, start=block_parity * (window_size // 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -542,7 +542,7 @@ class GaussianDecoder(SwinTransformer):
                 * gaussian_settings.lr[attribute_name]
                 for attribute_name, attribute in zip(LAYOUT, attributes, strict=True)
             }
-            offset = (
+            raw_offset = (
                 raw_attributes["_xyz"] + self.offset_perturbation
                 if gaussian_settings.perturb_offset
                 else raw_attributes["_xyz"]
@@ -558,7 +558,7 @@ class GaussianDecoder(SwinTransformer):
             }
             gaussians_of_samples.append(
                 Gaussians(
-                    xyz=(centre[:, None] + offset.tanh() * max_offset).flatten(0, 1),
+                    xyz=(centre[:, None] + raw_offset.tanh() * max_offset).flatten(0, 1),
                     features_dc=flat_attributes["_features_dc"][:, None],
                     scaling=flat_attributes["_scaling"],
                     rotation=flat_attributes["_rotation"],
@@ -600,11 +600,11 @@ def _radical_inverse(base: int, n: int) -> float:
     For example 6, which is 110 in base 2, gives 0.011 in base 2, which is 3/8. The digits of n are mirrored
     at the radix point.
     """
-    inverse = 0.0
+    radical_inverse = 0.0
     digit_value = 1.0
     while n:
         digit_value /= base
         # The lowest digit of n becomes the first digit after the point.
-        inverse += digit_value * (n % base)
+        radical_inverse += digit_value * (n % base)
         n //= base
-    return inverse
+    return radical_inverse

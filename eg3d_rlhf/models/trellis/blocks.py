@@ -103,21 +103,26 @@ class TransformerConfig(HeadsConfig):
 
 
 def check_inputs(
-    who: str, x_t: torch.Tensor, shape: list[int | str], cond: torch.Tensor, samples: int, channels: int
+    who: str,
+    x_t: torch.Tensor,
+    required_shape: list[int | str],
+    cond: torch.Tensor,
+    sample_count: int,
+    channels: int,
 ) -> None:
     """Raise ValueError if the inputs of a flow model do not have the required shapes.
 
     Args:
         who: name of the model, for the message.
         x_t: latents.
-        shape: required shape of the latents.
+        required_shape: required shape of the latents.
         cond: conditioning tokens.
-        samples: required number of samples N of the conditioning.
+        sample_count: required number of samples N of the conditioning.
         channels: required channels E of a conditioning token.
     """
-    check_shape(f"{who}.x_t", x_t, shape, "Pass latents of this model.")
+    check_shape(f"{who}.x_t", x_t, required_shape, "Pass latents of this model.")
     remedy = "Use embeddings of the encoder that the model was trained with."
-    check_shape(f"{who}.cond", cond, [samples, "L", channels], remedy)
+    check_shape(f"{who}.cond", cond, [sample_count, "L", channels], remedy)
 
 
 class Layout(Protocol):
@@ -248,9 +253,9 @@ def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
         torch.arange(n_frequencies, dtype=torch.float32, device=coords.device) / n_frequencies
     )
     angles = coords.float()[:, :, None] * rates  # [V, 3, n_frequencies]
-    embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    embedded_coords = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
     # Zeros fill the remaining channels if their number is no multiple of 6.
-    return F.pad(embedded, (0, channels - embedded.shape[1]))
+    return F.pad(embedded_coords, (0, channels - embedded_coords.shape[1]))
 
 
 class FeedForward(nn.Module):
@@ -577,21 +582,21 @@ def samples(batch: SparseBatch) -> Groups:
     return batch.cache["samples"]
 
 
-def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
+def windows(batch: SparseBatch, window_size: int, shift: int = 0) -> Groups:
     """Return the groups for attention within cubic windows: the voxels of a window are a group.
 
-    Voxels of a sample belong to the same window if they have the same value of (coordinate + shift) // window
-    on every axis.
+    Voxels of a sample belong to the same window if they have the same value of
+    (coordinate + shift) // window_size on every axis.
 
     Args:
         batch: voxels.
-        window: side of a window in voxels.
+        window_size: side of a window in voxels.
         shift: shift of the coordinates in voxels.
     """
-    cache_key = f"windows {window} {shift}"
+    cache_key = f"windows {window_size} {shift}"
     if cache_key not in batch.cache:
         # One integer per window: sample, then the window's three indices.
-        window_cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
+        window_cells = (batch.coords[:, 1:].long() + shift) // window_size  # [V, 3]
         windows_per_axis = int(window_cells.max()) + 1  # windows per axis
         window_codes = (
             (batch.sample * windows_per_axis + window_cells[:, 0]) * windows_per_axis + window_cells[:, 1]
@@ -608,21 +613,21 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
     return batch.cache[cache_key]
 
 
-def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
+def curve_windows(batch: SparseBatch, window_size: int, shift: int = 0, start: int = 0) -> Groups:
     """Return the groups for attention within sections of the Z-order curve through a sample's voxels.
 
-    A sample of n voxels is divided into m = ceil(n / window) sections of equal length along the curve. If m >
-    1, the group of a section consists of the `window` voxels around its middle. These include voxels of the
-    neighbouring sections, since a section has at most `window` voxels; the curve is treated as closed. Only
-    the results for the voxels of the section itself are used.
+    A sample of n voxels is divided into m = ceil(n / window_size) sections of equal length along the curve.
+    If m > 1, the group of a section consists of the `window_size` voxels around its middle. These include
+    voxels of the neighbouring sections, since a section has at most `window_size` voxels; the curve is
+    treated as closed. Only the results for the voxels of the section itself are used.
 
     Args:
         batch: voxels.
-        window: number of voxels of a group.
+        window_size: number of voxels of a group.
         shift: shift of the coordinates in voxels, which gives another curve.
         start: number of voxels by which the sections are shifted along the curve.
     """
-    cache_key = f"curve {window} {shift} {start}"
+    cache_key = f"curve {window_size} {shift} {start}"
     if cache_key not in batch.cache:
         curve_positions = z_order(batch.coords[:, 1:] + shift)  # [V], position on the curve
         runs: list[tuple[int, int]] = []
@@ -633,9 +638,9 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
         for n in batch.lengths.tolist():
             # Rows of this sample in the order of the curve
             curve_rows = first_row + torch.argsort(curve_positions[first_row : first_row + n])
-            section_count = -(-n // window)  # n / window, rounded up
+            section_count = -(-n // window_size)  # n / window_size, rounded up
             # Rows of a group, and length of a section, which need not be an integer
-            group_size, section_length = (n, n) if section_count <= 1 else (window, n / section_count)
+            group_size, section_length = (n, n) if section_count <= 1 else (window_size, n / section_count)
             for i in range(section_count):
                 # Positions on the curve: the section is low..high, and the group starts at group_start.
                 if section_count == 1:
@@ -646,7 +651,7 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
                     section_start, section_end = (
                         math.floor((i + k) * section_length + start) for k in (0, 1)
                     )
-                    group_start = math.floor((i + 0.5) * section_length + start - 0.5 * window)
+                    group_start = math.floor((i + 0.5) * section_length + start - 0.5 * window_size)
                 positions = torch.arange(group_start, group_start + group_size, device=curve_rows.device)
                 group_rows.append(
                     curve_rows[positions % n]

@@ -698,7 +698,7 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
                 hidden_widths,
                 len(state[f"{projections[0]}.1.w2.weight"]),
                 has_pre_norm,
-                random=position_kind == "random",
+                has_random_frames=position_kind == "random",
             )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
