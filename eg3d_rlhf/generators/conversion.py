@@ -265,16 +265,16 @@ def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
     return file_content
 
 
-def check_suffix(out: Path) -> None:
+def check_suffix(out_path: Path) -> None:
     """Raise ValueError unless a path has one of the suffixes in `SUFFIXES`."""
-    if out.suffix not in SUFFIXES:
+    if out_path.suffix not in SUFFIXES:
         raise ValueError(
-            f"--out: expected a file name that ends in {' or '.join(SUFFIXES)}, got {out.name}. Write"
-            f" --out={out.with_suffix(SUFFIXES[0])}."
+            f"--out: expected a file name that ends in {' or '.join(SUFFIXES)}, got {out_path.name}. Write"
+            f" --out={out_path.with_suffix(SUFFIXES[0])}."
         )
 
 
-def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[str, int]:
+def write(nets: networks.Networks, out_path: Path, only_ema: bool = False) -> dict[str, int]:
     """Write networks to a file. Its suffix selects the format.
 
     A .safetensors file has the format of this project, a .pt or .pth file the content of `stock_content`. The
@@ -282,19 +282,19 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
 
     Args:
         nets: networks to write.
-        out: path of the file.
+        out_path: path of the file.
         only_ema: True: write only G_ema.
     Returns: name of each network in the file -> number of its tensors.
     Raises: ValueError for another suffix; OSError if the file does not contain the tensors that were written.
     """
-    check_suffix(out)
+    check_suffix(out_path)
     requested_names = ("G_ema",) if only_ema else ("G", "D", "G_ema")
     network_names = [
         network_name for network_name in requested_names if getattr(nets, network_name) is not None
     ]
-    if out.suffix == ".safetensors":
-        networks.save(out, nets, only_ema)
-        reloaded_networks = load_networks(out)
+    if out_path.suffix == ".safetensors":
+        networks.save(out_path, nets, only_ema)
+        reloaded_networks = load_networks(out_path)
         written_state_dicts = {
             network_name: getattr(reloaded_networks, network_name).state_dict()
             for network_name in network_names
@@ -303,9 +303,9 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
         # `write_atomic` takes bytes, so the file is first written to memory.
         buffer = io.BytesIO()
         torch.save(stock_content(nets, only_ema), buffer)
-        storage.write_atomic(out, buffer.getvalue())
+        storage.write_atomic(out_path, buffer.getvalue())
         # weights_only: no code from the file is executed.
-        reloaded_networks = torch.load(out, weights_only=True)
+        reloaded_networks = torch.load(out_path, weights_only=True)
         written_state_dicts = {
             network_name: reloaded_networks[network_name] for network_name in network_names
         }
@@ -314,7 +314,7 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
             # torch.equal demands equal values without any tolerance.
             if not torch.equal(written_state_dicts[network_name][tensor_name], tensor.cpu()):
                 raise OSError(
-                    f"{out}: after writing, the file has other values of {network_name}.{tensor_name} than"
-                    " the network. Check the disk, and write the file again."
+                    f"{out_path}: after writing, the file has other values of {network_name}.{tensor_name}"
+                    " than the network. Check the disk, and write the file again."
                 )
     return {network_name: len(written_state_dicts[network_name]) for network_name in network_names}

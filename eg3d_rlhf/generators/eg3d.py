@@ -78,9 +78,9 @@ class PlaneField:
         Args:
             grid: specification of the grid.
             impl: 'separable' (each plane is interpolated on its own axes), 'pointwise' (each point is decoded
-                by itself), or 'auto' (separable if the planes are axis-aligned and the lattice is straight).
-        Raises: ValueError for an unknown impl, or for 'separable' with planes that are not axis-aligned or
-            with a skewed lattice.
+                by itself), or 'auto' (separable if the planes are axis-aligned and the lattice of the grid is
+                straight, see `SlabSpec`).
+        Raises: ValueError for 'separable' with planes that are not axis-aligned or with a skewed lattice.
         """
         if impl == "auto" and implementations.current() == "ref":
             points = grid.points().to(self.ws).reshape(1, -1, 3).expand(len(self), -1, -1)  # [N, P, 3]
@@ -130,7 +130,8 @@ class PlaneField:
     def _decoded(self, points: torch.Tensor, sigma_only: bool = False) -> dict[str, torch.Tensor]:
         """Apply the full decoder at world points [N, P, 3], as EG3D's code does.
 
-        Returns: 'sigma' [N, P, 1], raw, and 'rgb' [N, P, features] unless sigma_only.
+        Returns: a dict with the raw density 'sigma' [N, P, 1] and, unless sigma_only, the features 'rgb'
+            [N, P, F], of which the first three are the colour.
         """
         # Noise on the density is a regulariser of training, so it is turned off here.
         rendering_options = {**self._G.rendering_kwargs, "density_noise": 0}
@@ -165,7 +166,7 @@ class PlaneField:
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
         """Return the density on a grid as a sum over planes before the nonlinearity, see `SeparableField`.
 
-        The field must have one shape.
+        The field must have exactly one shape (N = 1).
 
         Args: x, y, z: world coordinates [X], [Y] and [Z] of the grid.
         Returns: the sum over planes, or None if the planes are not axis-aligned. In that case the caller

@@ -100,8 +100,8 @@ class FullHead(EG3D):
 class TriGridField(HeadField):
     """N shapes of a network with tri-grids, as a `Field`.
 
-    A tri-grid consists of three stacks of slices, where EG3D has three planes. On a straight lattice the
-    density is interpolated slice by slice, which is faster than point by point.
+    A tri-grid consists of three stacks of slices, where EG3D has three planes. On a grid with the lattice
+    "straight" of `SlabSpec`, the density is interpolated slice by slice, which is faster than point by point.
     """
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
@@ -111,14 +111,14 @@ class TriGridField(HeadField):
             grid: specification of the grid.
             impl: 'separable' (slice by slice), 'pointwise' (each point is decoded by itself), or 'auto'
                 ('separable' if possible).
-        Raises: ValueError for another impl, and for 'separable' with a skewed lattice or if the slices of the
-            three stacks do not lie along three different axes.
+        Raises: ValueError for another impl, and for 'separable' if the lattice of the grid is skewed (see
+            `SlabSpec`), or if the slices of the three stacks do not lie along three different axes.
         """
         is_separable = grid.lattice == "straight" and self._orders is not None
         if impl == "separable" and grid.lattice != "straight":
             raise ValueError(
-                f"density_grid: impl='separable' needs a straight lattice, got {grid.lattice!r}. Use"
-                " impl='auto'."
+                f"density_grid: impl='separable' needs a grid with lattice='straight', got {grid.lattice!r}."
+                " Use impl='auto'."
             )
         if impl == "separable" and not is_separable:
             raise ValueError(
@@ -172,7 +172,7 @@ class SphereHead(FullHead):
 
 
 class HyPlaneHead(FullHead):
-    """A `Generator` around a network of HyPlaneHead, which has three planes and a map over directions.
+    """A `Generator` around a network of HyPlaneHead: three planes and a feature map over directions.
 
     The features of the map depend on all of x, y and z. The points of a grid therefore share no intermediate
     results, and each is decoded by itself.

@@ -83,16 +83,18 @@ class Placement:
 
 
 class PlacedField:
-    """A field of another generator in our world.
+    """A field of another generator, moved into our world.
 
-    Args: inner: field in the generator's world; place: its position, size, orientation and density scale.
+    Args:
+        inner_field: field in the world of the other generator.
+        place: position, size, orientation and density scale of its shapes in our world.
     """
 
-    def __init__(self, inner: Field, place: Placement):
-        self._inner = inner
+    def __init__(self, inner_field: Field, place: Placement):
+        self._inner = inner_field
         self._place = place
         self.bounds = place.bounds
-        self.level = float(place.density(torch.tensor(inner.level)))
+        self.level = float(place.density(torch.tensor(inner_field.level)))
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -186,15 +188,17 @@ class Placed:
 
     Its mapping network expects conditioning cameras of the inner generator, see `ws_of_placed`.
 
-    Args: inner: the other generator; place: position, size, orientation and density scale of the shapes.
+    Args:
+        inner_generator: the other generator.
+        place: position, size, orientation and density scale of its shapes in our world.
     """
 
-    def __init__(self, inner: Generator, place: Placement):
-        self.inner = inner
+    def __init__(self, inner_generator: Generator, place: Placement):
+        self.inner = inner_generator
         self.place = place
         self.bounds = place.bounds
-        self.cameras = place.cameras or inner.cameras
-        self.level = float(place.density(torch.tensor(inner.level)))
+        self.cameras = place.cameras or inner_generator.cameras
+        self.level = float(place.density(torch.tensor(inner_generator.level)))
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the inner generator. Python calls this for attributes not defined here."""

@@ -241,8 +241,8 @@ def _columns(
         ):
             group_corners = corners[group_indices]
             low, high = (
-                bounds.floor().long().clamp(0, resolution - 1)
-                for bounds in (group_corners.amin(1), group_corners.amax(1))
+                corner_extremes.floor().long().clamp(0, resolution - 1)
+                for corner_extremes in (group_corners.amin(1), group_corners.amax(1))
             )
             face_index, u_index = _ranges(low[:, u], high[:, u])
             v_range = _span(group_corners[face_index], u, v, u_index)
@@ -312,7 +312,7 @@ def _span(
     return smallest_v.where(~is_empty, 1.0), largest_v.where(~is_empty, -1.0)
 
 
-def _touches(corners: torch.Tensor, normals: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
+def _touches(corners: torch.Tensor, normals: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
     """Test whether triangles intersect voxels, by the separating axis theorem.
 
     The 13 axes are taken from Akenine-Moller (2001), "Fast 3D triangle-box overlap testing".
@@ -320,12 +320,12 @@ def _touches(corners: torch.Tensor, normals: torch.Tensor, voxel: torch.Tensor) 
     Args:
         corners: coordinates [K, 3 corners, 3] of the triangles.
         normals: unit normals [K, 3] of the triangles.
-        voxel: indices [K, 3] of the voxels.
+        voxels: indices [K, 3] of the voxels.
 
     Returns: True [K] for triangles that intersect their voxel: no axis separates them.
     """
     # coordinates relative to the centre of the voxel, which then covers -0.5..0.5
-    centred_corners = corners - (voxel + 0.5)[:, None]
+    centred_corners = corners - (voxels + 0.5)[:, None]
     # the three axes of the voxel
     is_separated = ((centred_corners.amin(1) > 0.5) | (centred_corners.amax(1) < -0.5)).any(1)
     # the normal of the triangle

@@ -67,8 +67,8 @@ class LevelSet:
         Returns: the difference [...]: positive inside the shape, and -1000 outside the cube.
         """
         # the first of the two maps is the density minus the level
-        differences = sample(self._maps[:1], self.spec, points)[0]
-        return differences.where(self._within(points), -_FAR_BELOW)
+        level_differences = sample(self._maps[:1], self.spec, points)[0]
+        return level_differences.where(self._within(points), -_FAR_BELOW)
 
     def above_level_exact(self, points: Tensor) -> Tensor:
         """Compute the density minus the level from the density itself, without interpolation.
@@ -124,9 +124,11 @@ class LevelSet:
         """
         # rows: half a voxel along x, y and z
         offsets = torch.eye(3).to(points) * self.spec.voxel / 2
-        differences = [self.density(points + offset) - self.density(points - offset) for offset in offsets]
+        central_differences = [
+            self.density(points + offset) - self.density(points - offset) for offset in offsets
+        ]
         # density rises inwards, hence the minus
-        return -F.normalize(torch.stack(differences, dim=-1), dim=-1)
+        return -F.normalize(torch.stack(central_differences, dim=-1), dim=-1)
 
     @torch.no_grad()
     def trace(self, origins: Tensor, directions: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ class LevelSet:
         """
         centre = origins.new_tensor(self.spec.centre)
         cube_side = self.spec.box_warp
-        voxel = self.spec.voxel
+        voxel_size = self.spec.voxel
         # distances [P] at which rays enter and leave the cube; `ray_limits_box` takes a batch axis
         near, far = (
             t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], cube_side)
@@ -166,7 +168,7 @@ class LevelSet:
             depth[ray_indices[has_hit]] = interpolate_zero(previous_t, t, previous_value, level_difference)[
                 has_hit
             ]
-            step_length = (free_distance - _SLACK).clamp_min(_MIN_STEP) * voxel
+            step_length = (free_distance - _SLACK).clamp_min(_MIN_STEP) * voxel_size
             is_unfinished = ~has_hit & (t < far[ray_indices])
             previous_t = t[is_unfinished]
             previous_value = level_difference[is_unfinished]

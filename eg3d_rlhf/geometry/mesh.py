@@ -107,7 +107,7 @@ def check_finite(low: float, high: float) -> None:
 
 
 def outside_value(level: float) -> float:
-    """Return the raw density of points outside the volume, the smallest value after `prepare_density`."""
+    """Return the raw density of all points outside the volume: the lower limit of `prepare_density`."""
     return level - _REACH * max(abs(level), 1.0)
 
 
@@ -131,11 +131,13 @@ def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
     return volume
 
 
-def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def marching_cubes(
+    density_blocks: Iterable[np.ndarray], level: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Extract the surfaces of several blocks, each block by itself.
 
     Args:
-        blocks: densities [X, Y, Z] float32 that `prepare_density` returned.
+        density_blocks: densities [X, Y, Z] float32 that `prepare_density` returned.
         level: raw density on the surface.
 
     Returns: three arrays.
@@ -147,7 +149,9 @@ def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarr
     # Imported here, because the rest of the package works without this library.
     import mcubes
 
-    block_meshes = [mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in blocks]
+    block_meshes = [
+        mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in density_blocks
+    ]
     vertex_counts = np.array([len(vertices) for vertices, _ in block_meshes], dtype=np.int64)
     vertices = np.concatenate([vertices.reshape(-1, 3) for vertices, _ in block_meshes])
     faces = np.concatenate([faces.reshape(-1, 3) for _, faces in block_meshes]).astype(np.int64)
@@ -245,9 +249,10 @@ def half_edges(faces: np.ndarray, vertex_count: int) -> "csr_array":
     # imported here, because few functions need this library
     from scipy.sparse import coo_array
 
-    ends = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
+    end_vertices = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
     return coo_array(
-        (np.ones(len(ends), dtype=np.int8), (faces.reshape(-1), ends)), shape=(vertex_count, vertex_count)
+        (np.ones(len(end_vertices), dtype=np.int8), (faces.reshape(-1), end_vertices)),
+        shape=(vertex_count, vertex_count),
     ).tocsr()
 
 
@@ -558,7 +563,7 @@ class SurfaceBuilder:
         self._faces: list[np.ndarray] = []
         self._count = 0  # number of vertices so far
 
-    def add(self, first_plane: int, layer: np.ndarray, bricks: np.ndarray) -> None:
+    def add(self, first_plane: int, layer: np.ndarray, selected_bricks: np.ndarray) -> None:
         """Extract the surface in some bricks of a layer, and add it to the mesh.
 
         Layers must be added in order. Each layer begins with the last plane of the previous layer.
@@ -567,16 +572,18 @@ class SurfaceBuilder:
             first_plane: index along x of the layer's first plane; index 0 is the plane before the volume.
             layer: raw density [planes, padded Y, padded Z], including points outside the volume. Only the
                 selected bricks are read.
-            bricks: bool [bricks along y, bricks along z], True for the selected bricks. The surface must not
-                pass through other bricks.
+            selected_bricks: bool [bricks along y, bricks along z], True for the selected bricks. The surface
+                must not pass through other bricks.
 
         Raises: ValueError for NaN or infinity in the selected bricks.
         """
-        corners = np.argwhere(bricks) * BRICK
+        corners = np.argwhere(selected_bricks) * BRICK
         window_size = BRICK + 1
         # [planes, y, z, S + 1, S + 1]
-        windows = np.lib.stride_tricks.sliding_window_view(layer, (window_size, window_size), axis=(1, 2))
-        brick_densities = windows[:, corners[:, 0], corners[:, 1]].transpose(
+        brick_windows = np.lib.stride_tricks.sliding_window_view(
+            layer, (window_size, window_size), axis=(1, 2)
+        )
+        brick_densities = brick_windows[:, corners[:, 0], corners[:, 1]].transpose(
             1, 0, 2, 3
         )  # [B, planes, S + 1, S + 1]
         if len(brick_densities):
@@ -677,8 +684,8 @@ def extract_mesh_blockwise(
     axes: Sequence[torch.Tensor | np.ndarray],
     level: float = LEVEL,
     planes_per_block: int | None = None,
-    progress: Progress | None = None,
-    density_range: Callable[[], tuple[float, float]] | None = None,
+    on_progress: Progress | None = None,
+    get_density_range: Callable[[], tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Extract the surface on which the raw density equals a level, block by block.
 
@@ -692,9 +699,10 @@ def extract_mesh_blockwise(
         axes: increasing world coordinates x [X], y [Y], z [Z] of the grid points.
         level: raw density on the surface.
         planes_per_block: number of x indices per block; None: as many as fit into 32 MiB.
-        progress: function that is called with ("density", number of finished x indices, X).
-        density_range: function that is called after the last block and returns the smallest and the largest
-            density, between which the level must lie. None: the extremes of the sampled densities are used.
+        on_progress: function that is called with ("density", number of finished x indices, X).
+        get_density_range: function that is called after the last block and returns the smallest and the
+            largest density, between which the level must lie. None: the extremes of the sampled densities
+            are used.
 
     Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32, whose corners are in
         counter-clockwise order seen from outside.
@@ -730,11 +738,11 @@ def extract_mesh_blockwise(
                 layer[0] = layer[-1]
                 filled_planes = 0
                 first_plane = first_plane + BRICK
-        if progress is not None:
-            progress("density", block_start + len(block), x_count)
+        if on_progress is not None:
+            on_progress("density", block_start + len(block), x_count)
     # The last layer ends with one plane outside the volume, which closes the surface.
     layer[filled_planes + 1] = outside_value(level)
     builder.add(first_plane, layer[: filled_planes + 2], touched_bricks(layer[: filled_planes + 2], level))
     # After the last block, because all densities must be known.
-    check_crossed(*(density_range() if density_range else (low, high)), level)
+    check_crossed(*(get_density_range() if get_density_range else (low, high)), level)
     return builder.finish()

@@ -96,13 +96,13 @@ def pair_maps(
         planes, tuple(pairs), unique_pairs, tuple(axis.to(planes.dtype) for axis in axes)
     )
     maps = []
-    for map_index, (pair, sampled) in enumerate(zip(unique_pairs, features, strict=True)):
+    for map_index, (pair, sampled_features) in enumerate(zip(unique_pairs, features, strict=True)):
         # Coordinate on which the map does not depend. The three coordinates 0, 1 and 2 sum to 3.
         absent_axis = 3 - sum(pair)
         # The division by K = len(pairs) is the average over planes. In a map that depends on x, x comes
         # before J, because slab_density reads slices of x.
         hidden_map = torch.einsum(
-            "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled
+            "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled_features
         )
         # The bias is added to one map only, since the maps are summed.
         if map_index == 0:
@@ -138,14 +138,16 @@ class _SampledPlanes(torch.autograd.Function):
         ):
             # the part of plane k that the grid reads, as [N, C, rows, columns]
             touched_texels = planes[:, plane_index, :, row_slice, column_slice]
-            sampled = (
+            sampled_features = (
                 rows.to(planes.device) @ touched_texels @ columns.to(planes.device).T
             )  # [N, C, height, width]
             # A plane of (z, x) is transposed to (x, z), so that it can be added to a plane of (x, z).
-            sampled = sampled.transpose(2, 3) if height > width else sampled
+            sampled_features = sampled_features.transpose(2, 3) if height > width else sampled_features
             pair_index = merged.index((min(width, height), max(width, height)))
             features[pair_index] = (
-                sampled.contiguous() if features[pair_index] is None else features[pair_index].add_(sampled)
+                sampled_features.contiguous()
+                if features[pair_index] is None
+                else features[pair_index].add_(sampled_features)
             )
         return tuple(features)
 
@@ -211,9 +213,10 @@ class SeparableDensity:
 
 @runtime_checkable
 class SeparableField(Field, Protocol):
-    """Density field of axis-aligned planes, whose density on a grid has a separable form.
+    """Density field of axis-aligned planes, which can return its density on a grid in separable form.
 
-    The mesh extraction uses this form to skip regions without a surface.
+    In this form, the input of the nonlinearity is a sum of maps of two coordinates each. The mesh extraction
+    uses it to skip regions without a surface.
     """
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
@@ -286,8 +289,8 @@ def sigma_from_planes(
     is_straight = spec.lattice == "straight"
     if impl == "separable" and not is_straight:
         raise ValueError(
-            f"density_grid: impl='separable' needs a straight lattice, and the lattice is {spec.lattice!r}."
-            " Use impl='auto'."
+            f"density_grid: impl='separable' needs a grid with lattice='straight', got {spec.lattice!r}. Use"
+            " impl='auto'."
         )
     # None if the planes are not axis-aligned
     pairs = projection_axes(plane_axes) if is_straight and impl != "pointwise" else None
@@ -425,7 +428,8 @@ def _decode_points(
 ) -> torch.Tensor:
     """Compute the raw density [N, number of points] of all points at once.
 
-    This slow function is the reference for the other implementations in this file.
+    This slow function is the reference for the other implementations in this file. The arguments are those of
+    `sigma_at`.
     """
     features = plane_features(planes, plane_axes, points, box_warp).transpose(1, 2)  # [N, P, C]
     return F.softplus(F.linear(features, weights.w0, weights.b0)) @ weights.w_sigma + weights.b_sigma
@@ -482,7 +486,7 @@ _RECORDED_BLOCK = 1 << 22
 
 def tri_grid_density(
     planes: torch.Tensor,
-    orders: Sequence[Order],
+    axis_orders: Sequence[Order],
     weights: DecoderWeights,
     axes: Sequence[torch.Tensor],
     extent: float = 1.0,
@@ -494,7 +498,7 @@ def tri_grid_density(
 
     Args:
         planes: stacks [N, 3, C, D, P, Q].
-        orders: coordinates along the axes of each stack. The slices of no two stacks lie along the same
+        axis_orders: coordinates along the axes of each stack. The slices of no two stacks lie along the same
             coordinate.
         weights: weights of the decoder.
         axes: coordinates x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
@@ -506,8 +510,8 @@ def tri_grid_density(
     blend_x, blend_y, blend_z = (_blend(axis, planes.shape[3], extent).to(planes) for axis in axes)
     # by the coordinate along the slices; the division by the number of stacks is the average over them
     stacks = {
-        order[2]: _hidden(planes[:, stack_index], order, weights.w0 / len(orders), axes)
-        for stack_index, order in enumerate(orders)
+        axis_order[2]: _hidden(planes[:, stack_index], axis_order, weights.w0 / len(axis_orders), axes)
+        for stack_index, axis_order in enumerate(axis_orders)
     }
     a = stacks[2]  # [N, J, D, X, Y]
     b = stacks[1].permute(4, 0, 1, 3, 2)  # [N, J, D, X, Z] -> [Z, N, J, X, D]
@@ -599,20 +603,20 @@ def _blend(positions: torch.Tensor, slice_count: int, extent: float) -> torch.Te
 
 
 def _hidden(
-    stack: torch.Tensor, order: Order, w0: torch.Tensor, axes: Sequence[torch.Tensor]
+    stack: torch.Tensor, axis_order: Order, w0: torch.Tensor, axes: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Sample a stack on a grid of its two coordinates, and apply the first layer of the decoder.
 
     Args:
         stack: features [N, C, D, P, Q] of the D parallel slices.
-        order: coordinates along the axes of the stack.
+        axis_order: coordinates along the axes of the stack.
         w0: weights [J, C] of the first layer.
         axes: coordinates x [X], y [Y], z [Z] in plane units.
 
     Returns: pre-activations without the bias, [N, J, D, lower axis, higher axis], where x is lower than y,
         and y is lower than z.
     """
-    width, height, _ = order
+    width, height, _ = axis_order
     rows, row_slice = interpolation_matrix(axes[height], stack.shape[3])
     columns, column_slice = interpolation_matrix(axes[width], stack.shape[4])
     # [N, C, D, height, width]

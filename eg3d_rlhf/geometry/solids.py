@@ -151,8 +151,8 @@ def _cut_box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, .
 
     Returns: the box with the margin, and the slices of the box without the margin in the grid.
     """
-    bounds = ndimage.find_objects(solid.astype(np.uint8))[0]
-    return np.pad(solid[bounds], margin), bounds
+    box_slices = ndimage.find_objects(solid.astype(np.uint8))[0]
+    return np.pad(solid[box_slices], margin), box_slices
 
 
 def _insert_box(
@@ -215,17 +215,17 @@ def morphological_closing(solid: np.ndarray, radius: float) -> np.ndarray:
         return solid
     # The margin leaves space for balls outside the bounding box.
     margin = math.ceil(radius) + 1
-    box, bounds = _cut_box(solid, margin)
+    box, box_slices = _cut_box(solid, margin)
     closed_box = ndimage.distance_transform_edt(dilated(box, radius)) > radius  # erosion by the same ball
-    return _insert_box(closed_box | box, bounds, margin, solid.shape)
+    return _insert_box(closed_box | box, box_slices, margin, solid.shape)
 
 
 def enclosed(solid: np.ndarray) -> np.ndarray:
     """Return the cavities of a grid: the background that is not connected to the border."""
     # Parts of the background have labels from 1 on, the solid has the label 0. The padding connects all
     # background at the border, so it has the label of the corner.
-    labels, _ = ndimage.label(np.pad(~solid, 1, constant_values=True))
-    return ((labels > 0) & (labels != labels[0, 0, 0]))[1:-1, 1:-1, 1:-1]
+    part_labels, _ = ndimage.label(np.pad(~solid, 1, constant_values=True))
+    return ((part_labels > 0) & (part_labels != part_labels[0, 0, 0]))[1:-1, 1:-1, 1:-1]
 
 
 def fill(solid: np.ndarray, radius: float) -> np.ndarray:
@@ -244,16 +244,16 @@ def fill(solid: np.ndarray, radius: float) -> np.ndarray:
 # Measures.
 
 
-def exposed(labels: np.ndarray, part_count: int) -> np.ndarray:
+def exposed(part_labels: np.ndarray, part_count: int) -> np.ndarray:
     """Count the exposed voxel faces of each part: faces next to background or at the border of the grid.
 
     Args:
-        labels: [X, Y, Z], 0 for background and 1..part_count for the parts.
+        part_labels: [X, Y, Z], 0 for background and 1..part_count for the parts.
         part_count: number of parts.
 
     Returns: numbers of faces [part_count].
     """
-    padded_labels = np.pad(labels, 1)
+    padded_labels = np.pad(part_labels, 1)
     face_counts = np.zeros(part_count + 1, dtype=np.int64)
     all_but_last = slice(None, -1)
     all_but_first = slice(1, None)
@@ -278,9 +278,9 @@ def main_share(solid: np.ndarray) -> float:
 
 def main_part(solid: np.ndarray) -> np.ndarray:
     """Return the grid with only the part that has the most exposed voxel faces."""
-    labels, part_count = ndimage.label(solid)
+    part_labels, part_count = ndimage.label(solid)
     # `exposed` begins with the label 1
-    return labels == 1 + exposed(labels, part_count).argmax() if part_count > 1 else solid
+    return part_labels == 1 + exposed(part_labels, part_count).argmax() if part_count > 1 else solid
 
 
 def euler(solid: np.ndarray) -> int:
@@ -427,15 +427,15 @@ def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
     """
     filled_solid = fill(solid, rules.bridge(solid))
     # parts of the filled shape
-    labels, part_count = ndimage.label(filled_solid)
+    part_labels, part_count = ndimage.label(filled_solid)
     if part_count <= 1:
         return np.asarray(filled_solid)
-    exposed_faces = exposed(labels, part_count)
+    exposed_faces = exposed(part_labels, part_count)
     # [count + 1], by label; the background (label 0) stays empty, and the largest part always stays
     is_kept = np.concatenate(
         [[False], (exposed_faces >= CRUMB * exposed_faces.sum()) | (exposed_faces == exposed_faces.max())]
     )
-    return is_kept[labels]
+    return is_kept[part_labels]
 
 
 def overlap(filled_solid: np.ndarray, reference: np.ndarray) -> float:
@@ -539,10 +539,10 @@ def hole_caps(solid: np.ndarray, radius: float) -> np.ndarray:
     body = main_part(solid)
     piece_labels, _ = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
     plugs = np.zeros_like(solid)
-    for piece_label, bounds in enumerate(ndimage.find_objects(piece_labels), start=1):
+    for piece_label, piece_slices in enumerate(ndimage.find_objects(piece_labels), start=1):
         # The region has one more voxel on each side, because the Euler number depends on the neighbours.
         region_slices = tuple(
-            slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in bounds
+            slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in piece_slices
         )
         in_piece = piece_labels[region_slices] == piece_label
         body_in_region = body[region_slices]

@@ -47,7 +47,7 @@ def from_published(state_dict: Mapping[str, torch.Tensor]) -> State:
 
 @dataclass(frozen=True, kw_only=True)
 class BlipSizes:
-    """Sizes of the networks of a trunk. The defaults are those of BLIP-large."""
+    """Sizes of BLIP's image encoder and text encoder. The defaults are those of BLIP-large."""
 
     image: int = 224  # pixels per side of an image
     patch: int = 16  # pixels per side of a patch, which becomes one image token

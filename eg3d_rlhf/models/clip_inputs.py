@@ -124,7 +124,7 @@ def bert_tokenizer(folder: Path, flag: str, max_tokens: int, vocabulary_size: in
         )
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = tokenizer(
+        encoding = tokenizer(
             list(prompts),
             # Padding to the longest prompt of this call
             padding="longest",
@@ -132,7 +132,7 @@ def bert_tokenizer(folder: Path, flag: str, max_tokens: int, vocabulary_size: in
             max_length=max_tokens,
             return_tensors="pt",
         )
-        return encoded.input_ids, encoded.attention_mask.bool()
+        return encoding.input_ids, encoding.attention_mask.bool()
 
     return tokenize
 
@@ -196,8 +196,8 @@ def _load(class_name: str, folder: Path, flag: str, file_names: Sequence[str], m
     missing_files = [file_name for file_name in file_names if not (folder / file_name).is_file()]
     if missing_files:
         raise ValueError(
-            f"{flag}: {' and '.join(missing_files)} of the tokenizer is missing in {folder}. Copy the files"
-            f" of {model_name}'s tokenizer into this folder."
+            f"{flag}: the folder {folder} lacks these files of the tokenizer: {', '.join(missing_files)}."
+            f" Copy the files of {model_name}'s tokenizer into this folder."
         )
     import transformers
 

@@ -332,7 +332,8 @@ def load_dino(
     """
     # `empty` builds the layers without values, and `fill` takes the tensors of the state dict.
     return freeze(
-        fill(empty(lambda: Dino(config)), state_dict, who, types=torch.float32, device=device), device
+        fill(empty(lambda: Dino(config)), state_dict, who, requested_dtypes=torch.float32, device=device),
+        device,
     )
 
 
@@ -454,7 +455,7 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     require_extra(name, "transformers")
     config = _read_config(name, path, "dinov3", _dino3_config)
     network = empty(lambda: Dino3(config))
-    fill(network, read(path, name), str(path), types=torch.float32, device=device)
+    fill(network, read(path, name), str(path), requested_dtypes=torch.float32, device=device)
     # The rotary frequencies are not part of the weights, and `empty` created them without values.
     network.rope_embeddings = type(network.rope_embeddings)(config)
     return freeze(network, device)

@@ -83,8 +83,8 @@ class DenoiserConfig:
         ]
         if unsupported_settings:
             raise ValueError(
-                f"config.yaml, model: {', '.join(unsupported_settings)} is not supported, because"
-                " Hunyuan3D-2.1 does not use it. Use the files of Hunyuan3D-2.1."
+                f"config.yaml, model: these settings are not supported, because Hunyuan3D-2.1 does not use"
+                f" them: {', '.join(unsupported_settings)}. Use the files of Hunyuan3D-2.1."
             )
         size_settings = (
             self.input_size,

@@ -33,7 +33,7 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
 
     Args:
         path: image file.
-        cut: function of the image as RGBA; its result is returned.
+        cut: function that is called with the image in RGBA; its result is returned.
 
     Raises: ValueError that begins with the path if the image is opaque, or if `cut` raises ValueError.
     """
@@ -121,12 +121,12 @@ def _step(n: int, m: int) -> float:
 
 
 def _nearest_pixels(n: int, m: int) -> np.ndarray:
-    """Return the source pixel [m] of each target pixel for nearest-neighbour resizing."""
+    """Return the source pixel [m] of each target pixel for nearest-neighbour resizing from n to m pixels."""
     return np.floor(np.arange(m) * _step(n, m)).astype(int).clip(max=n - 1)
 
 
 def _area_shrinking(n: int, m: int) -> Taps:
-    """Return the taps of "area" for an axis that shrinks from n to m pixels.
+    """Return the source pixels and weights of the interpolation "area" for an axis that shrinks from n to m.
 
     A source pixel is weighted by the part of it that the target pixel covers. Parts below 1/1000 are ignored,
     as in OpenCV.
@@ -147,7 +147,7 @@ def _area_shrinking(n: int, m: int) -> Taps:
 
 
 def _cubic(n: int, m: int) -> Taps:
-    """Return the taps of "cubic" for an axis of n source pixels and m target pixels.
+    """Return the source pixels and weights of the interpolation "cubic" for an axis from n to m pixels.
 
     Each target pixel is a sum of four source pixels, weighted by the kernel of Keys 1981, "Cubic convolution
     interpolation", with a = -0.75. Positions beyond the border read the pixel at the border.
@@ -170,7 +170,9 @@ def _cubic(n: int, m: int) -> Taps:
 
 
 def _area_enlarging(n: int, m: int) -> Taps:
-    """Return the taps of "area" for one axis of an image, if at least one of its two axes grows.
+    """Return the source pixels and weights of the interpolation "area", if at least one axis grows.
+
+    The axis is resized from n to m pixels.
 
     As in OpenCV, this is a linear interpolation in which positions are measured from the edge of a pixel and
     not from its centre. The weights are integers in units of 1/2048, for fixed-point arithmetic.
@@ -246,7 +248,7 @@ def on_white(image: Image.Image, side_pixels: int, border: float) -> tuple[np.nd
 
     Returns: the image, bytes [side_pixels, side_pixels, 3], and the mask of the object, bytes [side_pixels,
         side_pixels].
-    Raises: ValueError if the object has no more than one row or column.
+    Raises: ValueError if the object is empty, or too thin to be resized.
     """
     square = place_in_square(np.asarray(image), border)
     # The mask is the alpha channel, resized without interpolation.
@@ -266,7 +268,7 @@ def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
         border: share of the square's side that stays free around the object, 0..1.
 
     Returns: RGBA bytes [s, s, 4], where s is the longer side of the image.
-    Raises: ValueError if the object has no more than one row or column.
+    Raises: ValueError if the object is empty, or too thin to be resized.
     """
     object_rows, object_columns = (np.flatnonzero(pixels[..., 3].any(axis)) for axis in (1, 0))
     # Last index minus first index, without + 1: this loses a row and a column, as in the original.
@@ -317,7 +319,8 @@ def on_black(image: Image.Image, side_pixels: int, margin: float = 1.2) -> torch
         margin: side of the square, as a multiple of the longer side of the object.
 
     Returns: an image [3, side_pixels, side_pixels] of values 0..1, in steps of 1/255.
-    Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
+    Raises: ValueError if no pixel has an opacity above 0.8, or if the longer side of the object has at most
+        two pixels.
     """
     square = squared(image, margin).resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)
     return _to_tensor(over_black(square))
@@ -369,7 +372,8 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
         image: RGBA image.
         margin: side of the square, as a multiple of the longer side of the object.
 
-    Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
+    Raises: ValueError if no pixel has an opacity above 0.8, or if the longer side of the object has at most
+        two pixels.
     """
     object_box = image.getchannel("A").point(lambda alpha: 255 if alpha > OPAQUE else 0).getbbox()
     if object_box is None:
@@ -382,8 +386,8 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
     half_side = int(max(right - left, bottom - top) * margin) // 2
     if half_side < 1:
         raise ValueError(
-            f"the object must be larger than two pixels, but has {bottom - top + 1} x {right - left + 1}"
-            " (rows x columns). Choose another image."
+            f"the longer side of the object must have more than two pixels, but the object has"
+            f" {bottom - top + 1} rows and {right - left + 1} columns. Choose another image."
         )
     x = (left + right) / 2  # centre of the object, which may lie between two pixels
     y = (top + bottom) / 2
@@ -515,7 +519,7 @@ def moments(
 
 
 def box_about(mask: torch.Tensor, factor: float) -> tuple[int, int, int, int]:
-    """Compute the square around the object of a mask.
+    """Compute the square around the object that a mask marks.
 
     Corners are rounded towards 0, as in the original, so one side may be a pixel shorter than the other.
 
@@ -528,8 +532,10 @@ def box_about(mask: torch.Tensor, factor: float) -> tuple[int, int, int, int]:
     """
     index_ranges = []  # first and last row, first and last column of the object
     for axis in (1, 0):
-        indices = (mask > 0).any(axis).nonzero()
-        first_index, last_index = (int(indices[0]), int(indices[-1])) if len(indices) else (0, 0)
+        object_indices = (mask > 0).any(axis).nonzero()
+        first_index, last_index = (
+            (int(object_indices[0]), int(object_indices[-1])) if len(object_indices) else (0, 0)
+        )
         index_ranges.append((first_index, last_index))
     lengths = [last_index - first_index for first_index, last_index in index_ranges]
     if min(lengths) < 2:

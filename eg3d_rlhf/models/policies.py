@@ -112,21 +112,27 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     if used_alpha is None:
         raise ValueError(
             f"{weight_file.name}: the adapters' alpha is unknown, because there is no {CONFIG} beside the"
-            " file. Pass alpha (for DSO's checkpoints, twice the rank)."
+            f" file. Copy {CONFIG} into its folder, or pass the argument `alpha` (for DSO's checkpoints,"
+            " twice the rank)."
         )
     if alpha is not None and alpha != used_alpha:
         raise ValueError(
-            f"{weight_file.name}: alpha is {alpha}, but {CONFIG} states {used_alpha}. Do not pass alpha, so"
-            " that the file is used."
+            f"{weight_file.name}: the argument `alpha` is {alpha}, but {CONFIG} states {used_alpha}. Leave"
+            " out the argument, so that the value of the file is used."
         )
     # The rank is the number of rows of A and of columns of B. The settings state it, too.
     ranks = {peft_config["r"]} if peft_config else set()
     for A, B in adapters.values():
         ranks |= {A.shape[0], B.shape[-1]}
-    if len(ranks) > 1 or any(A.ndim != 2 or B.ndim != 2 for A, B in adapters.values()):
+    if any(A.ndim != 2 or B.ndim != 2 for A, B in adapters.values()):
         raise ValueError(
-            f"{weight_file.name}: all adapters must be those of linear layers and have the same rank, but the"
-            f" ranks are {sorted(ranks)}. Merge the adapters with PEFT."
+            f"{weight_file.name}: only adapters of linear layers are supported, but some of the tensors A and"
+            " B are not matrices. Merge the adapters with PEFT."
+        )
+    if len(ranks) > 1:
+        raise ValueError(
+            f"{weight_file.name}: all adapters must have the same rank, but the ranks are {sorted(ranks)}."
+            " Merge the adapters with PEFT."
         )
     return Weights(
         source=weight_file.name,
@@ -184,8 +190,8 @@ def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[
     ]
     if incomplete_layers:
         raise ValueError(
-            f"{who}: an adapter needs A and B, but one is missing for {', '.join(incomplete_layers[:4])}."
-            " Copy the file again."
+            f"{who}: an adapter needs the matrices A and B, but one of them is missing for the layers"
+            f" {', '.join(incomplete_layers[:4])}. Copy the file again."
         )
     tensors = {}
     for state_key, tensor in state_dict.items():

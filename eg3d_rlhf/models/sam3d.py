@@ -36,7 +36,7 @@ Tokens = dict[str, torch.Tensor]  # tokens [N, T_g, C] by group, or tensors [N, 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """Size of one tensor of the latent dictionary.
+    """Size of one tensor of the latent, which is a dictionary of tensors such as the shape and the pose.
 
     Raises: ValueError for sizes that do not fit together.
     """

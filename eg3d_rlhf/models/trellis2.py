@@ -439,7 +439,7 @@ class ConvBlock(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """Block that splits voxels into their children.
+    """Block that splits voxels into their children: the voxels of half the size inside them that exist.
 
     With y = split(x) and h = split(conv1(silu(norm1(x)))), the result is repeat(y) + conv2(silu(norm2(h))).
 
@@ -478,7 +478,7 @@ class SplitBlock(nn.Module):
 
 
 class MergeBlock(nn.Module):
-    """Block that merges the children of voxels.
+    """Block that merges the children of each voxel (up to eight voxels of half the size) into the voxel.
 
     With y = the means over groups of channels of merge(x), and h = merge(conv1(silu(norm1(x)))), the result
     is y + conv2(silu(norm2(h))).
@@ -534,12 +534,12 @@ def merge(x: SparseBatch) -> SparseBatch:
     This is the inverse of `split`. The voxels of the result are sorted. The features of children that do not
     exist are zero.
     """
-    coarse = coarser(x)
+    coarse_voxels = coarser(x)
     offsets = x.coords[:, 1:].long() & 1  # [W, 3] offset of each child in its voxel
     child_index = offsets[:, 0] + 2 * offsets[:, 1] + 4 * offsets[:, 2]  # as in `split`
-    merged_feats = x.feats.new_zeros(len(coarse.coords), 8, x.feats.shape[1])
-    merged_feats = merged_feats.index_put((coarse.row, child_index), x.feats)
-    return SparseBatch(coarse.coords, merged_feats.flatten(1), x.size, coarse.cache)
+    merged_feats = x.feats.new_zeros(len(coarse_voxels.coords), 8, x.feats.shape[1])
+    merged_feats = merged_feats.index_put((coarse_voxels.row, child_index), x.feats)
+    return SparseBatch(coarse_voxels.coords, merged_feats.flatten(1), x.size, coarse_voxels.cache)
 
 
 class VoxelNetwork(nn.Module):

@@ -55,6 +55,10 @@ Module = TypeVar("Module", bound=nn.Module)
 def existing_path(path: str | Path, who: str) -> Path:
     """Check that a file or folder exists, and return its path as a Path object.
 
+    Args:
+        path: path of the file or folder.
+        who: text that the error message begins with.
+
     Raises: FileNotFoundError if there is no file or folder with this path.
     """
     path = Path(path)
@@ -78,14 +82,14 @@ def first_line(error: BaseException) -> str:
     return stated_cause if len(stated_cause) <= 200 else stated_cause[:200] + "..."
 
 
-def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -> Path:
+def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected_content: str) -> Path:
     """Return `path` if it is a file, and otherwise the only file of a folder with one of the suffixes.
 
     Args:
         path: file or folder.
         suffixes: suffixes of the files to search for, for example ".safetensors".
         flag: name of the option that the message begins with.
-        expected: description of what the folder must contain, for the message.
+        expected_content: description of what the folder must contain, for the message.
 
     Raises: ValueError for a folder in which no file or several files have such a suffix.
     """
@@ -94,14 +98,14 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
     matching_files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
     if not matching_files:
         raise ValueError(
-            f"{flag}: the folder {path} must contain {expected}, but has no file with the suffix"
+            f"{flag}: the folder {path} must contain {expected_content}, but has no file with the suffix"
             f" {' or '.join(suffixes)}. Pass the path of the file."
         )
     if len(matching_files) > 1:
         file_names = ", ".join(file.name for file in matching_files[:4])
         raise ValueError(
-            f"{flag}: the folder {path} must contain {expected}, but has several files: {file_names}. Pass"
-            " the path of one file."
+            f"{flag}: the folder {path} must contain {expected_content}, but has several files: {file_names}."
+            " Pass the path of one file."
         )
     return matching_files[0]
 
@@ -146,6 +150,10 @@ def read(path: str | Path, who: str) -> State:
     """Read tensors by name from a .safetensors file or from a state dict that torch.save wrote.
 
     If the file contains a dictionary with the key "state_dict", that entry is the state dict.
+
+    Args:
+        path: file of weights.
+        who: text that error messages begin with.
 
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, empty, or contains anything
         other than tensors by name.
@@ -261,7 +269,12 @@ def count(entry_names: Iterable[str], prefix: str) -> int:
 
 
 def check_finite(state_dict: Mapping[str, torch.Tensor], who: str) -> None:
-    """Raise ValueError if a floating-point tensor has a value that is NaN or infinite."""
+    """Raise ValueError if a floating-point tensor has a value that is NaN or infinite.
+
+    Args:
+        state_dict: state dict.
+        who: text that the error message begins with.
+    """
     nonfinite_names = [
         name
         for name, tensor in state_dict.items()
@@ -288,7 +301,7 @@ def fill(
     new_state: Mapping[str, torch.Tensor],
     who: str,
     *,
-    types: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    requested_dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Module:
     """Copy the tensors of a state dict into a network, and return the network.
@@ -299,8 +312,8 @@ def fill(
         network: network to fill.
         new_state: state dict, whose names must match exactly those of the network.
         who: text that error messages begin with.
-        types: dtype of all tensors or dtypes by name, for a network on the meta device. Tensors without a
-            dtype here have the dtype of the state dict.
+        requested_dtypes: dtype of all tensors or dtypes by name, for a network on the meta device. Tensors
+            without a dtype here have the dtype of the state dict.
         device: device for a network on the meta device.
 
     Raises: ValueError for entries that are missing, superfluous or of another shape, and for values that are
@@ -310,7 +323,11 @@ def fill(
     check_fit(present_state, new_state, who)
     check_finite(new_state, who)
     if any(tensor.is_meta for tensor in present_state.values()):
-        dtypes = dict.fromkeys(new_state, types) if isinstance(types, torch.dtype) else dict(types or {})
+        dtypes = (
+            dict.fromkeys(new_state, requested_dtypes)
+            if isinstance(requested_dtypes, torch.dtype)
+            else dict(requested_dtypes or {})
+        )
         # Dtypes that the caller gives replace those of the state dict.
         dtypes = {name: tensor.dtype for name, tensor in new_state.items()} | dtypes
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
@@ -380,7 +397,9 @@ def fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def in_types_of(stored_state: Mapping[str, torch.Tensor], new_state: Mapping[str, torch.Tensor]) -> State:
-    """Replace tensors of a stored state dict by new ones, in the dtypes of the stored tensors, on the CPU.
+    """Return a stored state dict in which new tensors replace the stored ones, in the stored dtypes.
+
+    The new tensors are copied to the CPU.
 
     Args:
         stored_state: stored state dict; entries that `new_state` does not contain are returned unchanged.

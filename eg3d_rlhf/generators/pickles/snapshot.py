@@ -97,7 +97,7 @@ class TensorRecord:
 
 @dataclasses.dataclass(frozen=True)
 class _StorageId:
-    """The persistent id of a storage."""
+    """Persistent id of a storage, by which a pickle refers to data outside of its stream."""
 
     dtype: torch.dtype  # type of the elements
     key: str  # name of the storage in its stream
@@ -136,7 +136,7 @@ class StorageRules(Rules):
         if id_prefix != "storage" or isinstance(element_count, bool) or element_count < 0:
             raise RejectedError(
                 f"it has a storage id that begins with {describe(id_prefix)} and states"
-                f" {describe(element_count)} elements"
+                f" {describe(element_count)} elements, instead of 'storage' and a number >= 0"
             )
         return _StorageId(DTYPES[storage_class.name], storage_key, element_count)
 
@@ -229,7 +229,7 @@ class DtypeRecord:
 
 
 class SnapshotRules(Rules):
-    """Rules of a snapshot's outer stream. The tensor streams inside it have `StorageRules`."""
+    """Rules of a snapshot's outer stream. For the tensor streams inside it, `StorageRules` apply."""
 
     def __init__(self, budget: Budget, name_counts: Counter):
         super().__init__(budget, name_counts)
@@ -272,7 +272,7 @@ class SnapshotRules(Rules):
         return self.calls[function_path](args)
 
     def new(self, cls: Any, args: tuple) -> Any:
-        """Return the record of a module without state, or an empty dictionary."""
+        """Return a record without state for a class in PLAIN_MODULES, or {} for a class in DICTIONARIES."""
         class_path = cls.path if isinstance(cls, Global) else ""
         if args != ():
             raise RejectedError(f"it passes arguments to a new {describe(cls)}")
@@ -282,25 +282,25 @@ class SnapshotRules(Rules):
             raise RejectedError(f"it creates an object of {describe(cls)}")
         return ModuleRecord(cls.name, None)
 
-    def build(self, record: Any, state: Any) -> None:
+    def build(self, target_record: Any, state: Any) -> None:
         """Set the state of a module, which must have none yet, or the byte order of a scalar type."""
-        if isinstance(record, ModuleRecord) and record.state is None and self._is_state(state):
-            record.state = state
+        if isinstance(target_record, ModuleRecord) and target_record.state is None and self._is_state(state):
+            target_record.state = state
         elif (
-            isinstance(record, DtypeRecord)
+            isinstance(target_record, DtypeRecord)
             and isinstance(state, tuple)
             and len(state) >= 2
             and state[1] in ("<", "|", ">")
         ):
             # "|" means that the type has a single byte, so that the order does not matter.
-            record.order = ">" if state[1] == ">" else "<"
+            target_record.order = ">" if state[1] == ">" else "<"
         else:
-            raise RejectedError(f"it sets the state of {describe(record)} to {describe(state)}")
+            raise RejectedError(f"it sets the state of {describe(target_record)} to {describe(state)}")
 
     def _is_state(self, value: Any) -> bool:
         """Return True for a dictionary whose keys are all texts."""
         # The check of a large dictionary takes time, and a stream can request it many times.
-        self.budget.spend(opcodes=len(value) if isinstance(value, dict) else 0)
+        self.budget.spend(opcode_count=len(value) if isinstance(value, dict) else 0)
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
     # Methods for the table `calls`. Each converts the arguments of a call to a record.
@@ -390,7 +390,7 @@ class SnapshotRules(Rules):
             raise RejectedError("it has bytes in another encoding than latin1")
         latin1_text = args[0]
         self.budget.spend(
-            decoded=len(latin1_text.utf8) if isinstance(latin1_text, LongText) else len(latin1_text)
+            decoded_bytes=len(latin1_text.utf8) if isinstance(latin1_text, LongText) else len(latin1_text)
         )
         latin1_text = decode(bytes(latin1_text.utf8)) if isinstance(latin1_text, LongText) else latin1_text
         try:
@@ -408,7 +408,7 @@ class SnapshotRules(Rules):
         """Return a set, which protocol 2 writes as a call with the list of its members."""
         set_members = _only(args, list, "set")
         # A stream can convert the same list many times, so its length counts each time.
-        self.budget.spend(opcodes=len(set_members))
+        self.budget.spend(opcode_count=len(set_members))
         return set(members(set_members))
 
 
@@ -467,7 +467,7 @@ def parse(data: memoryview, who: str) -> Snapshot:
     """
     name_counts: Counter = Counter()
     # A file cannot contain more bytes of text than it has itself.
-    machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), name_counts))
+    machine = Machine(data, 0, SnapshotRules(Budget(decoded_bytes=len(data)), name_counts))
     with reporting_rejection(who, machine):
         root_object = machine.run()
         # The file may be a pickled generator, not a dictionary of networks.
@@ -581,7 +581,7 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
     node_count = 0
 
     def collect(parent_record: Any, prefix: str, depth: int) -> None:
-        """Add the tensors of a module, whose names in the state dict begin with `prefix`."""
+        """Add the tensors of a module at the nesting level `depth`. Their names begin with `prefix`."""
         nonlocal node_count
         node_count += 1
         if node_count > MAX_NODES or depth > MAX_DEPTH:

@@ -245,9 +245,9 @@ class _Reader:
             converted_records: list of the model, to which the converted record is appended.
             convert: function that converts the record.
         """
-        record = self._record(record_kind, record_index)
+        file_record = self._record(record_kind, record_index)
         if (record_kind, record_index) not in self._indices:
-            converted_record = convert(record)
+            converted_record = convert(file_record)
             converted_records.append(converted_record)
             self._indices[record_kind, record_index] = len(converted_records) - 1
         return self._indices[record_kind, record_index]
@@ -672,17 +672,17 @@ class _Reader:
         return image
 
 
-def _count(record: dict, field_name: str, default: int | None = None) -> int:
+def _count(glb_record: dict, field_name: str, default: int | None = None) -> int:
     """Return a field of a record that is a size or a number of elements.
 
     Args:
-        record: the record.
+        glb_record: the record.
         field_name: name of the field.
         default: value if the field is missing; None: the field is required.
 
     Raises: ValueError for a value that is no integer in 0..2^40 - 1.
     """
-    field_value = record.get(field_name, default)
+    field_value = glb_record.get(field_name, default)
     if type(field_value) is not int or not 0 <= field_value < 2**40:
         raise ValueError(
             f"{field_name} in the GLB file must be an integer from 0 to 2^40 - 1, got"
@@ -725,7 +725,7 @@ def _share(value: object, length: int) -> Any:
 
 
 def _set(value: object) -> int:
-    """Return the index of a vertex's texture coordinates unchanged. Raises: ValueError unless it is 0..3."""
+    """Return n of an attribute TEXCOORD_n (texture coordinates) unchanged. Raises: ValueError unless 0..3."""
     if type(value) is not int or not 0 <= value < 4:
         raise ValueError(
             f"a texture has the texCoord {str(value)[:40]}, but only the integers 0 to 3 are allowed. Export"

@@ -154,12 +154,12 @@ class _Lines:
     """Lines of an OBJ file by kind: v (points), vt (texture coordinates), vn (normals) and f (faces).
 
     Args:
-        text: content of the file.
+        obj_text: content of the file.
 
     Raises: ValueError if there is no face.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, obj_text: str):
         # Words of all lines of a kind. A word of v, vt and vn is a number; a word of f is a corner, as 1/2/3.
         self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}
         self.widths: dict[str, list[int]] = {
@@ -170,7 +170,7 @@ class _Lines:
         current_material = ""
         # A backslash at the end of a line continues the line. Line numbers count from 1.
         for line_number, text_line in enumerate(
-            text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1
+            obj_text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1
         ):
             # text after # is a comment; an empty line has the kind ""
             line_kind, *words = (text_line.split("#", 1)[0] if "#" in text_line else text_line).split() or [
@@ -197,10 +197,11 @@ class _Lines:
         """Replace the negative indices of a corner by positive indices, which count from 1.
 
         Args:
-            word: corner, such as "-1/-1/-1"; -1 is the last point above the line of the face.
+            word: corner, such as "-1/-1/-1"; -1 is the last point, texture coordinate or normal above the
+                line of the face.
             line_number: number of the line, for the error message.
 
-        Raises: ValueError if there are not so many points above the line.
+        Raises: ValueError if an index counts back beyond the first of them.
         """
         indices = word.split("/")
         # The keys of `widths`, v, vt and vn, are in the order of a corner's indices.
@@ -374,11 +375,11 @@ class _Lines:
         return named_parts
 
 
-def _numbers(text: str, dtype: type) -> np.ndarray:
+def _numbers(number_text: str, dtype: type) -> np.ndarray:
     """Parse numbers that are separated by spaces.
 
     Args:
-        text: numbers.
+        number_text: numbers.
         dtype: numpy type of the numbers.
 
     Returns: array of the numbers. It is shorter than the number of words, or empty, if a word is no number.
@@ -388,7 +389,7 @@ def _numbers(text: str, dtype: type) -> np.ndarray:
         # an error. The warning is turned into an error.
         warnings.simplefilter("error", DeprecationWarning)
         try:
-            return np.fromstring(text, dtype=dtype, sep=" ") if text else np.zeros(0, dtype)
+            return np.fromstring(number_text, dtype=dtype, sep=" ") if number_text else np.zeros(0, dtype)
         except (ValueError, DeprecationWarning):
             return np.zeros(0, dtype)
 

@@ -90,7 +90,7 @@ class Element:
     @property
     def row(self) -> int:
         """Return the number of bytes of a row whose lists are all empty."""
-        return sum(np.dtype(kind).itemsize for kind in self.properties.values())
+        return sum(np.dtype(numpy_type).itemsize for numpy_type in self.properties.values())
 
 
 @dataclass(frozen=True)
@@ -467,7 +467,7 @@ def read_splats(data: memoryview) -> Splats:
     vertex_element = header.elements[0]
     rows = np.frombuffer(
         data,
-        [(name, header.order + kind) for name, kind in vertex_element.properties.items()],
+        [(name, header.order + numpy_type) for name, numpy_type in vertex_element.properties.items()],
         vertex_element.count,
         header.length,
     )

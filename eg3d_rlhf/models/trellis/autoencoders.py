@@ -132,13 +132,13 @@ def _levels(config: StructureVAEConfig, make_resampling: Callable[[int, int], nn
         config: settings of the encoder or decoder.
         make_resampling: function that builds the layer between two levels from their numbers of channels.
     """
-    blocks: list[nn.Module] = []
+    level_modules: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
-        blocks += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
+        level_modules += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
         # There is no change of resolution after the last level.
         if i + 1 < len(config.channels):
-            blocks.append(make_resampling(channels, config.channels[i + 1]))
-    return nn.ModuleList(blocks)
+            level_modules.append(make_resampling(channels, config.channels[i + 1]))
+    return nn.ModuleList(level_modules)
 
 
 class StructureEncoder(nn.Module):
@@ -488,13 +488,13 @@ class Gaussians:
         """Return standard deviations [M, 3] > 0 along the axes of each Gaussian, in sides of the cube."""
         bias = self.settings.scaling_bias
         if self.settings.scaling_activation == "exp":
-            scales = (self.scaling + math.log(bias)).exp()
+            activated_scales = (self.scaling + math.log(bias)).exp()
         else:
             # softplus^-1(b) = b + log(1 - exp(-b)), so that a raw scale of 0 gives `bias`
-            scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
+            activated_scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
         # The 3D smoothing filter of Mip-Splatting (Yu et al. 2024): a
         # convolution of two Gaussians adds variances.
-        return (scales.square() + self.settings.filter_3d**2).sqrt()
+        return (activated_scales.square() + self.settings.filter_3d**2).sqrt()
 
     @property
     def rotations(self) -> torch.Tensor:
@@ -526,7 +526,7 @@ class GaussianDecoder(SwinTransformer):
         """Decode the Gaussians of every sample.
 
         The centre of a Gaussian is xyz = centre of the voxel + tanh(offset + perturbation) voxel_size / (2
-        resolution), where the offset is an output of the network.
+        resolution). The offset is an output of the network, and the perturbation is fixed (`perturbation`).
         """
         gaussian_settings = self.settings
         gaussians_per_voxel = self.settings.num_gaussians

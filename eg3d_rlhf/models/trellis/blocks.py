@@ -37,7 +37,7 @@ MAX_PERIOD = 10000  # largest period of sinusoidal embeddings (Vaswani et al. 20
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """Settings of transformer blocks that the files of all networks contain."""
+    """Settings of the transformer blocks that are common to all networks of TRELLIS."""
 
     model_channels: int  # C
     num_blocks: int  # number of blocks
@@ -148,19 +148,19 @@ class DenseLayout:
     """Layout of tokens [N, T, C] on a dense grid.
 
     Args:
-        keep: mask [N, 1, 1, T] bool, True for tokens that may be attended to. None allows all tokens.
+        keep_mask: mask [N, 1, 1, T] bool, True for tokens that may be attended to. None allows all tokens.
         passes: state of a block that the backward pass computes again, see `Passes`; None for other blocks.
     """
 
-    def __init__(self, keep: torch.Tensor | None = None, passes: "Passes | None" = None):
-        self.keep = keep
+    def __init__(self, keep_mask: torch.Tensor | None = None, passes: "Passes | None" = None):
+        self.keep_mask = keep_mask
         self.passes = passes
 
     def per_token(self, sample_rows: torch.Tensor) -> torch.Tensor:
         return sample_rows.unsqueeze(1)  # [N, 1, C]
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend(q, k, v, self.keep)
+        return attend(q, k, v, self.keep_mask)
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, k, v)
@@ -315,19 +315,19 @@ class SelfAttention(nn.Module):
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # [..., 3, H, D]
         # On a CPU, long dense sequences use the tiled implementation,
         # which stores no copies of queries and keys.
-        if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
+        if isinstance(layout, DenseLayout) and layout.keep_mask is None and tiled(qkv):
             norms = (self.q_rms_norm, self.k_rms_norm)
             q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
-            attended = self_attention(
+            attention_output = self_attention(
                 qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention
             )
-            if layout.passes is not None and layout.passes.keep:
+            if layout.passes is not None and layout.passes.keeps_attention:
                 # When the backward pass computes the block again, it uses this result.
-                layout.passes.attention = attended.detach()
+                layout.passes.attention = attention_output.detach()
         else:
             q, k, v = qkv.unbind(-3)  # [..., H, D]
-            attended = layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v)
-        return self.to_out(attended.flatten(-2))
+            attention_output = layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v)
+        return self.to_out(attention_output.flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -437,11 +437,11 @@ class Passes:
     """State of a block that is computed in the forward pass, and again in the backward pass.
 
     Args:
-        keep: True stores the result of the self-attention for the second computation.
+        keeps_attention: True stores the result of the self-attention for the second computation.
     """
 
-    def __init__(self, keep: bool):
-        self.keep = keep
+    def __init__(self, keeps_attention: bool):
+        self.keeps_attention = keeps_attention
         self.second = False  # True in the second computation
         # Stored result of the self-attention [N, T, H, D]; None if it is not stored
         self.attention: torch.Tensor | None = None
@@ -533,9 +533,9 @@ class SparseLayout:
         groups = self.groups
         # One call per run: groups of the same length form a dense batch.
         runs = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
-        attended = torch.cat([attend(*run).flatten(0, 1) for run in runs])
+        attention_output = torch.cat([attend(*run).flatten(0, 1) for run in runs])
         # Back to the order of the batch
-        return attended if groups.inverse is None else attended[groups.inverse]
+        return attention_output if groups.inverse is None else attention_output[groups.inverse]
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Compute attention from voxels to the conditioning tokens of their sample, [V, H, D].
@@ -553,7 +553,7 @@ class SparseLayout:
 
 
 def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    """Reorder rows by groups, and split them into runs.
+    """Reorder rows by groups, and split them into runs (consecutive groups with the same number of rows).
 
     Args:
         x: rows [V, H, D] in the order of the batch.
@@ -605,11 +605,13 @@ def windows(batch: SparseBatch, window_size: int, shift: int = 0) -> Groups:
         # Sorted by the length of the window and then by the window, so that windows of equal length are
         # contiguous. The stable sort does not change the order of the rows within a window.
         order = torch.argsort(lengths[window_index] * len(lengths) + window_index, stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
+        inverse_order = torch.empty_like(order)
+        inverse_order[order] = torch.arange(len(order), device=order.device)
         # Different lengths in ascending order, and the number of windows of each length
         run_lengths, run_counts = (x.tolist() for x in torch.unique(lengths, return_counts=True))
-        batch.cache[cache_key] = Groups(tuple(zip(run_counts, run_lengths, strict=True)), order, inverse)
+        batch.cache[cache_key] = Groups(
+            tuple(zip(run_counts, run_lengths, strict=True)), order, inverse_order
+        )
     return batch.cache[cache_key]
 
 
@@ -632,7 +634,7 @@ def curve_windows(batch: SparseBatch, window_size: int, shift: int = 0, start: i
         curve_positions = z_order(batch.coords[:, 1:] + shift)  # [V], position on the curve
         runs: list[tuple[int, int]] = []
         group_rows: list[torch.Tensor] = []
-        inverse = torch.empty_like(curve_positions)
+        inverse_order = torch.empty_like(curve_positions)
         first_row = 0  # first row of the sample
         assigned_rows = 0  # number of rows of the new order that are assigned already
         for n in batch.lengths.tolist():
@@ -656,7 +658,7 @@ def curve_windows(batch: SparseBatch, window_size: int, shift: int = 0, start: i
                 group_rows.append(
                     curve_rows[positions % n]
                 )  # modulo n, because the curve is treated as closed
-                inverse[group_rows[-1][section_start - group_start : section_end - group_start]] = (
+                inverse_order[group_rows[-1][section_start - group_start : section_end - group_start]] = (
                     torch.arange(
                         assigned_rows + section_start - group_start,
                         assigned_rows + section_end - group_start,
@@ -667,7 +669,7 @@ def curve_windows(batch: SparseBatch, window_size: int, shift: int = 0, start: i
             if section_count:
                 runs.append((section_count, group_size))
             first_row += n
-        batch.cache[cache_key] = Groups(tuple(runs), torch.cat(group_rows), inverse)
+        batch.cache[cache_key] = Groups(tuple(runs), torch.cat(group_rows), inverse_order)
     return batch.cache[cache_key]
 
 

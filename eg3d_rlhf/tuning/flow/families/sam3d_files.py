@@ -648,7 +648,8 @@ def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Em
     # The checkpoint has DINOv2's names of torch hub; this package uses those of transformers.
     renamed_tensors = rename_dino_tensors(embedder, state)
     return freeze(
-        fill(embedder, renamed_tensors, str(file.checkpoint), types=torch.float32, device=device), device
+        fill(embedder, renamed_tensors, str(file.checkpoint), requested_dtypes=torch.float32, device=device),
+        device,
     )
 
 
