@@ -50,7 +50,7 @@ class Rules:
         if len(self.weights) != len(TERMS) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise ValueError(
                 f"Rules: weights must be {len(TERMS)} numbers >= 0, of which at least one is above 0, got"
-                f" {self.weights}."
+                f" {self.weights}. Use (1, 1, 1, 1) for equal weights."
             )
         invalid_radii = [
             radius for radius in (self.thin, self.leak) if radius is not None and not 0 < radius < math.inf

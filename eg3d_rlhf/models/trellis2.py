@@ -124,10 +124,11 @@ class FlowConfig(blocks.ConditionedConfig):
             )
         # `given` is negative if the input has fewer channels than the latent.
         if self.model_channels % self.heads or self.given < 0:
-            channels = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
             raise ValueError(
                 f"{who}: model_channels must be a multiple of the number of heads, and in_channels must be >="
-                f" out_channels, got {channels}. Download the model's JSON file again."
+                f" out_channels, got model_channels={self.model_channels}, {self.heads} heads,"
+                f" in_channels={self.in_channels} and out_channels={self.out_channels}. Download the model's"
+                " JSON file again."
             )
         # A rotation needs pairs of channels, and at least one pair for each of three axes.
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:

@@ -125,7 +125,10 @@ def members(set_members: list) -> list:
     """Return the items of a set unchanged. Raises: RejectedError for an item that is no key (`is_key`)."""
     for set_member in set_members:
         if not is_key(set_member):
-            raise RejectedError(f"it has a set with the member {describe(set_member)}")
+            raise RejectedError(
+                f"it has a set with the member {describe(set_member)} instead of a text, None or an integer"
+                " below 2^60"
+            )
     return set_members
 
 
@@ -140,7 +143,10 @@ def fill(dictionary: dict, *, keys_and_values: list) -> dict:
         raise RejectedError("it has a dictionary key without a value")
     for key, value in zip(keys_and_values[::2], keys_and_values[1::2], strict=True):
         if not is_key(key):
-            raise RejectedError(f"it has a dictionary with the key {describe(key)}")
+            raise RejectedError(
+                f"it has a dictionary with the key {describe(key)} instead of a text, None or an integer"
+                " below 2^60"
+            )
         dictionary[key] = value
     return dictionary
 
@@ -164,23 +170,25 @@ class Rules:
 
     def find(self, name: Global) -> Global:
         """Return a name that the stream refers to. Other names than the accepted ones are an error."""
-        raise RejectedError(f"it refers to {describe(name)}{self.location}")
+        raise RejectedError(f"it refers to {describe(name)}{self.location}, which is not allowed")
 
     def reduce(self, function: Any, args: tuple) -> Any:
         """Return the record that represents the result of a function call."""
-        raise RejectedError(f"it calls {describe(function)}{self.location}")
+        raise RejectedError(f"it calls {describe(function)}{self.location}, which is not allowed")
 
     def new(self, cls: Any, args: tuple) -> Any:
         """Return the record that represents a new object of the class `cls`, without its state."""
-        raise RejectedError(f"it creates an object of {describe(cls)}{self.location}")
+        raise RejectedError(f"it creates an object of {describe(cls)}{self.location}, which is not allowed")
 
     def build(self, target_record: Any, state: Any) -> None:
         """Set the state of a record that `new` or `reduce` returned."""
-        raise RejectedError(f"it sets the state of {describe(target_record)}{self.location}")
+        raise RejectedError(
+            f"it sets the state of {describe(target_record)}{self.location}, which is not allowed"
+        )
 
     def persistent(self, pid: Any) -> Any:
         """Return the record of the object outside of the stream that has the persistent id `pid`."""
-        raise RejectedError(f"it has a persistent id ({describe(pid)})")
+        raise RejectedError(f"it has a persistent id ({describe(pid)}), which is not allowed here")
 
 
 class Machine:

@@ -275,11 +275,11 @@ class SnapshotRules(Rules):
         """Return a record without state for a class in PLAIN_MODULES, or {} for a class in DICTIONARIES."""
         class_path = cls.path if isinstance(cls, Global) else ""
         if args != ():
-            raise RejectedError(f"it passes arguments to a new {describe(cls)}")
+            raise RejectedError(f"it passes arguments to a new {describe(cls)}, which takes none")
         if class_path in DICTIONARIES:
             return {}
         if class_path not in PLAIN_MODULES:
-            raise RejectedError(f"it creates an object of {describe(cls)}")
+            raise RejectedError(f"it creates an object of {describe(cls)}, which no network needs")
         return ModuleRecord(cls.name, None)
 
     def build(self, target_record: Any, state: Any) -> None:
@@ -295,7 +295,9 @@ class SnapshotRules(Rules):
             # "|" means that the type has a single byte, so that the order does not matter.
             target_record.order = ">" if state[1] == ">" else "<"
         else:
-            raise RejectedError(f"it sets the state of {describe(target_record)} to {describe(state)}")
+            raise RejectedError(
+                f"it sets the state of {describe(target_record)} to {describe(state)}, which is not allowed"
+            )
 
     def _is_state(self, value: Any) -> bool:
         """Return True for a dictionary whose keys are all texts."""
@@ -328,14 +330,15 @@ class SnapshotRules(Rules):
             raise RejectedError(f"it creates a tensor from {len(args)} arguments instead of 6 or 7")
         storage, offset, shape, stride = args[:4]
         if not isinstance(storage, StorageRecord):
-            raise RejectedError(f"it has a tensor whose storage is {describe(storage)}")
+            raise RejectedError(f"it has a tensor whose storage is {describe(storage)} instead of a storage")
         if (
             not isinstance(shape, tuple)
             or not isinstance(stride, tuple)
             or not len(shape) == len(stride) <= MAX_DIMENSIONS
         ):
             raise RejectedError(
-                f"it has a tensor with the shape {describe(shape)} and the stride {describe(stride)}"
+                f"it has a tensor with the shape {describe(shape)} and the stride {describe(stride)} instead"
+                f" of two tuples of the same length, at most {MAX_DIMENSIONS}"
             )
         # type() is compared, because bool is a subclass of int. The products below cannot overflow, because
         # Python's integers have no fixed size.

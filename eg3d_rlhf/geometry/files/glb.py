@@ -163,8 +163,8 @@ class _Reader:
         unsupported_extensions = set(self.document.get("extensionsRequired", [])) - _RESOLVED
         if unsupported_extensions:
             raise ValueError(
-                f"the GLB file requires {', '.join(sorted(map(str, unsupported_extensions)))[:200]}, which is"
-                " not supported. Export it without this extension."
+                "the GLB file requires extensions that are not supported:"
+                f" {', '.join(sorted(map(str, unsupported_extensions)))[:200]}. Export it without them."
             )
         if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
             raise ValueError(
@@ -365,18 +365,19 @@ class _Reader:
             ):
                 allowed_widths = " or ".join(map(str, _NAMES[attribute_name]))
                 raise ValueError(
-                    f"{attribute_name} must have the shape [{vertex_count}, {allowed_widths}], got"
+                    f"the attribute {attribute_name} must have the shape [{vertex_count}, {allowed_widths}],"
+                    " got"
                     f" {list(attribute.values.shape)}. Export the file again."
                 )
             if attribute.values.dtype.kind == "f" and not (np.abs(attribute.values) < _REACH).all():
                 raise ValueError(
-                    f"{attribute_name} contains NaN, infinity or numbers beyond {_REACH:g}. Export the file"
-                    " again."
+                    f"the attribute {attribute_name} contains NaN, infinity or numbers beyond {_REACH:g}."
+                    " Export the file again."
                 )
             if attribute.values.dtype.str == "<u4":
                 raise ValueError(
-                    f"{attribute_name} has integers of 32 bits, but floats or integers of 8 or 16 bits are"
-                    " allowed. Export the file again."
+                    f"the attribute {attribute_name} has integers of 32 bits, but only floats and integers of"
+                    " 8 or 16 bits are allowed. Export the file again."
                 )
             # glTF 2.0 itself allows integers for these attributes. Integers in others need an extension.
             is_core_gltf = attribute_name == "COLOR_0" or (

@@ -195,8 +195,8 @@ class LatentFlowConfig(FlowConfig):
         if self.patch_size != 2 ** len(self.io_channels) or self.num_io_res_blocks < 1:
             raise ValueError(
                 "LatentFlowConfig: patch_size must be 2^(number of io_block_channels), and num_io_res_blocks"
-                f" must be >= 1, got {self.patch_size}, {self.io_channels} and {self.num_io_res_blocks}."
-                " Download the model's JSON file again."
+                f" must be >= 1, got patch_size={self.patch_size}, io_block_channels={self.io_channels} and"
+                f" num_io_res_blocks={self.num_io_res_blocks}. Download the model's JSON file again."
             )
         super().__post_init__()
 
