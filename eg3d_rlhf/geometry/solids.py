@@ -35,7 +35,7 @@ _FALLS = -90.0  # stability of an empty grid in degrees
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Settings of the score."""
+    """Settings of the score of a physically valid solid, see `score`."""
 
     # Radius in voxels: solid where no ball of this radius fits is too thin. None: the term is not used; at
     # 16^3 every structure is thin.

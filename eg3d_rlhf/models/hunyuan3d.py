@@ -654,8 +654,8 @@ class ShapeDecoder(nn.Module):
             axis: coordinates [R] of the grid points, equal for all three axes.
             x_slice: slice of `axis` that selects the layers.
 
-        Returns: float32 values [len(axis[x]), R, R] on the CPU, positive inside the shape. Entry [i, j, k]
-            belongs to the point (axis[x][i], axis[j], axis[k]).
+        Returns: float32 values [len(axis[x_slice]), R, R] on the CPU, positive inside the shape. Entry
+            [i, j, k] belongs to the point (axis[x_slice][i], axis[j], axis[k]).
         """
         points_per_axis = len(axis)
         layer_count = len(axis[x_slice])

@@ -369,7 +369,7 @@ class VoxelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelDecoderConfig(VoxelConfig):
-    """Settings of a decoder. Levels are listed from the coarsest to the finest.
+    """Settings of a `VoxelDecoder`. Levels are listed from the coarsest to the finest.
 
     Raises: ValueError for settings that are not supported or do not fit together.
     """
@@ -393,7 +393,7 @@ class VoxelDecoderConfig(VoxelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelEncoderConfig(VoxelConfig):
-    """Settings of an encoder. Levels are listed from the finest to the coarsest.
+    """Settings of a `VoxelEncoder`. Levels are listed from the finest to the coarsest.
 
     Raises: ValueError for settings that are not supported or do not fit together.
     """

@@ -193,7 +193,9 @@ def load_assets(path: str | Path) -> Asset:
 
 
 def sparsity(raw_density: torch.Tensor, grid_spacing: float) -> dict[str, torch.Tensor]:
-    """Compute two penalties on the opacity o = 1 - exp(-softplus(raw - 1) grid_spacing) of grid points.
+    """Compute two penalties on the opacity o of grid points.
+
+    The opacity is o = 1 - exp(-softplus(raw_density - 1) grid_spacing), as in EG3D's ray marcher.
 
     Args:
         raw_density: raw density [A, ...] at the points of a grid.

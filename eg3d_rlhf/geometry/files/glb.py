@@ -255,7 +255,7 @@ class _Reader:
     # ---- scene
 
     def _nodes(self, root_indices: list) -> None:
-        """Convert the nodes of a scene. Nodes without a mesh, and without such nodes below them, are dropped.
+        """Convert the nodes of a scene. Nodes without a mesh on them or on a node below them are dropped.
 
         Args:
             root_indices: indices in the file of the nodes without a parent.

@@ -446,7 +446,7 @@ def _typed(element: Element, values_by_property: dict[str, list], items_by_prope
 
 @dataclass(frozen=True)
 class Splats:
-    """Gaussians in the number types of the format GSP1."""
+    """Gaussians as arrays in the number types of the format GSP1, see the module's docstring."""
 
     centres: np.ndarray  # [N, 3] float32
     scales: np.ndarray  # [N, 3] float16, logarithms; their relative error is at most 0.05 %

@@ -178,7 +178,9 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
 def _taps(
     pairs: list[Pairs], weight: torch.Tensor, input_row_count: int
 ) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
-    """Iterate over all taps that connect voxels, with as many pairs at a time as MAX_GATHERED_VALUES allows.
+    """Iterate over the taps (positions in the kernel) that connect voxels, in chunks of pairs.
+
+    MAX_GATHERED_VALUES limits the size of a chunk.
 
     Args:
         pairs: pairs of rows of each tap.
