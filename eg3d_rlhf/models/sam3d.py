@@ -624,7 +624,8 @@ class Embedder(nn.Module):
             )
             for (_, encoder_channels, _), hidden_channels in zip(encoders, hidden_widths, strict=True)
         )
-        # Files contain one row more than there are frames. The original does not use the last row.
+        # Files contain one row more than there are frames. The original does not use the last row. A list
+        # times False is empty, so the additional axis of length 1 exists only if has_random_frames is True.
         self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * has_random_frames, channels))
 
     @property

@@ -147,7 +147,7 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
     [
         ({"pe_mode": "ape"}, ("pe_mode", "'rope'", "'ape'")),
         ({"dtype": "f8"}, ("dtype", "float32, fp32", "'f8'")),
-        ({"num_heads": 5}, ("model_channels", "24 / 5")),
+        ({"num_heads": 5}, ("model_channels=24", "5 heads")),
         ({"in_channels": 2}, ("in_channels",)),
         ({"num_heads": 8}, ("rope_freq", "6", " 3 ")),
     ],

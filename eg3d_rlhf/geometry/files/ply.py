@@ -170,8 +170,8 @@ def check_mesh(header: Header) -> None:
     face_count = count_by_element.get("face", 0)
     if not vertex_count or not face_count:
         raise ValueError(
-            f"the PLY file has {vertex_count} vertices and {face_count} faces, and its vertices are no"
-            " Gaussian splats. Export a mesh with faces, or Gaussian splats."
+            f"the PLY file has {vertex_count} points and {face_count} faces, and the points are no Gaussian"
+            " splats. Export a mesh with faces, or Gaussian splats."
         )
     if face_count > MAX_FACES:
         raise ValueError(
