@@ -1,4 +1,4 @@
-"""A generator whose shapes are translated, scaled and mirrored, and whose density is multiplied by a factor.
+"""A generator whose shapes are translated, scaled and mirrored, and whose density is rescaled.
 
 A reward can therefore score shapes of a generator that it was not trained with. "Our world" has the
 coordinates of the reward, and "their world" has the coordinates of the inner generator.

@@ -156,7 +156,7 @@ class Asset(torch.nn.Module, abc.ABC):
 
 
 class AssetNetwork(torch.nn.Module):
-    """The network in a file of finished assets.
+    """Network that contains finished assets, as stored in a network file.
 
     Args:
         field: kind of the assets, a name in KINDS.

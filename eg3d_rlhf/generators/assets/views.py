@@ -238,10 +238,11 @@ def four_views(
     A ray runs through the centres of the voxels i of a row, so no samples are interpolated. With the colour
     or inverse depth c_i of a voxel:
 
-        tau_i = softplus(raw_i - 1) pitch,  w_i = (1 - exp(-tau_i)) exp(-sum of tau_j over voxels j before i),
+        tau_i = softplus(raw_density_i - 1) pitch,
+        w_i = (1 - exp(-tau_i)) exp(-sum of tau_j over voxels j before i),
         channel = sum_i w_i c_i
 
-    Opposite views share tau and its running sum. Differentiable in raw and colours.
+    Opposite views share tau and its running sum. Differentiable in raw_density and colours.
 
     Args:
         raw_density: raw density [A, N, N, N], axes z, y, x.

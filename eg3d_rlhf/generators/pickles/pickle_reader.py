@@ -335,7 +335,7 @@ class Machine:
         self.stack[-value_count:] = [tuple(self.stack[-value_count:])]
 
     def extend(self, added_values: list, container_type: type) -> None:
-        """Add items to the list or set on top of the stack. `container_type` is list or set."""
+        """Add `added_values` to the list or set on top of the stack. `container_type` is list or set."""
         # The check of the type prevents that the stream extends a record.
         container = self.top(container_type)
         container.extend(added_values) if container_type is list else container.update(members(added_values))

@@ -274,8 +274,8 @@ def family_of(class_name: str, shape_by_name: dict[str, tuple[int, ...]], render
 
     Args:
         class_name: class name of the generator in the file.
-        shape_by_name: name -> shape of each tensor in its state dict.
-        rendering_options: its rendering options.
+        shape_by_name: name -> shape of each tensor in the state dict of the generator.
+        rendering_options: rendering options of the generator.
     Returns: the properties of the family.
     Raises: RejectedError if the class name contradicts the tensors, if the backbone has another number of
         output channels, or if the option render_mode is unknown.
