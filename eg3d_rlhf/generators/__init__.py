@@ -1,4 +1,4 @@
-"""Interface of generators for the rest of the package, and the registry of their families.
+"""Interface through which the package uses generators, and the registry of generator families.
 
 A family is an architecture of generators, for example EG3D. It is defined in one file of this folder or of a
 plugin (see docs/extending.md), as a network and a class around it that implements `Generator`. A network file
@@ -57,7 +57,7 @@ class Generator(Protocol):
 
     @property
     def level(self) -> float:
-        """Return the raw density at the surface."""
+        """Return the raw density (before the activation) that defines the surface of a shape."""
 
     @property
     def cameras(self) -> CameraFamily:
@@ -88,7 +88,7 @@ class Generator(Protocol):
 
         Args:
             ws: style vectors [N, L, W].
-            noise_mode: noise of the synthesis network, one of `training.config.NOISE_MODES`.
+            noise_mode: noise of the synthesis network, 'const', 'random' or 'none', as in StyleGAN.
         """
 
 
@@ -102,7 +102,7 @@ def shape_count(generator: Generator) -> int | None:
 
 
 def check_seeds(generator: Generator, largest_seed: int, who: str) -> None:
-    """Raise ValueError if a generator with a finite number of shapes has no shape for a seed.
+    """Raise ValueError if a seed is too large for a generator with a finite number of shapes.
 
     Args:
         generator: the generator; with a continuous latent space every seed is valid.
@@ -158,7 +158,7 @@ def network_classes(architecture: str) -> networks.Classes:
 
 
 def as_generator(network: Any) -> Generator:
-    """Return a `Generator` around a network, by the class of the network.
+    """Wrap a network in the `Generator` of its family. The class of the network determines the family.
 
     An object that is no torch module is a `Generator` already, and is returned unchanged.
 

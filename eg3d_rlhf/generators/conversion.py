@@ -37,8 +37,8 @@ SUFFIXES = (".safetensors", ".pt", ".pth")  # of network files that `write` can 
 _LATTICE = 257  # positions along the slices at which the weights of the slices are fitted
 
 
-def fit_slice_weights(extent: float, slices: int = SLICES) -> tuple[torch.Tensor, float]:
-    """Fit weights of slices, so that the interpolated slices reproduce a plane.
+def fit_slice_weights(extent: float, slice_count: int = SLICES) -> tuple[torch.Tensor, float]:
+    """Fit one weight per slice of a tri-grid, so that the interpolated slices reproduce a single plane.
 
     At the position t across the slices, a tri-grid interpolates linearly: slice d has the weight T_d(t), a
     hat function. Every slice d is the plane times s_d, so the sum over d of T_d(t) s_d should be 1 for all t
@@ -46,20 +46,20 @@ def fit_slice_weights(extent: float, slices: int = SLICES) -> tuple[torch.Tensor
 
     Args:
         extent: extent of the slices, in sides of the box.
-        slices: number of slices D.
+        slice_count: number of slices D.
     Returns: the weights s [D], and the largest error |sum_d T_d(t) s_d - 1| over the box.
     """
     # Values of the hat functions at positions over the box, in units of the extent. `interpolation_matrix`
     # returns the columns only for slices that the positions reach.
-    matrix, reached_slices = interpolation_matrix(
-        torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slices
+    interpolation_weights, reached_slices = interpolation_matrix(
+        torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slice_count
     )
-    hats = torch.zeros(_LATTICE, slices, dtype=torch.float64)
-    hats[:, reached_slices] = matrix.double()
+    hat_values = torch.zeros(_LATTICE, slice_count, dtype=torch.float64)
+    hat_values[:, reached_slices] = interpolation_weights.double()
     ones = torch.ones(_LATTICE, 1, dtype=torch.float64)
     # 257 equations for the weights of 3 slices: [257, D] x = [257, 1].
-    slice_weights = torch.linalg.lstsq(hats, ones).solution  # [D, 1]
-    return slice_weights[:, 0], float((hats @ slice_weights - ones).abs().max())
+    slice_weights = torch.linalg.lstsq(hat_values, ones).solution  # [D, 1]
+    return slice_weights[:, 0], float((hat_values @ slice_weights - ones).abs().max())
 
 
 def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[networks.Networks, float]:
@@ -82,13 +82,13 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
             f"tri-grid: expected a network of the family {networks.EG3D}, got the family {nets.architecture}."
             " Pass an EG3D network."
         )
-    slice_weights, residual = fit_slice_weights(extent)
-    original_rendering = nets.G_kwargs["rendering_kwargs"]
+    slice_weights, largest_error = fit_slice_weights(extent)
+    original_rendering_options = nets.G_kwargs["rendering_kwargs"]
     G_ema: Any = nets.G_ema
     plane_resolution = G_ema.plane_resolution
     # PanoHead's additional options. All other options keep their values.
     rendering_options = {
-        **original_rendering,
+        **original_rendering_options,
         "triplane_size": plane_resolution,
         "triplane_depth": SLICES,
         "triplane_extent": extent,
@@ -110,37 +110,45 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     # Explicit, because the default layouts of the families differ.
     converted_kwargs["plane_layout"] = G_ema.plane_layout
     # An empty pixel has the colour -1 before the background is added, and white is 1, so white needs 2.
-    background = 2.0 if original_rendering.get("white_back", False) else 0.0
+    background_value = 2.0 if original_rendering_options.get("white_back", False) else 0.0
     network_class = FAMILIES["panohead"].module
     # Files without training state contain no G.
     converted_G = (
         None
         if nets.G is None
-        else _build_converted(network_class, converted_kwargs, nets.G, slice_weights, background)
+        else _build_converted(network_class, converted_kwargs, nets.G, slice_weights, background_value)
     )
-    converted_G_ema = _build_converted(network_class, converted_kwargs, G_ema, slice_weights, background)
+    converted_G_ema = _build_converted(
+        network_class, converted_kwargs, G_ema, slice_weights, background_value
+    )
     other_fields = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
-    return networks.Networks(converted_G, nets.D, converted_G_ema, converted_kwargs, *other_fields), residual
+    return networks.Networks(
+        converted_G, nets.D, converted_G_ema, converted_kwargs, *other_fields
+    ), largest_error
 
 
 @torch.no_grad()
 def _build_converted(
-    network_class: type[torch.nn.Module], kwargs: dict, G: Any, slice_weights: torch.Tensor, background: float
+    network_class: type[torch.nn.Module],
+    constructor_arguments: dict,
+    G: Any,
+    slice_weights: torch.Tensor,
+    background_value: float,
 ) -> Any:
     """Build a PanoHead network and copy the parameters of an EG3D network into it.
 
     Args:
         network_class: class of the PanoHead network.
-        kwargs: its constructor arguments.
+        constructor_arguments: constructor arguments of the PanoHead network.
         G: EG3D network.
         slice_weights: weight of each slice, [D].
-        background: constant output of the background network.
+        background_value: constant output of the background network.
     """
     with torch.random.fork_rng(devices=[]):
         # The background network has features without effect on the output, which later tuning may change. The
         # seed makes their random initial values reproducible.
         torch.manual_seed(0)
-        network: Any = network_class(**kwargs)
+        network: Any = network_class(**constructor_arguments)
     # The state dict holds references, so copying into its tensors changes the network.
     state_dict = network.state_dict()
     for tensor_name, tensor in G.state_dict().items():
@@ -167,7 +175,7 @@ def _build_converted(
     # weights by 1 / sqrt(F), which sqrt(F) cancels.
     network.torgb.weight.copy_(torch.eye(3, feature_count)[..., None, None] * math.sqrt(feature_count))
     last_block = getattr(network.bcg_synthesis, f"b{network.bcg_synthesis.img_resolution}")
-    last_block.torgb.bias.fill_(background)
+    last_block.torgb.bias.fill_(background_value)
     # The network t_mapping computes the offset of the camera, which becomes 0.
     last_layer = getattr(network.t_mapping, f"fc{network.t_mapping.num_layers - 1}")
     last_layer.weight.zero_()
@@ -182,13 +190,13 @@ def settings_unknown_to_eg3d(nets: networks.Networks) -> list[str]:
     EG3D's code has fixed values for them. An empty list means that EG3D's code can build the network.
     """
     # The defaults of our constructor are the fixed values in EG3D's code.
-    parameters = inspect.signature(TriPlaneGenerator).parameters
+    constructor_parameters = inspect.signature(TriPlaneGenerator).parameters
     unsupported_settings = (
         [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
     )
     for setting_name in ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features"):
-        default = parameters[setting_name].default
-        if nets.G_kwargs.get(setting_name, default) != default:
+        default_value = constructor_parameters[setting_name].default
+        if nets.G_kwargs.get(setting_name, default_value) != default_value:
             unsupported_settings.append(f"{setting_name} = {nets.G_kwargs[setting_name]}")
     sr_kwargs = nets.G_kwargs.get("sr_kwargs") or {}
     sr_class = module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
@@ -196,11 +204,11 @@ def settings_unknown_to_eg3d(nets: networks.Networks) -> list[str]:
     if not issubclass(sr_class, SuperresolutionHybrid):
         unsupported_settings.append(f"superresolution_module = {sr_class.__name__}")
     else:
-        built_in = {
+        built_in_values = {
             "input_resolution": sr_class.default_input_resolution,
             "block_channels": list(sr_class.default_block_channels),
         }
-        for setting_name, built_in_value in built_in.items():
+        for setting_name, built_in_value in built_in_values.items():
             # None selects the built-in value.
             if setting_name in sr_kwargs and sr_kwargs[setting_name] not in (None, built_in_value):
                 unsupported_settings.append(f"sr_kwargs.{setting_name} = {sr_kwargs[setting_name]}")
@@ -257,16 +265,16 @@ def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
     return file_content
 
 
-def check_suffix(out: Path) -> None:
+def check_suffix(out_path: Path) -> None:
     """Raise ValueError unless a path has one of the suffixes in `SUFFIXES`."""
-    if out.suffix not in SUFFIXES:
+    if out_path.suffix not in SUFFIXES:
         raise ValueError(
-            f"--out: expected a file name that ends in {' or '.join(SUFFIXES)}, got {out.name}. Write"
-            f" --out={out.with_suffix(SUFFIXES[0])}."
+            f"--out: expected a file name that ends in {' or '.join(SUFFIXES)}, got {out_path.name}. Write"
+            f" --out={out_path.with_suffix(SUFFIXES[0])}."
         )
 
 
-def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[str, int]:
+def write(nets: networks.Networks, out_path: Path, only_ema: bool = False) -> dict[str, int]:
     """Write networks to a file. Its suffix selects the format.
 
     A .safetensors file has the format of this project, a .pt or .pth file the content of `stock_content`. The
@@ -274,19 +282,19 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
 
     Args:
         nets: networks to write.
-        out: path of the file.
+        out_path: path of the file.
         only_ema: True: write only G_ema.
     Returns: name of each network in the file -> number of its tensors.
     Raises: ValueError for another suffix; OSError if the file does not contain the tensors that were written.
     """
-    check_suffix(out)
+    check_suffix(out_path)
     requested_names = ("G_ema",) if only_ema else ("G", "D", "G_ema")
     network_names = [
         network_name for network_name in requested_names if getattr(nets, network_name) is not None
     ]
-    if out.suffix == ".safetensors":
-        networks.save(out, nets, only_ema)
-        reloaded_networks = load_networks(out)
+    if out_path.suffix == ".safetensors":
+        networks.save(out_path, nets, only_ema)
+        reloaded_networks = load_networks(out_path)
         written_state_dicts = {
             network_name: getattr(reloaded_networks, network_name).state_dict()
             for network_name in network_names
@@ -295,9 +303,9 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
         # `write_atomic` takes bytes, so the file is first written to memory.
         buffer = io.BytesIO()
         torch.save(stock_content(nets, only_ema), buffer)
-        storage.write_atomic(out, buffer.getvalue())
+        storage.write_atomic(out_path, buffer.getvalue())
         # weights_only: no code from the file is executed.
-        reloaded_networks = torch.load(out, weights_only=True)
+        reloaded_networks = torch.load(out_path, weights_only=True)
         written_state_dicts = {
             network_name: reloaded_networks[network_name] for network_name in network_names
         }
@@ -306,7 +314,7 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
             # torch.equal demands equal values without any tolerance.
             if not torch.equal(written_state_dicts[network_name][tensor_name], tensor.cpu()):
                 raise OSError(
-                    f"{out}: after writing, the file has other values of {network_name}.{tensor_name} than"
-                    " the network. Check the disk, and write the file again."
+                    f"{out_path}: after writing, the file has other values of {network_name}.{tensor_name}"
+                    " than the network. Check the disk, and write the file again."
                 )
     return {network_name: len(written_state_dicts[network_name]) for network_name in network_names}

@@ -36,7 +36,7 @@ class PlaneField:
     Args:
         G: the network, or any object with the same attributes planes, decoder, renderer and rendering_kwargs.
         ws: style vectors [N, L, W].
-        noise_mode: noise of the synthesis network, one of `training.config.NOISE_MODES`.
+        noise_mode: noise of the synthesis network, 'const', 'random' or 'none', as in StyleGAN.
     """
 
     level = LEVEL
@@ -78,16 +78,19 @@ class PlaneField:
         Args:
             grid: specification of the grid.
             impl: 'separable' (each plane is interpolated on its own axes), 'pointwise' (each point is decoded
-                by itself), or 'auto' (separable if the planes are axis-aligned and the lattice is straight).
-        Raises: ValueError for an unknown impl, or for 'separable' with planes that are not axis-aligned or
-            with a skewed lattice.
+                by itself), or 'auto' (separable if the planes are axis-aligned and the lattice of the grid is
+                straight, see `SlabSpec`).
+        Raises: ValueError for 'separable' with planes that are not axis-aligned or with a skewed lattice.
         """
         if impl == "auto" and implementations.current() == "ref":
             points = grid.points().to(self.ws).reshape(1, -1, 3).expand(len(self), -1, -1)  # [N, P, 3]
-            chunks = points.split(_POINTS_OF_EG3D, dim=1)
+            point_chunks = points.split(_POINTS_OF_EG3D, dim=1)
             # The density is a view into the decoder's full output. `contiguous` copies it, so that the full
             # output can be freed.
-            densities = [self._decoded(chunk, sigma_only=True)["sigma"].contiguous() for chunk in chunks]
+            densities = [
+                self._decoded(point_chunk, sigma_only=True)["sigma"].contiguous()
+                for point_chunk in point_chunks
+            ]
             return torch.cat(densities, dim=1).reshape(len(self), *grid.shape)
         decoder_weights = DecoderWeights(*self._G.decoder.sigma_weights())
         return sigma_from_planes(self.planes, self._axes, decoder_weights, grid, self.bounds.side, impl)
@@ -99,8 +102,8 @@ class PlaneField:
         """
         colours = [
             # EG3D's sigmoid exceeds 0..1 slightly.
-            self._colours(chunk.to(self.planes).expand(len(self), -1, -1)).clamp(0, 1)
-            for chunk in points.split(_POINT_CHUNK, dim=-2)  # axis P of [P, 3] or [N, P, 3]
+            self._colours(point_chunk.to(self.planes).expand(len(self), -1, -1)).clamp(0, 1)
+            for point_chunk in points.split(_POINT_CHUNK, dim=-2)  # axis P of [P, 3] or [N, P, 3]
         ]
         return torch.cat(colours, dim=1) if colours else self.planes.new_zeros(len(self), 0, 3)
 
@@ -127,7 +130,8 @@ class PlaneField:
     def _decoded(self, points: torch.Tensor, sigma_only: bool = False) -> dict[str, torch.Tensor]:
         """Apply the full decoder at world points [N, P, 3], as EG3D's code does.
 
-        Returns: 'sigma' [N, P, 1], raw, and 'rgb' [N, P, features] unless sigma_only.
+        Returns: a dict with the raw density 'sigma' [N, P, 1] and, unless sigma_only, the features 'rgb'
+            [N, P, F], of which the first three are the colour.
         """
         # Noise on the density is a regulariser of training, so it is turned off here.
         rendering_options = {**self._G.rendering_kwargs, "density_noise": 0}
@@ -149,17 +153,20 @@ class PlaneField:
         # The attribute is read at each call, because the schedule of training changes it.
         resolution = options.resolution or self._G.neural_rendering_resolution
         cameras = cameras.to(self.ws.device).expand(len(self), -1)
-        renders = self._G.render(
+        render_by_name = self._G.render(
             self.planes, self.ws, cameras, resolution, rendering_options, noise_mode=self._noise_mode
         )
         return Rendering(
-            renders["image"], renders["image_raw"], renders["image_depth"], renders["image_opacity"]
+            render_by_name["image"],
+            render_by_name["image_raw"],
+            render_by_name["image_depth"],
+            render_by_name["image_opacity"],
         )
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
         """Return the density on a grid as a sum over planes before the nonlinearity, see `SeparableField`.
 
-        The field must have one shape.
+        The field must have exactly one shape (N = 1).
 
         Args: x, y, z: world coordinates [X], [Y] and [Z] of the grid.
         Returns: the sum over planes, or None if the planes are not axis-aligned. In that case the caller
@@ -195,10 +202,10 @@ class PlaneField:
         decoder_weights = self._G.decoder.weights(wide_planes.dtype)
         # The first four rows of the output layer are density, red, green and blue.
         rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
-        colour, raw = triplane_decode(
+        colour, raw_density = triplane_decode(
             wide_planes, self._axes, points.to(wide_planes), self.bounds.side, rgb_weights
         )
-        return raw.squeeze(2), colour.clamp(0, 1)
+        return raw_density.squeeze(2), colour.clamp(0, 1)
 
     @staticmethod
     def _wide(planes: torch.Tensor) -> torch.Tensor:
@@ -232,10 +239,7 @@ class PlaneField:
 
     @functools.cached_property
     def _merged(self) -> MergedPlanes | None:
-        """Return the planes in the memory layout of `triplane_decode`, or None for planes of other axes.
-
-        The layout exists only for axis-aligned planes.
-        """
+        """Return the planes in the memory layout of `triplane_decode`; None if they are not axis-aligned."""
         return None if self._pairs is None else merge_planes(self._wide(self.planes), self._pairs)
 
 

@@ -39,9 +39,10 @@ class HeadField(PlaneField):
             tensor.requires_grad for tensor in (self.planes, points, *self._G.decoder.parameters())
         )
         # A graph keeps the intermediate results of all chunks, so chunks would save no memory.
-        chunks = (points,) if is_graph_recorded else points.split(_POINT_CHUNK, dim=1)
+        point_chunks = (points,) if is_graph_recorded else points.split(_POINT_CHUNK, dim=1)
         return torch.cat(
-            [self._decoded(chunk, sigma_only=True)["sigma"].squeeze(2) for chunk in chunks], dim=1
+            [self._decoded(point_chunk, sigma_only=True)["sigma"].squeeze(2) for point_chunk in point_chunks],
+            dim=1,
         )
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
@@ -64,8 +65,8 @@ class HeadField(PlaneField):
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return raw density [N, P] and colour [N, P, 3] from one decoder pass, see `PlaneField.decode`."""
-        decoded = self._decoded(points.to(self.planes))
-        return decoded["sigma"].squeeze(2), self._to_colours(decoded["rgb"]).clamp(0, 1)
+        decoder_outputs = self._decoded(points.to(self.planes))
+        return decoder_outputs["sigma"].squeeze(2), self._to_colours(decoder_outputs["rgb"]).clamp(0, 1)
 
     def _colours(self, points: torch.Tensor) -> torch.Tensor:
         """Decode colours [N, P, 3] at world points [N, P, 3]."""
@@ -99,8 +100,8 @@ class FullHead(EG3D):
 class TriGridField(HeadField):
     """N shapes of a network with tri-grids, as a `Field`.
 
-    A tri-grid consists of three stacks of slices, where EG3D has three planes. On a straight lattice the
-    density is interpolated slice by slice, which is faster than point by point.
+    A tri-grid consists of three stacks of slices, where EG3D has three planes. On a grid with the lattice
+    "straight" of `SlabSpec`, the density is interpolated slice by slice, which is faster than point by point.
     """
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
@@ -110,14 +111,14 @@ class TriGridField(HeadField):
             grid: specification of the grid.
             impl: 'separable' (slice by slice), 'pointwise' (each point is decoded by itself), or 'auto'
                 ('separable' if possible).
-        Raises: ValueError for another impl, and for 'separable' with a skewed lattice or if the slices of the
-            three stacks do not lie along three different axes.
+        Raises: ValueError for another impl, and for 'separable' if the lattice of the grid is skewed (see
+            `SlabSpec`), or if the slices of the three stacks do not lie along three different axes.
         """
         is_separable = grid.lattice == "straight" and self._orders is not None
         if impl == "separable" and grid.lattice != "straight":
             raise ValueError(
-                f"density_grid: impl='separable' needs a straight lattice, got {grid.lattice!r}. Use"
-                " impl='auto'."
+                f"density_grid: impl='separable' needs a grid with lattice='straight', got {grid.lattice!r}."
+                " Use impl='auto'."
             )
         if impl == "separable" and not is_separable:
             raise ValueError(
@@ -171,7 +172,7 @@ class SphereHead(FullHead):
 
 
 class HyPlaneHead(FullHead):
-    """A `Generator` around a network of HyPlaneHead, which has three planes and a map over directions.
+    """A `Generator` around a network of HyPlaneHead: three planes and a feature map over directions.
 
     The features of the map depend on all of x, y and z. The points of a grid therefore share no intermediate
     results, and each is decoded by itself.

@@ -1,7 +1,7 @@
-"""A generator in other world coordinates: translated, scaled, mirrored, with its density on another scale.
+"""A generator whose shapes are translated, scaled and mirrored, and whose density is rescaled.
 
-With it, a reward can score shapes of another generator than the one that it was trained with. "Our world" has
-the coordinates of the reward, and "their world" the coordinates of the inner generator.
+A reward can therefore score shapes of a generator that it was not trained with. "Our world" has the
+coordinates of the reward, and "their world" has the coordinates of the inner generator.
 
 Shapes: N is the number of samples, P of points, and D, H and W are numbers of grid points along z, y and x.
 """
@@ -37,13 +37,13 @@ class Similarity:
         return points * self.scale + points.new_tensor(self.shift)
 
     @classmethod
-    def from_bounds(cls, theirs: Bounds, ours: Bounds) -> "Similarity":
-        """Return the transformation that maps the cube `ours` of our world onto the cube `theirs`."""
-        scale = theirs.side / ours.side
+    def from_bounds(cls, their_bounds: Bounds, our_bounds: Bounds) -> "Similarity":
+        """Return the transformation that maps the cube `our_bounds` onto the cube `their_bounds`."""
+        scale = their_bounds.side / our_bounds.side
         # The centre of our cube has to become the centre of theirs.
         shift = tuple(
             their_coordinate - scale * our_coordinate
-            for their_coordinate, our_coordinate in zip(theirs.centre, ours.centre, strict=True)
+            for their_coordinate, our_coordinate in zip(their_bounds.centre, our_bounds.centre, strict=True)
         )
         return cls(scale, shift)  # type: ignore[arg-type]
 
@@ -60,10 +60,12 @@ def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     """
     shifted_sigma = sigma - 1
     # The clamp keeps the values that `where` discards finite. Otherwise their gradient would be NaN.
-    activated = F.softplus(shifted_sigma.clamp_min(-15)) * factor
+    scaled_activation = F.softplus(shifted_sigma.clamp_min(-15)) * factor
     # Inverse of softplus: log(exp(a) - 1) = a + log(1 - exp(-a)).
     return 1 + torch.where(
-        shifted_sigma < -15, shifted_sigma + np.log(factor), activated + torch.log(-torch.expm1(-activated))
+        shifted_sigma < -15,
+        shifted_sigma + np.log(factor),
+        scaled_activation + torch.log(-torch.expm1(-scaled_activation)),
     )
 
 
@@ -81,16 +83,18 @@ class Placement:
 
 
 class PlacedField:
-    """A field of another generator in our world.
+    """A field of another generator, moved into our world.
 
-    Args: inner: field in the generator's world; place: its position, size, orientation and density scale.
+    Args:
+        inner_field: field in the world of the other generator.
+        place: position, size, orientation and density scale of its shapes in our world.
     """
 
-    def __init__(self, inner: Field, place: Placement):
-        self._inner = inner
+    def __init__(self, inner_field: Field, place: Placement):
+        self._inner = inner_field
         self._place = place
         self.bounds = place.bounds
-        self.level = float(place.density(torch.tensor(inner.level)))
+        self.level = float(place.density(torch.tensor(inner_field.level)))
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -103,7 +107,7 @@ class PlacedField:
         return torch.cat([2 * self.bounds.centre[0] - points[..., :1], points[..., 1:]], dim=-1)
 
     def _within(self, points: torch.Tensor) -> torch.Tensor:
-        """Return a bool [...] for points [..., 3] of their world: True for points in the generator's cube."""
+        """Test which points [..., 3] of their world lie in the inner generator's cube: a bool [...]."""
         inner_bounds = self._inner.bounds
         offsets = points - points.new_tensor(inner_bounds.centre)
         # The tolerance 1e-5 includes points that rounding has moved out of the cube.
@@ -172,11 +176,11 @@ class PlacedField:
         inner_cameras[:, [3, 7, 11]] = self._place.similarity.apply(inner_cameras[:, [3, 7, 11]])
         renderings = self._inner.render(inner_cameras, options)
         # The generator renders the unmirrored shape from the mirrored camera, so the image has to be flipped.
-        image, raw, depth, opacity = (
+        image, raw_image, depth, opacity = (
             (tensor.flip(-1) for tensor in renderings) if self._place.mirrored else renderings
         )
         # The depth is a length in their world.
-        return Rendering(image, raw, depth / self._place.similarity.scale, opacity)
+        return Rendering(image, raw_image, depth / self._place.similarity.scale, opacity)
 
 
 class Placed:
@@ -184,15 +188,17 @@ class Placed:
 
     Its mapping network expects conditioning cameras of the inner generator, see `ws_of_placed`.
 
-    Args: inner: the other generator; place: position, size, orientation and density scale of the shapes.
+    Args:
+        inner_generator: the other generator.
+        place: position, size, orientation and density scale of its shapes in our world.
     """
 
-    def __init__(self, inner: Generator, place: Placement):
-        self.inner = inner
+    def __init__(self, inner_generator: Generator, place: Placement):
+        self.inner = inner_generator
         self.place = place
         self.bounds = place.bounds
-        self.cameras = place.cameras or inner.cameras
-        self.level = float(place.density(torch.tensor(inner.level)))
+        self.cameras = place.cameras or inner_generator.cameras
+        self.level = float(place.density(torch.tensor(inner_generator.level)))
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the inner generator. Python calls this for attributes not defined here."""

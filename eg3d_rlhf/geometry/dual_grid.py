@@ -142,12 +142,12 @@ def _ranges(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.
     Returns: the index of the range and the integer, both [total number of integers], range after range.
     """
     # an empty range has no integers
-    counts = (high - low + 1).clamp_min(0)
-    range_index = torch.repeat_interleave(torch.arange(len(low)), counts)
+    range_lengths = (high - low + 1).clamp_min(0)
+    range_index = torch.repeat_interleave(torch.arange(len(low)), range_lengths)
     # The integer is its position within the range plus the first integer of the range.
-    return range_index, torch.arange(len(range_index)) - (counts.cumsum(0) - counts)[range_index] + low[
+    return range_index, torch.arange(len(range_index)) - (range_lengths.cumsum(0) - range_lengths)[
         range_index
-    ]
+    ] + low[range_index]
 
 
 def _along(a: torch.Tensor, b: torch.Tensor, axis: int, coordinate: torch.Tensor) -> torch.Tensor:
@@ -186,7 +186,7 @@ def _crossings(corners: torch.Tensor, axis: int) -> Iterator[tuple[torch.Tensor,
         low, middle, high = triangles.gather(1, corner_order[:, :, None].expand(-1, -1, 3)).unbind(1)
         face_index, plane_index = _ranges(
             low[:, u].floor().long() + 1, high[:, u].floor().long()
-        )  # rows: planes u = line
+        )  # one entry for each plane u = plane_index that cuts a triangle
         plane_position = plane_index.double()
         # Corners are sorted by u. A plane cuts the side low-high, and either low-middle or middle-high.
         in_lower_half = (plane_position <= middle[face_index, u])[:, None]
@@ -241,8 +241,8 @@ def _columns(
         ):
             group_corners = corners[group_indices]
             low, high = (
-                bounds.floor().long().clamp(0, resolution - 1)
-                for bounds in (group_corners.amin(1), group_corners.amax(1))
+                corner_extremes.floor().long().clamp(0, resolution - 1)
+                for corner_extremes in (group_corners.amin(1), group_corners.amax(1))
             )
             face_index, u_index = _ranges(low[:, u], high[:, u])
             v_range = _span(group_corners[face_index], u, v, u_index)
@@ -278,7 +278,7 @@ def _columns(
 def _span(
     corners: torch.Tensor, u: int, v: int, strip_start: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the range of the coordinate v of triangles within a strip row <= u <= row + 1.
+    """Compute the range of the coordinate v of triangles within a strip, strip_start <= u <= strip_start + 1.
 
     Args:
         corners: coordinates [K, 3 corners, 3].
@@ -287,8 +287,8 @@ def _span(
 
     Returns: smallest and largest v, both [K]. A triangle outside its strip gives (1, -1), an empty range.
     """
-    smallest = torch.full((len(strip_start),), torch.inf, dtype=torch.float64)
-    largest = torch.full((len(strip_start),), -torch.inf, dtype=torch.float64)
+    smallest_v = torch.full((len(strip_start),), torch.inf, dtype=torch.float64)
+    largest_v = torch.full((len(strip_start),), -torch.inf, dtype=torch.float64)
     # The extremes lie on the three sides of the triangle, cut off at the bounds of the strip.
     for i in range(3):
         a = corners[:, i]
@@ -298,21 +298,21 @@ def _span(
         is_flat = u_length == 0
         crossing_positions = [((strip_start + k - a[:, u]) / u_length.where(~is_flat, 1.0)) for k in (0, 1)]
         # Positions on the side, 0 at a and 1 at b, at which it enters and leaves the strip.
-        near = torch.minimum(*crossing_positions).where(~is_flat, 0.0).clamp(0, 1)
-        far = torch.maximum(*crossing_positions).where(~is_flat, 1.0).clamp(0, 1)
+        entry_position = torch.minimum(*crossing_positions).where(~is_flat, 0.0).clamp(0, 1)
+        exit_position = torch.maximum(*crossing_positions).where(~is_flat, 1.0).clamp(0, 1)
         # True if a part of the side lies in the strip
         is_inside = ((a[:, u] >= strip_start) & (a[:, u] <= strip_start + 1)) | (
             (torch.maximum(*crossing_positions) >= 0) & (torch.minimum(*crossing_positions) <= 1) & ~is_flat
         )
-        for position in (near, far):
+        for position in (entry_position, exit_position):
             v_value = a[:, v] + position * (b[:, v] - a[:, v])
-            smallest = torch.minimum(smallest, v_value.where(is_inside, torch.inf))
-            largest = torch.maximum(largest, v_value.where(is_inside, -torch.inf))
-    is_empty = smallest > largest
-    return smallest.where(~is_empty, 1.0), largest.where(~is_empty, -1.0)
+            smallest_v = torch.minimum(smallest_v, v_value.where(is_inside, torch.inf))
+            largest_v = torch.maximum(largest_v, v_value.where(is_inside, -torch.inf))
+    is_empty = smallest_v > largest_v
+    return smallest_v.where(~is_empty, 1.0), largest_v.where(~is_empty, -1.0)
 
 
-def _touches(corners: torch.Tensor, normals: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
+def _touches(corners: torch.Tensor, normals: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
     """Test whether triangles intersect voxels, by the separating axis theorem.
 
     The 13 axes are taken from Akenine-Moller (2001), "Fast 3D triangle-box overlap testing".
@@ -320,24 +320,25 @@ def _touches(corners: torch.Tensor, normals: torch.Tensor, voxel: torch.Tensor) 
     Args:
         corners: coordinates [K, 3 corners, 3] of the triangles.
         normals: unit normals [K, 3] of the triangles.
-        voxel: indices [K, 3] of the voxels.
+        voxels: indices [K, 3] of the voxels.
 
     Returns: True [K] for triangles that intersect their voxel: no axis separates them.
     """
     # coordinates relative to the centre of the voxel, which then covers -0.5..0.5
-    centred_corners = corners - (voxel + 0.5)[:, None]
+    centred_corners = corners - (voxels + 0.5)[:, None]
     # the three axes of the voxel
     is_separated = ((centred_corners.amin(1) > 0.5) | (centred_corners.amax(1) < -0.5)).any(1)
     # the normal of the triangle
     is_separated |= (normals * centred_corners[:, 0]).sum(1).abs() > normals.abs().sum(1) / 2
     # the nine cross products of an axis of the voxel and a side of the triangle
     for corner in range(3):
-        edge = centred_corners[:, (corner + 1) % 3] - centred_corners[:, corner]
+        triangle_side = centred_corners[:, (corner + 1) % 3] - centred_corners[:, corner]
         for u, v in ((1, 2), (2, 0), (0, 1)):
             projection = (
-                centred_corners[:, :, v] * edge[:, u, None] - centred_corners[:, :, u] * edge[:, v, None]
+                centred_corners[:, :, v] * triangle_side[:, u, None]
+                - centred_corners[:, :, u] * triangle_side[:, v, None]
             )
-            half_width = (edge[:, u].abs() + edge[:, v].abs()) / 2
+            half_width = (triangle_side[:, u].abs() + triangle_side[:, v].abs()) / 2
             is_separated |= (projection.amin(1) > half_width) | (projection.amax(1) < -half_width)
     return ~is_separated
 
@@ -352,25 +353,25 @@ def _border(faces: torch.Tensor) -> torch.Tensor:
     """
     corner_index = torch.arange(faces.numel()).view(-1, 3)
     # [3 F, 2]: each corner with the next corner of its triangle, sorted, so that both directions are equal
-    ends = torch.stack([faces, faces.roll(-1, 1)], 2).flatten(0, 1).sort(1).values
-    _, edge_number, edge_counts = torch.unique(ends, dim=0, return_inverse=True, return_counts=True)
+    edge_ends = torch.stack([faces, faces.roll(-1, 1)], 2).flatten(0, 1).sort(1).values
+    _, edge_number, edge_counts = torch.unique(edge_ends, dim=0, return_inverse=True, return_counts=True)
     return torch.stack([corner_index, corner_index.roll(-1, 1)], 2).flatten(0, 1)[
         edge_counts[edge_number] == 1
     ]
 
 
-def _passed(ends: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _passed(edge_ends: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the voxels that edges pass through.
 
     An edge is cut at the planes of the grid. The middle of each piece lies in one voxel.
 
     Args:
-        ends: coordinates [K, 2 ends, 3] of the edges.
+        edge_ends: coordinates [K, 2 ends, 3] of the edges.
         resolution: number R of voxels per axis.
 
     Returns: indices of edges [number of pieces], and voxels [number of pieces, 3].
     """
-    a, b = ends.unbind(1)
+    a, b = edge_ends.unbind(1)
     edge_indices = [torch.arange(len(a)).repeat(2)]
     # Positions along the edges in 0..1: first both ends of each edge, then the cuts with the planes.
     position_parts = [torch.cat([torch.zeros(len(a)), torch.ones(len(a))]).double()]
@@ -423,14 +424,16 @@ class _Quadratic:
             normals: unit normals [K, 3].
             points: points [K, 3] on the planes.
         """
-        for batch in torch.arange(len(voxel_row)).split(AT_ONCE):
-            n = normals[batch]
-            batch_rows = voxel_row[batch]
+        for batch_indices in torch.arange(len(voxel_row)).split(AT_ONCE):
+            n = normals[batch_indices]
+            batch_rows = voxel_row[batch_indices]
             # n . q, with the point q relative to the voxel
-            offset = (n * (points[batch] - self.coords[batch_rows])).sum(1, keepdim=True)
-            self.sums.index_add_(0, batch_rows, torch.cat([n[:, UPPER[0]] * n[:, UPPER[1]], n * offset], 1))
+            plane_offset = (n * (points[batch_indices] - self.coords[batch_rows])).sum(1, keepdim=True)
+            self.sums.index_add_(
+                0, batch_rows, torch.cat([n[:, UPPER[0]] * n[:, UPPER[1]], n * plane_offset], 1)
+            )
 
-    def lines(self, voxel_row: torch.Tensor, ends: torch.Tensor) -> None:
+    def lines(self, voxel_row: torch.Tensor, line_ends: torch.Tensor) -> None:
         """Add squared distances to lines.
 
         A line with the unit direction d through a point q adds M = I - d d^T to A, and M q to b, both times
@@ -438,15 +441,17 @@ class _Quadratic:
 
         Args:
             voxel_row: row [K] of the voxel of each line.
-            ends: two points [K, 2, 3] of each line.
+            line_ends: two points [K, 2, 3] of each line.
         """
-        direction = torch.nn.functional.normalize(ends[:, 1] - ends[:, 0], dim=1, eps=1e-300)
+        direction = torch.nn.functional.normalize(line_ends[:, 1] - line_ends[:, 0], dim=1, eps=1e-300)
         # projection perpendicular to the line
         line_projection = LINE * (
             torch.eye(3, dtype=torch.float64) - direction[:, :, None] * direction[:, None]
         )
-        projected = (line_projection @ (ends[:, 0] - self.coords[voxel_row])[:, :, None])[:, :, 0]
-        self.sums.index_add_(0, voxel_row, torch.cat([line_projection[:, UPPER[0], UPPER[1]], projected], 1))
+        projected_points = (line_projection @ (line_ends[:, 0] - self.coords[voxel_row])[:, :, None])[:, :, 0]
+        self.sums.index_add_(
+            0, voxel_row, torch.cat([line_projection[:, UPPER[0], UPPER[1]], projected_points], 1)
+        )
 
     def point(self, voxel_row: torch.Tensor, points: torch.Tensor) -> None:
         """Add crossings to the sums from which their mean is computed.

@@ -32,7 +32,7 @@ _MIN_STEP = 1.0  # shortest step of a ray, in voxels
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LevelSet:
-    """Surface of one shape, on which the raw density equals a level. It is above the level inside."""
+    """Surface of one shape: the points where the raw density equals a level. The density is higher inside."""
 
     cube: Tensor  # [D, H, W] raw density at the grid points of `spec`
     spec: SlabSpec
@@ -67,8 +67,8 @@ class LevelSet:
         Returns: the difference [...]: positive inside the shape, and -1000 outside the cube.
         """
         # the first of the two maps is the density minus the level
-        differences = sample(self._maps[:1], self.spec, points)[0]
-        return differences.where(self._within(points), -_FAR_BELOW)
+        level_differences = sample(self._maps[:1], self.spec, points)[0]
+        return level_differences.where(self._within(points), -_FAR_BELOW)
 
     def above_level_exact(self, points: Tensor) -> Tensor:
         """Compute the density minus the level from the density itself, without interpolation.
@@ -81,7 +81,7 @@ class LevelSet:
         return torch.where(self._within(points), self.density(points) - self.level, -_FAR_BELOW)
 
     def _within(self, points: Tensor) -> Tensor:
-        """Return True [...] for points [..., 3] inside the cube or on its faces."""
+        """Test which points [..., 3] lie inside the cube or on its faces. Returns a bool [...]."""
         # The factor 1 + 1e-6 admits points on the faces that rounding has moved outwards.
         return (points - points.new_tensor(self.spec.centre)).abs().amax(dim=-1) <= self.spec.box_warp / 2 * (
             1 + 1e-6
@@ -99,23 +99,23 @@ class LevelSet:
             level within one voxel of it.
         """
         reach = self.spec.voxel
-        low = t - reach
-        high = t + reach
-        at_low, at_high = (
-            self.above_level_exact(origins + bound_t[:, None] * directions) for bound_t in (low, high)
+        low_t = t - reach
+        high_t = t + reach
+        low_value, high_value = (
+            self.above_level_exact(origins + bound_t[:, None] * directions) for bound_t in (low_t, high_t)
         )
         # The interval contains an intersection if its two ends lie on different sides of the surface.
-        is_bracket = (at_low >= 0) != (at_high >= 0)
+        is_bracket = (low_value >= 0) != (high_value >= 0)
         # Bisection: the half whose ends lie on different sides of the surface replaces the interval.
         for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            middle_value = self.above_level_exact(origins + middle[:, None] * directions)
-            lower_half_is_uniform = (middle_value >= 0) == (at_low >= 0)
-            low = torch.where(lower_half_is_uniform, middle, low)
-            at_low = torch.where(lower_half_is_uniform, middle_value, at_low)
-            high = torch.where(lower_half_is_uniform, high, middle)
-            at_high = torch.where(lower_half_is_uniform, at_high, middle_value)
-        return torch.where(is_bracket, interpolate_zero(low, high, at_low, at_high), t)
+            middle_t = (low_t + high_t) / 2
+            middle_value = self.above_level_exact(origins + middle_t[:, None] * directions)
+            lower_half_is_uniform = (middle_value >= 0) == (low_value >= 0)
+            low_t = torch.where(lower_half_is_uniform, middle_t, low_t)
+            low_value = torch.where(lower_half_is_uniform, middle_value, low_value)
+            high_t = torch.where(lower_half_is_uniform, high_t, middle_t)
+            high_value = torch.where(lower_half_is_uniform, high_value, middle_value)
+        return torch.where(is_bracket, interpolate_zero(low_t, high_t, low_value, high_value), t)
 
     def normals(self, points: Tensor) -> Tensor:
         """Compute outward unit normals [P, 3] at points [P, 3].
@@ -124,9 +124,11 @@ class LevelSet:
         """
         # rows: half a voxel along x, y and z
         offsets = torch.eye(3).to(points) * self.spec.voxel / 2
-        differences = [self.density(points + offset) - self.density(points - offset) for offset in offsets]
+        central_differences = [
+            self.density(points + offset) - self.density(points - offset) for offset in offsets
+        ]
         # density rises inwards, hence the minus
-        return -F.normalize(torch.stack(differences, dim=-1), dim=-1)
+        return -F.normalize(torch.stack(central_differences, dim=-1), dim=-1)
 
     @torch.no_grad()
     def trace(self, origins: Tensor, directions: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ class LevelSet:
         """
         centre = origins.new_tensor(self.spec.centre)
         cube_side = self.spec.box_warp
-        voxel = self.spec.voxel
+        voxel_size = self.spec.voxel
         # distances [P] at which rays enter and leave the cube; `ray_limits_box` takes a batch axis
         near, far = (
             t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], cube_side)
@@ -153,9 +155,9 @@ class LevelSet:
         # indices of the rays that are still being traced; rays that miss the cube keep the depth inf
         ray_indices = (far > near).nonzero()[:, 0]
         t = near[ray_indices]
-        t_before = near[ray_indices]
-        # value at t_before; -1, because a ray starts outside
-        value_before = torch.full_like(near[ray_indices], -1.0)
+        previous_t = near[ray_indices]
+        # value at previous_t; -1, because a ray starts outside
+        previous_value = torch.full_like(near[ray_indices], -1.0)
         while len(ray_indices):
             # both [rays]: density minus level, and distance to the nearest grid point inside in voxels
             level_difference, free_distance = sample(
@@ -163,13 +165,13 @@ class LevelSet:
             )
             has_hit = level_difference >= 0
             # The intersection lies between the last two samples, which are on different sides of the surface.
-            depth[ray_indices[has_hit]] = interpolate_zero(t_before, t, value_before, level_difference)[
+            depth[ray_indices[has_hit]] = interpolate_zero(previous_t, t, previous_value, level_difference)[
                 has_hit
             ]
-            step_length = (free_distance - _SLACK).clamp_min(_MIN_STEP) * voxel
+            step_length = (free_distance - _SLACK).clamp_min(_MIN_STEP) * voxel_size
             is_unfinished = ~has_hit & (t < far[ray_indices])
-            t_before = t[is_unfinished]
-            value_before = level_difference[is_unfinished]
+            previous_t = t[is_unfinished]
+            previous_value = level_difference[is_unfinished]
             ray_indices = ray_indices[is_unfinished]
             t = (t + step_length)[is_unfinished]
             # The last sample of a ray is the point at which it leaves the cube.
@@ -181,7 +183,7 @@ class LevelSet:
 
     @functools.cached_property
     def _maps(self) -> Tensor:
-        """Two maps for tracing, [2, D, H, W].
+        """Return the two maps [2, D, H, W] that `trace` reads.
 
         The first map is the density minus the level. The second map is the distance to the nearest grid point
         inside in voxels. It uses the maximum norm, which is a lower bound of the Euclidean distance.
@@ -200,9 +202,9 @@ class LevelSet:
 
     @functools.cached_property
     def crowding(self) -> Tensor:
-        """Fraction of the space around each grid point that is inside the shape, in 0..1.
+        """Return the fraction of the space around each grid point that is inside the shape, in 0..1.
 
-        The shape is [2, D/2, H/2, W/2]: one map for each radius of REACHES, at half the resolution.
+        The result [2, D/2, H/2, W/2] has one map for each radius of REACHES, at half the resolution.
         """
         # imported here, because few functions need this library
         from scipy.ndimage import uniform_filter
@@ -210,13 +212,13 @@ class LevelSet:
         # [1, D, H, W] -> [1, D/2, H/2, W/2]: half the resolution suffices for an average
         occupancy = F.avg_pool3d((self.cube >= self.level).float()[None], 2)[0].cpu().numpy()
         # Box widths in coarse points. A coarse point is two voxels, so a box is twice as wide as its reach.
-        widths = [max(3, round(reach / self.spec.voxel * self.spec.box_warp)) for reach in REACHES]
+        box_widths = [max(3, round(reach / self.spec.voxel * self.spec.box_warp)) for reach in REACHES]
         # Two box filters in sequence approximate a round (Gaussian) window. "constant": outside is empty.
-        blurred = [
-            uniform_filter(uniform_filter(occupancy, width, mode="constant"), width, mode="constant")
-            for width in widths
+        blurred_maps = [
+            uniform_filter(uniform_filter(occupancy, box_width, mode="constant"), box_width, mode="constant")
+            for box_width in box_widths
         ]
-        return torch.from_numpy(np.stack(blurred)).to(self.cube)
+        return torch.from_numpy(np.stack(blurred_maps)).to(self.cube)
 
 
 def sample(maps: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
@@ -234,10 +236,10 @@ def sample(maps: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
         return points.new_zeros(len(maps), *points.shape[:-1])
     # [..., 3] in the order x, y, z of grid_sample. -1 and 1 are the outermost grid points (align_corners).
     grid_positions = (points - points.new_tensor(spec.centre)) * (2 / spec.box_warp)
-    sampled = F.grid_sample(
+    sampled_values = F.grid_sample(
         maps[None], grid_positions.reshape(1, 1, 1, -1, 3), align_corners=True, padding_mode="border"
     )
-    return sampled.reshape(len(maps), *points.shape[:-1])
+    return sampled_values.reshape(len(maps), *points.shape[:-1])
 
 
 def interpolate_zero(t0: Tensor, t1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def extract_mesh(
         volume.transpose(2, 1, 0), level
     )  # [W, H, D], so that vertices are (x, y, z)
     check_crossed(float(volume.min()), float(volume.max()), level)
+    # One layer of low density around the volume closes the surface at the border.
     vertices, faces, _ = marching_cubes(
         [np.pad(prepared_volume, 1, constant_values=outside_value(level))], level
     )
@@ -106,7 +107,7 @@ def check_finite(low: float, high: float) -> None:
 
 
 def outside_value(level: float) -> float:
-    """Return the raw density of points outside the volume, the smallest value after `prepare_density`."""
+    """Return the raw density of all points outside the volume: the lower limit of `prepare_density`."""
     return level - _REACH * max(abs(level), 1.0)
 
 
@@ -130,11 +131,13 @@ def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
     return volume
 
 
-def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def marching_cubes(
+    density_blocks: Iterable[np.ndarray], level: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Extract the surfaces of several blocks, each block by itself.
 
     Args:
-        blocks: densities [X, Y, Z] float32 that `prepare_density` returned.
+        density_blocks: densities [X, Y, Z] float32 that `prepare_density` returned.
         level: raw density on the surface.
 
     Returns: three arrays.
@@ -146,7 +149,9 @@ def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarr
     # Imported here, because the rest of the package works without this library.
     import mcubes
 
-    block_meshes = [mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in blocks]
+    block_meshes = [
+        mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in density_blocks
+    ]
     vertex_counts = np.array([len(vertices) for vertices, _ in block_meshes], dtype=np.int64)
     vertices = np.concatenate([vertices.reshape(-1, 3) for vertices, _ in block_meshes])
     faces = np.concatenate([faces.reshape(-1, 3) for _, faces in block_meshes]).astype(np.int64)
@@ -173,16 +178,16 @@ def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndar
 
     Returns: world coordinates [V, 3] float32.
     """
-    world = np.empty(vertices.shape, dtype=np.float32)
+    world_coordinates = np.empty(vertices.shape, dtype=np.float32)
     for axis_index, axis_coordinates in enumerate(coordinates):
         # index of the grid point before the vertex; clipped, so that start + 1 exists
         lower_index = np.clip(
             np.floor(vertices[:, axis_index]).astype(np.int64), 0, len(axis_coordinates) - 2
         )
-        world[:, axis_index] = axis_coordinates[lower_index] + (vertices[:, axis_index] - lower_index) * (
-            axis_coordinates[lower_index + 1] - axis_coordinates[lower_index]
-        )
-    return world
+        world_coordinates[:, axis_index] = axis_coordinates[lower_index] + (
+            vertices[:, axis_index] - lower_index
+        ) * (axis_coordinates[lower_index + 1] - axis_coordinates[lower_index])
+    return world_coordinates
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class EdgeCounts:
 
     @property
     def watertight(self) -> bool:
-        """True if every edge belongs to exactly two faces, which traverse it in opposite directions."""
+        """Return True if each edge belongs to exactly two faces, which traverse it in opposite directions."""
         return self.open == 0 and self.shared == 0
 
 
@@ -209,17 +214,17 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
         faces: triangles [F, 3] as indices of vertices.
     """
     # number of vertices: the largest index plus 1
-    graph = half_edges(faces, int(faces.max(initial=-1)) + 1)
+    half_edge_matrix = half_edges(faces, int(faces.max(initial=-1)) + 1)
     # Entries of the sparse matrix are summed where a half-edge occurs several times.
-    shared_count = 3 * len(faces) - graph.nnz
+    shared_count = 3 * len(faces) - half_edge_matrix.nnz
     # The matrix equals its transpose exactly if every half-edge has its reverse. This comparison is fast.
-    reversed_graph = graph.T.tocsr()
-    graph.sort_indices()
-    reversed_graph.sort_indices()
+    reversed_matrix = half_edge_matrix.T.tocsr()
+    half_edge_matrix.sort_indices()
+    reversed_matrix.sort_indices()
     if (
         shared_count == 0
-        and np.array_equal(graph.indptr, reversed_graph.indptr)
-        and np.array_equal(graph.indices, reversed_graph.indices)
+        and np.array_equal(half_edge_matrix.indptr, reversed_matrix.indptr)
+        and np.array_equal(half_edge_matrix.indices, reversed_matrix.indices)
     ):
         return EdgeCounts(0, 0)
     # A half-edge becomes one 64-bit key: its start in the upper 32 bits, its end in the lower 32 bits.
@@ -244,9 +249,10 @@ def half_edges(faces: np.ndarray, vertex_count: int) -> "csr_array":
     # imported here, because few functions need this library
     from scipy.sparse import coo_array
 
-    ends = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
+    end_vertices = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
     return coo_array(
-        (np.ones(len(ends), dtype=np.int8), (faces.reshape(-1), ends)), shape=(vertex_count, vertex_count)
+        (np.ones(len(end_vertices), dtype=np.int8), (faces.reshape(-1), end_vertices)),
+        shape=(vertex_count, vertex_count),
     ).tocsr()
 
 
@@ -365,7 +371,7 @@ def decimate(
     part_count, part_of_face = find_parts(faces, len(vertices))
     part_ends = np.cumsum(np.bincount(part_of_face, minlength=part_count))
     faces_by_part = np.argsort(part_of_face, kind="stable")  # faces sorted by part
-    decimated = []
+    decimated_parts = []
     vertex_offset = 0
     excess_face_count = 0
     for part_start, part_end in zip([0, *part_ends[:-1]], part_ends, strict=True):
@@ -381,9 +387,9 @@ def decimate(
             wanted_face_count,
         )
         excess_face_count += max(0, len(decimated_part[1]) - wanted_face_count)
-        decimated.append((decimated_part[0], decimated_part[1] + np.int32(vertex_offset)))
+        decimated_parts.append((decimated_part[0], decimated_part[1] + np.int32(vertex_offset)))
         vertex_offset += len(decimated_part[0])
-    face_count = sum(len(piece_faces) for _, piece_faces in decimated)
+    face_count = sum(len(piece_faces) for _, piece_faces in decimated_parts)
     # Up to 5 % more faces cause no warning, because of rounding and of the smallest number of faces of a
     # part.
     if excess_face_count > 0.05 * target_face_count:
@@ -392,8 +398,8 @@ def decimate(
             " closed.",
             stacklevel=2,
         )
-    return np.concatenate([part_vertices for part_vertices, _ in decimated]), np.concatenate(
-        [part_faces for _, part_faces in decimated]
+    return np.concatenate([part_vertices for part_vertices, _ in decimated_parts]), np.concatenate(
+        [part_faces for _, part_faces in decimated_parts]
     )
 
 
@@ -460,9 +466,11 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
             shape=(len(face_chunk), len(vertices)),
         )
         normals += face_vertex_matrix.T @ face_normals  # each vertex sums over its faces
-    lengths = np.sqrt(np.einsum("vi,vi->v", normals, normals))[:, None]
+    normal_lengths = np.sqrt(np.einsum("vi,vi->v", normals, normals))[:, None]
     # A vertex without faces, or with opposite ones, gets the normal 0.
-    return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0).astype(np.float32)
+    return np.divide(normals, normal_lengths, out=np.zeros_like(normals), where=normal_lengths > 0).astype(
+        np.float32
+    )
 
 
 # Isosurface of a density that is never completely in memory. The grid is processed layer by layer. A layer
@@ -480,7 +488,7 @@ _MIN_BLOCK_PLANES = 16  # smallest number of planes of a block, so that there ar
 
 
 def bricks_along(point_count: int, cells_per_brick: int = BRICK) -> int:
-    """Return the number of bricks along an axis that cover its grid points, and one step beyond each end.
+    """Return the number of bricks (cubes of cells) that cover an axis, and one grid step beyond each end.
 
     Args:
         point_count: number of grid points along the axis.
@@ -516,14 +524,14 @@ def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
         # The extremes of a brick are computed along x, then y, then z.
         extreme_values = reduce_extreme.reduce(layer, axis=0)
         for axis in (0, 1):
-            starts = np.arange(0, extreme_values.shape[axis] - 1, BRICK)
+            brick_starts = np.arange(0, extreme_values.shape[axis] - 1, BRICK)
             # `reduceat` covers all points of a brick except its last point, the first point of the next
             # brick.
             extreme_without_last = reduce_extreme.reduceat(
-                np.delete(extreme_values, -1, axis), starts, axis=axis
+                np.delete(extreme_values, -1, axis), brick_starts, axis=axis
             )
             extreme_values = reduce_extreme(
-                extreme_without_last, extreme_values.take(starts + BRICK, axis=axis)
+                extreme_without_last, extreme_values.take(brick_starts + BRICK, axis=axis)
             )
         extremes.append(extreme_values)
     # smallest and largest density of each brick
@@ -555,25 +563,27 @@ class SurfaceBuilder:
         self._faces: list[np.ndarray] = []
         self._count = 0  # number of vertices so far
 
-    def add(self, first_plane: int, layer: np.ndarray, bricks: np.ndarray) -> None:
+    def add(self, first_plane: int, layer: np.ndarray, selected_bricks: np.ndarray) -> None:
         """Extract the surface in some bricks of a layer, and add it to the mesh.
 
         Layers must be added in order. Each layer begins with the last plane of the previous layer.
 
         Args:
-            first_plane: index along x of the first plane, where 0 is the plane outside the volume.
+            first_plane: index along x of the layer's first plane; index 0 is the plane before the volume.
             layer: raw density [planes, padded Y, padded Z], including points outside the volume. Only the
                 selected bricks are read.
-            bricks: bool [bricks along y, bricks along z], True for the selected bricks. The surface must not
-                pass through other bricks.
+            selected_bricks: bool [bricks along y, bricks along z], True for the selected bricks. The surface
+                must not pass through other bricks.
 
         Raises: ValueError for NaN or infinity in the selected bricks.
         """
-        corners = np.argwhere(bricks) * BRICK
+        corners = np.argwhere(selected_bricks) * BRICK
         window_size = BRICK + 1
         # [planes, y, z, S + 1, S + 1]
-        windows = np.lib.stride_tricks.sliding_window_view(layer, (window_size, window_size), axis=(1, 2))
-        brick_densities = windows[:, corners[:, 0], corners[:, 1]].transpose(
+        brick_windows = np.lib.stride_tricks.sliding_window_view(
+            layer, (window_size, window_size), axis=(1, 2)
+        )
+        brick_densities = brick_windows[:, corners[:, 0], corners[:, 1]].transpose(
             1, 0, 2, 3
         )  # [B, planes, S + 1, S + 1]
         if len(brick_densities):
@@ -674,8 +684,8 @@ def extract_mesh_blockwise(
     axes: Sequence[torch.Tensor | np.ndarray],
     level: float = LEVEL,
     planes_per_block: int | None = None,
-    progress: Progress | None = None,
-    density_range: Callable[[], tuple[float, float]] | None = None,
+    on_progress: Progress | None = None,
+    get_density_range: Callable[[], tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Extract the surface on which the raw density equals a level, block by block.
 
@@ -689,9 +699,10 @@ def extract_mesh_blockwise(
         axes: increasing world coordinates x [X], y [Y], z [Z] of the grid points.
         level: raw density on the surface.
         planes_per_block: number of x indices per block; None: as many as fit into 32 MiB.
-        progress: function that is called with ("density", number of finished x indices, X).
-        density_range: function that is called after the last block and returns the smallest and the largest
-            density, between which the level must lie. None: the extremes of the sampled densities are used.
+        on_progress: function that is called with ("density", number of finished x indices, X).
+        get_density_range: function that is called after the last block and returns the smallest and the
+            largest density, between which the level must lie. None: the extremes of the sampled densities
+            are used.
 
     Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32, whose corners are in
         counter-clockwise order seen from outside.
@@ -727,11 +738,11 @@ def extract_mesh_blockwise(
                 layer[0] = layer[-1]
                 filled_planes = 0
                 first_plane = first_plane + BRICK
-        if progress is not None:
-            progress("density", block_start + len(block), x_count)
+        if on_progress is not None:
+            on_progress("density", block_start + len(block), x_count)
     # The last layer ends with one plane outside the volume, which closes the surface.
     layer[filled_planes + 1] = outside_value(level)
     builder.add(first_plane, layer[: filled_planes + 2], touched_bricks(layer[: filled_planes + 2], level))
     # After the last block, because all densities must be known.
-    check_crossed(*(density_range() if density_range else (low, high)), level)
+    check_crossed(*(get_density_range() if get_density_range else (low, high)), level)
     return builder.finish()

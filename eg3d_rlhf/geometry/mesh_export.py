@@ -109,7 +109,7 @@ class FieldGrid:
     def _block(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Compute the raw density [X, Y, Z] at all combinations of world coordinates x [X], y [Y] and z [Z].
 
-        The result is on the CPU. `low` and `high` are updated.
+        The result is on the CPU. `low` and `high`, the range of the densities so far, are updated.
         """
         density = self.separable(x, y, z)
         if density is None and isinstance(self.field, ProductField):
@@ -125,7 +125,7 @@ class FieldGrid:
         return block
 
     def __call__(self, x_range: slice) -> torch.Tensor:
-        """Return the raw density [x, Y, Z] of the grid points whose x indices are in a slice."""
+        """Return the raw density [indices of x_range, Y, Z] of the grid points with x indices in a slice."""
         first_inside = self.inside.start
         end_inside = self.inside.stop
         start = max(x_range.start, first_inside)
@@ -142,7 +142,7 @@ class FieldGrid:
 
 
 def extract_field_mesh(
-    grid: FieldGrid, level: float, progress: Progress | None = None
+    grid: FieldGrid, level: float, on_progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Extract the surface on which the raw density of a grid equals a level.
 
@@ -153,7 +153,7 @@ def extract_field_mesh(
     Args:
         grid: grid of the field.
         level: raw density on the surface.
-        progress: function that is called with ("density", number of finished x indices, X).
+        on_progress: function that is called with ("density", number of finished x indices, X).
 
     Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32, whose corners are in
         counter-clockwise order seen from outside.
@@ -164,7 +164,7 @@ def extract_field_mesh(
     # The bounds assume that trimmed points lie below the level.
     if density is None or density.w.device.type != "cpu" or (grid.trim and level <= OUTSIDE):
         return extract_mesh_blockwise(
-            grid, grid.axes, level, progress=progress, density_range=lambda: (grid.low, grid.high)
+            grid, grid.axes, level, on_progress=on_progress, get_density_range=lambda: (grid.low, grid.high)
         )
     brick_bounds = bound_bricks(density, level)
     axes = [axis[grid.inside].double().numpy() for axis in grid.axes]
@@ -178,8 +178,8 @@ def extract_field_mesh(
             sampler = _LayerSampler(density, OUTSIDE if grid.trim else outside_value(level), pool)
             for layer_index, selected_bricks in enumerate(brick_bounds.undecided):
                 builder.add(layer_index * BRICK, sampler.layer(layer_index, selected_bricks), selected_bricks)
-                if progress is not None:
-                    progress("density", min((layer_index + 1) * BRICK, len(axes[0])), len(axes[0]))
+                if on_progress is not None:
+                    on_progress("density", min((layer_index + 1) * BRICK, len(axes[0])), len(axes[0]))
     finally:
         torch.set_num_threads(thread_count)
     if not (
@@ -195,17 +195,16 @@ def extract_field_mesh(
 
 @dataclass(frozen=True)
 class BrickBounds:
-    """Classification of the bricks of a grid by the bounds of their density."""
+    """Bricks that may contain a part of the surface, according to bounds of the density in each brick."""
 
-    undecided: (
-        np.ndarray
-    )  # [bricks along x, y, z] bool: True for bricks that may contain a part of the surface
+    # bool [bricks along x, y, z], True for bricks that may contain a part of the surface
+    undecided: np.ndarray
     any_below: bool  # True if at least one brick lies certainly below the level
     any_above: bool  # True if at least one brick lies certainly above the level
 
 
 def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
-    """Classify all bricks by the bounds of their density.
+    """Find the bricks that may contain a part of the surface, by bounds of the density in each brick.
 
     If many bricks are undecided, the bounds of bricks of half the size are computed, too.
 
@@ -213,21 +212,31 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
         density: density in separable form.
         level: raw density on the surface.
     """
-    coarse = bounds_of_size(density, level, BRICK)
-    if coarse.undecided.mean() <= _REFINE_SHARE:
-        return coarse
-    fine = bounds_of_size(density, level, BRICK // 2)
-    halves = np.zeros([2 * count for count in coarse.undecided.shape], dtype=bool)
-    halves[tuple(slice(count) for count in fine.undecided.shape)] = fine.undecided
-    x, y, z = coarse.undecided.shape
+    coarse_bounds = bounds_of_size(density, level, BRICK)
+    if coarse_bounds.undecided.mean() <= _REFINE_SHARE:
+        return coarse_bounds
+    fine_bounds = bounds_of_size(density, level, BRICK // 2)
+    halved_brick_is_undecided = np.zeros(
+        [2 * brick_count for brick_count in coarse_bounds.undecided.shape], dtype=bool
+    )
+    halved_brick_is_undecided[tuple(slice(brick_count) for brick_count in fine_bounds.undecided.shape)] = (
+        fine_bounds.undecided
+    )
+    x, y, z = coarse_bounds.undecided.shape
     # A brick remains undecided if it is undecided by its own bounds, and at least one of its eight halved
     # bricks is undecided by the finer bounds. [2 x, 2 y, 2 z] -> [x, 2, y, 2, z, 2]
-    undecided = coarse.undecided & halves.reshape(x, 2, y, 2, z, 2).any(axis=(1, 3, 5))
-    return BrickBounds(undecided, coarse.any_below or fine.any_below, coarse.any_above or fine.any_above)
+    is_undecided = coarse_bounds.undecided & halved_brick_is_undecided.reshape(x, 2, y, 2, z, 2).any(
+        axis=(1, 3, 5)
+    )
+    return BrickBounds(
+        is_undecided,
+        coarse_bounds.any_below or fine_bounds.any_below,
+        coarse_bounds.any_above or fine_bounds.any_above,
+    )
 
 
 def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int) -> BrickBounds:
-    """Classify bricks of a given size by the bounds of their density.
+    """Find the bricks of a given size that may contain a part of the surface, see `bound_bricks`.
 
     Args:
         density: density in separable form.
@@ -244,92 +253,98 @@ def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int
     for map_low, map_high in zip(map_minima, map_maxima, strict=True):
         check_finite(float(map_low.min()), float(map_high.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
-    x, y, z = (bricks_along(points, cells_per_brick) for points in density.shape)
+    x, y, z = (bricks_along(point_count, cells_per_brick) for point_count in density.shape)
     shape = (x, y, z)
     # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
-    upper = slab_density(
-        [torch.cat(pair, dim=1) for pair in zip(map_maxima, map_minima, strict=True)], w, density.b, shape
+    upper_bounds = slab_density(
+        [torch.cat(map_pair, dim=1) for map_pair in zip(map_maxima, map_minima, strict=True)],
+        w,
+        density.b,
+        shape,
     )
-    lower = slab_density(
-        [torch.cat(pair, dim=1) for pair in zip(map_minima, map_maxima, strict=True)], w, density.b, shape
+    lower_bounds = slab_density(
+        [torch.cat(map_pair, dim=1) for map_pair in zip(map_minima, map_maxima, strict=True)],
+        w,
+        density.b,
+        shape,
     )
     # [J], an upper bound of |h_j| on the grid
-    largest = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
+    activation_bound = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
     tolerance = _ROUNDING * (
-        float((density.w.abs() * (largest + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
+        float((density.w.abs() * (activation_bound + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
     )
     # True for bricks without points outside the volume
     is_inner = np.ones((), dtype=bool)
-    for axis, points in enumerate(density.shape):
+    for axis, point_count in enumerate(density.shape):
         first_point = np.arange(shape[axis]) * cells_per_brick
         is_inner = is_inner & np.expand_dims(
-            (first_point > 0) & (first_point + cells_per_brick <= points),
+            (first_point > 0) & (first_point + cells_per_brick <= point_count),
             tuple(other_axis for other_axis in range(3) if other_axis != axis),
         )
-    is_below = (upper < level - tolerance).numpy()
-    is_above = (lower > level + tolerance).numpy()
+    is_below = (upper_bounds < level - tolerance).numpy()
+    is_above = (lower_bounds > level + tolerance).numpy()
     # A brick at the border that lies above the level contains a part of the cap.
     is_undecided = ~(is_below | (is_above & is_inner))
     return BrickBounds(is_undecided, bool(is_below.any()), bool(is_above.any()))
 
 
 def _map_extremes(
-    values: torch.Tensor, shape: Sequence[int], cells_per_brick: int
+    map_values: torch.Tensor, shape: Sequence[int], cells_per_brick: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the smallest and the largest value of a map over the grid points of each brick.
 
     The grid points on the faces of a brick are included.
 
     Args:
-        values: map [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z].
+        map_values: map [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z].
         shape: numbers X, Y, Z of grid points.
         cells_per_brick: number of cells along the edge of a brick.
 
     Returns: smallest and largest values, in the layout of the map, with bricks in place of grid points.
     """
-    low = values
-    high = values
+    map_low = map_values
+    map_high = map_values
     # The extremes over a brick are computed axis by axis; axis 1 holds the hidden units.
     for axis, point_count in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
         # the map does not depend on this coordinate
-        if values.shape[axis] == 1:
+        if map_values.shape[axis] == 1:
             continue
         # A point outside the volume repeats the nearest point inside, which does not change the extremes.
         first_points = torch.arange(bricks_along(point_count, cells_per_brick)) * cells_per_brick - 1
         point_indices = [
             (first_points + step).clamp(0, point_count - 1) for step in range(cells_per_brick + 1)
         ]
-        range_low = low.index_select(axis, point_indices[0])
-        range_high = high.index_select(axis, point_indices[0])
+        range_low = map_low.index_select(axis, point_indices[0])
+        range_high = map_high.index_select(axis, point_indices[0])
         for step_indices in point_indices[1:]:
-            torch.minimum(range_low, low.index_select(axis, step_indices), out=range_low)
-            torch.maximum(range_high, high.index_select(axis, step_indices), out=range_high)
-        low = range_low
-        high = range_high
-    return low, high
+            torch.minimum(range_low, map_low.index_select(axis, step_indices), out=range_low)
+            torch.maximum(range_high, map_high.index_select(axis, step_indices), out=range_high)
+        map_low = range_low
+        map_high = range_high
+    return map_low, map_high
 
 
 class _LayerSampler:
-    """Evaluation of the density of selected bricks, layer by layer.
+    """Evaluator of the density on selected bricks (cubes of grid cells), layer by layer along x.
 
     A grid point that two bricks share has the value of its first evaluation. The values of two evaluations
     could differ by rounding, which would leave gaps between the bricks.
 
     Args:
         density: density in separable form.
-        outside: raw density of points outside the volume.
+        outside_density: raw density of points outside the volume.
         pool: pool of threads that evaluate the density.
     """
 
-    def __init__(self, density: SeparableDensity, outside: float, pool: ThreadPoolExecutor):
+    def __init__(self, density: SeparableDensity, outside_density: float, pool: ThreadPoolExecutor):
         self._density = density
-        self._outside = outside
+        self._outside = outside_density
         self._pool = pool
         # smallest and largest density evaluated so far
         self.low = np.inf
         self.high = -np.inf
         padded_sizes = [padded_points(points) for points in density.shape[1:]]
-        self._layer = np.full((BRICK + 1, *padded_sizes), outside, dtype=np.float32)
+        self._layer = np.full((BRICK + 1, *padded_sizes), outside_density, dtype=np.float32)
         # last plane of the previous layer, NaN where it was not evaluated
         self._shared = self._layer[0].copy()
 
@@ -394,11 +409,11 @@ class _LayerSampler:
             layer_part = self._layer[
                 x_range.start - first_plane : x_range.stop - first_plane, y_range.start + 1 : y_range.stop + 1
             ]
-            end = 0
+            run_end = 0
             for run in z_runs:
-                start = end
-                end = end + run.stop - run.start
-                layer_part[:, :, run.start + 1 : run.stop + 1] = densities[:, :, start:end]
+                run_start = run_end
+                run_end = run_end + run.stop - run.start
+                layer_part[:, :, run.start + 1 : run.stop + 1] = densities[:, :, run_start:run_end]
 
 
 def _points(brick_index: int, point_count: int) -> slice:
@@ -426,8 +441,8 @@ def _runs(selected_bricks: np.ndarray, point_count: int) -> list[slice]:
     runs = [
         # Brick k has the points k BRICK - 1 to (k + 1) BRICK - 1: points of the volume count from 0, bricks
         # begin outside.
-        slice(max(first * BRICK - 1, 0), min(stop * BRICK, point_count))
-        for first, stop in run_bounds.tolist()
+        slice(max(first_brick * BRICK - 1, 0), min(end_brick * BRICK, point_count))
+        for first_brick, end_brick in run_bounds.tolist()
     ]
     # A single point, the last one: its neighbour is added, because an axis needs at least two points.
     if len(runs) == 1 and runs[0].stop - runs[0].start == 1:
@@ -445,7 +460,7 @@ SHAPE_SUFFIXES = (*MESH_SUFFIXES, ".mrc")
 
 
 def check_mesh_suffix(path: str | Path, caller: str = "save_mesh") -> Path:
-    """Return the path of a mesh file as a Path.
+    """Check that a path has the suffix of a mesh format, and return it as a Path.
 
     Args:
         path: path of the file.
@@ -508,7 +523,7 @@ def write_mrc(
     sample: Callable[[slice], torch.Tensor],
     resolution: int,
     grid_step: float,
-    progress: Progress | None = None,
+    on_progress: Progress | None = None,
 ) -> Path:
     """Write a density on a cube of grid points as an MRC volume of mode 2 (float32), with EG3D's axes.
 
@@ -521,7 +536,7 @@ def write_mrc(
         sample: function of a slice of x indices that returns the raw density [x, N, N] of these grid points.
         resolution: number N of grid points per axis.
         grid_step: distance between grid points in world units.
-        progress: function that is called with ("density", number of finished x indices, N).
+        on_progress: function that is called with ("density", number of finished x indices, N).
 
     Returns: the path.
     """
@@ -530,24 +545,24 @@ def write_mrc(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with mrcfile.new_mmap(temporary, shape=(resolution,) * 3, mrc_mode=2, overwrite=True) as file:
+        with mrcfile.new_mmap(temporary_path, shape=(resolution,) * 3, mrc_mode=2, overwrite=True) as file:
             for start in range(0, resolution, block_planes(resolution**2)):
                 stop = min(start + block_planes(resolution**2), resolution)
                 block = sample(slice(start, stop)).numpy()
                 # x is reversed
                 file.data[resolution - stop : resolution - start] = block[::-1]
                 file.flush()
-                if progress is not None:
-                    progress("density", stop, resolution)
+                if on_progress is not None:
+                    on_progress("density", stop, resolution)
             file.voxel_size = 1.0
             file.add_label(f"raw density, step {grid_step:.9g} world units, axes: -x, y, z")
             file.update_header_stats()
         # Renaming is atomic within one file system; the temporary file lies in the same folder.
-        os.replace(temporary, path)
+        os.replace(temporary_path, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
     return path
 
 
@@ -593,7 +608,7 @@ class MeshReport:
 
 
 def export_mesh(
-    field: Field, options: MeshOptions, progress: Progress | None = None
+    field: Field, mesh_options: MeshOptions, on_progress: Progress | None = None
 ) -> tuple[Mesh, MeshReport]:
     """Extract the mesh of a density field, and check it.
 
@@ -603,8 +618,9 @@ def export_mesh(
 
     Args:
         field: field of one shape.
-        options: settings of the export.
-        progress: function that is called with (name of the stage, number of finished units, number of units).
+        mesh_options: settings of the export.
+        on_progress: function that is called with (name of the stage, number of finished units, number of all
+            units).
 
     Returns: the mesh, and the results of its checks.
 
@@ -618,39 +634,39 @@ def export_mesh(
     1
     """
     # a function that does nothing if no progress is shown
-    report_progress = progress or (lambda stage, finished, total: None)
-    grid = FieldGrid(field, options.resolution, options.border)
+    report_progress = on_progress or (lambda stage, finished_count, total_count: None)
+    grid = FieldGrid(field, mesh_options.resolution, mesh_options.border)
     vertices, faces = extract_field_mesh(
-        grid, field.level if options.level is None else options.level, progress
+        grid, field.level if mesh_options.level is None else mesh_options.level, on_progress
     )
     extracted_face_count = len(faces)
     report_progress("parts", 0, 1)
-    if options.component == "largest":
+    if mesh_options.component == "largest":
         vertices, faces, component_count = largest_part(vertices, faces)
     else:
         component_count, _ = find_parts(faces, len(vertices))
     report_progress("parts", 1, 1)
-    if options.faces is not None:
+    if mesh_options.faces is not None:
         report_progress("decimation", 0, 1)
-        vertices, faces = decimate(vertices, faces, options.faces)
+        vertices, faces = decimate(vertices, faces, mesh_options.faces)
         report_progress("decimation", 1, 1)
-    colors = vertex_colors(field, vertices, progress) if options.colors else None
+    colors = vertex_colors(field, vertices, on_progress) if mesh_options.colors else None
     report_progress("checks", 0, 1)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces), colors)
-    report = check_mesh(mesh, field, options, extracted_face_count, component_count)
+    report = check_mesh(mesh, field, mesh_options, extracted_face_count, component_count)
     report_progress("checks", 1, 1)
     return mesh, report
 
 
 def check_mesh(
-    mesh: Mesh, field: Field, options: MeshOptions, extracted_face_count: int, component_count: int
+    mesh: Mesh, field: Field, mesh_options: MeshOptions, extracted_face_count: int, component_count: int
 ) -> MeshReport:
     """Measure a mesh, and check whether it is closed and oriented outwards.
 
     Args:
         mesh: mesh to check.
         field: field of which it is the surface.
-        options: settings of the export.
+        mesh_options: settings of the export.
         extracted_face_count: number of faces before the selection of a part and the decimation.
         component_count: number of connected parts before the selection of a part.
     """
@@ -668,13 +684,13 @@ def check_mesh(
         watertight=edges.watertight,
         volume=volume,
         outward=edges.watertight and volume > 0,
-        normals_down_density=normals_down_density(mesh, field, options),
+        normals_down_density=normals_down_density(mesh, field, mesh_options),
         bounds=[mesh.vertices.min(axis=0).tolist(), mesh.vertices.max(axis=0).tolist()],
     )
 
 
 @torch.no_grad()
-def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> float:
+def normals_down_density(mesh: Mesh, field: Field, mesh_options: MeshOptions) -> float:
     """Compute the fraction of vertices at which the density decreases along the outward normal.
 
     At each vertex, the density slightly outside is compared with the density slightly inside. At most 20,000
@@ -684,15 +700,15 @@ def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> floa
     Args:
         mesh: mesh to check.
         field: field of which it is the surface.
-        options: settings of the export.
+        mesh_options: settings of the export.
     """
     # distance between grid points in world units
-    grid_step = field.bounds.side / (options.resolution - 1)
+    grid_step = field.bounds.side / (mesh_options.resolution - 1)
     centre = np.asarray(field.bounds.centre, dtype=mesh.vertices.dtype)
     # Two grid steps from the border: vertices of the caps lie at the border.
     is_inside = (
         np.abs(mesh.vertices - centre).max(axis=1)
-        < field.bounds.side * (0.5 - options.border) - 2 * grid_step
+        < field.bounds.side * (0.5 - mesh_options.border) - 2 * grid_step
     )
     vertex_indices = np.flatnonzero(is_inside)
     vertex_indices = vertex_indices[:: max(1, len(vertex_indices) // _PROBES)]
@@ -704,13 +720,13 @@ def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> floa
 
 
 @torch.no_grad()
-def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None = None) -> np.ndarray:
+def vertex_colors(field: Field, vertices: np.ndarray, on_progress: Progress | None = None) -> np.ndarray:
     """Evaluate the colours of the radiance field at the vertices of a mesh.
 
     Args:
         field: field of one shape.
         vertices: world coordinates [V, 3].
-        progress: function that is called with ("colours", number of finished vertices, V).
+        on_progress: function that is called with ("colours", number of finished vertices, V).
 
     Returns: colours [V, 3] uint8.
     """
@@ -721,8 +737,8 @@ def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None 
             # 0..1 -> 0..255
             (field.colour(vertex_chunk)[0].cpu() * 255).round().to(torch.uint8).numpy()
         )
-        if progress is not None:
-            progress("colours", start + len(vertex_chunk), len(vertices))
+        if on_progress is not None:
+            on_progress("colours", start + len(vertex_chunk), len(vertices))
     return colors
 
 
@@ -741,7 +757,7 @@ def shape_suffix(name: str) -> str:
 
 
 def save_shape(
-    path: str | Path, field: Field, options: MeshOptions, progress: Progress | None = None
+    path: str | Path, field: Field, mesh_options: MeshOptions, on_progress: Progress | None = None
 ) -> Path:
     """Write the shape of a density field, in the format that the suffix names.
 
@@ -750,8 +766,9 @@ def save_shape(
     Args:
         path: path of the file.
         field: field of one shape.
-        options: settings of the export. For .mrc only the resolution and the border are used.
-        progress: function that is called with (name of the stage, number of finished units, number of units).
+        mesh_options: settings of the export. For .mrc only the resolution and the border are used.
+        on_progress: function that is called with (name of the stage, number of finished units, number of all
+            units).
 
     Returns: the path.
 
@@ -761,9 +778,13 @@ def save_shape(
     suffix = shape_suffix(path.suffix)
     if suffix == ".mrc":
         # The density is written on the grid of the options, without extracting a surface.
-        grid = FieldGrid(field, options.resolution, options.border)
+        grid = FieldGrid(field, mesh_options.resolution, mesh_options.border)
         return write_mrc(
-            path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress
+            path,
+            grid,
+            mesh_options.resolution,
+            field.bounds.side / (mesh_options.resolution - 1),
+            on_progress,
         )
-    mesh, _ = export_mesh(field, options, progress)
+    mesh, _ = export_mesh(field, mesh_options, on_progress)
     return mesh.save(path)

@@ -53,17 +53,19 @@ def interpolation_matrix(coordinates: torch.Tensor, texel_count: int) -> tuple[t
         to which its columns belong.
     """
     # position in texels: texel i has its centre at position i
-    position = ((coordinates + 1) * texel_count - 1) / 2
-    low = position.floor()
-    fraction = position - low
-    low_index = low.long()
+    texel_position = ((coordinates + 1) * texel_count - 1) / 2
+    low_position = texel_position.floor()
+    fraction = texel_position - low_position
+    low_index = low_position.long()
     # The slice is clipped to the plane. A neighbour outside it matches no column, so it contributes 0.
-    first = min(max(int(low_index.min()), 0), texel_count - 1)
-    last = max(min(int(low_index.max()) + 1, texel_count - 1), first)
-    texels = torch.arange(first, last + 1)
+    first_texel = min(max(int(low_index.min()), 0), texel_count - 1)
+    last_texel = max(min(int(low_index.max()) + 1, texel_count - 1), first_texel)
+    texels = torch.arange(first_texel, last_texel + 1)
     is_low_texel = low_index[:, None] == texels
     is_high_texel = (low_index + 1)[:, None] == texels
-    return is_low_texel * (1 - fraction)[:, None] + is_high_texel * fraction[:, None], slice(first, last + 1)
+    return is_low_texel * (1 - fraction)[:, None] + is_high_texel * fraction[:, None], slice(
+        first_texel, last_texel + 1
+    )
 
 
 def pair_maps(
@@ -94,13 +96,13 @@ def pair_maps(
         planes, tuple(pairs), unique_pairs, tuple(axis.to(planes.dtype) for axis in axes)
     )
     maps = []
-    for map_index, (pair, sampled) in enumerate(zip(unique_pairs, features, strict=True)):
+    for map_index, (pair, sampled_features) in enumerate(zip(unique_pairs, features, strict=True)):
         # Coordinate on which the map does not depend. The three coordinates 0, 1 and 2 sum to 3.
         absent_axis = 3 - sum(pair)
         # The division by K = len(pairs) is the average over planes. In a map that depends on x, x comes
         # before J, because slab_density reads slices of x.
         hidden_map = torch.einsum(
-            "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled
+            "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled_features
         )
         # The bias is added to one map only, since the maps are summed.
         if map_index == 0:
@@ -136,14 +138,16 @@ class _SampledPlanes(torch.autograd.Function):
         ):
             # the part of plane k that the grid reads, as [N, C, rows, columns]
             touched_texels = planes[:, plane_index, :, row_slice, column_slice]
-            sampled = (
+            sampled_features = (
                 rows.to(planes.device) @ touched_texels @ columns.to(planes.device).T
             )  # [N, C, height, width]
             # A plane of (z, x) is transposed to (x, z), so that it can be added to a plane of (x, z).
-            sampled = sampled.transpose(2, 3) if height > width else sampled
+            sampled_features = sampled_features.transpose(2, 3) if height > width else sampled_features
             pair_index = merged.index((min(width, height), max(width, height)))
             features[pair_index] = (
-                sampled.contiguous() if features[pair_index] is None else features[pair_index].add_(sampled)
+                sampled_features.contiguous()
+                if features[pair_index] is None
+                else features[pair_index].add_(sampled_features)
             )
         return tuple(features)
 
@@ -209,9 +213,10 @@ class SeparableDensity:
 
 @runtime_checkable
 class SeparableField(Field, Protocol):
-    """Density field of axis-aligned planes, whose density on a grid has a separable form.
+    """Density field of axis-aligned planes, which can return its density on a grid in separable form.
 
-    The mesh extraction uses this form to skip regions without a surface.
+    In this form, the input of the nonlinearity is a sum of maps of two coordinates each. The mesh extraction
+    uses it to skip regions without a surface.
     """
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
@@ -284,8 +289,8 @@ def sigma_from_planes(
     is_straight = spec.lattice == "straight"
     if impl == "separable" and not is_straight:
         raise ValueError(
-            f"density_grid: impl='separable' needs a straight lattice, and the lattice is {spec.lattice!r}."
-            " Use impl='auto'."
+            f"density_grid: impl='separable' needs a grid with lattice='straight', got {spec.lattice!r}. Use"
+            " impl='auto'."
         )
     # None if the planes are not axis-aligned
     pairs = projection_axes(plane_axes) if is_straight and impl != "pointwise" else None
@@ -397,15 +402,21 @@ def plane_features(
 
     Returns: features [N, C, number of points].
     """
-    inverse = torch.linalg.inv(plane_axes).to(points)
+    inverse_axes = torch.linalg.inv(plane_axes).to(points)
     # As EG3D's project_onto_planes: the first two coordinates of a point in the basis of each plane.
-    grid = (points * (2 / box_warp) @ inverse)[..., :2]  # [K, P, 2], (width, height)
+    plane_positions = (points * (2 / box_warp) @ inverse_axes)[..., :2]  # [K, P, 2], (width, height)
     # grid_sample expects a two-dimensional grid, so the points form a grid of one row.
-    grid = grid[None, :, None].expand(planes.shape[0], -1, -1, -1, -1)  # [N, K, 1, P, 2]
-    sampled = F.grid_sample(
-        planes.flatten(0, 1), grid.flatten(0, 1), mode="bilinear", padding_mode="zeros", align_corners=False
+    plane_positions = plane_positions[None, :, None].expand(
+        planes.shape[0], -1, -1, -1, -1
+    )  # [N, K, 1, P, 2]
+    sampled_features = F.grid_sample(
+        planes.flatten(0, 1),
+        plane_positions.flatten(0, 1),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=False,
     )  # [N K, C, 1, P]
-    return sampled.squeeze(2).unflatten(0, planes.shape[:2]).mean(dim=1)  # [N, C, P]
+    return sampled_features.squeeze(2).unflatten(0, planes.shape[:2]).mean(dim=1)  # [N, C, P]
 
 
 def _decode_points(
@@ -417,7 +428,8 @@ def _decode_points(
 ) -> torch.Tensor:
     """Compute the raw density [N, number of points] of all points at once.
 
-    This slow function is the reference for the other implementations in this file.
+    This slow function is the reference for the other implementations in this file. The arguments are those of
+    `sigma_at`.
     """
     features = plane_features(planes, plane_axes, points, box_warp).transpose(1, 2)  # [N, P, C]
     return F.softplus(F.linear(features, weights.w0, weights.b0)) @ weights.w_sigma + weights.b_sigma
@@ -442,11 +454,13 @@ def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tenso
     dims = tuple(range(1, sigma.ndim))
     low = sigma.amin(dim=dims, keepdim=True)
     high = sigma.amax(dim=dims, keepdim=True)
-    span = high - low
+    sigma_range = high - low
     # The inner `where` avoids 0 / 0. Its gradient would be NaN although the outer `where` discards the value.
-    is_constant = span == 0
-    scaled = (sigma - low) / torch.where(is_constant, torch.ones_like(span), span) * value_max
-    return torch.where(is_constant, torch.zeros_like(scaled), scaled)
+    is_constant = sigma_range == 0
+    scaled_sigma = (
+        (sigma - low) / torch.where(is_constant, torch.ones_like(sigma_range), sigma_range) * value_max
+    )
+    return torch.where(is_constant, torch.zeros_like(scaled_sigma), scaled_sigma)
 
 
 # A tri-grid (PanoHead, arXiv:2303.13071) has a stack of D parallel slices in place of each plane, and
@@ -472,7 +486,7 @@ _RECORDED_BLOCK = 1 << 22
 
 def tri_grid_density(
     planes: torch.Tensor,
-    orders: Sequence[Order],
+    axis_orders: Sequence[Order],
     weights: DecoderWeights,
     axes: Sequence[torch.Tensor],
     extent: float = 1.0,
@@ -484,7 +498,7 @@ def tri_grid_density(
 
     Args:
         planes: stacks [N, 3, C, D, P, Q].
-        orders: coordinates along the axes of each stack. The slices of no two stacks lie along the same
+        axis_orders: coordinates along the axes of each stack. The slices of no two stacks lie along the same
             coordinate.
         weights: weights of the decoder.
         axes: coordinates x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
@@ -496,8 +510,8 @@ def tri_grid_density(
     blend_x, blend_y, blend_z = (_blend(axis, planes.shape[3], extent).to(planes) for axis in axes)
     # by the coordinate along the slices; the division by the number of stacks is the average over them
     stacks = {
-        order[2]: _hidden(planes[:, stack_index], order, weights.w0 / len(orders), axes)
-        for stack_index, order in enumerate(orders)
+        axis_order[2]: _hidden(planes[:, stack_index], axis_order, weights.w0 / len(axis_orders), axes)
+        for stack_index, axis_order in enumerate(axis_orders)
     }
     a = stacks[2]  # [N, J, D, X, Y]
     b = stacks[1].permute(4, 0, 1, 3, 2)  # [N, J, D, X, Z] -> [Z, N, J, X, D]
@@ -525,9 +539,18 @@ def tri_grid_density(
         for z_layers, b_layers, c_layers in zip(
             blend_z.split(layer_count), b_rows.split(layer_count), c.split(layer_count), strict=True
         ):
-            inputs = (a_rows, b_layers, c_layers, x_rows, blend_y, z_layers, weights.w_sigma, weights.b_sigma)
+            block_inputs = (
+                a_rows,
+                b_layers,
+                c_layers,
+                x_rows,
+                blend_y,
+                z_layers,
+                weights.w_sigma,
+                weights.b_sigma,
+            )
             layer_blocks.append(
-                checkpoint(_block, *inputs, use_reentrant=False) if recompute else _block(*inputs)
+                checkpoint(_block, *block_inputs, use_reentrant=False) if recompute else _block(*block_inputs)
             )
         return torch.cat(layer_blocks)  # [Z, N, R, Y]
 
@@ -573,32 +596,34 @@ def _blend(positions: torch.Tensor, slice_count: int, extent: float) -> torch.Te
 
     Returns: weights [points, D].
     """
-    matrix, touched_slices = interpolation_matrix(positions / extent, slice_count)
+    weight_matrix, touched_slices = interpolation_matrix(positions / extent, slice_count)
     return torch.zeros(len(positions), slice_count, dtype=positions.dtype).index_copy(
-        1, torch.arange(slice_count)[touched_slices], matrix.to(positions.dtype)
+        1, torch.arange(slice_count)[touched_slices], weight_matrix.to(positions.dtype)
     )
 
 
 def _hidden(
-    stack: torch.Tensor, order: Order, w0: torch.Tensor, axes: Sequence[torch.Tensor]
+    stack: torch.Tensor, axis_order: Order, w0: torch.Tensor, axes: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Sample a stack on a grid of its two coordinates, and apply the first layer of the decoder.
 
     Args:
         stack: features [N, C, D, P, Q] of the D parallel slices.
-        order: coordinates along the axes of the stack.
+        axis_order: coordinates along the axes of the stack.
         w0: weights [J, C] of the first layer.
         axes: coordinates x [X], y [Y], z [Z] in plane units.
 
     Returns: pre-activations without the bias, [N, J, D, lower axis, higher axis], where x is lower than y,
         and y is lower than z.
     """
-    width, height, _ = order
+    width, height, _ = axis_order
     rows, row_slice = interpolation_matrix(axes[height], stack.shape[3])
     columns, column_slice = interpolation_matrix(axes[width], stack.shape[4])
     # [N, C, D, height, width]
-    sampled = rows.to(stack) @ stack[..., row_slice, column_slice] @ columns.to(stack).T
-    return torch.einsum("jc,ncduv->njduv", w0, sampled.transpose(3, 4) if height > width else sampled)
+    sampled_features = rows.to(stack) @ stack[..., row_slice, column_slice] @ columns.to(stack).T
+    return torch.einsum(
+        "jc,ncduv->njduv", w0, sampled_features.transpose(3, 4) if height > width else sampled_features
+    )
 
 
 def _block(a, b, c, blend_x, blend_y, blend_z, w_sigma, b_sigma) -> torch.Tensor:
@@ -616,12 +641,14 @@ def _block(a, b, c, blend_x, blend_y, blend_z, w_sigma, b_sigma) -> torch.Tensor
         w_sigma: weights [J] of the density.
         b_sigma: bias [] of the density.
     """
-    layers = len(b)
-    slices, n, j, r, y = a.shape
+    layer_count = len(b)
+    slice_count, n, j, r, y = a.shape
     # sum_d T_z A, [L, D] @ [D, N J R Y]. The two other terms are added in place: this memory is the largest.
-    hidden = (blend_z @ a.view(slices, -1)).view(-1, y)  # [L N J R, Y]
-    hidden.addmm_(b.reshape(-1, slices + 1), blend_y.T)  # + b0 + sum_d T_y B
+    pre_activations = (blend_z @ a.view(slice_count, -1)).view(-1, y)  # [L N J R, Y]
+    pre_activations.addmm_(b.reshape(-1, slice_count + 1), blend_y.T)  # + b0 + sum_d T_y B
     # + sum_d T_x C: [L N J, R, Y]
-    hidden = hidden.view(-1, r, y).baddbmm_(blend_x.expand(layers * n * j, -1, -1), c.flatten(0, 2))
-    active = F.softplus(hidden).view(layers * n, j, r * y)
-    return (w_sigma @ active).view(layers, n, r, y) + b_sigma
+    pre_activations = pre_activations.view(-1, r, y).baddbmm_(
+        blend_x.expand(layer_count * n * j, -1, -1), c.flatten(0, 2)
+    )
+    activations = F.softplus(pre_activations).view(layer_count * n, j, r * y)
+    return (w_sigma @ activations).view(layer_count, n, r, y) + b_sigma

@@ -35,7 +35,7 @@ _FALLS = -90.0  # stability of an empty grid in degrees
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Settings of the score."""
+    """Settings of the score of a physically valid solid, see `score`."""
 
     # Radius in voxels: solid where no ball of this radius fits is too thin. None: the term is not used; at
     # 16^3 every structure is thin.
@@ -50,15 +50,15 @@ class Rules:
         if len(self.weights) != len(TERMS) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise ValueError(
                 f"Rules: weights must be {len(TERMS)} numbers >= 0, of which at least one is above 0, got"
-                f" {self.weights}."
+                f" {self.weights}. Use (1, 1, 1, 1) for equal weights."
             )
-        invalid = [
-            value for value in (self.thin, self.leak) if value is not None and not 0 < value < math.inf
+        invalid_radii = [
+            radius for radius in (self.thin, self.leak) if radius is not None and not 0 < radius < math.inf
         ]
-        if invalid:
+        if invalid_radii:
             raise ValueError(
-                f"Rules: thin and leak must be radii > 0 in voxels, got {invalid[0]}. Use a positive radius"
-                " or None."
+                f"Rules: thin and leak must be radii > 0 in voxels, got {invalid_radii[0]}. Use a positive"
+                " radius or None."
             )
 
     def bridge(self, solid: np.ndarray) -> float:
@@ -119,10 +119,10 @@ def reduced(solid: np.ndarray, edge: int = EDGE) -> np.ndarray:
         return solid
     # The grid is padded with background, so that its edges are multiples of k.
     # -size % k: number of voxels that are missing to a multiple of k
-    padded = np.pad(solid, [(0, -size % k) for size in solid.shape])
-    x, y, z = (size // k for size in padded.shape)
+    padded_grid = np.pad(solid, [(0, -size % k) for size in solid.shape])
+    x, y, z = (size // k for size in padded_grid.shape)
     # [x k, y k, z k] -> [x, k, y, k, z, k]
-    return padded.reshape(x, k, y, k, z, k).mean(axis=(1, 3, 5), dtype=np.float32) > 0.5
+    return padded_grid.reshape(x, k, y, k, z, k).mean(axis=(1, 3, 5), dtype=np.float32) > 0.5
 
 
 def _checked(solid: np.ndarray) -> np.ndarray:
@@ -151,8 +151,8 @@ def _cut_box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, .
 
     Returns: the box with the margin, and the slices of the box without the margin in the grid.
     """
-    bounds = ndimage.find_objects(solid.astype(np.uint8))[0]
-    return np.pad(solid[bounds], margin), bounds
+    box_slices = ndimage.find_objects(solid.astype(np.uint8))[0]
+    return np.pad(solid[box_slices], margin), box_slices
 
 
 def _insert_box(
@@ -215,17 +215,17 @@ def morphological_closing(solid: np.ndarray, radius: float) -> np.ndarray:
         return solid
     # The margin leaves space for balls outside the bounding box.
     margin = math.ceil(radius) + 1
-    box, bounds = _cut_box(solid, margin)
-    closed = ndimage.distance_transform_edt(dilated(box, radius)) > radius  # erosion by the same ball
-    return _insert_box(closed | box, bounds, margin, solid.shape)
+    box, box_slices = _cut_box(solid, margin)
+    closed_box = ndimage.distance_transform_edt(dilated(box, radius)) > radius  # erosion by the same ball
+    return _insert_box(closed_box | box, box_slices, margin, solid.shape)
 
 
 def enclosed(solid: np.ndarray) -> np.ndarray:
     """Return the cavities of a grid: the background that is not connected to the border."""
     # Parts of the background have labels from 1 on, the solid has the label 0. The padding connects all
     # background at the border, so it has the label of the corner.
-    labels, _ = ndimage.label(np.pad(~solid, 1, constant_values=True))
-    return ((labels > 0) & (labels != labels[0, 0, 0]))[1:-1, 1:-1, 1:-1]
+    part_labels, _ = ndimage.label(np.pad(~solid, 1, constant_values=True))
+    return ((part_labels > 0) & (part_labels != part_labels[0, 0, 0]))[1:-1, 1:-1, 1:-1]
 
 
 def fill(solid: np.ndarray, radius: float) -> np.ndarray:
@@ -244,16 +244,16 @@ def fill(solid: np.ndarray, radius: float) -> np.ndarray:
 # Measures.
 
 
-def exposed(labels: np.ndarray, part_count: int) -> np.ndarray:
+def exposed(part_labels: np.ndarray, part_count: int) -> np.ndarray:
     """Count the exposed voxel faces of each part: faces next to background or at the border of the grid.
 
     Args:
-        labels: [X, Y, Z], 0 for background and 1..count for the parts.
+        part_labels: [X, Y, Z], 0 for background and 1..part_count for the parts.
         part_count: number of parts.
 
-    Returns: numbers of faces [count].
+    Returns: numbers of faces [part_count].
     """
-    padded = np.pad(labels, 1)
+    padded_labels = np.pad(part_labels, 1)
     face_counts = np.zeros(part_count + 1, dtype=np.int64)
     all_but_last = slice(None, -1)
     all_but_first = slice(1, None)
@@ -261,8 +261,8 @@ def exposed(labels: np.ndarray, part_count: int) -> np.ndarray:
         # both directions along the axis: a voxel and its next neighbour, then its previous neighbour
         for voxel_slice, neighbour_slice in ((all_but_last, all_but_first), (all_but_first, all_but_last)):
             # a slice along this axis; all voxels along the axes before it
-            voxel_label = padded[(slice(None),) * axis + (voxel_slice,)]
-            neighbour_label = padded[(slice(None),) * axis + (neighbour_slice,)]
+            voxel_label = padded_labels[(slice(None),) * axis + (voxel_slice,)]
+            neighbour_label = padded_labels[(slice(None),) * axis + (neighbour_slice,)]
             is_exposed = (voxel_label > 0) & (neighbour_label == 0)
             face_counts += np.bincount(voxel_label[is_exposed], minlength=part_count + 1)
     # without the background, label 0
@@ -278,9 +278,9 @@ def main_share(solid: np.ndarray) -> float:
 
 def main_part(solid: np.ndarray) -> np.ndarray:
     """Return the grid with only the part that has the most exposed voxel faces."""
-    labels, part_count = ndimage.label(solid)
+    part_labels, part_count = ndimage.label(solid)
     # `exposed` begins with the label 1
-    return labels == 1 + exposed(labels, part_count).argmax() if part_count > 1 else solid
+    return part_labels == 1 + exposed(part_labels, part_count).argmax() if part_count > 1 else solid
 
 
 def euler(solid: np.ndarray) -> int:
@@ -289,13 +289,13 @@ def euler(solid: np.ndarray) -> int:
     The number is vertices - edges + faces - cubes. It equals bodies - tunnels + cavities, where bodies that
     touch at a corner count as one.
     """
-    padded = np.pad(solid, 1)
+    padded_grid = np.pad(solid, 1)
     euler_number = 0
     # A cell is extended along the axes that are True in `is_thick`, and flat along the other axes: (True,
     # True, True) are the cubes, (False, False, False) the vertices. A cell that is flat along an axis lies
     # between two voxels, and belongs to the union if one of them is solid.
     for is_thick in itertools.product((False, True), repeat=3):
-        cells = padded
+        cells = padded_grid
         for axis in (axis for axis in range(3) if not is_thick[axis]):
             cells = np.delete(cells, -1, axis) | np.delete(cells, 0, axis)
         # the sign of a cell is (-1)^dimension
@@ -358,7 +358,7 @@ class Score:
 NOTHING = Score(main=0.0, inner=0.0, thin=0.0, stand=0.0, solid=0.0)
 
 
-def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None = None) -> Score:
+def score(solid: np.ndarray, rules: Rules = OBJECTS, filled_solid: np.ndarray | None = None) -> Score:
     """Score a shape as a physically valid solid. All terms are 0 for an empty grid.
 
     The terms `main` and `stand` are measured on the shape and on its opening, and the worse value counts: a
@@ -367,7 +367,7 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
     Args:
         solid: grid [X, Y, Z].
         rules: radii and weights.
-        filled: result of `fill` for this shape; None: it is computed here.
+        filled_solid: result of `fill` for this shape; None: it is computed here.
 
     Raises: ValueError for another type or number of axes, and for a grid that is too large.
     """
@@ -375,7 +375,7 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
         return NOTHING
     solid = _checked(solid)
     inner_fraction = float(
-        solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum()
+        solid.sum() / (fill(solid, rules.bridge(solid)) if filled_solid is None else filled_solid).sum()
     )
     # The bounding box has the same measures as the grid, and takes less time.
     solid = _cut_box(solid, 0)[0]
@@ -385,10 +385,10 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
     if rules.thin is not None:
         opening_of_solid = morphological_opening(solid, rules.thin)
         # The opening also removes the edges of thick parts. A dilation by one voxel restores them.
-        load_bearing = dilated(opening_of_solid, 1) & solid
+        load_bearing_solid = dilated(opening_of_solid, 1) & solid
         main_fraction = min(main_fraction, main_share(opening_of_solid))
-        angle = min(angle, stability(load_bearing)[0])
-        thin_term = math.exp(-8 * (1 - load_bearing.sum() / solid.sum()))
+        angle = min(angle, stability(load_bearing_solid)[0])
+        thin_term = math.exp(-8 * (1 - load_bearing_solid.sum() / solid.sum()))
     return combine_terms(
         {
             "main": math.exp(-8 * (1 - main_fraction)),
@@ -411,8 +411,8 @@ def combine_terms(terms: Mapping[str, float], rules: Rules) -> Score:
     """
     weights = dict(zip(TERMS, rules.weights, strict=True))
     # logarithm of the weighted geometric mean
-    mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
-    return Score(**terms, solid=math.exp(mean))
+    log_mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
+    return Score(**terms, solid=math.exp(log_mean))
 
 
 def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
@@ -420,32 +420,36 @@ def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
 
     Its hollows are filled, and parts with less than CRUMB of the exposed voxel faces are removed. An empty
     grid is returned unchanged.
+
+    Args:
+        solid: grid [X, Y, Z].
+        rules: settings, of which only the radius `leak` is used.
     """
-    filled = fill(solid, rules.bridge(solid))
+    filled_solid = fill(solid, rules.bridge(solid))
     # parts of the filled shape
-    labels, part_count = ndimage.label(filled)
+    part_labels, part_count = ndimage.label(filled_solid)
     if part_count <= 1:
-        return np.asarray(filled)
-    exposed_faces = exposed(labels, part_count)
+        return np.asarray(filled_solid)
+    exposed_faces = exposed(part_labels, part_count)
     # [count + 1], by label; the background (label 0) stays empty, and the largest part always stays
     is_kept = np.concatenate(
         [[False], (exposed_faces >= CRUMB * exposed_faces.sum()) | (exposed_faces == exposed_faces.max())]
     )
-    return is_kept[labels]
+    return is_kept[part_labels]
 
 
-def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
+def overlap(filled_solid: np.ndarray, reference: np.ndarray) -> float:
     """Compute the fidelity F: the intersection over union (IoU) of a filled shape and a reference shape.
 
     Both shapes are filled, because the IoU of the unfilled shapes would penalise the removal of defects. The
     result is 0 if both shapes are empty.
 
     Args:
-        filled: result of `fill` for the shape, [X, Y, Z].
+        filled_solid: result of `fill` for the shape, [X, Y, Z].
         reference: result of `without_defects` for the untuned shape, [X, Y, Z].
     """
-    union = int((filled | reference).sum())
-    return float((filled & reference).sum() / union) if union else 0.0
+    union = int((filled_solid | reference).sum())
+    return float((filled_solid & reference).sum() / union) if union else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,7 +461,7 @@ class ScoreWithFidelity:
 
     @property
     def reward(self) -> float:
-        """Reward in 0..1: solid * clip((F - 0.75) / 0.2, 0, 1).
+        """Return the reward in 0..1: solid * clip((F - 0.75) / 0.2, 0, 1).
 
         A plain product solid * F would be higher for the convex hull of a shape than for the shape itself.
         The clipped weight prevents this.
@@ -488,27 +492,27 @@ def score_against(
                 f"solid: the grids of the shape and of its reference must have the same size, got"
                 f" {list(solid.shape)} and {list(reference.shape)}. Sample both on the same grid."
             )
-    filled = fill(solid, rules.bridge(solid))
+    filled_solid = fill(solid, rules.bridge(solid))
     return ScoreWithFidelity(
-        score=score(solid, rules, filled),
+        score=score(solid, rules, filled_solid),
         # The most similar reference counts.
-        fidelity=max(overlap(filled, reference) for reference in references),
+        fidelity=max(overlap(filled_solid, reference) for reference in references),
     )
 
 
-def reward(solid: np.ndarray, untuned: np.ndarray, rules: Rules = OBJECTS) -> ScoreWithFidelity:
+def reward(solid: np.ndarray, untuned_solid: np.ndarray, rules: Rules = OBJECTS) -> ScoreWithFidelity:
     """Score a shape, and compute its fidelity to the untuned shape of the same seed.
 
     Both grids are first reduced to at most EDGE voxels per axis.
 
     Args:
         solid: grid [X, Y, Z] of the shape.
-        untuned: grid [X, Y, Z] of the shape before tuning.
+        untuned_solid: grid [X, Y, Z] of the shape before tuning.
         rules: radii and weights of the score.
 
     Raises: ValueError for grids of different sizes, and for arrays that are not grids.
     """
-    reduced_untuned = reduced(untuned)
+    reduced_untuned = reduced(untuned_solid)
     return score_against(reduced(solid), [without_defects(reduced_untuned, rules)], rules)
 
 
@@ -533,12 +537,12 @@ def hole_caps(solid: np.ndarray, radius: float) -> np.ndarray:
         radius: radius of the ball in voxels.
     """
     body = main_part(solid)
-    piece_labels, count = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
+    piece_labels, _ = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
     plugs = np.zeros_like(solid)
-    for piece_label, bounds in enumerate(ndimage.find_objects(piece_labels), start=1):
+    for piece_label, piece_slices in enumerate(ndimage.find_objects(piece_labels), start=1):
         # The region has one more voxel on each side, because the Euler number depends on the neighbours.
         region_slices = tuple(
-            slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in bounds
+            slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in piece_slices
         )
         in_piece = piece_labels[region_slices] == piece_label
         body_in_region = body[region_slices]

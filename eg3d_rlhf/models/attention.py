@@ -59,17 +59,17 @@ class Mlp(nn.Module):
 
     Args:
         width: number of channels C.
-        hidden: number of channels between the two linear layers.
+        hidden_channels: number of channels between the two linear layers.
         layer_names: attribute names of the two linear layers in the checkpoint.
     """
 
-    def __init__(self, width: int, hidden: int, layer_names: tuple[str, str] = ("fc1", "fc2")):
+    def __init__(self, width: int, hidden_channels: int, layer_names: tuple[str, str] = ("fc1", "fc2")):
         super().__init__()
         self.names = layer_names
         # The names of the two layers differ between checkpoints, so the layers are registered under
         # `layer_names`.
         for layer_name, layer in zip(
-            layer_names, (nn.Linear(width, hidden), nn.Linear(hidden, width)), strict=True
+            layer_names, (nn.Linear(width, hidden_channels), nn.Linear(hidden_channels, width)), strict=True
         ):
             self.add_module(layer_name, layer)
 
@@ -85,17 +85,17 @@ class Block(nn.Module):
     Args:
         width: number of channels C.
         num_heads: number of heads H, a divisor of C.
-        hidden: number of channels inside the perceptron.
+        hidden_channels: number of channels inside the perceptron.
         eps: constant of the layer norms.
     """
 
-    def __init__(self, width: int, num_heads: int, hidden: int, *, eps: float = 1e-5):
+    def __init__(self, width: int, num_heads: int, hidden_channels: int, *, eps: float = 1e-5):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         # The attribute names are those of vision transformers in timm.
         self.attn = SelfAttention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, hidden)
+        self.mlp = Mlp(width, hidden_channels)
 
     def forward(self, x: torch.Tensor, keep_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the block.

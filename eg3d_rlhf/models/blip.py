@@ -47,7 +47,7 @@ def from_published(state_dict: Mapping[str, torch.Tensor]) -> State:
 
 @dataclass(frozen=True, kw_only=True)
 class BlipSizes:
-    """Sizes of the networks of a trunk. The defaults are those of BLIP-large."""
+    """Sizes of BLIP's image encoder and text encoder. The defaults are those of BLIP-large."""
 
     image: int = 224  # pixels per side of an image
     patch: int = 16  # pixels per side of a patch, which becomes one image token
@@ -71,24 +71,24 @@ class BlipSizes:
         Raises: ValueError if the state dict is that of another network.
         """
         text_prefix = "blip.text_encoder."  # prefix of the text encoder's names
-        # The layer that embeds patches is a convolution whose kernel, [width, 3, patch, patch], has the size
-        # of a patch.
-        width, _, patch, _ = shape_of(state_dict, f"{VISION}patch_embed.proj.weight", who, 4)
-        # The embedding of positions has the shape [1, tokens, width].
-        _, tokens, _ = shape_of(state_dict, f"{VISION}pos_embed", who, 3)
-        vocabulary, text_width = shape_of(
+        # The layer that embeds patches is a convolution whose kernel has the size of a patch:
+        # [vision_width, 3, patch_side, patch_side].
+        vision_width, _, patch_side, _ = shape_of(state_dict, f"{VISION}patch_embed.proj.weight", who, 4)
+        # The embedding of positions has the shape [1, token_count, vision_width].
+        _, token_count, _ = shape_of(state_dict, f"{VISION}pos_embed", who, 3)
+        vocabulary_size, text_width = shape_of(
             state_dict, f"{text_prefix}embeddings.word_embeddings.weight", who, 2
         )
         return cls(
             # One position belongs to the class token. The others form a square grid of patches.
-            image=round((tokens - 1) ** 0.5) * patch,
-            patch=patch,
-            vision_width=width,
+            image=round((token_count - 1) ** 0.5) * patch_side,
+            patch=patch_side,
+            vision_width=vision_width,
             # `count` adds 1 to the largest number of a block, since blocks are counted from 0.
             vision_layers=count(state_dict, f"{VISION}blocks."),
             text_width=text_width,
             text_layers=count(state_dict, f"{text_prefix}encoder.layer."),
-            vocabulary=vocabulary,
+            vocabulary=vocabulary_size,
             text_hidden=shape_of(
                 state_dict, f"{text_prefix}encoder.layer.0.intermediate.dense.weight", who, 2
             )[0],
@@ -140,7 +140,7 @@ class Blip(nn.Module):
 
     @property
     def side(self) -> int:
-        """Number of pixels per side of the images that the encoder takes."""
+        """Return the number of pixels per side of the images that the encoder takes."""
         return self.visual_encoder.config.image_size
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:

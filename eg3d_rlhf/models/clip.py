@@ -35,32 +35,33 @@ def hpsv2_network(state_dict: Mapping[str, torch.Tensor], who: str) -> Any:
     require_extra(FLAG, "transformers")
     from transformers import CLIPConfig, CLIPModel
 
-    # Shapes: [width, 3, patch, patch], [vocabulary, text_width] and, below, [1 + patches, width].
-    width, _, patch, _ = shape_of(state_dict, "visual.conv1.weight", who, 4)
-    vocabulary, text_width = shape_of(state_dict, "token_embedding.weight", who, 2)
+    # Shapes: [vision_width, 3, patch_side, patch_side], [vocabulary_size, text_width] and, below,
+    # [1 + number of patches, vision_width].
+    vision_width, _, patch_side, _ = shape_of(state_dict, "visual.conv1.weight", who, 4)
+    vocabulary_size, text_width = shape_of(state_dict, "token_embedding.weight", who, 2)
     vision_settings = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
+        "hidden_size": vision_width,
+        "intermediate_size": 4 * vision_width,
         "num_hidden_layers": count(state_dict, "visual.transformer.resblocks."),
         # No entry states the number of attention heads. ViT-H/14 has heads of 80 channels, smaller networks
         # of 64.
-        "num_attention_heads": max(width // (80 if width % 80 == 0 else 64), 1),
+        "num_attention_heads": max(vision_width // (80 if vision_width % 80 == 0 else 64), 1),
         # One position belongs to the class token. The others form a square grid of patches.
         "image_size": round((shape_of(state_dict, "visual.positional_embedding", who, 2)[0] - 1) ** 0.5)
-        * patch,
-        "patch_size": patch,
+        * patch_side,
+        "patch_size": patch_side,
         "hidden_act": "gelu",
     }
     text_settings = {
-        "vocab_size": vocabulary,
+        "vocab_size": vocabulary_size,
         "hidden_size": text_width,
         "intermediate_size": 4 * text_width,
         "num_hidden_layers": count(state_dict, "transformer.resblocks."),
         "num_attention_heads": max(text_width // 64, 1),
         "hidden_act": "gelu",
         # The last two entries of CLIP's vocabulary are the start token and the end token.
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
+        "bos_token_id": vocabulary_size - 2,
+        "eos_token_id": vocabulary_size - 1,
     }
     # The projection is stored as [text_width, D].
     clip_config = CLIPConfig(
@@ -143,7 +144,9 @@ def load_hpsv2(
     network = hpsv2_network(state_dict, who)
     adopt(network, to_transformers_clip(state_dict), who)
     # open_clip pads short prompts with the token id 0, whereas OpenAI's CLIP pads with the end token.
-    tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, network.config.text_config.vocab_size, pad=0)
+    tokenize = clip_tokenizer(
+        path.parent / "tokenizer", FLAG, network.config.text_config.vocab_size, padding_token=0
+    )
     return CosineReward(network, pad_preprocess, tokenize, device)
 
 

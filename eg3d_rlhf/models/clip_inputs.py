@@ -35,15 +35,15 @@ def clip_preprocess(images: torch.Tensor, side_pixels: int = 224) -> torch.Tenso
     """
     height, width = images.shape[-2:]
     shorter_side = min(height, width)
-    resized = _resize(
+    resized_images = _resize(
         images,
         (side_pixels, side_pixels * width // shorter_side)
         if height <= width
         else (side_pixels * height // shorter_side, side_pixels),
     )
     # round() rounds halves to the even number, as torchvision's CenterCrop does.
-    top, left = (round((length - side_pixels) / 2) for length in resized.shape[-2:])
-    return normalise(resized[..., top : top + side_pixels, left : left + side_pixels])
+    top, left = (round((length - side_pixels) / 2) for length in resized_images.shape[-2:])
+    return normalise(resized_images[..., top : top + side_pixels, left : left + side_pixels])
 
 
 def pad_preprocess(images: torch.Tensor, side_pixels: int = 224) -> torch.Tensor:
@@ -101,7 +101,7 @@ CLIP_TOKENS = 77  # length T of CLIP's text input, including the start and the e
 Tokenize = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
-def bert_tokenizer(folder: Path, flag: str, max_tokens: int, vocabulary: int) -> Tokenize:
+def bert_tokenizer(folder: Path, flag: str, max_tokens: int, vocabulary_size: int) -> Tokenize:
     """Load BERT's tokenizer from a folder with the file vocab.txt.
 
     The tokenizer pads the prompts of a call to the length T of the longest one.
@@ -110,21 +110,21 @@ def bert_tokenizer(folder: Path, flag: str, max_tokens: int, vocabulary: int) ->
         folder: folder of the tokenizer's files.
         flag: option that error messages begin with.
         max_tokens: number of tokens at which prompts are truncated.
-        vocabulary: number of tokens that the network embeds.
+        vocabulary_size: number of tokens that the network embeds.
 
     Raises: ValueError if the library transformers or a file is missing, or if the tokenizer has more tokens
         than the network.
     """
     tokenizer = _load("BertTokenizer", folder, flag, ("vocab.txt",), "bert-base-uncased")
     # A larger vocabulary would give ids beyond the network's table of embeddings.
-    if len(tokenizer) > vocabulary:
+    if len(tokenizer) > vocabulary_size:
         raise ValueError(
             f"{flag}: the tokenizer in {folder} has {len(tokenizer)} tokens, but the network has at most"
-            f" {vocabulary}. Use the tokenizer of bert-base-uncased."
+            f" {vocabulary_size}. Use the tokenizer of bert-base-uncased."
         )
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = tokenizer(
+        encoding = tokenizer(
             list(prompts),
             # Padding to the longest prompt of this call
             padding="longest",
@@ -132,12 +132,14 @@ def bert_tokenizer(folder: Path, flag: str, max_tokens: int, vocabulary: int) ->
             max_length=max_tokens,
             return_tensors="pt",
         )
-        return encoded.input_ids, encoded.attention_mask.bool()
+        return encoding.input_ids, encoding.attention_mask.bool()
 
     return tokenize
 
 
-def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | None = None) -> Tokenize:
+def clip_tokenizer(
+    folder: Path, flag: str, vocabulary_size: int, padding_token: int | str | None = None
+) -> Tokenize:
     """Load CLIP's tokenizer from a folder with the files vocab.json and merges.txt.
 
     Prompts are truncated or padded to T = 77 tokens.
@@ -145,9 +147,9 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     Args:
         folder: folder of the tokenizer's files.
         flag: option that error messages begin with.
-        vocabulary: number of tokens that the network embeds.
-        pad: token id that fills short prompts, for example 0 as in open_clip. "folder" uses the padding token
-            that the folder states. None uses the end token, as in OpenAI's CLIP.
+        vocabulary_size: number of tokens that the network embeds.
+        padding_token: token id that fills short prompts, for example 0 as in open_clip. "folder" uses the
+            padding token that the folder states. None uses the end token, as in OpenAI's CLIP.
 
     Raises: ValueError if the library transformers or a file is missing, or if the end token is not the last
         token that the network embeds.
@@ -155,16 +157,16 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     tokenizer = _load("CLIPTokenizer", folder, flag, ("vocab.json", "merges.txt"), "CLIP")
     # The network reads its output at the end token, which it recognises by this id.
     end_id = tokenizer.eos_token_id
-    if end_id != vocabulary - 1:
+    if end_id != vocabulary_size - 1:
         raise ValueError(
             f"{flag}: the end token of the tokenizer in {folder} has the id {end_id}, but the network with"
-            f" {vocabulary} tokens expects {vocabulary - 1}. Use the tokenizer of this CLIP."
+            f" {vocabulary_size} tokens expects {vocabulary_size - 1}. Use the tokenizer of this CLIP."
         )
 
-    if pad is None:
+    if padding_token is None:
         pad_id = end_id
     else:
-        pad_id = tokenizer.pad_token_id if pad == "folder" else pad
+        pad_id = tokenizer.pad_token_id if padding_token == "folder" else padding_token
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         # Prompts are padded here, because the tokenizer would always use its own padding token.
@@ -178,24 +180,24 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     return tokenize
 
 
-def _load(class_name: str, folder: Path, flag: str, files: Sequence[str], model_name: str):
+def _load(class_name: str, folder: Path, flag: str, file_names: Sequence[str], model_name: str):
     """Load a tokenizer of the library transformers from a local folder.
 
     Args:
         class_name: name of the tokenizer's class in the library transformers.
         folder: folder of the tokenizer's files.
         flag: option that error messages begin with.
-        files: names of the files that must exist.
+        file_names: names of the files that must exist.
         model_name: name of the model to which the tokenizer belongs, for error messages.
 
     Raises: ValueError if the library or a file is missing, or if a file is damaged.
     """
     require_extra(flag, "transformers")
-    missing_files = [file for file in files if not (folder / file).is_file()]
+    missing_files = [file_name for file_name in file_names if not (folder / file_name).is_file()]
     if missing_files:
         raise ValueError(
-            f"{flag}: {' and '.join(missing_files)} of the tokenizer is missing in {folder}. Copy the files"
-            f" of {model_name}'s tokenizer into this folder."
+            f"{flag}: the folder {folder} lacks these files of the tokenizer: {', '.join(missing_files)}."
+            f" Copy the files of {model_name}'s tokenizer into this folder."
         )
     import transformers
 

@@ -48,19 +48,19 @@ def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (images.to(like) - mean) / std
 
 
-def _check_layers(act: str, has_gates: bool, channels: int) -> None:
+def _check_layers(activation_name: str, has_gates: bool, channels: int) -> None:
     """Raise ValueError for a variant of DINO whose layers this module does not support.
 
     Args:
-        act: name of the activation function.
+        activation_name: name of the activation function.
         has_gates: True if the perceptrons have gates.
         channels: number of channels of an image.
     """
-    if act != "gelu" or has_gates or channels != 3:
+    if activation_name != "gelu" or has_gates or channels != 3:
         raise ValueError(
             "only a DINO with gelu, without gates and with 3 image channels is supported, but its activation"
-            f" is {act!r}, it has {'gates' if has_gates else 'no gates'}, and its images have {channels}"
-            " channels. Use the weights of a standard DINO."
+            f" is {activation_name!r}, it has {'gates' if has_gates else 'no gates'}, and its images have"
+            f" {channels} channels. Use the weights of a standard DINO."
         )
 
 
@@ -129,7 +129,7 @@ class DinoConfig:
         Raises: ValueError if the state dict is that of another network.
         """
         try:
-            width = state_dict["cls_token"].shape[-1]
+            token_width = state_dict["cls_token"].shape[-1]
             patch_size = state_dict["patch_embed.proj.weight"].shape[-1]
             # One position belongs to the class token. The others form a square grid of patches.
             grid_side = math.isqrt(state_dict["pos_embed"].shape[1] - 1)
@@ -139,29 +139,29 @@ class DinoConfig:
                 f"{who}: this checkpoint is not a DINOv2 with perceptrons of two layers, because {error} is"
                 " missing. Use a checkpoint of DINOv2 from torch hub."
             ) from None
-        registers = state_dict["register_tokens"].shape[1] if "register_tokens" in state_dict else 0
+        register_count = state_dict["register_tokens"].shape[1] if "register_tokens" in state_dict else 0
         return cls(
-            hidden_size=width,
+            hidden_size=token_width,
             # Names of blocks are blocks.NUMBER.PARAMETER.
             num_hidden_layers=len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")}),
             # No entry states the number of attention heads; all published networks have heads of 64 channels.
-            num_attention_heads=max(1, width // HEAD),
-            mlp_ratio=mlp_width / width,
+            num_attention_heads=max(1, token_width // HEAD),
+            mlp_ratio=mlp_width / token_width,
             # See the docstring: without registers, positions are interpolated to the input images.
-            image_size=patch_size * grid_side if registers or shown is None else shown,
+            image_size=patch_size * grid_side if register_count or shown is None else shown,
             patch_size=patch_size,
-            num_register_tokens=registers,
+            num_register_tokens=register_count,
             shown=shown,
         )
 
     @property
     def pixels(self) -> int:
-        """Number of pixels per side of the input images, S."""
+        """Return the number of pixels per side of the input images, S."""
         return self.shown or self.image_size
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of an input image, L."""
+        """Return the number of tokens of an input image, L."""
         return 1 + self.num_register_tokens + (self.pixels // self.patch_size) ** 2
 
 
@@ -192,9 +192,9 @@ class Dino(nn.Module):
         self.encoder = network.encoder
         self.layernorm = network.layernorm
 
-    def tokens(self, standard: torch.Tensor) -> torch.Tensor:
+    def tokens(self, standard_images: torch.Tensor) -> torch.Tensor:
         """Return the tokens [N, L, E] before the last norm, for images [N, 3, S, S] from `standardised`."""
-        return self.encoder(self.embeddings(standard)).last_hidden_state
+        return self.encoder(self.embeddings(standard_images)).last_hidden_state
 
     def forward(self, images: torch.Tensor, normed: bool = True) -> torch.Tensor:
         # normed: True returns the tokens after the last norm, False the tokens before it.
@@ -237,35 +237,39 @@ def from_hub(state_dict: Mapping[str, torch.Tensor], config: DinoConfig) -> Stat
         state_dict: state dict with torch hub's names.
         config: settings of the network.
     """
-    renamed = to_transformers(state_dict, HUB_NAMES)
+    renamed_state = to_transformers(state_dict, HUB_NAMES)
     positions_name = "embeddings.position_embeddings"
     # If the entry is missing, `fill` reports this later with all other missing entries.
-    if positions_name in renamed:
-        renamed[positions_name] = _positions(renamed[positions_name], config.image_size // config.patch_size)
-    return renamed
+    if positions_name in renamed_state:
+        renamed_state[positions_name] = _positions(
+            renamed_state[positions_name], config.image_size // config.patch_size
+        )
+    return renamed_state
 
 
 def _positions(positions: torch.Tensor, target_side: int) -> torch.Tensor:
     """Interpolate position embeddings as torch hub's DINOv2 does.
 
-    The interpolation is bicubic without antialiasing, by the factor (side + 0.1) / G. The 0.1 shifts the
-    sampled positions, so it is needed for the same results.
+    The interpolation is bicubic without antialiasing, by the factor (target_side + 0.1) / G. The 0.1 shifts
+    the sampled positions, so it is needed for the same results.
 
     Args:
         positions: embeddings [1, 1 + G^2, E]; the first one belongs to the class token.
         target_side: number of patches per side of the result.
 
-    Returns: embeddings [1, 1 + side^2, E].
+    Returns: embeddings [1, 1 + target_side^2, E].
     """
     trained_side = math.isqrt(positions.shape[1] - 1)  # G
     if target_side == trained_side:
         # Interpolation by the factor (G + 0.1) / G would change the embeddings.
         return positions
     # [1, G^2, E] -> [1, E, G, G], without the position of the class token
-    grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (trained_side, trained_side))
-    grid = F.interpolate(grid, scale_factor=[(target_side + 0.1) / trained_side] * 2, mode="bicubic")
+    position_grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (trained_side, trained_side))
+    position_grid = F.interpolate(
+        position_grid, scale_factor=[(target_side + 0.1) / trained_side] * 2, mode="bicubic"
+    )
     # [1, E, side, side] -> [1, side^2, E], with the position of the class token in front again
-    return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], 1)
+    return torch.cat([positions[:, :1].float(), position_grid.flatten(2).transpose(1, 2)], 1)
 
 
 def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
@@ -295,18 +299,21 @@ def _find_weights(name: str) -> Path:
 
     Raises: FileNotFoundError that lists all paths if none of them is a file.
     """
-    candidates = list(_weight_paths(name))
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        searched_paths = ", ".join(map(str, candidates))
+    candidate_paths = list(_weight_paths(name))
+    weights_path = next(
+        (candidate_path for candidate_path in candidate_paths if candidate_path.is_file()), None
+    )
+    if weights_path is None:
+        searched_paths = ", ".join(map(str, candidate_paths))
         # The message names the repository from which the file can be downloaded.
         repository = HUB.get(name, name)
         raise FileNotFoundError(
             f"{name}: no weights were found on this machine (searched:"
-            f" {searched_paths or 'the cache of Hugging Face, which has no such network'}). Download them"
-            f" with hf download {repository} (https://huggingface.co/{repository})."
+            f" {searched_paths or 'the cache of Hugging Face, which has no such network'}). Check the name,"
+            f" or download a network of the Hugging Face hub with hf download {repository}"
+            f" (https://huggingface.co/{repository})."
         )
-    return path
+    return weights_path
 
 
 def load_dino(
@@ -325,18 +332,19 @@ def load_dino(
     """
     # `empty` builds the layers without values, and `fill` takes the tensors of the state dict.
     return freeze(
-        fill(empty(lambda: Dino(config)), state_dict, who, types=torch.float32, device=device), device
+        fill(empty(lambda: Dino(config)), state_dict, who, requested_dtypes=torch.float32, device=device),
+        device,
     )
 
 
 def _weight_paths(name: str) -> Iterator[Path]:
     """Yield the paths at which the weights of a DINO may lie, see `read_dino`, in the order of the search."""
-    path = Path(name)
-    if path.suffix == ".pth":
-        yield path
+    named_path = Path(name)
+    if named_path.suffix == ".pth":
+        yield named_path
         return
     # Order of the search: a folder given by path, torch hub's cache, then the Hugging Face cache.
-    folders = [path] if path.is_dir() else []
+    folders = [named_path] if named_path.is_dir() else []
     if name in HUB:
         # The same environment variables and defaults as torch.hub and huggingface_hub use.
         torch_home = Path(
@@ -344,37 +352,39 @@ def _weight_paths(name: str) -> Iterator[Path]:
             or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
         )
         # Files of networks with registers end in _reg4_pretrain.pth, since they have four registers.
-        suffix = "_reg4_pretrain.pth" if name.endswith("_reg") else "_pretrain.pth"
-        yield torch_home / "hub" / "checkpoints" / (name.removesuffix("_reg") + suffix)
-    cache = Path(
+        file_suffix = "_reg4_pretrain.pth" if name.endswith("_reg") else "_pretrain.pth"
+        yield torch_home / "hub" / "checkpoints" / (name.removesuffix("_reg") + file_suffix)
+    cache_folder = Path(
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     )
     # The cache has one folder per network and, below it, one folder per downloaded revision.
-    folders += sorted((cache / f"models--{HUB.get(name, name).replace('/', '--')}" / "snapshots").glob("*"))
+    folders += sorted(
+        (cache_folder / f"models--{HUB.get(name, name).replace('/', '--')}" / "snapshots").glob("*")
+    )
     yield from (folder / "model.safetensors" for folder in folders)
 
 
 def _read_config(
-    name: str, weights: Path, model_type: str, config_from_content: Callable[[Mapping[str, Any]], Any]
+    name: str, weights_path: Path, model_type: str, config_from_content: Callable[[Mapping[str, Any]], Any]
 ) -> Any:
     """Read the settings of a network from the config.json beside its weights.
 
     Args:
         name: name that error messages begin with.
-        weights: file of the weights.
+        weights_path: file of the weights.
         model_type: 'dinov2' or 'dinov3', the beginning of the setting model_type.
         config_from_content: function that creates the settings from the content of the file.
 
     Raises: FileNotFoundError if the file is missing; ValueError if its content is that of another network.
     """
-    path = weights.with_name("config.json")
-    if not path.is_file():
+    config_path = weights_path.with_name("config.json")
+    if not config_path.is_file():
         raise FileNotFoundError(
-            f"{name}: config.json is missing beside {weights.name}. Download both files again."
+            f"{name}: config.json is missing beside {weights_path.name}. Download both files again."
         )
     try:
-        file_settings = json.loads(path.read_text())
+        file_settings = json.loads(config_path.read_text())
         # "dinov2" also matches dinov2_with_registers.
         if not isinstance(file_settings, dict) or not str(file_settings.get("model_type")).startswith(
             model_type
@@ -383,7 +393,7 @@ def _read_config(
         return config_from_content(file_settings)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: this file does not contain the settings of a supported"
+            f"{config_path}: this file does not contain the settings of a supported"
             f" {model_type.replace('dino', 'DINO')}: {str(error).removesuffix('.')}. Download the file again."
         ) from None
 
@@ -392,8 +402,8 @@ def _dino_config(file_settings: Mapping[str, Any]) -> DinoConfig:
     """Create the settings of a DINOv2 from the content of its config.json."""
     # transformers does not write settings that have their default
     # value. Its default number of registers is 4.
-    registers = 4 if file_settings["model_type"] == "dinov2_with_registers" else 0
-    return DinoConfig.from_settings({"num_register_tokens": registers, **file_settings})
+    register_count = 4 if file_settings["model_type"] == "dinov2_with_registers" else 0
+    return DinoConfig.from_settings({"num_register_tokens": register_count, **file_settings})
 
 
 class Dino3(nn.Module):
@@ -419,9 +429,9 @@ class Dino3(nn.Module):
         self.norm = network.norm
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        standard = standardised(images, self.norm.weight)
-        x = self.embeddings(standard)
-        angles = self.rope_embeddings(standard)  # cosines and sines, [G^2, channels of a head] each
+        standard_images = standardised(images, self.norm.weight)
+        x = self.embeddings(standard_images)
+        angles = self.rope_embeddings(standard_images)  # cosines and sines, [G^2, channels of a head] each
         # The model's output `hidden_states[-1]` is taken before the norm in some releases of transformers and
         # after it in others (4.56.2 to 5.23.0). Calling the layers gives the same result in all of them.
         for layer in self.layer:
@@ -445,7 +455,7 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     require_extra(name, "transformers")
     config = _read_config(name, path, "dinov3", _dino3_config)
     network = empty(lambda: Dino3(config))
-    fill(network, read(path, name), str(path), types=torch.float32, device=device)
+    fill(network, read(path, name), str(path), requested_dtypes=torch.float32, device=device)
     # The rotary frequencies are not part of the weights, and `empty` created them without values.
     network.rope_embeddings = type(network.rope_embeddings)(config)
     return freeze(network, device)

@@ -83,8 +83,8 @@ class DenoiserConfig:
         ]
         if unsupported_settings:
             raise ValueError(
-                f"config.yaml, model: {', '.join(unsupported_settings)} is not supported, because"
-                " Hunyuan3D-2.1 does not use it. Use the files of Hunyuan3D-2.1."
+                f"config.yaml, model: these settings are not supported, because Hunyuan3D-2.1 does not use"
+                f" them: {', '.join(unsupported_settings)}. Use the files of Hunyuan3D-2.1."
             )
         size_settings = (
             self.input_size,
@@ -227,13 +227,13 @@ class Gate(nn.Module):
 
     Args:
         width: channels W of a token.
-        experts: number of experts X.
+        n_experts: number of experts X.
         top_k: number of experts per token, k.
     """
 
-    def __init__(self, width: int, experts: int, top_k: int):
+    def __init__(self, width: int, n_experts: int, top_k: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(experts, width) / math.sqrt(width))
+        self.weight = nn.Parameter(torch.randn(n_experts, width) / math.sqrt(width))
         self.top_k = top_k
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -383,7 +383,7 @@ class Denoiser(nn.Module):
         )
         dtype = self.x_embedder.weight.dtype
         # The outputs of blocks before the middle block are inputs of the blocks after it.
-        middle = config.depth // 2
+        middle_index = config.depth // 2
         # The time is the first token: [N, 1 + T, W]
         tokens = torch.cat([self.t_embedder(t), self.x_embedder(x.to(dtype))], 1)
         cond = cond.to(dtype)
@@ -391,13 +391,13 @@ class Denoiser(nn.Module):
         for block_index, block in enumerate(self.blocks):
             # Last in, first out: the first block after the middle takes
             # the output of the last block before it.
-            block_args = (tokens, cond, skip_outputs.pop() if block_index > middle else None)
+            block_args = (tokens, cond, skip_outputs.pop() if block_index > middle_index else None)
             tokens = (
                 checkpoint(block, *block_args, use_reentrant=False)
                 if self.recompute and torch.is_grad_enabled()
                 else block(*block_args)
             )
-            if block_index < middle:
+            if block_index < middle_index:
                 skip_outputs.append(tokens)
         # The sampler integrates in the dtype of the latents.
         return self.final_layer(tokens).to(x.dtype)
@@ -549,13 +549,13 @@ class CrossBlock(nn.Module):
 
     Args:
         config: settings of the autoencoder.
-        expand: channels inside the perceptron, as a multiple of W.
+        mlp_ratio: channels inside the perceptron, as a multiple of W.
     """
 
-    def __init__(self, config: AutoencoderConfig, expand: int):
+    def __init__(self, config: AutoencoderConfig, mlp_ratio: int):
         super().__init__()
         self.attn = CrossAttention(config)
-        self.mlp = Mlp(config.width, expand * config.width, _MLP)
+        self.mlp = Mlp(config.width, mlp_ratio * config.width, _MLP)
         self.ln_1, self.ln_2, self.ln_3 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(3))
 
     def forward(self, x: torch.Tensor, context_tokens: torch.Tensor) -> torch.Tensor:
@@ -614,12 +614,12 @@ class Transformer(nn.Module):
 
     Args:
         config: settings of the autoencoder.
-        layers: number of blocks.
+        n_blocks: number of blocks.
     """
 
-    def __init__(self, config: AutoencoderConfig, layers: int):
+    def __init__(self, config: AutoencoderConfig, n_blocks: int):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(n_blocks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.resblocks:
@@ -646,30 +646,30 @@ class ShapeDecoder(nn.Module):
         return self.transformer(self.post_kl(latents / self.config.scale_factor))
 
     @torch.no_grad()
-    def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
+    def slab(self, decoded_latents: torch.Tensor, axis: torch.Tensor, x_slice: slice) -> torch.Tensor:
         """Evaluate one shape on consecutive layers (grid points of the same x) of a regular grid.
 
         Args:
-            decoded: output of `forward` for the shape, [1, T, W].
+            decoded_latents: output of `forward` for the shape, [1, T, W].
             axis: coordinates [R] of the grid points, equal for all three axes.
-            x: slice of `axis` that selects the layers.
+            x_slice: slice of `axis` that selects the layers.
 
-        Returns: float32 values [len(axis[x]), R, R] on the CPU, positive inside the shape. Entry [i, j, k]
-            belongs to the point (axis[x][i], axis[j], axis[k]).
+        Returns: float32 values [len(axis[x_slice]), R, R] on the CPU, positive inside the shape. Entry
+            [i, j, k] belongs to the point (axis[x_slice][i], axis[j], axis[k]).
         """
         points_per_axis = len(axis)
-        layer_count = len(axis[x])
+        layer_count = len(axis[x_slice])
         value_chunks = []
         # Grid points are numbered with the last axis fastest. Moving
         # each chunk to the CPU limits the device's memory.
         for chunk_indices in torch.arange(layer_count * points_per_axis**2, device=axis.device).split(CHUNK):
             coordinates = (
-                axis[x][chunk_indices // points_per_axis**2],
+                axis[x_slice][chunk_indices // points_per_axis**2],
                 axis[chunk_indices // points_per_axis % points_per_axis],
                 axis[chunk_indices % points_per_axis],
             )
             points = torch.stack(coordinates, 1)[None]  # [1, points of the chunk, 3]
-            value_chunks.append(self.geo_decoder(points, decoded)[0].float().cpu())
+            value_chunks.append(self.geo_decoder(points, decoded_latents)[0].float().cpu())
         return torch.cat(value_chunks).view(layer_count, points_per_axis, points_per_axis)
 
 
@@ -700,13 +700,13 @@ class PointEncoder(nn.Module):
 
         Returns: features [N, T, W].
         """
-        projected = []
+        projected_points = []
         # Queries and points use the same input layer.
         for x in (queries, points):
             # The first three channels are the position, which is embedded. The features are not.
             features = torch.cat([embedded(x[..., :3], self.config), x[..., 3:]], -1)
-            projected.append(self.input_proj(features.to(self.input_proj.weight)))
-        return self.ln_post(self.self_attn(self.cross_attn(*projected)))
+            projected_points.append(self.input_proj(features.to(self.input_proj.weight)))
+        return self.ln_post(self.self_attn(self.cross_attn(*projected_points)))
 
 
 class ShapeEncoder(nn.Module):
@@ -766,10 +766,10 @@ def choose_points(
         # Number of query points of this set, before it is rounded up
         query_count = len(points) / len(surface) * config.num_latents
         subset_size = int(query_count * config.downsample_ratio)
-        subset = points[torch.randperm(len(points), generator=generator)[:subset_size]]
+        point_subset = points[torch.randperm(len(points), generator=generator)[:subset_size]]
         # Without the 1e-6, an integer with a rounding error above it would be rounded up to the next integer.
-        queries.append(subset[farthest(subset[:, :3], math.ceil(query_count - 1e-6), generator)])
-        attended_points.append(subset)
+        queries.append(point_subset[farthest(point_subset[:, :3], math.ceil(query_count - 1e-6), generator)])
+        attended_points.append(point_subset)
     return torch.cat(queries), torch.cat(attended_points)
 
 
@@ -783,7 +783,7 @@ def farthest(points: torch.Tensor, point_count: int, generator: torch.Generator)
         point_count: number of points to choose.
         generator: random generator on the CPU.
 
-    Returns: the indices [count] of the chosen points.
+    Returns: the indices [point_count] of the chosen points.
     """
     chosen_indices = torch.zeros(point_count, dtype=torch.int64)
     if point_count:

@@ -33,22 +33,22 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
 
     Args:
         path: image file.
-        cut: function of the image as RGBA; its result is returned.
+        cut: function that is called with the image in RGBA; its result is returned.
 
     Raises: ValueError that begins with the path if the image is opaque, or if `cut` raises ValueError.
     """
     with Image.open(path) as image:
-        mode = image.mode
-        rgba = image.convert("RGBA")
+        image_mode = image.mode
+        rgba_image = image.convert("RGBA")
     try:
         # Alpha is the mask of the object. If its smallest value is
         # 255, the complete image would be the object.
-        if rgba.getchannel("A").getextrema()[0] == 255:
+        if rgba_image.getchannel("A").getextrema()[0] == 255:
             raise ValueError(
-                f"the image must have a transparent background, but is opaque ({mode}). Remove its background"
-                " first."
+                f"the image must have a transparent background, but is opaque ({image_mode}). Remove its"
+                " background first."
             )
-        return cut(rgba)
+        return cut(rgba_image)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -62,13 +62,13 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
 Taps = list[tuple[np.ndarray, np.ndarray]]
 
 
-def opencv(pixels: np.ndarray, target_size: tuple[int, int], how: str) -> np.ndarray:
+def opencv(pixels: np.ndarray, target_size: tuple[int, int], interpolation: str) -> np.ndarray:
     """Resize an image as OpenCV does. Values differ from OpenCV's by at most 1 of 255.
 
     Args:
         pixels: bytes [h, w, ...].
         target_size: rows and columns of the result.
-        how: interpolation, "area", "cubic" or "nearest". The kernel of "cubic" is not widened when an image
+        interpolation: "area", "cubic" or "nearest". The kernel of "cubic" is not widened when an image
             shrinks, so the result has aliasing.
     """
     height, width = pixels.shape[:2]
@@ -76,17 +76,17 @@ def opencv(pixels: np.ndarray, target_size: tuple[int, int], how: str) -> np.nda
     # OpenCV copies an image whose size does not change. The formulas below would round.
     if (height, width) == target_size:
         return pixels.copy()
-    if how == "nearest":
+    if interpolation == "nearest":
         return pixels[_nearest_pixels(height, target_rows)[:, None], _nearest_pixels(width, target_columns)]
-    if how == "area" and (target_rows > height or target_columns > width):
+    if interpolation == "area" and (target_rows > height or target_columns > width):
         # If at least one side grows, OpenCV uses another formula for "area", along rows and columns.
         return _enlarge_by_area(
             pixels, _area_enlarging(height, target_rows), _area_enlarging(width, target_columns)
         )
-    taps = _area_shrinking if how == "area" else _cubic
-    row_sums = _weighted_sum(pixels.astype(np.float32), taps(width, target_columns), 1)
+    make_taps = _area_shrinking if interpolation == "area" else _cubic
+    row_sums = _weighted_sum(pixels.astype(np.float32), make_taps(width, target_columns), 1)
     # As in OpenCV, values stay float32 until the end and are rounded once.
-    return np.rint(_weighted_sum(row_sums, taps(height, target_rows), 0)).clip(0, 255).astype(np.uint8)
+    return np.rint(_weighted_sum(row_sums, make_taps(height, target_rows), 0)).clip(0, 255).astype(np.uint8)
 
 
 def _weighted_sum(source_pixels: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
@@ -121,12 +121,12 @@ def _step(n: int, m: int) -> float:
 
 
 def _nearest_pixels(n: int, m: int) -> np.ndarray:
-    """Return the source pixel [m] of each target pixel for nearest-neighbour resizing."""
+    """Return the source pixel [m] of each target pixel for nearest-neighbour resizing from n to m pixels."""
     return np.floor(np.arange(m) * _step(n, m)).astype(int).clip(max=n - 1)
 
 
 def _area_shrinking(n: int, m: int) -> Taps:
-    """Return the taps of "area" for an axis that shrinks from n to m pixels.
+    """Return the source pixels and weights of the interpolation "area" for an axis that shrinks from n to m.
 
     A source pixel is weighted by the part of it that the target pixel covers. Parts below 1/1000 are ignored,
     as in OpenCV.
@@ -147,7 +147,7 @@ def _area_shrinking(n: int, m: int) -> Taps:
 
 
 def _cubic(n: int, m: int) -> Taps:
-    """Return the taps of "cubic" for an axis of n source pixels and m target pixels.
+    """Return the source pixels and weights of the interpolation "cubic" for an axis from n to m pixels.
 
     Each target pixel is a sum of four source pixels, weighted by the kernel of Keys 1981, "Cubic convolution
     interpolation", with a = -0.75. Positions beyond the border read the pixel at the border.
@@ -170,7 +170,9 @@ def _cubic(n: int, m: int) -> Taps:
 
 
 def _area_enlarging(n: int, m: int) -> Taps:
-    """Return the taps of "area" for an axis of an image of which a side grows.
+    """Return the source pixels and weights of the interpolation "area", if at least one axis grows.
+
+    The axis is resized from n to m pixels.
 
     As in OpenCV, this is a linear interpolation in which positions are measured from the edge of a pixel and
     not from its centre. The weights are integers in units of 1/2048, for fixed-point arithmetic.
@@ -198,11 +200,11 @@ def _enlarge_by_area(pixels: np.ndarray, row_taps: Taps, column_taps: Taps) -> n
         column_taps: taps along the columns' axis.
     """
     # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of the two axes.
-    widened = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
+    widened_rows = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
     weight_shape = (-1, *[1] * (pixels.ndim - 1))  # shape in which the weights broadcast along the rows' axis
     (upper_row, upper_weight), (lower_row, lower_weight) = row_taps
-    upper_part = widened[upper_row] * upper_weight.reshape(weight_shape) >> 16
-    lower_part = widened[lower_row] * lower_weight.reshape(weight_shape) >> 16
+    upper_part = widened_rows[upper_row] * upper_weight.reshape(weight_shape) >> 16
+    lower_part = widened_rows[lower_row] * lower_weight.reshape(weight_shape) >> 16
     # Adding 2 before the shift by 2 rounds to the nearest integer.
     return ((upper_part + lower_part + 2) >> 2).clip(0, 255).astype(np.uint8)
 
@@ -216,7 +218,7 @@ def short_side(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
         x: images [N, C, h, w].
         side_pixels: pixels per side of the result.
 
-    Returns: images [N, C, size, size].
+    Returns: images [N, C, side_pixels, side_pixels].
     """
     height, width = x.shape[-2:]
     # The longer side is rounded down, as in torchvision.
@@ -244,8 +246,9 @@ def on_white(image: Image.Image, side_pixels: int, border: float) -> tuple[np.nd
         side_pixels: pixels per side of the result.
         border: share of the square's side that stays free around the object, 0..1.
 
-    Returns: the image, bytes [size, size, 3], and the mask of the object, bytes [size, size].
-    Raises: ValueError if the object has no more than one row or column.
+    Returns: the image, bytes [side_pixels, side_pixels, 3], and the mask of the object, bytes [side_pixels,
+        side_pixels].
+    Raises: ValueError if the object is empty, or too thin to be resized.
     """
     square = place_in_square(np.asarray(image), border)
     # The mask is the alpha channel, resized without interpolation.
@@ -265,7 +268,7 @@ def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
         border: share of the square's side that stays free around the object, 0..1.
 
     Returns: RGBA bytes [s, s, 4], where s is the longer side of the image.
-    Raises: ValueError if the object has no more than one row or column.
+    Raises: ValueError if the object is empty, or too thin to be resized.
     """
     object_rows, object_columns = (np.flatnonzero(pixels[..., 3].any(axis)) for axis in (1, 0))
     # Last index minus first index, without + 1: this loses a row and a column, as in the original.
@@ -274,12 +277,12 @@ def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
     )
     # The square is as large as the longer side of the image, not of the object.
     square_side = max(pixels.shape[:2])
-    scale = int(square_side * (1 - border)) / max(height, width, 1)  # magnification of the object
-    object_size = int(height * scale), int(width * scale)
+    magnification = int(square_side * (1 - border)) / max(height, width, 1)  # magnification of the object
+    object_size = int(height * magnification), int(width * magnification)
     if min(object_size) < 1:
         raise ValueError(
-            f"the object must be larger than one pixel, but has {height} x {width} (rows x columns). Choose"
-            " another image."
+            "the object is empty or too thin: its pixels that are not fully transparent lie in"
+            f" {len(object_rows)} rows and {len(object_columns)} columns. Choose another image."
         )
     # All four channels are resized alike, as in the original. Colours of transparent pixels therefore
     # influence the pixels at the edge of the object.
@@ -307,53 +310,54 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 def on_black(image: Image.Image, side_pixels: int, margin: float = 1.2) -> torch.Tensor:
     """Place the object in the centre of a black square, as the pipeline of TRELLIS does.
 
-    `squared` crops the square. It is resized by Lanczos, and then colours are multiplied by opacity and
-    rounded down to 8 bits.
+    `squared` crops the square, which is then resized by Lanczos. At the end, colours are multiplied by
+    opacity and rounded down to 8 bits.
 
     Args:
         image: RGBA image.
         side_pixels: pixels per side of the result.
         margin: side of the square, as a multiple of the longer side of the object.
 
-    Returns: an image [3, size, size] of values 0..1, in steps of 1/255.
-    Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
+    Returns: an image [3, side_pixels, side_pixels] of values 0..1, in steps of 1/255.
+    Raises: ValueError if no pixel has an opacity above 0.8, or if the longer side of the object has at most
+        two pixels.
     """
     square = squared(image, margin).resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)
     return _to_tensor(over_black(square))
 
 
 def on_black_first(
-    image: Image.Image, side_lengths: tuple[int, ...], largest: int = 1024
+    image: Image.Image, side_lengths: tuple[int, ...], max_side: int = 1024
 ) -> list[torch.Tensor]:
     """Place the object in the centre of a black square, as the pipeline of TRELLIS.2 does, in several sizes.
 
     In contrast to `on_black` there is no margin, the image is blended over black before it is resized, and
-    its longer side is first reduced to `largest` pixels if it is longer.
+    its longer side is first reduced to `max_side` pixels if it is longer.
 
     Args:
         image: RGBA image.
         side_lengths: pixels per side of each result.
-        largest: largest number of pixels of the longer side of the image.
+        max_side: largest number of pixels of the longer side of the image.
 
-    Returns: one image [3, size, size] of values 0..1 for each of the sizes.
+    Returns: one image [3, s, s] of values 0..1 for each s of `side_lengths`.
     Raises: ValueError as `on_black`.
     """
     # The order matters: blending after resizing would change edges by up to 20 of 255.
-    square = Image.fromarray(over_black(squared(at_most(image, largest), 1.0)))
+    square = Image.fromarray(over_black(squared(at_most(image, max_side), 1.0)))
     return [
         _to_tensor(np.asarray(square.resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)))
         for side_pixels in side_lengths
     ]
 
 
-def at_most(image: Image.Image, largest: int) -> Image.Image:
-    """Shrink an image by Lanczos so that its longer side has at most `largest` pixels.
+def at_most(image: Image.Image, max_side: int) -> Image.Image:
+    """Shrink an image by Lanczos so that its longer side has at most `max_side` pixels.
 
     An image that is small enough is returned unchanged.
     """
-    factor = min(1, largest / max(image.size))
-    shrunk_size = int(image.width * factor), int(image.height * factor)
-    return image if factor == 1 else image.resize(shrunk_size, Image.Resampling.LANCZOS)
+    scale_factor = min(1, max_side / max(image.size))
+    shrunk_size = int(image.width * scale_factor), int(image.height * scale_factor)
+    return image if scale_factor == 1 else image.resize(shrunk_size, Image.Resampling.LANCZOS)
 
 
 def squared(image: Image.Image, margin: float) -> Image.Image:
@@ -361,14 +365,15 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
 
     The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
     pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where
-    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves
-    to the even one.
+    k = int(margin max(r - l, b - t)). Its corners are rounded to whole pixels; a coordinate halfway between
+    two pixels is rounded to the even one.
 
     Args:
         image: RGBA image.
         margin: side of the square, as a multiple of the longer side of the object.
 
-    Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
+    Raises: ValueError if no pixel has an opacity above 0.8, or if the longer side of the object has at most
+        two pixels.
     """
     object_box = image.getchannel("A").point(lambda alpha: 255 if alpha > OPAQUE else 0).getbbox()
     if object_box is None:
@@ -381,8 +386,8 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
     half_side = int(max(right - left, bottom - top) * margin) // 2
     if half_side < 1:
         raise ValueError(
-            f"the object must be larger than two pixels, but has {bottom - top + 1} x {right - left + 1}"
-            " (rows x columns). Choose another image."
+            f"the longer side of the object must have more than two pixels, but the object has"
+            f" {bottom - top + 1} rows and {right - left + 1} columns. Choose another image."
         )
     x = (left + right) / 2  # centre of the object, which may lie between two pixels
     y = (top + bottom) / 2
@@ -432,15 +437,15 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
             where there is no point. None returns no point maps.
         cut: settings of the preprocessor.
 
-    Returns: tensors [C, s, s] by name. `cropped_image`, `mask` and `pointmap` are cropped around the mask.
+    Returns: tensors [C, s, s] by name. `image`, `mask` and `pointmap` are cropped around the mask.
         `rgb_image`, `rgb_image_mask` and `rgb_pointmap` show the complete image, padded to a square. If there
         is a point map, pointmap_scale and pointmap_shift, [3] each, are returned, too: a point p has become
         (p - shift) / scale.
     Raises: ValueError if the mask has less than three rows or columns.
     """
-    rgba = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]
-    colours = rgba[:3]
-    mask = rgba[3:]  # [1, h, w], alpha with all its values 0..1
+    rgba_pixels = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]
+    colours = rgba_pixels[:3]
+    mask = rgba_pixels[3:]  # [1, h, w], alpha with all its values 0..1
     normalised_points = None
     inputs_by_name = {}
     if points is not None:
@@ -514,7 +519,7 @@ def moments(
 
 
 def box_about(mask: torch.Tensor, factor: float) -> tuple[int, int, int, int]:
-    """Compute the square around the object of a mask.
+    """Compute the square around the object that a mask marks.
 
     Corners are rounded towards 0, as in the original, so one side may be a pixel shorter than the other.
 
@@ -527,8 +532,10 @@ def box_about(mask: torch.Tensor, factor: float) -> tuple[int, int, int, int]:
     """
     index_ranges = []  # first and last row, first and last column of the object
     for axis in (1, 0):
-        indices = (mask > 0).any(axis).nonzero()
-        first_index, last_index = (int(indices[0]), int(indices[-1])) if len(indices) else (0, 0)
+        object_indices = (mask > 0).any(axis).nonzero()
+        first_index, last_index = (
+            (int(object_indices[0]), int(object_indices[-1])) if len(object_indices) else (0, 0)
+        )
         index_ranges.append((first_index, last_index))
     lengths = [last_index - first_index for first_index, last_index in index_ranges]
     if min(lengths) < 2:

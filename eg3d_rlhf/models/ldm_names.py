@@ -75,7 +75,7 @@ CLIP = (  # regular expressions of open_clip's names and their replacements in t
 
 
 def unet_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Map the beginnings of the names in LDM's U-Net to the beginnings in diffusers.
+    """Return the prefixes of the names in LDM's U-Net, with the prefix in diffusers that replaces each.
 
     LDM numbers its blocks in two lists, input_blocks and output_blocks. diffusers numbers them by level of
     resolution, and within a level. In input_blocks, a level ends with a block that consists of a downsampling
@@ -85,8 +85,8 @@ def unet_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
     level = 0
     index_in_level = 0
     # Block 0 is the input convolution, which the table UNET renames.
-    for i in range(1, count(state_dict, "input_blocks.")):
-        block_prefix = f"input_blocks.{i}."
+    for block_index in range(1, count(state_dict, "input_blocks.")):
+        block_prefix = f"input_blocks.{block_index}."
         # LDM calls the convolution of a downsampling "op". It is the last block of its level.
         if any(entry_name.startswith(f"{block_prefix}0.op.") for entry_name in state_dict):
             diffusers_prefixes[f"{block_prefix}0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
@@ -99,8 +99,8 @@ def unet_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
         index_in_level += 1
     level = 0
     index_in_level = 0
-    for i in range(count(state_dict, "output_blocks.")):
-        block_prefix = f"output_blocks.{i}."
+    for block_index in range(count(state_dict, "output_blocks.")):
+        block_prefix = f"output_blocks.{block_index}."
         diffusers_prefixes[f"{block_prefix}0."] = f"up_blocks.{level}.resnets.{index_in_level}."
         diffusers_prefixes[f"{block_prefix}1."] = f"up_blocks.{level}.attentions.{index_in_level}."
         index_in_level += 1
@@ -205,26 +205,26 @@ def to_transformers_clip(state_dict: Mapping[str, torch.Tensor]) -> State:
             name = re.sub(pattern, replacement, name)
         # open_clip stores the projections of queries, keys and values
         # as one matrix [3 C, C] and one bias [3 C].
-        block_prefix, projection_separator, parameter = name.partition("attn.in_proj_")
+        block_prefix, projection_separator, parameter_name = name.partition("attn.in_proj_")
         if projection_separator:
             for letter, projection in zip("qkv", tensor.chunk(3), strict=True):
-                renamed_state[f"{block_prefix}self_attn.{letter}_proj.{parameter}"] = projection
+                renamed_state[f"{block_prefix}self_attn.{letter}_proj.{parameter_name}"] = projection
         else:
             # open_clip computes x W with its projections, a linear layer x W^T, so they are transposed.
             renamed_state[name] = tensor.T if name.endswith("_projection.weight") else tensor
     return renamed_state
 
 
-def to_transformers_text(state_dict: Mapping[str, torch.Tensor], layers: int) -> State:
+def to_transformers_text(state_dict: Mapping[str, torch.Tensor], n_layers: int) -> State:
     """Rename the text encoder of an open_clip network to the names of transformers' CLIPTextModel.
 
     Args:
         state_dict: state dict of the complete network or of the text encoder.
-        layers: number of layers of the result: all layers of the file, or all but the last one, as in Stable
-            Diffusion 2.
+        n_layers: number of layers of the result: all layers of the file, or all but the last one, as in
+            Stable Diffusion 2.
     """
     # Layers are counted from 0, so this is the first layer that is dropped.
-    dropped_layer = f"text_model.encoder.layers.{layers}."
+    dropped_layer = f"text_model.encoder.layers.{n_layers}."
     return {
         name: tensor
         for name, tensor in to_transformers_clip(state_dict).items()
@@ -273,7 +273,7 @@ def unet_config(state_dict: Mapping[str, torch.Tensor], who: str, image_size: in
     ]  # channels per level, finest first
     # MVDream's network also embeds the camera, which diffusers treats as a class embedding.
     camera_weight = state_dict.get("camera_embed.0.weight")
-    down_blocks = tuple(
+    down_block_types = tuple(
         "CrossAttnDownBlock2D" if level in attention_prefix_by_level else "DownBlock2D"
         for level in range(len(level_channels))
     )
@@ -283,9 +283,11 @@ def unet_config(state_dict: Mapping[str, torch.Tensor], who: str, image_size: in
         "out_channels": shape_of(state_dict, "out.2.weight", who, 4)[0],
         "block_out_channels": tuple(level_channels),
         "layers_per_block": layers_per_level,
-        "down_block_types": down_blocks,
+        "down_block_types": down_block_types,
         # The up blocks mirror the down blocks.
-        "up_block_types": tuple(block_type.replace("Down", "Up") for block_type in reversed(down_blocks)),
+        "up_block_types": tuple(
+            block_type.replace("Down", "Up") for block_type in reversed(down_block_types)
+        ),
         "use_linear_projection": is_linear,
         # In this class of diffusers, attention_head_dim is the number of attention heads.
         "attention_head_dim": tuple(max(width // 64, 1) for width in level_channels) if is_linear else 8,

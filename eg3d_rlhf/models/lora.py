@@ -100,13 +100,15 @@ class LoraLinear(nn.Module):
 
         With the adapter switched off, the result is bitwise that of the base layer.
         """
-        base = self.base_layer
+        base_layer = self.base_layer
         scale = self.alpha / self.rank
-        if self.active and fits(x, base.weight) and not (self.dropout and self.training):
+        if self.active and fits(x, base_layer.weight) and not (self.dropout and self.training):
             # The fused function has no dropout, and its base layer must
             # be float32 on a CPU with oneDNN (`fits`).
-            return _Adapted.apply(x, base.weight, base.bias, self.lora_A.weight, self.lora_B.weight, scale)
-        y = base(x)
+            return _Adapted.apply(
+                x, base_layer.weight, base_layer.bias, self.lora_A.weight, self.lora_B.weight, scale
+            )
+        y = base_layer(x)
         if not self.active:
             return y
         # The product of the adapter is computed in the adapter's precision and then rounded to that of y.
@@ -117,7 +119,7 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Weight of the base layer, for networks that read its dtype or shape.
+        """Return the weight of the base layer, for networks that read its dtype or shape.
 
         A computation with this weight does not include the adapter.
         """
@@ -191,13 +193,13 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
 
 
 def attach(
-    model: nn.Module, names: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
+    model: nn.Module, layer_names: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LoraLinear]:
     """Add adapters whose matrices are zero to the named linear layers, in place, and freeze the base.
 
     Args:
         model: network without adapters.
-        names: names of the layers in the network.
+        layer_names: names of the layers in the network.
         rank: rank of the adapters.
         alpha: scale of the adapters, see `LoraLinear`.
         dropout: share of the adapters' inputs that is set to zero during training, 0..1.
@@ -212,10 +214,10 @@ def attach(
             " add_lora cannot add others. Merge them first, with merged_state."
         )
     modules_by_name = dict(model.named_modules(remove_duplicate=False))
-    names = list(names)
+    layer_names = list(layer_names)
     unsuitable_layers = [
         f"{layer_name} ({type(modules_by_name[layer_name]).__name__})"
-        for layer_name in names
+        for layer_name in layer_names
         if not _is_linear(modules_by_name[layer_name])
     ]
     if unsuitable_layers:
@@ -227,15 +229,15 @@ def attach(
     adapted_by_base: dict[
         nn.Module, LoraLinear
     ] = {}  # by the base layer: a layer with two names gets one adapter
-    for layer_name in names:
+    for layer_name in layer_names:
         if modules_by_name[layer_name] not in adapted_by_base:
             # The new layer has the mode of the base layer: dropout is active only in training mode.
             adapted_by_base[modules_by_name[layer_name]] = LoraLinear(
                 modules_by_name[layer_name], rank, alpha, dropout
             ).train(modules_by_name[layer_name].training)
-        parent, _, attribute = layer_name.rpartition(".")
-        setattr(modules_by_name[parent], attribute, adapted_by_base[modules_by_name[layer_name]])
-    return {layer_name: adapted_by_base[modules_by_name[layer_name]] for layer_name in names}
+        parent_name, _, attribute_name = layer_name.rpartition(".")
+        setattr(modules_by_name[parent_name], attribute_name, adapted_by_base[modules_by_name[layer_name]])
+    return {layer_name: adapted_by_base[modules_by_name[layer_name]] for layer_name in layer_names}
 
 
 def _is_linear(layer: nn.Module) -> bool:
@@ -310,8 +312,8 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             layer.active = False
         yield model
     finally:
-        for layer, active in earlier_activity:
-            layer.active = active
+        for layer, was_active in earlier_activity:
+            layer.active = was_active
 
 
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -324,11 +326,11 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for state_key, tensor in model.state_dict().items():
         # Keys of a layer X with an adapter are X.base_layer.weight, X.lora_A.weight and so on. They are
         # divided into the name of the layer, the part (base_layer, lora_A or lora_B) and the parameter.
-        module_name, _, parameter = state_key.rpartition(".")
+        module_name, _, parameter_name = state_key.rpartition(".")
         layer_name, _, layer_part = module_name.rpartition(".")
         if layer_part == BASE[1:] and layer_name in layers:  # [1:] drops the dot
-            merged_tensor = layers[layer_name].merged_weight() if parameter == "weight" else tensor
-            merged_tensors[f"{layer_name}.{parameter}"] = merged_tensor
+            merged_tensor = layers[layer_name].merged_weight() if parameter_name == "weight" else tensor
+            merged_tensors[f"{layer_name}.{parameter_name}"] = merged_tensor
         # The matrices of the adapters are dropped. All other entries are unchanged.
         elif not (layer_part in ("lora_A", "lora_B") and layer_name in layers):
             merged_tensors[state_key] = tensor

@@ -18,7 +18,13 @@ _adapter = functools.partial(knob, group="Training")
 class LoraConfig:
     """Rank, scale, dropout and target layers of the adapters."""
 
-    rank: int = _adapter(16, "Rank of the LoRA adapters.", name="lora_rank", low=1)
+    rank: int = _adapter(
+        16,
+        "Rank of the LoRA adapters. A larger rank can change the network more, and takes more memory and"
+        " larger files.",
+        name="lora_rank",
+        low=1,
+    )
     alpha: float = _adapter(
         32.0,
         "Scale of the LoRA adapters: their update is multiplied by alpha / rank.",

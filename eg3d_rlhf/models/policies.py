@@ -112,21 +112,27 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     if used_alpha is None:
         raise ValueError(
             f"{weight_file.name}: the adapters' alpha is unknown, because there is no {CONFIG} beside the"
-            " file. Pass alpha (for DSO's checkpoints, twice the rank)."
+            f" file. Copy {CONFIG} into its folder, or pass the argument `alpha` (for DSO's checkpoints,"
+            " twice the rank)."
         )
     if alpha is not None and alpha != used_alpha:
         raise ValueError(
-            f"{weight_file.name}: alpha is {alpha}, but {CONFIG} states {used_alpha}. Do not pass alpha, so"
-            " that the file is used."
+            f"{weight_file.name}: the argument `alpha` is {alpha}, but {CONFIG} states {used_alpha}. Leave"
+            " out the argument, so that the value of the file is used."
         )
     # The rank is the number of rows of A and of columns of B. The settings state it, too.
     ranks = {peft_config["r"]} if peft_config else set()
     for A, B in adapters.values():
         ranks |= {A.shape[0], B.shape[-1]}
-    if len(ranks) > 1 or any(A.ndim != 2 or B.ndim != 2 for A, B in adapters.values()):
+    if any(A.ndim != 2 or B.ndim != 2 for A, B in adapters.values()):
         raise ValueError(
-            f"{weight_file.name}: all adapters must be those of linear layers and have the same rank, but the"
-            f" ranks are {sorted(ranks)}. Merge the adapters with PEFT."
+            f"{weight_file.name}: only adapters of linear layers are supported, but some of the tensors A and"
+            " B are not matrices. Merge the adapters with PEFT."
+        )
+    if len(ranks) > 1:
+        raise ValueError(
+            f"{weight_file.name}: all adapters must have the same rank, but the ranks are {sorted(ranks)}."
+            " Merge the adapters with PEFT."
         )
     return Weights(
         source=weight_file.name,
@@ -149,9 +155,9 @@ def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[
         missing.
     """
     # torch's distributed wrapper puts "module." before every name.
-    wrapper = "module." if all(state_key.startswith("module.") for state_key in state_dict) else ""
+    wrapper_prefix = "module." if all(state_key.startswith("module.") for state_key in state_dict) else ""
     base_name_by_key = {
-        state_key: state_key.removeprefix(wrapper).removeprefix(PREFIX) for state_key in state_dict
+        state_key: state_key.removeprefix(wrapper_prefix).removeprefix(PREFIX) for state_key in state_dict
     }
     match_by_key = {
         state_key: part_match
@@ -180,24 +186,26 @@ def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[
     for state_key, part_match in match_by_key.items():
         matrices_by_layer.setdefault(part_match["layer"], {})[part_match["part"]] = state_dict[state_key]
     incomplete_layers = [
-        layer for layer, layer_matrices in matrices_by_layer.items() if len(layer_matrices) < 2
+        layer_name for layer_name, layer_matrices in matrices_by_layer.items() if len(layer_matrices) < 2
     ]
     if incomplete_layers:
         raise ValueError(
-            f"{who}: an adapter needs A and B, but one is missing for {', '.join(incomplete_layers[:4])}."
-            " Copy the file again."
+            f"{who}: an adapter needs the matrices A and B, but one of them is missing for the layers"
+            f" {', '.join(incomplete_layers[:4])}. Copy the file again."
         )
     tensors = {}
     for state_key, tensor in state_dict.items():
         if state_key not in match_by_key:
             # X.base_layer.weight, the weight of a layer with an adapter, is X.weight in the base network.
-            layer, _, parameter = base_name_by_key[state_key].rpartition(f"{BASE}.")
-            tensors[f"{layer}.{parameter}" if layer in matrices_by_layer else base_name_by_key[state_key]] = (
-                tensor
-            )
+            layer_name, _, parameter_name = base_name_by_key[state_key].rpartition(f"{BASE}.")
+            tensors[
+                f"{layer_name}.{parameter_name}"
+                if layer_name in matrices_by_layer
+                else base_name_by_key[state_key]
+            ] = tensor
     adapters = {
-        layer: (layer_matrices["A"], layer_matrices["B"])
-        for layer, layer_matrices in matrices_by_layer.items()
+        layer_name: (layer_matrices["A"], layer_matrices["B"])
+        for layer_name, layer_matrices in matrices_by_layer.items()
     }
     return tensors, adapters
 
@@ -307,7 +315,7 @@ def replace_state(model: nn.Module, state_dict: Mapping[str, torch.Tensor], who:
     model.load_state_dict(new_state, assign=True)
 
 
-def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
+def write_adapter(model: nn.Module, folder: str | Path, base_name: str | None = None) -> Path:
     """Write the adapters of a network in PEFT's layout, and return the folder.
 
     Each file is written atomically.
@@ -315,23 +323,23 @@ def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None)
     Args:
         model: network with adapters.
         folder: folder for adapter_model.safetensors and adapter_config.json.
-        base: value of PEFT's setting base_model_name_or_path, the name of the base network.
+        base_name: value of PEFT's setting base_model_name_or_path, the name of the base network.
 
     Raises: ValueError for a network without adapters, or with adapters of different rank, alpha or dropout.
     """
     folder = Path(folder)
     layers = adapted_layers(model)
-    combinations = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
-    if len(combinations) != 1:
+    settings_combinations = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    if len(settings_combinations) != 1:
         raise ValueError(
             "write_adapter: all adapters must have the same rank, alpha and dropout, but the network has"
-            f" {len(combinations)} combinations of them. Use add_lora once, for all target layers."
+            f" {len(settings_combinations)} combinations of them. Use add_lora once, for all target layers."
         )
-    rank, alpha, dropout = combinations.pop()
+    rank, alpha, dropout = settings_combinations.pop()
     peft_config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": rank,
         # PEFT declares lora_alpha as an integer
@@ -405,7 +413,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def tuned_model(
-    base: nn.Module, weights: str | Path, *, alpha: float | None = None, merge: bool = False
+    base: nn.Module, weights_path: str | Path, *, alpha: float | None = None, merge: bool = False
 ) -> nn.Module:
     """Apply a file or folder of weights to a base network.
 
@@ -413,19 +421,19 @@ def tuned_model(
 
     Args:
         base: network without adapters.
-        weights: file or folder of adapters or of a complete network, see `read_weights`.
+        weights_path: file or folder of adapters or of a complete network, see `read_weights`.
         alpha: scale of the adapters, see `read_weights`.
         merge: True merges adapters into the weights, so that further adapters can be added to the result.
 
     Returns: a new network in evaluation mode, without gradients of its parameters.
     Raises: FileNotFoundError if there are no weights; ValueError for the weights of another network.
     """
-    model = load_weights(shared_copy(base), read_weights(weights, alpha))
+    model = load_weights(shared_copy(base), read_weights(weights_path, alpha))
     if merge and adapted_layers(model):
         # The merged weights are loaded into a new copy of the base, which has no adapters.
         merged_tensors = merged_state(model)
         model = shared_copy(base)
-        replace_state(model, merged_tensors, str(weights))
+        replace_state(model, merged_tensors, str(weights_path))
     return model.eval().requires_grad_(False)
 
 
@@ -497,5 +505,5 @@ def link_folder(source_folder: Path, target_folder: Path) -> None:
     if source_folder == target_folder:
         return
     # Sorted, so that the order of writing does not depend on the file system.
-    for file in sorted(path for path in source_folder.rglob("*") if path.is_file()):
-        link(file, target_folder / file.relative_to(source_folder))
+    for source_file in sorted(path for path in source_folder.rglob("*") if path.is_file()):
+        link(source_file, target_folder / source_file.relative_to(source_folder))

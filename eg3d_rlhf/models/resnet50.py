@@ -23,7 +23,7 @@ _CLASSIFIER = ("fc.weight", "fc.bias")  # entries of the ImageNet classifier, wh
 class Bottleneck(nn.Module):
     """Residual block of a 1x1, a 3x3 and a 1x1 convolution, each with batch normalisation.
 
-    [N, C, H, W] -> [N, 4 * inner, H / stride, W / stride].
+    [N, C, H, W] -> [N, 4 * inner_channels, H / stride, W / stride].
 
     Args:
         channels: channels C of the input.
@@ -48,7 +48,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))  # [N, inner, H, W]
+        y = F.relu(self.bn1(self.conv1(x)))  # [N, inner_channels, H, W]
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 

@@ -36,7 +36,7 @@ Tokens = dict[str, torch.Tensor]  # tokens [N, T_g, C] by group, or tensors [N, 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """Size of one tensor of the latent dictionary.
+    """Size of one tensor of the latent, which is a dictionary of tensors such as the shape and the pose.
 
     Raises: ValueError for sizes that do not fit together.
     """
@@ -101,7 +101,7 @@ class MixtureConfig(blocks.ConditionedConfig):
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Names of the tensors of each group, in the order of the tokens."""
+        """Return the names of the tensors of each group, in the order of the tokens."""
         group_of_name: dict[str, str] = {}
         for group_name, latent_names in self.latent_share_transformer.items():
             group_of_name |= dict.fromkeys(latent_names, group_name)
@@ -310,7 +310,7 @@ class MixtureFlow(nn.Module):
             "Use the embedder that belongs to this model.",
         )
         # Any: nn.ModuleDict is not generic, so the type checker would see plain modules.
-        layers: Any = self.latent_mapping
+        layers_by_latent: Any = self.latent_mapping
         dtype = blocks.torso_dtype(self.blocks)
         time = embedded_time(self, t, step, config.time_scale)  # [N, C]
         if config.share_mod:
@@ -319,7 +319,7 @@ class MixtureFlow(nn.Module):
         cond = cond.to(dtype)
         # Input and output layers are float32; only the blocks compute in `dtype`.
         tokens_by_latent = {
-            latent_name: layers[latent_name].read(x_t[latent_name].float()).to(dtype)
+            latent_name: layers_by_latent[latent_name].read(x_t[latent_name].float()).to(dtype)
             for latent_name in latents
         }
         # Tensors of a group are concatenated along the tokens: [N, T_g, C].
@@ -331,14 +331,14 @@ class MixtureFlow(nn.Module):
             tokens_by_group = blocks.run_block(block, tokens_by_group, time, cond, recompute=self.recompute)
         velocity_by_name = Tokens()
         for g, latent_names in names_by_group.items():
-            tokens_by_name = (
+            latent_tokens = (
                 tokens_by_group[g]
                 .float()
                 .split([latents[latent_name].tokens for latent_name in latent_names], 1)
             )
             velocity_by_name |= {
-                latent_name: layers[latent_name].write(name_tokens).to(x_t[latent_name].dtype)
-                for latent_name, name_tokens in zip(latent_names, tokens_by_name, strict=True)
+                latent_name: layers_by_latent[latent_name].write(name_tokens).to(x_t[latent_name].dtype)
+                for latent_name, name_tokens in zip(latent_names, latent_tokens, strict=True)
             }
         # In the order of the latents, and not of the groups
         return {latent_name: velocity_by_name[latent_name] for latent_name in latents}
@@ -426,7 +426,7 @@ class ImageEncoder(nn.Module):
             False returns the tokens after the last norm, without the registers.
         normalised: True standardises images by ImageNet's mean and standard deviation.
 
-    Raises: ValueError if `size` is not a multiple of the patch size.
+    Raises: ValueError if `side_pixels` is not a multiple of the patch size.
     """
 
     def __init__(
@@ -542,7 +542,7 @@ class PointPatches(nn.Module):
 
 
 def remapped(points: torch.Tensor, transform_name: str) -> torch.Tensor:
-    """Transform coordinates so that large values become smaller.
+    """Transform the coordinates of a point map, in most cases to reduce large values.
 
     Args:
         points: coordinates [N, 3, ...].
@@ -555,12 +555,12 @@ def remapped(points: torch.Tensor, transform_name: str) -> torch.Tensor:
     # The other transforms treat the depth z differently from x and y.
     xy = points[:, :2]
     z = points[:, 2:]
-    transforms = {
+    remapped_by_transform = {
         "exp": (xy / (1 + z), z.log1p()),
         "exp_disparity": (xy / z, z.log()),
         "sinh_exp": (xy.asinh(), z.clamp_min(1e-8).log()),
     }
-    return torch.cat(transforms[transform_name], 1)
+    return torch.cat(remapped_by_transform[transform_name], 1)
 
 
 class GatedFeedForward(nn.Module):
@@ -599,7 +599,7 @@ class Embedder(nn.Module):
         channels: int,
         has_pre_norm: bool,
         *,
-        random: bool = False,
+        has_random_frames: bool = False,
     ):
         """Build the embedder from its encoders.
 
@@ -608,8 +608,8 @@ class Embedder(nn.Module):
             hidden_widths: channels inside the feed-forward layer after each encoder.
             channels: channels W of a conditioning token.
             has_pre_norm: True normalises the tokens before the feed-forward layer.
-            random: True if the frame vectors were random and not trained. Files then store them with one more
-                axis.
+            has_random_frames: True if the vectors that distinguish the crop from the full frame were random
+                and not trained. Files then store them with one more axis.
         """
         super().__init__()
         self.inputs = [inputs for _, _, inputs in encoders]
@@ -624,12 +624,13 @@ class Embedder(nn.Module):
             )
             for (_, encoder_channels, _), hidden_channels in zip(encoders, hidden_widths, strict=True)
         )
-        # Files contain one row more than there are frames. The original does not use the last row.
-        self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * random, channels))
+        # Files contain one row more than there are frames. The original does not use the last row. A list
+        # times False is empty, so the additional axis of length 1 exists only if has_random_frames is True.
+        self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * has_random_frames, channels))
 
     @property
     def names(self) -> list[str]:
-        """Names of the inputs, in the order of their tokens."""
+        """Return the names of the inputs, in the order of their tokens."""
         return [name for inputs in self.inputs for name, _ in inputs]
 
     def forward(self, inputs_by_name: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -45,7 +45,7 @@ class SparseSample:
 
     @property
     def places(self) -> torch.Tensor:
-        """One integer per voxel, [v] int64. Sorting by it sorts the voxels by their three indices."""
+        """Return one integer key per voxel, [v] int64, whose order is that of the voxels' three indices."""
         # 21 bits per index fit into 63 bits.
         x, y, z = self.coords.long().unbind(1)
         return (x << 42) + (y << 21) + z
@@ -110,12 +110,12 @@ class SparseBatch:
 
     @property
     def sample(self) -> torch.Tensor:
-        """Index of the sample of each row, [V] int64."""
+        """Return the index of the sample of each row, [V] int64."""
         return self.coords[:, 0].long()
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Number of voxels of each sample, [N] int64."""
+        """Return the number of voxels of each sample, [N] int64."""
         if "lengths" not in self.cache:
             self.cache["lengths"] = torch.bincount(self.sample, minlength=self.size)
         return self.cache["lengths"]
@@ -176,7 +176,7 @@ class NamedSample:
 
     @property
     def feats(self) -> torch.Tensor:
-        """Values of all tensors in one row, [D]."""
+        """Return the values of all tensors in one row, [D]."""
         return torch.cat([tensor.flatten() for tensor in self.tensors.values()])
 
 
@@ -198,12 +198,12 @@ class NamedBatch(NamedSample):
 
     @property
     def size(self) -> int:
-        """Number of samples, N."""
+        """Return the number of samples, N."""
         return len(next(iter(self.tensors.values())))
 
     @property
     def feats(self) -> torch.Tensor:
-        """Values of all tensors of each sample in one row, [N, D]."""
+        """Return the values of all tensors of each sample in one row, [N, D]."""
         return torch.cat([tensor.flatten(1) for tensor in self.tensors.values()], 1)
 
     def with_feats(self, feats: torch.Tensor) -> "NamedBatch":

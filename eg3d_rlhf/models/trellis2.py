@@ -38,7 +38,8 @@ def angles_of(
 ) -> torch.Tensor:
     """Compute the angles by which the channel pairs of an attention head are rotated, [V, P] float32.
 
-    The angles for axis 1 come first, then those for axis 2 and for axis 3, then zeros.
+    With n = head_channels // 6, the angles for axis 1 are coordinate * f_0 / f_1^(i / n) for i = 0 .. n - 1.
+    They are followed by the angles for axis 2 and for axis 3, and then by zeros.
 
     Args:
         coords: coordinates [V, 3] of the tokens.
@@ -49,7 +50,7 @@ def angles_of(
     rates = frequencies[0] / frequencies[1] ** (
         torch.arange(pairs_per_axis, dtype=torch.float32, device=coords.device) / pairs_per_axis
     )
-    angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
+    angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 pairs_per_axis]
     # An angle of zero leaves the remaining pairs unrotated.
     return torch.nn.functional.pad(angles, (0, head_channels // 2 - angles.shape[1]))
 
@@ -123,10 +124,11 @@ class FlowConfig(blocks.ConditionedConfig):
             )
         # `given` is negative if the input has fewer channels than the latent.
         if self.model_channels % self.heads or self.given < 0:
-            channels = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
             raise ValueError(
                 f"{who}: model_channels must be a multiple of the number of heads, and in_channels must be >="
-                f" out_channels, got {channels}. Download the model's JSON file again."
+                f" out_channels, got model_channels={self.model_channels}, {self.heads} heads,"
+                f" in_channels={self.in_channels} and out_channels={self.out_channels}. Download the model's"
+                " JSON file again."
             )
         # A rotation needs pairs of channels, and at least one pair for each of three axes.
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
@@ -138,12 +140,12 @@ class FlowConfig(blocks.ConditionedConfig):
 
     @property
     def head_channels(self) -> int:
-        """Channels D of an attention head."""
+        """Return the number of channels D of an attention head."""
         return self.model_channels // self.heads
 
     @property
     def given(self) -> int:
-        """Channels K of the additional features; 0 if the model has none."""
+        """Return the number of channels K of the additional features; 0 if the model has none."""
         return self.in_channels - self.out_channels
 
 
@@ -367,7 +369,7 @@ class VoxelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelDecoderConfig(VoxelConfig):
-    """Settings of a decoder. Levels are listed from the coarsest to the finest.
+    """Settings of a `VoxelDecoder`. Levels are listed from the coarsest to the finest.
 
     Raises: ValueError for settings that are not supported or do not fit together.
     """
@@ -385,13 +387,13 @@ class VoxelDecoderConfig(VoxelConfig):
 
     @property
     def finer(self) -> int:
-        """Number of finest voxels along a side of a coarsest voxel."""
+        """Return the number of finest voxels along a side of a coarsest voxel."""
         return 2 ** len(self.up_block_type)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelEncoderConfig(VoxelConfig):
-    """Settings of an encoder. Levels are listed from the finest to the coarsest.
+    """Settings of a `VoxelEncoder`. Levels are listed from the finest to the coarsest.
 
     Raises: ValueError for settings that are not supported or do not fit together.
     """
@@ -409,7 +411,7 @@ class VoxelEncoderConfig(VoxelConfig):
 
     @property
     def coarser(self) -> int:
-        """Number of finest voxels along a side of a coarsest voxel."""
+        """Return the number of finest voxels along a side of a coarsest voxel."""
         return 2 ** len(self.down_block_type)
 
 
@@ -426,17 +428,19 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int, mlp_ratio: float = 4.0, use_checkpoint: bool = False):
         super().__init__()
         # use_checkpoint has no effect. It is accepted because block_args of released files may contain it.
-        hidden = int(channels * mlp_ratio)
+        hidden_channels = int(channels * mlp_ratio)
         self.norm = LayerNorm32(channels, affine=True)
         self.conv = Conv(channels, channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden_channels), nn.SiLU(), nn.Linear(hidden_channels, channels)
+        )
 
     def forward(self, x: SparseBatch) -> SparseBatch:
         return x.with_feats(x.feats + self.mlp(self.norm(self.conv(x).feats)))
 
 
 class SplitBlock(nn.Module):
-    """Block that splits voxels into their children.
+    """Block that splits voxels into their children: the voxels of half the size inside them that exist.
 
     With y = split(x) and h = split(conv1(silu(norm1(x)))), the result is repeat(y) + conv2(silu(norm2(h))).
 
@@ -464,18 +468,18 @@ class SplitBlock(nn.Module):
         """
         return self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
 
-    def forward(self, x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
+    def forward(self, x: SparseBatch, child_exists: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
-        # exists: bool [V, 8], True for children that exist. The skip connection and the branch of the
+        # child_exists: bool [V, 8], True for children that exist. The skip connection and the branch of the
         # convolutions get the same voxels.
-        y = split(x, exists)
-        h = split(h, exists)
+        y = split(x, child_exists)
+        h = split(h, child_exists)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
         return y.with_feats(h.feats + y.feats.repeat_interleave(self.repeats, 1))
 
 
 class MergeBlock(nn.Module):
-    """Block that merges the children of voxels.
+    """Block that merges the children of each voxel (up to eight voxels of half the size) into the voxel.
 
     With y = the means over groups of channels of merge(x), and h = merge(conv1(silu(norm1(x)))), the result
     is y + conv2(silu(norm2(h))).
@@ -499,19 +503,20 @@ class MergeBlock(nn.Module):
         return h.with_feats(y + self.conv2(h.with_feats(F.silu(self.norm2(h.feats)))).feats)
 
 
-def split(x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
+def split(x: SparseBatch, child_exists: torch.Tensor) -> SparseBatch:
     """Split voxels with features [V, 8 C] into their children with features [W, C]. Differentiable in: feats.
 
     The first C channels of a voxel belong to child 0, the next C channels to child 1, and so on.
 
     Args:
         x: batch of voxels.
-        exists: bool [V, 8], True for children that exist.
+        child_exists: bool [V, 8], True for children that exist.
 
     Raises: ValueError if no child exists.
     """
-    check_shape("split.there", exists, [len(x.feats), 8], "Pass the children of these voxels.")
-    voxel_rows, child_indices = exists.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
+    check_shape("split.child_exists", child_exists, [len(x.feats), 8], "Pass the children of these voxels.")
+    # [W] each: children stay in the order of their voxels
+    voxel_rows, child_indices = child_exists.nonzero().unbind(1)
     if not len(voxel_rows):
         raise ValueError(
             f"decode: none of the {len(x.feats)} voxels has children, so the decoded object is empty. Use"
@@ -530,12 +535,12 @@ def merge(x: SparseBatch) -> SparseBatch:
     This is the inverse of `split`. The voxels of the result are sorted. The features of children that do not
     exist are zero.
     """
-    coarse = coarser(x)
+    coarse_voxels = coarser(x)
     offsets = x.coords[:, 1:].long() & 1  # [W, 3] offset of each child in its voxel
-    child = offsets[:, 0] + 2 * offsets[:, 1] + 4 * offsets[:, 2]  # number of the child, as in `split`
-    merged = x.feats.new_zeros(len(coarse.coords), 8, x.feats.shape[1])
-    merged = merged.index_put((coarse.row, child), x.feats)
-    return SparseBatch(coarse.coords, merged.flatten(1), x.size, coarse.cache)
+    child_index = offsets[:, 0] + 2 * offsets[:, 1] + 4 * offsets[:, 2]  # as in `split`
+    merged_feats = x.feats.new_zeros(len(coarse_voxels.coords), 8, x.feats.shape[1])
+    merged_feats = merged_feats.index_put((coarse_voxels.row, child_index), x.feats)
+    return SparseBatch(coarse_voxels.coords, merged_feats.flatten(1), x.size, coarse_voxels.cache)
 
 
 class VoxelNetwork(nn.Module):
@@ -551,12 +556,17 @@ class VoxelNetwork(nn.Module):
         channels = config.model_channels
         args_by_level = config.block_args or ({},) * len(config.model_channels)
         self.blocks = nn.ModuleList()
-        for i, (level_channels, n_blocks) in enumerate(zip(channels, config.num_blocks, strict=True)):
-            level = [ConvBlock(level_channels, **args_by_level[i]) for _ in range(n_blocks)]
+        for level_index, (level_channels, n_blocks) in enumerate(
+            zip(channels, config.num_blocks, strict=True)
+        ):
+            level_blocks = [ConvBlock(level_channels, **args_by_level[level_index]) for _ in range(n_blocks)]
             # The block between levels is the last block of a level. The
             # last level has none, so the slice is empty.
-            step_blocks = [make_step(level_channels, next_width) for next_width in channels[i + 1 : i + 2]]
-            self.blocks.append(nn.ModuleList([*level, *step_blocks]))
+            step_blocks = [
+                make_step(level_channels, next_width)
+                for next_width in channels[level_index + 1 : level_index + 2]
+            ]
+            self.blocks.append(nn.ModuleList([*level_blocks, *step_blocks]))
         if config.use_fp16:
             convert_torso([self.blocks], torch.float16, (nn.Linear, Kernel))
 
@@ -590,39 +600,46 @@ class VoxelDecoder(VoxelNetwork):
         self.output_layer = nn.Linear(config.model_channels[-1], config.out_channels)
 
     def forward(
-        self, x: SparseBatch, children: Sequence[torch.Tensor] | None = None, levels: int | None = None
+        self,
+        x: SparseBatch,
+        child_logits: Sequence[torch.Tensor] | None = None,
+        split_count: int | None = None,
     ) -> tuple[SparseBatch, list[torch.Tensor]]:
         """Decode latents [V, C] to features on the finest voxels.
 
         Args:
             x: batch of latents.
-            children: logits of the children [V, 8] at every split, for a decoder that does not predict them;
-                None otherwise.
-            levels: number of splits after which the decoder stops, without the output layer; None: all.
+            child_logits: logits of the children [V, 8] at every split, for a decoder that does not predict
+                them; None otherwise.
+            split_count: number of splits after which the decoder stops, without the output layer; None: all.
 
         Returns: the batch of features, and a list of the logits of the children [V, 8] at every split.
         Raises: ValueError if the decoder does not predict children and the logits are missing.
         """
         config = self.config
-        if not config.pred_subdiv and (children is None or len(children) != len(config.up_block_type)):
-            given_split_count = "None" if children is None else len(children)
+        if not config.pred_subdiv and (
+            child_logits is None or len(child_logits) != len(config.up_block_type)
+        ):
+            given_split_count = "None" if child_logits is None else len(child_logits)
             raise ValueError(
-                f"VoxelDecoder: this decoder needs the logits of {len(config.up_block_type)} splits as"
-                f" children, got {given_split_count}. Pass the logits that the decoder of the shape returned."
+                f"VoxelDecoder: this decoder needs child_logits for {len(config.up_block_type)} splits, got"
+                f" {given_split_count}. Pass the logits that the decoder of the shape returned."
             )
         h = self.first(x, self.from_latent)
-        logits = list[torch.Tensor]()
-        for level in self.blocks:
+        split_logits = list[torch.Tensor]()
+        for level_blocks in self.blocks:
             # There is one entry of logits for each split.
-            if len(logits) == levels:
-                return h, logits
-            for block in level:  # type: ignore[attr-defined]
+            if len(split_logits) == split_count:
+                return h, split_logits
+            for block in level_blocks:  # type: ignore[attr-defined]
                 if isinstance(block, SplitBlock):
-                    logits.append(block.subdivision(h) if children is None else children[len(logits)])
-                    h = block(h, logits[-1] > 0)
+                    split_logits.append(
+                        block.subdivision(h) if child_logits is None else child_logits[len(split_logits)]
+                    )
+                    h = block(h, split_logits[-1] > 0)
                 else:
                     h = block(h)
-        return self.last(h, self.output_layer), logits
+        return self.last(h, self.output_layer), split_logits
 
 
 class VoxelEncoder(VoxelNetwork):
@@ -667,19 +684,19 @@ class VoxelAsset:
 
     @property
     def means(self) -> torch.Tensor:
-        """Positions of the vertices [W, 3] in the cube -0.5..0.5."""
+        """Return the positions of the vertices [W, 3] in the cube -0.5..0.5."""
         return (self.coords + self.vertices) / self.resolution - 0.5
 
     @property
     def colours(self) -> torch.Tensor:
-        """Base colours [W, 3], 0..1. They are grey (0.5) without materials."""
+        """Return the base colours [W, 3], 0..1. They are grey (0.5) without materials."""
         if self.materials is None:
             return torch.full_like(self.vertices, 0.5)
         return self.materials[:, :3].clamp(0, 1)
 
     @property
     def opacities(self) -> torch.Tensor:
-        """Opacities [W], 0..1. They are 1 without materials."""
+        """Return the opacities [W], 0..1. They are 1 without materials."""
         return torch.ones_like(self.split) if self.materials is None else self.materials[:, 5].clamp(0, 1)
 
     def to(self, device: str | torch.device) -> "VoxelAsset":
@@ -692,21 +709,23 @@ class VoxelAsset:
 
 
 def assets_of(
-    shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float
+    shape_batch: SparseBatch, material_batch: SparseBatch | None, resolution: int, margin: float
 ) -> list[VoxelAsset]:
     """Build one asset per sample from the outputs of the decoders.
 
     Args:
-        shape: output [W, 7] of the shape's decoder.
-        materials: output [W, 6] of the decoder of materials on the same voxels, or None.
+        shape_batch: output [W, 7] of the shape's decoder.
+        material_batch: output [W, 6] of the decoder of materials on the same voxels, or None.
         resolution: number of voxels per axis of the grid.
         margin: largest distance of a vertex from its voxel, in voxels.
     """
     sample_materials = (
-        [None] * shape.size if materials is None else [sample.feats for sample in materials.samples()]
+        [None] * shape_batch.size
+        if material_batch is None
+        else [sample.feats for sample in material_batch.samples()]
     )
     voxel_assets = []
-    for sample, raw_materials in zip(shape.samples(), sample_materials, strict=True):
+    for sample, raw_materials in zip(shape_batch.samples(), sample_materials, strict=True):
         # Channels of the shape: 3 for the vertex, 3 for the crossed edges, 1 for the diagonal
         raw_vertices, crossing_logits, raw_split = sample.feats.split([3, 3, 1], 1)
         voxel_assets.append(

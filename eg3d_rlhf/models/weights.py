@@ -53,7 +53,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def existing_path(path: str | Path, who: str) -> Path:
-    """Return the path as a Path object.
+    """Check that a file or folder exists, and return its path as a Path object.
+
+    Args:
+        path: path of the file or folder.
+        who: text that the error message begins with.
 
     Raises: FileNotFoundError if there is no file or folder with this path.
     """
@@ -71,21 +75,21 @@ def first_line(error: BaseException) -> str:
     If the error has no text, return the name of its class.
     """
     # Messages of libraries may contain stack traces and hints. Their first line states the cause.
-    cause = next(
+    stated_cause = next(
         (stripped_line.strip() for stripped_line in str(error).splitlines() if stripped_line.strip()),
         type(error).__name__,
     )
-    return cause if len(cause) <= 200 else cause[:200] + "..."
+    return stated_cause if len(stated_cause) <= 200 else stated_cause[:200] + "..."
 
 
-def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -> Path:
+def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected_content: str) -> Path:
     """Return `path` if it is a file, and otherwise the only file of a folder with one of the suffixes.
 
     Args:
         path: file or folder.
         suffixes: suffixes of the files to search for, for example ".safetensors".
         flag: name of the option that the message begins with.
-        expected: description of what the folder must contain, for the message.
+        expected_content: description of what the folder must contain, for the message.
 
     Raises: ValueError for a folder in which no file or several files have such a suffix.
     """
@@ -94,14 +98,14 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
     matching_files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
     if not matching_files:
         raise ValueError(
-            f"{flag}: the folder {path} must contain {expected}, but has no file with the suffix"
+            f"{flag}: the folder {path} must contain {expected_content}, but has no file with the suffix"
             f" {' or '.join(suffixes)}. Pass the path of the file."
         )
     if len(matching_files) > 1:
         file_names = ", ".join(file.name for file in matching_files[:4])
         raise ValueError(
-            f"{flag}: the folder {path} must contain {expected}, but has several files: {file_names}. Pass"
-            " the path of one file."
+            f"{flag}: the folder {path} must contain {expected_content}, but has several files: {file_names}."
+            " Pass the path of one file."
         )
     return matching_files[0]
 
@@ -129,13 +133,13 @@ def read_content(path: str | Path, who: str) -> Any:
     except DAMAGED as error:
         # UnpicklingError has two causes. With this text, the file is no pickle at all. With any other text,
         # the pickle contains objects that weights_only does not allow.
-        operand = re.search(r"Unsupported operand \d+", str(error))
-        if isinstance(error, pickle.UnpicklingError) and operand is None:
+        operand_match = re.search(r"Unsupported operand \d+", str(error))
+        if isinstance(error, pickle.UnpicklingError) and operand_match is None:
             raise ValueError(
                 f"{who}: {path.name} is a pickle that contains more than weights. Its code was not executed."
                 " Download the file from its publisher, or save only its state dict."
             ) from error
-        reason = operand[0] if operand else first_line(error)
+        reason = operand_match[0] if operand_match else first_line(error)
         raise ValueError(
             f"{who}: no weights can be read from {path.name} ({reason}). The file may be incomplete or of"
             " another kind. Copy it again."
@@ -146,6 +150,10 @@ def read(path: str | Path, who: str) -> State:
     """Read tensors by name from a .safetensors file or from a state dict that torch.save wrote.
 
     If the file contains a dictionary with the key "state_dict", that entry is the state dict.
+
+    Args:
+        path: file of weights.
+        who: text that error messages begin with.
 
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, empty, or contains anything
         other than tensors by name.
@@ -190,19 +198,21 @@ def to_transformers(state_dict: Mapping[str, torch.Tensor], name_rules: Iterable
         state_dict: state dict.
         name_rules: pairs of a regular expression and its replacement, applied in order.
     """
-    renamed: State = {}
+    renamed_state: State = {}
     for name, tensor in state_dict.items():
         for pattern, replacement in name_rules:
             name = re.sub(pattern, replacement, name)
-        block, qkv, parameter = name.partition(".attn.qkv.")
-        if qkv:
+        block_name, qkv_separator, parameter_name = name.partition(".attn.qkv.")
+        if qkv_separator:
             projection_names = ("query", "key", "value")
             # Not strict: a tensor of another shape is reported later, when the network is filled.
             for projection_name, projection in zip(projection_names, tensor.chunk(3), strict=False):
-                renamed[f"{block}.attention.attention.{projection_name}.{parameter}"] = projection
+                renamed_state[f"{block_name}.attention.attention.{projection_name}.{parameter_name}"] = (
+                    projection
+                )
         else:
-            renamed[name] = tensor
-    return renamed
+            renamed_state[name] = tensor
+    return renamed_state
 
 
 def shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -210,25 +220,27 @@ def shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in state_dict.items()}
 
 
-def shape_of(state_dict: Mapping[str, torch.Tensor], entry_name: str, who: str, axes: int) -> tuple[int, ...]:
+def shape_of(
+    state_dict: Mapping[str, torch.Tensor], entry_name: str, who: str, axis_count: int
+) -> tuple[int, ...]:
     """Return the shape of an entry of a state dict.
 
     Args:
         state_dict: state dict.
         entry_name: name of the entry.
         who: text that error messages begin with.
-        axes: number of axes that the entry must have.
+        axis_count: number of axes that the entry must have.
 
     Raises: ValueError if the entry is missing or has another number of axes.
     """
     if entry_name not in state_dict:
         raise ValueError(
-            f"{who}: the entry {entry_name} with {axes} axes is missing. The file may belong to another"
+            f"{who}: the entry {entry_name} with {axis_count} axes is missing. The file may belong to another"
             " network: use the file of this network."
         )
-    if state_dict[entry_name].ndim != axes:
+    if state_dict[entry_name].ndim != axis_count:
         raise ValueError(
-            f"{who}: {entry_name} must have {axes} axes, but has the shape"
+            f"{who}: {entry_name} must have {axis_count} axes, but has the shape"
             f" {list(state_dict[entry_name].shape)}. The file may belong to another network: use the file of"
             " this network."
         )
@@ -257,7 +269,12 @@ def count(entry_names: Iterable[str], prefix: str) -> int:
 
 
 def check_finite(state_dict: Mapping[str, torch.Tensor], who: str) -> None:
-    """Raise ValueError if a floating-point tensor has a value that is NaN or infinite."""
+    """Raise ValueError if a floating-point tensor has a value that is NaN or infinite.
+
+    Args:
+        state_dict: state dict.
+        who: text that the error message begins with.
+    """
     nonfinite_names = [
         name
         for name, tensor in state_dict.items()
@@ -284,7 +301,7 @@ def fill(
     new_state: Mapping[str, torch.Tensor],
     who: str,
     *,
-    types: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    requested_dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Module:
     """Copy the tensors of a state dict into a network, and return the network.
@@ -295,8 +312,8 @@ def fill(
         network: network to fill.
         new_state: state dict, whose names must match exactly those of the network.
         who: text that error messages begin with.
-        types: dtype of all tensors or dtypes by name, for a network on the meta device. Tensors without a
-            dtype here have the dtype of the state dict.
+        requested_dtypes: dtype of all tensors or dtypes by name, for a network on the meta device. Tensors
+            without a dtype here have the dtype of the state dict.
         device: device for a network on the meta device.
 
     Raises: ValueError for entries that are missing, superfluous or of another shape, and for values that are
@@ -306,7 +323,11 @@ def fill(
     check_fit(present_state, new_state, who)
     check_finite(new_state, who)
     if any(tensor.is_meta for tensor in present_state.values()):
-        dtypes = dict.fromkeys(new_state, types) if isinstance(types, torch.dtype) else dict(types or {})
+        dtypes = (
+            dict.fromkeys(new_state, requested_dtypes)
+            if isinstance(requested_dtypes, torch.dtype)
+            else dict(requested_dtypes or {})
+        )
         # Dtypes that the caller gives replace those of the state dict.
         dtypes = {name: tensor.dtype for name, tensor in new_state.items()} | dtypes
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
@@ -348,8 +369,8 @@ def adopt(network: Module, new_state: Mapping[str, torch.Tensor], who: str) -> M
     for name, position_ids in list(network.named_buffers()):
         if name.endswith(SKIPPED):
             # The buffer may not be part of the file, and then has no values on the meta device.
-            parent, _, buffer_name = name.rpartition(".")
-            network.get_submodule(parent).register_buffer(
+            parent_name, _, buffer_name = name.rpartition(".")
+            network.get_submodule(parent_name).register_buffer(
                 buffer_name, torch.arange(position_ids.shape[-1])[None], persistent=False
             )
     return network
@@ -376,7 +397,9 @@ def fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def in_types_of(stored_state: Mapping[str, torch.Tensor], new_state: Mapping[str, torch.Tensor]) -> State:
-    """Replace tensors of a stored state dict by new ones, in the dtypes of the stored tensors, on the CPU.
+    """Return a stored state dict in which new tensors replace the stored ones, in the stored dtypes.
+
+    The new tensors are copied to the CPU.
 
     Args:
         stored_state: stored state dict; entries that `new_state` does not contain are returned unchanged.
@@ -393,8 +416,8 @@ def in_types_of(stored_state: Mapping[str, torch.Tensor], new_state: Mapping[str
 def write(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a state dict as a .safetensors file, atomically."""
     # safetensors rejects tensors that share memory, so each tensor is copied.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
-    write_atomic(path, safetensors.torch.save(copies, metadata={"format": "pt"}))
+    tensor_copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+    write_atomic(path, safetensors.torch.save(tensor_copies, metadata={"format": "pt"}))
 
 
 def rewrite(path: Path, file_content: Any) -> None:
@@ -406,18 +429,19 @@ def rewrite(path: Path, file_content: Any) -> None:
         path: file; the suffix .safetensors selects that format, any other suffix the format of torch.save.
         file_content: content of the file, as `read_content` returns it.
     """
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished_file = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.suffix == ".safetensors":
-            safetensors.torch.save_file(file_content, unfinished, metadata={"format": "pt"})
+            safetensors.torch.save_file(file_content, unfinished_file, metadata={"format": "pt"})
         else:
-            torch.save(file_content, unfinished)
+            torch.save(file_content, unfinished_file)
         # Renaming is atomic: the path leads to the old file or to the complete new file at any time.
-        unfinished.replace(path)
+        unfinished_file.replace(path)
     finally:
+        # After a successful rename there is no unfinished file.
         with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+            unfinished_file.unlink()
 
 
 @contextlib.contextmanager
@@ -446,14 +470,14 @@ def require_extra(flag: str, *libraries: str) -> None:
         it.
     """
     # diffusers belongs to the extra `sd`, transformers to the extra `vision`.
-    extra = "sd" if "diffusers" in libraries else "vision"
+    extra_name = "sd" if "diffusers" in libraries else "vision"
     for library in libraries:
         try:
             __import__(library)
         except ImportError as error:
             raise ValueError(
                 f"{flag}: these files need {' and '.join(libraries)}, but {library} cannot be imported"
-                f" ({first_line(error)}). Run pip install 'eg3d-rlhf[{extra}]'."
+                f" ({first_line(error)}). Run pip install 'eg3d-rlhf[{extra_name}]'."
             ) from error
 
 

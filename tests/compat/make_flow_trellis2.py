@@ -341,7 +341,7 @@ def facts_width(pipeline) -> int:
 def cascade(m: Maker, pipeline, facts: dict) -> None:
     decoder = pipeline._decoder()
     low = [torch.from_numpy(m.values[f"run/shape_512/{name}"]) for name in ("coords", "slat")]
-    fine, _ = decoder(on(*low), levels=len(decoder.config.up_block_type))
+    fine, _ = decoder(on(*low), split_count=len(decoder.config.up_block_type))
     finer = decoder.config.finer
     asked = facts["resolution"] + 2 * family.RESOLUTION_STEP
     voxels = fine.coords[:, 1:]

@@ -460,7 +460,8 @@ def test_the_cascade_and_its_limit_of_tokens(case, pipeline):
     finer = pipeline._decoder().config.finer
     with torch.no_grad():
         fine, _ = pipeline._decoder()(
-            batch(case["run/shape_512/coords"], low), levels=len(pipeline._decoder().config.up_block_type)
+            batch(case["run/shape_512/coords"], low),
+            split_count=len(pipeline._decoder().config.up_block_type),
         )
     assert torch.equal(rows(fine.coords)[0], rows(case["run/upsampled"])[0])
     side = case.fact("lr_resolution")

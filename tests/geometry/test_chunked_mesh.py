@@ -105,7 +105,7 @@ def test_every_plane_is_asked_for_once_and_progress_ends_at_the_last():
         return sigma[part]
 
     extract_mesh_blockwise(
-        sample, AXES, planes_per_block=7, progress=lambda *call: progress_calls.append(call)
+        sample, AXES, planes_per_block=7, on_progress=lambda *call: progress_calls.append(call)
     )
     assert asked == list(range(POINTS))
     assert progress_calls[-1] == ("density", POINTS, POINTS) and len(progress_calls) == 7

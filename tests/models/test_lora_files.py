@@ -56,7 +56,7 @@ def peft_full(model, adapter="default"):
 
 
 def test_adapters_come_back_as_they_were(model, tmp_path):
-    assert write_adapter(model, tmp_path / "a", base="some/base") == tmp_path / "a"
+    assert write_adapter(model, tmp_path / "a", base_name="some/base") == tmp_path / "a"
     read = read_weights(tmp_path / "a")
     assert (read.tensors, read.alpha, read.dropout) == ({}, 8, 0.25)
     again = load_weights(AdaptableFlow(), read)
@@ -69,7 +69,7 @@ def test_adapters_come_back_as_they_were(model, tmp_path):
 
 
 def test_what_is_written_is_what_peft_reads(model, tmp_path):
-    write_adapter(model, tmp_path, base="some/base")
+    write_adapter(model, tmp_path, base_name="some/base")
     assert sorted(os.listdir(tmp_path)) == [CONFIG, ADAPTER]
     names = [
         f"{PREFIX}blocks.{i}.{n}.lora_{part}.weight"

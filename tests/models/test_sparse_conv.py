@@ -79,7 +79,7 @@ def test_features_of_halved_voxels_are_those_of_every_voxel_in_them(share):
         dtype=weight.dtype,
     )
     inputs = [v.requires_grad_() for v in (features, weight, bias)]
-    out = submanifold_conv(x, *inputs[1:], coarse=inputs[0]).feats
+    out = submanifold_conv(x, *inputs[1:], coarse_feats=inputs[0]).feats
     want = submanifold_conv(x.with_feats(inputs[0][row]), *inputs[1:]).feats
     torch.testing.assert_close(out, want)
     for got, expected in zip(

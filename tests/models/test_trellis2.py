@@ -147,7 +147,7 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
     [
         ({"pe_mode": "ape"}, ("pe_mode", "'rope'", "'ape'")),
         ({"dtype": "f8"}, ("dtype", "float32, fp32", "'f8'")),
-        ({"num_heads": 5}, ("model_channels", "24 / 5")),
+        ({"num_heads": 5}, ("model_channels=24", "5 heads")),
         ({"in_channels": 2}, ("in_channels",)),
         ({"num_heads": 8}, ("rope_freq", "6", " 3 ")),
     ],
@@ -193,7 +193,7 @@ def test_a_decoder_with_given_children_makes_the_voxels_of_the_one_that_predicts
     with torch.no_grad():
         shape, children = predicting(x)
         colours, _ = receiving(x, children)
-        coarse, none = predicting(x, levels=0)
+        coarse, none = predicting(x, split_count=0)
     assert (
         shape.feats.shape[1] == 7
         and colours.feats.shape[1] == 6

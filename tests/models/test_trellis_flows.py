@@ -131,7 +131,7 @@ def test_time_reaches_the_output_as_a_thousandfold():
     ("changes", "names"),
     [
         (dict(pe_mode="rope"), ("pe_mode", "'ape'", "'rope'")),
-        (dict(patch_size=4), ("patch_size", "io_block_channels", "4, (12,)")),
+        (dict(patch_size=4), ("patch_size=4", "io_block_channels=(12,)")),
         (dict(num_heads=5), ("model_channels", "24 and 5")),
         (dict(resolution=7), ("patch_size", "resolution", "7 and 2")),
         (dict(sparse_conv="dense"), ("auto", "torch", "spconv", "'dense'")),

@@ -79,7 +79,9 @@ def test_every_entry_goes_in_and_nothing_else(put, make, state):
 
 def test_dtypes_are_those_of_the_file_or_those_requested(state):
     half = {name: tensor.half() for name, tensor in state.items()}
-    made = weights.fill(weights.empty(lambda: nn.Linear(2, 3)), half, "x", types={"bias": torch.float32})
+    made = weights.fill(
+        weights.empty(lambda: nn.Linear(2, 3)), half, "x", requested_dtypes={"bias": torch.float32}
+    )
     assert (made.weight.dtype, made.bias.dtype) == (torch.float16, torch.float32)
     assert {
         t.dtype for t in weights.adopt(weights.empty(lambda: nn.Linear(2, 3)), half, "x").parameters()

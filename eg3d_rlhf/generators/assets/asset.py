@@ -47,7 +47,7 @@ KINDS: Registry[type["Asset"]] = Registry(
 
 
 class Asset(torch.nn.Module, abc.ABC):
-    """Base class of several assets of one kind in one module.
+    """Base class of modules that contain A assets of the same kind.
 
     Each asset has its own parameters: the first axis of every parameter is A. The bounds of the assets are
     the unit cube about the origin. Renders have no jitter, are black where space is empty, and are
@@ -89,7 +89,7 @@ class Asset(torch.nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return the parameters in groups with different learning rates.
+        """Return the parameters by group: name -> list. The groups have different learning rates.
 
         The group 'grid' contains the values of the grid or the latents. The group 'decoder' exists only for
         assets with a decoder.
@@ -104,8 +104,8 @@ class Asset(torch.nn.Module, abc.ABC):
         # The cube is centred at the origin, see `bounds`.
         is_inside = (points.abs() <= self.bounds.side / 2 * (1 + _EDGE)).all(dim=-1)
         # Points outside are decoded, too, and their density is discarded.
-        raw, _ = self.decode(points)
-        return torch.where(is_inside, raw, EMPTY)
+        raw_density, _ = self.decode(points)
+        return torch.where(is_inside, raw_density, EMPTY)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
         """Return the raw density [A, D, H, W] at grid points, see `Field`."""
@@ -123,15 +123,15 @@ class Asset(torch.nn.Module, abc.ABC):
         """Render the assets from cameras, see `Field`."""
         return march(self, cameras.to(next(self.parameters())), options, RESOLUTION, self.samples)
 
-    def select(self, indices: list[int]) -> Self:
+    def select(self, asset_indices: list[int]) -> Self:
         """Return a copy that contains only the assets with the given indices, in their order."""
         # The copy has all attributes and buffers. Its parameters are replaced below.
         selected_assets = copy.deepcopy(self)
         for parameter_name, parameter in self.named_parameters():
-            selected_values = torch.nn.Parameter(
-                parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad
+            selected_parameter = torch.nn.Parameter(
+                parameter.detach()[asset_indices].clone(), requires_grad=parameter.requires_grad
             )
-            setattr(selected_assets, parameter_name, selected_values)
+            setattr(selected_assets, parameter_name, selected_parameter)
         return selected_assets
 
     def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
@@ -144,17 +144,19 @@ class Asset(torch.nn.Module, abc.ABC):
         """
         # With the key "asset", the parameters have the names that they have in `AssetNetwork`.
         network = torch.nn.ModuleDict({"asset": self})
-        arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
+        constructor_arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
         training_set = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
         # The file contains no G and no D, because finished assets are not trained further.
         networks.save(
             path,
-            networks.Networks(None, None, network, arguments, None, training_set, architecture=ARCHITECTURE),
+            networks.Networks(
+                None, None, network, constructor_arguments, None, training_set, architecture=ARCHITECTURE
+            ),
         )
 
 
 class AssetNetwork(torch.nn.Module):
-    """The network in a file of finished assets.
+    """Network that contains finished assets, as stored in a network file.
 
     Args:
         field: kind of the assets, a name in KINDS.
@@ -190,16 +192,18 @@ def load_assets(path: str | Path) -> Asset:
     return network.asset
 
 
-def sparsity(raw: torch.Tensor, grid_spacing: float) -> dict[str, torch.Tensor]:
-    """Compute two penalties on the opacity o = 1 - exp(-softplus(raw - 1) step) of grid points.
+def sparsity(raw_density: torch.Tensor, grid_spacing: float) -> dict[str, torch.Tensor]:
+    """Compute two penalties on the opacity o of grid points.
+
+    The opacity is o = 1 - exp(-softplus(raw_density - 1) grid_spacing), as in EG3D's ray marcher.
 
     Args:
-        raw: raw density [A, ...] at the points of a grid.
+        raw_density: raw density [A, ...] at the points of a grid.
         grid_spacing: distance of neighbouring grid points, world units.
     Returns: 'sparsity' [A], the mean of o; 'opacity' [A], the mean binary entropy of o in nats, which is 0 if
         every point is either opaque or empty.
     """
-    optical_depth = torch.nn.functional.softplus(raw - 1) * grid_spacing
+    optical_depth = torch.nn.functional.softplus(raw_density - 1) * grid_spacing
     # 1 - exp(-x); expm1 is accurate for small x.
     opacity = -torch.expm1(-optical_depth)
     # Binary entropy -(1 - o) log(1 - o) - o log(o), where -log(1 - o) is the optical depth. The clamp
@@ -239,7 +243,7 @@ class AssetGenerator:
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> torch.Tensor:
-        """Return ws [N, 1, 1], the index of the asset for each latent.
+        """Return the index of the asset of each latent, in the shape of style vectors ws [N, 1, 1].
 
         The camera and the truncation have no effect.
 
@@ -261,7 +265,7 @@ class AssetGenerator:
         return is_latent_of_asset.float().argmax(dim=1).view(-1, 1, 1).to(z)
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Asset:
-        """Return the assets with the indices ws [N, 1, 1].
+        """Return the assets whose indices ws [N, 1, 1] contains.
 
         Raises: ValueError for values that are no index of an asset, such as interpolated ones.
         """

@@ -1,4 +1,6 @@
-"""Assets on grids of parameters: voxels (for the test problem), and tri-planes with a decoder per asset.
+"""Assets on grids of parameters: voxels, and tri-planes with a decoder per asset.
+
+The CPU test problem for score distillation (eg3d_rlhf/rewards/boxes.py) uses the voxels.
 
 Shapes: A is the number of assets, N of voxels per edge, P of points, C of plane channels, J of hidden units,
 and R of texels per edge. X, Y and Z are numbers of grid points along x, y and z.
@@ -68,20 +70,22 @@ class Voxels(Asset):
         density_and_colour = torch.cat([self.raw.unsqueeze(1), self.paint], dim=1)  # [A, 4, N, N, N]
         # grid_sample expects coordinates in -1..1 on a 3D grid of points: [A, 1, 1, P, 3], components x,
         # y, z.
-        positions = (points * (2 / self.bounds.side))[:, None, None]
+        grid_positions = (points * (2 / self.bounds.side))[:, None, None]
         # [A, 4, 1, 1, P] -> [A, 4, P]
-        interpolated = F.grid_sample(
-            density_and_colour, positions, mode="bilinear", padding_mode="border", align_corners=True
+        interpolated_values = F.grid_sample(
+            density_and_colour, grid_positions, mode="bilinear", padding_mode="border", align_corners=True
         )[:, :, 0, 0]
-        return interpolated[:, 0], torch.sigmoid(interpolated[:, 1:]).transpose(1, 2)
+        return interpolated_values[:, 0], torch.sigmoid(interpolated_values[:, 1:]).transpose(1, 2)
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Return the raw density [A, X, Y, Z] on a grid of coordinates, see `ProductField`."""
         # The density is interpolated along one axis at a time, which takes fewer operations than
         # interpolating every point by itself. i, j and k count the coordinates in x, y and z.
-        along_x = torch.einsum("azyx,ix->azyi", self.raw, self._hats(x))  # [A, N, N, X]
-        along_xy = torch.einsum("azyi,jy->azij", along_x, self._hats(y))  # [A, N, X, Y]
-        return torch.einsum("azij,kz->aijk", along_xy, self._hats(z))  # [A, X, Y, Z]
+        interpolated_along_x = torch.einsum("azyx,ix->azyi", self.raw, self._hats(x))  # [A, N, N, X]
+        interpolated_along_xy = torch.einsum(
+            "azyi,jy->azij", interpolated_along_x, self._hats(y)
+        )  # [A, N, X, Y]
+        return torch.einsum("azij,kz->aijk", interpolated_along_xy, self._hats(z))  # [A, X, Y, Z]
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
         """Return the raw density [A, D, H, W] at grid points, see `Field`."""
@@ -102,10 +106,10 @@ class Voxels(Asset):
         last_index = self.resolution - 1
         index_positions = (coordinates.to(self.shape) / self.bounds.side + 0.5) * last_index  # 0..N - 1
         # Hat function: 1 at the voxel's own position, 0 from the neighbouring voxels on.
-        distances = index_positions.clamp(0, last_index)[:, None] - torch.arange(self.resolution).to(
+        index_distances = index_positions.clamp(0, last_index)[:, None] - torch.arange(self.resolution).to(
             self.shape
         )
-        return (1 - distances.abs()).clamp_min(0)
+        return (1 - index_distances.abs()).clamp_min(0)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
         """Return penalties by name, each [A], see `Asset`.
@@ -114,8 +118,13 @@ class Voxels(Asset):
         difference of `shape` between neighbouring voxels.
         """
         # One value [A] for each of the axes z, y and x.
-        differences = [self.shape.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (1, 2, 3)]
-        return {**sparsity(self.raw, self.pitch), "roughness": torch.stack(differences).mean(dim=0)}
+        mean_squared_differences = [
+            self.shape.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (1, 2, 3)
+        ]
+        return {
+            **sparsity(self.raw, self.pitch),
+            "roughness": torch.stack(mean_squared_differences).mean(dim=0),
+        }
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
         """Return the parameters in groups with different learning rates, see `Asset`."""
@@ -197,13 +206,13 @@ class TriPlanes(Asset):
             dim=1
         )
         # Each asset has its own decoder, so the layers are batched matrix products. J and 4 are output sizes.
-        hidden = F.softplus(torch.baddbmm(self.b0.unsqueeze(2), self.w0, features))  # [A, J, P]
-        outputs = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden)  # [A, 4, P]
+        hidden_activations = F.softplus(torch.baddbmm(self.b0.unsqueeze(2), self.w0, features))  # [A, J, P]
+        decoder_outputs = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden_activations)  # [A, 4, P]
         # Without this ball, the first renders would be empty.
-        blob = _BLOB * (1 - points.norm(dim=2) / _REACH)
+        initial_ball = _BLOB * (1 - points.norm(dim=2) / _REACH)
         # The sigmoid of OSGDecoder is stretched to the range -0.001 to 1.001.
-        colour = (torch.sigmoid(outputs[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(0, 1)
-        return 1 + blob + outputs[:, 0], colour.transpose(1, 2)
+        colour = (torch.sigmoid(decoder_outputs[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(0, 1)
+        return 1 + initial_ball + decoder_outputs[:, 0], colour.transpose(1, 2)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
         """Return penalties by name, each [A], see `Asset`.
@@ -211,12 +220,14 @@ class TriPlanes(Asset):
         'sparsity' and 'opacity' are computed on a coarse grid, see the function `sparsity`. 'roughness' is
         the mean squared difference between neighbouring texels of the planes.
         """
-        probes = SlabSpec.from_bounds(self.bounds, _PROBES)
+        probe_grid = SlabSpec.from_bounds(self.bounds, _PROBES)
         # One value [A] for each of the two axes of the planes [A, 3, C, R, R].
-        differences = [self.planes.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (3, 4)]
+        mean_squared_differences = [
+            self.planes.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (3, 4)
+        ]
         return {
-            **sparsity(self.density_grid(probes), probes.voxel),
-            "roughness": torch.stack(differences).mean(dim=0),
+            **sparsity(self.density_grid(probe_grid), probe_grid.voxel),
+            "roughness": torch.stack(mean_squared_differences).mean(dim=0),
         }
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:

@@ -38,9 +38,9 @@ class Latents(Asset):
 
         Args:
             assets: number of assets A.
-            generator: SHA-256 of the state of the generator that stored latents belong to, or None for
-                new ones.
-        Raises: ValueError if this is not the bundled generator.
+            generator: SHA-256 of the state dict of the generator to which stored latents belong; None: the
+                latents are new, and nothing is checked.
+        Raises: ValueError if `generator` is not the hash of the bundled generator.
         """
         super().__init__()
         # Latents of one network have no meaning for another network.
@@ -56,7 +56,7 @@ class Latents(Asset):
 
     @classmethod
     def from_seeds(cls, seeds: Sequence[int]) -> "Latents":
-        """Create one asset for each seed, with the latent of the bundled generator's shape of that seed."""
+        """Create one asset per seed. Its style vectors are those of the bundled generator for this seed."""
         new_assets = cls(len(seeds))
         with torch.no_grad():
             # In place, so that the parameter remains the same object.
@@ -80,7 +80,7 @@ class Latents(Asset):
 
     @property
     def field(self) -> PlaneField:
-        """Synthesise the field of the present latents."""
+        """Synthesise the shapes of the current style vectors."""
         return cast(PlaneField, self.generator.field(self.ws))
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,9 +97,9 @@ class Latents(Asset):
         'sparsity' and 'opacity' are computed on a coarse grid, see the function `sparsity`. 'roughness' is
         the mean squared difference between the latents of successive layers.
         """
-        probes = SlabSpec.from_bounds(self.bounds, _PROBES)
+        probe_grid = SlabSpec.from_bounds(self.bounds, _PROBES)
         return {
-            **sparsity(self.density_grid(probes), probes.voxel),
+            **sparsity(self.density_grid(probe_grid), probe_grid.voxel),
             "roughness": self.ws.diff(dim=1).square().flatten(1).mean(dim=1),
         }
 

@@ -1,8 +1,8 @@
 """Cameras around assets, and renders of assets.
 
 Cameras are sampled as in public text-to-3D code, and converted to the conventions of networks with four views
-such as MVDream (Shi et al. 2023). Renders are either four orthographic views of voxels (for the test
-problem), or perspective views of any field.
+such as MVDream (Shi et al. 2023). Renders are either four orthographic views of voxels, or perspective views
+of any field.
 
 In our world, y points up, the camera of a portrait is at +z, and the camera axes are those of OpenCV (x
 right, y down, z forward). In MVDream's world, z points up, and the camera axes are those of OpenGL (x right,
@@ -68,13 +68,15 @@ class CameraRanges:
             low + uniform_numbers[:, i] * (high - low)
             for i, (low, high) in enumerate((self.fov, self.elevation, self.distance))
         )
-        lowest, highest = self.elevation
-        lowest_sine = math.sin(math.radians(lowest))
-        highest_sine = math.sin(math.radians(highest))
+        lowest_elevation, highest_elevation = self.elevation
+        lowest_sine = math.sin(math.radians(lowest_elevation))
+        highest_sine = math.sin(math.radians(highest_elevation))
         # The height on the unit sphere is the sine of the elevation. The same random number is used for
         # either distribution.
-        fraction = (uniform_angle - lowest) / max(highest - lowest, _TINY)
-        uniform_height = lowest_sine + fraction * (highest_sine - lowest_sine)
+        elevation_fraction = (uniform_angle - lowest_elevation) / max(
+            highest_elevation - lowest_elevation, _TINY
+        )
+        uniform_height = lowest_sine + elevation_fraction * (highest_sine - lowest_sine)
         elevation = torch.where(
             uniform_numbers[:, 3] < 0.5, uniform_angle, torch.rad2deg(torch.asin(uniform_height))
         )
@@ -102,7 +104,7 @@ def views_at(
     azimuth_radians = torch.deg2rad(azimuth)
     elevation_radians = torch.deg2rad(elevation)
     # [B, 3]
-    position = (
+    camera_position = (
         torch.stack(
             [
                 azimuth_radians.sin() * elevation_radians.cos(),
@@ -116,25 +118,31 @@ def views_at(
     # Focal lengths divided by the image size.
     focal_lengths = 0.5 / torch.tan(torch.deg2rad(fov) / 2)
     intrinsics = torch.stack([intrinsics_matrix(float(focal)) for focal in focal_lengths])
-    cameras = pack_label(look_at(position, torch.zeros_like(position)).float(), intrinsics)
+    cameras = pack_label(look_at(camera_position, torch.zeros_like(camera_position)).float(), intrinsics)
     return Views(cameras, azimuth.float(), elevation.float(), distance.float(), fov.float())
 
 
 def evenly_around(
-    assets: int, views: int = 4, distance: float = 1.5, fov: float = 40.0, elevation: float = 0.0
+    asset_count: int,
+    views_per_asset: int = 4,
+    distance: float = 1.5,
+    fov: float = 40.0,
+    elevation: float = 0.0,
 ) -> Views:
     """Return views that are evenly spaced in azimuth. They are the same for every asset.
 
     The first view is from the front, and the azimuth increases towards +x.
 
     Args:
-        assets: number of assets A.
-        views: number of views of an asset V.
+        asset_count: number of assets A.
+        views_per_asset: number of views of an asset V.
         distance: distance from the origin, world units.
         fov: field of view along an edge of the image, degrees.
         elevation: angle above the horizon, degrees.
     """
-    azimuth = (torch.arange(views, dtype=torch.float64) * (360 / views)).repeat(assets)
+    azimuth = (torch.arange(views_per_asset, dtype=torch.float64) * (360 / views_per_asset)).repeat(
+        asset_count
+    )
     azimuth = torch.where(azimuth > 180, azimuth - 360, azimuth)  # azimuths are in (-180, 180]
     return views_at(
         azimuth, *(torch.full_like(azimuth, view_value) for view_value in (elevation, distance, fov))
@@ -222,35 +230,38 @@ def nearness(depth: torch.Tensor, near: float, far: float) -> torch.Tensor:
     return (1 / depth - 1 / far) / (1 / near - 1 / far)
 
 
-def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[torch.Tensor, torch.Tensor]:
+def four_views(
+    raw_density: torch.Tensor, colours: torch.Tensor, pitch: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Render voxels orthographically from four sides, in this order: +z (front), +x, -z (back), -x.
 
     A ray runs through the centres of the voxels i of a row, so no samples are interpolated. With the colour
     or inverse depth c_i of a voxel:
 
-        tau_i = softplus(raw_i - 1) pitch,  w_i = (1 - exp(-tau_i)) exp(-sum of tau_j over voxels j before i),
+        tau_i = softplus(raw_density_i - 1) pitch,
+        w_i = (1 - exp(-tau_i)) exp(-sum of tau_j over voxels j before i),
         channel = sum_i w_i c_i
 
-    Opposite views share tau and its running sum. Differentiable in raw and colours.
+    Opposite views share tau and its running sum. Differentiable in raw_density and colours.
 
     Args:
-        raw: raw density [A, N, N, N], axes z, y, x.
+        raw_density: raw density [A, N, N, N], axes z, y, x.
         colours: colours [A, 3, N, N, N] in 0..1, axes z, y, x.
         pitch: distance between the centres of neighbouring voxels, world units.
     Returns: channels [A, 4, 4, N, N] (axes: asset, view, channel, rows from the top, columns) with RGB and
         inverse depth, multiplied by the opacity; and the opacity [A, 4, 1, N, N].
     """
-    voxels_per_edge = raw.shape[-1]  # N
+    voxels_per_edge = raw_density.shape[-1]  # N
     # Optical depth of each voxel, as in EG3D's ray marcher.
-    optical_depth = F.softplus(raw - 1) * pitch
+    optical_depth = F.softplus(raw_density - 1) * pitch
     alpha = -torch.expm1(-optical_depth)
     # Edge of the cube between the centres of the outer voxels.
     cube_edge = pitch * (voxels_per_edge - 1)
     # Increasing coordinates of the voxels of a row.
-    coordinates = torch.linspace(-0.5, 0.5, voxels_per_edge).to(raw) * cube_edge
+    voxel_coordinates = torch.linspace(-0.5, 0.5, voxels_per_edge).to(raw_density) * cube_edge
     # Scaled inverse depth of each voxel for a camera at the high end of the axis, [N].
     disparity = nearness(
-        DISTANCE * cube_edge - coordinates, (DISTANCE - 0.5) * cube_edge, (DISTANCE + 0.5) * cube_edge
+        DISTANCE * cube_edge - voxel_coordinates, (DISTANCE - 0.5) * cube_edge, (DISTANCE + 0.5) * cube_edge
     )
     rendered_views: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     # Axis 1 is z and axis 3 is x. The first view of a pair looks from the low end of the axis, the second
@@ -293,7 +304,9 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
 
 
 class FourViews:
-    """A `Renderer` for the test problem: RGB and inverse depth of voxels, seen from four fixed sides.
+    """A `Renderer` of voxels from four fixed sides, with RGB and inverse depth.
+
+    The CPU test problem for score distillation (eg3d_rlhf/rewards/boxes.py) uses it.
 
     Args: resolution: pixels per edge R.
     """
@@ -355,8 +368,8 @@ class PerspectiveViews:
         cameras_by_view = views.cameras.unflatten(0, (len(asset), -1)).unbind(1)  # V tensors [A, 25]
         renderings = [asset.render(cameras, self.options) for cameras in cameras_by_view]
         # V tensors [A, C, R, R] -> [A, V, C, R, R] -> [B, C, R, R]
-        raw = torch.stack([rendering.raw for rendering in renderings], dim=1).flatten(0, 1)
+        raw_images = torch.stack([rendering.raw for rendering in renderings], dim=1).flatten(0, 1)
         opacity = torch.stack([rendering.opacity for rendering in renderings], dim=1).flatten(0, 1)
-        background_colour = background.to(raw).expand(len(raw), 3)[:, :, None, None]
+        background_colour = background.to(raw_images).expand(len(raw_images), 3)[:, :, None, None]
         # The renders have a black background and colours in -1..1.
-        return RenderedViews((raw + 1) / 2 + (1 - opacity) * background_colour, opacity)
+        return RenderedViews((raw_images + 1) / 2 + (1 - opacity) * background_colour, opacity)

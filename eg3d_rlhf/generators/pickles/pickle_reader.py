@@ -21,7 +21,7 @@ MAX_TEXT = 1 << 27
 
 
 class RejectedError(ValueError):
-    """A stream is rejected. The text is the reason, a clause about the file that begins with 'it' or 'its'.
+    """Raised for a rejected stream, with the reason: a clause about the file that begins with 'it' or 'its'.
 
     Example: 'it refers to os.system, which no network needs'. `reporting_rejection` completes the sentence.
     """
@@ -33,21 +33,28 @@ class Budget:
 
     # Number of bytes that may still be decoded from long texts; initially the size of the file. A text that
     # several opcodes use counts each time.
-    decoded: int
-    opcodes: int = MAX_OPCODES  # number of opcodes, or of other operations of similar cost
-    texts: int = MAX_TEXT  # number of bytes of short texts
+    decoded_bytes: int
+    opcode_count: int = MAX_OPCODES  # number of opcodes, or of other operations of similar cost
+    text_bytes: int = MAX_TEXT  # number of bytes of short texts
 
-    def spend(self, *, opcodes: int = 0, decoded: int = 0, texts: int = 0) -> None:
-        """Subtract work from the budget. Raises: RejectedError if the budget is exhausted."""
-        self.opcodes = self.opcodes - opcodes
-        self.decoded = self.decoded - decoded
-        self.texts = self.texts - texts
-        if self.opcodes < 0:
+    def spend(self, *, opcode_count: int = 0, decoded_bytes: int = 0, text_bytes: int = 0) -> None:
+        """Subtract work from the budget.
+
+        Args:
+            opcode_count: number of opcodes, or of other operations of similar cost.
+            decoded_bytes: number of bytes decoded from long texts.
+            text_bytes: number of bytes of short texts.
+        Raises: RejectedError if the budget is exhausted.
+        """
+        self.opcode_count = self.opcode_count - opcode_count
+        self.decoded_bytes = self.decoded_bytes - decoded_bytes
+        self.text_bytes = self.text_bytes - text_bytes
+        if self.opcode_count < 0:
             raise RejectedError(f"it needs more than {MAX_OPCODES} opcodes")
-        if self.decoded < 0:
-            raise RejectedError("its texts would decode to more bytes than the file has")
-        if self.texts < 0:
-            raise RejectedError(f"its short texts have more than {MAX_TEXT} bytes")
+        if self.decoded_bytes < 0:
+            raise RejectedError("its long texts would decode to more bytes than the file has")
+        if self.text_bytes < 0:
+            raise RejectedError(f"its short texts have more than {MAX_TEXT} bytes together")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Global:
 
     @property
     def path(self) -> str:
-        """Return module.name."""
+        """Return the name with its module, for example 'torch.FloatStorage'."""
         return f"{self.module}.{self.name}"
 
 
@@ -84,11 +91,13 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def shorten(text: str, limit: int = 80) -> str:
-    """Escape control characters in a text, and truncate it to `limit` characters."""
+def shorten(untrusted_text: str, max_characters: int = 80) -> str:
+    """Escape control characters in a text, and truncate it to `max_characters` characters."""
     # Truncated first, so that a text of gigabytes is not escaped.
-    short = text if len(text) <= limit else text[:limit] + "..."
-    return short.encode("unicode_escape").decode("ascii")
+    short_text = (
+        untrusted_text if len(untrusted_text) <= max_characters else untrusted_text[:max_characters] + "..."
+    )
+    return short_text.encode("unicode_escape").decode("ascii")
 
 
 def is_key(value: Any) -> bool:
@@ -112,28 +121,34 @@ def decode(utf8: bytes) -> str:
         raise RejectedError("it contains a text that is not UTF-8") from None
 
 
-def members(items: list) -> list:
+def members(set_members: list) -> list:
     """Return the items of a set unchanged. Raises: RejectedError for an item that is no key (`is_key`)."""
-    for item in items:
-        if not is_key(item):
-            raise RejectedError(f"it has a set with the member {describe(item)}")
-    return items
+    for set_member in set_members:
+        if not is_key(set_member):
+            raise RejectedError(
+                f"it has a set with the member {describe(set_member)} instead of a text, None or an integer"
+                " below 2^60"
+            )
+    return set_members
 
 
-def fill(target: dict, *, items: list) -> dict:
-    """Add items, which are alternating keys and values, to the dictionary `target`. Return the dictionary.
+def fill(dictionary: dict, *, keys_and_values: list) -> dict:
+    """Add entries to a dictionary, in place, and return it. `keys_and_values` has keys and values in turn.
 
     A later value of the same key replaces an earlier one, as in pickle.
 
     Raises: RejectedError for an odd number of items, or a value that cannot be a key (`is_key`).
     """
-    if len(items) % 2:
+    if len(keys_and_values) % 2:
         raise RejectedError("it has a dictionary key without a value")
-    for key, value in zip(items[::2], items[1::2], strict=True):
+    for key, value in zip(keys_and_values[::2], keys_and_values[1::2], strict=True):
         if not is_key(key):
-            raise RejectedError(f"it has a dictionary with the key {describe(key)}")
-        target[key] = value
-    return target
+            raise RejectedError(
+                f"it has a dictionary with the key {describe(key)} instead of a text, None or an integer"
+                " below 2^60"
+            )
+        dictionary[key] = value
+    return dictionary
 
 
 class Rules:
@@ -154,24 +169,26 @@ class Rules:
         self.name_counts = name_counts
 
     def find(self, name: Global) -> Global:
-        """Return a name that the stream refers to if it is accepted."""
-        raise RejectedError(f"it refers to {describe(name)}{self.location}")
+        """Return a name that the stream refers to. Other names than the accepted ones are an error."""
+        raise RejectedError(f"it refers to {describe(name)}{self.location}, which is not allowed")
 
     def reduce(self, function: Any, args: tuple) -> Any:
         """Return the record that represents the result of a function call."""
-        raise RejectedError(f"it calls {describe(function)}{self.location}")
+        raise RejectedError(f"it calls {describe(function)}{self.location}, which is not allowed")
 
     def new(self, cls: Any, args: tuple) -> Any:
         """Return the record that represents a new object of the class `cls`, without its state."""
-        raise RejectedError(f"it creates an object of {describe(cls)}{self.location}")
+        raise RejectedError(f"it creates an object of {describe(cls)}{self.location}, which is not allowed")
 
-    def build(self, record: Any, state: Any) -> None:
+    def build(self, target_record: Any, state: Any) -> None:
         """Set the state of a record that `new` or `reduce` returned."""
-        raise RejectedError(f"it sets the state of {describe(record)}{self.location}")
+        raise RejectedError(
+            f"it sets the state of {describe(target_record)}{self.location}, which is not allowed"
+        )
 
     def persistent(self, pid: Any) -> Any:
-        """Return the record of an object that is stored outside of the stream, by its persistent id."""
-        raise RejectedError(f"it has a persistent id ({describe(pid)})")
+        """Return the record of the object outside of the stream that has the persistent id `pid`."""
+        raise RejectedError(f"it has a persistent id ({describe(pid)}), which is not allowed here")
 
 
 class Machine:
@@ -207,11 +224,11 @@ class Machine:
         if not 2 <= self.protocol <= 5:
             raise RejectedError(f"it has the pickle protocol {self.protocol}, which is not one of 2 to 5")
         while True:
-            self.rules.budget.spend(opcodes=1)
+            self.rules.budget.spend(opcode_count=1)
             opcode = self.u1()
             if opcode == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.below:
-                    raise RejectedError("it ends with more than one value")
+                    raise RejectedError("it does not end with exactly one value")
                 return self.pop()
             # An opcode outside the table is rejected.
             operation = OPERATIONS.get(opcode)
@@ -226,9 +243,11 @@ class Machine:
 
         Raises: RejectedError if fewer bytes remain.
         """
-        remaining = len(self.data) - self.position
-        if byte_count > remaining:
-            raise RejectedError(f"it ends too early: {byte_count} bytes are needed, but {remaining} remain")
+        remaining_byte_count = len(self.data) - self.position
+        if byte_count > remaining_byte_count:
+            raise RejectedError(
+                f"it ends too early: {byte_count} bytes are needed, but {remaining_byte_count} remain"
+            )
         self.position += byte_count
         return self.data[self.position - byte_count : self.position]
 
@@ -247,26 +266,28 @@ class Machine:
         """
         # The search is limited, so that a file without newline is not searched to its end.
         search_window = bytes(self.data[self.position : self.position + MAX_NAME + 1])
-        length = search_window.find(b"\n")
-        if length < 0:
+        line_length = search_window.find(b"\n")
+        if line_length < 0:
             raise RejectedError(f"it has a name of more than {MAX_NAME} characters, or ends within a name")
-        self.position += length + 1
-        return decode(search_window[:length])
+        self.position += line_length + 1
+        return decode(search_window[:line_length])
 
     def text(self, byte_count: int) -> "str | LongText":
         """Read a text of `byte_count` bytes of UTF-8. A text of more than LONG_TEXT bytes is not decoded."""
         if byte_count > MAX_TEXT:
-            raise RejectedError(f"it has a text of {byte_count} bytes")
+            raise RejectedError(f"it has a text of {byte_count} bytes, which is more than {MAX_TEXT}")
         utf8_view = self.take(byte_count)
         if byte_count > LONG_TEXT:
             return LongText(utf8_view)
-        self.rules.budget.spend(texts=byte_count)
+        self.rules.budget.spend(text_bytes=byte_count)
         return decode(bytes(utf8_view))
 
     def integer(self, byte_count: int) -> int:
         """Read a signed integer of `byte_count` bytes, in little-endian two's complement."""
         if not 0 <= byte_count <= MAX_INTEGER_BYTES:
-            raise RejectedError(f"it has an integer of {byte_count} bytes")
+            raise RejectedError(
+                f"it has an integer of {byte_count} bytes instead of 0 to {MAX_INTEGER_BYTES}"
+            )
         return int.from_bytes(self.take(byte_count), "little", signed=True)
 
     # Methods on the stack.
@@ -307,17 +328,17 @@ class Machine:
 
     # Methods that create or extend containers.
 
-    def tuple_of(self, count: int) -> None:
-        """Replace the topmost `count` values by a tuple."""
-        if len(self.stack) < count:
+    def tuple_of(self, value_count: int) -> None:
+        """Replace the topmost `value_count` values by a tuple."""
+        if len(self.stack) < value_count:
             raise RejectedError("it has an opcode without the values that the opcode needs")
-        self.stack[-count:] = [tuple(self.stack[-count:])]
+        self.stack[-value_count:] = [tuple(self.stack[-value_count:])]
 
-    def extend(self, items: list, container_type: type) -> None:
-        """Add items to the list or set on top of the stack. `container_type` is list or set."""
+    def extend(self, added_values: list, container_type: type) -> None:
+        """Add `added_values` to the list or set on top of the stack. `container_type` is list or set."""
         # The check of the type prevents that the stream extends a record.
         container = self.top(container_type)
-        container.extend(items) if container_type is list else container.update(members(items))
+        container.extend(added_values) if container_type is list else container.update(members(added_values))
 
     # Methods on the memo.
 
@@ -349,9 +370,9 @@ class Machine:
         A frame is a block that pickle reads at once. Here the file is in memory, so frames have no effect.
         """
         frame_size = self.number("<Q")
-        remaining = len(self.data) - self.position
-        if frame_size > remaining:
-            raise RejectedError(f"it has a frame of {frame_size} bytes, but {remaining} remain")
+        remaining_byte_count = len(self.data) - self.position
+        if frame_size > remaining_byte_count:
+            raise RejectedError(f"it has a frame of {frame_size} bytes, but {remaining_byte_count} remain")
 
 
 # Opcode -> operation on a machine `m`, with the names of pickletools in comments. Python evaluates
@@ -390,10 +411,10 @@ OPERATIONS: dict[int, Callable[[Machine], object]] = {
     0x61: lambda m: m.extend([m.pop()], list),  # APPEND
     0x65: lambda m: m.extend(m.pop_to_mark(), list),  # APPENDS
     0x7D: lambda m: m.push({}),  # EMPTY_DICT
-    0x64: lambda m: m.push(fill({}, items=m.pop_to_mark())),  # DICT
+    0x64: lambda m: m.push(fill({}, keys_and_values=m.pop_to_mark())),  # DICT
     # SETITEM; the value is popped before the key, so the pair is reversed
-    0x73: lambda m: fill(items=[m.pop(), m.pop()][::-1], target=m.top(dict)),
-    0x75: lambda m: fill(items=m.pop_to_mark(), target=m.top(dict)),  # SETITEMS
+    0x73: lambda m: fill(keys_and_values=[m.pop(), m.pop()][::-1], dictionary=m.top(dict)),
+    0x75: lambda m: fill(keys_and_values=m.pop_to_mark(), dictionary=m.top(dict)),  # SETITEMS
     0x8F: lambda m: m.push(set()),  # EMPTY_SET
     0x90: lambda m: m.extend(m.pop_to_mark(), set),  # ADDITEMS
     0x91: lambda m: m.push(frozenset(members(m.pop_to_mark()))),  # FROZENSET
@@ -406,6 +427,6 @@ OPERATIONS: dict[int, Callable[[Machine], object]] = {
     0x93: lambda m: m.find(name=m.pop(str), module=m.pop(str)),  # STACK_GLOBAL
     0x52: lambda m: m.push(m.rules.reduce(args=m.pop(tuple), function=m.pop())),  # REDUCE
     0x81: lambda m: m.push(m.rules.new(args=m.pop(tuple), cls=m.pop())),  # NEWOBJ
-    0x62: lambda m: m.rules.build(state=m.pop(), record=m.top()),  # BUILD
+    0x62: lambda m: m.rules.build(state=m.pop(), target_record=m.top()),  # BUILD
     0x51: lambda m: m.push(m.rules.persistent(m.pop())),  # BINPERSID
 }

@@ -1,7 +1,7 @@
 """Construction of networks from a snapshot of EG3D.
 
-A network is built from the constructor arguments in the file. The name and the value of each argument are
-checked before. Then the tensors are copied into the network by their names.
+The name and the value of each constructor argument in the file are checked. Then the network is built with
+these arguments, and the tensors of the file are copied into it by their names.
 """
 
 import dataclasses
@@ -159,18 +159,18 @@ OPTIONAL_RENDERING = {
 }
 
 
-def check(arguments: dict, check_by_name: dict, where: str) -> None:
-    """Check constructor arguments or options.
+def check(arguments: dict, check_by_name: dict, name_prefix: str) -> None:
+    """Check that the names and values of constructor arguments or options are accepted.
 
     Args:
         arguments: arguments by name.
         check_by_name: a `Check` by name, or a table for an argument that is a dictionary itself.
-        where: start of the full name in messages, such as "mapping_kwargs.".
+        name_prefix: start of the full name in messages, such as "mapping_kwargs.".
     Raises: RejectedError for the first name outside the table, or the first value that is not accepted.
     """
     for argument_name, argument in arguments.items():
         # `shorten` also escapes control characters, which must not reach the terminal.
-        full_name = f"{where}{shorten(argument_name)}"
+        full_name = f"{name_prefix}{shorten(argument_name)}"
         # An unknown argument might change the architecture, so it is not ignored.
         if argument_name not in check_by_name:
             raise RejectedError(f"it has the unknown constructor argument {full_name}")
@@ -274,8 +274,8 @@ def family_of(class_name: str, shape_by_name: dict[str, tuple[int, ...]], render
 
     Args:
         class_name: class name of the generator in the file.
-        shape_by_name: name -> shape of each tensor in its state dict.
-        rendering_options: its rendering options.
+        shape_by_name: name -> shape of each tensor in the state dict of the generator.
+        rendering_options: rendering options of the generator.
     Returns: the properties of the family.
     Raises: RejectedError if the class name contradicts the tensors, if the backbone has another number of
         output channels, or if the option render_mode is unknown.
@@ -354,7 +354,7 @@ def _with(arguments: dict, required_names: Iterable[str], who: str) -> dict:
     Args:
         arguments: arguments or options by name.
         required_names: names that must be present.
-        who: start of the message, which names the owner of the arguments, such as "generator".
+        who: owner of the arguments in messages, such as "generator".
     Raises: RejectedError if a required name is missing.
     """
     missing_names = [required_name for required_name in required_names if required_name not in arguments]
@@ -400,7 +400,7 @@ def generator_plan(module_record: ModuleRecord, network_name: str) -> "Plan":
     if not isinstance(rendering_options, dict):
         raise RejectedError(f"its rendering_kwargs are {describe(rendering_options)} instead of a dictionary")
     shape_by_name = {
-        option_name: tensor_record.shape for option_name, tensor_record in record_by_name.items()
+        tensor_name: tensor_record.shape for tensor_name, tensor_record in record_by_name.items()
     }
     family = family_of(module_record.class_name, shape_by_name, rendering_options)
     required_checks = {**RENDERING, **family.rendering}
@@ -423,9 +423,9 @@ def generator_plan(module_record: ModuleRecord, network_name: str) -> "Plan":
 
 
 def _inside(module_record: ModuleRecord, attribute_name: str, child_name: str) -> Any:
-    """Return a buffer or submodule of a module, or None if the module has none of this name.
+    """Return the buffer or submodule `child_name` of a module, or None if it does not exist.
 
-    Args: attribute_name: "_buffers" or "_modules"; child_name: name of the buffer or submodule.
+    Args: attribute_name: dictionary of the module that is searched, "_buffers" or "_modules".
     """
     children = module_record.state.get(attribute_name)
     return children.get(child_name) if isinstance(children, dict) else None
@@ -519,21 +519,21 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
     """Build the networks of a snapshot, see `load` for arguments, result and errors."""
     plan_by_name = plan(snapshot, freeze_layers)
     built_networks: dict[str, Any] = {
-        name: network_plan.build() for name, network_plan in plan_by_name.items()
+        network_name: network_plan.build() for network_name, network_plan in plan_by_name.items()
     }
     with reporting_rejection(snapshot.who):
         # The resolution is an attribute of the generators in EG3D, not part of the state dict.
-        for name in built_networks.keys() - {"D"}:
-            built_networks[name].neural_rendering_resolution = neural_rendering_resolution(
-                snapshot.networks[name]
+        for network_name in built_networks.keys() - {"D"}:
+            built_networks[network_name].neural_rendering_resolution = neural_rendering_resolution(
+                snapshot.networks[network_name]
             )
         training_set = _training_set(snapshot)
-    for name, network in built_networks.items():
+    for network_name, network in built_networks.items():
         # G and D are in training mode, and G_ema is in eval mode, as in a training run.
-        network.train(name != "G_ema").requires_grad_(False)
+        network.train(network_name != "G_ema").requires_grad_(False)
     D_kwargs = plan_by_name["D"].kwargs if "D" in plan_by_name else None
     G_kwargs = plan_by_name["G_ema"].kwargs
-    name = plan_by_name["G_ema"].architecture
+    family_name = plan_by_name["G_ema"].architecture
     return networks.Networks(
         built_networks.get("G"),
         built_networks.get("D"),
@@ -541,16 +541,18 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
         G_kwargs,
         D_kwargs,
         training_set,
-        architecture=name,
+        architecture=family_name,
     )
 
 
 def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan]:
     """Check the arguments and the tensors of every network of a snapshot, before memory is allocated.
 
-    Args: freeze_layers: number of first layers of D that stay frozen; None: the value in the file.
+    Args:
+        snapshot: contents of the file.
+        freeze_layers: number of first layers of D that stay frozen; None: the value in the file.
     Returns: name ("G", "D" or "G_ema") -> plan of the network.
-    Raises: ValueError with a message of one line.
+    Raises: ValueError with a message of one line, if a network, argument or tensor is not accepted.
     """
     with reporting_rejection(snapshot.who):
         if "G_ema" not in snapshot.networks:
@@ -566,11 +568,13 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
             ema_arguments = plan_by_name["G_ema"].kwargs
             g_arguments = plan_by_name["G"].kwargs
             differing_names = sorted(
-                network_name
-                for network_name in {**ema_arguments, **g_arguments}
-                if ema_arguments.get(network_name) != g_arguments.get(network_name)
+                argument_name
+                for argument_name in {**ema_arguments, **g_arguments}
+                if ema_arguments.get(argument_name) != g_arguments.get(argument_name)
             )
-            raise RejectedError(f"its G and G_ema differ in {', '.join(differing_names)}")
+            raise RejectedError(
+                f"its G and G_ema differ in the constructor arguments {', '.join(differing_names)}"
+            )
         D_record = snapshot.networks.get("D")
         if D_record is not None and D_record.class_name != "DualDiscriminator":
             print(
@@ -603,7 +607,9 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
 
 
 def _check_shapes(network_plan: Plan, who: str) -> None:
-    """Build a network on the meta device, where no memory is allocated, and compare names and shapes.
+    """Compare the tensors of the file with the network that the plan describes, by name and shape.
+
+    The network is built on the meta device, where no memory is allocated.
 
     Args: network_plan: plan of the network; who: file and network, for messages.
     Raises: ValueError if no network can be built from the arguments, or if its tensors have other names or
@@ -655,12 +661,12 @@ def _training_set(snapshot: Snapshot) -> dict:
     """
     dataset_options = snapshot.training_set
     dataset_path = dataset_options.get("path")
-    description: dict = {
+    training_set_entry: dict = {
         "name": Path(dataset_path).stem if isinstance(dataset_path, str) else "",
         "resolution": dataset_options.get("resolution"),
     }
     if dataset_options:
-        description["options"] = dict(dataset_options)
+        training_set_entry["options"] = dict(dataset_options)
     # Standard deviation of the camera labels, a buffer that EG3D's training adds to G.
     label_std_record = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")
     if label_std_record is not None:
@@ -668,7 +674,7 @@ def _training_set(snapshot: Snapshot) -> dict:
         is_vector = isinstance(label_std_record, TensorRecord) and len(label_std_record.shape) == 1
         if not is_vector or label_std_record.nbytes > 1 << 16:
             raise RejectedError("its dataset_label_std is not a vector of at most 65536 bytes")
-        description["label_std"] = json_values([float(value) for value in label_std_record.tensor()])
+        training_set_entry["label_std"] = json_values([float(value) for value in label_std_record.tensor()])
     if snapshot.augment_pipe is not None:
         probability_record = _inside(snapshot.augment_pipe, "_buffers", "p")
         if not isinstance(probability_record, TensorRecord) or probability_record.shape != ():
@@ -677,9 +683,9 @@ def _training_set(snapshot: Snapshot) -> dict:
         if not math.isfinite(probability):
             raise RejectedError(f"its augment_pipe has the augmentation probability p = {probability}")
         augment_options = json_values(snapshot.augment_pipe.state.get("_init_kwargs", {}))
-        description["augment"] = {
+        training_set_entry["augment"] = {
             "class_name": snapshot.augment_pipe.class_name,
             "options": augment_options,
             "p": probability,
         }
-    return description
+    return training_set_entry

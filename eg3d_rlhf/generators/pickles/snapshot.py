@@ -97,7 +97,7 @@ class TensorRecord:
 
 @dataclasses.dataclass(frozen=True)
 class _StorageId:
-    """The persistent id of a storage."""
+    """Persistent id of a storage, by which a pickle refers to data outside of its stream."""
 
     dtype: torch.dtype  # type of the elements
     key: str  # name of the storage in its stream
@@ -116,11 +116,11 @@ class StorageRules(Rules):
         return name
 
     def persistent(self, pid: Any) -> Any:
-        """Return the record of a storage id ('storage', class, key, location, count, view), where view
-        is None.
+        """Return the record of the storage that a persistent id refers to.
 
-        The location is the device of the original tensor. It is ignored, because all tensors are read to
-        the CPU.
+        Args: pid: tuple ('storage', class, key, location, count, None). The location is the device of the
+            original tensor. It is ignored, because all tensors are read to the CPU.
+        Raises: RejectedError for any other persistent id.
         """
         member_types: tuple[type, ...] = (str, Global, str, str, int, type(None))
         if (
@@ -130,13 +130,13 @@ class StorageRules(Rules):
                 isinstance(member, member_type) for member, member_type in zip(pid, member_types, strict=True)
             )
         ):
-            raise RejectedError(f"it has the storage id {describe(pid)}")
-        prefix, storage_class, storage_key, _, element_count, _ = pid
+            raise RejectedError(f"it has the invalid storage id {describe(pid)}")
+        id_prefix, storage_class, storage_key, _, element_count, _ = pid
         # bool is a subclass of int in Python, so it is excluded explicitly.
-        if prefix != "storage" or isinstance(element_count, bool) or element_count < 0:
+        if id_prefix != "storage" or isinstance(element_count, bool) or element_count < 0:
             raise RejectedError(
-                f"it has a storage id that begins with {describe(prefix)} and states"
-                f" {describe(element_count)} elements"
+                f"it has a storage id that begins with {describe(id_prefix)} and states"
+                f" {describe(element_count)} elements, instead of 'storage' and a number >= 0"
             )
         return _StorageId(DTYPES[storage_class.name], storage_key, element_count)
 
@@ -151,13 +151,13 @@ def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> Stor
     Raises: RejectedError for another format, a name outside DTYPES, or a number of elements that does not fit
         the length of the stream.
     """
-    position = 0
+    byte_position = 0
     pickled_values = []
     for _ in range(5):
         # The five pickles follow one another without separators.
-        machine = Machine(data, position, StorageRules(budget, name_counts))
+        machine = Machine(data, byte_position, StorageRules(budget, name_counts))
         pickled_values.append(machine.run())
-        position = machine.position
+        byte_position = machine.position
     magic_number, protocol_number, system_properties, storage_id, storage_keys = pickled_values
     if magic_number != MAGIC or protocol_number != VERSION:
         raise RejectedError(
@@ -172,11 +172,11 @@ def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> Stor
         or storage_keys[0] != storage_id.key
     ):
         raise RejectedError("it has a tensor stream that does not contain exactly one storage")
-    if len(data) - position < 8:
+    if len(data) - byte_position < 8:
         raise RejectedError("it has a tensor stream without a number of elements")
     # The number of elements (8 bytes) is stored a second time, after the persistent id.
-    (element_count,) = struct.unpack("<q", data[position : position + 8])
-    element_bytes = data[position + 8 :]
+    (element_count,) = struct.unpack("<q", data[byte_position : byte_position + 8])
+    element_bytes = data[byte_position + 8 :]
     if element_count != storage_id.count or element_count * storage_id.dtype.itemsize != len(element_bytes):
         stated_size = f"{storage_id.count} and {element_count} elements of {storage_id.dtype.itemsize} bytes"
         raise RejectedError(
@@ -229,7 +229,7 @@ class DtypeRecord:
 
 
 class SnapshotRules(Rules):
-    """Rules of a snapshot's outer stream. The tensor streams inside it have `StorageRules`."""
+    """Rules of a snapshot's outer stream. For the tensor streams inside it, `StorageRules` apply."""
 
     def __init__(self, budget: Budget, name_counts: Counter):
         super().__init__(budget, name_counts)
@@ -258,7 +258,10 @@ class SnapshotRules(Rules):
         return name
 
     def reduce(self, function: Any, args: tuple) -> Any:
-        """Return the record of a call of one of the functions in `calls`, or an empty dictionary."""
+        """Return the record that represents the result of a function call, or an empty dictionary.
+
+        Only the functions in `calls` and the classes in DICTIONARIES are accepted.
+        """
         # The path is empty for a call of something that is no name. The base class rejects it below.
         function_path = function.path if isinstance(function, Global) else ""
         # Pickle creates dictionaries either by a call without arguments or as new objects.
@@ -269,50 +272,52 @@ class SnapshotRules(Rules):
         return self.calls[function_path](args)
 
     def new(self, cls: Any, args: tuple) -> Any:
-        """Return the record of a module without state, or an empty dictionary."""
+        """Return a record without state for a class in PLAIN_MODULES, or {} for a class in DICTIONARIES."""
         class_path = cls.path if isinstance(cls, Global) else ""
         if args != ():
-            raise RejectedError(f"it passes arguments to a new {describe(cls)}")
+            raise RejectedError(f"it passes arguments to a new {describe(cls)}, which takes none")
         if class_path in DICTIONARIES:
             return {}
         if class_path not in PLAIN_MODULES:
-            raise RejectedError(f"it creates an object of {describe(cls)}")
+            raise RejectedError(f"it creates an object of {describe(cls)}, which no network needs")
         return ModuleRecord(cls.name, None)
 
-    def build(self, record: Any, state: Any) -> None:
+    def build(self, target_record: Any, state: Any) -> None:
         """Set the state of a module, which must have none yet, or the byte order of a scalar type."""
-        if isinstance(record, ModuleRecord) and record.state is None and self._is_state(state):
-            record.state = state
+        if isinstance(target_record, ModuleRecord) and target_record.state is None and self._is_state(state):
+            target_record.state = state
         elif (
-            isinstance(record, DtypeRecord)
+            isinstance(target_record, DtypeRecord)
             and isinstance(state, tuple)
             and len(state) >= 2
             and state[1] in ("<", "|", ">")
         ):
             # "|" means that the type has a single byte, so that the order does not matter.
-            record.order = ">" if state[1] == ">" else "<"
+            target_record.order = ">" if state[1] == ">" else "<"
         else:
-            raise RejectedError(f"it sets the state of {describe(record)} to {describe(state)}")
+            raise RejectedError(
+                f"it sets the state of {describe(target_record)} to {describe(state)}, which is not allowed"
+            )
 
     def _is_state(self, value: Any) -> bool:
         """Return True for a dictionary whose keys are all texts."""
         # The check of a large dictionary takes time, and a stream can request it many times.
-        self.budget.spend(opcodes=len(value) if isinstance(value, dict) else 0)
+        self.budget.spend(opcode_count=len(value) if isinstance(value, dict) else 0)
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
     # Methods for the table `calls`. Each converts the arguments of a call to a record.
 
     def _module(self, args: tuple) -> ModuleRecord:
         """Return the record of a module from the dictionary that torch_utils.persistence wrote."""
-        description = _only(args, dict, "module")
+        module_description = _only(args, dict, "module")
         if (
-            description.get("type") != "class"
-            or not isinstance(description.get("class_name"), str)
-            or not self._is_state(description.get("state"))
+            module_description.get("type") != "class"
+            or not isinstance(module_description.get("class_name"), str)
+            or not self._is_state(module_description.get("state"))
         ):
             raise RejectedError("it has a module description without a valid type, class_name or state")
-        # description["module_src"], the source text that EG3D would execute, is ignored.
-        return ModuleRecord(description["class_name"], description["state"])
+        # module_description["module_src"], the source text that EG3D would execute, is ignored.
+        return ModuleRecord(module_description["class_name"], module_description["state"])
 
     def _tensor(self, args: tuple) -> TensorRecord:
         """Return the record of a tensor from its storage, offset, shape and stride.
@@ -322,22 +327,26 @@ class SnapshotRules(Rules):
         """
         # torch writes six arguments, newer versions seven. Only the first four matter here.
         if not 6 <= len(args) <= 7:
-            raise RejectedError(f"it has a tensor with {len(args)} arguments")
+            raise RejectedError(f"it creates a tensor from {len(args)} arguments instead of 6 or 7")
         storage, offset, shape, stride = args[:4]
         if not isinstance(storage, StorageRecord):
-            raise RejectedError(f"it has a tensor whose storage is {describe(storage)}")
+            raise RejectedError(f"it has a tensor whose storage is {describe(storage)} instead of a storage")
         if (
             not isinstance(shape, tuple)
             or not isinstance(stride, tuple)
             or not len(shape) == len(stride) <= MAX_DIMENSIONS
         ):
             raise RejectedError(
-                f"it has a tensor with the shape {describe(shape)} and the stride {describe(stride)}"
+                f"it has a tensor with the shape {describe(shape)} and the stride {describe(stride)} instead"
+                f" of two tuples of the same length, at most {MAX_DIMENSIONS}"
             )
         # type() is compared, because bool is a subclass of int. The products below cannot overflow, because
         # Python's integers have no fixed size.
         if not all(type(entry) is int and 0 <= entry < 1 << 62 for entry in (offset, *shape, *stride)):
-            raise RejectedError("it has a tensor whose offset, shape or stride contains no integers >= 0")
+            raise RejectedError(
+                "it has a tensor whose offset, shape or stride contains a value that is not an integer from 0"
+                " to 2^62 - 1"
+            )
         element_count = math.prod(shape)
         storage_count = len(storage.data) // storage.dtype.itemsize
         # Strides are not negative, so the last element has the largest index.
@@ -363,7 +372,7 @@ class SnapshotRules(Rules):
     def _dtype(self, args: tuple) -> DtypeRecord:
         """Return the record of a numpy scalar type from its code."""
         if not args or not isinstance(args[0], str) or args[0] not in SCALARS:
-            raise RejectedError(f"it has the scalar type {describe(args[0] if args else None)}")
+            raise RejectedError(f"it has the unknown scalar type {describe(args[0] if args else None)}")
         return DtypeRecord(args[0])
 
     def _scalar(self, args: tuple) -> float | int | bool:
@@ -384,7 +393,7 @@ class SnapshotRules(Rules):
             raise RejectedError("it has bytes in another encoding than latin1")
         latin1_text = args[0]
         self.budget.spend(
-            decoded=len(latin1_text.utf8) if isinstance(latin1_text, LongText) else len(latin1_text)
+            decoded_bytes=len(latin1_text.utf8) if isinstance(latin1_text, LongText) else len(latin1_text)
         )
         latin1_text = decode(bytes(latin1_text.utf8)) if isinstance(latin1_text, LongText) else latin1_text
         try:
@@ -402,12 +411,12 @@ class SnapshotRules(Rules):
         """Return a set, which protocol 2 writes as a call with the list of its members."""
         set_members = _only(args, list, "set")
         # A stream can convert the same list many times, so its length counts each time.
-        self.budget.spend(opcodes=len(set_members))
+        self.budget.spend(opcode_count=len(set_members))
         return set(members(set_members))
 
 
 def _only(args: tuple, required_type: type, object_name: str) -> Any:
-    """Return the single argument of a call that creates an object.
+    """Return the only argument of a call that creates an object, after checking its type.
 
     Args:
         args: arguments of the call.
@@ -461,22 +470,22 @@ def parse(data: memoryview, who: str) -> Snapshot:
     """
     name_counts: Counter = Counter()
     # A file cannot contain more bytes of text than it has itself.
-    machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), name_counts))
+    machine = Machine(data, 0, SnapshotRules(Budget(decoded_bytes=len(data)), name_counts))
     with reporting_rejection(who, machine):
-        root = machine.run()
+        root_object = machine.run()
         # The file may be a pickled generator, not a dictionary of networks.
-        if isinstance(root, ModuleRecord):
-            root = {"G_ema": root}
-        if not isinstance(root, dict):
-            raise RejectedError(f"it contains {describe(root)} instead of a dictionary of networks")
+        if isinstance(root_object, ModuleRecord):
+            root_object = {"G_ema": root_object}
+        if not isinstance(root_object, dict):
+            raise RejectedError(f"it contains {describe(root_object)} instead of a dictionary of networks")
         # Other keys of the dictionary are ignored.
         module_records = {
-            module_name: _module(root[module_name], module_name)
+            module_name: _module(root_object[module_name], module_name)
             for module_name in (*NETWORKS, "augment_pipe")
-            if root.get(module_name) is not None
+            if root_object.get(module_name) is not None
         }
         augment_record = module_records.pop("augment_pipe", None)
-        training_set = json_values(root.get("training_set_kwargs") or {})
+        training_set = json_values(root_object.get("training_set_kwargs") or {})
         if not isinstance(training_set, dict):
             raise RejectedError("its training_set_kwargs are not a dictionary")
         return Snapshot(
@@ -486,17 +495,19 @@ def parse(data: memoryview, who: str) -> Snapshot:
 
 @contextlib.contextmanager
 def reporting_rejection(who: str, machine: Machine | None = None) -> Iterator[None]:
-    """Convert a RejectedError in the block into a ValueError with the file, the reason and its position.
+    """Convert a RejectedError in the block into a ValueError that states the file and the reason.
 
-    Args: who: name of the file; machine: interpreter that knows the position, or None.
+    Args:
+        who: name of the file.
+        machine: interpreter of the stream, whose position the message states; None: no position.
     """
     try:
         yield
     except RejectedError as rejection:
-        position = f" (byte {machine.position})" if machine is not None else ""
+        position_text = f" (byte {machine.position})" if machine is not None else ""
         raise ValueError(
-            f"{who}: the file is not accepted as a network pickle of EG3D: {rejection}{position}. No code"
-            " from the file was run. Download the file again from its source, or choose another file."
+            f"{who}: the file is not accepted as a network pickle of EG3D: {rejection}{position_text}. No"
+            " code from the file was run. Download the file again from its source, or choose another file."
         ) from None
 
 
@@ -531,7 +542,7 @@ def json_values(value: Any) -> Any:
     value_count = 0
 
     def convert(value: Any, depth: int) -> Any:
-        """Convert one value at a depth of nesting. All values of the tree are counted together."""
+        """Convert one value at the nesting level `depth`. All values of the tree are counted together."""
         nonlocal value_count
         value_count += 1
         # A list that contains the same list twice, and so on, expands exponentially. Deep nesting would
@@ -556,8 +567,8 @@ def json_values(value: Any) -> Any:
         # Options such as avg_camera_pivot may be small tensors.
         if isinstance(value, TensorRecord) and 0 < value.nbytes <= 1 << 12:
             return convert(value.tensor().tolist(), depth + 1)
-        description = "a long text" if isinstance(value, (str, LongText)) else describe(value)
-        raise RejectedError(f"one of its options is {description}")
+        value_description = "a long text" if isinstance(value, (str, LongText)) else describe(value)
+        raise RejectedError(f"one of its options is {value_description}")
 
     return convert(value, 0)
 
@@ -573,7 +584,7 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
     node_count = 0
 
     def collect(parent_record: Any, prefix: str, depth: int) -> None:
-        """Add the tensors of a module, whose names in the state dict begin with `prefix`."""
+        """Add the tensors of a module at the nesting level `depth`. Their names begin with `prefix`."""
         nonlocal node_count
         node_count += 1
         if node_count > MAX_NODES or depth > MAX_DEPTH:
@@ -584,7 +595,8 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
         non_persistent_names = module_state.get("_non_persistent_buffers_set", set())
         if not isinstance(non_persistent_names, (set, frozenset)):
             raise RejectedError(
-                f"its {network_name} has {describe(non_persistent_names)} as names of buffers"
+                f"its {network_name} has a module whose _non_persistent_buffers_set is"
+                f" {describe(non_persistent_names)} instead of a set"
             )
         for attribute_name in ("_parameters", "_buffers", "_modules"):
             children = module_state.get(attribute_name, {})
@@ -593,8 +605,8 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
                 isinstance(child_name, str) and len(child_name) <= MAX_KEY for child_name in children
             ):
                 raise RejectedError(
-                    f"its {network_name} has a module whose {attribute_name} are no dictionary with names as"
-                    " keys"
+                    f"its {network_name} has a module whose {attribute_name} are not a dictionary of at most"
+                    f" {MAX_NODES} names of at most {MAX_KEY} characters"
                 )
             node_count += len(children)  # tensors are counted, too
             for child_name, child in children.items():
@@ -605,7 +617,7 @@ def tensors(network_record: ModuleRecord, network_name: str) -> dict[str, Tensor
                     collect(child, f"{prefix}{child_name}.", depth + 1)
                 elif not isinstance(child, TensorRecord):
                     raise RejectedError(
-                        f"its tensor {shorten(prefix + child_name)} is {describe(child)} instead of a tensor"
+                        f"its entry {shorten(prefix + child_name)} is {describe(child)} instead of a tensor"
                     )
                 else:
                     record_by_name[prefix + child_name] = child

@@ -160,15 +160,16 @@ class _Reader:
     def model(self) -> Model:
         """Convert the scene, and return the model. Raises: ValueError for parts that are not allowed."""
         # extensions without which the file cannot be shown
-        required_extensions = set(self.document.get("extensionsRequired", [])) - _RESOLVED
-        if required_extensions:
+        unsupported_extensions = set(self.document.get("extensionsRequired", [])) - _RESOLVED
+        if unsupported_extensions:
             raise ValueError(
-                f"the GLB file requires {', '.join(sorted(map(str, required_extensions)))[:200]}, which is"
-                " not supported. Export it without this extension."
+                "the GLB file requires extensions that are not supported:"
+                f" {', '.join(sorted(map(str, unsupported_extensions)))[:200]}. Export it without them."
             )
         if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
             raise ValueError(
-                "the GLB file refers to data in another file. Export it with all data inside the file."
+                "the GLB file has several buffers, or a buffer with a URI instead of data inside the file."
+                " Export it with all data inside the file."
             )
         scenes = self._records("scenes")
         if not scenes:
@@ -178,13 +179,15 @@ class _Reader:
         self._nodes(scene.get("nodes", []))
         # The triangles of a mesh count once for each node that refers to the mesh.
         triangle_counts = [self._triangle_count(mesh) for mesh in self.out.meshes]
-        rendered_count = sum(triangle_counts[node.mesh] for node in self.out.nodes if node.mesh is not None)
-        if not rendered_count:
+        rendered_triangle_count = sum(
+            triangle_counts[node.mesh] for node in self.out.nodes if node.mesh is not None
+        )
+        if not rendered_triangle_count:
             raise ValueError("the GLB file has no triangles. Export a mesh that has faces.")
-        if rendered_count > MAX_TRIANGLES:
+        if rendered_triangle_count > MAX_TRIANGLES:
             raise ValueError(
-                f"the GLB file has {rendered_count:,} triangles, but at most {MAX_TRIANGLES:,} are allowed."
-                " Simplify the mesh, or reduce its resolution."
+                f"the GLB file has {rendered_triangle_count:,} triangles, but at most {MAX_TRIANGLES:,} are"
+                " allowed. Simplify the mesh, or reduce its resolution."
             )
         return self.out
 
@@ -204,7 +207,7 @@ class _Reader:
     # ---- records
 
     def _records(self, record_kind: str) -> list[dict]:
-        """Return all records of a kind, such as "buffers".
+        """Return the list `record_kind`, such as "buffers", of the JSON document; empty if it is missing.
 
         Raises: ValueError for other data than a list of objects.
         """
@@ -214,7 +217,7 @@ class _Reader:
         return records
 
     def _record(self, record_kind: str, record_index: object) -> dict:
-        """Return a record by its kind, such as "nodes", and its index.
+        """Return the record with the index `record_index` in the list `record_kind`, such as "nodes".
 
         Raises: ValueError for a wrong index.
         """
@@ -234,7 +237,7 @@ class _Reader:
     def _once(
         self, record_kind: str, record_index: Any, converted_records: list, convert: Callable[[dict], Any]
     ) -> int:
-        """Return the index in the model of a record of the file. The record is converted at its first use.
+        """Convert a record of the file at its first use, and return the index of the result in the model.
 
         Args:
             record_kind: kind of the record, such as "meshes".
@@ -242,20 +245,20 @@ class _Reader:
             converted_records: list of the model, to which the converted record is appended.
             convert: function that converts the record.
         """
-        record = self._record(record_kind, record_index)
+        file_record = self._record(record_kind, record_index)
         if (record_kind, record_index) not in self._indices:
-            converted = convert(record)
-            converted_records.append(converted)
+            converted_record = convert(file_record)
+            converted_records.append(converted_record)
             self._indices[record_kind, record_index] = len(converted_records) - 1
         return self._indices[record_kind, record_index]
 
     # ---- scene
 
-    def _nodes(self, roots: list) -> None:
-        """Convert the nodes of a scene. Nodes without a mesh, and without such nodes below them, are dropped.
+    def _nodes(self, root_indices: list) -> None:
+        """Convert the nodes of a scene. Nodes without a mesh on them or on a node below them are dropped.
 
         Args:
-            roots: indices in the file of the nodes without a parent.
+            root_indices: indices in the file of the nodes without a parent.
 
         Raises: ValueError for cycles, skins and instances, and for too many nodes.
         """
@@ -264,9 +267,11 @@ class _Reader:
         visited_nodes: set[int] = set()
         # Depth-first traversal with a stack, because recursion could exceed Python's limit. An entry is
         # (node, parent, depth). Lists are reversed, because the last entry of the stack is taken first.
-        pending: list[tuple[Any, int | None, int]] = [(node_index, None, 1) for node_index in reversed(roots)]
-        while pending:
-            node_index, parent_index, depth = pending.pop()
+        pending_nodes: list[tuple[Any, int | None, int]] = [
+            (node_index, None, 1) for node_index in reversed(root_indices)
+        ]
+        while pending_nodes:
+            node_index, parent_index, depth = pending_nodes.pop()
             node_record = self._record("nodes", node_index)
             if depth > MAX_DEPTH:
                 raise ValueError(
@@ -281,7 +286,9 @@ class _Reader:
                 )
             visited_nodes.add(node_index)
             visit_order.append((node_index, parent_index))
-            pending += [(child, node_index, depth + 1) for child in reversed(node_record.get("children", []))]
+            pending_nodes += [
+                (child, node_index, depth + 1) for child in reversed(node_record.get("children", []))
+            ]
         children: dict[int | None, list[int]] = {}
         converted_nodes: dict[int, Node] = {}
         # Reversed, so that children are converted before their parents.
@@ -303,14 +310,14 @@ class _Reader:
                     children.get(node_index, [])[::-1], mesh, _place(node_record)
                 )
                 children.setdefault(parent_index, []).append(node_index)
-        new_index = {
+        new_index_by_node = {
             node_index: position
             for position, node_index in enumerate(node for node, _ in visit_order if node in converted_nodes)
         }
-        self.out.nodes = [converted_nodes[node_index] for node_index in new_index]
+        self.out.nodes = [converted_nodes[node_index] for node_index in new_index_by_node]
         for node in self.out.nodes:
-            node.children = [new_index[child] for child in node.children]
-        self.out.roots = [new_index[node_index] for node_index in children.get(None, [])[::-1]]
+            node.children = [new_index_by_node[child] for child in node.children]
+        self.out.roots = [new_index_by_node[node_index] for node_index in children.get(None, [])[::-1]]
 
     def _mesh(self, mesh_record: dict) -> list[Primitive]:
         """Convert the record of a mesh into its primitives. Raises: ValueError for active morph targets."""
@@ -356,20 +363,21 @@ class _Reader:
                 attribute.values.shape[1] not in _NAMES[attribute_name]
                 or len(attribute.values) != vertex_count
             ):
-                widths = " or ".join(map(str, _NAMES[attribute_name]))
+                allowed_widths = " or ".join(map(str, _NAMES[attribute_name]))
                 raise ValueError(
-                    f"{attribute_name} must have the shape [{vertex_count}, {widths}], got"
+                    f"the attribute {attribute_name} must have the shape [{vertex_count}, {allowed_widths}],"
+                    " got"
                     f" {list(attribute.values.shape)}. Export the file again."
                 )
             if attribute.values.dtype.kind == "f" and not (np.abs(attribute.values) < _REACH).all():
                 raise ValueError(
-                    f"{attribute_name} contains NaN, infinity or numbers beyond {_REACH:g}. Export the file"
-                    " again."
+                    f"the attribute {attribute_name} contains NaN, infinity or numbers beyond {_REACH:g}."
+                    " Export the file again."
                 )
             if attribute.values.dtype.str == "<u4":
                 raise ValueError(
-                    f"{attribute_name} has integers of 32 bits, but floats or integers of 8 or 16 bits are"
-                    " allowed. Export the file again."
+                    f"the attribute {attribute_name} has integers of 32 bits, but only floats and integers of"
+                    " 8 or 16 bits are allowed. Export the file again."
                 )
             # glTF 2.0 itself allows integers for these attributes. Integers in others need an extension.
             is_core_gltf = attribute_name == "COLOR_0" or (
@@ -407,7 +415,7 @@ class _Reader:
     # ---- arrays
 
     def _array(self, accessor_index: Any, is_index: bool = False) -> Array:
-        """Return the array of an accessor. It is read once as an attribute, and once as indices.
+        """Return the array of an accessor, which is read from the file at its first use.
 
         Args:
             accessor_index: index of the accessor.
@@ -463,10 +471,10 @@ class _Reader:
         return Array(array_values, bool(accessor_record.get("normalized", False)) and dtype.kind != "f")
 
     def _sparse(self, sparse_record: dict, values: np.ndarray) -> np.ndarray:
-        """Return a copy of an array with the values that a sparse accessor replaces.
+        """Return a copy of an array in which a sparse accessor has replaced some rows.
 
         Args:
-            sparse_record: field `sparse` of the accessor: indices, and new values.
+            sparse_record: field `sparse` of the accessor: indices of the replaced rows, and their new values.
             values: array [N, W] without the replacements.
 
         Raises: ValueError for indices outside the array.
@@ -503,22 +511,24 @@ class _Reader:
             "extensions", {}
         ) or "KHR_meshopt_compression" in view_record.get("extensions", {}):
             raise ValueError(
-                "the GLB file uses meshopt compression, which is not supported. Export it without it."
+                "the GLB file uses meshopt compression, which is not supported. Export it without this"
+                " compression."
             )
         first_byte = _count(view_record, "byteOffset", 0)
         byte_length = _count(view_record, "byteLength")
         # A GLB file has one buffer, its binary chunk.
         if view_record.get("buffer") != 0 or first_byte + byte_length > len(self.binary):
             raise ValueError(
-                f"the GLB file refers to the bytes {first_byte}..{first_byte + byte_length} of its binary"
-                f" chunk, which has {len(self.binary)} bytes. Export the file again."
+                f"a buffer view in the GLB file refers to the bytes {first_byte}..{first_byte + byte_length}"
+                f" of buffer {str(view_record.get('buffer'))[:40]}, but the file only has buffer 0, its"
+                f" binary chunk with {len(self.binary)} bytes. Export the file again."
             )
         return self.binary[first_byte : first_byte + byte_length], view_record
 
     def _view(
         self, view_index: Any, byte_offset: int, dtype: np.dtype, row_width: int, row_count: int
     ) -> np.ndarray:
-        """Return an array [count, width] as a view into the file.
+        """Return an array [row_count, row_width] as a view into the file.
 
         Args:
             view_index: index of the buffer view.
@@ -537,8 +547,8 @@ class _Reader:
             row_count and byte_offset + stride * (row_count - 1) + row_bytes > len(view_bytes)
         ):
             raise ValueError(
-                f"an array of {row_count:,} x {row_width} numbers does not fit into the {len(view_bytes):,}"
-                " bytes of its buffer view. Export the file again."
+                f"an array of {row_count:,} x {row_width} numbers with a stride of {stride} bytes does not"
+                f" fit into the {len(view_bytes):,} bytes of its buffer view. Export the file again."
             )
         if not row_count:
             return np.zeros((0, row_width), dtype)
@@ -549,15 +559,15 @@ class _Reader:
 
     def _material(self, material_record: dict) -> dict:
         """Return a copy of a material's record that contains only allowed fields with allowed values."""
-        pbr = material_record.get("pbrMetallicRoughness", {})
+        pbr_record = material_record.get("pbrMetallicRoughness", {})
         material: dict = {}
         pbr_fields: dict = {}
         for field_name, length in (("baseColorFactor", 4), ("metallicFactor", 0), ("roughnessFactor", 0)):
-            if field_name in pbr:
-                pbr_fields[field_name] = _share(pbr[field_name], length)
+            if field_name in pbr_record:
+                pbr_fields[field_name] = _share(pbr_record[field_name], length)
         for field_name in ("baseColorTexture", "metallicRoughnessTexture"):
-            if field_name in pbr:
-                pbr_fields[field_name] = self._texture(pbr[field_name])
+            if field_name in pbr_record:
+                pbr_fields[field_name] = self._texture(pbr_record[field_name])
         material["pbrMetallicRoughness"] = pbr_fields
         for field_name, factor_name in (
             ("normalTexture", "scale"),
@@ -589,24 +599,26 @@ class _Reader:
         }
         if "texCoord" in texture_reference:
             kept_reference["texCoord"] = _set(texture_reference["texCoord"])
-        transform = texture_reference.get("extensions", {}).get("KHR_texture_transform")
+        transform_record = texture_reference.get("extensions", {}).get("KHR_texture_transform")
         # Offset, scale and rotation of the texture coordinates.
-        if transform is not None:
+        if transform_record is not None:
             transform_fields: dict = {
-                field_name: _numbers(transform[field_name], 2)
+                field_name: _numbers(transform_record[field_name], 2)
                 for field_name in ("offset", "scale")
-                if field_name in transform
+                if field_name in transform_record
             }
             transform_fields |= (
-                {"rotation": _number(transform["rotation"])} if "rotation" in transform else {}
+                {"rotation": _number(transform_record["rotation"])} if "rotation" in transform_record else {}
             )
-            transform_fields |= {"texCoord": _set(transform["texCoord"])} if "texCoord" in transform else {}
+            transform_fields |= (
+                {"texCoord": _set(transform_record["texCoord"])} if "texCoord" in transform_record else {}
+            )
             kept_reference["extensions"] = {"KHR_texture_transform": transform_fields}
             self.out.extensions.add("KHR_texture_transform")
         return kept_reference
 
     def _source(self, texture_record: dict) -> dict:
-        """Convert the record of a texture: its image, and its sampler if it has one."""
+        """Return the record of a texture with new indices of its image and of its sampler, if it has one."""
         extensions = texture_record.get("extensions", {})
         # A WebP image takes precedence over its fallback, as in viewers that support the extension.
         image_index = extensions.get("EXT_texture_webp", {}).get("source", texture_record.get("source"))
@@ -634,7 +646,8 @@ class _Reader:
             uri = image_record.get("uri", "")
             if not isinstance(uri, str) or not uri.startswith("data:image/") or ";base64," not in uri[:64]:
                 raise ValueError(
-                    "the GLB file refers to textures in other files. Export it with all textures inside."
+                    "a texture of the GLB file is neither in the binary chunk nor in a base64 data URI of an"
+                    " image. Export the file with all textures inside."
                 )
             try:
                 image_bytes = memoryview(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
@@ -660,21 +673,21 @@ class _Reader:
         return image
 
 
-def _count(record: dict, field_name: str, default: int | None = None) -> int:
+def _count(glb_record: dict, field_name: str, default: int | None = None) -> int:
     """Return a field of a record that is a size or a number of elements.
 
     Args:
-        record: the record.
+        glb_record: the record.
         field_name: name of the field.
-        default: value if the field is missing.
+        default: value if the field is missing; None: the field is required.
 
     Raises: ValueError for a value that is no integer in 0..2^40 - 1.
     """
-    field_value = record.get(field_name, default)
+    field_value = glb_record.get(field_name, default)
     if type(field_value) is not int or not 0 <= field_value < 2**40:
         raise ValueError(
-            f"{field_name} in the GLB file must be an integer >= 0, got {str(field_value)[:40]}. Export the"
-            " file again."
+            f"{field_name} in the GLB file must be an integer from 0 to 2^40 - 1, got"
+            f" {str(field_value)[:40]}. Export the file again."
         )
     return field_value
 
@@ -685,7 +698,8 @@ def _number(value: object) -> float:
     if not is_number or not math.isfinite(value) or abs(value) > _REACH:  # type: ignore[arg-type]
         raise ValueError(
             # shortened, because the value comes from an untrusted file and may be long
-            f"the GLB file has {str(value)[:40]} in place of a finite number. Export the file again."
+            f"the GLB file has {str(value)[:40]} in place of a number from {-_REACH:g} to {_REACH:g}. Export"
+            " the file again."
         )
     return value  # type: ignore[return-value]
 
@@ -700,7 +714,7 @@ def _numbers(values: object, length: int) -> list[float]:
 
 
 def _share(value: object, length: int) -> Any:
-    """Return a number, or a list of numbers, clipped to 0..1.
+    """Clip a number, or each number of a list, to 0..1.
 
     Args:
         value: the number or the list.
@@ -712,11 +726,11 @@ def _share(value: object, length: int) -> Any:
 
 
 def _set(value: object) -> int:
-    """Return the index of a set of texture coordinates unchanged. Raises: ValueError unless it is 0 to 3."""
+    """Return n of an attribute TEXCOORD_n (texture coordinates) unchanged. Raises: ValueError unless 0..3."""
     if type(value) is not int or not 0 <= value < 4:
         raise ValueError(
-            f"a texture uses the texture coordinates number {str(value)[:40]}, but only 0 to 3 are allowed."
-            " Export the file again."
+            f"a texture has the texCoord {str(value)[:40]}, but only the integers 0 to 3 are allowed. Export"
+            " the file again."
         )
     return value
 
@@ -731,13 +745,10 @@ def _sampler(sampler_record: dict) -> dict:
 
 
 def _place(node_record: dict) -> dict:
-    """Return the transformation of a node.
-
-    The result holds those of the fields matrix, translation, rotation and scale that the node's record has.
-    """
-    sizes = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
+    """Return the transformation of a node: its fields matrix, translation, rotation and scale, if present."""
+    length_by_field = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
     return {
         field_name: _numbers(node_record[field_name], length)
-        for field_name, length in sizes.items()
+        for field_name, length in length_by_field.items()
         if field_name in node_record
     }

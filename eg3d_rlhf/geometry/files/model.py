@@ -232,8 +232,8 @@ def check_triangles(points: np.ndarray, faces: np.ndarray) -> None:
     """Raise ValueError unless two arrays are points [N, 3] and triangles [F, 3] with indices of points."""
     if points.shape[1:] != (3,) or faces.shape[1:] != (3,) or not len(faces) or not len(points):
         raise ValueError(
-            f"the mesh has {len(points)} points and {len(faces)} faces, which are no triangles. Export a mesh"
-            " that has triangles."
+            f"the mesh must have at least one point [N, 3] and one triangle [F, 3], got {list(points.shape)}"
+            f" and {list(faces.shape)}. Export a mesh that has triangles."
         )
     # numpy would silently accept negative indices
     if faces.min() < 0 or faces.max() >= len(points):
@@ -276,8 +276,8 @@ def triangle_primitive(
         if attribute_values is not None:
             if len(attribute_values) != len(positions) or not np.isfinite(attribute_values).all():
                 raise ValueError(
-                    f"{attribute_name} must have finite numbers for each of the {len(positions)} vertices."
-                    " Export the mesh again."
+                    f"the attribute {attribute_name} must have finite numbers for each of the"
+                    f" {len(positions)} vertices. Export the mesh again."
                 )
             attributes[attribute_name] = Array(np.ascontiguousarray(attribute_values, dtype="<f4"))
     if colours is not None:
@@ -372,7 +372,7 @@ def strip_image(data: bytes | memoryview) -> tuple[ImageFile, int]:
 
 
 def preview_image(data: bytes | memoryview) -> bytes:
-    """Convert the image of a prompt to WebP with at most SMALL pixels per side, for display beside a pair.
+    """Convert an image prompt to WebP with at most SMALL pixels per side, for display in the browser.
 
     Raises: ValueError for a file that is no image, or that is damaged.
     """

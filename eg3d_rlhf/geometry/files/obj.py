@@ -51,14 +51,14 @@ def companion_files(data: bytes | memoryview, path: Path) -> list[Path]:
 
     Raises: ValueError for a file outside the folder, and for a missing texture.
     """
-    companions: dict[Path, None] = {}
-    for library in _libraries(data, path)[0]:
+    companion_paths: dict[Path, None] = {}
+    for library_path in _libraries(data, path)[0]:
         # a dictionary as an ordered set
-        companions[library] = None
-        for material in _materials(decode_text(library.read_bytes()), library).values():
+        companion_paths[library_path] = None
+        for material in _materials(decode_text(library_path.read_bytes()), library_path).values():
             if material.texture is not None:
-                companions[material.texture] = None
-    return list(companions)
+                companion_paths[material.texture] = None
+    return list(companion_paths)
 
 
 def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
@@ -114,12 +114,14 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
 
     Raises: ValueError for a damaged file, and for materials or textures that are missing or not allowed.
     """
-    libraries, missing_names = ([], []) if geometry_only else _libraries(data, path)
-    if len(libraries) > 1:
+    library_paths, missing_names = ([], []) if geometry_only else _libraries(data, path)
+    if len(library_paths) > 1:
         raise ValueError(
-            f"the OBJ file names {len(libraries)} material files (mtllib). Join them into one file."
+            f"the OBJ file names {len(library_paths)} material files (mtllib). Join them into one file."
         )
-    materials = _materials(decode_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
+    materials = (
+        _materials(decode_text(library_paths[0].read_bytes()), library_paths[0]) if library_paths else {}
+    )
     named_parts = _Lines(decode_text(data)).parts()
     # Materials that no face uses are dropped, with their textures.
     used_names = [
@@ -152,12 +154,12 @@ class _Lines:
     """Lines of an OBJ file by kind: v (points), vt (texture coordinates), vn (normals) and f (faces).
 
     Args:
-        text: content of the file.
+        obj_text: content of the file.
 
     Raises: ValueError if there is no face.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, obj_text: str):
         # Words of all lines of a kind. A word of v, vt and vn is a number; a word of f is a corner, as 1/2/3.
         self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}
         self.widths: dict[str, list[int]] = {
@@ -168,7 +170,7 @@ class _Lines:
         current_material = ""
         # A backslash at the end of a line continues the line. Line numbers count from 1.
         for line_number, text_line in enumerate(
-            text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1
+            obj_text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1
         ):
             # text after # is a comment; an empty line has the kind ""
             line_kind, *words = (text_line.split("#", 1)[0] if "#" in text_line else text_line).split() or [
@@ -195,10 +197,11 @@ class _Lines:
         """Replace the negative indices of a corner by positive indices, which count from 1.
 
         Args:
-            word: corner, such as "-1/-1/-1"; -1 is the last point above the line of the face.
+            word: corner, such as "-1/-1/-1"; -1 is the last point, texture coordinate or normal above the
+                line of the face.
             line_number: number of the line, for the error message.
 
-        Raises: ValueError if there are not so many points above the line.
+        Raises: ValueError if an index counts back beyond the first of them.
         """
         indices = word.split("/")
         # The keys of `widths`, v, vt and vn, are in the order of a corner's indices.
@@ -210,7 +213,7 @@ class _Lines:
                     raise ValueError(
                         # shortened, because a word of an untrusted file may be very long
                         f"the index {word[:40]!r} in line {line_number} counts back beyond the first of the"
-                        f" {len(self.widths['v'])} vertices above it. Export the mesh again."
+                        f" {len(self.widths[line_kind])} lines `{line_kind}` above it. Export the mesh again."
                     )
         return "/".join(indices)
 
@@ -222,11 +225,11 @@ class _Lines:
         Raises: ValueError for a word that is no corner.
         """
         corner_words = self.words["f"]
-        slashes = {word.count("/") for word in corner_words}
+        slash_counts = {word.count("/") for word in corner_words}
         # Corners may have different forms: 1, 1/2, 1//3 or 1/2/3. They are padded with 0, which represents a
         # missing index, to the form 1/2/3.
         if (
-            len(slashes) > 1
+            len(slash_counts) > 1
             or "//" in (corner_text := " ".join(corner_words))
             or "/ " in corner_text
             or corner_text.endswith("/")
@@ -239,38 +242,38 @@ class _Lines:
                 "/".join(indices_as_text[: max(3, len(indices_as_text) - 2)])
                 for indices_as_text in padded_words
             ]
-            slashes = {word.count("/") for word in corner_words}
+            slash_counts = {word.count("/") for word in corner_words}
             corner_text = " ".join(corner_words)
-        indices_per_corner = slashes.pop() + 1
+        indices_per_corner = slash_counts.pop() + 1
         # All corners are parsed at once, because parsing them one by one is slow.
-        numbers = _numbers(corner_text.replace("/", " "), np.int64)
+        parsed_indices = _numbers(corner_text.replace("/", " "), np.int64)
         if (
-            slashes  # still several forms
+            slash_counts  # still several forms
             or indices_per_corner > 3
-            or len(numbers) != indices_per_corner * len(corner_words)
-            or (numbers < 0).any()
+            or len(parsed_indices) != indices_per_corner * len(corner_words)
+            or (parsed_indices < 0).any()
             # the first index of a corner must not be 0
-            or not numbers[::indices_per_corner].all()
+            or not parsed_indices[::indices_per_corner].all()
         ):
             # The error names the first malformed corner and its line.
-            valid_corner = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
-            wrong_index = next(
+            corner_pattern = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
+            wrong_corner_index = next(
                 (
                     corner_index
                     for corner_index, word in enumerate(self.words["f"])
-                    if not valid_corner.fullmatch(word)
+                    if not corner_pattern.fullmatch(word)
                 ),
                 0,
             )
             line_number = self.lines[
-                int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_index, side="right"))
+                int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_corner_index, side="right"))
             ]
             raise ValueError(
-                f"{self.words['f'][wrong_index][:40]!r} in line {line_number} is no corner of a face. Write"
-                " corners such as 1 or 1/1/1, which count from 1."
+                f"{self.words['f'][wrong_corner_index][:40]!r} in line {line_number} is no corner of a face."
+                " Write corners such as 1 or 1/1/1, which count from 1."
             )
         corner_indices = np.full((len(corner_words), 3), -1)
-        corner_indices[:, :indices_per_corner] = numbers.reshape(-1, indices_per_corner) - 1
+        corner_indices[:, :indices_per_corner] = parsed_indices.reshape(-1, indices_per_corner) - 1
         return corner_indices
 
     def _table(self, line_kind: str, min_count: int, max_columns: int) -> np.ndarray:
@@ -298,10 +301,11 @@ class _Lines:
         return numbers[(np.cumsum(line_widths) - line_widths)[:, None] + np.arange(column_count)]
 
     def parts(self) -> list[tuple[str, dict]]:
-        """Return the part of the mesh of each material: the material's name, and the arguments of
-        `triangle_primitive`.
+        """Divide the mesh into parts by material.
 
         A point with several texture coordinates or normals becomes several vertices.
+
+        Returns: for each part, the name of the material, and the arguments of `triangle_primitive` by name.
 
         Raises: ValueError for indices beyond the number of points.
         """
@@ -371,11 +375,11 @@ class _Lines:
         return named_parts
 
 
-def _numbers(text: str, dtype: type) -> np.ndarray:
+def _numbers(number_text: str, dtype: type) -> np.ndarray:
     """Parse numbers that are separated by spaces.
 
     Args:
-        text: numbers.
+        number_text: numbers.
         dtype: numpy type of the numbers.
 
     Returns: array of the numbers. It is shorter than the number of words, or empty, if a word is no number.
@@ -385,7 +389,7 @@ def _numbers(text: str, dtype: type) -> np.ndarray:
         # an error. The warning is turned into an error.
         warnings.simplefilter("error", DeprecationWarning)
         try:
-            return np.fromstring(text, dtype=dtype, sep=" ") if text else np.zeros(0, dtype)
+            return np.fromstring(number_text, dtype=dtype, sep=" ") if number_text else np.zeros(0, dtype)
         except (ValueError, DeprecationWarning):
             return np.zeros(0, dtype)
 
@@ -428,12 +432,15 @@ def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[s
     # The pattern _LIBRARY searches bytes, so UTF-16 is converted to UTF-8 first.
     if utf16(bytes(data[:512])) is not None:
         data = decode_text(data).encode()
-    names = dict.fromkeys(
+    library_names = dict.fromkeys(
         match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)
     )
-    files = {name: _companion(path, name, MAX_MTL, may_be_missing=True) for name in names}
-    return [file for file in files.values() if file is not None], [
-        name for name, file in files.items() if file is None
+    path_by_name = {
+        library_name: _companion(path, library_name, MAX_MTL, may_be_missing=True)
+        for library_name in library_names
+    }
+    return [library_path for library_path in path_by_name.values() if library_path is not None], [
+        library_name for library_name, library_path in path_by_name.items() if library_path is None
     ]
 
 
@@ -492,15 +499,15 @@ def _materials(mtl_text: str, path: Path) -> dict[str, Material]:
     return materials
 
 
-def _check_name(path: Path, named_file: str) -> None:
+def _check_name(path: Path, file_reference: str) -> None:
     """Raise ValueError if the name of a file is a URL or an absolute path, or leads to a parent folder.
 
     Args:
         path: OBJ or MTL file that contains the name.
-        named_file: name of the file; options may precede it.
+        file_reference: name of the file; options may precede it.
     """
     # Options such as "-s 2 2 2" may precede the name.
-    file_name = named_file.split()[-1]
+    file_name = file_reference.split()[-1]
     # Paths with backslashes come from Windows.
     if (
         _ADDRESS.match(file_name)
@@ -509,7 +516,7 @@ def _check_name(path: Path, named_file: str) -> None:
     ):
         raise ValueError(
             # shortened, because a name in an untrusted file may be very long
-            f"{path.name} refers to the file {named_file[:80]!r}, which is not in or below the folder of"
+            f"{path.name} refers to the file {file_reference[:80]!r}, which is not in or below the folder of"
             f" {path.name}. Move that file there, and write its relative path in {path.name}."
         )
 
@@ -526,24 +533,24 @@ def _companion(path: Path, file_name: str, max_bytes: int, may_be_missing: bool 
     Raises: ValueError for a file outside the folder, for a missing file, and for a file that is too large.
     """
     _check_name(path, file_name)
-    file = path.parent / file_name.replace("\\", "/").strip('"')
+    companion_path = path.parent / file_name.replace("\\", "/").strip('"')
     folder = path.parent.resolve()
     # A symbolic link may lead out of the folder although its name does not.
-    if not file.resolve().is_relative_to(folder):
+    if not companion_path.resolve().is_relative_to(folder):
         raise ValueError(
             f"{path.name} names the file {file_name[:80]!r}, which is a link to a file outside its folder."
             " Replace the link by the file."
         )
-    if not file.is_file():
+    if not companion_path.is_file():
         if may_be_missing:
             return None
         raise ValueError(
             f"{path.name} names the file {file_name[:80]!r}, which does not exist. Put it into the folder of"
             f" {path.name}."
         )
-    if file.stat().st_size > max_bytes:
+    if companion_path.stat().st_size > max_bytes:
         raise ValueError(
             f"the file {file_name[:80]!r} has more than {max_bytes >> 20} MB, which is the limit. Reduce its"
             " size."
         )
-    return file.resolve()
+    return companion_path.resolve()

@@ -89,8 +89,8 @@ class Element:
 
     @property
     def row(self) -> int:
-        """Number of bytes of a row, if all its lists are empty."""
-        return sum(np.dtype(kind).itemsize for kind in self.properties.values())
+        """Return the number of bytes of a row whose lists are all empty."""
+        return sum(np.dtype(numpy_type).itemsize for numpy_type in self.properties.values())
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Header:
 
     @property
     def splats(self) -> bool:
-        """True if the vertices are Gaussian splats."""
+        """Return True if the vertices are Gaussian splats."""
         return any(
             element.name == "vertex" and {"f_dc_0", "opacity", "scale_0", "rot_0"} <= set(element.properties)
             for element in self.elements
@@ -164,15 +164,18 @@ def read_header(data: memoryview) -> Header:
 
 def check_mesh(header: Header) -> None:
     """Raise ValueError unless the header describes a mesh with faces, and with at most MAX_FACES faces."""
-    counts = {element.name: element.count for element in header.elements}
+    count_by_element = {element.name: element.count for element in header.elements}
     # missing elements, or elements without rows
-    if not counts.get("vertex") or not counts.get("face"):
+    vertex_count = count_by_element.get("vertex", 0)
+    face_count = count_by_element.get("face", 0)
+    if not vertex_count or not face_count:
         raise ValueError(
-            "the PLY file contains points without faces. Export a mesh with faces, or Gaussian splats."
+            f"the PLY file has {vertex_count} points and {face_count} faces, and the points are no Gaussian"
+            " splats. Export a mesh with faces, or Gaussian splats."
         )
-    if counts["face"] > MAX_FACES:
+    if face_count > MAX_FACES:
         raise ValueError(
-            f"the mesh has {counts['face']:,} faces, but at most {MAX_FACES:,} are allowed. Simplify the"
+            f"the mesh has {face_count:,} faces, but at most {MAX_FACES:,} are allowed. Simplify the"
             " mesh, or reduce its resolution."
         )
 
@@ -194,7 +197,7 @@ def read_mesh(data: bytes | memoryview) -> Model:
             "the faces in the PLY file have no property vertex_indices, only"
             f" {', '.join(faces)[:80] or 'no properties'}. Export the mesh again."
         )
-    counts, corners = faces[index_property]
+    corner_counts, corners = faces[index_property]
     corners = corners.astype(np.int64)
     if not len(corners) or corners.min() < 0 or corners.max() >= len(positions):
         range_text = f"are {corners.min()}..{corners.max()}" if len(corners) else "are missing"
@@ -203,8 +206,8 @@ def read_mesh(data: bytes | memoryview) -> Model:
             f" {len(positions)} vertices. Export the mesh again."
         )
     # Faces with more than three corners are cut into triangles.
-    corner_of_triangle, face_of_triangle = triangulate_faces(positions, corners, counts)
-    triangle = corners[corner_of_triangle]
+    corner_of_triangle, face_of_triangle = triangulate_faces(positions, corners, corner_counts)
+    triangles = corners[corner_of_triangle]
     colours = _colours(vertices)
     normals = None
     face_colours = _colours(faces)
@@ -213,12 +216,12 @@ def read_mesh(data: bytes | memoryview) -> Model:
     # Colours of vertices take precedence over colours of faces.
     if face_colours is not None and colours is None:
         # Faces of different colours must not share vertices, so each triangle gets three vertices of its own.
-        positions = positions[triangle.reshape(-1)]
+        positions = positions[triangles.reshape(-1)]
         colours = np.repeat(face_colours[face_of_triangle], 3, axis=0)
         # Normals of shared vertices do not apply any more; without normals, each triangle is shaded flat.
         normals = None
-        triangle = np.arange(len(positions)).reshape(-1, 3)
-    return model_from_primitives([triangle_primitive(positions, triangle, colours=colours, normals=normals)])
+        triangles = np.arange(len(positions)).reshape(-1, 3)
+    return model_from_primitives([triangle_primitive(positions, triangles, colours=colours, normals=normals)])
 
 
 # Name of a property -> its values [N]; for a list property, the lengths [N] of the lists and all their items.
@@ -316,14 +319,16 @@ def _read_text(words: list[bytes], word_index: int, element: Element) -> tuple[T
     return _typed(element, values_by_property, items_by_property), word_index
 
 
-def _read_binary(data: memoryview, position: int, element: Element, byte_order: str) -> tuple[Table, int]:
+def _read_binary(
+    data: memoryview, byte_position: int, element: Element, byte_order: str
+) -> tuple[Table, int]:
     """Read an element from the bytes of a binary file.
 
     If all rows have the same length, they are read at once, otherwise one by one.
 
     Args:
         data: bytes of the file.
-        position: position of the first byte of the element.
+        byte_position: position of the first byte of the element.
         element: description of the element.
         byte_order: byte order of numpy.
 
@@ -333,78 +338,100 @@ def _read_binary(data: memoryview, position: int, element: Element, byte_order: 
     if not element.lists:
         rows = np.frombuffer(
             data,
-            [(name, byte_order + kind) for name, kind in type_by_property.items()],
+            [
+                (property_name, byte_order + numpy_type)
+                for property_name, numpy_type in type_by_property.items()
+            ],
             element.count,
-            position,
+            byte_position,
         )
-        return {name: rows[name] for name in type_by_property}, position + rows.nbytes
+        return {
+            property_name: rows[property_name] for property_name in type_by_property
+        }, byte_position + rows.nbytes
     if element.count and len(element.lists) == 1:
-        (name,) = element.lists
+        (list_property,) = element.lists
         # Assume that all lists are as long as the first list, for example in a mesh of triangles only.
         offset_in_row = sum(
-            np.dtype(kind).itemsize
-            for kind in list(type_by_property.values())[: list(type_by_property).index(name)]
+            np.dtype(numpy_type).itemsize
+            for numpy_type in list(type_by_property.values())[: list(type_by_property).index(list_property)]
         )
         list_length = int(
-            np.frombuffer(data, byte_order + type_by_property[name], 1, position + offset_in_row)[0]
+            np.frombuffer(
+                data, byte_order + type_by_property[list_property], 1, byte_position + offset_in_row
+            )[0]
         )
         # numpy fields of a row: each property, and after the length of the list its items
         row_fields = [
             field
-            for property_name, kind in type_by_property.items()
+            for property_name, numpy_type in type_by_property.items()
             for field in (
                 [
-                    (property_name, byte_order + kind),
+                    (property_name, byte_order + numpy_type),
                     (f"{property_name} items", byte_order + element.lists[property_name], (list_length,)),
                 ]
-                if property_name == name
-                else [(property_name, byte_order + kind)]
+                if property_name == list_property
+                else [(property_name, byte_order + numpy_type)]
             )
         ]
-        if 0 <= list_length <= len(data) and position + np.dtype(row_fields).itemsize * element.count <= len(
-            data
-        ):
-            rows = np.frombuffer(data, row_fields, element.count, position)
+        if 0 <= list_length <= len(data) and byte_position + np.dtype(
+            row_fields
+        ).itemsize * element.count <= len(data):
+            rows = np.frombuffer(data, row_fields, element.count, byte_position)
             # The assumption holds if every row states the same length.
-            if (rows[name] == list_length).all():
+            if (rows[list_property] == list_length).all():
                 columns: Table = {
                     property_name: rows[property_name]
                     for property_name in type_by_property
-                    if property_name != name
+                    if property_name != list_property
                 }
                 return {
                     **columns,
-                    name: (rows[name], rows[f"{name} items"].reshape(-1)),
-                }, position + rows.nbytes
+                    list_property: (rows[list_property], rows[f"{list_property} items"].reshape(-1)),
+                }, byte_position + rows.nbytes
     # The lists have different lengths, so the rows are read one by one.
-    values_by_property: dict[str, list] = {name: [] for name in type_by_property}
-    items_by_property: dict[str, list] = {name: [] for name in element.lists}
-    dtypes = {name: np.dtype(byte_order + kind) for name, kind in type_by_property.items()}
+    values_by_property: dict[str, list] = {property_name: [] for property_name in type_by_property}
+    items_by_property: dict[str, list] = {property_name: [] for property_name in element.lists}
+    dtypes = {
+        property_name: np.dtype(byte_order + numpy_type)
+        for property_name, numpy_type in type_by_property.items()
+    }
     for _ in range(element.count):
-        for name, kind in dtypes.items():
-            values_by_property[name].append(np.frombuffer(data, kind, 1, position)[0])
-            position += kind.itemsize
-            if name in items_by_property:
+        for property_name, numpy_type in dtypes.items():
+            values_by_property[property_name].append(np.frombuffer(data, numpy_type, 1, byte_position)[0])
+            byte_position += numpy_type.itemsize
+            if property_name in items_by_property:
                 list_items = np.frombuffer(
-                    data, byte_order + element.lists[name], int(values_by_property[name][-1]), position
+                    data,
+                    byte_order + element.lists[property_name],
+                    int(values_by_property[property_name][-1]),
+                    byte_position,
                 )
-                items_by_property[name].append(list_items)
-                position += list_items.nbytes
+                items_by_property[property_name].append(list_items)
+                byte_position += list_items.nbytes
     return (
         _typed(
             element,
             values_by_property,
-            {name: np.concatenate(rows) if rows else [] for name, rows in items_by_property.items()},
+            {
+                property_name: np.concatenate(rows) if rows else []
+                for property_name, rows in items_by_property.items()
+            },
         ),
-        position,
+        byte_position,
     )
 
 
 def _typed(element: Element, values_by_property: dict[str, list], items_by_property: dict) -> Table:
-    """Convert the columns of a table, and the items of its lists, to the types that the header states."""
+    """Convert the columns of a table, and the items of its lists, to the types that the header states.
+
+    Args:
+        element: description of the table.
+        values_by_property: name of each property -> its values; of a list property, the lengths of the lists.
+        items_by_property: name of each list property -> the items of all its lists.
+    """
     columns = {
-        property_name: np.array(values_by_property[property_name]).astype(kind)
-        for property_name, kind in element.properties.items()
+        property_name: np.array(values_by_property[property_name]).astype(numpy_type)
+        for property_name, numpy_type in element.properties.items()
     }
     return {
         property_name: (
@@ -419,7 +446,7 @@ def _typed(element: Element, values_by_property: dict[str, list], items_by_prope
 
 @dataclass(frozen=True)
 class Splats:
-    """Gaussians in the number types of the format GSP1."""
+    """Gaussians as arrays in the number types of the format GSP1, see the module's docstring."""
 
     centres: np.ndarray  # [N, 3] float32
     scales: np.ndarray  # [N, 3] float16, logarithms; their relative error is at most 0.05 %
@@ -440,7 +467,7 @@ def read_splats(data: memoryview) -> Splats:
     vertex_element = header.elements[0]
     rows = np.frombuffer(
         data,
-        [(name, header.order + kind) for name, kind in vertex_element.properties.items()],
+        [(name, header.order + numpy_type) for name, numpy_type in vertex_element.properties.items()],
         vertex_element.count,
         header.length,
     )
@@ -450,13 +477,15 @@ def read_splats(data: memoryview) -> Splats:
 
         Raises: ValueError for NaN or infinity.
         """
-        stacked = np.stack([rows[property_name].astype("<f4") for property_name in property_names], axis=1)
-        if not np.isfinite(stacked).all():
+        stacked_columns = np.stack(
+            [rows[property_name].astype("<f4") for property_name in property_names], axis=1
+        )
+        if not np.isfinite(stacked_columns).all():
             raise ValueError(
-                f"the property {property_names[0]} of the Gaussians contains NaN or infinity. Export the"
-                " splats again."
+                f"the Gaussians have NaN or infinity among the properties {', '.join(property_names)}. Export"
+                " the splats again."
             )
-        return stacked
+        return stacked_columns
 
     rotations = read_columns(*_SPLAT[10:])
     quaternion_lengths = np.linalg.norm(rotations, axis=1, keepdims=True)
@@ -488,8 +517,8 @@ def check_splats(header: Header) -> int:
     vertex_element = header.elements[0]
     if vertex_element.name != "vertex" or vertex_element.lists or not vertex_element.count:
         raise ValueError(
-            "the Gaussians must be the first element, `vertex`, of the PLY file, without list properties."
-            " Export the splats again."
+            "the first element of the PLY file must be `vertex`, with at least one Gaussian and without list"
+            " properties. Export the splats again."
         )
     if vertex_element.count > MAX_SPLATS:
         raise ValueError(
@@ -515,7 +544,7 @@ def check_splats(header: Header) -> int:
 
 
 def _rest(rows: np.ndarray, property_count: int) -> np.ndarray:
-    """Return the coefficients of higher degrees [N, count] as float16.
+    """Return the coefficients f_rest_* of the degrees above 0 as float16 [N, property_count].
 
     Args:
         rows: table of all Gaussians [N].
@@ -524,9 +553,9 @@ def _rest(rows: np.ndarray, property_count: int) -> np.ndarray:
     Raises: ValueError for NaN or infinity.
     """
     coefficients = np.empty((len(rows), property_count), "<f2")
-    for index in range(property_count):
+    for property_index in range(property_count):
         # 65504 is the largest finite number of float16
-        coefficients[:, index] = rows[f"f_rest_{index}"].clip(-65504, 65504)
+        coefficients[:, property_index] = rows[f"f_rest_{property_index}"].clip(-65504, 65504)
     if not np.isfinite(coefficients).all():
         raise ValueError("the properties f_rest_* contain NaN or infinity. Export the splats again.")
     return coefficients
@@ -543,13 +572,13 @@ def splat_parts(splats: Splats) -> list[bytes | memoryview]:
     Returns: parts of the file in order, which `b"".join` joins. The parts avoid a further copy of large
         arrays.
     """
-    lowest = splats.centres.min(axis=0)
+    lowest_corner = splats.centres.min(axis=0)
     header = HEADER.pack(
         MAGIC,
         len(splats.centres),
         splats.degree,
-        *lowest.tolist(),
-        *(splats.centres.max(axis=0) - lowest).tolist(),
+        *lowest_corner.tolist(),
+        *(splats.centres.max(axis=0) - lowest_corner).tolist(),
     )
     file_parts: list[bytes | memoryview] = [header]
     for array in (

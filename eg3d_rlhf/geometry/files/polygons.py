@@ -10,7 +10,7 @@ MAX_CORNERS = 4096
 
 
 def triangulate_faces(
-    positions: np.ndarray, corners: np.ndarray, counts: np.ndarray
+    positions: np.ndarray, corners: np.ndarray, corner_counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Triangulate the faces of a mesh.
 
@@ -22,33 +22,33 @@ def triangulate_faces(
         positions: coordinates [V, 3] of the vertices.
         corners: indices [C] of vertices: all corners of the first face, then all corners of the second face,
             and so on.
-        counts: number of corners [F] of each face.
+        corner_counts: number of corners [F] of each face.
 
     Returns: triangles [T, 3] as indices into `corners`, and the index of the face [T] of each triangle, in
         ascending order.
 
     Raises: ValueError for a face with more than MAX_CORNERS corners.
     """
-    counts = np.asarray(counts, dtype=np.int64)
-    if counts.max(initial=0) > MAX_CORNERS:
+    corner_counts = np.asarray(corner_counts, dtype=np.int64)
+    if corner_counts.max(initial=0) > MAX_CORNERS:
         raise ValueError(
-            f"a face has {counts.max():,} corners, but at most {MAX_CORNERS:,} are allowed. Triangulate the"
-            " mesh before exporting it."
+            f"a face has {corner_counts.max():,} corners, but at most {MAX_CORNERS:,} are allowed."
+            " Triangulate the mesh before exporting it."
         )
     # index of the first corner of each face in `corners`
-    first_corner = np.cumsum(counts) - counts
+    first_corner = np.cumsum(corner_counts) - corner_counts
     points = np.asarray(positions, dtype=np.float64)
-    triangle_faces = np.flatnonzero(counts == 3)
-    quad_faces = np.flatnonzero(counts == 4)
+    triangle_faces = np.flatnonzero(corner_counts == 3)
+    quad_faces = np.flatnonzero(corner_counts == 4)
     triangles = [
         first_corner[triangle_faces, None] + np.arange(3),
         _split_quads(points, corners, first_corner[quad_faces]),
     ]
     # A quad gives two triangles.
     face_indices = [triangle_faces, np.repeat(quad_faces, 2)]
-    for face_index in np.flatnonzero(counts > 4):
+    for face_index in np.flatnonzero(corner_counts > 4):
         face_triangles = _split_polygon(
-            points[corners[first_corner[face_index] : first_corner[face_index] + counts[face_index]]]
+            points[corners[first_corner[face_index] : first_corner[face_index] + corner_counts[face_index]]]
         )
         triangles.append(first_corner[face_index] + face_triangles)
         face_indices.append(np.full(len(face_triangles), face_index))
@@ -73,14 +73,16 @@ def _split_quads(points: np.ndarray, corners: np.ndarray, first_corner: np.ndarr
     # Twice the vector area of the quad; its direction is the orientation of the quad.
     normal = np.cross(c - a, d - b)
 
-    def smaller_area(*cut: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    def smaller_area(*triangle_pair: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
         """Return the smaller of the areas of two triangles, negative if one has the opposite orientation."""
-        return np.min([(np.cross(q - p, r - p) * normal).sum(axis=1) for p, q, r in cut], axis=0)
+        return np.min([(np.cross(q - p, r - p) * normal).sum(axis=1) for p, q, r in triangle_pair], axis=0)
 
     uses_second_diagonal = smaller_area((a, b, d), (b, c, d)) > smaller_area((a, b, c), (a, c, d))
     # corners of the two triangles for each diagonal
-    cuts = np.where(uses_second_diagonal[:, None, None], [[0, 1, 3], [1, 2, 3]], [[0, 1, 2], [0, 2, 3]])
-    return (first_corner[:, None, None] + cuts).reshape(-1, 3)
+    corner_offsets = np.where(
+        uses_second_diagonal[:, None, None], [[0, 1, 3], [1, 2, 3]], [[0, 1, 2], [0, 2, 3]]
+    )
+    return (first_corner[:, None, None] + corner_offsets).reshape(-1, 3)
 
 
 def _split_polygon(points: np.ndarray) -> np.ndarray:
@@ -120,40 +122,52 @@ def _ears(plane_points: np.ndarray) -> list[tuple[int, int, int]]:
 
     Returns: N - 2 triangles as indices of the corners.
     """
-    remaining = list(range(len(plane_points)))
+    remaining_corners = list(range(len(plane_points)))
     ears = []
     search_start = 0
-    while len(remaining) > 3:
+    while len(remaining_corners) > 3:
         # The search starts where the last ear was, which avoids testing the same corners again.
-        for step in range(len(remaining)):
-            position = (search_start + step) % len(remaining)
+        for step in range(len(remaining_corners)):
+            position = (search_start + step) % len(remaining_corners)
             # for i = 0, the index -1 is the last corner
-            ear = remaining[position - 1], remaining[position], remaining[(position + 1) % len(remaining)]
-            if _is_ear(plane_points, remaining, ear):
+            ear = (
+                remaining_corners[position - 1],
+                remaining_corners[position],
+                remaining_corners[(position + 1) % len(remaining_corners)],
+            )
+            if _is_ear(plane_points, remaining_corners, ear):
                 break
         else:
             # The loop found no ear, so the polygon intersects itself.
-            ring = plane_points[remaining]
-            position = int(_cross(np.roll(ring, 1, axis=0), ring, np.roll(ring, -1, axis=0)).argmax())
-            ear = remaining[position - 1], remaining[position], remaining[(position + 1) % len(remaining)]
+            ring_points = plane_points[remaining_corners]
+            position = int(
+                _cross(
+                    np.roll(ring_points, 1, axis=0), ring_points, np.roll(ring_points, -1, axis=0)
+                ).argmax()
+            )
+            ear = (
+                remaining_corners[position - 1],
+                remaining_corners[position],
+                remaining_corners[(position + 1) % len(remaining_corners)],
+            )
         ears.append(ear)
-        del remaining[position]
+        del remaining_corners[position]
         search_start = position
-    return [*ears, (remaining[0], remaining[1], remaining[2])]
+    return [*ears, (remaining_corners[0], remaining_corners[1], remaining_corners[2])]
 
 
-def _is_ear(plane_points: np.ndarray, remaining: list[int], ear: tuple[int, int, int]) -> bool:
+def _is_ear(plane_points: np.ndarray, remaining_corners: list[int], ear: tuple[int, int, int]) -> bool:
     """Return True if a corner of the remaining polygon is an ear.
 
     Args:
         plane_points: coordinates [N, 2] of all corners.
-        remaining: indices of the corners that were not cut off yet.
+        remaining_corners: indices of the corners that were not cut off yet.
         ear: indices of the previous corner, the corner itself, and the next corner.
     """
     a, b, c = plane_points[list(ear)]
     if _cross(a, b, c) <= 0:
         return False
-    other_corners = plane_points[remaining]
+    other_corners = plane_points[remaining_corners]
     is_inside = (
         (_cross(a, b, other_corners) >= 0)
         & (_cross(b, c, other_corners) >= 0)

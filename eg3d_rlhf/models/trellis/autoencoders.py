@@ -132,13 +132,13 @@ def _levels(config: StructureVAEConfig, make_resampling: Callable[[int, int], nn
         config: settings of the encoder or decoder.
         make_resampling: function that builds the layer between two levels from their numbers of channels.
     """
-    blocks: list[nn.Module] = []
+    level_modules: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
-        blocks += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
+        level_modules += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
         # There is no change of resolution after the last level.
         if i + 1 < len(config.channels):
-            blocks.append(make_resampling(channels, config.channels[i + 1]))
-    return nn.ModuleList(blocks)
+            level_modules.append(make_resampling(channels, config.channels[i + 1]))
+    return nn.ModuleList(level_modules)
 
 
 class StructureEncoder(nn.Module):
@@ -353,15 +353,15 @@ class SwinTransformer(nn.Module):
             x: voxels.
             block_parity: 0 for even blocks, whose windows are not shifted; 1 for odd blocks.
         """
-        mode = self.config.attn_mode
-        window = self.config.window_size
-        if mode == "full":
+        attention_mode = self.config.attn_mode
+        window_size = self.config.window_size
+        if attention_mode == "full":
             return blocks.samples(x)
-        if mode == "swin":
-            return blocks.windows(x, window, block_parity * (window // 2))
-        if mode == "shift_window":
-            return blocks.curve_windows(x, window, shift=block_parity * CURVE_SHIFT)
-        return blocks.curve_windows(x, window, start=block_parity * (window // 2))
+        if attention_mode == "swin":
+            return blocks.windows(x, window_size, block_parity * (window_size // 2))
+        if attention_mode == "shift_window":
+            return blocks.curve_windows(x, window_size, shift=block_parity * CURVE_SHIFT)
+        return blocks.curve_windows(x, window_size, start=block_parity * (window_size // 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,7 +441,10 @@ class GaussianDecoderConfig(SwinConfig):
 
     @property
     def gaussians(self) -> GaussianSettings:
-        """Settings of the Gaussians. Raises: ValueError if a setting is missing, unknown or not supported."""
+        """Return the settings of the Gaussians.
+
+        Raises: ValueError if a setting is missing, unknown or not supported.
+        """
         file_settings = self.representation_config
         # Two names of the JSON file begin with a digit, so they cannot be names of fields.
         field_names = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
@@ -477,30 +480,30 @@ class Gaussians:
 
     @property
     def means(self) -> torch.Tensor:
-        """Centres [M, 3] in the cube -0.5..0.5."""
+        """Return the centres [M, 3] in the cube -0.5..0.5."""
         return self.xyz - 0.5
 
     @property
     def scales(self) -> torch.Tensor:
-        """Standard deviations [M, 3] along the axes of each Gaussian, in sides of the cube, > 0."""
+        """Return standard deviations [M, 3] > 0 along the axes of each Gaussian, in sides of the cube."""
         bias = self.settings.scaling_bias
         if self.settings.scaling_activation == "exp":
-            scales = (self.scaling + math.log(bias)).exp()
+            activated_scales = (self.scaling + math.log(bias)).exp()
         else:
             # softplus^-1(b) = b + log(1 - exp(-b)), so that a raw scale of 0 gives `bias`
-            scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
+            activated_scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
         # The 3D smoothing filter of Mip-Splatting (Yu et al. 2024): a
         # convolution of two Gaussians adds variances.
-        return (scales.square() + self.settings.filter_3d**2).sqrt()
+        return (activated_scales.square() + self.settings.filter_3d**2).sqrt()
 
     @property
     def rotations(self) -> torch.Tensor:
-        """Unit quaternions [M, 4], real part first. Raw quaternions of zero mean no rotation."""
+        """Return unit quaternions [M, 4], real part first. Raw quaternions of zero mean no rotation."""
         return F.normalize(self.rotation + self.rotation.new_tensor([1, 0, 0, 0]), dim=-1)
 
     @property
     def opacities(self) -> torch.Tensor:
-        """Opacities [M, 1], 0..1."""
+        """Return the opacities [M, 1], 0..1."""
         bias = self.settings.opacity_bias
         # log(b / (1 - b)) is the inverse of the sigmoid, so that a raw opacity of 0 gives `bias`.
         return torch.sigmoid(self.opacity + math.log(bias / (1 - bias)))
@@ -523,7 +526,7 @@ class GaussianDecoder(SwinTransformer):
         """Decode the Gaussians of every sample.
 
         The centre of a Gaussian is xyz = centre of the voxel + tanh(offset + perturbation) voxel_size / (2
-        resolution), where the offset is an output of the network.
+        resolution). The offset is an output of the network, and the perturbation is fixed (`perturbation`).
         """
         gaussian_settings = self.settings
         gaussians_per_voxel = self.settings.num_gaussians
@@ -539,7 +542,7 @@ class GaussianDecoder(SwinTransformer):
                 * gaussian_settings.lr[attribute_name]
                 for attribute_name, attribute in zip(LAYOUT, attributes, strict=True)
             }
-            offset = (
+            raw_offset = (
                 raw_attributes["_xyz"] + self.offset_perturbation
                 if gaussian_settings.perturb_offset
                 else raw_attributes["_xyz"]
@@ -555,7 +558,7 @@ class GaussianDecoder(SwinTransformer):
             }
             gaussians_of_samples.append(
                 Gaussians(
-                    xyz=(centre[:, None] + offset.tanh() * max_offset).flatten(0, 1),
+                    xyz=(centre[:, None] + raw_offset.tanh() * max_offset).flatten(0, 1),
                     features_dc=flat_attributes["_features_dc"][:, None],
                     scaling=flat_attributes["_scaling"],
                     rotation=flat_attributes["_rotation"],
@@ -597,11 +600,11 @@ def _radical_inverse(base: int, n: int) -> float:
     For example 6, which is 110 in base 2, gives 0.011 in base 2, which is 3/8. The digits of n are mirrored
     at the radix point.
     """
-    inverse = 0.0
+    radical_inverse = 0.0
     digit_value = 1.0
     while n:
         digit_value /= base
         # The lowest digit of n becomes the first digit after the point.
-        inverse += digit_value * (n % base)
+        radical_inverse += digit_value * (n % base)
         n //= base
-    return inverse
+    return radical_inverse

@@ -37,7 +37,7 @@ MAX_PERIOD = 10000  # largest period of sinusoidal embeddings (Vaswani et al. 20
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """Settings of transformer blocks that the files of all networks contain."""
+    """Settings of the transformer blocks that are common to all networks of TRELLIS."""
 
     model_channels: int  # C
     num_blocks: int  # number of blocks
@@ -49,7 +49,7 @@ class HeadsConfig:
 
     @property
     def heads(self) -> int:
-        """Number of attention heads H."""
+        """Return the number of attention heads H."""
         return self.num_heads or self.model_channels // self.num_head_channels
 
 
@@ -103,21 +103,26 @@ class TransformerConfig(HeadsConfig):
 
 
 def check_inputs(
-    who: str, x_t: torch.Tensor, shape: list[int | str], cond: torch.Tensor, samples: int, channels: int
+    who: str,
+    x_t: torch.Tensor,
+    required_shape: list[int | str],
+    cond: torch.Tensor,
+    sample_count: int,
+    channels: int,
 ) -> None:
     """Raise ValueError if the inputs of a flow model do not have the required shapes.
 
     Args:
         who: name of the model, for the message.
         x_t: latents.
-        shape: required shape of the latents.
+        required_shape: required shape of the latents.
         cond: conditioning tokens.
-        samples: required number of samples N of the conditioning.
+        sample_count: required number of samples N of the conditioning.
         channels: required channels E of a conditioning token.
     """
-    check_shape(f"{who}.x_t", x_t, shape, "Pass latents of this model.")
+    check_shape(f"{who}.x_t", x_t, required_shape, "Pass latents of this model.")
     remedy = "Use embeddings of the encoder that the model was trained with."
-    check_shape(f"{who}.cond", cond, [samples, "L", channels], remedy)
+    check_shape(f"{who}.cond", cond, [sample_count, "L", channels], remedy)
 
 
 class Layout(Protocol):
@@ -143,19 +148,19 @@ class DenseLayout:
     """Layout of tokens [N, T, C] on a dense grid.
 
     Args:
-        keep: mask [N, 1, 1, T] bool, True for tokens that may be attended to. None allows all tokens.
+        keep_mask: mask [N, 1, 1, T] bool, True for tokens that may be attended to. None allows all tokens.
         passes: state of a block that the backward pass computes again, see `Passes`; None for other blocks.
     """
 
-    def __init__(self, keep: torch.Tensor | None = None, passes: "Passes | None" = None):
-        self.keep = keep
+    def __init__(self, keep_mask: torch.Tensor | None = None, passes: "Passes | None" = None):
+        self.keep_mask = keep_mask
         self.passes = passes
 
     def per_token(self, sample_rows: torch.Tensor) -> torch.Tensor:
         return sample_rows.unsqueeze(1)  # [N, 1, C]
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend(q, k, v, self.keep)
+        return attend(q, k, v, self.keep_mask)
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, k, v)
@@ -186,10 +191,10 @@ class LayerNorm32(nn.LayerNorm):
 
 
 class HeadRMSNorm(nn.Module):
-    """Root-mean-square norm of the vector of each attention head (Zhang and Sennrich 2019), [..., H, D] ->
-    [..., H, D].
+    """Root-mean-square norm of the channels of each attention head (Zhang and Sennrich 2019).
 
-    The result is x / |x| * gamma * sqrt(D), where gamma [H, D] is trained. It is computed in float32.
+    [..., H, D] -> [..., H, D]. The result is x / |x| * gamma * sqrt(D), where gamma [H, D] is trained. It is
+    computed in float32.
 
     Args:
         num_heads: number of heads H.
@@ -205,7 +210,7 @@ class HeadRMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
 
     def gain(self) -> torch.Tensor:
-        """Return the factors [H, D] of the vectors of length 1, gamma * sqrt(D)."""
+        """Return the factors [H, D] by which `forward` multiplies vectors of length 1: gamma * sqrt(D)."""
         return self.gamma * self.scale
 
 
@@ -247,10 +252,10 @@ def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
     rates = 1 / MAX_PERIOD ** (
         torch.arange(n_frequencies, dtype=torch.float32, device=coords.device) / n_frequencies
     )
-    angles = coords.float()[:, :, None] * rates  # [V, 3, count]
-    embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    angles = coords.float()[:, :, None] * rates  # [V, 3, n_frequencies]
+    embedded_coords = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
     # Zeros fill the remaining channels if their number is no multiple of 6.
-    return F.pad(embedded, (0, channels - embedded.shape[1]))
+    return F.pad(embedded_coords, (0, channels - embedded_coords.shape[1]))
 
 
 class FeedForward(nn.Module):
@@ -264,9 +269,11 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         # Rounded down, as in the original: TRELLIS.2 has 5.3334 x 1536 = 8192.1 channels.
-        hidden = int(channels * ratio)
+        hidden_channels = int(channels * ratio)
         self.mlp = nn.Sequential(
-            Linear(channels, hidden), nn.GELU(approximate="tanh"), Linear(hidden, channels)
+            Linear(channels, hidden_channels),
+            nn.GELU(approximate="tanh"),
+            Linear(hidden_channels, channels),
         )
 
     def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
@@ -308,19 +315,19 @@ class SelfAttention(nn.Module):
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # [..., 3, H, D]
         # On a CPU, long dense sequences use the tiled implementation,
         # which stores no copies of queries and keys.
-        if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
+        if isinstance(layout, DenseLayout) and layout.keep_mask is None and tiled(qkv):
             norms = (self.q_rms_norm, self.k_rms_norm)
             q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
-            attended = self_attention(
+            attention_output = self_attention(
                 qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention
             )
-            if layout.passes is not None and layout.passes.keep:
+            if layout.passes is not None and layout.passes.keeps_attention:
                 # When the backward pass computes the block again, it uses this result.
-                layout.passes.attention = attended.detach()
+                layout.passes.attention = attention_output.detach()
         else:
             q, k, v = qkv.unbind(-3)  # [..., H, D]
-            attended = layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v)
-        return self.to_out(attended.flatten(-2))
+            attention_output = layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v)
+        return self.to_out(attention_output.flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -352,9 +359,8 @@ class CrossAttention(nn.Module):
 class ModulatedBlock(nn.Module):
     """Transformer block of a self-attention, a cross-attention and a feed-forward layer.
 
-    This is the block of DiT (Peebles and Xie 2023) with a cross-attention.
-
-    The time modulates (shifts, scales and gates) the self-attention and the feed-forward layer.
+    This is the block of DiT (Peebles and Xie 2023) with a cross-attention. The time modulates (shifts, scales
+    and gates) the self-attention and the feed-forward layer.
 
     Args:
         channels: channels C of a token.
@@ -431,11 +437,11 @@ class Passes:
     """State of a block that is computed in the forward pass, and again in the backward pass.
 
     Args:
-        keep: True stores the result of the self-attention for the second computation.
+        keeps_attention: True stores the result of the self-attention for the second computation.
     """
 
-    def __init__(self, keep: bool):
-        self.keep = keep
+    def __init__(self, keeps_attention: bool):
+        self.keeps_attention = keeps_attention
         self.second = False  # True in the second computation
         # Stored result of the self-attention [N, T, H, D]; None if it is not stored
         self.attention: torch.Tensor | None = None
@@ -477,9 +483,8 @@ def convert_torso(
 def torso_dtype(blocks: nn.Module) -> torch.dtype:
     """Return the dtype in which blocks compute.
 
-    It is the dtype of their first linear layer or convolution, or float32 if there is none.
-
-    The settings do not decide, because use_fp16 applies only to new weights.
+    This is the dtype of their first linear layer or convolution, or float32 if there is none. The setting
+    use_fp16 is not read, because it applies only to new weights.
     """
     for layer in blocks.modules():
         if isinstance(layer, (nn.Linear, nn.Conv3d)):
@@ -503,7 +508,7 @@ class Groups:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of rows of each run, in all its groups."""
+        """Return the number of rows of each run, in all its groups."""
         return [group_count * length for group_count, length in self.runs]
 
 
@@ -528,9 +533,9 @@ class SparseLayout:
         groups = self.groups
         # One call per run: groups of the same length form a dense batch.
         runs = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
-        attended = torch.cat([attend(*run).flatten(0, 1) for run in runs])
+        attention_output = torch.cat([attend(*run).flatten(0, 1) for run in runs])
         # Back to the order of the batch
-        return attended if groups.inverse is None else attended[groups.inverse]
+        return attention_output if groups.inverse is None else attention_output[groups.inverse]
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Compute attention from voxels to the conditioning tokens of their sample, [V, H, D].
@@ -548,7 +553,7 @@ class SparseLayout:
 
 
 def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    """Reorder rows by groups, and split them into runs.
+    """Reorder rows by groups, and split them into runs (consecutive groups with the same number of rows).
 
     Args:
         x: rows [V, H, D] in the order of the batch.
@@ -564,7 +569,7 @@ def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
 
 
 def samples(batch: SparseBatch) -> Groups:
-    """Return groups of which each is one sample. The rows of a batch are in this order already."""
+    """Return the groups for attention within samples: each sample is a group, in the order of the batch."""
     if "samples" not in batch.cache:
         runs: list[tuple[int, int]] = []
         # Only consecutive samples of the same length form a run, so that no reordering is needed.
@@ -577,21 +582,21 @@ def samples(batch: SparseBatch) -> Groups:
     return batch.cache["samples"]
 
 
-def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
-    """Return groups of which each consists of the voxels of one cubic window.
+def windows(batch: SparseBatch, window_size: int, shift: int = 0) -> Groups:
+    """Return the groups for attention within cubic windows: the voxels of a window are a group.
 
-    Voxels of a sample belong to the same window if they have the same value of (coordinate + shift) // window
-    on every axis.
+    Voxels of a sample belong to the same window if they have the same value of
+    (coordinate + shift) // window_size on every axis.
 
     Args:
         batch: voxels.
-        window: side of a window in voxels.
+        window_size: side of a window in voxels.
         shift: shift of the coordinates in voxels.
     """
-    cache_key = f"windows {window} {shift}"
+    cache_key = f"windows {window_size} {shift}"
     if cache_key not in batch.cache:
         # One integer per window: sample, then the window's three indices.
-        window_cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
+        window_cells = (batch.coords[:, 1:].long() + shift) // window_size  # [V, 3]
         windows_per_axis = int(window_cells.max()) + 1  # windows per axis
         window_codes = (
             (batch.sample * windows_per_axis + window_cells[:, 0]) * windows_per_axis + window_cells[:, 1]
@@ -600,42 +605,44 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
         # Sorted by the length of the window and then by the window, so that windows of equal length are
         # contiguous. The stable sort does not change the order of the rows within a window.
         order = torch.argsort(lengths[window_index] * len(lengths) + window_index, stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
+        inverse_order = torch.empty_like(order)
+        inverse_order[order] = torch.arange(len(order), device=order.device)
         # Different lengths in ascending order, and the number of windows of each length
         run_lengths, run_counts = (x.tolist() for x in torch.unique(lengths, return_counts=True))
-        batch.cache[cache_key] = Groups(tuple(zip(run_counts, run_lengths, strict=True)), order, inverse)
+        batch.cache[cache_key] = Groups(
+            tuple(zip(run_counts, run_lengths, strict=True)), order, inverse_order
+        )
     return batch.cache[cache_key]
 
 
-def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
-    """Return groups of which each is a section of the Z-order curve through the voxels of a sample.
+def curve_windows(batch: SparseBatch, window_size: int, shift: int = 0, start: int = 0) -> Groups:
+    """Return the groups for attention within sections of the Z-order curve through a sample's voxels.
 
-    A sample of n voxels is divided into m = ceil(n / window) sections of equal length along the curve. If m >
-    1, the group of a section consists of the `window` voxels around its middle. These include voxels of the
-    neighbouring sections, since a section has at most `window` voxels; the curve is treated as closed. Only
-    the results for the voxels of the section itself are used.
+    A sample of n voxels is divided into m = ceil(n / window_size) sections of equal length along the curve.
+    If m > 1, the group of a section consists of the `window_size` voxels around its middle. These include
+    voxels of the neighbouring sections, since a section has at most `window_size` voxels; the curve is
+    treated as closed. Only the results for the voxels of the section itself are used.
 
     Args:
         batch: voxels.
-        window: number of voxels of a group.
+        window_size: number of voxels of a group.
         shift: shift of the coordinates in voxels, which gives another curve.
         start: number of voxels by which the sections are shifted along the curve.
     """
-    cache_key = f"curve {window} {shift} {start}"
+    cache_key = f"curve {window_size} {shift} {start}"
     if cache_key not in batch.cache:
         curve_positions = z_order(batch.coords[:, 1:] + shift)  # [V], position on the curve
         runs: list[tuple[int, int]] = []
         group_rows: list[torch.Tensor] = []
-        inverse = torch.empty_like(curve_positions)
+        inverse_order = torch.empty_like(curve_positions)
         first_row = 0  # first row of the sample
         assigned_rows = 0  # number of rows of the new order that are assigned already
         for n in batch.lengths.tolist():
             # Rows of this sample in the order of the curve
             curve_rows = first_row + torch.argsort(curve_positions[first_row : first_row + n])
-            section_count = -(-n // window)  # n / window, rounded up
+            section_count = -(-n // window_size)  # n / window_size, rounded up
             # Rows of a group, and length of a section, which need not be an integer
-            group_size, section_length = (n, n) if section_count <= 1 else (window, n / section_count)
+            group_size, section_length = (n, n) if section_count <= 1 else (window_size, n / section_count)
             for i in range(section_count):
                 # Positions on the curve: the section is low..high, and the group starts at group_start.
                 if section_count == 1:
@@ -646,12 +653,12 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
                     section_start, section_end = (
                         math.floor((i + k) * section_length + start) for k in (0, 1)
                     )
-                    group_start = math.floor((i + 0.5) * section_length + start - 0.5 * window)
+                    group_start = math.floor((i + 0.5) * section_length + start - 0.5 * window_size)
                 positions = torch.arange(group_start, group_start + group_size, device=curve_rows.device)
                 group_rows.append(
                     curve_rows[positions % n]
                 )  # modulo n, because the curve is treated as closed
-                inverse[group_rows[-1][section_start - group_start : section_end - group_start]] = (
+                inverse_order[group_rows[-1][section_start - group_start : section_end - group_start]] = (
                     torch.arange(
                         assigned_rows + section_start - group_start,
                         assigned_rows + section_end - group_start,
@@ -662,7 +669,7 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
             if section_count:
                 runs.append((section_count, group_size))
             first_row += n
-        batch.cache[cache_key] = Groups(tuple(runs), torch.cat(group_rows), inverse)
+        batch.cache[cache_key] = Groups(tuple(runs), torch.cat(group_rows), inverse_order)
     return batch.cache[cache_key]
 
 

@@ -195,14 +195,14 @@ class LatentFlowConfig(FlowConfig):
         if self.patch_size != 2 ** len(self.io_channels) or self.num_io_res_blocks < 1:
             raise ValueError(
                 "LatentFlowConfig: patch_size must be 2^(number of io_block_channels), and num_io_res_blocks"
-                f" must be >= 1, got {self.patch_size}, {self.io_channels} and {self.num_io_res_blocks}."
-                " Download the model's JSON file again."
+                f" must be >= 1, got patch_size={self.patch_size}, io_block_channels={self.io_channels} and"
+                f" num_io_res_blocks={self.num_io_res_blocks}. Download the model's JSON file again."
             )
         super().__post_init__()
 
     @property
     def io_channels(self) -> tuple[int, ...]:
-        """Channels at each resolution finer than the transformer's, finest first; empty if there is none."""
+        """Return the channels at each resolution finer than the transformer's, finest first; may be empty."""
         return tuple(self.io_block_channels or ())
 
 

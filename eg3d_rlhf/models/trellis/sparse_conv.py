@@ -54,8 +54,8 @@ class SubmanifoldConv(nn.Module):
         self.conv = Kernel(channels, out_channels)
         self.backend = backend
 
-    def forward(self, x: SparseBatch, coarse: torch.Tensor | None = None) -> SparseBatch:
-        return submanifold_conv(x, self.conv.weight, self.conv.bias, self.backend, coarse)
+    def forward(self, x: SparseBatch, coarse_feats: torch.Tensor | None = None) -> SparseBatch:
+        return submanifold_conv(x, self.conv.weight, self.conv.bias, self.backend, coarse_feats)
 
 
 class Kernel(nn.Module):
@@ -74,7 +74,7 @@ def submanifold_conv(
     weight: torch.Tensor,
     bias: torch.Tensor,
     backend: str = "auto",
-    coarse: torch.Tensor | None = None,
+    coarse_feats: torch.Tensor | None = None,
 ) -> SparseBatch:
     """Apply the convolution of the module's docstring on the voxels of x, features [V, A] -> [V, B].
 
@@ -86,14 +86,14 @@ def submanifold_conv(
         bias: bias [B].
         backend: "torch" or "spconv", whose backward pass exists only on CUDA. "auto" uses spconv on CUDA if
             it is installed, and torch otherwise.
-        coarse: features [W, A] on the voxels of half the resolution, which replace those of x: each voxel of
-            x has the features of the coarse voxel that contains it. None uses the features of x.
+        coarse_feats: features [W, A] on the voxels of half the resolution, which replace those of x: each
+            voxel of x has the features of the coarse voxel that contains it. None uses the features of x.
 
     Differentiable in: features, weight and bias, once.
     Raises: ValueError if shapes do not fit, if a voxel occurs twice, or if spconv is requested and not
         installed.
     """
-    feats = x.feats if coarse is None else coarse
+    feats = x.feats if coarse_feats is None else coarse_feats
     channels = feats.shape[1]
     check_shape(
         "submanifold_conv.weight", weight, ["B", 3, 3, 3, channels], "Pass a kernel for these features."
@@ -106,9 +106,11 @@ def submanifold_conv(
         feats, weight, bias = (tensor.to(autocast_dtype) for tensor in (feats, weight, bias))
     if backend == "spconv" or (backend == "auto" and device == "cuda" and has_spconv()):
         # spconv cannot read features of coarse voxels, so they are copied to the fine voxels.
-        return x.with_feats(_spconv(x, feats if coarse is None else feats[coarser(x).row], weight, bias))
+        return x.with_feats(
+            _spconv(x, feats if coarse_feats is None else feats[coarser(x).row], weight, bias)
+        )
     pairs = neighbours(x)
-    if coarse is not None:
+    if coarse_feats is not None:
         # Reading the coarse rows directly avoids copies of the features on all fine voxels.
         coarse_row = coarser(x).row
         pairs = [(output_rows, coarse_row[input_rows]) for output_rows, input_rows in pairs]
@@ -176,7 +178,9 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
 def _taps(
     pairs: list[Pairs], weight: torch.Tensor, input_row_count: int
 ) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
-    """Iterate over all taps that connect voxels, with as many pairs at a time as MAX_GATHERED_VALUES allows.
+    """Iterate over the taps (positions in the kernel) that connect voxels, in chunks of pairs.
+
+    MAX_GATHERED_VALUES limits the size of a chunk.
 
     Args:
         pairs: pairs of rows of each tap.
@@ -338,17 +342,19 @@ def downsample(x: SparseBatch) -> SparseBatch:
     the mean, but released weights of TRELLIS were trained with it: the original averages the n voxels and a
     zero.
     """
-    coarse = coarser(x)
-    feature_sums = x.feats.new_zeros(len(coarse.coords), x.feats.shape[1]).index_add(0, coarse.row, x.feats)
+    coarse_voxels = coarser(x)
+    feature_sums = x.feats.new_zeros(len(coarse_voxels.coords), x.feats.shape[1]).index_add(
+        0, coarse_voxels.row, x.feats
+    )
     return SparseBatch(
-        coarse.coords,
-        feature_sums / (coarse.counts + 1).to(feature_sums.dtype)[:, None],
+        coarse_voxels.coords,
+        feature_sums / (coarse_voxels.counts + 1).to(feature_sums.dtype)[:, None],
         x.size,
-        coarse.cache,
+        coarse_voxels.cache,
     )
 
 
-def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
+def upsample(x: SparseBatch, fine_batch: SparseBatch) -> SparseBatch:
     """Double the resolution of a batch, features [W, C] -> [V, C].
 
     Each fine voxel gets the features of the coarse voxel that contains it.
@@ -356,19 +362,19 @@ def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
     Differentiable in: the features of x.
 
     Args:
-        x: batch on the voxels that `downsample(fine)` returns.
-        fine: batch on the voxels of the result.
+        x: batch on the voxels that `downsample(fine_batch)` returns.
+        fine_batch: batch on the voxels of the result.
 
-    Raises: ValueError if the number of voxels of x is not that of `downsample(fine)`.
+    Raises: ValueError if the number of voxels of x is not that of `downsample(fine_batch)`.
     """
-    coarse = coarser(fine)
+    coarse_voxels = coarser(fine_batch)
     # Comparing the numbers of rows is cheap, comparing coordinates would not be.
-    if len(coarse.coords) != len(x.feats):
+    if len(coarse_voxels.coords) != len(x.feats):
         raise ValueError(
-            f"upsample: the batch must have the {len(coarse.coords)} voxels of downsample(fine), but has"
-            f" {len(x.feats)}. Pass the batch that was downsampled."
+            f"upsample: the batch must have the {len(coarse_voxels.coords)} voxels of downsample(fine_batch),"
+            f" but has {len(x.feats)}. Pass the batch that was downsampled."
         )
-    return fine.with_feats(x.feats[coarse.row])
+    return fine_batch.with_feats(x.feats[coarse_voxels.row])
 
 
 class SparseResBlock(nn.Module):
@@ -403,13 +409,15 @@ class SparseResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, 2 * out_channels))
         self.skip_connection = Linear(channels, out_channels) if channels != out_channels else nn.Identity()
 
-    def forward(self, x: SparseBatch, time: torch.Tensor, fine: SparseBatch | None = None) -> SparseBatch:
+    def forward(
+        self, x: SparseBatch, time: torch.Tensor, fine_batch: SparseBatch | None = None
+    ) -> SparseBatch:
         """Apply the block.
 
         Args:
             x: batch of features.
             time: embedded times [N, C].
-            fine: batch on the voxels of the result, if `resample` is "up"; None otherwise.
+            fine_batch: batch on the voxels of the result, if `resample` is "up"; None otherwise.
         """
         if self.resample == "down":
             x = downsample(x)
@@ -419,9 +427,9 @@ class SparseResBlock(nn.Module):
         if self.resample == "up":
             # The norm and the skip connection act on single rows. They are computed before the rows are
             # repeated, because a coarse voxel contains up to eight fine voxels.
-            assert fine is not None
-            x = upsample(x.with_feats(skip), fine)
-            h = self.conv1(x, coarse=h).feats
+            assert fine_batch is not None
+            x = upsample(x.with_feats(skip), fine_batch)
+            h = self.conv1(x, coarse_feats=h).feats
             skip = x.feats
         else:
             h = self.conv1(x.with_feats(h)).feats

@@ -490,7 +490,9 @@ def _load_network(
         dtype: dtype of the weights; None keeps the dtypes of the file.
         device: device of the network.
     """
-    network = fill(empty(lambda: network_class(config)), tensors, message_prefix, types=dtype, device=device)
+    network = fill(
+        empty(lambda: network_class(config)), tensors, message_prefix, requested_dtypes=dtype, device=device
+    )
     return freeze(network, device)
 
 

@@ -652,7 +652,13 @@ def load_embedder(generator_file: GeneratorFile, device: str | torch.device = "c
     # The checkpoint has DINOv2's names of torch hub; this package uses those of transformers.
     renamed_tensors = rename_dino_tensors(embedder, state)
     return freeze(
-        fill(embedder, renamed_tensors, str(generator_file.checkpoint), types=torch.float32, device=device),
+        fill(
+            embedder,
+            renamed_tensors,
+            str(generator_file.checkpoint),
+            requested_dtypes=torch.float32,
+            device=device,
+        ),
         device,
     )
 
@@ -702,7 +708,7 @@ def embedder_of(generator_file: GeneratorFile, state: Mapping[str, torch.Tensor]
                 hidden_widths,
                 len(state[f"{projections[0]}.1.w2.weight"]),
                 has_pre_norm,
-                random=position_kind == "random",
+                has_random_frames=position_kind == "random",
             )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(

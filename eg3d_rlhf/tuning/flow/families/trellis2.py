@@ -226,7 +226,8 @@ class Trellis2Pipeline(EncodingFolder):
         decoder = self._decoder()
         # `levels` stops the decoder after its last division of voxels; features are not needed.
         finest_voxels, _ = decoder(
-            self._unnormalised(sample.coords, sample.feats, stage), levels=len(decoder.config.up_block_type)
+            self._unnormalised(sample.coords, sample.feats, stage),
+            split_count=len(decoder.config.up_block_type),
         )
         # Voxels of the decoder's finest grid per voxel of the latents, along an axis.
         voxels_per_latent = decoder.config.finer

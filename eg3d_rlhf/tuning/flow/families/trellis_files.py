@@ -547,7 +547,11 @@ def build_from_state(
             is_half = name in half_state and half_state[name].dtype in (torch.float16, torch.bfloat16)
             dtype_by_name[name] = dtype if is_half else torch.float32
     return fill(
-        empty(lambda: model_class(config)), state, message_prefix, types=dtype_by_name, device=device
+        empty(lambda: model_class(config)),
+        state,
+        message_prefix,
+        requested_dtypes=dtype_by_name,
+        device=device,
     ).eval()
 
 
