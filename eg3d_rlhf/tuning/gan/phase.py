@@ -120,7 +120,8 @@ class Standardised(Shaping):
 class NegativeSoftplus(Shaping):
     """Shaping -softplus(-2 r) of the raw score r.
 
-    It is nearly 0 for large scores, so that good samples get hardly any gradient, and linear for low scores.
+    The result is nearly 0 for large scores, so that good samples get hardly any gradient, and nearly linear
+    for low scores.
     """
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
@@ -181,8 +182,7 @@ SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, float | None], Shaping
 
 
 def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
-    """Return the lower and the upper quartile of `values` [M], each moved outwards by 1.5 interquartile
-    ranges.
+    """Return both quartiles of `values` [M], each moved outwards by 1.5 interquartile ranges.
 
     These bounds are known as Tukey's fences; values outside them are usually called outliers.
     """
@@ -190,18 +190,18 @@ def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
     return low - 1.5 * (high - low), high + 1.5 * (high - low)
 
 
-def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
+def clip_bounds(clip_text: str, initial_rewards: torch.Tensor) -> tuple[float, float]:
     """Return the lower and the upper bound of the trust region.
 
     Args:
-        spec: value of --reward-clip, see `settings.clip_range`. For "iqr" the bounds are the
+        clip_text: value of --reward-clip, see `settings.clip_range`. For "iqr" the bounds are the
             `widened_quartiles`.
-        initial_shaped: [M], shaped rewards of samples of the untuned generator.
+        initial_rewards: [M], shaped rewards of samples of the untuned generator.
     Raises: ValueError naming --reward-clip if LOW is not below HIGH.
     """
-    if spec == "iqr":
-        return widened_quartiles(initial_shaped)
-    return clip_range(spec, lambda share: torch.quantile(initial_shaped.float(), share).item())
+    if clip_text == "iqr":
+        return widened_quartiles(initial_rewards)
+    return clip_range(clip_text, lambda share: torch.quantile(initial_rewards.float(), share).item())
 
 
 # The nose limit is a penalty on faces that come nearer to the frontal camera than any face of the untuned
@@ -213,7 +213,7 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
 def floor_loss(
     depth: torch.Tensor, limit: float | torch.Tensor, only_violators: bool = False
 ) -> torch.Tensor:
-    """Return the mean of max(limit - depth, 0) over the pixels of a window.
+    """Return the mean of max(limit - depth, 0) over the pixels of each sample's depth window.
 
     Args:
         depth: [N, h, w], distance from the camera, in world units.
@@ -264,7 +264,7 @@ class NoseFloor(torch.nn.Module):
             return field.render(self._camera, RenderOptions(resolution=WINDOW_SIDE)).depth[:, 0]
 
     def forward(self, field: Field) -> torch.Tensor:
-        """Return the penalty [N] of samples."""
+        """Return the penalty of N samples, [N] in world units."""
         return floor_loss(self._depth(field), self.floor, self.kind == "violators")
 
 
@@ -286,7 +286,7 @@ def window_camera(generator: Generator) -> torch.Tensor:
 
 
 class RewardPhaseState(torch.nn.Module):
-    """State of the reward phase, which checkpoints store.
+    """Constants and frozen reference of the reward phase, which checkpoints store.
 
     Args:
         G_ref: frozen reference generator.
@@ -335,11 +335,11 @@ class RewardTerms:
         self.cube = SlabSpec.from_bounds(self.generator.bounds, config.consistency_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
-            nose_limit = None
+            nose_penalty = None
             if config.lambda_nose > 0:
                 ws = ws_of_seeds(self.reference, CALIBRATION.seeds, NOSE_PSI, CUTOFF)
-                nose_limit = NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
-        self.state = RewardPhaseState(G_ref, shaping, bounds, nose_limit)
+                nose_penalty = NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
+        self.state = RewardPhaseState(G_ref, shaping, bounds, nose_penalty)
 
     def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
         """Compute the constants of the shaping and the clip bounds from samples of the untuned generator.
@@ -363,15 +363,15 @@ class RewardTerms:
         temperature = self.reward.provenance.get("temperature")  # None for published rewards
         make_shaping = SHAPINGS[self.config.reward_shaping]
         shaping = make_shaping(self.initial_scores, embeddings, temperature).to(device)
-        shaped_parts = []
+        shaped_reward_parts = []
         for observed in observations:
             # The numbers start at 0 in each part, so the shaping "reference" compares all parts with the same
             # reference samples.
             sample_numbers = torch.arange(len(observed), device=device)
-            shaped_parts.append(shaping(network, observed, sample_numbers)[0])
-        shaped = torch.cat(shaped_parts)
-        low, high = clip_bounds(self.config.reward_clip, shaped)
-        outside_share = ((shaped < low) | (shaped > high)).float().mean().item()
+            shaped_reward_parts.append(shaping(network, observed, sample_numbers)[0])
+        shaped_rewards = torch.cat(shaped_reward_parts)
+        low, high = clip_bounds(self.config.reward_clip, shaped_rewards)
+        outside_share = ((shaped_rewards < low) | (shaped_rewards > high)).float().mean().item()
         # Warnings and not errors: the run works, but the reward or the consistency term has little effect.
         if outside_share > WARNING_SHARE:
             warnings.warn(
@@ -380,7 +380,7 @@ class RewardTerms:
                 " bounds.",
                 stacklevel=2,
             )
-        if self.config.consistency_gate < 1 and not (shaped > high).any():
+        if self.config.consistency_gate < 1 and not (shaped_rewards > high).any():
             warnings.warn(
                 f"--consistency-gate: no untuned sample has a reward above the bound {high:g} of"
                 " --reward-clip, so no shape gets the full weight of the density-consistency term. Lower that"
@@ -417,11 +417,11 @@ class RewardTerms:
             loss = loss + config.lambda_nose * stats["RLHF/nose"]
         yield Loss(loss, {**stats, "Loss/Grlhf/reward": loss})
         # New latents, because these samples have a truncation of their own, `consistency_psi`.
-        if any(getattr(config, weight) > 0 for weight in CONSISTENCY_TERMS):
+        if any(getattr(config, weight_name) > 0 for weight_name in CONSISTENCY_TERMS):
             yield self._consistency_loss(torch.randn_like(batch.gen_z), batch.gen_c, batch.places)
 
     def _consistency_loss(self, z: torch.Tensor, c: torch.Tensor, sample_numbers: torch.Tensor) -> Loss:
-        """Return the weighted sum [N] of the terms that compare densities with those of the reference.
+        """Return the loss that compares densities with the reference's: a weighted sum of terms, [N].
 
         Args:
             z: [N, Z], latents.
@@ -431,7 +431,7 @@ class RewardTerms:
         config = self.config
 
         def make_field(generator: Generator) -> Field:
-            """Return the field of the latents, mapped by the generator's own mapping network."""
+            """Return the density field of a generator for the latents, with its own mapping network."""
             return generator.field(
                 generator.mapping(z, c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF)
             )
@@ -461,8 +461,8 @@ class RewardTerms:
     def _gate(self, reference_field: Field, sample_numbers: torch.Tensor) -> torch.Tensor:
         """Return the per-sample weight [N] of the density-consistency term.
 
-        It is 1 for shapes whose reward was above the upper clip bound before tuning, and --consistency-gate
-        for all other shapes. The reward term gives no gradient to shapes above that bound.
+        The weight is 1 for shapes whose reward was above the upper clip bound before tuning, and
+        --consistency-gate for all other shapes. The reward term gives no gradient to shapes above that bound.
 
         Args:
             reference_field: N shapes of the reference generator.
@@ -519,9 +519,9 @@ CONSISTENCY_TERMS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor, fl
 def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:
     """Return the reward phase Grlhf for the training loop.
 
-    The loop runs it in every iteration, with an optimiser for G of its own. Adam normalises the scale of the
-    gradient, so with a separate optimiser the size of the reward's step does not depend on the adversarial
-    loss.
+    The loop runs the phase in every iteration, with an optimiser for G that only this phase uses. Adam
+    normalises the scale of the gradient, so with a separate optimiser the size of the reward's step does not
+    depend on the adversarial loss.
     """
     return Phase(
         name="Grlhf",

@@ -43,27 +43,27 @@ FALSE_ALARMS = 0.05
 
 
 class PairAccuracy:
-    """Evaluator of networks on pairs that are not trained on, at the same times and noises for every network.
+    """Evaluator of networks on held-out pairs, with the same times and noises for every network.
 
     Args:
-        conditioned: stage of the networks.
+        conditioned_stage: stage of the networks.
         pairs: the P pairs, at least one.
-        draws: number K of times and noises at which each pair is measured.
+        draws: number K of (time, noise) at which each pair is measured.
         batch: number of pairs in a forward pass.
         seed: seed of the times and noises.
     """
 
     def __init__(
         self,
-        conditioned: ConditionedStage,
+        conditioned_stage: ConditionedStage,
         pairs: Sequence[PreferencePair],
         draws: int = DRAWS,
         batch: int = 8,
         seed: int = 0,
     ):
         assert pairs
-        self.conditioned = conditioned
-        self.stage = conditioned.stage
+        self.conditioned_stage = conditioned_stage
+        self.stage = conditioned_stage.stage
         self.pairs = list(pairs)
         self.draws = draws
         self.batch = batch
@@ -73,7 +73,7 @@ class PairAccuracy:
         self._reference_errors: dict[tuple[int, int], torch.Tensor] = {}
 
     def measure(self, model: torch.nn.Module, reference: FrozenModel) -> "Measured":
-        """Average the margins and the rises in error of all pairs over the K draws.
+        """Measure each pair's margin, and its preferred sample's rise in error, as means over the K draws.
 
         Args:
             model: network to evaluate.
@@ -82,18 +82,18 @@ class PairAccuracy:
         device = next(model.parameters()).device
         # rows: margin, rise of the preferred error, reference's preferred error
         measurement_sums = np.zeros((3, len(self.pairs)))
-        for draw in range(self.draws):
+        for draw_number in range(self.draws):
             for batch_start in range(0, len(self.pairs), self.batch):
                 batch_pairs = self.pairs[batch_start : batch_start + self.batch]
-                cond = self.conditioned.conditioning([pair.condition for pair in batch_pairs])
+                cond = self.conditioned_stage.conditioning([pair.condition for pair in batch_pairs])
                 # the number of the draw is passed as the epoch, so that each draw has another time and noise
                 pair_draw = draw_pairs(
-                    self.stage, batch_pairs, cond, None, DpoConfig(), self.seed, draw, device
+                    self.stage, batch_pairs, cond, None, DpoConfig(), self.seed, draw_number, device
                 )
-                if (draw, batch_start) not in self._reference_errors:
-                    self._reference_errors[draw, batch_start] = reference.errors(self.stage, pair_draw)
+                if (draw_number, batch_start) not in self._reference_errors:
+                    self._reference_errors[draw_number, batch_start] = reference.errors(self.stage, pair_draw)
                 errors = PairErrors.split(
-                    self._errors(model, pair_draw), self._reference_errors[draw, batch_start]
+                    self._errors(model, pair_draw), self._reference_errors[draw_number, batch_start]
                 )
                 assert errors.ref_preferred is not None
                 # [3, p]
@@ -109,15 +109,15 @@ class PairAccuracy:
         return Measured(margins, rises / reference_errors.mean())
 
     @torch.no_grad()
-    def _errors(self, model: torch.nn.Module, draw: PairDraw) -> torch.Tensor:
-        """Compute a network's flow-matching errors [2p] of sampled pairs."""
+    def _errors(self, model: torch.nn.Module, pair_draw: PairDraw) -> torch.Tensor:
+        """Compute a network's flow-matching errors of p pairs with their times and noises, [2p]."""
         # `evaluating` switches dropout off for the time of the call
         with evaluating(model):
-            v = self.stage.velocity(draw.x_t, draw.t, draw.cond, model)
-        return self.stage.path.errors(single(v), draw.x_0, draw.eps).float()
+            v = self.stage.velocity(pair_draw.x_t, pair_draw.t, pair_draw.cond, model)
+        return self.stage.path.errors(single(v), pair_draw.x_0, pair_draw.eps).float()
 
     def metrics(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
-        """Return the metrics that are logged in training, which are means of `measure` over the pairs."""
+        """Return the metrics that are logged in training: accuracy, mean margin and mean rise in error."""
         measurement = self.measure(model, reference)
         return {
             "held_out_accuracy": float(score_order(measurement.margins).mean()),
@@ -130,7 +130,7 @@ class PairAccuracy:
 class Measured:
     """Measurements of a network on P pairs, float64 [P] each."""
 
-    margins: np.ndarray
+    margins: np.ndarray  # margins of DPO, see the module
     # rise of the error of the preferred samples, in units of the reference's mean error of them
     preferred: np.ndarray
 
@@ -142,7 +142,7 @@ def score_order(margins: np.ndarray) -> np.ndarray:
 
 
 def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
-    """Make the control's pairs: invert a random half of the pairs of each prompt.
+    """Make the control's pairs: exchange preferred and rejected in a random half of each prompt's pairs.
 
     If a prompt has an odd number of pairs, its halves differ by one pair. The larger and the smaller half are
     then inverted alternately from prompt to prompt. So the labels carry no signal on average over the
@@ -212,21 +212,21 @@ class Accuracy:
         return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def compute_confidence(stages: int) -> float:
-    """Compute the confidence of the two-sided intervals in a test of several stages.
+def compute_confidence(stage_count: int) -> float:
+    """Compute the confidence, in 0..1, of the two-sided intervals in a test of several stages.
 
-    With it, at least one stage passes the test by chance in at most FALSE_ALARMS of all cases. The confidence
-    is 95 % for one or two stages.
+    With this confidence, the probability that at least one stage passes the test by chance is at most
+    FALSE_ALARMS. The confidence is 95 % for one or two stages.
 
     >>> compute_confidence(2), round(compute_confidence(4), 4)
     (0.95, 0.975)
     """
     # only one side of an interval can raise an alarm, hence the factor 2 (Bonferroni over the stages)
-    return 1 - 2 * FALSE_ALARMS / max(stages, 2)
+    return 1 - 2 * FALSE_ALARMS / max(stage_count, 2)
 
 
 def check_enough(prompts: Sequence[str]) -> set[str]:
-    """Return the set of the prompts of held-out pairs.
+    """Return the different prompts among the prompts of held-out pairs, and check their number.
 
     Raises: ValueError if there are fewer than MIN_PROMPTS different prompts.
     """
@@ -251,7 +251,7 @@ def compute_accuracy(
         margins: margins of the pairs, [P].
         prompts: prompts of the pairs, [P].
         confidence: confidence of the intervals, in 0..1.
-        preferred: rise of the error of the preferred samples, [P], see Measured; None: not measured.
+        preferred: rises in error of the preferred samples, [P], see Measured; None: not measured.
 
     Raises: ValueError for fewer prompts than MIN_PROMPTS.
     """
@@ -292,7 +292,7 @@ def signal_test(
     """Test the labels of a stage for a learnable signal.
 
     Args:
-        kept_step: number of updates of the tuned network, 0 for the base.
+        kept_step: number of updates of the network that was kept; 0: the untuned network was kept.
         tuned: accuracy of the tuned network.
         control: accuracy of the control on the same pairs; None: no control was trained.
         prompts: prompts of the pairs, [P].

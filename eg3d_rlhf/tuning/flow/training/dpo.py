@@ -83,10 +83,10 @@ def draw_pairs(
     if config.condition_dropout:
         assert no_cond is not None
         # [P] in 0..1; one number a pair, since both samples of a pair share their conditioning
-        uniform = torch.stack(
+        uniform_numbers = torch.stack(
             [torch.rand([], generator=_generator(seed, p, epoch, "condition")) for p in pairs]
         )
-        cond = where(uniform < config.condition_dropout, no_cond, cond)
+        cond = where(uniform_numbers < config.condition_dropout, no_cond, cond)
     has_weight = [p.w2 is not None for p in pairs]
     weight = None
     if any(has_weight):
@@ -102,9 +102,9 @@ def draw_pairs(
     return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=twice(cond), weight=weight)
 
 
-def _generator(seed: int, pair: PreferencePair, epoch: int, use: str) -> torch.Generator:
+def _generator(seed: int, pair: PreferencePair, epoch: int, stream_name: str) -> torch.Generator:
     # each use has its own random stream, so that a further use does not change the numbers of the others
-    return torch.Generator().manual_seed(derive_seed(seed, pair.id, epoch, use))
+    return torch.Generator().manual_seed(derive_seed(seed, pair.id, epoch, stream_name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,12 +168,13 @@ def of_assets(
         rewards: rewards of finished assets, S.
         pairs: pairs of the last stage, P.
     """
-    preferred, rejected = scores_of_assets(problem, rewards, pairs).unbind(2)  # [P, S] each
-    return score_order((preferred - rejected).T.numpy())
+    # [P, S] each
+    preferred_scores, rejected_scores = scores_of_assets(problem, rewards, pairs).unbind(2)
+    return score_order((preferred_scores - rejected_scores).T.numpy())
 
 
 def _batch(pairs: Sequence[PreferencePair], role: str):
-    """Collect the latents of one role, and the prompts of pairs.
+    """Collect the preferred or the rejected latents of pairs, and the prompts of the pairs.
 
     Args: pairs: the pairs; role: "preferred" or "rejected".
     Returns: the latents as a batch; and the prompts of the pairs.
