@@ -17,7 +17,7 @@ Two optional terms penalise density in front of the face (`front_growth`, `NoseF
 described in sigma-reward.md, section 4.
 
 Shapes: N batch, M samples of the untuned generator, E entries of an embedding, Z entries of a latent, L ws
-per sample, W entries of a w; observed [N, ...] is the reward's input; D, H, W grid points along z, y, x.
+per sample, W entries of a w; observation [N, ...] is the reward's input; D, H, W grid points along z, y, x.
 """
 
 import copy
@@ -55,18 +55,18 @@ class Shaping(torch.nn.Module):
     """
 
     def forward(
-        self, network: Network, observed: torch.Tensor, sample_numbers: torch.Tensor
+        self, network: Network, observation: torch.Tensor, sample_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score observations and shape the scores.
 
         Args:
             network: the reward's network.
-            observed: [N, ...], input of the reward.
+            observation: [N, ...], input of the reward.
             sample_numbers: [N] integers, consecutive numbers of the samples in the run, over all ranks.
-        Returns: shaped rewards [N] and raw scores [N]. Differentiable in observed.
+        Returns: shaped rewards [N] and raw scores [N]. Differentiable in observation.
         """
         del sample_numbers  # only `ReferenceWins` uses them
-        score = network.score(observed)
+        score = network.score(observation)
         return self.shaped(score), score
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
@@ -155,9 +155,9 @@ class ReferenceWins(Shaping):
         super()._load_from_state_dict(state_dict, prefix, *load_arguments)
 
     def forward(
-        self, network: Network, observed: torch.Tensor, sample_numbers: torch.Tensor
+        self, network: Network, observation: torch.Tensor, sample_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = network.embed(observed)  # [N, E]
+        embedding = network.embed(observation)  # [N, E]
         score = network.score_embedding(embedding)  # [N]
         comparison_count = self.comparisons
         offsets = torch.arange(comparison_count, device=sample_numbers.device)
@@ -211,13 +211,13 @@ def clip_bounds(clip_text: str, initial_rewards: torch.Tensor) -> tuple[float, f
 
 
 def floor_loss(
-    depth: torch.Tensor, limit: float | torch.Tensor, only_violators: bool = False
+    depth: torch.Tensor, min_depth: float | torch.Tensor, only_violators: bool = False
 ) -> torch.Tensor:
-    """Return the mean of max(limit - depth, 0) over the pixels of each sample's depth window.
+    """Return the mean of max(min_depth - depth, 0) over the pixels of each sample's depth window.
 
     Args:
         depth: [N, h, w], distance from the camera, in world units.
-        limit: smallest allowed depth, in world units.
+        min_depth: smallest allowed depth, in world units.
         only_violators: False to take the mean over all pixels. True to take it over the pixels that are
             nearer than the limit only, as in the published method; the number of such pixels then does not
             matter.
@@ -225,7 +225,7 @@ def floor_loss(
     Deviates: the published code takes the mean over the violating pixels of all samples of a batch together.
     """
     # Distance by which each pixel is nearer than the limit; 0 if it is not.
-    excess = torch.relu(limit - depth).flatten(1)  # [N, h * w]
+    excess = torch.relu(min_depth - depth).flatten(1)  # [N, h * w]
     if not only_violators:
         return excess.mean(dim=1)
     # clamp_min: without any violating pixel the result is 0 / 1 and not 0 / 0.
@@ -350,25 +350,25 @@ class RewardTerms:
         """
         reference = self.reference
         network = self.reward.network
-        observations = []  # inputs of the reward, 16 samples [16, ...] in each entry
+        observation_batches = []  # inputs of the reward, 16 samples [16, ...] in each entry
         device = device_of(reference)
         # Two sets of latents that no reward was trained on. The shaping "standardised" has a set of its own.
         seeds = STANDARDISATION.seeds if self.config.reward_shaping == "standardised" else CALIBRATION.seeds
         # 16 samples at a time, to bound the memory.
         for z in latents(seeds, reference.z_dim).to(device).split(16):
             ws = reference.mapping(z, camera(reference, n=len(z)), truncation_cutoff=CUTOFF)
-            observations.append(self.reward.observation.observe(reference.field(ws)))
-        embeddings = torch.cat([network.embed(observed) for observed in observations])
-        self.initial_scores = torch.cat([network.score(observed) for observed in observations])
+            observation_batches.append(self.reward.observation.observe(reference.field(ws)))
+        embeddings = torch.cat([network.embed(observation) for observation in observation_batches])
+        self.initial_scores = torch.cat([network.score(observation) for observation in observation_batches])
         temperature = self.reward.provenance.get("temperature")  # None for published rewards
         make_shaping = SHAPINGS[self.config.reward_shaping]
         shaping = make_shaping(self.initial_scores, embeddings, temperature).to(device)
         shaped_reward_parts = []
-        for observed in observations:
+        for observation in observation_batches:
             # The numbers start at 0 in each part, so the shaping "reference" compares all parts with the same
             # reference samples.
-            sample_numbers = torch.arange(len(observed), device=device)
-            shaped_reward_parts.append(shaping(network, observed, sample_numbers)[0])
+            sample_numbers = torch.arange(len(observation), device=device)
+            shaped_reward_parts.append(shaping(network, observation, sample_numbers)[0])
         shaped_rewards = torch.cat(shaped_reward_parts)
         low, high = clip_bounds(self.config.reward_clip, shaped_rewards)
         outside_share = ((shaped_rewards < low) | (shaped_rewards > high)).float().mean().item()
@@ -401,16 +401,16 @@ class RewardTerms:
         )
         # The reward and the nose limit both read this field, so the planes are computed once.
         field = self.generator.field(ws)
-        observed = self.reward.observation.observe(field)
-        shaped, score = self.state.shaping(self.reward.network, observed, batch.places)
+        observation = self.reward.observation.observe(field)
+        shaped_rewards, score = self.state.shaping(self.reward.network, observation, batch.places)
         low, high = self.state.bounds.tolist()
         # clamp() has the gradient 0 outside its bounds, which is the trust region.
-        loss = -config.lambda_r * shaped.clamp(low, high)
+        loss = -config.lambda_r * shaped_rewards.clamp(low, high)
         stats = {
             "RLHF/reward": score,
-            "RLHF/shaped": shaped,
+            "RLHF/shaped": shaped_rewards,
             # Share of samples outside the trust region, which get no gradient.
-            "RLHF/clipped": ((shaped < low) | (shaped > high)).float(),
+            "RLHF/clipped": ((shaped_rewards < low) | (shaped_rewards > high)).float(),
         }
         if self.state.nose_floor is not None:
             stats["RLHF/nose"] = self.state.nose_floor(field)
@@ -468,9 +468,9 @@ class RewardTerms:
             reference_field: N shapes of the reference generator.
             sample_numbers: [N] integers, consecutive numbers of the samples in the run.
         """
-        observed = self.reward.observation.observe(reference_field)
-        shaped, _ = self.state.shaping(self.reward.network, observed, sample_numbers)
-        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.consistency_gate)
+        observation = self.reward.observation.observe(reference_field)
+        shaped_rewards, _ = self.state.shaping(self.reward.network, observation, sample_numbers)
+        return torch.where(shaped_rewards > self.state.bounds[1], 1.0, self.config.consistency_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float | None = None) -> torch.Tensor:

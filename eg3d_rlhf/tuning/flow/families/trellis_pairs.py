@@ -75,9 +75,9 @@ def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool
         latents[LATENT] = SparseSample(sample.coords, pipeline.normalised(sample.feats))
     if "asset" in record:
         # Encoding is lazy: only the latents that the line does not name are computed.
-        encoded = pipeline.encode([read_ply(folder / record["asset"])])[0]
+        encoded_latents = pipeline.encode([read_ply(folder / record["asset"])])[0]
         latents.update(
-            {stage: to_cpu(encoded[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents}
+            {stage: to_cpu(encoded_latents[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents}
         )
     for stage, latent in latents.items():
         file_name = str(record.get(stage, record.get("asset")))

@@ -79,12 +79,12 @@ class Packing:
 
     def pad(self, voxel_rows: torch.Tensor) -> torch.Tensor:
         """Convert rows [V, ...] to a padded batch [N, L, ...]."""
-        padded = voxel_rows.new_zeros(math.prod(self.shape), *voxel_rows.shape[1:])
-        return padded.index_copy(0, self.places, voxel_rows).unflatten(0, self.shape)
+        padded_batch = voxel_rows.new_zeros(math.prod(self.shape), *voxel_rows.shape[1:])
+        return padded_batch.index_copy(0, self.places, voxel_rows).unflatten(0, self.shape)
 
-    def flat(self, padded: torch.Tensor) -> torch.Tensor:
+    def flat(self, padded_batch: torch.Tensor) -> torch.Tensor:
         """Convert a padded batch [N, L, ...] to rows [V, ...]."""
-        return padded.flatten(0, 1).index_select(0, self.places)
+        return padded_batch.flatten(0, 1).index_select(0, self.places)
 
 
 class Block(nn.Module):

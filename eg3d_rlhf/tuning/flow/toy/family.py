@@ -1,4 +1,4 @@
-"""The bundled toy as a family of flow generators. It is chosen by its name, without a model folder."""
+"""The bundled toy as a family of flow generators. The toy is chosen by its name, without a model folder."""
 
 from __future__ import annotations
 

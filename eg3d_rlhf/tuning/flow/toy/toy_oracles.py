@@ -137,12 +137,12 @@ class FinalOracle(_Oracle):
         """
         flat_assets = _FlatAssets.from_assets(assets, prompts)
         # Every target is symmetric in x, so the symmetry is measured without the target.
-        mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
+        mirrored_occupancy = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
         # The second result of scipy's label is the number of parts that are connected by faces.
         additional_parts = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])
         return {
             "overlap": (2 * flat_assets.overlap / flat_assets.sizes).amax(1),
-            "symmetry": flat_assets.mean(mirrored.float()),
+            "symmetry": flat_assets.mean(mirrored_occupancy.float()),
             "pieces": -0.03 * additional_parts,
             "colour": -3 * flat_assets.mean(flat_assets.colour_error.abs().mean(2)),
         }
@@ -162,9 +162,9 @@ def _distances_to_shapes() -> torch.Tensor:
     return torch.stack([_distance(shape) for shape in shapes.flatten(0, 1)]).unflatten(0, shapes.shape[:2])
 
 
-def _distance(filled: torch.Tensor) -> torch.Tensor:
-    """Return the distance of every cell from the nearest cell in `filled` [R, R, R] bool, [R^3] in voxels."""
-    return torch.from_numpy(ndimage.distance_transform_edt(~filled.numpy())).float().view(toy.R**3)
+def _distance(occupancy: torch.Tensor) -> torch.Tensor:
+    """Return every cell's distance from the nearest cell of `occupancy` [R, R, R] bool, [R^3] in voxels."""
+    return torch.from_numpy(ndimage.distance_transform_edt(~occupancy.numpy())).float().view(toy.R**3)
 
 
 TEMPERATURE = 0.1  # temperature of the simulated annotator's noise, in units of LabelOracle's score

@@ -217,8 +217,8 @@ def draw_drafts(prompts: Sequence[str], generator: torch.Generator, defects: Def
     shapes, colours = targets(prompts)
     sample_count = len(shapes)
 
-    def uniform(*size: int) -> torch.Tensor:
-        return torch.rand(*size, generator=generator)
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
 
     def strength(max_strength: float) -> torch.Tensor:
         # [N, 1, 1, 1]: one strength for all cells of a sample.
@@ -254,9 +254,10 @@ def neighbours(grid: torch.Tensor) -> torch.Tensor:
     neighbour_sums = torch.zeros_like(cell_values)
     for axis in (1, 2, 3):
         for step in (-1, 1):
-            start = max(step, 0)
+            start_index = max(step, 0)
             # Adds the grid shifted by one cell. Unlike roll, this does not wrap around at the edges.
-            neighbour_sums.narrow(axis, 1 - start, R - 1).add_(cell_values.narrow(axis, start, R - 1))
+            shifted_values = cell_values.narrow(axis, start_index, R - 1)
+            neighbour_sums.narrow(axis, 1 - start_index, R - 1).add_(shifted_values)
     return neighbour_sums
 
 
@@ -323,8 +324,8 @@ class ToyPipeline:
         assert stage == STRUCTURE
         logits = x_0.detach().flatten(1)
         # With the largest value, no structure is empty.
-        filled = (logits > 0) | (logits == logits.amax(1, keepdim=True))
-        return [grid.view(R, R, R).nonzero().int() for grid in filled]
+        is_filled = (logits > 0) | (logits == logits.amax(1, keepdim=True))
+        return [grid.view(R, R, R).nonzero().int() for grid in is_filled]
 
     def decode(self, x_0: SparseBatch) -> list[ToyAsset]:
         """Decode the features of voxels to assets, see `make_assets`."""

@@ -2,10 +2,10 @@
 prompts that were not trained on.
 
 The margin of a pair is that of DPO, (e_ref - e)_preferred - (e_ref - e)_rejected, with e the flow-matching
-errors (Wallace et al. 2023, equation 14). It is averaged over a few seeded times and noises that both samples
-of the pair, the policy and its reference share. A pair is ordered correctly if its margin is above 0. A
-margin of 0, as before the first update, counts one half. The test needs forward passes alone, and no
-evaluator.
+errors (Wallace et al. 2023, equation 14). The margin is averaged over a few seeded times and noises, which
+are the same for both samples of the pair, and for the policy and its reference. A pair is ordered correctly
+if its margin is above 0. A margin of 0, as before the first update, counts one half. The test needs only
+forward passes, and no evaluator.
 
 To separate learnable labels from random answers, a network is chosen on pairs of some prompts, and its
 accuracy is measured on pairs of others. A control is trained in the same way on the same pairs, with half of
@@ -142,7 +142,7 @@ def score_order(margins: np.ndarray) -> np.ndarray:
 
 
 def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
-    """Make the control's pairs: exchange preferred and rejected in a random half of each prompt's pairs.
+    """Make the control's pairs: invert a random half of each prompt's pairs (exchange the two samples).
 
     If a prompt has an odd number of pairs, its halves differ by one pair. The larger and the smaller half are
     then inverted alternately from prompt to prompt. So the labels carry no signal on average over the
@@ -151,8 +151,8 @@ def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePa
     """
     # sorted by id, so that the order of the list has no influence
     indices_by_prompt: dict[str, list[int]] = {}  # prompt -> indices of its pairs
-    for index, pair in sorted(enumerate(pairs), key=lambda numbered_pair: numbered_pair[1].id):
-        indices_by_prompt.setdefault(pair.condition, []).append(index)
+    for pair_index, pair in sorted(enumerate(pairs), key=lambda numbered_pair: numbered_pair[1].id):
+        indices_by_prompt.setdefault(pair.condition, []).append(pair_index)
     rng = np.random.default_rng(derive_seed("shuffled", seed))
     inverted_indices = set[int]()
     invert_larger_half = bool(rng.integers(2))
@@ -172,10 +172,10 @@ def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePa
                 reward_preferred=p.reward_rejected,
                 reward_rejected=p.reward_preferred,
             )
-            if index in inverted_indices
+            if pair_index in inverted_indices
             else p
         )
-        for index, p in enumerate(pairs)
+        for pair_index, p in enumerate(pairs)
     ]
 
 
@@ -243,7 +243,7 @@ def compute_accuracy(
     margins: np.ndarray,
     prompts: Sequence[str],
     confidence: float = 0.95,
-    preferred: np.ndarray | None = None,
+    preferred_rises: np.ndarray | None = None,
 ) -> Accuracy:
     """Compute the accuracy from the margins of pairs, with an interval that is clustered by their prompts.
 
@@ -251,7 +251,7 @@ def compute_accuracy(
         margins: margins of the pairs, [P].
         prompts: prompts of the pairs, [P].
         confidence: confidence of the intervals, in 0..1.
-        preferred: rises in error of the preferred samples, [P], see Measured; None: not measured.
+        preferred_rises: rises in error of the preferred samples, [P], see Measured; None: not measured.
 
     Raises: ValueError for fewer prompts than MIN_PROMPTS.
     """
@@ -259,7 +259,7 @@ def compute_accuracy(
     outcomes = score_order(margins)
     # pairs of one prompt are not independent, so prompts and not pairs are the units of the interval
     rate, low, high = clustered_rate(outcomes, prompts, confidence)
-    preferred_rise = None if preferred is None else clustered_mean(preferred, prompts, confidence)
+    preferred_rise = None if preferred_rises is None else clustered_mean(preferred_rises, prompts, confidence)
     return Accuracy(
         accuracy=rate,
         interval=(low, high),
@@ -284,8 +284,8 @@ class SignalTest:
 
 def signal_test(
     kept_step: int,
-    tuned: Accuracy,
-    control: Accuracy | None,
+    tuned_accuracy: Accuracy,
+    control_accuracy: Accuracy | None,
     prompts: Sequence[str],
     confidence: float = 0.95,
 ) -> SignalTest:
@@ -293,16 +293,16 @@ def signal_test(
 
     Args:
         kept_step: number of updates of the network that was kept; 0: the untuned network was kept.
-        tuned: accuracy of the tuned network.
-        control: accuracy of the control on the same pairs; None: no control was trained.
+        tuned_accuracy: accuracy of the tuned network.
+        control_accuracy: accuracy of the control on the same pairs; None: no control was trained.
         prompts: prompts of the pairs, [P].
         confidence: confidence of the interval of the difference from the control, in 0..1.
     """
     control_difference = None
-    if control is not None:
+    if control_accuracy is not None:
         # pair by pair: the difference of two accuracies on the same pairs varies less than either
         control_difference = clustered_mean(
-            np.subtract(tuned.outcomes, control.outcomes), prompts, confidence
+            np.subtract(tuned_accuracy.outcomes, control_accuracy.outcomes), prompts, confidence
         )
     # The base has margins of 0, so that all its pairs count one half.
     if kept_step == 0:
@@ -311,10 +311,10 @@ def signal_test(
             why="on the pairs to choose on, no update was better than the untuned network",
             above_control=control_difference,
         )
-    if tuned.interval[0] <= 0.5:
+    if tuned_accuracy.interval[0] <= 0.5:
         return SignalTest(
             learnable_signal=False,
-            why=f"the interval of the accuracy, {tuned}, includes 50 %",
+            why=f"the interval of the accuracy, {tuned_accuracy}, includes 50 %",
             above_control=control_difference,
         )
     if control_difference is not None and control_difference.lo <= 0:
@@ -323,7 +323,7 @@ def signal_test(
             f" [{control_difference.lo:+.3f}, {control_difference.hi:+.3f}])"
         )
         return SignalTest(learnable_signal=False, why=why, above_control=control_difference)
-    why = f"accuracy {tuned} is above 50 %"
+    why = f"accuracy {tuned_accuracy} is above 50 %"
     if control_difference is not None:
         why += (
             f", and {control_difference.mean:+.3f} [{control_difference.lo:+.3f},"
@@ -331,7 +331,7 @@ def signal_test(
         )
     # reported beside the result: pairs can be ordered well by a network that generates worse assets
     # index 1 is the lower end of the interval
-    likelihood_displaced = tuned.preferred is not None and tuned.preferred[1] > 0
+    likelihood_displaced = tuned_accuracy.preferred is not None and tuned_accuracy.preferred[1] > 0
     return SignalTest(
         learnable_signal=True,
         why=why,

@@ -66,7 +66,7 @@ def draw_pairs(
         epoch: number of the pass over the data; every epoch has other times and noises.
         device: device of the result.
 
-    Raises: ValueError if some pairs have w2 and others do not.
+    Raises: ValueError if some pairs have a weight w2 (see circular/loop_pairs.py) and others have none.
     """
     assert all(p.stage == stage.name for p in pairs) and rows(cond) == len(pairs)
     latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
@@ -127,13 +127,16 @@ class PairErrors:
             errors: errors of the policy [2P], in the order of a PairDraw.
             ref_errors: errors of the reference [2P] in the same order; None for a loss without a reference.
         """
-        preferred, rejected = errors.chunk(2)
+        preferred_errors, rejected_errors = errors.chunk(2)
         if ref_errors is None:
-            return cls(preferred=preferred, rejected=rejected)
+            return cls(preferred=preferred_errors, rejected=rejected_errors)
         # detached: the reference must never receive a gradient
         ref_preferred, ref_rejected = ref_errors.detach().chunk(2)
         return cls(
-            preferred=preferred, rejected=rejected, ref_preferred=ref_preferred, ref_rejected=ref_rejected
+            preferred=preferred_errors,
+            rejected=rejected_errors,
+            ref_preferred=ref_preferred,
+            ref_rejected=ref_rejected,
         )
 
     def delta(self, loser_weight: float = 1.0) -> torch.Tensor:

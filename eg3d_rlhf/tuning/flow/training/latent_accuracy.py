@@ -139,10 +139,9 @@ def compare_rewards(
 
 
 def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndarray:
-    """Return 1 for each pair that a latent reward orders correctly, and 0 for each other pair, [P].
+    """Score the order that a latent reward gives each pair, [P]: 1 if correct, 0 if wrong, 0.5 for a tie.
 
-    A pair is ordered correctly if the preferred sample has the higher score. It counts one half if its
-    two scores are equal.
+    The order is correct if the preferred sample has the higher score.
     """
     margins = []
     # in batches, which bound the memory
@@ -157,11 +156,10 @@ def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndar
 def of_assets(
     problem: Problem, rewards: Sequence[AssetReward], pairs: Sequence[PreferencePair]
 ) -> np.ndarray:
-    """Return 1 for each pair that a reward of finished assets orders correctly, and 0 for each other pair.
+    """Score the order that each reward of finished assets gives each pair, [S, P].
 
-    The result is [S, P] for S rewards and P pairs of the last stage. Equal scores count one half.
-
-    Each asset is decoded once for all rewards.
+    The order counts 1 if the preferred asset has the higher score, 0 if it has the lower score, and one half
+    if both scores are equal. Each asset is decoded once for all rewards.
 
     Args:
         problem: problem with the pipeline.

@@ -76,7 +76,7 @@ class LatentForm:
     def of(cls, stage: FlowStage) -> "LatentForm":
         """Describe the latents of a stage.
 
-        Raises: ValueError if a latent of the stage consists of several tensors.
+        Raises: ValueError if the latents are neither a grid, voxels nor tokens.
         """
         latents = stage.latents
         if not isinstance(latents, (DenseGrid, SparseVoxels, TokenSet)):
@@ -115,8 +115,8 @@ def pooled(condition: Condition) -> torch.Tensor:
     else:
         tensors = [condition[name] for name in sorted(condition)]
     # [N, ..., C] -> [N, C]; a tensor [N, C] has no tokens to average over
-    rows = [x.float().flatten(1, -2).mean(1) if x.ndim > 2 else x.float() for x in tensors]
-    return torch.cat(rows, 1)
+    pooled_rows = [x.float().flatten(1, -2).mean(1) if x.ndim > 2 else x.float() for x in tensors]
+    return torch.cat(pooled_rows, 1)
 
 
 class PositionNetwork(nn.Module):
@@ -363,7 +363,7 @@ class LatentTraining:
 def from_problem(
     problem: Problem,
     stage: str,
-    training: LatentTraining | None = None,
+    training_settings: LatentTraining | None = None,
     decoded_reward: AssetReward | None = None,
 ) -> LatentReward:
     """Train a reward of a stage's latents on a problem's pairs.
@@ -373,21 +373,21 @@ def from_problem(
     Args:
         problem: problem with people's pairs.
         stage: name of the stage.
-        training: settings of the training; None: the defaults.
+        training_settings: settings of the training; None: the defaults.
         decoded_reward: reward of finished assets to distil; None: one is fitted if the problem can do so.
 
     Raises: see train_on_pairs.
     """
-    training = training or LatentTraining()
+    training_settings = training_settings or LatentTraining()
     pairs = problem.train_pairs[stage]
     if problem.fit_reward is None or not pairs:
-        return train_on_pairs(problem.pipeline, stage, pairs, training)
+        return train_on_pairs(problem.pipeline, stage, pairs, training_settings)
     last_stage_pairs = problem.train_pairs[problem.pipeline.stages[-1].name]
-    decoded_reward = decoded_reward or problem.fit_reward(last_stage_pairs, training.seed)
+    decoded_reward = decoded_reward or problem.fit_reward(last_stage_pairs, training_settings.seed)
     # latents of the last stage are decoded to the finished assets of the pairs
     asset_scores = scores_of_assets(problem, [decoded_reward], in_order(last_stage_pairs, pairs))
     # one reward: [n, 1, 2] -> [n, 2]
-    return train_on_pairs(problem.pipeline, stage, pairs, training, asset_scores[:, 0])
+    return train_on_pairs(problem.pipeline, stage, pairs, training_settings, asset_scores[:, 0])
 
 
 def in_order(
@@ -437,7 +437,7 @@ def train_on_pairs(
     pipeline: Pipeline,
     stage_name: str,
     pairs: Sequence[PreferencePair],
-    training: LatentTraining | None = None,
+    training_settings: LatentTraining | None = None,
     decoded_scores: torch.Tensor | None = None,
 ) -> LatentReward:
     """Train a reward of a stage's latents on pairs.
@@ -446,14 +446,14 @@ def train_on_pairs(
         pipeline: pipeline of the stage.
         stage_name: name of the stage.
         pairs: n preference pairs of the stage.
-        training: settings of the training; None: the defaults.
+        training_settings: settings of the training; None: the defaults.
         decoded_scores: scores of the pairs' finished assets by another reward, [n, 2], preferred first; they
             are then the target in place of the labels.
 
     Raises: ValueError for an empty list of pairs, for latents that do not fit the stage, and for a stage
         whose kind of latents is not supported.
     """
-    training = training or LatentTraining()
+    training_settings = training_settings or LatentTraining()
     stage = stage_of(pipeline, stage_name)
     if not pairs:
         raise ValueError(
@@ -461,13 +461,13 @@ def train_on_pairs(
             " one is needed. Label some assets."
         )
     reward = LatentReward(
-        pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training.seed), {}
+        pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training_settings.seed), {}
     )
     reward.record = {
         "labels": len(pairs),
         "of": "pairs",
         "decoded": decoded_scores is not None,
-        "training": asdict(training),
+        "training": asdict(training_settings),
     }
     # features are computed once for all epochs, as neither the latents nor the untuned network change
     features, conditioning = _read(reward, pairs)
@@ -480,9 +480,9 @@ def train_on_pairs(
     prompts = sorted({pair.condition for pair in pairs})
     # labels of one prompt have the same number
     prompt_numbers = torch.tensor([prompts.index(pair.condition) for pair in pairs])
-    generator = torch.Generator().manual_seed(training.seed)
+    generator = torch.Generator().manual_seed(training_settings.seed)
     # the scores of another reward are less noisy than labels, so they are trained on twice as long
-    epochs = training.epochs * (1 if decoded_scores is None else 2)
+    epochs = training_settings.epochs * (1 if decoded_scores is None else 2)
     for network in reward.network.members:
         network.mean = mean
         network.std = std
@@ -490,10 +490,10 @@ def train_on_pairs(
         batches = [
             batch_indices
             for _ in range(epochs)
-            for batch_indices in _batches(prompt_numbers, training.batch, generator)
+            for batch_indices in _batches(prompt_numbers, training_settings.batch, generator)
         ]
         optimizer = torch.optim.AdamW(
-            network.parameters(), lr=training.lr, weight_decay=training.weight_decay
+            network.parameters(), lr=training_settings.lr, weight_decay=training_settings.weight_decay
         )
         # one step of the cosine per batch
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))

@@ -111,22 +111,22 @@ def guard_loss(
 
 
 def dppo_dropped(
-    ratio: torch.Tensor, divergence: torch.Tensor, advantage: torch.Tensor, limit: float
+    ratio: torch.Tensor, divergence: torch.Tensor, advantage: torch.Tensor, max_divergence: float
 ) -> torch.Tensor:
     """Find the samples that give no gradient, [N] bool.
 
-    These are the samples whose step has diverged by at least `limit` from the step of the sampling policy, in
-    the direction towards which the advantage moves it.
+    These are the samples whose step has diverged by at least `max_divergence` from the step of the sampling
+    policy, in the direction towards which the advantage moves it.
 
     Args:
         ratio: ratio q of the densities, [N].
         divergence: divergence of the step's mean from that of the sampling policy, [N].
         advantage: advantage A of each sample, [N].
-        limit: divergence from which on a sample is dropped.
+        max_divergence: divergence from which on a sample is dropped.
     """
     # a ratio on the opposite side of 1 means that the update still has to undo a change
     moved_with_advantage = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
-    return moved_with_advantage.detach() & (divergence.detach() >= limit)
+    return moved_with_advantage.detach() & (divergence.detach() >= max_divergence)
 
 
 def dppo_loss(ratio: torch.Tensor, advantage: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:

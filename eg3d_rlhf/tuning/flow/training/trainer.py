@@ -10,8 +10,8 @@ online/. The folder of a run holds:
     warnings.json            warnings by name, each with the update at which it appeared
     samples/000100.png       images of the same few assets at every evaluation (workspace/sample_strips.py),
                              if the assets can be rendered
-    checkpoint-*.safetensors, kept-*.safetensors    states to resume from, and the best parameters; both are
-                                                    deleted at the end of the training
+    checkpoint-*.safetensors    states to resume from; deleted at the end of the training
+    kept-*.safetensors       best parameters so far; deleted at the end of the training
     policy/, result.json     the trained network and the result, written at the end of the training
 
 All random numbers depend on (seed, pair, pass over the pairs, update) alone. A resumed run is therefore
@@ -461,7 +461,7 @@ def train(
         shards: whether the Descent accepts a network whose parameters are sharded over ranks.
         samples: function that renders a few samples at every evaluation; None: nothing is rendered.
 
-    Raises: see train_stage.
+    Raises: ValueError, LossNotFiniteError and StoppedError, see pair_training.train_stage.
     """
     device = next(stage.model.parameters()).device
     if ranks.is_main:

@@ -69,18 +69,18 @@ class Strip:
         return path
 
 
-def image_of(file: Path | None, up: str = "y", side: int = SIDE) -> np.ndarray:
+def image_of(file: Path | None, up_axis: str = "y", side: int = SIDE) -> np.ndarray:
     """Render an asset from its file on a white background, [side, side, 3] uint8.
 
     Args:
         file: path of a .ply or .obj file. None, or a file of another type, gives a white image.
-        up: axis of the asset that points up, "y" or "z".
+        up_axis: axis of the asset that points up, "y" or "z".
         side: edge of the image in pixels.
     """
     if file is None or file.suffix not in (".ply", ".obj"):
         return np.full((side, side, 3), 255, np.uint8)
     points, colours = points_of(file)
-    if up == "z":
+    if up_axis == "z":
         points = points[
             :, [1, 2, 0]
         ]  # a cyclic permutation of the axes, which is a rotation from z up to y up

@@ -288,7 +288,7 @@ def unfit(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the files that the labelling page cannot show: path -> reason."""
     paths_and_results = zip(paths, reading.examine_or_reason(paths), strict=True)
     # The result for a file that can be shown is an object, and for any other file the reason as a text.
-    return {path: examined for path, examined in paths_and_results if isinstance(examined, str)}
+    return {path: examination for path, examination in paths_and_results if isinstance(examination, str)}
 
 
 def open_pipeline(
@@ -296,7 +296,7 @@ def open_pipeline(
     family: FlowFamily,
     device: torch.device,
     *splits: str,
-    tuned: Mapping[str, Path] | None = None,
+    tuned_weights: Mapping[str, Path] | None = None,
 ) -> Any:
     """Open the generator of a work folder, with the embeddings of the named splits only.
 
@@ -305,16 +305,16 @@ def open_pipeline(
         family: family of the generator.
         device: device of the generator.
         splits: names of splits; without names, all splits.
-        tuned: name of a stage -> folder or file with tuned weights; stages without an entry, or all stages if
-            None, have the generator's own weights.
+        tuned_weights: name of a stage -> folder or file with tuned weights; stages without an entry, or all
+            stages if None, have the generator's own weights.
     """
     # The weights have the data type of the forward passes.
     dtype = torch.bfloat16 if work.precision == "bfloat16" else torch.float32
     pipeline = family.load(Path(work.pipeline), work.conditioning(*splits), dtype=dtype, device=device)
     for stage in pipeline.stages:
         stage.precision = chosen_precision(work.precision, device)
-        if stage.name in (tuned or {}):
-            stage.model = tuned_model(stage.model, (tuned or {})[stage.name])
+        if stage.name in (tuned_weights or {}):
+            stage.model = tuned_model(stage.model, (tuned_weights or {})[stage.name])
     return pipeline
 
 
@@ -326,7 +326,7 @@ def make_sampling(
     device: torch.device,
     ranks: Ranks = SINGLE,
     *,
-    tuned: Mapping[str, Path] | None = None,
+    tuned_weights: Mapping[str, Path] | None = None,
     cells: int | None = None,
     few_steps: int | None = None,
 ) -> AssetSampling:
@@ -339,7 +339,7 @@ def make_sampling(
         splits: names of the splits whose prompts are sampled.
         device: device of the generator.
         ranks: distributed ranks.
-        tuned: name of a stage -> folder or file with tuned weights; None for the untuned generator.
+        tuned_weights: name of a stage -> folder or file with tuned weights; None for the untuned generator.
         cells: number of cells per axis of the grid on which surfaces are extracted; None for the family's
             default.
         few_steps: number of steps with which shortcut networks (networks that read the length of a step) are
@@ -356,7 +356,7 @@ def make_sampling(
             f"--cells has no effect on generators of the family {family.name}, whose surfaces are not"
             " extracted on a grid. Remove --cells."
         )
-    pipeline = open_pipeline(work, family, device, *splits, tuned=tuned)
+    pipeline = open_pipeline(work, family, device, *splits, tuned_weights=tuned_weights)
     shortcut_stages = [stage for stage in pipeline.stages if stage.call_step is not None]
     if few_steps and not shortcut_stages:
         raise ValueError(
@@ -378,7 +378,7 @@ def make_sampling(
         "each": work.each,
         "precision": work.precision,
         "batch": work.batch,
-        "tuned": {stage: hash_of(path) for stage, path in (tuned or {}).items()},
+        "tuned": {stage: hash_of(path) for stage, path in (tuned_weights or {}).items()},
         **{option: option_value for option, option_value in given_options.items() if option_value},
     }
     prompt_lines = []

@@ -67,7 +67,8 @@ NOTHING = "no learnable signal"
 SIGNAL = "learnable signal"
 DISPLACED = (
     "likelihood displacement: the flow-matching error of the preferred assets rose by {}, which usually means"
-    " worse samples. Use --set loser_weight below 1, a lower --lr, or a larger --set beta."
+    " worse samples. Set loser_weight below 1 (--set loser_weight=W), raise beta (--set beta=B), or lower"
+    " --lr."
 )
 
 
@@ -325,12 +326,14 @@ def _result_of_loop(
         artefacts: trainings of the stage in the rounds of the loop, in order.
         folder: folder for the weights, which are written only if the stage was trained in several rounds.
     """
-    records = [artefact.record for artefact in artefacts]
+    training_records = [artefact.record for artefact in artefacts]
     weights = network_weights(loop, stage, artefacts, folder)
-    warnings = [warning_text for training_record in records for warning_text in training_record["warnings"]]
+    warnings = [
+        warning_text for training_record in training_records for warning_text in training_record["warnings"]
+    ]
     return StageResult(
         weights=weights,
-        kept_step=sum(training_record["kept_step"] for training_record in records),
+        kept_step=sum(training_record["kept_step"] for training_record in training_records),
         stats=[],
         warnings=warnings,
     )
@@ -408,10 +411,10 @@ def _measure_accuracy(pair_accuracy: PairAccuracy, stage_result: StageResult, co
         stage_result: result of the training, with the tuned weights.
         confidence: confidence level of the interval.
     """
-    base = pair_accuracy.stage.model
+    base_model = pair_accuracy.stage.model
     # The reference shares the weights of the base network, since a second copy would double the memory.
     measurement = pair_accuracy.measure(
-        tuned_model(base, stage_result.weights), FrozenModel(shared_copy(base))
+        tuned_model(base_model, stage_result.weights), FrozenModel(shared_copy(base_model))
     )
     prompts = [pair.condition for pair in pair_accuracy.pairs]
     return compute_accuracy(measurement.margins, prompts, confidence, measurement.preferred)

@@ -450,7 +450,7 @@ class Work:
 
 
 def _has_hash(path: Path, expected_hash: str) -> bool:
-    """Return True if a file exists and has the hash `expected_hash`, which was stored when people saw it."""
+    """Return True if a file exists and still has the hash that was stored when people saw its asset."""
     from eg3d_rlhf.people.label.assets import reading
 
     if not path.is_file():

@@ -87,7 +87,7 @@ class CircularLoop:
         return [stage.name for stage in self.problem.pipeline.stages]
 
     def stage(self, name: str) -> ConditionedStage:
-        """Return the stage of this name."""
+        """Return the stage of this name, with the source of its conditioning."""
         return ConditionedStage.from_pipeline(self.problem.pipeline, name)
 
     def people(self, stage: str) -> Sequence[PreferencePair]:
@@ -105,8 +105,11 @@ class CircularLoop:
         cache_key = (stage, *(training.content for training in trainings))
         # the weights of a training apply to the network of the previous training
         if cache_key not in self._models:
-            base = self._model(stage, trainings[:-1]) if len(trainings) > 1 else self.stage(stage).stage.model
-            self._models[cache_key] = tuned_model(base, weights_of(trainings[-1]), merge=True)
+            if len(trainings) > 1:
+                base_model = self._model(stage, trainings[:-1])
+            else:
+                base_model = self.stage(stage).stage.model
+            self._models[cache_key] = tuned_model(base_model, weights_of(trainings[-1]), merge=True)
         return self._models[cache_key]
 
     def _named(self, lineage: Lineage) -> dict[str, list[str]]:
@@ -307,9 +310,9 @@ class CircularLoop:
             f"{stage}-{pair_source['source']}", inputs, maker, f"stage {stage!r}, {description}"
         )
 
-    def _bar(self, title: str, total: int) -> tqdm:
-        """Create a progress bar, which prints nothing unless `bars` is set."""
-        return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
+    def _bar(self, title: str, item_count: int) -> tqdm:
+        """Create a progress bar of `item_count` items, which prints nothing unless `bars` is set."""
+        return tqdm(total=item_count, desc=title, dynamic_ncols=True, disable=not self.bars)
 
     def evaluate(self, lineage: Lineage, evaluation_settings: Evaluation) -> Artefact:
         """Score samples of the held-out prompts by every evaluator, and return an artefact with the scores.

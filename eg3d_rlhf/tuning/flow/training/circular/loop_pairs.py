@@ -193,15 +193,15 @@ class LoopPairMaker:
                 preferred=tuned_latent,
                 rejected=reference_latent,
                 source="loop",
-                reward_preferred=float(rewards_by_network[0][index]),
-                reward_rejected=float(rewards_by_network[1][index]),
+                reward_preferred=float(rewards_by_network[0][sample_index]),
+                reward_rejected=float(rewards_by_network[1][sample_index]),
                 provenance={
                     "human_pair": pair.id,
-                    "noise_seed": seeds[index],
+                    "noise_seed": seeds[sample_index],
                     "sampled_stage": sampled_stage,
                 },
             )
-            for index, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
+            for sample_index, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
                 zip(sample_inputs, *latents_by_network, strict=True)
             )
         ]
@@ -337,17 +337,19 @@ def win_shares(rewards: torch.Tensor) -> torch.Tensor:
     return 2 * (wins.sum(1) - 0.5) / (n * (n - 1))  # - 0.5: without the half win against itself
 
 
-def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+def w1(
+    rewards: torch.Tensor, preferred_indices: torch.Tensor, rejected_indices: torch.Tensor
+) -> torch.Tensor:
     """Compute w1 = G_preferred - G_rejected of P pairs of one prompt, [P] float64.
 
     Args:
         rewards: rewards of all n candidates of the prompt, [n].
-        preferred: index of the preferred candidate of each pair, [P] int64.
-        rejected: index of the rejected candidate of each pair, [P] int64.
+        preferred_indices: index of the preferred candidate of each pair, [P] int64.
+        rejected_indices: index of the rejected candidate of each pair, [P] int64.
     """
     # G = 2^P - 1 of every candidate, [n]
     gains = torch.exp2(win_shares(rewards)) - 1
-    return gains[preferred] - gains[rejected]
+    return gains[preferred_indices] - gains[rejected_indices]
 
 
 def w2(gaps: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Weighing(Knobs):
 
 
 def with_regulariser(config: TrainConfig) -> TrainConfig:
-    """Return the same training with the loop's regularisation.
+    """Return the settings of a training with the loop's regularisation added.
 
     The weight of the rejected sample is 0.5, half of the preferred sample's own error is added to the loss,
     and beta is multiplied by 4. The settings loop_loser_weight, loop_sft_weight and loop_beta (--set) replace
@@ -75,7 +75,7 @@ def with_regulariser(config: TrainConfig) -> TrainConfig:
 
 
 def with_fine_tuning_loss(config: TrainConfig) -> TrainConfig:
-    """Return the same training with plain flow matching on the preferred samples as its loss."""
+    """Return the settings of a training with the loss replaced: flow matching on the preferred samples."""
     return replace(config, dpo=DpoConfig(kind="sft", condition_dropout=config.dpo.condition_dropout))
 
 
@@ -161,8 +161,8 @@ def parse_groups(group_list: str) -> list[str]:
     # the base is always included, since all groups are compared with it
     group_names: set[str] = {"i"}
     for group_text in group_list.replace(" ", "").split(","):
-        start, separator, end = group_text.partition("..")
-        bounds = [start, end if separator else start]
+        range_start, separator, range_end = group_text.partition("..")
+        bounds = [range_start, range_end if separator else range_start]
         if group_text in ARMS:
             group_names.add(group_text)
             continue

@@ -239,7 +239,7 @@ class OnLatents:
             time_keys: list[tuple] = [("update", self.config.seed, step)] * len(noise_keys)
         else:
             groups_and_members = zip(samples.seeds, samples.members, strict=True)
-            noise_keys = [("sample", seed, number) for seed, number in groups_and_members]
+            noise_keys = [("sample", seed, member_index) for seed, member_index in groups_and_members]
             time_keys = list(noise_keys)
         generators = [
             torch.Generator().manual_seed(derive_seed("time", *seed_key, optimizer_step, draw_number))

@@ -19,7 +19,8 @@ from eg3d_rlhf.tuning.flow.training.online.settings import DECAYS
 def decay(name: str, steps: int) -> float:
     """Compute the decay d in 0..1 with which the sampling network follows the policy.
 
-    After each update the sampling network becomes old <- d old + (1 - d) new, with new the policy.
+    After each update, the parameters of the sampling network are d old + (1 - d) new, with "old" their
+    values before and "new" the policy's.
 
     Args:
         name: name of a schedule in DECAYS.
