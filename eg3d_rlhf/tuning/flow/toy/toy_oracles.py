@@ -279,6 +279,7 @@ def simulated_singles(
     assets = list[Candidate]()
     goodness_by_asset = dict[str, float]()
     for condition in prompts:
+        # "alone": another random stream than in simulated_pairs, so that the drafts differ from its pairs
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {condition} alone".encode()))
         drafts = toy.draw_drafts([condition] * per_condition, generator, defects)
         scores = LabelOracle()(toy.make_assets(drafts), [condition] * per_condition)

@@ -153,6 +153,7 @@ def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePa
     indices_by_prompt: dict[str, list[int]] = {}  # prompt -> indices of its pairs
     for pair_index, pair in sorted(enumerate(pairs), key=lambda numbered_pair: numbered_pair[1].id):
         indices_by_prompt.setdefault(pair.condition, []).append(pair_index)
+    # the stream has the name of version 0.1, so that a seed inverts the same pairs as there
     rng = np.random.default_rng(derive_seed("shuffled", seed))
     inverted_indices = set[int]()
     invert_larger_half = bool(rng.integers(2))

@@ -28,10 +28,11 @@ from eg3d_rlhf.models.sparse import Batch, feats_of, mean_per_sample, spread
 def clipped_ratio_loss(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
     """Compute GRPO's loss -min(q A, clip(q, 1 - c, 1 + c) A) of each sample, [N].
 
-    The source is Shao et al. 2024, equation 3; Liu et al. 2025 apply it to flows. A sample whose ratio
-    lies beyond the clip, on the side towards which its advantage moves it, gives no gradient. The standard
-    deviation of log q falls as 1 / sqrt(elements of a sample), so the clip must fall in the same way: 1e-4
-    for ten thousand elements, 1e-3 for a hundred.
+    The source is Shao et al. 2024, equation 3; Liu et al. 2025 apply it to flows.
+
+    A sample whose ratio lies beyond the clip, on the side towards which its advantage moves it, gives no
+    gradient. The standard deviation of log q falls as 1 / sqrt(elements of a sample), so the clip must fall
+    in the same way: 1e-4 for ten thousand elements, 1e-3 for a hundred.
     Differentiable in: ratio.
 
     Args:

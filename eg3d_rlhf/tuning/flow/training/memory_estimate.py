@@ -163,8 +163,8 @@ def fit_passes(
         )
         raise ValueError(
             f"train_stage({stage.name}): one update needs {required_gib:.1f} GiB of memory, but only"
-            f" {usable_bytes / GIB:.1f} GiB are free. Load the flows in bfloat16 (--set dtype=bfloat16), or"
-            " use a larger device."
+            f" {usable_bytes / GIB:.1f} GiB are free. Load the flows in bfloat16 (train.py with"
+            " --set dtype=bfloat16), or use a larger device."
         )
     pass_size, recompute = pass_choice
     activations_state = "recomputed" if recompute else "kept"

@@ -376,8 +376,8 @@ def check_fits(rows: Sequence[Row], available_bytes: int, caller: str) -> None:
             # Only the share SHARE of the free memory is used.
             if smallest_row.bytes > SHARE * available_bytes:
                 remedy = "Use a device with more memory"
-                if smallest_row.dtype == "float32":
-                    remedy += ", or weights in bfloat16 (--set dtype=bfloat16)"
+                if smallest_row.precision == "float32":
+                    remedy += ", or the precision bfloat16 (--set precision=bfloat16)"
                 recompute_remark = ", with recomputed blocks" if smallest_row.recompute else ""
                 raise ValueError(
                     f"{caller}: stage {stage!r} needs {smallest_row.bytes / SHARE / GIB:.1f} GiB of free"

@@ -169,8 +169,8 @@ def parse_groups(group_list: str) -> list[str]:
         if not all(bound in GROUPS for bound in bounds) or bounds[0] > bounds[1]:
             arm_names = ", ".join(ARMS)
             raise ValueError(
-                f"groups: {group_text!r} in {group_list!r} is not a group. Write letters from a to i, such as"
-                f" a,b,d or a..i, or arms among {arm_names}."
+                f"--ablate: {group_text!r} in {group_list!r} is not a group. Write letters from a to i, such"
+                f" as a,b,d or a..i, or arms among {arm_names}."
             )
         group_names.update(letter for letter in GROUPS if bounds[0] <= letter <= bounds[1])
     return [group_name for group_name in ALL if group_name in group_names]

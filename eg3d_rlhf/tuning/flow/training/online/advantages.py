@@ -147,7 +147,8 @@ def apply_control(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torc
     if use == "inverted":
         return -rewards
     if use == "randomised":
-        # one permutation a group for all rewards: several rewards of a sample stay together
+        # one permutation a group for all rewards: several rewards of a sample stay together; the stream has
+        # the name of version 0.1, so that a seed gives the same permutations as there
         generators = [torch.Generator().manual_seed(derive_seed("shuffled", seed)) for seed in seeds]
         permutations = torch.stack(
             [torch.randperm(rewards.shape[-1], generator=generator) for generator in generators]

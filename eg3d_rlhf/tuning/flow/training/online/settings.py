@@ -202,7 +202,7 @@ class OnlineConfig(StageTraining):
         if self.lora is not None and self.lora.dropout:
             raise ValueError(
                 "OnlineConfig.lora: online tuning needs adapters without dropout, got a dropout of"
-                f" {self.lora.dropout}. Set the dropout of the adapters to 0."
+                f" {self.lora.dropout}. Set the dropout of the adapters to 0 (--set lora_dropout=0)."
             )
         if self.loss == "dgpo" and self.batch_gpu is not None and self.batch_gpu % self.group:
             raise ValueError(

@@ -12,7 +12,7 @@ All losses:
     kl                  distance from the reference: divergence of steps, or m((v - v_ref)^2) of velocities
     drift               m((v - v_ref)^2) / m((u - v_ref)^2): squared difference from the reference's
                         velocity, divided by the reference's squared error
-    gated               share of samples to which the penalty of the distance applies, if there is a gate
+    "gated"             share of samples to which the penalty of the distance applies, if there is a gate
 Losses on the sampler's steps:
     clip_high, clip_low share of ratios of densities above and below the clip
     clipped             share of samples without gradient
