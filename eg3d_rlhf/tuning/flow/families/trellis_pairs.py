@@ -11,8 +11,8 @@ Ranked list: a file of JSON lines, one line per asset, with paths relative to th
     asset       .ply file of Gaussians. A latent that has no file of its own is encoded from it; encoding for
                 the second stage needs DINOv2 on this machine
 
-Folder of samples of DSO (Li et al. 2025, Direct Simulation Optimization), anywhere below the root. They are
-samples of the first stage only:
+Folder of samples of DSO (Li et al. 2025, Direct Simulation Optimization), anywhere below the root. The
+samples are of the first stage only:
     NNN_cond.pt                  conditioning tokens of image NNN
     NNN_sparse_sample_MMM.pt     structure of sample MMM of image NNN
     model_info.npz               arrays image_ids, glb_ids (ids of samples) and angles, the tilt in degrees

@@ -369,9 +369,12 @@ class LearnedReward(nn.Module):
 def _features(volumes: torch.Tensor) -> torch.Tensor:
     """Return the features [N, 15] of volumes [N, 4, R, R, R].
 
-    The features are the number of voxels; the shares of voxels with 0 to 6 filled neighbours; the numbers of
-    empty cells with 2 to 6 filled neighbours, per voxel; the share of voxels without a mirror image in x; and
-    the mean colour difference of vertically adjacent voxels.
+    The features of a volume, in this order:
+        1 value    number of voxels
+        7 values   shares of the voxels with 0 to 6 filled neighbours
+        5 values   numbers of empty cells with 2 to 6 filled neighbours, divided by the number of voxels
+        1 value    share of the voxels whose mirror image in x is empty
+        1 value    mean colour difference of voxels that are vertical neighbours
     """
     occupancy = volumes[:, 0]
     neighbour_counts = toy.neighbours(occupancy)  # number of filled face neighbours, 0 to 6

@@ -191,7 +191,7 @@ class Accuracy:
     interval: tuple[float, float]  # lower and upper end of the interval of the accuracy
     margin: float  # mean margin over the pairs
     pairs: int  # number of pairs
-    prompts: int  # number of prompts; the name is a JSON key
+    prompts: int  # number of prompts; its JSON key is "conditions"
     outcomes: tuple[float, ...] = ()  # [P], 1, 0 or one half for each pair; see score_order
     # (mean, low, high): mean rise in error of the preferred samples (see Measured) and its interval; None:
     # not measured

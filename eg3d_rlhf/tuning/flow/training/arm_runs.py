@@ -95,7 +95,7 @@ class Bench(ABC):
 def folder_of(folder: Path, task: str) -> Path:
     """Return the folder of a task in the folder of a run.
 
-    If the run was started by version 0.1, a folder with the arm's former name may exist. It is then returned.
+    In a run that version 0.1 started, this is the folder with the arm's former name, if there is one.
     """
     former_folder = folder / version_0_1.former_task(task)
     return former_folder if former_folder.exists() else folder / task

@@ -15,11 +15,11 @@ return a score. The scores of several networks are averaged.
 The networks are trained on preference pairs of latents with the loss of Bradley and Terry, -log sigmoid of
 the difference of the scores. If the problem can fit a reward of finished assets to the same people's pairs,
 the networks are trained to reproduce its scores instead (distillation: Hinton et al. 2015, here of pairwise
-probabilities). Its scores are less noisy than single answers, and they compare all assets of a prompt, not
-only the two assets of a pair.
+probabilities). The scores of this reward are less noisy than single answers, and they compare all assets of a
+prompt, not only the two assets of a pair.
 
-A .safetensors file holds the weights. Its JSON description holds the stage, the form of its latents, the hash
-of the stage's network, and the record of the training.
+A .safetensors file holds the weights. The JSON description in the file holds the stage, the form of its
+latents, the hash of the stage's network, and the record of the training.
 
 Shapes: N samples, V voxels and C channels, as in models/sparse.py; P positions of all samples,
 p positions of one sample, D features of a position, E size of a pooled conditioning, W width of a network,
@@ -302,9 +302,11 @@ class LatentReward:
 def _around(sparse_batch: SparseBatch, resolution: int) -> torch.Tensor:
     """Compute the features of the location of each voxel, [V, 14].
 
-    The features are the number of the voxel's six neighbours that are occupied (one-hot, 0 to 6), 7 values;
-    whether its mirror images across the three middle planes of the grid are occupied, 3 values; its
-    coordinates in -1..1, 3 values; and the number of voxels of its sample in hundreds, 1 value.
+    The features of a voxel, in this order:
+        7 values   number of its six neighbours that are occupied, one-hot from 0 to 6
+        3 values   whether its mirror images across the three middle planes of the grid are occupied
+        3 values   its coordinates in -1..1
+        1 value    number of voxels of its sample, in hundreds
 
     Args:
         sparse_batch: voxels of all samples.

@@ -1,5 +1,5 @@
-"""Compute the losses of flow tuning as pure functions of tensors. They return one value for each sample
-(DGPO: for each group), which is not reduced.
+"""Compute the losses of flow tuning as pure functions of tensors. Each loss function returns one value for
+each sample (DGPO: for each group), without a mean or a sum over them.
 
 GRPO, GRPO-Guard and Flow-DPPO act on the sampler's steps. Where the policy equals the sampling network, the
 gradient of each loss is -A grad log p; for GRPO-Guard it is also multiplied by s / D. Here A is the advantage

@@ -132,7 +132,7 @@ class DpoConfig:
     kind: str = _loss(
         "sigmoid",
         "Loss of a preference pair. sigmoid: DPO on the margin; sft: flow-matching error of the preferred"
-        " sample alone; dro: the same minus loser_weight times the error of the rejected sample. dro has"
+        " sample alone; dro: this error minus loser_weight times the error of the rejected sample. dro has"
         " neither a reference nor a lower bound.",
         name="loss",
         choices=KINDS,

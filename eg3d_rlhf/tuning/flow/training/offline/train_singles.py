@@ -4,10 +4,10 @@ The loss is that of DiffusionNFT (Zheng et al. 2025) for each asset by itself, o
 2025) for the assets of a prompt. losses.py has the equations.
 
 The untuned network is the reference, and it also serves as the sampling network v_old of the losses, although
-other networks may have generated the assets. It never follows the policy, since training then diverges on a
-finite set of assets (losses.nft_loss). Times are sampled by the stage's own schedule, but not below
-MIN_TIME, where errors hardly depend on the asset. Guidance is not used. The folder of a run, checkpoints
-and resuming are described in trainer.py.
+other networks may have generated the assets. The sampling network never follows the policy, since training
+then diverges on a finite set of assets (losses.nft_loss). Times are sampled by the stage's own schedule, but
+not below MIN_TIME, where errors hardly depend on the asset. Guidance is not used. The folder of a run,
+checkpoints and resuming are described in trainer.py.
 
 In the formulas below, v is the velocity of the policy, v_ref that of the reference, u the target velocity,
 and m the mean over the elements of a sample.

@@ -165,13 +165,16 @@ class OnlineConfig(StageTraining):
     clip_range: float | None = _online(
         None,
         "Largest distance of the density ratio from 1 (the log density is averaged over a sample's elements)."
-        " For dppo it limits the divergence of a step, and for dgpo the ratio exp(e_old - e) of errors e.",
+        " For dppo it limits the divergence of a step. For dgpo it limits the ratio exp(e_old - e), with e"
+        " the error of the policy and e_old that of the sampling network.",
         above=0,
         shown="from the size of a sample",
     )
     # on finished samples
     curvature: float = _rare_online(
-        1.0, "nft: factor b. A larger value keeps the policy closer to the sampling network.", above=0
+        1.0,
+        "nft: factor b of the loss. A larger value keeps the policy closer to the sampling network.",
+        above=0,
     )
     plain: bool = _rare_online(
         False, "nft: do not divide the squared errors by their mean size.", name="unweighted"
