@@ -315,12 +315,12 @@ def signal_test(
     if tuned_accuracy.interval[0] <= 0.5:
         return SignalTest(
             learnable_signal=False,
-            why=f"the interval of the accuracy, {tuned_accuracy}, includes 50 %",
+            why=f"the interval of the accuracy, {tuned_accuracy}, is not above 50 %",
             above_control=control_difference,
         )
     if control_difference is not None and control_difference.lo <= 0:
         why = (
-            f"it is not above the control with randomised labels ({control_difference.mean:+.3f}"
+            f"the accuracy is not above the control with randomised labels ({control_difference.mean:+.3f}"
             f" [{control_difference.lo:+.3f}, {control_difference.hi:+.3f}])"
         )
         return SignalTest(learnable_signal=False, why=why, above_control=control_difference)

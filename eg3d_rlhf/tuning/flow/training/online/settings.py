@@ -425,9 +425,9 @@ def check_window(window_size: int, start: int, end: int, steps: int) -> None:
     """
     if not 0 <= start < end <= steps or not 1 <= window_size <= end - start:
         raise ValueError(
-            f"--window: {window_size} consecutive steps do not fit into the steps {start} to {end - 1}, where"
-            f" the sampler can add noise in the steps 0 to {steps - 1}. Use a smaller window, another"
-            " window_end (--set), or more sampler steps (--set sampler_steps)."
+            f"--window: {window_size} consecutive steps do not fit into steps {start} to {end} ({end} not"
+            f" included); the sampler adds noise only in steps 0 to {steps} ({steps} not included). Use a"
+            " smaller window, another window_end (--set), or more sampler steps (--set sampler_steps)."
         )
 
 
