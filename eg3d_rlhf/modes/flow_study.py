@@ -210,7 +210,7 @@ def study(
                 [TEST],
                 target_device,
                 ranks,
-                tuned=weights,
+                tuned_weights=weights,
                 cells=cells,
                 few_steps=few_steps,
             )

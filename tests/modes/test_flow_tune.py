@@ -247,7 +247,9 @@ def test_the_default_improves_assets_and_a_diverging_network_is_reported(tmp_pat
         reports[number] = json.loads((work.numbered("tune")[-1] / "report.json").read_text())["stages"]
         arms = {"test-base": None, f"tuned-{number:02}": work.tuned(work.numbered("tune")[-1])}
         for name, weights in arms.items():
-            make_sampling(work, family, name, ["test"], torch.device("cpu"), SINGLE, tuned=weights).run()
+            make_sampling(
+                work, family, name, ["test"], torch.device("cpu"), SINGLE, tuned_weights=weights
+            ).run()
         base, tuned = (
             (FinalOracle()(assets, names), names)
             for assets, names in (toy_assets(work, name) for name in arms)

@@ -87,8 +87,8 @@ def consistency(
     """
     distances = []
     all_seeds = list(seeds)
-    for start in range(0, len(all_seeds), batch):
-        batch_seeds = all_seeds[start : start + batch]
+    for batch_start in range(0, len(all_seeds), batch):
+        batch_seeds = all_seeds[batch_start : batch_start + batch]
         grids = []  # raw densities [n, D, H, W] of the tuned generator and of the reference
         for generator in (as_generator(G), as_generator(G_ref)):
             ws = ws_of_seeds(generator, batch_seeds, truncation_psi=PSI)
@@ -101,7 +101,7 @@ def consistency(
 class EarlyStop(torch.nn.Module):
     """Copy of the networks of the snapshot that is kept so far, and the values by which it was chosen.
 
-    All of them are buffers or weights, so the checkpoints of the run store them.
+    The values are buffers, so the checkpoints of the run store them together with the weights.
 
     Args:
         nets: networks that the run trains.

@@ -117,12 +117,12 @@ class Monitor:
 
 @torch.no_grad()
 def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int = 16) -> np.ndarray:
-    """Return the reward's scores [N] of a generator's samples.
+    """Return a reward's scores of a generator's samples at the truncation PSI, [N].
 
     Args:
         G: generator.
         seeds: N seeds of the samples.
-        reward: reward that scores them.
+        reward: reward that scores the samples.
         batch: number of samples that are scored together, which bounds the memory.
     """
     generator = as_generator(G)
@@ -151,14 +151,14 @@ def utilities(
 def make_monitor(settings: dict, reward: Reward, G_ref: torch.nn.Module, heldout: Reward | None) -> Monitor:
     """Return the monitor of a run.
 
-    Its metrics are the reward, the held-out reward if there is one, and for synthetic heads the simulated
-    annotator's utility.
+    The monitored metrics are the reward, the held-out reward if there is one, and for synthetic heads the
+    simulated annotator's utility.
 
     Args:
         settings: settings of the run by name.
         reward: reward that tunes the generator.
         G_ref: untuned generator.
-        heldout: held-out reward, or None.
+        heldout: held-out reward; None if there is none.
     """
     measures: dict[str, Measure] = {"reward": partial(rewards, reward=reward)}
     if heldout is not None:

@@ -17,7 +17,7 @@ Two optional terms penalise density in front of the face (`front_growth`, `NoseF
 described in sigma-reward.md, section 4.
 
 Shapes: N batch, M samples of the untuned generator, E entries of an embedding, Z entries of a latent, L ws
-per sample, W entries of a w; observed [N, ...] is the reward's input; D, H, W grid points along z, y, x.
+per sample, W entries of a w; observation [N, ...] is the reward's input; D, H, W grid points along z, y, x.
 """
 
 import copy
@@ -55,18 +55,18 @@ class Shaping(torch.nn.Module):
     """
 
     def forward(
-        self, network: Network, observed: torch.Tensor, sample_numbers: torch.Tensor
+        self, network: Network, observation: torch.Tensor, sample_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score observations and shape the scores.
 
         Args:
             network: the reward's network.
-            observed: [N, ...], input of the reward.
+            observation: [N, ...], input of the reward.
             sample_numbers: [N] integers, consecutive numbers of the samples in the run, over all ranks.
-        Returns: shaped rewards [N] and raw scores [N]. Differentiable in observed.
+        Returns: shaped rewards [N] and raw scores [N]. Differentiable in observation.
         """
         del sample_numbers  # only `ReferenceWins` uses them
-        score = network.score(observed)
+        score = network.score(observation)
         return self.shaped(score), score
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,8 @@ class Standardised(Shaping):
 class NegativeSoftplus(Shaping):
     """Shaping -softplus(-2 r) of the raw score r.
 
-    It is nearly 0 for large scores, so that good samples get hardly any gradient, and linear for low scores.
+    The result is nearly 0 for large scores, so that good samples get hardly any gradient, and nearly linear
+    for low scores.
     """
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
@@ -154,9 +155,9 @@ class ReferenceWins(Shaping):
         super()._load_from_state_dict(state_dict, prefix, *load_arguments)
 
     def forward(
-        self, network: Network, observed: torch.Tensor, sample_numbers: torch.Tensor
+        self, network: Network, observation: torch.Tensor, sample_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = network.embed(observed)  # [N, E]
+        embedding = network.embed(observation)  # [N, E]
         score = network.score_embedding(embedding)  # [N]
         comparison_count = self.comparisons
         offsets = torch.arange(comparison_count, device=sample_numbers.device)
@@ -181,8 +182,7 @@ SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, float | None], Shaping
 
 
 def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
-    """Return the lower and the upper quartile of `values` [M], each moved outwards by 1.5 interquartile
-    ranges.
+    """Return both quartiles of `values` [M], each moved outwards by 1.5 interquartile ranges.
 
     These bounds are known as Tukey's fences; values outside them are usually called outliers.
     """
@@ -190,18 +190,18 @@ def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
     return low - 1.5 * (high - low), high + 1.5 * (high - low)
 
 
-def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
+def clip_bounds(clip_text: str, initial_rewards: torch.Tensor) -> tuple[float, float]:
     """Return the lower and the upper bound of the trust region.
 
     Args:
-        spec: value of --reward-clip, see `settings.clip_range`. For "iqr" the bounds are the
+        clip_text: value of --reward-clip, see `settings.clip_range`. For "iqr" the bounds are the
             `widened_quartiles`.
-        initial_shaped: [M], shaped rewards of samples of the untuned generator.
+        initial_rewards: [M], shaped rewards of samples of the untuned generator.
     Raises: ValueError naming --reward-clip if LOW is not below HIGH.
     """
-    if spec == "iqr":
-        return widened_quartiles(initial_shaped)
-    return clip_range(spec, lambda share: torch.quantile(initial_shaped.float(), share).item())
+    if clip_text == "iqr":
+        return widened_quartiles(initial_rewards)
+    return clip_range(clip_text, lambda share: torch.quantile(initial_rewards.float(), share).item())
 
 
 # The nose limit is a penalty on faces that come nearer to the frontal camera than any face of the untuned
@@ -211,13 +211,13 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
 
 
 def floor_loss(
-    depth: torch.Tensor, limit: float | torch.Tensor, only_violators: bool = False
+    depth: torch.Tensor, min_depth: float | torch.Tensor, only_violators: bool = False
 ) -> torch.Tensor:
-    """Return the mean of max(limit - depth, 0) over the pixels of a window.
+    """Return the mean of max(min_depth - depth, 0) over the pixels of each sample's depth window.
 
     Args:
         depth: [N, h, w], distance from the camera, in world units.
-        limit: smallest allowed depth, in world units.
+        min_depth: smallest allowed depth, in world units.
         only_violators: False to take the mean over all pixels. True to take it over the pixels that are
             nearer than the limit only, as in the published method; the number of such pixels then does not
             matter.
@@ -225,7 +225,7 @@ def floor_loss(
     Deviates: the published code takes the mean over the violating pixels of all samples of a batch together.
     """
     # Distance by which each pixel is nearer than the limit; 0 if it is not.
-    excess = torch.relu(limit - depth).flatten(1)  # [N, h * w]
+    excess = torch.relu(min_depth - depth).flatten(1)  # [N, h * w]
     if not only_violators:
         return excess.mean(dim=1)
     # clamp_min: without any violating pixel the result is 0 / 1 and not 0 / 0.
@@ -264,7 +264,7 @@ class NoseFloor(torch.nn.Module):
             return field.render(self._camera, RenderOptions(resolution=WINDOW_SIDE)).depth[:, 0]
 
     def forward(self, field: Field) -> torch.Tensor:
-        """Return the penalty [N] of samples."""
+        """Return the penalty of N samples, [N] in world units."""
         return floor_loss(self._depth(field), self.floor, self.kind == "violators")
 
 
@@ -286,7 +286,7 @@ def window_camera(generator: Generator) -> torch.Tensor:
 
 
 class RewardPhaseState(torch.nn.Module):
-    """State of the reward phase, which checkpoints store.
+    """Constants and frozen reference of the reward phase, which checkpoints store.
 
     Args:
         G_ref: frozen reference generator.
@@ -335,11 +335,11 @@ class RewardTerms:
         self.cube = SlabSpec.from_bounds(self.generator.bounds, config.consistency_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
-            nose_limit = None
+            nose_penalty = None
             if config.lambda_nose > 0:
                 ws = ws_of_seeds(self.reference, CALIBRATION.seeds, NOSE_PSI, CUTOFF)
-                nose_limit = NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
-        self.state = RewardPhaseState(G_ref, shaping, bounds, nose_limit)
+                nose_penalty = NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
+        self.state = RewardPhaseState(G_ref, shaping, bounds, nose_penalty)
 
     def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
         """Compute the constants of the shaping and the clip bounds from samples of the untuned generator.
@@ -350,28 +350,28 @@ class RewardTerms:
         """
         reference = self.reference
         network = self.reward.network
-        observations = []  # inputs of the reward, 16 samples [16, ...] in each entry
+        observation_batches = []  # inputs of the reward, 16 samples [16, ...] in each entry
         device = device_of(reference)
         # Two sets of latents that no reward was trained on. The shaping "standardised" has a set of its own.
         seeds = STANDARDISATION.seeds if self.config.reward_shaping == "standardised" else CALIBRATION.seeds
         # 16 samples at a time, to bound the memory.
         for z in latents(seeds, reference.z_dim).to(device).split(16):
             ws = reference.mapping(z, camera(reference, n=len(z)), truncation_cutoff=CUTOFF)
-            observations.append(self.reward.observation.observe(reference.field(ws)))
-        embeddings = torch.cat([network.embed(observed) for observed in observations])
-        self.initial_scores = torch.cat([network.score(observed) for observed in observations])
+            observation_batches.append(self.reward.observation.observe(reference.field(ws)))
+        embeddings = torch.cat([network.embed(observation) for observation in observation_batches])
+        self.initial_scores = torch.cat([network.score(observation) for observation in observation_batches])
         temperature = self.reward.provenance.get("temperature")  # None for published rewards
         make_shaping = SHAPINGS[self.config.reward_shaping]
         shaping = make_shaping(self.initial_scores, embeddings, temperature).to(device)
-        shaped_parts = []
-        for observed in observations:
+        shaped_reward_parts = []
+        for observation in observation_batches:
             # The numbers start at 0 in each part, so the shaping "reference" compares all parts with the same
             # reference samples.
-            sample_numbers = torch.arange(len(observed), device=device)
-            shaped_parts.append(shaping(network, observed, sample_numbers)[0])
-        shaped = torch.cat(shaped_parts)
-        low, high = clip_bounds(self.config.reward_clip, shaped)
-        outside_share = ((shaped < low) | (shaped > high)).float().mean().item()
+            sample_numbers = torch.arange(len(observation), device=device)
+            shaped_reward_parts.append(shaping(network, observation, sample_numbers)[0])
+        shaped_rewards = torch.cat(shaped_reward_parts)
+        low, high = clip_bounds(self.config.reward_clip, shaped_rewards)
+        outside_share = ((shaped_rewards < low) | (shaped_rewards > high)).float().mean().item()
         # Warnings and not errors: the run works, but the reward or the consistency term has little effect.
         if outside_share > WARNING_SHARE:
             warnings.warn(
@@ -380,7 +380,7 @@ class RewardTerms:
                 " bounds.",
                 stacklevel=2,
             )
-        if self.config.consistency_gate < 1 and not (shaped > high).any():
+        if self.config.consistency_gate < 1 and not (shaped_rewards > high).any():
             warnings.warn(
                 f"--consistency-gate: no untuned sample has a reward above the bound {high:g} of"
                 " --reward-clip, so no shape gets the full weight of the density-consistency term. Lower that"
@@ -401,27 +401,27 @@ class RewardTerms:
         )
         # The reward and the nose limit both read this field, so the planes are computed once.
         field = self.generator.field(ws)
-        observed = self.reward.observation.observe(field)
-        shaped, score = self.state.shaping(self.reward.network, observed, batch.places)
+        observation = self.reward.observation.observe(field)
+        shaped_rewards, score = self.state.shaping(self.reward.network, observation, batch.places)
         low, high = self.state.bounds.tolist()
         # clamp() has the gradient 0 outside its bounds, which is the trust region.
-        loss = -config.lambda_r * shaped.clamp(low, high)
+        loss = -config.lambda_r * shaped_rewards.clamp(low, high)
         stats = {
             "RLHF/reward": score,
-            "RLHF/shaped": shaped,
+            "RLHF/shaped": shaped_rewards,
             # Share of samples outside the trust region, which get no gradient.
-            "RLHF/clipped": ((shaped < low) | (shaped > high)).float(),
+            "RLHF/clipped": ((shaped_rewards < low) | (shaped_rewards > high)).float(),
         }
         if self.state.nose_floor is not None:
             stats["RLHF/nose"] = self.state.nose_floor(field)
             loss = loss + config.lambda_nose * stats["RLHF/nose"]
         yield Loss(loss, {**stats, "Loss/Grlhf/reward": loss})
         # New latents, because these samples have a truncation of their own, `consistency_psi`.
-        if any(getattr(config, weight) > 0 for weight in CONSISTENCY_TERMS):
+        if any(getattr(config, weight_name) > 0 for weight_name in CONSISTENCY_TERMS):
             yield self._consistency_loss(torch.randn_like(batch.gen_z), batch.gen_c, batch.places)
 
     def _consistency_loss(self, z: torch.Tensor, c: torch.Tensor, sample_numbers: torch.Tensor) -> Loss:
-        """Return the weighted sum [N] of the terms that compare densities with those of the reference.
+        """Return the loss that compares densities with the reference's: a weighted sum of terms, [N].
 
         Args:
             z: [N, Z], latents.
@@ -431,7 +431,7 @@ class RewardTerms:
         config = self.config
 
         def make_field(generator: Generator) -> Field:
-            """Return the field of the latents, mapped by the generator's own mapping network."""
+            """Return the density field of a generator for the latents, with its own mapping network."""
             return generator.field(
                 generator.mapping(z, c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF)
             )
@@ -461,16 +461,16 @@ class RewardTerms:
     def _gate(self, reference_field: Field, sample_numbers: torch.Tensor) -> torch.Tensor:
         """Return the per-sample weight [N] of the density-consistency term.
 
-        It is 1 for shapes whose reward was above the upper clip bound before tuning, and --consistency-gate
-        for all other shapes. The reward term gives no gradient to shapes above that bound.
+        The weight is 1 for shapes whose reward was above the upper clip bound before tuning, and
+        --consistency-gate for all other shapes. The reward term gives no gradient to shapes above that bound.
 
         Args:
             reference_field: N shapes of the reference generator.
             sample_numbers: [N] integers, consecutive numbers of the samples in the run.
         """
-        observed = self.reward.observation.observe(reference_field)
-        shaped, _ = self.state.shaping(self.reward.network, observed, sample_numbers)
-        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.consistency_gate)
+        observation = self.reward.observation.observe(reference_field)
+        shaped_rewards, _ = self.state.shaping(self.reward.network, observation, sample_numbers)
+        return torch.where(shaped_rewards > self.state.bounds[1], 1.0, self.config.consistency_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float | None = None) -> torch.Tensor:
@@ -519,9 +519,9 @@ CONSISTENCY_TERMS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor, fl
 def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:
     """Return the reward phase Grlhf for the training loop.
 
-    The loop runs it in every iteration, with an optimiser for G of its own. Adam normalises the scale of the
-    gradient, so with a separate optimiser the size of the reward's step does not depend on the adversarial
-    loss.
+    The loop runs the phase in every iteration, with an optimiser for G that only this phase uses. Adam
+    normalises the scale of the gradient, so with a separate optimiser the size of the reward's step does not
+    depend on the adversarial loss.
     """
     return Phase(
         name="Grlhf",

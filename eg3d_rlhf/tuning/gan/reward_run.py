@@ -1,4 +1,4 @@
-"""Builds a GAN run from its settings: data, networks, phases, reward, held-out metrics and training loop.
+"""Build a GAN run from its settings: data, networks, phases, reward, held-out metrics and training loop.
 
 `build` makes a new run, `resume` resumes one, and `train` trains to the end.
 """
@@ -82,7 +82,7 @@ def open_dataset(settings: Settings, ranks: Ranks = SINGLE) -> ImageFolderDatase
 def open_networks(settings: Settings, resolution: int) -> networks.Networks:
     """Return the networks from which the run starts.
 
-    They are new networks with --init=scratch, else the networks in the file of --init.
+    With --init=scratch these are new networks, else the networks in the file of --init.
 
     Args:
         settings: settings of the run.
@@ -145,7 +145,8 @@ def check_kind(settings: Settings) -> None:
 def open_reward(settings: Settings, generator: Generator, device: torch.device | str) -> Reward:
     """Return the reward that tunes the generator.
 
-    It is the reward of --reward-ckpt, or, without that flag, a reward in closed form of the kind --reward.
+    The reward is read from --reward-ckpt. Without that flag it is a reward in closed form, of the kind
+    --reward.
 
     Raises: ValueError naming --reward-ckpt if the file cannot be read.
     """
@@ -156,8 +157,7 @@ def open_reward(settings: Settings, generator: Generator, device: torch.device |
 
 
 def input_files(settings: Settings) -> dict[str, Path]:
-    """Return the paths of the input files of a run: role -> path. Runs store and compare the hashes of the
-    files.
+    """Return the paths of the input files of a run, whose hashes are stored: role -> path.
 
     The roles are init, reward, heldout and reference. A role is missing if the run has no such file.
     """
@@ -282,7 +282,7 @@ def build(settings: Settings, run: Run) -> Objects:
 def make_tick_callback(monitor: Monitor | None, early_stop: EarlyStop | None):
     """Return the function that the training loop calls at every tick, or None if there is nothing to measure.
 
-    It measures the held-out metrics and then calls the early stop, which needs them.
+    The function measures the held-out metrics, and then calls the early stop, which needs these metrics.
     """
     if monitor is None or early_stop is None:
         return monitor

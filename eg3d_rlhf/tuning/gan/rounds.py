@@ -151,15 +151,15 @@ class Ledger:
 
     @staticmethod
     def _artefact_name(round_entry: dict, step: str) -> str:
-        """Return the name of a step's folder in the store."""
+        """Return the name of the folder in the store for a step of the round `round_entry`."""
         return f"round-{round_entry['round']}-{step}"
 
     def _finish(self, round_entry: dict, step: str) -> None:
-        """Add a finished step to the store."""
+        """Add a finished step of the round `round_entry` to the store."""
         files = [self.folder / name for name, _ in round_entry[step]["files"]]
         artefact_folder = self.store.root / self._artefact_name(round_entry, step)
-        finished = self.store.finish(artefact_folder, {"after": self._last}, files, round_entry[step])
-        self._last = finished["content"]
+        finished_record = self.store.finish(artefact_folder, {"after": self._last}, files, round_entry[step])
+        self._last = finished_record["content"]
 
     def note(self, round_entry: dict, step: str, results: dict, files: list[Path]) -> None:
         """Record that a step of the last round is finished.
@@ -185,10 +185,7 @@ class Ledger:
         storage.write_atomic(self.path, ledger_text.encode())
 
     def files(self, step: str) -> list[Path]:
-        """Return the main file of a step in every round that has finished it: labels, reward, or network.
-
-        The list is in the order of the rounds.
-        """
+        """Return the main file (labels, reward, network) of a step for each round that finished the step."""
         # "files" is a list of [name, hash]. Each step lists its main file first.
         return [
             self.folder / round_entry[step]["files"][0][0]
@@ -319,14 +316,14 @@ def people():
 def pairing(
     settings: Settings, round_number: int, by_disagreement: bool, reward_paths: tuple[str, ...] = ()
 ) -> PairingOptions:
-    """Return the settings by which the pairs of a round are made. Rounds have no seeds of samples in common.
+    """Return the settings by which the pairs of a round are made; no two rounds have samples in common.
 
     Args:
         settings: settings of the run.
         round_number: number of the round, from 1.
         by_disagreement: True to choose a share of the pairs by the disagreement of rewards; False for random
             pairs only.
-        reward_paths: paths of the files of these rewards.
+        reward_paths: paths of the files of the rewards whose disagreement chooses pairs.
     """
     config = settings.rounds
     # Pairs with a known answer (gold) and practice pairs check and train people. A simulated annotator needs
@@ -370,9 +367,7 @@ class Rounds:
         return self.folder / f"round-{round_number}"
 
     def networks(self, round_number: int, ledger: Ledger) -> list[Path]:
-        """Return the network files whose samples rounds 1 to `round_number` label, in the order of the
-        rounds.
-        """
+        """Return the network files whose samples rounds 1 to `round_number` label, in this order."""
         # Round 1 labels samples of the initial network, round k + 1 samples of the network that round k
         # tuned.
         return [self.pretrained_path, *ledger.files("tuned")][:round_number]
@@ -484,7 +479,7 @@ class Rounds:
             split_by_seed([*self._recorded_labels(ledger), *labels])
         labels_file = write_labels(self.round_folder(round_number) / "labels.jsonl", labels)
         tie_count = sum(label.tie for label in labels)  # pairs that people called equal
-        doubtful_pairs = (
+        doubtful_count = (
             round(pairing_options.pairs * pairing_options.doubtful) if pairing_options.rewards else 0
         )
         # The noise of people's labels is unknown, because there is no ground truth.
@@ -492,7 +487,7 @@ class Rounds:
             "count": len(labels),
             "ties": tie_count,
             "noise": None,
-            "chosen_by_doubt": doubtful_pairs,
+            "chosen_by_doubt": doubtful_count,
         }
         return ledger_results, [labels_file]
 
@@ -601,16 +596,18 @@ class Rounds:
         return ledger_results, [network_file]
 
     def settings(self, round_number: int, ledger: Ledger) -> Settings:
-        """Return the settings of a round's tuning.
+        """Return the settings of a round's tuning: those of the run, with the rewards of the round.
 
-        They are the settings of the run, with the rewards of the round. Only the last round writes a summary.
+        Only the last round writes a summary.
         """
         run_settings = self.s
         start_settings = {}
         # The first round has no tuned network yet, so it starts from the pretrained network in any case.
         if run_settings.rounds.round_start == LAST and round_number > 1:
-            last_tuned = ledger.files("tuned")[round_number - 2]  # the list starts with round 1, at index 0
-            start_settings = {"init": str(last_tuned), "reference": str(self.pretrained_path)}
+            last_network_path = ledger.files("tuned")[
+                round_number - 2
+            ]  # the list starts with round 1, at index 0
+            start_settings = {"init": str(last_network_path), "reference": str(self.pretrained_path)}
         tuning_settings = run_settings.changed(
             reward_ckpt=str(ledger.files("reward")[round_number - 1]),
             # The run's summary is made from that of its last round only.

@@ -93,7 +93,12 @@ class DataConfig:
         DATA,
         metavar="ZIP|DIR|synthetic:people64",
     )
-    cond: bool = knob(True, "Use the camera labels. This generator requires them.", DATA)
+    cond: bool = knob(
+        True,
+        "Use the camera labels of the images. Only True is possible, because the generator takes its cameras"
+        " from these labels.",
+        DATA,
+    )
     mirror: bool = knob(False, "Add a mirrored copy of every image, with the mirrored camera.", DATA)
 
     def __post_init__(self):
@@ -224,12 +229,12 @@ def clip_range(clip_text: str, quantile: Callable[[float], float] | None = None)
 
 
 def _parse_bound(bound_text: str, quantile: Callable[[float], float]) -> float:
-    """Return the bound for its text, a number or qSHARE. Raises: ValueError for any other text."""
-    number = float(bound_text.removeprefix("q"))
+    """Convert the text of a bound, a number or qSHARE, to the bound. Raises: ValueError for other texts."""
+    bound_value = float(bound_text.removeprefix("q"))
     # float() accepts "nan" as well, for which every comparison is False.
-    if math.isnan(number) or bound_text.startswith("q") and not 0 <= number <= 1:
+    if math.isnan(bound_value) or bound_text.startswith("q") and not 0 <= bound_value <= 1:
         raise ValueError(bound_text)
-    return quantile(number) if bound_text.startswith("q") else number
+    return quantile(bound_value) if bound_text.startswith("q") else bound_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,8 +264,8 @@ class EarlyStopConfig:
         # Without --early-stop no snapshot is chosen, so the limit would silently have no effect.
         if self.early_stop is None and self.early_stop_distance is not None:
             raise ValueError(
-                f"--early-stop-distance={self.early_stop_distance:g} has no effect without --early-stop. Add"
-                " --early-stop=STANDARD-ERRORS, or remove --early-stop-distance."
+                f"--set early_stop_distance={self.early_stop_distance:g} has no effect without --early-stop."
+                " Add --early-stop=STANDARD-ERRORS, or remove early_stop_distance."
             )
 
 
@@ -281,7 +286,8 @@ class RoundConfig(Knobs):
     round_labels: str = knob(
         SYNTHETIC,
         "Source of the labels. synthetic: the simulated annotator; people: people, in the labelling"
-        " application. With people the run stops in each round. Resume it when the labels are complete.",
+        " application. With people the run stops in each round; continue it with --resume when the labels are"
+        " complete.",
         ROUNDS,
         choices=(SYNTHETIC, PEOPLE),
     )
@@ -363,7 +369,8 @@ class RewardSettings(Knobs):
 class Settings:
     """All settings of a run of the GAN mode.
 
-    In JSON and as flags they are a flat list of names, which is possible because no name occurs in two parts.
+    In JSON and as flags, all settings form one flat list of names. This is possible because no name occurs
+    in two parts.
     """
 
     task: str  # SCRATCH, TUNING or REWARDED; the defaults of other settings depend on it
@@ -389,10 +396,10 @@ class Settings:
         """
         # Two settings depend on the task and are not flags. As in EG3D, a run that starts from a network has
         # no EMA ramp-up, and its ADA reacts faster.
-        from_scratch = values["task"] == SCRATCH
+        starts_from_scratch = values["task"] == SCRATCH
         task_defaults = {
-            "ema_rampup": 0.05 if from_scratch else None,
-            "ada_kimg": 500.0 if from_scratch else 100.0,
+            "ema_rampup": 0.05 if starts_from_scratch else None,
+            "ada_kimg": 500.0 if starts_from_scratch else 100.0,
         }
         # Values that the run stored take precedence.
         return settings_from_values(cls, {**task_defaults, **values})
@@ -405,8 +412,8 @@ class Settings:
     def title(self) -> str:
         """Title of the run for its folder's name.
 
-        It is cfg-dataset-batchB-gammaX as in EG3D, followed by the reward with its weight and the number of
-        rounds if the run has them.
+        The title is cfg-dataset-batchB-gammaX as in EG3D. The reward with its weight and the number of rounds
+        follow, if the run has them.
         """
         # "synthetic:people64@n=500" -> "synthetic-people64", because some systems allow no colon in the name
         # of a folder.
@@ -427,9 +434,10 @@ _RECORDED = frozenset({"task", "hashes", "launch", "processes", "versions"})
 def not_the_controls() -> frozenset[str]:
     """Return the names of the values in a run's record that may differ between a run and its control.
 
-    The control is the run with lambda_r = 0. These names are the settings with control=False, that is, the
-    settings of the reward, the settings that only affect the display, and the paths of files, since files are
-    compared by their hashes; and the entries of the record that are not settings.
+    The control is the run with lambda_r = 0. The names are those of the settings with control=False, and of
+    the entries of the record that are not settings. Settings with control=False are the settings of the
+    reward, the settings that only affect the display, and the paths of files, since files are compared by
+    their hashes.
     """
     return _RECORDED | {field.name for field, _, knob in knobs_of(Settings) if not knob.control}
 

@@ -8,11 +8,11 @@ Ranked list: a file of JSON lines, one line per asset, with paths relative to th
                 TRELLIS's data tools), or a tensor in .pt, .npy or .safetensors
     latent      file of the second stage's latent: coords [v, 3] and feats [v, 8], not normalised, for v
                 voxels, in .npz or .safetensors
-    asset       .ply file of Gaussians; latents that the line does not name are encoded from it, for which the
-                second stage needs DINOv2 on this machine
+    asset       .ply file of Gaussians. A latent that has no file of its own is encoded from it; encoding for
+                the second stage needs DINOv2 on this machine
 
-Folder of samples of DSO (Li et al. 2025, Direct Simulation Optimization), anywhere below the root. They are
-samples of the first stage only:
+Folder of samples of DSO (Li et al. 2025, Direct Simulation Optimization), anywhere below the root. The
+samples are of the first stage only:
     NNN_cond.pt                  conditioning tokens of image NNN
     NNN_sparse_sample_MMM.pt     structure of sample MMM of image NNN
     model_info.npz               arrays image_ids, glb_ids (ids of samples) and angles, the tilt in degrees
@@ -42,7 +42,9 @@ LARGEST_STANDING_TILT = 20.0  # degrees; an asset with a smaller tilt counts as 
 
 
 def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
-    """Read a line of a ranked list; see the module's docstring for the keys.
+    """Convert a line of a ranked list to a candidate: an asset's latents with its prompt and its rank.
+
+    The module's docstring explains the keys of a line.
 
     Args:
         record: content of the line.
@@ -73,9 +75,9 @@ def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool
         latents[LATENT] = SparseSample(sample.coords, pipeline.normalised(sample.feats))
     if "asset" in record:
         # Encoding is lazy: only the latents that the line does not name are computed.
-        encoded = pipeline.encode([read_ply(folder / record["asset"])])[0]
+        encoded_latents = pipeline.encode([read_ply(folder / record["asset"])])[0]
         latents.update(
-            {stage: to_cpu(encoded[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents}
+            {stage: to_cpu(encoded_latents[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents}
         )
     for stage, latent in latents.items():
         file_name = str(record.get(stage, record.get("asset")))
@@ -99,14 +101,15 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
     """Read preference pairs of the first stage from samples of DSO.
 
     An asset that stands is preferred to an asset of the same image that falls. An asset stands if its tilt is
-    below 20 degrees in all columns of the table. Samples without a finite tilt, as after a failed simulation,
-    are ignored and counted.
+    below 20 degrees in all columns of the array "angles". Samples without a finite tilt, as after a failed
+    simulation, are ignored and counted.
 
     Args:
         root: folder that has files model_info.npz at or below it.
         pipeline: pipeline whose first stage the samples must fit.
     Returns: pairs, conditioning of the paired images, and a report of the numbers of assets and pairs.
-    Raises: FileNotFoundError if there is no model_info.npz; ValueError for files that do not fit each other.
+    Raises: FileNotFoundError if there is no model_info.npz; ValueError for a model_info.npz that cannot be
+        read, a latent that does not fit the pipeline, or if no sample has a finite tilt.
     """
     tables = sorted(Path(root).rglob("model_info.npz"))
     if not tables:
@@ -116,7 +119,7 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
         )
     candidates: list[Candidate] = []
     tokens: dict[str, torch.Tensor] = {}
-    without_angle = 0  # number of ignored samples
+    without_angle_count = 0  # number of ignored samples
     for table in tables:
         try:
             with np.load(table) as arrays:
@@ -149,7 +152,7 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
             image_id, _, sample_id = path.stem.rpartition("_sparse_sample_")
             tilt = tilt_by_ids.get((_canonical(image_id), _canonical(sample_id)), math.nan)
             if not math.isfinite(tilt):
-                without_angle += 1
+                without_angle_count += 1
                 continue
             latent = read_structure(path)
             stage_of(pipeline, STRUCTURE).check(str(path), latent)
@@ -167,7 +170,7 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
                 tokens[prompt] = read_embedding(table.parent / f"{image_id}_cond.pt")
     if not candidates:
         raise ValueError(
-            f"DSO samples: no sample below {root} can be used. {without_angle} files"
+            f"DSO samples: no sample below {root} can be used. {without_angle_count} files"
             " NNN_sparse_sample_MMM.pt were found, and none of them has a finite angle in the model_info.npz"
             " beside it. If no file was found, pass the folder of the samples; otherwise simulate the samples"
             " again with DSO."
@@ -180,7 +183,7 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
     )
     report = {
         "assets": len(candidates),
-        "without_angle": without_angle,
+        "without_angle": without_angle_count,
         "one_sided": len(tokens) - len(paired_prompts),
         "pairs": len(pairs[STRUCTURE]),
     }
@@ -196,7 +199,7 @@ def _canonical(raw_id: object) -> str:
 def write_latent(path: Path, pipeline: Any, latent: Latent) -> None:
     """Write the latent of a sampled asset as .safetensors, with the keys of TRELLIS's data tools.
 
-    They are "coords" and "feats" for the second stage, and "mean" for the first.
+    The keys are "coords" and "feats" for the second stage, and "mean" for the first.
 
     Args:
         path: path of the file.

@@ -40,7 +40,7 @@ FREQUENCIES = 32  # number of frequencies of the embedding of the time
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    """Sizes of a toy network."""
+    """Sizes of the layers of a toy network."""
 
     width: int = 64  # C
     blocks: int = 2
@@ -61,9 +61,7 @@ class Packing:
 
     @classmethod
     def from_batch(cls, batch: SparseBatch) -> "Packing":
-        """Return the packing of a batch's voxels. It is computed once, and then kept in the cache of the
-        batch.
-        """
+        """Return the packing of a batch's voxels, which is computed once and kept in the batch's cache."""
         if "packing" not in batch.cache:
             lengths = batch.lengths
             sample_count = batch.size
@@ -73,20 +71,20 @@ class Packing:
                 torch.arange(len(batch.sample), device=lengths.device)
                 - (lengths.cumsum(0) - lengths)[batch.sample]
             )
-            keep = torch.arange(max_length, device=lengths.device) < lengths[:, None]  # [N, L]
+            is_row = torch.arange(max_length, device=lengths.device) < lengths[:, None]  # [N, L]
             batch.cache["packing"] = cls(
-                (sample_count, max_length), batch.sample * max_length + row_in_sample, keep[:, None, None]
+                (sample_count, max_length), batch.sample * max_length + row_in_sample, is_row[:, None, None]
             )
         return batch.cache["packing"]
 
     def pad(self, voxel_rows: torch.Tensor) -> torch.Tensor:
         """Convert rows [V, ...] to a padded batch [N, L, ...]."""
-        padded = voxel_rows.new_zeros(math.prod(self.shape), *voxel_rows.shape[1:])
-        return padded.index_copy(0, self.places, voxel_rows).unflatten(0, self.shape)
+        padded_batch = voxel_rows.new_zeros(math.prod(self.shape), *voxel_rows.shape[1:])
+        return padded_batch.index_copy(0, self.places, voxel_rows).unflatten(0, self.shape)
 
-    def flat(self, padded: torch.Tensor) -> torch.Tensor:
+    def flat(self, padded_batch: torch.Tensor) -> torch.Tensor:
         """Convert a padded batch [N, L, ...] to rows [V, ...]."""
-        return padded.flatten(0, 1).index_select(0, self.places)
+        return padded_batch.flatten(0, 1).index_select(0, self.places)
 
 
 class Block(nn.Module):
@@ -132,12 +130,12 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Transformer from input tokens to output tokens, which both velocity networks contain.
+    """Transformer from input tokens to output tokens, the common part of both velocity networks.
 
     Args:
         sizes: sizes of the layers.
         channels: number of entries of an input token.
-        positions: number of learned embeddings of positions.
+        positions: number of positions in the grid; each has a learned embedding.
     """
 
     def __init__(self, sizes: Width, channels: int, positions: int):
@@ -162,8 +160,8 @@ class Trunk(nn.Module):
 
         Args:
             tokens: [N, L, channels], input tokens.
-            position_embeddings: embeddings of the positions, which broadcast to [N, L, C].
-            t: [N], times.
+            position_embeddings: embeddings of the tokens' positions, a shape that broadcasts to [N, L, C].
+            t: [N], times in 0..1.
             cond: [N, T, E], conditioning tokens.
             attention_mask: [N, 1, 1, L], mask of `Packing`; None without padding.
         """
@@ -189,7 +187,7 @@ class StructureFlow(nn.Module):
         self.out_layer = _zeros(nn.Linear(sizes.width, PATCH**3))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
+        """Predict the velocity at x_t, both [N, 1, R, R, R], at times t [N], with conditioning [N, T, E]."""
         sample_count = len(x_t)
         patches_per_axis = R // PATCH
         # Patches of 2^3 cells become tokens: [N, 4, 4, 4, 2, 2, 2].
@@ -210,7 +208,7 @@ class StructureFlow(nn.Module):
 class VoxelFlow(nn.Module):
     """Network of the velocity of the voxels' colour and size, [V, 4].
 
-    The token of a voxel also contains the occupancy of the 27 cells around it, see `surroundings`.
+    The input token of a voxel is its 4 features and the occupancy of its 3 x 3 x 3 neighbourhood.
     """
 
     def __init__(self, sizes: Width | None = None):
@@ -220,7 +218,7 @@ class VoxelFlow(nn.Module):
         self.out_layer = _zeros(nn.Linear(sizes.width, 4))
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
-        """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
+        """Predict the velocity at voxels x_t, features [V, 4], times t [N], with conditioning [N, T, E]."""
         surrounding_occupancy = surroundings(x_t)
         x, y, z = x_t.coords[:, 1:].long().unbind(1)
         tokens = torch.cat([x_t.feats, surrounding_occupancy.to(x_t.feats.dtype)], dim=1)
@@ -234,9 +232,9 @@ class VoxelFlow(nn.Module):
 
 
 def surroundings(batch: SparseBatch) -> torch.Tensor:
-    """Return the occupancy of the 27 cells around each voxel, itself included, [V, 27] float of 0 and 1.
+    """Return the occupancy of each voxel's 3 x 3 x 3 neighbourhood, [V, 27] float of 0 and 1.
 
-    It is computed once, and then kept in the cache of the batch.
+    The occupancy is computed once and kept in the batch's cache.
     """
     if "surroundings" not in batch.cache:
         sample_index, x, y, z = batch.coords.long().unbind(1)
@@ -251,12 +249,12 @@ def surroundings(batch: SparseBatch) -> torch.Tensor:
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Normalise the last dimension without a learned scale and shift, which are parts of the modulation."""
+    """Apply layer norm without a learned scale and shift, because the modulation has its own."""
     return F.layer_norm(x, x.shape[-1:])
 
 
 def _zeros(layer: nn.Linear) -> nn.Linear:
-    """Set a layer to zero, so that an untrained network predicts zero velocity."""
+    """Set a layer's parameters to zero, so that an untrained network predicts zero velocity; return it."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -279,7 +277,7 @@ def path_of(network_name: str, folder: Path = FOLDER) -> Path:
 def write_network(
     path: Path, network_name: str, weights: Mapping[str, torch.Tensor], metadata: Mapping
 ) -> None:
-    """Write the weights of a network in half precision, with its name and the metadata `metadata`."""
+    """Write the weights of a network in half precision; the file's header has its name and `metadata`."""
     tensors = {
         key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()
     }
@@ -325,8 +323,9 @@ def toy_problem(
         seed: seed of the simulated pairs.
         device: device of the generator.
         pairs_per_condition: number of pairs of a prompt to train on.
-        labelled: source of the labelled drafts. "own": they have the defects on which the generator was
-            trained; "others": they have twice the rate of defects, like assets of an older generator.
+        labelled: source of the labelled drafts. "own": drafts with the defects on which the generator was
+            trained; "others": drafts with twice as many floaters, holes and wrong sizes, like assets of an
+            older generator.
     """
     defects = DEFECTS[labelled]
     other_prompts = (*CHOOSING, *HELD_OUT)
@@ -365,8 +364,11 @@ def toy_problem(
 
 
 def fit_reward(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
-    """Fit a reward of finished assets to preference pairs of the last stage. `seed` is the seed of the
-    training.
+    """Fit a reward of finished assets to preference pairs of the last stage.
+
+    Args:
+        pairs: pairs of latents; the reward is fitted to the assets that are decoded from them.
+        seed: seed of the initial weights and of the order of the pairs.
     """
     decoder = ToyPipeline(nn.Identity(), nn.Identity())  # decoding needs no networks
     # Pairs contain latents, and the reward scores the decoded assets.

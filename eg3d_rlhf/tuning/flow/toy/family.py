@@ -1,4 +1,4 @@
-"""The bundled toy as a family of flow generators. Its name is used in place of a folder."""
+"""The bundled toy as a family of flow generators. The toy is chosen by its name, without a model folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # `--help` imports this module, and would be slow with torch
 
 
 class Toy(FlowFamily):
-    """Family of the bundled toy, which needs no folder."""
+    """Family of the bundled toy, whose files belong to this package."""
 
     name = "toy"
     layout = "the bundled toy, called by that name"
@@ -52,7 +52,7 @@ class Toy(FlowFamily):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> ToyPipeline:
-        """Read both networks, which are small, in float32."""
+        """Read the networks of both stages in float32. Arguments other than `device` have no effect."""
         from eg3d_rlhf.tuning.flow.toy.bundled import load_network
         from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline
 
@@ -67,7 +67,7 @@ class Toy(FlowFamily):
         return toy_problem(source.seed, device, labelled=source.labelled)
 
     def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditioning:
-        """Make the tokens of the toy's prompts."""
+        """Make the conditioning tokens of toy prompts, such as "red ball"; no encoder is needed."""
         from torch import nn
 
         from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
@@ -97,7 +97,7 @@ class Toy(FlowFamily):
             for side in (0, 1):
                 # Indices of the voxels whose neighbour in this direction is empty, [faces, 3]. roll shifts
                 # the neighbours onto the voxels, and the slices remove the border.
-                voxels = (
+                face_voxels = (
                     asset.occupancy & ~padded_occupancy.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]
                 ).nonzero()
                 face_offsets = torch.full((4, 3), side)
@@ -106,8 +106,8 @@ class Toy(FlowFamily):
                 face_offsets[:, [(axis + 1) % 3, (axis + 2) % 3]] = (
                     face_corners if side else face_corners.flip(0)
                 )
-                corners_by_side.append((voxels[:, None] + face_offsets).flatten(0, 1))  # [faces * 4, 3]
-                colours_by_side.append(asset.colours[voxels.unbind(1)].repeat_interleave(4, 0))
+                corners_by_side.append((face_voxels[:, None] + face_offsets).flatten(0, 1))  # [faces * 4, 3]
+                colours_by_side.append(asset.colours[face_voxels.unbind(1)].repeat_interleave(4, 0))
         vertices = (torch.cat(corners_by_side).double() / R - 0.5).numpy()
         square_faces = torch.arange(len(vertices)).view(-1, 4)
         # two triangles per square
@@ -120,7 +120,7 @@ class Toy(FlowFamily):
         )
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """Describe a new folder with tuned networks of `stages` and the original files of other stages."""
+        """Describe the files of an exported model: tuned networks of `stages`, original files otherwise."""
         import torch
 
         from eg3d_rlhf.tuning.flow.toy.bundled import KIND, load_network, path_of, write_network

@@ -41,32 +41,33 @@ RIGHT_COLOUR = 0.15  # largest error of a channel, in 0..1, at which ChooserOrac
 class _FlatAssets:
     """Assets and the targets of their prompts, as flat arrays over the P = R^3 cells of the grid."""
 
-    filled: torch.Tensor  # [N, P] float, 0 or 1
-    wanted: torch.Tensor  # [N, K, P] float, 0 or 1
-    colour_error: torch.Tensor  # [N, P, 3], 0 where nothing is filled
+    occupancy: torch.Tensor  # [N, P] float, 0 or 1
+    target_occupancy: torch.Tensor  # [N, K, P] float, 0 or 1
+    colour_error: torch.Tensor  # [N, P, 3], asset minus target, 0 at empty cells
 
     @classmethod
     def from_assets(cls, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> "_FlatAssets":
-        """Make the arrays of N assets with N prompts."""
+        """Make the arrays from N assets and their N prompts."""
         assert len(assets) == len(prompts) > 0
-        shapes, colours = toy.targets(prompts)
-        filled = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
-        painted = torch.stack([asset.colours for asset in assets])
-        return cls(filled, shapes.flatten(2).float(), (painted - colours).flatten(1, 3) * filled[..., None])
+        target_shapes, target_colours = toy.targets(prompts)
+        occupancy = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
+        asset_colours = torch.stack([asset.colours for asset in assets])
+        colour_error = (asset_colours - target_colours).flatten(1, 3) * occupancy[..., None]
+        return cls(occupancy, target_shapes.flatten(2).float(), colour_error)
 
     @property
     def overlap(self) -> torch.Tensor:
         """Number of voxels that an asset and a variant have in common, [N, K]."""
-        return torch.einsum("np,nkp->nk", self.filled, self.wanted)
+        return torch.einsum("np,nkp->nk", self.occupancy, self.target_occupancy)
 
     @property
     def sizes(self) -> torch.Tensor:
         """Number of voxels of an asset plus the number of voxels of a variant, [N, K]."""
-        return self.filled.sum(1, keepdim=True) + self.wanted.sum(2)
+        return self.occupancy.sum(1, keepdim=True) + self.target_occupancy.sum(2)
 
     def mean(self, cell_values: torch.Tensor) -> torch.Tensor:
         """Average values [N, P] over the occupied cells of each asset, [N]."""
-        return (cell_values * self.filled).sum(1) / self.filled.sum(1)
+        return (cell_values * self.occupancy).sum(1) / self.occupancy.sum(1)
 
 
 class _Oracle(ABC):
@@ -99,7 +100,7 @@ class LabelOracle(_Oracle):
 
 
 class ChooserOracle(_Oracle):
-    """Oracle that chooses checkpoints.
+    """Oracle that chooses checkpoints and settings, and measures held-out win rates.
 
     Geometry: -2 times the sum of the mean distances, in voxels, from asset to shape and from shape to asset.
     Colour: the share of voxels whose error is within RIGHT_COLOUR in every channel.
@@ -107,13 +108,14 @@ class ChooserOracle(_Oracle):
 
     def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
         flat_assets = _FlatAssets.from_assets(assets, prompts)
-        to_shape = _distances_to_shapes()[toy.classes(prompts)[0]]  # [N, K, P]
-        to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
+        distance_to_shape = _distances_to_shapes()[toy.classes(prompts)[0]]  # [N, K, P]
+        distance_to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
         # Mean distance [N, K] of the asset's voxels from a variant, which measures additional parts.
-        asset_to_shape = torch.einsum("np,nkp->nk", flat_assets.filled, to_shape)
-        asset_to_shape = asset_to_shape / flat_assets.filled.sum(1, keepdim=True)
+        asset_to_shape = torch.einsum("np,nkp->nk", flat_assets.occupancy, distance_to_shape)
+        asset_to_shape = asset_to_shape / flat_assets.occupancy.sum(1, keepdim=True)
         # Mean distance [N, K] of a variant's voxels from the asset, which measures missing parts.
-        shape_to_asset = torch.einsum("np,nkp->nk", to_asset, flat_assets.wanted) / flat_assets.wanted.sum(2)
+        shape_to_asset = torch.einsum("np,nkp->nk", distance_to_asset, flat_assets.target_occupancy)
+        shape_to_asset = shape_to_asset / flat_assets.target_occupancy.sum(2)
         has_right_colour = (flat_assets.colour_error.abs().amax(2) <= RIGHT_COLOUR).float()
         return {
             "geometry": -2 * (asset_to_shape + shape_to_asset).amin(1),
@@ -124,23 +126,23 @@ class ChooserOracle(_Oracle):
 class FinalOracle(_Oracle):
     """Held-out evaluator of the results table.
 
-    Geometry: Dice overlap plus the share of voxels with a mirror image, minus 0.03 for every connected part
-    beyond the first. Colour: -3 times the mean absolute error.
+    Geometry: Dice overlap, plus the share of voxels whose mirror image in x is occupied, minus 0.03 for each
+    connected part beyond the first. Colour: -3 times the mean absolute error.
     """
 
     def measures(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the terms of the score of N assets with N prompts, [N] each. A larger term is better.
+        """Return the terms of the score of N assets with N prompts: name of a term -> [N]; larger is better.
 
-        The terms are "overlap", "symmetry", "pieces" (negative, for parts beyond the first) and "colour".
+        The terms are "overlap", "symmetry", "pieces" (0 or less, for parts beyond the first) and "colour".
         """
         flat_assets = _FlatAssets.from_assets(assets, prompts)
         # Every target is symmetric in x, so the symmetry is measured without the target.
-        mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
+        mirrored_occupancy = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
         # The second result of scipy's label is the number of parts that are connected by faces.
         additional_parts = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])
         return {
             "overlap": (2 * flat_assets.overlap / flat_assets.sizes).amax(1),
-            "symmetry": flat_assets.mean(mirrored.float()),
+            "symmetry": flat_assets.mean(mirrored_occupancy.float()),
             "pieces": -0.03 * additional_parts,
             "colour": -3 * flat_assets.mean(flat_assets.colour_error.abs().mean(2)),
         }
@@ -160,9 +162,9 @@ def _distances_to_shapes() -> torch.Tensor:
     return torch.stack([_distance(shape) for shape in shapes.flatten(0, 1)]).unflatten(0, shapes.shape[:2])
 
 
-def _distance(filled: torch.Tensor) -> torch.Tensor:
-    """Return the Euclidean distance of every cell from the nearest occupied cell, [R^3] in voxels."""
-    return torch.from_numpy(ndimage.distance_transform_edt(~filled.numpy())).float().view(toy.R**3)
+def _distance(occupancy: torch.Tensor) -> torch.Tensor:
+    """Return every cell's distance from the nearest cell of `occupancy` [R, R, R] bool, [R^3] in voxels."""
+    return torch.from_numpy(ndimage.distance_transform_edt(~occupancy.numpy())).float().view(toy.R**3)
 
 
 TEMPERATURE = 0.1  # temperature of the simulated annotator's noise, in units of LabelOracle's score
@@ -170,7 +172,7 @@ TEMPERATURE = 0.1  # temperature of the simulated annotator's noise, in units of
 
 @dataclass(frozen=True)
 class Judged:
-    """P labelled pairs of drafts. The drafts of a pair have the same prompt."""
+    """P pairs of drafts with simulated labels. The drafts of a pair have the same prompt."""
 
     prompts: tuple[str, ...]  # P prompts
     preferred: toy.Drafts
@@ -186,6 +188,11 @@ def judge_drafts(
 
     P(first is preferred) = sigmoid((s_first - s_second) / TEMPERATURE), where s is LabelOracle's score
     (Bradley and Terry 1952).
+
+    Args:
+        prompts: P prompts.
+        generator: random generator of drafts and labels.
+        defects: largest strengths of the defects; None uses the defaults of `Defects`.
     """
     drafts = [toy.draw_drafts(prompts, generator, defects) for _ in range(2)]
     assets = [toy.make_assets(draft) for draft in drafts]
@@ -195,9 +202,7 @@ def judge_drafts(
     prefers_first = torch.rand(len(score_gap), generator=generator) < torch.sigmoid(score_gap / TEMPERATURE)
 
     def select(takes_first: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
-        """Return the first draft and asset of a pair where takes_first [P] is True, and the second ones
-        elsewhere.
-        """
+        """Return one draft and asset of each pair: the first if takes_first [P] is True, else the second."""
         mask = takes_first.view(-1, 1, 1, 1)
         first_drafts, second_drafts = drafts
         selected_drafts = toy.Drafts(
@@ -221,7 +226,7 @@ def simulated_pairs(
 ) -> list[PreferencePair]:
     """Make simulated preference pairs of a stage's latents.
 
-    Pairs with the same id in different stages are made of the same two assets.
+    Pairs with the same id in different stages are made of the same two drafts.
 
     Args:
         stage: name of the stage.
@@ -233,9 +238,9 @@ def simulated_pairs(
     pairs = []
     for condition in prompts:
         # The seed depends on the prompt, so that the pairs of a prompt do not depend on the other prompts.
-        draw_seed = zlib.crc32(f"{seed} {condition}".encode())
+        prompt_seed = zlib.crc32(f"{seed} {condition}".encode())
         labelled_pairs = judge_drafts(
-            [condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects
+            [condition] * per_condition, torch.Generator().manual_seed(prompt_seed), defects
         )
         latents_by_label = [
             separate(drafts.latents(stage)) for drafts in (labelled_pairs.preferred, labelled_pairs.rejected)
@@ -257,7 +262,9 @@ def simulated_pairs(
 def simulated_singles(
     label_kind: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:
-    """Make assets with one simulated label each. The assets do not depend on the kind of the labels.
+    """Make assets with one simulated label each, and convert the labels to a goodness of each asset.
+
+    For the same seed, the assets are the same for both kinds of labels.
 
     Args:
         label_kind: kind of the labels. "thumbs": P(up) = sigmoid((s - s_median) / TEMPERATURE), where s is
@@ -272,6 +279,7 @@ def simulated_singles(
     assets = list[Candidate]()
     goodness_by_asset = dict[str, float]()
     for condition in prompts:
+        # "alone": another random stream than in simulated_pairs, so that the drafts differ from its pairs
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {condition} alone".encode()))
         drafts = toy.draw_drafts([condition] * per_condition, generator, defects)
         scores = LabelOracle()(toy.make_assets(drafts), [condition] * per_condition)
@@ -303,7 +311,10 @@ FEATURES = 15  # number of features that `_features` returns
 
 
 class LearnedReward(nn.Module):
-    """Learned reward: a small network that reads numbers of voxels and differences from learned colours."""
+    """Learned reward of an asset: a small network on the features of its voxels and its colour errors.
+
+    The colour errors are measured against a learned colour for each colour name and height.
+    """
 
     mean: torch.Tensor  # [FEATURES], mean of the features in the training data
     std: torch.Tensor  # [FEATURES], their standard deviation
@@ -323,7 +334,7 @@ class LearnedReward(nn.Module):
         self.head = nn.Sequential(*layers, nn.Linear(hidden, 1))
 
     def score(self, volumes: torch.Tensor, shapes: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-        """Return the scores [N] of assets. They are not differentiable in the occupancy.
+        """Return the scores [N] of assets, which are not differentiable in the occupancy.
 
         Args:
             volumes: [N, 4, R, R, R], occupancy and colour of the assets, see `volumes_of`.
@@ -358,9 +369,12 @@ class LearnedReward(nn.Module):
 def _features(volumes: torch.Tensor) -> torch.Tensor:
     """Return the features [N, 15] of volumes [N, 4, R, R, R].
 
-    The features are the number of voxels; the shares of voxels with 0 to 6 filled neighbours; the numbers of
-    empty cells with 2 to 6 filled neighbours, per voxel; the share of voxels without a mirror image; and the
-    roughness of the colour.
+    The features of a volume, in this order:
+        1 value    number of voxels
+        7 values   shares of the voxels with 0 to 6 filled neighbours
+        5 values   numbers of empty cells with 2 to 6 filled neighbours, divided by the number of voxels
+        1 value    share of the voxels whose mirror image in x is empty
+        1 value    mean colour difference of voxels that are vertical neighbours
     """
     occupancy = volumes[:, 0]
     neighbour_counts = toy.neighbours(occupancy)  # number of filled face neighbours, 0 to 6
@@ -371,18 +385,19 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
     ]
     # the mirror image in x, as all targets are symmetric
     unmirrored_share = ((1 - occupancy.flip(1)) * occupancy).sum((1, 2, 3)) / voxel_counts
-    is_vertical_pair = occupancy[..., 1:] * occupancy[..., :-1]
+    # 1 where a voxel and the voxel above it are both occupied, else 0
+    vertical_pair_mask = occupancy[..., 1:] * occupancy[..., :-1]
     # mean difference of colours between vertical neighbours; the clamp is for assets without such pairs
-    colour_roughness = (volumes[:, 1:].diff(dim=-1).abs().mean(1) * is_vertical_pair).sum(
+    colour_roughness = (volumes[:, 1:].diff(dim=-1).abs().mean(1) * vertical_pair_mask).sum(
         (1, 2, 3)
-    ) / is_vertical_pair.sum((1, 2, 3)).clamp(min=1)
+    ) / vertical_pair_mask.sum((1, 2, 3)).clamp(min=1)
     return torch.stack(
         [voxel_counts, *filled_shares, *empty_shares, unmirrored_share, colour_roughness], dim=1
     )
 
 
 def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
-    """Return the occupancy and the colour of N assets in one tensor, [N, 4, R, R, R]."""
+    """Return the occupancy (channel 0) and the colour (channels 1 to 3) of N assets, [N, 4, R, R, R]."""
     return torch.stack(
         [torch.cat([asset.occupancy[None].float(), asset.colours.permute(3, 0, 1, 2)]) for asset in assets]
     )

@@ -104,7 +104,7 @@ HELD_OUT = tuple(name for name in PROMPTS if _PART[name] >= 6)
 
 @functools.cache
 def canonical_shapes() -> torch.Tensor:
-    """Return the K variants of every shape without defects, [shapes, K, R, R, R] bool."""
+    """Return the K variants of every target shape, without defects, [shapes, K, R, R, R] bool."""
     i, j, k = torch.meshgrid(*[torch.arange(R, dtype=torch.float32)] * 3, indexing="ij")
     # The plane of symmetry is between the two middle cells. The absolute value makes every shape symmetric.
     x = (i - (R - 1) / 2).abs()
@@ -118,9 +118,7 @@ def canonical_shapes() -> torch.Tensor:
 
 @functools.cache
 def canonical_colours() -> torch.Tensor:
-    """Return every colour without defects at each height, [colours, R, 3]. Colours are brighter towards the
-    top.
-    """
+    """Return the target colours at each height, [colours, R, 3]; they are brighter towards the top."""
     brightness = torch.linspace(DARKEST, 1, R)
     return torch.tensor(list(COLOURS.values()))[:, None] * brightness[None, :, None]
 
@@ -168,9 +166,7 @@ SIZE_JITTER = 0.08  # standard deviation of d around these sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Defects:
-    """Largest strength of each defect. The strength of a defect in a sample is uniform between 0 and this
-    number.
-    """
+    """Largest strength of each defect; each sample's strength is drawn uniformly from 0 to the largest."""
 
     floaters: float = 0.02  # share of the empty cells that are filled
     holes: float = 0.1  # share of the shape's voxels that are missing
@@ -194,10 +190,10 @@ class Drafts:
     features: torch.Tensor
 
     def latents(self, stage: str) -> Batch:
-        """Return the latents of a stage: the structure [N, 1, R, R, R] as -1 and 1, or the features [V, 4] of
-        the voxels.
+        """Return the latents of a stage in the scale of the generator.
 
-        The features are scaled from 0..1 to -1..1.
+        For the stage "structure", these are the voxels as a grid [N, 1, R, R, R] of -1 and 1. For the stage
+        "voxels", these are the features [V, 4], scaled from 0..1 to -1..1.
         """
         if stage == "structure":
             return self.structure[:, None].float() * 2 - 1
@@ -209,20 +205,20 @@ class Drafts:
 
 
 def draw_drafts(prompts: Sequence[str], generator: torch.Generator, defects: Defects | None = None) -> Drafts:
-    """Sample one draft for each of N prompts, of a random variant of its shape.
+    """Sample one draft for each of N prompts: a random variant of the prompt's shape, with random defects.
 
     Args:
         prompts: N prompts.
-        generator: random generator. The order of its calls cannot change, because it determines the drafts of
-            a seed.
+        generator: random generator. The order of the random numbers in this function must not change, because
+            it determines the drafts of a seed.
         defects: largest strengths of the defects; None uses the defaults of `Defects`.
     """
     defects = defects or Defects()
     shapes, colours = targets(prompts)
     sample_count = len(shapes)
 
-    def uniform(*size: int) -> torch.Tensor:
-        return torch.rand(*size, generator=generator)
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
 
     def strength(max_strength: float) -> torch.Tensor:
         # [N, 1, 1, 1]: one strength for all cells of a sample.
@@ -253,16 +249,15 @@ def draw_drafts(prompts: Sequence[str], generator: torch.Generator, defects: Def
 
 
 def neighbours(grid: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the six face neighbours of every cell of a grid [N, R, R, R, ...]; outside, the
-    grid is 0.
-    """
+    """Sum the six face neighbours of each cell of a grid [N, R, R, R, ...], float; cells outside count 0."""
     cell_values = grid.float()
     neighbour_sums = torch.zeros_like(cell_values)
     for axis in (1, 2, 3):
         for step in (-1, 1):
-            start = max(step, 0)
+            start_index = max(step, 0)
             # Adds the grid shifted by one cell. Unlike roll, this does not wrap around at the edges.
-            neighbour_sums.narrow(axis, 1 - start, R - 1).add_(cell_values.narrow(axis, start, R - 1))
+            shifted_values = cell_values.narrow(axis, start_index, R - 1)
+            neighbour_sums.narrow(axis, 1 - start_index, R - 1).add_(shifted_values)
     return neighbour_sums
 
 
@@ -314,7 +309,7 @@ class ToyPipeline:
         )
 
     def conditioning(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        """Return the tokens of N prompts, [N, 2, 28]. They are the same for both stages."""
+        """Return the conditioning tokens of N prompts, [N, 2, 28]; both stages have the same tokens."""
         shapes, colours = classes(names)
         width = len(SHAPES) + len(COLOURS)
         # Both tokens have one vocabulary: first the 16 shapes, then the 12 colours.
@@ -325,12 +320,12 @@ class ToyPipeline:
         return torch.zeros(n, 2, len(SHAPES) + len(COLOURS), device=self.device)
 
     def advance(self, stage: str, x_0: torch.Tensor) -> list[Voxels]:
-        """Return the voxels of each structure: the cells above 0, and always the largest cell."""
+        """Return the voxels of each structure: the cells above 0, and the cell with the largest value."""
         assert stage == STRUCTURE
         logits = x_0.detach().flatten(1)
         # With the largest value, no structure is empty.
-        filled = (logits > 0) | (logits == logits.amax(1, keepdim=True))
-        return [grid.view(R, R, R).nonzero().int() for grid in filled]
+        is_filled = (logits > 0) | (logits == logits.amax(1, keepdim=True))
+        return [grid.view(R, R, R).nonzero().int() for grid in is_filled]
 
     def decode(self, x_0: SparseBatch) -> list[ToyAsset]:
         """Decode the features of voxels to assets, see `make_assets`."""
@@ -344,11 +339,11 @@ class ToyPipeline:
         return make_assets(Drafts(structure, features))
 
     def encode(self, assets: Sequence[ToyAsset]) -> list[dict[str, Latent]]:
-        """Encode finished assets for both stages. Every voxel of an asset gets the size KEPT."""
+        """Encode finished assets to a dictionary each, stage -> latent. Every voxel gets the size KEPT."""
         encoded_assets = []
         for asset in assets:
-            kept = torch.full((R, R, R, 1), KEPT)
-            draft = Drafts(asset.occupancy[None], torch.cat([asset.colours, kept], dim=-1)[None])
+            sizes = torch.full((R, R, R, 1), KEPT)
+            draft = Drafts(asset.occupancy[None], torch.cat([asset.colours, sizes], dim=-1)[None])
             encoded_assets.append({stage: separate(draft.latents(stage))[0] for stage in (STRUCTURE, VOXELS)})
         return encoded_assets
 
@@ -356,8 +351,8 @@ class ToyPipeline:
 def make_assets(drafts: Drafts) -> list[ToyAsset]:
     """Decode drafts to assets.
 
-    Voxels with d < 0 are removed. Empty cells beside at least TO_GROW voxels with d > 1 are filled, with the
-    mean of the colours of these voxels. The voxel with the largest d is never removed, so that an asset has
+    Voxels with a size d < 0 are removed. Empty cells beside at least TO_GROW voxels with d > 1 are filled,
+    with the mean colour of these voxels. The voxel with the largest d is never removed, so that an asset has
     at least one voxel.
     """
     structure = drafts.structure

@@ -2,10 +2,10 @@
 prompts that were not trained on.
 
 The margin of a pair is that of DPO, (e_ref - e)_preferred - (e_ref - e)_rejected, with e the flow-matching
-errors (Wallace et al. 2023, equation 14). It is averaged over a few seeded times and noises that both samples
-of the pair, the policy and its reference share. A pair is ordered correctly if its margin is above 0. A
-margin of 0, as before the first update, counts one half. The test needs forward passes alone, and no
-evaluator.
+errors (Wallace et al. 2023, equation 14). The margin is averaged over a few seeded times and noises, which
+are the same for both samples of the pair, and for the policy and its reference. A pair is ordered correctly
+if its margin is above 0. A margin of 0, as before the first update, counts one half. The test needs only
+forward passes, and no evaluator.
 
 To separate learnable labels from random answers, a network is chosen on pairs of some prompts, and its
 accuracy is measured on pairs of others. A control is trained in the same way on the same pairs, with half of
@@ -43,27 +43,27 @@ FALSE_ALARMS = 0.05
 
 
 class PairAccuracy:
-    """Evaluator of networks on pairs that are not trained on, at the same times and noises for every network.
+    """Evaluator of networks on held-out pairs, with the same times and noises for every network.
 
     Args:
-        conditioned: stage of the networks.
+        conditioned_stage: stage of the networks.
         pairs: the P pairs, at least one.
-        draws: number K of times and noises at which each pair is measured.
+        draws: number K of (time, noise) at which each pair is measured.
         batch: number of pairs in a forward pass.
         seed: seed of the times and noises.
     """
 
     def __init__(
         self,
-        conditioned: ConditionedStage,
+        conditioned_stage: ConditionedStage,
         pairs: Sequence[PreferencePair],
         draws: int = DRAWS,
         batch: int = 8,
         seed: int = 0,
     ):
         assert pairs
-        self.conditioned = conditioned
-        self.stage = conditioned.stage
+        self.conditioned_stage = conditioned_stage
+        self.stage = conditioned_stage.stage
         self.pairs = list(pairs)
         self.draws = draws
         self.batch = batch
@@ -73,7 +73,7 @@ class PairAccuracy:
         self._reference_errors: dict[tuple[int, int], torch.Tensor] = {}
 
     def measure(self, model: torch.nn.Module, reference: FrozenModel) -> "Measured":
-        """Average the margins and the rises in error of all pairs over the K draws.
+        """Measure each pair's margin, and its preferred sample's rise in error, as means over the K draws.
 
         Args:
             model: network to evaluate.
@@ -82,18 +82,18 @@ class PairAccuracy:
         device = next(model.parameters()).device
         # rows: margin, rise of the preferred error, reference's preferred error
         measurement_sums = np.zeros((3, len(self.pairs)))
-        for draw in range(self.draws):
+        for draw_number in range(self.draws):
             for batch_start in range(0, len(self.pairs), self.batch):
                 batch_pairs = self.pairs[batch_start : batch_start + self.batch]
-                cond = self.conditioned.conditioning([pair.condition for pair in batch_pairs])
+                cond = self.conditioned_stage.conditioning([pair.condition for pair in batch_pairs])
                 # the number of the draw is passed as the epoch, so that each draw has another time and noise
                 pair_draw = draw_pairs(
-                    self.stage, batch_pairs, cond, None, DpoConfig(), self.seed, draw, device
+                    self.stage, batch_pairs, cond, None, DpoConfig(), self.seed, draw_number, device
                 )
-                if (draw, batch_start) not in self._reference_errors:
-                    self._reference_errors[draw, batch_start] = reference.errors(self.stage, pair_draw)
+                if (draw_number, batch_start) not in self._reference_errors:
+                    self._reference_errors[draw_number, batch_start] = reference.errors(self.stage, pair_draw)
                 errors = PairErrors.split(
-                    self._errors(model, pair_draw), self._reference_errors[draw, batch_start]
+                    self._errors(model, pair_draw), self._reference_errors[draw_number, batch_start]
                 )
                 assert errors.ref_preferred is not None
                 # [3, p]
@@ -109,15 +109,15 @@ class PairAccuracy:
         return Measured(margins, rises / reference_errors.mean())
 
     @torch.no_grad()
-    def _errors(self, model: torch.nn.Module, draw: PairDraw) -> torch.Tensor:
-        """Compute a network's flow-matching errors [2p] of sampled pairs."""
+    def _errors(self, model: torch.nn.Module, pair_draw: PairDraw) -> torch.Tensor:
+        """Compute a network's flow-matching errors of p pairs with their times and noises, [2p]."""
         # `evaluating` switches dropout off for the time of the call
         with evaluating(model):
-            v = self.stage.velocity(draw.x_t, draw.t, draw.cond, model)
-        return self.stage.path.errors(single(v), draw.x_0, draw.eps).float()
+            v = self.stage.velocity(pair_draw.x_t, pair_draw.t, pair_draw.cond, model)
+        return self.stage.path.errors(single(v), pair_draw.x_0, pair_draw.eps).float()
 
     def metrics(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
-        """Return the metrics that are logged in training, which are means of `measure` over the pairs."""
+        """Return the metrics that are logged in training: accuracy, mean margin and mean rise in error."""
         measurement = self.measure(model, reference)
         return {
             "held_out_accuracy": float(score_order(measurement.margins).mean()),
@@ -130,7 +130,7 @@ class PairAccuracy:
 class Measured:
     """Measurements of a network on P pairs, float64 [P] each."""
 
-    margins: np.ndarray
+    margins: np.ndarray  # margins of DPO, see the module
     # rise of the error of the preferred samples, in units of the reference's mean error of them
     preferred: np.ndarray
 
@@ -142,7 +142,7 @@ def score_order(margins: np.ndarray) -> np.ndarray:
 
 
 def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
-    """Make the control's pairs: invert a random half of the pairs of each prompt.
+    """Make the control's pairs: invert a random half of each prompt's pairs (exchange the two samples).
 
     If a prompt has an odd number of pairs, its halves differ by one pair. The larger and the smaller half are
     then inverted alternately from prompt to prompt. So the labels carry no signal on average over the
@@ -151,8 +151,9 @@ def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePa
     """
     # sorted by id, so that the order of the list has no influence
     indices_by_prompt: dict[str, list[int]] = {}  # prompt -> indices of its pairs
-    for index, pair in sorted(enumerate(pairs), key=lambda numbered_pair: numbered_pair[1].id):
-        indices_by_prompt.setdefault(pair.condition, []).append(index)
+    for pair_index, pair in sorted(enumerate(pairs), key=lambda numbered_pair: numbered_pair[1].id):
+        indices_by_prompt.setdefault(pair.condition, []).append(pair_index)
+    # the stream has the name of version 0.1, so that a seed inverts the same pairs as there
     rng = np.random.default_rng(derive_seed("shuffled", seed))
     inverted_indices = set[int]()
     invert_larger_half = bool(rng.integers(2))
@@ -172,10 +173,10 @@ def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePa
                 reward_preferred=p.reward_rejected,
                 reward_rejected=p.reward_preferred,
             )
-            if index in inverted_indices
+            if pair_index in inverted_indices
             else p
         )
-        for index, p in enumerate(pairs)
+        for pair_index, p in enumerate(pairs)
     ]
 
 
@@ -190,7 +191,7 @@ class Accuracy:
     interval: tuple[float, float]  # lower and upper end of the interval of the accuracy
     margin: float  # mean margin over the pairs
     pairs: int  # number of pairs
-    prompts: int  # number of prompts; the name is a JSON key
+    prompts: int  # number of prompts; its JSON key is "conditions"
     outcomes: tuple[float, ...] = ()  # [P], 1, 0 or one half for each pair; see score_order
     # (mean, low, high): mean rise in error of the preferred samples (see Measured) and its interval; None:
     # not measured
@@ -212,21 +213,21 @@ class Accuracy:
         return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def compute_confidence(stages: int) -> float:
-    """Compute the confidence of the two-sided intervals in a test of several stages.
+def compute_confidence(stage_count: int) -> float:
+    """Compute the confidence, in 0..1, of the two-sided intervals in a test of several stages.
 
-    With it, at least one stage passes the test by chance in at most FALSE_ALARMS of all cases. The confidence
-    is 95 % for one or two stages.
+    With this confidence, the probability that at least one stage passes the test by chance is at most
+    FALSE_ALARMS. The confidence is 95 % for one or two stages.
 
     >>> compute_confidence(2), round(compute_confidence(4), 4)
     (0.95, 0.975)
     """
     # only one side of an interval can raise an alarm, hence the factor 2 (Bonferroni over the stages)
-    return 1 - 2 * FALSE_ALARMS / max(stages, 2)
+    return 1 - 2 * FALSE_ALARMS / max(stage_count, 2)
 
 
 def check_enough(prompts: Sequence[str]) -> set[str]:
-    """Return the set of the prompts of held-out pairs.
+    """Return the different prompts among the prompts of held-out pairs, and check their number.
 
     Raises: ValueError if there are fewer than MIN_PROMPTS different prompts.
     """
@@ -243,7 +244,7 @@ def compute_accuracy(
     margins: np.ndarray,
     prompts: Sequence[str],
     confidence: float = 0.95,
-    preferred: np.ndarray | None = None,
+    preferred_rises: np.ndarray | None = None,
 ) -> Accuracy:
     """Compute the accuracy from the margins of pairs, with an interval that is clustered by their prompts.
 
@@ -251,7 +252,7 @@ def compute_accuracy(
         margins: margins of the pairs, [P].
         prompts: prompts of the pairs, [P].
         confidence: confidence of the intervals, in 0..1.
-        preferred: rise of the error of the preferred samples, [P], see Measured; None: not measured.
+        preferred_rises: rises in error of the preferred samples, [P], see Measured; None: not measured.
 
     Raises: ValueError for fewer prompts than MIN_PROMPTS.
     """
@@ -259,7 +260,7 @@ def compute_accuracy(
     outcomes = score_order(margins)
     # pairs of one prompt are not independent, so prompts and not pairs are the units of the interval
     rate, low, high = clustered_rate(outcomes, prompts, confidence)
-    preferred_rise = None if preferred is None else clustered_mean(preferred, prompts, confidence)
+    preferred_rise = None if preferred_rises is None else clustered_mean(preferred_rises, prompts, confidence)
     return Accuracy(
         accuracy=rate,
         interval=(low, high),
@@ -284,25 +285,25 @@ class SignalTest:
 
 def signal_test(
     kept_step: int,
-    tuned: Accuracy,
-    control: Accuracy | None,
+    tuned_accuracy: Accuracy,
+    control_accuracy: Accuracy | None,
     prompts: Sequence[str],
     confidence: float = 0.95,
 ) -> SignalTest:
     """Test the labels of a stage for a learnable signal.
 
     Args:
-        kept_step: number of updates of the tuned network, 0 for the base.
-        tuned: accuracy of the tuned network.
-        control: accuracy of the control on the same pairs; None: no control was trained.
+        kept_step: number of updates of the network that was kept; 0: the untuned network was kept.
+        tuned_accuracy: accuracy of the tuned network.
+        control_accuracy: accuracy of the control on the same pairs; None: no control was trained.
         prompts: prompts of the pairs, [P].
         confidence: confidence of the interval of the difference from the control, in 0..1.
     """
     control_difference = None
-    if control is not None:
+    if control_accuracy is not None:
         # pair by pair: the difference of two accuracies on the same pairs varies less than either
         control_difference = clustered_mean(
-            np.subtract(tuned.outcomes, control.outcomes), prompts, confidence
+            np.subtract(tuned_accuracy.outcomes, control_accuracy.outcomes), prompts, confidence
         )
     # The base has margins of 0, so that all its pairs count one half.
     if kept_step == 0:
@@ -311,19 +312,19 @@ def signal_test(
             why="on the pairs to choose on, no update was better than the untuned network",
             above_control=control_difference,
         )
-    if tuned.interval[0] <= 0.5:
+    if tuned_accuracy.interval[0] <= 0.5:
         return SignalTest(
             learnable_signal=False,
-            why=f"the interval of the accuracy, {tuned}, includes 50 %",
+            why=f"the interval of the accuracy, {tuned_accuracy}, is not above 50 %",
             above_control=control_difference,
         )
     if control_difference is not None and control_difference.lo <= 0:
         why = (
-            f"it is not above the control with randomised labels ({control_difference.mean:+.3f}"
+            f"the accuracy is not above the control with randomised labels ({control_difference.mean:+.3f}"
             f" [{control_difference.lo:+.3f}, {control_difference.hi:+.3f}])"
         )
         return SignalTest(learnable_signal=False, why=why, above_control=control_difference)
-    why = f"accuracy {tuned} is above 50 %"
+    why = f"accuracy {tuned_accuracy} is above 50 %"
     if control_difference is not None:
         why += (
             f", and {control_difference.mean:+.3f} [{control_difference.lo:+.3f},"
@@ -331,7 +332,7 @@ def signal_test(
         )
     # reported beside the result: pairs can be ordered well by a network that generates worse assets
     # index 1 is the lower end of the interval
-    likelihood_displaced = tuned.preferred is not None and tuned.preferred[1] > 0
+    likelihood_displaced = tuned_accuracy.preferred is not None and tuned_accuracy.preferred[1] > 0
     return SignalTest(
         learnable_signal=True,
         why=why,

@@ -62,9 +62,9 @@ class Bench(ABC):
 
     @abstractmethod
     def inputs(self) -> dict:
-        """Return all further inputs of the results, as JSON.
+        """Return the inputs of the results that are hashed in addition to the common ones, as JSON.
 
-        The problem, the settings of DPO and the settings of the table are hashed anyway, and not among them.
+        The common inputs are the problem, the settings of DPO, and the settings of the evaluation.
         """
 
     @abstractmethod
@@ -78,12 +78,14 @@ class Bench(ABC):
         """
 
     @abstractmethod
-    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(
+        self, arm: str, stage_result: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks
+    ) -> dict:
         """Return metrics of a finished training, other than its scores, as JSON.
 
         Args:
             arm: name of the arm.
-            done: result of the training.
+            stage_result: result of the training.
             model: the tuned network.
             seed: seed of the noises of the table.
             ranks: processes that train together.
@@ -91,9 +93,9 @@ class Bench(ABC):
 
 
 def folder_of(folder: Path, task: str) -> Path:
-    """Return the folder of a task.
+    """Return the folder of a task in the folder of a run.
 
-    In a run of version 0.1 it may have the former name of the arm, and this folder is then returned.
+    In a run that version 0.1 started, this is the folder with the arm's former name, if there is one.
     """
     former_folder = folder / version_0_1.former_task(task)
     return former_folder if former_folder.exists() else folder / task
@@ -165,8 +167,8 @@ def pooled(
     Args:
         title: title of the progress bar.
         needs: names of the tasks, each with the names of the tasks that it waits for.
-        setup: function from `setup_arguments`, and True if there is one process only, to a callable that does
-            a task. It is called once in each process.
+        setup: function that returns a callable, which does the task whose name it is given. Each process
+            calls `setup` once, with `setup_arguments` and a bool: True if there is only one process.
         setup_arguments: first arguments of `setup`.
         jobs: number of processes.
         folder: folder whose subfolder logs/ receives the output of the tasks.
@@ -222,12 +224,12 @@ class Worker:
             models: dict[str, torch.nn.Module] = {}
             if arm:
                 # controls keep their last network, see the module
-                win_rate = None
+                win_rate_function = None
                 if choosing is not None and not arm.endswith(CONTROLS):
                     # no other stage is tuned, on either side of the comparison
-                    win_rate = choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
+                    win_rate_function = choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
                 stage_result = bench.train(
-                    arm, folder, held_out=win_rate, ranks=self.ranks, resume=True, say=self.say
+                    arm, folder, held_out=win_rate_function, ranks=self.ranks, resume=True, say=self.say
                 )
                 models = {bench.stage.name: tuned_model(bench.stage.model, stage_result.weights)}
                 task_result = {
@@ -248,7 +250,7 @@ class Worker:
         return dict(store.make(folder_of(self.folder, task).name, inputs, maker).record)
 
     def _given(self, bench: Bench) -> Mapping[str, Sequence[Voxels]]:
-        """Return the voxels that the earlier stages hand to the tuned stage, by the name of this stage.
+        """Return {name of the tuned stage: voxels that the earlier stages hand to it}, one entry per sample.
 
         The mapping is empty if the first stage is tuned. The voxels are the same for all arms, and are
         generated once in a process.
@@ -266,20 +268,20 @@ class Worker:
         return {stage_name: self.cached_voxels}
 
 
-def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool) -> Worker:
-    """Create the worker of a process.
+def worker_of(settings: Any, folder: Path, device: str, open_problem: Open, single_process: bool) -> Worker:
+    """Create the worker of a process, which does the tasks of a run there.
 
     Args:
         settings: settings of the run, an ArmsRun.
         folder: folder of the run.
         device: device of the process.
-        open: function that opens the problem and its labels.
-        alone: whether this is the only process; otherwise it computes with one thread.
+        open_problem: function that opens the problem and its labels.
+        single_process: whether this is the only process; otherwise it computes with one thread.
     """
     # more threads than cores would slow all processes down
-    if not alone:
+    if not single_process:
         torch.set_num_threads(1)
-    return Worker(settings, folder, open(settings, device))
+    return Worker(settings, folder, open_problem(settings, device))
 
 
 # The table that ends a run.
@@ -296,14 +298,16 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
     seeds = settings.training_seeds
     arms = settings.arms
     # [1, C, S]: the base has no training seed, so an axis of size 1 broadcasts over the seeds of the arms
-    base = {
+    base_scores = {
         name: np.array([scores_of_prompts]) for name, scores_of_prompts in results[BASE]["scores"].items()
     }
     scores: dict[str, dict[str, np.ndarray]] = {}  # arm -> evaluator -> [K, C, S]
     for arm in arms:
         arm_scores = [results[f"{arm}-{seed}"]["scores"] for seed in seeds]
-        scores[arm] = {name: np.array([seed_scores[name] for seed_scores in arm_scores]) for name in base}
-    rates = Table(scores=scores, base=base, seeds=seeds)
+        scores[arm] = {
+            name: np.array([seed_scores[name] for seed_scores in arm_scores]) for name in base_scores
+        }
+    rates = Table(scores=scores, base=base_scores, seeds=seeds)
     row_by_arm = {}
     for arm in arms:
         trainings = [results[f"{arm}-{seed}"] for seed in seeds]
@@ -311,10 +315,10 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
         row_by_arm[arm] = {
             "evaluators": {name: win_rates[name] for name in EVALUATORS if name in win_rates},
             **{key: [training[key] for training in trainings] for key in ("kept_step", "warnings")},
-            **settings.row(arm, trainings, win_rates, scores[arm], base),
+            **settings.row(arm, trainings, win_rates, scores[arm], base_scores),
         }
     # the first of EVALUATORS that the problem has, in order of preference
-    evaluator = next(name for name in EVALUATORS if name in base)
+    evaluator = next(name for name in EVALUATORS if name in base_scores)
     compared_arms = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
     return {
         "arms": row_by_arm,

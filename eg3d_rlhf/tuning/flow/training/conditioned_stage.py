@@ -33,7 +33,7 @@ class ConditionedStage:
 
     @classmethod
     def from_pipeline(cls, pipeline: Pipeline, name: str) -> Self:
-        """Create it for the stage of a pipeline that has this name.
+        """Create the conditioned stage from the stage `name` of a pipeline.
 
         Raises: ValueError, with the names of the pipeline's stages, if no stage has this name.
         """

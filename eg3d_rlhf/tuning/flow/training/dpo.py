@@ -66,7 +66,7 @@ def draw_pairs(
         epoch: number of the pass over the data; every epoch has other times and noises.
         device: device of the result.
 
-    Raises: ValueError if some pairs have w2 and others do not.
+    Raises: ValueError if some pairs have a weight w2 (see circular/loop_pairs.py) and others have none.
     """
     assert all(p.stage == stage.name for p in pairs) and rows(cond) == len(pairs)
     latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
@@ -83,10 +83,10 @@ def draw_pairs(
     if config.condition_dropout:
         assert no_cond is not None
         # [P] in 0..1; one number a pair, since both samples of a pair share their conditioning
-        uniform = torch.stack(
+        uniform_numbers = torch.stack(
             [torch.rand([], generator=_generator(seed, p, epoch, "condition")) for p in pairs]
         )
-        cond = where(uniform < config.condition_dropout, no_cond, cond)
+        cond = where(uniform_numbers < config.condition_dropout, no_cond, cond)
     has_weight = [p.w2 is not None for p in pairs]
     weight = None
     if any(has_weight):
@@ -102,9 +102,9 @@ def draw_pairs(
     return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=twice(cond), weight=weight)
 
 
-def _generator(seed: int, pair: PreferencePair, epoch: int, use: str) -> torch.Generator:
+def _generator(seed: int, pair: PreferencePair, epoch: int, stream_name: str) -> torch.Generator:
     # each use has its own random stream, so that a further use does not change the numbers of the others
-    return torch.Generator().manual_seed(derive_seed(seed, pair.id, epoch, use))
+    return torch.Generator().manual_seed(derive_seed(seed, pair.id, epoch, stream_name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +127,16 @@ class PairErrors:
             errors: errors of the policy [2P], in the order of a PairDraw.
             ref_errors: errors of the reference [2P] in the same order; None for a loss without a reference.
         """
-        preferred, rejected = errors.chunk(2)
+        preferred_errors, rejected_errors = errors.chunk(2)
         if ref_errors is None:
-            return cls(preferred=preferred, rejected=rejected)
+            return cls(preferred=preferred_errors, rejected=rejected_errors)
         # detached: the reference must never receive a gradient
         ref_preferred, ref_rejected = ref_errors.detach().chunk(2)
         return cls(
-            preferred=preferred, rejected=rejected, ref_preferred=ref_preferred, ref_rejected=ref_rejected
+            preferred=preferred_errors,
+            rejected=rejected_errors,
+            ref_preferred=ref_preferred,
+            ref_rejected=ref_rejected,
         )
 
     def delta(self, loser_weight: float = 1.0) -> torch.Tensor:

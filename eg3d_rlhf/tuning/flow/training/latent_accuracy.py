@@ -58,7 +58,7 @@ class RewardComparison:
     """Comparison of a reward of latents with a reward of finished assets, on the same held-out pairs."""
 
     pairs: int  # number of pairs
-    prompts: int  # number of prompts; the name is a JSON key
+    prompts: int  # number of prompts; its JSON key is "conditions"
     kinds: Mapping[str, Kind]  # results by LATENT, and by DECODED if the problem can fit such a reward
     difference: MeanInterval | None  # latent's accuracy minus decoded's, pair by pair
 
@@ -76,9 +76,10 @@ class RewardComparison:
 def compare_rewards(
     problem: Problem, stage: str, seeds: Sequence[int], say: Callable[[str], None] = lambda text: None
 ) -> tuple[LatentReward, RewardComparison]:
-    """Train rewards of latents and rewards of finished assets, and compare them on held-out pairs.
+    """Train rewards of latents and rewards of finished assets, and compare both kinds on held-out pairs.
 
-    Both kinds are trained on the pairs of the training prompts.
+    Both kinds are trained on the pairs of the training prompts. Rewards of finished assets are left out if
+    the problem cannot fit them.
 
     Returns: the latent reward of the first training seed, and the comparison over all training seeds.
 
@@ -120,7 +121,7 @@ def compare_rewards(
     if decoded_rewards:
         timed_rewards[DECODED] = decoded_rewards[0]
     speed_by_kind = speeds(problem, stage, timed_rewards, held_out_pairs[stage])
-    kinds = {
+    result_by_kind = {
         reward_kind: Kind(
             # averaged over seeds first, since the interval is over the pairs, clustered by prompt
             accuracy=clustered_rate(kind_outcomes.mean(0), pair_prompts),
@@ -130,19 +131,18 @@ def compare_rewards(
         for reward_kind, kind_outcomes in outcomes_by_kind.items()
     }
     difference = None
-    if DECODED in kinds:
+    if DECODED in result_by_kind:
         pair_differences = outcomes_by_kind[LATENT].mean(0) - outcomes_by_kind[DECODED].mean(0)  # [P]
         difference = clustered_mean(pair_differences, pair_prompts)
     return latent_rewards[0], RewardComparison(
-        pairs=len(pair_prompts), prompts=len(prompts), kinds=kinds, difference=difference
+        pairs=len(pair_prompts), prompts=len(prompts), kinds=result_by_kind, difference=difference
     )
 
 
 def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndarray:
-    """Return 1 for each pair that a latent reward orders correctly, and 0 for each other pair, [P].
+    """Score the order that a latent reward gives each pair, [P]: 1 if correct, 0 if wrong, 0.5 for a tie.
 
-    A pair is ordered correctly if the preferred sample has the higher score. It counts one half if its
-    two scores are equal.
+    The order is correct if the preferred sample has the higher score.
     """
     margins = []
     # in batches, which bound the memory
@@ -157,23 +157,23 @@ def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndar
 def of_assets(
     problem: Problem, rewards: Sequence[AssetReward], pairs: Sequence[PreferencePair]
 ) -> np.ndarray:
-    """Return 1 for each pair that a reward of finished assets orders correctly, and 0 for each other pair.
+    """Score the order that each reward of finished assets gives each pair, [S, P].
 
-    The result is [S, P] for S rewards and P pairs of the last stage. Equal scores count one half.
-
-    Each asset is decoded once for all rewards.
+    The order counts 1 if the preferred asset has the higher score, 0 if it has the lower score, and one half
+    if both scores are equal. Each asset is decoded once for all rewards.
 
     Args:
         problem: problem with the pipeline.
         rewards: rewards of finished assets, S.
         pairs: pairs of the last stage, P.
     """
-    preferred, rejected = scores_of_assets(problem, rewards, pairs).unbind(2)  # [P, S] each
-    return score_order((preferred - rejected).T.numpy())
+    # [P, S] each
+    preferred_scores, rejected_scores = scores_of_assets(problem, rewards, pairs).unbind(2)
+    return score_order((preferred_scores - rejected_scores).T.numpy())
 
 
 def _batch(pairs: Sequence[PreferencePair], role: str):
-    """Collect the latents of one role, and the prompts of pairs.
+    """Collect the preferred or the rejected latents of pairs, and the prompts of the pairs.
 
     Args: pairs: the pairs; role: "preferred" or "rejected".
     Returns: the latents as a batch; and the prompts of the pairs.

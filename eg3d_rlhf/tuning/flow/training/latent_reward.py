@@ -15,11 +15,11 @@ return a score. The scores of several networks are averaged.
 The networks are trained on preference pairs of latents with the loss of Bradley and Terry, -log sigmoid of
 the difference of the scores. If the problem can fit a reward of finished assets to the same people's pairs,
 the networks are trained to reproduce its scores instead (distillation: Hinton et al. 2015, here of pairwise
-probabilities). Its scores are less noisy than single answers, and they compare all assets of a prompt, not
-only the two assets of a pair.
+probabilities). The scores of this reward are less noisy than single answers, and they compare all assets of a
+prompt, not only the two assets of a pair.
 
-A .safetensors file holds the weights. Its JSON description holds the stage, the form of its latents, the hash
-of the stage's network, and the record of the training.
+A .safetensors file holds the weights. The JSON description in the file holds the stage, the form of its
+latents, the hash of the stage's network, and the record of the training.
 
 Shapes: N samples, V voxels and C channels, as in models/sparse.py; P positions of all samples,
 p positions of one sample, D features of a position, E size of a pooled conditioning, W width of a network,
@@ -76,13 +76,13 @@ class LatentForm:
     def of(cls, stage: FlowStage) -> "LatentForm":
         """Describe the latents of a stage.
 
-        Raises: ValueError if a latent of the stage consists of several tensors.
+        Raises: ValueError if the latents are neither a grid, voxels nor tokens.
         """
         latents = stage.latents
         if not isinstance(latents, (DenseGrid, SparseVoxels, TokenSet)):
             raise ValueError(
-                f"latent reward: the latents of stage {stage.name!r} are {type(latents).__name__}, which is"
-                " neither a grid, voxels nor tokens. Use a reward of finished assets for this stage."
+                f"latent reward: the latents of stage {stage.name!r} have the form {type(latents).__name__},"
+                " which is neither a grid, voxels nor tokens. Use a reward of finished assets for this stage."
             )
         return cls(
             stage=stage.name,
@@ -115,54 +115,56 @@ def pooled(condition: Condition) -> torch.Tensor:
     else:
         tensors = [condition[name] for name in sorted(condition)]
     # [N, ..., C] -> [N, C]; a tensor [N, C] has no tokens to average over
-    rows = [x.float().flatten(1, -2).mean(1) if x.ndim > 2 else x.float() for x in tensors]
-    return torch.cat(rows, 1)
+    pooled_rows = [x.float().flatten(1, -2).mean(1) if x.ndim > 2 else x.float() for x in tensors]
+    return torch.cat(pooled_rows, 1)
 
 
 class PositionNetwork(nn.Module):
-    """Network from the features of positions and a pooled conditioning to scores.
+    """Network that scores samples from the features of their positions and a pooled conditioning.
 
     Args:
         feature_count: number D of features of a position.
-        condition: size E of the pooled conditioning.
+        condition_size: size E of the pooled conditioning.
         width: number W of hidden channels.
-        conditioning: number of channels that the conditioning is reduced to.
+        reduced_size: number of channels that the conditioning is reduced to.
     """
 
     mean: torch.Tensor  # [D], mean of the features in the training data
     std: torch.Tensor  # [D], standard deviation of the features in the training data
 
-    def __init__(self, feature_count: int, condition: int, width: int = 32, conditioning: int = 16):
+    def __init__(self, feature_count: int, condition_size: int, width: int = 32, reduced_size: int = 16):
         super().__init__()
         self.register_buffer("mean", torch.zeros(feature_count))
         self.register_buffer("std", torch.ones(feature_count))
         # the names of the attributes are keys in the state dicts of files
         self.told = nn.Sequential(
-            nn.Linear(condition, 2 * conditioning), nn.GELU(), nn.Linear(2 * conditioning, conditioning)
+            nn.Linear(condition_size, 2 * reduced_size),
+            nn.GELU(),
+            nn.Linear(2 * reduced_size, reduced_size),
         )
         self.place = nn.Sequential(
-            nn.Linear(feature_count + conditioning, 2 * width),
+            nn.Linear(feature_count + reduced_size, 2 * width),
             nn.GELU(),
             nn.Linear(2 * width, width),
             nn.GELU(),
         )
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
 
-    def forward(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
         """Compute the scores [N] of N samples.
 
-        Differentiable in: rows, parameters.
+        Differentiable in: feature_rows, parameters.
 
         Args:
-            rows: features of the positions of each sample, [p, D] each.
+            feature_rows: features of the positions of each sample, [p, D] each.
             condition: pooled conditioning, [N, E].
         """
-        return self.head(self.embed(rows, condition)).squeeze(1)
+        return self.head(self.embed(feature_rows, condition)).squeeze(1)
 
     def embed(self, feature_rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
-        """Embed each position, and average over the positions of each sample, [N, W]. See forward.
+        """Embed each position, and average over the positions of each sample, [N, W].
 
-        Differentiable in: rows, parameters.
+        The arguments are those of `forward`. Differentiable in: feature_rows, parameters.
         """
         # samples may have different numbers of positions: all rows are concatenated, [P, D]
         lengths = torch.tensor([len(x) for x in feature_rows], device=condition.device)
@@ -184,17 +186,20 @@ class PositionNetwork(nn.Module):
 class PositionNetworks(nn.Module):
     """Ensemble of several networks, whose scores are averaged."""
 
-    def __init__(self, feature_count: int, condition: int):
+    def __init__(self, feature_count: int, condition_size: int):
         super().__init__()
-        self.members = nn.ModuleList(PositionNetwork(feature_count, condition) for _ in range(MEMBERS))
+        self.members = nn.ModuleList(PositionNetwork(feature_count, condition_size) for _ in range(MEMBERS))
 
-    def forward(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
-        """Compute the mean score of the members, [N]. Differentiable in: rows, parameters."""
-        return torch.stack([member(rows, condition) for member in self.members]).mean(0)
+    def forward(self, feature_rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+        """Compute the mean score of the ensemble, [N], see PositionNetwork.forward.
+
+        Differentiable in: feature_rows, parameters.
+        """
+        return torch.stack([member(feature_rows, condition) for member in self.members]).mean(0)
 
 
 class LatentReward:
-    """Reward of the latents of a stage.
+    """Reward that scores the latents of a stage.
 
     The network that the stage has when this object is created is taken as the untuned network.
 
@@ -297,9 +302,11 @@ class LatentReward:
 def _around(sparse_batch: SparseBatch, resolution: int) -> torch.Tensor:
     """Compute the features of the location of each voxel, [V, 14].
 
-    They are: the number of its six neighbours that are occupied (one-hot, 0 to 6), 7 values; whether its
-    mirror images across the three middle planes of the grid are occupied, 3 values; its coordinates in -1..1,
-    3 values; and the number of voxels of its sample in hundreds, 1 value.
+    The features of a voxel, in this order:
+        7 values   number of its six neighbours that are occupied, one-hot from 0 to 6
+        3 values   whether its mirror images across the three middle planes of the grid are occupied
+        3 values   its coordinates in -1..1
+        1 value    number of voxels of its sample, in hundreds
 
     Args:
         sparse_batch: voxels of all samples.
@@ -312,15 +319,15 @@ def _around(sparse_batch: SparseBatch, resolution: int) -> torch.Tensor:
     grid_sizes = [grid_size or resolution for grid_size in sparse_batch.cells or [None] * sparse_batch.size]
     cells_per_axis = torch.tensor(grid_sizes, device=voxels.device)[sample_index][:, None]  # [V, 1]
 
-    def voxel_key(voxel: torch.Tensor) -> torch.Tensor:
-        """Return a number for each voxel [V, 3] that is unique over all samples, [V]."""
+    def cell_keys(cells: torch.Tensor) -> torch.Tensor:
+        """Return an integer for each cell of [V, 3] that is unique over all samples, [V]."""
         # + 1: neighbours may lie outside the grid by one cell, on either side
-        a, b, c = (voxel + 1).unbind(1)
-        return ((sample_index * (resolution + 2) + a) * (resolution + 2) + b) * (resolution + 2) + c
+        x, y, z = (cells + 1).unbind(1)
+        return ((sample_index * (resolution + 2) + x) * (resolution + 2) + y) * (resolution + 2) + z
 
-    def is_occupied(voxel: torch.Tensor) -> torch.Tensor:
-        """Return True for each voxel [V, 3] that is occupied in its sample, [V] bool."""
-        return torch.isin(voxel_key(voxel), voxel_key(voxels), assume_unique=True)
+    def is_occupied(cells: torch.Tensor) -> torch.Tensor:
+        """Return True for each cell of [V, 3] that is a voxel of the sample in this row, [V] bool."""
+        return torch.isin(cell_keys(cells), cell_keys(voxels), assume_unique=True)
 
     axes = torch.eye(3, dtype=torch.long, device=voxels.device)
     neighbour_count = torch.stack([is_occupied(voxels + step) for step in (*axes, *-axes)]).sum(0)  # [V]
@@ -328,13 +335,13 @@ def _around(sparse_batch: SparseBatch, resolution: int) -> torch.Tensor:
     mirror_is_occupied = torch.stack(
         [is_occupied(torch.where(axis.bool(), cells_per_axis - 1 - voxels, voxels)) for axis in axes], 1
     )
-    voxel_count = (sparse_batch.lengths.float() / 100)[sample_index][:, None]
+    hundreds_of_voxels = (sparse_batch.lengths.float() / 100)[sample_index][:, None]  # [V, 1]
     return torch.cat(
         [
             F.one_hot(neighbour_count, 7).float(),
             mirror_is_occupied.float(),
             (2 * voxels + 1) / cells_per_axis - 1,
-            voxel_count,
+            hundreds_of_voxels,
         ],
         1,
     )
@@ -358,7 +365,7 @@ class LatentTraining:
 def from_problem(
     problem: Problem,
     stage: str,
-    training: LatentTraining | None = None,
+    training_settings: LatentTraining | None = None,
     decoded_reward: AssetReward | None = None,
 ) -> LatentReward:
     """Train a reward of a stage's latents on a problem's pairs.
@@ -368,27 +375,27 @@ def from_problem(
     Args:
         problem: problem with people's pairs.
         stage: name of the stage.
-        training: settings of the training; None: the defaults.
+        training_settings: settings of the training; None: the defaults.
         decoded_reward: reward of finished assets to distil; None: one is fitted if the problem can do so.
 
     Raises: see train_on_pairs.
     """
-    training = training or LatentTraining()
+    training_settings = training_settings or LatentTraining()
     pairs = problem.train_pairs[stage]
     if problem.fit_reward is None or not pairs:
-        return train_on_pairs(problem.pipeline, stage, pairs, training)
+        return train_on_pairs(problem.pipeline, stage, pairs, training_settings)
     last_stage_pairs = problem.train_pairs[problem.pipeline.stages[-1].name]
-    decoded_reward = decoded_reward or problem.fit_reward(last_stage_pairs, training.seed)
+    decoded_reward = decoded_reward or problem.fit_reward(last_stage_pairs, training_settings.seed)
     # latents of the last stage are decoded to the finished assets of the pairs
     asset_scores = scores_of_assets(problem, [decoded_reward], in_order(last_stage_pairs, pairs))
     # one reward: [n, 1, 2] -> [n, 2]
-    return train_on_pairs(problem.pipeline, stage, pairs, training, asset_scores[:, 0])
+    return train_on_pairs(problem.pipeline, stage, pairs, training_settings, asset_scores[:, 0])
 
 
 def in_order(
     pairs: Sequence[PreferencePair], ordered_pairs: Sequence[PreferencePair]
 ) -> list[PreferencePair]:
-    """Return `pairs` in the order that the pairs of the same assets at another stage have.
+    """Sort the pairs of one stage in the order of the pairs of the same assets at another stage.
 
     Args:
         pairs: pairs of one stage.
@@ -432,7 +439,7 @@ def train_on_pairs(
     pipeline: Pipeline,
     stage_name: str,
     pairs: Sequence[PreferencePair],
-    training: LatentTraining | None = None,
+    training_settings: LatentTraining | None = None,
     decoded_scores: torch.Tensor | None = None,
 ) -> LatentReward:
     """Train a reward of a stage's latents on pairs.
@@ -441,14 +448,14 @@ def train_on_pairs(
         pipeline: pipeline of the stage.
         stage_name: name of the stage.
         pairs: n preference pairs of the stage.
-        training: settings of the training; None: the defaults.
+        training_settings: settings of the training; None: the defaults.
         decoded_scores: scores of the pairs' finished assets by another reward, [n, 2], preferred first; they
             are then the target in place of the labels.
 
     Raises: ValueError for an empty list of pairs, for latents that do not fit the stage, and for a stage
         whose kind of latents is not supported.
     """
-    training = training or LatentTraining()
+    training_settings = training_settings or LatentTraining()
     stage = stage_of(pipeline, stage_name)
     if not pairs:
         raise ValueError(
@@ -456,13 +463,13 @@ def train_on_pairs(
             " one is needed. Label some assets."
         )
     reward = LatentReward(
-        pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training.seed), {}
+        pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training_settings.seed), {}
     )
     reward.record = {
         "labels": len(pairs),
         "of": "pairs",
         "decoded": decoded_scores is not None,
-        "training": asdict(training),
+        "training": asdict(training_settings),
     }
     # features are computed once for all epochs, as neither the latents nor the untuned network change
     features, conditioning = _read(reward, pairs)
@@ -475,9 +482,9 @@ def train_on_pairs(
     prompts = sorted({pair.condition for pair in pairs})
     # labels of one prompt have the same number
     prompt_numbers = torch.tensor([prompts.index(pair.condition) for pair in pairs])
-    generator = torch.Generator().manual_seed(training.seed)
+    generator = torch.Generator().manual_seed(training_settings.seed)
     # the scores of another reward are less noisy than labels, so they are trained on twice as long
-    epochs = training.epochs * (1 if decoded_scores is None else 2)
+    epochs = training_settings.epochs * (1 if decoded_scores is None else 2)
     for network in reward.network.members:
         network.mean = mean
         network.std = std
@@ -485,24 +492,24 @@ def train_on_pairs(
         batches = [
             batch_indices
             for _ in range(epochs)
-            for batch_indices in _batches(prompt_numbers, training.batch, generator)
+            for batch_indices in _batches(prompt_numbers, training_settings.batch, generator)
         ]
         optimizer = torch.optim.AdamW(
-            network.parameters(), lr=training.lr, weight_decay=training.weight_decay
+            network.parameters(), lr=training_settings.lr, weight_decay=training_settings.weight_decay
         )
         # one step of the cosine per batch
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
         for batch_indices in batches:
-            preferred, rejected = (
+            preferred_scores, rejected_scores = (
                 network([features[i][role] for i in batch_indices.tolist()], conditioning[batch_indices])
                 for role in (0, 1)  # 0: preferred, 1: rejected
             )
             if decoded_scores is None:
-                loss = preference_loss(preferred - rejected).mean()
+                loss = preference_loss(preferred_scores - rejected_scores).mean()
             else:
                 loss = _agreement(
-                    torch.stack([preferred, rejected], 1),
-                    decoded_scores[batch_indices].to(preferred),
+                    torch.stack([preferred_scores, rejected_scores], 1),
+                    decoded_scores[batch_indices].to(preferred_scores),
                     prompt_numbers[batch_indices],
                 )
             optimizer.zero_grad()
@@ -515,7 +522,7 @@ def train_on_pairs(
 def _batches(prompt_numbers: torch.Tensor, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Divide the indices of n labels into random batches.
 
-    Up to TOGETHER labels of one prompt follow each other, so they are mostly in the same batch.
+    Up to TOGETHER labels of one prompt follow each other, so that most of them are in the same batch.
 
     Args:
         prompt_numbers: number of the prompt of each label, [n].
@@ -533,12 +540,11 @@ def _batches(prompt_numbers: torch.Tensor, batch_size: int, generator: torch.Gen
 def _agreement(
     scores: torch.Tensor, target_scores: torch.Tensor, prompt_numbers: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the mean cross-entropy of comparisons of assets, a scalar.
-
-    All assets of one prompt are compared with each other.
+    """Compute the distillation loss, the mean cross-entropy of all comparisons of assets of one prompt.
 
     The probability that an asset wins against another one is the sigmoid of the difference of their scores.
-    Its target is the sigmoid of the difference of their target scores.
+    The target of this probability is the sigmoid of the difference of their target scores. The loss is a
+    scalar.
 
     Args:
         scores: scores of both assets of n labels, [n, 2].
@@ -616,7 +622,7 @@ FORM_TEXTS = {
 def save(path: Path, reward: LatentReward) -> Path:
     """Write the weights of a reward to a file, and return the path.
 
-    The form of the latents and the record of the training are stored in it as JSON.
+    The file also has the form of the latents and the record of the training, as JSON.
     """
     meta = {"form": asdict(reward.form), "record": reward.record}
     write_tensors(path, KIND, {name: x.cpu() for name, x in reward.network.state_dict().items()}, meta)

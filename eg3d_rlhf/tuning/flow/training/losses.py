@@ -1,5 +1,5 @@
-"""Compute the losses of flow tuning as pure functions of tensors. They return one value for each sample
-(DGPO: for each group), which is not reduced.
+"""Compute the losses of flow tuning as pure functions of tensors. Each loss function returns one value for
+each sample (DGPO: for each group), without a mean or a sum over them.
 
 GRPO, GRPO-Guard and Flow-DPPO act on the sampler's steps. Where the policy equals the sampling network, the
 gradient of each loss is -A grad log p; for GRPO-Guard it is also multiplied by s / D. Here A is the advantage
@@ -26,8 +26,9 @@ from eg3d_rlhf.models.sparse import Batch, feats_of, mean_per_sample, spread
 
 
 def clipped_ratio_loss(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Compute GRPO's loss -min(q A, clip(q, 1 - c, 1 + c) A), [N] (Shao et al. 2024, equation 3; Liu et al.
-    2025).
+    """Compute GRPO's loss -min(q A, clip(q, 1 - c, 1 + c) A) of each sample, [N].
+
+    The source is Shao et al. 2024, equation 3; Liu et al. 2025 apply it to flows.
 
     A sample whose ratio lies beyond the clip, on the side towards which its advantage moves it, gives no
     gradient. The standard deviation of log q falls as 1 / sqrt(elements of a sample), so the clip must fall
@@ -55,12 +56,15 @@ class Clipped(NamedTuple):
 def outside_clip(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> Clipped:
     """Find the samples whose ratio is outside 1 ± c. Not differentiable.
 
-    Args: ratio: q, [N]; advantage: A, [N]; clip_range: c.
+    Args:
+        ratio: ratio q of the densities, [N].
+        advantage: advantage A of each sample, [N].
+        clip_range: largest distance c of the ratio from 1.
     """
-    high = ratio.detach() > 1 + clip_range
-    low = ratio.detach() < 1 - clip_range
+    is_above = ratio.detach() > 1 + clip_range
+    is_below = ratio.detach() < 1 - clip_range
     # a sample outside on the opposite side keeps its gradient, which moves it back into the clip
-    return Clipped(high, low, (high & (advantage > 0)) | (low & (advantage < 0)))
+    return Clipped(is_above, is_below, (is_above & (advantage > 0)) | (is_below & (advantage < 0)))
 
 
 def guarded_ratio(
@@ -108,22 +112,22 @@ def guard_loss(
 
 
 def dppo_dropped(
-    ratio: torch.Tensor, divergence: torch.Tensor, advantage: torch.Tensor, limit: float
+    ratio: torch.Tensor, divergence: torch.Tensor, advantage: torch.Tensor, max_divergence: float
 ) -> torch.Tensor:
     """Find the samples that give no gradient, [N] bool.
 
-    These are the samples whose step has diverged by at least `limit` from the step of the sampling policy, in
-    the direction towards which the advantage moves it.
+    These are the samples whose step has diverged by at least `max_divergence` from the step of the sampling
+    policy, in the direction towards which the advantage moves it.
 
     Args:
         ratio: ratio q of the densities, [N].
         divergence: divergence of the step's mean from that of the sampling policy, [N].
         advantage: advantage A of each sample, [N].
-        limit: divergence from which on a sample is dropped.
+        max_divergence: divergence from which on a sample is dropped.
     """
     # a ratio on the opposite side of 1 means that the update still has to undo a change
     moved_with_advantage = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
-    return moved_with_advantage.detach() & (divergence.detach() >= limit)
+    return moved_with_advantage.detach() & (divergence.detach() >= max_divergence)
 
 
 def dppo_loss(ratio: torch.Tensor, advantage: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:
@@ -172,7 +176,7 @@ def dgpo_loss(
 ) -> torch.Tensor:
     """Compute DGPO's loss softplus(S) / beta of each group, [G] (Luo et al. 2025), with S from group_margin.
 
-    It extends DPO to more than two samples. With e = m((v - u)^2) at one time and one noise for all samples
+    DGPO extends DPO to more than two samples. With e = m((v - u)^2) at one time and one noise for all samples
     of a group, the gradient is 1 / K sum_j sigmoid(S) A_j grad e_j. K = 2 with A = ±1 is DPO divided by beta.
     At the reference the gradient is mean(A grad e) / 2, and where all A are 0 there is none.
     Differentiable in: errors.
@@ -194,12 +198,12 @@ def dgpo_loss(
 def dgpo_stopped(
     errors: torch.Tensor, old_errors: torch.Tensor, advantage: torch.Tensor, clip: float = DGPO_CLIP
 ) -> torch.Tensor:
-    """Find the samples whose errors have changed enough since they were sampled, as a bool tensor.
+    """Find the samples whose errors have changed so much that they give no more gradient, as a bool tensor.
 
-    All tensor arguments have one shape, which is also that of the result. The ratio of such a sample q =
-    exp(e_old - e) lies outside 1 ± c on the side towards which the advantage moves it, with e_old the error
-    of the sampling network. Pass `torch.where(dgpo_stopped(...), e.detach(), e)` to dgpo_loss, so that they
-    give no gradient.
+    A sample is found if its ratio q = exp(e_old - e), with e_old the error of the sampling network, lies
+    outside 1 ± c on the side towards which the advantage moves it. Pass
+    `torch.where(dgpo_stopped(...), e.detach(), e)` to dgpo_loss, so that these samples give no gradient. All
+    tensor arguments have one shape, which is also that of the result.
 
     Args:
         errors: errors e of the policy.
@@ -223,7 +227,9 @@ Mean = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 def goodness(advantage: torch.Tensor, clip: float = ADVANTAGE_CLIP) -> torch.Tensor:
-    """Compute the goodness r = 1/2 + clip(A, ±C) / (2 C) in 0..1 from advantages of any shape.
+    """Compute the goodness r = 1/2 + clip(A, ±C) / (2 C) in 0..1 from advantages A of any shape.
+
+    The argument `clip` is C, the largest absolute value of an advantage.
 
     >>> goodness(torch.tensor([-7.0, -2.5, 0.0, 1.0]))
     tensor([0.0000, 0.2500, 0.5000, 0.6000])
@@ -241,7 +247,7 @@ class NftErrors(NamedTuple):
 
 def nft_errors(
     v: Batch,
-    old: Batch,
+    v_old: Batch,
     target: Batch,
     sigma: torch.Tensor,
     curvature: float = CURVATURE,
@@ -255,7 +261,7 @@ def nft_errors(
 
     Args:
         v: velocities of the policy.
-        old: velocities v_old of the sampling network.
+        v_old: velocities of the sampling network.
         target: target velocities u = (1 - s) eps - x_0.
         sigma: noise level s + (1 - s) t of each sample, [N].
         curvature: factor b.
@@ -266,13 +272,13 @@ def nft_errors(
     Deviates: the path's sigma_min s is used, where published code assumes 0.
     """
     # v_old is detached everywhere: only the policy is trained
-    change = curvature * (feats_of(v) - feats_of(old).detach())
-    old_residual = feats_of(target) - feats_of(old).detach()
+    velocity_change = curvature * (feats_of(v) - feats_of(v_old).detach())
+    old_residual = feats_of(target) - feats_of(v_old).detach()
     noise_level = spread(sigma, v)  # [N] -> one value for each element of the sample
     mean_errors = []
     for sign in (1, -1):
         # a+ for the sign 1 and a- for -1; u - v± is written as (u - v_old) ∓ b (v - v_old)
-        error = noise_level * (old_residual - sign * change)
+        error = noise_level * (old_residual - sign * velocity_change)
         weight = torch.ones_like(sigma)
         if adaptive:
             # m|a±| of each sample, [N]; in float64, since it divides

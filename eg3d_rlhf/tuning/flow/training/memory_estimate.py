@@ -37,12 +37,12 @@ class Cost:
 
 
 def fake_stage(trace: MemoryTrace, stage: FlowStage, dtype: torch.dtype | None = None) -> FlowStage:
-    """Copy a stage, with fake tensors in its network.
+    """Copy a stage, with fake tensors in the network of the copy.
 
     Args:
         trace: trace in which the copy is used.
         stage: stage to copy.
-        dtype: type of the copied parameters, None for the type that they have in the network.
+        dtype: type of the copied parameters; None: the type that they have in the network.
     """
     # The memo makes deepcopy replace each parameter and buffer by one on "meta", without copying any data.
     memo: dict[int, object] = {
@@ -76,20 +76,20 @@ def cost_of_update(
             # the same functions as in a training, on fake tensors
             policy, reference = policy_and_reference(fake_copy, config)
             set_recompute(policy, recompute)
-            updates = start(fake_copy, policy, reference)
-            for param_group in updates.optimizer.param_groups:
+            descent = start(fake_copy, policy, reference)
+            for param_group in descent.optimizer.param_groups:
                 # AdamW's default on CUDA: one update of all parameters, with temporary copies of them
                 param_group["foreach"] = device == "cuda"
             # The moments are allocated in the first update, so the second one has the true peak. The moments
             # of adapters are small enough to measure the first.
             for step in range(1 if config.lora else 2):
                 trace.mark()
-                updates.run(step)
+                descent.run(step)
         return Cost(trace.peak, trace.flops)
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Return the bytes of memory that a process may still take."""
+    """Return the free memory of a device in bytes; for a CPU, that of the machine."""
     if torch.device(device).type == "cuda":
         # mem_get_info returns (free, total) bytes
         return torch.cuda.mem_get_info(torch.device(device))[0]
@@ -111,11 +111,11 @@ def fit_passes(
     ranks: Ranks,
     say: Callable[[str], None],
 ) -> tuple[int | None, bool]:
-    """Choose the size of passes, and whether blocks are recomputed in the backward pass.
+    """Choose the number of examples in a pass, and whether blocks are recomputed in the backward pass.
 
     Returns:
-        The number of examples in a pass, or None for all examples of the process, which is always the result
-        on the CPU; and True if blocks are recomputed.
+        The number of examples in a pass, or None for all examples of the process; on the CPU it is always
+        None. And True if blocks are recomputed.
 
     Args:
         stage: stage that is trained.
@@ -135,7 +135,7 @@ def fit_passes(
     is_cuda = device.type == "cuda"
     if sum(p.numel() for p in parameters) < LARGE or (fixed_recompute is not None and not is_cuda):
         return None, fixed_recompute is True
-    estimate = functools.cache(
+    cached_cost = functools.cache(
         lambda examples, recompute: cost_of_update(stage, config, start(examples), recompute, device.type)
     )
     # full tuning over several ranks is sharded: this share of the training state is on the other ranks
@@ -143,25 +143,28 @@ def fit_passes(
     # 16 bytes a parameter: weight, gradient and AdamW's two moments in float32
     remote_bytes = int(16 * remote_share * sum(p.numel() for p in parameters))
 
-    def costs(examples: int, recompute: bool) -> Cost:
+    def estimate_cost(examples: int, recompute: bool) -> Cost:
         # on the CPU the batch is never divided into passes, so only the whole batch is estimated
-        cost = estimate(examples if is_cuda else batch, recompute)
+        cost = cached_cost(examples if is_cuda else batch, recompute)
         return replace(cost, bytes=cost.bytes - remote_bytes)
 
     # the estimate includes the weights, which are on the device already and so are not free
     usable_bytes = int(SHARE * (free_bytes(device) + sum(p.nbytes for p in parameters)))
     # rank 0 decides for all: ranks with different passes would wait for each other
     pass_choice = ranks.broadcast(
-        choose_pass(costs, batch if is_cuda else 1, usable_bytes, fixed_recompute) if ranks.is_main else None
+        choose_pass(estimate_cost, batch if is_cuda else 1, usable_bytes, fixed_recompute)
+        if ranks.is_main
+        else None
     )
     if pass_choice is None:
         required_gib = (
-            ranks.broadcast(costs(1, fixed_recompute is not False).bytes if ranks.is_main else None) / GIB
+            ranks.broadcast(estimate_cost(1, fixed_recompute is not False).bytes if ranks.is_main else None)
+            / GIB
         )
         raise ValueError(
             f"train_stage({stage.name}): one update needs {required_gib:.1f} GiB of memory, but only"
-            f" {usable_bytes / GIB:.1f} GiB are free. Load the flows in bfloat16 (--set dtype=bfloat16), or"
-            " use a larger device."
+            f" {usable_bytes / GIB:.1f} GiB are free. Load the flows in bfloat16 (train.py with"
+            " --set dtype=bfloat16), or use a larger device."
         )
     pass_size, recompute = pass_choice
     activations_state = "recomputed" if recompute else "kept"
@@ -173,7 +176,10 @@ def fit_passes(
 
 
 def choose_pass(
-    costs: Callable[[int, bool], Cost], batch: int, space: int, recompute: bool | None = None
+    estimate_cost: Callable[[int, bool], Cost],
+    batch: int,
+    available_bytes: int,
+    recompute: bool | None = None,
 ) -> tuple[int, bool] | None:
     """Choose the fastest update that fits into the memory.
 
@@ -183,22 +189,25 @@ def choose_pass(
     while smaller passes take little more, so all sizes are tried without recomputation first.
 
     Args:
-        costs: function from the number of examples in a pass, and whether blocks are recomputed, to the cost.
-            It is called for 1 and 2 examples only, since the memory is assumed to be linear in their number.
+        estimate_cost: function from the number of examples in a pass, and whether blocks are recomputed, to
+            the cost. It is called for 1 and 2 examples only, since the memory is assumed to be linear in
+            their number.
         batch: number of examples of the process in an update.
-        space: bytes of memory that the update may take.
+        available_bytes: bytes of memory that the update may take.
         recompute: whether blocks are recomputed; None tries passes without recomputation first, and then
             passes with it.
     """
     for recompute_blocks in (False, True) if recompute is None else (recompute,):
-        single_bytes = costs(1, recompute_blocks).bytes
+        single_bytes = estimate_cost(1, recompute_blocks).bytes
         # bytes of each further example
-        extra_bytes = costs(2, recompute_blocks).bytes - single_bytes if batch > 1 else 0
+        extra_bytes = estimate_cost(2, recompute_blocks).bytes - single_bytes if batch > 1 else 0
         divisors = [
             pass_size for pass_size in range(batch, 0, -1) if batch % pass_size == 0
         ]  # the largest first
         fitting_sizes = [
-            pass_size for pass_size in divisors if single_bytes + (pass_size - 1) * extra_bytes <= space
+            pass_size
+            for pass_size in divisors
+            if single_bytes + (pass_size - 1) * extra_bytes <= available_bytes
         ]
         if fitting_sizes:
             return fitting_sizes[0], recompute_blocks

@@ -113,31 +113,33 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
     update_lines = [line for line in lines if line.get("pairs")]
     rates = win_rates(lines)
     signs = win_rate_signs(rates)
-    last_line = update_lines[-1] if update_lines else {}
+    last_update_line = update_lines[-1] if update_lines else {}
     earlier_lines = update_lines[:-1]
     # the norm of the gradient varies more than the loss, so its limit is larger
-    limits = (("loss", 4), ("grad_norm", 10)) if len(earlier_lines) >= HISTORY else ()
-    for name, factor in limits:
+    spike_limits = (("loss", 4), ("grad_norm", 10)) if len(earlier_lines) >= HISTORY else ()
+    for name, factor in spike_limits:
         median_value = median(line[name] for line in earlier_lines)
         # `> 0` excludes a median of 0, of which every value would be a multiple
-        if last_line[name] > factor * median_value > 0 and "spikes" not in signs:
+        if last_update_line[name] > factor * median_value > 0 and "spikes" not in signs:
             signs["spikes"] = (
-                f"step {last_line['step']}: {name} {last_line[name]:.3g} is over {factor} times its median"
-                f" {median_value:.3g}. {CALM}"
+                f"step {last_update_line['step']}: {name} {last_update_line[name]:.3g} is over {factor} times"
+                f" its median {median_value:.3g}. {CALM}"
             )
     # only the loss dro logs the errors themselves; inf makes the comparison false for the other losses
-    if update_lines and last_line.get("l_error", 0) > DIVERGED * update_lines[0].get("l_error", math.inf):
+    if update_lines and last_update_line.get("l_error", 0) > DIVERGED * update_lines[0].get(
+        "l_error", math.inf
+    ):
         signs["divergence"] = (
-            f"step {last_line['step']}: the error of the rejected samples rose from"
-            f" {update_lines[0]['l_error']:.3g} to {last_line['l_error']:.3g}, and the error of the preferred"
-            f" samples is {last_line['w_error']:.3g} after {update_lines[0]['w_error']:.3g}. This loss has no"
-            " lower bound. Lower loser_weight or steps."
+            f"step {last_update_line['step']}: the error of the rejected samples rose from"
+            f" {update_lines[0]['l_error']:.3g} to {last_update_line['l_error']:.3g}, and the error of the"
+            f" preferred samples is {last_update_line['w_error']:.3g} after"
+            f" {update_lines[0]['w_error']:.3g}. This loss has no lower bound. Lower loser_weight or steps."
         )
     return signs | (_margins(update_lines, rates) if preference and update_lines else {})
 
 
 def recent(lines: Sequence[Mapping], name: str) -> float | None:
-    """Average a metric over the last lines that have together at least PAIRS pairs.
+    """Average a metric over the last lines that together have at least PAIRS pairs.
 
     Return None if all lines together have fewer pairs.
     """
@@ -215,11 +217,11 @@ class Passes(Descent, Generic[Example]):
     passes add up to the gradient of the whole batch.
 
     Args:
-        conditioned: stage whose network is trained.
+        conditioned_stage: stage whose network is trained.
         examples: all examples of the training.
         config: settings of the training, with batch and batch_gpu.
         policy: network in training.
-        reference: reference network, None if the loss needs none.
+        reference: reference network; None if the loss needs none.
         ranks: this process among the processes that train together.
 
     Raises: ValueError if a batch cannot be divided over ranks and passes.
@@ -231,15 +233,15 @@ class Passes(Descent, Generic[Example]):
 
     def __init__(
         self,
-        conditioned: ConditionedStage,
+        conditioned_stage: ConditionedStage,
         examples: Sequence[Example],
         config: Any,
         policy: torch.nn.Module,
         reference: FrozenModel | None,
         ranks: Ranks,
     ):
-        super().__init__(conditioned.stage, config, policy, ranks)
-        self.conditioned = conditioned
+        super().__init__(conditioned_stage.stage, config, policy, ranks)
+        self.conditioned_stage = conditioned_stage
         self.config = config
         self.reference = reference
         # by default a rank computes its whole part of the batch in one pass
@@ -280,17 +282,21 @@ class Passes(Descent, Generic[Example]):
         return self.finish_update(step, totals, batch_items)
 
     def _draws(
-        self, items: Sequence[tuple[int, Example]], round_number: int
+        self, batch_items: Sequence[tuple[int, Example]], round_number: int
     ) -> list[tuple[int, list[Example]]]:
         """Return this rank's examples of a round, grouped by epoch: (number of the epoch, its examples).
 
         There is more than one group if a batch crosses the end of an epoch. With sharded networks every
         rank must do the same number of backward passes: a rank with fewer groups divides its largest one.
+
+        Args:
+            batch_items: (number of the epoch, example) for the whole batch.
+            round_number: number of the round, which is one pass on every rank, counted from 0.
         """
         world = self.ranks.world
-        first_item = round_number * self.ranks.world
+        first_index = round_number * self.ranks.world
         # the examples of each rank in this round; ranks take the items of a batch alternately, see Layout
-        items_of_ranks = [items[first_item + rank :: self.layout.total] for rank in range(world)]
+        items_of_ranks = [batch_items[first_index + rank :: self.layout.total] for rank in range(world)]
         examples_by_epoch: dict[int, list[Example]] = {}  # epoch -> examples
         for epoch, example in sorted(items_of_ranks[self.ranks.rank], key=lambda item: item[0]):
             examples_by_epoch.setdefault(epoch, []).append(example)
@@ -304,13 +310,13 @@ class Passes(Descent, Generic[Example]):
             # parameters are gathered and gradients summed by all ranks together, once a pass
             largest_index = max(range(len(epoch_groups)), key=lambda index: len(epoch_groups[index][1]))
             epoch, largest_group = epoch_groups.pop(largest_index)
-            middle = len(largest_group) // 2
-            epoch_groups += [(epoch, largest_group[:middle]), (epoch, largest_group[middle:])]
+            half_size = len(largest_group) // 2
+            epoch_groups += [(epoch, largest_group[:half_size]), (epoch, largest_group[half_size:])]
         return epoch_groups
 
     @abstractmethod
     def backward(self, examples: Sequence[Example], epoch: int, dropout_seed: int) -> torch.Tensor:
-        """Compute and add the gradients of a part of the batch, and return its sums, a tensor [sums].
+        """Compute and add the gradients of a part of the batch, and return the sums of its metrics, [sums].
 
         Args:
             examples: examples of the part, all of one epoch.
@@ -335,8 +341,8 @@ class Updates(Passes[PreferencePair]):
     """Objective of a training on preference pairs (DPO, DRO or fine-tuning).
 
     Args:
-        common: positional arguments of Passes.
-        unseen: evaluator on pairs that are not trained on; None: nothing is evaluated.
+        common: all arguments of Passes, in its order.
+        unseen: evaluator on held-out pairs; None: nothing is evaluated.
     """
 
     # number of pairs, loss, preferred error, rejected error, then BINNED x TIME_BINS
@@ -353,9 +359,9 @@ class Updates(Passes[PreferencePair]):
         return pair_signs(lines, self.config.needs_reference)
 
     def evaluate(self) -> dict[str, float]:
-        """Measure accuracy and margin on pairs that are not trained on.
+        """Measure accuracy and margin on held-out pairs, see PairAccuracy.metrics.
 
-        Return an empty mapping if there are no such pairs.
+        Return an empty mapping if there are no held-out pairs.
         """
         if self.unseen is None:
             return {}
@@ -372,8 +378,10 @@ class Updates(Passes[PreferencePair]):
     def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
         """Sample times and noises of pairs. For fine-tuning, the result has the preferred samples only."""
         config = self.config
-        cond = self.conditioned.conditioning([pair.condition for pair in pairs])
-        no_cond = self.conditioned.null_conditioning(len(pairs)) if config.dpo.condition_dropout else None
+        cond = self.conditioned_stage.conditioning([pair.condition for pair in pairs])
+        no_cond = (
+            self.conditioned_stage.null_conditioning(len(pairs)) if config.dpo.condition_dropout else None
+        )
         draw = draw_pairs(self.stage, pairs, cond, no_cond, config.dpo, config.seed, epoch, self.device)
         if config.dpo.kind != "sft":
             return draw
@@ -390,7 +398,7 @@ class Updates(Passes[PreferencePair]):
         )
 
     def _pass(self, draw: PairDraw) -> torch.Tensor:
-        """Compute and add the gradients of sampled pairs, and return their sums, see `sums`."""
+        """Compute and add the gradients at sampled times and noises, and return the metrics' sums, [sums]."""
         config = self.config.dpo
         stage = self.stage
         # the reference is computed first, since the activations of the policy would take memory meanwhile
@@ -425,13 +433,15 @@ class Updates(Passes[PreferencePair]):
     def finish_update(self, step: int, totals: torch.Tensor, batch_items: Sequence[Item]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
-        The entry "bins" has the sums of the BINNED metrics over all ranks in each time bin. For the loss dro,
-        the mean errors w_error and l_error are returned in place of them.
+        The entry "bins" has the sums of the BINNED metrics over all ranks in each time bin; it is empty for a
+        loss without a reference. The loss dro has the mean errors w_error and l_error instead.
         """
         dpo = self.config.dpo
         # three ids are enough to find the batch of an error
         example_names = "pairs " + ", ".join(pair.id for _, pair in batch_items[:3])
-        _, loss, grad_norm, preferred, rejected, *bin_sums = self.descend(step, totals, example_names)
+        _, loss, grad_norm, preferred_error_sum, rejected_error_sum, *bin_sums = self.descend(
+            step, totals, example_names
+        )
         # [len(BINNED) * TIME_BINS] -> one row for each metric
         bins = (
             dict(zip(BINNED, np.reshape(bin_sums, (-1, TIME_BINS)).tolist(), strict=True))
@@ -440,7 +450,10 @@ class Updates(Passes[PreferencePair]):
         )
         metrics = {"loss": loss, "grad_norm": grad_norm, "pairs": len(batch_items), "bins": bins}
         return metrics | (
-            {"w_error": preferred / len(batch_items), "l_error": rejected / len(batch_items)}
+            {
+                "w_error": preferred_error_sum / len(batch_items),
+                "l_error": rejected_error_sum / len(batch_items),
+            }
             if dpo.kind == "dro"
             else {}
         )
@@ -454,7 +467,7 @@ def pairs_checksum(pairs: Sequence[PreferencePair]) -> str:
 
 
 def latents_checksum(latents: Mapping[str, Latent], columns: list[list]) -> str:
-    """Hash latents by name, and rows of further values such as ids, prompts and labels."""
+    """Hash latents with their names, and rows of further values (ids, prompts, labels) in `columns`."""
     # sparse and named latents have several tensors; each is hashed under its own key
     return checksum(
         {
@@ -468,12 +481,12 @@ def latents_checksum(latents: Mapping[str, Latent], columns: list[list]) -> str:
 
 UNBOUNDED = (
     "dro has no lower bound and no reference: the error of the rejected samples may grow without end, and"
-    " the network diverge. Use --loser-weight below 1, a held-out evaluator, or few updates."
+    " the network diverge. Set loser_weight below 1 (--set), use a held-out evaluator, or few updates."
 )
 
 
 def train_stage(
-    conditioned: ConditionedStage,
+    conditioned_stage: ConditionedStage,
     pairs: Sequence[PreferencePair],
     config: TrainConfig,
     out: Path,
@@ -483,10 +496,10 @@ def train_stage(
     say: Callable[[str], None] = print,
     **common: Any,
 ) -> StageResult:
-    """Train a copy of a stage's network on pairs. The stage's own network is unchanged and is the reference.
+    """Train a copy of a stage's network on preference pairs. The stage's own network is the reference.
 
     Args:
-        conditioned: stage whose network is copied and trained.
+        conditioned_stage: stage whose network is copied and trained.
         pairs: preference pairs of that stage.
         config: settings of the training.
         out: folder of the run, see trainer.py.
@@ -504,20 +517,20 @@ def train_stage(
         LossNotFiniteError: for a loss that is not finite.
         StoppedError: after a signal to stop.
     """
-    stage = conditioned.stage
-    check_pairs(conditioned, pairs)
+    stage = conditioned_stage.stage
+    check_pairs(conditioned_stage, pairs)
     if unseen:
-        check_pairs(conditioned, unseen)
+        check_pairs(conditioned_stage, unseen)
     # the same seed, but other times and noises than in training
-    pair_accuracy = PairAccuracy(conditioned, unseen, seed=config.seed) if unseen else None
+    pair_accuracy = PairAccuracy(conditioned_stage, unseen, seed=config.seed) if unseen else None
     if config.dpo.kind == "dro":
         say(f"Warning: {UNBOUNDED}")
 
     def estimated_start(pair_count: int) -> Start:
-        """Return the function `start` of a memory estimate for an update of `pair_count` pairs."""
+        """Return the argument `start` of cost_of_update for an update of `pair_count` pairs."""
         estimated_config = replace(config, batch=pair_count, batch_gpu=None)
         return lambda fake_stage, policy, reference: Updates(
-            replace(conditioned, stage=fake_stage), pairs, estimated_config, policy, reference, SINGLE
+            replace(conditioned_stage, stage=fake_stage), pairs, estimated_config, policy, reference, SINGLE
         )
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
@@ -533,7 +546,9 @@ def train_stage(
         # the size of a pass is not in the recorded options, so a run may be resumed on a device of other
         # memory
         sized_config = replace(config, batch_gpu=config.batch_gpu or pass_size)
-        return Updates(conditioned, pairs, sized_config, policy, reference, run.ranks, unseen=pair_accuracy)
+        return Updates(
+            conditioned_stage, pairs, sized_config, policy, reference, run.ranks, unseen=pair_accuracy
+        )
 
     # rank 0 hashes, since large sets take time; the other ranks receive the result
     pair_sets = {"pairs": pairs, "unseen": unseen} if unseen else {"pairs": pairs}
@@ -547,9 +562,9 @@ def train_stage(
     )
 
 
-def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) -> None:
+def check_pairs(conditioned_stage: ConditionedStage, pairs: Sequence[PreferencePair]) -> None:
     """Raise ValueError for pairs that cannot be trained on; see train_stage."""
-    stage = conditioned.stage
+    stage = conditioned_stage.stage
     caller = f"train_stage({stage.name})"
     if not pairs:
         raise ValueError(
@@ -569,5 +584,5 @@ def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) 
     device = next(stage.model.parameters()).device
     # a few pairs are enough: the convention of time is a property of the network
     sample_pairs = pairs[:8]
-    cond = to_device(conditioned.conditioning([pair.condition for pair in sample_pairs]), device)
+    cond = to_device(conditioned_stage.conditioning([pair.condition for pair in sample_pairs]), device)
     check_convention(stage, collate([pair.preferred for pair in sample_pairs]).to(device), cond)

@@ -1,7 +1,7 @@
 """Reference network that a policy is compared with, and that is never trained.
 
 A reference is either a second network (full tuning) or the policy itself with its adapters switched off
-(LoRA). Before each use it is checked that no parameter of it would be trained.
+(LoRA). Before each use, the reference is checked: none of its parameters may be trained.
 
 Shapes: N samples, V voxels and C channels, as in models/sparse.py; P pairs.
 """
@@ -23,8 +23,9 @@ from eg3d_rlhf.tuning.flow.training.dpo import PairDraw
 class FrozenModel:
     """Reference network that is never trained and shares no trained parameter with the policy.
 
-    Args: model: the reference network; policy: the network in training, None for no comparison of their
-    memory.
+    Args:
+        model: the reference network.
+        policy: the network in training; None: it is not checked whether both share trained parameters.
     """
 
     def __init__(self, model: nn.Module, policy: nn.Module | None = None):
@@ -33,7 +34,7 @@ class FrozenModel:
         self._check()
 
     def _check(self) -> None:
-        """Assert that neither the network nor memory that it shares with the policy is trained."""
+        """Assert that no parameter of the network is trained or shares memory with a trained parameter."""
         _assert_frozen(self._model.named_parameters())
         # parameters are compared by memory, not by identity: `shared_copy` makes new objects of the same data
         policy_parameters = [] if self._policy is None else self._policy.named_parameters()
@@ -82,7 +83,7 @@ class FrozenModel:
 class AdapterOff(FrozenModel):
     """Reference that is the policy itself with its adapters switched off.
 
-    It equals the untuned network exactly and needs no further memory.
+    This reference equals the untuned network exactly, and needs no further memory.
     """
 
     def __init__(self, model: nn.Module):
@@ -108,14 +109,14 @@ def _assert_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     assert not trained_names, f"parameters of the reference would be trained: {', '.join(trained_names[:3])}"
 
 
-def _storage_addresses(p: nn.Parameter) -> list[int]:
+def _storage_addresses(parameter: nn.Parameter) -> list[int]:
     """Return a list with the address of a parameter's memory.
 
     The list is empty if the parameter has no memory that another one could share.
     """
     # sharded parameters are separate copies, so they cannot share memory with the reference
-    if isinstance(p, DTensor):
+    if isinstance(parameter, DTensor):
         return []
     # meta tensors all have the address 0, which must not look like shared memory
-    address = p.untyped_storage().data_ptr() if p.device.type != "meta" else 0
+    address = parameter.untyped_storage().data_ptr() if parameter.device.type != "meta" else 0
     return [address] if address else []

@@ -98,9 +98,10 @@ class StageTraining:
         logs.named(self.log)  # raises ValueError for an unknown logger
 
     def for_stage(self, stage: "FlowStage", seed: int) -> Self:
-        """Return a copy with this seed, and with adapters on the layers that the stage names.
+        """Return a copy of the settings with another seed, and with adapters on the layers of a stage.
 
-        If the settings name other layers than the defaults of LoraConfig, the adapters stay on these.
+        The layers are `stage.lora_targets`. If the settings name layers other than the defaults of
+        LoraConfig, these layers are kept.
         """
         lora = self.lora
         # the default targets stand for "not given"
@@ -131,7 +132,7 @@ class DpoConfig:
     kind: str = _loss(
         "sigmoid",
         "Loss of a preference pair. sigmoid: DPO on the margin; sft: flow-matching error of the preferred"
-        " sample alone; dro: the same minus --loser-weight times the error of the rejected sample. dro has"
+        " sample alone; dro: this error minus loser_weight times the error of the rejected sample. dro has"
         " neither a reference nor a lower bound.",
         name="loss",
         choices=KINDS,
@@ -173,7 +174,7 @@ class DpoConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Return True if the loss compares the policy with a frozen reference, which only DPO does."""
+        """Return True if the loss compares the policy with a frozen reference: only "sigmoid" (DPO) does."""
         return self.kind == "sigmoid"
 
 
@@ -270,7 +271,10 @@ class ArmsRun(ABC):
 
     @abstractmethod
     def bench(self, opened: "Opened", seed: int) -> "Bench":
-        """Make the training data of all arms for one training seed."""
+        """Make the training data and settings of all arms for one training seed.
+
+        Args: opened: the problem and its labels, see arm_runs.Opened; seed: training seed.
+        """
 
     @abstractmethod
     def has_table(self, problem: "Problem") -> bool:
@@ -280,7 +284,7 @@ class ArmsRun(ABC):
     def row(
         self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
     ) -> dict:
-        """Return those entries of an arm's row, as JSON, that only this kind of run has.
+        """Return those entries of an arm's row in the table, as JSON, that only this kind of run has.
 
         Args:
             arm: name of the arm.
@@ -291,7 +295,7 @@ class ArmsRun(ABC):
         """
 
     def stage_in(self, problem: "Problem") -> "FlowStage":
-        """Return the stage of a problem that is tuned.
+        """Return the stage of a problem that the run tunes.
 
         Raises: ValueError if the problem's pipeline has no stage of the name in `stage`.
         """
@@ -303,8 +307,8 @@ class ArmsRun(ABC):
     def markdown(self, table_data: Mapping) -> str:
         """Format the table as Markdown.
 
-        It has up to three parts: the arms against the base, the held-out measures, and the arms against each
-        other. The second and third part are left out if the data does not have them.
+        The text has up to three parts: the arms against the base, the held-out measures, and the arms against
+        each other. The second and third part are left out if the data does not have them.
         """
         # imported here, to keep `--help` quick
         from eg3d_rlhf.experiments.table import markdown_rows, win_rates_by_seed, with_interval

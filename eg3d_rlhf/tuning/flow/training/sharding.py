@@ -53,7 +53,7 @@ def shard(model: torch.nn.Module, ranks: Ranks) -> None:
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield the elements of the outermost module lists.
+    """Yield the elements of a network's outermost module lists.
 
     Modules inside a block are not sharded by themselves, because different ranks may call different ones of
     them, and a collective operation that not all ranks reach would wait forever.
@@ -92,7 +92,8 @@ def unsharded(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, to
 
     On the other ranks the gathered tensors are empty. Tensors that are not sharded are returned as they are.
 
-    All ranks must call it with the same names in the same order, since gathering is a collective operation.
+    All ranks must call this function with the same names in the same order, since gathering is a collective
+    operation.
     """
     gathered_tensors = {}
     for name, tensor in tensors.items():

@@ -8,10 +8,10 @@ online/. The folder of a run holds:
     stats.jsonl, timing.jsonl    one line for every `log_every` updates and for every evaluation; equal runs
                                  write bitwise identical stats.jsonl
     warnings.json            warnings by name, each with the update at which it appeared
-    samples/000100.png       images of the same few assets at every evaluation (samples.py), if the
-                             generator can be rendered
-    checkpoint-*.safetensors, kept-*.safetensors    states to resume from, and the best parameters; both are
-                                                    deleted at the end of the training
+    samples/000100.png       images of the same few assets at every evaluation (workspace/sample_strips.py),
+                             if the assets can be rendered
+    checkpoint-*.safetensors    states to resume from; deleted at the end of the training
+    kept-*.safetensors       best parameters so far; deleted at the end of the training
     policy/, result.json     the trained network and the result, written at the end of the training
 
 All random numbers depend on (seed, pair, pass over the pairs, update) alone. A resumed run is therefore
@@ -109,8 +109,8 @@ class Descent(ABC):
     def evaluate(self) -> dict[str, float]:
         """Evaluate the current policy on held-out data, and return metrics by name.
 
-        They include `ACCURACY`, by which the best parameters are chosen if no win rate is measured. The
-        mapping is empty if the objective has no held-out data.
+        The metrics include `ACCURACY`, by which the best parameters are chosen if no win rate is measured.
+        The mapping is empty if the objective has no held-out data.
         """
         return {}
 
@@ -199,7 +199,7 @@ COUNTED = ("pairs", "samples")
 
 @dataclass
 class Progress:
-    """State of a training besides its tensors. It is stored as JSON in checkpoints."""
+    """Progress of a training, which checkpoints store as JSON beside the tensors."""
 
     step: int = 0  # number of updates done
     kept_step: int = 0  # update with the best win rate or accuracy; the last update if neither is measured
@@ -232,8 +232,9 @@ class Progress:
     def line(self, lr: float, evaluation_metrics: Mapping[str, float]) -> dict:
         """Make a line of stats.jsonl from the updates since the last line, and start new sums.
 
-        Args: lr: learning rate of the last update; evaluation_metrics: metrics of an evaluation, which are
-        added as they are.
+        Args:
+            lr: learning rate of the last update.
+            evaluation_metrics: metrics of an evaluation, which the line repeats; empty if there was none.
         """
         sums = self.sums
         # the next line starts from empty sums
@@ -292,7 +293,7 @@ def read_lines(path: Path) -> list[dict]:
 def format_columns(
     stats_line: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]
 ) -> dict[str, str]:
-    """Format the metrics of a line of stats.jsonl in fixed widths, as texts by title of the column.
+    """Format a line of stats.jsonl for the status line: title of a column -> metric as text of fixed width.
 
     Args:
         stats_line: line of stats.jsonl.
@@ -342,17 +343,17 @@ def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = REGULARISE)
     signs = {}
     step, last_rate = rates[-1]
     _, first_rate = rates[0]
-    better_recent = max(rate for _, rate in rates[-2:])  # the better one of the last two
+    better_recent_rate = max(rate for _, rate in rates[-2:])  # the better one of the last two
     # 0.5 is a tie with the network that assets are compared with; a lower first win rate is the level then
     base_level = min(0.5, first_rate)
-    if last_rate < base_level - DROP or better_recent < base_level - RATE_NOISE:
+    if last_rate < base_level - DROP or better_recent_rate < base_level - RATE_NOISE:
         signs["collapse"] = (
             f"step {step}: the held-out win rate is {last_rate:.3f}, below that of the network before tuning."
             f" {remedy}"
         )
     # of equal win rates the earliest one counts
     best_step, best_rate = max(rates, key=lambda step_and_rate: (step_and_rate[1], -step_and_rate[0]))
-    if last_rate < best_rate - 2 * DROP or better_recent < best_rate - DROP:
+    if last_rate < best_rate - 2 * DROP or better_recent_rate < best_rate - DROP:
         signs["past-best"] = (
             f"step {step}: the held-out win rate fell to {last_rate:.3f} from {best_rate:.3f} at step"
             f" {best_step}. {remedy}"
@@ -386,13 +387,13 @@ def policy_and_reference(
     return policy, FrozenModel(reference, policy) if config.needs_reference else None
 
 
-def set_recompute(model: Any, on: bool) -> None:
+def set_recompute(model: Any, enabled: bool) -> None:
     """Switch the recomputation of blocks in the backward pass on or off.
 
-    Networks that do not support it are left unchanged.
+    Networks without an attribute `recompute` do not support recomputation, and are left unchanged.
     """
     if hasattr(model, "recompute"):
-        model.recompute = on
+        model.recompute = enabled
 
 
 # function that renders samples of a network into an image file, and returns the path of the file
@@ -403,7 +404,7 @@ WinRate = Callable[[torch.nn.Module], float]
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """Result of a training of a stage."""
+    """Result of the training of one stage."""
 
     weights: Path  # folder of the weights, as models.policies.tuned_model reads it
     kept_step: int  # number of updates that led to these weights; 0: the untuned network
@@ -415,7 +416,7 @@ class StageResult:
         return [[line["step"], line[name]] for line in self.stats if line.get(name) is not None]
 
     def record(self) -> dict:
-        """Return the record of a training for a store, as JSON."""
+        """Return the part of the result that a store records with the artefact, as JSON."""
         return {
             "kept_step": self.kept_step,
             "warnings": list(self.warnings),
@@ -441,7 +442,7 @@ def train(
     shards: bool = False,
     samples: RenderSamples | None = None,
 ) -> StageResult:
-    """Train a copy of a stage's network with the Descent that `start` makes.
+    """Train a copy of a stage's network by the objective (Descent) that `start` makes.
 
     Args:
         stage: stage whose network is copied and trained.
@@ -460,7 +461,7 @@ def train(
         shards: whether the Descent accepts a network whose parameters are sharded over ranks.
         samples: function that renders a few samples at every evaluation; None: nothing is rendered.
 
-    Raises: see train_stage.
+    Raises: ValueError, LossNotFiniteError and StoppedError, see pair_training.train_stage.
     """
     device = next(stage.model.parameters()).device
     if ranks.is_main:
@@ -473,24 +474,26 @@ def train(
         **further_options,
     }
     # the generators of these devices are restored at the end, besides that of the CPU
-    devices = [device] if device.type == "cuda" else []
+    cuda_devices = [device] if device.type == "cuda" else []
     # fork_rng: dropout seeds the global generators, which the caller must find unchanged
     with (
         Run(out, options, ranks=ranks, say=say, log=config.log) as run,
-        torch.random.fork_rng(devices=devices),
+        torch.random.fork_rng(devices=cuda_devices),
     ):
         # rank 0 alone reads the folder: another rank might see it before or after a file is written
-        has_run, result = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.is_main else None)
+        has_run, finished_result = ranks.broadcast(
+            [bool(recorded(out)), read_result(out)] if ranks.is_main else None
+        )
         if not has_run:
             run.begin()
         elif resume:
             run.resume(CHANGEABLE_SETTINGS)
         else:
             raise ValueError(
-                f"train_stage: the folder {out} already holds a run. Resume the run, or choose"
+                f"train_stage: the folder {out} already holds a run. Resume the run (resume=True), or choose"
                 " another folder."
             )
-        if result is None:
+        if finished_result is None:
             policy, reference = policy_and_reference(stage, config)
             if config.recompute != "auto":
                 set_recompute(policy, config.recompute == "on")
@@ -503,10 +506,10 @@ def train(
                         " optimizer=adamw only. Remove the setting, or train on one process."
                     )
                 shard(policy, ranks)
-            result = _Training(
+            finished_result = _Training(
                 start(run, policy, reference), config, held_out, run, say, samples if config.samples else None
             ).train()
-    return StageResult(**result, weights=out / POLICY)
+    return StageResult(**finished_result, weights=out / POLICY)
 
 
 def trained_parameters(policy: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -570,11 +573,11 @@ class _Training:
                 if self.ranks.any_rank(self.run.stop_requested is not None)[0]:
                     self._checkpoint()
                     # any rank may have received the signal; the other ranks report None
-                    signal = next(
+                    signal_name = next(
                         name for name in self.ranks.gather(self.run.stop_requested) if name is not None
                     )
                     raise StoppedError(
-                        f"{signal}: the training of stage {self.stage.name!r} stopped after update"
+                        f"{signal_name}: the training of stage {self.stage.name!r} stopped after update"
                         f" {self.progress.step}. Resume the run to continue."
                     )
                 self._update()
@@ -588,11 +591,13 @@ class _Training:
             progress.add(self.updates.run(progress.step))
         except LossNotFiniteError as error:
             # names of checkpoints hold the update with leading zeros, so the largest is the newest
-            newest = max(checkpoint.available(self.run.folder), default=None)
-            remark = (
-                "No checkpoint was written yet." if newest is None else f"The last checkpoint is {newest}."
+            newest_checkpoint = max(checkpoint.available(self.run.folder), default=None)
+            checkpoint_remark = (
+                "No checkpoint was written yet."
+                if newest_checkpoint is None
+                else f"The last checkpoint is {newest_checkpoint}."
             )
-            raise LossNotFiniteError(f"{error} {remark}") from None
+            raise LossNotFiniteError(f"{error} {checkpoint_remark}") from None
         progress.step += 1
         is_last = progress.step == config.steps
         is_evaluated = self.evaluates and (is_last or progress.step % config.held_out_every == 0)
@@ -680,7 +685,7 @@ class _Training:
     # States, and the best parameters.
 
     def _kept(self, step: int) -> Path:
-        """Return the path of the parameters that were stored as the best ones at this update."""
+        """Return the path for the parameters after update `step`, which are stored if they are the best."""
         return self.run.folder / f"kept-{step:09d}.safetensors"
 
     def _checkpoint(self) -> None:

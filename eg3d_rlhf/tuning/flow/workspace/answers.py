@@ -69,11 +69,11 @@ def imported_of(
     Args:
         work: work folder.
         family: family of the generator.
-        labels: None for people's answers in the work folder. A file for thumbs, scores, ranks or pairs of the
-            work folder's assets (preferences/label_scores.py). A folder for ranked assets with ranking.jsonl,
-            which may contain embeddings of other prompts, or for samples of DSO.
+        labels: None: people's answers in the work folder. Path of a file: its lines are thumbs, scores, ranks
+            or pairs of the work folder's assets (preferences/label_scores.py). Path of a folder: it contains
+            ranked assets with ranking.jsonl, and maybe embeddings of other prompts; or samples of DSO.
         device: device on which assets are encoded.
-        encoding: settings of the encoding that the user has set.
+        encoding: settings of the encoding that the user has set, see EncodingSource.
     Raises: FileNotFoundError or ValueError if there are no assets or labels yet, or if the labels belong to
         other assets.
     """
@@ -90,12 +90,12 @@ def imported_of(
     if labels is None:
         assert answers is not None
         votes = answers.votes
-        equal_answers, repeated_answers = answers.repeats
+        equal_count, repeated_count = answers.repeats
         label_counts = {
             "answers": len(answers.answers),
             "pairs": answers.pairs,
             "ties": answers.ties,
-            "repeats_answered_alike": f"{equal_answers} of {repeated_answers}",
+            "repeats_answered_alike": f"{equal_count} of {repeated_count}",
         }
         return Imported(pairs=pair_up(candidates, lambda a, b: votes(a.file, b.file)), report=label_counts)
     asset_names = known_of(candidates)
@@ -116,7 +116,7 @@ def imported_of(
 def _open_for_reading(
     work: Work, family: FlowFamily, device: str | torch.device = "cpu", encoding: Encoding = NOTHING
 ) -> Any:
-    """Open the generator of a work folder to read and encode latents.
+    """Open the generator of a work folder in order to read and encode latents.
 
     The weights of the flow networks are not loaded if the family allows this.
 
@@ -124,7 +124,7 @@ def _open_for_reading(
         work: work folder.
         family: family of the generator.
         device: device on which assets are encoded.
-        encoding: settings of the encoding that the user has set.
+        encoding: settings of the encoding that the user has set, see EncodingSource.
     Raises: ValueError for a setting of the encoding that the family does not use.
     """
     unused_settings = [name for name in encoding if name not in family.options]
@@ -134,9 +134,9 @@ def _open_for_reading(
             " Remove it."
         )
     # Only encoding assets needs the device.
-    used_device = device if isinstance(family, Encodes) else "cpu"
+    encoding_device = device if isinstance(family, Encodes) else "cpu"
     configured_family = family.configured(EncodingSource(**encoding))
-    return configured_family.load(Path(work.pipeline), None, stages=(), device=used_device)
+    return configured_family.load(Path(work.pipeline), None, stages=(), device=encoding_device)
 
 
 def _read_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
@@ -173,9 +173,10 @@ def _prompts_in(imported: Imported) -> list[str]:
 
 
 def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Split the prompts that have pairs.
+    """Split the prompts that have pairs into prompts to train on, to choose on and to test on.
 
-    Prompts that are not in the work folder are split by a hash of their names.
+    The split is that of the work folder, with its prompts to choose on divided again (see the module). If no
+    prompt is in the work folder, the prompts are split by a hash of their names.
 
     Args:
         work: work folder.
@@ -188,8 +189,8 @@ def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]
     train_prompts = tuple(name for name in work.names(TRAIN) if name in set(prompts))
     if not train_prompts:
         raise ValueError(
-            f"labels: the answers are about {len(prompts)} prompts to choose on, and none about prompts to"
-            " train on. Label more pairs."
+            f"labels: the answers are about {len(prompts)} prompts to choose on, and none of them is about a"
+            " prompt to train on. Label more pairs."
         )
     other_prompts = [name for name in work.names(CHOOSE) if name in set(prompts)]
     # A random order. The first word is part of what is hashed, so it cannot change.
@@ -223,8 +224,8 @@ def problem_of(
         family: family of the generator.
         imported: the same pairs.
         device: device of the generator.
-        encoding: settings of the encoding that the user has set.
-    Raises: the errors of `open_problem`.
+        encoding: settings of the encoding that the user has set, see EncodingSource.
+    Raises: ValueError or FileNotFoundError, see open_problem.
     """
     pairs_folder = work.folder / PAIRS
     embeddings_file = (
@@ -281,13 +282,12 @@ def check_trained(work: Work, strategy: str) -> None:
 
 
 def latent_ensemble(work: Work, device: torch.device, collection: Collection) -> Ensemble:
-    """Open the ensemble of a work folder, which scores assets by their stored latents.
+    """Open the ensemble of rewards of a work folder, which scores assets by their stored latents.
 
     Args:
         work: work folder.
         device: device of the generator.
-        collection: assets of the labelling project, whose numbers are the arguments of the ensemble's
-            function.
+        collection: assets of the labelling project; the ensemble's function takes numbers of these assets.
     Raises: ValueError for a damaged file, or for an ensemble of other networks.
     """
     family = work.check_pipeline()
@@ -298,11 +298,11 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
     samples = read_candidates(work.asset_folder() / RANKING, pipeline, False, make_candidate=family.candidate)
     samples_by_file = {sample.file.name: sample for sample in samples if sample.file is not None}
 
-    def score(numbers: Sequence[int]) -> Scored:
+    def score(asset_numbers: Sequence[int]) -> Scored:
         # The labelling project numbers assets in an order of its own, so samples are found by their file
         # names.
         scored_samples = [
-            samples_by_file[collection.assets[asset_number].path.name] for asset_number in numbers
+            samples_by_file[collection.assets[asset_number].path.name] for asset_number in asset_numbers
         ]
         latents = collate([sample.latents[stage.name] for sample in scored_samples])
         scores, embeddings = reward.score_members(latents, [sample.condition for sample in scored_samples])

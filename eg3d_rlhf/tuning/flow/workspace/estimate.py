@@ -52,14 +52,14 @@ class Row:
 
 
 class ZeroConditioning:
-    """Source of conditioning in the shape that a stage needs, filled with zeros.
+    """Source of conditioning tensors that have the shapes a stage needs and are filled with zeros.
 
     Args:
-        sized: stage with the shape of its conditioning.
+        sized_stage: stage with the shape of its conditioning.
     """
 
-    def __init__(self, sized: SizedStage):
-        self.token_shape = sized.conditioning
+    def __init__(self, sized_stage: SizedStage):
+        self.token_shape = sized_stage.conditioning
 
     def conditioning(self, names: Sequence[str], stage: str) -> Any:
         """Return zeros as the conditioning of N prompts, see `Pipeline.conditioning`."""
@@ -73,29 +73,27 @@ class ZeroConditioning:
 
 
 def voxels_of(cells: int) -> int:
-    """Estimate the number of voxels on the surface of a typical asset, in a grid of `cells` cells along each
-    axis.
+    """Estimate the number of voxels on the surface of a typical asset, for a grid of `cells`^3 cells.
 
-    It is 8,192 for 64 cells.
+    For 64 cells along each axis, it is 8,192.
     """
     # The number grows with the area of the surface, hence the square. A tiny grid has fewer cells than that.
     return min(2 * cells**2, cells**3)
 
 
-def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the indices of the cells that are nearest to the surface of a random ellipsoid, [voxels, 3]
-    int32.
+def shell(voxel_count: int, grid: int, generator: torch.Generator) -> torch.Tensor:
+    """Return the cells that are nearest to the surface of a random ellipsoid: indices [voxel_count, 3] int32.
 
-    Together they are a shell that is about one voxel thick.
+    Together the cells are a shell that is about one voxel thick.
 
     Args:
-        voxels: number of cells.
+        voxel_count: number of cells to return.
         grid: number of cells of the grid along each axis.
         generator: random generator of the ellipsoid's axes.
     """
     # Radius of a sphere with one voxel per unit of area: voxels = 4 pi r^2. The sphere has to fit into the
     # grid.
-    radius = min((voxels / (4 * math.pi)) ** 0.5, 0.45 * grid)
+    radius = min((voxel_count / (4 * math.pi)) ** 0.5, 0.45 * grid)
     # Three different axes of 0.85 to 1.15 times the radius.
     radii = radius * (0.85 + 0.3 * torch.rand(3, generator=generator))
     cells = torch.cartesian_prod(*[torch.arange(grid)] * 3)  # [grid^3, 3]
@@ -103,92 +101,98 @@ def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
     # [grid^3].
     distance = (((cells + 0.5 - grid / 2) / radii).norm(dim=1) - 1).abs()
     # sort() restores the order of the grid among the nearest cells.
-    return cells[distance.argsort()[:voxels].sort().values].int()
+    return cells[distance.argsort()[:voxel_count].sort().values].int()
 
 
-def given_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Voxels]:
-    """Make plausible outputs of the previous stage for `count` samples: thin shells of voxels, like surfaces.
+def given_of(stage: FlowStage, sample_count: int, voxel_count: int | None = None) -> list[Voxels]:
+    """Make plausible outputs of the previous stage for N samples: thin shells of voxels, like surfaces.
 
     Args:
         stage: stage that reads these outputs.
-        count: number of samples.
-        voxels: number of voxels of each sample; None for `voxels_of`.
-    Returns: `count` outputs; `count` times None if the stage has latents of another kind than voxels.
+        sample_count: number of samples.
+        voxel_count: number of voxels of each sample; None for `voxels_of`.
+    Returns: an output for each sample; None for each sample if the stage's latents are not voxels.
     """
     latent_kind = stage.latents
     generator = torch.Generator().manual_seed(0)
     if not isinstance(latent_kind, SparseVoxels):
-        return [None] * count
+        return [None] * sample_count
     shells = [
-        shell(voxels or voxels_of(latent_kind.resolution), latent_kind.resolution, generator)
-        for _ in range(count)
+        shell(voxel_count or voxels_of(latent_kind.resolution), latent_kind.resolution, generator)
+        for _ in range(sample_count)
     ]
     if not latent_kind.given:
         return [*shells]
     return [SparseSample(coords, torch.zeros(len(coords), latent_kind.given)) for coords in shells]
 
 
-def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:
-    """Make `count` random latents of a stage. The arguments are those of `given_of`."""
-    return separate(stage.noise(range(count), given_of(stage, count, voxels)))
+def latents_of(stage: FlowStage, sample_count: int, voxel_count: int | None = None) -> list[Latent]:
+    """Make `sample_count` random latents of a stage. The arguments are those of `given_of`."""
+    return separate(stage.noise(range(sample_count), given_of(stage, sample_count, voxel_count)))
 
 
-def pairs_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[PreferencePair]:
-    """Make `count` preference pairs of random latents of a stage. The arguments are those of `given_of`."""
-    latents = latents_of(stage, 2 * count, voxels)
+def pairs_of(stage: FlowStage, pair_count: int, voxel_count: int | None = None) -> list[PreferencePair]:
+    """Make preference pairs of random latents of a stage.
+
+    Args:
+        stage: stage of the latents.
+        pair_count: number of pairs.
+        voxel_count: number of voxels of each latent; None for `voxels_of`.
+    """
+    latents = latents_of(stage, 2 * pair_count, voxel_count)
     return [
         PreferencePair(
             id=f"{i}", condition="", stage=stage.name, preferred=latents[2 * i], rejected=latents[2 * i + 1]
         )
-        for i in range(count)
+        for i in range(pair_count)
     ]
 
 
 def update(
-    sized: SizedStage,
+    sized_stage: SizedStage,
     batch: int,
     recompute: bool,
     *,
     lora: LoraConfig | None = LoraConfig(),  # noqa: B008
     device: str = "cpu",
-    voxels: int | None = None,
+    voxel_count: int | None = None,
 ) -> Cost:
     """Estimate the memory and the operations of one update of a stage, by DPO on pairs in one pass.
 
     Args:
-        sized: stage with the shape of its conditioning.
+        sized_stage: stage with the shape of its conditioning.
         batch: number of pairs.
         recompute: True to compute blocks again in the backward pass.
         lora: settings of the LoRA adapters; None to tune all weights.
         device: type of the device, "cpu" or "cuda".
-        voxels: number of voxels of each sample; None for `voxels_of`.
+        voxel_count: number of voxels of each sample; None for `voxels_of`.
     """
     # Without warmup, so that the single update is not skipped or smaller.
-    config = TrainConfig(batch=batch, warmup=0, lora=lora).for_stage(sized.stage, 0)
-    pairs = pairs_of(sized.stage, batch, voxels)
+    config = TrainConfig(batch=batch, warmup=0, lora=lora).for_stage(sized_stage.stage, 0)
+    pairs = pairs_of(sized_stage.stage, batch, voxel_count)
 
     def start(stage: FlowStage, policy: torch.nn.Module, reference: Any) -> Updates:
-        conditioned = ConditionedStage(stage, ZeroConditioning(sized))
-        return Updates(conditioned, pairs, config, policy, reference, SINGLE)
+        conditioned_stage = ConditionedStage(stage, ZeroConditioning(sized_stage))
+        return Updates(conditioned_stage, pairs, config, policy, reference, SINGLE)
 
-    return cost_of_update(sized.stage, config, start, recompute, device)
+    return cost_of_update(sized_stage.stage, config, start, recompute, device)
 
 
-def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
+def sampling_cost(sized_stage: SizedStage, batch: int, voxel_count: int | None = None) -> Cost:
     """Estimate the memory and the operations of sampling `batch` latents of a stage together.
 
     Args:
-        sized: stage with the shape of its conditioning, and with the settings of its sampler.
+        sized_stage: stage with the shape of its conditioning, and with the settings of its sampler.
         batch: number of latents.
-        voxels: number of voxels of each sample; None for `voxels_of`.
+        voxel_count: number of voxels of each sample; None for `voxels_of`.
     """
-    sampling = sized.stage.sampling
+    sampling = sized_stage.stage.sampling
     trace = MemoryTrace()
     with implementation("ref"):
-        stage = fake_stage(trace, sized.stage)
-        stage_voxels = given_of(stage, batch, voxels)
+        stage = fake_stage(trace, sized_stage.stage)
+        stage_voxels = given_of(stage, batch, voxel_count)
         with trace:
-            cond = ZeroConditioning(sized).null_conditioning(batch, stage.name)
+            cond = ZeroConditioning(sized_stage).null_conditioning(batch, stage.name)
             trace.mark()
             # All steps are alike, so only one step with guidance is traced. Its operations are multiplied
             # below.
@@ -201,9 +205,9 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
             )
     # A step with guidance calls the network twice, with and without the conditioning. [:-1]: no step begins
     # at the last time.
-    passes = sum(2 if sampling.cfg_strength and guides(sampling, t) else 1 for t in times(sampling)[:-1])
-    traced_passes = 2 if sampling.cfg_strength else 1
-    return Cost(trace.peak, trace.flops * passes // traced_passes)
+    pass_count = sum(2 if sampling.cfg_strength and guides(sampling, t) else 1 for t in times(sampling)[:-1])
+    traced_pass_count = 2 if sampling.cfg_strength else 1
+    return Cost(trace.peak, trace.flops * pass_count // traced_pass_count)
 
 
 @functools.cache
@@ -211,7 +215,7 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
     """Measure the speed of a transformer block, in multiplications and additions per second.
 
     Args:
-        device: device.
+        device: device to measure, such as "cpu" or "cuda".
         precision: data type of the passes, "float32" or "bfloat16".
         width: number of channels of the block.
         tokens: number of tokens of its input.
@@ -221,7 +225,7 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
     block_input, time_embedding, cond = (torch.randn(1, *shape, device=device) for shape in input_shapes)
 
     def step() -> None:
-        """Compute a forward and a backward pass."""
+        """Compute a forward and a backward pass of the block, and wait until both are finished."""
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
             block_output = block(block_input, time_embedding, cond, DenseLayout())
         block_output.float().sum().backward()
@@ -250,7 +254,7 @@ def estimate(
     lora: LoraConfig | None = LoraConfig(),  # noqa: B008
     batches: Iterable[int] = (1,),
     device: str | None = None,
-    voxels: int | None = None,
+    voxel_count: int | None = None,
     name: str = "estimate",
 ) -> list[Row]:
     """Estimate sampling, and an update with and without recomputation, for every stage and batch size.
@@ -263,14 +267,15 @@ def estimate(
         precision: data type of forward and backward passes.
         dtype: data type of the weights of all stages.
         lora: settings of the LoRA adapters; None to tune all weights.
-        batches: batch sizes.
-        device: device on which the speed is measured; None for no times.
-        voxels: number of voxels of each sample; None for `voxels_of`.
+        batches: batch sizes, in samples that are generated together or in pairs of an update.
+        device: device on which the speed is measured; None: no times are estimated.
+        voxel_count: number of voxels of each sample; None for `voxels_of`.
         name: title of the progress bar.
+    Returns: a row for each stage, each of sampling and the two kinds of updates, and each batch size.
     """
     bytes_per_number = {"float32": 4, "float16": 2, "bfloat16": 2}
     rows = list[Row]()
-    weight_counts = [sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages]
+    weight_counts = [sum(p.numel() for p in sized_stage.stage.model.parameters()) for sized_stage in stages]
     batch_sizes = list(batches)
     measured_speed = None if device is None else speed(device, precision)
     # Stages are traced with float32 weights. This is the number of bytes per weight that `dtype` saves.
@@ -284,11 +289,11 @@ def estimate(
         leave=False,
         disable=None,
     )
-    for (stage_index, sized), (cost_kind, recompute) in jobs:
+    for (stage_index, sized_stage), (cost_kind, recompute) in jobs:
         # The weights of the other stages stay in memory while a stage is sampled or tuned.
-        other_weights = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[stage_index])
+        other_weight_bytes = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[stage_index])
         traced_precision = "bfloat16" if dtype != "float32" else precision
-        traced_stage = replace(sized, stage=replace(sized.stage, precision=traced_precision))
+        traced_stage = replace(sized_stage, stage=replace(sized_stage.stage, precision=traced_precision))
 
         # The default values are the loop's variables of this iteration.
         def cost(
@@ -298,20 +303,22 @@ def estimate(
             traced_stage: SizedStage = traced_stage,
         ) -> Cost:
             if cost_kind == "sample":
-                return sampling_cost(traced_stage, batch, voxels)
+                return sampling_cost(traced_stage, batch, voxel_count)
             device_type = torch.device(device or "cpu").type
-            return update(traced_stage, batch, recompute, lora=lora, device=device_type, voxels=voxels)
+            return update(
+                traced_stage, batch, recompute, lora=lora, device=device_type, voxel_count=voxel_count
+            )
 
         cost_of_one = cost(1)
         cost_of_two = cost(2) if max(batch_sizes) > 1 else cost_of_one
         for batch in batch_sizes:
             bytes_per_sample = cost_of_two.bytes - cost_of_one.bytes
-            peak_bytes = cost_of_one.bytes + (batch - 1) * bytes_per_sample + other_weights
+            peak_bytes = cost_of_one.bytes + (batch - 1) * bytes_per_sample + other_weight_bytes
             # Full tuning needs float32 weights in any case.
             peak_bytes -= saved_bytes * weight_counts[stage_index] if cost_kind != "full" else 0
             rows.append(
                 Row(
-                    stage=sized.stage.name,
+                    stage=sized_stage.stage.name,
                     what=cost_kind,
                     batch=batch,
                     precision=precision,
@@ -353,27 +360,27 @@ def table(rows: Sequence[Row]) -> str:
     return aligned([line[:column_count] for line in (header, *cells)])
 
 
-def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
+def check_fits(rows: Sequence[Row], available_bytes: int, caller: str) -> None:
     """Raise ValueError if a device has too little memory to sample or to tune a stage.
 
     Args:
         rows: estimates for all stages.
-        space: free memory of the device in bytes.
-        who: beginning of the message.
+        available_bytes: free memory of the device in bytes.
+        caller: name of the command, with which the message begins.
     """
     for stage in dict.fromkeys(row.stage for row in rows):
         for cost_kind in dict.fromkeys(row.what for row in rows):
             # If the variant with the smallest memory does not fit, no variant does.
             variants = [row for row in rows if (row.stage, row.what) == (stage, cost_kind)]
-            smallest = min(variants, key=lambda row: row.bytes)
+            smallest_row = min(variants, key=lambda row: row.bytes)
             # Only the share SHARE of the free memory is used.
-            if smallest.bytes > SHARE * space:
+            if smallest_row.bytes > SHARE * available_bytes:
                 remedy = "Use a device with more memory"
-                if smallest.dtype == "float32":
-                    remedy += ", or weights in bfloat16 (--set dtype=bfloat16)"
+                if smallest_row.precision == "float32":
+                    remedy += ", or the precision bfloat16 (--set precision=bfloat16)"
+                recompute_remark = ", with recomputed blocks" if smallest_row.recompute else ""
                 raise ValueError(
-                    f"{who}: stage {stage!r} needs {smallest.bytes / SHARE / GIB:.1f} GiB of free memory"
-                    f" ({cost_kind}, batch"
-                    f" {smallest.batch}{', with recomputed blocks' if smallest.recompute else ''}), but the"
-                    f" device has {space / GIB:.1f} GiB. {remedy}."
+                    f"{caller}: stage {stage!r} needs {smallest_row.bytes / SHARE / GIB:.1f} GiB of free"
+                    f" memory ({cost_kind}, batch {smallest_row.batch}{recompute_remark}), but the device has"
+                    f" {available_bytes / GIB:.1f} GiB. {remedy}."
                 )

@@ -54,11 +54,11 @@ class Strip:
         ):
             # One asset at a time, because the training occupies most of the memory.
             for prompt in self.prompts:
-                (sampled,) = draw_or_empty(self.pipeline, [prompt], [0], {stage: model})
+                (asset_or_error,) = draw_or_empty(self.pipeline, [prompt], [0], {stage: model})
                 try:
                     file = None
-                    if not isinstance(sampled, EmptyStructure):
-                        _, asset = sampled
+                    if not isinstance(asset_or_error, EmptyStructure):
+                        _, asset = asset_or_error
                         file = self.family.show(asset, Path(folder) / "asset", *self.size)
                     images.append(image_of(file, self.family.up))
                 # An asset with NaN cannot be rendered. It gets a white image, because a strip must not stop
@@ -69,29 +69,29 @@ class Strip:
         return path
 
 
-def image_of(file: Path | None, up: str = "y", side: int = SIDE) -> np.ndarray:
-    """Render the file of an asset on white, [side, side, 3] uint8.
+def image_of(file: Path | None, up_axis: str = "y", side: int = SIDE) -> np.ndarray:
+    """Render an asset from its file on a white background, [side, side, 3] uint8.
 
     Args:
-        file: path of a .ply or .obj file. None or another file gives a white image.
-        up: axis of the asset that points up, "y" or "z".
+        file: path of a .ply or .obj file. None, or a file of another type, gives a white image.
+        up_axis: axis of the asset that points up, "y" or "z".
         side: edge of the image in pixels.
     """
     if file is None or file.suffix not in (".ply", ".obj"):
         return np.full((side, side, 3), 255, np.uint8)
     points, colours = points_of(file)
-    if up == "z":
+    if up_axis == "z":
         points = points[
             :, [1, 2, 0]
         ]  # a cyclic permutation of the axes, which is a rotation from z up to y up
     # The centre of the bounding box, because the mean would depend on the density of the points.
     points = points - (points.max(0) + points.min(0)) / 2
     # Rotation by 0.6 rad about the vertical axis, then by 0.4 rad downwards.
-    turn, tilt = (
+    turn_matrix, tilt_matrix = (
         np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) for angle in (0.6, 0.4)
     )
-    points[:, [0, 2]] = points[:, [0, 2]] @ turn.T
-    points[:, [1, 2]] = points[:, [1, 2]] @ tilt.T
+    points[:, [0, 2]] = points[:, [0, 2]] @ turn_matrix.T
+    points[:, [1, 2]] = points[:, [1, 2]] @ tilt_matrix.T
     # A margin of 5 % around the asset. 1e-9 avoids a division by zero for a single point.
     half_width = 1.05 * max(float(np.abs(points[:, :2]).max(initial=0)), 1e-9)
     # Columns x and rows y of the points. Rows count downwards, hence the sign.
@@ -100,16 +100,19 @@ def image_of(file: Path | None, up: str = "y", side: int = SIDE) -> np.ndarray:
         for sign, axis in ((1, 0), (-1, 1))
     )
     image = np.full((side, side, 3), 255, np.uint8)
-    order = np.argsort(points[:, 2], kind="stable")  # far points first, so that near points overwrite them
-    pixel_colours = (255 * colours[order].clip(0, 1)).astype(np.uint8)
+    # far points first, so that near points overwrite them
+    depth_order = np.argsort(points[:, 2], kind="stable")
+    pixel_colours = (255 * colours[depth_order].clip(0, 1)).astype(np.uint8)
     # Each point also fills the pixels below and to the right, which closes gaps. Its own pixel is drawn last.
-    for down, right in ((1, 0), (0, 1), (0, 0)):
-        image[(y[order] + down).clip(0, side - 1), (x[order] + right).clip(0, side - 1)] = pixel_colours
+    for row_offset, column_offset in ((1, 0), (0, 1), (0, 0)):
+        rows = (y[depth_order] + row_offset).clip(0, side - 1)
+        columns = (x[depth_order] + column_offset).clip(0, side - 1)
+        image[rows, columns] = pixel_colours
     return image
 
 
 def points_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions [N, 3] and colours [N, 3] of points of an asset.
+    """Read an asset's file, and return the positions [N, 3] and colours [N, 3] of points of the asset.
 
     The points of a mesh are random points of its surface, with shaded colours in 0..1. The points of Gaussian
     splats are their centres, with colours that are neither shaded nor limited to 0..1.

@@ -53,7 +53,7 @@ def draw(
         pipeline: generator.
         prompts: N prompts.
         seeds: N seeds of the noise.
-        models: networks to use in place of those of the stages; None for the stages' own.
+        models: name of a stage -> network to use in place of the stage's own; None for no other networks.
     Returns: for each asset, its latents (name of a stage -> latent) and the asset.
     Raises: EmptyStructure if a structure between two stages has no voxel.
     """
@@ -75,10 +75,9 @@ def draw(
 def draw_or_empty(
     pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[Shown]:
-    """Sample N assets as `draw` does. The result of an asset with an empty structure is the error
-    EmptyStructure.
+    """Sample N assets as `draw` does, with the error EmptyStructure in place of an asset without voxels.
 
-    Its arguments are those of `draw`.
+    The arguments are those of `draw`.
     """
     try:
         return list(draw(pipeline, prompts, seeds, models))
@@ -86,15 +85,15 @@ def draw_or_empty(
         if len(seeds) == 1:
             return [error]
     # The error does not say which sample is empty, so the samples are computed again one by one.
-    results: list[Shown] = []
-    for name, seed in zip(prompts, seeds, strict=True):
-        results += draw_or_empty(pipeline, [name], [seed], models)
-    return results
+    assets_or_errors: list[Shown] = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        assets_or_errors += draw_or_empty(pipeline, [prompt], [seed], models)
+    return assets_or_errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssetSampling:
-    """Set of assets to sample into a folder. `run` samples them, and has to be called on every rank."""
+    """Set of assets to sample into a folder. `run` samples the assets, and is called on every rank."""
 
     folder: Path  # folder below drawn/
     pipeline: Any  # generator
@@ -120,7 +119,7 @@ class AssetSampling:
         ]
 
     def shown(self) -> dict[str, Path]:
-        """Return the files to look at, or notes, of the assets that are sampled so far: stem -> path."""
+        """Return the assets that are sampled so far: stem -> file to look at, or note why there is none."""
         paths = []
         if self.folder.is_dir():
             paths = sorted(path for path in self.folder.iterdir() if path.is_file())
@@ -130,7 +129,7 @@ class AssetSampling:
         return {path.stem: path for path in paths if path.stem in stems and path.suffix != ".safetensors"}
 
     def run(self, on_asset: Callable[[int], object] = lambda n: None) -> "SamplingSummary":
-        """Sample the assets that are missing in the folder. Rank 0 then writes the list.
+        """Sample the assets that are missing in the folder; rank 0 then writes ranking.jsonl.
 
         Args:
             on_asset: function that is called with the number of assets that were added since its last call.
@@ -181,7 +180,7 @@ class AssetSampling:
         existing_assets: Mapping[str, Path],
         on_asset: Callable[[int], object],
     ) -> None:
-        """Sample one batch, and write those of its assets that do not exist yet.
+        """Sample one batch of assets, and write the files of those assets that do not exist yet.
 
         Args:
             batch: (stem of the file names, prompt, seed) of each asset.
@@ -189,13 +188,14 @@ class AssetSampling:
             on_asset: function that is called with 1 after each new asset.
         """
         stems, prompts, seeds = zip(*batch, strict=True)
-        for stem, sampled in zip(stems, draw_or_empty(self.pipeline, prompts, seeds), strict=True):
+        assets_or_errors = draw_or_empty(self.pipeline, prompts, seeds)
+        for stem, asset_or_error in zip(stems, assets_or_errors, strict=True):
             if stem in existing_assets:
                 continue
-            if isinstance(sampled, EmptyStructure):
-                write_atomic(self.folder / (stem + NOTHING), f"{sampled}\n".encode())
+            if isinstance(asset_or_error, EmptyStructure):
+                write_atomic(self.folder / (stem + NOTHING), f"{asset_or_error}\n".encode())
             else:
-                latents, asset = sampled
+                latents, asset = asset_or_error
                 self._write_latents(stem, latents)
                 assert isinstance(self.family, Shows)  # checked in `make_sampling`
                 self.family.show(asset, self.folder / stem, *self.size)
@@ -217,8 +217,9 @@ class AssetSampling:
             self.family.write_latent(self.folder / latent_files[stage], self.pipeline, stage, latent)
 
     def _list(self) -> None:
-        """Write ranking.jsonl and prompts.jsonl. An asset that the labelling page cannot show gets a note and
-        no line.
+        """Write ranking.jsonl and prompts.jsonl.
+
+        An asset that the labelling page cannot show has no line in ranking.jsonl, but a note with the reason.
         """
         mesh_files = [path for path in self.shown().values() if path.suffix in reading.SUFFIXES]
         for path, reason in unfit(mesh_files).items():
@@ -250,21 +251,19 @@ class AssetSampling:
                 f"sample: none of the {len(shown_files)} assets can be shown. The first reason is: {reason}"
                 " Use a generator whose files are complete; eg3d-rlhf flow check tests its folder."
             )
-        prompts = []
+        prompt_lines = []
         for prompt in self.prompts:
             if "image" in prompt:
                 link(Path(prompt["image"]), self.folder / "inputs" / Path(prompt["image"]).name)
                 prompt = {**prompt, "image": f"inputs/{Path(prompt['image']).name}"}
-            prompts.append(json.dumps(prompt, ensure_ascii=False) + "\n")
+            prompt_lines.append(json.dumps(prompt, ensure_ascii=False) + "\n")
         # The list is written last, because its existence shows that the folder is complete.
-        write_atomic(self.folder / PROMPTS, "".join(prompts).encode())
+        write_atomic(self.folder / PROMPTS, "".join(prompt_lines).encode())
         write_atomic(self.folder / RANKING, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Convert the errors of a full disk and of an exhausted quota to ValueError, whose message names the
-        remedy.
-        """
+        """Convert the errors of a full disk or an exhausted quota to a ValueError that says what to do."""
         try:
             yield
         except OSError as error:
@@ -289,7 +288,7 @@ def unfit(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the files that the labelling page cannot show: path -> reason."""
     paths_and_results = zip(paths, reading.examine_or_reason(paths), strict=True)
     # The result for a file that can be shown is an object, and for any other file the reason as a text.
-    return {path: examined for path, examined in paths_and_results if isinstance(examined, str)}
+    return {path: examination for path, examination in paths_and_results if isinstance(examination, str)}
 
 
 def open_pipeline(
@@ -297,7 +296,7 @@ def open_pipeline(
     family: FlowFamily,
     device: torch.device,
     *splits: str,
-    tuned: Mapping[str, Path] | None = None,
+    tuned_weights: Mapping[str, Path] | None = None,
 ) -> Any:
     """Open the generator of a work folder, with the embeddings of the named splits only.
 
@@ -306,16 +305,16 @@ def open_pipeline(
         family: family of the generator.
         device: device of the generator.
         splits: names of splits; without names, all splits.
-        tuned: name of a stage -> folder or file with tuned weights to use in place of the generator's; or
-            None.
+        tuned_weights: name of a stage -> folder or file with tuned weights; stages without an entry, or all
+            stages if None, have the generator's own weights.
     """
     # The weights have the data type of the forward passes.
     dtype = torch.bfloat16 if work.precision == "bfloat16" else torch.float32
     pipeline = family.load(Path(work.pipeline), work.conditioning(*splits), dtype=dtype, device=device)
     for stage in pipeline.stages:
         stage.precision = chosen_precision(work.precision, device)
-        if stage.name in (tuned or {}):
-            stage.model = tuned_model(stage.model, (tuned or {})[stage.name])
+        if stage.name in (tuned_weights or {}):
+            stage.model = tuned_model(stage.model, (tuned_weights or {})[stage.name])
     return pipeline
 
 
@@ -327,11 +326,11 @@ def make_sampling(
     device: torch.device,
     ranks: Ranks = SINGLE,
     *,
-    tuned: Mapping[str, Path] | None = None,
+    tuned_weights: Mapping[str, Path] | None = None,
     cells: int | None = None,
     few_steps: int | None = None,
 ) -> AssetSampling:
-    """Return the set of assets to sample into the folder drawn/NAME of a work folder.
+    """Open the generator, and return the set of assets to sample into the folder drawn/NAME of a work folder.
 
     Args:
         work: work folder.
@@ -340,10 +339,11 @@ def make_sampling(
         splits: names of the splits whose prompts are sampled.
         device: device of the generator.
         ranks: distributed ranks.
-        tuned: name of a stage -> folder or file with tuned weights; None for the untuned generator.
+        tuned_weights: name of a stage -> folder or file with tuned weights; None for the untuned generator.
         cells: number of cells per axis of the grid on which surfaces are extracted; None for the family's
             default.
-        few_steps: number of sampling steps of shortcut networks; None for the settings of the stages.
+        few_steps: number of steps with which shortcut networks (networks that read the length of a step) are
+            sampled without guidance; None for the settings of the stages.
     Raises: ValueError if the family cannot write assets to look at, or does not use `cells` or `few_steps`.
     """
     if not isinstance(family, Shows):
@@ -356,7 +356,7 @@ def make_sampling(
             f"--cells has no effect on generators of the family {family.name}, whose surfaces are not"
             " extracted on a grid. Remove --cells."
         )
-    pipeline = open_pipeline(work, family, device, *splits, tuned=tuned)
+    pipeline = open_pipeline(work, family, device, *splits, tuned_weights=tuned_weights)
     shortcut_stages = [stage for stage in pipeline.stages if stage.call_step is not None]
     if few_steps and not shortcut_stages:
         raise ValueError(
@@ -378,7 +378,7 @@ def make_sampling(
         "each": work.each,
         "precision": work.precision,
         "batch": work.batch,
-        "tuned": {stage: hash_of(path) for stage, path in (tuned or {}).items()},
+        "tuned": {stage: hash_of(path) for stage, path in (tuned_weights or {}).items()},
         **{option: option_value for option, option_value in given_options.items() if option_value},
     }
     prompt_lines = []

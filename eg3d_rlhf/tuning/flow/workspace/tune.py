@@ -67,7 +67,8 @@ NOTHING = "no learnable signal"
 SIGNAL = "learnable signal"
 DISPLACED = (
     "likelihood displacement: the flow-matching error of the preferred assets rose by {}, which usually means"
-    " worse samples. Use --set loser_weight below 1, a lower --lr, or a larger --set beta."
+    " worse samples. Set loser_weight below 1 (--set loser_weight=W), raise beta (--set beta=B), or lower"
+    " --lr."
 )
 
 
@@ -75,19 +76,19 @@ DISPLACED = (
 class StageLabels:
     """A stage with its preference pairs, in three groups whose prompts are disjoint."""
 
-    conditioned: ConditionedStage  # the stage with its conditioning
+    conditioned_stage: ConditionedStage  # the stage with its conditioning
     train: Sequence[PreferencePair]  # pairs to train on
     choose: Sequence[PreferencePair]  # pairs by which checkpoints are chosen during training
     held_out: Sequence[PreferencePair]  # pairs of the test against the control
 
     @classmethod
     def from_problem(cls, problem: Problem, stage: str) -> "StageLabels":
-        """Take a stage and its pairs from a problem.
+        """Create the labels of a stage from the pairs of a problem.
 
         Raises: ValueError if there is no such stage, or if it has no pairs.
         """
         return cls(
-            conditioned=ConditionedStage.from_pipeline(problem.pipeline, stage),
+            conditioned_stage=ConditionedStage.from_pipeline(problem.pipeline, stage),
             train=problem.train_pairs[stage],
             choose=problem.choosing_pairs(stage),
             held_out=problem.held_out_pairs(stage),
@@ -98,14 +99,14 @@ class StageLabels:
         pairs_by_use = {"to train on": self.train, "to choose on": self.choose, "to test on": self.held_out}
         # Prompts and not pairs are counted, because the intervals are over prompts: pairs of a prompt are not
         # independent.
-        counts = {use: len({pair.condition for pair in pairs}) for use, pairs in pairs_by_use.items()}
+        prompt_counts = {use: len({pair.condition for pair in pairs}) for use, pairs in pairs_by_use.items()}
         required_counts = {"to train on": 1, "to choose on": 1, "to test on": MIN_PROMPTS}
-        if any(counts[use] < required_counts[use] for use in counts):
-            count_texts = ", ".join(f"{count} {use}" for use, count in counts.items())
+        if any(prompt_counts[use] < required_counts[use] for use in prompt_counts):
+            count_texts = ", ".join(f"{count} {use}" for use, count in prompt_counts.items())
             raise ValueError(
-                f"tune({self.conditioned.stage.name}): labels are needed for at least 1 prompt to train on, 1"
-                f" to choose on and {MIN_PROMPTS} to test on, but there are {count_texts}. Label assets"
-                " of more prompts."
+                f"tune({self.conditioned_stage.stage.name}): labels are needed for at least 1 prompt to"
+                f" train on, 1 to choose on and {MIN_PROMPTS} to test on, but there are labels for"
+                f" {count_texts}. Label assets of more prompts."
             )
 
     def randomised(self, seed: int) -> "StageLabels":
@@ -135,7 +136,7 @@ def tune(
         problem: tuning problem.
         settings: settings of the training.
         folder: folder of the training, see the module's docstring.
-        labels: facts about the labels that the report repeats, name -> value for JSON; None for no facts.
+        labels: facts about the labels that the report repeats, name -> JSON value; None for no facts.
         ranks: distributed ranks.
         say: function that prints a line; only rank 0 calls it.
         samples: function that renders samples at every evaluation; None for no images.
@@ -147,44 +148,46 @@ def tune(
     stage_names = settings.stages or [
         s.name for s in problem.pipeline.stages if s.name in problem.train_pairs
     ]
-    stages = {name: StageLabels.from_problem(problem, name) for name in stage_names}
+    labels_by_stage = {name: StageLabels.from_problem(problem, name) for name in stage_names}
     # All stages are checked before the first training, which may take hours.
-    for stage_labels in stages.values():
+    for stage_labels in labels_by_stage.values():
         stage_labels.check()
     if settings.loop:
         check(problem)
     say_main = say if ranks.is_main else lambda line: None
     accuracy_by_evaluator = evaluator_accuracies(problem) if ranks.is_main and settings.loop else {}
     for name, accuracy in accuracy_by_evaluator.items():
-        above_chance = accuracy.interval[0] > 0.5
+        is_above_chance = accuracy.interval[0] > 0.5
         say_main(
             f"Evaluator {name!r} agrees with people on {accuracy} of the pairs to which it was not"
-            f" fitted{'' if above_chance else CHANCE}."
+            f" fitted{'' if is_above_chance else CHANCE}."
         )
     # choosing=None: checkpoints are chosen by labelled pairs, and not by the win rate of generated assets.
     circular = replace(settings.circular, choosing=None)
     seed = circular.seed
     loop_arguments = (circular, folder, ranks, say_main)
     if settings.loop:
-        trained = _train_loop(problem, *loop_arguments)
+        trained_results = _train_loop(problem, *loop_arguments)
     else:
-        trained = _train_stages(stages, problem.identity, *loop_arguments, samples=samples)
-    control: Mapping[str, StageResult] = {}
+        trained_results = _train_stages(labels_by_stage, problem.identity, *loop_arguments, samples=samples)
+    control_results: Mapping[str, StageResult] = {}
     # The control has the same settings and seeds, and differs in its labels only.
     if settings.control:
         say_main(
             "Control: the same training on randomised labels (half of each prompt's answers are inverted)."
         )
         if settings.loop:
-            control = _train_loop(randomised(problem, seed), *loop_arguments, control=True)
+            control_results = _train_loop(randomised(problem, seed), *loop_arguments, control=True)
         else:
-            randomised_stages = {name: stage.randomised(seed) for name, stage in stages.items()}
-            control = _train_stages(randomised_stages, problem.identity, *loop_arguments, control=True)
+            randomised_stages = {name: stage.randomised(seed) for name, stage in labels_by_stage.items()}
+            control_results = _train_stages(
+                randomised_stages, problem.identity, *loop_arguments, control=True
+            )
     report: dict = {}
     if ranks.is_main:
         report = {
             # seed + 1, so that the test has other times and noises than the training.
-            **_tests(stages, trained, control, folder, seed + 1, say),
+            **_tests(labels_by_stage, trained_results, control_results, folder, seed + 1, say),
             "loop": settings.loop,
             "settings": asdict(settings),
             "problem": dict(problem.identity),
@@ -201,7 +204,7 @@ CHANCE = ". Its accuracy is not above chance, so its selections are random"
 
 
 def randomised(problem: Problem, seed: int) -> Problem:
-    """Return a copy of a problem with the training pairs of the control, see StageLabels.randomised."""
+    """Return a copy of a problem for the control: half of each prompt's training pairs are inverted."""
     pairs = PairsByStage(problem.train_pairs, lambda stage: invert_half(problem.train_pairs[stage], seed))
     # The identity is hashed into the names of artefacts, so its key keeps the name that version 0.1 gave it.
     return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
@@ -217,9 +220,9 @@ def _train_stages(
     control: bool = False,
     samples: Samples | None = None,
 ) -> dict[str, StageResult]:
-    """Train the stages separately, one after the other.
+    """Train the stages one after the other, each independently of the others.
 
-    A stage that was trained before is read from the store.
+    The result of a stage that was trained before is read from the store.
 
     Args:
         stages: name of a stage -> its labels.
@@ -229,14 +232,14 @@ def _train_stages(
         ranks: distributed ranks.
         say: function that prints a line.
         control: True for the training of the control.
-        samples: function that renders samples at every evaluation, or None.
+        samples: function that renders samples at every evaluation; None: nothing is rendered.
     Returns: name of a stage -> result of its training.
     """
     store = Store(folder / TRAINING / (CONTROL if control else ""), ranks, hashed=False)
-    trained = {}
+    results_by_stage = {}
     for name, labels in stages.items():
         say(f"Stage {name!r}{', control' if control else ''}:")
-        config = circular.human.for_stage(labels.conditioned.stage, circular.seed)
+        config = circular.human.for_stage(labels.conditioned_stage.stage, circular.seed)
         # The inputs name the artefact. They do not contain the settings CHANGEABLE_SETTINGS, which have no
         # effect on the result.
         inputs = {
@@ -253,7 +256,7 @@ def _train_stages(
             stage_folder: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
         ) -> tuple[list[Path], dict]:
             stage_result = train_stage(
-                labels.conditioned,
+                labels.conditioned_stage,
                 labels.train,
                 config,
                 stage_folder,
@@ -267,13 +270,13 @@ def _train_stages(
 
         artefact = store.make(name, inputs, train_into_folder)
         # Made from the artefact in both cases: the stage was trained now, or read from the store.
-        trained[name] = StageResult(
+        results_by_stage[name] = StageResult(
             weights=artefact.folder / POLICY,
             kept_step=artefact.record["kept_step"],
             stats=[],  # not needed here
             warnings=artefact.record["warnings"],
         )
-    return trained
+    return results_by_stage
 
 
 def _train_loop(
@@ -315,20 +318,22 @@ def _train_loop(
 def _result_of_loop(
     loop: CircularLoop, stage: str, artefacts: Sequence[Artefact], folder: Path
 ) -> StageResult:
-    """Write the weights of a stage that the circular loop has trained, and return the result of the training.
+    """Return the result of a stage's trainings in the circular loop, and write its weights if needed.
 
     Args:
         loop: the circular loop.
         stage: name of the stage.
         artefacts: trainings of the stage in the rounds of the loop, in order.
-        folder: folder for the weights.
+        folder: folder for the weights, which are written only if the stage was trained in several rounds.
     """
-    records = [artefact.record for artefact in artefacts]
+    training_records = [artefact.record for artefact in artefacts]
     weights = network_weights(loop, stage, artefacts, folder)
-    warnings = [warning_text for training_record in records for warning_text in training_record["warnings"]]
+    warnings = [
+        warning_text for training_record in training_records for warning_text in training_record["warnings"]
+    ]
     return StageResult(
         weights=weights,
-        kept_step=sum(training_record["kept_step"] for training_record in records),
+        kept_step=sum(training_record["kept_step"] for training_record in training_records),
         stats=[],
         warnings=warnings,
     )
@@ -336,8 +341,8 @@ def _result_of_loop(
 
 def _tests(
     labels_by_stage: Mapping[str, StageLabels],
-    trained: Mapping[str, StageResult],
-    control: Mapping[str, StageResult],
+    trained_results: Mapping[str, StageResult],
+    control_results: Mapping[str, StageResult],
     folder: Path,
     seed: int,
     say: Callable[[str], None],
@@ -346,35 +351,35 @@ def _tests(
 
     Args:
         labels_by_stage: name of a stage -> its labels.
-        trained: name of a stage -> result of its training.
-        control: name of a stage -> result of the training of the control; empty without a control.
+        trained_results: name of a stage -> result of its training.
+        control_results: name of a stage -> result of the training of the control; empty without a control.
         folder: folder of the training.
         seed: seed of the times and noises of the test.
         say: function that prints a line.
     Returns: part of the report with the results of the tests.
     """
     # The confidence level is corrected for the number of tests.
-    confidence = compute_confidence(len(trained))
+    confidence = compute_confidence(len(trained_results))
     stage_reports = {}
-    for stage, stage_result in trained.items():
+    for stage, stage_result in trained_results.items():
         stage_labels = labels_by_stage[stage]
         prompts = [pair.condition for pair in stage_labels.held_out]
         # The same object for the tuned network and the control, so that both get the same times and noises.
         pair_accuracy = PairAccuracy(
-            stage_labels.conditioned, stage_labels.held_out, draws=FINAL_DRAWS, seed=seed
+            stage_labels.conditioned_stage, stage_labels.held_out, draws=FINAL_DRAWS, seed=seed
         )
-        tuned = _measure_accuracy(pair_accuracy, stage_result, confidence)
+        tuned_accuracy = _measure_accuracy(pair_accuracy, stage_result, confidence)
         control_accuracy = None
-        if stage in control:
-            control_accuracy = _measure_accuracy(pair_accuracy, control[stage], confidence)
-        signal = signal_test(stage_result.kept_step, tuned, control_accuracy, prompts, confidence)
+        if stage in control_results:
+            control_accuracy = _measure_accuracy(pair_accuracy, control_results[stage], confidence)
+        signal = signal_test(stage_result.kept_step, tuned_accuracy, control_accuracy, prompts, confidence)
         stage_reports[stage] = {
             "learnable_signal": signal.learnable_signal,
             "likelihood_displacement": signal.likelihood_displacement,
             "why": signal.why,
             "pairs": len(stage_labels.train),
             "kept_step": stage_result.kept_step,
-            "held_out": tuned.to_json(),
+            "held_out": tuned_accuracy.to_json(),
             "control": None if control_accuracy is None else control_accuracy.to_json(),
             "above_control": None if signal.above_control is None else list(signal.above_control),
             "warnings": list(stage_result.warnings),
@@ -382,12 +387,12 @@ def _tests(
         }
         say(f"Stage {stage!r}: {SIGNAL if signal.learnable_signal else NOTHING}: {signal.why}.")
         if signal.likelihood_displacement:
-            say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned.to_json()))}")
+            say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned_accuracy.to_json()))}")
         # The weights of a stage without a signal stay in training/, so that they are not exported by mistake.
         if signal.learnable_signal:
             link_folder(stage_result.weights, folder / stage)
-        if stage in control:
-            link_folder(control[stage].weights, folder / CONTROL / stage)
+        if stage in control_results:
+            link_folder(control_results[stage].weights, folder / CONTROL / stage)
     passed_stages = [
         stage for stage, stage_report in stage_reports.items() if stage_report["learnable_signal"]
     ]
@@ -398,17 +403,19 @@ def _tests(
     return {"stages": stage_reports, "kept": passed_stages, "confidence": confidence}
 
 
-def _measure_accuracy(pair_accuracy: PairAccuracy, result: StageResult, confidence: float) -> Accuracy:
+def _measure_accuracy(pair_accuracy: PairAccuracy, stage_result: StageResult, confidence: float) -> Accuracy:
     """Return the accuracy of a tuned network on held-out pairs, by its implicit reward (the margin of DPO).
 
     Args:
         pair_accuracy: held-out pairs with fixed times and noises.
-        result: result of the training, with the tuned weights.
+        stage_result: result of the training, with the tuned weights.
         confidence: confidence level of the interval.
     """
-    base = pair_accuracy.stage.model
+    base_model = pair_accuracy.stage.model
     # The reference shares the weights of the base network, since a second copy would double the memory.
-    measurement = pair_accuracy.measure(tuned_model(base, result.weights), FrozenModel(shared_copy(base)))
+    measurement = pair_accuracy.measure(
+        tuned_model(base_model, stage_result.weights), FrozenModel(shared_copy(base_model))
+    )
     prompts = [pair.condition for pair in pair_accuracy.pairs]
     return compute_accuracy(measurement.margins, prompts, confidence, measurement.preferred)
 
@@ -416,8 +423,8 @@ def _measure_accuracy(pair_accuracy: PairAccuracy, result: StageResult, confiden
 def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
     """Measure how often the problem's evaluators order pairs of the last stage as people did.
 
-    Each evaluator is measured on at most MAX_EVALUATED pairs, whose prompts it was not fitted to. An
-    evaluator with pairs of too few prompts is left out.
+    Each evaluator is measured on at most MAX_EVALUATED pairs of prompts to which it was not fitted. An
+    evaluator is left out if there are pairs of fewer than MIN_PROMPTS such prompts.
 
     Returns: name of an evaluator -> its accuracy.
     """
@@ -453,7 +460,7 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
 
 
 def markdown(report: Mapping) -> str:
-    """Return the report as Markdown text. `report` is the content of report.json."""
+    """Format the report, which is the content of report.json, as Markdown text."""
     header = [
         "stage",
         "labels",
@@ -534,11 +541,11 @@ def markdown(report: Mapping) -> str:
 
 
 def _with_interval(accuracy: Mapping) -> str:
-    """Return an accuracy with its interval as text."""
+    """Format an accuracy, as Accuracy.to_json returns it, with its interval: "0.612 [0.550, 0.671]"."""
     low, high = accuracy["interval"]
     return f"{accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _rise(accuracy: Mapping) -> str:
-    """Return the relative rise of the error of the preferred assets with its interval as text."""
+    """Format the relative rise of the preferred assets' error with its interval: "+1.2% [-0.3%, +2.6%]"."""
     return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*accuracy["preferred_error"])

@@ -53,7 +53,7 @@ def check_new(folder: Path) -> None:
     if (folder / FILE).exists():
         raise ValueError(
             f"WORK: {folder} is already a work folder, since it contains {FILE}. Continue with the next step"
-            " in it (see eg3d-rlhf flow status), or name a new folder."
+            f" in it, for example eg3d-rlhf flow sample {folder}, or name a new folder."
         )
 
 
@@ -128,16 +128,16 @@ class Labels:
         second number counts all repeated answers.
         """
         first_answers: dict[tuple[str, frozenset[str]], str | None] = {}
-        equal_answers = 0
-        repeated_answers = 0
+        equal_count = 0
+        repeated_count = 0
         # Sorted by time, because a repeated answer is compared with the first one.
         for answer in sorted(self.answers, key=lambda answer: answer.time):
             annotator_and_pair = (answer.annotator, answer.pair)
             if answer.repeat and annotator_and_pair in first_answers:
-                equal_answers = equal_answers + (answer.preferred == first_answers[annotator_and_pair])
-                repeated_answers = repeated_answers + 1
+                equal_count = equal_count + (answer.preferred == first_answers[annotator_and_pair])
+                repeated_count = repeated_count + 1
             first_answers.setdefault(annotator_and_pair, answer.preferred)
-        return equal_answers, repeated_answers
+        return equal_count, repeated_count
 
     def votes(self, a: Path | None, b: Path | None) -> tuple[int, int]:
         """Return the number of votes for asset a and for asset b in comparisons of the two.
@@ -149,8 +149,8 @@ class Labels:
         if a is None or b is None:
             return 0, 0
         # Answers contain file names only. Assets of other folders with the same names have no votes.
-        are_in_folder = a.resolve().parent == b.resolve().parent == self.folder.resolve()
-        return (self.wins[a.name, b.name], self.wins[b.name, a.name]) if are_in_folder else (0, 0)
+        both_in_folder = a.resolve().parent == b.resolve().parent == self.folder.resolve()
+        return (self.wins[a.name, b.name], self.wins[b.name, a.name]) if both_in_folder else (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +224,7 @@ class Work:
         return self
 
     def check_pipeline(self) -> FlowFamily:
-        """Check that the generator's files have not changed since `flow new`, and return the generator's
-        family.
+        """Check that the generator's files have not changed since `flow new`, and return its family.
 
         Raises: ValueError or FileNotFoundError for changed or missing files.
         """
@@ -274,7 +273,7 @@ class Work:
 
     @property
     def conditions_file(self) -> Path:
-        """Path of the file of embeddings. Its name differs if version 0.1 has written it."""
+        """Path of the file with the prompts' embeddings; version 0.1 wrote it under another name."""
         from eg3d_rlhf.experiments.version_0_1 import conditioning_file
 
         return conditioning_file(self.folder)
@@ -305,9 +304,7 @@ class Work:
         return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def next(self, step: str) -> Path:
-        """Return the path of the next numbered folder of a step such as "tune". The folder does not exist
-        yet.
-        """
+        """Return the path of a new numbered folder for a step such as "tune", without creating the folder."""
         folders = self.numbered(step)
         next_number = int(folders[-1].name.rpartition("-")[2]) + 1 if folders else 0
         return self.folder / f"{step}-{next_number:02d}"
@@ -331,7 +328,7 @@ class Work:
         }
 
     def training(self, name: str | None = None) -> Path:
-        """Return the folder of a training.
+        """Return the folder of a training that has tuned weights.
 
         Args:
             name: name of the folder, such as tune-00; None for the latest training.
@@ -377,7 +374,7 @@ class Work:
         """Read people's answers on assets of the prompts to train on and to choose on.
 
         Raises: FileNotFoundError or ValueError if there are no answers, or if an answer is about another
-        asset.
+            asset.
         """
         from eg3d_rlhf.people.label.entities import Mode
         from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
@@ -436,8 +433,9 @@ class Work:
                 ):
                     raise ValueError(
                         f"labels.db: the answer on the asset of {shape.condition!r} with seed {shape.seed}"
-                        f" does not belong to the assets in {self.asset_folder()}. Restore that folder from a"
-                        " copy, or label again."
+                        f" cannot be used: the asset is missing in {self.asset_folder()}, its file has"
+                        " changed since people saw it, or its prompt is a test prompt. Restore that folder"
+                        " from a copy, or label again."
                     )
                 file_names.append(file_name)
             yield Answer(
@@ -452,7 +450,7 @@ class Work:
 
 
 def _has_hash(path: Path, expected_hash: str) -> bool:
-    """Return True if a file exists and has the hash that was stored when it was shown."""
+    """Return True if a file exists and still has the hash that was stored when people saw its asset."""
     from eg3d_rlhf.people.label.assets import reading
 
     if not path.is_file():
@@ -460,8 +458,8 @@ def _has_hash(path: Path, expected_hash: str) -> bool:
     if file_hash(path) == expected_hash:
         return True
     # The hash of an .obj file that is shown with a material includes its material and texture files.
-    examined = reading.examine_or_reason([path])[0] if path.suffix == ".obj" else None
-    return isinstance(examined, reading.Examined) and examined.hash == expected_hash
+    examination = reading.examine_or_reason([path])[0] if path.suffix == ".obj" else None
+    return isinstance(examination, reading.Examined) and examination.hash == expected_hash
 
 
 def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) -> dict[str, tuple[str, ...]]:
@@ -514,7 +512,7 @@ def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
 
 
 def stamp_of(path: Path) -> list[int]:
-    """Return the size of a file in bytes and the time of its last change in ns.
+    """Return the stamp of a file: its size in bytes and the time of its last change in ns.
 
     A file with an unchanged stamp is not hashed again.
     """

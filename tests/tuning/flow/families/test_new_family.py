@@ -77,7 +77,12 @@ def test_its_files_lead_from_sampled_assets_to_a_tuned_folder(root, tmp_path):
     assert call(tmp_path, "--stage=points", f"--pairs={work.folder / 'pairs'}").exit_code == 0
     (run,) = (tmp_path / "runs").glob("00000-*")
     later = make_sampling(
-        work, work.check_pipeline(), "later", ["test"], torch.device("cpu"), tuned={"points": run / "points"}
+        work,
+        work.check_pipeline(),
+        "later",
+        ["test"],
+        torch.device("cpu"),
+        tuned_weights={"points": run / "points"},
     )
     assert later.run().count == 2
     flow("export", run, f"--outdir={tmp_path / 'TUNED'}")

@@ -230,7 +230,7 @@ def test_the_rule():
     assert isinstance(good, Accuracy) and good.to_json()["pairs"] == 120
     # of the preferred ones' error: pairs in order, assets worse
     for rise, away in ((0.3, True), (-0.3, False), (0.0, False)):
-        found = compute_accuracy(rng.random(120) - 0.2, names, preferred=rng.normal(rise, 0.2, 120))
+        found = compute_accuracy(rng.random(120) - 0.2, names, preferred_rises=rng.normal(rise, 0.2, 120))
         said = signal_test(5, found, coin, names)
         assert (
             said.learnable_signal

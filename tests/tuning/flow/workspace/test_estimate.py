@@ -227,6 +227,6 @@ def test_what_fits_nowhere_is_told_with_figures():
     assert "time" not in untimed and "2 s" in timed
     estimate.check_fits(rows, 1 << 40, "flow new")
     least = min(row.bytes for row in rows if row.what == "sample") / estimate.SHARE / GIB
-    names = (f"{least:.1f} GiB", "0.0", "'structure'", "(sample, ", "--set dtype=bfloat16")
+    names = (f"{least:.1f} GiB", "0.0", "'structure'", "(sample, ", "--set precision=bfloat16")
     with raising(*names):
         estimate.check_fits(rows, 1 << 20, "flow new")

@@ -74,11 +74,11 @@ def table(
         loop_statistics: statistics of the loop's pairs, by training seed and stage.
         facts: further entries, which describe the run.
     """
-    arrays = {}  # scores by group and evaluator, [K, C, S] each
+    scores_by_group = {}  # scores by group and evaluator, [K, C, S] each
     spreads = {}  # mean distance of assets of one prompt, averaged over seeds, by group and stage
     for letter, seed_results in scores.items():
         # all seeds have the same evaluators and stages, so the names are taken from the first one
-        arrays[letter] = {
+        scores_by_group[letter] = {
             name: np.array([seed_result["scores"][name] for seed_result in seed_results])
             for name in seed_results[0]["scores"]
         }
@@ -87,9 +87,9 @@ def table(
             for stage in seed_results[0]["spread"]
         }
     # "i" is the base; its scores are repeated for every seed, so that they can be compared with each group's
-    rates = Table(scores=arrays, base=arrays["i"], seeds=seeds)
+    rates = Table(scores=scores_by_group, base=scores_by_group["i"], seeds=seeds)
     groups = {}
-    for letter, group_scores in arrays.items():
+    for letter, group_scores in scores_by_group.items():
         base_spreads = spreads["i"]  # spread of the base, by stage
         tuned_spreads = spreads[letter]  # spread after the group's trainings, by stage
         win_rates = rates.against_base(letter)
@@ -110,9 +110,9 @@ def table(
             "trainings": list(training_records[letter]),  # one mapping for each seed
         }
     # in the order of ALL, so that the first of two groups is the same in every table
-    pairwise = rates.pairwise("final", [name for name in ALL if name in arrays])
+    pairwise = rates.pairwise("final", [name for name in ALL if name in scores_by_group])
     # the first axis has the training seeds
-    C, S = arrays["i"]["final"].shape[1:]
+    C, S = scores_by_group["i"]["final"].shape[1:]
     return {
         "groups": groups,
         "pairwise": pairwise,
@@ -193,17 +193,17 @@ def markdown(table_data: Mapping) -> str:
     if table_data["loop"]:
         table_rows = []
         for seed, stages in table_data["loop"].items():
-            for stage, pairs in stages.items():
-                tuned_better = pairs.get("tuned_rewarded_where_changed")
+            for stage, pair_statistics in stages.items():
+                tuned_better_share = pair_statistics.get("tuned_rewarded_where_changed")
                 table_rows.append(
                     [
                         seed,
                         stage,
-                        pairs["pairs"],
-                        f"{pairs['changed_structure']:.2f}",
+                        pair_statistics["pairs"],
+                        f"{pair_statistics['changed_structure']:.2f}",
                         # None: no pair has a changed structure
-                        "" if tuned_better is None else f"{tuned_better:.2f}",
-                        f"{pairs['reward_gap_mean']:.3g}",
+                        "" if tuned_better_share is None else f"{tuned_better_share:.2f}",
+                        f"{pair_statistics['reward_gap_mean']:.3g}",
                     ]
                 )
         header = [
@@ -250,7 +250,7 @@ RESULT = "result.json"
 def loop_of(
     run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False
 ) -> CircularLoop:
-    """Create the loop of a run for a training seed.
+    """Create the Circular-DPO loop of one training seed, with the settings of a run.
 
     Args:
         run: settings of the run.
@@ -275,20 +275,20 @@ def loop_of(
 Open = Callable[[ProblemSource, str], Problem]
 
 
-def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
+def work(settings: CircularRun, problem: Problem, run: Run, open_problem: Open) -> None:
     """Do the remaining steps of a run, and write its results.
 
     Args:
         settings: settings of the run.
         problem: the problem, opened in this process.
         run: folder, ranks and device of the run.
-        open: function that opens the problem in a worker process.
+        open_problem: function that opens the problem in a worker process.
     """
     # runs share the folder of artefacts, which is not in the folder of the run
     if run.ranks.is_main:
         print(f"Artefacts are stored in {settings.artefacts}.", flush=True)
     if settings.groups is not None:
-        ablate(settings, problem, run.folder, run.device, run.jobs, open)
+        ablate(settings, problem, run.folder, run.device, run.jobs, open_problem)
     else:
         _loop(settings, problem, run)
     run.done()
@@ -372,16 +372,16 @@ def describe(step: Mapping) -> str:
     """Describe a finished step (an entry of run_loop's second result) in one line."""
     position = f"round {step['round']}, stage {step['stage']}"
     if step["step"] == "pairs":
-        tuned_better = step.get("tuned_rewarded_where_changed")
+        tuned_better_share = step.get("tuned_rewarded_where_changed")
         # None: decoding and encoding gave the same latents on both sides of all pairs
-        remark = (
+        reward_remark = (
             ""
-            if tuned_better is None
-            else f"; in {tuned_better:.0%} of these the tuned sample has the higher reward"
+            if tuned_better_share is None
+            else f"; in {tuned_better_share:.0%} of these the tuned sample has the higher reward"
         )
         return (
             f"{position}: {step['pairs']} pairs, {step['changed_structure']:.0%} of them with a changed"
-            f" structure{remark}"
+            f" structure{reward_remark}"
         )
     # the rate at the kept update, if it was measured there
     rate_remarks = ""
@@ -404,7 +404,8 @@ def describe(step: Mapping) -> str:
 def keep(loop: CircularLoop, stage: str, trainings: tuple[Artefact, ...], folder: Path) -> str:
     """Link the weights of a stage into the folder of the run, and return the name of their folder there.
 
-    They are the weights of its training, or after several rounds all parameters of the network.
+    After one round, the weights are those of the stage's training. After several rounds, they are all
+    parameters of the network.
 
     Args:
         loop: steps of the run.
@@ -419,7 +420,7 @@ def keep(loop: CircularLoop, stage: str, trainings: tuple[Artefact, ...], folder
 
 @dataclass(kw_only=True)
 class Ablation:
-    """Worker of an ablation, which does the tasks of a plan with the steps of a loop.
+    """Worker of an ablation, a callable that does the tasks of a plan (AblationPlan.tasks).
 
     Args:
         plan: plan of the ablation.
@@ -432,8 +433,8 @@ class Ablation:
     def __call__(self, task: str) -> dict:
         """Do one task, and return its result as JSON.
 
-        For the task of a group the result has its scores and the records of its trainings. For a task that
-        groups share it has the records of the artefacts by stage.
+        The result of a group's task has the group's scores and the records of its trainings. The result of a
+        task that groups share has the records of the artefacts by stage.
         """
         # names of AblationPlan.tasks: "<seed>/pairs", "<seed>/<group>" or "<seed>/<data>/<stages>"
         seed, subject, *stages = task.split("/")
@@ -458,23 +459,27 @@ class Ablation:
         training_records = {stage: _training(trainings[-1]) for stage, trainings in networks.items()}
         return {"scores": scores.record, "trainings": training_records, "reused": scores.reused}
 
-    def _trained(self, loop: CircularLoop, kind: str, stages: str) -> dict[str, tuple[Artefact, ...]]:
+    def _trained(
+        self, loop: CircularLoop, training_kind: str, stage_position: str
+    ) -> dict[str, tuple[Artefact, ...]]:
         """Train the last stage, or each of the stages before it, from the untuned networks.
 
         Args:
             loop: loop of the training seed.
-            kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning.
-            stages: "last" or "first".
-        Returns: the lineage of the trained stages.
+            training_kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning.
+            stage_position: "last" for the last stage, "first" for all stages before it.
+        Returns: the lineage of the trained stages: name of a stage -> its training.
         """
         # with two stages, "first" means one stage
-        stage_names = loop.names[-1:] if stages == "last" else loop.names[:-1]
-        return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in stage_names}
+        stage_names = loop.names[-1:] if stage_position == "last" else loop.names[:-1]
+        return {
+            name: (loop.from_people(name, supervised=training_kind == SUPERVISED),) for name in stage_names
+        }
 
     def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
-        """Run the loop of a group, and return its lineage and its pairs by stage.
+        """Run the loop of a group, and return its lineage and the artefacts of its pairs, both by stage.
 
-        If `group` is None, stop after the first pairs, which all groups share.
+        If `group` is None, stop after the pairs of the last stage but one, which all groups share.
         """
         lineage = self._trained(loop, PEOPLE, "last")
         pairs: dict[str, Artefact] = {}
@@ -493,26 +498,28 @@ class Ablation:
 
 
 def _training(artefact: Artefact) -> dict:
-    """Return the record of a training, with the name of its artefact and whether it existed already."""
+    """Return the record of a training, with its artefact's name and whether this artefact existed before."""
     return {**artefact.record, "artefact": artefact.folder.name, "reused": artefact.reused}
 
 
-def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablation:
-    """Create the worker of a process.
+def handler_of(run: CircularRun, device: str, open_problem: Open, single_process: bool) -> Ablation:
+    """Create the worker of a process, which does the tasks of an ablation there.
 
     Args:
         run: settings of the run.
         device: device of the process.
-        open: function that opens the problem.
-        alone: whether this is the only process; otherwise it computes with one thread.
+        open_problem: function that opens the problem.
+        single_process: whether this is the only process; otherwise it computes with one thread.
     """
     # more threads than cores would slow all processes down
-    if not alone:
+    if not single_process:
         torch.set_num_threads(1)
-    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open(run.source, device)))
+    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open_problem(run.source, device)))
 
 
-def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int, open: Open) -> None:
+def ablate(
+    run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int, open_problem: Open
+) -> None:
     """Train and evaluate all groups on worker processes, and write the table.
 
     Args:
@@ -521,7 +528,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
         folder: folder of the run.
         device: device of the worker processes.
         jobs: number of worker processes.
-        open: function that opens the problem in a worker process.
+        open_problem: function that opens the problem in a worker process.
     """
     plan = run.plan
     tasks = run.plan.tasks()
@@ -534,7 +541,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
         " all comparisons are independent.",
         flush=True,
     )
-    results = pooled("ablation", tasks, handler_of, (run, device, open), jobs, folder)
+    results = pooled("ablation", tasks, handler_of, (run, device, open_problem), jobs, folder)
     table_data = tabled(results, plan, run.facts(problem))
     for path in write(table_data, folder, "ablation", markdown, plot):
         print(f"The table was written to {path}.")
@@ -542,10 +549,10 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
 
 
 def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
-    """Make the table from the results of all tasks, by name of the task.
+    """Make the table of an ablation, as JSON.
 
     Args:
-        results: results of the tasks, by name of the task.
+        results: results of all tasks, by name of the task.
         plan: plan of the ablation.
         facts: further entries of the table, which describe the run.
     """

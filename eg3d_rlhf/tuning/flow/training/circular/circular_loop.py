@@ -70,7 +70,7 @@ class CircularLoop:
     _models: dict = field(default_factory=dict, repr=False)  # networks by their stage and trainings
 
     def of_round(self, round_number: int) -> "CircularLoop":
-        """Return the same loop with the random seed of a round, counted from 1."""
+        """Return the loop with the random seed of a round. Rounds are counted from 1."""
         # the first round has the seed of the run, so that its steps are the same in runs of one or more
         # rounds
         if round_number == 1:
@@ -87,11 +87,11 @@ class CircularLoop:
         return [stage.name for stage in self.problem.pipeline.stages]
 
     def stage(self, name: str) -> ConditionedStage:
-        """Return the stage of this name."""
+        """Return the stage of this name, with the source of its conditioning."""
         return ConditionedStage.from_pipeline(self.problem.pipeline, name)
 
     def people(self, stage: str) -> Sequence[PreferencePair]:
-        """Return the people's pairs of a stage whose prompts are training prompts."""
+        """Return the people's preference pairs of a stage for the training prompts."""
         return self.problem.train_pairs[stage]
 
     # Networks.
@@ -105,14 +105,15 @@ class CircularLoop:
         cache_key = (stage, *(training.content for training in trainings))
         # the weights of a training apply to the network of the previous training
         if cache_key not in self._models:
-            base = self._model(stage, trainings[:-1]) if len(trainings) > 1 else self.stage(stage).stage.model
-            self._models[cache_key] = tuned_model(base, weights_of(trainings[-1]), merge=True)
+            if len(trainings) > 1:
+                base_model = self._model(stage, trainings[:-1])
+            else:
+                base_model = self.stage(stage).stage.model
+            self._models[cache_key] = tuned_model(base_model, weights_of(trainings[-1]), merge=True)
         return self._models[cache_key]
 
     def _named(self, lineage: Lineage) -> dict[str, list[str]]:
-        """Return the hashes of a lineage's trainings, by stage; they become part of the hashes of later
-        steps.
-        """
+        """Return the hashes of a lineage's trainings, by stage, as a part of the hashes of later steps."""
         # sorted, so that equal lineages have equal hashes
         return {
             stage: [training.content for training in trainings]
@@ -168,7 +169,7 @@ class CircularLoop:
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
             # read only if the artefact has to be made
             human_pairs = self.people(stage)
-            make = LoopPairMaker.from_problem(
+            pair_maker = LoopPairMaker.from_problem(
                 self.problem,
                 self.models(lineage),
                 self.settings.loop_pairs,
@@ -179,7 +180,7 @@ class CircularLoop:
             # the bar counts the pairs of this rank; -(-a // b) divides and rounds up
             with self._bar(f"pairs for {stage}", -(-len(human_pairs) // self.ranks.world)) as bar:
                 pairs_folder, statistics = make_in_chunks(
-                    folder, make, human_pairs, ranks=self.ranks, on_pair=bar.update
+                    folder, pair_maker, human_pairs, ranks=self.ranks, on_pair=bar.update
                 )
             return [pairs_folder], statistics
 
@@ -255,8 +256,8 @@ class CircularLoop:
             load_pairs: function that returns the pairs and a report of their selection.
             description: description of the training for messages.
         """
-        conditioned = self.stage(stage)
-        config = config.for_stage(conditioned.stage, self.settings.seed)
+        conditioned_stage = self.stage(stage)
+        config = config.for_stage(conditioned_stage.stage, self.settings.seed)
         # without a chooser there is no win rate, and the last update is kept
         choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
@@ -284,7 +285,7 @@ class CircularLoop:
             if choosing is not None:
                 held_out = choosing.held_out(self.problem, stage, other_models, dict(models), self.ranks)
             stage_result = train_stage(
-                conditioned.with_model(models.get(stage)),
+                conditioned_stage.with_model(models.get(stage)),
                 pairs,
                 config,
                 folder / "training",
@@ -295,12 +296,12 @@ class CircularLoop:
                 say=self.say,
             )
             # last line with metrics of updates, since lines of evaluations have none
-            last_line = next((line for line in reversed(stage_result.stats) if line.get("pairs")), None)
+            last_stats_line = next((line for line in reversed(stage_result.stats) if line.get("pairs")), None)
             return [stage_result.weights], {
                 "weights": stage_result.weights.relative_to(folder).as_posix(),
                 **stage_result.record(),
                 "held_out_accuracies": stage_result.values_of(ACCURACY),
-                "last": last_line,  # shows the margins at the end of the training
+                "last": last_stats_line,  # shows the margins at the end of the training
                 "pairs": len(pairs),
                 "weighing": report,
             }
@@ -309,15 +310,16 @@ class CircularLoop:
             f"{stage}-{pair_source['source']}", inputs, maker, f"stage {stage!r}, {description}"
         )
 
-    def _bar(self, title: str, total: int) -> tqdm:
-        """Create a progress bar, which prints nothing unless `bars` is set."""
-        return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
+    def _bar(self, title: str, item_count: int) -> tqdm:
+        """Create a progress bar of `item_count` items, which prints nothing unless `bars` is set."""
+        return tqdm(total=item_count, desc=title, dynamic_ncols=True, disable=not self.bars)
 
     def evaluate(self, lineage: Lineage, evaluation_settings: Evaluation) -> Artefact:
-        """Score assets of the held-out prompts by every evaluator. The record of the artefact holds the
-        scores.
+        """Score samples of the held-out prompts by every evaluator, and return an artefact with the scores.
 
-        Args: lineage: lineage of the networks; evaluation_settings: settings of the samples.
+        Args:
+            lineage: lineage of the networks.
+            evaluation_settings: number and noises of the samples.
         """
         # the keys and values have the spelling of version 0.1, since they are part of the hash
         inputs = {
@@ -345,7 +347,7 @@ class CircularLoop:
 def check(problem: Problem) -> None:
     """Raise ValueError if the loop cannot be run on a problem.
 
-    It needs a pipeline of at least two stages and a reward of finished assets.
+    The loop needs a pipeline of at least two stages and a reward of finished assets.
     """
     stages = [stage.name for stage in problem.pipeline.stages]
     # the loop passes preferences from a stage to the previous one
@@ -370,8 +372,10 @@ def run_loop(
     If all pairs of a stage are dropped, the loop ends. In the first round, the stages tuned so far are then
     the result. In a later round, the networks of the previous round are the result.
 
-    Args: loop: steps of the run; on_step: function that is called with the description of each finished step.
-    Returns: the lineage with the trainings of every stage; and a description of each step as JSON.
+    Args:
+        loop: steps of the run.
+        on_step: function that is called with the description of each finished step, as JSON.
+    Returns: the lineage with the trainings of every tuned stage; and the descriptions of all steps.
     """
     stages = loop.names
     lineage: dict[str, tuple[Artefact, ...]] = {}
@@ -400,15 +404,15 @@ def run_loop(
 
     for round_number in range(1, loop.settings.rounds + 1):
         previous_lineage = dict(lineage)  # networks that this round starts from, and its reference
-        this_round = loop.of_round(round_number)
+        round_loop = loop.of_round(round_number)
         training = done(
-            round_number, "people", stages[-1], this_round.from_people(stages[-1], previous_lineage)
+            round_number, "people", stages[-1], round_loop.from_people(stages[-1], previous_lineage)
         )
         lineage[stages[-1]] = (*previous_lineage.get(stages[-1], ()), training)
         try:
             for stage in reversed(stages[:-1]):
-                pairs = done(round_number, "pairs", stage, this_round.pairs(stage, lineage, previous_lineage))
-                training = done(round_number, "loop", stage, this_round.from_loop(stage, pairs, lineage))
+                pairs = done(round_number, "pairs", stage, round_loop.pairs(stage, lineage, previous_lineage))
+                training = done(round_number, "loop", stage, round_loop.from_loop(stage, pairs, lineage))
                 lineage[stage] = (*previous_lineage.get(stage, ()), training)
         except NoPairsError as error:
             if round_number == 1:
@@ -434,11 +438,11 @@ def weights_of(training: Artefact) -> Path:
 def network_weights(
     loop: CircularLoop, stage: str, trainings: Sequence[Artefact], network_folder: Path
 ) -> Path:
-    """Return the folder of a stage's weights.
+    """Return the folder of a stage's weights, which apply to the untuned network.
 
-    After one round it is the folder of the training. After several rounds, all parameters of the network are
-    written to `network_folder`, which is returned. The weights of the last training would not be enough,
-    since they apply to the network of the previous round.
+    After one round, the folder of the training is returned. After several rounds, all parameters of the
+    network are written to `network_folder`, which is returned. The weights of the last training would not be
+    enough, since they apply to the network of the previous round.
 
     Args:
         loop: steps of the run.

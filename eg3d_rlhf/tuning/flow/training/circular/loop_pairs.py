@@ -68,7 +68,7 @@ def next_stage(stages: Sequence[str], stage: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPairMaker:
-    """Maker of new pairs of a stage from people's pairs."""
+    """Callable that makes new pairs of a stage from human pairs."""
 
     pipeline: Pipeline
     reward: AssetReward  # reward of finished assets
@@ -101,8 +101,7 @@ class LoopPairMaker:
             config: settings of how pairs are made.
             seed: seed of the noises.
             stage: name of the stage to be trained.
-            reference_models: reference networks by stage.
-            None: the pipeline's own networks.
+            reference_models: reference networks by stage; None: the pipeline's own networks.
         """
         # `check` has rejected problems without a reward
         assert problem.reward is not None
@@ -119,7 +118,7 @@ class LoopPairMaker:
     def __call__(
         self, pairs: Sequence[PreferencePair], on_pair: Callable[[int], None] | None = None
     ) -> list[PreferencePair]:
-        """Make the new pairs.
+        """Make new pairs of the stage, `config.per_pair` from each human pair.
 
         Args:
             pairs: human pairs of the stage.
@@ -184,7 +183,7 @@ class LoopPairMaker:
             all_rewards = torch.cat(rewards_by_network)
             raise ValueError(
                 f"loop pairs: {int((~all_rewards.isfinite()).sum())} of {len(all_rewards)} rewards are NaN or"
-                " infinite. Check the program of the reward."
+                " infinite. Correct the reward, so that all its results are finite."
             )
         new_pairs = [
             PreferencePair(
@@ -194,15 +193,15 @@ class LoopPairMaker:
                 preferred=tuned_latent,
                 rejected=reference_latent,
                 source="loop",
-                reward_preferred=float(rewards_by_network[0][index]),
-                reward_rejected=float(rewards_by_network[1][index]),
+                reward_preferred=float(rewards_by_network[0][sample_index]),
+                reward_rejected=float(rewards_by_network[1][sample_index]),
                 provenance={
                     "human_pair": pair.id,
-                    "noise_seed": seeds[index],
+                    "noise_seed": seeds[sample_index],
                     "sampled_stage": sampled_stage,
                 },
             )
-            for index, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
+            for sample_index, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
                 zip(sample_inputs, *latents_by_network, strict=True)
             )
         ]
@@ -213,7 +212,7 @@ class LoopPairMaker:
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
-    """Return the pairs with the preferred sample that `roles` asks for.
+    """Return the pairs, inverted if `roles` requires it.
 
     With "tuned", as in the paper, the tuned network's sample is preferred, and pairs are returned unchanged.
     With "reward", pairs whose rejected sample has the higher reward are inverted.
@@ -235,43 +234,43 @@ def invert_pair(pair: PreferencePair) -> PreferencePair:
 
 def make_in_chunks(
     folder: Path,
-    make: LoopPairMaker,
-    human: Sequence[PreferencePair],
+    pair_maker: LoopPairMaker,
+    human_pairs: Sequence[PreferencePair],
     *,
     ranks: Ranks = SINGLE,
     on_pair: Callable[[int], None] | None = None,
 ) -> tuple[Path, Mapping]:
-    """Make new pairs from all human pairs, and write them to folder/pairs.
+    """Make new pairs from all human pairs, and write the new pairs to folder/pairs.
 
-    The ranks make chunks of pairs alternately. A finished chunk stays on the disk until all chunks are
-    finished, so that an interrupted call can be resumed.
+    The chunks of pairs are distributed over the ranks. A finished chunk stays on the disk until all chunks
+    are finished, so that an interrupted call can be resumed.
 
     Args:
         folder: folder for the result and the chunks.
-        make: maker of the pairs.
-        human: all human pairs of the stage.
+        pair_maker: maker of the pairs.
+        human_pairs: all human pairs of the stage.
         ranks: this process among the processes that work together.
         on_pair: function that is called with the number of human pairs that were just done.
 
     Returns: the path folder/pairs; and statistics of the pairs (see summarise_pairs), which are empty on all
         ranks but 0.
     """
-    chunk_starts = range(0, len(human), make.config.chunk)
+    chunk_starts = range(0, len(human_pairs), pair_maker.config.chunk)
     chunks_folder = folder / "chunks"
     # this rank makes every world-th chunk
     for chunk_number, chunk_start in list(enumerate(chunk_starts))[ranks.rank :: ranks.world]:
-        chunk_pairs = human[chunk_start : chunk_start + make.config.chunk]
+        chunk_pairs = human_pairs[chunk_start : chunk_start + pair_maker.config.chunk]
         chunk_folder = chunks_folder / f"{chunk_number:05d}"
         # finished before an interruption; the progress bar counts its pairs, too
         if chunk_folder.exists():
             if on_pair:
                 on_pair(len(chunk_pairs))
             continue
-        new_pairs = make(chunk_pairs, on_pair)
+        new_pairs = pair_maker(chunk_pairs, on_pair)
         # an interrupted call may have left an incomplete folder of this chunk
         unfinished_folder = chunk_folder.with_suffix(".part")
         shutil.rmtree(unfinished_folder, ignore_errors=True)
-        write_pairs(unfinished_folder, new_pairs, {"seed": make.seed, "chunk": chunk_number})
+        write_pairs(unfinished_folder, new_pairs, {"seed": pair_maker.seed, "chunk": chunk_number})
         # renaming is atomic, so a folder of the final name is always complete
         os.replace(unfinished_folder, chunk_folder)
     ranks.barrier()
@@ -281,9 +280,14 @@ def make_in_chunks(
     pairs: list[PreferencePair] = []
     for chunk_number in range(len(chunk_starts)):
         # read_pairs returns (pairs, description)
-        pairs += read_pairs(chunks_folder / f"{chunk_number:05d}", make.stage)[0]
+        pairs += read_pairs(chunks_folder / f"{chunk_number:05d}", pair_maker.stage)[0]
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    pairs_meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
+    pairs_meta = {
+        "seed": pair_maker.seed,
+        "stage": pair_maker.stage,
+        "source": "loop",
+        "config": asdict(pair_maker.config),
+    }
     write_pairs(folder / "pairs", pairs, pairs_meta)
     shutil.rmtree(chunks_folder)
     return folder / "pairs", summarise_pairs(pairs)
@@ -318,11 +322,10 @@ EQUAL = 1e-5
 
 
 def win_shares(rewards: torch.Tensor) -> torch.Tensor:
-    """Compute P of each of n candidates from their rewards, [n] -> [n] float64 (Circular-DPO, equations
-    10-14).
+    """Compute the share of all comparisons that each of n candidates wins by its reward, [n] -> [n] float64.
 
-    P is the share of all comparisons that a candidate wins, so the result sums to 1. If two candidates
-    have equal rewards, each wins half a comparison.
+    The shares sum to 1 (P in Circular-DPO, equations 10-14). If two candidates have equal rewards, each wins
+    half a comparison.
 
     >>> win_shares(torch.tensor([3.0, 1.0, 2.0]))
     tensor([0.6667, 0.0000, 0.3333], dtype=torch.float64)
@@ -334,23 +337,25 @@ def win_shares(rewards: torch.Tensor) -> torch.Tensor:
     return 2 * (wins.sum(1) - 0.5) / (n * (n - 1))  # - 0.5: without the half win against itself
 
 
-def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Compute w1 of P pairs among the candidates of one prompt, [P] float64.
+def w1(
+    rewards: torch.Tensor, preferred_indices: torch.Tensor, rejected_indices: torch.Tensor
+) -> torch.Tensor:
+    """Compute w1 = G_preferred - G_rejected of P pairs of one prompt, [P] float64.
 
     Args:
         rewards: rewards of all n candidates of the prompt, [n].
-        preferred: index of the preferred candidate of each pair, [P] int64.
-        rejected: index of the rejected candidate of each pair, [P] int64.
+        preferred_indices: index of the preferred candidate of each pair, [P] int64.
+        rejected_indices: index of the rejected candidate of each pair, [P] int64.
     """
     # G = 2^P - 1 of every candidate, [n]
     gains = torch.exp2(win_shares(rewards)) - 1
-    return gains[preferred] - gains[rejected]
+    return gains[preferred_indices] - gains[rejected_indices]
 
 
 def w2(gaps: torch.Tensor) -> torch.Tensor:
     """Compute w2 from the reward gaps of the selected pairs, [P] -> [P] float64.
 
-    It is the sigmoid of the gap, divided by the mean of all these sigmoids.
+    w2 is the sigmoid of the gap, divided by the mean of the sigmoids of all gaps.
     """
     weights = torch.sigmoid(gaps.double())
     # mean 1, so that weighting does not change the size of the loss
@@ -358,28 +363,28 @@ def w2(gaps: torch.Tensor) -> torch.Tensor:
 
 
 def same_structure(pair: PreferencePair) -> bool:
-    """Return True if the two latents of a pair are equal up to rounding, so that it has no gradient.
+    """Return True if the two latents of a pair are equal up to rounding; such a pair has no gradient.
 
-    If the entry "same_structure" of `provenance` is there, its value is returned without a comparison.
+    If the pair's `provenance` has the key "same_structure", its value is returned without a comparison.
     """
     if pair.provenance.get(SAME) is not None:
         return bool(pair.provenance[SAME])
     # both latents have the same form
-    preferred = pair.preferred
-    rejected = pair.rejected
-    if isinstance(preferred, SparseSample) and isinstance(rejected, SparseSample):
-        if len(preferred.coords) != len(rejected.coords):
+    preferred_latent = pair.preferred
+    rejected_latent = pair.rejected
+    if isinstance(preferred_latent, SparseSample) and isinstance(rejected_latent, SparseSample):
+        if len(preferred_latent.coords) != len(rejected_latent.coords):
             return False
         # the order of voxels has no meaning, so the voxels of both are sorted by their index in the grid
-        preferred_order = torch.argsort(preferred.places)
-        rejected_order = torch.argsort(rejected.places)
-        if not torch.equal(preferred.coords[preferred_order], rejected.coords[rejected_order]):
+        preferred_order = torch.argsort(preferred_latent.places)
+        rejected_order = torch.argsort(rejected_latent.places)
+        if not torch.equal(preferred_latent.coords[preferred_order], rejected_latent.coords[rejected_order]):
             return False
-        preferred_feats = preferred.feats[preferred_order]
-        rejected_feats = rejected.feats[rejected_order]
+        preferred_feats = preferred_latent.feats[preferred_order]
+        rejected_feats = rejected_latent.feats[rejected_order]
     else:
-        preferred_feats = feats_of(preferred)
-        rejected_feats = feats_of(rejected)
+        preferred_feats = feats_of(preferred_latent)
+        rejected_feats = feats_of(rejected_latent)
     return bool((preferred_feats - rejected_feats).abs().max() <= EQUAL * preferred_feats.abs().max())
 
 
@@ -404,8 +409,8 @@ def weigh(
     all_scored = bool(pairs) and unscored_pair is None
     if (use_w1 or use_w2) and unscored_pair is not None:
         raise ValueError(
-            f"weigh: the pair {unscored_pair.id} has no rewards of its two samples, but w1 and w2 need them."
-            " Score the assets first."
+            f"weigh: the pair {unscored_pair.id} has no finite rewards of its two samples, but w1 and w2 need"
+            " them. Score the assets of all pairs, or pass use_w1=False and use_w2=False."
         )
     w1_by_id: dict[str, float] = {}  # id -> w1
     # all pairs are candidates, also pairs whose latents have the same structure
@@ -450,7 +455,7 @@ def _summary(values: Sequence[float]) -> dict[str, float] | None:
 
 
 class NoPairsError(ValueError):
-    """Error of a loop in which all pairs of a stage were dropped, so that it cannot be trained."""
+    """Error of a loop in which all pairs of a stage were dropped, so that the stage cannot be trained."""
 
 
 def select_and_weigh(
@@ -477,9 +482,9 @@ def select_and_weigh(
 def used(
     pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Sequence[PreferencePair]
 ) -> list[PreferencePair]:
-    """Return the pairs that a control trains on in place of the loop's selected pairs.
+    """Return the pairs to train on: the loop's selected pairs, or those of a control that replaces them.
 
-    For the uses that change only the loss, the pairs are returned unchanged.
+    For the uses that change only the loss, the selected pairs are returned unchanged.
 
     Args:
         pairs: selected pairs of the loop.

@@ -63,10 +63,11 @@ class Weighing(Knobs):
 
 
 def with_regulariser(config: TrainConfig) -> TrainConfig:
-    """Return the same training with the loop's regularisation.
+    """Return the settings of a training with the loop's regularisation added.
 
     The weight of the rejected sample is 0.5, half of the preferred sample's own error is added to the loss,
-    and beta is multiplied by 4. The options `--loop-*` set other values.
+    and beta is multiplied by 4. The settings loop_loser_weight, loop_sft_weight and loop_beta (--set) replace
+    these values.
     """
     # the loop's pairs are separated so soon that plain DPO raises the errors of both samples
     dpo = replace(config.dpo, loser_weight=0.5, sft_weight=0.5, beta=4 * config.dpo.beta)
@@ -74,7 +75,7 @@ def with_regulariser(config: TrainConfig) -> TrainConfig:
 
 
 def with_fine_tuning_loss(config: TrainConfig) -> TrainConfig:
-    """Return the same training with plain flow matching on the preferred samples as its loss."""
+    """Return the settings of a training with the loss replaced: flow matching on the preferred samples."""
     return replace(config, dpo=DpoConfig(kind="sft", condition_dropout=config.dpo.condition_dropout))
 
 
@@ -160,16 +161,16 @@ def parse_groups(group_list: str) -> list[str]:
     # the base is always included, since all groups are compared with it
     group_names: set[str] = {"i"}
     for group_text in group_list.replace(" ", "").split(","):
-        start, separator, end = group_text.partition("..")
-        bounds = [start, end if separator else start]
+        range_start, separator, range_end = group_text.partition("..")
+        bounds = [range_start, range_end if separator else range_start]
         if group_text in ARMS:
             group_names.add(group_text)
             continue
         if not all(bound in GROUPS for bound in bounds) or bounds[0] > bounds[1]:
-            arms = ", ".join(ARMS)
+            arm_names = ", ".join(ARMS)
             raise ValueError(
-                f"groups: {group_text!r} in {group_list!r} is not a group. Write letters from a to i, such as"
-                f" a,b,d or a..i, or arms among {arms}."
+                f"--ablate: {group_text!r} in {group_list!r} is not a group. Write letters from a to i, such"
+                f" as a,b,d or a..i, or arms among {arm_names}."
             )
         group_names.update(letter for letter in GROUPS if bounds[0] <= letter <= bounds[1])
     return [group_name for group_name in ALL if group_name in group_names]
@@ -192,15 +193,15 @@ class AblationPlan:
         """
         groups = [ALL[letter] for letter in self.groups]
         # the loop starts from the last stage trained on people's pairs
-        looping = any(group.first == LOOP for group in groups)
+        has_loop = any(group.first == LOOP for group in groups)
         tasks: dict[str, list[str]] = {}
         # trainings that groups share; PEOPLE/last comes first, since the loop's pairs wait for it
-        for stages in ("last", "first"):  # the two fields of Group
+        for stage_position in ("last", "first"):  # the two fields of Group
             for data_name in (PEOPLE, SUPERVISED):
-                if not any(getattr(group, stages) == data_name for group in groups):
+                if not any(getattr(group, stage_position) == data_name for group in groups):
                     continue
-                tasks |= {f"{seed}/{data_name}/{stages}": [] for seed in self.seeds}
-                if (data_name, stages) == (PEOPLE, "last") and looping:
+                tasks |= {f"{seed}/{data_name}/{stage_position}": [] for seed in self.seeds}
+                if (data_name, stage_position) == (PEOPLE, "last") and has_loop:
                     # the pairs are made from samples of the tuned last stage
                     tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
         for letter in self.groups:
@@ -208,14 +209,14 @@ class AblationPlan:
             # "i" is the base, which has no training, so its scores are the same for all seeds
             seeds = self.seeds if letter != "i" else self.seeds[:1]
             for seed in seeds:
-                needs = []
+                needed_tasks = []
                 if group.last != BASE:
-                    needs.append(f"{seed}/{group.last}/last")
+                    needed_tasks.append(f"{seed}/{group.last}/last")
                 if group.first == LOOP:
-                    needs.append(f"{seed}/pairs")
+                    needed_tasks.append(f"{seed}/pairs")
                 elif group.first != BASE:
-                    needs.append(f"{seed}/{group.first}/first")
-                tasks[f"{seed}/{letter}"] = needs
+                    needed_tasks.append(f"{seed}/{group.first}/first")
+                tasks[f"{seed}/{letter}"] = needed_tasks
         return tasks
 
 

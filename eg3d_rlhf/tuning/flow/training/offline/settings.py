@@ -76,9 +76,7 @@ class SinglesConfig(PassConfig):
 
     @property
     def distance(self) -> float:
-        """Return the weight of the squared distance, which is --kl if it is given, else the loss's
-        default.
-        """
+        """Return the weight of the squared distance: --kl if it is given, otherwise the loss's default."""
         # 0 is a value of its own, so `or` would be wrong here
         return self.kl if self.kl is not None else {NFT: 0.03, DGPO: 0.01}[self.loss]
 

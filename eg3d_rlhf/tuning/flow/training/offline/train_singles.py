@@ -4,10 +4,10 @@ The loss is that of DiffusionNFT (Zheng et al. 2025) for each asset by itself, o
 2025) for the assets of a prompt. losses.py has the equations.
 
 The untuned network is the reference, and it also serves as the sampling network v_old of the losses, although
-other networks may have generated the assets. It never follows the policy, since training then diverges on a
-finite set of assets (losses.nft_loss). Times are sampled by the stage's own schedule, but not below
-MIN_TIME, where errors hardly depend on the asset. Guidance is not used. The folder of a run, checkpoints
-and resuming are described in trainer.py.
+other networks may have generated the assets. The sampling network never follows the policy, since training
+then diverges on a finite set of assets (losses.nft_loss). Times are sampled by the stage's own schedule, but
+not below MIN_TIME, where errors hardly depend on the asset. Guidance is not used. The folder of a run,
+checkpoints and resuming are described in trainer.py.
 
 In the formulas below, v is the velocity of the policy, v_ref that of the reference, u the target velocity,
 and m the mean over the elements of a sample.
@@ -59,7 +59,7 @@ class SingleDraw:
 
 
 def draw_singles(
-    conditioned: ConditionedStage,
+    conditioned_stage: ConditionedStage,
     singles: Sequence[Single],
     asset_names: Sequence[str],
     seed: int,
@@ -72,14 +72,14 @@ def draw_singles(
     same in every batch and on every device.
 
     Args:
-        conditioned: stage of the assets.
+        conditioned_stage: stage of the assets.
         singles: the N assets.
         asset_names: name of each asset, [N]; assets with the same name share their time and noise.
         seed: seed of the times and noises.
         epoch: number of the pass over the data.
         device: device of the result.
     """
-    stage = conditioned.stage
+    stage = conditioned_stage.stage
     latents = [asset.latent for asset in singles]
     x_0 = collate(latents).to(device)
     seeds = [derive_seed(seed, name, epoch, "noise") for name in asset_names]
@@ -90,7 +90,7 @@ def draw_singles(
     ]
     # one time for each asset, [N]
     t = torch.cat(asset_times).clamp(min=MIN_TIME).to(device)
-    cond = to_device(conditioned.conditioning([asset.condition for asset in singles]), device)
+    cond = to_device(conditioned_stage.conditioning([asset.condition for asset in singles]), device)
     return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
 
 
@@ -120,7 +120,7 @@ class Velocities:
 
     @property
     def distance(self) -> torch.Tensor:
-        """Compute m((v - v_ref)^2), [N]. Differentiable in: the policy's parameters."""
+        """Compute the squared distance m((v - v_ref)^2), [N]. Differentiable in: the policy's parameters."""
         return self.path.apart(self.v, self.ref)
 
     def nft(self, r: torch.Tensor, trust: float) -> torch.Tensor:
@@ -185,16 +185,22 @@ class LabelPasses(Passes[Example]):
             dropout_seed: seed of torch's global generator in the pass.
         """
         # the random numbers of times and noises come from generators of their own
-        draw = draw_singles(self.conditioned, singles, asset_names, self.config.seed, epoch, self.device)
+        draw = draw_singles(
+            self.conditioned_stage, singles, asset_names, self.config.seed, epoch, self.device
+        )
         # after sampling, which must not depend on how many random numbers the dropout takes
         torch.manual_seed(dropout_seed)
         assert self.reference is not None  # both losses need it
         return Velocities(self.stage, draw, self.policy, self.reference)
 
     def back(self, losses: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-        """Compute and add the gradients of losses, and return the sums of the pass, [sums].
+        """Run the backward pass of the losses' sum, and return the sums of the pass, [2 + 5].
 
-        Args: losses: loss of each example; totals: result of Velocities.totals.
+        The sums are the number of examples, the loss, and `totals`.
+
+        Args:
+            losses: loss of each example, [number of examples].
+            totals: result of Velocities.totals, [5].
         """
         # the sum and not the mean, since `descend` divides by the number of examples of the whole batch
         losses.sum().backward()
@@ -207,9 +213,9 @@ class LabelPasses(Passes[Example]):
     ) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
-        Among them are distance, the mean squared distance from the reference; drift, the distance divided by
-        the reference's own squared error; and agreement, the share of the labels that are not neutral with
-        which the policy agrees (see Velocities.totals).
+        The metric "distance" is the mean squared distance from the reference. "drift" is this distance
+        divided by the reference's own squared error. "agreement" is the share of labels with which the policy
+        agrees, among the labels that are not neutral (see Velocities.totals).
         """
         _, loss, grad_norm, sample_count, distance, ref_error, decided_count, agreement_count = self.descend(
             step, totals, f"{len(batch_items)} {self.what}"
@@ -227,12 +233,12 @@ class LabelPasses(Passes[Example]):
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         signs = win_rate_signs(win_rates(lines), CALM)
         # evaluations write lines without the metrics of updates
-        last_line = next((line for line in reversed(lines) if "drift" in line), None)
-        if last_line is not None and last_line["drift"] > FAR:
+        last_stats_line = next((line for line in reversed(lines) if "drift" in line), None)
+        if last_stats_line is not None and last_stats_line["drift"] > FAR:
             signs["far"] = (
-                f"step {last_line['step']}: the squared distance from the untuned network's velocities is"
-                f" {last_line['drift']:.2f} times that network's squared error, so the network moves away"
-                f" from the labelled assets. {CALM}"
+                f"step {last_stats_line['step']}: the squared distance from the untuned network's velocities"
+                f" is {last_stats_line['drift']:.2f} times that network's squared error, so the network moves"
+                f" away from the labelled assets. {CALM}"
             )
         return signs
 
@@ -299,7 +305,7 @@ class GroupUpdates(LabelPasses[Ranked]):
 
 
 def train_singles(
-    conditioned: ConditionedStage,
+    conditioned_stage: ConditionedStage,
     singles: Sequence[Single],
     config: SinglesConfig,
     out: Path,
@@ -307,11 +313,10 @@ def train_singles(
     ranks: Ranks = SINGLE,
     **common: Any,
 ) -> StageResult:
-    """Train a copy of a stage's network on single assets. The stage's own network is unchanged, and is the
-    reference.
+    """Train a copy of a stage's network on single assets. The stage's own network is the reference.
 
     Args:
-        conditioned: stage whose network is copied and trained.
+        conditioned_stage: stage whose network is copied and trained.
         singles: labelled assets of that stage.
         config: settings of the training.
         out: folder of the run.
@@ -321,16 +326,16 @@ def train_singles(
     Raises: ValueError, before anything is written, for assets that cannot be trained on; further errors as in
         train_stage.
     """
-    stage = conditioned.stage
-    check_singles(conditioned, singles, config.loss)
+    stage = conditioned_stage.stage
+    check_singles(conditioned_stage, singles, config.loss)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> LabelPasses:
         common = (config, policy, reference, run.ranks)
         if config.loss == NFT:
-            return SingleUpdates(conditioned, singles, *common)
+            return SingleUpdates(conditioned_stage, singles, *common)
         # a group with equal labels has advantages of 0, and would only make the batch effectively smaller
         groups = [group for group in by_condition(singles).values() if len({asset.r for asset in group}) > 1]
-        return GroupUpdates(conditioned, groups, *common)
+        return GroupUpdates(conditioned_stage, groups, *common)
 
     latents = {asset.id: asset.latent for asset in singles}
     label_rows = [[asset.id, asset.condition, asset.r] for asset in singles]
@@ -341,15 +346,15 @@ def train_singles(
     return train(stage, config, training_inputs, start, Path(out), ranks=ranks, shards=True, **common)
 
 
-def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss: str = NFT) -> None:
+def check_singles(conditioned_stage: ConditionedStage, singles: Sequence[Single], loss: str = NFT) -> None:
     """Raise ValueError for assets that cannot be trained on, or for labels that do not distinguish assets.
 
     Args:
-        conditioned: stage that is trained.
+        conditioned_stage: stage that is trained.
         singles: labelled assets.
         loss: name of the loss; DGPO also needs several labels for one prompt.
     """
-    stage = conditioned.stage
+    stage = conditioned_stage.stage
     caller = f"train_singles({stage.name})"
     if not singles:
         raise ValueError(
@@ -378,7 +383,7 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     if all(abs(asset.r - 0.5) <= EVEN for asset in singles):
         raise ValueError(
             f"{caller}: all {len(singles)} labels are neutral (r = 1/2), so there is nothing to learn. Label"
-            " more assets, or use finer steps of labels."
+            " more assets, so that at least one label is not neutral."
         )
     # DGPO compares only assets of one prompt
     if loss == DGPO and all(
@@ -391,7 +396,7 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     device = next(stage.model.parameters()).device
     # a few assets are enough: the convention of time is a property of the network
     sample_assets = singles[:8]
-    cond = to_device(conditioned.conditioning([asset.condition for asset in sample_assets]), device)
+    cond = to_device(conditioned_stage.conditioning([asset.condition for asset in sample_assets]), device)
     check_convention(stage, collate([asset.latent for asset in sample_assets]).to(device), cond)
 
 
@@ -436,11 +441,13 @@ class OfflineBench(Bench):
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         # the same loss settings for an arm and its controls; only the labels differ
-        conditioned = ConditionedStage(self.stage, self.problem.pipeline)
+        conditioned_stage = ConditionedStage(self.stage, self.problem.pipeline)
         answers = self.answers(arm)
         if arm.startswith(DPO):
-            return train_stage(conditioned, answers, self.dpo, out, **options)
-        return train_singles(conditioned, answers, self.singles, out, **options)
+            return train_stage(conditioned_stage, answers, self.dpo, out, **options)
+        return train_singles(conditioned_stage, answers, self.singles, out, **options)
 
-    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(
+        self, arm: str, stage_result: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks
+    ) -> dict:
         return {"answers": len(self.answers(arm))}

@@ -20,7 +20,7 @@ OVER = ("group", "batch", "raw", "none")  # names of the divisors, see Scale
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Settings of the divisor of centred rewards. The defaults are those of Flow-GRPO.
+    """Settings of the divisor that normalises centred rewards. The defaults are those of Flow-GRPO.
 
     The field `over` names the divisor:
         group    the standard deviation of the rewards of each group
@@ -128,7 +128,7 @@ def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
     differences = rewards[:, :, None] - rewards[:, None]  # [G, K, K]
     ties = (differences == 0).double().sum(2) - 1  # minus the tie with itself
     quantile_level = ((differences > 0).double().sum(2) + ties / 2 + 0.5) / rewards.shape[1]
-    # share is in 1 / (2 K)..1 - 1 / (2 K), so that all quantiles are finite
+    # quantile_level is in 1 / (2 K)..1 - 1 / (2 K), so that all quantiles are finite
     scores = torch.special.ndtri(quantile_level)
     return (scores - scores.mean(1, keepdim=True)).float()
 
@@ -147,12 +147,13 @@ def apply_control(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torc
     if use == "inverted":
         return -rewards
     if use == "randomised":
-        # one permutation a group for all rewards: several rewards of a sample stay together
+        # one permutation a group for all rewards: several rewards of a sample stay together; the stream has
+        # the name of version 0.1, so that a seed gives the same permutations as there
         generators = [torch.Generator().manual_seed(derive_seed("shuffled", seed)) for seed in seeds]
-        order = torch.stack(
+        permutations = torch.stack(
             [torch.randperm(rewards.shape[-1], generator=generator) for generator in generators]
         )
-        return rewards.gather(-1, order.expand(rewards.shape))
+        return rewards.gather(-1, permutations.expand(rewards.shape))
     return rewards
 
 

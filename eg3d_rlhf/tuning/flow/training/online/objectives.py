@@ -61,9 +61,7 @@ class OnSteps:
         self.path = explorer.task.stage.path
 
     def steps_of(self, step: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Return the indices of the sampler's steps that have noise in an update, and of the steps trained
-        on.
-        """
+        """Return the indices of the sampler's steps of an update: those with noise, and those trained on."""
         config = self.config
         # the last step has no noise, and so no density
         noisy_count = len(self.explorer.steps) - 1
@@ -95,8 +93,9 @@ class OnSteps:
     def totals_of(self, sampled_passes: Sequence[Drawn]) -> Totals:
         """Sum metrics over the moves of all samples, by name.
 
-        move_count: number of moves; kl: divergence from the reference; drift: m((v - v_ref)^2); missing:
-        m((u - v_ref)^2), with u the velocity that leads straight to the finished sample.
+        moves: number of moves; kl: divergence from the reference; drift: m((v - v_ref)^2); missing:
+        m((u - v_ref)^2), with m the mean over the elements of a sample, and u the velocity that leads
+        straight to the finished sample.
         """
         move_sums = []
         for samples in sampled_passes:
@@ -121,7 +120,7 @@ class OnSteps:
         step: int,
         optimizer_step: int,
     ) -> Totals:
-        """Compute and add the gradients of the n samples of a pass, and return their sums.
+        """Compute and add the gradients of the n samples of a pass, and return the sums of their metrics.
 
         Args:
             samples: the samples.
@@ -140,22 +139,22 @@ class OnSteps:
             )
             log_p = log_density(move.next_x, mean, sampler_step.std)
             # elements of one sample: all samples of a batch are counted together
-            limit = config.choose_clip(feats_of(move.x).numel() / count(move.x), sampler_step.std)
+            clip_range = config.choose_clip(feats_of(move.x).numel() / count(move.x), sampler_step.std)
             ratio = torch.exp(log_p - move.log_p)  # 1 in the first pass, up to rounding
             # GRPO-Guard and Flow-DPPO also need the divergence of the step from the step of the sampling
             # policy
             if config.loss == "grpo":
-                loss = clipped_ratio_loss(ratio, advantage, limit)
+                loss = clipped_ratio_loss(ratio, advantage, clip_range)
             else:
                 step_divergence = divergence(mean, move.mean, sampler_step.std)
             if config.loss == "grpo-guard":
                 ratio = guarded_ratio(log_p, move.log_p, step_divergence, sampler_step.std)
-                loss = guard_loss(ratio, advantage, limit, sampler_step.length)
+                loss = guard_loss(ratio, advantage, clip_range, sampler_step.length)
             # computed for Flow-DPPO, too, so that its metrics can be compared with those of GRPO
-            clip_masks = outside_clip(ratio, advantage, limit)
+            clip_masks = outside_clip(ratio, advantage, clip_range)
             is_stopped = clip_masks.stopped
             if config.loss == "dppo":
-                is_stopped = dppo_dropped(ratio, step_divergence, advantage, limit)
+                is_stopped = dppo_dropped(ratio, step_divergence, advantage, clip_range)
                 loss = dppo_loss(ratio, advantage, is_stopped)
             # the distance from the untuned network, weighted by the gate where there is one
             if config.kl:
@@ -183,21 +182,21 @@ class OnLatents:
     Args:
         config: settings of the training.
         explorer: sampler of the policy and of the reference.
-        old: sampling network, which follows the policy.
+        sampling_network: network that generates the samples, a snapshot that follows the policy.
     """
 
     sums: Sequence[str] = ("mass", "loss", "kl", "moved", "lag", "old_missing", "missing", "stopped")
 
-    def __init__(self, config: OnlineConfig, explorer: Explorer, old: Snapshot):
+    def __init__(self, config: OnlineConfig, explorer: Explorer, sampling_network: Snapshot):
         self.config = config
         self.explorer = explorer
-        self.old = old
+        self.sampling_network = sampling_network
         self.stage = explorer.task.stage
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], step: int) -> list[Drawn]:
-        """Generate the groups of an update by the sampling network, in passes."""
+        """Generate the groups of an update by the sampling network, in passes; see OnSteps.draw."""
         # the explorer samples from the policy's module, which has the snapshot's parameters here
-        with self.old.active():
+        with self.sampling_network.active():
             return self.explorer.draw(prompts, seeds)
 
     def totals_of(self, sampled_passes: Sequence[Drawn]) -> Totals:
@@ -212,7 +211,7 @@ class OnLatents:
         step: int,
         optimizer_step: int,
     ) -> Totals:
-        """Compute and add the gradients of some samples, see OnSteps.add."""
+        """Compute and add the gradients of the n samples of a pass, see OnSteps.add."""
         totals = torch.zeros(len(self.sums), device=advantage.device)
         # several times and noises for each sample, since the error at a single one is noisy
         for k in range(self.config.draws):
@@ -240,7 +239,7 @@ class OnLatents:
             time_keys: list[tuple] = [("update", self.config.seed, step)] * len(noise_keys)
         else:
             groups_and_members = zip(samples.seeds, samples.members, strict=True)
-            noise_keys = [("sample", seed, number) for seed, number in groups_and_members]
+            noise_keys = [("sample", seed, member_index) for seed, member_index in groups_and_members]
             time_keys = list(noise_keys)
         generators = [
             torch.Generator().manual_seed(derive_seed("time", *seed_key, optimizer_step, draw_number))
@@ -263,8 +262,7 @@ class OnLatents:
         t: torch.Tensor,
         eps: Batch,
     ) -> torch.Tensor:
-        """Compute and add the gradients at one time t [n] and one noise for each sample, and return their
-        sums.
+        """Compute and add the gradients at one time and one noise for each sample; return the metrics' sums.
 
         Args:
             samples: the n samples.
@@ -280,7 +278,7 @@ class OnLatents:
         x_t = path.mix(samples.x_0, t, eps)
         u = path.velocity(samples.x_0, eps)  # target of flow matching
         # both frozen networks are computed first, while no activations of the policy take memory
-        old_v = single(self.old.velocity(stage, x_t, t, samples.cond))
+        old_v = single(self.sampling_network.velocity(stage, x_t, t, samples.cond))
         ref_v = single(self.explorer.reference.velocity(stage, x_t, t, samples.cond))
         with evaluating(policy):
             v = single(stage.velocity(x_t, t, samples.cond, policy))

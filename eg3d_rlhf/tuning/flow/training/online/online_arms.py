@@ -59,7 +59,7 @@ class OnlineBench(Bench):
     identity: Mapping  # JSON that identifies the problem and the rewards
 
     def config(self, arm: str) -> OnlineConfig:
-        """Return the settings of an arm. For the DPO arms they decide the number of samples."""
+        """Return the online settings of an arm. For a DPO arm, only their number of samples matters."""
         kind, use = split_arm(arm)
         return replace(self.losses.grpo_plain if kind == DPO else self.losses.for_arm(kind), use=use)
 
@@ -102,7 +102,9 @@ class OnlineBench(Bench):
             )
         return train_online(task, config, out, {"problem": dict(self.identity)}, **options)
 
-    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(
+        self, arm: str, stage_result: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks
+    ) -> dict:
         config = self.config(arm)
         held_out_prompts = list(self.problem.held_out_prompts)
         if split_arm(arm)[0] == DPO:
@@ -110,7 +112,7 @@ class OnlineBench(Bench):
             sample_count = config.steps * config.batch * config.group
         else:
             # a training may stop early, so the samples in its lines are counted
-            sample_count = sum(line.get("samples", 0) for line in done.stats)
+            sample_count = sum(line.get("samples", 0) for line in stage_result.stats)
         return {
             "samples": sample_count,
             "kl": drift(self.task, model, config, held_out_prompts, seed)
@@ -139,13 +141,17 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
     for step in range(config.steps):
         for group_number, (_, prompt) in enumerate(prompt_order.items(step)):
             groups.append((prompt, derive_seed("pairs", seed, step, group_number) % 2**31))
-    batch_groups = max(1, batch // K)  # number of groups that are generated at once
+    groups_per_batch = max(1, batch // K)  # number of groups that are generated at once
     pairs = []
     weights = torch.tensor(task.weights)[:, None]  # [R, 1]
     for i in tqdm(
-        range(0, len(groups), batch_groups), desc="samples for pairs", unit="batch", leave=False, disable=None
+        range(0, len(groups), groups_per_batch),
+        desc="samples for pairs",
+        unit="batch",
+        leave=False,
+        disable=None,
     ):
-        prompts, seeds = map(list, zip(*groups[i : i + batch_groups], strict=True))
+        prompts, seeds = map(list, zip(*groups[i : i + groups_per_batch], strict=True))
         # the voxels of a group are the same for its K samples, as in online tuning
         sample_voxels = [voxels for voxels in task.input_voxels(prompts, seeds, batch) for _ in range(K)]
         # prompt and seed of each of the n = G K samples
@@ -227,7 +233,7 @@ LATENT = "latent"
 
 
 def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> AssetReward:
-    """Return the reward of this name for a problem.
+    """Return the reward `name` for a problem.
 
     The name "own" gives the reward of the problem itself. The name "latent" trains a reward of the stage's
     latents, and the path of a .safetensors file reads such a reward. Other names are keys of REWARDS.
@@ -263,7 +269,7 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
 def heldout_scores(
     problem: Problem, trained_names: Collection[str], assets: Sequence, prompts: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Score N assets by the rewards that are not trained on. Return the scores by name, [N] each.
+    """Score N assets by the held-out rewards: name of a reward that is not trained on -> scores [N].
 
     Args:
         problem: problem with the rewards and evaluators.
@@ -286,7 +292,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
 
     Args:
         run: settings of the run.
-        opened: the problem, and no labels.
+        opened: the problem and None, since online runs have no labels.
         seed: training seed.
     """
     problem = opened[0]
@@ -307,7 +313,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     )
 
     def compute_weighted_reward(assets: Sequence, prompts: Sequence[str]) -> torch.Tensor:
-        """Compute the weighted sum of the trained rewards, which the table shows as the reward."""
+        """Compute the weighted sum of the trained rewards, [N]; it is the table's evaluator "reward"."""
         scores = [weights[name] * reward(assets, prompts) for name, reward in rewards.items()]
         return torch.stack(scores).sum(0)
 

@@ -41,7 +41,7 @@ Frozen = FrozenModel | Snapshot
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Task of online tuning: a stage, whose samples the later stages complete to assets, and rewards."""
+    """Task of online tuning: the stage to tune, the prompts, and the rewards of its samples."""
 
     pipeline: Pipeline
     stage: FlowStage
@@ -62,7 +62,7 @@ class Task:
         return voxels_for(self.pipeline, self.stage.name, prompts, seeds, self.others, batch)
 
     def assets(self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence:
-        """Complete N latents of the stage to N assets, by the later stages with these seeds.
+        """Complete N latents of the stage to N assets by the later stages and the decoder.
 
         Args:
             x_0: N latents of the stage.
@@ -80,7 +80,7 @@ class Task:
     def scores(
         self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Score N latents of the stage.
+        """Score N latents of the stage by all rewards; assets are decoded only if a reward needs them.
 
         Args:
             x_0: N latents of the stage.
@@ -109,7 +109,7 @@ class Task:
                 invalid_count = int((~reward_scores.isfinite()).sum())
                 raise ValueError(
                     f"reward {name}: {invalid_count} of {len(reward_scores)} scores are NaN or infinite."
-                    " Check the program of the reward."
+                    " Correct the reward, so that all its scores are finite."
                 )
         return _cpu(torch.stack(list(trained_scores.values()))), {
             name: _cpu(reward_scores) for name, reward_scores in heldout_scores.items()
@@ -123,7 +123,7 @@ def _cpu(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """Step of the sampler as it was sampled, for n samples, without gradient."""
+    """Record of one sampled step of the sampler, for n samples, without gradient."""
 
     step: Step
     x: Batch  # n samples before the step
@@ -138,7 +138,7 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """The n samples of one pass."""
+    """The n samples that are generated in one pass, with their inputs."""
 
     prompts: Sequence[str]  # [n], prompts
     seeds: Sequence[int]  # [n], seed of each sample's group
@@ -210,11 +210,11 @@ class Explorer:
 
             # the defaults bind the lists of this pass; a closure would read those of the last pass
             def noise(
-                move: int, group_seeds=group_seeds, member_indices=member_indices, voxels=voxels
+                noise_number: int, group_seeds=group_seeds, member_indices=member_indices, voxels=voxels
             ) -> Batch:
-                """Return the n noises number `move`: 0 for the start, i + 1 for step i of the sampler."""
+                """Return the noise of each of n samples: number 0 is the start, i + 1 belongs to step i."""
                 noise_seeds = [
-                    derive_seed("move", seed, k, move)
+                    derive_seed("move", seed, k, noise_number)
                     for seed, k in zip(group_seeds, member_indices, strict=True)
                 ]
                 return stage_noise(stage, noise_seeds, voxels).to(self.device)
@@ -251,12 +251,13 @@ class Explorer:
         """Generate samples step by step, and record the steps that are trained on.
 
         Args:
-            noise: function that returns standard normal noise. 0 gives the noise that sampling starts from,
-                and i + 1 the noise of step i.
+            noise: function from a number to standard normal noise of n samples. The number 0 gives the noise
+                that sampling starts from, and i + 1 the noise of step i.
             noisy_steps: indices of the steps that add noise.
             trained_steps: indices of the steps that are recorded.
             cond: conditioning, n rows.
             no_cond: empty conditioning, n rows; None without guidance.
+        Returns: the finished samples; and the recorded steps.
         """
         x = noise(0)
         moves = list[Move]()

@@ -165,13 +165,16 @@ class OnlineConfig(StageTraining):
     clip_range: float | None = _online(
         None,
         "Largest distance of the density ratio from 1 (the log density is averaged over a sample's elements)."
-        " For dppo it limits the divergence of a step, and for dgpo the ratio exp(e_old - e) of errors e.",
+        " For dppo it limits the divergence of a step. For dgpo it limits the ratio exp(e_old - e), with e"
+        " the error of the policy and e_old that of the sampling network.",
         above=0,
         shown="from the size of a sample",
     )
     # on finished samples
     curvature: float = _rare_online(
-        1.0, "nft: factor b. A larger value keeps the policy closer to the sampling network.", above=0
+        1.0,
+        "nft: factor b of the loss. A larger value keeps the policy closer to the sampling network.",
+        above=0,
     )
     plain: bool = _rare_online(
         False, "nft: do not divide the squared errors by their mean size.", name="unweighted"
@@ -202,7 +205,7 @@ class OnlineConfig(StageTraining):
         if self.lora is not None and self.lora.dropout:
             raise ValueError(
                 "OnlineConfig.lora: online tuning needs adapters without dropout, got a dropout of"
-                f" {self.lora.dropout}. Set the dropout of the adapters to 0."
+                f" {self.lora.dropout}. Set the dropout of the adapters to 0 (--set lora_dropout=0)."
             )
         if self.loss == "dgpo" and self.batch_gpu is not None and self.batch_gpu % self.group:
             raise ValueError(
@@ -217,11 +220,13 @@ class OnlineConfig(StageTraining):
         """Return True if the loss acts on the densities of the sampler's steps."""
         return self.loss in ON_STEPS
 
-    def choose_clip(self, elements: float, std: float = 1.0) -> float:
-        """Return the clip of this loss, which is `clip_range` if it is set.
+    def choose_clip(self, element_count: float, std: float = 1.0) -> float:
+        """Return the largest distance of the ratio from 1, or for dppo the largest divergence of a step.
+
+        This is `clip_range` if it is set, otherwise a default that depends on the loss.
 
         Args:
-            elements: number of elements of a sample.
+            element_count: number of elements of a sample.
             std: standard deviation of the sampler's step, which scales the exponent of GRPO-Guard.
         """
         if self.clip_range is not None:
@@ -230,7 +235,7 @@ class OnlineConfig(StageTraining):
         # that noise changes. The guard's exponent is multiplied by the step's std, so its clip is, too.
         fixed_clips = {"dppo": 1e-5, "dgpo": 1e-2}
         return fixed_clips.get(
-            self.loss, CLIP_SCALE / elements**0.5 * (std if self.loss == "grpo-guard" else 1.0)
+            self.loss, CLIP_SCALE / element_count**0.5 * (std if self.loss == "grpo-guard" else 1.0)
         )
 
     def sampling(self, stage: "FlowStage") -> "Sampling":
@@ -249,23 +254,23 @@ class OnlineConfig(StageTraining):
         if noisy_count < 1:
             raise ValueError(
                 f"--set sampler_steps: the loss {self.loss} needs at least 2 sampler steps, got"
-                f" {sampling.steps}. Use more steps."
+                f" {sampling.steps}. Set 2 or more steps."
             )
         if self.trained_steps is not None and self.trained_steps > noisy_count:
             raise ValueError(
-                f"--trained-steps: got {self.trained_steps} of {sampling.steps} sampler steps, but only"
+                f"--set trained_steps: got {self.trained_steps} of {sampling.steps} sampler steps, but only"
                 f" {noisy_count} steps have noise (all except the last). Use fewer trained steps, or more"
-                " sampler steps."
+                " sampler steps (--set sampler_steps)."
             )
         if self.window is not None:
             check_window(self.window, 0, self.find_window_end(sampling.steps), noisy_count)
         return sampling
 
-    def find_window_end(self, steps: int) -> int:
-        """Return the step at which windows end at the latest, exclusive, for a sampler of `steps` steps."""
+    def find_window_end(self, step_count: int) -> int:
+        """Return the end, exclusive, of the steps in which windows may lie, of `step_count` sampler steps."""
         # the first two fifths of the steps: noisy steps decide more of the shape
         assert self.window is not None
-        return self.window_end or max(self.window, math.ceil(0.4 * steps))
+        return self.window_end or max(self.window, math.ceil(0.4 * step_count))
 
 
 DPO = "dpo"  # arm that is trained on pairs
@@ -273,7 +278,7 @@ DPO = "dpo"  # arm that is trained on pairs
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Settings of each arm that samples during training."""
+    """Settings of each kind of arm that generates samples during training."""
 
     nft: OnlineConfig
     grpo: OnlineConfig
@@ -283,7 +288,7 @@ class Losses:
     dgpo: OnlineConfig
 
     def for_arm(self, arm: str) -> OnlineConfig:
-        """Return the settings of an arm by its name."""
+        """Return the settings of a kind of arm, such as "grpo-guard"."""
         return getattr(self, arm.replace("-", "_"))
 
 
@@ -293,7 +298,7 @@ ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use
 
 
 def split_arm(arm: str) -> tuple[str, str]:
-    """Split the name of an arm into its kind and its use of the rewards.
+    """Split the name of an arm into its kind and its use of the rewards, see OnlineConfig.use.
 
     >>> split_arm("grpo-guard-randomised"), split_arm("dpo")
     (('grpo-guard', 'randomised'), ('dpo', 'reward'))
@@ -390,7 +395,7 @@ class OnlineRun(ArmsRun):
 
 
 def format_mean(values: Sequence[float | None]) -> str:
-    """Format the mean of all values that are not None with two digits.
+    """Format the mean of all values that are not None, with two significant digits.
 
     Return an empty text if all values are None.
     """
@@ -410,7 +415,7 @@ def format_mean(values: Sequence[float | None]) -> str:
 
 
 def check_window(window_size: int, start: int, end: int, steps: int) -> None:
-    """Raise ValueError for a window of `window_size` steps that does not fit between two steps.
+    """Raise ValueError if `window_size` consecutive steps do not fit into the steps from `start` to `end`.
 
     Args:
         window_size: number of steps in the window.
@@ -420,16 +425,17 @@ def check_window(window_size: int, start: int, end: int, steps: int) -> None:
     """
     if not 0 <= start < end <= steps or not 1 <= window_size <= end - start:
         raise ValueError(
-            f"--window: {window_size} consecutive steps do not fit into steps {start} to {end} (without the"
-            f" last number); the sampler adds noise in steps 0 to {steps}. Use a smaller window, or more"
-            " sampler steps."
+            f"--window: {window_size} consecutive steps do not fit into steps {start} to {end} ({end} not"
+            f" included); the sampler adds noise only in steps 0 to {steps} ({steps} not included). Use a"
+            " smaller window, another window_end (--set), or more sampler steps (--set sampler_steps)."
         )
 
 
 def random_window(size: int, start: int, end: int, random_integer: Callable[[int, int], int]) -> range:
-    """Choose a window of `size` steps at random.
+    """Choose a window of `size` consecutive steps at random.
 
     Args:
+        size: number of steps in the window.
         start: first step that the window may contain, counted from 0.
         end: end of the steps that the window may contain, exclusive.
         random_integer: function that returns a random integer between two numbers, both included.
@@ -442,16 +448,17 @@ def random_window(size: int, start: int, end: int, random_integer: Callable[[int
 def progressive_window(
     round_number: int, size: int, start: int, end: int, *, stride: int, rounds: int, repeat: bool
 ) -> range:
-    """Return the window of a round, which moves from noisy steps to less noisy ones.
-
-    The window moves by `stride` steps after every `rounds` rounds. When it has arrived at the last steps, it
-    starts again at the first ones if `repeat` is set, and otherwise stays there.
+    """Return the window of an update; windows move from noisy steps to less noisy ones.
 
     Args:
-        round_number: index of the round, counted from 0.
+        round_number: number of the update, counted from 0.
         size: number of steps in the window.
         start: first step that the window may contain, counted from 0.
         end: end of the steps that the window may contain, exclusive.
+        stride: number of steps by which the window moves.
+        rounds: number of updates after which the window moves.
+        repeat: whether the window starts again at the first steps after it has reached the last ones. If
+            False, it stays at the last steps.
     """
     check_window(size, start, end, end)
     # without repetitions: several starts near the end are cut to the same last window

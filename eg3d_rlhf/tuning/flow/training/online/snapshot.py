@@ -17,9 +17,10 @@ from eg3d_rlhf.tuning.flow.training.online.settings import DECAYS
 
 
 def decay(name: str, steps: int) -> float:
-    """Compute the decay d in 0..1 after a number of optimiser steps.
+    """Compute the decay d in 0..1 with which the sampling network follows the policy.
 
-    The sampling network follows the policy by old <- d old + (1 - d) new.
+    After each update, the parameters of the sampling network are d old + (1 - d) new, with "old" their
+    values before and "new" the policy's.
 
     Args:
         name: name of a schedule in DECAYS.
@@ -33,9 +34,9 @@ def decay(name: str, steps: int) -> float:
 
 
 class Snapshot:
-    """Snapshot of a policy's trained parameters, which takes their memory a second time.
+    """Snapshot of a policy's trained parameters, which needs the memory of a second set of them.
 
-    With adapters this is little memory. With full tuning it is the memory of the network's parameters.
+    With adapters this is little memory. With full tuning it is the memory of all parameters of the network.
 
     Args:
         policy: network in training.
@@ -50,14 +51,14 @@ class Snapshot:
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """Move the snapshot towards the policy: old <- decay old + (1 - decay) new."""
+        """Move the snapshot towards the policy: snapshot <- decay snapshot + (1 - decay) policy."""
         for name, p in self._parameters.items():
             # for a decay of 0 the values are copied, so that they are equal and not merely close
             self.values[name].lerp_(p, 1 - decay) if decay else self.values[name].copy_(p)
 
     @torch.no_grad()
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Copy values, tensors by name of the parameter, into the snapshot in place."""
+        """Copy `values`, a tensor for each name of a parameter, into the snapshot in place."""
         for name, value in self.values.items():
             value.copy_(values[name])
 

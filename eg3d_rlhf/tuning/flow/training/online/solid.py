@@ -1,6 +1,6 @@
 """Compute the reward `--reward=solid` of a flow's assets, which needs no labels.
 
-It scores whether an asset is a physically valid solid that still resembles the assets that the untuned
+The reward is high if an asset is a physically valid solid that still resembles the assets which the untuned
 generator samples for the prompt.
 
 The reward is solid * clip((F - .75) / .2, 0, 1) on the voxels of a finished asset. Here solid in 0..1 is the
@@ -48,13 +48,13 @@ def grid_of(pipeline: Any, asset: Any) -> np.ndarray:
 
 
 def rules_for(grid: np.ndarray) -> solids.Rules:
-    """Return the rules for solids of a grid: OCCUPANCY for a coarse grid, else OBJECTS."""
+    """Return the rules by which a grid is scored as a solid: OCCUPANCY for a coarse grid, else OBJECTS."""
     return solids.OCCUPANCY if max(grid.shape) <= SMALL else solids.OBJECTS
 
 
 @dataclass(kw_only=True)
 class SolidReward:
-    """Reward of finished assets (an AssetReward), in 0..1. An empty asset has the reward 0."""
+    """Reward of finished assets (an AssetReward) in 0..1, see the module; 0 for an empty asset."""
 
     pipeline: Pipeline
     references: int = REFERENCES  # number of untuned assets of a prompt
@@ -66,7 +66,7 @@ class SolidReward:
         return torch.tensor([score.reward for score in self.score_terms(assets, prompts)])
 
     def score_terms(self, assets: Sequence[Any], prompts: Sequence[str]) -> list[solids.ScoreWithFidelity]:
-        """Compute the reward of every asset, with its terms."""
+        """Compute the reward of each of N assets with these prompts, and the terms of the reward."""
         # sorted, so that the references are generated in the same batches in every process
         self._make_references(sorted(set(prompts) - set(self._reference_grids)))
         grids = [grid_of(self.pipeline, asset) for asset in assets]
@@ -76,7 +76,7 @@ class SolidReward:
         ]
 
     def _make_references(self, new_prompts: Sequence[str]) -> None:
-        """Generate and store the references of these prompts, by the pipeline's own networks."""
+        """Generate and store the reference shapes of these prompts, by the pipeline's own networks."""
         # the seed depends on the prompt alone, not on the order in which prompts occur
         prompts_and_seeds = [
             (prompt, derive_seed("solid", prompt, k) % 2**31)
@@ -93,5 +93,5 @@ class SolidReward:
 
 
 def solid_reward(problem: Problem) -> SolidReward:
-    """Create the reward for a problem's pipeline."""
+    """Create the reward "solid" for the pipeline of a problem."""
     return SolidReward(pipeline=problem.pipeline)

@@ -41,7 +41,7 @@ from eg3d_rlhf.tuning.flow.training.online.settings import STEPS
 
 @dataclass(frozen=True)
 class Step(ABC):
-    """Step of a sampler from time t to the smaller time `until`."""
+    """Step of a sampler from time t to the smaller time `until`; its result has a normal distribution."""
 
     path: FlowPath
     t: float  # in 0..1; 1 is pure noise
@@ -51,11 +51,11 @@ class Step(ABC):
     @property
     @abstractmethod
     def std(self) -> float:
-        """Return the standard deviation of the step, the same for all elements of x."""
+        """Return the standard deviation of the step's result, the same for all elements of x."""
 
     @abstractmethod
     def mean(self, x: Batch, v: Batch) -> Batch:
-        """Compute the mean of the step from x, where the velocity is v. Differentiable in: v."""
+        """Compute the mean of the step's result from x, where the velocity is v. Differentiable in: v."""
 
     @property
     def length(self) -> float:
@@ -68,13 +68,13 @@ class ExactStep(Step):
 
     @property
     def noise_share(self) -> float:
-        """Return k in 0..1, the share of the old noise that stays."""
+        """Return k in 0..1, the factor with which the old noise eps stays in the result."""
         # a step without noise keeps all of the old noise
         if not self.level:
             return 1.0
         # k^2 to the power 1 / a^2; at t = 1 it is 0, and all noise is new
-        share = self.path.sigma(self.until) * (1 - self.t) / (self.path.sigma(self.t) * (1 - self.until))
-        return share ** (self.level**2 / 2)
+        odds_ratio = self.path.sigma(self.until) * (1 - self.t) / (self.path.sigma(self.t) * (1 - self.until))
+        return odds_ratio ** (self.level**2 / 2)
 
     @property
     def std(self) -> float:
@@ -97,7 +97,7 @@ class CpsStep(ExactStep):
 
     @property
     def noise_share(self) -> float:
-        """Return k in 0..1, which is the same at every step."""
+        """Return k = cos(a pi / 2) in 0..1, which is the same at every step."""
         return math.cos(self.level * math.pi / 2)
 
     @property
@@ -112,7 +112,7 @@ class SdeStep(Step):
 
     @property
     def diffusion(self) -> float:
-        """Return g(t) = a sqrt(sigma_t / (1 - t))."""
+        """Return the diffusion coefficient g(t) = a sqrt(sigma_t / (1 - t))."""
         # g is infinite at t = 1, where published code uses u instead
         finite_t = self.t if self.t < 1 else self.until
         return self.level * math.sqrt(self.path.sigma(self.t) / (1 - finite_t))
@@ -135,7 +135,7 @@ class DanceStep(SdeStep):
 
     @property
     def diffusion(self) -> float:
-        """Return g = a, which is the same at every step."""
+        """Return the diffusion coefficient g = a, which is the same at every step."""
         return self.level
 
 
@@ -146,8 +146,8 @@ KINDS: dict[str, type[Step]] = dict(zip(STEPS, (ExactStep, CpsStep, SdeStep, Dan
 def steps_of(path: FlowPath, sampling: Sampling, level: float, step_kind: str = "exact") -> list[Step]:
     """Return all steps of a sampler, from t = 1 to 0.
 
-    Callers replace the last step, to t = 0, by its mean, because it adds no noise or hardly any. It has no
-    density.
+    Callers replace the last step, to t = 0, by the flow's own step (without_noise), because it adds no noise
+    or hardly any. This step has no density.
 
     Args:
         path: path of the flow.
@@ -169,8 +169,8 @@ def without_noise(step: Step) -> Step:
 def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
     """Compute the logarithm of a normal step's density at x, averaged over the elements of each sample, [N].
 
-    Flow-GRPO takes the mean, too. With the sum, ratios of densities in thousands of dimensions would be 0 or
-    infinite.
+    The mean over the elements is taken, as in Flow-GRPO, because with the sum, ratios of densities in
+    thousands of dimensions would be 0 or infinite.
     Differentiable in: mean.
 
     Args:
@@ -188,9 +188,9 @@ def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
 def divergence(mean: Batch, other_mean: Batch, std: float) -> torch.Tensor:
     """Compute the KL divergence of two normal steps with the same standard deviation, [N].
 
-    It is |mean - other_mean|^2 / (2 std^2), averaged over the elements of each sample. In Flow-GRPO, std^2
-    does not have the length of the step as a factor, so its divergence is smaller by that factor. Its weight
-    0.04 with ten steps therefore corresponds to 0.004 here.
+    The divergence is |mean - other_mean|^2 / (2 std^2), averaged over the elements of each sample. Here
+    std^2 has the length D of the step as a factor. Flow-GRPO's program leaves D out, so its divergence is
+    smaller by the factor D. Its weight 0.04 with ten steps (D = 0.1) therefore corresponds to 0.004 here.
     Differentiable in: mean, other_mean.
 
     Args:

@@ -115,13 +115,13 @@ class OnlineUpdates(Descent):
         rank_groups = slice(ranks.rank, None, ranks.world)
         prompts = [prompt for _, prompt in prompt_items[rank_groups]]
         sampled_passes = self.objective.draw(prompts, seeds[rank_groups], step)
-        rewards, heldout = self._scored(sampled_passes)
+        rewards, heldout_by_name = self._scored(sampled_passes)
         # of all ranks' groups, [B, K], since advantages may be normalised over the whole batch
         advantage = self._advantage(apply_control(rewards, config.use, seeds))
-        distance_factor, metrics = self._distance_factor(rewards, heldout)
+        distance_factor, metrics = self._distance_factor(rewards, heldout_by_name)
         metrics |= {
             "samples": config.batch * K,
-            **self._reward_metrics(rewards, heldout, advantage, sampled_passes),
+            **self._reward_metrics(rewards, heldout_by_name, advantage, sampled_passes),
         }
         # this rank's samples again: [G, K] -> [n]
         rank_advantage = advantage[rank_groups].flatten().to(self.device)
@@ -164,12 +164,15 @@ class OnlineUpdates(Descent):
             self.task.scores(samples.x_0, samples.prompts, samples.seeds) for samples in sampled_passes
         ]
         rewards = torch.cat([pass_rewards for pass_rewards, _ in pass_scores], 1)  # [R, n]
-        heldout = {
+        heldout_by_name = {
             name: torch.cat([heldout_values[name] for _, heldout_values in pass_scores])
             for name in pass_scores[0][1]
         }
         scores_of_ranks = self.ranks.gather(
-            [rewards.tolist(), {name: heldout_rewards.tolist() for name, heldout_rewards in heldout.items()}]
+            [
+                rewards.tolist(),
+                {name: heldout_rewards.tolist() for name, heldout_rewards in heldout_by_name.items()},
+            ]
         )
 
         def grouped_by_prompt(rank_values: list) -> torch.Tensor:
@@ -186,7 +189,7 @@ class OnlineUpdates(Descent):
 
         return grouped_by_prompt([rank_rewards for rank_rewards, _ in scores_of_ranks]), {
             name: grouped_by_prompt([heldout_values[name] for _, heldout_values in scores_of_ranks])
-            for name in heldout
+            for name in heldout_by_name
         }
 
     def _advantage(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -201,20 +204,22 @@ class OnlineUpdates(Descent):
         return advantages(rewards[0], Scale(over=config.advantage), clip)
 
     def _distance_factor(
-        self, rewards: torch.Tensor, heldout: Mapping[str, torch.Tensor]
+        self, rewards: torch.Tensor, heldout_by_name: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Compute the factor of each sample's distance from the reference, [B, K] with the mean 1, and its
-        metrics.
+        """Compute the factor of each sample's distance from the reference, and the metrics of the gate.
 
-        Without a gate all factors are 1 and there are no metrics. Selected samples have equal factors, and
-        the other samples the factor 0.
+        The samples that the gate selects have equal factors, and the other samples have the factor 0. The
+        mean of the factors is 1. Without a gate all factors are 1, and there are no metrics.
 
-        Args: rewards: trained rewards [R, B, K]; heldout: held-out rewards by name, [B, K] each.
+        Args:
+            rewards: trained rewards [R, B, K].
+            heldout_by_name: held-out rewards by name, [B, K] each.
+        Returns: the factors [B, K]; and the metrics by name.
         """
         if self.gate is None:
             return torch.ones_like(rewards[0]), {}
         weights = torch.tensor(self.task.weights).view(-1, 1)
-        heldout_rewards = torch.stack([heldout[name].flatten() for name in self.task.gate])
+        heldout_rewards = torch.stack([heldout_by_name[name].flatten() for name in self.task.gate])
         # 1 for samples to which the penalty applies, else 0, [B * K]
         is_selected = self.gate((weights * rewards.flatten(1)).sum(0), heldout_rewards).float()
         # mean 1, so that the gate does not change the total weight of the distance
@@ -223,7 +228,7 @@ class OnlineUpdates(Descent):
     def _reward_metrics(
         self,
         rewards: torch.Tensor,
-        heldout: Mapping[str, torch.Tensor],
+        heldout_by_name: Mapping[str, torch.Tensor],
         advantage: torch.Tensor,
         sampled_passes: Sequence[Drawn],
     ) -> dict[str, float]:
@@ -231,7 +236,7 @@ class OnlineUpdates(Descent):
 
         Args:
             rewards: trained rewards [R, B, K].
-            heldout: held-out rewards by name, [B, K] each.
+            heldout_by_name: held-out rewards by name, [B, K] each.
             advantage: advantages [B, K].
             sampled_passes: samples of this process, in passes.
         """
@@ -247,7 +252,7 @@ class OnlineUpdates(Descent):
         metrics |= {
             f"reward/{name}": scores.mean() for name, scores in zip(self.task.rewards, rewards, strict=True)
         }
-        metrics |= {f"heldout/{name}": scores.mean() for name, scores in heldout.items()}
+        metrics |= {f"heldout/{name}": scores.mean() for name, scores in heldout_by_name.items()}
         # if many r are 0 or 1, advantages are clipped and adv_clip is too small
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
@@ -265,7 +270,7 @@ class OnlineUpdates(Descent):
         return {name: float(metric_value) for name, metric_value in metrics.items()}
 
     def _logged_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Compute the logged metrics from the means of the objective's sums."""
+        """Convert the means of the objective's sums to the metrics that are logged, by name."""
         if self.config.on_steps:
             # variance = mean of squares - square of the mean; it may be below 0 by rounding
             ratio_std = max(means.pop("ratio_square") - means["ratio"] ** 2, 0.0) ** 0.5
@@ -289,9 +294,7 @@ class OnlineUpdates(Descent):
     # Networks that follow the policy.
 
     def _after(self, step: int) -> None:
-        """Move the sampling network towards the policy, and renew the reference if it is due after this
-        update.
-        """
+        """Do what follows an update: move the sampling network, and renew the reference if that is due."""
         if self.old is not None:
             self.old.follow(decay(self.config.decay, (step + 1) * self.config.passes))
         # the reference becomes the current network: from then on `kl` measures the distance from it
@@ -299,7 +302,7 @@ class OnlineUpdates(Descent):
             self.explorer.reference = Snapshot(self.policy, self.trained_parameters)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the state of the sampling network, of a reference that was reset, and of the gate."""
+        """Return the tensors of checkpoints, by name: sampling network, renewed reference, and gate."""
         # prefixes keep the names of the three apart in one file
         state_tensors = (
             {} if self.old is None else {OLD + name: value for name, value in self.old.values.items()}
@@ -313,10 +316,10 @@ class OnlineUpdates(Descent):
         return state_tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore the tensors that `tensors` returned."""
+        """Restore sampling network, reference and gate from the tensors that `tensors` returned."""
 
         def tensors_under(prefix: str) -> dict[str, torch.Tensor]:
-            """Return the tensors under a prefix, by the parameters' names."""
+            """Return the tensors whose names have a prefix, by the name of the parameter after it."""
             return {
                 name: tensors[prefix + name] for name in self.trained_parameters if prefix + name in tensors
             }
@@ -348,7 +351,7 @@ def train_online(
     identity: Mapping,
     **common: Any,
 ) -> StageResult:
-    """Train a copy of a stage's network on its own samples.
+    """Train a copy of a stage's network on samples that it generates during training.
 
     The folder, the lines of stats.jsonl, checkpoints and resuming are described in trainer.py.
 
@@ -391,9 +394,9 @@ LINES = 3  # number of lines in a row in which a limit must be exceeded before a
 
 
 def _lasting(lines: Sequence[Mapping], name: str, limit: float) -> Mapping | None:
-    """Return the last line that has this metric if it was above a limit in the last LINES such lines.
+    """Return the last line with a metric if the metric is above a limit in the last LINES such lines.
 
-    Return None otherwise.
+    Return None if it is not, or if there are fewer such lines.
 
     Args:
         lines: lines of stats.jsonl so far.
@@ -417,20 +420,20 @@ def online_signs(lines: Sequence[Mapping], on_steps: bool) -> dict[str, str]:
     signs = win_rate_signs(win_rates(lines), CALM)
     if line := _lasting(lines, "alike", ALIKE):
         # only samplers with noise have the second flag
-        option_names = "--group or --sde-noise" if on_steps else "--group"
+        option_names = "--group or sde_noise (--set)" if on_steps else "--group"
         signs["alike"] = (
             f"step {line['step']}: in {line['alike']:.0%} of the groups all rewards are equal and give no"
             f" gradient. Raise {option_names}, or use a reward with finer values."
         )
     if line := _lasting(lines, "clipped", STOPPED):
         signs["clip"] = (
-            f"step {line['step']}: the clip removes {line['clipped']:.0%} of the gradients. Raise clip_range,"
-            " or do one optimiser step per update (--set passes=1)."
+            f"step {line['step']}: the clip removes {line['clipped']:.0%} of the gradients. Raise"
+            " --clip-range, or do one optimiser step per update (--set passes=1)."
         )
     if line := _lasting(lines, "r_ends", ENDS):
         signs["ends"] = (
             f"step {line['step']}: {line['r_ends']:.0%} of the samples have a goodness of 0 or 1. Raise"
-            " adv_clip."
+            " adv_clip (--set)."
         )
     if warning := unconfirmed(lines):
         signs["unconfirmed"] = warning
@@ -440,9 +443,9 @@ def online_signs(lines: Sequence[Mapping], on_steps: bool) -> dict[str, str]:
 def unconfirmed(lines: Sequence[Mapping]) -> str | None:
     """Return a warning if the trained reward has risen while every held-out reward has fallen.
 
-    Return None otherwise, and if there are fewer than 2 LINES lines or no held-out rewards. The means of the
-    first and of the last LINES lines are compared. A change counts if it exceeds half of the range of the
-    reward's values over the run.
+    Return None otherwise, and if there are no held-out rewards or fewer than 2 x LINES lines. The means of
+    the first and of the last LINES lines are compared. A change counts if it exceeds half of the range of
+    the reward's values over the run.
     """
     reward_lines = [line for line in lines if "reward" in line]
     heldout_names = [name for name in reward_lines[0] if name.startswith("heldout/")] if reward_lines else []
@@ -472,7 +475,7 @@ def unconfirmed(lines: Sequence[Mapping]) -> str | None:
 def too_far(stats_line: Mapping, max_drift: float | None) -> str | None:
     """Return the reason why training must stop after a line, or None if it continues.
 
-    Args: stats_line: line of stats.jsonl; max_drift: largest allowed policy drift, None for no limit.
+    Args: stats_line: line of stats.jsonl; max_drift: largest allowed policy drift; None: no limit.
     """
     # lines of evaluations have no drift
     drift = stats_line.get("drift")

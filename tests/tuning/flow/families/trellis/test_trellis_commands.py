@@ -123,7 +123,7 @@ def test_ranked_samples_become_pairs_of_their_latents(pipeline, trellis_root, wo
         "base",
         SHOWN,
         torch.device("cpu"),
-        tuned={"structure": tmp_path / "adapter"},
+        tuned_weights={"structure": tmp_path / "adapter"},
     )
     assert sampling_task.run().count == 10
     path = work.asset_folder() / "ranking.jsonl"

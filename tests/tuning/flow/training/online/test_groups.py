@@ -366,7 +366,7 @@ def test_wrong_settings_are_named(tmp_path):
     ]:
         with raising(*names):
             config_of(**changes)
-    with raising("--trained-steps", "4 of 4"):
+    with raising("--set trained_steps", "4 of 4"):
         run(tmp_path / "run", trained_steps=4)
     with raising("window", "0 to 3", "2", "0 to 4"):
         run(tmp_path / "run", window=2, window_end=4)
