@@ -70,7 +70,7 @@ class HelpValues:
                 self._add(settings_or_mapping)
 
     def _add(self, settings: Any) -> None:
-        """Add the knobs of a settings dataclass, and of the dataclasses in its fields."""
+        """Store the values of the knobs of a settings dataclass, and of the dataclasses in its fields."""
         for field in dataclasses.fields(settings):
             field_value = getattr(settings, field.name)
             if dataclasses.is_dataclass(field_value):
@@ -79,7 +79,9 @@ class HelpValues:
                 self._by_knob.setdefault(id(field.metadata["knob"]), field_value)
 
     def lookup(self, option: "GroupedOption") -> tuple[bool, Any]:
-        """Return (True, value) for an option whose value is resolved, else (False, None)."""
+        """Return (True, value) if the value that the command will use for an option is known, else (False,
+        None).
+        """
         # The name of the parameter may differ from the name of the field; mappings may use either.
         for option_name in (option.name, option.field and option.field.name):
             if option_name in self._by_name:
@@ -229,9 +231,9 @@ class GroupedCommand(click.Command):
     file of --settings. The function of the command receives their values in the same way as values of flags.
     The file may also contain values of flags. `--help-all` lists the rare settings.
 
-    The attribute `resolved` is a function of the context, or None. It returns the values that the command
-    will use with the parameters that were given beside --help (see `HelpValues`). The help shows these values
-    as defaults.
+    The attribute `resolved` is None, or a function that takes click's context. With the parameters that were
+    given beside --help, it returns the values that the command would use (see `HelpValues`). The help shows
+    these values as defaults.
 
     Args: job: words of the command, such as "report all". They are the key of the command in the tables of
         `core.renamed`. Empty for a command without renamed flags.
@@ -336,8 +338,7 @@ class GroupedCommand(click.Command):
         if (new_flag := renamed.new_flag(self.job, typed_flag, parameter_by_flag)) is not None:
             with user_errors():
                 raise ValueError(
-                    f"{typed_flag} is no option of this command; its name is {new_flag}. Write {new_flag}"
-                    " instead."
+                    f"{typed_flag} was renamed, so this command does not accept it. Write {new_flag} instead."
                 )
 
     def _reject_rare(self, error: click.NoSuchOption) -> None:
@@ -613,7 +614,7 @@ def check_extra(extra: str) -> None:
 
 
 def _is_output_closed() -> bool:
-    """Return True if the reader of our output has closed its pipe.
+    """Return True if stdout or stderr is a pipe whose reader has closed it.
 
     A BrokenPipeError can otherwise come from a pipe to a child process, which is an error to report.
     """
@@ -637,7 +638,7 @@ def parse_names(flag: str, flag_value: str, allowed_names: Iterable[str]) -> lis
     """
     # The argument may be an iterator, and it is used twice.
     allowed_names = list(allowed_names)
-    requested_names = {allowed_name.strip() for allowed_name in flag_value.split(",") if allowed_name.strip()}
+    requested_names = {requested_name.strip() for requested_name in flag_value.split(",")} - {""}
     if not requested_names or requested_names - set(allowed_names):
         raise ValueError(
             f"{flag}: expected one or more of {', '.join(allowed_names)}, separated by commas, got"
@@ -691,12 +692,13 @@ def prefix_errors(flag: str) -> Iterator[None]:
 
 
 def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs: Any) -> Decorator:
-    """Return a decorator that adds an option to a command. Other arguments are those of `click.option`.
+    """Return a decorator that adds an option to a command.
 
     Args:
         spellings: spellings of the option and name of the parameter, as for `click.option`.
         group: title of the group under which `--help` lists the option.
         rare: True for a setting without a flag, which only --help-all lists (see `GroupedCommand`).
+        kwargs: other arguments of `click.option`, such as `help`.
     """
     kwargs.setdefault("show_default", True)
     if not rare:
@@ -717,7 +719,7 @@ def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs
 
 def version_flag(command: Command, /) -> Command:
     """Add `--version` to a command."""
-    flag = option(
+    add_version_flag = option(
         "--version",
         is_flag=True,
         is_eager=True,
@@ -725,7 +727,7 @@ def version_flag(command: Command, /) -> Command:
         callback=_print_version,
         help="Show the version and exit.",
     )
-    return flag(command)
+    return add_version_flag(command)
 
 
 def combine_decorators(*decorators: Decorator) -> Decorator:
@@ -818,7 +820,10 @@ def options_from_settings(*settings_classes: type) -> Decorator:
 
 
 def aligned(cell_rows: Sequence[Sequence[str]]) -> str:
-    """Format rows of cells as text with aligned columns, one line per row."""
+    """Format rows of cells as text with aligned columns, one line per row.
+
+    Args: cell_rows: texts of the cells, with the same number of cells in every row.
+    """
     # Widest cell of each column.
     widths = [max(map(len, column)) for column in zip(*cell_rows, strict=True)]
     return "\n".join(

@@ -129,7 +129,7 @@ DEFAULT_OPTIONS = RenderOptions()  # every setting as the generator was trained
 
 
 class Rendering(NamedTuple):
-    """Renders of N shapes."""
+    """Images, depth and opacity of N rendered shapes."""
 
     image: torch.Tensor  # [N, 3, R, R] in (-1, 1), after super-resolution if the generator has one
     raw: torch.Tensor  # [N, 3, r, r] in (-1, 1), before super-resolution

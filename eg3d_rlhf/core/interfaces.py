@@ -162,7 +162,7 @@ class Guidance(Protocol):
         """Compute the gradient of one step. `gradients.distillation_loss` turns it into a loss.
 
         Args:
-            x: latents of the rendered views, [B, C, H, W]. They need no graph.
+            x: latents of the rendered views, [B, C, H, W]. They need no autograd graph.
             t: times [B], integers in 0..999.
             prompts: one text for each image.
             cameras: camera poses [B, 16], flattened 4 x 4 matrices, or None for a prior without cameras.
@@ -192,8 +192,9 @@ def check_views(images: int, views: int, who: str = "--prior") -> None:
     """
     if images < 1 or images % views:
         raise ValueError(
-            f"{who}: expected a multiple of {views} images (the views of one asset), got {images}. Set"
-            f" views={views} or a multiple of it."
+            f"{who}: expected a multiple of {views} images (the views of one asset), got {images}. Pass"
+            f" complete sets of {views} views. In score distillation, set the number of views with --set"
+            f" views={views}."
         )
 
 
@@ -281,7 +282,7 @@ class CheckedPrior:
         if tuple(x_t.shape[1:]) != tuple(self.latent_shape):
             raise ValueError(
                 f"--prior: expected latents of shape [B, {', '.join(map(str, self.latent_shape))}], got"
-                f" {list(x_t.shape)}. Encode images with this prior."
+                f" {list(x_t.shape)}. Pass latents that `encode` of this prior returned."
             )
         if set(count_by_input.values()) != {len(x_t)}:
             given_counts = ", ".join(f"{count} {input_name}" for input_name, count in count_by_input.items())

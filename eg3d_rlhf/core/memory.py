@@ -245,7 +245,8 @@ class Costs:
 
         The weights of the two jobs are in memory at the same time. Their stages run one after another.
 
-        Args: other: costs of the second job. Where both jobs have a name, the second job's value is used.
+        Args: other: costs of the second job. If both jobs have a network or a stage of the same name, the
+            second job's value is used.
         """
         return Costs(weights=self.weights | other.weights, stages=self.stages | other.stages)
 

@@ -103,7 +103,7 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
         return thing
 
     def __getitem__(self, name: object) -> Thing:
-        """Return an entry.
+        """Return the entry with a name, and import the module or the plugins that add it if necessary.
 
         Raises: ValueError, which lists the existing names, for an unknown name.
         """

@@ -35,14 +35,14 @@ class HeldOut:
         return range(self.first, self.first + self.count)
 
     def take(self, n: int, move: int = 0) -> range:
-        """Return the first n seeds of the range, shifted by move * STRIDE.
+        """Return the first n seeds of the range, shifted by `shift_count` * STRIDE.
 
         Raises: ValueError if the range has fewer than n seeds.
         """
         if n > self.count:
             raise ValueError(
-                f"held-out range {self.name}: it has {self.count:,} seeds, but {n:,} were requested. Request"
-                f" at most {self.count:,}."
+                f"The held-out range {self.name!r} has {self.count:,} seeds, but {n:,} were requested."
+                f" Request at most {self.count:,}."
             )
         start = self.first + STRIDE * move
         return range(start, start + n)

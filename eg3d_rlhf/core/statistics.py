@@ -435,8 +435,8 @@ def _pair(who: str, x: ArrayLike, y: ArrayLike, smallest_size: int) -> tuple[np.
     y_vector = np.asarray(y, dtype=np.float64).reshape(-1)
     if x_vector.size != y_vector.size or x_vector.size < smallest_size:
         raise ValueError(
-            f"{who}: expected at least {smallest_size} pairs of x and y, got {x_vector.size} values of x and"
-            f" {y_vector.size} of y. Pass one value of each for every item."
+            f"{who}: expected as many values of x as of y, and at least {smallest_size} of each, got"
+            f" {x_vector.size} values of x and {y_vector.size} of y. Pass one x and one y for every item."
         )
     nonfinite_count = int((~(np.isfinite(x_vector) & np.isfinite(y_vector))).sum())
     if nonfinite_count:
@@ -501,7 +501,7 @@ def slopes(times: ArrayLike, values: ArrayLike) -> np.ndarray:
         )
     if time_vector.size < 2 or time_vector.min() == time_vector.max():
         raise ValueError(
-            f"slopes: expected at least two distinct times, got {time_vector.tolist()}. Name snapshots of at"
+            f"slopes: expected at least two distinct times, got {time_vector.tolist()}. Pass values of at"
             " least two different times."
         )
     centred_times = time_vector - time_vector.mean()

@@ -63,9 +63,10 @@ def best_of_n_chances(latent_count: int, n: int) -> np.ndarray:
 def expected_best(
     reward_scores: np.ndarray, evaluator_scores: np.ndarray, n_values: Sequence[int]
 ) -> np.ndarray:
-    """Compute the expected score by the evaluator of the best of n latents by the reward, for several n.
+    """Compute the evaluator's expected score for the latent that the reward ranks best among n, for several
+    n.
 
-    The expectation is exact over all subsets of n latents.
+    The expectation is exact: it is over all subsets of n of the N latents.
 
     Args:
         reward_scores: scores by the reward, [N].
@@ -101,10 +102,10 @@ def sort_by_reward(reward_scores: np.ndarray, evaluator_scores: np.ndarray) -> t
 
 
 def kl_divergence(n_values: Sequence[int]) -> np.ndarray:
-    """Compute the KL divergence in nats of the best of n from a single sample.
+    """Compute the KL divergence, in nats, of the distribution of the best of n from that of single samples.
 
-    Args: n_values: values of n.
-    Returns: [T].
+    Args: n_values: T values of n, each >= 1.
+    Returns: KL divergences, [T].
     """
     n = np.asarray(n_values, dtype=np.float64)  # [T]
     return np.log(n) - (n - 1) / n
@@ -114,7 +115,7 @@ def fit(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """Fit gain = d (alpha - beta d) by least squares.
 
     Args:
-        distance: d, [T].
+        distance: values of d, the square root of the KL divergence, [T].
         gain: gains by the evaluator, [..., T].
 
     Returns: array [..., 2], whose last axis holds alpha and beta.
@@ -135,7 +136,8 @@ def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
 def number_at(distance: float) -> float:
     """Return the n for which the best of n has the distance d = sqrt(KL) from a single sample.
 
-    Args: distance: d.
+    Args: distance: d, >= 0.
+    Returns: n, which need not be an integer.
     """
     # KL = d^2 is solved for log n by a root search. KL increases with n from 0 at n = 1, and exceeds d^2
     # where log n is d^2 + 2.
@@ -225,7 +227,9 @@ class Trial:
         return BEST_OF_N.take(self.n, self.seed)
 
     def networks(self) -> dict[str, str]:
-        """Return the hashes of the generator, the rewards and the evaluator."""
+        """Return the SHA-256 of the generator, the rewards and the evaluator, by "generator", the reward's
+        name and "evaluator".
+        """
         # the simulated annotator has no file
         evaluator_hash = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
         return {
@@ -354,8 +358,7 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
     rewards_by_arm, join_by_arm = arms(trial)
     # name -> [N]
     scores_by_reward = {
-        arm_name: np.asarray(scores_by_arm)
-        for arm_name, scores_by_arm in scores_finding.data["scores"].items()
+        arm_name: np.asarray(arm_scores) for arm_name, arm_scores in scores_finding.data["scores"].items()
     }
     scores_by_arm = {
         **scores_by_reward,
@@ -444,9 +447,9 @@ def _compare_to_members(
     The best member is selected by the evaluator itself, so the comparison favours this member.
 
     Args:
-        last_gain_by_arm: gain at the largest n, and the resampled gains [B].
+        last_gain_by_arm: for each arm its gain at the largest n, and the same gain in each resample, [B].
         rewards_by_arm: arms that a network scores.
-        join_by_arm: aggregates.
+        join_by_arm: aggregates by name; only the names are used.
     """
     comparison_rows = []
     for aggregate_name in join_by_arm if rewards_by_arm else ():
@@ -526,7 +529,8 @@ def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
 
 
 def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Job]]:
-    """Return the job that scores the latents, and a function from its finding to the job of the curves.
+    """Return the job that scores the latents, and a function that takes its finding and returns the job of
+    the curves.
 
     The first job takes almost all of the time, so its result is stored separately.
     """
@@ -709,11 +713,13 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         name_by_path = {path: str(path) for path in reward_paths}
 
     def load(reward_path: Path, flag: str):
-        """Return a reward, and the hash of its file or a description.
+        """Load a reward, and return it with the SHA-256 of its file.
 
         If `reward_path` is the name of an observation and no such file exists, the reward is an untrained one
-        of this observation, and the second value describes it.
-        Args: flag: flag that named the path, for messages.
+        of this observation, and the second value is a description such as "untrained sigma".
+        Args:
+            reward_path: file of the reward, or name of an observation.
+            flag: flag that named the path, for messages.
         """
         if (observation_kind := str(reward_path)) in OBSERVATIONS and not reward_path.exists():
             with prefix_errors(flag):
@@ -738,14 +744,16 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         for tested_reward, digest in loaded_rewards.values()
     ):
         raise ValueError(
-            f"--heldout-reward={heldout_reward} is a tested reward, or a member of one, so it would agree"
-            " with it. Pass a reward that was trained on other labels."
+            f"--heldout-reward={heldout_reward} is one of the tested rewards, or a member of one, so its"
+            " errors would not be independent of theirs. Pass a reward that was trained on other labels."
         )
     return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **sampling)
 
 
 def write(trial: Trial, page_folder: Path) -> Finding:
-    """Score the latents, compute the curves, and write <out>/index.html; return the finding of the curves."""
+    """Score the latents, compute the curves, and write index.html into `page_folder`. Return the finding of
+    the curves.
+    """
     scores_job, make_curves_job = jobs(trial)
     curves_job = make_curves_job(pages.run([scores_job], page_folder)[SCORES])
     finding_by_key = pages.run([curves_job], page_folder, quiet=True)

@@ -99,7 +99,10 @@ class Comparison(Sampling):
         return of.take(self.n if n is None else n, self.seed)
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
-        """Compute ws [N, L, W] of seeds. Args: psi: truncation; None selects self.psi."""
+        """Compute the latents ws [N, L, W] of seeds.
+
+        Args: psi: truncation; None selects self.psi.
+        """
         return ws_of_seeds(generator.generator, list(seeds), truncation_psi=self.psi if psi is None else psi)
 
     def fields(
@@ -135,11 +138,11 @@ class Comparison(Sampling):
         psi: float | None = None,
         held_out: bool = False,
     ) -> torch.Tensor:
-        """Return scores [N] of seeds, on the CPU. They are computed once and cached.
+        """Compute the rewards [N] of the shapes of seeds, on the CPU. They are computed once and cached.
 
         Args:
             psi: truncation; None selects self.psi.
-            held_out: score by the held-out reward instead of the tuning reward.
+            held_out: True: score by the held-out reward. False: score by the tuning reward.
 
         Raises: ValueError if `held_out` is True and there is no held-out reward.
         """
@@ -256,7 +259,11 @@ class Comparison(Sampling):
         )
 
     def absent(self, key: str, title: str, reason: str) -> Job:
-        """Return the job of a section without results, which shows the reason and how to get the results."""
+        """Return the job of a section without results.
+
+        Args: reason: sentences that the section shows instead of results: why they are missing, and how to
+            get them.
+        """
         # `compute` ignores the folder, since there is nothing to compute.
         empty_finding = Finding(
             facts=Facts(n=0, networks=self.networks()), data={"absent": reason}, says=[reason]
@@ -395,8 +402,8 @@ def _check_pair(generator_before: LoadedGenerator, compared_generator: LoadedGen
     if differences:
         raise ValueError(
             f"{compared_generator.path.name} cannot be compared with the generator before tuning,"
-            f" {generator_before.path.name}: {'; '.join(differences)}. Pass a network that was tuned from the"
-            " generator before tuning."
+            f" {generator_before.path.name}: {'; '.join(differences)}. Pass a network that was tuned from"
+            f" {generator_before.path.name}."
         )
 
 
@@ -519,7 +526,7 @@ def snapshots(run: Path | None) -> list[tuple[float, Path]]:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """List the run folders in `folder` with a snapshot and the reward "sigma", newest first."""
+    """List the runs in `folder` that have a snapshot and were made with --reward=sigma, newest first."""
     runs = [
         run
         for run in folder.glob("*")

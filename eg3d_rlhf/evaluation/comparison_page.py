@@ -216,7 +216,9 @@ PIXELS = 128  # pixels per edge of a render
 
 
 def strip_jobs(comparison: Comparison) -> list[Job]:
-    """Return the jobs that render shapes."""
+    """Return the jobs that render shapes: best and worst shapes by reward, the same latents, and one latent
+    from all sides.
+    """
     shown_seeds = list(comparison.seeds(SHOWN, EVALUATION))
     # The sizes are inputs of the jobs, so that a job is computed again if one of them changes.
     size_inputs: dict[str, Any] = {
@@ -257,9 +259,11 @@ def choose_yaws(comparison: Comparison) -> tuple[float, float]:
 def shapes(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
 ) -> torch.Tensor:
-    """Render the shapes of seeds, shaded, from several yaws. A latent without a surface is white.
+    """Render the shapes of seeds from several yaws, shaded and without colours. A latent without a surface is
+    white.
 
-    Returns: [N, number of yaws, 1, R, R] in 0..1.
+    Args: yaws: yaws of the camera, in radians from frontal.
+    Returns: renders, [N, number of yaws, 1, R, R] in 0..1.
     """
     spec = SlabSpec.from_bounds(generator.generator.bounds, RESOLUTION)
     renders_by_batch = []
@@ -299,11 +303,11 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
                 {
                     "role": role,
                     "which": end_name,
-                    "rank": latent_index + 1,
+                    "rank": rank_index + 1,
                     "seed": seed,
                     "reward": float(scores[seed - seeds[0]]),
                 }
-                for latent_index, seed in enumerate(chosen_seeds)
+                for rank_index, seed in enumerate(chosen_seeds)
             ]
     sentences = [
         (
@@ -371,7 +375,7 @@ def same_latents(comparison: Comparison, folder: Path) -> Finding:
 def orbit(comparison: Comparison, folder: Path) -> Finding:
     """Render one latent from a swinging camera, before and after side by side.
 
-    An animation (APNG) and still images are written, the latter for readers who disable motion.
+    An animation (APNG) is written, and a sheet of still images for readers who disable motion.
     """
     (seed,) = comparison.seeds(1, EVALUATION)
     largest_yaw = math.pi if comparison.of_people else ORBIT_YAW

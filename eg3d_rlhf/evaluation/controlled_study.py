@@ -1,9 +1,9 @@
 """Controlled study of the bundled heads: tuning by labels against all cheaper arms, with several seeds.
 
-The study tests if tuning by labels reduces the errors of heads more than arms without useful labels do. An
-arm is one treatment of the generator, see `ARMS` in settings.py. Run the study with `make controlled-study`.
-Its steps are: label pairs, train rewards, tune the generator, measure the shapes of held-out latents, and
-write controlled-study.json, .md and .png.
+The study tests whether tuning by labels reduces the errors of heads more than arms without useful labels do.
+An arm is one treatment of the generator, see `ARMS` in evaluation/settings.py. Run the study with `make
+controlled-study`. Its steps are: label pairs, train rewards, tune the generator, measure the shapes of
+held-out latents, and write controlled-study.json, .md and .png.
 
 The primary endpoints were pre-registered on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md.
 Shapes: S training seeds, N latents, Q features, n grid points per edge.
@@ -52,7 +52,10 @@ TUNING_FLAGS = ("--reward=sigma",)  # flags of train.py; all others are those of
 
 
 def randomise(labels: Sequence[Preference], seed: int) -> list[Preference]:
-    """Return the same pairs, each with a random winner. Args: seed: seed of the random winners."""
+    """Return the same pairs, each with a random winner.
+
+    Args: seed: seed of the random winners.
+    """
     # The constant 5 separates this random stream from others of the same seed. Each label is inverted with
     # probability one half.
     is_inverted = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
@@ -86,7 +89,9 @@ def permute_weights(reward: Reward, seed: int) -> Reward:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All arms, seeds and label sets of a study, and the parts that make them."""
+    """All arms, seeds and label sets of a study. Its methods return the commands (`Part`) that make the
+    study's files.
+    """
 
     out: Path  # folder of the study
     arms: Sequence[str]  # arms to run, names in ARMS
@@ -100,11 +105,19 @@ class Plan:
     tune: tuple[str, ...]  # further flags of train.py
 
     def draw(self, label_set: int) -> Path:
-        """Return the file of the label set with a number; 0 is the set that the user passed."""
+        """Return the file of one label set.
+
+        Args: label_set: index of the label set. Index 0 is the set that the user passed.
+        """
         return self.labels if label_set == 0 else self.out / "labels" / f"draw{label_set}" / "labels.jsonl"
 
     def labels_of(self, arm: str, label_set: int) -> Path:
-        """Return the file of an arm's labels, which is a label set, or its randomised or inverted copy."""
+        """Return the file of an arm's labels, which is a label set or a randomised or inverted copy of one.
+
+        Args:
+            arm: name of the arm in ARMS.
+            label_set: index of the label set.
+        """
         return (
             self.draw(label_set)
             if arm == LABELS
@@ -112,12 +125,14 @@ class Plan:
         )
 
     def in_paths(self, arm: str) -> str:
-        """Return the text that represents an arm in the names of files and folders."""
+        """Return the text that represents an arm in the names of files and folders. It is the arm's name,
+        except in a folder that version 0.1 began.
+        """
         # folders that version 0.1 began keep its names
         return version_0_1.arm_in_paths(self.out, arm)
 
     def label_parts(self) -> list[Part]:
-        """List the commands that label further sets of pairs."""
+        """List the commands that make the label sets after the first one, which the user passed."""
         # Each further set has as many pairs as the first set.
         pair_count = len(load_labels(self.labels)) if self.draws > 1 else 0
         network_flags = [f"--network={self.network}"] if self.network else []
@@ -145,7 +160,7 @@ class Plan:
 
         Args:
             arm: name of the arm.
-            draw: number of the label set.
+            draw: index of the label set.
             seed: training seed of the reward.
         """
         return (arm, draw, seed) == (LABELS, 0, 0) and self.labels == BUNDLED_LABELS and not self.train
@@ -188,7 +203,9 @@ class Plan:
         return self.out / "rewards" / f"{arm}{seed if arm == 'permuted' else ''}.safetensors"
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
-        """Return the runs of train.py by (arm, training seed, number of the label set, reward seed)."""
+        """Return the commands that tune the generator, by (arm, training seed, index of the label set, reward
+        seed).
+        """
         part_by_case = {}  # run by case
         for arm in self.arms:
             for case in self._cases(arm):
@@ -212,7 +229,7 @@ class Plan:
         return part_by_case
 
     def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
-        """Yield (training seed, number of the label set, reward seed) of each run of an arm."""
+        """Yield (training seed, index of the label set, reward seed) of each tuning run of an arm."""
         # These two arms change the untuned network's shapes or latents, without tuning the network.
         if arm in (POST_PROCESSING, "truncation"):
             return
@@ -274,14 +291,16 @@ def _prepare_worker(
     latents: int,
     held_out: HeldOut = LATENTS,
 ) -> Callable[[str], None]:
-    """Prepare a worker process, and return the function that measures a task's shapes and stores the result.
+    """Prepare a worker process, and return the function that computes one task and stores the result.
+
+    A task is the measurement of the shapes of one network or baseline, or of the ground-truth heads.
 
     Args:
         folder: folder of the store.
         inputs_by_task: inputs of each task, which are the key of its result in the store.
         network: file of the network before tuning; None selects the bundled generator.
         network_by_task: network file of each tuned network, by task.
-        latents: number of latents.
+        latents: number of latents that are measured.
         held_out: held-out range of the latents.
     """
     store = Store(folder, renew=True)
@@ -340,7 +359,7 @@ def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], jobs: int) -> 
         network_by_task: network file of each tuned network, by task.
         jobs: number of processes.
 
-    Returns: measurements by task. They are also stored in <out>/seen.
+    Returns: measurements by task. They are also stored in the folder "seen" of the study.
     """
     tasks = [GROUND_TRUTH, BEFORE, *network_by_task]
     tasks += [POST_PROCESSING] if POST_PROCESSING in plan.arms else []
@@ -392,6 +411,7 @@ def network_metrics(
         measured_before: measurements of the network before tuning.
         reference_features: features [N, Q] of the ground-truth heads. If they are None, no shape Fréchet
             distance is computed.
+    Returns: dict of JSON values by the name of the metric.
     """
     metrics = heads.compute_metrics(measured_before, measured)
     # This interval covers latents alone; `combine_seeds` computes the interval over seeds and latents.
@@ -408,11 +428,12 @@ def combine_seeds(
 ) -> dict:
     """Combine the metrics of an arm over its training seeds.
 
-    Each metric becomes a list by training seed; its values are means over the arm's rewards.
+    Each metric becomes a list with one value per training seed, which is the mean over the arm's rewards.
 
     Args:
-        metrics_by_seed: metrics of each reward, by training seed.
-        errors: back-of-head volume errors, [S, N].
+        metrics_by_seed: for each training seed a list with the metrics of each reward.
+        errors: back-of-head volume errors after tuning, averaged over the rewards of each training seed, [S,
+            N].
         measured_before: measurements of the network before tuning.
     """
     # All rewards have the same metrics, so the names are those of the first one.
@@ -463,6 +484,13 @@ def criterion(metrics_by_arm: Mapping[str, Mapping], primary_endpoints: Sequence
     The criterion is met if, with every training seed, the labels arm is lower than every other arm in each
     primary endpoint, and degrades no larger share of the intact heads. A share up to ALLOWED_HARM counts as
     zero.
+
+    Args:
+        metrics_by_arm: metrics of each arm, as `combine_seeds` returns them.
+        primary_endpoints: names of the metrics that are compared.
+    Returns: dict with "labels_win" (True if the criterion is met) and "against", which holds for each other
+        arm the results by training seed ("lower", "no_more_harm"), and "beaten" (True if all of them are
+        True).
     """
     result_by_arm = {}  # result against each other arm
     label_metrics = metrics_by_arm[LABELS]
@@ -502,7 +530,7 @@ def compare(
 
     Args:
         measured_by_task: measurements by task.
-        task_by_case: the task of each run, by (arm, training seed, number of the label set, reward seed).
+        task_by_case: the task of each run, by (arm, training seed, index of the label set, reward seed).
     """
     measured_before = measured_by_task[BEFORE]
     # The file of the feature network may be missing; then there is no shape Fréchet distance.
@@ -512,9 +540,9 @@ def compare(
         else None
     )
     primary_endpoints = [
-        arm_name
-        for arm_name in PRIMARY_ENDPOINTS
-        if arm_name != "shape_frechet" or reference_features is not None
+        endpoint
+        for endpoint in PRIMARY_ENDPOINTS
+        if endpoint != "shape_frechet" or reference_features is not None
     ]
     psi_by_seed = {}
     metrics_by_arm: dict[str, dict] = {}
@@ -596,9 +624,14 @@ def compare(
 def _share_of_gain(
     error_before: float | None, error_after: float | None, best_error: float | None
 ) -> float | None:
-    """Return the error reduction of an arm relative to the best arm's error reduction.
+    """Return the error reduction of an arm relative to the error reduction of the labels arm.
 
-    Return None if an error is None, or if the best arm does not change the error.
+    Return None if an error is None, or if the labels arm does not change the error.
+
+    Args:
+        error_before: mean error of defective heads before tuning.
+        error_after: the same in the arm.
+        best_error: the same in the labels arm.
     """
     if error_before is None or error_after is None or best_error is None or error_before == best_error:
         return None
@@ -652,23 +685,23 @@ TABLE_METRICS = {  # metric -> (heading of the table, format)
 def markdown(study: Mapping) -> str:
     """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics."""
     format_by_metric = {
-        metric_or_arm: (
-            heading + (" (primary)" if metric_or_arm in study["primary_endpoints"] else ""),
+        metric_name: (
+            heading + (" (primary)" if metric_name in study["primary_endpoints"] else ""),
             number_format,
         )
-        for metric_or_arm, (heading, number_format) in TABLE_METRICS.items()
-        if metric_or_arm in study["before"]
+        for metric_name, (heading, number_format) in TABLE_METRICS.items()
+        if metric_name in study["before"]
     }
     metrics_by_label = {"before tuning": study["before"]}
-    for metric_or_arm, metrics in study["arms"].items():
+    for arm_name, metrics in study["arms"].items():
         psi = ", ".join(f"{psi:g}" for psi in sorted(set(study["psi"].values())))
         arm_notes = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({study['post_processing']})"}
-        metrics_by_label[ARMS[metric_or_arm] + arm_notes.get(metric_or_arm, "")] = metrics
+        metrics_by_label[ARMS[arm_name] + arm_notes.get(arm_name, "")] = metrics
     table_lines = figure_table("arm", metrics_by_label, format_by_metric)
     criterion_result = study["criterion"]
     unbeaten_arms = [
-        ARMS[metric_or_arm]
-        for metric_or_arm, comparison_result in criterion_result["against"].items()
+        ARMS[arm_name]
+        for arm_name, comparison_result in criterion_result["against"].items()
         if not comparison_result["beaten"]
     ]
     sentences = (

@@ -44,9 +44,9 @@ NO_UMAP = (
 
 
 def jobs(comparison: Comparison) -> list[Job]:
-    """Return the jobs: map of the features, separability, and the renders of the interactive map.
+    """Return the jobs of the page: map of the features, separability, and the renders of the interactive map.
 
-    The renders have no section of their own on the page.
+    The job of the renders has no section of its own on the page.
     """
     # The version of UMAP is an input of the map, since another version gives another layout.
     installed_umap = umap_version()  # None leaves the UMAP plot out
@@ -180,24 +180,22 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
             "main axis of UMAP's layout": (layout_before - centre) @ main_axes[0],
         }
     correlation_rows: list[dict] = []  # one row per axis
-    for listed_name, axis_positions in positions_by_axis.items():
+    for axis_name, axis_positions in positions_by_axis.items():
         rho = (
             # There is no rank correlation if all rewards or all positions are equal (np.ptp is 0).
             spearman(axis_positions, features_by_role["before"][1])
             if np.ptp(features_by_role["before"][1]) and np.ptp(axis_positions)
             else (None, None, None)
         )
-        correlation_rows.append(
-            {"axis": listed_name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))}
-        )
+        correlation_rows.append({"axis": axis_name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
     point_rows = [
         {
             "role": role,
             "seed": seed,
             "reward": float(features_by_role[role][1][seed_index]),
             **{
-                f"{listed_name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
-                for listed_name, positions_by_role in positions_by_layout.items()
+                f"{layout_name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
+                for layout_name, positions_by_role in positions_by_layout.items()
                 for axis_index, axis in enumerate("xy")
             },
         }
@@ -246,7 +244,8 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
 
 
 def separability(comparison: Comparison, _folder: Path) -> Finding:
-    """Test if the samples before tuning can be separated from those of the tuned network and of the control.
+    """Test whether the samples before tuning can be separated from those of the tuned network and of the
+    control.
 
     The statistic is the share of a sample's nearest neighbours that come from the same network.
     """
@@ -428,7 +427,9 @@ def plot_axis(axes, finding_data: dict):
 
 @style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
 def plot_test(axes, result_by_role: dict):
-    """Plot the permutation distribution and the observed share for each role."""
+    """Plot for each role the permutation distribution and the observed share of neighbours from the own
+    network.
+    """
     for role, role_result in result_by_role.items():
         axes.hist(
             role_result["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"

@@ -38,17 +38,23 @@ def _with_inside(shape_values: np.ndarray, is_inside: np.ndarray) -> np.ndarray:
 
 
 def blur(shape_values: np.ndarray, radius: float) -> np.ndarray:
-    """Smooth the values with a Gaussian whose standard deviation is `radius`."""
+    """Smooth the values with a Gaussian.
+
+    Args: radius: standard deviation of the Gaussian, in voxels of a 64^3 grid.
+    """
     return ndimage.gaussian_filter(shape_values, radius * len(shape_values) / 64, mode="nearest")
 
 
 def largest_part(shape_values: np.ndarray) -> np.ndarray:
-    """Keep the largest connected part of the shape."""
+    """Remove all connected parts of the shape except the largest one."""
     return _with_inside(shape_values, annotator.largest_part(shape_values < 0))
 
 
 def morphological_closing(shape_values: np.ndarray, radius: float) -> np.ndarray:
-    """Close the shape morphologically: fill all points that no outside ball of this radius can reach."""
+    """Close the shape morphologically: fill every point that no ball outside the shape can cover.
+
+    Args: radius: radius of the ball, in voxels of a 64^3 grid.
+    """
     grid_radius = radius * len(shape_values) / 64  # radius in voxels of this grid
     padding = int(np.ceil(grid_radius)) + 1
     # Padded by more than the radius, since the border of the grid would distort the erosion.
@@ -71,7 +77,7 @@ def fill_holes(shape_values: np.ndarray) -> np.ndarray:
 
 
 def mirror(shape_values: np.ndarray) -> np.ndarray:
-    """Unite the shape with its mirror image along the first axis."""
+    """Unite the shape with its mirror image along the first axis, x."""
     return np.minimum(shape_values, shape_values[::-1])
 
 

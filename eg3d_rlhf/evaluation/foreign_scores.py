@@ -50,7 +50,7 @@ _STILL = 1e-7  # the alignment ends when scale and shift (world units) change by
 
 @torch.no_grad()
 def yield_fields(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
-    """Yield the shapes of seeds, at most `batch` shapes in a field.
+    """Yield the shapes of seeds as fields of at most `batch` shapes.
 
     Args:
         psi: truncation.
@@ -226,20 +226,22 @@ def calibrate_density(
         )
     # Quantiles below the level, then the level, then the quantiles above it
     foreign_knots = np.concatenate([quantiles_by_side[0][0], [foreign_level], quantiles_by_side[1][0]])
-    densities = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
+    reference_knots = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
     # Equal quantiles would make segments of zero width, hence a division by zero; only the first is kept.
     is_kept = np.concatenate(
         [[True], np.diff(np.maximum.accumulate(foreign_knots)) > 1e-6 * max(abs(foreign_level), 1.0)]
     )
     return DensityMap(
-        torch.from_numpy(foreign_knots[is_kept]).float(), torch.from_numpy(densities[is_kept]).float()
+        torch.from_numpy(foreign_knots[is_kept]).float(), torch.from_numpy(reference_knots[is_kept]).float()
     )
 
 
 def pool_densities(
     generator: Generator, seeds: Sequence[int], spec: SlabSpec, psi: float, cutoff: int | None
 ) -> np.ndarray:
-    """Return the raw densities of seeds at all points of the grid `spec`, in one flat float64 array."""
+    """Return the raw densities of the shapes of seeds at all points of the grid `spec`, in one flat float64
+    array.
+    """
     grids = [
         field.density_grid(spec).flatten().cpu() for field in yield_fields(generator, seeds, psi, cutoff)
     ]
@@ -274,7 +276,7 @@ class Trial:
 
     @property
     def seeds(self) -> range:
-        """Return the held-out latents that are scored."""
+        """Return the seeds of the held-out latents that are scored."""
         return LATENTS.take(self.options.n, self.options.seed)
 
     @property
@@ -310,7 +312,7 @@ class Trial:
 
     @functools.cached_property
     def reference_density(self) -> np.ndarray:
-        """Return the reference generator's densities in one flat array, of the latents for alignment."""
+        """Return the reference generator's densities for the latents of the alignment, in one flat array."""
         return pool_densities(
             self.reference.generator,
             ALIGNMENT.take(self.options.fit),
@@ -338,7 +340,7 @@ class Trial:
 
     @functools.cached_property
     def reference_measured(self) -> Measured:
-        """Return scores and embeddings of the reference generator's shapes of the scored latents."""
+        """Return scores and embeddings of the reference generator's shapes for the scored latents."""
         return self.measure_seeds(self.reference.generator, self.seeds)
 
     @torch.no_grad()
@@ -422,8 +424,11 @@ class Trial:
         }, alignment
 
     def facts(self, network_name: str | None = None) -> Facts:
-        """Return the facts that a page states about one network, or about all networks if `network_name`"
-        " is None."""
+        """Return the facts that a page states: the number of latents, their seeds, truncation, interval and
+        hashes.
+
+        Args: network_name: name of the network whose hash is stated; None states the hashes of all networks.
+        """
         hash_by_network = {
             other_name: loaded_generator.hash
             for other_name, loaded_generator in self.networks.items()
@@ -439,10 +444,12 @@ class Trial:
 
 
 def scores_under_changes(trial: Trial, generator: Generator, placement: Placement) -> dict[str, np.ndarray]:
-    """Compute scores [N] of the same latents under changes of their placement, and at a lower truncation.
+    """Compute the scores of the same latents under changes of their placement, and at a lower truncation.
 
-    A mirrored shape, or one shifted by half a voxel, should get a similar score. The last key is the lower
-    truncation, under which scores may change.
+    Args: placement: placement without the change.
+    Returns: scores [N] by name of the change. A mirrored shape, or one shifted by half a voxel, should get a
+        similar score as without the change. The last key is the lower truncation, under which scores may
+        change.
     """
     score_options = trial.options
     half_voxel = trial.spec.voxel / 2 * placement.similarity.scale  # world units of the generator
@@ -470,7 +477,7 @@ def scores_under_changes(trial: Trial, generator: Generator, placement: Placemen
 
 
 def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict | None:
-    """Compute Spearman's rank correlation with its interval.
+    """Compute Spearman's rank correlation with its interval, as a dict with the keys mean, lo and hi.
 
     Return None if all scores of one argument are equal, since there are no ranks then.
     """
@@ -481,7 +488,7 @@ def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict
 
 
 def score(trial: Trial, network_name: str, folder: Path) -> Finding:
-    """Score one generator at every stage, and measure how reliable the scores are.
+    """Score one generator at every one of STAGES, and measure how reliable the scores are.
 
     Args:
         network_name: key of the generator in `trial.networks`.
@@ -593,7 +600,7 @@ def describe_scores(finding_data: Mapping) -> list[str]:
     """Describe the scores of a generator in sentences, from the data that `score` computes."""
     alignment = finding_data["alignment"]
     outside_share = finding_data["outside"]["calibrated"]  # share of shapes
-    shift_text = ", ".join(f"{correlation:+.3f}" for correlation in alignment["shift"])  # along x, y, z
+    shift_text = ", ".join(f"{coordinate:+.3f}" for coordinate in alignment["shift"])  # along x, y, z
     medians_text = ", ".join(f"{stage} {finding_data['summary'][stage]['median']:.2f}" for stage in STAGES)
     sentences = [
         f"Median reward: {medians_text}.",
@@ -633,8 +640,10 @@ def describe_scores(finding_data: Mapping) -> list[str]:
 
 
 def compare(trial: Trial, finding_by_network: Mapping[str, Finding], _folder: Path) -> Finding:
-    """Compare all generators by their scores. Args: finding_by_network: result of `score` by name of the"
-    " network."""
+    """Compare all generators by their scores.
+
+    Args: finding_by_network: result of `score` by name of the network.
+    """
     summary_by_network = {
         network_name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]}
         for network_name, finding in finding_by_network.items()
@@ -710,7 +719,7 @@ def plot_scores(axes, finding_data: dict):
 def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job]]:
     """Return one job for each generator, and a function that makes the job of the comparison.
 
-    The function takes the findings of the jobs by the generator's name.
+    The function takes the findings of the first jobs, by the generator's name.
     """
     # The keys are numbers, since a name may hold characters that file names may not.
     score_jobs = [
@@ -734,7 +743,7 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
 
 
 def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
-    """Return the generators by a name that is as short as possible.
+    """Return a dict from names to generators. The names are unique and as short as possible.
 
     The names are the files' stems if these are unique, else folder and stem, else the full paths.
     """
@@ -791,7 +800,7 @@ def load_trial(network_paths, reward, reference, device: str, score_options: Sco
 
 
 def write(trial: Trial, page_folder: Path) -> dict[str, Finding]:
-    """Score the generators, and write the page <out>/index.html and <out>/scores.json.
+    """Score the generators, and write index.html and scores.json into `page_folder`.
 
     Returns: the finding of each generator by its name.
     """

@@ -147,7 +147,7 @@ def view_consistency(comparison: Comparison, _folder: Path) -> Finding:
 def view_measures(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> MultiViewMeasures:
-    """Compute the measures of agreement between views of each seed, [N] each."""
+    """Compute how well neighbouring views of each seed's shape agree: depth, normals and colour, [N] each."""
     views = spec_for(generator.generator, **VIEWS)
     # Half of the batch size, since several views of each shape are rendered.
     return multi_view_measures(
@@ -389,7 +389,7 @@ class DepthMaps(NamedTuple):
 
 
 def depth_jobs(comparison: Comparison) -> list[Job]:
-    """Return the job on frontal depth, as a list of length one."""
+    """Return a list with the job on frontal depth."""
     plots = {"measures": plot_values, "mean-change": plot_change}
     return [
         comparison.job(
@@ -545,7 +545,7 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
         )
         if min(len(window_depths) for window_depths in (nose_depths, *cheek_depths)) >= MIN_PIXELS:
             values_by_measure["nose prominence"][latent_index] = np.quantile(nose_depths, 0.98) - np.mean(
-                [np.quantile(one_cheek_depths, 0.8) for one_cheek_depths in cheek_depths]
+                [np.quantile(depths, 0.8) for depths in cheek_depths]
             )
     return values_by_measure
 

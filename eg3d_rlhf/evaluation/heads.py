@@ -45,7 +45,7 @@ Measured = Mapping[str, np.ndarray]  # measurements of N shapes by name, as `mea
 
 @torch.no_grad()
 def sample_shapes(generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> np.ndarray:
-    """Return the shapes that a generator makes of seeds: values [N, n, n, n], negative inside.
+    """Generate the shapes of seeds: values [N, n, n, n], negative inside.
 
     A shape can be compared with the ground-truth head of its seed only at psi 1, since truncation changes the
     latent.
@@ -114,7 +114,8 @@ def error_reduction(errors_before: np.ndarray, errors_after: np.ndarray) -> floa
 
 
 def intact_degraded(measured_before: Measured, measured_after: Measured) -> float | None:
-    """Return the share of the intact heads whose error grew by more than WORSE.
+    """Return the share of the intact heads whose error grew by more than WORSE, in the unit of
+    `back_of_head_error`.
 
     Return None if no head was intact before.
     """
@@ -189,7 +190,7 @@ def identity_kept(measured_before: Measured, measured_after: Measured) -> float 
 
 
 def changed_share(measured_before: Measured, measured_after: Measured) -> np.ndarray:
-    """Return how much of the back of each head has become solid or empty, [N].
+    """Return the volume at the back of each head that has become solid or empty, [N].
 
     The unit is the volume that the ground-truth head has at the back.
     """
@@ -248,7 +249,7 @@ def compute_metrics(measured_before: Measured, measured_after: Measured) -> dict
 
 
 def shape_frechet(features: np.ndarray, reference_features: np.ndarray) -> float:
-    """Return the Fréchet distance between features [N, Q] of shapes and features of ground-truth heads."""
+    """Compute the Fréchet distance between features [N, Q] of shapes and features of ground-truth heads."""
     shape_statistics = FeatureStatistics(features.shape[1]).update(features)
     reference_statistics = FeatureStatistics(reference_features.shape[1]).update(reference_features)
     return shape_statistics.distance(reference_statistics)

@@ -2,8 +2,8 @@
 
 The evaluators are the ground-truth heads of the latents, the simulated annotator without noise, Fréchet
 distances to the data, and geometry measures that share nothing with the annotator. The 95 % interval of each
-change decides whether the change is called better, worse or open.
-Shapes: N latents, Q features.
+change decides whether the outcome of the change is called better, worse or open (undecided). Shapes: N
+latents, Q features.
 """
 
 import functools
@@ -59,9 +59,10 @@ FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' featur
 
 
 def metric_entry(measure: Measure, mean_before: float, mean_after: float, paired_change: dict) -> dict:
-    """Return the entry of a measure in the summary's "geometry".
+    """Return the entry of a measure in the list "geometry" of summary.json.
 
     Args:
+        measure: the measure.
         mean_before: mean before tuning.
         mean_after: mean after tuning.
         paired_change: paired change after - before, with at least the keys mean, mean_lo and mean_hi.
@@ -87,10 +88,11 @@ Measured = dict[str, np.ndarray]
 
 
 def _ground_truth(comparison: Comparison, generator: LoadedGenerator) -> Measured:
-    """Compute the ground-truth heads of all latents that other parts use, and return their solid share [N].
+    """Write the ground-truth heads of all evaluated latents to the disk, and return the solid share of each,
+    [N].
 
-    The purpose is the side effect: `heads.ground_truth_heads` writes the heads to the disk, where parts in
-    other processes find them.
+    The purpose is the side effect of `heads.ground_truth_heads`, which writes the heads to a cache on the
+    disk. The other entries of PARTS run in other processes and read them there.
     """
     seeds = [*EVALUATION.take(HEADS), *VALIDATION.take(CHOOSING)]
     return {"solid": (heads.ground_truth_heads(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
@@ -133,7 +135,7 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
 
 
 def _images(comparison: Comparison, generator: LoadedGenerator) -> Measured:
-    """Compute the features [FAKES, Q] of generated images under cameras of the data."""
+    """Compute the features [FAKES, Q] of generated images that are rendered from cameras of the dataset."""
     feature_network = load_features(comparison.inception, comparison.device)
     dataset = open_data(comparison)
     # A fixed seed selects the cameras of the data under which the images are rendered.
@@ -160,7 +162,7 @@ def _data(comparison: Comparison, _generator: LoadedGenerator) -> Measured:
 
 
 def _views(comparison: Comparison, generator: LoadedGenerator) -> Measured:
-    """Compute the measures of VIEWS, [N] each."""
+    """Compute the disagreement between views, [N] for each measure of VIEWS."""
     views = view_measures(comparison, generator, GEOMETRY.seeds)
     return {measure.name: measure.values(views) for measure in VIEWS}
 
@@ -199,7 +201,7 @@ _OF_ONE_NETWORK = ("ground truth", "post-processing", "data")
 
 
 def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
-    """List (name of the part, role of the network) of all measurements that a comparison needs."""
+    """List (name in PARTS, role of the network) of all measurements that a comparison needs."""
     # Parts are left out if they need synthetic heads, or features that do not fit these shapes.
     missing_parts = {
         *(() if comparison.synthetic else _OF_THE_FAMILY),
@@ -214,13 +216,13 @@ def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def measure_part(comparison: Comparison, part_name: str, role: str = "before") -> Measured:
-    """Return the measurements of a part for the network before or after tuning.
+    """Return the measurements that one function of PARTS makes of the network before or after tuning.
 
     They are computed once, and stored in the comparison's memory. Measurements of the bundled network are
     also stored on the disk, since every run of the demo needs them.
 
     Args:
-        part_name: name of the part in PARTS.
+        part_name: key of the function in PARTS.
         role: "before" or "after".
     """
     # The summary's worker processes store their results in the memory under the same key.
@@ -272,7 +274,7 @@ def _inputs(comparison: Comparison) -> dict | None:
 
 @functools.cache
 def _bundled_hash() -> str:
-    """Return the hash of the bundled generator."""
+    """Return the SHA-256 of the bundled generator's file."""
     # The bundled reward records the hash of the generator whose samples were labelled.
     return load_reward(bundled.REWARD).provenance["generator"]
 
@@ -336,7 +338,9 @@ def compute_head_metrics(comparison: Comparison) -> dict:
 
 
 def against_ground_truth(comparison: Comparison) -> dict:
-    """Compute the metrics of tuning and of the best label-free post-processing methods."""
+    """Compute the metrics of tuning and of the best label-free post-processing methods against ground-truth
+    heads.
+    """
     measured_before = measure_part(comparison, "heads")
     processed_heads = measure_part(comparison, "post-processing")
     # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
@@ -420,7 +424,8 @@ def frechet(comparison: Comparison) -> dict:
 def geometry(comparison: Comparison) -> dict:
     """Compute the disagreement between views, which the simulated annotator does not use.
 
-    "better" compares the means; "outcome" is decided by the paired interval.
+    In each entry of the returned list "geometry", "better" compares the means, and "outcome" is decided by
+    the interval of the paired change.
     """
     metric_entries = []
     for measure in VIEWS:

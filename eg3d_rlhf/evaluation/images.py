@@ -126,7 +126,7 @@ def real_features(comparison: Comparison, feature_network) -> tuple[np.ndarray, 
 
     A random subset of at most REALS_PER_FAKE * comparison.images images is used, which --seed determines.
 
-    Args: feature_network: feature network.
+    Args: feature_network: network that maps images [B, 3, R, R] in [-1, 1] to features, see `load_features`.
     Returns: features [M, F], and the dataset.
     """
     dataset = open_data(comparison)
@@ -149,7 +149,8 @@ def images_of(
     seeds: Sequence[int],
     camera_indices: np.ndarray,
 ) -> Iterator[torch.Tensor]:
-    """Yield images of seeds without truncation, in batches [<= comparison.batch, 3, R, R].
+    """Yield images of seeds under cameras of the data, without truncation, in batches [<= comparison.batch,
+    3, R, R].
 
     Args:
         cameras: cameras of the data, [M, 25].
@@ -174,13 +175,13 @@ def images_of(
 def fake_features(
     comparison: Comparison, generator: LoadedGenerator, cameras: np.ndarray, feature_network
 ) -> np.ndarray:
-    """Compute features [N, F] of N = comparison.images generated images under cameras of the data.
+    """Compute features [N, F] of N = comparison.images generated images, rendered from cameras of the data.
 
     Latents, cameras and ray jitter are the same for all networks.
 
     Args:
         cameras: cameras of the data, [M, 25].
-        feature_network: feature network.
+        feature_network: network that maps images to features, see `load_features`.
     """
     # The cameras depend on the seed alone, so that the images of different networks are paired.
     camera_indices = np.random.RandomState(comparison.seed).randint(len(cameras), size=comparison.images)
@@ -235,14 +236,14 @@ def distances(comparison: Comparison, _folder: Path) -> Finding:
     }
     precision_recall_rows = [
         {
-            "measure": distance_name,
+            "measure": measure_name,
             "role": role,
-            "value": getattr(precision_recall, distance_name),
+            "value": getattr(precision_recall, measure_name),
             "lo": interval.lo,
             "hi": interval.hi,
         }
         for role, precision_recall in precision_recall_by_role.items()
-        for distance_name, interval in precision_recall.intervals().items()
+        for measure_name, interval in precision_recall.intervals().items()
     ]
     facts = comparison.facts(
         comparison.seeds(comparison.images, IMAGES),
@@ -375,7 +376,8 @@ def image_from(generator: LoadedGenerator, field: Field, yaw: float, seed: int) 
 def _cells(observations: torch.Tensor) -> np.ndarray:
     """Flatten observations [N, ...] to [N, cells].
 
-    Slabs [N, 1, D, H, W] with more than SLAB_CELLS cells per edge are first averaged to this size.
+    Slabs [N, 1, D, H, W] with more than SLAB_CELLS cells along an edge are first averaged to SLAB_CELLS cells
+    along it.
     """
     # Observations with five axes are slabs. Pairwise distances of full slabs would need much memory.
     if observations.ndim == 5:
@@ -473,15 +475,15 @@ def renderings(comparison: Comparison, generator: LoadedGenerator, seeds: range,
 def _drift(
     comparison: Comparison, measures: Sequence[Measure], yaw: float, meaning: str, *notes: str
 ) -> Finding:
-    """Compare the images before tuning with the images of each other network.
+    """Compare the images before tuning with the images of every other network, by measures of similarity.
 
     As a reference for unrelated images, each image before tuning is also compared with the image of another
     latent ("other latent").
 
     Args:
-        measures: measures of two batches of images.
+        measures: measures that take two batches of images and return one value per pair of images.
         yaw: yaw of the camera, in radians from frontal.
-        meaning: sentence on the meaning of the measures.
+        meaning: sentence that explains what the measures mean.
         notes: further sentences.
     """
     seeds = comparison.seeds()  # N held-out latents
@@ -576,7 +578,7 @@ def _panels(table_rows: list[dict], column: str, value_key: str = "mean", **axes
     """Draw a panel for each value of a column, with a point and its interval for each row.
 
     Args:
-        table_rows: table.
+        table_rows: rows of the table, each with a "role" and an interval.
         column: name of the column.
         value_key: key of the plotted value in a row.
         axes_settings: settings of the axes, in which '{}' stands for the column's value.
@@ -628,7 +630,9 @@ def plot_diversity(finding_data: dict):
 
 
 def plot_similarity(finding_data: dict):
-    """Plot the distribution over latents of the similarity to the image before, by measure and role."""
+    """Plot how similar images are to the image before tuning: the distribution over latents, by measure and
+    role.
+    """
     figure, axes = style.figure(columns=len(finding_data["measures"]))
     for axis, (measure_name, values_by_role) in zip(
         np.atleast_1d(axes), finding_data["measures"].items(), strict=True

@@ -92,11 +92,12 @@ def generator_name(path: Path, folder: Path, by: str | None) -> str:
 
 
 class _WorkerClient:
-    def __init__(self) -> None:
-        """Client of a worker process that answers one request at a time.
+    """Client of a worker process that answers one request at a time.
 
-        The process is started at the first request, and again at the next request after it has died.
-        """
+    The process is started at the first request, and again at the next request after it has died.
+    """
+
+    def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
 
     def ask(self, request: dict) -> dict:
@@ -135,7 +136,9 @@ class _WorkerClient:
             process.kill()
 
     def end(self) -> None:
-        """Kill the process and close its pipes. Only the thread that calls `ask` may call this."""
+        """Kill the process, wait for its end, and close its pipes. Only the thread that calls `ask` may call
+        this.
+        """
         if self.process is not None:
             self.process.kill()
             with contextlib.suppress(BrokenPipeError):
@@ -191,7 +194,7 @@ def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, 
 
 
 def shares(file_rows: Iterable[dict]) -> list[dict]:
-    """Count for every generator and requirement the meshes that meet the requirement.
+    """Count, for every generator and every requirement, the meshes that meet the requirement.
 
     Args: file_rows: rows of all files; files that were not measured are left out.
     Returns: a row for each generator and requirement, with the count, the number of measured meshes, the

@@ -19,7 +19,7 @@ REASONS = 12  # largest number of unmeasured files that the page lists with thei
 def describe_thresholds(header: Mapping) -> str:
     """Return the text at the top of the page, which describes the tolerances and thresholds.
 
-    Args: header: tolerance and thresholds, as the page's data hold them.
+    Args: header: tolerance and thresholds, as the page's data hold them; a dict from names to values.
     """
     # the body whose centre of mass decides if the mesh stands
     mass_text = "its convex hull" if header["hull_mass"] else "the body itself"
@@ -49,12 +49,12 @@ def write_validation_page(
     worst_rows: Sequence[dict],
     images: Mapping[str, str],
 ) -> Path:
-    """Write the page <out>/index.html, and its data into <out>/data/*.json and *.csv.
+    """Write index.html, and its data as JSON and CSV files in the folder data, into `page_folder`.
 
     Args:
         page_folder: folder of the page.
         folder: folder of the meshes.
-        header: tolerance and thresholds.
+        header: tolerance and thresholds by name, see `describe_thresholds`.
         file_rows: rows of all files.
         tables: tables by name: 'shares', 'medians' and 'paired'.
         worst_rows: rows of the worst meshes, the worst first.
@@ -62,12 +62,12 @@ def write_validation_page(
 
     Returns: the path of the page.
     """
-    measured_count = sum(not table_row["reason"] for table_row in file_rows)  # number of files
-    unmeasured_rows = [table_row for table_row in file_rows if table_row["reason"]]
+    measured_count = sum(not file_row["reason"] for file_row in file_rows)  # number of files
+    unmeasured_rows = [file_row for file_row in file_rows if file_row["reason"]]
     # All sections state the same number of measured meshes.
     facts: dict[str, Any] = {"n": measured_count, "unit": "meshes"}
     # generators of which at least one file was measured
-    generators = sorted({table_row["generator"] for table_row in file_rows if not table_row["reason"]})
+    generators = sorted({file_row["generator"] for file_row in file_rows if not file_row["reason"]})
     finding_by_key = {
         "shares": Finding(
             facts=Facts(**facts, interval="95 % Wilson intervals"),
@@ -105,7 +105,7 @@ def write_validation_page(
                     if unmeasured_rows
                     else "All files were measured."
                 ),
-                *(f"{table_row['file']}: {table_row['reason']}" for table_row in unmeasured_rows[:REASONS]),
+                *(f"{file_row['file']}: {file_row['reason']}" for file_row in unmeasured_rows[:REASONS]),
             ],
         ),
     }
@@ -139,7 +139,10 @@ def write_validation_page(
 
 
 def _sentence(share_rows: Sequence[dict]) -> str:
-    """Return the share of each requirement with its interval. Args: share_rows: shares of one generator."""
+    """Return a text with the share of each requirement and its interval.
+
+    Args: share_rows: shares of one generator, rows of `mesh_validation.shares`.
+    """
     return "; ".join(
         f"{share_row['demand']} {share_row['share']:.0%} ({share_row['lo']:.0%} to {share_row['hi']:.0%})"
         for share_row in share_rows

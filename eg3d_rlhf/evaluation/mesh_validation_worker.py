@@ -96,7 +96,9 @@ def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
 def answer(request: dict) -> dict:
     """Answer a request: measure a mesh file, or render it.
 
-    Args: request: "path" of the file, "do" (the task), "weld", "up" and "options" (the settings).
+    Args: request: dict with "path" (of the file), "do" ("render", or any other value to measure), "weld"
+        (distance within which vertices are merged), "up" (axis), and to measure "options" (fields of
+        `MeasureOptions`).
     Returns: the measures; or the render as PNG in base64; or {"reason": ...} if the file cannot be measured.
     """
     try:

@@ -52,7 +52,10 @@ def _last_panel_texts(run_summary: dict) -> list[tuple[str, str]]:
 
 
 def _write(axes, x: float, y: float, text: str, **text_settings) -> None:
-    """Write a text at a position that is given in shares of the axes' width and height."""
+    """Write a text into the axes.
+
+    Args: x, y: position of the text, as shares of the axes' width and height.
+    """
     axes.text(x, y, text, transform=axes.transAxes, **text_settings)
 
 

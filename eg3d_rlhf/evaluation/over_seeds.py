@@ -42,6 +42,8 @@ def gather(summary_by_seed: Mapping[str, dict]) -> dict:
 
     The result holds only the metrics, and the measures of "geometry", that every summary has.
     Args: summary_by_seed: content of summary.json of each run, by seed.
+    Returns: dict that `table` formats: the statistics of each metric by its name, and "seeds", "geometry" and
+        "over_optimisation".
     """
     combined_metrics: dict = {"seeds": [int(seed) for seed in summary_by_seed]}
     for metric_name, (interval_key, _, _) in TABLE_METRICS.items():
@@ -118,7 +120,7 @@ def table(metrics: dict) -> list[list[str]]:
     Args: metrics: result of `gather`.
     """
     seed_texts = [str(seed) for seed in metrics["seeds"]]
-    table_rows = [["what", *(f"seed {metric_name}" for metric_name in seed_texts), "mean ± sd"]]
+    table_rows = [["what", *(f"seed {seed_text}" for seed_text in seed_texts), "mean ± sd"]]
     for metric_name, (_, row_text, number_format) in TABLE_METRICS.items():
         if metric_name in metrics:
             metric = metrics[metric_name]
@@ -182,13 +184,12 @@ def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, P
 
 
 def work(parent_folder: Path, training_by_seed: Mapping[str, Part], flags: Sequence[str]) -> dict:
-    """Run the demo with the seeds that are not finished, and write <out>/summary.json.
+    """Run the demo with the seeds that are not finished, and write summary.json into `parent_folder`.
 
-    Args:
-        training_by_seed: the run of each seed, as `list_runs` returns them.
+    Args: training_by_seed: the run of each seed, as `list_runs` returns them.
         flags: flags of the command, which the summary records.
 
-    Returns: the content of <out>/summary.json.
+    Returns: the content of this summary.json.
     """
     for seed, training in training_by_seed.items():
         make_in_terminal(f"seed {seed}", training)

@@ -254,12 +254,13 @@ def render_strip(
     psi: float,
     image_options: ImageOptions = USUAL,
 ) -> np.ndarray:
-    """Render the same latents from the back under every network.
+    """Render the shapes that every network generates from the same latents, seen from the back.
 
     Args:
         generator_by_name: networks by name.
         seeds: seeds of the latents.
         psi: truncation.
+        image_options: sizes of the image.
 
     Returns: an image with a row for each network, uint8 [H, B, 3].
     """

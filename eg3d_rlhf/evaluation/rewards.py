@@ -107,7 +107,9 @@ def trajectories_job(comparison: Comparison) -> Job:
 
 
 def shift(comparison: Comparison, _folder: Path) -> Finding:
-    """Compute the paired changes of the reward, and fit a line to the final over the initial reward."""
+    """Compute the paired changes of the reward, and fit a line of the reward after tuning against the reward
+    before.
+    """
     seeds = comparison.seeds()  # of the held-out latents
     # float64, so that the statistics add no rounding of their own
     scores_by_role = {
@@ -353,7 +355,7 @@ def trajectories(comparison: Comparison, _folder: Path) -> Finding:
 
 
 def _describe_trajectories(slopes_by_role: dict) -> list[str]:
-    """Describe the slopes of the tuned run and of the control in sentences.
+    """Describe in sentences the slopes of the reward over training, for the tuned run and the control.
 
     Args: slopes_by_role: the result of `slope_summary` for "after" and, if there is one, "control".
     """
@@ -622,10 +624,12 @@ def densities(comparison: Comparison, generator: LoadedGenerator, seeds: range) 
 
 
 def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
-    """Compute the curve of every measure over distance, and the network from which the measure diverges.
+    """Compute how every measure changes over the distance from the network before tuning, and where it
+    diverges.
 
-    A curve is the change of the measure's mean since before tuning, in standard deviations between latents
-    before tuning. The distance is the mean |σ - σ before| over the cube.
+    The curve of a measure is the change of its mean since before tuning, in standard deviations between
+    latents before tuning. The distance is the mean |σ - σ before| over the cube. `divergence` defines the
+    point of divergence.
     """
     seeds = comparison.seeds()  # N held-out latents
     snapshots = [(kimg, snapshot_path) for kimg, snapshot_path in comparison.snapshots("after") if kimg > 0]

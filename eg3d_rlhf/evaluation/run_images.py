@@ -94,7 +94,7 @@ USUAL = ImageOptions()
 
 @dataclass(frozen=True)
 class Side:
-    """Density field and extracted surface that one network makes of a latent."""
+    """Density field and extracted surface of the shape that one network generates from a latent."""
 
     field: Field
     surface: LevelSet
@@ -248,7 +248,7 @@ def level_set_from_grid(shape_values: np.ndarray) -> LevelSet:
 
 
 def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
-    """Measure by how much tuning moved the surfaces of latents, in voxels of a 64^3 grid.
+    """Measure by how much tuning moved the surfaces of the latents' shapes, in voxels of a 64^3 grid.
 
     The value of a latent is the median change of its surface within the head.
 
@@ -341,7 +341,7 @@ def _clay(view: View, factor: int = SUPERSAMPLE) -> np.ndarray:
 
 
 def _cropped(render: np.ndarray) -> np.ndarray:
-    """Return the part CROP of a square render."""
+    """Crop a square render to the part that CROP states, which leaves out empty margins."""
     left, top, right, bottom = (round(share * len(render)) for share in CROP)  # pixels
     return render[top:bottom, left:right]
 
@@ -630,7 +630,7 @@ def _enlarged(images: torch.Tensor) -> torch.Tensor:
 def shape_sheet(
     generator: Generator, seeds: Sequence[int], psi: float, options: ImageOptions = USUAL
 ) -> np.ndarray:
-    """Return an image of the shapes of seeds, each with its back below its front: uint8 [H, B, 3]."""
+    """Render the shapes of seeds into one image, uint8 [H, B, 3]. Each back is below its front."""
     front_cells: list[np.ndarray] = []
     back_cells: list[np.ndarray] = []
     for seed in tqdm(seeds, desc="shapes", unit="shape"):

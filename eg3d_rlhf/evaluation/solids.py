@@ -63,9 +63,9 @@ def ball(bool_grid: np.ndarray) -> np.ndarray:
 
 
 def on_bool_grids(apply_filter: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a post-processing method of bool grids.
+    """Turn a post-processing method of values into a method of bool grids.
 
-    Args: apply_filter: method of values that are negative inside, see filters.py.
+    Args: apply_filter: method that takes values which are negative inside, see filters.py.
     """
     # The values -1 inside and +1 outside replace signed distances.
     return lambda bool_grid: apply_filter(np.where(bool_grid, -1.0, 1.0)) < 0
@@ -74,10 +74,10 @@ def on_bool_grids(apply_filter: filters.Filter) -> Callable[[np.ndarray], np.nda
 def with_grid_radius(
     apply_filter: Callable[[np.ndarray, float], np.ndarray], radius: float
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a post-processing method of bool grids with a fixed radius.
+    """Turn a post-processing method with a radius into a method of bool grids with a fixed radius.
 
     Args:
-        apply_filter: method of values and a radius.
+        apply_filter: method that takes values, negative inside, and a radius.
         radius: radius in voxels of a 64^3 grid. On a coarser grid it is at least one voxel of that grid,
             since a smaller radius would change nothing.
     """
@@ -176,7 +176,7 @@ def table(
         grids_by_arm: shapes of each tuned network.
         untuned_grids: shapes of the untuned network.
         group_count: number of groups of consecutive untuned shapes, of which the best of n are selected.
-        rules: weights of the score's terms.
+        rules: rules of the score: the weights of its terms, and its limits.
         on_arm: function that is called after each arm, to advance a progress bar.
     """
     untuned_values = measure_shapes(untuned_grids, untuned_grids, rules)
@@ -187,7 +187,7 @@ def table(
     # The best of n are selected by the same reward that the table shows.
     chosen_indices = best_of_groups(untuned_values["reward"], group_count)
     metrics_by_arm[f"best of {len(untuned_grids) // group_count}"] = summarise_arm(
-        {arm_name: measure_values[chosen_indices] for arm_name, measure_values in untuned_values.items()},
+        {name: measure_values[chosen_indices] for name, measure_values in untuned_values.items()},
         None,
     )
     for arm_name, apply_change in CONTROLS.items():
@@ -213,7 +213,7 @@ def markdown(metrics_by_arm: Mapping[str, dict], rules: solids.Rules) -> list[st
 
 @torch.no_grad()
 def shapes_of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
-    """Return the shapes that a generator makes of seeds, each bool [EDGE, EDGE, EDGE] over the whole cube."""
+    """Generate the shapes of seeds, each bool [EDGE, EDGE, EDGE] over the whole cube."""
     spec = SlabSpec.from_bounds(generator.bounds, solids.EDGE)
     grids = []  # of bool, so that all shapes fit in memory
     for start in range(0, len(seeds), AT_ONCE):
@@ -230,6 +230,7 @@ def shapes_of_prompts(
     """Generate one shape for each pair of a prompt and a noise seed.
 
     Args:
+        problem: opened flow generator.
         weights_folder: folder of a stage's tuned weights, or of a run; None selects the untuned weights.
         stage: name of the tuned stage.
         prompts: prompts of the N shapes.

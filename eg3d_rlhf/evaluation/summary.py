@@ -79,14 +79,15 @@ def reward_shift(comparison: Comparison) -> dict:
 def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
     """Return the mean change of the reward in the control run, and the source of this value.
 
-    A control run is trained without the reward (lambda_r = 0).
-    The control is this run itself if its lambda_r is 0, else the run of --control, else the bundled record of
-    a control of the demo. If the control's settings differ from those of this run, "control_delta_mean" is
-    None and "control_source" explains how to make a control.
+    A control run is trained without the reward (lambda_r = 0). The control is this run itself if its lambda_r
+    is 0, else the run of --control, else the bundled record of a control of the demo.
 
     Args:
         run_settings: settings of this run.
         tuned_delta_mean: mean change of the reward in this run.
+    Returns: dict with "control_delta_mean" (a number) and "control_source" (a text). If the control's
+        settings differ from those of this run, "control_delta_mean" is None, and "control_source" explains
+        how to make a control. If the control's summary has metrics of heads, "control_heads" holds them.
     """
     if run_settings["lambda_r"] == 0:
         return {"control_delta_mean": tuned_delta_mean, "control_source": "this run"}
@@ -180,7 +181,12 @@ IMAGES = "images of the run"
 
 
 def once(comparison: Comparison, task: str, compute: Callable[[], Any]) -> Any:
-    """Return the result of a task from the comparison's memory. If it is missing, compute and store it."""
+    """Return the result of a task from the comparison's memory. If it is missing, compute and store it.
+
+    Args:
+        task: name of the task, the key in the memory.
+        compute: function without arguments that computes the result.
+    """
     if task not in comparison.memory:
         comparison.memory[task] = compute()
     return comparison.memory[task]
@@ -192,6 +198,8 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
     Results are stored in `comparison.memory`, and images in `folder`. Every number is the same with one
     process and with several, since each task measures one network, and statistics of two networks are
     computed in this process.
+
+    Args: processes: largest number of worker processes.
     """
     part_of_task = {
         f"{part_name}, {role}": (part_name, role)

@@ -100,7 +100,7 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
 
 
 def make_part(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] = ()) -> Part:
-    """Return the run of train.py that trains a cell.
+    """Return the command (`Part`) of train.py that trains a cell.
 
     Args:
         folder: parent of all cells' folders.
@@ -118,8 +118,10 @@ def make_part(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] =
 
 
 def cell_jobs(comparison: Comparison, path_by_cell: Mapping[Cell, Path]) -> list[Job]:
-    """Return a job for each cell, which measures its tuned network. Args: path_by_cell: network file by"
-    " cell."""
+    """Return a job for each cell, which measures its tuned network.
+
+    Args: path_by_cell: network file of each cell.
+    """
     # Everything that changes a measurement must be an input of the job, else a stored result of other inputs
     # would be used.
     shared_inputs: dict[str, Any] = {
@@ -147,7 +149,10 @@ def cell_jobs(comparison: Comparison, path_by_cell: Mapping[Cell, Path]) -> list
 
 
 def front_job(comparison: Comparison, cells: Sequence[Cell], finding_by_key: Mapping[str, Finding]) -> Job:
-    """Return the job that computes the Pareto front. Args: finding_by_key: findings of `cell_jobs` by key."""
+    """Return the job that computes the Pareto front.
+
+    Args: finding_by_key: findings of the jobs of `cell_jobs`, by their keys.
+    """
     finding_by_cell = {cell: finding_by_key[f"cell-{cell.name}"] for cell in cells}
     plot_by_name = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
     return Job(
@@ -269,13 +274,15 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, network_path
 
 
 def normal_disagreement(comparison: Comparison, generator: LoadedGenerator) -> np.ndarray:
-    """Return the disagreement of normals between neighbouring views, [N / 2], in degrees."""
+    """Measure the disagreement of normals between neighbouring views, in degrees, on half of the latents, [N
+    / 2].
+    """
     # Half of the latents are used to save time, since several views of each are rendered.
     return view_measures(comparison, generator, comparison.seeds(max(2, comparison.n // 2))).normal
 
 
 def pareto(points: np.ndarray) -> np.ndarray:
-    """Return a mask [N] of the points that no other point dominates (Pareto front).
+    """Return a mask [N] of the points on the Pareto front, which no other point dominates.
 
     A point dominates another one if it is at least as good in every column and better in at least one.
     Args: points: [N, M], where more is better.
@@ -287,14 +294,13 @@ def pareto(points: np.ndarray) -> np.ndarray:
 
 
 def combine_seeds(all_findings: Mapping[Cell, Finding]) -> list[dict]:
-    """Return a row for each setting: the mean over seeds with its interval, and the value of each seed."""
+    """Return a row for each setting: the mean over seeds with its interval, and the value of each seed.
+
+    "on_front" is True in the rows of settings on the Pareto front.
+    """
     setting_rows: list[dict] = []
-    for setting in dict.fromkeys(first_cell.setting for first_cell in all_findings):
-        finding_by_cell = {
-            first_cell: finding
-            for first_cell, finding in all_findings.items()
-            if first_cell.setting == setting
-        }
+    for setting in dict.fromkeys(cell.setting for cell in all_findings):
+        finding_by_cell = {cell: finding for cell, finding in all_findings.items() if cell.setting == setting}
         first_cell, first_finding = next(iter(finding_by_cell.items()))
         statistics_by_measure = {}  # statistics by measure
         for measure_name, latent_interval in first_finding.data["measures"].items():
@@ -311,7 +317,7 @@ def combine_seeds(all_findings: Mapping[Cell, Finding]) -> list[dict]:
                 "setting": setting,
                 "lambda_r": first_cell.lambda_r,
                 "lambda_sigma": first_cell.lambda_sigma if first_cell.lambda_r else None,
-                "seeds": [first_cell.seed for first_cell in finding_by_cell],  # in the order of "each"
+                "seeds": [cell.seed for cell in finding_by_cell],  # in the order of "each"
                 "measures": statistics_by_measure,
             }
         )
@@ -497,7 +503,10 @@ def write(
 
 
 def make_cells(parts: Mapping[Cell, Part], jobs: int) -> None:
-    """Train the cells that are not finished. Args: jobs: number of runs at the same time."""
+    """Train the cells that are not finished.
+
+    Args: jobs: number of runs of train.py at the same time.
+    """
     # OMP_NUM_THREADS is used if the user has set it. Else the cores are divided among the runs.
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     make_with_progress_bar([[part] for part in parts.values()], jobs, threads, "training", "cell")

@@ -60,7 +60,7 @@ class Part:
 
     @classmethod
     def keyed(cls, part_name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
-        """Return a run of train.py with a folder that is named after the hash of its flags and files.
+        """Return a part that runs train.py in a folder whose name contains a hash of its flags and files.
 
         Args:
             part_name: name of the part, with which the folder's name begins.
@@ -74,7 +74,7 @@ class Part:
         return cls(part_name, parent / f"{part_name}-{digits}", TRAIN, part.flags, needed)
 
     def command(self) -> list[str]:
-        """Return the script and its flags; train.py gets the part's folder as --outdir."""
+        """Return the script followed by its flags. For train.py, --outdir with the part's folder is added."""
         return [self.script, *self.flags, *([f"--outdir={self.folder}"] if self.script == TRAIN else [])]
 
     def files(self) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _python_command(command: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Children:
-    """The child processes that run at the moment."""
+    """Child processes of `make` that run at the moment."""
 
     quiet: bool  # True: output goes to the part's log; False: output goes to the terminal
     threads: int | None  # OMP_NUM_THREADS of each process; None: the inherited value
@@ -358,12 +358,12 @@ def make_with_progress_bar(
 
 
 def _announce(heading: str, command: Sequence[str]) -> None:
-    """Print a title and a command line to stderr."""
+    """Print a heading and a command line to stderr."""
     print(f"\n== {heading}: {shlex.join(['python', *command])}", file=sys.stderr, flush=True)
 
 
 def make_in_terminal(heading: str, part: Part) -> None:
-    """Run a part if it is not finished, and show its output in the terminal."""
+    """Run a part if it is not finished, and show the script's output in the terminal."""
     if not part.finished():
         _announce(heading, part.continued())
         make([[part]], quiet=False)

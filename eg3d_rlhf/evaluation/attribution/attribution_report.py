@@ -70,7 +70,8 @@ def region_colour(region_index: int) -> Colour:
 def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
     """Convert world positions [V, 3] (x, y, z) to fractional indices [V, 3] (z, y, x) of the slab.
 
-    The slab may have a skewed grid, which is treated as a straight one. The error is less than a voxel.
+    A slab with a skewed lattice (see `SlabSpec`) is treated as one with a straight lattice. The error is less
+    than a voxel.
     """
     # index of the full grid at which the slab starts, along x, y, z
     first_index = np.array([start for start, _ in spec.index_ranges], dtype=np.float64)
@@ -88,7 +89,7 @@ def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.
     """
     nearest_indices = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
     is_inside = ((nearest_indices >= 0) & (nearest_indices < spec.shape)).all(axis=1)
-    # Clipped only so that indexing is valid; `inside` masks these vertices.
+    # Clipped only so that indexing is valid; `is_inside` masks these vertices.
     z, y, x = np.clip(nearest_indices, 0, np.array(spec.shape) - 1).T
     return np.where(is_inside, partition.labels.numpy()[z, y, x], -1)
 
@@ -127,7 +128,12 @@ def voxels_at(
 
 
 def diverging_colours(attributions: np.ndarray, full_colour_attribution: float) -> np.ndarray:
-    """Map values [V] to colours [V, 3] uint8: blue at -scale, light grey at 0, orange at +scale."""
+    """Map attributions [V] to colours [V, 3] uint8: blue for negative, light grey for 0, orange for positive.
+
+    Args:
+        attributions: attributions at the vertices, [V].
+        full_colour_attribution: absolute value >= 0 from which on a vertex gets the full blue or orange.
+    """
     # The scale is 0 if all values are 0; 1e-12 avoids a division by zero.
     # [V, 1] in -1..1
     scaled_attributions = np.clip(attributions / max(full_colour_attribution, 1e-12), -1, 1)[:, None]
@@ -302,7 +308,7 @@ def _layers(
         latent_index: index of the latent in the study.
         vertices: positions of the vertices, [V, 3].
         vertex_attributions: attribution at the vertices, [V].
-        full_colour_attribution: attribution with the full colour.
+        full_colour_attribution: absolute attribution that gets the full colour.
     """
     region_indices = labels_at(vertices, study.partitions[latent_index], study.spec)  # [V]
     legend = (
@@ -329,7 +335,7 @@ def _layers(
 
 
 def _short(value: float) -> str:
-    """Format a value >= 0 with two significant digits, as a decimal number."""
+    """Format a value >= 0 as a decimal number with two significant digits."""
     return "0" if value == 0 else f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
 
 
@@ -433,9 +439,9 @@ def jobs(study: Study) -> list[Job]:
 
 
 def regions(study: Study, folder: Path) -> Finding:
-    """Describe the regions: numbers of their voxels, and images on the meshes of the first latents.
+    """Describe the regions by their numbers of voxels and by images on the meshes of the first latents.
 
-    With landmarks, the eight parts of the head are described as a second partition.
+    With --regions=landmarks, the eight parts of the head are described as a second partition.
     """
     comparison = study.comparison
     # Any other value of --regions is the path of the user's label volume.
@@ -480,7 +486,9 @@ def regions(study: Study, folder: Path) -> Finding:
 
 
 def _counts(study: Study) -> list[dict]:
-    """Count the voxels of each region: mean, smallest and largest number over the latents."""
+    """Count the voxels of each region. Return a row per region with the mean, smallest and largest number
+    over latents.
+    """
     # A region may have other voxels for each latent, for example if it depends on landmarks.
     counts_by_latent = np.array([partition.counts() for partition in study.partitions])  # [N, R]
     return [
@@ -594,9 +602,9 @@ def _describe_shapley(
 
     Args:
         shapley_values: Shapley values, [N, R].
-        region_means: mean with interval of each region.
-        mean_difference: mean change of the reward, with interval.
-        largest_gap: largest efficiency gap of a latent, as a share of its difference.
+        region_means: for each region its mean Shapley value with an interval: the keys mean, lo and hi.
+        mean_difference: mean change of the reward with its interval, a `MeanInterval`.
+        largest_gap: largest efficiency gap of a latent, as a share of its reward difference.
     """
     # indices of the regions by the absolute value of their mean contribution, largest first
     largest_first = np.argsort([-abs(region_mean["mean"]) for region_mean in region_means])
@@ -672,7 +680,8 @@ def _describe_shapley(
 def methods(study: Study, folder: Path) -> Finding:
     """Report the mean attributions by four methods, and the rank correlations between the methods.
 
-    Also report if the Integrated Gradients are complete, that is, if they sum to the change of the reward.
+    Also report whether the Integrated Gradients are complete, that is, if they sum to the change of the
+    reward.
     """
     attributions_by_method = study.methods
     region_names = study.names
@@ -775,9 +784,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     comparison = study.comparison
     latent_count = min(study_settings.checked, len(study.seeds))
     # [checked, R]
-    trained_attributions = np.stack(
-        [trained_values.values for trained_values in study.shapley[:latent_count]]
-    )
+    trained_attributions = np.stack([attribution.values for attribution in study.shapley[:latent_count]])
     table_rows = []  # one row for each random weights and latent
     signed_means = []  # mean over latents, by random weights
     size_means = []  # the same of absolute values

@@ -1,7 +1,7 @@
 """Inputs and results of an attribution study.
 
 A study has latents, their slabs before and after tuning, their regions, and the attributions by every method.
-Each of them is computed once. The reward's input is usually a slab, the normalised density on a grid.
+A `Study` computes each of these once. The reward's input is usually a slab, the normalised density on a grid.
 Shapes: N latents, R regions, D, H, W grid points of the slab along z, y, x.
 """
 
@@ -86,9 +86,11 @@ class Study:
 
     @cached_property
     def partitions(self) -> list[regions.Partition]:
-        """Return the partition of each latent's slab into regions. All have the same names of regions.
+        """Return the partition of each latent's slab into regions. The regions have the same names for all
+        latents.
 
-        Raises: ValueError, with the flag that selects the regions.
+        Raises: ValueError, whose message begins with a flag, if the regions cannot be determined, or if they
+            are too many for the exact method.
         """
         study_settings = self.settings
         # Fixed boxes are the same for every latent, so the list repeats one object.
@@ -232,7 +234,10 @@ class Study:
     def _compute_for_check(
         self, coalition_values: shapley_methods.CoalitionValues, latent_index: int
     ) -> np.ndarray:
-        """Compute the Shapley values [R] of a baseline: exact if that is cheap, else from sampled orders."""
+        """Compute Shapley values [R] for a control: exact ones if that is cheap, else from sampled orders.
+
+        The controls are the noise baseline and rewards with random weights.
+        """
         # The exact method evaluates 2^R coalitions, the sampled orders at most CHECK_ORDERS * R.
         exact_is_cheap = 1 << coalition_values.regions <= CHECK_ORDERS * coalition_values.regions
         method = "exact" if exact_is_cheap else "antithetic"
@@ -297,7 +302,11 @@ class Study:
 
     @cached_property
     def methods(self) -> dict[str, np.ndarray]:
-        """Return the attributions [N, R] by each method."""
+        """Return the attributions [N, R] of all latents to all regions, by the name of the method.
+
+        The methods are Shapley values, Integrated Gradients, occlusion, and Shapley values of shuffled
+        changes ("noise").
+        """
         noise_values = []  # [R] for each latent
         for latent_index, partition in enumerate(self.partitions):
             # The noise baseline: in each region the same changes, but at shuffled positions.
@@ -331,8 +340,8 @@ class Study:
     def attribute_randomised(self, draw: int) -> np.ndarray:
         """Compute the Shapley values of a reward with random weights, for the first latents of the study.
 
-        Args: draw: number of the random weights.
-        Returns: [number of latents, R].
+        Args: draw: index of the random weights, 0 to --randomisations less 1, which determines their seed.
+        Returns: Shapley values, [number of latents, R].
         """
         # With + 1 the seed of the first draw differs from that of the study.
         score = shapley_methods.randomise_weights(

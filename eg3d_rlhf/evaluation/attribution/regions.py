@@ -1,4 +1,5 @@
-"""Partitions of a slab's voxels into named regions, to which an attribution is computed.
+"""Partitions of a slab's voxels into named regions, among which an attribution divides the change of the
+reward.
 
 A box is (smallest x, largest x, smallest y, largest y, smallest z, largest z).
 Shapes: R regions, L landmarks, V vertices, D, H, W grid points of the slab along z, y, x.

@@ -178,12 +178,14 @@ class Attribution:
 
     @property
     def relative_gap(self) -> float:
-        """Return |gap| / |difference|, see `relative_gap`."""
+        """Return the efficiency gap as a share of the reward difference, see the function `relative_gap`."""
         return relative_gap(self.gap, self.difference)
 
 
 def relative_gap(gap: float, difference: float) -> float:
-    """Return |gap| / |difference|; 0 if the gap is 0, infinite if only the difference is 0."""
+    """Compute |gap| / |difference|. The result is 0 if the gap is 0, and infinite if only the difference is
+    0.
+    """
     return 0.0 if gap == 0 else abs(gap) / abs(difference) if difference else math.inf
 
 
@@ -247,7 +249,7 @@ def estimate_by_sampling(
             means of the pairs.
 
     Returns: means [R] and standard errors [R] of the marginal contributions.
-    Raises: ValueError for too few samples, or an odd number of antithetic samples.
+    Raises: ValueError for too few orders, or an odd number of antithetic orders.
     """
     if antithetic and order_count % 2:
         raise ValueError(
@@ -275,9 +277,11 @@ def estimate_by_sampling(
 
 
 def marginals(coalition_values: Value, orders: np.ndarray) -> np.ndarray:
-    """Compute by how much each region changes the value when it joins, along several orders.
+    """Compute by how much each region changes the coalition's value when it joins, along several orders.
 
-    Args: orders: each row is a permutation of the regions, in which they join, [P, R].
+    Args:
+        coalition_values: function that returns the values of coalitions.
+        orders: permutations of the regions, [P, R]. The regions of a row join the coalition in this order.
     Returns: contributions [P, R]; column i belongs to region i.
     """
     order_count, region_count = orders.shape
@@ -302,7 +306,8 @@ def shapley(
     order_count: int = 64,
     seed: int = 0,
 ) -> Attribution:
-    """Compute Shapley values by one of METHODS, with their efficiency gap.
+    """Compute Shapley values by one of the three METHODS ("exact", "permutation", "antithetic"), with their
+    efficiency gap.
 
     Args:
         coalition_values: function that returns the values of coalitions.
@@ -333,7 +338,7 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], max_gap
 
     The message states the seed of the latent with the largest gap.
     """
-    relative_gaps = [worst_attribution.relative_gap for worst_attribution in attributions]
+    relative_gaps = [attribution.relative_gap for attribution in attributions]
     worst_index = int(np.argmax(relative_gaps))  # index of the latent
     # "not <=" is used instead of ">", so that NaN is an error, too.
     if not relative_gaps[worst_index] <= max_gap:
@@ -420,9 +425,11 @@ def integrated_gradients(
 
 
 def occlusion(coalition_values: Value, region_count: int) -> np.ndarray:
-    """Compute by how much the value falls if a region of the tuned slab is set back to the original, [R].
+    """Compute by how much the reward falls if one region of the tuned slab is set back to the original slab,
+    [R].
 
-    The attribution of region i is v(all regions) - v(all but i) (occlusion, Zeiler and Fergus 2014).
+    The attribution of region i is v(all regions) - v(all but i) (occlusion, Zeiler and Fergus 2014), where v
+    is `coalition_values`.
     """
     # [R + 1, R]: row i contains all regions but i; the last row contains all regions.
     coalitions = torch.ones(region_count + 1, region_count, dtype=torch.bool)

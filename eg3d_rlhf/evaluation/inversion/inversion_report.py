@@ -46,7 +46,7 @@ ORBIT = "orbit.mp4"
 
 
 class Arm(NamedTuple):
-    """Column of the strip: a shape with its name."""
+    """Shape of one arm with its name; a column of strip.png."""
 
     name: str  # 'truth', or 'weight ' and the weight
     generator: Generator
@@ -203,14 +203,14 @@ def summarise(measure_records: Sequence[Mapping], reward_weights: Sequence[float
     """Compute the mean of every measure for each arm, and the paired changes from the base to every weight.
 
     The base is the first weight, which is 0 if the weights contain 0.
-    Args: measure_records: records of `Inversions.records`.
+    Args: measure_records: records that `Inversions.records` returned.
     """
     weight_names = [f"{reward_weight:g}" for reward_weight in reward_weights]
     base_name = f"{reward_weights[0]:g}"
     # in the order of the records
     arms = list(dict.fromkeys(measure_record["arm"] for measure_record in measure_records))
     statistics_by_measure: dict[str, dict] = {}  # measure -> means and paired changes
-    for measure_name in (listed_measure.name for listed_measure in MEASURES):
+    for measure_name in (measure.name for measure in MEASURES):
         # Not every arm has every measure. The ground truth, for example, has no PSNR.
         values_by_arm = {
             arm: np.array(
@@ -303,11 +303,11 @@ def summary_sentences(inversion_summary: Mapping, evaluator_name: str, network_n
     if len(inversion_summary["weights"]) == 1:
         return sentences
     largest_weight = f"{inversion_summary['weights'][-1]:g}"
-    for listed_name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
-        if listed_name in statistics_by_measure:
+    for measure_name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
+        if measure_name in statistics_by_measure:
             sentences.append(
-                f"{listed_name} at λ {largest_weight}:"
-                f" {format_change(statistics_by_measure[listed_name]['paired'][largest_weight])}"
+                f"{measure_name} at λ {largest_weight}:"
+                f" {format_change(statistics_by_measure[measure_name]['paired'][largest_weight])}"
                 f" against λ {inversion_summary['base']}."
             )
     sentences.append(
@@ -318,14 +318,14 @@ def summary_sentences(inversion_summary: Mapping, evaluator_name: str, network_n
             f"The mean reward {'rises' if inversion_summary['reward_rises'] else 'does not rise'} from every"
             " weight to the next."
         )
-    for listed_name in inversion_summary["over_optimised"]:
+    for weight_name in inversion_summary["over_optimised"]:
         uncertainty_text = (
             ""
-            if listed_name in inversion_summary["clearly_over_optimised"]
+            if weight_name in inversion_summary["clearly_over_optimised"]
             else ", though the interval includes 0"
         )
         sentences.append(
-            f"Over-optimised at λ {listed_name}: the evaluator's mean is below that of λ"
+            f"Over-optimised at λ {weight_name}: the evaluator's mean is below that of λ"
             f" {inversion_summary['base']}{uncertainty_text}."
         )
     return sentences
@@ -417,24 +417,23 @@ def jobs(inversions: Inversions) -> list[Job]:
     def curves_finding(_folder: Path) -> Finding:
         stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
         curve_rows = [
-            {"stage": stage, "measure": listed_name, "step": step, "mean": mean_value}
+            {"stage": stage, "measure": measure_name, "step": step, "mean": mean_value}
             for stage, by_measure in stage_curves.items()
-            for listed_name, curve_points in by_measure.items()
+            for measure_name, curve_points in by_measure.items()
             for step, mean_value in curve_points
         ]
         return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=curve_rows)
 
     def strips_finding(folder: Path) -> Finding:
-        for listed_name, strip_path in strip_by_name.items():
-            shutil.copyfile(strip_path, folder / f"strip-{listed_name}.png")
+        for case_name, strip_path in strip_by_name.items():
+            shutil.copyfile(strip_path, folder / f"strip-{case_name}.png")
         return Finding(
             facts=facts(setup),
             data={},
             images={
-                f"{listed_name}: the target, then {'the ground truth and ' if case.truth else ''}every"
-                " weight;"
-                " below, the same as shapes": f"strip-{listed_name}.png"
-                for listed_name, case in zip(strip_by_name, shown_cases, strict=True)
+                f"{case_name}: the target, then {'the ground truth and ' if case.truth else ''}every weight;"
+                " below, the same as shapes": f"strip-{case_name}.png"
+                for case_name, case in zip(strip_by_name, shown_cases, strict=True)
             },
         )
 
@@ -455,7 +454,7 @@ def jobs(inversions: Inversions) -> list[Job]:
             title="Step by step",
             compute=curves_finding,
             inputs=job_inputs,
-            plots={listed_name: partial(plot_steps, listed_name) for listed_name in ("mse", "perceptual")},
+            plots={measure_name: partial(plot_steps, measure_name) for measure_name in ("mse", "perceptual")},
         ),
     ]
 
@@ -498,8 +497,8 @@ def plot_means(finding_data: dict):
 def plot_changes(finding_data: dict):
     """Plot the paired changes from the base weight, with intervals."""
     changes_by_measure = {
-        listed_name: measure_data["paired"]
-        for listed_name, measure_data in finding_data["measures"].items()
+        measure_name: measure_data["paired"]
+        for measure_name, measure_data in finding_data["measures"].items()
         if measure_data["paired"]
     }
     figure, axes = style.grid(len(changes_by_measure), 2.7)

@@ -78,7 +78,7 @@ class Setup:
 
     @property
     def steps(self) -> int:
-        """Return the total number of steps of all targets."""
+        """Return the total number of optimisation steps of all targets."""
         return len(self.cases) * sum(leg.last - leg.first for leg in list_legs(self.config, self.weights))
 
 
@@ -87,7 +87,7 @@ class Inversions:
 
     Args:
         run: run, whose context must be entered.
-        setup: inputs.
+        setup: loaded inputs of the inversions.
     """
 
     def __init__(self, run: Run, setup: Setup):
@@ -101,7 +101,10 @@ class Inversions:
         return self.run.folder / "targets" / case.name
 
     def run_missing(self) -> None:
-        """Run all steps that have not been made. Raises: StoppedError if the run is asked to stop."""
+        """Run all optimisation steps that have not been made.
+
+        Raises: StoppedError if the run is asked to stop.
+        """
         next_position: tuple[int, ...] = (0, 0, 0)  # index of the target, index of the section, step
         stage_state: dict[str, Tensor] = {}
         if checkpoint.available(self.run.folder):
@@ -197,7 +200,7 @@ class Inversions:
         """Make the steps of a section, write logs and checkpoints, and stop if this is requested.
 
         Args:
-            section_position: index of the target, index of the section.
+            section_position: (index of the target, index of the section).
             first_step: first step to make.
         """
         section_name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"

@@ -347,7 +347,7 @@ class Objective:
     def guidance_term(
         self, field: Field, step: int, reward_weight: float
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Compute the reward's term of the loss in a step.
+        """Compute the reward's term of the loss in one optimisation step.
 
         Args:
             step: number of the step; the reward is evaluated in every `reward_every`-th step.
@@ -377,9 +377,12 @@ class LatentStage:
         start: Tensor | None = None,
         weight: float = 0.0,
     ):
-        """Initialise the stage.
+        """Prepare the first stage from an initial latent.
 
         Args:
+            generator: untuned generator, which is frozen in place.
+            objective: loss of the target.
+            prior: mean and standard deviation of w.
             start: initial ws, [1, L, W]; None selects the mean latent for every layer.
             weight: weight of the reward in the second half of the stage, if the settings enable it there.
         """
@@ -423,7 +426,7 @@ class LatentStage:
         return {"ws": self.ws.detach(), **optimizer_tensors("adam", self.optimizer)}
 
     def restore(self, stage_state: dict[str, Tensor]) -> None:
-        """Restore a state of `stage_state`."""
+        """Restore a state that `state` returned."""
         with torch.no_grad():
             self.ws.copy_(stage_state["ws"])
         restore_optimizer("adam", self.optimizer, stage_state)
@@ -477,7 +480,7 @@ class PivotalStage:
         return {"ws": self.ws, **network_tensors, **optimizer_tensors("adam", self.optimizer)}
 
     def restore(self, stage_state: dict[str, Tensor]) -> None:
-        """Restore a state of `stage_state`."""
+        """Restore a state that `state` returned."""
         self.generator.module.load_state_dict(
             {
                 tensor_name.removeprefix("G."): tensor

@@ -155,7 +155,7 @@ def rotated_camera(camera: Tensor, yaw: float, pivot: Sequence[float]) -> Tensor
 
 
 def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
-    """Parse a camera, [1, 25].
+    """Parse a camera, and return its label [1, 25].
 
     Args: camera_text: camera in one of three forms: 'YAW,PITCH' in radians from frontal; 25 numbers separated
         by commas (16 of the pose, 9 of the intrinsics); or the path of a JSON file with a list of 2 or 25
@@ -223,7 +223,7 @@ class Evaluators:
 
 
 def annotator_evaluator(case: Case, field: Field) -> float | None:
-    """Compute the utility of a shape by the simulated annotator without noise.
+    """Compute the utility that the simulated annotator without noise assigns to a shape.
 
     Return None for a target that is an image, since it has no ground-truth head.
     """
