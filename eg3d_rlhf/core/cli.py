@@ -52,27 +52,27 @@ class HelpValues:
     A knob (`training.config.Knob`) describes the option of one field of a settings dataclass.
 
     Args:
-        resolved: settings dataclasses, and mappings from names of parameters or fields to values. If several
-            of them contain the same name, the first one counts. None if the values could not be determined,
-            for example because a file does not exist.
+        resolved_settings: settings dataclasses, and mappings from names of parameters or fields to values. If
+            several of them contain the same name, the first one counts. None if the values could not be
+            determined, for example because a file does not exist.
     """
 
-    def __init__(self, resolved: Iterable[object] | None) -> None:
-        self.unknown = resolved is None
+    def __init__(self, resolved_settings: Iterable[object] | None) -> None:
+        self.unknown = resolved_settings is None
         self._by_name: dict[str, Any] = {}
         # by id: knobs are not hashable by content, and one knob can belong to several dataclasses
         self._by_knob: dict[int, Any] = {}
-        for settings_or_mapping in resolved or ():
+        for settings_or_mapping in resolved_settings or ():
             if isinstance(settings_or_mapping, Mapping):
                 # Values that are already there come last and win: the first one given counts.
                 self._by_name = {**settings_or_mapping, **self._by_name}
             else:
                 self._add(settings_or_mapping)
 
-    def _add(self, settings: Any) -> None:
+    def _add(self, settings_instance: Any) -> None:
         """Store the values of the knobs of a settings dataclass, and of the dataclasses in its fields."""
-        for field in dataclasses.fields(settings):
-            field_value = getattr(settings, field.name)
+        for field in dataclasses.fields(settings_instance):
+            field_value = getattr(settings_instance, field.name)
             if dataclasses.is_dataclass(field_value):
                 self._add(field_value)
             elif "knob" in field.metadata:
@@ -94,7 +94,7 @@ VALUES = f"{__name__}.values"  # key of the HelpValues in click's Context.meta w
 ALL = f"{__name__}.all"  # key in click's Context.meta of a bool: True if --help-all was given
 
 
-def as_shown(value: object) -> str:
+def as_shown(default_value: object) -> str:
     """Format a default value for `--help`.
 
     Numbers get their shortest exact form, sequences are joined by commas, and paths of bundled files are
@@ -103,12 +103,12 @@ def as_shown(value: object) -> str:
     >>> as_shown(5.0), as_shown(1.2e-3), as_shown((0.7, 0.3))
     ('5', '0.0012', '0.7, 0.3')
     """
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(as_shown, value))
-    if isinstance(value, float):
+    if isinstance(default_value, (tuple, list)):
+        return ", ".join(map(as_shown, default_value))
+    if isinstance(default_value, float):
         # The short form, unless it would show another number than the one that is used.
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    value_text = str(value)
+        return f"{default_value:g}" if float(f"{default_value:g}") == default_value else repr(default_value)
+    value_text = str(default_value)
     return (
         value_text.removeprefix(f"{ASSETS.parent}/")
         if value_text.startswith(str(ASSETS))
@@ -199,26 +199,26 @@ def _print_version(ctx: click.Context, _: click.Parameter, is_requested: bool) -
         ctx.exit()
 
 
-def check_value(job: str, flag: str, value: str | Sequence[Any]) -> None:
+def check_value(command_words: str, flag: str, flag_value: str | Sequence[Any]) -> None:
     """Raise ValueError for a value whose name or meaning changed since version 0.1.
 
     Args:
-        job: words of the command, such as "report all".
+        command_words: words of the command, such as "report all".
         flag: name of the flag, for the message.
-        value: value of the flag, or all its values if it may be given several times.
+        flag_value: value of the flag, or all its values if it may be given several times.
     """
-    for single_value in (value,) if isinstance(value, str) else value:
+    for single_value in (flag_value,) if isinstance(flag_value, str) else flag_value:
         # Only texts were renamed.
         if not isinstance(single_value, str):
             continue
-        if (old_and_new_name := renamed.new_value(job, flag, single_value)) is not None:
+        if (old_and_new_name := renamed.new_value(command_words, flag, single_value)) is not None:
             old_name, new_name = old_and_new_name
             raise ValueError(
                 f"{flag}={single_value}: the value {old_name} was renamed to {new_name}. Write {new_name}"
                 " instead."
             )
         if flag == "--seeds":
-            renamed.check_seeds(job, single_value)
+            renamed.check_seeds(command_words, single_value)
 
 
 class GroupedCommand(click.Command):
@@ -322,10 +322,10 @@ class GroupedCommand(click.Command):
     def _is_help_requested(self, ctx: click.Context, args: list[str]) -> bool:
         """Return True if the arguments contain --help or --help-all."""
         # The parser alone does not convert values or run callbacks.
-        parsed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta[ALL] = bool(parsed.get("help_all"))
+        value_by_parameter, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta[ALL] = bool(value_by_parameter.get("help_all"))
         help_option = self.get_help_option(ctx)
-        return ctx.meta[ALL] or help_option is not None and bool(parsed.get(help_option.name))
+        return ctx.meta[ALL] or help_option is not None and bool(value_by_parameter.get(help_option.name))
 
     def _reject_renamed(self, typed_flag: str) -> None:
         """Print the new name of an option that was renamed since version 0.1, and exit with code 2.
@@ -600,16 +600,16 @@ def user_errors(edit_message: Callable[[str], str] = str) -> Iterator[None]:
         sys.exit(2)
 
 
-def check_extra(extra: str) -> None:
+def check_extra(extra_name: str) -> None:
     """Raise ModuleNotFoundError if a package of an extra is not installed; `user_errors` reports it.
 
     A command calls this function before a long computation, which would otherwise fail at its end.
 
-    Args: extra: name of an optional dependency group of pyproject.toml, such as "label".
+    Args: extra_name: name of an optional dependency group of pyproject.toml, such as "label".
     """
     for package, package_extra in EXTRAS.items():
         # find_spec does not import the package
-        if package_extra == extra and importlib.util.find_spec(package) is None:
+        if package_extra == extra_name and importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
 
 
@@ -825,9 +825,9 @@ def aligned(cell_rows: Sequence[Sequence[str]]) -> str:
     Args: cell_rows: texts of the cells, with the same number of cells in every row.
     """
     # Widest cell of each column.
-    widths = [max(map(len, column)) for column in zip(*cell_rows, strict=True)]
+    column_widths = [max(map(len, column)) for column in zip(*cell_rows, strict=True)]
     return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(cell_row, widths, strict=True)).rstrip()
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(cell_row, column_widths, strict=True)).rstrip()
         for cell_row in cell_rows
     )
 

@@ -182,55 +182,55 @@ class Guidance(Protocol):
 SLACK = 1e-3  # images may exceed 0..1 by this much, because of rounding in a renderer
 
 
-def check_views(images: int, views: int, who: str = "--prior") -> None:
-    """Raise ValueError unless the images form complete sets of `views` views.
+def check_views(image_count: int, view_count: int, message_start: str = "--prior") -> None:
+    """Raise ValueError unless the images form complete sets of `view_count` views.
 
     Args:
-        images: number of images.
-        views: number of views of one asset.
-        who: start of the message, such as the flag of the model.
+        image_count: number of images.
+        view_count: number of views of one asset.
+        message_start: start of the message, such as the flag of the model.
     """
-    if images < 1 or images % views:
+    if image_count < 1 or image_count % view_count:
         raise ValueError(
-            f"{who}: expected a multiple of {views} images (the views of one asset), got {images}. Pass"
-            f" complete sets of {views} views. In score distillation, set the number of views with --set"
-            f" views={views}."
+            f"{message_start}: expected a multiple of {view_count} images (the views of one asset), got"
+            f" {image_count}. Pass complete sets of {view_count} views. In score distillation, set the"
+            f" number of views with --set views={view_count}."
         )
 
 
-def check_images(images: torch.Tensor, who: str) -> None:
+def check_images(images: torch.Tensor, message_start: str) -> None:
     """Raise ValueError unless images have the shape [B, 3, h, w] and finite values within 0..1.
 
     Args: images: images of any shape; who: start of the message, such as the flag of the model.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"{who}: expected images of shape [B, 3, h, w], got {list(images.shape)}. Pass a batch of images"
-            " with three colour channels."
+            f"{message_start}: expected images of shape [B, 3, h, w], got {list(images.shape)}. Pass a batch"
+            " of images with three colour channels."
         )
     # `aminmax` needs one pass over the tensor. Detached, because checks must not enter the graph.
     lowest_value, highest_value = (float(extreme) for extreme in images.detach().aminmax())
     # A comparison with NaN is False, so NaN is rejected too
     if not (lowest_value >= -SLACK and highest_value <= 1 + SLACK):
         raise ValueError(
-            f"{who}: expected images within 0..1, got {lowest_value:.3g}..{highest_value:.3g}. Scale images"
-            " of 0..255 or -1..1 to 0..1."
+            f"{message_start}: expected images within 0..1, got {lowest_value:.3g}..{highest_value:.3g}."
+            " Scale images of 0..255 or -1..1 to 0..1."
         )
 
 
-def check_finite(tensor: torch.Tensor, who: str, remedy: str) -> None:
+def check_finite(tensor: torch.Tensor, message_start: str, remedy: str) -> None:
     """Raise ValueError if a tensor contains NaN or infinity.
 
     Args:
         tensor: tensor of any shape.
-        who: start of the message, such as the flag of the model.
+        message_start: start of the message, such as the flag of the model.
         remedy: sentence that ends the message and says what the user can do.
     """
     nonfinite_count = int((~torch.isfinite(tensor.detach())).sum())
     if nonfinite_count:
         raise ValueError(
-            f"{who}: expected finite numbers, got NaN or infinity in {nonfinite_count} of {tensor.numel()}"
-            f" values. {remedy}"
+            f"{message_start}: expected finite numbers, got NaN or infinity in {nonfinite_count} of"
+            f" {tensor.numel()} values. {remedy}"
         )
 
 
@@ -292,7 +292,7 @@ class CheckedPrior:
             )
         return self._finite(self.prior.predict_noise(x_t, t, cond, cameras), "predict_noise")
 
-    def _finite(self, tensor: torch.Tensor, method: str) -> torch.Tensor:
+    def _finite(self, tensor: torch.Tensor, method_name: str) -> torch.Tensor:
         """Return a result of the prior, or raise ValueError, which names the method, if it is not finite."""
-        check_finite(tensor, f"--prior: {method}", self.remedy)
+        check_finite(tensor, f"--prior: {method_name}", self.remedy)
         return tensor

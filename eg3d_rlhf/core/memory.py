@@ -206,7 +206,7 @@ class MemoryTrace(TorchDispatchMode):
         self.current_bytes -= self._sizes.pop(storage_address, 0)
 
 
-def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operator_result: Any) -> int:
     """Count the multiplications and additions of one operator call, as torch.utils.flop_counter does.
 
     The fused attention operators of the CPU, which torch's table does not contain, are counted, too.
@@ -215,7 +215,7 @@ def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     Args:
         op: overload packet of the operator, for example torch.ops.aten.mm.
         args, kwargs: arguments of the call.
-        result: result of the call.
+        operator_result: result of the call.
     """
     if op is ATTENTION:
         # The first three arguments are query, key and value.
@@ -223,7 +223,7 @@ def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     if op is ATTENTION_BACK:
         # The first four arguments are the output's gradient, query, key and value.
         return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
-    return int(flop_registry[op](*args, **kwargs, out_val=result)) if op in flop_registry else 0
+    return int(flop_registry[op](*args, **kwargs, out_val=operator_result)) if op in flop_registry else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ class HeldOut:
         """Return all seeds of the range without any shift."""
         return range(self.first, self.first + self.count)
 
-    def take(self, n: int, move: int = 0) -> range:
+    def take(self, n: int, shift_count: int = 0) -> range:
         """Return the first n seeds of the range, shifted by `shift_count` * STRIDE.
 
         Raises: ValueError if the range has fewer than n seeds.
@@ -44,7 +44,7 @@ class HeldOut:
                 f"The held-out range {self.name!r} has {self.count:,} seeds, but {n:,} were requested."
                 f" Request at most {self.count:,}."
             )
-        start = self.first + STRIDE * move
+        start = self.first + STRIDE * shift_count
         return range(start, start + n)
 
 
@@ -113,7 +113,7 @@ HELD_OUT = (
 )
 
 
-def reject_held_out_seeds(seeds: Iterable[int], who: str) -> None:
+def reject_held_out_seeds(seeds: Iterable[int], message_start: str) -> None:
     """Raise ValueError, which names the first held-out seed, if any seed is held out.
 
     Args: seeds: latent seeds; who: start of the message, such as a flag.
@@ -127,6 +127,6 @@ def reject_held_out_seeds(seeds: Iterable[int], who: str) -> None:
                 reserved_seeds = held_out_range.take(held_out_range.count, shift_count)
                 range_name = held_out_range.name + (f" of --seed={shift_count}" if shift_count else "")
                 raise ValueError(
-                    f"{who}: seed {seed} is held out for evaluation (range {range_name},"
+                    f"{message_start}: seed {seed} is held out for evaluation (range {range_name},"
                     f" {reserved_seeds[0]} to {reserved_seeds[-1]}). Choose seeds outside this range."
                 )

@@ -111,16 +111,16 @@ def kl_divergence(n_values: Sequence[int]) -> np.ndarray:
     return np.log(n) - (n - 1) / n
 
 
-def fit(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
+def fit(distances: np.ndarray, gains: np.ndarray) -> np.ndarray:
     """Fit gain = d (alpha - beta d) by least squares.
 
     Args:
-        distance: values of d, the square root of the KL divergence, [T].
-        gain: gains by the evaluator, [..., T].
+        distances: values of d, the square root of the KL divergence, [T].
+        gains: gains by the evaluator, [..., T].
 
     Returns: array [..., 2], whose last axis holds alpha and beta.
     """
-    return gain @ np.linalg.pinv(np.stack([distance, -(distance**2)], axis=1)).T
+    return gains @ np.linalg.pinv(np.stack([distances, -(distances**2)], axis=1)).T
 
 
 def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
@@ -342,7 +342,7 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
             bar.update(len(ws_batch))
     scores_by_column = {**scores_by_arm, "evaluator": evaluator_scores}  # one column per arm
     table_rows = [
-        {"seed": seed, **{arm_name: column[i] for arm_name, column in scores_by_column.items()}}
+        {"seed": seed, **{arm_name: column_scores[i] for arm_name, column_scores in scores_by_column.items()}}
         for i, seed in enumerate(trial.seeds)
     ]
     return Finding(
@@ -455,13 +455,18 @@ def _compare_to_members(
     for aggregate_name in join_by_arm if rewards_by_arm else ():
         # The text before ": " names the ensemble, so these are the members of the same ensemble.
         name_prefix = aggregate_name.rpartition(": ")[0]
-        members = [
+        ensemble_members = [
             member
             for member in rewards_by_arm
             if member.rpartition(": ")[0] == name_prefix and "member" in member
         ]
-        best_member = max(members, key=lambda member: last_gain_by_arm[member][0])  # by the evaluator
-        for reference_name, compared_members in (("best member", [best_member]), ("mean member", members)):
+        best_member = max(
+            ensemble_members, key=lambda member: last_gain_by_arm[member][0]
+        )  # by the evaluator
+        for reference_name, compared_members in (
+            ("best member", [best_member]),
+            ("mean member", ensemble_members),
+        ):
             gain_difference = last_gain_by_arm[aggregate_name][0] - np.mean(
                 [last_gain_by_arm[member][0] for member in compared_members]
             )
@@ -550,12 +555,12 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
         inputs=scores_inputs,
     )
 
-    def make_curves_job(scores: Finding) -> Job:
+    def make_curves_job(scores_finding: Finding) -> Job:
         """Return the job of the curves, computed from the scores."""
         return Job(
             key=CURVES,
             title="Best of n: the evaluator's value of the selected latents",
-            compute=partial(curves, trial, scores),
+            compute=partial(curves, trial, scores_finding),
             plots={"evaluator": plot_evaluator, "reward": plot_reward, "peaks": plot_peaks},
             inputs={**scores_inputs, "most": trial.most},
         )
@@ -684,24 +689,24 @@ def plot_peaks(finding_data: dict):
     return figure
 
 
-def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
+def load_trial(before_path, rewards, heldout_path, data, device, **trial_fields) -> Trial:
     """Load the networks that the flags name.
 
     Args:
-        before: file or run folder of the generator; None selects the bundled generator.
+        before_path: file or run folder of the generator; None selects the bundled generator.
         rewards: files of rewards, or names of observations. A name of an observation selects an untrained
             reward of this observation. If the sequence is empty, the bundled reward is tested.
-        heldout_reward: file of the reward that is the evaluator. If it is None, the simulated annotator is
+        heldout_path: file of the reward that is the evaluator. If it is None, the simulated annotator is
             the evaluator.
         data: dataset of the generator; None selects the dataset that the generator's run recorded.
         device: name of the device, on which the networks are loaded.
-        sampling: further fields of `Trial`.
+        trial_fields: further fields of `Trial`.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
     torch_device = choose_device(device)  # the networks' device
     with prefix_errors("--before"):
-        generator = load_generator(before, torch_device)
+        generator = load_generator(before_path, torch_device)
     # A reward that is named twice is tested once.
     reward_paths = dict.fromkeys(rewards or [bundled.REWARD])
     name_by_path = {
@@ -731,12 +736,12 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(reward_path)
 
-    if heldout_reward is None and not annotator_can_score(generator, data):
+    if heldout_path is None and not annotator_can_score(generator, data):
         raise ValueError(
             "--heldout-reward is missing. Without it the simulated annotator is the evaluator, which can"
             " score synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."
         )
-    loaded_evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
+    loaded_evaluator = None if heldout_path is None else load(heldout_path, "--heldout-reward")
     loaded_rewards = {name_by_path[path]: load(path, "--reward-ckpt") for path in reward_paths}
     # An evaluator that is among the tested rewards would agree with itself.
     if loaded_evaluator is not None and any(
@@ -744,10 +749,10 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         for tested_reward, digest in loaded_rewards.values()
     ):
         raise ValueError(
-            f"--heldout-reward={heldout_reward} is one of the tested rewards, or a member of one, so its"
+            f"--heldout-reward={heldout_path} is one of the tested rewards, or a member of one, so its"
             " errors would not be independent of theirs. Pass a reward that was trained on other labels."
         )
-    return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **sampling)
+    return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **trial_fields)
 
 
 def write(trial: Trial, page_folder: Path) -> Finding:

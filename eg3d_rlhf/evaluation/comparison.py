@@ -89,14 +89,14 @@ class Comparison(Sampling):
         """Load a network file onto the comparison's device."""
         return load_generator(path, self.device)
 
-    def seeds(self, n: int | None = None, of: HeldOut = LATENTS) -> range:
+    def seeds(self, n: int | None = None, held_out_range: HeldOut = LATENTS) -> range:
         """Return the first `n` seeds of a held-out range, shifted by --seed.
 
         Args:
             n: number of seeds; None selects self.n.
-            of: held-out range from which the seeds are taken.
+            held_out_range: held-out range from which the seeds are taken.
         """
-        return of.take(self.n if n is None else n, self.seed)
+        return held_out_range.take(self.n if n is None else n, self.seed)
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
         """Compute the latents ws [N, L, W] of seeds.
@@ -121,8 +121,8 @@ class Comparison(Sampling):
         for ws in self.ws(generator, seeds, psi).split(batch or self.batch):
             # `no_grad` must not enclose the yield, else the caller's code would run without gradients, too.
             with torch.no_grad():
-                shapes = generator.generator.field(ws)
-            yield shapes
+                field = generator.generator.field(ws)
+            yield field
 
     @torch.no_grad()
     def observed(self, generator: LoadedGenerator, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -155,22 +155,24 @@ class Comparison(Sampling):
         requested_key = (self.held_out_hash if held_out else self.reward_hash, *sample_key)
         if requested_key not in self.memory:
             # Both rewards are scored in one pass, so that each shape is generated once.
-            rewards = {self.reward_hash: self.reward} | (
+            reward_by_hash = {self.reward_hash: self.reward} | (
                 {} if self.held_out is None else {self.held_out_hash: self.held_out}
             )
-            parts_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
+            batches_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in reward_by_hash}
             for field in self.fields(generator, seeds, psi):
                 # An input that both rewards read is computed once.
-                observed: dict[Observation, torch.Tensor] = {}
-                for digest, reward in rewards.items():
+                input_by_observation: dict[Observation, torch.Tensor] = {}
+                for digest, reward in reward_by_hash.items():
                     observation = reward.observation
-                    if observation not in observed:
-                        observed[observation] = observation.observe(field)
-                    parts_by_reward[digest].append(reward.score_observed(observed[observation]).cpu())
+                    if observation not in input_by_observation:
+                        input_by_observation[observation] = observation.observe(field)
+                    batches_by_reward[digest].append(
+                        reward.score_observed(input_by_observation[observation]).cpu()
+                    )
             self.memory.update(
                 {
                     (digest, *sample_key): torch.cat(score_batches)
-                    for digest, score_batches in parts_by_reward.items()
+                    for digest, score_batches in batches_by_reward.items()
                 }
             )
         return self.memory[requested_key]
@@ -296,14 +298,14 @@ def load_comparison(sources: Sources) -> Comparison:
                 generator_by_role[role] = load_generator(path, sources.device)
                 # Checked at once, so that networks which do not fit fail before the rewards are loaded.
                 _check_pair(generator_by_role["before"], generator_by_role[role])
-    before = generator_by_role["before"]  # the reference of all checks
-    reward_path = _reward_path(sources, run, before)
+    generator_before = generator_by_role["before"]  # the reference of all checks
+    reward_path = _reward_path(sources, run, generator_before)
     with prefix_errors("--reward-ckpt"):
         reward = load_reward(reward_path, sources.device)
-    check_reward(reward, before.generator, "--reward-ckpt")
+    check_reward(reward, generator_before.generator, "--reward-ckpt")
     heldout_reward, heldout_hash = _load_held_out(sources, run, reward_path)
     if heldout_reward is not None:
-        check_reward(heldout_reward, before.generator, "--heldout-reward")
+        check_reward(heldout_reward, generator_before.generator, "--heldout-reward")
     for flag, torchscript_file in (
         ("--lpips", sources.lpips),
         ("--identity", sources.identity),
@@ -516,12 +518,12 @@ def snapshots(run: Path | None) -> list[tuple[float, Path]]:
     # A run has either snapshots of this project, or pickles of EG3D's code.
     # Runs of EG3D's own code: their pickles record the training length in their names only.
     for path in [] if kimg_files else sorted(run.glob("network-snapshot-*.pkl")):
-        if (match := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
+        if (name_match := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
             raise ValueError(
                 f"{path}: the name does not state the length of training. Rename the file to"
                 " network-snapshot-<six digits of kimg>.pkl, for example network-snapshot-000040.pkl."
             )
-        kimg_files.append((float(match.group(1)), path))
+        kimg_files.append((float(name_match.group(1)), path))
     return sorted(kimg_files)
 
 

@@ -37,7 +37,7 @@ def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
     Args: keys: comma-separated keys of the jobs to return; None selects all jobs.
     Raises: ValueError for an unknown key.
     """
-    job_lists = (
+    job_functions = (
         rewards.jobs,
         images.jobs,
         geometry.jobs,
@@ -45,7 +45,7 @@ def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
         geometry.depth_jobs,
         strip_jobs,
     )
-    jobs = [job for list_jobs in job_lists for job in list_jobs(comparison)]
+    jobs = [job for list_jobs in job_functions for job in list_jobs(comparison)]
     # The jobs keep the page's order, which may differ from the order of `keys`.
     selected_keys = None if keys is None else parse_names("--only", keys, [job.key for job in jobs])
     return [job for job in jobs if selected_keys is None or job.key in selected_keys]
@@ -101,17 +101,17 @@ def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
     # Only intervals that exclude "no change" support a statement.
     if change_by_role and change_by_role["after"]["mean_lo"] > 0:
         # If the control changed by less than a tenth, further training without the reward is not the cause.
-        control_unchanged = (
+        is_control_unchanged = (
             "control" in change_by_role
             and abs(change_by_role["control"]["mean"]) < 0.1 * change_by_role["after"]["mean"]
         )
-        cause = (
+        cause_text = (
             "; the control moved by less than a tenth of that, so the reward phase is the cause"
-            if control_unchanged
+            if is_control_unchanged
             else ""
         )
         sentences.append(
-            f"the optimised reward rose, by {change_by_role['after']['mean']:.2f} on average{cause}."
+            f"the optimised reward rose, by {change_by_role['after']['mean']:.2f} on average{cause_text}."
         )
     for curve_name, curve in data_by_job.get("over-optimisation", {}).get("curves", {}).items():
         # The optimised reward itself is reported above.
@@ -140,9 +140,9 @@ def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
         if diversity_row["role"] == "after" and (
             diversity_row["ratio_hi"] < 1 or diversity_row["ratio_lo"] > 1
         ):
-            comparative = "less" if diversity_row["ratio_hi"] < 1 else "more"
+            comparative_word = "less" if diversity_row["ratio_hi"] < 1 else "more"
             sentences.append(
-                f"{diversity_row['of']} of different latents are {comparative} diverse"
+                f"{diversity_row['of']} of different latents are {comparative_word} diverse"
                 f" ({diversity_row['ratio']:.2f} times)."
             )
     return sentences or ["nothing: no selected part shows a change whose interval excludes zero change."]

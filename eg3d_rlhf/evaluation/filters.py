@@ -56,18 +56,22 @@ def morphological_closing(shape_values: np.ndarray, radius: float) -> np.ndarray
     Args: radius: radius of the ball, in voxels of a 64^3 grid.
     """
     grid_radius = radius * len(shape_values) / 64  # radius in voxels of this grid
-    padding = int(np.ceil(grid_radius)) + 1
+    padding_voxels = int(np.ceil(grid_radius)) + 1
     # Padded by more than the radius, since the border of the grid would distort the erosion.
-    is_inside = np.pad(shape_values < 0, padding)
+    is_inside = np.pad(shape_values < 0, padding_voxels)
     if not is_inside.any():
         return shape_values
     # Dilation and then erosion by a ball, both as thresholds on Euclidean distance transforms. A structuring
     # element would cost O(radius^3) per voxel.
-    dilated = ndimage.distance_transform_edt(~is_inside) <= grid_radius
-    closed = ndimage.distance_transform_edt(dilated) > grid_radius
+    dilated_mask = ndimage.distance_transform_edt(~is_inside) <= grid_radius
+    closed_mask = ndimage.distance_transform_edt(dilated_mask) > grid_radius
     # The union with the shape itself, since a closing must not remove voxels, also not by rounding.
     return _with_inside(
-        shape_values, closed[padding:-padding, padding:-padding, padding:-padding] | (shape_values < 0)
+        shape_values,
+        closed_mask[
+            padding_voxels:-padding_voxels, padding_voxels:-padding_voxels, padding_voxels:-padding_voxels
+        ]
+        | (shape_values < 0),
     )
 
 

@@ -49,16 +49,18 @@ _STILL = 1e-7  # the alignment ends when scale and shift (world units) change by
 
 
 @torch.no_grad()
-def yield_fields(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
-    """Yield the shapes of seeds as fields of at most `batch` shapes.
+def yield_fields(
+    generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch_size: int = 8
+):
+    """Yield the shapes of seeds as fields of at most `batch_size` shapes.
 
     Args:
         psi: truncation.
         cutoff: number of layers that truncation affects; None if it affects all layers.
-        batch: largest number of shapes in a field.
+        batch_size: largest number of shapes in a field.
     """
-    for start in range(0, len(seeds), batch):
-        yield generator.field(ws_of_placed(generator, seeds[start : start + batch], psi, cutoff))
+    for start in range(0, len(seeds), batch_size):
+        yield generator.field(ws_of_placed(generator, seeds[start : start + batch_size], psi, cutoff))
 
 
 def mean_surface(
@@ -128,19 +130,23 @@ def align(foreign_surface: np.ndarray, reference_surface: np.ndarray) -> Alignme
         # First from foreign points to the reference, then from the reference to foreign points
         foreign_distances, reference_neighbours = reference_tree.query(aligned_points)
         reference_distances, foreign_neighbours = cKDTree(aligned_points).query(reference_surface)
-        kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)  # mask of the foreign points
+        is_kept_foreign = foreign_distances <= np.quantile(
+            foreign_distances, KEPT
+        )  # mask of the foreign points
         # mask of the reference points
-        kept_reference = reference_distances <= np.quantile(reference_distances, KEPT)
+        is_kept_reference = reference_distances <= np.quantile(reference_distances, KEPT)
         foreign_points = np.concatenate(
-            [foreign_surface[kept_foreign], foreign_surface[foreign_neighbours[kept_reference]]]
+            [foreign_surface[is_kept_foreign], foreign_surface[foreign_neighbours[is_kept_reference]]]
         )
         reference_points = np.concatenate(
-            [reference_surface[reference_neighbours[kept_foreign]], reference_surface[kept_reference]]
+            [reference_surface[reference_neighbours[is_kept_foreign]], reference_surface[is_kept_reference]]
         )
         residual = float(
             np.sqrt(
                 np.square(
-                    np.concatenate([foreign_distances[kept_foreign], reference_distances[kept_reference]])
+                    np.concatenate(
+                        [foreign_distances[is_kept_foreign], reference_distances[is_kept_reference]]
+                    )
                 ).mean()
             )
         )
@@ -496,11 +502,11 @@ def score(trial: Trial, network_name: str, folder: Path) -> Finding:
     """
     generator = trial.networks[network_name].generator
     placement_by_stage, alignment = trial.placements(generator)
-    measured_by_stage = {
+    measurements_by_stage = {
         stage: trial.measure_seeds(Placed(generator, placement), trial.seeds)
         for stage, placement in placement_by_stage.items()
     }
-    calibrated_scores = measured_by_stage["calibrated"].scores  # the stage that ranks are taken from
+    calibrated_scores = measurements_by_stage["calibrated"].scores  # the stage that ranks are taken from
     correlation_by_change = {
         change_name: correlate_ranks(calibrated_scores, scores)
         for change_name, scores in scores_under_changes(
@@ -510,18 +516,20 @@ def score(trial: Trial, network_name: str, folder: Path) -> Finding:
     finding_data = {
         "alignment": {**asdict(alignment.similarity), "residual": alignment.residual},
         "scores": {
-            stage: stage_measured.scores.tolist() for stage, stage_measured in measured_by_stage.items()
+            stage: stage_measurements.scores.tolist()
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "summary": {
-            stage: summarise(stage_measured.scores) for stage, stage_measured in measured_by_stage.items()
+            stage: summarise(stage_measurements.scores)
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "outside": {
-            stage: trial.share_outside(stage_measured.embedding)
-            for stage, stage_measured in measured_by_stage.items()
+            stage: trial.share_outside(stage_measurements.embedding)
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "reference": {
-            stage: correlate_ranks(stage_measured.scores, trial.reference_measured.scores)
-            for stage, stage_measured in measured_by_stage.items()
+            stage: correlate_ranks(stage_measurements.scores, trial.reference_measured.scores)
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "agreement": correlation_by_change,
     }
@@ -529,19 +537,19 @@ def score(trial: Trial, network_name: str, folder: Path) -> Finding:
         {
             "seed": seed,
             **{
-                stage: float(stage_measured.scores[latent_index])
-                for stage, stage_measured in measured_by_stage.items()
+                stage: float(stage_measurements.scores[latent_index])
+                for stage, stage_measurements in measurements_by_stage.items()
             },
         }
         for latent_index, seed in enumerate(trial.seeds)
     ]
-    images = strip(trial, network_name, calibrated_scores, folder)
+    image_by_caption = strip(trial, network_name, calibrated_scores, folder)
     return Finding(
         facts=trial.facts(network_name),
         data=finding_data,
         rows=table_rows,
         says=describe_scores(finding_data),
-        images=images,
+        images=image_by_caption,
     )
 
 
@@ -727,12 +735,14 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
             key=f"network-{network_index}",
             title=network_name,
             compute=partial(score, trial, network_name),
-            inputs={**trial.shared_inputs, "name": network_name, "network": loaded.hash},
+            inputs={**trial.shared_inputs, "name": network_name, "network": loaded_generator.hash},
         )
-        for network_index, (network_name, loaded) in enumerate(trial.networks.items())
+        for network_index, (network_name, loaded_generator) in enumerate(trial.networks.items())
     ]
 
-    hash_by_network = {network_name: loaded.hash for network_name, loaded in trial.networks.items()}
+    hash_by_network = {
+        network_name: loaded_generator.hash for network_name, loaded_generator in trial.networks.items()
+    }
     return score_jobs, lambda finding_by_network: Job(
         key="comparison",
         title="All generators",
@@ -755,14 +765,14 @@ def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenera
     return generator_by_name
 
 
-def load_trial(network_paths, reward, reference, device: str, score_options: ScoreOptions) -> Trial:
+def load_trial(network_paths, reward, reference_path, device: str, score_options: ScoreOptions) -> Trial:
     """Load the networks that the flags name.
 
     Args:
         network_paths: files or run folders of the generators to score. If the sequence is empty, only the
             reference generator is scored.
         reward: file of the reward; None selects the bundled reward.
-        reference: file or run folder of the reference generator; None selects the bundled generator.
+        reference_path: file or run folder of the reference generator; None selects the bundled generator.
         device: name of the device.
         score_options: settings of the scores.
 
@@ -771,7 +781,7 @@ def load_trial(network_paths, reward, reference, device: str, score_options: Sco
     torch_device = choose_device(device)
     with prefix_errors("--reference"):
         # the generator that the reward was trained on
-        reference_generator = load_generator(reference, torch_device)
+        reference_generator = load_generator(reference_path, torch_device)
     reward_path = reward or bundled.REWARD
     with prefix_errors("--reward"):
         loaded_reward = load_reward(reward_path, torch_device)
@@ -781,7 +791,7 @@ def load_trial(network_paths, reward, reference, device: str, score_options: Sco
         bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras
     )
     # A network that is named twice is scored once.
-    for network_path in dict.fromkeys(network_paths or [reference]):
+    for network_path in dict.fromkeys(network_paths or [reference_path]):
         with prefix_errors("--network"):
             loaded_networks.append(load_generator(network_path, torch_device))
             misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, placement))

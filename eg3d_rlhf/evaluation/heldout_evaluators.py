@@ -121,16 +121,16 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
     )
     measurements: Measured = {}
     filter_results = evaluate_filters(*validation_heads)
-    for prefix, spares_intact in (("", True), ("any_", False)):
+    for key_prefix, spares_intact in (("", True), ("any_", False)):
         filter_name = best_post_processing(filter_results, spares_intact=spares_intact)
         # [N, n, n, n]
         shapes = np.stack([FILTERS[filter_name](shape_values) for shape_values in evaluation_heads[0]])
         measurements |= {
-            f"{prefix}{array_name}": measured_array
+            f"{key_prefix}{array_name}": measured_array
             for array_name, measured_array in heads.measure_heads(shapes, evaluation_heads[1]).items()
         }
         # Only arrays can be stored, so the method is stored as its index in FILTERS.
-        measurements[f"{prefix}method"] = np.array([list(FILTERS).index(filter_name)])
+        measurements[f"{key_prefix}method"] = np.array([list(FILTERS).index(filter_name)])
     return measurements
 
 
@@ -163,8 +163,8 @@ def _data(comparison: Comparison, _generator: LoadedGenerator) -> Measured:
 
 def _views(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Compute the disagreement between views, [N] for each measure of VIEWS."""
-    views = view_measures(comparison, generator, GEOMETRY.seeds)
-    return {measure.name: measure.values(views) for measure in VIEWS}
+    view_measurements = view_measures(comparison, generator, GEOMETRY.seeds)
+    return {measure.name: measure.values(view_measurements) for measure in VIEWS}
 
 
 @torch.no_grad()
@@ -229,10 +229,12 @@ def measure_part(comparison: Comparison, part_name: str, role: str = "before") -
     cache_key = ("evaluators", part_name, role)
     if cache_key not in comparison.memory:
         compute = partial(PARTS[part_name], comparison, comparison.generators()[role])
-        inputs = _inputs(comparison) if role == "before" else None
+        store_inputs = _inputs(comparison) if role == "before" else None
         store = Store(build.cache_dir().parent / "evaluators", renew=True)
         comparison.memory[cache_key] = (
-            compute() if inputs is None else store.arrays(part_name.replace(" ", "-"), inputs, compute)
+            compute()
+            if store_inputs is None
+            else store.arrays(part_name.replace(" ", "-"), store_inputs, compute)
         )
     return comparison.memory[cache_key]
 
@@ -282,11 +284,13 @@ def _bundled_hash() -> str:
 @functools.cache
 def _sources() -> str:
     """Return a hash of this project's code and assets, since any change of them may change a value."""
-    root = Path(__file__).resolve().parents[2]  # the folder that contains the packages
-    packages = ("eg3d_rlhf", "training", "torch_utils")
-    code_paths = (source_path for package in packages for source_path in (root / package).rglob("*.*"))
+    repository_root = Path(__file__).resolve().parents[2]  # the folder that contains the packages
+    package_names = ("eg3d_rlhf", "training", "torch_utils")
+    code_paths = (
+        source_path for package in package_names for source_path in (repository_root / package).rglob("*.*")
+    )
     path_by_name = {
-        str(source_path.relative_to(root)): source_path
+        str(source_path.relative_to(repository_root)): source_path
         for source_path in code_paths
         if source_path.suffix in (".py", ".cpp", ".h")
     }
@@ -299,16 +303,16 @@ def _sources() -> str:
 # Metrics that compare the network before tuning with the tuned network.
 
 
-def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
+def _statistics(features: np.ndarray, batch_size: int) -> FeatureStatistics:
     """Return the statistics of features [N, Q], which are added in batches of the given size.
 
     The rounding of a sum depends on how its terms are grouped. With the batch size in which the features were
     computed, features from the disk give bitwise the same statistics as features that were just computed.
     """
-    statistics = FeatureStatistics(features.shape[1])
-    for start in range(0, len(features), batch):
-        statistics.update(features[start : start + batch])
-    return statistics
+    feature_statistics = FeatureStatistics(features.shape[1])
+    for start in range(0, len(features), batch_size):
+        feature_statistics.update(features[start : start + batch_size])
+    return feature_statistics
 
 
 def blind_pairs(comparison: Comparison) -> dict:
@@ -318,15 +322,15 @@ def blind_pairs(comparison: Comparison) -> dict:
     """
     # [N] each
     utility_before, utility_after = (measure_part(comparison, "heads", role)["utility"] for role in ROLES)
-    wins = int((utility_after > utility_before).sum())  # number of latents
-    ties = int((utility_after == utility_before).sum())  # number of latents
+    win_count = int((utility_after > utility_before).sum())  # number of latents
+    tie_count = int((utility_after == utility_before).sum())  # number of latents
     # Wilson's interval needs an integer number of successes, so half of the ties is rounded down.
-    win_rate_low, win_rate_high = wilson_interval(wins + ties // 2, len(utility_before))
+    win_rate_low, win_rate_high = wilson_interval(win_count + tie_count // 2, len(utility_before))
     return {
-        "win_rate": (wins + 0.5 * ties) / len(utility_before),  # share of latents
+        "win_rate": (win_count + 0.5 * tie_count) / len(utility_before),  # share of latents
         "win_rate_ci95": [win_rate_low, win_rate_high],
         "win_rate_n": len(utility_before),
-        "win_rate_ties": ties,
+        "win_rate_ties": tie_count,
         "utility_before": float(utility_before.mean()),  # 1: the ground-truth head
         "utility_after": float(utility_after.mean()),
     }
@@ -341,24 +345,24 @@ def against_ground_truth(comparison: Comparison) -> dict:
     """Compute the metrics of tuning and of the best label-free post-processing methods against ground-truth
     heads.
     """
-    measured_before = measure_part(comparison, "heads")
-    processed_heads = measure_part(comparison, "post-processing")
+    measurements_before = measure_part(comparison, "heads")
+    processed_measurements = measure_part(comparison, "post-processing")
     # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
-    strongest_processed = {
+    strongest_measurements = {
         array_name.removeprefix("any_"): measured_array
-        for array_name, measured_array in processed_heads.items()
+        for array_name, measured_array in processed_measurements.items()
         if array_name.startswith("any_")
     }
     # Every column is measured against the same untuned shapes.
     metrics_by_column = {
-        "before": heads.compute_metrics(measured_before, measured_before),
+        "before": heads.compute_metrics(measurements_before, measurements_before),
         "after": compute_head_metrics(comparison),
-        "post_processing": heads.compute_metrics(measured_before, processed_heads),
-        "strongest_post_processing": heads.compute_metrics(measured_before, strongest_processed),
+        "post_processing": heads.compute_metrics(measurements_before, processed_measurements),
+        "strongest_post_processing": heads.compute_metrics(measurements_before, strongest_measurements),
     }
     method_names = {
-        "post_processing": _method_name(processed_heads),
-        "strongest_post_processing": _method_name(strongest_processed),
+        "post_processing": _method_name(processed_measurements),
+        "strongest_post_processing": _method_name(strongest_measurements),
     }
     tuned_metrics = metrics_by_column["after"]
     intact_fscore = metrics_by_column["before"]["fscore_intact"]
@@ -366,7 +370,7 @@ def against_ground_truth(comparison: Comparison) -> dict:
         "heads_n": HEADS,
         "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],  # first and last
         "heads_psi": 1.0,  # a truncated latent has no ground-truth head
-        "defective_n": int(heads.find_defective(measured_before).sum()),
+        "defective_n": int(heads.find_defective(measurements_before).sum()),
         "error_reduction": tuned_metrics["error_reduction"],
         "error_reduction_ci95": tuned_metrics["error_reduction_ci95"],
         "error_reduction_by_post_processing": metrics_by_column["post_processing"]["error_reduction"],
@@ -459,7 +463,7 @@ def shapes(comparison: Comparison) -> dict:
     change_interval = frechet_change_interval(
         features_by_role[0], features_by_role[1], true_features, RESAMPLES
     )
-    paired = {
+    paired_change = {
         "mean": change_interval.mean,
         "mean_lo": change_interval.lo,
         "mean_hi": change_interval.hi,
@@ -470,7 +474,9 @@ def shapes(comparison: Comparison) -> dict:
     return {
         "shapes_n": MAPPED,
         "shapes_psi": 1.0,
-        "geometry": [metric_entry(SHAPE_FRECHET, distance_by_network[0], distance_by_network[1], paired)],
+        "geometry": [
+            metric_entry(SHAPE_FRECHET, distance_by_network[0], distance_by_network[1], paired_change)
+        ],
     }
 
 

@@ -47,7 +47,7 @@ def jobs(comparison: Comparison) -> list[Job]:
 
     A job whose dataset or network is missing is replaced by one that only states what is missing.
     """
-    inception = identity_of_file(comparison.inception)
+    inception_identity = identity_of_file(comparison.inception)
     distances_title = "Images against the data"
     similarity_plots = {"similarity": plot_similarity}
     identity_title = "Does a latent keep its identity?"
@@ -64,7 +64,7 @@ def jobs(comparison: Comparison) -> list[Job]:
                 data=comparison.data,
                 mirror=comparison.mirror,
                 images=comparison.images,
-                inception=inception,
+                inception=inception_identity,
             )
             if comparison.data
             else comparison.absent(
@@ -77,7 +77,7 @@ def jobs(comparison: Comparison) -> list[Job]:
             diversity,
             {"pairwise": plot_diversity},
             n=comparison.n,
-            inception=inception,
+            inception=inception_identity,
         ),
         comparison.job(
             "appearance-drift",
@@ -341,19 +341,19 @@ def views(
     generator: LoadedGenerator,
     seeds: range,
     yaw: float = 0.0,
-    jitter: int | None = None,
+    jitter_seed: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield images of seeds in batches [<= comparison.batch, 3, R, R].
 
     Args:
         yaw: yaw of the camera, in radians from frontal.
-        jitter: seed of the ray jitter, which is the same for every batch. If it is None, the jitter of each
-            batch has the first seed of the batch.
+        jitter_seed: seed of the ray jitter, which is the same for every batch. If it is None, the jitter of
+            each batch has the first seed of the batch.
     """
     for start, field in zip(
         range(0, len(seeds), comparison.batch), comparison.fields(generator, seeds), strict=True
     ):
-        yield image_from(generator, field, yaw, seeds[start] if jitter is None else jitter)
+        yield image_from(generator, field, yaw, seeds[start] if jitter_seed is None else jitter_seed)
 
 
 @torch.no_grad()
@@ -402,14 +402,14 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
     distances_by_kind: dict[str, dict[str, np.ndarray]] = {"image features": {}, observation_text: {}}
     for role, generator in comparison.generators().items():
         # All latents have the same jitter, so that their distances do not include the noise of the rays.
-        frontal = views(comparison, generator, seeds, jitter=seeds[0])  # batches of images
+        frontal_batches = views(comparison, generator, seeds, jitter_seed=seeds[0])  # batches of images
         # [N, F]
         features = np.concatenate(
-            [feature_network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal]
+            [feature_network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal_batches]
         )
         # [N, cells]
         observation_values = np.concatenate(
-            [_cells(observed) for observed in comparison.observed(generator, seeds)]
+            [_cells(observed_batch) for observed_batch in comparison.observed(generator, seeds)]
         )
         for kind_name, item_features in (
             ("image features", features),
@@ -436,7 +436,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
     for diversity_row in (
         diversity_row for diversity_row in diversity_rows if diversity_row["role"] == "after"
     ):
-        comparative = (
+        comparative_word = (
             "less"
             if diversity_row["ratio_hi"] < 1
             else "more"
@@ -446,7 +446,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
         sentences.append(
             f"Mean pairwise distance of {diversity_row['of']}:"
             f" {span(diversity_row['ratio'], diversity_row['ratio_lo'], diversity_row['ratio_hi'], '.3f')}"
-            f" times that before; samples are {comparative} diverse."
+            f" times that before; samples are {comparative_word} diverse."
         )
     if observation_text == SLABS:
         sentences.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
@@ -473,7 +473,7 @@ def renderings(comparison: Comparison, generator: LoadedGenerator, seeds: range,
 
 
 def _drift(
-    comparison: Comparison, measures: Sequence[Measure], yaw: float, meaning: str, *notes: str
+    comparison: Comparison, measures: Sequence[Measure], yaw: float, meaning_text: str, *note_texts: str
 ) -> Finding:
     """Compare the images before tuning with the images of every other network, by measures of similarity.
 
@@ -483,8 +483,8 @@ def _drift(
     Args:
         measures: measures that take two batches of images and return one value per pair of images.
         yaw: yaw of the camera, in radians from frontal.
-        meaning: sentence that explains what the measures mean.
-        notes: further sentences.
+        meaning_text: sentence that explains what the measures mean.
+        note_texts: further sentences.
     """
     seeds = comparison.seeds()  # N held-out latents
     images_by_role = {
@@ -501,12 +501,12 @@ def _drift(
         measure_name = measure.name
         text_by_role = {}  # role -> mean with interval
         for role, other_images in images_by_role.items():
-            pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
+            batch_pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
             # [N]; float64 for the bootstrap
             similarity_values = np.concatenate(
                 [
                     measure.values(images_before.to(comparison.device), images_after.to(comparison.device))
-                    for images_before, images_after in pairs
+                    for images_before, images_after in batch_pairs
                 ]
             ).astype(np.float64)
             values_by_measure[measure_name][role] = similarity_values.tolist()
@@ -522,7 +522,7 @@ def _drift(
         facts=comparison.facts(seeds, ROLES, BOOTSTRAP),
         data={"measures": values_by_measure, "rows": table_rows},
         rows=table_rows,
-        says=[*sentences, meaning, *notes],
+        says=[*sentences, meaning_text, *note_texts],
     )
 
 
@@ -540,11 +540,11 @@ def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
         *([NO_LPIPS] if comparison.lpips is None else []),
         *([NO_CONTROL] if comparison.control is None else []),
     ]
-    meaning = (
+    meaning_text = (
         "Drift is change, not harm: a better shape has to look different. The control shows how much change"
         " happens without the reward; another latent shows the value of unrelated images."
     )
-    return _drift(comparison, measures, YAW, meaning, *missing_notes)
+    return _drift(comparison, measures, YAW, meaning_text, *missing_notes)
 
 
 def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
@@ -554,7 +554,7 @@ def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
     """
     assert comparison.identity is not None  # `jobs` returns this job only with a network
     embed = load_identity(comparison.identity, comparison.device)  # images -> unit embeddings [N, F]
-    meaning = (
+    meaning_text = (
         "Identity means what this network was trained to distinguish. On other images than those of its"
         " training, the similarity means little."
     )
@@ -570,32 +570,34 @@ def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
             )
         ],
         0.0,
-        meaning,
+        meaning_text,
     )
 
 
-def _panels(table_rows: list[dict], column: str, value_key: str = "mean", **axes_settings: Any):
+def _panels(table_rows: list[dict], column_name: str, value_key: str = "mean", **axes_settings: Any):
     """Draw a panel for each value of a column, with a point and its interval for each row.
 
     Args:
         table_rows: rows of the table, each with a "role" and an interval.
-        column: name of the column.
+        column_name: name of the column.
         value_key: key of the plotted value in a row.
         axes_settings: settings of the axes, in which '{}' stands for the column's value.
     """
     # in the order of the rows
-    column_values = list(dict.fromkeys(table_row[column] for table_row in table_rows))
+    column_values = list(dict.fromkeys(table_row[column_name] for table_row in table_rows))
     figure, axes = style.figure(columns=len(column_values))
     for axis, column_value in zip(np.atleast_1d(axes), column_values, strict=True):
-        panel_rows = [table_row for table_row in table_rows if table_row[column] == column_value]
+        panel_rows = [table_row for table_row in table_rows if table_row[column_name] == column_value]
         for role_index, table_row in enumerate(panel_rows):
             style.interval(axis, role_index, table_row, table_row["role"], value_key)
         axis.set_xticks(range(len(panel_rows)), [table_row["role"] for table_row in panel_rows])
         axis.set(
             xlim=(-0.5, len(panel_rows) - 0.5),
             **{
-                setting_key: setting.format(column_value) if isinstance(setting, str) else setting
-                for setting_key, setting in axes_settings.items()
+                setting_key: setting_value.format(column_value)
+                if isinstance(setting_value, str)
+                else setting_value
+                for setting_key, setting_value in axes_settings.items()
             },
         )
     return figure

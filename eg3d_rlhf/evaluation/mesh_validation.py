@@ -72,23 +72,30 @@ def find_mesh_files(folder: Path) -> list[Path]:
     return mesh_paths
 
 
-def generator_name(path: Path, folder: Path, by: str | None) -> str:
+def generator_name(path: Path, folder: Path, name_pattern: str | None) -> str:
     """Return the name of the generator that made a file.
 
     Args:
         path: path of the file.
         folder: the folder that is validated.
-        by: regular expression that is searched in the path below `folder`. The name is the text of its first
-            group. If it has no group, the name is the text of the whole match; if it does not match, the name
-            is ''. If `by` is None, the name is that of the first folder below `folder`.
+        name_pattern: regular expression that is searched in the path below `folder`. The name is the text of
+            its first group. If it has no group, the name is the text of the whole match; if it does not
+            match, the name is ''. If `name_pattern` is None, the name is that of the first folder below
+            `folder`.
     """
-    inner_path = path.relative_to(folder)  # the path that `by` is searched in
-    if by is None:
+    inner_path = path.relative_to(folder)  # the path that `name_pattern` is searched in
+    if name_pattern is None:
         # A file directly in `folder` has no subfolder that could name its generator.
         return inner_path.parts[0] if len(inner_path.parts) > 1 else folder.resolve().name
     # The first group is None if it is optional and does not take part in the match.
-    match = re.search(by, inner_path.as_posix())
-    return "" if match is None else match.group(1) or "" if match.re.groups else match.group()
+    name_match = re.search(name_pattern, inner_path.as_posix())
+    return (
+        ""
+        if name_match is None
+        else name_match.group(1) or ""
+        if name_match.re.groups
+        else name_match.group()
+    )
 
 
 class _WorkerClient:
@@ -146,17 +153,17 @@ class _WorkerClient:
             self.process = None
 
 
-def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
+def answer_requests(requests: Sequence[dict], process_count: int) -> Iterator[tuple[int, dict]]:
     """Answer requests in several worker processes, and yield (index of the request, its answer).
 
     The answers come in the order in which they are finished.
-    Args: jobs: number of worker processes.
+    Args: process_count: number of worker processes.
     """
     pending_requests = queue.SimpleQueue[tuple[int, dict]]()  # requests with their index
     answers = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
     for numbered_request in enumerate(requests):
         pending_requests.put(numbered_request)
-    workers = [_WorkerClient() for _ in range(min(jobs, len(requests)))]  # at most one for each file
+    workers = [_WorkerClient() for _ in range(min(process_count, len(requests)))]  # at most one for each file
 
     def work(worker: _WorkerClient) -> None:
         """Answer requests until the queue is empty. An exception is put into the queue of answers."""
@@ -280,13 +287,13 @@ def paired(file_rows: Iterable[dict]) -> list[dict]:
         # A single shared name is not a sample, so such a pair of generators gets no rows.
         for requirement, is_met in REQUIREMENTS.items() if len(shared_names) > 1 else ():
             # bool [shared names]: whether the mesh of each generator meets the requirement
-            first_met, second_met = (
+            is_first_met, is_second_met = (
                 np.array([bool(is_met(rows_by_name[generator][stem])) for stem in shared_names])
                 for generator in (first_generator, second_generator)
             )
             # McNemar's test uses only the pairs of which exactly one mesh meets the requirement.
-            only_first_count = int((first_met & ~second_met).sum())
-            only_second_count = int((second_met & ~first_met).sum())
+            only_first_count = int((is_first_met & ~is_second_met).sum())
+            only_second_count = int((is_second_met & ~is_first_met).sum())
             table_rows.append(
                 {
                     "first": first_generator,

@@ -27,9 +27,9 @@ def _shaded(field: Field, edge_points: int = 128) -> np.ndarray:
     Args: edge_points: grid points per edge from which the surface is found.
     Returns: a cropped image in 0..1, [230, 190].
     """
-    grid = SlabSpec.from_bounds(field.bounds, edge_points)  # over the whole cube
+    grid_spec = SlabSpec.from_bounds(field.bounds, edge_points)  # over the whole cube
     # The yaw is half a turn less 0.4 rad. The slices crop the empty margin of the 260-pixel render.
-    return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
+    return shade(field.density_grid(grid_spec), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
 
 def _last_panel_texts(run_summary: dict) -> list[tuple[str, str]]:

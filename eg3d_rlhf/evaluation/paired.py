@@ -51,19 +51,19 @@ def compute_column_means(values: np.ndarray) -> list[dict]:
 
 
 def compute_paired_changes(
-    values_by_role: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None
+    values_by_role: Mapping[str, np.ndarray], base_role: str = "before", roles: Sequence[str] | None = None
 ) -> dict[str, dict]:
     """Summarise the paired changes of the same items from the base role to other roles.
 
     Args:
         values_by_role: values [N] of each role.
-        base: role from which the changes are measured.
-        roles: roles to which the changes are measured; None selects all roles except `base`.
+        base_role: role from which the changes are measured.
+        roles: roles to which the changes are measured; None selects all roles except `base_role`.
     """
     return {
-        role: paired_summary(values_by_role[base], role_values)._asdict()
+        role: paired_summary(values_by_role[base_role], role_values)._asdict()
         for role, role_values in values_by_role.items()
-        if role != base and role in (roles or values_by_role)
+        if role != base_role and role in (roles or values_by_role)
     }
 
 
@@ -90,7 +90,7 @@ def make_seed_rows(seeds: Sequence[int], values_by_column: Mapping[str, np.ndarr
 def compare(
     comparison: Comparison,
     seeds: Sequence[int],
-    measured_by_role: Mapping[str, Any],
+    measurements_by_role: Mapping[str, Any],
     measures: Sequence[Measure],
     notes: Sequence[str] = (),
     **more_data,
@@ -101,13 +101,16 @@ def compare(
 
     Args:
         seeds: seeds of the N latents.
-        measured_by_role: role -> the object from which the measures read their values [N].
+        measurements_by_role: role -> the object from which the measures read their values [N].
         measures: measures to compare.
         notes: sentences that follow the sentences about the measures.
         more_data: further entries of the finding's data.
     """
     values_by_measure = {
-        measure: {role: measure.values(role_measured) for role, role_measured in measured_by_role.items()}
+        measure: {
+            role: measure.values(role_measurements)
+            for role, role_measurements in measurements_by_role.items()
+        }
         for measure in measures
     }
     statistics_by_measure = {}  # statistics by measure
@@ -160,10 +163,11 @@ def _sentence(measure: Measure, measure_data: Mapping) -> str:
             else ": no change is shown"
         )
     else:
-        direction = "lower" if tuned_change["mean_hi"] < 0 else "higher"
+        direction_word = "lower" if tuned_change["mean_hi"] < 0 else "higher"
         # A measure that has no better direction gets no outcome.
         outcome_text = (
-            f": {direction}, which is {measure.outcome(tuned_change['mean_lo'], tuned_change['mean_hi'])}"
+            f": {direction_word}, which is"
+            f" {measure.outcome(tuned_change['mean_lo'], tuned_change['mean_hi'])}"
             if measure.better
             else ""
         )

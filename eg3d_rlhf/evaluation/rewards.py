@@ -48,10 +48,10 @@ MIN_NETWORKS = 3  # smallest number of networks for a slope, including the netwo
 
 def jobs(comparison: Comparison) -> list[Job]:
     """List the jobs on rewards: reward shift, reward over psi, rank consistency, and trajectories."""
-    shifts = {"histograms": plot_histograms, "deltas": plot_deltas, "final-against-initial": plot_lines}
+    shift_plots = {"histograms": plot_histograms, "deltas": plot_deltas, "final-against-initial": plot_lines}
     return [
         comparison.job(
-            "reward-shift", "Reward of the same latents before and after", shift, shifts, n=comparison.n
+            "reward-shift", "Reward of the same latents before and after", shift, shift_plots, n=comparison.n
         ),
         comparison.job(
             "reward-psi",
@@ -360,30 +360,33 @@ def _describe_trajectories(slopes_by_role: dict) -> list[str]:
     Args: slopes_by_role: the result of `slope_summary` for "after" and, if there is one, "control".
     """
     sentences = []
-    for role, slopes in slopes_by_role.items():
+    for role, role_slopes in slopes_by_role.items():
         run_name = "tuned run" if role == "after" else role
         contains_text = (
-            "contains" if contains_zero(slopes["spread_lo"], slopes["spread_hi"]) else "does not contain"
+            "contains"
+            if contains_zero(role_slopes["spread_lo"], role_slopes["spread_hi"])
+            else "does not contain"
         )
         sentences.append(
             f"Slope of the {run_name}, reward per kimg: the middle 95 % of latents lie in"
-            f" [{slopes['spread_lo']:+.2f}, {slopes['spread_hi']:+.2f}], which {contains_text} zero; mean"
-            f" {span(slopes['mean'], slopes['mean_lo'], slopes['mean_hi'], '+.2f')}."
+            f" [{role_slopes['spread_lo']:+.2f}, {role_slopes['spread_hi']:+.2f}], which {contains_text}"
+            " zero; mean"
+            f" {span(role_slopes['mean'], role_slopes['mean_lo'], role_slopes['mean_hi'], '+.2f')}."
         )
     if "control" not in slopes_by_role:
         return [*sentences, NO_CONTROL + " The control needs snapshots, too: add --snap=1."]
-    tuned = slopes_by_role["after"]
-    control = slopes_by_role["control"]
+    tuned_slopes = slopes_by_role["after"]
+    control_slopes = slopes_by_role["control"]
     # The interval of the mean decides, since it detects smaller drifts than the spread does.
-    if contains_zero(control["mean_lo"], control["mean_hi"]):
+    if contains_zero(control_slopes["mean_lo"], control_slopes["mean_hi"]):
         return [*sentences, "The mean slope of the control does not differ from zero: no drift is shown."]
     return [
         *sentences,
         (
             "On average the control does drift: its mean slope differs from zero, at"
-            f" {abs(control['mean'] / tuned['mean']):.1%} of the tuned run's. Further GAN training moves more"
-            " latents in one direction than in the other, and a mean over many latents resolves that. One run"
-            " cannot show if other training seeds drift in the same direction."
+            f" {abs(control_slopes['mean'] / tuned_slopes['mean']):.1%} of the tuned run's. Further GAN"
+            " training moves more latents in one direction than in the other, and a mean over many latents"
+            " resolves that. One run cannot show if other training seeds drift in the same direction."
         ),
     ]
 
@@ -516,19 +519,19 @@ def plot_trajectories(finding_data: dict):
 def plot_slopes(finding_data: dict):
     """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval."""
     figure, axes = style.figure(columns=len(finding_data["roles"]))
-    for axis, (role, slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
-        axis.hist(slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
+    for axis, (role, role_slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
+        axis.hist(role_slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
         # the wide band is the spread of latents, the narrow one the interval of the mean
         axis.axvspan(
-            slopes["spread_lo"],
-            slopes["spread_hi"],
+            role_slopes["spread_lo"],
+            role_slopes["spread_hi"],
             color=style.colour(role),
             alpha=0.12,
             label="middle 95 % of latents",
         )
         axis.axvspan(
-            slopes["mean_lo"],
-            slopes["mean_hi"],
+            role_slopes["mean_lo"],
+            role_slopes["mean_hi"],
             color=style.colour(role),
             alpha=0.8,
             label="mean, 95 % interval",

@@ -214,8 +214,8 @@ def post_process(field: Field, filter_name: str) -> LevelSet:
     filtered_values = FILTERS[filter_name](shape_grids(field, GRID)[0])  # [n, n, n], negative inside
     # The scale of the values differs by method. It is measured where the sign changes along z, which is at
     # the surface; append=1 keeps the number of voxels.
-    near_surface = np.abs(filtered_values)[np.diff(np.sign(filtered_values), axis=2, append=1) != 0]
-    clip_value = 2 * float(np.median(near_surface)) if near_surface.size else 1.0
+    surface_magnitudes = np.abs(filtered_values)[np.diff(np.sign(filtered_values), axis=2, append=1) != 0]
+    clip_value = 2 * float(np.median(surface_magnitudes)) if surface_magnitudes.size else 1.0
     # Values are clipped, so that large values far from the surface do not move it through the Gaussian.
     return level_set_from_grid(
         scipy.ndimage.gaussian_filter(np.clip(filtered_values, -clip_value, clip_value), SMOOTHED)
@@ -269,7 +269,7 @@ def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
 def render_colours(
     field: Field,
     generator: Generator,
-    label: Tensor,
+    camera_label: Tensor,
     rays_per_edge: int,
     samples_per_ray: int,
     cell_pixels: int,
@@ -280,22 +280,24 @@ def render_colours(
     rays, which its super-resolution expects.
 
     Args:
-        label: camera, [1, 25].
+        camera_label: camera, [1, 25].
         rays_per_edge: rays per edge, for generators without super-resolution.
         samples_per_ray: samples per ray in each pass.
         cell_pixels: R, pixels per edge of the result.
     """
-    without_sr = generator.img_resolution <= OWN_PIXELS
-    options = RenderOptions(resolution=rays_per_edge if without_sr else None, samples=samples_per_ray)
-    (rendered,) = render_each(field, [label], options)
-    image = rendered.raw if without_sr else rendered.image
+    lacks_super_resolution = generator.img_resolution <= OWN_PIXELS
+    options = RenderOptions(
+        resolution=rays_per_edge if lacks_super_resolution else None, samples=samples_per_ray
+    )
+    (rendering,) = render_each(field, [camera_label], options)
+    image = rendering.raw if lacks_super_resolution else rendering.image
     image = (image[:, :3].float() / 2 + 0.5).clamp(0, 1)  # [1, 3, H, W], from -1..1 to 0..1
     return torch.nn.functional.interpolate(image, (cell_pixels, cell_pixels), mode="bicubic", antialias=True)[
         0
     ]
 
 
-def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution: int) -> View:
+def view_of_head(head: people.Head, surface: LevelSet, camera_label: Tensor, resolution: int) -> View:
     """Render a ground-truth head from a camera, with the same light as the shapes of networks.
 
     Depth and normals come from the mesh of the head. Ambient occlusion comes from the head on a grid.
@@ -303,11 +305,11 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
     Args:
         head: mesh of the head.
         surface: the same head on a grid.
-        label: camera, [1, 25].
+        camera_label: camera, [1, 25].
         resolution: pixels per edge.
     """
     basis = people.load_basis()
-    cam2world, intrinsics = unpack_label(label.cpu())  # [1, 4, 4], [1, 3, 3]
+    cam2world, intrinsics = unpack_label(camera_label.cpu())  # [1, 4, 4], [1, 3, 3]
     triangle_index, barycentric_weights, _ = people.rasterise(
         head.vertices, basis.triangles, cam2world[0].numpy(), float(intrinsics[0, 0, 0]), resolution
     )
@@ -335,9 +337,9 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
     )
 
 
-def _clay(view: View, factor: int = SUPERSAMPLE) -> np.ndarray:
-    """Shade a shape in a single colour, reduce the image by `factor`, and crop it: uint8 [H, B, 3]."""
-    return _cropped(to_uint8(shrink(paint(view), factor).cpu()))
+def _clay(view: View, reduction_factor: int = SUPERSAMPLE) -> np.ndarray:
+    """Shade a shape in a single colour, reduce the image by a factor, and crop it: uint8 [H, B, 3]."""
+    return _cropped(to_uint8(shrink(paint(view), reduction_factor).cpu()))
 
 
 def _cropped(render: np.ndarray) -> np.ndarray:
@@ -366,9 +368,9 @@ def comparison_image(
         ]
         return [_cropped(to_uint8(image.movedim(0, -1).cpu())) for image in images]
 
-    def shapes(surfaces: Sequence[LevelSet], label: Tensor) -> list[np.ndarray]:
+    def shapes(surfaces: Sequence[LevelSet], camera_label: Tensor) -> list[np.ndarray]:
         # rendered with SUPERSAMPLE times the pixels and then reduced, to avoid aliasing
-        return [_clay(look(surface, label, fine_pixels)) for surface in surfaces]
+        return [_clay(look(surface, camera_label, fine_pixels)) for surface in surfaces]
 
     def row_group(heading: str, subtitle: str, *cell_rows: list[np.ndarray]) -> list[Row]:
         # The heading is in the first row, and spans all rows of the group.
@@ -439,9 +441,9 @@ def turntable(comparison: Comparison, column: Column, options: ImageOptions = US
     for yaw in tqdm(
         (2 * np.pi * np.arange(options.turns) / options.turns).tolist(), desc="turntable", unit="frame"
     ):
-        label = camera(comparison.before.generator, yaw, PITCH)
+        camera_label = camera(comparison.before.generator, yaw, PITCH)
         cell_images = [
-            _clay(look(side.surface, label, options.film), 1) for side in (column.before, column.after)
+            _clay(look(side.surface, camera_label, options.film), 1) for side in (column.before, column.after)
         ]
         yield sheet("", [Row(cells=cell_images, captions=("before", "after"))])
 
@@ -449,10 +451,10 @@ def turntable(comparison: Comparison, column: Column, options: ImageOptions = US
 def webp(frames: Iterator[np.ndarray]) -> bytes:
     """Encode frames as an animated WebP image that repeats without end."""
     first_frame, *other_frames = (Image.fromarray(frame) for frame in frames)
-    stream = io.BytesIO()
+    webp_buffer = io.BytesIO()
     # loop=0: the animation repeats without end.
     first_frame.save(
-        stream,
+        webp_buffer,
         "WEBP",
         save_all=True,
         append_images=other_frames,
@@ -460,7 +462,7 @@ def webp(frames: Iterator[np.ndarray]) -> bytes:
         loop=0,
         quality=WEBP_QUALITY,
     )
-    return stream.getvalue()
+    return webp_buffer.getvalue()
 
 
 def swing_frames(
@@ -502,7 +504,9 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
     """
     pool_seeds = EVALUATION.take(POOL)
     is_defective = heads.find_defective(heldout_evaluators.measure_part(comparison, "heads"))
-    seeds = [seed for seed, defective in zip(pool_seeds, is_defective, strict=True) if defective][:pair_count]
+    seeds = [
+        seed for seed, is_head_defective in zip(pool_seeds, is_defective, strict=True) if is_head_defective
+    ][:pair_count]
     if len(seeds) < pair_count:
         raise ValueError(
             f"--pairs={pair_count} exceeds the {len(seeds)} defective heads among {POOL} evaluation latents."
@@ -510,7 +514,7 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
         )
     # The random order depends on the seeds alone, so a repeated call makes the same image.
     tuned_is_left = np.random.default_rng(seeds[0]).random(pair_count) < 0.5
-    label = camera(comparison.before.generator, *BACK_VIEW)
+    camera_label = camera(comparison.before.generator, *BACK_VIEW)
     cell_images = []  # two for each pair: left, right
     for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
         sides = [
@@ -518,7 +522,7 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
             for network in (comparison.before, comparison.after)
         ]
         cell_images += [
-            _clay(look(side.surface, label, options.thumb * SUPERSAMPLE))
+            _clay(look(side.surface, camera_label, options.thumb * SUPERSAMPLE))
             for side in (sides[::-1] if is_left else sides)
         ]
     captions = [
@@ -569,7 +573,7 @@ def image_sheet(
     dataset: ImageFolderDataset,
     seeds: Sequence[int],
     psi: float,
-    samples: int = USUAL.samples,
+    samples_per_ray: int = USUAL.samples,
 ) -> np.ndarray:
     """Return an image with generated images on the left and as many images of the data on the right.
 
@@ -580,7 +584,7 @@ def image_sheet(
         dataset: images of the data with their cameras.
         seeds: seeds of the generated images.
         psi: truncation.
-        samples: samples per ray in each pass.
+        samples_per_ray: samples per ray in each pass.
 
     Returns: uint8 [H, B, 3].
     """
@@ -593,26 +597,31 @@ def image_sheet(
         .expand(-1, 3, -1, -1)
         / 255
     )
-    labels = torch.from_numpy(dataset.get_labels()[image_indices]).to(device_of(generator))
+    camera_labels = torch.from_numpy(dataset.get_labels()[image_indices]).to(device_of(generator))
     generated_images = []  # [3, R, R] each, 0..1
     with torch.no_grad():
-        for seed, label in zip(tqdm(seeds, desc="images", unit="image"), labels.split(1), strict=True):
-            z = latents([seed], generator.z_dim).to(label.device)  # [1, Z]
-            field = generator.field(generator.mapping(z, label, truncation_psi=psi))
+        for seed, camera_label in zip(
+            tqdm(seeds, desc="images", unit="image"), camera_labels.split(1), strict=True
+        ):
+            z = latents([seed], generator.z_dim).to(camera_label.device)  # [1, Z]
+            field = generator.field(generator.mapping(z, camera_label, truncation_psi=psi))
             # from -1..1 to 0..1; on the CPU, so that the device never holds all images
             generated_images.append(
-                render_each(field, [label], RenderOptions(samples=samples), seed)[0].image[0].float().cpu()
+                render_each(field, [camera_label], RenderOptions(samples=samples_per_ray), seed)[0]
+                .image[0]
+                .float()
+                .cpu()
                 / 2
                 + 0.5
             )
-    blocks = [
+    half_images = [
         sheet(block_title, _rows([to_uint8(image.movedim(0, -1)) for image in _enlarged(images)]))
         for block_title, images in (
             (f"{len(seeds)} generated, psi {psi:g}", torch.stack(generated_images)),
             (f"{len(real_images)} of the data", real_images),
         )
     ]
-    return np.concatenate(blocks, axis=1)
+    return np.concatenate(half_images, axis=1)
 
 
 def _enlarged(images: torch.Tensor) -> torch.Tensor:
@@ -621,9 +630,11 @@ def _enlarged(images: torch.Tensor) -> torch.Tensor:
     Images that have as many pixels already are returned unchanged.
     """
     # -(-a // b) is a / b rounded up. Images that are large enough are not changed.
-    factor = max(1, -(-THUMB // images.shape[-1]))
+    enlargement_factor = max(1, -(-THUMB // images.shape[-1]))
     return (
-        torch.nn.functional.interpolate(images, scale_factor=factor, mode="bicubic") if factor > 1 else images
+        torch.nn.functional.interpolate(images, scale_factor=enlargement_factor, mode="bicubic")
+        if enlargement_factor > 1
+        else images
     )
 
 

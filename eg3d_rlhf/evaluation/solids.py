@@ -56,7 +56,8 @@ def ball(bool_grid: np.ndarray) -> np.ndarray:
         return bool_grid  # an empty shape has no centre, and its ball is empty
     centre = np.argwhere(bool_grid).mean(axis=0)  # voxel indices
     squared_distance = sum(
-        (indices - middle) ** 2 for indices, middle in zip(np.indices(bool_grid.shape), centre, strict=True)
+        (indices - centre_index) ** 2
+        for indices, centre_index in zip(np.indices(bool_grid.shape), centre, strict=True)
     )
     # V = 4/3 π r³, so r² = (3 V / 4 π)^(2/3)
     return squared_distance < (3 * bool_grid.sum() / (4 * np.pi)) ** (2 / 3)
@@ -325,7 +326,7 @@ def compare_stages(
     folder_by_network: Mapping[str, Path],
     arms_source: ArmsSource,
     stage: str | None,
-    n: int,
+    max_shape_count: int,
     seed: int,
     device: torch.device,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
@@ -335,7 +336,7 @@ def compare_stages(
         folder_by_network: folders of the tuned weights, by name.
         arms_source: source from which the generator is opened.
         stage: name of the tuned stage; None selects the first stage.
-        n: largest number of shapes of each arm.
+        max_shape_count: largest number of shapes of each arm.
         seed: seed of the noises.
         device: device of the generator.
 
@@ -345,20 +346,20 @@ def compare_stages(
     """
     problem = open_problem(arms_source, device)
     stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
-    prompts_used = list(problem.held_out_prompts)[: n // CHOOSE]
-    if not prompts_used:
+    used_prompts = list(problem.held_out_prompts)[: max_shape_count // CHOOSE]
+    if not used_prompts:
         raise ValueError(
             "--conditioning: no prompt is held out, since there are too few prompts. Embed at least two"
             " prompts, so that one of them can be held out."
         )
     # Each prompt has the same number of noises, a multiple of CHOOSE.
-    noise_count = CHOOSE * (n // CHOOSE // len(prompts_used))
-    prompts, noises = crossed(prompts_used, noise_count, seed)
-    sample_text = f"{len(prompts_used)} held-out prompts x {noise_count} noises, seed {seed}; stage {stage}"
+    noise_count = CHOOSE * (max_shape_count // CHOOSE // len(used_prompts))
+    prompts, noise_seeds = crossed(used_prompts, noise_count, seed)
+    sample_text = f"{len(used_prompts)} held-out prompts x {noise_count} noises, seed {seed}; stage {stage}"
     return _measure_networks(
         folder_by_network,
-        lambda weights_path: shapes_of_prompts(problem, weights_path, stage, prompts, noises),
-        len(prompts_used) * noise_count // CHOOSE,
+        lambda weights_path: shapes_of_prompts(problem, weights_path, stage, prompts, noise_seeds),
+        len(used_prompts) * noise_count // CHOOSE,
         lambda grids: rules_for(grids[0]),
         sample_text,
     )

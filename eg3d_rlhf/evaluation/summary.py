@@ -65,14 +65,14 @@ def reward_shift(comparison: Comparison) -> dict:
         comparison.scores(generator, comparison.seeds()).numpy()
         for generator in (comparison.before, comparison.after)
     )
-    delta = scores_after - scores_before  # paired changes, [N]
+    reward_changes = scores_after - scores_before  # paired changes, [N]
     return {
         "reward_before": {"mean": float(scores_before.mean()), "std": float(scores_before.std())},
         "reward_after": {"mean": float(scores_after.mean()), "std": float(scores_after.std())},
-        "reward_delta_positive": int((delta > 0).sum()),  # number of latents whose reward rose
-        "reward_delta_n": len(delta),
-        "tuned_delta_mean": float(delta.mean()),
-        "reward_deltas": delta.tolist(),  # by seed, in the order of "seeds"
+        "reward_delta_positive": int((reward_changes > 0).sum()),  # number of latents whose reward rose
+        "reward_delta_n": len(reward_changes),
+        "tuned_delta_mean": float(reward_changes.mean()),
+        "reward_deltas": reward_changes.tolist(),  # by seed, in the order of "seeds"
     }
 
 
@@ -109,13 +109,13 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
         },
     )
     if differences:
-        remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."
+        remedy_text = "Run the same command with --lambda-r=0, and pass its folder as --control."
         return {
             "control_delta_mean": None,
             # four differences are enough for a cell of the table
             "control_source": (
                 f"{summary_path.name} records a run with other settings: {'; '.join(differences[:4])}."
-                f" {remedy}"
+                f" {remedy_text}"
             ),
         }
     return {
@@ -150,11 +150,11 @@ def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
     # Simulated labels also record the annotator's noise-free order. The accuracy against this order is
     # preferred, since it does not contain the noise of the labels.
     clean_accuracy = evaluation.reward.provenance.get("test_accuracy_clean")
-    if (accuracy := clean_accuracy or evaluation.reward.provenance.get("test_accuracy")) is not None:
+    if (test_accuracy := clean_accuracy or evaluation.reward.provenance.get("test_accuracy")) is not None:
         summary |= {
-            "reward_test_accuracy": accuracy["accuracy"],
-            "reward_test_accuracy_ci95": accuracy["interval_95"],
-            "reward_test_n": accuracy["n"],
+            "reward_test_accuracy": test_accuracy["accuracy"],
+            "reward_test_accuracy_ci95": test_accuracy["interval_95"],
+            "reward_test_n": test_accuracy["n"],
             "reward_test_against": "noise-free order" if clean_accuracy else "labels",
         }
     return summary | {
@@ -192,14 +192,14 @@ def once(comparison: Comparison, task: str, compute: Callable[[], Any]) -> Any:
     return comparison.memory[task]
 
 
-def work(comparison: Comparison, folder: Path, processes: int) -> None:
+def work(comparison: Comparison, folder: Path, process_count: int) -> None:
     """Run the slow tasks in worker processes.
 
     Results are stored in `comparison.memory`, and images in `folder`. Every number is the same with one
     process and with several, since each task measures one network, and statistics of two networks are
     computed in this process.
 
-    Args: processes: largest number of worker processes.
+    Args: process_count: largest number of worker processes.
     """
     part_of_task = {
         f"{part_name}, {role}": (part_name, role)
@@ -207,10 +207,12 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
     }
     tasks = [IMAGES, *part_of_task, CHANGE]
     with (
-        tempfile.TemporaryDirectory() as temporary,
+        tempfile.TemporaryDirectory() as temporary_folder,
         tqdm(total=len(tasks), desc="before and after", unit="part") as bar,
     ):
-        path_by_role = {role: Path(temporary) / f"{role}.safetensors" for role in heldout_evaluators.ROLES}
+        path_by_role = {
+            role: Path(temporary_folder) / f"{role}.safetensors" for role in heldout_evaluators.ROLES
+        }
         for role, generator in comparison.generators().items():
             # Workers load the networks from files. Only the weights of G_ema are evaluated, so G and D are
             # not written.
@@ -246,8 +248,8 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
             {task: needed_tasks.get(task, []) for task in tasks},
             _worker,
             (path_by_role, comparison_fields, folder),
-            processes,
-            Path(temporary),
+            process_count,
+            Path(temporary_folder),
             store_result,
         )
 
@@ -281,22 +283,22 @@ def _worker(path_by_role: dict[str, Path], comparison_fields: dict, folder: Path
     )
 
 
-def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
+def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
     """Evaluate a finished training loop, and return the content of summary.json.
 
     Writes summary.json, images and meshes into the run's folder, and prints the table.
 
     Args:
         evaluation: inputs that were collected before the run.
-        loop: the finished training loop.
+        training_loop: the finished training loop.
         start_time: time.time() at the start of the run.
     """
     print(
         "Comparing before and after on held-out latents, and rendering them (about a minute on 2 cores).",
         flush=True,
     )
-    folder = loop.files.folder
-    tuned_nets = loop.trained_object.nets
+    folder = training_loop.files.folder
+    tuned_nets = training_loop.trained_object.nets
     early_stop = evaluation.early_stop
     # An early stop selects a snapshot, which may be older than the last networks.
     tuned_nets = tuned_nets if early_stop is None else early_stop.networks(tuned_nets)
@@ -318,7 +320,7 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
         work(comparison, folder, min(torch.get_num_threads(), MAX_PROCESSES))
     summary = {
         **summarise(comparison, evaluation),
-        "images": loop.cur_nimg,
+        "images": training_loop.cur_nimg,
         "early_stop": None if early_stop is None else early_stop.record(),
     }
     # The time covers the run and its evaluation. If there is one process, the images are rendered below, so
@@ -481,8 +483,11 @@ def table_of_heads(summary: dict) -> list[tuple[str, ...]]:
         column: row_text for column, row_text in COLUMNS.items() if column in summary["heads"]
     }
     table_rows: list[tuple[str, ...]] = [("what", *heading_by_column.values(), "ground truth")]
-    for metric_key, (row_text, number_format, target) in MEASURES.items():
-        cell_values = [*(summary["heads"][column].get(metric_key) for column in heading_by_column), target]
+    for metric_key, (row_text, number_format, ground_truth_value) in MEASURES.items():
+        cell_values = [
+            *(summary["heads"][column].get(metric_key) for column in heading_by_column),
+            ground_truth_value,
+        ]
         table_rows.append(
             (
                 row_text,

@@ -502,22 +502,26 @@ def write(
     return front_findings[KEY]
 
 
-def make_cells(parts: Mapping[Cell, Part], jobs: int) -> None:
+def make_cells(part_by_cell: Mapping[Cell, Part], process_count: int) -> None:
     """Train the cells that are not finished.
 
-    Args: jobs: number of runs of train.py at the same time.
+    Args: process_count: number of runs of train.py at the same time.
     """
     # OMP_NUM_THREADS is used if the user has set it. Else the cores are divided among the runs.
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
-    make_with_progress_bar([[part] for part in parts.values()], jobs, threads, "training", "cell")
+    thread_count = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // process_count))
+    make_with_progress_bar(
+        [[part] for part in part_by_cell.values()], process_count, thread_count, "training", "cell"
+    )
 
 
-def measure_cells(parts: Mapping[Cell, Part], sources: Sources, out: Path) -> Finding:
+def measure_cells(part_by_cell: Mapping[Cell, Part], sources: Sources, page_folder: Path) -> Finding:
     """Measure the finished cells, and write the page; return the finding of the front."""
     # A comparison cannot be loaded without a tuned network, so the first one is loaded.
     path_by_cell = {
-        cell: network_path for cell, part in parts.items() if (network_path := part.network()) is not None
+        cell: network_path
+        for cell, part in part_by_cell.items()
+        if (network_path := part.network()) is not None
     }
     return write(
-        load_comparison(replace(sources, after=next(iter(path_by_cell.values())))), path_by_cell, out
+        load_comparison(replace(sources, after=next(iter(path_by_cell.values())))), path_by_cell, page_folder
     )

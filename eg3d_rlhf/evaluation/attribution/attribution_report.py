@@ -786,11 +786,11 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     # [checked, R]
     trained_attributions = np.stack([attribution.values for attribution in study.shapley[:latent_count]])
     table_rows = []  # one row for each random weights and latent
-    signed_means = []  # mean over latents, by random weights
-    size_means = []  # the same of absolute values
+    mean_signed_correlations = []  # mean over latents, by random weights
+    mean_size_correlations = []  # the same of absolute values
     # An attribution that is similar with random weights does not come from training (Adebayo et al. 2018).
-    for draw in range(study_settings.randomisations):
-        random_attributions = study.attribute_randomised(draw)  # [checked, R]
+    for randomisation_index in range(study_settings.randomisations):
+        random_attributions = study.attribute_randomised(randomisation_index)  # [checked, R]
         # with signs
         signed_correlations = [
             rank_correlation(trained_values, random_values)
@@ -803,7 +803,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
         ]
         table_rows += [
             {
-                "randomisation": draw,
+                "randomisation": randomisation_index,
                 "seed": study.seeds[latent_index],
                 "spearman": signed_correlation,
                 "spearman_of_sizes": size_correlation,
@@ -813,7 +813,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
             )
         ]
         # Random weights for which all attributions are constant have no correlation.
-        signed_means += (
+        mean_signed_correlations += (
             [float(np.mean(defined_correlations))]
             if (
                 defined_correlations := [
@@ -824,7 +824,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
             )
             else []
         )
-        size_means += (
+        mean_size_correlations += (
             [float(np.mean(defined_correlations))]
             if (
                 defined_correlations := [
@@ -834,17 +834,21 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
             else []
         )
     finding_data = {
-        "by_randomisation": signed_means,
-        "sizes": size_means,
+        "by_randomisation": mean_signed_correlations,
+        "sizes": mean_size_correlations,
         "randomisations": study_settings.randomisations,
         "latents": latent_count,
-        "mean": bootstrap_mean_interval(signed_means)._asdict() if signed_means else None,
-        "mean_of_sizes": bootstrap_mean_interval(size_means)._asdict() if size_means else None,
+        "mean": bootstrap_mean_interval(mean_signed_correlations)._asdict()
+        if mean_signed_correlations
+        else None,
+        "mean_of_sizes": bootstrap_mean_interval(mean_size_correlations)._asdict()
+        if mean_size_correlations
+        else None,
     }
     facts = comparison.facts(
         study.seeds[:latent_count],
         ROLES,
-        f"95 % percentile bootstrap over {len(signed_means)} draws of weights, 10,000 resamples",
+        f"95 % percentile bootstrap over {len(mean_signed_correlations)} draws of weights, 10,000 resamples",
     )
     return Finding(facts=facts, data=finding_data, rows=table_rows, says=_describe_randomised(finding_data))
 

@@ -51,10 +51,11 @@ class Study:
         """
         observation = self.comparison.reward.observation
         if not isinstance(observation, SigmaSlab):
-            shape = list(regions.region_shape(observation.shape))
+            label_shape = list(regions.region_shape(observation.shape))
             raise ValueError(
                 f"--regions={self.settings.regions} needs a reward that reads slabs, but this reward reads"
-                f" {observation.kind}. Pass a file of integer labels of shape {shape} with --regions=FILE."
+                f" {observation.kind}. Pass a file of integer labels of shape {label_shape} with"
+                " --regions=FILE."
             )
         return observation.spec
 
@@ -206,28 +207,31 @@ class Study:
         return self.comparison.before.generator.level
 
     def coalition_values(
-        self, latent_index: int, score: shapley_methods.Score | None = None, tuned: torch.Tensor | None = None
+        self,
+        latent_index: int,
+        score: shapley_methods.Score | None = None,
+        tuned_slab: torch.Tensor | None = None,
     ) -> shapley_methods.CoalitionValues:
         """Return the function that computes the values of a latent's coalitions.
 
         Args:
             latent_index: index of the latent in `seeds`.
             score: function that scores slabs; None selects the reward.
-            tuned: slab after tuning; None selects the latent's own slab after tuning.
+            tuned_slab: slab after tuning; None selects the latent's own slab after tuning.
         """
         # Only the values of the reward and the latent's own slab are cached, since others are used once.
-        if score is None and tuned is None and latent_index in self._values:
+        if score is None and tuned_slab is None and latent_index in self._values:
             return self._values[latent_index]
         partition = self.partitions[latent_index]
         coalition_values = shapley_methods.CoalitionValues(
             score or self.score,
             self.slabs["before"][latent_index],
-            self.slabs["after"][latent_index] if tuned is None else tuned,
+            self.slabs["after"][latent_index] if tuned_slab is None else tuned_slab,
             partition.labels,
             len(partition.names),
             self.comparison.batch,
         )
-        if score is None and tuned is None:
+        if score is None and tuned_slab is None:
             self._values[latent_index] = coalition_values
         return coalition_values
 
@@ -318,7 +322,7 @@ class Study:
             )
             noise_values.append(
                 self._compute_for_check(
-                    self.coalition_values(latent_index, tuned=shuffled_slab), latent_index
+                    self.coalition_values(latent_index, tuned_slab=shuffled_slab), latent_index
                 )
             )
         # Attributions of voxels are summed over each region, so that all methods have values [R].
@@ -337,15 +341,16 @@ class Study:
             "noise": np.stack(noise_values),
         }
 
-    def attribute_randomised(self, draw: int) -> np.ndarray:
+    def attribute_randomised(self, randomisation_index: int) -> np.ndarray:
         """Compute the Shapley values of a reward with random weights, for the first latents of the study.
 
-        Args: draw: index of the random weights, 0 to --randomisations less 1, which determines their seed.
+        Args: randomisation_index: index of the random weights, 0 to --randomisations less 1, which determines
+            their seed.
         Returns: Shapley values, [number of latents, R].
         """
         # With + 1 the seed of the first draw differs from that of the study.
         score = shapley_methods.randomise_weights(
-            self.comparison.reward.network, 1000 * self.comparison.seed + draw + 1
+            self.comparison.reward.network, 1000 * self.comparison.seed + randomisation_index + 1
         ).score
         latent_count = min(self.settings.checked, len(self.seeds))
         return np.stack(

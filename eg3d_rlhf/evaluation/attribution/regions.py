@@ -60,22 +60,26 @@ class Partition:
         """Return the number of voxels of each region, as a list of R integers."""
         return torch.bincount(self.labels.flatten(), minlength=len(self.names)).tolist()
 
-    def sums(self, volume: torch.Tensor) -> torch.Tensor:
+    def sums(self, voxel_values: torch.Tensor) -> torch.Tensor:
         """Return the sums of volumes [..., D, H, W] over each region, [..., R] float64."""
         # Only the axes of the grid are flattened, not the batch axes before them.
-        flat_volume = volume.double().flatten(-self.labels.ndim)
+        flat_volume = voxel_values.double().flatten(-self.labels.ndim)
         region_sums = flat_volume.new_zeros(*flat_volume.shape[:-1], len(self.names))  # [..., R], float64
         # The sum is computed in float64, since a sum over many voxels would lose digits in float32.
         return region_sums.index_add_(-1, self.labels.flatten().to(flat_volume.device), flat_volume)
 
 
-def region_shape(observed: Sequence[int]) -> tuple[int, ...]:
+def region_shape(observation_shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of the labels that divide one observation into regions.
 
     It is [D, H, W] for a slab [1, D, H, W], whose channel axis has no labels. For other observations it is
     the shape of the observation.
     """
-    return tuple(observed[1:]) if len(observed) > 1 and observed[0] == 1 else tuple(observed)
+    return (
+        tuple(observation_shape[1:])
+        if len(observation_shape) > 1 and observation_shape[0] == 1
+        else tuple(observation_shape)
+    )
 
 
 def unit_coordinates(spec: SlabSpec) -> torch.Tensor:
@@ -124,54 +128,54 @@ def face_partition(spec: SlabSpec) -> Partition:
     return partition_from_boxes(FACE_BOXES, unit_coordinates(spec))
 
 
-def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
+def read_masks(label_path: str | Path, label_shape: Sequence[int]) -> Partition:
     """Read a partition from a user's label volume.
 
     The names of the labels are read from the .json file of the same stem. It contains an object, for example
     {"0": "background", "1": "nose"}, or a list of names in the order of the labels.
 
     Args:
-        path: .npy file of integers.
-        shape: shape of the labels, [D, H, W] along z, y, x for a slab.
+        label_path: .npy file of integers.
+        label_shape: shape of the labels, [D, H, W] along z, y, x for a slab.
 
     Raises: ValueError or FileNotFoundError if a file is missing or does not have the described content.
     """
-    path = Path(path)
-    if not path.is_file():
+    label_path = Path(label_path)
+    if not label_path.is_file():
         raise FileNotFoundError(
-            f"there is no label volume at {path}. Pass the path of a .npy file, or one of boxes, landmarks,"
-            " head and people."
+            f"there is no label volume at {label_path}. Pass the path of a .npy file, or one of boxes,"
+            " landmarks, head and people."
         )
     # allow_pickle=False, since a pickle could run code.
     try:
-        label_volume = np.load(path, allow_pickle=False)
+        label_volume = np.load(label_path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{path} cannot be read as .npy: {error}. Save the array with numpy.save."
+            f"{label_path} cannot be read as .npy: {error}. Save the array with numpy.save."
         ) from error
     if (
         not isinstance(label_volume, np.ndarray)
-        or label_volume.shape != tuple(shape)
+        or label_volume.shape != tuple(label_shape)
         or not np.issubdtype(label_volume.dtype, np.integer)
     ):
-        axes_text = "[D, H, W] = " if len(shape) == 3 else ""
+        axes_text = "[D, H, W] = " if len(label_shape) == 3 else ""
         raise ValueError(
-            f"{path} holds {getattr(label_volume, 'dtype', type(label_volume))} of shape"
-            f" {list(getattr(label_volume, 'shape', []))}, but integers of shape {axes_text}{list(shape)} are"
-            " needed. Save such an array with numpy.save."
+            f"{label_path} holds {getattr(label_volume, 'dtype', type(label_volume))} of shape"
+            f" {list(getattr(label_volume, 'shape', []))}, but integers of shape"
+            f" {axes_text}{list(label_shape)} are needed. Save such an array with numpy.save."
         )
-    name_by_label = _read_names(path.with_suffix(".json"))
+    name_by_label = _read_names(label_path.with_suffix(".json"))
     present_labels = sorted(int(label) for label in np.unique(label_volume))  # labels that occur, ascending
     unnamed_labels = [label for label in present_labels if label not in name_by_label]
     if unnamed_labels:
         raise ValueError(
-            f"{path.with_suffix('.json')}: the labels {unnamed_labels} of the volume have no names. Add their"
-            " names to this file."
+            f"{label_path.with_suffix('.json')}: the labels {unnamed_labels} of the volume have no names."
+            " Add their names to this file."
         )
     if len(present_labels) < 2:
         raise ValueError(
-            f"{path}: all voxels have the label {present_labels[0]}, but at least two regions are needed."
-            " Give some voxels another label."
+            f"{label_path}: all voxels have the label {present_labels[0]}, but at least two regions are"
+            " needed. Give some voxels another label."
         )
     # The user's labels need not be consecutive; searchsorted maps them to 0..R-1.
     return Partition(
@@ -416,11 +420,11 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
     ear_depth = contour[[0, 32], 2].mean()
     # The box of an ear extends from the contour by 8 % of the cube outwards, and by one margin inwards.
     ear_width = 0.08 * box_warp
-    for contour_end, inward, outward in (
+    for contour_end, inward_width, outward_width in (
         (contour[:, 0].min(), side_margin, ear_width),
         (contour[:, 0].max(), -side_margin, -ear_width),
     ):
-        x_range = sorted((contour_end + inward, contour_end - outward))
+        x_range = sorted((contour_end + inward_width, contour_end - outward_width))
         boxes.append(
             (
                 "ears",

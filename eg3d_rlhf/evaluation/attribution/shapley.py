@@ -43,37 +43,40 @@ class CoalitionValues:
     """Function that returns the values of a latent's coalitions. Each value is computed once, and stored.
 
     Args:
-        score: function that scores slabs.
-        original: slab before tuning, [1, D, H, W], or another observation.
-        tuned: slab after tuning, of the same shape.
-        labels: region of each voxel, int64 [D, H, W].
-        regions: number of regions, R.
-        batch: number of slabs in a batch; a smaller number needs less memory.
+        score_slabs: function that scores slabs.
+        original_slab: slab before tuning, [1, D, H, W], or another observation.
+        tuned_slab: slab after tuning, of the same shape.
+        region_labels: region of each voxel, int64 [D, H, W].
+        region_count: number of regions, R.
+        batch_size: number of slabs in a batch; a smaller number needs less memory.
     """
 
     def __init__(
         self,
-        score: Score,
-        original: torch.Tensor,
-        tuned: torch.Tensor,
-        labels: torch.Tensor,
-        regions: int,
-        batch: int = 16,
+        score_slabs: Score,
+        original_slab: torch.Tensor,
+        tuned_slab: torch.Tensor,
+        region_labels: torch.Tensor,
+        region_count: int,
+        batch_size: int = 16,
     ):
-        assert original.shape == tuned.shape and region_shape(original.shape) == tuple(labels.shape)
-        self.score = score
-        self.regions = regions
-        self.batch = batch
-        self.original = original
-        self.tuned = tuned
-        flat_labels = labels.flatten().to(original.device)
+        assert original_slab.shape == tuned_slab.shape and region_shape(original_slab.shape) == tuple(
+            region_labels.shape
+        )
+        self.score = score_slabs
+        self.regions = region_count
+        self.batch = batch_size
+        self.original = original_slab
+        self.tuned = tuned_slab
+        flat_labels = region_labels.flatten().to(original_slab.device)
         # indices of the voxels of each region in the flattened slab
         self.voxels = [
-            torch.nonzero(flat_labels == region_index).squeeze(1) for region_index in range(regions)
+            torch.nonzero(flat_labels == region_index).squeeze(1) for region_index in range(region_count)
         ]
         # A region in which the slabs are equal does not change the value of any coalition.
         self.differs = [
-            bool((original.flatten()[indices] != tuned.flatten()[indices]).any()) for indices in self.voxels
+            bool((original_slab.flatten()[indices] != tuned_slab.flatten()[indices]).any())
+            for indices in self.voxels
         ]
         self.known: dict[int, float] = {}  # key of a coalition -> its value
         self.evaluations = 0  # number of slabs that were scored
@@ -143,8 +146,10 @@ class CoalitionValues:
         This value uses neither regions nor stored values, so it is an independent check of the coalitions'
         values.
         """
-        tuned, original = (float(self.score(slab[None]).double()) for slab in (self.tuned, self.original))
-        return tuned - original
+        tuned_score, original_score = (
+            float(self.score(slab[None]).double()) for slab in (self.tuned, self.original)
+        )
+        return tuned_score - original_score
 
 
 def _gray_rank(bit_pattern: int) -> int:
@@ -374,13 +379,13 @@ class IntegratedGradients:
 
 
 def integrated_gradients(
-    score: Score,
-    original: torch.Tensor,
-    tuned: torch.Tensor,
+    score_slabs: Score,
+    original_slab: torch.Tensor,
+    tuned_slab: torch.Tensor,
     difference: float,
-    steps: int = STEPS,
-    max_steps: int = MAX_STEPS,
-    batch: int = 16,
+    step_count: int = STEPS,
+    max_step_count: int = MAX_STEPS,
+    batch_size: int = 16,
 ) -> IntegratedGradients:
     """Attribute r(tuned) - r(original) to voxels by Integrated Gradients.
 
@@ -388,40 +393,46 @@ def integrated_gradients(
     the difference.
 
     Args:
-        score: function that scores slabs; it must be differentiable.
-        original: slab before tuning, [1, D, H, W].
-        tuned: slab after tuning, [1, D, H, W].
+        score_slabs: function that scores slabs; it must be differentiable.
+        original_slab: slab before tuning, [1, D, H, W].
+        tuned_slab: slab after tuning, [1, D, H, W].
         difference: r(tuned) - r(original).
-        steps: first number of steps.
-        max_steps: largest number of steps.
-        batch: number of slabs in a batch, for which gradients are computed.
+        step_count: first number of steps.
+        max_step_count: largest number of steps.
+        batch_size: number of slabs in a batch, for which gradients are computed.
 
-    Returns: the integral with the most steps. It is not `complete` if `max_steps` is too small.
+    Returns: the integral with the most steps. It is not `complete` if `max_step_count` is too small.
     """
     # Imported here, since only this function needs captum.
     from captum.attr import IntegratedGradients as Captum
 
-    captum_method = Captum(score, multiply_by_inputs=True)
+    captum_method = Captum(score_slabs, multiply_by_inputs=True)
     gap_by_steps = []  # (steps, relative gap) of each integral
     while True:
-        voxels = captum_method.attribute(
-            tuned[None],
-            baselines=original[None],
-            n_steps=steps,
+        voxel_attributions = captum_method.attribute(
+            tuned_slab[None],
+            baselines=original_slab[None],
+            n_steps=step_count,
             method="gausslegendre",
             # Captum evaluates the points of the path in batches of this size.
-            internal_batch_size=max(batch, 2),
+            internal_batch_size=max(batch_size, 2),
         )
-        voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()  # [0]: the only slab
+        voxel_attributions = (
+            voxel_attributions[0].reshape(region_shape(original_slab.shape)).detach().double().cpu()
+        )  # [0]: the only slab
         # Completeness: the attributions sum to the difference, except for the error of the numeric integral.
-        gap = float(voxels.sum()) - difference
-        gap_by_steps.append((steps, relative_gap(gap, difference)))
+        gap = float(voxel_attributions.sum()) - difference
+        gap_by_steps.append((step_count, relative_gap(gap, difference)))
         # The last entry is the integral that was just computed.
-        if gap_by_steps[-1][1] <= BOUND or 2 * steps > max_steps:
+        if gap_by_steps[-1][1] <= BOUND or 2 * step_count > max_step_count:
             return IntegratedGradients(
-                voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(gap_by_steps)
+                voxels=voxel_attributions,
+                steps=step_count,
+                gap=gap,
+                difference=difference,
+                tried=tuple(gap_by_steps),
             )
-        steps *= 2
+        step_count *= 2
 
 
 def occlusion(coalition_values: Value, region_count: int) -> np.ndarray:
@@ -439,7 +450,7 @@ def occlusion(coalition_values: Value, region_count: int) -> np.ndarray:
 
 
 def shuffled_change(
-    original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, seed: int
+    original_slab: torch.Tensor, tuned_slab: torch.Tensor, region_labels: torch.Tensor, seed: int
 ) -> torch.Tensor:
     """Return the original slab plus the change tuned - original, shuffled among the voxels of each region.
 
@@ -447,13 +458,13 @@ def shuffled_change(
     attribution of this slab shows the reward's response to noise of the same size.
 
     Args:
-        original, tuned: slabs, [1, D, H, W].
-        labels: region of each voxel, [D, H, W].
+        original_slab, tuned_slab: slabs, [1, D, H, W].
+        region_labels: region of each voxel, [D, H, W].
         seed: seed of the shuffling.
     """
     # The shuffling is done on the CPU, so that it does not depend on the device.
-    slab_change = (tuned - original).flatten().cpu()
-    flat_labels = labels.flatten().cpu()  # [voxels]
+    slab_change = (tuned_slab - original_slab).flatten().cpu()
+    flat_labels = region_labels.flatten().cpu()  # [voxels]
     shuffled_slab_change = torch.empty_like(slab_change)
     generator = torch.Generator().manual_seed(seed)
     for region_index in range(int(flat_labels.max()) + 1):
@@ -461,7 +472,7 @@ def shuffled_change(
         shuffled_slab_change[voxel_indices] = slab_change[
             voxel_indices[torch.randperm(len(voxel_indices), generator=generator)]
         ]
-    return original + shuffled_slab_change.reshape(original.shape).to(original)
+    return original_slab + shuffled_slab_change.reshape(original_slab.shape).to(original_slab)
 
 
 def rank_correlation(

@@ -75,24 +75,28 @@ def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
 
 
 def render_cells(
-    arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1
+    arm: Arm, camera: torch.Tensor, pixels_per_edge: int, pixel_factor: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Render an arm in colour, and as a shape without colours.
 
     Args:
         camera: camera of both renders, [1, 25].
-        pixels: pixels per edge, R.
-        factor: the shape is rendered with `factor` times the pixels per edge and then reduced, to avoid
-            aliasing.
+        pixels_per_edge: pixels per edge, R.
+        pixel_factor: the shape is rendered with `pixel_factor` times the pixels per edge and then reduced, to
+            avoid aliasing.
 
     Returns: two images: the render in colour, uint8 [R, R, 3], and the shape, uint8 [R, R, 3].
     """
-    # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels`
-    image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
-    shape = paint(look(arm.side.surface, camera, pixels * factor))  # rendered with `factor` times the pixels
-    if factor > 1:
-        shape = shrink(shape, factor)
-    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(shape.cpu())
+    # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels_per_edge`
+    image = render_colours(
+        arm.side.field, arm.generator, camera, min(RAYS, pixels_per_edge), SAMPLES, pixels_per_edge
+    )
+    shape_image = paint(
+        look(arm.side.surface, camera, pixels_per_edge * pixel_factor)
+    )  # rendered with `pixel_factor` times the pixels
+    if pixel_factor > 1:
+        shape_image = shrink(shape_image, pixel_factor)
+    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(shape_image.cpu())
 
 
 def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
@@ -149,21 +153,21 @@ def orbit(case: Case, arms: Sequence[Arm], view_count: int) -> Iterator[np.ndarr
     return swing_frames(render_frame, SWING, view_count, f"orbit of {case.name}")
 
 
-def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> None:
+def draw(inversions: Inversions, case: Case, resolution: int, view_count: int) -> None:
     """Write strip.png, orbit.mp4 and the meshes <weight>.ply of a target whose tuned generators were written.
 
     If a mesh cannot be extracted, a message is printed, and the other meshes are written.
 
     Args:
         resolution: grid points per axis of the meshes; 0: no meshes.
-        turns: number of views of the video from one side to the other; 0: no video.
+        view_count: number of views of the video from one side to the other; 0: no video.
     """
     folder = inversions.folder(case)
     arms = load_arms(inversions, case)  # columns of the strip and the video
     storage.write_atomic(folder / STRIP, png(strip(case, arms)))
     # The video is optional, since it takes long: every arm is rendered for every frame.
-    if turns:
-        write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, turns), FPS, "2M")
+    if view_count:
+        write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, view_count), FPS, "2M")
     for arm in arms if resolution else ():
         arm_name = arm.name.removeprefix("weight ")
         try:
@@ -418,8 +422,8 @@ def jobs(inversions: Inversions) -> list[Job]:
         stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
         curve_rows = [
             {"stage": stage, "measure": measure_name, "step": step, "mean": mean_value}
-            for stage, by_measure in stage_curves.items()
-            for measure_name, curve_points in by_measure.items()
+            for stage, points_by_measure in stage_curves.items()
+            for measure_name, curve_points in points_by_measure.items()
             for step, mean_value in curve_points
         ]
         return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=curve_rows)
@@ -525,8 +529,8 @@ def plot_steps(measure_name: str, finding_data: dict):
     Args: measure_name: name of the measure.
     """
     figure, axes = style.figure(columns=2)
-    for stage, by_measure in finding_data["curves"].items():
-        curve_points = by_measure.get(measure_name, [])  # [] if this stage did not log the measure
+    for stage, points_by_measure in finding_data["curves"].items():
+        curve_points = points_by_measure.get(measure_name, [])  # [] if this stage did not log the measure
         axis, line_name = (
             (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
         )

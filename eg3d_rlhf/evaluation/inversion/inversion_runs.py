@@ -245,10 +245,10 @@ class Inversions:
                 return
             with torch.no_grad():
                 # The measure "moved" is relative to the density before the second stage, so it is 0 here.
-                pivot = generator.field(stage.ws).density_grid(projector.cube_grid(generator))
+                pivot_density = generator.field(stage.ws).density_grid(projector.cube_grid(generator))
             write_json(
                 folder / f"{file_stem}.json",
-                measure(generator, case, stage.ws.detach(), pivot, objective, setup.evaluators),
+                measure(generator, case, stage.ws.detach(), pivot_density, objective, setup.evaluators),
             )
             return
         file_stem = f"{leg.weight:g}"

@@ -47,22 +47,22 @@ class Perceptual:
 
     Args:
         name: name of the network. Distances by networks of different names cannot be compared.
-        features: differentiable function from images to features [N, F].
-        mean: True if the distance is the mean of the squared differences, False if it is their sum.
+        compute_features: differentiable function from images to features [N, F].
+        is_mean: True if the distance is the mean of the squared differences, False if it is their sum.
     """
 
-    def __init__(self, name: str, features: Callable[[Tensor], Tensor], mean: bool):
+    def __init__(self, name: str, compute_features: Callable[[Tensor], Tensor], is_mean: bool):
         self.name = name
-        self.features = features
-        self._mean = mean
+        self.features = compute_features
+        self._mean = is_mean
 
     def feature_distance(self, features: Tensor, target_features: Tensor) -> Tensor:
         """Compute the squared distance [N] of features [N, F] to target features [N, F] or [1, F].
 
         Differentiable in both arguments.
         """
-        squares = (features - target_features).square()
-        return squares.mean(dim=1) if self._mean else squares.sum(dim=1)
+        squared_differences = (features - target_features).square()
+        return squared_differences.mean(dim=1) if self._mean else squared_differences.sum(dim=1)
 
     def __call__(self, first_images: Tensor, second_images: Tensor) -> Tensor:
         """Compute the distance [N] of two batches of images."""
@@ -99,7 +99,7 @@ def load_perceptual(
                 - head_factors.net.feature_mean
             ) / head_factors.net.feature_std
 
-        return Perceptual(head_factors.name, features, mean=True)
+        return Perceptual(head_factors.name, features, is_mean=True)
     try:
         network = torch.jit.load(str(network_path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -127,7 +127,7 @@ def load_perceptual(
         return network(scaled_images, **call_options)
 
     _test_network(scripted_features, network_path, resolution, device)
-    return Perceptual(f"torchscript-{network_path.stem}", scripted_features, mean=False)
+    return Perceptual(f"torchscript-{network_path.stem}", scripted_features, is_mean=False)
 
 
 def _test_network(
@@ -216,16 +216,16 @@ def cube_grid(generator: Generator) -> SlabSpec:
     return SlabSpec.from_bounds(generator.bounds, CUBE_POINTS)
 
 
-def density_change(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
+def density_change(field: Field, cube_spec: SlabSpec, pivot_density: Tensor) -> Tensor:
     """Compute the mean absolute change [N] of the raw density since the start of the second stage.
 
     Differentiable in the field.
 
     Args:
-        cube: grid on which the density is compared.
-        pivot: raw density at the start of the second stage, [N, D, H, W].
+        cube_spec: grid on which the density is compared.
+        pivot_density: raw density at the start of the second stage, [N, D, H, W].
     """
-    return density_l1(field.density_grid(cube), pivot)
+    return density_l1(field.density_grid(cube_spec), pivot_density)
 
 
 PRIOR_LATENTS = 10_000  # number of latents for the mean and the standard deviation of w
@@ -236,7 +236,7 @@ RISING = 0.05  # the learning rate rises over this share at the beginning
 FALLING = 0.25  # the learning rate falls over this share at the end
 
 
-def learning_rate(step: int, steps: int, max_rate: float = 0.1) -> float:
+def learning_rate(step: int, step_count: int, max_rate: float = 0.1) -> float:
     """Return the learning rate of the first stage.
 
     It rises linearly from 0 to `max_rate` over the first 5 % of the steps, and falls along a cosine over the
@@ -244,23 +244,23 @@ def learning_rate(step: int, steps: int, max_rate: float = 0.1) -> float:
 
     Args:
         step: number of the step, 0 to steps - 1.
-        steps: number of steps.
+        step_count: number of steps.
         max_rate: largest learning rate.
     """
-    progress = step / steps
+    progress_share = step / step_count
     return (
         max_rate
-        * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - progress) / FALLING)))
-        * min(1.0, progress / RISING)
+        * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - progress_share) / FALLING)))
+        * min(1.0, progress_share / RISING)
     )
 
 
-def noise_scale(step: int, steps: int, initial_scale: float = 0.05) -> float:
+def noise_scale(step: int, step_count: int, initial_scale: float = 0.05) -> float:
     """Return the standard deviation of the noise on w, in standard deviations of w.
 
     It is initial_scale * max(0, 1 - t / 0.75)^2, where t = step / steps.
     """
-    return initial_scale * max(0.0, 1 - step / steps / FADED) ** 2
+    return initial_scale * max(0.0, 1 - step / step_count / FADED) ** 2
 
 
 class Target(NamedTuple):
@@ -326,9 +326,9 @@ class Objective:
 
     def blend_outside_mask(self, image: Tensor) -> Tensor:
         """Replace the part of an image [1, 3, R, R] outside the mask by the target, where it has no loss."""
-        target = self.target.image
-        mask = self.target.mask
-        return image if mask is None else target + mask * (image - target)
+        target_image = self.target.image
+        pixel_weights = self.target.mask
+        return image if pixel_weights is None else target_image + pixel_weights * (image - target_image)
 
     def image_loss(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the image loss, lambda_mse * mse + perceptual distance.
@@ -336,12 +336,12 @@ class Objective:
         The mean squared error (mse) is the mean over the mask.
         Returns: the loss, and a dict with its two unweighted terms, "mse" and "perceptual".
         """
-        blended = self.blend_outside_mask(image)
+        blended_image = self.blend_outside_mask(image)
         # The mean over all pixels divided by their mean weight is the mean over the mask.
-        mse = (blended - self.target.image).square().mean() / self.share
-        distance = self.perceptual.feature_distance(self.perceptual.features(blended), self.target_features)[
-            0
-        ]
+        mse = (blended_image - self.target.image).square().mean() / self.share
+        distance = self.perceptual.feature_distance(
+            self.perceptual.features(blended_image), self.target_features
+        )[0]
         return self.config.lambda_mse * mse + distance, {"mse": mse, "perceptual": distance}
 
     def guidance_term(
@@ -358,10 +358,10 @@ class Objective:
         """
         if self.guidance is None or reward_weight == 0 or step % self.config.reward_every:
             return 0.0, {}
-        term, score = self.guidance.clipped_reward(field)
+        reward_term, score = self.guidance.clipped_reward(field)
         # The field holds a single shape, hence [0]. The term is multiplied by the number of steps between two
         # evaluations, so that its mean weight over all steps is `reward_weight`.
-        return reward_weight * self.config.reward_every * term[0], {"reward": score[0]}
+        return reward_weight * self.config.reward_every * reward_term[0], {"reward": score[0]}
 
 
 class LatentStage:
@@ -374,8 +374,8 @@ class LatentStage:
         generator: Generator,
         objective: Objective,
         prior: Prior,
-        start: Tensor | None = None,
-        weight: float = 0.0,
+        start_ws: Tensor | None = None,
+        reward_weight: float = 0.0,
     ):
         """Prepare the first stage from an initial latent.
 
@@ -383,17 +383,18 @@ class LatentStage:
             generator: untuned generator, which is frozen in place.
             objective: loss of the target.
             prior: mean and standard deviation of w.
-            start: initial ws, [1, L, W]; None selects the mean latent for every layer.
-            weight: weight of the reward in the second half of the stage, if the settings enable it there.
+            start_ws: initial ws, [1, L, W]; None selects the mean latent for every layer.
+            reward_weight: weight of the reward in the second half of the stage, if the settings enable it
+                there.
         """
         generator.module.eval().requires_grad_(False)
         self.generator = generator
         self.objective = objective
         self.prior = prior
-        self.weight = weight
+        self.weight = reward_weight
         self.steps = objective.config.w_steps
         # There is one w for each layer; all of them start from the same mean.
-        ws = prior.mean.repeat(1, generator.num_ws, 1) if start is None else start
+        ws = prior.mean.repeat(1, generator.num_ws, 1) if start_ws is None else start_ws
         self.ws = ws.detach().clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.ws], betas=(0.9, 0.999))
 
@@ -437,13 +438,13 @@ class PivotalStage:
 
     name = "pivot"
 
-    def __init__(self, generator: Generator, objective: Objective, ws: Tensor, weight: float = 0.0):
+    def __init__(self, generator: Generator, objective: Objective, ws: Tensor, reward_weight: float = 0.0):
         # The generator is copied, since other targets need the original.
         tuned_module = copy.deepcopy(generator.module).eval().requires_grad_(True)
         self.generator = as_generator(tuned_module)
         self.objective = objective
         self.ws = ws.detach()
-        self.weight = weight
+        self.weight = reward_weight
         self.steps = objective.config.pivot_steps
         self.optimizer = torch.optim.Adam(
             tuned_module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999)

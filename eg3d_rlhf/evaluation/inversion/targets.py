@@ -127,9 +127,12 @@ def case_from_seed(generator: Generator, seed: int, camera: Tensor, psi: float =
         psi: truncation.
     """
     ws = ws_of_seeds(generator, [seed], psi)  # [1, L, W]
-    views = render_each(generator.field(ws), cameras_about(generator, camera), SMOOTH, SMOOTH_SEED)
+    view_renderings = render_each(generator.field(ws), cameras_about(generator, camera), SMOOTH, SMOOTH_SEED)
     return Case(
-        f"seed{seed}", Target(views[0].image, camera), Truth(ws, views), latents([seed], generator.z_dim)
+        f"seed{seed}",
+        Target(view_renderings[0].image, camera),
+        Truth(ws, view_renderings),
+        latents([seed], generator.z_dim),
     )
 
 
@@ -242,7 +245,12 @@ def reward_evaluator(reward: Reward) -> Callable[[Case, Field], float]:
 
 @torch.no_grad()
 def measure(
-    generator: Generator, case: Case, ws: Tensor, pivot: Tensor, objective: Objective, evaluators: Evaluators
+    generator: Generator,
+    case: Case,
+    ws: Tensor,
+    pivot_density: Tensor,
+    objective: Objective,
+    evaluators: Evaluators,
 ) -> dict[str, float]:
     """Measure the quality of an inversion. Measures that do not apply to the target are left out.
 
@@ -253,14 +261,14 @@ def measure(
         generator: generator, which may be tuned.
         case: target.
         ws: latent of the inversion, [1, L, W].
-        pivot: density at the start of the second stage, [1, D, H, W].
+        pivot_density: density at the start of the second stage, [1, D, H, W].
         objective: loss of the target.
         evaluators: reward and evaluator.
 
     Returns: values by the names of MEASURES.
     """
     field = generator.field(ws)
-    cube = cube_grid(generator)
+    cube_spec = cube_grid(generator)
     # The seed differs from that of the target, since equal ray samples would make the errors too small.
     rendered_views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
     # All batches hold a single shape, hence the index [0] below.
@@ -269,7 +277,7 @@ def measure(
         "mse": objective.image_loss(objective.render(field, 0))[1]["mse"],
         "psnr": psnr(image, case.target.image)[0],
         "perceptual": objective.perceptual(image, case.target.image)[0],
-        "moved": density_change(field, cube, pivot)[0],
+        "moved": density_change(field, cube_spec, pivot_density)[0],
     }
     if case.truth is not None:
         view_pairs = list(zip(rendered_views, case.truth.views, strict=True))  # (rendered, true) views
