@@ -276,8 +276,8 @@ class GroupedCommand(click.Command):
                     metavar="FILE.json",
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
-                        "Read settings of any kind from this JSON file. Flags take precedence over the file."
-                        " --dry-run prints all settings in the form of this file."
+                        "Read settings, with or without a flag, from this JSON file. Flags take precedence"
+                        " over the file. --dry-run prints all settings in the form of this file."
                     ),
                 ),
             ):

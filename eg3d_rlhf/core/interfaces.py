@@ -201,7 +201,7 @@ def check_views(image_count: int, view_count: int, message_start: str = "--prior
 def check_images(images: torch.Tensor, message_start: str) -> None:
     """Raise ValueError unless images have the shape [B, 3, h, w] and finite values within 0..1.
 
-    Args: images: images of any shape; who: start of the message, such as the flag of the model.
+    Args: images: images of any shape; message_start: start of the message, such as the flag of the model.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(

@@ -116,7 +116,7 @@ HELD_OUT = (
 def reject_held_out_seeds(seeds: Iterable[int], message_start: str) -> None:
     """Raise ValueError, which names the first held-out seed, if any seed is held out.
 
-    Args: seeds: latent seeds; who: start of the message, such as a flag.
+    Args: seeds: latent seeds; message_start: start of the message, such as a flag.
     """
     for seed in seeds:
         # The ranges do not overlap, so the first match is the only one.

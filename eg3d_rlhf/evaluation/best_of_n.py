@@ -312,7 +312,10 @@ def _join(
 
 @torch.no_grad()
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
-    """Score every latent by all arms that a network scores, and by the evaluator, in one pass."""
+    """Compute the scores of every latent by the arms that are networks, and by the evaluator, in one pass.
+
+    An arm is a scoring rule that is tested. The arms that are computed from other scores follow in `curves`.
+    """
     generator = trial.generator.generator
     rewards_by_arm, _ = arms(trial)  # aggregates follow from the members' scores
     scores_by_arm: dict[str, list[float]] = {arm_name: [] for arm_name in rewards_by_arm}
@@ -489,7 +492,10 @@ def _compare_to_members(
 
 
 def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
-    """Describe each arm's gain and peak, and the evaluator, in sentences."""
+    """Describe each arm's gain and peak, and the evaluator, in sentences.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     largest_n = finding_data["numbers"][-1]
     sentences = []
     largest_distance = np.sqrt(finding_data["kl"][-1])  # d at the largest n
@@ -569,7 +575,10 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
 
 
 def _colours(finding_data: Mapping) -> dict[str, str]:
-    """Return the colour of each arm: grey for members of ensembles, a colour of the cycle for other arms."""
+    """Return the colour of each arm: grey for members of ensembles, a colour of the cycle for other arms.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     coloured_arms = [arm_name for arm_name, arm in finding_data["arms"].items() if "member" not in arm_name]
     return {
         arm_name: style.CYCLE[coloured_arms.index(arm_name) % len(style.CYCLE)]
@@ -590,7 +599,10 @@ KL = "KL = log n - (n - 1)/n (nats)"
     title="Gain by the evaluator",
 )
 def plot_evaluator(axes, finding_data: dict):
-    """Plot the evaluator's gain over KL: points and fitted curves, with the interval if there is one arm."""
+    """Plot the evaluator's gain over KL: points and fitted curves, with the interval if there is one arm.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     is_single_arm = len(finding_data["arms"]) == 1  # one arm: its band can be shown
     kl_values = np.asarray(finding_data["kl"])  # [T], nats
     colour_by_arm = _colours(finding_data)
@@ -631,7 +643,10 @@ def plot_evaluator(axes, finding_data: dict):
     title="Gain by the reward itself",
 )
 def plot_reward(axes, finding_data: dict):
-    """Plot the gain of every arm by its own reward over KL."""
+    """Plot the gain of every arm by its own reward over KL.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     for arm_name, colour in _colours(finding_data).items():
         axes.plot(
             finding_data["kl"],
@@ -643,7 +658,10 @@ def plot_reward(axes, finding_data: dict):
 
 
 def plot_peaks(finding_data: dict):
-    """Plot the position of each fit's peak, and the evaluator's gain at the largest n."""
+    """Plot the position of each fit's peak, and the evaluator's gain at the largest n.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     arm_names = list(finding_data["arms"])
     colour_by_arm = _colours(finding_data)
     figure, (peak_axis, gain_axis) = style.figure(columns=2, size=(9.4, 0.32 * len(arm_names) + 1.2))

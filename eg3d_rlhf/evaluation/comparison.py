@@ -213,7 +213,7 @@ class Comparison(Sampling):
         }
 
     def resolved(self) -> dict:
-        """Return the networks and settings that will be used as JSON values, for --dry-run."""
+        """Return, as JSON values for --dry-run, the networks and settings that will be used."""
         file_by_role = {
             role: {"file": str(generator.path), "hash": generator.hash}
             for role, generator in self.generators().items()

@@ -176,7 +176,13 @@ class Plan:
         )
 
     def reward_part(self, arm: str, label_set_index: int, seed: int) -> Part:
-        """Return the command that trains a reward on an arm's labels; see `bundled` for the arguments."""
+        """Return the command that trains a reward on an arm's labels.
+
+        Args:
+            arm: name of the arm.
+            label_set_index: index of the label set.
+            seed: training seed of the reward, and seed of the split into training, validation and test pairs.
+        """
         network_flags = [f"--network={self.network}"] if self.network else []
         flags = [
             f"--labels={self.labels_of(arm, label_set_index)}",
@@ -205,7 +211,13 @@ class Plan:
         ]
 
     def reward(self, arm: str, label_set_index: int = 0, seed: int = 0) -> Path:
-        """Return the file of an arm's reward; `reward_parts` or `write_rewards` make this file."""
+        """Return the file of an arm's reward; `reward_parts` or `write_rewards` make this file.
+
+        Args:
+            arm: name of the arm.
+            label_set_index: index of the label set.
+            seed: training seed of the reward.
+        """
         if arm in ARMS_WITH_LABELS:
             return (
                 bundled.REWARD
@@ -708,7 +720,10 @@ TABLE_METRICS = {  # metric -> (heading of the table, format)
 
 
 def markdown(study_data: Mapping) -> str:
-    """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics."""
+    """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics.
+
+    Args: study_data: content of controlled-study.json.
+    """
     format_by_metric = {
         metric_name: (
             heading + (" (primary)" if metric_name in study_data["primary_endpoints"] else ""),
@@ -755,7 +770,10 @@ def markdown(study_data: Mapping) -> str:
 
 
 def plot(study_data: Mapping):
-    """Plot each primary endpoint of every arm, one point for each training seed."""
+    """Plot each primary endpoint of every arm, one point for each training seed.
+
+    Args: study_data: content of controlled-study.json.
+    """
     arm_names = list(study_data["arms"])
     figure, axes = style.figure(
         columns=len(study_data["primary_endpoints"]),

@@ -367,7 +367,9 @@ def _scatter(axes, finding_data: dict, layout: str) -> None:
     """Plot the samples before and after tuning in one layout.
 
     Samples before tuning are coloured by their reward.
-    Args: layout: name of the layout, "umap" or "principal".
+    Args:
+        finding_data: data of the finding of `feature_map`.
+        layout: name of the layout, "umap" or "principal".
     """
     points_by_role = {
         role: [point for point in finding_data["points"] if point["role"] == role] for role in ROLES
@@ -396,13 +398,19 @@ def _scatter(axes, finding_data: dict, layout: str) -> None:
 
 @style.plot(7, xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
 def plot_umap(axes, finding_data: dict):
-    """Plot the UMAP layout of the features before and after tuning."""
+    """Plot the UMAP layout of the features before and after tuning.
+
+    Args: finding_data: data of the finding of `feature_map`.
+    """
     _scatter(axes, finding_data, "umap")
 
 
 @style.plot(7, title="Principal axes of the untuned samples")
 def plot_principal(axes, finding_data: dict):
-    """Plot the samples before and after tuning on the principal axes of those before tuning."""
+    """Plot the samples before and after tuning on the principal axes of those before tuning.
+
+    Args: finding_data: data of the finding of `feature_map`.
+    """
     _scatter(axes, finding_data, "principal")
     axes.set(
         **{
@@ -415,7 +423,10 @@ def plot_principal(axes, finding_data: dict):
 
 @style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
 def plot_axis(axes, finding_data: dict):
-    """Plot the reward over the position on the first principal axis."""
+    """Plot the reward over the position on the first principal axis.
+
+    Args: finding_data: data of the finding of `feature_map`.
+    """
     points_before = [point for point in finding_data["points"] if point["role"] == "before"]
     axes.plot(
         [point["principal_x"] for point in points_before],
@@ -436,6 +447,8 @@ def plot_axis(axes, finding_data: dict):
 def plot_test(axes, result_by_role: dict):
     """Plot for each role the permutation distribution and the observed share of neighbours from the own
     network.
+
+    Args: result_by_role: data of the finding of `separability`: the result of the test for each role.
     """
     for role, role_result in result_by_role.items():
         axes.hist(

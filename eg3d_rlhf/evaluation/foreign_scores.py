@@ -554,7 +554,11 @@ def score(trial: Trial, network_name: str, folder: Path) -> Finding:
 
 
 def summarise(scores: np.ndarray) -> dict[str, float]:
-    """Compute the mean, the standard deviation, the quartiles and the range of scores [N]."""
+    """Compute the mean, the standard deviation, the quartiles and the range of scores [N].
+
+    Returns: dict with "mean", "standard_deviation", "min", "low" (first quartile), "median", "high" (third
+        quartile) and "max".
+    """
     quantile_names = ("min", "low", "median", "high", "max")
     quantile_by_name = dict(
         zip(quantile_names, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)
@@ -691,6 +695,8 @@ def plot_scores(axes, finding_data: dict):
     """Plot a bar from the first to the third quartile for each generator and stage.
 
     A grey band behind the bars shows the quartiles of the reference generator.
+
+    Args: finding_data: data of the finding of `compare`.
     """
     reference_summary = finding_data["reference"]
     network_names = list(finding_data["networks"])

@@ -333,7 +333,10 @@ def sigma_values(
 
 @style.plot()
 def plot_histogram(axes, finding_data: dict):
-    """Plot the share of positive σ in each bin, as an outline for each role."""
+    """Plot the share of positive σ in each bin, as an outline for each role.
+
+    Args: finding_data: data of the finding of `sigma_statistics`.
+    """
     bin_edges = np.asarray(finding_data["edges"])  # [bins + 1]
     # The axis ends a little above the last bin that is not empty in any network.
     last_bin = max(
@@ -366,7 +369,10 @@ def plot_histogram(axes, finding_data: dict):
     7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample"
 )
 def plot_largest(axes, finding_data: dict):
-    """Plot the cumulative distribution of the largest σ per sample."""
+    """Plot the cumulative distribution of the largest σ per sample.
+
+    Args: finding_data: data of the finding of `sigma_statistics`.
+    """
     measure_data = finding_data["measures"][LARGEST]
     for role, largest_sigmas in measure_data["values"].items():
         sorted_sigmas = np.sort(largest_sigmas)  # ascending
@@ -603,7 +609,10 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
 
 
 def plot_change(finding_data: dict):
-    """Plot the pixels at which the surface moved, on average, towards the camera (red) or away (blue)."""
+    """Plot the pixels at which the surface moved, on average, towards the camera (red) or away (blue).
+
+    Args: finding_data: data of the finding of `canonical_depth`.
+    """
     roles = list(finding_data["change"])
     figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))  # inches
     change_maps = [

@@ -319,6 +319,9 @@ def blind_pairs(comparison: Comparison) -> dict:
     """Compute the share of held-out latents whose tuned shape the simulated annotator without noise prefers.
 
     A latent whose shapes have equal utility counts one half.
+
+    Returns: entries of summary.json: "win_rate" with its interval, the numbers of latents and of ties, and
+        the mean utilities.
     """
     # [N] each
     utility_before, utility_after = (measure_part(comparison, "heads", role)["utility"] for role in ROLES)
@@ -337,13 +340,19 @@ def blind_pairs(comparison: Comparison) -> dict:
 
 
 def compute_head_metrics(comparison: Comparison) -> dict:
-    """Compute the metrics of the tuned held-out shapes against the ground-truth heads of their latents."""
+    """Compute the metrics of the tuned held-out shapes against the ground-truth heads of their latents.
+
+    Returns: dict of JSON values by the name of the metric, see `heads.compute_metrics`.
+    """
     return heads.compute_metrics(*(measure_part(comparison, "heads", role) for role in ROLES))
 
 
 def against_ground_truth(comparison: Comparison) -> dict:
     """Compute the metrics of tuning and of the best label-free post-processing methods against ground-truth
     heads.
+
+    Returns: entries of summary.json. "heads" holds all metrics before tuning, after tuning, and after either
+        post-processing method; the other entries repeat the most important ones.
     """
     measurements_before = measure_part(comparison, "heads")
     processed_measurements = measure_part(comparison, "post-processing")
@@ -396,7 +405,11 @@ def _method_name(measurements: Measured) -> str:
 
 
 def frechet(comparison: Comparison) -> dict:
-    """Compute the Fréchet distances of images to the data before and after tuning, and their ratio."""
+    """Compute the Fréchet distances of images to the data before and after tuning, and their ratio.
+
+    Returns: entries of summary.json whose names begin with "frechet_". The interval of the change is left out
+        if there are fewer images than features.
+    """
     feature_network = load_features(comparison.inception, comparison.device)
     real_features = measure_part(comparison, "data")["features"]
     fake_features = [measure_part(comparison, "images", role)["features"] for role in ROLES]
@@ -430,6 +443,9 @@ def geometry(comparison: Comparison) -> dict:
 
     In each entry of the returned list "geometry", "better" compares the means, and "outcome" is decided by
     the interval of the paired change.
+
+    Returns: entries of summary.json: "geometry", a list with an entry for each measure of VIEWS, and
+        "geometry_n", the number of latents.
     """
     metric_entries = []
     for measure in VIEWS:
@@ -452,6 +468,9 @@ def shapes(comparison: Comparison) -> dict:
     """Compute the Fréchet distance between shapes and ground-truth heads in features of normal maps.
 
     If it cannot be measured, the entry "shapes_missing" holds the reason.
+
+    Returns: entries of summary.json: "geometry", a list with the entry of this distance, and the number of
+        shapes.
     """
     if missing_reason := missing_shape_features(comparison):
         return {"shapes_missing": missing_reason, "geometry": []}

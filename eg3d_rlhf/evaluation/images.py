@@ -604,7 +604,10 @@ def _panels(table_rows: list[dict], column_name: str, value_key: str = "mean", *
 
 
 def plot_distances(finding_data: dict):
-    """Plot the distances to the data with their intervals."""
+    """Plot the distances to the data with their intervals.
+
+    Args: finding_data: data of the finding of `distances`.
+    """
     return _panels(
         finding_data["distances"],
         "distance",
@@ -614,14 +617,20 @@ def plot_distances(finding_data: dict):
 
 
 def plot_precision_recall(finding_data: dict):
-    """Plot precision and recall with their intervals."""
+    """Plot precision and recall with their intervals.
+
+    Args: finding_data: data of the finding of `distances`.
+    """
     return _panels(
         finding_data["precision_recall"], "measure", "value", ylabel="{}, share", title="{}", ylim=(0, 1.02)
     )
 
 
 def plot_diversity(finding_data: dict):
-    """Plot the diversity of images and of the reward's input, with intervals."""
+    """Plot the diversity of images and of the reward's input, with intervals.
+
+    Args: finding_data: data of the finding of `diversity`.
+    """
     return _panels(
         finding_data["rows"],
         "of",
@@ -634,6 +643,8 @@ def plot_diversity(finding_data: dict):
 def plot_similarity(finding_data: dict):
     """Plot how similar images are to the image before tuning: the distribution over latents, by measure and
     role.
+
+    Args: finding_data: data of the finding of `appearance_drift` or `identity_drift`.
     """
     figure, axes = style.figure(columns=len(finding_data["measures"]))
     for axis, (measure_name, values_by_role) in zip(

@@ -323,8 +323,8 @@ def _by_generator(file_rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 def badness(mesh_row: dict) -> float:
     """Return a score for sorting meshes. The higher the score, the worse is the mesh.
 
-    The integer part is the number of requirements that the mesh does not meet. The fraction sorts meshes with
-    the same number, by the length of open edges, the hidden area and the share of crossing faces.
+    The integer part is the number of requirements that the mesh does not meet. The fractional part sorts
+    meshes with the same number, by the length of open edges, the hidden area and the share of crossing faces.
     """
     # Each of the three terms is at most 1, so their sum divided by 4 is less than 1.
     return (

@@ -150,7 +150,10 @@ def _sentence(share_rows: Sequence[dict]) -> str:
 
 
 def plot_shares(finding_data: Mapping):
-    """Plot the shares with their intervals: a row for every requirement, a colour for every generator."""
+    """Plot the shares with their intervals: a row for every requirement, a colour for every generator.
+
+    Args: finding_data: dict whose entry "rows" is the result of `mesh_validation.shares`.
+    """
     share_rows = finding_data["rows"]
     # in the order of the rows
     requirements, generators = (

@@ -184,6 +184,8 @@ def plot_values(finding_data: dict):
     """Plot each measure of every latent, and its means with their intervals, over the networks.
 
     A grey line joins the values of one latent.
+
+    Args: finding_data: data of the finding of `compare`.
     """
     measure_count = len(finding_data["measures"])
     figure, axes = style.grid(measure_count, 2.9)  # one panel for each measure
@@ -210,7 +212,10 @@ def plot_values(finding_data: dict):
 
 
 def plot_changes(finding_data: dict):
-    """Plot the paired changes with their intervals, in standard deviations of the values before tuning."""
+    """Plot the paired changes with their intervals, in standard deviations of the values before tuning.
+
+    Args: finding_data: data of the finding of `compare`.
+    """
     measure_names = list(finding_data["measures"])
     figure, axes = style.figure(size=(9.4, 0.45 * len(measure_names) + 1.2))  # inches
     # All measures have the same roles.

@@ -44,12 +44,19 @@ def tuning_kimg(is_full: bool) -> float:
     """Return the length of tuning in thousands of images.
 
     It is the length of the demo for the full table, and half of it for the short table.
+
+    Args: is_full: True for the full table, False for the short one.
     """
     return DEMO_KIMG if is_full else DEMO_KIMG / 2
 
 
 def reward_path(report_folder: Path, reward_name: str) -> Path:
-    """Return the file of a reward, which is the bundled file or the one that `make rewards` trains."""
+    """Return the file of a reward, which is the bundled file or the one that `make rewards` trains.
+
+    Args:
+        report_folder: folder of the report.
+        reward_name: name of the reward in ENTRIES.
+    """
     return (
         bundled.REWARD
         if ENTRIES[reward_name].train is None
@@ -109,7 +116,10 @@ def parts_of(
 
 
 def measure_tuning(comparison: Comparison) -> dict:
-    """Measure the effect of tuning on rewards, the simulated annotator's preference, heads, and images."""
+    """Measure the effect of tuning on rewards, the simulated annotator's preference, heads, and images.
+
+    Returns: dict of metrics by name.
+    """
     head_metrics = compute_head_metrics(comparison)
     return (
         reward_shift(comparison)
@@ -193,6 +203,8 @@ def plot(comparison_data: Mapping):
     """Plot each reward's accuracy on held-out pairs, and how often the oracle prefers the tuned shape.
 
     The oracle is the simulated annotator without noise.
+
+    Args: comparison_data: content of rewards.json.
     """
     # `plot_rates` reads rates under the names "win_rate" and "ci95".
     accuracy_by_reward = {
@@ -227,7 +239,10 @@ COLUMNS = {  # key of a metric -> (heading of the table, format)
 
 
 def markdown(comparison_data: Mapping) -> str:
-    """Format rewards.md: the table, and the text that describes how it was made."""
+    """Format rewards.md: the table, and the text that describes how it was made.
+
+    Args: comparison_data: content of rewards.json.
+    """
     entry_by_heading = {
         f"{reward_name} ({ENTRIES[reward_name].words})": {
             **reward_entry,

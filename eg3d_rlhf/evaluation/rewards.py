@@ -145,7 +145,12 @@ def shift(comparison: Comparison, _folder: Path) -> Finding:
 
 
 def _describe_shift(change_by_role: dict, line_by_role: dict) -> list[str]:
-    """Describe the change of the reward in sentences."""
+    """Describe the change of the reward in sentences.
+
+    Args:
+        change_by_role: paired change of the reward since before tuning, by role.
+        line_by_role: fitted line of the reward after over the reward before, by role.
+    """
     tuned_change = change_by_role["after"]
     fitted_line = line_by_role["after"]
     change_text = span(tuned_change["mean"], tuned_change["mean_lo"], tuned_change["mean_hi"])
@@ -393,7 +398,10 @@ def _describe_trajectories(slopes_by_role: dict) -> list[str]:
 
 @style.plot(xlabel="reward", ylabel="latents", title="Reward of held-out latents")
 def plot_histograms(axes, finding_data: dict):
-    """Plot histograms of the reward before tuning, after tuning, and of the control."""
+    """Plot histograms of the reward before tuning, after tuning, and of the control.
+
+    Args: finding_data: data of the finding of `shift`.
+    """
     # the same bins for all roles
     bin_edges = np.histogram_bin_edges(
         np.concatenate([np.asarray(role_scores) for role_scores in finding_data["scores"].values()]), bins=30
@@ -414,7 +422,10 @@ def plot_histograms(axes, finding_data: dict):
     xlabel="latents, in order of the change", ylabel="change of the reward", title="Change per latent"
 )
 def plot_deltas(axes, finding_data: dict):
-    """Plot the change of every latent's reward, in ascending order."""
+    """Plot the change of every latent's reward, in ascending order.
+
+    Args: finding_data: data of the finding of `shift`.
+    """
     scores_before = np.asarray(finding_data["scores"]["before"])
     for role, paired_change in finding_data["paired"].items():
         sorted_deltas = np.sort(np.asarray(finding_data["scores"][role]) - scores_before)  # ascending
@@ -431,7 +442,10 @@ def plot_deltas(axes, finding_data: dict):
 
 @style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
 def plot_lines(axes, finding_data: dict):
-    """Plot the final reward over the initial reward, with the fitted line of each role."""
+    """Plot the final reward over the initial reward, with the fitted line of each role.
+
+    Args: finding_data: data of the finding of `shift`.
+    """
     scores_before = np.asarray(finding_data["scores"]["before"])
     reward_range = np.array([scores_before.min(), scores_before.max()])
     for role, fitted_line in finding_data["lines"].items():
@@ -455,7 +469,10 @@ def plot_lines(axes, finding_data: dict):
 
 @style.plot(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
 def plot_psi(axes, finding_data: dict):
-    """Plot the mean reward with its interval over the truncation ψ."""
+    """Plot the mean reward with its interval over the truncation ψ.
+
+    Args: finding_data: data of the finding of `over_psi`.
+    """
     # dict.fromkeys removes repeated roles and keeps their order
     for role in dict.fromkeys(psi_row["role"] for psi_row in finding_data["rows"]):
         role_rows = [psi_row for psi_row in finding_data["rows"] if psi_row["role"] == role]
@@ -465,7 +482,10 @@ def plot_psi(axes, finding_data: dict):
 
 
 def plot_ranks(finding_data: dict):
-    """Plot the ranks of latents at one truncation against those at the other."""
+    """Plot the ranks of latents at one truncation against those at the other.
+
+    Args: finding_data: data of the finding of `ranks`.
+    """
     figure, axes = style.figure(columns=2)
     high_psi, low_psi = finding_data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
@@ -482,7 +502,10 @@ def plot_ranks(finding_data: dict):
 
 
 def plot_trajectories(finding_data: dict):
-    """Plot the reward of every latent over training, with the mean on top."""
+    """Plot the reward of every latent over training, with the mean on top.
+
+    Args: finding_data: data of the finding of `trajectories`.
+    """
     figure, axes = style.figure(columns=len(finding_data["roles"]))
     for axis, (role, trajectory) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.plot(
@@ -517,7 +540,10 @@ def plot_trajectories(finding_data: dict):
 
 
 def plot_slopes(finding_data: dict):
-    """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval."""
+    """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval.
+
+    Args: finding_data: data of the finding of `trajectories`.
+    """
     figure, axes = style.figure(columns=len(finding_data["roles"]))
     for axis, (role, role_slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.hist(role_slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
@@ -756,7 +782,10 @@ def independence(comparison: Comparison) -> str:
 
 
 def _describe_curves(comparison: Comparison, finding_data: dict) -> list[str]:
-    """Describe the curves, the divergences and the limits of the comparison in sentences."""
+    """Describe the curves, the divergences and the limits of the comparison in sentences.
+
+    Args: finding_data: data of the finding of `overoptimisation`.
+    """
     # the last network of the curve against the one before tuning
     last_step_by_name = {
         measure_name: curve["steps"][-1] for measure_name, curve in finding_data["curves"].items()
@@ -810,6 +839,8 @@ def plot_curves(axes, finding_data: dict):
     """Plot every measure over the distance from the network before tuning.
 
     A dashed line marks each divergence.
+
+    Args: finding_data: data of the finding of `overoptimisation`.
     """
     colour_by_measure = {
         PROXY: style.colour("reward"),

@@ -546,7 +546,10 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
 
 
 def save_meshes(side_pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder: Path) -> None:
-    """Write seedS-before.ply and seedS-after.ply for the seed S of every latent."""
+    """Write seedS-before.ply and seedS-after.ply for the seed S of every latent.
+
+    Args: side_pairs: for each latent the shapes before and after tuning.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for seed, side_pair in zip(seeds, side_pairs, strict=True):
         for role, side in zip(("before", "after"), side_pair, strict=True):

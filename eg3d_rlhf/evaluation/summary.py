@@ -59,6 +59,8 @@ def reward_shift(comparison: Comparison) -> dict:
     """Compute the rewards of held-out latents before and after tuning, and their paired differences.
 
     Values are in the reward's own scale, which has no unit.
+
+    Returns: entries of summary.json: means and standard deviations before and after, and the differences.
     """
     # [N]
     scores_before, scores_after = (

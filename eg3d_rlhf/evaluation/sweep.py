@@ -413,7 +413,12 @@ def front(comparison: Comparison, finding_by_cell: Mapping[Cell, Finding], _fold
 
 
 def _panel(axes, setting_rows: list[dict], x_measure: str, y_measure: str) -> None:
-    """Plot two measures of all settings against each other, with the intervals of both."""
+    """Plot two measures of all settings against each other, with the intervals of both.
+
+    Args:
+        setting_rows: result of `combine_seeds`.
+        x_measure, y_measure: names of the two measures.
+    """
     for setting_index, setting_row in enumerate(setting_rows):
         statistics_by_measure = setting_row["measures"]
         colour = style.CYCLE[setting_index % len(style.CYCLE)]  # colours repeat if there are many settings
@@ -443,7 +448,10 @@ def _panel(axes, setting_rows: list[dict], x_measure: str, y_measure: str) -> No
 
 
 def plot_front(finding_data: dict):
-    """Plot the reward over the distance and over geometry. Filled points are on the Pareto front."""
+    """Plot the reward over the distance and over geometry. Filled points are on the Pareto front.
+
+    Args: finding_data: data of the finding of `front`.
+    """
     figure, axes = style.figure(columns=2)
     # A dashed line joins the settings on the front in order of distance.
     front_rows = sorted(
@@ -465,6 +473,8 @@ def plot_others(finding_data: dict):
     """Plot the measures that do not define the front over the distance.
 
     If no such measure was computed, plot the tuned reward.
+
+    Args: finding_data: data of the finding of `front`.
     """
     measure_names = [
         measure_name

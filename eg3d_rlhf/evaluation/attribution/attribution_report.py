@@ -85,7 +85,10 @@ def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
 def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.ndarray:
     """Return the index of the region at each vertex [V]; it is -1 outside the slab.
 
-    Args: vertices: world positions, [V, 3].
+    Args:
+        partition: regions of the slab.
+        spec: grid of the slab.
+        vertices: world positions, [V, 3].
     """
     nearest_indices = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
     is_inside = ((nearest_indices >= 0) & (nearest_indices < spec.shape)).all(axis=1)
@@ -103,6 +106,8 @@ def voxels_at(
     would be noisy, since a surface that moves changes the voxels on both of its sides.
 
     Args:
+        spec: grid of the slab.
+        radius: number of voxels that are added on each side of the central voxel.
         vertices: world positions, [V, 3].
         voxel_attributions: attribution of each voxel, [D, H, W].
     """
@@ -749,12 +754,18 @@ def methods(study: Study, folder: Path) -> Finding:
 
 
 def _interval(mean_interval: dict) -> str:
-    """Format a mean with its interval."""
+    """Format a mean with its interval.
+
+    Args: mean_interval: the mean and the ends of its interval, with the keys mean, lo and hi.
+    """
     return span(mean_interval["mean"], mean_interval["lo"], mean_interval["hi"], ".2f")
 
 
 def _describe_agreement(method_pairs: list[dict]) -> list[str]:
-    """Describe the rank correlation of each method with Shapley values, in sentences."""
+    """Describe the rank correlation of each method with Shapley values, in sentences.
+
+    Args: method_pairs: result of `shapley.agreement`.
+    """
     sentences = []
     for method_pair in method_pairs:
         # The other pairs are only plotted.
@@ -854,7 +865,10 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
 
 
 def _describe_randomised(finding_data: dict) -> list[str]:
-    """Describe the correlation with rewards of random weights, in sentences."""
+    """Describe the correlation with rewards of random weights, in sentences.
+
+    Args: finding_data: data of the finding of `redrawn_reward`.
+    """
     # None if no random weights have a correlation
     if finding_data["mean"] is None:
         return [
@@ -904,7 +918,10 @@ def _bar_size(bar_count: int) -> tuple[float, float]:
 
 
 def plot_regions(finding_data: dict):
-    """Plot the mean contribution of each region with its interval."""
+    """Plot the mean contribution of each region with its interval.
+
+    Args: finding_data: data of the finding of `shapley`.
+    """
     figure, axes = style.figure(size=_bar_size(len(finding_data["names"])))
     region_order = _order(finding_data["means"])
     sorted_means = [finding_data["means"][region_index] for region_index in region_order]
@@ -933,7 +950,10 @@ def plot_regions(finding_data: dict):
 
 
 def plot_latents(finding_data: dict):
-    """Plot the value of every latent for each region."""
+    """Plot the value of every latent for each region.
+
+    Args: finding_data: data of the finding of `shapley`.
+    """
     figure, axes = style.figure(size=_bar_size(len(finding_data["names"])))
     region_order = _order(finding_data["means"])
     shapley_values = np.asarray(finding_data["values"])  # [N, R]
@@ -963,7 +983,10 @@ def plot_latents(finding_data: dict):
 
 
 def plot_methods(finding_data: dict):
-    """Plot the mean attribution of each region by each method."""
+    """Plot the mean attribution of each region by each method.
+
+    Args: finding_data: data of the finding of `methods`.
+    """
     region_count = len(finding_data["names"])
     figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * region_count))  # inches
     region_order = _order(finding_data["means"]["Shapley"])
@@ -989,7 +1012,10 @@ def plot_methods(finding_data: dict):
 
 
 def plot_agreement(finding_data: dict):
-    """Plot the mean rank correlations of all pairs of methods, with intervals."""
+    """Plot the mean rank correlations of all pairs of methods, with intervals.
+
+    Args: finding_data: data of the finding of `methods`.
+    """
     # Pairs with a method whose values are all equal have no correlation.
     method_pairs = [
         method_pair
@@ -1028,7 +1054,10 @@ def plot_agreement(finding_data: dict):
 
 
 def plot_redrawn(finding_data: dict):
-    """Plot the rank correlation with each reward of random weights, and the mean with its interval."""
+    """Plot the rank correlation with each reward of random weights, and the mean with its interval.
+
+    Args: finding_data: data of the finding of `redrawn_reward`.
+    """
     figure, axes = style.figure(size=(6.4, 2.2))  # inches
     for row_index, (values_key, mean_key) in enumerate(
         (("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))

@@ -187,7 +187,7 @@ def read_masks(label_path: str | Path, label_shape: Sequence[int]) -> Partition:
 def _read_names(names_path: Path) -> dict[int, str]:
     """Read the names of labels from a JSON object or list, see `read_masks`.
 
-    Raises: ValueError or FileNotFoundError.
+    Raises: ValueError or FileNotFoundError if the file is missing or does not have this form.
     """
     if not names_path.is_file():
         raise FileNotFoundError(

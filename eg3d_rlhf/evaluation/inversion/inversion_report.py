@@ -467,6 +467,8 @@ def plot_means(finding_data: dict):
     """Plot every measure over the weight of the reward, with intervals.
 
     A dashed line is the ground truth, a dotted line is the latent before the second stage.
+
+    Args: finding_data: result of `summarise`.
     """
     weight_names = [f"{reward_weight:g}" for reward_weight in finding_data["weights"]]
     figure, axes = style.grid(len(finding_data["measures"]), 2.7)
@@ -499,7 +501,10 @@ def plot_means(finding_data: dict):
 
 
 def plot_changes(finding_data: dict):
-    """Plot the paired changes from the base weight, with intervals."""
+    """Plot the paired changes from the base weight, with intervals.
+
+    Args: finding_data: result of `summarise`.
+    """
     changes_by_measure = {
         measure_name: measure_data["paired"]
         for measure_name, measure_data in finding_data["measures"].items()
@@ -526,7 +531,9 @@ def plot_changes(finding_data: dict):
 def plot_steps(measure_name: str, finding_data: dict):
     """Plot a measure at every step, averaged over targets: the first stage, and each weight's second stage.
 
-    Args: measure_name: name of the measure.
+    Args:
+        finding_data: dict whose entry "curves" is the result of `curves`.
+        measure_name: name of the measure.
     """
     figure, axes = style.figure(columns=2)
     for stage, points_by_measure in finding_data["curves"].items():

@@ -190,8 +190,8 @@ def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
         return camera_of(generator, *camera_numbers)
     if not isinstance(camera_numbers, list):
         raise ValueError(
-            f"{camera_text} holds a {type(camera_numbers).__name__}, but a list of 25 numbers is needed."
-            " Write the pose (16 numbers) and the intrinsics (9 numbers) as a list."
+            f"{camera_text} holds a {type(camera_numbers).__name__}, but a list of 2 or 25 numbers is needed."
+            " Write yaw and pitch, or the pose (16 numbers) and the intrinsics (9 numbers), as a list."
         )
     labels = label_array([camera_numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
     return torch.from_numpy(labels).to(device_of(generator))
