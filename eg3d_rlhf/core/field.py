@@ -185,8 +185,8 @@ class Field(Protocol):
         The coordinates z, y and x increase along D, H and W.
         """
         # [D, H, W, 3] -> [D H W, 3] -> [N, D H W] -> [N, D, H, W]
-        raw: torch.Tensor = self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
-        return raw
+        raw_density: torch.Tensor = self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
+        return raw_density
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """Return the colour [N, P, 3] in 0..1 at points in world units.
@@ -232,7 +232,7 @@ _SAMPLES_AT_ONCE = 1 << 20
 def march(
     field: Field,
     cameras: torch.Tensor,
-    options: RenderOptions = DEFAULT_OPTIONS,
+    render_options: RenderOptions = DEFAULT_OPTIONS,
     resolution: int = 64,
     sample_count: int = 64,
 ) -> Rendering:
@@ -244,15 +244,15 @@ def march(
     Args:
         field: shapes to render, [N].
         cameras: camera labels, [N, 25], or [1, 25] for one camera that all shapes share.
-        options: settings of the render.
+        render_options: settings of the render.
         resolution: pixels per edge if `options.resolution` is None.
         sample_count: samples per ray if `options.samples` is None; `options.sample_mult` multiplies them.
     """
     cam2world, intrinsics = camera_model.unpack_label(cameras.expand(len(field), -1))
     # A field has no super-resolution, so the final image has the rendered resolution: R = r.
-    rendered_resolution = options.resolution or resolution
+    rendered_resolution = render_options.resolution or resolution
     # The marcher integrates over the intervals between samples, so it needs at least two samples.
-    sample_count = max(2, round((options.samples or sample_count) * options.sample_mult))
+    sample_count = max(2, round((render_options.samples or sample_count) * render_options.sample_mult))
     origins, directions = camera_model.RaySampler()(cam2world, intrinsics, rendered_resolution)  # [N, M, 3]
     # [N, M, 1] each. `ray_limits_box` takes a cube about the origin, so the rays are shifted first.
     near, far = camera_model.ray_limits_box(
@@ -261,13 +261,14 @@ def march(
     rays = torch.cat([origins, directions, near, far], dim=-1)  # [N, M, 8]
     # The rays are split into chunks, which bounds the memory of one pass. The gradient checkpoint frees the
     # samples of a chunk after its forward pass and computes them again in the backward pass.
-    chunks = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * sample_count)), dim=1)
-    if len(chunks) > 1 and torch.is_grad_enabled():
+    ray_chunks = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * sample_count)), dim=1)
+    if len(ray_chunks) > 1 and torch.is_grad_enabled():
         chunk_results = [
-            checkpoint(_march_rays, field, chunk, sample_count, use_reentrant=False) for chunk in chunks
+            checkpoint(_march_rays, field, ray_chunk, sample_count, use_reentrant=False)
+            for ray_chunk in ray_chunks
         ]
     else:
-        chunk_results = [_march_rays(field, chunk, sample_count) for chunk in chunks]
+        chunk_results = [_march_rays(field, ray_chunk, sample_count) for ray_chunk in ray_chunks]
     # `chunk_results` holds (colour, depth, opacity) of each chunk. zip(*...) groups the chunks of each of the
     # three. [N, M, C] -> [N, C, M] -> [N, C, r, r] for colour (C = 3), depth and opacity (C = 1)
     rgb, depth, opacity = (
@@ -337,7 +338,10 @@ def fixed_draws(seed: int = 0) -> Iterator[None]:
 
 @torch.no_grad()
 def render_each(
-    field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = DEFAULT_OPTIONS, seed: int = 0
+    field: Field,
+    cameras: Iterable[torch.Tensor],
+    render_options: RenderOptions = DEFAULT_OPTIONS,
+    seed: int = 0,
 ) -> list[Rendering]:
     """Render a field from several cameras, and use the same random numbers for each of them.
 
@@ -346,7 +350,7 @@ def render_each(
     Args:
         field: shapes to render, [N].
         cameras: camera labels, each [N, 25] or [1, 25].
-        options: settings of the renders.
+        render_options: settings of the renders.
         seed: seed of the random numbers.
     Returns: one rendering for each camera.
     """
@@ -354,5 +358,5 @@ def render_each(
     # One camera at a time, so that each render consumes the same random numbers.
     for camera in cameras:
         with fixed_draws(seed):
-            renderings.append(field.render(camera, options))
+            renderings.append(field.render(camera, render_options))
     return renderings

@@ -97,9 +97,9 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
         self._module_table = dict(module_table)
         self._entries = dict[str, Thing]()
 
-    def add(self, name: str, new_entry: Thing) -> Thing:
+    def add(self, entry_name: str, new_entry: Thing) -> Thing:
         """Add an entry and return it. An existing entry with the same name is replaced."""
-        self._entries[name] = new_entry
+        self._entries[entry_name] = new_entry
         return new_entry
 
     def __getitem__(self, name: object) -> Thing:

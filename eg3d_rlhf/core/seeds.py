@@ -44,8 +44,8 @@ class HeldOut:
                 f"The held-out range {self.name!r} has {self.count:,} seeds, but {n:,} were requested."
                 f" Request at most {self.count:,}."
             )
-        start = self.first + STRIDE * shift_count
-        return range(start, start + n)
+        first_seed = self.first + STRIDE * shift_count
+        return range(first_seed, first_seed + n)
 
 
 LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", shifted=True)

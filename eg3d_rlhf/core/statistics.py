@@ -53,14 +53,14 @@ def _check_counts(caller_name: str, successes: float, n: int) -> None:
         )
 
 
-def _check_fraction(caller_name: str, argument_name: str, value: float) -> None:
+def _check_fraction(caller_name: str, argument_name: str, argument_value: float) -> None:
     """Raise ValueError unless 0 < value < 1. `caller_name` names the calling function, `argument_name` its
     argument.
     """
-    if not 0.0 < value < 1.0:
+    if not 0.0 < argument_value < 1.0:
         raise ValueError(
-            f"{caller_name}: expected {argument_name} strictly between 0 and 1, got {value}. Pass 0.95 for"
-            " 95 %."
+            f"{caller_name}: expected {argument_name} strictly between 0 and 1, got {argument_value}. Pass"
+            " 0.95 for 95 %."
         )
 
 
@@ -312,8 +312,8 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: 
     Returns: (mean, lo, hi) in the unit of `values`.
     Raises: ValueError for fewer than two clusters, or for different numbers of values and cluster names.
     """
-    mean, residual_sums, degrees_of_freedom = _clustered_sums("clustered_mean", values, clusters)
-    residuals = np.asarray(values, dtype=np.float64) - mean
+    mean_value, residual_sums, degrees_of_freedom = _clustered_sums("clustered_mean", values, clusters)
+    residuals = np.asarray(values, dtype=np.float64) - mean_value
     # As in `clustered_rate`: the larger of the variance of independent values and the cluster-robust one.
     variance = (
         max(float((residuals**2).sum()), float((residual_sums**2).sum()))
@@ -323,7 +323,7 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: 
     )
     # Student's quantile times the cluster-robust standard error.
     half_width = float(stdtrit(degrees_of_freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
-    return MeanInterval(mean, mean - half_width, mean + half_width)
+    return MeanInterval(mean_value, mean_value - half_width, mean_value + half_width)
 
 
 def _clustered_sums(

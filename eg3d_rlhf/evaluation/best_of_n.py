@@ -394,8 +394,8 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
         )
         gain_lows, gain_highs = np.quantile(resampled_gains, [0.025, 0.975], axis=0)  # [T] each
         gain_steps = [
-            dict(zip(("mean", "lo", "hi"), map(float, step), strict=True))
-            for step in zip(gains, gain_lows, gain_highs, strict=True)
+            dict(zip(("mean", "lo", "hi"), map(float, gain_with_bounds), strict=True))
+            for gain_with_bounds in zip(gains, gain_lows, gain_highs, strict=True)
         ]
         curve_by_arm[arm_name] = {
             "steps": gain_steps,
@@ -437,9 +437,9 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
     )
 
 
-def _finite(value: float) -> float | None:
+def _finite(number: float) -> float | None:
     """Return the value as a float, or None if it is not finite, since JSON has no infinity."""
-    return float(value) if np.isfinite(value) else None
+    return float(number) if np.isfinite(number) else None
 
 
 def _compare_to_members(
@@ -609,7 +609,7 @@ def plot_evaluator(axes, finding_data: dict):
     fine_kl_values = np.linspace(0, kl_values[-1], 200)  # KL of the fitted curve
     for arm_name, arm_curve in finding_data["arms"].items():
         # Members are thin lines without a fit.
-        mean_gains = [step["mean"] for step in arm_curve["steps"]]
+        mean_gains = [gain_step["mean"] for gain_step in arm_curve["steps"]]
         if "member" in arm_name:
             axes.plot(
                 kl_values, mean_gains, "-", color=colour_by_arm[arm_name], linewidth=0.8, label=arm_name
@@ -707,7 +707,7 @@ def plot_peaks(finding_data: dict):
     return figure
 
 
-def load_trial(before_path, rewards, heldout_path, data, device, **trial_fields) -> Trial:
+def load_trial(before_path, rewards, heldout_path, dataset, device, **trial_fields) -> Trial:
     """Load the networks that the flags name.
 
     Args:
@@ -716,7 +716,7 @@ def load_trial(before_path, rewards, heldout_path, data, device, **trial_fields)
             reward of this observation. If the sequence is empty, the bundled reward is tested.
         heldout_path: file of the reward that is the evaluator. If it is None, the simulated annotator is
             the evaluator.
-        data: dataset of the generator; None selects the dataset that the generator's run recorded.
+        dataset: dataset of the generator; None selects the dataset that the generator's run recorded.
         device: name of the device, on which the networks are loaded.
         trial_fields: further fields of `Trial`.
 
@@ -754,7 +754,7 @@ def load_trial(before_path, rewards, heldout_path, data, device, **trial_fields)
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(reward_path)
 
-    if heldout_path is None and not annotator_can_score(generator, data):
+    if heldout_path is None and not annotator_can_score(generator, dataset):
         raise ValueError(
             "--heldout-reward is missing. Without it the simulated annotator is the evaluator, which can"
             " score synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."

@@ -31,10 +31,10 @@ from training.gan import save_grid
 TITLE = "Before and after tuning"
 
 
-def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
+def select_jobs(comparison: Comparison, keys_text: str | None = None) -> list[Job]:
     """Return the jobs of the report, in the order of the page.
 
-    Args: keys: comma-separated keys of the jobs to return; None selects all jobs.
+    Args: keys_text: comma-separated keys of the jobs to return; None selects all jobs.
     Raises: ValueError for an unknown key.
     """
     job_functions = (
@@ -46,8 +46,8 @@ def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
         strip_jobs,
     )
     jobs = [job for list_jobs in job_functions for job in list_jobs(comparison)]
-    # The jobs keep the page's order, which may differ from the order of `keys`.
-    selected_keys = None if keys is None else parse_names("--only", keys, [job.key for job in jobs])
+    # The jobs keep the page's order, which may differ from the order of `keys_text`.
+    selected_keys = None if keys_text is None else parse_names("--only", keys_text, [job.key for job in jobs])
     return [job for job in jobs if selected_keys is None or job.key in selected_keys]
 
 
@@ -289,10 +289,12 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
         best_first = np.argsort(-scores, kind="stable")
         for end_name, chosen_indices in (("highest", best_first[:k]), ("lowest", best_first[::-1][:k])):
             chosen_seeds = [seeds[int(latent_index)] for latent_index in chosen_indices]
-            views = shapes(comparison, generator, chosen_seeds, choose_yaws(comparison))  # [k, 2, 1, R, R]
+            shape_renders = shapes(
+                comparison, generator, chosen_seeds, choose_yaws(comparison)
+            )  # [k, 2, 1, R, R]
             image_name = f"reward-strips-{role}-{end_name}.png"
             # [k, 2, ...] -> [2 k, ...]: a row with the first yaw of the k shapes, then a row with the second
-            save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / image_name)
+            save_grid(shape_renders.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / image_name)
             # Seeds are consecutive, so the index of a seed is its difference to the first seed.
             score_texts = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in chosen_seeds)
             files_by_caption[

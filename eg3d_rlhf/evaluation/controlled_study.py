@@ -117,25 +117,25 @@ class Plan:
             else self.out / "labels" / f"draw{label_set_index}" / "labels.jsonl"
         )
 
-    def labels_of(self, arm: str, label_set_index: int) -> Path:
+    def labels_of(self, arm_name: str, label_set_index: int) -> Path:
         """Return the file of an arm's labels, which is a label set or a randomised or inverted copy of one.
 
         Args:
-            arm: name of the arm in ARMS.
+            arm_name: name of the arm in ARMS.
             label_set_index: index of the label set.
         """
         return (
             self.draw(label_set_index)
-            if arm == LABELS
-            else self.out / "labels" / f"{self.in_paths(arm)}{label_set_index}.jsonl"
+            if arm_name == LABELS
+            else self.out / "labels" / f"{self.in_paths(arm_name)}{label_set_index}.jsonl"
         )
 
-    def in_paths(self, arm: str) -> str:
+    def in_paths(self, arm_name: str) -> str:
         """Return the text that represents an arm in the names of files and folders. It is the arm's name,
         except in a folder that version 0.1 began.
         """
         # folders that version 0.1 began keep its names
-        return version_0_1.arm_in_paths(self.out, arm)
+        return version_0_1.arm_in_paths(self.out, arm_name)
 
     def label_parts(self) -> list[Part]:
         """List the commands that make the label sets after the first one, which the user passed."""
@@ -161,39 +161,39 @@ class Plan:
             for label_set_index in range(1, self.draws)
         ]
 
-    def bundled(self, arm: str, label_set_index: int, seed: int) -> bool:
+    def bundled(self, arm_name: str, label_set_index: int, seed: int) -> bool:
         """Return True if a reward equals the bundled reward, so that it need not be trained.
 
         Args:
-            arm: name of the arm.
+            arm_name: name of the arm.
             label_set_index: index of the label set.
             seed: training seed of the reward.
         """
         return (
-            (arm, label_set_index, seed) == (LABELS, 0, 0)
+            (arm_name, label_set_index, seed) == (LABELS, 0, 0)
             and self.labels == BUNDLED_LABELS
             and not self.train
         )
 
-    def reward_part(self, arm: str, label_set_index: int, seed: int) -> Part:
+    def reward_part(self, arm_name: str, label_set_index: int, seed: int) -> Part:
         """Return the command that trains a reward on an arm's labels.
 
         Args:
-            arm: name of the arm.
+            arm_name: name of the arm.
             label_set_index: index of the label set.
             seed: training seed of the reward, and seed of the split into training, validation and test pairs.
         """
         network_flags = [f"--network={self.network}"] if self.network else []
         flags = [
-            f"--labels={self.labels_of(arm, label_set_index)}",
+            f"--labels={self.labels_of(arm_name, label_set_index)}",
             f"--seed={seed}",
             f"--set=split_seed={seed}",  # each seed also has its own training, validation and test pairs
             *network_flags,
             *self.train,
         ]
-        folder = self.out / "rewards" / f"{self.in_paths(arm)}-d{label_set_index}-r{seed}"
+        folder = self.out / "rewards" / f"{self.in_paths(arm_name)}-d{label_set_index}-r{seed}"
         return Part(
-            f"reward: {arm}, draw {label_set_index}, seed {seed}",
+            f"reward: {arm_name}, draw {label_set_index}, seed {seed}",
             folder,
             TRAIN_REWARD,
             (*flags, f"--run-dir={folder}"),
@@ -201,67 +201,67 @@ class Plan:
 
     def reward_parts(self) -> list[Part]:
         """List the commands that train all rewards, except the reward that equals the bundled one."""
-        arms = [arm for arm in ARMS_WITH_LABELS if arm in self.arms]
+        arm_names = [arm_name for arm_name in ARMS_WITH_LABELS if arm_name in self.arms]
         return [
-            self.reward_part(arm, label_set_index, reward_seed)
-            for arm in arms
+            self.reward_part(arm_name, label_set_index, reward_seed)
+            for arm_name in arm_names
             for label_set_index in range(self.draws)
             for reward_seed in range(self.rewards)
-            if not self.bundled(arm, label_set_index, reward_seed)
+            if not self.bundled(arm_name, label_set_index, reward_seed)
         ]
 
-    def reward(self, arm: str, label_set_index: int = 0, seed: int = 0) -> Path:
+    def reward(self, arm_name: str, label_set_index: int = 0, seed: int = 0) -> Path:
         """Return the file of an arm's reward; `reward_parts` or `write_rewards` make this file.
 
         Args:
-            arm: name of the arm.
+            arm_name: name of the arm.
             label_set_index: index of the label set.
             seed: training seed of the reward.
         """
-        if arm in ARMS_WITH_LABELS:
+        if arm_name in ARMS_WITH_LABELS:
             return (
                 bundled.REWARD
-                if self.bundled(arm, label_set_index, seed)
-                else self.reward_part(arm, label_set_index, seed).folder / "reward.safetensors"
+                if self.bundled(arm_name, label_set_index, seed)
+                else self.reward_part(arm_name, label_set_index, seed).folder / "reward.safetensors"
             )
         # The smoothness reward has no weights, so its file has no seed in its name.
-        return self.out / "rewards" / f"{arm}{seed if arm == 'permuted' else ''}.safetensors"
+        return self.out / "rewards" / f"{arm_name}{seed if arm_name == 'permuted' else ''}.safetensors"
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
         """Return the commands that tune the generator, by (arm, training seed, index of the label set, reward
         seed).
         """
         part_by_case = {}  # run by case
-        for arm in self.arms:
-            for case in self._cases(arm):
-                seed, label_set_index, reward_seed = case
+        for arm_name in self.arms:
+            for tuning_case in self._cases(arm_name):
+                seed, label_set_index, reward_seed = tuning_case
                 # With λ_r = 0 the reward does not change the generator, so any reward can be passed.
                 reward_path = (
                     self.reward(LABELS)
-                    if arm == "no-reward"
-                    else self.reward(arm, label_set_index, reward_seed)
+                    if arm_name == "no-reward"
+                    else self.reward(arm_name, label_set_index, reward_seed)
                 )
                 flags = [
-                    "--reward=smoothness" if arm == "smoothness" else TUNING_FLAGS[0],
+                    "--reward=smoothness" if arm_name == "smoothness" else TUNING_FLAGS[0],
                     f"--reward-ckpt={reward_path}",
                 ]
-                flags += ["--lambda-r=0"] if arm == "no-reward" else []
+                flags += ["--lambda-r=0"] if arm_name == "no-reward" else []
                 flags += [f"--init={self.network}"] if self.network else []
                 # The name of a folder states the training seed, the label set and the reward seed.
-                part_by_case[arm, *case] = Part.keyed(
-                    f"{self.in_paths(arm)}-s{seed}-d{label_set_index}-r{reward_seed}",
+                part_by_case[arm_name, *tuning_case] = Part.keyed(
+                    f"{self.in_paths(arm_name)}-s{seed}-d{label_set_index}-r{reward_seed}",
                     self.out / "runs",
                     [*flags, f"--seed={seed}", "--no-summary", *self.tune],
                 )
         return part_by_case
 
-    def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
+    def _cases(self, arm_name: str) -> Iterator[tuple[int, int, int]]:
         """Yield (training seed, index of the label set, reward seed) of each tuning run of an arm."""
         # These two arms change the untuned network's shapes or latents, without tuning the network.
-        if arm in (POST_PROCESSING, "truncation"):
+        if arm_name in (POST_PROCESSING, "truncation"):
             return
-        label_set_count = self.draws if arm in ARMS_WITH_LABELS else 1
-        reward_count = self.rewards if arm in (*ARMS_WITH_LABELS, "permuted") else 1
+        label_set_count = self.draws if arm_name in ARMS_WITH_LABELS else 1
+        reward_count = self.rewards if arm_name in (*ARMS_WITH_LABELS, "permuted") else 1
         yield from (
             (seed, label_set_index, reward_seed)
             for seed in self.seeds
@@ -274,13 +274,13 @@ def write_labels_of_arms(plan: Plan) -> None:
     """Write the randomised and the inverted copy of every label set."""
     for label_set_index in range(plan.draws):
         labels = load_labels(plan.draw(label_set_index))
-        for arm, arm_labels in (
+        for arm_name, arm_labels in (
             (RANDOMISED, randomise(labels, label_set_index)),
             (INVERTED, [invert(label) for label in labels]),
         ):
-            if arm in plan.arms:
-                plan.labels_of(arm, label_set_index).parent.mkdir(parents=True, exist_ok=True)
-                write_labels(plan.labels_of(arm, label_set_index), arm_labels)
+            if arm_name in plan.arms:
+                plan.labels_of(arm_name, label_set_index).parent.mkdir(parents=True, exist_ok=True)
+                write_labels(plan.labels_of(arm_name, label_set_index), arm_labels)
 
 
 def write_rewards(plan: Plan) -> None:
@@ -478,9 +478,9 @@ def combine_seeds(
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(metric_values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None if all values are None."""
-    defined_values = [value for value in values if value is not None]
+    defined_values = [value for value in metric_values if value is not None]
     return float(np.mean(defined_values)) if defined_values else None
 
 

@@ -160,16 +160,16 @@ def images_of(
     for start in range(0, len(seeds), comparison.batch):
         batch_seeds = seeds[start : start + comparison.batch]
         # The mapping is conditioned on the camera that renders, as in EG3D's training.
-        labels = torch.from_numpy(cameras[camera_indices[start : start + len(batch_seeds)]]).to(
+        camera_labels = torch.from_numpy(cameras[camera_indices[start : start + len(batch_seeds)]]).to(
             comparison.device
         )
         with torch.no_grad():
             field = generator.generator.field(  # ws of the mapping, untruncated
                 generator.generator.mapping(
-                    latents(batch_seeds, generator.generator.z_dim).to(comparison.device), labels
+                    latents(batch_seeds, generator.generator.z_dim).to(comparison.device), camera_labels
                 )
             )
-        yield render_each(field, [labels], seed=batch_seeds[0])[0].image
+        yield render_each(field, [camera_labels], seed=batch_seeds[0])[0].image
 
 
 def fake_features(

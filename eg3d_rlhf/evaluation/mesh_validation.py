@@ -72,18 +72,18 @@ def find_mesh_files(folder: Path) -> list[Path]:
     return mesh_paths
 
 
-def generator_name(path: Path, folder: Path, name_pattern: str | None) -> str:
+def generator_name(mesh_path: Path, folder: Path, name_pattern: str | None) -> str:
     """Return the name of the generator that made a file.
 
     Args:
-        path: path of the file.
+        mesh_path: path of the file.
         folder: the folder that is validated.
         name_pattern: regular expression that is searched in the path below `folder`. The name is the text of
             its first group. If it has no group, the name is the text of the whole match; if it does not
             match, the name is ''. If `name_pattern` is None, the name is that of the first folder below
             `folder`.
     """
-    inner_path = path.relative_to(folder)  # the path that `name_pattern` is searched in
+    inner_path = mesh_path.relative_to(folder)  # the path that `name_pattern` is searched in
     if name_pattern is None:
         # A file directly in `folder` has no subfolder that could name its generator.
         return inner_path.parts[0] if len(inner_path.parts) > 1 else folder.resolve().name

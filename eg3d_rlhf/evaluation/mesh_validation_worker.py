@@ -30,7 +30,7 @@ _FRONT = np.array([0.78, 0.80, 0.83])  # RGB in 0..1 of the outsides of faces, g
 _BACK = np.array([0.90, 0.45, 0.10])  # RGB in 0..1 of the insides of faces, orange
 
 
-def read_mesh(path: Path, tolerance: float, up_axis: str) -> CleanMesh:
+def read_mesh(mesh_path: Path, tolerance: float, up_axis: str) -> CleanMesh:
     """Read and clean the mesh of a file.
 
     Args:
@@ -40,13 +40,13 @@ def read_mesh(path: Path, tolerance: float, up_axis: str) -> CleanMesh:
     Raises: ValueError or OSError if the file cannot be read or is too large.
     """
     # Each size is checked before the expensive step that follows it.
-    file_bytes = path.stat().st_size
+    file_bytes = mesh_path.stat().st_size
     if not 0 < file_bytes <= MAX_BYTES:
         raise ValueError(
             f"the file has {file_bytes:,} bytes, but only 1 byte to {MAX_BYTES >> 20} MB are accepted. Reduce"
             " the mesh, or export it again if the file is empty."
         )
-    vertices, faces = read_triangles(path)
+    vertices, faces = read_triangles(mesh_path)
     if len(faces) > MAX_TRIANGLES:
         raise ValueError(
             f"the mesh has {len(faces):,} triangles, but at most {MAX_TRIANGLES:,} are accepted. Reduce the"

@@ -25,9 +25,9 @@ NO_CONTROL = (
 ROLES = ("before", "after", "control")  # networks whose hashes a finding's facts list
 
 
-def span(value: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
+def span(estimate: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
     """Format a value with its interval, for example '+1.234 [+1.100, +1.301]'."""
-    return f"{value:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
+    return f"{estimate:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
 
 
 def contains_zero(lo: float, hi: float) -> bool:
@@ -45,9 +45,9 @@ def compute_means(values_by_role: Mapping[str, np.ndarray]) -> dict[str, dict]:
     }
 
 
-def compute_column_means(values: np.ndarray) -> list[dict]:
+def compute_column_means(value_matrix: np.ndarray) -> list[dict]:
     """Return the mean and its bootstrap interval of every column of values [N, T], as a list of length T."""
-    return [bootstrap_mean_interval(column)._asdict() for column in values.T]
+    return [bootstrap_mean_interval(column)._asdict() for column in value_matrix.T]
 
 
 def compute_paired_changes(

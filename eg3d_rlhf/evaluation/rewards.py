@@ -346,8 +346,8 @@ def trajectories(comparison: Comparison, _folder: Path) -> Finding:
             **slope_summary(training_lengths, scores_by_snapshot),
         }
         table_rows += [
-            {"role": role, "kimg": float(kimg_of_step), **step}
-            for kimg_of_step, step in zip(training_lengths, mean_by_time, strict=True)
+            {"role": role, "kimg": float(kimg_of_step), **mean_interval}
+            for kimg_of_step, mean_interval in zip(training_lengths, mean_by_time, strict=True)
         ]
     interval = f"range of the middle 95 % of latents' least-squares slopes; mean slope: {BOOTSTRAP}"
     facts = comparison.facts(seeds, ("before", "after", "control", "reward"), interval)
@@ -517,7 +517,7 @@ def plot_trajectories(finding_data: dict):
         )
         axis.plot(
             trajectory["kimg"],
-            [step["mean"] for step in trajectory["means"]],
+            [mean_interval["mean"] for mean_interval in trajectory["means"]],
             "o-",
             color=style.colour(role),
             linewidth=2,
@@ -675,7 +675,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
         else [(None, comparison.after)]
     )
     # (training length in kimg, network or its file); None: the final network, whose length is not recorded
-    networks: list[tuple[float | None, LoadedGenerator | Path]] = [
+    networks_in_order: list[tuple[float | None, LoadedGenerator | Path]] = [
         (0.0, comparison.before),
         *snapshots,
         *final_network,
@@ -692,7 +692,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     }
     density_before = None  # densities before tuning
     distances = []  # [N] for each network
-    for _, network_or_path in networks:
+    for _, network_or_path in networks_in_order:
         # a snapshot is in memory only while it is measured
         generator = comparison.load(network_or_path) if isinstance(network_or_path, Path) else network_or_path
         sigma = densities(comparison, generator, seeds)
@@ -713,7 +713,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     for measure_name, measure_scores in columns_by_measure.items():
         std_before = float(measure_scores[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
         mean_by_network = compute_column_means((measure_scores - measure_scores[:, :1]) / std_before)
-        # index into `networks`; the proxy cannot diverge from itself
+        # index into `networks_in_order`; the proxy cannot diverge from itself
         divergence_index = (
             None if measure_name == PROXY else divergence(columns_by_measure[PROXY], measure_scores)
         )
@@ -730,14 +730,17 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
                 "raw_mean": float(measure_scores[:, network_index].mean()),  # in the measure's own unit
                 **mean_by_network[network_index],
             }
-            for network_index, (kimg, _) in enumerate(networks)
+            for network_index, (kimg, _) in enumerate(networks_in_order)
         ]
     finding_data = {
         "distance": [float(network_distances.mean()) for network_distances in distances],
-        "kimg": [kimg for kimg, _ in networks],  # None: the final network, which is not a snapshot
+        "kimg": [kimg for kimg, _ in networks_in_order],  # None: the final network, which is not a snapshot
         "curves": curve_by_measure,
     }
-    sentences = [*_describe_curves(comparison, finding_data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
+    sentences = [
+        *_describe_curves(comparison, finding_data),
+        *([NO_SNAPSHOTS] if len(networks_in_order) < 3 else []),
+    ]
     return Finding(
         facts=comparison.facts(seeds, CURVE_ROLES, BOOTSTRAP),
         data=finding_data,
@@ -791,9 +794,9 @@ def _describe_curves(comparison: Comparison, finding_data: dict) -> list[str]:
         measure_name: curve["steps"][-1] for measure_name, curve in finding_data["curves"].items()
     }
     sentences = [
-        f"The {measure_name} changes by {span(step['mean'], step['lo'], step['hi'], '+.2f')} of its standard"
-        " deviations before tuning."
-        for measure_name, step in last_step_by_name.items()
+        f"The {measure_name} changes by {span(last_step['mean'], last_step['lo'], last_step['hi'], '+.2f')}"
+        " of its standard deviations before tuning."
+        for measure_name, last_step in last_step_by_name.items()
     ]
     for measure_name, curve in finding_data["curves"].items():
         if measure_name != PROXY and curve["divergence"] is None:

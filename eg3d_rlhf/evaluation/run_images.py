@@ -107,21 +107,21 @@ class Side:
             return cls(field, LevelSet.from_field(field, resolution))
 
 
-def write_images(comparison: Comparison, folder: Path, options: ImageOptions = USUAL) -> list[str]:
+def write_images(comparison: Comparison, folder: Path, image_options: ImageOptions = USUAL) -> list[str]:
     """Write comparison.png, turntable.webp and meshes/ of the latents that the module's rule selects.
 
     Returns: the names of the files, relative to `folder`.
     """
-    seeds = choose_latents(comparison, options.shown)
+    seeds = choose_latents(comparison, image_options.shown)
     columns = [
-        Column.from_seed(comparison, seed, options.resolution)
+        Column.from_seed(comparison, seed, image_options.resolution)
         for seed in tqdm(seeds, desc="shapes before and after", unit="head")
     ]
-    write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, options)))
-    write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], options)))
+    write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, image_options)))
+    write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], image_options)))
     save_meshes(
-        [(column.before, column.after) for column in columns[: options.meshes]],
-        seeds[: options.meshes],
+        [(column.before, column.after) for column in columns[: image_options.meshes]],
+        seeds[: image_options.meshes],
         folder / "meshes",
     )
     return [COMPARISON, TURNTABLE, "meshes/*.ply"]
@@ -286,10 +286,10 @@ def render_colours(
         cell_pixels: R, pixels per edge of the result.
     """
     lacks_super_resolution = generator.img_resolution <= OWN_PIXELS
-    options = RenderOptions(
+    render_options = RenderOptions(
         resolution=rays_per_edge if lacks_super_resolution else None, samples=samples_per_ray
     )
-    (rendering,) = render_each(field, [camera_label], options)
+    (rendering,) = render_each(field, [camera_label], render_options)
     image = rendering.raw if lacks_super_resolution else rendering.image
     image = (image[:, :3].float() / 2 + 0.5).clamp(0, 1)  # [1, 3, H, W], from -1..1 to 0..1
     return torch.nn.functional.interpolate(image, (cell_pixels, cell_pixels), mode="bicubic", antialias=True)[
@@ -349,7 +349,7 @@ def _cropped(render: np.ndarray) -> np.ndarray:
 
 
 def comparison_image(
-    comparison: Comparison, columns: Sequence[Column], options: ImageOptions = USUAL
+    comparison: Comparison, columns: Sequence[Column], image_options: ImageOptions = USUAL
 ) -> np.ndarray:
     """Return the comparison image, uint8 [H, B, 3], with one column for each latent.
 
@@ -357,13 +357,20 @@ def comparison_image(
     rows with post-processing and ground truth follow. The last rows show the front of both shapes.
     """
     generator = comparison.before.generator
-    fine_pixels = options.cell * SUPERSAMPLE
+    fine_pixels = image_options.cell * SUPERSAMPLE
     front_camera = camera(generator, YAW, PITCH)
     back_camera = camera(generator, *BACK_VIEW)
 
     def colour_images(generator: Generator, sides: Sequence[Side]) -> list[np.ndarray]:
         images = [
-            render_colours(side.field, generator, front_camera, options.rays, options.samples, options.cell)
+            render_colours(
+                side.field,
+                generator,
+                front_camera,
+                image_options.rays,
+                image_options.samples,
+                image_options.cell,
+            )
             for side in sides
         ]
         return [_cropped(to_uint8(image.movedim(0, -1).cpu())) for image in images]
@@ -433,17 +440,22 @@ def describe_comparison(comparison: Comparison, latent_count: int) -> str:
     )
 
 
-def turntable(comparison: Comparison, column: Column, options: ImageOptions = USUAL) -> Iterator[np.ndarray]:
+def turntable(
+    comparison: Comparison, column: Column, image_options: ImageOptions = USUAL
+) -> Iterator[np.ndarray]:
     """Yield the frames of the turntable: one latent through a full turn, which starts from the front.
 
     Each frame shows the shapes before and after tuning side by side.
     """
     for yaw in tqdm(
-        (2 * np.pi * np.arange(options.turns) / options.turns).tolist(), desc="turntable", unit="frame"
+        (2 * np.pi * np.arange(image_options.turns) / image_options.turns).tolist(),
+        desc="turntable",
+        unit="frame",
     ):
         camera_label = camera(comparison.before.generator, yaw, PITCH)
         cell_images = [
-            _clay(look(side.surface, camera_label, options.film), 1) for side in (column.before, column.after)
+            _clay(look(side.surface, camera_label, image_options.film), 1)
+            for side in (column.before, column.after)
         ]
         yield sheet("", [Row(cells=cell_images, captions=("before", "after"))])
 
@@ -493,7 +505,7 @@ def swing_frames(
 PER_ROW = 5  # pairs per row of the sheet
 
 
-def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions = USUAL) -> np.ndarray:
+def pairs_sheet(comparison: Comparison, pair_count: int, image_options: ImageOptions = USUAL) -> np.ndarray:
     """Return an image of pairs of shapes for a blind test: the backs before and after tuning in random order.
 
     The note below the pairs states which shapes are tuned. The latents are the first evaluation seeds whose
@@ -518,11 +530,11 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
     cell_images = []  # two for each pair: left, right
     for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
         sides = [
-            Side.from_ws(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
+            Side.from_ws(network.generator, comparison.ws(network, [seed], 1.0), image_options.resolution)
             for network in (comparison.before, comparison.after)
         ]
         cell_images += [
-            _clay(look(side.surface, camera_label, options.thumb * SUPERSAMPLE))
+            _clay(look(side.surface, camera_label, image_options.thumb * SUPERSAMPLE))
             for side in (sides[::-1] if is_left else sides)
         ]
     captions = [
@@ -642,7 +654,7 @@ def _enlarged(images: torch.Tensor) -> torch.Tensor:
 
 
 def shape_sheet(
-    generator: Generator, seeds: Sequence[int], psi: float, options: ImageOptions = USUAL
+    generator: Generator, seeds: Sequence[int], psi: float, image_options: ImageOptions = USUAL
 ) -> np.ndarray:
     """Render the shapes of seeds into one image, uint8 [H, B, 3]. Each back is below its front."""
     front_cells: list[np.ndarray] = []
@@ -650,11 +662,11 @@ def shape_sheet(
     for seed in tqdm(seeds, desc="shapes", unit="shape"):
         with torch.no_grad():
             surface = LevelSet.from_field(
-                generator.field(ws_of_seeds(generator, [seed], psi)), options.resolution
+                generator.field(ws_of_seeds(generator, [seed], psi)), image_options.resolution
             )
         for yaw_and_pitch, view_cells in (((YAW, PITCH), front_cells), (BACK_VIEW, back_cells)):
             view_cells.append(
-                _clay(look(surface, camera(generator, *yaw_and_pitch), options.thumb * SUPERSAMPLE))
+                _clay(look(surface, camera(generator, *yaw_and_pitch), image_options.thumb * SUPERSAMPLE))
             )
     # Each row of fronts is followed by a row of the same shapes' backs.
     sheet_rows = []

@@ -128,8 +128,8 @@ def voxels_at(
     # last index along z, y, x
     last_indices = torch.tensor([axis_length - 1 for axis_length in spec.shape], dtype=torch.float64)
     # grid_sample needs positions in -1..1 in the order x, y, z, of shape [1, 1, 1, V, 3].
-    grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
-    return F.grid_sample(window_sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
+    sample_grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
+    return F.grid_sample(window_sums, sample_grid, align_corners=True, padding_mode="zeros").flatten().numpy()
 
 
 def diverging_colours(attributions: np.ndarray, full_colour_attribution: float) -> np.ndarray:
@@ -339,9 +339,9 @@ def _layers(
     ]
 
 
-def _short(value: float) -> str:
+def _short(magnitude: float) -> str:
     """Format a value >= 0 as a decimal number with two significant digits."""
-    return "0" if value == 0 else f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
+    return "0" if magnitude == 0 else f"{magnitude:.{max(0, 1 - math.floor(math.log10(abs(magnitude))))}f}"
 
 
 TITLE = "Which regions change the reward?"

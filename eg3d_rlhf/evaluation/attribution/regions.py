@@ -254,7 +254,7 @@ class PixelLandmarks:
         return landmark_pixels
 
 
-def read_landmarks(path: str | Path) -> PixelLandmarks:
+def read_landmarks(landmarks_path: str | Path) -> PixelLandmarks:
     """Read a JSON file of landmarks.
 
     The file holds {"image_size": 512, "points": [[x, y], ...]} with 98 points for all latents, or
@@ -263,52 +263,60 @@ def read_landmarks(path: str | Path) -> PixelLandmarks:
 
     Raises: ValueError or FileNotFoundError if the file is missing or does not have this content.
     """
-    path = Path(path)
-    if not path.is_file():
+    landmarks_path = Path(landmarks_path)
+    if not landmarks_path.is_file():
         raise FileNotFoundError(
-            f"there is no file of landmarks at {path}. Pass the path of an existing JSON file."
+            f"there is no file of landmarks at {landmarks_path}. Pass the path of an existing JSON file."
         )
     try:
-        json_value = json.loads(path.read_text())
+        json_value = json.loads(landmarks_path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Correct the file at this position.") from error
+        raise ValueError(
+            f"{landmarks_path} is not valid JSON: {error}. Correct the file at this position."
+        ) from error
     example_text = '{"image_size": 512, "points": [[x, y], ...]}'
     if not isinstance(json_value, Mapping):
-        raise ValueError(f"{path} does not contain a JSON object. Write for example {example_text}.")
+        raise ValueError(
+            f"{landmarks_path} does not contain a JSON object. Write for example {example_text}."
+        )
     if "image_size" not in json_value:
         raise ValueError(
-            f'{path} has no "image_size". Add the pixels per edge of the image, for example {example_text}.'
+            f'{landmarks_path} has no "image_size". Add the pixels per edge of the image, for example'
+            f" {example_text}."
         )
     if not {"points", "seeds"} & set(json_value):
         raise ValueError(
-            f'{path} has neither "points" nor "seeds". Add the landmarks, for example {example_text}.'
+            f'{landmarks_path} has neither "points" nor "seeds". Add the landmarks, for example'
+            f" {example_text}."
         )
     image_size = json_value["image_size"]
     # bool is a subclass of int in Python, but `true` is not a size.
     if isinstance(image_size, bool) or not isinstance(image_size, (int, float)) or image_size <= 0:
         raise ValueError(
-            f'{path}: "image_size" is {image_size!r}, but a number > 0 is needed. Write the pixels per edge'
-            " of the image."
+            f'{landmarks_path}: "image_size" is {image_size!r}, but a number > 0 is needed. Write the pixels'
+            " per edge of the image."
         )
     shared_points = (
-        _points(path, "points", json_value["points"], image_size) if "points" in json_value else None
+        _points(landmarks_path, "points", json_value["points"], image_size)
+        if "points" in json_value
+        else None
     )
     points_by_seed = {}
     for seed, point_lists in dict(json_value.get("seeds", {})).items():
         if not str(seed).isdigit():
             raise ValueError(
-                f"{path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as keys, for"
-                ' example "200000".'
+                f"{landmarks_path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as keys,"
+                ' for example "200000".'
             )
-        points_by_seed[int(seed)] = _points(path, f"seeds[{seed}]", point_lists, image_size)
+        points_by_seed[int(seed)] = _points(landmarks_path, f"seeds[{seed}]", point_lists, image_size)
     return PixelLandmarks(float(image_size), shared_points, points_by_seed)
 
 
-def _points(path: Path, entry_name: str, json_value: object, image_size: float) -> np.ndarray:
+def _points(landmarks_path: Path, entry_name: str, json_value: object, image_size: float) -> np.ndarray:
     """Return the points of a latent, [L, 2] float64, after checking them.
 
     Args:
-        path: file of the landmarks, for messages.
+        landmarks_path: file of the landmarks, for messages.
         entry_name: name of the entry in the file, for messages.
         json_value: value of the entry.
         image_size: pixels per edge of the image.
@@ -319,22 +327,23 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
         landmark_pixels = np.asarray(json_value, dtype=np.float64)  # [L, 2]
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of numbers."
+            f"{landmarks_path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of"
+            " numbers."
         ) from error
     if landmark_pixels.shape != (COUNT, 2):
         raise ValueError(
-            f"{path}: {entry_name} has the shape {list(landmark_pixels.shape)}, but [{COUNT}, 2] is needed."
-            f" Write the {COUNT} points [x, y] of WFLW."
+            f"{landmarks_path}: {entry_name} has the shape {list(landmark_pixels.shape)}, but [{COUNT}, 2]"
+            f" is needed. Write the {COUNT} points [x, y] of WFLW."
         )
     if not np.isfinite(landmark_pixels).all():
         raise ValueError(
-            f"{path}: {entry_name} contains a coordinate that is not finite. Replace it by the position of"
-            " the landmark in pixels."
+            f"{landmarks_path}: {entry_name} contains a coordinate that is not finite. Replace it by the"
+            " position of the landmark in pixels."
         )
     # Points outside the image mean that "image_size" does not belong to them.
     if landmark_pixels.min() < 0 or landmark_pixels.max() > image_size:
         raise ValueError(
-            f"{path}: the coordinates in {entry_name} range over"
+            f"{landmarks_path}: the coordinates in {entry_name} range over"
             f" {landmark_pixels.min():g}..{landmark_pixels.max():g}, outside"
             f' the image, 0..{image_size:g}. Correct the points or "image_size".'
         )

@@ -157,12 +157,12 @@ def _gray_rank(bit_pattern: int) -> int:
 
     Consecutive patterns of this code differ in one bit.
     """
-    rank = 0
+    gray_rank = 0
     # The Gray code of k is k ^ (k >> 1). Its inverse is the exclusive or of all right shifts.
     while bit_pattern:
-        rank ^= bit_pattern
+        gray_rank ^= bit_pattern
         bit_pattern >>= 1
-    return rank
+    return gray_rank
 
 
 def all_coalitions(region_count: int) -> torch.Tensor:

@@ -193,10 +193,10 @@ def facts(setup: Setup) -> Facts:
     """
     # At most 16 names, since a long list would fill the page.
     case_names = ", ".join(case.name for case in setup.cases[:16])
-    unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
+    unit_name, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(
         n=len(setup.cases),
-        unit=unit,
+        unit=unit_name,
         seeds=case_names,
         networks={"generator": setup.loaded.hash},
         interval=interval,
@@ -212,21 +212,23 @@ def summarise(measure_records: Sequence[Mapping], reward_weights: Sequence[float
     weight_names = [f"{reward_weight:g}" for reward_weight in reward_weights]
     base_name = f"{reward_weights[0]:g}"
     # in the order of the records
-    arms = list(dict.fromkeys(measure_record["arm"] for measure_record in measure_records))
+    arm_names = list(dict.fromkeys(measure_record["arm"] for measure_record in measure_records))
     statistics_by_measure: dict[str, dict] = {}  # measure -> means and paired changes
     for measure_name in (measure.name for measure in MEASURES):
         # Not every arm has every measure. The ground truth, for example, has no PSNR.
         values_by_arm = {
-            arm: np.array(
+            arm_name: np.array(
                 [
                     measure_record[measure_name]
                     for measure_record in measure_records
-                    if measure_record["arm"] == arm and measure_name in measure_record
+                    if measure_record["arm"] == arm_name and measure_name in measure_record
                 ]
             )
-            for arm in arms
+            for arm_name in arm_names
         }
-        values_by_arm = {arm: arm_values for arm, arm_values in values_by_arm.items() if len(arm_values)}
+        values_by_arm = {
+            arm_name: arm_values for arm_name, arm_values in values_by_arm.items() if len(arm_values)
+        }
         if values_by_arm:
             statistics_by_measure[measure_name] = {
                 "means": compute_means(values_by_arm),
@@ -344,8 +346,8 @@ def measure_sentences(inversion_summary: Mapping) -> list[str]:
     base_name = inversion_summary["base"]  # arm from which changes are measured
     for measure_name, measure_data in inversion_summary["measures"].items():
         change_texts = ", ".join(
-            f"λ {arm}: {format_change(paired_change)}"
-            for arm, paired_change in measure_data["paired"].items()
+            f"λ {weight_name}: {format_change(paired_change)}"
+            for weight_name, paired_change in measure_data["paired"].items()
         )
         sentences.append(
             f"{measure_name} ({BY_NAME[measure_name].unit}): {measure_data['means'][base_name]['mean']:.4g}"
@@ -378,7 +380,7 @@ def curves(folder: Path) -> dict:
     values_by_step: dict[str, dict[str, dict[int, list[float]]]] = {}
     for log_line in (folder / STATS).read_text().splitlines():
         step_record = json.loads(log_line)
-        stage = (
+        stage_name = (
             step_record["stage"]
             if step_record["weight"] is None
             else f"{step_record['stage']} {step_record['weight']:g}"
@@ -386,18 +388,18 @@ def curves(folder: Path) -> dict:
         # The reward and the change of density are logged only in some steps.
         for measure_name in ("loss", "mse", "perceptual", "reward", "moved"):
             if measure_name in step_record:
-                values_by_step.setdefault(stage, {}).setdefault(measure_name, {}).setdefault(
+                values_by_step.setdefault(stage_name, {}).setdefault(measure_name, {}).setdefault(
                     step_record["step"], []
                 ).append(step_record[measure_name])
     return {
-        stage: {
+        stage_name: {
             measure_name: [
                 [step, float(np.mean(target_values))]
                 for step, target_values in sorted(values_of_steps.items())
             ]
             for measure_name, values_of_steps in values_by_measure.items()
         }
-        for stage, values_by_measure in values_by_step.items()
+        for stage_name, values_by_measure in values_by_step.items()
     }
 
 
@@ -481,9 +483,9 @@ def plot_means(finding_data: dict):
             style.colour("after"),
             "weights",
         )
-        for arm, line_style in (("truth", "--"), ("w", ":")):
-            if arm in mean_by_arm:
-                axis.axhline(mean_by_arm[arm]["mean"], linestyle=line_style, color=style.colour("noise"))
+        for arm_name, line_style in (("truth", "--"), ("w", ":")):
+            if arm_name in mean_by_arm:
+                axis.axhline(mean_by_arm[arm_name]["mean"], linestyle=line_style, color=style.colour("noise"))
         # Only the panel of the evaluator has crosses at weights that over-optimise the reward.
         for weight_name in finding_data["over_optimised"] if measure_name == "evaluator" else ():
             axis.plot(
