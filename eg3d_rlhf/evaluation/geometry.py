@@ -540,7 +540,7 @@ def measure_depth(depth_maps_of_latents: DepthMaps, bounds: Bounds) -> dict[str,
             low_depth, high_depth = np.quantile(face_points[:, 2], [0.05, 0.95])  # z
             # Positions in units of the cube's side, so that the least-squares problem is well conditioned.
             x, y, z = (face_points / bounds.side).T
-            # [P, 6]: the terms of a quadratic in x and y
+            # [P, 6]: the design matrix of the least-squares fit
             quadratic_terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
             rms_residual = float(
                 np.sqrt(

@@ -305,8 +305,8 @@ def read_landmarks(landmarks_path: str | Path) -> PixelLandmarks:
     for seed, point_lists in dict(json_value.get("seeds", {})).items():
         if not str(seed).isdigit():
             raise ValueError(
-                f"{landmarks_path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as keys,"
-                ' for example "200000".'
+                f"{landmarks_path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as"
+                ' keys, for example "200000".'
             )
         points_by_seed[int(seed)] = _points(landmarks_path, f"seeds[{seed}]", point_lists, image_size)
     return PixelLandmarks(float(image_size), shared_points, points_by_seed)
