@@ -38,6 +38,9 @@ class HeldOut:
         """Return the first n seeds of the range, shifted by `shift_count` * STRIDE.
 
         Raises: ValueError if the range has fewer than n seeds.
+        Args:
+            n: number of seeds.
+            shift_count: number of strides by which the range is shifted; a report passes its --seed.
         """
         if n > self.count:
             raise ValueError(

@@ -315,6 +315,8 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
     """Compute the scores of every latent by the arms that are networks, and by the evaluator, in one pass.
 
     An arm is a scoring rule that is tested. The arms that are computed from other scores follow in `curves`.
+
+    Args: quiet: True hides the progress bar.
     """
     generator = trial.generator.generator
     rewards_by_arm, _ = arms(trial)  # aggregates follow from the members' scores
@@ -544,6 +546,8 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
     the curves.
 
     The first job takes almost all of the time, so its result is stored separately.
+
+    Args: quiet: True hides the progress bar of the first job.
     """
     evaluator_kind = "annotator" if trial.evaluator is None else "reward"
     network_inputs = {"networks": trial.networks(), "evaluator": evaluator_kind}

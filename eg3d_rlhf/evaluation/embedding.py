@@ -462,7 +462,10 @@ def plot_test(axes, result_by_role: dict):
 
 
 def write(comparison: Comparison, page_folder: Path, quiet: bool = False) -> dict:
-    """Compute the missing findings, write the page, and return all findings by key."""
+    """Compute the missing findings, write the page, and return all findings by key.
+
+    Args: quiet: True hides the progress.
+    """
     jobs_of_page = jobs(comparison)
     finding_by_key = pages.run(jobs_of_page, page_folder, quiet=quiet)  # by key
     feature_points = finding_by_key[MAP].data

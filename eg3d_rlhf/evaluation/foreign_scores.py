@@ -247,6 +247,10 @@ def pool_densities(
 ) -> np.ndarray:
     """Return the raw densities of the shapes of seeds at all points of the grid `spec`, in one flat float64
     array.
+
+    Args:
+        psi: truncation.
+        cutoff: number of layers that truncation affects; None if it affects all layers.
     """
     grids = [
         field.density_grid(spec).flatten().cpu() for field in yield_fields(generator, seeds, psi, cutoff)

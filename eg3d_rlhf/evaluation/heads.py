@@ -93,12 +93,17 @@ def back_of_head_error(measurements: Measured) -> np.ndarray:
 
     It is the sum of the missing and the extra volume at the back of the head, as a share of the volume that
     the ground-truth head has there.
+
+    Args: measurements: result of `measure_heads`.
     """
     return measurements["missing"] + measurements["extra"]
 
 
 def find_defective(measurements_before: Measured) -> np.ndarray:
-    """Return a mask [N] of the latents whose heads are defective before tuning."""
+    """Return a mask [N] of the latents whose heads are defective before tuning.
+
+    Args: measurements_before: result of `measure_heads` for the shapes before tuning.
+    """
     return back_of_head_error(measurements_before) > DEFECTIVE
 
 
@@ -118,6 +123,8 @@ def intact_degraded(measurements_before: Measured, measurements_after: Measured)
     `back_of_head_error`.
 
     Return None if no head was intact before.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
     is_intact = ~find_defective(measurements_before)
     is_degraded = back_of_head_error(measurements_after) > back_of_head_error(measurements_before) + WORSE
@@ -128,6 +135,8 @@ def face_distance_moved(measurements_before: Measured, measurements_after: Measu
     """Return the distance [N] by which the surface of each face moved along the view, in voxels.
 
     The distance is the median over the face's window. It is NaN if no pixel shows a surface both times.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
     depth_change = np.abs(measurements_after["depth"] - measurements_before["depth"])  # [N, R, C]
     distances = depth_change.reshape(len(depth_change), -1)  # [N, R C]
@@ -155,6 +164,8 @@ def variety(measurements: Measured) -> float | None:
     """Return the variety of faces in voxels, or None if no pixel of the window shows two faces.
 
     The variety is the standard deviation of the relief over latents, averaged over the window.
+
+    Args: measurements: result of `measure_heads`.
     """
     # The standard deviation at a pixel needs two faces there.
     has_two_faces = np.isfinite(measurements["relief"]).sum(axis=0) > 1  # [R, C]
@@ -169,6 +180,8 @@ def identity_kept(measurements_before: Measured, measurements_after: Measured) -
     A face keeps its identity if, of all faces before tuning, the face of its own latent is the most similar
     one to it after tuning. A face that has vanished has lost its identity. Return None if a face was missing
     before tuning, since there is nothing to compare with.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
     # [N]; `_relief` is NaN in all pixels if there is no face, so one finite pixel means that there is a face.
     has_face_before, has_face_after = (
@@ -194,6 +207,8 @@ def changed_share(measurements_before: Measured, measurements_after: Measured) -
     """Return the volume at the back of each head that has become solid or empty, [N].
 
     The unit is the volume that the ground-truth head has at the back.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
     # packbits fills the last byte with zeros in both arrays, so the exclusive or is zero there.
     changed_bits = np.unpackbits(

@@ -56,10 +56,12 @@ def read_mesh(mesh_path: Path, tolerance: float, up_axis: str) -> CleanMesh:
 
 
 def render_mesh(mesh: CleanMesh, pixels_per_edge: int = SIDE) -> np.ndarray:
-    """Render a mesh from the front and above with an orthographic camera: RGBA, uint8 [side, side, 4].
+    """Render a mesh from the front and above with an orthographic camera: RGBA, uint8 [R, R, 4].
 
     The outsides of faces are grey and the insides orange, so that holes and inverted faces are visible. The
     background is transparent.
+
+    Args: pixels_per_edge: R, the edge of the square image in pixels.
     """
     view_direction = -_VIEW / np.linalg.norm(_VIEW)  # viewing direction, a unit vector
     image_right = np.cross(view_direction, [0, 1, 0])

@@ -139,6 +139,8 @@ def choose_latents(comparison: Comparison, latent_count: int = USUAL.shown) -> l
     """Select the seeds of the images by the module's rule, the lowest reward before tuning first.
 
     The seeds are stored in the comparison's memory. A worker process, which has no reward, gets this memory.
+
+    Args: latent_count: number of seeds to select.
     """
     if CHOSEN not in comparison.memory:
         pool_seeds = EVALUATION.take(POOL)  # seeds among which the rule selects
@@ -173,7 +175,10 @@ class Column:
     @classmethod
     @torch.no_grad()
     def from_seed(cls, comparison: Comparison, seed: int, resolution: int) -> "Column":
-        """Extract all shapes of a latent that the comparison image shows."""
+        """Extract all shapes of a latent that the comparison image shows.
+
+        Args: resolution: grid points per edge from which surfaces are extracted.
+        """
         side_before, side_after = (
             Side.from_ws(
                 network.generator, comparison.ws(network, [seed], evaluation_psi(comparison)), resolution
@@ -426,7 +431,10 @@ def comparison_image(
 
 
 def describe_comparison(comparison: Comparison, latent_count: int) -> str:
-    """Return the text below the comparison image: the rule that selected its latents, and the baselines."""
+    """Return the text below the comparison image: the rule that selected its latents, and the baselines.
+
+    Args: latent_count: number of latents in the image.
+    """
     rule_text = (
         f"{latent_count} of {POOL} held-out latents, at equal steps of reward before tuning, lowest to"
         f" highest; psi {evaluation_psi(comparison):g}."
@@ -656,7 +664,12 @@ def _enlarged(images: torch.Tensor) -> torch.Tensor:
 def shape_sheet(
     generator: Generator, seeds: Sequence[int], psi: float, image_options: ImageOptions = USUAL
 ) -> np.ndarray:
-    """Render the shapes of seeds into one image, uint8 [H, B, 3]. Each back is below its front."""
+    """Render the shapes of seeds into one image, uint8 [H, B, 3]. Each back is below its front.
+
+    Args:
+        psi: truncation.
+        image_options: sizes of the image.
+    """
     front_cells: list[np.ndarray] = []
     back_cells: list[np.ndarray] = []
     for seed in tqdm(seeds, desc="shapes", unit="shape"):

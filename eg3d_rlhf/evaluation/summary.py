@@ -130,7 +130,10 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
 
 
 def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
-    """Compute all metrics of a run as JSON values, except the time that the run took."""
+    """Compute all metrics of a run as JSON values, except the time that the run took.
+
+    Args: evaluation: inputs that were collected before the run.
+    """
     run_settings = evaluation.settings
     seeds = comparison.seeds()  # N held-out latents
     summary = reward_shift(comparison)
@@ -477,6 +480,8 @@ def table_of_heads(summary: dict) -> list[tuple[str, ...]]:
     """Format the table of the metrics of synthetic heads. It is empty if the run had other data.
 
     The columns are: name of the metric, before, after, control, best post-processing, ground truth.
+
+    Args: summary: content of summary.json.
     """
     if "heads" not in summary:
         return []
@@ -506,6 +511,8 @@ def notes(summary: dict) -> list[str]:
     """Return the notes below the table of heads: the sample, the post-processing methods, and the star.
 
     The list is empty if the run had other data than synthetic heads.
+
+    Args: summary: content of summary.json.
     """
     if "heads" not in summary:
         return []

@@ -81,6 +81,7 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
 
     A run with λ_r = 0 has no reward phase, so λ_σ has no effect; there is one such run for each seed.
     Raises: ValueError if a list is empty or contains a negative value.
+    Args: lambda_r, lambda_sigma: values of the two weights, >= 0.
     """
     for flag, flag_values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
         if not flag_values:
@@ -492,7 +493,12 @@ def plot_others(finding_data: dict):
 def write(
     comparison: Comparison, path_by_cell: Mapping[Cell, Path], page_folder: Path, quiet: bool = False
 ) -> Finding:
-    """Measure the cells, compute the Pareto front, and write the page; return the finding of the front."""
+    """Measure the cells, compute the Pareto front, and write the page; return the finding of the front.
+
+    Args:
+        path_by_cell: network file of each cell.
+        quiet: True hides the progress.
+    """
     finding_by_key = pages.run(cell_jobs(comparison, path_by_cell), page_folder, quiet=quiet)
     page_job = front_job(comparison, list(path_by_cell), finding_by_key)
     front_findings = pages.run([page_job], page_folder, quiet=True)

@@ -376,7 +376,10 @@ def _announce(heading: str, command: Sequence[str]) -> None:
 
 
 def make_in_terminal(heading: str, part: Part) -> None:
-    """Run a part if it is not finished, and show the script's output in the terminal."""
+    """Run a part if it is not finished, and show the script's output in the terminal.
+
+    Args: heading: text that is printed above the output.
+    """
     if not part.finished():
         _announce(heading, part.continued())
         make([[part]], quiet=False)
@@ -386,6 +389,9 @@ def call(script_title: str, command: list[str]) -> float:
     """Run a script of this project, show its output in the terminal, and return the duration in seconds.
 
     Raises: ValueError if the script failed.
+    Args:
+        script_title: name of the step, for the terminal and the message.
+        command: script and its flags, as `Part.command` returns them.
     """
     _announce(script_title, command)
     start_time = time.time()

@@ -197,7 +197,10 @@ class Study:
 
     @torch.no_grad()
     def density_of_cube(self, role: str, seed: int) -> torch.Tensor:
-        """Return the raw density of a latent on `cube_spec`, [1, _CUBE, _CUBE, _CUBE]."""
+        """Return the raw density of a latent on `cube_spec`, [1, _CUBE, _CUBE, _CUBE].
+
+        Args: role: "before" or "after" tuning.
+        """
         generator = self.comparison.generators()[role]
         return generator.generator.field(self.comparison.ws(generator, [seed])).density_grid(self.cube_spec)
 

@@ -198,6 +198,9 @@ def exact(coalition_values: Value, region_count: int) -> np.ndarray:
     """Compute Shapley values [R] from all 2^R coalitions.
 
     Raises: ValueError if there are more than MAX_EXACT_REGIONS regions.
+    Args:
+        coalition_values: function that returns the values of coalitions.
+        region_count: number of regions, R.
     """
     if not 1 <= region_count <= MAX_EXACT_REGIONS:
         raise ValueError(
@@ -342,6 +345,11 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], max_gap
     """Raise ValueError if the efficiency gap of a latent exceeds `max_gap`, a share of its reward difference.
 
     The message states the seed of the latent with the largest gap.
+
+    Args:
+        attributions: Shapley values of each latent.
+        seeds: seeds of the latents, for the message.
+        max_gap: largest allowed |gap| / |difference|.
     """
     relative_gaps = [attribution.relative_gap for attribution in attributions]
     worst_index = int(np.argmax(relative_gaps))  # index of the latent
@@ -441,6 +449,10 @@ def occlusion(coalition_values: Value, region_count: int) -> np.ndarray:
 
     The attribution of region i is v(all regions) - v(all but i) (occlusion, Zeiler and Fergus 2014), where v
     is `coalition_values`.
+
+    Args:
+        coalition_values: function that returns the values of coalitions.
+        region_count: number of regions, R.
     """
     # [R + 1, R]: row i contains all regions but i; the last row contains all regions.
     coalitions = torch.ones(region_count + 1, region_count, dtype=torch.bool)
@@ -531,6 +543,10 @@ def randomise_weights(network: Network, seed: int) -> Network:
 
     The weights are normal, with the mean and the standard deviation of each tensor. A tensor with a single
     entry gets a random sign instead. Buffers, which hold the statistics of the input, are not changed.
+
+    Args:
+        network: network of the reward, which is not changed.
+        seed: seed of the random weights.
     """
     randomised_reward = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(seed)  # does not change the global random state

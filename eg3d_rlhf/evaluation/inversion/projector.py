@@ -259,6 +259,11 @@ def noise_scale(step: int, step_count: int, initial_scale: float = 0.05) -> floa
     """Return the standard deviation of the noise on w, in standard deviations of w.
 
     It is initial_scale * max(0, 1 - t / 0.75)^2, where t = step / steps.
+
+    Args:
+        step: index of the step, 0 to step_count - 1.
+        step_count: number of steps.
+        initial_scale: standard deviation at step 0, in standard deviations of w.
     """
     return initial_scale * max(0.0, 1 - step / step_count / FADED) ** 2
 
