@@ -587,8 +587,8 @@ def compare(
             tasks_by_seed = {seed: [POST_PROCESSING] for seed in plan.seeds}
         if arm_name == "truncation":
             # The truncation is chosen for each seed, so that there are as many intact heads as in the labels
-            # arm with this seed. LABELS is the first arm, so arms[LABELS] exists. The slice [i : i + 1] lets
-            # `_mean` turn a missing share into None.
+            # arm with this seed. LABELS is the first arm, so metrics_by_arm[LABELS] exists. The slice
+            # [i : i + 1] lets `_mean` turn a missing share into None.
             measurements_by_psi = {psi: measurements_by_task[_task_of_psi(psi)] for psi in PSIS}
             psi_by_seed = {
                 seed: choose_psi(

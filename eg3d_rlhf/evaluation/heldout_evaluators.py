@@ -356,7 +356,7 @@ def against_ground_truth(comparison: Comparison) -> dict:
     """
     measurements_before = measure_part(comparison, "heads")
     processed_measurements = measure_part(comparison, "post-processing")
-    # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
+    # `processed_measurements` also holds the any_... arrays, which `heads.compute_metrics` does not read
     strongest_measurements = {
         array_name.removeprefix("any_"): measured_array
         for array_name, measured_array in processed_measurements.items()

@@ -268,7 +268,7 @@ def over_optimisation(
     evaluator_changes = (
         statistics_by_measure["evaluator"]["paired"] if "evaluator" in statistics_by_measure else {}
     )
-    # names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
+    # weight_names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
     knee_name = base_name
     for weight_name in weight_names[1:]:
         if statistics_by_measure["psnr"]["paired"][weight_name]["mean"] <= -KNEE:

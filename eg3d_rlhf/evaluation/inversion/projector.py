@@ -7,9 +7,10 @@ generator by Adam, with the latent of the first stage, the pivot (pivotal tuning
 arXiv 2106.05744, without their regulariser). All random numbers of step t are determined by (seed, t), so
 a resumed stage is identical to an uninterrupted one.
 
-Deviates: The same ray samples are used in every step, twice as many as in training; `PUBLISHED` uses new ones
-in every step. The published code uses 3.14 for pi. The default weights differ, since the features of the
-bundled network and the latents of the small generator have other scales than those of the published code.
+Deviates: The same ray samples are used in every step, twice as many as in training; the settings `PUBLISHED`
+(settings.py) use new ones in every step. The published code uses 3.14 for pi. The default weights differ,
+since the features of the bundled network and the latents of the small generator have other scales than those
+of the published code.
 Shapes: N images or shapes, L layers of ws, W w_dim, R x R or H x W pixels, F features, [N, D, H, W] density
 grids.
 """
