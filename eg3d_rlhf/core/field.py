@@ -238,8 +238,8 @@ def march(
 ) -> Rendering:
     """Render any field by ray marching, with even steps through its bounds and without jitter.
 
-    Space outside the bounds is empty, and empty space is black. Differentiable in the parameters of
-    the field.
+    Space outside the bounds is empty, and empty space is black. The render is differentiable in the
+    parameters of the field.
 
     Args:
         field: shapes to render, [N].

@@ -7,8 +7,8 @@ number of noises, P of patches and F of faces of a patch.
 Notation of DDPM (Ho, Jain and Abbeel 2020, equation 4): the time t is an integer in 0..999, x is a clean
 latent, e is Gaussian noise, and the noisy latent is x_t = a x + s e with a = sqrt(alphas_cumprod[t]) and
 s = sqrt(1 - alphas_cumprod[t]). Classifier-free guidance with scale g predicts the noise e(null) + g (e(text)
-- e(null)), so g = 1 is the conditional prediction alone (Ho and Salimans 2022, in the convention
-of diffusers).
+- e(null)), so g = 1 is the conditional prediction alone (Ho and Salimans 2022, in the convention of
+diffusers).
 """
 
 from dataclasses import dataclass, field
@@ -131,8 +131,8 @@ class MeshReward(Protocol):
 class GuidanceOutput:
     """Result of one step of a guidance (distillation method). All tensors are detached.
 
-    The fields from `scores` to `one_sided` are None for methods that do not compare several noises
-    by a reward.
+    The fields from `scores` to `one_sided` are None for methods that do not compare several noises by a
+    reward.
     """
 
     grad: torch.Tensor  # gradient with respect to the prior's latents, [B, C, H, W], unreduced

@@ -2,8 +2,8 @@
 
 The evaluators are the ground-truth heads of the latents, the simulated annotator without noise, Fréchet
 distances to the data, and geometry measures that share nothing with the annotator. The 95 % interval of each
-change decides whether the outcome of the change is called better, worse or open (undecided). Shapes: N
-latents, Q features.
+change decides whether the outcome of the change is called better, worse or open (undecided).
+Shapes: N latents, Q features.
 """
 
 import functools

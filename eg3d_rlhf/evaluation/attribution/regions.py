@@ -242,7 +242,10 @@ class PixelLandmarks:
     by_seed: Mapping[int, np.ndarray]  # seed -> landmarks [L, 2] of this latent
 
     def landmarks_of_seed(self, seed: int) -> np.ndarray:
-        """Return the landmarks [L, 2] of a latent. Raises: ValueError if the file has none for it."""
+        """Return the landmarks [L, 2] of a latent.
+
+        Raises: ValueError if the file has no landmarks for it.
+        """
         # The landmarks of a seed are used, if given, instead of those for all latents.
         landmark_pixels = self.by_seed.get(seed, self.shared)
         if landmark_pixels is None:
