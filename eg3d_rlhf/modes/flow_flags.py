@@ -129,7 +129,7 @@ def check_adapter_flags(flags: Flags) -> None:
     flags.check_applies(
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
         flags["tune"] != "full",
-        "--tune=full trains all parameters without LoRA adapters",
+        "--tune=full trains all parameters, and only --tune=lora adds adapters",
     )
 
 

@@ -223,8 +223,10 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
         "no arm has a loss on the sampler's steps",
     )
     # Flags of a single loss are rejected if no arm has this loss.
-    flags.check_applies(("curvature", "unweighted"), "nft" in loss_names, "no arm has the loss nft")
-    flags.check_applies(("group_beta",), "dgpo" in loss_names, "no arm has the loss dgpo")
+    flags.check_applies(
+        ("curvature", "unweighted"), "nft" in loss_names, "no arm has the loss nft (--loss=nft)"
+    )
+    flags.check_applies(("group_beta",), "dgpo" in loss_names, "no arm has the loss dgpo (--loss=dgpo)")
     flags.check_applies(
         ("noise_samples", "decay", "guided"),
         bool(loss_names & {*ON_LATENTS}),
