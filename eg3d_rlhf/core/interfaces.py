@@ -159,7 +159,7 @@ class Guidance(Protocol):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Compute the gradient of one step. `gradients.distillation_loss` turns it into a loss.
+        """Compute the gradient of one optimisation step. `gradients.distillation_loss` turns it into a loss.
 
         Args:
             x: latents of the rendered views, [B, C, H, W]. They need no autograd graph.

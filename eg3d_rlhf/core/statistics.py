@@ -429,7 +429,7 @@ class Line(NamedTuple):
 
 
 def _pair(caller_name: str, x: ArrayLike, y: ArrayLike, smallest_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y as float64 vectors [N].
+    """Check x and y, and return both as float64 vectors [N].
 
     Args:
         caller_name: name of the calling function, which begins the message.

@@ -49,7 +49,7 @@ def best_of_n_chances(latent_count: int, n: int) -> np.ndarray:
     ascending order is C(i - 1, n - 1) / C(N, n).
 
     Args:
-        latent_count: N.
+        latent_count: number of latents, N.
         n: number of latents from which the best is selected.
     """
     # The binomials themselves would overflow. The probabilities of ranks i - 1 and i have the ratio
@@ -155,12 +155,13 @@ def resample_best(
     n_values: Sequence[int],
     latent_counts_by_resample: np.ndarray,
 ) -> np.ndarray:
-    """Compute `expected_best` for resamples of the latents.
+    """Compute the evaluator's expected score for the best of n, as `expected_best` does, for resamples of the
+    latents.
 
     Args:
         reward_scores: scores by the reward, [N].
         evaluator_scores: scores by the evaluator, [N].
-        n_values: values of n.
+        n_values: T values of n.
         latent_counts_by_resample: how often each resample contains each latent, [B, N].
 
     Returns: expected scores by the evaluator, [B, T].
@@ -356,7 +357,10 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
 
 
 def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
-    """Compute the curve of every arm with its interval, fit and peak, and compare aggregates to members.
+    """Compute, for every arm, how the evaluator's gain depends on n (the curve), with its interval, fit and
+    peak.
+
+    The aggregates of an ensemble are also compared with its members.
 
     Args: scores_finding: finding of `score`.
     """

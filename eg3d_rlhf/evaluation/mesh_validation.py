@@ -229,7 +229,13 @@ def shares(file_rows: Iterable[dict]) -> list[dict]:
 
 # `two_way_interval` calls a statistic with indices of resampled rows and columns; here is only one column.
 def _median(measure_values: np.ndarray, sampled_indices: np.ndarray, _columns: np.ndarray) -> float:
-    """Return the median of resampled values."""
+    """Return the median of resampled values.
+
+    Args:
+        measure_values: values of a measure, [N].
+        sampled_indices: indices of the resampled values, [N].
+        _columns: not used; `two_way_interval` passes it.
+    """
     return float(np.median(measure_values[sampled_indices]))
 
 

@@ -187,7 +187,9 @@ def list_runs(parent_folder: Path, seeds_text: str, more_flags: tuple[str, ...])
 def work(parent_folder: Path, training_by_seed: Mapping[str, Part], flags: Sequence[str]) -> dict:
     """Run the demo with the seeds that are not finished, and write summary.json into `parent_folder`.
 
-    Args: training_by_seed: the run of each seed, as `list_runs` returns them.
+    Args:
+        parent_folder: parent of the runs' folders.
+        training_by_seed: the run of each seed, as `list_runs` returns them.
         flags: flags of the command, which the summary records.
 
     Returns: the content of this summary.json.

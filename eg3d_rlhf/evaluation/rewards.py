@@ -442,7 +442,7 @@ def plot_deltas(axes, finding_data: dict):
 
 @style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
 def plot_lines(axes, finding_data: dict):
-    """Plot the final reward over the initial reward, with the fitted line of each role.
+    """Plot the reward after tuning over the reward before, with the fitted line of each role.
 
     Args: finding_data: data of the finding of `shift`.
     """

@@ -950,7 +950,7 @@ def plot_regions(finding_data: dict):
 
 
 def plot_latents(finding_data: dict):
-    """Plot the value of every latent for each region.
+    """Plot the Shapley value of every latent for each region.
 
     Args: finding_data: data of the finding of `shapley`.
     """

@@ -571,7 +571,7 @@ def part_of_vertices() -> np.ndarray:
 
 
 def people_partition(head: people.Head, spec: SlabSpec) -> Partition:
-    """Assign each voxel to the part of the head to which the nearest vertex belongs.
+    """Assign each voxel to the part of the head to which the nearest vertex of the head's mesh belongs.
 
     Args: head: ground-truth head of the latent. The generator's sample may lack a part of it.
     """

@@ -104,6 +104,10 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
 
     The rows show the colour image and the shape from the target's camera, and the shape rotated by half the
     largest yaw of the video.
+
+    Args:
+        case: the target.
+        arms: shapes of the target's arms, as `load_arms` returns them.
     """
     # [1, 3, R, R] in [-1, 1] -> [3, CELL, CELL] in 0..1
     target_image = torch.nn.functional.interpolate(

@@ -131,7 +131,7 @@ class Inversions:
     def _run_target(
         self, target_index: int, case: Case, start_position: tuple[int, ...], stage_state: dict[str, Tensor]
     ) -> None:
-        """Run the sections of a target.
+        """Run the sections (`Leg`) of a target's inversion that are not finished.
 
         Args:
             target_index: index of the target.
@@ -169,7 +169,7 @@ class Inversions:
             )
 
     def _make_stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
-        """Create the stage of a section, from the files that earlier sections have written."""
+        """Create the stage that a section (`Leg`) runs, from the files that earlier sections have written."""
         generator = self.setup.loaded.generator
         reward_weight = leg.weight or 0.0
         if leg.stage == "pivot":
@@ -232,7 +232,9 @@ class Inversions:
     def _write_results(
         self, stage: Stage, leg: Leg, target_index: int, objective: projector.Objective
     ) -> None:
-        """Write the results of a section: the latent or the tuned generator, and the measures."""
+        """Write the results of a finished section (`Leg`): the latent or the tuned generator, and the
+        measures.
+        """
         setup = self.setup
         case = self.setup.cases[target_index]
         generator = self.setup.loaded.generator
