@@ -386,7 +386,8 @@ class Trial:
         return float((embedding_tree.query(embedding, NEIGHBOURS)[0][:, -1] > outside_distance).mean())
 
     def placements(self, generator: Generator) -> tuple[dict[str, Placement], Alignment]:
-        """Compute the placement of a generator's shapes at every stage, and their alignment.
+        """Compute the placement of a generator's shapes at every stage (raw, aligned, calibrated), and their
+        alignment.
 
         Returns: a dict with a placement for each of STAGES, and the alignment. The placement 'raw' maps the
             generator's cube onto the reference's cube, 'aligned' maps its typical surface onto the
@@ -498,7 +499,7 @@ def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict
 
 
 def score(trial: Trial, network_name: str, folder: Path) -> Finding:
-    """Score one generator at every one of STAGES, and measure how reliable the scores are.
+    """Score one generator at every stage (raw, aligned, calibrated), and measure how reliable the scores are.
 
     Args:
         network_name: key of the generator in `trial.networks`.

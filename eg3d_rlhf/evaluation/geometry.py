@@ -158,7 +158,9 @@ def view_measures(
 
 
 def surfaces(comparison: Comparison, _folder: Path) -> Finding:
-    """Compare curvature, components, holes and cavities of the meshes that are extracted of each latent."""
+    """Compare curvature, components, holes and cavities of the meshes that are extracted from the latents'
+    shapes.
+    """
     seeds = comparison.seeds(slow_latent_count(comparison))
     values_by_role = {
         role: surface_values(comparison, generator, seeds)
@@ -223,7 +225,7 @@ def surfaces(comparison: Comparison, _folder: Path) -> Finding:
 def surface_values(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> list[dict[str, float] | None]:
-    """Extract the mesh of each seed, and measure it.
+    """Extract the mesh of each seed's shape, and measure it.
 
     Returns: for each seed a dict from the names of SURFACE_MEASURES to values, or None if its density does
         not cross the generator's level, so that there is no mesh.
@@ -333,7 +335,7 @@ def sigma_values(
 
 @style.plot()
 def plot_histogram(axes, finding_data: dict):
-    """Plot the share of positive σ in each bin, as an outline for each role.
+    """Plot the share of positive σ in each bin, as one outline for each network.
 
     Args: finding_data: data of the finding of `sigma_statistics`.
     """

@@ -161,7 +161,8 @@ def _relief(shape_values: np.ndarray) -> np.ndarray:
 
 
 def variety(measurements: Measured) -> float | None:
-    """Return the variety of faces in voxels, or None if no pixel of the window shows two faces.
+    """Return the variety of faces in voxels, or None if no pixel of the window shows a face in two or more
+    latents.
 
     The variety is the standard deviation of the relief over latents, averaged over the window.
 

@@ -315,7 +315,7 @@ def paired(file_rows: Iterable[dict]) -> list[dict]:
 
 
 def _by_generator(file_rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
-    """Return (generator, its measured rows), sorted by the generator's name.
+    """Return a list of (generator, its measured rows), sorted by the generator's name.
 
     Rows with a reason were not measured, and are left out.
     """

@@ -26,7 +26,7 @@ ROLES = ("before", "after", "control")  # networks whose hashes a finding's fact
 
 
 def span(estimate: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
-    """Format a value with its interval, for example '+1.234 [+1.100, +1.301]'."""
+    """Format an estimate with its interval, for example '+1.234 [+1.100, +1.301]'."""
     return f"{estimate:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
 
 
@@ -36,7 +36,7 @@ def contains_zero(lo: float, hi: float) -> bool:
 
 
 def compute_means(values_by_role: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """Return the mean and its bootstrap interval of each role's values [N].
+    """Compute the mean of each role's values [N] with its bootstrap interval, under the keys mean, lo and hi.
 
     A role is a key of `values_by_role`: the name of a network, an arm or a region.
     """
@@ -46,7 +46,10 @@ def compute_means(values_by_role: Mapping[str, np.ndarray]) -> dict[str, dict]:
 
 
 def compute_column_means(value_matrix: np.ndarray) -> list[dict]:
-    """Return the mean and its bootstrap interval of every column of values [N, T], as a list of length T."""
+    """Compute the mean of every column of values [N, T] with its bootstrap interval.
+
+    Returns: T dicts with the keys mean, lo and hi.
+    """
     return [bootstrap_mean_interval(column)._asdict() for column in value_matrix.T]
 
 
@@ -59,6 +62,7 @@ def compute_paired_changes(
         values_by_role: values [N] of each role.
         base_role: role from which the changes are measured.
         roles: roles to which the changes are measured; None selects all roles except `base_role`.
+    Returns: for each role a dict of the fields of `PairedSummary`.
     """
     return {
         role: paired_summary(values_by_role[base_role], role_values)._asdict()

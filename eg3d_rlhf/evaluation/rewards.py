@@ -76,7 +76,7 @@ def jobs(comparison: Comparison) -> list[Job]:
 
 
 def trajectories_job(comparison: Comparison) -> Job:
-    """Return the job of the trajectories.
+    """Return the job that computes the trajectories: the rewards of the same latents over training.
 
     If the tuned run has too few snapshots, the returned job only explains what is missing.
     """
@@ -540,7 +540,8 @@ def plot_trajectories(finding_data: dict):
 
 
 def plot_slopes(finding_data: dict):
-    """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval.
+    """Plot the distribution of the latents' slopes for each run, with the range of the middle 95 % of latents
+    and the interval of the mean slope.
 
     Args: finding_data: data of the finding of `trajectories`.
     """
@@ -589,7 +590,7 @@ NO_SNAPSHOTS = (
 
 
 def curve_jobs(comparison: Comparison) -> list[Job]:
-    """Return the single job on over-optimisation.
+    """Return a list with the job on over-optimisation.
 
     The job uses the snapshots of the tuned run, the held-out reward and the oracle if they are available.
     """

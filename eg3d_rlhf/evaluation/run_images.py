@@ -108,7 +108,9 @@ class Side:
 
 
 def write_images(comparison: Comparison, folder: Path, image_options: ImageOptions = USUAL) -> list[str]:
-    """Write comparison.png, turntable.webp and meshes/ of the latents that the module's rule selects.
+    """Write comparison.png, turntable.webp and meshes/ of some evaluation latents.
+
+    The latents are selected at equal steps from the lowest to the highest reward before tuning.
 
     Returns: the names of the files, relative to `folder`.
     """
@@ -136,7 +138,8 @@ def evaluation_psi(comparison: Comparison) -> float:
 
 
 def choose_latents(comparison: Comparison, latent_count: int = USUAL.shown) -> list[int]:
-    """Select the seeds of the images by the module's rule, the lowest reward before tuning first.
+    """Select the seeds of the images: evaluation latents at equal steps from the lowest to the highest reward
+    before tuning.
 
     The seeds are stored in the comparison's memory. A worker process, which has no reward, gets this memory.
 

@@ -86,9 +86,9 @@ def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.
     """Return the index of the region at each vertex [V]; it is -1 outside the slab.
 
     Args:
+        vertices: world positions, [V, 3].
         partition: regions of the slab.
         spec: grid of the slab.
-        vertices: world positions, [V, 3].
     """
     nearest_indices = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
     is_inside = ((nearest_indices >= 0) & (nearest_indices < spec.shape)).all(axis=1)
@@ -106,10 +106,10 @@ def voxels_at(
     would be noisy, since a surface that moves changes the voxels on both of its sides.
 
     Args:
-        spec: grid of the slab.
-        radius: number of voxels that are added on each side of the central voxel.
         vertices: world positions, [V, 3].
         voxel_attributions: attribution of each voxel, [D, H, W].
+        spec: grid of the slab.
+        radius: number of voxels that are added on each side of the central voxel.
     """
     window_edge = 2 * radius + 1
     # The mean over a window times its volume is the sum. Voxels outside the slab count as 0.
@@ -361,7 +361,7 @@ _COLOURS = {
 
 
 def jobs(study: Study) -> list[Job]:
-    """Return the jobs of the report.
+    """Return the jobs of the attribution report. Each job computes one section of the page.
 
     The regions are the first job, so that the user can check them while the attributions are computed.
     """
@@ -685,8 +685,9 @@ def _describe_shapley(
 def methods(study: Study, folder: Path) -> Finding:
     """Report the mean attributions by four methods, and the rank correlations between the methods.
 
-    Also report whether the Integrated Gradients are complete, that is, if they sum to the change of the
-    reward.
+    The methods are Shapley values, Integrated Gradients, occlusion, and Shapley values of shuffled changes
+    ("noise"). The finding also states whether the Integrated Gradients are complete, that is, if they sum to
+    the change of the reward.
     """
     attributions_by_method = study.methods
     region_names = study.names

@@ -197,10 +197,10 @@ def relative_gap(gap: float, difference: float) -> float:
 def exact(coalition_values: Value, region_count: int) -> np.ndarray:
     """Compute Shapley values [R] from all 2^R coalitions.
 
-    Raises: ValueError if there are more than MAX_EXACT_REGIONS regions.
     Args:
         coalition_values: function that returns the values of coalitions.
         region_count: number of regions, R.
+    Raises: ValueError if there are more than MAX_EXACT_REGIONS regions.
     """
     if not 1 <= region_count <= MAX_EXACT_REGIONS:
         raise ValueError(

@@ -54,7 +54,10 @@ class Arm(NamedTuple):
 
 
 def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
-    """Load the arms of a target: the ground truth if there is one, and every weight's tuned generator."""
+    """Load the arms of a target: the ground truth if there is one, and every weight's tuned generator.
+
+    Args: case: the target.
+    """
     # The ground truth is a sample of the untuned generator.
     generator = inversions.setup.loaded.generator
     folder = inversions.folder(case)

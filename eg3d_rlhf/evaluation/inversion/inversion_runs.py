@@ -197,7 +197,8 @@ class Inversions:
     def _run_steps(
         self, stage: Stage, leg: Leg, section_position: tuple[int, int], first_step: int, case: Case
     ) -> None:
-        """Make the steps of a section, write logs and checkpoints, and stop if this is requested.
+        """Make the optimisation steps of a section (`Leg`), write logs and checkpoints, and stop if this is
+        requested.
 
         Args:
             section_position: (index of the target, index of the section).

@@ -203,7 +203,9 @@ class Guidance:
         self.standard = Standardised(torch.cat(scores)).to(z.device)
 
     def clipped_reward(self, field: Field) -> tuple[Tensor, Tensor]:
-        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10. Differentiable in the field.
+        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10, where r is the standardised reward.
+
+        Differentiable in the field.
 
         Returns: two tensors: the term [N], and the raw reward [N].
         """
@@ -244,7 +246,7 @@ def learning_rate(step: int, step_count: int, max_rate: float = 0.1) -> float:
     last 25 %.
 
     Args:
-        step: number of the step, 0 to steps - 1.
+        step: number of the step, 0 to step_count - 1.
         step_count: number of steps.
         max_rate: largest learning rate.
     """
@@ -259,7 +261,7 @@ def learning_rate(step: int, step_count: int, max_rate: float = 0.1) -> float:
 def noise_scale(step: int, step_count: int, initial_scale: float = 0.05) -> float:
     """Return the standard deviation of the noise on w, in standard deviations of w.
 
-    It is initial_scale * max(0, 1 - t / 0.75)^2, where t = step / steps.
+    It is initial_scale * max(0, 1 - t / 0.75)^2, where t = step / step_count.
 
     Args:
         step: index of the step, 0 to step_count - 1.
@@ -331,7 +333,9 @@ class Objective:
             return field.render(self.target.camera, self.look).image
 
     def blend_outside_mask(self, image: Tensor) -> Tensor:
-        """Replace the part of an image [1, 3, R, R] outside the mask by the target, where it has no loss."""
+        """Replace the part of an image [1, 3, R, R] outside the mask by the target, so that this part has no
+        loss.
+        """
         target_image = self.target.image
         pixel_weights = self.target.mask
         return image if pixel_weights is None else target_image + pixel_weights * (image - target_image)
