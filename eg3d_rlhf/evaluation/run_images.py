@@ -101,7 +101,9 @@ class Side:
 
     @classmethod
     def from_ws(cls, generator: Generator, ws: Tensor, resolution: int) -> "Side":
-        """Return the field of ws [1, L, W], and its surface on `resolution` grid points per edge."""
+        """Create the density field of ws [1, L, W], and extract its surface on `resolution` grid points per
+        edge.
+        """
         with torch.no_grad():
             field = generator.field(ws)
             return cls(field, LevelSet.from_field(field, resolution))

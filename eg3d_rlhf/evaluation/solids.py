@@ -97,7 +97,7 @@ CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def measure_shapes(grids: Grids, untuned_grids: Grids, rules: solids.Rules) -> dict[str, np.ndarray]:
-    """Measure shapes against the untuned shapes.
+    """Score shapes by the reward `solid` and its terms, in comparison with the untuned shapes.
 
     Args:
         grids: shapes to measure.

@@ -198,7 +198,7 @@ def once(comparison: Comparison, task: str, compute: Callable[[], Any]) -> Any:
 
 
 def work(comparison: Comparison, folder: Path, process_count: int) -> None:
-    """Run the slow tasks in worker processes.
+    """Run the slow measurements and the rendering of a run's summary in worker processes.
 
     Results are stored in `comparison.memory`, and images in `folder`. Every number is the same with one
     process and with several, since each task measures one network, and statistics of two networks are

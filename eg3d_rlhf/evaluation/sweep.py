@@ -80,8 +80,11 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
     """List every combination of weights and seeds, grouped by seed.
 
     A run with λ_r = 0 has no reward phase, so λ_σ has no effect; there is one such run for each seed.
+
+    Args:
+        lambda_r, lambda_sigma: values of the two weights, >= 0.
+        seeds: training seeds, >= 0.
     Raises: ValueError if a list is empty or contains a negative value.
-    Args: lambda_r, lambda_sigma: values of the two weights, >= 0.
     """
     for flag, flag_values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
         if not flag_values:
@@ -471,7 +474,7 @@ def plot_front(finding_data: dict):
 
 
 def plot_others(finding_data: dict):
-    """Plot the measures that do not define the front over the distance.
+    """Plot, over the distance, the measures that do not define the front.
 
     If no such measure was computed, plot the tuned reward.
 
@@ -521,7 +524,9 @@ def write(
 def make_cells(part_by_cell: Mapping[Cell, Part], process_count: int) -> None:
     """Train the cells that are not finished.
 
-    Args: process_count: number of runs of train.py at the same time.
+    Args:
+        part_by_cell: training of each cell, as `make_part` returns it.
+        process_count: number of runs of train.py at the same time.
     """
     # OMP_NUM_THREADS is used if the user has set it. Else the cores are divided among the runs.
     thread_count = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // process_count))
@@ -531,7 +536,12 @@ def make_cells(part_by_cell: Mapping[Cell, Part], process_count: int) -> None:
 
 
 def measure_cells(part_by_cell: Mapping[Cell, Part], sources: Sources, page_folder: Path) -> Finding:
-    """Measure the finished cells, and write the page; return the finding of the front."""
+    """Measure the finished cells, and write the page; return the finding of the front.
+
+    Args:
+        part_by_cell: training of each cell, of which at least one is finished.
+        sources: networks, rewards and data that the user named.
+    """
     # A comparison cannot be loaded without a tuned network, so the first one is loaded.
     path_by_cell = {
         cell: network_path

@@ -68,7 +68,8 @@ class Part:
             part_name: name of the part, with which the folder's name begins.
             parent_folder: folder in which the part's folder lies.
             flags: flags of train.py.
-            needed_file: see the field `needed_file`.
+            needed_file: name of a file that exists in a run of train.py only if the run has finished. If it
+                is '', a run has finished if it has a snapshot at its full length.
         """
         # The hash is computed from the flags' names of version 0.1, so that its folders are found.
         part = cls(part_name, parent_folder, TRAIN, tuple(flags), needed_file)
@@ -307,7 +308,7 @@ def make(
     quiet: bool = True,
     on_done: Callable[[Part], None] = lambda part: None,
 ) -> None:
-    """Run the parts that are not finished.
+    """Run the parts (scripts with the folders of their results, see `Part`) that are not finished.
 
     An interrupt, or the failure of one part, stops all running parts; trainings write a checkpoint first.
 
@@ -354,9 +355,12 @@ def make_with_progress_bar(
     bar_text: str,
     unit_name: str = "part",
 ) -> None:
-    """Run the parts that are not finished, as `make` does, and show a progress bar.
+    """Run the parts (see `Part`) that are not finished, and show a progress bar.
 
     Args:
+        chains: lists of parts; the parts of a chain run one after another.
+        process_count: number of chains that run at the same time.
+        thread_count: OMP_NUM_THREADS of each process.
         bar_text: text of the bar.
         unit_name: name of what the bar counts.
     """
@@ -388,10 +392,10 @@ def make_in_terminal(heading: str, part: Part) -> None:
 def call(script_title: str, command: list[str]) -> float:
     """Run a script of this project, show its output in the terminal, and return the duration in seconds.
 
-    Raises: ValueError if the script failed.
     Args:
         script_title: name of the step, for the terminal and the message.
         command: script and its flags, as `Part.command` returns them.
+    Raises: ValueError if the script failed.
     """
     _announce(script_title, command)
     start_time = time.time()
