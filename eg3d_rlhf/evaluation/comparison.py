@@ -33,7 +33,7 @@ from training.storage import read_meta
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Sampling):
-    """Loaded networks and settings that all parts of a report share."""
+    """Loaded networks and settings of a report, which all of its sections share."""
 
     before: LoadedGenerator
     after: LoadedGenerator  # the tuned generator

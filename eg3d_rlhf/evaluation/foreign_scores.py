@@ -268,7 +268,7 @@ STRIP = 5  # number of meshes in a row
 
 
 class Measured(NamedTuple):
-    """Scores and embeddings of N shapes by the reward."""
+    """Scores and embeddings that the reward network computes for N shapes."""
 
     scores: np.ndarray  # [N]
     embedding: np.ndarray  # [N, M]

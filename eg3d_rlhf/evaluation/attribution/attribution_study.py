@@ -30,7 +30,7 @@ _CUBE = 64  # grid points per axis of the cube that meshes are extracted from
 
 @dataclass
 class Study:
-    """Inputs and cached results that the jobs of the report share."""
+    """Inputs and cached results of an attribution study, which the jobs of the report share."""
 
     comparison: Comparison
     settings: Settings

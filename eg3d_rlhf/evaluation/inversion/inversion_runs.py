@@ -36,7 +36,7 @@ Stage = projector.LatentStage | projector.PivotalStage
 
 
 class Leg(NamedTuple):
-    """Section of a target's inversion: the steps first, ..., last - 1 of a stage."""
+    """Section of a target's inversion: the steps `first` to `last` - 1 of one stage."""
 
     stage: str  # 'w' (first stage) or 'pivot' (second stage)
     weight: float | None  # weight of the reward; None for the section that all weights share
