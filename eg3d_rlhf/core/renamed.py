@@ -165,8 +165,8 @@ def new_value(command_words: str, flag: str, flag_value: str) -> tuple[str, str]
         flag_value: text of the value; it may be a comma-separated list of names.
     """
     new_name_by_old = VALUES.get((command_words, flag), {})
-    for element in flag_value.split(","):
-        old_name = element.strip()
+    for list_element in flag_value.split(","):
+        old_name = list_element.strip()
         if old_name in new_name_by_old:
             return old_name, new_name_by_old[old_name]
     return None

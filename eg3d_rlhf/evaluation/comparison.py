@@ -110,15 +110,15 @@ class Comparison(Sampling):
         generator: LoadedGenerator,
         seeds: Sequence[int],
         psi: float | None = None,
-        batch: int | None = None,
+        batch_size: int | None = None,
     ) -> Iterator[Field]:
         """Yield the shapes of seeds, several in a field.
 
         Args:
             psi: truncation; None selects self.psi.
-            batch: largest number of shapes in a field; None selects self.batch.
+            batch_size: largest number of shapes in a field; None selects self.batch.
         """
-        for ws in self.ws(generator, seeds, psi).split(batch or self.batch):
+        for ws in self.ws(generator, seeds, psi).split(batch_size or self.batch):
             # `no_grad` must not enclose the yield, else the caller's code would run without gradients, too.
             with torch.no_grad():
                 field = generator.generator.field(ws)
@@ -398,16 +398,16 @@ def _check_pair(generator_before: LoadedGenerator, compared_generator: LoadedGen
         }
         for generator in (generator_before.generator, compared_generator.generator)
     )
-    differences = [
+    difference_texts = [
         f"the {property_name} is {compared_properties[property_name]} instead of {property_value}"
         for property_name, property_value in properties_before.items()
         if compared_properties[property_name] != property_value
     ]
-    if differences:
+    if difference_texts:
         raise ValueError(
             f"{compared_generator.path.name} cannot be compared with the generator before tuning,"
-            f" {generator_before.path.name}: {'; '.join(differences)}. Pass a network that was tuned from"
-            f" {generator_before.path.name}."
+            f" {generator_before.path.name}: {'; '.join(difference_texts)}. Pass a network that was tuned"
+            f" from {generator_before.path.name}."
         )
 
 

@@ -163,10 +163,15 @@ def _not_allowed(comparison: Comparison, finding_by_key: Mapping[str, Finding]) 
     elif (
         comparison.run
         and comparison.control_run
-        and (differences := control_differs(settings_of(comparison.run), settings_of(comparison.control_run)))
+        and (
+            difference_texts := control_differs(
+                settings_of(comparison.run), settings_of(comparison.control_run)
+            )
+        )
     ):
         sentences.append(
-            f"a change that is due to the reward alone: the control also differs in {', '.join(differences)}."
+            "a change that is due to the reward alone: the control also differs in"
+            f" {', '.join(difference_texts)}."
         )
     # Rewards from common labels share their errors.
     if (
@@ -268,7 +273,7 @@ def shapes(
     spec = SlabSpec.from_bounds(generator.generator.bounds, RESOLUTION)
     renders_by_batch = []
     # A quarter of the batch size, since a density grid has RESOLUTION^3 points per shape.
-    for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
+    for field in comparison.fields(generator, seeds, batch_size=max(1, comparison.batch // 4)):
         sigma = field.density_grid(spec).cpu()  # [n, D, H, W]
         renders_by_batch.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
     return torch.cat(renders_by_batch)

@@ -468,7 +468,7 @@ def combine_seeds(
     values_by_metric = {}  # metric -> values by training seed
     for metric_name in metric_names:
         values_by_metric[metric_name] = [
-            _mean([reward_metrics_by_name[metric_name] for reward_metrics_by_name in reward_metrics])
+            _mean([metrics_by_name[metric_name] for metrics_by_name in reward_metrics])
             for reward_metrics in metrics_by_seed.values()
         ]
     return {
@@ -799,8 +799,8 @@ def plot(study_data: Mapping):
 
 def commands(plan: Plan) -> dict[str, list[str]]:
     """Return the command line of every step that labels, trains or tunes, by the step's name."""
-    parts = [*plan.label_parts(), *plan.reward_parts(), *plan.tunings().values()]
-    return {part.name: part.command() for part in parts}
+    command_parts = [*plan.label_parts(), *plan.reward_parts(), *plan.tunings().values()]
+    return {part.name: part.command() for part in command_parts}
 
 
 def work(plan: Plan, process_count: int) -> list[Path]:

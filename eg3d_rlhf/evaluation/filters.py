@@ -145,7 +145,9 @@ def evaluate_filters(shapes: np.ndarray, ground_truth: np.ndarray) -> FilterResu
         share of the intact shapes whose error rises by more than HARM.
     """
     # [N] errors before filtering, as shares of the ground-truth head's volume
-    errors_before = np.array([volume_error(*pair).total for pair in zip(shapes, ground_truth, strict=True)])
+    errors_before = np.array(
+        [volume_error(*shape_and_head).total for shape_and_head in zip(shapes, ground_truth, strict=True)]
+    )
     is_defective = errors_before > DEFECTIVE
     result_by_filter = {}  # filter -> (error, harm)
     for filter_name, apply_filter in FILTERS.items():

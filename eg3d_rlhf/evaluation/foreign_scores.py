@@ -474,9 +474,9 @@ def scores_under_changes(trial: Trial, generator: Generator, placement: Placemen
             coordinate + half_voxel * (shift_axis == axis)
             for shift_axis, coordinate in enumerate(placement.similarity.shift)
         )
-        shifted_place = replace(placement, similarity=replace(placement.similarity, shift=(x, y, z)))
+        shifted_placement = replace(placement, similarity=replace(placement.similarity, shift=(x, y, z)))
         scores_by_change[f"half a voxel {direction}"] = trial.measure_seeds(
-            Placed(generator, shifted_place), trial.seeds
+            Placed(generator, shifted_placement), trial.seeds
         ).scores
     lower_psi = score_options.psi * 5 / 7  # 0.5 for the default truncation 0.7
     return {

@@ -80,13 +80,13 @@ DEPTH_MEASURES = (  # computed by `measure_depth`
 def jobs(comparison: Comparison) -> list[Job]:
     """Return the jobs on views, surfaces and density. `depth_jobs` returns the job on depth."""
     latent_count = slow_latent_count(comparison)
-    plots = {"values": plot_values, "changes": plot_changes}
+    plot_by_name = {"values": plot_values, "changes": plot_changes}
     return [
         comparison.job(
             "view-consistency",
             "Do views of one shape agree?",
             view_consistency,
-            plots,
+            plot_by_name,
             ROLES,
             n=latent_count,
             views=VIEWS,
@@ -95,7 +95,7 @@ def jobs(comparison: Comparison) -> list[Job]:
             "surfaces",
             "Curvature, components, holes",
             surfaces,
-            plots,
+            plot_by_name,
             ROLES,
             n=latent_count,
             resolution=RESOLUTION,
@@ -234,7 +234,7 @@ def surface_values(
     level = generator.generator.level
     values_by_mesh: list[dict[str, float] | None] = []
     # A quarter of the batch size, since a grid has RESOLUTION^3 points per shape.
-    for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
+    for field in comparison.fields(generator, seeds, batch_size=max(1, comparison.batch // 4)):
         for sigma in field.density_grid(spec).cpu():
             # If no value or all values are above the level, there is no surface to extract.
             has_surface = float(sigma.min()) < level < float(sigma.max())
@@ -400,13 +400,13 @@ class DepthMaps(NamedTuple):
 
 def depth_jobs(comparison: Comparison) -> list[Job]:
     """Return a list with the job on frontal depth."""
-    plots = {"measures": plot_values, "mean-change": plot_change}
+    plot_by_name = {"measures": plot_values, "mean-change": plot_change}
     return [
         comparison.job(
             "canonical-depth",
             "Frontal depth: relief of the face",
             canonical_depth,
-            plots,
+            plot_by_name,
             ROLES,
             version=2,
             n=slow_latent_count(comparison),
@@ -557,7 +557,7 @@ def measure_depth(depth_maps_of_latents: DepthMaps, bounds: Bounds) -> dict[str,
                 rms_residual * bounds.side,
             )
         nose_depths, *cheek_depths = (
-            pixel_points[is_valid & _window(pixel_points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS)
+            pixel_points[is_valid & _window(pixel_points, window, bounds)][:, 2] for window in (NOSE, *CHEEKS)
         )
         if min(len(window_depths) for window_depths in (nose_depths, *cheek_depths)) >= MIN_PIXELS:
             values_by_measure["nose prominence"][latent_index] = np.quantile(nose_depths, 0.98) - np.mean(

@@ -79,7 +79,9 @@ def measure_heads(shapes: np.ndarray, ground_truth: np.ndarray) -> dict[str, np.
     is_back = back_of_head(grid_points(shapes.shape[1]))  # [n, n, n], bool
     return {
         **compared(shapes, ground_truth),
-        "utility": np.array([utility(*pair).total for pair in zip(shapes, ground_truth, strict=True)]),
+        "utility": np.array(
+            [utility(*shape_and_head).total for shape_and_head in zip(shapes, ground_truth, strict=True)]
+        ),
         "depth": np.stack([face_depth(shape_values) for shape_values in shapes]).astype(np.float32),
         "relief": np.stack([_relief(shape_values) for shape_values in shapes]).astype(np.float32),
         # one bit for each voxel at the back, since the store keeps these arrays of every arm
@@ -260,10 +262,13 @@ def compute_metrics(measurements_before: Measured, measurements_after: Measured)
         "intact_share": float((error_after <= DEFECTIVE).mean()),
         "changed": _mean(changed_share(measurements_before, measurements_after)),
         **{
-            f"{name}_defective": _mean(measure.values(measurements_after)[is_defective])
-            for name, measure in MEASURES.items()
+            f"{measure_name}_defective": _mean(measure.values(measurements_after)[is_defective])
+            for measure_name, measure in MEASURES.items()
         },
-        **{name: _mean(measure.values(measurements_after)) for name, measure in FRONT_MEASURES.items()},
+        **{
+            measure_name: _mean(measure.values(measurements_after))
+            for measure_name, measure in FRONT_MEASURES.items()
+        },
     }
 
 
@@ -298,10 +303,10 @@ def error_reduction_interval(measurements_before: Measured, errors_by_seed: np.n
     return [reduction_interval.lo, reduction_interval.hi]
 
 
-def _mean(values: np.ndarray) -> float | None:
+def _mean(metric_values: np.ndarray) -> float | None:
     """Return the mean, or None if there are no values, for example if no head is defective."""
     # JSON has no NaN.
-    return float(values.mean()) if values.size else None
+    return float(metric_values.mean()) if metric_values.size else None
 
 
 # Comparison of several networks, for example of ablations or of further training seeds.
@@ -339,8 +344,12 @@ def compare(
     reference_features = shape_features.of_grids(ground_truth) if shape_features else np.zeros((0, 0))
     measurements_before: Measured = {}
     path_by_name = {"before": None, **path_by_network}
-    for network_name, path in tqdm(path_by_name.items(), desc="networks", unit="network", leave=False):
-        shapes = sample_shapes(generator_before if path is None else load_generator(path).generator, seeds)
+    for network_name, network_path in tqdm(
+        path_by_name.items(), desc="networks", unit="network", leave=False
+    ):
+        shapes = sample_shapes(
+            generator_before if network_path is None else load_generator(network_path).generator, seeds
+        )
         measurements = measure_heads(shapes, ground_truth)
         # the network before tuning is the first of `path_by_name`
         measurements_before = measurements_before or measurements

@@ -290,9 +290,9 @@ def _describe_distances(
     for change_row in change_rows:
         # The distance before tuning is stated, since a change is only meaningful relative to it.
         row_before = next(
-            row
-            for row in distance_rows
-            if row["distance"] == change_row["distance"] and row["role"] == "before"
+            distance_row
+            for distance_row in distance_rows
+            if distance_row["distance"] == change_row["distance"] and distance_row["role"] == "before"
         )
         direction_text = (
             "farther from"
@@ -308,7 +308,11 @@ def _describe_distances(
         )
     # Precision and recall have intervals, but no paired test here.
     values_before, values_after = (
-        {row["measure"]: row["value"] for row in precision_recall_rows if row["role"] == role}
+        {
+            measure_row["measure"]: measure_row["value"]
+            for measure_row in precision_recall_rows
+            if measure_row["role"] == role
+        }
         for role in ("before", "after")
     )
     sentences += [
@@ -319,7 +323,7 @@ def _describe_distances(
     sentences.append(
         f"Precision and recall count the data within {radius_text}, at this number of images only."
     )
-    if not any(row["distance"] == "Fréchet" for row in distance_rows):
+    if not any(distance_row["distance"] == "Fréchet" for distance_row in distance_rows):
         sentences.append(
             f"No Fréchet distance: it needs more images than the {feature_count} features. Raise --images."
         )

@@ -50,7 +50,7 @@ def compute_column_means(value_matrix: np.ndarray) -> list[dict]:
 
     Returns: T dicts with the keys mean, lo and hi.
     """
-    return [bootstrap_mean_interval(column)._asdict() for column in value_matrix.T]
+    return [bootstrap_mean_interval(column_values)._asdict() for column_values in value_matrix.T]
 
 
 def compute_paired_changes(

@@ -343,10 +343,13 @@ def measure_networks(
             for part_name, part in parts_by_reward[reward_name].items()
             if (finished_artefact := part.artefact())
         }
-        seconds_by_part = {part_name: cost["seconds"] for part_name, cost in cost_by_part.items()}
+        seconds_by_part = {part_name: part_cost["seconds"] for part_name, part_cost in cost_by_part.items()}
         reward = load_reward(reward_path(report_folder, reward_name), "cpu")
         return record(
-            reward, tuning_metrics, seconds_by_part, max(cost["megabytes"] for cost in cost_by_part.values())
+            reward,
+            tuning_metrics,
+            seconds_by_part,
+            max(part_cost["megabytes"] for part_cost in cost_by_part.values()),
         )
 
     with tqdm(total=len(parts_by_reward), desc="effect of tuning", unit="reward") as bar:

@@ -100,9 +100,15 @@ def trajectories_job(comparison: Comparison) -> Job:
         role: {f"{kimg:g}": file_hash(snapshot_path) for kimg, snapshot_path in snapshots}
         for role, snapshots in snapshots_by_role.items()
     }
-    plots = {"trajectories": plot_trajectories, "slopes": plot_slopes}
+    plot_by_name = {"trajectories": plot_trajectories, "slopes": plot_slopes}
     return comparison.job(
-        job_key, job_title, trajectories, plots, ("before", "reward"), n=comparison.n, files=hashes_by_role
+        job_key,
+        job_title,
+        trajectories,
+        plot_by_name,
+        ("before", "reward"),
+        n=comparison.n,
+        files=hashes_by_role,
     )
 
 

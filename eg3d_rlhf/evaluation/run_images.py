@@ -156,8 +156,8 @@ def choose_latents(comparison: Comparison, latent_count: int = USUAL.shown) -> l
             .tolist()
         )
         comparison.memory[CHOSEN] = [
-            pool_seeds[ranked_indices[round(rank)]]
-            for rank in np.linspace(0, len(pool_seeds) - 1, latent_count)
+            pool_seeds[ranked_indices[round(selected_rank)]]
+            for selected_rank in np.linspace(0, len(pool_seeds) - 1, latent_count)
         ]
     return comparison.memory[CHOSEN]
 
@@ -352,10 +352,10 @@ def _clay(view: View, reduction_factor: int = SUPERSAMPLE) -> np.ndarray:
     return _cropped(to_uint8(shrink(paint(view), reduction_factor).cpu()))
 
 
-def _cropped(render: np.ndarray) -> np.ndarray:
+def _cropped(square_render: np.ndarray) -> np.ndarray:
     """Crop a square render to the part that CROP states, which leaves out empty margins."""
-    left, top, right, bottom = (round(share * len(render)) for share in CROP)  # pixels
-    return render[top:bottom, left:right]
+    left, top, right, bottom = (round(share * len(square_render)) for share in CROP)  # pixels
+    return square_render[top:bottom, left:right]
 
 
 def comparison_image(
@@ -652,17 +652,17 @@ def image_sheet(
     return np.concatenate(half_images, axis=1)
 
 
-def _enlarged(images: torch.Tensor) -> torch.Tensor:
+def _enlarged(image_batch: torch.Tensor) -> torch.Tensor:
     """Enlarge images [N, 3, R, R] by the smallest integer factor with which they have THUMB pixels per edge.
 
     Images that have as many pixels already are returned unchanged.
     """
     # -(-a // b) is a / b rounded up. Images that are large enough are not changed.
-    enlargement_factor = max(1, -(-THUMB // images.shape[-1]))
+    enlargement_factor = max(1, -(-THUMB // image_batch.shape[-1]))
     return (
-        torch.nn.functional.interpolate(images, scale_factor=enlargement_factor, mode="bicubic")
+        torch.nn.functional.interpolate(image_batch, scale_factor=enlargement_factor, mode="bicubic")
         if enlargement_factor > 1
-        else images
+        else image_batch
     )
 
 

@@ -101,7 +101,7 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
     recorded_settings = control_summary.get("settings") or version_0_1.options(
         json.loads(options_path.read_text())
     )
-    differences = control_differs(
+    difference_texts = control_differs(
         run_settings,
         {
             "kimg": control_summary["images"] / 1000,
@@ -110,13 +110,13 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
             **recorded_settings,
         },
     )
-    if differences:
+    if difference_texts:
         remedy_text = "Run the same command with --lambda-r=0, and pass its folder as --control."
         return {
             "control_delta_mean": None,
             # four differences are enough for a cell of the table
             "control_source": (
-                f"{summary_path.name} records a run with other settings: {'; '.join(differences[:4])}."
+                f"{summary_path.name} records a run with other settings: {'; '.join(difference_texts[:4])}."
                 f" {remedy_text}"
             ),
         }

@@ -87,8 +87,8 @@ class Part:
         since an earlier part may write a file that a flag names.
         """
         path_by_name = {
-            path.name: path
-            for path in (bundled.GENERATOR, bundled.REWARD, bundled.HELDOUT_REWARD, BUNDLED_LABELS)
+            file_path.name: file_path
+            for file_path in (bundled.GENERATOR, bundled.REWARD, bundled.HELDOUT_REWARD, BUNDLED_LABELS)
         }
         path_by_name |= {
             flag_or_file: Path(flag_value)
@@ -98,9 +98,9 @@ class Part:
         # The time of modification is a part of the cache's key, so that a file that has changed is hashed
         # again.
         return {
-            flag_or_file: _hash(path, path.stat().st_mtime_ns)
-            for flag_or_file, path in path_by_name.items()
-            if path.is_file()
+            flag_or_file: _hash(file_path, file_path.stat().st_mtime_ns)
+            for flag_or_file, file_path in path_by_name.items()
+            if file_path.is_file()
         }
 
     def inputs(self) -> dict:
@@ -212,10 +212,10 @@ class Part:
 
 
 @functools.lru_cache(maxsize=256)
-def _hash(path: Path, _modified: int) -> str:
+def _hash(file_path: Path, _modified: int) -> str:
     """Return the hash of a file. Its time of modification is only used as a part of the cache's key."""
     # All parts read the bundled generator and reward, which are thus hashed only once.
-    return file_hash(path)
+    return file_hash(file_path)
 
 
 def _python_command(command: Sequence[str]) -> list[str]:

@@ -430,8 +430,8 @@ def jobs(inversions: Inversions) -> list[Job]:
     def curves_finding(_folder: Path) -> Finding:
         stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
         curve_rows = [
-            {"stage": stage, "measure": measure_name, "step": step, "mean": mean_value}
-            for stage, points_by_measure in stage_curves.items()
+            {"stage": stage_name, "measure": measure_name, "step": step, "mean": mean_value}
+            for stage_name, points_by_measure in stage_curves.items()
             for measure_name, curve_points in points_by_measure.items()
             for step, mean_value in curve_points
         ]
@@ -545,10 +545,12 @@ def plot_steps(measure_name: str, finding_data: dict):
         measure_name: name of the measure.
     """
     figure, axes = style.figure(columns=2)
-    for stage, points_by_measure in finding_data["curves"].items():
+    for stage_name, points_by_measure in finding_data["curves"].items():
         curve_points = points_by_measure.get(measure_name, [])  # [] if this stage did not log the measure
         axis, line_name = (
-            (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
+            (axes[1], stage_name.removeprefix("pivot "))
+            if stage_name.startswith("pivot")
+            else (axes[0], stage_name)
         )
         axis.plot(
             [curve_point[0] for curve_point in curve_points],

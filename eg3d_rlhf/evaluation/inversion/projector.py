@@ -349,10 +349,13 @@ class Objective:
         blended_image = self.blend_outside_mask(image)
         # The mean over all pixels divided by their mean weight is the mean over the mask.
         mse = (blended_image - self.target.image).square().mean() / self.share
-        distance = self.perceptual.feature_distance(
+        perceptual_distance = self.perceptual.feature_distance(
             self.perceptual.features(blended_image), self.target_features
         )[0]
-        return self.config.lambda_mse * mse + distance, {"mse": mse, "perceptual": distance}
+        return self.config.lambda_mse * mse + perceptual_distance, {
+            "mse": mse,
+            "perceptual": perceptual_distance,
+        }
 
     def guidance_term(
         self, field: Field, step: int, reward_weight: float
