@@ -1,1 +1,3 @@
-"""Shared basics of all packages: command line, registries, seeds, statistics, Field, grids."""
+"""Shared basics of all packages: command line, registries, seeds, statistics, the `Field` interface and
+grids.
+"""

@@ -52,34 +52,36 @@ class HelpValues:
     A knob (`training.config.Knob`) describes the option of one field of a settings dataclass.
 
     Args:
-        resolved: settings dataclasses, and mappings from names of parameters or fields to values. If several
-            of them contain the same name, the first one counts. None if the values could not be determined,
-            for example because a file does not exist.
+        resolved_settings: settings dataclasses, and mappings from names of parameters or fields to values. If
+            several of them contain the same name, the first one counts. None if the values could not be
+            determined, for example because a file does not exist.
     """
 
-    def __init__(self, resolved: Iterable[object] | None) -> None:
-        self.unknown = resolved is None
+    def __init__(self, resolved_settings: Iterable[object] | None) -> None:
+        self.unknown = resolved_settings is None
         self._by_name: dict[str, Any] = {}
         # by id: knobs are not hashable by content, and one knob can belong to several dataclasses
         self._by_knob: dict[int, Any] = {}
-        for settings_or_mapping in resolved or ():
+        for settings_or_mapping in resolved_settings or ():
             if isinstance(settings_or_mapping, Mapping):
                 # Values that are already there come last and win: the first one given counts.
                 self._by_name = {**settings_or_mapping, **self._by_name}
             else:
                 self._add(settings_or_mapping)
 
-    def _add(self, settings: Any) -> None:
-        """Add the knobs of a settings dataclass, and of the dataclasses in its fields."""
-        for field in dataclasses.fields(settings):
-            field_value = getattr(settings, field.name)
+    def _add(self, settings_instance: Any) -> None:
+        """Store the values of the knobs of a settings dataclass, and of the dataclasses in its fields."""
+        for field in dataclasses.fields(settings_instance):
+            field_value = getattr(settings_instance, field.name)
             if dataclasses.is_dataclass(field_value):
                 self._add(field_value)
             elif "knob" in field.metadata:
                 self._by_knob.setdefault(id(field.metadata["knob"]), field_value)
 
     def lookup(self, option: "GroupedOption") -> tuple[bool, Any]:
-        """Return (True, value) for an option whose value is resolved, else (False, None)."""
+        """Return (True, value) if the value that the command will use for an option is known, else (False,
+        None).
+        """
         # The name of the parameter may differ from the name of the field; mappings may use either.
         for option_name in (option.name, option.field and option.field.name):
             if option_name in self._by_name:
@@ -92,7 +94,7 @@ VALUES = f"{__name__}.values"  # key of the HelpValues in click's Context.meta w
 ALL = f"{__name__}.all"  # key in click's Context.meta of a bool: True if --help-all was given
 
 
-def as_shown(value: object) -> str:
+def as_shown(default_value: object) -> str:
     """Format a default value for `--help`.
 
     Numbers get their shortest exact form, sequences are joined by commas, and paths of bundled files are
@@ -101,12 +103,12 @@ def as_shown(value: object) -> str:
     >>> as_shown(5.0), as_shown(1.2e-3), as_shown((0.7, 0.3))
     ('5', '0.0012', '0.7, 0.3')
     """
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(as_shown, value))
-    if isinstance(value, float):
+    if isinstance(default_value, (tuple, list)):
+        return ", ".join(map(as_shown, default_value))
+    if isinstance(default_value, float):
         # The short form, unless it would show another number than the one that is used.
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    value_text = str(value)
+        return f"{default_value:g}" if float(f"{default_value:g}") == default_value else repr(default_value)
+    value_text = str(default_value)
     return (
         value_text.removeprefix(f"{ASSETS.parent}/")
         if value_text.startswith(str(ASSETS))
@@ -197,26 +199,26 @@ def _print_version(ctx: click.Context, _: click.Parameter, is_requested: bool) -
         ctx.exit()
 
 
-def check_value(job: str, flag: str, value: str | Sequence[Any]) -> None:
+def check_value(command_words: str, flag: str, flag_value: str | Sequence[Any]) -> None:
     """Raise ValueError for a value whose name or meaning changed since version 0.1.
 
     Args:
-        job: words of the command, such as "report all".
+        command_words: words of the command, such as "report all".
         flag: name of the flag, for the message.
-        value: value of the flag, or all its values if it may be given several times.
+        flag_value: value of the flag, or all its values if it may be given several times.
     """
-    for single_value in (value,) if isinstance(value, str) else value:
+    for single_value in (flag_value,) if isinstance(flag_value, str) else flag_value:
         # Only texts were renamed.
         if not isinstance(single_value, str):
             continue
-        if (old_and_new_name := renamed.new_value(job, flag, single_value)) is not None:
+        if (old_and_new_name := renamed.new_value(command_words, flag, single_value)) is not None:
             old_name, new_name = old_and_new_name
             raise ValueError(
                 f"{flag}={single_value}: the value {old_name} was renamed to {new_name}. Write {new_name}"
                 " instead."
             )
         if flag == "--seeds":
-            renamed.check_seeds(job, single_value)
+            renamed.check_seeds(command_words, single_value)
 
 
 class GroupedCommand(click.Command):
@@ -229,9 +231,9 @@ class GroupedCommand(click.Command):
     file of --settings. The function of the command receives their values in the same way as values of flags.
     The file may also contain values of flags. `--help-all` lists the rare settings.
 
-    The attribute `resolved` is a function of the context, or None. It returns the values that the command
-    will use with the parameters that were given beside --help (see `HelpValues`). The help shows these values
-    as defaults.
+    The attribute `resolved` is None, or a function that takes click's context. With the parameters that were
+    given beside --help, it returns the values that the command would use (see `HelpValues`). The help shows
+    these values as defaults.
 
     Args: job: words of the command, such as "report all". They are the key of the command in the tables of
         `core.renamed`. Empty for a command without renamed flags.
@@ -274,8 +276,8 @@ class GroupedCommand(click.Command):
                     metavar="FILE.json",
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
-                        "Read settings of any kind from this JSON file. Flags take precedence over the file."
-                        " --dry-run prints all settings in the form of this file."
+                        "Read settings, with or without a flag, from this JSON file. Flags take precedence"
+                        " over the file. --dry-run prints all settings in the form of this file."
                     ),
                 ),
             ):
@@ -320,10 +322,10 @@ class GroupedCommand(click.Command):
     def _is_help_requested(self, ctx: click.Context, args: list[str]) -> bool:
         """Return True if the arguments contain --help or --help-all."""
         # The parser alone does not convert values or run callbacks.
-        parsed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta[ALL] = bool(parsed.get("help_all"))
+        value_by_parameter, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta[ALL] = bool(value_by_parameter.get("help_all"))
         help_option = self.get_help_option(ctx)
-        return ctx.meta[ALL] or help_option is not None and bool(parsed.get(help_option.name))
+        return ctx.meta[ALL] or help_option is not None and bool(value_by_parameter.get(help_option.name))
 
     def _reject_renamed(self, typed_flag: str) -> None:
         """Print the new name of an option that was renamed since version 0.1, and exit with code 2.
@@ -336,8 +338,7 @@ class GroupedCommand(click.Command):
         if (new_flag := renamed.new_flag(self.job, typed_flag, parameter_by_flag)) is not None:
             with user_errors():
                 raise ValueError(
-                    f"{typed_flag} is no option of this command; its name is {new_flag}. Write {new_flag}"
-                    " instead."
+                    f"{typed_flag} was renamed, so this command does not accept it. Write {new_flag} instead."
                 )
 
     def _reject_rare(self, error: click.NoSuchOption) -> None:
@@ -599,21 +600,21 @@ def user_errors(edit_message: Callable[[str], str] = str) -> Iterator[None]:
         sys.exit(2)
 
 
-def check_extra(extra: str) -> None:
+def check_extra(extra_name: str) -> None:
     """Raise ModuleNotFoundError if a package of an extra is not installed; `user_errors` reports it.
 
     A command calls this function before a long computation, which would otherwise fail at its end.
 
-    Args: extra: name of an optional dependency group of pyproject.toml, such as "label".
+    Args: extra_name: name of an optional dependency group of pyproject.toml, such as "label".
     """
     for package, package_extra in EXTRAS.items():
         # find_spec does not import the package
-        if package_extra == extra and importlib.util.find_spec(package) is None:
+        if package_extra == extra_name and importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
 
 
 def _is_output_closed() -> bool:
-    """Return True if the reader of our output has closed its pipe.
+    """Return True if stdout or stderr is a pipe whose reader has closed it.
 
     A BrokenPipeError can otherwise come from a pipe to a child process, which is an error to report.
     """
@@ -637,7 +638,7 @@ def parse_names(flag: str, flag_value: str, allowed_names: Iterable[str]) -> lis
     """
     # The argument may be an iterator, and it is used twice.
     allowed_names = list(allowed_names)
-    requested_names = {allowed_name.strip() for allowed_name in flag_value.split(",") if allowed_name.strip()}
+    requested_names = {requested_name.strip() for requested_name in flag_value.split(",")} - {""}
     if not requested_names or requested_names - set(allowed_names):
         raise ValueError(
             f"{flag}: expected one or more of {', '.join(allowed_names)}, separated by commas, got"
@@ -691,12 +692,13 @@ def prefix_errors(flag: str) -> Iterator[None]:
 
 
 def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs: Any) -> Decorator:
-    """Return a decorator that adds an option to a command. Other arguments are those of `click.option`.
+    """Return a decorator that adds an option to a command.
 
     Args:
         spellings: spellings of the option and name of the parameter, as for `click.option`.
         group: title of the group under which `--help` lists the option.
         rare: True for a setting without a flag, which only --help-all lists (see `GroupedCommand`).
+        kwargs: other arguments of `click.option`, such as `help`.
     """
     kwargs.setdefault("show_default", True)
     if not rare:
@@ -717,7 +719,7 @@ def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs
 
 def version_flag(command: Command, /) -> Command:
     """Add `--version` to a command."""
-    flag = option(
+    add_version_flag = option(
         "--version",
         is_flag=True,
         is_eager=True,
@@ -725,7 +727,7 @@ def version_flag(command: Command, /) -> Command:
         callback=_print_version,
         help="Show the version and exit.",
     )
-    return flag(command)
+    return add_version_flag(command)
 
 
 def combine_decorators(*decorators: Decorator) -> Decorator:
@@ -818,11 +820,14 @@ def options_from_settings(*settings_classes: type) -> Decorator:
 
 
 def aligned(cell_rows: Sequence[Sequence[str]]) -> str:
-    """Format rows of cells as text with aligned columns, one line per row."""
+    """Format rows of cells as text with aligned columns, one line per row.
+
+    Args: cell_rows: texts of the cells, with the same number of cells in every row.
+    """
     # Widest cell of each column.
-    widths = [max(map(len, column)) for column in zip(*cell_rows, strict=True)]
+    column_widths = [max(map(len, column)) for column in zip(*cell_rows, strict=True)]
     return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(cell_row, widths, strict=True)).rstrip()
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(cell_row, column_widths, strict=True)).rstrip()
         for cell_row in cell_rows
     )
 

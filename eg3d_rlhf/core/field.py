@@ -129,7 +129,7 @@ DEFAULT_OPTIONS = RenderOptions()  # every setting as the generator was trained
 
 
 class Rendering(NamedTuple):
-    """Renders of N shapes."""
+    """Images, depth and opacity of N rendered shapes."""
 
     image: torch.Tensor  # [N, 3, R, R] in (-1, 1), after super-resolution if the generator has one
     raw: torch.Tensor  # [N, 3, r, r] in (-1, 1), before super-resolution
@@ -185,8 +185,8 @@ class Field(Protocol):
         The coordinates z, y and x increase along D, H and W.
         """
         # [D, H, W, 3] -> [D H W, 3] -> [N, D H W] -> [N, D, H, W]
-        raw: torch.Tensor = self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
-        return raw
+        raw_density: torch.Tensor = self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
+        return raw_density
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """Return the colour [N, P, 3] in 0..1 at points in world units.
@@ -232,27 +232,27 @@ _SAMPLES_AT_ONCE = 1 << 20
 def march(
     field: Field,
     cameras: torch.Tensor,
-    options: RenderOptions = DEFAULT_OPTIONS,
+    render_options: RenderOptions = DEFAULT_OPTIONS,
     resolution: int = 64,
-    samples: int = 64,
+    sample_count: int = 64,
 ) -> Rendering:
     """Render any field by ray marching, with even steps through its bounds and without jitter.
 
-    Space outside the bounds is empty, and empty space is black. Differentiable in the parameters of
-    the field.
+    Space outside the bounds is empty, and empty space is black. The render is differentiable in the
+    parameters of the field.
 
     Args:
         field: shapes to render, [N].
         cameras: camera labels, [N, 25], or [1, 25] for one camera that all shapes share.
-        options: settings of the render.
+        render_options: settings of the render.
         resolution: pixels per edge if `options.resolution` is None.
-        samples: samples per ray if `options.samples` is None; `options.sample_mult` multiplies them.
+        sample_count: samples per ray if `options.samples` is None; `options.sample_mult` multiplies them.
     """
     cam2world, intrinsics = camera_model.unpack_label(cameras.expand(len(field), -1))
     # A field has no super-resolution, so the final image has the rendered resolution: R = r.
-    rendered_resolution = options.resolution or resolution
+    rendered_resolution = render_options.resolution or resolution
     # The marcher integrates over the intervals between samples, so it needs at least two samples.
-    samples = max(2, round((options.samples or samples) * options.sample_mult))
+    sample_count = max(2, round((render_options.samples or sample_count) * render_options.sample_mult))
     origins, directions = camera_model.RaySampler()(cam2world, intrinsics, rendered_resolution)  # [N, M, 3]
     # [N, M, 1] each. `ray_limits_box` takes a cube about the origin, so the rays are shifted first.
     near, far = camera_model.ray_limits_box(
@@ -261,13 +261,14 @@ def march(
     rays = torch.cat([origins, directions, near, far], dim=-1)  # [N, M, 8]
     # The rays are split into chunks, which bounds the memory of one pass. The gradient checkpoint frees the
     # samples of a chunk after its forward pass and computes them again in the backward pass.
-    chunks = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * samples)), dim=1)
-    if len(chunks) > 1 and torch.is_grad_enabled():
+    ray_chunks = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * sample_count)), dim=1)
+    if len(ray_chunks) > 1 and torch.is_grad_enabled():
         chunk_results = [
-            checkpoint(_march_rays, field, chunk, samples, use_reentrant=False) for chunk in chunks
+            checkpoint(_march_rays, field, ray_chunk, sample_count, use_reentrant=False)
+            for ray_chunk in ray_chunks
         ]
     else:
-        chunk_results = [_march_rays(field, chunk, samples) for chunk in chunks]
+        chunk_results = [_march_rays(field, ray_chunk, sample_count) for ray_chunk in ray_chunks]
     # `chunk_results` holds (colour, depth, opacity) of each chunk. zip(*...) groups the chunks of each of the
     # three. [N, M, C] -> [N, C, M] -> [N, C, r, r] for colour (C = 3), depth and opacity (C = 1)
     rgb, depth, opacity = (
@@ -284,7 +285,7 @@ def march(
 
 
 def _march_rays(
-    field: Field, rays: torch.Tensor, samples: int
+    field: Field, rays: torch.Tensor, sample_count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """March along rays. Return their colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1].
 
@@ -292,28 +293,28 @@ def _march_rays(
         field: shapes to render, [N].
         rays: rays [N, M, 8]. The entries of a ray are its origin (3), its direction (3), its near limit and
             its far limit, in world units.
-        samples: number of samples on each ray.
+        sample_count: number of samples on each ray.
     """
     origins = rays[..., :3]  # [N, M, 3]
     directions = rays[..., 3:6]  # [N, M, 3]
     near = rays[..., 6:7]  # [N, M, 1]
     far = rays[..., 7:]  # [N, M, 1]
-    depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
+    depths = (near + torch.linspace(0, 1, sample_count).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
     # Positions of all samples of a shape, on one axis, as `Field.density` expects them.
     sample_positions = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
     # A field that can decode density and colour together saves one pass of its decoder.
-    raw, colour = (
+    raw_density, colour = (
         field.decode(sample_positions)
         if isinstance(field, DecodedField)
         else (field.density(sample_positions), field.colour(sample_positions))
     )
     # [N, M, S]. The samples of a ray that misses the bounds count as empty space.
-    raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)
+    raw_density = torch.where(far > near, raw_density.unflatten(1, depths.shape[1:3]), EMPTY)
     # `symmetric` would mirror the density at the plane x = 0; a field is used as it is. The empty dict holds
     # rendering options, of which this call needs none.
     marcher = MipRayMarcher2(symmetric=False)
     rgb, depth, interval_weights = marcher(
-        colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {}
+        colour.unflatten(1, depths.shape[1:3]), raw_density.unsqueeze(-1), depths, {}
     )
     return rgb, depth, interval_weights.sum(dim=2)
 
@@ -337,7 +338,10 @@ def fixed_draws(seed: int = 0) -> Iterator[None]:
 
 @torch.no_grad()
 def render_each(
-    field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = DEFAULT_OPTIONS, seed: int = 0
+    field: Field,
+    cameras: Iterable[torch.Tensor],
+    render_options: RenderOptions = DEFAULT_OPTIONS,
+    seed: int = 0,
 ) -> list[Rendering]:
     """Render a field from several cameras, and use the same random numbers for each of them.
 
@@ -346,7 +350,7 @@ def render_each(
     Args:
         field: shapes to render, [N].
         cameras: camera labels, each [N, 25] or [1, 25].
-        options: settings of the renders.
+        render_options: settings of the renders.
         seed: seed of the random numbers.
     Returns: one rendering for each camera.
     """
@@ -354,5 +358,5 @@ def render_each(
     # One camera at a time, so that each render consumes the same random numbers.
     for camera in cameras:
         with fixed_draws(seed):
-            renderings.append(field.render(camera, options))
+            renderings.append(field.render(camera, render_options))
     return renderings

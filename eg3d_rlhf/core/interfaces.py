@@ -7,8 +7,8 @@ number of noises, P of patches and F of faces of a patch.
 Notation of DDPM (Ho, Jain and Abbeel 2020, equation 4): the time t is an integer in 0..999, x is a clean
 latent, e is Gaussian noise, and the noisy latent is x_t = a x + s e with a = sqrt(alphas_cumprod[t]) and
 s = sqrt(1 - alphas_cumprod[t]). Classifier-free guidance with scale g predicts the noise e(null) + g (e(text)
-- e(null)), so g = 1 is the conditional prediction alone (Ho and Salimans 2022, in the convention
-of diffusers).
+- e(null)), so g = 1 is the conditional prediction alone (Ho and Salimans 2022, in the convention of
+diffusers).
 """
 
 from dataclasses import dataclass, field
@@ -131,8 +131,8 @@ class MeshReward(Protocol):
 class GuidanceOutput:
     """Result of one step of a guidance (distillation method). All tensors are detached.
 
-    The fields from `scores` to `one_sided` are None for methods that do not compare several noises
-    by a reward.
+    The fields from `scores` to `one_sided` are None for methods that do not compare several noises by a
+    reward.
     """
 
     grad: torch.Tensor  # gradient with respect to the prior's latents, [B, C, H, W], unreduced
@@ -159,10 +159,10 @@ class Guidance(Protocol):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Compute the gradient of one step. `gradients.distillation_loss` turns it into a loss.
+        """Compute the gradient of one optimisation step. `gradients.distillation_loss` turns it into a loss.
 
         Args:
-            x: latents of the rendered views, [B, C, H, W]. They need no graph.
+            x: latents of the rendered views, [B, C, H, W]. They need no autograd graph.
             t: times [B], integers in 0..999.
             prompts: one text for each image.
             cameras: camera poses [B, 16], flattened 4 x 4 matrices, or None for a prior without cameras.
@@ -182,54 +182,55 @@ class Guidance(Protocol):
 SLACK = 1e-3  # images may exceed 0..1 by this much, because of rounding in a renderer
 
 
-def check_views(images: int, views: int, who: str = "--prior") -> None:
-    """Raise ValueError unless the images form complete sets of `views` views.
+def check_views(image_count: int, view_count: int, message_start: str = "--prior") -> None:
+    """Raise ValueError unless the images form complete sets of `view_count` views.
 
     Args:
-        images: number of images.
-        views: number of views of one asset.
-        who: start of the message, such as the flag of the model.
+        image_count: number of images.
+        view_count: number of views of one asset.
+        message_start: start of the message, such as the flag of the model.
     """
-    if images < 1 or images % views:
+    if image_count < 1 or image_count % view_count:
         raise ValueError(
-            f"{who}: expected a multiple of {views} images (the views of one asset), got {images}. Set"
-            f" views={views} or a multiple of it."
+            f"{message_start}: expected a multiple of {view_count} images (the views of one asset), got"
+            f" {image_count}. Pass complete sets of {view_count} views. In score distillation, set the"
+            f" number of views with --set views={view_count}."
         )
 
 
-def check_images(images: torch.Tensor, who: str) -> None:
+def check_images(images: torch.Tensor, message_start: str) -> None:
     """Raise ValueError unless images have the shape [B, 3, h, w] and finite values within 0..1.
 
-    Args: images: images of any shape; who: start of the message, such as the flag of the model.
+    Args: images: images of any shape; message_start: start of the message, such as the flag of the model.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"{who}: expected images of shape [B, 3, h, w], got {list(images.shape)}. Pass a batch of images"
-            " with three colour channels."
+            f"{message_start}: expected images of shape [B, 3, h, w], got {list(images.shape)}. Pass a batch"
+            " of images with three colour channels."
         )
     # `aminmax` needs one pass over the tensor. Detached, because checks must not enter the graph.
     lowest_value, highest_value = (float(extreme) for extreme in images.detach().aminmax())
     # A comparison with NaN is False, so NaN is rejected too
     if not (lowest_value >= -SLACK and highest_value <= 1 + SLACK):
         raise ValueError(
-            f"{who}: expected images within 0..1, got {lowest_value:.3g}..{highest_value:.3g}. Scale images"
-            " of 0..255 or -1..1 to 0..1."
+            f"{message_start}: expected images within 0..1, got {lowest_value:.3g}..{highest_value:.3g}."
+            " Scale images of 0..255 or -1..1 to 0..1."
         )
 
 
-def check_finite(tensor: torch.Tensor, who: str, remedy: str) -> None:
+def check_finite(tensor: torch.Tensor, message_start: str, remedy: str) -> None:
     """Raise ValueError if a tensor contains NaN or infinity.
 
     Args:
         tensor: tensor of any shape.
-        who: start of the message, such as the flag of the model.
+        message_start: start of the message, such as the flag of the model.
         remedy: sentence that ends the message and says what the user can do.
     """
     nonfinite_count = int((~torch.isfinite(tensor.detach())).sum())
     if nonfinite_count:
         raise ValueError(
-            f"{who}: expected finite numbers, got NaN or infinity in {nonfinite_count} of {tensor.numel()}"
-            f" values. {remedy}"
+            f"{message_start}: expected finite numbers, got NaN or infinity in {nonfinite_count} of"
+            f" {tensor.numel()} values. {remedy}"
         )
 
 
@@ -281,7 +282,7 @@ class CheckedPrior:
         if tuple(x_t.shape[1:]) != tuple(self.latent_shape):
             raise ValueError(
                 f"--prior: expected latents of shape [B, {', '.join(map(str, self.latent_shape))}], got"
-                f" {list(x_t.shape)}. Encode images with this prior."
+                f" {list(x_t.shape)}. Pass latents that `encode` of this prior returned."
             )
         if set(count_by_input.values()) != {len(x_t)}:
             given_counts = ", ".join(f"{count} {input_name}" for input_name, count in count_by_input.items())
@@ -291,7 +292,7 @@ class CheckedPrior:
             )
         return self._finite(self.prior.predict_noise(x_t, t, cond, cameras), "predict_noise")
 
-    def _finite(self, tensor: torch.Tensor, method: str) -> torch.Tensor:
+    def _finite(self, tensor: torch.Tensor, method_name: str) -> torch.Tensor:
         """Return a result of the prior, or raise ValueError, which names the method, if it is not finite."""
-        check_finite(tensor, f"--prior: {method}", self.remedy)
+        check_finite(tensor, f"--prior: {method_name}", self.remedy)
         return tensor

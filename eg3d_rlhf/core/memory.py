@@ -206,24 +206,30 @@ class MemoryTrace(TorchDispatchMode):
         self.current_bytes -= self._sizes.pop(storage_address, 0)
 
 
-def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+def flops_of(
+    operator_packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operator_result: Any
+) -> int:
     """Count the multiplications and additions of one operator call, as torch.utils.flop_counter does.
 
     The fused attention operators of the CPU, which torch's table does not contain, are counted, too.
     Operators outside the table, such as additions, count as 0.
 
     Args:
-        op: overload packet of the operator, for example torch.ops.aten.mm.
+        operator_packet: overload packet of the operator, for example torch.ops.aten.mm.
         args, kwargs: arguments of the call.
-        result: result of the call.
+        operator_result: result of the call.
     """
-    if op is ATTENTION:
+    if operator_packet is ATTENTION:
         # The first three arguments are query, key and value.
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
-    if op is ATTENTION_BACK:
+    if operator_packet is ATTENTION_BACK:
         # The first four arguments are the output's gradient, query, key and value.
         return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
-    return int(flop_registry[op](*args, **kwargs, out_val=result)) if op in flop_registry else 0
+    return (
+        int(flop_registry[operator_packet](*args, **kwargs, out_val=operator_result))
+        if operator_packet in flop_registry
+        else 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +251,8 @@ class Costs:
 
         The weights of the two jobs are in memory at the same time. Their stages run one after another.
 
-        Args: other: costs of the second job. Where both jobs have a name, the second job's value is used.
+        Args: other: costs of the second job. If both jobs have a network or a stage of the same name, the
+            second job's value is used.
         """
         return Costs(weights=self.weights | other.weights, stages=self.stages | other.stages)
 

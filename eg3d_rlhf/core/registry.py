@@ -97,13 +97,13 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
         self._module_table = dict(module_table)
         self._entries = dict[str, Thing]()
 
-    def add(self, name: str, thing: Thing) -> Thing:
+    def add(self, entry_name: str, new_entry: Thing) -> Thing:
         """Add an entry and return it. An existing entry with the same name is replaced."""
-        self._entries[name] = thing
-        return thing
+        self._entries[entry_name] = new_entry
+        return new_entry
 
     def __getitem__(self, name: object) -> Thing:
-        """Return an entry.
+        """Return the entry with a name, and import the module or the plugins that add it if necessary.
 
         Raises: ValueError, which lists the existing names, for an unknown name.
         """

@@ -135,19 +135,19 @@ FILES = {
 }
 
 
-def new_flag(job: str, typed: str, flags_of_command: Mapping[str, object]) -> str | None:
+def new_flag(command_words: str, typed_flag: str, flags_of_command: Mapping[str, object]) -> str | None:
     """Return the new name of a flag that a command does not have, or None if the flag was not renamed.
 
     A command has either --out (a file) or --outdir (a folder). If the flag is the other one of the two, the
     function returns the one that the command has.
 
     Args:
-        job: words of the command, such as "report all".
-        typed: the flag as it was typed, or "--set NAME" for a setting without a flag.
+        command_words: words of the command, such as "report all".
+        typed_flag: the flag as it was typed, or "--set NAME" for a setting without a flag.
         flags_of_command: flags that the command has, as keys.
     """
-    new_name_by_old = FLAGS.get(job, {})
-    bare_name = typed.removeprefix("--set ").lstrip("-")
+    new_name_by_old = FLAGS.get(command_words, {})
+    bare_name = typed_flag.removeprefix("--set ").lstrip("-")
     # The user may have typed a flag for a setting without a flag, or the reverse: both forms are looked up.
     for spelling in (f"--{bare_name.replace('_', '-')}", f"--set {bare_name.replace('-', '_')}"):
         if spelling in new_name_by_old:
@@ -156,30 +156,30 @@ def new_flag(job: str, typed: str, flags_of_command: Mapping[str, object]) -> st
     return counterpart if counterpart in flags_of_command else None
 
 
-def new_value(job: str, flag: str, value: str) -> tuple[str, str] | None:
+def new_value(command_words: str, flag: str, flag_value: str) -> tuple[str, str] | None:
     """Return (old name, new name) for the first renamed name in a value, or None if it contains none.
 
     Args:
-        job: words of the command, such as "report all".
+        command_words: words of the command, such as "report all".
         flag: flag, or "--set NAME" for a setting without a flag.
-        value: text of the value; it may be a comma-separated list of names.
+        flag_value: text of the value; it may be a comma-separated list of names.
     """
-    new_name_by_old = VALUES.get((job, flag), {})
-    for element in value.split(","):
-        old_name = element.strip()
+    new_name_by_old = VALUES.get((command_words, flag), {})
+    for list_element in flag_value.split(","):
+        old_name = list_element.strip()
         if old_name in new_name_by_old:
             return old_name, new_name_by_old[old_name]
     return None
 
 
-def check_seeds(job: str, seeds_value: str) -> None:
+def check_seeds(command_words: str, seeds_value: str) -> None:
     """Raise ValueError for --seeds with a single number above 0, whose meaning changed since version 0.1.
 
     In version 0.1 the number was the number of trainings. It would now be a single training seed.
 
-    Args: job: words of the command; seeds_value: value of --seeds.
+    Args: command_words: words of the command; seeds_value: value of --seeds.
     """
-    if job in COUNTED and seeds_value.strip().isdecimal() and int(seeds_value) > 0:
+    if command_words in COUNTED and seeds_value.strip().isdecimal() and int(seeds_value) > 0:
         training_count = int(seeds_value)
         # The message shows at most three seeds. A comma after a single seed marks a list.
         list_ending = "," if training_count == 1 else ",..." if training_count > 3 else ""

@@ -34,18 +34,21 @@ class HeldOut:
         """Return all seeds of the range without any shift."""
         return range(self.first, self.first + self.count)
 
-    def take(self, n: int, move: int = 0) -> range:
-        """Return the first n seeds of the range, shifted by move * STRIDE.
+    def take(self, n: int, shift_count: int = 0) -> range:
+        """Return the first n seeds of the range, shifted by `shift_count` * STRIDE.
 
         Raises: ValueError if the range has fewer than n seeds.
+        Args:
+            n: number of seeds.
+            shift_count: number of strides by which the range is shifted; a report passes its --seed.
         """
         if n > self.count:
             raise ValueError(
-                f"held-out range {self.name}: it has {self.count:,} seeds, but {n:,} were requested. Request"
-                f" at most {self.count:,}."
+                f"The held-out range {self.name!r} has {self.count:,} seeds, but {n:,} were requested."
+                f" Request at most {self.count:,}."
             )
-        start = self.first + STRIDE * move
-        return range(start, start + n)
+        first_seed = self.first + STRIDE * shift_count
+        return range(first_seed, first_seed + n)
 
 
 LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", shifted=True)
@@ -113,10 +116,10 @@ HELD_OUT = (
 )
 
 
-def reject_held_out_seeds(seeds: Iterable[int], who: str) -> None:
+def reject_held_out_seeds(seeds: Iterable[int], message_start: str) -> None:
     """Raise ValueError, which names the first held-out seed, if any seed is held out.
 
-    Args: seeds: latent seeds; who: start of the message, such as a flag.
+    Args: seeds: latent seeds; message_start: start of the message, such as a flag.
     """
     for seed in seeds:
         # The ranges do not overlap, so the first match is the only one.
@@ -127,6 +130,6 @@ def reject_held_out_seeds(seeds: Iterable[int], who: str) -> None:
                 reserved_seeds = held_out_range.take(held_out_range.count, shift_count)
                 range_name = held_out_range.name + (f" of --seed={shift_count}" if shift_count else "")
                 raise ValueError(
-                    f"{who}: seed {seed} is held out for evaluation (range {range_name},"
+                    f"{message_start}: seed {seed} is held out for evaluation (range {range_name},"
                     f" {reserved_seeds[0]} to {reserved_seeds[-1]}). Choose seeds outside this range."
                 )

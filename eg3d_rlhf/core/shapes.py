@@ -16,22 +16,23 @@ from collections.abc import Sequence
 import torch
 
 
-def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], what_to_do: str) -> None:
+def check_shape(caller_name: str, tensor: torch.Tensor, pattern: Sequence[int | str], remedy: str) -> None:
     """Raise ValueError unless `tensor` has the shape `pattern`.
 
     Args:
-        who: name of the calling function and its argument, for example "RewardModel.score(slab)".
+        caller_name: name of the calling function and its argument, for example "RewardModel.score(slab)".
         tensor: the tensor to check.
         pattern: one element for each axis. An int is the exact size. A letter of the list above allows any
             size >= 1, but equal letters need equal sizes.
-        what_to_do: sentence that ends the message and says what the user can do.
+        remedy: sentence that ends the message and says what the user can do.
     Raises: ValueError if the object is no tensor, has another number of axes, or has another size on an axis.
     """
     # For the message, e.g. [N, 1, 128, 141, 129].
     expected_shape = "[" + ", ".join(str(axis) for axis in pattern) + "]"
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(
-            f"{who}: expected a tensor of shape {expected_shape}, got {type(tensor).__name__}. {what_to_do}"
+            f"{caller_name}: expected a tensor of shape {expected_shape}, got {type(tensor).__name__}."
+            f" {remedy}"
         )
     given_shape = list(tensor.shape)
     size_of_letter: dict[str, int] = {}
@@ -42,4 +43,4 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
         required_size = axis if isinstance(axis, int) else size_of_letter.setdefault(axis, axis_size)
         is_match = is_match and axis_size >= 1 and axis_size == required_size
     if not is_match:
-        raise ValueError(f"{who}: expected shape {expected_shape}, got {given_shape}. {what_to_do}")
+        raise ValueError(f"{caller_name}: expected shape {expected_shape}, got {given_shape}. {remedy}")

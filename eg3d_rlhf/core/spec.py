@@ -28,11 +28,11 @@ _LATER = {"lattice", "centre"}
 class SlabSpec:
     """A box of grid points inside the scene cube.
 
-    The scene cube has the edge length `box_warp` and the centre `centre`. It contains `resolution` points
-    per axis, and the outermost points lie on its faces: along an axis, point i lies at (i/(resolution - 1)
-    - 1/2) * box_warp from the centre. `int(fraction * resolution)` points are cropped from each face. The
-    default is the slab of arXiv 2606.27305: indices x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) =
-    (129, 141, 128).
+    The scene cube has the edge length `box_warp` and the centre `centre`. It contains `resolution` points per
+    axis, and the outermost points lie on its faces: along an axis, point i lies at (i/(resolution - 1) - 1/2)
+    * box_warp from the centre. At each face, int(f * resolution) layers of points are cropped, where f is the
+    fraction of that face in `crop`. The default is the slab of arXiv 2606.27305: indices x 64:192, y 64:205,
+    z 102:231 of 256, so (D, H, W) = (129, 141, 128).
 
     `lattice="skewed"` gives the points that the published reward was trained on. The helper function of its
     authors computes indices by division without rounding down. The point with the index (i, j, k) therefore
@@ -107,7 +107,8 @@ class SlabSpec:
 
     @classmethod
     def cube(cls, resolution: int, box_warp: float = 1.0) -> "SlabSpec":
-        """Return a grid of the uncropped scene cube. Meshes and the density-consistency term use such grids.
+        """Return a grid over the uncropped scene cube. Meshes and the density-consistency term use such
+        grids.
 
         Args: resolution: points per axis, >= 2; box_warp: edge length of the cube, world units.
         """
@@ -134,7 +135,9 @@ class SlabSpec:
 
     @property
     def index_ranges(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Ranges (start, stop) of indices into the uncropped cube for x, y and z. `stop` is exclusive."""
+        """Return the ranges (start, stop) of indices into the uncropped cube for x, y and z. `stop` is
+        exclusive.
+        """
         # int() rounds down, as the paper's slab does: int(0.20 * 256) = 51 and int(0.10 * 256) = 25.
         x_low, x_high, y_low, y_high, z_low, z_high = (
             int(fraction * self.resolution) for fraction in self.crop
@@ -146,13 +149,13 @@ class SlabSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Numbers of points (D, H, W) along z, y and x."""
+        """Return the numbers of grid points (D, H, W) along z, y and x."""
         width, height, depth = (stop - start for start, stop in self.index_ranges)
         return depth, height, width
 
     @property
     def voxel(self) -> float:
-        """Distance between neighbouring grid points, world units."""
+        """Return the distance between neighbouring grid points, in world units."""
         return self.box_warp / (self.resolution - 1)
 
     def axes(self) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
@@ -200,7 +203,7 @@ class SlabSpec:
         return index_coordinates * self.voxel - self.box_warp / 2 + torch.tensor(self.centre)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values.
+        """Return the fields as a dict of JSON values by the field's name.
 
         `lattice` and `centre` are omitted if they have their default values.
         """
@@ -213,10 +216,11 @@ class SlabSpec:
 
     @classmethod
     def from_dict(cls, value_by_field: Mapping[str, Any]) -> "SlabSpec":
-        """Return the spec whose fields `to_dict` returned.
+        """Create the spec from the dict that `to_dict` returned.
 
-        Raises: ValueError if a field is missing, unknown or out of range. No default replaces a missing
-            spec_field: the reward would then score another grid than the one that it was trained on.
+        Raises: ValueError if a field is missing, unknown or out of range. A missing field gets no default,
+            because the reward would then score another grid than the one that it was trained on. Only
+            `lattice` and `centre` may be missing.
         """
         # Older descriptions lack the fields of _LATER, so these may be missing.
         field_names = {spec_field.name for spec_field in fields(cls)}

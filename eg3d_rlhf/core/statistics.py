@@ -44,36 +44,41 @@ class MeanInterval(NamedTuple):
     hi: float
 
 
-def _check_counts(who: str, successes: float, n: int) -> None:
-    """Raise ValueError unless 0 <= successes <= n. `who` is the name of the calling function."""
+def _check_counts(caller_name: str, successes: float, n: int) -> None:
+    """Raise ValueError unless 0 <= successes <= n. `caller_name` is the name of the calling function."""
     if n < 0 or successes < 0 or successes > n:
         raise ValueError(
-            f"{who}: expected 0 <= successes <= n, got successes={successes}, n={n}. Pass the number of"
-            " successes and the number of trials."
+            f"{caller_name}: expected 0 <= successes <= n, got successes={successes}, n={n}. Pass the number"
+            " of successes and the number of trials."
         )
 
 
-def _check_fraction(who: str, name: str, value: float) -> None:
-    """Raise ValueError unless 0 < value < 1. `who` names the calling function, `name` its argument."""
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"{who}: expected {name} strictly between 0 and 1, got {value}. Pass 0.95 for 95 %.")
+def _check_fraction(caller_name: str, argument_name: str, argument_value: float) -> None:
+    """Raise ValueError unless 0 < value < 1. `caller_name` names the calling function, `argument_name` its
+    argument.
+    """
+    if not 0.0 < argument_value < 1.0:
+        raise ValueError(
+            f"{caller_name}: expected {argument_name} strictly between 0 and 1, got {argument_value}. Pass"
+            " 0.95 for 95 %."
+        )
 
 
-def _finite_vector(who: str, values: ArrayLike) -> np.ndarray:
+def _finite_vector(caller_name: str, values: ArrayLike) -> np.ndarray:
     """Return values as a float64 vector [N].
 
-    Raises: ValueError, which begins with `who`, if there is no value or a value is not finite.
+    Raises: ValueError, which begins with `caller_name`, if there is no value or a value is not finite.
     """
-    array = np.asarray(values, dtype=np.float64).reshape(-1)  # [N]
-    if array.size == 0:
-        raise ValueError(f"{who}: expected at least one value, got an empty sample. Add values.")
-    nonfinite_count = int((~np.isfinite(array)).sum())
+    value_vector = np.asarray(values, dtype=np.float64).reshape(-1)  # [N]
+    if value_vector.size == 0:
+        raise ValueError(f"{caller_name}: expected at least one value, got an empty sample. Add values.")
+    nonfinite_count = int((~np.isfinite(value_vector)).sum())
     if nonfinite_count:
         raise ValueError(
-            f"{who}: expected finite values, got NaN or infinity in {nonfinite_count} of {array.size}. Remove"
-            " these values first."
+            f"{caller_name}: expected finite values, got NaN or infinity in {nonfinite_count} of"
+            f" {value_vector.size}. Remove these values first."
         )
-    return array
+    return value_vector
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
@@ -157,11 +162,11 @@ def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:
 
 
 def bootstrap_mean_interval(
-    values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: ArrayLike, confidence: float = 0.95, resample_count: int = 10_000, seed: int = 0
 ) -> MeanInterval:
     """Compute the percentile bootstrap interval of the mean (Efron 1979).
 
-    The function draws N of the N values with replacement, `resamples` times, and returns quantiles of
+    The function draws N of the N values with replacement, `resample_count` times, and returns quantiles of
     the means.
 
     The interval is too narrow for small samples. For normal values a 95 % interval contains the mean in about
@@ -171,25 +176,25 @@ def bootstrap_mean_interval(
     Args:
         values: finite values [N] in any unit.
         confidence: level of the interval, in (0, 1).
-        resamples: number of resamples, >= 100.
+        resample_count: number of resamples, >= 100.
         seed: seed of the resampling.
     Returns: (mean, lo, hi) in the unit of `values`. A single value gives an interval of zero width.
     Raises: ValueError for an empty or non-finite sample, or an argument outside its range.
     """
     sample = _finite_vector("bootstrap_mean_interval", values)
     _check_fraction("bootstrap_mean_interval", "confidence", confidence)
-    if resamples < 100:
+    if resample_count < 100:
         raise ValueError(
-            f"bootstrap_mean_interval: expected resamples >= 100, got {resamples}. Use at least 100, because"
-            " the ends of the interval are quantiles in the tails."
+            f"bootstrap_mean_interval: expected resamples >= 100, got {resample_count}. Use at least 100,"
+            " because the ends of the interval are quantiles in the tails."
         )
     rng = np.random.default_rng(seed)
     # Several resamples at once form the rows of an array. The random numbers have the same order for any
     # number of rows.
     rows_at_once = max(1, _BOOTSTRAP_CELLS // sample.size)
     means_of_chunks = []
-    for first_resample in range(0, resamples, rows_at_once):
-        row_count = min(rows_at_once, resamples - first_resample)
+    for first_resample in range(0, resample_count, rows_at_once):
+        row_count = min(rows_at_once, resample_count - first_resample)
         resampled_indices = rng.integers(0, sample.size, size=(row_count, sample.size))
         means_of_chunks.append(sample[resampled_indices].mean(axis=1))  # [rows, N] -> [rows]
     resampled_means = np.concatenate(means_of_chunks)  # [resamples]
@@ -228,10 +233,10 @@ def t_mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval
 
 def two_way_interval(
     statistic: Callable[[np.ndarray, np.ndarray], float],
-    rows: int,
-    columns: int,
+    row_count: int,
+    column_count: int,
     confidence: float = 0.95,
-    resamples: int = 2000,
+    resample_count: int = 2000,
     seed: int = 0,
 ) -> Interval:
     """Compute a percentile interval of a statistic of a table whose rows and columns are both samples.
@@ -243,16 +248,17 @@ def two_way_interval(
     Args:
         statistic: function of two index arrays, the resampled rows [rows] and columns [columns], that returns
             the statistic of the resampled table.
-        rows: number of rows of the table.
-        columns: number of columns of the table.
+        row_count: number of rows of the table.
+        column_count: number of columns of the table.
         confidence: level of the interval, in (0, 1).
-        resamples: number of resamples.
+        resample_count: number of resamples.
         seed: seed of the resampling.
     Returns: (lo, hi) in the unit of the statistic.
     """
     rng = np.random.default_rng(seed)
     statistics = [
-        statistic(rng.integers(0, rows, rows), rng.integers(0, columns, columns)) for _ in range(resamples)
+        statistic(rng.integers(0, row_count, row_count), rng.integers(0, column_count, column_count))
+        for _ in range(resample_count)
     ]
     lo, hi = np.quantile(statistics, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(float(lo), float(hi))
@@ -306,8 +312,8 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: 
     Returns: (mean, lo, hi) in the unit of `values`.
     Raises: ValueError for fewer than two clusters, or for different numbers of values and cluster names.
     """
-    mean, residual_sums, degrees_of_freedom = _clustered_sums("clustered_mean", values, clusters)
-    residuals = np.asarray(values, dtype=np.float64) - mean
+    mean_value, residual_sums, degrees_of_freedom = _clustered_sums("clustered_mean", values, clusters)
+    residuals = np.asarray(values, dtype=np.float64) - mean_value
     # As in `clustered_rate`: the larger of the variance of independent values and the cluster-robust one.
     variance = (
         max(float((residuals**2).sum()), float((residual_sums**2).sum()))
@@ -317,26 +323,26 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: 
     )
     # Student's quantile times the cluster-robust standard error.
     half_width = float(stdtrit(degrees_of_freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
-    return MeanInterval(mean, mean - half_width, mean + half_width)
+    return MeanInterval(mean_value, mean_value - half_width, mean_value + half_width)
 
 
 def _clustered_sums(
-    who: str, values: ArrayLike, clusters: Sequence[Hashable]
+    caller_name: str, values: ArrayLike, clusters: Sequence[Hashable]
 ) -> tuple[float, np.ndarray, int]:
     """Return the mean, the sum of (value - mean) of each cluster [C], and the degrees of freedom C - 1."""
-    sample = _finite_vector(who, values)
+    sample = _finite_vector(caller_name, values)
     # [N]: index of each value's cluster in the sorted list of clusters
     _, cluster_indices = np.unique(np.asarray(clusters), return_inverse=True)
     cluster_count = int(cluster_indices.max()) + 1
     if cluster_indices.size != sample.size:
         raise ValueError(
-            f"{who}: expected one cluster name for each value, got {sample.size} values and"
+            f"{caller_name}: expected one cluster name for each value, got {sample.size} values and"
             f" {cluster_indices.size} names. Pass both in the same order."
         )
     if cluster_count < 2:
         raise ValueError(
-            f"{who}: expected values of at least two clusters, got one cluster. Add another cluster, because"
-            " the interval is computed from the spread between clusters."
+            f"{caller_name}: expected values of at least two clusters, got one cluster. Add another cluster,"
+            " because the interval is computed from the spread between clusters."
         )
     residual_sums = np.bincount(cluster_indices, sample - sample.mean())
     return float(sample.mean()), residual_sums, cluster_count - 1
@@ -365,7 +371,7 @@ class PairedSummary(NamedTuple):
 
 
 def paired_summary(
-    before: ArrayLike, after: ArrayLike, confidence: float = 0.95, seed: int = 0, resamples: int = 10_000
+    before: ArrayLike, after: ArrayLike, confidence: float = 0.95, seed: int = 0, resample_count: int = 10_000
 ) -> PairedSummary:
     """Summarise the differences `after - before` of paired samples.
 
@@ -377,7 +383,7 @@ def paired_summary(
         after: finite values [N] of the same items in the same order.
         confidence: level of the intervals, in (0, 1).
         seed: seed of the bootstrap.
-        resamples: number of resamples of the bootstrap, >= 100.
+        resample_count: number of resamples of the bootstrap, >= 100.
     Raises: ValueError if the lengths differ, there is no item, or a value is not finite.
     """
     values_before = _finite_vector("paired_summary", before)
@@ -389,7 +395,7 @@ def paired_summary(
         )
     differences = values_after - values_before  # [N]
     # Differences, not values, are resampled, which keeps pairs together.
-    mean_interval = bootstrap_mean_interval(differences, confidence, resamples, seed)
+    mean_interval = bootstrap_mean_interval(differences, confidence, resample_count, seed)
     positive_count = int((differences > 0).sum())
     negative_count = int((differences < 0).sum())
     positive_rate = wilson_interval(positive_count, differences.size, confidence)
@@ -422,11 +428,11 @@ class Line(NamedTuple):
     n: int  # number of points
 
 
-def _pair(who: str, x: ArrayLike, y: ArrayLike, smallest_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y as float64 vectors [N].
+def _pair(caller_name: str, x: ArrayLike, y: ArrayLike, smallest_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Check x and y, and return both as float64 vectors [N].
 
     Args:
-        who: name of the calling function, which begins the message.
+        caller_name: name of the calling function, which begins the message.
         x, y: values of the same items.
         smallest_size: smallest allowed N.
     Raises: ValueError if the lengths differ or are smaller than `smallest_size`, or if a value is not finite.
@@ -435,14 +441,14 @@ def _pair(who: str, x: ArrayLike, y: ArrayLike, smallest_size: int) -> tuple[np.
     y_vector = np.asarray(y, dtype=np.float64).reshape(-1)
     if x_vector.size != y_vector.size or x_vector.size < smallest_size:
         raise ValueError(
-            f"{who}: expected at least {smallest_size} pairs of x and y, got {x_vector.size} values of x and"
-            f" {y_vector.size} of y. Pass one value of each for every item."
+            f"{caller_name}: expected as many values of x as of y, and at least {smallest_size} of each, got"
+            f" {x_vector.size} values of x and {y_vector.size} of y. Pass one x and one y for every item."
         )
     nonfinite_count = int((~(np.isfinite(x_vector) & np.isfinite(y_vector))).sum())
     if nonfinite_count:
         raise ValueError(
-            f"{who}: expected finite values, got NaN or infinity in {nonfinite_count} of {x_vector.size}"
-            " pairs. Remove these pairs first."
+            f"{caller_name}: expected finite values, got NaN or infinity in {nonfinite_count} of"
+            f" {x_vector.size} pairs. Remove these pairs first."
         )
     return x_vector, y_vector
 
@@ -501,12 +507,12 @@ def slopes(times: ArrayLike, values: ArrayLike) -> np.ndarray:
         )
     if time_vector.size < 2 or time_vector.min() == time_vector.max():
         raise ValueError(
-            f"slopes: expected at least two distinct times, got {time_vector.tolist()}. Name snapshots of at"
+            f"slopes: expected at least two distinct times, got {time_vector.tolist()}. Pass values of at"
             " least two different times."
         )
     centred_times = time_vector - time_vector.mean()
-    rates: np.ndarray = value_matrix @ centred_times / (centred_times @ centred_times)
-    return rates
+    item_slopes: np.ndarray = value_matrix @ centred_times / (centred_times @ centred_times)
+    return item_slopes
 
 
 def spearman(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> MeanInterval:

@@ -1,1 +1,3 @@
-"""Evaluation of generators: each module makes parts of a report from one `Comparison` of networks."""
+"""Evaluation of generators and rewards. Each module computes one report, or a section of the evaluation
+report.
+"""

@@ -49,7 +49,7 @@ def best_of_n_chances(latent_count: int, n: int) -> np.ndarray:
     ascending order is C(i - 1, n - 1) / C(N, n).
 
     Args:
-        latent_count: N.
+        latent_count: number of latents, N.
         n: number of latents from which the best is selected.
     """
     # The binomials themselves would overflow. The probabilities of ranks i - 1 and i have the ratio
@@ -63,9 +63,10 @@ def best_of_n_chances(latent_count: int, n: int) -> np.ndarray:
 def expected_best(
     reward_scores: np.ndarray, evaluator_scores: np.ndarray, n_values: Sequence[int]
 ) -> np.ndarray:
-    """Compute the expected score by the evaluator of the best of n latents by the reward, for several n.
+    """Compute the evaluator's expected score for the latent that the reward ranks best among n, for several
+    n.
 
-    The expectation is exact over all subsets of n latents.
+    The expectation is exact: it is over all subsets of n of the N latents.
 
     Args:
         reward_scores: scores by the reward, [N].
@@ -101,25 +102,25 @@ def sort_by_reward(reward_scores: np.ndarray, evaluator_scores: np.ndarray) -> t
 
 
 def kl_divergence(n_values: Sequence[int]) -> np.ndarray:
-    """Compute the KL divergence in nats of the best of n from a single sample.
+    """Compute the KL divergence, in nats, of the distribution of the best of n from that of single samples.
 
-    Args: n_values: values of n.
-    Returns: [T].
+    Args: n_values: T values of n, each >= 1.
+    Returns: KL divergences, [T].
     """
     n = np.asarray(n_values, dtype=np.float64)  # [T]
     return np.log(n) - (n - 1) / n
 
 
-def fit(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
+def fit(distances: np.ndarray, gains: np.ndarray) -> np.ndarray:
     """Fit gain = d (alpha - beta d) by least squares.
 
     Args:
-        distance: d, [T].
-        gain: gains by the evaluator, [..., T].
+        distances: values of d, the square root of the KL divergence, [T].
+        gains: gains by the evaluator, [..., T].
 
     Returns: array [..., 2], whose last axis holds alpha and beta.
     """
-    return gain @ np.linalg.pinv(np.stack([distance, -(distance**2)], axis=1)).T
+    return gains @ np.linalg.pinv(np.stack([distances, -(distances**2)], axis=1)).T
 
 
 def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
@@ -135,7 +136,8 @@ def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
 def number_at(distance: float) -> float:
     """Return the n for which the best of n has the distance d = sqrt(KL) from a single sample.
 
-    Args: distance: d.
+    Args: distance: d, >= 0.
+    Returns: n, which need not be an integer.
     """
     # KL = d^2 is solved for log n by a root search. KL increases with n from 0 at n = 1, and exceeds d^2
     # where log n is d^2 + 2.
@@ -153,12 +155,13 @@ def resample_best(
     n_values: Sequence[int],
     latent_counts_by_resample: np.ndarray,
 ) -> np.ndarray:
-    """Compute `expected_best` for resamples of the latents.
+    """Compute the evaluator's expected score for the best of n, as `expected_best` does, for resamples of the
+    latents.
 
     Args:
         reward_scores: scores by the reward, [N].
         evaluator_scores: scores by the evaluator, [N].
-        n_values: values of n.
+        n_values: T values of n.
         latent_counts_by_resample: how often each resample contains each latent, [B, N].
 
     Returns: expected scores by the evaluator, [B, T].
@@ -225,7 +228,9 @@ class Trial:
         return BEST_OF_N.take(self.n, self.seed)
 
     def networks(self) -> dict[str, str]:
-        """Return the hashes of the generator, the rewards and the evaluator."""
+        """Return the SHA-256 of the generator, the rewards and the evaluator, by "generator", the reward's
+        name and "evaluator".
+        """
         # the simulated annotator has no file
         evaluator_hash = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
         return {
@@ -308,7 +313,12 @@ def _join(
 
 @torch.no_grad()
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
-    """Score every latent by all arms that a network scores, and by the evaluator, in one pass."""
+    """Compute the scores of every latent by the arms that are networks, and by the evaluator, in one pass.
+
+    An arm is a scoring rule that is tested. The arms that are computed from other scores follow in `curves`.
+
+    Args: quiet: True hides the progress bar.
+    """
     generator = trial.generator.generator
     rewards_by_arm, _ = arms(trial)  # aggregates follow from the members' scores
     scores_by_arm: dict[str, list[float]] = {arm_name: [] for arm_name in rewards_by_arm}
@@ -338,7 +348,7 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
             bar.update(len(ws_batch))
     scores_by_column = {**scores_by_arm, "evaluator": evaluator_scores}  # one column per arm
     table_rows = [
-        {"seed": seed, **{arm_name: column[i] for arm_name, column in scores_by_column.items()}}
+        {"seed": seed, **{arm_name: column_scores[i] for arm_name, column_scores in scores_by_column.items()}}
         for i, seed in enumerate(trial.seeds)
     ]
     return Finding(
@@ -347,15 +357,17 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
 
 
 def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
-    """Compute the curve of every arm with its interval, fit and peak, and compare aggregates to members.
+    """Compute, for every arm, how the evaluator's gain depends on n (the curve), with its interval, fit and
+    peak.
+
+    The aggregates of an ensemble are also compared with its members.
 
     Args: scores_finding: finding of `score`.
     """
     rewards_by_arm, join_by_arm = arms(trial)
     # name -> [N]
     scores_by_reward = {
-        arm_name: np.asarray(scores_by_arm)
-        for arm_name, scores_by_arm in scores_finding.data["scores"].items()
+        arm_name: np.asarray(arm_scores) for arm_name, arm_scores in scores_finding.data["scores"].items()
     }
     scores_by_arm = {
         **scores_by_reward,
@@ -388,8 +400,8 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
         )
         gain_lows, gain_highs = np.quantile(resampled_gains, [0.025, 0.975], axis=0)  # [T] each
         gain_steps = [
-            dict(zip(("mean", "lo", "hi"), map(float, step), strict=True))
-            for step in zip(gains, gain_lows, gain_highs, strict=True)
+            dict(zip(("mean", "lo", "hi"), map(float, gain_with_bounds), strict=True))
+            for gain_with_bounds in zip(gains, gain_lows, gain_highs, strict=True)
         ]
         curve_by_arm[arm_name] = {
             "steps": gain_steps,
@@ -431,9 +443,9 @@ def curves(trial: Trial, scores_finding: Finding, _folder: Path) -> Finding:
     )
 
 
-def _finite(value: float) -> float | None:
+def _finite(number: float) -> float | None:
     """Return the value as a float, or None if it is not finite, since JSON has no infinity."""
-    return float(value) if np.isfinite(value) else None
+    return float(number) if np.isfinite(number) else None
 
 
 def _compare_to_members(
@@ -444,21 +456,26 @@ def _compare_to_members(
     The best member is selected by the evaluator itself, so the comparison favours this member.
 
     Args:
-        last_gain_by_arm: gain at the largest n, and the resampled gains [B].
+        last_gain_by_arm: for each arm its gain at the largest n, and the same gain in each resample, [B].
         rewards_by_arm: arms that a network scores.
-        join_by_arm: aggregates.
+        join_by_arm: aggregates by name; only the names are used.
     """
     comparison_rows = []
     for aggregate_name in join_by_arm if rewards_by_arm else ():
         # The text before ": " names the ensemble, so these are the members of the same ensemble.
         name_prefix = aggregate_name.rpartition(": ")[0]
-        members = [
+        ensemble_members = [
             member
             for member in rewards_by_arm
             if member.rpartition(": ")[0] == name_prefix and "member" in member
         ]
-        best_member = max(members, key=lambda member: last_gain_by_arm[member][0])  # by the evaluator
-        for reference_name, compared_members in (("best member", [best_member]), ("mean member", members)):
+        best_member = max(
+            ensemble_members, key=lambda member: last_gain_by_arm[member][0]
+        )  # by the evaluator
+        for reference_name, compared_members in (
+            ("best member", [best_member]),
+            ("mean member", ensemble_members),
+        ):
             gain_difference = last_gain_by_arm[aggregate_name][0] - np.mean(
                 [last_gain_by_arm[member][0] for member in compared_members]
             )
@@ -481,7 +498,10 @@ def _compare_to_members(
 
 
 def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
-    """Describe each arm's gain and peak, and the evaluator, in sentences."""
+    """Describe each arm's gain and peak, and the evaluator, in sentences.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     largest_n = finding_data["numbers"][-1]
     sentences = []
     largest_distance = np.sqrt(finding_data["kl"][-1])  # d at the largest n
@@ -526,9 +546,12 @@ def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
 
 
 def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Job]]:
-    """Return the job that scores the latents, and a function from its finding to the job of the curves.
+    """Return the job that scores the latents, and a function that takes its finding and returns the job of
+    the curves.
 
     The first job takes almost all of the time, so its result is stored separately.
+
+    Args: quiet: True hides the progress bar of the first job.
     """
     evaluator_kind = "annotator" if trial.evaluator is None else "reward"
     network_inputs = {"networks": trial.networks(), "evaluator": evaluator_kind}
@@ -546,12 +569,12 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
         inputs=scores_inputs,
     )
 
-    def make_curves_job(scores: Finding) -> Job:
+    def make_curves_job(scores_finding: Finding) -> Job:
         """Return the job of the curves, computed from the scores."""
         return Job(
             key=CURVES,
             title="Best of n: the evaluator's value of the selected latents",
-            compute=partial(curves, trial, scores),
+            compute=partial(curves, trial, scores_finding),
             plots={"evaluator": plot_evaluator, "reward": plot_reward, "peaks": plot_peaks},
             inputs={**scores_inputs, "most": trial.most},
         )
@@ -560,7 +583,10 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
 
 
 def _colours(finding_data: Mapping) -> dict[str, str]:
-    """Return the colour of each arm: grey for members of ensembles, a colour of the cycle for other arms."""
+    """Return the colour of each arm: grey for members of ensembles, a colour of the cycle for other arms.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     coloured_arms = [arm_name for arm_name, arm in finding_data["arms"].items() if "member" not in arm_name]
     return {
         arm_name: style.CYCLE[coloured_arms.index(arm_name) % len(style.CYCLE)]
@@ -581,14 +607,17 @@ KL = "KL = log n - (n - 1)/n (nats)"
     title="Gain by the evaluator",
 )
 def plot_evaluator(axes, finding_data: dict):
-    """Plot the evaluator's gain over KL: points and fitted curves, with the interval if there is one arm."""
+    """Plot the evaluator's gain over KL: points and fitted curves, with the interval if there is one arm.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     is_single_arm = len(finding_data["arms"]) == 1  # one arm: its band can be shown
     kl_values = np.asarray(finding_data["kl"])  # [T], nats
     colour_by_arm = _colours(finding_data)
     fine_kl_values = np.linspace(0, kl_values[-1], 200)  # KL of the fitted curve
     for arm_name, arm_curve in finding_data["arms"].items():
         # Members are thin lines without a fit.
-        mean_gains = [step["mean"] for step in arm_curve["steps"]]
+        mean_gains = [gain_step["mean"] for gain_step in arm_curve["steps"]]
         if "member" in arm_name:
             axes.plot(
                 kl_values, mean_gains, "-", color=colour_by_arm[arm_name], linewidth=0.8, label=arm_name
@@ -622,7 +651,10 @@ def plot_evaluator(axes, finding_data: dict):
     title="Gain by the reward itself",
 )
 def plot_reward(axes, finding_data: dict):
-    """Plot the gain of every arm by its own reward over KL."""
+    """Plot the gain of every arm by its own reward over KL.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     for arm_name, colour in _colours(finding_data).items():
         axes.plot(
             finding_data["kl"],
@@ -634,7 +666,10 @@ def plot_reward(axes, finding_data: dict):
 
 
 def plot_peaks(finding_data: dict):
-    """Plot the position of each fit's peak, and the evaluator's gain at the largest n."""
+    """Plot the position of each fit's peak, and the evaluator's gain at the largest n.
+
+    Args: finding_data: data of the finding of `curves`.
+    """
     arm_names = list(finding_data["arms"])
     colour_by_arm = _colours(finding_data)
     figure, (peak_axis, gain_axis) = style.figure(columns=2, size=(9.4, 0.32 * len(arm_names) + 1.2))
@@ -680,24 +715,24 @@ def plot_peaks(finding_data: dict):
     return figure
 
 
-def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
+def load_trial(before_path, rewards, heldout_path, dataset, device, **trial_fields) -> Trial:
     """Load the networks that the flags name.
 
     Args:
-        before: file or run folder of the generator; None selects the bundled generator.
+        before_path: file or run folder of the generator; None selects the bundled generator.
         rewards: files of rewards, or names of observations. A name of an observation selects an untrained
             reward of this observation. If the sequence is empty, the bundled reward is tested.
-        heldout_reward: file of the reward that is the evaluator. If it is None, the simulated annotator is
+        heldout_path: file of the reward that is the evaluator. If it is None, the simulated annotator is
             the evaluator.
-        data: dataset of the generator; None selects the dataset that the generator's run recorded.
+        dataset: dataset of the generator; None selects the dataset that the generator's run recorded.
         device: name of the device, on which the networks are loaded.
-        sampling: further fields of `Trial`.
+        trial_fields: further fields of `Trial`.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
     torch_device = choose_device(device)  # the networks' device
     with prefix_errors("--before"):
-        generator = load_generator(before, torch_device)
+        generator = load_generator(before_path, torch_device)
     # A reward that is named twice is tested once.
     reward_paths = dict.fromkeys(rewards or [bundled.REWARD])
     name_by_path = {
@@ -709,11 +744,13 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         name_by_path = {path: str(path) for path in reward_paths}
 
     def load(reward_path: Path, flag: str):
-        """Return a reward, and the hash of its file or a description.
+        """Load a reward, and return it with the SHA-256 of its file.
 
         If `reward_path` is the name of an observation and no such file exists, the reward is an untrained one
-        of this observation, and the second value describes it.
-        Args: flag: flag that named the path, for messages.
+        of this observation, and the second value is a description such as "untrained sigma".
+        Args:
+            reward_path: file of the reward, or name of an observation.
+            flag: flag that named the path, for messages.
         """
         if (observation_kind := str(reward_path)) in OBSERVATIONS and not reward_path.exists():
             with prefix_errors(flag):
@@ -725,12 +762,12 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(reward_path)
 
-    if heldout_reward is None and not annotator_can_score(generator, data):
+    if heldout_path is None and not annotator_can_score(generator, dataset):
         raise ValueError(
             "--heldout-reward is missing. Without it the simulated annotator is the evaluator, which can"
             " score synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."
         )
-    loaded_evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
+    loaded_evaluator = None if heldout_path is None else load(heldout_path, "--heldout-reward")
     loaded_rewards = {name_by_path[path]: load(path, "--reward-ckpt") for path in reward_paths}
     # An evaluator that is among the tested rewards would agree with itself.
     if loaded_evaluator is not None and any(
@@ -738,14 +775,16 @@ def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Tri
         for tested_reward, digest in loaded_rewards.values()
     ):
         raise ValueError(
-            f"--heldout-reward={heldout_reward} is a tested reward, or a member of one, so it would agree"
-            " with it. Pass a reward that was trained on other labels."
+            f"--heldout-reward={heldout_path} is one of the tested rewards, or a member of one, so its"
+            " errors would not be independent of theirs. Pass a reward that was trained on other labels."
         )
-    return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **sampling)
+    return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **trial_fields)
 
 
 def write(trial: Trial, page_folder: Path) -> Finding:
-    """Score the latents, compute the curves, and write <out>/index.html; return the finding of the curves."""
+    """Score the latents, compute the curves, and write index.html into `page_folder`. Return the finding of
+    the curves.
+    """
     scores_job, make_curves_job = jobs(trial)
     curves_job = make_curves_job(pages.run([scores_job], page_folder)[SCORES])
     finding_by_key = pages.run([curves_job], page_folder, quiet=True)

@@ -33,7 +33,7 @@ from training.storage import read_meta
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Sampling):
-    """Loaded networks and settings that all parts of a report share."""
+    """Loaded networks and settings of a report, which all of its sections share."""
 
     before: LoadedGenerator
     after: LoadedGenerator  # the tuned generator
@@ -85,21 +85,24 @@ class Comparison(Sampling):
         """
         return snapshots({"after": self.run, "control": self.control_run}[role])
 
-    def load(self, path: Path) -> LoadedGenerator:
+    def load(self, network_path: Path) -> LoadedGenerator:
         """Load a network file onto the comparison's device."""
-        return load_generator(path, self.device)
+        return load_generator(network_path, self.device)
 
-    def seeds(self, n: int | None = None, of: HeldOut = LATENTS) -> range:
+    def seeds(self, n: int | None = None, held_out_range: HeldOut = LATENTS) -> range:
         """Return the first `n` seeds of a held-out range, shifted by --seed.
 
         Args:
             n: number of seeds; None selects self.n.
-            of: held-out range from which the seeds are taken.
+            held_out_range: held-out range from which the seeds are taken.
         """
-        return of.take(self.n if n is None else n, self.seed)
+        return held_out_range.take(self.n if n is None else n, self.seed)
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
-        """Compute ws [N, L, W] of seeds. Args: psi: truncation; None selects self.psi."""
+        """Compute the latents ws [N, L, W] of seeds.
+
+        Args: psi: truncation; None selects self.psi.
+        """
         return ws_of_seeds(generator.generator, list(seeds), truncation_psi=self.psi if psi is None else psi)
 
     def fields(
@@ -107,19 +110,19 @@ class Comparison(Sampling):
         generator: LoadedGenerator,
         seeds: Sequence[int],
         psi: float | None = None,
-        batch: int | None = None,
+        batch_size: int | None = None,
     ) -> Iterator[Field]:
         """Yield the shapes of seeds, several in a field.
 
         Args:
             psi: truncation; None selects self.psi.
-            batch: largest number of shapes in a field; None selects self.batch.
+            batch_size: largest number of shapes in a field; None selects self.batch.
         """
-        for ws in self.ws(generator, seeds, psi).split(batch or self.batch):
+        for ws in self.ws(generator, seeds, psi).split(batch_size or self.batch):
             # `no_grad` must not enclose the yield, else the caller's code would run without gradients, too.
             with torch.no_grad():
-                shapes = generator.generator.field(ws)
-            yield shapes
+                field = generator.generator.field(ws)
+            yield field
 
     @torch.no_grad()
     def observed(self, generator: LoadedGenerator, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -135,11 +138,11 @@ class Comparison(Sampling):
         psi: float | None = None,
         held_out: bool = False,
     ) -> torch.Tensor:
-        """Return scores [N] of seeds, on the CPU. They are computed once and cached.
+        """Compute the rewards [N] of the shapes of seeds, on the CPU. They are computed once and cached.
 
         Args:
             psi: truncation; None selects self.psi.
-            held_out: score by the held-out reward instead of the tuning reward.
+            held_out: True: score by the held-out reward. False: score by the tuning reward.
 
         Raises: ValueError if `held_out` is True and there is no held-out reward.
         """
@@ -152,22 +155,24 @@ class Comparison(Sampling):
         requested_key = (self.held_out_hash if held_out else self.reward_hash, *sample_key)
         if requested_key not in self.memory:
             # Both rewards are scored in one pass, so that each shape is generated once.
-            rewards = {self.reward_hash: self.reward} | (
+            reward_by_hash = {self.reward_hash: self.reward} | (
                 {} if self.held_out is None else {self.held_out_hash: self.held_out}
             )
-            parts_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
+            batches_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in reward_by_hash}
             for field in self.fields(generator, seeds, psi):
                 # An input that both rewards read is computed once.
-                observed: dict[Observation, torch.Tensor] = {}
-                for digest, reward in rewards.items():
+                input_by_observation: dict[Observation, torch.Tensor] = {}
+                for digest, reward in reward_by_hash.items():
                     observation = reward.observation
-                    if observation not in observed:
-                        observed[observation] = observation.observe(field)
-                    parts_by_reward[digest].append(reward.score_observed(observed[observation]).cpu())
+                    if observation not in input_by_observation:
+                        input_by_observation[observation] = observation.observe(field)
+                    batches_by_reward[digest].append(
+                        reward.score_observed(input_by_observation[observation]).cpu()
+                    )
             self.memory.update(
                 {
                     (digest, *sample_key): torch.cat(score_batches)
-                    for digest, score_batches in parts_by_reward.items()
+                    for digest, score_batches in batches_by_reward.items()
                 }
             )
         return self.memory[requested_key]
@@ -208,7 +213,7 @@ class Comparison(Sampling):
         }
 
     def resolved(self) -> dict:
-        """Return the networks and settings that will be used as JSON values, for --dry-run."""
+        """Return, as JSON values for --dry-run, the networks and settings that will be used."""
         file_by_role = {
             role: {"file": str(generator.path), "hash": generator.hash}
             for role, generator in self.generators().items()
@@ -256,7 +261,11 @@ class Comparison(Sampling):
         )
 
     def absent(self, key: str, title: str, reason: str) -> Job:
-        """Return the job of a section without results, which shows the reason and how to get the results."""
+        """Return the job of a section without results.
+
+        Args: reason: sentences that the section shows instead of results: why they are missing, and how to
+            get them.
+        """
         # `compute` ignores the folder, since there is nothing to compute.
         empty_finding = Finding(
             facts=Facts(n=0, networks=self.networks()), data={"absent": reason}, says=[reason]
@@ -277,26 +286,28 @@ def load_comparison(sources: Sources) -> Comparison:
     """
     with prefix_errors("--before"):
         before_path = find_network(sources.before)
-    run = _find_run(sources, before_path)
+    run_folder = _find_run(sources, before_path)
     with prefix_errors("--after" if sources.after is not None else "--run"):
         # A named file wins over the run's newest snapshot.
-        after_path = find_network(sources.after or run)
-    control_path = sources.control or newest_control(sources.runs_folder, run)  # None if there is no control
+        after_path = find_network(sources.after or run_folder)
+    control_path = sources.control or newest_control(
+        sources.runs_folder, run_folder
+    )  # None if there is no control
     generator_by_role: dict[str, Any] = {}  # role -> loaded generator
-    for role, path in (("before", before_path), ("after", after_path), ("control", control_path)):
-        if path is not None:
+    for role, network_path in (("before", before_path), ("after", after_path), ("control", control_path)):
+        if network_path is not None:
             with prefix_errors(f"--{role}"):
-                generator_by_role[role] = load_generator(path, sources.device)
+                generator_by_role[role] = load_generator(network_path, sources.device)
                 # Checked at once, so that networks which do not fit fail before the rewards are loaded.
                 _check_pair(generator_by_role["before"], generator_by_role[role])
-    before = generator_by_role["before"]  # the reference of all checks
-    reward_path = _reward_path(sources, run, before)
+    generator_before = generator_by_role["before"]  # the reference of all checks
+    reward_path = _reward_path(sources, run_folder, generator_before)
     with prefix_errors("--reward-ckpt"):
         reward = load_reward(reward_path, sources.device)
-    check_reward(reward, before.generator, "--reward-ckpt")
-    heldout_reward, heldout_hash = _load_held_out(sources, run, reward_path)
+    check_reward(reward, generator_before.generator, "--reward-ckpt")
+    heldout_reward, heldout_hash = _load_held_out(sources, run_folder, reward_path)
     if heldout_reward is not None:
-        check_reward(heldout_reward, before.generator, "--heldout-reward")
+        check_reward(heldout_reward, generator_before.generator, "--heldout-reward")
     for flag, torchscript_file in (
         ("--lpips", sources.lpips),
         ("--identity", sources.identity),
@@ -306,11 +317,11 @@ def load_comparison(sources: Sources) -> Comparison:
             raise ValueError(
                 f"{flag}: the file {torchscript_file} does not exist. Pass the path of an existing file."
             )
-    run_settings = settings_of(run)  # {} without a run
+    run_settings = settings_of(run_folder)  # {} without a run
     recorded_data = run_settings.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
     return Comparison(
         **generator_by_role,
-        run=run,
+        run=run_folder,
         control_run=_find_run_folder(control_path),
         reward=reward,
         reward_hash=file_hash(reward_path),
@@ -322,17 +333,17 @@ def load_comparison(sources: Sources) -> Comparison:
     )
 
 
-def _find_run_folder(path: Path | None) -> Path | None:
+def _find_run_folder(named_path: Path | None) -> Path | None:
     """Return the run folder that a path names, or in which a named file lies.
 
-    Args: path: run folder or network file that the user named; None if the user named nothing.
-    Returns: the folder, or None if `path` is None or names a file outside a run folder.
+    Args: named_path: run folder or network file that the user named; None if the user named nothing.
+    Returns: the folder, or None if `named_path` is None or names a file outside a run folder.
     """
-    if path is None:
+    if named_path is None:
         return None
-    folder = path if path.is_dir() else path.parent
+    folder = named_path if named_path.is_dir() else named_path.parent
     # A folder is accepted as it is; the parent of a file counts only if it records the settings of a run.
-    return folder if settings_of(folder) or path.is_dir() else None
+    return folder if settings_of(folder) or named_path.is_dir() else None
 
 
 def _find_run(sources: Sources, before_path: Path) -> Path | None:
@@ -350,13 +361,13 @@ def _find_run(sources: Sources, before_path: Path) -> Path | None:
     if sources.after is not None:
         return _find_run_folder(sources.after)
     # read one after the other, until a run fits
-    runs_with_settings = ((run, recorded(run)) for run in _runs(sources.runs_folder))
+    runs_with_settings = ((run_folder, recorded(run_folder)) for run_folder in _runs(sources.runs_folder))
     init_hash = file_hash(before_path)  # a run records the hash of the network that it began from
     newest_run = next(
         # lambda_r = 0 is a control, not a tuning run.
         (
-            run
-            for run, run_settings in runs_with_settings
+            run_folder
+            for run_folder, run_settings in runs_with_settings
             if run_settings["lambda_r"] > 0 and run_settings.get("hashes", {}).get("init") == init_hash
         ),
         None,
@@ -387,20 +398,20 @@ def _check_pair(generator_before: LoadedGenerator, compared_generator: LoadedGen
         }
         for generator in (generator_before.generator, compared_generator.generator)
     )
-    differences = [
+    difference_texts = [
         f"the {property_name} is {compared_properties[property_name]} instead of {property_value}"
         for property_name, property_value in properties_before.items()
         if compared_properties[property_name] != property_value
     ]
-    if differences:
+    if difference_texts:
         raise ValueError(
             f"{compared_generator.path.name} cannot be compared with the generator before tuning,"
-            f" {generator_before.path.name}: {'; '.join(differences)}. Pass a network that was tuned from the"
-            " generator before tuning."
+            f" {generator_before.path.name}: {'; '.join(difference_texts)}. Pass a network that was tuned"
+            f" from {generator_before.path.name}."
         )
 
 
-def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGenerator) -> Path:
+def _reward_path(sources: Sources, run_folder: Path | None, generator_before: LoadedGenerator) -> Path:
     """Return the file of the tuning reward.
 
     It is the file of --reward-ckpt if given, else the file that the run recorded. If the run recorded no
@@ -409,7 +420,7 @@ def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGen
     """
     if sources.reward_ckpt is not None:
         return sources.reward_ckpt
-    run_settings = settings_of(run)
+    run_settings = settings_of(run_folder)
     recorded_path = run_settings.get("reward_ckpt")  # path at the time of the run
     recorded_hash = run_settings.get("hashes", {}).get("reward")  # SHA-256 of the file at the time of the run
     if recorded_hash == file_hash(bundled.REWARD):
@@ -418,7 +429,9 @@ def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGen
     if recorded_path is None or recorded_hash is None:
         if generator_before.hash == load_reward(bundled.REWARD).provenance["generator"]:
             return bundled.REWARD
-        record_text = "there is no run that records a reward" if run is None else "the run records no reward"
+        record_text = (
+            "there is no run that records a reward" if run_folder is None else "the run records no reward"
+        )
         raise ValueError(
             f"--reward-ckpt is missing, and {record_text}. The bundled reward was trained for the bundled"
             f" generator, not for {generator_before.path.name}. Pass the file of a reward with --reward-ckpt."
@@ -432,7 +445,7 @@ def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGen
     return Path(recorded_path)
 
 
-def _load_held_out(sources: Sources, run: Path | None, reward_path: Path) -> tuple[Reward | None, str]:
+def _load_held_out(sources: Sources, run_folder: Path | None, reward_path: Path) -> tuple[Reward | None, str]:
     """Load the held-out reward, and return it with the SHA-256 of its file.
 
     It is the file of --heldout-reward if given, else the held-out reward of the run, else the bundled one if
@@ -440,7 +453,7 @@ def _load_held_out(sources: Sources, run: Path | None, reward_path: Path) -> tup
     """
     heldout_path = sources.heldout_reward
     tuning_reward_hash = file_hash(reward_path)
-    run_settings = settings_of(run)
+    run_settings = settings_of(run_folder)
     recorded_path = run_settings.get("heldout_reward")  # path at the time of the run
     # The recorded path counts only if the file is unchanged.
     if (
@@ -472,64 +485,65 @@ def _load_held_out(sources: Sources, run: Path | None, reward_path: Path) -> tup
 # Runs, as recorded in their folders.
 
 
-def settings_of(run: Path | None) -> dict:
-    """Return the settings that train.py recorded in a run folder; {} if `run` is None or records none."""
-    return {} if run is None else recorded(run)
+def settings_of(run_folder: Path | None) -> dict:
+    """Return the settings that train.py recorded in a run folder; {} if there is no folder or no record."""
+    return {} if run_folder is None else recorded(run_folder)
 
 
-def annotator_can_score(generator: LoadedGenerator, data: str | None) -> bool:
+def annotator_can_score(generator: LoadedGenerator, dataset: str | None) -> bool:
     """Return True if the simulated annotator can score the generator's samples.
 
     The annotator needs a generator whose latents have ground-truth heads, and that was trained on synthetic
     data.
-    Args: data: dataset, as in train.py --data. If it is None, the dataset that the generator's run recorded
-        is used, or the bundled dataset for the bundled generator.
+    Args: dataset: dataset, as in train.py --data. If it is None, the dataset that the generator's run
+        recorded is used, or the bundled dataset for the bundled generator.
     """
-    if data is None:
+    if dataset is None:
         folder = generator.path.parent  # folder of the run that wrote the generator
-        data = (
+        dataset = (
             bundled.DATA
             if generator.path == bundled.GENERATOR
             else str(settings_of(folder).get("data") or "")
         )
-    return data.startswith("synthetic:") and has_ground_truth_heads(generator.generator)
+    return dataset.startswith("synthetic:") and has_ground_truth_heads(generator.generator)
 
 
-def snapshots(run: Path | None) -> list[tuple[float, Path]]:
-    """Return (kimg, file) of each network snapshot of a run, in the order of training; [] if `run` is None.
+def snapshots(run_folder: Path | None) -> list[tuple[float, Path]]:
+    """Return (kimg, file) of each network snapshot of a run, in the order of training; [] if `run_folder` is
+    None.
 
     kimg is the length of training in thousands of images.
     """
-    if run is None:
+    if run_folder is None:
         return []
     kimg_files = [
-        (read_meta(path, "network")["cur_nimg"] / 1000, path)
-        for path in run.glob("network-snapshot-*.safetensors")
+        (read_meta(snapshot_path, "network")["cur_nimg"] / 1000, snapshot_path)
+        for snapshot_path in run_folder.glob("network-snapshot-*.safetensors")
     ]
     # A run has either snapshots of this project, or pickles of EG3D's code.
     # Runs of EG3D's own code: their pickles record the training length in their names only.
-    for path in [] if kimg_files else sorted(run.glob("network-snapshot-*.pkl")):
-        if (match := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
+    for snapshot_path in [] if kimg_files else sorted(run_folder.glob("network-snapshot-*.pkl")):
+        if (name_match := re.match(r"network-snapshot-(\d{6})", snapshot_path.name)) is None:
             raise ValueError(
-                f"{path}: the name does not state the length of training. Rename the file to"
+                f"{snapshot_path}: the name does not state the length of training. Rename the file to"
                 " network-snapshot-<six digits of kimg>.pkl, for example network-snapshot-000040.pkl."
             )
-        kimg_files.append((float(match.group(1)), path))
+        kimg_files.append((float(name_match.group(1)), snapshot_path))
     return sorted(kimg_files)
 
 
-def _runs(folder: Path) -> list[Path]:
-    """List the run folders in `folder` with a snapshot and the reward "sigma", newest first."""
-    runs = [
-        run
-        for run in folder.glob("*")
-        if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))
+def _runs(runs_folder: Path) -> list[Path]:
+    """List the runs in `runs_folder` that have a snapshot and were made with --reward=sigma, newest first."""
+    run_folders = [
+        run_folder
+        for run_folder in runs_folder.glob("*")
+        if recorded(run_folder).get("reward") == "sigma" and any(run_folder.glob("network-snapshot-*"))
     ]
-    return sorted(runs, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
+    return sorted(run_folders, key=lambda run_folder: (run_folder / OPTIONS).stat().st_mtime, reverse=True)
 
 
-def newest_control(folder: Path, tuned_run: Path | None) -> Path | None:
-    """Return the newest run in `folder` that is a control of the tuned run, or None if there is none.
+def newest_control(runs_folder: Path, tuned_run: Path | None) -> Path | None:
+    """Return the newest run in `runs_folder` that is a control of the tuned run, or None if there is none.
 
     A control has lambda_r = 0, and all other settings that the result depends on equal those of the tuned
     run. None is also returned if the tuned run's settings are not recorded.
@@ -537,5 +551,10 @@ def newest_control(folder: Path, tuned_run: Path | None) -> Path | None:
     if not settings_of(tuned_run):
         return None
     return next(
-        (run for run in _runs(folder) if not control_differs(settings_of(tuned_run), recorded(run))), None
+        (
+            run_folder
+            for run_folder in _runs(runs_folder)
+            if not control_differs(settings_of(tuned_run), recorded(run_folder))
+        ),
+        None,
     )

@@ -31,13 +31,13 @@ from training.gan import save_grid
 TITLE = "Before and after tuning"
 
 
-def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
+def select_jobs(comparison: Comparison, keys_text: str | None = None) -> list[Job]:
     """Return the jobs of the report, in the order of the page.
 
-    Args: keys: comma-separated keys of the jobs to return; None selects all jobs.
+    Args: keys_text: comma-separated keys of the jobs to return; None selects all jobs.
     Raises: ValueError for an unknown key.
     """
-    job_lists = (
+    job_functions = (
         rewards.jobs,
         images.jobs,
         geometry.jobs,
@@ -45,9 +45,9 @@ def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
         geometry.depth_jobs,
         strip_jobs,
     )
-    jobs = [job for list_jobs in job_lists for job in list_jobs(comparison)]
-    # The jobs keep the page's order, which may differ from the order of `keys`.
-    selected_keys = None if keys is None else parse_names("--only", keys, [job.key for job in jobs])
+    jobs = [job for list_jobs in job_functions for job in list_jobs(comparison)]
+    # The jobs keep the page's order, which may differ from the order of `keys_text`.
+    selected_keys = None if keys_text is None else parse_names("--only", keys_text, [job.key for job in jobs])
     return [job for job in jobs if selected_keys is None or job.key in selected_keys]
 
 
@@ -101,17 +101,17 @@ def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
     # Only intervals that exclude "no change" support a statement.
     if change_by_role and change_by_role["after"]["mean_lo"] > 0:
         # If the control changed by less than a tenth, further training without the reward is not the cause.
-        control_unchanged = (
+        is_control_unchanged = (
             "control" in change_by_role
             and abs(change_by_role["control"]["mean"]) < 0.1 * change_by_role["after"]["mean"]
         )
-        cause = (
+        cause_text = (
             "; the control moved by less than a tenth of that, so the reward phase is the cause"
-            if control_unchanged
+            if is_control_unchanged
             else ""
         )
         sentences.append(
-            f"the optimised reward rose, by {change_by_role['after']['mean']:.2f} on average{cause}."
+            f"the optimised reward rose, by {change_by_role['after']['mean']:.2f} on average{cause_text}."
         )
     for curve_name, curve in data_by_job.get("over-optimisation", {}).get("curves", {}).items():
         # The optimised reward itself is reported above.
@@ -140,9 +140,9 @@ def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
         if diversity_row["role"] == "after" and (
             diversity_row["ratio_hi"] < 1 or diversity_row["ratio_lo"] > 1
         ):
-            comparative = "less" if diversity_row["ratio_hi"] < 1 else "more"
+            comparative_word = "less" if diversity_row["ratio_hi"] < 1 else "more"
             sentences.append(
-                f"{diversity_row['of']} of different latents are {comparative} diverse"
+                f"{diversity_row['of']} of different latents are {comparative_word} diverse"
                 f" ({diversity_row['ratio']:.2f} times)."
             )
     return sentences or ["nothing: no selected part shows a change whose interval excludes zero change."]
@@ -163,10 +163,15 @@ def _not_allowed(comparison: Comparison, finding_by_key: Mapping[str, Finding]) 
     elif (
         comparison.run
         and comparison.control_run
-        and (differences := control_differs(settings_of(comparison.run), settings_of(comparison.control_run)))
+        and (
+            difference_texts := control_differs(
+                settings_of(comparison.run), settings_of(comparison.control_run)
+            )
+        )
     ):
         sentences.append(
-            f"a change that is due to the reward alone: the control also differs in {', '.join(differences)}."
+            "a change that is due to the reward alone: the control also differs in"
+            f" {', '.join(difference_texts)}."
         )
     # Rewards from common labels share their errors.
     if (
@@ -216,7 +221,9 @@ PIXELS = 128  # pixels per edge of a render
 
 
 def strip_jobs(comparison: Comparison) -> list[Job]:
-    """Return the jobs that render shapes."""
+    """Return the jobs that render shapes: best and worst shapes by reward, the same latents, and one latent
+    from all sides.
+    """
     shown_seeds = list(comparison.seeds(SHOWN, EVALUATION))
     # The sizes are inputs of the jobs, so that a job is computed again if one of them changes.
     size_inputs: dict[str, Any] = {
@@ -257,14 +264,16 @@ def choose_yaws(comparison: Comparison) -> tuple[float, float]:
 def shapes(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
 ) -> torch.Tensor:
-    """Render the shapes of seeds, shaded, from several yaws. A latent without a surface is white.
+    """Render the shapes of seeds from several yaws, shaded and without colours. A latent without a surface is
+    white.
 
-    Returns: [N, number of yaws, 1, R, R] in 0..1.
+    Args: yaws: yaws of the camera, in radians from frontal.
+    Returns: renders, [N, number of yaws, 1, R, R] in 0..1.
     """
     spec = SlabSpec.from_bounds(generator.generator.bounds, RESOLUTION)
     renders_by_batch = []
     # A quarter of the batch size, since a density grid has RESOLUTION^3 points per shape.
-    for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
+    for field in comparison.fields(generator, seeds, batch_size=max(1, comparison.batch // 4)):
         sigma = field.density_grid(spec).cpu()  # [n, D, H, W]
         renders_by_batch.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
     return torch.cat(renders_by_batch)
@@ -285,10 +294,12 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
         best_first = np.argsort(-scores, kind="stable")
         for end_name, chosen_indices in (("highest", best_first[:k]), ("lowest", best_first[::-1][:k])):
             chosen_seeds = [seeds[int(latent_index)] for latent_index in chosen_indices]
-            views = shapes(comparison, generator, chosen_seeds, choose_yaws(comparison))  # [k, 2, 1, R, R]
+            shape_renders = shapes(
+                comparison, generator, chosen_seeds, choose_yaws(comparison)
+            )  # [k, 2, 1, R, R]
             image_name = f"reward-strips-{role}-{end_name}.png"
             # [k, 2, ...] -> [2 k, ...]: a row with the first yaw of the k shapes, then a row with the second
-            save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / image_name)
+            save_grid(shape_renders.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / image_name)
             # Seeds are consecutive, so the index of a seed is its difference to the first seed.
             score_texts = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in chosen_seeds)
             files_by_caption[
@@ -299,11 +310,11 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
                 {
                     "role": role,
                     "which": end_name,
-                    "rank": latent_index + 1,
+                    "rank": rank_index + 1,
                     "seed": seed,
                     "reward": float(scores[seed - seeds[0]]),
                 }
-                for latent_index, seed in enumerate(chosen_seeds)
+                for rank_index, seed in enumerate(chosen_seeds)
             ]
     sentences = [
         (
@@ -371,7 +382,7 @@ def same_latents(comparison: Comparison, folder: Path) -> Finding:
 def orbit(comparison: Comparison, folder: Path) -> Finding:
     """Render one latent from a swinging camera, before and after side by side.
 
-    An animation (APNG) and still images are written, the latter for readers who disable motion.
+    An animation (APNG) is written, and a sheet of still images for readers who disable motion.
     """
     (seed,) = comparison.seeds(1, EVALUATION)
     largest_yaw = math.pi if comparison.of_people else ORBIT_YAW

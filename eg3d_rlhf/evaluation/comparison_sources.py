@@ -1,4 +1,6 @@
-"""Settings of a comparison: networks, rewards, data and samples. Imports no torch."""
+"""Settings of a comparison: networks, rewards, data and samples. This module does not import torch, so that
+--help is fast.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources(Sampling):
-    """Networks, rewards and data that the user names; `load_comparison` replaces None by its default."""
+    """Networks, rewards and data that the user names. `load_comparison` replaces each None by its default."""
 
     # network file or run folder of the generator before tuning; default: the bundled generator
     before: Path | None = None

@@ -1,9 +1,9 @@
 """Controlled study of the bundled heads: tuning by labels against all cheaper arms, with several seeds.
 
-The study tests if tuning by labels reduces the errors of heads more than arms without useful labels do. An
-arm is one treatment of the generator, see `ARMS` in settings.py. Run the study with `make controlled-study`.
-Its steps are: label pairs, train rewards, tune the generator, measure the shapes of held-out latents, and
-write controlled-study.json, .md and .png.
+The study tests whether tuning by labels reduces the errors of heads more than arms without useful labels do.
+An arm is one treatment of the generator, see `ARMS` in evaluation/settings.py. Run the study with `make
+controlled-study`. Its steps are: label pairs, train rewards, tune the generator, measure the shapes of
+held-out latents, and write controlled-study.json, .md and .png.
 
 The primary endpoints were pre-registered on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md.
 Shapes: S training seeds, N latents, Q features, n grid points per edge.
@@ -52,7 +52,10 @@ TUNING_FLAGS = ("--reward=sigma",)  # flags of train.py; all others are those of
 
 
 def randomise(labels: Sequence[Preference], seed: int) -> list[Preference]:
-    """Return the same pairs, each with a random winner. Args: seed: seed of the random winners."""
+    """Return the same pairs, each with a random winner.
+
+    Args: seed: seed of the random winners.
+    """
     # The constant 5 separates this random stream from others of the same seed. Each label is inverted with
     # probability one half.
     is_inverted = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
@@ -77,16 +80,20 @@ def permute_weights(reward: Reward, seed: int) -> Reward:
     """
     generator = torch.Generator().manual_seed(seed)  # does not change the global random state
     tensor_by_name = reward.network.state_dict()  # shares memory with the network
-    for weights in tensor_by_name.values():
-        weights.copy_(
-            weights.flatten()[torch.randperm(weights.numel(), generator=generator)].view_as(weights)
+    for weight_tensor in tensor_by_name.values():
+        weight_tensor.copy_(
+            weight_tensor.flatten()[torch.randperm(weight_tensor.numel(), generator=generator)].view_as(
+                weight_tensor
+            )
         )
     return Reward(reward.observation, reward.network, {**reward.provenance, "permuted": seed})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All arms, seeds and label sets of a study, and the parts that make them."""
+    """All arms, seeds and label sets of a study. Its methods return the commands (`Part`) that make the
+    study's files.
+    """
 
     out: Path  # folder of the study
     arms: Sequence[str]  # arms to run, names in ARMS
@@ -99,144 +106,181 @@ class Plan:
     train: tuple[str, ...]  # further flags of tools/train_reward.py
     tune: tuple[str, ...]  # further flags of train.py
 
-    def draw(self, label_set: int) -> Path:
-        """Return the file of the label set with a number; 0 is the set that the user passed."""
-        return self.labels if label_set == 0 else self.out / "labels" / f"draw{label_set}" / "labels.jsonl"
+    def draw(self, label_set_index: int) -> Path:
+        """Return the file of one label set.
 
-    def labels_of(self, arm: str, label_set: int) -> Path:
-        """Return the file of an arm's labels, which is a label set, or its randomised or inverted copy."""
+        Args: label_set_index: index of the label set. Index 0 is the set that the user passed.
+        """
         return (
-            self.draw(label_set)
-            if arm == LABELS
-            else self.out / "labels" / f"{self.in_paths(arm)}{label_set}.jsonl"
+            self.labels
+            if label_set_index == 0
+            else self.out / "labels" / f"draw{label_set_index}" / "labels.jsonl"
         )
 
-    def in_paths(self, arm: str) -> str:
-        """Return the text that represents an arm in the names of files and folders."""
+    def labels_of(self, arm_name: str, label_set_index: int) -> Path:
+        """Return the file of an arm's labels, which is a label set or a randomised or inverted copy of one.
+
+        Args:
+            arm_name: name of the arm in ARMS.
+            label_set_index: index of the label set.
+        """
+        return (
+            self.draw(label_set_index)
+            if arm_name == LABELS
+            else self.out / "labels" / f"{self.in_paths(arm_name)}{label_set_index}.jsonl"
+        )
+
+    def in_paths(self, arm_name: str) -> str:
+        """Return the text that represents an arm in the names of files and folders. It is the arm's name,
+        except in a folder that version 0.1 began.
+        """
         # folders that version 0.1 began keep its names
-        return version_0_1.arm_in_paths(self.out, arm)
+        return version_0_1.arm_in_paths(self.out, arm_name)
 
     def label_parts(self) -> list[Part]:
-        """List the commands that label further sets of pairs."""
+        """List the commands that make the label sets after the first one, which the user passed."""
         # Each further set has as many pairs as the first set.
         pair_count = len(load_labels(self.labels)) if self.draws > 1 else 0
         network_flags = [f"--network={self.network}"] if self.network else []
         return [
             Part(
-                f"labels, draw {draw}",
-                self.draw(draw).parent,
+                f"labels, draw {label_set_index}",
+                self.draw(label_set_index).parent,
                 PACKAGE,
                 (
                     "label",
                     "synthetic",
                     f"--pairs={pair_count}",
-                    f"--seed={draw}",
+                    f"--seed={label_set_index}",
                     # Each set begins 20,000 latents after the previous one, so that sets share no latent.
-                    f"--first-seed={FIRST_SEED + 20_000 * draw}",
+                    f"--first-seed={FIRST_SEED + 20_000 * label_set_index}",
                     *network_flags,
-                    f"--out={self.draw(draw)}",
+                    f"--out={self.draw(label_set_index)}",
                 ),
             )
-            for draw in range(1, self.draws)
+            for label_set_index in range(1, self.draws)
         ]
 
-    def bundled(self, arm: str, draw: int, seed: int) -> bool:
+    def bundled(self, arm_name: str, label_set_index: int, seed: int) -> bool:
         """Return True if a reward equals the bundled reward, so that it need not be trained.
 
         Args:
-            arm: name of the arm.
-            draw: number of the label set.
+            arm_name: name of the arm.
+            label_set_index: index of the label set.
             seed: training seed of the reward.
         """
-        return (arm, draw, seed) == (LABELS, 0, 0) and self.labels == BUNDLED_LABELS and not self.train
+        return (
+            (arm_name, label_set_index, seed) == (LABELS, 0, 0)
+            and self.labels == BUNDLED_LABELS
+            and not self.train
+        )
 
-    def reward_part(self, arm: str, draw: int, seed: int) -> Part:
-        """Return the command that trains a reward on an arm's labels; see `bundled` for the arguments."""
+    def reward_part(self, arm_name: str, label_set_index: int, seed: int) -> Part:
+        """Return the command that trains a reward on an arm's labels.
+
+        Args:
+            arm_name: name of the arm.
+            label_set_index: index of the label set.
+            seed: training seed of the reward, and seed of the split into training, validation and test pairs.
+        """
         network_flags = [f"--network={self.network}"] if self.network else []
         flags = [
-            f"--labels={self.labels_of(arm, draw)}",
+            f"--labels={self.labels_of(arm_name, label_set_index)}",
             f"--seed={seed}",
             f"--set=split_seed={seed}",  # each seed also has its own training, validation and test pairs
             *network_flags,
             *self.train,
         ]
-        folder = self.out / "rewards" / f"{self.in_paths(arm)}-d{draw}-r{seed}"
+        folder = self.out / "rewards" / f"{self.in_paths(arm_name)}-d{label_set_index}-r{seed}"
         return Part(
-            f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--run-dir={folder}")
+            f"reward: {arm_name}, draw {label_set_index}, seed {seed}",
+            folder,
+            TRAIN_REWARD,
+            (*flags, f"--run-dir={folder}"),
         )
 
     def reward_parts(self) -> list[Part]:
         """List the commands that train all rewards, except the reward that equals the bundled one."""
-        arms = [arm for arm in ARMS_WITH_LABELS if arm in self.arms]
+        arm_names = [arm_name for arm_name in ARMS_WITH_LABELS if arm_name in self.arms]
         return [
-            self.reward_part(arm, draw, reward_seed)
-            for arm in arms
-            for draw in range(self.draws)
+            self.reward_part(arm_name, label_set_index, reward_seed)
+            for arm_name in arm_names
+            for label_set_index in range(self.draws)
             for reward_seed in range(self.rewards)
-            if not self.bundled(arm, draw, reward_seed)
+            if not self.bundled(arm_name, label_set_index, reward_seed)
         ]
 
-    def reward(self, arm: str, draw: int = 0, seed: int = 0) -> Path:
-        """Return the file of an arm's reward; `reward_parts` or `write_rewards` make this file."""
-        if arm in ARMS_WITH_LABELS:
+    def reward(self, arm_name: str, label_set_index: int = 0, seed: int = 0) -> Path:
+        """Return the file of an arm's reward; `reward_parts` or `write_rewards` make this file.
+
+        Args:
+            arm_name: name of the arm.
+            label_set_index: index of the label set.
+            seed: training seed of the reward.
+        """
+        if arm_name in ARMS_WITH_LABELS:
             return (
                 bundled.REWARD
-                if self.bundled(arm, draw, seed)
-                else self.reward_part(arm, draw, seed).folder / "reward.safetensors"
+                if self.bundled(arm_name, label_set_index, seed)
+                else self.reward_part(arm_name, label_set_index, seed).folder / "reward.safetensors"
             )
         # The smoothness reward has no weights, so its file has no seed in its name.
-        return self.out / "rewards" / f"{arm}{seed if arm == 'permuted' else ''}.safetensors"
+        return self.out / "rewards" / f"{arm_name}{seed if arm_name == 'permuted' else ''}.safetensors"
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
-        """Return the runs of train.py by (arm, training seed, number of the label set, reward seed)."""
+        """Return the commands that tune the generator, by (arm, training seed, index of the label set, reward
+        seed).
+        """
         part_by_case = {}  # run by case
-        for arm in self.arms:
-            for case in self._cases(arm):
-                seed, draw, reward_seed = case
+        for arm_name in self.arms:
+            for tuning_case in self._cases(arm_name):
+                seed, label_set_index, reward_seed = tuning_case
                 # With λ_r = 0 the reward does not change the generator, so any reward can be passed.
                 reward_path = (
-                    self.reward(LABELS) if arm == "no-reward" else self.reward(arm, draw, reward_seed)
+                    self.reward(LABELS)
+                    if arm_name == "no-reward"
+                    else self.reward(arm_name, label_set_index, reward_seed)
                 )
                 flags = [
-                    "--reward=smoothness" if arm == "smoothness" else TUNING_FLAGS[0],
+                    "--reward=smoothness" if arm_name == "smoothness" else TUNING_FLAGS[0],
                     f"--reward-ckpt={reward_path}",
                 ]
-                flags += ["--lambda-r=0"] if arm == "no-reward" else []
+                flags += ["--lambda-r=0"] if arm_name == "no-reward" else []
                 flags += [f"--init={self.network}"] if self.network else []
                 # The name of a folder states the training seed, the label set and the reward seed.
-                part_by_case[arm, *case] = Part.keyed(
-                    f"{self.in_paths(arm)}-s{seed}-d{draw}-r{reward_seed}",
+                part_by_case[arm_name, *tuning_case] = Part.keyed(
+                    f"{self.in_paths(arm_name)}-s{seed}-d{label_set_index}-r{reward_seed}",
                     self.out / "runs",
                     [*flags, f"--seed={seed}", "--no-summary", *self.tune],
                 )
         return part_by_case
 
-    def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
-        """Yield (training seed, number of the label set, reward seed) of each run of an arm."""
+    def _cases(self, arm_name: str) -> Iterator[tuple[int, int, int]]:
+        """Yield (training seed, index of the label set, reward seed) of each tuning run of an arm."""
         # These two arms change the untuned network's shapes or latents, without tuning the network.
-        if arm in (POST_PROCESSING, "truncation"):
+        if arm_name in (POST_PROCESSING, "truncation"):
             return
-        draw_count = self.draws if arm in ARMS_WITH_LABELS else 1
-        reward_count = self.rewards if arm in (*ARMS_WITH_LABELS, "permuted") else 1
+        label_set_count = self.draws if arm_name in ARMS_WITH_LABELS else 1
+        reward_count = self.rewards if arm_name in (*ARMS_WITH_LABELS, "permuted") else 1
         yield from (
-            (seed, draw, reward_seed)
+            (seed, label_set_index, reward_seed)
             for seed in self.seeds
-            for draw in range(draw_count)
+            for label_set_index in range(label_set_count)
             for reward_seed in range(reward_count)
         )
 
 
 def write_labels_of_arms(plan: Plan) -> None:
     """Write the randomised and the inverted copy of every label set."""
-    for draw in range(plan.draws):
-        labels = load_labels(plan.draw(draw))
-        for arm, arm_labels in (
-            (RANDOMISED, randomise(labels, draw)),
+    for label_set_index in range(plan.draws):
+        labels = load_labels(plan.draw(label_set_index))
+        for arm_name, arm_labels in (
+            (RANDOMISED, randomise(labels, label_set_index)),
             (INVERTED, [invert(label) for label in labels]),
         ):
-            if arm in plan.arms:
-                plan.labels_of(arm, draw).parent.mkdir(parents=True, exist_ok=True)
-                write_labels(plan.labels_of(arm, draw), arm_labels)
+            if arm_name in plan.arms:
+                plan.labels_of(arm_name, label_set_index).parent.mkdir(parents=True, exist_ok=True)
+                write_labels(plan.labels_of(arm_name, label_set_index), arm_labels)
 
 
 def write_rewards(plan: Plan) -> None:
@@ -269,26 +313,28 @@ def _task_of_psi(psi: float) -> str:
 def _prepare_worker(
     folder: Path,
     inputs_by_task: Mapping[str, Mapping],
-    network: Path | None,
+    network_before_path: Path | None,
     network_by_task: Mapping[str, Path],
-    latents: int,
-    held_out: HeldOut = LATENTS,
+    latent_count: int,
+    held_out_range: HeldOut = LATENTS,
 ) -> Callable[[str], None]:
-    """Prepare a worker process, and return the function that measures a task's shapes and stores the result.
+    """Prepare a worker process, and return the function that computes one task and stores the result.
+
+    A task is the measurement of the shapes of one network or baseline, or of the ground-truth heads.
 
     Args:
         folder: folder of the store.
         inputs_by_task: inputs of each task, which are the key of its result in the store.
-        network: file of the network before tuning; None selects the bundled generator.
+        network_before_path: file of the network before tuning; None selects the bundled generator.
         network_by_task: network file of each tuned network, by task.
-        latents: number of latents.
-        held_out: held-out range of the latents.
+        latent_count: number of latents that are measured.
+        held_out_range: held-out range of the latents.
     """
     store = Store(folder, renew=True)
     torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()
-    generator_before = load_generator(network).generator
-    seeds = held_out.take(latents)  # of the measured latents
+    generator_before = load_generator(network_before_path).generator
+    seeds = held_out_range.take(latent_count)  # of the measured latents
     ground_truth = heads.ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     shape_features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
@@ -302,7 +348,7 @@ def _prepare_worker(
             return {"features": shape_features.of_grids(ground_truth) if shape_features else np.zeros((0, 0))}
         if task == POST_PROCESSING:
             # The method is chosen on validation latents, not on the latents that are measured.
-            validation_seeds = VALIDATION.take(min(CHOOSING, max(latents, 1)))
+            validation_seeds = VALIDATION.take(min(CHOOSING, max(latent_count, 1)))
             filter_name = best_post_processing(
                 evaluate_filters(
                     heads.sample_shapes(generator_before, validation_seeds),
@@ -333,14 +379,14 @@ def _prepare_worker(
     return measure_and_store
 
 
-def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], jobs: int) -> dict[str, dict]:
+def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], process_count: int) -> dict[str, dict]:
     """Measure the ground-truth heads, the heads before tuning, and the heads of every arm.
 
     Args:
         network_by_task: network file of each tuned network, by task.
-        jobs: number of processes.
+        process_count: number of processes.
 
-    Returns: measurements by task. They are also stored in <out>/seen.
+    Returns: measurements by task. They are also stored in the folder "seen" of the study.
     """
     tasks = [GROUND_TRUTH, BEFORE, *network_by_task]
     tasks += [POST_PROCESSING] if POST_PROCESSING in plan.arms else []
@@ -372,7 +418,7 @@ def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], jobs: int) -> 
                 needed_tasks,
                 _prepare_worker,
                 (store.root, inputs_by_task, plan.network, dict(network_by_task), plan.latents),
-                min(jobs, len(missing_tasks)),
+                min(process_count, len(missing_tasks)),
                 plan.out / "logs",
                 lambda *_: bar.update() and None,  # a callback must return None, but `update` returns a bool
             )
@@ -383,72 +429,74 @@ def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], jobs: int) -> 
 
 
 def network_metrics(
-    measured: Mapping, measured_before: Mapping, reference_features: np.ndarray | None
+    measurements: Mapping, measurements_before: Mapping, reference_features: np.ndarray | None
 ) -> dict:
     """Compute the metrics of one network.
 
     Args:
-        measured: measurements of the network.
-        measured_before: measurements of the network before tuning.
+        measurements: measurements of the network.
+        measurements_before: measurements of the network before tuning.
         reference_features: features [N, Q] of the ground-truth heads. If they are None, no shape Fréchet
             distance is computed.
+    Returns: dict of JSON values by the name of the metric.
     """
-    metrics = heads.compute_metrics(measured_before, measured)
+    metrics = heads.compute_metrics(measurements_before, measurements)
     # This interval covers latents alone; `combine_seeds` computes the interval over seeds and latents.
     del metrics["error_reduction_ci95"]
     return metrics | (
         {}
         if reference_features is None
-        else {"shape_frechet": heads.shape_frechet(measured["features"], reference_features)}
+        else {"shape_frechet": heads.shape_frechet(measurements["features"], reference_features)}
     )
 
 
 def combine_seeds(
-    metrics_by_seed: Mapping[int, Sequence[dict]], errors: np.ndarray, measured_before: Mapping
+    metrics_by_seed: Mapping[int, Sequence[dict]], errors: np.ndarray, measurements_before: Mapping
 ) -> dict:
     """Combine the metrics of an arm over its training seeds.
 
-    Each metric becomes a list by training seed; its values are means over the arm's rewards.
+    Each metric becomes a list with one value per training seed, which is the mean over the arm's rewards.
 
     Args:
-        metrics_by_seed: metrics of each reward, by training seed.
-        errors: back-of-head volume errors, [S, N].
-        measured_before: measurements of the network before tuning.
+        metrics_by_seed: for each training seed a list with the metrics of each reward.
+        errors: back-of-head volume errors after tuning, averaged over the rewards of each training seed, [S,
+            N].
+        measurements_before: measurements of the network before tuning.
     """
     # All rewards have the same metrics, so the names are those of the first one.
     metric_names = list(next(iter(metrics_by_seed.values()))[0])
     values_by_metric = {}  # metric -> values by training seed
     for metric_name in metric_names:
         values_by_metric[metric_name] = [
-            _mean([reward_metrics_by_name[metric_name] for reward_metrics_by_name in reward_metrics])
+            _mean([metrics_by_name[metric_name] for metrics_by_name in reward_metrics])
             for reward_metrics in metrics_by_seed.values()
         ]
     return {
         **values_by_metric,
-        "error_reduction_ci95": heads.error_reduction_interval(measured_before, errors),
+        "error_reduction_ci95": heads.error_reduction_interval(measurements_before, errors),
         "runs": {str(seed): list(reward_metrics) for seed, reward_metrics in metrics_by_seed.items()},
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(metric_values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None if all values are None."""
-    defined_values = [value for value in values if value is not None]
+    defined_values = [value for value in metric_values if value is not None]
     return float(np.mean(defined_values)) if defined_values else None
 
 
-def choose_psi(measured_by_psi: Mapping[float, Mapping], min_share: float) -> float:
+def choose_psi(measurements_by_psi: Mapping[float, Mapping], min_share: float) -> float:
     """Return the largest psi at which at least `min_share` of the heads are intact.
 
     If no psi reaches this share, return the psi with the largest share of intact heads. The truncation arm
     thus has as many intact heads as the labels arm, with as little truncation as possible.
 
     Args:
-        measured_by_psi: measurements of the untuned network at each psi.
+        measurements_by_psi: measurements of the untuned network at each psi.
         min_share: share of intact heads in the labels arm.
     """
     intact_share_by_psi = {}  # psi -> share of intact heads
-    for psi, measured in measured_by_psi.items():
-        intact_share_by_psi[psi] = float((heads.back_of_head_error(measured) <= heads.DEFECTIVE).mean())
+    for psi, measurements in measurements_by_psi.items():
+        intact_share_by_psi[psi] = float((heads.back_of_head_error(measurements) <= heads.DEFECTIVE).mean())
     sufficient_psis = [psi for psi, intact_share in intact_share_by_psi.items() if intact_share >= min_share]
     return (
         max(sufficient_psis)
@@ -463,6 +511,13 @@ def criterion(metrics_by_arm: Mapping[str, Mapping], primary_endpoints: Sequence
     The criterion is met if, with every training seed, the labels arm is lower than every other arm in each
     primary endpoint, and degrades no larger share of the intact heads. A share up to ALLOWED_HARM counts as
     zero.
+
+    Args:
+        metrics_by_arm: metrics of each arm, as `combine_seeds` returns them.
+        primary_endpoints: names of the metrics that are compared.
+    Returns: dict with "labels_win" (True if the criterion is met) and "against", which holds for each other
+        arm the results by training seed ("lower", "no_more_harm"), and "beaten" (True if all of them are
+        True).
     """
     result_by_arm = {}  # result against each other arm
     label_metrics = metrics_by_arm[LABELS]
@@ -496,25 +551,27 @@ def criterion(metrics_by_arm: Mapping[str, Mapping], primary_endpoints: Sequence
 
 
 def compare(
-    plan: Plan, measured_by_task: Mapping[str, Mapping], task_by_case: Mapping[tuple[str, int, int, int], str]
+    plan: Plan,
+    measurements_by_task: Mapping[str, Mapping],
+    task_by_case: Mapping[tuple[str, int, int, int], str],
 ) -> dict:
     """Compute the content of controlled-study.json.
 
     Args:
-        measured_by_task: measurements by task.
-        task_by_case: the task of each run, by (arm, training seed, number of the label set, reward seed).
+        measurements_by_task: measurements by task.
+        task_by_case: the task of each run, by (arm, training seed, index of the label set, reward seed).
     """
-    measured_before = measured_by_task[BEFORE]
+    measurements_before = measurements_by_task[BEFORE]
     # The file of the feature network may be missing; then there is no shape Fréchet distance.
     reference_features = (
-        measured_by_task[GROUND_TRUTH]["features"]
-        if len(measured_by_task[GROUND_TRUTH]["features"])
+        measurements_by_task[GROUND_TRUTH]["features"]
+        if len(measurements_by_task[GROUND_TRUTH]["features"])
         else None
     )
     primary_endpoints = [
-        arm_name
-        for arm_name in PRIMARY_ENDPOINTS
-        if arm_name != "shape_frechet" or reference_features is not None
+        endpoint
+        for endpoint in PRIMARY_ENDPOINTS
+        if endpoint != "shape_frechet" or reference_features is not None
     ]
     psi_by_seed = {}
     metrics_by_arm: dict[str, dict] = {}
@@ -530,12 +587,12 @@ def compare(
             tasks_by_seed = {seed: [POST_PROCESSING] for seed in plan.seeds}
         if arm_name == "truncation":
             # The truncation is chosen for each seed, so that there are as many intact heads as in the labels
-            # arm with this seed. LABELS is the first arm, so arms[LABELS] exists. The slice [i : i + 1] lets
-            # `_mean` turn a missing share into None.
-            measured_by_psi = {psi: measured_by_task[_task_of_psi(psi)] for psi in PSIS}
+            # arm with this seed. LABELS is the first arm, so metrics_by_arm[LABELS] exists. The slice
+            # [i : i + 1] lets `_mean` turn a missing share into None.
+            measurements_by_psi = {psi: measurements_by_task[_task_of_psi(psi)] for psi in PSIS}
             psi_by_seed = {
                 seed: choose_psi(
-                    measured_by_psi,
+                    measurements_by_psi,
                     _mean(metrics_by_arm[LABELS]["intact_share"][seed_index : seed_index + 1]) or 0.0,
                 )
                 for seed_index, seed in enumerate(plan.seeds)
@@ -543,19 +600,22 @@ def compare(
             tasks_by_seed = {seed: [_task_of_psi(psi)] for seed, psi in psi_by_seed.items()}
         metrics_by_seed = {
             seed: [
-                network_metrics(measured_by_task[task], measured_before, reference_features) for task in tasks
+                network_metrics(measurements_by_task[task], measurements_before, reference_features)
+                for task in tasks
             ]
             for seed, tasks in tasks_by_seed.items()
         }
         # [S, N], averaged over rewards
         errors_by_arm[arm_name] = np.stack(
             [
-                np.mean([heads.back_of_head_error(measured_by_task[task]) for task in tasks], axis=0)
+                np.mean([heads.back_of_head_error(measurements_by_task[task]) for task in tasks], axis=0)
                 for tasks in tasks_by_seed.values()
             ]
         )
-        metrics_by_arm[arm_name] = combine_seeds(metrics_by_seed, errors_by_arm[arm_name], measured_before)
-    untuned_metrics = network_metrics(measured_before, measured_before, reference_features)
+        metrics_by_arm[arm_name] = combine_seeds(
+            metrics_by_seed, errors_by_arm[arm_name], measurements_before
+        )
+    untuned_metrics = network_metrics(measurements_before, measurements_before, reference_features)
     for arm_name in metrics_by_arm:
         # the arm's error reduction relative to the error reduction of the labels arm
         error_pairs = zip(
@@ -569,7 +629,7 @@ def compare(
         ]
         if arm_name != LABELS:
             metrics_by_arm[arm_name]["error_over_labels"] = _error_over_labels(
-                errors_by_arm[arm_name] - errors_by_arm[LABELS], heads.find_defective(measured_before)
+                errors_by_arm[arm_name] - errors_by_arm[LABELS], heads.find_defective(measurements_before)
             )
     return {
         "primary_endpoints": primary_endpoints,
@@ -578,11 +638,11 @@ def compare(
         "rewards": plan.rewards,  # for each label set
         "label_sets": plan.draws,
         "latents": plan.latents,
-        "defective": int(heads.find_defective(measured_before).sum()),  # latents, before tuning
+        "defective": int(heads.find_defective(measurements_before).sum()),  # latents, before tuning
         "before": untuned_metrics,
         "arms": metrics_by_arm,
-        "post_processing": list(FILTERS)[int(measured_by_task[POST_PROCESSING][METHOD][0])]
-        if POST_PROCESSING in measured_by_task
+        "post_processing": list(FILTERS)[int(measurements_by_task[POST_PROCESSING][METHOD][0])]
+        if POST_PROCESSING in measurements_by_task
         else None,
         "psi": {
             str(seed): psi for seed, psi in psi_by_seed.items()
@@ -594,15 +654,25 @@ def compare(
 
 
 def _share_of_gain(
-    error_before: float | None, error_after: float | None, best_error: float | None
+    error_before: float | None, error_after: float | None, labels_arm_error: float | None
 ) -> float | None:
-    """Return the error reduction of an arm relative to the best arm's error reduction.
+    """Return the error reduction of an arm relative to the error reduction of the labels arm.
 
-    Return None if an error is None, or if the best arm does not change the error.
+    Return None if an error is None, or if the labels arm does not change the error.
+
+    Args:
+        error_before: mean error of defective heads before tuning.
+        error_after: the same in the arm.
+        labels_arm_error: the same in the labels arm.
     """
-    if error_before is None or error_after is None or best_error is None or error_before == best_error:
+    if (
+        error_before is None
+        or error_after is None
+        or labels_arm_error is None
+        or error_before == labels_arm_error
+    ):
         return None
-    return (error_before - error_after) / (error_before - best_error)
+    return (error_before - error_after) / (error_before - labels_arm_error)
 
 
 def _error_over_labels(error_differences: np.ndarray, is_defective: np.ndarray) -> dict | None:
@@ -649,26 +719,29 @@ TABLE_METRICS = {  # metric -> (heading of the table, format)
 }
 
 
-def markdown(study: Mapping) -> str:
-    """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics."""
+def markdown(study_data: Mapping) -> str:
+    """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics.
+
+    Args: study_data: content of controlled-study.json.
+    """
     format_by_metric = {
-        metric_or_arm: (
-            heading + (" (primary)" if metric_or_arm in study["primary_endpoints"] else ""),
+        metric_name: (
+            heading + (" (primary)" if metric_name in study_data["primary_endpoints"] else ""),
             number_format,
         )
-        for metric_or_arm, (heading, number_format) in TABLE_METRICS.items()
-        if metric_or_arm in study["before"]
+        for metric_name, (heading, number_format) in TABLE_METRICS.items()
+        if metric_name in study_data["before"]
     }
-    metrics_by_label = {"before tuning": study["before"]}
-    for metric_or_arm, metrics in study["arms"].items():
-        psi = ", ".join(f"{psi:g}" for psi in sorted(set(study["psi"].values())))
-        arm_notes = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({study['post_processing']})"}
-        metrics_by_label[ARMS[metric_or_arm] + arm_notes.get(metric_or_arm, "")] = metrics
+    metrics_by_label = {"before tuning": study_data["before"]}
+    for arm_name, metrics in study_data["arms"].items():
+        psi = ", ".join(f"{psi:g}" for psi in sorted(set(study_data["psi"].values())))
+        arm_notes = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({study_data['post_processing']})"}
+        metrics_by_label[ARMS[arm_name] + arm_notes.get(arm_name, "")] = metrics
     table_lines = figure_table("arm", metrics_by_label, format_by_metric)
-    criterion_result = study["criterion"]
+    criterion_result = study_data["criterion"]
     unbeaten_arms = [
-        ARMS[metric_or_arm]
-        for metric_or_arm, comparison_result in criterion_result["against"].items()
+        ARMS[arm_name]
+        for arm_name, comparison_result in criterion_result["against"].items()
         if not comparison_result["beaten"]
     ]
     sentences = (
@@ -682,30 +755,34 @@ def markdown(study: Mapping) -> str:
         )
     )
     explanation = (
-        f"{study['latents']} held-out latents, ψ 1, {study['defective']} of them defective before tuning;"
-        f" training seeds {', '.join(map(str, study['seeds']))}, {study['rewards']} reward(s) for each of"
-        f" {study['label_sets']} set(s) of labels. Figures are means over training seeds; brackets hold the"
-        " smallest and the largest. Volume error, missing and extra are shares of the ground-truth head's"
-        " back-of-head volume, of defective heads. The F-score is measured at the back at one voxel, of"
-        f" defective heads. An intact head is degraded if its volume error grows by more than {heads.WORSE}."
-        " Lengths are in voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."
+        f"{study_data['latents']} held-out latents, ψ 1, {study_data['defective']} of them defective before"
+        f" tuning; training seeds {', '.join(map(str, study_data['seeds']))}, {study_data['rewards']}"
+        f" reward(s) for each of {study_data['label_sets']} set(s) of labels. Figures are means over"
+        " training seeds; brackets hold the smallest and the largest. Volume error, missing and extra are"
+        " shares of the ground-truth head's back-of-head volume, of defective heads. The F-score is"
+        " measured at the back at one voxel, of defective heads. An intact head is degraded if its volume"
+        f" error grows by more than {heads.WORSE}. Lengths are in voxels of 64³. Changed: share of the"
+        " back-of-head volume that became solid or empty."
     )
     return "\n".join(
         ["# Controlled study of the bundled heads", "", sentences, "", *table_lines, "", explanation, ""]
     )
 
 
-def plot(study: Mapping):
-    """Plot each primary endpoint of every arm, one point for each training seed."""
-    arm_names = list(study["arms"])
+def plot(study_data: Mapping):
+    """Plot each primary endpoint of every arm, one point for each training seed.
+
+    Args: study_data: content of controlled-study.json.
+    """
+    arm_names = list(study_data["arms"])
     figure, axes = style.figure(
-        columns=len(study["primary_endpoints"]),
+        columns=len(study_data["primary_endpoints"]),
         size=(9.4, 1.4 + 0.3 * len(arm_names)),  # inches
     )
     # With a single endpoint `axes` is not an array; atleast_1d makes one.
-    for axis, endpoint in zip(np.atleast_1d(axes), study["primary_endpoints"], strict=True):
+    for axis, endpoint in zip(np.atleast_1d(axes), study_data["primary_endpoints"], strict=True):
         for arm_position, arm_name in enumerate(arm_names):
-            seed_values = study["arms"][arm_name][endpoint]
+            seed_values = study_data["arms"][arm_name][endpoint]
             axis.plot(
                 seed_values,
                 [arm_position] * len(seed_values),
@@ -713,7 +790,7 @@ def plot(study: Mapping):
                 markersize=4,
                 color=style.colour("after" if arm_name == LABELS else "control"),
             )
-        axis.axvline(study["before"][endpoint], color=style.colour("before"), linewidth=1)
+        axis.axvline(study_data["before"][endpoint], color=style.colour("before"), linewidth=1)
         axis.set_yticks(range(len(arm_names)), [ARMS[arm_name] for arm_name in arm_names], fontsize=7)
         axis.invert_yaxis()
         axis.set_xlabel(f"{TABLE_METRICS[endpoint][0]}, lower is better; line: before", fontsize=8)
@@ -722,35 +799,37 @@ def plot(study: Mapping):
 
 def commands(plan: Plan) -> dict[str, list[str]]:
     """Return the command line of every step that labels, trains or tunes, by the step's name."""
-    parts = [*plan.label_parts(), *plan.reward_parts(), *plan.tunings().values()]
-    return {part.name: part.command() for part in parts}
+    command_parts = [*plan.label_parts(), *plan.reward_parts(), *plan.tunings().values()]
+    return {part.name: part.command() for part in command_parts}
 
 
-def work(plan: Plan, jobs: int) -> list[Path]:
+def work(plan: Plan, process_count: int) -> list[Path]:
     """Run the missing steps, measure all arms, and write controlled-study.json, .md and .png.
 
-    Args: jobs: number of steps that run at the same time.
+    Args: process_count: number of steps that run at the same time.
     Returns: the paths of the three files.
     """
     # The cores are divided among the processes that run at the same time.
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    thread_count = max(1, (os.cpu_count() or 1) // process_count)
     for write_more, parts, bar_text in (
         (write_labels_of_arms, plan.label_parts(), "sets of labels"),
         (write_rewards, plan.reward_parts(), "rewards trained"),
     ):
-        make_with_progress_bar([[part] for part in parts], jobs, threads, bar_text)
+        make_with_progress_bar([[part] for part in parts], process_count, thread_count, bar_text)
         write_more(plan)
     # The runs of train.py need the rewards, so they are the last step.
     tuning_by_case = plan.tunings()
-    make_with_progress_bar([[part] for part in tuning_by_case.values()], jobs, threads, "networks tuned")
+    make_with_progress_bar(
+        [[part] for part in tuning_by_case.values()], process_count, thread_count, "networks tuned"
+    )
     network_by_task = {
         part.name: network_path
         for part in tuning_by_case.values()
         if (network_path := part.network()) is not None
     }
-    study = compare(
+    study_data = compare(
         plan,
-        measure_arms(plan, network_by_task, jobs),
+        measure_arms(plan, network_by_task, process_count),
         {case: part.name for case, part in tuning_by_case.items()},
     )
-    return write(study, plan.out, "controlled-study", markdown, plot)
+    return write(study_data, plan.out, "controlled-study", markdown, plot)

@@ -44,9 +44,9 @@ NO_UMAP = (
 
 
 def jobs(comparison: Comparison) -> list[Job]:
-    """Return the jobs: map of the features, separability, and the renders of the interactive map.
+    """Return the jobs of the page: map of the features, separability, and the renders of the interactive map.
 
-    The renders have no section of their own on the page.
+    The job of the renders has no section of its own on the page.
     """
     # The version of UMAP is an input of the map, since another version gives another layout.
     installed_umap = umap_version()  # None leaves the UMAP plot out
@@ -104,10 +104,10 @@ def global_features(
     if cache_key not in comparison.memory:
         batches = [
             (
-                comparison.reward.network.features(observed).cpu(),
-                comparison.reward.score_observed(observed).cpu(),
+                comparison.reward.network.features(observed_batch).cpu(),
+                comparison.reward.score_observed(observed_batch).cpu(),
             )
-            for observed in comparison.observed(generator, seeds)
+            for observed_batch in comparison.observed(generator, seeds)
         ]
         comparison.memory[cache_key] = tuple(
             torch.cat(batch_values).double().numpy() for batch_values in zip(*batches, strict=True)
@@ -125,10 +125,15 @@ def principal_axes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
         variance, [2, F]. The third holds the axes' shares of the variance, [2].
     """
     mean_point = points.mean(axis=0)  # [F]
-    _, singular_values, axes = np.linalg.svd(points - mean_point, full_matrices=False)  # axes: [min(N, F), F]
-    axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    _, singular_values, axis_vectors = np.linalg.svd(
+        points - mean_point, full_matrices=False
+    )  # axes: [min(N, F), F]
+    axis_vectors = (
+        axis_vectors[:2]
+        * np.sign(axis_vectors[np.arange(2), np.abs(axis_vectors[:2]).argmax(axis=1)])[:, None]
+    )
     # 1e-300 avoids a division by zero if all points are equal.
-    return mean_point, axes, singular_values[:2] ** 2 / max(float((singular_values**2).sum()), 1e-300)
+    return mean_point, axis_vectors, singular_values[:2] ** 2 / max(float((singular_values**2).sum()), 1e-300)
 
 
 def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
@@ -142,8 +147,8 @@ def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
     with warnings.catch_warnings():
         # UMAP warns that it uses a single thread because of the fixed seed, which is intended.
         warnings.simplefilter("ignore")
-        layout = umap.UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(points) - 1), random_state=seed, n_jobs=1)
-        return layout.fit_transform(points.astype(np.float32)).astype(np.float64)
+        umap_model = umap.UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(points) - 1), random_state=seed, n_jobs=1)
+        return umap_model.fit_transform(points.astype(np.float32)).astype(np.float64)
 
 
 def feature_map(comparison: Comparison, _folder: Path) -> Finding:
@@ -173,22 +178,22 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
         )
         positions_by_layout["umap"] = dict(zip(ROLES, np.split(layout_positions, 2), strict=True))
         layout_before = positions_by_layout["umap"]["before"]  # [N, 2]
-        centre, main_axes, _ = principal_axes(layout_before)
+        layout_centre, main_axes, _ = principal_axes(layout_before)
         positions_by_axis |= {
             "first axis of UMAP's layout": layout_before[:, 0],
             # The coordinate axes of a layout are arbitrary, but its axis of largest variance is not.
-            "main axis of UMAP's layout": (layout_before - centre) @ main_axes[0],
+            "main axis of UMAP's layout": (layout_before - layout_centre) @ main_axes[0],
         }
     correlation_rows: list[dict] = []  # one row per axis
-    for listed_name, axis_positions in positions_by_axis.items():
-        rho = (
+    for axis_name, axis_positions in positions_by_axis.items():
+        rho_with_interval = (
             # There is no rank correlation if all rewards or all positions are equal (np.ptp is 0).
             spearman(axis_positions, features_by_role["before"][1])
             if np.ptp(features_by_role["before"][1]) and np.ptp(axis_positions)
             else (None, None, None)
         )
         correlation_rows.append(
-            {"axis": listed_name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))}
+            {"axis": axis_name, **dict(zip(("spearman", "lo", "hi"), rho_with_interval, strict=True))}
         )
     point_rows = [
         {
@@ -196,8 +201,8 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
             "seed": seed,
             "reward": float(features_by_role[role][1][seed_index]),
             **{
-                f"{listed_name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
-                for listed_name, positions_by_role in positions_by_layout.items()
+                f"{layout_name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
+                for layout_name, positions_by_role in positions_by_layout.items()
                 for axis_index, axis in enumerate("xy")
             },
         }
@@ -246,7 +251,8 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
 
 
 def separability(comparison: Comparison, _folder: Path) -> Finding:
-    """Test if the samples before tuning can be separated from those of the tuned network and of the control.
+    """Test whether the samples before tuning can be separated from those of the tuned network and of the
+    control.
 
     The statistic is the share of a sample's nearest neighbours that come from the same network.
     """
@@ -284,11 +290,11 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
             else "partly apart"
         )
         # The smallest p-value of a permutation test is 1 / (1 + permutations).
-        sign = "<=" if role_result.p <= 1 / (1 + len(role_result.chance)) else "="
+        comparison_sign = "<=" if role_result.p <= 1 / (1 + len(role_result.chance)) else "="
         sentences.append(
             f"Before and {role}: {role_result.share:.1%} of a sample's {role_result.k} nearest neighbours"
-            f" come from its own network (50 % by chance; p {sign} {role_result.p:.2g}): the two are"
-            f" {conclusion}."
+            f" come from its own network (50 % by chance; p {comparison_sign} {role_result.p:.2g}): the two"
+            f" are {conclusion}."
         )
     sentences += [
         (
@@ -361,7 +367,9 @@ def _scatter(axes, finding_data: dict, layout: str) -> None:
     """Plot the samples before and after tuning in one layout.
 
     Samples before tuning are coloured by their reward.
-    Args: layout: name of the layout, "umap" or "principal".
+    Args:
+        finding_data: data of the finding of `feature_map`.
+        layout: name of the layout, "umap" or "principal".
     """
     points_by_role = {
         role: [point for point in finding_data["points"] if point["role"] == role] for role in ROLES
@@ -390,13 +398,19 @@ def _scatter(axes, finding_data: dict, layout: str) -> None:
 
 @style.plot(7, xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
 def plot_umap(axes, finding_data: dict):
-    """Plot the UMAP layout of the features before and after tuning."""
+    """Plot the UMAP layout of the features before and after tuning.
+
+    Args: finding_data: data of the finding of `feature_map`.
+    """
     _scatter(axes, finding_data, "umap")
 
 
 @style.plot(7, title="Principal axes of the untuned samples")
 def plot_principal(axes, finding_data: dict):
-    """Plot the samples before and after tuning on the principal axes of those before tuning."""
+    """Plot the samples before and after tuning on the principal axes of those before tuning.
+
+    Args: finding_data: data of the finding of `feature_map`.
+    """
     _scatter(axes, finding_data, "principal")
     axes.set(
         **{
@@ -409,7 +423,10 @@ def plot_principal(axes, finding_data: dict):
 
 @style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
 def plot_axis(axes, finding_data: dict):
-    """Plot the reward over the position on the first principal axis."""
+    """Plot the reward over the position on the first principal axis.
+
+    Args: finding_data: data of the finding of `feature_map`.
+    """
     points_before = [point for point in finding_data["points"] if point["role"] == "before"]
     axes.plot(
         [point["principal_x"] for point in points_before],
@@ -428,7 +445,11 @@ def plot_axis(axes, finding_data: dict):
 
 @style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
 def plot_test(axes, result_by_role: dict):
-    """Plot the permutation distribution and the observed share for each role."""
+    """Plot for each role the permutation distribution and the observed share of neighbours from the own
+    network.
+
+    Args: result_by_role: data of the finding of `separability`: the result of the test for each role.
+    """
     for role, role_result in result_by_role.items():
         axes.hist(
             role_result["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"
@@ -441,15 +462,21 @@ def plot_test(axes, result_by_role: dict):
 
 
 def write(comparison: Comparison, page_folder: Path, quiet: bool = False) -> dict:
-    """Compute the missing findings, write the page, and return all findings by key."""
+    """Compute the missing findings, write the page, and return all findings by key.
+
+    Args: quiet: True hides the progress.
+    """
     jobs_of_page = jobs(comparison)
     finding_by_key = pages.run(jobs_of_page, page_folder, quiet=quiet)  # by key
     feature_points = finding_by_key[MAP].data
-    sheet = finding_by_key[SHAPES].data  # file name of the image with the shapes, and its layout
+    sheet_data = finding_by_key[SHAPES].data  # file name of the image with the shapes, and its layout
     # The image is embedded, so that the page is a single file.
-    sprite = {**sheet, "uri": data_uri((page_folder / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
+    sprite = {
+        **sheet_data,
+        "uri": data_uri((page_folder / "data" / sheet_data["file"]).read_bytes(), "image/jpeg"),
+    }
     title_by_layout = {"umap": "UMAP", "principal": "principal axes"}
-    chart = points_section(
+    chart_html = points_section(
         feature_points["points"],
         [(layout_name, title_by_layout[layout_name]) for layout_name in feature_points["layouts"]],
         sprite,
@@ -467,6 +494,6 @@ def write(comparison: Comparison, page_folder: Path, quiet: bool = False) -> dic
         jobs_of_page[:2],
         finding_by_key,
         summary_sentences,
-        chart,
+        chart_html,
     )
     return finding_by_key

@@ -38,30 +38,40 @@ def _with_inside(shape_values: np.ndarray, is_inside: np.ndarray) -> np.ndarray:
 
 
 def blur(shape_values: np.ndarray, radius: float) -> np.ndarray:
-    """Smooth the values with a Gaussian whose standard deviation is `radius`."""
+    """Smooth the values with a Gaussian.
+
+    Args: radius: standard deviation of the Gaussian, in voxels of a 64^3 grid.
+    """
     return ndimage.gaussian_filter(shape_values, radius * len(shape_values) / 64, mode="nearest")
 
 
 def largest_part(shape_values: np.ndarray) -> np.ndarray:
-    """Keep the largest connected part of the shape."""
+    """Remove all connected parts of the shape except the largest one."""
     return _with_inside(shape_values, annotator.largest_part(shape_values < 0))
 
 
 def morphological_closing(shape_values: np.ndarray, radius: float) -> np.ndarray:
-    """Close the shape morphologically: fill all points that no outside ball of this radius can reach."""
+    """Close the shape morphologically: fill every point that no ball outside the shape can cover.
+
+    Args: radius: radius of the ball, in voxels of a 64^3 grid.
+    """
     grid_radius = radius * len(shape_values) / 64  # radius in voxels of this grid
-    padding = int(np.ceil(grid_radius)) + 1
+    padding_voxels = int(np.ceil(grid_radius)) + 1
     # Padded by more than the radius, since the border of the grid would distort the erosion.
-    is_inside = np.pad(shape_values < 0, padding)
+    is_inside = np.pad(shape_values < 0, padding_voxels)
     if not is_inside.any():
         return shape_values
     # Dilation and then erosion by a ball, both as thresholds on Euclidean distance transforms. A structuring
     # element would cost O(radius^3) per voxel.
-    dilated = ndimage.distance_transform_edt(~is_inside) <= grid_radius
-    closed = ndimage.distance_transform_edt(dilated) > grid_radius
+    dilated_mask = ndimage.distance_transform_edt(~is_inside) <= grid_radius
+    closed_mask = ndimage.distance_transform_edt(dilated_mask) > grid_radius
     # The union with the shape itself, since a closing must not remove voxels, also not by rounding.
     return _with_inside(
-        shape_values, closed[padding:-padding, padding:-padding, padding:-padding] | (shape_values < 0)
+        shape_values,
+        closed_mask[
+            padding_voxels:-padding_voxels, padding_voxels:-padding_voxels, padding_voxels:-padding_voxels
+        ]
+        | (shape_values < 0),
     )
 
 
@@ -71,7 +81,7 @@ def fill_holes(shape_values: np.ndarray) -> np.ndarray:
 
 
 def mirror(shape_values: np.ndarray) -> np.ndarray:
-    """Unite the shape with its mirror image along the first axis."""
+    """Unite the shape with its mirror image along the first axis, x."""
     return np.minimum(shape_values, shape_values[::-1])
 
 
@@ -135,7 +145,9 @@ def evaluate_filters(shapes: np.ndarray, ground_truth: np.ndarray) -> FilterResu
         share of the intact shapes whose error rises by more than HARM.
     """
     # [N] errors before filtering, as shares of the ground-truth head's volume
-    errors_before = np.array([volume_error(*pair).total for pair in zip(shapes, ground_truth, strict=True)])
+    errors_before = np.array(
+        [volume_error(*shape_and_head).total for shape_and_head in zip(shapes, ground_truth, strict=True)]
+    )
     is_defective = errors_before > DEFECTIVE
     result_by_filter = {}  # filter -> (error, harm)
     for filter_name, apply_filter in FILTERS.items():

@@ -49,16 +49,18 @@ _STILL = 1e-7  # the alignment ends when scale and shift (world units) change by
 
 
 @torch.no_grad()
-def yield_fields(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
-    """Yield the shapes of seeds, at most `batch` shapes in a field.
+def yield_fields(
+    generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch_size: int = 8
+):
+    """Yield the shapes of seeds as fields of at most `batch_size` shapes.
 
     Args:
         psi: truncation.
         cutoff: number of layers that truncation affects; None if it affects all layers.
-        batch: largest number of shapes in a field.
+        batch_size: largest number of shapes in a field.
     """
-    for start in range(0, len(seeds), batch):
-        yield generator.field(ws_of_placed(generator, seeds[start : start + batch], psi, cutoff))
+    for start in range(0, len(seeds), batch_size):
+        yield generator.field(ws_of_placed(generator, seeds[start : start + batch_size], psi, cutoff))
 
 
 def mean_surface(
@@ -128,19 +130,23 @@ def align(foreign_surface: np.ndarray, reference_surface: np.ndarray) -> Alignme
         # First from foreign points to the reference, then from the reference to foreign points
         foreign_distances, reference_neighbours = reference_tree.query(aligned_points)
         reference_distances, foreign_neighbours = cKDTree(aligned_points).query(reference_surface)
-        kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)  # mask of the foreign points
+        is_kept_foreign = foreign_distances <= np.quantile(
+            foreign_distances, KEPT
+        )  # mask of the foreign points
         # mask of the reference points
-        kept_reference = reference_distances <= np.quantile(reference_distances, KEPT)
+        is_kept_reference = reference_distances <= np.quantile(reference_distances, KEPT)
         foreign_points = np.concatenate(
-            [foreign_surface[kept_foreign], foreign_surface[foreign_neighbours[kept_reference]]]
+            [foreign_surface[is_kept_foreign], foreign_surface[foreign_neighbours[is_kept_reference]]]
         )
         reference_points = np.concatenate(
-            [reference_surface[reference_neighbours[kept_foreign]], reference_surface[kept_reference]]
+            [reference_surface[reference_neighbours[is_kept_foreign]], reference_surface[is_kept_reference]]
         )
         residual = float(
             np.sqrt(
                 np.square(
-                    np.concatenate([foreign_distances[kept_foreign], reference_distances[kept_reference]])
+                    np.concatenate(
+                        [foreign_distances[is_kept_foreign], reference_distances[is_kept_reference]]
+                    )
                 ).mean()
             )
         )
@@ -226,20 +232,26 @@ def calibrate_density(
         )
     # Quantiles below the level, then the level, then the quantiles above it
     foreign_knots = np.concatenate([quantiles_by_side[0][0], [foreign_level], quantiles_by_side[1][0]])
-    densities = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
+    reference_knots = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
     # Equal quantiles would make segments of zero width, hence a division by zero; only the first is kept.
     is_kept = np.concatenate(
         [[True], np.diff(np.maximum.accumulate(foreign_knots)) > 1e-6 * max(abs(foreign_level), 1.0)]
     )
     return DensityMap(
-        torch.from_numpy(foreign_knots[is_kept]).float(), torch.from_numpy(densities[is_kept]).float()
+        torch.from_numpy(foreign_knots[is_kept]).float(), torch.from_numpy(reference_knots[is_kept]).float()
     )
 
 
 def pool_densities(
     generator: Generator, seeds: Sequence[int], spec: SlabSpec, psi: float, cutoff: int | None
 ) -> np.ndarray:
-    """Return the raw densities of seeds at all points of the grid `spec`, in one flat float64 array."""
+    """Return the raw densities of the shapes of seeds at all points of the grid `spec`, in one flat float64
+    array.
+
+    Args:
+        psi: truncation.
+        cutoff: number of layers that truncation affects; None if it affects all layers.
+    """
     grids = [
         field.density_grid(spec).flatten().cpu() for field in yield_fields(generator, seeds, psi, cutoff)
     ]
@@ -256,7 +268,7 @@ STRIP = 5  # number of meshes in a row
 
 
 class Measured(NamedTuple):
-    """Scores and embeddings of N shapes by the reward."""
+    """Scores and embeddings that the reward network computes for N shapes."""
 
     scores: np.ndarray  # [N]
     embedding: np.ndarray  # [N, M]
@@ -274,7 +286,7 @@ class Trial:
 
     @property
     def seeds(self) -> range:
-        """Return the held-out latents that are scored."""
+        """Return the seeds of the held-out latents that are scored."""
         return LATENTS.take(self.options.n, self.options.seed)
 
     @property
@@ -310,7 +322,7 @@ class Trial:
 
     @functools.cached_property
     def reference_density(self) -> np.ndarray:
-        """Return the reference generator's densities in one flat array, of the latents for alignment."""
+        """Return the reference generator's densities for the latents of the alignment, in one flat array."""
         return pool_densities(
             self.reference.generator,
             ALIGNMENT.take(self.options.fit),
@@ -338,7 +350,7 @@ class Trial:
 
     @functools.cached_property
     def reference_measured(self) -> Measured:
-        """Return scores and embeddings of the reference generator's shapes of the scored latents."""
+        """Return scores and embeddings of the reference generator's shapes for the scored latents."""
         return self.measure_seeds(self.reference.generator, self.seeds)
 
     @torch.no_grad()
@@ -374,7 +386,8 @@ class Trial:
         return float((embedding_tree.query(embedding, NEIGHBOURS)[0][:, -1] > outside_distance).mean())
 
     def placements(self, generator: Generator) -> tuple[dict[str, Placement], Alignment]:
-        """Compute the placement of a generator's shapes at every stage, and their alignment.
+        """Compute the placement of a generator's shapes at every stage (raw, aligned, calibrated), and their
+        alignment.
 
         Returns: a dict with a placement for each of STAGES, and the alignment. The placement 'raw' maps the
             generator's cube onto the reference's cube, 'aligned' maps its typical surface onto the
@@ -422,8 +435,11 @@ class Trial:
         }, alignment
 
     def facts(self, network_name: str | None = None) -> Facts:
-        """Return the facts that a page states about one network, or about all networks if `network_name`"
-        " is None."""
+        """Return the facts that a page states: the number of latents, their seeds, truncation, interval and
+        hashes.
+
+        Args: network_name: name of the network whose hash is stated; None states the hashes of all networks.
+        """
         hash_by_network = {
             other_name: loaded_generator.hash
             for other_name, loaded_generator in self.networks.items()
@@ -439,10 +455,12 @@ class Trial:
 
 
 def scores_under_changes(trial: Trial, generator: Generator, placement: Placement) -> dict[str, np.ndarray]:
-    """Compute scores [N] of the same latents under changes of their placement, and at a lower truncation.
+    """Compute the scores of the same latents under changes of their placement, and at a lower truncation.
 
-    A mirrored shape, or one shifted by half a voxel, should get a similar score. The last key is the lower
-    truncation, under which scores may change.
+    Args: placement: placement without the change.
+    Returns: scores [N] by name of the change. A mirrored shape, or one shifted by half a voxel, should get a
+        similar score as without the change. The last key is the lower truncation, under which scores may
+        change.
     """
     score_options = trial.options
     half_voxel = trial.spec.voxel / 2 * placement.similarity.scale  # world units of the generator
@@ -456,9 +474,9 @@ def scores_under_changes(trial: Trial, generator: Generator, placement: Placemen
             coordinate + half_voxel * (shift_axis == axis)
             for shift_axis, coordinate in enumerate(placement.similarity.shift)
         )
-        shifted_place = replace(placement, similarity=replace(placement.similarity, shift=(x, y, z)))
+        shifted_placement = replace(placement, similarity=replace(placement.similarity, shift=(x, y, z)))
         scores_by_change[f"half a voxel {direction}"] = trial.measure_seeds(
-            Placed(generator, shifted_place), trial.seeds
+            Placed(generator, shifted_placement), trial.seeds
         ).scores
     lower_psi = score_options.psi * 5 / 7  # 0.5 for the default truncation 0.7
     return {
@@ -470,7 +488,7 @@ def scores_under_changes(trial: Trial, generator: Generator, placement: Placemen
 
 
 def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict | None:
-    """Compute Spearman's rank correlation with its interval.
+    """Compute Spearman's rank correlation with its interval, as a dict with the keys mean, lo and hi.
 
     Return None if all scores of one argument are equal, since there are no ranks then.
     """
@@ -481,7 +499,7 @@ def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict
 
 
 def score(trial: Trial, network_name: str, folder: Path) -> Finding:
-    """Score one generator at every stage, and measure how reliable the scores are.
+    """Score one generator at every stage (raw, aligned, calibrated), and measure how reliable the scores are.
 
     Args:
         network_name: key of the generator in `trial.networks`.
@@ -489,11 +507,11 @@ def score(trial: Trial, network_name: str, folder: Path) -> Finding:
     """
     generator = trial.networks[network_name].generator
     placement_by_stage, alignment = trial.placements(generator)
-    measured_by_stage = {
+    measurements_by_stage = {
         stage: trial.measure_seeds(Placed(generator, placement), trial.seeds)
         for stage, placement in placement_by_stage.items()
     }
-    calibrated_scores = measured_by_stage["calibrated"].scores  # the stage that ranks are taken from
+    calibrated_scores = measurements_by_stage["calibrated"].scores  # the stage that ranks are taken from
     correlation_by_change = {
         change_name: correlate_ranks(calibrated_scores, scores)
         for change_name, scores in scores_under_changes(
@@ -503,18 +521,20 @@ def score(trial: Trial, network_name: str, folder: Path) -> Finding:
     finding_data = {
         "alignment": {**asdict(alignment.similarity), "residual": alignment.residual},
         "scores": {
-            stage: stage_measured.scores.tolist() for stage, stage_measured in measured_by_stage.items()
+            stage: stage_measurements.scores.tolist()
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "summary": {
-            stage: summarise(stage_measured.scores) for stage, stage_measured in measured_by_stage.items()
+            stage: summarise(stage_measurements.scores)
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "outside": {
-            stage: trial.share_outside(stage_measured.embedding)
-            for stage, stage_measured in measured_by_stage.items()
+            stage: trial.share_outside(stage_measurements.embedding)
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "reference": {
-            stage: correlate_ranks(stage_measured.scores, trial.reference_measured.scores)
-            for stage, stage_measured in measured_by_stage.items()
+            stage: correlate_ranks(stage_measurements.scores, trial.reference_measured.scores)
+            for stage, stage_measurements in measurements_by_stage.items()
         },
         "agreement": correlation_by_change,
     }
@@ -522,24 +542,28 @@ def score(trial: Trial, network_name: str, folder: Path) -> Finding:
         {
             "seed": seed,
             **{
-                stage: float(stage_measured.scores[latent_index])
-                for stage, stage_measured in measured_by_stage.items()
+                stage: float(stage_measurements.scores[latent_index])
+                for stage, stage_measurements in measurements_by_stage.items()
             },
         }
         for latent_index, seed in enumerate(trial.seeds)
     ]
-    images = strip(trial, network_name, calibrated_scores, folder)
+    image_by_caption = strip(trial, network_name, calibrated_scores, folder)
     return Finding(
         facts=trial.facts(network_name),
         data=finding_data,
         rows=table_rows,
         says=describe_scores(finding_data),
-        images=images,
+        images=image_by_caption,
     )
 
 
 def summarise(scores: np.ndarray) -> dict[str, float]:
-    """Compute the mean, the standard deviation, the quartiles and the range of scores [N]."""
+    """Compute the mean, the standard deviation, the quartiles and the range of scores [N].
+
+    Returns: dict with "mean", "standard_deviation", "min", "low" (first quartile), "median", "high" (third
+        quartile) and "max".
+    """
     quantile_names = ("min", "low", "median", "high", "max")
     quantile_by_name = dict(
         zip(quantile_names, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)
@@ -593,7 +617,7 @@ def describe_scores(finding_data: Mapping) -> list[str]:
     """Describe the scores of a generator in sentences, from the data that `score` computes."""
     alignment = finding_data["alignment"]
     outside_share = finding_data["outside"]["calibrated"]  # share of shapes
-    shift_text = ", ".join(f"{correlation:+.3f}" for correlation in alignment["shift"])  # along x, y, z
+    shift_text = ", ".join(f"{coordinate:+.3f}" for coordinate in alignment["shift"])  # along x, y, z
     medians_text = ", ".join(f"{stage} {finding_data['summary'][stage]['median']:.2f}" for stage in STAGES)
     sentences = [
         f"Median reward: {medians_text}.",
@@ -633,8 +657,10 @@ def describe_scores(finding_data: Mapping) -> list[str]:
 
 
 def compare(trial: Trial, finding_by_network: Mapping[str, Finding], _folder: Path) -> Finding:
-    """Compare all generators by their scores. Args: finding_by_network: result of `score` by name of the"
-    " network."""
+    """Compare all generators by their scores.
+
+    Args: finding_by_network: result of `score` by name of the network.
+    """
     summary_by_network = {
         network_name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]}
         for network_name, finding in finding_by_network.items()
@@ -674,6 +700,8 @@ def plot_scores(axes, finding_data: dict):
     """Plot a bar from the first to the third quartile for each generator and stage.
 
     A grey band behind the bars shows the quartiles of the reference generator.
+
+    Args: finding_data: data of the finding of `compare`.
     """
     reference_summary = finding_data["reference"]
     network_names = list(finding_data["networks"])
@@ -710,7 +738,7 @@ def plot_scores(axes, finding_data: dict):
 def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job]]:
     """Return one job for each generator, and a function that makes the job of the comparison.
 
-    The function takes the findings of the jobs by the generator's name.
+    The function takes the findings of the first jobs, by the generator's name.
     """
     # The keys are numbers, since a name may hold characters that file names may not.
     score_jobs = [
@@ -718,12 +746,14 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
             key=f"network-{network_index}",
             title=network_name,
             compute=partial(score, trial, network_name),
-            inputs={**trial.shared_inputs, "name": network_name, "network": loaded.hash},
+            inputs={**trial.shared_inputs, "name": network_name, "network": loaded_generator.hash},
         )
-        for network_index, (network_name, loaded) in enumerate(trial.networks.items())
+        for network_index, (network_name, loaded_generator) in enumerate(trial.networks.items())
     ]
 
-    hash_by_network = {network_name: loaded.hash for network_name, loaded in trial.networks.items()}
+    hash_by_network = {
+        network_name: loaded_generator.hash for network_name, loaded_generator in trial.networks.items()
+    }
     return score_jobs, lambda finding_by_network: Job(
         key="comparison",
         title="All generators",
@@ -734,7 +764,7 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
 
 
 def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
-    """Return the generators by a name that is as short as possible.
+    """Return a dict from names to generators. The names are unique and as short as possible.
 
     The names are the files' stems if these are unique, else folder and stem, else the full paths.
     """
@@ -746,14 +776,14 @@ def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenera
     return generator_by_name
 
 
-def load_trial(network_paths, reward, reference, device: str, score_options: ScoreOptions) -> Trial:
+def load_trial(network_paths, reward, reference_path, device: str, score_options: ScoreOptions) -> Trial:
     """Load the networks that the flags name.
 
     Args:
         network_paths: files or run folders of the generators to score. If the sequence is empty, only the
             reference generator is scored.
         reward: file of the reward; None selects the bundled reward.
-        reference: file or run folder of the reference generator; None selects the bundled generator.
+        reference_path: file or run folder of the reference generator; None selects the bundled generator.
         device: name of the device.
         score_options: settings of the scores.
 
@@ -762,7 +792,7 @@ def load_trial(network_paths, reward, reference, device: str, score_options: Sco
     torch_device = choose_device(device)
     with prefix_errors("--reference"):
         # the generator that the reward was trained on
-        reference_generator = load_generator(reference, torch_device)
+        reference_generator = load_generator(reference_path, torch_device)
     reward_path = reward or bundled.REWARD
     with prefix_errors("--reward"):
         loaded_reward = load_reward(reward_path, torch_device)
@@ -772,7 +802,7 @@ def load_trial(network_paths, reward, reference, device: str, score_options: Sco
         bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras
     )
     # A network that is named twice is scored once.
-    for network_path in dict.fromkeys(network_paths or [reference]):
+    for network_path in dict.fromkeys(network_paths or [reference_path]):
         with prefix_errors("--network"):
             loaded_networks.append(load_generator(network_path, torch_device))
             misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, placement))
@@ -791,7 +821,7 @@ def load_trial(network_paths, reward, reference, device: str, score_options: Sco
 
 
 def write(trial: Trial, page_folder: Path) -> dict[str, Finding]:
-    """Score the generators, and write the page <out>/index.html and <out>/scores.json.
+    """Score the generators, and write index.html and scores.json into `page_folder`.
 
     Returns: the finding of each generator by its name.
     """

@@ -80,13 +80,13 @@ DEPTH_MEASURES = (  # computed by `measure_depth`
 def jobs(comparison: Comparison) -> list[Job]:
     """Return the jobs on views, surfaces and density. `depth_jobs` returns the job on depth."""
     latent_count = slow_latent_count(comparison)
-    plots = {"values": plot_values, "changes": plot_changes}
+    plot_by_name = {"values": plot_values, "changes": plot_changes}
     return [
         comparison.job(
             "view-consistency",
             "Do views of one shape agree?",
             view_consistency,
-            plots,
+            plot_by_name,
             ROLES,
             n=latent_count,
             views=VIEWS,
@@ -95,7 +95,7 @@ def jobs(comparison: Comparison) -> list[Job]:
             "surfaces",
             "Curvature, components, holes",
             surfaces,
-            plots,
+            plot_by_name,
             ROLES,
             n=latent_count,
             resolution=RESOLUTION,
@@ -129,8 +129,10 @@ def view_consistency(comparison: Comparison, _folder: Path) -> Finding:
         for role, generator in comparison.generators().items()
     }
     # Agreement is measured only on pixels that two views share, so their share is stated.
-    shared_pixel_texts = [f"{role} {views.covisible.mean():.0%}" for role, views in measures_by_role.items()]
-    meaning = (
+    shared_pixel_texts = [
+        f"{role} {role_measures.covisible.mean():.0%}" for role, role_measures in measures_by_role.items()
+    ]
+    meaning_text = (
         f"Pixels that two neighbouring views share were compared ({', '.join(shared_pixel_texts)} of the"
         f" foreground), at yaws {VIEWS['yaws']} radians. Views that agree show that depth, normals and colour"
         " belong to one shape, not that the shape is a good head: a smooth ball agrees too."
@@ -140,23 +142,25 @@ def view_consistency(comparison: Comparison, _folder: Path) -> Finding:
         seeds,
         measures_by_role,
         VIEW_MEASURES,
-        [meaning, *([NO_CONTROL] if comparison.control is None else [])],
+        [meaning_text, *([NO_CONTROL] if comparison.control is None else [])],
     )
 
 
 def view_measures(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> MultiViewMeasures:
-    """Compute the measures of agreement between views of each seed, [N] each."""
-    views = spec_for(generator.generator, **VIEWS)
+    """Compute how well neighbouring views of each seed's shape agree: depth, normals and colour, [N] each."""
+    view_spec = spec_for(generator.generator, **VIEWS)
     # Half of the batch size, since several views of each shape are rendered.
     return multi_view_measures(
-        generator.generator, comparison.ws(generator, seeds), views, batch=max(1, comparison.batch // 2)
+        generator.generator, comparison.ws(generator, seeds), view_spec, batch=max(1, comparison.batch // 2)
     )
 
 
 def surfaces(comparison: Comparison, _folder: Path) -> Finding:
-    """Compare curvature, components, holes and cavities of the meshes that are extracted of each latent."""
+    """Compare curvature, components, holes and cavities of the meshes that are extracted from the latents'
+    shapes.
+    """
     seeds = comparison.seeds(slow_latent_count(comparison))
     values_by_role = {
         role: surface_values(comparison, generator, seeds)
@@ -221,7 +225,7 @@ def surfaces(comparison: Comparison, _folder: Path) -> Finding:
 def surface_values(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> list[dict[str, float] | None]:
-    """Extract the mesh of each seed, and measure it.
+    """Extract the mesh of each seed's shape, and measure it.
 
     Returns: for each seed a dict from the names of SURFACE_MEASURES to values, or None if its density does
         not cross the generator's level, so that there is no mesh.
@@ -230,7 +234,7 @@ def surface_values(
     level = generator.generator.level
     values_by_mesh: list[dict[str, float] | None] = []
     # A quarter of the batch size, since a grid has RESOLUTION^3 points per shape.
-    for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
+    for field in comparison.fields(generator, seeds, batch_size=max(1, comparison.batch // 4)):
         for sigma in field.density_grid(spec).cpu():
             # If no value or all values are above the level, there is no surface to extract.
             has_surface = float(sigma.min()) < level < float(sigma.max())
@@ -252,15 +256,15 @@ def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict
     """
     topology_counts = topology(vertices, faces)
     # H: mean curvature at each vertex [V], 1 / world unit; area: area that belongs to each vertex [V]
-    H, area = mean_curvature(vertices, main_surface(vertices, faces))
+    H, vertex_areas = mean_curvature(vertices, main_surface(vertices, faces))
     # The largest of the distances to the centre along x, y and z; it is box_warp / 2 on the cube's faces.
-    offset = np.abs(vertices - np.asarray(spec.centre, dtype=vertices.dtype)).max(axis=1)
-    is_inner = (offset < spec.box_warp / 2 - RIM_STEPS * spec.voxel) & (area > 0)
+    centre_distances = np.abs(vertices - np.asarray(spec.centre, dtype=vertices.dtype)).max(axis=1)
+    is_inner = (centre_distances < spec.box_warp / 2 - RIM_STEPS * spec.voxel) & (vertex_areas > 0)
     # A larger curvature than the grid can resolve is an artefact of the mesh, so it is bounded.
     bounded_curvature = np.minimum(np.abs(H[is_inner]), 1 / (MIN_CURVATURE_RADIUS * spec.voxel))
     return {
         "mean |curvature|": float(
-            (bounded_curvature * area[is_inner]).sum() / max(area[is_inner].sum(), 1e-30)
+            (bounded_curvature * vertex_areas[is_inner]).sum() / max(vertex_areas[is_inner].sum(), 1e-30)
         ),
         "components": float(topology_counts.parts),
         "holes": float(topology_counts.holes),
@@ -287,7 +291,7 @@ def sigma_statistics(comparison: Comparison, _folder: Path) -> Finding:
         "counts": {role: role_counts.tolist() for role, role_counts in counts_by_role.items()},
         "level": comparison.before.generator.level,
     }
-    meaning = (
+    meaning_text = (
         f"σ is the decoder's raw density on {SIGMA_RESOLUTION}³ points of the whole cube. The largest value"
         " has no best size: the reward rescales each slab by its range, so a few very dense voxels compress"
         " the rest of its input. A rise is a warning, not a defect."
@@ -297,7 +301,7 @@ def sigma_statistics(comparison: Comparison, _folder: Path) -> Finding:
         seeds,
         values_by_role,
         SIGMA_MEASURES,
-        notes=[meaning, *([NO_CONTROL] if comparison.control is None else [])],
+        notes=[meaning_text, *([NO_CONTROL] if comparison.control is None else [])],
         **histogram_data,
     )
 
@@ -331,7 +335,10 @@ def sigma_values(
 
 @style.plot()
 def plot_histogram(axes, finding_data: dict):
-    """Plot the share of positive σ in each bin, as an outline for each role."""
+    """Plot the share of positive σ in each bin, as one outline for each network.
+
+    Args: finding_data: data of the finding of `sigma_statistics`.
+    """
     bin_edges = np.asarray(finding_data["edges"])  # [bins + 1]
     # The axis ends a little above the last bin that is not empty in any network.
     last_bin = max(
@@ -364,7 +371,10 @@ def plot_histogram(axes, finding_data: dict):
     7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample"
 )
 def plot_largest(axes, finding_data: dict):
-    """Plot the cumulative distribution of the largest σ per sample."""
+    """Plot the cumulative distribution of the largest σ per sample.
+
+    Args: finding_data: data of the finding of `sigma_statistics`.
+    """
     measure_data = finding_data["measures"][LARGEST]
     for role, largest_sigmas in measure_data["values"].items():
         sorted_sigmas = np.sort(largest_sigmas)  # ascending
@@ -389,14 +399,14 @@ class DepthMaps(NamedTuple):
 
 
 def depth_jobs(comparison: Comparison) -> list[Job]:
-    """Return the job on frontal depth, as a list of length one."""
-    plots = {"measures": plot_values, "mean-change": plot_change}
+    """Return a list with the job on frontal depth."""
+    plot_by_name = {"measures": plot_values, "mean-change": plot_change}
     return [
         comparison.job(
             "canonical-depth",
             "Frontal depth: relief of the face",
             canonical_depth,
-            plots,
+            plot_by_name,
             ROLES,
             version=2,
             n=slow_latent_count(comparison),
@@ -482,14 +492,14 @@ def depth_maps(comparison: Comparison, generator: LoadedGenerator, seeds: range)
     """
     points_by_batch = []
     valid_by_batch = []
-    label = camera(generator.generator)  # [1, 25]
-    pose = label[:, :16].reshape(1, 4, 4)
-    intrinsics = label[0, 16:].reshape(3, 3)
+    camera_label = camera(generator.generator)  # [1, 25]
+    pose = camera_label[:, :16].reshape(1, 4, 4)
+    intrinsics = camera_label[0, 16:].reshape(3, 3)
     for field in comparison.fields(generator, seeds):
-        (rendered,) = render_each(field, [label], LOOK, comparison.seed)
+        (rendering,) = render_each(field, [camera_label], LOOK, comparison.seed)
         # [n, 1, R, R]
-        depth = rendered.depth.float()
-        opacity = rendered.opacity.float()  # [n, 1, R, R]
+        depth = rendering.depth.float()
+        opacity = rendering.opacity.float()  # [n, 1, R, R]
         # The depth of pixels that are mostly transparent is not reliable.
         is_opaque = (opacity >= OPACITY) & depth.isfinite()
         surface_points = lift(torch.where(is_opaque, depth, 0.0), pose, intrinsics)  # [n, 1, R, R, 3]
@@ -498,7 +508,7 @@ def depth_maps(comparison: Comparison, generator: LoadedGenerator, seeds: range)
     return DepthMaps(np.concatenate(points_by_batch), np.concatenate(valid_by_batch))
 
 
-def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
+def measure_depth(depth_maps_of_latents: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
     """Compute four measures of each frontal depth map, from the world position of every pixel.
 
     A window is a rectangle in x and y, relative to the cube, in which the part of an aligned frontal head
@@ -514,24 +524,30 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
       percentiles of z in the windows of the two cheeks.
 
     Args:
-        maps: depth maps of N latents.
+        depth_maps_of_latents: depth maps of N latents.
         bounds: cube of the generator, to which the windows are relative.
 
     Returns: dict from the names of DEPTH_MEASURES to values [N] float64. Lengths are in world units. A value
         is NaN if a window that it needs has fewer than MIN_PIXELS valid pixels.
     """
-    values_by_measure = {measure.name: np.full(len(maps.valid), np.nan) for measure in DEPTH_MEASURES}
-    values_by_measure["valid pixels"] = maps.valid.mean(axis=(1, 2))
-    for latent_index, (pixel_points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
+    values_by_measure = {
+        measure.name: np.full(len(depth_maps_of_latents.valid), np.nan) for measure in DEPTH_MEASURES
+    }
+    values_by_measure["valid pixels"] = depth_maps_of_latents.valid.mean(axis=(1, 2))
+    for latent_index, (pixel_points, is_valid) in enumerate(
+        zip(depth_maps_of_latents.points, depth_maps_of_latents.valid, strict=True)
+    ):
         face_points = pixel_points[is_valid & _window(pixel_points, FACE, bounds)]
         if len(face_points) >= MIN_PIXELS:
             low_depth, high_depth = np.quantile(face_points[:, 2], [0.05, 0.95])  # z
             # Positions in units of the cube's side, so that the least-squares problem is well conditioned.
             x, y, z = (face_points / bounds.side).T
-            # [P, 6]: the terms of a quadratic in x and y
-            terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+            # [P, 6]: the design matrix of the least-squares fit
+            quadratic_terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
             rms_residual = float(
-                np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2))
+                np.sqrt(
+                    np.mean((z - quadratic_terms @ np.linalg.lstsq(quadratic_terms, z, rcond=None)[0]) ** 2)
+                )
             )
             (
                 values_by_measure["depth range of the face"][latent_index],
@@ -541,11 +557,11 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
                 rms_residual * bounds.side,
             )
         nose_depths, *cheek_depths = (
-            pixel_points[is_valid & _window(pixel_points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS)
+            pixel_points[is_valid & _window(pixel_points, window, bounds)][:, 2] for window in (NOSE, *CHEEKS)
         )
         if min(len(window_depths) for window_depths in (nose_depths, *cheek_depths)) >= MIN_PIXELS:
             values_by_measure["nose prominence"][latent_index] = np.quantile(nose_depths, 0.98) - np.mean(
-                [np.quantile(one_cheek_depths, 0.8) for one_cheek_depths in cheek_depths]
+                [np.quantile(depths, 0.8) for depths in cheek_depths]
             )
     return values_by_measure
 
@@ -578,8 +594,10 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
     summed_changes = np.where(
         is_valid_in_both, maps_after.points[..., 2] - maps_before.points[..., 2], 0.0
     ).sum(axis=0)
-    has_enough = latent_counts >= max(1, len(is_valid_in_both) / 2)  # [R, R]
-    mean_changes = np.where(has_enough, summed_changes / np.maximum(latent_counts, 1), np.nan)  # [R, R]
+    has_enough_latents = latent_counts >= max(1, len(is_valid_in_both) / 2)  # [R, R]
+    mean_changes = np.where(
+        has_enough_latents, summed_changes / np.maximum(latent_counts, 1), np.nan
+    )  # [R, R]
     json_rows = []
     for pixel_row in mean_changes:
         # JSON has no NaN, so it is written as None. Six digits keep the file small.
@@ -593,7 +611,10 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
 
 
 def plot_change(finding_data: dict):
-    """Plot the pixels at which the surface moved, on average, towards the camera (red) or away (blue)."""
+    """Plot the pixels at which the surface moved, on average, towards the camera (red) or away (blue).
+
+    Args: finding_data: data of the finding of `canonical_depth`.
+    """
     roles = list(finding_data["change"])
     figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))  # inches
     change_maps = [

@@ -45,7 +45,7 @@ Measured = Mapping[str, np.ndarray]  # measurements of N shapes by name, as `mea
 
 @torch.no_grad()
 def sample_shapes(generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> np.ndarray:
-    """Return the shapes that a generator makes of seeds: values [N, n, n, n], negative inside.
+    """Generate the shapes of seeds: values [N, n, n, n], negative inside.
 
     A shape can be compared with the ground-truth head of its seed only at psi 1, since truncation changes the
     latent.
@@ -79,7 +79,9 @@ def measure_heads(shapes: np.ndarray, ground_truth: np.ndarray) -> dict[str, np.
     is_back = back_of_head(grid_points(shapes.shape[1]))  # [n, n, n], bool
     return {
         **compared(shapes, ground_truth),
-        "utility": np.array([utility(*pair).total for pair in zip(shapes, ground_truth, strict=True)]),
+        "utility": np.array(
+            [utility(*shape_and_head).total for shape_and_head in zip(shapes, ground_truth, strict=True)]
+        ),
         "depth": np.stack([face_depth(shape_values) for shape_values in shapes]).astype(np.float32),
         "relief": np.stack([_relief(shape_values) for shape_values in shapes]).astype(np.float32),
         # one bit for each voxel at the back, since the store keeps these arrays of every arm
@@ -88,18 +90,23 @@ def measure_heads(shapes: np.ndarray, ground_truth: np.ndarray) -> dict[str, np.
     }
 
 
-def back_of_head_error(measured: Measured) -> np.ndarray:
+def back_of_head_error(measurements: Measured) -> np.ndarray:
     """Return the back-of-head volume error [N].
 
     It is the sum of the missing and the extra volume at the back of the head, as a share of the volume that
     the ground-truth head has there.
+
+    Args: measurements: result of `measure_heads`.
     """
-    return measured["missing"] + measured["extra"]
+    return measurements["missing"] + measurements["extra"]
 
 
-def find_defective(measured_before: Measured) -> np.ndarray:
-    """Return a mask [N] of the latents whose heads are defective before tuning."""
-    return back_of_head_error(measured_before) > DEFECTIVE
+def find_defective(measurements_before: Measured) -> np.ndarray:
+    """Return a mask [N] of the latents whose heads are defective before tuning.
+
+    Args: measurements_before: result of `measure_heads` for the shapes before tuning.
+    """
+    return back_of_head_error(measurements_before) > DEFECTIVE
 
 
 def error_reduction(errors_before: np.ndarray, errors_after: np.ndarray) -> float | None:
@@ -113,30 +120,35 @@ def error_reduction(errors_before: np.ndarray, errors_after: np.ndarray) -> floa
     return float(1 - errors_after.mean() / errors_before.mean())
 
 
-def intact_degraded(measured_before: Measured, measured_after: Measured) -> float | None:
-    """Return the share of the intact heads whose error grew by more than WORSE.
+def intact_degraded(measurements_before: Measured, measurements_after: Measured) -> float | None:
+    """Return the share of the intact heads whose error grew by more than WORSE, in the unit of
+    `back_of_head_error`.
 
     Return None if no head was intact before.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
-    is_intact = ~find_defective(measured_before)
-    is_degraded = back_of_head_error(measured_after) > back_of_head_error(measured_before) + WORSE
+    is_intact = ~find_defective(measurements_before)
+    is_degraded = back_of_head_error(measurements_after) > back_of_head_error(measurements_before) + WORSE
     return float(is_degraded[is_intact].mean()) if is_intact.any() else None
 
 
-def face_distance_moved(measured_before: Measured, measured_after: Measured) -> np.ndarray:
+def face_distance_moved(measurements_before: Measured, measurements_after: Measured) -> np.ndarray:
     """Return the distance [N] by which the surface of each face moved along the view, in voxels.
 
     The distance is the median over the face's window. It is NaN if no pixel shows a surface both times.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
-    depth_change = np.abs(measured_after["depth"] - measured_before["depth"])  # [N, R, C]
+    depth_change = np.abs(measurements_after["depth"] - measurements_before["depth"])  # [N, R, C]
     distances = depth_change.reshape(len(depth_change), -1)  # [N, R C]
     # nanmedian warns about rows without a finite value, so it is not called for these.
     has_surface = np.isfinite(distances).any(axis=1)
-    medians = [
+    median_distances = [
         np.nanmedian(latent_distances) if has_finite else np.nan
         for latent_distances, has_finite in zip(distances, has_surface, strict=True)
     ]
-    return np.array(medians) / VOXEL
+    return np.array(median_distances) / VOXEL
 
 
 def _relief(shape_values: np.ndarray) -> np.ndarray:
@@ -150,138 +162,151 @@ def _relief(shape_values: np.ndarray) -> np.ndarray:
     )
 
 
-def variety(measured: Measured) -> float | None:
-    """Return the variety of faces in voxels, or None if no pixel of the window shows two faces.
+def variety(measurements: Measured) -> float | None:
+    """Return the variety of faces in voxels, or None if no pixel of the window shows a face in two or more
+    latents.
 
     The variety is the standard deviation of the relief over latents, averaged over the window.
+
+    Args: measurements: result of `measure_heads`.
     """
     # The standard deviation at a pixel needs two faces there.
-    has_two_faces = np.isfinite(measured["relief"]).sum(axis=0) > 1  # [R, C]
+    has_two_faces = np.isfinite(measurements["relief"]).sum(axis=0) > 1  # [R, C]
     if not has_two_faces.any():
         return None
-    return float(np.nanstd(measured["relief"][:, has_two_faces], axis=0).mean() / VOXEL)
+    return float(np.nanstd(measurements["relief"][:, has_two_faces], axis=0).mean() / VOXEL)
 
 
-def identity_kept(measured_before: Measured, measured_after: Measured) -> float | None:
+def identity_kept(measurements_before: Measured, measurements_after: Measured) -> float | None:
     """Return the share of latents whose face keeps its identity.
 
     A face keeps its identity if, of all faces before tuning, the face of its own latent is the most similar
     one to it after tuning. A face that has vanished has lost its identity. Return None if a face was missing
     before tuning, since there is nothing to compare with.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
     # [N]; `_relief` is NaN in all pixels if there is no face, so one finite pixel means that there is a face.
     has_face_before, has_face_after = (
-        np.isfinite(measured["relief"]).reshape(len(measured["relief"]), -1).max(axis=1)
-        for measured in (measured_before, measured_after)
+        np.isfinite(measurements["relief"]).reshape(len(measurements["relief"]), -1).max(axis=1)
+        for measurements in (measurements_before, measurements_after)
     )
     if not has_face_before.all():
         return None
-    reliefs_before = list(measured_before["relief"])  # N reliefs, [R, C] each
+    reliefs_before = list(measurements_before["relief"])  # N reliefs, [R, C] each
     is_kept = np.zeros(len(reliefs_before), dtype=bool)  # [N]
     # Each face after tuning is compared with all N faces before tuning.
     for latent_index in np.flatnonzero(has_face_after):
         correlations = [
-            relief_correlation(measured_after["relief"][latent_index], relief) for relief in reliefs_before
+            relief_correlation(measurements_after["relief"][latent_index], relief)
+            for relief in reliefs_before
         ]
         # True if the most similar face is the one of the same latent
         is_kept[latent_index] = np.argmax(correlations) == latent_index
     return float(is_kept.mean())
 
 
-def changed_share(measured_before: Measured, measured_after: Measured) -> np.ndarray:
-    """Return how much of the back of each head has become solid or empty, [N].
+def changed_share(measurements_before: Measured, measurements_after: Measured) -> np.ndarray:
+    """Return the volume at the back of each head that has become solid or empty, [N].
 
     The unit is the volume that the ground-truth head has at the back.
+
+    Args: measurements_before, measurements_after: results of `measure_heads`.
     """
     # packbits fills the last byte with zeros in both arrays, so the exclusive or is zero there.
     changed_bits = np.unpackbits(
-        np.bitwise_xor(measured_before["solid"], measured_after["solid"]).astype(np.uint8), axis=1
+        np.bitwise_xor(measurements_before["solid"], measurements_after["solid"]).astype(np.uint8), axis=1
     )
-    return changed_bits.sum(axis=1) / measured_before["volume"]
+    return changed_bits.sum(axis=1) / measurements_before["volume"]
 
 
-def compute_metrics(measured_before: Measured, measured_after: Measured) -> dict:
+def compute_metrics(measurements_before: Measured, measurements_after: Measured) -> dict:
     """Compute the metrics of one network, or of another treatment of the same shapes.
 
     Args:
-        measured_before: measurements of the shapes before tuning.
-        measured_after: measurements of the shapes after tuning, or after another treatment.
+        measurements_before: measurements of the shapes before tuning.
+        measurements_after: measurements of the shapes after tuning, or after another treatment.
 
     Returns: dict of JSON values by the name of the metric.
     """
     # The untuned shapes decide which latents count as defective, so that it is the same for every arm.
-    is_defective = find_defective(measured_before)
-    moved_distances = face_distance_moved(measured_before, measured_after)
-    error_after = back_of_head_error(measured_after)
+    is_defective = find_defective(measurements_before)
+    moved_distances = face_distance_moved(measurements_before, measurements_after)
+    error_after = back_of_head_error(measurements_after)
     mean_reduction = error_reduction(
-        back_of_head_error(measured_before)[is_defective], error_after[is_defective]
+        back_of_head_error(measurements_before)[is_defective], error_after[is_defective]
     )
     # [None]: a single training seed, [1, N]
-    interval = (
-        error_reduction_interval(measured_before, error_after[None]) if mean_reduction is not None else None
+    reduction_interval = (
+        error_reduction_interval(measurements_before, error_after[None])
+        if mean_reduction is not None
+        else None
     )
     return {
         "error_reduction": mean_reduction,  # relative to the error before
-        "error_reduction_ci95": interval,
+        "error_reduction_ci95": reduction_interval,
         # shares of the ground-truth head's back-of-head volume
         "error_intact": _mean(error_after[~is_defective]),
-        "missing_defective": _mean(measured_after["missing"][is_defective]),
-        "extra_defective": _mean(measured_after["extra"][is_defective]),
-        "intact_degraded": intact_degraded(measured_before, measured_after),
-        "identity_kept": identity_kept(measured_before, measured_after),  # share of latents
+        "missing_defective": _mean(measurements_after["missing"][is_defective]),
+        "extra_defective": _mean(measurements_after["extra"][is_defective]),
+        "intact_degraded": intact_degraded(measurements_before, measurements_after),
+        "identity_kept": identity_kept(measurements_before, measurements_after),  # share of latents
         "face_moved_voxels": float(np.nanmedian(moved_distances))
         if np.isfinite(moved_distances).any()
         else None,
-        "variety": variety(measured_after),  # voxels
-        "fscore_defective": _mean(measured_after["fscore"][is_defective]),
-        "fscore_intact": _mean(measured_after["fscore"][~is_defective]),
-        "utility": _mean(measured_after["utility"]),
+        "variety": variety(measurements_after),  # voxels
+        "fscore_defective": _mean(measurements_after["fscore"][is_defective]),
+        "fscore_intact": _mean(measurements_after["fscore"][~is_defective]),
+        "utility": _mean(measurements_after["utility"]),
         # share of all latents whose error is small after the treatment
         "intact_share": float((error_after <= DEFECTIVE).mean()),
-        "changed": _mean(changed_share(measured_before, measured_after)),
+        "changed": _mean(changed_share(measurements_before, measurements_after)),
         **{
-            f"{name}_defective": _mean(measure.values(measured_after)[is_defective])
-            for name, measure in MEASURES.items()
+            f"{measure_name}_defective": _mean(measure.values(measurements_after)[is_defective])
+            for measure_name, measure in MEASURES.items()
         },
-        **{name: _mean(measure.values(measured_after)) for name, measure in FRONT_MEASURES.items()},
+        **{
+            measure_name: _mean(measure.values(measurements_after))
+            for measure_name, measure in FRONT_MEASURES.items()
+        },
     }
 
 
 def shape_frechet(features: np.ndarray, reference_features: np.ndarray) -> float:
-    """Return the Fréchet distance between features [N, Q] of shapes and features of ground-truth heads."""
+    """Compute the Fréchet distance between features [N, Q] of shapes and features of ground-truth heads."""
     shape_statistics = FeatureStatistics(features.shape[1]).update(features)
     reference_statistics = FeatureStatistics(reference_features.shape[1]).update(reference_features)
     return shape_statistics.distance(reference_statistics)
 
 
-def error_reduction_interval(measured_before: Measured, errors_by_seed: np.ndarray) -> list[float] | None:
+def error_reduction_interval(measurements_before: Measured, errors_by_seed: np.ndarray) -> list[float] | None:
     """Return the 95 % interval of `error_reduction` over training seeds and defective heads.
 
     Args:
-        measured_before: measurements of the shapes before tuning.
+        measurements_before: measurements of the shapes before tuning.
         errors_by_seed: back-of-head volume errors after tuning with each training seed, [S, N].
 
     Returns: [low, high], or None if no head was defective before.
     """
-    is_defective = find_defective(measured_before)
-    errors_before = back_of_head_error(measured_before)[is_defective]
+    is_defective = find_defective(measurements_before)
+    errors_before = back_of_head_error(measurements_before)[is_defective]
     errors_after = errors_by_seed[:, is_defective]
     if not is_defective.any():
         return None
     # A ratio of means is used. A mean of ratios would be dominated by single heads with a small error.
-    ci95 = two_way_interval(
+    reduction_interval = two_way_interval(
         lambda seed_indices, head_indices: (
             1 - errors_after[np.ix_(seed_indices, head_indices)].mean() / errors_before[head_indices].mean()
         ),
         *errors_after.shape,
     )
-    return [ci95.lo, ci95.hi]
+    return [reduction_interval.lo, reduction_interval.hi]
 
 
-def _mean(values: np.ndarray) -> float | None:
+def _mean(metric_values: np.ndarray) -> float | None:
     """Return the mean, or None if there are no values, for example if no head is defective."""
     # JSON has no NaN.
-    return float(values.mean()) if values.size else None
+    return float(metric_values.mean()) if metric_values.size else None
 
 
 # Comparison of several networks, for example of ablations or of further training seeds.
@@ -317,15 +342,19 @@ def compare(
     shape_features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
     # [N, Q]
     reference_features = shape_features.of_grids(ground_truth) if shape_features else np.zeros((0, 0))
-    measured_before: Measured = {}
+    measurements_before: Measured = {}
     path_by_name = {"before": None, **path_by_network}
-    for network_name, path in tqdm(path_by_name.items(), desc="networks", unit="network", leave=False):
-        shapes = sample_shapes(generator_before if path is None else load_generator(path).generator, seeds)
-        measured = measure_heads(shapes, ground_truth)
+    for network_name, network_path in tqdm(
+        path_by_name.items(), desc="networks", unit="network", leave=False
+    ):
+        shapes = sample_shapes(
+            generator_before if network_path is None else load_generator(network_path).generator, seeds
+        )
+        measurements = measure_heads(shapes, ground_truth)
         # the network before tuning is the first of `path_by_name`
-        measured_before = measured_before or measured
-        metrics_by_network[network_name] = compute_metrics(measured_before, measured)
+        measurements_before = measurements_before or measurements
+        metrics_by_network[network_name] = compute_metrics(measurements_before, measurements)
         if shape_features:
-            distance = shape_frechet(shape_features.of_grids(shapes), reference_features)
-            metrics_by_network[network_name]["shape_frechet"] = distance
-    return metrics_by_network, int(find_defective(measured_before).sum())
+            frechet_distance = shape_frechet(shape_features.of_grids(shapes), reference_features)
+            metrics_by_network[network_name]["shape_frechet"] = frechet_distance
+    return metrics_by_network, int(find_defective(measurements_before).sum())

@@ -2,7 +2,7 @@
 
 The evaluators are the ground-truth heads of the latents, the simulated annotator without noise, Fréchet
 distances to the data, and geometry measures that share nothing with the annotator. The 95 % interval of each
-change decides whether the change is called better, worse or open.
+change decides whether the outcome of the change is called better, worse or open (undecided).
 Shapes: N latents, Q features.
 """
 
@@ -59,9 +59,10 @@ FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' featur
 
 
 def metric_entry(measure: Measure, mean_before: float, mean_after: float, paired_change: dict) -> dict:
-    """Return the entry of a measure in the summary's "geometry".
+    """Return the entry of a measure in the list "geometry" of summary.json.
 
     Args:
+        measure: the measure.
         mean_before: mean before tuning.
         mean_after: mean after tuning.
         paired_change: paired change after - before, with at least the keys mean, mean_lo and mean_hi.
@@ -87,10 +88,11 @@ Measured = dict[str, np.ndarray]
 
 
 def _ground_truth(comparison: Comparison, generator: LoadedGenerator) -> Measured:
-    """Compute the ground-truth heads of all latents that other parts use, and return their solid share [N].
+    """Write the ground-truth heads of all evaluated latents to the disk, and return the solid share of each,
+    [N].
 
-    The purpose is the side effect: `heads.ground_truth_heads` writes the heads to the disk, where parts in
-    other processes find them.
+    The purpose is the side effect of `heads.ground_truth_heads`, which writes the heads to a cache on the
+    disk. The other entries of PARTS run in other processes and read them there.
     """
     seeds = [*EVALUATION.take(HEADS), *VALIDATION.take(CHOOSING)]
     return {"solid": (heads.ground_truth_heads(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
@@ -119,21 +121,21 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
     )
     measurements: Measured = {}
     filter_results = evaluate_filters(*validation_heads)
-    for prefix, spares_intact in (("", True), ("any_", False)):
+    for key_prefix, spares_intact in (("", True), ("any_", False)):
         filter_name = best_post_processing(filter_results, spares_intact=spares_intact)
         # [N, n, n, n]
         shapes = np.stack([FILTERS[filter_name](shape_values) for shape_values in evaluation_heads[0]])
         measurements |= {
-            f"{prefix}{array_name}": measured_array
+            f"{key_prefix}{array_name}": measured_array
             for array_name, measured_array in heads.measure_heads(shapes, evaluation_heads[1]).items()
         }
         # Only arrays can be stored, so the method is stored as its index in FILTERS.
-        measurements[f"{prefix}method"] = np.array([list(FILTERS).index(filter_name)])
+        measurements[f"{key_prefix}method"] = np.array([list(FILTERS).index(filter_name)])
     return measurements
 
 
 def _images(comparison: Comparison, generator: LoadedGenerator) -> Measured:
-    """Compute the features [FAKES, Q] of generated images under cameras of the data."""
+    """Compute the features [FAKES, Q] of generated images that are rendered from cameras of the dataset."""
     feature_network = load_features(comparison.inception, comparison.device)
     dataset = open_data(comparison)
     # A fixed seed selects the cameras of the data under which the images are rendered.
@@ -160,9 +162,9 @@ def _data(comparison: Comparison, _generator: LoadedGenerator) -> Measured:
 
 
 def _views(comparison: Comparison, generator: LoadedGenerator) -> Measured:
-    """Compute the measures of VIEWS, [N] each."""
-    views = view_measures(comparison, generator, GEOMETRY.seeds)
-    return {measure.name: measure.values(views) for measure in VIEWS}
+    """Compute the disagreement between views, [N] for each measure of VIEWS."""
+    view_measurements = view_measures(comparison, generator, GEOMETRY.seeds)
+    return {measure.name: measure.values(view_measurements) for measure in VIEWS}
 
 
 @torch.no_grad()
@@ -199,7 +201,7 @@ _OF_ONE_NETWORK = ("ground truth", "post-processing", "data")
 
 
 def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
-    """List (name of the part, role of the network) of all measurements that a comparison needs."""
+    """List (name in PARTS, role of the network) of all measurements that a comparison needs."""
     # Parts are left out if they need synthetic heads, or features that do not fit these shapes.
     missing_parts = {
         *(() if comparison.synthetic else _OF_THE_FAMILY),
@@ -214,23 +216,25 @@ def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def measure_part(comparison: Comparison, part_name: str, role: str = "before") -> Measured:
-    """Return the measurements of a part for the network before or after tuning.
+    """Return the measurements that one function of PARTS makes of the network before or after tuning.
 
     They are computed once, and stored in the comparison's memory. Measurements of the bundled network are
     also stored on the disk, since every run of the demo needs them.
 
     Args:
-        part_name: name of the part in PARTS.
+        part_name: key of the function in PARTS.
         role: "before" or "after".
     """
     # The summary's worker processes store their results in the memory under the same key.
     cache_key = ("evaluators", part_name, role)
     if cache_key not in comparison.memory:
         compute = partial(PARTS[part_name], comparison, comparison.generators()[role])
-        inputs = _inputs(comparison) if role == "before" else None
+        store_inputs = _inputs(comparison) if role == "before" else None
         store = Store(build.cache_dir().parent / "evaluators", renew=True)
         comparison.memory[cache_key] = (
-            compute() if inputs is None else store.arrays(part_name.replace(" ", "-"), inputs, compute)
+            compute()
+            if store_inputs is None
+            else store.arrays(part_name.replace(" ", "-"), store_inputs, compute)
         )
     return comparison.memory[cache_key]
 
@@ -272,7 +276,7 @@ def _inputs(comparison: Comparison) -> dict | None:
 
 @functools.cache
 def _bundled_hash() -> str:
-    """Return the hash of the bundled generator."""
+    """Return the SHA-256 of the bundled generator's file."""
     # The bundled reward records the hash of the generator whose samples were labelled.
     return load_reward(bundled.REWARD).provenance["generator"]
 
@@ -280,11 +284,13 @@ def _bundled_hash() -> str:
 @functools.cache
 def _sources() -> str:
     """Return a hash of this project's code and assets, since any change of them may change a value."""
-    root = Path(__file__).resolve().parents[2]  # the folder that contains the packages
-    packages = ("eg3d_rlhf", "training", "torch_utils")
-    code_paths = (source_path for package in packages for source_path in (root / package).rglob("*.*"))
+    repository_root = Path(__file__).resolve().parents[2]  # the folder that contains the packages
+    package_names = ("eg3d_rlhf", "training", "torch_utils")
+    code_paths = (
+        source_path for package in package_names for source_path in (repository_root / package).rglob("*.*")
+    )
     path_by_name = {
-        str(source_path.relative_to(root)): source_path
+        str(source_path.relative_to(repository_root)): source_path
         for source_path in code_paths
         if source_path.suffix in (".py", ".cpp", ".h")
     }
@@ -297,64 +303,75 @@ def _sources() -> str:
 # Metrics that compare the network before tuning with the tuned network.
 
 
-def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
+def _statistics(features: np.ndarray, batch_size: int) -> FeatureStatistics:
     """Return the statistics of features [N, Q], which are added in batches of the given size.
 
     The rounding of a sum depends on how its terms are grouped. With the batch size in which the features were
     computed, features from the disk give bitwise the same statistics as features that were just computed.
     """
-    statistics = FeatureStatistics(features.shape[1])
-    for start in range(0, len(features), batch):
-        statistics.update(features[start : start + batch])
-    return statistics
+    feature_statistics = FeatureStatistics(features.shape[1])
+    for start in range(0, len(features), batch_size):
+        feature_statistics.update(features[start : start + batch_size])
+    return feature_statistics
 
 
 def blind_pairs(comparison: Comparison) -> dict:
     """Compute the share of held-out latents whose tuned shape the simulated annotator without noise prefers.
 
     A latent whose shapes have equal utility counts one half.
+
+    Returns: entries of summary.json: "win_rate" with its interval, the numbers of latents and of ties, and
+        the mean utilities.
     """
     # [N] each
     utility_before, utility_after = (measure_part(comparison, "heads", role)["utility"] for role in ROLES)
-    wins = int((utility_after > utility_before).sum())  # number of latents
-    ties = int((utility_after == utility_before).sum())  # number of latents
+    win_count = int((utility_after > utility_before).sum())  # number of latents
+    tie_count = int((utility_after == utility_before).sum())  # number of latents
     # Wilson's interval needs an integer number of successes, so half of the ties is rounded down.
-    win_rate_low, win_rate_high = wilson_interval(wins + ties // 2, len(utility_before))
+    win_rate_low, win_rate_high = wilson_interval(win_count + tie_count // 2, len(utility_before))
     return {
-        "win_rate": (wins + 0.5 * ties) / len(utility_before),  # share of latents
+        "win_rate": (win_count + 0.5 * tie_count) / len(utility_before),  # share of latents
         "win_rate_ci95": [win_rate_low, win_rate_high],
         "win_rate_n": len(utility_before),
-        "win_rate_ties": ties,
+        "win_rate_ties": tie_count,
         "utility_before": float(utility_before.mean()),  # 1: the ground-truth head
         "utility_after": float(utility_after.mean()),
     }
 
 
 def compute_head_metrics(comparison: Comparison) -> dict:
-    """Compute the metrics of the tuned held-out shapes against the ground-truth heads of their latents."""
+    """Compute the metrics of the tuned held-out shapes against the ground-truth heads of their latents.
+
+    Returns: dict of JSON values by the name of the metric, see `heads.compute_metrics`.
+    """
     return heads.compute_metrics(*(measure_part(comparison, "heads", role) for role in ROLES))
 
 
 def against_ground_truth(comparison: Comparison) -> dict:
-    """Compute the metrics of tuning and of the best label-free post-processing methods."""
-    measured_before = measure_part(comparison, "heads")
-    processed_heads = measure_part(comparison, "post-processing")
-    # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
-    strongest_processed = {
+    """Compute the metrics of tuning and of the best label-free post-processing methods against ground-truth
+    heads.
+
+    Returns: entries of summary.json. "heads" holds all metrics before tuning, after tuning, and after either
+        post-processing method; the other entries repeat the most important ones.
+    """
+    measurements_before = measure_part(comparison, "heads")
+    processed_measurements = measure_part(comparison, "post-processing")
+    # `processed_measurements` also holds the any_... arrays, which `heads.compute_metrics` does not read
+    strongest_measurements = {
         array_name.removeprefix("any_"): measured_array
-        for array_name, measured_array in processed_heads.items()
+        for array_name, measured_array in processed_measurements.items()
         if array_name.startswith("any_")
     }
     # Every column is measured against the same untuned shapes.
     metrics_by_column = {
-        "before": heads.compute_metrics(measured_before, measured_before),
+        "before": heads.compute_metrics(measurements_before, measurements_before),
         "after": compute_head_metrics(comparison),
-        "post_processing": heads.compute_metrics(measured_before, processed_heads),
-        "strongest_post_processing": heads.compute_metrics(measured_before, strongest_processed),
+        "post_processing": heads.compute_metrics(measurements_before, processed_measurements),
+        "strongest_post_processing": heads.compute_metrics(measurements_before, strongest_measurements),
     }
     method_names = {
-        "post_processing": _method_name(processed_heads),
-        "strongest_post_processing": _method_name(strongest_processed),
+        "post_processing": _method_name(processed_measurements),
+        "strongest_post_processing": _method_name(strongest_measurements),
     }
     tuned_metrics = metrics_by_column["after"]
     intact_fscore = metrics_by_column["before"]["fscore_intact"]
@@ -362,7 +379,7 @@ def against_ground_truth(comparison: Comparison) -> dict:
         "heads_n": HEADS,
         "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],  # first and last
         "heads_psi": 1.0,  # a truncated latent has no ground-truth head
-        "defective_n": int(heads.find_defective(measured_before).sum()),
+        "defective_n": int(heads.find_defective(measurements_before).sum()),
         "error_reduction": tuned_metrics["error_reduction"],
         "error_reduction_ci95": tuned_metrics["error_reduction_ci95"],
         "error_reduction_by_post_processing": metrics_by_column["post_processing"]["error_reduction"],
@@ -388,7 +405,11 @@ def _method_name(measurements: Measured) -> str:
 
 
 def frechet(comparison: Comparison) -> dict:
-    """Compute the Fréchet distances of images to the data before and after tuning, and their ratio."""
+    """Compute the Fréchet distances of images to the data before and after tuning, and their ratio.
+
+    Returns: entries of summary.json whose names begin with "frechet_". The interval of the change is left out
+        if there are fewer images than features.
+    """
     feature_network = load_features(comparison.inception, comparison.device)
     real_features = measure_part(comparison, "data")["features"]
     fake_features = [measure_part(comparison, "images", role)["features"] for role in ROLES]
@@ -420,7 +441,11 @@ def frechet(comparison: Comparison) -> dict:
 def geometry(comparison: Comparison) -> dict:
     """Compute the disagreement between views, which the simulated annotator does not use.
 
-    "better" compares the means; "outcome" is decided by the paired interval.
+    In each entry of the returned list "geometry", "better" compares the means, and "outcome" is decided by
+    the interval of the paired change.
+
+    Returns: entries of summary.json: "geometry", a list with an entry for each measure of VIEWS, and
+        "geometry_n", the number of latents.
     """
     metric_entries = []
     for measure in VIEWS:
@@ -443,6 +468,9 @@ def shapes(comparison: Comparison) -> dict:
     """Compute the Fréchet distance between shapes and ground-truth heads in features of normal maps.
 
     If it cannot be measured, the entry "shapes_missing" holds the reason.
+
+    Returns: entries of summary.json: "geometry", a list with the entry of this distance, and the number of
+        shapes.
     """
     if missing_reason := missing_shape_features(comparison):
         return {"shapes_missing": missing_reason, "geometry": []}
@@ -454,7 +482,7 @@ def shapes(comparison: Comparison) -> dict:
     change_interval = frechet_change_interval(
         features_by_role[0], features_by_role[1], true_features, RESAMPLES
     )
-    paired = {
+    paired_change = {
         "mean": change_interval.mean,
         "mean_lo": change_interval.lo,
         "mean_hi": change_interval.hi,
@@ -465,7 +493,9 @@ def shapes(comparison: Comparison) -> dict:
     return {
         "shapes_n": MAPPED,
         "shapes_psi": 1.0,
-        "geometry": [metric_entry(SHAPE_FRECHET, distance_by_network[0], distance_by_network[1], paired)],
+        "geometry": [
+            metric_entry(SHAPE_FRECHET, distance_by_network[0], distance_by_network[1], paired_change)
+        ],
     }
 
 

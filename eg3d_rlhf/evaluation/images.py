@@ -47,7 +47,7 @@ def jobs(comparison: Comparison) -> list[Job]:
 
     A job whose dataset or network is missing is replaced by one that only states what is missing.
     """
-    inception = identity_of_file(comparison.inception)
+    inception_identity = identity_of_file(comparison.inception)
     distances_title = "Images against the data"
     similarity_plots = {"similarity": plot_similarity}
     identity_title = "Does a latent keep its identity?"
@@ -64,7 +64,7 @@ def jobs(comparison: Comparison) -> list[Job]:
                 data=comparison.data,
                 mirror=comparison.mirror,
                 images=comparison.images,
-                inception=inception,
+                inception=inception_identity,
             )
             if comparison.data
             else comparison.absent(
@@ -77,7 +77,7 @@ def jobs(comparison: Comparison) -> list[Job]:
             diversity,
             {"pairwise": plot_diversity},
             n=comparison.n,
-            inception=inception,
+            inception=inception_identity,
         ),
         comparison.job(
             "appearance-drift",
@@ -126,7 +126,7 @@ def real_features(comparison: Comparison, feature_network) -> tuple[np.ndarray, 
 
     A random subset of at most REALS_PER_FAKE * comparison.images images is used, which --seed determines.
 
-    Args: feature_network: feature network.
+    Args: feature_network: network that maps images [B, 3, R, R] in [-1, 1] to features, see `load_features`.
     Returns: features [M, F], and the dataset.
     """
     dataset = open_data(comparison)
@@ -149,7 +149,8 @@ def images_of(
     seeds: Sequence[int],
     camera_indices: np.ndarray,
 ) -> Iterator[torch.Tensor]:
-    """Yield images of seeds without truncation, in batches [<= comparison.batch, 3, R, R].
+    """Yield images of seeds under cameras of the data, without truncation, in batches [<= comparison.batch,
+    3, R, R].
 
     Args:
         cameras: cameras of the data, [M, 25].
@@ -159,28 +160,28 @@ def images_of(
     for start in range(0, len(seeds), comparison.batch):
         batch_seeds = seeds[start : start + comparison.batch]
         # The mapping is conditioned on the camera that renders, as in EG3D's training.
-        labels = torch.from_numpy(cameras[camera_indices[start : start + len(batch_seeds)]]).to(
+        camera_labels = torch.from_numpy(cameras[camera_indices[start : start + len(batch_seeds)]]).to(
             comparison.device
         )
         with torch.no_grad():
             field = generator.generator.field(  # ws of the mapping, untruncated
                 generator.generator.mapping(
-                    latents(batch_seeds, generator.generator.z_dim).to(comparison.device), labels
+                    latents(batch_seeds, generator.generator.z_dim).to(comparison.device), camera_labels
                 )
             )
-        yield render_each(field, [labels], seed=batch_seeds[0])[0].image
+        yield render_each(field, [camera_labels], seed=batch_seeds[0])[0].image
 
 
 def fake_features(
     comparison: Comparison, generator: LoadedGenerator, cameras: np.ndarray, feature_network
 ) -> np.ndarray:
-    """Compute features [N, F] of N = comparison.images generated images under cameras of the data.
+    """Compute features [N, F] of N = comparison.images generated images, rendered from cameras of the data.
 
     Latents, cameras and ray jitter are the same for all networks.
 
     Args:
         cameras: cameras of the data, [M, 25].
-        feature_network: feature network.
+        feature_network: network that maps images to features, see `load_features`.
     """
     # The cameras depend on the seed alone, so that the images of different networks are paired.
     camera_indices = np.random.RandomState(comparison.seed).randint(len(cameras), size=comparison.images)
@@ -235,14 +236,14 @@ def distances(comparison: Comparison, _folder: Path) -> Finding:
     }
     precision_recall_rows = [
         {
-            "measure": distance_name,
+            "measure": measure_name,
             "role": role,
-            "value": getattr(precision_recall, distance_name),
+            "value": getattr(precision_recall, measure_name),
             "lo": interval.lo,
             "hi": interval.hi,
         }
         for role, precision_recall in precision_recall_by_role.items()
-        for distance_name, interval in precision_recall.intervals().items()
+        for measure_name, interval in precision_recall.intervals().items()
     ]
     facts = comparison.facts(
         comparison.seeds(comparison.images, IMAGES),
@@ -289,9 +290,9 @@ def _describe_distances(
     for change_row in change_rows:
         # The distance before tuning is stated, since a change is only meaningful relative to it.
         row_before = next(
-            row
-            for row in distance_rows
-            if row["distance"] == change_row["distance"] and row["role"] == "before"
+            distance_row
+            for distance_row in distance_rows
+            if distance_row["distance"] == change_row["distance"] and distance_row["role"] == "before"
         )
         direction_text = (
             "farther from"
@@ -307,7 +308,11 @@ def _describe_distances(
         )
     # Precision and recall have intervals, but no paired test here.
     values_before, values_after = (
-        {row["measure"]: row["value"] for row in precision_recall_rows if row["role"] == role}
+        {
+            measure_row["measure"]: measure_row["value"]
+            for measure_row in precision_recall_rows
+            if measure_row["role"] == role
+        }
         for role in ("before", "after")
     )
     sentences += [
@@ -318,7 +323,7 @@ def _describe_distances(
     sentences.append(
         f"Precision and recall count the data within {radius_text}, at this number of images only."
     )
-    if not any(row["distance"] == "Fréchet" for row in distance_rows):
+    if not any(distance_row["distance"] == "Fréchet" for distance_row in distance_rows):
         sentences.append(
             f"No Fréchet distance: it needs more images than the {feature_count} features. Raise --images."
         )
@@ -340,19 +345,19 @@ def views(
     generator: LoadedGenerator,
     seeds: range,
     yaw: float = 0.0,
-    jitter: int | None = None,
+    jitter_seed: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield images of seeds in batches [<= comparison.batch, 3, R, R].
 
     Args:
         yaw: yaw of the camera, in radians from frontal.
-        jitter: seed of the ray jitter, which is the same for every batch. If it is None, the jitter of each
-            batch has the first seed of the batch.
+        jitter_seed: seed of the ray jitter, which is the same for every batch. If it is None, the jitter of
+            each batch has the first seed of the batch.
     """
     for start, field in zip(
         range(0, len(seeds), comparison.batch), comparison.fields(generator, seeds), strict=True
     ):
-        yield image_from(generator, field, yaw, seeds[start] if jitter is None else jitter)
+        yield image_from(generator, field, yaw, seeds[start] if jitter_seed is None else jitter_seed)
 
 
 @torch.no_grad()
@@ -375,7 +380,8 @@ def image_from(generator: LoadedGenerator, field: Field, yaw: float, seed: int) 
 def _cells(observations: torch.Tensor) -> np.ndarray:
     """Flatten observations [N, ...] to [N, cells].
 
-    Slabs [N, 1, D, H, W] with more than SLAB_CELLS cells per edge are first averaged to this size.
+    Slabs [N, 1, D, H, W] with more than SLAB_CELLS cells along an edge are first averaged to SLAB_CELLS cells
+    along it.
     """
     # Observations with five axes are slabs. Pairwise distances of full slabs would need much memory.
     if observations.ndim == 5:
@@ -400,14 +406,14 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
     distances_by_kind: dict[str, dict[str, np.ndarray]] = {"image features": {}, observation_text: {}}
     for role, generator in comparison.generators().items():
         # All latents have the same jitter, so that their distances do not include the noise of the rays.
-        frontal = views(comparison, generator, seeds, jitter=seeds[0])  # batches of images
+        frontal_batches = views(comparison, generator, seeds, jitter_seed=seeds[0])  # batches of images
         # [N, F]
         features = np.concatenate(
-            [feature_network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal]
+            [feature_network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal_batches]
         )
         # [N, cells]
         observation_values = np.concatenate(
-            [_cells(observed) for observed in comparison.observed(generator, seeds)]
+            [_cells(observed_batch) for observed_batch in comparison.observed(generator, seeds)]
         )
         for kind_name, item_features in (
             ("image features", features),
@@ -434,7 +440,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
     for diversity_row in (
         diversity_row for diversity_row in diversity_rows if diversity_row["role"] == "after"
     ):
-        comparative = (
+        comparative_word = (
             "less"
             if diversity_row["ratio_hi"] < 1
             else "more"
@@ -444,7 +450,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
         sentences.append(
             f"Mean pairwise distance of {diversity_row['of']}:"
             f" {span(diversity_row['ratio'], diversity_row['ratio_lo'], diversity_row['ratio_hi'], '.3f')}"
-            f" times that before; samples are {comparative} diverse."
+            f" times that before; samples are {comparative_word} diverse."
         )
     if observation_text == SLABS:
         sentences.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
@@ -471,18 +477,18 @@ def renderings(comparison: Comparison, generator: LoadedGenerator, seeds: range,
 
 
 def _drift(
-    comparison: Comparison, measures: Sequence[Measure], yaw: float, meaning: str, *notes: str
+    comparison: Comparison, measures: Sequence[Measure], yaw: float, meaning_text: str, *note_texts: str
 ) -> Finding:
-    """Compare the images before tuning with the images of each other network.
+    """Compare the images before tuning with the images of every other network, by measures of similarity.
 
     As a reference for unrelated images, each image before tuning is also compared with the image of another
     latent ("other latent").
 
     Args:
-        measures: measures of two batches of images.
+        measures: measures that take two batches of images and return one value per pair of images.
         yaw: yaw of the camera, in radians from frontal.
-        meaning: sentence on the meaning of the measures.
-        notes: further sentences.
+        meaning_text: sentence that explains what the measures mean.
+        note_texts: further sentences.
     """
     seeds = comparison.seeds()  # N held-out latents
     images_by_role = {
@@ -499,12 +505,12 @@ def _drift(
         measure_name = measure.name
         text_by_role = {}  # role -> mean with interval
         for role, other_images in images_by_role.items():
-            pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
+            batch_pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
             # [N]; float64 for the bootstrap
             similarity_values = np.concatenate(
                 [
                     measure.values(images_before.to(comparison.device), images_after.to(comparison.device))
-                    for images_before, images_after in pairs
+                    for images_before, images_after in batch_pairs
                 ]
             ).astype(np.float64)
             values_by_measure[measure_name][role] = similarity_values.tolist()
@@ -520,7 +526,7 @@ def _drift(
         facts=comparison.facts(seeds, ROLES, BOOTSTRAP),
         data={"measures": values_by_measure, "rows": table_rows},
         rows=table_rows,
-        says=[*sentences, meaning, *notes],
+        says=[*sentences, meaning_text, *note_texts],
     )
 
 
@@ -538,11 +544,11 @@ def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
         *([NO_LPIPS] if comparison.lpips is None else []),
         *([NO_CONTROL] if comparison.control is None else []),
     ]
-    meaning = (
+    meaning_text = (
         "Drift is change, not harm: a better shape has to look different. The control shows how much change"
         " happens without the reward; another latent shows the value of unrelated images."
     )
-    return _drift(comparison, measures, YAW, meaning, *missing_notes)
+    return _drift(comparison, measures, YAW, meaning_text, *missing_notes)
 
 
 def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
@@ -552,7 +558,7 @@ def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
     """
     assert comparison.identity is not None  # `jobs` returns this job only with a network
     embed = load_identity(comparison.identity, comparison.device)  # images -> unit embeddings [N, F]
-    meaning = (
+    meaning_text = (
         "Identity means what this network was trained to distinguish. On other images than those of its"
         " training, the similarity means little."
     )
@@ -568,39 +574,44 @@ def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
             )
         ],
         0.0,
-        meaning,
+        meaning_text,
     )
 
 
-def _panels(table_rows: list[dict], column: str, value_key: str = "mean", **axes_settings: Any):
+def _panels(table_rows: list[dict], column_name: str, value_key: str = "mean", **axes_settings: Any):
     """Draw a panel for each value of a column, with a point and its interval for each row.
 
     Args:
-        table_rows: table.
-        column: name of the column.
+        table_rows: rows of the table, each with a "role" and an interval.
+        column_name: name of the column.
         value_key: key of the plotted value in a row.
         axes_settings: settings of the axes, in which '{}' stands for the column's value.
     """
     # in the order of the rows
-    column_values = list(dict.fromkeys(table_row[column] for table_row in table_rows))
+    column_values = list(dict.fromkeys(table_row[column_name] for table_row in table_rows))
     figure, axes = style.figure(columns=len(column_values))
     for axis, column_value in zip(np.atleast_1d(axes), column_values, strict=True):
-        panel_rows = [table_row for table_row in table_rows if table_row[column] == column_value]
+        panel_rows = [table_row for table_row in table_rows if table_row[column_name] == column_value]
         for role_index, table_row in enumerate(panel_rows):
             style.interval(axis, role_index, table_row, table_row["role"], value_key)
         axis.set_xticks(range(len(panel_rows)), [table_row["role"] for table_row in panel_rows])
         axis.set(
             xlim=(-0.5, len(panel_rows) - 0.5),
             **{
-                setting_key: setting.format(column_value) if isinstance(setting, str) else setting
-                for setting_key, setting in axes_settings.items()
+                setting_key: setting_value.format(column_value)
+                if isinstance(setting_value, str)
+                else setting_value
+                for setting_key, setting_value in axes_settings.items()
             },
         )
     return figure
 
 
 def plot_distances(finding_data: dict):
-    """Plot the distances to the data with their intervals."""
+    """Plot the distances to the data with their intervals.
+
+    Args: finding_data: data of the finding of `distances`.
+    """
     return _panels(
         finding_data["distances"],
         "distance",
@@ -610,14 +621,20 @@ def plot_distances(finding_data: dict):
 
 
 def plot_precision_recall(finding_data: dict):
-    """Plot precision and recall with their intervals."""
+    """Plot precision and recall with their intervals.
+
+    Args: finding_data: data of the finding of `distances`.
+    """
     return _panels(
         finding_data["precision_recall"], "measure", "value", ylabel="{}, share", title="{}", ylim=(0, 1.02)
     )
 
 
 def plot_diversity(finding_data: dict):
-    """Plot the diversity of images and of the reward's input, with intervals."""
+    """Plot the diversity of images and of the reward's input, with intervals.
+
+    Args: finding_data: data of the finding of `diversity`.
+    """
     return _panels(
         finding_data["rows"],
         "of",
@@ -628,7 +645,11 @@ def plot_diversity(finding_data: dict):
 
 
 def plot_similarity(finding_data: dict):
-    """Plot the distribution over latents of the similarity to the image before, by measure and role."""
+    """Plot how similar images are to the image before tuning: the distribution over latents, by measure and
+    role.
+
+    Args: finding_data: data of the finding of `appearance_drift` or `identity_drift`.
+    """
     figure, axes = style.figure(columns=len(finding_data["measures"]))
     for axis, (measure_name, values_by_role) in zip(
         np.atleast_1d(axes), finding_data["measures"].items(), strict=True

@@ -72,31 +72,39 @@ def find_mesh_files(folder: Path) -> list[Path]:
     return mesh_paths
 
 
-def generator_name(path: Path, folder: Path, by: str | None) -> str:
+def generator_name(mesh_path: Path, folder: Path, name_pattern: str | None) -> str:
     """Return the name of the generator that made a file.
 
     Args:
-        path: path of the file.
+        mesh_path: path of the file.
         folder: the folder that is validated.
-        by: regular expression that is searched in the path below `folder`. The name is the text of its first
-            group. If it has no group, the name is the text of the whole match; if it does not match, the name
-            is ''. If `by` is None, the name is that of the first folder below `folder`.
+        name_pattern: regular expression that is searched in the path below `folder`. The name is the text of
+            its first group. If it has no group, the name is the text of the whole match; if it does not
+            match, the name is ''. If `name_pattern` is None, the name is that of the first folder below
+            `folder`.
     """
-    inner_path = path.relative_to(folder)  # the path that `by` is searched in
-    if by is None:
+    inner_path = mesh_path.relative_to(folder)  # the path that `name_pattern` is searched in
+    if name_pattern is None:
         # A file directly in `folder` has no subfolder that could name its generator.
         return inner_path.parts[0] if len(inner_path.parts) > 1 else folder.resolve().name
     # The first group is None if it is optional and does not take part in the match.
-    match = re.search(by, inner_path.as_posix())
-    return "" if match is None else match.group(1) or "" if match.re.groups else match.group()
+    name_match = re.search(name_pattern, inner_path.as_posix())
+    return (
+        ""
+        if name_match is None
+        else name_match.group(1) or ""
+        if name_match.re.groups
+        else name_match.group()
+    )
 
 
 class _WorkerClient:
-    def __init__(self) -> None:
-        """Client of a worker process that answers one request at a time.
+    """Client of a worker process that answers one request at a time.
 
-        The process is started at the first request, and again at the next request after it has died.
-        """
+    The process is started at the first request, and again at the next request after it has died.
+    """
+
+    def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
 
     def ask(self, request: dict) -> dict:
@@ -135,7 +143,9 @@ class _WorkerClient:
             process.kill()
 
     def end(self) -> None:
-        """Kill the process and close its pipes. Only the thread that calls `ask` may call this."""
+        """Kill the process, wait for its end, and close its pipes. Only the thread that calls `ask` may call
+        this.
+        """
         if self.process is not None:
             self.process.kill()
             with contextlib.suppress(BrokenPipeError):
@@ -143,17 +153,17 @@ class _WorkerClient:
             self.process = None
 
 
-def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
+def answer_requests(requests: Sequence[dict], process_count: int) -> Iterator[tuple[int, dict]]:
     """Answer requests in several worker processes, and yield (index of the request, its answer).
 
     The answers come in the order in which they are finished.
-    Args: jobs: number of worker processes.
+    Args: process_count: number of worker processes.
     """
     pending_requests = queue.SimpleQueue[tuple[int, dict]]()  # requests with their index
     answers = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
     for numbered_request in enumerate(requests):
         pending_requests.put(numbered_request)
-    workers = [_WorkerClient() for _ in range(min(jobs, len(requests)))]  # at most one for each file
+    workers = [_WorkerClient() for _ in range(min(process_count, len(requests)))]  # at most one for each file
 
     def work(worker: _WorkerClient) -> None:
         """Answer requests until the queue is empty. An exception is put into the queue of answers."""
@@ -191,7 +201,7 @@ def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, 
 
 
 def shares(file_rows: Iterable[dict]) -> list[dict]:
-    """Count for every generator and requirement the meshes that meet the requirement.
+    """Count, for every generator and every requirement, the meshes that meet the requirement.
 
     Args: file_rows: rows of all files; files that were not measured are left out.
     Returns: a row for each generator and requirement, with the count, the number of measured meshes, the
@@ -219,7 +229,13 @@ def shares(file_rows: Iterable[dict]) -> list[dict]:
 
 # `two_way_interval` calls a statistic with indices of resampled rows and columns; here is only one column.
 def _median(measure_values: np.ndarray, sampled_indices: np.ndarray, _columns: np.ndarray) -> float:
-    """Return the median of resampled values."""
+    """Return the median of resampled values.
+
+    Args:
+        measure_values: values of a measure, [N].
+        sampled_indices: indices of the resampled values, [N].
+        _columns: not used; `two_way_interval` passes it.
+    """
     return float(np.median(measure_values[sampled_indices]))
 
 
@@ -277,13 +293,13 @@ def paired(file_rows: Iterable[dict]) -> list[dict]:
         # A single shared name is not a sample, so such a pair of generators gets no rows.
         for requirement, is_met in REQUIREMENTS.items() if len(shared_names) > 1 else ():
             # bool [shared names]: whether the mesh of each generator meets the requirement
-            first_met, second_met = (
+            is_first_met, is_second_met = (
                 np.array([bool(is_met(rows_by_name[generator][stem])) for stem in shared_names])
                 for generator in (first_generator, second_generator)
             )
             # McNemar's test uses only the pairs of which exactly one mesh meets the requirement.
-            only_first_count = int((first_met & ~second_met).sum())
-            only_second_count = int((second_met & ~first_met).sum())
+            only_first_count = int((is_first_met & ~is_second_met).sum())
+            only_second_count = int((is_second_met & ~is_first_met).sum())
             table_rows.append(
                 {
                     "first": first_generator,
@@ -299,7 +315,7 @@ def paired(file_rows: Iterable[dict]) -> list[dict]:
 
 
 def _by_generator(file_rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
-    """Return (generator, its measured rows), sorted by the generator's name.
+    """Return a list of (generator, its measured rows), sorted by the generator's name.
 
     Rows with a reason were not measured, and are left out.
     """
@@ -313,8 +329,8 @@ def _by_generator(file_rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 def badness(mesh_row: dict) -> float:
     """Return a score for sorting meshes. The higher the score, the worse is the mesh.
 
-    The integer part is the number of requirements that the mesh does not meet. The fraction sorts meshes with
-    the same number, by the length of open edges, the hidden area and the share of crossing faces.
+    The integer part is the number of requirements that the mesh does not meet. The fractional part sorts
+    meshes with the same number, by the length of open edges, the hidden area and the share of crossing faces.
     """
     # Each of the three terms is at most 1, so their sum divided by 4 is less than 1.
     return (

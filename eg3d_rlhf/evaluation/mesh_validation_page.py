@@ -16,22 +16,25 @@ _TILE = "display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));
 REASONS = 12  # largest number of unmeasured files that the page lists with their reason
 
 
-def describe_thresholds(header: Mapping) -> str:
+def describe_thresholds(threshold_by_name: Mapping) -> str:
     """Return the text at the top of the page, which describes the tolerances and thresholds.
 
-    Args: header: tolerance and thresholds, as the page's data hold them.
+    Args: threshold_by_name: tolerance and thresholds, as the page's data hold them; a dict from names to
+        values.
     """
     # the body whose centre of mass decides if the mesh stands
-    mass_text = "its convex hull" if header["hull_mass"] else "the body itself"
+    mass_text = "its convex hull" if threshold_by_name["hull_mass"] else "the body itself"
     return (
-        f"Lengths are shares of the longest edge of the bounding box. Vertices within {header['weld']:g} are"
-        f" merged; {header['up']} is up; {header['samples']:,} points per mesh with {header['rays']} rays"
-        f" each, seed {header['seed']}. A part of the surface is hidden if no ray from either of its sides"
-        f" leaves the mesh; 'nothing hidden' allows {header['hidden']:.0%} of the area. 'Thick walls': 99 %"
-        f" of the area is at least {header['wall']:g} thick; walls below {header['thin']:g} are thin. A"
-        f" hollow counts as inner if it opens only through holes of radius {header['leak']:g} or less."
-        " 'Stands': the mesh can be tilted by 3 degrees or more and does not fall, by the mass of"
-        f" {mass_text}. 'No crossing': no edge passes through a face that it does not touch."
+        "Lengths are shares of the longest edge of the bounding box. Vertices within"
+        f" {threshold_by_name['weld']:g} are merged; {threshold_by_name['up']} is up;"
+        f" {threshold_by_name['samples']:,} points per mesh with {threshold_by_name['rays']} rays each, seed"
+        f" {threshold_by_name['seed']}. A part of the surface is hidden if no ray from either of its sides"
+        f" leaves the mesh; 'nothing hidden' allows {threshold_by_name['hidden']:.0%} of the area. 'Thick"
+        f" walls': 99 % of the area is at least {threshold_by_name['wall']:g} thick; walls below"
+        f" {threshold_by_name['thin']:g} are thin. A hollow counts as inner if it opens only through holes"
+        f" of radius {threshold_by_name['leak']:g} or less. 'Stands': the mesh can be tilted by 3 degrees or"
+        f" more and does not fall, by the mass of {mass_text}. 'No crossing': no edge passes through a face"
+        " that it does not touch."
     )
 
 
@@ -43,31 +46,31 @@ def _given(finding: Finding, _comparison: object) -> Finding:
 def write_validation_page(
     page_folder: Path,
     folder: Path,
-    header: Mapping,
+    threshold_by_name: Mapping,
     file_rows: Sequence[dict],
     tables: Mapping[str, list[dict]],
     worst_rows: Sequence[dict],
-    images: Mapping[str, str],
+    render_by_file: Mapping[str, str],
 ) -> Path:
-    """Write the page <out>/index.html, and its data into <out>/data/*.json and *.csv.
+    """Write index.html, and its data as JSON and CSV files in the folder data, into `page_folder`.
 
     Args:
         page_folder: folder of the page.
         folder: folder of the meshes.
-        header: tolerance and thresholds.
+        threshold_by_name: tolerance and thresholds by name, see `describe_thresholds`.
         file_rows: rows of all files.
         tables: tables by name: 'shares', 'medians' and 'paired'.
         worst_rows: rows of the worst meshes, the worst first.
-        images: renders of the worst meshes, PNG in base64, by file name.
+        render_by_file: renders of the worst meshes, PNG in base64, by file name.
 
     Returns: the path of the page.
     """
-    measured_count = sum(not table_row["reason"] for table_row in file_rows)  # number of files
-    unmeasured_rows = [table_row for table_row in file_rows if table_row["reason"]]
+    measured_count = sum(not file_row["reason"] for file_row in file_rows)  # number of files
+    unmeasured_rows = [file_row for file_row in file_rows if file_row["reason"]]
     # All sections state the same number of measured meshes.
     facts: dict[str, Any] = {"n": measured_count, "unit": "meshes"}
     # generators of which at least one file was measured
-    generators = sorted({table_row["generator"] for table_row in file_rows if not table_row["reason"]})
+    generators = sorted({file_row["generator"] for file_row in file_rows if not file_row["reason"]})
     finding_by_key = {
         "shares": Finding(
             facts=Facts(**facts, interval="95 % Wilson intervals"),
@@ -97,7 +100,7 @@ def write_validation_page(
         ),
         "files": Finding(
             facts=Facts(**facts),
-            data={"header": dict(header)},
+            data={"header": dict(threshold_by_name)},
             rows=file_rows,
             says=[
                 (
@@ -105,7 +108,7 @@ def write_validation_page(
                     if unmeasured_rows
                     else "All files were measured."
                 ),
-                *(f"{table_row['file']}: {table_row['reason']}" for table_row in unmeasured_rows[:REASONS]),
+                *(f"{file_row['file']}: {file_row['reason']}" for file_row in unmeasured_rows[:REASONS]),
             ],
         ),
     }
@@ -131,15 +134,18 @@ def write_validation_page(
     return pages.write_page(
         page_folder / "index.html",
         page_title,
-        describe_thresholds(header),
+        describe_thresholds(threshold_by_name),
         jobs,
         finding_by_key,
-        extra=_tiles(worst_rows, images),
+        extra=_tiles(worst_rows, render_by_file),
     )
 
 
 def _sentence(share_rows: Sequence[dict]) -> str:
-    """Return the share of each requirement with its interval. Args: share_rows: shares of one generator."""
+    """Return a text with the share of each requirement and its interval.
+
+    Args: share_rows: shares of one generator, rows of `mesh_validation.shares`.
+    """
     return "; ".join(
         f"{share_row['demand']} {share_row['share']:.0%} ({share_row['lo']:.0%} to {share_row['hi']:.0%})"
         for share_row in share_rows
@@ -147,7 +153,10 @@ def _sentence(share_rows: Sequence[dict]) -> str:
 
 
 def plot_shares(finding_data: Mapping):
-    """Plot the shares with their intervals: a row for every requirement, a colour for every generator."""
+    """Plot the shares with their intervals: a row for every requirement, a colour for every generator.
+
+    Args: finding_data: dict whose entry "rows" is the result of `mesh_validation.shares`.
+    """
     share_rows = finding_data["rows"]
     # in the order of the rows
     requirements, generators = (
@@ -189,14 +198,14 @@ def plot_shares(finding_data: Mapping):
     return figure
 
 
-def _tiles(worst_rows: Sequence[dict], images: Mapping[str, str]) -> str:
+def _tiles(worst_rows: Sequence[dict], render_by_file: Mapping[str, str]) -> str:
     """Return the HTML section of the worst meshes, with their renders embedded."""
     tile_htmls = []  # one figure for each mesh
     for mesh_row in worst_rows:
         tile_title = html.escape(f"{mesh_row['generator']}: {mesh_row['file']}")
         # If the render has failed, the tile has an empty image.
         # The image is embedded, so that the page needs no other file.
-        image_uri = f"data:image/png;base64,{images.get(mesh_row['file'], '')}"
+        image_uri = f"data:image/png;base64,{render_by_file.get(mesh_row['file'], '')}"
         property_texts = [f"{mesh_row['faces']:,} triangles", f"{mesh_row['parts']} parts"]
         property_texts += [f"{mesh_row['open_edges']:,} open edges"] if mesh_row["open_edges"] else []
         property_texts += (

@@ -30,55 +30,57 @@ _FRONT = np.array([0.78, 0.80, 0.83])  # RGB in 0..1 of the outsides of faces, g
 _BACK = np.array([0.90, 0.45, 0.10])  # RGB in 0..1 of the insides of faces, orange
 
 
-def read_mesh(path: Path, tolerance: float, up: str) -> CleanMesh:
+def read_mesh(mesh_path: Path, tolerance: float, up_axis: str) -> CleanMesh:
     """Read and clean the mesh of a file.
 
     Args:
         tolerance: distance within which vertices are merged, as a share of the bounding box's longest edge.
-        up: axis that points up, for example "y".
+        up_axis: axis that points up, for example "y".
 
     Raises: ValueError or OSError if the file cannot be read or is too large.
     """
     # Each size is checked before the expensive step that follows it.
-    file_bytes = path.stat().st_size
+    file_bytes = mesh_path.stat().st_size
     if not 0 < file_bytes <= MAX_BYTES:
         raise ValueError(
             f"the file has {file_bytes:,} bytes, but only 1 byte to {MAX_BYTES >> 20} MB are accepted. Reduce"
             " the mesh, or export it again if the file is empty."
         )
-    vertices, faces = read_triangles(path)
+    vertices, faces = read_triangles(mesh_path)
     if len(faces) > MAX_TRIANGLES:
         raise ValueError(
             f"the mesh has {len(faces):,} triangles, but at most {MAX_TRIANGLES:,} are accepted. Reduce the"
             " mesh."
         )
-    return clean_mesh(vertices, faces, tolerance, up)
+    return clean_mesh(vertices, faces, tolerance, up_axis)
 
 
-def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
-    """Render a mesh from the front and above with an orthographic camera: RGBA, uint8 [side, side, 4].
+def render_mesh(mesh: CleanMesh, pixels_per_edge: int = SIDE) -> np.ndarray:
+    """Render a mesh from the front and above with an orthographic camera: RGBA, uint8 [R, R, 4].
 
     The outsides of faces are grey and the insides orange, so that holes and inverted faces are visible. The
     background is transparent.
+
+    Args: pixels_per_edge: R, the edge of the square image in pixels.
     """
-    forward = -_VIEW / np.linalg.norm(_VIEW)  # viewing direction, a unit vector
-    image_right = np.cross(forward, [0, 1, 0])
+    view_direction = -_VIEW / np.linalg.norm(_VIEW)  # viewing direction, a unit vector
+    image_right = np.cross(view_direction, [0, 1, 0])
     image_right /= np.linalg.norm(image_right)
-    image_up = np.cross(image_right, forward)  # a unit vector, since both factors are
+    image_up = np.cross(image_right, view_direction)  # a unit vector, since both factors are
     # The mesh fills the image, with a margin of 5 %.
     half_width = np.abs(mesh.vertices @ np.stack([image_right, image_up], axis=1)).max() * 1.05
     pixel_positions = (
-        np.arange(2 * side) + 0.5
-    ) / side - 1  # pixel centres at twice the resolution of the render
+        np.arange(2 * pixels_per_edge) + 0.5
+    ) / pixels_per_edge - 1  # pixel centres at twice the resolution of the render
     # y decreases from row to row
     x, y = np.meshgrid(pixel_positions * half_width, -pixel_positions * half_width)
     # [4 side^2, 3]: parallel rays that start two units in front of the image plane
-    origins = x.reshape(-1, 1) * image_right + y.reshape(-1, 1) * image_up - 2 * forward
-    hit_distances, hit_faces = Space(mesh).first_hits(origins, np.broadcast_to(forward, origins.shape))
+    origins = x.reshape(-1, 1) * image_right + y.reshape(-1, 1) * image_up - 2 * view_direction
+    hit_distances, hit_faces = Space(mesh).first_hits(origins, np.broadcast_to(view_direction, origins.shape))
     # Rays that miss the mesh have an infinite distance. Their colour is multiplied by 0 below. `face_areas`
     # returns the normals as its first value.
     normals = face_areas(mesh)[0][hit_faces]
-    cosine_to_camera = -(normals @ forward)
+    cosine_to_camera = -(normals @ view_direction)
     # Lambertian light from one direction plus an ambient part. The absolute value lights both sides of a
     # face in the same way.
     brightness = 0.35 + 0.65 * np.abs(normals @ np.array([0.3, 0.8, 0.52])).clip(0, 1)
@@ -88,7 +90,7 @@ def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
     )
     # Each pixel is the mean of 2 x 2 rays. The mean colour includes the black background, so the next line
     # divides it by the share of rays that hit the mesh, which is the alpha channel.
-    pixels = rgba.reshape(side, 2, side, 2, 4).mean(axis=(1, 3))
+    pixels = rgba.reshape(pixels_per_edge, 2, pixels_per_edge, 2, 4).mean(axis=(1, 3))
     pixels[..., :3] /= np.maximum(pixels[..., 3:], 1e-9)
     return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
 
@@ -96,7 +98,9 @@ def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
 def answer(request: dict) -> dict:
     """Answer a request: measure a mesh file, or render it.
 
-    Args: request: "path" of the file, "do" (the task), "weld", "up" and "options" (the settings).
+    Args: request: dict with "path" (of the file), "do" ("render", or any other value to measure), "weld"
+        (distance within which vertices are merged), "up" (axis), and to measure "options" (fields of
+        `MeasureOptions`).
     Returns: the measures; or the render as PNG in base64; or {"reason": ...} if the file cannot be measured.
     """
     try:

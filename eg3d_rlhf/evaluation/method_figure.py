@@ -27,9 +27,9 @@ def _shaded(field: Field, edge_points: int = 128) -> np.ndarray:
     Args: edge_points: grid points per edge from which the surface is found.
     Returns: a cropped image in 0..1, [230, 190].
     """
-    grid = SlabSpec.from_bounds(field.bounds, edge_points)  # over the whole cube
+    grid_spec = SlabSpec.from_bounds(field.bounds, edge_points)  # over the whole cube
     # The yaw is half a turn less 0.4 rad. The slices crop the empty margin of the 260-pixel render.
-    return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
+    return shade(field.density_grid(grid_spec), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
 
 def _last_panel_texts(run_summary: dict) -> list[tuple[str, str]]:
@@ -51,25 +51,28 @@ def _last_panel_texts(run_summary: dict) -> list[tuple[str, str]]:
     return labels_with_values
 
 
-def _write(axes, x: float, y: float, text: str, **text_settings) -> None:
-    """Write a text at a position that is given in shares of the axes' width and height."""
-    axes.text(x, y, text, transform=axes.transAxes, **text_settings)
+def _write(axes, x: float, y: float, panel_text: str, **text_settings) -> None:
+    """Write a text into the axes.
+
+    Args: x, y: position of the text, as shares of the axes' width and height.
+    """
+    axes.text(x, y, panel_text, transform=axes.transAxes, **text_settings)
 
 
 @torch.no_grad()
-def draw_method(run: Path, image_path: Path) -> None:
+def draw_method(run_folder: Path, image_path: Path) -> None:
     """Draw the figure with the bundled generator, the bundled reward and a finished run.
 
     Args:
-        run: folder of a finished run of train.py --reward=sigma.
+        run_folder: folder of a finished run of train.py --reward=sigma.
         image_path: image file to write.
 
     Raises: ValueError or FileNotFoundError, with --run in the message, if the run cannot be read.
     """
     with prefix_errors("--run"):
-        run_summary = version_0_1.summary(json.loads((run / "summary.json").read_text()))
+        run_summary = version_0_1.summary(json.loads((run_folder / "summary.json").read_text()))
         generator_before = load_generator().generator
-        generator_after = load_generator(run).generator
+        generator_after = load_generator(run_folder).generator
     reward = load_reward(bundled.REWARD)
     ws = ws_of_seeds(generator_before, list(METHOD_POOL), METHOD_PSI)  # [40, L, W]
     scores = reward.score(generator_before.field(ws))  # [40]
@@ -91,14 +94,14 @@ def draw_method(run: Path, image_path: Path) -> None:
             "4 Report\nwhat changed",
         )
         # Panels have no ticks, since they show images and text.
-        for ax, panel_title in zip(axes, titles, strict=True):
-            ax.set_title(panel_title, loc="center", fontsize=10)
-            ax.set_box_aspect(1.5)
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-        for ax in axes[:-1]:
+        for panel_axes, panel_title in zip(axes, titles, strict=True):
+            panel_axes.set_title(panel_title, loc="center", fontsize=10)
+            panel_axes.set_box_aspect(1.5)
+            panel_axes.set(xticks=[], yticks=[])
+            panel_axes.grid(False)
+        for panel_axes in axes[:-1]:
             # The arrow's position 1.08 is in the gap to the right of each panel.
-            _write(ax, 1.08, 0.5, "→", ha="center", va="center", size=16)
+            _write(panel_axes, 1.08, 0.5, "→", ha="center", va="center", size=16)
         axes[0].imshow(
             np.vstack([_shaded(best_field), _shaded(worst_field)]),
             cmap="gray",

@@ -42,6 +42,8 @@ def gather(summary_by_seed: Mapping[str, dict]) -> dict:
 
     The result holds only the metrics, and the measures of "geometry", that every summary has.
     Args: summary_by_seed: content of summary.json of each run, by seed.
+    Returns: dict that `table` formats: the statistics of each metric by its name, and "seeds", "geometry" and
+        "over_optimisation".
     """
     combined_metrics: dict = {"seeds": [int(seed) for seed in summary_by_seed]}
     for metric_name, (interval_key, _, _) in TABLE_METRICS.items():
@@ -118,13 +120,13 @@ def table(metrics: dict) -> list[list[str]]:
     Args: metrics: result of `gather`.
     """
     seed_texts = [str(seed) for seed in metrics["seeds"]]
-    table_rows = [["what", *(f"seed {metric_name}" for metric_name in seed_texts), "mean ± sd"]]
+    table_rows = [["what", *(f"seed {seed_text}" for seed_text in seed_texts), "mean ± sd"]]
     for metric_name, (_, row_text, number_format) in TABLE_METRICS.items():
         if metric_name in metrics:
-            metric = metrics[metric_name]
-            outcomes = metric.get("outcomes", {})  # only the Fréchet ratio has any
+            metric_statistics = metrics[metric_name]
+            outcomes = metric_statistics.get("outcomes", {})  # only the Fréchet ratio has any
             cell_texts = [
-                f"{metric['by_seed'][seed]:{number_format}} {outcomes.get(seed, '')}".strip()
+                f"{metric_statistics['by_seed'][seed]:{number_format}} {outcomes.get(seed, '')}".strip()
                 for seed in seed_texts
             ]
             # A standard deviation is never negative, so its format has no sign.
@@ -132,7 +134,8 @@ def table(metrics: dict) -> list[list[str]]:
                 [
                     row_text,
                     *cell_texts,
-                    f"{metric['mean']:{number_format}} ± {metric['std']:{number_format.lstrip('+')}}",
+                    f"{metric_statistics['mean']:{number_format}} ±"
+                    f" {metric_statistics['std']:{number_format.lstrip('+')}}",
                 ]
             )
     for measure_row in metrics["geometry"]:
@@ -153,12 +156,12 @@ def table(metrics: dict) -> list[list[str]]:
     ]
 
 
-def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, Part]:
+def list_runs(parent_folder: Path, seeds_text: str, more_flags: tuple[str, ...]) -> dict[str, Part]:
     """Return for each training seed the run of the demo with that seed.
 
     Args:
-        out: parent of the runs' folders.
-        seeds: training seeds, comma-separated or as a range.
+        parent_folder: parent of the runs' folders.
+        seeds_text: training seeds, comma-separated or as a range.
         more_flags: further flags of train.py.
 
     Raises: ValueError if `more_flags` contains a flag that this command sets itself.
@@ -174,21 +177,22 @@ def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, P
             " the seed, the folder, the resumption and the summary of each run. Remove this flag. Pass the"
             " training seeds with --seeds of this command, and the folder with --outdir."
         )
-    training_seeds = dict.fromkeys(parse_seeds(seeds))  # a seed that is named twice is run once
+    training_seeds = dict.fromkeys(parse_seeds(seeds_text))  # a seed that is named twice is run once
     return {
-        str(seed): Part.keyed(f"seed{seed}", out, [*DEMO, *more_flags, f"--seed={seed}"], SUMMARY)
+        str(seed): Part.keyed(f"seed{seed}", parent_folder, [*DEMO, *more_flags, f"--seed={seed}"], SUMMARY)
         for seed in training_seeds
     }
 
 
 def work(parent_folder: Path, training_by_seed: Mapping[str, Part], flags: Sequence[str]) -> dict:
-    """Run the demo with the seeds that are not finished, and write <out>/summary.json.
+    """Run the demo with the seeds that are not finished, and write summary.json into `parent_folder`.
 
     Args:
+        parent_folder: parent of the runs' folders.
         training_by_seed: the run of each seed, as `list_runs` returns them.
         flags: flags of the command, which the summary records.
 
-    Returns: the content of <out>/summary.json.
+    Returns: the content of this summary.json.
     """
     for seed, training in training_by_seed.items():
         make_in_terminal(f"seed {seed}", training)

@@ -25,9 +25,9 @@ NO_CONTROL = (
 ROLES = ("before", "after", "control")  # networks whose hashes a finding's facts list
 
 
-def span(value: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
-    """Format a value with its interval, for example '+1.234 [+1.100, +1.301]'."""
-    return f"{value:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
+def span(estimate: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
+    """Format an estimate with its interval, for example '+1.234 [+1.100, +1.301]'."""
+    return f"{estimate:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
 
 
 def contains_zero(lo: float, hi: float) -> bool:
@@ -36,7 +36,7 @@ def contains_zero(lo: float, hi: float) -> bool:
 
 
 def compute_means(values_by_role: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """Return the mean and its bootstrap interval of each role's values [N].
+    """Compute the mean of each role's values [N] with its bootstrap interval, under the keys mean, lo and hi.
 
     A role is a key of `values_by_role`: the name of a network, an arm or a region.
     """
@@ -45,25 +45,29 @@ def compute_means(values_by_role: Mapping[str, np.ndarray]) -> dict[str, dict]:
     }
 
 
-def compute_column_means(values: np.ndarray) -> list[dict]:
-    """Return the mean and its bootstrap interval of every column of values [N, T], as a list of length T."""
-    return [bootstrap_mean_interval(column)._asdict() for column in values.T]
+def compute_column_means(value_matrix: np.ndarray) -> list[dict]:
+    """Compute the mean of every column of values [N, T] with its bootstrap interval.
+
+    Returns: T dicts with the keys mean, lo and hi.
+    """
+    return [bootstrap_mean_interval(column_values)._asdict() for column_values in value_matrix.T]
 
 
 def compute_paired_changes(
-    values_by_role: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None
+    values_by_role: Mapping[str, np.ndarray], base_role: str = "before", roles: Sequence[str] | None = None
 ) -> dict[str, dict]:
     """Summarise the paired changes of the same items from the base role to other roles.
 
     Args:
         values_by_role: values [N] of each role.
-        base: role from which the changes are measured.
-        roles: roles to which the changes are measured; None selects all roles except `base`.
+        base_role: role from which the changes are measured.
+        roles: roles to which the changes are measured; None selects all roles except `base_role`.
+    Returns: for each role a dict of the fields of `PairedSummary`.
     """
     return {
-        role: paired_summary(values_by_role[base], role_values)._asdict()
+        role: paired_summary(values_by_role[base_role], role_values)._asdict()
         for role, role_values in values_by_role.items()
-        if role != base and role in (roles or values_by_role)
+        if role != base_role and role in (roles or values_by_role)
     }
 
 
@@ -90,7 +94,7 @@ def make_seed_rows(seeds: Sequence[int], values_by_column: Mapping[str, np.ndarr
 def compare(
     comparison: Comparison,
     seeds: Sequence[int],
-    measured_by_role: Mapping[str, Any],
+    measurements_by_role: Mapping[str, Any],
     measures: Sequence[Measure],
     notes: Sequence[str] = (),
     **more_data,
@@ -101,13 +105,16 @@ def compare(
 
     Args:
         seeds: seeds of the N latents.
-        measured_by_role: role -> the object from which the measures read their values [N].
+        measurements_by_role: role -> the object from which the measures read their values [N].
         measures: measures to compare.
         notes: sentences that follow the sentences about the measures.
         more_data: further entries of the finding's data.
     """
     values_by_measure = {
-        measure: {role: measure.values(role_measured) for role, role_measured in measured_by_role.items()}
+        measure: {
+            role: measure.values(role_measurements)
+            for role, role_measurements in measurements_by_role.items()
+        }
         for measure in measures
     }
     statistics_by_measure = {}  # statistics by measure
@@ -160,10 +167,11 @@ def _sentence(measure: Measure, measure_data: Mapping) -> str:
             else ": no change is shown"
         )
     else:
-        direction = "lower" if tuned_change["mean_hi"] < 0 else "higher"
+        direction_word = "lower" if tuned_change["mean_hi"] < 0 else "higher"
         # A measure that has no better direction gets no outcome.
         outcome_text = (
-            f": {direction}, which is {measure.outcome(tuned_change['mean_lo'], tuned_change['mean_hi'])}"
+            f": {direction_word}, which is"
+            f" {measure.outcome(tuned_change['mean_lo'], tuned_change['mean_hi'])}"
             if measure.better
             else ""
         )
@@ -180,6 +188,8 @@ def plot_values(finding_data: dict):
     """Plot each measure of every latent, and its means with their intervals, over the networks.
 
     A grey line joins the values of one latent.
+
+    Args: finding_data: data of the finding of `compare`.
     """
     measure_count = len(finding_data["measures"])
     figure, axes = style.grid(measure_count, 2.9)  # one panel for each measure
@@ -206,7 +216,10 @@ def plot_values(finding_data: dict):
 
 
 def plot_changes(finding_data: dict):
-    """Plot the paired changes with their intervals, in standard deviations of the values before tuning."""
+    """Plot the paired changes with their intervals, in standard deviations of the values before tuning.
+
+    Args: finding_data: data of the finding of `compare`.
+    """
     measure_names = list(finding_data["measures"])
     figure, axes = style.figure(size=(9.4, 0.45 * len(measure_names) + 1.2))  # inches
     # All measures have the same roles.

@@ -40,21 +40,32 @@ HEADS = ("error_reduction", "intact_degraded", "face_moved_voxels")  # keys of `
 BY_SEED = (*HEADS, "frechet_ratio")  # metrics that are stored for each training seed
 
 
-def tuning_kimg(full: bool) -> float:
+def tuning_kimg(is_full: bool) -> float:
     """Return the length of tuning in thousands of images.
 
     It is the length of the demo for the full table, and half of it for the short table.
+
+    Args: is_full: True for the full table, False for the short one.
     """
-    return DEMO_KIMG if full else DEMO_KIMG / 2
+    return DEMO_KIMG if is_full else DEMO_KIMG / 2
 
 
-def reward_path(out: Path, name: str) -> Path:
-    """Return the file of a reward, which is the bundled file or the one that `make rewards` trains."""
-    return bundled.REWARD if ENTRIES[name].train is None else out / name / "reward" / "reward.safetensors"
+def reward_path(report_folder: Path, reward_name: str) -> Path:
+    """Return the file of a reward, which is the bundled file or the one that `make rewards` trains.
+
+    Args:
+        report_folder: folder of the report.
+        reward_name: name of the reward in ENTRIES.
+    """
+    return (
+        bundled.REWARD
+        if ENTRIES[reward_name].train is None
+        else report_folder / reward_name / "reward" / "reward.safetensors"
+    )
 
 
 def parts_of(
-    parent_folder: Path, reward_name: str, seeds: Sequence[int], full: bool, kimg: float
+    parent_folder: Path, reward_name: str, seeds: Sequence[int], is_full: bool, kimg: float
 ) -> dict[str, Part]:
     """Return the steps that train a reward and tune the generator by it, in the order in which they run.
 
@@ -62,7 +73,7 @@ def parts_of(
         parent_folder: parent of all folders.
         reward_name: name of the reward in ENTRIES.
         seeds: training seeds of tuning.
-        full: True for the full training of the reward, False for the short one.
+        is_full: True for the full training of the reward, False for the short one.
         kimg: length of tuning, in thousands of images.
     """
     reward_entry = ENTRIES[reward_name]
@@ -86,7 +97,7 @@ def parts_of(
             [
                 *reward_entry.train,
                 *label_flags,
-                *(() if full else reward_entry.short),
+                *(() if is_full else reward_entry.short),
                 f"--run-dir={reward_folder / 'reward'}",
             ],
         )
@@ -105,7 +116,10 @@ def parts_of(
 
 
 def measure_tuning(comparison: Comparison) -> dict:
-    """Measure the effect of tuning on rewards, the simulated annotator's preference, heads, and images."""
+    """Measure the effect of tuning on rewards, the simulated annotator's preference, heads, and images.
+
+    Returns: dict of metrics by name.
+    """
     head_metrics = compute_head_metrics(comparison)
     return (
         reward_shift(comparison)
@@ -189,6 +203,8 @@ def plot(comparison_data: Mapping):
     """Plot each reward's accuracy on held-out pairs, and how often the oracle prefers the tuned shape.
 
     The oracle is the simulated annotator without noise.
+
+    Args: comparison_data: content of rewards.json.
     """
     # `plot_rates` reads rates under the names "win_rate" and "ci95".
     accuracy_by_reward = {
@@ -223,7 +239,10 @@ COLUMNS = {  # key of a metric -> (heading of the table, format)
 
 
 def markdown(comparison_data: Mapping) -> str:
-    """Format rewards.md: the table, and the text that describes how it was made."""
+    """Format rewards.md: the table, and the text that describes how it was made.
+
+    Args: comparison_data: content of rewards.json.
+    """
     entry_by_heading = {
         f"{reward_name} ({ENTRIES[reward_name].words})": {
             **reward_entry,
@@ -254,12 +273,13 @@ def render_strip(
     psi: float,
     image_options: ImageOptions = USUAL,
 ) -> np.ndarray:
-    """Render the same latents from the back under every network.
+    """Render the shapes that every network generates from the same latents, seen from the back.
 
     Args:
         generator_by_name: networks by name.
         seeds: seeds of the latents.
         psi: truncation.
+        image_options: sizes of the image.
 
     Returns: an image with a row for each network, uint8 [H, B, 3].
     """
@@ -284,21 +304,21 @@ def render_strip(
 
 
 def measure_networks(
-    out: Path, parts_by_reward: Mapping[str, Mapping[str, Part]], jobs: int
+    report_folder: Path, parts_by_reward: Mapping[str, Mapping[str, Part]], process_count: int
 ) -> tuple[dict[str, dict], dict[str, LoadedGenerator], list[int]]:
     """Measure all tuned networks.
 
     Args:
-        out: folder of the report.
+        report_folder: folder of the report.
         parts_by_reward: steps of each reward, as `parts_of` returns them.
-        jobs: number of networks that are measured at the same time.
+        process_count: number of networks that are measured at the same time.
 
     Returns: three values. The first maps the name of each reward to its entry in rewards.json. The second
         maps names to the networks of the image: the network before tuning, and for each reward the network
         that was tuned with the first training seed. The third holds the seeds of the image, which are
         selected by the first reward's scores before tuning.
     """
-    store = Store(out / "seen", renew=True)
+    store = Store(report_folder / "seen", renew=True)
     first_comparison_by_reward: dict[str, Comparison] = {}
 
     def measure_reward(reward_name: str) -> dict:
@@ -323,10 +343,13 @@ def measure_networks(
             for part_name, part in parts_by_reward[reward_name].items()
             if (finished_artefact := part.artefact())
         }
-        seconds_by_part = {part_name: cost["seconds"] for part_name, cost in cost_by_part.items()}
-        reward = load_reward(reward_path(out, reward_name), "cpu")
+        seconds_by_part = {part_name: part_cost["seconds"] for part_name, part_cost in cost_by_part.items()}
+        reward = load_reward(reward_path(report_folder, reward_name), "cpu")
         return record(
-            reward, tuning_metrics, seconds_by_part, max(cost["megabytes"] for cost in cost_by_part.values())
+            reward,
+            tuning_metrics,
+            seconds_by_part,
+            max(part_cost["megabytes"] for part_cost in cost_by_part.values()),
         )
 
     with tqdm(total=len(parts_by_reward), desc="effect of tuning", unit="reward") as bar:
@@ -334,8 +357,8 @@ def measure_networks(
             {reward_name: [] for reward_name in parts_by_reward},
             lambda: measure_reward,
             (),
-            jobs,
-            out / "logs",
+            process_count,
+            report_folder / "logs",
             lambda *_: bar.update() and None,
             # With a `stop` function the tasks run in threads, which share the loaded networks.
             stop=lambda: None,
@@ -361,35 +384,39 @@ def _measure_for_store(comparison: Comparison, _folder: Path) -> tuple[list[Path
 
 
 def plans_of(
-    out: Path, reward_names: Sequence[str], seeds: Sequence[int], full: bool
+    report_folder: Path, reward_names: Sequence[str], seeds: Sequence[int], is_full: bool
 ) -> dict[str, dict[str, Part]]:
     """Return for each reward the steps that train it and tune the generator by it, see `parts_of`."""
     return {
-        reward_name: parts_of(out, reward_name, seeds, full, tuning_kimg(full))
+        reward_name: parts_of(report_folder, reward_name, seeds, is_full, tuning_kimg(is_full))
         for reward_name in reward_names
     }
 
 
-def work(out: Path, reward_names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
+def work(
+    report_folder: Path, reward_names: Sequence[str], seeds: Sequence[int], is_full: bool, process_count: int
+) -> list[Path]:
     """Run the missing steps, and write rewards.json, rewards.md, rewards.png and rewards-latents.png.
 
     Args:
-        out: folder of the report.
+        report_folder: folder of the report.
         reward_names: names of the rewards.
         seeds: training seeds of tuning.
-        full: True for full trainings, False for short ones.
-        jobs: number of steps that run at the same time.
+        is_full: True for full trainings, False for short ones.
+        process_count: number of steps that run at the same time.
 
     Returns: the paths of the four files.
     """
-    parts_by_reward = plans_of(out, reward_names, seeds, full)
+    parts_by_reward = plans_of(report_folder, reward_names, seeds, is_full)
     # The cores are divided among the processes that run at the same time.
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    thread_count = max(1, (os.cpu_count() or 1) // process_count)
     # The longest chain starts first, so that the other processes do not wait for it at the end.
     longest_first = sorted(parts_by_reward, key=lambda reward_name: -ENTRIES[reward_name].minutes)
     chains = [list(parts_by_reward[reward_name].values()) for reward_name in longest_first]
-    make_with_progress_bar(chains, jobs, threads, "rewards trained and tuned")
-    entry_by_reward, generator_by_name, shown_seeds = measure_networks(out, parts_by_reward, jobs)
-    write_atomic(out / IMAGE, png(render_strip(generator_by_name, shown_seeds, 1.0)))
-    comparison_data = {"rewards": entry_by_reward, "full": full, "kimg": tuning_kimg(full)}
-    return [*write(comparison_data, out, "rewards", markdown, plot), out / IMAGE]
+    make_with_progress_bar(chains, process_count, thread_count, "rewards trained and tuned")
+    entry_by_reward, generator_by_name, shown_seeds = measure_networks(
+        report_folder, parts_by_reward, process_count
+    )
+    write_atomic(report_folder / IMAGE, png(render_strip(generator_by_name, shown_seeds, 1.0)))
+    comparison_data = {"rewards": entry_by_reward, "full": is_full, "kimg": tuning_kimg(is_full)}
+    return [*write(comparison_data, report_folder, "rewards", markdown, plot), report_folder / IMAGE]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A reward of the comparison."""
+    """A reward of the comparison with the flags of its training and of tuning by it."""
 
     words: str  # description of its observation and its training data in the table
     train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: the bundled reward is used

@@ -48,10 +48,10 @@ MIN_NETWORKS = 3  # smallest number of networks for a slope, including the netwo
 
 def jobs(comparison: Comparison) -> list[Job]:
     """List the jobs on rewards: reward shift, reward over psi, rank consistency, and trajectories."""
-    shifts = {"histograms": plot_histograms, "deltas": plot_deltas, "final-against-initial": plot_lines}
+    shift_plots = {"histograms": plot_histograms, "deltas": plot_deltas, "final-against-initial": plot_lines}
     return [
         comparison.job(
-            "reward-shift", "Reward of the same latents before and after", shift, shifts, n=comparison.n
+            "reward-shift", "Reward of the same latents before and after", shift, shift_plots, n=comparison.n
         ),
         comparison.job(
             "reward-psi",
@@ -76,7 +76,7 @@ def jobs(comparison: Comparison) -> list[Job]:
 
 
 def trajectories_job(comparison: Comparison) -> Job:
-    """Return the job of the trajectories.
+    """Return the job that computes the trajectories: the rewards of the same latents over training.
 
     If the tuned run has too few snapshots, the returned job only explains what is missing.
     """
@@ -100,14 +100,22 @@ def trajectories_job(comparison: Comparison) -> Job:
         role: {f"{kimg:g}": file_hash(snapshot_path) for kimg, snapshot_path in snapshots}
         for role, snapshots in snapshots_by_role.items()
     }
-    plots = {"trajectories": plot_trajectories, "slopes": plot_slopes}
+    plot_by_name = {"trajectories": plot_trajectories, "slopes": plot_slopes}
     return comparison.job(
-        job_key, job_title, trajectories, plots, ("before", "reward"), n=comparison.n, files=hashes_by_role
+        job_key,
+        job_title,
+        trajectories,
+        plot_by_name,
+        ("before", "reward"),
+        n=comparison.n,
+        files=hashes_by_role,
     )
 
 
 def shift(comparison: Comparison, _folder: Path) -> Finding:
-    """Compute the paired changes of the reward, and fit a line to the final over the initial reward."""
+    """Compute the paired changes of the reward, and fit a line of the reward after tuning against the reward
+    before.
+    """
     seeds = comparison.seeds()  # of the held-out latents
     # float64, so that the statistics add no rounding of their own
     scores_by_role = {
@@ -143,7 +151,12 @@ def shift(comparison: Comparison, _folder: Path) -> Finding:
 
 
 def _describe_shift(change_by_role: dict, line_by_role: dict) -> list[str]:
-    """Describe the change of the reward in sentences."""
+    """Describe the change of the reward in sentences.
+
+    Args:
+        change_by_role: paired change of the reward since before tuning, by role.
+        line_by_role: fitted line of the reward after over the reward before, by role.
+    """
     tuned_change = change_by_role["after"]
     fitted_line = line_by_role["after"]
     change_text = span(tuned_change["mean"], tuned_change["mean_lo"], tuned_change["mean_hi"])
@@ -339,8 +352,8 @@ def trajectories(comparison: Comparison, _folder: Path) -> Finding:
             **slope_summary(training_lengths, scores_by_snapshot),
         }
         table_rows += [
-            {"role": role, "kimg": float(kimg_of_step), **step}
-            for kimg_of_step, step in zip(training_lengths, mean_by_time, strict=True)
+            {"role": role, "kimg": float(kimg_of_step), **mean_interval}
+            for kimg_of_step, mean_interval in zip(training_lengths, mean_by_time, strict=True)
         ]
     interval = f"range of the middle 95 % of latents' least-squares slopes; mean slope: {BOOTSTRAP}"
     facts = comparison.facts(seeds, ("before", "after", "control", "reward"), interval)
@@ -353,42 +366,48 @@ def trajectories(comparison: Comparison, _folder: Path) -> Finding:
 
 
 def _describe_trajectories(slopes_by_role: dict) -> list[str]:
-    """Describe the slopes of the tuned run and of the control in sentences.
+    """Describe in sentences the slopes of the reward over training, for the tuned run and the control.
 
     Args: slopes_by_role: the result of `slope_summary` for "after" and, if there is one, "control".
     """
     sentences = []
-    for role, slopes in slopes_by_role.items():
+    for role, role_slopes in slopes_by_role.items():
         run_name = "tuned run" if role == "after" else role
         contains_text = (
-            "contains" if contains_zero(slopes["spread_lo"], slopes["spread_hi"]) else "does not contain"
+            "contains"
+            if contains_zero(role_slopes["spread_lo"], role_slopes["spread_hi"])
+            else "does not contain"
         )
         sentences.append(
             f"Slope of the {run_name}, reward per kimg: the middle 95 % of latents lie in"
-            f" [{slopes['spread_lo']:+.2f}, {slopes['spread_hi']:+.2f}], which {contains_text} zero; mean"
-            f" {span(slopes['mean'], slopes['mean_lo'], slopes['mean_hi'], '+.2f')}."
+            f" [{role_slopes['spread_lo']:+.2f}, {role_slopes['spread_hi']:+.2f}], which {contains_text}"
+            " zero; mean"
+            f" {span(role_slopes['mean'], role_slopes['mean_lo'], role_slopes['mean_hi'], '+.2f')}."
         )
     if "control" not in slopes_by_role:
         return [*sentences, NO_CONTROL + " The control needs snapshots, too: add --snap=1."]
-    tuned = slopes_by_role["after"]
-    control = slopes_by_role["control"]
+    tuned_slopes = slopes_by_role["after"]
+    control_slopes = slopes_by_role["control"]
     # The interval of the mean decides, since it detects smaller drifts than the spread does.
-    if contains_zero(control["mean_lo"], control["mean_hi"]):
+    if contains_zero(control_slopes["mean_lo"], control_slopes["mean_hi"]):
         return [*sentences, "The mean slope of the control does not differ from zero: no drift is shown."]
     return [
         *sentences,
         (
             "On average the control does drift: its mean slope differs from zero, at"
-            f" {abs(control['mean'] / tuned['mean']):.1%} of the tuned run's. Further GAN training moves more"
-            " latents in one direction than in the other, and a mean over many latents resolves that. One run"
-            " cannot show if other training seeds drift in the same direction."
+            f" {abs(control_slopes['mean'] / tuned_slopes['mean']):.1%} of the tuned run's. Further GAN"
+            " training moves more latents in one direction than in the other, and a mean over many latents"
+            " resolves that. One run cannot show if other training seeds drift in the same direction."
         ),
     ]
 
 
 @style.plot(xlabel="reward", ylabel="latents", title="Reward of held-out latents")
 def plot_histograms(axes, finding_data: dict):
-    """Plot histograms of the reward before tuning, after tuning, and of the control."""
+    """Plot histograms of the reward before tuning, after tuning, and of the control.
+
+    Args: finding_data: data of the finding of `shift`.
+    """
     # the same bins for all roles
     bin_edges = np.histogram_bin_edges(
         np.concatenate([np.asarray(role_scores) for role_scores in finding_data["scores"].values()]), bins=30
@@ -409,7 +428,10 @@ def plot_histograms(axes, finding_data: dict):
     xlabel="latents, in order of the change", ylabel="change of the reward", title="Change per latent"
 )
 def plot_deltas(axes, finding_data: dict):
-    """Plot the change of every latent's reward, in ascending order."""
+    """Plot the change of every latent's reward, in ascending order.
+
+    Args: finding_data: data of the finding of `shift`.
+    """
     scores_before = np.asarray(finding_data["scores"]["before"])
     for role, paired_change in finding_data["paired"].items():
         sorted_deltas = np.sort(np.asarray(finding_data["scores"][role]) - scores_before)  # ascending
@@ -426,7 +448,10 @@ def plot_deltas(axes, finding_data: dict):
 
 @style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
 def plot_lines(axes, finding_data: dict):
-    """Plot the final reward over the initial reward, with the fitted line of each role."""
+    """Plot the reward after tuning over the reward before, with the fitted line of each role.
+
+    Args: finding_data: data of the finding of `shift`.
+    """
     scores_before = np.asarray(finding_data["scores"]["before"])
     reward_range = np.array([scores_before.min(), scores_before.max()])
     for role, fitted_line in finding_data["lines"].items():
@@ -450,7 +475,10 @@ def plot_lines(axes, finding_data: dict):
 
 @style.plot(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
 def plot_psi(axes, finding_data: dict):
-    """Plot the mean reward with its interval over the truncation ψ."""
+    """Plot the mean reward with its interval over the truncation ψ.
+
+    Args: finding_data: data of the finding of `over_psi`.
+    """
     # dict.fromkeys removes repeated roles and keeps their order
     for role in dict.fromkeys(psi_row["role"] for psi_row in finding_data["rows"]):
         role_rows = [psi_row for psi_row in finding_data["rows"] if psi_row["role"] == role]
@@ -460,7 +488,10 @@ def plot_psi(axes, finding_data: dict):
 
 
 def plot_ranks(finding_data: dict):
-    """Plot the ranks of latents at one truncation against those at the other."""
+    """Plot the ranks of latents at one truncation against those at the other.
+
+    Args: finding_data: data of the finding of `ranks`.
+    """
     figure, axes = style.figure(columns=2)
     high_psi, low_psi = finding_data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
@@ -477,7 +508,10 @@ def plot_ranks(finding_data: dict):
 
 
 def plot_trajectories(finding_data: dict):
-    """Plot the reward of every latent over training, with the mean on top."""
+    """Plot the reward of every latent over training, with the mean on top.
+
+    Args: finding_data: data of the finding of `trajectories`.
+    """
     figure, axes = style.figure(columns=len(finding_data["roles"]))
     for axis, (role, trajectory) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.plot(
@@ -489,7 +523,7 @@ def plot_trajectories(finding_data: dict):
         )
         axis.plot(
             trajectory["kimg"],
-            [step["mean"] for step in trajectory["means"]],
+            [mean_interval["mean"] for mean_interval in trajectory["means"]],
             "o-",
             color=style.colour(role),
             linewidth=2,
@@ -512,21 +546,25 @@ def plot_trajectories(finding_data: dict):
 
 
 def plot_slopes(finding_data: dict):
-    """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval."""
+    """Plot the distribution of the latents' slopes for each run, with the range of the middle 95 % of latents
+    and the interval of the mean slope.
+
+    Args: finding_data: data of the finding of `trajectories`.
+    """
     figure, axes = style.figure(columns=len(finding_data["roles"]))
-    for axis, (role, slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
-        axis.hist(slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
+    for axis, (role, role_slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
+        axis.hist(role_slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
         # the wide band is the spread of latents, the narrow one the interval of the mean
         axis.axvspan(
-            slopes["spread_lo"],
-            slopes["spread_hi"],
+            role_slopes["spread_lo"],
+            role_slopes["spread_hi"],
             color=style.colour(role),
             alpha=0.12,
             label="middle 95 % of latents",
         )
         axis.axvspan(
-            slopes["mean_lo"],
-            slopes["mean_hi"],
+            role_slopes["mean_lo"],
+            role_slopes["mean_hi"],
             color=style.colour(role),
             alpha=0.8,
             label="mean, 95 % interval",
@@ -558,7 +596,7 @@ NO_SNAPSHOTS = (
 
 
 def curve_jobs(comparison: Comparison) -> list[Job]:
-    """Return the single job on over-optimisation.
+    """Return a list with the job on over-optimisation.
 
     The job uses the snapshots of the tuned run, the held-out reward and the oracle if they are available.
     """
@@ -622,10 +660,12 @@ def densities(comparison: Comparison, generator: LoadedGenerator, seeds: range) 
 
 
 def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
-    """Compute the curve of every measure over distance, and the network from which the measure diverges.
+    """Compute how every measure changes over the distance from the network before tuning, and where it
+    diverges.
 
-    A curve is the change of the measure's mean since before tuning, in standard deviations between latents
-    before tuning. The distance is the mean |σ - σ before| over the cube.
+    The curve of a measure is the change of its mean since before tuning, in standard deviations between
+    latents before tuning. The distance is the mean |σ - σ before| over the cube. `divergence` defines the
+    point of divergence.
     """
     seeds = comparison.seeds()  # N held-out latents
     snapshots = [(kimg, snapshot_path) for kimg, snapshot_path in comparison.snapshots("after") if kimg > 0]
@@ -642,7 +682,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
         else [(None, comparison.after)]
     )
     # (training length in kimg, network or its file); None: the final network, whose length is not recorded
-    networks: list[tuple[float | None, LoadedGenerator | Path]] = [
+    networks_in_order: list[tuple[float | None, LoadedGenerator | Path]] = [
         (0.0, comparison.before),
         *snapshots,
         *final_network,
@@ -659,7 +699,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     }
     density_before = None  # densities before tuning
     distances = []  # [N] for each network
-    for _, network_or_path in networks:
+    for _, network_or_path in networks_in_order:
         # a snapshot is in memory only while it is measured
         generator = comparison.load(network_or_path) if isinstance(network_or_path, Path) else network_or_path
         sigma = densities(comparison, generator, seeds)
@@ -680,7 +720,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     for measure_name, measure_scores in columns_by_measure.items():
         std_before = float(measure_scores[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
         mean_by_network = compute_column_means((measure_scores - measure_scores[:, :1]) / std_before)
-        # index into `networks`; the proxy cannot diverge from itself
+        # index into `networks_in_order`; the proxy cannot diverge from itself
         divergence_index = (
             None if measure_name == PROXY else divergence(columns_by_measure[PROXY], measure_scores)
         )
@@ -697,14 +737,17 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
                 "raw_mean": float(measure_scores[:, network_index].mean()),  # in the measure's own unit
                 **mean_by_network[network_index],
             }
-            for network_index, (kimg, _) in enumerate(networks)
+            for network_index, (kimg, _) in enumerate(networks_in_order)
         ]
     finding_data = {
         "distance": [float(network_distances.mean()) for network_distances in distances],
-        "kimg": [kimg for kimg, _ in networks],  # None: the final network, which is not a snapshot
+        "kimg": [kimg for kimg, _ in networks_in_order],  # None: the final network, which is not a snapshot
         "curves": curve_by_measure,
     }
-    sentences = [*_describe_curves(comparison, finding_data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
+    sentences = [
+        *_describe_curves(comparison, finding_data),
+        *([NO_SNAPSHOTS] if len(networks_in_order) < 3 else []),
+    ]
     return Finding(
         facts=comparison.facts(seeds, CURVE_ROLES, BOOTSTRAP),
         data=finding_data,
@@ -749,15 +792,18 @@ def independence(comparison: Comparison) -> str:
 
 
 def _describe_curves(comparison: Comparison, finding_data: dict) -> list[str]:
-    """Describe the curves, the divergences and the limits of the comparison in sentences."""
+    """Describe the curves, the divergences and the limits of the comparison in sentences.
+
+    Args: finding_data: data of the finding of `overoptimisation`.
+    """
     # the last network of the curve against the one before tuning
     last_step_by_name = {
         measure_name: curve["steps"][-1] for measure_name, curve in finding_data["curves"].items()
     }
     sentences = [
-        f"The {measure_name} changes by {span(step['mean'], step['lo'], step['hi'], '+.2f')} of its standard"
-        " deviations before tuning."
-        for measure_name, step in last_step_by_name.items()
+        f"The {measure_name} changes by {span(last_step['mean'], last_step['lo'], last_step['hi'], '+.2f')}"
+        " of its standard deviations before tuning."
+        for measure_name, last_step in last_step_by_name.items()
     ]
     for measure_name, curve in finding_data["curves"].items():
         if measure_name != PROXY and curve["divergence"] is None:
@@ -803,6 +849,8 @@ def plot_curves(axes, finding_data: dict):
     """Plot every measure over the distance from the network before tuning.
 
     A dashed line marks each divergence.
+
+    Args: finding_data: data of the finding of `overoptimisation`.
     """
     colour_by_measure = {
         PROXY: style.colour("reward"),

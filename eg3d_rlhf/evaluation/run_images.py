@@ -94,34 +94,38 @@ USUAL = ImageOptions()
 
 @dataclass(frozen=True)
 class Side:
-    """Density field and extracted surface that one network makes of a latent."""
+    """Density field and extracted surface of the shape that one network generates from a latent."""
 
     field: Field
     surface: LevelSet
 
     @classmethod
     def from_ws(cls, generator: Generator, ws: Tensor, resolution: int) -> "Side":
-        """Return the field of ws [1, L, W], and its surface on `resolution` grid points per edge."""
+        """Create the density field of ws [1, L, W], and extract its surface on `resolution` grid points per
+        edge.
+        """
         with torch.no_grad():
             field = generator.field(ws)
             return cls(field, LevelSet.from_field(field, resolution))
 
 
-def write_images(comparison: Comparison, folder: Path, options: ImageOptions = USUAL) -> list[str]:
-    """Write comparison.png, turntable.webp and meshes/ of the latents that the module's rule selects.
+def write_images(comparison: Comparison, folder: Path, image_options: ImageOptions = USUAL) -> list[str]:
+    """Write comparison.png, turntable.webp and meshes/ of some evaluation latents.
+
+    The latents are selected at equal steps from the lowest to the highest reward before tuning.
 
     Returns: the names of the files, relative to `folder`.
     """
-    seeds = choose_latents(comparison, options.shown)
+    seeds = choose_latents(comparison, image_options.shown)
     columns = [
-        Column.from_seed(comparison, seed, options.resolution)
+        Column.from_seed(comparison, seed, image_options.resolution)
         for seed in tqdm(seeds, desc="shapes before and after", unit="head")
     ]
-    write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, options)))
-    write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], options)))
+    write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, image_options)))
+    write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], image_options)))
     save_meshes(
-        [(column.before, column.after) for column in columns[: options.meshes]],
-        seeds[: options.meshes],
+        [(column.before, column.after) for column in columns[: image_options.meshes]],
+        seeds[: image_options.meshes],
         folder / "meshes",
     )
     return [COMPARISON, TURNTABLE, "meshes/*.ply"]
@@ -136,9 +140,12 @@ def evaluation_psi(comparison: Comparison) -> float:
 
 
 def choose_latents(comparison: Comparison, latent_count: int = USUAL.shown) -> list[int]:
-    """Select the seeds of the images by the module's rule, the lowest reward before tuning first.
+    """Select the seeds of the images: evaluation latents at equal steps from the lowest to the highest reward
+    before tuning.
 
     The seeds are stored in the comparison's memory. A worker process, which has no reward, gets this memory.
+
+    Args: latent_count: number of seeds to select.
     """
     if CHOSEN not in comparison.memory:
         pool_seeds = EVALUATION.take(POOL)  # seeds among which the rule selects
@@ -149,8 +156,8 @@ def choose_latents(comparison: Comparison, latent_count: int = USUAL.shown) -> l
             .tolist()
         )
         comparison.memory[CHOSEN] = [
-            pool_seeds[ranked_indices[round(rank)]]
-            for rank in np.linspace(0, len(pool_seeds) - 1, latent_count)
+            pool_seeds[ranked_indices[round(selected_rank)]]
+            for selected_rank in np.linspace(0, len(pool_seeds) - 1, latent_count)
         ]
     return comparison.memory[CHOSEN]
 
@@ -173,7 +180,10 @@ class Column:
     @classmethod
     @torch.no_grad()
     def from_seed(cls, comparison: Comparison, seed: int, resolution: int) -> "Column":
-        """Extract all shapes of a latent that the comparison image shows."""
+        """Extract all shapes of a latent that the comparison image shows.
+
+        Args: resolution: grid points per edge from which surfaces are extracted.
+        """
         side_before, side_after = (
             Side.from_ws(
                 network.generator, comparison.ws(network, [seed], evaluation_psi(comparison)), resolution
@@ -214,8 +224,8 @@ def post_process(field: Field, filter_name: str) -> LevelSet:
     filtered_values = FILTERS[filter_name](shape_grids(field, GRID)[0])  # [n, n, n], negative inside
     # The scale of the values differs by method. It is measured where the sign changes along z, which is at
     # the surface; append=1 keeps the number of voxels.
-    near_surface = np.abs(filtered_values)[np.diff(np.sign(filtered_values), axis=2, append=1) != 0]
-    clip_value = 2 * float(np.median(near_surface)) if near_surface.size else 1.0
+    surface_magnitudes = np.abs(filtered_values)[np.diff(np.sign(filtered_values), axis=2, append=1) != 0]
+    clip_value = 2 * float(np.median(surface_magnitudes)) if surface_magnitudes.size else 1.0
     # Values are clipped, so that large values far from the surface do not move it through the Gaussian.
     return level_set_from_grid(
         scipy.ndimage.gaussian_filter(np.clip(filtered_values, -clip_value, clip_value), SMOOTHED)
@@ -248,7 +258,7 @@ def level_set_from_grid(shape_values: np.ndarray) -> LevelSet:
 
 
 def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
-    """Measure by how much tuning moved the surfaces of latents, in voxels of a 64^3 grid.
+    """Measure by how much tuning moved the surfaces of the latents' shapes, in voxels of a 64^3 grid.
 
     The value of a latent is the median change of its surface within the head.
 
@@ -269,7 +279,7 @@ def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
 def render_colours(
     field: Field,
     generator: Generator,
-    label: Tensor,
+    camera_label: Tensor,
     rays_per_edge: int,
     samples_per_ray: int,
     cell_pixels: int,
@@ -280,22 +290,24 @@ def render_colours(
     rays, which its super-resolution expects.
 
     Args:
-        label: camera, [1, 25].
+        camera_label: camera, [1, 25].
         rays_per_edge: rays per edge, for generators without super-resolution.
         samples_per_ray: samples per ray in each pass.
         cell_pixels: R, pixels per edge of the result.
     """
-    without_sr = generator.img_resolution <= OWN_PIXELS
-    options = RenderOptions(resolution=rays_per_edge if without_sr else None, samples=samples_per_ray)
-    (rendered,) = render_each(field, [label], options)
-    image = rendered.raw if without_sr else rendered.image
+    lacks_super_resolution = generator.img_resolution <= OWN_PIXELS
+    render_options = RenderOptions(
+        resolution=rays_per_edge if lacks_super_resolution else None, samples=samples_per_ray
+    )
+    (rendering,) = render_each(field, [camera_label], render_options)
+    image = rendering.raw if lacks_super_resolution else rendering.image
     image = (image[:, :3].float() / 2 + 0.5).clamp(0, 1)  # [1, 3, H, W], from -1..1 to 0..1
     return torch.nn.functional.interpolate(image, (cell_pixels, cell_pixels), mode="bicubic", antialias=True)[
         0
     ]
 
 
-def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution: int) -> View:
+def view_of_head(head: people.Head, surface: LevelSet, camera_label: Tensor, resolution: int) -> View:
     """Render a ground-truth head from a camera, with the same light as the shapes of networks.
 
     Depth and normals come from the mesh of the head. Ambient occlusion comes from the head on a grid.
@@ -303,11 +315,11 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
     Args:
         head: mesh of the head.
         surface: the same head on a grid.
-        label: camera, [1, 25].
+        camera_label: camera, [1, 25].
         resolution: pixels per edge.
     """
     basis = people.load_basis()
-    cam2world, intrinsics = unpack_label(label.cpu())  # [1, 4, 4], [1, 3, 3]
+    cam2world, intrinsics = unpack_label(camera_label.cpu())  # [1, 4, 4], [1, 3, 3]
     triangle_index, barycentric_weights, _ = people.rasterise(
         head.vertices, basis.triangles, cam2world[0].numpy(), float(intrinsics[0, 0, 0]), resolution
     )
@@ -335,19 +347,19 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
     )
 
 
-def _clay(view: View, factor: int = SUPERSAMPLE) -> np.ndarray:
-    """Shade a shape in a single colour, reduce the image by `factor`, and crop it: uint8 [H, B, 3]."""
-    return _cropped(to_uint8(shrink(paint(view), factor).cpu()))
+def _clay(view: View, reduction_factor: int = SUPERSAMPLE) -> np.ndarray:
+    """Shade a shape in a single colour, reduce the image by a factor, and crop it: uint8 [H, B, 3]."""
+    return _cropped(to_uint8(shrink(paint(view), reduction_factor).cpu()))
 
 
-def _cropped(render: np.ndarray) -> np.ndarray:
-    """Return the part CROP of a square render."""
-    left, top, right, bottom = (round(share * len(render)) for share in CROP)  # pixels
-    return render[top:bottom, left:right]
+def _cropped(square_render: np.ndarray) -> np.ndarray:
+    """Crop a square render to the part that CROP states, which leaves out empty margins."""
+    left, top, right, bottom = (round(share * len(square_render)) for share in CROP)  # pixels
+    return square_render[top:bottom, left:right]
 
 
 def comparison_image(
-    comparison: Comparison, columns: Sequence[Column], options: ImageOptions = USUAL
+    comparison: Comparison, columns: Sequence[Column], image_options: ImageOptions = USUAL
 ) -> np.ndarray:
     """Return the comparison image, uint8 [H, B, 3], with one column for each latent.
 
@@ -355,20 +367,27 @@ def comparison_image(
     rows with post-processing and ground truth follow. The last rows show the front of both shapes.
     """
     generator = comparison.before.generator
-    fine_pixels = options.cell * SUPERSAMPLE
+    fine_pixels = image_options.cell * SUPERSAMPLE
     front_camera = camera(generator, YAW, PITCH)
     back_camera = camera(generator, *BACK_VIEW)
 
     def colour_images(generator: Generator, sides: Sequence[Side]) -> list[np.ndarray]:
         images = [
-            render_colours(side.field, generator, front_camera, options.rays, options.samples, options.cell)
+            render_colours(
+                side.field,
+                generator,
+                front_camera,
+                image_options.rays,
+                image_options.samples,
+                image_options.cell,
+            )
             for side in sides
         ]
         return [_cropped(to_uint8(image.movedim(0, -1).cpu())) for image in images]
 
-    def shapes(surfaces: Sequence[LevelSet], label: Tensor) -> list[np.ndarray]:
+    def shapes(surfaces: Sequence[LevelSet], camera_label: Tensor) -> list[np.ndarray]:
         # rendered with SUPERSAMPLE times the pixels and then reduced, to avoid aliasing
-        return [_clay(look(surface, label, fine_pixels)) for surface in surfaces]
+        return [_clay(look(surface, camera_label, fine_pixels)) for surface in surfaces]
 
     def row_group(heading: str, subtitle: str, *cell_rows: list[np.ndarray]) -> list[Row]:
         # The heading is in the first row, and spans all rows of the group.
@@ -417,7 +436,10 @@ def comparison_image(
 
 
 def describe_comparison(comparison: Comparison, latent_count: int) -> str:
-    """Return the text below the comparison image: the rule that selected its latents, and the baselines."""
+    """Return the text below the comparison image: the rule that selected its latents, and the baselines.
+
+    Args: latent_count: number of latents in the image.
+    """
     rule_text = (
         f"{latent_count} of {POOL} held-out latents, at equal steps of reward before tuning, lowest to"
         f" highest; psi {evaluation_psi(comparison):g}."
@@ -431,17 +453,22 @@ def describe_comparison(comparison: Comparison, latent_count: int) -> str:
     )
 
 
-def turntable(comparison: Comparison, column: Column, options: ImageOptions = USUAL) -> Iterator[np.ndarray]:
+def turntable(
+    comparison: Comparison, column: Column, image_options: ImageOptions = USUAL
+) -> Iterator[np.ndarray]:
     """Yield the frames of the turntable: one latent through a full turn, which starts from the front.
 
     Each frame shows the shapes before and after tuning side by side.
     """
     for yaw in tqdm(
-        (2 * np.pi * np.arange(options.turns) / options.turns).tolist(), desc="turntable", unit="frame"
+        (2 * np.pi * np.arange(image_options.turns) / image_options.turns).tolist(),
+        desc="turntable",
+        unit="frame",
     ):
-        label = camera(comparison.before.generator, yaw, PITCH)
+        camera_label = camera(comparison.before.generator, yaw, PITCH)
         cell_images = [
-            _clay(look(side.surface, label, options.film), 1) for side in (column.before, column.after)
+            _clay(look(side.surface, camera_label, image_options.film), 1)
+            for side in (column.before, column.after)
         ]
         yield sheet("", [Row(cells=cell_images, captions=("before", "after"))])
 
@@ -449,10 +476,10 @@ def turntable(comparison: Comparison, column: Column, options: ImageOptions = US
 def webp(frames: Iterator[np.ndarray]) -> bytes:
     """Encode frames as an animated WebP image that repeats without end."""
     first_frame, *other_frames = (Image.fromarray(frame) for frame in frames)
-    stream = io.BytesIO()
+    webp_buffer = io.BytesIO()
     # loop=0: the animation repeats without end.
     first_frame.save(
-        stream,
+        webp_buffer,
         "WEBP",
         save_all=True,
         append_images=other_frames,
@@ -460,7 +487,7 @@ def webp(frames: Iterator[np.ndarray]) -> bytes:
         loop=0,
         quality=WEBP_QUALITY,
     )
-    return stream.getvalue()
+    return webp_buffer.getvalue()
 
 
 def swing_frames(
@@ -491,7 +518,7 @@ def swing_frames(
 PER_ROW = 5  # pairs per row of the sheet
 
 
-def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions = USUAL) -> np.ndarray:
+def pairs_sheet(comparison: Comparison, pair_count: int, image_options: ImageOptions = USUAL) -> np.ndarray:
     """Return an image of pairs of shapes for a blind test: the backs before and after tuning in random order.
 
     The note below the pairs states which shapes are tuned. The latents are the first evaluation seeds whose
@@ -502,7 +529,9 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
     """
     pool_seeds = EVALUATION.take(POOL)
     is_defective = heads.find_defective(heldout_evaluators.measure_part(comparison, "heads"))
-    seeds = [seed for seed, defective in zip(pool_seeds, is_defective, strict=True) if defective][:pair_count]
+    seeds = [
+        seed for seed, is_head_defective in zip(pool_seeds, is_defective, strict=True) if is_head_defective
+    ][:pair_count]
     if len(seeds) < pair_count:
         raise ValueError(
             f"--pairs={pair_count} exceeds the {len(seeds)} defective heads among {POOL} evaluation latents."
@@ -510,15 +539,15 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
         )
     # The random order depends on the seeds alone, so a repeated call makes the same image.
     tuned_is_left = np.random.default_rng(seeds[0]).random(pair_count) < 0.5
-    label = camera(comparison.before.generator, *BACK_VIEW)
+    camera_label = camera(comparison.before.generator, *BACK_VIEW)
     cell_images = []  # two for each pair: left, right
     for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
         sides = [
-            Side.from_ws(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
+            Side.from_ws(network.generator, comparison.ws(network, [seed], 1.0), image_options.resolution)
             for network in (comparison.before, comparison.after)
         ]
         cell_images += [
-            _clay(look(side.surface, label, options.thumb * SUPERSAMPLE))
+            _clay(look(side.surface, camera_label, image_options.thumb * SUPERSAMPLE))
             for side in (sides[::-1] if is_left else sides)
         ]
     captions = [
@@ -542,7 +571,10 @@ def pairs_sheet(comparison: Comparison, pair_count: int, options: ImageOptions =
 
 
 def save_meshes(side_pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder: Path) -> None:
-    """Write seedS-before.ply and seedS-after.ply for the seed S of every latent."""
+    """Write seedS-before.ply and seedS-after.ply for the seed S of every latent.
+
+    Args: side_pairs: for each latent the shapes before and after tuning.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for seed, side_pair in zip(seeds, side_pairs, strict=True):
         for role, side in zip(("before", "after"), side_pair, strict=True):
@@ -569,7 +601,7 @@ def image_sheet(
     dataset: ImageFolderDataset,
     seeds: Sequence[int],
     psi: float,
-    samples: int = USUAL.samples,
+    samples_per_ray: int = USUAL.samples,
 ) -> np.ndarray:
     """Return an image with generated images on the left and as many images of the data on the right.
 
@@ -580,7 +612,7 @@ def image_sheet(
         dataset: images of the data with their cameras.
         seeds: seeds of the generated images.
         psi: truncation.
-        samples: samples per ray in each pass.
+        samples_per_ray: samples per ray in each pass.
 
     Returns: uint8 [H, B, 3].
     """
@@ -593,54 +625,66 @@ def image_sheet(
         .expand(-1, 3, -1, -1)
         / 255
     )
-    labels = torch.from_numpy(dataset.get_labels()[image_indices]).to(device_of(generator))
+    camera_labels = torch.from_numpy(dataset.get_labels()[image_indices]).to(device_of(generator))
     generated_images = []  # [3, R, R] each, 0..1
     with torch.no_grad():
-        for seed, label in zip(tqdm(seeds, desc="images", unit="image"), labels.split(1), strict=True):
-            z = latents([seed], generator.z_dim).to(label.device)  # [1, Z]
-            field = generator.field(generator.mapping(z, label, truncation_psi=psi))
+        for seed, camera_label in zip(
+            tqdm(seeds, desc="images", unit="image"), camera_labels.split(1), strict=True
+        ):
+            z = latents([seed], generator.z_dim).to(camera_label.device)  # [1, Z]
+            field = generator.field(generator.mapping(z, camera_label, truncation_psi=psi))
             # from -1..1 to 0..1; on the CPU, so that the device never holds all images
             generated_images.append(
-                render_each(field, [label], RenderOptions(samples=samples), seed)[0].image[0].float().cpu()
+                render_each(field, [camera_label], RenderOptions(samples=samples_per_ray), seed)[0]
+                .image[0]
+                .float()
+                .cpu()
                 / 2
                 + 0.5
             )
-    blocks = [
+    half_images = [
         sheet(block_title, _rows([to_uint8(image.movedim(0, -1)) for image in _enlarged(images)]))
         for block_title, images in (
             (f"{len(seeds)} generated, psi {psi:g}", torch.stack(generated_images)),
             (f"{len(real_images)} of the data", real_images),
         )
     ]
-    return np.concatenate(blocks, axis=1)
+    return np.concatenate(half_images, axis=1)
 
 
-def _enlarged(images: torch.Tensor) -> torch.Tensor:
+def _enlarged(image_batch: torch.Tensor) -> torch.Tensor:
     """Enlarge images [N, 3, R, R] by the smallest integer factor with which they have THUMB pixels per edge.
 
     Images that have as many pixels already are returned unchanged.
     """
     # -(-a // b) is a / b rounded up. Images that are large enough are not changed.
-    factor = max(1, -(-THUMB // images.shape[-1]))
+    enlargement_factor = max(1, -(-THUMB // image_batch.shape[-1]))
     return (
-        torch.nn.functional.interpolate(images, scale_factor=factor, mode="bicubic") if factor > 1 else images
+        torch.nn.functional.interpolate(image_batch, scale_factor=enlargement_factor, mode="bicubic")
+        if enlargement_factor > 1
+        else image_batch
     )
 
 
 def shape_sheet(
-    generator: Generator, seeds: Sequence[int], psi: float, options: ImageOptions = USUAL
+    generator: Generator, seeds: Sequence[int], psi: float, image_options: ImageOptions = USUAL
 ) -> np.ndarray:
-    """Return an image of the shapes of seeds, each with its back below its front: uint8 [H, B, 3]."""
+    """Render the shapes of seeds into one image, uint8 [H, B, 3]. Each back is below its front.
+
+    Args:
+        psi: truncation.
+        image_options: sizes of the image.
+    """
     front_cells: list[np.ndarray] = []
     back_cells: list[np.ndarray] = []
     for seed in tqdm(seeds, desc="shapes", unit="shape"):
         with torch.no_grad():
             surface = LevelSet.from_field(
-                generator.field(ws_of_seeds(generator, [seed], psi)), options.resolution
+                generator.field(ws_of_seeds(generator, [seed], psi)), image_options.resolution
             )
         for yaw_and_pitch, view_cells in (((YAW, PITCH), front_cells), (BACK_VIEW, back_cells)):
             view_cells.append(
-                _clay(look(surface, camera(generator, *yaw_and_pitch), options.thumb * SUPERSAMPLE))
+                _clay(look(surface, camera(generator, *yaw_and_pitch), image_options.thumb * SUPERSAMPLE))
             )
     # Each row of fronts is followed by a row of the same shapes' backs.
     sheet_rows = []

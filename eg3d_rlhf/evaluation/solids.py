@@ -56,16 +56,17 @@ def ball(bool_grid: np.ndarray) -> np.ndarray:
         return bool_grid  # an empty shape has no centre, and its ball is empty
     centre = np.argwhere(bool_grid).mean(axis=0)  # voxel indices
     squared_distance = sum(
-        (indices - middle) ** 2 for indices, middle in zip(np.indices(bool_grid.shape), centre, strict=True)
+        (indices - centre_index) ** 2
+        for indices, centre_index in zip(np.indices(bool_grid.shape), centre, strict=True)
     )
     # V = 4/3 π r³, so r² = (3 V / 4 π)^(2/3)
     return squared_distance < (3 * bool_grid.sum() / (4 * np.pi)) ** (2 / 3)
 
 
 def on_bool_grids(apply_filter: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a post-processing method of bool grids.
+    """Turn a post-processing method of values into a method of bool grids.
 
-    Args: apply_filter: method of values that are negative inside, see filters.py.
+    Args: apply_filter: method that takes values which are negative inside, see filters.py.
     """
     # The values -1 inside and +1 outside replace signed distances.
     return lambda bool_grid: apply_filter(np.where(bool_grid, -1.0, 1.0)) < 0
@@ -74,10 +75,10 @@ def on_bool_grids(apply_filter: filters.Filter) -> Callable[[np.ndarray], np.nda
 def with_grid_radius(
     apply_filter: Callable[[np.ndarray, float], np.ndarray], radius: float
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a post-processing method of bool grids with a fixed radius.
+    """Turn a post-processing method with a radius into a method of bool grids with a fixed radius.
 
     Args:
-        apply_filter: method of values and a radius.
+        apply_filter: method that takes values, negative inside, and a radius.
         radius: radius in voxels of a 64^3 grid. On a coarser grid it is at least one voxel of that grid,
             since a smaller radius would change nothing.
     """
@@ -96,7 +97,7 @@ CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def measure_shapes(grids: Grids, untuned_grids: Grids, rules: solids.Rules) -> dict[str, np.ndarray]:
-    """Measure shapes against the untuned shapes.
+    """Score shapes by the reward `solid` and its terms, in comparison with the untuned shapes.
 
     Args:
         grids: shapes to measure.
@@ -176,7 +177,7 @@ def table(
         grids_by_arm: shapes of each tuned network.
         untuned_grids: shapes of the untuned network.
         group_count: number of groups of consecutive untuned shapes, of which the best of n are selected.
-        rules: weights of the score's terms.
+        rules: rules of the score: the weights of its terms, and its limits.
         on_arm: function that is called after each arm, to advance a progress bar.
     """
     untuned_values = measure_shapes(untuned_grids, untuned_grids, rules)
@@ -187,7 +188,7 @@ def table(
     # The best of n are selected by the same reward that the table shows.
     chosen_indices = best_of_groups(untuned_values["reward"], group_count)
     metrics_by_arm[f"best of {len(untuned_grids) // group_count}"] = summarise_arm(
-        {arm_name: measure_values[chosen_indices] for arm_name, measure_values in untuned_values.items()},
+        {name: measure_values[chosen_indices] for name, measure_values in untuned_values.items()},
         None,
     )
     for arm_name, apply_change in CONTROLS.items():
@@ -213,7 +214,7 @@ def markdown(metrics_by_arm: Mapping[str, dict], rules: solids.Rules) -> list[st
 
 @torch.no_grad()
 def shapes_of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
-    """Return the shapes that a generator makes of seeds, each bool [EDGE, EDGE, EDGE] over the whole cube."""
+    """Generate the shapes of seeds, each bool [EDGE, EDGE, EDGE] over the whole cube."""
     spec = SlabSpec.from_bounds(generator.bounds, solids.EDGE)
     grids = []  # of bool, so that all shapes fit in memory
     for start in range(0, len(seeds), AT_ONCE):
@@ -230,6 +231,7 @@ def shapes_of_prompts(
     """Generate one shape for each pair of a prompt and a noise seed.
 
     Args:
+        problem: opened flow generator.
         weights_folder: folder of a stage's tuned weights, or of a run; None selects the untuned weights.
         stage: name of the tuned stage.
         prompts: prompts of the N shapes.
@@ -324,7 +326,7 @@ def compare_stages(
     folder_by_network: Mapping[str, Path],
     arms_source: ArmsSource,
     stage: str | None,
-    n: int,
+    max_shape_count: int,
     seed: int,
     device: torch.device,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
@@ -334,7 +336,7 @@ def compare_stages(
         folder_by_network: folders of the tuned weights, by name.
         arms_source: source from which the generator is opened.
         stage: name of the tuned stage; None selects the first stage.
-        n: largest number of shapes of each arm.
+        max_shape_count: largest number of shapes of each arm.
         seed: seed of the noises.
         device: device of the generator.
 
@@ -344,20 +346,20 @@ def compare_stages(
     """
     problem = open_problem(arms_source, device)
     stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
-    prompts_used = list(problem.held_out_prompts)[: n // CHOOSE]
-    if not prompts_used:
+    used_prompts = list(problem.held_out_prompts)[: max_shape_count // CHOOSE]
+    if not used_prompts:
         raise ValueError(
             "--conditioning: no prompt is held out, since there are too few prompts. Embed at least two"
             " prompts, so that one of them can be held out."
         )
     # Each prompt has the same number of noises, a multiple of CHOOSE.
-    noise_count = CHOOSE * (n // CHOOSE // len(prompts_used))
-    prompts, noises = crossed(prompts_used, noise_count, seed)
-    sample_text = f"{len(prompts_used)} held-out prompts x {noise_count} noises, seed {seed}; stage {stage}"
+    noise_count = CHOOSE * (max_shape_count // CHOOSE // len(used_prompts))
+    prompts, noise_seeds = crossed(used_prompts, noise_count, seed)
+    sample_text = f"{len(used_prompts)} held-out prompts x {noise_count} noises, seed {seed}; stage {stage}"
     return _measure_networks(
         folder_by_network,
-        lambda weights_path: shapes_of_prompts(problem, weights_path, stage, prompts, noises),
-        len(prompts_used) * noise_count // CHOOSE,
+        lambda weights_path: shapes_of_prompts(problem, weights_path, stage, prompts, noise_seeds),
+        len(used_prompts) * noise_count // CHOOSE,
         lambda grids: rules_for(grids[0]),
         sample_text,
     )

@@ -59,34 +59,37 @@ def reward_shift(comparison: Comparison) -> dict:
     """Compute the rewards of held-out latents before and after tuning, and their paired differences.
 
     Values are in the reward's own scale, which has no unit.
+
+    Returns: entries of summary.json: means and standard deviations before and after, and the differences.
     """
     # [N]
     scores_before, scores_after = (
         comparison.scores(generator, comparison.seeds()).numpy()
         for generator in (comparison.before, comparison.after)
     )
-    delta = scores_after - scores_before  # paired changes, [N]
+    reward_changes = scores_after - scores_before  # paired changes, [N]
     return {
         "reward_before": {"mean": float(scores_before.mean()), "std": float(scores_before.std())},
         "reward_after": {"mean": float(scores_after.mean()), "std": float(scores_after.std())},
-        "reward_delta_positive": int((delta > 0).sum()),  # number of latents whose reward rose
-        "reward_delta_n": len(delta),
-        "tuned_delta_mean": float(delta.mean()),
-        "reward_deltas": delta.tolist(),  # by seed, in the order of "seeds"
+        "reward_delta_positive": int((reward_changes > 0).sum()),  # number of latents whose reward rose
+        "reward_delta_n": len(reward_changes),
+        "tuned_delta_mean": float(reward_changes.mean()),
+        "reward_deltas": reward_changes.tolist(),  # by seed, in the order of "seeds"
     }
 
 
 def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
     """Return the mean change of the reward in the control run, and the source of this value.
 
-    A control run is trained without the reward (lambda_r = 0).
-    The control is this run itself if its lambda_r is 0, else the run of --control, else the bundled record of
-    a control of the demo. If the control's settings differ from those of this run, "control_delta_mean" is
-    None and "control_source" explains how to make a control.
+    A control run is trained without the reward (lambda_r = 0). The control is this run itself if its lambda_r
+    is 0, else the run of --control, else the bundled record of a control of the demo.
 
     Args:
         run_settings: settings of this run.
         tuned_delta_mean: mean change of the reward in this run.
+    Returns: dict with "control_delta_mean" (a number) and "control_source" (a text). If the control's
+        settings differ from those of this run, "control_delta_mean" is None, and "control_source" explains
+        how to make a control. If the control's summary has metrics of heads, "control_heads" holds them.
     """
     if run_settings["lambda_r"] == 0:
         return {"control_delta_mean": tuned_delta_mean, "control_source": "this run"}
@@ -98,7 +101,7 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
     recorded_settings = control_summary.get("settings") or version_0_1.options(
         json.loads(options_path.read_text())
     )
-    differences = control_differs(
+    difference_texts = control_differs(
         run_settings,
         {
             "kimg": control_summary["images"] / 1000,
@@ -107,14 +110,14 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
             **recorded_settings,
         },
     )
-    if differences:
-        remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."
+    if difference_texts:
+        remedy_text = "Run the same command with --lambda-r=0, and pass its folder as --control."
         return {
             "control_delta_mean": None,
             # four differences are enough for a cell of the table
             "control_source": (
-                f"{summary_path.name} records a run with other settings: {'; '.join(differences[:4])}."
-                f" {remedy}"
+                f"{summary_path.name} records a run with other settings: {'; '.join(difference_texts[:4])}."
+                f" {remedy_text}"
             ),
         }
     return {
@@ -127,7 +130,10 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
 
 
 def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
-    """Compute all metrics of a run as JSON values, except the time that the run took."""
+    """Compute all metrics of a run as JSON values, except the time that the run took.
+
+    Args: evaluation: inputs that were collected before the run.
+    """
     run_settings = evaluation.settings
     seeds = comparison.seeds()  # N held-out latents
     summary = reward_shift(comparison)
@@ -149,11 +155,11 @@ def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
     # Simulated labels also record the annotator's noise-free order. The accuracy against this order is
     # preferred, since it does not contain the noise of the labels.
     clean_accuracy = evaluation.reward.provenance.get("test_accuracy_clean")
-    if (accuracy := clean_accuracy or evaluation.reward.provenance.get("test_accuracy")) is not None:
+    if (test_accuracy := clean_accuracy or evaluation.reward.provenance.get("test_accuracy")) is not None:
         summary |= {
-            "reward_test_accuracy": accuracy["accuracy"],
-            "reward_test_accuracy_ci95": accuracy["interval_95"],
-            "reward_test_n": accuracy["n"],
+            "reward_test_accuracy": test_accuracy["accuracy"],
+            "reward_test_accuracy_ci95": test_accuracy["interval_95"],
+            "reward_test_n": test_accuracy["n"],
             "reward_test_against": "noise-free order" if clean_accuracy else "labels",
         }
     return summary | {
@@ -180,18 +186,25 @@ IMAGES = "images of the run"
 
 
 def once(comparison: Comparison, task: str, compute: Callable[[], Any]) -> Any:
-    """Return the result of a task from the comparison's memory. If it is missing, compute and store it."""
+    """Return the result of a task from the comparison's memory. If it is missing, compute and store it.
+
+    Args:
+        task: name of the task, the key in the memory.
+        compute: function without arguments that computes the result.
+    """
     if task not in comparison.memory:
         comparison.memory[task] = compute()
     return comparison.memory[task]
 
 
-def work(comparison: Comparison, folder: Path, processes: int) -> None:
-    """Run the slow tasks in worker processes.
+def work(comparison: Comparison, folder: Path, process_count: int) -> None:
+    """Run the slow measurements and the rendering of a run's summary in worker processes.
 
     Results are stored in `comparison.memory`, and images in `folder`. Every number is the same with one
     process and with several, since each task measures one network, and statistics of two networks are
     computed in this process.
+
+    Args: process_count: largest number of worker processes.
     """
     part_of_task = {
         f"{part_name}, {role}": (part_name, role)
@@ -199,10 +212,12 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
     }
     tasks = [IMAGES, *part_of_task, CHANGE]
     with (
-        tempfile.TemporaryDirectory() as temporary,
+        tempfile.TemporaryDirectory() as temporary_folder,
         tqdm(total=len(tasks), desc="before and after", unit="part") as bar,
     ):
-        path_by_role = {role: Path(temporary) / f"{role}.safetensors" for role in heldout_evaluators.ROLES}
+        path_by_role = {
+            role: Path(temporary_folder) / f"{role}.safetensors" for role in heldout_evaluators.ROLES
+        }
         for role, generator in comparison.generators().items():
             # Workers load the networks from files. Only the weights of G_ema are evaluated, so G and D are
             # not written.
@@ -238,8 +253,8 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
             {task: needed_tasks.get(task, []) for task in tasks},
             _worker,
             (path_by_role, comparison_fields, folder),
-            processes,
-            Path(temporary),
+            process_count,
+            Path(temporary_folder),
             store_result,
         )
 
@@ -273,22 +288,22 @@ def _worker(path_by_role: dict[str, Path], comparison_fields: dict, folder: Path
     )
 
 
-def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
+def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
     """Evaluate a finished training loop, and return the content of summary.json.
 
     Writes summary.json, images and meshes into the run's folder, and prints the table.
 
     Args:
         evaluation: inputs that were collected before the run.
-        loop: the finished training loop.
+        training_loop: the finished training loop.
         start_time: time.time() at the start of the run.
     """
     print(
         "Comparing before and after on held-out latents, and rendering them (about a minute on 2 cores).",
         flush=True,
     )
-    folder = loop.files.folder
-    tuned_nets = loop.trained_object.nets
+    folder = training_loop.files.folder
+    tuned_nets = training_loop.trained_object.nets
     early_stop = evaluation.early_stop
     # An early stop selects a snapshot, which may be older than the last networks.
     tuned_nets = tuned_nets if early_stop is None else early_stop.networks(tuned_nets)
@@ -310,7 +325,7 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
         work(comparison, folder, min(torch.get_num_threads(), MAX_PROCESSES))
     summary = {
         **summarise(comparison, evaluation),
-        "images": loop.cur_nimg,
+        "images": training_loop.cur_nimg,
         "early_stop": None if early_stop is None else early_stop.record(),
     }
     # The time covers the run and its evaluation. If there is one process, the images are rendered below, so
@@ -465,6 +480,8 @@ def table_of_heads(summary: dict) -> list[tuple[str, ...]]:
     """Format the table of the metrics of synthetic heads. It is empty if the run had other data.
 
     The columns are: name of the metric, before, after, control, best post-processing, ground truth.
+
+    Args: summary: content of summary.json.
     """
     if "heads" not in summary:
         return []
@@ -473,8 +490,11 @@ def table_of_heads(summary: dict) -> list[tuple[str, ...]]:
         column: row_text for column, row_text in COLUMNS.items() if column in summary["heads"]
     }
     table_rows: list[tuple[str, ...]] = [("what", *heading_by_column.values(), "ground truth")]
-    for metric_key, (row_text, number_format, target) in MEASURES.items():
-        cell_values = [*(summary["heads"][column].get(metric_key) for column in heading_by_column), target]
+    for metric_key, (row_text, number_format, ground_truth_value) in MEASURES.items():
+        cell_values = [
+            *(summary["heads"][column].get(metric_key) for column in heading_by_column),
+            ground_truth_value,
+        ]
         table_rows.append(
             (
                 row_text,
@@ -491,6 +511,8 @@ def notes(summary: dict) -> list[str]:
     """Return the notes below the table of heads: the sample, the post-processing methods, and the star.
 
     The list is empty if the run had other data than synthetic heads.
+
+    Args: summary: content of summary.json.
     """
     if "heads" not in summary:
         return []

@@ -80,6 +80,10 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
     """List every combination of weights and seeds, grouped by seed.
 
     A run with λ_r = 0 has no reward phase, so λ_σ has no effect; there is one such run for each seed.
+
+    Args:
+        lambda_r, lambda_sigma: values of the two weights, >= 0.
+        seeds: training seeds, >= 0.
     Raises: ValueError if a list is empty or contains a negative value.
     """
     for flag, flag_values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
@@ -100,7 +104,7 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
 
 
 def make_part(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] = ()) -> Part:
-    """Return the run of train.py that trains a cell.
+    """Return the command (`Part`) of train.py that trains a cell.
 
     Args:
         folder: parent of all cells' folders.
@@ -118,8 +122,10 @@ def make_part(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] =
 
 
 def cell_jobs(comparison: Comparison, path_by_cell: Mapping[Cell, Path]) -> list[Job]:
-    """Return a job for each cell, which measures its tuned network. Args: path_by_cell: network file by"
-    " cell."""
+    """Return a job for each cell, which measures its tuned network.
+
+    Args: path_by_cell: network file of each cell.
+    """
     # Everything that changes a measurement must be an input of the job, else a stored result of other inputs
     # would be used.
     shared_inputs: dict[str, Any] = {
@@ -147,7 +153,10 @@ def cell_jobs(comparison: Comparison, path_by_cell: Mapping[Cell, Path]) -> list
 
 
 def front_job(comparison: Comparison, cells: Sequence[Cell], finding_by_key: Mapping[str, Finding]) -> Job:
-    """Return the job that computes the Pareto front. Args: finding_by_key: findings of `cell_jobs` by key."""
+    """Return the job that computes the Pareto front.
+
+    Args: finding_by_key: findings of the jobs of `cell_jobs`, by their keys.
+    """
     finding_by_cell = {cell: finding_by_key[f"cell-{cell.name}"] for cell in cells}
     plot_by_name = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
     return Job(
@@ -269,13 +278,15 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, network_path
 
 
 def normal_disagreement(comparison: Comparison, generator: LoadedGenerator) -> np.ndarray:
-    """Return the disagreement of normals between neighbouring views, [N / 2], in degrees."""
+    """Measure the disagreement of normals between neighbouring views, in degrees, on half of the latents, [N
+    / 2].
+    """
     # Half of the latents are used to save time, since several views of each are rendered.
     return view_measures(comparison, generator, comparison.seeds(max(2, comparison.n // 2))).normal
 
 
 def pareto(points: np.ndarray) -> np.ndarray:
-    """Return a mask [N] of the points that no other point dominates (Pareto front).
+    """Return a mask [N] of the points on the Pareto front, which no other point dominates.
 
     A point dominates another one if it is at least as good in every column and better in at least one.
     Args: points: [N, M], where more is better.
@@ -287,14 +298,13 @@ def pareto(points: np.ndarray) -> np.ndarray:
 
 
 def combine_seeds(all_findings: Mapping[Cell, Finding]) -> list[dict]:
-    """Return a row for each setting: the mean over seeds with its interval, and the value of each seed."""
+    """Return a row for each setting: the mean over seeds with its interval, and the value of each seed.
+
+    "on_front" is True in the rows of settings on the Pareto front.
+    """
     setting_rows: list[dict] = []
-    for setting in dict.fromkeys(first_cell.setting for first_cell in all_findings):
-        finding_by_cell = {
-            first_cell: finding
-            for first_cell, finding in all_findings.items()
-            if first_cell.setting == setting
-        }
+    for setting in dict.fromkeys(cell.setting for cell in all_findings):
+        finding_by_cell = {cell: finding for cell, finding in all_findings.items() if cell.setting == setting}
         first_cell, first_finding = next(iter(finding_by_cell.items()))
         statistics_by_measure = {}  # statistics by measure
         for measure_name, latent_interval in first_finding.data["measures"].items():
@@ -311,7 +321,7 @@ def combine_seeds(all_findings: Mapping[Cell, Finding]) -> list[dict]:
                 "setting": setting,
                 "lambda_r": first_cell.lambda_r,
                 "lambda_sigma": first_cell.lambda_sigma if first_cell.lambda_r else None,
-                "seeds": [first_cell.seed for first_cell in finding_by_cell],  # in the order of "each"
+                "seeds": [cell.seed for cell in finding_by_cell],  # in the order of "each"
                 "measures": statistics_by_measure,
             }
         )
@@ -407,7 +417,12 @@ def front(comparison: Comparison, finding_by_cell: Mapping[Cell, Finding], _fold
 
 
 def _panel(axes, setting_rows: list[dict], x_measure: str, y_measure: str) -> None:
-    """Plot two measures of all settings against each other, with the intervals of both."""
+    """Plot two measures of all settings against each other, with the intervals of both.
+
+    Args:
+        setting_rows: result of `combine_seeds`.
+        x_measure, y_measure: names of the two measures.
+    """
     for setting_index, setting_row in enumerate(setting_rows):
         statistics_by_measure = setting_row["measures"]
         colour = style.CYCLE[setting_index % len(style.CYCLE)]  # colours repeat if there are many settings
@@ -437,7 +452,10 @@ def _panel(axes, setting_rows: list[dict], x_measure: str, y_measure: str) -> No
 
 
 def plot_front(finding_data: dict):
-    """Plot the reward over the distance and over geometry. Filled points are on the Pareto front."""
+    """Plot the reward over the distance and over geometry. Filled points are on the Pareto front.
+
+    Args: finding_data: data of the finding of `front`.
+    """
     figure, axes = style.figure(columns=2)
     # A dashed line joins the settings on the front in order of distance.
     front_rows = sorted(
@@ -456,9 +474,11 @@ def plot_front(finding_data: dict):
 
 
 def plot_others(finding_data: dict):
-    """Plot the measures that do not define the front over the distance.
+    """Plot, over the distance, the measures that do not define the front.
 
     If no such measure was computed, plot the tuned reward.
+
+    Args: finding_data: data of the finding of `front`.
     """
     measure_names = [
         measure_name
@@ -476,7 +496,12 @@ def plot_others(finding_data: dict):
 def write(
     comparison: Comparison, path_by_cell: Mapping[Cell, Path], page_folder: Path, quiet: bool = False
 ) -> Finding:
-    """Measure the cells, compute the Pareto front, and write the page; return the finding of the front."""
+    """Measure the cells, compute the Pareto front, and write the page; return the finding of the front.
+
+    Args:
+        path_by_cell: network file of each cell.
+        quiet: True hides the progress.
+    """
     finding_by_key = pages.run(cell_jobs(comparison, path_by_cell), page_folder, quiet=quiet)
     page_job = front_job(comparison, list(path_by_cell), finding_by_key)
     front_findings = pages.run([page_job], page_folder, quiet=True)
@@ -496,19 +521,33 @@ def write(
     return front_findings[KEY]
 
 
-def make_cells(parts: Mapping[Cell, Part], jobs: int) -> None:
-    """Train the cells that are not finished. Args: jobs: number of runs at the same time."""
+def make_cells(part_by_cell: Mapping[Cell, Part], process_count: int) -> None:
+    """Train the cells that are not finished.
+
+    Args:
+        part_by_cell: training of each cell, as `make_part` returns it.
+        process_count: number of runs of train.py at the same time.
+    """
     # OMP_NUM_THREADS is used if the user has set it. Else the cores are divided among the runs.
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
-    make_with_progress_bar([[part] for part in parts.values()], jobs, threads, "training", "cell")
+    thread_count = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // process_count))
+    make_with_progress_bar(
+        [[part] for part in part_by_cell.values()], process_count, thread_count, "training", "cell"
+    )
 
 
-def measure_cells(parts: Mapping[Cell, Part], sources: Sources, out: Path) -> Finding:
-    """Measure the finished cells, and write the page; return the finding of the front."""
+def measure_cells(part_by_cell: Mapping[Cell, Part], sources: Sources, page_folder: Path) -> Finding:
+    """Measure the finished cells, and write the page; return the finding of the front.
+
+    Args:
+        part_by_cell: training of each cell, of which at least one is finished.
+        sources: networks, rewards and data that the user named.
+    """
     # A comparison cannot be loaded without a tuned network, so the first one is loaded.
     path_by_cell = {
-        cell: network_path for cell, part in parts.items() if (network_path := part.network()) is not None
+        cell: network_path
+        for cell, part in part_by_cell.items()
+        if (network_path := part.network()) is not None
     }
     return write(
-        load_comparison(replace(sources, after=next(iter(path_by_cell.values())))), path_by_cell, out
+        load_comparison(replace(sources, after=next(iter(path_by_cell.values())))), path_by_cell, page_folder
     )

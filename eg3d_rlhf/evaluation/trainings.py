@@ -59,22 +59,25 @@ class Part:
     needed: str = ""
 
     @classmethod
-    def keyed(cls, part_name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
-        """Return a run of train.py with a folder that is named after the hash of its flags and files.
+    def keyed(
+        cls, part_name: str, parent_folder: Path, flags: Sequence[str], needed_file: str = ""
+    ) -> "Part":
+        """Return a part that runs train.py in a folder whose name contains a hash of its flags and files.
 
         Args:
             part_name: name of the part, with which the folder's name begins.
-            parent: folder in which the part's folder lies.
+            parent_folder: folder in which the part's folder lies.
             flags: flags of train.py.
-            needed: see the field `needed`.
+            needed_file: name of a file that exists in a run of train.py only if the run has finished. If it
+                is '', a run has finished if it has a snapshot at its full length.
         """
         # The hash is computed from the flags' names of version 0.1, so that its folders are found.
-        part = cls(part_name, parent, TRAIN, tuple(flags), needed)
-        digits = json_hash([version_0_1.words(TRAIN, part.flags), part.inputs()["inputs"]])[:8]
-        return cls(part_name, parent / f"{part_name}-{digits}", TRAIN, part.flags, needed)
+        part = cls(part_name, parent_folder, TRAIN, tuple(flags), needed_file)
+        hash_digits = json_hash([version_0_1.words(TRAIN, part.flags), part.inputs()["inputs"]])[:8]
+        return cls(part_name, parent_folder / f"{part_name}-{hash_digits}", TRAIN, part.flags, needed_file)
 
     def command(self) -> list[str]:
-        """Return the script and its flags; train.py gets the part's folder as --outdir."""
+        """Return the script followed by its flags. For train.py, --outdir with the part's folder is added."""
         return [self.script, *self.flags, *([f"--outdir={self.folder}"] if self.script == TRAIN else [])]
 
     def files(self) -> dict[str, str]:
@@ -84,8 +87,8 @@ class Part:
         since an earlier part may write a file that a flag names.
         """
         path_by_name = {
-            path.name: path
-            for path in (bundled.GENERATOR, bundled.REWARD, bundled.HELDOUT_REWARD, BUNDLED_LABELS)
+            file_path.name: file_path
+            for file_path in (bundled.GENERATOR, bundled.REWARD, bundled.HELDOUT_REWARD, BUNDLED_LABELS)
         }
         path_by_name |= {
             flag_or_file: Path(flag_value)
@@ -95,9 +98,9 @@ class Part:
         # The time of modification is a part of the cache's key, so that a file that has changed is hashed
         # again.
         return {
-            flag_or_file: _hash(path, path.stat().st_mtime_ns)
-            for flag_or_file, path in path_by_name.items()
-            if path.is_file()
+            flag_or_file: _hash(file_path, file_path.stat().st_mtime_ns)
+            for flag_or_file, file_path in path_by_name.items()
+            if file_path.is_file()
         }
 
     def inputs(self) -> dict:
@@ -199,16 +202,20 @@ class Part:
         if self.store.begun(self.folder.name, self.inputs()):
             if self.script == TRAIN_REWARD and (self.folder / "state.pt").is_file():
                 return [TRAIN_REWARD, f"--resume={self.folder}"]
-            if self.script == TRAIN and (run := self.run) is not None and checkpoint.available(run):
-                return [TRAIN, f"--resume={run}", "--resume-previous"]
+            if (
+                self.script == TRAIN
+                and (run_folder := self.run) is not None
+                and checkpoint.available(run_folder)
+            ):
+                return [TRAIN, f"--resume={run_folder}", "--resume-previous"]
         return self.command()
 
 
 @functools.lru_cache(maxsize=256)
-def _hash(path: Path, _modified: int) -> str:
+def _hash(file_path: Path, _modified: int) -> str:
     """Return the hash of a file. Its time of modification is only used as a part of the cache's key."""
     # All parts read the bundled generator and reward, which are thus hashed only once.
-    return file_hash(path)
+    return file_hash(file_path)
 
 
 def _python_command(command: Sequence[str]) -> list[str]:
@@ -223,7 +230,7 @@ def _python_command(command: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Children:
-    """The child processes that run at the moment."""
+    """Child processes of `make` that run at the moment."""
 
     quiet: bool  # True: output goes to the part's log; False: output goes to the terminal
     threads: int | None  # OMP_NUM_THREADS of each process; None: the inherited value
@@ -249,23 +256,23 @@ class _Children:
         start_time = time.time()
         # The lock is held while the process starts, so that `stop` finds every process. "ab" appends to the
         # log of an interrupted run.
-        with (part.folder / LOG).open("ab") as log, self._lock:
+        with (part.folder / LOG).open("ab") as log_file, self._lock:
             if self._stopped:
                 raise ValueError(
                     "the script was not started, since another part failed or was interrupted. Run the same"
                     " command again."
                 )
-            stdout, stderr = (log, subprocess.STDOUT) if self.quiet else (None, None)
+            stdout, stderr = (log_file, subprocess.STDOUT) if self.quiet else (None, None)
             process = subprocess.Popen(
                 _python_command(part.continued()), env=environment, stdout=stdout, stderr=stderr
             )
             self._running.add(process.pid)
         # wait4 is used instead of process.wait(), since it also returns the peak memory of this process.
-        _, status, usage = os.wait4(process.pid, 0)
+        _, wait_status, resource_usage = os.wait4(process.pid, 0)
         with self._lock:
             self._running.remove(process.pid)
         # Popen does not notice wait4; without this line it would wait for the process again.
-        process.returncode = exit_status = os.waitstatus_to_exitcode(status)
+        process.returncode = exit_status = os.waitstatus_to_exitcode(wait_status)
         if exit_status or part.script == TRAIN and not part.complete():
             # `run_tasks` puts the name of the part in front of the message.
             raise ValueError(
@@ -273,7 +280,10 @@ class _Children:
             )
         # The factor converts ru_maxrss into bytes: its unit is bytes on macOS and kilobytes on Linux.
         bytes_per_unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-        cost = {"seconds": time.time() - start_time, "megabytes": usage.ru_maxrss * bytes_per_unit / 1e6}
+        cost = {
+            "seconds": time.time() - start_time,
+            "megabytes": resource_usage.ru_maxrss * bytes_per_unit / 1e6,
+        }
         return part.products(), cost
 
     def _how(self, part: Part, exit_status: int) -> str:
@@ -293,19 +303,19 @@ class _Children:
 
 def make(
     chains: Collection[Sequence[Part]],
-    jobs: int = 1,
-    threads: int | None = None,
+    process_count: int = 1,
+    thread_count: int | None = None,
     quiet: bool = True,
     on_done: Callable[[Part], None] = lambda part: None,
 ) -> None:
-    """Run the parts that are not finished.
+    """Run the parts (scripts with the folders of their results, see `Part`) that are not finished.
 
     An interrupt, or the failure of one part, stops all running parts; trainings write a checkpoint first.
 
     Args:
         chains: lists of parts; the parts of a chain run one after another.
-        jobs: number of chains that run at the same time.
-        threads: OMP_NUM_THREADS of each process; None keeps the value of this process.
+        process_count: number of chains that run at the same time.
+        thread_count: OMP_NUM_THREADS of each process; None keeps the value of this process.
         quiet: True if the output goes to log.txt in the part's folder, False if it goes to the terminal.
         on_done: function that is called with each part when it is finished.
 
@@ -319,7 +329,7 @@ def make(
         for chain in chains
         for i, part in enumerate(chain)
     }
-    children = _Children(quiet, threads)
+    children = _Children(quiet, thread_count)
 
     def make_part(part_name: str) -> None:
         part = part_by_name[part_name]
@@ -331,7 +341,7 @@ def make(
             needed_parts,
             lambda: make_part,
             (),
-            jobs,
+            process_count,
             Path(),
             on_done=lambda part_name, _: on_done(part_by_name[part_name]),
             stop=children.stop,
@@ -339,31 +349,41 @@ def make(
 
 
 def make_with_progress_bar(
-    chains: Collection[Sequence[Part]], jobs: int, threads: int, bar_text: str, unit: str = "part"
+    chains: Collection[Sequence[Part]],
+    process_count: int,
+    thread_count: int,
+    bar_text: str,
+    unit_name: str = "part",
 ) -> None:
-    """Run the parts that are not finished, as `make` does, and show a progress bar.
+    """Run the parts (see `Part`) that are not finished, and show a progress bar.
 
     Args:
+        chains: lists of parts; the parts of a chain run one after another.
+        process_count: number of chains that run at the same time.
+        thread_count: OMP_NUM_THREADS of each process.
         bar_text: text of the bar.
-        unit: name of what the bar counts.
+        unit_name: name of what the bar counts.
     """
-    with tqdm(total=sum(map(len, chains)), desc=bar_text, unit=unit, dynamic_ncols=True) as bar:
+    with tqdm(total=sum(map(len, chains)), desc=bar_text, unit=unit_name, dynamic_ncols=True) as bar:
 
         def advance(part: Part) -> None:
             bar.set_postfix_str(f"last: {part.name}; logs in {part.folder.parent}/*/{LOG}")
             bar.update()
 
         if chains:
-            make(chains, jobs, threads, on_done=advance)
+            make(chains, process_count, thread_count, on_done=advance)
 
 
 def _announce(heading: str, command: Sequence[str]) -> None:
-    """Print a title and a command line to stderr."""
+    """Print a heading and a command line to stderr."""
     print(f"\n== {heading}: {shlex.join(['python', *command])}", file=sys.stderr, flush=True)
 
 
 def make_in_terminal(heading: str, part: Part) -> None:
-    """Run a part if it is not finished, and show its output in the terminal."""
+    """Run a part if it is not finished, and show the script's output in the terminal.
+
+    Args: heading: text that is printed above the output.
+    """
     if not part.finished():
         _announce(heading, part.continued())
         make([[part]], quiet=False)
@@ -372,6 +392,9 @@ def make_in_terminal(heading: str, part: Part) -> None:
 def call(script_title: str, command: list[str]) -> float:
     """Run a script of this project, show its output in the terminal, and return the duration in seconds.
 
+    Args:
+        script_title: name of the step, for the terminal and the message.
+        command: script and its flags, as `Part.command` returns them.
     Raises: ValueError if the script failed.
     """
     _announce(script_title, command)

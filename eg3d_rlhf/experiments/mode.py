@@ -91,19 +91,20 @@ class Flags(dict[str, Any]):
         }
         return self.select({knob.name or name: name for name, knob in knobs.items()})
 
-    def check_applies(self, names: Iterable[str], applies: bool, condition: str) -> None:
+    def check_applies(self, names: Iterable[str], applies: bool, reason: str) -> None:
         """Raise ValueError if the user passed any flag of `names` although it has no effect.
 
         Args:
             names: names of the flags that are checked.
             applies: True if these flags have an effect in this command.
-            condition: words for the message that name the condition in which they have an effect.
+            reason: clause for the message that follows "because" and states why they have no effect, such as
+                "--loop is not given".
         """
         flags_without_effect = [flag(name) for name in names if name in self.written]
         if flags_without_effect and not applies:
             raise ValueError(
-                f"{', '.join(flags_without_effect)}: applies to {condition} only, and would have no effect"
-                f" in this command. Remove {', '.join(flags_without_effect)} from the command line."
+                f"{', '.join(flags_without_effect)} would have no effect in this command, because {reason}."
+                f" Remove {', '.join(flags_without_effect)} from the command line."
             )
 
 

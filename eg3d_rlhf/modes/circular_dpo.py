@@ -59,14 +59,17 @@ def check_evaluation_flags(flags: Flags, problem: "Problem") -> None:
     """
     # --choose-noises=0 switches the win rate off, so it is allowed for every problem.
     win_rate_flags = ("choose_noises",) if flags.get("choose_noises") else ()
-    requirement = "generators that have an evaluator, and pairs of all stages to fit it to"
+    no_evaluator = (
+        "there is no evaluator: this needs a family of generators that fits rewards, pairs of all stages, and"
+        " held-out prompts"
+    )
     # `chooser` computes the win rate during training, `final` fills the table. Not every problem has them.
-    flags.check_applies(win_rate_flags, problem.chooser is not None, requirement)
-    flags.check_applies(("table_noises",), problem.final is not None, requirement)
+    flags.check_applies(win_rate_flags, problem.chooser is not None, no_evaluator)
+    flags.check_applies(("table_noises",), problem.final is not None, no_evaluator)
     # A checkpoint is chosen by the loss on held-out pairs, or by a win rate.
     has_criterion = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
     flags.check_applies(
-        EARLY, bool(has_criterion), "early stopping, which needs held-out pairs or an evaluator"
+        EARLY, bool(has_criterion), "there are neither held-out pairs nor an evaluator for early stopping"
     )
 
 
@@ -174,23 +177,23 @@ table_flags = combine_decorators(
 
 def check(flags: Flags) -> None:
     """Raise ValueError, naming the flags, if flags were given that would have no effect in this run."""
-    flags.check_applies(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
-    flags.check_applies(("no_summary",), flags["ablate"] is None, "a run without --ablate")
-    flags.check_applies(
-        ("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out"
-    )
+    flags.check_applies(("seeds", "jobs"), flags["ablate"] is not None, "--ablate is not given")
+    flags.check_applies(("no_summary",), flags["ablate"] is None, "--ablate always writes its table")
+    flags.check_applies(("table_noises",), not flags["no_summary"], "--no-summary leaves out the table")
     # The flags of the loop are found by their group in --help, so that a new flag is covered, too.
     command: Any = CIRCULAR_DPO.command
     command_options = [*command.params, *command.rare.values()]
     loop_flag_names = [option.name for option in command_options if option.group == LOOP]
-    flags.check_applies(loop_flag_names, flags["stage"] is None, "the loop, not to --stage")
+    flags.check_applies(
+        loop_flag_names, flags["stage"] is None, "--stage trains a single stage without the loop"
+    )
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError(
             "--stage cannot be combined with --ablate, which trains all stages. Remove one of them."
         )
     # False: with --ablate, the number of rounds follows from the groups, so --rounds never has an effect.
     if flags["ablate"] is not None:
-        flags.check_applies(("rounds",), False, "a run without --ablate, whose groups decide the rounds")
+        flags.check_applies(("rounds",), False, "the groups of --ablate decide the number of rounds")
     check_adapter_flags(flags)
 
 

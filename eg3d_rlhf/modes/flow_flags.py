@@ -129,7 +129,7 @@ def check_adapter_flags(flags: Flags) -> None:
     flags.check_applies(
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
         flags["tune"] != "full",
-        "--tune=lora",
+        "--tune=full trains all parameters, and only --tune=lora adds adapters",
     )
 
 
@@ -371,12 +371,12 @@ def check_arms_flags(flags: Flags, has_several_arms: bool) -> None:
         ("jobs",),
         # several arms, or one arm with several training seeds
         has_several_arms or len(training_seeds(flags, 1)) > 1,
-        "a run of several trainings (--arms, --seeds)",
+        "there is only one training; several values of --arms or --seeds give several",
     )
     flags.check_applies(
         ("table_noises", "evaluation_batch"),
         not flags["no_summary"],
-        "the table, which --no-summary leaves out",
+        "--no-summary leaves out the table",
     )
     check_adapter_flags(flags)
 

@@ -130,7 +130,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
     """
     # `circular_settings` reads the flag choose_noises, which this command does not have.
     flags = Flags({**flag_values, "choose_noises": None}, flags_of(context).written)
-    flags.check_applies(LOOP_ONLY, flags["loop"], "--loop")
+    flags.check_applies(LOOP_ONLY, flags["loop"], "--loop is not given")
     check_adapter_flags(flags)
     if flags["loop"] and flags["stages"]:
         raise ValueError(

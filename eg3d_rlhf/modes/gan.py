@@ -504,7 +504,7 @@ def resolve_flags(flags: Flags) -> Settings:
     """
     check_eg3d(flags)
     # This function is called for new runs only, for which --resume-previous never has an effect.
-    flags.check_applies(("resume_previous",), False, "--resume")
+    flags.check_applies(("resume_previous",), False, "--resume is not given")
     settings = resolve(flags)
     # settings that only new networks use
     ignored_flags = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]

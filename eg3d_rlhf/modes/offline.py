@@ -125,9 +125,13 @@ arms_flag = option(
 def check(flags: Flags) -> None:
     """Raise ValueError if flags were given that have no effect, naming them, or if --assets is missing."""
     is_toy = (flags["pipeline"] or TOY) == TOY
-    flags.check_applies(("assets",), not is_toy, "--pipeline=DIR")
-    flags.check_applies(("trust",), flags["loss"] in (None, NFT), "--loss=nft")
-    flags.check_applies(("group", "group_beta"), flags["loss"] == "dgpo", "--loss=dgpo")
+    flags.check_applies(
+        ("assets",), not is_toy, "the toy generator makes its own assets; only --pipeline=DIR reads them"
+    )
+    flags.check_applies(("trust",), flags["loss"] in (None, NFT), "the loss is not nft (--loss=nft)")
+    flags.check_applies(
+        ("group", "group_beta"), flags["loss"] == "dgpo", "the loss is not dgpo (--loss=dgpo)"
+    )
     # a comma: several arms
     check_arms_flags(flags, "," in flags["arms"])
     if not is_toy and flags["assets"] is None:

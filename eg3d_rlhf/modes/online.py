@@ -202,7 +202,7 @@ def select_arms(flags: Flags, preset: str) -> tuple[str, ...]:
     if flags["arms"] is None:
         return (flags["loss"] or preset,)
     # False: with --arms, whose names contain the losses, --loss never has an effect.
-    flags.check_applies(("loss",), False, "a run without --arms, whose names contain the losses")
+    flags.check_applies(("loss",), False, "the names of --arms contain the losses")
     if flags["arms"] == "all":
         # all losses with their controls, except dppo, which must be named
         return tuple(arm for arm in ARMS if split_arm(arm)[0] != "dppo")
@@ -212,28 +212,30 @@ def select_arms(flags: Flags, preset: str) -> tuple[str, ...]:
 def check(flags: Flags, arms: tuple[str, ...]) -> None:
     """Raise ValueError, naming the flags, if flags were given that have no effect on any of the arms."""
     # False: the source of pairs has this flag, but it never has an effect in this mode.
-    flags.check_applies(("labelled",), False, "--mode=circular-dpo")
+    flags.check_applies(("labelled",), False, "this mode optimises a reward and uses no labelled assets")
     check_arms_flags(flags, len(arms) > 1)
-    flags.check_applies(
-        EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 switches off"
-    )
+    flags.check_applies(EARLY, flags["choose_noises"] != 0, "--choose-noises=0 switches early stopping off")
     # names of the losses of all arms, without endings such as -randomised
     loss_names = {split_arm(arm)[0] for arm in arms}
     flags.check_applies(
         ("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
         bool(loss_names - {*ON_LATENTS, "dpo"}),
-        "losses on the sampler's steps",
+        "no arm has a loss on the sampler's steps",
     )
     # Flags of a single loss are rejected if no arm has this loss.
-    flags.check_applies(("curvature", "unweighted"), "nft" in loss_names, "--loss=nft")
-    flags.check_applies(("group_beta",), "dgpo" in loss_names, "--loss=dgpo")
     flags.check_applies(
-        ("noise_samples", "decay", "guided"), bool(loss_names & {*ON_LATENTS}), "losses on finished samples"
+        ("curvature", "unweighted"), "nft" in loss_names, "no arm has the loss nft (--loss=nft)"
+    )
+    flags.check_applies(("group_beta",), "dgpo" in loss_names, "no arm has the loss dgpo (--loss=dgpo)")
+    flags.check_applies(
+        ("noise_samples", "decay", "guided"),
+        bool(loss_names & {*ON_LATENTS}),
+        "no arm has a loss on finished samples",
     )
     flags.check_applies(
         ("advantage",),
         len(parse_weights(flags["reward"])) == 1,
-        "a run with one reward; several are each normalised within their group",
+        "several rewards are given, and each of them is normalised within its group",
     )
 
 

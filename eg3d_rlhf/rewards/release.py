@@ -259,7 +259,7 @@ def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
         missing, not supported, or has a value that our network does not implement.
     """
     message_prefix = f"reward config {Path(path).name}"
-    config_root = read_yaml(Path(path), message_prefix, _MAX_BYTES, aliases=0)
+    config_root = read_yaml(Path(path), message_prefix, _MAX_BYTES, max_aliases=0)
     model_settings = dict(_model_settings(config_root, message_prefix))
     if transform == "published":
         return ReleaseConfig(**model_settings)

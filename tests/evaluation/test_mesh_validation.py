@@ -99,7 +99,7 @@ def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, mo
     )
     monkeypatch.setattr(census, "_ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)  # the module that is found first
-    result = dict(answer_requests([{"number": i} for i in range(4)], jobs=2))
+    result = dict(answer_requests([{"number": i} for i in range(4)], process_count=2))
     assert result == {0: {"number": 0}, 1: {"reason": census.ENDED}, 2: {"number": 2}, 3: {"number": 3}}
     assert "PYTHONPATH" not in os.environ or str(tmp_path) not in os.environ["PYTHONPATH"]
 

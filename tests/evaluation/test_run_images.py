@@ -152,7 +152,7 @@ def test_the_change_of_a_generator_against_itself_is_none(heads):
 def test_contact_sheets(heads, tiny_networks, tiny_data):
     generator = load_generator(tiny_networks).generator
     images = image_sheet(
-        generator, ImageFolderDataset(tiny_data, use_labels=True, c_dim=25), range(9), 0.7, samples=4
+        generator, ImageFolderDataset(tiny_data, use_labels=True, c_dim=25), range(9), 0.7, samples_per_ray=4
     )
     # 32 pixels four times as large, twice
     assert images.shape[1] == 2 * (8 * 128 + 24) and images.dtype == np.uint8

@@ -72,7 +72,7 @@ def test_other_flags_and_files_are_other_folders(fake_train, tmp_path):
 
 def test_a_part_is_finished_with_its_own_command_and_files_alone(tmp_path, monkeypatch):
     part = script_part(tmp_path, "--flag")
-    make([[part]], threads=3)
+    make([[part]], thread_count=3)
     cost = part.artefact().record
     assert part.finished() and cost["seconds"] > 0 and cost["megabytes"] > 30
     assert (part.folder / trainings.LOG).read_text() == "--flag 3\n"
@@ -134,6 +134,6 @@ def test_a_failure_stops_the_others(tmp_path):
     ended = threading.Timer(30, lambda: None)
     ended.start()
     with raising("wrong", "--flag", "status 1"):
-        make([[slow], [wrong]], jobs=2)
+        make([[slow], [wrong]], process_count=2)
     assert ended.is_alive() and not slow.finished()
     ended.cancel()

@@ -155,7 +155,7 @@ def nominal(share):
 
 
 def bootstrap(values):
-    return bootstrap_mean_interval(values, resamples=500)
+    return bootstrap_mean_interval(values, resample_count=500)
 
 
 @pytest.mark.parametrize("draw", ["normal", "exponential", "uniform"])
@@ -165,7 +165,7 @@ def test_bootstrap_covers_the_mean_of_a_hundred_values(draw):
 
 
 def paired(before, after):
-    summary = paired_summary(before, after, resamples=500)
+    summary = paired_summary(before, after, resample_count=500)
     return summary.mean_lo, summary.mean_hi
 
 

@@ -70,7 +70,8 @@ def region_colour(region_index: int) -> Colour:
 def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
     """Convert world positions [V, 3] (x, y, z) to fractional indices [V, 3] (z, y, x) of the slab.
 
-    The slab may have a skewed grid, which is treated as a straight one. The error is less than a voxel.
+    A slab with a skewed lattice (see `SlabSpec`) is treated as one with a straight lattice. The error is less
+    than a voxel.
     """
     # index of the full grid at which the slab starts, along x, y, z
     first_index = np.array([start for start, _ in spec.index_ranges], dtype=np.float64)
@@ -84,11 +85,14 @@ def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
 def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.ndarray:
     """Return the index of the region at each vertex [V]; it is -1 outside the slab.
 
-    Args: vertices: world positions, [V, 3].
+    Args:
+        vertices: world positions, [V, 3].
+        partition: regions of the slab.
+        spec: grid of the slab.
     """
     nearest_indices = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
     is_inside = ((nearest_indices >= 0) & (nearest_indices < spec.shape)).all(axis=1)
-    # Clipped only so that indexing is valid; `inside` masks these vertices.
+    # Clipped only so that indexing is valid; `is_inside` masks these vertices.
     z, y, x = np.clip(nearest_indices, 0, np.array(spec.shape) - 1).T
     return np.where(is_inside, partition.labels.numpy()[z, y, x], -1)
 
@@ -104,6 +108,8 @@ def voxels_at(
     Args:
         vertices: world positions, [V, 3].
         voxel_attributions: attribution of each voxel, [D, H, W].
+        spec: grid of the slab.
+        radius: number of voxels that are added on each side of the central voxel.
     """
     window_edge = 2 * radius + 1
     # The mean over a window times its volume is the sum. Voxels outside the slab count as 0.
@@ -122,12 +128,17 @@ def voxels_at(
     # last index along z, y, x
     last_indices = torch.tensor([axis_length - 1 for axis_length in spec.shape], dtype=torch.float64)
     # grid_sample needs positions in -1..1 in the order x, y, z, of shape [1, 1, 1, V, 3].
-    grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
-    return F.grid_sample(window_sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
+    sample_grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
+    return F.grid_sample(window_sums, sample_grid, align_corners=True, padding_mode="zeros").flatten().numpy()
 
 
 def diverging_colours(attributions: np.ndarray, full_colour_attribution: float) -> np.ndarray:
-    """Map values [V] to colours [V, 3] uint8: blue at -scale, light grey at 0, orange at +scale."""
+    """Map attributions [V] to colours [V, 3] uint8: blue for negative, light grey for 0, orange for positive.
+
+    Args:
+        attributions: attributions at the vertices, [V].
+        full_colour_attribution: absolute value >= 0 from which on a vertex gets the full blue or orange.
+    """
     # The scale is 0 if all values are 0; 1e-12 avoids a division by zero.
     # [V, 1] in -1..1
     scaled_attributions = np.clip(attributions / max(full_colour_attribution, 1e-12), -1, 1)[:, None]
@@ -302,7 +313,7 @@ def _layers(
         latent_index: index of the latent in the study.
         vertices: positions of the vertices, [V, 3].
         vertex_attributions: attribution at the vertices, [V].
-        full_colour_attribution: attribution with the full colour.
+        full_colour_attribution: absolute attribution that gets the full colour.
     """
     region_indices = labels_at(vertices, study.partitions[latent_index], study.spec)  # [V]
     legend = (
@@ -328,9 +339,9 @@ def _layers(
     ]
 
 
-def _short(value: float) -> str:
-    """Format a value >= 0 with two significant digits, as a decimal number."""
-    return "0" if value == 0 else f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
+def _short(magnitude: float) -> str:
+    """Format a value >= 0 as a decimal number with two significant digits."""
+    return "0" if magnitude == 0 else f"{magnitude:.{max(0, 1 - math.floor(math.log10(abs(magnitude))))}f}"
 
 
 TITLE = "Which regions change the reward?"
@@ -350,7 +361,7 @@ _COLOURS = {
 
 
 def jobs(study: Study) -> list[Job]:
-    """Return the jobs of the report.
+    """Return the jobs of the attribution report. Each job computes one section of the page.
 
     The regions are the first job, so that the user can check them while the attributions are computed.
     """
@@ -433,9 +444,9 @@ def jobs(study: Study) -> list[Job]:
 
 
 def regions(study: Study, folder: Path) -> Finding:
-    """Describe the regions: numbers of their voxels, and images on the meshes of the first latents.
+    """Describe the regions by their numbers of voxels and by images on the meshes of the first latents.
 
-    With landmarks, the eight parts of the head are described as a second partition.
+    With --regions=landmarks, the eight parts of the head are described as a second partition.
     """
     comparison = study.comparison
     # Any other value of --regions is the path of the user's label volume.
@@ -480,7 +491,9 @@ def regions(study: Study, folder: Path) -> Finding:
 
 
 def _counts(study: Study) -> list[dict]:
-    """Count the voxels of each region: mean, smallest and largest number over the latents."""
+    """Count the voxels of each region. Return a row per region with the mean, smallest and largest number
+    over latents.
+    """
     # A region may have other voxels for each latent, for example if it depends on landmarks.
     counts_by_latent = np.array([partition.counts() for partition in study.partitions])  # [N, R]
     return [
@@ -594,9 +607,9 @@ def _describe_shapley(
 
     Args:
         shapley_values: Shapley values, [N, R].
-        region_means: mean with interval of each region.
-        mean_difference: mean change of the reward, with interval.
-        largest_gap: largest efficiency gap of a latent, as a share of its difference.
+        region_means: for each region its mean Shapley value with an interval: the keys mean, lo and hi.
+        mean_difference: mean change of the reward with its interval, a `MeanInterval`.
+        largest_gap: largest efficiency gap of a latent, as a share of its reward difference.
     """
     # indices of the regions by the absolute value of their mean contribution, largest first
     largest_first = np.argsort([-abs(region_mean["mean"]) for region_mean in region_means])
@@ -672,7 +685,9 @@ def _describe_shapley(
 def methods(study: Study, folder: Path) -> Finding:
     """Report the mean attributions by four methods, and the rank correlations between the methods.
 
-    Also report if the Integrated Gradients are complete, that is, if they sum to the change of the reward.
+    The methods are Shapley values, Integrated Gradients, occlusion, and Shapley values of shuffled changes
+    ("noise"). The finding also states whether the Integrated Gradients are complete, that is, if they sum to
+    the change of the reward.
     """
     attributions_by_method = study.methods
     region_names = study.names
@@ -740,12 +755,18 @@ def methods(study: Study, folder: Path) -> Finding:
 
 
 def _interval(mean_interval: dict) -> str:
-    """Format a mean with its interval."""
+    """Format a mean with its interval.
+
+    Args: mean_interval: the mean and the ends of its interval, with the keys mean, lo and hi.
+    """
     return span(mean_interval["mean"], mean_interval["lo"], mean_interval["hi"], ".2f")
 
 
 def _describe_agreement(method_pairs: list[dict]) -> list[str]:
-    """Describe the rank correlation of each method with Shapley values, in sentences."""
+    """Describe the rank correlation of each method with Shapley values, in sentences.
+
+    Args: method_pairs: result of `shapley.agreement`.
+    """
     sentences = []
     for method_pair in method_pairs:
         # The other pairs are only plotted.
@@ -775,15 +796,13 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     comparison = study.comparison
     latent_count = min(study_settings.checked, len(study.seeds))
     # [checked, R]
-    trained_attributions = np.stack(
-        [trained_values.values for trained_values in study.shapley[:latent_count]]
-    )
+    trained_attributions = np.stack([attribution.values for attribution in study.shapley[:latent_count]])
     table_rows = []  # one row for each random weights and latent
-    signed_means = []  # mean over latents, by random weights
-    size_means = []  # the same of absolute values
+    mean_signed_correlations = []  # mean over latents, by random weights
+    mean_size_correlations = []  # the same of absolute values
     # An attribution that is similar with random weights does not come from training (Adebayo et al. 2018).
-    for draw in range(study_settings.randomisations):
-        random_attributions = study.attribute_randomised(draw)  # [checked, R]
+    for randomisation_index in range(study_settings.randomisations):
+        random_attributions = study.attribute_randomised(randomisation_index)  # [checked, R]
         # with signs
         signed_correlations = [
             rank_correlation(trained_values, random_values)
@@ -796,7 +815,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
         ]
         table_rows += [
             {
-                "randomisation": draw,
+                "randomisation": randomisation_index,
                 "seed": study.seeds[latent_index],
                 "spearman": signed_correlation,
                 "spearman_of_sizes": size_correlation,
@@ -806,7 +825,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
             )
         ]
         # Random weights for which all attributions are constant have no correlation.
-        signed_means += (
+        mean_signed_correlations += (
             [float(np.mean(defined_correlations))]
             if (
                 defined_correlations := [
@@ -817,7 +836,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
             )
             else []
         )
-        size_means += (
+        mean_size_correlations += (
             [float(np.mean(defined_correlations))]
             if (
                 defined_correlations := [
@@ -827,23 +846,30 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
             else []
         )
     finding_data = {
-        "by_randomisation": signed_means,
-        "sizes": size_means,
+        "by_randomisation": mean_signed_correlations,
+        "sizes": mean_size_correlations,
         "randomisations": study_settings.randomisations,
         "latents": latent_count,
-        "mean": bootstrap_mean_interval(signed_means)._asdict() if signed_means else None,
-        "mean_of_sizes": bootstrap_mean_interval(size_means)._asdict() if size_means else None,
+        "mean": bootstrap_mean_interval(mean_signed_correlations)._asdict()
+        if mean_signed_correlations
+        else None,
+        "mean_of_sizes": bootstrap_mean_interval(mean_size_correlations)._asdict()
+        if mean_size_correlations
+        else None,
     }
     facts = comparison.facts(
         study.seeds[:latent_count],
         ROLES,
-        f"95 % percentile bootstrap over {len(signed_means)} draws of weights, 10,000 resamples",
+        f"95 % percentile bootstrap over {len(mean_signed_correlations)} draws of weights, 10,000 resamples",
     )
     return Finding(facts=facts, data=finding_data, rows=table_rows, says=_describe_randomised(finding_data))
 
 
 def _describe_randomised(finding_data: dict) -> list[str]:
-    """Describe the correlation with rewards of random weights, in sentences."""
+    """Describe the correlation with rewards of random weights, in sentences.
+
+    Args: finding_data: data of the finding of `redrawn_reward`.
+    """
     # None if no random weights have a correlation
     if finding_data["mean"] is None:
         return [
@@ -893,7 +919,10 @@ def _bar_size(bar_count: int) -> tuple[float, float]:
 
 
 def plot_regions(finding_data: dict):
-    """Plot the mean contribution of each region with its interval."""
+    """Plot the mean contribution of each region with its interval.
+
+    Args: finding_data: data of the finding of `shapley`.
+    """
     figure, axes = style.figure(size=_bar_size(len(finding_data["names"])))
     region_order = _order(finding_data["means"])
     sorted_means = [finding_data["means"][region_index] for region_index in region_order]
@@ -922,7 +951,10 @@ def plot_regions(finding_data: dict):
 
 
 def plot_latents(finding_data: dict):
-    """Plot the value of every latent for each region."""
+    """Plot the Shapley value of every latent for each region.
+
+    Args: finding_data: data of the finding of `shapley`.
+    """
     figure, axes = style.figure(size=_bar_size(len(finding_data["names"])))
     region_order = _order(finding_data["means"])
     shapley_values = np.asarray(finding_data["values"])  # [N, R]
@@ -952,7 +984,10 @@ def plot_latents(finding_data: dict):
 
 
 def plot_methods(finding_data: dict):
-    """Plot the mean attribution of each region by each method."""
+    """Plot the mean attribution of each region by each method.
+
+    Args: finding_data: data of the finding of `methods`.
+    """
     region_count = len(finding_data["names"])
     figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * region_count))  # inches
     region_order = _order(finding_data["means"]["Shapley"])
@@ -978,7 +1013,10 @@ def plot_methods(finding_data: dict):
 
 
 def plot_agreement(finding_data: dict):
-    """Plot the mean rank correlations of all pairs of methods, with intervals."""
+    """Plot the mean rank correlations of all pairs of methods, with intervals.
+
+    Args: finding_data: data of the finding of `methods`.
+    """
     # Pairs with a method whose values are all equal have no correlation.
     method_pairs = [
         method_pair
@@ -1017,7 +1055,10 @@ def plot_agreement(finding_data: dict):
 
 
 def plot_redrawn(finding_data: dict):
-    """Plot the rank correlation with each reward of random weights, and the mean with its interval."""
+    """Plot the rank correlation with each reward of random weights, and the mean with its interval.
+
+    Args: finding_data: data of the finding of `redrawn_reward`.
+    """
     figure, axes = style.figure(size=(6.4, 2.2))  # inches
     for row_index, (values_key, mean_key) in enumerate(
         (("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))

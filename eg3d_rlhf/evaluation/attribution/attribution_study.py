@@ -1,7 +1,7 @@
 """Inputs and results of an attribution study.
 
 A study has latents, their slabs before and after tuning, their regions, and the attributions by every method.
-Each of them is computed once. The reward's input is usually a slab, the normalised density on a grid.
+A `Study` computes each of these once. The reward's input is usually a slab, the normalised density on a grid.
 Shapes: N latents, R regions, D, H, W grid points of the slab along z, y, x.
 """
 
@@ -30,7 +30,7 @@ _CUBE = 64  # grid points per axis of the cube that meshes are extracted from
 
 @dataclass
 class Study:
-    """Inputs and cached results that the jobs of the report share."""
+    """Inputs and cached results of an attribution study, which the jobs of the report share."""
 
     comparison: Comparison
     settings: Settings
@@ -51,10 +51,11 @@ class Study:
         """
         observation = self.comparison.reward.observation
         if not isinstance(observation, SigmaSlab):
-            shape = list(regions.region_shape(observation.shape))
+            label_shape = list(regions.region_shape(observation.shape))
             raise ValueError(
                 f"--regions={self.settings.regions} needs a reward that reads slabs, but this reward reads"
-                f" {observation.kind}. Pass a file of integer labels of shape {shape} with --regions=FILE."
+                f" {observation.kind}. Pass a file of integer labels of shape {label_shape} with"
+                " --regions=FILE."
             )
         return observation.spec
 
@@ -86,9 +87,11 @@ class Study:
 
     @cached_property
     def partitions(self) -> list[regions.Partition]:
-        """Return the partition of each latent's slab into regions. All have the same names of regions.
+        """Return the partition of each latent's slab into regions. The regions have the same names for all
+        latents.
 
-        Raises: ValueError, with the flag that selects the regions.
+        Raises: ValueError, whose message begins with a flag, if the regions cannot be determined, or if they
+            are too many for the exact method.
         """
         study_settings = self.settings
         # Fixed boxes are the same for every latent, so the list repeats one object.
@@ -194,7 +197,10 @@ class Study:
 
     @torch.no_grad()
     def density_of_cube(self, role: str, seed: int) -> torch.Tensor:
-        """Return the raw density of a latent on `cube_spec`, [1, _CUBE, _CUBE, _CUBE]."""
+        """Return the raw density of a latent on `cube_spec`, [1, _CUBE, _CUBE, _CUBE].
+
+        Args: role: "before" or "after" tuning.
+        """
         generator = self.comparison.generators()[role]
         return generator.generator.field(self.comparison.ws(generator, [seed])).density_grid(self.cube_spec)
 
@@ -204,35 +210,41 @@ class Study:
         return self.comparison.before.generator.level
 
     def coalition_values(
-        self, latent_index: int, score: shapley_methods.Score | None = None, tuned: torch.Tensor | None = None
+        self,
+        latent_index: int,
+        score: shapley_methods.Score | None = None,
+        tuned_slab: torch.Tensor | None = None,
     ) -> shapley_methods.CoalitionValues:
         """Return the function that computes the values of a latent's coalitions.
 
         Args:
             latent_index: index of the latent in `seeds`.
             score: function that scores slabs; None selects the reward.
-            tuned: slab after tuning; None selects the latent's own slab after tuning.
+            tuned_slab: slab after tuning; None selects the latent's own slab after tuning.
         """
         # Only the values of the reward and the latent's own slab are cached, since others are used once.
-        if score is None and tuned is None and latent_index in self._values:
+        if score is None and tuned_slab is None and latent_index in self._values:
             return self._values[latent_index]
         partition = self.partitions[latent_index]
         coalition_values = shapley_methods.CoalitionValues(
             score or self.score,
             self.slabs["before"][latent_index],
-            self.slabs["after"][latent_index] if tuned is None else tuned,
+            self.slabs["after"][latent_index] if tuned_slab is None else tuned_slab,
             partition.labels,
             len(partition.names),
             self.comparison.batch,
         )
-        if score is None and tuned is None:
+        if score is None and tuned_slab is None:
             self._values[latent_index] = coalition_values
         return coalition_values
 
     def _compute_for_check(
         self, coalition_values: shapley_methods.CoalitionValues, latent_index: int
     ) -> np.ndarray:
-        """Compute the Shapley values [R] of a baseline: exact if that is cheap, else from sampled orders."""
+        """Compute Shapley values [R] for a control: exact ones if that is cheap, else from sampled orders.
+
+        The controls are the noise baseline and rewards with random weights.
+        """
         # The exact method evaluates 2^R coalitions, the sampled orders at most CHECK_ORDERS * R.
         exact_is_cheap = 1 << coalition_values.regions <= CHECK_ORDERS * coalition_values.regions
         method = "exact" if exact_is_cheap else "antithetic"
@@ -297,7 +309,11 @@ class Study:
 
     @cached_property
     def methods(self) -> dict[str, np.ndarray]:
-        """Return the attributions [N, R] by each method."""
+        """Return the attributions [N, R] of all latents to all regions, by the name of the method.
+
+        The methods are Shapley values, Integrated Gradients, occlusion, and Shapley values of shuffled
+        changes ("noise").
+        """
         noise_values = []  # [R] for each latent
         for latent_index, partition in enumerate(self.partitions):
             # The noise baseline: in each region the same changes, but at shuffled positions.
@@ -309,7 +325,7 @@ class Study:
             )
             noise_values.append(
                 self._compute_for_check(
-                    self.coalition_values(latent_index, tuned=shuffled_slab), latent_index
+                    self.coalition_values(latent_index, tuned_slab=shuffled_slab), latent_index
                 )
             )
         # Attributions of voxels are summed over each region, so that all methods have values [R].
@@ -328,15 +344,16 @@ class Study:
             "noise": np.stack(noise_values),
         }
 
-    def attribute_randomised(self, draw: int) -> np.ndarray:
+    def attribute_randomised(self, randomisation_index: int) -> np.ndarray:
         """Compute the Shapley values of a reward with random weights, for the first latents of the study.
 
-        Args: draw: number of the random weights.
-        Returns: [number of latents, R].
+        Args: randomisation_index: index of the random weights, 0 to --randomisations less 1, which determines
+            their seed.
+        Returns: Shapley values, [number of latents, R].
         """
         # With + 1 the seed of the first draw differs from that of the study.
         score = shapley_methods.randomise_weights(
-            self.comparison.reward.network, 1000 * self.comparison.seed + draw + 1
+            self.comparison.reward.network, 1000 * self.comparison.seed + randomisation_index + 1
         ).score
         latent_count = min(self.settings.checked, len(self.seeds))
         return np.stack(

@@ -1,4 +1,5 @@
-"""Partitions of a slab's voxels into named regions, to which an attribution is computed.
+"""Partitions of a slab's voxels into named regions, among which an attribution divides the change of the
+reward.
 
 A box is (smallest x, largest x, smallest y, largest y, smallest z, largest z).
 Shapes: R regions, L landmarks, V vertices, D, H, W grid points of the slab along z, y, x.
@@ -59,22 +60,26 @@ class Partition:
         """Return the number of voxels of each region, as a list of R integers."""
         return torch.bincount(self.labels.flatten(), minlength=len(self.names)).tolist()
 
-    def sums(self, volume: torch.Tensor) -> torch.Tensor:
+    def sums(self, voxel_values: torch.Tensor) -> torch.Tensor:
         """Return the sums of volumes [..., D, H, W] over each region, [..., R] float64."""
         # Only the axes of the grid are flattened, not the batch axes before them.
-        flat_volume = volume.double().flatten(-self.labels.ndim)
+        flat_volume = voxel_values.double().flatten(-self.labels.ndim)
         region_sums = flat_volume.new_zeros(*flat_volume.shape[:-1], len(self.names))  # [..., R], float64
         # The sum is computed in float64, since a sum over many voxels would lose digits in float32.
         return region_sums.index_add_(-1, self.labels.flatten().to(flat_volume.device), flat_volume)
 
 
-def region_shape(observed: Sequence[int]) -> tuple[int, ...]:
+def region_shape(observation_shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of the labels that divide one observation into regions.
 
     It is [D, H, W] for a slab [1, D, H, W], whose channel axis has no labels. For other observations it is
     the shape of the observation.
     """
-    return tuple(observed[1:]) if len(observed) > 1 and observed[0] == 1 else tuple(observed)
+    return (
+        tuple(observation_shape[1:])
+        if len(observation_shape) > 1 and observation_shape[0] == 1
+        else tuple(observation_shape)
+    )
 
 
 def unit_coordinates(spec: SlabSpec) -> torch.Tensor:
@@ -123,54 +128,54 @@ def face_partition(spec: SlabSpec) -> Partition:
     return partition_from_boxes(FACE_BOXES, unit_coordinates(spec))
 
 
-def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
+def read_masks(label_path: str | Path, label_shape: Sequence[int]) -> Partition:
     """Read a partition from a user's label volume.
 
     The names of the labels are read from the .json file of the same stem. It contains an object, for example
     {"0": "background", "1": "nose"}, or a list of names in the order of the labels.
 
     Args:
-        path: .npy file of integers.
-        shape: shape of the labels, [D, H, W] along z, y, x for a slab.
+        label_path: .npy file of integers.
+        label_shape: shape of the labels, [D, H, W] along z, y, x for a slab.
 
     Raises: ValueError or FileNotFoundError if a file is missing or does not have the described content.
     """
-    path = Path(path)
-    if not path.is_file():
+    label_path = Path(label_path)
+    if not label_path.is_file():
         raise FileNotFoundError(
-            f"there is no label volume at {path}. Pass the path of a .npy file, or one of boxes, landmarks,"
-            " head and people."
+            f"there is no label volume at {label_path}. Pass the path of a .npy file, or one of boxes,"
+            " landmarks, head and people."
         )
     # allow_pickle=False, since a pickle could run code.
     try:
-        label_volume = np.load(path, allow_pickle=False)
+        label_volume = np.load(label_path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{path} cannot be read as .npy: {error}. Save the array with numpy.save."
+            f"{label_path} cannot be read as .npy: {error}. Save the array with numpy.save."
         ) from error
     if (
         not isinstance(label_volume, np.ndarray)
-        or label_volume.shape != tuple(shape)
+        or label_volume.shape != tuple(label_shape)
         or not np.issubdtype(label_volume.dtype, np.integer)
     ):
-        axes_text = "[D, H, W] = " if len(shape) == 3 else ""
+        axes_text = "[D, H, W] = " if len(label_shape) == 3 else ""
         raise ValueError(
-            f"{path} holds {getattr(label_volume, 'dtype', type(label_volume))} of shape"
-            f" {list(getattr(label_volume, 'shape', []))}, but integers of shape {axes_text}{list(shape)} are"
-            " needed. Save such an array with numpy.save."
+            f"{label_path} holds {getattr(label_volume, 'dtype', type(label_volume))} of shape"
+            f" {list(getattr(label_volume, 'shape', []))}, but integers of shape"
+            f" {axes_text}{list(label_shape)} are needed. Save such an array with numpy.save."
         )
-    name_by_label = _read_names(path.with_suffix(".json"))
+    name_by_label = _read_names(label_path.with_suffix(".json"))
     present_labels = sorted(int(label) for label in np.unique(label_volume))  # labels that occur, ascending
     unnamed_labels = [label for label in present_labels if label not in name_by_label]
     if unnamed_labels:
         raise ValueError(
-            f"{path.with_suffix('.json')}: the labels {unnamed_labels} of the volume have no names. Add their"
-            " names to this file."
+            f"{label_path.with_suffix('.json')}: the labels {unnamed_labels} of the volume have no names."
+            " Add their names to this file."
         )
     if len(present_labels) < 2:
         raise ValueError(
-            f"{path}: all voxels have the label {present_labels[0]}, but at least two regions are needed."
-            " Give some voxels another label."
+            f"{label_path}: all voxels have the label {present_labels[0]}, but at least two regions are"
+            " needed. Give some voxels another label."
         )
     # The user's labels need not be consecutive; searchsorted maps them to 0..R-1.
     return Partition(
@@ -182,7 +187,7 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
 def _read_names(names_path: Path) -> dict[int, str]:
     """Read the names of labels from a JSON object or list, see `read_masks`.
 
-    Raises: ValueError or FileNotFoundError.
+    Raises: ValueError or FileNotFoundError if the file is missing or does not have this form.
     """
     if not names_path.is_file():
         raise FileNotFoundError(
@@ -237,7 +242,10 @@ class PixelLandmarks:
     by_seed: Mapping[int, np.ndarray]  # seed -> landmarks [L, 2] of this latent
 
     def landmarks_of_seed(self, seed: int) -> np.ndarray:
-        """Return the landmarks [L, 2] of a latent. Raises: ValueError if the file has none for it."""
+        """Return the landmarks [L, 2] of a latent.
+
+        Raises: ValueError if the file has no landmarks for it.
+        """
         # The landmarks of a seed are used, if given, instead of those for all latents.
         landmark_pixels = self.by_seed.get(seed, self.shared)
         if landmark_pixels is None:
@@ -249,7 +257,7 @@ class PixelLandmarks:
         return landmark_pixels
 
 
-def read_landmarks(path: str | Path) -> PixelLandmarks:
+def read_landmarks(landmarks_path: str | Path) -> PixelLandmarks:
     """Read a JSON file of landmarks.
 
     The file holds {"image_size": 512, "points": [[x, y], ...]} with 98 points for all latents, or
@@ -258,52 +266,60 @@ def read_landmarks(path: str | Path) -> PixelLandmarks:
 
     Raises: ValueError or FileNotFoundError if the file is missing or does not have this content.
     """
-    path = Path(path)
-    if not path.is_file():
+    landmarks_path = Path(landmarks_path)
+    if not landmarks_path.is_file():
         raise FileNotFoundError(
-            f"there is no file of landmarks at {path}. Pass the path of an existing JSON file."
+            f"there is no file of landmarks at {landmarks_path}. Pass the path of an existing JSON file."
         )
     try:
-        json_value = json.loads(path.read_text())
+        json_value = json.loads(landmarks_path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Correct the file at this position.") from error
+        raise ValueError(
+            f"{landmarks_path} is not valid JSON: {error}. Correct the file at this position."
+        ) from error
     example_text = '{"image_size": 512, "points": [[x, y], ...]}'
     if not isinstance(json_value, Mapping):
-        raise ValueError(f"{path} does not contain a JSON object. Write for example {example_text}.")
+        raise ValueError(
+            f"{landmarks_path} does not contain a JSON object. Write for example {example_text}."
+        )
     if "image_size" not in json_value:
         raise ValueError(
-            f'{path} has no "image_size". Add the pixels per edge of the image, for example {example_text}.'
+            f'{landmarks_path} has no "image_size". Add the pixels per edge of the image, for example'
+            f" {example_text}."
         )
     if not {"points", "seeds"} & set(json_value):
         raise ValueError(
-            f'{path} has neither "points" nor "seeds". Add the landmarks, for example {example_text}.'
+            f'{landmarks_path} has neither "points" nor "seeds". Add the landmarks, for example'
+            f" {example_text}."
         )
     image_size = json_value["image_size"]
     # bool is a subclass of int in Python, but `true` is not a size.
     if isinstance(image_size, bool) or not isinstance(image_size, (int, float)) or image_size <= 0:
         raise ValueError(
-            f'{path}: "image_size" is {image_size!r}, but a number > 0 is needed. Write the pixels per edge'
-            " of the image."
+            f'{landmarks_path}: "image_size" is {image_size!r}, but a number > 0 is needed. Write the pixels'
+            " per edge of the image."
         )
     shared_points = (
-        _points(path, "points", json_value["points"], image_size) if "points" in json_value else None
+        _points(landmarks_path, "points", json_value["points"], image_size)
+        if "points" in json_value
+        else None
     )
     points_by_seed = {}
     for seed, point_lists in dict(json_value.get("seeds", {})).items():
         if not str(seed).isdigit():
             raise ValueError(
-                f"{path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as keys, for"
-                ' example "200000".'
+                f"{landmarks_path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as"
+                ' keys, for example "200000".'
             )
-        points_by_seed[int(seed)] = _points(path, f"seeds[{seed}]", point_lists, image_size)
+        points_by_seed[int(seed)] = _points(landmarks_path, f"seeds[{seed}]", point_lists, image_size)
     return PixelLandmarks(float(image_size), shared_points, points_by_seed)
 
 
-def _points(path: Path, entry_name: str, json_value: object, image_size: float) -> np.ndarray:
+def _points(landmarks_path: Path, entry_name: str, json_value: object, image_size: float) -> np.ndarray:
     """Return the points of a latent, [L, 2] float64, after checking them.
 
     Args:
-        path: file of the landmarks, for messages.
+        landmarks_path: file of the landmarks, for messages.
         entry_name: name of the entry in the file, for messages.
         json_value: value of the entry.
         image_size: pixels per edge of the image.
@@ -314,22 +330,23 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
         landmark_pixels = np.asarray(json_value, dtype=np.float64)  # [L, 2]
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of numbers."
+            f"{landmarks_path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of"
+            " numbers."
         ) from error
     if landmark_pixels.shape != (COUNT, 2):
         raise ValueError(
-            f"{path}: {entry_name} has the shape {list(landmark_pixels.shape)}, but [{COUNT}, 2] is needed."
-            f" Write the {COUNT} points [x, y] of WFLW."
+            f"{landmarks_path}: {entry_name} has the shape {list(landmark_pixels.shape)}, but [{COUNT}, 2]"
+            f" is needed. Write the {COUNT} points [x, y] of WFLW."
         )
     if not np.isfinite(landmark_pixels).all():
         raise ValueError(
-            f"{path}: {entry_name} contains a coordinate that is not finite. Replace it by the position of"
-            " the landmark in pixels."
+            f"{landmarks_path}: {entry_name} contains a coordinate that is not finite. Replace it by the"
+            " position of the landmark in pixels."
         )
     # Points outside the image mean that "image_size" does not belong to them.
     if landmark_pixels.min() < 0 or landmark_pixels.max() > image_size:
         raise ValueError(
-            f"{path}: the coordinates in {entry_name} range over"
+            f"{landmarks_path}: the coordinates in {entry_name} range over"
             f" {landmark_pixels.min():g}..{landmark_pixels.max():g}, outside"
             f' the image, 0..{image_size:g}. Correct the points or "image_size".'
         )
@@ -415,11 +432,11 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
     ear_depth = contour[[0, 32], 2].mean()
     # The box of an ear extends from the contour by 8 % of the cube outwards, and by one margin inwards.
     ear_width = 0.08 * box_warp
-    for contour_end, inward, outward in (
+    for contour_end, inward_width, outward_width in (
         (contour[:, 0].min(), side_margin, ear_width),
         (contour[:, 0].max(), -side_margin, -ear_width),
     ):
-        x_range = sorted((contour_end + inward, contour_end - outward))
+        x_range = sorted((contour_end + inward_width, contour_end - outward_width))
         boxes.append(
             (
                 "ears",
@@ -554,7 +571,7 @@ def part_of_vertices() -> np.ndarray:
 
 
 def people_partition(head: people.Head, spec: SlabSpec) -> Partition:
-    """Assign each voxel to the part of the head to which the nearest vertex belongs.
+    """Assign each voxel to the part of the head to which the nearest vertex of the head's mesh belongs.
 
     Args: head: ground-truth head of the latent. The generator's sample may lack a part of it.
     """

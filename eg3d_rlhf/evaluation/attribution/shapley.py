@@ -43,37 +43,40 @@ class CoalitionValues:
     """Function that returns the values of a latent's coalitions. Each value is computed once, and stored.
 
     Args:
-        score: function that scores slabs.
-        original: slab before tuning, [1, D, H, W], or another observation.
-        tuned: slab after tuning, of the same shape.
-        labels: region of each voxel, int64 [D, H, W].
-        regions: number of regions, R.
-        batch: number of slabs in a batch; a smaller number needs less memory.
+        score_slabs: function that scores slabs.
+        original_slab: slab before tuning, [1, D, H, W], or another observation.
+        tuned_slab: slab after tuning, of the same shape.
+        region_labels: region of each voxel, int64 [D, H, W].
+        region_count: number of regions, R.
+        batch_size: number of slabs in a batch; a smaller number needs less memory.
     """
 
     def __init__(
         self,
-        score: Score,
-        original: torch.Tensor,
-        tuned: torch.Tensor,
-        labels: torch.Tensor,
-        regions: int,
-        batch: int = 16,
+        score_slabs: Score,
+        original_slab: torch.Tensor,
+        tuned_slab: torch.Tensor,
+        region_labels: torch.Tensor,
+        region_count: int,
+        batch_size: int = 16,
     ):
-        assert original.shape == tuned.shape and region_shape(original.shape) == tuple(labels.shape)
-        self.score = score
-        self.regions = regions
-        self.batch = batch
-        self.original = original
-        self.tuned = tuned
-        flat_labels = labels.flatten().to(original.device)
+        assert original_slab.shape == tuned_slab.shape and region_shape(original_slab.shape) == tuple(
+            region_labels.shape
+        )
+        self.score = score_slabs
+        self.regions = region_count
+        self.batch = batch_size
+        self.original = original_slab
+        self.tuned = tuned_slab
+        flat_labels = region_labels.flatten().to(original_slab.device)
         # indices of the voxels of each region in the flattened slab
         self.voxels = [
-            torch.nonzero(flat_labels == region_index).squeeze(1) for region_index in range(regions)
+            torch.nonzero(flat_labels == region_index).squeeze(1) for region_index in range(region_count)
         ]
         # A region in which the slabs are equal does not change the value of any coalition.
         self.differs = [
-            bool((original.flatten()[indices] != tuned.flatten()[indices]).any()) for indices in self.voxels
+            bool((original_slab.flatten()[indices] != tuned_slab.flatten()[indices]).any())
+            for indices in self.voxels
         ]
         self.known: dict[int, float] = {}  # key of a coalition -> its value
         self.evaluations = 0  # number of slabs that were scored
@@ -143,8 +146,10 @@ class CoalitionValues:
         This value uses neither regions nor stored values, so it is an independent check of the coalitions'
         values.
         """
-        tuned, original = (float(self.score(slab[None]).double()) for slab in (self.tuned, self.original))
-        return tuned - original
+        tuned_score, original_score = (
+            float(self.score(slab[None]).double()) for slab in (self.tuned, self.original)
+        )
+        return tuned_score - original_score
 
 
 def _gray_rank(bit_pattern: int) -> int:
@@ -152,12 +157,12 @@ def _gray_rank(bit_pattern: int) -> int:
 
     Consecutive patterns of this code differ in one bit.
     """
-    rank = 0
+    gray_rank = 0
     # The Gray code of k is k ^ (k >> 1). Its inverse is the exclusive or of all right shifts.
     while bit_pattern:
-        rank ^= bit_pattern
+        gray_rank ^= bit_pattern
         bit_pattern >>= 1
-    return rank
+    return gray_rank
 
 
 def all_coalitions(region_count: int) -> torch.Tensor:
@@ -178,18 +183,23 @@ class Attribution:
 
     @property
     def relative_gap(self) -> float:
-        """Return |gap| / |difference|, see `relative_gap`."""
+        """Return the efficiency gap as a share of the reward difference, see the function `relative_gap`."""
         return relative_gap(self.gap, self.difference)
 
 
 def relative_gap(gap: float, difference: float) -> float:
-    """Return |gap| / |difference|; 0 if the gap is 0, infinite if only the difference is 0."""
+    """Compute |gap| / |difference|. The result is 0 if the gap is 0, and infinite if only the difference is
+    0.
+    """
     return 0.0 if gap == 0 else abs(gap) / abs(difference) if difference else math.inf
 
 
 def exact(coalition_values: Value, region_count: int) -> np.ndarray:
     """Compute Shapley values [R] from all 2^R coalitions.
 
+    Args:
+        coalition_values: function that returns the values of coalitions.
+        region_count: number of regions, R.
     Raises: ValueError if there are more than MAX_EXACT_REGIONS regions.
     """
     if not 1 <= region_count <= MAX_EXACT_REGIONS:
@@ -247,7 +257,7 @@ def estimate_by_sampling(
             means of the pairs.
 
     Returns: means [R] and standard errors [R] of the marginal contributions.
-    Raises: ValueError for too few samples, or an odd number of antithetic samples.
+    Raises: ValueError for too few orders, or an odd number of antithetic orders.
     """
     if antithetic and order_count % 2:
         raise ValueError(
@@ -275,9 +285,11 @@ def estimate_by_sampling(
 
 
 def marginals(coalition_values: Value, orders: np.ndarray) -> np.ndarray:
-    """Compute by how much each region changes the value when it joins, along several orders.
+    """Compute by how much each region changes the coalition's value when it joins, along several orders.
 
-    Args: orders: each row is a permutation of the regions, in which they join, [P, R].
+    Args:
+        coalition_values: function that returns the values of coalitions.
+        orders: permutations of the regions, [P, R]. The regions of a row join the coalition in this order.
     Returns: contributions [P, R]; column i belongs to region i.
     """
     order_count, region_count = orders.shape
@@ -302,7 +314,8 @@ def shapley(
     order_count: int = 64,
     seed: int = 0,
 ) -> Attribution:
-    """Compute Shapley values by one of METHODS, with their efficiency gap.
+    """Compute Shapley values by one of the three METHODS ("exact", "permutation", "antithetic"), with their
+    efficiency gap.
 
     Args:
         coalition_values: function that returns the values of coalitions.
@@ -332,8 +345,13 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], max_gap
     """Raise ValueError if the efficiency gap of a latent exceeds `max_gap`, a share of its reward difference.
 
     The message states the seed of the latent with the largest gap.
+
+    Args:
+        attributions: Shapley values of each latent.
+        seeds: seeds of the latents, for the message.
+        max_gap: largest allowed |gap| / |difference|.
     """
-    relative_gaps = [worst_attribution.relative_gap for worst_attribution in attributions]
+    relative_gaps = [attribution.relative_gap for attribution in attributions]
     worst_index = int(np.argmax(relative_gaps))  # index of the latent
     # "not <=" is used instead of ">", so that NaN is an error, too.
     if not relative_gaps[worst_index] <= max_gap:
@@ -369,13 +387,13 @@ class IntegratedGradients:
 
 
 def integrated_gradients(
-    score: Score,
-    original: torch.Tensor,
-    tuned: torch.Tensor,
+    score_slabs: Score,
+    original_slab: torch.Tensor,
+    tuned_slab: torch.Tensor,
     difference: float,
-    steps: int = STEPS,
-    max_steps: int = MAX_STEPS,
-    batch: int = 16,
+    step_count: int = STEPS,
+    max_step_count: int = MAX_STEPS,
+    batch_size: int = 16,
 ) -> IntegratedGradients:
     """Attribute r(tuned) - r(original) to voxels by Integrated Gradients.
 
@@ -383,46 +401,58 @@ def integrated_gradients(
     the difference.
 
     Args:
-        score: function that scores slabs; it must be differentiable.
-        original: slab before tuning, [1, D, H, W].
-        tuned: slab after tuning, [1, D, H, W].
+        score_slabs: function that scores slabs; it must be differentiable.
+        original_slab: slab before tuning, [1, D, H, W].
+        tuned_slab: slab after tuning, [1, D, H, W].
         difference: r(tuned) - r(original).
-        steps: first number of steps.
-        max_steps: largest number of steps.
-        batch: number of slabs in a batch, for which gradients are computed.
+        step_count: first number of steps.
+        max_step_count: largest number of steps.
+        batch_size: number of slabs in a batch, for which gradients are computed.
 
-    Returns: the integral with the most steps. It is not `complete` if `max_steps` is too small.
+    Returns: the integral with the most steps. It is not `complete` if `max_step_count` is too small.
     """
     # Imported here, since only this function needs captum.
     from captum.attr import IntegratedGradients as Captum
 
-    captum_method = Captum(score, multiply_by_inputs=True)
+    captum_method = Captum(score_slabs, multiply_by_inputs=True)
     gap_by_steps = []  # (steps, relative gap) of each integral
     while True:
-        voxels = captum_method.attribute(
-            tuned[None],
-            baselines=original[None],
-            n_steps=steps,
+        voxel_attributions = captum_method.attribute(
+            tuned_slab[None],
+            baselines=original_slab[None],
+            n_steps=step_count,
             method="gausslegendre",
             # Captum evaluates the points of the path in batches of this size.
-            internal_batch_size=max(batch, 2),
+            internal_batch_size=max(batch_size, 2),
         )
-        voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()  # [0]: the only slab
+        voxel_attributions = (
+            voxel_attributions[0].reshape(region_shape(original_slab.shape)).detach().double().cpu()
+        )  # [0]: the only slab
         # Completeness: the attributions sum to the difference, except for the error of the numeric integral.
-        gap = float(voxels.sum()) - difference
-        gap_by_steps.append((steps, relative_gap(gap, difference)))
+        gap = float(voxel_attributions.sum()) - difference
+        gap_by_steps.append((step_count, relative_gap(gap, difference)))
         # The last entry is the integral that was just computed.
-        if gap_by_steps[-1][1] <= BOUND or 2 * steps > max_steps:
+        if gap_by_steps[-1][1] <= BOUND or 2 * step_count > max_step_count:
             return IntegratedGradients(
-                voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(gap_by_steps)
+                voxels=voxel_attributions,
+                steps=step_count,
+                gap=gap,
+                difference=difference,
+                tried=tuple(gap_by_steps),
             )
-        steps *= 2
+        step_count *= 2
 
 
 def occlusion(coalition_values: Value, region_count: int) -> np.ndarray:
-    """Compute by how much the value falls if a region of the tuned slab is set back to the original, [R].
+    """Compute by how much the reward falls if one region of the tuned slab is set back to the original slab,
+    [R].
 
-    The attribution of region i is v(all regions) - v(all but i) (occlusion, Zeiler and Fergus 2014).
+    The attribution of region i is v(all regions) - v(all but i) (occlusion, Zeiler and Fergus 2014), where v
+    is `coalition_values`.
+
+    Args:
+        coalition_values: function that returns the values of coalitions.
+        region_count: number of regions, R.
     """
     # [R + 1, R]: row i contains all regions but i; the last row contains all regions.
     coalitions = torch.ones(region_count + 1, region_count, dtype=torch.bool)
@@ -432,7 +462,7 @@ def occlusion(coalition_values: Value, region_count: int) -> np.ndarray:
 
 
 def shuffled_change(
-    original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, seed: int
+    original_slab: torch.Tensor, tuned_slab: torch.Tensor, region_labels: torch.Tensor, seed: int
 ) -> torch.Tensor:
     """Return the original slab plus the change tuned - original, shuffled among the voxels of each region.
 
@@ -440,13 +470,13 @@ def shuffled_change(
     attribution of this slab shows the reward's response to noise of the same size.
 
     Args:
-        original, tuned: slabs, [1, D, H, W].
-        labels: region of each voxel, [D, H, W].
+        original_slab, tuned_slab: slabs, [1, D, H, W].
+        region_labels: region of each voxel, [D, H, W].
         seed: seed of the shuffling.
     """
     # The shuffling is done on the CPU, so that it does not depend on the device.
-    slab_change = (tuned - original).flatten().cpu()
-    flat_labels = labels.flatten().cpu()  # [voxels]
+    slab_change = (tuned_slab - original_slab).flatten().cpu()
+    flat_labels = region_labels.flatten().cpu()  # [voxels]
     shuffled_slab_change = torch.empty_like(slab_change)
     generator = torch.Generator().manual_seed(seed)
     for region_index in range(int(flat_labels.max()) + 1):
@@ -454,7 +484,7 @@ def shuffled_change(
         shuffled_slab_change[voxel_indices] = slab_change[
             voxel_indices[torch.randperm(len(voxel_indices), generator=generator)]
         ]
-    return original + shuffled_slab_change.reshape(original.shape).to(original)
+    return original_slab + shuffled_slab_change.reshape(original_slab.shape).to(original_slab)
 
 
 def rank_correlation(
@@ -513,6 +543,10 @@ def randomise_weights(network: Network, seed: int) -> Network:
 
     The weights are normal, with the mean and the standard deviation of each tensor. A tensor with a single
     entry gets a random sign instead. Buffers, which hold the statistics of the input, are not changed.
+
+    Args:
+        network: network of the reward, which is not changed.
+        seed: seed of the random weights.
     """
     randomised_reward = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(seed)  # does not change the global random state

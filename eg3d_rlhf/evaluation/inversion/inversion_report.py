@@ -46,7 +46,7 @@ ORBIT = "orbit.mp4"
 
 
 class Arm(NamedTuple):
-    """Column of the strip: a shape with its name."""
+    """Shape of one arm with its name; a column of strip.png."""
 
     name: str  # 'truth', or 'weight ' and the weight
     generator: Generator
@@ -54,7 +54,10 @@ class Arm(NamedTuple):
 
 
 def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
-    """Load the arms of a target: the ground truth if there is one, and every weight's tuned generator."""
+    """Load the arms of a target: the ground truth if there is one, and every weight's tuned generator.
+
+    Args: case: the target.
+    """
     # The ground truth is a sample of the untuned generator.
     generator = inversions.setup.loaded.generator
     folder = inversions.folder(case)
@@ -75,24 +78,28 @@ def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
 
 
 def render_cells(
-    arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1
+    arm: Arm, camera: torch.Tensor, pixels_per_edge: int, pixel_factor: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Render an arm in colour, and as a shape without colours.
 
     Args:
         camera: camera of both renders, [1, 25].
-        pixels: pixels per edge, R.
-        factor: the shape is rendered with `factor` times the pixels per edge and then reduced, to avoid
-            aliasing.
+        pixels_per_edge: pixels per edge, R.
+        pixel_factor: the shape is rendered with `pixel_factor` times the pixels per edge and then reduced, to
+            avoid aliasing.
 
     Returns: two images: the render in colour, uint8 [R, R, 3], and the shape, uint8 [R, R, 3].
     """
-    # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels`
-    image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
-    shape = paint(look(arm.side.surface, camera, pixels * factor))  # rendered with `factor` times the pixels
-    if factor > 1:
-        shape = shrink(shape, factor)
-    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(shape.cpu())
+    # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels_per_edge`
+    image = render_colours(
+        arm.side.field, arm.generator, camera, min(RAYS, pixels_per_edge), SAMPLES, pixels_per_edge
+    )
+    shape_image = paint(
+        look(arm.side.surface, camera, pixels_per_edge * pixel_factor)
+    )  # rendered with `pixel_factor` times the pixels
+    if pixel_factor > 1:
+        shape_image = shrink(shape_image, pixel_factor)
+    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(shape_image.cpu())
 
 
 def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
@@ -100,6 +107,10 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
 
     The rows show the colour image and the shape from the target's camera, and the shape rotated by half the
     largest yaw of the video.
+
+    Args:
+        case: the target.
+        arms: shapes of the target's arms, as `load_arms` returns them.
     """
     # [1, 3, R, R] in [-1, 1] -> [3, CELL, CELL] in 0..1
     target_image = torch.nn.functional.interpolate(
@@ -149,21 +160,21 @@ def orbit(case: Case, arms: Sequence[Arm], view_count: int) -> Iterator[np.ndarr
     return swing_frames(render_frame, SWING, view_count, f"orbit of {case.name}")
 
 
-def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> None:
+def draw(inversions: Inversions, case: Case, resolution: int, view_count: int) -> None:
     """Write strip.png, orbit.mp4 and the meshes <weight>.ply of a target whose tuned generators were written.
 
     If a mesh cannot be extracted, a message is printed, and the other meshes are written.
 
     Args:
         resolution: grid points per axis of the meshes; 0: no meshes.
-        turns: number of views of the video from one side to the other; 0: no video.
+        view_count: number of views of the video from one side to the other; 0: no video.
     """
     folder = inversions.folder(case)
     arms = load_arms(inversions, case)  # columns of the strip and the video
     storage.write_atomic(folder / STRIP, png(strip(case, arms)))
     # The video is optional, since it takes long: every arm is rendered for every frame.
-    if turns:
-        write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, turns), FPS, "2M")
+    if view_count:
+        write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, view_count), FPS, "2M")
     for arm in arms if resolution else ():
         arm_name = arm.name.removeprefix("weight ")
         try:
@@ -189,10 +200,10 @@ def facts(setup: Setup) -> Facts:
     """
     # At most 16 names, since a long list would fill the page.
     case_names = ", ".join(case.name for case in setup.cases[:16])
-    unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
+    unit_name, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(
         n=len(setup.cases),
-        unit=unit,
+        unit=unit_name,
         seeds=case_names,
         networks={"generator": setup.loaded.hash},
         interval=interval,
@@ -203,26 +214,28 @@ def summarise(measure_records: Sequence[Mapping], reward_weights: Sequence[float
     """Compute the mean of every measure for each arm, and the paired changes from the base to every weight.
 
     The base is the first weight, which is 0 if the weights contain 0.
-    Args: measure_records: records of `Inversions.records`.
+    Args: measure_records: records that `Inversions.records` returned.
     """
     weight_names = [f"{reward_weight:g}" for reward_weight in reward_weights]
     base_name = f"{reward_weights[0]:g}"
     # in the order of the records
-    arms = list(dict.fromkeys(measure_record["arm"] for measure_record in measure_records))
+    arm_names = list(dict.fromkeys(measure_record["arm"] for measure_record in measure_records))
     statistics_by_measure: dict[str, dict] = {}  # measure -> means and paired changes
-    for measure_name in (listed_measure.name for listed_measure in MEASURES):
+    for measure_name in (measure.name for measure in MEASURES):
         # Not every arm has every measure. The ground truth, for example, has no PSNR.
         values_by_arm = {
-            arm: np.array(
+            arm_name: np.array(
                 [
                     measure_record[measure_name]
                     for measure_record in measure_records
-                    if measure_record["arm"] == arm and measure_name in measure_record
+                    if measure_record["arm"] == arm_name and measure_name in measure_record
                 ]
             )
-            for arm in arms
+            for arm_name in arm_names
         }
-        values_by_arm = {arm: arm_values for arm, arm_values in values_by_arm.items() if len(arm_values)}
+        values_by_arm = {
+            arm_name: arm_values for arm_name, arm_values in values_by_arm.items() if len(arm_values)
+        }
         if values_by_arm:
             statistics_by_measure[measure_name] = {
                 "means": compute_means(values_by_arm),
@@ -262,7 +275,7 @@ def over_optimisation(
     evaluator_changes = (
         statistics_by_measure["evaluator"]["paired"] if "evaluator" in statistics_by_measure else {}
     )
-    # names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
+    # weight_names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
     knee_name = base_name
     for weight_name in weight_names[1:]:
         if statistics_by_measure["psnr"]["paired"][weight_name]["mean"] <= -KNEE:
@@ -303,11 +316,11 @@ def summary_sentences(inversion_summary: Mapping, evaluator_name: str, network_n
     if len(inversion_summary["weights"]) == 1:
         return sentences
     largest_weight = f"{inversion_summary['weights'][-1]:g}"
-    for listed_name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
-        if listed_name in statistics_by_measure:
+    for measure_name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
+        if measure_name in statistics_by_measure:
             sentences.append(
-                f"{listed_name} at λ {largest_weight}:"
-                f" {format_change(statistics_by_measure[listed_name]['paired'][largest_weight])}"
+                f"{measure_name} at λ {largest_weight}:"
+                f" {format_change(statistics_by_measure[measure_name]['paired'][largest_weight])}"
                 f" against λ {inversion_summary['base']}."
             )
     sentences.append(
@@ -318,14 +331,14 @@ def summary_sentences(inversion_summary: Mapping, evaluator_name: str, network_n
             f"The mean reward {'rises' if inversion_summary['reward_rises'] else 'does not rise'} from every"
             " weight to the next."
         )
-    for listed_name in inversion_summary["over_optimised"]:
+    for weight_name in inversion_summary["over_optimised"]:
         uncertainty_text = (
             ""
-            if listed_name in inversion_summary["clearly_over_optimised"]
+            if weight_name in inversion_summary["clearly_over_optimised"]
             else ", though the interval includes 0"
         )
         sentences.append(
-            f"Over-optimised at λ {listed_name}: the evaluator's mean is below that of λ"
+            f"Over-optimised at λ {weight_name}: the evaluator's mean is below that of λ"
             f" {inversion_summary['base']}{uncertainty_text}."
         )
     return sentences
@@ -340,8 +353,8 @@ def measure_sentences(inversion_summary: Mapping) -> list[str]:
     base_name = inversion_summary["base"]  # arm from which changes are measured
     for measure_name, measure_data in inversion_summary["measures"].items():
         change_texts = ", ".join(
-            f"λ {arm}: {format_change(paired_change)}"
-            for arm, paired_change in measure_data["paired"].items()
+            f"λ {weight_name}: {format_change(paired_change)}"
+            for weight_name, paired_change in measure_data["paired"].items()
         )
         sentences.append(
             f"{measure_name} ({BY_NAME[measure_name].unit}): {measure_data['means'][base_name]['mean']:.4g}"
@@ -374,7 +387,7 @@ def curves(folder: Path) -> dict:
     values_by_step: dict[str, dict[str, dict[int, list[float]]]] = {}
     for log_line in (folder / STATS).read_text().splitlines():
         step_record = json.loads(log_line)
-        stage = (
+        stage_name = (
             step_record["stage"]
             if step_record["weight"] is None
             else f"{step_record['stage']} {step_record['weight']:g}"
@@ -382,18 +395,18 @@ def curves(folder: Path) -> dict:
         # The reward and the change of density are logged only in some steps.
         for measure_name in ("loss", "mse", "perceptual", "reward", "moved"):
             if measure_name in step_record:
-                values_by_step.setdefault(stage, {}).setdefault(measure_name, {}).setdefault(
+                values_by_step.setdefault(stage_name, {}).setdefault(measure_name, {}).setdefault(
                     step_record["step"], []
                 ).append(step_record[measure_name])
     return {
-        stage: {
+        stage_name: {
             measure_name: [
                 [step, float(np.mean(target_values))]
                 for step, target_values in sorted(values_of_steps.items())
             ]
             for measure_name, values_of_steps in values_by_measure.items()
         }
-        for stage, values_by_measure in values_by_step.items()
+        for stage_name, values_by_measure in values_by_step.items()
     }
 
 
@@ -417,24 +430,23 @@ def jobs(inversions: Inversions) -> list[Job]:
     def curves_finding(_folder: Path) -> Finding:
         stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
         curve_rows = [
-            {"stage": stage, "measure": listed_name, "step": step, "mean": mean_value}
-            for stage, by_measure in stage_curves.items()
-            for listed_name, curve_points in by_measure.items()
+            {"stage": stage_name, "measure": measure_name, "step": step, "mean": mean_value}
+            for stage_name, points_by_measure in stage_curves.items()
+            for measure_name, curve_points in points_by_measure.items()
             for step, mean_value in curve_points
         ]
         return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=curve_rows)
 
     def strips_finding(folder: Path) -> Finding:
-        for listed_name, strip_path in strip_by_name.items():
-            shutil.copyfile(strip_path, folder / f"strip-{listed_name}.png")
+        for case_name, strip_path in strip_by_name.items():
+            shutil.copyfile(strip_path, folder / f"strip-{case_name}.png")
         return Finding(
             facts=facts(setup),
             data={},
             images={
-                f"{listed_name}: the target, then {'the ground truth and ' if case.truth else ''}every"
-                " weight;"
-                " below, the same as shapes": f"strip-{listed_name}.png"
-                for listed_name, case in zip(strip_by_name, shown_cases, strict=True)
+                f"{case_name}: the target, then {'the ground truth and ' if case.truth else ''}every weight;"
+                " below, the same as shapes": f"strip-{case_name}.png"
+                for case_name, case in zip(strip_by_name, shown_cases, strict=True)
             },
         )
 
@@ -455,7 +467,7 @@ def jobs(inversions: Inversions) -> list[Job]:
             title="Step by step",
             compute=curves_finding,
             inputs=job_inputs,
-            plots={listed_name: partial(plot_steps, listed_name) for listed_name in ("mse", "perceptual")},
+            plots={measure_name: partial(plot_steps, measure_name) for measure_name in ("mse", "perceptual")},
         ),
     ]
 
@@ -464,6 +476,8 @@ def plot_means(finding_data: dict):
     """Plot every measure over the weight of the reward, with intervals.
 
     A dashed line is the ground truth, a dotted line is the latent before the second stage.
+
+    Args: finding_data: result of `summarise`.
     """
     weight_names = [f"{reward_weight:g}" for reward_weight in finding_data["weights"]]
     figure, axes = style.grid(len(finding_data["measures"]), 2.7)
@@ -476,9 +490,9 @@ def plot_means(finding_data: dict):
             style.colour("after"),
             "weights",
         )
-        for arm, line_style in (("truth", "--"), ("w", ":")):
-            if arm in mean_by_arm:
-                axis.axhline(mean_by_arm[arm]["mean"], linestyle=line_style, color=style.colour("noise"))
+        for arm_name, line_style in (("truth", "--"), ("w", ":")):
+            if arm_name in mean_by_arm:
+                axis.axhline(mean_by_arm[arm_name]["mean"], linestyle=line_style, color=style.colour("noise"))
         # Only the panel of the evaluator has crosses at weights that over-optimise the reward.
         for weight_name in finding_data["over_optimised"] if measure_name == "evaluator" else ():
             axis.plot(
@@ -496,10 +510,13 @@ def plot_means(finding_data: dict):
 
 
 def plot_changes(finding_data: dict):
-    """Plot the paired changes from the base weight, with intervals."""
+    """Plot the paired changes from the base weight, with intervals.
+
+    Args: finding_data: result of `summarise`.
+    """
     changes_by_measure = {
-        listed_name: measure_data["paired"]
-        for listed_name, measure_data in finding_data["measures"].items()
+        measure_name: measure_data["paired"]
+        for measure_name, measure_data in finding_data["measures"].items()
         if measure_data["paired"]
     }
     figure, axes = style.grid(len(changes_by_measure), 2.7)
@@ -523,13 +540,17 @@ def plot_changes(finding_data: dict):
 def plot_steps(measure_name: str, finding_data: dict):
     """Plot a measure at every step, averaged over targets: the first stage, and each weight's second stage.
 
-    Args: measure_name: name of the measure.
+    Args:
+        finding_data: dict whose entry "curves" is the result of `curves`.
+        measure_name: name of the measure.
     """
     figure, axes = style.figure(columns=2)
-    for stage, by_measure in finding_data["curves"].items():
-        curve_points = by_measure.get(measure_name, [])  # [] if this stage did not log the measure
+    for stage_name, points_by_measure in finding_data["curves"].items():
+        curve_points = points_by_measure.get(measure_name, [])  # [] if this stage did not log the measure
         axis, line_name = (
-            (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
+            (axes[1], stage_name.removeprefix("pivot "))
+            if stage_name.startswith("pivot")
+            else (axes[0], stage_name)
         )
         axis.plot(
             [curve_point[0] for curve_point in curve_points],

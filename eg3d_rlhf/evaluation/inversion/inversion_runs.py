@@ -36,7 +36,7 @@ Stage = projector.LatentStage | projector.PivotalStage
 
 
 class Leg(NamedTuple):
-    """Section of a target's inversion: the steps first, ..., last - 1 of a stage."""
+    """Section of a target's inversion: the steps `first` to `last` - 1 of one stage."""
 
     stage: str  # 'w' (first stage) or 'pivot' (second stage)
     weight: float | None  # weight of the reward; None for the section that all weights share
@@ -78,7 +78,7 @@ class Setup:
 
     @property
     def steps(self) -> int:
-        """Return the total number of steps of all targets."""
+        """Return the total number of optimisation steps of all targets."""
         return len(self.cases) * sum(leg.last - leg.first for leg in list_legs(self.config, self.weights))
 
 
@@ -87,7 +87,7 @@ class Inversions:
 
     Args:
         run: run, whose context must be entered.
-        setup: inputs.
+        setup: loaded inputs of the inversions.
     """
 
     def __init__(self, run: Run, setup: Setup):
@@ -101,7 +101,10 @@ class Inversions:
         return self.run.folder / "targets" / case.name
 
     def run_missing(self) -> None:
-        """Run all steps that have not been made. Raises: StoppedError if the run is asked to stop."""
+        """Run all optimisation steps that have not been made.
+
+        Raises: StoppedError if the run is asked to stop.
+        """
         next_position: tuple[int, ...] = (0, 0, 0)  # index of the target, index of the section, step
         stage_state: dict[str, Tensor] = {}
         if checkpoint.available(self.run.folder):
@@ -128,7 +131,7 @@ class Inversions:
     def _run_target(
         self, target_index: int, case: Case, start_position: tuple[int, ...], stage_state: dict[str, Tensor]
     ) -> None:
-        """Run the sections of a target.
+        """Run the sections (`Leg`) of a target's inversion that are not finished.
 
         Args:
             target_index: index of the target.
@@ -166,7 +169,7 @@ class Inversions:
             )
 
     def _make_stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
-        """Create the stage of a section, from the files that earlier sections have written."""
+        """Create the stage that a section (`Leg`) runs, from the files that earlier sections have written."""
         generator = self.setup.loaded.generator
         reward_weight = leg.weight or 0.0
         if leg.stage == "pivot":
@@ -194,10 +197,11 @@ class Inversions:
     def _run_steps(
         self, stage: Stage, leg: Leg, section_position: tuple[int, int], first_step: int, case: Case
     ) -> None:
-        """Make the steps of a section, write logs and checkpoints, and stop if this is requested.
+        """Make the optimisation steps of a section (`Leg`), write logs and checkpoints, and stop if this is
+        requested.
 
         Args:
-            section_position: index of the target, index of the section.
+            section_position: (index of the target, index of the section).
             first_step: first step to make.
         """
         section_name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"
@@ -229,7 +233,9 @@ class Inversions:
     def _write_results(
         self, stage: Stage, leg: Leg, target_index: int, objective: projector.Objective
     ) -> None:
-        """Write the results of a section: the latent or the tuned generator, and the measures."""
+        """Write the results of a finished section (`Leg`): the latent or the tuned generator, and the
+        measures.
+        """
         setup = self.setup
         case = self.setup.cases[target_index]
         generator = self.setup.loaded.generator
@@ -242,10 +248,10 @@ class Inversions:
                 return
             with torch.no_grad():
                 # The measure "moved" is relative to the density before the second stage, so it is 0 here.
-                pivot = generator.field(stage.ws).density_grid(projector.cube_grid(generator))
+                pivot_density = generator.field(stage.ws).density_grid(projector.cube_grid(generator))
             write_json(
                 folder / f"{file_stem}.json",
-                measure(generator, case, stage.ws.detach(), pivot, objective, setup.evaluators),
+                measure(generator, case, stage.ws.detach(), pivot_density, objective, setup.evaluators),
             )
             return
         file_stem = f"{leg.weight:g}"

@@ -7,9 +7,10 @@ generator by Adam, with the latent of the first stage, the pivot (pivotal tuning
 arXiv 2106.05744, without their regulariser). All random numbers of step t are determined by (seed, t), so
 a resumed stage is identical to an uninterrupted one.
 
-Deviates: The same ray samples are used in every step, twice as many as in training; `PUBLISHED` uses new ones
-in every step. The published code uses 3.14 for pi. The default weights differ, since the features of the
-bundled network and the latents of the small generator have other scales than those of the published code.
+Deviates: The same ray samples are used in every step, twice as many as in training; the settings `PUBLISHED`
+(settings.py) use new ones in every step. The published code uses 3.14 for pi. The default weights differ,
+since the features of the bundled network and the latents of the small generator have other scales than those
+of the published code.
 Shapes: N images or shapes, L layers of ws, W w_dim, R x R or H x W pixels, F features, [N, D, H, W] density
 grids.
 """
@@ -47,22 +48,22 @@ class Perceptual:
 
     Args:
         name: name of the network. Distances by networks of different names cannot be compared.
-        features: differentiable function from images to features [N, F].
-        mean: True if the distance is the mean of the squared differences, False if it is their sum.
+        compute_features: differentiable function from images to features [N, F].
+        is_mean: True if the distance is the mean of the squared differences, False if it is their sum.
     """
 
-    def __init__(self, name: str, features: Callable[[Tensor], Tensor], mean: bool):
+    def __init__(self, name: str, compute_features: Callable[[Tensor], Tensor], is_mean: bool):
         self.name = name
-        self.features = features
-        self._mean = mean
+        self.features = compute_features
+        self._mean = is_mean
 
     def feature_distance(self, features: Tensor, target_features: Tensor) -> Tensor:
         """Compute the squared distance [N] of features [N, F] to target features [N, F] or [1, F].
 
         Differentiable in both arguments.
         """
-        squares = (features - target_features).square()
-        return squares.mean(dim=1) if self._mean else squares.sum(dim=1)
+        squared_differences = (features - target_features).square()
+        return squared_differences.mean(dim=1) if self._mean else squared_differences.sum(dim=1)
 
     def __call__(self, first_images: Tensor, second_images: Tensor) -> Tensor:
         """Compute the distance [N] of two batches of images."""
@@ -99,7 +100,7 @@ def load_perceptual(
                 - head_factors.net.feature_mean
             ) / head_factors.net.feature_std
 
-        return Perceptual(head_factors.name, features, mean=True)
+        return Perceptual(head_factors.name, features, is_mean=True)
     try:
         network = torch.jit.load(str(network_path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -127,7 +128,7 @@ def load_perceptual(
         return network(scaled_images, **call_options)
 
     _test_network(scripted_features, network_path, resolution, device)
-    return Perceptual(f"torchscript-{network_path.stem}", scripted_features, mean=False)
+    return Perceptual(f"torchscript-{network_path.stem}", scripted_features, is_mean=False)
 
 
 def _test_network(
@@ -202,7 +203,9 @@ class Guidance:
         self.standard = Standardised(torch.cat(scores)).to(z.device)
 
     def clipped_reward(self, field: Field) -> tuple[Tensor, Tensor]:
-        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10. Differentiable in the field.
+        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10, where r is the standardised reward.
+
+        Differentiable in the field.
 
         Returns: two tensors: the term [N], and the raw reward [N].
         """
@@ -216,16 +219,16 @@ def cube_grid(generator: Generator) -> SlabSpec:
     return SlabSpec.from_bounds(generator.bounds, CUBE_POINTS)
 
 
-def density_change(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
+def density_change(field: Field, cube_spec: SlabSpec, pivot_density: Tensor) -> Tensor:
     """Compute the mean absolute change [N] of the raw density since the start of the second stage.
 
     Differentiable in the field.
 
     Args:
-        cube: grid on which the density is compared.
-        pivot: raw density at the start of the second stage, [N, D, H, W].
+        cube_spec: grid on which the density is compared.
+        pivot_density: raw density at the start of the second stage, [N, D, H, W].
     """
-    return density_l1(field.density_grid(cube), pivot)
+    return density_l1(field.density_grid(cube_spec), pivot_density)
 
 
 PRIOR_LATENTS = 10_000  # number of latents for the mean and the standard deviation of w
@@ -236,31 +239,36 @@ RISING = 0.05  # the learning rate rises over this share at the beginning
 FALLING = 0.25  # the learning rate falls over this share at the end
 
 
-def learning_rate(step: int, steps: int, max_rate: float = 0.1) -> float:
+def learning_rate(step: int, step_count: int, max_rate: float = 0.1) -> float:
     """Return the learning rate of the first stage.
 
     It rises linearly from 0 to `max_rate` over the first 5 % of the steps, and falls along a cosine over the
     last 25 %.
 
     Args:
-        step: number of the step, 0 to steps - 1.
-        steps: number of steps.
+        step: number of the step, 0 to step_count - 1.
+        step_count: number of steps.
         max_rate: largest learning rate.
     """
-    progress = step / steps
+    progress_share = step / step_count
     return (
         max_rate
-        * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - progress) / FALLING)))
-        * min(1.0, progress / RISING)
+        * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - progress_share) / FALLING)))
+        * min(1.0, progress_share / RISING)
     )
 
 
-def noise_scale(step: int, steps: int, initial_scale: float = 0.05) -> float:
+def noise_scale(step: int, step_count: int, initial_scale: float = 0.05) -> float:
     """Return the standard deviation of the noise on w, in standard deviations of w.
 
-    It is initial_scale * max(0, 1 - t / 0.75)^2, where t = step / steps.
+    It is initial_scale * max(0, 1 - t / 0.75)^2, where t = step / step_count.
+
+    Args:
+        step: index of the step, 0 to step_count - 1.
+        step_count: number of steps.
+        initial_scale: standard deviation at step 0, in standard deviations of w.
     """
-    return initial_scale * max(0.0, 1 - step / steps / FADED) ** 2
+    return initial_scale * max(0.0, 1 - step / step_count / FADED) ** 2
 
 
 class Target(NamedTuple):
@@ -325,10 +333,12 @@ class Objective:
             return field.render(self.target.camera, self.look).image
 
     def blend_outside_mask(self, image: Tensor) -> Tensor:
-        """Replace the part of an image [1, 3, R, R] outside the mask by the target, where it has no loss."""
-        target = self.target.image
-        mask = self.target.mask
-        return image if mask is None else target + mask * (image - target)
+        """Replace the part of an image [1, 3, R, R] outside the mask by the target, so that this part has no
+        loss.
+        """
+        target_image = self.target.image
+        pixel_weights = self.target.mask
+        return image if pixel_weights is None else target_image + pixel_weights * (image - target_image)
 
     def image_loss(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the image loss, lambda_mse * mse + perceptual distance.
@@ -336,18 +346,21 @@ class Objective:
         The mean squared error (mse) is the mean over the mask.
         Returns: the loss, and a dict with its two unweighted terms, "mse" and "perceptual".
         """
-        blended = self.blend_outside_mask(image)
+        blended_image = self.blend_outside_mask(image)
         # The mean over all pixels divided by their mean weight is the mean over the mask.
-        mse = (blended - self.target.image).square().mean() / self.share
-        distance = self.perceptual.feature_distance(self.perceptual.features(blended), self.target_features)[
-            0
-        ]
-        return self.config.lambda_mse * mse + distance, {"mse": mse, "perceptual": distance}
+        mse = (blended_image - self.target.image).square().mean() / self.share
+        perceptual_distance = self.perceptual.feature_distance(
+            self.perceptual.features(blended_image), self.target_features
+        )[0]
+        return self.config.lambda_mse * mse + perceptual_distance, {
+            "mse": mse,
+            "perceptual": perceptual_distance,
+        }
 
     def guidance_term(
         self, field: Field, step: int, reward_weight: float
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Compute the reward's term of the loss in a step.
+        """Compute the reward's term of the loss in one optimisation step.
 
         Args:
             step: number of the step; the reward is evaluated in every `reward_every`-th step.
@@ -358,10 +371,10 @@ class Objective:
         """
         if self.guidance is None or reward_weight == 0 or step % self.config.reward_every:
             return 0.0, {}
-        term, score = self.guidance.clipped_reward(field)
+        reward_term, score = self.guidance.clipped_reward(field)
         # The field holds a single shape, hence [0]. The term is multiplied by the number of steps between two
         # evaluations, so that its mean weight over all steps is `reward_weight`.
-        return reward_weight * self.config.reward_every * term[0], {"reward": score[0]}
+        return reward_weight * self.config.reward_every * reward_term[0], {"reward": score[0]}
 
 
 class LatentStage:
@@ -374,23 +387,27 @@ class LatentStage:
         generator: Generator,
         objective: Objective,
         prior: Prior,
-        start: Tensor | None = None,
-        weight: float = 0.0,
+        start_ws: Tensor | None = None,
+        reward_weight: float = 0.0,
     ):
-        """Initialise the stage.
+        """Prepare the first stage from an initial latent.
 
         Args:
-            start: initial ws, [1, L, W]; None selects the mean latent for every layer.
-            weight: weight of the reward in the second half of the stage, if the settings enable it there.
+            generator: untuned generator, which is frozen in place.
+            objective: loss of the target.
+            prior: mean and standard deviation of w.
+            start_ws: initial ws, [1, L, W]; None selects the mean latent for every layer.
+            reward_weight: weight of the reward in the second half of the stage, if the settings enable it
+                there.
         """
         generator.module.eval().requires_grad_(False)
         self.generator = generator
         self.objective = objective
         self.prior = prior
-        self.weight = weight
+        self.weight = reward_weight
         self.steps = objective.config.w_steps
         # There is one w for each layer; all of them start from the same mean.
-        ws = prior.mean.repeat(1, generator.num_ws, 1) if start is None else start
+        ws = prior.mean.repeat(1, generator.num_ws, 1) if start_ws is None else start_ws
         self.ws = ws.detach().clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.ws], betas=(0.9, 0.999))
 
@@ -423,7 +440,7 @@ class LatentStage:
         return {"ws": self.ws.detach(), **optimizer_tensors("adam", self.optimizer)}
 
     def restore(self, stage_state: dict[str, Tensor]) -> None:
-        """Restore a state of `stage_state`."""
+        """Restore a state that `state` returned."""
         with torch.no_grad():
             self.ws.copy_(stage_state["ws"])
         restore_optimizer("adam", self.optimizer, stage_state)
@@ -434,13 +451,13 @@ class PivotalStage:
 
     name = "pivot"
 
-    def __init__(self, generator: Generator, objective: Objective, ws: Tensor, weight: float = 0.0):
+    def __init__(self, generator: Generator, objective: Objective, ws: Tensor, reward_weight: float = 0.0):
         # The generator is copied, since other targets need the original.
         tuned_module = copy.deepcopy(generator.module).eval().requires_grad_(True)
         self.generator = as_generator(tuned_module)
         self.objective = objective
         self.ws = ws.detach()
-        self.weight = weight
+        self.weight = reward_weight
         self.steps = objective.config.pivot_steps
         self.optimizer = torch.optim.Adam(
             tuned_module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999)
@@ -477,7 +494,7 @@ class PivotalStage:
         return {"ws": self.ws, **network_tensors, **optimizer_tensors("adam", self.optimizer)}
 
     def restore(self, stage_state: dict[str, Tensor]) -> None:
-        """Restore a state of `stage_state`."""
+        """Restore a state that `state` returned."""
         self.generator.module.load_state_dict(
             {
                 tensor_name.removeprefix("G."): tensor

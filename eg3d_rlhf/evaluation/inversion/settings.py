@@ -48,7 +48,10 @@ class InversionConfig:
         rare=True,
     )
     fresh_rays: bool = knob(
-        False, "Use new random ray samples in every optimisation step.", STAGES, rare=True
+        False,
+        "Use new random ray samples in every optimisation step. By default all steps use the same samples.",
+        STAGES,
+        rare=True,
     )
     sample_mult: float = knob(
         2.0, "Samples per ray, as a multiple of the generator's own number.", STAGES, above=0, rare=True
@@ -81,7 +84,8 @@ class InversionConfig:
     reward_every: int = knob(
         2,
         "Number of steps between two evaluations of the reward and density terms. Their weights are"
-        " multiplied by this number.",
+        " multiplied by this number, so that their mean weight over all steps does not change. A larger"
+        " number is faster.",
         LOSS,
         low=1,
         rare=True,

@@ -127,9 +127,12 @@ def case_from_seed(generator: Generator, seed: int, camera: Tensor, psi: float =
         psi: truncation.
     """
     ws = ws_of_seeds(generator, [seed], psi)  # [1, L, W]
-    views = render_each(generator.field(ws), cameras_about(generator, camera), SMOOTH, SMOOTH_SEED)
+    view_renderings = render_each(generator.field(ws), cameras_about(generator, camera), SMOOTH, SMOOTH_SEED)
     return Case(
-        f"seed{seed}", Target(views[0].image, camera), Truth(ws, views), latents([seed], generator.z_dim)
+        f"seed{seed}",
+        Target(view_renderings[0].image, camera),
+        Truth(ws, view_renderings),
+        latents([seed], generator.z_dim),
     )
 
 
@@ -155,7 +158,7 @@ def rotated_camera(camera: Tensor, yaw: float, pivot: Sequence[float]) -> Tensor
 
 
 def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
-    """Parse a camera, [1, 25].
+    """Parse a camera, and return its label [1, 25].
 
     Args: camera_text: camera in one of three forms: 'YAW,PITCH' in radians from frontal; 25 numbers separated
         by commas (16 of the pose, 9 of the intrinsics); or the path of a JSON file with a list of 2 or 25
@@ -187,8 +190,8 @@ def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
         return camera_of(generator, *camera_numbers)
     if not isinstance(camera_numbers, list):
         raise ValueError(
-            f"{camera_text} holds a {type(camera_numbers).__name__}, but a list of 25 numbers is needed."
-            " Write the pose (16 numbers) and the intrinsics (9 numbers) as a list."
+            f"{camera_text} holds a {type(camera_numbers).__name__}, but a list of 2 or 25 numbers is needed."
+            " Write yaw and pitch, or the pose (16 numbers) and the intrinsics (9 numbers), as a list."
         )
     labels = label_array([camera_numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
     return torch.from_numpy(labels).to(device_of(generator))
@@ -223,7 +226,7 @@ class Evaluators:
 
 
 def annotator_evaluator(case: Case, field: Field) -> float | None:
-    """Compute the utility of a shape by the simulated annotator without noise.
+    """Compute the utility that the simulated annotator without noise assigns to a shape.
 
     Return None for a target that is an image, since it has no ground-truth head.
     """
@@ -242,7 +245,12 @@ def reward_evaluator(reward: Reward) -> Callable[[Case, Field], float]:
 
 @torch.no_grad()
 def measure(
-    generator: Generator, case: Case, ws: Tensor, pivot: Tensor, objective: Objective, evaluators: Evaluators
+    generator: Generator,
+    case: Case,
+    ws: Tensor,
+    pivot_density: Tensor,
+    objective: Objective,
+    evaluators: Evaluators,
 ) -> dict[str, float]:
     """Measure the quality of an inversion. Measures that do not apply to the target are left out.
 
@@ -253,14 +261,14 @@ def measure(
         generator: generator, which may be tuned.
         case: target.
         ws: latent of the inversion, [1, L, W].
-        pivot: density at the start of the second stage, [1, D, H, W].
+        pivot_density: density at the start of the second stage, [1, D, H, W].
         objective: loss of the target.
         evaluators: reward and evaluator.
 
     Returns: values by the names of MEASURES.
     """
     field = generator.field(ws)
-    cube = cube_grid(generator)
+    cube_spec = cube_grid(generator)
     # The seed differs from that of the target, since equal ray samples would make the errors too small.
     rendered_views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
     # All batches hold a single shape, hence the index [0] below.
@@ -269,7 +277,7 @@ def measure(
         "mse": objective.image_loss(objective.render(field, 0))[1]["mse"],
         "psnr": psnr(image, case.target.image)[0],
         "perceptual": objective.perceptual(image, case.target.image)[0],
-        "moved": density_change(field, cube, pivot)[0],
+        "moved": density_change(field, cube_spec, pivot_density)[0],
     }
     if case.truth is not None:
         view_pairs = list(zip(rendered_views, case.truth.views, strict=True))  # (rendered, true) views

@@ -203,7 +203,7 @@ def difference(score, original, tuned):
 def test_quadratic_reward_is_exact():
     original, tuned = slabs(2)
     score = lambda x: x.square().flatten(1).sum(dim=1)  # noqa: E731
-    result = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=2)
+    result = integrated_gradients(score, original, tuned, difference(score, original, tuned), step_count=2)
     torch.testing.assert_close(
         result.voxels.float(), (tuned.square() - original.square())[0], atol=1e-5, rtol=1e-4
     )
@@ -217,7 +217,7 @@ def test_steps_rise_until_the_gap_is_small():
     def score(x):  # a step that few points see
         return torch.sigmoid(400 * (x.flatten(1).mean(dim=1) - 0.503))
 
-    result = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=4)
+    result = integrated_gradients(score, original, tuned, difference(score, original, tuned), step_count=4)
     steps = [s for s, _ in result.tried]
     assert (
         steps[0] == 4 and len(steps) > 2 and all(b == 2 * a for a, b in zip(steps, steps[1:], strict=False))
@@ -231,6 +231,6 @@ def test_what_stays_incomplete_says_so():
     tuned = torch.ones(SLAB)
     score = lambda x: torch.sigmoid(4000 * (x.flatten(1).mean(dim=1) - 0.503))  # noqa: E731
     result = integrated_gradients(
-        score, original, tuned, difference(score, original, tuned), steps=4, max_steps=8
+        score, original, tuned, difference(score, original, tuned), step_count=4, max_step_count=8
     )
     assert not result.complete and [s for s, _ in result.tried] == [4, 8]
