@@ -92,7 +92,7 @@ class Log:
         ]
 
     def line(self, record: Mapping[str, Any]) -> None:
-        """Log the numbers of a line of stats.jsonl.
+        """Send the numbers of one line of stats.jsonl to all trackers.
 
         Args:
             record: content of the line; its key "step" is the position on the axis of the plots.
@@ -111,7 +111,8 @@ class Log:
         """Rebuild TensorBoard's files when a run is resumed.
 
         Args:
-            stats_lines: lines of stats.jsonl that the run had written before the state from which it resumes.
+            stats_lines: lines of stats.jsonl that the run had written before the checkpoint from which it
+                resumes.
         """
         # Weights & Biases and Trackio continue the run on their servers, where they find it by its id.
         for board in (writer for writer in self.writers if isinstance(writer, Board)):
@@ -136,10 +137,10 @@ class Board:
 
     @functools.cached_property
     def file(self) -> Any:
-        """Delete earlier files of TensorBoard, and open new ones at the first access."""
+        """Return the writer of TensorBoard's files. The first access deletes earlier files of this folder."""
         from torch.utils.tensorboard import SummaryWriter  # the import takes two seconds
 
-        # earlier files may hold steps after the state from which the run resumes
+        # earlier files may hold steps after the checkpoint from which the run resumes
         shutil.rmtree(self.folder, ignore_errors=True)
         return SummaryWriter(str(self.folder))
 
@@ -183,7 +184,7 @@ class Tracker:
 
     @functools.cached_property
     def package(self) -> Any:
-        """Import the package, and start or resume the run at the first access."""
+        """Return the imported package. The first access also starts or resumes the run at the tracker."""
         tracker_package = importlib.import_module(self.name)
         folder_hash = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         # wandb finds a run that it shall continue by `id`; trackio has no such argument, and uses `name`

@@ -145,7 +145,8 @@ class Mode(Generic[S]):
     # settings that may differ when a run is resumed; None: no setting is compared, because the state holds
     # them
     changes: frozenset[str] | None = frozenset()
-    again: str = "--resume=RUN"  # flag that resumes a stopped run, for a message
+    # command or flag that resumes a stopped run, as the subject of the sentence "... resumes the run."
+    again: str = "--resume=RUN"
     # returns True for the folder of an interrupted run that holds a state to resume from
     resumable: Callable[[Path], bool] = lambda folder: True
 
@@ -334,9 +335,9 @@ class Mode(Generic[S]):
         if self.resolve is not None:
             return self.resolve(flags)
         # flags that the run itself uses, and that no settings dataclass has as a field
-        run_only = {"outdir", "desc", "resume", "dry_run", "timeout"}
+        run_only_flags = {"outdir", "desc", "resume", "dry_run", "timeout"}
         flag_values = {
-            name: value for name, value in flags.items() if value is not None and name not in run_only
+            name: value for name, value in flags.items() if value is not None and name not in run_only_flags
         }
         settings: S = settings_from_values(self.settings, flag_values)
         return settings
@@ -352,8 +353,8 @@ class Mode(Generic[S]):
 def flags_of(context: click.Context) -> Flags:
     """Return the flags of a click command, and the names of the flags that the user passed."""
     command_line = ParameterSource.COMMANDLINE
-    written = {name for name in context.params if context.get_parameter_source(name) == command_line}
-    return Flags(context.params, written)
+    written_names = {name for name in context.params if context.get_parameter_source(name) == command_line}
+    return Flags(context.params, written_names)
 
 
 @contextlib.contextmanager
@@ -365,7 +366,7 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
     Args:
         device: "auto", "cpu" or "cuda"; None: "auto".
         timeout: longest wait for another process of torchrun, in minutes.
-        again: flag that resumes the run, for the printed line.
+        again: command or flag that resumes the run, as the subject of the printed sentence.
     """
     from training.distributed import process_group
 
@@ -382,8 +383,9 @@ def _ends_with_130(again: str) -> Iterator[None]:
     """Exit with status 130 if the run inside the context was stopped. Shells use this status for SIGINT."""
     try:
         yield
-    except (StoppedError, KeyboardInterrupt) as stopped:
-        click.echo(f"Stopped{f': {stopped}' if str(stopped) else '.'} Resume with {again}.", err=True)
+    except (StoppedError, KeyboardInterrupt) as stop_error:
+        reason = f": {stop_error}" if str(stop_error) else "."
+        click.echo(f"Stopped{reason} {again} resumes the run.", err=True)
         sys.exit(130)
 
 
@@ -405,7 +407,7 @@ def reject_torchrun(several: bool, flags: str) -> None:
 
 def run_flags(mode: Mode[S]) -> Decorator:
     """Make the decorator that adds the flags which all modes have."""
-    non_negative = click.IntRange(min=0)
+    non_negative_int = click.IntRange(min=0)
     flag_decorators = [
         option(
             "--mode",
@@ -413,7 +415,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="NAME",
             default=mode.name,
             expose_value=False,
-            help="Name of the kind of training that train.py runs.",
+            help="Kind of training that train.py runs; `train.py --help` lists all kinds.",
         ),
         option(
             "--outdir",
@@ -421,7 +423,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="DIR",
             type=FOLDER,
             default=Path("runs"),
-            help="Folder in which a new, numbered run folder is made.",
+            help="Folder in which the run folder NNNNN-NAME is made, with the next free number.",
         ),
         # EG3D's train.py has --desc, so --help of --mode=gan lists it. The other modes list it in --help-all.
         option(
@@ -432,7 +434,12 @@ def run_flags(mode: Mode[S]) -> Decorator:
             help="Text that is appended to the name of the run folder.",
         ),
         option(
-            "--seed", group=RUN, metavar="INT", type=non_negative, default=0, help="Random seed of the run."
+            "--seed",
+            group=RUN,
+            metavar="INT",
+            type=non_negative_int,
+            default=0,
+            help="Random seed of the run.",
         ),
         option(
             "--device",
@@ -449,9 +456,9 @@ def run_flags(mode: Mode[S]) -> Decorator:
             group=RUN,
             metavar="RUN",
             type=click.Path(path_type=Path),
-            help=(
-                "Run folder, or checkpoint file in it, from which a stopped run is resumed with its settings."
-            ),
+            # `recorded` of the other modes reads a file of the folder, so they do not accept a checkpoint
+            help="Run folder of a stopped run, which is resumed with its recorded settings."
+            + (" A checkpoint file in this folder may be named instead." if mode.name == "gan" else ""),
         ),
         option(
             "-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."

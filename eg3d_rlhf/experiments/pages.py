@@ -1,10 +1,10 @@
 """Reports: findings that are computed once and stored as JSON, and their figures, tables and HTML pages.
 
-A report consists of jobs. The function `compute` of a job returns a finding, which is written into
-<out>/data/<key>.json, and the plots read this file only. Findings are cached by their inputs, so a second
-call, or a call after a crash, computes only the missing findings. The HTML pages load nothing from the
-network, and work from disk with mouse, touch and keyboard. The page of a report has a light and a dark theme,
-and can be printed.
+A report consists of jobs, which are its sections. The function `compute` of a job returns a finding, which is
+written into <out>/data/<key>.json, where <out> is the folder of the report. The plots read this file only.
+Findings are cached by their inputs, so a second call, or a call after a crash, computes only the missing
+findings. The HTML pages load nothing from the network, and work from disk with mouse, touch and keyboard. The
+page of a report has a light and a dark theme, and can be printed.
 
 Shapes: V vertices, F faces.
 """
@@ -143,7 +143,7 @@ def data_file(report_folder: Path, key: str) -> Path:
 
 
 def _finding(report_folder: Path, key: str) -> Finding:
-    """Read a finding from <out>/data, and give keys of version 0.1 their present names."""
+    """Read a finding from <out>/data, and rename keys that version 0.1 wrote to their present names."""
     finding_json = version_0_1.finding(key, json.loads(data_file(report_folder, key).read_text()))
     # the file has one more key, the job's title
     finding_fields = {field.name: finding_json[field.name] for field in dataclasses.fields(Finding)}
@@ -206,8 +206,8 @@ def run(
 def draw(job: Job, report_folder: Path) -> None:
     """Plot the figures of a job from the JSON file of its finding.
 
-    The files are <out>/figures/<key>-<name>.svg, <key>-<name>-dark.svg and <key>-<name>.png. A finding
-    without data, which has the key "absent", gets a figure that states the reason.
+    The files are <out>/figures/<key>-<name>.svg, <key>-<name>-dark.svg and <key>-<name>.png. If nothing could
+    be measured, the data of the finding hold the reason under the key "absent", and each figure shows it.
     """
     finding_data = _finding(report_folder, job.key).data
     for name, plot in job.plots.items():
@@ -320,12 +320,12 @@ def write_page(
         """Return a figure as an <svg> element of the page."""
         file_text = (report_folder / "figures" / f"{name}.svg").read_text()
         # the XML declaration and the document type before the element are not allowed inside HTML
-        element = file_text[file_text.index("<svg") :]
+        svg_element = file_text[file_text.index("<svg") :]
         # matplotlib uses the same ids in every figure. On one page they must be unique, so ids and references
         # to them get the name of the figure as a prefix.
-        element = re.sub(r'\bid="', f'id="{name}-', element)
-        element = element.replace('xlink:href="#', 'href="#')
-        return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", element))
+        svg_element = re.sub(r'\bid="', f'id="{name}-', svg_element)
+        svg_element = svg_element.replace('xlink:href="#', 'href="#')
+        return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg_element))
 
     page_html = fill(
         "page",
@@ -482,9 +482,9 @@ def points_section(
     )
 
 
-def shade_of(share: float) -> str:
+def shade_of(scale_position: float) -> str:
     """Return the colour '#rrggbb' of a value in 0..1 on the colour scale of all reports, viridis."""
     import matplotlib
     from matplotlib.colors import to_hex
 
-    return to_hex(matplotlib.colormaps["viridis"](share))
+    return to_hex(matplotlib.colormaps["viridis"](scale_position))

@@ -55,12 +55,12 @@ class Run:
     Args:
         folder: existing folder of the run, such as one that `claim` made.
         settings: settings that determine the results of the run, in JSON types.
-        inputs: paths of the files that the run starts from, by name.
+        inputs: paths of the files that the run starts from, by name; None: no files.
         ranks: this process among the processes of the run.
         say: function that prints a status line; None: `print`.
         device: name of the device on which the run computes.
         jobs: number of processes that share the work.
-        flags: values of the flags of the command line, by name.
+        flags: values of the flags of the command line, by name; None: no flags.
         log: value of --log, which names the trackers that receive the measurements (see logs.named).
     """
 
@@ -112,7 +112,7 @@ class Run:
         """Record the settings and inputs of a new run in training_options.json.
 
         Measurements of an earlier attempt in this folder are deleted. That attempt ended before it wrote its
-        first state, so it cannot be resumed.
+        first checkpoint, so it cannot be resumed.
         """
         # only one process writes into the folder
         if self.ranks.is_main:
@@ -194,7 +194,11 @@ class Run:
     # Measurements and progress.
 
     def stats(self, stats_record: Mapping[str, Any]) -> None:
-        """Append a line of measurements to stats.jsonl, and send it to the trackers of --log."""
+        """Append a line of measurements to stats.jsonl, and send them to the trackers of --log.
+
+        Args:
+            stats_record: measurements by name, in JSON types; the key "step" holds the step of the run.
+        """
         if self.ranks.is_main:
             self._append(STATS, stats_record)
             self._log.line(stats_record)
@@ -218,7 +222,10 @@ class Run:
         unit: str,
         more: Mapping[str, object] | None = None,
     ) -> None:
-        """Print a status line with time, speed and remaining time, and append these to timing.jsonl.
+        """Print a status line with time, speed, remaining time and memory, and add a line to timing.jsonl.
+
+        The line of timing.jsonl has the same numbers, except for the remaining time and the fields `at` and
+        `more`.
 
         Args:
             at: fields at the start of the line, such as the step. The caller pads values that shall be
@@ -231,17 +238,17 @@ class Run:
         if not self.ranks.is_main:
             return
         done_before, start_time = self._start
-        seconds = time.monotonic() - start_time
+        elapsed_seconds = time.monotonic() - start_time
         # seconds per unit since this process started or resumed the run, not since the run was begun
-        seconds_per_unit = seconds / (done - done_before) if done > done_before else 0.0
+        seconds_per_unit = elapsed_seconds / (done - done_before) if done > done_before else 0.0
         memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
         # The share of waiting is a number in timing.jsonl, and a percentage in the printed line. A run that
         # did not count its waiting has no such field.
-        waiting_share = {"waited": self._waited / seconds} if self._waited else {}
+        waiting_share = {"waited": self._waited / elapsed_seconds} if self._waited else {}
         more = {**{name: f"{share:.1%}" for name, share in waiting_share.items()}, **(more or {})}
         status_fields = {
             **at,
-            "time": f"{tqdm.format_interval(seconds):<9s}",
+            "time": f"{tqdm.format_interval(elapsed_seconds):<9s}",
             f"sec/{unit}": f"{seconds_per_unit:<7.4g}",
             "eta": f"{tqdm.format_interval(seconds_per_unit * max(total - done, 0)):<9s}",
             "mem_gb": f"{memory_gib:<5.2f}",
@@ -253,7 +260,7 @@ class Run:
             TIMING,
             {
                 unit: done,
-                "seconds": seconds,
+                "seconds": elapsed_seconds,
                 f"sec_per_{unit}": seconds_per_unit,
                 "mem_gb": memory_gib,
                 **waiting_share,
@@ -270,12 +277,12 @@ class Run:
             self._waited += time.monotonic() - wait_start
 
     def continue_from(self, done: float, lines: int | None = None) -> None:
-        """Measure speed from now on, and cut stats.jsonl to the lines that belong to the resumed state.
+        """Measure speed from now on, and cut stats.jsonl to the lines that belong to the resumed checkpoint.
 
         Args:
             done: amount of work that is done already, in the unit of `status`.
-            lines: number of lines that stats.jsonl had when the resumed state was written; later lines are
-                deleted. None: a new run, whose stats.jsonl is not changed.
+            lines: number of lines that stats.jsonl had when the resumed checkpoint was written; later lines
+                are deleted. None: a new run, whose stats.jsonl is not changed.
         """
         self._start = (done, time.monotonic())
         self._waited = 0.0
@@ -329,7 +336,7 @@ class Run:
     def read(
         self, source: Path | None = None, previous: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Read a state of the run, and return its (tensors, meta) on every rank.
+        """Read a checkpoint of the run, and return (its tensors by name, its other values) on every rank.
 
         Args:
             source: checkpoint file; None: the newest checkpoint of the run folder.
@@ -350,18 +357,18 @@ class Run:
         try:
             yield
         except OSError as error:
-            cause = str(error).rstrip(".")
+            error_text = str(error).rstrip(".")
             if self.last_checkpoint is None:
                 remedy = "No checkpoint was written yet: start a new run when the folder can be written."
             else:
                 remedy = f"Resume the run from its last good checkpoint with --resume={self.last_checkpoint}."
-            raise OSError(f"run folder {self.folder} cannot be written: {cause}. {remedy}") from error
+            raise OSError(f"run folder {self.folder} cannot be written: {error_text}. {remedy}") from error
 
     # Signals.
 
     @property
     def stop_requested(self) -> str | None:
-        """Return the name of the signal that asked this process to stop; None if there was no signal.
+        """Return the name of the stop signal that this process received, such as "SIGTERM"; None without one.
 
         A signal may reach only some of the ranks. The ranks must therefore agree before they stop.
         """
@@ -373,7 +380,7 @@ class Run:
 
 
 def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
-    """Read training_options.json from a run folder of a mode.
+    """Read training_options.json from a run folder, and check that the run belongs to a mode.
 
     Args:
         folder: run folder.
@@ -400,7 +407,7 @@ def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Read training_options.json of a run folder, and give settings of version 0.1 their present names.
+    """Read training_options.json of a run folder, and rename settings that version 0.1 wrote.
 
     Returns an empty dictionary if the folder has no such file.
 
@@ -475,8 +482,8 @@ def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
     # rank 0 searches, and sends the path to the other ranks; "" means no folder
     begun_folder = ""
     if ranks.is_main and launch_id is not None:
-        newest_first = sorted(outdir.glob("*"), reverse=True)
-        run_folders = (path for path in newest_first if _NUMBERED.fullmatch(path.name))
+        newest_first_paths = sorted(outdir.glob("*"), reverse=True)
+        run_folders = (path for path in newest_first_paths if _NUMBERED.fullmatch(path.name))
         begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch_id), "")
     begun_folder = ranks.broadcast(begun_folder)
     return Path(begun_folder) if begun_folder else None

@@ -94,7 +94,7 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
 
     # in inches; a figure is at most 9.4 inches wide
     new_figure = Figure(figsize=size or (min(4.6 * columns, 9.4), 3.2 * rows))
-    FigureCanvasAgg(new_figure)  # sets drawn.canvas, which savefig needs
+    FigureCanvasAgg(new_figure)  # sets new_figure.canvas, which savefig needs
     return new_figure, new_figure.subplots(rows, columns)
 
 
@@ -121,7 +121,10 @@ def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
 def plot(
     legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels: Any
 ) -> Callable[[Callable[[Any, dict[str, Any]], object]], Plot]:
-    """Make a decorator that turns a function `draw(axes, data)` into a Plot with a single pair of axes.
+    """Make a decorator that turns a function `draw(axes, data)` into a function of the data.
+
+    The new function makes a figure with a single plot, calls `draw` with its axes and the data of a finding,
+    and returns the figure.
 
     Args:
         legend: font size of the legend; None: no legend.
@@ -152,7 +155,7 @@ def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
 
 
 def colour(role: str) -> str:
-    """Return the colour '#rrggbb' of a role; a role that is not in ROLES is grey."""
+    """Return the colour '#rrggbb' of data in a role, such as "before"; a role that is not in ROLES is grey."""
     return ROLES.get(role, "#777777")
 
 
@@ -229,7 +232,7 @@ def save(plotted_figure: "Figure", path: Path) -> None:
     """Write a figure into a file atomically.
 
     Args:
-        plotted_figure: figure.
+        plotted_figure: figure to write.
         path: file with the suffix .svg (written without a date) or .png (144 dots per inch, white
             background).
     """

@@ -43,8 +43,9 @@ INTERVAL = "95 % percentile bootstrap over prompts, each the mean over training 
 
 
 def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
-    """Compute the rate at which scores `scores_a` are higher than scores `scores_b` of the same prompts and
-    noises.
+    """Compute the win rate of one arm against another: the share of its assets with the higher score.
+
+    Assets of the same training seed, prompt and noise are compared. A tie counts half.
 
     Args:
         scores_a: scores of the first arm, [K, C, S].
@@ -53,7 +54,7 @@ def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> di
 
     Returns:
         {"win_rate", "ci95": [low, high], "seeds": [{"seed", "win_rate", "ci95"}, ...]}: the win rate over all
-        seeds with its interval over prompts, and the same for every training seed. A tie counts half.
+        seeds with its interval over prompts, and the same for every training seed.
     """
     # [K, C, S]: 1 where a is higher, 0.5 at a tie, 0 where b is higher
     wins = (np.greater(scores_a, scores_b) + np.greater_equal(scores_a, scores_b).astype(float)) / 2
@@ -67,7 +68,7 @@ def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> di
     return {"win_rate": mean_rate, "ci95": [lo, hi], "seeds": seed_records}
 
 
-def detectable(prompts: int, noises: int, seeds: int) -> float:
+def detectable(prompt_count: int, noise_count: int, seed_count: int) -> float:
     """Compute the smallest true win rate that a table detects with a power of 80 %.
 
     Detected means that the 95 % interval excludes one half. The formula is the one of the normal
@@ -75,13 +76,13 @@ def detectable(prompts: int, noises: int, seeds: int) -> float:
     without ties. If win rates differ between prompts, a larger win rate is needed.
 
     Args:
-        prompts: number of prompts, C.
-        noises: number of noises per prompt, S.
-        seeds: number of training seeds, K.
+        prompt_count: number of prompts, C.
+        noise_count: number of noises per prompt, S.
+        seed_count: number of training seeds, K.
     """
     # the quantiles of a two-sided 95 % interval (1.96) and of a power of 80 % (0.84)
     return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
-        2 * math.sqrt(prompts * noises * seeds)
+        2 * math.sqrt(prompt_count * noise_count * seed_count)
     )
 
 
@@ -133,8 +134,8 @@ class Table:
         The key of the number of prompts is the one that earlier versions wrote.
         """
         # all score arrays have the same number of prompts and noises: [K or 1, C, S]
-        prompts, noises = next(iter(self.base.values())).shape[1:]
-        return {"conditions": prompts, "noises": noises}
+        prompt_count, noise_count = next(iter(self.base.values())).shape[1:]
+        return {"conditions": prompt_count, "noises": noise_count}
 
 
 # Formatting for readers.
@@ -145,27 +146,29 @@ def with_interval(metric: Mapping[str, Any], form: str = ".3f", metric_key: str 
 
     Args:
         metric: mapping with the value and, under "ci95", its interval [low, high].
-        form: format of the numbers.
+        form: format specification of the numbers, such as ".3f".
         metric_key: key of the value.
     """
     low, high = metric["ci95"]
     return f"{metric[metric_key]:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None) -> str:
+def cell(
+    number_or_numbers: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None
+) -> str:
     """Format the cell of a table for one metric.
 
     Args:
-        value: a number, a list of the numbers of several training seeds, or None. A number in the list may be
+        number_or_numbers: a number, a list of the numbers of several training seeds, or None. A number in the list may be
             None as well, and is then left out.
-        form: format of the numbers.
+        form: format specification of the numbers, such as ".2f".
         ci95: interval (low, high), or None.
 
     Returns:
         "0.61 [0.58, 0.64]" for a number with its interval; "0.61 (0.58 to 0.64)" for several numbers, which
         is the mean, the smallest and the largest number; "" if there is no number.
     """
-    numbers_or_none = value if isinstance(value, Sequence) else [value]
+    numbers_or_none = number_or_numbers if isinstance(number_or_numbers, Sequence) else [number_or_numbers]
     numbers = [number for number in numbers_or_none if number is not None]
     if not numbers:
         return ""

@@ -398,5 +398,5 @@ def write_renders(work: Work, study: Study) -> Path:
     # The captions are written below the last row. A letter is about 8 pixels wide.
     sheet_rows[-1] = replace(sheet_rows[-1], captions=[prompt[: SIDE // 8] for prompt, _ in columns])
     # 110: width in pixels of the column of the rows' names
-    write_atomic(renders_path := study.folder / RENDERS, png(sheet("", sheet_rows, names=110)))
+    write_atomic(renders_path := study.folder / RENDERS, png(sheet("", sheet_rows, name_width=110)))
     return renders_path

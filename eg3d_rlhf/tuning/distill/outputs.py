@@ -123,7 +123,7 @@ def write_images(
     sheet_rows[-1] = Row(cells=sheet_rows[-1].cells, name=sheet_rows[-1].name, captions=captions)
     # The column of names gets 30 pixels and 15 pixels for each letter of the longest name.
     name_width = 30 + 15 * max(map(len, renders_by_arm))
-    write_atomic(folder / "grid.png", png(sheet("", sheet_rows, names=name_width)))
+    write_atomic(folder / "grid.png", png(sheet("", sheet_rows, name_width=name_width)))
     # `turns` and `tiled_frames` are generators: a frame is rendered when the video needs it, so that only one
     # frame is in memory.
     turntables = [turns(arm_assets, FRAMES) for arm_assets in shown_assets.values()]
