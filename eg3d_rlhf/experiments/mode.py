@@ -384,8 +384,8 @@ def _ends_with_130(again: str) -> Iterator[None]:
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as stop_error:
-        reason = f": {stop_error}" if str(stop_error) else "."
-        click.echo(f"Stopped{reason} {again} resumes the run.", err=True)
+        reason = f": {str(stop_error).rstrip('.')}" if str(stop_error) else ""
+        click.echo(f"Stopped{reason}. {again} resumes the run.", err=True)
         sys.exit(130)
 
 

@@ -159,8 +159,8 @@ def cell(
     """Format the cell of a table for one metric.
 
     Args:
-        number_or_numbers: a number, a list of the numbers of several training seeds, or None. A number in the list may be
-            None as well, and is then left out.
+        number_or_numbers: a number, a list of the numbers of several training seeds, or None. A number in the
+            list may be None as well, and is then left out.
         form: format specification of the numbers, such as ".2f".
         ci95: interval (low, high), or None.
 

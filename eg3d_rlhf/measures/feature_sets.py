@@ -43,11 +43,13 @@ def pairwise_distances(x: ArrayLike) -> np.ndarray:
     # Centring does not change distances. It keeps the squares below
     # small, so their difference loses fewer digits.
     centred = x - x.mean(axis=0)
-    squares = (centred**2).sum(axis=1)
+    squared_norms = (centred**2).sum(axis=1)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding can make slightly negative.
-    squared = np.maximum(squares[:, None] + squares - 2 * centred @ centred.T, 0.0) / x.shape[1]
-    np.fill_diagonal(squared, 0.0)
-    return np.sqrt(squared)
+    squared_distances = (
+        np.maximum(squared_norms[:, None] + squared_norms - 2 * centred @ centred.T, 0.0) / x.shape[1]
+    )
+    np.fill_diagonal(squared_distances, 0.0)
+    return np.sqrt(squared_distances)
 
 
 def mean_pairwise(distances: np.ndarray, confidence: float = 0.95) -> MeanInterval:
@@ -113,8 +115,8 @@ def _interval(estimate: float, leave_one_out: np.ndarray, confidence: float) -> 
     """
     # Jackknife standard error from the N estimates that leave one item out; N - 1 degrees of freedom.
     n = len(leave_one_out)
-    error = np.sqrt((n - 1) / n * ((leave_one_out - leave_one_out.mean()) ** 2).sum())
-    half_width = float(stdtrit(n - 1, 0.5 + confidence / 2) * error)
+    standard_error = np.sqrt((n - 1) / n * ((leave_one_out - leave_one_out.mean()) ** 2).sum())
+    half_width = float(stdtrit(n - 1, 0.5 + confidence / 2) * standard_error)
     return MeanInterval(float(estimate), float(estimate) - half_width, float(estimate) + half_width)
 
 
@@ -156,16 +158,20 @@ def precision_recall(
 
     Raises: ValueError if a feature is not finite.
     """
-    fake, real = (np.asarray(features, dtype=np.float64) for features in (features_fake, features_real))
-    assert fake.shape[1] == real.shape[1] and 1 <= k < min(len(fake), len(real))
-    if not (np.isfinite(fake).all() and np.isfinite(real).all()):
+    fake_features, real_features = (
+        np.asarray(features, dtype=np.float64) for features in (features_fake, features_real)
+    )
+    assert fake_features.shape[1] == real_features.shape[1] and 1 <= k < min(
+        len(fake_features), len(real_features)
+    )
+    if not (np.isfinite(fake_features).all() and np.isfinite(real_features).all()):
         raise ValueError("precision_recall: a feature is NaN or infinite. Check the images for NaN.")
     # A common shift does not change distances, and smaller squares lose less by rounding.
-    centre = real.mean(axis=0)
-    fake = fake - centre
-    real = real - centre
-    fake_inside = _inside(fake, real, k)
-    real_inside = _inside(real, fake, k)
+    centre = real_features.mean(axis=0)
+    fake_features = fake_features - centre
+    real_features = real_features - centre
+    fake_inside = _inside(fake_features, real_features, k)
+    real_inside = _inside(real_features, fake_features, k)
     return PrecisionRecall(
         precision=float(fake_inside.mean()),
         recall=float(real_inside.mean()),
@@ -243,8 +249,8 @@ def neighbours(pooled_features: np.ndarray, k: int) -> np.ndarray:
     """
     n = len(pooled_features) // 2
     centred = pooled_features - pooled_features.mean(axis=0)
-    squares = (centred**2).sum(axis=1)
-    squared_distances = squares[:, None] + squares - 2 * centred @ centred.T
+    squared_norms = (centred**2).sum(axis=1)
+    squared_distances = squared_norms[:, None] + squared_norms - 2 * centred @ centred.T
     item_indices = np.arange(2 * n)
     # Exclude the item itself and its partner.
     squared_distances[item_indices, item_indices] = squared_distances[
@@ -292,8 +298,8 @@ def paired_separability(
             for label_block in np.array_split(labels, -(-len(labels) // block_size))
         ]
     )
-    share = float(shares[0])
-    chance = shares[1:]
+    observed_share = float(shares[0])
+    chance_shares = shares[1:]
     # A permutation counts if its share is at least the observed one; 1e-12 covers rounding of equal shares.
-    p = (1 + int((chance >= share - 1e-12).sum())) / (1 + permutations)
-    return Separability(share=share, p=p, chance=chance, k=k, n=n)
+    p_value = (1 + int((chance_shares >= observed_share - 1e-12).sum())) / (1 + permutations)
+    return Separability(share=observed_share, p=p_value, chance=chance_shares, k=k, n=n)

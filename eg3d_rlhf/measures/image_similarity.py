@@ -46,9 +46,9 @@ def psnr(first_images: Tensor, second_images: Tensor) -> Tensor:
     Raises: ValueError if the shapes differ.
     """
     _check("psnr", first_images, second_images)
-    error = (first_images.double() - second_images.double()).square().mean(dim=(1, 2, 3))
+    mean_squared_error = (first_images.double() - second_images.double()).square().mean(dim=(1, 2, 3))
     # The peak is 2, the range of values, so its square is 4. The clamp keeps equal images finite.
-    return (10 * torch.log10(4 / error.clamp_min(1e-30))).clamp_max(PSNR_CAP)
+    return (10 * torch.log10(4 / mean_squared_error.clamp_min(1e-30))).clamp_max(PSNR_CAP)
 
 
 def ssim(first_images: Tensor, second_images: Tensor) -> Tensor:
