@@ -155,7 +155,7 @@ def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
 
 
 def colour(role: str) -> str:
-    """Return the colour '#rrggbb' of a role of data, such as "before". A role that is not in ROLES is grey."""
+    """Return the colour '#rrggbb' of data with a role, such as "before". Roles that ROLES lacks are grey."""
     return ROLES.get(role, "#777777")
 
 

@@ -34,13 +34,13 @@ qr = option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="New .svg or .png file to which the QR code of the login link is written; needs --address.",
 )
-handed_over = combine_decorators(address, qr)
+token_options = combine_decorators(address, qr)
 
 
 @click.command("add-annotator", cls=GroupedCommand)
 @click.argument("name")
 @option("--admin", is_flag=True, help="Allow the annotator to see results and to manage annotators.")
-@handed_over
+@token_options
 @database
 def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, db: str) -> None:
     """Create an annotator and print the login token. The token is printed only once, because the database
@@ -59,7 +59,7 @@ def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, 
 
 @click.command("new-token", cls=GroupedCommand)
 @click.argument("name")
-@handed_over
+@token_options
 @database
 def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
     """Replace the token of an annotator, or give a revoked annotator a new token. The old token, its login

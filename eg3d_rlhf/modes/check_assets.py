@@ -33,7 +33,10 @@ _measures_option = functools.partial(option, group="Measures")
     metavar="FLOAT",
     type=click.FloatRange(0, MAX_TOLERANCE, min_open=True),
     default=TOLERANCE,
-    help="Merge vertices whose distance is below this share of the bounding box's longest edge.",
+    help=(
+        "Edge of the grid cells in which vertices are merged into one, as a share of the bounding box's"
+        " longest edge. A larger value closes small cracks."
+    ),
 )
 @_measures_option(
     # STL files do not state which axis points up.

@@ -57,7 +57,7 @@ DEFAULTS: dict[str, tuple] = {
     ),
     "reward": ("one-face", "one-face", None, None),
     "geometry_reward": ("none", "none", "sigma", "none"),  # for arms with +geometry
-    "steps": (100, 100, 40, 10_000),
+    "steps": (100, 100, 40, 10_000),  # optimisation steps per asset
     "batch": (55, 55, 8, 1),
     "lr": (0.05, 0.05, 0.1, 0.01),
     "lr_end": (0.05, 0.05, 0.05, 1.0),  # learning rate at the end, as a share of lr
@@ -135,8 +135,8 @@ flags = combine_decorators(
         "--tau",
         type=float,
         help=(
-            "Difference of the two rewards above which DreamDPO pushes the loser away; tau_mode decides its"
-            " unit. inf: the loser is never pushed away."
+            "Difference of the rewards of the two compared images above which DreamDPO pushes the asset away"
+            " from the image with the lower reward; tau_mode decides its unit. inf: never."
         ),
     ),
     rare_option(
@@ -354,27 +354,30 @@ def reject_unused(
         has_geometry_arm: True if an arm uses the geometry reward.
         kind_of_prior: kind of the prior, one of KINDS.
     """
-    # setting -> flag without which the setting has no effect
+    # setting -> flag without which the setting has no effect, as the object of "only with"
     requirements = {
         name: f"--method={' or '.join(user_methods)}"
         for name, user_methods in methods_by_setting().items()
         if not methods & set(user_methods)
     }
     if not has_geometry_arm:
-        requirements |= {field.name: "a --geometry-reward" for field, *_ in knobs_of(GeometrySettings)}
+        requirements |= {
+            field.name: "a --geometry-reward other than none" for field, *_ in knobs_of(GeometrySettings)
+        }
     if kind_of_prior != "files":
         requirements |= {
-            field.name: "a --prior from files"
+            field.name: "a --prior that is the path of a model"
             for field, _, knob in knobs_of(SceneConfig)
             if knob.group == REAL
         }
     if not any(METHODS[name].accepts_reward for name in methods):
-        requirements["reward"] = "a method with a reward"
+        requirements["reward"] = "a --method that uses a reward"
     if not any(METHODS[name].accepts_judge for name in methods):
         requirements["judge"] = "--method=dreamdpo or psd"
     for name in sorted(requirements.keys() & given_flags.keys()):
         raise ValueError(
-            f"{flag(name)} has an effect only with {requirements[name]}. Add that, or remove {flag(name)}."
+            f"{flag(name)} has an effect only with {requirements[name]}. Add this flag, or remove"
+            f" {flag(name)}."
         )
     if given_flags.get("geometry_reward", "none") != "none" and not has_geometry_arm:
         raise ValueError(
@@ -478,7 +481,7 @@ DISTILL = Mode(
     shown=dry_run_values,
     defaults=shown_by_help,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the bundled problems are small enough for a CPU
-    jobs="several parts",
+    jobs="all arms and assets",
     help="""Generate 3D assets from texts by score distillation, with preferences in the gradient. Without
     flags, the run optimises the prompts of the bundled problem with several methods on the same seeds, and
     writes a table of win rates against plain score distillation (sds).

@@ -184,10 +184,9 @@ def screen_lines(
     for network in networks:
         yield from entry_lines("network", [_describe_network(network)])
     # A licence may restrict the use of the generator, so it is always shown.
-    yield from entry_lines("licence", [family.notice or "see the publisher's"])
-    yield from entry_lines(
-        "", [f"files of it: {_join_paths(find_licences(root), root) or 'none: fetch them'}"]
-    )
+    yield from entry_lines("licence", [family.notice or "see the licence of the publisher"])
+    licence_names = _join_paths(find_licences(root), root)
+    yield from entry_lines("", [f"licence files: {licence_names or 'none found; see the publisher'}"])
     # A family supports a command if it implements the Protocol of this command.
     supported_uses = [use for protocol, use in DONE.items() if isinstance(family, protocol)]
     # optional networks that the folder lacks, with what is impossible without them
@@ -198,7 +197,7 @@ def screen_lines(
     ]
     # the loop needs a reward of finished assets that can be fitted to the pairs
     if not isinstance(family, FitsRewards):
-        loop_support = ["no loop: tune stages one by one"]
+        loop_support = ["but not --loop: tune the stages one by one"]
     else:
         loop_support = [] if missing_networks else ["the loop"]
     yield from entry_lines("can", [*supported_uses, f"tune {', '.join(family.stages)}", *loop_support])

@@ -175,7 +175,7 @@ def adapter_help_values(lora: LoraConfig | None) -> dict[str, Any]:
 
 LOOP = "The loop"
 WEIGHT = click.FloatRange(min=0)
-AS_STEP = "the same as for people's pairs if that flag is given, else by generator"
+
 loop_flags = combine_decorators(
     option(
         "--rounds",
@@ -223,11 +223,17 @@ loop_flags = combine_decorators(
         "FLOAT",
         POSITIVE,
         "Learning rate of the training on the loop's pairs.",
-        AS_STEP,
+        "the value of --lr if it is given, else by generator",
         rare=True,
     ),
     unset_option(
-        "--loop-steps", LOOP, "UPDATES", COUNT, "Number of updates on the loop's pairs.", AS_STEP, rare=True
+        "--loop-steps",
+        LOOP,
+        "UPDATES",
+        COUNT,
+        "Number of updates on the loop's pairs.",
+        "the value of --steps if it is given, else by generator",
+        rare=True,
     ),
     options_from_settings(LoopPairsConfig, Weighing),
 )

@@ -260,14 +260,18 @@ def check_and_describe(family: FlowFamily, root: Path) -> Iterator[str]:
     )
     licence_files = find_licences(root)
     yield from entry_lines(
-        "licence", [family.notice or ("this package's" if family.bundled else "see the publisher's")]
+        "licence",
+        [
+            family.notice
+            or ("the licence of this package" if family.bundled else "see the licence of the publisher")
+        ],
     )
     # The bundled generator has the licence of this package; a downloaded generator has its own licence.
     if not family.bundled:
         licence_names = (
             ", ".join(path.name for path in licence_files) or f"none, see {family.address or 'the publisher'}"
         )
-        yield from entry_lines("", [f"files of it: {licence_names}"])
+        yield from entry_lines("", [f"licence files: {licence_names}"])
     for network in networks:
         if network.without and not network.tensors:
             address_note = f" (published at {family.address})" if family.address else ""

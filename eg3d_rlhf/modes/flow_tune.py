@@ -321,16 +321,16 @@ def result_settings(record: Mapping) -> dict:
     }
 
 
-def label_report(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
+def label_report(label_facts: Mapping, pair_counts: Mapping[str, int]) -> Sequence[str]:
     """Return two lines: a summary of the labels, and the numbers of pairs.
 
     Args:
-        report: facts about the labels by name, with underscores for spaces.
-        pairs: number of pairs by stage.
+        facts_text: facts about the labels by name, with underscores for spaces.
+        pair_counts: number of pairs by stage.
     """
-    label_facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
+    facts_text = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in label_facts.items())
     return [
-        label_facts,
+        facts_text,
         "pairs with a majority: "
-        + ", ".join(f"{pair_count} for stage {stage}" for stage, pair_count in pairs.items()),
+        + ", ".join(f"{pair_count} for stage {stage}" for stage, pair_count in pair_counts.items()),
     ]

@@ -224,13 +224,13 @@ def merge_preset(given_flags: Mapping, network_settings: Mapping) -> dict:
         **network_settings,
         **given_flags,
     }
-    batch = settings_by_name["batch"]
-    if settings_by_name["ema_kimg"] is None and batch is not None:
+    batch_size = settings_by_name["batch"]
+    if settings_by_name["ema_kimg"] is None and batch_size is not None:
         # EG3D: ema_kimg = batch_size * 10 / 32
-        settings_by_name["ema_kimg"] = batch * 10 / 32
-    if cfg != "heads64" and batch is not None:  # EG3D scales this flag with the batch size
+        settings_by_name["ema_kimg"] = batch_size * 10 / 32
+    if cfg != "heads64" and batch_size is not None:  # EG3D scales this flag with the batch size
         settings_by_name["blur_fade_kimg"] = (
-            settings_by_name.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch / 32
+            settings_by_name.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch_size / 32
         )
     # without --rlr the reward's optimiser uses the learning rate of G
     settings_by_name["rlr"] = settings_by_name["rlr"] or settings_by_name.get("glr", GanConfig.glr)
@@ -283,9 +283,10 @@ def resolve(flags: Mapping) -> Settings:
             )
     check_rounds(given_flags, reward)
     if given_flags.get("early_stop") is not None and given_flags.get("heldout_reward") is None:
-        missing_flag = "--reward" if reward == "none" else "--heldout-reward"
+        # with --reward=sigma, the bundled held-out reward is the default
+        missing_flag = "--reward=sigma" if reward == "none" else "--heldout-reward"
         raise ValueError(
-            f"--early-stop needs {missing_flag}, whose scores choose the snapshot. Add {missing_flag}, or"
+            f"--early-stop needs a held-out reward, whose scores choose the snapshot. Add {missing_flag}, or"
             " remove --early-stop."
         )
     # A run folder is replaced by its newest network. The file is recorded, so that a resume uses the same
@@ -379,9 +380,9 @@ def read_network_settings(source: str | None) -> dict:
         # A pickle of EG3D is parsed; the code in it is not run.
         if network_path.suffix.lower() == ".pkl":
             snapshot = pickles.read(network_path)
-            plans = pickles.plan(snapshot)
-            generator_kwargs = plans["G_ema"].kwargs
-            discriminator_kwargs = plans["D"].kwargs if "D" in plans else None
+            network_plans = pickles.plan(snapshot)
+            generator_kwargs = network_plans["G_ema"].kwargs
+            discriminator_kwargs = network_plans["D"].kwargs if "D" in network_plans else None
             resolution: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
             metadata = storage.read_meta(network_path, "network")
@@ -457,7 +458,10 @@ gan_flags = combine_decorators(
     _run_option(
         "--no-summary",
         is_flag=True,
-        help="Skip the evaluation at the end of a run with a reward, which compares it with its start.",
+        help=(
+            "Skip the evaluation at the end of a run with a reward, which compares the generator before and"
+            " after tuning."
+        ),
     ),
     options_from_settings(*GROUPS),
     option(
@@ -476,13 +480,13 @@ def check_eg3d(flags: Mapping) -> None:
 
     Raises: ValueError if --gpus differs from the number of processes.
     """
-    gpus = flags.get("gpus")
+    gpu_count = flags.get("gpus")
     # torchrun sets this variable; without torchrun, there is one process
     process_count = int(os.environ.get("WORLD_SIZE", "1"))
-    if gpus is not None and gpus != process_count:
-        remedy = f"Start with torchrun --nproc-per-node={gpus} train.py."
+    if gpu_count is not None and gpu_count != process_count:
+        remedy = f"Start with torchrun --nproc-per-node={gpu_count} train.py."
         raise ValueError(
-            f"--gpus={gpus} differs from the number of processes, which is {process_count}. {remedy}"
+            f"--gpus={gpu_count} differs from the number of processes, which is {process_count}. {remedy}"
         )
     ignored_flags = [
         name

@@ -50,7 +50,10 @@ _images_option = functools.partial(option, group="Images")
     "--transform",
     type=click.Choice(TRANSFORMS),
     show_default="none",
-    help="Part of the image that is cropped before resizing, as described above.",
+    help=(
+        "Part of the image that is kept before resizing to --resolution: the largest centred square"
+        " (center-crop), or the largest centred part of the shape WxH on a black square (center-crop-wide)."
+    ),
 )
 @_images_option(
     "--resolution",
@@ -192,7 +195,7 @@ def convert(
     metavar="LIST",
     default="fid,kid",
     group="What",
-    help="Metrics to compute, separated by commas; their names are listed above.",
+    help="Metrics to compute, separated by commas: fid, kid, fid50k_full, kid50k_full, faces.",
 )
 @shared(
     "n",
@@ -288,9 +291,9 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         # c_dim: a camera label has 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 
-    def make_bar(image_count: int, metric_title: str):
+    def make_bar(image_count: int, bar_title: str):
         """Make the progress bar of one metric over `image_count` images, and return its update function."""
-        return tqdm(total=image_count, desc=metric_title, unit="image").update
+        return tqdm(total=image_count, desc=bar_title, unit="image").update
 
     # one record per metric
     metric_records = evaluate(generator, dataset, feature_network, metric_options, make_bar)

@@ -41,7 +41,7 @@ def parse_weights(weights_text: str) -> list[float]:
         1, len(weights)
     ):
         raise ValueError(
-            f"--weights: {weights_text!r} is not a list of distinct numbers >= 0. Write the weights"
+            f"--weights: {weights_text!r} is not a list of distinct finite numbers >= 0. Write the weights"
             f" separated by commas, such as {WEIGHTS}, each weight once."
         )
     return weights
@@ -350,7 +350,10 @@ _FLAGS = combine_decorators(
             "show_default": "the simulated annotator, for synthetic heads",
             "help": "Held-out reward file that evaluates the reconstructed shapes.",
         },
-        data="Dataset that the generator was trained on.",
+        data=(
+            "Dataset that the generator was trained on; the simulated annotator evaluates only generators of"
+            " synthetic heads."
+        ),
     ),
     rare_option(
         "--perceptual",

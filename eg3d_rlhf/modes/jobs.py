@@ -226,12 +226,12 @@ class JobGroup(click.Group):
             # the command whose list of jobs does not contain the word
             group_command = f"{PROGRAM} {self.noun}".strip()
             # flags are no part of a job's name
-            words = [word for word in args[:2] if not word.startswith("-")]
+            job_words = [word for word in args[:2] if not word.startswith("-")]
             self.reject_renamed(args)
             # empty if no job has a similar name
             suggestion = "".join(
                 f"Did you mean `{similar_job}`? "
-                for similar_job in nearest_jobs(f"{self.noun} {' '.join(words)}")
+                for similar_job in nearest_jobs(f"{self.noun} {' '.join(job_words)}")
             )
             click.echo(
                 f"Error: {args[0]} is not a job of {group_command}. {suggestion}For a list, run"
@@ -248,9 +248,9 @@ class JobGroup(click.Group):
         The message gives the present name. If no job had this name, the function returns.
         """
         # Names of jobs have at most two words.
-        words = f"{self.noun} {' '.join(args[:2])}".split()[:2]
-        if (new_job := renamed.JOBS.get(" ".join(words))) is not None:
-            click.echo(f"Error: {PROGRAM} {' '.join(words)} has been renamed. Run {new_job}.", err=True)
+        job_words = f"{self.noun} {' '.join(args[:2])}".split()[:2]
+        if (new_job := renamed.JOBS.get(" ".join(job_words))) is not None:
+            click.echo(f"Error: {PROGRAM} {' '.join(job_words)} has been renamed. Run {new_job}.", err=True)
             sys.exit(2)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:

@@ -359,19 +359,19 @@ def _dry_run(
         given_names: names of the flags that were typed.
     """
     # An existing project is resumed with its stored settings, not with the settings of the flags.
-    resumed = False
+    is_resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
             stored_campaign = store.campaign(request.name)
             if stored_campaign is not None:
-                resumed = True
+                is_resumed = True
                 # raises ValueError if a typed flag differs from the stored value
                 requested_settings = dict(
                     launch.check_resumed(stored_campaign, requested_settings, given_names)
                 )
     return {
         "campaign": request.name,
-        "action": "resume" if resumed else "plan",
+        "action": "resume" if is_resumed else "plan",
         **requested_settings,
         **server_flags.to_dict(),
         # the URL of a database server may contain a password
@@ -639,13 +639,13 @@ def _check_campaign(store: "Store", campaign: str | None) -> None:
     if stored_campaign is not None and stored_campaign.settings.mode is not Mode.LABEL:
         # A study is analysed by its own command, because its design fixes the analysis.
         remedy = (
-            "run tools/study.py report for its result"
+            "Run tools/study.py report for its result."
             if stored_campaign.settings.mode is Mode.STUDY
-            else "name another campaign"
+            else "Name another campaign."
         )
         raise ValueError(
             f"--campaign: {campaign} does not collect preferences, because its mode is"
-            f" {stored_campaign.settings.mode}: {remedy}."
+            f" {stored_campaign.settings.mode}. {remedy}"
         )
 
 

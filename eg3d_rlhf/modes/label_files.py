@@ -21,7 +21,10 @@ from training.storage import write_atomic
 @file_option("--out", required=True, help="File of labels to write (.jsonl or .csv).")
 @shared(
     "network",
-    network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample and label."},
+    network={
+        "type": click.Path(path_type=Path, exists=True),
+        "help": "Generator whose samples are labelled: a network file or a run folder.",
+    },
 )
 # Settings of the simulated annotator, and of the samples that it labels.
 @options_from_settings(AnnotationOptions)
@@ -29,7 +32,10 @@ from training.storage import write_atomic
     "--randomised",
     is_flag=True,
     group="Judgement",
-    help="Assign the thumbs or scores to the shapes in random order, as a control.",
+    help=(
+        "Assign the labels to the shapes in random order, as a control; only with --kind=thumbs or"
+        " --kind=scores."
+    ),
 )
 @shared("device dry-run")
 def synthetic(

@@ -196,19 +196,19 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
     if settings.assets is None:
         assert problem.labelled is not None, "`check` rejects other generators without --assets"
         label_kind = settings.label_kind if settings.label_kind in SIMULATED_KINDS else SIMULATED_KINDS[0]
-        labelled = problem.labelled[label_kind]
+        labelled_assets = problem.labelled[label_kind]
         # --labels is the name of a kind of the toy's labels, or a file with other labels of the same assets.
         return (
-            labelled
+            labelled_assets
             if settings.label_kind in SIMULATED_KINDS
-            else labelled.with_labels_of(Path(settings.label_kind))
+            else labelled_assets.with_labels_of(Path(settings.label_kind))
         )
     family = family_of(Path(settings.source.pipeline))
-    with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
+    with tqdm(desc="assets", unit="asset", disable=None, leave=False) as progress_bar:
         labels_path = None if settings.labels is None else Path(settings.labels)
         # Reads the list of the assets and their labels; `candidate` reads the stored latents of a line.
         return read_labelled(
-            Path(settings.assets), labels_path, problem.pipeline, family.candidate, bar.update
+            Path(settings.assets), labels_path, problem.pipeline, family.candidate, progress_bar.update
         )
 
 

@@ -160,9 +160,10 @@ what_flags = combine_decorators(
         metavar="A,B:WEIGHT",
         default=OWN_REWARD,
         help=(
-            "Rewards of finished assets, separated by commas: built-in rewards of the generator, files of"
-            " `reward latent`, or names of plugins. Several rewards are normalised within the group of"
-            " samples of a prompt, multiplied by their weights, and added."
+            "Rewards that score the samples, separated by commas: names of built-in rewards of the generator,"
+            " reward files that `reward latent` wrote, or names of plugins. Several rewards are normalised"
+            " within the group of samples of a prompt, multiplied by their weights (1 without :WEIGHT), and"
+            " added."
         ),
     ),
     option(

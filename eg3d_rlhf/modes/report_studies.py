@@ -136,14 +136,16 @@ def controlled_study(
     _print_table(plan.out, work_study(plan, jobs))
 
 
-def _print_table(out: Path, paths: list[Path]) -> None:
+def _print_table(study_folder: Path, paths: list[Path]) -> None:
     """Print the table of a study, and the names of the written files.
 
     Args:
-        out: folder of the study.
+        study_folder: folder of the study.
         paths: written files; the second file is the table as Markdown.
     """
-    click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
+    click.echo(
+        f"\n{paths[1].read_text()}\nWritten to {study_folder}: {', '.join(path.name for path in paths)}"
+    )
 
 
 @click.command("rewards", cls=GroupedCommand, job="report rewards")

@@ -350,24 +350,24 @@ def videos(
     render_options = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for video_name, video_seeds in seeds_by_video.items():
         # Frames are rendered one by one, when the encoder needs them.
-        frames = Film(generator, video_seeds, cameras, film_options, render_options)
+        film_frames = Film(generator, video_seeds, cameras, film_options, render_options)
         video_path = write_mp4(
             outdir / f"{video_name}.mp4",
-            tqdm(frames, total=frames.count, unit="frame", desc=f"{video_name}.mp4"),
+            tqdm(film_frames, total=film_frames.count, unit="frame", desc=f"{video_name}.mp4"),
             fps,
             bitrate,
         )
-        click.echo(f"{video_path}: {frames.count} frames")
+        click.echo(f"{video_path}: {film_frames.count} frames")
         # `ws(index)[0]`: the latent of the first cell in this frame
         for frame_index in tqdm(
             # an empty range: no shapes
-            range(frames.count if shapes else 0),
+            range(film_frames.count if shapes else 0),
             unit="shape",
             desc=f"{video_name}_shapes/",
             disable=not shapes,
         ):
             with rendering.StageBar(f"frame {frame_index} ") as stage_bar:
-                shape_field = generator.field(frames.ws(frame_index)[0], film_options.noise_mode)
+                shape_field = generator.field(film_frames.ws(frame_index)[0], film_options.noise_mode)
                 save_shape(
                     outdir / f"{video_name}_shapes" / f"{frame_index:04d}_shape{suffix}",
                     shape_field,

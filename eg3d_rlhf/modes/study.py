@@ -133,12 +133,13 @@ def power(n: int | None, as_json: bool, **options) -> None:
         " annotators"
     )
     click.echo(
-        f"  {study_size.decided} independent decided trials give power {study_size.attained:.3f} for a win"
-        f" rate of {study_size.options.true_rate:g}"
+        f"  {study_size.decided} independent trials without ties give power {study_size.attained:.3f} for a"
+        f" win rate of {study_size.options.true_rate:g}"
     )
     click.echo(f"  design effect {study_size.design_effect:.2f}, ties {study_size.options.tie_share:.0%}")
     if n is not None:
-        click.echo(f"  {n} independent decided trials give power {power_values['power_of_n']['power']:.3f}")
+        power_of_n = power_values["power_of_n"]["power"]
+        click.echo(f"  {n} independent trials without ties give power {power_of_n:.3f}")
 
 
 @click.command("simulate", cls=GroupedCommand)
