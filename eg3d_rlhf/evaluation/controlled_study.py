@@ -699,7 +699,7 @@ def plot(study: Mapping):
     """Plot each primary endpoint of every arm, one point for each training seed."""
     arm_names = list(study["arms"])
     figure, axes = style.figure(
-        columns=len(study["primary_endpoints"]),
+        column_count=len(study["primary_endpoints"]),
         size=(9.4, 1.4 + 0.3 * len(arm_names)),  # inches
     )
     # With a single endpoint `axes` is not an array; atleast_1d makes one.

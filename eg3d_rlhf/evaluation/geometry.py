@@ -595,7 +595,7 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
 def plot_change(finding_data: dict):
     """Plot the pixels at which the surface moved, on average, towards the camera (red) or away (blue)."""
     roles = list(finding_data["change"])
-    figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))  # inches
+    figure, axes = style.figure(column_count=len(roles), size=(4.4 * len(roles), 3.4))  # inches
     change_maps = [
         np.array(
             [

@@ -126,7 +126,7 @@ def write_validation_page(
         # Tables without rows are left out, for example the pairs if there is only one generator.
         if finding.rows
     ]
-    pages.run(jobs, page_folder, fresh=True, quiet=True)
+    pages.run(jobs, page_folder, recompute=True, quiet=True)
     page_title = f"Mesh validation of {folder.resolve().name}: {measured_count} meshes"
     return pages.write_page(
         page_folder / "index.html",
@@ -134,7 +134,7 @@ def write_validation_page(
         describe_thresholds(header),
         jobs,
         finding_by_key,
-        extra=_tiles(worst_rows, images),
+        extra_html=_tiles(worst_rows, images),
     )
 
 

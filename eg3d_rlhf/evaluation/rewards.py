@@ -461,7 +461,7 @@ def plot_psi(axes, finding_data: dict):
 
 def plot_ranks(finding_data: dict):
     """Plot the ranks of latents at one truncation against those at the other."""
-    figure, axes = style.figure(columns=2)
+    figure, axes = style.figure(column_count=2)
     high_psi, low_psi = finding_data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
         # ties share their mean rank
@@ -478,7 +478,7 @@ def plot_ranks(finding_data: dict):
 
 def plot_trajectories(finding_data: dict):
     """Plot the reward of every latent over training, with the mean on top."""
-    figure, axes = style.figure(columns=len(finding_data["roles"]))
+    figure, axes = style.figure(column_count=len(finding_data["roles"]))
     for axis, (role, trajectory) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.plot(
             trajectory["kimg"],
@@ -513,7 +513,7 @@ def plot_trajectories(finding_data: dict):
 
 def plot_slopes(finding_data: dict):
     """Plot the distribution of the latents' slopes for each run, with the spread and the mean's interval."""
-    figure, axes = style.figure(columns=len(finding_data["roles"]))
+    figure, axes = style.figure(column_count=len(finding_data["roles"]))
     for axis, (role, slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.hist(slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
         # the wide band is the spread of latents, the narrow one the interval of the mean

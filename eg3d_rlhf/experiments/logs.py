@@ -31,20 +31,20 @@ def named(log_value: str) -> list[str]:
         ValueError: a package is not in NAMES, or is not installed.
     """
     # "" and a comma at the end give no names
-    names = [name.strip() for name in log_value.split(",") if name.strip()]
-    for name in names:
-        if name not in NAMES:
+    tracker_names = [tracker_name.strip() for tracker_name in log_value.split(",") if tracker_name.strip()]
+    for tracker_name in tracker_names:
+        if tracker_name not in NAMES:
             raise ValueError(
-                f"--log: {name!r} is not a known tracker. Pass one or more of {', '.join(NAMES)}, separated"
-                " by commas."
+                f"--log: {tracker_name!r} is not a known tracker. Pass one or more of {', '.join(NAMES)},"
+                " separated by commas."
             )
         # The package is only looked up here. It is imported when the first line is logged.
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(tracker_name) is None:
             raise ValueError(
-                f"--log={name}: the package {name} is not installed. Install it with"
-                f" pip install 'eg3d-rlhf[{name}]'."
+                f"--log={tracker_name}: the package {tracker_name} is not installed. Install it with"
+                f" pip install 'eg3d-rlhf[{tracker_name}]'."
             )
-    return names
+    return tracker_names
 
 
 def numbers(stats_record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -86,21 +86,22 @@ class Log:
         ValueError: `names` contains an unknown package, or a package that is not installed.
     """
 
-    def __init__(self, names: str, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, log_value: str, folder: Path, settings: Mapping[str, Any]):
         self.writers = [
-            Board(folder) if name == TENSORBOARD else Tracker(name, folder, settings) for name in named(names)
+            Board(folder) if name == TENSORBOARD else Tracker(name, folder, settings)
+            for name in named(log_value)
         ]
 
-    def line(self, record: Mapping[str, Any]) -> None:
+    def line(self, stats_record: Mapping[str, Any]) -> None:
         """Send the numbers of one line of stats.jsonl to all trackers.
 
         Args:
-            record: content of the line; its key "step" is the position on the axis of the plots.
+            stats_record: content of the line; its key "step" is the position on the axis of the plots.
         """
         # the step is the axis of the plots, not a curve
-        numbers_by_name = {name: value for name, value in numbers(record) if name != "step"}
+        numbers_by_name = {name: value for name, value in numbers(stats_record) if name != "step"}
         for writer in self.writers:
-            writer.line(numbers_by_name, record["step"])
+            writer.line(numbers_by_name, stats_record["step"])
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Log an image file under a name, at a step of the run."""

@@ -64,17 +64,23 @@ class Flags(dict[str, Any]):
         written: names of the flags that the user passed on the command line.
     """
 
-    def __init__(self, values: Mapping[str, Any] = {}, written: Iterable[str] = ()):  # noqa: B006 (only read)
+    def __init__(self, values: Mapping[str, Any] = {}, written_names: Iterable[str] = ()):  # noqa: B006 (only read)
         super().__init__(values)
-        self.written = frozenset(written)
+        self.written = frozenset(written_names)
 
-    def select(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values of the flags in `names` that are not None, under the names of settings' fields.
+    def select(self, field_by_flag: Mapping[str, str]) -> dict[str, Any]:
+        """Return the values of some flags, under the names of the settings' fields that they set.
+
+        Flags whose value is None are left out.
 
         Args:
-            names: maps the name of each flag to the name of the field that it sets.
+            field_by_flag: maps the name of each flag to the name of the field that it sets.
         """
-        return {field: self[name] for name, field in names.items() if self.get(name) is not None}
+        return {
+            field_name: self[flag_name]
+            for flag_name, field_name in field_by_flag.items()
+            if self.get(flag_name) is not None
+        }
 
     def values_for(self, settings_class: type) -> dict[str, Any]:
         """Return the values of the flags that set fields of a settings dataclass, by the name of the field.
@@ -175,9 +181,9 @@ class Mode(Generic[S]):
         if begun_folder and ranks.broadcast(self.resumable(begun_folder) if ranks.is_main else None):
             return self.resume(settings, begun_folder, flags, ranks)
 
-        def choose_folder(opened: Any) -> Path:
+        def choose_folder(opened_files: Any) -> Path:
             # A begun run without a state keeps its folder; every other run gets the next free number.
-            title = self.title(settings, opened) if self.title else self.name
+            title = self.title(settings, opened_files) if self.title else self.name
             return begun_folder or next_free(outdir, "-".join(filter(None, (title, flags.get("desc")))))
 
         return self.begin(settings, choose_folder, flags, ranks)
@@ -211,21 +217,21 @@ class Mode(Generic[S]):
         return run.folder
 
     def resume(
-        self, settings: S, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
+        self, settings: S, resume_path: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
         """Resume a run, and return its folder.
 
         Args:
             settings: settings of the run, see `read`.
-            source: the run folder, or a checkpoint file in it.
+            resume_path: the run folder, or a checkpoint file in it.
             flags: flags of the command line; None: no flags.
             ranks: this process among the processes of the run; None: a single process.
 
         Raises:
             ValueError: the settings, or files that the run started from, have changed.
         """
-        run = self._run(source if source.is_dir() else source.parent, settings, flags, ranks)
-        run.resumed = source
+        run = self._run(resume_path if resume_path.is_dir() else resume_path.parent, settings, flags, ranks)
+        run.resumed = resume_path
         # the lock comes first here: another process may still be writing states
         with run:
             opened_files = self._open(settings, run)
@@ -233,24 +239,27 @@ class Mode(Generic[S]):
             self._work(settings, opened_files, run)
         return run.folder
 
-    def read(self, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
+    def read(self, resume_path: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
         """Read the settings of a run from its folder.
 
         Args:
-            source: value of --resume: the run folder, or a checkpoint file in it.
+            resume_path: value of --resume: the run folder, or a checkpoint file in it if the function
+                `recorded` of this mode accepts one.
             flags: flags of the command line; None: no flags.
             ranks: this process among the processes of the run; None: a single process.
 
         Raises:
-            FileNotFoundError: there is no run at `source`.
+            FileNotFoundError: there is no run at `resume_path`.
             ValueError: the run belongs to another mode.
         """
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
         from training.distributed import SINGLE
 
         if self.recorded is not None:
-            return self.recorded(source, flags or Flags(), ranks or SINGLE)
-        return from_dict(self.settings, recorded_by(source, self.name)["settings"], str(source / OPTIONS))
+            return self.recorded(resume_path, flags or Flags(), ranks or SINGLE)
+        return from_dict(
+            self.settings, recorded_by(resume_path, self.name)["settings"], str(resume_path / OPTIONS)
+        )
 
     def _run(self, folder: Path, settings: S, flags: Flags | None, ranks: "Ranks | None") -> "Run":
         """Make the `Run` object and choose its device. No file is written."""
@@ -276,11 +285,11 @@ class Mode(Generic[S]):
         )
         return opened_files
 
-    def _work(self, settings: S, opened: Any, run: "Run") -> None:
+    def _work(self, settings: S, opened_files: Any, run: "Run") -> None:
         """Print the folder, then do the work."""
         if run.ranks.is_main:
             print(f"Run folder {run.folder}.", flush=True)
-        self.work(settings, opened, run)
+        self.work(settings, opened_files, run)
 
     @functools.cached_property
     def command(self) -> GroupedCommand:
@@ -358,7 +367,7 @@ def flags_of(context: click.Context) -> Flags:
 
 
 @contextlib.contextmanager
-def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]":
+def running(device: str | None, timeout: float, resume_hint: str) -> "Iterator[Ranks]":
     """Open the process group of a run, and yield its ranks.
 
     If a signal stops the run, the process prints how to resume it, and exits with status 130.
@@ -366,7 +375,7 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
     Args:
         device: "auto", "cpu" or "cuda"; None: "auto".
         timeout: longest wait for another process of torchrun, in minutes.
-        again: command or flag that resumes the run, as the subject of the printed sentence.
+        resume_hint: command or flag that resumes the run, as the subject of the printed sentence.
     """
     from training.distributed import process_group
 
@@ -374,32 +383,37 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
     # _ends_with_130 is used twice. The inner one turns a stop into SystemExit before the process group
     # closes, so that the group's __exit__ receives it. The outer one handles a stop while the group
     # is being opened.
-    with _ends_with_130(again), sigterm_interrupts(), process_group_context as ranks, _ends_with_130(again):
+    with (
+        _ends_with_130(resume_hint),
+        sigterm_interrupts(),
+        process_group_context as ranks,
+        _ends_with_130(resume_hint),
+    ):
         yield ranks
 
 
 @contextlib.contextmanager
-def _ends_with_130(again: str) -> Iterator[None]:
+def _ends_with_130(resume_hint: str) -> Iterator[None]:
     """Exit with status 130 if the run inside the context was stopped. Shells use this status for SIGINT."""
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as stop_error:
         reason = f": {str(stop_error).rstrip('.')}" if str(stop_error) else ""
-        click.echo(f"Stopped{reason}. {again} resumes the run.", err=True)
+        click.echo(f"Stopped{reason}. {resume_hint} resumes the run.", err=True)
         sys.exit(130)
 
 
-def reject_torchrun(several: bool, flags: str) -> None:
+def reject_torchrun(has_several: bool, flag_names: str) -> None:
     """Raise ValueError if several trainings are requested under torchrun with several processes.
 
     Args:
-        several: True if the command requests several trainings.
-        flags: names of the flags that request them, for the message.
+        has_several: True if the command requests several trainings.
+        flag_names: names of the flags that request them, for the message.
     """
     # torchrun sets WORLD_SIZE to the number of processes; without torchrun it is not set
-    if several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if has_several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"{flags}: several trainings cannot share the processes of torchrun"
+            f"{flag_names}: several trainings cannot share the processes of torchrun"
             f" (WORLD_SIZE={os.environ['WORLD_SIZE']}). Start the command without torchrun, and pass --jobs"
             " to run several trainings at once."
         )

@@ -170,14 +170,14 @@ def _compute(job: Job, report_folder: Path, _folder: Path) -> tuple[list[Path], 
 
 
 def run(
-    jobs: Sequence[Job], report_folder: Path, fresh: bool = False, quiet: bool = False
+    jobs: Sequence[Job], report_folder: Path, recompute: bool = False, quiet: bool = False
 ) -> dict[str, Finding]:
     """Compute the missing findings, plot all figures, and write the tables.
 
     Args:
         jobs: sections of the report.
         report_folder: folder of the report, which is made if it does not exist.
-        fresh: True computes all findings again, also the stored ones.
+        recompute: True computes all findings again, also the stored ones.
         quiet: True shows no progress bar.
 
     Returns:
@@ -191,7 +191,7 @@ def run(
             progress_bar.set_description(job.title)
             store_inputs = {"version": job.version, "inputs": dict(job.inputs)}
             # without the record in the store, the finding counts as missing
-            if fresh:
+            if recompute:
                 shutil.rmtree(store.folder(job.key, store_inputs), ignore_errors=True)
             store.make(job.key, store_inputs, partial(_compute, job, report_folder))
             # the finding is read back from its file, so that figures depend on the JSON alone
@@ -227,9 +227,9 @@ def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> lis
     for job in jobs:
         first_sentence = next(iter(findings[job.key].says), "")
         # wrap returns no line for an empty text, but the key of the job shall be printed then, too
-        for index, line in enumerate(textwrap.wrap(first_sentence, 110) or [""]):
+        for index, wrapped_line in enumerate(textwrap.wrap(first_sentence, 110) or [""]):
             key = job.key if index == 0 else ""
-            terminal_lines.append(f"{key:<{key_width}}{line}")
+            terminal_lines.append(f"{key:<{key_width}}{wrapped_line}")
     return terminal_lines
 
 
@@ -240,14 +240,14 @@ def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> lis
 STATIC = Path(__file__).parent / "static"
 
 
-def data_uri(content: bytes, media_type: str) -> str:
+def data_uri(file_bytes: bytes, media_type: str) -> str:
     """Encode bytes as a data: URI.
 
     Args:
-        content: content of the file.
+        file_bytes: content of the file.
         media_type: media type, such as "image/png".
     """
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return f"data:{media_type};base64,{base64.b64encode(file_bytes).decode()}"
 
 
 def fill(template_name: str, **values: object) -> str:
@@ -276,11 +276,11 @@ def fill(template_name: str, **values: object) -> str:
     return jinja_environment.get_template(f"{template_name}.html").render(**text_by_variable, **values)
 
 
-def safe(text: str) -> "Markup":
+def safe(html_text: str) -> "Markup":
     """Mark a text that the template must not escape, such as HTML or this package's CSS and JavaScript."""
     import markupsafe
 
-    return markupsafe.Markup(text)
+    return markupsafe.Markup(html_text)
 
 
 def write_page(
@@ -290,7 +290,7 @@ def write_page(
     jobs: Sequence[Job],
     findings: Mapping[str, Finding],
     summary: Sequence[str] = (),
-    extra: str = "",
+    extra_html: str = "",
 ) -> Path:
     """Write the page of a report from the files that `run` wrote into the same folder.
 
@@ -301,7 +301,7 @@ def write_page(
         jobs: sections in the order of the page; a job without a finding is left out.
         findings: findings by the key of their job.
         summary: sentences at the top of the page.
-        extra: HTML that is appended after the sections, such as an interactive view.
+        extra_html: HTML that is appended after the sections, such as an interactive view.
 
     Returns:
         `path`.
@@ -332,7 +332,7 @@ def write_page(
         title=title,
         introduction=introduction,
         summary=summary,
-        extra=safe(extra),
+        extra=safe(extra_html),
         shown=[(job, findings[job.key]) for job in jobs if job.key in findings],
         columns=columns,
         cell=cell,
@@ -366,28 +366,28 @@ class ColouredMesh:
     layers: Sequence[Layer]
 
 
-def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) -> str:
+def mesh_page(meshes: Sequence[ColouredMesh], title: str, half_side: float = 0.5) -> str:
     """Make a self-contained HTML page that shows meshes.
 
     Args:
         meshes: meshes, between which a reader can switch.
         title: title of the page.
-        reach: half the side length of the scene cube in world units. Coordinates beyond it are clipped, and
-            positions are stored in steps of reach / 32767.
+        half_side: half the side length of the scene cube in world units. Coordinates beyond it are clipped,
+            and positions are stored in steps of half_side / 32767.
 
     Returns:
         HTML text.
     """
 
-    def encode(values: np.ndarray, dtype: str) -> str:
+    def encode(array: np.ndarray, dtype: str) -> str:
         """Encode an array as base64, for a typed array in JavaScript."""
-        return base64.b64encode(values.astype(dtype).tobytes()).decode()
+        return base64.b64encode(array.astype(dtype).tobytes()).decode()
 
     mesh_records = [
         {
             "name": mesh.name,
             # "<": little-endian, as in the typed arrays of all current browsers
-            "positions": encode(np.round(np.clip(mesh.vertices / reach, -1, 1) * 32767), "<i2"),
+            "positions": encode(np.round(np.clip(mesh.vertices / half_side, -1, 1) * 32767), "<i2"),
             "faces": encode(mesh.faces, "<u4"),
             "layers": [
                 {

@@ -126,12 +126,12 @@ class Run:
             }
             self.write(OPTIONS, {**self.settings, **launch_record})
 
-    def resume(self, free: Collection[str] | None = ()) -> None:
+    def resume(self, free_settings: Collection[str] | None = ()) -> None:
         """Check that the inputs and the settings equal those with which the run was begun.
 
         Args:
-            free: names of settings that may have changed. A nested setting is named by its dotted path
-                ("train.lr") or by the last part of it ("lr"). None: no setting is compared.
+            free_settings: names of settings that may have changed. A nested setting is named by its dotted
+                path ("train.lr") or by the last part of it ("lr"). None: no setting is compared.
 
         Raises:
             ValueError: an input file or a setting has changed; the message names it.
@@ -159,7 +159,7 @@ class Run:
         current_settings = _flat(json.loads(json.dumps(self.settings)))
         # Only settings that exist now are compared. `version_0_1.options` and `from_dict` check settings that
         # were removed when they read the record.
-        setting_names = current_settings.keys() if recorded_options and free is not None else ()
+        setting_names = current_settings.keys() if recorded_options and free_settings is not None else ()
         # A group is the dotted path without its last part. If the record has the group but not the setting,
         # the setting was added by a newer version of this package, and is not compared.
         recorded_groups = {setting_name.rpartition(".")[0] for setting_name in recorded_settings} - {""}
@@ -168,7 +168,7 @@ class Run:
             for setting_name in setting_names
             if setting_name in recorded_settings or setting_name.rpartition(".")[0] not in recorded_groups
         }
-        free_names = set(free or ())
+        free_names = set(free_settings or ())
         changed_names = sorted(
             setting_name
             for setting_name in compared_names
@@ -216,52 +216,55 @@ class Run:
 
     def status(
         self,
-        at: Mapping[str, object],
-        done: float,
-        total: float,
-        unit: str,
-        more: Mapping[str, object] | None = None,
+        first_fields: Mapping[str, object],
+        done_amount: float,
+        total_amount: float,
+        unit_name: str,
+        last_fields: Mapping[str, object] | None = None,
     ) -> None:
         """Print a status line with time, speed, remaining time and memory, and add a line to timing.jsonl.
 
-        The line of timing.jsonl has the same numbers, except for the remaining time and the fields `at` and
-        `more`.
+        The line of timing.jsonl has the same numbers without the remaining time, `first_fields` and
+        `last_fields`.
 
         Args:
-            at: fields at the start of the line, such as the step. The caller pads values that shall be
-                aligned in columns.
-            done: amount of work that is done, in units of `unit`.
-            total: amount of all work, in units of `unit`.
-            unit: name of the unit of work, such as "step" or "kimg".
-            more: fields at the end of the line.
+            first_fields: fields at the start of the line by name, such as the step. The caller pads values
+                that shall be aligned in columns.
+            done_amount: amount of work that is done, in units of `unit_name`.
+            total_amount: amount of all work, in units of `unit_name`.
+            unit_name: name of the unit of work, such as "step" or "kimg".
+            last_fields: fields at the end of the line by name; None: no fields.
         """
         if not self.ranks.is_main:
             return
         done_before, start_time = self._start
         elapsed_seconds = time.monotonic() - start_time
         # seconds per unit since this process started or resumed the run, not since the run was begun
-        seconds_per_unit = elapsed_seconds / (done - done_before) if done > done_before else 0.0
+        seconds_per_unit = elapsed_seconds / (done_amount - done_before) if done_amount > done_before else 0.0
         memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
         # The share of waiting is a number in timing.jsonl, and a percentage in the printed line. A run that
         # did not count its waiting has no such field.
         waiting_share = {"waited": self._waited / elapsed_seconds} if self._waited else {}
-        more = {**{name: f"{share:.1%}" for name, share in waiting_share.items()}, **(more or {})}
+        last_fields = {
+            **{name: f"{share:.1%}" for name, share in waiting_share.items()},
+            **(last_fields or {}),
+        }
         status_fields = {
-            **at,
+            **first_fields,
             "time": f"{tqdm.format_interval(elapsed_seconds):<9s}",
-            f"sec/{unit}": f"{seconds_per_unit:<7.4g}",
-            "eta": f"{tqdm.format_interval(seconds_per_unit * max(total - done, 0)):<9s}",
+            f"sec/{unit_name}": f"{seconds_per_unit:<7.4g}",
+            "eta": f"{tqdm.format_interval(seconds_per_unit * max(total_amount - done_amount, 0)):<9s}",
             "mem_gb": f"{memory_gib:<5.2f}",
-            **more,
+            **last_fields,
         }
         # the same numbers go to the terminal, for people, and to timing.jsonl, for programs
         self._say(" ".join(f"{name} {value}" for name, value in status_fields.items()))
         self._append(
             TIMING,
             {
-                unit: done,
+                unit_name: done_amount,
                 "seconds": elapsed_seconds,
-                f"sec_per_{unit}": seconds_per_unit,
+                f"sec_per_{unit_name}": seconds_per_unit,
                 "mem_gb": memory_gib,
                 **waiting_share,
             },
@@ -276,26 +279,26 @@ class Run:
         finally:
             self._waited += time.monotonic() - wait_start
 
-    def continue_from(self, done: float, lines: int | None = None) -> None:
+    def continue_from(self, done_amount: float, line_count: int | None = None) -> None:
         """Measure speed from now on, and cut stats.jsonl to the lines that belong to the resumed checkpoint.
 
         Args:
-            done: amount of work that is done already, in the unit of `status`.
-            lines: number of lines that stats.jsonl had when the resumed checkpoint was written; later lines
-                are deleted. None: a new run, whose stats.jsonl is not changed.
+            done_amount: amount of work that is done already, in the unit of `status`.
+            line_count: number of lines that stats.jsonl had when the resumed checkpoint was written; later
+                lines are deleted. None: a new run, whose stats.jsonl is not changed.
         """
-        self._start = (done, time.monotonic())
+        self._start = (done_amount, time.monotonic())
         self._waited = 0.0
-        if lines is not None and self.ranks.is_main:
+        if line_count is not None and self.ranks.is_main:
             storage.remove_temporaries(self.folder)
             if (self.folder / STATS).exists():
                 # The resumed run repeats the steps after the state, and writes their lines again with the
                 # same bytes. errors="replace": a killed process may have written half of a character.
                 all_lines = (self.folder / STATS).read_text(errors="replace").splitlines(keepends=True)
-                lines_of_state = all_lines[:lines]
+                lines_of_state = all_lines[:line_count]
                 storage.write_atomic(self.folder / STATS, "".join(lines_of_state).encode())
                 self._log.resume(lines_of_state)
-            self.lines = lines
+            self.lines = line_count
 
     def _append(self, file_name: str, json_record: Mapping[str, Any]) -> None:
         """Append a record to a file as one line of JSON with sorted keys."""
@@ -334,17 +337,19 @@ class Run:
         return checkpoint_path
 
     def read(
-        self, source: Path | None = None, previous: bool = False
+        self, source_file: Path | None = None, previous: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Read a checkpoint of the run, and return (its tensors by name, its other values) on every rank.
 
         Args:
-            source: checkpoint file; None: the newest checkpoint of the run folder.
+            source_file: checkpoint file; None: the newest checkpoint of the run folder.
             previous: True reads the checkpoint before the newest one, see training.checkpoint.read.
         """
         # Rank 0 reads and sends the state to the other ranks, which may run on machines without this folder.
         tensors, meta, checkpoint_path = (
-            checkpoint.read(source or self.folder, previous) if self.ranks.is_main else (None, None, None)
+            checkpoint.read(source_file or self.folder, previous)
+            if self.ranks.is_main
+            else (None, None, None)
         )
         meta, path_text = self.ranks.broadcast([meta, str(checkpoint_path)])
         self.last_checkpoint = Path(path_text)

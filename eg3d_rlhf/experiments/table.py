@@ -102,10 +102,10 @@ class Table:
         """
         K = len(self.seeds)  # number of training seeds
         win_rates = {}
-        for evaluator, scores in self.scores[arm].items():
+        for evaluator, arm_scores in self.scores[arm].items():
             base_scores = self.base[evaluator]
             # a base without training seeds is repeated: [1, C, S] -> [K, C, S]
-            win_rates[evaluator] = rate(scores, base_scores.repeat(K // len(base_scores), 0), self.seeds)
+            win_rates[evaluator] = rate(arm_scores, base_scores.repeat(K // len(base_scores), 0), self.seeds)
         return win_rates
 
     def pairwise(self, evaluator: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -261,7 +261,7 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
     """
     row_count = len(panels[0][1])  # every panel has the same rows, and its height grows with their number
     plotted_figure, axes = style.figure(
-        columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * row_count)
+        column_count=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * row_count)
     )
     # All panels get the same horizontal range, so that they can be compared. It spans all these numbers.
     plotted_values = []

@@ -261,16 +261,18 @@ def _next(corners: np.ndarray) -> np.ndarray:
     return np.where(corners % 3 == 2, corners - 2, corners + 1)
 
 
-def connected(pairs: list[tuple[np.ndarray, np.ndarray]], item_count: int) -> tuple[np.ndarray, int]:
+def connected(index_pairs: list[tuple[np.ndarray, np.ndarray]], item_count: int) -> tuple[np.ndarray, int]:
     """Number the groups of items that pairs connect (connected components of a graph).
 
     Args:
-        pairs: pairs of index arrays of equal length; item a[k] is connected with item b[k].
+        index_pairs: pairs of index arrays of equal length; item a[k] is connected with item b[k].
         item_count: number of items.
 
     Returns: the number of the group of each item, [item_count], and the count of groups.
     """
-    first_items, second_items = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
+    first_items, second_items = (
+        np.concatenate([index_pair[i] for index_pair in index_pairs]) for i in range(2)
+    )
     graph = coo_array(
         (np.ones(len(first_items), dtype=np.int8), (first_items, second_items)),
         shape=(item_count, item_count),

@@ -308,19 +308,19 @@ def _normal(views: Views, target_view: int, source_view: int, match: Match) -> t
     return angle, match.visible & is_target_defined & (sampled_maps[:, 3] > 0.999)
 
 
-def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst_value: float) -> np.ndarray:
+def _mean_over_pairs(errors_and_masks: list[tuple[Tensor, Tensor]], worst_value: float) -> np.ndarray:
     """Average errors over the valid pixels of all pairs of views, float64 [N].
 
     Args:
-        errors: errors [N, R, R] of each pair of views, and the mask [N, R, R] of its valid pixels.
+        errors_and_masks: errors [N, R, R] of each pair of views, and the mask [N, R, R] of its valid pixels.
         worst_value: value of a latent with fewer than MIN_PIXELS valid pixels in all pairs.
     """
     # where() and not a product: an invalid pixel may hold NaN, and 0 * NaN is NaN.
     error_sums = sum(
-        (torch.where(is_valid, error, 0.0).double().sum(dim=(1, 2)) for error, is_valid in errors),
+        (torch.where(is_valid, error, 0.0).double().sum(dim=(1, 2)) for error, is_valid in errors_and_masks),
         torch.tensor(0.0),
     )
-    pixel_counts = sum((is_valid.sum(dim=(1, 2)) for _, is_valid in errors), torch.tensor(0))
+    pixel_counts = sum((is_valid.sum(dim=(1, 2)) for _, is_valid in errors_and_masks), torch.tensor(0))
     mean_errors = error_sums / pixel_counts.clamp_min(1)
     return (
         torch.where((pixel_counts >= MIN_PIXELS) & mean_errors.isfinite(), mean_errors, worst_value)

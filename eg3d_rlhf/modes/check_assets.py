@@ -157,16 +157,16 @@ def main(
             mesh_rows[file_index] = {**identifiers, "reason": measures.pop("reason", ""), **measures}
             progress_bar.update()
     # A row with a reason could not be measured.
-    measured_rows = [row for row in mesh_rows if not row["reason"]]
+    measured_rows = [mesh_row for mesh_row in mesh_rows if not mesh_row["reason"]]
     if not measured_rows:
         raise ValueError(
             f"FOLDER: none of the {len(mesh_rows)} files can be read as a mesh. The first is"
             f" {mesh_rows[0]['file']}: {mesh_rows[0]['reason']}. Export GLB, OBJ, PLY or STL."
         )
     # the worst meshes are rendered for the page; the file's name breaks ties, so that the order is fixed
-    worst_rows = sorted(measured_rows, key=lambda row: (-badness(row), row["file"]))[:WORST]
+    worst_rows = sorted(measured_rows, key=lambda mesh_row: (-badness(mesh_row), mesh_row["file"]))[:WORST]
     render_requests = [
-        {**shared_request, "do": "render", "path": str(folder / row["file"])} for row in worst_rows
+        {**shared_request, "do": "render", "path": str(folder / mesh_row["file"])} for mesh_row in worst_rows
     ]
     renders = {
         # an empty text where the rendering failed
@@ -192,18 +192,18 @@ def main(
                 ("generator", "criterion", "share", "95 % interval"),
                 *(
                     (
-                        row["generator"],
-                        row["demand"],
-                        f"{row['count']} of {row['of']}",
-                        f"{row['lo']:.0%} to {row['hi']:.0%}",
+                        share_row["generator"],
+                        share_row["demand"],
+                        f"{share_row['count']} of {share_row['of']}",
+                        f"{share_row['lo']:.0%} to {share_row['hi']:.0%}",
                     )
-                    for row in share_table
+                    for share_row in share_table
                 ),
             ]
         )
     )
-    unreadable_rows = [row for row in mesh_rows if row["reason"]]
+    unreadable_rows = [mesh_row for mesh_row in mesh_rows if mesh_row["reason"]]
     # five are enough to see the cause; the page lists more of them
-    for row in unreadable_rows[:5]:
-        click.echo(f"not measured: {row['file']}: {row['reason']}")
+    for mesh_row in unreadable_rows[:5]:
+        click.echo(f"not measured: {mesh_row['file']}: {mesh_row['reason']}")
     click.echo(f"{len(measured_rows)} meshes measured, {len(unreadable_rows)} not; {page_path}")

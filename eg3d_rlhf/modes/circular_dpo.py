@@ -182,7 +182,9 @@ def check(flags: Flags) -> None:
     # The flags of the loop are found by their group in --help, so that a new flag is covered, too.
     command: Any = CIRCULAR_DPO.command
     command_options = [*command.params, *command.rare.values()]
-    loop_flag_names = [option.name for option in command_options if option.group == LOOP]
+    loop_flag_names = [
+        command_option.name for command_option in command_options if command_option.group == LOOP
+    ]
     flags.check_applies(loop_flag_names, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError(
@@ -202,23 +204,23 @@ def resolve(flags: Flags) -> CircularRun:
     check(flags)
     defaults = default_settings(flags["pipeline"] or TOY)
     # None: no ablation
-    groups = None if flags["ablate"] is None else tuple(parse_groups(flags["ablate"]))
+    group_names = None if flags["ablate"] is None else tuple(parse_groups(flags["ablate"]))
     # holds only the flags that were given
     evaluation_values = flags.values_for(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
         source=make_source(ProblemSource, flags),
         stage=flags["stage"],
-        groups=groups,
+        groups=group_names,
         # an ablation trains every group with three seeds by default; other runs use --seed alone
-        training_seeds=training_seeds(flags, 3) if groups else (),
+        training_seeds=training_seeds(flags, 3) if group_names else (),
         # by default, the table is computed with the batch size of the win rate; --evaluation-batch wins
         evaluation=Evaluation(**{"batch": (defaults.choosing or Choosing()).batch, **evaluation_values}),
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
     # the arm `regulariser` trains on the regulariser alone, so its weight must not be 0
-    if "regulariser" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
+    if "regulariser" in (group_names or ()) and not run.circular.loop.dpo.sft_weight:
         raise ValueError(
             "--ablate=regulariser cannot be combined with --loop-sft-weight=0: this control trains on the SFT"
             " term alone. Set --loop-sft-weight to a number above 0, or remove regulariser from --ablate."

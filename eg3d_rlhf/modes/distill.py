@@ -187,11 +187,11 @@ def default_values(kind_of_prior: str, steps: int | None) -> dict[str, Any]:
 
     Returns: the entries of DEFAULTS that are not None, without those that depend on the scene (BY_SCENE).
     """
-    values = {name: default_value(name, kind_of_prior) for name in DEFAULTS.keys() - BY_SCENE}
+    default_by_name = {name: default_value(name, kind_of_prior) for name in DEFAULTS.keys() - BY_SCENE}
     if kind_of_prior.startswith("bundled"):
         # the ramp of t_max follows the length of the run: its last number is 60 % of the steps
-        values["t_max"] = f"0,0.98,0.15,{0.6 * (steps or values['steps']):g}"
-    return {name: value for name, value in values.items() if value is not None}
+        default_by_name["t_max"] = f"0,0.98,0.15,{0.6 * (steps or default_by_name['steps']):g}"
+    return {name: value for name, value in default_by_name.items() if value is not None}
 
 
 def select_arms(given_flags: Mapping) -> tuple[str, ...]:
@@ -244,27 +244,27 @@ def preset_method(preset: str) -> str:
     return next(name for name, method in METHODS.items() if type(PRESETS[preset]) is method.settings)
 
 
-def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
+def read_prompts(flag_values: tuple[str, ...]) -> tuple[str, ...]:
     """Return all prompts of the flags --prompt, in order.
 
     Args:
-        texts: values of --prompt. A value that is the path of a file is replaced by the lines of the file
-            that are not empty; every other value is a prompt.
+        flag_values: values of --prompt. A value that is the path of a file is replaced by the lines of the
+            file that are not empty; every other value is a prompt.
 
     Raises: ValueError for a file without a prompt, and for an empty prompt.
     """
     prompts: list[str] = []
-    for text in texts:
-        path = Path(text)
+    for flag_value in flag_values:
+        path = Path(flag_value)
         # file names have at most 255 bytes on common systems; a longer text would be an OSError
-        if not (len(text) < 255 and path.is_file()):
-            prompts.append(text)
+        if not (len(flag_value) < 255 and path.is_file()):
+            prompts.append(flag_value)
             continue
         file_prompts = [prompt.strip() for prompt in path.read_text().splitlines() if prompt.strip()]
         if not file_prompts:
             raise ValueError(f"--prompt: the file {path} has no prompt. Write one prompt per line into it.")
         prompts += file_prompts
-    if any(not text.strip() for text in prompts):
+    if any(not prompt.strip() for prompt in prompts):
         raise ValueError("--prompt: the text is empty. Pass a text that describes the asset.")
     return tuple(prompts)
 
@@ -463,7 +463,8 @@ def dry_run_values(run_settings: DistillRun) -> dict:
         method_settings = make_settings(Arm.parse(arm_name).method, settings.guidance, settings.preset)
         # A `Ramp` is printed as the text that its flag takes, which is its field `spec`.
         settings_by_arm[arm_name] = {
-            name: getattr(value, "spec", value) for name, value in flatten_settings(method_settings).items()
+            name: getattr(setting_value, "spec", setting_value)
+            for name, setting_value in flatten_settings(method_settings).items()
         }
     return {**settings.to_dict(), "methods": settings_by_arm}
 

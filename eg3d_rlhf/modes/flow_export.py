@@ -91,13 +91,13 @@ def export_command(
 
 
 def find_tuned_weights(
-    sources: Sequence[Path], name: str | None, pipeline_folder: Path | None, weights: Sequence[str]
+    sources: Sequence[Path], training_name: str | None, pipeline_folder: Path | None, weights: Sequence[str]
 ) -> tuple[Path, dict[str, Path]]:
     """Find the generator that was tuned, and the tuned weights of its stages.
 
     Args:
         sources: WORK folders and run folders of train.py.
-        name: name of a training in WORK, such as tune-00; None: the latest training.
+        training_name: name of a training in WORK, such as tune-00; None: the latest training.
         pipeline_folder: folder of the untuned generator from --pipeline; None: the generator that the sources
             record.
         weights: values "STAGE=PATH" of --weights.
@@ -121,7 +121,7 @@ def find_tuned_weights(
             work_folder.check_pipeline()
             # `training` returns the training that --tune names, or the latest training.
             generator_roots.append(Path(work_folder.pipeline))
-            stage_folders += work_folder.tuned(work_folder.training(name)).items()
+            stage_folders += work_folder.tuned(work_folder.training(training_name)).items()
         else:
             # The result is empty for a folder without a record, and for a record of another kind of run.
             source_record = (recorded(source).get("run") or {}).get("source") or {}
@@ -139,7 +139,7 @@ def find_tuned_weights(
     # (stage, "=", path); sign and path are empty if the value has no "="
     weight_fields = [weight_text.partition("=") for weight_text in weights]
     malformed_weights = [
-        name + separator + path for name, separator, path in weight_fields if not (name and path)
+        stage + separator + path for stage, separator, path in weight_fields if not (stage and path)
     ]
     if malformed_weights:
         raise ValueError(

@@ -35,33 +35,33 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def unset_option(
-    name: str,
+    flag_name: str,
     group: str,
     metavar: str,
     value_type,
     help: str,
-    shown: str = PROBLEM_DEFAULT,
+    default_text: str = PROBLEM_DEFAULT,
     rare: bool = False,
 ):
     """Make an option whose value is None if it is absent, so that the generator's default settings apply.
 
     Args:
-        name: flag, such as "--loop-beta".
+        flag_name: flag, such as "--loop-beta".
         group: title under which --help lists the flag.
         metavar: placeholder of the value in --help, mostly its unit.
         value_type: click type of the value.
         help: description in --help.
-        shown: text that --help shows as the default if the default cannot be computed.
+        default_text: text that --help shows as the default if the default cannot be computed.
         rare: True for an option that only --help-all shows and --set NAME=VALUE sets.
     """
     return option(
-        name,
+        flag_name,
         group=group,
         rare=rare,
         metavar=metavar,
         type=value_type,
         default=None,
-        show_default=shown,
+        show_default=default_text,
         help=help,
     )
 
@@ -450,15 +450,15 @@ def parse_arm_names(flags: Flags) -> tuple[str, ...]:
     return tuple(name.strip() for name in flags["arms"].split(","))
 
 
-def record(mode: str, settings: ArmsRun, opened: "Opened") -> dict:
+def record(mode: str, settings: ArmsRun, problem_and_labels: "Opened") -> dict:
     """Build the record of a run folder as JSON: the settings, and the hashes of the problem and the labels.
 
     Args:
         mode: name of the mode.
         settings: settings of the run.
-        opened: the problem, and the labelled assets or None.
+        problem_and_labels: the problem, and the labelled assets or None.
     """
-    problem, labelled_assets = opened
+    problem, labelled_assets = problem_and_labels
     # Online runs score their own samples, so they have no labels.
     label_record = {} if labelled_assets is None else {"labels": labelled_assets.identity}
     return {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity), **label_record}

@@ -113,22 +113,23 @@ def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
         # None: tqdm shows the bar only on a terminal
         disable=None if sampling.ranks.is_main else True,
     ) as progress_bar:
-        summary = sampling.run(progress_bar.update)
+        sampling_summary = sampling.run(progress_bar.update)
         progress_bar.update(asset_count - progress_bar.n)  # counts the assets that other ranks generated
-    return summary
+    return sampling_summary
 
 
-def sampling_report(sampling: "AssetSampling", summary: "SamplingSummary") -> list[str]:
+def sampling_report(sampling: "AssetSampling", sampling_summary: "SamplingSummary") -> list[str]:
     """Return lines with the number of generated assets, and the number of samples that cannot be shown.
 
     Args:
         sampling: the sampled folder.
-        summary: the summary that `sample_with_bar` returned.
+        sampling_summary: the summary that `sample_with_bar` returned.
     """
-    report_lines = [f"{summary.count} assets in {sampling.folder}"]
+    report_lines = [f"{sampling_summary.count} assets in {sampling.folder}"]
     # The line quotes one reason only, because all samples mostly fail for the same reason.
-    if summary.left_out:
+    if sampling_summary.left_out:
         report_lines.append(
-            f"{len(summary.left_out)} more samples have no surface and are left out: {summary.left_out[0]}"
+            f"{len(sampling_summary.left_out)} more samples have no surface and are left out:"
+            f" {sampling_summary.left_out[0]}"
         )
     return report_lines

@@ -214,8 +214,8 @@ def study(
                 cells=cells,
                 few_steps=few_steps,
             )
-            summary = sample_with_bar(sampling)
-            for report_line in sampling_report(sampling, summary) if ranks.is_main else ():
+            sampling_summary = sample_with_bar(sampling)
+            for report_line in sampling_report(sampling, sampling_summary) if ranks.is_main else ():
                 click.echo(report_line)
         if not ranks.is_main:
             return

@@ -283,7 +283,7 @@ def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tunin
     return Strip(pipeline=problem.pipeline, family=family, prompts=prompts, size=strip_cells)
 
 
-def choose_folder(work: Work, record: dict) -> Path:
+def choose_folder(work: Work, new_record: dict) -> Path:
     """Return the folder of a training.
 
     It is the folder of WORK's latest training if this training can be resumed, and a new folder otherwise.
@@ -292,21 +292,21 @@ def choose_folder(work: Work, record: dict) -> Path:
 
     Args:
         work: the opened folder WORK.
-        record: record of the training, as JSON.
+        new_record: record of the training, as JSON.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded
 
     # in the order of their numbers, so the last folder is the newest
     folders = work.numbered("tune")
-    new_settings = result_settings(record)
+    new_settings = result_settings(new_record)
     # `<=`: the stored record has further entries, such as versions of libraries
     if folders and new_settings.items() <= result_settings(recorded(folders[-1])).items():
         return folders[-1]
     return work.next("tune")
 
 
-def result_settings(record: Mapping) -> dict:
+def result_settings(training_record: Mapping) -> dict:
     """Return a copy of a record without the settings that do not affect the result of the training.
 
     Such settings are also removed from nested dictionaries.
@@ -316,7 +316,7 @@ def result_settings(record: Mapping) -> dict:
 
     return {
         name: result_settings(value) if isinstance(value, Mapping) else value
-        for name, value in record.items()
+        for name, value in training_record.items()
         if name not in CHANGEABLE_SETTINGS
     }
 

@@ -144,21 +144,28 @@ def convert(
         )
         return
     with tqdm(total=image_count, desc=f"writing {dest.name}", unit="image") as progress_bar:
-        summary = convert_dataset(source_path, dest, convert_options, jobs, progress_bar.update, overwrite)
+        conversion_summary = convert_dataset(
+            source_path, dest, convert_options, jobs, progress_bar.update, overwrite
+        )
     # A label of one number is a class; a label of 25 numbers is a camera.
     label_text = {0: "without labels", 1: "with class labels"}.get(
-        summary.labels, f"with labels of {summary.labels} numbers"
+        conversion_summary.labels, f"with labels of {conversion_summary.labels} numbers"
     )
     click.echo(
         # shape: [channels, height, width]
-        f"{dest}: {summary.images} images of {summary.shape[1]}x{summary.shape[2]},"
-        f" {'RGB' if summary.shape[0] == 3 else 'greyscale'}, {label_text}"
+        f"{dest}: {conversion_summary.images} images of"
+        f" {conversion_summary.shape[1]}x{conversion_summary.shape[2]},"
+        f" {'RGB' if conversion_summary.shape[0] == 3 else 'greyscale'}, {label_text}"
     )
     # Enlarging adds no detail, so the user should know of it.
-    if summary.enlarged:
-        click.echo(f"{summary.enlarged} images were smaller than {resolution} and have been enlarged.")
-    if summary.cropped_labels:
-        click.echo(f"The intrinsics of {summary.cropped_labels} camera labels were adapted to the crop.")
+    if conversion_summary.enlarged:
+        click.echo(
+            f"{conversion_summary.enlarged} images were smaller than {resolution} and have been enlarged."
+        )
+    if conversion_summary.cropped_labels:
+        click.echo(
+            f"The intrinsics of {conversion_summary.cropped_labels} camera labels were adapted to the crop."
+        )
 
 
 @click.command("metrics", cls=GroupedCommand)

@@ -267,18 +267,18 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
         report.draw(inversions, case, shape_res, turns)
     # one record for each target and weight
     case_records = inversions.records()
-    summary = report.summarise(case_records, setup.weights)
+    inversion_summary = report.summarise(case_records, setup.weights)
     run_facts = {
         "perceptual": setup.perceptual.name,
         "evaluator": setup.evaluators.name,
         "targets": len(setup.cases),
     }
-    write_json(folder / "inversion.json", {**run_facts, **summary, "records": case_records})
+    write_json(folder / "inversion.json", {**run_facts, **inversion_summary, "records": case_records})
     page_parts = report.jobs(inversions)
     # quiet: the conclusions are printed below instead
     findings = pages.run(page_parts, folder, quiet=True)
     target_text = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
-    sentences = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)
+    sentences = report.summary_sentences(inversion_summary, setup.evaluators.name, setup.perceptual.name)
     introduction = (
         f"{target_text} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
         f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. Weight 0"

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from training import networks
 
 
-def describe_file(source: str | Path | None) -> dict[str, Any]:
+def describe_file(file_or_folder: str | Path | None) -> dict[str, Any]:
     """Describe a network file itself: path, size in bytes and SHA-256.
 
     The description of a pickle also holds its protocol and the globals (classes and functions) that it
     imports.
 
     Args:
-        source: network file or run folder; None: the bundled generator.
+        file_or_folder: network file or run folder; None: the bundled generator.
 
     Raises: FileNotFoundError for a missing file; ValueError for a pickle that imports globals that are not
         allowed, naming them.
@@ -31,7 +31,7 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network, pickles
 
-    network_path = find_network(source)
+    network_path = find_network(file_or_folder)
     if not network_path.is_file():
         raise FileNotFoundError(f"{network_path}: this network file does not exist. Check the path.")
     file_facts: dict[str, Any] = {
@@ -46,13 +46,13 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     return file_facts
 
 
-def describe_networks(source: str | Path | None, seed_count: int = 256) -> dict[str, Any]:
+def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) -> dict[str, Any]:
     """Load the networks of a file, and describe them.
 
     The description holds their tensors, the arguments of their constructors, and statistics of w.
 
     Args:
-        source: network file or run folder; None: the bundled generator.
+        file_or_folder: network file or run folder; None: the bundled generator.
         seed_count: number of latents over which the statistics are computed.
 
     Raises: ValueError or OSError of `load_networks` for a file that cannot be loaded.
@@ -60,7 +60,7 @@ def describe_networks(source: str | Path | None, seed_count: int = 256) -> dict[
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import as_generator, find_network, load_networks
 
-    nets = load_networks(find_network(source))
+    nets = load_networks(find_network(file_or_folder))
     G = nets.G_ema
     description = {
         "networks": {

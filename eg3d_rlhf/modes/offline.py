@@ -212,12 +212,12 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
         )
 
 
-def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
+def check_opened(settings: OfflineRun, problem_and_labels: "Opened", run: "Run") -> None:
     """Raise ValueError if a problem and its labels lack something that the arms of the run need.
 
     Args:
         settings: settings of the run.
-        opened: the problem and the labelled assets.
+        problem_and_labels: the problem and the labelled assets.
         run: the run, to whose inputs the file of labels is added.
     """
     # imported here, because --help must not load these modules
@@ -227,7 +227,7 @@ def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
     if settings.labels is not None and settings.labels not in SIMULATED_KINDS:
         run.inputs["labels"] = Path(settings.labels)
     # All training seeds have the same data, so the first seed is enough for the checks.
-    bench = settings.bench(opened, settings.training_seeds[0])
+    bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm_kind in (LABELS, DPO):
         # There are two kinds of arms: DPO on pairs, whose names begin with "dpo", and losses on labels. Skip
         # the kind of which the run has no arm.

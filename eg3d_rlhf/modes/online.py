@@ -311,15 +311,15 @@ def open_online(settings: OnlineRun, device: str) -> "Opened":
     return open_problem(settings.source, device), None
 
 
-def check_opened(settings: OnlineRun, opened: "Opened", run: "Run") -> None:
+def check_opened(settings: OnlineRun, problem_and_labels: "Opened", run: "Run") -> None:
     """Raise ValueError if a problem lacks something that the arms of the run need.
 
     Args:
         settings: settings of the run.
-        opened: the problem, and None instead of labelled assets.
+        problem_and_labels: the problem, and None instead of labelled assets.
         run: not used.
     """
-    bench = settings.bench(opened, settings.training_seeds[0])
+    bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm in settings.arms:
         bench.config(arm).sampling(bench.stage)  # raises ValueError if the sampler does not suit the stage
     bench.check_gate()

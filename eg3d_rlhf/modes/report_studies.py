@@ -348,7 +348,7 @@ def sweep(
         cell: make_part(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)
     }
     # state of each cell: finished, begun or new
-    states = {cell.name: training.state() for cell, training in trainings_by_cell.items()}
+    state_by_cell = {cell.name: training.state() for cell, training in trainings_by_cell.items()}
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # the hashes show whether two sweeps used the same files
@@ -361,11 +361,11 @@ def sweep(
             "device": str(target_device),
             **sampling,
         }
-        print_json({**common_settings, "outdir": str(outdir), "cells": states})
+        print_json({**common_settings, "outdir": str(outdir), "cells": state_by_cell})
         return
     click.echo(
         f"{len(trainings_by_cell)} cells of {kimg:g} thousand images,"
-        f" {sum(state != 'finished' for state in states.values())} to train.",
+        f" {sum(state != 'finished' for state in state_by_cell.values())} to train.",
         err=True,
     )
     try:

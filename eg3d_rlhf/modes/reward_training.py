@@ -346,12 +346,12 @@ def open_run(settings: RewardRun, run: "Run") -> "Opened":
     return open_training(settings, run)
 
 
-def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
+def work(settings: RewardRun, training_data: "Opened", run: "Run") -> None:
     """Train the reward, evaluate it on held-out labels, and write the results into the run folder."""
     # imported here, because --help must not load this module
     from eg3d_rlhf.rewards.training_run import train_and_evaluate
 
-    train_and_evaluate(settings, opened, run)
+    train_and_evaluate(settings, training_data, run)
 
 
 def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:

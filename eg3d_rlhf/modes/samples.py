@@ -473,32 +473,31 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         mesh_options = (
             mesh_options if mesh_options.level is not None else replace(mesh_options, level=field.level)
         )
-        exported_mesh, report = export_mesh(field, mesh_options, stage_bar)
+        exported_mesh, mesh_report = export_mesh(field, mesh_options, stage_bar)
         stage_bar("writing", 0, 1)
         exported_mesh.save(out)
         stage_bar("writing", 1, 1)
     # head.glb.json and not head.json: meshes of the same name in two formats have separate reports.
-    report.write(
+    mesh_report.write(
         out.with_name(out.name + ".json"),
         network=loaded_network.hash,
         **sample_settings,
         options=asdict(mesh_options),
     )
-    component_text = f"{report.components} of {report.components_extracted} parts"
+    component_text = f"{mesh_report.components} of {mesh_report.components_extracted} parts"
     # the numbers help to find the defect
     watertight_text = (
         "watertight"
-        if report.watertight
-        else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
+        if mesh_report.watertight
+        else f"NOT watertight ({mesh_report.open_edges} open, {mesh_report.shared_edges} shared half-edges)"
     )
-    normals_text = "normals outward" if report.outward else "normals NOT outward"
+    normals_text = "normals outward" if mesh_report.outward else "normals NOT outward"
     click.echo(
-        f"{out}: {report.vertices} vertices, {report.faces} faces, {component_text}, {watertight_text},"
-        f" {normals_text}, volume"
-        f" {report.volume:.4g}"
+        f"{out}: {mesh_report.vertices} vertices, {mesh_report.faces} faces, {component_text},"
+        f" {watertight_text}, {normals_text}, volume {mesh_report.volume:.4g}"
     )
     # The mesh was written anyway, so that the user can inspect it.
-    if not report.watertight:
+    if not mesh_report.watertight:
         sys.exit(1)
 
 

@@ -261,20 +261,22 @@ class StageBar(contextlib.AbstractContextManager["StageBar", None]):
         self._stage = ""
         self._bar: tqdm | None = None
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage to `done` of `total` units. The first call of a stage starts its bar.
+    def __call__(self, stage: str, done_count: int, total_count: int) -> None:
+        """Move the bar of a stage to `done_count` of `total_count` units. Its first call starts the bar.
 
         Args:
             stage: name of the stage.
-            done: number of units that are done.
-            total: number of all units of the stage.
+            done_count: number of units that are done.
+            total_count: number of all units of the stage.
         """
         # the total of a tqdm bar is fixed, so the bar of the previous stage is closed
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage
-            self._bar = tqdm(total=total, desc=f"{self._prefix}{stage}", unit_scale=total >= _SCALED)
-        self._bar.update(done - self._bar.n)  # `update` takes the difference to the present position
+            self._bar = tqdm(
+                total=total_count, desc=f"{self._prefix}{stage}", unit_scale=total_count >= _SCALED
+            )
+        self._bar.update(done_count - self._bar.n)  # `update` takes the difference to the present position
 
     def close(self) -> None:
         """Close the current bar, if there is one."""

@@ -39,13 +39,13 @@ class Row:
     spans: int = 1  # number of rows, from this one on, over which the name is centred
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(text_height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return the built-in font of Pillow in a size. No font needs to be installed for it.
 
     Args:
-        size: height of the text in pixels.
+        text_height: height of the text in pixels.
     """
-    return ImageFont.load_default(size)
+    return ImageFont.load_default(text_height)
 
 
 def sheet(title: str, rows: Sequence[Row], *, name_width: int = 0, note: str = "") -> np.ndarray:
@@ -61,7 +61,7 @@ def sheet(title: str, rows: Sequence[Row], *, name_width: int = 0, note: str = "
         Image, uint8 [height, width, 3].
     """
     cell_width = rows[0].cells[0].shape[1]
-    column_count = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
+    column_count = max(len(sheet_row.cells) for sheet_row in rows)  # rows may have different numbers of cells
     page_width = name_width + column_count * cell_width + 2 * MARGIN
     note_lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
     # all lengths below are in pixels
@@ -73,26 +73,26 @@ def sheet(title: str, rows: Sequence[Row], *, name_width: int = 0, note: str = "
     if title:
         canvas.text((MARGIN, 10), title, INK, font(24))
     row_top = head_height  # upper edge of the current row
-    for i, row in enumerate(rows):
-        cell_top = row_top + (_PARTED if row.parted else 4)
-        cell_bottom = cell_top + row.cells[0].shape[0]
-        if row.parted:
+    for i, sheet_row in enumerate(rows):
+        cell_top = row_top + (_PARTED if sheet_row.parted else 4)
+        cell_bottom = cell_top + sheet_row.cells[0].shape[0]
+        if sheet_row.parted:
             # a light grey line in the middle of the gap above the row
             line_y = row_top + _PARTED // 2
             canvas.line([(MARGIN, line_y), (page_image.width - MARGIN, line_y)], (215, 215, 215))
-        for j, cell in enumerate(row.cells):
+        for j, cell in enumerate(sheet_row.cells):
             page_image.paste(Image.fromarray(cell), (MARGIN + name_width + j * cell_width, cell_top))
-        for j, caption in enumerate(row.captions):
+        for j, caption in enumerate(sheet_row.captions):
             cell_centre = MARGIN + name_width + j * cell_width + cell_width // 2
             # "ma": the position is the middle of the upper edge of the text
             canvas.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
-        name_y = cell_top + sum(map(_height, rows[i : i + row.spans])) // 2
+        name_y = cell_top + sum(map(_height, rows[i : i + sheet_row.spans])) // 2
         # "lm": the position is the middle of the left edge of the text
-        canvas.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
-        canvas.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
-        row_top += _height(row)
-    for i, line in enumerate(note_lines):
-        canvas.text((MARGIN, row_top + 8 + i * _LINE), line, QUIET, font(14))
+        canvas.text((MARGIN, name_y), sheet_row.name, INK, font(26), anchor="lm")
+        canvas.text((MARGIN, name_y + 22), sheet_row.more, QUIET, font(15))
+        row_top += _height(sheet_row)
+    for i, note_line in enumerate(note_lines):
+        canvas.text((MARGIN, row_top + 8 + i * _LINE), note_line, QUIET, font(14))
     return np.array(page_image)
 
 

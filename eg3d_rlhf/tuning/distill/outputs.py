@@ -227,7 +227,7 @@ def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | Non
         introduction,
         page_jobs,
         findings,
-        extra=video_section,
+        extra_html=video_section,
     )
 
 
@@ -357,7 +357,7 @@ def plot_curves(curve_data: Mapping):
     """Plot each metric over the steps, in a panel of its own with one line per arm."""
     metrics = list(curve_data["curves"])
     panel_rows = -(-len(metrics) // 2)  # two panels per row, rounded up
-    figure, axes = style.figure(columns=2, rows=panel_rows, size=(9.4, 2.4 * panel_rows))
+    figure, axes = style.figure(column_count=2, row_count=panel_rows, size=(9.4, 2.4 * panel_rows))
     # matplotlib returns an array of panels, but a single panel as itself.
     panels = axes.ravel() if hasattr(axes, "ravel") else [axes]
     # strict=False: with an odd number of metrics there is one panel more.
