@@ -78,12 +78,12 @@ class Log:
     No file and no connection is opened before the first line or image is logged.
 
     Args:
-        names: value of --log, see `named`; "" for no tracker.
+        log_value: value of --log, see `named`; "" for no tracker.
         folder: run folder.
         settings: settings of the run, which the trackers show beside its curves.
 
     Raises:
-        ValueError: `names` contains an unknown package, or a package that is not installed.
+        ValueError: `log_value` contains an unknown package, or a package that is not installed.
     """
 
     def __init__(self, log_value: str, folder: Path, settings: Mapping[str, Any]):

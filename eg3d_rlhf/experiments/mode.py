@@ -61,10 +61,11 @@ class Flags(dict[str, Any]):
 
     Args:
         values: value of each flag, by the name of its parameter.
-        written: names of the flags that the user passed on the command line.
+        written_names: names of the flags that the user passed on the command line.
     """
 
-    def __init__(self, values: Mapping[str, Any] = {}, written_names: Iterable[str] = ()):  # noqa: B006 (only read)
+    # the default {} is only read, hence the noqa
+    def __init__(self, values: Mapping[str, Any] = {}, written_names: Iterable[str] = ()):  # noqa: B006
         super().__init__(values)
         self.written = frozenset(written_names)
 
@@ -368,7 +369,7 @@ def flags_of(context: click.Context) -> Flags:
 
 @contextlib.contextmanager
 def running(device: str | None, timeout: float, resume_hint: str) -> "Iterator[Ranks]":
-    """Open the process group of a run, and yield its ranks.
+    """Open the process group of a run, and yield the `Ranks` object of this process.
 
     If a signal stops the run, the process prints how to resume it, and exits with status 130.
 

@@ -56,7 +56,8 @@ def run_tasks(
 
     Args:
         needs: maps the name of each task to the names of the tasks that must be done before it.
-        setup: function that makes the handler of a worker, called as setup(*arguments).
+        setup: function that makes a handler, called as setup(*arguments). A handler is a function that runs
+            the task of a name; each worker makes its own.
         arguments: arguments of `setup`, which must be picklable.
         workers: number of worker processes; with 1, the tasks run in this process.
         logs: folder for the files worker-<number>.log, which receive the output of the workers.

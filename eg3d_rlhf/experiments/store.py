@@ -224,7 +224,10 @@ class Store:
         return array_by_name
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
-        """Return True if the folder of the artefact exists and states these inputs, finished or not."""
+        """Return True if the folder of the artefact has an inputs.json with these inputs.
+
+        The artefact may be unfinished.
+        """
         return _stated(self.folder(kind, inputs)) == json_hash(stored(inputs))
 
     @staticmethod
@@ -236,7 +239,7 @@ class Store:
     def finish(
         folder: Path, inputs: Mapping[str, Any], products: Iterable[Path], record: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write inputs.json and done.json, which finish an artefact, and return the content of done.json.
+        """Mark an artefact as finished: write inputs.json and done.json.
 
         A caller can use this function to add files to a store that were made without it.
 
@@ -246,6 +249,9 @@ class Store:
             products: files and folders that belong to the artefact, inside `folder` or elsewhere. All files
                 in these folders are hashed.
             record: further values that the store keeps, in JSON types.
+
+        Returns:
+            Content of done.json without its own hash.
         """
         product_files: set[Path] = set()
         for product_path in products:

@@ -129,9 +129,9 @@ class Table:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the number of prompts and the number of noises per prompt, under the keys of the JSON file.
+        """Return two sizes by their keys in the JSON file: the number of prompts, and of noises per prompt.
 
-        The key of the number of prompts is the one that earlier versions wrote.
+        The number of prompts still has the key that version 0.1 wrote, so that its files can be compared.
         """
         # all score arrays have the same number of prompts and noises: [K or 1, C, S]
         prompt_count, noise_count = next(iter(self.base.values())).shape[1:]

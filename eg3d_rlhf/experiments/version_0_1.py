@@ -61,7 +61,7 @@ def drop_comparison_counter(state: "MutableMapping[str, torch.Tensor]", prefix: 
 
 
 def settings(recorded_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded settings under their present names, at any depth.
+    """Return recorded settings with present names and values, at any depth of nesting.
 
     Args:
         recorded_settings: content of training_options.json, or the options in a checkpoint, of version 0.1 or
@@ -85,7 +85,7 @@ def settings(recorded_settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs of an artefact with the values that version 0.1 hashed, at any depth.
+    """Return the inputs of an artefact with renamed values as version 0.1 hashed them, at any depth.
 
     Args:
         inputs: inputs of an artefact (see experiments.store), with present values.
@@ -154,10 +154,9 @@ def conditioning_file(folder: Path) -> Path:
 
 
 def outdir(folder: Path) -> Path:
-    """Return the folder of a report that --outdir names.
+    """Return the folder of --outdir, or the default folder of version 0.1 that is used in its place.
 
-    If `folder` is a renamed default folder that does not exist, and the folder of the old name exists, the
-    folder of the old name is returned, and `folder` otherwise.
+    The old folder is returned if it exists, and if `folder` is its renamed default and does not exist.
     """
     old_name = FOLDERS.get(folder.as_posix())
     if old_name is None or folder.exists() or not Path(old_name).is_dir():
@@ -313,7 +312,7 @@ def options(recorded_options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _control_renamed(settings_part: Any, key: str = "") -> Any:
-    """Rename the controls in the values of the keys `arms`, `groups` and `use`, at any depth.
+    """Replace old names of control arms, such as "shuffled", in the values of `arms`, `groups` and `use`.
 
     Args:
         settings_part: settings, in JSON types.
@@ -372,7 +371,7 @@ _LOOP_PAIRS = {
 
 
 def loop_pairs(pairs_record: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the record of an artefact that contains the pairs of the loop."""
+    """Rename the keys in the record of an artefact that contains the pairs of the circular loop."""
     return {_LOOP_PAIRS.get(key, key): value for key, value in pairs_record.items()}
 
 

@@ -278,7 +278,10 @@ def _linear(count_sets: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> n
 
 
 class _Frechet:
-    """Fréchet distance of samples with counts. `_Kernel` and `_Change` have the same interface."""
+    """Fréchet distance between two sets in which each sample may count several times or not at all.
+
+    `_Kernel` and `_Change` have the same interface.
+    """
 
     biased = True  # True: finite samples give too large a distance on average
 
@@ -393,7 +396,9 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 class _Kernel:
-    """Unbiased kernel distance of samples with counts, under the kernel k(x, y) = (x.y / F + 1)^3.
+    """Unbiased kernel distance between two sets in which each sample may count several times or not at all.
+
+    The kernel is k(x, y) = (x.y / F + 1)^3.
 
     Pairs of an item with itself never count, even if a resample contains the item several times.
     """

@@ -23,8 +23,8 @@ _measures_option = functools.partial(option, group="Measures")
     metavar="REGEX",
     show_default="the name of the first folder below FOLDER",
     help=(
-        "Regular expression that finds the name of the generator in the path of a file below FOLDER. If the"
-        " expression has a group, the text of the first group is the name."
+        "Regular expression that finds the name of the generator in the path of a file below FOLDER; results"
+        " are counted for each name. If the expression has a group, the text of the first group is the name."
     ),
 )
 @_measures_option(
@@ -143,18 +143,22 @@ def main(
     # answers come in the order in which processes finish, so rows are stored by number
     mesh_rows: list[dict] = [{} for _ in mesh_files]
     with tqdm(total=len(mesh_files), desc="measured", unit="file", dynamic_ncols=True) as progress_bar:
-        for file_index, measures in answer_requests(
+        for file_index, mesh_measures in answer_requests(
             # "do" selects the work of the process: measuring a file, or rendering it
             [{**shared_request, "do": "measure", "path": str(mesh_path)} for mesh_path in mesh_files],
             jobs,
         ):
             mesh_path = mesh_files[file_index]
-            identifiers = {
+            file_and_generator = {
                 "file": mesh_path.relative_to(folder).as_posix(),
                 "generator": generator_name(mesh_path, folder, by),
             }
             # a mesh that cannot be read has a reason instead of measures
-            mesh_rows[file_index] = {**identifiers, "reason": measures.pop("reason", ""), **measures}
+            mesh_rows[file_index] = {
+                **file_and_generator,
+                "reason": mesh_measures.pop("reason", ""),
+                **mesh_measures,
+            }
             progress_bar.update()
     # A row with a reason could not be measured.
     measured_rows = [mesh_row for mesh_row in mesh_rows if not mesh_row["reason"]]

@@ -1,9 +1,11 @@
 """`train.py --mode=circular-dpo`: preference training of a multi-stage flow generator (Circular-DPO).
 
 The last stage of the generator is trained with DPO on pairs that people labelled. In the circular loop, every
-earlier stage is trained on pairs of its own samples, which the tuned and the untuned next stage label: the
-loop's pairs. A run trains all stages in the loop, one stage alone (--stage), or all groups of an ablation
-(--ablate), which are the rows of the paper's table 2. docs/understand/circular-dpo.md describes the method.
+earlier stage is trained on the loop's pairs, which need no people: the tuned and the untuned next stage each
+make an asset, both assets are encoded back to latents of the earlier stage, and the latent of the tuned
+stage's asset is preferred. A run trains all stages in the loop, one stage alone (--stage), or all groups of
+an ablation (--ablate), which are the rows of the paper's table 2. docs/understand/circular-dpo.md describes
+the method.
 """
 
 from dataclasses import asdict, replace
@@ -144,8 +146,9 @@ what_flags = combine_decorators(
         group=WHAT,
         metavar="a..i",
         help=(
-            "Train and compare several groups: letters of the groups of the Circular-DPO paper's table 2,"
-            f" such as a..i or a,d, and names of controls: {', '.join(ARMS)}. Separate them by commas."
+            "Run an ablation instead of one training: train and compare the groups of table 2 of the"
+            " Circular-DPO paper that these letters name, such as a..i or a,d, and controls by their names:"
+            f" {', '.join(ARMS)}. Separate them by commas."
         ),
     ),
 )
@@ -197,7 +200,7 @@ def check(flags: Flags) -> None:
 
 
 def resolve(flags: Flags) -> CircularRun:
-    """Build the settings of the run from the flags. A flag that is None gets the default of the problem.
+    """Build the settings of the run from the flags. A flag that is None gets the default of the generator.
 
     Raises: ValueError that names a flag without an effect, or a value that is not allowed.
     """
@@ -235,7 +238,7 @@ def shown_by_help(flags: Flags) -> list[object]:
 
 
 def open_circular(settings: CircularRun, run: "Run") -> "Problem":
-    """Open the problem of a run: generator, pairs, conditioning and rewards.
+    """Open the problem of a run: the generator, its pairs and conditioning, and the rewards.
 
     Args:
         settings: settings of the run.

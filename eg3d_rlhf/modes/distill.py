@@ -88,7 +88,7 @@ flags = combine_decorators(
         "--show",
         group="Run",
         default=4,
-        help="Number of assets that the images, the video and the meshes show.",
+        help="Number of assets of which images, a video and meshes are written at the end of the run.",
     ),
     option(
         "--prompt",
@@ -387,7 +387,7 @@ def reject_unused(
 
 
 def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
-    """Load the models of a run, the scene: prior, renderer and rewards, on the device of the run.
+    """Load the scene of a run: its prior, renderer and rewards, on the device of the run.
 
     Raises: ValueError or OSError for a file that is missing or cannot be used.
     """
@@ -483,7 +483,7 @@ DISTILL = Mode(
     defaults=shown_by_help,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the bundled problems are small enough for a CPU
     jobs="all arms and assets",
-    help="""Generate 3D assets from texts by score distillation, with preferences in the gradient. Without
+    help="""Generate 3D assets from texts by score distillation, whose gradient can contain a reward. Without
     flags, the run optimises the prompts of the bundled problem with several methods on the same seeds, and
     writes a table of win rates against plain score distillation (sds).
     --resume=RUN resumes a run that was stopped.

@@ -71,8 +71,8 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
             " memory of the published models."
         )
     # collects the family's notice about its licence, which `screen_lines` shows instead
-    remarks: list[str] = []
-    family = family_of(root, remarks.append)
+    licence_remarks: list[str] = []
+    family = family_of(root, licence_remarks.append)
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
     all_faults = [fault for network in networks for fault in find_faults(network)]
     if not isinstance(family, ListsNetworks):
@@ -160,9 +160,11 @@ def screen_lines(
         faults: texts of `find_faults` for all networks.
     """
     # name -> path of the files that the family loads
-    read_files = dict(family.files(root))
+    path_by_name = dict(family.files(root))
     # resolved, so that a link and its target count as the same file
-    used_paths = {path.resolve() for path in (*read_files.values(), *(network.file for network in networks))}
+    used_paths = {
+        path.resolve() for path in (*path_by_name.values(), *(network.file for network in networks))
+    }
     # hidden files and folders, such as a download's cache, are not listed
     hidden_paths = set(root.rglob(".*"))
     all_files = [
@@ -175,7 +177,7 @@ def screen_lines(
         "read",
         [
             f"{_relative_path(path, root)} ({_format_size(path.stat().st_size)})"
-            for path in _existing_files(read_files.values())
+            for path in _existing_files(path_by_name.values())
         ],
     )
     yield from entry_lines(
@@ -219,7 +221,7 @@ def find_licences(root: Path) -> list[Path]:
     inner_paths = [
         path
         for path in sorted(root.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not any(path_part.startswith(".") for path_part in path.relative_to(root).parts)
     ]
     return [
         path

@@ -91,7 +91,10 @@ def export_command(
 
 
 def find_tuned_weights(
-    sources: Sequence[Path], training_name: str | None, pipeline_folder: Path | None, weights: Sequence[str]
+    sources: Sequence[Path],
+    training_name: str | None,
+    pipeline_folder: Path | None,
+    weight_flags: Sequence[str],
 ) -> tuple[Path, dict[str, Path]]:
     """Find the generator that was tuned, and the tuned weights of its stages.
 
@@ -100,7 +103,7 @@ def find_tuned_weights(
         training_name: name of a training in WORK, such as tune-00; None: the latest training.
         pipeline_folder: folder of the untuned generator from --pipeline; None: the generator that the sources
             record.
-        weights: values "STAGE=PATH" of --weights.
+        weight_flags: values "STAGE=PATH" of --weights.
 
     Returns: the folder of the untuned generator, and a mapping from stages to folders or files of weights.
 
@@ -137,7 +140,7 @@ def find_tuned_weights(
             generator_roots.append(Path(source_record["pipeline"]))
             stage_folders += [(stage, source / stage) for stage in stages]
     # (stage, "=", path); sign and path are empty if the value has no "="
-    weight_fields = [weight_text.partition("=") for weight_text in weights]
+    weight_fields = [weight_text.partition("=") for weight_text in weight_flags]
     malformed_weights = [
         stage + separator + path for stage, separator, path in weight_fields if not (stage and path)
     ]

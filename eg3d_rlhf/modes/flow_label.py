@@ -36,7 +36,8 @@ SECONDS = 8  # assumed time of one answer, from which the total time is estimate
     default="random",
     help=(
         f"Strategy that chooses the pairs: {', '.join(STRATEGIES)}, or the name of a plugin's strategy."
-        f" active and close need trained rewards in WORK/{REWARD}."
+        " active chooses pairs on which rewards disagree, and close chooses pairs with similar scores; both"
+        f" need trained rewards in WORK/{REWARD}."
     ),
 )
 @device_flag

@@ -37,8 +37,8 @@ sampling_flags = combine_decorators(
         type=click.IntRange(2),
         show_default="by generator; 128 for Hunyuan3D-2.1",
         help=(
-            "Number of cells per axis of the grid from which meshes are extracted. The published program of"
-            " Hunyuan3D-2.1 uses 384."
+            "Number of cells per axis of the grid from which meshes are extracted. More cells give finer"
+            " meshes and need more time and memory. The published program of Hunyuan3D-2.1 uses 384."
         ),
     ),
     rare_option(
@@ -97,7 +97,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
 
 
 def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
-    """Generate all assets of `sampling` on every rank, with a progress bar on the first rank.
+    """Generate all assets of `sampling`, divided among the ranks, with a progress bar on the first rank.
 
     Returns: the number of assets that can be shown, and the reasons for the others.
     """

@@ -132,11 +132,19 @@ class Study:
     ),
 )
 @count_option(
-    "--n", show_default="all pairs of test assets", help="Number of pairs after which the study ends."
+    "--n",
+    show_default="all pairs of test assets",
+    help="Number of trials (answered pairs) after which the comparison ends.",
 )
-@count_option("--annotators", default=1, help="Number of people who answer.")
+@count_option(
+    "--annotators",
+    default=1,
+    help="Number of people who answer. With two or more, each pair is shown to two of them.",
+)
 @option(
-    "--again", is_flag=True, help="Begin a new study of the same training, and keep the results of the old."
+    "--again",
+    is_flag=True,
+    help="Begin a new study of the same training, and keep the results of the old study.",
 )
 @option(
     "--interim",
@@ -248,7 +256,7 @@ def serve(
     study: Study,
     arm_folders: list[str],
     baseline: str | None,
-    max_pairs: int | None,
+    trial_limit: int | None,
     annotator_count: int,
     server_values: Mapping[str, object],
 ) -> None:
@@ -260,7 +268,7 @@ def serve(
         arm_folders: names of the folders of assets: test-base, tuned-NN and, if there is a control,
             control-NN.
         baseline: BASE or CONTROL; None: the first comparison that is not over.
-        max_pairs: number of pairs after which the study ends; None: all pairs.
+        trial_limit: number of answered pairs after which the comparison ends; None: all pairs.
         annotator_count: number of people who answer.
         server_values: flags of the server that were given, by name.
 
@@ -305,7 +313,7 @@ def serve(
         command_line += [
             f"--a={asset_folders[0]}",
             f"--b={asset_folders[1]}",
-            f"--n={min(max_pairs or max_trials, max_trials)}",
+            f"--n={min(trial_limit or max_trials, max_trials)}",
             f"--up={work.up}",
             f"--annotators={annotator_count}",
             f"--seed={work.seed}",

@@ -89,12 +89,15 @@ what_flags = combine_decorators(
     _what_is_tuned_option(
         "--pairs-only",
         is_flag=True,
-        help="Write the pairs into WORK/pairs, a folder that train.py reads, and stop.",
+        help="Write the pairs into the folder WORK/pairs, which train.py reads with --pairs, and stop.",
     ),
     _what_is_tuned_option(
         "--no-control",
         is_flag=True,
-        help="Train no control on shuffled labels. This halves the time.",
+        help=(
+            "Train no control on shuffled labels. This halves the time, but nothing then shows whether the"
+            " answers carried a learnable signal."
+        ),
     ),
     _what_is_tuned_option(
         "--seed",

@@ -229,7 +229,7 @@ def merge_preset(given_flags: Mapping, network_settings: Mapping) -> dict:
     }
     batch_size = settings_by_name["batch"]
     if settings_by_name["ema_kimg"] is None and batch_size is not None:
-        # EG3D: ema_kimg = batch_size * 10 / 32
+        # the half-life of the moving average grows with the batch size, as in EG3D's train.py
         settings_by_name["ema_kimg"] = batch_size * 10 / 32
     if cfg != "heads64" and batch_size is not None:  # EG3D scales this flag with the batch size
         settings_by_name["blur_fade_kimg"] = (

@@ -91,8 +91,8 @@ def convert(
     """Convert a folder or a zip file of images to the dataset format that train.py reads. Camera labels are
     checked and copied.
 
-    The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without
-    compression, and dataset.json. The source's labels are read from its own dataset.json,
+    The result holds uncompressed square PNGs of one size under consecutive names
+    (00000/img00000000.png, ...), and dataset.json. The source's labels are read from its own dataset.json,
     {"labels": [[image name, label], ...]}; a set without that file gets "labels": null.
 
     \b

@@ -387,7 +387,7 @@ def _start(
     requested_settings: dict,
     given_names: set[str],
 ) -> None:
-    """Serve the labelling page of a project until it is interrupted. Plan the pairs first if it is new.
+    """Serve the labelling page of a project until Ctrl-C. Plan the pairs first if the project is new.
 
     Args:
         db: URL of the database.
@@ -479,7 +479,7 @@ def _start(
     show_default="no limit",
     help=(
         "Smallest accuracy of an annotator on gold pairs, whose correct answer is known. Answers of less"
-        " accurate annotators are left out."
+        " accurate annotators, and of annotators without gold pairs, are left out."
     ),
 )
 @option(
@@ -491,7 +491,7 @@ def _start(
     "--criterion",
     metavar="NAME",
     show_default="which is better",
-    help="Name of the question whose answers are exported.",
+    help="Name of the question whose answers are exported, one of --criteria of eg3d-rlhf label.",
 )
 @option(
     "--from-pairs",
@@ -567,8 +567,8 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
         )
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError(
-            "--campaign and --annotator have an effect on ranked seeds (.csv) only. Exported judgements"
-            " (.jsonl) contain both names. Remove the flag."
+            "--campaign and --annotator apply to ranked seeds (.csv) only, because exported judgements"
+            " (.jsonl) contain both names. Remove these flags."
         )
     with open_store(db, create=True) as store:
         if source.suffix == ".csv":
@@ -592,7 +592,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     "--criterion",
     metavar="NAME",
     show_default="which is better",
-    help="Name of the question whose answers are used.",
+    help="Name of the question whose answers are used, one of --criteria of eg3d-rlhf label.",
 )
 @option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
 @database
@@ -613,15 +613,17 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
             f" {', '.join(criteria) or 'none'}. Use one of these names, or remove --criterion."
         )
     # Only answers to planned pairs of two generators count, not repeats, gold pairs or answers of studies.
-    board = leaderboard_of(judgements, criterion)
+    ranking = leaderboard_of(judgements, criterion)
     if as_json:
         click.echo(
             json.dumps(
-                {"campaign": campaign, "question": criterion, **board.to_dict()}, indent=1, ensure_ascii=False
+                {"campaign": campaign, "question": criterion, **ranking.to_dict()},
+                indent=1,
+                ensure_ascii=False,
             )
         )
     else:
-        click.echo(as_text(board))
+        click.echo(as_text(ranking))
 
 
 def _check_campaign(store: "Store", campaign: str | None) -> None:
@@ -634,7 +636,8 @@ def _check_campaign(store: "Store", campaign: str | None) -> None:
     stored_campaign = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored_campaign is None:
         raise ValueError(
-            f"--campaign: {campaign} is not in this database. Use one of the campaigns that `status` lists."
+            f"--campaign: {campaign} is not in this database. Use one of the campaigns that `eg3d-rlhf label"
+            " status` lists."
         )
     if stored_campaign is not None and stored_campaign.settings.mode is not Mode.LABEL:
         # A study is analysed by its own command, because its design fixes the analysis.

@@ -156,7 +156,10 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
 )
 @file_option(
     "--held",
-    help="File of ratings that --out wrote. These ratings stay fixed, and only new methods are rated.",
+    help=(
+        "File of ratings that an earlier call wrote with --out. These ratings stay fixed, and only methods"
+        " without a rating are rated."
+    ),
 )
 @file_option("--out", help="JSON file to which the ratings are also written.")
 def elo(files, ties, held, out) -> None:

@@ -42,7 +42,7 @@ flags = combine_decorators(
 
 @dataclass(frozen=True, kw_only=True)
 class MeshRewardRun:
-    """Settings of one training, or of all trainings behind a table: one for each arm and seed."""
+    """Settings of one training, or of a table of trainings, which has one for each arm and seed."""
 
     training: MeshRewardTraining
     seeds: tuple[int, ...] | None = None  # training seeds of the table; None: one training

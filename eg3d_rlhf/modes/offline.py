@@ -107,7 +107,8 @@ what_flags = combine_decorators(
         show_default="the ranks in the list; for the toy thumbs, with dgpo ranks",
         help=(
             "File of people's labels of the assets: thumbs, scores, ranks or pairs"
-            " (docs/guides/single-labels.md). For the toy also the name of one of its kinds of labels."
+            " (docs/guides/single-labels.md). For the toy also the name of its simulated labels:"
+            f" {' or '.join(SIMULATED_KINDS)}."
         ),
     ),
     stage_flag,
@@ -118,7 +119,10 @@ arms_flag = option(
     group=TABLE,
     metavar="LIST",
     default=LABELS,
-    help=f"Arms to train and compare, separated by commas: {', '.join(ARMS)}.",
+    help=(
+        f"Arms to train and compare, separated by commas: {', '.join(ARMS)}. labels is trained with --loss on"
+        " single assets; randomised and inverted are its controls; dpo is trained on pairs."
+    ),
 )
 
 
@@ -164,7 +168,7 @@ def shown_by_help(run: OfflineRun) -> list[object]:
 
 
 def open_offline(settings: OfflineRun, device: str) -> "Opened":
-    """Open the problem and the labelled assets of a run, for `make_arms_mode`.
+    """Open the generator of a run with its evaluators (the problem), and the labelled assets.
 
     Args:
         settings: settings of the run.

@@ -299,7 +299,7 @@ def apply_flags(config: OnlineConfig, changed_fields: dict) -> OnlineConfig:
 
 
 def open_online(settings: OnlineRun, device: str) -> "Opened":
-    """Open the problem of a run, for `make_arms_mode`. There are no labelled assets, hence the None.
+    """Open the generator of a run with its evaluators (the problem). There are no labelled assets: None.
 
     Args:
         settings: settings of the run.
@@ -326,7 +326,7 @@ def check_opened(settings: OnlineRun, problem_and_labels: "Opened", run: "Run") 
 
 
 def make_online_mode(name: str, preset: str) -> Mode:
-    """Build the mode for one of its two names.
+    """Build the mode of online tuning under one of its two names, which differ in the default loss.
 
     Args:
         name: name of the mode, "online" or "grpo".

@@ -128,8 +128,10 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
             f"{role} run": "finished" if training.finished() else training.continued()
             for role, training in trainings_by_role.items()
         }
-        folders = {role: training.run or training.folder for role, training in trainings_by_role.items()}
-        print_json({**run_states, **report_commands(outdir, folders, seed, report_names)})
+        folder_by_role = {
+            role: training.run or training.folder for role, training in trainings_by_role.items()
+        }
+        print_json({**run_states, **report_commands(outdir, folder_by_role, seed, report_names)})
         return
     # The times of the two trainings are printed as one number.
     start_time = time.time()

@@ -214,7 +214,8 @@ def viewer(report_folder: Path) -> str:
     help=(
         "Regions of the shape to which the change is attributed. people: parts of the ground-truth synthetic"
         " head; boxes: fixed boxes; landmarks: boxes around facial landmarks; head: eight parts around"
-        " landmarks that fill the slab; FILE: a label volume (.npy, with names in a .json beside it)."
+        " landmarks that fill the density grid of the reward; FILE: a label volume (.npy, with names in a"
+        " .json beside it)."
     ),
 )
 # WFLW is a dataset of human faces with 98 landmarks.

@@ -155,7 +155,7 @@ reward_flags = combine_decorators(
         "--criterion",
         metavar="NAME",
         show_default="which is better",
-        help="Name of the question whose answers are the labels.",
+        help="Name of the question whose answers are the labels, one of --criteria of eg3d-rlhf label.",
     ),
     name_option(
         # The network, and the settings of an ensemble.
@@ -175,7 +175,7 @@ reward_flags = combine_decorators(
         default=None,
         help=(
             "Resample the training pairs with replacement, with a different seed for each member of an"
-            " ensemble."
+            " ensemble. By default, only ensembles do so."
         ),
     ),
     option(

@@ -93,8 +93,8 @@ def _shapes(rare: bool = False):
     default=FFHQ_FOV,
     group="Samples",
     help=(
-        "Field of view of the camera, in degrees, as the flag of the same name in EG3D's gen_samples.py"
-        " defines it (along the diagonal of the image)."
+        "Field of view of the camera along the diagonal of the image, in degrees, as in EG3D's"
+        " gen_samples.py."
     ),
 )
 @_shapes()
@@ -108,7 +108,10 @@ def _shapes(rare: bool = False):
     "--shape-border",
     type=click.FloatRange(0, 0.5, max_open=True),
     show_default="by generator; 30/256 for EG3D's",
-    help="Share of the cube's edge along each face in which the density is set to empty space.",
+    help=(
+        "Width of a margin inside the faces of the cube, as a share of its edge. The density there is set to"
+        " empty space."
+    ),
 )
 @shared("device dry-run")
 def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run, **view_options) -> None:
@@ -166,9 +169,9 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     for seed in tqdm(seeds, unit="seed", desc="samples"):
         # The mapping network gets the frontal camera, as in EG3D's script.
         ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
-        renders = rendering.render(generator, ws, camera_labels, seed, view_options["noise_mode"])
+        view_images = rendering.render(generator, ws, camera_labels, seed, view_options["noise_mode"])
         write_atomic(
-            outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(renders, len(camera_labels)))
+            outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(view_images, len(camera_labels)))
         )
         if view_options["shapes"]:
             with rendering.StageBar(f"seed {seed} ") as stage_bar:
@@ -237,7 +240,10 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     "sample_mult",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
-    help="Factor by which the number of density samples per ray is multiplied.",
+    help=(
+        "Factor by which the number of density samples per ray is multiplied. A larger factor gives smoother"
+        " videos and takes longer."
+    ),
 )
 @rare_option(
     "--nrr",
@@ -404,7 +410,10 @@ def videos(
     "--border",
     type=click.FloatRange(0, 0.5, max_open=True),
     default=SURFACE.border,
-    help="Share of the cube's edge along each face in which the density is set to empty space.",
+    help=(
+        "Width of a margin inside the faces of the cube, as a share of its edge. The density there is set to"
+        " empty space."
+    ),
 )
 @rare_option(
     "--component",
@@ -519,7 +528,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     metavar="INT",
     type=click.IntRange(0),
     default=16,
-    help="Number of latents, from the first, whose shapes are also rendered.",
+    help="Number of shapes in shapes.png, those of the first latents; 0: shapes.png is not written.",
 )
 @shared("device dry-run")
 def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
@@ -568,12 +577,14 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
             )
     # Latents of synthetic heads have a ground-truth head if they are not truncated, hence psi = 1 for shapes.
     has_ground_truth = data.startswith("synthetic:") and generator.z_dim == LATENT
-    sheets = {"images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)}
+    sheet_by_file = {
+        "images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)
+    }
     if shapes:
-        sheets["shapes.png"] = shape_sheet(
+        sheet_by_file["shapes.png"] = shape_sheet(
             generator, seeds[:shapes], psi if psi is not None else 1.0 if has_ground_truth else Sources.psi
         )
     # written last, so that an error leaves the old files unchanged
-    for file_name, sheet_image in sheets.items():
+    for file_name, sheet_image in sheet_by_file.items():
         write_atomic(outdir / file_name, rendering.png(sheet_image))
-    click.echo(f"{outdir}: {', '.join(sheets)}")
+    click.echo(f"{outdir}: {', '.join(sheet_by_file)}")

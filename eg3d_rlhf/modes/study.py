@@ -68,8 +68,8 @@ database = option(
     type=click.IntRange(0, 50),
     default=6,
     help=(
-        "Number of best pairs and of worst pairs that the report shows as images. With 0, no generator is"
-        " loaded."
+        "Number of pairs with the highest, and of pairs with the lowest win rate of b that the report shows"
+        " as images. With 0, no generator is loaded."
     ),
 )
 def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:

@@ -1,4 +1,4 @@
-"""Rendering of one latent from any camera, as uint8 images that depend on the seed and the camera only.
+"""Rendering of a latent from any camera as uint8 images, which do not depend on images rendered before.
 
 Shapes: N latents, L layers of ws, W width of ws, H rows of an image, B columns of an image.
 """

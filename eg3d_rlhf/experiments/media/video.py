@@ -131,7 +131,7 @@ class Film:
         seeds: seeds of the keyframes, see `FilmOptions.cells`.
         cameras: family of cameras.
         options: options of the content.
-        look: options of the volume rendering.
+        render_options: options of the volume rendering.
 
     Deviates: the last frame leads exactly back to the first one (EG3D's gen_videos.py writes pi as 3.14).
     A frame does not depend on the random numbers of other frames.
@@ -143,12 +143,12 @@ class Film:
         seeds: Sequence[int],
         cameras: CameraFamily,
         options: FilmOptions,
-        look: RenderOptions = DEFAULT_OPTIONS,
+        render_options: RenderOptions = DEFAULT_OPTIONS,
     ):
         self.generator = generator
         self.cameras = cameras
         self.options = options
-        self.look = look
+        self.render_options = render_options
         cells = options.cells(seeds)
         self.first_seed = cells[0][0]  # random seed of the rendering of all frames
         self.walks = [
@@ -184,7 +184,7 @@ class Film:
                 self.first_seed,
                 options.noise_mode,
                 options.mode,
-                self.look,
+                self.render_options,
             )
         # `render` returns distances for this mode, which are converted to grey values
         if options.mode == "image_depth":
