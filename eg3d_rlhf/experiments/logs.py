@@ -167,7 +167,7 @@ class Board:
 
 
 class Tracker:
-    """Writer to Weights & Biases or to Trackio, whose Python interfaces are alike.
+    """Writer of measurements to Weights & Biases or to Trackio, whose Python interfaces are alike.
 
     The run at the tracker is identified by the path of the run folder, so a resumed run continues its curves.
 

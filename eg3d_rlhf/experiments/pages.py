@@ -62,7 +62,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Result of one computation, in JSON types."""
+    """Numbers, table, sentences and images that the job of one section has computed, in JSON types."""
 
     facts: Facts
     data: dict[str, Any]  # numbers that the plots read
@@ -417,7 +417,7 @@ def _script_json(values: object, **json_options: Any) -> "Markup":
 def points_section(
     points: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, str]], sprite: dict[str, Any]
 ) -> str:
-    """Make an interactive map of samples as HTML, for the argument `extra` of `write_page`.
+    """Make an interactive map of samples as HTML, for the argument `extra_html` of `write_page`.
 
     Args:
         points: samples, each {"role": "before" or "after" (tuning), "seed", "reward", "<layout>_x",

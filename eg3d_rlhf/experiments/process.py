@@ -65,6 +65,7 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
     try:
         yield
     finally:
+        # deleted before the release, since afterwards the file may be locked by another process
         lock_path.unlink(missing_ok=True)
         folder_lock.release()
 

@@ -205,7 +205,7 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
 
 @torch.no_grad()
 def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[FeatureStatistics, np.ndarray]:
-    """Compute a network's features of all images of some batches.
+    """Compute the features of all images in batches with a network.
 
     Args:
         network: feature network.
@@ -229,9 +229,9 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
 def draw_subsets(
     n: int, m: int, subset_count: int = SUBSETS, max_subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield random subsets of two sets, as pairs of index arrays ([S], [S]) with S = min(size, n, m).
+    """Yield random subsets of two sets, as pairs of index arrays ([S], [S]).
 
-    No index is repeated inside a subset.
+    S is the smallest of `max_subset_size`, n and m. No index is repeated inside a subset.
 
     Args:
         n: number of samples of the first set.

@@ -204,6 +204,7 @@ def evaluate(
         metric_name = metric
         # Only Inception features give a FID or KID. Other features get another name, e.g. frechet_offline.
         if formula != "faces" and not isinstance(network, InceptionFeatures):
+            # the part after "fid" or "kid", such as 50k_full, is kept
             metric_name = f"{formula}_offline{metric[3:]}"
         if formula == "faces":
             results_by_name = {
@@ -241,9 +242,9 @@ def evaluate(
 
 
 def training_options(network: Path) -> dict:
-    """Read the dataset of the training run in whose folder a network file lies.
+    """Read on which dataset a network was trained, from the record in the folder of the network file.
 
-    The run can be one of this package or of EG3D.
+    The folder can be a run folder of this package or of EG3D.
 
     Returns: a dictionary of 'data', the path of the dataset, and 'mirror', True if the run also trained on
         mirrored images. The dictionary is empty if the folder holds no options of a run.

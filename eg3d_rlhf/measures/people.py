@@ -73,15 +73,15 @@ def in_front(points: np.ndarray) -> np.ndarray:
     return (points[..., 2] > IN_FRONT) & (points[..., 1] > BASE)
 
 
-def volume_error(shape_values: np.ndarray, head_values: np.ndarray, is_in_region=back_of_head) -> VolumeError:
+def volume_error(shape_values: np.ndarray, head_values: np.ndarray, region_test=back_of_head) -> VolumeError:
     """Compute the volume errors of a shape against the ground-truth head in a region of the head.
 
     Args:
         shape_values: grid [n, n, n] of the shape, negative inside.
         head_values: grid [n, n, n] of the ground-truth head, negative inside.
-        is_in_region: function of points [..., 3] that is True in the region, `back_of_head` or `in_front`.
+        region_test: function of points [..., 3] that is True in the region, `back_of_head` or `in_front`.
     """
-    region_mask = is_in_region(grid_points(len(shape_values)))
+    region_mask = region_test(grid_points(len(shape_values)))
     shape_mask = (shape_values < 0) & region_mask
     head_mask = (head_values < 0) & region_mask
     head_volume = head_mask.sum()
@@ -132,12 +132,12 @@ def surfaces(shape_values: np.ndarray, head_values: np.ndarray) -> dict[str, flo
     shape_points = surface_points(shape_values)
     head_points = surface_points(head_values)
     measures_by_name: dict[str, float] = {}
-    for suffix, is_in_region in (("", back_of_head), ("_front", in_front)):
+    for suffix, region_test in (("", back_of_head), ("_front", in_front)):
         # Distances in world units from the shape's points in the region to the head, and from the head's
         # points in the region to the shape
         distances = (
-            _distances(shape_points, head_points, is_in_region),
-            _distances(head_points, shape_points, is_in_region),
+            _distances(shape_points, head_points, region_test),
+            _distances(head_points, shape_points, region_test),
         )
         measures_by_name |= {
             f"fscore{suffix}": _fscore(distances, VOXEL),
@@ -169,7 +169,7 @@ def _fscore(distances: tuple[np.ndarray, np.ndarray], tolerance: float) -> float
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _distances(points: np.ndarray, target_points: np.ndarray, is_in_region) -> np.ndarray:
+def _distances(points: np.ndarray, target_points: np.ndarray, region_test) -> np.ndarray:
     """Compute the distances from the points of a surface to the nearest points of another surface.
 
     Distances are infinite if the region contains no point or the other surface is empty.
@@ -177,9 +177,9 @@ def _distances(points: np.ndarray, target_points: np.ndarray, is_in_region) -> n
     Args:
         points: points [P, 3] of the surface; only those in the region count.
         target_points: all points of the other surface.
-        is_in_region: function of points [..., 3] that is True in the region.
+        region_test: function of points [..., 3] that is True in the region.
     """
-    points_in_region = points[is_in_region(points)]
+    points_in_region = points[region_test(points)]
     if len(points_in_region) and len(target_points):
         return cKDTree(target_points).query(points_in_region)[0]
     # At least one infinite distance: a mean over no distances would be NaN.

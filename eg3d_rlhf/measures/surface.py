@@ -225,12 +225,11 @@ def _check_mesh(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _partners(faces: np.ndarray) -> np.ndarray:
-    """Return the partner of each half-edge, [C].
+    """Return the index of the partner of each half-edge, [C].
 
-    The partner is the only other half-edge at the same edge, and runs in the opposite direction.
-
-    Half-edges without such a partner get -1. Half-edge 3f + i runs from corner i of face f to the next corner
-    of that face.
+    The partner is the only other half-edge at the same edge, and runs in the opposite direction. Half-edges
+    without such a partner get -1. Half-edge 3f + i runs from corner i of face f to the next corner of that
+    face.
     """
     start_vertex = faces.reshape(-1)
     end_vertex = faces[:, [1, 2, 0]].reshape(-1)

@@ -337,6 +337,7 @@ def sweep(
     target_device = choose_device(device)
     # a run folder is replaced by its newest network
     network_path = find_network(before)
+    # without --before, train.py chooses its default network itself, hence None for init
     network_flags = {"init": before and network_path, "reward-ckpt": reward_ckpt, "data": data}
     # flags of train.py that are the same for all cells
     train_arguments = [

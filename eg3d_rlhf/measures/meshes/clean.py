@@ -19,7 +19,7 @@ from training.config import check_choice
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CleanMesh:
-    """Cleaned mesh.
+    """Mesh that `clean_mesh` has cleaned, with the numbers of changes.
 
     Lengths are shares of the bounding box's longest edge, the box is centred at 0, and y points up.
     """

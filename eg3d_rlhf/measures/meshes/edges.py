@@ -160,7 +160,7 @@ def edge_measures(edges: Edges) -> dict:
 
 
 def bend(edges: Edges) -> float:
-    """Compute how strongly a surface is bent: the sum over edges of length times angle between normals, / 2.
+    """Compute how strongly a surface is bent: half the sum of edge length times angle between normals.
 
     Only edges with exactly two faces count, and the angle (radians) is between the normals of the two faces.
     For a smooth surface, the sum approaches the integral of (|k1| + |k2|) / 2, where k1 and k2 are the
