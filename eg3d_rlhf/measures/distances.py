@@ -76,22 +76,22 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     assert mean_1.shape == mean_2.shape
     # Cholesky factorisation with pivoting, P^T C_1 P = L L^T, which works without full rank.
     packed_factor, pivots, rank, _ = lapack.dpstrf(cov_1, lower=1)
-    factor = np.empty((len(cov_1), rank))
+    cholesky_factor = np.empty((len(cov_1), rank))
     # LAPACK counts pivots from 1. The upper triangle and the columns beyond the rank hold no part of L.
-    factor[pivots - 1] = np.tril(packed_factor)[:, :rank]  # [F, r]
+    cholesky_factor[pivots - 1] = np.tril(packed_factor)[:, :rank]  # [F, r]
     largest_variance = np.abs(np.diagonal(cov_1)).max(initial=0.0)
     # The factorisation stops at the first negative pivot, so an indefinite matrix leaves a remainder.
-    remainder = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)
+    largest_remainder = np.abs(cov_1 - cholesky_factor @ cholesky_factor.T).max(initial=0.0)
     # 1e-12 covers rounding if all variances are 0.
-    if remainder > _PSD_TOLERANCE * largest_variance + 1e-12:
+    if largest_remainder > _PSD_TOLERANCE * largest_variance + 1e-12:
         raise ValueError(
             "frechet_distance: cov_1 is not a covariance, because it has a negative eigenvalue: it differs"
-            f" from its Cholesky factorisation by {remainder:.3g}. Use the result of"
+            f" from its Cholesky factorisation by {largest_remainder:.3g}. Use the result of"
             " FeatureStatistics.moments()."
         )
     # L^T C_2 L has the eigenvalues of C_1 C_2, and is symmetric.
-    product = factor.T @ cov_2 @ factor  # [r, r]
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    symmetric_product = cholesky_factor.T @ cov_2 @ cholesky_factor  # [r, r]
+    eigenvalues = np.linalg.eigvalsh((symmetric_product + symmetric_product.T) / 2)
     # eigvalsh sorts in ascending order, so the first eigenvalue is the smallest. There is none at rank 0.
     if eigenvalues.size and eigenvalues[0] < -_PSD_TOLERANCE * np.abs(eigenvalues).max() - 1e-12:
         raise ValueError(
@@ -136,16 +136,16 @@ class FeatureStatistics:
             )
         if len(batch):
             batch_count = len(batch)
-            mean = batch.mean(axis=0)
+            batch_mean = batch.mean(axis=0)
             total_count = self.count + batch_count
             # Difference between the mean of the batch and the mean of all earlier batches
-            delta = mean - self._mean
+            mean_shift = batch_mean - self._mean
             self._scatter = (
                 self._scatter
-                + (batch - mean).T @ (batch - mean)
-                + np.outer(delta, delta) * (self.count * batch_count / total_count)
+                + (batch - batch_mean).T @ (batch - batch_mean)
+                + np.outer(mean_shift, mean_shift) * (self.count * batch_count / total_count)
             )
-            self._mean = self._mean + delta * (batch_count / total_count)
+            self._mean = self._mean + mean_shift * (batch_count / total_count)
             self.count = total_count
         return self
 

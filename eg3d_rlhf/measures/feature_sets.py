@@ -42,11 +42,12 @@ def pairwise_distances(x: ArrayLike) -> np.ndarray:
     assert x.ndim == 2 and len(x) >= 3
     # Centring does not change distances. It keeps the squares below
     # small, so their difference loses fewer digits.
-    centred = x - x.mean(axis=0)
-    squared_norms = (centred**2).sum(axis=1)
+    centred_features = x - x.mean(axis=0)
+    squared_norms = (centred_features**2).sum(axis=1)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding can make slightly negative.
     squared_distances = (
-        np.maximum(squared_norms[:, None] + squared_norms - 2 * centred @ centred.T, 0.0) / x.shape[1]
+        np.maximum(squared_norms[:, None] + squared_norms - 2 * centred_features @ centred_features.T, 0.0)
+        / x.shape[1]
     )
     np.fill_diagonal(squared_distances, 0.0)
     return np.sqrt(squared_distances)
@@ -211,11 +212,11 @@ def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
     block_size = max(1, _BLOCK_CELLS // len(manifold))
     # The expanded square |a|^2 + |b|^2 - 2 a.b is rounded. Without the slack, a point at the edge of a ball
     # could be counted as outside.
-    slack = 1e-12 * float((manifold**2).sum(axis=1).max(initial=0.0))
+    distance_slack = 1e-12 * float((manifold**2).sum(axis=1).max(initial=0.0))
     for block_start in range(0, len(points), block_size):
         block_rows = slice(block_start, block_start + block_size)
         is_inside[block_rows] = (
-            _squared_distances(points[block_rows], manifold) <= squared_radii + slack
+            _squared_distances(points[block_rows], manifold) <= squared_radii + distance_slack
         ).any(axis=1)
     return is_inside
 
@@ -248,9 +249,9 @@ def neighbours(pooled_features: np.ndarray, k: int) -> np.ndarray:
         k: number of neighbours K of each item.
     """
     n = len(pooled_features) // 2
-    centred = pooled_features - pooled_features.mean(axis=0)
-    squared_norms = (centred**2).sum(axis=1)
-    squared_distances = squared_norms[:, None] + squared_norms - 2 * centred @ centred.T
+    centred_features = pooled_features - pooled_features.mean(axis=0)
+    squared_norms = (centred_features**2).sum(axis=1)
+    squared_distances = squared_norms[:, None] + squared_norms - 2 * centred_features @ centred_features.T
     item_indices = np.arange(2 * n)
     # Exclude the item itself and its partner.
     squared_distances[item_indices, item_indices] = squared_distances[
@@ -288,18 +289,18 @@ def paired_separability(
     swaps = np.random.default_rng(seed).integers(0, 2, size=(permutations + 1, n), dtype=np.int8)
     swaps[0] = 0  # row 0 is the observed assignment, the others are permutations
     # Item i of the first set gets the label s_i, 0 or 1, and its partner gets 1 - s_i.
-    labels = np.concatenate([swaps, 1 - swaps], axis=1)  # [B + 1, 2N]
+    set_labels = np.concatenate([swaps, 1 - swaps], axis=1)  # [B + 1, 2N]
     # In blocks of permutations, because all compared labels [B + 1, 2N, K] take too much memory. The double
     # negation rounds the number of blocks up.
     block_size = max(1, _BLOCK_LABELS // neighbour_indices.size)
-    shares = np.concatenate(
+    own_set_shares = np.concatenate(
         [
             (label_block[:, neighbour_indices] == label_block[:, :, None]).mean(axis=(1, 2))
-            for label_block in np.array_split(labels, -(-len(labels) // block_size))
+            for label_block in np.array_split(set_labels, -(-len(set_labels) // block_size))
         ]
     )
-    observed_share = float(shares[0])
-    chance_shares = shares[1:]
+    observed_share = float(own_set_shares[0])
+    chance_shares = own_set_shares[1:]
     # A permutation counts if its share is at least the observed one; 1e-12 covers rounding of equal shares.
     p_value = (1 + int((chance_shares >= observed_share - 1e-12).sum())) / (1 + permutations)
     return Separability(share=observed_share, p=p_value, chance=chance_shares, k=k, n=n)

@@ -53,8 +53,8 @@ def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
     """
     points = torch.from_numpy(grid_points(resolution).reshape(-1, 3)).float()
     # In chunks of 131,072 points, since the activations of all n^3 points take too much memory.
-    chunks = [field.level - field.density(chunk).float() for chunk in points.split(1 << 17)]
-    return torch.cat(chunks, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
+    density_chunks = [field.level - field.density(chunk).float() for chunk in points.split(1 << 17)]
+    return torch.cat(density_chunks, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
 
 
 def back_of_head(points: np.ndarray) -> np.ndarray:

@@ -70,12 +70,12 @@ def frechet_interval(
     Raises: ValueError if a feature is not finite, or a set has fewer than F + 1 samples.
     """
     features = _features("frechet_interval", features_fake, features_real)
-    interval = _interval(_Frechet(*features), resamples, seed)
+    distance_interval = _interval(_Frechet(*features), resamples, seed)
     # A Fréchet distance is not negative, but its estimates can be: raise them to 0. The bias stays as it is.
     corrected_distance, lo, hi, measured_distance = (
-        max(0.0, distance_value) for distance_value in interval[:4]
+        max(0.0, distance_value) for distance_value in distance_interval[:4]
     )
-    return DistanceInterval(corrected_distance, lo, hi, measured_distance, interval.bias)
+    return DistanceInterval(corrected_distance, lo, hi, measured_distance, distance_interval.bias)
 
 
 def kernel_interval(
@@ -351,11 +351,11 @@ def _gaussian_influence(
         c_2: covariance [F, F] of the other set.
     """
     c_1_root, c_1_inverse_root = _powers(c_1)  # c_1^1/2 and c_1^-1/2
-    transport = c_1_inverse_root @ _powers(c_1_root @ c_2 @ c_1_root)[0] @ c_1_inverse_root
+    transport_map = c_1_inverse_root @ _powers(c_1_root @ c_2 @ c_1_root)[0] @ c_1_inverse_root
     offsets = x - m_1  # [N, F]
     # 2 (x - m_1).(m_1 - m_2) + (x - m_1)^T (I - T) (x - m_1)
     influences = 2 * offsets @ (m_1 - m_2) + np.einsum(
-        "nf,fg,ng->n", offsets, np.eye(len(m_1)) - transport, offsets, optimize=True
+        "nf,fg,ng->n", offsets, np.eye(len(m_1)) - transport_map, offsets, optimize=True
     )
     # Shares sum to 1, so only derivatives up to a common constant are defined.
     return influences - influences.mean()
@@ -390,9 +390,9 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
     weights = weights[is_present, None]
     weight_sum = weights.sum()
     mean = (weights * x).sum(axis=0) / weight_sum
-    centred = x - mean
+    centred_features = x - mean
     # Unbiased for counts: the divisor is the sum of counts minus 1, not the number of different items.
-    return mean, (weights * centred).T @ centred / (weight_sum - 1)
+    return mean, (weights * centred_features).T @ centred_features / (weight_sum - 1)
 
 
 class _Kernel:

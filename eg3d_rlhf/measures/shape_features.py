@@ -143,10 +143,12 @@ def _maps(rotated_values: Tensor, u: Tensor, v: Tensor) -> Tensor:
     step_share = torch.where(
         inside_index > 0, (-outside_value / (inside_value - outside_value).clamp_min(1e-9)).clamp(0, 1), 0.0
     )[:, :, 0]
-    height = DEPTH / 2 - DEPTH / (STEPS - 1) * (
+    surface_heights = DEPTH / 2 - DEPTH / (STEPS - 1) * (
         outside_index[:, :, 0] + step_share
     )  # [N, R, R] position along w
-    points = torch.stack([u.expand_as(height), v.expand_as(height), height], dim=-1)  # [N, R, R, 3]
+    points = torch.stack(
+        [u.expand_as(surface_heights), v.expand_as(surface_heights), surface_heights], dim=-1
+    )  # [N, R, R, 3]
     normal, has_normal = normals_from_points(points, is_hit)
     # Undefined normals are set to 0.
     return torch.cat([(normal * has_normal[..., None]).permute(0, 3, 1, 2), is_hit[:, None].float()], dim=1)

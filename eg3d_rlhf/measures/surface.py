@@ -164,14 +164,14 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     # The minus turns side i - 1, which ends at corner i, around.
     cotangents = -(np.roll(side_vectors, 1, axis=1) * side_vectors).sum(axis=2) / double_area[:, None]
     is_obtuse = (cotangents < 0).any(axis=1)
-    laplace = np.zeros_like(vertices)
+    laplacians = np.zeros_like(vertices)
     vertex_areas = np.zeros(len(vertices))
     for i in range(3):  # side i lies opposite corner i + 2
         start_vertices = faces_used[:, i]
         end_vertices = faces_used[:, (i + 1) % 3]
         weighted_side = cotangents[:, (i + 2) % 3, None] * side_vectors[:, i]  # cot alpha (x_end - x_start)
-        _add(laplace, start_vertices, -weighted_side)
-        _add(laplace, end_vertices, weighted_side)
+        _add(laplacians, start_vertices, -weighted_side)
+        _add(laplacians, end_vertices, weighted_side)
         # The previous side joins corners i + 2 and i. The two sides at corner i are therefore it and side i.
         previous_side = (i + 2) % 3
         voronoi_areas = (
@@ -195,8 +195,8 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     is_on_rim[faces[:, [1, 2, 0]].reshape(-1)[open_half_edges]] = True
     is_defined = (vertex_areas > 0) & ~is_on_rim
     # Negative where the surface is concave
-    signed_length = np.linalg.norm(laplace, axis=1) * np.where(
-        (laplace * vertex_normals).sum(axis=1) < 0, -1.0, 1.0
+    signed_length = np.linalg.norm(laplacians, axis=1) * np.where(
+        (laplacians * vertex_normals).sum(axis=1) < 0, -1.0, 1.0
     )
     # Eq. 8 divides the sum by 2A and by 2. The inner `where` avoids a division by 0.
     curvature = np.where(is_defined, signed_length / (4 * np.where(is_defined, vertex_areas, 1.0)), np.nan)
@@ -272,11 +272,11 @@ def connected(index_pairs: list[tuple[np.ndarray, np.ndarray]], item_count: int)
     first_items, second_items = (
         np.concatenate([index_pair[i] for index_pair in index_pairs]) for i in range(2)
     )
-    graph = coo_array(
+    item_graph = coo_array(
         (np.ones(len(first_items), dtype=np.int8), (first_items, second_items)),
         shape=(item_count, item_count),
     )
-    group_count, group_of_item = connected_components(graph, directed=False)
+    group_count, group_of_item = connected_components(item_graph, directed=False)
     return group_of_item.astype(np.int64), int(group_count)
 
 
@@ -402,20 +402,20 @@ def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, l
 
     Returns: world points [P, 3] as (x, y, z). P is the number of rays that meet the shape.
     """
-    volume = sigma.movedim(axis, 0)
+    ray_densities = sigma.movedim(axis, 0)
     axis_coordinates = [spec.axes()[2 - i].to(sigma) for i in range(3)]  # z, y, x
     ray_coordinates = axis_coordinates[axis]
     cross_coordinates = [coordinates for i, coordinates in enumerate(axis_coordinates) if i != axis]
     if from_high:
-        volume = volume.flip(0)
+        ray_densities = ray_densities.flip(0)
         ray_coordinates = ray_coordinates.flip(0)
-    is_inside = volume >= level
+    is_inside = ray_densities >= level
     is_hit = is_inside.any(dim=0)
     # First sample inside; argmax returns the first of equal values, and 0 if there is none.
     inside_index = is_inside.to(torch.uint8).argmax(dim=0)
     outside_index = (inside_index - 1).clamp_min(0)
-    inside_value = volume.gather(0, inside_index[None])[0]
-    outside_value = volume.gather(0, outside_index[None])[0]
+    inside_value = ray_densities.gather(0, inside_index[None])[0]
+    outside_value = ray_densities.gather(0, outside_index[None])[0]
     # Linear interpolation between the last sample outside and the first sample inside. Both have the same
     # index if the ray starts inside, and the share 1 then gives that sample.
     step_share = torch.where(
@@ -464,8 +464,8 @@ def resample(points: Tensor, point_count: int, seed: int) -> Tensor:
     Returns: the chosen points [point_count, 3].
     """
     # A random generator of the CPU: every device then chooses the same points.
-    generator = torch.Generator().manual_seed(seed)
-    return points[torch.randint(len(points), (point_count,), generator=generator).to(points.device)]
+    random_generator = torch.Generator().manual_seed(seed)
+    return points[torch.randint(len(points), (point_count,), generator=random_generator).to(points.device)]
 
 
 def in_head(points: Tensor, spec: SlabSpec) -> Tensor:

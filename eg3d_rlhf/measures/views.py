@@ -59,8 +59,10 @@ class ViewSpec:
         """Return the camera-to-world poses [F, 4, 4]."""
         # In EG3D's parameters, the frontal view has yaw and pitch pi/2.
         yaw = math.pi / 2 + torch.tensor(self.yaws, device=device)[:, None]  # [F, 1]
-        position = camera_position(yaw, torch.full_like(yaw, math.pi / 2 + self.pitch), self.cameras.radius)
-        return look_at(position, torch.tensor(self.cameras.pivot, device=device))
+        camera_positions = camera_position(
+            yaw, torch.full_like(yaw, math.pi / 2 + self.pitch), self.cameras.radius
+        )
+        return look_at(camera_positions, torch.tensor(self.cameras.pivot, device=device))
 
     def intrinsics(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the intrinsics [3, 3] of all cameras, normalised by the image size."""
@@ -272,9 +274,9 @@ def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Ten
     )  # [N, 3, R, R]
     row_differences = F.pad((points[:, 2:] - points[:, :-2]).permute(0, 3, 1, 2), (0, 0, 1, 1))
     normal = torch.linalg.cross(row_differences, column_differences, dim=1)
-    length = normal.norm(dim=1, keepdim=True)
-    has_normal = inner_foreground(foreground) & (length[:, 0] > 1e-12)
-    return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), has_normal
+    normal_lengths = normal.norm(dim=1, keepdim=True)
+    has_normal = inner_foreground(foreground) & (normal_lengths[:, 0] > 1e-12)
+    return (normal / normal_lengths.clamp_min(1e-12)).permute(0, 2, 3, 1), has_normal
 
 
 def _normal(views: Views, target_view: int, source_view: int, match: Match) -> tuple[Tensor, Tensor]:
@@ -302,10 +304,10 @@ def _normal(views: Views, target_view: int, source_view: int, match: Match) -> t
     # Interpolation shortens the normals.
     source_direction = F.normalize(sampled_maps[:, :3], dim=1).permute(0, 2, 3, 1)
     # angle = 2 asin(chord / 2) is accurate at small angles, where acos of a rounded cosine is not.
-    chord = (target_normals - source_direction).norm(dim=-1).clamp_max(2.0)
-    angle = torch.rad2deg(2 * torch.asin(chord / 2))
+    chords = (target_normals - source_direction).norm(dim=-1).clamp_max(2.0)
+    angles = torch.rad2deg(2 * torch.asin(chords / 2))
     # An interpolated mask below 1 means that one of the four interpolated normals is undefined.
-    return angle, match.visible & is_target_defined & (sampled_maps[:, 3] > 0.999)
+    return angles, match.visible & is_target_defined & (sampled_maps[:, 3] > 0.999)
 
 
 def _mean_over_pairs(errors_and_masks: list[tuple[Tensor, Tensor]], worst_value: float) -> np.ndarray:

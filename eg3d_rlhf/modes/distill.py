@@ -329,13 +329,13 @@ def shown_by_help(flags: Flags) -> list[object]:
     shown_run = resolve(Flags({**flags, "prompts": prompts}, flags.written))
     arm_names = shown_run.settings.arms
     # values that are no fields of the settings
-    selection = {
+    selected_defaults = {
         "prompts": flags["prompts"] or default_value("prompts", kind_of_prior),
         "compare": ",".join(arm_names) if len(arm_names) > 1 else "none",
         "method": Arm.parse(arm_names[0]).method if len(arm_names) == 1 else None,
     }
     return [
-        selection,
+        selected_defaults,
         *dry_run_values(shown_run)["methods"].values(),
         shown_run.settings.guidance,
         shown_run.settings.scene,
@@ -355,28 +355,28 @@ def reject_unused(
         kind_of_prior: kind of the prior, one of KINDS.
     """
     # setting -> flag without which the setting has no effect, as the object of "only with"
-    requirements = {
+    required_flag_by_setting = {
         name: f"--method={' or '.join(user_methods)}"
         for name, user_methods in methods_by_setting().items()
         if not methods & set(user_methods)
     }
     if not has_geometry_arm:
-        requirements |= {
+        required_flag_by_setting |= {
             field.name: "a --geometry-reward other than none" for field, *_ in knobs_of(GeometrySettings)
         }
     if kind_of_prior != "files":
-        requirements |= {
+        required_flag_by_setting |= {
             field.name: "a --prior that is the path of a model"
             for field, _, knob in knobs_of(SceneConfig)
             if knob.group == REAL
         }
     if not any(METHODS[name].accepts_reward for name in methods):
-        requirements["reward"] = "a --method that uses a reward"
+        required_flag_by_setting["reward"] = "a --method that uses a reward"
     if not any(METHODS[name].accepts_judge for name in methods):
-        requirements["judge"] = "--method=dreamdpo or psd"
-    for name in sorted(requirements.keys() & given_flags.keys()):
+        required_flag_by_setting["judge"] = "--method=dreamdpo or psd"
+    for name in sorted(required_flag_by_setting.keys() & given_flags.keys()):
         raise ValueError(
-            f"{flag(name)} has an effect only with {requirements[name]}. Add this flag, or remove"
+            f"{flag(name)} has an effect only with {required_flag_by_setting[name]}. Add this flag, or remove"
             f" {flag(name)}."
         )
     if given_flags.get("geometry_reward", "none") != "none" and not has_geometry_arm:

@@ -265,12 +265,12 @@ def _describe_network(network: Network) -> str:
     dtype_counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     # A fine-tuned copy has the sizes of the released network; another variant of the model has other sizes.
     has_released_size = network.released == (len(tensors), number_count)
-    comparison = ""
+    comparison_text = ""
     if network.released is not None:
-        comparison = ", as released" if has_released_size else ", other sizes than released"
+        comparison_text = ", as released" if has_released_size else ", other sizes than released"
     return (
         f"{network.name}: {len(tensors)} tensors, {number_count:,} numbers,"
-        f" {' and '.join(dtype_counts)}{comparison}"
+        f" {' and '.join(dtype_counts)}{comparison_text}"
     )
 
 

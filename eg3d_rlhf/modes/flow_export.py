@@ -158,17 +158,17 @@ def find_tuned_weights(
             "flow export: the tuned weights are missing. Name a WORK folder or runs of train.py, or add"
             " --weights=STAGE=PATH."
         )
-    root = generator_roots[0]
+    pipeline_root = generator_roots[0]
     # With --pipeline, the user decides which generator the weights belong to.
     if pipeline_folder is None and any(
-        other_root.resolve() != root.resolve() for other_root in generator_roots
+        other_root.resolve() != pipeline_root.resolve() for other_root in generator_roots
     ):
         raise ValueError(
-            f"flow export: the stages belong to different generators, {root} and {generator_roots[-1]}."
-            " Export the generators with separate commands."
+            f"flow export: the stages belong to different generators, {pipeline_root} and"
+            f" {generator_roots[-1]}. Export the generators with separate commands."
         )
     # raises ValueError for a stage that this generator does not have
-    check_stages("export", family_of(root), [stage for stage, _ in stage_folders])
+    check_stages("export", family_of(pipeline_root), [stage for stage, _ in stage_folders])
     # The dictionary holds the last folder of each stage. A stage with a different folder was tuned twice.
     repeated_stages = [stage for stage, path in stage_folders if dict(stage_folders)[stage] != path]
     if repeated_stages:
@@ -177,4 +177,4 @@ def find_tuned_weights(
             " them from the command."
         )
     # --weights replaces weights of the sources.
-    return root, dict(stage_folders) | {stage: Path(path) for stage, _, path in weight_fields}
+    return pipeline_root, dict(stage_folders) | {stage: Path(path) for stage, _, path in weight_fields}

@@ -298,10 +298,10 @@ def nearest_jobs(typed_words: str) -> list[str]:
     # Try the most words first: the words that follow the name of a job are its arguments.
     for word_count in range(len(words), 0, -1):
         # .7 is stricter than difflib's default of .6, so that unrelated words get no suggestion
-        if matches := difflib.get_close_matches(
+        if matching_names := difflib.get_close_matches(
             " ".join(words[:word_count]), [*JOBS, *nouns], n=1, cutoff=0.7
         ):
-            return matches
+            return matching_names
     return []
 
 

@@ -266,7 +266,7 @@ def _request(
             f" answers. Use --strategy={strategy_names}, or remove --after."
         )
     # `rewards` comes from the flag --reward, the other fields have the names of their flags.
-    pairing = PairingOptions(
+    pairing_options = PairingOptions(
         rewards=rewards,
         **{
             setting_name: flags[setting_name]
@@ -288,7 +288,7 @@ def _request(
         question_name.strip() for question_name in flags["questions"].split(",") if question_name.strip()
     )
     # A single shape has no second side, so sides cannot be swapped, and 'both are bad' is no answer.
-    if pairing.single:
+    if pairing_options.single:
         campaign_settings |= {
             setting_name: value
             for setting_name, value in (("swap_share", 0.0), ("both_bad", False))
@@ -299,7 +299,7 @@ def _request(
         # Paths are absolute: the campaign may be resumed from another folder.
         network=str(network_file) if network_file else None,
         after=after,
-        pairing=pairing,
+        pairing=pairing_options,
         settings=campaign_settings,
         assets=str(Path(assets).resolve()) if assets else None,
         up=flags["up"],
@@ -517,11 +517,11 @@ def export(
             f"--from-pairs cannot be combined with --criterion={filters['criterion']}, because 'both are"
             " bad' is no answer to that question. Remove one of the flags."
         )
-    suffixes, write_export = KINDS[kind]
-    if out.suffix not in suffixes:
+    allowed_suffixes, write_export = KINDS[kind]
+    if out.suffix not in allowed_suffixes:
         raise ValueError(
-            f"FILE: the name {out.name} does not end in {' or '.join(suffixes)}, as --kind={kind} requires."
-            " Choose a name with this ending."
+            f"FILE: the name {out.name} does not end in {' or '.join(allowed_suffixes)}, as --kind={kind}"
+            " requires. Choose a name with this ending."
         )
     # This export is a complete copy of all answers, so filters must not leave out any of them.
     if kind == "judgements":

@@ -129,12 +129,12 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
     # an error in this block begins with the name --held
     with prefix_errors("--held"):
         try:
-            tables = json.loads(path.read_text())
+            table_by_criterion = json.loads(path.read_text())
             return {
                 criterion: {
                     method: float(rating_row["elo"]) for method, rating_row in table["ratings"].items()
                 }
-                for criterion, table in tables.items()
+                for criterion, table in table_by_criterion.items()
             }
         # JSON of another structure causes one of these errors
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -186,7 +186,7 @@ def elo(files, ties, held, out) -> None:
             judgements_by_criterion[judgement.criterion].append(judgement)
     # criterion -> method -> fixed rating
     fixed_ratings_by_criterion = read_fixed_ratings(held)
-    tables = {}
+    table_by_criterion = {}
     for criterion, judgements in sorted(judgements_by_criterion.items()):
         fixed_ratings = fixed_ratings_by_criterion.get(criterion, {})
         # If every method of this criterion has a fixed rating, no rating is left to fit.
@@ -198,13 +198,15 @@ def elo(files, ties, held, out) -> None:
             )
             continue
         # The fixed ratings decide the scale of the new ratings.
-        tables[criterion] = ratings(judgements, draws=ties, held=fixed_ratings)
+        table_by_criterion[criterion] = ratings(judgements, draws=ties, held=fixed_ratings)
     if out is not None:
         write_atomic(
             out,
             (
-                json.dumps({criterion: table.to_dict() for criterion, table in tables.items()}, indent=1)
+                json.dumps(
+                    {criterion: table.to_dict() for criterion, table in table_by_criterion.items()}, indent=1
+                )
                 + "\n"
             ).encode(),
         )
-    click.echo(markdown(tables))
+    click.echo(markdown(table_by_criterion))

@@ -270,10 +270,10 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     nets = load_networks(network_path)
     if tri_grid is not None:
         # From NUM = 1.5 on, the residual is only a rounding error.
-        nets, residual = to_tri_grid(nets, tri_grid)
+        nets, relative_residual = to_tri_grid(nets, tri_grid)
         click.echo(
             f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: relative difference to the features"
-            f" of the planes: {residual:.2g}."
+            f" of the planes: {relative_residual:.2g}."
         )
     # settings of this network that are constants in the code of EG3D, with other values
     unknown_settings = settings_unknown_to_eg3d(nets)

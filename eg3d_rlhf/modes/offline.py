@@ -148,12 +148,12 @@ def resolve(flags: Flags) -> OfflineRun:
     """
     check(flags)
     defaults = default_run(flags["pipeline"] or TOY, flags["loss"] or NFT)
-    adapters = adapter_settings(flags, defaults.singles.lora)
+    adapter_fields = adapter_settings(flags, defaults.singles.lora)
     return OfflineRun(
-        singles=replace(defaults.singles, **flags.values_for(SinglesConfig), **adapters),
+        singles=replace(defaults.singles, **flags.values_for(SinglesConfig), **adapter_fields),
         # The DPO arm gets only the settings that all trainings of a stage share, because the other flags set
         # the losses on single assets.
-        dpo=replace(defaults.dpo, **flags.values_for(StageTraining), lora=adapters["lora"]),
+        dpo=replace(defaults.dpo, **flags.values_for(StageTraining), lora=adapter_fields["lora"]),
         source=make_source(OfflineSource, flags),
         assets=None if flags["assets"] is None else str(flags["assets"]),
         labels=flags["labels"],

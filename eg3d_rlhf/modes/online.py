@@ -250,11 +250,11 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     arms = select_arms(flags, preset)
     check(flags, arms)
     defaults = default_run(flags["pipeline"] or TOY, preset)
-    adapters = adapter_settings(flags, defaults.losses.nft.lora)
+    adapter_fields = adapter_settings(flags, defaults.losses.nft.lora)
     # The flags apply to the settings of every loss, so that the arms differ in nothing but the loss.
     changed_fields = {
         name: value for name, value in flags.values_for(OnlineConfig).items() if name != "loss"
-    } | adapters
+    } | adapter_fields
     losses = Losses(
         **{
             field.name: apply_flags(getattr(defaults.losses, field.name), changed_fields)
@@ -265,7 +265,7 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     dpo_changes = {name: value for name, value in flags.values_for(StageTraining).items() if name != "steps"}
     return OnlineRun(
         losses=losses,
-        dpo=replace(defaults.dpo, **dpo_changes, lora=adapters["lora"]),
+        dpo=replace(defaults.dpo, **dpo_changes, lora=adapter_fields["lora"]),
         source=make_source(ArmsSource, flags),
         reward=flags["reward"],
         gate=flags["gate"],

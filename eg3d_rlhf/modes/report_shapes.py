@@ -82,17 +82,21 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
     # core/seeds.py reserves these seeds, so that no training uses them
     seeds = HELD_OUT_RANGES[latent_set].take(n)
     # Each generator is compared with `before` on the same latents.
-    columns, defective_count = compare(
+    metrics_by_network, defective_count = compare(
         dict(zip(network_names(networks), networks, strict=True)), before, seeds
     )
-    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
+    click.echo("\n".join(figure_table("network", metrics_by_network, TABLE, intervals=("error_reduction",))))
     click.echo(
         f"\n{n} latents ({latent_set}, from {seeds[0]}), psi 1; {defective_count} heads defective before"
         " tuning."
     )
     if out is not None:
         # first and last seed; the seeds are consecutive
-        file_content = {"held_out": latent_set, "seeds": [seeds[0], seeds[-1]], "networks": columns}
+        file_content = {
+            "held_out": latent_set,
+            "seeds": [seeds[0], seeds[-1]],
+            "networks": metrics_by_network,
+        }
         write_atomic(out, json.dumps(file_content, indent=1).encode())
 
 

@@ -333,7 +333,7 @@ def sweep(
         parse_numbers(f"--{name.replace('_', '-')}", grid_and_sampling[name], axis_type)
         for name, axis_type in axis_types.items()
     ]
-    sampling = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
+    sampling_settings = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
     target_device = choose_device(device)
     # a run folder is replaced by its newest network
     network_path = find_network(before)
@@ -360,7 +360,7 @@ def sweep(
             "hashes": file_hashes,
             "jobs": jobs,
             "device": str(target_device),
-            **sampling,
+            **sampling_settings,
         }
         print_json({**common_settings, "outdir": str(outdir), "cells": state_by_cell})
         return
@@ -385,14 +385,14 @@ def sweep(
         data=data,
         device=target_device,
         runs_folder=outdir / "cells",
-        **sampling,
+        **sampling_settings,
     )
     finding = measure_cells(trainings_by_cell, sources, outdir)
     table_rows = {
         setting_row["setting"] + (" (on the front)" if setting_row["on_front"] else ""): {
             **{name: setting_row["measures"][name]["mean"] for name in GOALS},
             **{
-                f"{name}_ci95": [setting_row["measures"][name][bound] for bound in ("lo", "hi")]
+                f"{name}_ci95": [setting_row["measures"][name][bound_key] for bound_key in ("lo", "hi")]
                 for name in GOALS
             },
         }

@@ -135,7 +135,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         seeds = rendering.parse_seeds(latents)
     # an error in this block begins with the name --shape-format
     with prefix_errors("--shape-format"):
-        suffix = shape_suffix(shape_format)
+        shape_ending = shape_suffix(shape_format)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         resolved_settings = {
@@ -145,7 +145,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
             "trunc": psi,
             "trunc_cutoff": cutoff,
             **view_options,
-            "shape_format": suffix,
+            "shape_format": shape_ending,
             "device": device,
         }
         print_json(resolved_settings)
@@ -154,11 +154,13 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device)).generator
     # `or` would be wrong: 0 is a valid border.
-    border = generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
+    border_share = (
+        generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
+    )
     mesh_options = MeshOptions(
         resolution=view_options["shape_res"],
         level=view_options["shape_level"],
-        border=border,
+        border=border_share,
         component="all",
     )
     # A network with a fixed set of shapes has one seed for each shape.
@@ -175,9 +177,11 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         )
         if view_options["shapes"]:
             with rendering.StageBar(f"seed {seed} ") as stage_bar:
-                field = generator.field(ws, view_options["noise_mode"])
-                save_shape(outdir / f"seed{seed:04d}{suffix}", field, mesh_options, stage_bar)
-    click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if view_options['shapes'] else ''}")
+                radiance_field = generator.field(ws, view_options["noise_mode"])
+                save_shape(outdir / f"seed{seed:04d}{shape_ending}", radiance_field, mesh_options, stage_bar)
+    click.echo(
+        f"{outdir}: {len(seeds)} images{f' and {shape_ending} shapes' if view_options['shapes'] else ''}"
+    )
 
 
 @click.command("videos", cls=GroupedCommand)
@@ -312,7 +316,7 @@ def videos(
         film_options = FilmOptions(grid=(int(grid_match[1]), int(grid_match[2])), **film)
     # an error in this block begins with the name --shape-format
     with prefix_errors("--shape-format"):
-        suffix = shape_suffix(shape_format)
+        shape_ending = shape_suffix(shape_format)
     # name of the video -> its seeds
     seeds_by_video = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
     # Without interpolation, the latent is fixed, so one keyframe per seed is enough.
@@ -340,7 +344,7 @@ def videos(
             "bitrate": bitrate,
             "shapes": shapes,
             "shape_res": shape_res,
-            "shape_format": suffix,
+            "shape_format": shape_ending,
             "device": device,
         }
         print_json(resolved_settings)
@@ -375,7 +379,7 @@ def videos(
             with rendering.StageBar(f"frame {frame_index} ") as stage_bar:
                 shape_field = generator.field(film_frames.ws(frame_index)[0], film_options.noise_mode)
                 save_shape(
-                    outdir / f"{video_name}_shapes" / f"{frame_index:04d}_shape{suffix}",
+                    outdir / f"{video_name}_shapes" / f"{frame_index:04d}_shape{shape_ending}",
                     shape_field,
                     mesh_options,
                     stage_bar,
@@ -474,15 +478,17 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     with rendering.StageBar() as stage_bar:
         # stage, number of finished units, number of units
         stage_bar("planes", 0, 1)
-        field = loaded_network.generator.field(
+        radiance_field = loaded_network.generator.field(
             ws_of_seeds(loaded_network.generator, [seed], psi, cutoff), "const"
         )
         stage_bar("planes", 1, 1)
         # None: the surface level of this generator
         mesh_options = (
-            mesh_options if mesh_options.level is not None else replace(mesh_options, level=field.level)
+            mesh_options
+            if mesh_options.level is not None
+            else replace(mesh_options, level=radiance_field.level)
         )
-        exported_mesh, mesh_report = export_mesh(field, mesh_options, stage_bar)
+        exported_mesh, mesh_report = export_mesh(radiance_field, mesh_options, stage_bar)
         stage_bar("writing", 0, 1)
         exported_mesh.save(out)
         stage_bar("writing", 1, 1)

@@ -274,19 +274,19 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         return
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
-    server = launch.ServerFlags.from_flags(flags, outdir)
+    server_flags = launch.ServerFlags.from_flags(flags, outdir)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        print_json(_dry_run(folder, name, flags, server))
+        print_json(_dry_run(folder, name, flags, server_flags))
         return
     add_command = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     # Annotators on other machines must log in, so at least one must exist. If there is no database yet, the
     # null context yields None, and `check_annotators` raises ValueError.
-    if server.exposed:
+    if server_flags.exposed:
         with (
             open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext()
         ) as store_or_none:
-            launch.check_annotators(store_or_none, server.host, add_command)
+            launch.check_annotators(store_or_none, server_flags.host, add_command)
     # Opens the study in the folder, or designs a new one. A stored design is never changed.
     design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
     with open_store(folder.url, create=False) as store:
@@ -295,7 +295,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
             store,
             folder.url,
             design.name,
-            server,
+            server_flags,
             lambda address: _announcement(address, design, add_command, login_count),
             "answer",
         )
@@ -326,14 +326,14 @@ def _announcement(address: str, design: StudyDesign, add_command: str, login_cou
     return lines
 
 
-def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
+def _dry_run(folder: "Folder", name: str, flags: dict, server_flags: launch.ServerFlags) -> dict:
     """Return the JSON of --dry-run: the design of a new study, or the stored design of an existing study.
 
     Args:
         folder: folder and database of the study.
         name: name of a new study.
         flags: values of the command line.
-        server: settings of the web server.
+        server_flags: settings of the web server.
     """
     # The design of an existing study is never changed.
     is_new = not folder.design.exists()
@@ -350,7 +350,7 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
         "outdir": str(folder.path),
         # the URL of a database server may contain a password
         "db": without_password(folder.url),
-        **server.to_dict(),
+        **server_flags.to_dict(),
         "latents": design.latents,
         "trials_per_annotator": design.quota,
         "design": design_values,

@@ -139,9 +139,9 @@ class Space:
         """
         vertices = self._vertices
         faces = self._faces
-        ends = edges.ends
-        start_positions = vertices[ends[:, 0]]
-        edge_vector = vertices[ends[:, 1]] - vertices[ends[:, 0]]
+        edge_ends = edges.ends
+        start_positions = vertices[edge_ends[:, 0]]
+        edge_vector = vertices[edge_ends[:, 1]] - vertices[edge_ends[:, 0]]
         candidate_edges = np.flatnonzero(
             (edge_vector != 0).any(axis=1)
         )  # edges of length 0 have no direction
@@ -166,10 +166,10 @@ class Space:
         if edge_face_pairs:
             edge_index, face_index = np.array(edge_face_pairs).T
             # The faces at the edge itself always touch it, at a shared vertex, and do not count.
-            has_no_shared_vertex = (faces[face_index][:, :, None] != ends[edge_index][:, None, :]).all(
+            has_no_shared_vertex = (faces[face_index][:, :, None] != edge_ends[edge_index][:, None, :]).all(
                 axis=(1, 2)
             )
-            is_passing_edge = np.zeros(len(ends), dtype=bool)
+            is_passing_edge = np.zeros(len(edge_ends), dtype=bool)
             is_passing_edge[edge_index[has_no_shared_vertex]] = True
             is_crossing[face_index[has_no_shared_vertex]] = True
             # The faces at an edge that passes through another face cross that face, too. `order` lists the
@@ -215,10 +215,10 @@ def directions(direction_count: int, seed: int) -> np.ndarray:
     """
     height = 1 - (2 * np.arange(direction_count) + 1) / direction_count
     angle = np.pi * (3 - 5**0.5) * np.arange(direction_count)  # multiples of the golden angle
-    ring = np.sqrt(1 - height**2)
-    sphere = np.stack([ring * np.cos(angle), height, ring * np.sin(angle)], axis=1)
+    ring_radius = np.sqrt(1 - height**2)
+    sphere_points = np.stack([ring_radius * np.cos(angle), height, ring_radius * np.sin(angle)], axis=1)
     # A quaternion of four normal numbers is a uniformly distributed rotation.
-    return Rotation.from_quat(np.random.default_rng(seed).normal(size=4)).apply(sphere)
+    return Rotation.from_quat(np.random.default_rng(seed).normal(size=4)).apply(sphere_points)
 
 
 def hidden_samples(
