@@ -168,9 +168,9 @@ def precision_recall(
     if not (np.isfinite(fake_features).all() and np.isfinite(real_features).all()):
         raise ValueError("precision_recall: a feature is NaN or infinite. Check the images for NaN.")
     # A common shift does not change distances, and smaller squares lose less by rounding.
-    centre = real_features.mean(axis=0)
-    fake_features = fake_features - centre
-    real_features = real_features - centre
+    real_centre = real_features.mean(axis=0)
+    fake_features = fake_features - real_centre
+    real_features = real_features - real_centre
     fake_inside = _inside(fake_features, real_features, k)
     real_inside = _inside(real_features, fake_features, k)
     return PrecisionRecall(

@@ -360,8 +360,8 @@ def displacement(surface_before: LevelSet, points: Tensor, normals: Tensor, reac
     """
     voxel_side = voxel(surface_before.spec)
     # Samples on each side of the point: one per voxel of the grid of `surface_before`, at least 2
-    half_samples = max(2, round(reach * voxel_side / surface_before.spec.voxel))
-    s = torch.linspace(-reach * voxel_side, reach * voxel_side, 2 * half_samples + 1).to(points)  # [S]
+    half_sample_count = max(2, round(reach * voxel_side / surface_before.spec.voxel))
+    s = torch.linspace(-reach * voxel_side, reach * voxel_side, 2 * half_sample_count + 1).to(points)  # [S]
     displacements = torch.empty(len(points)).to(points)
     for chunk_indices in torch.arange(len(points), device=points.device).split(_CHUNK):
         p = points[chunk_indices]

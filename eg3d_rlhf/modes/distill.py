@@ -305,7 +305,11 @@ def resolve(flags: Flags) -> DistillRun:
     guidance_values = values_by_name if flags["preset"] is None else given_flags
     # names of the settings that the selected methods use; `guidance_values` may hold further settings
     setting_names = {
-        *(name for name, user_methods in methods_by_setting().items() if methods & set(user_methods)),
+        *(
+            name
+            for name, methods_of_setting in methods_by_setting().items()
+            if methods & set(methods_of_setting)
+        ),
         *(field.name for field, *_ in knobs_of(GeometrySettings)),
     }
     settings = DistillSettings(
@@ -356,9 +360,9 @@ def reject_unused(
     """
     # setting -> flag without which the setting has no effect, as the object of "only with"
     required_flag_by_setting = {
-        name: f"--method={' or '.join(user_methods)}"
-        for name, user_methods in methods_by_setting().items()
-        if not methods & set(user_methods)
+        name: f"--method={' or '.join(methods_of_setting)}"
+        for name, methods_of_setting in methods_by_setting().items()
+        if not methods & set(methods_of_setting)
     }
     if not has_geometry_arm:
         required_flag_by_setting |= {

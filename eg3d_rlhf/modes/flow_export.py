@@ -69,11 +69,13 @@ def export_command(
         raise ValueError(f"--outdir: {outdir} is not empty. Name a new or an empty folder.")
     # An adapter folder of the library PEFT consists of two files per stage: weights and configuration.
     if adapter:
-        full_stages = [stage for stage, path in weights_by_stage.items() if not (path / ADAPTER).is_file()]
-        if full_stages:
+        stages_without_adapter = [
+            stage for stage, path in weights_by_stage.items() if not (path / ADAPTER).is_file()
+        ]
+        if stages_without_adapter:
             raise ValueError(
-                f"--adapter: the training changed all parameters of {', '.join(full_stages)}, so there is no"
-                " adapter. Remove --adapter to export the full networks."
+                f"--adapter: the training changed all parameters of {', '.join(stages_without_adapter)}, so"
+                " there is no adapter. Remove --adapter to export the full networks."
             )
         for stage, path in weights_by_stage.items():
             # a hard link where the file system allows it: adapters are large

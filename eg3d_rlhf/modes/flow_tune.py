@@ -242,9 +242,9 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     # The block holds the lock of the folder, so that two processes cannot train in it at once.
-    with Run(folder, new_record, ranks=ranks, device=str(target_device)) as run_record:
+    with Run(folder, new_record, ranks=ranks, device=str(target_device)) as training_run:
         if not is_resumed:
-            run_record.begin()
+            training_run.begin()
         tune(
             problem,
             tuning,
@@ -253,7 +253,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             ranks=ranks,
             samples=make_strip(work, family, problem, tuning),
         )
-        run_record.done()
+        training_run.done()
     if ranks.is_main:
         # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())

@@ -102,10 +102,15 @@ def resolve(flags: Flags) -> InversionRun:
     # A flag that was given overrides the preset.
     inversion_config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.values_for(InversionConfig)})
     # The other fields have the names of their flags.
-    field_names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
+    field_names = [
+        field_name
+        for field_name in InversionRun.__dataclass_fields__
+        if field_name not in ("weights", "config")
+    ]
     # Paths become texts, because the settings are recorded as JSON.
     flag_values: dict[str, Any] = {
-        name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in field_names
+        field_name: str(flags[field_name]) if isinstance(flags[field_name], Path) else flags[field_name]
+        for field_name in field_names
     }
     return InversionRun(**flag_values, weights=weights, config=inversion_config)
 

@@ -235,7 +235,7 @@ def check_opened(settings: OfflineRun, problem_and_labels: "Opened", run: "Run")
     for arm_kind in (LABELS, DPO):
         # There are two kinds of arms: DPO on pairs, whose names begin with "dpo", and losses on labels. Skip
         # the kind of which the run has no arm.
-        if not any(name.startswith(DPO) == (arm_kind == DPO) for name in settings.arms):
+        if not any(arm_name.startswith(DPO) == (arm_kind == DPO) for arm_name in settings.arms):
             continue
         if arm_kind == LABELS:
             conditioned_stage = ConditionedStage(bench.stage, bench.problem.pipeline)

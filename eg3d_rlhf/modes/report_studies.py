@@ -121,7 +121,7 @@ def controlled_study(
         # number of label sets; all sets after the first are drawn by the simulated annotator
         draws=label_sets,
         # in the order of ARMS, whatever the order in --only
-        arms=[name for name in ARMS if name in {LABELS, *parse_names("--only", only, ARMS)}],
+        arms=[arm_name for arm_name in ARMS if arm_name in {LABELS, *parse_names("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
         # split like a command line, so that quoted values may contain spaces
         train=tuple(shlex.split(train)),
@@ -388,7 +388,7 @@ def sweep(
         **sampling_settings,
     )
     finding = measure_cells(trainings_by_cell, sources, outdir)
-    table_rows = {
+    metrics_by_setting = {
         setting_row["setting"] + (" (on the front)" if setting_row["on_front"] else ""): {
             **{name: setting_row["measures"][name]["mean"] for name in GOALS},
             **{
@@ -400,7 +400,7 @@ def sweep(
     }
     # printed with three digits
     column_formats = {name: (name, ".3g") for name in GOALS}
-    click.echo("\n".join(figure_table("setting", table_rows, column_formats, intervals=GOALS)))
+    click.echo("\n".join(figure_table("setting", metrics_by_setting, column_formats, intervals=GOALS)))
     click.echo(
         f"\nWritten to {outdir}: index.html (open it in a browser), figures/, data/, cells/ (the runs)"
     )

@@ -149,11 +149,11 @@ class Space:
         # and searching for all hits is not, since a ray does not end with its edge. So the
         # cheap search selects edges. It starts OFFSET / 2 after the edge's start, beyond the
         # faces there, and ends before the faces at the edge's end.
-        search_start = start_positions[candidate_edges] + OFFSET / 2 * edge_vector[candidate_edges]
-        first_face, _, _ = self.tree.intersect_ray_first(
-            vertices, faces, search_start, edge_vector[candidate_edges], 1 - OFFSET
+        search_starts = start_positions[candidate_edges] + OFFSET / 2 * edge_vector[candidate_edges]
+        first_faces, _, _ = self.tree.intersect_ray_first(
+            vertices, faces, search_starts, edge_vector[candidate_edges], 1 - OFFSET
         )
-        candidate_edges = candidate_edges[np.asarray(first_face) >= 0]
+        candidate_edges = candidate_edges[np.asarray(first_faces) >= 0]
         # Each edge has a list of hits (face, t, u, v), where t is the
         # position along the edge, 0..1 between its ends.
         edge_hits = self.tree.intersect_ray(
