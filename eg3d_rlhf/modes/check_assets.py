@@ -34,8 +34,8 @@ _measures_option = functools.partial(option, group="Measures")
     type=click.FloatRange(0, MAX_TOLERANCE, min_open=True),
     default=TOLERANCE,
     help=(
-        "Edge of the grid cells in which vertices are merged into one, as a share of the bounding box's"
-        " longest edge. A larger value closes small cracks."
+        "Side of a grid cell, as a share of the bounding box's longest edge. All vertices in the same cell"
+        " are merged into one. A larger value closes wider cracks."
     ),
 )
 @_measures_option(

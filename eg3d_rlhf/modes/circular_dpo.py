@@ -146,8 +146,8 @@ what_flags = combine_decorators(
         group=WHAT,
         metavar="a..i",
         help=(
-            "Run an ablation instead of one training: train and compare the groups of table 2 of the"
-            " Circular-DPO paper that these letters name, such as a..i or a,d, and controls by their names:"
+            "Run an ablation instead of one training. Name the groups to compare by their letters in table 2"
+            " of the Circular-DPO paper, such as a..i or a,d, and controls by their names:"
             f" {', '.join(ARMS)}. Separate them by commas."
         ),
     ),

@@ -445,8 +445,8 @@ def embed(outdir, dry_run, device, **sources) -> None:
 @count_option(
     "--pairs",
     help=(
-        "Number of pairs of heads, before and after tuning, that are rendered from the back into pairs.png,"
-        " in random order, for people to choose. Other images are not written. For synthetic heads only."
+        "Write only pairs.png, with this number of pairs of synthetic heads from the back, before and after"
+        " tuning in random order, so that people can choose the better head of each pair."
     ),
 )
 def images(outdir, device, dry_run, pairs, **sources) -> None:
