@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from training.distributed import Ranks
 
 LOOP_HELP = (
-    "Tune with the Circular-DPO loop instead of plain DPO. On the toy generator, both are equally good"
-    " (docs/understand/circular-dpo.md)."
+    "Tune with the Circular-DPO loop instead of plain DPO. On the toy generator, both are equally good."
 )
 # Flags that have an effect only with --loop, under the names of their parameters.
 LOOP_ONLY = (
@@ -89,14 +88,14 @@ what_flags = combine_decorators(
     _what_is_tuned_option(
         "--pairs-only",
         is_flag=True,
-        help="Write the pairs into the folder WORK/pairs, which train.py reads with --pairs, and stop.",
+        help="Write only the pairs, to WORK/pairs for train.py --pairs.",
     ),
     _what_is_tuned_option(
         "--no-control",
         is_flag=True,
         help=(
-            "Train no control on shuffled labels. This halves the time, but nothing then shows whether the"
-            " answers carried a learnable signal."
+            "Train no control on shuffled labels. This halves the time, but nothing then tests for a"
+            " learnable signal."
         ),
     ),
     _what_is_tuned_option(
