@@ -7,7 +7,7 @@ The folder holds these files:
                               and an identity of the launch that began the run
     stats.jsonl               measurements; equal runs give equal bytes
     timing.jsonl              time and memory, which differ between equal runs
-    checkpoint-*.safetensors  the last two states from which the run can resume
+    checkpoint-*.safetensors  the last two checkpoints, from which the run can resume
 
 Only rank 0 writes and prints, but every method may be called on all ranks. `experiments.mode.Mode` makes and
 ends runs.
