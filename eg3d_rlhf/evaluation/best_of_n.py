@@ -672,7 +672,7 @@ def plot_peaks(finding_data: dict):
     """
     arm_names = list(finding_data["arms"])
     colour_by_arm = _colours(finding_data)
-    figure, (peak_axis, gain_axis) = style.figure(columns=2, size=(9.4, 0.32 * len(arm_names) + 1.2))
+    figure, (peak_axis, gain_axis) = style.figure(column_count=2, size=(9.4, 0.32 * len(arm_names) + 1.2))
     largest_distance = float(np.sqrt(finding_data["kl"][-1]))  # d at the largest n
     for arm_index, arm_name in enumerate(arm_names):
         arm_curve = finding_data["arms"][arm_name]

@@ -776,7 +776,7 @@ def plot(study_data: Mapping):
     """
     arm_names = list(study_data["arms"])
     figure, axes = style.figure(
-        columns=len(study_data["primary_endpoints"]),
+        column_count=len(study_data["primary_endpoints"]),
         size=(9.4, 1.4 + 0.3 * len(arm_names)),  # inches
     )
     # With a single endpoint `axes` is not an array; atleast_1d makes one.

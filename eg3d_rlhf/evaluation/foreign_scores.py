@@ -609,7 +609,7 @@ def strip(trial: Trial, network_name: str, scores: np.ndarray, folder: Path) -> 
         sheet_rows.append(Row(cells=cell_images, name=row_name, captions=captions, parted=bool(sheet_rows)))
     # Named by number, since a network's name may hold characters that file names may not.
     image_name = f"strip-{list(trial.networks).index(network_name)}.png"
-    Image.fromarray(sheet("", sheet_rows, names=90)).save(folder / image_name)
+    Image.fromarray(sheet("", sheet_rows, name_width=90)).save(folder / image_name)
     return {f"{network_name}: highest and lowest calibrated reward, seed and reward below": image_name}
 
 

@@ -616,7 +616,7 @@ def plot_change(finding_data: dict):
     Args: finding_data: data of the finding of `canonical_depth`.
     """
     roles = list(finding_data["change"])
-    figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))  # inches
+    figure, axes = style.figure(column_count=len(roles), size=(4.4 * len(roles), 3.4))  # inches
     change_maps = [
         np.array(
             [

@@ -589,7 +589,7 @@ def _panels(table_rows: list[dict], column_name: str, value_key: str = "mean", *
     """
     # in the order of the rows
     column_values = list(dict.fromkeys(table_row[column_name] for table_row in table_rows))
-    figure, axes = style.figure(columns=len(column_values))
+    figure, axes = style.figure(column_count=len(column_values))
     for axis, column_value in zip(np.atleast_1d(axes), column_values, strict=True):
         panel_rows = [table_row for table_row in table_rows if table_row[column_name] == column_value]
         for role_index, table_row in enumerate(panel_rows):
@@ -650,7 +650,7 @@ def plot_similarity(finding_data: dict):
 
     Args: finding_data: data of the finding of `appearance_drift` or `identity_drift`.
     """
-    figure, axes = style.figure(columns=len(finding_data["measures"]))
+    figure, axes = style.figure(column_count=len(finding_data["measures"]))
     for axis, (measure_name, values_by_role) in zip(
         np.atleast_1d(axes), finding_data["measures"].items(), strict=True
     ):

@@ -129,7 +129,7 @@ def write_validation_page(
         # Tables without rows are left out, for example the pairs if there is only one generator.
         if finding.rows
     ]
-    pages.run(jobs, page_folder, fresh=True, quiet=True)
+    pages.run(jobs, page_folder, recompute=True, quiet=True)
     page_title = f"Mesh validation of {folder.resolve().name}: {measured_count} meshes"
     return pages.write_page(
         page_folder / "index.html",
@@ -137,7 +137,7 @@ def write_validation_page(
         describe_thresholds(threshold_by_name),
         jobs,
         finding_by_key,
-        extra=_tiles(worst_rows, render_by_file),
+        extra_html=_tiles(worst_rows, render_by_file),
     )
 
 

@@ -237,7 +237,7 @@ def plot_changes(finding_data: dict):
                 [
                     measure_index + 0.18 * (role_index - (len(roles) - 1) / 2)
                 ],  # roles side by side, centred on the measure's row
-                xerr=np.divide(style.errors(paired_change, lo="mean_lo", hi="mean_hi"), scale_before),
+                xerr=np.divide(style.errors(paired_change, lo_key="mean_lo", hi_key="mean_hi"), scale_before),
                 fmt="o",
                 capsize=3,
                 markersize=4,

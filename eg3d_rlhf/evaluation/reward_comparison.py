@@ -300,7 +300,7 @@ def render_strip(
                 for side in sides
             ]
         image_rows.append(Row(cells=cell_images, name=network_name))
-    return sheet("", image_rows, names=190)
+    return sheet("", image_rows, name_width=190)
 
 
 def measure_networks(

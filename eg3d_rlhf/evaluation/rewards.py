@@ -492,7 +492,7 @@ def plot_ranks(finding_data: dict):
 
     Args: finding_data: data of the finding of `ranks`.
     """
-    figure, axes = style.figure(columns=2)
+    figure, axes = style.figure(column_count=2)
     high_psi, low_psi = finding_data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
         # ties share their mean rank
@@ -512,7 +512,7 @@ def plot_trajectories(finding_data: dict):
 
     Args: finding_data: data of the finding of `trajectories`.
     """
-    figure, axes = style.figure(columns=len(finding_data["roles"]))
+    figure, axes = style.figure(column_count=len(finding_data["roles"]))
     for axis, (role, trajectory) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.plot(
             trajectory["kimg"],
@@ -551,7 +551,7 @@ def plot_slopes(finding_data: dict):
 
     Args: finding_data: data of the finding of `trajectories`.
     """
-    figure, axes = style.figure(columns=len(finding_data["roles"]))
+    figure, axes = style.figure(column_count=len(finding_data["roles"]))
     for axis, (role, role_slopes) in zip(np.atleast_1d(axes), finding_data["roles"].items(), strict=True):
         axis.hist(role_slopes["slopes"], bins=25, color=style.colour(role), alpha=0.6)
         # the wide band is the spread of latents, the narrow one the interval of the mean

@@ -432,7 +432,7 @@ def comparison_image(
     # There is no line above the first group. The seeds are written below the last row.
     sheet_rows[0] = replace(sheet_rows[0], parted=False)
     sheet_rows[-1] = replace(sheet_rows[-1], captions=[f"seed {column.seed}" for column in columns])
-    return sheet("", sheet_rows, names=NAMES, note=describe_comparison(comparison, len(columns)))
+    return sheet("", sheet_rows, name_width=NAMES, note=describe_comparison(comparison, len(columns)))
 
 
 def describe_comparison(comparison: Comparison, latent_count: int) -> str:

@@ -456,7 +456,7 @@ def plot_front(finding_data: dict):
 
     Args: finding_data: data of the finding of `front`.
     """
-    figure, axes = style.figure(columns=2)
+    figure, axes = style.figure(column_count=2)
     # A dashed line joins the settings on the front in order of distance.
     front_rows = sorted(
         (setting_row for setting_row in finding_data["rows"] if setting_row["on_front"]),
@@ -485,7 +485,7 @@ def plot_others(finding_data: dict):
         for measure_name in (HELDOUT, ORACLE, IMAGES)
         if measure_name in finding_data["rows"][0]["measures"]
     ] or [REWARD]
-    figure, axes = style.figure(columns=len(measure_names))
+    figure, axes = style.figure(column_count=len(measure_names))
     for axis, measure_name in zip(
         np.atleast_1d(axes), measure_names, strict=True
     ):  # one column: axes is no array

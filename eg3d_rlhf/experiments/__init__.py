@@ -1,1 +1,1 @@
-"""One run of a long job: folder, lock, record, states, tasks, report pages and images."""
+"""Tools for long jobs: run folders with locks and checkpoints, worker processes, report pages and images."""

@@ -31,20 +31,20 @@ def named(log_value: str) -> list[str]:
         ValueError: a package is not in NAMES, or is not installed.
     """
     # "" and a comma at the end give no names
-    names = [name.strip() for name in log_value.split(",") if name.strip()]
-    for name in names:
-        if name not in NAMES:
+    tracker_names = [tracker_name.strip() for tracker_name in log_value.split(",") if tracker_name.strip()]
+    for tracker_name in tracker_names:
+        if tracker_name not in NAMES:
             raise ValueError(
-                f"--log: {name!r} is not a known tracker. Pass one or more of {', '.join(NAMES)}, separated"
-                " by commas."
+                f"--log: {tracker_name!r} is not a known tracker. Pass one or more of {', '.join(NAMES)},"
+                " separated by commas."
             )
         # The package is only looked up here. It is imported when the first line is logged.
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(tracker_name) is None:
             raise ValueError(
-                f"--log={name}: the package {name} is not installed. Install it with"
-                f" pip install 'eg3d-rlhf[{name}]'."
+                f"--log={tracker_name}: the package {tracker_name} is not installed. Install it with"
+                f" pip install 'eg3d-rlhf[{tracker_name}]'."
             )
-    return names
+    return tracker_names
 
 
 def numbers(stats_record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -78,29 +78,30 @@ class Log:
     No file and no connection is opened before the first line or image is logged.
 
     Args:
-        names: value of --log, see `named`; "" for no tracker.
+        log_value: value of --log, see `named`; "" for no tracker.
         folder: run folder.
         settings: settings of the run, which the trackers show beside its curves.
 
     Raises:
-        ValueError: `names` contains an unknown package, or a package that is not installed.
+        ValueError: `log_value` contains an unknown package, or a package that is not installed.
     """
 
-    def __init__(self, names: str, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, log_value: str, folder: Path, settings: Mapping[str, Any]):
         self.writers = [
-            Board(folder) if name == TENSORBOARD else Tracker(name, folder, settings) for name in named(names)
+            Board(folder) if name == TENSORBOARD else Tracker(name, folder, settings)
+            for name in named(log_value)
         ]
 
-    def line(self, record: Mapping[str, Any]) -> None:
-        """Log the numbers of a line of stats.jsonl.
+    def line(self, stats_record: Mapping[str, Any]) -> None:
+        """Send the numbers of one line of stats.jsonl to all trackers.
 
         Args:
-            record: content of the line; its key "step" is the position on the axis of the plots.
+            stats_record: content of the line; its key "step" is the position on the axis of the plots.
         """
         # the step is the axis of the plots, not a curve
-        numbers_by_name = {name: value for name, value in numbers(record) if name != "step"}
+        numbers_by_name = {name: value for name, value in numbers(stats_record) if name != "step"}
         for writer in self.writers:
-            writer.line(numbers_by_name, record["step"])
+            writer.line(numbers_by_name, stats_record["step"])
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Log an image file under a name, at a step of the run."""
@@ -111,7 +112,8 @@ class Log:
         """Rebuild TensorBoard's files when a run is resumed.
 
         Args:
-            stats_lines: lines of stats.jsonl that the run had written before the state from which it resumes.
+            stats_lines: lines of stats.jsonl that the run had written before the checkpoint from which it
+                resumes.
         """
         # Weights & Biases and Trackio continue the run on their servers, where they find it by its id.
         for board in (writer for writer in self.writers if isinstance(writer, Board)):
@@ -136,10 +138,10 @@ class Board:
 
     @functools.cached_property
     def file(self) -> Any:
-        """Delete earlier files of TensorBoard, and open new ones at the first access."""
+        """Return the writer of TensorBoard's files. The first access deletes earlier files of this folder."""
         from torch.utils.tensorboard import SummaryWriter  # the import takes two seconds
 
-        # earlier files may hold steps after the state from which the run resumes
+        # earlier files may hold steps after the checkpoint from which the run resumes
         shutil.rmtree(self.folder, ignore_errors=True)
         return SummaryWriter(str(self.folder))
 
@@ -165,7 +167,7 @@ class Board:
 
 
 class Tracker:
-    """Writer to Weights & Biases or to Trackio, whose Python interfaces are alike.
+    """Writer of measurements to Weights & Biases or to Trackio, whose Python interfaces are alike.
 
     The run at the tracker is identified by the path of the run folder, so a resumed run continues its curves.
 
@@ -183,7 +185,7 @@ class Tracker:
 
     @functools.cached_property
     def package(self) -> Any:
-        """Import the package, and start or resume the run at the first access."""
+        """Return the imported package. The first access also starts or resumes the run at the tracker."""
         tracker_package = importlib.import_module(self.name)
         folder_hash = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         # wandb finds a run that it shall continue by `id`; trackio has no such argument, and uses `name`

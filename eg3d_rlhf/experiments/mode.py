@@ -61,20 +61,27 @@ class Flags(dict[str, Any]):
 
     Args:
         values: value of each flag, by the name of its parameter.
-        written: names of the flags that the user passed on the command line.
+        written_names: names of the flags that the user passed on the command line.
     """
 
-    def __init__(self, values: Mapping[str, Any] = {}, written: Iterable[str] = ()):  # noqa: B006 (only read)
+    # the default {} is only read, hence the noqa
+    def __init__(self, values: Mapping[str, Any] = {}, written_names: Iterable[str] = ()):  # noqa: B006
         super().__init__(values)
-        self.written = frozenset(written)
+        self.written = frozenset(written_names)
 
-    def select(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Return the values of the flags in `names` that are not None, under the names of settings' fields.
+    def select(self, field_by_flag: Mapping[str, str]) -> dict[str, Any]:
+        """Return the values of some flags, under the names of the settings' fields that they set.
+
+        Flags whose value is None are left out.
 
         Args:
-            names: maps the name of each flag to the name of the field that it sets.
+            field_by_flag: maps the name of each flag to the name of the field that it sets.
         """
-        return {field: self[name] for name, field in names.items() if self.get(name) is not None}
+        return {
+            field_name: self[flag_name]
+            for flag_name, field_name in field_by_flag.items()
+            if self.get(flag_name) is not None
+        }
 
     def values_for(self, settings_class: type) -> dict[str, Any]:
         """Return the values of the flags that set fields of a settings dataclass, by the name of the field.
@@ -146,7 +153,8 @@ class Mode(Generic[S]):
     # settings that may differ when a run is resumed; None: no setting is compared, because the state holds
     # them
     changes: frozenset[str] | None = frozenset()
-    again: str = "--resume=RUN"  # flag that resumes a stopped run, for a message
+    # command or flag that resumes a stopped run, as the subject of the sentence "... resumes the run."
+    again: str = "--resume=RUN"
     # returns True for the folder of an interrupted run that holds a state to resume from
     resumable: Callable[[Path], bool] = lambda folder: True
 
@@ -175,9 +183,9 @@ class Mode(Generic[S]):
         if begun_folder and ranks.broadcast(self.resumable(begun_folder) if ranks.is_main else None):
             return self.resume(settings, begun_folder, flags, ranks)
 
-        def choose_folder(opened: Any) -> Path:
+        def choose_folder(opened_files: Any) -> Path:
             # A begun run without a state keeps its folder; every other run gets the next free number.
-            title = self.title(settings, opened) if self.title else self.name
+            title = self.title(settings, opened_files) if self.title else self.name
             return begun_folder or next_free(outdir, "-".join(filter(None, (title, flags.get("desc")))))
 
         return self.begin(settings, choose_folder, flags, ranks)
@@ -211,21 +219,21 @@ class Mode(Generic[S]):
         return run.folder
 
     def resume(
-        self, settings: S, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
+        self, settings: S, resume_path: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
         """Resume a run, and return its folder.
 
         Args:
             settings: settings of the run, see `read`.
-            source: the run folder, or a checkpoint file in it.
+            resume_path: the run folder, or a checkpoint file in it.
             flags: flags of the command line; None: no flags.
             ranks: this process among the processes of the run; None: a single process.
 
         Raises:
             ValueError: the settings, or files that the run started from, have changed.
         """
-        run = self._run(source if source.is_dir() else source.parent, settings, flags, ranks)
-        run.resumed = source
+        run = self._run(resume_path if resume_path.is_dir() else resume_path.parent, settings, flags, ranks)
+        run.resumed = resume_path
         # the lock comes first here: another process may still be writing states
         with run:
             opened_files = self._open(settings, run)
@@ -233,24 +241,27 @@ class Mode(Generic[S]):
             self._work(settings, opened_files, run)
         return run.folder
 
-    def read(self, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
+    def read(self, resume_path: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
         """Read the settings of a run from its folder.
 
         Args:
-            source: value of --resume: the run folder, or a checkpoint file in it.
+            resume_path: value of --resume: the run folder, or a checkpoint file in it if the function
+                `recorded` of this mode accepts one.
             flags: flags of the command line; None: no flags.
             ranks: this process among the processes of the run; None: a single process.
 
         Raises:
-            FileNotFoundError: there is no run at `source`.
+            FileNotFoundError: there is no run at `resume_path`.
             ValueError: the run belongs to another mode.
         """
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
         from training.distributed import SINGLE
 
         if self.recorded is not None:
-            return self.recorded(source, flags or Flags(), ranks or SINGLE)
-        return from_dict(self.settings, recorded_by(source, self.name)["settings"], str(source / OPTIONS))
+            return self.recorded(resume_path, flags or Flags(), ranks or SINGLE)
+        return from_dict(
+            self.settings, recorded_by(resume_path, self.name)["settings"], str(resume_path / OPTIONS)
+        )
 
     def _run(self, folder: Path, settings: S, flags: Flags | None, ranks: "Ranks | None") -> "Run":
         """Make the `Run` object and choose its device. No file is written."""
@@ -276,11 +287,11 @@ class Mode(Generic[S]):
         )
         return opened_files
 
-    def _work(self, settings: S, opened: Any, run: "Run") -> None:
+    def _work(self, settings: S, opened_files: Any, run: "Run") -> None:
         """Print the folder, then do the work."""
         if run.ranks.is_main:
             print(f"Run folder {run.folder}.", flush=True)
-        self.work(settings, opened, run)
+        self.work(settings, opened_files, run)
 
     @functools.cached_property
     def command(self) -> GroupedCommand:
@@ -335,9 +346,9 @@ class Mode(Generic[S]):
         if self.resolve is not None:
             return self.resolve(flags)
         # flags that the run itself uses, and that no settings dataclass has as a field
-        run_only = {"outdir", "desc", "resume", "dry_run", "timeout"}
+        run_only_flags = {"outdir", "desc", "resume", "dry_run", "timeout"}
         flag_values = {
-            name: value for name, value in flags.items() if value is not None and name not in run_only
+            name: value for name, value in flags.items() if value is not None and name not in run_only_flags
         }
         settings: S = settings_from_values(self.settings, flag_values)
         return settings
@@ -353,20 +364,20 @@ class Mode(Generic[S]):
 def flags_of(context: click.Context) -> Flags:
     """Return the flags of a click command, and the names of the flags that the user passed."""
     command_line = ParameterSource.COMMANDLINE
-    written = {name for name in context.params if context.get_parameter_source(name) == command_line}
-    return Flags(context.params, written)
+    written_names = {name for name in context.params if context.get_parameter_source(name) == command_line}
+    return Flags(context.params, written_names)
 
 
 @contextlib.contextmanager
-def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]":
-    """Open the process group of a run, and yield its ranks.
+def running(device: str | None, timeout: float, resume_hint: str) -> "Iterator[Ranks]":
+    """Open the process group of a run, and yield the `Ranks` object of this process.
 
     If a signal stops the run, the process prints how to resume it, and exits with status 130.
 
     Args:
         device: "auto", "cpu" or "cuda"; None: "auto".
         timeout: longest wait for another process of torchrun, in minutes.
-        again: flag that resumes the run, for the printed line.
+        resume_hint: command or flag that resumes the run, as the subject of the printed sentence.
     """
     from training.distributed import process_group
 
@@ -374,31 +385,37 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
     # _ends_with_130 is used twice. The inner one turns a stop into SystemExit before the process group
     # closes, so that the group's __exit__ receives it. The outer one handles a stop while the group
     # is being opened.
-    with _ends_with_130(again), sigterm_interrupts(), process_group_context as ranks, _ends_with_130(again):
+    with (
+        _ends_with_130(resume_hint),
+        sigterm_interrupts(),
+        process_group_context as ranks,
+        _ends_with_130(resume_hint),
+    ):
         yield ranks
 
 
 @contextlib.contextmanager
-def _ends_with_130(again: str) -> Iterator[None]:
+def _ends_with_130(resume_hint: str) -> Iterator[None]:
     """Exit with status 130 if the run inside the context was stopped. Shells use this status for SIGINT."""
     try:
         yield
-    except (StoppedError, KeyboardInterrupt) as stopped:
-        click.echo(f"Stopped{f': {stopped}' if str(stopped) else '.'} Resume with {again}.", err=True)
+    except (StoppedError, KeyboardInterrupt) as stop_error:
+        reason = f": {str(stop_error).rstrip('.')}" if str(stop_error) else ""
+        click.echo(f"Stopped{reason}. {resume_hint} resumes the run.", err=True)
         sys.exit(130)
 
 
-def reject_torchrun(several: bool, flags: str) -> None:
+def reject_torchrun(has_several: bool, flag_names: str) -> None:
     """Raise ValueError if several trainings are requested under torchrun with several processes.
 
     Args:
-        several: True if the command requests several trainings.
-        flags: names of the flags that request them, for the message.
+        has_several: True if the command requests several trainings.
+        flag_names: names of the flags that request them, for the message.
     """
     # torchrun sets WORLD_SIZE to the number of processes; without torchrun it is not set
-    if several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if has_several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"{flags}: several trainings cannot share the processes of torchrun"
+            f"{flag_names}: several trainings cannot share the processes of torchrun"
             f" (WORLD_SIZE={os.environ['WORLD_SIZE']}). Start the command without torchrun, and pass --jobs"
             " to run several trainings at once."
         )
@@ -406,7 +423,7 @@ def reject_torchrun(several: bool, flags: str) -> None:
 
 def run_flags(mode: Mode[S]) -> Decorator:
     """Make the decorator that adds the flags which all modes have."""
-    non_negative = click.IntRange(min=0)
+    non_negative_int = click.IntRange(min=0)
     flag_decorators = [
         option(
             "--mode",
@@ -414,7 +431,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="NAME",
             default=mode.name,
             expose_value=False,
-            help="Name of the kind of training that train.py runs.",
+            help="Kind of training that train.py runs; `train.py --help` lists all kinds.",
         ),
         option(
             "--outdir",
@@ -422,7 +439,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="DIR",
             type=FOLDER,
             default=Path("runs"),
-            help="Folder in which a new, numbered run folder is made.",
+            help="Folder in which the run folder NNNNN-NAME is made, with the next free number.",
         ),
         # EG3D's train.py has --desc, so --help of --mode=gan lists it. The other modes list it in --help-all.
         option(
@@ -433,7 +450,12 @@ def run_flags(mode: Mode[S]) -> Decorator:
             help="Text that is appended to the name of the run folder.",
         ),
         option(
-            "--seed", group=RUN, metavar="INT", type=non_negative, default=0, help="Random seed of the run."
+            "--seed",
+            group=RUN,
+            metavar="INT",
+            type=non_negative_int,
+            default=0,
+            help="Random seed of the run.",
         ),
         option(
             "--device",
@@ -450,9 +472,9 @@ def run_flags(mode: Mode[S]) -> Decorator:
             group=RUN,
             metavar="RUN",
             type=click.Path(path_type=Path),
-            help=(
-                "Run folder, or checkpoint file in it, from which a stopped run is resumed with its settings."
-            ),
+            # `recorded` of the other modes reads a file of the folder, so they do not accept a checkpoint
+            help="Run folder of a stopped run, which is resumed with its recorded settings."
+            + (" A checkpoint file in this folder may be named instead." if mode.name == "gan" else ""),
         ),
         option(
             "-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."

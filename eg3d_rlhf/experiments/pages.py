@@ -1,10 +1,10 @@
 """Reports: findings that are computed once and stored as JSON, and their figures, tables and HTML pages.
 
-A report consists of jobs. The function `compute` of a job returns a finding, which is written into
-<out>/data/<key>.json, and the plots read this file only. Findings are cached by their inputs, so a second
-call, or a call after a crash, computes only the missing findings. The HTML pages load nothing from the
-network, and work from disk with mouse, touch and keyboard. The page of a report has a light and a dark theme,
-and can be printed.
+A report consists of jobs, which are its sections. The function `compute` of a job returns a finding, which is
+written into <out>/data/<key>.json, where <out> is the folder of the report. The plots read this file only.
+Findings are cached by their inputs, so a second call, or a call after a crash, computes only the missing
+findings. The HTML pages load nothing from the network, and work from disk with mouse, touch and keyboard. The
+page of a report has a light and a dark theme, and can be printed.
 
 Shapes: V vertices, F faces.
 """
@@ -62,7 +62,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Result of one computation, in JSON types."""
+    """Numbers, table, sentences and images that the job of one section has computed, in JSON types."""
 
     facts: Facts
     data: dict[str, Any]  # numbers that the plots read
@@ -143,7 +143,7 @@ def data_file(report_folder: Path, key: str) -> Path:
 
 
 def _finding(report_folder: Path, key: str) -> Finding:
-    """Read a finding from <out>/data, and give keys of version 0.1 their present names."""
+    """Read a finding from <out>/data, and rename keys that version 0.1 wrote to their present names."""
     finding_json = version_0_1.finding(key, json.loads(data_file(report_folder, key).read_text()))
     # the file has one more key, the job's title
     finding_fields = {field.name: finding_json[field.name] for field in dataclasses.fields(Finding)}
@@ -170,14 +170,14 @@ def _compute(job: Job, report_folder: Path, _folder: Path) -> tuple[list[Path], 
 
 
 def run(
-    jobs: Sequence[Job], report_folder: Path, fresh: bool = False, quiet: bool = False
+    jobs: Sequence[Job], report_folder: Path, recompute: bool = False, quiet: bool = False
 ) -> dict[str, Finding]:
     """Compute the missing findings, plot all figures, and write the tables.
 
     Args:
         jobs: sections of the report.
         report_folder: folder of the report, which is made if it does not exist.
-        fresh: True computes all findings again, also the stored ones.
+        recompute: True computes all findings again, also the stored ones.
         quiet: True shows no progress bar.
 
     Returns:
@@ -191,7 +191,7 @@ def run(
             progress_bar.set_description(job.title)
             store_inputs = {"version": job.version, "inputs": dict(job.inputs)}
             # without the record in the store, the finding counts as missing
-            if fresh:
+            if recompute:
                 shutil.rmtree(store.folder(job.key, store_inputs), ignore_errors=True)
             store.make(job.key, store_inputs, partial(_compute, job, report_folder))
             # the finding is read back from its file, so that figures depend on the JSON alone
@@ -206,8 +206,8 @@ def run(
 def draw(job: Job, report_folder: Path) -> None:
     """Plot the figures of a job from the JSON file of its finding.
 
-    The files are <out>/figures/<key>-<name>.svg, <key>-<name>-dark.svg and <key>-<name>.png. A finding
-    without data, which has the key "absent", gets a figure that states the reason.
+    The files are <out>/figures/<key>-<name>.svg, <key>-<name>-dark.svg and <key>-<name>.png. If nothing could
+    be measured, the data of the finding hold the reason under the key "absent", and each figure shows it.
     """
     finding_data = _finding(report_folder, job.key).data
     for name, plot in job.plots.items():
@@ -227,9 +227,9 @@ def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> lis
     for job in jobs:
         first_sentence = next(iter(findings[job.key].says), "")
         # wrap returns no line for an empty text, but the key of the job shall be printed then, too
-        for index, line in enumerate(textwrap.wrap(first_sentence, 110) or [""]):
+        for index, wrapped_line in enumerate(textwrap.wrap(first_sentence, 110) or [""]):
             key = job.key if index == 0 else ""
-            terminal_lines.append(f"{key:<{key_width}}{line}")
+            terminal_lines.append(f"{key:<{key_width}}{wrapped_line}")
     return terminal_lines
 
 
@@ -240,14 +240,14 @@ def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> lis
 STATIC = Path(__file__).parent / "static"
 
 
-def data_uri(content: bytes, media_type: str) -> str:
+def data_uri(file_bytes: bytes, media_type: str) -> str:
     """Encode bytes as a data: URI.
 
     Args:
-        content: content of the file.
+        file_bytes: content of the file.
         media_type: media type, such as "image/png".
     """
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return f"data:{media_type};base64,{base64.b64encode(file_bytes).decode()}"
 
 
 def fill(template_name: str, **values: object) -> str:
@@ -276,11 +276,11 @@ def fill(template_name: str, **values: object) -> str:
     return jinja_environment.get_template(f"{template_name}.html").render(**text_by_variable, **values)
 
 
-def safe(text: str) -> "Markup":
+def safe(html_text: str) -> "Markup":
     """Mark a text that the template must not escape, such as HTML or this package's CSS and JavaScript."""
     import markupsafe
 
-    return markupsafe.Markup(text)
+    return markupsafe.Markup(html_text)
 
 
 def write_page(
@@ -290,7 +290,7 @@ def write_page(
     jobs: Sequence[Job],
     findings: Mapping[str, Finding],
     summary: Sequence[str] = (),
-    extra: str = "",
+    extra_html: str = "",
 ) -> Path:
     """Write the page of a report from the files that `run` wrote into the same folder.
 
@@ -301,7 +301,7 @@ def write_page(
         jobs: sections in the order of the page; a job without a finding is left out.
         findings: findings by the key of their job.
         summary: sentences at the top of the page.
-        extra: HTML that is appended after the sections, such as an interactive view.
+        extra_html: HTML that is appended after the sections, such as an interactive view.
 
     Returns:
         `path`.
@@ -320,19 +320,19 @@ def write_page(
         """Return a figure as an <svg> element of the page."""
         file_text = (report_folder / "figures" / f"{name}.svg").read_text()
         # the XML declaration and the document type before the element are not allowed inside HTML
-        element = file_text[file_text.index("<svg") :]
+        svg_element = file_text[file_text.index("<svg") :]
         # matplotlib uses the same ids in every figure. On one page they must be unique, so ids and references
         # to them get the name of the figure as a prefix.
-        element = re.sub(r'\bid="', f'id="{name}-', element)
-        element = element.replace('xlink:href="#', 'href="#')
-        return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", element))
+        svg_element = re.sub(r'\bid="', f'id="{name}-', svg_element)
+        svg_element = svg_element.replace('xlink:href="#', 'href="#')
+        return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg_element))
 
     page_html = fill(
         "page",
         title=title,
         introduction=introduction,
         summary=summary,
-        extra=safe(extra),
+        extra=safe(extra_html),
         shown=[(job, findings[job.key]) for job in jobs if job.key in findings],
         columns=columns,
         cell=cell,
@@ -366,28 +366,28 @@ class ColouredMesh:
     layers: Sequence[Layer]
 
 
-def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) -> str:
+def mesh_page(meshes: Sequence[ColouredMesh], title: str, half_side: float = 0.5) -> str:
     """Make a self-contained HTML page that shows meshes.
 
     Args:
         meshes: meshes, between which a reader can switch.
         title: title of the page.
-        reach: half the side length of the scene cube in world units. Coordinates beyond it are clipped, and
-            positions are stored in steps of reach / 32767.
+        half_side: half the side length of the scene cube in world units. Coordinates beyond it are clipped,
+            and positions are stored in steps of half_side / 32767.
 
     Returns:
         HTML text.
     """
 
-    def encode(values: np.ndarray, dtype: str) -> str:
+    def encode(array: np.ndarray, dtype: str) -> str:
         """Encode an array as base64, for a typed array in JavaScript."""
-        return base64.b64encode(values.astype(dtype).tobytes()).decode()
+        return base64.b64encode(array.astype(dtype).tobytes()).decode()
 
     mesh_records = [
         {
             "name": mesh.name,
             # "<": little-endian, as in the typed arrays of all current browsers
-            "positions": encode(np.round(np.clip(mesh.vertices / reach, -1, 1) * 32767), "<i2"),
+            "positions": encode(np.round(np.clip(mesh.vertices / half_side, -1, 1) * 32767), "<i2"),
             "faces": encode(mesh.faces, "<u4"),
             "layers": [
                 {
@@ -417,7 +417,7 @@ def _script_json(values: object, **json_options: Any) -> "Markup":
 def points_section(
     points: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, str]], sprite: dict[str, Any]
 ) -> str:
-    """Make an interactive map of samples as HTML, for the argument `extra` of `write_page`.
+    """Make an interactive map of samples as HTML, for the argument `extra_html` of `write_page`.
 
     Args:
         points: samples, each {"role": "before" or "after" (tuning), "seed", "reward", "<layout>_x",
@@ -482,9 +482,9 @@ def points_section(
     )
 
 
-def shade_of(share: float) -> str:
+def shade_of(scale_position: float) -> str:
     """Return the colour '#rrggbb' of a value in 0..1 on the colour scale of all reports, viridis."""
     import matplotlib
     from matplotlib.colors import to_hex
 
-    return to_hex(matplotlib.colormaps["viridis"](share))
+    return to_hex(matplotlib.colormaps["viridis"](scale_position))

@@ -56,13 +56,14 @@ def run_tasks(
 
     Args:
         needs: maps the name of each task to the names of the tasks that must be done before it.
-        setup: function that makes the handler of a worker, called as setup(*arguments).
+        setup: function that makes a handler, called as setup(*arguments). A handler is a function that runs
+            the task of a name; each worker makes its own.
         arguments: arguments of `setup`, which must be picklable.
         workers: number of worker processes; with 1, the tasks run in this process.
         logs: folder for the files worker-<number>.log, which receive the output of the workers.
         on_done: function that is called in this process with the name and the result of each finished task.
-        expected: types of errors that a user can cause. They are raised again as a ValueError with their
-            message; any other error is raised as a RuntimeError with the worker's traceback.
+        expected: types of errors that a user can cause. Of worker processes, they are raised again as a
+            ValueError with their message, and any other error as a RuntimeError with the worker's traceback.
         stop: None, or a function that makes running tasks end. If it is passed, the tasks run on threads of
             this process, which share one handler, and no process is started. This is for tasks that wait for
             child processes, or that share loaded data. The function is called when a task has failed or the
@@ -71,7 +72,9 @@ def run_tasks(
     Raises:
         ValueError: a task failed with an expected error, or its process ended. It is raised for the first
             failed task, after the other running tasks have ended.
-        RuntimeError: a task failed with another error.
+        RuntimeError: a task of a worker process failed with another error.
+        Exception: any error of a task that ran in this process with workers=1, and any error on a thread that
+            is not of an expected type. These errors are raised unchanged.
     """
     task_order = _Order(needs)
     # one handler for all threads, which share its loaded data
@@ -178,7 +181,7 @@ def _dispatch(
     result_by_task: dict[str, Any] = {}
     task_by_future: dict[Future[Any], str] = {}
     while True:
-        # no ready task is taken from `order` while all workers are busy
+        # no ready task is taken from `task_order` while all workers are busy
         for task_name in task_order if len(task_by_future) < workers else ():
             task_by_future[submit(task_name)] = task_name
             if len(task_by_future) == workers:

@@ -65,6 +65,7 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
     try:
         yield
     finally:
+        # deleted before the release, since afterwards the file may be locked by another process
         lock_path.unlink(missing_ok=True)
         folder_lock.release()
 
@@ -112,7 +113,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def serve_requests(
-    answer_request: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
+    answer_request: Callable[[Any], Any], max_memory: int, max_seconds: int, max_file_size: int | None = None
 ) -> None:
     """Answer requests until standard input ends, with limits of memory and processor time.
 
@@ -120,20 +121,20 @@ def serve_requests(
 
     Args:
         answer_request: function that returns the answer to a request, both in JSON types.
-        memory: largest address space of this process, in bytes.
-        seconds: largest processor time of one request, in seconds.
-        largest_file: largest size of a file that this process writes, in bytes; None: no limit.
+        max_memory: largest address space of this process, in bytes.
+        max_seconds: largest processor time of one request, in seconds.
+        max_file_size: largest size of a file that this process writes, in bytes; None: no limit.
     """
     import resource  # this module does not exist on Windows
 
     # (soft limit, hard limit); a process cannot raise its hard limit again
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps of a process that runs out of memory
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if max_file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     for request_line in sys.stdin:
-        # The limit counts from the start of the process, so it is raised by `seconds` for each request. The
-        # first two entries of getrusage are the seconds of processor time in user mode and in the system.
+        # The limit counts from the start of the process, so it is raised by `max_seconds` for each request.
+        # The first two entries of getrusage are the seconds of processor time in user mode and in the system.
         used_seconds = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used_seconds + seconds, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CPU, (used_seconds + max_seconds, resource.RLIM_INFINITY))
         print(json.dumps(answer_request(json.loads(request_line))), flush=True)

@@ -7,7 +7,7 @@ The folder holds these files:
                               and an identity of the launch that began the run
     stats.jsonl               measurements; equal runs give equal bytes
     timing.jsonl              time and memory, which differ between equal runs
-    checkpoint-*.safetensors  the last two states from which the run can resume
+    checkpoint-*.safetensors  the last two checkpoints, from which the run can resume
 
 Only rank 0 writes and prints, but every method may be called on all ranks. `experiments.mode.Mode` makes and
 ends runs.
@@ -55,12 +55,12 @@ class Run:
     Args:
         folder: existing folder of the run, such as one that `claim` made.
         settings: settings that determine the results of the run, in JSON types.
-        inputs: paths of the files that the run starts from, by name.
+        inputs: paths of the files that the run starts from, by name; None: no files.
         ranks: this process among the processes of the run.
         say: function that prints a status line; None: `print`.
         device: name of the device on which the run computes.
         jobs: number of processes that share the work.
-        flags: values of the flags of the command line, by name.
+        flags: values of the flags of the command line, by name; None: no flags.
         log: value of --log, which names the trackers that receive the measurements (see logs.named).
     """
 
@@ -112,7 +112,7 @@ class Run:
         """Record the settings and inputs of a new run in training_options.json.
 
         Measurements of an earlier attempt in this folder are deleted. That attempt ended before it wrote its
-        first state, so it cannot be resumed.
+        first checkpoint, so it cannot be resumed.
         """
         # only one process writes into the folder
         if self.ranks.is_main:
@@ -126,12 +126,12 @@ class Run:
             }
             self.write(OPTIONS, {**self.settings, **launch_record})
 
-    def resume(self, free: Collection[str] | None = ()) -> None:
+    def resume(self, free_settings: Collection[str] | None = ()) -> None:
         """Check that the inputs and the settings equal those with which the run was begun.
 
         Args:
-            free: names of settings that may have changed. A nested setting is named by its dotted path
-                ("train.lr") or by the last part of it ("lr"). None: no setting is compared.
+            free_settings: names of settings that may have changed. A nested setting is named by its dotted
+                path ("train.lr") or by the last part of it ("lr"). None: no setting is compared.
 
         Raises:
             ValueError: an input file or a setting has changed; the message names it.
@@ -159,7 +159,7 @@ class Run:
         current_settings = _flat(json.loads(json.dumps(self.settings)))
         # Only settings that exist now are compared. `version_0_1.options` and `from_dict` check settings that
         # were removed when they read the record.
-        setting_names = current_settings.keys() if recorded_options and free is not None else ()
+        setting_names = current_settings.keys() if recorded_options and free_settings is not None else ()
         # A group is the dotted path without its last part. If the record has the group but not the setting,
         # the setting was added by a newer version of this package, and is not compared.
         recorded_groups = {setting_name.rpartition(".")[0] for setting_name in recorded_settings} - {""}
@@ -168,7 +168,7 @@ class Run:
             for setting_name in setting_names
             if setting_name in recorded_settings or setting_name.rpartition(".")[0] not in recorded_groups
         }
-        free_names = set(free or ())
+        free_names = set(free_settings or ())
         changed_names = sorted(
             setting_name
             for setting_name in compared_names
@@ -194,7 +194,11 @@ class Run:
     # Measurements and progress.
 
     def stats(self, stats_record: Mapping[str, Any]) -> None:
-        """Append a line of measurements to stats.jsonl, and send it to the trackers of --log."""
+        """Append a line of measurements to stats.jsonl, and send them to the trackers of --log.
+
+        Args:
+            stats_record: measurements by name, in JSON types; the key "step" holds the step of the run.
+        """
         if self.ranks.is_main:
             self._append(STATS, stats_record)
             self._log.line(stats_record)
@@ -212,49 +216,55 @@ class Run:
 
     def status(
         self,
-        at: Mapping[str, object],
-        done: float,
-        total: float,
-        unit: str,
-        more: Mapping[str, object] | None = None,
+        first_fields: Mapping[str, object],
+        done_amount: float,
+        total_amount: float,
+        unit_name: str,
+        last_fields: Mapping[str, object] | None = None,
     ) -> None:
-        """Print a status line with time, speed and remaining time, and append these to timing.jsonl.
+        """Print a status line with time, speed, remaining time and memory, and add a line to timing.jsonl.
+
+        The line of timing.jsonl has the same numbers without the remaining time, `first_fields` and
+        `last_fields`.
 
         Args:
-            at: fields at the start of the line, such as the step. The caller pads values that shall be
-                aligned in columns.
-            done: amount of work that is done, in units of `unit`.
-            total: amount of all work, in units of `unit`.
-            unit: name of the unit of work, such as "step" or "kimg".
-            more: fields at the end of the line.
+            first_fields: fields at the start of the line by name, such as the step. The caller pads values
+                that shall be aligned in columns.
+            done_amount: amount of work that is done, in units of `unit_name`.
+            total_amount: amount of all work, in units of `unit_name`.
+            unit_name: name of the unit of work, such as "step" or "kimg".
+            last_fields: fields at the end of the line by name; None: no fields.
         """
         if not self.ranks.is_main:
             return
         done_before, start_time = self._start
-        seconds = time.monotonic() - start_time
+        elapsed_seconds = time.monotonic() - start_time
         # seconds per unit since this process started or resumed the run, not since the run was begun
-        seconds_per_unit = seconds / (done - done_before) if done > done_before else 0.0
+        seconds_per_unit = elapsed_seconds / (done_amount - done_before) if done_amount > done_before else 0.0
         memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
         # The share of waiting is a number in timing.jsonl, and a percentage in the printed line. A run that
         # did not count its waiting has no such field.
-        waiting_share = {"waited": self._waited / seconds} if self._waited else {}
-        more = {**{name: f"{share:.1%}" for name, share in waiting_share.items()}, **(more or {})}
+        waiting_share = {"waited": self._waited / elapsed_seconds} if self._waited else {}
+        last_fields = {
+            **{name: f"{share:.1%}" for name, share in waiting_share.items()},
+            **(last_fields or {}),
+        }
         status_fields = {
-            **at,
-            "time": f"{tqdm.format_interval(seconds):<9s}",
-            f"sec/{unit}": f"{seconds_per_unit:<7.4g}",
-            "eta": f"{tqdm.format_interval(seconds_per_unit * max(total - done, 0)):<9s}",
+            **first_fields,
+            "time": f"{tqdm.format_interval(elapsed_seconds):<9s}",
+            f"sec/{unit_name}": f"{seconds_per_unit:<7.4g}",
+            "eta": f"{tqdm.format_interval(seconds_per_unit * max(total_amount - done_amount, 0)):<9s}",
             "mem_gb": f"{memory_gib:<5.2f}",
-            **more,
+            **last_fields,
         }
         # the same numbers go to the terminal, for people, and to timing.jsonl, for programs
         self._say(" ".join(f"{name} {value}" for name, value in status_fields.items()))
         self._append(
             TIMING,
             {
-                unit: done,
-                "seconds": seconds,
-                f"sec_per_{unit}": seconds_per_unit,
+                unit_name: done_amount,
+                "seconds": elapsed_seconds,
+                f"sec_per_{unit_name}": seconds_per_unit,
                 "mem_gb": memory_gib,
                 **waiting_share,
             },
@@ -269,26 +279,26 @@ class Run:
         finally:
             self._waited += time.monotonic() - wait_start
 
-    def continue_from(self, done: float, lines: int | None = None) -> None:
-        """Measure speed from now on, and cut stats.jsonl to the lines that belong to the resumed state.
+    def continue_from(self, done_amount: float, line_count: int | None = None) -> None:
+        """Measure speed from now on, and cut stats.jsonl to the lines that belong to the resumed checkpoint.
 
         Args:
-            done: amount of work that is done already, in the unit of `status`.
-            lines: number of lines that stats.jsonl had when the resumed state was written; later lines are
-                deleted. None: a new run, whose stats.jsonl is not changed.
+            done_amount: amount of work that is done already, in the unit of `status`.
+            line_count: number of lines that stats.jsonl had when the resumed checkpoint was written; later
+                lines are deleted. None: a new run, whose stats.jsonl is not changed.
         """
-        self._start = (done, time.monotonic())
+        self._start = (done_amount, time.monotonic())
         self._waited = 0.0
-        if lines is not None and self.ranks.is_main:
+        if line_count is not None and self.ranks.is_main:
             storage.remove_temporaries(self.folder)
             if (self.folder / STATS).exists():
                 # The resumed run repeats the steps after the state, and writes their lines again with the
                 # same bytes. errors="replace": a killed process may have written half of a character.
                 all_lines = (self.folder / STATS).read_text(errors="replace").splitlines(keepends=True)
-                lines_of_state = all_lines[:lines]
+                lines_of_state = all_lines[:line_count]
                 storage.write_atomic(self.folder / STATS, "".join(lines_of_state).encode())
                 self._log.resume(lines_of_state)
-            self.lines = lines
+            self.lines = line_count
 
     def _append(self, file_name: str, json_record: Mapping[str, Any]) -> None:
         """Append a record to a file as one line of JSON with sorted keys."""
@@ -327,17 +337,19 @@ class Run:
         return checkpoint_path
 
     def read(
-        self, source: Path | None = None, previous: bool = False
+        self, source_file: Path | None = None, previous: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Read a state of the run, and return its (tensors, meta) on every rank.
+        """Read a checkpoint of the run, and return (its tensors by name, its other values) on every rank.
 
         Args:
-            source: checkpoint file; None: the newest checkpoint of the run folder.
+            source_file: checkpoint file; None: the newest checkpoint of the run folder.
             previous: True reads the checkpoint before the newest one, see training.checkpoint.read.
         """
         # Rank 0 reads and sends the state to the other ranks, which may run on machines without this folder.
         tensors, meta, checkpoint_path = (
-            checkpoint.read(source or self.folder, previous) if self.ranks.is_main else (None, None, None)
+            checkpoint.read(source_file or self.folder, previous)
+            if self.ranks.is_main
+            else (None, None, None)
         )
         meta, path_text = self.ranks.broadcast([meta, str(checkpoint_path)])
         self.last_checkpoint = Path(path_text)
@@ -350,18 +362,18 @@ class Run:
         try:
             yield
         except OSError as error:
-            cause = str(error).rstrip(".")
+            error_text = str(error).rstrip(".")
             if self.last_checkpoint is None:
                 remedy = "No checkpoint was written yet: start a new run when the folder can be written."
             else:
                 remedy = f"Resume the run from its last good checkpoint with --resume={self.last_checkpoint}."
-            raise OSError(f"run folder {self.folder} cannot be written: {cause}. {remedy}") from error
+            raise OSError(f"run folder {self.folder} cannot be written: {error_text}. {remedy}") from error
 
     # Signals.
 
     @property
     def stop_requested(self) -> str | None:
-        """Return the name of the signal that asked this process to stop; None if there was no signal.
+        """Return the name of the stop signal that this process received, such as "SIGTERM"; None without one.
 
         A signal may reach only some of the ranks. The ranks must therefore agree before they stop.
         """
@@ -373,7 +385,7 @@ class Run:
 
 
 def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
-    """Read training_options.json from a run folder of a mode.
+    """Read training_options.json from a run folder, and check that the run belongs to a mode.
 
     Args:
         folder: run folder.
@@ -400,7 +412,7 @@ def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Read training_options.json of a run folder, and give settings of version 0.1 their present names.
+    """Read training_options.json of a run folder, and rename settings that version 0.1 wrote.
 
     Returns an empty dictionary if the folder has no such file.
 
@@ -475,8 +487,8 @@ def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
     # rank 0 searches, and sends the path to the other ranks; "" means no folder
     begun_folder = ""
     if ranks.is_main and launch_id is not None:
-        newest_first = sorted(outdir.glob("*"), reverse=True)
-        run_folders = (path for path in newest_first if _NUMBERED.fullmatch(path.name))
+        newest_first_paths = sorted(outdir.glob("*"), reverse=True)
+        run_folders = (path for path in newest_first_paths if _NUMBERED.fullmatch(path.name))
         begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch_id), "")
     begun_folder = ranks.broadcast(begun_folder)
     return Path(begun_folder) if begun_folder else None

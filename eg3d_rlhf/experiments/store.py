@@ -53,7 +53,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """Artefact that is finished and stored."""
+    """Finished artefact in a store: its folder, the hash of its files, and the record of its maker."""
 
     folder: Path
     # SHA-256 of the names and bytes of the products; an input of artefacts that are made from this one
@@ -211,20 +211,23 @@ class Store:
 
         def maker(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             # safetensors writes the memory of an array as it is, so the array must be contiguous
-            values = {name: np.ascontiguousarray(value) for name, value in compute().items()}
-            write_atomic(folder / ARRAYS, safetensors.numpy.save(values))
+            array_by_name = {name: np.ascontiguousarray(array) for name, array in compute().items()}
+            write_atomic(folder / ARRAYS, safetensors.numpy.save(array_by_name))
             return [folder / ARRAYS], {}
 
         self.make(kind, inputs, maker)
         return self.load_arrays(kind, inputs)
 
     def load_arrays(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Read arrays by name that an earlier call of `arrays` has computed and stored."""
+        """Return the arrays, by name, that an earlier call of `arrays` with the same arguments has stored."""
         array_by_name: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
         return array_by_name
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
-        """Return True if the folder of the artefact exists and states these inputs, finished or not."""
+        """Return True if the folder of the artefact has an inputs.json with these inputs.
+
+        The artefact may be unfinished.
+        """
         return _stated(self.folder(kind, inputs)) == json_hash(stored(inputs))
 
     @staticmethod
@@ -236,7 +239,7 @@ class Store:
     def finish(
         folder: Path, inputs: Mapping[str, Any], products: Iterable[Path], record: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write inputs.json and done.json, which finish an artefact, and return the content of done.json.
+        """Mark an artefact as finished: write inputs.json and done.json.
 
         A caller can use this function to add files to a store that were made without it.
 
@@ -246,6 +249,9 @@ class Store:
             products: files and folders that belong to the artefact, inside `folder` or elsewhere. All files
                 in these folders are hashed.
             record: further values that the store keeps, in JSON types.
+
+        Returns:
+            Content of done.json without its own hash.
         """
         product_files: set[Path] = set()
         for product_path in products:

@@ -78,12 +78,14 @@ def theme(name: str = "light") -> Iterator[None]:
         yield
 
 
-def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None) -> tuple["Figure", Any]:
+def figure(
+    column_count: int = 1, row_count: int = 1, size: tuple[float, float] | None = None
+) -> tuple["Figure", Any]:
     """Make a figure and its axes like `plt.subplots`, but without a display.
 
     Args:
-        columns: number of plots side by side.
-        rows: number of plots one below another.
+        column_count: number of plots side by side.
+        row_count: number of plots one below another.
         size: (width, height) in inches; None: chosen by the number of plots.
 
     Returns:
@@ -93,35 +95,40 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
     from matplotlib.figure import Figure
 
     # in inches; a figure is at most 9.4 inches wide
-    new_figure = Figure(figsize=size or (min(4.6 * columns, 9.4), 3.2 * rows))
-    FigureCanvasAgg(new_figure)  # sets drawn.canvas, which savefig needs
-    return new_figure, new_figure.subplots(rows, columns)
+    new_figure = Figure(figsize=size or (min(4.6 * column_count, 9.4), 3.2 * row_count))
+    FigureCanvasAgg(new_figure)  # sets new_figure.canvas, which savefig needs
+    return new_figure, new_figure.subplots(row_count, column_count)
 
 
-def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
-    """Make a figure with `count` plots, three in a row.
+def grid(plot_count: int, height: float) -> tuple["Figure", list["Axes"]]:
+    """Make a figure with `plot_count` plots, three in a row.
 
     Args:
-        count: number of plots.
+        plot_count: number of plots.
         height: height of a row in inches.
 
     Returns:
-        The figure, and the list of its `count` Axes.
+        The figure, and the list of its `plot_count` Axes.
     """
-    row_count = -(-count // 3)  # count / 3, rounded up
-    grid_figure, axes = figure(columns=min(3, count), rows=row_count, size=(9.4, height * row_count))
+    row_count = -(-plot_count // 3)  # plot_count / 3, rounded up
+    grid_figure, axes = figure(
+        column_count=min(3, plot_count), row_count=row_count, size=(9.4, height * row_count)
+    )
     # a single plot comes as one Axes object and not as an array
     all_axes = list(np.atleast_1d(axes).ravel())
     # the axes at the end of the last row that no plot needs
-    for axis in all_axes[count:]:
+    for axis in all_axes[plot_count:]:
         axis.set_axis_off()
-    return grid_figure, all_axes[:count]
+    return grid_figure, all_axes[:plot_count]
 
 
 def plot(
     legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels: Any
 ) -> Callable[[Callable[[Any, dict[str, Any]], object]], Plot]:
-    """Make a decorator that turns a function `draw(axes, data)` into a Plot with a single pair of axes.
+    """Make a decorator that turns a function `draw(axes, data)` into a function of the data.
+
+    The new function makes a figure with a single plot, calls `draw` with its axes and the data of a finding,
+    and returns the figure.
 
     Args:
         legend: font size of the legend; None: no legend.
@@ -152,32 +159,35 @@ def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
 
 
 def colour(role: str) -> str:
-    """Return the colour '#rrggbb' of a role; a role that is not in ROLES is grey."""
+    """Return the colour '#rrggbb' of data with a role, such as "before". Roles that ROLES lacks are grey."""
     return ROLES.get(role, "#777777")
 
 
 def errors(
-    row: Mapping[str, Any], value_key: str = "mean", lo: str = "lo", hi: str = "hi"
+    table_row: Mapping[str, Any], value_key: str = "mean", lo_key: str = "lo", hi_key: str = "hi"
 ) -> list[list[float]]:
     """Convert the interval of a row to the argument `yerr` of matplotlib's errorbar.
 
     Args:
-        row: line of a table.
+        table_row: line of a table.
         value_key: key of the value.
-        lo: key of the lower end of its interval.
-        hi: key of the upper end of its interval.
+        lo_key: key of the lower end of its interval.
+        hi_key: key of the upper end of its interval.
 
     Returns:
         [[length of the bar below the value], [length of the bar above it]], both >= 0.
     """
     # errorbar rejects negative lengths, which rounding of the values can cause
-    return [[max(0.0, row[value_key] - row[lo])], [max(0.0, row[hi] - row[value_key])]]
+    return [
+        [max(0.0, table_row[value_key] - table_row[lo_key])],
+        [max(0.0, table_row[hi_key] - table_row[value_key])],
+    ]
 
 
 def interval(
     axis: "Axes",
     x: float,
-    row: Mapping[str, Any],
+    table_row: Mapping[str, Any],
     role: str,
     value_key: str = "mean",
     **errorbar_options: Any,
@@ -187,15 +197,15 @@ def interval(
     Args:
         axis: axes of the plot.
         x: horizontal position of the point.
-        row: line of a table, with the keys `value_key`, "lo" and "hi".
+        table_row: line of a table, with the keys `value_key`, "lo" and "hi".
         role: role that decides the colour, see `colour`.
         value_key: key of the value.
         errorbar_options: further keyword arguments of matplotlib's errorbar.
     """
     axis.errorbar(
         [x],
-        [row[value_key]],
-        yerr=errors(row, value_key),
+        [table_row[value_key]],
+        yerr=errors(table_row, value_key),
         color=colour(role),
         **{"fmt": "o", "capsize": 4, **errorbar_options},
     )
@@ -204,7 +214,7 @@ def interval(
 def band(
     axes: "Axes",
     x: Sequence[float],
-    rows: Sequence[Mapping[str, Any]],
+    table_rows: Sequence[Mapping[str, Any]],
     line_colour: str,
     label: str,
     **line_options: Any,
@@ -214,14 +224,26 @@ def band(
     Args:
         axes: axes of the plot.
         x: horizontal position of each row.
-        rows: lines of a table, with the keys "mean", "lo" and "hi".
+        table_rows: lines of a table, with the keys "mean", "lo" and "hi".
         line_colour: colour of the line and the band.
         label: text in the legend.
         line_options: further keyword arguments of `axes.plot`.
     """
-    axes.plot(x, [row["mean"] for row in rows], "o-", color=line_colour, label=label, **line_options)
+    axes.plot(
+        x,
+        [table_row["mean"] for table_row in table_rows],
+        "o-",
+        color=line_colour,
+        label=label,
+        **line_options,
+    )
     axes.fill_between(
-        x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=line_colour, linewidth=0
+        x,
+        [table_row["lo"] for table_row in table_rows],
+        [table_row["hi"] for table_row in table_rows],
+        alpha=0.2,
+        color=line_colour,
+        linewidth=0,
     )
 
 
@@ -229,7 +251,7 @@ def save(plotted_figure: "Figure", path: Path) -> None:
     """Write a figure into a file atomically.
 
     Args:
-        plotted_figure: figure.
+        plotted_figure: figure to write.
         path: file with the suffix .svg (written without a date) or .png (144 dots per inch, white
             background).
     """

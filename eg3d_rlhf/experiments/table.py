@@ -43,8 +43,9 @@ INTERVAL = "95 % percentile bootstrap over prompts, each the mean over training 
 
 
 def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
-    """Compute the rate at which scores `scores_a` are higher than scores `scores_b` of the same prompts and
-    noises.
+    """Compute the win rate of one arm against another: the share of its assets with the higher score.
+
+    Assets of the same training seed, prompt and noise are compared. A tie counts half.
 
     Args:
         scores_a: scores of the first arm, [K, C, S].
@@ -53,7 +54,7 @@ def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> di
 
     Returns:
         {"win_rate", "ci95": [low, high], "seeds": [{"seed", "win_rate", "ci95"}, ...]}: the win rate over all
-        seeds with its interval over prompts, and the same for every training seed. A tie counts half.
+        seeds with its interval over prompts, and the same for every training seed.
     """
     # [K, C, S]: 1 where a is higher, 0.5 at a tie, 0 where b is higher
     wins = (np.greater(scores_a, scores_b) + np.greater_equal(scores_a, scores_b).astype(float)) / 2
@@ -67,7 +68,7 @@ def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> di
     return {"win_rate": mean_rate, "ci95": [lo, hi], "seeds": seed_records}
 
 
-def detectable(prompts: int, noises: int, seeds: int) -> float:
+def detectable(prompt_count: int, noise_count: int, seed_count: int) -> float:
     """Compute the smallest true win rate that a table detects with a power of 80 %.
 
     Detected means that the 95 % interval excludes one half. The formula is the one of the normal
@@ -75,13 +76,13 @@ def detectable(prompts: int, noises: int, seeds: int) -> float:
     without ties. If win rates differ between prompts, a larger win rate is needed.
 
     Args:
-        prompts: number of prompts, C.
-        noises: number of noises per prompt, S.
-        seeds: number of training seeds, K.
+        prompt_count: number of prompts, C.
+        noise_count: number of noises per prompt, S.
+        seed_count: number of training seeds, K.
     """
     # the quantiles of a two-sided 95 % interval (1.96) and of a power of 80 % (0.84)
     return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
-        2 * math.sqrt(prompts * noises * seeds)
+        2 * math.sqrt(prompt_count * noise_count * seed_count)
     )
 
 
@@ -101,10 +102,10 @@ class Table:
         """
         K = len(self.seeds)  # number of training seeds
         win_rates = {}
-        for evaluator, scores in self.scores[arm].items():
+        for evaluator, arm_scores in self.scores[arm].items():
             base_scores = self.base[evaluator]
             # a base without training seeds is repeated: [1, C, S] -> [K, C, S]
-            win_rates[evaluator] = rate(scores, base_scores.repeat(K // len(base_scores), 0), self.seeds)
+            win_rates[evaluator] = rate(arm_scores, base_scores.repeat(K // len(base_scores), 0), self.seeds)
         return win_rates
 
     def pairwise(self, evaluator: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -128,13 +129,13 @@ class Table:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the number of prompts and the number of noises per prompt, under the keys of the JSON file.
+        """Return two sizes by their keys in the JSON file: the number of prompts, and of noises per prompt.
 
-        The key of the number of prompts is the one that earlier versions wrote.
+        The number of prompts still has the key that version 0.1 wrote, so that its files can be compared.
         """
         # all score arrays have the same number of prompts and noises: [K or 1, C, S]
-        prompts, noises = next(iter(self.base.values())).shape[1:]
-        return {"conditions": prompts, "noises": noises}
+        prompt_count, noise_count = next(iter(self.base.values())).shape[1:]
+        return {"conditions": prompt_count, "noises": noise_count}
 
 
 # Formatting for readers.
@@ -145,27 +146,29 @@ def with_interval(metric: Mapping[str, Any], form: str = ".3f", metric_key: str 
 
     Args:
         metric: mapping with the value and, under "ci95", its interval [low, high].
-        form: format of the numbers.
+        form: format specification of the numbers, such as ".3f".
         metric_key: key of the value.
     """
     low, high = metric["ci95"]
     return f"{metric[metric_key]:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None) -> str:
+def cell(
+    number_or_numbers: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None
+) -> str:
     """Format the cell of a table for one metric.
 
     Args:
-        value: a number, a list of the numbers of several training seeds, or None. A number in the list may be
-            None as well, and is then left out.
-        form: format of the numbers.
+        number_or_numbers: a number, a list of the numbers of several training seeds, or None. A number in the
+            list may be None as well, and is then left out.
+        form: format specification of the numbers, such as ".2f".
         ci95: interval (low, high), or None.
 
     Returns:
         "0.61 [0.58, 0.64]" for a number with its interval; "0.61 (0.58 to 0.64)" for several numbers, which
         is the mean, the smallest and the largest number; "" if there is no number.
     """
-    numbers_or_none = value if isinstance(value, Sequence) else [value]
+    numbers_or_none = number_or_numbers if isinstance(number_or_numbers, Sequence) else [number_or_numbers]
     numbers = [number for number in numbers_or_none if number is not None]
     if not numbers:
         return ""
@@ -258,7 +261,7 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
     """
     row_count = len(panels[0][1])  # every panel has the same rows, and its height grows with their number
     plotted_figure, axes = style.figure(
-        columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * row_count)
+        column_count=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * row_count)
     )
     # All panels get the same horizontal range, so that they can be compared. It spans all these numbers.
     plotted_values = []

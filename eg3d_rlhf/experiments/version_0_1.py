@@ -61,7 +61,7 @@ def drop_comparison_counter(state: "MutableMapping[str, torch.Tensor]", prefix: 
 
 
 def settings(recorded_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded settings under their present names, at any depth.
+    """Return recorded settings with present names and values, at any depth of nesting.
 
     Args:
         recorded_settings: content of training_options.json, or the options in a checkpoint, of version 0.1 or
@@ -85,7 +85,7 @@ def settings(recorded_settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs of an artefact with the values that version 0.1 hashed, at any depth.
+    """Return the inputs of an artefact with renamed values as version 0.1 hashed them, at any depth.
 
     Args:
         inputs: inputs of an artefact (see experiments.store), with present values.
@@ -128,16 +128,16 @@ def words(script: str, flags: Sequence[str]) -> list[str]:
     return old_words
 
 
-def file_names(script: str, files: Mapping[str, str]) -> dict[str, str]:
+def file_names(script: str, hash_by_name: Mapping[str, str]) -> dict[str, str]:
     """Return the hashes of the files that a script reads, under the names of version 0.1.
 
     Args:
         script: path of the script, relative to the repository.
-        files: SHA-256 of each file, by the name of a bundled file or by the flag that names the file.
+        hash_by_name: SHA-256 of each file, by the name of a bundled file or by the flag that names the file.
     """
     present_heldout, old_heldout = HELDOUT
     old_hashes = {}
-    for name, digest in files.items():
+    for name, digest in hash_by_name.items():
         # `words` converts a list of flags; a name that is no renamed flag stays as it is
         old_name = old_heldout if name == present_heldout else words(script, [name])[0]
         old_hashes[old_name] = digest
@@ -154,10 +154,9 @@ def conditioning_file(folder: Path) -> Path:
 
 
 def outdir(folder: Path) -> Path:
-    """Return the folder of a report that --outdir names.
+    """Return the folder of --outdir, or the default folder of version 0.1 that is used in its place.
 
-    If `folder` is a renamed default folder that does not exist, and the folder of the old name exists, the
-    folder of the old name is returned, and `folder` otherwise.
+    The old folder is returned if it exists, and if `folder` is its renamed default and does not exist.
     """
     old_name = FOLDERS.get(folder.as_posix())
     if old_name is None or folder.exists() or not Path(old_name).is_dir():
@@ -303,17 +302,17 @@ _GROUPS = {"anchor": "regulariser", "shuffled": "randomised", "turned": "inverte
 
 def options(recorded_options: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a run's training_options.json, and the names of arms and controls in it."""
-    with_present_keys = {
+    options_with_present_keys = {
         # the keys below "hashes" are names of input files, not names of settings
         key: _renamed(value, {"watch": "heldout"} if key == "hashes" else _SETTINGS)
         for key, value in settings(recorded_options).items()
     }
-    present_options: dict[str, Any] = _control_renamed(with_present_keys)
+    present_options: dict[str, Any] = _control_renamed(options_with_present_keys)
     return present_options
 
 
 def _control_renamed(settings_part: Any, key: str = "") -> Any:
-    """Rename the controls in the values of the keys `arms`, `groups` and `use`, at any depth.
+    """Replace old names of control arms, such as "shuffled", in the values of `arms`, `groups` and `use`.
 
     Args:
         settings_part: settings, in JSON types.
@@ -355,14 +354,14 @@ def former_task(task: str) -> str:
     return re.sub(r"\brandomised\b", "shuffled", task)
 
 
-def former_use(use: str) -> str:
-    """Return the old name of the labels that a stage uses of the loop's pairs, which hashed inputs use.
+def former_use(label_kind: str) -> str:
+    """Return the old name of a kind of labels that a flow stage is trained on, which hashed inputs use.
 
     Args:
-        use: present name, such as "randomised" or "inverted".
+        label_kind: present name of the kind, such as "randomised" or "inverted".
     """
     old_names = {present: old for old, present in _GROUPS.items()}
-    return old_names.get(use, use)
+    return old_names.get(label_kind, label_kind)
 
 
 _LOOP_PAIRS = {
@@ -372,30 +371,32 @@ _LOOP_PAIRS = {
 
 
 def loop_pairs(pairs_record: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the record of an artefact that contains the pairs of the loop."""
+    """Rename the keys in the record of an artefact that contains the pairs of the circular loop."""
     return {_LOOP_PAIRS.get(key, key): value for key, value in pairs_record.items()}
 
 
 _FLOW_STATS = {"away": "drift", "left": "drift"}
 
 
-def flow_stats(line: Mapping[str, Any]) -> dict[str, Any]:
+def flow_stats(stats_line: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a line of stats.jsonl of a flow training."""
-    return {_FLOW_STATS.get(key, re.sub("^watched/", "heldout/", key)): value for key, value in line.items()}
+    return {
+        _FLOW_STATS.get(key, re.sub("^watched/", "heldout/", key)): value for key, value in stats_line.items()
+    }
 
 
-def flow_warnings(values: Mapping[str, str]) -> dict[str, str]:
+def flow_warnings(warning_by_name: Mapping[str, str]) -> dict[str, str]:
     """Rename the warnings in a checkpoint of a flow training.
 
     Args:
-        values: text of each warning, by its name.
+        warning_by_name: text of each warning, by its name.
     """
-    return {"divergence" if name == "runaway" else name: text for name, text in values.items()}
+    return {"divergence" if name == "runaway" else name: text for name, text in warning_by_name.items()}
 
 
-def flow_progress(values: Mapping[str, Any]) -> dict[str, Any]:
+def flow_progress(progress_record: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the progress that a checkpoint of a flow training contains."""
-    return {**values, "sums": flow_stats(values["sums"])}
+    return {**progress_record, "sums": flow_stats(progress_record["sums"])}
 
 
 # Cached findings of reports: old -> present name.

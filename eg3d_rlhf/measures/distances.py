@@ -75,23 +75,23 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     mean_2, cov_2 = _check_moments(mean_2, cov_2)
     assert mean_1.shape == mean_2.shape
     # Cholesky factorisation with pivoting, P^T C_1 P = L L^T, which works without full rank.
-    packed, pivots, rank, _ = lapack.dpstrf(cov_1, lower=1)
-    factor = np.empty((len(cov_1), rank))
+    packed_factor, pivots, rank, _ = lapack.dpstrf(cov_1, lower=1)
+    cholesky_factor = np.empty((len(cov_1), rank))
     # LAPACK counts pivots from 1. The upper triangle and the columns beyond the rank hold no part of L.
-    factor[pivots - 1] = np.tril(packed)[:, :rank]  # [F, r]
+    cholesky_factor[pivots - 1] = np.tril(packed_factor)[:, :rank]  # [F, r]
     largest_variance = np.abs(np.diagonal(cov_1)).max(initial=0.0)
     # The factorisation stops at the first negative pivot, so an indefinite matrix leaves a remainder.
-    remainder = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)
+    largest_remainder = np.abs(cov_1 - cholesky_factor @ cholesky_factor.T).max(initial=0.0)
     # 1e-12 covers rounding if all variances are 0.
-    if remainder > _PSD_TOLERANCE * largest_variance + 1e-12:
+    if largest_remainder > _PSD_TOLERANCE * largest_variance + 1e-12:
         raise ValueError(
             "frechet_distance: cov_1 is not a covariance, because it has a negative eigenvalue: it differs"
-            f" from its Cholesky factorisation by {remainder:.3g}. Use the result of"
+            f" from its Cholesky factorisation by {largest_remainder:.3g}. Use the result of"
             " FeatureStatistics.moments()."
         )
     # L^T C_2 L has the eigenvalues of C_1 C_2, and is symmetric.
-    product = factor.T @ cov_2 @ factor  # [r, r]
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    symmetric_product = cholesky_factor.T @ cov_2 @ cholesky_factor  # [r, r]
+    eigenvalues = np.linalg.eigvalsh((symmetric_product + symmetric_product.T) / 2)
     # eigvalsh sorts in ascending order, so the first eigenvalue is the smallest. There is none at rank 0.
     if eigenvalues.size and eigenvalues[0] < -_PSD_TOLERANCE * np.abs(eigenvalues).max() - 1e-12:
         raise ValueError(
@@ -136,16 +136,16 @@ class FeatureStatistics:
             )
         if len(batch):
             batch_count = len(batch)
-            mean = batch.mean(axis=0)
+            batch_mean = batch.mean(axis=0)
             total_count = self.count + batch_count
             # Difference between the mean of the batch and the mean of all earlier batches
-            delta = mean - self._mean
+            mean_shift = batch_mean - self._mean
             self._scatter = (
                 self._scatter
-                + (batch - mean).T @ (batch - mean)
-                + np.outer(delta, delta) * (self.count * batch_count / total_count)
+                + (batch - batch_mean).T @ (batch - batch_mean)
+                + np.outer(mean_shift, mean_shift) * (self.count * batch_count / total_count)
             )
-            self._mean = self._mean + delta * (batch_count / total_count)
+            self._mean = self._mean + mean_shift * (batch_count / total_count)
             self.count = total_count
         return self
 
@@ -205,7 +205,7 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
 
 @torch.no_grad()
 def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[FeatureStatistics, np.ndarray]:
-    """Compute a network's features of all images of some batches.
+    """Compute the features of all images in batches with a network.
 
     Args:
         network: feature network.
@@ -227,23 +227,23 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
 
 
 def draw_subsets(
-    n: int, m: int, subsets: int = SUBSETS, max_subset_size: int = SUBSET_SIZE, seed: int = 0
+    n: int, m: int, subset_count: int = SUBSETS, max_subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield random subsets of two sets, as pairs of index arrays ([S], [S]) with S = min(size, n, m).
+    """Yield random subsets of two sets, as pairs of index arrays ([S], [S]).
 
-    No index is repeated inside a subset.
+    S is the smallest of `max_subset_size`, n and m. No index is repeated inside a subset.
 
     Args:
         n: number of samples of the first set.
         m: number of samples of the second set.
-        subsets: number of pairs to yield.
+        subset_count: number of pairs to yield.
         max_subset_size: largest number of samples in a subset.
         seed: random seed; the same seed gives the same subsets.
     """
     # A separate random stream: numpy's global one would make the result depend on earlier calls.
     rng = np.random.RandomState(seed)
     subset_size = min(max_subset_size, n, m)
-    for _ in range(subsets):
+    for _ in range(subset_count):
         yield rng.choice(n, subset_size, replace=False), rng.choice(m, subset_size, replace=False)
 
 
@@ -251,7 +251,7 @@ def kernel_inception_distance(
     features_1: np.ndarray,
     features_2: np.ndarray,
     seed: int = 0,
-    draws: Iterable[tuple[np.ndarray, np.ndarray]] | None = None,
+    subset_indices: Iterable[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> tuple[float, float]:
     """Compute KID as published, the mean `kernel_distance` of random subsets. Lower is better.
 
@@ -260,17 +260,20 @@ def kernel_inception_distance(
     Args:
         features_1: features [N, F] of the first set, N >= 2.
         features_2: features [M, F] of the second set, M >= 2.
-        seed: random seed of the subsets; ignored if `draws` is given.
-        draws: pairs of index arrays of the subsets; None samples them with `draw_subsets`.
+        seed: random seed of the subsets; ignored if `subset_indices` is given.
+        subset_indices: pairs of index arrays, one pair per subset, for the first and the second set; None
+            samples them with `draw_subsets`.
 
     Returns: the mean over the subsets, and the standard deviation between subsets. The standard deviation is
         not a standard error, because subsets overlap.
     Raises: ValueError if a set has fewer than 2 items.
     """
-    subsets = list(
-        draw_subsets(len(features_1), len(features_2), SUBSETS, SUBSET_SIZE, seed) if draws is None else draws
+    index_pairs = list(
+        draw_subsets(len(features_1), len(features_2), SUBSETS, SUBSET_SIZE, seed)
+        if subset_indices is None
+        else subset_indices
     )
     subset_distances = [
-        kernel_distance(features_1[indices_1], features_2[indices_2]) for indices_1, indices_2 in subsets
+        kernel_distance(features_1[indices_1], features_2[indices_2]) for indices_1, indices_2 in index_pairs
     ]
     return float(np.mean(subset_distances)), float(np.std(subset_distances))

@@ -42,12 +42,15 @@ def pairwise_distances(x: ArrayLike) -> np.ndarray:
     assert x.ndim == 2 and len(x) >= 3
     # Centring does not change distances. It keeps the squares below
     # small, so their difference loses fewer digits.
-    centred = x - x.mean(axis=0)
-    squares = (centred**2).sum(axis=1)
+    centred_features = x - x.mean(axis=0)
+    squared_norms = (centred_features**2).sum(axis=1)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding can make slightly negative.
-    squared = np.maximum(squares[:, None] + squares - 2 * centred @ centred.T, 0.0) / x.shape[1]
-    np.fill_diagonal(squared, 0.0)
-    return np.sqrt(squared)
+    squared_distances = (
+        np.maximum(squared_norms[:, None] + squared_norms - 2 * centred_features @ centred_features.T, 0.0)
+        / x.shape[1]
+    )
+    np.fill_diagonal(squared_distances, 0.0)
+    return np.sqrt(squared_distances)
 
 
 def mean_pairwise(distances: np.ndarray, confidence: float = 0.95) -> MeanInterval:
@@ -113,8 +116,8 @@ def _interval(estimate: float, leave_one_out: np.ndarray, confidence: float) -> 
     """
     # Jackknife standard error from the N estimates that leave one item out; N - 1 degrees of freedom.
     n = len(leave_one_out)
-    error = np.sqrt((n - 1) / n * ((leave_one_out - leave_one_out.mean()) ** 2).sum())
-    half_width = float(stdtrit(n - 1, 0.5 + confidence / 2) * error)
+    standard_error = np.sqrt((n - 1) / n * ((leave_one_out - leave_one_out.mean()) ** 2).sum())
+    half_width = float(stdtrit(n - 1, 0.5 + confidence / 2) * standard_error)
     return MeanInterval(float(estimate), float(estimate) - half_width, float(estimate) + half_width)
 
 
@@ -156,16 +159,20 @@ def precision_recall(
 
     Raises: ValueError if a feature is not finite.
     """
-    fake, real = (np.asarray(features, dtype=np.float64) for features in (features_fake, features_real))
-    assert fake.shape[1] == real.shape[1] and 1 <= k < min(len(fake), len(real))
-    if not (np.isfinite(fake).all() and np.isfinite(real).all()):
+    fake_features, real_features = (
+        np.asarray(features, dtype=np.float64) for features in (features_fake, features_real)
+    )
+    assert fake_features.shape[1] == real_features.shape[1] and 1 <= k < min(
+        len(fake_features), len(real_features)
+    )
+    if not (np.isfinite(fake_features).all() and np.isfinite(real_features).all()):
         raise ValueError("precision_recall: a feature is NaN or infinite. Check the images for NaN.")
     # A common shift does not change distances, and smaller squares lose less by rounding.
-    centre = real.mean(axis=0)
-    fake = fake - centre
-    real = real - centre
-    fake_inside = _inside(fake, real, k)
-    real_inside = _inside(real, fake, k)
+    real_centre = real_features.mean(axis=0)
+    fake_features = fake_features - real_centre
+    real_features = real_features - real_centre
+    fake_inside = _inside(fake_features, real_features, k)
+    real_inside = _inside(real_features, fake_features, k)
     return PrecisionRecall(
         precision=float(fake_inside.mean()),
         recall=float(real_inside.mean()),
@@ -205,11 +212,11 @@ def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
     block_size = max(1, _BLOCK_CELLS // len(manifold))
     # The expanded square |a|^2 + |b|^2 - 2 a.b is rounded. Without the slack, a point at the edge of a ball
     # could be counted as outside.
-    slack = 1e-12 * float((manifold**2).sum(axis=1).max(initial=0.0))
+    distance_slack = 1e-12 * float((manifold**2).sum(axis=1).max(initial=0.0))
     for block_start in range(0, len(points), block_size):
         block_rows = slice(block_start, block_start + block_size)
         is_inside[block_rows] = (
-            _squared_distances(points[block_rows], manifold) <= squared_radii + slack
+            _squared_distances(points[block_rows], manifold) <= squared_radii + distance_slack
         ).any(axis=1)
     return is_inside
 
@@ -242,9 +249,9 @@ def neighbours(pooled_features: np.ndarray, k: int) -> np.ndarray:
         k: number of neighbours K of each item.
     """
     n = len(pooled_features) // 2
-    centred = pooled_features - pooled_features.mean(axis=0)
-    squares = (centred**2).sum(axis=1)
-    squared_distances = squares[:, None] + squares - 2 * centred @ centred.T
+    centred_features = pooled_features - pooled_features.mean(axis=0)
+    squared_norms = (centred_features**2).sum(axis=1)
+    squared_distances = squared_norms[:, None] + squared_norms - 2 * centred_features @ centred_features.T
     item_indices = np.arange(2 * n)
     # Exclude the item itself and its partner.
     squared_distances[item_indices, item_indices] = squared_distances[
@@ -282,18 +289,18 @@ def paired_separability(
     swaps = np.random.default_rng(seed).integers(0, 2, size=(permutations + 1, n), dtype=np.int8)
     swaps[0] = 0  # row 0 is the observed assignment, the others are permutations
     # Item i of the first set gets the label s_i, 0 or 1, and its partner gets 1 - s_i.
-    labels = np.concatenate([swaps, 1 - swaps], axis=1)  # [B + 1, 2N]
+    set_labels = np.concatenate([swaps, 1 - swaps], axis=1)  # [B + 1, 2N]
     # In blocks of permutations, because all compared labels [B + 1, 2N, K] take too much memory. The double
     # negation rounds the number of blocks up.
     block_size = max(1, _BLOCK_LABELS // neighbour_indices.size)
-    shares = np.concatenate(
+    own_set_shares = np.concatenate(
         [
             (label_block[:, neighbour_indices] == label_block[:, :, None]).mean(axis=(1, 2))
-            for label_block in np.array_split(labels, -(-len(labels) // block_size))
+            for label_block in np.array_split(set_labels, -(-len(set_labels) // block_size))
         ]
     )
-    share = float(shares[0])
-    chance = shares[1:]
+    observed_share = float(own_set_shares[0])
+    chance_shares = own_set_shares[1:]
     # A permutation counts if its share is at least the observed one; 1e-12 covers rounding of equal shares.
-    p = (1 + int((chance >= share - 1e-12).sum())) / (1 + permutations)
-    return Separability(share=share, p=p, chance=chance, k=k, n=n)
+    p_value = (1 + int((chance_shares >= observed_share - 1e-12).sum())) / (1 + permutations)
+    return Separability(share=observed_share, p=p_value, chance=chance_shares, k=k, n=n)

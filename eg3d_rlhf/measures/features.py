@@ -176,8 +176,8 @@ class HeadFactorFeatures:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 # The file object is not a mapping, so it can only be iterated by keys().
-                names = file.keys()
-                state_dict = {name: file.get_tensor(name) for name in names}
+                tensor_names = file.keys()
+                state_dict = {name: file.get_tensor(name) for name in tensor_names}
         except SafetensorError as error:
             raise ValueError(
                 f"HeadFactorFeatures: {path} is not a readable safetensors file ({error}). Copy or download"

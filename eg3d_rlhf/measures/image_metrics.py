@@ -53,8 +53,8 @@ class MetricOptions:
         if unknown_names or not self.metrics or len(set(self.metrics)) < len(self.metrics):
             given_names = ", ".join(self.metrics) or "an empty list"
             raise ValueError(
-                f"--metrics: {given_names} is not a list of different metrics. Name one or more of"
-                f" {', '.join(METRICS)}, each at most once."
+                f"--metrics: {given_names} is empty, or contains an unknown or a repeated name. Name one or"
+                f" more of {', '.join(METRICS)}, each at most once."
             )
         # Metrics that have a number in their name cannot take another number of fakes.
         fixed_size_metrics = [name for name in self.metrics if METRICS[name][1] is not None]
@@ -191,10 +191,12 @@ def evaluate(
     )
     # `fake_batches` is a Python generator: a batch is rendered when
     # `collect` requests it, so that only one batch is in memory.
-    fakes = fake_batches(generator.generator, cameras, metric_options)
+    fake_image_batches = fake_batches(generator.generator, cameras, metric_options)
     fake_statistics, fake_features = collect(
         network,
-        _with_progress(fakes, bar(metric_options.images, "features of generated images"), face_masks[1]),
+        _with_progress(
+            fake_image_batches, bar(metric_options.images, "features of generated images"), face_masks[1]
+        ),
     )
     records = []
     for metric in metric_options.metrics:
@@ -202,11 +204,12 @@ def evaluate(
         metric_name = metric
         # Only Inception features give a FID or KID. Other features get another name, e.g. frechet_offline.
         if formula != "faces" and not isinstance(network, InceptionFeatures):
+            # the part after "fid" or "kid", such as 50k_full, is kept
             metric_name = f"{formula}_offline{metric[3:]}"
         if formula == "faces":
             results_by_name = {
-                subset: float(np.concatenate(batch_masks).mean())
-                for subset, batch_masks in zip(("faces_reals", "faces"), face_masks, strict=True)
+                result_name: float(np.concatenate(batch_masks).mean())
+                for result_name, batch_masks in zip(("faces_reals", "faces"), face_masks, strict=True)
                 if batch_masks
             }
         elif formula == "frechet":
@@ -239,9 +242,9 @@ def evaluate(
 
 
 def training_options(network: Path) -> dict:
-    """Read the dataset of the training run in whose folder a network file lies.
+    """Read on which dataset a network was trained, from the record in the folder of the network file.
 
-    The run can be one of this package or of EG3D.
+    The folder can be a run folder of this package or of EG3D.
 
     Returns: a dictionary of 'data', the path of the dataset, and 'mirror', True if the run also trained on
         mirrored images. The dictionary is empty if the folder holds no options of a run.

@@ -46,9 +46,9 @@ def psnr(first_images: Tensor, second_images: Tensor) -> Tensor:
     Raises: ValueError if the shapes differ.
     """
     _check("psnr", first_images, second_images)
-    error = (first_images.double() - second_images.double()).square().mean(dim=(1, 2, 3))
+    mean_squared_error = (first_images.double() - second_images.double()).square().mean(dim=(1, 2, 3))
     # The peak is 2, the range of values, so its square is 4. The clamp keeps equal images finite.
-    return (10 * torch.log10(4 / error.clamp_min(1e-30))).clamp_max(PSNR_CAP)
+    return (10 * torch.log10(4 / mean_squared_error.clamp_min(1e-30))).clamp_max(PSNR_CAP)
 
 
 def ssim(first_images: Tensor, second_images: Tensor) -> Tensor:
@@ -71,14 +71,14 @@ def ssim(first_images: Tensor, second_images: Tensor) -> Tensor:
             f"ssim: images must have at least {_WINDOW} x {_WINDOW} pixels, but have"
             f" {list(first_images.shape[2:])}. Render larger images."
         )
-    offsets = torch.arange(_WINDOW, dtype=torch.float64, device=first_images.device) - _WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
-    weights = weights / weights.sum()
+    pixel_offsets = torch.arange(_WINDOW, dtype=torch.float64, device=first_images.device) - _WINDOW // 2
+    window_weights = torch.exp(-(pixel_offsets**2) / (2 * _SIGMA**2))
+    window_weights = window_weights / window_weights.sum()
 
     # The Gaussian is separable: two convolutions with 11 weights replace one with 121.
     def blur(x: Tensor) -> Tensor:
-        x = functional.conv2d(x, weights.reshape(1, 1, -1, 1))
-        return functional.conv2d(x, weights.reshape(1, 1, 1, -1))
+        x = functional.conv2d(x, window_weights.reshape(1, 1, -1, 1))
+        return functional.conv2d(x, window_weights.reshape(1, 1, 1, -1))
 
     # `blur` convolves one channel, so channels become items of the batch: [N*C, 1, H, W].
     a, b = (images.double().flatten(0, 1)[:, None] for images in (first_images, second_images))

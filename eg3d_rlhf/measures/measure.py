@@ -30,7 +30,7 @@ class Measure:
 
         Args:
             measurements: measurements of the items, in the form that the function of this measure takes. A
-                measure of item pairs takes two arguments, the measurements under each of two networks.
+                measure that compares two networks takes two arguments, the measurements under each network.
         """
         measure_values = (
             measurements[0][self.name] if self.from_seen is None else self.from_seen(*measurements)

@@ -53,8 +53,8 @@ def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
     """
     points = torch.from_numpy(grid_points(resolution).reshape(-1, 3)).float()
     # In chunks of 131,072 points, since the activations of all n^3 points take too much memory.
-    chunks = [field.level - field.density(chunk).float() for chunk in points.split(1 << 17)]
-    return torch.cat(chunks, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
+    density_chunks = [field.level - field.density(chunk).float() for chunk in points.split(1 << 17)]
+    return torch.cat(density_chunks, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
 
 
 def back_of_head(points: np.ndarray) -> np.ndarray:
@@ -73,21 +73,21 @@ def in_front(points: np.ndarray) -> np.ndarray:
     return (points[..., 2] > IN_FRONT) & (points[..., 1] > BASE)
 
 
-def volume_error(shape_values: np.ndarray, head_values: np.ndarray, is_in_region=back_of_head) -> VolumeError:
+def volume_error(shape_values: np.ndarray, head_values: np.ndarray, region_test=back_of_head) -> VolumeError:
     """Compute the volume errors of a shape against the ground-truth head in a region of the head.
 
     Args:
         shape_values: grid [n, n, n] of the shape, negative inside.
         head_values: grid [n, n, n] of the ground-truth head, negative inside.
-        is_in_region: function of points [..., 3] that is True in the region, `back_of_head` or `in_front`.
+        region_test: function of points [..., 3] that is True in the region, `back_of_head` or `in_front`.
     """
-    region_mask = is_in_region(grid_points(len(shape_values)))
+    region_mask = region_test(grid_points(len(shape_values)))
     shape_mask = (shape_values < 0) & region_mask
     head_mask = (head_values < 0) & region_mask
-    volume = head_mask.sum()
+    head_volume = head_mask.sum()
     return VolumeError(
-        missing=float((head_mask & ~shape_mask).sum() / volume),
-        extra=float((shape_mask & ~head_mask).sum() / volume),
+        missing=float((head_mask & ~shape_mask).sum() / head_volume),
+        extra=float((shape_mask & ~head_mask).sum() / head_volume),
     )
 
 
@@ -103,13 +103,15 @@ def surface_points(grid_values: np.ndarray) -> np.ndarray:
         first_values, second_values = (
             np.take(grid_values, range(i, len(grid_values) - 1 + i), axis) for i in (0, 1)
         )
-        crossed = (first_values < 0) != (second_values < 0)
+        is_crossed = (first_values < 0) != (second_values < 0)
         # The linear interpolant is zero at this share of the distance from the first point to the second.
-        share = (first_values[crossed] / (first_values[crossed] - second_values[crossed]))[:, None]
+        crossing_share = (first_values[is_crossed] / (first_values[is_crossed] - second_values[is_crossed]))[
+            :, None
+        ]
         first_points, second_points = (
-            np.take(points, range(i, len(grid_values) - 1 + i), axis)[crossed] for i in (0, 1)
+            np.take(points, range(i, len(grid_values) - 1 + i), axis)[is_crossed] for i in (0, 1)
         )
-        crossings.append(first_points + share * (second_points - first_points))
+        crossings.append(first_points + crossing_share * (second_points - first_points))
     return np.concatenate(crossings)
 
 
@@ -130,12 +132,12 @@ def surfaces(shape_values: np.ndarray, head_values: np.ndarray) -> dict[str, flo
     shape_points = surface_points(shape_values)
     head_points = surface_points(head_values)
     measures_by_name: dict[str, float] = {}
-    for suffix, is_in_region in (("", back_of_head), ("_front", in_front)):
+    for suffix, region_test in (("", back_of_head), ("_front", in_front)):
         # Distances in world units from the shape's points in the region to the head, and from the head's
         # points in the region to the shape
         distances = (
-            _distances(shape_points, head_points, is_in_region),
-            _distances(head_points, shape_points, is_in_region),
+            _distances(shape_points, head_points, region_test),
+            _distances(head_points, shape_points, region_test),
         )
         measures_by_name |= {
             f"fscore{suffix}": _fscore(distances, VOXEL),
@@ -143,7 +145,12 @@ def surfaces(shape_values: np.ndarray, head_values: np.ndarray) -> dict[str, flo
             # Index 1: from the head to the shape
             f"completeness{suffix}": float((distances[1] <= FINE).mean()),
             f"distance{suffix}": float(
-                np.mean([np.minimum(one_way / VOXEL, FARTHEST).mean() for one_way in distances])
+                np.mean(
+                    [
+                        np.minimum(one_way_distances / VOXEL, FARTHEST).mean()
+                        for one_way_distances in distances
+                    ]
+                )
             ),
         }
     return measures_by_name
@@ -158,11 +165,11 @@ def _fscore(distances: tuple[np.ndarray, np.ndarray], tolerance: float) -> float
 
     Returns: the F-score, 0..1; 0 if no point matches.
     """
-    precision, recall = (float((one_way <= tolerance).mean()) for one_way in distances)
+    precision, recall = (float((one_way_distances <= tolerance).mean()) for one_way_distances in distances)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _distances(points: np.ndarray, target_points: np.ndarray, is_in_region) -> np.ndarray:
+def _distances(points: np.ndarray, target_points: np.ndarray, region_test) -> np.ndarray:
     """Compute the distances from the points of a surface to the nearest points of another surface.
 
     Distances are infinite if the region contains no point or the other surface is empty.
@@ -170,9 +177,9 @@ def _distances(points: np.ndarray, target_points: np.ndarray, is_in_region) -> n
     Args:
         points: points [P, 3] of the surface; only those in the region count.
         target_points: all points of the other surface.
-        is_in_region: function of points [..., 3] that is True in the region.
+        region_test: function of points [..., 3] that is True in the region.
     """
-    points_in_region = points[is_in_region(points)]
+    points_in_region = points[region_test(points)]
     if len(points_in_region) and len(target_points):
         return cKDTree(target_points).query(points_in_region)[0]
     # At least one infinite distance: a mean over no distances would be NaN.
@@ -193,15 +200,17 @@ def face_depth(shape_values: np.ndarray) -> np.ndarray:
     is_column_in_window = np.abs(axis_coordinates) < FACE[0]
     is_row_in_window = (axis_coordinates > FACE[1]) & (axis_coordinates < FACE[2])
     # The camera looks along -z: each ray starts at the largest z.
-    rays = shape_values[is_column_in_window][:, is_row_in_window][:, :, ::-1].transpose(1, 0, 2)  # [R, C, n]
-    is_inside = rays < 0
+    ray_values = shape_values[is_column_in_window][:, is_row_in_window][:, :, ::-1].transpose(
+        1, 0, 2
+    )  # [R, C, n]
+    is_inside = ray_values < 0
     hit_index = is_inside.argmax(axis=2)  # first point inside; 0 also if no point of the ray is inside
-    value_inside = np.take_along_axis(rays, hit_index[..., None], 2)[..., 0]
-    value_outside = np.take_along_axis(rays, np.maximum(hit_index - 1, 0)[..., None], 2)[..., 0]
+    value_inside = np.take_along_axis(ray_values, hit_index[..., None], 2)[..., 0]
+    value_outside = np.take_along_axis(ray_values, np.maximum(hit_index - 1, 0)[..., None], 2)[..., 0]
     # Position of the zero between the two points, as a share of a step; the 1 avoids a division by 0
-    share = value_outside / np.where(value_outside == value_inside, 1, value_outside - value_inside)
+    step_share = value_outside / np.where(value_outside == value_inside, 1, value_outside - value_inside)
     # A step is 1 / n world units.
-    depth = axis_coordinates[::-1][np.maximum(hit_index - 1, 0)] - share / n
+    depth = axis_coordinates[::-1][np.maximum(hit_index - 1, 0)] - step_share / n
     # An index of 0 means that the ray starts inside the shape, or never meets it.
     return np.where(is_inside.any(axis=2) & (hit_index > 0), depth, np.nan)
 
@@ -267,18 +276,18 @@ def compared(shape_values: np.ndarray, head_values: np.ndarray) -> dict[str, np.
     Returns: arrays [N] by name: 'missing' and 'extra' (shares of volume at the back of the head), the values
         of `surfaces`, and 'amplitude' (see `relief_amplitude`).
     """
-    pairs = list(zip(shape_values, head_values, strict=True))
-    errors = [volume_error(*pair) for pair in pairs]
-    comparisons = [surfaces(*pair) for pair in pairs]
+    grid_pairs = list(zip(shape_values, head_values, strict=True))
+    volume_errors = [volume_error(*grid_pair) for grid_pair in grid_pairs]
+    surface_measures = [surfaces(*grid_pair) for grid_pair in grid_pairs]
     return {
-        "missing": np.array([error.missing for error in errors]),
-        "extra": np.array([error.extra for error in errors]),
+        "missing": np.array([volume_error_of_pair.missing for volume_error_of_pair in volume_errors]),
+        "extra": np.array([volume_error_of_pair.extra for volume_error_of_pair in volume_errors]),
         # All comparisons have the same names.
         **{
-            measure_name: np.array([comparison[measure_name] for comparison in comparisons])
-            for measure_name in comparisons[0]
+            measure_name: np.array([measures_of_pair[measure_name] for measures_of_pair in surface_measures])
+            for measure_name in surface_measures[0]
         },
-        "amplitude": np.array([relief_amplitude(*pair) for pair in pairs]),
+        "amplitude": np.array([relief_amplitude(*grid_pair) for grid_pair in grid_pairs]),
     }
 
 

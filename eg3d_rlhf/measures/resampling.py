@@ -70,10 +70,12 @@ def frechet_interval(
     Raises: ValueError if a feature is not finite, or a set has fewer than F + 1 samples.
     """
     features = _features("frechet_interval", features_fake, features_real)
-    interval = _interval(_Frechet(*features), resamples, seed)
+    distance_interval = _interval(_Frechet(*features), resamples, seed)
     # A Fréchet distance is not negative, but its estimates can be: raise them to 0. The bias stays as it is.
-    mean, lo, hi, measured = (max(0.0, distance_value) for distance_value in interval[:4])
-    return DistanceInterval(mean, lo, hi, measured, interval.bias)
+    corrected_distance, lo, hi, measured_distance = (
+        max(0.0, distance_value) for distance_value in distance_interval[:4]
+    )
+    return DistanceInterval(corrected_distance, lo, hi, measured_distance, distance_interval.bias)
 
 
 def kernel_interval(
@@ -195,13 +197,14 @@ def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: i
     set_sizes = statistic.sizes
     slopes = statistic.influence()
     # Counts of 1 give the statistic of the original samples.
-    measured = float(statistic.resampled(*(np.ones((1, set_size)) for set_size in set_sizes))[0])
+    measured_distance = float(statistic.resampled(*(np.ones((1, set_size)) for set_size in set_sizes))[0])
     # A resample is given by how often each item occurs in it: counts [B, N] and [B, M].
     count_sets = [
         rng.multinomial(set_size, np.full(set_size, 1 / set_size), resamples) for set_size in set_sizes
     ]
     resampled_distances = statistic.resampled(*count_sets)  # [B]
-    first_order = resampled_distances - _linear(count_sets, slopes) - measured
+    # what the linear part does not explain, [B]
+    first_remainders = resampled_distances - _linear(count_sets, slopes) - measured_distance
     # An unbiased statistic needs no correction, which would only add noise.
     bias = bias_variance = 0.0
     if statistic.biased:
@@ -210,40 +213,54 @@ def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: i
             rng.multinomial(set_size, resample_counts / set_size)
             for set_size, resample_counts in zip(set_sizes, count_sets, strict=True)
         ]
-        second_order = statistic.resampled(*second_count_sets) - _linear(second_count_sets, slopes) - measured
+        second_remainders = (
+            statistic.resampled(*second_count_sets) - _linear(second_count_sets, slopes) - measured_distance
+        )
         # Bias estimate minus the bias of that estimate: first - ((second - first) - first), [B]
-        estimates = 3 * first_order - second_order
-        bias = float(estimates.mean())
-        bias_variance = float(estimates.var(ddof=1)) / resamples  # variance of the estimated bias itself
+        bias_estimates = 3 * first_remainders - second_remainders
+        bias = float(bias_estimates.mean())
+        bias_variance = float(bias_estimates.var(ddof=1)) / resamples  # variance of the estimated bias itself
     # Var(L) + 2 Var(Q), see "Width" in the module's docstring.
     influence_variance = sum(float((slope**2).sum()) / (len(slope) * (len(slope) - 1)) for slope in slopes)
     # Var(Q) cannot exceed half of the influence variance, or the linear part would have a negative variance.
-    quadratic_variance = min(float(first_order.var(ddof=1)), influence_variance / 2)
+    quadratic_variance = min(float(first_remainders.var(ddof=1)), influence_variance / 2)
     # Var(L) and Var(Q), enlarged by the factor of the module's docstring
     linear_variance, constant_variance = (
         (1 + statistic.allowance) * variance
         for variance in (influence_variance - 2 * quadratic_variance, quadratic_variance)
     )
     z = float(ndtri(0.975))  # two-sided 95 %
-    centre = measured - bias
+    corrected_distance = measured_distance - bias
     # A change is not a squared distance: its variance does not
     # depend on theta, and its interval is symmetric.
     if statistic.with_bias is None:
         half_width = z * math.sqrt(linear_variance + constant_variance + bias_variance)
-        return DistanceInterval(centre, centre - half_width, centre + half_width, measured, bias)
+        return DistanceInterval(
+            corrected_distance,
+            corrected_distance - half_width,
+            corrected_distance + half_width,
+            measured_distance,
+            bias,
+        )
     # Two estimates of k in Var(L) = k theta, see "Ends" in the
     # module's docstring. 1e-300 avoids a division by 0.
     k_with_bias = (1 + statistic.allowance) * influence_variance / max(statistic.with_bias(), 1e-300)
     # Below one standard deviation the denominator would be mostly noise, so it is bounded from below.
-    k_corrected = linear_variance / max(centre, math.sqrt(linear_variance + constant_variance), 1e-300)
-    # The ends solve |centre - theta| = z sqrt(Var(Q) + bias_variance + k theta), a quadratic equation in
-    # theta. Its two solutions lie at the same distance from interval_centre.
-    interval_centre = centre + z**2 * max(k_with_bias, k_corrected) / 2
+    k_corrected = linear_variance / max(
+        corrected_distance, math.sqrt(linear_variance + constant_variance), 1e-300
+    )
+    # The ends solve |corrected_distance - theta| = z sqrt(Var(Q) + bias_variance + k theta), a quadratic
+    # equation in theta. Its two solutions lie at the same distance from interval_centre.
+    interval_centre = corrected_distance + z**2 * max(k_with_bias, k_corrected) / 2
     half_width = math.sqrt(
-        max(interval_centre**2 - centre**2 + z**2 * (constant_variance + bias_variance), 0.0)
+        max(interval_centre**2 - corrected_distance**2 + z**2 * (constant_variance + bias_variance), 0.0)
     )
     return DistanceInterval(
-        centre, min(interval_centre - half_width, centre), interval_centre + half_width, measured, bias
+        corrected_distance,
+        min(interval_centre - half_width, corrected_distance),
+        interval_centre + half_width,
+        measured_distance,
+        bias,
     )
 
 
@@ -261,7 +278,10 @@ def _linear(count_sets: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> n
 
 
 class _Frechet:
-    """Fréchet distance of samples with counts. `_Kernel` and `_Change` have the same interface."""
+    """Fréchet distance between two sets in which each sample may count several times or not at all.
+
+    `_Kernel` and `_Change` have the same interface.
+    """
 
     biased = True  # True: finite samples give too large a distance on average
 
@@ -330,26 +350,26 @@ def _gaussian_influence(
         m_2: mean [F] of the other set.
         c_2: covariance [F, F] of the other set.
     """
-    root, inverse = _powers(c_1)  # c_1^1/2 and c_1^-1/2
-    transport = inverse @ _powers(root @ c_2 @ root)[0] @ inverse
-    offset = x - m_1  # [N, F]
+    c_1_root, c_1_inverse_root = _powers(c_1)  # c_1^1/2 and c_1^-1/2
+    transport_map = c_1_inverse_root @ _powers(c_1_root @ c_2 @ c_1_root)[0] @ c_1_inverse_root
+    offsets = x - m_1  # [N, F]
     # 2 (x - m_1).(m_1 - m_2) + (x - m_1)^T (I - T) (x - m_1)
-    influences = 2 * offset @ (m_1 - m_2) + np.einsum(
-        "nf,fg,ng->n", offset, np.eye(len(m_1)) - transport, offset, optimize=True
+    influences = 2 * offsets @ (m_1 - m_2) + np.einsum(
+        "nf,fg,ng->n", offsets, np.eye(len(m_1)) - transport_map, offsets, optimize=True
     )
     # Shares sum to 1, so only derivatives up to a common constant are defined.
     return influences - influences.mean()
 
 
-def _powers(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the symmetric square root of a covariance and its pseudo-inverse.
+def _powers(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the symmetric square root of a covariance, and the pseudo-inverse of this square root.
 
     Args:
-        matrix: covariance [F, F].
+        covariance: covariance [F, F].
 
     Returns: the square root [F, F], and the pseudo-inverse [F, F] of the square root.
     """
-    eigenvalues, eigenvectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    eigenvalues, eigenvectors = np.linalg.eigh((covariance + covariance.T) / 2)
     root_eigenvalues = np.sqrt(np.maximum(eigenvalues, 0.0))
     # Smaller roots are zeros up to rounding, and their inverse would be huge. 1e-300 covers the zero matrix.
     is_nonzero = root_eigenvalues > 1e-7 * max(root_eigenvalues.max(initial=0.0), 1e-300)
@@ -370,13 +390,15 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
     weights = weights[is_present, None]
     weight_sum = weights.sum()
     mean = (weights * x).sum(axis=0) / weight_sum
-    centred = x - mean
+    centred_features = x - mean
     # Unbiased for counts: the divisor is the sum of counts minus 1, not the number of different items.
-    return mean, (weights * centred).T @ centred / (weight_sum - 1)
+    return mean, (weights * centred_features).T @ centred_features / (weight_sum - 1)
 
 
 class _Kernel:
-    """Unbiased kernel distance of samples with counts, under the kernel k(x, y) = (x.y / F + 1)^3.
+    """Unbiased kernel distance between two sets in which each sample may count several times or not at all.
+
+    The kernel is k(x, y) = (x.y / F + 1)^3.
 
     Pairs of an item with itself never count, even if a resample contains the item several times.
     """

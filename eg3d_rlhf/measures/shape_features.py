@@ -68,8 +68,8 @@ def scale_to_surface(grid_values: Tensor) -> Tensor:
             # Differences over the pairs of neighbours between which the sign changes
             lower_neighbour = shape.narrow(axis, 0, len(shape) - 1)
             upper_neighbour = shape.narrow(axis, 1, len(shape) - 1)
-            crossed = (lower_neighbour < 0) != (upper_neighbour < 0)
-            axis_steps.append((lower_neighbour - upper_neighbour)[crossed].abs())
+            is_crossed = (lower_neighbour < 0) != (upper_neighbour < 0)
+            axis_steps.append((lower_neighbour - upper_neighbour)[is_crossed].abs())
         surface_steps = torch.cat(axis_steps)
         # A grid without a surface has no such pair; it is only clamped.
         scaled_shapes.append((shape / (surface_steps.median() if len(surface_steps) else 1.0)).clamp(-1, 1))
@@ -100,7 +100,7 @@ def normal_maps(grid_values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
     # [N, 1, z, y, x], the order that grid_sample expects. 1 - values is positive
     # inside. grid_sample pads with 0; since 1 is subtracted again below, points
     # outside the cube get -1, the value that is farthest outside.
-    volume = (1 - scale_to_surface(grid_values)).permute(0, 3, 2, 1)[:, None]
+    value_volume = (1 - scale_to_surface(grid_values)).permute(0, 3, 2, 1)[:, None]
     pixel_centres = (torch.arange(RESOLUTION, device=grid_values.device) + 0.5) / RESOLUTION * WIDTH
     # Coordinates in the axes of a view: u to its right, v upwards, w towards the viewer, in world units
     u = pixel_centres - WIDTH / 2
@@ -113,10 +113,10 @@ def normal_maps(grid_values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
         z = w * math.cos(yaw) - u * math.sin(yaw)
         # The cube spans -1/2..1/2, and grid_sample's coordinates span -1..1.
         coordinates = 2 * torch.stack([x, v, z], dim=-1)  # [R, STEPS, R, 3]
-        sampled = functional.grid_sample(
-            volume, coordinates.expand(len(volume), -1, -1, -1, -1), align_corners=False
+        sampled_values = functional.grid_sample(
+            value_volume, coordinates.expand(len(value_volume), -1, -1, -1, -1), align_corners=False
         )
-        rotated_values = sampled[:, 0] - 1  # without the channel axis; -1 outside, up to 1 inside
+        rotated_values = sampled_values[:, 0] - 1  # without the channel axis; -1 outside, up to 1 inside
         # u and v do not change along w, so its first sample suffices.
         maps.append(_maps(rotated_values, u[:, 0], v[:, 0]))
     return torch.stack(maps, dim=1)
@@ -143,10 +143,12 @@ def _maps(rotated_values: Tensor, u: Tensor, v: Tensor) -> Tensor:
     step_share = torch.where(
         inside_index > 0, (-outside_value / (inside_value - outside_value).clamp_min(1e-9)).clamp(0, 1), 0.0
     )[:, :, 0]
-    height = DEPTH / 2 - DEPTH / (STEPS - 1) * (
+    surface_heights = DEPTH / 2 - DEPTH / (STEPS - 1) * (
         outside_index[:, :, 0] + step_share
     )  # [N, R, R] position along w
-    points = torch.stack([u.expand_as(height), v.expand_as(height), height], dim=-1)  # [N, R, R, 3]
+    points = torch.stack(
+        [u.expand_as(surface_heights), v.expand_as(surface_heights), surface_heights], dim=-1
+    )  # [N, R, R, 3]
     normal, has_normal = normals_from_points(points, is_hit)
     # Undefined normals are set to 0.
     return torch.cat([(normal * has_normal[..., None]).permute(0, 3, 1, 2), is_hit[:, None].float()], dim=1)

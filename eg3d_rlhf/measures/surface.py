@@ -64,27 +64,27 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
             vertex twice.
     """
     vertices, faces = _check_mesh(vertices, faces)
-    partner = _partners(faces)  # [C] half-edge, -1 where open
-    paired_corners = np.flatnonzero(partner >= 0)
+    partners = _partners(faces)  # [C] half-edge, -1 where open
+    paired_corners = np.flatnonzero(partners >= 0)
     # A partner runs in the opposite direction: it starts where the half-edge of the corner ends.
-    partner_corners = partner[paired_corners]
+    partner_corners = partners[paired_corners]
     # Number the points [C]. Corners that an edge joins are one
     # point, also if the mesh has copies of a vertex.
     point_of_corner, point_count = connected(
-        [(paired_corners, _next(partner_corners)), (_next(paired_corners), partner_corners)], len(partner)
+        [(paired_corners, _next(partner_corners)), (_next(paired_corners), partner_corners)], len(partners)
     )
-    surface_of_corner, surface_count = _surfaces(partner)
+    surface_of_corner, surface_count = _surfaces(partners)
     face_surface = surface_of_corner[0::3]  # [F] surface of each face, that of its first corner
-    is_open = partner < 0  # [C]
+    is_open = partners < 0  # [C]
     point_surface = np.zeros(point_count, dtype=np.int64)
     point_surface[point_of_corner] = surface_of_corner
     vertex_counts = np.bincount(point_surface, minlength=surface_count)  # [S]
     # A paired half-edge is half of an edge, and an open half-edge is a complete edge.
     edge_counts = np.bincount(surface_of_corner, weights=np.where(is_open, 1.0, 0.5), minlength=surface_count)
     face_counts = np.bincount(face_surface, minlength=surface_count)
-    euler = np.rint(vertex_counts - edge_counts + face_counts).astype(np.int64)  # [S]
-    rims = _rims(point_of_corner, is_open, point_count, point_surface, surface_count)
-    genus = (2 - euler - rims) // 2
+    euler_numbers = np.rint(vertex_counts - edge_counts + face_counts).astype(np.int64)  # [S]
+    rim_counts = _rims(point_of_corner, is_open, point_count, point_surface, surface_count)
+    genus = (2 - euler_numbers - rim_counts) // 2
     surface_volumes = np.bincount(
         face_surface, weights=face_volumes(vertices, faces), minlength=surface_count
     )
@@ -101,8 +101,8 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
         parts=int((~is_cavity).sum()),
         cavities=int(is_cavity.sum()),
         handles=int(genus.sum()),
-        rims=int(rims.sum()),
-        euler=int(euler.sum()),
+        rims=int(rim_counts.sum()),
+        euler=int(euler_numbers.sum()),
         open_edges=int(is_open.sum()),
         main_share=main_share,
     )
@@ -151,56 +151,56 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     corners = vertices[faces]  # [F, 3, 3]
     side_vectors = np.roll(corners, -1, axis=1) - corners  # side i runs from corner i to corner i + 1
     squared_lengths = (side_vectors**2).sum(axis=2)  # [F, 3]
-    normal = np.cross(side_vectors[:, 0], side_vectors[:, 1])  # [F, 3], length = twice the area
-    double_area = np.linalg.norm(normal, axis=1)
+    face_normals = np.cross(side_vectors[:, 0], side_vectors[:, 1])  # [F, 3], length = twice the area
+    double_area = np.linalg.norm(face_normals, axis=1)
     # Cotangents divide by the area, so faces that are nearly degenerate would dominate the sums.
     has_area = double_area**2 > _SLIVER * squared_lengths.max(axis=1) ** 2
     faces_used = faces[has_area]
     side_vectors = side_vectors[has_area]
     squared_lengths = squared_lengths[has_area]
-    normal = normal[has_area]
+    face_normals = face_normals[has_area]
     double_area = double_area[has_area]
     # Cotangent [F, 3] of the angle at corner i, between sides i - 1 and i: dot product over cross product.
     # The minus turns side i - 1, which ends at corner i, around.
-    cot = -(np.roll(side_vectors, 1, axis=1) * side_vectors).sum(axis=2) / double_area[:, None]
-    is_obtuse = (cot < 0).any(axis=1)
-    laplace = np.zeros_like(vertices)
-    area = np.zeros(len(vertices))
+    cotangents = -(np.roll(side_vectors, 1, axis=1) * side_vectors).sum(axis=2) / double_area[:, None]
+    is_obtuse = (cotangents < 0).any(axis=1)
+    laplacians = np.zeros_like(vertices)
+    vertex_areas = np.zeros(len(vertices))
     for i in range(3):  # side i lies opposite corner i + 2
         start_vertices = faces_used[:, i]
         end_vertices = faces_used[:, (i + 1) % 3]
-        weighted_side = cot[:, (i + 2) % 3, None] * side_vectors[:, i]  # cot alpha (x_end - x_start)
-        _add(laplace, start_vertices, -weighted_side)
-        _add(laplace, end_vertices, weighted_side)
+        weighted_side = cotangents[:, (i + 2) % 3, None] * side_vectors[:, i]  # cot alpha (x_end - x_start)
+        _add(laplacians, start_vertices, -weighted_side)
+        _add(laplacians, end_vertices, weighted_side)
         # The previous side joins corners i + 2 and i. The two sides at corner i are therefore it and side i.
         previous_side = (i + 2) % 3
         voronoi_areas = (
-            squared_lengths[:, previous_side] * cot[:, (i + 1) % 3]
-            + squared_lengths[:, i] * cot[:, previous_side]
+            squared_lengths[:, previous_side] * cotangents[:, (i + 1) % 3]
+            + squared_lengths[:, i] * cotangents[:, previous_side]
         ) / 8
         # In an obtuse face the circumcentre lies outside the face. There the vertex at the obtuse angle gets
         # half of the area, and the other two vertices a quarter each.
         mixed_areas = np.where(
-            is_obtuse, np.where(cot[:, i] < 0, double_area / 4, double_area / 8), voronoi_areas
+            is_obtuse, np.where(cotangents[:, i] < 0, double_area / 4, double_area / 8), voronoi_areas
         )
-        area += np.bincount(start_vertices, weights=mixed_areas, minlength=len(vertices))
-    direction = np.zeros_like(vertices)
+        vertex_areas += np.bincount(start_vertices, weights=mixed_areas, minlength=len(vertices))
+    vertex_normals = np.zeros_like(vertices)
     for i in range(3):
-        _add(direction, faces_used[:, i], normal)
+        _add(vertex_normals, faces_used[:, i], face_normals)
     # The formula needs a closed ring of neighbours, which vertices on a rim do not have.
     is_on_rim = np.zeros(len(vertices), dtype=bool)
     open_half_edges = np.flatnonzero(_partners(faces) < 0)
     # Both ends of an open half-edge lie on a rim.
     is_on_rim[faces.reshape(-1)[open_half_edges]] = True
     is_on_rim[faces[:, [1, 2, 0]].reshape(-1)[open_half_edges]] = True
-    is_defined = (area > 0) & ~is_on_rim
+    is_defined = (vertex_areas > 0) & ~is_on_rim
     # Negative where the surface is concave
-    signed_length = np.linalg.norm(laplace, axis=1) * np.where(
-        (laplace * direction).sum(axis=1) < 0, -1.0, 1.0
+    signed_length = np.linalg.norm(laplacians, axis=1) * np.where(
+        (laplacians * vertex_normals).sum(axis=1) < 0, -1.0, 1.0
     )
     # Eq. 8 divides the sum by 2A and by 2. The inner `where` avoids a division by 0.
-    curvature = np.where(is_defined, signed_length / (4 * np.where(is_defined, area, 1.0)), np.nan)
-    return curvature, np.where(is_defined, area, 0.0)
+    curvature = np.where(is_defined, signed_length / (4 * np.where(is_defined, vertex_areas, 1.0)), np.nan)
+    return curvature, np.where(is_defined, vertex_areas, 0.0)
 
 
 def _add(row_sums: np.ndarray, row_indices: np.ndarray, row_values: np.ndarray) -> None:
@@ -225,12 +225,11 @@ def _check_mesh(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _partners(faces: np.ndarray) -> np.ndarray:
-    """Return the partner of each half-edge, [C].
+    """Return the index of the partner of each half-edge, [C].
 
-    The partner is the only other half-edge at the same edge, and runs in the opposite direction.
-
-    Half-edges without such a partner get -1. Half-edge 3f + i runs from corner i of face f to the next corner
-    of that face.
+    The partner is the only other half-edge at the same edge, and runs in the opposite direction. Half-edges
+    without such a partner get -1. Half-edge 3f + i runs from corner i of face f to the next corner of that
+    face.
     """
     start_vertex = faces.reshape(-1)
     end_vertex = faces[:, [1, 2, 0]].reshape(-1)
@@ -238,57 +237,61 @@ def _partners(faces: np.ndarray) -> np.ndarray:
     edge_codes = np.minimum(start_vertex, end_vertex) * (int(faces.max()) + 1) + np.maximum(
         start_vertex, end_vertex
     )
-    order = np.argsort(edge_codes, kind="stable")  # half-edges of one edge become neighbours
+    half_edge_order = np.argsort(edge_codes, kind="stable")  # half-edges of one edge become neighbours
     edge_starts = np.flatnonzero(
-        np.diff(edge_codes[order], prepend=-1)
+        np.diff(edge_codes[half_edge_order], prepend=-1)
     )  # position of each edge's first half-edge
     pair_starts = edge_starts[
         np.diff(np.append(edge_starts, len(edge_codes))) == 2
     ]  # edges of exactly two faces
-    first_half = order[pair_starts]
-    second_half = order[pair_starts + 1]
+    first_half_edges = half_edge_order[pair_starts]
+    second_half_edges = half_edge_order[pair_starts + 1]
     # Two faces that run through the edge in the same direction do not bound one body: their edge stays open.
-    is_opposed = start_vertex[first_half] == end_vertex[second_half]
-    partner = np.full(len(edge_codes), -1)
-    partner[first_half[is_opposed]] = second_half[is_opposed]
-    partner[second_half[is_opposed]] = first_half[is_opposed]
-    return partner
+    is_opposed = start_vertex[first_half_edges] == end_vertex[second_half_edges]
+    partners = np.full(len(edge_codes), -1)
+    partners[first_half_edges[is_opposed]] = second_half_edges[is_opposed]
+    partners[second_half_edges[is_opposed]] = first_half_edges[is_opposed]
+    return partners
 
 
-def _next(corner: np.ndarray) -> np.ndarray:
+def _next(corners: np.ndarray) -> np.ndarray:
     """Return for each of the given corners the next corner of the same face, in the order of the winding."""
     # Corners of a face are 3f, 3f + 1 and 3f + 2; the one after 3f + 2 is 3f.
-    return np.where(corner % 3 == 2, corner - 2, corner + 1)
+    return np.where(corners % 3 == 2, corners - 2, corners + 1)
 
 
-def connected(pairs: list[tuple[np.ndarray, np.ndarray]], item_count: int) -> tuple[np.ndarray, int]:
+def connected(index_pairs: list[tuple[np.ndarray, np.ndarray]], item_count: int) -> tuple[np.ndarray, int]:
     """Number the groups of items that pairs connect (connected components of a graph).
 
     Args:
-        pairs: pairs of index arrays of equal length; item a[k] is connected with item b[k].
+        index_pairs: pairs of index arrays of equal length; item a[k] is connected with item b[k].
         item_count: number of items.
 
-    Returns: the group [count] of each item, and the number of groups.
+    Returns: the number of the group of each item, [item_count], and the count of groups.
     """
-    first_items, second_items = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
-    graph = coo_array(
+    first_items, second_items = (
+        np.concatenate([index_pair[i] for index_pair in index_pairs]) for i in range(2)
+    )
+    item_graph = coo_array(
         (np.ones(len(first_items), dtype=np.int8), (first_items, second_items)),
         shape=(item_count, item_count),
     )
-    group_count, labels = connected_components(graph, directed=False)
-    return labels.astype(np.int64), int(group_count)
+    group_count, group_of_item = connected_components(item_graph, directed=False)
+    return group_of_item.astype(np.int64), int(group_count)
 
 
-def _surfaces(partner: np.ndarray) -> tuple[np.ndarray, int]:
+def _surfaces(partners: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the number [C] of the connected surface of each corner, and the count of surfaces.
 
     Args:
-        partner: partner of each half-edge, see `_partners`.
+        partners: partner of each half-edge, see `_partners`.
     """
     # Faces that share an edge are connected, and so are the corners of a face.
-    paired = np.flatnonzero(partner >= 0)
-    corner = np.arange(len(partner))
-    return connected([(paired, partner[paired]), (corner, _next(corner))], len(partner))
+    paired_half_edges = np.flatnonzero(partners >= 0)
+    corners = np.arange(len(partners))
+    return connected(
+        [(paired_half_edges, partners[paired_half_edges]), (corners, _next(corners))], len(partners)
+    )
 
 
 def _rims(
@@ -357,8 +360,8 @@ def displacement(surface_before: LevelSet, points: Tensor, normals: Tensor, reac
     """
     voxel_side = voxel(surface_before.spec)
     # Samples on each side of the point: one per voxel of the grid of `surface_before`, at least 2
-    half_samples = max(2, round(reach * voxel_side / surface_before.spec.voxel))
-    s = torch.linspace(-reach * voxel_side, reach * voxel_side, 2 * half_samples + 1).to(points)  # [S]
+    half_sample_count = max(2, round(reach * voxel_side / surface_before.spec.voxel))
+    s = torch.linspace(-reach * voxel_side, reach * voxel_side, 2 * half_sample_count + 1).to(points)  # [S]
     displacements = torch.empty(len(points)).to(points)
     for chunk_indices in torch.arange(len(points), device=points.device).split(_CHUNK):
         p = points[chunk_indices]
@@ -376,19 +379,19 @@ def displacement(surface_before: LevelSet, points: Tensor, normals: Tensor, reac
         has_no_crossing = nearest_crossings.isinf()
         # The grid is only interpolated; `refine_crossings` moves the crossing onto the level set of the field
         # itself.
-        placed_crossings = surface_before.refine_crossings(
+        refined_crossings = surface_before.refine_crossings(
             p, n, nearest_crossings.masked_fill(has_no_crossing, 0.0)
         )
         displacements[chunk_indices] = torch.where(
             has_no_crossing,
             torch.where(surface_before.above_level_exact(p) >= 0, -reach, reach),
-            -placed_crossings / voxel_side,
+            -refined_crossings / voxel_side,
         )
     return displacements
 
 
 def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, level: float) -> Tensor:
-    """Locate the points where rays parallel to an axis first enter the shape density >= level.
+    """Locate the points where rays parallel to an axis first enter a shape, the region with density >= level.
 
     Args:
         sigma: densities [D, H, W] of one shape.
@@ -399,34 +402,34 @@ def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, l
 
     Returns: world points [P, 3] as (x, y, z). P is the number of rays that meet the shape.
     """
-    volume = sigma.movedim(axis, 0)
+    ray_densities = sigma.movedim(axis, 0)
     axis_coordinates = [spec.axes()[2 - i].to(sigma) for i in range(3)]  # z, y, x
     ray_coordinates = axis_coordinates[axis]
     cross_coordinates = [coordinates for i, coordinates in enumerate(axis_coordinates) if i != axis]
     if from_high:
-        volume = volume.flip(0)
+        ray_densities = ray_densities.flip(0)
         ray_coordinates = ray_coordinates.flip(0)
-    is_inside = volume >= level
+    is_inside = ray_densities >= level
     is_hit = is_inside.any(dim=0)
     # First sample inside; argmax returns the first of equal values, and 0 if there is none.
     inside_index = is_inside.to(torch.uint8).argmax(dim=0)
     outside_index = (inside_index - 1).clamp_min(0)
-    inside_value = volume.gather(0, inside_index[None])[0]
-    outside_value = volume.gather(0, outside_index[None])[0]
+    inside_value = ray_densities.gather(0, inside_index[None])[0]
+    outside_value = ray_densities.gather(0, outside_index[None])[0]
     # Linear interpolation between the last sample outside and the first sample inside. Both have the same
     # index if the ray starts inside, and the share 1 then gives that sample.
-    share = torch.where(
+    step_share = torch.where(
         inside_index > 0,
         ((level - outside_value) / (inside_value - outside_value).clamp_min(1e-9)).clamp(0, 1),
         1.0,
     )
-    position = ray_coordinates[outside_index] + share * (
+    hit_coordinates = ray_coordinates[outside_index] + step_share * (
         ray_coordinates[inside_index] - ray_coordinates[outside_index]
     )
     first_grid, second_grid = torch.meshgrid(*cross_coordinates, indexing="ij")
-    columns = [first_grid[is_hit], second_grid[is_hit]]
-    columns.insert(axis, position[is_hit])  # z, y, x; reversed below
-    return torch.stack(columns[::-1], dim=-1)
+    coordinate_columns = [first_grid[is_hit], second_grid[is_hit]]
+    coordinate_columns.insert(axis, hit_coordinates[is_hit])  # z, y, x; reversed below
+    return torch.stack(coordinate_columns[::-1], dim=-1)
 
 
 def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: float = LEVEL) -> Tensor:
@@ -442,11 +445,11 @@ def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: fl
     """
     # Negative infinity and NaN count as empty, positive infinity as solid.
     sigma = sigma.nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4)
-    views = [
+    points_of_views = [
         _axis_crossings(sigma, axis, from_high, spec, level)
         for axis, from_high in ((0, True), (2, True), (2, False))  # from +z, the front, and from +x and -x
     ]
-    points = torch.cat(views)
+    points = torch.cat(points_of_views)
     return points[points[:, 2] >= back]
 
 
@@ -461,8 +464,8 @@ def resample(points: Tensor, point_count: int, seed: int) -> Tensor:
     Returns: the chosen points [point_count, 3].
     """
     # A random generator of the CPU: every device then chooses the same points.
-    generator = torch.Generator().manual_seed(seed)
-    return points[torch.randint(len(points), (point_count,), generator=generator).to(points.device)]
+    random_generator = torch.Generator().manual_seed(seed)
+    return points[torch.randint(len(points), (point_count,), generator=random_generator).to(points.device)]
 
 
 def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
@@ -497,7 +500,7 @@ def median_change(surface_before: LevelSet, surface_after: LevelSet) -> float:
 
     Returns: the median, or NaN if neither surface has such a point.
     """
-    distances = []
+    absolute_displacements = []
     # Both directions: points of the new surface alone would miss parts that have disappeared.
     for surface, other_surface in ((surface_after, surface_before), (surface_before, surface_after)):
         points = surface_points(surface.cube.float(), surface.spec, -surface.spec.box_warp, surface.level)
@@ -511,8 +514,8 @@ def median_change(surface_before: LevelSet, surface_after: LevelSet) -> float:
                 + surface.refine_crossings(points, normals, torch.zeros(len(points)).to(points))[:, None]
                 * normals
             )
-            distances.append(displacement(other_surface, points, normals).abs())
-    return float(torch.cat(distances).median()) if distances else float("nan")
+            absolute_displacements.append(displacement(other_surface, points, normals).abs())
+    return float(torch.cat(absolute_displacements).median()) if absolute_displacements else float("nan")
 
 
 def change_summary(medians: Iterable[float]) -> dict:

@@ -59,8 +59,10 @@ class ViewSpec:
         """Return the camera-to-world poses [F, 4, 4]."""
         # In EG3D's parameters, the frontal view has yaw and pitch pi/2.
         yaw = math.pi / 2 + torch.tensor(self.yaws, device=device)[:, None]  # [F, 1]
-        position = camera_position(yaw, torch.full_like(yaw, math.pi / 2 + self.pitch), self.cameras.radius)
-        return look_at(position, torch.tensor(self.cameras.pivot, device=device))
+        camera_positions = camera_position(
+            yaw, torch.full_like(yaw, math.pi / 2 + self.pitch), self.cameras.radius
+        )
+        return look_at(camera_positions, torch.tensor(self.cameras.pivot, device=device))
 
     def intrinsics(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the intrinsics [3, 3] of all cameras, normalised by the image size."""
@@ -71,7 +73,7 @@ def spec_for(generator: Any, **other_fields) -> ViewSpec:
     """Create a ViewSpec with the cameras of a generator.
 
     Args:
-        generator: generator, in any form that `generators.of` accepts.
+        generator: generator, in any form that `generators.as_generator` accepts.
         other_fields: values of other fields of ViewSpec.
     """
     return ViewSpec(**{"cameras": as_generator(generator).cameras, **other_fields})
@@ -229,8 +231,10 @@ def match_views(views: Views, target_view: int, source_view: int) -> Match:
     uv, distance = project(points, views.cam2world[source_view], views.intrinsics)
     grid = uv * 2 - 1  # 0..1 to the -1..1 of grid_sample
     source_foreground = inner_foreground(views.foreground[:, source_view])
-    maps = torch.stack([views.depth[:, source_view], source_foreground.float()], dim=1)  # [N, 2, R, R]
-    source_depth, source_weight = sample_map(maps, grid).unbind(dim=1)
+    stacked_maps = torch.stack(
+        [views.depth[:, source_view], source_foreground.float()], dim=1
+    )  # [N, 2, R, R]
+    source_depth, source_weight = sample_map(stacked_maps, grid).unbind(dim=1)
     # An interpolated foreground below 1 means that one of the four interpolated pixels is background.
     target_foreground = inner_foreground(views.foreground[:, target_view])
     is_visible = target_foreground & (source_weight > 0.999) & (grid.abs() < 1).all(dim=-1)
@@ -241,7 +245,7 @@ def match_views(views: Views, target_view: int, source_view: int) -> Match:
 class MultiViewMeasures:
     """Values of the measures for N latents, float64 [N] each.
 
-    Lower is better, except for `covisible`, which says how much of the images was compared.
+    Lower is better, except for `covisible`, the share of the images that was compared.
     """
 
     photometric: np.ndarray  # mean L1 colour difference of matched pixels, 0..2
@@ -270,9 +274,9 @@ def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Ten
     )  # [N, 3, R, R]
     row_differences = F.pad((points[:, 2:] - points[:, :-2]).permute(0, 3, 1, 2), (0, 0, 1, 1))
     normal = torch.linalg.cross(row_differences, column_differences, dim=1)
-    length = normal.norm(dim=1, keepdim=True)
-    has_normal = inner_foreground(foreground) & (length[:, 0] > 1e-12)
-    return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), has_normal
+    normal_lengths = normal.norm(dim=1, keepdim=True)
+    has_normal = inner_foreground(foreground) & (normal_lengths[:, 0] > 1e-12)
+    return (normal / normal_lengths.clamp_min(1e-12)).permute(0, 2, 3, 1), has_normal
 
 
 def _normal(views: Views, target_view: int, source_view: int, match: Match) -> tuple[Tensor, Tensor]:
@@ -287,40 +291,44 @@ def _normal(views: Views, target_view: int, source_view: int, match: Match) -> t
     Returns: the angles [N, R, R] in degrees, and a mask [N, R, R] that is True where the pixels match and
         the normals of both views are defined.
     """
-    target_normals, target_defined = normals_from_points(
+    target_normals, is_target_defined = normals_from_points(
         views.points[:, target_view], views.foreground[:, target_view]
     )
-    source_normals, source_defined = normals_from_points(
+    source_normals, is_source_defined = normals_from_points(
         views.points[:, source_view], views.foreground[:, source_view]
     )
-    maps = torch.cat(
-        [source_normals.permute(0, 3, 1, 2), source_defined[:, None].float()], dim=1
+    stacked_maps = torch.cat(
+        [source_normals.permute(0, 3, 1, 2), is_source_defined[:, None].float()], dim=1
     )  # [N, 4, R, R]
-    sampled = sample_map(maps, match.grid)
+    sampled_maps = sample_map(stacked_maps, match.grid)
     # Interpolation shortens the normals.
-    source_direction = F.normalize(sampled[:, :3], dim=1).permute(0, 2, 3, 1)
+    source_direction = F.normalize(sampled_maps[:, :3], dim=1).permute(0, 2, 3, 1)
     # angle = 2 asin(chord / 2) is accurate at small angles, where acos of a rounded cosine is not.
-    chord = (target_normals - source_direction).norm(dim=-1).clamp_max(2.0)
-    angle = torch.rad2deg(2 * torch.asin(chord / 2))
+    chords = (target_normals - source_direction).norm(dim=-1).clamp_max(2.0)
+    angles = torch.rad2deg(2 * torch.asin(chords / 2))
     # An interpolated mask below 1 means that one of the four interpolated normals is undefined.
-    return angle, match.visible & target_defined & (sampled[:, 3] > 0.999)
+    return angles, match.visible & is_target_defined & (sampled_maps[:, 3] > 0.999)
 
 
-def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst_value: float) -> np.ndarray:
+def _mean_over_pairs(errors_and_masks: list[tuple[Tensor, Tensor]], worst_value: float) -> np.ndarray:
     """Average errors over the valid pixels of all pairs of views, float64 [N].
 
     Args:
-        errors: errors [N, R, R] of each pair of views, and the mask [N, R, R] of its valid pixels.
+        errors_and_masks: errors [N, R, R] of each pair of views, and the mask [N, R, R] of its valid pixels.
         worst_value: value of a latent with fewer than MIN_PIXELS valid pixels in all pairs.
     """
     # where() and not a product: an invalid pixel may hold NaN, and 0 * NaN is NaN.
     error_sums = sum(
-        (torch.where(is_valid, error, 0.0).double().sum(dim=(1, 2)) for error, is_valid in errors),
+        (torch.where(is_valid, error, 0.0).double().sum(dim=(1, 2)) for error, is_valid in errors_and_masks),
         torch.tensor(0.0),
     )
-    pixel_counts = sum((is_valid.sum(dim=(1, 2)) for _, is_valid in errors), torch.tensor(0))
-    mean = error_sums / pixel_counts.clamp_min(1)
-    return torch.where((pixel_counts >= MIN_PIXELS) & mean.isfinite(), mean, worst_value).cpu().numpy()
+    pixel_counts = sum((is_valid.sum(dim=(1, 2)) for _, is_valid in errors_and_masks), torch.tensor(0))
+    mean_errors = error_sums / pixel_counts.clamp_min(1)
+    return (
+        torch.where((pixel_counts >= MIN_PIXELS) & mean_errors.isfinite(), mean_errors, worst_value)
+        .cpu()
+        .numpy()
+    )
 
 
 @torch.no_grad()
@@ -376,7 +384,7 @@ def multi_view_measures(
     have a fixed seed.
 
     Args:
-        generator: generator, in any form that `generators.of` accepts.
+        generator: generator, in any form that `generators.as_generator` accepts.
         ws: style vectors [N, L, Wd].
         spec: cameras; None uses the defaults of ViewSpec with the generator's cameras.
         batch: number of latents that are rendered at once.

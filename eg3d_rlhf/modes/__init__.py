@@ -43,8 +43,8 @@ class ModeCommand(click.Command):
         with user_errors():
             # Plugins first: they may add modes.
             load_plugins()
-            mode, args = split_mode(list(args))
-            command = MODES[mode].command
+            mode_name, args = split_mode(list(args))
+            command = MODES[mode_name].command
         try:
             return command.make_context(info_name, args, parent, **extra)
         except click.NoSuchOption as error:
@@ -54,7 +54,7 @@ class ModeCommand(click.Command):
             other_modes = [
                 other_mode
                 for other_mode in MODES
-                if other_mode != mode and flag_name in option_names(MODES[other_mode].command)
+                if other_mode != mode_name and flag_name in option_names(MODES[other_mode].command)
             ]
             if not other_modes:
                 raise
@@ -62,7 +62,7 @@ class ModeCommand(click.Command):
                 remedy = f"Remove it, or see train.py --mode={other_modes[0]} --help."
                 # `from None`: the user needs no traceback of click's own error
                 raise ValueError(
-                    f"{flag_name} is a flag of --mode={other_modes[0]}, not of --mode={mode}. {remedy}"
+                    f"{flag_name} is a flag of --mode={other_modes[0]}, not of --mode={mode_name}. {remedy}"
                 ) from None
 
     def invoke(self, ctx: click.Context):
@@ -80,21 +80,21 @@ def split_mode(args: list[str]) -> tuple[str, list[str]]:
     Returns: the name of the mode, and the arguments without --mode. The name is 'gan' if --mode is absent;
         the last --mode counts if there are several.
     """
-    mode = "gan"
+    mode_name = "gan"
     other_args = []
-    position = 0
+    arg_index = 0
     # Everything after "--" is positional by convention, so --mode is not looked for there.
-    while position < len(args) and args[position] != "--":
+    while arg_index < len(args) and args[arg_index] != "--":
         # two spellings: "--mode NAME" (two arguments) and "--mode=NAME" (one)
-        if args[position] == "--mode" and position + 1 < len(args):
-            position, mode = position + 1, args[position + 1]
-        elif args[position].startswith("--mode="):
-            mode = args[position].removeprefix("--mode=")
+        if args[arg_index] == "--mode" and arg_index + 1 < len(args):
+            arg_index, mode_name = arg_index + 1, args[arg_index + 1]
+        elif args[arg_index].startswith("--mode="):
+            mode_name = args[arg_index].removeprefix("--mode=")
         else:
-            other_args.append(args[position])
-        position += 1
+            other_args.append(args[arg_index])
+        arg_index += 1
     # --mode=circular_dpo is accepted as well as --mode=circular-dpo.
-    return mode.replace("_", "-"), other_args + args[position:]
+    return mode_name.replace("_", "-"), other_args + args[arg_index:]
 
 
 def option_names(command: Any) -> set[str]:

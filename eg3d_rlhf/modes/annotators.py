@@ -34,13 +34,13 @@ qr = option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="New .svg or .png file to which the QR code of the login link is written; needs --address.",
 )
-handed_over = combine_decorators(address, qr)
+token_options = combine_decorators(address, qr)
 
 
 @click.command("add-annotator", cls=GroupedCommand)
 @click.argument("name")
 @option("--admin", is_flag=True, help="Allow the annotator to see results and to manage annotators.")
-@handed_over
+@token_options
 @database
 def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, db: str) -> None:
     """Create an annotator and print the login token. The token is printed only once, because the database
@@ -59,7 +59,7 @@ def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, 
 
 @click.command("new-token", cls=GroupedCommand)
 @click.argument("name")
-@handed_over
+@token_options
 @database
 def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
     """Replace the token of an annotator, or give a revoked annotator a new token. The old token, its login
@@ -110,18 +110,18 @@ def _hand_over(
     # stdout holds the token alone, so that a script can read it
     click.echo(f"token of {name}; it will not be shown again:", err=True)
     click.echo(token)
-    link = login_link(server_address, token)
+    login_url = login_link(server_address, token)
     # keeps the order of the two streams where both go to one terminal
     sys.stdout.flush()
     address_note = (
         "" if server_address else ", to be appended to the server's address (or pass --address=URL)"
     )
-    click.echo(f"or this link{address_note}; anybody who has it can log in:\n{link}", err=True)
+    click.echo(f"or this link{address_note}; anybody who has it can log in:\n{login_url}", err=True)
     # a QR code of text characters makes sense only on a screen
     if server_address and sys.stdout.isatty() and sys.stderr.isatty():
-        qr_code(link, "l").terminal(sys.stderr, compact=True)
+        qr_code(login_url, "l").terminal(sys.stderr, compact=True)
     if qr is not None:
-        write_qr(qr, link)
+        write_qr(qr, login_url)
         click.echo(f"{qr}: QR code of the login link", err=True)
 
 
@@ -160,7 +160,7 @@ def revoke(name: str, db: str) -> None:
 def annotators(as_json: bool, db: str) -> None:
     """List the annotators with their roles, and the dates on which they were created and revoked."""
     with open_store(db, create=False) as store:
-        known_annotators = store.annotators()
+        all_annotators = store.annotators()
     annotator_rows = [
         {
             "name": annotator.name,
@@ -169,7 +169,7 @@ def annotators(as_json: bool, db: str) -> None:
             # None stays None (null in JSON): not revoked
             "revoked": annotator.revoked and _date(annotator.revoked),
         }
-        for annotator in known_annotators
+        for annotator in all_annotators
     ]
     if as_json:
         click.echo(json.dumps(annotator_rows, indent=1, ensure_ascii=False))
@@ -190,7 +190,7 @@ def status(as_json: bool, db: str) -> None:
     annotators.
     """
     with open_store(db, create=False) as store:
-        known_annotators = store.annotators()
+        all_annotators = store.annotators()
         all_tallies = store.tally()
         campaigns = store.campaigns()
     # one row per campaign, also the keys of --json
@@ -213,7 +213,7 @@ def status(as_json: bool, db: str) -> None:
     if as_json:
         click.echo(
             json.dumps(
-                {"campaigns": campaign_rows, "annotators": len(known_annotators)},
+                {"campaigns": campaign_rows, "annotators": len(all_annotators)},
                 indent=1,
                 ensure_ascii=False,
             )
@@ -228,7 +228,7 @@ def status(as_json: bool, db: str) -> None:
             f"{campaign_row['name']}: {campaign_row['mode']}, {count_text}, created"
             f" {campaign_row['created']}, last answer {campaign_row['last'] or 'none'}"
         )
-    click.echo(f"{len(campaign_rows)} campaigns, {len(known_annotators)} annotators")
+    click.echo(f"{len(campaign_rows)} campaigns, {len(all_annotators)} annotators")
 
 
 def _date(seconds: float) -> str:

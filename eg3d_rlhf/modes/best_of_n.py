@@ -15,7 +15,10 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
 @shared(
     "before reward-ckpt heldout-reward n",
     before="Untuned generator: a network file or a run folder.",
-    n={"default": 4096, "help": "Number of latents that are scored."},
+    n={
+        "default": 4096,
+        "help": "Number of latents that are scored; the reward chooses among random subsets of them.",
+    },
     reward_ckpt={
         # several rewards are compared on the same latents
         "multiple": True,
@@ -38,14 +41,20 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     metavar="INT",
     type=click.IntRange(min=2),
     default=512,
-    help="Largest tested n, where n is the number of latents from which the best is chosen.",
+    help=(
+        "Largest number of latents from which the reward chooses the best one, at most --n. Numbers from 1 up"
+        " to it are tested."
+    ),
 )
 @shared(
     "outdir device dry-run",
     "data psi seed batch",
     outdir={"default": "runs/reports/best-of-n"},
     psi={"default": 1.0},
-    data="Dataset that the generator was trained on.",
+    data=(
+        "Dataset that the generator was trained on; the simulated annotator evaluates only generators of"
+        " synthetic heads."
+    ),
 )
 def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **sampling) -> None:
     """Measure how far a reward can be trusted before any tuning. The reward chooses the best of n latents,

@@ -23,8 +23,8 @@ _measures_option = functools.partial(option, group="Measures")
     metavar="REGEX",
     show_default="the name of the first folder below FOLDER",
     help=(
-        "Regular expression that finds the name of the generator in the path of a file below FOLDER. If the"
-        " expression has a group, the text of the first group is the name."
+        "Regular expression that finds the name of the generator in the path of a file below FOLDER; results"
+        " are counted for each name. If the expression has a group, the text of the first group is the name."
     ),
 )
 @_measures_option(
@@ -33,7 +33,10 @@ _measures_option = functools.partial(option, group="Measures")
     metavar="FLOAT",
     type=click.FloatRange(0, MAX_TOLERANCE, min_open=True),
     default=TOLERANCE,
-    help="Merge vertices whose distance is below this share of the bounding box's longest edge.",
+    help=(
+        "Side of a grid cell, as a share of the bounding box's longest edge. All vertices in the same cell"
+        " are merged into one. A larger value closes wider cracks."
+    ),
 )
 @_measures_option(
     # STL files do not state which axis points up.
@@ -140,30 +143,34 @@ def main(
     # answers come in the order in which processes finish, so rows are stored by number
     mesh_rows: list[dict] = [{} for _ in mesh_files]
     with tqdm(total=len(mesh_files), desc="measured", unit="file", dynamic_ncols=True) as progress_bar:
-        for file_index, measures in answer_requests(
+        for file_index, mesh_measures in answer_requests(
             # "do" selects the work of the process: measuring a file, or rendering it
             [{**shared_request, "do": "measure", "path": str(mesh_path)} for mesh_path in mesh_files],
             jobs,
         ):
             mesh_path = mesh_files[file_index]
-            identifiers = {
+            file_and_generator = {
                 "file": mesh_path.relative_to(folder).as_posix(),
                 "generator": generator_name(mesh_path, folder, by),
             }
             # a mesh that cannot be read has a reason instead of measures
-            mesh_rows[file_index] = {**identifiers, "reason": measures.pop("reason", ""), **measures}
+            mesh_rows[file_index] = {
+                **file_and_generator,
+                "reason": mesh_measures.pop("reason", ""),
+                **mesh_measures,
+            }
             progress_bar.update()
     # A row with a reason could not be measured.
-    measured_rows = [row for row in mesh_rows if not row["reason"]]
+    measured_rows = [mesh_row for mesh_row in mesh_rows if not mesh_row["reason"]]
     if not measured_rows:
         raise ValueError(
             f"FOLDER: none of the {len(mesh_rows)} files can be read as a mesh. The first is"
             f" {mesh_rows[0]['file']}: {mesh_rows[0]['reason']}. Export GLB, OBJ, PLY or STL."
         )
     # the worst meshes are rendered for the page; the file's name breaks ties, so that the order is fixed
-    worst_rows = sorted(measured_rows, key=lambda row: (-badness(row), row["file"]))[:WORST]
+    worst_rows = sorted(measured_rows, key=lambda mesh_row: (-badness(mesh_row), mesh_row["file"]))[:WORST]
     render_requests = [
-        {**shared_request, "do": "render", "path": str(folder / row["file"])} for row in worst_rows
+        {**shared_request, "do": "render", "path": str(folder / mesh_row["file"])} for mesh_row in worst_rows
     ]
     renders = {
         # an empty text where the rendering failed
@@ -189,18 +196,18 @@ def main(
                 ("generator", "criterion", "share", "95 % interval"),
                 *(
                     (
-                        row["generator"],
-                        row["demand"],
-                        f"{row['count']} of {row['of']}",
-                        f"{row['lo']:.0%} to {row['hi']:.0%}",
+                        share_row["generator"],
+                        share_row["demand"],
+                        f"{share_row['count']} of {share_row['of']}",
+                        f"{share_row['lo']:.0%} to {share_row['hi']:.0%}",
                     )
-                    for row in share_table
+                    for share_row in share_table
                 ),
             ]
         )
     )
-    unreadable_rows = [row for row in mesh_rows if row["reason"]]
+    unreadable_rows = [mesh_row for mesh_row in mesh_rows if mesh_row["reason"]]
     # five are enough to see the cause; the page lists more of them
-    for row in unreadable_rows[:5]:
-        click.echo(f"not measured: {row['file']}: {row['reason']}")
+    for mesh_row in unreadable_rows[:5]:
+        click.echo(f"not measured: {mesh_row['file']}: {mesh_row['reason']}")
     click.echo(f"{len(measured_rows)} meshes measured, {len(unreadable_rows)} not; {page_path}")

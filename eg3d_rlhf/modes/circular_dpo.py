@@ -1,9 +1,11 @@
 """`train.py --mode=circular-dpo`: preference training of a multi-stage flow generator (Circular-DPO).
 
 The last stage of the generator is trained with DPO on pairs that people labelled. In the circular loop, every
-earlier stage is trained on pairs of its own samples, which the tuned and the untuned next stage label: the
-loop's pairs. A run trains all stages in the loop, one stage alone (--stage), or all groups of an ablation
-(--ablate), which are the rows of the paper's table 2. docs/understand/circular-dpo.md describes the method.
+earlier stage is trained on the loop's pairs, which need no people: the tuned and the untuned next stage each
+make an asset, both assets are encoded back to latents of the earlier stage, and the latent of the tuned
+stage's asset is preferred. A run trains all stages in the loop, one stage alone (--stage), or all groups of
+an ablation (--ablate), which are the rows of the paper's table 2. docs/understand/circular-dpo.md describes
+the method.
 """
 
 from dataclasses import asdict, replace
@@ -147,8 +149,9 @@ what_flags = combine_decorators(
         group=WHAT,
         metavar="a..i",
         help=(
-            "Train and compare several groups: letters of the groups of the Circular-DPO paper's table 2,"
-            f" such as a..i or a,d, and names of controls: {', '.join(ARMS)}. Separate them by commas."
+            "Run an ablation instead of one training. Name the groups to compare by their letters in table 2"
+            " of the Circular-DPO paper, such as a..i or a,d, and controls by their names:"
+            f" {', '.join(ARMS)}. Separate them by commas."
         ),
     ),
 )
@@ -183,7 +186,9 @@ def check(flags: Flags) -> None:
     # The flags of the loop are found by their group in --help, so that a new flag is covered, too.
     command: Any = CIRCULAR_DPO.command
     command_options = [*command.params, *command.rare.values()]
-    loop_flag_names = [option.name for option in command_options if option.group == LOOP]
+    loop_flag_names = [
+        command_option.name for command_option in command_options if command_option.group == LOOP
+    ]
     flags.check_applies(
         loop_flag_names, flags["stage"] is None, "--stage trains a single stage without the loop"
     )
@@ -198,30 +203,30 @@ def check(flags: Flags) -> None:
 
 
 def resolve(flags: Flags) -> CircularRun:
-    """Build the settings of the run from the flags. A flag that is None gets the default of the problem.
+    """Build the settings of the run from the flags. A flag that is None gets the default of the generator.
 
     Raises: ValueError that names a flag without an effect, or a value that is not allowed.
     """
     check(flags)
     defaults = default_settings(flags["pipeline"] or TOY)
     # None: no ablation
-    groups = None if flags["ablate"] is None else tuple(parse_groups(flags["ablate"]))
+    group_names = None if flags["ablate"] is None else tuple(parse_groups(flags["ablate"]))
     # holds only the flags that were given
     evaluation_values = flags.values_for(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
         source=make_source(ProblemSource, flags),
         stage=flags["stage"],
-        groups=groups,
+        groups=group_names,
         # an ablation trains every group with three seeds by default; other runs use --seed alone
-        training_seeds=training_seeds(flags, 3) if groups else (),
+        training_seeds=training_seeds(flags, 3) if group_names else (),
         # by default, the table is computed with the batch size of the win rate; --evaluation-batch wins
         evaluation=Evaluation(**{"batch": (defaults.choosing or Choosing()).batch, **evaluation_values}),
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
     # the arm `regulariser` trains on the regulariser alone, so its weight must not be 0
-    if "regulariser" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
+    if "regulariser" in (group_names or ()) and not run.circular.loop.dpo.sft_weight:
         raise ValueError(
             "--ablate=regulariser cannot be combined with --loop-sft-weight=0: this control trains on the SFT"
             " term alone. Set --loop-sft-weight to a number above 0, or remove regulariser from --ablate."
@@ -236,7 +241,7 @@ def shown_by_help(flags: Flags) -> list[object]:
 
 
 def open_circular(settings: CircularRun, run: "Run") -> "Problem":
-    """Open the problem of a run: generator, pairs, conditioning and rewards.
+    """Open the problem of a run: the generator, its pairs and conditioning, and the rewards.
 
     Args:
         settings: settings of the run.

@@ -57,7 +57,7 @@ DEFAULTS: dict[str, tuple] = {
     ),
     "reward": ("one-face", "one-face", None, None),
     "geometry_reward": ("none", "none", "sigma", "none"),  # for arms with +geometry
-    "steps": (100, 100, 40, 10_000),
+    "steps": (100, 100, 40, 10_000),  # optimisation steps per asset
     "batch": (55, 55, 8, 1),
     "lr": (0.05, 0.05, 0.1, 0.01),
     "lr_end": (0.05, 0.05, 0.05, 1.0),  # learning rate at the end, as a share of lr
@@ -88,7 +88,7 @@ flags = combine_decorators(
         "--show",
         group="Run",
         default=4,
-        help="Number of assets that the images, the video and the meshes show.",
+        help="Number of assets of which images, a video and meshes are written at the end of the run.",
     ),
     option(
         "--prompt",
@@ -135,8 +135,8 @@ flags = combine_decorators(
         "--tau",
         type=float,
         help=(
-            "Difference of the two rewards above which DreamDPO pushes the loser away; tau_mode decides its"
-            " unit. inf: the loser is never pushed away."
+            "Difference of the rewards of the two compared images above which DreamDPO pushes the asset away"
+            " from the image with the lower reward; tau_mode decides its unit. inf: never."
         ),
     ),
     rare_option(
@@ -187,11 +187,11 @@ def default_values(kind_of_prior: str, steps: int | None) -> dict[str, Any]:
 
     Returns: the entries of DEFAULTS that are not None, without those that depend on the scene (BY_SCENE).
     """
-    values = {name: default_value(name, kind_of_prior) for name in DEFAULTS.keys() - BY_SCENE}
+    default_by_name = {name: default_value(name, kind_of_prior) for name in DEFAULTS.keys() - BY_SCENE}
     if kind_of_prior.startswith("bundled"):
         # the ramp of t_max follows the length of the run: its last number is 60 % of the steps
-        values["t_max"] = f"0,0.98,0.15,{0.6 * (steps or values['steps']):g}"
-    return {name: value for name, value in values.items() if value is not None}
+        default_by_name["t_max"] = f"0,0.98,0.15,{0.6 * (steps or default_by_name['steps']):g}"
+    return {name: value for name, value in default_by_name.items() if value is not None}
 
 
 def select_arms(given_flags: Mapping) -> tuple[str, ...]:
@@ -244,27 +244,27 @@ def preset_method(preset: str) -> str:
     return next(name for name, method in METHODS.items() if type(PRESETS[preset]) is method.settings)
 
 
-def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
+def read_prompts(flag_values: tuple[str, ...]) -> tuple[str, ...]:
     """Return all prompts of the flags --prompt, in order.
 
     Args:
-        texts: values of --prompt. A value that is the path of a file is replaced by the lines of the file
-            that are not empty; every other value is a prompt.
+        flag_values: values of --prompt. A value that is the path of a file is replaced by the lines of the
+            file that are not empty; every other value is a prompt.
 
     Raises: ValueError for a file without a prompt, and for an empty prompt.
     """
     prompts: list[str] = []
-    for text in texts:
-        path = Path(text)
+    for flag_value in flag_values:
+        path = Path(flag_value)
         # file names have at most 255 bytes on common systems; a longer text would be an OSError
-        if not (len(text) < 255 and path.is_file()):
-            prompts.append(text)
+        if not (len(flag_value) < 255 and path.is_file()):
+            prompts.append(flag_value)
             continue
         file_prompts = [prompt.strip() for prompt in path.read_text().splitlines() if prompt.strip()]
         if not file_prompts:
             raise ValueError(f"--prompt: the file {path} has no prompt. Write one prompt per line into it.")
         prompts += file_prompts
-    if any(not text.strip() for text in prompts):
+    if any(not prompt.strip() for prompt in prompts):
         raise ValueError("--prompt: the text is empty. Pass a text that describes the asset.")
     return tuple(prompts)
 
@@ -305,7 +305,11 @@ def resolve(flags: Flags) -> DistillRun:
     guidance_values = values_by_name if flags["preset"] is None else given_flags
     # names of the settings that the selected methods use; `guidance_values` may hold further settings
     setting_names = {
-        *(name for name, user_methods in methods_by_setting().items() if methods & set(user_methods)),
+        *(
+            name
+            for name, methods_of_setting in methods_by_setting().items()
+            if methods & set(methods_of_setting)
+        ),
         *(field.name for field, *_ in knobs_of(GeometrySettings)),
     }
     settings = DistillSettings(
@@ -329,13 +333,13 @@ def shown_by_help(flags: Flags) -> list[object]:
     shown_run = resolve(Flags({**flags, "prompts": prompts}, flags.written))
     arm_names = shown_run.settings.arms
     # values that are no fields of the settings
-    selection = {
+    selected_defaults = {
         "prompts": flags["prompts"] or default_value("prompts", kind_of_prior),
         "compare": ",".join(arm_names) if len(arm_names) > 1 else "none",
         "method": Arm.parse(arm_names[0]).method if len(arm_names) == 1 else None,
     }
     return [
-        selection,
+        selected_defaults,
         *dry_run_values(shown_run)["methods"].values(),
         shown_run.settings.guidance,
         shown_run.settings.scene,
@@ -354,27 +358,30 @@ def reject_unused(
         has_geometry_arm: True if an arm uses the geometry reward.
         kind_of_prior: kind of the prior, one of KINDS.
     """
-    # setting -> flag without which the setting has no effect
-    requirements = {
-        name: f"--method={' or '.join(user_methods)}"
-        for name, user_methods in methods_by_setting().items()
-        if not methods & set(user_methods)
+    # setting -> flag without which the setting has no effect, as the object of "only with"
+    required_flag_by_setting = {
+        name: f"--method={' or '.join(methods_of_setting)}"
+        for name, methods_of_setting in methods_by_setting().items()
+        if not methods & set(methods_of_setting)
     }
     if not has_geometry_arm:
-        requirements |= {field.name: "a --geometry-reward" for field, *_ in knobs_of(GeometrySettings)}
+        required_flag_by_setting |= {
+            field.name: "a --geometry-reward other than none" for field, *_ in knobs_of(GeometrySettings)
+        }
     if kind_of_prior != "files":
-        requirements |= {
-            field.name: "a --prior from files"
+        required_flag_by_setting |= {
+            field.name: "a --prior that is the path of a model"
             for field, _, knob in knobs_of(SceneConfig)
             if knob.group == REAL
         }
     if not any(METHODS[name].accepts_reward for name in methods):
-        requirements["reward"] = "a method with a reward"
+        required_flag_by_setting["reward"] = "a --method that uses a reward"
     if not any(METHODS[name].accepts_judge for name in methods):
-        requirements["judge"] = "--method=dreamdpo or psd"
-    for name in sorted(requirements.keys() & given_flags.keys()):
+        required_flag_by_setting["judge"] = "--method=dreamdpo or psd"
+    for name in sorted(required_flag_by_setting.keys() & given_flags.keys()):
         raise ValueError(
-            f"{flag(name)} has an effect only with {requirements[name]}. Add that, or remove {flag(name)}."
+            f"{flag(name)} has an effect only with {required_flag_by_setting[name]}. Add this flag, or remove"
+            f" {flag(name)}."
         )
     if given_flags.get("geometry_reward", "none") != "none" and not has_geometry_arm:
         raise ValueError(
@@ -384,7 +391,7 @@ def reject_unused(
 
 
 def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
-    """Load the models of a run, the scene: prior, renderer and rewards, on the device of the run.
+    """Load the scene of a run: its prior, renderer and rewards, on the device of the run.
 
     Raises: ValueError or OSError for a file that is missing or cannot be used.
     """
@@ -460,7 +467,8 @@ def dry_run_values(run_settings: DistillRun) -> dict:
         method_settings = make_settings(Arm.parse(arm_name).method, settings.guidance, settings.preset)
         # A `Ramp` is printed as the text that its flag takes, which is its field `spec`.
         settings_by_arm[arm_name] = {
-            name: getattr(value, "spec", value) for name, value in flatten_settings(method_settings).items()
+            name: getattr(setting_value, "spec", setting_value)
+            for name, setting_value in flatten_settings(method_settings).items()
         }
     return {**settings.to_dict(), "methods": settings_by_arm}
 
@@ -478,8 +486,8 @@ DISTILL = Mode(
     shown=dry_run_values,
     defaults=shown_by_help,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the bundled problems are small enough for a CPU
-    jobs="several parts",
-    help="""Generate 3D assets from texts by score distillation, with preferences in the gradient. Without
+    jobs="all arms and assets",
+    help="""Generate 3D assets from texts by score distillation, whose gradient can contain a reward. Without
     flags, the run optimises the prompts of the bundled problem with several methods on the same seeds, and
     writes a table of win rates against plain score distillation (sds).
     --resume=RUN resumes a run that was stopped.

@@ -71,8 +71,8 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
             " memory of the published models."
         )
     # collects the family's notice about its licence, which `screen_lines` shows instead
-    remarks: list[str] = []
-    family = family_of(root, remarks.append)
+    licence_remarks: list[str] = []
+    family = family_of(root, licence_remarks.append)
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
     all_faults = [fault for network in networks for fault in find_faults(network)]
     if not isinstance(family, ListsNetworks):
@@ -160,9 +160,11 @@ def screen_lines(
         faults: texts of `find_faults` for all networks.
     """
     # name -> path of the files that the family loads
-    read_files = dict(family.files(root))
+    path_by_name = dict(family.files(root))
     # resolved, so that a link and its target count as the same file
-    used_paths = {path.resolve() for path in (*read_files.values(), *(network.file for network in networks))}
+    used_paths = {
+        path.resolve() for path in (*path_by_name.values(), *(network.file for network in networks))
+    }
     # hidden files and folders, such as a download's cache, are not listed
     hidden_paths = set(root.rglob(".*"))
     all_files = [
@@ -175,7 +177,7 @@ def screen_lines(
         "read",
         [
             f"{_relative_path(path, root)} ({_format_size(path.stat().st_size)})"
-            for path in _existing_files(read_files.values())
+            for path in _existing_files(path_by_name.values())
         ],
     )
     yield from entry_lines(
@@ -184,10 +186,9 @@ def screen_lines(
     for network in networks:
         yield from entry_lines("network", [_describe_network(network)])
     # A licence may restrict the use of the generator, so it is always shown.
-    yield from entry_lines("licence", [family.notice or "see the publisher's"])
-    yield from entry_lines(
-        "", [f"files of it: {_join_paths(find_licences(root), root) or 'none: fetch them'}"]
-    )
+    yield from entry_lines("licence", [family.notice or "see the licence of the publisher"])
+    licence_names = _join_paths(find_licences(root), root)
+    yield from entry_lines("", [f"licence files: {licence_names or 'none found; see the publisher'}"])
     # A family supports a command if it implements the Protocol of this command.
     supported_uses = [use for protocol, use in DONE.items() if isinstance(family, protocol)]
     # optional networks that the folder lacks, with what is impossible without them
@@ -198,7 +199,7 @@ def screen_lines(
     ]
     # the loop needs a reward of finished assets that can be fitted to the pairs
     if not isinstance(family, FitsRewards):
-        loop_support = ["no loop: tune stages one by one"]
+        loop_support = ["but not --loop: tune the stages one by one"]
     else:
         loop_support = [] if missing_networks else ["the loop"]
     yield from entry_lines("can", [*supported_uses, f"tune {', '.join(family.stages)}", *loop_support])
@@ -220,7 +221,7 @@ def find_licences(root: Path) -> list[Path]:
     inner_paths = [
         path
         for path in sorted(root.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not any(path_part.startswith(".") for path_part in path.relative_to(root).parts)
     ]
     return [
         path
@@ -264,12 +265,12 @@ def _describe_network(network: Network) -> str:
     dtype_counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     # A fine-tuned copy has the sizes of the released network; another variant of the model has other sizes.
     has_released_size = network.released == (len(tensors), number_count)
-    comparison = ""
+    comparison_text = ""
     if network.released is not None:
-        comparison = ", as released" if has_released_size else ", other sizes than released"
+        comparison_text = ", as released" if has_released_size else ", other sizes than released"
     return (
         f"{network.name}: {len(tensors)} tensors, {number_count:,} numbers,"
-        f" {' and '.join(dtype_counts)}{comparison}"
+        f" {' and '.join(dtype_counts)}{comparison_text}"
     )
 
 

@@ -69,11 +69,13 @@ def export_command(
         raise ValueError(f"--outdir: {outdir} is not empty. Name a new or an empty folder.")
     # An adapter folder of the library PEFT consists of two files per stage: weights and configuration.
     if adapter:
-        full_stages = [stage for stage, path in weights_by_stage.items() if not (path / ADAPTER).is_file()]
-        if full_stages:
+        stages_without_adapter = [
+            stage for stage, path in weights_by_stage.items() if not (path / ADAPTER).is_file()
+        ]
+        if stages_without_adapter:
             raise ValueError(
-                f"--adapter: the training changed all parameters of {', '.join(full_stages)}, so there is no"
-                " adapter. Remove --adapter to export the full networks."
+                f"--adapter: the training changed all parameters of {', '.join(stages_without_adapter)}, so"
+                " there is no adapter. Remove --adapter to export the full networks."
             )
         for stage, path in weights_by_stage.items():
             # a hard link where the file system allows it: adapters are large
@@ -91,16 +93,19 @@ def export_command(
 
 
 def find_tuned_weights(
-    sources: Sequence[Path], name: str | None, pipeline_folder: Path | None, weights: Sequence[str]
+    sources: Sequence[Path],
+    training_name: str | None,
+    pipeline_folder: Path | None,
+    weight_flags: Sequence[str],
 ) -> tuple[Path, dict[str, Path]]:
     """Find the generator that was tuned, and the tuned weights of its stages.
 
     Args:
         sources: WORK folders and run folders of train.py.
-        name: name of a training in WORK, such as tune-00; None: the latest training.
+        training_name: name of a training in WORK, such as tune-00; None: the latest training.
         pipeline_folder: folder of the untuned generator from --pipeline; None: the generator that the sources
             record.
-        weights: values "STAGE=PATH" of --weights.
+        weight_flags: values "STAGE=PATH" of --weights.
 
     Returns: the folder of the untuned generator, and a mapping from stages to folders or files of weights.
 
@@ -121,7 +126,7 @@ def find_tuned_weights(
             work_folder.check_pipeline()
             # `training` returns the training that --tune names, or the latest training.
             generator_roots.append(Path(work_folder.pipeline))
-            stage_folders += work_folder.tuned(work_folder.training(name)).items()
+            stage_folders += work_folder.tuned(work_folder.training(training_name)).items()
         else:
             # The result is empty for a folder without a record, and for a record of another kind of run.
             source_record = (recorded(source).get("run") or {}).get("source") or {}
@@ -137,9 +142,9 @@ def find_tuned_weights(
             generator_roots.append(Path(source_record["pipeline"]))
             stage_folders += [(stage, source / stage) for stage in stages]
     # (stage, "=", path); sign and path are empty if the value has no "="
-    weight_fields = [weight_text.partition("=") for weight_text in weights]
+    weight_fields = [weight_text.partition("=") for weight_text in weight_flags]
     malformed_weights = [
-        name + separator + path for name, separator, path in weight_fields if not (name and path)
+        stage + separator + path for stage, separator, path in weight_fields if not (stage and path)
     ]
     if malformed_weights:
         raise ValueError(
@@ -155,17 +160,17 @@ def find_tuned_weights(
             "flow export: the tuned weights are missing. Name a WORK folder or runs of train.py, or add"
             " --weights=STAGE=PATH."
         )
-    root = generator_roots[0]
+    pipeline_root = generator_roots[0]
     # With --pipeline, the user decides which generator the weights belong to.
     if pipeline_folder is None and any(
-        other_root.resolve() != root.resolve() for other_root in generator_roots
+        other_root.resolve() != pipeline_root.resolve() for other_root in generator_roots
     ):
         raise ValueError(
-            f"flow export: the stages belong to different generators, {root} and {generator_roots[-1]}."
-            " Export the generators with separate commands."
+            f"flow export: the stages belong to different generators, {pipeline_root} and"
+            f" {generator_roots[-1]}. Export the generators with separate commands."
         )
     # raises ValueError for a stage that this generator does not have
-    check_stages("export", family_of(root), [stage for stage, _ in stage_folders])
+    check_stages("export", family_of(pipeline_root), [stage for stage, _ in stage_folders])
     # The dictionary holds the last folder of each stage. A stage with a different folder was tuned twice.
     repeated_stages = [stage for stage, path in stage_folders if dict(stage_folders)[stage] != path]
     if repeated_stages:
@@ -174,4 +179,4 @@ def find_tuned_weights(
             " them from the command."
         )
     # --weights replaces weights of the sources.
-    return root, dict(stage_folders) | {stage: Path(path) for stage, _, path in weight_fields}
+    return pipeline_root, dict(stage_folders) | {stage: Path(path) for stage, _, path in weight_fields}

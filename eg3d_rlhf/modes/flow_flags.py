@@ -35,33 +35,33 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def unset_option(
-    name: str,
+    flag_name: str,
     group: str,
     metavar: str,
     value_type,
     help: str,
-    shown: str = PROBLEM_DEFAULT,
+    default_text: str = PROBLEM_DEFAULT,
     rare: bool = False,
 ):
     """Make an option whose value is None if it is absent, so that the generator's default settings apply.
 
     Args:
-        name: flag, such as "--loop-beta".
+        flag_name: flag, such as "--loop-beta".
         group: title under which --help lists the flag.
         metavar: placeholder of the value in --help, mostly its unit.
         value_type: click type of the value.
         help: description in --help.
-        shown: text that --help shows as the default if the default cannot be computed.
+        default_text: text that --help shows as the default if the default cannot be computed.
         rare: True for an option that only --help-all shows and --set NAME=VALUE sets.
     """
     return option(
-        name,
+        flag_name,
         group=group,
         rare=rare,
         metavar=metavar,
         type=value_type,
         default=None,
-        show_default=shown,
+        show_default=default_text,
         help=help,
     )
 
@@ -88,7 +88,7 @@ tuning_flags = combine_decorators(
 
 
 def make_source(source_class: type[Source], flags: Flags) -> Source:
-    """Build the settings of a problem's source from the flags.
+    """Build the settings that name the generator, its pairs and its conditioning, from the flags.
 
     Args:
         source_class: class of the settings, ProblemSource or a subclass.
@@ -152,8 +152,8 @@ def adapter_settings(flags: Flags, lora: LoraConfig | None) -> dict:
     tunes_all = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
     if tunes_all and adapter_values:
         raise ValueError(
-            f"{', '.join(flag('lora_' + name) for name in adapter_values)}: has an effect on LoRA adapters"
-            " only, but all parameters are tuned. Add --tune=lora, or remove the flag."
+            f"{', '.join(flag('lora_' + name) for name in adapter_values)} cannot be used, because the run"
+            " has no LoRA adapters: it tunes all parameters. Add --tune=lora, or remove the flag."
         )
     return {"lora": None if tunes_all else replace(lora or LoraConfig(), **adapter_values)}
 
@@ -165,17 +165,17 @@ def adapter_help_values(lora: LoraConfig | None) -> dict[str, Any]:
         lora: adapters of the resolved settings; None: all parameters are tuned.
     """
     # None as targets: each stage has default targets of its own, which --help describes by a text
-    targets = {} if lora is None or lora.targets is None else {"lora_targets": ",".join(lora.targets)}
+    target_flag = {} if lora is None or lora.targets is None else {"lora_targets": ",".join(lora.targets)}
     # "full" has no adapters, so there are no values of their flags
-    return {"tune": "full" if lora is None else "lora", **targets}
+    return {"tune": "full" if lora is None else "lora", **target_flag}
 
 
-# Flags of the circular loop (Circular-DPO), for circular_dpo.py and flow_tune.py. "The loop's pairs" are
-# pairs of samples of an earlier stage, labelled by the results of the tuned and the untuned next stage.
+# Flags of the circular loop (Circular-DPO), for circular_dpo.py and flow_tune.py. The loop's pairs are pairs
+# of latents of an earlier stage, encoded from assets of the tuned (preferred) and the untuned next stage.
 
 LOOP = "The loop"
 WEIGHT = click.FloatRange(min=0)
-AS_STEP = "the same as for people's pairs if that flag is given, else by generator"
+
 loop_flags = combine_decorators(
     option(
         "--rounds",
@@ -186,7 +186,7 @@ loop_flags = combine_decorators(
         show_default="1",
         help=(
             "Number of rounds of the loop over all stages. Each round starts from the networks of the"
-            " previous round, which become the reference of its DPO loss."
+            " previous round, and uses them as the reference networks of the DPO loss."
         ),
     ),
     unset_option(
@@ -223,11 +223,17 @@ loop_flags = combine_decorators(
         "FLOAT",
         POSITIVE,
         "Learning rate of the training on the loop's pairs.",
-        AS_STEP,
+        "the value of --lr if it is given, else by generator",
         rare=True,
     ),
     unset_option(
-        "--loop-steps", LOOP, "UPDATES", COUNT, "Number of updates on the loop's pairs.", AS_STEP, rare=True
+        "--loop-steps",
+        LOOP,
+        "UPDATES",
+        COUNT,
+        "Number of updates on the loop's pairs.",
+        "the value of --steps if it is given, else by generator",
+        rare=True,
     ),
     options_from_settings(LoopPairsConfig, Weighing),
 )
@@ -444,15 +450,15 @@ def parse_arm_names(flags: Flags) -> tuple[str, ...]:
     return tuple(name.strip() for name in flags["arms"].split(","))
 
 
-def record(mode: str, settings: ArmsRun, opened: "Opened") -> dict:
+def record(mode: str, settings: ArmsRun, problem_and_labels: "Opened") -> dict:
     """Build the record of a run folder as JSON: the settings, and the hashes of the problem and the labels.
 
     Args:
         mode: name of the mode.
         settings: settings of the run.
-        opened: the problem, and the labelled assets or None.
+        problem_and_labels: the problem, and the labelled assets or None.
     """
-    problem, labelled_assets = opened
+    problem, labelled_assets = problem_and_labels
     # Online runs score their own samples, so they have no labels.
     label_record = {} if labelled_assets is None else {"labels": labelled_assets.identity}
     return {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity), **label_record}
@@ -480,32 +486,33 @@ def make_arms_mode(
         mode_arguments: other arguments of Mode.
     """
 
-    def opened(settings: ArmsRun, run: "Run") -> "Opened":
+    def open_checked(settings: ArmsRun, run: "Run") -> "Opened":
         # Several trainings are distributed by --jobs. torchrun would start every training in every process.
         reject_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
-        opened = open(settings, run.device)
-        check(settings, opened, run)
-        return opened
+        problem_and_labels = open(settings, run.device)
+        check(settings, problem_and_labels, run)
+        return problem_and_labels
 
-    def work(settings: ArmsRun, opened: "Opened", run: "Run") -> None:
+    def work(settings: ArmsRun, problem_and_labels: "Opened", run: "Run") -> None:
         # imported here, because --help must not load this module
         from eg3d_rlhf.tuning.flow.training import arm_runs
 
         # `open` is passed on, because each worker process opens the problem itself.
-        arm_runs.work(settings, opened, run, open)
+        arm_runs.work(settings, problem_and_labels, run, open)
 
-    def titled(settings: ArmsRun, opened: "Opened") -> str:
+    def run_title(settings: ArmsRun, problem_and_labels: "Opened") -> str:
         # the last part of the path of the generator's folder
-        generator = Path(settings.source.pipeline).name
-        return f"{settings.NAME}-{title(settings)}-{generator}-{settings.stage_in(opened[0]).name}"
+        generator_name = Path(settings.source.pipeline).name
+        stage_name = settings.stage_in(problem_and_labels[0]).name
+        return f"{settings.NAME}-{title(settings)}-{generator_name}-{stage_name}"
 
     return Mode(
         name=name,
         settings=settings_class,
-        open=opened,
+        open=open_checked,
         work=work,
-        title=titled,
-        record=lambda settings, opened: record(name, settings, opened),
+        title=run_title,
+        record=lambda settings, problem_and_labels: record(name, settings, problem_and_labels),
         recorded=make_record_reader(settings_class, name),
         # --help says that --jobs divides several trainings among processes
         jobs="several trainings",

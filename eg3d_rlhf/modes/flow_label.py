@@ -36,7 +36,8 @@ SECONDS = 8  # assumed time of one answer, from which the total time is estimate
     default="random",
     help=(
         f"Strategy that chooses the pairs: {', '.join(STRATEGIES)}, or the name of a plugin's strategy."
-        f" active and close need trained rewards in WORK/{REWARD}."
+        " active chooses pairs on which rewards disagree, and close chooses pairs with similar scores; both"
+        f" need trained rewards in WORK/{REWARD}."
     ),
 )
 @device_flag
@@ -145,18 +146,18 @@ def tuning_command(work: Work, campaign: str) -> str:
     )
 
 
-def make_request(work: Work, campaign_name: str, pairs: int, strategy: str = "random") -> launch.Request:
+def make_request(work: Work, campaign_name: str, pair_count: int, strategy: str = "random") -> launch.Request:
     """Build the description of a new labelling project on the generated assets of WORK.
 
     Args:
         work: the opened folder WORK.
         campaign_name: name of the project.
-        pairs: number of pairs.
+        pair_count: number of pairs.
         strategy: name of the strategy that chooses the pairs.
     """
     # None for every setting: `with_defaults` replaces it by the default value of the setting
     campaign_settings = launch.with_defaults(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
-    pairing_options = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
+    pairing_options = PairingOptions(pairs=pair_count, seed=work.seed, strategy=strategy)
     # an absolute path, because the label server may be started in another folder
     asset_folder = str(work.asset_folder().resolve())
     return launch.Request(

@@ -75,7 +75,10 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
     metavar="FILE|DIR",
     type=PATH,
     show_default="computed with the generator's encoder",
-    help="File or folder of precomputed embeddings of the prompts or images, by name.",
+    help=(
+        "File or folder of precomputed embeddings of the prompts or images and their names; it replaces"
+        " --prompts and --images."
+    ),
 )
 @option(
     # Number of samples, and the device that computes the embeddings.
@@ -83,7 +86,7 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
     metavar="N",
     type=click.IntRange(2),
     default=4,
-    help="Number of assets to generate per prompt or image.",
+    help="Number of assets to generate per prompt or image; people compare assets of the same prompt.",
 )
 @option(
     "--device",
@@ -121,7 +124,10 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
     metavar="N",
     type=click.IntRange(1),
     show_default="by generator",
-    help="Number of assets that are generated at once, and of pairs in one forward pass of the training.",
+    help=(
+        "Number of assets that are generated at once, and of pairs in one forward pass of the training. A"
+        " smaller number needs less memory."
+    ),
 )
 @rare_option(
     "--up",
@@ -260,14 +266,18 @@ def check_and_describe(family: FlowFamily, root: Path) -> Iterator[str]:
     )
     licence_files = find_licences(root)
     yield from entry_lines(
-        "licence", [family.notice or ("this package's" if family.bundled else "see the publisher's")]
+        "licence",
+        [
+            family.notice
+            or ("the licence of this package" if family.bundled else "see the licence of the publisher")
+        ],
     )
     # The bundled generator has the licence of this package; a downloaded generator has its own licence.
     if not family.bundled:
         licence_names = (
             ", ".join(path.name for path in licence_files) or f"none, see {family.address or 'the publisher'}"
         )
-        yield from entry_lines("", [f"files of it: {licence_names}"])
+        yield from entry_lines("", [f"licence files: {licence_names}"])
     for network in networks:
         if network.without and not network.tensors:
             address_note = f" (published at {family.address})" if family.address else ""
@@ -304,20 +314,20 @@ def cost_lines(
 
     stages = sized_stages(family, root)
     # A small generator fits into every memory, so the slow estimate is left out.
-    largest_count = max(
+    max_parameter_count = max(
         sum(parameter.numel() for parameter in sized_stage.stage.model.parameters()) for sized_stage in stages
     )
-    if largest_count < LARGE:
-        yield from entry_lines("memory", [f"small networks: at most {largest_count:,} parameters"])
+    if max_parameter_count < LARGE:
+        yield from entry_lines("memory", [f"small networks: at most {max_parameter_count:,} parameters"])
         return
     # The memory is computed with fake tensors, so that nothing large is allocated.
-    costs = estimate(stages, precision=precision, batches=batches, device=str(device))
+    stage_costs = estimate(stages, precision=precision, batches=batches, device=str(device))
     # raises ValueError with a remedy
-    check_fits(costs, free_bytes(device), "flow new")
+    check_fits(stage_costs, free_bytes(device), "flow new")
     # the first ten columns hold the title, as in `entry_lines`
     yield from (
         f"{'' if line_index else 'takes':<10}{line}"
-        for line_index, line in enumerate(table(costs).splitlines())
+        for line_index, line in enumerate(table(stage_costs).splitlines())
     )
 
 
@@ -327,7 +337,7 @@ def conditioning_names(
     images: Path | None,
     embeddings_by_name: "Conditioning | None" = None,
 ) -> dict[str, Path | None]:
-    """Return the names of the prompts or images on which the generator is conditioned.
+    """Return the names of the prompts or images on which the generator is conditioned, with the image files.
 
     Args:
         family: family of the generator.
@@ -383,7 +393,7 @@ def conditioning_names(
     prompt_texts = [
         " ".join(text_line.split()) for text_line in prompts.read_text(encoding="utf-8").splitlines()
     ]
-    bad_text = next(
+    invalid_prompt = next(
         (
             text_line
             for text_line in prompt_texts
@@ -391,10 +401,10 @@ def conditioning_names(
         ),
         None,
     )
-    if bad_text is not None:
+    if invalid_prompt is not None:
         raise ValueError(
-            f"--prompts: the line {bad_text[:40]!r} is longer than {MAX_PROMPT_LENGTH} characters or contains"
-            " characters that cannot be printed. Shorten the line, or remove these characters."
+            f"--prompts: the line {invalid_prompt[:40]!r} is longer than {MAX_PROMPT_LENGTH} characters or"
+            " contains characters that cannot be printed. Shorten the line, or remove these characters."
         )
     unknown_prompt = next(
         (text_line for text_line in prompt_texts if text_line and text_line not in family.prompts), None

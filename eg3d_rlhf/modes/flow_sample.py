@@ -37,8 +37,8 @@ sampling_flags = combine_decorators(
         type=click.IntRange(2),
         show_default="by generator; 128 for Hunyuan3D-2.1",
         help=(
-            "Number of cells per axis of the grid from which meshes are extracted. The published program of"
-            " Hunyuan3D-2.1 uses 384."
+            "Number of cells per axis of the grid from which meshes are extracted. More cells give finer"
+            " meshes and need more time and memory. The published program of Hunyuan3D-2.1 uses 384."
         ),
     ),
     rare_option(
@@ -97,7 +97,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
 
 
 def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
-    """Generate all assets of `sampling` on every rank, with a progress bar on the first rank.
+    """Generate all assets of `sampling`, divided among the ranks, with a progress bar on the first rank.
 
     Returns: the number of assets that can be shown, and the reasons for the others.
     """
@@ -113,22 +113,23 @@ def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
         # None: tqdm shows the bar only on a terminal
         disable=None if sampling.ranks.is_main else True,
     ) as progress_bar:
-        summary = sampling.run(progress_bar.update)
+        sampling_summary = sampling.run(progress_bar.update)
         progress_bar.update(asset_count - progress_bar.n)  # counts the assets that other ranks generated
-    return summary
+    return sampling_summary
 
 
-def sampling_report(sampling: "AssetSampling", summary: "SamplingSummary") -> list[str]:
+def sampling_report(sampling: "AssetSampling", sampling_summary: "SamplingSummary") -> list[str]:
     """Return lines with the number of generated assets, and the number of samples that cannot be shown.
 
     Args:
         sampling: the sampled folder.
-        summary: the summary that `sample_with_bar` returned.
+        sampling_summary: the summary that `sample_with_bar` returned.
     """
-    report_lines = [f"{summary.count} assets in {sampling.folder}"]
+    report_lines = [f"{sampling_summary.count} assets in {sampling.folder}"]
     # The line quotes one reason only, because all samples mostly fail for the same reason.
-    if summary.left_out:
+    if sampling_summary.left_out:
         report_lines.append(
-            f"{len(summary.left_out)} more samples have no surface and are left out: {summary.left_out[0]}"
+            f"{len(sampling_summary.left_out)} more samples have no surface and are left out:"
+            f" {sampling_summary.left_out[0]}"
         )
     return report_lines

@@ -7,7 +7,7 @@ selection used. Files in WORK:
     drawn/test-base         assets of the untuned generator
     drawn/tuned-00          assets of the generator of training tune-00, sampled from the same noises
     drawn/control-00        assets of the control of training tune-00, sampled from the same noises
-    study-00/images.png   renders of a few test assets of all three generators, written with the report
+    study-00/images.png     renders of a few test assets of all three generators, written with the report
     study-00/base           comparison of tuned and untuned generator: design, answers and report
     study-00/control        comparison of tuned generator and control: design, answers and report
 
@@ -69,47 +69,47 @@ class Study:
         return cls(folder, json.loads(study_file.read_text())["tune"])
 
     @classmethod
-    def of(cls, work: Work, tune: Path, again: bool) -> "Study":
-        """Return the latest study of a training. If there is none, or if `again` is True, make a new study.
+    def of(cls, work: Work, training_folder: Path, makes_new: bool) -> "Study":
+        """Return the latest study of a training, or make a new study if there is none.
 
         Args:
             work: the opened folder WORK.
-            tune: folder of the training, such as WORK/tune-00.
-            again: True to make a new study although there is one already.
+            training_folder: folder of the training, such as WORK/tune-00.
+            makes_new: True to make a new study although there is one already.
         """
         # in the order of their numbers, so the last study is the latest
         studies_of_training = [
-            study for study in map(cls.open, work.numbered("study")) if study.tune == tune.name
+            study for study in map(cls.open, work.numbered("study")) if study.tune == training_folder.name
         ]
-        if studies_of_training and not again:
+        if studies_of_training and not makes_new:
             return studies_of_training[-1]
-        new_study = cls(work.next("study"), tune.name)
+        new_study = cls(work.next("study"), training_folder.name)
         write_atomic(new_study.folder / FILE, (json.dumps({"tune": new_study.tune}) + "\n").encode())
         return new_study
 
-    def contest(self, against: str) -> studies.Folder:
+    def contest(self, baseline: str) -> studies.Folder:
         """Return the folder of one comparison of this study.
 
         Args:
-            against: BASE or CONTROL, the generator that the tuned generator is compared with.
+            baseline: BASE or CONTROL, the generator that the tuned generator is compared with.
         """
-        return studies.Folder(self.folder / against)
+        return studies.Folder(self.folder / baseline)
 
-    def answered(self, against: str) -> tuple[int, int] | None:
+    def answered(self, baseline: str) -> tuple[int, int] | None:
         """Count the trials of one comparison: (answered trials, all trials). A trial is one shown pair.
 
         The comparison is over if both numbers are equal. Return None if the comparison has no design yet.
 
         Args:
-            against: BASE or CONTROL, the generator that the tuned generator is compared with.
+            baseline: BASE or CONTROL, the generator that the tuned generator is compared with.
         """
         # imported here, because --help must not load this module
         from eg3d_rlhf.people.study.analysis import sort_rows
 
-        if not self.contest(against).design.is_file():
+        if not self.contest(baseline).design.is_file():
             return None
         # the stored design, and all answers in the database
-        design, answer_rows = studies.study_rows(self.contest(against))
+        design, answer_rows = studies.study_rows(self.contest(baseline))
         answered_count = len(sort_rows(design, answer_rows).trials)
         # A comparison that was stopped by the rule of its design counts as complete.
         return (design.trials if stopped(design, answered_count) else answered_count), design.trials
@@ -132,11 +132,19 @@ class Study:
     ),
 )
 @count_option(
-    "--n", show_default="all pairs of test assets", help="Number of pairs after which the study ends."
+    "--n",
+    show_default="all pairs of test assets",
+    help="Number of trials (answered pairs) after which the comparison ends.",
 )
-@count_option("--annotators", default=1, help="Number of people who answer.")
+@count_option(
+    "--annotators",
+    default=1,
+    help="Number of people who answer. With two or more, each pair is shown to two of them.",
+)
 @option(
-    "--again", is_flag=True, help="Begin a new study of the same training, and keep the results of the old."
+    "--again",
+    is_flag=True,
+    help="Begin a new study of the same training, and keep the results of the old study.",
 )
 @option(
     "--interim",
@@ -214,8 +222,8 @@ def study(
                 cells=cells,
                 few_steps=few_steps,
             )
-            summary = sample_with_bar(sampling)
-            for report_line in sampling_report(sampling, summary) if ranks.is_main else ():
+            sampling_summary = sample_with_bar(sampling)
+            for report_line in sampling_report(sampling, sampling_summary) if ranks.is_main else ():
                 click.echo(report_line)
         if not ranks.is_main:
             return
@@ -234,22 +242,22 @@ def study(
     )
 
 
-def arm_name(role: str, tune: Path) -> str:
+def arm_name(role: str, training_folder: Path) -> str:
     """Return the name of the folder of an arm's assets, with the number of the training.
 
     >>> arm_name("tuned", Path("WORK/tune-03"))
     'tuned-03'
     """
-    return f"{role}-{tune.name.rpartition('-')[2]}"
+    return f"{role}-{training_folder.name.rpartition('-')[2]}"
 
 
 def serve(
     work: Work,
     study: Study,
-    arms: list[str],
-    against: str | None,
-    n: int | None,
-    annotators: int,
+    arm_folders: list[str],
+    baseline: str | None,
+    trial_limit: int | None,
+    annotator_count: int,
     server_values: Mapping[str, object],
 ) -> None:
     """Serve one comparison in the browser until it is interrupted; design the comparison first if it is new.
@@ -257,30 +265,32 @@ def serve(
     Args:
         work: the opened folder WORK.
         study: the study.
-        arms: names of the folders of assets: test-base, tuned-NN and, if there is a control, control-NN.
-        against: BASE or CONTROL; None: the first comparison that is not over.
-        n: number of pairs after which the study ends; None: all pairs.
-        annotators: number of people who answer.
+        arm_folders: names of the folders of assets: test-base, tuned-NN and, if there is a control,
+            control-NN.
+        baseline: BASE or CONTROL; None: the first comparison that is not over.
+        trial_limit: number of answered pairs after which the comparison ends; None: all pairs.
+        annotator_count: number of people who answer.
         server_values: flags of the server that were given, by name.
 
     Raises: ValueError if the comparison is over.
     """
     # By generator that the tuned one is compared with: its folder. arms[1] is the tuned generator; without a
     # control, `zip` stops after BASE.
-    asset_folder_by_contest = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
+    asset_folder_by_contest = dict(zip((BASE, CONTROL), (arm_folders[0], *arm_folders[2:]), strict=False))
     progress_by_contest = {name: study.answered(name) for name in asset_folder_by_contest}
     # comparisons without a design, or with trials that are not answered
-    open_contests = [
+    unfinished_contests = [
         name
         for name, progress in progress_by_contest.items()
         if progress is None or progress[0] < progress[1]
     ]
-    if not open_contests or (against is not None and against not in open_contests):
+    if not unfinished_contests or (baseline is not None and baseline not in unfinished_contests):
+        finished_part = "the study" if baseline is None else f"its comparison with {baseline}"
         raise ValueError(
-            f"{study.folder}: the study is over. Add --report to see its results, or --again to begin"
+            f"{study.folder}: {finished_part} is over. Add --report to see the results, or --again to begin"
             " another study."
         )
-    chosen_contest = against or open_contests[0]
+    chosen_contest = baseline or unfinished_contests[0]
     contest_folder = study.contest(chosen_contest)
     # The comparison is served by the job `study`, whose command line is built here. Settings without a flag
     # are passed as --set=NAME=VALUE.
@@ -292,17 +302,20 @@ def serve(
     ]
     # A new comparison is designed from the assets; an existing one resumes from its folder.
     if progress_by_contest[chosen_contest] is None:
-        asset_folders = work.asset_folder(asset_folder_by_contest[chosen_contest]), work.asset_folder(arms[1])
+        asset_folders = (
+            work.asset_folder(asset_folder_by_contest[chosen_contest]),
+            work.asset_folder(arm_folders[1]),
+        )
         # the function receives remarks about the assets, which are not printed here
         _, pairs, _ = read_sides(*asset_folders, lambda text: None)
         # A pair is shown to at most two people, which limits the number of answers.
-        max_trials = len(pairs) * min(annotators, 2)
+        max_trials = len(pairs) * min(annotator_count, 2)
         command_line += [
             f"--a={asset_folders[0]}",
             f"--b={asset_folders[1]}",
-            f"--n={min(n or max_trials, max_trials)}",
+            f"--n={min(trial_limit or max_trials, max_trials)}",
             f"--up={work.up}",
-            f"--annotators={annotators}",
+            f"--annotators={annotator_count}",
             f"--seed={work.seed}",
             f"--set=name={study.folder.name}-{chosen_contest}",
         ]
@@ -314,21 +327,21 @@ def serve(
     study_job.main.main(command_line, standalone_mode=False)
 
 
-def write_reports(work: Work, study: Study, against: str | None, interim: bool) -> None:
+def write_reports(work: Work, study: Study, baseline: str | None, is_interim: bool) -> None:
     """Write the reports of a study, and renders of some test assets.
 
     Args:
         work: the opened folder WORK.
         study: the study.
-        against: BASE or CONTROL; None: both comparisons, as far as they have a design.
-        interim: True to report a comparison that is not over.
+        baseline: BASE or CONTROL; None: both comparisons, as far as they have a design.
+        is_interim: True to report a comparison that is not over.
 
     Raises: ValueError if no comparison has a design.
     """
     # A comparison without a design has no answers.
     designed_contests = [
         contest_name
-        for contest_name in ((against,) if against else (BASE, CONTROL))
+        for contest_name in ((baseline,) if baseline else (BASE, CONTROL))
         if study.answered(contest_name) is not None
     ]
     if not designed_contests:
@@ -346,7 +359,7 @@ def write_reports(work: Work, study: Study, against: str | None, interim: bool) 
             f"--outdir={study.contest(contest_name).path}",
             # `write_renders` makes one image for both comparisons instead
             "--images=0",
-            *(["--interim"] if interim else []),
+            *(["--interim"] if is_interim else []),
         ]
         study_job.main.main(command_line, standalone_mode=False)
     click.echo(
@@ -387,16 +400,18 @@ def write_renders(work: Work, study: Study) -> Path:
     # prompt -> smallest noise seed: in reversed order, the smallest seed of a prompt comes last and
     # overwrites the others
     smallest_seeds = dict(sorted(files_by_arm["tuned"], reverse=True))
-    columns = [(prompt, smallest_seeds[prompt]) for prompt in work.names(TEST) if prompt in smallest_seeds]
+    column_keys = [
+        (prompt, smallest_seeds[prompt]) for prompt in work.names(TEST) if prompt in smallest_seeds
+    ]
     # every k-th prompt, at most SHOWN prompts
-    columns = columns[:: max(1, len(columns) // SHOWN)][:SHOWN]
+    column_keys = column_keys[:: max(1, len(column_keys) // SHOWN)][:SHOWN]
     sheet_rows = [
         # `get` returns None for an asset that could not be sampled; its cell stays empty
-        Row(name=arm, cells=[image_of(arm_files.get(column), work.up, SIDE) for column in columns])
+        Row(name=arm, cells=[image_of(arm_files.get(column), work.up, SIDE) for column in column_keys])
         for arm, arm_files in files_by_arm.items()
     ]
     # The captions are written below the last row. A letter is about 8 pixels wide.
-    sheet_rows[-1] = replace(sheet_rows[-1], captions=[prompt[: SIDE // 8] for prompt, _ in columns])
+    sheet_rows[-1] = replace(sheet_rows[-1], captions=[prompt[: SIDE // 8] for prompt, _ in column_keys])
     # 110: width in pixels of the column of the rows' names
-    write_atomic(renders_path := study.folder / RENDERS, png(sheet("", sheet_rows, names=110)))
+    write_atomic(renders_path := study.folder / RENDERS, png(sheet("", sheet_rows, name_width=110)))
     return renders_path

@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from training.distributed import Ranks
 
 LOOP_HELP = (
-    "Tune with the Circular-DPO loop instead of plain DPO. On the toy generator, both are equally good"
-    " (docs/understand/circular-dpo.md)."
+    "Tune with the Circular-DPO loop instead of plain DPO. On the toy generator, both are equally good."
 )
 # Flags that have an effect only with --loop, under the names of their parameters.
 LOOP_ONLY = (
@@ -89,12 +88,15 @@ what_flags = combine_decorators(
     _what_is_tuned_option(
         "--pairs-only",
         is_flag=True,
-        help="Write the pairs into WORK/pairs, a folder that train.py reads, and stop.",
+        help="Write only the pairs, to WORK/pairs for train.py --pairs.",
     ),
     _what_is_tuned_option(
         "--no-control",
         is_flag=True,
-        help="Train no control on shuffled labels. This halves the time.",
+        help=(
+            "Train no control on shuffled labels. This halves the time, but nothing then tests for a"
+            " learnable signal."
+        ),
     ),
     _what_is_tuned_option(
         "--seed",
@@ -239,9 +241,9 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     # The block holds the lock of the folder, so that two processes cannot train in it at once.
-    with Run(folder, new_record, ranks=ranks, device=str(target_device)) as run_record:
+    with Run(folder, new_record, ranks=ranks, device=str(target_device)) as training_run:
         if not is_resumed:
-            run_record.begin()
+            training_run.begin()
         tune(
             problem,
             tuning,
@@ -250,7 +252,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             ranks=ranks,
             samples=make_strip(work, family, problem, tuning),
         )
-        run_record.done()
+        training_run.done()
     if ranks.is_main:
         # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
@@ -283,7 +285,7 @@ def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tunin
     return Strip(pipeline=problem.pipeline, family=family, prompts=prompts, size=strip_cells)
 
 
-def choose_folder(work: Work, record: dict) -> Path:
+def choose_folder(work: Work, new_record: dict) -> Path:
     """Return the folder of a training.
 
     It is the folder of WORK's latest training if this training can be resumed, and a new folder otherwise.
@@ -292,21 +294,21 @@ def choose_folder(work: Work, record: dict) -> Path:
 
     Args:
         work: the opened folder WORK.
-        record: record of the training, as JSON.
+        new_record: record of the training, as JSON.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded
 
     # in the order of their numbers, so the last folder is the newest
     folders = work.numbered("tune")
-    new_settings = result_settings(record)
+    new_settings = result_settings(new_record)
     # `<=`: the stored record has further entries, such as versions of libraries
     if folders and new_settings.items() <= result_settings(recorded(folders[-1])).items():
         return folders[-1]
     return work.next("tune")
 
 
-def result_settings(record: Mapping) -> dict:
+def result_settings(training_record: Mapping) -> dict:
     """Return a copy of a record without the settings that do not affect the result of the training.
 
     Such settings are also removed from nested dictionaries.
@@ -316,21 +318,21 @@ def result_settings(record: Mapping) -> dict:
 
     return {
         name: result_settings(value) if isinstance(value, Mapping) else value
-        for name, value in record.items()
+        for name, value in training_record.items()
         if name not in CHANGEABLE_SETTINGS
     }
 
 
-def label_report(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
+def label_report(label_facts: Mapping, pair_counts: Mapping[str, int]) -> Sequence[str]:
     """Return two lines: a summary of the labels, and the numbers of pairs.
 
     Args:
-        report: facts about the labels by name, with underscores for spaces.
-        pairs: number of pairs by stage.
+        facts_text: facts about the labels by name, with underscores for spaces.
+        pair_counts: number of pairs by stage.
     """
-    label_facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
+    facts_text = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in label_facts.items())
     return [
-        label_facts,
+        facts_text,
         "pairs with a majority: "
-        + ", ".join(f"{pair_count} for stage {stage}" for stage, pair_count in pairs.items()),
+        + ", ".join(f"{pair_count} for stage {stage}" for stage, pair_count in pair_counts.items()),
     ]

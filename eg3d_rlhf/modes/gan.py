@@ -175,14 +175,14 @@ OBSERVED: dict[str, dict] = {
 }
 
 
-def select_task(init: str, reward: str) -> str:
+def select_task(init: str, reward_name: str) -> str:
     """Return the task of a run: SCRATCH, TUNING (fine-tuning without a reward) or REWARDED.
 
     Args:
         init: value of --init, "scratch" for untrained networks.
-        reward: value of --reward, "none" without a reward.
+        reward_name: value of --reward, "none" without a reward.
     """
-    return SCRATCH if init == "scratch" else TUNING if reward == "none" else REWARDED
+    return SCRATCH if init == "scratch" else TUNING if reward_name == "none" else REWARDED
 
 
 def add_bundled_files(flags: Mapping) -> dict:
@@ -197,8 +197,11 @@ def add_bundled_files(flags: Mapping) -> dict:
     # The bundled held-out reward suits the bundled reward and rewards that rounds train. With another reward
     # file of the user, no held-out reward is assumed.
     if (cfg, given_flags.get("reward")) == ("heads64", "sigma"):
-        reward = str(bundled.REWARD)
-        if given_flags.get("rounds") or given_flags.setdefault("reward_ckpt", reward) == reward:
+        bundled_reward_path = str(bundled.REWARD)
+        if (
+            given_flags.get("rounds")
+            or given_flags.setdefault("reward_ckpt", bundled_reward_path) == bundled_reward_path
+        ):
             given_flags.setdefault("heldout_reward", str(bundled.HELDOUT_REWARD))
     return given_flags
 
@@ -214,23 +217,23 @@ def merge_preset(given_flags: Mapping, network_settings: Mapping) -> dict:
         gets the default of its dataclass.
     """
     cfg = given_flags["cfg"]
-    reward = given_flags.get("reward", "none")
-    task = select_task(given_flags["init"], reward)
+    reward_name = given_flags.get("reward", "none")
+    task = select_task(given_flags["init"], reward_name)
     # Later dictionaries override earlier dictionaries.
     settings_by_name = {
         "task": task,
         **PRESETS[cfg, task],
-        **OBSERVED.get(reward, {}),
+        **OBSERVED.get(reward_name, {}),
         **network_settings,
         **given_flags,
     }
-    batch = settings_by_name["batch"]
-    if settings_by_name["ema_kimg"] is None and batch is not None:
-        # EG3D: ema_kimg = batch_size * 10 / 32
-        settings_by_name["ema_kimg"] = batch * 10 / 32
-    if cfg != "heads64" and batch is not None:  # EG3D scales this flag with the batch size
+    batch_size = settings_by_name["batch"]
+    if settings_by_name["ema_kimg"] is None and batch_size is not None:
+        # the half-life of the moving average grows with the batch size, as in EG3D's train.py
+        settings_by_name["ema_kimg"] = batch_size * 10 / 32
+    if cfg != "heads64" and batch_size is not None:  # EG3D scales this flag with the batch size
         settings_by_name["blur_fade_kimg"] = (
-            settings_by_name.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch / 32
+            settings_by_name.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch_size / 32
         )
     # without --rlr the reward's optimiser uses the learning rate of G
     settings_by_name["rlr"] = settings_by_name["rlr"] or settings_by_name.get("glr", GanConfig.glr)
@@ -261,31 +264,32 @@ def resolve(flags: Mapping) -> Settings:
     """
     given_flags = add_bundled_files(flags)
     cfg = given_flags["cfg"]
-    reward = given_flags.get("reward", "none")
+    reward_name = given_flags.get("reward", "none")
     if cfg != "heads64" and "data" not in given_flags:
         raise ValueError(
             f"--data: the dataset is missing, and --cfg={cfg} has no default dataset. Name a zip file or a"
             " folder in EG3D's format."
         )
     init = given_flags["init"]
-    if reward != "none":
+    if reward_name != "none":
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
         # an error in this block begins with the name --reward
         with prefix_errors("--reward"):
             # The registry raises ValueError for an unknown name; the value is not needed here.
-            OBSERVATIONS[reward]
+            OBSERVATIONS[reward_name]
         # A reward scores shapes, which an untrained generator does not produce.
         if init == "scratch":
             raise ValueError(
-                f"--reward={reward} cannot be combined with --init=scratch, because a reward needs trained"
-                " networks. Name a network file with --init, or use --init=bundled."
+                f"--reward={reward_name} cannot be combined with --init=scratch, because a reward needs"
+                " trained networks. Name a network file with --init, or use --init=bundled."
             )
-    check_rounds(given_flags, reward)
+    check_rounds(given_flags, reward_name)
     if given_flags.get("early_stop") is not None and given_flags.get("heldout_reward") is None:
-        missing_flag = "--reward" if reward == "none" else "--heldout-reward"
+        # with --reward=sigma, the bundled held-out reward is the default
+        missing_flag = "--reward=sigma" if reward_name == "none" else "--heldout-reward"
         raise ValueError(
-            f"--early-stop needs {missing_flag}, whose scores choose the snapshot. Add {missing_flag}, or"
+            f"--early-stop needs a held-out reward, whose scores choose the snapshot. Add {missing_flag}, or"
             " remove --early-stop."
         )
     # A run folder is replaced by its newest network. The file is recorded, so that a resume uses the same
@@ -314,14 +318,14 @@ def resolve(flags: Mapping) -> Settings:
     return Settings.from_values(settings_by_name)
 
 
-def check_rounds(given_flags: Mapping, reward: str) -> None:
+def check_rounds(given_flags: Mapping, reward_name: str) -> None:
     """Raise ValueError for flags that cannot be combined with --rounds, or that need --rounds.
 
     A round labels samples, trains a reward on all labels, and tunes the generator with this reward.
 
     Args:
         given_flags: values of the flags that were given.
-        reward: value of --reward, "none" without a reward.
+        reward_name: value of --reward, "none" without a reward.
     """
     # The other settings of rounds have no flag; they are set with --set.
     flag_names = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
@@ -334,7 +338,7 @@ def check_rounds(given_flags: Mapping, reward: str) -> None:
                 f" {round_flags[0]}."
             )
         return
-    if reward == "none":
+    if reward_name == "none":
         raise ValueError(
             "--rounds needs --reward, which selects the kind of reward that each round trains. Add"
             " --reward=sigma."
@@ -354,14 +358,14 @@ def check_rounds(given_flags: Mapping, reward: str) -> None:
         )
 
 
-def read_network_settings(source: str | None) -> dict:
+def read_network_settings(init_path: str | None) -> dict:
     """Read the settings that a network file fixes.
 
     They are the neural rendering resolution, camera conditioning, and the group size of D's minibatch
     standard deviation (StyleGAN2).
 
     Args:
-        source: network file or run folder; None: the bundled generator.
+        init_path: network file or run folder; None: the bundled generator.
 
     Returns: settings by name, for `merge_preset`.
 
@@ -375,13 +379,13 @@ def read_network_settings(source: str | None) -> dict:
 
     # an error in this block begins with the name --init
     with prefix_errors("--init"):
-        network_path = find_network(source)
+        network_path = find_network(init_path)
         # A pickle of EG3D is parsed; the code in it is not run.
         if network_path.suffix.lower() == ".pkl":
             snapshot = pickles.read(network_path)
-            plans = pickles.plan(snapshot)
-            generator_kwargs = plans["G_ema"].kwargs
-            discriminator_kwargs = plans["D"].kwargs if "D" in plans else None
+            network_plans = pickles.plan(snapshot)
+            generator_kwargs = network_plans["G_ema"].kwargs
+            discriminator_kwargs = network_plans["D"].kwargs if "D" in network_plans else None
             resolution: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
             metadata = storage.read_meta(network_path, "network")
@@ -457,7 +461,10 @@ gan_flags = combine_decorators(
     _run_option(
         "--no-summary",
         is_flag=True,
-        help="Skip the evaluation at the end of a run with a reward, which compares it with its start.",
+        help=(
+            "Skip the evaluation at the end of a run with a reward, which compares the generator before and"
+            " after tuning."
+        ),
     ),
     options_from_settings(*GROUPS),
     option(
@@ -476,13 +483,13 @@ def check_eg3d(flags: Mapping) -> None:
 
     Raises: ValueError if --gpus differs from the number of processes.
     """
-    gpus = flags.get("gpus")
+    gpu_count = flags.get("gpus")
     # torchrun sets this variable; without torchrun, there is one process
     process_count = int(os.environ.get("WORLD_SIZE", "1"))
-    if gpus is not None and gpus != process_count:
-        remedy = f"Start with torchrun --nproc-per-node={gpus} train.py."
+    if gpu_count is not None and gpu_count != process_count:
+        remedy = f"Start with torchrun --nproc-per-node={gpu_count} train.py."
         raise ValueError(
-            f"--gpus={gpus} differs from the number of processes, which is {process_count}. {remedy}"
+            f"--gpus={gpu_count} differs from the number of processes, which is {process_count}. {remedy}"
         )
     ignored_flags = [
         name
@@ -523,11 +530,11 @@ def resolve_flags(flags: Flags) -> Settings:
     return settings
 
 
-def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
+def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     """Read the settings of a run for --resume, and apply the flags that may change at a resume.
 
     Args:
-        source: folder of the run, whose newest checkpoint is read, or a checkpoint file.
+        resume_path: folder of the run, whose newest checkpoint is read, or a checkpoint file.
         flags: values of the command line; --kimg, --workers and --device may change the recorded values.
         ranks: the processes of torchrun.
 
@@ -541,50 +548,50 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
 
     check_eg3d(flags)
     # A network file has no optimiser states, so it can start a run but not resume one.
-    if source.suffix.lower() == ".pkl" or source.name.startswith("network-snapshot"):
-        remedy = f"Use --init={source} to start from its weights."
+    if resume_path.suffix.lower() == ".pkl" or resume_path.name.startswith("network-snapshot"):
+        remedy = f"Use --init={resume_path} to start from its weights."
         raise ValueError(
-            f"--resume: {source} is a network file, which has no optimiser states. Name a run folder or a"
-            f" checkpoint. {remedy}"
+            f"--resume: {resume_path} is a network file, which has no optimiser states. Name a run folder or"
+            f" a checkpoint. {remedy}"
         )
     changed_settings = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
     # --device has a default value, so it changes the recorded device only if the user typed it.
     changed_settings |= {"device": flags["device"]} if "device" in flags.written else {}
     # A run of rounds has no checkpoint itself. Each of its trainings has checkpoints in a subfolder.
-    if source.is_dir() and (round_options := options_of_run(source)).get("rounds"):
+    if resume_path.is_dir() and (round_options := options_of_run(resume_path)).get("rounds"):
         if "kimg" in changed_settings:
             raise ValueError(
                 f"--kimg={changed_settings['kimg']:g} cannot be combined with --resume for a run of rounds,"
                 " whose length is fixed. Remove --kimg, or start a new run."
             )
         return Settings.from_values({**round_options, **changed_settings})
-    if (source / OPTIONS).is_file() and not checkpoint.available(source):
-        recorded_by(source, "gan")  # raises ValueError if the folder belongs to another mode
+    if (resume_path / OPTIONS).is_file() and not checkpoint.available(resume_path):
+        recorded_by(resume_path, "gan")  # raises ValueError if the folder belongs to another mode
     # The first process reads the checkpoint and sends the settings to the other processes.
     recorded_options = ranks.broadcast(
-        checkpoint.read(resume_source(source, ranks), may_use_previous(flags, ranks))[1]["options"]
+        checkpoint.read(resume_source(resume_path, ranks), may_use_previous(flags, ranks))[1]["options"]
         if ranks.is_main
         else None
     )
     return Settings.from_values({**version_0_1.settings(recorded_options), **changed_settings})
 
 
-def resume_source(source: Path, ranks: "Ranks") -> Path:
+def resume_source(resume_path: Path, ranks: "Ranks") -> Path:
     """Return the checkpoint or the run folder from which a run is resumed.
 
     After torchrun has restarted the processes, this is the run folder, whose newest checkpoint is used: this
     launch has trained beyond the checkpoint that the user named.
 
     Args:
-        source: value of --resume.
+        resume_path: value of --resume.
         ranks: the processes of torchrun.
     """
     # imported here, because --help must not load this module
     from training import checkpoint
 
     # A checkpoint is a file in the folder of its run.
-    run_folder = source if source.is_dir() else source.parent
-    return run_folder if ranks.restarts and checkpoint.available(run_folder) else source
+    run_folder = resume_path if resume_path.is_dir() else resume_path.parent
+    return run_folder if ranks.restarts and checkpoint.available(run_folder) else resume_path
 
 
 def may_use_previous(flags: Mapping, ranks: "Ranks") -> bool:
@@ -618,7 +625,7 @@ def open_gan(settings: Settings, run: "Run") -> "Objects | None":
         return gan.build(settings, run)
     # Compares the hashes of the input files with the record before any file is loaded. None: all settings may
     # differ, because the checkpoint's settings are used.
-    run.resume(free=None)
+    run.resume(free_settings=None)
     return gan.resume(
         settings, run, resume_source(run.resumed, run.ranks), may_use_previous(run.flags, run.ranks)
     )

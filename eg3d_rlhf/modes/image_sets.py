@@ -50,7 +50,10 @@ _images_option = functools.partial(option, group="Images")
     "--transform",
     type=click.Choice(TRANSFORMS),
     show_default="none",
-    help="Part of the image that is cropped before resizing, as described above.",
+    help=(
+        "Part of the image that is kept before resizing to --resolution: the largest centred square"
+        " (center-crop), or the largest centred part of the shape WxH on a black square (center-crop-wide)."
+    ),
 )
 @_images_option(
     "--resolution",
@@ -88,8 +91,8 @@ def convert(
     """Convert a folder or a zip file of images to the dataset format that train.py reads. Camera labels are
     checked and copied.
 
-    The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without
-    compression, and dataset.json. The source's labels are read from its own dataset.json,
+    The result holds uncompressed square PNGs of one size under consecutive names
+    (00000/img00000000.png, ...), and dataset.json. The source's labels are read from its own dataset.json,
     {"labels": [[image name, label], ...]}; a set without that file gets "labels": null.
 
     \b
@@ -141,21 +144,28 @@ def convert(
         )
         return
     with tqdm(total=image_count, desc=f"writing {dest.name}", unit="image") as progress_bar:
-        summary = convert_dataset(source_path, dest, convert_options, jobs, progress_bar.update, overwrite)
+        conversion_summary = convert_dataset(
+            source_path, dest, convert_options, jobs, progress_bar.update, overwrite
+        )
     # A label of one number is a class; a label of 25 numbers is a camera.
     label_text = {0: "without labels", 1: "with class labels"}.get(
-        summary.labels, f"with labels of {summary.labels} numbers"
+        conversion_summary.labels, f"with labels of {conversion_summary.labels} numbers"
     )
     click.echo(
         # shape: [channels, height, width]
-        f"{dest}: {summary.images} images of {summary.shape[1]}x{summary.shape[2]},"
-        f" {'RGB' if summary.shape[0] == 3 else 'greyscale'}, {label_text}"
+        f"{dest}: {conversion_summary.images} images of"
+        f" {conversion_summary.shape[1]}x{conversion_summary.shape[2]},"
+        f" {'RGB' if conversion_summary.shape[0] == 3 else 'greyscale'}, {label_text}"
     )
     # Enlarging adds no detail, so the user should know of it.
-    if summary.enlarged:
-        click.echo(f"{summary.enlarged} images were smaller than {resolution} and have been enlarged.")
-    if summary.cropped_labels:
-        click.echo(f"The intrinsics of {summary.cropped_labels} camera labels were adapted to the crop.")
+    if conversion_summary.enlarged:
+        click.echo(
+            f"{conversion_summary.enlarged} images were smaller than {resolution} and have been enlarged."
+        )
+    if conversion_summary.cropped_labels:
+        click.echo(
+            f"The intrinsics of {conversion_summary.cropped_labels} camera labels were adapted to the crop."
+        )
 
 
 @click.command("metrics", cls=GroupedCommand)
@@ -192,7 +202,7 @@ def convert(
     metavar="LIST",
     default="fid,kid",
     group="What",
-    help="Metrics to compute, separated by commas; their names are listed above.",
+    help="Metrics to compute, separated by commas: fid, kid, fid50k_full, kid50k_full, faces.",
 )
 @shared(
     "n",
@@ -288,9 +298,9 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         # c_dim: a camera label has 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 
-    def make_bar(image_count: int, metric_title: str):
+    def make_bar(image_count: int, bar_title: str):
         """Make the progress bar of one metric over `image_count` images, and return its update function."""
-        return tqdm(total=image_count, desc=metric_title, unit="image").update
+        return tqdm(total=image_count, desc=bar_title, unit="image").update
 
     # one record per metric
     metric_records = evaluate(generator, dataset, feature_network, metric_options, make_bar)

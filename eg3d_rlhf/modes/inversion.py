@@ -41,7 +41,7 @@ def parse_weights(weights_text: str) -> list[float]:
         1, len(weights)
     ):
         raise ValueError(
-            f"--weights: {weights_text!r} is not a list of distinct numbers >= 0. Write the weights"
+            f"--weights: {weights_text!r} is not a list of distinct finite numbers >= 0. Write the weights"
             f" separated by commas, such as {WEIGHTS}, each weight once."
         )
     return weights
@@ -102,10 +102,15 @@ def resolve(flags: Flags) -> InversionRun:
     # A flag that was given overrides the preset.
     inversion_config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.values_for(InversionConfig)})
     # The other fields have the names of their flags.
-    field_names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
+    field_names = [
+        field_name
+        for field_name in InversionRun.__dataclass_fields__
+        if field_name not in ("weights", "config")
+    ]
     # Paths become texts, because the settings are recorded as JSON.
     flag_values: dict[str, Any] = {
-        name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in field_names
+        field_name: str(flags[field_name]) if isinstance(flags[field_name], Path) else flags[field_name]
+        for field_name in field_names
     }
     return InversionRun(**flag_values, weights=weights, config=inversion_config)
 
@@ -267,18 +272,18 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
         report.draw(inversions, case, shape_res, turns)
     # one record for each target and weight
     case_records = inversions.records()
-    summary = report.summarise(case_records, setup.weights)
+    inversion_summary = report.summarise(case_records, setup.weights)
     run_facts = {
         "perceptual": setup.perceptual.name,
         "evaluator": setup.evaluators.name,
         "targets": len(setup.cases),
     }
-    write_json(folder / "inversion.json", {**run_facts, **summary, "records": case_records})
+    write_json(folder / "inversion.json", {**run_facts, **inversion_summary, "records": case_records})
     page_parts = report.jobs(inversions)
     # quiet: the conclusions are printed below instead
     findings = pages.run(page_parts, folder, quiet=True)
     target_text = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
-    sentences = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)
+    sentences = report.summary_sentences(inversion_summary, setup.evaluators.name, setup.perceptual.name)
     introduction = (
         f"{target_text} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
         f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. Weight 0"
@@ -350,7 +355,10 @@ _FLAGS = combine_decorators(
             "show_default": "the simulated annotator, for synthetic heads",
             "help": "Held-out reward file that evaluates the reconstructed shapes.",
         },
-        data="Dataset that the generator was trained on.",
+        data=(
+            "Dataset that the generator was trained on; the simulated annotator evaluates only generators of"
+            " synthetic heads."
+        ),
     ),
     rare_option(
         "--perceptual",

@@ -226,12 +226,12 @@ class JobGroup(click.Group):
             # the command whose list of jobs does not contain the word
             group_command = f"{PROGRAM} {self.noun}".strip()
             # flags are no part of a job's name
-            words = [word for word in args[:2] if not word.startswith("-")]
+            job_words = [word for word in args[:2] if not word.startswith("-")]
             self.reject_renamed(args)
             # empty if no job has a similar name
             suggestion = "".join(
                 f"Did you mean `{similar_job}`? "
-                for similar_job in nearest_jobs(f"{self.noun} {' '.join(words)}")
+                for similar_job in nearest_jobs(f"{self.noun} {' '.join(job_words)}")
             )
             click.echo(
                 f"Error: {args[0]} is not a job of {group_command}. {suggestion}For a list, run"
@@ -248,9 +248,9 @@ class JobGroup(click.Group):
         The message gives the present name. If no job had this name, the function returns.
         """
         # Names of jobs have at most two words.
-        words = f"{self.noun} {' '.join(args[:2])}".split()[:2]
-        if (new_job := renamed.JOBS.get(" ".join(words))) is not None:
-            click.echo(f"Error: {PROGRAM} {' '.join(words)} has been renamed. Run {new_job}.", err=True)
+        job_words = f"{self.noun} {' '.join(args[:2])}".split()[:2]
+        if (new_job := renamed.JOBS.get(" ".join(job_words))) is not None:
+            click.echo(f"Error: {PROGRAM} {' '.join(job_words)} has been renamed. Run {new_job}.", err=True)
             sys.exit(2)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -298,10 +298,10 @@ def nearest_jobs(typed_words: str) -> list[str]:
     # Try the most words first: the words that follow the name of a job are its arguments.
     for word_count in range(len(words), 0, -1):
         # .7 is stricter than difflib's default of .6, so that unrelated words get no suggestion
-        if matches := difflib.get_close_matches(
+        if matching_names := difflib.get_close_matches(
             " ".join(words[:word_count]), [*JOBS, *nouns], n=1, cutoff=0.7
         ):
-            return matches
+            return matching_names
     return []
 
 

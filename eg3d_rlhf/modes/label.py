@@ -266,7 +266,7 @@ def _request(
             f" answers. Use --strategy={strategy_names}, or remove --after."
         )
     # `rewards` comes from the flag --reward, the other fields have the names of their flags.
-    pairing = PairingOptions(
+    pairing_options = PairingOptions(
         rewards=rewards,
         **{
             setting_name: flags[setting_name]
@@ -288,7 +288,7 @@ def _request(
         question_name.strip() for question_name in flags["questions"].split(",") if question_name.strip()
     )
     # A single shape has no second side, so sides cannot be swapped, and 'both are bad' is no answer.
-    if pairing.single:
+    if pairing_options.single:
         campaign_settings |= {
             setting_name: value
             for setting_name, value in (("swap_share", 0.0), ("both_bad", False))
@@ -299,7 +299,7 @@ def _request(
         # Paths are absolute: the campaign may be resumed from another folder.
         network=str(network_file) if network_file else None,
         after=after,
-        pairing=pairing,
+        pairing=pairing_options,
         settings=campaign_settings,
         assets=str(Path(assets).resolve()) if assets else None,
         up=flags["up"],
@@ -359,19 +359,19 @@ def _dry_run(
         given_names: names of the flags that were typed.
     """
     # An existing project is resumed with its stored settings, not with the settings of the flags.
-    resumed = False
+    is_resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
             stored_campaign = store.campaign(request.name)
             if stored_campaign is not None:
-                resumed = True
+                is_resumed = True
                 # raises ValueError if a typed flag differs from the stored value
                 requested_settings = dict(
                     launch.check_resumed(stored_campaign, requested_settings, given_names)
                 )
     return {
         "campaign": request.name,
-        "action": "resume" if resumed else "plan",
+        "action": "resume" if is_resumed else "plan",
         **requested_settings,
         **server_flags.to_dict(),
         # the URL of a database server may contain a password
@@ -387,7 +387,7 @@ def _start(
     requested_settings: dict,
     given_names: set[str],
 ) -> None:
-    """Serve the labelling page of a project until it is interrupted. Plan the pairs first if it is new.
+    """Serve the labelling page of a project until Ctrl-C. Plan the pairs first if the project is new.
 
     Args:
         db: URL of the database.
@@ -479,7 +479,7 @@ def _start(
     show_default="no limit",
     help=(
         "Smallest accuracy of an annotator on gold pairs, whose correct answer is known. Answers of less"
-        " accurate annotators are left out."
+        " accurate annotators, and of annotators without gold pairs, are left out."
     ),
 )
 @option(
@@ -491,7 +491,7 @@ def _start(
     "--criterion",
     metavar="NAME",
     show_default="which is better",
-    help="Name of the question whose answers are exported.",
+    help="Name of the question whose answers are exported, one of --criteria of eg3d-rlhf label.",
 )
 @option(
     "--from-pairs",
@@ -517,11 +517,11 @@ def export(
             f"--from-pairs cannot be combined with --criterion={filters['criterion']}, because 'both are"
             " bad' is no answer to that question. Remove one of the flags."
         )
-    suffixes, write_export = KINDS[kind]
-    if out.suffix not in suffixes:
+    allowed_suffixes, write_export = KINDS[kind]
+    if out.suffix not in allowed_suffixes:
         raise ValueError(
-            f"FILE: the name {out.name} does not end in {' or '.join(suffixes)}, as --kind={kind} requires."
-            " Choose a name with this ending."
+            f"FILE: the name {out.name} does not end in {' or '.join(allowed_suffixes)}, as --kind={kind}"
+            " requires. Choose a name with this ending."
         )
     # This export is a complete copy of all answers, so filters must not leave out any of them.
     if kind == "judgements":
@@ -567,8 +567,8 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
         )
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError(
-            "--campaign and --annotator have an effect on ranked seeds (.csv) only. Exported judgements"
-            " (.jsonl) contain both names. Remove the flag."
+            "--campaign and --annotator apply to ranked seeds (.csv) only, because exported judgements"
+            " (.jsonl) contain both names. Remove these flags."
         )
     with open_store(db, create=True) as store:
         if source.suffix == ".csv":
@@ -592,7 +592,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     "--criterion",
     metavar="NAME",
     show_default="which is better",
-    help="Name of the question whose answers are used.",
+    help="Name of the question whose answers are used, one of --criteria of eg3d-rlhf label.",
 )
 @option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
 @database
@@ -613,15 +613,17 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
             f" {', '.join(criteria) or 'none'}. Use one of these names, or remove --criterion."
         )
     # Only answers to planned pairs of two generators count, not repeats, gold pairs or answers of studies.
-    board = leaderboard_of(judgements, criterion)
+    ranking = leaderboard_of(judgements, criterion)
     if as_json:
         click.echo(
             json.dumps(
-                {"campaign": campaign, "question": criterion, **board.to_dict()}, indent=1, ensure_ascii=False
+                {"campaign": campaign, "question": criterion, **ranking.to_dict()},
+                indent=1,
+                ensure_ascii=False,
             )
         )
     else:
-        click.echo(as_text(board))
+        click.echo(as_text(ranking))
 
 
 def _check_campaign(store: "Store", campaign: str | None) -> None:
@@ -634,18 +636,19 @@ def _check_campaign(store: "Store", campaign: str | None) -> None:
     stored_campaign = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored_campaign is None:
         raise ValueError(
-            f"--campaign: {campaign} is not in this database. Use one of the campaigns that `status` lists."
+            f"--campaign: {campaign} is not in this database. Use one of the campaigns that `eg3d-rlhf label"
+            " status` lists."
         )
     if stored_campaign is not None and stored_campaign.settings.mode is not Mode.LABEL:
         # A study is analysed by its own command, because its design fixes the analysis.
         remedy = (
-            "run tools/study.py report for its result"
+            "Run tools/study.py report for its result."
             if stored_campaign.settings.mode is Mode.STUDY
-            else "name another campaign"
+            else "Name another campaign."
         )
         raise ValueError(
             f"--campaign: {campaign} does not collect preferences, because its mode is"
-            f" {stored_campaign.settings.mode}: {remedy}."
+            f" {stored_campaign.settings.mode}. {remedy}"
         )
 
 

@@ -21,7 +21,10 @@ from training.storage import write_atomic
 @file_option("--out", required=True, help="File of labels to write (.jsonl or .csv).")
 @shared(
     "network",
-    network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample and label."},
+    network={
+        "type": click.Path(path_type=Path, exists=True),
+        "help": "Generator whose samples are labelled: a network file or a run folder.",
+    },
 )
 # Settings of the simulated annotator, and of the samples that it labels.
 @options_from_settings(AnnotationOptions)
@@ -29,7 +32,10 @@ from training.storage import write_atomic
     "--randomised",
     is_flag=True,
     group="Judgement",
-    help="Assign the thumbs or scores to the shapes in random order, as a control.",
+    help=(
+        "Assign the labels to the shapes in random order, as a control; only with --kind=thumbs or"
+        " --kind=scores."
+    ),
 )
 @shared("device dry-run")
 def synthetic(
@@ -123,12 +129,12 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
     # an error in this block begins with the name --held
     with prefix_errors("--held"):
         try:
-            tables = json.loads(path.read_text())
+            table_by_criterion = json.loads(path.read_text())
             return {
                 criterion: {
                     method: float(rating_row["elo"]) for method, rating_row in table["ratings"].items()
                 }
-                for criterion, table in tables.items()
+                for criterion, table in table_by_criterion.items()
             }
         # JSON of another structure causes one of these errors
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -150,7 +156,10 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
 )
 @file_option(
     "--held",
-    help="File of ratings that --out wrote. These ratings stay fixed, and only new methods are rated.",
+    help=(
+        "File of ratings that an earlier call wrote with --out. These ratings stay fixed, and only methods"
+        " without a rating are rated."
+    ),
 )
 @file_option("--out", help="JSON file to which the ratings are also written.")
 def elo(files, ties, held, out) -> None:
@@ -177,7 +186,7 @@ def elo(files, ties, held, out) -> None:
             judgements_by_criterion[judgement.criterion].append(judgement)
     # criterion -> method -> fixed rating
     fixed_ratings_by_criterion = read_fixed_ratings(held)
-    tables = {}
+    table_by_criterion = {}
     for criterion, judgements in sorted(judgements_by_criterion.items()):
         fixed_ratings = fixed_ratings_by_criterion.get(criterion, {})
         # If every method of this criterion has a fixed rating, no rating is left to fit.
@@ -189,13 +198,15 @@ def elo(files, ties, held, out) -> None:
             )
             continue
         # The fixed ratings decide the scale of the new ratings.
-        tables[criterion] = ratings(judgements, tie_rule=ties, given_ratings=fixed_ratings)
+        table_by_criterion[criterion] = ratings(judgements, tie_rule=ties, given_ratings=fixed_ratings)
     if out is not None:
         write_atomic(
             out,
             (
-                json.dumps({criterion: table.to_dict() for criterion, table in tables.items()}, indent=1)
+                json.dumps(
+                    {criterion: table.to_dict() for criterion, table in table_by_criterion.items()}, indent=1
+                )
                 + "\n"
             ).encode(),
         )
-    click.echo(markdown(tables))
+    click.echo(markdown(table_by_criterion))

@@ -103,11 +103,11 @@ def format_comparison(comparison: "RewardComparison") -> list[str]:
 
     table_rows = []
     for reward_kind, measured_reward in comparison.kinds.items():
-        accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*measured_reward.accuracy)
+        accuracy_text = "{:.3f} [{:.3f}, {:.3f}]".format(*measured_reward.accuracy)
         table_rows.append(
             [
                 reward_kind,
-                accuracy,
+                accuracy_text,
                 ", ".join(f"{seed_accuracy:.3f}" for seed_accuracy in measured_reward.by_seed),
                 f"{measured_reward.samples_per_second:,.0f}",
             ]

@@ -32,8 +32,9 @@ flags = combine_decorators(
         metavar="LIST",
         show_default="none: one training",
         help=(
-            "Training seeds, separated by commas. With each seed, four rewards are trained (lambda 1, lambda"
-            " 0, randomised labels, face areas only), and a table that compares them is printed."
+            "Training seeds, separated by commas. With each seed, four rewards are trained (weight 1 and"
+            " weight 0 of the divergence term, randomised labels, face areas only), and a table that compares"
+            " them is printed."
         ),
     ),
 )
@@ -41,7 +42,7 @@ flags = combine_decorators(
 
 @dataclass(frozen=True, kw_only=True)
 class MeshRewardRun:
-    """Settings of one training, or of all trainings behind a table: one for each arm and seed."""
+    """Settings of one training, or of a table of trainings, which has one for each arm and seed."""
 
     training: MeshRewardTraining
     seeds: tuple[int, ...] | None = None  # training seeds of the table; None: one training
@@ -174,16 +175,16 @@ def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run
             )
         click.echo("\n".join([*format_summary(trained_table["summary"]), f"rows in {run.folder / TABLE}"]))
         return
-    report = run_training(training, run)
-    kind_text = "".join(f", {defect_kind} {auc:.3f}" for defect_kind, auc in report["auc_by_kind"].items())
-    preferred_count, other_count = report["n"]
+    metrics = run_training(training, run)
+    kind_text = "".join(f", {defect_kind} {auc:.3f}" for defect_kind, auc in metrics["auc_by_kind"].items())
+    preferred_count, other_count = metrics["n"]
     # the interval follows from the AUC and the numbers of meshes (Newcombe 2006)
-    low, high = auc_interval(report["auc"], preferred_count, other_count)
+    lowest_auc, highest_auc = auc_interval(metrics["auc"], preferred_count, other_count)
     metrics_text = (
-        f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({preferred_count}"
-        f" preferred, {other_count} others{kind_text})"
+        f"held-out AUC {metrics['auc']:.3f}, 95 % interval {lowest_auc:.3f} to {highest_auc:.3f}"
+        f" ({preferred_count} preferred, {other_count} others{kind_text})"
     )
-    click.echo(f"{metrics_text}; divergence {report['divergence']:.3f}")
+    click.echo(f"{metrics_text}; divergence {metrics['divergence']:.3f}")
     # an empty text unless there are too few held-out meshes for a useful interval
     if warning := too_few_shapes(preferred_count, other_count):
         click.echo(warning)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from training import networks
 
 
-def describe_file(source: str | Path | None) -> dict[str, Any]:
+def describe_file(file_or_folder: str | Path | None) -> dict[str, Any]:
     """Describe a network file itself: path, size in bytes and SHA-256.
 
     The description of a pickle also holds its protocol and the globals (classes and functions) that it
     imports.
 
     Args:
-        source: network file or run folder; None: the bundled generator.
+        file_or_folder: network file or run folder; None: the bundled generator.
 
     Raises: FileNotFoundError for a missing file; ValueError for a pickle that imports globals that are not
         allowed, naming them.
@@ -31,7 +31,7 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network, pickles
 
-    network_path = find_network(source)
+    network_path = find_network(file_or_folder)
     if not network_path.is_file():
         raise FileNotFoundError(f"{network_path}: this network file does not exist. Check the path.")
     file_facts: dict[str, Any] = {
@@ -46,21 +46,21 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     return file_facts
 
 
-def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, Any]:
+def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) -> dict[str, Any]:
     """Load the networks of a file, and describe them.
 
     The description holds their tensors, the arguments of their constructors, and statistics of w.
 
     Args:
-        source: network file or run folder; None: the bundled generator.
-        seeds: number of latents over which the statistics are computed.
+        file_or_folder: network file or run folder; None: the bundled generator.
+        seed_count: number of latents over which the statistics are computed.
 
     Raises: ValueError or OSError of `load_networks` for a file that cannot be loaded.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import as_generator, find_network, load_networks
 
-    nets = load_networks(find_network(source))
+    nets = load_networks(find_network(file_or_folder))
     G = nets.G_ema
     description = {
         "networks": {
@@ -82,7 +82,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
                 for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")
             }
         }
-    # the layout says onto which coordinates the three planes project
+    # the layout determines onto which coordinates the three planes project
     plane_facts = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
     return description | {
         "generator": {
@@ -102,7 +102,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
             "rendering_kwargs": G.rendering_kwargs,
         },
         # the statistics show how strong a truncation by psi is
-        "psi": psi_statistics(nets, seeds),
+        "psi": psi_statistics(nets, seed_count),
     }
 
 
@@ -131,7 +131,7 @@ def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
     }
 
 
-def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
+def psi_statistics(nets: "networks.Networks", seed_count: int) -> dict[str, float]:
     """Measure how far latents lie from the centre of the truncation, w(psi) = w_avg + psi (w - w_avg).
 
     w is the output of the mapping network, which is conditioned on the frontal camera, and w_avg is the mean
@@ -139,10 +139,10 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
 
     Args:
         nets: networks of the file.
-        seeds: number of latents, with the seeds 0 to seeds - 1.
+        seed_count: number of latents, with the seeds 0 to seed_count - 1.
 
     Returns: a dictionary of numbers.
-        seeds: number of latents.
+        seed_count: number of latents.
         w_avg_norm: Euclidean norm of w_avg.
         w_norm_mean: mean norm of w.
         distance_mean: mean distance between w and w_avg.
@@ -158,10 +158,10 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
     # [W], stored in the network
     w_avg = G_ema.backbone.mapping.w_avg
     # psi is 1 by default. The mapping network repeats w for every layer, so the first layer is enough.
-    w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
+    w = ws_of_seeds(G_ema, range(seed_count))[:, 0]  # [N, W]
     distances = (w - w_avg).norm(dim=1)
     return {
-        "seeds": seeds,
+        "seeds": seed_count,
         "w_avg_norm": float(w_avg.norm()),
         "w_norm_mean": float(w.norm(dim=1).mean()),
         "distance_mean": float(distances.mean()),
@@ -270,10 +270,10 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     nets = load_networks(network_path)
     if tri_grid is not None:
         # From NUM = 1.5 on, the residual is only a rounding error.
-        nets, residual = to_tri_grid(nets, tri_grid)
+        nets, relative_residual = to_tri_grid(nets, tri_grid)
         click.echo(
             f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: relative difference to the features"
-            f" of the planes: {residual:.2g}."
+            f" of the planes: {relative_residual:.2g}."
         )
     # settings of this network that are constants in the code of EG3D, with other values
     unknown_settings = settings_unknown_to_eg3d(nets)

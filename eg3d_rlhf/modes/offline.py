@@ -107,7 +107,8 @@ what_flags = combine_decorators(
         show_default="the ranks in the list; for the toy thumbs, with dgpo ranks",
         help=(
             "File of people's labels of the assets: thumbs, scores, ranks or pairs"
-            " (docs/guides/single-labels.md). For the toy also the name of one of its kinds of labels."
+            " (docs/guides/single-labels.md). For the toy also the name of its simulated labels:"
+            f" {' or '.join(SIMULATED_KINDS)}."
         ),
     ),
     stage_flag,
@@ -118,7 +119,10 @@ arms_flag = option(
     group=TABLE,
     metavar="LIST",
     default=LABELS,
-    help=f"Arms to train and compare, separated by commas: {', '.join(ARMS)}.",
+    help=(
+        f"Arms to train and compare, separated by commas: {', '.join(ARMS)}. labels is trained with --loss on"
+        " single assets; randomised and inverted are its controls; dpo is trained on pairs."
+    ),
 )
 
 
@@ -148,12 +152,12 @@ def resolve(flags: Flags) -> OfflineRun:
     """
     check(flags)
     defaults = default_run(flags["pipeline"] or TOY, flags["loss"] or NFT)
-    adapters = adapter_settings(flags, defaults.singles.lora)
+    adapter_fields = adapter_settings(flags, defaults.singles.lora)
     return OfflineRun(
-        singles=replace(defaults.singles, **flags.values_for(SinglesConfig), **adapters),
+        singles=replace(defaults.singles, **flags.values_for(SinglesConfig), **adapter_fields),
         # The DPO arm gets only the settings that all trainings of a stage share, because the other flags set
         # the losses on single assets.
-        dpo=replace(defaults.dpo, **flags.values_for(StageTraining), lora=adapters["lora"]),
+        dpo=replace(defaults.dpo, **flags.values_for(StageTraining), lora=adapter_fields["lora"]),
         source=make_source(OfflineSource, flags),
         assets=None if flags["assets"] is None else str(flags["assets"]),
         labels=flags["labels"],
@@ -168,7 +172,7 @@ def shown_by_help(run: OfflineRun) -> list[object]:
 
 
 def open_offline(settings: OfflineRun, device: str) -> "Opened":
-    """Open the problem and the labelled assets of a run, for `make_arms_mode`.
+    """Open the generator of a run with its evaluators (the problem), and the labelled assets.
 
     Args:
         settings: settings of the run.
@@ -200,28 +204,28 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
     if settings.assets is None:
         assert problem.labelled is not None, "`check` rejects other generators without --assets"
         label_kind = settings.label_kind if settings.label_kind in SIMULATED_KINDS else SIMULATED_KINDS[0]
-        labelled = problem.labelled[label_kind]
+        labelled_assets = problem.labelled[label_kind]
         # --labels is the name of a kind of the toy's labels, or a file with other labels of the same assets.
         return (
-            labelled
+            labelled_assets
             if settings.label_kind in SIMULATED_KINDS
-            else labelled.with_labels_of(Path(settings.label_kind))
+            else labelled_assets.with_labels_of(Path(settings.label_kind))
         )
     family = family_of(Path(settings.source.pipeline))
-    with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
+    with tqdm(desc="assets", unit="asset", disable=None, leave=False) as progress_bar:
         labels_path = None if settings.labels is None else Path(settings.labels)
         # Reads the list of the assets and their labels; `candidate` reads the stored latents of a line.
         return read_labelled(
-            Path(settings.assets), labels_path, problem.pipeline, family.candidate, bar.update
+            Path(settings.assets), labels_path, problem.pipeline, family.candidate, progress_bar.update
         )
 
 
-def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
+def check_opened(settings: OfflineRun, problem_and_labels: "Opened", run: "Run") -> None:
     """Raise ValueError if a problem and its labels lack something that the arms of the run need.
 
     Args:
         settings: settings of the run.
-        opened: the problem and the labelled assets.
+        problem_and_labels: the problem and the labelled assets.
         run: the run, to whose inputs the file of labels is added.
     """
     # imported here, because --help must not load these modules
@@ -231,11 +235,11 @@ def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
     if settings.labels is not None and settings.labels not in SIMULATED_KINDS:
         run.inputs["labels"] = Path(settings.labels)
     # All training seeds have the same data, so the first seed is enough for the checks.
-    bench = settings.bench(opened, settings.training_seeds[0])
+    bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm_kind in (LABELS, DPO):
         # There are two kinds of arms: DPO on pairs, whose names begin with "dpo", and losses on labels. Skip
         # the kind of which the run has no arm.
-        if not any(name.startswith(DPO) == (arm_kind == DPO) for name in settings.arms):
+        if not any(arm_name.startswith(DPO) == (arm_kind == DPO) for arm_name in settings.arms):
             continue
         if arm_kind == LABELS:
             conditioned_stage = ConditionedStage(bench.stage, bench.problem.pipeline)

@@ -160,9 +160,10 @@ what_flags = combine_decorators(
         metavar="A,B:WEIGHT",
         default=OWN_REWARD,
         help=(
-            "Rewards of finished assets, separated by commas: built-in rewards of the generator, files of"
-            " `reward latent`, or names of plugins. Several rewards are normalised within the group of"
-            " samples of a prompt, multiplied by their weights, and added."
+            "Rewards that score the samples, separated by commas: names of built-in rewards of the generator,"
+            " reward files that `reward latent` wrote, or names of plugins. Several rewards are normalised"
+            " within the group of samples of a prompt, multiplied by their weights (1 without :WEIGHT), and"
+            " added."
         ),
     ),
     option(
@@ -251,11 +252,11 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     arms = select_arms(flags, preset)
     check(flags, arms)
     defaults = default_run(flags["pipeline"] or TOY, preset)
-    adapters = adapter_settings(flags, defaults.losses.nft.lora)
+    adapter_fields = adapter_settings(flags, defaults.losses.nft.lora)
     # The flags apply to the settings of every loss, so that the arms differ in nothing but the loss.
     changed_fields = {
         name: value for name, value in flags.values_for(OnlineConfig).items() if name != "loss"
-    } | adapters
+    } | adapter_fields
     losses = Losses(
         **{
             field.name: apply_flags(getattr(defaults.losses, field.name), changed_fields)
@@ -266,7 +267,7 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     dpo_changes = {name: value for name, value in flags.values_for(StageTraining).items() if name != "steps"}
     return OnlineRun(
         losses=losses,
-        dpo=replace(defaults.dpo, **dpo_changes, lora=adapters["lora"]),
+        dpo=replace(defaults.dpo, **dpo_changes, lora=adapter_fields["lora"]),
         source=make_source(ArmsSource, flags),
         reward=flags["reward"],
         gate=flags["gate"],
@@ -300,7 +301,7 @@ def apply_flags(config: OnlineConfig, changed_fields: dict) -> OnlineConfig:
 
 
 def open_online(settings: OnlineRun, device: str) -> "Opened":
-    """Open the problem of a run, for `make_arms_mode`. There are no labelled assets, hence the None.
+    """Open the generator of a run with its evaluators (the problem). There are no labelled assets: None.
 
     Args:
         settings: settings of the run.
@@ -312,22 +313,22 @@ def open_online(settings: OnlineRun, device: str) -> "Opened":
     return open_problem(settings.source, device), None
 
 
-def check_opened(settings: OnlineRun, opened: "Opened", run: "Run") -> None:
+def check_opened(settings: OnlineRun, problem_and_labels: "Opened", run: "Run") -> None:
     """Raise ValueError if a problem lacks something that the arms of the run need.
 
     Args:
         settings: settings of the run.
-        opened: the problem, and None instead of labelled assets.
+        problem_and_labels: the problem, and None instead of labelled assets.
         run: not used.
     """
-    bench = settings.bench(opened, settings.training_seeds[0])
+    bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm in settings.arms:
         bench.config(arm).sampling(bench.stage)  # raises ValueError if the sampler does not suit the stage
     bench.check_gate()
 
 
 def make_online_mode(name: str, preset: str) -> Mode:
-    """Build the mode for one of its two names.
+    """Build the mode of online tuning under one of its two names, which differ in the default loss.
 
     Args:
         name: name of the mode, "online" or "grpo".

@@ -20,11 +20,11 @@ RUNS = {"tuned": "10", "control": "0"}  # weight lambda_r of the reward in each 
 SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "--set=images=128")
 
 
-def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
+def trainings(job_folder: Path, kimg: float, seed: int) -> "dict[str, Part]":
     """Plan the training of the run and of its control, which differ only in the weight of the reward.
 
     Args:
-        out: folder of the job; the runs lie in its subfolder runs.
+        job_folder: folder of the job; the runs lie in its subfolder runs.
         kimg: length of each run in thousands of images.
         seed: training seed of both runs.
 
@@ -36,37 +36,39 @@ def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
     common_flags = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
     return {
         role: Part.keyed(
-            f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *common_flags]
+            f"{role}-s{seed}", job_folder / "runs", ["--reward=sigma", f"--lambda-r={weight}", *common_flags]
         )
         for role, weight in RUNS.items()
     }
 
 
-def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]) -> dict[str, list[str]]:
+def report_commands(
+    job_folder: Path, run_folders: dict[str, Path], seed: int, report_names: list[str]
+) -> dict[str, list[str]]:
     """Return the command lines of the reports by name.
 
     Args:
-        out: folder of the job; each report has a subfolder.
-        runs: run folders by role.
+        job_folder: folder of the job; each report has a subfolder.
+        run_folders: run folders by role.
         seed: training seed of the runs of the sweep.
-        only: names of the reports to write.
+        report_names: names of the reports to write.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.trainings import PACKAGE
 
     # The tuned run is compared with its control where a report has both flags.
-    run_flags = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
+    run_flags = [f"--after={run_folders['tuned']}", f"--control={run_folders['control']}"]
     flags_by_report = {
-        "evaluate": [f"--run={runs['tuned']}", *run_flags],
+        "evaluate": [f"--run={run_folders['tuned']}", *run_flags],
         # The attribution has no flag --control, so it gets the first flag only.
         "attribute": run_flags[:1],
         "embed": run_flags,
         "sweep": [*SWEEP, f"--seeds={seed}"],
     }
     return {
-        name: [PACKAGE, "report", name, *flags_by_report[name], f"--outdir={out / name}"]
+        name: [PACKAGE, "report", name, *flags_by_report[name], f"--outdir={job_folder / name}"]
         for name in REPORTS
-        if name in only
+        if name in report_names
     }
 
 
@@ -126,8 +128,10 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
             f"{role} run": "finished" if training.finished() else training.continued()
             for role, training in trainings_by_role.items()
         }
-        folders = {role: training.run or training.folder for role, training in trainings_by_role.items()}
-        print_json({**run_states, **report_commands(outdir, folders, seed, report_names)})
+        folder_by_role = {
+            role: training.run or training.folder for role, training in trainings_by_role.items()
+        }
+        print_json({**run_states, **report_commands(outdir, folder_by_role, seed, report_names)})
         return
     # The times of the two trainings are printed as one number.
     start_time = time.time()

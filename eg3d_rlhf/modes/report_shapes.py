@@ -36,9 +36,9 @@ def network_names(networks: Sequence[Path]) -> list[str]:
     ]
     # Parent folders are added until all names differ.
     for part_count in range(1, max(map(len, path_parts), default=1) + 1):
-        names = ["/".join(parts[-part_count:]) for parts in path_parts]
-        if len(set(names)) == len(names):
-            return names
+        candidate_names = ["/".join(parts[-part_count:]) for parts in path_parts]
+        if len(set(candidate_names)) == len(candidate_names):
+            return candidate_names
     raise click.UsageError("[FILE|RUN]: the same network is listed twice. Remove one of the two arguments.")
 
 
@@ -82,14 +82,21 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
     # core/seeds.py reserves these seeds, so that no training uses them
     seeds = HELD_OUT_RANGES[latent_set].take(n)
     # Each generator is compared with `before` on the same latents.
-    columns, defective = compare(dict(zip(network_names(networks), networks, strict=True)), before, seeds)
-    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
+    metrics_by_network, defective_count = compare(
+        dict(zip(network_names(networks), networks, strict=True)), before, seeds
+    )
+    click.echo("\n".join(figure_table("network", metrics_by_network, TABLE, intervals=("error_reduction",))))
     click.echo(
-        f"\n{n} latents ({latent_set}, from {seeds[0]}), psi 1; {defective} heads defective before tuning."
+        f"\n{n} latents ({latent_set}, from {seeds[0]}), psi 1; {defective_count} heads defective before"
+        " tuning."
     )
     if out is not None:
         # first and last seed; the seeds are consecutive
-        file_content = {"held_out": latent_set, "seeds": [seeds[0], seeds[-1]], "networks": columns}
+        file_content = {
+            "held_out": latent_set,
+            "seeds": [seeds[0], seeds[-1]],
+            "networks": metrics_by_network,
+        }
         write_atomic(out, json.dumps(file_content, indent=1).encode())
 
 
@@ -106,7 +113,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
     metavar="FILE|DIR",
     type=click.Path(path_type=Path, exists=True),
     show_default="the embeddings of the runs",
-    help="Embeddings of the prompts or images that are sampled from the flow generator of --pipeline=DIR.",
+    help="Embeddings of the prompts or images for which the flow generator of --pipeline=DIR is sampled.",
 )
 @name_option(
     "--stage",
@@ -157,18 +164,18 @@ def solid(
                 f" {flag}."
             )
     # The names of snapshots are similar in all runs, so a snapshot is named by the folder of its run.
-    folders = [
+    run_folders = [
         path.parent if path.name.startswith("network-snapshot-") else path
         for path in map(Path.resolve, networks)
     ]
-    networks_by_name = dict(zip(network_names(folders), networks, strict=True))
+    networks_by_name = dict(zip(network_names(run_folders), networks, strict=True))
     target_device = choose_device(device)
     # Without --pipeline, the networks are GANs with density fields; with it, stages of a flow generator.
     if pipeline is None:
         table_rows, table_facts = compare_networks(networks_by_name, before, n, psi, seed, target_device)
     else:
         # the embeddings of --conditioning, else those that the runs record
-        sampling_source = source_of(pipeline, conditioning, folders)
+        sampling_source = source_of(pipeline, conditioning, run_folders)
         table_rows, table_facts = compare_stages(
             networks_by_name, sampling_source, stage, n, seed, target_device
         )

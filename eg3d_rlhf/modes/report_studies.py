@@ -121,7 +121,7 @@ def controlled_study(
         # number of label sets; all sets after the first are drawn by the simulated annotator
         draws=label_sets,
         # in the order of ARMS, whatever the order in --only
-        arms=[name for name in ARMS if name in {LABELS, *parse_names("--only", only, ARMS)}],
+        arms=[arm_name for arm_name in ARMS if arm_name in {LABELS, *parse_names("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
         # split like a command line, so that quoted values may contain spaces
         train=tuple(shlex.split(train)),
@@ -136,14 +136,16 @@ def controlled_study(
     _print_table(plan.out, work_study(plan, jobs))
 
 
-def _print_table(out: Path, paths: list[Path]) -> None:
+def _print_table(study_folder: Path, paths: list[Path]) -> None:
     """Print the table of a study, and the names of the written files.
 
     Args:
-        out: folder of the study.
+        study_folder: folder of the study.
         paths: written files; the second file is the table as Markdown.
     """
-    click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
+    click.echo(
+        f"\n{paths[1].read_text()}\nWritten to {study_folder}: {', '.join(path.name for path in paths)}"
+    )
 
 
 @click.command("rewards", cls=GroupedCommand, job="report rewards")
@@ -331,10 +333,11 @@ def sweep(
         parse_numbers(f"--{name.replace('_', '-')}", grid_and_sampling[name], axis_type)
         for name, axis_type in axis_types.items()
     ]
-    sampling = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
+    sampling_settings = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
     target_device = choose_device(device)
     # a run folder is replaced by its newest network
     network_path = find_network(before)
+    # without --before, train.py chooses its default network itself, hence None for init
     network_flags = {"init": before and network_path, "reward-ckpt": reward_ckpt, "data": data}
     # flags of train.py that are the same for all cells
     train_arguments = [
@@ -346,7 +349,7 @@ def sweep(
         cell: make_part(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)
     }
     # state of each cell: finished, begun or new
-    states = {cell.name: training.state() for cell, training in trainings_by_cell.items()}
+    state_by_cell = {cell.name: training.state() for cell, training in trainings_by_cell.items()}
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # the hashes show whether two sweeps used the same files
@@ -357,13 +360,13 @@ def sweep(
             "hashes": file_hashes,
             "jobs": jobs,
             "device": str(target_device),
-            **sampling,
+            **sampling_settings,
         }
-        print_json({**common_settings, "outdir": str(outdir), "cells": states})
+        print_json({**common_settings, "outdir": str(outdir), "cells": state_by_cell})
         return
     click.echo(
         f"{len(trainings_by_cell)} cells of {kimg:g} thousand images,"
-        f" {sum(state != 'finished' for state in states.values())} to train.",
+        f" {sum(state != 'finished' for state in state_by_cell.values())} to train.",
         err=True,
     )
     try:
@@ -382,14 +385,14 @@ def sweep(
         data=data,
         device=target_device,
         runs_folder=outdir / "cells",
-        **sampling,
+        **sampling_settings,
     )
     finding = measure_cells(trainings_by_cell, sources, outdir)
-    table_rows = {
+    metrics_by_setting = {
         setting_row["setting"] + (" (on the front)" if setting_row["on_front"] else ""): {
             **{name: setting_row["measures"][name]["mean"] for name in GOALS},
             **{
-                f"{name}_ci95": [setting_row["measures"][name][bound] for bound in ("lo", "hi")]
+                f"{name}_ci95": [setting_row["measures"][name][bound_key] for bound_key in ("lo", "hi")]
                 for name in GOALS
             },
         }
@@ -397,7 +400,7 @@ def sweep(
     }
     # printed with three digits
     column_formats = {name: (name, ".3g") for name in GOALS}
-    click.echo("\n".join(figure_table("setting", table_rows, column_formats, intervals=GOALS)))
+    click.echo("\n".join(figure_table("setting", metrics_by_setting, column_formats, intervals=GOALS)))
     click.echo(
         f"\nWritten to {outdir}: index.html (open it in a browser), figures/, data/, cells/ (the runs)"
     )

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 _rare_how_option = functools.partial(option, group="How", rare=True)
 
 
-def _keep_summary(out: Path, sentences: list[str]) -> None:
+def _keep_summary(report_folder: Path, sentences: list[str]) -> None:
     """Write the sentences of a report's summary to summary.txt, one per line.
 
     Args:
-        out: folder of the report.
+        report_folder: folder of the report.
         sentences: sentences of the summary.
     """
-    write_atomic(out / "summary.txt", ("\n".join(sentences) + "\n").encode())
+    write_atomic(report_folder / "summary.txt", ("\n".join(sentences) + "\n").encode())
 
 
 @click.command("evaluate", cls=GroupedCommand, job="report evaluate")
@@ -153,8 +153,9 @@ def attribution_introduction(study: "Study") -> str:
     comparison = study.comparison
     return (
         f"The same held-out latents before ({comparison.before.path.name}) and after tuning"
-        f" ({comparison.after.path.name}). A coalition's value is the reward of the original slab with the"
-        " coalition's regions replaced by the tuned slab's, each slab on its own normalised scale."
+        f" ({comparison.after.path.name}). The reward reads a slab, a cropped grid of densities. The value of"
+        " a set of regions (a coalition) is the reward of the original slab in which these regions are"
+        " replaced by the regions of the tuned slab. Each slab is normalised by itself before."
     )
 
 
@@ -180,18 +181,18 @@ def attribution_summary(findings) -> list[str]:
     ]
 
 
-def viewer(out: Path) -> str:
+def viewer(report_folder: Path) -> str:
     """Return the interactive view of the surface as an HTML frame for the page.
 
     The result is empty if the view was not made.
 
     Args:
-        out: folder of the report.
+        report_folder: folder of the report.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
 
-    view_file = out / "data" / PAGE
+    view_file = report_folder / "data" / PAGE
     if not view_file.is_file() or not view_file.stat().st_size:
         # The page then has no section for the surface.
         return ""
@@ -213,11 +214,14 @@ def viewer(out: Path) -> str:
     help=(
         "Regions of the shape to which the change is attributed. people: parts of the ground-truth synthetic"
         " head; boxes: fixed boxes; landmarks: boxes around facial landmarks; head: eight parts around"
-        " landmarks that fill the slab; FILE: a label volume (.npy, with names in a .json beside it)."
+        " landmarks that fill the density grid of the reward; FILE: a label volume (.npy, with names in a"
+        " .json beside it)."
     ),
 )
 # WFLW is a dataset of human faces with 98 landmarks.
-@rare_option("--landmarks", type=PATH, help="JSON file with 98 WFLW landmarks in the frontal view.")
+@rare_option(
+    "--landmarks", type=PATH, help="JSON file with the 98 facial landmarks of WFLW in the frontal view."
+)
 @option(
     "--method",
     group="How",
@@ -441,8 +445,8 @@ def embed(outdir, dry_run, device, **sources) -> None:
 @count_option(
     "--pairs",
     help=(
-        "Number of pairs of heads, before and after tuning, that are rendered from the back into pairs.png,"
-        " in random order, for people to choose. Other images are not written. For synthetic heads only."
+        "Write only pairs.png, with this number of pairs of synthetic heads from the back, before and after"
+        " tuning in random order, so that people can choose the better head of each pair."
     ),
 )
 def images(outdir, device, dry_run, pairs, **sources) -> None:

@@ -79,9 +79,9 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device))
-    with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
+    with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as progress_bar:
         # Each member scores the same untuned samples, from which its mean and standard deviation follow.
-        reward = join_rewards(members, generator, aggregate, strength, batch, bar.update)
+        reward = join_rewards(members, generator, aggregate, strength, batch, progress_bar.update)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(reward.describe())
@@ -163,10 +163,10 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     # an error in this block begins with the name --out
     with prefix_errors("--out"):
         written_path = reward.save(out)
-    parameters = sum(parameter.numel() for parameter in reward.parameters())
+    parameter_count = sum(parameter.numel() for parameter in reward.parameters())
     click.echo(
-        f"{written_path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x),"
-        f" {lattice} lattice"
+        f"{written_path}: {parameter_count:,} parameters, slab {list(reward.observation.shape[1:])}"
+        f" (z, y, x), {lattice} lattice"
     )
     if not seeds:
         return
@@ -178,10 +178,16 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
         check_reward(reward, generator)
     # An iterator: each seed is scored when the progress bar asks for it.
     score_rows = compare_lattices(reward.to(target_device), generator, seeds)
-    scores = list(tqdm(score_rows, total=len(seeds), desc="scoring on both lattices", unit="seed"))
+    lattice_scores = list(tqdm(score_rows, total=len(seeds), desc="scoring on both lattices", unit="seed"))
     click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
     # A score is (seed, score on the straight grid, score on the skewed lattice). The last row of the table is
     # the mean over the seeds.
-    means = (statistics.fmean(score[1] for score in scores), statistics.fmean(score[2] for score in scores))
-    for row_name, straight, skewed in (*scores, ("mean", *means)):
-        click.echo(f"{row_name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")
+    mean_scores = (
+        statistics.fmean(score[1] for score in lattice_scores),
+        statistics.fmean(score[2] for score in lattice_scores),
+    )
+    for row_name, straight_score, skewed_score in (*lattice_scores, ("mean", *mean_scores)):
+        click.echo(
+            f"{row_name:>8}  {straight_score:12.6f}  {skewed_score:12.6f} "
+            f" {straight_score - skewed_score:+12.6f}"
+        )

@@ -155,7 +155,7 @@ reward_flags = combine_decorators(
         "--criterion",
         metavar="NAME",
         show_default="which is better",
-        help="Name of the question whose answers are the labels.",
+        help="Name of the question whose answers are the labels, one of --criteria of eg3d-rlhf label.",
     ),
     name_option(
         # The network, and the settings of an ensemble.
@@ -175,7 +175,7 @@ reward_flags = combine_decorators(
         default=None,
         help=(
             "Resample the training pairs with replacement, with a different seed for each member of an"
-            " ensemble."
+            " ensemble. By default, only ensembles do so."
         ),
     ),
     option(
@@ -267,36 +267,40 @@ def resolve(flags: Flags) -> RewardRun:
         "dry_run",
         "timeout",
     )
-    options = {name: value for name, value in flags.items() if name not in other_flags}
+    setting_values = {name: value for name, value in flags.items() if name not in other_flags}
     # fields of the run; the other settings belong to its training
     run_field_names = set(RewardRun.__dataclass_fields__)
-    unpaired = flags["unpaired"]
+    unpaired_path = flags["unpaired"]
     observation = flags["observation"]
     # Defaults that depend on the kind of labels; given flags are not changed.
-    options |= unpaired_settings(unpaired, flags["labels"] is None, options)
+    setting_values |= unpaired_settings(unpaired_path, flags["labels"] is None, setting_values)
     # without any labels, the bundled labels of the bundled generator
-    labels = flags["labels"] or unpaired or BUNDLED_LABELS
+    labels = flags["labels"] or unpaired_path or BUNDLED_LABELS
     # Filters of the answers in a label database. `pop` removes them from the settings of the training.
     filter_values = {
-        name: value for name in LabelFilters.__dataclass_fields__ if (value := options.pop(name)) is not None
+        name: value
+        for name in LabelFilters.__dataclass_fields__
+        if (value := setting_values.pop(name)) is not None
     }
     # None: the seed of the split was not given, and its default is 0
-    source = open_label_source(labels, unpaired, options["split_seed"] or 0, filter_values)
+    run_label_source = open_label_source(
+        labels, unpaired_path, setting_values["split_seed"] or 0, filter_values
+    )
     # settings of the run: the preset's settings of the observation, replaced by flags that were given
     preset_values = find_preset(flags["preset"], observation).observe
     run_values = {name: value for name, value in preset_values.items() if name in run_field_names}
     run_values |= {
-        name: value for name, value in options.items() if name in run_field_names and value is not None
+        name: value for name, value in setting_values.items() if name in run_field_names and value is not None
     }
     defaults = default_options(flags["preset"], observation)
     # The members of an ensemble should differ in their training data, hence the bootstrap by default.
-    if options["bootstrap"] is None:
-        options["bootstrap"] = run_values.get("members", 1) > 1
+    if setting_values["bootstrap"] is None:
+        setting_values["bootstrap"] = run_values.get("members", 1) > 1
     # all other settings belong to the training
     train_options = with_changes(
-        defaults, **{name: value for name, value in options.items() if name not in run_field_names}
+        defaults, **{name: value for name, value in setting_values.items() if name not in run_field_names}
     )
-    return RewardRun(labels=source, observation=observation, train=train_options, **run_values)
+    return RewardRun(labels=run_label_source, observation=observation, train=train_options, **run_values)
 
 
 def shown_by_help(flags: Flags) -> list[object]:
@@ -327,10 +331,10 @@ def open_label_source(
 
     Raises: ValueError for a file with another content.
     """
-    source = label_source(labels, LabelFilters(**(filters or {})))
+    file_or_database_source = label_source(labels, LabelFilters(**(filters or {})))
     # If labels of pairs exist as well, `labels` names them, and they are not made from single shapes.
     if unpaired is None or Path(labels) != unpaired:
-        return source
+        return file_or_database_source
     # imported here, because --help must not load this module
     from eg3d_rlhf.preferences.unpaired import unpaired_source
 
@@ -346,12 +350,12 @@ def open_run(settings: RewardRun, run: "Run") -> "Opened":
     return open_training(settings, run)
 
 
-def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
+def work(settings: RewardRun, training_data: "Opened", run: "Run") -> None:
     """Train the reward, evaluate it on held-out labels, and write the results into the run folder."""
     # imported here, because --help must not load this module
     from eg3d_rlhf.rewards.training_run import train_and_evaluate
 
-    train_and_evaluate(settings, opened, run)
+    train_and_evaluate(settings, training_data, run)
 
 
 def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
@@ -376,16 +380,19 @@ def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
             f"--resume: {folder} is not the folder of a reward's training. Name a folder that `reward train`"
             " wrote."
         )
-    unpaired = None if recorded_values["unpaired"] is None else Path(recorded_values["unpaired"])
+    unpaired_path = None if recorded_values["unpaired"] is None else Path(recorded_values["unpaired"])
     # JSON has no tuples, so the names of the annotators were stored as a list.
-    filters = recorded_values["filters"] and {
+    filter_values = recorded_values["filters"] and {
         **recorded_values["filters"],
         "annotators": tuple(recorded_values["filters"]["annotators"]),
     }
     return RewardRun.from_dict(
         recorded_values,
         open_label_source(
-            labels_source(recorded_values["labels"]), unpaired, recorded_values["split_seed"], filters
+            labels_source(recorded_values["labels"]),
+            unpaired_path,
+            recorded_values["split_seed"],
+            filter_values,
         ),
     )
 

@@ -93,8 +93,8 @@ def _shapes(rare: bool = False):
     default=FFHQ_FOV,
     group="Samples",
     help=(
-        "Field of view of the camera, in degrees, as the flag of the same name in EG3D's gen_samples.py"
-        " defines it (along the diagonal of the image)."
+        "Field of view of the camera along the diagonal of the image, in degrees, as in EG3D's"
+        " gen_samples.py."
     ),
 )
 @_shapes()
@@ -108,7 +108,10 @@ def _shapes(rare: bool = False):
     "--shape-border",
     type=click.FloatRange(0, 0.5, max_open=True),
     show_default="by generator; 30/256 for EG3D's",
-    help="Share of the cube's edge along each face in which the density is set to empty space.",
+    help=(
+        "Width of a margin inside the faces of the cube, as a share of its edge. The density there is set to"
+        " empty space."
+    ),
 )
 @shared("device dry-run")
 def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run, **view_options) -> None:
@@ -132,7 +135,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         seeds = rendering.parse_seeds(latents)
     # an error in this block begins with the name --shape-format
     with prefix_errors("--shape-format"):
-        suffix = shape_suffix(shape_format)
+        shape_ending = shape_suffix(shape_format)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         resolved_settings = {
@@ -142,7 +145,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
             "trunc": psi,
             "trunc_cutoff": cutoff,
             **view_options,
-            "shape_format": suffix,
+            "shape_format": shape_ending,
             "device": device,
         }
         print_json(resolved_settings)
@@ -151,11 +154,13 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device)).generator
     # `or` would be wrong: 0 is a valid border.
-    border = generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
+    border_share = (
+        generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
+    )
     mesh_options = MeshOptions(
         resolution=view_options["shape_res"],
         level=view_options["shape_level"],
-        border=border,
+        border=border_share,
         component="all",
     )
     # A network with a fixed set of shapes has one seed for each shape.
@@ -166,15 +171,17 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     for seed in tqdm(seeds, unit="seed", desc="samples"):
         # The mapping network gets the frontal camera, as in EG3D's script.
         ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
-        renders = rendering.render(generator, ws, camera_labels, seed, view_options["noise_mode"])
+        view_images = rendering.render(generator, ws, camera_labels, seed, view_options["noise_mode"])
         write_atomic(
-            outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(renders, len(camera_labels)))
+            outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(view_images, len(camera_labels)))
         )
         if view_options["shapes"]:
             with rendering.StageBar(f"seed {seed} ") as stage_bar:
-                field = generator.field(ws, view_options["noise_mode"])
-                save_shape(outdir / f"seed{seed:04d}{suffix}", field, mesh_options, stage_bar)
-    click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if view_options['shapes'] else ''}")
+                radiance_field = generator.field(ws, view_options["noise_mode"])
+                save_shape(outdir / f"seed{seed:04d}{shape_ending}", radiance_field, mesh_options, stage_bar)
+    click.echo(
+        f"{outdir}: {len(seeds)} images{f' and {shape_ending} shapes' if view_options['shapes'] else ''}"
+    )
 
 
 @click.command("videos", cls=GroupedCommand)
@@ -237,7 +244,10 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     "sample_mult",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
-    help="Factor by which the number of density samples per ray is multiplied.",
+    help=(
+        "Factor by which the number of density samples per ray is multiplied. A larger factor gives smoother"
+        " videos and takes longer."
+    ),
 )
 @rare_option(
     "--nrr",
@@ -306,7 +316,7 @@ def videos(
         film_options = FilmOptions(grid=(int(grid_match[1]), int(grid_match[2])), **film)
     # an error in this block begins with the name --shape-format
     with prefix_errors("--shape-format"):
-        suffix = shape_suffix(shape_format)
+        shape_ending = shape_suffix(shape_format)
     # name of the video -> its seeds
     seeds_by_video = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
     # Without interpolation, the latent is fixed, so one keyframe per seed is enough.
@@ -334,7 +344,7 @@ def videos(
             "bitrate": bitrate,
             "shapes": shapes,
             "shape_res": shape_res,
-            "shape_format": suffix,
+            "shape_format": shape_ending,
             "device": device,
         }
         print_json(resolved_settings)
@@ -350,26 +360,26 @@ def videos(
     render_options = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for video_name, video_seeds in seeds_by_video.items():
         # Frames are rendered one by one, when the encoder needs them.
-        frames = Film(generator, video_seeds, cameras, film_options, render_options)
+        film_frames = Film(generator, video_seeds, cameras, film_options, render_options)
         video_path = write_mp4(
             outdir / f"{video_name}.mp4",
-            tqdm(frames, total=frames.count, unit="frame", desc=f"{video_name}.mp4"),
+            tqdm(film_frames, total=film_frames.count, unit="frame", desc=f"{video_name}.mp4"),
             fps,
             bitrate,
         )
-        click.echo(f"{video_path}: {frames.count} frames")
+        click.echo(f"{video_path}: {film_frames.count} frames")
         # `ws(index)[0]`: the latent of the first cell in this frame
         for frame_index in tqdm(
             # an empty range: no shapes
-            range(frames.count if shapes else 0),
+            range(film_frames.count if shapes else 0),
             unit="shape",
             desc=f"{video_name}_shapes/",
             disable=not shapes,
         ):
             with rendering.StageBar(f"frame {frame_index} ") as stage_bar:
-                shape_field = generator.field(frames.ws(frame_index)[0], film_options.noise_mode)
+                shape_field = generator.field(film_frames.ws(frame_index)[0], film_options.noise_mode)
                 save_shape(
-                    outdir / f"{video_name}_shapes" / f"{frame_index:04d}_shape{suffix}",
+                    outdir / f"{video_name}_shapes" / f"{frame_index:04d}_shape{shape_ending}",
                     shape_field,
                     mesh_options,
                     stage_bar,
@@ -404,7 +414,10 @@ def videos(
     "--border",
     type=click.FloatRange(0, 0.5, max_open=True),
     default=SURFACE.border,
-    help="Share of the cube's edge along each face in which the density is set to empty space.",
+    help=(
+        "Width of a margin inside the faces of the cube, as a share of its edge. The density there is set to"
+        " empty space."
+    ),
 )
 @rare_option(
     "--component",
@@ -465,40 +478,41 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     with rendering.StageBar() as stage_bar:
         # stage, number of finished units, number of units
         stage_bar("planes", 0, 1)
-        field = loaded_network.generator.field(
+        radiance_field = loaded_network.generator.field(
             ws_of_seeds(loaded_network.generator, [seed], psi, cutoff), "const"
         )
         stage_bar("planes", 1, 1)
         # None: the surface level of this generator
         mesh_options = (
-            mesh_options if mesh_options.level is not None else replace(mesh_options, level=field.level)
+            mesh_options
+            if mesh_options.level is not None
+            else replace(mesh_options, level=radiance_field.level)
         )
-        exported_mesh, report = export_mesh(field, mesh_options, stage_bar)
+        exported_mesh, mesh_report = export_mesh(radiance_field, mesh_options, stage_bar)
         stage_bar("writing", 0, 1)
         exported_mesh.save(out)
         stage_bar("writing", 1, 1)
     # head.glb.json and not head.json: meshes of the same name in two formats have separate reports.
-    report.write(
+    mesh_report.write(
         out.with_name(out.name + ".json"),
         network=loaded_network.hash,
         **sample_settings,
         options=asdict(mesh_options),
     )
-    component_text = f"{report.components} of {report.components_extracted} parts"
+    component_text = f"{mesh_report.components} of {mesh_report.components_extracted} parts"
     # the numbers help to find the defect
     watertight_text = (
         "watertight"
-        if report.watertight
-        else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
+        if mesh_report.watertight
+        else f"NOT watertight ({mesh_report.open_edges} open, {mesh_report.shared_edges} shared half-edges)"
     )
-    normals_text = "normals outward" if report.outward else "normals NOT outward"
+    normals_text = "normals outward" if mesh_report.outward else "normals NOT outward"
     click.echo(
-        f"{out}: {report.vertices} vertices, {report.faces} faces, {component_text}, {watertight_text},"
-        f" {normals_text}, volume"
-        f" {report.volume:.4g}"
+        f"{out}: {mesh_report.vertices} vertices, {mesh_report.faces} faces, {component_text},"
+        f" {watertight_text}, {normals_text}, volume {mesh_report.volume:.4g}"
     )
     # The mesh was written anyway, so that the user can inspect it.
-    if not report.watertight:
+    if not mesh_report.watertight:
         sys.exit(1)
 
 
@@ -520,7 +534,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     metavar="INT",
     type=click.IntRange(0),
     default=16,
-    help="Number of latents, from the first, whose shapes are also rendered.",
+    help="Number of shapes in shapes.png, those of the first latents; 0: shapes.png is not written.",
 )
 @shared("device dry-run")
 def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
@@ -569,12 +583,14 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
             )
     # Latents of synthetic heads have a ground-truth head if they are not truncated, hence psi = 1 for shapes.
     has_ground_truth = data.startswith("synthetic:") and generator.z_dim == LATENT
-    sheets = {"images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)}
+    sheet_by_file = {
+        "images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)
+    }
     if shapes:
-        sheets["shapes.png"] = shape_sheet(
+        sheet_by_file["shapes.png"] = shape_sheet(
             generator, seeds[:shapes], psi if psi is not None else 1.0 if has_ground_truth else Sources.psi
         )
     # written last, so that an error leaves the old files unchanged
-    for file_name, sheet_image in sheets.items():
+    for file_name, sheet_image in sheet_by_file.items():
         write_atomic(outdir / file_name, rendering.png(sheet_image))
-    click.echo(f"{outdir}: {', '.join(sheets)}")
+    click.echo(f"{outdir}: {', '.join(sheet_by_file)}")

@@ -80,10 +80,14 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "Folder of the tuning run.",
         show_default="the run of --after, else the newest run in runs/",
     ),
-    "control": _network("Control: the same run with --lambda-r=0.", "the matching run in runs/"),
-    "reward-ckpt": _reward("Reward that the run was tuned with."),
+    "control": _network(
+        "Control, which was tuned with --lambda-r=0 and otherwise equal settings: a network file or a run"
+        " folder.",
+        "the matching run in runs/",
+    ),
+    "reward-ckpt": _reward("Reward file with which the run was tuned."),
     # A reward that took part in tuning is no independent evaluator, hence a held-out reward.
-    "heldout-reward": _reward("Held-out reward, which was not used in tuning."),
+    "heldout-reward": _reward("Reward file of the evaluator, a reward that was not used in tuning."),
     "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the dataset of the run"),
     # One generator, for jobs that do not compare two generators.
     "network": _network("Generator: a network file or a run folder.", "the bundled generator"),

@@ -68,8 +68,8 @@ database = option(
     type=click.IntRange(0, 50),
     default=6,
     help=(
-        "Number of best pairs and of worst pairs that the report shows as images. With 0, no generator is"
-        " loaded."
+        "Number of pairs with the highest, and of pairs with the lowest win rate of b that the report shows"
+        " as images. With 0, no generator is loaded."
     ),
 )
 def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
@@ -133,12 +133,13 @@ def power(n: int | None, as_json: bool, **options) -> None:
         " annotators"
     )
     click.echo(
-        f"  {study_size.decided} independent decided trials give power {study_size.attained:.3f} for a win"
-        f" rate of {study_size.options.true_rate:g}"
+        f"  {study_size.decided} independent trials without ties give power {study_size.attained:.3f} for a"
+        f" win rate of {study_size.options.true_rate:g}"
     )
     click.echo(f"  design effect {study_size.design_effect:.2f}, ties {study_size.options.tie_share:.0%}")
     if n is not None:
-        click.echo(f"  {n} independent decided trials give power {power_values['power_of_n']['power']:.3f}")
+        power_of_n = power_values["power_of_n"]["power"]
+        click.echo(f"  {n} independent trials without ties give power {power_of_n:.3f}")
 
 
 @click.command("simulate", cls=GroupedCommand)
@@ -273,19 +274,19 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         return
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
-    server = launch.ServerFlags.from_flags(flags, outdir)
+    server_flags = launch.ServerFlags.from_flags(flags, outdir)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        print_json(_dry_run(folder, name, flags, server))
+        print_json(_dry_run(folder, name, flags, server_flags))
         return
     add_command = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     # Annotators on other machines must log in, so at least one must exist. If there is no database yet, the
     # null context yields None, and `check_annotators` raises ValueError.
-    if server.exposed:
+    if server_flags.exposed:
         with (
             open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext()
         ) as store_or_none:
-            launch.check_annotators(store_or_none, server.host, add_command)
+            launch.check_annotators(store_or_none, server_flags.host, add_command)
     # Opens the study in the folder, or designs a new one. A stored design is never changed.
     design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
     with open_store(folder.url, create=False) as store:
@@ -294,7 +295,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
             store,
             folder.url,
             design.name,
-            server,
+            server_flags,
             lambda address: _announcement(address, design, add_command, login_count),
             "answer",
         )
@@ -325,14 +326,14 @@ def _announcement(address: str, design: StudyDesign, add_command: str, login_cou
     return lines
 
 
-def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
+def _dry_run(folder: "Folder", name: str, flags: dict, server_flags: launch.ServerFlags) -> dict:
     """Return the JSON of --dry-run: the design of a new study, or the stored design of an existing study.
 
     Args:
         folder: folder and database of the study.
         name: name of a new study.
         flags: values of the command line.
-        server: settings of the web server.
+        server_flags: settings of the web server.
     """
     # The design of an existing study is never changed.
     is_new = not folder.design.exists()
@@ -349,7 +350,7 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
         "outdir": str(folder.path),
         # the URL of a database server may contain a password
         "db": without_password(folder.url),
-        **server.to_dict(),
+        **server_flags.to_dict(),
         "latents": design.latent_count,
         "trials_per_annotator": design.trial_quota,
         "design": design_values,

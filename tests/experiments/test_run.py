@@ -54,8 +54,8 @@ def test_other_settings_are_refused_by_name_unless_they_may_change(begun):
     ):
         run.resume()
     with Run(folder, other, inputs) as run:
-        run.resume(free=("steps", "new"))
-        run.resume(free=None)
+        run.resume(free_settings=("steps", "new"))
+        run.resume(free_settings=None)
 
 
 def test_a_run_that_was_begun_before_a_setting_was_there_goes_on(begun):

@@ -110,7 +110,9 @@ def test_kid_equals_torchmetrics_on_the_same_subsets():
     mean, std = (float(value) for value in metric.compute())
     torch.manual_seed(5)
     draws = [(torch.randperm(300)[:50].numpy(), torch.randperm(260)[:50].numpy()) for _ in range(7)]
-    ours = kernel_inception_distance(features(detector, real)[1], features(detector, fake)[1], draws=draws)
+    ours = kernel_inception_distance(
+        features(detector, real)[1], features(detector, fake)[1], subset_indices=draws
+    )
     assert ours == (pytest.approx(mean, rel=RELATIVE), pytest.approx(std, rel=1e-2))
 
 
@@ -138,12 +140,12 @@ def test_frechet_distance_with_and_without_full_rank(samples):
 
 
 def test_subsets_have_no_repeated_items_and_depend_on_the_seed():
-    draws = list(draw_subsets(9, 7, subsets=5, max_subset_size=20, seed=3))
+    draws = list(draw_subsets(9, 7, subset_count=5, max_subset_size=20, seed=3))
     assert len(draws) == 5
     for first, second in draws:
         # size of the smaller set
         assert len(set(first)) == len(first) == len(second) == len(set(second)) == 7
         assert first.max() < 9 and second.max() < 7
-    again = list(draw_subsets(9, 7, subsets=5, max_subset_size=20, seed=3))
+    again = list(draw_subsets(9, 7, subset_count=5, max_subset_size=20, seed=3))
     assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(draws, again, strict=True))
     assert any(set(a[0]) != set(b[0]) for a, b in zip(draws, draw_subsets(9, 7, 5, 20, seed=4), strict=True))

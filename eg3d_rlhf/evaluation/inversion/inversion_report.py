@@ -522,7 +522,7 @@ def plot_changes(finding_data: dict):
     figure, axes = style.grid(len(changes_by_measure), 2.7)
     for axis, (measure_name, change_by_weight) in zip(axes, changes_by_measure.items(), strict=True):
         for weight_index, paired_change in enumerate(change_by_weight.values()):
-            error_bar = style.errors(paired_change, lo="mean_lo", hi="mean_hi")
+            error_bar = style.errors(paired_change, lo_key="mean_lo", hi_key="mean_hi")
             axis.errorbar(
                 [weight_index],
                 [paired_change["mean"]],
@@ -544,7 +544,7 @@ def plot_steps(measure_name: str, finding_data: dict):
         finding_data: dict whose entry "curves" is the result of `curves`.
         measure_name: name of the measure.
     """
-    figure, axes = style.figure(columns=2)
+    figure, axes = style.figure(column_count=2)
     for stage_name, points_by_measure in finding_data["curves"].items():
         curve_points = points_by_measure.get(measure_name, [])  # [] if this stage did not log the measure
         axis, line_name = (

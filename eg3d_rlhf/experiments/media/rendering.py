@@ -1,4 +1,4 @@
-"""Rendering of one latent from any camera, as uint8 images that depend on the seed and the camera only.
+"""Rendering of a latent from any camera as uint8 images, which do not depend on images rendered before.
 
 Shapes: N latents, L layers of ws, W width of ws, H rows of an image, B columns of an image.
 """
@@ -25,7 +25,7 @@ _SCALED = 10_000  # smallest total that a progress bar shows with the suffixes k
 
 
 def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **camera_fields: Any) -> CameraFamily:
-    """Return the cameras of a generator with another field of view.
+    """Return the camera family of a generator with another field of view.
 
     Args:
         generator: generator whose cameras are changed.
@@ -78,13 +78,13 @@ def conditioned_ws(
     psi: float = 1.0,
     cutoff: int | None = 14,
 ) -> torch.Tensor:
-    """Map seeds to ws [N, L, W], conditioned on the frontal camera of a family, like EG3D's tools.
+    """Map seeds to ws [N, L, W], conditioned on the frontal camera of a family, as EG3D's tools do.
 
     Args:
         generator: generator whose mapping network is used.
         seeds: seeds of the latents z, [N].
         cameras: family of cameras whose frontal view is the conditioning input of the mapping network.
-        psi: truncation psi.
+        psi: truncation psi; 1: no truncation.
         cutoff: number of layers of ws that are truncated; None: all layers.
 
     Raises:
@@ -110,9 +110,9 @@ def render(
 ) -> list[np.ndarray]:
     """Render one latent from several cameras, with one synthesis pass for all of them.
 
-    The jitter of the rays and the noise of the layers come from torch's global random generator. The
-    generator is seeded before every image and restored at the end, so that an image does not depend on
-    earlier images. Only the first image is rendered without a new seed after the synthesis, as in EG3D.
+    The jitter of the rays and the noise of the layers come from torch's global random state. It is set from
+    `seed` before the synthesis and before every image except the first, which directly follows the synthesis
+    as in EG3D. An image therefore does not depend on earlier images. The random state is restored at the end.
 
     Args:
         generator: generator that synthesises the scene.
@@ -156,9 +156,12 @@ def png(image: np.ndarray) -> bytes:
 
 
 def distances(rendering: Rendering) -> np.ndarray:
-    """Return the distances from the camera along the rays, float32 [H, B], in world units.
+    """Return the distances of a surface from the camera along the rays, float32 [H, B], in world units.
 
     The distance is infinite where the opacity of the ray is below one half.
+
+    Args:
+        rendering: rendering of one image.
 
     Deviates: EG3D shows the mean distance of such rays as well, although they hit hardly any density.
     """
@@ -204,7 +207,7 @@ def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return np.ascontiguousarray(image_grid.transpose(0, 2, 1, 3, 4)).reshape(-1, columns * width, 3)
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(seed_list: str) -> list[int]:
     """Parse a comma-separated list of numbers and inclusive ranges: '0,2-5' -> [0, 2, 3, 4, 5].
 
     The seeds have the order of the text.
@@ -214,12 +217,12 @@ def parse_seeds(text: str) -> list[int]:
             seed is above 2^32 - 1, or there are more than 100,000 seeds.
     """
     seeds: list[int] = []
-    for seed_range in text.split(","):
+    for seed_range in seed_list.split(","):
         start_text, separator, end_text = (piece.strip() for piece in seed_range.partition("-"))
         if not start_text.isdecimal() or (separator and not end_text.isdecimal()):
             raise ValueError(
-                f"seeds: {seed_range.strip()!r} in {text!r} is not a number or a range. Write numbers and"
-                " ranges such as 0,2-5."
+                f"seeds: {seed_range.strip()!r} in {seed_list!r} is not a number or a range. Write numbers"
+                " and ranges such as 0,2-5."
             )
         first_seed = int(start_text)
         last_seed = int(end_text or start_text)  # a number is a range of one seed
@@ -236,8 +239,8 @@ def parse_seeds(text: str) -> list[int]:
         # The number is checked before the range is expanded: a huge range would fill the memory.
         if len(seeds) + last_seed - first_seed >= MAX_SEEDS:
             raise ValueError(
-                f"seeds: at most {MAX_SEEDS} seeds are allowed, but {text!r} contains more. Divide the seeds"
-                " among several commands."
+                f"seeds: at most {MAX_SEEDS} seeds are allowed, but {seed_list!r} contains more. Divide the"
+                " seeds among several commands."
             )
         seeds += range(first_seed, last_seed + 1)
     return seeds
@@ -258,20 +261,22 @@ class StageBar(contextlib.AbstractContextManager["StageBar", None]):
         self._stage = ""
         self._bar: tqdm | None = None
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage to `done` of `total` units. The first call of a stage starts its bar.
+    def __call__(self, stage: str, done_count: int, total_count: int) -> None:
+        """Move the bar of a stage to `done_count` of `total_count` units. Its first call starts the bar.
 
         Args:
             stage: name of the stage.
-            done: number of units that are done.
-            total: number of all units of the stage.
+            done_count: number of units that are done.
+            total_count: number of all units of the stage.
         """
         # the total of a tqdm bar is fixed, so the bar of the previous stage is closed
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage
-            self._bar = tqdm(total=total, desc=f"{self._prefix}{stage}", unit_scale=total >= _SCALED)
-        self._bar.update(done - self._bar.n)  # `update` takes the difference to the present position
+            self._bar = tqdm(
+                total=total_count, desc=f"{self._prefix}{stage}", unit_scale=total_count >= _SCALED
+            )
+        self._bar.update(done_count - self._bar.n)  # `update` takes the difference to the present position
 
     def close(self) -> None:
         """Close the current bar, if there is one."""

@@ -39,30 +39,30 @@ class Row:
     spans: int = 1  # number of rows, from this one on, over which the name is centred
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return the built-in font of Pillow, so that no font must be installed.
+def font(text_height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return the built-in font of Pillow in a size. No font needs to be installed for it.
 
     Args:
-        size: height of the text in pixels.
+        text_height: height of the text in pixels.
     """
-    return ImageFont.load_default(size)
+    return ImageFont.load_default(text_height)
 
 
-def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") -> np.ndarray:
+def sheet(title: str, rows: Sequence[Row], *, name_width: int = 0, note: str = "") -> np.ndarray:
     """Draw a contact sheet on white: a title, rows of images, and a note.
 
     Args:
         title: text at the top; "": no title.
         rows: rows of images, all of one size.
-        names: width of the column that holds the names of the rows, in pixels; 0: no such column.
+        name_width: width of the column that holds the names of the rows, in pixels; 0: no such column.
         note: small text at the foot, which is wrapped; "": no note.
 
     Returns:
         Image, uint8 [height, width, 3].
     """
     cell_width = rows[0].cells[0].shape[1]
-    column_count = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
-    page_width = names + column_count * cell_width + 2 * MARGIN
+    column_count = max(len(sheet_row.cells) for sheet_row in rows)  # rows may have different numbers of cells
+    page_width = name_width + column_count * cell_width + 2 * MARGIN
     note_lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
     # all lengths below are in pixels
     head_height = 44 if title else MARGIN
@@ -73,26 +73,26 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") ->
     if title:
         canvas.text((MARGIN, 10), title, INK, font(24))
     row_top = head_height  # upper edge of the current row
-    for i, row in enumerate(rows):
-        cell_top = row_top + (_PARTED if row.parted else 4)
-        cell_bottom = cell_top + row.cells[0].shape[0]
-        if row.parted:
+    for i, sheet_row in enumerate(rows):
+        cell_top = row_top + (_PARTED if sheet_row.parted else 4)
+        cell_bottom = cell_top + sheet_row.cells[0].shape[0]
+        if sheet_row.parted:
             # a light grey line in the middle of the gap above the row
             line_y = row_top + _PARTED // 2
             canvas.line([(MARGIN, line_y), (page_image.width - MARGIN, line_y)], (215, 215, 215))
-        for j, cell in enumerate(row.cells):
-            page_image.paste(Image.fromarray(cell), (MARGIN + names + j * cell_width, cell_top))
-        for j, caption in enumerate(row.captions):
-            cell_centre = MARGIN + names + j * cell_width + cell_width // 2
+        for j, cell in enumerate(sheet_row.cells):
+            page_image.paste(Image.fromarray(cell), (MARGIN + name_width + j * cell_width, cell_top))
+        for j, caption in enumerate(sheet_row.captions):
+            cell_centre = MARGIN + name_width + j * cell_width + cell_width // 2
             # "ma": the position is the middle of the upper edge of the text
             canvas.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
-        name_y = cell_top + sum(map(_height, rows[i : i + row.spans])) // 2
+        name_y = cell_top + sum(map(_height, rows[i : i + sheet_row.spans])) // 2
         # "lm": the position is the middle of the left edge of the text
-        canvas.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
-        canvas.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
-        row_top += _height(row)
-    for i, line in enumerate(note_lines):
-        canvas.text((MARGIN, row_top + 8 + i * _LINE), line, QUIET, font(14))
+        canvas.text((MARGIN, name_y), sheet_row.name, INK, font(26), anchor="lm")
+        canvas.text((MARGIN, name_y + 22), sheet_row.more, QUIET, font(15))
+        row_top += _height(sheet_row)
+    for i, note_line in enumerate(note_lines):
+        canvas.text((MARGIN, row_top + 8 + i * _LINE), note_line, QUIET, font(14))
     return np.array(page_image)
 
 
@@ -140,7 +140,7 @@ def look(shape: LevelSet, camera: Tensor, resolution: int) -> View:
     """Trace the surface of a shape from a camera, with one ray per pixel.
 
     Args:
-        shape: shape.
+        shape: shape whose surface is traced.
         camera: camera label, [1, 25].
         resolution: number of pixels per edge of the image, R.
     """
@@ -174,7 +174,7 @@ def light(
     silhouette are darker. The weights were chosen by eye.
 
     Args:
-        shape: shape.
+        shape: shape that is lit.
         points: points on its surface, [M, 3].
         normals: outward unit normals, [M, 3].
         camera_axes: axes of the camera in the world (right, up, towards the camera) as columns, [3, 3].
@@ -246,9 +246,9 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
     # The light moves with the camera, but not with its height. Its axes are the camera's right, the world's
     # up, and the horizontal direction towards the camera, whose position is column 3 of the pose.
     right_axis = cam2world[0, :3, 0]
-    towards_camera = cam2world[0, :3, 3] * cam2world.new_tensor([1, 0, 1])
-    to_world = torch.stack(
-        [right_axis, cam2world.new_tensor([0, 1, 0]), F.normalize(towards_camera, dim=0)], dim=1
+    camera_direction = cam2world[0, :3, 3] * cam2world.new_tensor([1, 0, 1])
+    world_axes = torch.stack(
+        [right_axis, cam2world.new_tensor([0, 1, 0]), F.normalize(camera_direction, dim=0)], dim=1
     )
     # distances of the samples along a ray, near to far; they cover a ball of radius 0.6 around the centre
     ray_distances = torch.linspace(2.1, 3.3, 160)
@@ -275,7 +275,7 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
             for offset in 0.012 * torch.eye(3)
         ]
         normals = F.normalize(torch.stack(differences, dim=-1), dim=-1)
-        light_direction = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0) @ to_world.T
+        light_direction = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0) @ world_axes.T
         # ambient light 0.25, and Lambert's cosine law for the rest
         shading = 0.25 + 0.75 * (normals @ light_direction).clamp_min(0)
         shading = torch.where(is_hit, shading, torch.ones_like(shading))  # white background

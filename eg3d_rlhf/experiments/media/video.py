@@ -45,9 +45,11 @@ class FilmOptions:
     noise_mode: str = "const"  # noise of the synthesis layers: "const", "random" or "none"
 
     def cells(self, seeds: Sequence[int]) -> list[list[int]]:
-        """Divide the seeds among the cells of the grid, in order.
+        """Divide the seeds among the cells of the grid.
 
-        If there are fewer seeds than cells times keyframes, the list of seeds is repeated.
+        If there are fewer seeds than cells times keyframes, the list of seeds is repeated; if there are more,
+        the last seeds are not used. The cells get the seeds in order, or in random order if `shuffle_seed` is
+        set.
 
         Args:
             seeds: seeds of the keyframes.
@@ -62,19 +64,22 @@ class FilmOptions:
         if not seeds:
             raise ValueError("seeds: the list of seeds is empty. Pass at least one seed with --seeds.")
         cell_count = self.grid[0] * self.grid[1]
-        keyframes = self.keyframes
-        if keyframes is None:
+        keyframe_count = self.keyframes
+        if keyframe_count is None:
             if len(seeds) % cell_count:
                 raise ValueError(
                     f"seeds: {len(seeds)} seeds cannot be divided evenly among the {cell_count} cells of a"
                     f" grid of {self.grid[0]}x{self.grid[1]}. Pass a multiple of {cell_count} seeds, another"
-                    " grid, or the number of keyframes."
+                    " --grid, or --num-keyframes, the number of seeds in each cell."
                 )
-            keyframes = len(seeds) // cell_count
-        keyframe_seeds = [seeds[index % len(seeds)] for index in range(cell_count * keyframes)]
+            keyframe_count = len(seeds) // cell_count
+        keyframe_seeds = [seeds[index % len(seeds)] for index in range(cell_count * keyframe_count)]
         if self.shuffle_seed is not None:
             np.random.RandomState(self.shuffle_seed).shuffle(keyframe_seeds)
-        return [keyframe_seeds[index * keyframes : (index + 1) * keyframes] for index in range(cell_count)]
+        return [
+            keyframe_seeds[index * keyframe_count : (index + 1) * keyframe_count]
+            for index in range(cell_count)
+        ]
 
 
 class LatentWalk:
@@ -105,16 +110,16 @@ class LatentWalk:
         return torch.from_numpy(self._spline(time)).to(self._device, torch.float32)[None]
 
 
-def camera_at(cameras: CameraFamily, share: float) -> torch.Tensor:
+def camera_at(cameras: CameraFamily, path_share: float) -> torch.Tensor:
     """Make the camera label [1, 25] at a moment of the camera's closed path around the object.
 
     With the angle a = 2 pi share, the yaw is 0.35 sin a and the pitch is -0.05 + 0.25 cos a, in radians.
 
     Args:
         cameras: family of cameras.
-        share: position on the path, from 0 (start) to 1 (end, which is the start again).
+        path_share: position on the path, from 0 (start) to 1 (end, which is the start again).
     """
-    angle = 2 * math.pi * share
+    angle = 2 * math.pi * path_share
     return camera(cameras, YAW_RANGE * math.sin(angle), PITCH_MEAN + PITCH_RANGE * math.cos(angle))
 
 
@@ -126,7 +131,7 @@ class Film:
         seeds: seeds of the keyframes, see `FilmOptions.cells`.
         cameras: family of cameras.
         options: options of the content.
-        look: options of the volume rendering.
+        render_options: options of the volume rendering.
 
     Deviates: the last frame leads exactly back to the first one (EG3D's gen_videos.py writes pi as 3.14).
     A frame does not depend on the random numbers of other frames.
@@ -138,12 +143,12 @@ class Film:
         seeds: Sequence[int],
         cameras: CameraFamily,
         options: FilmOptions,
-        look: RenderOptions = DEFAULT_OPTIONS,
+        render_options: RenderOptions = DEFAULT_OPTIONS,
     ):
         self.generator = generator
         self.cameras = cameras
         self.options = options
-        self.look = look
+        self.render_options = render_options
         cells = options.cells(seeds)
         self.first_seed = cells[0][0]  # random seed of the rendering of all frames
         self.walks = [
@@ -152,24 +157,24 @@ class Film:
         ]
         self.count = len(cells[0]) * options.frames  # T
 
-    def ws(self, index: int) -> list[torch.Tensor]:
-        """Return ws of every cell in a frame: N tensors [1, L, W]."""
-        return [walk.at(index / self.options.frames) for walk in self.walks]
+    def ws(self, frame_index: int) -> list[torch.Tensor]:
+        """Return ws of every cell at the frame with the number `frame_index`, 0..T-1: N tensors [1, L, W]."""
+        return [walk.at(frame_index / self.options.frames) for walk in self.walks]
 
-    def frame(self, index: int) -> np.ndarray:
+    def frame(self, frame_index: int) -> np.ndarray:
         """Render a frame.
 
         Args:
-            index: number of the frame, 0..T-1.
+            frame_index: number of the frame, 0..T-1.
 
         Returns:
             Image of the grid, uint8 [height, width, 3].
         """
         # all cells of a frame are rendered from the same camera
-        camera_label = camera_at(self.cameras, index / self.count)
+        camera_label = camera_at(self.cameras, frame_index / self.count)
         options = self.options
         images = []
-        for ws in self.ws(index):
+        for ws in self.ws(frame_index):
             # All frames are rendered with the same seed. With different seeds, the jitter of the rays would
             # make the film flicker.
             images += render(
@@ -179,7 +184,7 @@ class Film:
                 self.first_seed,
                 options.noise_mode,
                 options.mode,
-                self.look,
+                self.render_options,
             )
         # `render` returns distances for this mode, which are converted to grey values
         if options.mode == "image_depth":
@@ -213,14 +218,14 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
     path.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the final rename is atomic
     temporary_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = None
+    ffmpeg_writer = None
     try:
         for frame in frames:
             # pads one row at the bottom and one column at the right if the size is odd
             frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
             # ffmpeg is started with the first frame, because it needs the size
-            if writer is None:
-                writer = imageio_ffmpeg.write_frames(
+            if ffmpeg_writer is None:
+                ffmpeg_writer = imageio_ffmpeg.write_frames(
                     str(temporary_path),
                     (frame.shape[1], frame.shape[0]),
                     fps=fps,
@@ -230,25 +235,26 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
                     ffmpeg_log_level="error",
                     output_params=_SAME_BYTES,
                 )
-                writer.send(None)  # the writer is a generator, which must be advanced to its first yield
+                # the writer is a Python generator, which must be advanced to its first yield
+                ffmpeg_writer.send(None)
             try:
-                writer.send(np.ascontiguousarray(frame))
+                ffmpeg_writer.send(np.ascontiguousarray(frame))
             except OSError as error:
                 last_line = str(error).strip().splitlines()[-1]  # ffmpeg states the cause in its last line
                 raise OSError(
                     f"{path}: ffmpeg stopped while the film was written: {last_line!r}. Check the free space"
                     " of the disk."
                 ) from error
-        if writer is None:
+        if ffmpeg_writer is None:
             raise ValueError(f"write_mp4: there are no frames to write into {path}. Pass at least one frame.")
-        writer.close()
+        ffmpeg_writer.close()
         if not temporary_path.exists() or temporary_path.stat().st_size == 0:
             raise OSError(f"{path}: ffmpeg wrote an empty file. Check the free space of the disk.")
         os.replace(temporary_path, path)
     finally:
         # after an error, `close` ends the process of ffmpeg; a second call has no effect
-        if writer is not None:
-            writer.close()
+        if ffmpeg_writer is not None:
+            ffmpeg_writer.close()
         temporary_path.unlink(missing_ok=True)
     return path
 

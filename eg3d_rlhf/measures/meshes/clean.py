@@ -19,7 +19,7 @@ from training.config import check_choice
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CleanMesh:
-    """Cleaned mesh.
+    """Mesh that `clean_mesh` has cleaned, with the numbers of changes.
 
     Lengths are shares of the bounding box's longest edge, the box is centred at 0, and y points up.
     """
@@ -80,7 +80,7 @@ def clean_mesh(
             [scaled_positions[:, 0], scaled_positions[:, 2], -scaled_positions[:, 1]], axis=1
         )
     # Vertices in the same cell become one vertex, at the position of the first of them in the file.
-    cells, first_vertex, cell_of_vertex = np.unique(
+    cell_codes, first_vertex, cell_of_vertex = np.unique(
         np.rint(scaled_positions / tolerance).astype(np.int64), axis=0, return_index=True, return_inverse=True
     )
     # numpy versions differ in the shape of the inverse, so it is flattened.
@@ -98,7 +98,7 @@ def clean_mesh(
         vertices=welded_positions,
         faces=unique_faces,
         edge=longest_edge,
-        welded=len(scaled_positions) - len(cells),
+        welded=len(scaled_positions) - len(cell_codes),
         degenerate=int((~has_three_vertices).sum()),
         duplicate=len(proper_faces) - len(unique_faces),
         raw_open_share=_open_share(faces, len(scaled_positions)),

@@ -49,7 +49,7 @@ class Edges:
 
     @functools.cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Half-edges of every edge with exactly two faces: arrays of the first and of the second ones."""
+        """Half-edges of every edge with exactly two faces, as two arrays with one half-edge of each edge."""
         pair_starts = self.edge_starts[self.faces == 2]
         return self.order[pair_starts], self.order[pair_starts + 1]
 
@@ -71,8 +71,8 @@ class Edges:
         """
         has_predecessor = np.ones(len(self.order), dtype=bool)
         has_predecessor[self.edge_starts] = False  # the first half-edge of an edge has none
-        positions = np.flatnonzero(has_predecessor)
-        return self.order[positions - 1], self.order[positions]
+        order_positions = np.flatnonzero(has_predecessor)
+        return self.order[order_positions - 1], self.order[order_positions]
 
     @functools.cached_property
     def part(self) -> tuple[np.ndarray, int]:
@@ -90,12 +90,12 @@ class Edges:
         # Two half-edges a and b at one edge connect two pairs of corners, one at each
         # end of the edge. If both run in the same direction, their starts belong
         # together. Otherwise the start of a belongs to the end of b.
-        same_direction = start_vertex[a] == start_vertex[b]
+        is_same_direction = start_vertex[a] == start_vertex[b]
         end_of_a = _next_half_edge(a)
         end_of_b = _next_half_edge(b)
         first_corners = np.concatenate([a, end_of_a])
         second_corners = np.concatenate(
-            [np.where(same_direction, b, end_of_b), np.where(same_direction, end_of_b, b)]
+            [np.where(is_same_direction, b, end_of_b), np.where(is_same_direction, end_of_b, b)]
         )
         return connected([(first_corners, second_corners)], 3 * len(self.mesh.faces))
 
@@ -105,8 +105,8 @@ class Edges:
         if not len(open_half_edges):
             return 0
         # The nodes of the loops are fans and not vertices: at a pinched vertex, each loop has its own fan.
-        fan, _ = self.fan
-        end_fans = np.stack([fan[open_half_edges], fan[_next_half_edge(open_half_edges)]])
+        fan_of_corner, _ = self.fan
+        end_fans = np.stack([fan_of_corner[open_half_edges], fan_of_corner[_next_half_edge(open_half_edges)]])
         # Renumber the fans at rims from 0. numpy versions differ in the shape of the inverse.
         rim_fans, end_nodes = np.unique(end_fans, return_inverse=True)
         end_nodes = end_nodes.reshape(2, -1)
@@ -121,46 +121,46 @@ def edge_measures(edges: Edges) -> dict:
     """
     mesh = edges.mesh
     _, areas = face_areas(mesh)
-    area = float(areas.sum())
+    total_area = float(areas.sum())
     is_open = edges.faces == 1
     is_nonmanifold = edges.faces > 2
     part_of_face, part_count = edges.part
     # A vertex with k fans is pinched k - 1 times.
-    pinched = edges.fan[1] - len(mesh.vertices)
-    euler = len(mesh.vertices) - len(edges.ends) + len(mesh.faces)
-    rims = edges.rims()
+    pinch_count = edges.fan[1] - len(mesh.vertices)
+    euler_number = len(mesh.vertices) - len(edges.ends) + len(mesh.faces)
+    rim_count = edges.rims()
     part_areas = np.bincount(part_of_face, areas, part_count)
     part_volumes = np.bincount(part_of_face, face_volumes(mesh.vertices, mesh.faces), part_count)
     total_volume = float(np.abs(part_volumes).sum())
-    surfaces = topology(mesh.vertices, mesh.faces)
+    mesh_topology = topology(mesh.vertices, mesh.faces)
     return {
         "faces": len(mesh.faces),
-        "area": area,
+        "area": total_area,
         "volume": float(part_volumes.sum()),
         "open_edges": int(is_open.sum()),
         "open_share": float(is_open.mean()),
         # Divided by the square root of the area, so that it does not depend on the size of the mesh.
-        "open_length": float(edges.lengths[is_open].sum()) / area**0.5,
+        "open_length": float(edges.lengths[is_open].sum()) / total_area**0.5,
         "nonmanifold_edges": int(is_nonmanifold.sum()),
-        "pinched": pinched,
+        "pinched": pinch_count,
         "flipped_share": float(edges.flipped.mean()) if len(edges.flipped) else 0.0,
         "closed": not is_open.any(),
-        "manifold": not is_nonmanifold.any() and pinched == 0,
+        "manifold": not is_nonmanifold.any() and pinch_count == 0,
         "oriented": not edges.flipped.any(),
-        "euler": euler,
-        "rims": rims,
+        "euler": euler_number,
+        "rims": rim_count,
         # Euler's formula, summed over parts: euler = 2 parts - 2 genus - rims
-        "genus": (2 * part_count - rims - euler) / 2,
+        "genus": (2 * part_count - rim_count - euler_number) / 2,
         "parts": part_count,
-        "bodies": surfaces.parts,
-        "cavities": surfaces.cavities,
-        "main_area": float(part_areas.max()) / area,
+        "bodies": mesh_topology.parts,
+        "cavities": mesh_topology.cavities,
+        "main_area": float(part_areas.max()) / total_area,
         "main_volume": float(np.abs(part_volumes).max()) / total_volume if total_volume > 0 else 0.0,
     }
 
 
 def bend(edges: Edges) -> float:
-    """Compute how strongly a surface is bent: the sum over edges of length times angle between normals, / 2.
+    """Compute how strongly a surface is bent: half the sum of edge length times angle between normals.
 
     Only edges with exactly two faces count, and the angle (radians) is between the normals of the two faces.
     For a smooth surface, the sum approaches the integral of (|k1| + |k2|) / 2, where k1 and k2 are the

@@ -1,4 +1,4 @@
-"""Compute all measures of a mesh in one call, for mesh validation and for the reward `solid` of a mesh.
+"""Compute all measures of a mesh in one call, for mesh validation and for the reward of valid solids.
 
     measure_mesh(clean_mesh(vertices, faces))["closed"]
 
@@ -42,7 +42,7 @@ def measure_mesh(mesh: CleanMesh, measure_options: MeasureOptions = DEFAULT) -> 
 
     Returns: the measures by name, as JSON values. Lengths are shares of the longest edge of the bounding box,
         and angles are in degrees. A measure that is not defined for the mesh is None.
-    Raises: ValueError if a library of the extra `solid_voxels` is not installed.
+    Raises: ValueError if a library of the package's extra `solid` is not installed.
     """
     edges = Edges(mesh)
     space = Space(mesh)
@@ -119,8 +119,8 @@ def convex_hull(mesh: CleanMesh) -> CleanMesh | None:
     # scipy does not orient the triangles of a hull. The first three columns of its equations are their
     # outward normals. Reversing the vertices of a face turns the face around.
     a, b, c = (mesh.vertices[faces[:, i]] for i in range(3))
-    inwards = (np.cross(b - a, c - a) * hull.equations[:, :3]).sum(axis=1) < 0
-    faces[inwards] = faces[inwards][:, ::-1]
+    is_inward = (np.cross(b - a, c - a) * hull.equations[:, :3]).sum(axis=1) < 0
+    faces[is_inward] = faces[is_inward][:, ::-1]
     vertices, faces = remove_unused_vertices(mesh.vertices, faces)
     return replace(mesh, vertices=vertices, faces=faces)
 
@@ -161,7 +161,7 @@ def negative_parts(edges: Edges) -> np.ndarray:
 
 
 def find_contained(edges: Edges, space: Space, part_numbers: np.ndarray) -> np.ndarray:
-    """Return bool [len(numbers)]: True for each of the given parts that lies inside other parts.
+    """Return bool [len(part_numbers)]: True for each of the given parts that lies inside other parts.
 
     A part lies inside if the winding number of all other parts, at a point beside the largest face of the
     part, is not 0.
@@ -179,13 +179,15 @@ def find_contained(edges: Edges, space: Space, part_numbers: np.ndarray) -> np.n
         part_faces = np.flatnonzero(part_of_face == part_number)
         largest_face = part_faces[areas[part_faces].argmax()]
         # Beside the face and not on it: on a surface, winding numbers are not defined.
-        point = (mesh.vertices[mesh.faces[largest_face]].mean(axis=0) + OFFSET * normals[largest_face])[None]
+        test_point = (mesh.vertices[mesh.faces[largest_face]].mean(axis=0) + OFFSET * normals[largest_face])[
+            None
+        ]
         # libigl needs contiguous arrays.
         other_faces = np.ascontiguousarray(mesh.faces[part_of_face != part_number])
         # Winding numbers are close to integers, so 0.5 separates 0 from all others.
         is_contained[i] = (
             bool(len(other_faces))
-            and abs(float(space.igl.winding_number(mesh.vertices, other_faces, point)[0])) > 0.5
+            and abs(float(space.igl.winding_number(mesh.vertices, other_faces, test_point)[0])) > 0.5
         )
     return is_contained
 
@@ -238,8 +240,8 @@ def mirror_overlap(solid_voxels: np.ndarray) -> float:
 
     The result is 1 if all voxels are empty.
     """
-    union = (solid_voxels | solid_voxels[::-1]).sum()
-    return float((solid_voxels & solid_voxels[::-1]).sum() / union) if union else 1.0
+    union_count = (solid_voxels | solid_voxels[::-1]).sum()
+    return float((solid_voxels & solid_voxels[::-1]).sum() / union_count) if union_count else 1.0
 
 
 # Static stability is measured as the angle in degrees by which a body can be tilted until its centre of mass
@@ -345,11 +347,11 @@ def overhang(mesh: CleanMesh) -> float:
     Faces whose centre lies in the lowest 2 % of the height do not count, because they lie on the ground.
     """
     normals, areas = face_areas(mesh)
-    height = mesh.vertices[mesh.faces][:, :, 1].mean(axis=1)
+    face_heights = mesh.vertices[mesh.faces][:, :, 1].mean(axis=1)
     lowest_y = mesh.vertices[:, 1].min()
     # The margin excludes slopes of exactly 45 degrees, whose normals round either way.
     is_overhanging = (normals[:, 1] < -STEEP - 1e-9) & (
-        height > lowest_y + GROUND * np.ptp(mesh.vertices[:, 1])
+        face_heights > lowest_y + GROUND * np.ptp(mesh.vertices[:, 1])
     )
     return float(areas[is_overhanging].sum() / areas.sum())
 

@@ -139,40 +139,42 @@ class Space:
         """
         vertices = self._vertices
         faces = self._faces
-        ends = edges.ends
-        start_positions = vertices[ends[:, 0]]
-        edge_vector = vertices[ends[:, 1]] - vertices[ends[:, 0]]
-        candidates = np.flatnonzero((edge_vector != 0).any(axis=1))  # edges of length 0 have no direction
+        edge_ends = edges.ends
+        start_positions = vertices[edge_ends[:, 0]]
+        edge_vector = vertices[edge_ends[:, 1]] - vertices[edge_ends[:, 0]]
+        candidate_edges = np.flatnonzero(
+            (edge_vector != 0).any(axis=1)
+        )  # edges of length 0 have no direction
         # Only few edges meet a face between their ends. Searching for the first hit is cheap
         # and searching for all hits is not, since a ray does not end with its edge. So the
         # cheap search selects edges. It starts OFFSET / 2 after the edge's start, beyond the
         # faces there, and ends before the faces at the edge's end.
-        search_start = start_positions[candidates] + OFFSET / 2 * edge_vector[candidates]
-        first_face, _, _ = self.tree.intersect_ray_first(
-            vertices, faces, search_start, edge_vector[candidates], 1 - OFFSET
+        search_starts = start_positions[candidate_edges] + OFFSET / 2 * edge_vector[candidate_edges]
+        first_faces, _, _ = self.tree.intersect_ray_first(
+            vertices, faces, search_starts, edge_vector[candidate_edges], 1 - OFFSET
         )
-        candidates = candidates[np.asarray(first_face) >= 0]
+        candidate_edges = candidate_edges[np.asarray(first_faces) >= 0]
         # Each edge has a list of hits (face, t, u, v), where t is the
         # position along the edge, 0..1 between its ends.
         edge_hits = self.tree.intersect_ray(
-            vertices, faces, start_positions[candidates], edge_vector[candidates]
+            vertices, faces, start_positions[candidate_edges], edge_vector[candidate_edges]
         )
         edge_face_pairs = []
-        for edge_index, hits in zip(candidates, edge_hits, strict=True):
+        for edge_index, hits in zip(candidate_edges, edge_hits, strict=True):
             edge_face_pairs += [(edge_index, hit[0]) for hit in hits if OFFSET < hit[1] < 1 - OFFSET]
         is_crossing = np.zeros(len(faces), dtype=bool)
         if edge_face_pairs:
             edge_index, face_index = np.array(edge_face_pairs).T
             # The faces at the edge itself always touch it, at a shared vertex, and do not count.
-            no_shared_vertex = (faces[face_index][:, :, None] != ends[edge_index][:, None, :]).all(
+            has_no_shared_vertex = (faces[face_index][:, :, None] != edge_ends[edge_index][:, None, :]).all(
                 axis=(1, 2)
             )
-            edge_passes = np.zeros(len(ends), dtype=bool)
-            edge_passes[edge_index[no_shared_vertex]] = True
-            is_crossing[face_index[no_shared_vertex]] = True
+            is_passing_edge = np.zeros(len(edge_ends), dtype=bool)
+            is_passing_edge[edge_index[has_no_shared_vertex]] = True
+            is_crossing[face_index[has_no_shared_vertex]] = True
             # The faces at an edge that passes through another face cross that face, too. `order` lists the
             # half-edges edge by edge, and half-edge 3f + i belongs to face f.
-            is_crossing[edges.order[np.repeat(edge_passes, edges.faces)] // 3] = True
+            is_crossing[edges.order[np.repeat(is_passing_edge, edges.faces)] // 3] = True
         return is_crossing
 
 
@@ -213,10 +215,10 @@ def directions(direction_count: int, seed: int) -> np.ndarray:
     """
     height = 1 - (2 * np.arange(direction_count) + 1) / direction_count
     angle = np.pi * (3 - 5**0.5) * np.arange(direction_count)  # multiples of the golden angle
-    ring = np.sqrt(1 - height**2)
-    sphere = np.stack([ring * np.cos(angle), height, ring * np.sin(angle)], axis=1)
+    ring_radius = np.sqrt(1 - height**2)
+    sphere_points = np.stack([ring_radius * np.cos(angle), height, ring_radius * np.sin(angle)], axis=1)
     # A quaternion of four normal numbers is a uniformly distributed rotation.
-    return Rotation.from_quat(np.random.default_rng(seed).normal(size=4)).apply(sphere)
+    return Rotation.from_quat(np.random.default_rng(seed).normal(size=4)).apply(sphere_points)
 
 
 def hidden_samples(
@@ -239,15 +241,19 @@ def hidden_samples(
     is_hidden = np.ones(len(points), dtype=bool)
     # The second block is traced only for points from which no ray of the first block escaped.
     for direction_block in (ray_directions[:_FIRST], ray_directions[_FIRST:]):
-        remaining = np.flatnonzero(is_hidden)
-        if not len(remaining) or not len(direction_block):
+        remaining_indices = np.flatnonzero(is_hidden)
+        if not len(remaining_indices) or not len(direction_block):
             break
         # [P, K]: a ray starts on the side of the surface towards which it points
-        side_offset = np.where(normals[remaining] @ direction_block.T >= 0, OFFSET, -OFFSET)
-        origins = points[remaining, None] + side_offset[..., None] * normals[remaining, None]  # [P, K, 3]
-        outward = np.broadcast_to(direction_block, origins.shape)
-        distance, _ = space.first_hits(origins.reshape(-1, 3), outward.reshape(-1, 3))
-        is_hidden[remaining] = np.isfinite(distance).reshape(len(remaining), -1).all(axis=1)
+        side_offset = np.where(normals[remaining_indices] @ direction_block.T >= 0, OFFSET, -OFFSET)
+        origins = (
+            points[remaining_indices, None] + side_offset[..., None] * normals[remaining_indices, None]
+        )  # [P, K, 3]
+        directions_of_rays = np.broadcast_to(direction_block, origins.shape)
+        hit_distances, _ = space.first_hits(origins.reshape(-1, 3), directions_of_rays.reshape(-1, 3))
+        is_hidden[remaining_indices] = (
+            np.isfinite(hit_distances).reshape(len(remaining_indices), -1).all(axis=1)
+        )
     return is_hidden
 
 
@@ -276,7 +282,7 @@ def classify_sides(
     )
 
 
-def distance_to_surface(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
+def distance_to_surface(space: Space, points: np.ndarray, ray_directions: np.ndarray) -> np.ndarray:
     """Compute the distances [P] from points of the surface to the next surface in given directions.
 
     A distance is infinite if the ray meets no surface.
@@ -284,10 +290,10 @@ def distance_to_surface(space: Space, points: np.ndarray, towards: np.ndarray) -
     Args:
         space: mesh.
         points: points [P, 3] on its surface.
-        towards: unit directions [P, 3], which are the normals or their opposites.
+        ray_directions: unit directions [P, 3], which are the normals or their opposites.
     """
     # A ray starts OFFSET above the surface, so that it does not hit its own face.
-    return space.first_hits(points + OFFSET * towards, towards)[0] + OFFSET
+    return space.first_hits(points + OFFSET * ray_directions, ray_directions)[0] + OFFSET
 
 
 def side_measures(

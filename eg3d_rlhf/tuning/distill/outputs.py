@@ -123,7 +123,7 @@ def write_images(
     sheet_rows[-1] = Row(cells=sheet_rows[-1].cells, name=sheet_rows[-1].name, captions=captions)
     # The column of names gets 30 pixels and 15 pixels for each letter of the longest name.
     name_width = 30 + 15 * max(map(len, renders_by_arm))
-    write_atomic(folder / "grid.png", png(sheet("", sheet_rows, names=name_width)))
+    write_atomic(folder / "grid.png", png(sheet("", sheet_rows, name_width=name_width)))
     # `turns` and `tiled_frames` are generators: a frame is rendered when the video needs it, so that only one
     # frame is in memory.
     turntables = [turns(arm_assets, FRAMES) for arm_assets in shown_assets.values()]
@@ -227,7 +227,7 @@ def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | Non
         introduction,
         page_jobs,
         findings,
-        extra=video_section,
+        extra_html=video_section,
     )
 
 
@@ -358,7 +358,7 @@ def plot_curves(curve_data: Mapping):
     """Plot each metric over the steps, in a panel of its own with one line per arm."""
     metrics = list(curve_data["curves"])
     panel_row_count = -(-len(metrics) // 2)  # two panels per row, rounded up
-    figure, axes = style.figure(columns=2, rows=panel_row_count, size=(9.4, 2.4 * panel_row_count))
+    figure, axes = style.figure(column_count=2, row_count=panel_row_count, size=(9.4, 2.4 * panel_row_count))
     # matplotlib returns an array of panels, but a single panel as itself.
     panels = axes.ravel() if hasattr(axes, "ravel") else [axes]
     # strict=False: with an odd number of metrics there is one panel more.
