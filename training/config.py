@@ -192,7 +192,7 @@ class LoopConfig:
     kimg: float = knob(
         25000.0, "Length of the training, in thousands of images.", OPT, metavar="KIMG", above=0
     )
-    batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="required")
+    batch: int = knob(4, "Number of images per iteration, over all processes.", OPT, low=1, shown="required")
     # control=False: the following settings do not affect the result, so a run and its control may differ
     # in them.
     batch_gpu: int | None = knob(
@@ -277,7 +277,7 @@ class GanConfig(Knobs):
     gpc_reg_prob: float = _gan_knob(
         0.5,
         "Final probability of replacing the camera that G is conditioned on by the camera of another sample."
-        " It is 1 at the start of the training.",
+        " The probability is 1 at the start of the training, and falls over --gpc-reg-fade-kimg.",
         low=0,
         high=1,
     )
@@ -369,7 +369,9 @@ class NetworkConfig(Knobs):
 
     cfg: str = knob(
         "heads64",
-        "Preset of the networks and the renderer.",
+        "Preset of the networks and the renderer. ffhq, afhq and shapenet are EG3D's presets for photographs"
+        " of faces, photographs of animal faces, and renders of objects. heads64 is a small preset for images"
+        " of 64 pixels, such as synthetic:people64.",
         NET,
         choices=("ffhq", "afhq", "shapenet", "heads64"),
     )
@@ -383,7 +385,8 @@ class NetworkConfig(Knobs):
     )
     start: str = knob(
         "G",
-        "Network of --init whose weights become the initial weights of G.",
+        "Network of --init whose weights become the initial weights of G: the generator G itself, or G_ema,"
+        " the moving average of its weights.",
         NET,
         choices=("G", "G_ema"),
         rare=True,
@@ -518,7 +521,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
     Raises: ValueError if EG3D has no super-resolution module for this resolution, and `network_config` names
         none.
     """
-    is_small = network_config.cfg == "heads64"
+    is_small_preset = network_config.cfg == "heads64"
     rendering_kwargs = {
         **_RENDERING,
         **FAMILIES[network_config.cfg],
@@ -533,7 +536,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         "decoder_lr_mul": network_config.decoder_lr_mul,
     }
     sr_module = network_config.sr_module or (
-        "NoSuperresolution" if is_small else SR_BY_RESOLUTION.get(resolution)
+        "NoSuperresolution" if is_small_preset else SR_BY_RESOLUTION.get(resolution)
     )
     if sr_module is None:
         resolutions = ", ".join(map(str, SR_BY_RESOLUTION))
@@ -546,17 +549,17 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
     rendering_kwargs["superresolution_module"] = (
         f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
     )
-    w_dim = 128 if is_small else 512
+    w_dim = 128 if is_small_preset else 512
     channel_kwargs = {"channel_base": network_config.cbase, "channel_max": network_config.cmax}
     # The small preset renders at the final resolution or at half of it, so a super-resolution module with few
     # feature maps suffices.
     sr_kwargs = (
         {"input_resolution": resolution // 2, "block_channels": [32, 16]}
-        if is_small
+        if is_small_preset
         else dict(channel_kwargs)
     )
     G_kwargs: dict[str, typing.Any] = {
-        "z_dim": 64 if is_small else 512,
+        "z_dim": 64 if is_small_preset else 512,
         "c_dim": 25,
         "w_dim": w_dim,
         "img_resolution": resolution,
@@ -573,7 +576,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         "sr_kwargs": {**sr_kwargs, "fused_modconv_default": "inference_only"},
         **channel_kwargs,
     }
-    if is_small:
+    if is_small_preset:
         G_kwargs.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
         # The training images are renders of heads that belong to latents. With StyleGAN's factor of 0.01 on
         # its learning rate, the mapping network would learn this correspondence too slowly.
@@ -588,7 +591,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         "img_resolution": resolution,
         "img_channels": 3,
         "block_kwargs": {"freeze_layers": network_config.freezed},
-        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if is_small else {},
+        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if is_small_preset else {},
         "epilogue_kwargs": {"mbstd_group_size": network_config.mbstd_group},
         "disc_c_noise": network_config.disc_c_noise,
         "num_fp16_res": network_config.d_num_fp16_res,

@@ -93,6 +93,7 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
         label: camera label [25].
         options: transform and resolution.
         width, height: size W and H of the source image in pixels.
+    Returns: the adapted label [25].
     """
     left, top, right, bottom = crop_box(options, width, height)
     intrinsics = label[POSE_NUMBERS:].reshape(3, 3).copy()
@@ -148,14 +149,15 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
         return None
     # With max_images = None, the slice contains all images.
     image_names = files.images[: options.max_images]
-    where = f"dataset {files.path}: {LABELS_FILE}"
+    file_description = f"dataset {files.path}: {LABELS_FILE}"
     stored_labels = stored_labels[: len(image_names)]
-    label_values = label_array(stored_labels, image_names, where, None)
+    label_values = label_array(stored_labels, image_names, file_description, None)
     # It is unknown how mirroring an image changes a label that is no camera label.
     if options.mirror and label_values.ndim == 2 and label_values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
-            f"{where}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got {label_values.shape[1]}."
-            " Convert the set without --mirror, or drop the labels with --labels=drop."
+            f"{file_description}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got"
+            f" {label_values.shape[1]}. Convert the set without --mirror, or drop the labels with"
+            " --labels=drop."
         )
     return stored_labels
 
@@ -164,7 +166,7 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
     """Return the labels of the images that are made from one source image.
 
     Args:
-        label: label of the source image in its stored form.
+        label: label of the source image as stored: a list of numbers, or an integer class index.
         options: transforms.
         size: (width, height) of the source image in pixels.
     Returns: the label, and the label of the mirrored copy if requested. A label that does not change is the
@@ -183,7 +185,7 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
 
 
 def _check_shape(
-    shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, where: str
+    shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, set_description: str
 ) -> None:
     """Raise ValueError unless an image is square, of a power-of-two size, and as large as the first image.
 
@@ -193,24 +195,24 @@ def _check_shape(
         shape: (C, H, W) of the converted image.
         first_shape: (C, H, W) of the first converted image.
         entry: name of the source image, for messages.
-        where: name of the set, for messages.
+        set_description: name of the set, for messages.
     """
     channels, height, width = shape
     # width & (width - 1) is 0 only for powers of two, which are the resolutions of StyleGAN2 networks.
     if height != width or width & (width - 1):
         raise ValueError(
-            f"{where}: entry {entry!r}: expected a square image whose side is a power of two, got"
-            f" {width}x{height}. Add --transform=center-crop --resolution=WxH."
+            f"{set_description}: entry {entry!r}: expected a square image whose side is a power of two, got"
+            f" {width}x{height}. Add --transform=center-crop and, for example, --resolution=512x512."
         )
     if channels != first_shape[0]:
         raise ValueError(
-            f"{where}: entry {entry!r}: the image has {channels} channels, but the first image has"
+            f"{set_description}: entry {entry!r}: the image has {channels} channels, but the first image has"
             f" {first_shape[0]}. Convert all images to RGB."
         )
     if shape != first_shape:
         raise ValueError(
-            f"{where}: entry {entry!r}: the image has {width}x{height} pixels, but the first image has"
-            f" {first_shape[2]}x{first_shape[1]}. Add --resolution=WxH."
+            f"{set_description}: entry {entry!r}: the image has {width}x{height} pixels, but the first image"
+            f" has {first_shape[2]}x{first_shape[1]}. Add --resolution={first_shape[2]}x{first_shape[1]}."
         )
 
 
@@ -266,9 +268,9 @@ def convert_dataset(
                 image_name = f"{len(label_rows) // 1000:05d}/img{len(label_rows):08d}.png"
                 label_rows.append([image_name, output_label])
                 write(image_name, image)
-            left_edge, top, right_edge, bottom = crop_box(options, *source_size)
+            left_edge, top_edge, right_edge, bottom_edge = crop_box(options, *source_size)
             enlarged_count += target_size is not None and (
-                right_edge - left_edge < target_size[0] or bottom - top < target_size[1]
+                right_edge - left_edge < target_size[0] or bottom_edge - top_edge < target_size[1]
             )
             # `_output_labels` returns the same object if the crop did not change the label.
             cropped_count += source_labels is not None and output_labels[0] is not source_labels[i]
@@ -302,21 +304,21 @@ def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[
     Raises: ValueError if `dest` exists already, would contain or replace the source, or is another kind of
         archive; OSError if it cannot be written.
     """
-    to_zip = dest.suffix.lower() == ".zip"
+    is_zip_output = dest.suffix.lower() == ".zip"
     if dest.resolve() == source.resolve():
         raise ValueError(f"--dest: {dest} is also the --source. Name another file or folder.")
-    if not to_zip and source.resolve().is_relative_to(dest.resolve()):
+    if not is_zip_output and source.resolve().is_relative_to(dest.resolve()):
         raise ValueError(f"--dest: the folder {dest} contains the --source. Name another folder.")
-    if not to_zip and dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar"):
+    if not is_zip_output and dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar"):
         raise ValueError(
             f"--dest: only .zip files and folders can be written, got {dest.name}. Write"
             f" --dest={dest.with_suffix('.zip')}."
         )
-    if dest.is_dir() and to_zip:
+    if dest.is_dir() and is_zip_output:
         raise ValueError(f"--dest: {dest} is an existing folder, not a zip file. Name another file.")
     if dest.is_dir() and any(dest.iterdir()):
         raise ValueError(f"--dest: the folder {dest} is not empty. Name a new or empty folder.")
-    if dest.is_file() and not to_zip:
+    if dest.is_file() and not is_zip_output:
         raise ValueError(f"--dest: {dest} is an existing file, not a folder. Name another folder.")
     if dest.is_file() and not overwrite:
         raise ValueError(
@@ -324,28 +326,28 @@ def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[
         )
     dest.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder as the result, hence on the same disk, where renaming is atomic.
-    temporary = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    temporary_path = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
-        if to_zip:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        if is_zip_output:
+            with zipfile.ZipFile(temporary_path, "w", zipfile.ZIP_STORED) as archive:
                 yield lambda name, data: archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
             # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an
             # empty file.
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, dest)
+            with open(temporary_path, "rb") as archive_file:
+                os.fsync(archive_file.fileno())
+            os.replace(temporary_path, dest)
             return
-        temporary.mkdir()
+        temporary_path.mkdir()
 
         def write(name: str, data: bytes) -> None:
             """Write one file of the set."""
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_bytes(data)
+            (temporary_path / name).parent.mkdir(exist_ok=True)
+            (temporary_path / name).write_bytes(data)
 
         yield write
         if dest.is_dir():
             dest.rmdir()  # it is empty, as checked above; not every system can rename onto an existing folder
-        os.replace(temporary, dest)
+        os.replace(temporary_path, dest)
     except OSError as error:
         raise OSError(
             f"--dest: {dest} cannot be written ({error}). Check the free space and the permissions of this"
@@ -353,6 +355,6 @@ def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[
         ) from error
     finally:
         # After success there is nothing left to delete.
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        if temporary_path.is_dir():
+            shutil.rmtree(temporary_path, ignore_errors=True)
+        temporary_path.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ _ROOT8 = 2 * math.sqrt(2)
 def sample_tri_grid(
     axes: torch.Tensor, planes: torch.Tensor, points: torch.Tensor, box_warp: float, extent: float = 1.0
 ) -> torch.Tensor:
-    """Interpolate K stacks of D slices at points.
+    """Interpolate a tri-grid, which consists of K stacks of D feature slices, at points.
 
     The interpolation is trilinear, with zeros outside of a stack (align_corners=False). Let t in -1..1 be the
     coordinate along the slices. With D = 3, the slices lie at t = -2/3, 0, 2/3. With D = 1, a value is
@@ -152,16 +152,18 @@ def equal_area_square(p: torch.Tensor) -> torch.Tensor:
     # Coordinates (a, b) on the disc. The angle on the disc is -azimuth.
     a = radius * torch.cos(azimuth)
     b = -radius * torch.sin(azimuth)
-    difference = a.square() - b.square()
+    squared_difference = a.square() - b.square()
 
     def square_coordinate(signed_difference: torch.Tensor, disc_coordinate: torch.Tensor) -> torch.Tensor:
         """Return one coordinate of the elliptical map from the disc to the square."""
         # EPSILON and the clamp keep the roots real and their gradients finite at the rim.
-        plus = 2 + signed_difference + _ROOT8 * disc_coordinate + EPSILON
-        minus = 2 + signed_difference - _ROOT8 * disc_coordinate + EPSILON
-        return (plus.clamp_min(0).sqrt() - minus.clamp_min(0).sqrt()) / 2
+        plus_term = 2 + signed_difference + _ROOT8 * disc_coordinate + EPSILON
+        minus_term = 2 + signed_difference - _ROOT8 * disc_coordinate + EPSILON
+        return (plus_term.clamp_min(0).sqrt() - minus_term.clamp_min(0).sqrt()) / 2
 
-    return torch.stack([square_coordinate(difference, a), square_coordinate(-difference, b)], dim=-1)
+    return torch.stack(
+        [square_coordinate(squared_difference, a), square_coordinate(-squared_difference, b)], dim=-1
+    )
 
 
 def sample_hybrid(
@@ -267,11 +269,13 @@ class HeadRenderer(ImportanceRenderer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return colours and raw densities along rays, where the margin at the sides of the box is empty."""
         colours, densities = super()._query(planes, decoder, origins, directions, depths, options, merged)
-        margin = options.get("side_margin", 0.1)
-        if margin is not None:
+        side_margin = options.get("side_margin", 0.1)
+        if side_margin is not None:
             # x and z of the samples, [N, M, S, 2]; the margin does not apply to y.
-            positions = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2))[..., [0, 2]]
-            is_in_margin = (positions.abs() > options["box_warp"] / 2 - margin).any(dim=-1, keepdim=True)
+            sample_positions = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2))[..., [0, 2]]
+            is_in_margin = (sample_positions.abs() > options["box_warp"] / 2 - side_margin).any(
+                dim=-1, keepdim=True
+            )
             densities = densities.masked_fill(is_in_margin, EMPTY)
         return colours, densities
 
@@ -409,7 +413,7 @@ class PanoHeadGenerator(FullHeadGenerator):
     """
 
     def _backbone_output(self) -> tuple[int, int]:
-        """Return resolution and number of channels of the backbone's output."""
+        """Return the resolution and the number of channels of the backbone's output."""
         return self.plane_resolution, 3 * self.plane_channels * self.rendering_kwargs["triplane_depth"]
 
     def _reader(self) -> Callable[..., torch.Tensor]:
@@ -443,7 +447,7 @@ class SphereHeadGenerator(FullHeadGenerator):
         ball_channels = self.plane_channels * kwargs["rendering_kwargs"]["triplane_depth"]
         if kwargs["rendering_kwargs"]["triplane_depth"] != 3:
             raise ValueError(
-                "triplane_depth: a ball has 3 planes, got"
+                "triplane_depth: expected 3, the number of planes of a ball of SphereHead, got"
                 f" {kwargs['rendering_kwargs']['triplane_depth']}. Set the rendering option triplane_depth to"
                 " 3."
             )
@@ -455,7 +459,7 @@ class SphereHeadGenerator(FullHeadGenerator):
             setattr(self, convolution_name, torch.nn.Sequential(*layers))
 
     def _backbone_output(self) -> tuple[int, int]:
-        """Return resolution and number of channels of the backbone's output."""
+        """Return the resolution and the number of channels of the backbone's output."""
         return self.plane_resolution, _BALL_FEATURES[0]
 
     def _reader(self) -> Callable[..., torch.Tensor]:
@@ -499,7 +503,7 @@ class HyPlaneHeadGenerator(FullHeadGenerator):
         super().__init__(**kwargs)
 
     def _backbone_output(self) -> tuple[int, int]:
-        """Return resolution and number of channels of the backbone's output."""
+        """Return the resolution and the number of channels of the backbone's output."""
         return 2 * self.plane_resolution, self.plane_channels
 
     def _reader(self) -> Callable[..., torch.Tensor]:

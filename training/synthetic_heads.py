@@ -81,7 +81,7 @@ class PeopleOptions:
     def stem(self) -> str:
         """Return the file name of the set without its suffix.
 
-        It contains a hash of all options and of the versions of the format and of the head basis.
+        The file name contains a hash of all options and of the versions of the format and of the head basis.
         """
         hashed_text = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
         return f"people{self.resolution}-n{self.n}-{hashlib.sha256(hashed_text.encode()).hexdigest()[:12]}"
@@ -139,16 +139,16 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
         camera labels [n, 25].
     """
     latents = []
-    angles = []
+    yaws_and_pitches = []
     for i in indices:
         # Each image has its own random generator, so that images can be rendered in any order.
         rng = np.random.default_rng([options.seed, i])
         latents.append(
             people.normalise_latents(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32)
         )
-        angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
+        yaws_and_pitches.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
     # The poses are computed in float64 and rounded once.
-    yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
+    yaws, pitches = torch.from_numpy(np.array(yaws_and_pitches)).split(1, dim=1)  # [n, 1] float64
     poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
     shape_coordinates, appearance_coordinates = np.split(np.stack(latents), [people.SHAPE], axis=1)
     return shape_coordinates, appearance_coordinates, pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
@@ -205,7 +205,7 @@ def write_heads(
     )
     shape_coordinates, appearance_coordinates, camera_labels = head_parameters(options, range(options.n))
     image_names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
-    depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
+    all_depth_offsets = np.empty((options.n, options.resolution, options.resolution), np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The names contain the process id, so that two processes can render the same set at the same time.
     temporary_paths = {
@@ -218,7 +218,7 @@ def write_heads(
         ):
             for group_index, (images, depth_offsets) in enumerate(rendered_groups):
                 group_rows = slice(group_index * _GROUP, group_index * _GROUP + len(images))
-                depth[group_rows] = depth_offsets
+                all_depth_offsets[group_rows] = depth_offsets
                 for image_name, image in zip(image_names[group_rows], images, strict=True):
                     # With a constant date, the same options give the same bytes.
                     archive.writestr(zipfile.ZipInfo(image_name, ZIP_DATE), image)
@@ -233,7 +233,7 @@ def write_heads(
             shape=shape_coordinates,
             appearance=appearance_coordinates,
             labels=camera_labels,
-            depth_offset=depth,
+            depth_offset=all_depth_offsets,
         )
         # The archive is renamed last, because an existing archive has to be complete, with its ground truth.
         os.replace(temporary_paths[".npz"], path.with_suffix(".npz"))
@@ -284,8 +284,9 @@ def load_truth(path: Path) -> HeadsTruth:
     truth_path = Path(path).with_suffix(".npz")
     if not truth_path.exists():
         raise ValueError(
-            f"load_truth: the file {truth_path} is missing. Only synthetic sets have such a file. Delete the"
-            " archive to render the set again."
+            f"load_truth: the file {truth_path} with the ground truth is missing. Only synthetic sets have"
+            " such a file. Pass the name of the set (synthetic:people<R>@...), with which the set is rendered"
+            " again."
         )
     with np.load(truth_path) as truth_arrays:
         depth = truth_arrays["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`

@@ -170,7 +170,7 @@ def sample_stratified(
     origins: torch.Tensor,
     ray_start: float | torch.Tensor,
     ray_end: float | torch.Tensor,
-    count: int,
+    stratum_count: int,
     disparity: bool = False,
 ) -> torch.Tensor:
     """Sample one random depth in each of S strata of a ray.
@@ -181,44 +181,48 @@ def sample_stratified(
     Args:
         origins: origins of the rays [N, M, 3], for their number and device.
         ray_start, ray_end: smallest and largest depth in world units, numbers or tensors [N, M, 1].
-        count: number of strata S, >= 2.
+        stratum_count: number of strata S, >= 2.
         disparity: True: the strata have equal size in 1/depth instead of depth.
     Returns: depths [N, M, S, 1] in ascending order.
     """
     n, m, _ = origins.shape
-    fractions = torch.linspace(0, 1, count, device=origins.device)
+    fractions = torch.linspace(0, 1, stratum_count, device=origins.device)
     if disparity:
-        disparity_fractions = fractions.reshape(1, 1, count, 1).repeat(n, m, 1, 1)
-        disparity_fractions = disparity_fractions + torch.rand_like(disparity_fractions) * (1 / (count - 1))
+        disparity_fractions = fractions.reshape(1, 1, stratum_count, 1).repeat(n, m, 1, 1)
+        disparity_fractions = disparity_fractions + torch.rand_like(disparity_fractions) * (
+            1 / (stratum_count - 1)
+        )
         return 1 / (1 / ray_start * (1 - disparity_fractions) + 1 / ray_end * disparity_fractions)
     # Each ray has its own limits, from the option "auto": [N, M, 1] -> [N, M, S, 1].
     if isinstance(ray_start, torch.Tensor):
         ray_lengths = ray_end - ray_start  # [N, M, 1]
         depths = (
-            ray_start[:, :, None] + fractions.reshape(1, 1, count, 1) * ray_lengths[:, :, None]
+            ray_start[:, :, None] + fractions.reshape(1, 1, stratum_count, 1) * ray_lengths[:, :, None]
         ).contiguous()
-        return depths + torch.rand_like(depths) * (ray_lengths / (count - 1))[:, :, None]
+        return depths + torch.rand_like(depths) * (ray_lengths / (stratum_count - 1))[:, :, None]
     depths = (
-        torch.linspace(ray_start, ray_end, count, device=origins.device)
-        .reshape(1, 1, count, 1)
+        torch.linspace(ray_start, ray_end, stratum_count, device=origins.device)
+        .reshape(1, 1, stratum_count, 1)
         .repeat(n, m, 1, 1)
     )
-    return depths + torch.rand_like(depths) * ((ray_end - ray_start) / (count - 1))
+    return depths + torch.rand_like(depths) * ((ray_end - ray_start) / (stratum_count - 1))
 
 
-def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> torch.Tensor:
+def uniform_draws(rays: torch.Tensor, fine_count: int, stratified: bool = False) -> torch.Tensor:
     """Draw the random numbers of the importance pass, from torch's global generator.
 
     Args:
         rays: any tensor [B, ...], for the number of rays and the device.
-        count: number of fine samples F.
+        fine_count: number of fine samples F.
         stratified: True: draw one number in each of F equal parts of [0, 1). This halves the noise of renders
             with few samples. Published networks were trained without it.
     Returns: numbers [B, F] in [0, 1).
     """
-    random_numbers = torch.rand(len(rays), count, device=rays.device)
+    random_numbers = torch.rand(len(rays), fine_count, device=rays.device)
     return (
-        (random_numbers + torch.arange(count, device=rays.device)) / count if stratified else random_numbers
+        (random_numbers + torch.arange(fine_count, device=rays.device)) / fine_count
+        if stratified
+        else random_numbers
     )
 
 
@@ -252,9 +256,9 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
             f"plane_layout: expected one of {', '.join(_AXES)}, got {layout!r}. Use 'eg3d' for released"
             " checkpoints of EG3D."
         )
-    eye = torch.eye(3)
+    identity = torch.eye(3)
     # Rows of the identity matrix in the order of the axes, for each plane.
-    return torch.stack([eye[["xyz".index(axis) for axis in axes]] for axes in _AXES[layout]])
+    return torch.stack([identity[["xyz".index(axis) for axis in axes]] for axes in _AXES[layout]])
 
 
 class ImportanceRenderer(torch.nn.Module):
@@ -313,9 +317,9 @@ class ImportanceRenderer(torch.nn.Module):
         fine_count = options.get("depth_resolution_importance", 0)
         if fine_count > 0:
             depths_of_rays = depths.flatten(0, 1).squeeze(2)  # [N*M, S]
-            draws = uniform_draws(depths_of_rays, fine_count, options.get(STRATIFIED, False))
+            random_numbers = uniform_draws(depths_of_rays, fine_count, options.get(STRATIFIED, False))
             fine_depths = importance_depths(
-                densities.reshape(depths_of_rays.shape), depths_of_rays, draws, impl="ref"
+                densities.reshape(depths_of_rays.shape), depths_of_rays, random_numbers, impl="ref"
             ).reshape(*depths.shape[:2], fine_count, 1)
             fine_colors, fine_densities = self._query(
                 planes, decoder, origins, directions, fine_depths, options
@@ -394,21 +398,21 @@ class ImportanceRenderer(torch.nn.Module):
     def _ray_limits(origins: torch.Tensor, directions: torch.Tensor, options: dict) -> tuple:
         """Return the smallest and largest depth of samples on rays.
 
-        They are the numbers of the options ray_start and ray_end. If both options are "auto", they are
+        The depths are the numbers of the options ray_start and ray_end. If both options are "auto", they are
         tensors [N, M, 1] with the depths at which each ray enters and leaves the box.
         """
         if options["ray_start"] != "auto" or options["ray_end"] != "auto":
             return options["ray_start"], options["ray_end"]
-        near, far = ray_limits_box(origins, directions, options["box_warp"])
-        is_hit = far > near
+        near_distance, far_distance = ray_limits_box(origins, directions, options["box_warp"])
+        is_hit = far_distance > near_distance
         if is_hit.any():
             # Rays that miss the box need a range, too. As in EG3D, both ends of it come from the *near*
             # depths of the rays that hit the box. If no ray hits it, all rays keep the values -1 and -2.
-            smallest_near = near[is_hit].min()
-            largest_near = near[is_hit].max()
-            near = torch.where(is_hit, near, smallest_near)
-            far = torch.where(is_hit, far, largest_near)
-        return near, far
+            smallest_near = near_distance[is_hit].min()
+            largest_near = near_distance[is_hit].max()
+            near_distance = torch.where(is_hit, near_distance, smallest_near)
+            far_distance = torch.where(is_hit, far_distance, largest_near)
+        return near_distance, far_distance
 
     def _query(
         self, planes, decoder, origins, directions, depths, options, merged=None
@@ -420,8 +424,8 @@ class ImportanceRenderer(torch.nn.Module):
         n, m, s, _ = depths.shape
         # The points of all rays on one axis: [N, M, S, 3] -> [N, M * S, 3].
         coordinates = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2)).reshape(n, m * s, 3)
-        decoded = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
-        return decoded["rgb"].reshape(n, m, s, -1), decoded["sigma"].reshape(n, m, s, 1)
+        decoder_outputs = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
+        return decoder_outputs["rgb"].reshape(n, m, s, -1), decoder_outputs["sigma"].reshape(n, m, s, 1)
 
     def run_model(
         self,
@@ -451,21 +455,25 @@ class ImportanceRenderer(torch.nn.Module):
             sigma_only, it contains only 'sigma'.
         """
         del sample_directions
-        decoded = self._decode_at(
+        decoder_outputs = self._decode_at(
             planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged
         )
         if sigma_only:
-            decoded = {"sigma": decoded["sigma"]}
+            decoder_outputs = {"sigma": decoder_outputs["sigma"]}
         if options.get("density_noise", 0) > 0:
-            decoded["sigma"] = (
-                decoded["sigma"] + torch.randn_like(decoded["sigma"]) * options["density_noise"]
+            decoder_outputs["sigma"] = (
+                decoder_outputs["sigma"]
+                + torch.randn_like(decoder_outputs["sigma"]) * options["density_noise"]
             )
-        return decoded
+        return decoder_outputs
 
     def _decode_at(
         self, planes, decoder, points, box_warp, sigma_only: bool, merged: MergedPlanes | None
     ) -> dict[str, torch.Tensor]:
-        """Decode points without noise. Other families override this method; see `run_model`."""
+        """Decode colour and density at points, without density noise. See `run_model` for the arguments.
+
+        Renderers of other families of generators override this method.
+        """
         # Direct computation, for the reference implementation and for decoders that are no
         # two-layer perceptron.
         if implementations.current() == "ref" or not hasattr(decoder, "weights"):
