@@ -217,7 +217,7 @@ def compiler(device_type: str) -> str:
 
 
 def flags(device_type: str) -> list[str]:
-    """Return the compiler flags for a device type, without the paths of sources and headers."""
+    """Return the compiler flags for "cpu" or "cuda", without the paths of sources and headers."""
     common_flags = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     if device_type == "cpu":
         # The clang of macOS has no OpenMP.

@@ -95,7 +95,7 @@ class _Draws:
     whether the transform is applied.
 
     Args:
-        images: batch [N, C, H, W], for its size and device.
+        images: batch [N, C, H, W], of which only the size and the device are used.
         percentile: None for random values. A number in 0..1 replaces every random value by this quantile of
             its distribution, and opens every gate. The random numbers are drawn nevertheless.
     """
@@ -128,7 +128,12 @@ class _Draws:
     def _or_percentile(
         self, random_values: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Return the random values, or the quantile at `percentile` in their place if it is given."""
+        """Return `random_values` or, if `percentile` is set, a tensor of this quantile of their distribution.
+
+        Args:
+            random_values: random values of any shape.
+            quantile: quantile function of the distribution of the values.
+        """
         # The caller has drawn the values in either case, so the generator's state does not depend
         # on `percentile`.
         if self.percentile is None:
@@ -242,7 +247,9 @@ class AugmentPipe(torch.nn.Module):
         inverse of the transform, so a scaling by s enters as 1 / s. Factors are multiplied from the right, in
         the order in which the transforms are applied to the image.
 
-        Args: images: images [N, C, H, W], for their size; draws: random numbers of the batch.
+        Args:
+            images: images [N, C, H, W], of which only the size is used.
+            draws: random numbers of the batch.
         Returns: matrices [N, 3, 3].
         """
         options = self.options
@@ -352,7 +359,9 @@ class AugmentPipe(torch.nn.Module):
 
         Matrices of later transforms are multiplied from the left.
 
-        Args: images: images [N, C, H, W], for their channels; draws: random numbers of the batch.
+        Args:
+            images: images [N, C, H, W], of which only the number of channels is used.
+            draws: random numbers of the batch.
         Returns: affine maps of RGB colours, [N, 4, 4].
         """
         options = self.options
@@ -444,7 +453,7 @@ def _margins(
 ) -> tuple[int, int, int, int]:
     """Return the numbers of pixels (left, right, top, bottom) that the transforms need outside the images.
 
-    They are limited to the image size - 1, because reflection padding cannot add more.
+    The numbers are limited to the image size minus 1, because reflection padding cannot add more pixels.
 
     Args:
         transforms: matrices [N, 3, 3] from `_draw_geometry`.

@@ -69,9 +69,9 @@ _gan_knob = functools.partial(knob, group=GAN)  # `knob` for the most frequent g
 
 
 def knobs_of(settings_class: type) -> list[tuple[dataclasses.Field, type, Knob]]:
-    """Return the knobs of a settings dataclass and of its nested dataclasses, in the order of the fields.
+    """Return all fields of a settings dataclass and its nested dataclasses that `knob` has defined.
 
-    Returns: list of (field, type of the field without None, knob).
+    Returns: list of (field, type of the field without None, `Knob` of the field), in the order of the fields.
     """
     field_knobs = []
     type_by_field = typing.get_type_hints(settings_class)
@@ -93,7 +93,7 @@ def knobs_of(settings_class: type) -> list[tuple[dataclasses.Field, type, Knob]]
 
 
 def settings_to_values(settings: object) -> dict[str, typing.Any]:
-    """Return the values of all knobs of a settings object and its nested objects, by name of the field."""
+    """Return the values of all fields that `knob` has defined, also of nested settings, by name of the field."""
     value_by_field: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         field_value = getattr(settings, field.name)
@@ -242,8 +242,8 @@ class LoopConfig:
     def tag(self, cur_nimg: int) -> str:
         """Return the part of a snapshot's file name that states the number of images.
 
-        It is the number of thousands of images, as in EG3D, for example "000012". If snapshots are less than
-        1,000 images apart, the remainder is appended, for example "000012-345".
+        The text is the number of thousands of images, as in EG3D, for example "000012". If snapshots are less
+        than 1,000 images apart, the remainder is appended, for example "000012-345".
         """
         is_below_one_kimg = 0 < self.tick * self.snap < 1
         return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if is_below_one_kimg else "")
@@ -519,7 +519,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         gan_config: settings of adversarial training, some of which the rendering options contain.
     Returns: the arguments of G, and then the arguments of D, each a dict by name.
     Raises: ValueError if EG3D has no super-resolution module for this resolution, and `network_config` names
-        none.
+        no other module.
     """
     is_small_preset = network_config.cfg == "heads64"
     rendering_kwargs = {

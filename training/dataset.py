@@ -43,9 +43,9 @@ ROTATION_TOLERANCE = 1e-2
 
 
 class ImageFiles:
-    """The image files and labels of a folder or zip archive.
+    """Access to the image files and labels of a folder or zip archive.
 
-    An entry is a file in the folder or archive. Its name is its relative path.
+    An entry is a file in the folder or archive. The name of an entry is the relative path of the file.
 
     Args: path: folder, which is searched recursively, or .zip file.
     Raises: ValueError if the path does not exist, is a damaged archive, or contains no images.
@@ -114,7 +114,7 @@ class ImageFiles:
             ) from error
 
     def decode(self, entry: str) -> PIL.Image.Image:
-        """Decode an entry. The whole file is read, so that damage is found here.
+        """Decode the image of an entry. All pixels are decoded, so that damage of the file is detected here.
 
         Raises: ValueError if the entry is damaged, too large, or no 8-bit greyscale or RGB image.
         """
@@ -428,7 +428,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return label
 
     def get_labels(self) -> np.ndarray:
-        """Return the labels of all images, [number of images, L], as from `get_label`."""
+        """Return the labels of all images, float32 [number of images, L]. Labels of mirrored images are
+        mirrored.
+        """
         if self._labels is None:
             return np.zeros((len(self), 0), np.float32)
         label_rows = self._labels[self._raw_index]

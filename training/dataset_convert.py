@@ -120,6 +120,10 @@ def png(image: PIL.Image.Image) -> bytes:
 def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
     """Convert the images of some entries, in a worker process.
 
+    Args:
+        files: source set.
+        options: transforms.
+        entries: names of the entries.
     Returns: for each entry, a tuple of the PNGs (the image, and its mirrored copy if requested), the size (W,
         H) of the source image, and the shape (C, H, W) of the result.
     Raises: ValueError for a damaged entry.
@@ -139,7 +143,7 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
 def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     """Read and check the labels of the images that are converted.
 
-    Returns: the labels in their stored form, or None if the set has no labels or they are to be dropped.
+    Returns: the labels in their stored form, or None if the set has no labels or `options.labels` is "drop".
     Raises: ValueError if only some images have a label, or if a label is malformed (see `label_array`).
     """
     if options.labels == "drop" or LABELS_FILE not in files.entries:
@@ -224,7 +228,7 @@ def convert_dataset(
     on_image: Callable[[int], object] = lambda count: None,
     overwrite: bool = False,
 ) -> Converted:
-    """Convert an image set.
+    """Convert an image set to EG3D's dataset format.
 
     Args:
         source: folder or zip archive.
@@ -233,6 +237,7 @@ def convert_dataset(
         workers: number of processes.
         on_image: function that is called with 1 after each source image, to show progress.
         overwrite: True: replace an existing .zip file. A folder is never replaced.
+    Returns: a summary of the conversion.
     Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written, for
         example because the disk is full. In both cases `dest` is not changed.
     """

@@ -51,7 +51,8 @@ class Ranks:
     def _exchange(self, purpose: str) -> Iterator[None]:
         """Convert errors of torch.distributed in the block to PeerLostError.
 
-        Args: purpose: what every rank has to do, a verb phrase for the message.
+        Args: purpose: verb phrase for the message that says what the ranks are doing, such as "exchange
+            gradients".
         """
         try:
             yield
@@ -80,7 +81,7 @@ class Ranks:
         return tensor
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Return, for each flag, True if it is true on at least one rank."""
+        """Return, for each flag of this rank, True if the flag is true on at least one rank."""
         flag_counts = self.sum_(torch.tensor([float(flag) for flag in flags]), "agree to continue")
         return [flag_count > 0 for flag_count in flag_counts.tolist()]
 
@@ -199,7 +200,7 @@ SINGLE = Ranks()  # for a run of one process
 
 
 def launch_identity() -> str | None:
-    """Return a text that identifies the launch by torchrun.
+    """Return a text that identifies the launch of this run by torchrun.
 
     The text does not change if torchrun restarts the processes. It is torchrun's --rdzv-id if it was given,
     otherwise the name of the machine with the number of the launching process.
@@ -297,7 +298,7 @@ def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
     """Report only the error of the first process that fails in the block. The other processes exit silently.
 
     A counter in the store shows which process is the first. Rank 0 hosts the store, so if it fails, it waits
-    up to two seconds until all others have counted themselves.
+    up to two seconds until all other processes have increased the counter.
     """
     try:
         yield

@@ -83,7 +83,8 @@ def _read(planes: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 def _angle(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return atan2(y, x). If x and y are 0, the value and the gradient are 0.
 
-    In this case the gradient of torch is NaN, and its value depends on the signs of the zeros.
+    In this case the gradient of torch.atan2 is NaN, and the value of torch.atan2 depends on the signs of the
+    zeros.
     """
     is_origin = (x == 0) & (y == 0)
     return torch.atan2(y.masked_fill(is_origin, 0.0), x.masked_fill(is_origin, 1.0))
@@ -239,9 +240,9 @@ class FeatureDecoder(OSGDecoder):
 class HeadRenderer(ImportanceRenderer):
     """EG3D's renderer with another function that interpolates features at points.
 
-    Colours are not mapped to -1..1. In renders, space is empty if |x| or |z| is closer to the faces of the
-    box than the option side_margin (world units; 0.1 if the option is missing; None turns this off).
-    Densities at points, for example for a mesh, are not changed, as in the published code.
+    Colours are not mapped to -1..1. In renders, a point is empty space if its distance along x or z to a face
+    of the box is less than the option side_margin (world units; 0.1 if the option is missing; None: no
+    margin). Densities at points, for example for a mesh, are not changed, as in the published code.
 
     Args:
         read: function (axes, planes, points, box_warp) -> features [N, K, P, C].
@@ -335,7 +336,8 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
     def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Return the cameras [N, 25] from which `forward` renders.
 
-        The network `t_mapping` predicts a translation of each camera in world units. It is never truncated.
+        The network `t_mapping` predicts a translation of each camera in world units. Truncation of the
+        latents does not change it.
 
         Args: z: latents [N, Z]; c: camera labels [N, 25].
         """
@@ -396,7 +398,7 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
                 needs more than L, the last one is repeated.
             resolution: pixels per edge r.
             antialias: True: resize with antialiasing.
-            noise_mode: noise of the background network.
+            noise_mode: noise of the background network: "random", "const" or "none".
         """
         missing_count = max(self.bcg_synthesis.num_ws - ws.shape[1], 0)
         ws = torch.cat([ws, ws[:, -1:].expand(-1, missing_count, -1)], dim=1)[:, : self.bcg_synthesis.num_ws]

@@ -217,7 +217,7 @@ class Gan:
             self._fakes(folder, "_init")
 
     def fetch(self) -> None:
-        """Read the images and labels of the next batch, only the rows of this rank.
+        """Read this rank's images and labels of the next batch.
 
         Raises: ValueError or OSError if the data cannot be read.
         """
@@ -355,7 +355,10 @@ class Gan:
         return {"augment": f"{p:.3f}"}
 
     def snapshot(self, folder: Path, cur_nimg: int) -> None:
-        """Write a grid of images of the fixed latents, and a network file."""
+        """Write image grids of the fixed latents, and a network file.
+
+        Args: folder: run folder; cur_nimg: number of images that the run has used.
+        """
         tag = self.loop.tag(cur_nimg)
         self._fakes(folder, tag)
         self.nets.cur_nimg = cur_nimg
@@ -363,10 +366,10 @@ class Gan:
 
     @torch.no_grad()
     def _fakes(self, folder: Path, tag: str) -> None:
-        """Write fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png.
+        """Write grids of final images, raw renders and depth maps of the fixed latents.
 
-        In the depth image, near is bright. The noise inputs of G are constant, so that snapshots differ only
-        by the weights.
+        The files are fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png. In the depth image, near is
+        bright. The noise inputs of G are constant, so that snapshots differ only by the weights.
         """
         grid_z, grid_c = self._grid
         # Eight images at a time, to bound the memory.

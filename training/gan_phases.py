@@ -73,8 +73,9 @@ def density_l1(sigma: torch.Tensor) -> torch.Tensor:
 
 
 def density_monotonic(sigma: torch.Tensor, detach_front: bool) -> torch.Tensor:
-    """Compute a penalty for densities that decrease from front to back: the mean of relu(front density - rear
-    density).
+    """Compute a penalty for densities that decrease from front to back.
+
+    The penalty is the mean of relu(front density - rear density).
 
     Args:
         sigma: raw densities [N, 2P, 1]. The first half belongs to P front points, the second half to the rear
@@ -198,7 +199,7 @@ class GanPhases:
         update_emas: bool = False,
         other_c: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map latents to ws, conditioned on another camera for some images.
+        """Map latents to style vectors, which for some images are conditioned on the camera of another image.
 
         Args:
             z: latents [N, Z].
@@ -250,7 +251,7 @@ class GanPhases:
         return {image_name: image.float() for image_name, image in images.items()}
 
     def _mixed(self, device: torch.device, is_allowed: bool = True):
-        """Return a context with autocast to bfloat16 if --amp=bf16 is set and it is allowed here.
+        """Return a context with autocast to bfloat16 if --amp=bf16 is set and `is_allowed` is True.
 
         Otherwise the context has no effect.
         """
@@ -269,7 +270,7 @@ class GanPhases:
             img: images "image" [N, 3, R, R] and "image_raw" [N, 3, r, r] in [-1, 1].
             c: cameras [N, K].
             blur_sigma: width of the blur of "image", pixels; 0: no blur.
-            allows_mixed: True: allow reduced precision.
+            allows_mixed: True: run D in bfloat16 if --amp=bf16 is set. False: always run it in float32.
         Returns: the logits [N, 1], and the list of the images that D received. The R1 penalty is the gradient
             of the logits with respect to these images.
         """

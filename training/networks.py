@@ -198,8 +198,8 @@ def set_mbstd_group(networks: Networks, group_size: int | None) -> None:
 def state_hash(module: torch.nn.Module) -> str:
     """Compute the SHA-256 of a module's state dict, in hex.
 
-    It covers the names, shapes, dtypes and bytes of all tensors. Files of preference labels contain this
-    hash, which identifies the generator whose samples were labelled.
+    The hash covers the names, shapes, dtypes and bytes of all tensors. Files of preference labels contain
+    this hash, which identifies the generator whose samples were labelled.
     """
     digest = hashlib.sha256()
     # Sorted, because the order in which submodules were registered must not change the hash.

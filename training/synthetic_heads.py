@@ -193,7 +193,7 @@ def write_heads(
         options: options of the set.
         path: path of the archive, which ends in .zip.
         processes: number of worker processes; None: one for each available core. The files do not depend
-            on it.
+            on this number.
         progress: True: show a progress bar.
     """
     core_count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

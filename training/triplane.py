@@ -206,9 +206,9 @@ class TriPlaneGenerator(torch.nn.Module):
 
         Args:
             z: latents [N, Z].
-            c: camera labels [N, K] that the mapping network is conditioned on. They are multiplied by the
-                rendering option c_scale (0 if missing, as in EG3D). If the generator is not conditioned on
-                cameras, they have no effect.
+            c: camera labels [N, K] that the mapping network is conditioned on. The labels are multiplied by
+                the rendering option c_scale (0 if missing, as in EG3D). If the generator is not conditioned
+                on cameras, the labels have no effect.
             truncation_psi, truncation_cutoff, update_emas: see `MappingNetwork.forward`.
         """
         if self.rendering_kwargs["c_gen_conditioning_zero"]:
@@ -276,7 +276,7 @@ class TriPlaneGenerator(torch.nn.Module):
 
         Args:
             planes: planes [N, 3, C, H, W] that were generated from ws.
-            ws: style vectors [N, L, W], for super-resolution.
+            ws: style vectors [N, L, W], which the super-resolution module needs.
             c: camera labels [N, 25].
             resolution: rendered pixels per edge r.
             options: rendering options, like rendering_kwargs.

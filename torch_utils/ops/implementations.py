@@ -35,8 +35,9 @@ def define(
     Args:
         schema: signature "name(Tensor x, ...) -> ..." in torch's schema language.
         fake: function of the op's arguments that returns empty results of the right shapes, for
-            torch.compile.
-        gradients: backward pass gradients(ctx, *grads), see torch.library.register_autograd.
+            torch.compile; None: torch.compile does not support the op.
+        gradients: backward pass gradients(ctx, *grads), see torch.library.register_autograd; None: the op is
+            not differentiable.
         save: function save(ctx, inputs, output) that stores what `gradients` needs; called in the forward
             pass.
     """

@@ -57,7 +57,8 @@ Tensor filter(const Tensor& x, const Tensor& f, Pair taps, Pair up, Pair down, P
 Tensor forward(
     Tensor x, Tensor f, std::vector<int64_t> up, std::vector<int64_t> down, std::vector<int64_t> padding, bool flip_filter, double gain) {
   STD_TORCH_CHECK(
-      x.dim() == 4 && up.size() == 2 && down.size() == 2 && padding.size() == 4, kOp, ": expected x [N, C, H, W], two factors up, two factors down, and four numbers of padding");
+      x.dim() == 4 && up.size() == 2 && down.size() == 2 && padding.size() == 4, kOp,
+      ": expected x [N, C, H, W], two factors up, two factors down, and four numbers of padding");
   STD_TORCH_CHECK(f.dim() == 1 || f.dim() == 2, kOp, ": expected f [K] or [KH, KW]");
   check_like(kOp, "f", f, f);
   const bool alike = f.scalar_type() == x.scalar_type() && f.get_device_index() == x.get_device_index();

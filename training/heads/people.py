@@ -172,7 +172,8 @@ def _split(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 def ramp(low: float, high: float, x: Numbers) -> Numbers:
     """Return a smooth step function of x, which is 0 at `low` and 1 at `high`.
 
-    It is constant outside of this range. `low` may be larger than `high`; the step then decreases with x.
+    The function is constant outside of this range. `low` may be larger than `high`; the step then decreases
+    with x.
     """
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)  # cubic polynomial whose slope is 0 at t = 0 and t = 1
@@ -377,9 +378,9 @@ def rasterise(
         cam2world: pose of the camera [4, 4] with OpenCV axes.
         focal: focal length divided by the image size.
         resolution: pixels per edge R.
-    Returns: three arrays. The first is the index of the nearest triangle [R, R], or -1 where there is none.
-        The second contains the perspective-correct weights of its corners [R, R, 3]. The third is the depth
-        along the camera's axis [R, R], which is inf where there is no triangle.
+    Returns: three arrays. The first is the index of the nearest triangle [R, R], or -1 where no triangle is
+        visible. The second contains the perspective-correct weights of its corners [R, R, 3]. The third is
+        the depth along the camera's axis [R, R], which is inf where there is no triangle.
     """
     # Camera coordinates R^T (x - t) for a pose with rotation R and translation t; points are rows.
     camera_points = (vertices - cam2world[:3, 3]) @ cam2world[:3, :3]

@@ -30,7 +30,7 @@ BASE = -0.30  # y coordinate; the shoulders below it are not damaged
 def severity(quality: torch.Tensor) -> torch.Tensor:
     """Return the severity [N] of the damage for coordinates of scan quality [N, Q].
 
-    It is 0 for an intact scan and 1 for a fully damaged one.
+    The severity is 0 for an intact scan and 1 for a fully damaged scan.
     """
     # ndtr, the normal distribution function, maps a standard normal coordinate to its quantile. The ramp is
     # narrow, so that most scans have a severity of 0 or 1.
@@ -38,7 +38,10 @@ def severity(quality: torch.Tensor) -> torch.Tensor:
 
 
 def kinds(quality: torch.Tensor) -> torch.Tensor:
-    """Return the amounts [N, 3] in 0..1 of a cut, a swelling and a hole, for coordinates [N, Q]."""
+    """Return the amounts of the three kinds of damage, for coordinates of scan quality [N, Q].
+
+    Returns: amounts [N, 3] in 0..1 of a cut, a swelling and a hole.
+    """
     # Quantiles of the second coordinate up to 0.58 are cuts, up to 0.79 swellings, and above holes.
     # Neighbouring kinds overlap by 0.04, so that the damage is continuous in the latent.
     quantile = ndtr(quality[:, 1])

@@ -383,7 +383,7 @@ def crossings(corners: np.ndarray, grid_coordinates: np.ndarray) -> tuple[np.nda
 
 
 def head_grid(head: Head, resolution: int) -> np.ndarray:
-    """Compute the signed distance of an intact head at the centres of the voxels of the cube.
+    """Compute the signed distances of an intact head at the centres of voxels (see `grid_points`).
 
     The head is closed at the bottom by the cylinder of `bust_end`. Distances are exact within BAND voxels of
     the surface. Farther away their error is at most one voxel, and at most four voxels near the end of the

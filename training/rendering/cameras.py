@@ -89,7 +89,7 @@ class LookAtPoseSampler:
         batch_size=1,
         device="cpu",
     ) -> torch.Tensor:
-        """Sample poses.
+        """Sample N camera poses.
 
         Args:
             horizontal_mean, vertical_mean: means of yaw and pitch in radians, see `camera_position`.

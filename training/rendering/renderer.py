@@ -81,8 +81,8 @@ class MipRayMarcher2(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Composite the samples of several passes, which may be in any order.
 
-        The result equals that of sorting all samples by depth. The colours, which are the largest tensors,
-        are neither sorted nor concatenated, so they are not copied.
+        The result is the same as if all samples were sorted by depth first. The colours, which are the
+        largest tensors, are neither sorted nor concatenated, so they are not copied.
 
         Args:
             passes: (colours [N, M, S, C], raw densities [N, M, S, 1], depths [N, M, S, 1]) of each pass. S
@@ -144,8 +144,8 @@ class MipRayMarcher2(torch.nn.Module):
 class _WeightedSum(torch.autograd.Function):
     """Weighted sum of colours: sum_s v_s c_s for weights v [B, S] and colours c [B, S, C].
 
-    The forward pass is torch's batched matrix product. Its gradient for c would be a matrix product with an
-    inner size of 1. Here it is an elementwise multiplication, which is faster.
+    The forward pass is torch's batched matrix product. For the gradient of c, torch would compute a matrix
+    product with an inner size of 1. This class multiplies elementwise instead, which is faster.
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ def sample_stratified(
     end of the ray, as in EG3D. The function draws from torch's global generator once.
 
     Args:
-        origins: origins of the rays [N, M, 3], for their number and device.
+        origins: origins of the rays [N, M, 3], of which only the number and the device are used.
         ray_start, ray_end: smallest and largest depth in world units, numbers or tensors [N, M, 1].
         stratum_count: number of strata S, >= 2.
         disparity: True: the strata have equal size in 1/depth instead of depth.
@@ -212,7 +212,7 @@ def uniform_draws(rays: torch.Tensor, fine_count: int, stratified: bool = False)
     """Draw the random numbers of the importance pass, from torch's global generator.
 
     Args:
-        rays: any tensor [B, ...], for the number of rays and the device.
+        rays: any tensor [B, ...] with the number of rays and the device.
         fine_count: number of fine samples F.
         stratified: True: draw one number in each of F equal parts of [0, 1). This halves the noise of renders
             with few samples. Published networks were trained without it.
@@ -311,7 +311,8 @@ class ImportanceRenderer(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Render with the samples of both passes sorted by depth, as in EG3D. This is the reference path.
 
-        Args and Returns: as in `forward`; depths: depths of the coarse pass [N, M, S, 1].
+        Arguments and results are those of `forward`, with the depths [N, M, S, 1] of the coarse pass as a
+        further argument.
         """
         colors, densities = self._query(planes, decoder, origins, directions, depths, options)
         fine_count = options.get("depth_resolution_importance", 0)
@@ -335,7 +336,7 @@ class ImportanceRenderer(torch.nn.Module):
     def _render_unsorted(
         self, planes, decoder, origins, directions, depths, options
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Render the same result as `_render_sorted` faster.
+        """Compute the same result as `_render_sorted`, but faster.
 
         Only densities and depths are sorted. Colours, which are larger, are not moved in memory.
         """
