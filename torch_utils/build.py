@@ -79,24 +79,24 @@ class Recipe:
             [word.replace(source_folder, "").replace(torch_folder, "") for word in command]
             for command in self.commands
         ]
-        inputs = (
+        hash_inputs = (
             portable_commands,
             torch.__version__,
             _compiler_version(self.commands[0][0]),
             _processor(),
         )
-        return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, inputs)}"
+        return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, hash_inputs)}"
 
 
-def _digest(op: str, device_type: str, inputs: tuple) -> str:
+def _digest(op: str, device_type: str, hash_inputs: tuple) -> str:
     """Compute a hash of an op's sources and of the other inputs of its library, as 16 hexadecimal digits.
 
     Args:
         op: name of the op.
         device_type: "cpu" or "cuda".
-        inputs: other values on which the library depends, such as flags and versions.
+        hash_inputs: other values on which the library depends, such as flags and versions.
     """
-    digest = hashlib.sha256(repr(inputs).encode())
+    digest = hashlib.sha256(repr(hash_inputs).encode())
     # All headers are hashed, since an op may include any of them.
     for path in [
         SOURCES / (op + SUFFIX[device_type]),
@@ -125,8 +125,8 @@ def prebuilt_library(op: str, device_type: str) -> Path:
         op: name of the op.
         device_type: "cpu" or "cuda".
     """
-    inputs = (flags(device_type), torch.__version__, _processor())
-    return prebuilt_folder() / f"{op}_{device_type}_{_digest(op, device_type, inputs)}.so"
+    hash_inputs = (flags(device_type), torch.__version__, _processor())
+    return prebuilt_folder() / f"{op}_{device_type}_{_digest(op, device_type, hash_inputs)}.so"
 
 
 def cache_dir() -> Path:
@@ -203,16 +203,18 @@ def compiler(device_type: str) -> str:
 
     Raises: BuildError if the selected compiler, or every known compiler, is missing.
     """
-    variable, candidates, description = COMPILERS[device_type]
-    selected_name = os.environ.get(variable)
+    environment_variable, compiler_names, compiler_description = COMPILERS[device_type]
+    selected_name = os.environ.get(environment_variable)
     # A compiler that the user selected is not replaced by another one.
-    for candidate in (selected_name,) if selected_name else candidates:
-        if shutil.which(candidate):
-            return candidate
-    missing_compiler = f"The compiler {variable}={selected_name}" if selected_name else description
+    for compiler_name in (selected_name,) if selected_name else compiler_names:
+        if shutil.which(compiler_name):
+            return compiler_name
+    missing_compiler = (
+        f"The compiler {environment_variable}={selected_name}" if selected_name else compiler_description
+    )
     raise BuildError(
         f"{missing_compiler} was not found. Install it, or select another compiler with the environment"
-        f" variable {variable}."
+        f" variable {environment_variable}."
     )
 
 
@@ -296,8 +298,8 @@ def recipe(op: str, device_type: str) -> Recipe:
     # CUDA's runtime is linked statically, so that the machine that loads the library needs no toolkit. One of
     # these folders has libcudart_static.a.
     library_folders = [
-        root / subfolder
-        for root in toolkit_folders
+        toolkit_root / subfolder
+        for toolkit_root in toolkit_folders
         for subfolder in ("lib64", "lib", "targets/x86_64-linux/lib")
     ]
     library_flags = [f"-L{folder}" for folder in library_folders if folder.is_dir()]
@@ -351,7 +353,7 @@ def build(op: str, device_type: str) -> Path:
                 for command_template in build_recipe.commands:
                     command = [temporary_names.get(word, word) for word in command_template]
                     print("$", shlex.join(command), file=log_file, flush=True)
-                    process = subprocess.run(
+                    finished_process = subprocess.run(
                         command,
                         cwd=build_folder,
                         capture_output=True,
@@ -359,11 +361,11 @@ def build(op: str, device_type: str) -> Path:
                         # English messages: the text about a full disk is compared below.
                         env={**os.environ, "LC_ALL": "C"},
                     )
-                    if process.returncode and os.strerror(errno.ENOSPC) in process.stderr:
+                    if finished_process.returncode and os.strerror(errno.ENOSPC) in finished_process.stderr:
                         # On a full disk the log could not be written either, so the error is raised directly.
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    print(process.stdout + process.stderr, file=log_file, flush=True)
-                    if process.returncode:
+                    print(finished_process.stdout + finished_process.stderr, file=log_file, flush=True)
+                    if finished_process.returncode:
                         raise BuildError(f"The compiler reported an error. Read its log {log_path}.")
             os.replace(build_folder / "building.so", library_path)  # atomic
     except OSError as error:
@@ -415,12 +417,12 @@ def main() -> int:
     has_failed = False
     for device_type, op in [(source_type, op_name) for source_type in SUFFIX for op_name in ops(source_type)]:
         try:
-            outcome = str(build(op, device_type))
+            outcome_text = str(build(op, device_type))
         except BuildError as error:
             is_compiler_missing = "was not found" in str(error)  # the text of `compiler`
             has_failed |= not is_compiler_missing or device_type == "cpu"
-            outcome = f"{'not built' if is_compiler_missing else 'FAILED'}: {error}"
-        print(f"{op:20s} {device_type:5s} {outcome}", flush=True)
+            outcome_text = f"{'not built' if is_compiler_missing else 'FAILED'}: {error}"
+        print(f"{op:20s} {device_type:5s} {outcome_text}", flush=True)
     return int(has_failed)
 
 

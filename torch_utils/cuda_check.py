@@ -79,7 +79,10 @@ def _try(op: str, check: Check, device: torch.device) -> bool:
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):
-            largest_difference = max(_difference(actual, expected) for actual, expected in check(device))
+            largest_difference = max(
+                _difference(actual_output, expected_output)
+                for actual_output, expected_output in check(device)
+            )
     # NotImplementedError means that no kernel is registered for the device.
     except (RuntimeError, NotImplementedError) as error:
         first_line = str(error).splitlines()[0] if str(error) else "no message"
@@ -96,19 +99,21 @@ def _try(op: str, check: Check, device: torch.device) -> bool:
     return False
 
 
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def _difference(actual_output: torch.Tensor, expected_output: torch.Tensor) -> float:
     """Return the largest difference relative to the largest expected value.
 
     It is infinite if the shapes differ or a value is NaN.
 
     Args:
-        actual: result of the op.
-        expected: result of plain torch.
+        actual_output: result of the op.
+        expected_output: result of plain torch.
     """
-    if actual.shape != expected.shape:
+    if actual_output.shape != expected_output.shape:
         return float("inf")
-    expected = expected.double()
-    difference = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    expected_output = expected_output.double()
+    difference = (
+        actual_output.double() - expected_output
+    ).abs().max() / expected_output.abs().max().clamp_min(1e-12)
     return float(torch.nan_to_num(difference, nan=float("inf")))
 
 
@@ -267,9 +272,9 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
         cotangent = cotangent.contiguous(memory_format=layout)
         for act, activation_name in enumerate(activation_funcs):
             op_settings = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
-            activated = _ops.bias_act(x, b, *op_settings)
+            activation_output = _ops.bias_act(x, b, *op_settings)
             yield (
-                activated,
+                activation_output,
                 bias_act_ref(x.double(), b.double(), 1, activation_funcs[activation_name], *op_settings[2:]),
             )
             # Only these three activations have compiled gradients. The other gradients are computed by torch.
@@ -277,15 +282,17 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
                 negative_slope = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[activation_name]
                 # gain * slope of the activation, and 0 for clamped outputs
                 slope = (
-                    1.5 * torch.where(activated > 0, 1.0, negative_slope).double() * (activated.abs() < 2.0)
+                    1.5
+                    * torch.where(activation_output > 0, 1.0, negative_slope).double()
+                    * (activation_output.abs() < 2.0)
                 )
                 yield from zip(
-                    _ops.bias_act_backward(cotangent, activated, *op_settings, True),
+                    _ops.bias_act_backward(cotangent, activation_output, *op_settings, True),
                     (slope * cotangent, (slope * cotangent).sum((0, 2, 3))),
                     strict=True,
                 )
                 yield (
-                    _ops.bias_act_slope(cotangent, b, activated, *op_settings),
+                    _ops.bias_act_slope(cotangent, b, activation_output, *op_settings),
                     slope * (cotangent + b[:, None, None]),
                 )
 
@@ -303,9 +310,11 @@ def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
                 (1, 2, (3, 1, 1, 1)),  # downsample
                 (3, 2, (4, -1, 0, 6)),  # upsample and downsample, with a border that is cropped
             ):
-                resampling = ((up, up), (down, down), pad)
-                actual = _ops.upfirdn2d(image, f, *(list(factors) for factors in resampling), False, 1.5)
-                yield actual, upfirdn2d_ref(image.double(), f.double(), *resampling, False, 1.5)
+                resample_settings = ((up, up), (down, down), pad)
+                actual_output = _ops.upfirdn2d(
+                    image, f, *(list(factors) for factors in resample_settings), False, 1.5
+                )
+                yield actual_output, upfirdn2d_ref(image.double(), f.double(), *resample_settings, False, 1.5)
 
 
 CHECKS: dict[str, Check] = {

@@ -26,15 +26,15 @@ class Collector:
     def __init__(self):
         self._moments: dict[str, torch.Tensor] = {}  # by name: [count, sum, sum of squares], float64
 
-    def report(self, name: str, reported: torch.Tensor | float) -> None:
+    def report(self, name: str, reported_values: torch.Tensor | float) -> None:
         """Add a number, or all elements of a tensor, to the statistics of a name.
 
         Args:
             name: name of the statistic.
-            reported: number or tensor.
+            reported_values: number or tensor.
         """
         # A sum of squares of many values would be too inaccurate in float32.
-        x = torch.as_tensor(reported, dtype=torch.float64).detach().flatten().cpu()
+        x = torch.as_tensor(reported_values, dtype=torch.float64).detach().flatten().cpu()
         # Sums can be added over calls and over processes, means cannot.
         moments = torch.stack(
             [torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()]

@@ -220,8 +220,10 @@ class AugmentPipe(torch.nn.Module):
             images = self._filter_bands(images, draws)
         if options.noise > 0:
             # One standard deviation per image, [N, 1, 1, 1].
-            sigma = draws.gated(draws.half_normal(1, 1, 1) * options.noise_std, options.noise * self.p, 0)
-            images = images + torch.randn(images.shape, device=images.device) * sigma
+            noise_sigma = draws.gated(
+                draws.half_normal(1, 1, 1) * options.noise_std, options.noise * self.p, 0
+            )
+            images = images + torch.randn(images.shape, device=images.device) * noise_sigma
         if options.cutout > 0:
             height, width = images.shape[2:]
             # Width and height of the square, [N, 2, 1, 1, 1]. A closed gate gives the size 0.
@@ -256,46 +258,48 @@ class AugmentPipe(torch.nn.Module):
         p = self.p
         height, width = images.shape[2:]
         template = images.new_empty([images.shape[0]], dtype=torch.float32)
-        transform = scale2d(1, 1, template)  # product of the inverse transforms so far, [N, 3, 3]
+        inverse_transform = scale2d(1, 1, template)  # product of the inverse transforms so far, [N, 3, 3]
         if options.xflip > 0:
             # 2 u, rounded down, is 0 or 1 with equal probability. Half of the images with an open gate
             # are therefore mirrored.
-            transform = transform @ scale2d(
+            inverse_transform = inverse_transform @ scale2d(
                 1 - 2 * draws.gated((draws.uniform() * 2).floor(), options.xflip * p, 0), 1, template
             )
         if options.rotate90 > 0:
-            transform = transform @ rotate2d(
+            inverse_transform = inverse_transform @ rotate2d(
                 math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), options.rotate90 * p, 0), template
             )
         if options.xint > 0:
             shift = draws.gated((draws.uniform(2) * 2 - 1) * options.xint_max, options.xint * p, 0)
-            transform = transform @ translate2d(
+            inverse_transform = inverse_transform @ translate2d(
                 -(shift[:, 0] * width).round(), -(shift[:, 1] * height).round(), template
             )
         if options.scale > 0:
             scale_factor = draws.gated((draws.normal() * options.scale_std).exp2(), options.scale * p, 1)
-            transform = transform @ scale2d(1 / scale_factor, 1 / scale_factor, template)
+            inverse_transform = inverse_transform @ scale2d(1 / scale_factor, 1 / scale_factor, template)
         # There are two rotations. If each has the probability q, at least one is applied with the probability
         # 1 - (1 - q)^2, which has to be rotate * p.
         p_rotate = 1 - (1 - options.rotate * p).clamp(0, 1).sqrt()
         if options.rotate > 0:
-            transform = transform @ rotate2d(
+            inverse_transform = inverse_transform @ rotate2d(
                 draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0), template
             )
         if options.aniso > 0:
             scale_factor = draws.gated((draws.normal() * options.aniso_std).exp2(), options.aniso * p, 1)
-            transform = transform @ scale2d(1 / scale_factor, scale_factor, template)
+            inverse_transform = inverse_transform @ scale2d(1 / scale_factor, scale_factor, template)
         if options.rotate > 0:
             # With `debug_percentile` the second rotation is left out, as in EG3D, so that a single
             # angle remains.
             angle = draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0)
-            transform = transform @ rotate2d(
+            inverse_transform = inverse_transform @ rotate2d(
                 angle if draws.percentile is None else torch.zeros_like(angle), template
             )
         if options.xfrac > 0:
             shift = draws.gated(draws.normal(2) * options.xfrac_std, options.xfrac * p, 0)
-            transform = transform @ translate2d(-shift[:, 0] * width, -shift[:, 1] * height, template)
-        return transform
+            inverse_transform = inverse_transform @ translate2d(
+                -shift[:, 0] * width, -shift[:, 1] * height, template
+            )
+        return inverse_transform
 
     def _warp(self, images: torch.Tensor, transforms: torch.Tensor) -> torch.Tensor:
         """Resample images by geometric transforms.
@@ -428,7 +432,7 @@ class AugmentPipe(torch.nn.Module):
             band_gains[:, band] = random_gain if probability_factor > 0 else 1
             gains = gains * band_gains / (octave_power * band_gains.square()).sum(dim=1, keepdim=True).sqrt()
         # One kernel for each channel of each image: [N, 4] @ [4, 43] -> [N, 43] -> [N * C, 43].
-        kernel = (gains @ self.Hz_fbank).repeat_interleave(channel_count, dim=0).to(images.dtype)
+        kernels = (gains @ self.Hz_fbank).repeat_interleave(channel_count, dim=0).to(images.dtype)
         filter_reach = self.Hz_fbank.shape[1] // 2
         if min(height, width) <= filter_reach:
             raise ValueError(
@@ -440,10 +444,10 @@ class AugmentPipe(torch.nn.Module):
         # Grouped convolution with one group for each channel of each image. The filter is separable, so it is
         # applied along rows and then along columns.
         channel_images = F.conv2d(
-            channel_images, kernel[:, None, None, :], groups=image_count * channel_count
+            channel_images, kernels[:, None, None, :], groups=image_count * channel_count
         )
         channel_images = F.conv2d(
-            channel_images, kernel[:, None, :, None], groups=image_count * channel_count
+            channel_images, kernels[:, None, :, None], groups=image_count * channel_count
         )
         return channel_images.reshape(image_count, channel_count, height, width)
 
@@ -485,11 +489,11 @@ def _margins(
     # Pixels beyond the edges of the image, with the pixels that the two filters need, one for upsampling and
     # one for downsampling.
     margins = extents + 2 * filter_reach - transforms.new_tensor([centre_x, centre_x, centre_y, centre_y])
-    limits = transforms.new_tensor([width - 1, width - 1, height - 1, height - 1])
-    left, right, top, bottom = (
-        int(margin) for margin in margins.clamp(min=0).minimum(limits).ceil().tolist()
+    margin_limits = transforms.new_tensor([width - 1, width - 1, height - 1, height - 1])
+    left_margin, right_margin, top_margin, bottom_margin = (
+        int(margin) for margin in margins.clamp(min=0).minimum(margin_limits).ceil().tolist()
     )
-    return left, right, top, bottom
+    return left_margin, right_margin, top_margin, bottom_margin
 
 
 def _recolour(images: torch.Tensor, colour_maps: torch.Tensor) -> torch.Tensor:
@@ -606,13 +610,13 @@ def octave_filter_bank(band_count: int = 4) -> np.ndarray:
     low_power = np.convolve(low_pass, low_pass[::-1]) / 2
     high_power = np.convolve(high_pass, high_pass[::-1]) / 2
     # The first filter is the identity, the others are 0.
-    bank = np.eye(band_count, 1)
+    filter_bank = np.eye(band_count, 1)
     for new_band in range(1, band_count):
-        stretched_filters = np.zeros([band_count, 2 * bank.shape[1] - 1])
-        stretched_filters[:, ::2] = bank
-        bank = np.stack([np.convolve(band_filter, low_power) for band_filter in stretched_filters])
-        first_tap = (bank.shape[1] - len(high_power)) // 2  # centres the shorter filter
-        bank[new_band, first_tap : first_tap + len(high_power)] += high_power
+        stretched_filters = np.zeros([band_count, 2 * filter_bank.shape[1] - 1])
+        stretched_filters[:, ::2] = filter_bank
+        filter_bank = np.stack([np.convolve(band_filter, low_power) for band_filter in stretched_filters])
+        first_tap = (filter_bank.shape[1] - len(high_power)) // 2  # centres the shorter filter
+        filter_bank[new_band, first_tap : first_tap + len(high_power)] += high_power
     # Some taps cancel except for rounding, which depends on the order of numpy's sums. They are set to
     # exactly 0.
-    return np.where(np.abs(bank) < 1e-12, 0.0, bank)
+    return np.where(np.abs(filter_bank) < 1e-12, 0.0, filter_bank)

@@ -104,8 +104,8 @@ def read(run_or_file: Path, fall_back: bool = False) -> tuple[dict[str, torch.Te
         ValueError: the checkpoint is damaged, and `fall_back` is False or there is no intact older one.
     """
     if run_or_file.is_dir():
-        candidates = available(run_or_file)[::-1]
-        if not candidates:
+        candidate_paths = available(run_or_file)[::-1]
+        if not candidate_paths:
             raise FileNotFoundError(
                 f"--resume: the folder {run_or_file} contains no checkpoint-*.safetensors. Name the folder of"
                 " a run that has written a checkpoint."
@@ -121,15 +121,15 @@ def read(run_or_file: Path, fall_back: bool = False) -> tuple[dict[str, torch.Te
             for candidate_path in available(run_or_file.parent)[::-1]
             if candidate_path.name < run_or_file.name
         ]
-        candidates = [run_or_file, *older_paths]
+        candidate_paths = [run_or_file, *older_paths]
     # Pairs of a checkpoint and the next older one, None for the oldest.
-    for candidate_path, older_path in zip(candidates, [*candidates[1:], None], strict=True):
+    for candidate_path, older_path in zip(candidate_paths, [*candidate_paths[1:], None], strict=True):
         try:
             return *storage.read_tensors(candidate_path, "checkpoint"), candidate_path
         except ValueError as error:
             if not fall_back or older_path is None:
-                hint = ""
+                hint_text = ""
                 if older_path is not None and not fall_back:
-                    hint = f" Add --resume-previous to continue from {older_path.name}."
-                raise ValueError(f"--resume: {error}{hint}") from None
+                    hint_text = f" Add --resume-previous to continue from {older_path.name}."
+                raise ValueError(f"--resume: {error}{hint_text}") from None
     raise AssertionError("unreachable")

@@ -93,7 +93,7 @@ def knobs_of(settings_class: type) -> list[tuple[dataclasses.Field, type, Knob]]
 
 
 def settings_to_values(settings: object) -> dict[str, typing.Any]:
-    """Return the values of all fields that `knob` has defined, also of nested settings, by name of the field."""
+    """Return the values of all fields that `knob` has defined, including nested settings, by field name."""
     value_by_field: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         field_value = getattr(settings, field.name)
@@ -124,14 +124,17 @@ def _constructor_arguments(settings_class: typing.Any, value_by_field: Mapping) 
     """
     arguments: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings_class):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default_value = (
+            field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        )
         # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as
         # an object.
-        if dataclasses.is_dataclass(default) and not isinstance(
-            value_by_field.get(field.name), type(default)
+        if dataclasses.is_dataclass(default_value) and not isinstance(
+            value_by_field.get(field.name), type(default_value)
         ):
-            nested_arguments = _constructor_arguments(default, value_by_field)
-            arguments[field.name] = dataclasses.replace(default, **nested_arguments)  # type: ignore[type-var]
+            nested_arguments = _constructor_arguments(default_value, value_by_field)
+            nested_settings = dataclasses.replace(default_value, **nested_arguments)  # type: ignore[type-var]
+            arguments[field.name] = nested_settings
         elif field.name in value_by_field:
             arguments[field.name] = value_by_field[field.name]
     return arguments

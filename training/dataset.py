@@ -261,10 +261,12 @@ def _check_length(
     """
     if required_length is not None and label_length != required_length:
         is_camera = required_length == LABEL_NUMBERS
-        note = " A camera label has 16 numbers of cam2world and 9 of the intrinsics." if is_camera else ""
+        note_text = (
+            " A camera label has 16 numbers of cam2world and 9 of the intrinsics." if is_camera else ""
+        )
         raise ValueError(
             f"{file_description}: entry {image_name!r}: expected a label of {required_length} numbers, got"
-            f" {label_length}.{note} Correct the labels in the file."
+            f" {label_length}.{note_text} Correct the labels in the file."
         )
 
 
@@ -428,8 +430,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return label
 
     def get_labels(self) -> np.ndarray:
-        """Return the labels of all images, float32 [number of images, L]. Labels of mirrored images are
-        mirrored.
+        """Return the labels of all images, float32 [number of images, L].
+
+        The labels of mirrored images are mirrored.
         """
         if self._labels is None:
             return np.zeros((len(self), 0), np.float32)
@@ -523,13 +526,13 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Yield the indices of this rank without end."""
         n = self.length
-        order = np.arange(self.length)
+        initial_order = np.arange(self.length)
         rng = np.random.RandomState(self.seed)
         window_length = int(np.rint(n * self.window_size)) if self.shuffle else 0
         if self.shuffle:
-            rng.shuffle(order)
+            rng.shuffle(initial_order)
         # A list is faster than an array for access to single elements.
-        shuffled_indices: list[int] = order.tolist()
+        shuffled_indices: list[int] = initial_order.tolist()
         steps_back = iter(list[int]())
         for position in itertools.count():
             i = position % n
@@ -569,9 +572,9 @@ def _end_with_parent() -> None:
 
     Without it, workers would remain after the parent was killed.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()  # returns when the parent has ended, for any reason
+    parent_process = multiprocessing.parent_process()
+    assert parent_process is not None
+    parent_process.join()  # returns when the parent has ended, for any reason
     os._exit(1)
 
 

@@ -61,9 +61,9 @@ def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int
     pixels_per_unit = min(width / ratio_width, height / ratio_height)
     crop_width = max(1, round(ratio_width * pixels_per_unit))
     crop_height = max(1, round(ratio_height * pixels_per_unit))
-    left = (width - crop_width) // 2
-    top = (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
+    left_edge = (width - crop_width) // 2
+    top_edge = (height - crop_height) // 2
+    return left_edge, top_edge, left_edge + crop_width, top_edge + crop_height
 
 
 def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Image.Image:
@@ -86,7 +86,7 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
 
     In EG3D's labels, intrinsics are divided by the image size: x by the width and y by the height. A crop of
     a W x H image to w x h pixels therefore changes the focal length f_x and the principal point c_x to f_x' =
-    f_x W / w and c_x' = (c_x W - left) / w, and the values of y accordingly. The black bars of
+    f_x W / w and c_x' = (c_x W - left_edge) / w, and the values of y accordingly. The black bars of
     center-crop-wide scale y again.
 
     Args:
@@ -95,13 +95,13 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
         width, height: size W and H of the source image in pixels.
     Returns: the adapted label [25].
     """
-    left, top, right, bottom = crop_box(options, width, height)
+    left_edge, top_edge, right_edge, bottom_edge = crop_box(options, width, height)
     intrinsics = label[POSE_NUMBERS:].reshape(3, 3).copy()
     # Row 0 contains f_x, the skew and c_x; row 1 contains f_y and c_y.
-    intrinsics[0] *= width / (right - left)
-    intrinsics[1] *= height / (bottom - top)
-    intrinsics[0, 2] -= left / (right - left)
-    intrinsics[1, 2] -= top / (bottom - top)
+    intrinsics[0] *= width / (right_edge - left_edge)
+    intrinsics[1] *= height / (bottom_edge - top_edge)
+    intrinsics[0, 2] -= left_edge / (right_edge - left_edge)
+    intrinsics[1, 2] -= top_edge / (bottom_edge - top_edge)
     if options.transform == "center-crop-wide":
         # The image of w x h pixels becomes a square of w x w pixels with bars of (w - h) // 2 rows.
         w, h = options.size
@@ -112,9 +112,9 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
 
 def png(image: PIL.Image.Image) -> bytes:
     """Encode an image as a PNG without compression, as EG3D writes it."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="png", compress_level=0)
-    return buffer.getvalue()
+    png_buffer = io.BytesIO()
+    image.save(png_buffer, format="png", compress_level=0)
+    return png_buffer.getvalue()
 
 
 def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
@@ -166,21 +166,21 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     return stored_labels
 
 
-def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
+def _output_labels(label, options: ConvertOptions, source_size: tuple[int, int]) -> list:
     """Return the labels of the images that are made from one source image.
 
     Args:
         label: label of the source image as stored: a list of numbers, or an integer class index.
         options: transforms.
-        size: (width, height) of the source image in pixels.
+        source_size: (width, height) of the source image in pixels.
     Returns: the label, and the label of the mirrored copy if requested. A label that does not change is the
         same object as `label`.
     """
     is_padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
-    is_cropped = crop_box(options, *size) != (0, 0, *size)
+    is_cropped = crop_box(options, *source_size) != (0, 0, *source_size)
     is_camera = isinstance(label, list) and len(label) == LABEL_NUMBERS
     if is_camera and (is_padded or is_cropped):
-        label = transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
+        label = transform_camera(np.array(label, dtype=np.float64), options, *source_size).tolist()
     if not options.mirror:
         return [label]
     if not isinstance(label, list):
@@ -189,19 +189,19 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
 
 
 def _check_shape(
-    shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, set_description: str
+    image_shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, set_description: str
 ) -> None:
     """Raise ValueError unless an image is square, of a power-of-two size, and as large as the first image.
 
     The numbers of channels must be equal, too.
 
     Args:
-        shape: (C, H, W) of the converted image.
+        image_shape: (C, H, W) of the converted image.
         first_shape: (C, H, W) of the first converted image.
         entry: name of the source image, for messages.
         set_description: name of the set, for messages.
     """
-    channels, height, width = shape
+    channels, height, width = image_shape
     # width & (width - 1) is 0 only for powers of two, which are the resolutions of StyleGAN2 networks.
     if height != width or width & (width - 1):
         raise ValueError(
@@ -213,7 +213,7 @@ def _check_shape(
             f"{set_description}: entry {entry!r}: the image has {channels} channels, but the first image has"
             f" {first_shape[0]}. Convert all images to RGB."
         )
-    if shape != first_shape:
+    if image_shape != first_shape:
         raise ValueError(
             f"{set_description}: entry {entry!r}: the image has {width}x{height} pixels, but the first image"
             f" has {first_shape[2]}x{first_shape[1]}. Add --resolution={first_shape[2]}x{first_shape[1]}."
@@ -252,10 +252,10 @@ def convert_dataset(
     cropped_count = 0
     # The workers, which are forked below, must not share the open file.
     image_files.close()
-    chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
+    entry_chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     death_message = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
     conversion_results = in_order(
-        functools.partial(_convert, image_files, options), chunks, workers, death_message
+        functools.partial(_convert, image_files, options), entry_chunks, workers, death_message
     )
     with open_writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
         for i, (images, source_size, converted_shape) in enumerate(

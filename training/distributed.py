@@ -163,7 +163,7 @@ class Ranks:
         if self.world == 1:
             return tensors
         # Name, shape and dtype of each tensor, so that the other ranks can allocate memory for them.
-        descriptions = self.broadcast(
+        tensor_descriptions = self.broadcast(
             [
                 [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
                 for name, tensor in (tensors or {}).items()
@@ -171,10 +171,11 @@ class Ranks:
         )
         if not self.is_main:
             tensors = {
-                name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in descriptions
+                name: torch.empty(shape, dtype=getattr(torch, dtype))
+                for name, shape, dtype in tensor_descriptions
             }
         # One tensor at a time, because concatenating a large checkpoint would need its memory twice.
-        for name, _, _ in descriptions:
+        for name, _, _ in tensor_descriptions:
             self.broadcast_([tensors[name]])
         return tensors
 

@@ -262,8 +262,8 @@ class HeadRenderer(ImportanceRenderer):
             return decoder.decode(features)
         # The density needs only one row of the last layer.
         w0, b0, w_sigma, b_sigma = (weight.to(features) for weight in decoder.sigma_weights())
-        hidden = functional.softplus(functional.linear(features, w0, b0))
-        return {"sigma": functional.linear(hidden, w_sigma[None], b_sigma[None])}
+        hidden_units = functional.softplus(functional.linear(features, w0, b0))
+        return {"sigma": functional.linear(hidden_units, w_sigma[None], b_sigma[None])}
 
     def _query(
         self, planes, decoder, origins, directions, depths, options, merged=None
@@ -316,8 +316,8 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
             self.torgb = ToRGBLayer(feature_count, 3, self.w_dim)
         if rendering_kwargs["use_background"]:
             background_kwargs = {
-                argument_name: argument
-                for argument_name, argument in kwargs.items()
+                argument_name: argument_value
+                for argument_name, argument_value in kwargs.items()
                 if argument_name in _CONVOLUTIONS
             }
             # The background network has half as many channels as the backbone.
@@ -367,13 +367,13 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
         image = self.superresolution(
             raw_image, features, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
         )
-        mask = opacity * (1 + 2 * 0.001) - 0.001  # stretched like the colours of EG3D's sigmoid
+        image_mask = opacity * (1 + 2 * 0.001) - 0.001  # stretched like the colours of EG3D's sigmoid
         return {
             "image": image,
             "image_raw": raw_image,
             "image_depth": depth,
             "image_opacity": opacity,
-            "image_mask": mask,
+            "image_mask": image_mask,
         }
 
     def scaled(self, features: torch.Tensor) -> torch.Tensor:
@@ -402,9 +402,13 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
         """
         missing_count = max(self.bcg_synthesis.num_ws - ws.shape[1], 0)
         ws = torch.cat([ws, ws[:, -1:].expand(-1, missing_count, -1)], dim=1)[:, : self.bcg_synthesis.num_ws]
-        image = self.bcg_synthesis(ws, noise_mode=noise_mode)
+        background_features = self.bcg_synthesis(ws, noise_mode=noise_mode)
         return functional.interpolate(
-            image, size=(resolution, resolution), mode="bilinear", align_corners=False, antialias=antialias
+            background_features,
+            size=(resolution, resolution),
+            mode="bilinear",
+            align_corners=False,
+            antialias=antialias,
         )
 
 

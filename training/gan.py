@@ -27,31 +27,31 @@ from training.gan_phases import Batch
 from training.phases import Layout, derive_seed
 
 
-def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, world: int = 1) -> None:
+def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, process_count: int = 1) -> None:
     """Check the settings that have to fit the networks and the number of processes.
 
     Args:
         nets: networks that are trained.
         config: settings of adversarial training.
         loop: settings of the training loop.
-        world: number of processes.
+        process_count: number of processes.
     Raises: ValueError, which names the flag, for a setting that does not fit.
     """
     batch = loop.batch
     batch_gpu = loop.batch_gpu
     minibatch_std_layer = nets.D.b4.mbstd
     superresolution = nets.G.superresolution
-    if batch % (world * (batch_gpu or 1)):
+    if batch % (process_count * (batch_gpu or 1)):
         if batch_gpu is None:
             raise ValueError(
-                f"--batch: expected a multiple of the number of processes, {world}, got {batch}. Use such a"
-                " multiple."
+                f"--batch: expected a multiple of the number of processes, {process_count}, got {batch}. Use"
+                " such a multiple."
             )
         raise ValueError(
-            f"--batch: expected a multiple of {world * batch_gpu} ({world} processes x"
+            f"--batch: expected a multiple of {process_count * batch_gpu} ({process_count} processes x"
             f" --batch-gpu={batch_gpu}), got {batch}. Use such a multiple, or change --batch-gpu."
         )
-    images_per_pass = batch_gpu or batch // world
+    images_per_pass = batch_gpu or batch // process_count
     # A group has at most as many images as a forward pass. Without the layer there are no groups.
     group_size = (
         min(minibatch_std_layer.group_size or images_per_pass, images_per_pass)
@@ -284,13 +284,15 @@ class Gan:
 
     # Methods that the loop calls after an iteration.
 
-    def observe(self, name: str, values: torch.Tensor) -> None:
+    def observe(self, stat_name: str, stat_values: torch.Tensor) -> None:
         """Record a statistic of a phase. ADA needs the signs of D's logits for real images.
 
-        Args: name: name of the statistic; values: its values for the images of a round.
+        Args:
+            stat_name: name of the statistic.
+            stat_values: values of the statistic for the images of a round.
         """
-        if name == "Loss/signs/real":
-            self.ada_stats.report(name, values)
+        if stat_name == "Loss/signs/real":
+            self.ada_stats.report(stat_name, stat_values)
 
     def after_step(self, cur_nimg: int, batch_idx: int) -> None:
         """Update G_ema, and every `ada_interval` iterations the augmentation probability p.

@@ -40,22 +40,22 @@ def logistic_loss(logits: torch.Tensor, real: bool) -> torch.Tensor:
     return torch.nn.functional.softplus(-logits if real else logits).squeeze(1)  # [N, 1] -> [N]
 
 
-def r1_penalty(real_logits: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+def r1_penalty(real_logits: torch.Tensor, *discriminator_inputs: torch.Tensor) -> torch.Tensor:
     """Compute the squared norm of D's gradient at real images (R1 penalty, Mescheder et al. 2018).
 
     Differentiable in the parameters of D (second derivatives).
 
     Args:
         real_logits: logits of D for real images [N, 1].
-        inputs: tensors [N, C, H, W] that D received, after blur and augmentation. The squared gradients are
-            summed over the pixels of all these tensors.
+        discriminator_inputs: tensors [N, C, H, W] that D received, after blur and augmentation. The squared
+            gradients are summed over the pixels of all these tensors.
     Returns: penalty [N].
     """
     # The gradient of the sum over images contains the gradient of each image, because the logit of an
     # image depends only on this image, apart from D's minibatch statistics. With `create_graph`, the
     # gradient is differentiable.
     gradients = torch.autograd.grad(
-        outputs=[real_logits.sum()], inputs=list(inputs), create_graph=True, only_inputs=True
+        outputs=[real_logits.sum()], inputs=list(discriminator_inputs), create_graph=True, only_inputs=True
     )
     return sum(gradient.square().sum(dim=[1, 2, 3]) for gradient in gradients)  # type: ignore[return-value]
 
@@ -121,13 +121,13 @@ class Schedule:
 def schedule(config: GanConfig, cur_nimg: int) -> Schedule:
     """Return the scheduled settings after `cur_nimg` images."""
 
-    def progress(kimg: float) -> float:
+    def completed_fraction(kimg: float) -> float:
         """Return the completed fraction, 0..1, of a fade with a length of `kimg` thousand images."""
         # A fade of length 0 is complete from the start.
         return min(cur_nimg / (kimg * 1e3), 1.0) if kimg > 0 else 1.0
 
     blur_sigma = (
-        max(1 - progress(config.blur_fade_kimg), 0.0) * config.blur_init_sigma
+        max(1 - completed_fraction(config.blur_fade_kimg), 0.0) * config.blur_init_sigma
         if config.blur_fade_kimg > 0
         else 0.0
     )
@@ -135,11 +135,11 @@ def schedule(config: GanConfig, cur_nimg: int) -> Schedule:
     if config.gen_pose_cond:
         # The probability falls from 1 to gpc_reg_prob. At first G is never conditioned on the camera of the
         # render, so that it cannot learn shapes that depend on this camera.
-        alpha = progress(config.gpc_reg_fade_kimg)
+        alpha = completed_fraction(config.gpc_reg_fade_kimg)
         swapping_prob = (1 - alpha) + alpha * config.gpc_reg_prob
     rendering_resolution = config.nrr_initial
     if config.nrr_final is not None:
-        alpha = progress(config.nrr_fade_kimg)
+        alpha = completed_fraction(config.nrr_fade_kimg)
         rendering_resolution = round(rendering_resolution * (1 - alpha) + config.nrr_final * alpha)
     return Schedule(blur_sigma, swapping_prob, rendering_resolution)
 
@@ -217,16 +217,16 @@ class GanPhases:
         ws = self.G.mapping(z, conditioning, update_emas=update_emas)
         if self.config.style_mixing_prob > 0:
             style_count = ws.shape[1]
-            # One cutoff for the whole batch, as in StyleGAN2-ADA. With cutoff == style_count, no
+            # One cutoff for the whole batch, as in StyleGAN2-ADA. With mixing_cutoff == style_count, no
             # style is mixed.
-            cutoff = torch.randint(1, style_count, [], device=ws.device)
-            cutoff = torch.where(
-                torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, style_count
+            mixing_cutoff = torch.randint(1, style_count, [], device=ws.device)
+            mixing_cutoff = torch.where(
+                torch.rand([], device=ws.device) < self.config.style_mixing_prob, mixing_cutoff, style_count
             )
             # As in EG3D, the second ws are always conditioned on the cameras c, also for swapped images.
             second_ws = self.G.mapping(torch.randn_like(z), c, update_emas=False)
             # [1, L, 1]. A mask, because a slice would need the value of the cutoff on the CPU.
-            is_before_cutoff = torch.arange(style_count, device=ws.device)[None, :, None] < cutoff
+            is_before_cutoff = torch.arange(style_count, device=ws.device)[None, :, None] < mixing_cutoff
             ws = torch.where(is_before_cutoff, ws, second_ws)
         return ws
 
@@ -389,10 +389,10 @@ class GanPhases:
         """Yield the R1 penalty at the images that D receives (phase Dreg)."""
         sched = schedule(self.config, batch.cur_nimg)
         # Never in reduced precision, because squared gradients and their derivatives need float32.
-        logits, inputs = self.run_D(
+        logits, discriminator_inputs = self.run_D(
             self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma, allows_mixed=False
         )
-        penalty = r1_penalty(logits, *inputs)
+        penalty = r1_penalty(logits, *discriminator_inputs)
         loss = penalty * (self.config.gamma / 2)
         stats = {
             "Loss/scores/real": logits,

@@ -150,12 +150,12 @@ class TrainingLoop:
 
         Args: phase: phase of the loss; loss_text: value or description of the loss.
         """
-        position = f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images)"
+        position_text = f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images)"
         if self.files.last_checkpoint is None:
-            advice = "No checkpoint was written before. Start the run again with a lower learning rate"
+            advice_text = "No checkpoint was written before. Start the run again with a lower learning rate"
         else:
-            advice = f"Resume from {self.files.last_checkpoint} with a lower learning rate"
-        return LossNotFiniteError(f"{position}: expected a finite loss, got {loss_text}. {advice}.")
+            advice_text = f"Resume from {self.files.last_checkpoint} with a lower learning rate"
+        return LossNotFiniteError(f"{position_text}: expected a finite loss, got {loss_text}. {advice_text}.")
 
     # Methods of the complete run.
 

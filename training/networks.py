@@ -20,15 +20,15 @@ RENDERED = "neural_rendering_resolution"  # key of the rendering resolution in t
 Classes = tuple[type[torch.nn.Module], type[torch.nn.Module] | None]
 
 
-def classes_of_eg3d(name: str) -> Classes:
+def classes_of_eg3d(architecture_name: str) -> Classes:
     """Return the classes of G and D of EG3D's architecture.
 
     Raises: ValueError for another name. `eg3d_rlhf.generators` handles the other families.
     """
-    if name != EG3D:
+    if architecture_name != EG3D:
         raise ValueError(
-            f"network: expected the architecture {EG3D}, got {name!r}. Read a file of another architecture"
-            " with eg3d_rlhf.generators.load_networks."
+            f"network: expected the architecture {EG3D}, got {architecture_name!r}. Read a file of another"
+            " architecture with eg3d_rlhf.generators.load_networks."
         )
     return TriPlaneGenerator, DualDiscriminator
 

@@ -148,16 +148,16 @@ class RowDraws(TorchFunctionMode):
 
     Args:
         rows: indices in the batch of the samples of this round.
-        total: number of samples in the batch N.
+        sample_count: number of samples in the batch N.
         blocks: True: the first axis contains blocks, see above.
     >>> torch.manual_seed(0), torch.rand([4, 2])[1::2]  # the same numbers as in the next line
     >>> with RowDraws(range(1, 4, 2), 4): torch.manual_seed(0), torch.rand([2, 2])
     """
 
-    def __init__(self, rows, total: int, blocks: bool = False):
+    def __init__(self, rows, sample_count: int, blocks: bool = False):
         super().__init__()
         self.rows = torch.as_tensor(list(rows))
-        self.total = total
+        self.total = sample_count
         self.blocks = blocks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

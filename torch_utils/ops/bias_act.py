@@ -175,13 +175,13 @@ def _gradients(ctx, grad):
     if _NAMES[act] not in _PIECEWISE:
         # Computed by torch, so that the gradient can be differentiated again.
         x, b = ctx.saved_tensors
-        activation, slope = _SLOPES[_NAMES[act]](
+        activation_value, slope = _SLOPES[_NAMES[act]](
             x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
         )
         grad = grad * gain * slope
         if clamp >= 0:
             # The gradient of clamped results is 0.
-            grad = grad * (activation * gain).detach().abs().le(clamp)
+            grad = grad * (activation_value * gain).detach().abs().le(clamp)
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
     # torch's checkpoint allows only one access to saved_tensors.
     saved_tensors = ctx.saved_tensors
@@ -198,9 +198,9 @@ def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, tor
     """Return the value and the derivative of scale * elu(z), where elu(z) = alpha (exp(z) - 1) for z <= 0."""
     # For z > 0 the exponential is not used. The clamp keeps it
     # finite, since an infinity would make gradients NaN.
-    exponential = alpha * z.clamp(max=0).exp()
-    activation = scale * torch.where(z > 0, z, exponential - alpha)
-    return activation, scale * torch.where(z > 0, torch.ones_like(z), exponential)
+    scaled_exponential = alpha * z.clamp(max=0).exp()
+    activation_value = scale * torch.where(z > 0, z, scaled_exponential - alpha)
+    return activation_value, scale * torch.where(z > 0, torch.ones_like(z), scaled_exponential)
 
 
 # Functions of z that return the value and the derivative of an activation

@@ -57,8 +57,8 @@ def ray_march_ref(
     This is also the implementation in plain torch.
     """
     # Stable: samples of equal depth are not reordered, as in the compiled op.
-    depths, order = depths.sort(dim=-1, stable=True)
-    weights, centre_depths = interval_weights(densities.gather(-1, order), depths)
+    depths, depth_order = depths.sort(dim=-1, stable=True)
+    weights, centre_depths = interval_weights(densities.gather(-1, depth_order), depths)
     half_weights = weights / 2
     # v_k = (w_{k-1} + w_k) / 2, where the padding supplies 0 for the
     # missing intervals of the first and last sample
@@ -67,7 +67,7 @@ def ray_march_ref(
     )
     return (
         # Back to the order of the arguments
-        torch.zeros_like(sorted_weights).scatter(-1, order, sorted_weights),
+        torch.zeros_like(sorted_weights).scatter(-1, depth_order, sorted_weights),
         (weights * centre_depths).sum(dim=-1),
         weights.sum(dim=-1),
     )

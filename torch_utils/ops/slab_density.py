@@ -91,8 +91,8 @@ def slab_density_ref(
     maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]
 ) -> torch.Tensor:
     """Compute the definition of `slab_density`, with all pre-activations [X, J, Y, Z] at once."""
-    hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
-    return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
+    pre_activations: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
+    return torch.einsum("j,xjyz->xyz", w, F.softplus(pre_activations)) + b
 
 
 def _save(ctx, inputs, output) -> None:
@@ -136,17 +136,19 @@ define(
 )
 
 
-def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
+def _cut(grid_map: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
     """Return the part of a map [X or 1, J, Y or 1, Z or 1] that belongs to a block of the grid.
 
     Axes of length 1 are not cut, because they are broadcast.
 
     Args:
-        tensor: map.
+        grid_map: map.
         x: range of x of the block.
         y: range of y of the block.
     """
-    return tensor[x if tensor.shape[0] > 1 else slice(None), :, y if tensor.shape[2] > 1 else slice(None)]
+    return grid_map[
+        x if grid_map.shape[0] > 1 else slice(None), :, y if grid_map.shape[2] > 1 else slice(None)
+    ]
 
 
 class _Volume:
@@ -318,7 +320,7 @@ def _volume_gradients(
     """
     # Gradients of the maps, which all threads use
     shared_grad_maps = [
-        torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)
+        torch.zeros_like(m) if is_needed else None for m, is_needed in zip(maps, need_maps, strict=True)
     ]
 
     def process_range(x_range: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -332,11 +334,13 @@ def _volume_gradients(
         range_grad_maps = [
             torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared_grad_maps
         ]
-        scratch = w.new_empty(0)
+        scratch_memory = w.new_empty(0)
         for x, y, block in volume.blocks(x_range):
             # Grows to the largest block once, then is reused.
-            scratch = scratch if scratch.numel() >= block.numel() else w.new_empty(block.numel())
-            spare_block = scratch[: block.numel()].view(block.shape)
+            scratch_memory = (
+                scratch_memory if scratch_memory.numel() >= block.numel() else w.new_empty(block.numel())
+            )
+            spare_block = scratch_memory[: block.numel()].view(block.shape)
             block_grad = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
             if need_w:
                 activation = volume.softplus(block, out=spare_block)

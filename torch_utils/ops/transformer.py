@@ -71,16 +71,16 @@ class _SelfAttention(torch.autograd.Function):
         # otherwise treat it as an input with a gradient.
         if result_in_tuple[0] is not None:
             return result_in_tuple[0].detach()
-        attended = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
+        attended_values = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
             # q has fewer elements than the scores, so q is scaled and not the scores.
             q = q * q.shape[-1] ** -0.5
             v = v.t()  # `product` multiplies by the transpose of its second argument
-            for query_tile, attended_tile in zip(*_tiles(q, attended[n, :, h]), strict=True):
+            for query_tile, attended_tile in zip(*_tiles(q, attended_values[n, :, h]), strict=True):
                 scores = product(query_tile, k)  # [tile, T]
                 attended_tile.copy_(product(torch.softmax(scores, -1, out=scores), v))
-        return attended
+        return attended_values
 
     @staticmethod
     # torch's fused attention, which "ref" uses, has no second derivative on a CPU, either.
@@ -119,16 +119,18 @@ class _SelfAttention(torch.autograd.Function):
             # The forward pass multiplies the queries by the scale, so
             # their gradient is multiplied by it, too.
             grad_q *= scale
-            for i, (head_grad, gain, (unit, length)) in enumerate(
+            for i, (head_grad, gain, (unit_vectors, vector_lengths)) in enumerate(
                 ((grad_q, gains[0], q_unit_and_length), (grad_k.t(), gains[1], k_unit_and_length))
             ):
                 if gain is not None:
                     # The gradient of x / |x| is the incoming gradient without its
                     # component along x, over |x|.
                     if (grad_gain := grad_gains[i]) is not None:
-                        grad_gain[h] += (head_grad * unit).sum(0)
+                        grad_gain[h] += (head_grad * unit_vectors).sum(0)
                     head_grad = head_grad * gain[h]
-                    head_grad = (head_grad - unit * (head_grad * unit).sum(-1, keepdim=True)) / length
+                    head_grad = (
+                        head_grad - unit_vectors * (head_grad * unit_vectors).sum(-1, keepdim=True)
+                    ) / vector_lengths
                 grad_qkv[n, :, i, h] = head_grad
             grad_qkv[n, :, 2, h] = grad_v.t()
         return grad_qkv, *grad_gains, None
@@ -155,9 +157,9 @@ def _head(
     if gain is None:
         return x, x, x
     # F.normalize, which the reference implementation uses, has the same lower bound.
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
-    unit = x / length
-    return unit * gain[h], unit, length
+    vector_lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    unit_vectors = x / vector_lengths
+    return unit_vectors * gain[h], unit_vectors, vector_lengths
 
 
 def _tiles(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

@@ -70,12 +70,12 @@ def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
     """
     pairs = []
     # In float64 the inverse of a permutation matrix is exact.
-    for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
-        columns = matrix[:, :2]  # [3, 2]
-        axes = columns.argmax(dim=0)
+    for inverse_basis in torch.linalg.inv(plane_axes.detach().double().cpu()):
+        projection_columns = inverse_basis[:, :2]  # [3, 2]
+        axes = projection_columns.argmax(dim=0)
         # The plane is parallel to two world axes if the columns are different unit vectors.
-        unit_vectors = F.one_hot(axes, 3).T.to(columns)
-        if axes[0] == axes[1] or not torch.allclose(columns, unit_vectors, rtol=0, atol=1e-6):
+        unit_vectors = F.one_hot(axes, 3).T.to(projection_columns)
+        if axes[0] == axes[1] or not torch.allclose(projection_columns, unit_vectors, rtol=0, atol=1e-6):
             return None
         pairs.append((int(axes[0]), int(axes[1])))
     return tuple(pairs)
@@ -232,14 +232,14 @@ def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
     """
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         return False
-    units, channels = weights.w0.shape
+    unit_count, channel_count = weights.w0.shape
     has_few_channels = (
-        channels <= _CUDA_CHANNELS
+        channel_count <= _CUDA_CHANNELS
         and len(weights.b1) - 1 <= _CUDA_CHANNELS
         and planes.shape[1] <= _CUDA_PLANES
     )
     # The limit is _CUDA_UNITS numbers of 4 bytes, so half as many units are possible in float64.
-    return has_few_channels and units * planes.element_size() <= _CUDA_UNITS * 4
+    return has_few_channels and unit_count * planes.element_size() <= _CUDA_UNITS * 4
 
 
 def triplane_decode_ref(
@@ -253,8 +253,8 @@ def triplane_decode_ref(
     w0, b0, w1, b1 = weights
     # [N, K, C, P] -> mean over planes [N, C, P] -> [N, P, C]
     features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
-    decoded = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
-    return torch.sigmoid(decoded[..., 1:]) * _SCALE - _SHIFT, decoded[..., :1]
+    decoder_outputs = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
+    return torch.sigmoid(decoder_outputs[..., 1:]) * _SCALE - _SHIFT, decoder_outputs[..., :1]
 
 
 def _decode_torch(
@@ -298,8 +298,8 @@ def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[t
         )
         # w0 is divided by the number of planes, so the features are added.
         feature_sum = plane_features if feature_sum is None else feature_sum + plane_features
-    decoded = F.linear(F.softplus(F.linear(feature_sum.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
-    return torch.sigmoid(decoded[..., 1:]) * _SCALE - _SHIFT, decoded[..., :1]
+    decoder_outputs = F.linear(F.softplus(F.linear(feature_sum.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
+    return torch.sigmoid(decoder_outputs[..., 1:]) * _SCALE - _SHIFT, decoder_outputs[..., :1]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -317,10 +317,10 @@ def _gradients(ctx, grad_features, grad_sigma):
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
         # Points are detached, because the op has no gradient with respect to them.
         inputs = [t for t in (planes, *weights) if t.requires_grad]
-        decoded = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
+        decoder_outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
         grads_in_order = iter(
             torch.autograd.grad(
-                decoded, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
+                decoder_outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
             )
         )
         grad_planes, *grad_weights = (

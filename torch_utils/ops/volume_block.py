@@ -230,7 +230,7 @@ def volume_up(
 
 def volume_gate(
     h: torch.Tensor,
-    channel: torch.Tensor,
+    channel_gate: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor,
     out: torch.Tensor | None = None,
@@ -241,7 +241,7 @@ def volume_gate(
 
     Args:
         h: volumes [N, C, D, H, W] >= 0.
-        channel: channel gate [N, C].
+        channel_gate: channel gate [N, C].
         w: weights [C] of the spatial gate, which is sigmoid(w . h + b) at each voxel.
         b: bias [1] of the spatial gate.
         out: contiguous memory for the result, which may be that of h; None allocates memory.
@@ -250,15 +250,15 @@ def volume_gate(
 
     Returns: the result [N, C, D, H, W], and its maxima over blocks, or None if `pool` is False.
     """
-    if _compiled(impl, h, channel, w, b):
+    if _compiled(impl, h, channel_gate, w, b):
         y = _memory(out, h, h.shape)
         pooled = torch.ops.eg3d_rlhf.volume_gate(
-            h.contiguous(), channel.contiguous(), w.contiguous(), b, y, pool
+            h.contiguous(), channel_gate.contiguous(), w.contiguous(), b, y, pool
         )
         return y, pooled if pool else None
     # The channel gate [N, C] is broadcast over voxels, the spatial gate [N, D, H, W] over channels.
     y = h * torch.maximum(
-        channel[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None]
+        channel_gate[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None]
     )
     y = y if out is None else out.copy_(y)
     return y, F.max_pool3d(y, 2) if pool else None
@@ -266,7 +266,7 @@ def volume_gate(
 
 def volume_profile(
     h: torch.Tensor,
-    channel: torch.Tensor,
+    channel_gate: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor,
     final_w: torch.Tensor,
@@ -280,7 +280,7 @@ def volume_profile(
 
     Args:
         h: volumes [N, C, D, H, W] >= 0.
-        channel: channel gate [N, C].
+        channel_gate: channel gate [N, C].
         w: weights [C] of the spatial gate.
         b: bias [1] of the spatial gate.
         final_w: weights [R, C] of the responses.
@@ -289,12 +289,12 @@ def volume_profile(
 
     Returns: the maxima [N, D], and their positions row * W + column, [N, D].
     """
-    if _compiled(impl, h, channel, w, b, final_w, final_b):
-        tensors = (h, channel, w, b, final_w, final_b)
+    if _compiled(impl, h, channel_gate, w, b, final_w, final_b):
+        tensors = (h, channel_gate, w, b, final_w, final_b)
         return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in tensors))
     # [N, R, D, H, W] -> [N, D, H, W] -> [N, D, H W] -> [N, D]
     response = (
-        torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w)
+        torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel_gate, w, b, impl=impl)[0], final_w)
         + final_b[:, None, None, None]
     )
     return response.amax(dim=1).flatten(2).max(dim=2)
@@ -357,32 +357,32 @@ def volume_conv_weight(
 
 def volume_gate_gradient(
     h: torch.Tensor,
-    channel: torch.Tensor,
+    channel_gate: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor,
     result_grad: torch.Tensor | None,
     pooled_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradients of `volume_gate` with respect to h, channel, w and b.
+    """Compute the gradients of `volume_gate` with respect to h, channel_gate, w and b.
 
     The gradient of a maximum belongs to the first voxel with the maximal value. Where h is 0, the gradient
     with respect to h is not defined; the ReLU that computes h does not use it.
 
     Args:
         h: volumes [N, C, D, H, W] >= 0.
-        channel: channel gate [N, C].
+        channel_gate: channel gate [N, C].
         w: weights [C] of the spatial gate.
         b: bias [1] of the spatial gate.
         result_grad: gradient of the result [N, C, D, H, W]; None: it is 0.
         pooled_grad: gradient [N, C, D/2, H/2, W/2] of the maxima over blocks; None: it is 0.
 
-    Returns: the gradient of h [N, C, D, H, W]; and the gradients of channel, w and b in one float64 tensor
-        [N, 2 C + 1].
+    Returns: the gradient of h [N, C, D, H, W]; and the gradients of channel_gate, w and b in one float64
+        tensor [N, 2 C + 1].
     """
     result_grad, pooled_grad = (None if t is None else t.contiguous() for t in (result_grad, pooled_grad))
     y = torch.empty_like(h)  # gradient of h; the other gradients are the op's result
     return y, torch.ops.eg3d_rlhf.volume_gate_gradient(
-        h, channel.contiguous(), w.contiguous(), b, result_grad, pooled_grad, y
+        h, channel_gate.contiguous(), w.contiguous(), b, result_grad, pooled_grad, y
     )
 
 

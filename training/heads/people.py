@@ -164,8 +164,8 @@ def normalise_latents(z: torch.Tensor | np.ndarray) -> np.ndarray:
 
 def _split(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Split latents [N, 64] into the coordinates of identity, hair, appearance and scan quality."""
-    boundaries = np.cumsum([COMPONENTS, HAIR_FIELDS, APPEARANCE])
-    identity, hair, appearance, quality = np.split(z, boundaries, axis=1)
+    split_indices = np.cumsum([COMPONENTS, HAIR_FIELDS, APPEARANCE])
+    identity, hair, appearance, quality = np.split(z, split_indices, axis=1)
     return identity, hair, appearance, quality
 
 
@@ -292,9 +292,12 @@ def _palette(palette: np.ndarray, coordinate: float) -> np.ndarray:
     Args: palette: colours [rows, 3]; coordinate: coordinate of appearance.
     """
     # The position is uniformly distributed between the first and the last row.
-    position = ndtr(coordinate) * (len(palette) - 1)
+    palette_position = ndtr(coordinate) * (len(palette) - 1)
     return np.array(
-        [np.interp(position, np.arange(len(palette)), channel_values) for channel_values in palette.T],
+        [
+            np.interp(palette_position, np.arange(len(palette)), channel_values)
+            for channel_values in palette.T
+        ],
         np.float32,
     )
 
@@ -495,12 +498,12 @@ def render_head(
     is_foreground = nearest_triangle >= 0
     corners = basis.triangles[nearest_triangle[is_foreground]]  # [P, 3]
     # Attributes and normals, interpolated between the corners of each pixel's triangle.
-    attributes, normals = (
+    pixel_attributes, normals = (
         np.einsum("pcd,pc->pd", vertex_values[corners], corner_weights[is_foreground]).astype(np.float32)
         for vertex_values in (basis.drawn, head.normals)
     )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
-    image[is_foreground] = surface_colour(head, attributes, normals)
+    image[is_foreground] = surface_colour(head, pixel_attributes, normals)
     _, _, axis_depth = rasterise(head.vertices, basis.triangles, cam2world, focal, resolution)
     # The ray of a pixel has the direction (x, y, 1) in camera coordinates. The distance along the ray is the
     # depth along the axis times the length of this vector.
