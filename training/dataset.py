@@ -293,9 +293,9 @@ def check_poses(label_matrix: np.ndarray, image_names: list[str], file_descripti
             f" {len(image_names)} labels). Write a rigid cam2world matrix in row-major order."
         )
     # A pose in column-major order has its translation in the last row.
-    is_wrong_order = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
-    if is_wrong_order.any():
-        first_index = int(is_wrong_order.argmax())
+    has_wrong_order = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
+    if has_wrong_order.any():
+        first_index = int(has_wrong_order.argmax())
         raise ValueError(
             f"{file_description}: entry {image_names[first_index]!r}: expected 0 0 0 1 in the last row of the"
             f" pose, got {poses[first_index, 3].tolist()}. Write cam2world in row-major order."
@@ -606,12 +606,12 @@ def work_in_advance(
         return
     with concurrent.futures.ProcessPoolExecutor(
         worker_count, multiprocessing.get_context("fork"), _start_worker, (process_task,)
-    ) as pool:
+    ) as process_pool:
         pending_results: deque[concurrent.futures.Future] = deque()
         try:
             for task in tasks:
                 try:
-                    pending_results.append(pool.submit(_run_task, task))
+                    pending_results.append(process_pool.submit(_run_task, task))
                 except OSError as error:  # fork failed
                     raise OSError(
                         f"--workers: {worker_count} processes cannot be started: {error.strerror}. Use a"
@@ -626,8 +626,8 @@ def work_in_advance(
             raise ValueError(death_message) from error
         finally:
             # shutdown() removes the processes from the pool, so they are listed before.
-            started_processes = list(pool._processes.values())
-            pool.shutdown(wait=True, cancel_futures=True)
+            started_processes = list(process_pool._processes.values())
+            process_pool.shutdown(wait=True, cancel_futures=True)
             # If some workers could not be started, shutdown() does not end the others.
             for process in started_processes:
                 process.terminate()

@@ -212,7 +212,7 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
 
 
 def check_fit(
-    expected: Mapping[str, torch.Tensor],
+    expected_tensors: Mapping[str, torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
     who: str,
     names: tuple[Sequence[str], Sequence[str]] | None = None,
@@ -222,21 +222,21 @@ def check_fit(
     The message lists names that are missing or unexpected, and names of tensors with another shape.
 
     Args:
-        expected: state dict of the module.
+        expected_tensors: state dict of the module.
         tensors: tensors of the file by name.
         who: file and network, for the message.
         names: (missing names, unexpected names) as torch has determined them; None: determine them here.
     """
     shape_errors = {}
-    for tensor_name in expected:
-        if tensor_name in tensors and tensors[tensor_name].shape != expected[tensor_name].shape:
+    for tensor_name in expected_tensors:
+        if tensor_name in tensors and tensors[tensor_name].shape != expected_tensors[tensor_name].shape:
             shape_errors[tensor_name] = (
                 f"{tensor_name} {list(tensors[tensor_name].shape)} instead of"
-                f" {list(expected[tensor_name].shape)}"
+                f" {list(expected_tensors[tensor_name].shape)}"
             )
     missing_names, unexpected_names = names or (
-        expected.keys() - tensors.keys(),
-        tensors.keys() - expected.keys(),
+        expected_tensors.keys() - tensors.keys(),
+        tensors.keys() - expected_tensors.keys(),
     )
     texts_by_problem = (
         # `load_strict` leaves out tensors of another shape, so torch reports them as missing, too.

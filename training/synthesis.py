@@ -351,15 +351,15 @@ class SynthesisNetwork(torch.nn.Module):
                 f" {list(ws.shape)}. Pass the output of this generator's mapping network."
             )
         ws = ws.to(torch.float32)
-        first_w = 0  # index of the block's first style vector
+        first_w_index = 0  # index of the block's first style vector
         features: Any = None
         image: Any = None
         for resolution in self.block_resolutions:
             block = getattr(self, f"b{resolution}")
-            block_ws = ws.narrow(1, first_w, block.num_conv + block.num_torgb)
+            block_ws = ws.narrow(1, first_w_index, block.num_conv + block.num_torgb)
             features, image = block(features, image, block_ws, **block_kwargs)
             # The style vector of ToRGB is also the first one of the next block.
-            first_w += block.num_conv
+            first_w_index += block.num_conv
         return image
 
 

@@ -104,16 +104,17 @@ def parse_name(name: str) -> PeopleOptions:
 
     Raises: ValueError if the name does not have this form, or if a value is out of range.
     """
-    match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
-    if match is None:
+    name_match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
+    if name_match is None:
         raise ValueError(
             f"dataset name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Write, for example,"
             " synthetic:people64@n=500."
         )
     value_types = {"n": int, "seed": int, "yaw": float, "pitch": float}
     value_by_key = {}
-    # match[2] is the text after the first @, or None. Options may be separated by commas or by further @.
-    for assignment in re.split("[,@]", match[2]) if match[2] else []:
+    # name_match[2] is the text after the first @, or None. Options may be separated by commas or by further
+    # @.
+    for assignment in re.split("[,@]", name_match[2]) if name_match[2] else []:
         option_key, _, value_text = assignment.partition("=")
         if option_key not in value_types:
             raise ValueError(
@@ -128,7 +129,7 @@ def parse_name(name: str) -> PeopleOptions:
                 f" {value_types[option_key].__name__}, got {value_text!r}. Write a number after"
                 f" {option_key}=."
             ) from error
-    return PeopleOptions(resolution=int(match[1]), **value_by_key)
+    return PeopleOptions(resolution=int(name_match[1]), **value_by_key)
 
 
 def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -214,15 +215,17 @@ def write_heads(
     try:
         with (
             zipfile.ZipFile(temporary_paths[".zip"], "w", zipfile.ZIP_STORED) as archive,
-            tqdm(total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress) as bar,
+            tqdm(
+                total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress
+            ) as progress_bar,
         ):
-            for group_index, (images, depth_offsets) in enumerate(rendered_groups):
-                group_rows = slice(group_index * _GROUP, group_index * _GROUP + len(images))
+            for group_index, (encoded_images, depth_offsets) in enumerate(rendered_groups):
+                group_rows = slice(group_index * _GROUP, group_index * _GROUP + len(encoded_images))
                 all_depth_offsets[group_rows] = depth_offsets
-                for image_name, image in zip(image_names[group_rows], images, strict=True):
+                for image_name, encoded_image in zip(image_names[group_rows], encoded_images, strict=True):
                     # With a constant date, the same options give the same bytes.
-                    archive.writestr(zipfile.ZipInfo(image_name, ZIP_DATE), image)
-                bar.update(len(images))
+                    archive.writestr(zipfile.ZipInfo(image_name, ZIP_DATE), encoded_image)
+                progress_bar.update(len(encoded_images))
             label_rows = [
                 [image_name, camera_label.tolist()]
                 for image_name, camera_label in zip(image_names, camera_labels, strict=True)

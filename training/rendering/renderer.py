@@ -349,24 +349,24 @@ class ImportanceRenderer(torch.nn.Module):
         # result does not depend on the chunk size. With density noise, the noise of the coarse pass has to be
         # drawn first, as in the reference path. There is only one chunk then, and its numbers are drawn in
         # the loop below.
-        all_draws = None
+        all_random_numbers = None
         if not has_density_noise and fine_count > 0:
-            all_draws = uniform_draws(depths.flatten(0, 1), fine_count, is_stratified).reshape(
+            all_random_numbers = uniform_draws(depths.flatten(0, 1), fine_count, is_stratified).reshape(
                 n, m, fine_count
             )
         # Number of rays of each image that are rendered together. On a CPU, chunks are so small that their
         # colours remain in the processor's cache. If a graph is recorded, chunks would save no memory.
-        rays_at_once = m
+        chunk_ray_count = m
         is_graph_recorded = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (planes, origins, directions, *decoder.parameters())
         )
         if depths.device.type == "cpu" and not has_density_noise and not is_graph_recorded:
-            rays_at_once = max(1, min(m, _CPU_SAMPLES // (n * s)))
+            chunk_ray_count = max(1, min(m, _CPU_SAMPLES // (n * s)))
         sums_of_chunks = []
         smallest_depths = []
         largest_depths = []
-        for first_ray in range(0, m, rays_at_once):
-            ray_slice = slice(first_ray, first_ray + rays_at_once)
+        for first_ray in range(0, m, chunk_ray_count):
+            ray_slice = slice(first_ray, first_ray + chunk_ray_count)
             chunk_rays = (origins[:, ray_slice], directions[:, ray_slice])
             coarse_depths = depths[:, ray_slice]
             colors, densities = self._query(planes, decoder, *chunk_rays, coarse_depths, options, merged)
@@ -374,11 +374,11 @@ class ImportanceRenderer(torch.nn.Module):
             if fine_count > 0:
                 depths_of_rays = coarse_depths.flatten(0, 1).squeeze(2)  # [N*rays, S]
                 densities_of_rays = densities.flatten(0, 1).squeeze(2)  # [N*rays, S]
-                if all_draws is None:
-                    chunk_draws = uniform_draws(depths_of_rays, fine_count, is_stratified)
+                if all_random_numbers is None:
+                    chunk_random_numbers = uniform_draws(depths_of_rays, fine_count, is_stratified)
                 else:
-                    chunk_draws = all_draws[:, ray_slice].flatten(0, 1)
-                fine_depths = importance_depths(densities_of_rays, depths_of_rays, chunk_draws)
+                    chunk_random_numbers = all_random_numbers[:, ray_slice].flatten(0, 1)
+                fine_depths = importance_depths(densities_of_rays, depths_of_rays, chunk_random_numbers)
                 fine_depths = fine_depths.reshape(n, -1, fine_count, 1)
                 fine_colors, fine_densities = self._query(
                     planes, decoder, *chunk_rays, fine_depths, options, merged
@@ -391,7 +391,9 @@ class ImportanceRenderer(torch.nn.Module):
         # Depths are clamped to the range of the whole batch, see `MipRayMarcher2.forward`.
         depth_range = (torch.stack(smallest_depths).amin(), torch.stack(largest_depths).amax())
         # One sum per chunk [N, rays, ...] -> all rays [N, M, ...], for each of the three sums.
-        rgb, depth_sum, weight_sum = (torch.cat(sums, dim=1) for sums in zip(*sums_of_chunks, strict=True))
+        rgb, depth_sum, weight_sum = (
+            torch.cat(chunk_sums, dim=1) for chunk_sums in zip(*sums_of_chunks, strict=True)
+        )
         rgb, depth = self.ray_marcher.finish(rgb, depth_sum, weight_sum, depth_range, options)
         return rgb, depth, weight_sum
 
