@@ -1,4 +1,7 @@
-"""Attribute the change of the reward to regions of the shape. Same command: eg3d-rlhf report attribute."""
+"""Attribute the change in reward after tuning to regions of the shape.
+
+Same command: eg3d-rlhf report attribute.
+"""
 
 import _repository  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Operations and statistics on tensors that are not specific to this project.
+"""Custom tensor ops with compiled implementations, and statistics of training.
 
 Every entry point imports this package before torch, because it sets how OpenMP's threads wait for work. A
 thread can wait in a loop ("spin") or sleep. Spinning threads take processor time from other processes, so

@@ -39,8 +39,8 @@ SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}  # suffix of the source by device type
 # Compilers by device type: environment variable that selects one, names that are searched on the path, and
 # the description in messages
 COMPILERS = {
-    "cpu": ("CXX", ("g++", "c++", "clang++"), "a C++ compiler (Debian: apt install g++)"),
-    "cuda": ("NVCC", ("nvcc",), "nvcc (the CUDA toolkit)"),
+    "cpu": ("CXX", ("g++", "c++", "clang++"), "A C++ compiler (Debian: apt install g++)"),
+    "cuda": ("NVCC", ("nvcc",), "The compiler nvcc (part of the CUDA toolkit)"),
 }
 STABLE_ABI = "0x020b000000000000"  # oldest torch version that can load a library: 2.11
 # GPU architectures (Ampere, Hopper) that get machine code. Newer GPUs compile the PTX code of the last one.
@@ -67,9 +67,9 @@ class Recipe:
     commands: tuple[tuple[str, ...], ...]
 
     def folder(self) -> Path:
-        """Return the folder of the library and its log.
+        """Return the cache folder of the compiled library and of the compiler's log.
 
-        Its name contains a hash of everything on which the library depends.
+        The folder's name contains a hash of everything on which the library depends.
         """
         # The paths of the checkout and of torch do not change the
         # library, so they are removed before hashing.
@@ -79,24 +79,24 @@ class Recipe:
             [word.replace(source_folder, "").replace(torch_folder, "") for word in command]
             for command in self.commands
         ]
-        inputs = (
+        hash_inputs = (
             portable_commands,
             torch.__version__,
             _compiler_version(self.commands[0][0]),
             _processor(),
         )
-        return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, inputs)}"
+        return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, hash_inputs)}"
 
 
-def _digest(op: str, device_type: str, inputs: tuple) -> str:
+def _digest(op: str, device_type: str, hash_inputs: tuple) -> str:
     """Compute a hash of an op's sources and of the other inputs of its library, as 16 hexadecimal digits.
 
     Args:
         op: name of the op.
         device_type: "cpu" or "cuda".
-        inputs: other values on which the library depends, such as flags and versions.
+        hash_inputs: other values on which the library depends, such as flags and versions.
     """
-    digest = hashlib.sha256(repr(inputs).encode())
+    digest = hashlib.sha256(repr(hash_inputs).encode())
     # All headers are hashed, since an op may include any of them.
     for path in [
         SOURCES / (op + SUFFIX[device_type]),
@@ -120,9 +120,13 @@ def prebuilt_library(op: str, device_type: str) -> Path:
 
     The path depends on the present sources, torch and processor. The file may not exist. No compiler is
     needed to compute the path.
+
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
     """
-    inputs = (flags(device_type), torch.__version__, _processor())
-    return prebuilt_folder() / f"{op}_{device_type}_{_digest(op, device_type, inputs)}.so"
+    hash_inputs = (flags(device_type), torch.__version__, _processor())
+    return prebuilt_folder() / f"{op}_{device_type}_{_digest(op, device_type, hash_inputs)}.so"
 
 
 def cache_dir() -> Path:
@@ -131,7 +135,7 @@ def cache_dir() -> Path:
 
 
 def ops(device_type: str) -> list[str]:
-    """Return the names of the ops that have a source for a device type."""
+    """Return the sorted names of the ops that have a source file for `device_type`, "cpu" or "cuda"."""
     return sorted(path.stem for path in SOURCES.glob("*" + SUFFIX[device_type]))
 
 
@@ -162,7 +166,10 @@ def available(op: str, device_type: str) -> bool:
 
 
 def _load(op: str, device_type: str) -> bool:
-    """Build and load a library. Returns True on success; otherwise prints one warning and returns False."""
+    """Build and load the library of an op. Return True on success, and False after a warning otherwise.
+
+    Each reason of a failure is printed only once.
+    """
     # The lock covers the build, too: other threads wait here, and other processes wait at the file lock.
     with _PROCESS_LOCK:
         op_key = (op, device_type)
@@ -181,29 +188,38 @@ def _load(op: str, device_type: str) -> bool:
                 if reason not in _warned:
                     _warned.add(reason)
                     warnings.warn(
-                        f"op {op} ({device_type}): plain torch is used, which is slower. {reason}",
+                        f"op {op} ({device_type}): plain torch is used, which is slower, because the compiled"
+                        f" library is not available. {reason}",
                         stacklevel=4,  # the line that called the op
                     )
         return _loaded[op_key]
 
 
 def compiler(device_type: str) -> str:
-    """Return the compiler that an environment variable selects, or the first one on the path.
+    """Return the name of the compiler for a device type.
 
-    Raises: BuildError if there is none.
+    It is the compiler that an environment variable selects ("cpu": CXX, "cuda": NVCC), or otherwise the first
+    known compiler on the path.
+
+    Raises: BuildError if the selected compiler, or every known compiler, is missing.
     """
-    variable, candidates, description = COMPILERS[device_type]
-    selected_name = os.environ.get(variable)
+    environment_variable, compiler_names, compiler_description = COMPILERS[device_type]
+    selected_name = os.environ.get(environment_variable)
     # A compiler that the user selected is not replaced by another one.
-    for candidate in (selected_name,) if selected_name else candidates:
-        if shutil.which(candidate):
-            return candidate
-    missing_compiler = f"{variable}={selected_name}" if selected_name else description
-    raise BuildError(f"{missing_compiler} was not found. Install it, or select a compiler with ${variable}.")
+    for compiler_name in (selected_name,) if selected_name else compiler_names:
+        if shutil.which(compiler_name):
+            return compiler_name
+    missing_compiler = (
+        f"The compiler {environment_variable}={selected_name}" if selected_name else compiler_description
+    )
+    raise BuildError(
+        f"{missing_compiler} was not found. Install it, or select another compiler with the environment"
+        f" variable {environment_variable}."
+    )
 
 
 def flags(device_type: str) -> list[str]:
-    """Return the compiler flags for a device type, without the paths of sources and headers."""
+    """Return the compiler flags for "cpu" or "cuda", without the paths of sources and headers."""
     common_flags = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     if device_type == "cpu":
         # The clang of macOS has no OpenMP.
@@ -240,7 +256,7 @@ def recipe(op: str, device_type: str) -> Recipe:
         op: name of the op.
         device_type: "cpu" or "cuda".
 
-    Raises: BuildError if this machine has no compiler for the device type.
+    Raises: BuildError if this machine has no C++ compiler or, for "cuda", no nvcc.
     """
     include_folder = Path(torch.__file__).parent / "include"
     header_flags = [f"-I{include_folder}", f"-I{include_folder}/torch/csrc/api/include", f"-I{SOURCES}"]
@@ -272,21 +288,21 @@ def recipe(op: str, device_type: str) -> Recipe:
     nvcc = compiler("cuda")
     compile_command = (nvcc, *flags("cuda"), *header_flags, "-c", source_path, "-o", "{obj}")
     # nvcc lies in the folder bin of the toolkit.
-    toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
+    toolkit_folder = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
     toolkit_folders = [
         Path(os.environ[variable]) for variable in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(variable)
     ] + [
-        toolkit,
+        toolkit_folder,
         Path("/usr/local/cuda"),
     ]
     # CUDA's runtime is linked statically, so that the machine that loads the library needs no toolkit. One of
     # these folders has libcudart_static.a.
     library_folders = [
-        root / subfolder
-        for root in toolkit_folders
+        toolkit_root / subfolder
+        for toolkit_root in toolkit_folders
         for subfolder in ("lib64", "lib", "targets/x86_64-linux/lib")
     ]
-    libraries = [f"-L{folder}" for folder in library_folders if folder.is_dir()]
+    library_flags = [f"-L{folder}" for folder in library_folders if folder.is_dir()]
     link_command = (
         cxx,
         "-shared",
@@ -294,7 +310,7 @@ def recipe(op: str, device_type: str) -> Recipe:
         "-o",
         "{out}",
         *torch_libraries,
-        *libraries,
+        *library_flags,
         "-lcudart_static",
         "-ldl",
         "-lrt",
@@ -319,15 +335,15 @@ def build(op: str, device_type: str) -> Path:
     if prebuilt_library(op, device_type).exists():
         return prebuilt_library(op, device_type)
     build_recipe = recipe(op, device_type)
-    folder = build_recipe.folder()
-    library_path = folder / f"{op}.so"
-    log_path = folder / "build.log"
+    build_folder = build_recipe.folder()
+    library_path = build_folder / f"{op}.so"
+    log_path = build_folder / "build.log"
     if library_path.exists():
         return library_path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        build_folder.mkdir(parents=True, exist_ok=True)
         # A lock of the operating system, which is released when its process dies.
-        with FileLock(folder / "lock"):
+        with FileLock(build_folder / "lock"):
             if library_path.exists():  # another process has built it meanwhile
                 return library_path
             # The library is built under another name and renamed at the end, so that a library with the final
@@ -337,24 +353,26 @@ def build(op: str, device_type: str) -> Path:
                 for command_template in build_recipe.commands:
                     command = [temporary_names.get(word, word) for word in command_template]
                     print("$", shlex.join(command), file=log_file, flush=True)
-                    process = subprocess.run(
+                    finished_process = subprocess.run(
                         command,
-                        cwd=folder,
+                        cwd=build_folder,
                         capture_output=True,
                         text=True,
                         # English messages: the text about a full disk is compared below.
                         env={**os.environ, "LC_ALL": "C"},
                     )
-                    if process.returncode and os.strerror(errno.ENOSPC) in process.stderr:
+                    if finished_process.returncode and os.strerror(errno.ENOSPC) in finished_process.stderr:
                         # On a full disk the log could not be written either, so the error is raised directly.
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    print(process.stdout + process.stderr, file=log_file, flush=True)
-                    if process.returncode:
-                        raise BuildError(f"The build failed. See {log_path}.")
-            os.replace(folder / "building.so", library_path)  # atomic
+                    print(finished_process.stdout + finished_process.stderr, file=log_file, flush=True)
+                    if finished_process.returncode:
+                        raise BuildError(f"The compiler reported an error. Read its log {log_path}.")
+            os.replace(build_folder / "building.so", library_path)  # atomic
     except OSError as error:
-        remedy = "Free space, or set EG3D_RLHF_CACHE to a folder that is writable."
-        raise BuildError(f"{cache_dir()}: {error.strerror or error}. {remedy}") from error
+        raise BuildError(
+            f"The library cannot be written to the cache {cache_dir()}: {error.strerror or error}. Free space"
+            " on the disk, or set EG3D_RLHF_CACHE to another folder that is writable."
+        ) from error
     return library_path
 
 
@@ -364,7 +382,10 @@ def _compiler_version(compiler: str) -> str:
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} --version: {error}") from error
+        raise BuildError(
+            f"The version of the compiler {compiler} cannot be read: {error}. Install the compiler again, or"
+            " select another one with the environment variable CXX (C++) or NVCC (CUDA)."
+        ) from error
 
 
 @functools.cache
@@ -393,15 +414,15 @@ def main() -> int:
     Returns: the exit status, 1 if a build failed or there is no C++ compiler, and 0 otherwise. A missing nvcc
         is no failure.
     """
-    has_failed = 0
+    has_failed = False
     for device_type, op in [(source_type, op_name) for source_type in SUFFIX for op_name in ops(source_type)]:
         try:
-            outcome = str(build(op, device_type))
+            outcome_text = str(build(op, device_type))
         except BuildError as error:
             is_compiler_missing = "was not found" in str(error)  # the text of `compiler`
             has_failed |= not is_compiler_missing or device_type == "cpu"
-            outcome = f"{'not built' if is_compiler_missing else 'FAILED'}: {error}"
-        print(f"{op:20s} {device_type:5s} {outcome}", flush=True)
+            outcome_text = f"{'not built' if is_compiler_missing else 'FAILED'}: {error}"
+        print(f"{op:20s} {device_type:5s} {outcome_text}", flush=True)
     return int(has_failed)
 
 

@@ -63,7 +63,7 @@ def passes(op: str, device: torch.device) -> bool:
 
 
 def _try(op: str, check: Check, device: torch.device) -> bool:
-    """Run a check. Returns True if the op passes; otherwise prints a warning and returns False.
+    """Run the check of an op. Return True if the op passes; otherwise print a warning and return False.
 
     Args:
         op: name of the op, for the warning.
@@ -79,7 +79,10 @@ def _try(op: str, check: Check, device: torch.device) -> bool:
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):
-            largest_difference = max(_difference(actual, expected) for actual, expected in check(device))
+            largest_difference = max(
+                _difference(actual_output, expected_output)
+                for actual_output, expected_output in check(device)
+            )
     # NotImplementedError means that no kernel is registered for the device.
     except (RuntimeError, NotImplementedError) as error:
         first_line = str(error).splitlines()[0] if str(error) else "no message"
@@ -96,19 +99,21 @@ def _try(op: str, check: Check, device: torch.device) -> bool:
     return False
 
 
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def _difference(actual_output: torch.Tensor, expected_output: torch.Tensor) -> float:
     """Return the largest difference relative to the largest expected value.
 
     It is infinite if the shapes differ or a value is NaN.
 
     Args:
-        actual: result of the op.
-        expected: result of plain torch.
+        actual_output: result of the op.
+        expected_output: result of plain torch.
     """
-    if actual.shape != expected.shape:
+    if actual_output.shape != expected_output.shape:
         return float("inf")
-    expected = expected.double()
-    difference = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    expected_output = expected_output.double()
+    difference = (
+        actual_output.double() - expected_output
+    ).abs().max() / expected_output.abs().max().clamp_min(1e-12)
     return float(torch.nan_to_num(difference, nan=float("inf")))
 
 
@@ -128,105 +133,115 @@ def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 
 
 
 def _with_gradients(
-    compiled: Callable,
-    backward: Callable,
-    reference: Callable,
+    run_compiled: Callable,
+    run_backward: Callable,
+    run_reference: Callable,
     inputs: Sequence[torch.Tensor],
-    differentiable: Sequence[int],
+    differentiable_indices: Sequence[int],
     device: torch.device,
 ) -> Iterator[Pair]:
     """Yield each output and each gradient of an op together with the value of plain torch in float64.
 
     Args:
-        compiled: function of the inputs that calls the compiled op and returns its outputs.
-        backward: function of the cotangents and the inputs that returns the gradients of the inputs in
-            `differentiable`. A cotangent is the gradient of a loss with respect to an output.
-        reference: function of the inputs that computes the same outputs in plain torch.
+        run_compiled: function of the inputs that calls the compiled op and returns its outputs.
+        run_backward: function of the cotangents and the inputs that calls the compiled backward pass. It
+            returns the gradients of the inputs that `differentiable_indices` names. A cotangent is the
+            gradient of a loss with respect to an output.
+        run_reference: function of the inputs that computes the same outputs in plain torch.
         inputs: float32 tensors.
-        differentiable: indices of the inputs that have gradients.
+        differentiable_indices: indices of the inputs that have gradients.
         device: device of the cotangents.
     """
-    actual_outputs = compiled(*inputs)
+    actual_outputs = run_compiled(*inputs)
     # The reference is computed in float64 on the same device, so its rounding error is negligible.
-    doubles = [t.double().requires_grad_(i in differentiable) for i, t in enumerate(inputs)]
-    expected_outputs = reference(*doubles)
+    double_inputs = [t.double().requires_grad_(i in differentiable_indices) for i, t in enumerate(inputs)]
+    expected_outputs = run_reference(*double_inputs)
     # With cotangents of 1, an op that permutes the entries of a gradient could pass.
     cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(actual_outputs)]
     expected_grads = torch.autograd.grad(
-        expected_outputs, [doubles[i] for i in differentiable], [c.double() for c in cotangents]
+        expected_outputs, [double_inputs[i] for i in differentiable_indices], [c.double() for c in cotangents]
     )
     yield from zip(actual_outputs, (t.detach() for t in expected_outputs), strict=True)
-    yield from zip(backward(*cotangents, *inputs), expected_grads, strict=True)
+    yield from zip(run_backward(*cotangents, *inputs), expected_grads, strict=True)
 
 
 def _slab_density(device: torch.device) -> Iterator[Pair]:
-    """Yield pairs of results of slab_density and of its definition."""
+    """Yield each result and gradient of the compiled slab_density together with that of its definition."""
     # The sizes are no multiples of the kernel's tiles, so that incomplete tiles occur.
     shape = (9, 35, 34)
-    units = 5  # J
+    unit_count = 5  # J
     input_shapes = (
-        (shape[0], units, shape[1]),  # xy
-        (shape[0], units, shape[2]),  # xz
-        (units, shape[1], shape[2]),  # yz
-        (units,),  # w
+        (shape[0], unit_count, shape[1]),  # xy
+        (shape[0], unit_count, shape[2]),  # xz
+        (unit_count, shape[1], shape[2]),  # yz
+        (unit_count,),  # w
         (),  # b
     )
     inputs = [_numbers(device, *input_shape, scale=3.0, seed=i) for i, input_shape in enumerate(input_shapes)]
 
-    def backward(grad, xy, xz, yz, w, b):
-        grad_w, *maps = _ops.slab_density_backward(grad, xy, xz, yz, w)
+    def run_backward(cotangent, xy, xz, yz, w, b):
+        grad_w, *maps = _ops.slab_density_backward(cotangent, xy, xz, yz, w)
         return [*maps, grad_w]
 
-    def reference(xy, xz, yz, w, b):
+    def run_reference(xy, xz, yz, w, b):
         return (slab_density_ref([xy[:, :, :, None], xz[:, :, None], yz[None]], w, b, shape),)
 
     yield from _with_gradients(
-        lambda *t: (_ops.slab_density(*t, list(shape)),), backward, reference, inputs, range(4), device
+        lambda *t: (_ops.slab_density(*t, list(shape)),),
+        run_backward,
+        run_reference,
+        inputs,
+        range(4),
+        device,
     )
 
 
 def _triplane_decode(device: torch.device) -> Iterator[Pair]:
-    """Yield pairs of results of triplane_decode and of plain torch."""
-    pairs = ((0, 1), (0, 2), (2, 1))  # axes of three different planes
-    units = 18  # J, no multiple of the 32 threads of a warp
+    """Yield each result and gradient of the compiled triplane_decode together with that of plain torch."""
+    axis_pairs = ((0, 1), (0, 2), (2, 1))  # axes of three different planes
+    unit_count = 18  # J, no multiple of the 32 threads of a warp
     # With colours and without colours, which the kernel computes in different branches
-    for channels, colours in ((32, 32), (16, 0)):
+    for channel_count, colour_count in ((32, 32), (16, 0)):
         input_shapes = (
-            (2, 3, 7, 9, channels),  # planes, neither square nor of a power of two
+            (2, 3, 7, 9, channel_count),  # planes, neither square nor of a power of two
             (2, 150, 3),  # points, some of them outside the box
-            (units, channels),  # w0
-            (units,),  # b0
-            (1 + colours, units),  # w1
-            (1 + colours,),  # b1
+            (unit_count, channel_count),  # w0
+            (unit_count,),  # b0
+            (1 + colour_count, unit_count),  # w1
+            (1 + colour_count,),  # b1
         )
         inputs = [
             _numbers(device, *input_shape, scale=1.1, seed=i) for i, input_shape in enumerate(input_shapes)
         ]
-        axes = [axis for pair in pairs for axis in pair]
+        axes = [axis for axis_pair in axis_pairs for axis in axis_pair]
 
-        def compiled(planes, *other_inputs):
+        def run_compiled(planes, *other_inputs):
             # Without colours the first output is empty, and there is nothing to compare.
-            return _ops.triplane_decode(planes, axes, *other_inputs)[0 if colours else 1 :]  # noqa: B023
+            return _ops.triplane_decode(planes, axes, *other_inputs)[0 if colour_count else 1 :]  # noqa: B023
 
-        def backward(*tensors):
+        def run_backward(*tensors):
             *cotangents, planes, points, w0, b0, w1, b1 = tensors
-            grad_features = cotangents[0] if colours else points.new_empty(2, 150, 0)  # noqa: B023
+            grad_features = cotangents[0] if colour_count else points.new_empty(2, 150, 0)  # noqa: B023
             op_arguments = (planes, axes, points, w0, b0, w1, b1)  # noqa: B023
             return _ops.triplane_decode_backward(grad_features, cotangents[-1], *op_arguments)
 
-        def reference(planes, points, *weights):
-            return _decode_torch(planes, pairs, points, *weights)[0 if colours else 1 :]  # noqa: B023
+        def run_reference(planes, points, *weights):
+            decoded = _decode_torch(planes, axis_pairs, points, *weights)
+            return decoded[0 if colour_count else 1 :]  # noqa: B023
 
-        yield from _with_gradients(compiled, backward, reference, inputs, (0, 2, 3, 4, 5), device)
+        yield from _with_gradients(run_compiled, run_backward, run_reference, inputs, (0, 2, 3, 4, 5), device)
 
 
 def _ray_march(device: torch.device) -> Iterator[Pair]:
-    """Yield pairs of results of ray_march and importance_depths, and of their definitions."""
-    rays = 9
-    samples = 45
-    fine = 37
-    densities = _numbers(device, rays, samples, scale=4.0)
-    depths = 2.5 + _numbers(device, rays, samples, scale=0.5, seed=1)
+    """Yield each result of the compiled ray_march and importance_depths with that of its definition.
+
+    The gradient of ray_march with respect to densities is a further pair.
+    """
+    ray_count = 9
+    sample_count = 45
+    fine_count = 37
+    densities = _numbers(device, ray_count, sample_count, scale=4.0)
+    depths = 2.5 + _numbers(device, ray_count, sample_count, scale=0.5, seed=1)
     yield from _with_gradients(
         _ops.ray_march,
         lambda *t: (_ops.ray_march_backward(*t),),
@@ -235,18 +250,19 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
         (0,),
         device,
     )
-    ascending = depths.sort(dim=1).values  # `ray_march` takes any order, `importance_depths` only this one
+    # `ray_march` takes depths in any order, `importance_depths` only in ascending order.
+    ascending_depths = depths.sort(dim=1).values
     # Random numbers in 0.01..0.99, because rounding matters at the ends of the distribution
-    u = 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
-    weights, mids = interval_weights(densities.double(), ascending.double())
+    u = 0.5 + _numbers(device, ray_count, fine_count, scale=0.49, seed=2)
+    coarse_weights, centre_depths = interval_weights(densities.double(), ascending_depths.double())
     yield (
-        _ops.importance_depths(densities, ascending, u),
-        invert_density(mids, smooth_weights(weights), u.double()),
+        _ops.importance_depths(densities, ascending_depths, u),
+        invert_density(centre_depths, smooth_weights(coarse_weights), u.double()),
     )
 
 
 def _bias_act(device: torch.device) -> Iterator[Pair]:
-    """Yield pairs of results of bias_act and its gradients, and of their formulas."""
+    """Yield each result and gradient of the compiled bias_act together with the value of its formula."""
     x = _numbers(device, 3, 5, 7, 11, scale=3.0)
     cotangent = _numbers(device, 3, 5, 7, 11, seed=1)
     b = _numbers(device, 5, seed=2)
@@ -256,9 +272,9 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
         cotangent = cotangent.contiguous(memory_format=layout)
         for act, activation_name in enumerate(activation_funcs):
             op_settings = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
-            activated = _ops.bias_act(x, b, *op_settings)
+            activation_output = _ops.bias_act(x, b, *op_settings)
             yield (
-                activated,
+                activation_output,
                 bias_act_ref(x.double(), b.double(), 1, activation_funcs[activation_name], *op_settings[2:]),
             )
             # Only these three activations have compiled gradients. The other gradients are computed by torch.
@@ -266,21 +282,23 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
                 negative_slope = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[activation_name]
                 # gain * slope of the activation, and 0 for clamped outputs
                 slope = (
-                    1.5 * torch.where(activated > 0, 1.0, negative_slope).double() * (activated.abs() < 2.0)
+                    1.5
+                    * torch.where(activation_output > 0, 1.0, negative_slope).double()
+                    * (activation_output.abs() < 2.0)
                 )
                 yield from zip(
-                    _ops.bias_act_backward(cotangent, activated, *op_settings, True),
+                    _ops.bias_act_backward(cotangent, activation_output, *op_settings, True),
                     (slope * cotangent, (slope * cotangent).sum((0, 2, 3))),
                     strict=True,
                 )
                 yield (
-                    _ops.bias_act_slope(cotangent, b, activated, *op_settings),
+                    _ops.bias_act_slope(cotangent, b, activation_output, *op_settings),
                     slope * (cotangent + b[:, None, None]),
                 )
 
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
-    """Yield pairs of results of upfirdn2d and of its definition."""
+    """Yield each result of the compiled upfirdn2d together with that of its definition."""
     x = _numbers(device, 2, 3, 37, 41)
     taps_2d = _numbers(device, 4, 3, seed=1)  # not symmetric
     taps_1d = _numbers(device, 7, seed=2)  # applied along rows and columns
@@ -292,9 +310,11 @@ def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
                 (1, 2, (3, 1, 1, 1)),  # downsample
                 (3, 2, (4, -1, 0, 6)),  # upsample and downsample, with a border that is cropped
             ):
-                resampling = ((up, up), (down, down), pad)
-                actual = _ops.upfirdn2d(image, f, *(list(factors) for factors in resampling), False, 1.5)
-                yield actual, upfirdn2d_ref(image.double(), f.double(), *resampling, False, 1.5)
+                resample_settings = ((up, up), (down, down), pad)
+                actual_output = _ops.upfirdn2d(
+                    image, f, *(list(factors) for factors in resample_settings), False, 1.5
+                )
+                yield actual_output, upfirdn2d_ref(image.double(), f.double(), *resample_settings, False, 1.5)
 
 
 CHECKS: dict[str, Check] = {

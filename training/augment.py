@@ -95,7 +95,7 @@ class _Draws:
     whether the transform is applied.
 
     Args:
-        images: batch [N, C, H, W], for its size and device.
+        images: batch [N, C, H, W], of which only the size and the device are used.
         percentile: None for random values. A number in 0..1 replaces every random value by this quantile of
             its distribution, and opens every gate. The random numbers are drawn nevertheless.
     """
@@ -128,28 +128,38 @@ class _Draws:
     def _or_percentile(
         self, random_values: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Return the random values, or the quantile at `percentile` in their place if it is given."""
+        """Return `random_values` or, if `percentile` is set, a tensor of this quantile of their distribution.
+
+        Args:
+            random_values: random values of any shape.
+            quantile: quantile function of the distribution of the values.
+        """
         # The caller has drawn the values in either case, so the generator's state does not depend
         # on `percentile`.
         if self.percentile is None:
             return random_values
         return torch.full_like(random_values, float(quantile(self.percentile)))
 
-    def gated(self, value: torch.Tensor, probability: torch.Tensor, neutral: float) -> torch.Tensor:
-        """Return `value` for the images whose gate opens, and `neutral` for all other images.
+    def gated(
+        self, drawn_parameter: torch.Tensor, probability: torch.Tensor, neutral_parameter: float
+    ) -> torch.Tensor:
+        """Return the drawn parameter of a transform for random images, and the neutral one for the others.
+
+        Each image has a gate, which decides whether the transform is applied to the image.
 
         Args:
-            value: parameter of a transform [N, ...].
-            probability: probability [] with which a gate opens.
-            neutral: parameter for which the transform changes nothing.
-        Returns: parameter [N, ...].
+            drawn_parameter: random parameter of the transform, tensor [N, ...].
+            probability: probability with which a gate opens, tensor [].
+            neutral_parameter: number for which the transform changes nothing.
+        Returns: tensor [N, ...] with `drawn_parameter` where the gate is open, and `neutral_parameter`
+            elsewhere.
         """
         # One gate per image: [N, 1, ...].
-        is_open = torch.rand([self.n] + [1] * (value.ndim - 1), device=self.device) < probability
+        is_open = torch.rand([self.n] + [1] * (drawn_parameter.ndim - 1), device=self.device) < probability
         # With a percentile, every gate is open.
         if self.percentile is not None:
-            return value
-        return torch.where(is_open, value, torch.full_like(value, neutral))
+            return drawn_parameter
+        return torch.where(is_open, drawn_parameter, torch.full_like(drawn_parameter, neutral_parameter))
 
 
 class AugmentPipe(torch.nn.Module):
@@ -210,8 +220,10 @@ class AugmentPipe(torch.nn.Module):
             images = self._filter_bands(images, draws)
         if options.noise > 0:
             # One standard deviation per image, [N, 1, 1, 1].
-            sigma = draws.gated(draws.half_normal(1, 1, 1) * options.noise_std, options.noise * self.p, 0)
-            images = images + torch.randn(images.shape, device=images.device) * sigma
+            noise_sigma = draws.gated(
+                draws.half_normal(1, 1, 1) * options.noise_std, options.noise * self.p, 0
+            )
+            images = images + torch.randn(images.shape, device=images.device) * noise_sigma
         if options.cutout > 0:
             height, width = images.shape[2:]
             # Width and height of the square, [N, 2, 1, 1, 1]. A closed gate gives the size 0.
@@ -237,53 +249,57 @@ class AugmentPipe(torch.nn.Module):
         inverse of the transform, so a scaling by s enters as 1 / s. Factors are multiplied from the right, in
         the order in which the transforms are applied to the image.
 
-        Args: images: images [N, C, H, W], for their size; draws: random numbers of the batch.
+        Args:
+            images: images [N, C, H, W], of which only the size is used.
+            draws: random numbers of the batch.
         Returns: matrices [N, 3, 3].
         """
         options = self.options
         p = self.p
         height, width = images.shape[2:]
-        like = images.new_empty([images.shape[0]], dtype=torch.float32)
-        transform = scale2d(1, 1, like)  # product of the inverse transforms so far, [N, 3, 3]
+        template = images.new_empty([images.shape[0]], dtype=torch.float32)
+        inverse_transform = scale2d(1, 1, template)  # product of the inverse transforms so far, [N, 3, 3]
         if options.xflip > 0:
             # 2 u, rounded down, is 0 or 1 with equal probability. Half of the images with an open gate
             # are therefore mirrored.
-            transform = transform @ scale2d(
-                1 - 2 * draws.gated((draws.uniform() * 2).floor(), options.xflip * p, 0), 1, like
+            inverse_transform = inverse_transform @ scale2d(
+                1 - 2 * draws.gated((draws.uniform() * 2).floor(), options.xflip * p, 0), 1, template
             )
         if options.rotate90 > 0:
-            transform = transform @ rotate2d(
-                math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), options.rotate90 * p, 0), like
+            inverse_transform = inverse_transform @ rotate2d(
+                math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), options.rotate90 * p, 0), template
             )
         if options.xint > 0:
             shift = draws.gated((draws.uniform(2) * 2 - 1) * options.xint_max, options.xint * p, 0)
-            transform = transform @ translate2d(
-                -(shift[:, 0] * width).round(), -(shift[:, 1] * height).round(), like
+            inverse_transform = inverse_transform @ translate2d(
+                -(shift[:, 0] * width).round(), -(shift[:, 1] * height).round(), template
             )
         if options.scale > 0:
-            factor = draws.gated((draws.normal() * options.scale_std).exp2(), options.scale * p, 1)
-            transform = transform @ scale2d(1 / factor, 1 / factor, like)
+            scale_factor = draws.gated((draws.normal() * options.scale_std).exp2(), options.scale * p, 1)
+            inverse_transform = inverse_transform @ scale2d(1 / scale_factor, 1 / scale_factor, template)
         # There are two rotations. If each has the probability q, at least one is applied with the probability
         # 1 - (1 - q)^2, which has to be rotate * p.
         p_rotate = 1 - (1 - options.rotate * p).clamp(0, 1).sqrt()
         if options.rotate > 0:
-            transform = transform @ rotate2d(
-                draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0), like
+            inverse_transform = inverse_transform @ rotate2d(
+                draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0), template
             )
         if options.aniso > 0:
-            factor = draws.gated((draws.normal() * options.aniso_std).exp2(), options.aniso * p, 1)
-            transform = transform @ scale2d(1 / factor, factor, like)
+            scale_factor = draws.gated((draws.normal() * options.aniso_std).exp2(), options.aniso * p, 1)
+            inverse_transform = inverse_transform @ scale2d(1 / scale_factor, scale_factor, template)
         if options.rotate > 0:
             # With `debug_percentile` the second rotation is left out, as in EG3D, so that a single
             # angle remains.
             angle = draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0)
-            transform = transform @ rotate2d(
-                angle if draws.percentile is None else torch.zeros_like(angle), like
+            inverse_transform = inverse_transform @ rotate2d(
+                angle if draws.percentile is None else torch.zeros_like(angle), template
             )
         if options.xfrac > 0:
             shift = draws.gated(draws.normal(2) * options.xfrac_std, options.xfrac * p, 0)
-            transform = transform @ translate2d(-shift[:, 0] * width, -shift[:, 1] * height, like)
-        return transform
+            inverse_transform = inverse_transform @ translate2d(
+                -shift[:, 0] * width, -shift[:, 1] * height, template
+            )
+        return inverse_transform
 
     def _warp(self, images: torch.Tensor, transforms: torch.Tensor) -> torch.Tensor:
         """Resample images by geometric transforms.
@@ -291,84 +307,92 @@ class AugmentPipe(torch.nn.Module):
         The images are padded by mirrored borders, upsampled by a factor of 2 with the filter `Hz_geom`,
         sampled bilinearly, and downsampled with the time-reversed filter. The wavelet is orthogonal, so
         upsampling and downsampling alone return the input. Pixel i of the input lies at the position 2i of
-        the upsampled grid, half an upsampled pixel before the centre of its pair. The matrices between the
-        grids contain this half pixel.
+        the upsampled grid, half an upsampled pixel before the centre of its pair. The matrices that convert
+        positions between the two grids contain this half pixel.
 
         Args:
             images: images [N, C, H, W].
             transforms: matrices [N, 3, 3] from `_draw_geometry`.
         Returns: images [N, C, H, W].
         """
-        image_count, channels, height, width = images.shape
+        image_count, channel_count, height, width = images.shape
         # While p is small, there is often no transform in the whole batch.
         if bool((transforms == torch.eye(3, device=transforms.device)).all()):
             return images
         # Number of pixels beyond an image that the filter needs: half its length on the upsampled grid.
-        reach = self.Hz_geom.shape[0] // 4
-        left_margin, right_margin, top_margin, bottom_margin = _margins(transforms, height, width, reach)
+        filter_reach = self.Hz_geom.shape[0] // 4
+        left_margin, right_margin, top_margin, bottom_margin = _margins(
+            transforms, height, width, filter_reach
+        )
         images = F.pad(images, (left_margin, right_margin, top_margin, bottom_margin), mode="reflect")
         images = upfirdn2d.upsample2d(images, self.Hz_geom, up=2)
         # Size of the upsampled output. It is larger than twice the image, because the downsampling filter
         # needs a margin.
-        upsampled_height = 2 * (height + 2 * reach)
-        upsampled_width = 2 * (width + 2 * reach)
+        upsampled_height = 2 * (height + 2 * filter_reach)
+        upsampled_width = 2 * (width + 2 * filter_reach)
         # From affine_grid's coordinates [-1, 1] on the upsampled output to pixels of the image.
-        to_coarse = (
+        output_to_image = (
             scale2d(0.5, 0.5, transforms)
             @ translate2d(0.5, 0.5, transforms)
             @ scale2d(upsampled_width / 2, upsampled_height / 2, transforms)
         )
         # Different margins on opposite sides move the centre of the padded image.
-        recentre = translate2d((left_margin - right_margin) / 2, (top_margin - bottom_margin) / 2, transforms)
+        centre_shift = translate2d(
+            (left_margin - right_margin) / 2, (top_margin - bottom_margin) / 2, transforms
+        )
         # From pixels of the padded image to grid_sample's coordinates [-1, 1] on the upsampled padded image.
-        to_fine = (
+        image_to_input = (
             scale2d(2 / images.shape[3], 2 / images.shape[2], transforms)
             @ translate2d(-0.5, -0.5, transforms)
             @ scale2d(2, 2, transforms)
         )
-        grid_transforms = to_fine @ recentre @ transforms @ to_coarse
+        grid_transforms = image_to_input @ centre_shift @ transforms @ output_to_image
         sampling_grid = F.affine_grid(
             grid_transforms[:, :2].to(images.dtype),
-            [image_count, channels, upsampled_height, upsampled_width],
+            [image_count, channel_count, upsampled_height, upsampled_width],
             align_corners=False,
         )
         images = grid_sample_gradfix.grid_sample(images, sampling_grid)
         # The negative padding removes the margin of the output.
-        return upfirdn2d.downsample2d(images, self.Hz_geom, down=2, padding=-2 * reach, flip_filter=True)
+        return upfirdn2d.downsample2d(
+            images, self.Hz_geom, down=2, padding=-2 * filter_reach, flip_filter=True
+        )
 
     def _draw_colour(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
         """Draw the colour transform of each image.
 
         Matrices of later transforms are multiplied from the left.
 
-        Args: images: images [N, C, H, W], for their channels; draws: random numbers of the batch.
+        Args:
+            images: images [N, C, H, W], of which only the number of channels is used.
+            draws: random numbers of the batch.
         Returns: affine maps of RGB colours, [N, 4, 4].
         """
         options = self.options
         p = self.p
-        like = images.new_empty([images.shape[0]], dtype=torch.float32)
-        grey_axis = like.new_tensor([1, 1, 1, 0]) / _R3  # unit vector in homogeneous coordinates
-        eye = torch.eye(4, device=like.device)
+        template = images.new_empty([images.shape[0]], dtype=torch.float32)
+        grey_axis = template.new_tensor([1, 1, 1, 0]) / _R3  # unit vector in homogeneous coordinates
+        identity = torch.eye(4, device=template.device)
         grey_projector = torch.outer(grey_axis, grey_axis)
-        colour_map = affine3d(1, 0, like)  # product of the transforms so far, [N, 4, 4]
+        colour_map = affine3d(1, 0, template)  # product of the transforms so far, [N, 4, 4]
         if options.brightness > 0:
             brightness_shift = draws.gated(draws.normal() * options.brightness_std, options.brightness * p, 0)
-            colour_map = affine3d(1, brightness_shift, like) @ colour_map
+            colour_map = affine3d(1, brightness_shift, template) @ colour_map
         if options.contrast > 0:
             factor = draws.gated((draws.normal() * options.contrast_std).exp2(), options.contrast * p, 1)
-            colour_map = affine3d(factor, 0, like) @ colour_map
+            colour_map = affine3d(factor, 0, template) @ colour_map
         if options.lumaflip > 0:
             # 2 u, rounded down, is 0 or 1 with equal probability. For 1, the matrix is the Householder
             # reflection that changes the sign of the grey component.
             colour_map = (
-                eye
+                identity
                 - 2 * grey_projector * draws.gated((draws.uniform(1, 1) * 2).floor(), options.lumaflip * p, 0)
             ) @ colour_map
         if options.hue > 0 and images.shape[1] > 1:
             colour_map = (
                 rotate_about_grey(
                     draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.hue_max), options.hue * p, 0),
-                    like,
+                    template,
                 )
                 @ colour_map
             )
@@ -377,7 +401,7 @@ class AugmentPipe(torch.nn.Module):
                 (draws.normal(1, 1) * options.saturation_std).exp2(), options.saturation * p, 1
             )
             # The grey component is unchanged, and the component orthogonal to it is scaled.
-            colour_map = (grey_projector + (eye - grey_projector) * factor) @ colour_map
+            colour_map = (grey_projector + (identity - grey_projector) * factor) @ colour_map
         return colour_map
 
     def _filter_bands(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
@@ -388,13 +412,13 @@ class AugmentPipe(torch.nn.Module):
 
         Args: images: images [N, C, H, W]; draws: random numbers of the batch.
         Returns: images [N, C, H, W].
-        Raises: ValueError for images that are smaller than the filter.
+        Raises: ValueError for images that are too small for the mirrored border that the filter needs.
         """
         options = self.options
-        image_count, channels, height, width = images.shape
+        image_count, channel_count, height, width = images.shape
         # Expected fraction of each octave in the power of a natural image. The lowest octave contains
         # the mean.
-        power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
+        octave_power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
         # The gains are normalised after each band, as in EG3D.
         gains = torch.ones([draws.n, 4], device=draws.device)
         for band, probability_factor in enumerate(options.imgfilter_bands):
@@ -406,37 +430,43 @@ class AugmentPipe(torch.nn.Module):
                 1,
             )
             band_gains[:, band] = random_gain if probability_factor > 0 else 1
-            gains = gains * band_gains / (power * band_gains.square()).sum(dim=1, keepdim=True).sqrt()
+            gains = gains * band_gains / (octave_power * band_gains.square()).sum(dim=1, keepdim=True).sqrt()
         # One kernel for each channel of each image: [N, 4] @ [4, 43] -> [N, 43] -> [N * C, 43].
-        kernel = (gains @ self.Hz_fbank).repeat_interleave(channels, dim=0).to(images.dtype)
-        reach = self.Hz_fbank.shape[1] // 2
-        if min(height, width) <= reach:
+        kernels = (gains @ self.Hz_fbank).repeat_interleave(channel_count, dim=0).to(images.dtype)
+        filter_reach = self.Hz_fbank.shape[1] // 2
+        if min(height, width) <= filter_reach:
             raise ValueError(
-                f"AugmentPipe: the transform imgfilter needs more than {reach} pixels per edge, got images of"
-                f" {height} x {width}. Set imgfilter=0."
+                f"AugmentPipe: the transform imgfilter needs more than {filter_reach} pixels per edge, got"
+                f" images of {height} x {width} pixels. Set imgfilter=0."
             )
         # [1, N*C, H+42, W+42]
-        channel_images = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[None]
+        channel_images = F.pad(images, [filter_reach] * 4, mode="reflect").flatten(0, 1)[None]
         # Grouped convolution with one group for each channel of each image. The filter is separable, so it is
         # applied along rows and then along columns.
-        channel_images = F.conv2d(channel_images, kernel[:, None, None, :], groups=image_count * channels)
-        channel_images = F.conv2d(channel_images, kernel[:, None, :, None], groups=image_count * channels)
-        return channel_images.reshape(image_count, channels, height, width)
+        channel_images = F.conv2d(
+            channel_images, kernels[:, None, None, :], groups=image_count * channel_count
+        )
+        channel_images = F.conv2d(
+            channel_images, kernels[:, None, :, None], groups=image_count * channel_count
+        )
+        return channel_images.reshape(image_count, channel_count, height, width)
 
 
-def _margins(transforms: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
+def _margins(
+    transforms: torch.Tensor, height: int, width: int, filter_reach: int
+) -> tuple[int, int, int, int]:
     """Return the numbers of pixels (left, right, top, bottom) that the transforms need outside the images.
 
-    They are limited to the image size - 1, because reflection padding cannot add more.
+    The numbers are limited to the image size minus 1, because reflection padding cannot add more pixels.
 
     Args:
         transforms: matrices [N, 3, 3] from `_draw_geometry`.
         height, width: size of the images in pixels.
-        reach: number of further pixels that the filter needs.
+        filter_reach: number of further pixels that the filter needs.
     """
     centre_x = (width - 1) / 2
     centre_y = (height - 1) / 2
-    # Positions in the input of the corners of all outputs: x and y, [2, N*4].
+    # Corners of the output in homogeneous coordinates, [4, 3].
     corners = transforms.new_tensor(
         [
             [-centre_x, -centre_y, 1],
@@ -445,9 +475,9 @@ def _margins(transforms: torch.Tensor, height: int, width: int, reach: int) -> t
             [-centre_x, centre_y, 1],
         ]
     )
+    # Positions in the input of the corners of all outputs: x and y, [2, N*4].
     corner_positions = (transforms @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)
-    # Largest distances from the centre to the left, right, top and bottom, minus the distance of the
-    # image's edge.
+    # Largest distances of the corners from the centre to the left, right, top and bottom.
     extents = torch.stack(
         [
             -corner_positions[0].min(),
@@ -456,88 +486,93 @@ def _margins(transforms: torch.Tensor, height: int, width: int, reach: int) -> t
             corner_positions[1].max(),
         ]
     )
-    margins = extents + 2 * reach - transforms.new_tensor([centre_x, centre_x, centre_y, centre_y])
-    limits = transforms.new_tensor([width - 1, width - 1, height - 1, height - 1])
-    left, right, top, bottom = (
-        int(margin) for margin in margins.clamp(min=0).minimum(limits).ceil().tolist()
+    # Pixels beyond the edges of the image, with the pixels that the two filters need, one for upsampling and
+    # one for downsampling.
+    margins = extents + 2 * filter_reach - transforms.new_tensor([centre_x, centre_x, centre_y, centre_y])
+    margin_limits = transforms.new_tensor([width - 1, width - 1, height - 1, height - 1])
+    left_margin, right_margin, top_margin, bottom_margin = (
+        int(margin) for margin in margins.clamp(min=0).minimum(margin_limits).ceil().tolist()
     )
-    return left, right, top, bottom
+    return left_margin, right_margin, top_margin, bottom_margin
 
 
 def _recolour(images: torch.Tensor, colour_maps: torch.Tensor) -> torch.Tensor:
     """Apply colour transforms to images.
 
     Args:
-        images: images [N, C, H, W], grey (C = 1) or with RGB in each three channels.
+        images: images [N, C, H, W], grey (C = 1) or RGB, with three channels for each RGB image.
         colour_maps: affine maps [N, 4, 4] of RGB colours. A grey image is transformed by the mean of the
             map's rows.
     Returns: images [N, C, H, W].
     """
-    image_count, channels, height, width = images.shape
+    image_count, channel_count, height, width = images.shape
     colour_maps = colour_maps.to(images.dtype)
-    if channels == 1:
+    if channel_count == 1:
         mean_row = colour_maps[:, :3].mean(dim=1, keepdim=True)  # [N, 1, 4]
         # The three colours are equal, so their coefficients are added. Entry 3 is the constant.
         return images * mean_row[:, :, :3].sum(dim=2)[:, :, None, None] + mean_row[:, :, 3:, None]
-    rgb = images.reshape(image_count, channels // 3, 3, height * width)  # [N, C / 3, 3, H * W]
+    rgb = images.reshape(image_count, channel_count // 3, 3, height * width)  # [N, C / 3, 3, H * W]
     # The linear part [N, 1, 3, 3] times the colours, plus the constant part [N, 1, 3, 1].
     return (colour_maps[:, None, :3, :3] @ rgb + colour_maps[:, None, :3, 3:]).reshape(
-        image_count, channels, height, width
+        image_count, channel_count, height, width
     )
 
 
-def matrix(entry_rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
+def matrix(entry_rows: Sequence[Sequence[Entry]], template: torch.Tensor) -> torch.Tensor:
     """Return one square matrix for each image.
 
     Args:
-        entry_rows: rows of entries.
-        like: tensor [N, ...] with the number of images, the device and the dtype of the result.
+        entry_rows: rows of the matrix; each is a sequence of entries, which are numbers or tensors [N].
+        template: tensor [N, ...] with the number of images, the device and the dtype of the result.
     Returns: matrices [N, rows, rows].
     """
-    image_count = like.shape[0]
+    image_count = template.shape[0]
     entries = []
     for entry_row in entry_rows:
         # A number is the same for all images, a tensor [N] contains one value for each.
         entries += [
-            torch.as_tensor(entry, dtype=like.dtype, device=like.device).expand(image_count)
+            torch.as_tensor(entry, dtype=template.dtype, device=template.device).expand(image_count)
             for entry in entry_row
         ]
     return torch.stack(entries, dim=1).reshape(image_count, len(entry_rows), len(entry_rows[0]))
 
 
-def translate2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 3, 3] that shift points by (x, y). See `matrix` for `like`."""
-    return matrix([[1, 0, x], [0, 1, y], [0, 0, 1]], like)
+def translate2d(x: Entry, y: Entry, template: torch.Tensor) -> torch.Tensor:
+    """Return matrices [N, 3, 3] that shift points by (x, y). See `matrix` for `template`."""
+    return matrix([[1, 0, x], [0, 1, y], [0, 0, 1]], template)
 
 
-def scale2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 3, 3] that scale about the origin by factors x and y. See `matrix` for `like`."""
-    return matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], like)
+def scale2d(x: Entry, y: Entry, template: torch.Tensor) -> torch.Tensor:
+    """Return matrices [N, 3, 3] that scale about the origin by factors x and y.
+
+    See `matrix` for `template`.
+    """
+    return matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], template)
 
 
-def rotate2d(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def rotate2d(theta: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
     """Return matrices [N, 3, 3] that rotate by theta [N] radians, from x towards y.
 
-    See `matrix` for `like`.
+    See `matrix` for `template`.
     """
     cos_theta = theta.cos()
     sin_theta = theta.sin()
-    return matrix([[cos_theta, -sin_theta, 0], [sin_theta, cos_theta, 0], [0, 0, 1]], like)
+    return matrix([[cos_theta, -sin_theta, 0], [sin_theta, cos_theta, 0], [0, 0, 1]], template)
 
 
-def affine3d(scale: Entry, shift: Entry, like: torch.Tensor) -> torch.Tensor:
+def affine3d(scale: Entry, shift: Entry, template: torch.Tensor) -> torch.Tensor:
     """Return matrices [N, 4, 4] that scale all axes by `scale`, then add `shift` to all.
 
-    See `matrix` for `like`.
+    See `matrix` for `template`.
     """
-    return matrix([[scale, 0, 0, shift], [0, scale, 0, shift], [0, 0, scale, shift], [0, 0, 0, 1]], like)
+    return matrix([[scale, 0, 0, shift], [0, scale, 0, shift], [0, 0, scale, shift], [0, 0, 0, 1]], template)
 
 
-def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def rotate_about_grey(theta: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
     """Return matrices [N, 4, 4] that rotate colours by theta [N] radians about the grey axis.
 
     With v = (1, 1, 1)' / sqrt(3), its transpose v', and its cross-product matrix [v]x, Rodrigues' formula is
-    v v' + cos(theta) (I - v v') + sin(theta) [v]x. See `matrix` for `like`.
+    v v' + cos(theta) (I - v v') + sin(theta) [v]x. See `matrix` for `template`.
     """
     cos_theta = theta.cos()
     sin_theta = theta.sin()
@@ -552,11 +587,11 @@ def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
             [minus_sine, plus_sine, diagonal, 0],
             [0, 0, 0, 1],
         ],
-        like,
+        template,
     )
 
 
-def octave_filter_bank(bands: int = 4) -> np.ndarray:
+def octave_filter_bank(band_count: int = 4) -> np.ndarray:
     """Return zero-phase FIR filters that split a signal into octaves and add up to the identity.
 
     Let H be the frequency response of the sym2 low-pass filter or of its mirrored high-pass filter. The
@@ -565,7 +600,7 @@ def octave_filter_bank(bands: int = 4) -> np.ndarray:
     spectral images, and the high-pass filter becomes the new highest band (Karras et al. 2020, "Training
     generative adversarial networks with limited data", appendix B).
 
-    Args: bands: number of bands.
+    Args: band_count: number of bands.
     Returns: filters [bands, taps], float64, from the lowest to the highest band; taps = 43 for 4 bands.
     """
     low_pass = np.asarray(SYM2)
@@ -575,13 +610,13 @@ def octave_filter_bank(bands: int = 4) -> np.ndarray:
     low_power = np.convolve(low_pass, low_pass[::-1]) / 2
     high_power = np.convolve(high_pass, high_pass[::-1]) / 2
     # The first filter is the identity, the others are 0.
-    bank = np.eye(bands, 1)
-    for new_band in range(1, bands):
-        stretched = np.zeros([bands, 2 * bank.shape[1] - 1])
-        stretched[:, ::2] = bank
-        bank = np.stack([np.convolve(band_filter, low_power) for band_filter in stretched])
-        offset = (bank.shape[1] - len(high_power)) // 2  # centres the shorter filter
-        bank[new_band, offset : offset + len(high_power)] += high_power
+    filter_bank = np.eye(band_count, 1)
+    for new_band in range(1, band_count):
+        stretched_filters = np.zeros([band_count, 2 * filter_bank.shape[1] - 1])
+        stretched_filters[:, ::2] = filter_bank
+        filter_bank = np.stack([np.convolve(band_filter, low_power) for band_filter in stretched_filters])
+        first_tap = (filter_bank.shape[1] - len(high_power)) // 2  # centres the shorter filter
+        filter_bank[new_band, first_tap : first_tap + len(high_power)] += high_power
     # Some taps cancel except for rounding, which depends on the order of numpy's sums. They are set to
     # exactly 0.
-    return np.where(np.abs(bank) < 1e-12, 0.0, bank)
+    return np.where(np.abs(filter_bank) < 1e-12, 0.0, filter_bank)

@@ -18,7 +18,11 @@ _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
 def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return Adam's moments and step counts under the names '<prefix>.<index>.<name>'.
 
-    The index is the position of the parameter in the optimiser, as in torch's state_dict.
+    Args:
+        prefix: name of the optimiser in the checkpoint, such as 'optim_G'.
+        optimizer: Adam optimiser.
+    Returns: tensors by name. The index in a name is the position of the parameter in the optimiser, as in
+        torch's state_dict.
     """
     tensors = {}
     for parameter_index, parameter_state in optimizer.state_dict()["state"].items():
@@ -35,7 +39,7 @@ def restore_optimizer(
     The learning rates and other settings of the optimiser are not changed, because they come from the flags.
 
     Args:
-        prefix: prefix of the optimiser's tensors.
+        prefix: name of the optimiser in the checkpoint, with which the names of its tensors begin.
         optimizer: optimiser to restore.
         tensors: all tensors of a checkpoint.
     Raises: ValueError if the checkpoint contains moments of more parameters than the optimiser has.
@@ -88,44 +92,44 @@ def available(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
 
 
-def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor], dict, Path]:
+def read(run_or_file: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor], dict, Path]:
     """Read the newest checkpoint of a run folder, or a checkpoint file.
 
     Args:
-        source: path of a run folder or of a checkpoint file.
+        run_or_file: path of a run folder, or of a checkpoint file.
         fall_back: True: if the file is damaged, read an older checkpoint of the same folder.
     Returns: the tensors, the description and the path of the checkpoint.
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: the checkpoint is damaged, and `fall_back` is False or there is no intact older one.
     """
-    if source.is_dir():
-        candidates = available(source)[::-1]
-        if not candidates:
+    if run_or_file.is_dir():
+        candidate_paths = available(run_or_file)[::-1]
+        if not candidate_paths:
             raise FileNotFoundError(
-                f"--resume: the folder {source} contains no checkpoint-*.safetensors. Name the folder of a"
-                " run that has written a checkpoint."
+                f"--resume: the folder {run_or_file} contains no checkpoint-*.safetensors. Name the folder of"
+                " a run that has written a checkpoint."
             )
     else:
-        if not source.exists():
+        if not run_or_file.exists():
             raise FileNotFoundError(
-                f"--resume: the path {source} does not exist. Name a run folder or a checkpoint file."
+                f"--resume: the path {run_or_file} does not exist. Name a run folder or a checkpoint file."
             )
         # Older checkpoints of the same folder may replace the named one, newer checkpoints may not.
         older_paths = [
             candidate_path
-            for candidate_path in available(source.parent)[::-1]
-            if candidate_path.name < source.name
+            for candidate_path in available(run_or_file.parent)[::-1]
+            if candidate_path.name < run_or_file.name
         ]
-        candidates = [source, *older_paths]
+        candidate_paths = [run_or_file, *older_paths]
     # Pairs of a checkpoint and the next older one, None for the oldest.
-    for candidate_path, older_path in zip(candidates, [*candidates[1:], None], strict=True):
+    for candidate_path, older_path in zip(candidate_paths, [*candidate_paths[1:], None], strict=True):
         try:
             return *storage.read_tensors(candidate_path, "checkpoint"), candidate_path
         except ValueError as error:
             if not fall_back or older_path is None:
-                hint = ""
+                hint_text = ""
                 if older_path is not None and not fall_back:
-                    hint = f" Add --resume-previous to continue from {older_path.name}."
-                raise ValueError(f"--resume: {error}{hint}") from None
+                    hint_text = f" Add --resume-previous to continue from {older_path.name}."
+                raise ValueError(f"--resume: {error}{hint_text}") from None
     raise AssertionError("unreachable")

@@ -69,9 +69,9 @@ _gan_knob = functools.partial(knob, group=GAN)  # `knob` for the most frequent g
 
 
 def knobs_of(settings_class: type) -> list[tuple[dataclasses.Field, type, Knob]]:
-    """Return the knobs of a settings dataclass and of its nested dataclasses, in the order of the fields.
+    """Return all fields of a settings dataclass and its nested dataclasses that `knob` has defined.
 
-    Returns: list of (field, type of the field without None, knob).
+    Returns: list of (field, type of the field without None, `Knob` of the field), in the order of the fields.
     """
     field_knobs = []
     type_by_field = typing.get_type_hints(settings_class)
@@ -93,7 +93,7 @@ def knobs_of(settings_class: type) -> list[tuple[dataclasses.Field, type, Knob]]
 
 
 def settings_to_values(settings: object) -> dict[str, typing.Any]:
-    """Return the values of all knobs of a settings object and its nested objects, by name of the field."""
+    """Return the values of all fields that `knob` has defined, including nested settings, by field name."""
     value_by_field: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         field_value = getattr(settings, field.name)
@@ -124,14 +124,17 @@ def _constructor_arguments(settings_class: typing.Any, value_by_field: Mapping) 
     """
     arguments: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings_class):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default_value = (
+            field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        )
         # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as
         # an object.
-        if dataclasses.is_dataclass(default) and not isinstance(
-            value_by_field.get(field.name), type(default)
+        if dataclasses.is_dataclass(default_value) and not isinstance(
+            value_by_field.get(field.name), type(default_value)
         ):
-            nested_arguments = _constructor_arguments(default, value_by_field)
-            arguments[field.name] = dataclasses.replace(default, **nested_arguments)  # type: ignore[type-var]
+            nested_arguments = _constructor_arguments(default_value, value_by_field)
+            nested_settings = dataclasses.replace(default_value, **nested_arguments)  # type: ignore[type-var]
+            arguments[field.name] = nested_settings
         elif field.name in value_by_field:
             arguments[field.name] = value_by_field[field.name]
     return arguments
@@ -192,7 +195,7 @@ class LoopConfig:
     kimg: float = knob(
         25000.0, "Length of the training, in thousands of images.", OPT, metavar="KIMG", above=0
     )
-    batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="required")
+    batch: int = knob(4, "Number of images per iteration, over all processes.", OPT, low=1, shown="required")
     # control=False: the following settings do not affect the result, so a run and its control may differ
     # in them.
     batch_gpu: int | None = knob(
@@ -242,8 +245,8 @@ class LoopConfig:
     def tag(self, cur_nimg: int) -> str:
         """Return the part of a snapshot's file name that states the number of images.
 
-        It is the number of thousands of images, as in EG3D, for example "000012". If snapshots are less than
-        1,000 images apart, the remainder is appended, for example "000012-345".
+        The text is the number of thousands of images, as in EG3D, for example "000012". If snapshots are less
+        than 1,000 images apart, the remainder is appended, for example "000012-345".
         """
         is_below_one_kimg = 0 < self.tick * self.snap < 1
         return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if is_below_one_kimg else "")
@@ -277,7 +280,7 @@ class GanConfig(Knobs):
     gpc_reg_prob: float = _gan_knob(
         0.5,
         "Final probability of replacing the camera that G is conditioned on by the camera of another sample."
-        " It is 1 at the start of the training.",
+        " The probability is 1 at the start of the training, and falls over --gpc-reg-fade-kimg.",
         low=0,
         high=1,
     )
@@ -369,7 +372,9 @@ class NetworkConfig(Knobs):
 
     cfg: str = knob(
         "heads64",
-        "Preset of the networks and the renderer.",
+        "Preset of the networks and the renderer. ffhq, afhq and shapenet are EG3D's presets for photographs"
+        " of faces, photographs of animal faces, and renders of objects. heads64 is a small preset for images"
+        " of 64 pixels, such as synthetic:people64.",
         NET,
         choices=("ffhq", "afhq", "shapenet", "heads64"),
     )
@@ -383,7 +388,8 @@ class NetworkConfig(Knobs):
     )
     start: str = knob(
         "G",
-        "Network of --init whose weights become the initial weights of G.",
+        "Network of --init whose weights become the initial weights of G: the generator G itself, or G_ema,"
+        " the moving average of its weights.",
         NET,
         choices=("G", "G_ema"),
         rare=True,
@@ -516,9 +522,9 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         gan_config: settings of adversarial training, some of which the rendering options contain.
     Returns: the arguments of G, and then the arguments of D, each a dict by name.
     Raises: ValueError if EG3D has no super-resolution module for this resolution, and `network_config` names
-        none.
+        no other module.
     """
-    is_small = network_config.cfg == "heads64"
+    is_small_preset = network_config.cfg == "heads64"
     rendering_kwargs = {
         **_RENDERING,
         **FAMILIES[network_config.cfg],
@@ -533,7 +539,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         "decoder_lr_mul": network_config.decoder_lr_mul,
     }
     sr_module = network_config.sr_module or (
-        "NoSuperresolution" if is_small else SR_BY_RESOLUTION.get(resolution)
+        "NoSuperresolution" if is_small_preset else SR_BY_RESOLUTION.get(resolution)
     )
     if sr_module is None:
         resolutions = ", ".join(map(str, SR_BY_RESOLUTION))
@@ -546,17 +552,17 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
     rendering_kwargs["superresolution_module"] = (
         f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
     )
-    w_dim = 128 if is_small else 512
+    w_dim = 128 if is_small_preset else 512
     channel_kwargs = {"channel_base": network_config.cbase, "channel_max": network_config.cmax}
     # The small preset renders at the final resolution or at half of it, so a super-resolution module with few
     # feature maps suffices.
     sr_kwargs = (
         {"input_resolution": resolution // 2, "block_channels": [32, 16]}
-        if is_small
+        if is_small_preset
         else dict(channel_kwargs)
     )
     G_kwargs: dict[str, typing.Any] = {
-        "z_dim": 64 if is_small else 512,
+        "z_dim": 64 if is_small_preset else 512,
         "c_dim": 25,
         "w_dim": w_dim,
         "img_resolution": resolution,
@@ -573,7 +579,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         "sr_kwargs": {**sr_kwargs, "fused_modconv_default": "inference_only"},
         **channel_kwargs,
     }
-    if is_small:
+    if is_small_preset:
         G_kwargs.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
         # The training images are renders of heads that belong to latents. With StyleGAN's factor of 0.01 on
         # its learning rate, the mapping network would learn this correspondence too slowly.
@@ -588,7 +594,7 @@ def networks_for(network_config: NetworkConfig, resolution: int, gan_config: Gan
         "img_resolution": resolution,
         "img_channels": 3,
         "block_kwargs": {"freeze_layers": network_config.freezed},
-        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if is_small else {},
+        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if is_small_preset else {},
         "epilogue_kwargs": {"mbstd_group_size": network_config.mbstd_group},
         "disc_c_noise": network_config.disc_c_noise,
         "num_fp16_res": network_config.d_num_fp16_res,

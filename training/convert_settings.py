@@ -53,7 +53,7 @@ class ConvertOptions:
     def size(self) -> tuple[int, int]:
         """Target (width, height) in pixels.
 
-        It may be read only if `transform` is set, which requires a resolution.
+        The property may be read only if `transform` is set, which requires a resolution.
         """
         assert self.resolution is not None
         return self.resolution

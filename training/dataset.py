@@ -43,9 +43,9 @@ ROTATION_TOLERANCE = 1e-2
 
 
 class ImageFiles:
-    """The image files and labels of a folder or zip archive.
+    """Access to the image files and labels of a folder or zip archive.
 
-    An entry is a file in the folder or archive. Its name is its relative path.
+    An entry is a file in the folder or archive. The name of an entry is the relative path of the file.
 
     Args: path: folder, which is searched recursively, or .zip file.
     Raises: ValueError if the path does not exist, is a damaged archive, or contains no images.
@@ -114,7 +114,7 @@ class ImageFiles:
             ) from error
 
     def decode(self, entry: str) -> PIL.Image.Image:
-        """Decode an entry. The whole file is read, so that damage is found here.
+        """Decode the image of an entry. All pixels are decoded, so that damage of the file is detected here.
 
         Raises: ValueError if the entry is damaged, too large, or no 8-bit greyscale or RGB image.
         """
@@ -189,85 +189,97 @@ class ImageFiles:
         return [label_by_name[image_name] for image_name in self.images]
 
 
-def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -> np.ndarray:
+def label_array(labels: list, image_names: list[str], file_description: str, c_dim: int | None) -> np.ndarray:
     """Check labels and convert them to an array.
 
     Args:
         labels: label of each image as stored: a list of numbers, or an integer class index.
-        names: entry name of each image, for messages.
-        where: name of the file, for messages.
+        image_names: entry name of each image, for messages.
+        file_description: name of the file, for messages.
         c_dim: required number of numbers L in a label, or None to accept any.
     Returns: an array float32 [n, L] if the labels are lists of numbers, or an array int64 [n] if they are
         class indices.
-    Raises: ValueError if the lengths differ from c_dim or from each other, if a value is no finite number, or
-        if a label of 25 numbers contains no rigid pose. The message names the first such image.
+    Raises: ValueError if the lengths differ from c_dim or from each other, if a value is no finite number or
+        a negative class index, or if a label of 25 numbers contains no rigid pose. The message names the
+        first such image.
     """
     # bool is a subclass of int in Python, but true and false are no class indices.
     if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
         class_indices = np.array(labels, dtype=np.int64)
         if class_indices.min() < 0:
             raise ValueError(
-                f"{where}: entry {names[int(class_indices.argmin())]!r}: expected a class index >= 0, got"
-                f" {class_indices.min()}. Correct the label in the file."
+                f"{file_description}: entry {image_names[int(class_indices.argmin())]!r}: expected a class"
+                f" index >= 0, got {class_indices.min()}. Correct the label in the file."
             )
-        _check_length(int(class_indices.max()) + 1, names[int(class_indices.argmax())], where, c_dim)
+        class_count = int(class_indices.max()) + 1
+        if c_dim is not None and class_count != c_dim:
+            raise ValueError(
+                f"{file_description}: entry {image_names[int(class_indices.argmax())]!r}: expected labels of"
+                f" {c_dim} numbers, got class indices up to {class_count - 1}, which stand for labels of"
+                f" {class_count} numbers. Correct the labels in the file."
+            )
         return class_indices
     # If no length is required, all labels need the length of the first one.
     required_length = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
-    for image_name, label in zip(names, labels, strict=True):
+    for image_name, label in zip(image_names, labels, strict=True):
         if not isinstance(label, list):
             raise ValueError(
-                f"{where}: entry {image_name!r}: expected a list of numbers as for other images, got"
-                f" {label!r}. Correct the label in the file."
+                f"{file_description}: entry {image_name!r}: expected a list of numbers as for other images,"
+                f" got {label!r}. Correct the label in the file."
             )
-        _check_length(len(label), image_name, where, required_length)
+        _check_length(len(label), image_name, file_description, required_length)
     try:
         label_matrix = np.array(labels, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}: a label contains a value that is no number ({error}). Correct the label in the file."
+            f"{file_description}: a label contains a value that is no number ({error}). Correct the label in"
+            " the file."
         ) from error
     is_finite = np.isfinite(label_matrix).all(axis=1)  # [n]
     if not is_finite.all():
         # argmin returns the index of the first False.
-        first_invalid_name = names[int(is_finite.argmin())]
+        first_invalid_name = image_names[int(is_finite.argmin())]
         raise ValueError(
-            f"{where}: entry {first_invalid_name!r}: expected finite numbers, got NaN or infinity. Correct"
-            " the label in the file."
+            f"{file_description}: entry {first_invalid_name!r}: expected finite numbers, got NaN or infinity."
+            " Correct the label in the file."
         )
     if label_matrix.shape[1] == LABEL_NUMBERS:
-        check_poses(label_matrix, names, where)
+        check_poses(label_matrix, image_names, file_description)
     return label_matrix
 
 
-def _check_length(length: int, name: str, where: str, required_length: int | None) -> None:
+def _check_length(
+    label_length: int, image_name: str, file_description: str, required_length: int | None
+) -> None:
     """Raise ValueError if a label has another length than required.
 
     Args:
-        length: number of numbers in the label.
-        name: name of the image, for the message.
-        where: name of the file with the labels, for the message.
+        label_length: number of numbers in the label.
+        image_name: name of the image, for the message.
+        file_description: name of the file with the labels, for the message.
         required_length: required number of numbers; None: any number is accepted.
     """
-    if required_length is not None and length != required_length:
+    if required_length is not None and label_length != required_length:
         is_camera = required_length == LABEL_NUMBERS
-        note = " A camera label has 16 numbers of cam2world and 9 of the intrinsics." if is_camera else ""
+        note_text = (
+            " A camera label has 16 numbers of cam2world and 9 of the intrinsics." if is_camera else ""
+        )
         raise ValueError(
-            f"{where}: entry {name!r}: expected a label of {required_length} numbers, got {length}.{note}"
-            " Correct the labels in the file."
+            f"{file_description}: entry {image_name!r}: expected a label of {required_length} numbers, got"
+            f" {label_length}.{note_text} Correct the labels in the file."
         )
 
 
-def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
+def check_poses(label_matrix: np.ndarray, image_names: list[str], file_description: str) -> None:
     """Raise ValueError unless the first 16 numbers of every label are a rigid pose in row-major order.
 
     Args:
-        values: camera labels [n, 25].
-        names: entry name of each image, for messages.
-        where: name of the file, for messages.
+        label_matrix: camera labels [n, 25].
+        image_names: entry name of each image, for messages.
+        file_description: name of the file, for messages.
     """
     # In double precision, rounding in the check itself is negligible.
-    poses = values[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
+    poses = label_matrix[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
     rotations = poses[:, :3, :3]
     rotation_error = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
     # R^T R = I also holds for a reflection, whose determinant is negative.
@@ -275,18 +287,18 @@ def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
     if has_no_rotation.any():
         first_index = int(has_no_rotation.argmax())
         raise ValueError(
-            f"{where}: entry {names[first_index]!r}: the pose contains no rotation, because |R^T R - I| ="
-            f" {rotation_error[first_index]:.3g} and the determinant is"
-            f" {np.linalg.det(rotations[first_index]):.3g} ({int(has_no_rotation.sum())} of {len(names)}"
-            " labels). Write a rigid cam2world matrix in row-major order."
+            f"{file_description}: entry {image_names[first_index]!r}: the pose contains no rotation, because"
+            f" |R^T R - I| = {rotation_error[first_index]:.3g} and the determinant is"
+            f" {np.linalg.det(rotations[first_index]):.3g} ({int(has_no_rotation.sum())} of"
+            f" {len(image_names)} labels). Write a rigid cam2world matrix in row-major order."
         )
     # A pose in column-major order has its translation in the last row.
-    is_wrong_order = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
-    if is_wrong_order.any():
-        first_index = int(is_wrong_order.argmax())
+    has_wrong_order = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
+    if has_wrong_order.any():
+        first_index = int(has_wrong_order.argmax())
         raise ValueError(
-            f"{where}: entry {names[first_index]!r}: expected 0 0 0 1 in the last row of the pose, got"
-            f" {poses[first_index, 3].tolist()}. Write cam2world in row-major order."
+            f"{file_description}: entry {image_names[first_index]!r}: expected 0 0 0 1 in the last row of the"
+            f" pose, got {poses[first_index, 3].tolist()}. Write cam2world in row-major order."
         )
 
 
@@ -330,15 +342,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._files = ImageFiles(Path(path))
         self._labels = None  # float32 [n, L]
         if use_labels:
-            where = f"dataset {path}: {LABELS_FILE}"
+            labels_description = f"dataset {path}: {LABELS_FILE}"
             stored_labels = self._files.read_labels()
             if stored_labels is None and c_dim:
                 raise ValueError(
-                    f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add the labels of the'
-                    " images."
+                    f'{labels_description}: expected labels of {c_dim} numbers, got "labels": null. Add the'
+                    " labels of the images."
                 )
             if stored_labels is not None:
-                label_matrix = label_array(stored_labels, self._files.images, where, c_dim)
+                label_matrix = label_array(stored_labels, self._files.images, labels_description, c_dim)
                 # Class indices become one-hot rows of the identity matrix.
                 self._labels = (
                     np.eye(label_matrix.max() + 1, dtype=np.float32)[label_matrix]
@@ -355,14 +367,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             )
         # A raw index is the index of a file. An index of the dataset counts the subset, and then its
         # mirrored copy.
-        subset = np.arange(raw_image_count, dtype=np.int64)
+        subset_indices = np.arange(raw_image_count, dtype=np.int64)
         if max_size is not None and max_size < raw_image_count:
             # EG3D's choice of the subset: the first max_size elements of a shuffled list, in the order
             # of files.
-            np.random.RandomState(random_seed).shuffle(subset)
-            subset = np.sort(subset[:max_size])
-        self._raw_index = np.tile(subset, 2) if xflip else subset  # index of the dataset -> raw index
-        self._is_flipped = np.arange(len(self._raw_index)) >= len(subset)
+            np.random.RandomState(random_seed).shuffle(subset_indices)
+            subset_indices = np.sort(subset_indices[:max_size])
+        # Index of the dataset -> raw index
+        self._raw_index = np.tile(subset_indices, 2) if xflip else subset_indices
+        self._is_flipped = np.arange(len(self._raw_index)) >= len(subset_indices)
         # True: decoded images are kept in memory.
         self.in_memory = raw_image_count * int(np.prod(self._shape)) < CACHE_LIMIT
         self._cache: np.ndarray | None = None  # decoded images, uint8 [n, C, R, R]
@@ -417,7 +430,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return label
 
     def get_labels(self) -> np.ndarray:
-        """Return the labels of all images, [number of images, L], as from `get_label`."""
+        """Return the labels of all images, float32 [number of images, L].
+
+        The labels of mirrored images are mirrored.
+        """
         if self._labels is None:
             return np.zeros((len(self), 0), np.float32)
         label_rows = self._labels[self._raw_index]
@@ -433,10 +449,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         The copy opens the files itself at its first read, and keeps no images in memory.
         """
         # copy.copy uses __getstate__, so neither the cache nor the open archive is copied.
-        uncached = copy.copy(self)
-        uncached._files = copy.copy(self._files)
-        uncached.in_memory = False
-        return uncached
+        dataset_copy = copy.copy(self)
+        dataset_copy._files = copy.copy(self._files)
+        dataset_copy.in_memory = False
+        return dataset_copy
 
     def close(self) -> None:
         """Close the archive if it is open. The next read opens it again."""
@@ -510,13 +526,13 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Yield the indices of this rank without end."""
         n = self.length
-        order = np.arange(self.length)
+        initial_order = np.arange(self.length)
         rng = np.random.RandomState(self.seed)
         window_length = int(np.rint(n * self.window_size)) if self.shuffle else 0
         if self.shuffle:
-            rng.shuffle(order)
+            rng.shuffle(initial_order)
         # A list is faster than an array for access to single elements.
-        shuffled_indices: list[int] = order.tolist()
+        shuffled_indices: list[int] = initial_order.tolist()
         steps_back = iter(list[int]())
         for position in itertools.count():
             i = position % n
@@ -539,10 +555,10 @@ AHEAD = 2  # number of tasks per worker that are submitted before their results 
 _work: Callable | None = None
 
 
-def _start_worker(work: Callable) -> None:
-    """Initialise a worker process whose tasks call the function `work`."""
+def _start_worker(process_task: Callable) -> None:
+    """Initialise a worker process whose tasks call the function `process_task`."""
     global _work
-    _work = work
+    _work = process_task
     # The terminal sends Ctrl-C to all processes of the group. Workers ignore it, and the parent reacts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The default action replaces the parent's handler, which writes a checkpoint.
@@ -556,9 +572,9 @@ def _end_with_parent() -> None:
 
     Without it, workers would remain after the parent was killed.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()  # returns when the parent has ended, for any reason
+    parent_process = multiprocessing.parent_process()
+    assert parent_process is not None
+    parent_process.join()  # returns when the parent has ended, for any reason
     os._exit(1)
 
 
@@ -568,61 +584,64 @@ def _run_task(task: object) -> object:
     return _work(task)
 
 
-def work_in_advance(work: Callable, tasks: Iterable, workers: int, death_message: str) -> Generator:
-    """Yield work(task) for every task, in order. Worker processes compute results in advance.
+def work_in_advance(
+    process_task: Callable, tasks: Iterable, worker_count: int, death_message: str
+) -> Generator:
+    """Yield process_task(task) for every task, in order. Worker processes compute results in advance.
 
-    Workers are forked when the first result is requested. AHEAD * workers results are computed in advance.
-    Closing the generator ends the workers.
+    Workers are forked when the first result is requested. AHEAD * worker_count results are computed in
+    advance. Closing the generator ends the workers.
 
     Args:
-        work: function of one task.
-        tasks: arguments of `work`, possibly without end.
-        workers: number of processes. With 0, or on systems without fork, this process computes each result
-            when it is requested.
+        process_task: function of one task.
+        tasks: arguments of `process_task`, possibly without end.
+        worker_count: number of processes. With 0, or on systems without fork, this process computes each
+            result when it is requested.
         death_message: message of the error if a worker process is killed.
-    Raises: the errors of `work`; ValueError(death_message) if a worker was killed; OSError if no worker can
-        be started.
+    Raises: the errors of `process_task`; ValueError(death_message) if a worker was killed; OSError if no
+        worker can be started.
     """
-    if workers == 0 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from map(work, tasks)
+    if worker_count == 0 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(process_task, tasks)
         return
     with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), _start_worker, (work,)
-    ) as pool:
-        pending: deque[concurrent.futures.Future] = deque()
+        worker_count, multiprocessing.get_context("fork"), _start_worker, (process_task,)
+    ) as process_pool:
+        pending_results: deque[concurrent.futures.Future] = deque()
         try:
             for task in tasks:
                 try:
-                    pending.append(pool.submit(_run_task, task))
+                    pending_results.append(process_pool.submit(_run_task, task))
                 except OSError as error:  # fork failed
                     raise OSError(
-                        f"--workers: {workers} processes cannot be started: {error.strerror}. Use a smaller"
-                        " number."
+                        f"--workers: {worker_count} processes cannot be started: {error.strerror}. Use a"
+                        " smaller number."
                     ) from error
                 # The oldest result is yielded first, also if a later one is ready before.
-                if len(pending) > AHEAD * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+                if len(pending_results) > AHEAD * worker_count:
+                    yield pending_results.popleft().result()
+            while pending_results:
+                yield pending_results.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise ValueError(death_message) from error
         finally:
             # shutdown() removes the processes from the pool, so they are listed before.
-            started_processes = list(pool._processes.values())
-            pool.shutdown(wait=True, cancel_futures=True)
+            started_processes = list(process_pool._processes.values())
+            process_pool.shutdown(wait=True, cancel_futures=True)
             # If some workers could not be started, shutdown() does not end the others.
             for process in started_processes:
                 process.terminate()
 
 
-def in_order(work: Callable, tasks: Sequence, workers: int, death_message: str) -> Generator:
-    """Yield work(task) for every task of a finite list, in order. See `work_in_advance` for the arguments.
+def in_order(process_task: Callable, tasks: Sequence, worker_count: int, death_message: str) -> Generator:
+    """Yield process_task(task) for every task of a finite list, in order. See `work_in_advance` for the
+    arguments.
 
     There are at most as many workers as tasks. A single worker would save no time, so this process does
     its work.
     """
-    workers = min(workers, len(tasks))
-    return work_in_advance(work, tasks, workers if workers > 1 else 0, death_message)
+    worker_count = min(worker_count, len(tasks))
+    return work_in_advance(process_task, tasks, worker_count if worker_count > 1 else 0, death_message)
 
 
 # Batches in the order of the sampler.
@@ -649,7 +668,9 @@ def default_workers(dataset: ImageFolderDataset, ranks: Ranks) -> int:
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]  # yields (images, labels)
 
 
-def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, workers: int) -> Batches:
+def read_batches(
+    dataset: ImageFolderDataset, image_order: Iterator[int], n: int, worker_count: int
+) -> Batches:
     """Yield batches without end: images [n, C, R, R] uint8, and labels [n, L] float32.
 
     Workers decode images into shared memory, which is allocated once and reused. The images of a batch are
@@ -657,23 +678,25 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
 
     Args:
         dataset: images and labels.
-        order: indices of images, without end.
+        image_order: indices of images, without end.
         n: number of images in a batch.
-        workers: number of processes that read in advance; 0: this process reads.
+        worker_count: number of processes that read in advance; 0: this process reads.
     Raises: ValueError for damaged data, or if a worker was killed.
     """
     # A slot is the memory of one batch. One more slot than batches in advance is needed, for the batch that
     # the caller is using.
-    slot_count = AHEAD * workers + 1
+    slot_count = AHEAD * worker_count + 1
     memory_shape = (slot_count, n, dataset.num_channels, dataset.resolution, dataset.resolution)
     # Anonymous shared memory (-1: no file). Forked workers write into the same pages, so images are not
     # copied between processes.
     images = np.frombuffer(mmap.mmap(-1, int(np.prod(memory_shape))), np.uint8).reshape(memory_shape)
-    fill_slot = functools.partial(_fill, dataset.without_memory() if workers else dataset, images)
+    fill_slot = functools.partial(_fill, dataset.without_memory() if worker_count else dataset, images)
     # Slots are used cyclically, so a slot is reused only when its batch has been yielded and the caller has
     # requested another one.
-    tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slot_count)))
-    with contextlib.closing(work_in_advance(fill_slot, tasks, workers, WORKER_DEATH_MESSAGE)) as filled_slots:
+    tasks = ((slot, list(itertools.islice(image_order, n))) for slot in itertools.cycle(range(slot_count)))
+    with contextlib.closing(
+        work_in_advance(fill_slot, tasks, worker_count, WORKER_DEATH_MESSAGE)
+    ) as filled_slots:
         for slot, batch_labels in filled_slots:
             yield images[slot], batch_labels
 
@@ -691,7 +714,7 @@ def _fill(
     """
     slot, indices = task
     batch_labels = []
-    for position, image_index in enumerate(indices):
-        images[slot, position], image_label = dataset[image_index]
+    for row, image_index in enumerate(indices):
+        images[slot, row], image_label = dataset[image_index]
         batch_labels.append(image_label)
     return slot, np.stack(batch_labels)

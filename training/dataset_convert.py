@@ -61,9 +61,9 @@ def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int
     pixels_per_unit = min(width / ratio_width, height / ratio_height)
     crop_width = max(1, round(ratio_width * pixels_per_unit))
     crop_height = max(1, round(ratio_height * pixels_per_unit))
-    left = (width - crop_width) // 2
-    top = (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
+    left_edge = (width - crop_width) // 2
+    top_edge = (height - crop_height) // 2
+    return left_edge, top_edge, left_edge + crop_width, top_edge + crop_height
 
 
 def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Image.Image:
@@ -86,21 +86,22 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
 
     In EG3D's labels, intrinsics are divided by the image size: x by the width and y by the height. A crop of
     a W x H image to w x h pixels therefore changes the focal length f_x and the principal point c_x to f_x' =
-    f_x W / w and c_x' = (c_x W - left) / w, and the values of y accordingly. The black bars of
+    f_x W / w and c_x' = (c_x W - left_edge) / w, and the values of y accordingly. The black bars of
     center-crop-wide scale y again.
 
     Args:
         label: camera label [25].
         options: transform and resolution.
         width, height: size W and H of the source image in pixels.
+    Returns: the adapted label [25].
     """
-    left, top, right, bottom = crop_box(options, width, height)
+    left_edge, top_edge, right_edge, bottom_edge = crop_box(options, width, height)
     intrinsics = label[POSE_NUMBERS:].reshape(3, 3).copy()
     # Row 0 contains f_x, the skew and c_x; row 1 contains f_y and c_y.
-    intrinsics[0] *= width / (right - left)
-    intrinsics[1] *= height / (bottom - top)
-    intrinsics[0, 2] -= left / (right - left)
-    intrinsics[1, 2] -= top / (bottom - top)
+    intrinsics[0] *= width / (right_edge - left_edge)
+    intrinsics[1] *= height / (bottom_edge - top_edge)
+    intrinsics[0, 2] -= left_edge / (right_edge - left_edge)
+    intrinsics[1, 2] -= top_edge / (bottom_edge - top_edge)
     if options.transform == "center-crop-wide":
         # The image of w x h pixels becomes a square of w x w pixels with bars of (w - h) // 2 rows.
         w, h = options.size
@@ -111,14 +112,18 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
 
 def png(image: PIL.Image.Image) -> bytes:
     """Encode an image as a PNG without compression, as EG3D writes it."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="png", compress_level=0)
-    return buffer.getvalue()
+    png_buffer = io.BytesIO()
+    image.save(png_buffer, format="png", compress_level=0)
+    return png_buffer.getvalue()
 
 
 def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
     """Convert the images of some entries, in a worker process.
 
+    Args:
+        files: source set.
+        options: transforms.
+        entries: names of the entries.
     Returns: for each entry, a tuple of the PNGs (the image, and its mirrored copy if requested), the size (W,
         H) of the source image, and the shape (C, H, W) of the result.
     Raises: ValueError for a damaged entry.
@@ -138,7 +143,7 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
 def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     """Read and check the labels of the images that are converted.
 
-    Returns: the labels in their stored form, or None if the set has no labels or they are to be dropped.
+    Returns: the labels in their stored form, or None if the set has no labels or `options.labels` is "drop".
     Raises: ValueError if only some images have a label, or if a label is malformed (see `label_array`).
     """
     if options.labels == "drop" or LABELS_FILE not in files.entries:
@@ -148,33 +153,34 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
         return None
     # With max_images = None, the slice contains all images.
     image_names = files.images[: options.max_images]
-    where = f"dataset {files.path}: {LABELS_FILE}"
+    file_description = f"dataset {files.path}: {LABELS_FILE}"
     stored_labels = stored_labels[: len(image_names)]
-    label_values = label_array(stored_labels, image_names, where, None)
+    label_values = label_array(stored_labels, image_names, file_description, None)
     # It is unknown how mirroring an image changes a label that is no camera label.
     if options.mirror and label_values.ndim == 2 and label_values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
-            f"{where}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got {label_values.shape[1]}."
-            " Convert the set without --mirror, or drop the labels with --labels=drop."
+            f"{file_description}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got"
+            f" {label_values.shape[1]}. Convert the set without --mirror, or drop the labels with"
+            " --labels=drop."
         )
     return stored_labels
 
 
-def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
+def _output_labels(label, options: ConvertOptions, source_size: tuple[int, int]) -> list:
     """Return the labels of the images that are made from one source image.
 
     Args:
-        label: label of the source image in its stored form.
+        label: label of the source image as stored: a list of numbers, or an integer class index.
         options: transforms.
-        size: (width, height) of the source image in pixels.
+        source_size: (width, height) of the source image in pixels.
     Returns: the label, and the label of the mirrored copy if requested. A label that does not change is the
         same object as `label`.
     """
     is_padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
-    is_cropped = crop_box(options, *size) != (0, 0, *size)
+    is_cropped = crop_box(options, *source_size) != (0, 0, *source_size)
     is_camera = isinstance(label, list) and len(label) == LABEL_NUMBERS
     if is_camera and (is_padded or is_cropped):
-        label = transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
+        label = transform_camera(np.array(label, dtype=np.float64), options, *source_size).tolist()
     if not options.mirror:
         return [label]
     if not isinstance(label, list):
@@ -183,34 +189,34 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
 
 
 def _check_shape(
-    shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, where: str
+    image_shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, set_description: str
 ) -> None:
     """Raise ValueError unless an image is square, of a power-of-two size, and as large as the first image.
 
     The numbers of channels must be equal, too.
 
     Args:
-        shape: (C, H, W) of the converted image.
+        image_shape: (C, H, W) of the converted image.
         first_shape: (C, H, W) of the first converted image.
         entry: name of the source image, for messages.
-        where: name of the set, for messages.
+        set_description: name of the set, for messages.
     """
-    channels, height, width = shape
+    channels, height, width = image_shape
     # width & (width - 1) is 0 only for powers of two, which are the resolutions of StyleGAN2 networks.
     if height != width or width & (width - 1):
         raise ValueError(
-            f"{where}: entry {entry!r}: expected a square image whose side is a power of two, got"
-            f" {width}x{height}. Add --transform=center-crop --resolution=WxH."
+            f"{set_description}: entry {entry!r}: expected a square image whose side is a power of two, got"
+            f" {width}x{height}. Add --transform=center-crop and, for example, --resolution=512x512."
         )
     if channels != first_shape[0]:
         raise ValueError(
-            f"{where}: entry {entry!r}: the image has {channels} channels, but the first image has"
+            f"{set_description}: entry {entry!r}: the image has {channels} channels, but the first image has"
             f" {first_shape[0]}. Convert all images to RGB."
         )
-    if shape != first_shape:
+    if image_shape != first_shape:
         raise ValueError(
-            f"{where}: entry {entry!r}: the image has {width}x{height} pixels, but the first image has"
-            f" {first_shape[2]}x{first_shape[1]}. Add --resolution=WxH."
+            f"{set_description}: entry {entry!r}: the image has {width}x{height} pixels, but the first image"
+            f" has {first_shape[2]}x{first_shape[1]}. Add --resolution={first_shape[2]}x{first_shape[1]}."
         )
 
 
@@ -222,7 +228,7 @@ def convert_dataset(
     on_image: Callable[[int], object] = lambda count: None,
     overwrite: bool = False,
 ) -> Converted:
-    """Convert an image set.
+    """Convert an image set to EG3D's dataset format.
 
     Args:
         source: folder or zip archive.
@@ -231,6 +237,7 @@ def convert_dataset(
         workers: number of processes.
         on_image: function that is called with 1 after each source image, to show progress.
         overwrite: True: replace an existing .zip file. A folder is never replaced.
+    Returns: a summary of the conversion.
     Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written, for
         example because the disk is full. In both cases `dest` is not changed.
     """
@@ -245,10 +252,10 @@ def convert_dataset(
     cropped_count = 0
     # The workers, which are forked below, must not share the open file.
     image_files.close()
-    chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
+    entry_chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     death_message = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
     conversion_results = in_order(
-        functools.partial(_convert, image_files, options), chunks, workers, death_message
+        functools.partial(_convert, image_files, options), entry_chunks, workers, death_message
     )
     with open_writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
         for i, (images, source_size, converted_shape) in enumerate(
@@ -266,9 +273,9 @@ def convert_dataset(
                 image_name = f"{len(label_rows) // 1000:05d}/img{len(label_rows):08d}.png"
                 label_rows.append([image_name, output_label])
                 write(image_name, image)
-            left_edge, top, right_edge, bottom = crop_box(options, *source_size)
+            left_edge, top_edge, right_edge, bottom_edge = crop_box(options, *source_size)
             enlarged_count += target_size is not None and (
-                right_edge - left_edge < target_size[0] or bottom - top < target_size[1]
+                right_edge - left_edge < target_size[0] or bottom_edge - top_edge < target_size[1]
             )
             # `_output_labels` returns the same object if the crop did not change the label.
             cropped_count += source_labels is not None and output_labels[0] is not source_labels[i]
@@ -302,21 +309,21 @@ def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[
     Raises: ValueError if `dest` exists already, would contain or replace the source, or is another kind of
         archive; OSError if it cannot be written.
     """
-    to_zip = dest.suffix.lower() == ".zip"
+    is_zip_output = dest.suffix.lower() == ".zip"
     if dest.resolve() == source.resolve():
         raise ValueError(f"--dest: {dest} is also the --source. Name another file or folder.")
-    if not to_zip and source.resolve().is_relative_to(dest.resolve()):
+    if not is_zip_output and source.resolve().is_relative_to(dest.resolve()):
         raise ValueError(f"--dest: the folder {dest} contains the --source. Name another folder.")
-    if not to_zip and dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar"):
+    if not is_zip_output and dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar"):
         raise ValueError(
             f"--dest: only .zip files and folders can be written, got {dest.name}. Write"
             f" --dest={dest.with_suffix('.zip')}."
         )
-    if dest.is_dir() and to_zip:
+    if dest.is_dir() and is_zip_output:
         raise ValueError(f"--dest: {dest} is an existing folder, not a zip file. Name another file.")
     if dest.is_dir() and any(dest.iterdir()):
         raise ValueError(f"--dest: the folder {dest} is not empty. Name a new or empty folder.")
-    if dest.is_file() and not to_zip:
+    if dest.is_file() and not is_zip_output:
         raise ValueError(f"--dest: {dest} is an existing file, not a folder. Name another folder.")
     if dest.is_file() and not overwrite:
         raise ValueError(
@@ -324,28 +331,28 @@ def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[
         )
     dest.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder as the result, hence on the same disk, where renaming is atomic.
-    temporary = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    temporary_path = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
-        if to_zip:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        if is_zip_output:
+            with zipfile.ZipFile(temporary_path, "w", zipfile.ZIP_STORED) as archive:
                 yield lambda name, data: archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
             # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an
             # empty file.
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, dest)
+            with open(temporary_path, "rb") as archive_file:
+                os.fsync(archive_file.fileno())
+            os.replace(temporary_path, dest)
             return
-        temporary.mkdir()
+        temporary_path.mkdir()
 
         def write(name: str, data: bytes) -> None:
             """Write one file of the set."""
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_bytes(data)
+            (temporary_path / name).parent.mkdir(exist_ok=True)
+            (temporary_path / name).write_bytes(data)
 
         yield write
         if dest.is_dir():
             dest.rmdir()  # it is empty, as checked above; not every system can rename onto an existing folder
-        os.replace(temporary, dest)
+        os.replace(temporary_path, dest)
     except OSError as error:
         raise OSError(
             f"--dest: {dest} cannot be written ({error}). Check the free space and the permissions of this"
@@ -353,6 +360,6 @@ def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[
         ) from error
     finally:
         # After success there is nothing left to delete.
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        if temporary_path.is_dir():
+            shutil.rmtree(temporary_path, ignore_errors=True)
+        temporary_path.unlink(missing_ok=True)

@@ -56,9 +56,11 @@ class MinibatchStdLayer(torch.nn.Module):
         # A batch with fewer images than the group size forms a single group.
         group_size = n if self.group_size is None else min(self.group_size, n)
         # [G, N/G, F, C/F, H, W]
-        grouped = x.reshape(group_size, n // group_size, self.num_channels, c // self.num_channels, h, w)
+        grouped_features = x.reshape(
+            group_size, n // group_size, self.num_channels, c // self.num_channels, h, w
+        )
         # Biased variance over the group, [N/G, F, C/F, H, W].
-        variances = (grouped - grouped.mean(dim=0)).square().mean(dim=0)
+        variances = (grouped_features - grouped_features.mean(dim=0)).square().mean(dim=0)
         std_maps = (variances + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
         # All images of a group get the same value at every pixel: [N, F, H, W].
         std_maps = std_maps.reshape(-1, self.num_channels, 1, 1).repeat(group_size, 1, h, w)
@@ -109,9 +111,9 @@ class DiscriminatorBlock(torch.nn.Module):
             """Build the next layer, which is frozen if it is one of the first layers of the network."""
             # Layers are counted over all blocks, in the order in which they are built. Freeze-D (Mo et al.
             # 2020) freezes the layers that are nearest to the image.
-            trainable = first_layer_idx + self.num_layers >= freeze_layers
+            is_trainable = first_layer_idx + self.num_layers >= freeze_layers
             self.num_layers += 1
-            kwargs = {"conv_clamp": conv_clamp, "trainable": trainable, **kwargs}
+            kwargs = {"conv_clamp": conv_clamp, "trainable": is_trainable, **kwargs}
             return Conv2dLayer(*args, **kwargs)
 
         if in_channels == 0:
@@ -132,14 +134,14 @@ class DiscriminatorBlock(torch.nn.Module):
             force_fp32: True: compute in float32 despite `use_fp16`.
         Returns: features [N, O, R/2, R/2].
         """
-        inputs = x if x is not None else img
-        assert inputs is not None
-        is_half_precision = self.use_fp16 and not force_fp32 and inputs.device.type == "cuda"
+        block_input = x if x is not None else img
+        assert block_input is not None
+        is_half_precision = self.use_fp16 and not force_fp32 and block_input.device.type == "cuda"
         dtype = torch.float16 if is_half_precision else torch.float32
-        fastest_layout = convolution_layout(inputs.device, self.resolution, self.conv1.weight.shape[0])
+        fastest_layout = convolution_layout(block_input.device, self.resolution, self.conv1.weight.shape[0])
         memory_format = torch.channels_last if self.channels_last and is_half_precision else fastest_layout
-        inputs = inputs.to(dtype=dtype, memory_format=memory_format)
-        x = self.fromrgb(inputs) if self.in_channels == 0 else inputs
+        block_input = block_input.to(dtype=dtype, memory_format=memory_format)
+        x = self.fromrgb(block_input) if self.in_channels == 0 else block_input
         # Each of the two branches is scaled by sqrt(0.5), so that the variance of their sum is that of
         # one branch.
         skip_features = self.skip(x, gain=math.sqrt(0.5))  # [N, O, R/2, R/2]
@@ -157,7 +159,8 @@ class DiscriminatorEpilogue(torch.nn.Module):
         cmap_dim: number of entries of the embedded label; 0: no label.
         resolution: pixels per edge of the input, 4.
         mbstd_group_size: group size of the minibatch standard deviation; None: the full batch.
-        mbstd_num_channels: number of its feature maps; 0: no such layer.
+        mbstd_num_channels: number of feature maps of the minibatch standard deviation; 0: there is no such
+            layer.
         conv_clamp: largest absolute value of features after the convolution; None: no limit.
     """
 
@@ -239,7 +242,7 @@ class DualDiscriminator(torch.nn.Module):
         # From img_resolution down to 8. The slice reverses the list and leaves out its first element, 4.
         self.block_resolutions = block_resolutions(img_resolution)[:0:-1]
         # Lowest resolution in half precision, at least 8.
-        fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
+        smallest_fp16_resolution = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         channels_by_resolution = {
             resolution: channels_at(resolution, channel_base, channel_max)
             for resolution in [*self.block_resolutions, 4]
@@ -260,7 +263,7 @@ class DualDiscriminator(torch.nn.Module):
                 img_channels=self.img_channels,
                 first_layer_idx=layer_idx,
                 conv_clamp=conv_clamp,
-                use_fp16=(num_fp16_res > 0 and resolution >= fp16_from),
+                use_fp16=(num_fp16_res > 0 and resolution >= smallest_fp16_resolution),
                 **(block_kwargs or {}),
             )
             setattr(self, f"b{resolution}", block)

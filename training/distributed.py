@@ -51,7 +51,8 @@ class Ranks:
     def _exchange(self, purpose: str) -> Iterator[None]:
         """Convert errors of torch.distributed in the block to PeerLostError.
 
-        Args: purpose: what every rank has to do, a verb phrase for the message.
+        Args: purpose: verb phrase for the message that says what the ranks are doing, such as "exchange
+            gradients".
         """
         try:
             yield
@@ -59,9 +60,10 @@ class Ranks:
             # Only the first line of the message, because gloo and NCCL append stack traces.
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             raise PeerLostError(
-                f"rank {self.rank} of {self.world}: not every rank did {purpose} within {self.minutes:g}"
-                f" minutes ({reason}). A process of the run died or does not respond. All files that were"
-                " written before are intact. Continue with --resume=RUN."
+                f"rank {self.rank} of {self.world}: the ranks could not {purpose} ({reason}; time limit:"
+                f" {self.minutes:g} minutes). A process of the run died or does not respond. All files that"
+                " were written before are intact. Continue with --resume=RUN, where RUN is the folder of the"
+                " run."
             ) from error
 
     def sum_(self, tensor: torch.Tensor, purpose: str = "exchange gradients") -> torch.Tensor:
@@ -79,7 +81,7 @@ class Ranks:
         return tensor
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Return, for each flag, True if it is true on at least one rank."""
+        """Return, for each flag of this rank, True if the flag is true on at least one rank."""
         flag_counts = self.sum_(torch.tensor([float(flag) for flag in flags]), "agree to continue")
         return [flag_count > 0 for flag_count in flag_counts.tolist()]
 
@@ -95,18 +97,21 @@ class Ranks:
         for tensor in tensors:
             tensors_by_dtype.setdefault(tensor.dtype, []).append(tensor)
         for same_dtype_tensors in tensors_by_dtype.values():
-            concatenated = torch.cat(
+            concatenated_values = torch.cat(
                 [tensor.detach().reshape(-1).to(self.device) for tensor in same_dtype_tensors]
             )
             with self._exchange("receive rank 0's state"):
-                dist.broadcast(concatenated, src=0)
-            received_values = concatenated.split([tensor.numel() for tensor in same_dtype_tensors])
+                dist.broadcast(concatenated_values, src=0)
+            received_values = concatenated_values.split([tensor.numel() for tensor in same_dtype_tensors])
             with torch.no_grad():
                 for tensor, tensor_values in zip(same_dtype_tensors, received_values, strict=True):
                     tensor.copy_(tensor_values.reshape(tensor.shape))
 
     def broadcast(self, value: Any) -> Any:
-        """Return the value of rank 0 on every rank. It must consist of JSON values."""
+        """Return the value of rank 0 on every rank.
+
+        Args: value: JSON value; the values of other ranks are ignored.
+        """
         return self.gather(value if self.is_main else None)[0]
 
     def gather(self, value: object) -> list:
@@ -134,17 +139,17 @@ class Ranks:
         ]
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return the items of a list that rank r has to process: items r, r + W, r + 2W, ..."""
+        """Return the items of a list that this rank r has to process: items r, r + W, r + 2W, ..."""
         return items[self.rank :: self.world]
 
-    def gather_in_order(self, results: Sequence) -> list:
+    def gather_in_order(self, results_of_share: Sequence) -> list:
         """Return the results of all items of a list, in its order, on every rank.
 
         >>> ranks.gather_in_order([make(item) for item in ranks.share(items)])  # one result for each item
 
-        Args: results: results of this rank's `share` of the list, JSON values.
+        Args: results_of_share: results of this rank's `share` of the list, JSON values.
         """
-        results_by_rank = self.gather(list(results))
+        results_by_rank = self.gather(list(results_of_share))
         results_in_order = [None] * sum(map(len, results_by_rank))
         for rank, rank_results in enumerate(results_by_rank):
             results_in_order[rank :: self.world] = rank_results
@@ -158,7 +163,7 @@ class Ranks:
         if self.world == 1:
             return tensors
         # Name, shape and dtype of each tensor, so that the other ranks can allocate memory for them.
-        descriptions = self.broadcast(
+        tensor_descriptions = self.broadcast(
             [
                 [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
                 for name, tensor in (tensors or {}).items()
@@ -166,10 +171,11 @@ class Ranks:
         )
         if not self.is_main:
             tensors = {
-                name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in descriptions
+                name: torch.empty(shape, dtype=getattr(torch, dtype))
+                for name, shape, dtype in tensor_descriptions
             }
         # One tensor at a time, because concatenating a large checkpoint would need its memory twice.
-        for name, _, _ in descriptions:
+        for name, _, _ in tensor_descriptions:
             self.broadcast_([tensors[name]])
         return tensors
 
@@ -195,7 +201,7 @@ SINGLE = Ranks()  # for a run of one process
 
 
 def launch_identity() -> str | None:
-    """Return a text that identifies the launch by torchrun.
+    """Return a text that identifies the launch of this run by torchrun.
 
     The text does not change if torchrun restarts the processes. It is torchrun's --rdzv-id if it was given,
     otherwise the name of the machine with the number of the launching process.
@@ -293,7 +299,7 @@ def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
     """Report only the error of the first process that fails in the block. The other processes exit silently.
 
     A counter in the store shows which process is the first. Rank 0 hosts the store, so if it fails, it waits
-    up to two seconds until all others have counted themselves.
+    up to two seconds until all other processes have increased the counter.
     """
     try:
         yield
@@ -321,12 +327,12 @@ def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
     atexit.register(_end, 0)
 
 
-def _end(code: int) -> None:
-    """Exit with a code, without the interpreter's own shutdown.
+def _end(exit_code: int) -> None:
+    """Exit with an exit code, without the interpreter's own shutdown.
 
     In about one run of five, threads of gloo abort during the shutdown, after all work is done.
     """
     # os._exit does not write buffered output.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(exit_code)

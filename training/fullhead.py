@@ -40,7 +40,7 @@ _ROOT8 = 2 * math.sqrt(2)
 def sample_tri_grid(
     axes: torch.Tensor, planes: torch.Tensor, points: torch.Tensor, box_warp: float, extent: float = 1.0
 ) -> torch.Tensor:
-    """Interpolate K stacks of D slices at points.
+    """Interpolate a tri-grid, which consists of K stacks of D feature slices, at points.
 
     The interpolation is trilinear, with zeros outside of a stack (align_corners=False). Let t in -1..1 be the
     coordinate along the slices. With D = 3, the slices lie at t = -2/3, 0, 2/3. With D = 1, a value is
@@ -83,7 +83,8 @@ def _read(planes: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 def _angle(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return atan2(y, x). If x and y are 0, the value and the gradient are 0.
 
-    In this case the gradient of torch is NaN, and its value depends on the signs of the zeros.
+    In this case the gradient of torch.atan2 is NaN, and the value of torch.atan2 depends on the signs of the
+    zeros.
     """
     is_origin = (x == 0) & (y == 0)
     return torch.atan2(y.masked_fill(is_origin, 0.0), x.masked_fill(is_origin, 1.0))
@@ -152,16 +153,18 @@ def equal_area_square(p: torch.Tensor) -> torch.Tensor:
     # Coordinates (a, b) on the disc. The angle on the disc is -azimuth.
     a = radius * torch.cos(azimuth)
     b = -radius * torch.sin(azimuth)
-    difference = a.square() - b.square()
+    squared_difference = a.square() - b.square()
 
     def square_coordinate(signed_difference: torch.Tensor, disc_coordinate: torch.Tensor) -> torch.Tensor:
         """Return one coordinate of the elliptical map from the disc to the square."""
         # EPSILON and the clamp keep the roots real and their gradients finite at the rim.
-        plus = 2 + signed_difference + _ROOT8 * disc_coordinate + EPSILON
-        minus = 2 + signed_difference - _ROOT8 * disc_coordinate + EPSILON
-        return (plus.clamp_min(0).sqrt() - minus.clamp_min(0).sqrt()) / 2
+        plus_term = 2 + signed_difference + _ROOT8 * disc_coordinate + EPSILON
+        minus_term = 2 + signed_difference - _ROOT8 * disc_coordinate + EPSILON
+        return (plus_term.clamp_min(0).sqrt() - minus_term.clamp_min(0).sqrt()) / 2
 
-    return torch.stack([square_coordinate(difference, a), square_coordinate(-difference, b)], dim=-1)
+    return torch.stack(
+        [square_coordinate(squared_difference, a), square_coordinate(-squared_difference, b)], dim=-1
+    )
 
 
 def sample_hybrid(
@@ -237,9 +240,9 @@ class FeatureDecoder(OSGDecoder):
 class HeadRenderer(ImportanceRenderer):
     """EG3D's renderer with another function that interpolates features at points.
 
-    Colours are not mapped to -1..1. In renders, space is empty if |x| or |z| is closer to the faces of the
-    box than the option side_margin (world units; 0.1 if the option is missing; None turns this off).
-    Densities at points, for example for a mesh, are not changed, as in the published code.
+    Colours are not mapped to -1..1. In renders, a point is empty space if its distance along x or z to a face
+    of the box is less than the option side_margin (world units; 0.1 if the option is missing; None: no
+    margin). Densities at points, for example for a mesh, are not changed, as in the published code.
 
     Args:
         read: function (axes, planes, points, box_warp) -> features [N, K, P, C].
@@ -259,19 +262,21 @@ class HeadRenderer(ImportanceRenderer):
             return decoder.decode(features)
         # The density needs only one row of the last layer.
         w0, b0, w_sigma, b_sigma = (weight.to(features) for weight in decoder.sigma_weights())
-        hidden = functional.softplus(functional.linear(features, w0, b0))
-        return {"sigma": functional.linear(hidden, w_sigma[None], b_sigma[None])}
+        hidden_units = functional.softplus(functional.linear(features, w0, b0))
+        return {"sigma": functional.linear(hidden_units, w_sigma[None], b_sigma[None])}
 
     def _query(
         self, planes, decoder, origins, directions, depths, options, merged=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return colours and raw densities along rays, where the margin at the sides of the box is empty."""
         colours, densities = super()._query(planes, decoder, origins, directions, depths, options, merged)
-        margin = options.get("side_margin", 0.1)
-        if margin is not None:
+        side_margin = options.get("side_margin", 0.1)
+        if side_margin is not None:
             # x and z of the samples, [N, M, S, 2]; the margin does not apply to y.
-            positions = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2))[..., [0, 2]]
-            is_in_margin = (positions.abs() > options["box_warp"] / 2 - margin).any(dim=-1, keepdim=True)
+            sample_positions = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2))[..., [0, 2]]
+            is_in_margin = (sample_positions.abs() > options["box_warp"] / 2 - side_margin).any(
+                dim=-1, keepdim=True
+            )
             densities = densities.masked_fill(is_in_margin, EMPTY)
         return colours, densities
 
@@ -311,8 +316,8 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
             self.torgb = ToRGBLayer(feature_count, 3, self.w_dim)
         if rendering_kwargs["use_background"]:
             background_kwargs = {
-                argument_name: argument
-                for argument_name, argument in kwargs.items()
+                argument_name: argument_value
+                for argument_name, argument_value in kwargs.items()
                 if argument_name in _CONVOLUTIONS
             }
             # The background network has half as many channels as the backbone.
@@ -331,7 +336,8 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
     def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Return the cameras [N, 25] from which `forward` renders.
 
-        The network `t_mapping` predicts a translation of each camera in world units. It is never truncated.
+        The network `t_mapping` predicts a translation of each camera in world units. Truncation of the
+        latents does not change it.
 
         Args: z: latents [N, Z]; c: camera labels [N, 25].
         """
@@ -361,13 +367,13 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
         image = self.superresolution(
             raw_image, features, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
         )
-        mask = opacity * (1 + 2 * 0.001) - 0.001  # stretched like the colours of EG3D's sigmoid
+        image_mask = opacity * (1 + 2 * 0.001) - 0.001  # stretched like the colours of EG3D's sigmoid
         return {
             "image": image,
             "image_raw": raw_image,
             "image_depth": depth,
             "image_opacity": opacity,
-            "image_mask": mask,
+            "image_mask": image_mask,
         }
 
     def scaled(self, features: torch.Tensor) -> torch.Tensor:
@@ -392,13 +398,17 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
                 needs more than L, the last one is repeated.
             resolution: pixels per edge r.
             antialias: True: resize with antialiasing.
-            noise_mode: noise of the background network.
+            noise_mode: noise of the background network: "random", "const" or "none".
         """
         missing_count = max(self.bcg_synthesis.num_ws - ws.shape[1], 0)
         ws = torch.cat([ws, ws[:, -1:].expand(-1, missing_count, -1)], dim=1)[:, : self.bcg_synthesis.num_ws]
-        image = self.bcg_synthesis(ws, noise_mode=noise_mode)
+        background_features = self.bcg_synthesis(ws, noise_mode=noise_mode)
         return functional.interpolate(
-            image, size=(resolution, resolution), mode="bilinear", align_corners=False, antialias=antialias
+            background_features,
+            size=(resolution, resolution),
+            mode="bilinear",
+            align_corners=False,
+            antialias=antialias,
         )
 
 
@@ -409,7 +419,7 @@ class PanoHeadGenerator(FullHeadGenerator):
     """
 
     def _backbone_output(self) -> tuple[int, int]:
-        """Return resolution and number of channels of the backbone's output."""
+        """Return the resolution and the number of channels of the backbone's output."""
         return self.plane_resolution, 3 * self.plane_channels * self.rendering_kwargs["triplane_depth"]
 
     def _reader(self) -> Callable[..., torch.Tensor]:
@@ -443,7 +453,7 @@ class SphereHeadGenerator(FullHeadGenerator):
         ball_channels = self.plane_channels * kwargs["rendering_kwargs"]["triplane_depth"]
         if kwargs["rendering_kwargs"]["triplane_depth"] != 3:
             raise ValueError(
-                "triplane_depth: a ball has 3 planes, got"
+                "triplane_depth: expected 3, the number of planes of a ball of SphereHead, got"
                 f" {kwargs['rendering_kwargs']['triplane_depth']}. Set the rendering option triplane_depth to"
                 " 3."
             )
@@ -455,7 +465,7 @@ class SphereHeadGenerator(FullHeadGenerator):
             setattr(self, convolution_name, torch.nn.Sequential(*layers))
 
     def _backbone_output(self) -> tuple[int, int]:
-        """Return resolution and number of channels of the backbone's output."""
+        """Return the resolution and the number of channels of the backbone's output."""
         return self.plane_resolution, _BALL_FEATURES[0]
 
     def _reader(self) -> Callable[..., torch.Tensor]:
@@ -499,7 +509,7 @@ class HyPlaneHeadGenerator(FullHeadGenerator):
         super().__init__(**kwargs)
 
     def _backbone_output(self) -> tuple[int, int]:
-        """Return resolution and number of channels of the backbone's output."""
+        """Return the resolution and the number of channels of the backbone's output."""
         return 2 * self.plane_resolution, self.plane_channels
 
     def _reader(self) -> Callable[..., torch.Tensor]:

@@ -27,26 +27,31 @@ from training.gan_phases import Batch
 from training.phases import Layout, derive_seed
 
 
-def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, world: int = 1) -> None:
+def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, process_count: int = 1) -> None:
     """Check the settings that have to fit the networks and the number of processes.
 
     Args:
         nets: networks that are trained.
         config: settings of adversarial training.
         loop: settings of the training loop.
-        world: number of processes.
+        process_count: number of processes.
     Raises: ValueError, which names the flag, for a setting that does not fit.
     """
     batch = loop.batch
     batch_gpu = loop.batch_gpu
     minibatch_std_layer = nets.D.b4.mbstd
     superresolution = nets.G.superresolution
-    if batch % (world * (batch_gpu or 1)):
+    if batch % (process_count * (batch_gpu or 1)):
+        if batch_gpu is None:
+            raise ValueError(
+                f"--batch: expected a multiple of the number of processes, {process_count}, got {batch}. Use"
+                " such a multiple."
+            )
         raise ValueError(
-            f"--batch: expected a multiple of {world * (batch_gpu or 1)} ({world} processes x"
-            f" --batch-gpu={batch_gpu or 1}), got {batch}. Use such a multiple, or change --batch-gpu."
+            f"--batch: expected a multiple of {process_count * batch_gpu} ({process_count} processes x"
+            f" --batch-gpu={batch_gpu}), got {batch}. Use such a multiple, or change --batch-gpu."
         )
-    images_per_pass = batch_gpu or batch // world
+    images_per_pass = batch_gpu or batch // process_count
     # A group has at most as many images as a forward pass. Without the layer there are no groups.
     group_size = (
         min(minibatch_std_layer.group_size or images_per_pass, images_per_pass)
@@ -78,14 +83,14 @@ def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, worl
 
 
 def save_grid(
-    images: np.ndarray | torch.Tensor, value_range: tuple[float, float], columns: int, path: str | Path
+    images: np.ndarray | torch.Tensor, value_range: tuple[float, float], column_count: int, path: str | Path
 ) -> None:
     """Write images as one PNG file with a grid of images.
 
     Args:
         images: images [N, C, H, W], C = 1 or 3.
         value_range: value that becomes black, and value that becomes white.
-        columns: number of images in a row of the grid.
+        column_count: number of images in a row of the grid.
         path: path of the file.
     """
     if isinstance(images, torch.Tensor):
@@ -97,15 +102,15 @@ def save_grid(
         np.rint((pixels - black_value) * (255 / max(white_value - black_value, 1e-12))), 0, 255
     ).astype(np.uint8)
     image_count, c, h, w = pixels.shape
-    grid_rows = -(-image_count // columns)  # image_count / columns, rounded up
+    row_count = -(-image_count // column_count)  # image_count / columns, rounded up
     # Missing images of the last row are white.
-    canvas = np.full([grid_rows * columns, c, h, w], 255, dtype=np.uint8)
+    canvas = np.full([row_count * column_count, c, h, w], 255, dtype=np.uint8)
     canvas[:image_count] = pixels
     # Grid of images [rows, columns, C, H, W] to one image [rows * H, columns * W, C].
     canvas = (
-        canvas.reshape(grid_rows, columns, c, h, w)
+        canvas.reshape(row_count, column_count, c, h, w)
         .transpose(0, 3, 1, 4, 2)
-        .reshape(grid_rows * h, columns * w, c)
+        .reshape(row_count * h, column_count * w, c)
     )
     # PIL expects greyscale images without a channel axis.
     PIL.Image.fromarray(canvas[:, :, 0] if c == 1 else canvas).save(path)
@@ -212,7 +217,7 @@ class Gan:
             self._fakes(folder, "_init")
 
     def fetch(self) -> None:
-        """Read the images and labels of the next batch, only the rows of this rank.
+        """Read this rank's images and labels of the next batch.
 
         Raises: ValueError or OSError if the data cannot be read.
         """
@@ -264,24 +269,30 @@ class Gan:
             # `_fetched` contains only the rows of this rank, so its step is the number of rounds of
             # this rank. The other tensors contain the full batch, so their step is the number of rounds
             # of all ranks.
-            real, real_c = (
+            real_images, real_c = (
                 tensor[round_index :: layout.rounds_per_rank].contiguous() for tensor in self._fetched
             )
             row_slice = layout.rows(round_index)
-            gen_z, gen_c, round_swap_c = (tensor[row_slice].contiguous() for tensor in (z, cameras, swap_c))
-            return Batch(real, real_c, gen_z, gen_c, cur_nimg, round_swap_c, range(layout.batch)[row_slice])
+            gen_z, gen_c, swap_c_of_round = (
+                tensor[row_slice].contiguous() for tensor in (z, cameras, swap_c)
+            )
+            return Batch(
+                real_images, real_c, gen_z, gen_c, cur_nimg, swap_c_of_round, range(layout.batch)[row_slice]
+            )
 
         return batch_of_round
 
     # Methods that the loop calls after an iteration.
 
-    def observe(self, name: str, values: torch.Tensor) -> None:
+    def observe(self, stat_name: str, stat_values: torch.Tensor) -> None:
         """Record a statistic of a phase. ADA needs the signs of D's logits for real images.
 
-        Args: name: name of the statistic; values: its values for the images of a round.
+        Args:
+            stat_name: name of the statistic.
+            stat_values: values of the statistic for the images of a round.
         """
-        if name == "Loss/signs/real":
-            self.ada_stats.report(name, values)
+        if stat_name == "Loss/signs/real":
+            self.ada_stats.report(stat_name, stat_values)
 
     def after_step(self, cur_nimg: int, batch_idx: int) -> None:
         """Update G_ema, and every `ada_interval` iterations the augmentation probability p.
@@ -292,8 +303,8 @@ class Gan:
         """
         self._update_ema(cur_nimg)
         config = self.config
-        pipe = self.augment_pipe
-        if pipe is None or config.aug != "ada" or batch_idx % config.ada_interval:
+        augment_pipe = self.augment_pipe
+        if augment_pipe is None or config.aug != "ada" or batch_idx % config.ada_interval:
             return
         mean_sign = self.ada_stats.mean("Loss/signs/real", self.ranks.sum_)
         self.ada_stats.flush()
@@ -304,7 +315,7 @@ class Gan:
                 math.copysign(1, mean_sign - config.target) if mean_sign != config.target else 0.0
             )
             probability_step *= self.loop.batch * config.ada_interval / (config.ada_kimg * 1000)
-            pipe.p.copy_((pipe.p + probability_step).clamp_min(0))
+            augment_pipe.p.copy_((augment_pipe.p + probability_step).clamp_min(0))
 
     @torch.no_grad()
     def _update_ema(self, cur_nimg: int) -> None:
@@ -323,10 +334,10 @@ class Gan:
         # With ema_rampup, the half-life is 0 in the first iteration. Then beta is 0, and G_ema becomes equal
         # to G.
         beta = 0.5 ** (self.loop.batch / max(half_life, 1e-8))
-        for average, current in zip(G_ema.parameters(), G.parameters(), strict=True):
-            average.copy_(current.lerp(average, beta))
-        for average, current in zip(G_ema.buffers(), G.buffers(), strict=True):
-            average.copy_(current)
+        for averaged_tensor, current_tensor in zip(G_ema.parameters(), G.parameters(), strict=True):
+            averaged_tensor.copy_(current_tensor.lerp(averaged_tensor, beta))
+        for averaged_tensor, current_tensor in zip(G_ema.buffers(), G.buffers(), strict=True):
+            averaged_tensor.copy_(current_tensor)
         # These attributes belong to neither parameters() nor buffers().
         G_ema.neural_rendering_resolution = G.neural_rendering_resolution
         G_ema.rendering_kwargs = copy.copy(G.rendering_kwargs)
@@ -346,7 +357,10 @@ class Gan:
         return {"augment": f"{p:.3f}"}
 
     def snapshot(self, folder: Path, cur_nimg: int) -> None:
-        """Write a grid of images of the fixed latents, and a network file."""
+        """Write image grids of the fixed latents, and a network file.
+
+        Args: folder: run folder; cur_nimg: number of images that the run has used.
+        """
         tag = self.loop.tag(cur_nimg)
         self._fakes(folder, tag)
         self.nets.cur_nimg = cur_nimg
@@ -354,10 +368,10 @@ class Gan:
 
     @torch.no_grad()
     def _fakes(self, folder: Path, tag: str) -> None:
-        """Write fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png.
+        """Write grids of final images, raw renders and depth maps of the fixed latents.
 
-        In the depth image, near is bright. The noise inputs of G are constant, so that snapshots differ only
-        by the weights.
+        The files are fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png. In the depth image, near is
+        bright. The noise inputs of G are constant, so that snapshots differ only by the weights.
         """
         grid_z, grid_c = self._grid
         # Eight images at a time, to bound the memory.
@@ -365,10 +379,10 @@ class Gan:
             self.nets.G_ema(z=chunk_z, c=chunk_c, noise_mode="const")
             for chunk_z, chunk_c in zip(grid_z.split(8), grid_c.split(8), strict=True)
         ]
-        columns, _ = self.config.grid
+        column_count, _ = self.config.grid
         for image_key, suffix in (("image", ""), ("image_raw", "_raw")):
             images = torch.cat([render[image_key].cpu() for render in renders])
-            save_grid(images, (-1, 1), columns, folder / f"fakes{tag}{suffix}.png")
+            save_grid(images, (-1, 1), column_count, folder / f"fakes{tag}{suffix}.png")
         nearness = -torch.cat([render["image_depth"].cpu() for render in renders])
         nearness_range = (float(nearness.min()), float(nearness.max()))
-        save_grid(nearness, nearness_range, columns, folder / f"fakes{tag}_depth.png")
+        save_grid(nearness, nearness_range, column_count, folder / f"fakes{tag}_depth.png")

@@ -40,22 +40,22 @@ def logistic_loss(logits: torch.Tensor, real: bool) -> torch.Tensor:
     return torch.nn.functional.softplus(-logits if real else logits).squeeze(1)  # [N, 1] -> [N]
 
 
-def r1_penalty(real_logits: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+def r1_penalty(real_logits: torch.Tensor, *discriminator_inputs: torch.Tensor) -> torch.Tensor:
     """Compute the squared norm of D's gradient at real images (R1 penalty, Mescheder et al. 2018).
 
     Differentiable in the parameters of D (second derivatives).
 
     Args:
         real_logits: logits of D for real images [N, 1].
-        inputs: tensors [N, C, H, W] that D received, after blur and augmentation. The squared gradients are
-            summed over the pixels of all these tensors.
+        discriminator_inputs: tensors [N, C, H, W] that D received, after blur and augmentation. The squared
+            gradients are summed over the pixels of all these tensors.
     Returns: penalty [N].
     """
     # The gradient of the sum over images contains the gradient of each image, because the logit of an
     # image depends only on this image, apart from D's minibatch statistics. With `create_graph`, the
     # gradient is differentiable.
     gradients = torch.autograd.grad(
-        outputs=[real_logits.sum()], inputs=list(inputs), create_graph=True, only_inputs=True
+        outputs=[real_logits.sum()], inputs=list(discriminator_inputs), create_graph=True, only_inputs=True
     )
     return sum(gradient.square().sum(dim=[1, 2, 3]) for gradient in gradients)  # type: ignore[return-value]
 
@@ -73,7 +73,9 @@ def density_l1(sigma: torch.Tensor) -> torch.Tensor:
 
 
 def density_monotonic(sigma: torch.Tensor, detach_front: bool) -> torch.Tensor:
-    """Compute a penalty for densities that decrease from front to back: the mean of relu(front - rear).
+    """Compute a penalty for densities that decrease from front to back.
+
+    The penalty is the mean of relu(front density - rear density).
 
     Args:
         sigma: raw densities [N, 2P, 1]. The first half belongs to P front points, the second half to the rear
@@ -81,12 +83,12 @@ def density_monotonic(sigma: torch.Tensor, detach_front: bool) -> torch.Tensor:
         detach_front: True: only the rear points get a gradient.
     Returns: loss [N].
     """
-    front, rear = sigma.chunk(2, dim=1)
+    front_sigma, rear_sigma = sigma.chunk(2, dim=1)
     if detach_front:
         # The loss can then decrease only by higher densities at the rear points, not by lower ones at
         # the front.
-        front = front.detach()
-    return torch.relu(front - rear).mean(dim=[1, 2])
+        front_sigma = front_sigma.detach()
+    return torch.relu(front_sigma - rear_sigma).mean(dim=[1, 2])
 
 
 def blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -119,13 +121,13 @@ class Schedule:
 def schedule(config: GanConfig, cur_nimg: int) -> Schedule:
     """Return the scheduled settings after `cur_nimg` images."""
 
-    def progress(kimg: float) -> float:
+    def completed_fraction(kimg: float) -> float:
         """Return the completed fraction, 0..1, of a fade with a length of `kimg` thousand images."""
         # A fade of length 0 is complete from the start.
         return min(cur_nimg / (kimg * 1e3), 1.0) if kimg > 0 else 1.0
 
-    sigma = (
-        max(1 - progress(config.blur_fade_kimg), 0.0) * config.blur_init_sigma
+    blur_sigma = (
+        max(1 - completed_fraction(config.blur_fade_kimg), 0.0) * config.blur_init_sigma
         if config.blur_fade_kimg > 0
         else 0.0
     )
@@ -133,13 +135,13 @@ def schedule(config: GanConfig, cur_nimg: int) -> Schedule:
     if config.gen_pose_cond:
         # The probability falls from 1 to gpc_reg_prob. At first G is never conditioned on the camera of the
         # render, so that it cannot learn shapes that depend on this camera.
-        alpha = progress(config.gpc_reg_fade_kimg)
+        alpha = completed_fraction(config.gpc_reg_fade_kimg)
         swapping_prob = (1 - alpha) + alpha * config.gpc_reg_prob
-    resolution = config.nrr_initial
+    rendering_resolution = config.nrr_initial
     if config.nrr_final is not None:
-        alpha = progress(config.nrr_fade_kimg)
-        resolution = round(resolution * (1 - alpha) + config.nrr_final * alpha)
-    return Schedule(sigma, swapping_prob, resolution)
+        alpha = completed_fraction(config.nrr_fade_kimg)
+        rendering_resolution = round(rendering_resolution * (1 - alpha) + config.nrr_final * alpha)
+    return Schedule(blur_sigma, swapping_prob, rendering_resolution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,17 +195,17 @@ class GanPhases:
         self,
         z: torch.Tensor,
         c: torch.Tensor,
-        swap: torch.Tensor | None,
+        is_swapped: torch.Tensor | None,
         update_emas: bool = False,
         other_c: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map latents to ws, conditioned on another camera for some images.
+        """Map latents to style vectors, which for some images are conditioned on the camera of another image.
 
         Args:
             z: latents [N, Z].
             c: cameras [N, K].
-            swap: True for images whose conditioning camera is replaced, [N, 1] or []. None: G is conditioned
-                on zeros instead of cameras.
+            is_swapped: True for images whose conditioning camera is replaced, [N, 1] or []. None: G is
+                conditioned on zeros instead of cameras.
             update_emas: True: the mapping network updates its running mean of w.
             other_c: cameras [N, K] that replace swapped ones; None: the camera of the previous image in
                 the batch.
@@ -211,20 +213,20 @@ class GanPhases:
         """
         other_c = torch.roll(c, 1, 0) if other_c is None else other_c
         # Without camera conditioning, the mapping network still embeds a label [N, K], of zeros.
-        conditioning = torch.zeros_like(c) if swap is None else torch.where(swap, other_c, c)
+        conditioning = torch.zeros_like(c) if is_swapped is None else torch.where(is_swapped, other_c, c)
         ws = self.G.mapping(z, conditioning, update_emas=update_emas)
         if self.config.style_mixing_prob > 0:
             style_count = ws.shape[1]
-            # One cutoff for the whole batch, as in StyleGAN2-ADA. With cutoff == style_count, no
+            # One cutoff for the whole batch, as in StyleGAN2-ADA. With mixing_cutoff == style_count, no
             # style is mixed.
-            cutoff = torch.randint(1, style_count, [], device=ws.device)
-            cutoff = torch.where(
-                torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, style_count
+            mixing_cutoff = torch.randint(1, style_count, [], device=ws.device)
+            mixing_cutoff = torch.where(
+                torch.rand([], device=ws.device) < self.config.style_mixing_prob, mixing_cutoff, style_count
             )
             # As in EG3D, the second ws are always conditioned on the cameras c, also for swapped images.
             second_ws = self.G.mapping(torch.randn_like(z), c, update_emas=False)
             # [1, L, 1]. A mask, because a slice would need the value of the cutoff on the CPU.
-            is_before_cutoff = torch.arange(style_count, device=ws.device)[None, :, None] < cutoff
+            is_before_cutoff = torch.arange(style_count, device=ws.device)[None, :, None] < mixing_cutoff
             ws = torch.where(is_before_cutoff, ws, second_ws)
         return ws
 
@@ -237,19 +239,19 @@ class GanPhases:
             update_emas: True: the mapping network updates its running mean of w.
         Returns: the images of `TriPlaneGenerator.synthesis` by name, float32.
         """
-        swap = None
+        is_swapped = None
         c = batch.gen_c
         if sched.swapping_prob is not None:
             # One random number for each image, while the density phase draws one for the whole batch.
-            swap = torch.rand([c.shape[0], 1], device=c.device) < sched.swapping_prob
-        ws = self.ws(batch.gen_z, c, swap, update_emas, batch.neighbour_c)
+            is_swapped = torch.rand([c.shape[0], 1], device=c.device) < sched.swapping_prob
+        ws = self.ws(batch.gen_z, c, is_swapped, update_emas, batch.neighbour_c)
         with self._mixed(c.device):
             images = self.G.synthesis(ws, c, neural_rendering_resolution=sched.neural_rendering_resolution)
         # Under autocast the images may be bfloat16, but losses and augmentation need float32.
         return {image_name: image.float() for image_name, image in images.items()}
 
     def _mixed(self, device: torch.device, is_allowed: bool = True):
-        """Return a context with autocast to bfloat16 if --amp=bf16 is set and it is allowed here.
+        """Return a context with autocast to bfloat16 if --amp=bf16 is set and `is_allowed` is True.
 
         Otherwise the context has no effect.
         """
@@ -260,7 +262,7 @@ class GanPhases:
         )
 
     def run_D(
-        self, img: dict[str, torch.Tensor], c: torch.Tensor, blur_sigma: float, mixed: bool = True
+        self, img: dict[str, torch.Tensor], c: torch.Tensor, blur_sigma: float, allows_mixed: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Blur and augment images, and run the discriminator.
 
@@ -268,37 +270,39 @@ class GanPhases:
             img: images "image" [N, 3, R, R] and "image_raw" [N, 3, r, r] in [-1, 1].
             c: cameras [N, K].
             blur_sigma: width of the blur of "image", pixels; 0: no blur.
-            mixed: True: allow reduced precision.
+            allows_mixed: True: run D in bfloat16 if --amp=bf16 is set. False: always run it in float32.
         Returns: the logits [N, 1], and the list of the images that D received. The R1 penalty is the gradient
             of the logits with respect to these images.
         """
         image = blur(img["image"], blur_sigma)
-        raw = img["image_raw"]
+        raw_image = img["image_raw"]
         if self.augment_pipe is not None:
             # Both images must get the same transform, because D compares them. They are therefore augmented
             # as one image with six channels.
             image_size = image.shape[-1]
-            six_channels = torch.cat([image, filtered_resizing(raw, image_size)], dim=1)  # [N, 6, R, R]
+            six_channels = torch.cat([image, filtered_resizing(raw_image, image_size)], dim=1)  # [N, 6, R, R]
             augmented_images = self.augment_pipe(six_channels)
             image = augmented_images[:, :3]
-            raw = filtered_resizing(augmented_images[:, 3:], raw.shape[-1])
-        with self._mixed(c.device, mixed):
-            logits = self.D({"image": image, "image_raw": raw}, c)
-        return logits.float(), ([image, raw] if self.config.dual_discrimination else [image])
+            raw_image = filtered_resizing(augmented_images[:, 3:], raw_image.shape[-1])
+        with self._mixed(c.device, allows_mixed):
+            logits = self.D({"image": image, "image_raw": raw_image}, c)
+        return logits.float(), ([image, raw_image] if self.config.dual_discrimination else [image])
 
     def _real(self, batch: Batch, sched: Schedule, requires_grad: bool) -> dict[str, torch.Tensor]:
         """Return the real images at the final and at the raw resolution, as input of `run_D`.
 
         Args: requires_grad: True: the images get gradients, which the R1 penalty needs.
         """
-        raw = filtered_resizing(batch.real_img, sched.neural_rendering_resolution, self.config.filter_mode)
+        raw_images = filtered_resizing(
+            batch.real_img, sched.neural_rendering_resolution, self.config.filter_mode
+        )
         # As in EG3D, the raw real image is blurred here, but raw generated images are never blurred.
-        raw = blur(raw, sched.blur_sigma)
+        raw_images = blur(raw_images, sched.blur_sigma)
         return {
             # requires_grad_ changes its tensor in place. detach() returns a new tensor, so that the tensors
             # of the batch are not changed.
             "image": batch.real_img.detach().requires_grad_(requires_grad),
-            "image_raw": raw.detach().requires_grad_(requires_grad),
+            "image_raw": raw_images.detach().requires_grad_(requires_grad),
         }
 
     def g_main(self, batch: Batch) -> Iterator[Loss]:
@@ -319,30 +323,31 @@ class GanPhases:
         l1_distance = config.density_reg_p_dist
         if config.reg_type.startswith("monotonic"):
             l1_distance = box_warp / 256
-            front = torch.rand([ws.shape[0], 2000, 3], device=ws.device) * 2 - 1  # [N, P, 3]
+            front_points = torch.rand([ws.shape[0], 2000, 3], device=ws.device) * 2 - 1  # [N, P, 3]
             # Frontal cameras look along -z, so the rear points lie one voxel of a 256^3 grid behind the
             # front points.
-            rear = front + torch.tensor([0.0, 0.0, -box_warp / 256], device=ws.device)
+            rear_points = front_points + torch.tensor([0.0, 0.0, -box_warp / 256], device=ws.device)
             loss = density_monotonic(
-                self._sigma_raw(ws, front, rear), detach_front=config.reg_type == "monotonic-detach"
+                self._sigma_raw(ws, front_points, rear_points),
+                detach_front=config.reg_type == "monotonic-detach",
             )
             yield Loss(loss * 10, {"density_reg_monotonic_unscaled": loss})  # the factor 10 is EG3D's
             # After the yield, the loop has run the backward pass of this loss, which has freed the graph of
             # ws. Therefore ws is computed again.
             ws = self._density_ws(batch)
         points = torch.rand([ws.shape[0], 1000, 3], device=ws.device) * 2 - 1  # [N, P, 3]
-        perturbed = points + torch.randn_like(points) * l1_distance
-        loss = density_l1(self._sigma_raw(ws, points, perturbed))
+        perturbed_points = points + torch.randn_like(points) * l1_distance
+        loss = density_l1(self._sigma_raw(ws, points, perturbed_points))
         yield Loss(loss * config.density_reg, {"density_reg_l1_unscaled": loss})
 
     def _density_ws(self, batch: Batch) -> torch.Tensor:
         """Return ws [N, L, W] for the density phase."""
         sched = schedule(self.config, batch.cur_nimg)
-        swap = None
+        is_swapped = None
         if sched.swapping_prob is not None:
             # As in EG3D, one random number for the whole batch, unlike in the main phases.
-            swap = torch.rand([], device=batch.gen_c.device) < sched.swapping_prob
-        return self.ws(batch.gen_z, batch.gen_c, swap, other_c=batch.neighbour_c)
+            is_swapped = torch.rand([], device=batch.gen_c.device) < sched.swapping_prob
+        return self.ws(batch.gen_z, batch.gen_c, is_swapped, other_c=batch.neighbour_c)
 
     def _sigma_raw(
         self, ws: torch.Tensor, first_points: torch.Tensor, second_points: torch.Tensor
@@ -384,10 +389,10 @@ class GanPhases:
         """Yield the R1 penalty at the images that D receives (phase Dreg)."""
         sched = schedule(self.config, batch.cur_nimg)
         # Never in reduced precision, because squared gradients and their derivatives need float32.
-        logits, inputs = self.run_D(
-            self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma, mixed=False
+        logits, discriminator_inputs = self.run_D(
+            self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma, allows_mixed=False
         )
-        penalty = r1_penalty(logits, *inputs)
+        penalty = r1_penalty(logits, *discriminator_inputs)
         loss = penalty * (self.config.gamma / 2)
         stats = {
             "Loss/scores/real": logits,

@@ -65,11 +65,17 @@ class FullyConnectedLayer(torch.nn.Module):
         self.bias_gain = lr_multiplier
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the scaled weight [O, I] that the input is multiplied by, in a dtype."""
+        """Return the scaled weight [O, I] that the input is multiplied by.
+
+        Args: dtype: dtype of the result; None: the dtype of the stored weight.
+        """
         return self.weight.to(dtype or self.weight.dtype) * self.weight_gain
 
     def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        """Return the scaled bias [O] that is added, in a dtype; None if the layer has no bias."""
+        """Return the scaled bias [O] that is added; None if the layer has no bias.
+
+        Args: dtype: dtype of the result; None: the dtype of the stored bias.
+        """
         if self.bias is None:
             return None
         bias = self.bias.to(dtype or self.bias.dtype)
@@ -195,18 +201,18 @@ def block_resolutions(resolution: int) -> list[int]:
 
     Raises: ValueError unless `resolution` is a power of two and at least 4.
     """
-    log2 = int(np.log2(resolution)) if resolution >= 4 else 0
-    if log2 < 2 or 2**log2 != resolution:
+    exponent = int(np.log2(resolution)) if resolution >= 4 else 0
+    if exponent < 2 or 2**exponent != resolution:
         raise ValueError(
             f"network resolution: expected a power of two >= 4, got {resolution}. Resize the images, or use"
             " another preset (--cfg)."
         )
-    return [2**i for i in range(2, log2 + 1)]
+    return [2**i for i in range(2, exponent + 1)]
 
 
 def _as_float32(x: torch.Tensor | None) -> torch.Tensor:
     """Convert an input of the mapping network to float32, and check that it is not None."""
-    assert x is not None, "a mapping network with z_dim > 0 or c_dim > 0 takes that input"
+    assert x is not None, "a mapping network needs latents z if z_dim > 0, and labels c if c_dim > 0"
     return x.to(torch.float32)
 
 
@@ -262,7 +268,7 @@ class MappingNetwork(torch.nn.Module):
             # Unlike the layers below, the embedding has the full learning rate.
             self.embed = FullyConnectedLayer(c_dim, embed_features)
         layer_sizes = [z_dim + embed_features] + [hidden_features] * (num_layers - 1) + [w_dim]
-        for i, (size_in, size_out) in enumerate(zip(layer_sizes[:-1], layer_sizes[1:], strict=True)):
+        for i, (in_features, out_features) in enumerate(zip(layer_sizes[:-1], layer_sizes[1:], strict=True)):
             is_last = i == num_layers - 1
             layer_activation = last_activation if is_last and last_activation is not None else activation
             # The names fc0, fc1, ... are those of published checkpoints. A ModuleList would give other names.
@@ -270,7 +276,7 @@ class MappingNetwork(torch.nn.Module):
                 self,
                 f"fc{i}",
                 FullyConnectedLayer(
-                    size_in, size_out, activation=layer_activation, lr_multiplier=lr_multiplier
+                    in_features, out_features, activation=layer_activation, lr_multiplier=lr_multiplier
                 ),
             )
 
@@ -312,6 +318,8 @@ class MappingNetwork(torch.nn.Module):
         ws = features.unsqueeze(1).repeat([1, self.num_ws, 1])  # [N, L, W]
         # psi = 1 changes nothing but the rounding, so it is skipped.
         if truncation_psi != 1:
-            cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-            ws = torch.cat([self.w_avg.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)
+            truncated_count = self.num_ws if truncation_cutoff is None else truncation_cutoff
+            ws = torch.cat(
+                [self.w_avg.lerp(ws[:, :truncated_count], truncation_psi), ws[:, truncated_count:]], dim=1
+            )
         return ws

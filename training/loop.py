@@ -73,7 +73,9 @@ class TrainingLoop:
     # Methods of one iteration.
 
     def step(self) -> None:
-        """Run one iteration on the fetched batch: every phase whose interval divides the iteration number."""
+        """Run one iteration on the fetched batch: every phase whose interval divides the index of the
+        iteration.
+        """
         # The order matters, because each phase uses the weights that earlier phases have updated.
         for phase in self.phases:
             if self.batch_idx % phase.interval == 0:
@@ -88,8 +90,8 @@ class TrainingLoop:
         """Accumulate the gradients of all rounds, sum them over ranks, and update the weights once."""
         layout = self.layout
         batch_of_round = self.trained_object.batch_for(phase.name, self.cur_nimg)
-        averages = MovingAverages(self.trained_object.moving, layout.total)
-        gradients = GradientSum(phase.module.parameters(), layout.rounds_per_rank)
+        moving_averages = MovingAverages(self.trained_object.moving, layout.total)
+        gradient_sum = GradientSum(phase.module.parameters(), layout.rounds_per_rank)
         # A tensor on the device, because it is summed over ranks together with the gradients.
         nonfinite_count = torch.zeros(1, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
@@ -101,12 +103,12 @@ class TrainingLoop:
             batch = batch_of_round(round_index)
             with layout.random_rows(round_index):
                 self._backward(phase, batch, nonfinite_count)
-            averages.end_round()
-            gradients.end_round()
-        gradients.finish()
+            moving_averages.end_round()
+            gradient_sum.end_round()
+        gradient_sum.finish()
         phase.module.requires_grad_(False)
-        sum_over_ranks(self.ranks, phase.module.parameters(), [*averages.steps, nonfinite_count])
-        averages.finish()
+        sum_over_ranks(self.ranks, phase.module.parameters(), [*moving_averages.steps, nonfinite_count])
+        moving_averages.finish()
         # With one rank, `_backward` has raised the error already. With several ranks, all of them have to
         # raise it here, because a rank that stopped earlier would leave the others waiting in the sum above.
         if self.ranks.world > 1 and nonfinite_count:
@@ -148,12 +150,12 @@ class TrainingLoop:
 
         Args: phase: phase of the loss; loss_text: value or description of the loss.
         """
-        position = f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images)"
+        position_text = f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images)"
         if self.files.last_checkpoint is None:
-            advice = "No checkpoint was written before. Start the run again with a lower learning rate"
+            advice_text = "No checkpoint was written before. Start the run again with a lower learning rate"
         else:
-            advice = f"Resume from {self.files.last_checkpoint} with a lower learning rate"
-        return LossNotFiniteError(f"{position}: expected a finite loss, got {loss_text}. {advice}.")
+            advice_text = f"Resume from {self.files.last_checkpoint} with a lower learning rate"
+        return LossNotFiniteError(f"{position_text}: expected a finite loss, got {loss_text}. {advice_text}.")
 
     # Methods of the complete run.
 
@@ -299,7 +301,7 @@ class TrainingLoop:
         """Write a checkpoint on rank 0 and return its path. All ranks must call this method."""
         # Each rank has sums of statistics over its own images since the last tick.
         rank_stats = self.ranks.gather(
-            {optimizer_name: collector.state() for optimizer_name, collector in self.collectors.items()}
+            {collector_name: collector.state() for collector_name, collector in self.collectors.items()}
         )
         tensors = {}
         for module_name, module in self._modules().items():
@@ -319,27 +321,27 @@ class TrainingLoop:
         }
         return self.files.checkpoint(self.cur_nimg, tensors, meta)
 
-    def resume(self, source: Path | None = None, fall_back: bool = False) -> None:
+    def resume(self, run_or_file: Path | None = None, fall_back: bool = False) -> None:
         """Restore the state of a checkpoint. All ranks must call this method.
 
         Lines of stats.jsonl that were written after the checkpoint are deleted.
 
         Args:
-            source: path of a run folder or checkpoint file; None: the folder of this run.
+            run_or_file: path of a run folder, or of a checkpoint file; None: the folder of this run.
             fall_back: True: if the checkpoint is damaged, use the previous one.
         """
-        tensors, meta = self.files.read(source, fall_back)
-        for object_name, module in self._modules().items():
+        tensors, meta = self.files.read(run_or_file, fall_back)
+        for module_name, module in self._modules().items():
             # With the dot, the prefix "G" does not match the names of "G_ema".
-            prefix = f"{object_name}."
+            prefix = f"{module_name}."
             module_tensors = {
                 tensor_name.removeprefix(prefix): tensor
                 for tensor_name, tensor in tensors.items()
                 if tensor_name.startswith(prefix)
             }
-            storage.load_strict(module, module_tensors, f"{self.files.last_checkpoint} ({object_name})")
-        for object_name, optimizer in self._optimizers().items():
-            checkpoint.restore_optimizer(object_name, optimizer, tensors)
+            storage.load_strict(module, module_tensors, f"{self.files.last_checkpoint} ({module_name})")
+        for optimizer_name, optimizer in self._optimizers().items():
+            checkpoint.restore_optimizer(optimizer_name, optimizer, tensors)
         self.cur_nimg = meta["cur_nimg"]
         self.batch_idx = meta["batch_idx"]
         self.cur_tick = meta["cur_tick"]
@@ -348,18 +350,18 @@ class TrainingLoop:
         # the interruption. With another number of ranks, the sums of the old ranks are distributed over
         # the new ones.
         rank_stats = meta["rank_stats"]
-        for object_name, collector in self.collectors.items():
+        for collector_name, collector in self.collectors.items():
             # A statistic has three sums, see training_stats.Collector. With more ranks than before, some of
             # them get no old sums, and begin at 0.
-            sums = {tensor_name: [0.0, 0.0, 0.0] for tensor_name in rank_stats[0][object_name]}
+            sums_by_name = {stat_name: [0.0, 0.0, 0.0] for stat_name in rank_stats[0][collector_name]}
             for old_rank_state in rank_stats[self.ranks.rank :: self.ranks.world]:
-                for tensor_name, key_sums in sums.items():
-                    old_sums = old_rank_state[object_name].get(tensor_name, [0.0, 0.0, 0.0])
-                    sums[tensor_name] = [
+                for stat_name, restored_sums in sums_by_name.items():
+                    old_sums = old_rank_state[collector_name].get(stat_name, [0.0, 0.0, 0.0])
+                    sums_by_name[stat_name] = [
                         restored_sum + old_sum
-                        for restored_sum, old_sum in zip(key_sums, old_sums, strict=True)
+                        for restored_sum, old_sum in zip(restored_sums, old_sums, strict=True)
                     ]
-            collector.restore(sums)
+            collector.restore(sums_by_name)
         self.trained_object.restore(meta)
         self.files.continue_from(self.cur_nimg / 1000, meta["stats_lines"])
         if self.ranks.is_main:

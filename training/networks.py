@@ -20,15 +20,15 @@ RENDERED = "neural_rendering_resolution"  # key of the rendering resolution in t
 Classes = tuple[type[torch.nn.Module], type[torch.nn.Module] | None]
 
 
-def classes_of_eg3d(name: str) -> Classes:
+def classes_of_eg3d(architecture_name: str) -> Classes:
     """Return the classes of G and D of EG3D's architecture.
 
     Raises: ValueError for another name. `eg3d_rlhf.generators` handles the other families.
     """
-    if name != EG3D:
+    if architecture_name != EG3D:
         raise ValueError(
-            f"network: expected the architecture {EG3D}, got {name!r}. Read a file of another architecture"
-            " with eg3d_rlhf.generators.load_networks."
+            f"network: expected the architecture {EG3D}, got {architecture_name!r}. Read a file of another"
+            " architecture with eg3d_rlhf.generators.load_networks."
         )
     return TriPlaneGenerator, DualDiscriminator
 
@@ -154,24 +154,27 @@ def load(
         if module_name != "D" and RENDERED in meta:
             module.neural_rendering_resolution = meta[RENDERED]
         modules[module_name] = module
-    other_fields: dict[str, Any] = {
-        tensor_name: meta[tensor_name] for tensor_name in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")
+    value_by_field: dict[str, Any] = {
+        field_name: meta[field_name] for field_name in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")
     }
-    return Networks(**modules, **other_fields, architecture=architecture).to(device)
+    return Networks(**modules, **value_by_field, architecture=architecture).to(device)
 
 
-def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
+def _make(module_class: Any, constructor_kwargs: dict, who: str) -> torch.nn.Module:
     """Build a network from the constructor arguments in a file.
 
-    Args: cls: class of the network; kwargs: constructor arguments; who: file and network, for the message.
+    Args:
+        module_class: class of the network.
+        constructor_kwargs: constructor arguments by name.
+        who: file and network, for the message.
     Raises: ValueError for unknown or missing arguments.
     """
     try:
-        return cls(**kwargs)
+        return module_class(**constructor_kwargs)
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"{who}: the file does not contain the constructor arguments of {cls.__name__} ({error}). Use a"
-            " file that this version of the package wrote."
+            f"{who}: the constructor arguments in the file do not fit the class {module_class.__name__}"
+            f" ({error}). Use a file that this version of the package wrote."
         ) from None
 
 
@@ -195,8 +198,8 @@ def set_mbstd_group(networks: Networks, group_size: int | None) -> None:
 def state_hash(module: torch.nn.Module) -> str:
     """Compute the SHA-256 of a module's state dict, in hex.
 
-    It covers the names, shapes, dtypes and bytes of all tensors. Files of preference labels contain this
-    hash, which identifies the generator whose samples were labelled.
+    The hash covers the names, shapes, dtypes and bytes of all tensors. Files of preference labels contain
+    this hash, which identifies the generator whose samples were labelled.
     """
     digest = hashlib.sha256()
     # Sorted, because the order in which submodules were registered must not change the hash.

@@ -90,17 +90,20 @@ def lazy_adam(
         interval: number of iterations I between steps of the regulariser; None: no correction.
         betas: Adam's decay rates without the correction.
     """
-    correction = interval / (interval + 1) if interval else 1.0
+    rate_factor = interval / (interval + 1) if interval else 1.0
     return torch.optim.Adam(
         list(module.parameters()),
-        lr=lr * correction,
-        betas=(betas[0] ** correction, betas[1] ** correction),
+        lr=lr * rate_factor,
+        betas=(betas[0] ** rate_factor, betas[1] ** rate_factor),
         eps=1e-8,
     )
 
 
 def derive_seed(*seed_parts: object) -> int:
-    """Return a seed of 63 bits that depends on the texts of the values."""
+    """Return a seed of 63 bits that depends only on the values, written as texts, and on their order.
+
+    Args: seed_parts: values such as the seed of the run, a number of images and a name.
+    """
     # Python's hash() is not used, because it differs between processes.
     digest = hashlib.sha256("/".join(str(seed_part) for seed_part in seed_parts).encode()).digest()
     # 64 bits, shifted to 63 bits, because seeds of torch are signed.
@@ -145,16 +148,16 @@ class RowDraws(TorchFunctionMode):
 
     Args:
         rows: indices in the batch of the samples of this round.
-        total: number of samples in the batch N.
+        sample_count: number of samples in the batch N.
         blocks: True: the first axis contains blocks, see above.
     >>> torch.manual_seed(0), torch.rand([4, 2])[1::2]  # the same numbers as in the next line
     >>> with RowDraws(range(1, 4, 2), 4): torch.manual_seed(0), torch.rand([2, 2])
     """
 
-    def __init__(self, rows, total: int, blocks: bool = False):
+    def __init__(self, rows, sample_count: int, blocks: bool = False):
         super().__init__()
         self.rows = torch.as_tensor(list(rows))
-        self.total = total
+        self.total = sample_count
         self.blocks = blocks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -227,7 +230,7 @@ class RowDraws(TorchFunctionMode):
         )
 
     def _multinomial(
-        self, sample_weights: torch.Tensor, count: int, replacement: bool = False, **kwargs
+        self, sample_weights: torch.Tensor, draw_count: int, replacement: bool = False, **kwargs
     ) -> torch.Tensor:
         """Draw indices for the full batch, and return those of this round. See torch.multinomial."""
         full_size = self._full_size(list(sample_weights.shape))
@@ -237,7 +240,7 @@ class RowDraws(TorchFunctionMode):
             "inside RowDraws, multinomial needs the same weights for every sample"
         )
         return self._keep(
-            torch.multinomial(sample_weights[:1].expand(full_size), count, replacement, **kwargs)
+            torch.multinomial(sample_weights[:1].expand(full_size), draw_count, replacement, **kwargs)
         )
 
 
@@ -291,16 +294,16 @@ class MovingAverages:
     All rounds start with the same values. At the end, the mean change of the rounds is added once. Without
     this correction, K rounds would update the running mean K times.
 
-    Args: module: network with the buffers; rounds: number of rounds over all ranks K.
+    Args: module: network with the buffers; round_count: number of rounds over all ranks K.
     """
 
-    def __init__(self, module: torch.nn.Module, rounds: int):
+    def __init__(self, module: torch.nn.Module, round_count: int):
         # A single round needs no correction. The list is then empty, and the methods have no effect.
-        named_buffers = module.named_buffers() if rounds > 1 else ()
+        named_buffers = module.named_buffers() if round_count > 1 else ()
         self._buffers = [buffer for buffer_name, buffer in named_buffers if buffer_name.endswith("w_avg")]
         self._start = [buffer.clone() for buffer in self._buffers]  # values at the start of each round
         self.steps = [torch.zeros_like(buffer) for buffer in self._buffers]  # sums of changes divided by K
-        self._rounds = rounds
+        self._rounds = round_count
 
     def end_round(self) -> None:
         """Add the changes of the round to `steps`, and reset the buffers."""
@@ -324,12 +327,12 @@ class GradientSum:
     completed before they are added. With this order of additions, two rounds on one rank are bitwise
     identical to one round on each of two ranks.
 
-    Args: parameters: parameters of the network; rounds: number of rounds of this rank.
+    Args: parameters: parameters of the network; round_count: number of rounds of this rank.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], rounds: int):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], round_count: int):
         # With one round, the attributes `grad` of the parameters are the sums already.
-        self._parameters = list(parameters) if rounds > 1 else []
+        self._parameters = list(parameters) if round_count > 1 else []
         self._sums: list[torch.Tensor | None] = [None] * len(self._parameters)
 
     def end_round(self) -> None:

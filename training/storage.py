@@ -43,20 +43,20 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
     """
     path = Path(path)
     # The name contains the process id, so that two processes can write the same file at the same time.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
         # os.open sets the permissions when it creates the file. With a later chmod, other users could read a
         # private file for a moment.
         with os.fdopen(
-            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666), "wb"
-        ) as file:
-            file.write(data)
-            file.flush()
+            os.open(temporary_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666), "wb"
+        ) as temporary_file:
+            temporary_file.write(data)
+            temporary_file.flush()
             # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an
             # empty file.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(temporary_file.fileno())
+        os.replace(temporary_path, path)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(
@@ -67,13 +67,13 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
         # After success there is no temporary file. The folder may have been deleted, which is no
         # further error.
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
     # Flushing the folder writes the new name of the file to the disk.
-    folder = os.open(path.parent, os.O_RDONLY)
+    folder_descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(folder_descriptor)
     finally:
-        os.close(folder)
+        os.close(folder_descriptor)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -94,10 +94,14 @@ def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor],
     from safetensors.torch import save
 
     # safetensors does not accept tensors that share a storage, so all are copied.
-    copies = {tensor_name: tensor.detach().contiguous().clone() for tensor_name, tensor in tensors.items()}
+    tensor_copies = {
+        tensor_name: tensor.detach().contiguous().clone() for tensor_name, tensor in tensors.items()
+    }
     description = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
-    header_text = json.dumps({**description, CHECKSUM_KEY: checksum(copies, description)}, sort_keys=True)
-    write_atomic(path, save(copies, metadata={HEADER_KEY: header_text}))
+    header_text = json.dumps(
+        {**description, CHECKSUM_KEY: checksum(tensor_copies, description)}, sort_keys=True
+    )
+    write_atomic(path, save(tensor_copies, metadata={HEADER_KEY: header_text}))
 
 
 def checksum(tensors: dict[str, torch.Tensor], description: object) -> str:
@@ -168,13 +172,13 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a {file_kind}.")
     try:
-        opened = safetensors.safe_open(str(path), framework="pt", device="cpu")
+        tensor_file = safetensors.safe_open(str(path), framework="pt", device="cpu")
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path}: expected a {file_kind}, got a truncated file or another format ({error}). Restore the"
             " file from a copy, or name another file."
         ) from None
-    with opened as file:
+    with tensor_file as file:
         header_text = (file.metadata() or {}).get(HEADER_KEY)
         if header_text is None:
             raise ValueError(
@@ -208,7 +212,7 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
 
 
 def check_fit(
-    expected: Mapping[str, torch.Tensor],
+    expected_tensors: Mapping[str, torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
     who: str,
     names: tuple[Sequence[str], Sequence[str]] | None = None,
@@ -218,21 +222,21 @@ def check_fit(
     The message lists names that are missing or unexpected, and names of tensors with another shape.
 
     Args:
-        expected: state dict of the module.
+        expected_tensors: state dict of the module.
         tensors: tensors of the file by name.
         who: file and network, for the message.
         names: (missing names, unexpected names) as torch has determined them; None: determine them here.
     """
     shape_errors = {}
-    for tensor_name in expected:
-        if tensor_name in tensors and tensors[tensor_name].shape != expected[tensor_name].shape:
+    for tensor_name in expected_tensors:
+        if tensor_name in tensors and tensors[tensor_name].shape != expected_tensors[tensor_name].shape:
             shape_errors[tensor_name] = (
                 f"{tensor_name} {list(tensors[tensor_name].shape)} instead of"
-                f" {list(expected[tensor_name].shape)}"
+                f" {list(expected_tensors[tensor_name].shape)}"
             )
     missing_names, unexpected_names = names or (
-        expected.keys() - tensors.keys(),
-        tensors.keys() - expected.keys(),
+        expected_tensors.keys() - tensors.keys(),
+        tensors.keys() - expected_tensors.keys(),
     )
     texts_by_problem = (
         # `load_strict` leaves out tensors of another shape, so torch reports them as missing, too.
@@ -241,12 +245,16 @@ def check_fit(
         ("misshapen", sorted(shape_errors.values())),
     )
     problems = []
-    for title, texts in texts_by_problem:
-        if texts:
+    for problem_name, problem_texts in texts_by_problem:
+        if problem_texts:
             # At most eight names are listed. Names come from a file, so they are shortened, and control
             # characters, which could change the terminal, are escaped.
-            safe_texts = [problem_text[:120].encode("unicode_escape").decode() for problem_text in texts[:8]]
-            problems.append(f"{title}: {', '.join(safe_texts)}{' ...' if len(texts) > 8 else ''}")
+            safe_texts = [
+                problem_text[:120].encode("unicode_escape").decode() for problem_text in problem_texts[:8]
+            ]
+            problems.append(
+                f"{problem_name}: {', '.join(safe_texts)}{' ...' if len(problem_texts) > 8 else ''}"
+            )
     if problems:
         raise ValueError(
             f"{who}: the tensors of the file do not fit the network ({'; '.join(problems)}). Use a file of"

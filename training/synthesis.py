@@ -318,25 +318,25 @@ class SynthesisNetwork(torch.nn.Module):
         self.img_channels = img_channels
         self.block_resolutions = block_resolutions(img_resolution)
         # Lowest resolution in half precision, at least 8.
-        fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
+        smallest_fp16_resolution = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         self.num_ws = 0
         previous_channels = 0  # output channels of the block before; 0 marks the first block
         for resolution in self.block_resolutions:
-            channels = channels_at(resolution, channel_base, channel_max)
+            channel_count = channels_at(resolution, channel_base, channel_max)
             block = SynthesisBlock(
                 previous_channels,
-                channels,
+                channel_count,
                 w_dim=w_dim,
                 resolution=resolution,
                 img_channels=img_channels,
                 is_last=(resolution == img_resolution),
-                use_fp16=(num_fp16_res > 0 and resolution >= fp16_from),
+                use_fp16=(num_fp16_res > 0 and resolution >= smallest_fp16_resolution),
                 **block_kwargs,
             )
             self.num_ws += block.num_conv
             # The names b4, b8, ... are those of published checkpoints.
             setattr(self, f"b{resolution}", block)
-            previous_channels = channels
+            previous_channels = channel_count
         self.num_ws += 1  # for ToRGB of the last block, which has no next block to share a style vector with
 
     def forward(self, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:
@@ -351,15 +351,15 @@ class SynthesisNetwork(torch.nn.Module):
                 f" {list(ws.shape)}. Pass the output of this generator's mapping network."
             )
         ws = ws.to(torch.float32)
-        first_w = 0  # index of the block's first style vector
+        first_w_index = 0  # index of the block's first style vector
         features: Any = None
         image: Any = None
         for resolution in self.block_resolutions:
             block = getattr(self, f"b{resolution}")
-            block_ws = ws.narrow(1, first_w, block.num_conv + block.num_torgb)
+            block_ws = ws.narrow(1, first_w_index, block.num_conv + block.num_torgb)
             features, image = block(features, image, block_ws, **block_kwargs)
             # The style vector of ToRGB is also the first one of the next block.
-            first_w += block.num_conv
+            first_w_index += block.num_conv
         return image
 
 

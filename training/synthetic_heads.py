@@ -81,7 +81,7 @@ class PeopleOptions:
     def stem(self) -> str:
         """Return the file name of the set without its suffix.
 
-        It contains a hash of all options and of the versions of the format and of the head basis.
+        The file name contains a hash of all options and of the versions of the format and of the head basis.
         """
         hashed_text = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
         return f"people{self.resolution}-n{self.n}-{hashlib.sha256(hashed_text.encode()).hexdigest()[:12]}"
@@ -104,16 +104,17 @@ def parse_name(name: str) -> PeopleOptions:
 
     Raises: ValueError if the name does not have this form, or if a value is out of range.
     """
-    match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
-    if match is None:
+    name_match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
+    if name_match is None:
         raise ValueError(
             f"dataset name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Write, for example,"
             " synthetic:people64@n=500."
         )
     value_types = {"n": int, "seed": int, "yaw": float, "pitch": float}
     value_by_key = {}
-    # match[2] is the text after the first @, or None. Options may be separated by commas or by further @.
-    for assignment in re.split("[,@]", match[2]) if match[2] else []:
+    # name_match[2] is the text after the first @, or None. Options may be separated by commas or by further
+    # @.
+    for assignment in re.split("[,@]", name_match[2]) if name_match[2] else []:
         option_key, _, value_text = assignment.partition("=")
         if option_key not in value_types:
             raise ValueError(
@@ -128,7 +129,7 @@ def parse_name(name: str) -> PeopleOptions:
                 f" {value_types[option_key].__name__}, got {value_text!r}. Write a number after"
                 f" {option_key}=."
             ) from error
-    return PeopleOptions(resolution=int(match[1]), **value_by_key)
+    return PeopleOptions(resolution=int(name_match[1]), **value_by_key)
 
 
 def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,16 +140,16 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
         camera labels [n, 25].
     """
     latents = []
-    angles = []
+    yaws_and_pitches = []
     for i in indices:
         # Each image has its own random generator, so that images can be rendered in any order.
         rng = np.random.default_rng([options.seed, i])
         latents.append(
             people.normalise_latents(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32)
         )
-        angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
+        yaws_and_pitches.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
     # The poses are computed in float64 and rounded once.
-    yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
+    yaws, pitches = torch.from_numpy(np.array(yaws_and_pitches)).split(1, dim=1)  # [n, 1] float64
     poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
     shape_coordinates, appearance_coordinates = np.split(np.stack(latents), [people.SHAPE], axis=1)
     return shape_coordinates, appearance_coordinates, pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
@@ -193,7 +194,7 @@ def write_heads(
         options: options of the set.
         path: path of the archive, which ends in .zip.
         processes: number of worker processes; None: one for each available core. The files do not depend
-            on it.
+            on this number.
         progress: True: show a progress bar.
     """
     core_count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -205,7 +206,7 @@ def write_heads(
     )
     shape_coordinates, appearance_coordinates, camera_labels = head_parameters(options, range(options.n))
     image_names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
-    depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
+    all_depth_offsets = np.empty((options.n, options.resolution, options.resolution), np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The names contain the process id, so that two processes can render the same set at the same time.
     temporary_paths = {
@@ -214,15 +215,17 @@ def write_heads(
     try:
         with (
             zipfile.ZipFile(temporary_paths[".zip"], "w", zipfile.ZIP_STORED) as archive,
-            tqdm(total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress) as bar,
+            tqdm(
+                total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress
+            ) as progress_bar,
         ):
-            for group_index, (images, depth_offsets) in enumerate(rendered_groups):
-                group_rows = slice(group_index * _GROUP, group_index * _GROUP + len(images))
-                depth[group_rows] = depth_offsets
-                for image_name, image in zip(image_names[group_rows], images, strict=True):
+            for group_index, (encoded_images, depth_offsets) in enumerate(rendered_groups):
+                group_rows = slice(group_index * _GROUP, group_index * _GROUP + len(encoded_images))
+                all_depth_offsets[group_rows] = depth_offsets
+                for image_name, encoded_image in zip(image_names[group_rows], encoded_images, strict=True):
                     # With a constant date, the same options give the same bytes.
-                    archive.writestr(zipfile.ZipInfo(image_name, ZIP_DATE), image)
-                bar.update(len(images))
+                    archive.writestr(zipfile.ZipInfo(image_name, ZIP_DATE), encoded_image)
+                progress_bar.update(len(encoded_images))
             label_rows = [
                 [image_name, camera_label.tolist()]
                 for image_name, camera_label in zip(image_names, camera_labels, strict=True)
@@ -233,7 +236,7 @@ def write_heads(
             shape=shape_coordinates,
             appearance=appearance_coordinates,
             labels=camera_labels,
-            depth_offset=depth,
+            depth_offset=all_depth_offsets,
         )
         # The archive is renamed last, because an existing archive has to be complete, with its ground truth.
         os.replace(temporary_paths[".npz"], path.with_suffix(".npz"))
@@ -284,8 +287,9 @@ def load_truth(path: Path) -> HeadsTruth:
     truth_path = Path(path).with_suffix(".npz")
     if not truth_path.exists():
         raise ValueError(
-            f"load_truth: the file {truth_path} is missing. Only synthetic sets have such a file. Delete the"
-            " archive to render the set again."
+            f"load_truth: the file {truth_path} with the ground truth is missing. Only synthetic sets have"
+            " such a file. Pass the name of the set (synthetic:people<R>@...), with which the set is rendered"
+            " again."
         )
     with np.load(truth_path) as truth_arrays:
         depth = truth_arrays["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`

@@ -55,7 +55,7 @@ class OSGDecoder(torch.nn.Module):
         return self.decode(sampled_features.mean(dim=1))
 
     def decode(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Decode features [N, P, C] that are averaged over planes. The result is the same as of `forward`."""
+        """Decode features [N, P, C] that are averaged over planes. Return the same dict as `forward`."""
         decoder_outputs = self.net(features)
         # As in MipNeRF, the sigmoid is stretched to [-0.001, 1.001], so that 0 and 1 can be reached exactly.
         return {
@@ -66,7 +66,7 @@ class OSGDecoder(torch.nn.Module):
     def weights(self, dtype: torch.dtype | None = None) -> DecoderWeights:
         """Return the scaled weights of both layers, for `triplane_decode`. Differentiable in the parameters.
 
-        Args: dtype: dtype of the weights; None: their own.
+        Args: dtype: dtype of the result; None: the dtype of the parameters.
         Returns: a tuple of four tensors: the weight [hidden, C] and the bias [hidden] of the first layer, and
             the weight [1 + D, hidden] and the bias [1 + D] of the last layer.
         """
@@ -186,7 +186,7 @@ class TriPlaneGenerator(torch.nn.Module):
         self._last_planes: torch.Tensor | None = None
 
     def _backbone_output(self) -> tuple[int, int]:
-        """Return resolution and number of channels of the backbone's output."""
+        """Return the resolution and the number of channels of the backbone's output."""
         return self.plane_resolution, 3 * self.plane_channels
 
     @property
@@ -206,9 +206,9 @@ class TriPlaneGenerator(torch.nn.Module):
 
         Args:
             z: latents [N, Z].
-            c: camera labels [N, K] that the mapping network is conditioned on. They are multiplied by the
-                rendering option c_scale (0 if missing, as in EG3D). If the generator is not conditioned on
-                cameras, they have no effect.
+            c: camera labels [N, K] that the mapping network is conditioned on. The labels are multiplied by
+                the rendering option c_scale (0 if missing, as in EG3D). If the generator is not conditioned
+                on cameras, the labels have no effect.
             truncation_psi, truncation_cutoff, update_emas: see `MappingNetwork.forward`.
         """
         if self.rendering_kwargs["c_gen_conditioning_zero"]:
@@ -276,7 +276,7 @@ class TriPlaneGenerator(torch.nn.Module):
 
         Args:
             planes: planes [N, 3, C, H, W] that were generated from ws.
-            ws: style vectors [N, L, W], for super-resolution.
+            ws: style vectors [N, L, W], which the super-resolution module needs.
             c: camera labels [N, 25].
             resolution: rendered pixels per edge r.
             options: rendering options, like rendering_kwargs.
@@ -369,7 +369,7 @@ class TriPlaneGenerator(torch.nn.Module):
     def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Return the cameras [N, 25] from which `forward` renders.
 
-        They are the cameras c themselves. Subclasses may move them depending on the latents.
+        Here they are the cameras c themselves. Subclasses may move the cameras depending on the latents.
 
         Args: z: latents [N, Z]; c: camera labels [N, 25].
         """

@@ -152,7 +152,7 @@ class _SampledPlanes(torch.autograd.Function):
         return tuple(features)
 
     @staticmethod
-    @once("density_grid", 'Use impl="pointwise" for a second one.')
+    @once("density_grid", 'Use impl="pointwise" for a second derivative.')
     def backward(ctx, *grads):
         # The gradient of an unused map is None. Any other gradient has the dtype and the device of the
         # result.

@@ -210,7 +210,8 @@ def test_inputs_need_not_be_contiguous(impl):
 def test_merged_planes_can_be_shared(impl):
     inputs = case()
     merged = merge_planes(inputs[0], projection_axes(generate_planes("eg3d")))
-    assert merged.sums.shape == (2, 2, 7, 7, 5) and merged.pairs == ((0, 1), (0, 2)) and merged.planes == 3
+    assert merged.sums.shape == (2, 2, 7, 7, 5)
+    assert merged.pairs == ((0, 1), (0, 2)) and merged.plane_count == 3
     torch.testing.assert_close(
         decode(inputs, impl=impl, merged=merged), decode(inputs, impl=impl), atol=0, rtol=0
     )

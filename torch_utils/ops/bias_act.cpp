@@ -1,7 +1,9 @@
-// clip(gain * act(x + b)) and, for piecewise linear activations, its derivatives, on a CPU. See bias_act.py for the formulas.
+// Compiled op bias_act for a CPU: clip(gain * act(x + b), -clamp, clamp) and, for piecewise linear activations, its derivatives. The formulas
+// are in bias_act.py.
 //
-// A dense tensor is outer x B x inner around the axis of the bias: inner runs share one bias, and where inner is 1 (channels-last images,
-// rows of features) the bias itself is a vector along memory. Sums are kept per run, or per thread, and added up in a fixed order.
+// In memory, a dense tensor has the axes [outer][B][inner], where B is the axis of the bias. The `inner` elements of a run have the same bias.
+// If inner is 1 (channels-last images, rows of features), consecutive elements have consecutive entries of the bias. Sums are computed for
+// each run, or by each thread, and are added in a fixed order, so that results are reproducible.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,8 +20,8 @@ namespace {
 using simd::Pack;
 using torch::stable::Tensor;
 
-constexpr int64_t kSerial = 1 << 15;  // elements below which one thread is faster than several
-constexpr int64_t kBlock = 4096;      // elements summed in the tensor's own precision before they go into a double
+constexpr int64_t kSerial = 1 << 15;  // number of elements below which one thread is faster than several
+constexpr int64_t kBlock = 4096;      // number of elements that are summed in the tensor's dtype before the sum is added to a double
 
 enum Act { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
 
@@ -39,7 +41,7 @@ template <typename T> struct Settings {
 };
 
 template <int act, typename T, typename V> inline V activate(V z, T alpha) {
-  if constexpr (act == kRelu) return z < T(0) ? V{} : z;  // a NaN stays
+  if constexpr (act == kRelu) return z < T(0) ? V{} : z;  // NaN remains NaN
   if constexpr (act == kLrelu) return z > T(0) ? z : z * alpha;
   if constexpr (act == kTanh) return T(2) * simd::sigmoid(T(2) * z) - T(1);
   if constexpr (act == kSigmoid) return simd::sigmoid(z);
@@ -51,7 +53,7 @@ template <int act, typename T, typename V> inline V activate(V z, T alpha) {
   return z;
 }
 
-// slope(out) of a piecewise linear activation.
+// Return the slope of a piecewise linear activation, which follows from its result `out` (see bias_act.py).
 template <int act, typename T, typename V> inline V slope(V out, const Settings<T>& s) {
   V value = V{} + s.gain;
   if constexpr (act == kRelu) value = out > T(0) ? value : V{};
@@ -60,7 +62,7 @@ template <int act, typename T, typename V> inline V slope(V out, const Settings<
   return value;
 }
 
-// Calls work(offset, count) for whole vectors, then for what is left.
+// Call work(offset, count) for each complete vector, and then for the remaining elements.
 template <typename T, typename Work> inline void vectors(int64_t n, Work&& work) {
   constexpr int width = Pack<T>::width;
   int64_t i = 0;
@@ -75,10 +77,10 @@ template <typename T> inline void store(T* p, typename Pack<T>::type v, int coun
   else Pack<T>::store_first(p, v, count);
 }
 
-// out = function(x + b, other) element by element; b and other may be null.
+// Compute out = function(x + b, other) for each element. b and other may be null.
 template <typename T, typename Function> void apply(const T* x, const T* b, const T* other, T* out, View v, Function&& function) {
   using V = typename Pack<T>::type;
-  const bool along = v.inner == 1 && b;  // the bias lies along memory
+  const bool along = v.inner == 1 && b;  // consecutive elements have consecutive entries of the bias
   const int64_t run = along ? v.b : v.inner == 1 ? v.b * v.outer : v.inner;
   const int64_t whole = v.outer * v.b * v.inner / run;
   const int64_t piece = along ? run : std::min<int64_t>(run, kBlock), pieces = (run + piece - 1) / piece;
@@ -94,7 +96,7 @@ template <typename T, typename Function> void apply(const T* x, const T* b, cons
   }
 }
 
-// Calls work<act>() for the activation's number.
+// Call work<act>(), with the number of the activation as the template argument.
 template <int last, typename Work> void specialise(int64_t act, Work&& work) {
   auto at = [&]<int a>(auto& self) {
     if (act == a) work.template operator()<a>();
@@ -137,7 +139,7 @@ Tensor with_slope(const Tensor& x, const std::optional<Tensor>& b, const Tensor&
   return y;
 }
 
-// A run of `inner` elements with one bias: its part of the bias's gradient.
+// Compute the gradient of a run of n elements with the same bias. Returns the contribution of the run to the gradient of the bias.
 template <int act, typename T> double backward_run(const T* grad, const T* out, T* result, int64_t n, const Settings<T>& s) {
   using V = typename Pack<T>::type;
   double total = 0;
@@ -153,7 +155,7 @@ template <int act, typename T> double backward_run(const T* grad, const T* out, 
   return total;
 }
 
-// Rows of B elements: their sum goes to total [B].
+// Compute the gradient of rows of B elements, and add the sum of the rows to total [B].
 template <int act, typename T>
 void backward_rows(const T* grad, const T* out, T* result, int64_t rows, int64_t b, const Settings<T>& s, double* total) {
   using V = typename Pack<T>::type;
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& out, int64
   const T *g = pointer<T>(grad), *o = pointer<T>(out);
   T *r = static_cast<T*>(result.mutable_data_ptr()), *grad_b = static_cast<T*>(bias.mutable_data_ptr());
   const int threads = threads_for(v.outer * v.b * v.inner);
-  const int64_t parts = v.inner == 1 ? std::min<int64_t>(threads, v.outer) : v.outer;  // one row of B sums each
+  const int64_t parts = v.inner == 1 ? std::min<int64_t>(threads, v.outer) : v.outer;  // number of parts, each with B sums
   std::vector<double> sums(parts * v.b, 0.0);
   specialise<kLrelu>(act, [&]<int a>() {
 #pragma omp parallel num_threads(threads)

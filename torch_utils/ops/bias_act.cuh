@@ -1,25 +1,25 @@
-// clip(gain * act(x + b), -clamp, clamp) on a GPU, one pass over memory, and its slope, from which the gradients of all orders come
-// (formulas and schemas: bias_act.py). 16 bytes per thread and step.
+// CUDA kernel of bias_act: clip(gain * act(x + b), -clamp, clamp) in one pass over memory. The same kernel multiplies by the slope of this
+// function, from which gradients of all orders follow. The formulas and schemas are in bias_act.py. A thread processes 16 bytes in each step.
 #pragma once
 #include "cuda_portable.cuh"
 
 namespace eg3d {
 
 enum Activation : int { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };  // in the order of activation_funcs
-constexpr int kAnyActivation = -1;  // a kernel that looks at BiasAct::act; the common ones have kernels of their own
+constexpr int kAnyActivation = -1;  // the kernel reads BiasAct::act; common activations have special kernels
 constexpr int kBlock = 256, kBlocksPerProcessor = 8;
 
 struct BiasAct {
-  int64_t count, inner;  // elements; elements between neighbours along the axis of the bias, in memory
-  int64_t channels;      // length of the bias, 1 without one
+  int64_t count, inner;  // number of elements; distance of neighbours along the axis of the bias, in elements
+  int64_t channels;      // length of the bias; 1 if there is no bias
   int act;
-  double alpha, gain, clamp;  // clamp < 0: none
+  double alpha, gain, clamp;  // clamp < 0: no clamp
 };
 
 template <typename T> EG3D_DEVICE T activate(int act, T v, T alpha) {
   constexpr double kSeluScale = 1.0507009873554804934193349852946, kSeluAlpha = 1.6732632423543772848170429916717;
   switch (act) {
-    case kRelu: return v < T(0) ? T(0) : v;  // NaN stays
+    case kRelu: return v < T(0) ? T(0) : v;  // NaN remains NaN
     case kLrelu: return v > T(0) ? v : alpha * v;
     case kTanh: return tanh_of(v);
     case kSigmoid: return sigmoid(v);
@@ -36,21 +36,21 @@ template <typename S> struct alignas(16) Pack {
   S at[kCount];
 };
 
-// What the op does to v = x + b.
+// Apply activation, gain and clamp to v = x + b.
 template <typename T> EG3D_DEVICE T finish(const BiasAct& o, int act, T v) {
   const T y = T(o.gain) * activate(act, v, T(o.alpha)), clamp = T(o.clamp);
   if (o.clamp < 0) return y;
   return y > clamp ? clamp : y < -clamp ? -clamp : y;
 }
 
-// slope(out) * v for the piecewise linear activations (linear, relu, lrelu), whose slope shows in the op's result.
+// Return slope(out) * v for a piecewise linear activation (linear, relu, lrelu), whose slope follows from the op's result `out`.
 template <typename T> EG3D_DEVICE T slope_times(const BiasAct& o, int act, T v, T out) {
   if (o.clamp >= 0 && abs_of(out) >= T(o.clamp)) return T(0);
   const T below = act == kLinear ? T(1) : act == kRelu ? T(0) : T(o.alpha);
   return T(o.gain) * (out > T(0) ? T(1) : below) * v;
 }
 
-// Index is uint32_t where all elements can be counted by it: 64-bit division is slow.
+// Index is uint32_t if it can count all elements, because 64-bit divisions are slow.
 template <typename S, int kAct, bool kSlope, typename Index>
 EG3D_KERNEL void EG3D_BOUNDS(kBlock) bias_act_kernel(BiasAct o, const S* x, const S* b, const S* result, S* out) {
   using T = Arithmetic<S>;
@@ -98,14 +98,15 @@ template <typename S, int kAct, bool kSlope>
 void bias_act_with(const BiasAct& o, const S* x, const S* b, const S* result, S* out, Stream stream) {
   const int64_t needed = ceil_div(o.count, int64_t(kBlock) * Pack<S>::kCount);
   const dim3 grid(static_cast<unsigned>(smaller(needed, int64_t(resident_blocks(kBlocksPerProcessor)))));
-  if (o.count < (int64_t(1) << 31)) {  // what the last step adds still fits
+  if (o.count < (int64_t(1) << 31)) {  // the index after the last step still fits into 32 bits
     launch(bias_act_kernel<S, kAct, kSlope, uint32_t>, grid, dim3(kBlock), 0, stream, o, x, b, result, out);
   } else {
     launch(bias_act_kernel<S, kAct, kSlope, uint64_t>, grid, dim3(kBlock), 0, stream, o, x, b, result, out);
   }
 }
 
-// out = bias_act(x), or, given the op's result, slope(result) * (x + b). Pointers to elements aligned to 16 bytes; b may be null.
+// Compute out = bias_act(x) or, if `result` (a result of bias_act) is not null, out = slope(result) * (x + b). b may be null. The other
+// pointers must be aligned to 16 bytes.
 template <typename S> void bias_act(const BiasAct& o, const S* x, const S* b, const S* result, S* out, Stream stream) {
   if (result != nullptr) bias_act_with<S, kAnyActivation, true>(o, x, b, result, out, stream);
   else if (o.act == kLinear) bias_act_with<S, kLinear, false>(o, x, b, result, out, stream);

@@ -74,8 +74,8 @@ def bias_act(
             or bfloat16, and gain > 0 and alpha >= 0.
 
     Returns: a tensor of the shape of x. It is x itself if no operation is needed.
-    Differentiable in x and b, to any order if the activation is.
-    Raises: ValueError for an unknown `impl`.
+    Differentiable in x and b, as often as the activation function is.
+    Raises: ValueError for an unknown `impl`, or for "compiled" if the compiled op cannot be used.
     """
     assert act in activation_funcs and (clamp is None or clamp >= 0)
     assert b is None or (0 <= dim < x.ndim and b.shape == (x.shape[dim],))
@@ -92,11 +92,13 @@ def bias_act(
         and x.ndim > 0
     )
     # This comes before the early return, so that an unknown `impl` is an error in every case.
-    chosen = choose("bias_act", impl, "bias_act", x.device.type, is_supported)
+    implementation_name = choose("bias_act", impl, "bias_act", x.device.type, is_supported)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
-    if chosen != "compiled":
-        return (bias_act_ref if chosen == "ref" else _bias_act_torch)(x, b, dim, spec, alpha, gain, clamp)
+    if implementation_name != "compiled":
+        return (bias_act_ref if implementation_name == "ref" else _bias_act_torch)(
+            x, b, dim, spec, alpha, gain, clamp
+        )
     dim = dim if b is not None else min(1, x.ndim - 1)  # the op needs a valid axis even without a bias
     b = None if b is None else b.to(x.dtype).contiguous()
     return torch.ops.eg3d_rlhf.bias_act(
@@ -115,7 +117,8 @@ def bias_act_ref(
 ) -> torch.Tensor:
     """Compute the definition of `bias_act`, one operation after the other.
 
-    The arguments are those of `bias_act`, with the entry `spec` of `activation_funcs` and without defaults.
+    The arguments are those of `bias_act`, without defaults. `spec` is the entry of `activation_funcs` for the
+    name `act`.
     """
     if b is not None:
         # [1, .., B, .., 1], which broadcasts along all other axes
@@ -144,10 +147,10 @@ def _bias_act_torch(
     if spec.homogeneous_ is not None and gain > 0 and (b is not None or gain != 1):
         # A new tensor, so that the activation can be computed in place without a change of x
         if b is None:
-            argument = x * gain
+            activation_input = x * gain
         else:
-            argument = torch.add(b * gain, x, alpha=gain) if gain != 1 else x + b
-        y = spec.homogeneous_(argument, alpha)
+            activation_input = torch.add(b * gain, x, alpha=gain) if gain != 1 else x + b
+        y = spec.homogeneous_(activation_input, alpha)
     else:
         y = spec.func(x if b is None else x + b, alpha)
         y = y if gain == 1 else y * gain
@@ -172,20 +175,22 @@ def _gradients(ctx, grad):
     if _NAMES[act] not in _PIECEWISE:
         # Computed by torch, so that the gradient can be differentiated again.
         x, b = ctx.saved_tensors
-        activation, slope = _SLOPES[_NAMES[act]](
+        activation_value, slope = _SLOPES[_NAMES[act]](
             x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
         )
         grad = grad * gain * slope
         if clamp >= 0:
             # The gradient of clamped results is 0.
-            grad = grad * (activation * gain).detach().abs().le(clamp)
+            grad = grad * (activation_value * gain).detach().abs().le(clamp)
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
     # torch's checkpoint allows only one access to saved_tensors.
     saved_tensors = ctx.saved_tensors
     # The kernel uses the same index for the two tensors, so their memory layouts must be equal.
     grad = like_layout(grad, saved_tensors[0]) if saved_tensors else dense(grad)
-    result = saved_tensors[0] if saved_tensors else grad.detach()
-    grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, result, *ctx.rest, ctx.has_bias and need_b)
+    activation_output = saved_tensors[0] if saved_tensors else grad.detach()
+    grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(
+        grad, activation_output, *ctx.rest, ctx.has_bias and need_b
+    )
     return grad_x if need_x else None, grad_b if ctx.has_bias and need_b else None, *[None] * 5
 
 
@@ -193,9 +198,9 @@ def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, tor
     """Return the value and the derivative of scale * elu(z), where elu(z) = alpha (exp(z) - 1) for z <= 0."""
     # For z > 0 the exponential is not used. The clamp keeps it
     # finite, since an infinity would make gradients NaN.
-    exponential = alpha * z.clamp(max=0).exp()
-    activation = scale * torch.where(z > 0, z, exponential - alpha)
-    return activation, scale * torch.where(z > 0, torch.ones_like(z), exponential)
+    scaled_exponential = alpha * z.clamp(max=0).exp()
+    activation_value = scale * torch.where(z > 0, z, scaled_exponential - alpha)
+    return activation_value, scale * torch.where(z > 0, torch.ones_like(z), scaled_exponential)
 
 
 # Functions of z that return the value and the derivative of an activation
@@ -214,8 +219,8 @@ def _save_backward(ctx, inputs, output) -> None:
 
     That op is linear in its first argument.
     """
-    _, result, *ctx.rest, ctx.with_bias = inputs
-    ctx.save_for_backward(result)
+    _, activation_output, *ctx.rest, ctx.with_bias = inputs
+    ctx.save_for_backward(activation_output)
 
 
 def _gradients_backward(ctx, grad_x, grad_b):
@@ -223,18 +228,18 @@ def _gradients_backward(ctx, grad_x, grad_b):
 
     Only the first of the eight arguments has a gradient.
     """
-    (result,) = ctx.saved_tensors
+    (activation_output,) = ctx.saved_tensors
     grad_b = grad_b.contiguous() if ctx.with_bias else None
-    return torch.ops.eg3d_rlhf.bias_act_slope(like_layout(grad_x, result), grad_b, result, *ctx.rest), *[
-        None
-    ] * 7
+    return torch.ops.eg3d_rlhf.bias_act_slope(
+        like_layout(grad_x, activation_output), grad_b, activation_output, *ctx.rest
+    ), *[None] * 7
 
 
 def _save_slope(ctx, inputs, output) -> None:
     """Store the tensors for the backward pass of `bias_act_slope`, which is linear in x and b."""
-    _, b, result, *ctx.rest = inputs
+    _, b, activation_output, *ctx.rest = inputs
     ctx.has_bias = b is not None
-    ctx.save_for_backward(result)
+    ctx.save_for_backward(activation_output)
 
 
 def _gradients_slope(ctx, grad):
@@ -242,9 +247,9 @@ def _gradients_slope(ctx, grad):
 
     Only x and b of the eight arguments have gradients.
     """
-    (result,) = ctx.saved_tensors
+    (activation_output,) = ctx.saved_tensors
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(
-        like_layout(grad, result), result, *ctx.rest, ctx.has_bias
+        like_layout(grad, activation_output), activation_output, *ctx.rest, ctx.has_bias
     )
     return grad_x, grad_b if ctx.has_bias else None, *[None] * 6
 

@@ -28,7 +28,8 @@ def conv2d_resample(
     flip_filter: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Upsample images, convolve them, and downsample them. The padding is applied once, before these steps.
+    """Upsample images, convolve them, and downsample them. The padding is applied once, to the
+    upsampled images.
 
     The steps are linear, so they are reordered to save time: 1x1 kernels convolve the smaller image. KxK
     kernels use a convolution with a stride (down) or a transposed convolution with a stride (up), with the
@@ -44,12 +45,12 @@ def conv2d_resample(
             is added to it.
         groups: number of groups G, a divisor of I and O.
         flip_weight: True computes a correlation, which torch calls convolution; False a convolution.
-        flip_filter: the same for the low-pass filter, see `upfirdn2d`.
+        flip_filter: True computes a correlation with the low-pass filter, False a convolution.
         impl: see `torch_utils.ops.implementations`. It also applies to the filter and to 3x3 convolutions.
 
     Returns: images [N, O, H', W'], with H' = H*up/down for a padding of K//2.
     Differentiable in x and w, to any order.
-    Raises: ValueError for an unknown `impl`.
+    Raises: ValueError for an unknown `impl`, or for "compiled" if the compiled op cannot be used.
     """
     assert x.ndim == w.ndim == 4 and x.shape[1] == w.shape[1] * groups and up >= 1 and down >= 1
     kh, kw = w.shape[2:]
@@ -179,12 +180,12 @@ def _transposed(
     y0 = pads[2] - (kh - 1)
     y1 = pads[3] - (kh - up)
     # Pixels (x, y) that conv_transpose2d can crop equally on both sides
-    cropped = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
-    if (up, groups, cropped, w.shape[2:]) == (2, 1, (0, 0), (3, 3)):
+    conv_crop = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
+    if (up, groups, conv_crop, w.shape[2:]) == (2, 1, (0, 0), (3, 3)):
         x = conv3x3_up(x, w, impl=impl)
     else:
-        x = F.conv_transpose2d(x, w, stride=up, padding=(cropped[1], cropped[0]), groups=groups)
-    return x, (x0 + cropped[0], x1 + cropped[0], y0 + cropped[1], y1 + cropped[1])
+        x = F.conv_transpose2d(x, w, stride=up, padding=(conv_crop[1], conv_crop[0]), groups=groups)
+    return x, (x0 + conv_crop[0], x1 + conv_crop[0], y0 + conv_crop[1], y1 + conv_crop[1])
 
 
 def modulated_conv2d(
@@ -215,7 +216,7 @@ def modulated_conv2d(
         up: factor of the upsampling, see `conv2d_resample`.
         down: factor of the downsampling.
         padding: padding of the upsampled image in pixels.
-        resample_filter: low-pass filter of the resampling.
+        resample_filter: low-pass filter of the resampling, see `conv2d_resample`; None: no filter.
         demodulate: True multiplies the result by d.
         flip_weight: True computes a correlation, False a convolution.
         fused_modconv: True computes one convolution in groups with the kernels w' d. False scales x,
@@ -225,13 +226,13 @@ def modulated_conv2d(
 
     Returns: images [N, O, H*up/down, W*up/down].
     Differentiable in x, weight, styles and noise.
-    Raises: ValueError for an unknown `impl`.
+    Raises: ValueError for an unknown `impl`, or for "compiled" if the compiled op cannot be used.
     """
     impl = current(impl, "modulated_conv2d")
     # In half precision the sum of squares could overflow. Demodulation cancels both factors.
     if x.dtype == torch.float16 and demodulate:
-        largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
-        weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
+        largest_weight = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
+        weight = weight * (1 / math.sqrt(weight[0].numel()) / largest_weight)
         styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
     resample_kwargs: dict[str, Any] = {
         "f": resample_filter,
@@ -250,31 +251,31 @@ def modulated_conv2d(
     sample_kernels = (
         weight[None] * styles[:, None, :, None, None] if impl == "ref" or (is_fused and len(x) > 1) else None
     )
-    coefficients = None  # d, [N, O]
+    demodulation = None  # d, [N, O]
     if demodulate and impl == "ref":
         assert sample_kernels is not None
-        coefficients = (sample_kernels.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt()
+        demodulation = (sample_kernels.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt()
     elif demodulate:
         # The same value without a tensor [N, O, C, k, k]: sum_{c,k} w'^2 = sum_c s^2 sum_k w^2
-        energy = weight.square().sum(dim=[2, 3])  # sum over the kernel, [O, C]
-        coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()
+        squared_weight_sum = weight.square().sum(dim=[2, 3])  # sum over the kernel, [O, C]
+        demodulation = (styles.square() @ squared_weight_sum.t() + 1e-8).rsqrt()
     # Scaling the input by s and the result by d is equal to a convolution with w' d.
     if not is_fused:
         x = conv2d_resample(
             x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample_kwargs
         )
-        x = x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
+        x = x if demodulation is None else x * demodulation.to(x.dtype)[:, :, None, None]
     elif sample_kernels is not None:
         # Each sample has its own kernels, so each sample becomes a
         # group of one convolution, [1, N * C, H, W].
-        w = sample_kernels if coefficients is None else sample_kernels * coefficients[:, :, None, None, None]
+        w = sample_kernels if demodulation is None else sample_kernels * demodulation[:, :, None, None, None]
         y = conv2d_resample(
             x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample_kwargs
         )
         x = y.reshape(len(x), -1, *y.shape[2:])  # [1, N * O, H', W'] -> [N, O, H', W']
     else:
         # A single sample: scale the kernels, without groups.
-        scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
+        scale = styles if demodulation is None else demodulation.t() * styles  # [1 or O, C]
         x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample_kwargs)
     # The noise is added after demodulation, so that its strength does not depend on the styles.
     return x if noise is None else add_to(x, noise.to(x.dtype))

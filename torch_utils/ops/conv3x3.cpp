@@ -1,4 +1,5 @@
-// 3x3 convolution of channels-last images by Winograd's F(2x2, 3x3) and F(4x4, 3x3), and its kernels' gradient.
+// Compiled op for a CPU: 3x3 convolution of channels-last images by Winograd's F(2x2, 3x3) and F(4x4, 3x3), and the gradient of the kernels.
+// See conv3x3.py.
 #include "conv3x3_convolve.h"
 
 namespace {

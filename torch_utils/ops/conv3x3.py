@@ -17,7 +17,8 @@ With stride 2 there are three operations:
 
     down   y[n, o, i, j] = sum_{c, a, b} x[n, c, 2 i + a, 2 j + b] w[o, c, a, b]
     up     its transpose: x[n, c, 2 i + a, 2 j + b] += y[n, o, i, j] w[o, c, a, b]
-    weight the gradient with respect to w of the sum of y g
+    weight the gradient with respect to w, from x and the gradient g with respect to y:
+           sum_{n, i, j} x[n, c, 2 i + a, 2 j + b] g[n, o, i, j]
 
 Each operation is a derivative of the other two. The compiled op takes 49 multiplications instead of 81 for 3
 x 3 pixels of the small image. Along each axis, the two outer taps of the kernel form a filter over every
@@ -61,7 +62,7 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
 
     Returns: images [N, O, H + 2 padding - 2, W + 2 padding - 2].
     Differentiable in x and w, to any order.
-    Raises: ValueError for an unknown `impl`.
+    Raises: ValueError for an unknown `impl`, or for "compiled" if the compiled op cannot be used.
     """
     assert (
         x.ndim == w.ndim == 4
@@ -69,7 +70,7 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
         and padding in (0, 1, 2)
         and min(x.shape[2:]) + 2 * padding >= 3
     )
-    # The compiled code processes 16 channels at a time, and none separately.
+    # The compiled code always processes 16 channels together, and cannot process a smaller remainder.
     has_full_lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
     is_supported = has_full_lanes and alike(x, w)
     # Cases in which torch is faster
@@ -127,8 +128,8 @@ def _gradients(ctx, grad):
     grad_w = None
     if need_w:
         # In the transposed op, grad and x exchange their roles.
-        pair = (grad, x, 2 - p) if ctx.transposed else (x, grad, p)
-        grad_w = torch.ops.eg3d_rlhf.conv3x3_weight(*pair, ctx.tile)
+        weight_op_inputs = (grad, x, 2 - p) if ctx.transposed else (x, grad, p)
+        grad_w = torch.ops.eg3d_rlhf.conv3x3_weight(*weight_op_inputs, ctx.tile)
     return grad_x, grad_w, None, None, None
 
 
@@ -180,7 +181,7 @@ def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.
     Args:
         x: images [N, I, H, W].
         w: kernels [O, I, 3, 3].
-        impl: see `conv3x3`.
+        impl: see `conv3x3`. "compiled" also needs float32, and odd H and W.
 
     Returns: images [N, O, (H - 1) // 2, (W - 1) // 2].
     """
@@ -197,7 +198,7 @@ def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Te
     Args:
         x: images [N, O, height, width].
         w: kernels [O, I, 3, 3].
-        impl: see `conv3x3`.
+        impl: see `conv3x3`. "compiled" also needs float32.
 
     Returns: images [N, I, 2 height + 1, 2 width + 1].
     """
@@ -207,14 +208,14 @@ def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Te
 
 
 def _compiled(
-    x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, has_supported_size: bool = True
+    x: torch.Tensor, w: torch.Tensor, pixel_count: int, impl: str, has_supported_size: bool = True
 ) -> bool:
     """Return True if the compiled op with stride 2 is used.
 
     Args:
         x: images.
         w: kernels [O, I, 3, 3].
-        pixels: number of pixels of the small image.
+        pixel_count: number of pixels of the small image.
         impl: see `conv3x3`.
         has_supported_size: False if the op does not support the size of the image.
     """
@@ -225,10 +226,10 @@ def _compiled(
         and alike(x, w)
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and pixels > 0
+        and pixel_count > 0
     )
     # An image that is not channels-last would have to be copied first.
-    is_slower = pixels < _MIN_PIXELS_STRIDED or not is_channels_last(x)
+    is_slower = pixel_count < _MIN_PIXELS_STRIDED or not is_channels_last(x)
     return (
         choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, is_supported, is_slower)
         == "compiled"
@@ -250,11 +251,11 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         # The gradient of the kernels correlates the large image with the small image.
-        large, small = (grad, x) if ctx.up else (x, grad)
+        large_image, small_image = (grad, x) if ctx.up else (x, grad)
         need_x, need_w, _ = ctx.needs_input_grad
         return (
             _Convolution.apply(grad, w, not ctx.up) if need_x else None,
-            _Weight.apply(large, small) if need_w else None,
+            _Weight.apply(large_image, small_image) if need_w else None,
             None,
         )
 

@@ -1,7 +1,7 @@
-// Convolution of channels-last images by minimal filtering on a CPU: see conv3x3.py for the formulas.
+// Convolution of channels-last images by minimal filtering on a CPU. The formulas are in conv3x3.py.
 //
-// Tiles are worked on in chunks that stay in cache: transform the patches of a chunk, a product of matrices for each plane, transform back.
-// Products of float64 are torch's.
+// Tiles are processed in chunks that fit into the cache. For each chunk, the patches are transformed, one matrix product is computed for each
+// plane (each element of the transformed tile), and the products are transformed back. Torch computes the matrix products in float64.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,18 +20,18 @@ namespace {
 
 using torch::stable::Tensor;
 
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {  // batches of matrices
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {  // product of batches of matrices
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-constexpr int64_t kFewTiles = 32;  // of a chunk where channels are few: 36 planes of 64 float32 channels are 288 KiB, 49 are 392
+constexpr int64_t kFewTiles = 32;  // tiles of a chunk for few channels: 36 planes of 64 float32 channels take 288 KiB, 49 planes 392 KiB
 
 template <typename T> T* data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
-// Matrices [planes][rows][columns] whose planes lie one cache line further apart than they are long, so that they do not fall into the same
-// cache sets.
+// Matrices [planes][rows][columns]. Unused memory of a cache line follows each plane, so that the same elements of different planes do not lie
+// in the same cache set.
 struct Matrices {
   Tensor memory;
   int64_t rows, columns, stride;
@@ -39,13 +39,13 @@ struct Matrices {
       : rows(rows), columns(columns), stride(rows * columns + kStep) {
     memory = torch::stable::new_empty(like, {planes, stride});
   }
-  Tensor first(int64_t count) const {  // rows of each
+  Tensor first(int64_t count) const {  // the first `count` rows of each matrix
     Tensor all = memory;
     return torch::stable::view(torch::stable::narrow(all, 1, 0, count * columns), {all.size(0), count, columns});
   }
 };
 
-// out = v u of `count` rows.
+// Compute out = v u for the first `count` rows of each plane.
 template <typename F> void multiply(const Matrices& v, const Matrices& u, int64_t count, const Matrices& out) {
   if constexpr (std::is_same_v<typename F::value, double>) return multiply(v.first(count), u.first(u.rows), out.first(count));
   const tile::Panels<float> panels{u.columns};
@@ -59,13 +59,15 @@ template <typename F> void multiply(const Matrices& v, const Matrices& u, int64_
   }
 }
 
-// Tiles of a chunk: elements of its transformed patches, 2 or 1 MiB of float32, and no fewer tiles than repay reading all the kernels.
+// Return the number of tiles of a chunk. Its transformed patches take 1 or 2 MiB in float32. There are at least F::least tiles, because all
+// transformed kernels are read for each chunk, which would take too long for fewer tiles.
 template <typename F> int64_t chunk_size(const Tiles& tiles, int64_t channels) {
   return std::min(tiles.count(), std::max<int64_t>(F::elements / (planes<F> * channels), F::least));
 }
 
-// The outputs in ranges of about equal size whose transformed kernels take no more than 20 MiB: glibc gives 32 MiB and more back to the
-// system at once, and mapping the pages anew took as long as the products (20 ms a call, 512 channels at 32x32, F(4x4, 3x3)).
+// Divide the output channels into ranges of about equal size, whose transformed kernels take at most 20 MiB. glibc returns freed blocks of
+// 32 MiB or more to the system immediately. Mapping the pages again took as long as the matrix products (20 ms in each call with 512 channels,
+// 32x32 pixels and F(4x4, 3x3)).
 template <typename F> std::vector<Range> ranges(int64_t in, int64_t out) {
   const int64_t most = (20 << 20) / static_cast<int64_t>(sizeof(typename F::value));
   const int64_t parts = (kernel_planes<F> * in * out + most - 1) / most;
@@ -75,9 +77,9 @@ template <typename F> std::vector<Range> ranges(int64_t in, int64_t out) {
   return all;
 }
 
-bool few(int64_t in, int64_t out) { return std::max(in, out) <= 64; }  // a plane of transformed kernels: 16 KiB of float32 at most
+bool few(int64_t in, int64_t out) { return std::max(in, out) <= 64; }  // then a plane of transformed kernels takes at most 16 KiB in float32
 
-// Few channels: a thread takes a chunk from patches to results, in its own cache.
+// Convolve images with few channels. Each thread processes complete chunks, from patches to results, in its own cache.
 template <typename F, typename T = typename F::value>
 void convolve_few(const Tensor& x, const Kernels<const T>& kernels, const Image<const T>& in, int64_t padding, const Image<T>& out) {
   const Tiles tiles(out, F::out);
@@ -129,7 +131,7 @@ template <typename T> void add(const Matrices& part, const Matrices& sum) {
     for (int64_t i = plane * sum.stride; i < plane * sum.stride + sum.rows * sum.columns; ++i) to[i] += from[i];
 }
 
-// sum [kernel planes][I][outputs] += v^T g of `count` rows, or = where it is the first.
+// Add the products v^T g of the first `count` rows to sum [kernel planes][I][outputs]; if `first` is true, overwrite `sum` by them.
 template <typename F>
 void add_products(const Matrices& v, const Matrices& g, Range outputs, int64_t count, const Matrices& sum, bool first) {
   if constexpr (std::is_same_v<typename F::value, double>) {

@@ -1,8 +1,10 @@
-// Minimal filtering along a line: m results of a filter of 3 taps from m + 2 values by m + 2 products (Cook and Toom), and with stride 2.
+// Minimal filtering along a line (Toom-Cook algorithm): m results of a filter with 3 taps are computed from m + 2 values by m + 2
+// multiplications. Filters with stride 2 follow below.
 //
-// Polynomials of m and of 3 coefficients are multiplied by way of their values at m + 2 points, infinity among them: A takes the one to its
-// values, G the other, B^-T their product, and B^T interpolates. Transposed, the multiplication is the filter y = A^T [(G g) * (B^T d)].
-// The denominators of B, prod (point - other points), are kept in G, which meets the kernel alone. A square is lines both ways.
+// The algorithm multiplies a polynomial with m coefficients by one with 3 coefficients. A evaluates the first polynomial at m + 2 points, one
+// of which is infinity, G evaluates the second one, and B interpolates the product from its values. The transpose of this multiplication is
+// the filter y = A^T [(G g) * (B^T d)]. The denominators of the interpolation, prod (point - other points), are multiplied into G, because G
+// is applied only to kernels. A two-dimensional tile is transformed along its columns and then along its rows.
 #pragma once
 #include <cstdint>
 
@@ -12,8 +14,9 @@ namespace minimal {
 
 using simd::Pack;
 
-// What all have: values that a tile reads, and by how many the next one is further on; products; results; transformed kernels, of which
-// product i takes that of kernel_of(i). A chunk of tiles has about `elements` transformed values, and no fewer than `least` tiles.
+// Constants that all filters have: `in`, the number of values that a tile reads; `in_step`, the distance to the values of the next tile;
+// `products`, the number of multiplications; `kernels`, the number of transformed kernel values, of which multiplication i uses number
+// kernel_of(i); `out`, the number of results. A chunk has about `elements` transformed values, and at least `least` tiles.
 template <int m, typename T> struct Stride1 {
   using value = T;
   using V = typename Pack<T>::type;
@@ -45,12 +48,13 @@ template <typename T> struct Filter<2, T> : Stride1<2, T> {  // points 0, 1, -1 
   }
 };
 
-// Points 0, a, -a, b, -b and infinity. Of some twenty pairs tried, 5/8 and 3/2 had the least rounding error (root mean square);
-// that of 1 and 2 is twice, their largest single error four times as large. Powers up to the third are exact in float32.
+// Points 0, a, -a, b, -b and infinity. Of about twenty pairs (a, b) that were tried, 5/8 and 3/2 had the smallest rounding error (root mean
+// square). With 1 and 2 it is twice as large, and the largest single error is four times as large. Powers of a and b up to the third are
+// exact in float32.
 template <typename T> struct Filter<4, T> : Stride1<4, T> {
   using V = typename Pack<T>::type;
   static constexpr T a = T(5) / 8, b = T(3) / 2, aa = a * a, bb = b * b, aaa = a * aa, bbb = b * bb;
-  static constexpr T at_0 = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)), at_b = 1 / (2 * bb * (bb - aa));  // 1 / prod (point - others)
+  static constexpr T at_0 = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)), at_b = 1 / (2 * bb * (bb - aa));  // 1 / prod (point - other)
 
   static void patch(const V (&d)[6], V (&v)[6]) {  // B^T d
     const V even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1], even_b = d[4] - aa * d[2], odd_b = d[3] - aa * d[1];
@@ -87,8 +91,8 @@ template <typename T> struct Filter<4, T> : Stride1<4, T> {
   }
 };
 
-// Stride 2: of every second value two taps are a filter, three of its results by four products (points 0, 1, -1 and infinity); the tap
-// between them is multiplied as it is. Seven products where the definition takes nine, and one kernel serves three of them.
+// Stride 2: the two outer taps form a filter over every second value, of which four multiplications give three results (points 0, 1, -1 and
+// infinity). The middle tap is multiplied directly. There are seven multiplications instead of nine, three of which use the same kernel value.
 template <typename T> struct Stride2 {
   using value = T;
   using V = typename Pack<T>::type;
@@ -122,7 +126,7 @@ template <typename T> struct Down : Stride2<T> {  // y[i] = g0 d[2i] + g1 d[2i +
   }
 };
 
-// y[2i] = g0 d[i - 1] + g2 d[i], y[2i + 1] = g1 d[i]: the transpose, of taps read back to front
+// The transpose of Down, with the taps in reverse order: y[2i] = g0 d[i - 1] + g2 d[i], y[2i + 1] = g1 d[i].
 template <typename T> struct Up : Stride2<T> {
   using V = typename Pack<T>::type;
   static constexpr int in = 4, in_step = 3, out = 6;
@@ -137,7 +141,8 @@ template <typename T> struct Up : Stride2<T> {
   }
 };
 
-// A map of lines along the columns of load(row, column), then along the rows, to store(row, column, value).
+// Apply the transformation `line` to the columns of a matrix, and then to its rows. load(row, column) returns an element of the matrix, and
+// store(row, column, value) receives an element of the result.
 template <typename V, int in, int out, typename Load, typename Store>
 [[gnu::always_inline]] inline void both_ways(void (*line)(const V (&)[in], V (&)[out]), Load load, Store store) {
   V half[out][in];

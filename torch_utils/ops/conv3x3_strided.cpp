@@ -1,4 +1,5 @@
-// 3x3 convolution with stride 2 of channels-last images, its transpose and its kernels' gradient, on a CPU. See conv3x3.py.
+// Compiled op for a CPU: 3x3 convolution with stride 2 of channels-last images, its transpose, and the gradient of the kernels. See
+// conv3x3.py.
 #include "conv3x3_convolve.h"
 
 namespace {

@@ -1,5 +1,6 @@
-// The transformations of Winograd's convolution: tiles of pixels to and from planes of products, channels as lanes. F: a filter of
-// conv3x3_lines.h, both ways.
+// Transformations of Winograd's convolution between tiles of pixels and planes. A plane contains one element of the transformed tile, for all
+// tiles and channels. Vector lanes run along channels. The template argument F is a filter of conv3x3_lines.h, which is applied along columns
+// and rows.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,14 +12,14 @@
 
 namespace minimal {
 
-constexpr int kStep = 16;  // channels at a time; both counts are multiples of it
+constexpr int kStep = 16;  // channels that are processed together; the numbers of channels are multiples of it
 template <typename F> constexpr int planes = F::products * F::products;
 template <typename F> constexpr int kernel_planes = F::kernels * F::kernels;
 template <typename F> constexpr int kernel_plane(int plane) {
   return F::kernel_of(plane / F::products) * F::kernels + F::kernel_of(plane % F::products);
 }
 
-template <typename T> struct Image {  // channels-last; c of the channels, `step` elements from pixel to pixel
+template <typename T> struct Image {  // channels-last image with c channels; neighbouring pixels are `step` elements apart
   T* data;
   int64_t n, h, w, c, step;
   T* pixel(int64_t image, int64_t y, int64_t x) const { return data + ((image * h + y) * w + x) * step; }
@@ -29,7 +30,7 @@ template <typename T> Image<T> view(const torch::stable::Tensor& x) {
   return {static_cast<T*>(const_cast<void*>(x.const_data_ptr())), x.size(0), x.size(2), x.size(3), x.size(1), x.size(1)};
 }
 
-template <typename T> struct Kernels {  // [O][I][3][3], or, transposed, [I][O][3][3] and read back to front
+template <typename T> struct Kernels {  // [O][I][3][3]; if transposed, [I][O][3][3] with the taps in reverse order
   T* data;
   int64_t in, out;
   bool transposed;
@@ -40,7 +41,7 @@ struct Range {
   int64_t first, count;
 };
 
-struct Place {  // a tile's first pixel
+struct Place {  // first pixel of a tile
   int64_t image, y, x;
 };
 
@@ -51,8 +52,8 @@ struct Tiles {
   Place place(int64_t tile, int step) const { return {tile / (rows * columns), tile / columns % rows * step, tile % columns * step}; }
 };
 
-// The pixels of squares of one size: a square inside the image lies there, `step` elements from row to row; one that crosses the border is
-// copied, with zeros around it.
+// Access to squares of size x size pixels. A square inside the image is not copied; its rows are `step` elements apart. A square that crosses
+// the border is copied, with zeros outside the image.
 template <int size, typename T> class Squares {
  public:
   explicit Squares(const Image<const T>& x) : x_(x), copy_(size * size * x.c) {}
@@ -78,7 +79,7 @@ template <int size, typename T> class Squares {
   std::vector<T> copy_;
 };
 
-// B^T d B of the patch d of each tile, to v [planes][stride], each plane [tiles][C].
+// Write B^T d B of the patch d of each tile to v [planes][stride]. Each plane is [tiles][C].
 template <typename F, typename T = typename F::value>
 void transform_patches(const Image<const T>& x, const Tiles& tiles, int64_t padding, int64_t first, int64_t count, T* v, int64_t stride) {
   using P = Pack<T>;
@@ -98,7 +99,7 @@ void transform_patches(const Image<const T>& x, const Tiles& tiles, int64_t padd
   }
 }
 
-// A^T p A of the products p [planes][stride], each plane [tiles][C], of each tile, to its results.
+// Compute the results A^T p A of each tile from its products p [planes][stride]. Each plane is [tiles][C].
 template <typename F, typename T = typename F::value>
 void transform_products(const T* p, int64_t stride, const Tiles& tiles, int64_t first, int64_t count, const Image<T>& y) {
   using P = Pack<T>;
@@ -117,7 +118,7 @@ void transform_products(const T* p, int64_t stride, const Tiles& tiles, int64_t 
   }
 }
 
-// A dY A^T of the gradients of each tile's results, to g [planes][stride], each plane [tiles][C].
+// Write A dY A^T of the gradients dY of each tile's results to g [planes][stride]. Each plane is [tiles][C].
 template <typename F, typename T = typename F::value>
 void transform_gradients(const Image<const T>& grad, const Tiles& tiles, int64_t first, int64_t count, T* g, int64_t stride) {
   using P = Pack<T>;
@@ -136,7 +137,7 @@ void transform_gradients(const Image<const T>& grad, const Tiles& tiles, int64_t
   }
 }
 
-// G g G^T of kernels for a range of the outputs, to u [kernel planes][stride], each plane [I][outputs].
+// Write G g G^T of the kernels g of a range of output channels to u [kernel planes][stride]. Each plane is [I][outputs].
 template <typename F, typename T = typename F::value>
 void transform_kernels(const Kernels<const T>& w, Range outputs, T* u, int64_t stride) {
   using P = Pack<T>;
@@ -156,7 +157,8 @@ void transform_kernels(const Kernels<const T>& w, Range outputs, T* u, int64_t s
       }
 }
 
-// G^T u G of sums u [kernel planes][stride], each plane [I][outputs], to gradients of the kernels for these outputs.
+// Compute the gradients G^T u G of the kernels of a range of output channels from sums u [kernel planes][stride]. Each plane is
+// [I][outputs].
 template <typename F, typename T = typename F::value>
 void transform_kernel_gradients(const T* u, int64_t stride, Range outputs, const Kernels<T>& w) {
   using P = Pack<T>;

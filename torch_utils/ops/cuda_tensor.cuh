@@ -1,4 +1,4 @@
-// torch's side of the CUDA ops, on the stable ABI: the current stream and checks of tensors.
+// Functions for the interfaces of CUDA ops to torch, which use torch's stable ABI: the current stream, checks of tensors, and new tensors.
 #pragma once
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,10 +20,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// torch's current stream on a device. The function is looked up when first needed: torch without CUDA, which loads these libraries too
-// (and can then say what they contain), does not have it.
-// `static` is essential: of an inline function's static variable the loader unites the guard over all libraries of the process, but not
-// the variable, which is hidden. The second library would take its own null pointer for initialised, and call it.
+// Return torch's current stream on the device of a tensor. torch's function is looked up at the first call, because a build of torch without
+// CUDA, which can load these libraries, too, does not have this function.
+// `static` is essential. For a static variable of an inline function, the loader shares the initialisation guard between all libraries of the
+// process, but not the variable, which is hidden. The second library would treat its null pointer as initialised, and call it.
 static Stream current_stream(const Tensor& tensor) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
@@ -35,25 +35,25 @@ static Stream current_stream(const Tensor& tensor) {
     }
     return reinterpret_cast<Function>(found);
   }();
-  STD_TORCH_CHECK(function != nullptr, "this build of torch has no CUDA streams");
+  STD_TORCH_CHECK(function != nullptr, "this build of torch does not support CUDA. Install a build of torch with CUDA.");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(function(tensor.get_device_index(), &stream));
   return static_cast<Stream>(stream);
 }
 
-// Makes a tensor's device current, and holds its stream.
+// Scope in which the device of a tensor is the current device. It also contains the current stream of this device.
 struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
   Stream stream;
   explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()), stream(current_stream(tensor)) {}
 };
 
-// Kernels index dense memory of one type on one device.
+// Check that a tensor is contiguous and has the dtype and device of `like`: kernels index dense memory of one type on one device.
 inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous");
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " differs in dtype from the other tensors");
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of the other tensors");
   const bool together = tensor.is_cuda() && tensor.get_device_index() == like.get_device_index();
-  STD_TORCH_CHECK(together, op, ": ", name, " is not on the device of the other tensors");
+  STD_TORCH_CHECK(together, op, ": ", name, " must be on the device of the other tensors");
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
@@ -70,14 +70,14 @@ template <typename T> const T* data_or_null(const Optional& tensor) { return ten
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
 inline Tensor zeros(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_zeros(like, shape); }
 
-// work(T{}) with the C++ type of a tensor: float or double.
+// Call work(T{}), where T is the C++ type of a tensor's elements (float or double), and return the result.
 template <typename Work> auto with_real(const char* op, const Tensor& tensor, Work work) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op, ": float32 or float64 is needed");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op, ": the tensors must be float32 or float64");
   return type == ScalarType::Double ? work(double{}) : work(float{});
 }
 
-// The same for images: float16 and bfloat16 too.
+// The same as `with_real`, but also for images in float16 and bfloat16.
 template <typename Work> auto with_stored(const char* op, const Tensor& tensor, Work work) {
   const ScalarType type = tensor.scalar_type();
   if (type == ScalarType::Half) return work(__half{});

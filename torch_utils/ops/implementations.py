@@ -35,8 +35,9 @@ def define(
     Args:
         schema: signature "name(Tensor x, ...) -> ..." in torch's schema language.
         fake: function of the op's arguments that returns empty results of the right shapes, for
-            torch.compile.
-        gradients: backward pass gradients(ctx, *grads), see torch.library.register_autograd.
+            torch.compile; None: torch.compile does not support the op.
+        gradients: backward pass gradients(ctx, *grads), see torch.library.register_autograd; None: the op is
+            not differentiable.
         save: function save(ctx, inputs, output) that stores what `gradients` needs; called in the forward
             pass.
     """
@@ -49,7 +50,7 @@ def define(
 
 
 def alike(first_tensor: torch.Tensor, *other_tensors: torch.Tensor) -> bool:
-    """Return True if tensors meet the requirements of most compiled ops.
+    """Return True if tensors have the dtypes and the device that most compiled ops require.
 
     All tensors must have the same dtype, float32 or float64, and the same device. The first tensor must not
     be empty. (torch computes the ops on empty tensors.)
@@ -159,8 +160,10 @@ def choose(
             ' Use impl="auto".'
         )
     raise ValueError(
-        f'{who}: impl="compiled" needs a compiled op, and there is none for {device_type}. '
-        'Run "python -m torch_utils.build" to see why, or use impl="auto".'
+        f'{who}: impl="compiled" cannot be used, because no compiled op is available for {device_type}.'
+        " Compiled ops may be turned off (EG3D_RLHF_OPS), the compilation may have failed (run"
+        ' "python -m torch_utils.build" to see why), or the check of the op on the GPU may have failed, which'
+        ' printed a warning. Use impl="auto" to compute with plain torch.'
     )
 
 
@@ -182,8 +185,8 @@ def like_layout(x: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
 
     x is copied only if the layouts differ.
     """
-    is_last = is_channels_last(template)
-    return x.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+    use_channels_last = is_channels_last(template)
+    return x.contiguous(memory_format=torch.channels_last if use_channels_last else torch.contiguous_format)
 
 
 def convolution_layout(device: torch.device, resolution: int, channels: int) -> torch.memory_format:
@@ -200,8 +203,10 @@ def convolution_layout(device: torch.device, resolution: int, channels: int) -> 
         channels: number of channels.
     """
     # The reference implementation uses torch's default layout, as EG3D does.
-    fast = device.type == "cpu" and current() != "ref" and resolution >= (32 if channels <= 64 else 64)
-    return torch.channels_last if fast else torch.contiguous_format
+    use_channels_last = (
+        device.type == "cpu" and current() != "ref" and resolution >= (32 if channels <= 64 else 64)
+    )
+    return torch.channels_last if use_channels_last else torch.contiguous_format
 
 
 def add_to(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -51,12 +51,12 @@ def fits(*tensors: torch.Tensor, impl: str = "auto") -> bool:
     This is the case for float32 tensors on a CPU with AVX-512, unless `impl` is "ref", autocast is active, or
     torch.compile traces.
     """
-    supported = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    are_supported = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
     # Autocast and torch.compile treat F.linear specially, so they must get that function.
     needs_torch = (
         torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or current(impl, "linear") == "ref"
     )
-    return supported and not needs_torch and _has_avx512()
+    return are_supported and not needs_torch and _has_avx512()
 
 
 @functools.cache

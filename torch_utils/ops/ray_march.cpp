@@ -1,7 +1,8 @@
-// Ray marching on scalars, forward and backward, and the depths of the importance pass, on a CPU. See ray_march.py for the formulas.
+// Compiled ops for a CPU: compositing weights of ray marching with their gradients, and depths of the importance pass. See ray_march.py for
+// the formulas.
 //
-// Rays run in the vector lanes: a group of rays is brought into the order [sample][ray], sorted by a network (the same exchanges for every
-// ray, so no branch is ever taken), marched, and scattered back.
+// Each vector lane processes one ray. The samples of a group of rays are stored as [sample][ray], sorted by depth, composited, and written back
+// in their original order. They are sorted by a sorting network, which has the same exchanges for every ray and therefore no branches.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,12 +21,13 @@ namespace {
 using simd::Pack;
 using torch::stable::Tensor;
 
-constexpr int64_t kSerial = 1 << 14;  // samples below which one thread is faster than several
+constexpr int64_t kSerial = 1 << 14;  // number of samples below which one thread is faster than several
 
-// softplus(h) with a small relative error (4e-7) also where it is small: the depth of nearly empty pixels is a quotient of such values.
+// Return softplus(h) with a small relative error (4e-7), also for small results: the depth of a nearly empty pixel is a quotient of such
+// values.
 inline simd::vfloat softplus(simd::vfloat h) {
   const simd::vfloat t = simd::exp(h > 0.0f ? -h : h), u = t + 1.0f;
-  return simd::max(h, simd::vfloat{}) + (simd::log(u) + (t - (u - 1.0f)));  // the last term is what rounding took from t
+  return simd::max(h, simd::vfloat{}) + (simd::log(u) + (t - (u - 1.0f)));  // the last term corrects the rounding of 1 + t
 }
 inline double softplus(double h) { return simd::softplus(h); }
 
@@ -41,7 +43,7 @@ template <typename T> struct Lanes {
   void set(int64_t s, typename Pack<T>::type v) { Pack<T>::store(&data[s * width], v); }
   T& at(int64_t s, int lane) { return data[s * width + lane]; }
 
-  // Rows of `rays` rays, samples behind one another; the lanes that are left repeat the last ray.
+  // Read rows [rays][samples]. The remaining lanes repeat the last ray.
   void read(const T* rows, int64_t samples, int rays) {
     for (int r = 0; r < width; ++r) {
       const T* row = rows + std::min(r, rays - 1) * samples;
@@ -50,20 +52,20 @@ template <typename T> struct Lanes {
   }
 };
 
-// One group of rays: sorted, with the march's intermediate values.
+// One group of rays: its samples, sorted by depth, and intermediate values.
 template <typename T> struct Group {
   using V = typename Pack<T>::type;
   using I = typename Pack<T>::index;
   static constexpr int width = Pack<T>::width;
   int64_t samples;
   Lanes<T> densities, depths;      // sorted
-  std::vector<I> order;            // [sample]: where a sorted sample stood
-  Lanes<T> alpha, through, raw;    // [interval]: alpha_k, prod_{j<k} (1 - alpha_j + 1e-10), densities as they came
+  std::vector<I> order;            // [sample]: original position of a sorted sample
+  Lanes<T> alpha, through, raw;    // [interval]: alpha_k, prod_{j<k} (1 - alpha_j + 1e-10), densities in original order
   std::vector<std::pair<int32_t, int32_t>> exchanges;
 
   explicit Group(int64_t s) : samples(s), densities(s), depths(s), order(s), alpha(s), through(s), raw(s) { plan(); }
 
-  // Batcher's merge exchange sort (Knuth, vol. 3, 5.2.2M) for any number of samples.
+  // Compute the exchanges of Batcher's merge exchange sort (Knuth, vol. 3, 5.2.2M) for any number of samples.
   void plan() {
     int64_t top = 1;
     while (2 * top < samples) top *= 2;
@@ -91,7 +93,7 @@ template <typename T> struct Group {
     for (const auto& [i, k] : exchanges) {
       const V a = depths.get(i), b = depths.get(k);
       const I first = order[i], second = order[k];
-      const auto swap = (a > b) | ((a == b) & (first > second));  // equal depths keep their order
+      const auto swap = (a > b) | ((a == b) & (first > second));  // samples of equal depth are not reordered
       depths.set(i, swap ? b : a);
       depths.set(k, swap ? a : b);
       order[i] = swap ? second : first;
@@ -122,7 +124,7 @@ template <typename T> struct Group {
 
   V weight(int64_t k) const { return alpha.get(k) * through.get(k); }
 
-  // Sorted values [sample], written to the rows of `rays` rays at the places where the samples stood.
+  // Write sorted values to rows [rays][samples], at the original positions of the samples.
   void scatter(const Lanes<T>& sorted, T* rows, int rays) const {
     for (int64_t s = 0; s < samples; ++s)
       for (int r = 0; r < rays; ++r) rows[r * samples + place(s, r)] = sorted.data[s * width + r];
@@ -136,7 +138,7 @@ template <typename T> T lane_of(const typename Pack<T>::type& v, int r) {
 
 int threads_for(int64_t count) { return count < kSerial ? 1 : static_cast<int>(torch::stable::get_num_threads()); }
 
-// work(group, first ray, number of rays) for all groups of rays, one Group for each thread.
+// Call work(group, first ray, number of rays) for all groups of rays. Each thread uses one object `group` for all of its groups.
 template <typename T, typename Work> void for_groups(int64_t rays, int64_t samples, Work work) {
   constexpr int width = Pack<T>::width;
 #pragma omp parallel num_threads(threads_for(rays * samples))
@@ -194,18 +196,18 @@ Tensor march_backward(const Tensor& grad_weights, const Tensor& grad_depth_sum, 
     const V of_depth = ends.get(0);
     ends.read(up_total + first, 1, count);
     const V of_total = ends.get(0);
-    auto upstream_at = [&](int64_t s) {  // of the sorted sample's weight
+    auto upstream_at = [&](int64_t s) {  // gradient of a sorted sample's weight
       for (int r = 0; r < Pack<T>::width; ++r) ends.at(1, r) = raw.at(group.place(s, r), r);
       return ends.get(1);
     };
-    V after = upstream_at(samples - 1), behind{}, carried{};  // behind: gradient of the light that is left after interval k
+    V after = upstream_at(samples - 1), behind{}, carried{};  // behind: gradient of the transmittance after interval k
     for (int64_t k = samples - 2; k >= 0; --k) {
       const V here = upstream_at(k), a = group.alpha.get(k), left = group.through.get(k);
       const V of_weight = (here + after) / T(2) + of_depth * group.mid_depth(k) + of_total;
       const V of_alpha = (of_weight - behind) * left;
       const V raised = group.mid_density(k) - T(1), delta = group.delta(k);
       const V half = of_alpha * delta * Pack<T>::exp(-softplus(raised) * delta) * simd::sigmoid(raised) / T(2);
-      result.set(k + 1, carried + half);  // the densities above k are no longer needed
+      result.set(k + 1, carried + half);  // in the memory of the densities, which are no longer needed above k
       carried = half;
       behind = of_weight * a + behind * (T(1) - a + T(1e-10));
       after = here;
@@ -216,10 +218,11 @@ Tensor march_backward(const Tensor& grad_weights, const Tensor& grad_depth_sum, 
   return grad;
 }
 
-// Interval weights, smoothed, and summed up to a distribution function [bins + 1] in `cdf`.
+// Smooth the interval weights, and compute their cumulative distribution function `cdf` [bins + 1].
 template <typename T> void distribution(Group<T>& group, Lanes<T>& cdf) {
   using V = typename Pack<T>::type;
-  const int64_t last = group.samples - 2, bins = std::max<int64_t>(group.samples - 3, 0);  // last interval; intervals 1 .. last - 1 count
+  // `last` is the index of the last interval. The bins are the intervals 1 .. last - 1.
+  const int64_t last = group.samples - 2, bins = std::max<int64_t>(group.samples - 3, 0);
   auto larger = [](V a, V b) { return a > b ? a : b; };
   V total{}, missing{};
   for (int64_t k = 1; k < last; ++k) {
@@ -230,7 +233,7 @@ template <typename T> void distribution(Group<T>& group, Lanes<T>& cdf) {
     missing = (next - total) - part;
     total = next;
   }
-  V sum{}, lost{};  // compensated: an error here is divided by the height of a bin
+  V sum{}, lost{};  // compensated summation: an error of the distribution function is divided by the probability of a bin
   cdf.set(0, sum);
   for (int64_t k = 1; k <= bins; ++k) {
     const V part = group.raw.get(k) / total - lost, next = sum + part;

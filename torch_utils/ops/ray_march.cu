@@ -1,4 +1,4 @@
-// ray_march and importance_depths on a GPU: tensors in, tensors out. Kernels and how they work: ray_march.cuh.
+// Interface of the CUDA ops ray_march and importance_depths to torch. The kernels are in ray_march.cuh.
 #include "cuda_tensor.cuh"
 #include "ray_march.cuh"
 
@@ -10,7 +10,7 @@ constexpr const char* kOp = "ray_march";
 void check_rays(const Tensor& densities, const Tensor& depths) {
   STD_TORCH_CHECK(densities.dim() == 2, kOp, ": expected densities [rays, samples]");
   const int64_t samples = densities.size(1);
-  STD_TORCH_CHECK(samples >= 2 && samples <= kMaxSamples, kOp, ": the CUDA kernel takes 2 to ", kMaxSamples, " samples, got ", samples);
+  STD_TORCH_CHECK(samples >= 2 && samples <= kMaxSamples, kOp, ": the CUDA kernel supports 2 to ", kMaxSamples, " samples, got ", samples);
   check_like(kOp, "densities", densities, densities);
   check_like(kOp, "depths", depths, densities);
   check_size(kOp, "depths", depths, {densities.size(0), samples});

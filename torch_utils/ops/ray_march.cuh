@@ -1,22 +1,24 @@
-// Ray marching from scalars on a GPU: sort by depth, interval weights, their use, the gradients; and importance sampling from them.
-// Formulas and schemas: ray_march.py. A warp owns a ray, lane i its samples i, i + 32, ...; S is at most kMaxSamples.
-// No atomics: results repeat bit for bit.
+// CUDA kernels of ray marching (sorting by depth, interval weights, compositing weights and their gradients) and of importance sampling.
+// The formulas and schemas are in ray_march.py. A warp processes one ray; lane i processes the samples i, i + 32, ... A ray has at most
+// kMaxSamples samples. There are no atomic operations, so results are bitwise reproducible.
 #pragma once
 #include "cuda_portable.cuh"
 
 namespace eg3d {
 
-constexpr int kMaxSamples = 512;  // of a ray: four rays' worth of shared memory in float64 must fit
-constexpr int kRays = 4;          // warps of a block
+constexpr int kMaxSamples = 512;  // largest number of samples of a ray: four rays in float64 must fit into shared memory
+constexpr int kRays = 4;          // rays of a block, one for each warp
 
-// Before: depths a, b of samples i, j. NaN comes last, equal depths keep their order, as in torch.sort(stable=True).
+// Return true if sample i with depth a comes before sample j with depth b. NaN comes last, and samples of equal depth are not reordered, as in
+// torch.sort(stable=True).
 template <typename T> EG3D_DEVICE bool comes_before(T a, int i, T b, int j) {
   const bool a_nan = !(a == a), b_nan = !(b == b);
   if (a_nan || b_nan) return a_nan == b_nan ? i < j : b_nan;
   return a < b || (a == b && i < j);
 }
 
-// A ray's samples in order of depth, in shared memory. `place` may be null: then the samples are taken to be sorted.
+// Load the samples of a ray into shared memory, sorted by depth, and write their sorted positions to `place`. If `place` is null, the samples
+// must be sorted already.
 template <typename T>
 EG3D_DEVICE void load_sorted(const T* densities, const T* depths, int s, int lane, T* raw, T* density, T* depth, int* place) {
   for (int i = lane; i < s; i += 32) (place == nullptr ? depth : raw)[i] = depths[i];
@@ -35,14 +37,14 @@ EG3D_DEVICE void load_sorted(const T* densities, const T* depths, int s, int lan
 }
 
 template <typename T> struct Interval {
-  T alpha, kept;  // alpha, and 1 - alpha + 1e-10, by which it dims what lies behind
+  T alpha, kept;  // alpha, and the factor 1 - alpha + 1e-10 of the transmittance
 };
 template <typename T> EG3D_DEVICE Interval<T> interval(const T* density, const T* depth, int k) {
   const T optical = softplus((density[k] + density[k + 1]) / T(2) - T(1)) * (depth[k + 1] - depth[k]);
   return {-expm1_of(-optical), exp_of(-optical) + T(1e-10)};
 }
 
-// Inclusive product over the warp's lanes up to this one.
+// Return the product over the lanes of the warp up to this lane, included. `scan_sum` returns the sum.
 template <typename T> EG3D_DEVICE T scan_product(T value, int lane) {
   for (int step = 1; step < 32; step *= 2) {
     const T before = __shfl_up_sync(kAllLanes, value, step);
@@ -58,7 +60,7 @@ template <typename T> EG3D_DEVICE T scan_sum(T value, int lane) {
   return value;
 }
 
-// weight[k] = alpha_k prod_{i<k} kept_i for the s - 1 intervals; through[k], where asked for, the product alone.
+// Compute weight[k] = alpha_k prod_{i<k} kept_i for the s - 1 intervals and, if `through` is not null, the product alone, through[k].
 template <typename T> EG3D_DEVICE void interval_weights(const T* density, const T* depth, int s, int lane, T* weight, T* through) {
   T carry = 1;
   for (int first = 0; first < s - 1; first += 32) {
@@ -78,7 +80,7 @@ template <typename T> EG3D_DEVICE void interval_weights(const T* density, const 
 
 template <typename T> constexpr size_t march_shared(int s, int arrays) { return size_t(kRays) * s * (arrays * sizeof(T) + sizeof(int)); }
 
-template <typename T> struct RayMemory {  // a warp's part of the block's shared memory: `arrays` lines of s values and one of places
+template <typename T> struct RayMemory {  // shared memory of one warp: `arrays` arrays of s values, and one array of positions
   T* values;
   int* place;
   EG3D_DEVICE RayMemory(T* shared, int warp, int s, int arrays)
@@ -91,7 +93,7 @@ EG3D_KERNEL void EG3D_BOUNDS(32 * kRays)
   EG3D_SHARED(T, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t ray = int64_t(blockIdx.x) * kRays + warp;
-  if (ray >= rays) return;  // whole warps; nothing below waits for the block
+  if (ray >= rays) return;  // complete warps return; there is no barrier of the block below
   const RayMemory<T> memory(shared, warp, s, 4);
   T *raw = memory.values, *density = raw + s, *depth = raw + 2 * s, *weight = raw + 3 * s;
   load_sorted(densities + ray * s, depths + ray * s, s, lane, raw, density, depth, memory.place);
@@ -113,8 +115,9 @@ EG3D_KERNEL void EG3D_BOUNDS(32 * kRays)
   }
 }
 
-// With g_k = d loss / d w_k: d loss / d alpha_k = T_k (g_k - R_k), where R_k, what alpha_k takes from the intervals behind, follows from
-// R_k = g_{k+1} alpha_{k+1} + kept_{k+1} R_{k+1}: no division by a vanishing 1 - alpha. The recurrence is a scan over affine maps.
+// Let g_k = d loss / d w_k, and T_k the transmittance in front of interval k. Then d loss / d alpha_k = T_k (g_k - R_k), where R_k is the effect
+// on the intervals behind k. The recurrence R_k = g_{k+1} alpha_{k+1} + kept_{k+1} R_{k+1} needs no division by 1 - alpha, which can be 0. It is
+// computed as a scan over affine maps.
 template <typename T>
 EG3D_KERNEL void EG3D_BOUNDS(32 * kRays) ray_march_backward_kernel(
     const T* grad_weights, const T* grad_depth, const T* grad_total, const T* densities, const T* depths, int64_t rays, int s,
@@ -127,10 +130,10 @@ EG3D_KERNEL void EG3D_BOUNDS(32 * kRays) ray_march_backward_kernel(
   T *raw = memory.values, *density = raw + s, *depth = raw + 2 * s, *weight = raw + 3 * s, *through = raw + 4 * s;
   load_sorted(densities + ray * s, depths + ray * s, s, lane, raw, density, depth, memory.place);
   interval_weights(density, depth, s, lane, weight, through);
-  for (int i = lane; i < s; i += 32) raw[memory.place[i]] = grad_weights[ray * s + i];  // from here on in order of depth
+  for (int i = lane; i < s; i += 32) raw[memory.place[i]] = grad_weights[ray * s + i];  // from here on, `raw` contains gradients, sorted by depth
   __syncwarp();
   const T of_depth = grad_depth[ray], of_total = grad_total[ray];
-  T carry = 0;  // R of the last interval of the stretch in hand
+  T carry = 0;  // R_k for the last one of the 32 intervals
   for (int first = (s - 2) / 32 * 32; first >= 0; first -= 32) {
     const int k = first + lane;
     const bool valid = k < s - 1;
@@ -155,7 +158,7 @@ EG3D_KERNEL void EG3D_BOUNDS(32 * kRays) ray_march_backward_kernel(
       const T delta = depth[k + 1] - depth[k];
       const T middle = (density[k] + density[k + 1]) / T(2) - T(1);
       const T unlit = exp_of(-softplus(middle) * delta);  // d alpha / d optical depth
-      weight[k] = through[k] * (g - rest) * unlit * delta * sigmoid(middle) / T(2);  // half to each of its samples
+      weight[k] = through[k] * (g - rest) * unlit * delta * sigmoid(middle) / T(2);  // half of the gradient for each of its two samples
     }
     carry = __shfl_sync(kAllLanes, all, 0);
   }
@@ -166,7 +169,8 @@ EG3D_KERNEL void EG3D_BOUNDS(32 * kRays) ray_march_backward_kernel(
   }
 }
 
-// Coarse weights, widened (max-pool 2, average-pool 2) and lifted by 0.01; histogram over weights[1:-1] with edges at the mid depths.
+// Sample depths of the fine pass. The coarse weights are smoothed (max-pooling and average-pooling with a window of 2) and increased by 0.01.
+// The histogram contains weights[1:-1]; its edges are the centres of the intervals.
 template <typename T>
 EG3D_KERNEL void EG3D_BOUNDS(32 * kRays)
     importance_kernel(const T* densities, const T* depths, const T* u, int64_t rays, int s, int fine, T* out) {
@@ -178,10 +182,10 @@ EG3D_KERNEL void EG3D_BOUNDS(32 * kRays)
   T *cdf = memory.values, *density = cdf + s, *depth = cdf + 2 * s, *weight = cdf + 3 * s;
   load_sorted(densities + ray * s, depths + ray * s, s, lane, cdf, density, depth, static_cast<int*>(nullptr));
   interval_weights(density, depth, s, lane, weight, static_cast<T*>(nullptr));
-  const int bins = larger(s - 3, 0);  // none: the first mid depth is all there is
-  T* const pdf = density;  // not needed any more
+  const int bins = larger(s - 3, 0);  // with 0 bins, all results are the centre of the first interval
+  T* const pdf = density;  // in the memory of the densities, which are no longer needed
   T sum = 0;
-  for (int k = lane; k < bins; k += 32) {  // bin k is weight k + 1, which has both neighbours
+  for (int k = lane; k < bins; k += 32) {  // bin k is weight k + 1, which has two neighbours
     const T before = larger(weight[k], weight[k + 1]), after = larger(weight[k + 1], weight[k + 2]);
     pdf[k] = (before + after) / T(2) + T(0.01) + T(1e-5);
     sum += pdf[k];
@@ -198,7 +202,7 @@ EG3D_KERNEL void EG3D_BOUNDS(32 * kRays)
   __syncwarp();
   for (int f = lane; f < fine; f += 32) {
     const T draw = u[ray * fine + f];
-    int low = 0, high = bins + 1;  // how many of cdf[0..bins] are <= draw
+    int low = 0, high = bins + 1;  // binary search: number of entries of cdf[0..bins] that are <= draw
     while (low < high) {
       const int middle = (low + high) / 2;
       if (cdf[middle] <= draw) low = middle + 1; else high = middle;

@@ -40,7 +40,7 @@ def ray_march(
         accumulated opacities [B], sum_k w_k.
     Differentiable in densities and depths, to any order. (Only the first derivative with respect to densities
         is compiled; torch computes the others.)
-    Raises: ValueError for an unknown `impl`.
+    Raises: ValueError for an unknown `impl`, or for "compiled" if the compiled op cannot be used.
     """
     # The compiled op has no gradient for depths.
     is_supported = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
@@ -57,16 +57,18 @@ def ray_march_ref(
     This is also the implementation in plain torch.
     """
     # Stable: samples of equal depth are not reordered, as in the compiled op.
-    depths, order = depths.sort(dim=-1, stable=True)
-    weights, mids = interval_weights(densities.gather(-1, order), depths)
-    halves = weights / 2
+    depths, depth_order = depths.sort(dim=-1, stable=True)
+    weights, centre_depths = interval_weights(densities.gather(-1, depth_order), depths)
+    half_weights = weights / 2
     # v_k = (w_{k-1} + w_k) / 2, where the padding supplies 0 for the
     # missing intervals of the first and last sample
-    sorted_weights = torch.nn.functional.pad(halves, (0, 1)) + torch.nn.functional.pad(halves, (1, 0))
+    sorted_weights = torch.nn.functional.pad(half_weights, (0, 1)) + torch.nn.functional.pad(
+        half_weights, (1, 0)
+    )
     return (
         # Back to the order of the arguments
-        torch.zeros_like(sorted_weights).scatter(-1, order, sorted_weights),
-        (weights * mids).sum(dim=-1),
+        torch.zeros_like(sorted_weights).scatter(-1, depth_order, sorted_weights),
+        (weights * centre_depths).sum(dim=-1),
         weights.sum(dim=-1),
     )
 
@@ -86,9 +88,9 @@ def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[tor
     depths_mid = (depths[..., :-1] + depths[..., 1:]) / 2
     sigma = torch.nn.functional.softplus(densities_mid - 1)
     alpha = 1 - torch.exp(-sigma * deltas)
-    # The transmittance before interval k: the product over the intervals in front of it, 1 for the first.
-    shifted = torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha + 1e-10], dim=-1)
-    return alpha * torch.cumprod(shifted, dim=-1)[..., :-1], depths_mid
+    # The product of the first k factors is the transmittance in front of interval k, 1 for the first.
+    transmittance_factors = torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha + 1e-10], dim=-1)
+    return alpha * torch.cumprod(transmittance_factors, dim=-1)[..., :-1], depths_mid
 
 
 def importance_depths(
@@ -107,7 +109,7 @@ def importance_depths(
         impl: see `implementations`.
 
     Returns: depths [B, F] in the order of u, without gradients.
-    Raises: ValueError for an unknown `impl`.
+    Raises: ValueError for an unknown `impl`, or for "compiled" if the compiled op cannot be used.
     """
     is_supported = _applies(densities, depths, u)
     assert u.ndim == 2 and len(u) == len(depths)
@@ -118,8 +120,8 @@ def importance_depths(
             return torch.ops.eg3d_rlhf.importance_depths(
                 densities.detach().contiguous(), depths.detach().contiguous(), u.contiguous()
             )
-        weights, mids = interval_weights(densities, depths)
-        return invert_density(mids, smooth_weights(weights), u)
+        weights, centre_depths = interval_weights(densities, depths)
+        return invert_density(centre_depths, smooth_weights(weights), u)
 
 
 def smooth_weights(weights: torch.Tensor) -> torch.Tensor:
@@ -129,8 +131,8 @@ def smooth_weights(weights: torch.Tensor) -> torch.Tensor:
     result is empty for S = 2 and S = 3.
     """
     # The max-pooling with padding has S results for S - 1 weights, and the average-pooling has S - 1 again.
-    widened = torch.nn.functional.max_pool1d(weights.unsqueeze(1), 2, 1, padding=1)
-    return (torch.nn.functional.avg_pool1d(widened, 2, 1).squeeze(1) + 0.01)[:, 1:-1]
+    largest_weights = torch.nn.functional.max_pool1d(weights.unsqueeze(1), 2, 1, padding=1)
+    return (torch.nn.functional.avg_pool1d(largest_weights, 2, 1).squeeze(1) + 0.01)[:, 1:-1]
 
 
 def invert_density(
@@ -139,30 +141,30 @@ def invert_density(
     """Sample a piecewise-constant density by the inverse transform.
 
     Args:
-        bins: edges [B, K+2] of the bins; the last edge is not used.
+        bins: edges [B, K+2] of the bins in ascending order; the last edge is not used.
         weights: weights [B, K] of the bins, which need not sum to 1.
         u: uniform random numbers [B, F] in [0, 1).
         eps: constant that is added to the weights. Bins with a probability below eps count as empty.
 
     Returns: samples [B, F].
     """
-    k = weights.shape[1]
+    bin_count = weights.shape[1]
     weights = weights + eps  # as in EG3D, so that every bin has a positive probability
     pdf = weights / weights.sum(dim=-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
     # The bin whose range of the distribution contains u.
     upper_edge_index = torch.searchsorted(cdf, u.contiguous(), right=True)
-    below = (upper_edge_index - 1).clamp_min(0)
-    above = upper_edge_index.clamp_max(k)
-    cdf_below = cdf.gather(1, below)
-    cdf_above = cdf.gather(1, above)
-    bin_below = bins.gather(1, below)
-    bin_above = bins.gather(1, above)
-    width = cdf_above - cdf_below
+    lower_index = (upper_edge_index - 1).clamp_min(0)
+    upper_index = upper_edge_index.clamp_max(bin_count)
+    cdf_below = cdf.gather(1, lower_index)
+    cdf_above = cdf.gather(1, upper_index)
+    lower_edge = bins.gather(1, lower_index)
+    upper_edge = bins.gather(1, upper_index)
+    cdf_width = cdf_above - cdf_below
     # In an empty bin the quotient below would be 0 / 0; its lower edge is returned instead.
-    width = torch.where(width < eps, torch.ones_like(width), width)
+    cdf_width = torch.where(cdf_width < eps, torch.ones_like(cdf_width), cdf_width)
     # Linear inside the bin, since the density is constant there.
-    return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
+    return lower_edge + (u - cdf_below) / cdf_width * (upper_edge - lower_edge)
 
 
 def _applies(densities: torch.Tensor, depths: torch.Tensor, *other_tensors: torch.Tensor) -> bool:

@@ -1,5 +1,5 @@
-// Vector arithmetic for the CPU ops: vectors of one register of the processor that they are compiled for, and the few transcendental
-// functions that the ops need. Accuracy is stated at each function; double uses libm.
+// Vector arithmetic for the CPU ops: vectors that fill one register of the processor for which the code is compiled, and the transcendental
+// functions that the ops need. The accuracy is stated at each function. For double, the functions of libm are used.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace simd {
 
-// Lanes of a float vector. Not more than a register has: g++ keeps wider ones in memory and takes them apart lane by lane, which is ten times
-// as slow as plain torch.
+// Number of lanes of a float vector, which is that of one register. g++ keeps wider vectors in memory and processes them lane by lane, which
+// is ten times as slow as plain torch.
 #if defined(__AVX512F__)
 inline constexpr int kWidth = 16;
 #elif defined(__AVX__)
@@ -18,22 +18,23 @@ inline constexpr int kWidth = 8;
 inline constexpr int kWidth = 4;
 #endif
 #if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr bool kManyRegisters = true;  // 32 of them, else 16: how large a block of sums may be
+inline constexpr bool kManyRegisters = true;  // 32 vector registers instead of 16; this limits the size of a block of sums
 #else
 inline constexpr bool kManyRegisters = false;
 #endif
 typedef float vfloat __attribute__((vector_size(kWidth * sizeof(float)), aligned(4)));
 typedef int32_t vint __attribute__((vector_size(kWidth * sizeof(int32_t)), aligned(4)));
-typedef float vmemory __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));  // g++ copies through the stack for memcpy
+// Type of vectors in memory. It is used instead of memcpy, which g++ compiles to a copy through the stack.
+typedef float vmemory __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
 
 inline vfloat broadcast(float x) { return x - vfloat{}; }
 inline vfloat load(const float* p) { return *reinterpret_cast<const vmemory*>(p); }
 inline void store(float* p, vfloat v) { *reinterpret_cast<vmemory*>(p) = v; }
 inline vfloat load_first(const float* p, int n) { vfloat v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
 inline void store_first(float* p, vfloat v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
-inline vfloat max(vfloat a, vfloat b) { return a < b ? b : a; }  // a NaN in a stays
+inline vfloat max(vfloat a, vfloat b) { return a < b ? b : a; }  // NaN if a is NaN
 inline vfloat min(vfloat a, vfloat b) { return b < a ? b : a; }
-// The lanes of both in turn, from one on: a[first], b[first], a[first + 1], ...
+// Interleave the lanes of two vectors, beginning with lane `first`: a[first], b[first], a[first + 1], ...
 template <int first, int... i> inline vfloat interleaved(vfloat a, vfloat b, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(a, b, (i % 2 * kWidth + first + i / 2)...);
 }
@@ -46,7 +47,7 @@ inline float sum(vfloat v) {
   return parts[0];
 }
 
-// exp(x), relative error below 3e-7 for -87 < x < 88; clamped outside.
+// Return exp(x), with a relative error below 3e-7 for -87 < x < 88. Values of x outside of this range are clamped to it.
 inline vfloat exp(vfloat x) {
   x = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
   const vfloat shifted = x * 1.44269504f + 12582912.0f;  // rounds x/ln2 to the nearest integer in the low mantissa bits
@@ -61,7 +62,7 @@ inline vfloat exp(vfloat x) {
   return p * reinterpret_cast<vfloat>((reinterpret_cast<vint>(shifted) - 0x4B400000 + 127) << 23);
 }
 
-// log(u) for normal u > 0, absolute error below 1e-7 max(1, |log u|); NaN for NaN and infinity.
+// Return log(u) for normal u > 0, with an absolute error below 1e-7 max(1, |log u|). The result is NaN for NaN and infinity.
 inline vfloat log(vfloat u) {
   const vint bits = reinterpret_cast<vint>(u), exponent = (bits - 0x3F3504F3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
   const vfloat f = reinterpret_cast<vfloat>(bits - (exponent << 23)) - 1.0f;
@@ -78,7 +79,7 @@ inline vfloat log(vfloat u) {
   return f + (square * (p * f - 0.5f) + e * 0.693147181f) + (u - u);
 }
 
-// log(1 + t) for 0 <= t <= 1, absolute error below 2e-7: a Chebyshev interpolant of log(1 + t) / t.
+// Return log(1 + t) for 0 <= t <= 1, with an absolute error below 2e-7, by a Chebyshev interpolant of log(1 + t) / t.
 inline vfloat log1p_unit(vfloat t) {
   vfloat p = t * 0.0051261019f - 0.0290740654f;
   p = p * t + 0.0775160864f;
@@ -101,7 +102,7 @@ inline double log1p_unit(double t) { return std::log1p(t); }
 inline double softplus(double h) { return std::fmax(h, 0.0) + std::log1p(std::exp(-std::fabs(h))); }
 inline double sigmoid(double h) { return 1.0 / (1.0 + std::exp(-h)); }
 
-// What the ops are written in: a vector of floats, or one double.
+// Vector type with which the ops compute: a vector of floats for float, a single number for double.
 template <typename T> struct Pack;
 template <> struct Pack<float> {
   static constexpr int width = kWidth;

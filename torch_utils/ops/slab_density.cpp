@@ -1,8 +1,8 @@
-// sigma_raw on a grid from maps of two coordinates each, forward and backward, on a CPU. See slab_density.py for the formula.
+// Compiled op for a CPU: sigma_raw on a grid from maps of two coordinates each, and its gradients. See slab_density.py for the formula.
 //
-// The exponential of a sum of maps is the product of their exponentials, so t = exp(h) costs two products a point, softplus(h) = log(1 + t) and
-// sigmoid(h) = t / (1 + t). Where |h| could leave the range of float32's exp, h itself is formed and softplus taken directly.
-// z runs in the vector lanes; rows along z are padded to whole vectors with values that add nothing.
+// The exponential of a sum of maps is the product of their exponentials. Therefore t = exp(h) takes two multiplications for each point, and
+// softplus(h) = log(1 + t) and sigmoid(h) = t / (1 + t) follow from t. If |h| could be too large for exp in float32, h is computed instead, and
+// softplus is applied to h. Vector lanes run along z. Rows along z are padded to complete vectors with values that do not change the sums.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,21 +20,19 @@ using simd::Pack;
 using torch::stable::Tensor;
 using Map = std::optional<Tensor>;
 
-constexpr double kExpRange = 85.0;  // bound of |h| under which exp(h) and all its partial products are normal float32 numbers
-constexpr int64_t kSerial = 1 << 16;  // softplus evaluations below which one thread is faster than several
-
-// What the kernels below are written in: a vector of floats, or one double.
+constexpr double kExpRange = 85.0;  // bound of |h| below which exp(h) and all partial products are normal float32 numbers
+constexpr int64_t kSerial = 1 << 16;  // number of softplus evaluations below which one thread is faster than several
 
 struct Sizes {
   int64_t x, y, z, j;
-  int64_t padded;  // z rounded up to whole vectors
+  int64_t padded;  // z rounded up to complete vectors
 };
 
-// A map's values, exponentiated where `product`, as rows along z (padded) or as scalars per (x, j, y).
+// Values of the maps, or their exponentials if `product` is true. The map xy is stored as scalars, the others as padded rows along z.
 template <typename T> struct Maps {
   Sizes n;
   bool product;
-  std::vector<T> xy;  // [x][y][j]; empty where there is no such map
+  std::vector<T> xy;  // [x][y][j]; a map that does not exist is empty
   std::vector<T> xz;  // [x][j][padded]
   std::vector<T> yz;  // [y][j][padded]
 };
@@ -48,7 +46,7 @@ template <typename T> void exponentiate(std::vector<T>& values) {
   for (; i < values.size(); ++i) values[i] = std::exp(values[i]);
 }
 
-// Largest |map| of each hidden unit, added to `reach`.
+// Add the largest |map| of each hidden unit to `reach`.
 template <typename T> void add_reach(const Map& map, int64_t outer, int64_t units, int64_t inner, std::vector<double>& reach) {
   if (!map) return;
   const T* p = static_cast<const T*>(map->const_data_ptr());
@@ -96,7 +94,7 @@ template <typename T> Maps<T> prepare(const Map& xy, const Map& xz, const Map& y
   return maps;
 }
 
-// t = exp(h), or h, of one vector of z: the product, or the sum, of what the maps hold there.
+// Return t = exp(h), a product of values in `Maps`, or h, a sum of such values, for one vector along z.
 template <bool product, bool has_xz, bool has_yz, typename T>
 inline typename Pack<T>::type combine(T at_xy, const T* xz, const T* yz, int64_t z) {
   using V = typename Pack<T>::type;
@@ -115,7 +113,7 @@ template <bool product> inline simd::vfloat sigmoid_of(simd::vfloat value) {
 }
 template <bool product> inline double sigmoid_of(double value) { return simd::sigmoid(value); }
 
-// Calls work<product, has_xz, has_yz>() for what the maps hold.
+// Call work<product, has_xz, has_yz>(), with template arguments that describe the maps.
 template <typename T, typename Work> void specialise(const Maps<T>& maps, Work&& work) {
   auto by_maps = [&]<bool product>() {
     if (!maps.xz.empty() && !maps.yz.empty()) work.template operator()<product, true, true>();
@@ -127,7 +125,7 @@ template <typename T, typename Work> void specialise(const Maps<T>& maps, Work&&
   else by_maps.template operator()<false>();
 }
 
-template <typename T> struct Rows {  // where the maps of one (x, y) begin
+template <typename T> struct Rows {  // pointers to the values of the maps for one (x, y)
   const T *xy, *xz, *yz;
 };
 
@@ -147,7 +145,7 @@ void forward_row(const Rows<T>& rows, const T* w, T b, const Sizes& n, T* out) {
   for (int64_t z = 0; z < n.padded; z += width) {
     V total = V{} + b, other = V{};
     int64_t j = 0;
-    for (; j + 2 <= n.j; j += 2) {  // two chains, so that one polynomial's latency hides behind the other's
+    for (; j + 2 <= n.j; j += 2) {  // two independent sums, whose polynomials the processor can compute at the same time
       const V first = combine<product, has_xz, has_yz, T>(rows.xy[j], rows.xz + j * n.padded, rows.yz + j * n.padded, z);
       const V second = combine<product, has_xz, has_yz, T>(rows.xy[j + 1], rows.xz + (j + 1) * n.padded, rows.yz + (j + 1) * n.padded, z);
       total += w[j] * softplus_of<product>(first);
@@ -179,7 +177,7 @@ template <typename T> Tensor forward(const Maps<T>& maps, const Tensor& w, const
   return sigma;
 }
 
-// Sums of one thread over its range of x; the maps' gradients still lack the factor w[j].
+// Sums of one thread over its range of x. The gradients of the maps are not yet multiplied by w[j].
 template <typename T> struct Sums {
   std::vector<double> w;  // [j]
   std::vector<T> yz;      // [y][j][padded]

@@ -1,4 +1,4 @@
-// slab_density on a GPU: tensors in, tensors out. Kernels and how they work: slab_density.cuh.
+// Interface of the CUDA op slab_density to torch. The kernels are in slab_density.cuh.
 #include "cuda_tensor.cuh"
 #include "slab_density.cuh"
 
@@ -25,7 +25,7 @@ SlabMaps<T> maps(const Optional& xy, const Optional& xz, const Optional& yz, con
 }
 
 Tensor forward(Optional xy, Optional xz, Optional yz, Tensor w, Tensor b, std::vector<int64_t> shape) {
-  STD_TORCH_CHECK(shape.size() == 3 && b.numel() == 1, kOp, ": expected a shape (X, Y, Z) and one bias");
+  STD_TORCH_CHECK(shape.size() == 3 && b.numel() == 1, kOp, ": expected a shape of three numbers (X, Y, Z) and a bias with one element");
   check_like(kOp, "b", b, w);
   const OnDevice here(w);
   Tensor sigma = empty(w, shape);

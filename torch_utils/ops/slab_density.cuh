@@ -1,16 +1,16 @@
-// sigma[x,y,z] = sum_j w[j] softplus(xy[x,j,y] + xz[x,j,z] + yz[j,y,z]) + b on a GPU, and its gradients (schema: slab_density.py).
+// CUDA kernels for sigma[x,y,z] = sum_j w[j] softplus(xy[x,j,y] + xz[x,j,z] + yz[j,y,z]) + b, and its gradients (schema: slab_density.py).
 //
-// float32: exp(h) is a product of exponentials of the maps, which are taken once per tile, so that a point and hidden unit costs one
-// logarithm (forward) or a logarithm and a division (backward). Where a map's value reaches 28, so that the product could leave the normal
-// numbers, that tile (or that thread) takes exp and log1p of h itself. lg2.approx has an absolute error below 2.4e-7 near 1 and 2 ulp
-// elsewhere, so softplus(h) is good to 3e-7 max(1, h). float64 always takes the direct form.
+// In float32, exp(h) is a product of exponentials of the maps, which are computed once for each tile. Each point and hidden unit then takes one
+// logarithm in the forward pass, and one logarithm and one division in the backward pass. If the absolute value of a map reaches 28, the product
+// could leave the range of normal numbers; the tile (or the thread) then computes exp and log1p of h itself. lg2.approx has an absolute error
+// below 2.4e-7 near 1, and an error of 2 ulp elsewhere, so the error of softplus(h) is below 3e-7 max(1, h). float64 always uses h itself.
 #pragma once
 #include "cuda_portable.cuh"
 
 namespace eg3d {
 
 template <typename T> struct SlabMaps {
-  const T *xy, *xz, *yz;  // [X,J,Y], [X,J,Z], [J,Y,Z]; null where absent
+  const T *xy, *xz, *yz;  // [X,J,Y], [X,J,Z], [J,Y,Z]; null if absent
   const T* w;             // [J]
   int x, y, z, j;         // lengths
 
@@ -20,7 +20,7 @@ template <typename T> struct SlabMaps {
   EG3D_DEVICE T hidden(int ix, int ij, int iy, int iz) const { return at_xy(ix, ij, iy) + at_xz(ix, ij, iz) + at_yz(ij, iy, iz); }
 };
 
-template <typename T> struct Factor;  // how exp(map value) is kept, and what becomes of t = exp(h)
+template <typename T> struct Factor;  // stored form of a map value, and functions of t = exp(h)
 template <> struct Factor<float> {
   static EG3D_DEVICE float of(float map) { return expf(map); }
   static EG3D_DEVICE bool far(float map) { return !(fabsf(map) < 28.0f); }
@@ -37,7 +37,7 @@ template <> struct Factor<double> {
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 
-// ---- forward: a block of 8 warps owns 8 x by 8 y by 32 z; a thread owns one (y, z) and all 8 x ---------------------------------------
+// ---- forward: a block of 8 warps computes 8 x by 8 y by 32 z; a thread computes one (y, z) and all 8 x ---------------------------------------
 constexpr int kFwdX = 8, kFwdY = kWarps, kFwdUnits = 16;
 
 template <typename T>
@@ -98,12 +98,12 @@ template <typename T> void slab_forward(const SlabMaps<T>& m, const T* b, T* sig
   launch(slab_forward_kernel<T>, grid, dim3(kThreads), shared, stream, m, b, sigma);
 }
 
-// ---- backward: a block owns 4 hidden units, 32 y and 32 z, and walks along x; a thread owns one z and 4 y -----------------------------
+// ---- backward: a block processes 4 hidden units, 32 y and 32 z, and iterates over x; a thread processes one z and 4 y -----------------------------
 // Sums over x stay in registers. Sums over the block's y and z are written as partial sums, one set for each tile along the summed axis,
-// and added up in order by a second kernel: no atomics, and the result repeats bit for bit.
+// and a second kernel adds them in order. There are no atomic operations, so results are bitwise reproducible.
 constexpr int kBwdUnits = 4, kBwdRows = 4, kBwdX = 4, kBwdY = kBwdRows * kWarps;
 
-// Sums 16 values over the 32 lanes with 16 shuffles: values[0] of lane l becomes the warp's total of value l / 2.
+// Sum 16 values over the 32 lanes with 16 shuffles. Afterwards, values[0] of lane l is the sum of value l / 2 over the warp.
 template <typename T> EG3D_DEVICE void warp_sum_16(T (&values)[16], int lane) {
 #pragma unroll
   for (int keep = 8; keep > 0; keep /= 2) {
@@ -121,8 +121,8 @@ template <typename T> EG3D_DEVICE void warp_sum_16(T (&values)[16], int lane) {
 }
 
 template <typename T> struct SlabPartials {
-  T *w, *xy, *xz;  // [tiles, J], [tiles along z, X, J, Y], [tiles along y, X, J, Z]; xy and xz null where absent
-  T* yz;           // [J, Y, Z], final; null where absent
+  T *w, *xy, *xz;  // [tiles, J], [tiles along z, X, J, Y], [tiles along y, X, J, Z]; xy and xz are null if absent
+  T* yz;           // [J, Y, Z], complete sums; null if absent
 };
 
 template <typename T>
@@ -230,12 +230,12 @@ EG3D_KERNEL void EG3D_BOUNDS(kThreads, 2) slab_backward_kernel(SlabMaps<T> m, co
 }
 
 struct SlabTiles {
-  int64_t y, z;  // tiles of the backward along y and z
+  int64_t y, z;  // numbers of tiles of the backward pass along y and z
 };
 template <typename T> SlabTiles slab_tiles(const SlabMaps<T>& m) { return {ceil_div(m.y, kBwdY), ceil_div(m.z, 32)}; }
 
-// Gradients from `partial` (sizes in SlabPartials, tiles from `slab_tiles`) into grad_w [J], grad_xy [X,J,Y], grad_xz [X,J,Z]; grad_yz is
-// partial.yz. Maps that are absent have null there.
+// Compute the gradients grad_w [J], grad_xy [X,J,Y] and grad_xz [X,J,Z]. The gradient of yz is written to partial.yz. `partial` is memory for
+// partial sums, with the sizes in SlabPartials and the numbers of tiles from `slab_tiles`. Its pointers are null for absent maps.
 template <typename T>
 void slab_backward(const SlabMaps<T>& m, const T* grad, const SlabPartials<T>& partial, T* grad_w, T* grad_xy, T* grad_xz, Stream stream) {
   const SlabTiles tiles = slab_tiles(m);

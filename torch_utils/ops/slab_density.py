@@ -49,11 +49,13 @@ def slab_density(
         b: bias of the second layer, a tensor with one element.
         shape: numbers of grid points (X, Y, Z).
         impl: see `torch_utils.ops.implementations`.
-        chunk: number of elements of the buffer of the torch implementation; None: depends on the device.
+        chunk: number of elements of the buffer of the torch implementation; None: 2^17 on a CPU, 2^24 on
+            CUDA.
 
     Returns: sigma_raw [X, Y, Z].
     Differentiable in maps, w and b, once ("ref": to any order).
-    Raises: ValueError for maps of other shapes, or an unknown `impl`.
+    Raises: ValueError for maps of other shapes, for an unknown `impl`, or for "compiled" if the compiled op
+        cannot be used.
     """
     x, y, z = shape = tuple(int(n) for n in shape)
     # By the shape of a map: its name and its axis of length 1
@@ -89,8 +91,8 @@ def slab_density_ref(
     maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]
 ) -> torch.Tensor:
     """Compute the definition of `slab_density`, with all pre-activations [X, J, Y, Z] at once."""
-    hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
-    return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
+    pre_activations: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
+    return torch.einsum("j,xjyz->xyz", w, F.softplus(pre_activations)) + b
 
 
 def _save(ctx, inputs, output) -> None:
@@ -134,17 +136,19 @@ define(
 )
 
 
-def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
+def _cut(grid_map: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
     """Return the part of a map [X or 1, J, Y or 1, Z or 1] that belongs to a block of the grid.
 
     Axes of length 1 are not cut, because they are broadcast.
 
     Args:
-        tensor: map.
+        grid_map: map.
         x: range of x of the block.
         y: range of y of the block.
     """
-    return tensor[x if tensor.shape[0] > 1 else slice(None), :, y if tensor.shape[2] > 1 else slice(None)]
+    return grid_map[
+        x if grid_map.shape[0] > 1 else slice(None), :, y if grid_map.shape[2] > 1 else slice(None)
+    ]
 
 
 class _Volume:
@@ -159,58 +163,65 @@ class _Volume:
     def __init__(self, maps: Sequence[torch.Tensor], shape: tuple[int, int, int], chunk: int | None):
         self.shape = shape
         # Upper bound of |h| over all points, for each hidden unit [J]
-        largest: Any = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps)
+        largest_magnitudes: Any = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps)
         # True: the buffer contains exp(h), a product; False: it contains h, a sum
-        self.product = maps[0].dtype == torch.float32 and bool(largest.max() < _EXP_RANGE)
+        self.product = maps[0].dtype == torch.float32 and bool(largest_magnitudes.max() < _EXP_RANGE)
         self.factors = [m.detach().exp() if self.product else m.detach() for m in maps]
         self.on_cpu = maps[0].device.type == "cpu"
         self.chunk = chunk or (_CPU_CHUNK if self.on_cpu else _CUDA_CHUNK)
 
-    def parts(self, work: Callable[[range], _T]) -> list[_T]:
-        """Apply a function to ranges of x that cover all of X, and return its results in order.
+    def parts(self, process_range: Callable[[range], _T]) -> list[_T]:
+        """Apply a function to consecutive ranges of x that together cover the grid, and return its results.
 
         On a CPU there is one range and one thread for each of torch's threads, and operations inside a range
         are serial. This is faster than several threads in each small operation, which would have to wait for
         each other after every operation. torch's number of threads is restored at the end.
+
+        Args:
+            process_range: function of a range of x.
+
+        Returns: the results in the order of the ranges.
         """
         count_x = self.shape[0]
-        torch_threads = torch.get_num_threads()
-        threads = min(torch_threads, count_x) if self.on_cpu else 1
-        if threads == 1:
-            return [work(range(count_x))]
-        cuts = [count_x * i // threads for i in range(threads + 1)]
+        torch_thread_count = torch.get_num_threads()
+        thread_count = min(torch_thread_count, count_x) if self.on_cpu else 1
+        if thread_count == 1:
+            return [process_range(range(count_x))]
+        range_edges = [count_x * i // thread_count for i in range(thread_count + 1)]
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(thread_count) as pool:
                 # The mode no_grad applies to one thread, so it is set in each of them.
-                return list(pool.map(torch.no_grad()(work), map(range, cuts[:-1], cuts[1:])))
+                return list(
+                    pool.map(torch.no_grad()(process_range), map(range, range_edges[:-1], range_edges[1:]))
+                )
         finally:
-            torch.set_num_threads(torch_threads)
+            torch.set_num_threads(torch_thread_count)
 
-    def blocks(self, over: range) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    def blocks(self, x_range: range) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """Iterate over blocks of about `chunk` elements that cover a range of x.
 
         A block consists of several complete slices of constant x, or of a part of one slice along y.
 
         Args:
-            over: range of x.
+            x_range: range of x.
 
         Yields: the x and the y of the block as slices, and t or h [x, J, y, Z]. This tensor is overwritten by
             the next block.
         """
         _, count_y, count_z = self.shape
-        units = self.factors[0].shape[1]
+        unit_count = self.factors[0].shape[1]
         # As many complete slices of constant x as fit into the buffer.
         # A slice that does not fit is divided along y.
-        step_x = max(1, self.chunk // (units * count_y * count_z))
-        bands = math.ceil(units * count_y * count_z / self.chunk) if step_x == 1 else 1
-        step_y = math.ceil(count_y / min(bands, count_y))
-        buffer = self.factors[0].new_empty(min(step_x, len(over)) * units * step_y * count_z)
-        for start_x in range(over.start, over.stop, step_x):
+        step_x = max(1, self.chunk // (unit_count * count_y * count_z))
+        band_count = math.ceil(unit_count * count_y * count_z / self.chunk) if step_x == 1 else 1
+        step_y = math.ceil(count_y / min(band_count, count_y))
+        buffer = self.factors[0].new_empty(min(step_x, len(x_range)) * unit_count * step_y * count_z)
+        for start_x in range(x_range.start, x_range.stop, step_x):
             for start_y in range(0, count_y, step_y):
-                x = slice(start_x, min(start_x + step_x, over.stop))
+                x = slice(start_x, min(start_x + step_x, x_range.stop))
                 y = slice(start_y, min(start_y + step_y, count_y))
-                shape = (x.stop - x.start, units, y.stop - y.start, count_z)
+                shape = (x.stop - x.start, unit_count, y.stop - y.start, count_z)
                 yield x, y, self._fill(buffer[: math.prod(shape)].view(shape), x, y)
 
     def _fill(self, block: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
@@ -260,17 +271,17 @@ class _SlabDensity(torch.autograd.Function):
         ctx.chunk = chunk
         volume = _Volume(maps, shape, chunk)
         sigma = w.new_empty(shape)  # written by all threads, at disjoint x
-        weight = w.detach()  # the threads must not record a graph
+        detached_w = w.detach()  # the threads must not record a graph
 
-        def work(over: range) -> None:
-            for x, y, block in volume.blocks(over):
+        def process_range(x_range: range) -> None:
+            for x, y, block in volume.blocks(x_range):
                 # [J] @ [x, J, y Z] -> [x, y Z]
                 activation = volume.softplus(block, out=block)
-                sigma[x, y] = torch.matmul(weight, activation.flatten(2)).view(
+                sigma[x, y] = torch.matmul(detached_w, activation.flatten(2)).view(
                     block.shape[0], block.shape[2], block.shape[3]
                 )
 
-        volume.parts(work)
+        volume.parts(process_range)
         return sigma.add_(b)
 
     @staticmethod
@@ -294,62 +305,72 @@ def _volume_gradients(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Compute the gradients of w [J] and of the maps. A gradient that is not needed is None.
 
-    d/dw[j] = sum of grad * softplus(h[j]) over all points d/dmap[j] = w[j] * sum of grad * sigmoid(h[j]) over
-    the axes along which the map has the length 1
+    With the pre-activations h and the gradient g of sigma_raw, the gradients are
+
+        d/dw[j]   = sum of g * softplus(h[j]) over all points
+        d/dmap[j] = w[j] * sum of g * sigmoid(h[j]) over the axes along which the map has the length 1
 
     Args:
-        volume: iteration over the grid.
+        volume: iteration over the grid in blocks.
         grad: gradient with respect to sigma_raw [X, Y, Z].
         w: weights [J] of the second layer.
-        maps: maps.
+        maps: maps A, B and C that are present, see `slab_density`.
         need_w: True if the gradient of w is needed.
         need_maps: True for each map whose gradient is needed.
     """
     # Gradients of the maps, which all threads use
     shared_grad_maps = [
-        torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)
+        torch.zeros_like(m) if is_needed else None for m, is_needed in zip(maps, need_maps, strict=True)
     ]
 
-    def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def process_range(x_range: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Compute the contributions of a range of x to the gradients of w and of the maps.
 
         Threads write to different rows of the maps that depend on x. The contributions to other gradients are
         added in the order of the ranges afterwards, so the result does not depend on the order in which
         threads finish.
         """
-        part_w = torch.zeros_like(w)
-        part_maps = [
+        range_grad_w = torch.zeros_like(w)
+        range_grad_maps = [
             torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared_grad_maps
         ]
-        scratch = w.new_empty(0)
-        for x, y, block in volume.blocks(over):
+        scratch_memory = w.new_empty(0)
+        for x, y, block in volume.blocks(x_range):
             # Grows to the largest block once, then is reused.
-            scratch = scratch if scratch.numel() >= block.numel() else w.new_empty(block.numel())
-            spare = scratch[: block.numel()].view(block.shape)
+            scratch_memory = (
+                scratch_memory if scratch_memory.numel() >= block.numel() else w.new_empty(block.numel())
+            )
+            spare_block = scratch_memory[: block.numel()].view(block.shape)
             block_grad = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
             if need_w:
-                activation = volume.softplus(block, out=spare)
-                part_w += torch.matmul(activation.flatten(2), block_grad.flatten(1)[..., None]).sum(
+                activation = volume.softplus(block, out=spare_block)
+                range_grad_w += torch.matmul(activation.flatten(2), block_grad.flatten(1)[..., None]).sum(
                     dim=(0, 2)
                 )
             if any(need_maps):
                 # In place: the block is overwritten, and must not be read again.
-                slope = volume.sigmoid_(block, scratch=spare).mul_(block_grad[:, None])  # [x, J, y, Z]
+                hidden_grad = volume.sigmoid_(block, scratch=spare_block).mul_(
+                    block_grad[:, None]
+                )  # [x, J, y, Z]
                 # The gradient of a broadcast map is the sum over the axes along which it was broadcast.
-                for target in (_cut(m, x, y) for m in part_maps if m is not None):
+                for grad_map_block in (_cut(m, x, y) for m in range_grad_maps if m is not None):
                     broadcast_axes = [
-                        axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1
+                        axis
+                        for axis in range(4)
+                        if grad_map_block.shape[axis] == 1 and hidden_grad.shape[axis] > 1
                     ]
-                    target += slope.sum(dim=broadcast_axes, keepdim=True) if broadcast_axes else slope
-        return part_w, part_maps
+                    grad_map_block += (
+                        hidden_grad.sum(dim=broadcast_axes, keepdim=True) if broadcast_axes else hidden_grad
+                    )
+        return range_grad_w, range_grad_maps
 
-    range_gradients = volume.parts(work)
-    for _, part_maps in range_gradients:
-        for grad_map, range_grad_map in zip(shared_grad_maps, part_maps, strict=True):
+    range_gradients = volume.parts(process_range)
+    for _, range_grad_maps in range_gradients:
+        for grad_map, range_grad_map in zip(shared_grad_maps, range_grad_maps, strict=True):
             # `range_grad_map is grad_map` for maps with an x axis, which were written in place.
             if grad_map is not None and range_grad_map is not None and range_grad_map is not grad_map:
                 grad_map += range_grad_map
     # The factor w[j] is common to all terms of the sum, so it is applied once, at the end.
     grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared_grad_maps]
-    grad_w: Any = sum(part_w for part_w, _ in range_gradients) if need_w else None
+    grad_w: Any = sum(range_grad_w for range_grad_w, _ in range_gradients) if need_w else None
     return grad_w, grad_maps

@@ -1,4 +1,4 @@
-// Small matrix products on tiles that lie in a core's nearest cache, their lanes along the columns of the result.
+// Small matrix products of tiles that fit into the first-level cache of a core. Vector lanes run along the columns of the result.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,11 +11,11 @@ namespace tile {
 
 using simd::Pack;
 
-constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kLine = 64;  // length of a cache line, bytes
 
 template <typename T> inline void add(T* p, typename Pack<T>::type v) { Pack<T>::store(p, Pack<T>::load(p) + v); }
 
-// A zeroed array on whole cache lines.
+// Array that is initialised with zeros and aligned to cache lines.
 template <typename T> class Array {
  public:
   explicit Array(int64_t size = 0) : size_(size), data_(size ? static_cast<T*>(::operator new(size * sizeof(T), kAligned)) : nullptr) {
@@ -40,7 +40,7 @@ template <typename T> class Array {
   T* data_;
 };
 
-// A copy [rows][padded] of a matrix given by strides; the padding is 0.
+// Return a copy [rows][padded] of a matrix with any strides. The columns beyond those of the matrix are 0.
 template <typename T> Array<T> packed(const T* p, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t padded) {
   Array<T> out(rows * padded);
   for (int64_t r = 0; r < rows; ++r)
@@ -48,7 +48,7 @@ template <typename T> Array<T> packed(const T* p, int64_t rows, int64_t columns,
   return out;
 }
 
-// out[p][.] = finish(sum_k a[p][k] b[k][.], out[p][.]) for `rows` points and `vectors` vectors per row, in blocks that stay in registers.
+// Compute out[r][i] = finish(sum_k a[r][k] b[k][i], r, i) for `rows` rows and `vectors` vectors of columns. The sums stay in registers.
 template <int rows, int vectors, typename T, typename Finish>
 inline void product_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo, Finish finish) {
   using V = typename Pack<T>::type;
@@ -64,7 +64,8 @@ inline void product_block(const T* a, int64_t lda, const T* b, int64_t ldb, int6
     for (int v = 0; v < vectors; ++v) Pack<T>::store(out + r * ldo + v * width, finish(acc[r][v], r, v * width));
 }
 
-// The same for a whole tile: a [rows][depth], b [depth][columns], out [rows][columns], columns a multiple of the vector width.
+// The same for a complete tile: a [rows][depth], b [depth][columns], out [rows][columns]. The number of columns is a multiple of the vector
+// width.
 template <typename T, typename Finish>
 inline void product(const T* a, int64_t lda, const T* b, int64_t columns, int64_t depth, int rows, T* out, Finish finish) {
   constexpr int width = Pack<T>::width;
@@ -85,13 +86,13 @@ inline void product(const T* a, int64_t lda, const T* b, int64_t columns, int64_
   while (columns - from >= width) strip.template operator()<1, 8>();
 }
 
-// out[k][.] += sum_p a[p][k] b[p][.]: the gradient of a layer's weights from a tile.
+// Add sum_p a[p][k] b[p][i] to out[k][i]. This is the contribution of a tile to the gradient of a layer's weights.
 template <typename T>
 inline void outer_product(const T* a, int64_t lda, int64_t count, const T* b, int64_t columns, int rows, T* out) {
   using V = typename Pack<T>::type;
   constexpr int width = Pack<T>::width;
   auto block = [&]<int height, int vectors>(int64_t k, int64_t from) {
-    V acc[height][vectors] = {};  // a tile's own sum first: adding single points to a long sum would lose digits
+    V acc[height][vectors] = {};  // sum over the tile first: adding single points to a large sum would lose digits
     for (int p = 0; p < rows; ++p) {
       V right[vectors];
       for (int v = 0; v < vectors; ++v) right[v] = Pack<T>::load(b + p * columns + from + v * width);
@@ -114,17 +115,17 @@ inline void outer_product(const T* a, int64_t lda, int64_t count, const T* b, in
   for (; columns - from >= width; from += width) strip.template operator()<1>(from);
 }
 
-// Larger products, in panels of columns that are copied to a core's nearest cache: twice as fast as MKL's on processors whose widest
-// vectors it does not use.
+// Larger products, computed in panels of columns that are copied into the first-level cache. They are twice as fast as MKL's products on
+// processors whose widest vectors MKL does not use.
 constexpr int kPanelVectors = 2, kPanelRows = simd::kManyRegisters ? 8 : 6;
 constexpr int64_t kPanelDepth = 256;
 
-template <typename T> struct Strided {  // a matrix; columns of the right factor and of the result lie side by side
+template <typename T> struct Strided {  // matrix with strides; columns of the right factor and of the result are adjacent
   T* data;
-  int64_t row_step, step = 1;  // from row to row, from column to column
+  int64_t row_step, step = 1;  // distances of neighbouring rows and of neighbouring columns, in elements
 };
 
-// out [rows][..] = or += a b for one panel [depth][vectors] of b.
+// Compute out = a b, or out += a b if `more` is true, for one panel [depth][vectors] of b.
 template <int rows, int vectors, typename T>
 inline void panel_block(Strided<const T> a, const T* panel, int64_t depth, Strided<T> out, bool more) {
   using V = typename Pack<T>::type;
@@ -146,7 +147,7 @@ inline void panel_block(Strided<const T> a, const T* panel, int64_t depth, Strid
     }
 }
 
-// The same for rows from..all, in blocks of `rows`, and of half as many at the end.
+// The same for the rows from `from` to `all`, in blocks of `rows` rows, and at the end in blocks of half as many rows, and so on.
 template <int rows, int vectors, typename T>
 void panel_rows(Strided<const T> a, const T* panel, int64_t depth, Strided<T> out, bool more, int64_t from, int64_t all) {
   for (; from + rows <= all; from += rows)
@@ -155,7 +156,7 @@ void panel_rows(Strided<const T> a, const T* panel, int64_t depth, Strided<T> ou
   if constexpr (rows > 1) panel_rows<rows / 2, vectors, T>(a, panel, depth, out, more, from, all);
 }
 
-// out [rows][vectors] = or += a [rows][depth] b, whose rows begin at row(k).
+// Compute out [rows][vectors] = a [rows][depth] b, or out += a b if `more` is true. Row k of b begins at row(k).
 template <int vectors, typename T, typename Row>
 void panel_product(Strided<const T> a, int64_t rows, Row row, int64_t depth, Strided<T> out, bool more) {
   constexpr int width = Pack<T>::width;
@@ -168,11 +169,11 @@ void panel_product(Strided<const T> a, int64_t rows, Row row, int64_t depth, Str
   }
 }
 
-// The panels of a number of columns, a multiple of the vector width.
+// Division of columns into panels. The number of columns is a multiple of the vector width.
 template <typename T> struct Panels {
   static constexpr int64_t width = kPanelVectors * Pack<T>::width;
   int64_t columns, count = (columns + width - 1) / width;
-  // Panel i of a product; row(k): where the right factor's row begins.
+  // Compute panel i of a product. row(k) returns a pointer to row k of the right factor.
   template <typename Row>
   void product(int64_t i, Strided<const T> a, int64_t rows, Row row, int64_t depth, Strided<T> out, bool more) const {
     const int64_t from = i * width;

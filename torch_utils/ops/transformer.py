@@ -1,10 +1,10 @@
 """Transformer layers for long sequences on a CPU, computed in tiles and recomputed in the backward pass.
 
 A tile is a part of the rows of a matrix whose results fit into the processor's cache. Self-attention (Vaswani
-et al. 2017) computes the scores of one attention head for a tile of queries at a time. If gains
-are given, the queries and keys of an attention head are normalised when this head is processed, so that
-normalised copies of all heads are never in memory together. The feed-forward layer (linear layer,
-GELU in its tanh approximation, linear layer) is computed for a tile of rows at a time.
+et al. 2017) computes the scores of one attention head for a tile of queries at a time. If gains are given,
+the queries and keys of an attention head are normalised when this head is processed, so that normalised
+copies of all heads are never in memory together. The feed-forward layer (linear layer, GELU in its tanh
+approximation, linear layer) is computed for a tile of rows at a time.
 
 Shapes: N samples, T tokens, H attention heads, D channels of an attention head; input and output features
 (number A), hidden features (number B).
@@ -34,7 +34,7 @@ def self_attention(
         qkv: queries q, keys k and values v, [N, T, 3, H, D].
         q_gain: gain [H, D] of the queries, which are first replaced by q / |q| * gain; None does not
             normalise them.
-        k_gain: gain [H, D] of the keys, in the same way.
+        k_gain: gain [H, D] of the keys, which are normalised in the same way; None does not normalise them.
         known_result: result [N, T, H, D], if it was computed before. It is returned without computing it
             again, and has the gradients of the formula. None computes the result.
         impl: see `torch_utils.ops.implementations`. "ref" is torch's fused attention; the other
@@ -54,7 +54,7 @@ def self_attention(
 
 
 def tiled(qkv: torch.Tensor, impl: str = "auto") -> bool:
-    """Return True if `self_attention` computes qkv [N, T, 3, H, D] in tiles."""
+    """Return True if `self_attention` processes queries, keys and values qkv [N, T, 3, H, D] in tiles."""
     return qkv.shape[1] >= LARGE and fits(qkv, impl=impl)
 
 
@@ -71,64 +71,69 @@ class _SelfAttention(torch.autograd.Function):
         # otherwise treat it as an input with a gradient.
         if result_in_tuple[0] is not None:
             return result_in_tuple[0].detach()
-        attended = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
+        attended_values = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
-            q = (
-                q * q.shape[-1] ** -0.5
-            )  # q has fewer elements than the scores, so it is scaled and not the scores
+            # q has fewer elements than the scores, so q is scaled and not the scores.
+            q = q * q.shape[-1] ** -0.5
             v = v.t()  # `product` multiplies by the transpose of its second argument
-            for query_tile, attended_tile in zip(*_tiles(q, attended[n, :, h]), strict=True):
+            for query_tile, attended_tile in zip(*_tiles(q, attended_values[n, :, h]), strict=True):
                 scores = product(query_tile, k)  # [tile, T]
                 attended_tile.copy_(product(torch.softmax(scores, -1, out=scores), v))
-        return attended
+        return attended_values
 
     @staticmethod
-    @once("self_attention")
+    # torch's fused attention, which "ref" uses, has no second derivative on a CPU, either.
+    @once(
+        "self_attention",
+        'For a second derivative, use implementation("ref") inside of'
+        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+    )
     def backward(ctx, grad):
         qkv, *gains = ctx.saved_tensors
-        # A name that begins with to_ is a gradient: to_x is the gradient with respect to x.
-        to_qkv = torch.empty_like(qkv)
-        to_gains = [
+        grad_qkv = torch.empty_like(qkv)
+        grad_gains = [
             torch.zeros_like(gain) if is_needed else None
             for gain, is_needed in zip(gains, ctx.needs_input_grad[1:3], strict=True)
         ]
         for n, h in _heads(qkv):
-            (q, *of_q), (k, *of_k), (v, *_) = (
+            (q, *q_unit_and_length), (k, *k_unit_and_length), (v, *_) = (
                 _head(qkv[n, :, i, h], gain, h) for i, gain in enumerate((*gains, None))
             )
             scale = q.shape[-1] ** -0.5
-            g = grad[n, :, h].contiguous()
+            result_grad = grad[n, :, h].contiguous()
             q = q * scale
             # The gradients of k and v are transposed, [D, T], so that the products below need no copies.
-            to_q = torch.empty_like(q)
-            to_k = torch.zeros_like(k.t()).contiguous()
-            to_v = torch.zeros_like(v.t()).contiguous()
-            for query_tile, grad_tile, to_query_tile in zip(*_tiles(q, g, to_q), strict=True):
+            grad_q = torch.empty_like(q)
+            grad_k = torch.zeros_like(k.t()).contiguous()
+            grad_v = torch.zeros_like(v.t()).contiguous()
+            for query_tile, grad_tile, grad_query_tile in zip(*_tiles(q, result_grad, grad_q), strict=True):
                 # The attention weights p [tile, T] of the tile are computed again.
                 p = product(query_tile, k)
                 torch.softmax(p, -1, out=p)
-                to_v += product(grad_tile.t(), p.t())  # [D, T]
-                to_p = product(grad_tile, v)
-                torch._softmax_backward_data(to_p, p, -1, p.dtype, grad_input=to_p)
-                to_query_tile.copy_(product(to_p, k.t()))
-                to_k += product(query_tile.t(), to_p.t())
+                grad_v += product(grad_tile.t(), p.t())  # [D, T]
+                grad_p = product(grad_tile, v)
+                torch._softmax_backward_data(grad_p, p, -1, p.dtype, grad_input=grad_p)
+                grad_query_tile.copy_(product(grad_p, k.t()))
+                grad_k += product(query_tile.t(), grad_p.t())
             # The forward pass multiplies the queries by the scale, so
             # their gradient is multiplied by it, too.
-            to_q *= scale
-            for i, (x, gain, (unit, length)) in enumerate(
-                ((to_q, gains[0], of_q), (to_k.t(), gains[1], of_k))
+            grad_q *= scale
+            for i, (head_grad, gain, (unit_vectors, vector_lengths)) in enumerate(
+                ((grad_q, gains[0], q_unit_and_length), (grad_k.t(), gains[1], k_unit_and_length))
             ):
                 if gain is not None:
                     # The gradient of x / |x| is the incoming gradient without its
                     # component along x, over |x|.
-                    if (to_gain := to_gains[i]) is not None:
-                        to_gain[h] += (x * unit).sum(0)
-                    x = x * gain[h]
-                    x = (x - unit * (x * unit).sum(-1, keepdim=True)) / length
-                to_qkv[n, :, i, h] = x
-            to_qkv[n, :, 2, h] = to_v.t()
-        return to_qkv, *to_gains, None
+                    if (grad_gain := grad_gains[i]) is not None:
+                        grad_gain[h] += (head_grad * unit_vectors).sum(0)
+                    head_grad = head_grad * gain[h]
+                    head_grad = (
+                        head_grad - unit_vectors * (head_grad * unit_vectors).sum(-1, keepdim=True)
+                    ) / vector_lengths
+                grad_qkv[n, :, i, h] = head_grad
+            grad_qkv[n, :, 2, h] = grad_v.t()
+        return grad_qkv, *grad_gains, None
 
 
 def _heads(qkv: torch.Tensor) -> list[tuple[int, int]]:
@@ -139,7 +144,7 @@ def _heads(qkv: torch.Tensor) -> list[tuple[int, int]]:
 def _head(
     x: torch.Tensor, gain: torch.Tensor | None, h: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalise the queries, keys or values x [T, D] of one head.
+    """Normalise the queries, keys or values x [T, D] of one attention head.
 
     Args:
         x: vectors of the head.
@@ -152,9 +157,9 @@ def _head(
     if gain is None:
         return x, x, x
     # F.normalize, which the reference implementation uses, has the same lower bound.
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
-    unit = x / length
-    return unit * gain[h], unit, length
+    vector_lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    unit_vectors = x / vector_lengths
+    return unit_vectors * gain[h], unit_vectors, vector_lengths
 
 
 def _tiles(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
@@ -219,42 +224,41 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight_1, bias_1, weight_2 = ctx.saved_tensors
         need_x, *need_parameters, _ = ctx.needs_input_grad
-        # A name that begins with to_ is a gradient: to_x is the gradient with respect to x.
-        to_x = torch.empty_like(x) if need_x else None
+        grad_x = torch.empty_like(x) if need_x else None
         # weight_2[:, 0] has the shape of the second bias, which is not stored.
         parameters = (weight_1, bias_1, weight_2, weight_2[:, 0])
-        to_parameters = [
+        grad_parameters = [
             torch.zeros_like(parameter) if is_needed else None
             for parameter, is_needed in zip(parameters, need_parameters, strict=True)
         ]
-        to_weight_1, to_bias_1, to_weight_2, to_bias_2 = to_parameters
+        grad_weight_1, grad_bias_1, grad_weight_2, grad_bias_2 = grad_parameters
         # Without a gradient of x, x itself is split in its place, and the tiles are not used.
-        tiles = _parts(len(weight_1), x, grad.contiguous(), x if to_x is None else to_x)
-        for x_tile, grad_tile, to_x_tile in zip(*tiles, strict=True):
+        tiles = _parts(len(weight_1), x, grad.contiguous(), x if grad_x is None else grad_x)
+        for x_tile, grad_tile, grad_x_tile in zip(*tiles, strict=True):
             hidden = product(x_tile, weight_1, bias_1)  # [tile, B]
-            if to_weight_2 is not None:
-                to_weight_2 += product(grad_tile.t(), F.gelu(hidden, approximate="tanh").t())
-            to_hidden = product(grad_tile, weight_2.t())
+            if grad_weight_2 is not None:
+                grad_weight_2 += product(grad_tile.t(), F.gelu(hidden, approximate="tanh").t())
+            grad_hidden = product(grad_tile, weight_2.t())
             # In place: the gradient of the activation replaces that of its result.
             torch.ops.aten.gelu_backward.grad_input(
-                to_hidden, hidden, approximate="tanh", grad_input=to_hidden
+                grad_hidden, hidden, approximate="tanh", grad_input=grad_hidden
             )
-            if to_x is not None:
-                to_x_tile.copy_(product(to_hidden, weight_1.t()))
-            if to_weight_1 is not None:
-                to_weight_1 += product(to_hidden.t(), x_tile.t())
-            if to_bias_1 is not None:
-                to_bias_1 += to_hidden.sum(0)
-            if to_bias_2 is not None:
-                to_bias_2 += grad_tile.sum(0)
-        return to_x, *to_parameters, None
+            if grad_x is not None:
+                grad_x_tile.copy_(product(grad_hidden, weight_1.t()))
+            if grad_weight_1 is not None:
+                grad_weight_1 += product(grad_hidden.t(), x_tile.t())
+            if grad_bias_1 is not None:
+                grad_bias_1 += grad_hidden.sum(0)
+            if grad_bias_2 is not None:
+                grad_bias_2 += grad_tile.sum(0)
+        return grad_x, *grad_parameters, None
 
 
-def _parts(hidden: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def _parts(hidden_count: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """Split the rows of tensors [..., A] into tiles [rows, A] with at most PART hidden values each.
 
     Args:
-        hidden: number of hidden features B.
+        hidden_count: number of hidden features B.
         tensors: tensors of the same shape; the tiles are views.
     """
-    return [x.view(-1, x.shape[-1]).split(max(PART // hidden, 1)) for x in tensors]
+    return [x.view(-1, x.shape[-1]).split(max(PART // hidden_count, 1)) for x in tensors]

@@ -1,12 +1,13 @@
-// Density and colour of scattered points from tri-planes, forward and backward, on a CPU. See triplane_decode.py for the formula.
+// Compiled op for a CPU: density and colour of points from tri-planes, and their gradients. See triplane_decode.py for the formula.
 //
-// Points go through in tiles whose intermediates stay in the first-level cache: corner offsets and weights, features
-// [tile][C], hidden units [tile][J], outputs [tile][D]. Both layers are small matrix products whose lanes run over the outputs, so that texels are
-// read, and colours written, in the order in which they lie. The backward recomputes tile by tile and skips tiles without a gradient.
+// Points are processed in tiles, whose intermediate values fit into the first-level cache: offsets and weights of texels, features [tile][C],
+// hidden units [tile][J], outputs [tile][D]. Both layers are small matrix products whose vector lanes run along the outputs. Texels are
+// therefore read, and colours written, in the order in which they are stored. The backward pass computes the values of each tile again, and
+// skips tiles without a gradient.
 //
-// Deterministic: points are cut into as many contiguous parts as there are threads. A part that begins inside a sample adds that sample's plane
-// gradient into a buffer of its own, everything else goes straight into the result; buffers are added in the order of the parts. Their number
-// is limited so that all of them together take at most kBufferBytes.
+// Results are deterministic. Points are divided into as many contiguous parts as there are threads. If a part begins inside a sample, the plane
+// gradients of this sample are first added in a buffer of the part; all other plane gradients are added to the result directly. The buffers are
+// added in the order of the parts. The number of parts is limited, so that all buffers together take at most kBufferBytes.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,11 +29,11 @@ using simd::Pack;
 using tile::Array, tile::add, tile::outer_product, tile::packed, tile::product;
 using torch::stable::Tensor;
 
-constexpr int kTile = 64;                      // points
-constexpr int64_t kSerial = 1 << 11;           // points below which one thread is faster than several
-constexpr int64_t kBufferBytes = 128 << 20;    // of plane gradients of parts that begin inside a sample
-constexpr int kAhead = 6;                      // points between asking for texels and reading them
-constexpr int64_t kLine = 64;                  // bytes of a cache line
+constexpr int kTile = 64;                      // number of points of a tile
+constexpr int64_t kSerial = 1 << 11;           // number of points below which one thread is faster than several
+constexpr int64_t kBufferBytes = 128 << 20;    // largest memory of all buffers of plane gradients
+constexpr int kAhead = 6;                      // texels are prefetched this number of points before they are read
+constexpr int64_t kLine = 64;                  // length of a cache line, bytes
 constexpr double kScale = 1.002, kShift = 0.001;
 
 template <typename T> const T* values(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
@@ -40,7 +41,7 @@ template <typename T> T* writable(const Tensor& t) { return static_cast<T*>(cons
 
 struct Sizes {
   int64_t n, planes, height, width, c, points, j, d;  // samples, merged planes, texels, channels, points, hidden units, colours
-  int64_t cp, jp, dp;                                 // c, j and d rounded up to whole vectors
+  int64_t cp, jp, dp;                                 // c, j and d rounded up to complete vectors
   int64_t texels() const { return planes * height * width * c; }
   int64_t tiles() const { return (points + kTile - 1) / kTile; }
 };
@@ -56,7 +57,7 @@ template <typename T> struct Weights {
   Array<T> w0t, b0;          // [c][jp], [jp]
   Array<T> w_sigma;          // [jp]
   Array<T> w1t, b1;          // [j][dp], [dp]
-  Array<T> w0, w1;           // [j][cp], [d][jp], for the backward
+  Array<T> w0, w1;           // [j][cp], [d][jp], for the backward pass
   T b_sigma;
 };
 
@@ -78,8 +79,8 @@ template <typename T> Weights<T> pack_weights(const Tensor& w0, const Tensor& b0
 template <typename T> struct Corners {
   std::vector<int64_t> offset;   // [plane][point][4]
   std::vector<T> weight;         // [plane][point][4]
-  std::vector<unsigned char> in; // [plane][point]: the point touches the plane
-  bool any = false;              // some point touches some plane
+  std::vector<unsigned char> in; // [plane][point]: true if a texel of the point lies on the plane
+  bool any = false;              // true if `in` is true for some plane and point
 
   explicit Corners(const Sizes& n) : offset(n.planes * kTile * 4), weight(n.planes * kTile * 4), in(n.planes * kTile) {}
 
@@ -116,7 +117,7 @@ template <typename T> struct Corners {
   }
 };
 
-// features [count][cp] of a tile. The texels are further away than the first-level cache: those of later points are asked for in time.
+// Compute the features [count][cp] of a tile. Texels of later points are prefetched, because they are not in the first-level cache.
 template <typename T> void gather(const Corners<T>& corners, const T* planes, int count, const Sizes& n, T* features) {
   using V = typename Pack<T>::type;
   constexpr int width = Pack<T>::width;
@@ -147,14 +148,14 @@ template <typename T> void gather(const Corners<T>& corners, const T* planes, in
   }
 }
 
-// Adds, to the texels of one cell, what the points [from, to) that lie in it send there.
+// Add the gradients of the points [from, to), which lie in the same cell, to the four texels of this cell.
 template <typename T>
 inline void scatter_cell(const Corners<T>& corners, int64_t at, int from, int to, const T* grad, const Sizes& n, T* grad_planes) {
   using V = typename Pack<T>::type;
   constexpr int width = Pack<T>::width;
   T* texel[4];
   for (int q = 0; q < 4; ++q) texel[q] = grad_planes + corners.offset[4 * (at + from) + q];
-  const bool apart = texel[0] != texel[1] && texel[0] != texel[2];  // at an edge two corners are one texel, one of them with weight 0
+  const bool apart = texel[0] != texel[1] && texel[0] != texel[2];  // at an edge, two corners are the same texel, and one of them has the weight 0
   int64_t i = 0;
   for (; i + width <= n.c; i += width) {
     V sum[4] = {};
@@ -162,7 +163,7 @@ inline void scatter_cell(const Corners<T>& corners, int64_t at, int from, int to
       const V g = Pack<T>::load(grad + p * n.cp + i);
       for (int q = 0; q < 4; ++q) sum[q] += corners.weight[4 * (at + p) + q] * g;
     }
-    if (apart) {  // rows are a power of two apart: a load behind a store to another row would wait for it
+    if (apart) {  // all loads come first: with rows a power of two apart, a load after a store to another row would wait for it
       for (int q = 0; q < 4; ++q) sum[q] += Pack<T>::load(texel[q] + i);
       for (int q = 0; q < 4; ++q) Pack<T>::store(texel[q] + i, sum[q]);
     } else {
@@ -174,7 +175,7 @@ inline void scatter_cell(const Corners<T>& corners, int64_t at, int from, int to
       for (int q = 0; q < 4; ++q) texel[q][i] += corners.weight[4 * (at + p) + q] * grad[p * n.cp + i];
 }
 
-// The transpose: gradients of features [count][cp] added to those of the texels. Neighbouring points often lie in one cell.
+// Transpose of `gather`: add gradients of features [count][cp] to the gradients of texels. Neighbouring points often lie in the same cell.
 template <typename T> void scatter(const Corners<T>& corners, const T* grad, int count, const Sizes& n, T* grad_planes) {
   for (int64_t k = 0; k < n.planes; ++k) {
     const int64_t at = k * kTile;
@@ -205,7 +206,7 @@ template <typename T> struct Tile {
     else std::fill_n(features.data(), count * n.cp, T(0));
   }
 
-  // hidden = activate(w0 features + b0)
+  // Compute out = activate(w0 features + b0).
   template <typename Activate> void hide(int count, T* out, Activate activate) const {
     product<T>(features.data(), n.cp, w.w0t.data(), n.jp, n.c, count, out,
                [&](V sum, int, int64_t i) { return activate(sum + Pack<T>::load(w.b0.data() + i)); });
@@ -217,7 +218,7 @@ template <typename T> struct Tile {
     return Pack<T>::sum(sum) + w.b_sigma;
   }
 
-  // colours = sigmoid(w1 hidden + b1), scaled where the caller wants the output itself
+  // Compute out = sigmoid(w1 hidden + b1) * scale - shift.
   void colour(int count, T* out, T scale, T shift) const {
     product<T>(hidden.data(), n.jp, w.w1t.data(), n.dp, n.j, count, out, [&](V sum, int, int64_t i) {
       return simd::sigmoid(sum + Pack<T>::load(w.b1.data() + i)) * scale - shift;
@@ -263,33 +264,33 @@ std::tuple<Tensor, Tensor> decode(const Tensor& planes, const std::vector<int64_
   return {features, sigma};
 }
 
-// Sums of one part: gradients of the weights, and of the planes of the sample that the part begins inside.
+// Sums of one part: gradients of the weights, and plane gradients of the sample inside which the part begins.
 template <typename T> struct Sums {
   Array<T> w0t, b0, w_sigma, w1, b1;  // [c][jp], [jp], [jp], [d][jp], [dp]
-  Array<T> planes;                    // [texels], empty where the part begins with a sample
+  Array<T> planes;                    // [texels]; empty if the part begins at the start of a sample
   double b_sigma = 0;
-  int64_t sample = -1;                // which one `planes` belongs to
+  int64_t sample = -1;                // index of the sample to which `planes` belongs; -1: none
 
   explicit Sums(const Sizes& n) : w0t(n.c * n.jp), b0(n.jp), w_sigma(n.jp), w1(n.d * n.jp), b1(n.dp) {}
 };
 
 template <typename T> struct BackwardTile : Tile<T> {
   using V = typename Pack<T>::type;
-  Array<T> slope, grad_hidden;  // [tile][jp]: sigmoid of the pre-activations, gradients of them
+  Array<T> slope, grad_hidden;  // [tile][jp]: sigmoid of the pre-activations; gradients of the pre-activations
   Array<T> grad_features, ones; // [tile][cp], [tile]
 
   BackwardTile(const Sizes& n, const Weights<T>& w) : Tile<T>(n, w), slope(kTile * n.jp), grad_hidden(kTile * n.jp), grad_features(kTile * n.cp), ones(kTile) {
     std::fill_n(ones.data(), kTile, T(1));
   }
 
-  // Adds a tile's share to `sums` and `grad_planes`; look_up has been done.
+  // Add the gradients of a tile to `sums` and `grad_planes`. `look_up` must have been called before.
   void add(int count, const T* grad_out, const T* grad_sigma, Sums<T>& sums, T* grad_planes) {
     constexpr int width = Pack<T>::width;
     const Sizes& n = this->n;
     this->hide(count, slope.data(), [](auto h) { return h; });
     for (int64_t i = 0; i < count * n.jp; i += width) {
       const V h = Pack<T>::load(slope.data() + i);
-      const V t = Pack<T>::exp(h > V{} ? -h : h), share = T(1) / (t + T(1));  // one exponential for both
+      const V t = Pack<T>::exp(h > V{} ? -h : h), share = T(1) / (t + T(1));  // one exponential for softplus and sigmoid
       Pack<T>::store(this->hidden.data() + i, (V{} > h ? V{} : h) + simd::log1p_unit(t));
       Pack<T>::store(slope.data() + i, h > V{} ? share : t * share);
     }
@@ -310,7 +311,7 @@ template <typename T> struct BackwardTile : Tile<T> {
       return (sum + grad_sigma[p] * Pack<T>::load(this->w.w_sigma.data() + i)) * Pack<T>::load(slope.data() + p * n.jp + i);
     });
     outer_product(ones.data(), 1, 1, grad_hidden.data(), n.jp, count, sums.b0.data());
-    if (!this->corners.any) return;  // features are zero, and nothing is there to receive their gradient
+    if (!this->corners.any) return;  // no point lies on a plane, so the features are 0 and have no gradient
     outer_product(this->features.data(), n.cp, n.c, grad_hidden.data(), n.jp, count, sums.w0t.data());
     product<T>(grad_hidden.data(), n.jp, this->w.w0.data(), n.cp, n.j, count, grad_features.data(), [](V sum, int, int64_t) { return sum; });
     scatter(this->corners, grad_features.data(), count, n, grad_planes);
@@ -321,7 +322,7 @@ template <typename T> bool all_zero(const T* p, int64_t count) {
   return std::all_of(p, p + count, [](T x) { return x == 0; });
 }
 
-// Work of one part: tiles [from, to) of the whole batch.
+// Compute the gradients of one part, the tiles [from, to) of the batch.
 template <typename T>
 void backward_part(int64_t from, int64_t to, const T* grad_out, const T* grad_sigma, const T* planes, const std::vector<int64_t>& axes,
                    const T* points, const Weights<T>& weights, const Sizes& n, Sums<T>& sums, T* grad_planes) {
@@ -340,7 +341,7 @@ void backward_part(int64_t from, int64_t to, const T* grad_out, const T* grad_si
   }
 }
 
-// Adds the parts' sums up, in order, into the weights' gradients.
+// Add the sums of all parts in order, and write the gradients of the weights.
 template <typename T>
 void write_weights(const std::vector<Sums<T>>& parts, const Sizes& n, T* grad_w0, T* grad_b0, T* grad_w1, T* grad_b1) {
   auto total = [&](auto member, int64_t i) {

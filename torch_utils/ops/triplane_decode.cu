@@ -1,4 +1,4 @@
-// triplane_decode on a GPU: tensors in, tensors out. Kernels and how they work: triplane_decode.cuh.
+// Interface of the CUDA op triplane_decode to torch. The kernels are in triplane_decode.cuh.
 #include "cuda_tensor.cuh"
 #include "triplane_decode.cuh"
 
@@ -42,7 +42,7 @@ Decoder<T> decoder_of(const Tensor& planes, const Tensor& w0, const Tensor& b0, 
   check_size(kOp, "w1", w1, {rows, units});
   check_size(kOp, "b1", b1, {rows});
   STD_TORCH_CHECK(
-      rows >= 1 && decoder_fits<T>(int(units), int(channels), int(rows - 1), backward), kOp, ": the CUDA kernel takes at most ",
+      rows >= 1 && decoder_fits<T>(int(units), int(channels), int(rows - 1), backward), kOp, ": the CUDA kernel supports at most ",
       kMaxChannels, " channels, ", kMaxColours, " colours, and as many hidden units as fit into shared memory (128 in float32)");
   return {data<T>(w0), data<T>(b0), data<T>(w1), data<T>(b1), int(units), int(rows - 1)};
 }

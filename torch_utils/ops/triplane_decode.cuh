@@ -1,10 +1,10 @@
-// Tri-plane look-up and decoder for scattered points on a GPU, and its gradients (formulas and schema: triplane_decode.py).
+// CUDA kernels that interpolate tri-planes at points and apply the decoder, and their gradients (formulas and schema: triplane_decode.py).
 //
-// A block of 128 threads takes 128 points at a time: the threads gather the points' features together into shared memory, then each takes
-// one point through the decoder with its features and outputs in registers and the weights broadcast from shared memory, so that hidden
-// units never leave registers. Sizes are padded to C = 16 or 32 channels and D = 0, 16 or 32 colours. The backward recomputes all of it;
-// hidden units then pass through shared memory, 16 at a time, for the sums over points that make the weights' gradients. Those are added up
-// in a fixed order; the planes' gradient uses atomics and does not repeat bit for bit.
+// A block of 128 threads processes 128 points at a time. First, the threads together write the features of all points to shared memory. Then
+// each thread computes the decoder for one point, with its features and outputs in registers and the weights in shared memory, so that hidden
+// units are never stored. Sizes are padded to C = 16 or 32 channels and D = 0, 16 or 32 colours. The backward pass computes all of this again.
+// It writes the hidden units to shared memory, 16 at a time, to sum the weights' gradients over points. These sums have a fixed order. The
+// planes' gradients are added by atomic operations and are not bitwise reproducible.
 #pragma once
 #include "triplane_gather.cuh"
 
@@ -15,11 +15,11 @@ template <typename T> struct Decoder {
   int units, colours;
 };
 
-constexpr int kChunk = 16, kChunkLine = kChunk + 4;  // hidden units whose values all threads can see; padded against bank conflicts
+constexpr int kChunk = 16, kChunkLine = kChunk + 4;  // hidden units in shared memory at a time; lines are padded to avoid bank conflicts
 
-// Where things lie in shared memory, in elements. Outputs are kept as D colours, the density, three zeros.
+// Offsets of the arrays in shared memory, in elements. The outputs of a point are stored as D colours, the density, and three zeros.
 template <int C, int D> struct Layout {
-  static constexpr int kFeatures = C + 4, kOutputs = D + 4;  // lengths of a point's lines; C + 4 >= D
+  static constexpr int kFeatures = C + 4, kOutputs = D + 4;  // lengths of a point's lines of features and outputs; C + 4 >= D
   int units, w0, w1, b0, b1, features, grads, hidden, slopes, pairs, singles, biases, forward_end, backward_end;
   EG3D_BOTH explicit Layout(int units_) : units(units_) {
     const int padded = (units + kChunk - 1) / kChunk * kChunk;
@@ -29,7 +29,7 @@ template <int C, int D> struct Layout {
     b1 = b0 + padded;                    // [D + 4]
     features = b1 + kOutputs;            // [point][C + 4]
     forward_end = features + kTile * kFeatures;
-    grads = forward_end;                 // [point][D + 4], of the outputs
+    grads = forward_end;                 // [point][D + 4], gradients of the outputs
     hidden = grads + kTile * kOutputs;   // [point][kChunkLine]
     slopes = hidden + kTile * kChunkLine;  // [point][kChunkLine], gradient of w0 f + b0
     pairs = slopes + kTile * kChunkLine;   // [chunk][8][thread], sums for w0 and the colours of w1
@@ -61,7 +61,7 @@ template <typename T, int Count> EG3D_DEVICE T dot(T start, const T* line, const
   return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
-// The decoder's outputs of one point.
+// Compute the decoder's outputs of one point.
 template <typename T, int C, int D>
 EG3D_DEVICE void decode(const Layout<C, D>& at, const T* shared, const T (&feature)[C], T (&out)[D + 4]) {
   constexpr int O = D + 4;
@@ -83,7 +83,7 @@ EG3D_KERNEL void EG3D_BOUNDS(kTile) decode_forward_kernel(EG3D_CONSTANT Planes<T
   load_weights(d, p.channels, at, shared);
   gather<T, C>(p, first, at.kFeatures, shared + at.features);
   __syncthreads();
-  T* const line = shared + at.features + tid * at.kFeatures;  // only this thread's from here to the next barrier
+  T* const line = shared + at.features + tid * at.kFeatures;  // from here to the next barrier, only this thread uses the line
   T feature[C], out[D + 4];
 #pragma unroll
   for (int c = 0; c < C; ++c) feature[c] = line[c];
@@ -104,8 +104,8 @@ template <typename T> struct DecoderPartials {
   T *w0, *b0, *w1, *b1;  // each [blocks, ...] of the weight's shape
 };
 
-// Sums over the tile's points for 16 hidden units: thread t owns the 4 x 2 entries (4 units, 2 columns) of pair t of the matrix
-// [units, C features | D colours], and a quarter of one entry of b0's or of the density's row.
+// Add the sums over the tile's points for 16 hidden units. Thread t computes 4 x 2 entries (4 units, 2 columns) of the matrix
+// [units, C features | D colours], and a quarter of the sum for one entry of the gradient of b0 or of the density's row.
 template <typename T, int C, int D> EG3D_DEVICE void add_products(const Layout<C, D>& at, T* shared, int chunk) {
   constexpr int O = D + 4, kPairs = (C + D) / 2, kQuads = kChunk / 4;
   static_assert(kPairs * kQuads <= kTile, "one pair of columns and four units for each thread");
@@ -135,7 +135,8 @@ template <typename T, int C, int D> EG3D_DEVICE void add_products(const Layout<C
   shared[at.singles + chunk * kTile + tid] += single;
 }
 
-// Gradient of the outputs of this thread's point, into registers and its line of `grads`, which holds those of features and density.
+// Compute the gradients of the outputs of this thread's point before the sigmoid, in registers and in the line of `grads`. At the start, the
+// line contains the gradients of the colour features and of the density.
 template <typename T, int C, int D>
 EG3D_DEVICE void output_gradients(const Layout<C, D>& at, T* shared, const T (&feature)[C], T* line, T (&grad)[D + 4]) {
   T out[D + 4];
@@ -209,7 +210,7 @@ EG3D_KERNEL void EG3D_BOUNDS(kTile)
     for (int c = 0; c < C; ++c) feature[c] = line[c];
     output_gradients(at, shared, feature, shared + at.grads + tid * O, grad);
     for (int chunk = 0; chunk * kChunk < d.units; ++chunk) {
-      for (int k = 0; k < kChunk; ++k) {  // units past the last have zero weights
+      for (int k = 0; k < kChunk; ++k) {  // units beyond the last one have the weight 0
         const int j = chunk * kChunk + k;
         const T* w0 = shared + at.w0 + j * C;
         const T pre = dot(shared[at.b0 + j], w0, feature);
@@ -239,9 +240,9 @@ EG3D_KERNEL void EG3D_BOUNDS(kTile)
 
 // ---- host ------------------------------------------------------------------------------------------------------------------------------
 constexpr int kMaxChannels = 32, kMaxColours = 32;
-constexpr size_t kMaxShared = 160 * 1024;  // what a block can have on every device that the kernels are built for
+constexpr size_t kMaxShared = 160 * 1024;  // bytes that a block can have on every device for which the kernels are built
 
-// work.template operator()<C, D>() with the padded sizes that hold these; false if none does.
+// Call work<C, D>() with padded sizes that are large enough for these numbers. Return false if there are none.
 template <typename Work> bool with_padded(int channels, int colours, Work work) {
   if (channels > kMaxChannels || colours > kMaxColours) return false;
   if (channels <= 16 && colours == 0) work.template operator()<16, 0>();
@@ -251,7 +252,7 @@ template <typename Work> bool with_padded(int channels, int colours, Work work) 
   return true;
 }
 
-// Whether a decoder of these sizes fits; the backward needs more than the forward.
+// Return true if a decoder of these sizes fits into shared memory. The backward pass needs more memory than the forward pass.
 template <typename T> bool decoder_fits(int units, int channels, int colours, bool backward) {
   bool fits = false;
   with_padded(channels, colours, [&]<int C, int D>() {
@@ -272,7 +273,7 @@ template <typename T> int64_t decode_backward_blocks(const Planes<T>& p) {
   return smaller(ceil_div(p.points_total, kTile), int64_t(resident_blocks(2)));
 }
 
-// grad_planes must be zero; `partial` has decode_backward_blocks(p) rows.
+// Compute all gradients. grad_planes must contain zeros, and `partial` must have decode_backward_blocks(p) rows.
 template <typename T>
 void decode_backward(
     const Planes<T>& p, const Decoder<T>& d, const T* grad_features, const T* grad_sigma, T* grad_planes, const DecoderPartials<T>& partial,

@@ -38,11 +38,11 @@ _CUDA_UNITS = 128
 
 
 class MergedPlanes(NamedTuple):
-    """Result of `merge_planes`: planes of which those with the same pair of coordinates are added."""
+    """Result of `merge_planes`: the planes, after those with the same pair of coordinates were added."""
 
     sums: torch.Tensor  # planes [N, K', H, W, C]
     pairs: Pairs  # world axes of the K' planes
-    planes: int  # K, number of planes before the addition
+    plane_count: int  # K, number of planes before the addition
 
 
 class DecoderWeights(NamedTuple):
@@ -70,12 +70,12 @@ def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
     """
     pairs = []
     # In float64 the inverse of a permutation matrix is exact.
-    for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
-        columns = matrix[:, :2]  # [3, 2]
-        axes = columns.argmax(dim=0)
+    for inverse_basis in torch.linalg.inv(plane_axes.detach().double().cpu()):
+        projection_columns = inverse_basis[:, :2]  # [3, 2]
+        axes = projection_columns.argmax(dim=0)
         # The plane is parallel to two world axes if the columns are different unit vectors.
-        unit_vectors = F.one_hot(axes, 3).T.to(columns)
-        if axes[0] == axes[1] or not torch.allclose(columns, unit_vectors, rtol=0, atol=1e-6):
+        unit_vectors = F.one_hot(axes, 3).T.to(projection_columns)
+        if axes[0] == axes[1] or not torch.allclose(projection_columns, unit_vectors, rtol=0, atol=1e-6):
             return None
         pairs.append((int(axes[0]), int(axes[1])))
     return tuple(pairs)
@@ -93,9 +93,9 @@ def project_onto_planes(plane_axes: torch.Tensor, coordinates: torch.Tensor) -> 
     Returns: coordinates [N*K, P, 2]; the index of the plane varies fastest.
     """
     n, p, _ = coordinates.shape
-    inverse = torch.linalg.inv(plane_axes.to(coordinates))  # [K, 3, 3]
-    projected = coordinates.unsqueeze(1) @ inverse.unsqueeze(0)  # [N, K, P, 3]
-    return projected[..., :2].reshape(n * plane_axes.shape[0], p, 2)
+    inverse_bases = torch.linalg.inv(plane_axes.to(coordinates))  # [K, 3, 3]
+    plane_coordinates = coordinates.unsqueeze(1) @ inverse_bases.unsqueeze(0)  # [N, K, P, 3]
+    return plane_coordinates[..., :2].reshape(n * plane_axes.shape[0], p, 2)
 
 
 def sample_planes_channels_first(
@@ -171,7 +171,7 @@ def triplane_decode(
 
     Returns: colour features [N, P, D] in -0.001..1.001, and sigma_raw [N, P, 1].
     Differentiable in planes and weights, twice; in points once (computed by plain torch).
-    Raises: ValueError for an unknown `impl`.
+    Raises: ValueError for an unknown `impl`, or for "compiled" if the compiled op cannot be used.
     """
     weights = DecoderWeights(*weights)
     assert (
@@ -190,37 +190,37 @@ def triplane_decode(
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
         pairs = projection_axes(plane_axes)
-    aligned = merged is not None or pairs is not None
+    are_aligned = merged is not None or pairs is not None
     # The compiled op has no gradient with respect to points.
     has_fixed_points = not (points.requires_grad and torch.is_grad_enabled())
     is_supported = (
-        aligned
+        are_aligned
         and has_fixed_points
         and alike(points, planes, *weights)
         and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
     )
     implementation_name = choose("triplane_decode", impl, "triplane_decode", planes.device.type, is_supported)
-    if implementation_name == "ref" or not aligned:
+    if implementation_name == "ref" or not are_aligned:
         if not isinstance(plane_axes, torch.Tensor):
             # Bases of which `projection_axes` returns these pairs. The axes have the sum 3, so 3 - width -
             # height is the third axis.
-            order = torch.tensor(
+            basis_order = torch.tensor(
                 [(width, height, 3 - width - height) for width, height in plane_axes], device=points.device
             )
-            plane_axes = torch.eye(3, dtype=points.dtype, device=points.device)[order]
+            plane_axes = torch.eye(3, dtype=points.dtype, device=points.device)[basis_order]
         return triplane_decode_ref(planes, plane_axes, points, box_warp, weights)
     if not merged:
         assert pairs is not None  # since planes are aligned
         merged = merge_planes(planes, pairs)
-    scaled = (points * (2 / box_warp)).contiguous()  # world units -> [-1, 1] on the planes
+    plane_points = (points * (2 / box_warp)).contiguous()  # world units -> [-1, 1] on the planes
     # The division by K turns the sum over planes into the mean, before the first layer, which is linear.
-    weights = weights._replace(w0=weights.w0 / merged.planes)
+    weights = weights._replace(w0=weights.w0 / merged.plane_count)
     if implementation_name == "torch":
         # In contrast to the compiled op, points may have another dtype than the planes.
-        return _decode_torch(merged.sums, merged.pairs, scaled.to(planes), *weights)
+        return _decode_torch(merged.sums, merged.pairs, plane_points.to(planes), *weights)
     axes = [axis for pair in merged.pairs for axis in pair]
     return torch.ops.eg3d_rlhf.triplane_decode(
-        merged.sums, axes, scaled, *(weight.contiguous() for weight in weights)
+        merged.sums, axes, plane_points, *(weight.contiguous() for weight in weights)
     )
 
 
@@ -232,14 +232,14 @@ def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
     """
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         return False
-    units, channels = weights.w0.shape
+    unit_count, channel_count = weights.w0.shape
     has_few_channels = (
-        channels <= _CUDA_CHANNELS
+        channel_count <= _CUDA_CHANNELS
         and len(weights.b1) - 1 <= _CUDA_CHANNELS
         and planes.shape[1] <= _CUDA_PLANES
     )
     # The limit is _CUDA_UNITS numbers of 4 bytes, so half as many units are possible in float64.
-    return has_few_channels and units * planes.element_size() <= _CUDA_UNITS * 4
+    return has_few_channels and unit_count * planes.element_size() <= _CUDA_UNITS * 4
 
 
 def triplane_decode_ref(
@@ -253,8 +253,8 @@ def triplane_decode_ref(
     w0, b0, w1, b1 = weights
     # [N, K, C, P] -> mean over planes [N, C, P] -> [N, P, C]
     features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
-    decoded = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
-    return torch.sigmoid(decoded[..., 1:]) * _SCALE - _SHIFT, decoded[..., :1]
+    decoder_outputs = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
+    return torch.sigmoid(decoder_outputs[..., 1:]) * _SCALE - _SHIFT, decoder_outputs[..., :1]
 
 
 def _decode_torch(
@@ -287,7 +287,7 @@ def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[t
     # torch's grid_sample has a gradient with respect to points. grid_sample_gradfix has a second derivative
     # with respect to planes.
     use_gradfix = not points.requires_grad
-    sampled: Any = None
+    feature_sum: Any = None
     for k, pair in enumerate(pairs):
         plane = merged_planes[:, k].permute(0, 3, 1, 2)  # [N, C, H, W], channels last in memory
         grid = points[:, None, :, list(pair)]  # [N, 1, P, 2]
@@ -297,9 +297,9 @@ def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[t
             else F.grid_sample(plane, grid, align_corners=False)
         )
         # w0 is divided by the number of planes, so the features are added.
-        sampled = plane_features if sampled is None else sampled + plane_features
-    decoded = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
-    return torch.sigmoid(decoded[..., 1:]) * _SCALE - _SHIFT, decoded[..., :1]
+        feature_sum = plane_features if feature_sum is None else feature_sum + plane_features
+    decoder_outputs = F.linear(F.softplus(F.linear(feature_sum.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
+    return torch.sigmoid(decoder_outputs[..., 1:]) * _SCALE - _SHIFT, decoder_outputs[..., :1]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -317,10 +317,10 @@ def _gradients(ctx, grad_features, grad_sigma):
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
         # Points are detached, because the op has no gradient with respect to them.
         inputs = [t for t in (planes, *weights) if t.requires_grad]
-        decoded = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
+        decoder_outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
         grads_in_order = iter(
             torch.autograd.grad(
-                decoded, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
+                decoder_outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
             )
         )
         grad_planes, *grad_weights = (

@@ -1,4 +1,4 @@
-// Bilinear look-ups into channels-last planes for a tile of points, and their transpose: how triplane_decode.cuh reads and writes planes.
+// Bilinear interpolation of channels-last planes at a tile of points, and its transpose, for triplane_decode.cuh.
 #pragma once
 #include "cuda_portable.cuh"
 
@@ -9,14 +9,15 @@ constexpr int kTile = 128;  // points of a block, one for each thread
 
 template <typename T> struct Planes {
   const T* values;  // [N, K, H, W, channels]
-  const T* points;  // [N, P, 3], plane units
+  const T* points;  // [N, P, 3], -1..1 on the planes
   int planes, height, width, channels;
   int64_t per_image, points_total;  // P, N * P
-  bool vectors;                     // rows of channels can be read and written four floats at a time
+  bool vectors;                     // true if channels can be read and written as four floats at a time
   int width_axis[kMaxPlanes], height_axis[kMaxPlanes];
 };
 
-// The two texels next to a coordinate and the weight of the second; `low` is -2 when neither exists (NaN and infinity included).
+// The two texels next to a coordinate: index of the first one, and weight of the second one. `low` is -2 if neither texel exists, also for NaN
+// and infinity.
 template <typename T> struct Neighbours {
   int low;
   T share;
@@ -27,7 +28,7 @@ template <typename T> EG3D_DEVICE Neighbours<T> neighbours(T coordinate, int siz
   return {touches ? static_cast<int>(low) : -2, touches ? position - low : T(0)};
 }
 
-// visit(offset of the texel's first channel, weight) for the texels around point `g`, plane by plane.
+// Call visit(offset of the texel's first channel, weight) for the texels around point `g`, plane by plane.
 template <typename T, typename Visit> EG3D_DEVICE void for_each_texel(const Planes<T>& p, int64_t g, Visit visit) {
   const int64_t image = g / p.per_image;
   for (int k = 0; k < p.planes; ++k) {
@@ -75,8 +76,8 @@ template <typename T> EG3D_DEVICE void scatter_four(T* to, int count, bool vecto
   }
 }
 
-// tile[point][channel] = sum over planes of the look-ups at points first .. first + kTile - 1; zeros past the last point and past the last
-// channel. C / 4 neighbouring threads share a point, so that a warp reads whole rows of channels.
+// Compute tile[point][channel], the sum of the interpolated features over planes, for the points first .. first + kTile - 1. Entries beyond the
+// last point and the last channel are 0. C / 4 neighbouring threads process the same point, so that a warp reads complete rows of channels.
 template <typename T, int C> EG3D_DEVICE void gather(const Planes<T>& p, int64_t first, int stride, T* tile) {
   for (int i = threadIdx.x; i < kTile * (C / 4); i += kTile) {
     const int point = i / (C / 4), channel = i % (C / 4) * 4;
@@ -91,7 +92,7 @@ template <typename T, int C> EG3D_DEVICE void gather(const Planes<T>& p, int64_t
   }
 }
 
-// The transpose: grad[texel] += weight * tile[point], with atomics, hence in an order that differs from run to run.
+// Transpose of `gather`: add weight * tile[point] to grad[texel] by atomic operations. Their order, and so the rounding, differs between runs.
 template <typename T, int C> EG3D_DEVICE void scatter(const Planes<T>& p, int64_t first, int stride, const T* tile, T* grad) {
   for (int i = threadIdx.x; i < kTile * (C / 4); i += kTile) {
     const int point = i / (C / 4), channel = i % (C / 4) * 4;

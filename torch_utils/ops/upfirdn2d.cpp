@@ -1,9 +1,9 @@
-// Zero-insertion, padding, FIR filtering and decimation of images on a CPU. See upfirdn2d.py for the formula.
+// Compiled op for a CPU: zero-insertion, padding, FIR filtering and decimation of images. See upfirdn2d.py for the formula.
 //
-// An image is rows of pixels, a pixel is P neighbouring numbers: one for a channel of a contiguous tensor, all C for a channels-last one.
-// Every output row is made in two steps: a sum of input rows, each times its vertical tap, in a buffer with zeros for what lies outside
-// the image; then the horizontal taps over that buffer. Inserted zeros are never touched. A filter that is not an outer product takes the
-// second step once for every input row. Wide rows are worked on in tiles, so that the rows in use stay in a core's own cache.
+// A pixel consists of P neighbouring numbers: 1 for one channel of a contiguous tensor, all C channels for a channels-last tensor. Each output
+// row is computed in two steps. First, input rows are multiplied by their vertical taps and added in a buffer, which contains zeros outside the
+// image. Then the horizontal taps are applied to this buffer. Inserted zeros are never processed. For a filter that is not an outer product,
+// the second step is repeated for every input row. Wide rows are processed in tiles, so that the rows in use fit into the cache of a core.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,8 +16,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kSerial = 1 << 15;  // output elements below which one thread is faster than several
-constexpr int64_t kTile = 4096;       // elements of an output row that are worked on at a time
+constexpr int64_t kSerial = 1 << 15;  // number of output elements below which one thread is faster than several
+constexpr int64_t kTile = 4096;       // number of elements of an output row that are processed together
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t modulo(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
@@ -25,18 +25,18 @@ int64_t modulo(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
 // One axis: output n reads sum_m taps[m] u[n*down + m - before], u[i*up] = x[i].
 struct Axis {
   int64_t in, out, up, down, before, k;
-  int64_t first(int64_t n) const { return n * down - before; }                                   // place in u of the first tap
-  int64_t lowest(int64_t n) const { return -floor_div(-first(n), up); }                          // least i that n reads
-  int64_t highest(int64_t n) const { return floor_div(first(n) + k - 1, up); }                   // greatest i that n reads
-  int64_t tap(int64_t n) const { return modulo(-first(n), up); }                                 // the tap that falls on `lowest`
+  int64_t first(int64_t n) const { return n * down - before; }                                   // position of the first tap in u
+  int64_t lowest(int64_t n) const { return -floor_div(-first(n), up); }                          // smallest i that output n reads
+  int64_t highest(int64_t n) const { return floor_div(first(n) + k - 1, up); }                   // largest i that output n reads
+  int64_t tap(int64_t n) const { return modulo(-first(n), up); }                                 // tap that is multiplied by pixel `lowest`
 };
 
 template <typename T> struct Filter {
   bool separable;
-  std::vector<T> y, x;  // [KH], [KW]; x is [KH, KW] where not separable. As correlated, gain included.
+  std::vector<T> y, x;  // [KH], [KW]; x is [KH, KW] if not separable. Taps of a correlation, with the gain.
 };
 
-// Splits a filter into an outer product where it is one, to rounding.
+// Split a filter into an outer product, if it is one up to rounding.
 template <typename T> Filter<T> prepare(const Tensor& f, bool flip, double gain) {
   const T* p = static_cast<const T*>(f.const_data_ptr());
   const int64_t kh = f.size(0), kw = f.dim() == 1 ? kh : f.size(1);
@@ -67,7 +67,7 @@ template <typename T> Filter<T> prepare(const Tensor& f, bool flip, double gain)
   return filter;
 }
 
-// to[i] = or += sum_j taps[j * step] from[i + j * shift]
+// Compute to[i] = sum_j taps[j * step] from[i + j * shift], or += if `add` is true.
 template <bool add, typename T>
 inline void weighted_sum(T* __restrict to, const T* __restrict from, int64_t n, const T* taps, int64_t count, int64_t step, int64_t shift) {
   if (count == 4) {
@@ -96,16 +96,16 @@ inline void weighted_sum(T* __restrict to, const T* __restrict from, int64_t n, 
 }
 
 template <typename T> struct Buffers {
-  std::vector<T> row, even, odd;  // `row` begins at the lowest input pixel that the tile reads
+  std::vector<T> row, even, odd;  // `row` begins at the first input pixel that the tile reads
 };
 
-// Horizontal step of output pixels [n0, n1): `row` begins at input pixel `low`.
+// Compute the horizontal step for the output pixels [n0, n1). `row` begins at input pixel `low`.
 template <bool add, typename T>
 void horizontal(const Axis& axis, int64_t n0, int64_t n1, int64_t low, int64_t pixel, const T* taps, Buffers<T>& own, T* out) {
   const T* row = own.row.data();
   if (axis.up == 1 && axis.down == 1) {
     weighted_sum<add>(out, row + (axis.lowest(n0) - low) * pixel, (n1 - n0) * pixel, taps, axis.k, 1, pixel);
-  } else if (pixel == 1 && axis.up == 2 && axis.down == 1) {  // the two phases, then their interleaving
+  } else if (pixel == 1 && axis.up == 2 && axis.down == 1) {  // even and odd outputs separately, which are then interleaved
     const int64_t counts[2] = {(n1 - n0 + 1) / 2, (n1 - n0) / 2};
     T* phases[2] = {own.even.data(), own.odd.data()};
     for (int a = 0; a < 2; ++a) {
@@ -119,7 +119,7 @@ void horizontal(const Axis& axis, int64_t n0, int64_t n1, int64_t low, int64_t p
       out[2 * q + 1] = (add ? out[2 * q + 1] : T(0)) + odd[q];
     }
     if (counts[0] > counts[1]) out[n1 - n0 - 1] = (add ? out[n1 - n0 - 1] : T(0)) + even[counts[1]];
-  } else if (pixel == 1 && axis.up == 1 && axis.down == 2) {  // even and odd pixels apart, then two sums of neighbours
+  } else if (pixel == 1 && axis.up == 1 && axis.down == 2) {  // even and odd pixels are separated, then there are two sums of neighbours
     const int64_t half = (axis.highest(n1 - 1) - low) / 2 + 1;
     T *__restrict even = own.even.data(), *__restrict odd = own.odd.data();
 #pragma omp simd
@@ -142,14 +142,14 @@ template <typename T> struct Image {
   T* out;
 };
 
-// Output rows [r0, r1) of the tile of output pixels [n0, n1).
+// Compute the output rows [r0, r1) of the tile with the output pixels [n0, n1).
 template <typename T>
 void tile(const Image<T>& image, const Axis& ax, const Axis& ay, const Filter<T>& filter, int64_t pixel, int64_t n0, int64_t n1, int64_t r0,
           int64_t r1, Buffers<T>& own) {
   const int64_t low = ax.lowest(n0), high = ax.highest(n1 - 1);
   const int64_t from = std::clamp<int64_t>(low, 0, ax.in), to = std::clamp<int64_t>(high + 1, from, ax.in);
   const int64_t length = std::max<int64_t>(high + 1 - low, 1) * pixel;
-  own.row.assign(length + 2, T(0));  // two more: the last pair of pixels may be half outside
+  own.row.assign(length + 2, T(0));  // two more, because the last pair of pixels may lie partly outside
   own.even.resize(std::max(length, (n1 - n0) * pixel) + 2);
   own.odd.resize(own.even.size());
   T* inside = own.row.data() + (from - low) * pixel;

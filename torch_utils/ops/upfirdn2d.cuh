@@ -1,16 +1,16 @@
-// Zero-insertion, padding, FIR filter and decimation of images on a GPU (formula: upfirdn2d.py). The gradient is the same op with other
-// arguments. Zeros that were inserted are never multiplied: an output visits only the taps that meet an input pixel.
+// CUDA kernels that insert zeros, pad, filter and decimate images (formula: upfirdn2d.py). The gradient is the same op with other arguments.
+// Inserted zeros are never multiplied: an output uses only the taps that are multiplied by an input pixel.
 //
-// Planar images [N, C, H, W]: a block makes 32 x 32 outputs from a tile of the input in shared memory. Channels-last images: a thread makes
-// one output, neighbouring threads neighbouring channels, and the caches serve the overlap.
+// For planar images [N, C, H, W], a block computes 32 x 32 outputs from a tile of the input in shared memory. For channels-last images, a thread
+// computes one output, and neighbouring threads compute neighbouring channels; overlapping inputs are read from the caches.
 #pragma once
 #include "cuda_portable.cuh"
 
 namespace eg3d {
 
-struct Resample {  // (x, y) throughout
-  int in[2], out[2], up[2], down[2], pad[2], taps[2];  // sizes in pixels; pads before the image, negative ones crop
-  bool flip;                                           // correlate instead of convolve
+struct Resample {  // each array contains the values for x and for y
+  int in[2], out[2], up[2], down[2], pad[2], taps[2];  // sizes in pixels; `pad` is the padding before the image, negative: crop
+  bool flip;                                           // true: correlation; false: convolution
   double gain;
 };
 
@@ -19,14 +19,14 @@ constexpr size_t kMaxTile = 160 * 1024;
 
 EG3D_BOTH int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-// Input pixels along an axis that 32 outputs can touch.
+// Return the largest number of input pixels along an axis that 32 outputs use.
 EG3D_BOTH int tile_length(int up, int down, int taps) { return ((kOut - 1) * down + taps - 1) / up + 2; }
 template <typename T> size_t tile_bytes(const Resample& r) {
   const size_t pixels = size_t(tile_length(r.up[0], r.down[0], r.taps[0])) * tile_length(r.up[1], r.down[1], r.taps[1]);
   return (pixels + size_t(r.taps[0]) * r.taps[1]) * sizeof(T);
 }
 
-// Where an output's visit of one axis begins: tap `tap` meets input pixel `pixel`, then every `up`-th tap the next pixel.
+// First tap and input pixel of an output along one axis: tap `tap` is multiplied by pixel `pixel`, tap `tap` + up by the next pixel, and so on.
 struct Phase {
   int tap, pixel;
 };
@@ -35,13 +35,13 @@ EG3D_DEVICE Phase phase(int output, int up, int down, int pad) {
   return {pixel * up - base, pixel};
 }
 
-// Filter tap that meets offset (x, y) of the window, times the gain.
+// Return the filter tap at the offset (x, y) of the window, multiplied by the gain.
 template <typename T, typename S> EG3D_DEVICE T tap_at(const Resample& r, const S* f, int x, int y) {
   const int at = r.flip ? y * r.taps[0] + x : (r.taps[1] - 1 - y) * r.taps[0] + r.taps[0] - 1 - x;
   return T(widen(f[at])) * T(r.gain);
 }
 
-// kUp, kDown: factors of both axes known to the compiler, or 0.
+// kUp and kDown are the factors of both axes, known to the compiler; if they are 0, the factors are read from `r`.
 template <typename S, int kUp, int kDown>
 EG3D_KERNEL void EG3D_BOUNDS(kOut* kRowsOfThreads) upfirdn2d_planar(Resample r, int64_t images, const S* x, const S* f, S* out) {
   using T = Arithmetic<S>;
@@ -99,8 +99,8 @@ EG3D_KERNEL void EG3D_BOUNDS(256) upfirdn2d_channels_last(Resample r, int64_t im
   }
 }
 
-// x [images, H, W] (planar; images = N * C, channels 0; tile_bytes<Arithmetic<S>>(r) <= kMaxTile) or [images, H, W, channels]; f [KH, KW];
-// out like x.
+// Resample x, and write the result to out, which has the layout of x. x is planar, [images, H, W] with images = N * C, channels = 0 and
+// tile_bytes<Arithmetic<S>>(r) <= kMaxTile, or channels-last, [images, H, W, channels]. f is [KH, KW].
 template <typename S> void upfirdn2d(const Resample& r, int64_t images, int channels, const S* x, const S* f, S* out, Stream stream) {
   if (channels > 0) {
     const int64_t blocks = ceil_div(images * r.out[0] * r.out[1] * channels, 256);

@@ -39,7 +39,7 @@ def setup_filter(
         flip_filter: True reverses the taps.
         gain: factor of the two-dimensional filter.
         separable: True keeps taps [K], which are applied along rows and columns. False replaces them by their
-            outer product. None does the former for at least 8 taps.
+            outer product. None keeps the taps if there are at least 8 of them.
 
     Returns: taps, float32 [K] or [KH, KW].
     """
@@ -92,7 +92,8 @@ def upfirdn2d(
 
     Returns: images [N, C, H', W'] with H' = (H*up + y_before + y_after - K) // down + 1.
     Differentiable in x, to any order, but not in f.
-    Raises: ValueError if the padded image is smaller than the filter, or for an unknown `impl`.
+    Raises: ValueError if the padded image is smaller than the filter, for an unknown `impl`, or for
+        "compiled" if the compiled op cannot be used.
     """
     assert x.ndim == 4 and (f is None or f.ndim in (1, 2))
     up = _parse_scaling(up)
@@ -104,13 +105,14 @@ def upfirdn2d(
         if padded_length < k:
             raise ValueError(
                 f"upfirdn2d: after padding, images of the shape {list(x.shape)} have {padded_length} pixels"
-                f" along an axis, but the filter needs at least {k}. Use larger images."
+                f" along an axis, but the filter needs at least {k}. Use larger images"
+                " or a larger padding."
             )
     is_supported = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
     implementation_name = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, is_supported)
     if implementation_name != "compiled":
-        function = upfirdn2d_ref if implementation_name == "ref" else _upfirdn2d_torch
-        return function(x, f, up, down, padding, flip_filter, gain)
+        resample = upfirdn2d_ref if implementation_name == "ref" else _upfirdn2d_torch
+        return resample(x, f, up, down, padding, flip_filter, gain)
     return torch.ops.eg3d_rlhf.upfirdn2d(
         dense(x), f.to(x.dtype).contiguous(), up, down, padding, flip_filter, float(gain)
     )
@@ -126,11 +128,13 @@ def upfirdn2d_ref(
     x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float
 ) -> torch.Tensor:
     """Compute the definition of `upfirdn2d`: insert zeros, pad or crop, filter each channel, drop pixels."""
-    n, channels, height, width = x.shape
+    n, channel_count, height, width = x.shape
     if up != (1, 1):
         # Zeros after every pixel: [N, C, H, 1, W, 1] -> [N, C, H, up, W, up] -> [N, C, H up, W up].
-        x = x.reshape(n, channels, height, 1, width, 1)
-        x = F.pad(x, (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(n, channels, height * up[1], width * up[0])
+        x = x.reshape(n, channel_count, height, 1, width, 1)
+        x = F.pad(x, (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(
+            n, channel_count, height * up[1], width * up[0]
+        )
     x = F.pad(x, padding) if any(padding) else x  # F.pad crops for negative values
     f = (f * gain ** (f.ndim / 2)).to(x.dtype)
     # torch's conv2d computes a correlation, so a convolution needs the flipped filter.
@@ -138,7 +142,7 @@ def upfirdn2d_ref(
     # 1-D taps are applied along the width [1, K] and then along the height [K, 1].
     for kernel in (f,) if f.ndim == 2 else (f[None, :], f[:, None]):
         # A convolution in groups applies the same kernel to each channel separately.
-        x = F.conv2d(x, kernel.expand(channels, 1, *kernel.shape), groups=channels)
+        x = F.conv2d(x, kernel.expand(channel_count, 1, *kernel.shape), groups=channel_count)
     return x[:, :, :: down[1], :: down[0]]
 
 
@@ -162,11 +166,11 @@ def _filter_pass(
     convolution with the output z[j] = sum_i x[i] f[j - i*up]. The result is y[n] = z[n + K-1 - pad], where
     pad is the padding before the image. The padding is thus a cropping of z, and no zeros are multiplied.
     """
-    channels = x.shape[1]
+    channel_count = x.shape[1]
     kh, kw = f.shape
     x0, x1, y0, y1 = padding
     if up == (1, 1):
-        kernel = (f if flip_filter else f.flip([0, 1])).expand(channels, 1, kh, kw)
+        kernel = (f if flip_filter else f.flip([0, 1])).expand(channel_count, 1, kh, kw)
         # Padding (x, y) that conv2d can apply equally on both sides; the remaining padding is applied before
         conv_padding = max(min(x0, x1), 0), max(min(y0, y1), 0)
         remaining_padding = (
@@ -177,24 +181,28 @@ def _filter_pass(
         )
         x = F.pad(x, remaining_padding) if any(remaining_padding) else x
         return F.conv2d(
-            x, kernel, stride=(down[1], down[0]), padding=(conv_padding[1], conv_padding[0]), groups=channels
+            x,
+            kernel,
+            stride=(down[1], down[0]),
+            padding=(conv_padding[1], conv_padding[0]),
+            groups=channel_count,
         )
     # A transposed convolution uses the kernel in the opposite direction, so the flip is the opposite of that
     # above.
-    kernel = (f.flip([0, 1]) if flip_filter else f).expand(channels, 1, kh, kw)
+    kernel = (f.flip([0, 1]) if flip_filter else f).expand(channel_count, 1, kh, kw)
     # Pixels of z that are cropped at (x_before, x_after, y_before, y_after)
-    crop = (kw - 1 - x0, kw - up[0] - x1, kh - 1 - y0, kh - up[1] - y1)
+    crop_pixels = (kw - 1 - x0, kw - up[0] - x1, kh - 1 - y0, kh - up[1] - y1)
     # Pixels (x, y) that conv_transpose2d can crop equally on both
     # sides; the remaining ones are cropped afterwards
-    conv_crop = max(min(crop[:2]), 0), max(min(crop[2:]), 0)
+    conv_crop = max(min(crop_pixels[:2]), 0), max(min(crop_pixels[2:]), 0)
     x = F.conv_transpose2d(
-        x, kernel, stride=(up[1], up[0]), padding=(conv_crop[1], conv_crop[0]), groups=channels
+        x, kernel, stride=(up[1], up[0]), padding=(conv_crop[1], conv_crop[0]), groups=channel_count
     )
     remaining_padding = (
-        conv_crop[0] - crop[0],
-        conv_crop[0] - crop[1],
-        conv_crop[1] - crop[2],
-        conv_crop[1] - crop[3],
+        conv_crop[0] - crop_pixels[0],
+        conv_crop[0] - crop_pixels[1],
+        conv_crop[1] - crop_pixels[2],
+        conv_crop[1] - crop_pixels[3],
     )
     x = F.pad(x, remaining_padding) if any(remaining_padding) else x
     return x if down == (1, 1) else x[:, :, :: down[1], :: down[0]]
@@ -263,8 +271,8 @@ def filter2d(
 ) -> torch.Tensor:
     """Filter images without a change of their size, [N, C, H, W] -> [N, C, H, W].
 
-    Arguments and errors are those of `upfirdn2d`. A padding other than 0 changes the size by this number of
-    pixels.
+    Arguments and errors are those of `upfirdn2d`. A padding other than 0 enlarges (or, if negative, crops)
+    the result by this number of pixels on each side.
     """
     return upfirdn2d(
         x, f, padding=same_size_padding(f, padding), flip_filter=flip_filter, gain=gain, impl=impl
@@ -282,8 +290,8 @@ def upsample2d(
 ) -> torch.Tensor:
     """Enlarge images by integer factors without a change of their mean, [N, C, H, W] -> [N, C, up*H, up*W].
 
-    Arguments and errors are those of `upfirdn2d`. A padding other than 0 changes the size by this number of
-    pixels.
+    Arguments and errors are those of `upfirdn2d`. A padding other than 0 enlarges (or, if negative, crops)
+    the result by this number of pixels on each side.
     """
     ux, uy = _parse_scaling(up)
     # Zero-insertion divides the mean by ux * uy; the gain restores it.
@@ -302,8 +310,8 @@ def downsample2d(
 ) -> torch.Tensor:
     """Shrink images by integer factors, [N, C, H, W] -> [N, C, H/down, W/down].
 
-    Arguments and errors are those of `upfirdn2d`. A padding other than 0 enlarges the image before it is
-    shrunk.
+    Arguments and errors are those of `upfirdn2d`. A padding other than 0 enlarges (or, if negative, crops)
+    the image before it is shrunk.
     """
     return upfirdn2d(
         x,
@@ -321,7 +329,7 @@ def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1,
 
     Args:
         f: filter from `setup_filter`; None is a filter of one tap.
-        padding: padding that is added; see `upfirdn2d`.
+        padding: further padding, which is added to the result; see `upfirdn2d`.
         up: factor of the upsampling, or a pair of factors (x, y).
         down: factor of the downsampling, or a pair of factors (x, y). It must be 1 if `up` is larger than 1.
 

@@ -1,4 +1,5 @@
-// Parts of a residual squeeze-and-excitation block on volumes, forward, on a CPU. See volume_block.py for the formulas.
+// Compiled ops for a CPU: forward pass of the parts of a residual squeeze-and-excitation block on volumes. See volume_block.py for the
+// formulas.
 #include "volume_block.h"
 
 #include <limits>
@@ -20,7 +21,7 @@ Tensor volume_conv(
   return sums;
 }
 
-// The coarse planes or rows that fine position i of a transposed convolution with stride 2 reads, and the tap of each.
+// Coarse planes or rows that position i of the result of a transposed convolution with stride 2 reads, and the tap of each.
 struct Taps {
   int count;
   int64_t place[2];
@@ -28,7 +29,7 @@ struct Taps {
   explicit Taps(int64_t i) : count(i % 2 ? 2 : 1), place{i / 2, i / 2 + 1}, tap{i % 2 ? 2 : 1, 0} {}
 };
 
-// Row (z, y) of the transposed convolution for eight outputs: to[o][2 x] and to[o][2 x + 1] from kernels w [inputs][27][8].
+// Compute row (z, y) of the transposed convolution for eight output channels, to[o][2 x] and to[o][2 x + 1], with kernels w [inputs][27][8].
 [[gnu::noinline]] void up_row(const float* x, const Sizes& s, const float* w, Taps z, Taps y, int64_t stride, float* to) {
   for (int64_t i = 0; i < s.w; i += kWidth) {
     const int count = lanes(i, s.w), next = lanes(i + 1, s.w);
@@ -96,7 +97,7 @@ Tensor volume_up(Tensor skip, Tensor x, Tensor w, Tensor y) {
   return sums;
 }
 
-// Gates one plane [channels] of a sample.
+// Multiply one plane of a sample, with all channels, by its gates.
 void gate_plane(const float* from, float* to, const float* gates, const float* w, float b, int64_t channels, int64_t volume, int64_t plane) {
   for (int64_t i = 0; i < plane; i += kWidth) {
     const int count = lanes(i, plane);
@@ -109,7 +110,7 @@ void gate_plane(const float* from, float* to, const float* gates, const float* w
   }
 }
 
-// Largest of 2 x 2 x 2 voxels of two planes.
+// Compute the maxima over blocks of 2 x 2 x 2 voxels in two planes.
 void pool_planes(const float* first, const float* second, int64_t h, int64_t w, float* row, float* to) {
   for (int64_t j = 0; j < h / 2; ++j) {
     const int64_t a = 2 * j * w, b = a + w;

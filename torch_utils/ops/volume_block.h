@@ -1,8 +1,8 @@
-// The parts of a residual squeeze-and-excitation block on volumes, on a CPU: what its forward and its backward pass share.
+// Common code of the forward and the backward pass of the parts of a residual squeeze-and-excitation block on volumes, on a CPU.
 //
-// The 3x3x3 convolution is direct along z and x and F(4, 3) along y. It takes blocks of planes and rows that stay in cache: rows are read by
-// a source, which normalises them or takes a gradient through what came before, and transformed along y; every output row then gets six sums
-// over channels and the 3 x 3 taps of z and x, of which four rows are made. x runs in the vector lanes.
+// The 3x3x3 convolution is computed directly along z and x, and by Winograd's F(4, 3) along y. It processes blocks of planes and rows that fit
+// into the cache. A source reads the rows and normalises them, or computes a gradient from them. The rows are transformed along y. Then six
+// sums over channels and the 3 x 3 taps along z and x are computed, from which four output rows follow. Vector lanes run along x.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,9 +20,10 @@ using simd::kWidth;
 using simd::vfloat;
 using torch::stable::Tensor;
 
-constexpr int kRows = 4, kPatch = 6, kOut = 8, kPlanes = 4, kTiles = 2;  // outputs and inputs of a tile, channels, planes, tiles at once
-constexpr int kHalves = simd::kManyRegisters ? 2 : 1;                    // vectors of x positions whose sums stay in registers
-constexpr int kOutAtOnce = simd::kManyRegisters ? kOut : kOut / 2;       // channels whose sums do, where each has two or three
+// Numbers of output rows and input rows of a tile, and of output channels, planes and tiles that are processed together
+constexpr int kRows = 4, kPatch = 6, kOut = 8, kPlanes = 4, kTiles = 2;
+constexpr int kHalves = simd::kManyRegisters ? 2 : 1;                    // vectors of x positions whose sums stay in registers together
+constexpr int kOutAtOnce = simd::kManyRegisters ? kOut : kOut / 2;       // channels whose sums stay in registers, if each has two or three sums
 
 struct Sizes {
   int64_t n, c, d, h, w;
@@ -40,14 +41,14 @@ inline Tensor new_sums(const Tensor& like, std::vector<int64_t> shape) {
   return torch::stable::new_empty(like, shape, torch::headeronly::ScalarType::Double);
 }
 
-// Sums of values and of their products with others, added in vectors.
+// Sums of values, and of their products with other values, accumulated in vectors.
 struct Moments {
   vfloat sum{}, product{};
   void add(vfloat v, vfloat other) { sum += v, product += v * other; }
   void store(double* to) const { to[0] += simd::sum(sum), to[1] += simd::sum(product); }
 };
 
-// Adds what tasks found, [task][values], to sums [n][values]: in order, so that the threads' number does not matter.
+// Add the results of tasks, [task][values], to sums [n][values], in the order of tasks, so that the number of threads does not matter.
 inline void collect(const std::vector<double>& parts, int64_t tasks, int64_t n, int64_t values, const Tensor& to) {
   double* sums = static_cast<double*>(to.mutable_data_ptr());
   std::fill_n(sums, n * values, 0.0);
@@ -60,7 +61,7 @@ struct Task {
   int64_t n, z, y;  // sample, first plane, first row
 };
 
-// Inputs that are a scale and a shift of a channel; inputs beyond the volume's channels read its last one.
+// Source of inputs that are scaled and shifted channels of a volume. Inputs beyond the volume's channels read its last channel.
 struct Normalised {
   const float* x;
   Sizes s;
@@ -77,7 +78,7 @@ struct Normalised {
   }
 };
 
-// Inputs that are gradients through a normalisation and the ReLU before it: a g + b h + c where h > 0, else 0.
+// Source of inputs that are gradients of a ReLU followed by a normalisation: f0 g + f1 h + f2 where h > 0, and 0 elsewhere.
 struct Rectified {
   const float *g, *h;
   Sizes s;
@@ -96,7 +97,7 @@ struct Rectified {
   }
 };
 
-// Six transformed rows per plane, tile and input channel, each with a zero before it and zeros behind.
+// Compute six transformed rows for each plane, tile and input channel. Each row has a zero before it and zeros after it.
 template <typename Source> void prepare(const Source& source, Task at, int64_t length, float* scratch) {
   const Sizes& s = source.s;
   const int64_t inputs = source.inputs;
@@ -133,8 +134,8 @@ template <typename Source> void prepare(const Source& source, Task at, int64_t l
       }
 }
 
-// Sums over input channels and the 3 x 3 taps of z and x for eight outputs at one or two vectors of positions: [channel][half]. Apart from its caller, so
-// that the sums stay in registers.
+// Compute sums over input channels and the 3 x 3 taps along z and x, for eight output channels and one or two vectors of positions:
+// [channel][half]. This is a separate function, so that the sums stay in registers.
 template <int halves>
 [[gnu::noinline]] void accumulate(const float* scratch, const float* u, int64_t channels, int64_t length, int64_t plane, vfloat* result) {
   vfloat acc[kOut][halves] = {};
@@ -155,7 +156,7 @@ template <int halves>
     for (int half = 0; half < halves; ++half) result[o * halves + half] = acc[o][half];
 }
 
-// Four rows [row][channel * halves] of a tile.
+// Compute four output rows [row][channel * halves] of a tile.
 template <int halves>
 inline void multiply(const float* scratch, const float* u, int64_t channels, int64_t length, vfloat (&rows)[kRows][2 * kOut]) {
   vfloat acc[kPatch][2 * kOut];
@@ -170,10 +171,11 @@ inline void multiply(const float* scratch, const float* u, int64_t channels, int
   }
 }
 
-// A volume like the result, or one volume times a factor per channel plus an offset.
+// Second operand of a layer: a volume of the shape of the result, or a volume of one channel, multiplied by a factor and shifted by an offset
+// for each output channel.
 struct Companion {
   const float* from = nullptr;
-  const float* mix = nullptr;  // [outputs][2] of the second kind
+  const float* mix = nullptr;  // [outputs][2], factor and offset; null for a volume of the shape of the result
   vfloat load(const Sizes& s, int64_t n, int64_t c, int64_t inside, int count) const {
     const vfloat v = volume::load(from + (mix ? n : n * s.c + c) * s.volume() + inside, count);
     return mix ? v * mix[2 * c] + mix[2 * c + 1] : v;
@@ -185,15 +187,16 @@ inline Companion companion_of(const std::optional<Tensor>& x, const std::optiona
 }
 
 struct Layer {
-  Sizes s;               // of the result
+  Sizes s;               // sizes of the result
   const float* u;        // kernels, see volume_block.transformed_kernel
-  int64_t own;           // their length for a sample, 0 where all share them
-  Companion companion;   // added to the convolution; or, of a gradient, multiplied with it in the second sum
+  int64_t own;           // length of the kernels of a sample; 0 if all samples have the same kernels
+  Companion companion;   // is added to the result; for a gradient, is multiplied by it in the second sum
   bool gradient, relu;
   float* to;
 };
 
-// The rows of one tile at x..x + halves kWidth, of eight outputs: adds the residual, cuts at 0, writes.
+// Finish the rows of one tile at x .. x + halves * kWidth for eight output channels: add the companion, apply the ReLU, write the result, and
+// add to the moments.
 template <int halves> void finish(const Layer& l, Task at, int64_t output, int64_t x, const vfloat (&rows)[kRows][2 * kOut], Moments* moments) {
   for (int o = 0; o < kOut; ++o)
     for (int j = 0; j < std::min<int64_t>(kRows, l.s.h - at.y); ++j)
@@ -227,7 +230,7 @@ template <int halves> void run_task(const Layer& l, int64_t inputs, int64_t leng
   }
 }
 
-// The convolution of what `source` reads; returns the sums [N, O, 2].
+// Convolve the inputs of `source`, and write the sums [N, O, 2] to `sums`.
 template <typename Source> void convolve(const Source& source, const Layer& layer, const Tensor& sums) {
   const Sizes& s = layer.s;
   const int64_t step = s.w > kWidth ? kHalves * kWidth : kWidth, length = (s.w + step - 1) / step * step + kWidth;
@@ -248,7 +251,8 @@ template <typename Source> void convolve(const Source& source, const Layer& laye
   collect(parts, tasks, s.n, s.c * 2, sums);
 }
 
-// Where the nearest neighbour, floor(i * in / out), walks on by one: [first, first + count) reads from `source` on.
+// Range of outputs for which the nearest input, floor(i * in / out), increases by one each time: the outputs [first, first + count) read the
+// inputs from `source` on.
 struct Run {
   int64_t first, count, source;
 };
@@ -263,7 +267,7 @@ inline std::vector<Run> nearest_runs(int64_t in, int64_t out) {
   return runs;
 }
 
-// Gate of a vector of voxels from `h`: sigmoid(w . h + b).
+// Compute the spatial gate sigmoid(w . h + b) of a vector of voxels.
 inline vfloat spatial(const float* h, int64_t stride, int64_t channels, const float* w, float b, int count) {
   vfloat v = vfloat{} + b;
   for (int64_t c = 0; c < channels; ++c) v += w[c] * load(h + c * stride, count);

@@ -73,8 +73,8 @@ def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
     It has no autograd formula, so no tensor may need a gradient.
     """
     present_tensors = [t for t in tensors if t is not None]
-    supported = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in present_tensors)
-    is_supported = supported and not (
+    are_float32_on_cpu = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in present_tensors)
+    is_supported = are_float32_on_cpu and not (
         torch.is_grad_enabled() and any(t.requires_grad for t in present_tensors)
     )
     device_type = present_tensors[0].device.type
@@ -105,26 +105,28 @@ def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
     return w.detach().flatten(2).unflatten(1, (-1, _LANES)).permute(1, 0, 3, 2).contiguous()
 
 
-def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _memory(out: torch.Tensor | None, template: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Return memory for a result.
 
     Args:
         out: memory of the caller, which is checked and returned; None allocates new memory.
-        like: tensor whose dtype and device the new memory has.
+        template: tensor whose dtype and device the new memory has.
         shape: shape of the result.
     """
     if out is None:
-        return like.new_empty(shape)
-    assert out.shape == torch.Size(shape) and out.is_contiguous() and out.dtype == like.dtype
+        return template.new_empty(shape)
+    assert out.shape == torch.Size(shape) and out.is_contiguous() and out.dtype == template.dtype
     return out
 
 
 def _finished(y: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y, copied to `out` if that is given, and the sums of y and y^2 over each channel, [N, C, 2]."""
     y = y if out is None else out.copy_(y)
-    flat = y.flatten(2)  # [N, C, D H W]
+    flat_y = y.flatten(2)  # [N, C, D H W]
     # In float64, because a variance is computed as a small difference of large sums.
-    return y, torch.stack([flat.sum(dim=2, dtype=torch.float64), flat.double().square().sum(dim=2)], dim=2)
+    return y, torch.stack(
+        [flat_y.sum(dim=2, dtype=torch.float64), flat_y.double().square().sum(dim=2)], dim=2
+    )
 
 
 def volume_conv(
@@ -149,7 +151,8 @@ def volume_conv(
         u: `transformed_kernel(w)`; None computes it if it is needed.
         residual: volume that is added to the result, [N, O, D, H, W]; with `mix` [N, 1, D, H, W]; None adds
             nothing.
-        mix: factor and offset [O, 2] that make each output channel of the residual from its single channel.
+        mix: factor and offset [O, 2] that make each output channel of the residual from its single channel;
+            None: the residual has O channels.
         relu: True applies a ReLU at the end.
         out: contiguous memory for y, which may be that of the residual; None allocates memory.
         impl: see `torch_utils.ops.implementations`. "auto" uses the compiled op only if O is a multiple of 8
@@ -157,19 +160,19 @@ def volume_conv(
 
     Returns: y [N, O, D, H, W], and the sums of y and y^2 over each channel, [N, O, 2] float64.
     """
-    samples, inputs = scale.shape
+    sample_count, input_count = scale.shape
     assert (
         x.ndim == 5
-        and w.shape[-4:] == (inputs, 3, 3, 3)
-        and x.shape[1] in (1, inputs)
-        and (w.ndim == 5 or len(w) == samples)
+        and w.shape[-4:] == (input_count, 3, 3, 3)
+        and x.shape[1] in (1, input_count)
+        and (w.ndim == 5 or len(w) == sample_count)
     )
     has_full_lanes = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _MIN_WIDTH)
     if has_full_lanes and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u
         residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
         # The caller may supply memory, so that several layers can use the same memory.
-        y = _memory(out, x, (samples, w.shape[-5], *x.shape[2:]))
+        y = _memory(out, x, (sample_count, w.shape[-5], *x.shape[2:]))
         return y, torch.ops.eg3d_rlhf.volume_conv(
             x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y
         )
@@ -227,7 +230,7 @@ def volume_up(
 
 def volume_gate(
     h: torch.Tensor,
-    channel: torch.Tensor,
+    channel_gate: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor,
     out: torch.Tensor | None = None,
@@ -238,7 +241,7 @@ def volume_gate(
 
     Args:
         h: volumes [N, C, D, H, W] >= 0.
-        channel: channel gate [N, C].
+        channel_gate: channel gate [N, C].
         w: weights [C] of the spatial gate, which is sigmoid(w . h + b) at each voxel.
         b: bias [1] of the spatial gate.
         out: contiguous memory for the result, which may be that of h; None allocates memory.
@@ -247,15 +250,15 @@ def volume_gate(
 
     Returns: the result [N, C, D, H, W], and its maxima over blocks, or None if `pool` is False.
     """
-    if _compiled(impl, h, channel, w, b):
+    if _compiled(impl, h, channel_gate, w, b):
         y = _memory(out, h, h.shape)
         pooled = torch.ops.eg3d_rlhf.volume_gate(
-            h.contiguous(), channel.contiguous(), w.contiguous(), b, y, pool
+            h.contiguous(), channel_gate.contiguous(), w.contiguous(), b, y, pool
         )
         return y, pooled if pool else None
     # The channel gate [N, C] is broadcast over voxels, the spatial gate [N, D, H, W] over channels.
     y = h * torch.maximum(
-        channel[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None]
+        channel_gate[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None]
     )
     y = y if out is None else out.copy_(y)
     return y, F.max_pool3d(y, 2) if pool else None
@@ -263,7 +266,7 @@ def volume_gate(
 
 def volume_profile(
     h: torch.Tensor,
-    channel: torch.Tensor,
+    channel_gate: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor,
     final_w: torch.Tensor,
@@ -277,7 +280,7 @@ def volume_profile(
 
     Args:
         h: volumes [N, C, D, H, W] >= 0.
-        channel: channel gate [N, C].
+        channel_gate: channel gate [N, C].
         w: weights [C] of the spatial gate.
         b: bias [1] of the spatial gate.
         final_w: weights [R, C] of the responses.
@@ -286,12 +289,12 @@ def volume_profile(
 
     Returns: the maxima [N, D], and their positions row * W + column, [N, D].
     """
-    if _compiled(impl, h, channel, w, b, final_w, final_b):
-        tensors = (h, channel, w, b, final_w, final_b)
+    if _compiled(impl, h, channel_gate, w, b, final_w, final_b):
+        tensors = (h, channel_gate, w, b, final_w, final_b)
         return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in tensors))
     # [N, R, D, H, W] -> [N, D, H, W] -> [N, D, H W] -> [N, D]
     response = (
-        torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w)
+        torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel_gate, w, b, impl=impl)[0], final_w)
         + final_b[:, None, None, None]
     )
     return response.amax(dim=1).flatten(2).max(dim=2)
@@ -316,10 +319,11 @@ def volume_conv_gradient(
         factors: factors f0, f1 and f2, [N, O, 3].
         u: `transformed_kernel(adjoint_kernel(w))` for the kernels w of the convolution.
         conv_input: input of the convolution [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
-        mix: factor and offset [C, 2] that make each input channel from the single channel of `conv_input`.
+        mix: factor and offset [C, 2] that make each input channel from the single channel of
+            `conv_input`; None: it has C channels.
 
-    Returns: the gradient y [N, C, D, H, W], and the sums of y and y * other over each channel, [N, C, 2]
-        float64.
+    Returns: the gradient y [N, C, D, H, W], and the sums of y and of y * conv_input over each channel, [N, C,
+        2] float64. With `mix`, conv_input stands here for the C channels that `mix` makes.
     """
     # u has the form of `transformed_kernel`, [1, C/8, ...], for C outputs of this convolution.
     y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
@@ -353,32 +357,32 @@ def volume_conv_weight(
 
 def volume_gate_gradient(
     h: torch.Tensor,
-    channel: torch.Tensor,
+    channel_gate: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor,
-    full: torch.Tensor | None,
-    pooled: torch.Tensor | None,
+    result_grad: torch.Tensor | None,
+    pooled_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradients of `volume_gate` with respect to h, channel, w and b.
+    """Compute the gradients of `volume_gate` with respect to h, channel_gate, w and b.
 
     The gradient of a maximum belongs to the first voxel with the maximal value. Where h is 0, the gradient
     with respect to h is not defined; the ReLU that computes h does not use it.
 
     Args:
         h: volumes [N, C, D, H, W] >= 0.
-        channel: channel gate [N, C].
+        channel_gate: channel gate [N, C].
         w: weights [C] of the spatial gate.
         b: bias [1] of the spatial gate.
-        full: gradient of the result [N, C, D, H, W]; None for 0.
-        pooled: gradient of the maxima over blocks; None for 0.
+        result_grad: gradient of the result [N, C, D, H, W]; None: it is 0.
+        pooled_grad: gradient [N, C, D/2, H/2, W/2] of the maxima over blocks; None: it is 0.
 
-    Returns: the gradient of h [N, C, D, H, W]; and the gradients of channel, w and b in one float64 tensor
-        [N, 2 C + 1].
+    Returns: the gradient of h [N, C, D, H, W]; and the gradients of channel_gate, w and b in one float64
+        tensor [N, 2 C + 1].
     """
-    full, pooled = (None if t is None else t.contiguous() for t in (full, pooled))
+    result_grad, pooled_grad = (None if t is None else t.contiguous() for t in (result_grad, pooled_grad))
     y = torch.empty_like(h)  # gradient of h; the other gradients are the op's result
     return y, torch.ops.eg3d_rlhf.volume_gate_gradient(
-        h, channel.contiguous(), w.contiguous(), b, full, pooled, y
+        h, channel_gate.contiguous(), w.contiguous(), b, result_grad, pooled_grad, y
     )
 
 
@@ -390,7 +394,9 @@ def volume_join(
     factors: torch.Tensor,
     mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the gradient of the residual r of a block: (g + f0 where h > 0) + f1 inner + f2 r + f3.
+    """Compute the gradient of a block with respect to its residual r.
+
+    It is g + f0 where h > 0 (elsewhere 0), plus f1 inner_grad + f2 r + f3.
 
     Args:
         g: incoming gradient [N, C, D, H, W]. Without `mix`, it is overwritten.
@@ -398,7 +404,8 @@ def volume_join(
         inner_grad: gradient from the convolutions of the block, [N, C, D, H, W].
         residual: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
         factors: factors f0 to f3 of each channel, [N, C, 4].
-        mix: factor and offset [C, 2] that make each channel of the residual from the single channel of r.
+        mix: factor and offset [C, 2] that make each channel of the residual from the single channel of
+            r; None: the residual has C channels.
 
     Returns: the gradient, in the memory of g; with `mix` the gradient of the single channel, in new memory.
     """
@@ -416,7 +423,7 @@ def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, input_size: Sequence
         u: `transposed_kernel(w.transpose(0, 1))` for the kernels w.
         input_size: depth, height and width of x.
 
-    Returns: the gradient [N, C, *size].
+    Returns: the gradient [N, C, *input_size].
     """
     y = grad.new_empty([len(grad), u.shape[0] * _LANES, *input_size])  # u is [C/8, O, 27, 8]
     torch.ops.eg3d_rlhf.volume_up_gradient(grad.contiguous(), u, y)

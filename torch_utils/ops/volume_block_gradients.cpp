@@ -1,4 +1,5 @@
-// The backward pass of the parts of a volume block, on a CPU. See volume_block.py for the formulas.
+// Compiled ops for a CPU: backward pass of the parts of a residual squeeze-and-excitation block on volumes. See volume_block.py for the
+// formulas.
 #include "tile_products.h"
 #include "volume_block.h"
 
@@ -13,18 +14,18 @@ Tensor volume_conv_gradient(Tensor g, Tensor h, Tensor factors, Tensor u, Tensor
   return sums;
 }
 
-// What arrives at a volume's voxels: a gradient of the volume, one of its maxima over 2^3 voxels, or both.
+// Incoming gradients: of the volume, of its maxima over 2^3 voxels, or both.
 struct Arrived {
   const float *whole, *pooled;
 };
 
-// Four rows, of two planes and two rows each, of a sample: their gates, gradients and what reaches the gates.
+// Two rows in each of two planes of a sample: their spatial gates, gated values, gradients, and gradients of the spatial gates.
 struct Quad {
   int64_t w, length;
   std::vector<float> gate, value, grad, slope;
   explicit Quad(int64_t width) : w(width), length(width + kWidth), gate(4 * length), value(4 * length), grad(4 * length), slope(4 * length) {}
 
-  // Hands each maximum's gradient to the first voxel that attains it, along z, y, x.
+  // Add the gradient of each maximum to the gradient of the first voxel with the maximal value, in the order of z, y, x.
   void route(const float* pooled) {
     for (int64_t i = 0; i < w / 2; ++i) {
       int64_t best = 2 * i;
@@ -42,7 +43,7 @@ Tensor volume_gate_gradient(
   const int64_t plane = s.h * s.w, volume = s.volume(), tasks = s.n * ((s.d + 1) / 2), coarse = (s.d / 2) * (s.h / 2) * (s.w / 2);
   const float *gates = in(channel), *weight = in(w), bias = *in(b), *from = in(h);
   float* to = out(y);
-  const int64_t values = 2 * s.c + 1;  // to the channels' gates, w and b
+  const int64_t values = 2 * s.c + 1;  // gradients of the channel gates, of w and of b
   Tensor sums = new_sums(h, {s.n, values});
   std::vector<double> parts(tasks * values, 0.0);
 #pragma omp parallel num_threads(threads())
@@ -63,7 +64,7 @@ Tensor volume_gate_gradient(
           }
         for (int64_t c = 0; c < s.c; ++c) {
           const float gate = gates[n * s.c + c];
-          vfloat mine{};  // what reaches this channel's gate
+          vfloat mine{};  // gradient of this channel's gate
           for (int r = 0; r < 4; ++r)
             for (int64_t i = 0; inside[r] && i < s.w; i += kWidth) {
               const int count = lanes(i, s.w);
@@ -106,8 +107,8 @@ Tensor volume_gate_gradient(
   return sums;
 }
 
-// Of a block with residual r: (g + f0) where h > 0, plus f1 inner + f2 r + f3; with `mix`, r is one channel times a factor plus an offset, and
-// the result is that of the one channel.
+// Compute the gradient of a block with respect to its residual r: g + f0 where h > 0 (elsewhere 0), plus f1 inner + f2 r + f3. With `mix`, r is
+// a single channel, multiplied by a factor and shifted by an offset for each channel, and the result is the gradient of the single channel.
 void volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, std::optional<Tensor> mix, Tensor y) {
   const Sizes s = sizes_of(h);
   const int64_t volume = s.volume(), vectors = (volume + kWidth - 1) / kWidth, outputs = mix ? 1 : s.c;
@@ -131,8 +132,8 @@ void volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, std
   }
 }
 
-// Blocks of planes and rows of about kBrick voxels, into which a convolution's gradient and input are cut. Two zeros follow every row, so that
-// the rows of a plane are one for the taps of y and x.
+// Division of the gradient and the input of a convolution into blocks of planes and rows with about kBrick voxels. Two zeros follow each row,
+// so that all rows of a plane can be processed as one long row for the taps along y and x.
 struct Brick {
   static constexpr int64_t kBrick = 1024;
   Sizes s;
@@ -143,9 +144,9 @@ struct Brick {
     units = s.n * deep * high, length = blocks(rows * pitch, kWidth) * kWidth;
   }
   static int64_t blocks(int64_t whole, int64_t each) { return (whole + each - 1) / each; }
-  int64_t padded() const { return length + 3 * pitch; }  // places of an input's plane
+  int64_t padded() const { return length + 3 * pitch; }  // number of elements of a plane of the input
   Task at(int64_t unit) const { return {unit / (deep * high), unit / high % deep * planes, unit % high * rows}; }
-  // One channel with `border` voxels more on all sides, zeros outside the volume, of planes of `size` places.
+  // Read one channel with `border` additional voxels on all sides, which are 0 outside the volume. A plane takes `size` elements.
   template <typename Source> void read(const Source& source, Task at, int64_t c, int64_t border, int64_t size, float* to) const {
     std::fill_n(to, (planes + 2 * border) * size, 0.0f);
     for (int64_t z = std::max<int64_t>(0, at.z - border); z < std::min(s.d, at.z + planes + border); ++z) {
@@ -158,7 +159,7 @@ struct Brick {
   }
 };
 
-// Adds to sums [output][stride], at the taps dx of three, the products of eight channels of a gradient with an input's channel.
+// Add the products of eight channels of a gradient with one channel of the input to sums [output][stride], for the three taps along x.
 [[gnu::noinline]] void correlate(const Brick& b, const float* grad, const float* input, int64_t stride, double* sums) {
   for (int first = 0; first < kOut; first += kOutAtOnce, grad += kOutAtOnce * b.planes * b.length, sums += kOutAtOnce * stride) {
     vfloat acc[kOutAtOnce][3] = {};
@@ -176,13 +177,14 @@ struct Brick {
 #pragma GCC unroll 8
     for (int o = 0; o < kOutAtOnce; ++o)
 #pragma GCC unroll 3
-      for (int dx = 0; dx < 3; ++dx) found[o][dx] = acc[o][dx];  // apart, so that the sums stay in registers
+      for (int dx = 0; dx < 3; ++dx) found[o][dx] = acc[o][dx];  // in a separate array, so that the sums stay in registers
     for (int o = 0; o < kOutAtOnce; ++o)
       for (int dx = 0; dx < 3; ++dx) sums[o * stride + dx] += simd::sum(found[o][dx]);
   }
 }
 
-// Volumes are cut into as many parts, whose sums are added in order, as make kTasks with the blocks of eight outputs.
+// Compute the gradient of kernels. Volumes are divided into parts, so that there are about kTasks pairs of a part and a block of eight outputs.
+// The sums of the parts are added in order.
 Tensor volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor scale, Tensor shift) {
   constexpr int64_t kTasks = 32;
   const Sizes s = sizes_of(h);
@@ -216,10 +218,11 @@ Tensor volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor s
   return sums;
 }
 
-// First index of 0..out - 1 that reads `source` or a later one by its nearest neighbour, floor(i * in / out).
+// Return the first index i in 0..out - 1 whose nearest input, floor(i * in / out), is `source` or a later one.
 int64_t first_reader(int64_t source, int64_t in, int64_t out) { return (source * out + in - 1) / in; }
 
-// The gradient of a resampled plane, of the transposed convolution's fine plane z: rows [channel][y][even, odd columns], odd ones behind a 0.
+// Compute the gradient of plane z of the result of the transposed convolution, before it is resampled: rows [channel][y][even columns, odd
+// columns], where the odd columns follow a 0.
 void fold_plane(const float* grad, const Sizes& s, const Sizes& small, const std::vector<Run>& runs, int64_t z, int64_t length, float* rows) {
   const int64_t deep = 2 * small.d - 1, high = 2 * small.h - 1, wide = 2 * small.w - 1;
   std::vector<float> sum(s.w), fine(wide + 1);

@@ -164,15 +164,16 @@ def normalise_latents(z: torch.Tensor | np.ndarray) -> np.ndarray:
 
 def _split(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Split latents [N, 64] into the coordinates of identity, hair, appearance and scan quality."""
-    boundaries = np.cumsum([COMPONENTS, HAIR_FIELDS, APPEARANCE])
-    identity, hair, appearance, quality = np.split(z, boundaries, axis=1)
+    split_indices = np.cumsum([COMPONENTS, HAIR_FIELDS, APPEARANCE])
+    identity, hair, appearance, quality = np.split(z, split_indices, axis=1)
     return identity, hair, appearance, quality
 
 
 def ramp(low: float, high: float, x: Numbers) -> Numbers:
     """Return a smooth step function of x, which is 0 at `low` and 1 at `high`.
 
-    It is constant outside of this range. `low` may be larger than `high`; the step then decreases with x.
+    The function is constant outside of this range. `low` may be larger than `high`; the step then decreases
+    with x.
     """
     t = ((x - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)  # cubic polynomial whose slope is 0 at t = 0 and t = 1
@@ -285,15 +286,19 @@ def bust_end(points: np.ndarray) -> np.ndarray:
 # Functions that compute colours.
 
 
-def _palette(colours: np.ndarray, coordinate: float) -> np.ndarray:
+def _palette(palette: np.ndarray, coordinate: float) -> np.ndarray:
     """Return the colour [3] of a palette for a standard normal coordinate.
 
-    Args: colours: palette [rows, 3]; coordinate: coordinate of appearance.
+    Args: palette: colours [rows, 3]; coordinate: coordinate of appearance.
     """
     # The position is uniformly distributed between the first and the last row.
-    position = ndtr(coordinate) * (len(colours) - 1)
+    palette_position = ndtr(coordinate) * (len(palette) - 1)
     return np.array(
-        [np.interp(position, np.arange(len(colours)), channel) for channel in colours.T], np.float32
+        [
+            np.interp(palette_position, np.arange(len(palette)), channel_values)
+            for channel_values in palette.T
+        ],
+        np.float32,
     )
 
 
@@ -309,64 +314,64 @@ def _mix(base_colours: np.ndarray, top_colour: np.ndarray | float, weights: np.n
     return base_colours + (top_colour - base_colours) * weights[:, None]
 
 
-def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.ndarray:
+def surface_colour(head: Head, point_attributes: np.ndarray, normals: np.ndarray) -> np.ndarray:
     """Return the shaded colours [P, 3] in 0..1 of points on the surface.
 
     The colours do not depend on the viewing direction.
 
     Args:
-        head: head, for its coordinates of appearance and its amount of long hair.
-        drawn: attributes `Basis.drawn`, interpolated at the points [P, 8].
+        head: head whose coordinates of appearance and amount of long hair are used.
+        point_attributes: attributes `Basis.drawn`, interpolated at the points [P, 8].
         normals: unit normals at the points [P, 3].
     """
     # Positions on the *mean* head, so that features of the face have the same position on the mesh for every
     # identity. The numbers below are lengths for a head with a height of 0.4, and choices of design.
-    mean_position = drawn[:, :3] / UNIT
-    lips, scalp, eyes, long_hair, sky = drawn[:, 3:].T
+    mean_position = point_attributes[:, :3] / UNIT
+    lips, scalp, eyes, long_hair, sky = point_attributes[:, 3:].T
     appearance = head.appearance
-    skin = _palette(_SKIN, appearance[0])
-    hair = _palette(_HAIR, appearance[1])
-    iris = _palette(_IRIS, appearance[2])
-    shirt = _palette(_SHIRT, appearance[3])
+    skin_colour = _palette(_SKIN, appearance[0])
+    hair_colour = _palette(_HAIR, appearance[1])
+    iris_colour = _palette(_IRIS, appearance[2])
+    shirt_colour = _palette(_SHIRT, appearance[3])
     x = np.abs(mean_position[:, 0])  # the face is symmetric
     y = mean_position[:, 1] - EYE[1]
     z = mean_position[:, 2]
-    albedo = np.broadcast_to(skin, (len(mean_position), 3))
+    unlit_colours = np.broadcast_to(skin_colour, (len(mean_position), 3))
     # Later layers cover earlier ones: cheeks, lips, brows, hair, shirt, eyeballs. z restricts a layer to
     # the face.
-    blush = np.exp(-(((x - 0.068) / 0.035) ** 2 + ((y + 0.055) / 0.03) ** 2)) * (z > 0.03)
-    albedo = _mix(albedo, skin * np.array([1.0, 0.72, 0.68]), 0.5 * blush)
-    lip_colour = skin * np.array([0.86, 0.50, 0.50]) * (1 - 0.15 * ndtr(appearance[4]))
-    albedo = _mix(albedo, lip_colour, ramp(0.25, 0.6, lips))
+    blush_weight = np.exp(-(((x - 0.068) / 0.035) ** 2 + ((y + 0.055) / 0.03) ** 2)) * (z > 0.03)
+    unlit_colours = _mix(unlit_colours, skin_colour * np.array([1.0, 0.72, 0.68]), 0.5 * blush_weight)
+    lip_colour = skin_colour * np.array([0.86, 0.50, 0.50]) * (1 - 0.15 * ndtr(appearance[4]))
+    unlit_colours = _mix(unlit_colours, lip_colour, ramp(0.25, 0.6, lips))
     # A brow is an arc above an eye. The position along it is in -1..1.
     along_brow = (x - EYE[0] - 0.002) / 0.05
     distance_from_arc = np.abs(y - (0.044 - 0.013 * along_brow * along_brow))
-    brow = ramp(0.0095, 0.005, distance_from_arc) * ramp(0.8, 0.6, np.abs(along_brow)) * (z > 0.04)
-    albedo = _mix(albedo, 0.8 * hair, (0.55 + 0.4 * ndtr(appearance[5])) * brow)
+    brow_weight = ramp(0.0095, 0.005, distance_from_arc) * ramp(0.8, 0.6, np.abs(along_brow)) * (z > 0.04)
+    unlit_colours = _mix(unlit_colours, 0.8 * hair_colour, (0.55 + 0.4 * ndtr(appearance[5])) * brow_weight)
     hair_weight = np.maximum(ramp(0.35, 0.65, scalp), head.long * ramp(0.1, 0.3, long_hair))
-    albedo = _mix(albedo, hair, hair_weight)
+    unlit_colours = _mix(unlit_colours, hair_colour, hair_weight)
     # The shirt begins below the neck, and hair covers it.
-    albedo = _mix(albedo, shirt, ramp(-0.305, -0.32, y) * (1 - hair_weight))
+    unlit_colours = _mix(unlit_colours, shirt_colour, ramp(-0.305, -0.32, y) * (1 - hair_weight))
     # Layers of the eyeball by the distance from its centre: white, the dark rim of the iris, the iris,
     # the pupil.
     eye_distance = np.hypot(x - EYE[0], y)
-    eyeball = np.full_like(albedo, 0.90)
-    eyeball = _mix(eyeball, 0.35 * iris, ramp(0.0145, 0.0130, eye_distance))
-    eyeball = _mix(eyeball, iris, ramp(0.0125, 0.0110, eye_distance))
-    eyeball = _mix(eyeball, 0.02, ramp(0.0072, 0.0058, eye_distance))
-    albedo = _mix(albedo, eyeball, ramp(0.4, 0.6, eyes))
+    eyeball_colours = np.full_like(unlit_colours, 0.90)
+    eyeball_colours = _mix(eyeball_colours, 0.35 * iris_colour, ramp(0.0145, 0.0130, eye_distance))
+    eyeball_colours = _mix(eyeball_colours, iris_colour, ramp(0.0125, 0.0110, eye_distance))
+    eyeball_colours = _mix(eyeball_colours, 0.02, ramp(0.0072, 0.0058, eye_distance))
+    unlit_colours = _mix(unlit_colours, eyeball_colours, ramp(0.4, 0.6, eyes))
     # Ambient light plus diffuse light, which also reaches surfaces that point slightly away from the light
     # (0.35). Both are weaker where the sky is occluded.
     lambert = np.clip(normals @ LIGHT * 0.65 + 0.35, 0, None)
     shading = 0.5 * (0.2 + 0.8 * sky) * (0.85 + 0.15 * normals[:, 1]) + 0.68 * lambert * (0.5 + 0.5 * sky)
-    return np.clip(albedo * shading[:, None], 0, 1).astype(np.float32)
+    return np.clip(unlit_colours * shading[:, None], 0, 1).astype(np.float32)
 
 
 # Functions that render meshes.
 
 
 def rasterise(
-    vertices: np.ndarray, triangles: np.ndarray, cam2world: np.ndarray, focal: float, size: int
+    vertices: np.ndarray, triangles: np.ndarray, cam2world: np.ndarray, focal: float, resolution: int
 ) -> tuple[np.ndarray, ...]:
     """Rasterise a mesh: find the nearest triangle of every pixel.
 
@@ -375,36 +380,37 @@ def rasterise(
         triangles: indices of vertices [T, 3].
         cam2world: pose of the camera [4, 4] with OpenCV axes.
         focal: focal length divided by the image size.
-        size: pixels per edge R.
-    Returns: three arrays. The first is the index of the nearest triangle [R, R], or -1 where there is none.
-        The second contains the perspective-correct weights of its corners [R, R, 3]. The third is the depth
-        along the camera's axis [R, R], which is inf where there is no triangle.
+        resolution: pixels per edge R.
+    Returns: three arrays. The first is the index of the nearest triangle [R, R], or -1 where no triangle is
+        visible. The second contains the perspective-correct weights of its corners [R, R, 3]. The third is
+        the depth along the camera's axis [R, R], which is inf where there is no triangle.
     """
     # Camera coordinates R^T (x - t) for a pose with rotation R and translation t; points are rows.
     camera_points = (vertices - cam2world[:3, 3]) @ cam2world[:3, :3]
     vertex_depths = camera_points[:, 2]
     # Image coordinates in pixels. With -0.5, the centres of pixels are at integers.
-    vertex_pixels = (camera_points[:, :2] / vertex_depths[:, None] * focal + 0.5) * size - 0.5
+    vertex_pixels = (camera_points[:, :2] / vertex_depths[:, None] * focal + 0.5) * resolution - 0.5
     corner_pixels = vertex_pixels[triangles]  # [T, 3, 2]
     corner_depths = vertex_depths[triangles]  # [T, 3]
     # Range of the pixels that a triangle can cover, limited to the image.
-    first_pixels = np.clip(np.ceil(corner_pixels.min(axis=1)).astype(int), 0, size)
-    end_pixels = np.clip(np.floor(corner_pixels.max(axis=1)).astype(int) + 1, 0, size)
+    first_pixels = np.clip(np.ceil(corner_pixels.min(axis=1)).astype(int), 0, resolution)
+    end_pixels = np.clip(np.floor(corner_pixels.max(axis=1)).astype(int) + 1, 0, resolution)
     covered_extents = np.clip(end_pixels - first_pixels, 0, None)
-    nearest_depth = np.full(size * size, np.inf)
-    nearest_triangle = np.full(size * size, -1)  # index of the triangle
-    nearest_weights = np.zeros((size * size, 3))
+    nearest_depth = np.full(resolution * resolution, np.inf)
+    nearest_triangle = np.full(resolution * resolution, -1)  # index of the triangle
+    nearest_weights = np.zeros((resolution * resolution, 3))
     # All pixels of many triangles are tested in one step. The triangles are sorted by their number of pixels
     # and divided into chunks, which bounds the memory.
     pixel_counts = covered_extents.prod(axis=1)
     triangle_order = np.argsort(pixel_counts, kind="stable")
     triangle_order = triangle_order[pixel_counts[triangle_order] > 0]
-    for chunk in np.array_split(triangle_order, max(1, int(pixel_counts.sum() // 400_000))):
+    for chunk_triangles in np.array_split(triangle_order, max(1, int(pixel_counts.sum() // 400_000))):
         # One row for each pair of a triangle and a pixel in its range. `pixel_numbers` counts the pixels of
         # a triangle from 0.
-        triangle_indices = np.repeat(chunk, pixel_counts[chunk])
+        triangle_indices = np.repeat(chunk_triangles, pixel_counts[chunk_triangles])
         pixel_numbers = np.arange(len(triangle_indices)) - np.repeat(
-            np.cumsum(pixel_counts[chunk]) - pixel_counts[chunk], pixel_counts[chunk]
+            np.cumsum(pixel_counts[chunk_triangles]) - pixel_counts[chunk_triangles],
+            pixel_counts[chunk_triangles],
         )
         pixel_columns = (
             first_pixels[triangle_indices, 0] + pixel_numbers % covered_extents[triangle_indices, 0]
@@ -431,7 +437,7 @@ def rasterise(
         is_inside = (corner_weights >= -1e-9).all(axis=1)
         triangle_indices = triangle_indices[is_inside]
         corner_weights = corner_weights[is_inside]
-        flat_pixel_indices = (pixel_rows * size + pixel_columns)[is_inside]
+        flat_pixel_indices = (pixel_rows * resolution + pixel_columns)[is_inside]
         # Perspective-correct interpolation: 1 / depth is linear in image coordinates, but depth is not.
         weights_over_depth = corner_weights / corner_depths[triangle_indices]
         pair_depths = 1 / weights_over_depth.sum(axis=1)
@@ -454,9 +460,9 @@ def rasterise(
             weights_over_depth[nearest_rows] * pair_depths[nearest_rows, None]
         )
     return (
-        nearest_triangle.reshape(size, size),
-        nearest_weights.reshape(size, size, 3),
-        nearest_depth.reshape(size, size),
+        nearest_triangle.reshape(resolution, resolution),
+        nearest_weights.reshape(resolution, resolution, 3),
+        nearest_depth.reshape(resolution, resolution),
     )
 
 
@@ -468,38 +474,40 @@ def cross_2d(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
 
-def render_head(head: Head, cam2world: np.ndarray, focal: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+def render_head(
+    head: Head, cam2world: np.ndarray, focal: float, resolution: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Render an intact head in colour on a white background.
 
     Args:
         head: head to render.
         cam2world: pose of the camera [4, 4] with OpenCV axes.
         focal: focal length divided by the image size.
-        size: pixels per edge R.
+        resolution: pixels per edge R.
     Returns: image [R, R, 3] in 0..1, and distance [R, R] from the camera along the ray through each pixel's
         centre, world units, inf for the background.
     """
     basis = load_basis()
     # Colours are rendered at twice the resolution and averaged, to avoid jagged edges. Depth is not averaged,
     # because a mean of depths on two sides of an edge lies on no surface.
-    fine_size = 2 * size
+    fine_resolution = 2 * resolution
     nearest_triangle, corner_weights, _ = rasterise(
-        head.vertices, basis.triangles, cam2world, focal, fine_size
+        head.vertices, basis.triangles, cam2world, focal, fine_resolution
     )
-    image = np.ones((fine_size, fine_size, 3), np.float32)
+    image = np.ones((fine_resolution, fine_resolution, 3), np.float32)
     is_foreground = nearest_triangle >= 0
     corners = basis.triangles[nearest_triangle[is_foreground]]  # [P, 3]
     # Attributes and normals, interpolated between the corners of each pixel's triangle.
-    attributes, normals = (
+    pixel_attributes, normals = (
         np.einsum("pcd,pc->pd", vertex_values[corners], corner_weights[is_foreground]).astype(np.float32)
         for vertex_values in (basis.drawn, head.normals)
     )
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
-    image[is_foreground] = surface_colour(head, attributes, normals)
-    _, _, axis_depth = rasterise(head.vertices, basis.triangles, cam2world, focal, size)
+    image[is_foreground] = surface_colour(head, pixel_attributes, normals)
+    _, _, axis_depth = rasterise(head.vertices, basis.triangles, cam2world, focal, resolution)
     # The ray of a pixel has the direction (x, y, 1) in camera coordinates. The distance along the ray is the
     # depth along the axis times the length of this vector.
-    pixel_positions = ((np.arange(size) + 0.5) / size - 0.5) / focal
+    pixel_positions = ((np.arange(resolution) + 0.5) / resolution - 0.5) / focal
     ray_length = np.sqrt(1 + pixel_positions[:, None] ** 2 + pixel_positions[None] ** 2)
     # Mean over blocks of 2 x 2 pixels: [2R, 2R, 3] -> [R, 2, R, 2, 3] -> [R, R, 3].
-    return image.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)), axis_depth * ray_length
+    return image.reshape(resolution, 2, resolution, 2, 3).mean(axis=(1, 3)), axis_depth * ray_length

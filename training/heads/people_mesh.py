@@ -2,8 +2,8 @@
 
 A search tree finds the nearest triangle, which gives the distance. The winding number gives the sign. It is
 the sum of the signed solid angles of all triangles, divided by 4 pi (Jacobson et al. 2013). It is 1 inside
-and 0 outside of the mesh, and has values between near openings, such as those at the lids and the mouth.
-Distant groups of triangles are approximated by a dipole (Barill et al. 2018, order 1).
+and 0 outside of the mesh, and has values between 0 and 1 near openings, such as those at the lids and the
+mouth. Distant groups of triangles are approximated by a dipole (Barill et al. 2018, order 1).
 
 Shapes: V is the number of vertices, T of triangles, P of points, G of groups of triangles, B of points in a
 block, and n of voxels per edge.
@@ -79,30 +79,32 @@ def _grouped(corners: np.ndarray) -> Groups:
     # All groups are halved in each step, along their longest axis. Their sizes therefore differ by at
     # most one.
     while len(triangle_groups[0]) > GROUP:
-        halves = []
+        half_groups = []
         for triangle_group in triangle_groups:
             axis = np.ptp(triangle_centres[triangle_group], axis=0).argmax()
             sorted_group = triangle_group[np.argsort(triangle_centres[triangle_group, axis], kind="stable")]
             half_size = len(sorted_group) // 2
-            halves += [sorted_group[:half_size], sorted_group[half_size:]]
-        triangle_groups = halves
+            half_groups += [sorted_group[:half_size], sorted_group[half_size:]]
+        triangle_groups = half_groups
     group_starts = np.cumsum([0] + [len(triangle_group) for triangle_group in triangle_groups])
-    order = np.concatenate(triangle_groups)
+    triangle_order = np.concatenate(triangle_groups)
     # Area times unit normal of each triangle, [T, 3].
     area_vectors = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) / 2
     # The small number avoids 0 / 0 for groups of degenerate triangles.
     triangle_areas = np.linalg.norm(area_vectors, axis=1, keepdims=True) + 1e-12
 
     def sum_groups(triangle_values: np.ndarray) -> np.ndarray:
-        """Sum values of triangles over each group."""
-        return np.add.reduceat(triangle_values[order], group_starts[:-1])
+        """Return the sums of values of triangles, given in their original order, over each group."""
+        return np.add.reduceat(triangle_values[triangle_order], group_starts[:-1])
 
     centre = sum_groups(triangle_areas * triangle_centres) / sum_groups(triangle_areas)
-    # Index of the group of each triangle, in the order of `order`.
+    # Index of the group of each triangle, in the order of `triangle_order`.
     group_of_triangle = np.repeat(np.arange(len(triangle_groups)), np.diff(group_starts))
-    corner_distances = np.linalg.norm(corners[order] - centre[group_of_triangle, None], axis=2).max(axis=1)
+    corner_distances = np.linalg.norm(corners[triangle_order] - centre[group_of_triangle, None], axis=2).max(
+        axis=1
+    )
     return Groups(
-        order=order,
+        order=triangle_order,
         start=group_starts,
         centre=centre,
         radius=np.maximum.reduceat(corner_distances, group_starts[:-1]),
@@ -251,11 +253,11 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     triangles_of_samples = []
     for divisions in np.unique(division_counts):
         same_division_triangles = np.flatnonzero(division_counts == divisions)
-        positions = np.einsum(
+        triangle_samples = np.einsum(
             "sc,tcd->tsd", _sample_weights(int(divisions)), corners[same_division_triangles]
         )
-        sample_positions.append(positions.reshape(-1, 3))
-        triangles_of_samples.append(np.repeat(same_division_triangles, positions.shape[1]))
+        sample_positions.append(triangle_samples.reshape(-1, 3))
+        triangles_of_samples.append(np.repeat(same_division_triangles, triangle_samples.shape[1]))
     sample_tree = cKDTree(np.concatenate(sample_positions))
     triangle_of_sample = np.concatenate(triangles_of_samples)  # index of the triangle of each sample
     nearest_triangle = np.empty(len(points), int)
@@ -269,15 +271,15 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
         (np.flatnonzero(~is_far), NEIGHBOURS),
     ):
         # Chunks bound the memory.
-        for chunk in np.array_split(point_indices, len(point_indices) // 20_000 + 1):
+        for chunk_indices in np.array_split(point_indices, len(point_indices) // 20_000 + 1):
             nearest_samples = (
-                nearest_sample[chunk, None]
+                nearest_sample[chunk_indices, None]
                 if candidate_count == 1
-                else sample_tree.query(points[chunk], candidate_count)[1]
+                else sample_tree.query(points[chunk_indices], candidate_count)[1]
             )
             candidate_triangles = triangle_of_sample[nearest_samples]  # [chunk, candidate_count]
             # One row for each pair of a point and a candidate.
-            repeated_points = np.repeat(points[chunk], candidate_count, axis=0)
+            repeated_points = np.repeat(points[chunk_indices], candidate_count, axis=0)
             candidate_corners = corners[candidate_triangles.ravel()]
             candidate_weights = closest_on_triangles(candidate_corners, repeated_points)
             nearest_points = np.einsum("pc,pcd->pd", candidate_weights, candidate_corners)
@@ -285,10 +287,10 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
                 candidate_triangles.shape
             )
             best_candidate = candidate_distances.argmin(axis=1)
-            chunk_rows = np.arange(len(chunk))
-            nearest_triangle[chunk] = candidate_triangles[chunk_rows, best_candidate]
-            nearest_distance[chunk] = candidate_distances[chunk_rows, best_candidate]
-            nearest_weights[chunk] = candidate_weights.reshape(*candidate_triangles.shape, 3)[
+            chunk_rows = np.arange(len(chunk_indices))
+            nearest_triangle[chunk_indices] = candidate_triangles[chunk_rows, best_candidate]
+            nearest_distance[chunk_indices] = candidate_distances[chunk_rows, best_candidate]
+            nearest_weights[chunk_indices] = candidate_weights.reshape(*candidate_triangles.shape, 3)[
                 chunk_rows, best_candidate
             ]
     return nearest_triangle, nearest_weights, nearest_distance
@@ -374,14 +376,14 @@ def crossings(corners: np.ndarray, grid_coordinates: np.ndarray) -> tuple[np.nda
     # A line in the direction of +z enters the mesh at a triangle whose normal points to -z (area < 0).
     # np.add.at adds several crossings with the same index, which indexing with += would not.
     np.add.at(crossing_counts, (i[is_hit], j[is_hit], layer_indices), -area_signs)
-    at_smaller_z = crossing_counts.cumsum(axis=2)
-    at_larger_z = at_smaller_z - at_smaller_z[:, :, -1:]
+    counts_at_smaller_z = crossing_counts.cumsum(axis=2)
+    counts_at_larger_z = counts_at_smaller_z - counts_at_smaller_z[:, :, -1:]
     # The last layer belongs to no grid point.
-    return at_smaller_z[:, :, :n], at_larger_z[:, :, :n]
+    return counts_at_smaller_z[:, :, :n], counts_at_larger_z[:, :, :n]
 
 
 def head_grid(head: Head, resolution: int) -> np.ndarray:
-    """Compute the signed distance of an intact head at the centres of the voxels of the cube.
+    """Compute the signed distances of an intact head at the centres of voxels (see `grid_points`).
 
     The head is closed at the bottom by the cylinder of `bust_end`. Distances are exact within BAND voxels of
     the surface. Farther away their error is at most one voxel, and at most four voxels near the end of the

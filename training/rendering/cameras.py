@@ -55,11 +55,13 @@ def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         target: points that the cameras look at, [3] or [N, 3].
     Returns: cam2world matrices [N, 4, 4].
     """
-    forward = torch.nn.functional.normalize(target - position, dim=-1)  # [N, 3]
-    world_up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype, device=position.device).expand_as(forward)
-    right = -torch.nn.functional.normalize(torch.linalg.cross(world_up, forward), dim=-1)
-    down = torch.nn.functional.normalize(torch.linalg.cross(forward, right), dim=-1)
-    upper_rows = torch.stack([right, down, forward, position], dim=-1)  # [N, 3, 4]
+    forward_axis = torch.nn.functional.normalize(target - position, dim=-1)  # [N, 3]
+    world_up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype, device=position.device).expand_as(
+        forward_axis
+    )
+    right_axis = -torch.nn.functional.normalize(torch.linalg.cross(world_up, forward_axis), dim=-1)
+    down_axis = torch.nn.functional.normalize(torch.linalg.cross(forward_axis, right_axis), dim=-1)
+    upper_rows = torch.stack([right_axis, down_axis, forward_axis, position], dim=-1)  # [N, 3, 4]
     last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=position.dtype, device=position.device).expand(
         len(position), 1, 4
     )
@@ -87,7 +89,7 @@ class LookAtPoseSampler:
         batch_size=1,
         device="cpu",
     ) -> torch.Tensor:
-        """Sample poses.
+        """Sample N camera poses.
 
         Args:
             horizontal_mean, vertical_mean: means of yaw and pitch in radians, see `camera_position`.
@@ -225,15 +227,16 @@ def ray_limits_box(
         origins: origins of the rays [N, M, 3], world units.
         directions: unit directions of the rays [N, M, 3].
         box_side: edge length of the cube, world units.
-    Returns: near and far [N, M, 1], world units. A ray that misses the cube has near = -1 and far = -2.
+    Returns: the distances at which the rays enter and leave the cube, two tensors [N, M, 1], world units. A
+        ray that misses the cube has the distances -1 and -2.
     """
-    half = box_side / 2
+    half_side = box_side / 2
     # A ray that is parallel to an axis gives +-inf here, which the minima and maxima below handle.
     inverse_directions = 1 / directions
-    low_face_distance = (-half - origins) * inverse_directions  # [N, M, 3], one for each axis
-    high_face_distance = (half - origins) * inverse_directions
+    low_face_distance = (-half_side - origins) * inverse_directions  # [N, M, 3], one for each axis
+    high_face_distance = (half_side - origins) * inverse_directions
     # The ray is inside the cube from its last entry into a slab to its first exit from one.
-    near = torch.minimum(low_face_distance, high_face_distance).amax(dim=-1, keepdim=True)
-    far = torch.maximum(low_face_distance, high_face_distance).amin(dim=-1, keepdim=True)
-    is_miss = near > far
-    return near.masked_fill(is_miss, -1), far.masked_fill(is_miss, -2)
+    near_distance = torch.minimum(low_face_distance, high_face_distance).amax(dim=-1, keepdim=True)
+    far_distance = torch.maximum(low_face_distance, high_face_distance).amin(dim=-1, keepdim=True)
+    is_miss = near_distance > far_distance
+    return near_distance.masked_fill(is_miss, -1), far_distance.masked_fill(is_miss, -2)

@@ -81,8 +81,8 @@ class MipRayMarcher2(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Composite the samples of several passes, which may be in any order.
 
-        The result equals that of sorting all samples by depth. The colours, which are the largest tensors,
-        are neither sorted nor concatenated, so they are not copied.
+        The result is the same as if all samples were sorted by depth first. The colours, which are the
+        largest tensors, are neither sorted nor concatenated, so they are not copied.
 
         Args:
             passes: (colours [N, M, S, C], raw densities [N, M, S, 1], depths [N, M, S, 1]) of each pass. S
@@ -144,8 +144,8 @@ class MipRayMarcher2(torch.nn.Module):
 class _WeightedSum(torch.autograd.Function):
     """Weighted sum of colours: sum_s v_s c_s for weights v [B, S] and colours c [B, S, C].
 
-    The forward pass is torch's batched matrix product. Its gradient for c would be a matrix product with an
-    inner size of 1. Here it is an elementwise multiplication, which is faster.
+    The forward pass is torch's batched matrix product. For the gradient of c, torch would compute a matrix
+    product with an inner size of 1. This class multiplies elementwise instead, which is faster.
     """
 
     @staticmethod
@@ -170,7 +170,7 @@ def sample_stratified(
     origins: torch.Tensor,
     ray_start: float | torch.Tensor,
     ray_end: float | torch.Tensor,
-    count: int,
+    stratum_count: int,
     disparity: bool = False,
 ) -> torch.Tensor:
     """Sample one random depth in each of S strata of a ray.
@@ -179,46 +179,50 @@ def sample_stratified(
     end of the ray, as in EG3D. The function draws from torch's global generator once.
 
     Args:
-        origins: origins of the rays [N, M, 3], for their number and device.
+        origins: origins of the rays [N, M, 3], of which only the number and the device are used.
         ray_start, ray_end: smallest and largest depth in world units, numbers or tensors [N, M, 1].
-        count: number of strata S, >= 2.
+        stratum_count: number of strata S, >= 2.
         disparity: True: the strata have equal size in 1/depth instead of depth.
     Returns: depths [N, M, S, 1] in ascending order.
     """
     n, m, _ = origins.shape
-    fractions = torch.linspace(0, 1, count, device=origins.device)
+    fractions = torch.linspace(0, 1, stratum_count, device=origins.device)
     if disparity:
-        disparity_fractions = fractions.reshape(1, 1, count, 1).repeat(n, m, 1, 1)
-        disparity_fractions = disparity_fractions + torch.rand_like(disparity_fractions) * (1 / (count - 1))
+        disparity_fractions = fractions.reshape(1, 1, stratum_count, 1).repeat(n, m, 1, 1)
+        disparity_fractions = disparity_fractions + torch.rand_like(disparity_fractions) * (
+            1 / (stratum_count - 1)
+        )
         return 1 / (1 / ray_start * (1 - disparity_fractions) + 1 / ray_end * disparity_fractions)
     # Each ray has its own limits, from the option "auto": [N, M, 1] -> [N, M, S, 1].
     if isinstance(ray_start, torch.Tensor):
         ray_lengths = ray_end - ray_start  # [N, M, 1]
         depths = (
-            ray_start[:, :, None] + fractions.reshape(1, 1, count, 1) * ray_lengths[:, :, None]
+            ray_start[:, :, None] + fractions.reshape(1, 1, stratum_count, 1) * ray_lengths[:, :, None]
         ).contiguous()
-        return depths + torch.rand_like(depths) * (ray_lengths / (count - 1))[:, :, None]
+        return depths + torch.rand_like(depths) * (ray_lengths / (stratum_count - 1))[:, :, None]
     depths = (
-        torch.linspace(ray_start, ray_end, count, device=origins.device)
-        .reshape(1, 1, count, 1)
+        torch.linspace(ray_start, ray_end, stratum_count, device=origins.device)
+        .reshape(1, 1, stratum_count, 1)
         .repeat(n, m, 1, 1)
     )
-    return depths + torch.rand_like(depths) * ((ray_end - ray_start) / (count - 1))
+    return depths + torch.rand_like(depths) * ((ray_end - ray_start) / (stratum_count - 1))
 
 
-def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> torch.Tensor:
+def uniform_draws(rays: torch.Tensor, fine_count: int, stratified: bool = False) -> torch.Tensor:
     """Draw the random numbers of the importance pass, from torch's global generator.
 
     Args:
-        rays: any tensor [B, ...], for the number of rays and the device.
-        count: number of fine samples F.
+        rays: any tensor [B, ...] with the number of rays and the device.
+        fine_count: number of fine samples F.
         stratified: True: draw one number in each of F equal parts of [0, 1). This halves the noise of renders
             with few samples. Published networks were trained without it.
     Returns: numbers [B, F] in [0, 1).
     """
-    random_numbers = torch.rand(len(rays), count, device=rays.device)
+    random_numbers = torch.rand(len(rays), fine_count, device=rays.device)
     return (
-        (random_numbers + torch.arange(count, device=rays.device)) / count if stratified else random_numbers
+        (random_numbers + torch.arange(fine_count, device=rays.device)) / fine_count
+        if stratified
+        else random_numbers
     )
 
 
@@ -252,9 +256,9 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
             f"plane_layout: expected one of {', '.join(_AXES)}, got {layout!r}. Use 'eg3d' for released"
             " checkpoints of EG3D."
         )
-    eye = torch.eye(3)
+    identity = torch.eye(3)
     # Rows of the identity matrix in the order of the axes, for each plane.
-    return torch.stack([eye[["xyz".index(axis) for axis in axes]] for axes in _AXES[layout]])
+    return torch.stack([identity[["xyz".index(axis) for axis in axes]] for axes in _AXES[layout]])
 
 
 class ImportanceRenderer(torch.nn.Module):
@@ -307,15 +311,16 @@ class ImportanceRenderer(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Render with the samples of both passes sorted by depth, as in EG3D. This is the reference path.
 
-        Args and Returns: as in `forward`; depths: depths of the coarse pass [N, M, S, 1].
+        Arguments and results are those of `forward`, with the depths [N, M, S, 1] of the coarse pass as a
+        further argument.
         """
         colors, densities = self._query(planes, decoder, origins, directions, depths, options)
         fine_count = options.get("depth_resolution_importance", 0)
         if fine_count > 0:
             depths_of_rays = depths.flatten(0, 1).squeeze(2)  # [N*M, S]
-            draws = uniform_draws(depths_of_rays, fine_count, options.get(STRATIFIED, False))
+            random_numbers = uniform_draws(depths_of_rays, fine_count, options.get(STRATIFIED, False))
             fine_depths = importance_depths(
-                densities.reshape(depths_of_rays.shape), depths_of_rays, draws, impl="ref"
+                densities.reshape(depths_of_rays.shape), depths_of_rays, random_numbers, impl="ref"
             ).reshape(*depths.shape[:2], fine_count, 1)
             fine_colors, fine_densities = self._query(
                 planes, decoder, origins, directions, fine_depths, options
@@ -331,7 +336,7 @@ class ImportanceRenderer(torch.nn.Module):
     def _render_unsorted(
         self, planes, decoder, origins, directions, depths, options
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Render the same result as `_render_sorted` faster.
+        """Compute the same result as `_render_sorted`, but faster.
 
         Only densities and depths are sorted. Colours, which are larger, are not moved in memory.
         """
@@ -344,24 +349,24 @@ class ImportanceRenderer(torch.nn.Module):
         # result does not depend on the chunk size. With density noise, the noise of the coarse pass has to be
         # drawn first, as in the reference path. There is only one chunk then, and its numbers are drawn in
         # the loop below.
-        all_draws = None
+        all_random_numbers = None
         if not has_density_noise and fine_count > 0:
-            all_draws = uniform_draws(depths.flatten(0, 1), fine_count, is_stratified).reshape(
+            all_random_numbers = uniform_draws(depths.flatten(0, 1), fine_count, is_stratified).reshape(
                 n, m, fine_count
             )
         # Number of rays of each image that are rendered together. On a CPU, chunks are so small that their
         # colours remain in the processor's cache. If a graph is recorded, chunks would save no memory.
-        rays_at_once = m
+        chunk_ray_count = m
         is_graph_recorded = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (planes, origins, directions, *decoder.parameters())
         )
         if depths.device.type == "cpu" and not has_density_noise and not is_graph_recorded:
-            rays_at_once = max(1, min(m, _CPU_SAMPLES // (n * s)))
+            chunk_ray_count = max(1, min(m, _CPU_SAMPLES // (n * s)))
         sums_of_chunks = []
         smallest_depths = []
         largest_depths = []
-        for first_ray in range(0, m, rays_at_once):
-            ray_slice = slice(first_ray, first_ray + rays_at_once)
+        for first_ray in range(0, m, chunk_ray_count):
+            ray_slice = slice(first_ray, first_ray + chunk_ray_count)
             chunk_rays = (origins[:, ray_slice], directions[:, ray_slice])
             coarse_depths = depths[:, ray_slice]
             colors, densities = self._query(planes, decoder, *chunk_rays, coarse_depths, options, merged)
@@ -369,11 +374,11 @@ class ImportanceRenderer(torch.nn.Module):
             if fine_count > 0:
                 depths_of_rays = coarse_depths.flatten(0, 1).squeeze(2)  # [N*rays, S]
                 densities_of_rays = densities.flatten(0, 1).squeeze(2)  # [N*rays, S]
-                if all_draws is None:
-                    chunk_draws = uniform_draws(depths_of_rays, fine_count, is_stratified)
+                if all_random_numbers is None:
+                    chunk_random_numbers = uniform_draws(depths_of_rays, fine_count, is_stratified)
                 else:
-                    chunk_draws = all_draws[:, ray_slice].flatten(0, 1)
-                fine_depths = importance_depths(densities_of_rays, depths_of_rays, chunk_draws)
+                    chunk_random_numbers = all_random_numbers[:, ray_slice].flatten(0, 1)
+                fine_depths = importance_depths(densities_of_rays, depths_of_rays, chunk_random_numbers)
                 fine_depths = fine_depths.reshape(n, -1, fine_count, 1)
                 fine_colors, fine_densities = self._query(
                     planes, decoder, *chunk_rays, fine_depths, options, merged
@@ -386,7 +391,9 @@ class ImportanceRenderer(torch.nn.Module):
         # Depths are clamped to the range of the whole batch, see `MipRayMarcher2.forward`.
         depth_range = (torch.stack(smallest_depths).amin(), torch.stack(largest_depths).amax())
         # One sum per chunk [N, rays, ...] -> all rays [N, M, ...], for each of the three sums.
-        rgb, depth_sum, weight_sum = (torch.cat(sums, dim=1) for sums in zip(*sums_of_chunks, strict=True))
+        rgb, depth_sum, weight_sum = (
+            torch.cat(chunk_sums, dim=1) for chunk_sums in zip(*sums_of_chunks, strict=True)
+        )
         rgb, depth = self.ray_marcher.finish(rgb, depth_sum, weight_sum, depth_range, options)
         return rgb, depth, weight_sum
 
@@ -394,21 +401,21 @@ class ImportanceRenderer(torch.nn.Module):
     def _ray_limits(origins: torch.Tensor, directions: torch.Tensor, options: dict) -> tuple:
         """Return the smallest and largest depth of samples on rays.
 
-        They are the numbers of the options ray_start and ray_end. If both options are "auto", they are
+        The depths are the numbers of the options ray_start and ray_end. If both options are "auto", they are
         tensors [N, M, 1] with the depths at which each ray enters and leaves the box.
         """
         if options["ray_start"] != "auto" or options["ray_end"] != "auto":
             return options["ray_start"], options["ray_end"]
-        near, far = ray_limits_box(origins, directions, options["box_warp"])
-        is_hit = far > near
+        near_distance, far_distance = ray_limits_box(origins, directions, options["box_warp"])
+        is_hit = far_distance > near_distance
         if is_hit.any():
             # Rays that miss the box need a range, too. As in EG3D, both ends of it come from the *near*
             # depths of the rays that hit the box. If no ray hits it, all rays keep the values -1 and -2.
-            smallest_near = near[is_hit].min()
-            largest_near = near[is_hit].max()
-            near = torch.where(is_hit, near, smallest_near)
-            far = torch.where(is_hit, far, largest_near)
-        return near, far
+            smallest_near = near_distance[is_hit].min()
+            largest_near = near_distance[is_hit].max()
+            near_distance = torch.where(is_hit, near_distance, smallest_near)
+            far_distance = torch.where(is_hit, far_distance, largest_near)
+        return near_distance, far_distance
 
     def _query(
         self, planes, decoder, origins, directions, depths, options, merged=None
@@ -420,8 +427,8 @@ class ImportanceRenderer(torch.nn.Module):
         n, m, s, _ = depths.shape
         # The points of all rays on one axis: [N, M, S, 3] -> [N, M * S, 3].
         coordinates = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2)).reshape(n, m * s, 3)
-        decoded = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
-        return decoded["rgb"].reshape(n, m, s, -1), decoded["sigma"].reshape(n, m, s, 1)
+        decoder_outputs = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
+        return decoder_outputs["rgb"].reshape(n, m, s, -1), decoder_outputs["sigma"].reshape(n, m, s, 1)
 
     def run_model(
         self,
@@ -451,21 +458,25 @@ class ImportanceRenderer(torch.nn.Module):
             sigma_only, it contains only 'sigma'.
         """
         del sample_directions
-        decoded = self._decode_at(
+        decoder_outputs = self._decode_at(
             planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged
         )
         if sigma_only:
-            decoded = {"sigma": decoded["sigma"]}
+            decoder_outputs = {"sigma": decoder_outputs["sigma"]}
         if options.get("density_noise", 0) > 0:
-            decoded["sigma"] = (
-                decoded["sigma"] + torch.randn_like(decoded["sigma"]) * options["density_noise"]
+            decoder_outputs["sigma"] = (
+                decoder_outputs["sigma"]
+                + torch.randn_like(decoder_outputs["sigma"]) * options["density_noise"]
             )
-        return decoded
+        return decoder_outputs
 
     def _decode_at(
         self, planes, decoder, points, box_warp, sigma_only: bool, merged: MergedPlanes | None
     ) -> dict[str, torch.Tensor]:
-        """Decode points without noise. Other families override this method; see `run_model`."""
+        """Decode colour and density at points, without density noise. See `run_model` for the arguments.
+
+        Renderers of other families of generators override this method.
+        """
         # Direct computation, for the reference implementation and for decoders that are no
         # two-layer perceptron.
         if implementations.current() == "ref" or not hasattr(decoder, "weights"):

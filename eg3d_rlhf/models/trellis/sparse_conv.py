@@ -240,7 +240,7 @@ class _Convolve(torch.autograd.Function):
         return output_sums.to(feats.dtype)
 
     @staticmethod
-    @once("sparse convolution", "There is no second one.")
+    @once("sparse convolution", "Leave create_graph=True out.")
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [V, B]
         feats, weight = ctx.saved_tensors
         input_row_count, channels = ctx.shape
@@ -406,6 +406,8 @@ class SparseResBlock(nn.Module):
         self.norm2 = LayerNorm32(out_channels)
         self.conv1 = SubmanifoldConv(channels, out_channels, backend)
         self.conv2 = SubmanifoldConv(out_channels, out_channels, backend)
+        # The embedded time has one row for each sample. Only with many rows is this project's `Linear` faster
+        # than torch's. The skip connection has one row for each voxel.
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, 2 * out_channels))
         self.skip_connection = Linear(channels, out_channels) if channels != out_channels else nn.Identity()
 

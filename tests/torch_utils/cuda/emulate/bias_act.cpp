@@ -1,5 +1,5 @@
-// bias_act.cuh on the emulated device. In: type (0 float32, 1 float64, 2 bfloat16), count, inner, channels, act, alpha, gain, clamp, x, b,
-// v. Out: the result, and for activations 0, 1, 2 slope(result) * (v + b).
+// Runs bias_act.cuh on the emulated device. Inputs: type (0 float32, 1 float64, 2 bfloat16), count, inner, channels, act, alpha, gain, clamp, x, b,
+// v. Outputs: the result, and for activations 0, 1, 2 slope(result) * (v + b).
 #include "exchange.h"
 #include "bias_act.cuh"
 

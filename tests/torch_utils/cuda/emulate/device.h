@@ -1,10 +1,10 @@
-// A CUDA device played on one CPU thread, for kernels written against torch_utils/ops/cuda_portable.cuh.
+// Emulation of a CUDA device on one CPU thread, for kernels that use torch_utils/ops/cuda_portable.cuh.
 //
-// Every thread of a block is a fibre (ucontext). Blocks run one after the other; within a block a fibre runs until it meets a barrier or a
-// warp shuffle, then the next one has its turn. Detected, each ending the program with a message and status 3: a barrier or shuffle that
-// some threads of the block or warp never reach, and a deadlock. AddressSanitizer, with which this is compiled, detects any access
-// outside a buffer: dynamic shared memory is a heap block of exactly the size of the launch, filled with NaN for every block.
-// Missing barriers show as results that depend on the order of the threads: run with order 0 (ascending) and 1 (descending).
+// Every thread of a block is a fibre (ucontext). Blocks run one after the other. Within a block, a fibre runs until it reaches a barrier or a
+// warp shuffle; then the next fibre runs. If some threads of a block or warp never reach a barrier or shuffle, or if there is a deadlock, the
+// program ends with a message and the exit status 3. AddressSanitizer, with which the emulation is compiled, detects accesses outside of a
+// buffer: dynamic shared memory is a heap block of exactly the size of the launch, which is filled with NaN for every block. A missing barrier
+// leads to results that depend on the order of threads. The tests therefore run a kernel with order 0 (ascending) and 1 (descending).
 #pragma once
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
@@ -42,7 +42,7 @@ namespace emulated {
 constexpr size_t kStack = 256 * 1024;
 inline unsigned char* shared = nullptr;
 inline int order = 0;          // 0: threads and blocks ascending, 1: descending
-inline int processors = 2;     // of the played device
+inline int processors = 2;     // number of multiprocessors of the emulated device
 
 [[noreturn]] inline void fail(const char* why) {
   std::fprintf(stderr, "emulated device: %s (block %u %u %u, thread %u)\n", why, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
@@ -58,14 +58,14 @@ struct Fibre {
 };
 
 inline std::vector<std::unique_ptr<Fibre>> fibres;
-inline std::vector<uint64_t> slots;  // one word of each thread, for shuffles and votes
+inline std::vector<uint64_t> slots;  // one word for each thread, for shuffles and votes
 inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline std::function<void()> body;
 inline const void* scheduler_stack = nullptr;
 inline size_t scheduler_size = 0;
 
-inline void leave(State state) {  // to the scheduler; returns when this fibre is resumed
+inline void leave(State state) {  // switch to the scheduler; returns when this fibre is resumed
   Fibre& self = *fibres[current];
   self.state = state;
   void* fake = nullptr;
@@ -89,7 +89,8 @@ inline void resume(unsigned i) {
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 }
 
-// Lets [first, last) go on if all of them wait in `state`; false if none waits there. A mixture is an error only when nothing else moves.
+// Release the fibres [first, last) and return true if all of them wait in `state`; otherwise return false. It is an error if only some of them
+// wait, but only once no other fibre can run.
 inline bool release(unsigned first, unsigned last, State state) {
   for (unsigned i = first; i < last; ++i)
     if (fibres[i]->state != state) return false;
@@ -120,7 +121,7 @@ inline void run_block(unsigned threads) {
     if (all_done) return;
     for (unsigned w = 0; w < threads; w += 32) moved = release(w, std::min(w + 32, threads), State::at_warp) || moved;
     moved = release(0, threads, State::at_block) || moved;
-    if (!moved) fail("some threads never reach a barrier or shuffle at which others wait");
+    if (!moved) fail("some threads never reach the barrier or shuffle at which other threads wait");
   }
 }
 
@@ -128,7 +129,7 @@ template <typename T> uint64_t to_word(T value) { uint64_t word = 0; std::memcpy
 template <typename T> T from_word(uint64_t word) { T value; std::memcpy(&value, &word, sizeof value); return value; }
 
 template <typename T> T exchange(unsigned mask, T value, unsigned source_lane) {
-  if (mask != 0xFFFFFFFFu || blockDim.x * blockDim.y * blockDim.z % 32 != 0) fail("a shuffle of part of a warp");
+  if (mask != 0xFFFFFFFFu || blockDim.x * blockDim.y * blockDim.z % 32 != 0) fail("a shuffle must include all threads of a warp");
   const unsigned self = current, base = self / 32 * 32;
   slots[self] = to_word(value);
   leave(State::at_warp);
@@ -190,7 +191,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, 
   blockDim = block;
   const unsigned threads = block.x * block.y * block.z;
   const bool accepted = threads > 0 && threads <= 1024 && grid.y <= 65535 && grid.z <= 65535 && shared <= 160 * 1024;
-  if (!accepted) emulated::fail("a launch that no device accepts");
+  if (!accepted) emulated::fail("the launch exceeds the limits of every device (threads, grid, or shared memory)");
   emulated::body = [=] { kernel(static_cast<P>(args)...); };
   const unsigned blocks = grid.x * grid.y * grid.z;
   for (unsigned k = 0; k < blocks; ++k) {

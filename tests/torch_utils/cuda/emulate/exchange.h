@@ -1,5 +1,6 @@
-// How a test hands arguments to an emulated op and gets its results: arguments are read from one file, outputs written to another.
-// File: for each argument an int64 count of bytes, then the bytes. Every tensor gets heap memory of its own, of exactly its size.
+// Exchange of arguments and results between a test and an emulated op. The arguments are read from one file, and the results are written to
+// another. The file contains an int64 number of bytes, and then the bytes, for each argument. Every tensor has a separate heap block of exactly
+// its size.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -20,7 +21,7 @@ class Exchange {
 
   template <typename T> T number() { return *tensor<T>(); }  // int64_t or double
 
-  // The next tensor; null where it is absent (no bytes).
+  // Return the next tensor, or null if it is absent (0 bytes).
   template <typename T> T* tensor() {
     int64_t bytes = 0;
     if (std::fread(&bytes, sizeof bytes, 1, in_) != 1) std::_Exit(2);
@@ -30,7 +31,7 @@ class Exchange {
     return memory;
   }
 
-  // Uninitialised memory on the device: NaN, so that a result that was never written shows.
+  // Return memory of the emulated device, filled with NaN, so that a result that was never written is detected.
   template <typename T> T* allocate(int64_t count, int fill = 0xFF) {
     void* raw = std::malloc(static_cast<size_t>(count) * sizeof(T));
     std::memset(raw, fill, static_cast<size_t>(count) * sizeof(T));

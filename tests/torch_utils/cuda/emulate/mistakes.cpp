@@ -1,13 +1,13 @@
-// Kernels with the mistakes that the emulated device has to notice. In: which one. 0: none.
+// A kernel with mistakes that the emulated device has to detect. Input: number of the mistake; 0: no mistake.
 #include "exchange.h"
 
 namespace {
 
-// out[i] = in[n - 1 - i], through shared memory.
+// Compute out[i] = in[n - 1 - i] by shared memory.
 EG3D_KERNEL void reverse(const float* in, float* out, int n, int mistake) {
   EG3D_SHARED(float, shared);
   const int i = threadIdx.x;
-  if (i >= n && mistake == 1) return;  // leaves the barrier to the others
+  if (i >= n && mistake == 1) return;  // this thread does not reach the barrier
   if (i < n) shared[i] = in[i];
   if (mistake != 2) __syncthreads();
   if (i < n) out[i + (mistake == 3)] = shared[mistake == 4 ? n : n - 1 - i];

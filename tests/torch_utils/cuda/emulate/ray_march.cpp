@@ -1,5 +1,5 @@
-// ray_march.cuh on the emulated device. In: bytes of a number (4 or 8), rays, samples, fine, densities, depths, grad_sample_weights,
-// grad_depth_sum, grad_total, u. Out: sample_weights, depth_sum, total, grad_densities, importance depths (of depths as they are).
+// Runs ray_march.cuh on the emulated device. Inputs: bytes of a number (4 or 8), rays, samples, fine, densities, depths, grad_sample_weights,
+// grad_depth_sum, grad_total, u. Outputs: sample_weights, depth_sum, total, grad_densities, and the importance depths of the unsorted depths.
 #include "exchange.h"
 #include "ray_march.cuh"
 

@@ -1,5 +1,5 @@
-// slab_density.cuh on the emulated device. In: bytes of a number (4 or 8), x, y, z, j, xy, xz, yz, w, b, grad.
-// Out: sigma, grad_w, then grad_xy, grad_xz, grad_yz where the map is there.
+// Runs slab_density.cuh on the emulated device. Inputs: bytes of a number (4 or 8), x, y, z, j, xy, xz, yz, w, b, grad.
+// Outputs: sigma, grad_w, and then grad_xy, grad_xz and grad_yz of the maps that are present.
 #include "exchange.h"
 #include "slab_density.cuh"
 

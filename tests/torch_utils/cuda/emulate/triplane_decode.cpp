@@ -1,5 +1,5 @@
-// triplane_decode.cuh on the emulated device. In: bytes of a number (4 or 8), N, K, H, W, C, P, J, colours, axes, planes, points, w0, b0,
-// w1, b1, grad_features, grad_sigma. Out: features, sigma, grad_planes, grad_w0, grad_b0, grad_w1, grad_b1.
+// Runs triplane_decode.cuh on the emulated device. Inputs: bytes of a number (4 or 8), N, K, H, W, C, P, J, colours, axes, planes, points, w0, b0,
+// w1, b1, grad_features, grad_sigma. Outputs: features, sigma, grad_planes, grad_w0, grad_b0, grad_w1, grad_b1.
 #include "exchange.h"
 #include "triplane_decode.cuh"
 
@@ -18,7 +18,7 @@ template <typename T> void run(Exchange& io) {
   d.w0 = io.tensor<T>(); d.b0 = io.tensor<T>(); d.w1 = io.tensor<T>(); d.b1 = io.tensor<T>();
   d.units = j; d.colours = colours;
   const T *grad_features = io.tensor<T>(), *grad_sigma = io.tensor<T>();
-  if (!decoder_fits<T>(d.units, c, colours, true)) emulated::fail("decoder too large");
+  if (!decoder_fits<T>(d.units, c, colours, true)) emulated::fail("the decoder does not fit into shared memory");
   const int64_t rows = 1 + colours, blocks = decode_backward_blocks(p);
   T *features = io.allocate<T>(n * count * colours), *sigma = io.allocate<T>(n * count);
   decode_forward(p, d, features, sigma, Stream{});

@@ -1,5 +1,5 @@
-// upfirdn2d.cuh on the emulated device. In: type (0 float32, 1 float64, 2 bfloat16), images, channels (0: planar), then (x, y) each: sizes
-// in and out, up, down, pads, taps; flip, gain, x, f. Out: the result.
+// Runs upfirdn2d.cuh on the emulated device. Inputs: type (0 float32, 1 float64, 2 bfloat16), images, channels (0: planar), then for x and y: sizes
+// of input and output, up, down, pads, taps; flip, gain, x, f. Output: the result.
 #include "exchange.h"
 #include "upfirdn2d.cuh"
 
