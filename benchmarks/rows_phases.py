@@ -195,7 +195,7 @@ def reward_training(device: str, tiny: bool) -> Case:
         network_output = network(slabs, reconstruct=True)
         loss_inputs = {
             "pair_logits": network.pair_logits,
-            "observed": slabs,
+            "network_input": slabs,
             "epoch": 0,
             "generator": torch.Generator(),
         }

@@ -331,5 +331,5 @@ def test_the_command_prints_text_json_and_csv(store, tmp_path):
         ("hunyuan", 25, 5, 5),
     ]
     rejected(run("--criterion=texture"), "--criterion", "texture")
-    rejected(run("--campaign=x"), "--campaign", "`status`")
+    rejected(run("--campaign=x"), "--campaign", "label status")
     rejected(run("--campaign=one"), "--campaign", "single")
