@@ -214,7 +214,8 @@ def check_images(images: torch.Tensor, message_start: str) -> None:
     if not (lowest_value >= -SLACK and highest_value <= 1 + SLACK):
         raise ValueError(
             f"{message_start}: expected images within 0..1, got {lowest_value:.3g}..{highest_value:.3g}."
-            " Scale images of 0..255 or -1..1 to 0..1."
+            " Scale images of 0..255 or -1..1 to 0..1. If the values are NaN or infinite, search for the step"
+            " that computes them."
         )
 
 

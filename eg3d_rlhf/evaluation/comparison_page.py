@@ -221,8 +221,8 @@ PIXELS = 128  # pixels per edge of a render
 
 
 def strip_jobs(comparison: Comparison) -> list[Job]:
-    """Return the jobs that render shapes: best and worst shapes by reward, the same latents, and one latent
-    from all sides.
+    """Return the jobs that render shapes: the best and the worst shapes by reward, a few latents before and
+    after tuning, and one latent seen by a camera that swings (for the bundled heads, one that orbits).
     """
     shown_seeds = list(comparison.seeds(SHOWN, EVALUATION))
     # The sizes are inputs of the jobs, so that a job is computed again if one of them changes.

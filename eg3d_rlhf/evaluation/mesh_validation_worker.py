@@ -34,7 +34,8 @@ def read_mesh(mesh_path: Path, tolerance: float, up_axis: str) -> CleanMesh:
     """Read and clean the mesh of a file.
 
     Args:
-        tolerance: distance within which vertices are merged, as a share of the bounding box's longest edge.
+        tolerance: edge of the grid cells within which vertices are merged, as a share of the longest edge of
+            the bounding box.
         up_axis: axis that points up, for example "y".
 
     Raises: ValueError or OSError if the file cannot be read or is too large.

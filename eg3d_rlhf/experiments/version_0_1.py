@@ -312,7 +312,7 @@ def options(recorded_options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _control_renamed(settings_part: Any, key: str = "") -> Any:
-    """Replace old names of control arms, such as "shuffled", in the values of `arms`, `groups` and `use`.
+    """Replace old names of arms, groups and controls in the values of `arms`, `groups` and `use`.
 
     Args:
         settings_part: settings, in JSON types.
@@ -326,7 +326,8 @@ def _control_renamed(settings_part: Any, key: str = "") -> Any:
     if isinstance(settings_part, str) and key == "groups":
         return _GROUPS.get(settings_part, settings_part)
     if isinstance(settings_part, str) and key in ("arms", "use"):
-        # the control is the value itself, or the end of the name of an arm, such as "dpo-shuffled"
+        # Here `use` is the setting of online tuning, in which only "shuffled" was renamed: version 0.1 wrote
+        # "inverted" already. The control is the value itself, or the end of an arm's name ("dpo-shuffled").
         return re.sub(r"\bshuffled$", "randomised", settings_part)
     return settings_part
 

@@ -180,7 +180,7 @@ def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndar
     """
     world_coordinates = np.empty(vertices.shape, dtype=np.float32)
     for axis_index, axis_coordinates in enumerate(coordinates):
-        # index of the grid point before the vertex; clipped, so that start + 1 exists
+        # index of the grid point before the vertex; clipped, so that lower_index + 1 exists
         lower_index = np.clip(
             np.floor(vertices[:, axis_index]).astype(np.int64), 0, len(axis_coordinates) - 2
         )

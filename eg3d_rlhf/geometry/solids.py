@@ -431,7 +431,7 @@ def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
     if part_count <= 1:
         return np.asarray(filled_solid)
     exposed_faces = exposed(part_labels, part_count)
-    # [count + 1], by label; the background (label 0) stays empty, and the largest part always stays
+    # [part_count + 1], by label; the background (label 0) stays empty, and the largest part always stays
     is_kept = np.concatenate(
         [[False], (exposed_faces >= CRUMB * exposed_faces.sum()) | (exposed_faces == exposed_faces.max())]
     )

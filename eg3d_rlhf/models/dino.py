@@ -136,8 +136,10 @@ class DinoConfig:
             mlp_width = len(state_dict["blocks.0.mlp.fc1.weight"])
         except (KeyError, IndexError) as error:
             raise ValueError(
-                f"{who}: this checkpoint is not a DINOv2 with perceptrons of two layers, because {error} is"
-                " missing. Use a checkpoint of DINOv2 from torch hub."
+                f"{who}: this checkpoint cannot be read as a DINOv2 whose blocks have two-layer MLPs"
+                f" ({error!r})."
+                " Use DINOv2 ViT-S, ViT-B or ViT-L from torch hub; ViT-g has SwiGLU layers and is not"
+                " supported."
             ) from None
         register_count = state_dict["register_tokens"].shape[1] if "register_tokens" in state_dict else 0
         return cls(

@@ -131,13 +131,13 @@ def _area_shrinking(n: int, m: int) -> Taps:
     A source pixel is weighted by the part of it that the target pixel covers. Parts below 1/1000 are ignored,
     as in OpenCV.
     """
-    # A target pixel covers the interval [low, high) of the source axis.
+    # A target pixel covers the interval [interval_start, interval_end) of the source axis.
     interval_start = np.arange(m) * _step(n, m)
     interval_end = np.minimum(interval_start + _step(n, m), n)
     taps = []
     # A target pixel overlaps at most this many source pixels.
-    for k in range(int(_step(n, m)) + 2):
-        pixel = np.floor(interval_start).astype(int) + k
+    for pixel_offset in range(int(_step(n, m)) + 2):
+        pixel = np.floor(interval_start).astype(int) + pixel_offset
         overlap = np.minimum(interval_end, pixel + 1) - np.maximum(interval_start, pixel)
         # Beyond the border the overlap is 0, so any valid pixel can be read there.
         taps.append(

@@ -88,7 +88,7 @@ _measures_option = functools.partial(option, group="Measures")
     metavar="FOLDER",
     type=FOLDER,
     default=Path("mesh-validation"),
-    help="Folder to write into: the page index.html, and its tables in data/ as CSV and JSON.",
+    help="Folder to write into; it contains the page index.html, and its tables in data/ as CSV and JSON.",
 )
 def main(
     folder: Path, by: str | None, weld: float, up: str, jobs: int | None, outdir: Path, **options

@@ -452,9 +452,10 @@ def _start(
     default="labels",
     help=(
         "Content of the file. labels: labelled pairs (.jsonl, .csv); unpaired: labels of single shapes"
-        " (.jsonl); judgements: all answers with all their fields (.jsonl); ranked-seeds: the paper's table"
-        " of ranked seeds (.csv). For assets (.jsonl): asset-pairs, pairs of files; rankings, one ranking per"
-        " prompt; asset-scores, scores of single assets."
+        " (.jsonl); judgements: all answers with all their fields (.jsonl); ranked-seeds: a table of ranked"
+        " seeds, as published with the paper of the density reward (.csv); asset-pairs: pairs of asset files"
+        " (.jsonl); rankings: one ranking of assets for each prompt (.jsonl); asset-scores: scores of single"
+        " assets (.jsonl)."
     ),
 )
 @option(

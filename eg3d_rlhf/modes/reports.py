@@ -268,7 +268,10 @@ def viewer(report_folder: Path) -> str:
     "--randomisations",
     default=Settings.randomisations,
     type=click.IntRange(min=2),
-    help="Number of rewards with randomised weights that are attributed as controls.",
+    help=(
+        "Number of controls: copies of the reward with randomised weights, whose attributions are computed,"
+        " too."
+    ),
 )
 @_rare_how_option(
     "--checked",

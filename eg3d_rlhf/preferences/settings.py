@@ -133,8 +133,8 @@ class AnnotationOptions:
     )
     kind: str = knob(
         "pairs",
-        "Kind of labels: pairs states which of two shapes is better; thumbs and scores are labels of single"
-        " shapes, good or bad, or a score from 0 to 5.",
+        "Kind of labels. pairs: which of two shapes is better; thumbs: whether a single shape is good or bad;"
+        " scores: a score of a single shape from 0 to 5.",
         "Judgement",
         choices=KINDS,
     )

@@ -188,7 +188,7 @@ class RewardModel(RewardNetwork):
     def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Compute the feature vectors [N, M] of slabs [N, 1, D, H, W] with values in [0, 100].
 
-        Raises: ValueError for slabs of any other shape.
+        Raises: ValueError for slabs of any other shape, and for slabs too small for the network.
         """
         check_shape(
             "RewardModel(slab)",

@@ -73,7 +73,7 @@ def damaged_distance(points: torch.Tensor, distance: torch.Tensor, quality: torc
     tilt_y = 0.15 + 1.2 * (ndtr(q[:, 3]) - 0.35)
     tilt_x = 0.9 * tilt_x
     tilt_y = tilt_y.clamp(-0.25, 0.8)
-    # For cut = 0, the plane lies at z = -0.6, behind the head.
+    # For cut_amount = 0, the plane lies at z = -0.6, behind the head.
     plane_z = -0.60 + (0.57 + 0.03 * torch.tanh(q[:, 4])) * cut_amount
     ripple = 0.014 * torch.sin(26 * x + 2 * q[:, 5]) + 0.014 * torch.sin(24 * y + 2 * q[:, 6])
     ripple = ripple + 0.01 * torch.sin(33 * (x + y) + 2 * q[:, 7])

@@ -199,12 +199,12 @@ def facts(setup: Setup) -> Facts:
     With a single target there are no intervals.
     """
     # At most 16 names, since a long list would fill the page.
-    case_names = ", ".join(case.name for case in setup.cases[:16])
+    case_names_text = ", ".join(case.name for case in setup.cases[:16])
     unit_name, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(
         n=len(setup.cases),
         unit=unit_name,
-        seeds=case_names,
+        seeds=case_names_text,
         networks={"generator": setup.loaded.hash},
         interval=interval,
     )

@@ -488,7 +488,8 @@ class _Reader:
         )[:, 0]
         if index_dtype.kind != "u" or (replaced_count and replaced_rows.max() >= len(values)):
             raise ValueError(
-                "a sparse array in the GLB file has indices outside the array. Export the file again."
+                "a sparse array in the GLB file has indices that are no unsigned integers or lie outside the"
+                " array. Export the file again."
             )
         # A copy, because the view into the file is read-only, and other accessors may share it.
         values = values.copy()

@@ -129,7 +129,7 @@ def _ears(plane_points: np.ndarray) -> list[tuple[int, int, int]]:
         # The search starts where the last ear was, which avoids testing the same corners again.
         for step in range(len(remaining_corners)):
             position = (search_start + step) % len(remaining_corners)
-            # for i = 0, the index -1 is the last corner
+            # for position 0, the index -1 is the last corner
             ear = (
                 remaining_corners[position - 1],
                 remaining_corners[position],

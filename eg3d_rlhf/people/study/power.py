@@ -19,7 +19,8 @@ from training.config import check_knobs, knob
 # computed.
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # hermegauss gives weights with the sum sqrt(2 pi)
-# Largest number of decided trials. Smaller differences need more trials than a study can collect.
+# Largest number of decided trials (trials without ties). Smaller differences need more trials than a study
+# can collect.
 _MAX_TRIALS = 100_000
 _rare_power_knob = functools.partial(knob, group="Power", rare=True)
 
@@ -30,8 +31,8 @@ class PowerOptions:
 
     true_rate: float = knob(
         0.6,
-        "True win rate of b among decided trials (no ties) that the study must be able to distinguish from"
-        " 0.5. A value nearer to 0.5 needs more trials.",
+        "True win rate of the second generator, b, among the trials without ties, that the study must be able"
+        " to distinguish from 0.5. A value nearer to 0.5 needs more trials.",
         "Power",
         metavar="0..1",
         low=0,
@@ -102,7 +103,7 @@ def exact_power(n, true_rate: float, alpha: float = 0.05):
     it never rejects.
 
     Args:
-        n: number of decided trials, an integer or an array [...].
+        n: number of trials without ties, an integer or an array [...].
         true_rate: true win rate.
         alpha: level of the test.
 
@@ -119,7 +120,7 @@ def exact_power(n, true_rate: float, alpha: float = 0.05):
 
 
 def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Return the number of decided trials from which on the power is always sufficient.
+    """Return the number of trials without ties from which on the power is always sufficient.
 
     The power does not increase monotonically with the number of trials n, because the test is discrete. The
     result is the smallest number for which the power of it and of all larger numbers is at least `power`.
@@ -213,7 +214,13 @@ class SimulationOptions:
         2, "Number of annotators who answer each pair.", "Studies", low=1, rare=True
     )
     preference: float = knob(
-        0.7, "True win rate of b among decided trials.", "Truth", metavar="0..1", above=0, below=1, rare=True
+        0.7,
+        "True win rate of the second generator, b, among the trials without ties.",
+        "Truth",
+        metavar="0..1",
+        above=0,
+        below=1,
+        rare=True,
     )
     left_bias: float = knob(
         0.6,
@@ -226,7 +233,7 @@ class SimulationOptions:
     )
     annotator_sd: float = knob(
         0.4,
-        "Standard deviation of the preference for b between annotators, in log-odds.",
+        "Standard deviation of the preference for the second generator, b, between annotators, in log-odds.",
         "Truth",
         metavar="LOG-ODDS",
         low=0,
@@ -234,7 +241,7 @@ class SimulationOptions:
     )
     latent_sd: float = knob(
         0.6,
-        "Standard deviation of the preference for b between pairs, in log-odds.",
+        "Standard deviation of the preference for the second generator, b, between pairs, in log-odds.",
         "Truth",
         metavar="LOG-ODDS",
         low=0,

@@ -365,7 +365,11 @@ def _form_token(body: bytes, cookie_value: str) -> tuple[str, bool]:
             errors="strict",
         )
     except ValueError:
-        raise RequestError(400, "The form must contain token and csrf.", "Use the login page.") from None
+        raise RequestError(
+            400,
+            "The login form cannot be read. It must be URL-encoded and contain the fields token and csrf.",
+            "Use the login page.",
+        ) from None
     # The field `link` is optional. It is added here, so that forms with and without it pass the comparison.
     if sorted({**form_fields, "link": []}) != ["csrf", "link", "token"] or any(
         len(field_values) != 1 for field_values in form_fields.values()

@@ -1,7 +1,8 @@
 """Conditioning of flows: one tensor of tokens, or several tensors by name, with one row for each sample.
 
 A prompt is the name of a conditioning input: a text, or the name of an image. The embeddings of prompts are
-stored in one file that this package writes, or in a folder of another program with one file for each prompt.
+stored in one file that this package writes, or in a folder that another program wrote, with one file for each
+prompt.
 
 Shapes: N samples; L tokens of a sample; E entries of a token.
 """

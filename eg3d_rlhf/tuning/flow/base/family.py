@@ -335,10 +335,11 @@ def check_stages(who: str, family: FlowFamily, stage_names: Sequence[str]) -> No
 
 
 def sized_stages(family: FlowFamily, root: Path) -> list[SizedStage]:
-    """Return the stages of a generator without weights, from the settings in its folder.
+    """Return all stages of a generator with shapes but without weights, from the settings in its folder.
 
     Raises: ValueError if the family does not define the shape of its conditioning; the errors of `load`.
     """
+    # With stages=() the pipeline has all its stages, but the weights of no flow network are read.
     pipeline = family.load(root, None, stages=())
     sized_stage_list = []
     for stage in pipeline.stages:

@@ -392,7 +392,10 @@ class FlowPath:
         return self.per_sample((feats_of(a) - feats_of(b)).square(), a)
 
     def per_sample(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Average values over the numbers of each sample, [N]. Several tensors are combined by `weights`.
+        """Return the mean of the values of each sample, [N].
+
+        For latents of several tensors this is the sum of the tensors' means, multiplied by
+        `FlowPath.weights`, or the mean over all values of the sample if these are None.
 
         Args:
             values: values in the form of `feats_of(batch)`.

@@ -423,7 +423,7 @@ def _on_screen(asset: SplatAsset, view: View, image_side: int) -> tuple[torch.Te
         asset.opacities[depth_order].float()
         * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
     )
-    # In pixels; the optical axis meets the image in its centre, size / 2.
+    # In pixels; the optical axis meets the image in its centre, image_side / 2.
     means = torch.stack([f * x / z, f * y / z], 1) + image_side / 2
     return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), depth_order
 
@@ -503,5 +503,5 @@ def voxel_features(
             0, :, :, 0
         ].T
         feature_sum = sampled_features if feature_sum is None else feature_sum + sampled_features
-    assert feature_sum is not None  # holds because views >= 1
+    assert feature_sum is not None  # holds because view_count >= 1
     return feature_sum / view_count

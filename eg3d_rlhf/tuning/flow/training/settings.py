@@ -255,18 +255,18 @@ class ArmsRun(ABC):
     summary: bool = True  # whether the run ends with a table
 
     def __post_init__(self):
-        given_names = ", ".join(self.arms)
+        given_names_text = ", ".join(self.arms)
         if not self.arms:
             raise ValueError(f"--arms: the list is empty. Name one or more of {self.LISTED}.")
         unknown_names = [arm for arm in self.arms if arm not in self.ARMS]
         if unknown_names:
             raise ValueError(
-                f"--arms: {unknown_names[0]!r} is not an arm, got {given_names}. Choose arms among"
+                f"--arms: {unknown_names[0]!r} is not an arm, got {given_names_text}. Choose arms among"
                 f" {self.LISTED}."
             )
         if len(set(self.arms)) < len(self.arms):
             raise ValueError(
-                f"--arms: an arm is named more than once, got {given_names}. Name each arm only once."
+                f"--arms: an arm is named more than once, got {given_names_text}. Name each arm only once."
             )
 
     @abstractmethod

@@ -209,7 +209,7 @@ class Progress:
     sums: dict = field(default_factory=dict)  # sums over the updates since the last line
 
     def add(self, metrics: dict) -> None:
-        """Add the metrics of an update to the sums of the next line."""
+        """Add the metrics of an update to the sums for the next line of stats.jsonl."""
         self.sums = _added(self.sums, {"updates": 1, **metrics})
 
     def record_rate(self, rate: float, patience: int, max_drop: float) -> bool:

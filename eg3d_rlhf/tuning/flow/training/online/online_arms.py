@@ -258,10 +258,10 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     if stage is not None and name.endswith(".safetensors"):
         return load(Path(name), problem.pipeline, stage, problem.train_prompts[0])
     if name not in REWARDS:
-        reward_names = ", ".join((PROBLEM_REWARD, LATENT, *REWARDS))
+        reward_names_text = ", ".join((PROBLEM_REWARD, LATENT, *REWARDS))
         raise ValueError(
-            f"--reward: there is no reward {name!r}. Choose one of {reward_names}, or load the plugin that"
-            " registers it."
+            f"--reward: there is no reward {name!r}. Choose one of {reward_names_text}, or load the plugin"
+            " that registers it."
         )
     return REWARDS[name](problem)
 
