@@ -13,6 +13,7 @@ from benchmarks import benchmark_report as report
 from benchmarks.rows import all_rows
 from benchmarks.session import Options, run, select
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.core.device_option import DeviceChoice
 
 RESULTS = Path(__file__).parent / "results"
 _how_option = functools.partial(option, group="How")
@@ -48,7 +49,7 @@ _what_option = functools.partial(option, group="What")
     "--list", "list_rows", is_flag=True, help="Print the names of the rows and their targets, and exit."
 )
 @_how_option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Device on which both paths run."
+    "--device", type=DeviceChoice(["cpu", "cuda"]), default="cpu", help="Device on which both paths run."
 )
 @_how_option(
     "--threads",

@@ -105,6 +105,11 @@ def read(run_or_file: Path, fall_back: bool = False) -> tuple[dict[str, torch.Te
     """
     if run_or_file.is_dir():
         candidate_paths = available(run_or_file)[::-1]
+        if not candidate_paths and (run_or_file / "training_options.json").is_file():
+            raise FileNotFoundError(
+                f"--resume: the run in {run_or_file} was stopped before its first checkpoint, so there is"
+                " nothing to resume. Start it again with the command that started it, without --resume."
+            )
         if not candidate_paths:
             raise FileNotFoundError(
                 f"--resume: the folder {run_or_file} contains no checkpoint-*.safetensors. Name the folder of"

@@ -21,6 +21,7 @@ from training import checkpoint, storage
 from training.config import LoopConfig
 from training.distributed import SINGLE, Ranks
 from training.phases import GradientSum, Layout, LossNotFiniteError, MovingAverages, Phase, sum_over_ranks
+from training.progress import tqdm
 
 
 class TrainingLoop:
@@ -188,11 +189,12 @@ class TrainingLoop:
         # In a resumed run, the end of the current tick comes from the checkpoint.
         self.next_tick = self.next_tick or self.cur_nimg + images_per_tick
         try:
-            with files.stoppable():
+            with files.stoppable(), self._log_lines(image_count) as log_lines:
                 while self.cur_nimg < image_count:
                     if not self._fetch_or_stop():
                         return
                     self.step()
+                    log_lines.update(self.cur_nimg - log_lines.n)
                     # The end of the run also ends the last tick, which may be shorter than the others.
                     if self.cur_nimg >= min(self.next_tick, image_count):
                         self.next_tick = self.cur_nimg + images_per_tick
@@ -200,6 +202,22 @@ class TrainingLoop:
         finally:
             # Also after an error, because the worker processes that read images have to be ended.
             self.trained_object.end()
+
+    def _log_lines(self, image_count: int) -> tqdm:
+        """Return a progress bar over images that writes lines into a log during ticks that last long.
+
+        On a terminal it is switched off: it would be drawn over the status lines.
+
+        Args: image_count: number of images at the end of the run.
+        """
+        return tqdm(
+            total=image_count,
+            initial=self.cur_nimg,
+            desc="training",
+            unit="image",
+            leave=False,
+            disable=not self.ranks.is_main or sys.stderr.isatty(),
+        )
 
     def _fetch_or_stop(self) -> bool:
         """Fetch the next images.
@@ -262,7 +280,7 @@ class TrainingLoop:
                 further_fields = {**tick_fields, **object_fields}
                 self.files.stats({"tick": self.cur_tick, "nimg": self.cur_nimg, **stats})
                 self.files.status(
-                    {"tick": f"{self.cur_tick:<5d}", "kimg": f"{kimg:<8.2f}"},
+                    {"tick": f"{self.cur_tick:<5d}", "kimg": f"{kimg:<8.3f}"},
                     kimg,
                     config.kimg,
                     "kimg",

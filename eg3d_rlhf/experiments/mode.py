@@ -24,9 +24,9 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 import click
 from click.core import ParameterSource
@@ -39,6 +39,7 @@ from eg3d_rlhf.core.cli import (
     option,
     options_from_settings,
 )
+from eg3d_rlhf.core.device_option import DEVICE
 from eg3d_rlhf.experiments.process import StoppedError, sigterm_interrupts
 from training.config import from_dict, settings_from_values
 
@@ -309,19 +310,13 @@ class Mode(Generic[S]):
         @self.flags or options_from_settings(self.settings)
         @click.pass_context
         def command(context: click.Context, /, **parameters: Any) -> Path | None:
-            # A resumed run takes its settings from its record, so any other flag would be ignored.
             flags = flags_of(context)
+            # A resumed run takes its settings from its record. A flag is allowed if it repeats the recorded
+            # value, because the command of the first start is what a user types again.
             resume_path = parameters["resume"]
-            conflicting_flags = (
-                sorted(flags.written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set()))
-                if resume_path is not None
-                else []
-            )
-            if conflicting_flags:
-                raise ValueError(
-                    f"{', '.join(map(flag, conflicting_flags))} cannot be combined with --resume, which uses"
-                    f" the settings of the run. Remove {'it' if len(conflicting_flags) == 1 else 'them'}."
-                )
+            if resume_path is not None:
+                free_names = FREE | mode.beside_resume | ({"jobs"} if mode.jobs else set())
+                mode.check_repeated_flags(flags, resume_path, sorted(flags.written - free_names))
             settings: Any = None if resume_path is not None else mode.settings_of(flags)
             if parameters["dry_run"]:
                 settings = mode.read(resume_path, flags) if settings is None else settings
@@ -353,12 +348,96 @@ class Mode(Generic[S]):
         settings: S = settings_from_values(self.settings, flag_values)
         return settings
 
+    def check_repeated_flags(self, flags: Flags, resume_path: Path, repeated_names: Sequence[str]) -> None:
+        """Check that flags beside --resume have the values with which the run was started.
+
+        Args:
+            flags: flags of the command line.
+            resume_path: value of --resume.
+            repeated_names: names of the flags to compare, which the user passed.
+
+        Raises: ValueError that names the flags with other values, and the values of the run.
+        """
+        if not repeated_names:
+            return
+        recorded_settings = _flat(self.read(resume_path, flags))
+        given_settings = _flat(self.settings_of(flags))
+        knob_fields = _fields_by_flag(self.settings)
+        run_folder = (resume_path if resume_path.is_dir() else resume_path.parent).resolve()
+        differences = []
+        for name in repeated_names:
+            # These two flags are no settings. They made the path of the run folder.
+            if name == "outdir" and Path(flags[name]).resolve() == run_folder.parent:
+                continue
+            if name == "desc" and run_folder.name.endswith(f"-{flags[name]}"):
+                continue
+            # The fields that a flag sets are those that change if it is left out. A flag whose value is the
+            # default changes nothing; the field is then found by its knob.
+            without_flag = Flags({**flags, name: self._default_of(name)}, flags.written - {name})
+            try:
+                other_settings = _flat(self.settings_of(without_flag))
+            except ValueError:
+                other_settings = given_settings  # the other flags are not allowed without this one
+            changed_fields = {
+                field for field in given_settings if given_settings[field] != other_settings.get(field)
+            } or knob_fields.get(name, set())
+            run_values = [
+                recorded_settings.get(field)
+                for field in sorted(changed_fields)
+                if recorded_settings.get(field) != given_settings[field]
+            ]
+            if run_values or not changed_fields:
+                value_text = f" (the run has {', '.join(map(str, run_values))})" if run_values else ""
+                differences.append(f"{flag(name)}={flags[name]}{value_text}")
+        if differences:
+            raise ValueError(
+                f"--resume: the run in {resume_path} was not started with {', '.join(differences)}."
+                " A resumed run keeps its settings. Remove"
+                f" {'this flag' if len(differences) == 1 else 'these flags'}, or start a new run without"
+                " --resume."
+            )
+
+    def _default_of(self, name: str) -> Any:
+        """Return the value of a flag that is not passed."""
+        # options that only --set can pass are not among the parameters
+        options = [*self.command.params, *self.command.rare.values()]
+        option = next(option for option in options if option.name == name)
+        return option.get_default(click.Context(self.command))
+
     def shown_by_help(self, context: click.Context) -> Iterable[object]:
         """Return the objects from which --help reads the defaults of flags."""
         flags = flags_of(context)
         if flags["resume"] is not None:
             return [self.read(flags["resume"], flags)]
         return [self.settings_of(flags)] if self.defaults is None else self.defaults(flags)
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a settings dataclass and of the dataclasses in it, by names like "loop.batch"."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= _flat(value, f"{prefix}{field.name}.")
+        else:
+            values[prefix + field.name] = value
+    return values
+
+
+def _fields_by_flag(settings_class: type, prefix: str = "") -> dict[str, set[str]]:
+    """Return the names of the fields, as in `_flat`, that each flag sets through a knob."""
+    fields_by_flag: dict[str, set[str]] = {}
+    # the annotations may be texts, which get_type_hints turns into classes
+    field_types = get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        if "knob" in field.metadata:
+            flag_name = field.metadata["knob"].name or field.name
+            fields_by_flag.setdefault(flag_name, set()).add(prefix + field.name)
+        elif dataclasses.is_dataclass(field_types[field.name]):
+            inner_class: Any = field_types[field.name]
+            for flag_name, names in _fields_by_flag(inner_class, f"{prefix}{field.name}.").items():
+                fields_by_flag.setdefault(flag_name, set()).update(names)
+    return fields_by_flag
 
 
 def flags_of(context: click.Context) -> Flags:
@@ -460,7 +539,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
         option(
             "--device",
             group=RUN,
-            type=click.Choice(["auto", "cpu", "cuda"]),
+            type=DEVICE,
             default="auto",
             help=(
                 "Device on which the run computes. auto selects CUDA if it is available, and the CPU"

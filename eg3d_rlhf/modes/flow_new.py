@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
+from eg3d_rlhf.core.device_option import DEVICE
 from eg3d_rlhf.modes.flow_check import entry_lines, find_faults, find_licences
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, rare_option
 from eg3d_rlhf.tuning.flow.base.family import (
@@ -90,7 +91,7 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
 )
 @option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=DEVICE,
     default="auto",
     help="Device that runs the networks; auto selects CUDA if it is available.",
 )

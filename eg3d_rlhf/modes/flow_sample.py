@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, combine_decorators, option
+from eg3d_rlhf.core.device_option import DEVICE
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes.shared_flags import FOLDER, rare_option
 from eg3d_rlhf.tuning.flow.workspace.work_folder import BASE, SHOWN, TEST, Work
@@ -19,7 +20,7 @@ AGAIN = "The same command"
 work_argument = click.argument("folder", metavar="WORK", type=FOLDER)
 device_flag = option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=DEVICE,
     default="auto",
     help="Device that runs the networks; auto selects CUDA if it is available.",
 )
@@ -111,7 +112,7 @@ def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
         desc=f"sampling {sampling.folder.name}",
         unit="asset",
         # None: tqdm shows the bar only on a terminal
-        disable=None if sampling.ranks.is_main else True,
+        disable=not sampling.ranks.is_main,
     ) as progress_bar:
         sampling_summary = sampling.run(progress_bar.update)
         progress_bar.update(asset_count - progress_bar.n)  # counts the assets that other ranks generated

@@ -212,7 +212,7 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
             else labelled_assets.with_labels_of(Path(settings.label_kind))
         )
     family = family_of(Path(settings.source.pipeline))
-    with tqdm(desc="assets", unit="asset", disable=None, leave=False) as progress_bar:
+    with tqdm(desc="assets", unit="asset", leave=False) as progress_bar:
         labels_path = None if settings.labels is None else Path(settings.labels)
         # Reads the list of the assets and their labels; `candidate` reads the stored latents of a line.
         return read_labelled(

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from eg3d_rlhf.core.cli import combine_decorators, option
+from eg3d_rlhf.core.device_option import DEVICE
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 
 PATH = click.Path(path_type=Path)
@@ -130,7 +131,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "device": _flag(
         "Run",
         None,
-        click.Choice(["auto", "cpu", "cuda"]),
+        DEVICE,
         "Device to compute on; auto selects CUDA if it is available.",
         "auto",
     ),

@@ -303,3 +303,12 @@ def test_float32_on_a_gpu_is_float32(monkeypatch):
             assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("mps", ("mps", "--device=cpu")), ("cuda:1", ("CUDA_VISIBLE_DEVICES=1",)), ("gpu", ("--device=cuda",))],
+)
+def test_a_device_that_is_no_choice_is_named_with_a_remedy(device, words):
+    result = CliRunner().invoke(train.main, [f"--device={device}"])
+    assert result.exit_code == 2 and all(word in result.stderr for word in words)

@@ -47,6 +47,11 @@ def test_the_page_is_a_whole_mode(count, tmp_path):
     )
     before = (folder / "stats.jsonl").read_bytes()
     assert count(f"--resume={folder}").exit_code == 0 and (folder / "stats.jsonl").read_bytes() == before
+    # the flags of the first command may be typed again
+    same_flags = ("--steps=3", "--set=desc=far", f"--outdir={tmp_path / 'runs'}")
+    assert count(f"--resume={folder}", *same_flags).exit_code == 0
+    rejected(count(f"--resume={folder}", "--set=desc=near"), "desc=near", "--resume")
+    rejected(count(f"--resume={folder}", f"--outdir={tmp_path}"), "--outdir", "--resume")
 
 
 def test_what_is_shown_and_what_is_refused(count, tmp_path):

@@ -1,9 +1,11 @@
 """A bar in a log leaves one line when it ends, or none; on a terminal it is the library's."""
 
 import io
+import time
 
 import pytest
 
+from training import progress
 from training.progress import tqdm
 
 
@@ -38,3 +40,39 @@ def test_a_terminal_shows_every_step():
     file = Terminal()
     list(tqdm(range(3), file=file, mininterval=0))
     assert file.getvalue().count("\r") >= 4 and "3/3" in file.getvalue()
+
+
+def wait_for_line(file, count):
+    """Wait until the file has `count` lines, at most 10 s."""
+    end = time.monotonic() + 10
+    while len(file.getvalue().splitlines()) < count and time.monotonic() < end:
+        time.sleep(0.05)
+    return file.getvalue().splitlines()
+
+
+def test_a_log_gets_lines_while_a_step_runs(monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.1)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.3)
+    file = io.StringIO()
+    with tqdm(total=8, desc="surfaces", unit="head", file=file) as bar:
+        lines = wait_for_line(file, 2)  # no update was made: a long first step is reported, too
+        assert all("0 of 8" in line and "surfaces" in line for line in lines)
+        bar.update(4)
+        count = len(file.getvalue().splitlines())
+        assert "4 of 8" in wait_for_line(file, count + 2)[-1]
+    closed = file.getvalue()
+    time.sleep(1.2)
+    assert file.getvalue() == closed  # a closed bar is silent
+
+
+def test_only_the_outermost_bar_writes(monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.1)
+    file = io.StringIO()
+    with tqdm(total=2, desc="outer", file=file), tqdm(total=9, desc="inner", leave=False, file=file):
+        assert "outer" in wait_for_line(file, 1)[0]
+        time.sleep(0.8)
+    assert "inner" not in file.getvalue()
+
+
+def test_the_default_intervals():
+    assert progress.FIRST_LINE <= 2 and progress.LINE_INTERVAL <= 30

@@ -181,3 +181,24 @@ def test_another_initial_network_is_rejected_by_name(straight, tiny_data, tiny_n
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     init.write_bytes(tiny_networks.read_bytes())
     assert run(f"--resume={folder}", "--kimg=0.032").exit_code == 0
+
+
+def test_a_run_without_a_checkpoint_is_told_from_a_wrong_path(straight, tmp_path):
+    """A run that was killed before its first checkpoint can only be started again."""
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(straight / "training_options.json", killed)
+    begun = run(f"--resume={killed}")
+    (tmp_path / "empty").mkdir()
+    empty = run(f"--resume={tmp_path / 'empty'}")
+    rejected(begun, "--resume", str(killed), "without --resume")
+    rejected(empty, "--resume", str(tmp_path / "empty"))
+    assert begun.stderr.replace(str(killed), "") != empty.stderr.replace(str(tmp_path / "empty"), "")
+
+
+def test_flags_with_the_values_of_the_run_may_be_repeated(straight, tmp_path):
+    copy = tmp_path / straight.name
+    shutil.copytree(straight, copy)
+    # the finished run has nothing left to do
+    assert run(f"--resume={copy}", "--tick=0.016", "--snap=2", "--aug=ada").exit_code == 0
+    rejected(run(f"--resume={copy}", "--tick=0.016", "--snap=3"), "--snap=3", "--resume")

@@ -66,9 +66,7 @@ def evaluate(
         desc="evaluation",
         unit="batch",
         leave=False,
-        disable=True
-        if on_asset
-        else None,  # the caller has a progress bar; two bars would overwrite each other
+        disable=on_asset is not None,  # the caller has a progress bar; two bars would overwrite each other
     ):
         batch_slice = slice(first_prompt_index * S, (first_prompt_index + prompts_per_batch) * S)
         prompts = all_prompts[batch_slice]

@@ -46,9 +46,7 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
             write_atomic(export_folder / file_name, original_or_bytes)
         else:
             link(original_or_bytes, export_folder / file_name)
-    for stage, stage_file in tqdm(
-        release.networks.items(), desc="export", unit="stage", leave=False, disable=None
-    ):
+    for stage, stage_file in tqdm(release.networks.items(), desc="export", unit="stage", leave=False):
         # Merged in float32; `write` then rounds once, to the data types of the original file.
         merged_weights = merged_state(tuned_model(stage_file.load(torch.float32), tuned_paths[stage]))
         exported_stages[stage] = {

@@ -247,7 +247,7 @@ def write_pairs(
     shards = _shards(
         {latent_names[object_id]: latent for object_id, latent in unique_latents.items()}, shard_bytes
     )
-    for i, tensors in enumerate(tqdm(shards, desc="pairs", unit="shard", leave=False, disable=None)):
+    for i, tensors in enumerate(tqdm(shards, desc="pairs", unit="shard", leave=False)):
         path = folder / f"latents-{i:03d}.safetensors"
         write_tensors(path, "pairs", tensors, {"stage": stages[0]})
         shard_hashes[path.name] = file_hash(path)
@@ -415,7 +415,7 @@ def _read_latents(folder: Path, description: dict) -> dict[str, Latent]:
     """
     tensor_by_key: dict[str, torch.Tensor] = {}
     for file_name, expected_hash in tqdm(
-        sorted(description["shards"].items()), desc="pairs", unit="shard", leave=False, disable=None
+        sorted(description["shards"].items()), desc="pairs", unit="shard", leave=False
     ):
         path = folder / file_name
         if not path.is_file():

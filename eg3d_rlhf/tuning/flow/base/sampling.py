@@ -392,9 +392,7 @@ def scores(
     Raises: ValueError if a score is NaN or infinite.
     """
     all_scores = [torch.zeros(0)]  # without seeds the list would be empty, which torch.cat does not accept
-    for first_index in tqdm(
-        range(0, len(seeds), batch_size), desc="scoring", unit="batch", leave=False, disable=None
-    ):
+    for first_index in tqdm(range(0, len(seeds), batch_size), desc="scoring", unit="batch", leave=False):
         batch_slice = slice(first_index, first_index + batch_size)
         batch_inputs = {name: outputs[batch_slice] for name, outputs in (stages_given or {}).items()}
         assets = generate(

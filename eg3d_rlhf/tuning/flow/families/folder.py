@@ -167,7 +167,7 @@ class EncodingFolder(OpenedFolder, ABC):
 
 def embedding_progress(items: Collection[T], unit: str) -> Iterable[T]:
     """Iterate over the items to be embedded and show a progress bar that counts them in `unit`."""
-    return tqdm(items, desc="embedding", unit=unit, disable=None)
+    return tqdm(items, desc="embedding", unit=unit)
 
 
 def mentions(path: Path, word: str) -> bool:

@@ -139,9 +139,7 @@ class RewardOfPairs:
                 latents[id(pair.rejected)] = pair.rejected
             features_by_id: dict[int, torch.Tensor] = {}
             # One latent at a time: a decoded asset is large, its features are not.
-            for latent_id, latent in tqdm(
-                latents.items(), desc=self._title, unit="asset", leave=False, disable=None
-            ):
+            for latent_id, latent in tqdm(latents.items(), desc=self._title, unit="asset", leave=False):
                 features_by_id[latent_id] = features(self._pipeline.decode(SparseBatch.join([latent]))[0])
             preferred_features = torch.stack([features_by_id[id(pair.preferred)] for pair in pairs])  # [P, F]
             rejected_features = torch.stack([features_by_id[id(pair.rejected)] for pair in pairs])  # [P, F]

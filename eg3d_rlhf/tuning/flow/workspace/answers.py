@@ -155,7 +155,7 @@ def _read_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
                 f" {RANKING}, or a file of labels."
             )
         return family.read_samples(folder, pipeline)
-    with tqdm(desc="assets", unit="asset", disable=None) as bar:
+    with tqdm(desc="assets", unit="asset") as bar:
         imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
     # Without embeddings beside the list, the prompts are those of the work folder.
     if not version_0_1.conditioning_file(folder).is_file():

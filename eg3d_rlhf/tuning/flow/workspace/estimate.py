@@ -287,7 +287,6 @@ def estimate(
         desc=name,
         unit="estimate",
         leave=False,
-        disable=None,
     )
     for (stage_index, sized_stage), (cost_kind, recompute) in jobs:
         # The weights of the other stages stay in memory while a stage is sampled or tuned.

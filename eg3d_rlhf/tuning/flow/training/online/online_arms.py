@@ -149,7 +149,6 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
         desc="samples for pairs",
         unit="batch",
         leave=False,
-        disable=None,
     ):
         prompts, seeds = map(list, zip(*groups[i : i + groups_per_batch], strict=True))
         # the voxels of a group are the same for its K samples, as in online tuning
