@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eg3d_rlhf.geometry.files.appearance import mended_normals
+
 GLB_MAGIC = b"glTF"
 # glTF 2.0, section 4.4 (binary container)
 JSON_CHUNK = 0x4E4F534A  # "JSON"
@@ -25,6 +27,9 @@ CHUNK_HEADER = struct.Struct("<II")  # number of bytes of the chunk, type of the
 COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 TRIANGLES = 4  # mode of a glTF primitive with three indices per triangle
+# Further modes of primitives: a strip, and a fan of triangles.
+_STRIP = 5
+_FAN = 6
 _NUMBERS = {np.dtype(name).str: number for number, name in COMPONENTS.items()}
 _TYPES = {width: name for name, width in WIDTHS.items()}
 # Targets of buffer views in glTF, which say how the data is used.
@@ -216,6 +221,40 @@ def _primitive(buffer: _Buffer, primitive: Primitive) -> dict:
     return primitive_record
 
 
+def primitive_points(primitive: Primitive) -> np.ndarray:
+    """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
+    array = primitive.attributes["POSITION"]
+    points = array.values.astype(np.float64)
+    # floats, and integers that are coordinates already
+    if not array.normalized:
+        return points
+    # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
+    return np.maximum(points / np.iinfo(array.values.dtype).max, -1.0)
+
+
+def primitive_triangles(primitive: Primitive) -> np.ndarray:
+    """Return the triangles [F, 3] of a primitive as indices of vertices.
+
+    Strips and fans are converted to separate triangles.
+    """
+    vertex_count = len(primitive.attributes["POSITION"].values)
+    indices = (
+        np.arange(vertex_count)
+        if primitive.indices is None
+        else primitive.indices.values[:, 0].astype(np.int64)
+    )
+    if primitive.mode == _STRIP:
+        triangles = np.stack([indices[:-2], indices[1:-1], indices[2:]], axis=1)
+        # Every second triangle of a strip has the opposite orientation in glTF 2.0.
+        triangles[1::2] = triangles[1::2, [1, 0, 2]]
+        return triangles
+    # All triangles of a fan share its first vertex.
+    if primitive.mode == _FAN:
+        return np.stack([np.full(len(indices) - 2, indices[0]), indices[1:-1], indices[2:]], axis=1)
+    # One or two indices at the end that form no triangle are dropped.
+    return indices[: len(indices) // 3 * 3].reshape(-1, 3)
+
+
 def srgb_to_linear(srgb: np.ndarray) -> np.ndarray:
     """Convert colours in 0..1 from sRGB to linear RGB (IEC 61966-2-1), which glTF uses.
 
@@ -259,7 +298,8 @@ def triangle_primitive(
         faces: triangles [F, 3] as indices of vertices.
         uv: texture coordinates [N, 2] as in glTF, where v increases downwards; None: no texture.
         colours: colours [N, 3 or 4] of the vertices, sRGB and alpha in 0..255; None: no colours.
-        normals: normals [N, 3] of the vertices; None: no normals.
+        normals: normals [N, 3] of the vertices; None: no normals. Normals that are not finite are computed
+            anew.
         material: index into Model.materials; None: the default material of glTF.
 
     Raises: ValueError for arrays of other shapes, numbers that are not finite, and indices out of range.
@@ -272,6 +312,8 @@ def triangle_primitive(
             "the positions of the vertices are not finite: some are NaN or infinity. Export the mesh again."
         )
     attributes = {"POSITION": Array(positions)}
+    if normals is not None:
+        normals = mended_normals(normals, positions, faces)
     for attribute_name, attribute_values in (("NORMAL", normals), ("TEXCOORD_0", uv)):
         if attribute_values is not None:
             if len(attribute_values) != len(positions) or not np.isfinite(attribute_values).all():

@@ -122,7 +122,7 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
     materials = (
         _materials(decode_text(library_paths[0].read_bytes()), library_paths[0]) if library_paths else {}
     )
-    named_parts = _Lines(decode_text(data)).parts()
+    named_parts = _Lines(decode_text(data)).parts(geometry_only)
     # Materials that no face uses are dropped, with their textures.
     used_names = [
         material_name
@@ -300,10 +300,34 @@ class _Lines:
         # [N, width]: position of each line's first number, plus the column
         return numbers[(np.cumsum(line_widths) - line_widths)[:, None] + np.arange(column_count)]
 
-    def parts(self) -> list[tuple[str, dict]]:
+    def _appearance_table(self, line_kind: str, column_count: int) -> np.ndarray:
+        """Return the numbers of all lines vt or vn as a table [N, columns] float64.
+
+        The faces do not depend on these lines, so a number that is missing or cannot be read is NaN. Some
+        exporters write "-nan(ind)".
+
+        Args:
+            line_kind: vt or vn.
+            column_count: number of columns.
+        """
+        line_widths = np.array(self.widths[line_kind], dtype=np.int64)
+        numbers = _numbers(" ".join(self.words[line_kind]), np.float64)
+        if len(numbers) != line_widths.sum():
+            numbers = np.array([_number_or_nan(word) for word in self.words[line_kind]])
+        table = np.full((len(line_widths), column_count), np.nan)
+        first_number = np.cumsum(line_widths) - line_widths
+        for column in range(column_count):
+            is_long_enough = line_widths > column
+            table[is_long_enough, column] = numbers[first_number[is_long_enough] + column]
+        return table
+
+    def parts(self, geometry_only: bool = False) -> list[tuple[str, dict]]:
         """Divide the mesh into parts by material.
 
         A point with several texture coordinates or normals becomes several vertices.
+
+        Args:
+            geometry_only: True to return no texture coordinates, normals and colours.
 
         Returns: for each part, the name of the material, and the arguments of `triangle_primitive` by name.
 
@@ -311,11 +335,11 @@ class _Lines:
         """
         # x, y, z, and the colour r, g, b, a if all lines have it
         points = self._table("v", 3, 7)
-        uv = self._table("vt", 1, 2)
-        normals = self._table("vn", 3, 3)
+        uv = np.zeros((0, 2)) if geometry_only else self._appearance_table("vt", 2)
+        normals = np.zeros((0, 3)) if geometry_only else self._appearance_table("vn", 3)
         corners = self.corners()
         # An index must be below the number of lines of its kind.
-        line_counts = np.array([len(points), len(uv), len(normals)])
+        line_counts = np.array([len(self.widths[line_kind]) for line_kind in ("v", "vt", "vn")])
         is_beyond = corners >= line_counts
         if is_beyond[:, 0].any():
             raise ValueError(
@@ -326,8 +350,8 @@ class _Lines:
         # a valid index.
         usable_columns = [
             column
-            for column, table in ((1, uv), (2, normals))
-            if len(table) and not (is_beyond[:, column] | (corners[:, column] < 0)).any()
+            for column in (1, 2)
+            if line_counts[column] and not (is_beyond[:, column] | (corners[:, column] < 0)).any()
         ]
         triangle_corners, face_indices = triangulate_faces(
             points[:, :3], corners[:, 0], np.array(self.widths["f"])
@@ -360,19 +384,30 @@ class _Lines:
                 "positions": points[vertex_corners[:, 0], :3],
                 "faces": faces.reshape(-1, 3),
             }
+            named_parts.append((material_name, primitive_arrays))
+            if geometry_only:
+                continue
             # x, y, z, r, g, b
             if points.shape[1] >= 6:
                 # Colours of vertices are a common extension of the format.
                 primitive_arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
             # The texture coordinate v increases upwards in OBJ, and downwards in glTF.
-            if 1 in usable_columns and uv.shape[1] == 2:
-                primitive_arrays["uv"] = np.stack(
-                    [uv[vertex_corners[:, 1], 0], 1 - uv[vertex_corners[:, 1], 1]], axis=1
-                )
+            if 1 in usable_columns:
+                vertex_uv = uv[vertex_corners[:, 1]]
+                # Without finite coordinates, it is not known where the texture lies.
+                if np.isfinite(vertex_uv).all():
+                    primitive_arrays["uv"] = np.stack([vertex_uv[:, 0], 1 - vertex_uv[:, 1]], axis=1)
             if 2 in usable_columns:
                 primitive_arrays["normals"] = normals[vertex_corners[:, 2]]
-            named_parts.append((material_name, primitive_arrays))
         return named_parts
+
+
+def _number_or_nan(word: str) -> float:
+    """Return the number that a word states, or NaN if it states none."""
+    try:
+        return float(word)
+    except ValueError:
+        return np.nan
 
 
 def _numbers(number_text: str, dtype: type) -> np.ndarray:

@@ -180,8 +180,12 @@ def check_mesh(header: Header) -> None:
         )
 
 
-def read_mesh(data: bytes | memoryview) -> Model:
+def read_mesh(data: bytes | memoryview, geometry_only: bool = False) -> Model:
     """Read a mesh from a PLY file, with colours and normals of its vertices, or with colours of its faces.
+
+    Args:
+        data: content of the file.
+        geometry_only: True to read no normals.
 
     Raises: ValueError for a damaged file, and for a file without triangles.
     """
@@ -211,7 +215,7 @@ def read_mesh(data: bytes | memoryview) -> Model:
     colours = _colours(vertices)
     normals = None
     face_colours = _colours(faces)
-    if all(name in vertices for name in ("nx", "ny", "nz")):
+    if not geometry_only and all(name in vertices for name in ("nx", "ny", "nz")):
         normals = np.stack([_column(vertices, name) for name in ("nx", "ny", "nz")], axis=1)
     # Colours of vertices take precedence over colours of faces.
     if face_colours is not None and colours is None:

@@ -11,19 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from eg3d_rlhf.geometry.files import glb, obj, ply
-from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, Primitive
+from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, primitive_points, primitive_triangles
 
 SUFFIXES = (".glb", ".ply", ".obj", ".stl")  # mesh files that commands search for in folders
-# Modes of primitives in glTF 2.0: how the indices form triangles.
-_STRIP = 5
-_FAN = 6
 
 
 def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read the vertices and triangles of a mesh file.
 
-    GLB and PLY are recognised by their first bytes, other formats by their suffix. Textures and materials are
-    not opened, so a mesh with a damaged texture can be read.
+    GLB and PLY are recognised by their first bytes, other formats by their suffix. Materials, textures,
+    normals, colours and texture coordinates are not read, so a mesh in which they are damaged can be read.
 
     Returns: vertices [V, 3] float64 and faces [F, 3] int64.
 
@@ -34,7 +31,7 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if file_bytes[:4] == GLB_MAGIC:
         return scene_triangles(glb.read_glb(memoryview(file_bytes), geometry_only=True))
     if file_bytes[:3] == b"ply":
-        return scene_triangles(ply.read_mesh(file_bytes))
+        return scene_triangles(ply.read_mesh(file_bytes, geometry_only=True))
     if path.suffix.lower() == ".obj":
         return scene_triangles(obj.read_obj(file_bytes, path, geometry_only=True))
     # An OBJ file has no magic bytes, so text in UTF-16 without the suffix .obj gets an error of its own.
@@ -87,8 +84,8 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
         matrix = parent_matrix @ _matrix(node.place)
         pending_nodes += [(child_index, matrix) for child_index in reversed(node.children)]
         for primitive in model.meshes[node.mesh] if node.mesh is not None else ():
-            points = _points(primitive)
-            triangles = _sides(primitive)
+            points = primitive_points(primitive)
+            triangles = primitive_triangles(primitive)
             # A negative determinant: the transformation mirrors the mesh, so the faces are reversed again.
             if np.linalg.det(matrix[:3, :3]) < 0:
                 triangles = triangles[:, ::-1]
@@ -99,40 +96,6 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
     if not faces:
         raise ValueError("the file has no triangles. Export a mesh that has faces.")
     return np.concatenate(vertices), np.concatenate(faces)
-
-
-def _points(primitive: Primitive) -> np.ndarray:
-    """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
-    array = primitive.attributes["POSITION"]
-    points = array.values.astype(np.float64)
-    # floats, and integers that are coordinates already
-    if not array.normalized:
-        return points
-    # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
-    return np.maximum(points / np.iinfo(array.values.dtype).max, -1.0)
-
-
-def _sides(primitive: Primitive) -> np.ndarray:
-    """Return the triangles [F, 3] of a primitive as indices of vertices.
-
-    Strips and fans are converted to separate triangles.
-    """
-    vertex_count = len(primitive.attributes["POSITION"].values)
-    indices = (
-        np.arange(vertex_count)
-        if primitive.indices is None
-        else primitive.indices.values[:, 0].astype(np.int64)
-    )
-    if primitive.mode == _STRIP:
-        triangles = np.stack([indices[:-2], indices[1:-1], indices[2:]], axis=1)
-        # Every second triangle of a strip has the opposite orientation in glTF 2.0.
-        triangles[1::2] = triangles[1::2, [1, 0, 2]]
-        return triangles
-    # All triangles of a fan share its first vertex.
-    if primitive.mode == _FAN:
-        return np.stack([np.full(len(indices) - 2, indices[0]), indices[1:-1], indices[2:]], axis=1)
-    # One or two indices at the end that form no triangle are dropped.
-    return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 
 def _matrix(node_place: dict) -> np.ndarray:
