@@ -9,6 +9,7 @@ import { t } from './texts.js';
 const ROOM = 0.75; // brightness of the room
 const KEY = 1.3; // of the light at the viewer's left shoulder, so that every side can be seen
 const SHARP = 8; // anisotropic filtering
+const NO_AREA = 1e-9; // as in geometry/files/triangles.py
 
 export class Textured {
   // surfaces: draws geometry alone; sharp: whether there is a GPU, for which sharp textures at a slant cost little.
@@ -113,20 +114,33 @@ async function parse(data) {
   return { scene: gltf.scene, textures };
 }
 
-// The middle of the box around all vertices, and the largest distance of a vertex from it.
+// The middle of the box around the triangles that have an area, and the largest distance of their corners from it. A stray vertex, or a
+// triangle that has collapsed, cannot be seen, so it has no influence on the size.
 function ball(root, meshes) {
   root.updateMatrixWorld(true);
-  const [point, low, high] = [new Vector3(), new Vector3(Infinity, Infinity, Infinity), new Vector3(-Infinity, -Infinity, -Infinity)];
+  const [low, high] = [new Vector3(Infinity, Infinity, Infinity), new Vector3(-Infinity, -Infinity, -Infinity)];
+  const [a, b, c, u, v, w] = Array.from({ length: 6 }, () => new Vector3());
   const each = (visit) => {
     for (const mesh of meshes) {
-      const { position } = mesh.geometry.attributes;
-      for (let i = 0; i < position.count; i += 1) visit(point.fromBufferAttribute(position, i).applyMatrix4(mesh.matrixWorld));
+      const { attributes: { position }, index } = mesh.geometry;
+      const corner = (vector, i) => vector.fromBufferAttribute(position, index ? index.getX(i) : i).applyMatrix4(mesh.matrixWorld);
+      const count = index ? index.count : position.count;
+      for (let i = 0; i + 2 < count; i += 3) {
+        corner(a, i);
+        corner(b, i + 1);
+        corner(c, i + 2);
+        u.subVectors(b, a);
+        v.subVectors(c, b);
+        const longest = Math.max(u.lengthSq(), v.lengthSq(), w.subVectors(a, c).lengthSq());
+        if (w.crossVectors(u, v).length() > NO_AREA * longest) for (const vertex of [a, b, c]) visit(vertex);
+      }
     }
   };
   each((vertex) => {
     low.min(vertex);
     high.max(vertex);
   });
+  if (low.x > high.x) throw new Error(t('error.shape')); // there is nothing to see
   const centre = low.add(high).multiplyScalar(0.5);
   let most = 0;
   each((vertex) => { most = Math.max(most, vertex.distanceToSquared(centre)); });
