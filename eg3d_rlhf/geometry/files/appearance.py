@@ -12,6 +12,30 @@ GREY_MATERIAL = {
     "doubleSided": True,
 }
 
+# The same for a surface with colours of its vertices, by which the colour of the material is multiplied.
+UNKNOWN_WITH_COLOURS = {
+    "pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1},
+    "doubleSided": True,
+}
+
+
+def colours_255(colours: np.ndarray) -> np.ndarray:
+    """Convert colours that a file stores as decimal numbers to integral numbers in 0..255.
+
+    Files hold either 0..1 or 0..255 and do not say which. Colours are taken as 0..255 if one of them is above
+    2, or if one is above 1 and all are integral. Numbers a little above 1 are rounding, and are clipped.
+
+    Args:
+        colours: red, green and blue [N, 3], or one channel such as alpha [N, 1]. NaN becomes 0.
+
+    Returns: float64 array of the same shape.
+    """
+    finite_colours = np.nan_to_num(np.asarray(colours, dtype=np.float64), posinf=0.0, neginf=0.0)
+    largest = finite_colours.max(initial=0)
+    if largest > 2 or (largest > 1 and (finite_colours == np.rint(finite_colours)).all()):
+        return np.rint(finite_colours.clip(0, 255))
+    return np.rint(finite_colours.clip(0, 1) * 255)
+
 
 def vertex_normals(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     """Compute smooth normals: the mean of the normals of the triangles at each vertex, weighted by area.

@@ -11,6 +11,7 @@ size of a copy is subtracted from a budget before the copy is made.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from eg3d_rlhf.geometry.files.model import (
     Array,
     Model,
     Node,
+    Note,
     Primitive,
     primitive_points,
     primitive_triangles,
@@ -362,13 +364,16 @@ class _Reader(MaterialReader):
             material = self._once(
                 "materials", primitive_record["material"], self.out.materials, self._material
             )
-        return self._with_finite_numbers(Primitive(attributes, indices, mode, material))
+        primitive = self._with_finite_numbers(Primitive(attributes, indices, mode, material))
+        if material is None:
+            return primitive
+        return replace(primitive, material=self._without_textures(material, primitive.attributes))
 
     def _with_finite_numbers(self, primitive: Primitive) -> Primitive:
         """Return a primitive whose attributes have no NaN and no number beyond REACH.
 
-        Positions were checked before. Normals are computed anew where they are not finite, tangents are then
-        dropped. Texture coordinates and colours are dropped, because their right values are not known.
+        Positions were checked before. Normals are computed anew where they are not finite, and tangents are
+        then dropped. Texture coordinates and colours are dropped, because their right values are not known.
         """
         unusable_names = [
             attribute_name
@@ -390,7 +395,13 @@ class _Reader(MaterialReader):
                 primitive.attributes["NORMAL"].values, points, primitive_triangles(primitive)
             )
             attributes["NORMAL"] = Array(normals)
-        return Primitive(attributes, primitive.indices, primitive.mode, primitive.material)
+        if "COLOR_0" in unusable_names:
+            self.out.notes.append(
+                Note(
+                    "untextured", "colours of vertices are left out, because some are NaN. Export them anew."
+                )
+            )
+        return replace(primitive, attributes=attributes)
 
 
 def _place(node_record: dict) -> dict:

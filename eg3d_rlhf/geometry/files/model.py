@@ -58,6 +58,18 @@ class Primitive:
     material: int | None = None  # index into Model.materials
 
 
+# Kinds of differences between a file and its view. The label page has a text for each.
+NOTE_KINDS = ("untextured", "approximated")
+
+
+@dataclass(frozen=True)
+class Note:
+    """Difference between a file and its view on the label page."""
+
+    kind: str  # one of NOTE_KINDS: a texture or colour is missing, or a material is shown by another kind
+    text: str  # what is missing, why, and what to do; for the organiser of a campaign
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """An image file of a texture, without metadata."""
@@ -88,6 +100,7 @@ class Model:
     samplers: list[dict] = field(default_factory=list)
     images: list[ImageFile] = field(default_factory=list)
     extensions: set[str] = field(default_factory=set)  # glTF extensions that the model uses
+    notes: list[Note] = field(default_factory=list)  # what is not shown as in the file
 
 
 class _Buffer:
@@ -156,6 +169,9 @@ class _Buffer:
 def glb_parts(model: Model) -> list[bytes | memoryview]:
     """Serialise a model as GLB.
 
+    The kinds of its notes, but not their texts, are written to the field `asset.extras.notes`, because the
+    page shows them.
+
     Returns: parts of the file in order, which `b"".join` joins. The parts avoid a copy of large arrays.
     """
     buffer = _Buffer()
@@ -169,8 +185,9 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
         }
         for node in model.nodes
     ]
+    note_kinds = sorted({note.kind for note in model.notes})
     document = {
-        "asset": {"version": "2.0"},
+        "asset": {"version": "2.0", **({"extras": {"notes": note_kinds}} if note_kinds else {})},
         "scene": 0,
         "scenes": [{"nodes": model.roots}],
         "nodes": nodes,
@@ -340,7 +357,10 @@ def triangle_primitive(
 
 
 def model_from_primitives(
-    primitives: Iterable[Primitive], materials: Iterable[dict] = (), images: Iterable[ImageFile] = ()
+    primitives: Iterable[Primitive],
+    materials: Iterable[dict] = (),
+    images: Iterable[ImageFile] = (),
+    notes: Iterable[Note] = (),
 ) -> Model:
     """Build a model that consists of one mesh at the origin.
 
@@ -350,7 +370,15 @@ def model_from_primitives(
     images = list(images)
     # in glTF, a material refers to a texture, and only the texture to an image
     textures = [{"source": image_index} for image_index in range(len(images))]
-    return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, images=images)
+    return Model(
+        [Node(mesh=0)],
+        [0],
+        [list(primitives)],
+        list(materials),
+        textures,
+        images=images,
+        notes=list(dict.fromkeys(notes)),
+    )
 
 
 # ---- images of textures and prompts
@@ -411,6 +439,29 @@ def strip_image(data: bytes | memoryview) -> tuple[ImageFile, int]:
             f" {MAX_SIDE} pixels per side are allowed. Reduce the image."
         )
     return ImageFile(b"".join(pieces), media_type), width * height
+
+
+def read_texture(data: bytes | memoryview) -> tuple[ImageFile, int]:
+    """Remove all metadata from the image of a texture, and check that it can be decoded.
+
+    Returns: the image, and its number of pixels.
+
+    Raises: ValueError for other formats, damaged files, and images that are too large.
+    """
+    # imported here, because few functions need this library
+    from PIL import Image
+
+    image, pixel_count = strip_image(data)
+    try:
+        with Image.open(io.BytesIO(image.data), formats=["PNG", "JPEG", "WEBP"]) as opened_image:
+            # A JPEG file is decoded at an eighth of its resolution, which is faster.
+            opened_image.draft(opened_image.mode, (1, 1))
+            opened_image.load()
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"the image is damaged and cannot be decoded ({type(error).__name__}). Export the image again."
+        ) from None
+    return image, pixel_count
 
 
 def preview_image(data: bytes | memoryview) -> bytes:

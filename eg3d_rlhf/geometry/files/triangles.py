@@ -12,6 +12,7 @@ import numpy as np
 
 from eg3d_rlhf.geometry.files import glb, obj, ply
 from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, primitive_points, primitive_triangles
+from eg3d_rlhf.geometry.files.mtl import utf16
 
 # A face has no area if twice its area is at most this share of the square of its longest edge. The label page
 # has the same number (people/label/web/src/textured.js).
@@ -38,7 +39,7 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if path.suffix.lower() == ".obj":
         return scene_triangles(obj.read_obj(file_bytes, path, geometry_only=True))
     # An OBJ file has no magic bytes, so text in UTF-16 without the suffix .obj gets an error of its own.
-    if (encoding := obj.utf16(file_bytes[:512])) is not None:
+    if (encoding := utf16(file_bytes[:512])) is not None:
         raise ValueError(
             f"the file {path.name} is text in {encoding.upper()} and not a mesh. Save it as UTF-8."
         )
