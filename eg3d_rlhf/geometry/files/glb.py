@@ -2,23 +2,24 @@
 
 Allowed parts of a file become a `Model`. Parts without which the mesh is shown correctly are dropped: names,
 extras, cameras, lights, animations, and minor material extensions. Other parts cause an error, because the
-mesh would be shown wrongly without them, or because they are not safe: external files, compression (Draco,
-meshopt, KTX2), skins, instancing, points and lines, references out of bounds, and arrays that are too large
-for the size of the file.
+mesh would be shown wrongly without them, or because they are not safe: external files, compressed geometry
+(Draco, meshopt), skins, instancing, points and lines, references out of bounds, and arrays that are too large
+for the size of the file. Morph targets are applied, and hidden nodes are dropped.
 
 A large number in the file never causes a large allocation of memory: arrays are views into the file, and the
 size of a copy is subtracted from a budget before the copy is made.
 """
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from eg3d_rlhf.geometry.files.appearance import mended_normals
+from eg3d_rlhf.geometry.files.appearance import mended_normals, vertex_normals
 from eg3d_rlhf.geometry.files.glb_materials import MaterialReader
-from eg3d_rlhf.geometry.files.gltf_arrays import REACH, read_numbers
+from eg3d_rlhf.geometry.files.gltf_arrays import MESHOPT_REMEDY, REACH, read_numbers
 from eg3d_rlhf.geometry.files.model import (
     BIN_CHUNK,
     CHUNK_HEADER,
@@ -30,6 +31,7 @@ from eg3d_rlhf.geometry.files.model import (
     Node,
     Note,
     Primitive,
+    array_numbers,
     primitive_points,
     primitive_triangles,
 )
@@ -42,9 +44,9 @@ MAX_TRIANGLES = 20_000_000  # largest number of rendered triangles; a mesh that 
 # Largest number of bytes of all arrays: _SHARE times the size of the file, plus SPARE.
 SPARE = 1 << 20
 _SHARE = 4
-# Required extensions that can be read: KHR_mesh_quantization, and extensions that concern nothing but
-# materials, textures, lights, cameras and animations.
-_READABLE = {"KHR_mesh_quantization"}
+# Required extensions that can be read: these, and extensions that concern nothing but materials, textures,
+# lights, cameras and animations.
+_READABLE = {"KHR_mesh_quantization", "KHR_node_visibility"}
 _APPEARANCE = (
     "KHR_materials_",
     "EXT_materials_",
@@ -56,11 +58,12 @@ _APPEARANCE = (
     "KHR_animation_",
     "KHR_xmp",
 )
-# Compressions of geometry, with the command that removes them.
-_COMPRESSIONS = {
-    "KHR_draco_mesh_compression": "Draco",
-    "EXT_meshopt_compression": "meshopt",
-    "KHR_meshopt_compression": "meshopt",
+_DRACO_REMEDY = "Export it without compression. In Blender: import it, and export it with Compression off."
+# Required extensions that cannot be read -> what to do.
+_REMEDIES = {
+    "KHR_draco_mesh_compression": _DRACO_REMEDY,
+    "EXT_meshopt_compression": MESHOPT_REMEDY,
+    "KHR_meshopt_compression": MESHOPT_REMEDY,
 }
 # Allowed attributes of vertices, and their allowed numbers of components.
 _NAMES = {
@@ -162,11 +165,21 @@ class _Reader(MaterialReader):
             if not str(extension).startswith(_APPEARANCE)
         }
         if unsupported_extensions:
+            remedy = next(
+                (text for name, text in _REMEDIES.items() if name in unsupported_extensions),
+                "Export it without them.",
+            )
             raise ValueError(
                 "the GLB file requires extensions that are not supported:"
-                f" {', '.join(sorted(map(str, unsupported_extensions)))[:200]}. Export it without them."
+                f" {', '.join(sorted(map(str, unsupported_extensions)))[:200]}. {remedy}"
             )
-        if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
+        buffer_uris = [str(buffer["uri"]) for buffer in self._records("buffers") if "uri" in buffer]
+        if any(uri.startswith("data:") for uri in buffer_uris):
+            raise ValueError(
+                "the data of the GLB file is base64 text (a buffer with a data URI) instead of the binary"
+                " chunk. Export it as binary glTF (.glb), not as embedded glTF."
+            )
+        if len(self._records("buffers")) > 1 or buffer_uris:
             raise ValueError(
                 "the GLB file has several buffers, or a buffer with a URI instead of data inside the file."
                 " Export it with all data inside the file."
@@ -205,7 +218,7 @@ class _Reader(MaterialReader):
         return triangle_count
 
     def _nodes(self, root_indices: list) -> None:
-        """Convert the nodes of a scene. Nodes without a mesh on them or on a node below them are dropped.
+        """Convert the nodes of a scene. Hidden nodes and nodes without a mesh on them or below are dropped.
 
         Args:
             root_indices: indices in the file of the nodes without a parent.
@@ -223,6 +236,10 @@ class _Reader(MaterialReader):
         while pending_nodes:
             node_index, parent_index, depth = pending_nodes.pop()
             node_record = self._record("nodes", node_index)
+            visibility = node_record.get("extensions", {}).get("KHR_node_visibility", {})
+            # A hidden node hides the nodes below it, too.
+            if visibility.get("visible") is False:
+                continue
             if depth > MAX_DEPTH:
                 raise ValueError(
                     f"the tree of nodes is more than {MAX_DEPTH} levels deep. Export the file with fewer"
@@ -249,11 +266,7 @@ class _Reader(MaterialReader):
                     "the GLB file has a mesh with a skin or instances, which are not supported. Export it as"
                     " a static mesh."
                 )
-            mesh = (
-                None
-                if "mesh" not in node_record
-                else self._once("meshes", node_record["mesh"], self.out.meshes, self._mesh)
-            )
+            mesh = self._mesh_of_node(node_record) if "mesh" in node_record else None
             # [::-1] restores the order of the children, which were converted in reversed order.
             if mesh is not None or node_index in children:
                 converted_nodes[node_index] = Node(
@@ -269,30 +282,48 @@ class _Reader(MaterialReader):
             node.children = [new_index_by_node[child] for child in node.children]
         self.out.roots = [new_index_by_node[node_index] for node_index in children.get(None, [])[::-1]]
 
-    def _mesh(self, mesh_record: dict) -> list[Primitive]:
-        """Convert the record of a mesh into its primitives. Raises: ValueError for active morph targets."""
+    def _mesh_of_node(self, node_record: dict) -> int:
+        """Return the index in the model of the mesh of a node, with the node's weights of morph targets.
+
+        The weights of a node replace those of its mesh (glTF 2.0, section 3.7.2.2), so a mesh that two nodes
+        use with different weights becomes two meshes.
+        """
+        mesh_record = self._record("meshes", node_record["mesh"])
+        stated_weights = node_record.get("weights", mesh_record.get("weights")) or []
+        weights = tuple(read_numbers(stated_weights, len(stated_weights)))
         # Morph targets whose weights are all 0 do not change the mesh.
-        if any(mesh_record.get("weights") or []):
-            raise ValueError(
-                "the GLB file has a mesh with morph targets, which are not supported. Export it as a static"
-                " mesh."
-            )
+        weights = weights if any(weights) else ()
+        mesh_key = ("meshes", (node_record["mesh"], weights))
+        if mesh_key not in self._indices:
+            self.out.meshes.append(self._mesh(mesh_record, weights))
+            self._indices[mesh_key] = len(self.out.meshes) - 1
+        return self._indices[mesh_key]
+
+    def _mesh(self, mesh_record: dict, weights: tuple[float, ...]) -> list[Primitive]:
+        """Convert the record of a mesh into its primitives.
+
+        Args:
+            mesh_record: record of the mesh.
+            weights: weights of its morph targets; empty if all are 0.
+        """
         primitive_records = mesh_record.get("primitives", [])
         if sum(len(mesh) for mesh in self.out.meshes) + len(primitive_records) > MAX_PARTS:
             raise ValueError(
                 f"the meshes have more than {MAX_PARTS:,} primitives. Join parts of the same material."
             )
-        return [self._primitive(primitive_record) for primitive_record in primitive_records]
+        return [self._primitive(primitive_record, weights) for primitive_record in primitive_records]
 
-    def _primitive(self, primitive_record: dict) -> Primitive:
+    def _primitive(self, primitive_record: dict, weights: tuple[float, ...]) -> Primitive:
         """Convert the record of a primitive.
+
+        Args:
+            primitive_record: record of the primitive.
+            weights: weights of its morph targets; empty if all are 0.
 
         Raises: ValueError for compression, for points and lines, and for invalid arrays.
         """
         if set(primitive_record.get("extensions", {})) & {"KHR_draco_mesh_compression"}:
-            raise ValueError(
-                "the GLB file uses Draco compression, which is not supported. Export it without compression."
-            )
+            raise ValueError(f"the GLB file uses Draco compression, which is not supported. {_DRACO_REMEDY}")
         mode = primitive_record.get("mode", 4)
         if mode not in _TRIANGLE_MODES:
             raise ValueError(
@@ -365,9 +396,53 @@ class _Reader(MaterialReader):
                 "materials", primitive_record["material"], self.out.materials, self._material
             )
         primitive = self._with_finite_numbers(Primitive(attributes, indices, mode, material))
+        if weights:
+            primitive = self._morphed(primitive, primitive_record.get("targets", []), weights)
         if material is None:
             return primitive
         return replace(primitive, material=self._without_textures(material, primitive.attributes))
+
+    def _morphed(
+        self, primitive: Primitive, target_records: list[dict], weights: tuple[float, ...]
+    ) -> Primitive:
+        """Return a primitive whose positions are the base plus the weighted sum of its morph targets.
+
+        Normals are computed anew, and tangents are dropped. Targets of texture coordinates and colours are
+        not applied, which a note says.
+
+        Raises: ValueError if the numbers of targets and weights differ, or for invalid arrays.
+        """
+        if len(target_records) != len(weights):
+            raise ValueError(
+                f"the GLB file has {len(weights)} weights for {len(target_records)} morph targets. Export it"
+                " again."
+            )
+        points = primitive_points(primitive)
+        # the sum in float64, the positions and the normals in float32
+        self.budget -= 2 * points.nbytes
+        for target_record, weight in zip(target_records, weights, strict=True):
+            if weight and "POSITION" in target_record:
+                difference = self._array(target_record["POSITION"])
+                if difference.values.shape != points.shape:
+                    raise ValueError(
+                        f"a morph target must have the shape {list(points.shape)}, got"
+                        f" {list(difference.values.shape)}. Export the file again."
+                    )
+                points = points + weight * array_numbers(difference)
+            if weight and not self.geometry_only and set(target_record) - {"POSITION", "NORMAL", "TANGENT"}:
+                self.out.notes.append(
+                    Note("approximated", "colours of morph targets are left out. Export a static mesh.")
+                )
+        if self.budget < 0 or not (np.abs(points) < REACH).all():
+            raise ValueError(
+                f"the positions with morph targets contain NaN or numbers beyond {REACH:g}, or are too many"
+                " for the size of the file. Export it again."
+            )
+        attributes = {**primitive.attributes, "POSITION": Array(points.astype("<f4"))}
+        attributes.pop("TANGENT", None)
+        if "NORMAL" in attributes:
+            attributes["NORMAL"] = Array(vertex_normals(points, primitive_triangles(primitive)))
+        return replace(primitive, attributes=attributes)
 
     def _with_finite_numbers(self, primitive: Primitive) -> Primitive:
         """Return a primitive whose attributes have no NaN and no number beyond REACH.
@@ -405,10 +480,23 @@ class _Reader(MaterialReader):
 
 
 def _place(node_record: dict) -> dict:
-    """Return the transformation of a node: its fields matrix, translation, rotation and scale, if present."""
+    """Return the transformation of a node: its fields matrix, translation, rotation and scale, if present.
+
+    A rotation whose length differs from 1 by more than rounding is normalised.
+
+    Raises: ValueError for values that are not finite numbers, and for a rotation of length 0.
+    """
     length_by_field = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
-    return {
+    node_place = {
         field_name: read_numbers(node_record[field_name], length)
         for field_name, length in length_by_field.items()
         if field_name in node_record
     }
+    if "rotation" in node_place:
+        quaternion_length = math.hypot(*node_place["rotation"])
+        if quaternion_length < 1e-6:
+            raise ValueError("a node of the GLB file has a rotation of length 0. Export the file again.")
+        # A quaternion of another length would scale the mesh, in each viewer in another way.
+        if abs(quaternion_length - 1) > 1e-3:
+            node_place["rotation"] = [number / quaternion_length for number in node_place["rotation"]]
+    return node_place

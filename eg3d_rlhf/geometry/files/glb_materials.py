@@ -59,6 +59,11 @@ class MaterialReader(GltfArrays):
         for field_name in ("baseColorTexture", "metallicRoughnessTexture"):
             if field_name in pbr_record:
                 self._add_texture(pbr_fields, field_name, pbr_record[field_name], lost_fields)
+        extensions = material_record.get("extensions", {})
+        glossy_record = extensions.get("KHR_materials_pbrSpecularGlossiness")
+        # Materials that have colours of both kinds have them for viewers that read only one kind.
+        if glossy_record is not None and not pbr_record.keys() & {"baseColorFactor", "baseColorTexture"}:
+            self._convert_glossy(glossy_record, pbr_fields, lost_fields)
         material["pbrMetallicRoughness"] = pbr_fields
         for field_name, factor_name in (
             ("normalTexture", "scale"),
@@ -78,12 +83,40 @@ class MaterialReader(GltfArrays):
             material["alphaCutoff"] = read_number(material_record["alphaCutoff"])
         if material_record.get("doubleSided") is True:
             material["doubleSided"] = True
-        if "KHR_materials_unlit" in material_record.get("extensions", {}):
+        if "KHR_materials_unlit" in extensions:
             material["extensions"] = {"KHR_materials_unlit": {}}
             self.out.extensions.add("KHR_materials_unlit")
         _set_plain_values(material, lost_fields)
         self._note_lost(lost_fields)
         return material
+
+    def _convert_glossy(self, glossy_record: dict, pbr_fields: dict, lost_fields: dict[str, str]) -> None:
+        """Convert a material of the withdrawn KHR_materials_pbrSpecularGlossiness, and add a note.
+
+        The diffuse colour becomes the base colour, and the roughness is 1 - glossiness. The specular colour
+        has no counterpart.
+
+        Args:
+            glossy_record: record of the extension.
+            pbr_fields: fields of pbrMetallicRoughness, which are extended.
+            lost_fields: reason by name of the field, for textures that cannot be shown.
+        """
+        if "diffuseFactor" in glossy_record:
+            pbr_fields["baseColorFactor"] = read_share(glossy_record["diffuseFactor"], 4)
+        if "diffuseTexture" in glossy_record:
+            self._add_texture(pbr_fields, "baseColorTexture", glossy_record["diffuseTexture"], lost_fields)
+        pbr_fields["metallicFactor"] = 0
+        pbr_fields["roughnessFactor"] = 1
+        # The glossiness is multiplied by that of the texture, which is not read.
+        if "specularGlossinessTexture" not in glossy_record:
+            pbr_fields["roughnessFactor"] = 1 - read_share(glossy_record.get("glossinessFactor", 1), 0)
+        note = Note(
+            "approximated",
+            "a material of KHR_materials_pbrSpecularGlossiness is shown with its diffuse colour, without its"
+            " specular colour. Export it with metallic-roughness materials to show both.",
+        )
+        if note not in self.out.notes:
+            self.out.notes.append(note)
 
     def _add_texture(
         self, record: dict, field_name: str, reference: dict, lost_fields: dict[str, str]

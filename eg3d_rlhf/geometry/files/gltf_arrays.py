@@ -14,6 +14,8 @@ import numpy as np
 
 from eg3d_rlhf.geometry.files.model import COMPONENTS, WIDTHS, Array, Model
 
+# What to do with a file that meshopt has compressed. gltfpack reads such files.
+MESHOPT_REMEDY = "Export it without this compression, or run: gltfpack -noq -i in.glb -o out.glb."
 REACH = 1e18  # larger numbers overflow when they are squared in float32
 
 
@@ -187,8 +189,7 @@ class GltfArrays:
             "extensions", {}
         ) or "KHR_meshopt_compression" in view_record.get("extensions", {}):
             raise ValueError(
-                "the GLB file uses meshopt compression, which is not supported. Export it without this"
-                " compression."
+                f"the GLB file uses meshopt compression, which is not supported. {MESHOPT_REMEDY}"
             )
         first_byte = read_count(view_record, "byteOffset", 0)
         byte_length = read_count(view_record, "byteLength")

@@ -240,13 +240,17 @@ def _primitive(buffer: _Buffer, primitive: Primitive) -> dict:
 
 def primitive_points(primitive: Primitive) -> np.ndarray:
     """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
-    array = primitive.attributes["POSITION"]
-    points = array.values.astype(np.float64)
+    return array_numbers(primitive.attributes["POSITION"])
+
+
+def array_numbers(array: Array) -> np.ndarray:
+    """Return the numbers of an array as float64. Normalised integers are scaled to 0..1 or -1..1."""
+    numbers = array.values.astype(np.float64)
     # floats, and integers that are coordinates already
     if not array.normalized:
-        return points
+        return numbers
     # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
-    return np.maximum(points / np.iinfo(array.values.dtype).max, -1.0)
+    return np.maximum(numbers / np.iinfo(array.values.dtype).max, -1.0)
 
 
 def primitive_triangles(primitive: Primitive) -> np.ndarray:

@@ -393,8 +393,8 @@ class _Lines:
                 if not len(corner_indices):
                     continue
                 # Columns of `corners` that are used: texture coordinates (1) and normals (2) only if every
-                # corner has a valid index. A mesh that is measured is divided at the same places whatever its
-                # materials are, so all corners of the file decide there.
+                # corner has a valid index. In a mesh that is measured, all corners of the file decide, so
+                # that its materials have no influence.
                 decisive_rows = slice(None) if geometry_only else corner_indices
                 usable_columns = [
                     column

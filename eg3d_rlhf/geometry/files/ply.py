@@ -25,6 +25,7 @@ Each array starts at a multiple of 4 bytes.
 
 import contextlib
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,27 +102,10 @@ def _other_kind(header: Header, vertex_count: int, face_count: int) -> str:
     """
     properties = {name for element in header.elements for name in element.properties}
     element_names = {element.name for element in header.elements}
-    if "packed_position" in properties:
-        return (
-            "the file holds compressed Gaussian splats (SuperSplat's compressed PLY: packed_position, chunk)."
-            " Export them uncompressed: open the file in SuperSplat and export PLY."
-        )
-    if {"opacity", "scale_0", "rot_0"} <= properties:
-        if {"red", "green", "blue"} <= properties:
-            return (
-                "the file holds Gaussian splats with colours red, green, blue, as nerfstudio writes them with"
-                " --ply-color-mode rgb. Export them with spherical harmonics: run ns-export gaussian-splat"
-                " without this option."
-            )
-        return (
-            "the file holds Gaussian splats without the colours f_dc_0, f_dc_1, f_dc_2. Export them in the"
-            " format of 3D Gaussian splatting."
-        )
-    if {"f_dc_0", "scale_0"} & properties:
-        missing_text = ", ".join(name for name in _SPLAT if name not in properties)
-        return (
-            f"the file holds Gaussian splats that lack the properties {missing_text}. Export them in the"
-            " format of 3D Gaussian splatting."
+    # A mesh has none of these properties.
+    if "packed_position" in properties or len(properties & {"opacity", "scale_0", "rot_0", "f_dc_0"}) > 1:
+        return _splat_fault(properties) or (
+            "the file holds Gaussian splats, which have no faces. Export a mesh instead."
         )
     if "tristrips" in element_names:
         return (
@@ -132,6 +116,37 @@ def _other_kind(header: Header, vertex_count: int, face_count: int) -> str:
         f"the PLY file has {vertex_count} points and {face_count} faces, and the points are no Gaussian"
         " splats. Export a mesh with faces, or Gaussian splats."
     )
+
+
+def _splat_fault(properties: Collection[str]) -> str:
+    """Return why Gaussian splats with these properties cannot be read and what to do; '' if they can.
+
+    Args:
+        properties: names of the properties of the points.
+    """
+    missing_names = [name for name in _SPLAT if name not in properties]
+    if "packed_position" in properties:
+        return (
+            "the file holds compressed Gaussian splats (SuperSplat's compressed PLY: packed_position, chunk)."
+            " Export them uncompressed: open the file in SuperSplat and export PLY."
+        )
+    if "scale_1" in properties and "scale_2" not in properties:
+        return (
+            "the file holds 2D Gaussian splats (scale_0 and scale_1 without scale_2), which are flat discs."
+            " Export the mesh that 2D Gaussian splatting extracts from them, or train 3D Gaussian splats."
+        )
+    if {"red", "green", "blue"} <= set(properties) and "f_dc_0" in missing_names:
+        return (
+            "the file holds Gaussian splats with colours red, green, blue, as nerfstudio writes them with"
+            " --ply-color-mode rgb. Export them with spherical harmonics: run ns-export gaussian-splat"
+            " without this option."
+        )
+    if missing_names:
+        return (
+            f"the Gaussians lack the properties {', '.join(missing_names)}. Export the splats in the format"
+            " of 3D Gaussian splatting."
+        )
+    return ""
 
 
 def companion_files(data: bytes | memoryview, path: Path, root: Path) -> list[Path]:
@@ -303,7 +318,8 @@ def _corner_uv(
             uv = np.asarray(coordinates, dtype=np.float64).reshape(-1, 2)[corner_of_triangle]
     else:
         for u_name, v_name in (("s", "t"), ("u", "v"), ("texture_u", "texture_v")):
-            u, v = vertices.get(u_name), vertices.get(v_name)
+            u = vertices.get(u_name)
+            v = vertices.get(v_name)
             if isinstance(u, np.ndarray) and isinstance(v, np.ndarray):
                 uv = np.stack([u, v], axis=1).astype(np.float64)[corners[corner_of_triangle]]
                 break
@@ -491,13 +507,9 @@ def check_splats(header: Header) -> int:
         )
     if not header.order:
         raise ValueError("the PLY file of splats is a text file. Save it as binary_little_endian.")
-    missing_names = [name for name in _SPLAT if name not in vertex_element.properties]
+    if splat_fault := _splat_fault(vertex_element.properties):
+        raise ValueError(splat_fault)
     rest_names = [name for name in vertex_element.properties if name.startswith("f_rest_")]
-    if missing_names:
-        raise ValueError(
-            f"the Gaussians lack the properties {', '.join(missing_names)}. Export the splats in the format"
-            " of 3D Gaussian splatting."
-        )
     if len(rest_names) not in _DEGREES or set(rest_names) != {f"f_rest_{i}" for i in range(len(rest_names))}:
         raise ValueError(
             f"the splats have {len(rest_names)} f_rest_* properties, but there must be"
