@@ -165,7 +165,8 @@ def main(
     if not measured_rows:
         raise ValueError(
             f"FOLDER: none of the {len(mesh_rows)} files can be read as a mesh. The first is"
-            f" {mesh_rows[0]['file']}: {mesh_rows[0]['reason']}. Export GLB, OBJ, PLY or STL."
+            f" {mesh_rows[0]['file']}: {mesh_rows[0]['reason'].rstrip('.')}. Correct these files, or pass"
+            " another FOLDER."
         )
     # the worst meshes are rendered for the page; the file's name breaks ties, so that the order is fixed
     worst_rows = sorted(measured_rows, key=lambda mesh_row: (-badness(mesh_row), mesh_row["file"]))[:WORST]

@@ -24,6 +24,7 @@ from eg3d_rlhf.core.cli import (
 )
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.assets.collection import read_collection
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
@@ -163,7 +164,15 @@ class LabelGroup(GroupedGroup):
     default="labels",
     help="Name of the campaign (labelling project) in the database. An existing campaign is resumed.",
 )
-@option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+@option(
+    "-n",
+    "--dry-run",
+    is_flag=True,
+    help=(
+        "Print the resolved settings as JSON and stop. With --assets, the files are read, and what the page"
+        " cannot show is named."
+    ),
+)
 @launch.server_options("access.jsonl beside the database")
 @click.pass_context
 def main(
@@ -369,9 +378,23 @@ def _dry_run(
                 requested_settings = dict(
                     launch.check_resumed(stored_campaign, requested_settings, given_names)
                 )
+    read_assets = {}
+    # Faults of asset files are named before people work with them. A resumed project is planned already.
+    if request.assets is not None and not is_resumed:
+        with prefix_errors("--assets"):
+            collection = read_collection(Path(request.assets), lenient=request.lenient)
+        read_assets = {
+            "read": {
+                "assets": len(collection.assets),
+                "generators": collection.generators,
+                "untextured": sum(asset.untextured for asset in collection.assets),
+                "notes": collection.notes,
+            }
+        }
     return {
         "campaign": request.name,
         "action": "resume" if is_resumed else "plan",
+        **read_assets,
         **requested_settings,
         **server_flags.to_dict(),
         # the URL of a database server may contain a password

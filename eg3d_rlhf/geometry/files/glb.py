@@ -2,38 +2,38 @@
 
 Allowed parts of a file become a `Model`. Parts without which the mesh is shown correctly are dropped: names,
 extras, cameras, lights, animations, and minor material extensions. Other parts cause an error, because the
-mesh would be shown wrongly without them, or because they are not safe: external files, compression (Draco,
-meshopt, KTX2), skins, instancing, points and lines, references out of bounds, and arrays that are too large
-for the size of the file.
+mesh would be shown wrongly without them, or because they are not safe: external files, compressed geometry
+(Draco, meshopt), skins, instancing, points and lines, references out of bounds, and arrays that are too large
+for the size of the file. Morph targets are applied, and hidden nodes are dropped.
 
 A large number in the file never causes a large allocation of memory: arrays are views into the file, and the
 size of a copy is subtracted from a budget before the copy is made.
 """
 
-import base64
-import binascii
 import json
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from eg3d_rlhf.geometry.files.appearance import mended_normals, vertex_normals
+from eg3d_rlhf.geometry.files.glb_materials import MaterialReader
+from eg3d_rlhf.geometry.files.gltf_arrays import MESHOPT_REMEDY, REACH, read_numbers
 from eg3d_rlhf.geometry.files.model import (
     BIN_CHUNK,
     CHUNK_HEADER,
-    COMPONENTS,
     GLB_HEADER,
     GLB_MAGIC,
     JSON_CHUNK,
-    WIDTHS,
     Array,
-    ImageFile,
     Model,
     Node,
+    Note,
     Primitive,
-    image_format,
-    strip_image,
+    array_numbers,
+    primitive_points,
+    primitive_triangles,
 )
 
 MAX_JSON = 16 << 20  # largest JSON chunk in bytes; its Python objects take up to about 40 times as many
@@ -41,15 +41,30 @@ MAX_NODES = 20_000  # largest number of nodes
 MAX_PARTS = 20_000  # largest number of primitives of all meshes
 MAX_DEPTH = 500  # largest depth of the tree of nodes, because browsers traverse it by recursion
 MAX_TRIANGLES = 20_000_000  # largest number of rendered triangles; a mesh that two nodes use counts twice
-MAX_PIXELS = 3 * 8192 * 8192  # largest number of pixels of all textures together
 # Largest number of bytes of all arrays: _SHARE times the size of the file, plus SPARE.
 SPARE = 1 << 20
 _SHARE = 4
-_REACH = 1e18  # larger numbers overflow when they are squared in float32
-# Extensions of glTF that are copied.
-KEPT = {"KHR_materials_unlit", "KHR_texture_transform", "KHR_mesh_quantization"}
-# EXT_texture_webp is supported, too, but not copied: its image becomes the source of the texture.
-_RESOLVED = KEPT | {"EXT_texture_webp"}
+# Required extensions that can be read: these, and extensions that concern nothing but materials, textures,
+# lights, cameras and animations.
+_READABLE = {"KHR_mesh_quantization", "KHR_node_visibility"}
+_APPEARANCE = (
+    "KHR_materials_",
+    "EXT_materials_",
+    "KHR_texture_",
+    "EXT_texture_",
+    "MSFT_texture_",
+    "KHR_lights_",
+    "EXT_lights_",
+    "KHR_animation_",
+    "KHR_xmp",
+)
+_DRACO_REMEDY = "Export it without compression. In Blender: import it, and export it with Compression off."
+# Required extensions that cannot be read -> what to do.
+_REMEDIES = {
+    "KHR_draco_mesh_compression": _DRACO_REMEDY,
+    "EXT_meshopt_compression": MESHOPT_REMEDY,
+    "KHR_meshopt_compression": MESHOPT_REMEDY,
+}
 # Allowed attributes of vertices, and their allowed numbers of components.
 _NAMES = {
     "POSITION": (3,),
@@ -59,13 +74,6 @@ _NAMES = {
     **{f"TEXCOORD_{i}": (2,) for i in range(4)},
 }
 _TRIANGLE_MODES = (4, 5, 6)  # modes of primitives: separate triangles, strip, fan
-# Allowed values of the fields of a sampler: the numbers of filters and wrapping modes in glTF.
-_SAMPLERS = {
-    "magFilter": (9728, 9729),
-    "minFilter": (9728, 9729, 9984, 9985, 9986, 9987),
-    "wrapS": (33071, 33648, 10497),
-    "wrapT": (33071, 33648, 10497),
-}
 
 
 def read_glb(data: memoryview, geometry_only: bool = False) -> Model:
@@ -134,7 +142,7 @@ def _chunks(data: memoryview) -> tuple[dict, memoryview]:
     return document, data[chunk_start : chunk_start + chunk_size]
 
 
-class _Reader:
+class _Reader(MaterialReader):
     """Conversion of one GLB file into a model.
 
     Args:
@@ -145,28 +153,33 @@ class _Reader:
     """
 
     def __init__(self, document: dict, binary: memoryview, budget: int, geometry_only: bool):
-        self.document = document
-        self.binary = binary
-        self.budget = budget
+        super().__init__(document, binary, budget)
         self.geometry_only = geometry_only
-        # number of pixels that further textures may have
-        self.pixels = MAX_PIXELS
-        self.out = Model()
-        # (index of the accessor, True if it holds indices) -> array
-        self._arrays: dict[tuple[int, bool], Array] = {}
-        # (kind of record, index in the file) -> index in the model
-        self._indices: dict[tuple[str, int], int] = {}
 
     def model(self) -> Model:
         """Convert the scene, and return the model. Raises: ValueError for parts that are not allowed."""
         # extensions without which the file cannot be shown
-        unsupported_extensions = set(self.document.get("extensionsRequired", [])) - _RESOLVED
+        unsupported_extensions = {
+            extension
+            for extension in set(self.document.get("extensionsRequired", [])) - _READABLE
+            if not str(extension).startswith(_APPEARANCE)
+        }
         if unsupported_extensions:
+            remedy = next(
+                (text for name, text in _REMEDIES.items() if name in unsupported_extensions),
+                "Export it without them.",
+            )
             raise ValueError(
                 "the GLB file requires extensions that are not supported:"
-                f" {', '.join(sorted(map(str, unsupported_extensions)))[:200]}. Export it without them."
+                f" {', '.join(sorted(map(str, unsupported_extensions)))[:200]}. {remedy}"
             )
-        if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
+        buffer_uris = [str(buffer["uri"]) for buffer in self._records("buffers") if "uri" in buffer]
+        if any(uri.startswith("data:") for uri in buffer_uris):
+            raise ValueError(
+                "the data of the GLB file is base64 text (a buffer with a data URI) instead of the binary"
+                " chunk. Export it as binary glTF (.glb), not as embedded glTF."
+            )
+        if len(self._records("buffers")) > 1 or buffer_uris:
             raise ValueError(
                 "the GLB file has several buffers, or a buffer with a URI instead of data inside the file."
                 " Export it with all data inside the file."
@@ -204,58 +217,8 @@ class _Reader:
             triangle_count += index_count // 3 if primitive.mode == 4 else max(index_count - 2, 0)
         return triangle_count
 
-    # ---- records
-
-    def _records(self, record_kind: str) -> list[dict]:
-        """Return the list `record_kind`, such as "buffers", of the JSON document; empty if it is missing.
-
-        Raises: ValueError for other data than a list of objects.
-        """
-        records = self.document.get(record_kind, [])
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError(f"{record_kind} in the GLB file must be a list of objects. Export it again.")
-        return records
-
-    def _record(self, record_kind: str, record_index: object) -> dict:
-        """Return the record with the index `record_index` in the list `record_kind`, such as "nodes".
-
-        Raises: ValueError for a wrong index.
-        """
-        records = self.document.get(record_kind, [])
-        # type() instead of isinstance(): in Python a bool is an int, but it is no index.
-        if (
-            type(record_index) is not int
-            or not 0 <= record_index < len(records)
-            or not isinstance(records[record_index], dict)
-        ):
-            raise ValueError(
-                f"the GLB file refers to {record_kind} number {str(record_index)[:40]}, but it has"
-                f" {len(records)} {record_kind}. Export it again."
-            )
-        return records[record_index]
-
-    def _once(
-        self, record_kind: str, record_index: Any, converted_records: list, convert: Callable[[dict], Any]
-    ) -> int:
-        """Convert a record of the file at its first use, and return the index of the result in the model.
-
-        Args:
-            record_kind: kind of the record, such as "meshes".
-            record_index: index of the record in the file.
-            converted_records: list of the model, to which the converted record is appended.
-            convert: function that converts the record.
-        """
-        file_record = self._record(record_kind, record_index)
-        if (record_kind, record_index) not in self._indices:
-            converted_record = convert(file_record)
-            converted_records.append(converted_record)
-            self._indices[record_kind, record_index] = len(converted_records) - 1
-        return self._indices[record_kind, record_index]
-
-    # ---- scene
-
     def _nodes(self, root_indices: list) -> None:
-        """Convert the nodes of a scene. Nodes without a mesh on them or on a node below them are dropped.
+        """Convert the nodes of a scene. Hidden nodes and nodes without a mesh on them or below are dropped.
 
         Args:
             root_indices: indices in the file of the nodes without a parent.
@@ -273,6 +236,10 @@ class _Reader:
         while pending_nodes:
             node_index, parent_index, depth = pending_nodes.pop()
             node_record = self._record("nodes", node_index)
+            visibility = node_record.get("extensions", {}).get("KHR_node_visibility", {})
+            # A hidden node hides the nodes below it, too.
+            if visibility.get("visible") is False:
+                continue
             if depth > MAX_DEPTH:
                 raise ValueError(
                     f"the tree of nodes is more than {MAX_DEPTH} levels deep. Export the file with fewer"
@@ -299,11 +266,7 @@ class _Reader:
                     "the GLB file has a mesh with a skin or instances, which are not supported. Export it as"
                     " a static mesh."
                 )
-            mesh = (
-                None
-                if "mesh" not in node_record
-                else self._once("meshes", node_record["mesh"], self.out.meshes, self._mesh)
-            )
+            mesh = self._mesh_of_node(node_record) if "mesh" in node_record else None
             # [::-1] restores the order of the children, which were converted in reversed order.
             if mesh is not None or node_index in children:
                 converted_nodes[node_index] = Node(
@@ -319,30 +282,48 @@ class _Reader:
             node.children = [new_index_by_node[child] for child in node.children]
         self.out.roots = [new_index_by_node[node_index] for node_index in children.get(None, [])[::-1]]
 
-    def _mesh(self, mesh_record: dict) -> list[Primitive]:
-        """Convert the record of a mesh into its primitives. Raises: ValueError for active morph targets."""
+    def _mesh_of_node(self, node_record: dict) -> int:
+        """Return the index in the model of the mesh of a node, with the node's weights of morph targets.
+
+        The weights of a node replace those of its mesh (glTF 2.0, section 3.7.2.2), so a mesh that two nodes
+        use with different weights becomes two meshes.
+        """
+        mesh_record = self._record("meshes", node_record["mesh"])
+        stated_weights = node_record.get("weights", mesh_record.get("weights")) or []
+        weights = tuple(read_numbers(stated_weights, len(stated_weights)))
         # Morph targets whose weights are all 0 do not change the mesh.
-        if any(mesh_record.get("weights") or []):
-            raise ValueError(
-                "the GLB file has a mesh with morph targets, which are not supported. Export it as a static"
-                " mesh."
-            )
+        weights = weights if any(weights) else ()
+        mesh_key = ("meshes", (node_record["mesh"], weights))
+        if mesh_key not in self._indices:
+            self.out.meshes.append(self._mesh(mesh_record, weights))
+            self._indices[mesh_key] = len(self.out.meshes) - 1
+        return self._indices[mesh_key]
+
+    def _mesh(self, mesh_record: dict, weights: tuple[float, ...]) -> list[Primitive]:
+        """Convert the record of a mesh into its primitives.
+
+        Args:
+            mesh_record: record of the mesh.
+            weights: weights of its morph targets; empty if all are 0.
+        """
         primitive_records = mesh_record.get("primitives", [])
         if sum(len(mesh) for mesh in self.out.meshes) + len(primitive_records) > MAX_PARTS:
             raise ValueError(
                 f"the meshes have more than {MAX_PARTS:,} primitives. Join parts of the same material."
             )
-        return [self._primitive(primitive_record) for primitive_record in primitive_records]
+        return [self._primitive(primitive_record, weights) for primitive_record in primitive_records]
 
-    def _primitive(self, primitive_record: dict) -> Primitive:
+    def _primitive(self, primitive_record: dict, weights: tuple[float, ...]) -> Primitive:
         """Convert the record of a primitive.
+
+        Args:
+            primitive_record: record of the primitive.
+            weights: weights of its morph targets; empty if all are 0.
 
         Raises: ValueError for compression, for points and lines, and for invalid arrays.
         """
         if set(primitive_record.get("extensions", {})) & {"KHR_draco_mesh_compression"}:
-            raise ValueError(
-                "the GLB file uses Draco compression, which is not supported. Export it without compression."
-            )
+            raise ValueError(f"the GLB file uses Draco compression, which is not supported. {_DRACO_REMEDY}")
         mode = primitive_record.get("mode", 4)
         if mode not in _TRIANGLE_MODES:
             raise ValueError(
@@ -369,9 +350,13 @@ class _Reader:
                     " got"
                     f" {list(attribute.values.shape)}. Export the file again."
                 )
-            if attribute.values.dtype.kind == "f" and not (np.abs(attribute.values) < _REACH).all():
+            if (
+                attribute_name == "POSITION"
+                and attribute.values.dtype.kind == "f"
+                and not (np.abs(attribute.values) < REACH).all()
+            ):
                 raise ValueError(
-                    f"the attribute {attribute_name} contains NaN, infinity or numbers beyond {_REACH:g}."
+                    f"the attribute {attribute_name} contains NaN, infinity or numbers beyond {REACH:g}."
                     " Export the file again."
                 )
             if attribute.values.dtype.str == "<u4":
@@ -403,353 +388,115 @@ class _Reader:
                     f"the indices of a primitive must be unsigned integers below {vertex_count}, its number"
                     " of vertices. Export the file again."
                 )
+        if not vertex_count or (indices is not None and not len(indices.values)):
+            raise ValueError("a primitive in the GLB file has no triangles. Export the file again.")
         material = None
         if "material" in primitive_record and not self.geometry_only:
             material = self._once(
                 "materials", primitive_record["material"], self.out.materials, self._material
             )
-        if not vertex_count or (indices is not None and not len(indices.values)):
-            raise ValueError("a primitive in the GLB file has no triangles. Export the file again.")
-        return Primitive(attributes, indices, mode, material)
+        primitive = self._with_finite_numbers(Primitive(attributes, indices, mode, material))
+        if weights:
+            primitive = self._morphed(primitive, primitive_record.get("targets", []), weights)
+        if material is None:
+            return primitive
+        return replace(primitive, material=self._without_textures(material, primitive.attributes))
 
-    # ---- arrays
+    def _morphed(
+        self, primitive: Primitive, target_records: list[dict], weights: tuple[float, ...]
+    ) -> Primitive:
+        """Return a primitive whose positions are the base plus the weighted sum of its morph targets.
 
-    def _array(self, accessor_index: Any, is_index: bool = False) -> Array:
-        """Return the array of an accessor, which is read from the file at its first use.
+        Normals are computed anew, and tangents are dropped. Targets of texture coordinates and colours are
+        not applied, which a note says.
 
-        Args:
-            accessor_index: index of the accessor.
-            is_index: True if the array is used as indices.
+        Raises: ValueError if the numbers of targets and weights differ, or for invalid arrays.
         """
-        # Two copies, because indices and attributes are written with different targets and padding.
-        if (accessor_index, is_index) not in self._arrays:
-            self._arrays[accessor_index, is_index] = self._read_array(
-                self._record("accessors", accessor_index)
-            )
-        return self._arrays[accessor_index, is_index]
-
-    def _read_array(self, accessor_record: dict) -> Array:
-        """Read the array of an accessor's record.
-
-        Raises: ValueError for an unknown type, and for an array beyond the budget or the end of the file.
-        """
-        if (
-            accessor_record.get("componentType") not in COMPONENTS
-            or accessor_record.get("type") not in WIDTHS
-        ):
-            component_type = accessor_record.get("componentType")
+        if len(target_records) != len(weights):
             raise ValueError(
-                f"an array (accessor) in the GLB file has componentType {component_type!r:.40} and type"
-                f" {accessor_record.get('type')!r:.40}, but only componentType"
-                f" {', '.join(map(str, COMPONENTS))} and type {', '.join(WIDTHS)} can be read. Export the"
-                " file with one of these types."
+                f"the GLB file has {len(weights)} weights for {len(target_records)} morph targets. Export it"
+                " again."
             )
-        dtype = np.dtype(COMPONENTS[accessor_record["componentType"]])
-        row_width = WIDTHS[accessor_record["type"]]
-        row_count = _count(accessor_record, "count")
-        # Subtracted before the array exists; Python integers cannot overflow.
-        self.budget -= row_count * row_width * dtype.itemsize
-        if self.budget < 0:
-            raise ValueError(
-                f"the arrays of the GLB file are too large for the size of the file: one has {row_count:,} x"
-                f" {row_width} numbers. Export the file again."
-            )
-        if "bufferView" in accessor_record:
-            array_values = self._view(
-                accessor_record["bufferView"],
-                _count(accessor_record, "byteOffset", 0),
-                dtype,
-                row_width,
-                row_count,
-            )
-        else:
-            # An accessor without a buffer view consists of zeros (glTF 2.0, section 5.1).
-            array_values = np.zeros((row_count, row_width), dtype)
-        if "sparse" in accessor_record:
-            array_values = self._sparse(accessor_record["sparse"], array_values)
-        # floats are never normalised
-        return Array(array_values, bool(accessor_record.get("normalized", False)) and dtype.kind != "f")
-
-    def _sparse(self, sparse_record: dict, values: np.ndarray) -> np.ndarray:
-        """Return a copy of an array in which a sparse accessor has replaced some rows.
-
-        Args:
-            sparse_record: field `sparse` of the accessor: indices of the replaced rows, and their new values.
-            values: array [N, W] without the replacements.
-
-        Raises: ValueError for indices outside the array.
-        """
-        replaced_count = _count(sparse_record, "count")
-        index_record = sparse_record["indices"]
-        value_record = sparse_record["values"]
-        index_dtype = np.dtype(COMPONENTS[index_record["componentType"]])
-        replaced_rows = self._view(
-            index_record["bufferView"], _count(index_record, "byteOffset", 0), index_dtype, 1, replaced_count
-        )[:, 0]
-        if index_dtype.kind != "u" or (replaced_count and replaced_rows.max() >= len(values)):
-            raise ValueError(
-                "a sparse array in the GLB file has indices that are no unsigned integers or lie outside the"
-                " array. Export the file again."
-            )
-        # A copy, because the view into the file is read-only, and other accessors may share it.
-        values = values.copy()
-        values[replaced_rows] = self._view(
-            value_record["bufferView"],
-            _count(value_record, "byteOffset", 0),
-            values.dtype,
-            values.shape[1],
-            replaced_count,
-        )
-        return values
-
-    def _bytes(self, view_index: Any) -> tuple[memoryview, dict]:
-        """Return the bytes of a buffer view, and its record.
-
-        Raises: ValueError for compression, and for bytes outside the binary chunk.
-        """
-        view_record = self._record("bufferViews", view_index)
-        if "EXT_meshopt_compression" in view_record.get(
-            "extensions", {}
-        ) or "KHR_meshopt_compression" in view_record.get("extensions", {}):
-            raise ValueError(
-                "the GLB file uses meshopt compression, which is not supported. Export it without this"
-                " compression."
-            )
-        first_byte = _count(view_record, "byteOffset", 0)
-        byte_length = _count(view_record, "byteLength")
-        # A GLB file has one buffer, its binary chunk.
-        if view_record.get("buffer") != 0 or first_byte + byte_length > len(self.binary):
-            raise ValueError(
-                f"a buffer view in the GLB file refers to the bytes {first_byte}..{first_byte + byte_length}"
-                f" of buffer {str(view_record.get('buffer'))[:40]}, but the file only has buffer 0, its"
-                f" binary chunk with {len(self.binary)} bytes. Export the file again."
-            )
-        return self.binary[first_byte : first_byte + byte_length], view_record
-
-    def _view(
-        self, view_index: Any, byte_offset: int, dtype: np.dtype, row_width: int, row_count: int
-    ) -> np.ndarray:
-        """Return an array [row_count, row_width] as a view into the file.
-
-        Args:
-            view_index: index of the buffer view.
-            byte_offset: position of the first number in the buffer view, in bytes.
-            dtype: type of the numbers.
-            row_width: number of numbers per row.
-            row_count: number of rows.
-
-        Raises: ValueError for rows beyond the end of the buffer view.
-        """
-        view_bytes, view_record = self._bytes(view_index)
-        row_bytes = row_width * dtype.itemsize
-        # Interleaved attributes have a stride, the distance in bytes from one row to the next.
-        stride = _count(view_record, "byteStride", row_bytes)
-        if stride < row_bytes or (
-            row_count and byte_offset + stride * (row_count - 1) + row_bytes > len(view_bytes)
-        ):
-            raise ValueError(
-                f"an array of {row_count:,} x {row_width} numbers with a stride of {stride} bytes does not"
-                f" fit into the {len(view_bytes):,} bytes of its buffer view. Export the file again."
-            )
-        if not row_count:
-            return np.zeros((0, row_width), dtype)
-        # This constructor makes a view with a stride, without a copy.
-        return np.ndarray((row_count, row_width), dtype, view_bytes, byte_offset, (stride, dtype.itemsize))
-
-    # ---- materials
-
-    def _material(self, material_record: dict) -> dict:
-        """Return a copy of a material's record that contains only allowed fields with allowed values."""
-        pbr_record = material_record.get("pbrMetallicRoughness", {})
-        material: dict = {}
-        pbr_fields: dict = {}
-        for field_name, length in (("baseColorFactor", 4), ("metallicFactor", 0), ("roughnessFactor", 0)):
-            if field_name in pbr_record:
-                pbr_fields[field_name] = _share(pbr_record[field_name], length)
-        for field_name in ("baseColorTexture", "metallicRoughnessTexture"):
-            if field_name in pbr_record:
-                pbr_fields[field_name] = self._texture(pbr_record[field_name])
-        material["pbrMetallicRoughness"] = pbr_fields
-        for field_name, factor_name in (
-            ("normalTexture", "scale"),
-            ("occlusionTexture", "strength"),
-            ("emissiveTexture", ""),
-        ):
-            if field_name in material_record:
-                material[field_name] = self._texture(material_record[field_name])
-                if factor_name in material_record[field_name]:
-                    material[field_name][factor_name] = _number(material_record[field_name][factor_name])
-        if "emissiveFactor" in material_record:
-            material["emissiveFactor"] = _share(material_record["emissiveFactor"], 3)
-        # "OPAQUE" is the default of glTF, so it need not be written.
-        if material_record.get("alphaMode") in ("MASK", "BLEND"):
-            material["alphaMode"] = material_record["alphaMode"]
-        if "alphaCutoff" in material_record and material.get("alphaMode") == "MASK":
-            material["alphaCutoff"] = _number(material_record["alphaCutoff"])
-        if material_record.get("doubleSided") is True:
-            material["doubleSided"] = True
-        if "KHR_materials_unlit" in material_record.get("extensions", {}):
-            material["extensions"] = {"KHR_materials_unlit": {}}
-            self.out.extensions.add("KHR_materials_unlit")
-        return material
-
-    def _texture(self, texture_reference: dict) -> dict:
-        """Return a copy of a material's reference to a texture that contains only allowed fields."""
-        kept_reference: dict = {
-            "index": self._once("textures", texture_reference["index"], self.out.textures, self._source)
-        }
-        if "texCoord" in texture_reference:
-            kept_reference["texCoord"] = _set(texture_reference["texCoord"])
-        transform_record = texture_reference.get("extensions", {}).get("KHR_texture_transform")
-        # Offset, scale and rotation of the texture coordinates.
-        if transform_record is not None:
-            transform_fields: dict = {
-                field_name: _numbers(transform_record[field_name], 2)
-                for field_name in ("offset", "scale")
-                if field_name in transform_record
-            }
-            transform_fields |= (
-                {"rotation": _number(transform_record["rotation"])} if "rotation" in transform_record else {}
-            )
-            transform_fields |= (
-                {"texCoord": _set(transform_record["texCoord"])} if "texCoord" in transform_record else {}
-            )
-            kept_reference["extensions"] = {"KHR_texture_transform": transform_fields}
-            self.out.extensions.add("KHR_texture_transform")
-        return kept_reference
-
-    def _source(self, texture_record: dict) -> dict:
-        """Return the record of a texture with new indices of its image and of its sampler, if it has one."""
-        extensions = texture_record.get("extensions", {})
-        # A WebP image takes precedence over its fallback, as in viewers that support the extension.
-        image_index = extensions.get("EXT_texture_webp", {}).get("source", texture_record.get("source"))
-        if image_index is None:
-            raise ValueError(
-                "a texture in the GLB file has no PNG, JPEG or WebP image, only"
-                f" {', '.join(map(str, extensions))[:80] or 'an empty record'}. Convert the textures to one"
-                " of these formats."
-            )
-        texture = {"source": self._once("images", image_index, self.out.images, self._image)}
-        if "sampler" in texture_record:
-            texture["sampler"] = self._once(
-                "samplers", texture_record["sampler"], self.out.samplers, _sampler
-            )
-        return texture
-
-    def _image(self, image_record: dict) -> ImageFile:
-        """Convert the record of an image. Its data lies in the binary chunk, or in a data URI.
-
-        Raises: ValueError for external files, other formats, and images with too many pixels.
-        """
-        if "bufferView" in image_record:
-            image_bytes, _ = self._bytes(image_record["bufferView"])
-        else:
-            uri = image_record.get("uri", "")
-            if not isinstance(uri, str) or not uri.startswith("data:image/") or ";base64," not in uri[:64]:
-                raise ValueError(
-                    "a texture of the GLB file is neither in the binary chunk nor in a base64 data URI of an"
-                    " image. Export the file with all textures inside."
+        points = primitive_points(primitive)
+        # the sum in float64, the positions and the normals in float32
+        self.budget -= 2 * points.nbytes
+        for target_record, weight in zip(target_records, weights, strict=True):
+            if weight and "POSITION" in target_record:
+                difference = self._array(target_record["POSITION"])
+                if difference.values.shape != points.shape:
+                    raise ValueError(
+                        f"a morph target must have the shape {list(points.shape)}, got"
+                        f" {list(difference.values.shape)}. Export the file again."
+                    )
+                points = points + weight * array_numbers(difference)
+            if weight and not self.geometry_only and set(target_record) - {"POSITION", "NORMAL", "TANGENT"}:
+                self.out.notes.append(
+                    Note("approximated", "colours of morph targets are left out. Export a static mesh.")
                 )
-            try:
-                image_bytes = memoryview(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
-            except binascii.Error:
-                raise ValueError(
-                    "a texture in the GLB file is no valid base64 text. Export the file again."
-                ) from None
-        if image_format(image_bytes) is None:
+        if self.budget < 0 or not (np.abs(points) < REACH).all():
             raise ValueError(
-                "the GLB file has textures that are not PNG, JPEG or WebP. Convert them to one of these"
-                " formats."
+                f"the positions with morph targets contain NaN or numbers beyond {REACH:g}, or are too many"
+                " for the size of the file. Export it again."
             )
-        # The image is copied, so its size is subtracted from the budget.
-        self.budget -= len(image_bytes)
-        image, pixel_count = strip_image(image_bytes)
-        self.pixels -= pixel_count
-        if self.pixels < 0 or self.budget < 0:
-            raise ValueError(
-                "the textures of the GLB file are too large: together, they have more than"
-                f" {MAX_PIXELS >> 20} megapixels, or their data exceeds the limit for a file of this size."
-                " Reduce the resolution of the textures, and store each texture once."
+        attributes = {**primitive.attributes, "POSITION": Array(points.astype("<f4"))}
+        attributes.pop("TANGENT", None)
+        if "NORMAL" in attributes:
+            attributes["NORMAL"] = Array(vertex_normals(points, primitive_triangles(primitive)))
+        return replace(primitive, attributes=attributes)
+
+    def _with_finite_numbers(self, primitive: Primitive) -> Primitive:
+        """Return a primitive whose attributes have no NaN and no number beyond REACH.
+
+        Positions were checked before. Normals are computed anew where they are not finite, and tangents are
+        then dropped. Texture coordinates and colours are dropped, because their right values are not known.
+        """
+        unusable_names = [
+            attribute_name
+            for attribute_name, attribute in primitive.attributes.items()
+            if attribute.values.dtype.kind == "f" and not (np.abs(attribute.values) < REACH).all()
+        ]
+        if not unusable_names:
+            return primitive
+        attributes = {
+            attribute_name: attribute
+            for attribute_name, attribute in primitive.attributes.items()
+            if attribute_name not in unusable_names
+        }
+        if "NORMAL" in unusable_names:
+            attributes.pop("TANGENT", None)
+            points = primitive_points(primitive)
+            self.budget -= 4 * points.size
+            normals = mended_normals(
+                primitive.attributes["NORMAL"].values, points, primitive_triangles(primitive)
             )
-        return image
-
-
-def _count(glb_record: dict, field_name: str, default: int | None = None) -> int:
-    """Return a field of a record that is a size or a number of elements.
-
-    Args:
-        glb_record: the record.
-        field_name: name of the field.
-        default: value if the field is missing; None: the field is required.
-
-    Raises: ValueError for a value that is no integer in 0..2^40 - 1.
-    """
-    field_value = glb_record.get(field_name, default)
-    if type(field_value) is not int or not 0 <= field_value < 2**40:
-        raise ValueError(
-            f"{field_name} in the GLB file must be an integer from 0 to 2^40 - 1, got"
-            f" {str(field_value)[:40]}. Export the file again."
-        )
-    return field_value
-
-
-def _number(value: object) -> float:
-    """Return a number unchanged. Raises: ValueError if it is not finite, or beyond +-_REACH."""
-    is_number = type(value) in (int, float)
-    if not is_number or not math.isfinite(value) or abs(value) > _REACH:  # type: ignore[arg-type]
-        raise ValueError(
-            # shortened, because the value comes from an untrusted file and may be long
-            f"the GLB file has {str(value)[:40]} in place of a number from {-_REACH:g} to {_REACH:g}. Export"
-            " the file again."
-        )
-    return value  # type: ignore[return-value]
-
-
-def _numbers(values: object, length: int) -> list[float]:
-    """Return a list of `length` finite numbers unchanged. Raises: ValueError for other values."""
-    if not isinstance(values, list) or len(values) != length:
-        raise ValueError(
-            f"the GLB file has {str(values)[:40]} in place of {length} numbers. Export the file again."
-        )
-    return [_number(value) for value in values]
-
-
-def _share(value: object, length: int) -> Any:
-    """Clip a number, or each number of a list, to 0..1.
-
-    Args:
-        value: the number or the list.
-        length: length of the list; 0 for a single number.
-    """
-    if length:
-        return [min(max(number, 0), 1) for number in _numbers(value, length)]
-    return min(max(_number(value), 0), 1)
-
-
-def _set(value: object) -> int:
-    """Return n of an attribute TEXCOORD_n (texture coordinates) unchanged. Raises: ValueError unless 0..3."""
-    if type(value) is not int or not 0 <= value < 4:
-        raise ValueError(
-            f"a texture has the texCoord {str(value)[:40]}, but only the integers 0 to 3 are allowed. Export"
-            " the file again."
-        )
-    return value
-
-
-def _sampler(sampler_record: dict) -> dict:
-    """Return a copy of a sampler's record that contains only allowed fields with allowed values."""
-    return {
-        field_name: sampler_record[field_name]
-        for field_name, allowed_values in _SAMPLERS.items()
-        if sampler_record.get(field_name) in allowed_values
-    }
+            attributes["NORMAL"] = Array(normals)
+        if "COLOR_0" in unusable_names:
+            self.out.notes.append(
+                Note(
+                    "untextured", "colours of vertices are left out, because some are NaN. Export them anew."
+                )
+            )
+        return replace(primitive, attributes=attributes)
 
 
 def _place(node_record: dict) -> dict:
-    """Return the transformation of a node: its fields matrix, translation, rotation and scale, if present."""
+    """Return the transformation of a node: its fields matrix, translation, rotation and scale, if present.
+
+    A rotation whose length differs from 1 by more than rounding is normalised.
+
+    Raises: ValueError for values that are not finite numbers, and for a rotation of length 0.
+    """
     length_by_field = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
-    return {
-        field_name: _numbers(node_record[field_name], length)
+    node_place = {
+        field_name: read_numbers(node_record[field_name], length)
         for field_name, length in length_by_field.items()
         if field_name in node_record
     }
+    if "rotation" in node_place:
+        quaternion_length = math.hypot(*node_place["rotation"])
+        if quaternion_length < 1e-6:
+            raise ValueError("a node of the GLB file has a rotation of length 0. Export the file again.")
+        # A quaternion of another length would scale the mesh, in each viewer in another way.
+        if abs(quaternion_length - 1) > 1e-3:
+            node_place["rotation"] = [number / quaternion_length for number in node_place["rotation"]]
+    return node_place

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eg3d_rlhf.geometry.files.appearance import mended_normals
+
 GLB_MAGIC = b"glTF"
 # glTF 2.0, section 4.4 (binary container)
 JSON_CHUNK = 0x4E4F534A  # "JSON"
@@ -25,6 +27,9 @@ CHUNK_HEADER = struct.Struct("<II")  # number of bytes of the chunk, type of the
 COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 TRIANGLES = 4  # mode of a glTF primitive with three indices per triangle
+# Further modes of primitives: a strip, and a fan of triangles.
+_STRIP = 5
+_FAN = 6
 _NUMBERS = {np.dtype(name).str: number for number, name in COMPONENTS.items()}
 _TYPES = {width: name for name, width in WIDTHS.items()}
 # Targets of buffer views in glTF, which say how the data is used.
@@ -51,6 +56,18 @@ class Primitive:
     indices: Array | None = None  # [N, 1] indices of vertices; None: the vertices in their order
     mode: int = TRIANGLES  # how the indices form triangles: 4 separate triangles, 5 a strip, 6 a fan
     material: int | None = None  # index into Model.materials
+
+
+# Kinds of differences between a file and its view. The label page has a text for each.
+NOTE_KINDS = ("untextured", "approximated")
+
+
+@dataclass(frozen=True)
+class Note:
+    """Difference between a file and its view on the label page."""
+
+    kind: str  # one of NOTE_KINDS: a texture or colour is missing, or a material is shown by another kind
+    text: str  # what is missing, why, and what to do; for the organiser of a campaign
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,7 @@ class Model:
     samplers: list[dict] = field(default_factory=list)
     images: list[ImageFile] = field(default_factory=list)
     extensions: set[str] = field(default_factory=set)  # glTF extensions that the model uses
+    notes: list[Note] = field(default_factory=list)  # what is not shown as in the file
 
 
 class _Buffer:
@@ -151,6 +169,9 @@ class _Buffer:
 def glb_parts(model: Model) -> list[bytes | memoryview]:
     """Serialise a model as GLB.
 
+    The kinds of its notes, but not their texts, are written to the field `asset.extras.notes`, because the
+    page shows them.
+
     Returns: parts of the file in order, which `b"".join` joins. The parts avoid a copy of large arrays.
     """
     buffer = _Buffer()
@@ -164,8 +185,9 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
         }
         for node in model.nodes
     ]
+    note_kinds = sorted({note.kind for note in model.notes})
     document = {
-        "asset": {"version": "2.0"},
+        "asset": {"version": "2.0", **({"extras": {"notes": note_kinds}} if note_kinds else {})},
         "scene": 0,
         "scenes": [{"nodes": model.roots}],
         "nodes": nodes,
@@ -216,6 +238,44 @@ def _primitive(buffer: _Buffer, primitive: Primitive) -> dict:
     return primitive_record
 
 
+def primitive_points(primitive: Primitive) -> np.ndarray:
+    """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
+    return array_numbers(primitive.attributes["POSITION"])
+
+
+def array_numbers(array: Array) -> np.ndarray:
+    """Return the numbers of an array as float64. Normalised integers are scaled to 0..1 or -1..1."""
+    numbers = array.values.astype(np.float64)
+    # floats, and integers that are coordinates already
+    if not array.normalized:
+        return numbers
+    # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
+    return np.maximum(numbers / np.iinfo(array.values.dtype).max, -1.0)
+
+
+def primitive_triangles(primitive: Primitive) -> np.ndarray:
+    """Return the triangles [F, 3] of a primitive as indices of vertices.
+
+    Strips and fans are converted to separate triangles.
+    """
+    vertex_count = len(primitive.attributes["POSITION"].values)
+    indices = (
+        np.arange(vertex_count)
+        if primitive.indices is None
+        else primitive.indices.values[:, 0].astype(np.int64)
+    )
+    if primitive.mode == _STRIP:
+        triangles = np.stack([indices[:-2], indices[1:-1], indices[2:]], axis=1)
+        # Every second triangle of a strip has the opposite orientation in glTF 2.0.
+        triangles[1::2] = triangles[1::2, [1, 0, 2]]
+        return triangles
+    # All triangles of a fan share its first vertex.
+    if primitive.mode == _FAN:
+        return np.stack([np.full(len(indices) - 2, indices[0]), indices[1:-1], indices[2:]], axis=1)
+    # One or two indices at the end that form no triangle are dropped.
+    return indices[: len(indices) // 3 * 3].reshape(-1, 3)
+
+
 def srgb_to_linear(srgb: np.ndarray) -> np.ndarray:
     """Convert colours in 0..1 from sRGB to linear RGB (IEC 61966-2-1), which glTF uses.
 
@@ -259,7 +319,8 @@ def triangle_primitive(
         faces: triangles [F, 3] as indices of vertices.
         uv: texture coordinates [N, 2] as in glTF, where v increases downwards; None: no texture.
         colours: colours [N, 3 or 4] of the vertices, sRGB and alpha in 0..255; None: no colours.
-        normals: normals [N, 3] of the vertices; None: no normals.
+        normals: normals [N, 3] of the vertices; None: no normals. Normals that are not finite are computed
+            anew.
         material: index into Model.materials; None: the default material of glTF.
 
     Raises: ValueError for arrays of other shapes, numbers that are not finite, and indices out of range.
@@ -272,6 +333,8 @@ def triangle_primitive(
             "the positions of the vertices are not finite: some are NaN or infinity. Export the mesh again."
         )
     attributes = {"POSITION": Array(positions)}
+    if normals is not None:
+        normals = mended_normals(normals, positions, faces)
     for attribute_name, attribute_values in (("NORMAL", normals), ("TEXCOORD_0", uv)):
         if attribute_values is not None:
             if len(attribute_values) != len(positions) or not np.isfinite(attribute_values).all():
@@ -298,7 +361,10 @@ def triangle_primitive(
 
 
 def model_from_primitives(
-    primitives: Iterable[Primitive], materials: Iterable[dict] = (), images: Iterable[ImageFile] = ()
+    primitives: Iterable[Primitive],
+    materials: Iterable[dict] = (),
+    images: Iterable[ImageFile] = (),
+    notes: Iterable[Note] = (),
 ) -> Model:
     """Build a model that consists of one mesh at the origin.
 
@@ -308,7 +374,15 @@ def model_from_primitives(
     images = list(images)
     # in glTF, a material refers to a texture, and only the texture to an image
     textures = [{"source": image_index} for image_index in range(len(images))]
-    return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, images=images)
+    return Model(
+        [Node(mesh=0)],
+        [0],
+        [list(primitives)],
+        list(materials),
+        textures,
+        images=images,
+        notes=list(dict.fromkeys(notes)),
+    )
 
 
 # ---- images of textures and prompts
@@ -369,6 +443,29 @@ def strip_image(data: bytes | memoryview) -> tuple[ImageFile, int]:
             f" {MAX_SIDE} pixels per side are allowed. Reduce the image."
         )
     return ImageFile(b"".join(pieces), media_type), width * height
+
+
+def read_texture(data: bytes | memoryview) -> tuple[ImageFile, int]:
+    """Remove all metadata from the image of a texture, and check that it can be decoded.
+
+    Returns: the image, and its number of pixels.
+
+    Raises: ValueError for other formats, damaged files, and images that are too large.
+    """
+    # imported here, because few functions need this library
+    from PIL import Image
+
+    image, pixel_count = strip_image(data)
+    try:
+        with Image.open(io.BytesIO(image.data), formats=["PNG", "JPEG", "WEBP"]) as opened_image:
+            # A JPEG file is decoded at an eighth of its resolution, which is faster.
+            opened_image.draft(opened_image.mode, (1, 1))
+            opened_image.load()
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"the image is damaged and cannot be decoded ({type(error).__name__}). Export the image again."
+        ) from None
+    return image, pixel_count
 
 
 def preview_image(data: bytes | memoryview) -> bytes:

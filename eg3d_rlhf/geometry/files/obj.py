@@ -1,153 +1,169 @@
 """Reader of OBJ files with their materials (MTL files) and textures.
 
-Materials and textures must lie in the folder of the OBJ file or below it. Faces with any number of corners
-are triangulated. Smoothing groups are ignored, since normals contain the same information. Textures are
-embedded without metadata, but otherwise unchanged. If an MTL file is missing, the mesh is shown in grey.
+Materials and textures must lie in the folder that the user passed; see `companions`. Faces with any number of
+corners are triangulated. Smoothing groups are ignored, since normals contain the same information. Textures
+are embedded without metadata, but otherwise unchanged. What cannot be used, such as a missing texture, is
+left out, and a note of the model names it.
 
 Shapes: N lines of one kind, C corners of all faces.
 """
 
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.geometry.files.model import (
-    ImageFile,
-    Model,
-    model_from_primitives,
-    srgb_to_linear,
-    strip_image,
-    triangle_primitive,
+from eg3d_rlhf.geometry.files.appearance import GREY_MATERIAL, UNKNOWN_WITH_COLOURS, colours_255
+from eg3d_rlhf.geometry.files.model import Model, Note, model_from_primitives, triangle_primitive
+from eg3d_rlhf.geometry.files.mtl import (
+    Material,
+    decode_text,
+    find_libraries,
+    material_records,
+    read_materials,
 )
 from eg3d_rlhf.geometry.files.polygons import triangulate_faces
 
-MAX_MTL = 4 << 20  # largest size of an MTL file in bytes
-MAX_TEXTURE = 128 << 20  # largest size of a texture file in bytes
-MAX_MATERIALS = 1000  # largest number of materials in an MTL file
-# Line that names an MTL file.
-_LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+([^\r\n]+)", re.MULTILINE)
-GREY = [0.4, 0.4, 0.4, 1.0]  # linear RGB, and alpha
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # a URL, or a path with a drive letter
 
-
-@dataclass
-class Material:
-    """Supported properties of a material in an MTL file."""
-
-    colour: tuple[float, ...] = (1.0, 1.0, 1.0)  # Kd, sRGB in 0..1
-    opacity: float = 1.0  # d, in 0..1
-    texture: Path | None = None  # map_Kd, which is used instead of the colour
-
-
-def companion_files(data: bytes | memoryview, path: Path) -> list[Path]:
+def companion_files(data: bytes | memoryview, path: Path, root: Path | None = None) -> list[Path]:
     """Return the existing MTL and texture files that an OBJ file needs, each file once, in order.
 
     Args:
         data: content of the OBJ file.
         path: path of the OBJ file.
+        root: folder that may be read, which contains the OBJ file; None: the folder of the OBJ file.
 
-    Raises: ValueError for a file outside the folder, and for a missing texture.
+    Raises: ValueError for too many materials.
     """
+    root = root or path.parent
     companion_paths: dict[Path, None] = {}
-    for library_path in _libraries(data, path)[0]:
+    for library_path in find_libraries(data, path, root)[0]:
         # a dictionary as an ordered set
         companion_paths[library_path] = None
-        for material in _materials(decode_text(library_path.read_bytes()), library_path).values():
+        for material in read_materials([library_path], root).values():
             if material.texture is not None:
                 companion_paths[material.texture] = None
     return list(companion_paths)
 
 
-def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
-    """Return the names of the MTL files that an OBJ file needs, but that do not exist.
-
-    Args:
-        data: content of the OBJ file.
-        path: path of the OBJ file.
-    """
-    return _libraries(data, path)[1]
-
-
-def decode_text(data: bytes | memoryview) -> str:
-    """Decode text in UTF-8 or UTF-16, with or without a byte order mark. Invalid bytes become U+FFFD."""
-    first_bytes = bytes(data[:512])
-    encoding = utf16(first_bytes)
-    # "utf-8-sig" also removes a byte order mark
-    return bytes(data).decode(encoding or "utf-8-sig", "replace")
-
-
-def utf16(first_bytes: bytes) -> str | None:
-    """Return the name of the UTF-16 encoding of a text; None if the text is not in UTF-16.
-
-    Without a byte order mark, UTF-16 is recognised by the zero bytes of Latin letters.
-
-    Args:
-        first_bytes: first bytes of the text.
-    """
-    if first_bytes[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    even_bytes = first_bytes[: len(first_bytes) // 2 * 2 : 2]
-    odd_bytes = first_bytes[1::2]
-    # Two zero bytes in a row do not occur in Latin text.
-    if len(first_bytes) < 8 or b"\0\0" in first_bytes:
-        return None
-    return (
-        "utf-16-le"
-        if not any(odd_bytes) and b"\0" not in even_bytes
-        else "utf-16-be"
-        if not any(even_bytes) and b"\0" not in odd_bytes
-        else None
-    )
-
-
-def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) -> Model:
+def read_obj(
+    data: bytes | memoryview, path: Path, geometry_only: bool = False, root: Path | None = None
+) -> Model:
     """Read the mesh of an OBJ file, with one primitive for each material.
+
+    A material whose faces partly lack texture coordinates gives two primitives, of which one is shown without
+    the texture.
 
     Args:
         data: content of the file.
         path: path of the file; materials and textures are searched relative to its folder.
-        geometry_only: True to open neither materials nor textures. Vertices and faces are the same in both
-            cases, and in the same order.
+        geometry_only: True to open neither materials nor textures, and to read no normals, texture
+            coordinates and colours. The triangles are the same in both cases.
+        root: folder that may be read, which contains the file; None: the folder of the file.
 
-    Raises: ValueError for a damaged file, and for materials or textures that are missing or not allowed.
+    Raises: ValueError for a damaged file.
     """
-    library_paths, missing_names = ([], []) if geometry_only else _libraries(data, path)
-    if len(library_paths) > 1:
-        raise ValueError(
-            f"the OBJ file names {len(library_paths)} material files (mtllib). Join them into one file."
+    if geometry_only:
+        return model_from_primitives(
+            [triangle_primitive(**part.arrays) for part in _Lines(decode_text(data)).parts(geometry_only)]
         )
-    materials = (
-        _materials(decode_text(library_paths[0].read_bytes()), library_paths[0]) if library_paths else {}
+    root = root or path.parent
+    library_paths, faults = find_libraries(data, path, root)
+    materials = read_materials(library_paths, root)
+    lines = _Lines(decode_text(data))
+    notes = [Note("untextured", fault) for fault in faults]
+    material_by_name = {name: _find_material(name, materials) for name in dict.fromkeys(lines.names)}
+    unknown_names = [name for name, material in material_by_name.items() if material is None]
+    # A file without any material is shown with the default of glTF.
+    has_materials = bool(library_paths or faults or any(lines.names))
+    if unknown_names and not faults and has_materials:
+        notes.append(Note("untextured", _unknown_text(unknown_names, materials, bool(library_paths))))
+    parts = lines.parts()
+    # (name in the file, True if its faces have texture coordinates), materials that no face uses are dropped
+    used_materials = {
+        (name, part.has_uv): None for part in parts if (name := material_by_name[part.name]) is not None
+    }
+    # A material without a texture is the same with and without texture coordinates.
+    used_keys = list(
+        dict.fromkeys((name, has_uv or materials[name].texture is None) for name, has_uv in used_materials)
     )
-    named_parts = _Lines(decode_text(data)).parts()
-    # Materials that no face uses are dropped, with their textures.
-    used_names = [
-        material_name
-        for material_name in materials
-        if any(material_name == named_part[0] for named_part in named_parts)
-    ]
-    material_indices = {material_name: index for index, material_name in enumerate(used_names)}
-    material_records, images = _records([materials[material_name] for material_name in used_names])
-    # If the material file is missing, all parts get the same grey material.
-    if missing_names:
-        material_indices = dict.fromkeys([named_part[0] for named_part in named_parts], 0)
-        material_records = [
-            {
-                "pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1, "baseColorFactor": GREY},
-                "doubleSided": True,
-            }
-        ]
-    return model_from_primitives(
-        [
-            triangle_primitive(**arrays, material=material_indices.get(material_name))
-            for material_name, arrays in named_parts
-        ],
-        material_records,
-        images,
+    records, images, material_notes = material_records(
+        [(name, materials[name], has_uv) for name, has_uv in used_keys]
     )
+    index_by_key = {key: index for index, key in enumerate(used_keys)}
+    primitives = []
+    for part in parts:
+        name = material_by_name[part.name]
+        material_index = None
+        if name is not None:
+            material_index = index_by_key[name, part.has_uv or materials[name].texture is None]
+        elif has_materials:
+            # Colours of vertices are multiplied by the colour of the material.
+            record = UNKNOWN_WITH_COLOURS if "colours" in part.arrays else GREY_MATERIAL
+            if record not in records:
+                records.append(record)
+            material_index = records.index(record)
+        primitives.append(triangle_primitive(**part.arrays, material=material_index))
+    notes += [*material_notes, *(Note("untextured", text) for text in lines.notes)]
+    return model_from_primitives(primitives, records, images, notes)
+
+
+def _find_material(name: str, materials: Mapping[str, Material]) -> str | None:
+    """Return the name of the material that a line usemtl means; None if it is not known.
+
+    Upper and lower case count only if there are several such materials. Faces without a line usemtl get the
+    material of a file that contains only one.
+
+    Args:
+        name: name after usemtl; '' without such a line.
+        materials: materials by name.
+    """
+    if name in materials:
+        return name
+    similar_names = [other_name for other_name in materials if other_name.casefold() == name.casefold()]
+    if not name:
+        similar_names = list(materials)
+    return similar_names[0] if len(similar_names) == 1 else None
+
+
+def _unknown_text(unknown_names: list[str], materials: Mapping[str, Material], has_library: bool) -> str:
+    """Return the text of a note about faces whose material is not known.
+
+    Args:
+        unknown_names: names after usemtl; '' for faces without such a line.
+        materials: materials by name.
+        has_library: True if a material file was found.
+    """
+    if not has_library:
+        return "the file names materials (usemtl), but no material file. Add a line mtllib with its name."
+    known_text = ", ".join(materials)[:80] or "no material"
+    if unknown_names == [""]:
+        return (
+            f"faces have no material (usemtl), but the material file has several: {known_text}. Add lines"
+            " usemtl."
+        )
+    unknown_text = ", ".join(repr(name[:40]) for name in unknown_names[:3] if name)
+    return (
+        f"the material {unknown_text} (usemtl) is not in the material file, which has {known_text}. Correct"
+        " the name."
+    )
+
+
+class _Part:
+    """Triangles of an OBJ file with one material.
+
+    Args:
+        name: name of the material.
+        has_uv: True if all corners have texture coordinates.
+        arrays: arguments of `triangle_primitive` by name.
+    """
+
+    def __init__(self, name: str, has_uv: bool, arrays: dict):
+        self.name = name
+        self.has_uv = has_uv
+        self.arrays = arrays
 
 
 class _Lines:
@@ -167,6 +183,7 @@ class _Lines:
         }  # number of words of each line
         self.lines: list[int] = []  # line number of each face
         self.names: list[str] = []  # material of each face
+        self.notes: list[str] = []  # what is not shown, with the reason
         current_material = ""
         # A backslash at the end of a line continues the line. Line numbers count from 1.
         for line_number, text_line in enumerate(
@@ -300,38 +317,57 @@ class _Lines:
         # [N, width]: position of each line's first number, plus the column
         return numbers[(np.cumsum(line_widths) - line_widths)[:, None] + np.arange(column_count)]
 
-    def parts(self) -> list[tuple[str, dict]]:
+    def _appearance_table(self, line_kind: str, column_count: int) -> np.ndarray:
+        """Return the numbers of all lines vt or vn as a table [N, columns] float64.
+
+        The faces do not depend on these lines, so a number that is missing or cannot be read is NaN. Some
+        exporters write "-nan(ind)".
+
+        Args:
+            line_kind: vt or vn.
+            column_count: number of columns.
+        """
+        line_widths = np.array(self.widths[line_kind], dtype=np.int64)
+        numbers = _numbers(" ".join(self.words[line_kind]), np.float64)
+        if len(numbers) != line_widths.sum():
+            numbers = np.array([_number_or_nan(word) for word in self.words[line_kind]])
+        table = np.full((len(line_widths), column_count), np.nan)
+        first_number = np.cumsum(line_widths) - line_widths
+        for column in range(column_count):
+            is_long_enough = line_widths > column
+            table[is_long_enough, column] = numbers[first_number[is_long_enough] + column]
+        return table
+
+    def parts(self, geometry_only: bool = False) -> list[_Part]:
         """Divide the mesh into parts by material.
 
-        A point with several texture coordinates or normals becomes several vertices.
+        A point with several texture coordinates or normals becomes several vertices. If only some faces of a
+        material have texture coordinates, they are a part of their own.
 
-        Returns: for each part, the name of the material, and the arguments of `triangle_primitive` by name.
+        Args:
+            geometry_only: True to return no texture coordinates, normals and colours. The material is then
+                not divided.
 
         Raises: ValueError for indices beyond the number of points.
         """
-        # x, y, z, and the colour r, g, b, a if all lines have it
-        points = self._table("v", 3, 7)
-        uv = self._table("vt", 1, 2)
-        normals = self._table("vn", 3, 3)
+        points = self._points()
+        uv = np.zeros((0, 2)) if geometry_only else self._appearance_table("vt", 2)
+        normals = np.zeros((0, 3)) if geometry_only else self._appearance_table("vn", 3)
+        colours = None if geometry_only else self._colours()
         corners = self.corners()
         # An index must be below the number of lines of its kind.
-        line_counts = np.array([len(points), len(uv), len(normals)])
+        line_counts = np.array([len(self.widths[line_kind]) for line_kind in ("v", "vt", "vn")])
         is_beyond = corners >= line_counts
         if is_beyond[:, 0].any():
             raise ValueError(
                 f"a face has the index {corners[:, 0].max() + 1}, but there are only {len(points)} vertices."
                 " Export the mesh again."
             )
-        # Columns of `corners` that are used: texture coordinates (1) and normals (2) only if every corner has
-        # a valid index.
-        usable_columns = [
-            column
-            for column, table in ((1, uv), (2, normals))
-            if len(table) and not (is_beyond[:, column] | (corners[:, column] < 0)).any()
-        ]
-        triangle_corners, face_indices = triangulate_faces(
-            points[:, :3], corners[:, 0], np.array(self.widths["f"])
-        )
+        has_index = ~(is_beyond | (corners < 0))  # [C, 3]
+        if not geometry_only:
+            # Without finite coordinates, it is not known where the texture lies.
+            has_index[has_index[:, 1], 1] = np.isfinite(uv[corners[has_index[:, 1], 1]]).all(axis=1)
+        triangle_corners, face_indices = triangulate_faces(points, corners[:, 0], np.array(self.widths["f"]))
         material_indices = {
             material_name: material_index
             for material_index, material_name in enumerate(dict.fromkeys(self.names))
@@ -340,39 +376,101 @@ class _Lines:
         triangle_material = np.array([material_indices[material_name] for material_name in self.names])[
             face_indices
         ]
-        # One integer key for each combination of point, texture coordinates and normal.
-        vertex_key = corners[:, 0]
-        for column in usable_columns:
-            vertex_key = vertex_key * line_counts[column] + corners[:, column]
-        named_parts = []
+        triangle_has_uv = has_index[triangle_corners, 1].all(axis=1)
+        parts = []
         for material_name, material_index in material_indices.items():
-            corner_indices = triangle_corners[triangle_material == material_index]
-            # a material whose faces have too few corners to form triangles
-            if not len(corner_indices):
-                continue
-            # A distinct key is one vertex. `first_uses` is a corner of each vertex, `faces` the vertex of
-            # each corner.
-            _, first_uses, faces = np.unique(
-                vertex_key[corner_indices.reshape(-1)], return_index=True, return_inverse=True
+            is_of_material = triangle_material == material_index
+            # True first: the faces with texture coordinates precede the others.
+            selections = [
+                (True, is_of_material & triangle_has_uv),
+                (False, is_of_material & ~triangle_has_uv),
+            ]
+            if geometry_only:
+                selections = [(False, is_of_material)]
+            for has_uv, is_selected in selections:
+                corner_indices = triangle_corners[is_selected].reshape(-1)
+                # none, or a material whose faces have too few corners to form triangles
+                if not len(corner_indices):
+                    continue
+                # Columns of `corners` that are used: texture coordinates (1) and normals (2) only if every
+                # corner has a valid index. In a mesh that is measured, all corners of the file decide, so
+                # that its materials have no influence.
+                decisive_rows = slice(None) if geometry_only else corner_indices
+                usable_columns = [
+                    column
+                    for column in (1, 2)
+                    if line_counts[column] and has_index[decisive_rows, column].all()
+                ]
+                # One integer key for each combination of point, texture coordinates and normal.
+                vertex_key = corners[corner_indices, 0]
+                for column in usable_columns:
+                    vertex_key = vertex_key * line_counts[column] + corners[corner_indices, column]
+                # A distinct key is one vertex. `first_uses` is a corner of each vertex, `faces` the vertex of
+                # each corner.
+                _, first_uses, faces = np.unique(vertex_key, return_index=True, return_inverse=True)
+                vertex_corners = corners[corner_indices[first_uses]]
+                arrays: dict = {
+                    "positions": points[vertex_corners[:, 0]],
+                    "faces": faces.reshape(-1, 3),
+                }
+                if colours is not None:
+                    arrays["colours"] = colours[vertex_corners[:, 0]]
+                # The texture coordinate v increases upwards in OBJ, and downwards in glTF.
+                if 1 in usable_columns and not geometry_only:
+                    vertex_uv = uv[vertex_corners[:, 1]]
+                    arrays["uv"] = np.stack([vertex_uv[:, 0], 1 - vertex_uv[:, 1]], axis=1)
+                if 2 in usable_columns and not geometry_only:
+                    arrays["normals"] = normals[vertex_corners[:, 2]]
+                parts.append(_Part(material_name, has_uv, arrays))
+        return parts
+
+    def _points(self) -> np.ndarray:
+        """Return the positions of all points [N, 3] float64.
+
+        A line v with four numbers, x y z w, is a rational point: its position is (x, y, z) / w. A line with
+        six numbers or more is x y z with a colour.
+
+        Raises: ValueError for lines with fewer than three numbers, for words that are no numbers, and for
+            w = 0.
+        """
+        points = self._table("v", 3, 3)
+        line_widths = np.array(self.widths["v"], dtype=np.int64)
+        is_rational = line_widths == 4
+        if not is_rational.any():
+            return points
+        numbers = _numbers(" ".join(self.words["v"]), np.float64)
+        w = numbers[(np.cumsum(line_widths) - 1)[is_rational]]
+        if not w.all():
+            raise ValueError(
+                "a line `v x y z w` has w = 0, a point at infinity. Write w = 1, or leave w out."
             )
-            vertex_corners = corners[corner_indices.reshape(-1)[first_uses]]
-            primitive_arrays: dict = {
-                "positions": points[vertex_corners[:, 0], :3],
-                "faces": faces.reshape(-1, 3),
-            }
-            # x, y, z, r, g, b
-            if points.shape[1] >= 6:
-                # Colours of vertices are a common extension of the format.
-                primitive_arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
-            # The texture coordinate v increases upwards in OBJ, and downwards in glTF.
-            if 1 in usable_columns and uv.shape[1] == 2:
-                primitive_arrays["uv"] = np.stack(
-                    [uv[vertex_corners[:, 1], 0], 1 - uv[vertex_corners[:, 1], 1]], axis=1
+        points[is_rational] /= w[:, None]
+        return points
+
+    def _colours(self) -> np.ndarray | None:
+        """Return the colours of all points [N, 3 or 4] in 0..255, a common extension of the format.
+
+        Returns: None unless all lines v have a colour. If only some have one, a note is added.
+        """
+        line_widths = np.array(self.widths["v"], dtype=np.int64)
+        has_colour = line_widths >= 6
+        if not has_colour.all():
+            if has_colour.any():
+                self.notes.append(
+                    f"only {has_colour.sum()} of {len(has_colour)} vertices have a colour, so none is shown."
+                    " Export the asset with a colour for each vertex, or with none."
                 )
-            if 2 in usable_columns:
-                primitive_arrays["normals"] = normals[vertex_corners[:, 2]]
-            named_parts.append((material_name, primitive_arrays))
-        return named_parts
+            return None
+        colours = self._table("v", 6, 7)[:, 3:]
+        return np.concatenate([colours_255(colours[:, :3]), colours_255(colours[:, 3:])], axis=1)
+
+
+def _number_or_nan(word: str) -> float:
+    """Return the number that a word states, or NaN if it states none."""
+    try:
+        return float(word)
+    except ValueError:
+        return np.nan
 
 
 def _numbers(number_text: str, dtype: type) -> np.ndarray:
@@ -392,165 +490,3 @@ def _numbers(number_text: str, dtype: type) -> np.ndarray:
             return np.fromstring(number_text, dtype=dtype, sep=" ") if number_text else np.zeros(0, dtype)
         except (ValueError, DeprecationWarning):
             return np.zeros(0, dtype)
-
-
-def _records(materials: list[Material]) -> tuple[list[dict], list[ImageFile]]:
-    """Return the glTF records of materials, and the images of their textures, each image once."""
-    # file of a texture -> index of its image
-    image_indices: dict[Path, int] = {}
-    images: list[ImageFile] = []
-    material_records = []
-    for material in materials:
-        # MTL has no metallic materials; roughness 1 gives a matt surface.
-        pbr_fields: dict = {"metallicFactor": 0, "roughnessFactor": 1}
-        if material.texture is None:
-            pbr_fields["baseColorFactor"] = [
-                *srgb_to_linear(np.array(material.colour)).tolist(),
-                material.opacity,
-            ]
-        else:
-            if material.texture not in image_indices:
-                image_indices[material.texture] = len(images)
-                images.append(strip_image(material.texture.read_bytes())[0])
-            pbr_fields["baseColorTexture"] = {"index": image_indices[material.texture]}
-        # A texture contains its transparency itself.
-        blend_fields = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}
-        # Faces of OBJ files are visible from both sides.
-        material_records.append({"pbrMetallicRoughness": pbr_fields, "doubleSided": True, **blend_fields})
-    return material_records, images
-
-
-def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[str]]:
-    """Return the existing MTL files that an OBJ file names, and the names of the missing files.
-
-    Args:
-        data: content of the OBJ file.
-        path: path of the OBJ file.
-
-    Raises: ValueError for a file outside the folder.
-    """
-    # The pattern _LIBRARY searches bytes, so UTF-16 is converted to UTF-8 first.
-    if utf16(bytes(data[:512])) is not None:
-        data = decode_text(data).encode()
-    library_names = dict.fromkeys(
-        match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)
-    )
-    path_by_name = {
-        library_name: _companion(path, library_name, MAX_MTL, may_be_missing=True)
-        for library_name in library_names
-    }
-    return [library_path for library_path in path_by_name.values() if library_path is not None], [
-        library_name for library_name, library_path in path_by_name.items() if library_path is None
-    ]
-
-
-def _materials(mtl_text: str, path: Path) -> dict[str, Material]:
-    """Parse the content of an MTL file.
-
-    Args:
-        mtl_text: content of the file.
-        path: path of the file.
-
-    Returns: materials by name.
-
-    Raises: ValueError for a malformed line, for too many materials, and for textures that are not allowed.
-    """
-    # by name, in the order of the file
-    materials: dict[str, Material] = {}
-    current_material = Material()
-    for text_line in mtl_text.splitlines():
-        words = text_line.split(maxsplit=1)
-        # empty lines, lines without a value, and comments
-        if len(words) < 2 or words[0].startswith("#"):
-            continue
-        keyword = words[0].lower()
-        argument = words[1].strip()
-        if keyword == "newmtl":
-            # Later lines change this material, until the next newmtl.
-            current_material = materials[" ".join(argument.split())] = Material()
-            if len(materials) > MAX_MATERIALS:
-                raise ValueError(f"{path.name} has more than {MAX_MATERIALS} materials. Reduce their number.")
-        elif keyword in ("kd", "d"):
-            try:
-                numbers = tuple(
-                    min(max(float(word), 0.0), 1.0)
-                    for word in argument.split()[: 3 if keyword == "kd" else 1]
-                )
-            except ValueError:
-                raise ValueError(
-                    f"{argument[:40]!r} after {words[0]} in {path.name} is not a number. Write numbers in"
-                    " 0..1."
-                ) from None
-            if keyword == "d":
-                current_material.opacity = numbers[0]
-            # Kd with fewer numbers, a spectral or incomplete colour, is ignored
-            elif len(numbers) == 3:
-                current_material.colour = numbers
-        elif keyword.startswith(("map_", "bump", "disp", "decal", "norm", "refl")):
-            # all texture files are checked, though only map_Kd is opened
-            _check_name(path, argument)
-            if keyword == "map_kd":
-                if argument.startswith("-"):
-                    raise ValueError(
-                        f"map_Kd in {path.name} has options, which are not supported: {argument[:40]!r}."
-                        " Remove the options."
-                    )
-                current_material.texture = _companion(path, argument, MAX_TEXTURE)
-    return materials
-
-
-def _check_name(path: Path, file_reference: str) -> None:
-    """Raise ValueError if the name of a file is a URL or an absolute path, or leads to a parent folder.
-
-    Args:
-        path: OBJ or MTL file that contains the name.
-        file_reference: name of the file; options may precede it.
-    """
-    # Options such as "-s 2 2 2" may precede the name.
-    file_name = file_reference.split()[-1]
-    # Paths with backslashes come from Windows.
-    if (
-        _ADDRESS.match(file_name)
-        or file_name.startswith(("/", "\\"))
-        or ".." in Path(file_name.replace("\\", "/")).parts
-    ):
-        raise ValueError(
-            # shortened, because a name in an untrusted file may be very long
-            f"{path.name} refers to the file {file_reference[:80]!r}, which is not in or below the folder of"
-            f" {path.name}. Move that file there, and write its relative path in {path.name}."
-        )
-
-
-def _companion(path: Path, file_name: str, max_bytes: int, may_be_missing: bool = False) -> Path | None:
-    """Return the path of a file that an OBJ or MTL file names.
-
-    Args:
-        path: OBJ or MTL file that contains the name.
-        file_name: name of the file.
-        max_bytes: largest allowed size in bytes.
-        may_be_missing: True if the file may be missing; then the result is None.
-
-    Raises: ValueError for a file outside the folder, for a missing file, and for a file that is too large.
-    """
-    _check_name(path, file_name)
-    companion_path = path.parent / file_name.replace("\\", "/").strip('"')
-    folder = path.parent.resolve()
-    # A symbolic link may lead out of the folder although its name does not.
-    if not companion_path.resolve().is_relative_to(folder):
-        raise ValueError(
-            f"{path.name} names the file {file_name[:80]!r}, which is a link to a file outside its folder."
-            " Replace the link by the file."
-        )
-    if not companion_path.is_file():
-        if may_be_missing:
-            return None
-        raise ValueError(
-            f"{path.name} names the file {file_name[:80]!r}, which does not exist. Put it into the folder of"
-            f" {path.name}."
-        )
-    if companion_path.stat().st_size > max_bytes:
-        raise ValueError(
-            f"the file {file_name[:80]!r} has more than {max_bytes >> 20} MB, which is the limit. Reduce its"
-            " size."
-        )
-    return companion_path.resolve()

@@ -23,40 +23,39 @@ little-endian byte order:
 Each array starts at a multiple of 4 bytes.
 """
 
+import contextlib
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.geometry.files.model import Model, model_from_primitives, triangle_primitive
+from eg3d_rlhf.geometry.files.appearance import GREY_MATERIAL, colours_255, mended_normals
+from eg3d_rlhf.geometry.files.companions import find_companion
+from eg3d_rlhf.geometry.files.model import (
+    ImageFile,
+    Model,
+    Note,
+    model_from_primitives,
+    read_texture,
+    triangle_primitive,
+)
+from eg3d_rlhf.geometry.files.mtl import MAX_TEXTURE
+from eg3d_rlhf.geometry.files.ply_tables import Header, Table, read_header, read_tables
 from eg3d_rlhf.geometry.files.polygons import triangulate_faces
 
 MAGIC = b"GSP1"
 HEADER = struct.Struct("<4sII3f3f")  # header of GSP1, the first three rows of the table
-MAX_HEADER = 64 << 10  # largest number of bytes of the header
 MAX_SPLATS = 4_000_000  # largest number of Gaussians
 MAX_FACES = 20_000_000  # largest number of faces of a mesh
-_MAX_COUNT = 2**40  # larger numbers of elements are rejected without computing with them
-_TYPES = {
-    "char": "i1",
-    "int8": "i1",
-    "uchar": "u1",
-    "uint8": "u1",
-    "short": "i2",
-    "int16": "i2",
-    "ushort": "u2",
-    "uint16": "u2",
-    "int": "i4",
-    "int32": "i4",
-    "uint": "u4",
-    "uint32": "u4",
-    "float": "f4",
-    "float32": "f4",
-    "double": "f8",
-    "float64": "f8",
-}
-# Format in the header -> byte order of numpy; '' means text.
-_ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": ""}
+MAX_TEXTURES = 100  # largest number of textures of a mesh
+# Names of the properties of colours, with alpha.
+_COLOURS = (
+    ("red", "green", "blue", "alpha"),
+    ("diffuse_red", "diffuse_green", "diffuse_blue", "diffuse_alpha"),
+    ("r", "g", "b", "a"),
+)
 _SPLAT = (
     "x",
     "y",
@@ -78,90 +77,6 @@ _SPLAT = (
 _DEGREES = {3 * ((d + 1) ** 2 - 1): d for d in range(4)}
 
 
-@dataclass(frozen=True)
-class Element:
-    """An element of a PLY header: a table with named columns, such as vertex or face."""
-
-    name: str  # such as "vertex"
-    count: int  # number of rows
-    properties: dict[str, str]  # numpy type of each property; of a list, the type of its length
-    lists: dict[str, str]  # numpy type of the items of each list property
-
-    @property
-    def row(self) -> int:
-        """Return the number of bytes of a row whose lists are all empty."""
-        return sum(np.dtype(numpy_type).itemsize for numpy_type in self.properties.values())
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a PLY file."""
-
-    order: str  # byte order of numpy; '' means text
-    elements: list[Element]  # in the order of the file
-    length: int  # number of bytes of the header
-
-    @property
-    def splats(self) -> bool:
-        """Return True if the vertices are Gaussian splats."""
-        return any(
-            element.name == "vertex" and {"f_dc_0", "opacity", "scale_0", "rot_0"} <= set(element.properties)
-            for element in self.elements
-        )
-
-
-def read_header(data: memoryview) -> Header:
-    """Read the header of a PLY file, and compare the sizes that it states with the size of the file.
-
-    Raises: ValueError for a damaged header, and for sizes that exceed the size of the file.
-    """
-    # A header that is longer is rejected like a damaged one.
-    header_bytes = bytes(data[:MAX_HEADER])
-    keyword_position = header_bytes.find(b"end_header")
-    header_end = header_bytes.find(b"\n", keyword_position)
-    if not header_bytes.startswith(b"ply") or keyword_position < 0 or header_end < 0:
-        raise ValueError(
-            "the file has no complete PLY header: it is damaged or of another format. Export it again."
-        )
-    byte_order = None
-    elements: list[tuple[str, int, dict[str, str], dict[str, str]]] = []
-    try:
-        for header_line in header_bytes[:keyword_position].decode("ascii", "replace").splitlines():
-            words = header_line.split()
-            if words[:1] == ["format"]:
-                byte_order = _ORDERS[words[1]]
-            elif words[:1] == ["element"]:
-                # properties follow in the next lines
-                elements.append((words[1], int(words[2]), {}, {}))
-            elif words[:1] == ["property"]:
-                _, _, properties, lists = elements[-1]
-                # property list TYPE_OF_LENGTH TYPE_OF_ITEMS NAME, or property TYPE NAME
-                properties[words[-1]] = _TYPES[words[2] if words[1] == "list" else words[1]]
-                if words[1] == "list":
-                    lists[words[-1]] = _TYPES[words[3]]
-    except (KeyError, IndexError, ValueError):
-        raise ValueError("the PLY header is damaged. Export the file again.") from None
-    if byte_order is None:
-        raise ValueError("the PLY header has no line `format`. Export the file again.")
-    header = Header(byte_order, [Element(*element) for element in elements], header_end + 1)
-    # number of bytes that are left for the elements
-    remaining_bytes = len(data) - header.length
-    for element in header.elements:
-        # In a text file, a number takes at least two bytes: a digit and a space.
-        remaining_bytes -= min(element.count, _MAX_COUNT) * (
-            element.row if byte_order else 2 * len(element.properties)
-        )
-        # The last line of a text file may have no line break at its end, hence -1.
-        if not 0 <= element.count <= _MAX_COUNT or remaining_bytes < (0 if byte_order else -1):
-            # shortened, because an untrusted file may contain very long texts
-            stated_size = f"{str(element.count)[:20]} elements {element.name!r:.40}"
-            raise ValueError(
-                f"the PLY header states {stated_size}, which do not fit into the {len(data):,} bytes of the"
-                " file. Export it again."
-            )
-    return header
-
-
 def check_mesh(header: Header) -> None:
     """Raise ValueError unless the header describes a mesh with faces, and with at most MAX_FACES faces."""
     count_by_element = {element.name: element.count for element in header.elements}
@@ -169,10 +84,7 @@ def check_mesh(header: Header) -> None:
     vertex_count = count_by_element.get("vertex", 0)
     face_count = count_by_element.get("face", 0)
     if not vertex_count or not face_count:
-        raise ValueError(
-            f"the PLY file has {vertex_count} points and {face_count} faces, and the points are no Gaussian"
-            " splats. Export a mesh with faces, or Gaussian splats."
-        )
+        raise ValueError(_other_kind(header, vertex_count, face_count))
     if face_count > MAX_FACES:
         raise ValueError(
             f"the mesh has {face_count:,} faces, but at most {MAX_FACES:,} are allowed. Simplify the"
@@ -180,14 +92,102 @@ def check_mesh(header: Header) -> None:
         )
 
 
-def read_mesh(data: bytes | memoryview) -> Model:
-    """Read a mesh from a PLY file, with colours and normals of its vertices, or with colours of its faces.
+def _other_kind(header: Header, vertex_count: int, face_count: int) -> str:
+    """Return what a PLY file without faces is, and how to export it as a mesh or as Gaussian splats.
+
+    Args:
+        header: header of the file.
+        vertex_count: number of its points.
+        face_count: number of its faces.
+    """
+    properties = {name for element in header.elements for name in element.properties}
+    element_names = {element.name for element in header.elements}
+    # A mesh has none of these properties.
+    if "packed_position" in properties or len(properties & {"opacity", "scale_0", "rot_0", "f_dc_0"}) > 1:
+        return _splat_fault(properties) or (
+            "the file holds Gaussian splats, which have no faces. Export a mesh instead."
+        )
+    if "tristrips" in element_names:
+        return (
+            f"the PLY file holds {vertex_count} points with triangle strips (tristrips) instead of faces."
+            " Export it with faces: open it in MeshLab and save it as PLY."
+        )
+    return (
+        f"the PLY file has {vertex_count} points and {face_count} faces, and the points are no Gaussian"
+        " splats. Export a mesh with faces, or Gaussian splats."
+    )
+
+
+def _splat_fault(properties: Collection[str]) -> str:
+    """Return why Gaussian splats with these properties cannot be read and what to do; '' if they can.
+
+    Args:
+        properties: names of the properties of the points.
+    """
+    missing_names = [name for name in _SPLAT if name not in properties]
+    if "packed_position" in properties:
+        return (
+            "the file holds compressed Gaussian splats (SuperSplat's compressed PLY: packed_position, chunk)."
+            " Export them uncompressed: open the file in SuperSplat and export PLY."
+        )
+    if "scale_1" in properties and "scale_2" not in properties:
+        return (
+            "the file holds 2D Gaussian splats (scale_0 and scale_1 without scale_2), which are flat discs."
+            " Export the mesh that 2D Gaussian splatting extracts from them, or train 3D Gaussian splats."
+        )
+    if {"red", "green", "blue"} <= set(properties) and "f_dc_0" in missing_names:
+        return (
+            "the file holds Gaussian splats with colours red, green, blue, as nerfstudio writes them with"
+            " --ply-color-mode rgb. Export them with spherical harmonics: run ns-export gaussian-splat"
+            " without this option."
+        )
+    if missing_names:
+        return (
+            f"the Gaussians lack the properties {', '.join(missing_names)}. Export the splats in the format"
+            " of 3D Gaussian splatting."
+        )
+    return ""
+
+
+def companion_files(data: bytes | memoryview, path: Path, root: Path) -> list[Path]:
+    """Return the existing textures that a PLY file names (`comment TextureFile`).
+
+    Args:
+        data: content of the file.
+        path: path of the file.
+        root: folder that may be read, which contains the file.
+    """
+    companion_paths: dict[Path, None] = {}
+    header = read_header(memoryview(data))
+    for name in () if header.splats else header.textures[:MAX_TEXTURES]:
+        with contextlib.suppress(ValueError):
+            companion_paths[find_companion(path, name, root, MAX_TEXTURE)] = None
+    return list(companion_paths)
+
+
+def read_mesh(
+    data: bytes | memoryview,
+    geometry_only: bool = False,
+    path: Path | None = None,
+    root: Path | None = None,
+) -> Model:
+    """Read a mesh from a PLY file, with its textures, or with colours and normals of vertices or faces.
+
+    Textures are named by comments `TextureFile`. Their coordinates are the list property `texcoord` of the
+    faces, with the property `texnumber` if there are several textures, or the properties s and t, or u and v,
+    of the vertices. A texture that cannot be used is left out, and a note of the model names it.
+
+    Args:
+        data: content of the file.
+        geometry_only: True to read neither normals nor textures.
+        path: path of the file, beside which textures are searched; None: no texture can be found.
+        root: folder that may be read, which contains the file; None: the folder of the file.
 
     Raises: ValueError for a damaged file, and for a file without triangles.
     """
     header = read_header(memoryview(data))
     check_mesh(header)
-    tables = _tables(memoryview(data), header)
+    tables = read_tables(memoryview(data), header)
     vertices = tables["vertex"]
     faces = tables["face"]
     positions = np.stack([_column(vertices, name) for name in "xyz"], axis=1)
@@ -211,8 +211,18 @@ def read_mesh(data: bytes | memoryview) -> Model:
     colours = _colours(vertices)
     normals = None
     face_colours = _colours(faces)
-    if all(name in vertices for name in ("nx", "ny", "nz")):
+    if not geometry_only and all(name in vertices for name in ("nx", "ny", "nz")):
         normals = np.stack([_column(vertices, name) for name in ("nx", "ny", "nz")], axis=1)
+    notes: list[Note] = []
+    if header.textures and not geometry_only:
+        texture_numbers = _texture_numbers(faces, face_of_triangle, len(header.textures))
+        corner_uv = _corner_uv(vertices, faces, corners, corner_of_triangle)
+        images, image_by_number, notes = _images(header.textures, corner_uv is not None, path, root)
+        if images:
+            assert corner_uv is not None
+            return _textured_model(
+                positions, triangles, normals, corner_uv, texture_numbers, images, image_by_number, notes
+            )
     # Colours of vertices take precedence over colours of faces.
     if face_colours is not None and colours is None:
         # Faces of different colours must not share vertices, so each triangle gets three vertices of its own.
@@ -221,11 +231,161 @@ def read_mesh(data: bytes | memoryview) -> Model:
         # Normals of shared vertices do not apply any more; without normals, each triangle is shaded flat.
         normals = None
         triangles = np.arange(len(positions)).reshape(-1, 3)
-    return model_from_primitives([triangle_primitive(positions, triangles, colours=colours, normals=normals)])
+    # A mesh whose only colour was a texture is grey.
+    is_grey = bool(notes) and colours is None
+    return model_from_primitives(
+        [
+            triangle_primitive(
+                positions, triangles, colours=colours, normals=normals, material=0 if is_grey else None
+            )
+        ],
+        [GREY_MATERIAL] if is_grey else [],
+        notes=notes,
+    )
 
 
-# Name of a property -> its values [N]; for a list property, the lengths [N] of the lists and all their items.
-Table = dict[str, "np.ndarray | tuple[np.ndarray, np.ndarray]"]
+def _images(
+    names: list[str], has_uv: bool, path: Path | None, root: Path | None
+) -> tuple[list[ImageFile], dict[int, int], list[Note]]:
+    """Read the textures of a PLY file.
+
+    Args:
+        names: names of the textures in the file.
+        has_uv: True if the mesh has texture coordinates.
+        path: path of the file; None: no texture can be found.
+        root: folder that may be read; None: the folder of the file.
+
+    Returns: the images; the index of the image of each texture that can be shown; and notes on the others.
+    """
+    images: list[ImageFile] = []
+    image_by_number: dict[int, int] = {}
+    reasons = []
+    if not has_uv:
+        reasons.append(
+            f"the texture {names[0][:40]!r} is left out, because the PLY file has no texture coordinates that"
+            " are numbers (texcoord of the faces, or s and t of the vertices). Export the asset with them."
+        )
+    elif path is None:
+        reasons.append(f"the texture {names[0][:40]!r} is left out. Pass the path of the file.")
+    else:
+        for number, name in enumerate(names[:MAX_TEXTURES]):
+            try:
+                texture_path = find_companion(path, name, root or path.parent, MAX_TEXTURE)
+                images.append(read_texture(texture_path.read_bytes())[0])
+                image_by_number[number] = len(images) - 1
+            except (ValueError, OSError) as error:
+                reasons.append(f"the texture {name[:40]!r} is left out: {error}")
+        if len(names) > MAX_TEXTURES:
+            reasons.append(f"the file names {len(names)} textures. Join them to at most {MAX_TEXTURES}.")
+    return images, image_by_number, [Note("untextured", reason) for reason in reasons]
+
+
+def _texture_numbers(faces: Table, face_of_triangle: np.ndarray, texture_count: int) -> np.ndarray:
+    """Return the number of the texture of each triangle [F]; -1 for none.
+
+    Args:
+        faces: table of the faces.
+        face_of_triangle: index [F] of the face of each triangle.
+        texture_count: number of textures.
+    """
+    numbers = faces.get("texnumber")
+    if not isinstance(numbers, np.ndarray):
+        # Without numbers, all faces have the first texture.
+        return np.zeros(len(face_of_triangle), dtype=np.int64)
+    triangle_numbers = numbers.astype(np.int64)[face_of_triangle]
+    return np.where((triangle_numbers >= 0) & (triangle_numbers < texture_count), triangle_numbers, -1)
+
+
+def _corner_uv(
+    vertices: Table, faces: Table, corners: np.ndarray, corner_of_triangle: np.ndarray
+) -> np.ndarray | None:
+    """Return the texture coordinates of the corners of all triangles [F, 3, 2], v downwards.
+
+    Args:
+        vertices: table of the vertices.
+        faces: table of the faces.
+        corners: indices [C] of the vertices at all corners.
+        corner_of_triangle: indices [F, 3] into `corners`.
+
+    Returns: None if the file has no texture coordinates, or if some are not finite.
+    """
+    uv = None
+    face_coordinates = faces.get("texcoord")
+    if isinstance(face_coordinates, tuple):
+        # two numbers for each corner of a face
+        coordinate_counts, coordinates = face_coordinates
+        if len(coordinates) == 2 * len(corners):
+            uv = np.asarray(coordinates, dtype=np.float64).reshape(-1, 2)[corner_of_triangle]
+    else:
+        for u_name, v_name in (("s", "t"), ("u", "v"), ("texture_u", "texture_v")):
+            u = vertices.get(u_name)
+            v = vertices.get(v_name)
+            if isinstance(u, np.ndarray) and isinstance(v, np.ndarray):
+                uv = np.stack([u, v], axis=1).astype(np.float64)[corners[corner_of_triangle]]
+                break
+    if uv is None or not np.isfinite(uv).all():
+        return None
+    # The texture coordinate v increases upwards in PLY, and downwards in glTF.
+    return np.stack([uv[..., 0], 1 - uv[..., 1]], axis=-1)
+
+
+def _textured_model(
+    positions: np.ndarray,
+    triangles: np.ndarray,
+    normals: np.ndarray | None,
+    corner_uv: np.ndarray,
+    texture_numbers: np.ndarray,
+    images: list[ImageFile],
+    image_by_number: dict[int, int],
+    notes: list[Note],
+) -> Model:
+    """Build a model with one primitive for each texture, and one in grey for faces without a texture.
+
+    Args:
+        positions: coordinates [N, 3] of the vertices.
+        triangles: indices [F, 3] of vertices.
+        normals: normals [N, 3] of the vertices; None: no normals.
+        corner_uv: texture coordinates [F, 3, 2] of the corners.
+        texture_numbers: number [F] of the texture of each triangle; -1 for none.
+        images: images of the textures.
+        image_by_number: index of the image of each texture that can be shown.
+        notes: notes on textures that are left out.
+    """
+    if normals is not None:
+        normals = mended_normals(normals, positions, triangles)
+    image_indices = np.array([image_by_number.get(int(number), len(images)) for number in texture_numbers])
+    primitives = []
+    for image_index in np.unique(image_indices):
+        is_selected = image_indices == image_index
+        uv = corner_uv[is_selected].reshape(-1, 2)
+        vertex_indices = triangles[is_selected].reshape(-1)
+        # A vertex with several texture coordinates becomes several vertices.
+        distinct_rows, faces = np.unique(np.column_stack([vertex_indices, uv]), axis=0, return_inverse=True)
+        used_vertices = distinct_rows[:, 0].astype(np.int64)
+        primitives.append(
+            triangle_primitive(
+                positions[used_vertices],
+                faces.reshape(-1, 3),
+                uv=distinct_rows[:, 1:],
+                normals=None if normals is None else normals[used_vertices],
+                material=int(image_index),
+            )
+        )
+    materials: list[dict] = [
+        {
+            "pbrMetallicRoughness": {
+                "metallicFactor": 0,
+                "roughnessFactor": 1,
+                "baseColorTexture": {"index": image_index},
+            },
+            "doubleSided": True,
+        }
+        for image_index in range(len(images))
+    ]
+    # Faces without a texture have the index after the last image.
+    if len(images) in image_indices:
+        materials.append(GREY_MATERIAL)
+    return model_from_primitives(primitives, materials, images, notes)
 
 
 def _column(table: Table, property_name: str) -> np.ndarray:
@@ -240,20 +400,20 @@ def _column(table: Table, property_name: str) -> np.ndarray:
 def _colours(table: Table) -> np.ndarray | None:
     """Return the colours [N, 3 or 4] of a table as integral numbers in 0..255, or None if it has no colours.
 
-    Colours that the file stores as floats are in 0..1.
+    Colours that the file stores as floats are in 0..1 or in 0..255, see `colours_255`.
     """
     # alpha is optional
-    channel_names = [
-        channel_name
-        for channel_name in ("red", "green", "blue", "alpha")
-        if isinstance(table.get(channel_name), np.ndarray)
-    ]
-    if channel_names[:3] != ["red", "green", "blue"]:
+    for colour_names in _COLOURS:
+        channel_names = [name for name in colour_names if isinstance(table.get(name), np.ndarray)]
+        if channel_names[:3] == list(colour_names[:3]):
+            break
+    else:
         return None
     colour_columns = np.stack([np.asarray(table[channel_name]) for channel_name in channel_names], axis=1)
     if colour_columns.dtype.kind == "f":
-        # NaN becomes 0
-        return np.rint(np.nan_to_num(colour_columns).clip(0, 1) * 255)
+        return np.concatenate(
+            [colours_255(colour_columns[:, :3]), colours_255(colour_columns[:, 3:])], axis=1
+        )
     # 255, 32767, 65535 or the largest number of 32 bits
     max_value = np.iinfo(colour_columns.dtype).max
     # Colours of 16 bits are scaled. Colours of 8 bits, and of 32 bits, which hold 0..255, are not scaled.
@@ -262,186 +422,6 @@ def _colours(table: Table) -> np.ndarray | None:
         if max_value in (32767, 65535)
         else colour_columns.clip(0, 255).astype(np.uint8)
     )
-
-
-def _tables(data: memoryview, header: Header) -> dict[str, Table]:
-    """Read all elements of a PLY file, by name.
-
-    Raises: ValueError for a file that ends too early, or whose text is not numbers.
-    """
-    read_position = header.length
-    tables = dict[str, Table]()
-    # text files are split into words at once
-    words = None if header.order else bytes(data[read_position:]).split()
-    # index of the next word in a text file, else position of the next byte
-    read_position = read_position if header.order else 0
-    for element in header.elements:
-        try:
-            table, read_position = (
-                _read_text(words, read_position, element)
-                if words is not None
-                else _read_binary(data, read_position, element, header.order)
-            )
-        except (struct.error, IndexError, ValueError, OverflowError):
-            raise ValueError(
-                f"the PLY file is damaged: it must contain {element.count:,} elements {element.name!r:.40}."
-                " Export it again."
-            ) from None
-        # If an element occurs twice, its first occurrence counts.
-        tables.setdefault(element.name, table)
-    return tables
-
-
-def _read_text(words: list[bytes], word_index: int, element: Element) -> tuple[Table, int]:
-    """Read an element from the words of a text file.
-
-    Args:
-        words: all words of the file after the header.
-        word_index: index of the first word of the element.
-        element: description of the element.
-
-    Returns: the table, and the index of the word after the element.
-    """
-    values_by_property: dict[str, list] = {property_name: [] for property_name in element.properties}
-    items_by_property: dict[str, list] = {property_name: [] for property_name in element.lists}
-    for _ in range(element.count):
-        for property_name in element.properties:
-            number = float(words[word_index])
-            values_by_property[property_name].append(number)
-            word_index += 1
-            if property_name in items_by_property:
-                # The value is the length of a list; its items must follow.
-                # `_tables` turns this error into a message.
-                if not 0 <= number <= len(words) - word_index:
-                    raise ValueError(property_name)
-                items_by_property[property_name] += map(float, words[word_index : word_index + int(number)])
-                word_index += int(number)
-    return _typed(element, values_by_property, items_by_property), word_index
-
-
-def _read_binary(
-    data: memoryview, byte_position: int, element: Element, byte_order: str
-) -> tuple[Table, int]:
-    """Read an element from the bytes of a binary file.
-
-    If all rows have the same length, they are read at once, otherwise one by one.
-
-    Args:
-        data: bytes of the file.
-        byte_position: position of the first byte of the element.
-        element: description of the element.
-        byte_order: byte order of numpy.
-
-    Returns: the table, and the position after the element.
-    """
-    type_by_property = element.properties
-    if not element.lists:
-        rows = np.frombuffer(
-            data,
-            [
-                (property_name, byte_order + numpy_type)
-                for property_name, numpy_type in type_by_property.items()
-            ],
-            element.count,
-            byte_position,
-        )
-        return {
-            property_name: rows[property_name] for property_name in type_by_property
-        }, byte_position + rows.nbytes
-    if element.count and len(element.lists) == 1:
-        (list_property,) = element.lists
-        # Assume that all lists are as long as the first list, for example in a mesh of triangles only.
-        offset_in_row = sum(
-            np.dtype(numpy_type).itemsize
-            for numpy_type in list(type_by_property.values())[: list(type_by_property).index(list_property)]
-        )
-        list_length = int(
-            np.frombuffer(
-                data, byte_order + type_by_property[list_property], 1, byte_position + offset_in_row
-            )[0]
-        )
-        # numpy fields of a row: each property, and after the length of the list its items
-        row_fields = [
-            field
-            for property_name, numpy_type in type_by_property.items()
-            for field in (
-                [
-                    (property_name, byte_order + numpy_type),
-                    (f"{property_name} items", byte_order + element.lists[property_name], (list_length,)),
-                ]
-                if property_name == list_property
-                else [(property_name, byte_order + numpy_type)]
-            )
-        ]
-        if 0 <= list_length <= len(data) and byte_position + np.dtype(
-            row_fields
-        ).itemsize * element.count <= len(data):
-            rows = np.frombuffer(data, row_fields, element.count, byte_position)
-            # The assumption holds if every row states the same length.
-            if (rows[list_property] == list_length).all():
-                columns: Table = {
-                    property_name: rows[property_name]
-                    for property_name in type_by_property
-                    if property_name != list_property
-                }
-                return {
-                    **columns,
-                    list_property: (rows[list_property], rows[f"{list_property} items"].reshape(-1)),
-                }, byte_position + rows.nbytes
-    # The lists have different lengths, so the rows are read one by one.
-    values_by_property: dict[str, list] = {property_name: [] for property_name in type_by_property}
-    items_by_property: dict[str, list] = {property_name: [] for property_name in element.lists}
-    dtypes = {
-        property_name: np.dtype(byte_order + numpy_type)
-        for property_name, numpy_type in type_by_property.items()
-    }
-    for _ in range(element.count):
-        for property_name, numpy_type in dtypes.items():
-            values_by_property[property_name].append(np.frombuffer(data, numpy_type, 1, byte_position)[0])
-            byte_position += numpy_type.itemsize
-            if property_name in items_by_property:
-                list_items = np.frombuffer(
-                    data,
-                    byte_order + element.lists[property_name],
-                    int(values_by_property[property_name][-1]),
-                    byte_position,
-                )
-                items_by_property[property_name].append(list_items)
-                byte_position += list_items.nbytes
-    return (
-        _typed(
-            element,
-            values_by_property,
-            {
-                property_name: np.concatenate(rows) if rows else []
-                for property_name, rows in items_by_property.items()
-            },
-        ),
-        byte_position,
-    )
-
-
-def _typed(element: Element, values_by_property: dict[str, list], items_by_property: dict) -> Table:
-    """Convert the columns of a table, and the items of its lists, to the types that the header states.
-
-    Args:
-        element: description of the table.
-        values_by_property: name of each property -> its values; of a list property, the lengths of the lists.
-        items_by_property: name of each list property -> the items of all its lists.
-    """
-    columns = {
-        property_name: np.array(values_by_property[property_name]).astype(numpy_type)
-        for property_name, numpy_type in element.properties.items()
-    }
-    return {
-        property_name: (
-            column,
-            np.asarray(items_by_property[property_name]).astype(element.lists[property_name]),
-        )
-        if property_name in items_by_property
-        else column
-        for property_name, column in columns.items()
-    }
 
 
 @dataclass(frozen=True)
@@ -527,13 +507,9 @@ def check_splats(header: Header) -> int:
         )
     if not header.order:
         raise ValueError("the PLY file of splats is a text file. Save it as binary_little_endian.")
-    missing_names = [name for name in _SPLAT if name not in vertex_element.properties]
+    if splat_fault := _splat_fault(vertex_element.properties):
+        raise ValueError(splat_fault)
     rest_names = [name for name in vertex_element.properties if name.startswith("f_rest_")]
-    if missing_names:
-        raise ValueError(
-            f"the Gaussians lack the properties {', '.join(missing_names)}. Export the splats in the format"
-            " of 3D Gaussian splatting."
-        )
     if len(rest_names) not in _DEGREES or set(rest_names) != {f"f_rest_{i}" for i in range(len(rest_names))}:
         raise ValueError(
             f"the splats have {len(rest_names)} f_rest_* properties, but there must be"

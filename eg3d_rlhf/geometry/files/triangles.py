@@ -11,19 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from eg3d_rlhf.geometry.files import glb, obj, ply
-from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, Primitive
+from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, primitive_points, primitive_triangles
+from eg3d_rlhf.geometry.files.mtl import utf16
 
+# A face has no area if twice its area is at most this share of the square of its longest edge. The label page
+# has the same number (people/label/web/src/textured.js).
+NO_AREA = 1e-9
 SUFFIXES = (".glb", ".ply", ".obj", ".stl")  # mesh files that commands search for in folders
-# Modes of primitives in glTF 2.0: how the indices form triangles.
-_STRIP = 5
-_FAN = 6
 
 
 def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read the vertices and triangles of a mesh file.
 
-    GLB and PLY are recognised by their first bytes, other formats by their suffix. Textures and materials are
-    not opened, so a mesh with a damaged texture can be read.
+    GLB and PLY are recognised by their first bytes, other formats by their suffix. Materials, textures,
+    normals, colours and texture coordinates are not read, so a mesh in which they are damaged can be read.
 
     Returns: vertices [V, 3] float64 and faces [F, 3] int64.
 
@@ -34,11 +35,11 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if file_bytes[:4] == GLB_MAGIC:
         return scene_triangles(glb.read_glb(memoryview(file_bytes), geometry_only=True))
     if file_bytes[:3] == b"ply":
-        return scene_triangles(ply.read_mesh(file_bytes))
+        return scene_triangles(ply.read_mesh(file_bytes, geometry_only=True))
     if path.suffix.lower() == ".obj":
         return scene_triangles(obj.read_obj(file_bytes, path, geometry_only=True))
     # An OBJ file has no magic bytes, so text in UTF-16 without the suffix .obj gets an error of its own.
-    if (encoding := obj.utf16(file_bytes[:512])) is not None:
+    if (encoding := utf16(file_bytes[:512])) is not None:
         raise ValueError(
             f"the file {path.name} is text in {encoding.upper()} and not a mesh. Save it as UTF-8."
         )
@@ -69,7 +70,8 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Return the triangles of a model's scene, with the transformations of its nodes applied.
 
-    A mesh that two nodes refer to is returned twice. If a transformation mirrors a mesh, the orientation of
+    A mesh that two nodes refer to is returned twice. A mesh that its nodes scale to a point or a line is not
+    returned, because it cannot be seen. If a transformation mirrors a mesh, the orientation of
     its faces is reversed, so that they still point outwards.
 
     Returns: vertices [V, 3] float64, faces [F, 3] int64.
@@ -87,8 +89,11 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
         matrix = parent_matrix @ _matrix(node.place)
         pending_nodes += [(child_index, matrix) for child_index in reversed(node.children)]
         for primitive in model.meshes[node.mesh] if node.mesh is not None else ():
-            points = _points(primitive)
-            triangles = _sides(primitive)
+            # A scale of 0 along two axes or more hides a mesh: it collapses to a line or a point.
+            if np.linalg.matrix_rank(matrix[:3, :3]) < 2:
+                continue
+            points = primitive_points(primitive)
+            triangles = primitive_triangles(primitive)
             # A negative determinant: the transformation mirrors the mesh, so the faces are reversed again.
             if np.linalg.det(matrix[:3, :3]) < 0:
                 triangles = triangles[:, ::-1]
@@ -97,42 +102,49 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
             faces.append(triangles + vertex_count)
             vertex_count += len(points)
     if not faces:
-        raise ValueError("the file has no triangles. Export a mesh that has faces.")
+        raise ValueError("the file has no triangles that can be seen. Export a mesh that has faces.")
     return np.concatenate(vertices), np.concatenate(faces)
 
 
-def _points(primitive: Primitive) -> np.ndarray:
-    """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
-    array = primitive.attributes["POSITION"]
-    points = array.values.astype(np.float64)
-    # floats, and integers that are coordinates already
-    if not array.normalized:
-        return points
-    # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
-    return np.maximum(points / np.iinfo(array.values.dtype).max, -1.0)
+def may_be_visible(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Return the mask [F] of the faces that have an area, or that lie in the bounding box of those faces.
 
+    Args:
+        vertices: positions [V, 3].
+        faces: vertex indices [F, 3].
 
-def _sides(primitive: Primitive) -> np.ndarray:
-    """Return the triangles [F, 3] of a primitive as indices of vertices.
-
-    Strips and fans are converted to separate triangles.
+    Returns: all True if no face has an area, or if a position is not finite.
     """
-    vertex_count = len(primitive.attributes["POSITION"].values)
-    indices = (
-        np.arange(vertex_count)
-        if primitive.indices is None
-        else primitive.indices.values[:, 0].astype(np.int64)
-    )
-    if primitive.mode == _STRIP:
-        triangles = np.stack([indices[:-2], indices[1:-1], indices[2:]], axis=1)
-        # Every second triangle of a strip has the opposite orientation in glTF 2.0.
-        triangles[1::2] = triangles[1::2, [1, 0, 2]]
-        return triangles
-    # All triangles of a fan share its first vertex.
-    if primitive.mode == _FAN:
-        return np.stack([np.full(len(indices) - 2, indices[0]), indices[1:-1], indices[2:]], axis=1)
-    # One or two indices at the end that form no triangle are dropped.
-    return indices[: len(indices) // 3 * 3].reshape(-1, 3)
+    largest_coordinate = np.abs(vertices).max()
+    is_visible = np.ones(len(faces), dtype=bool)
+    if not 0 < largest_coordinate < np.inf:
+        return is_visible
+    # [F, 3, 3], at most 1, so that no product overflows
+    corners = (vertices / largest_coordinate)[faces]
+    edges = np.roll(corners, -1, axis=1) - corners
+    double_area = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1)
+    # Relative to the square of the longest edge, so that small faces count, but not the rounding of a line.
+    has_area = double_area > NO_AREA * (edges**2).sum(axis=2).max(axis=1)
+    if not has_area.any():
+        return is_visible
+    visible_corners = corners[has_area].reshape(-1, 3)
+    is_inside = (corners >= visible_corners.min(axis=0)) & (corners <= visible_corners.max(axis=0))
+    return has_area | is_inside.all(axis=(1, 2))
+
+
+def drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop the vertices that no face uses, and renumber the others in the faces.
+
+    Args:
+        vertices: positions [V, 3].
+        faces: vertex indices [F, 3].
+
+    Returns: the vertices that are used, and the faces [F, 3] with the new indices.
+    """
+    is_used = np.zeros(len(vertices), dtype=bool)
+    is_used[faces.reshape(-1)] = True
+    # The new number of a vertex is the count of used vertices before it.
+    return vertices[is_used], (np.cumsum(is_used) - 1)[faces]
 
 
 def _matrix(node_place: dict) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 Welding merges corners that have almost the same position. GLB, OBJ and STL files give separate corners to the
 faces on both sides of a seam, so without welding the same model would get other results in each format. Faces
-without area are kept, because the mesh would be open where they were removed. The welding tolerance changes
-the results of defective assets, so reports state it beside every result.
+without area are kept, because the mesh would be open where they were removed. The bounding box is that of the
+faces with an area: a face without area that reaches out of it, such as a point far away, is invisible and is
+dropped. The welding tolerance changes the results of defective assets, so reports state it beside every
+result.
 
 Shapes: V vertices, F faces. The longest edge is that of the bounding box.
 """
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eg3d_rlhf.geometry.files.model import check_triangles
+from eg3d_rlhf.geometry.files.triangles import drop_unused, may_be_visible
 from eg3d_rlhf.measures.meshes.settings import MAX_TOLERANCE, TOLERANCE, UPS
 from training.config import check_choice
 
@@ -28,7 +31,9 @@ class CleanMesh:
     faces: np.ndarray  # vertex indices [F, 3] int64
     edge: float  # longest edge of the bounding box, in the file's units
     welded: int  # number of vertices that were merged into another vertex
-    degenerate: int  # number of faces that were dropped because they used a vertex twice
+    # number of faces that were dropped because they use a vertex twice, or have no area and reach out of the
+    # bounding box
+    degenerate: int
     duplicate: int  # number of faces that were dropped because an earlier face has the same vertices
     raw_open_share: float  # share of edges with only one face before welding, 0..1
     tolerance: float  # welding tolerance, as a share of the longest edge
@@ -60,7 +65,11 @@ def clean_mesh(
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces)
     check_triangles(vertices, faces)
-    vertices, faces = _drop_unused(vertices, faces.astype(np.int64))
+    vertices, faces = drop_unused(vertices, faces.astype(np.int64))
+    visible_faces = faces[may_be_visible(vertices, faces)]
+    outside_count = len(faces) - len(visible_faces)
+    if outside_count:
+        vertices, faces = drop_unused(vertices, visible_faces)
     lowest_corner = vertices.min(axis=0)
     highest_corner = vertices.max(axis=0)
     # Coordinates near the largest float overflow; the check below reports that as not finite.
@@ -93,13 +102,13 @@ def clean_mesh(
     unique_faces = proper_faces[np.sort(first_occurrence)]
     if not len(unique_faces):
         raise ValueError("The mesh has no face with an area. Export the mesh again.")
-    welded_positions, unique_faces = _drop_unused(scaled_positions[first_vertex], unique_faces)
+    welded_positions, unique_faces = drop_unused(scaled_positions[first_vertex], unique_faces)
     mesh = CleanMesh(
         vertices=welded_positions,
         faces=unique_faces,
         edge=longest_edge,
         welded=len(scaled_positions) - len(cell_codes),
-        degenerate=int((~has_three_vertices).sum()),
+        degenerate=int((~has_three_vertices).sum()) + outside_count,
         duplicate=len(proper_faces) - len(unique_faces),
         raw_open_share=_open_share(faces, len(scaled_positions)),
         tolerance=tolerance,
@@ -122,21 +131,6 @@ def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
         np.divide(normals, double_area[:, None], out=np.zeros_like(normals), where=double_area[:, None] > 0),
         double_area / 2,
     )
-
-
-def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop the vertices that no face uses, and renumber the others in the faces.
-
-    Args:
-        vertices: positions [V, 3].
-        faces: vertex indices [F, 3].
-
-    Returns: the vertices that are used, and the faces [F, 3] with the new indices.
-    """
-    is_used = np.zeros(len(vertices), dtype=bool)
-    is_used[faces.reshape(-1)] = True
-    # The new number of a vertex is the count of used vertices before it.
-    return vertices[is_used], (np.cumsum(is_used) - 1)[faces]
 
 
 def _open_share(faces: np.ndarray, vertex_count: int) -> float:

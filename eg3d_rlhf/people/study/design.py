@@ -525,7 +525,8 @@ def read_sides(
     Args:
         folder_a: folder of the first generator's assets.
         folder_b: folder of the second generator's assets.
-        report_line: function that is called with a line for the user if assets are left out.
+        report_line: function that is called with lines of progress, and with a line for the user if assets
+            are left out or shown without their textures.
 
     Returns:
         Dictionary of the contenders by side ("a", "b"); list of the pairs of assets, which is the value of
@@ -538,7 +539,7 @@ def read_sides(
     collections: dict[str, Collection] = {}
     for side, folder in (("a", folder_a), ("b", folder_b)):
         with prefix_errors(f"--{side}"):
-            collections[side] = read_generator(folder)
+            collections[side] = read_generator(folder, report_line)
     # side -> (prompt, seed) -> asset
     assets_by_side = {
         side: {(asset.prompt, asset.seed): asset for asset in collection.assets}
@@ -603,13 +604,16 @@ def check_files(design: StudyDesign) -> None:
     Raises:
         ValueError: a file has changed, or cannot be shown.
     """
-    asset_records = [asset_pair[side] for asset_pair in design.assets for side in ("a", "b")]
-    paths = [Path(asset_record["file"]) for asset_record in asset_records]
-    for path, asset_record, examined_file in zip(paths, asset_records, reading.examine(paths), strict=True):
-        if examined_file.hash != asset_record["hash"]:
-            raise ValueError(
-                f"{path.name}: the file has changed since the study was designed. Use the original file."
-            )
+    for side, contender in (("a", design.a), ("b", design.b)):
+        asset_records = [asset_pair[side] for asset_pair in design.assets]
+        paths = [Path(asset_record["file"]) for asset_record in asset_records]
+        # the folder with which `read_sides` examined the files
+        examined_files = reading.examine(paths, root=Path(contender.source))
+        for path, asset_record, examined_file in zip(paths, asset_records, examined_files, strict=True):
+            if examined_file.hash != asset_record["hash"]:
+                raise ValueError(
+                    f"{path.name}: the file has changed since the study was designed. Use the original file."
+                )
 
 
 def _digest(asset_pairs: list[dict], side: str) -> str:

@@ -27,7 +27,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.generators.assets.grids import GAIN
-from eg3d_rlhf.geometry.files.triangles import read_triangles
+from eg3d_rlhf.geometry.files.triangles import drop_unused, may_be_visible, read_triangles
 from eg3d_rlhf.preferences import BAD, GOOD
 from eg3d_rlhf.preferences.dataset import Splits
 from eg3d_rlhf.preferences.labels import jsonl_records
@@ -407,7 +407,8 @@ def _label(mesh_index: int, json_object: Mapping) -> UnpairedPreference:
 def load_mesh(path: Path) -> Mesh:
     """Read a triangle mesh of any format that `read_triangles` supports, with all of its parts.
 
-    If the volume is negative, the faces are flipped, so that they point outwards.
+    If the volume is negative, the faces are flipped, so that they point outwards. Vertices and faces that
+    cannot be seen are dropped, because encoders scale a mesh by the box around its vertices.
 
     Raises: FileNotFoundError if the file does not exist; ValueError if it is no mesh of finite triangles.
     """
@@ -425,6 +426,7 @@ def load_mesh(path: Path) -> Mesh:
         raise ValueError(
             f"{path.name} contains vertices whose coordinates are NaN or infinite. Export the surface again."
         )
+    vertices, faces = drop_unused(vertices, faces[may_be_visible(vertices, faces)])
     # Vertices of generated meshes are float32, too.
     mesh = Mesh(torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(faces))
     return mesh if float(signed_volume(mesh)) >= 0 else Mesh(mesh.vertices, mesh.faces.flip(1))

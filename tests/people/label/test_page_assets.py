@@ -83,12 +83,28 @@ def test_a_textured_pair(serve, page):
 
 
 @pytest.mark.long
-def test_a_damaged_texture_is_said(serve, page):
-    served = serve(plan(1), lambda shape: _damaged_file() if shape.seed % 2 else textured(1))
-    label = page(served.url)
-    label.page.goto(served.url)
-    label.ready("failed")
-    assert ENGLISH["error.texture"] in label.page.inner_text("#notice")
+@pytest.mark.parametrize("place", ["browser", "reader"])
+def test_a_texture_that_cannot_be_shown_is_named_beside_its_shape(serve, page, place):
+    """It is damaged in the file that the browser gets, or of a format that the reader leaves out."""
+    document, binary = asset_files.unpack_glb(asset_files.glb(2000, 64, seed=1))
+    document["textures"] = [{"extensions": {"KHR_texture_basisu": {"source": 0}}}]
+    left_out = packed(asset_files.pack_glb(document, binary))
+    broken = _damaged_file() if place == "browser" else left_out
+    served = serve(plan(2), lambda shape: broken if shape.seed == 1001 else textured(1), campaign=QUIET)
+    label = page(served.url).open()
+    sides = {side: label.page.locator(f"#{side}Note") for side in ("left", "right")}
+    noted_counts = []
+    for press in (True, False):  # the pairs come in any order
+        noted_sides = [side for side, note in sides.items() if note.is_visible()]
+        for side in sides:
+            colour_range = np.ptp(label.side_image(side)[:-40], axis=-1).max()
+            assert colour_range < 24 if side in noted_sides else colour_range > 80
+        assert all(sides[side].inner_text() == ENGLISH["shown.untextured"] for side in noted_sides)
+        noted_counts.append(len(noted_sides))
+        if press:
+            label.press("ArrowLeft")
+            label.ready()
+    assert sorted(noted_counts) == [0, 1]
     label.forgive("load texture")
 
 

@@ -20,7 +20,7 @@ All files must lie in the folder, or below the folder that contains the list.
 import itertools
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Asset:
     seed: int  # seed in the list, or the number of the file among the files of the generator
     kind: str = ""  # kind of the file, see reading.Examined; '' before the file was examined
     hash: str = ""  # SHA-256 of the file in hex; '' before the file was examined
+    untextured: bool = False  # True if the page does not show a texture or colour of the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,9 @@ class Collection:
 
     assets: list[Asset]
     prompts: dict[str, Prompt] = field(default_factory=dict)  # by name
+    notes: list[str] = field(
+        default_factory=list
+    )  # lines on files that are left out or not shown as they are
 
     @property
     def generators(self) -> list[str]:
@@ -189,14 +193,18 @@ def _checked(
                 f" {asset.generator} for prompt {asset.prompt} and seed {asset.seed}. Write a list that"
                 " gives them different seeds."
             )
-    return _examined(collection, report_line, lenient)
+    root = folder_or_list if folder_or_list.is_dir() else folder_or_list.parent
+    return _examined(collection, root, report_line, lenient)
 
 
-def _examined(collection: Collection, report_line: Callable[[str], None], lenient: bool) -> Collection:
+def _examined(
+    collection: Collection, root: Path, report_line: Callable[[str], None], lenient: bool
+) -> Collection:
     """Examine all files in a separate process, and return the collection with their kinds and hashes.
 
     Args:
         collection: collection that was not examined yet.
+        root: folder in which the textures of the files may lie.
         report_line: function that is called with lines of progress.
         lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
             them.
@@ -210,7 +218,7 @@ def _examined(collection: Collection, report_line: Callable[[str], None], lenien
         if done % 100 == 0 or done == len(paths):
             report_line(f"examined {done} of {len(paths)} files")
 
-    examination_by_path = dict(zip(paths, reading.examine_or_reason(paths, report_count), strict=True))
+    examination_by_path = dict(zip(paths, reading.examine_or_reason(paths, report_count, root), strict=True))
     examined_by_path = {
         path: examination
         for path, examination in examination_by_path.items()
@@ -225,8 +233,9 @@ def _examined(collection: Collection, report_line: Callable[[str], None], lenien
         reading.reject(
             {path: reason for path, reason in examination_by_path.items() if isinstance(reason, str)}
         )
+    notes = []
     if unfit_assets:
-        report_line(
+        notes.append(
             f"{len(unfit_assets)} of {len(collection.assets)} assets are left out:"
             f" {unfit_assets[0].path.name}: {examination_by_path[unfit_assets[0].path]}"
         )
@@ -238,10 +247,13 @@ def _examined(collection: Collection, report_line: Callable[[str], None], lenien
         for path in paths
         if path in examined_by_path and examined_by_path[path].note
     ]
-    for note in file_notes[:NOTED]:
-        report_line(note)
+    notes += file_notes[:NOTED]
     if len(file_notes) > NOTED:
-        report_line(f"{len(file_notes) - NOTED} more files have such notes")
+        notes.append(f"{len(file_notes) - NOTED} more files have such notes")
+    if untextured_line := _untextured_line(collection, examined_by_path):
+        notes.append(untextured_line)
+    for note in notes:
+        report_line(note)
     # The kind of a file is recognised by its content, so it may differ from the suffix.
     for path in image_paths:
         if examined_by_path[path].kind != "image":
@@ -256,14 +268,42 @@ def _examined(collection: Collection, report_line: Callable[[str], None], lenien
                 " asset."
             )
     assets = [
-        replace(asset, kind=examined_by_path[asset.path].kind, hash=examined_by_path[asset.path].hash)
+        replace(
+            asset,
+            kind=examined_by_path[asset.path].kind,
+            hash=examined_by_path[asset.path].hash,
+            untextured=examined_by_path[asset.path].untextured,
+        )
         for asset in collection.assets
     ]
     prompts = {
         prompt_name: replace(prompt, hash=examined_by_path[prompt.image].hash if prompt.image else None)
         for prompt_name, prompt in collection.prompts.items()
     }
-    return Collection(assets, prompts)
+    return Collection(assets, prompts, notes)
+
+
+def _untextured_line(collection: Collection, examined_by_path: Mapping[Path, reading.Examined]) -> str:
+    """Return a line on the assets of which textures or colours are not shown, by generator; '' without any.
+
+    Args:
+        collection: collection of assets.
+        examined_by_path: result of the examination of each file.
+    """
+    untextured_assets = [asset for asset in collection.assets if examined_by_path[asset.path].untextured]
+    if not untextured_assets:
+        return ""
+    counts = [
+        f"{sum(asset.generator == generator for asset in untextured_assets)} of"
+        f" {sum(asset.generator == generator for asset in collection.assets)} of {generator}"
+        for generator in collection.generators
+    ]
+    return (
+        f"{len(untextured_assets)} of {len(collection.assets)} assets are shown without their textures"
+        f" ({', '.join(counts[:NOTED])}{', ...' if len(counts) > NOTED else ''}). People would compare"
+        " textured with flat assets: correct the files, or export them as GLB with PNG or JPEG textures"
+        " inside. The page says so beside each of them."
+    )
 
 
 # ---- layouts
@@ -660,6 +700,8 @@ def plan_assets(
         "gold": len(gold_pairs),
         "training": len(practice_pairs),
     }
+    if untextured_count := sum(asset.untextured for asset in collection.assets):
+        plan_report["untextured"] = untextured_count
     return Plan(practice_pairs + interleave(planned_pairs, gold_pairs), plan_report)
 
 

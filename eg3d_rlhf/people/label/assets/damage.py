@@ -43,9 +43,10 @@ def damage_mesh(model: Model, damage_kind: str, seed: int) -> Model:
     primitives = [primitive for mesh in model.meshes for primitive in mesh]
     if any(primitive.mode != TRIANGLES for primitive in primitives):
         raise ValueError("a mesh of triangle strips or fans cannot be damaged. Save it as separate triangles")
-    points = np.concatenate([primitive.attributes["POSITION"].values for primitive in primitives]).astype(
-        np.float64
-    )
+    # Vertices that no triangle uses cannot be seen, so they have no influence on the size.
+    points = np.concatenate(
+        [primitive.attributes["POSITION"].values[np.unique(_faces(primitive))] for primitive in primitives]
+    ).astype(np.float64)
     asset_size = _size(points)
     if damage_kind == "rough":
         displaced_by_id: dict[int, Array] = {}  # id of an array of positions -> its displaced copy

@@ -28,9 +28,19 @@ from pathlib import Path
 
 from eg3d_rlhf.experiments.process import serve_requests
 from eg3d_rlhf.geometry.files import glb, obj, ply
-from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, image_format, preview_image, strip_image
+from eg3d_rlhf.geometry.files.model import (
+    GLB_MAGIC,
+    Model,
+    Note,
+    glb_parts,
+    image_format,
+    preview_image,
+    strip_image,
+)
+from eg3d_rlhf.geometry.files.mtl import utf16
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
 
+MESH_KINDS = ("glb", "ply", "obj")  # kinds of files that are shown as a mesh with materials
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
 MAX_BYTES = 512 << 20  # largest size of a file in bytes
 # Largest address space of the process in bytes: MEMORY, and PER_BYTE for each byte of the largest file.
@@ -55,18 +65,22 @@ class Examined:
     # 'glb', 'ply', 'splats', 'obj', 'film' (a video; study designs of version 0.1 contain this name) or
     # 'image'
     kind: str
-    hash: str  # SHA-256 in hex of the file; for an OBJ file, also of its materials and textures
+    hash: str  # SHA-256 in hex of the file; for an OBJ or PLY file, also of its materials and textures
     note: str = ""  # difference between the file and its view on the page; '' if there is none
+    untextured: bool = False  # True if a texture or colour of the file is not shown
 
 
 def examine_or_reason(
-    paths: Sequence[Path], on_progress: Callable[[int], None] = lambda done: None
+    paths: Sequence[Path],
+    on_progress: Callable[[int], None] = lambda done: None,
+    root: Path | None = None,
 ) -> list[Examined | str]:
     """Recognise the kinds of files, and check whether the label page can show them.
 
     Args:
         paths: paths of the files.
         on_progress: function that is called with the number of examined files after each file.
+        root: folder in which the textures of the files may lie; None: the folder of each file.
 
     Returns:
         For each file an `Examined`, or the reason why the file cannot be shown.
@@ -75,24 +89,32 @@ def examine_or_reason(
     # If a file ends the process, another process is started for the files after it.
     while len(file_results) < len(paths):
         done_count = len(file_results)
-        requests = [{"do": "examine", "path": str(path)} for path in paths[done_count:]]
+        requests = [
+            {"do": "examine", "path": str(path), "root": str(root or path.parent)}
+            for path in paths[done_count:]
+        ]
         # _run calls the function in this iteration
         for answer in _run(requests, lambda n: on_progress(done_count + n)):  # noqa: B023
             file_results.append(answer[_REJECTED] if _REJECTED in answer else Examined(**answer))
     return file_results
 
 
-def examine(paths: Sequence[Path], on_progress: Callable[[int], None] = lambda done: None) -> list[Examined]:
+def examine(
+    paths: Sequence[Path],
+    on_progress: Callable[[int], None] = lambda done: None,
+    root: Path | None = None,
+) -> list[Examined]:
     """Recognise the kinds of files, and raise an error if the label page cannot show one of them.
 
     Args:
         paths: paths of the files.
         on_progress: function that is called with the number of examined files after each file.
+        root: folder in which the textures of the files may lie; None: the folder of each file.
 
     Raises:
         ValueError: files cannot be shown; the message names them.
     """
-    file_results = examine_or_reason(paths, on_progress)
+    file_results = examine_or_reason(paths, on_progress, root)
     reject(
         {path: reason for path, reason in zip(paths, file_results, strict=True) if isinstance(reason, str)}
     )
@@ -255,53 +277,79 @@ def kind_of(first_bytes: bytes, name: str) -> str:
     if first_bytes[:2] == b"\x1f\x8b" or first_bytes[:2] == b"PK":
         raise ValueError("the file is compressed with gzip or zip. Unpack it")
     # A text contains no NUL bytes, except in UTF-16.
-    if name.lower().endswith(".obj") and (b"\0" not in first_bytes or obj.utf16(first_bytes) is not None):
+    if name.lower().endswith(".obj") and (b"\0" not in first_bytes or utf16(first_bytes) is not None):
         return "obj"
-    if obj.utf16(first_bytes) is not None:
+    if utf16(first_bytes) is not None:
         raise ValueError("the file is a text in UTF-16. Save it as UTF-8")
     raise ValueError("the format is unknown. Use a GLB, PLY, OBJ, MP4 or WebM file")
 
 
-def _hash(file_bytes: memoryview, path: Path, file_kind: str) -> str:
+def _hash(file_bytes: memoryview, path: Path, file_kind: str, root: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits.
 
-    For an OBJ file, the names and contents of its companions (materials and textures) are hashed, too.
+    For an OBJ or PLY file, the names and contents of its companions (materials and textures) are hashed, too.
+
+    Args:
+        file_bytes: content of the file.
+        path: path of the file.
+        file_kind: kind of the file, see `kind_of`.
+        root: folder in which companions may lie.
     """
     digest = hashlib.sha256(file_bytes)
-    for companion in obj.companion_files(file_bytes, path) if file_kind == "obj" else ():
+    for companion in _companions(file_bytes, path, file_kind, root):
         digest.update(f"\0{companion.name}\0{hashlib.sha256(companion.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 
 
-def _examine(path: Path) -> dict:
+def _companions(file_bytes: memoryview, path: Path, file_kind: str, root: Path) -> list[Path]:
+    """Return the files that a file needs, such as textures. For the arguments, see `_hash`."""
+    if file_kind == "obj":
+        return obj.companion_files(file_bytes, path, root)
+    return ply.companion_files(file_bytes, path, root) if file_kind == "ply" else []
+
+
+def _read_model(file_bytes: memoryview, path: Path, file_kind: str, root: Path) -> Model:
+    """Read a mesh with its materials. For the arguments, see `_hash`."""
+    if file_kind == "glb":
+        return glb.read_glb(file_bytes)
+    if file_kind == "ply":
+        return ply.read_mesh(file_bytes, path=path, root=root)
+    return obj.read_obj(file_bytes, path, root=root)
+
+
+def _examine(path: Path, root: Path) -> dict:
     """Return the fields of `Examined` for a file.
 
     All files except videos are read completely, by the functions that `_clean` uses. So a file that is
     accepted here can be shown later.
+
+    Args:
+        path: path of the file.
+        root: folder in which the textures of the file may lie.
 
     Raises:
         ValueError: the file cannot be shown.
     """
     with _opened(path) as file_bytes:
         file_kind = kind_of(bytes(file_bytes[:512]), path.name)
-        view_note = ""
-        if file_kind == "glb":
-            glb.read_glb(file_bytes)
-        elif file_kind == "ply":
-            header = ply.read_header(file_bytes)
-            file_kind = "splats" if header.splats else file_kind
+        notes: list[Note] = []
+        if file_kind == "ply" and ply.read_header(file_bytes).splats:
+            file_kind = "splats"
             # The result is not used. The function is called for its errors.
-            (ply.read_splats if header.splats else ply.read_mesh)(file_bytes)
-        elif file_kind == "obj":
-            obj.read_obj(file_bytes, path)
-            missing_libraries = obj.missing_libraries(file_bytes, path)
-            if missing_libraries:
-                view_note = f"shown in grey, because {', '.join(missing_libraries)[:200]} cannot be read"
+            ply.read_splats(file_bytes)
+        elif file_kind in MESH_KINDS:
+            notes = _read_model(file_bytes, path, file_kind, root).notes
         elif file_kind == "film":
             examine_video(path)
         elif file_kind == "image":
             strip_image(file_bytes)
-        return {"kind": file_kind, "hash": _hash(file_bytes, path, file_kind), "note": view_note}
+        return {
+            "kind": file_kind,
+            "hash": _hash(file_bytes, path, file_kind, root),
+            # shortened, because texts of an untrusted file may be very long
+            "note": " ".join(note.text for note in notes[:3])[:400],
+            "untextured": any(note.kind == "untextured" for note in notes),
+        }
 
 
 def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path: Path) -> dict:
@@ -320,7 +368,7 @@ def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path
     """
     with _opened(path) as file_bytes:
         file_kind = kind_of(bytes(file_bytes[:512]), path.name)
-        _check_hash(file_bytes, path, file_kind, expected_hash)
+        root = _root_of_hash(file_bytes, path, file_kind, expected_hash)
         if file_kind == "image":
             out_path.write_bytes(preview_image(file_bytes))
         elif file_kind == "film":
@@ -328,34 +376,46 @@ def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path
                 raise ValueError("a video cannot be damaged. Use a mesh or splats")
             clean_video(path, out_path)
         else:
-            _pack(file_bytes, path, file_kind, degradation, seed, out_path)
+            _pack(file_bytes, path, file_kind, root, degradation, seed, out_path)
     # The hash is checked again, because the file may have changed while it was read: the arrays are views of
     # the file, and ffmpeg has opened it by its name.
     with _opened(path) as file_bytes:
-        _check_hash(file_bytes, path, file_kind, expected_hash)
+        _root_of_hash(file_bytes, path, file_kind, expected_hash)
     return {}
 
 
-def _check_hash(file_bytes: memoryview, path: Path, file_kind: str, expected_hash: str) -> None:
-    """Raise ChangedError if a file does not have the hash `expected_hash`."""
-    if _hash(file_bytes, path, file_kind) != expected_hash:
-        raise ChangedError("the file has changed since the campaign was planned. Use the original file")
+def _root_of_hash(file_bytes: memoryview, path: Path, file_kind: str, expected_hash: str) -> Path:
+    """Return the folder in which the textures of a file may lie, and with which the file has a known hash.
+
+    The plan stores no such folder, but the hash depends on the textures, so the folder is found by it: it is
+    the folder of the file or one above it. A texture that the plan does not contain cannot be served, because
+    the hash would differ.
+
+    Raises:
+        ChangedError: there is no such folder.
+    """
+    has_companions = file_kind in ("obj", "ply")
+    for root in path.parents if has_companions else [path.parent]:
+        if _hash(file_bytes, path, file_kind, root) == expected_hash:
+            return root
+    raise ChangedError("the file has changed since the campaign was planned. Use the original file")
 
 
 def _pack(
-    file_bytes: memoryview, path: Path, file_kind: str, degradation: str, seed: int, out_path: Path
+    file_bytes: memoryview,
+    path: Path,
+    file_kind: str,
+    root: Path,
+    degradation: str,
+    seed: int,
+    out_path: Path,
 ) -> None:
     """Write a mesh as GLB or splats as GSP1, compressed with gzip, and damaged unless `degradation` is ''."""
     if file_kind == "ply" and ply.read_header(file_bytes).splats:
         splats = ply.read_splats(file_bytes)
         file_parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
     else:
-        if file_kind == "glb":
-            mesh_model = glb.read_glb(file_bytes)
-        elif file_kind == "ply":
-            mesh_model = ply.read_mesh(file_bytes)
-        else:
-            mesh_model = obj.read_obj(file_bytes, path)
+        mesh_model = _read_model(file_bytes, path, file_kind, root)
         file_parts = glb_parts(damage_mesh(mesh_model, degradation, seed) if degradation else mesh_model)
     # The header of gzip contains no name and no time, so that equal files give equal bytes.
     with out_path.open("wb") as out_file, gzip.GzipFile("", "wb", _GZIP, out_file, mtime=0) as gzip_file:
@@ -367,7 +427,8 @@ def _answer(request: dict) -> dict:
     """Examine or clean the file of one request, and return the answer as JSON values.
 
     Args:
-        request: {"do": "examine", "path"} or {"do": "clean", "path", "hash", "degradation", "seed", "out"}.
+        request: {"do": "examine", "path", "root"}, or {"do": "clean", "path", "hash", "degradation", "seed",
+            "out"}.
 
     Returns:
         Result of `_examine` or `_clean`. If the file cannot be used, {_REJECTED: reason}, with "changed":
@@ -376,7 +437,7 @@ def _answer(request: dict) -> dict:
     path = Path(request["path"])
     try:
         if request["do"] == "examine":
-            return _examine(path)
+            return _examine(path, Path(request.get("root") or path.parent))
         return _clean(path, request["hash"], request["degradation"], request["seed"], Path(request["out"]))
     except ChangedError as error:
         return {_REJECTED: str(error), "changed": True}

@@ -457,8 +457,8 @@ def _has_hash(path: Path, expected_hash: str) -> bool:
         return False
     if file_hash(path) == expected_hash:
         return True
-    # The hash of an .obj file that is shown with a material includes its material and texture files.
-    examination = reading.examine_or_reason([path])[0] if path.suffix == ".obj" else None
+    # The hash of a file that is shown with a material includes its material and texture files.
+    examination = reading.examine_or_reason([path])[0] if path.suffix in (".obj", ".ply") else None
     return isinstance(examination, reading.Examined) and examination.hash == expected_hash
 
 

@@ -28,6 +28,7 @@ export class Looking {
   show(shapes) {
     if (shapes) this.arrange([shapes.left.kind, shapes.right.kind]);
     this.viewer.show(shapes);
+    this.ui.note(shapes);
     this.showRenders();
   }
 

@@ -9,6 +9,8 @@ import { t } from './texts.js';
 const ROOM = 0.75; // brightness of the room
 const KEY = 1.3; // of the light at the viewer's left shoulder, so that every side can be seen
 const SHARP = 8; // anisotropic filtering
+const GREY = 0.4; // linear RGB of a surface whose texture cannot be shown, as in geometry/files/appearance.py
+const NO_AREA = 1e-9; // as in geometry/files/triangles.py
 
 export class Textured {
   // surfaces: draws geometry alone; sharp: whether there is a GPU, for which sharp textures at a slant cost little.
@@ -32,7 +34,7 @@ export class Textured {
   }
 
   async keep(data, camera) {
-    const { scene, textures } = await parse(data);
+    const { scene, textures, notes } = await parse(data);
     const root = new Group().add(scene);
     root.matrixAutoUpdate = false;
     const meshes = [];
@@ -41,7 +43,7 @@ export class Textured {
     const geometries = [...new Set(meshes.map((mesh) => mesh.geometry))];
     const materials = [...new Set(meshes.flatMap((mesh) => mesh.material))];
     for (const geometry of geometries) if (!geometry.attributes.normal) geometry.computeVertexNormals();
-    const shape = { root, geometries, materials, textures, ball: ball(root, meshes), bytes: 0 };
+    const shape = { root, geometries, materials, textures, notes, ball: ball(root, meshes), bytes: 0 };
     shape.bytes = size(shape);
     try {
       await this.upload(shape, camera);
@@ -89,11 +91,12 @@ export class Textured {
   }
 }
 
-// The file's scene and all its textures. An image that cannot be read is an error, not a white shape.
+// The file's scene, all its textures, and the kinds of its notes: what is not shown as in the original file. Where an image cannot be
+// decoded, the surface is grey, and a note says so.
 async function parse(data) {
   const loader = new GLTFLoader();
-  const broken = [];
-  loader.manager.onError = (url) => broken.push(url);
+  let broken = false;
+  loader.manager.onError = () => { broken = true; };
   let gltf;
   try {
     gltf = await loader.parseAsync(data, '');
@@ -106,27 +109,52 @@ async function parse(data) {
       for (const value of Object.values(material)) if (value?.isTexture) textures.add(value);
     }
   });
-  if (broken.length) {
-    for (const texture of textures) texture.image?.close?.();
-    throw new Error(t('error.texture'));
+  const notes = new Set(gltf.asset.extras?.notes ?? []);
+  if (broken) {
+    notes.add('untextured');
+    gltf.scene.traverse((object) => { for (const material of [object.material ?? []].flat()) makePlain(material, gltf.parser); });
   }
-  return { scene: gltf.scene, textures };
+  return { scene: gltf.scene, textures, notes: [...notes].sort() };
 }
 
-// The middle of the box around all vertices, and the largest distance of a vertex from it.
+// A material whose image is missing, without the factors that would have been multiplied by it.
+function makePlain(material, parser) {
+  const { pbrMetallicRoughness: stated = {}, emissiveTexture } = parser.json.materials?.[parser.associations.get(material)?.materials] ?? {};
+  if (stated.baseColorTexture && !material.map) {
+    if (!stated.baseColorFactor) material.color.setRGB(GREY, GREY, GREY);
+    if (!stated.metallicRoughnessTexture) material.metalness = stated.metallicFactor ?? 0;
+  }
+  if (stated.metallicRoughnessTexture && !material.metalnessMap) Object.assign(material, { metalness: 0, roughness: 1 });
+  if (emissiveTexture && !material.emissiveMap) material.emissive?.setRGB(0, 0, 0);
+}
+
+// The middle of the box around the triangles that have an area, and the largest distance of their corners from it. A stray vertex, or a
+// triangle that has collapsed, cannot be seen, so it has no influence on the size.
 function ball(root, meshes) {
   root.updateMatrixWorld(true);
-  const [point, low, high] = [new Vector3(), new Vector3(Infinity, Infinity, Infinity), new Vector3(-Infinity, -Infinity, -Infinity)];
+  const [low, high] = [new Vector3(Infinity, Infinity, Infinity), new Vector3(-Infinity, -Infinity, -Infinity)];
+  const [a, b, c, u, v, w] = Array.from({ length: 6 }, () => new Vector3());
   const each = (visit) => {
     for (const mesh of meshes) {
-      const { position } = mesh.geometry.attributes;
-      for (let i = 0; i < position.count; i += 1) visit(point.fromBufferAttribute(position, i).applyMatrix4(mesh.matrixWorld));
+      const { attributes: { position }, index } = mesh.geometry;
+      const corner = (vector, i) => vector.fromBufferAttribute(position, index ? index.getX(i) : i).applyMatrix4(mesh.matrixWorld);
+      const count = index ? index.count : position.count;
+      for (let i = 0; i + 2 < count; i += 3) {
+        corner(a, i);
+        corner(b, i + 1);
+        corner(c, i + 2);
+        u.subVectors(b, a);
+        v.subVectors(c, b);
+        const longest = Math.max(u.lengthSq(), v.lengthSq(), w.subVectors(a, c).lengthSq());
+        if (w.crossVectors(u, v).length() > NO_AREA * longest) for (const vertex of [a, b, c]) visit(vertex);
+      }
     }
   };
   each((vertex) => {
     low.min(vertex);
     high.max(vertex);
   });
+  if (low.x > high.x) throw new Error(t('error.shape')); // there is nothing to see
   const centre = low.add(high).multiplyScalar(0.5);
   let most = 0;
   each((vertex) => { most = Math.max(most, vertex.distanceToSquared(centre)); });

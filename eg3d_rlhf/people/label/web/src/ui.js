@@ -52,6 +52,15 @@ export class Ui {
     this.say(said ? `${this.answered(said)} ${where}` : where);
   }
 
+  // Beside each shape, what is not shown as in its original file, so that nobody takes it for the generator's fault.
+  note(shapes) {
+    for (const side of ['left', 'right']) {
+      const text = (shapes?.[side].notes ?? []).map((kind) => t(`shown.${kind}`)).join(' ');
+      this[`${side}Note`].textContent = text;
+      this[`${side}Note`].hidden = !text;
+    }
+  }
+
   // The question about the pair, above the answers; '' is none.
   ask(text) {
     this.askedText.textContent = text;
