@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import PIL.Image
@@ -52,10 +52,17 @@ MAX_PIXELS = 50_000_000
 # Largest number of bytes for the coefficients of a progressive JPEG file, which the decoder holds for the
 # complete image even if the image is reduced while it is decoded.
 _MAX_COEFFICIENT_BYTES = 600_000_000
+# First bytes of PNG, JPEG, GIF, TIFF and BigTIFF files. BMP files are left out, because their first two bytes
+# may begin other files.
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Brands of HEIF files, which state the codec. They follow the length and the word "ftyp". Phones often write
+# HEIC images with the suffix .jpg.
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # Alpha modes of Pillow. Modes that end in a small letter have colours that are multiplied by alpha.
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # Errors that Pillow's decoders raise for damaged files.
-DECODER_ERRORS = (
+_DECODER_ERRORS = (
     ArithmeticError,
     LookupError,
     OSError,
@@ -70,6 +77,7 @@ DECODER_ERRORS = (
 # another page.
 _SUBFILE_TYPE = 254
 _REDUCED_OR_MASK = 1 | 4
+_ORIENTATION = 274  # EXIF field
 _PHOTOMETRIC = 262  # TIFF field; its value 0 means that 0 is white
 _pillow_lock = threading.Lock()
 
@@ -104,14 +112,37 @@ def read_image(
         a file that is no image. The message is one line that contains a remedy.
     """
     file = io.BytesIO(source) if isinstance(source, bytes | memoryview) else source
+    with _described_errors(file, name), _opened(file) as image:
+        _check_kind(image, name)
+        _reduce_while_decoding(image, name, needed_size)
+        return _upright_bytes(image, name, background)
+
+
+def check_header(file: Path | IO[bytes], name: str) -> None:
+    """Raise the errors of `read_image` that can be found without decoding the pixels.
+
+    Args:
+        file: path of the file, or the file opened for reading.
+        name: description of the file, with which messages begin.
+    """
+    with _described_errors(file, name), _opened(file) as image:
+        _check_kind(image, name)
+        _reduce_while_decoding(image, name, None)
+
+
+@contextmanager
+def _described_errors(file: Path | IO[bytes], name: str) -> Iterator[None]:
+    """Replace errors of the decoders by errors of one line with the name of the file and a remedy.
+
+    Args:
+        file: path of the file, or the file opened for reading.
+        name: description of the file.
+    Raises: UnusableImageError or ValueError, see `read_image`.
+    """
     try:
-        # A file that does not exist is no damaged image. `stat` raises the OSError with the path.
-        if isinstance(file, Path):
-            file.stat()
-        with _opened(file) as image:
-            _check_kind(image, name)
-            _reduce_while_decoding(image, name, needed_size)
-            return _upright_bytes(image, name, background)
+        yield
+    except (UnusableImageError, _CompleteError):
+        raise
     except FileNotFoundError:
         raise ValueError(f"{name}: the file does not exist. Check the path.") from None
     except MemoryError:
@@ -119,25 +150,47 @@ def read_image(
             f"{name}: there is not enough memory to decode the image. Reduce its size, and save it as PNG."
         ) from None
     except PIL.UnidentifiedImageError:
-        raise _unidentified(source, name) from None
-    except _ImageError as error:
-        raise ValueError(str(error)) from None
-    except UnusableImageError:
-        raise
-    except DECODER_ERRORS as error:
+        raise _unidentified(file, name) from None
+    except _DECODER_ERRORS as error:
         error_text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{name}: the image is incomplete or damaged ({error_text}). Copy or export the file again, or"
-            " remove it."
+            f"{name}: the image is incomplete or damaged ({error_text}; the file has {_byte_count(file)}"
+            " bytes). Copy or export the file again, or remove it."
         ) from None
 
 
-class _ImageError(ValueError):
-    """Error with a complete message about an image that is neither damaged nor skipped."""
+def _byte_count(file: Path | IO[bytes]) -> int:
+    """Return the size of a file in bytes."""
+    return file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)
+
+
+def looks_like_image(first_bytes: bytes) -> bool:
+    """Return True if a file begins as an image of a format that is read, or as a HEIC image.
+
+    Args: first_bytes: first 16 bytes of the file, or more.
+    """
+    return (
+        first_bytes.startswith(_SIGNATURES)
+        or (first_bytes[:4] == b"RIFF" and first_bytes[8:12] == b"WEBP")
+        or (first_bytes[4:8] == b"ftyp" and first_bytes[8:12] in (*_AVIF_BRANDS, *_HEIC_BRANDS))
+    )
+
+
+def stored_orientation(path: Path) -> int:
+    """Return the orientation of an image file, which `read_image` applies: 1 for upright, else 2 to 8."""
+    with _described_errors(path, str(path)), _opened(path) as image:
+        try:
+            return int(image.getexif().get(_ORIENTATION, 1))
+        except _DECODER_ERRORS:
+            return 1  # `read_image` ignores a damaged EXIF block, too
+
+
+class _CompleteError(ValueError):
+    """Error about an intact image whose values are not understood. Its message is complete."""
 
 
 @contextmanager
-def _opened(file: Path | io.BytesIO) -> Iterator[PIL.Image.Image]:
+def _opened(file: Path | IO[bytes]) -> Iterator[PIL.Image.Image]:
     """Open an image file without decoding it, and close it at the end."""
     # Pillow warns about images with many pixels, and rejects those with twice as many. Here, the number is
     # checked by `_reduce_while_decoding`, which can read larger JPEG files. Pillow's limit is a global
@@ -244,28 +297,26 @@ def _too_large(name: str, size: tuple[int, int]) -> UnusableImageError:
     )
 
 
-def _unidentified(source: Path | bytes | memoryview, name: str) -> ValueError:
+def _unidentified(file: Path | IO[bytes], name: str) -> ValueError:
     """Return the error for a file that none of the decoders recognises.
 
     Args:
-        source: path of the file, or its bytes.
+        file: path of the file, or the file opened for reading.
         name: description of the file.
     """
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            first_bytes = file.read(64)
+    if isinstance(file, Path):
+        with file.open("rb") as opened_file:
+            first_bytes = opened_file.read(64)
     else:
-        first_bytes = bytes(source[:64])
-    # HEIF files begin with a box "ftyp" that lists brands. Phones often write them with the suffix .jpg.
-    if first_bytes[4:8] == b"ftyp" and any(
-        brand in first_bytes for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-    ):
-        return UnusableImageError(f"{name}: the file is a HEIC image. {_REMEDY_BY_KIND[_HEIC]}")
-    if first_bytes[4:8] == b"ftyp" and b"avif" in first_bytes:
+        file.seek(0)
+        first_bytes = file.read(64)
+    if first_bytes[4:8] == b"ftyp" and first_bytes[8:12] in _AVIF_BRANDS:
         return UnusableImageError(
             f"{name}: this installation of Pillow cannot read AVIF images. Update Pillow to 11.3 or later, or"
             " convert the image to PNG."
         )
+    if first_bytes[4:8] == b"ftyp" and first_bytes[8:12] in _HEIC_BRANDS:
+        return UnusableImageError(f"{name}: the file is a HEIC image. {_REMEDY_BY_KIND[_HEIC]}")
     # Files of metadata on other than Apple's disks begin with this number.
     if first_bytes[:4] == b"\x00\x05\x16\x07":
         return UnusableImageError(
@@ -274,8 +325,8 @@ def _unidentified(source: Path | bytes | memoryview, name: str) -> ValueError:
     if not first_bytes:
         return ValueError(f"{name}: the file is empty. Copy or export it again, or remove it.")
     return ValueError(
-        f"{name}: the file is not an image in a supported format, or it is damaged. Export it again as PNG or"
-        " JPEG, or remove it."
+        f"{name}: the file of {_byte_count(file)} bytes is not an image in a supported format, or it is"
+        " damaged. Export it again as PNG or JPEG, or remove it."
     )
 
 
@@ -291,7 +342,7 @@ def _upright_bytes(image: PIL.Image.Image, name: str, background: Background | N
         # The orientation is read from `info`, which conversions keep. The image is changed in place, so
         # that no copy is made if it is upright already.
         PIL.ImageOps.exif_transpose(decoded_image, in_place=True)
-    except DECODER_ERRORS:
+    except _DECODER_ERRORS:
         # A damaged EXIF block states no orientation; the pixels are intact.
         pass
     if decoded_image.mode in ("LA", "RGBA") and background is not None:
@@ -321,7 +372,7 @@ def _eight_bit(image: PIL.Image.Image, name: str, is_white_zero: bool) -> PIL.Im
         return _scaled_to_bytes(image, is_white_zero)
     if image.mode in ("I", "F"):
         number_kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise _ImageError(
+        raise _CompleteError(
             f"{name}: the image has {number_kind}, whose brightest value is not stated in the file. Convert"
             " it to 8 or 16 bits per channel."
         )
@@ -335,7 +386,7 @@ def _eight_bit(image: PIL.Image.Image, name: str, is_white_zero: bool) -> PIL.Im
     try:
         return image if image.mode == opaque_mode else image.convert(opaque_mode)
     except ValueError:
-        raise _ImageError(
+        raise _CompleteError(
             f"{name}: the colour space {image.mode} cannot be converted to RGB. Convert the image to RGB."
         ) from None
 

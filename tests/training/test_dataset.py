@@ -11,7 +11,7 @@ import torch
 from tests import pictures
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, array_names, arrays
-from tests.pictures import camera, png, write_zip
+from tests.pictures import camera, floats, png, write_zip
 from tests.rejections import raising
 from training.dataset import ImageFolderDataset
 from training.rendering.cameras import mirror_pose
@@ -132,7 +132,7 @@ IMAGE_ERRORS = {
     "truncated": (png(pixels(0))[:90], "90 bytes"),
     "not an image": (b"hello", "5 bytes"),
     "size": (png(pixels(0, 16, 16)), "[3, 16, 16]"),
-    "mode": (png(np.zeros((8, 8, 4), np.uint8)), "RGBA"),
+    "mode": (floats(8), "floating-point"),
 }
 
 
