@@ -22,7 +22,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
@@ -195,14 +195,18 @@ def _opened(file: Path | IO[bytes]) -> Iterator[PIL.Image.Image]:
     # Pillow warns about images with many pixels, and rejects those with twice as many. Here, the number is
     # checked by `_reduce_while_decoding`, which can read larger JPEG files. Pillow's limit is a global
     # variable, so that it is restored after the header has been read.
-    with warnings.catch_warnings():
+    with ExitStack() as stack:
+        # Pillow gets no path. It would map an uncompressed file into memory, and, in version 13, with the
+        # wrong row length if the file is a TIFF image that lies on its side.
+        opened_file = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
+        stack.enter_context(warnings.catch_warnings())
         # Pillow also warns about damaged metadata, which is not used.
         warnings.simplefilter("ignore", UserWarning)
         with _pillow_lock:
             pixel_limit = PIL.Image.MAX_IMAGE_PIXELS
             PIL.Image.MAX_IMAGE_PIXELS = None
             try:
-                image = PIL.Image.open(file, formats=_FORMATS)
+                image = PIL.Image.open(opened_file, formats=_FORMATS)
             finally:
                 PIL.Image.MAX_IMAGE_PIXELS = pixel_limit
         with image:

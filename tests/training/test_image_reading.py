@@ -69,15 +69,22 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".avif"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_the_orientation_of_a_photograph_is_applied_in_every_format(suffix, orientation):
+def test_the_orientation_of_a_photograph_is_applied_in_every_format(tmp_path, suffix, orientation):
     if suffix == ".avif" and not features.check("avif"):
         pytest.skip("Pillow without AVIF")
-    image = corners(size=(48, 32))
-    got = read_image(encoded(image, suffix, exif=exif(orientation)), "x")
-    want = UPRIGHT[orientation](array(image))
-    assert got.size == (want.shape[1], want.shape[0])
-    # lossy formats blur the borders between the quarters; a wrong orientation differs by 100 and more
-    assert np.abs(array(got) - want).mean() < 12
+    for mode in ("RGB", "RGBA", "L"):
+        image = corners(size=(48, 32)).convert(mode)
+        if suffix == ".jpg" and mode == "RGBA":
+            continue
+        data = encoded(image, suffix, exif=exif(orientation))
+        path = tmp_path / f"{mode}{suffix}"
+        path.write_bytes(data)
+        want = UPRIGHT[orientation](array(image.convert("RGB")))
+        for source in (data, path):
+            got = read_image(source, "x", background=None)
+            assert got.size == (want.shape[1], want.shape[0])
+            # lossy formats blur the borders between the quarters; a wrong orientation differs by 100 and more
+            assert np.abs(array(got.convert("RGB")) - want).mean() < 12
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "I;16", "P", "1"])
