@@ -176,6 +176,15 @@ def looks_like_image(first_bytes: bytes) -> bool:
     )
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return the width and height in pixels that an image file has if it is upright and not reduced."""
+    with _described_errors(path, str(path)), _opened(path) as image:
+        width, height = image.size
+        # Pillow exchanges the sides of TIFF images itself.
+        is_on_side = image.format != "TIFF" and stored_orientation(path) >= 5
+        return (height, width) if is_on_side else (width, height)
+
+
 def stored_orientation(path: Path) -> int:
     """Return the orientation of an image file, which `read_image` applies: 1 for upright, else 2 to 8."""
     with _described_errors(path, str(path)), _opened(path) as image:

@@ -18,6 +18,7 @@ from training.image_reading import (
     read_image,
     skipped_lines,
     split_names,
+    upright_size,
 )
 
 ORIENTATION = 0x0112
@@ -80,6 +81,7 @@ def test_the_orientation_of_a_photograph_is_applied_in_every_format(tmp_path, su
         path = tmp_path / f"{mode}{suffix}"
         path.write_bytes(data)
         want = UPRIGHT[orientation](array(image.convert("RGB")))
+        assert upright_size(path) == (want.shape[1], want.shape[0])
         for source in (data, path):
             got = read_image(source, "x", background=None)
             assert got.size == (want.shape[1], want.shape[0])

@@ -27,7 +27,7 @@ from eg3d_rlhf.preferences.synthetic import shape_values
 from eg3d_rlhf.rewards.reward import Reward
 from training.dataset import label_array
 from training.heads import people_mesh
-from training.image_reading import read_image
+from training.image_reading import read_image, upright_size
 from training.rendering.cameras import LABEL_NUMBERS, pack_label, unpack_label
 from training.text_files import read_text
 
@@ -101,8 +101,9 @@ def _read(flag: str, image_path: Path, pil_mode: str, resolution: int) -> np.nda
     image = read_image(
         image_path, f"{flag}: {image_path}", background="white" if pil_mode == "RGB" else "black"
     )
-    image_size = image.size
-    if image_size != (resolution, resolution):
+    if image.size != (resolution, resolution):
+        # A very large photograph has been reduced, so its own size is shown.
+        image_size = upright_size(image_path)
         raise ValueError(
             f"{flag}: {image_path} has {image_size[0]} x {image_size[1]} pixels, but the generator's images"
             f" have {resolution} x {resolution}. Crop the head as in the generator's images, and save it in"

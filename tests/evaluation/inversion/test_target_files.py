@@ -70,6 +70,15 @@ def test_unusable_files_are_named_with_their_flag(generator, tmp_path):
             target(generator, tmp_path / "whole.png", tmp_path / name)
 
 
+def test_the_size_of_a_photograph_is_stated_as_it_is_and_not_as_it_is_reduced(generator, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.new("L", (9000, 6000), 90) as image:
+        image.save(tmp_path / "large.jpg", exif=exif)
+    with raising("large.jpg", "6000 x 9000", str(generator.img_resolution)):
+        target(generator, tmp_path / "large.jpg")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_cameras_of_windows_editors_are_read(generator, tmp_path, encoding):
     path = tmp_path / "camera.json"
