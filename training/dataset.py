@@ -20,6 +20,7 @@ import os
 import signal
 import threading
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from training.image_reading import (
     UnusableImageError,
     check_header,
     joined_errors,
+    left_out_lines,
     read_image,
     skipped_lines,
     split_names,
@@ -41,6 +43,8 @@ from training.image_reading import (
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
+# Errors of reading a file of a folder or archive. RuntimeError: the archive has a password.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, RuntimeError)
 # Largest allowed entry of |R^T R - I| for the rotation R of a pose. Single-precision poses of fitting
 # programs reach 1e-4.
 ROTATION_TOLERANCE = 1e-2
@@ -109,19 +113,20 @@ class ImageFiles:
 
     def notes(self) -> list[str]:
         """Return sentences about files that are not read, with their number and a remedy."""
-        return [f"dataset {self.path}: {line}" for line in skipped_lines(self.skipped)] + [
-            f"Left out: {message}" for message in self._unusable_images
+        return [
+            *(f"dataset {self.path}: {line}" for line in skipped_lines(self.skipped)),
+            *left_out_lines(self._unusable_images),
         ]
 
     def leave_out_unusable(self) -> None:
         """Remove entries from `images` that are animations, HEIC images under another name, or too large.
 
-        Only the headers are read. The entries are described by `notes`.
+        Only the headers are read. The entries are described by `notes`. Damaged entries are kept, so that
+        `decode` rejects them.
 
-        Raises: ValueError that lists all entries whose headers are damaged, or if no image is left.
+        Raises: ValueError if no image is left.
         """
         usable_images = []
-        damaged_images = []
         for entry in self.images:
             entry_description = f"dataset {self.path}: entry {entry!r}"
             try:
@@ -132,12 +137,10 @@ class ImageFiles:
                         check_header(entry_file, entry_description)
             except UnusableImageError as error:
                 self._unusable_images.append(str(error))
-            except (ValueError, zipfile.BadZipFile, OSError, NotImplementedError) as error:
-                damaged_images.append(str(error))
-            else:
-                usable_images.append(entry)
-        if damaged_images:
-            raise ValueError(joined_errors(damaged_images))
+                continue
+            except (ValueError, *_ARCHIVE_ERRORS):
+                pass  # the entry is damaged
+            usable_images.append(entry)
         if not usable_images:
             raise ValueError(joined_errors(self._unusable_images))
         self.images = usable_images
@@ -148,7 +151,7 @@ class ImageFiles:
             if self._is_folder:
                 return (self.path / entry).read_bytes()
             return self._open_archive().read(entry)
-        except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+        except _ARCHIVE_ERRORS as error:
             raise ValueError(
                 f"dataset {self.path}: the entry {entry!r} is missing or damaged ({error}). Copy the set"
                 " again, or build it again with tools/dataset_tool.py."

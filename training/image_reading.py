@@ -502,7 +502,7 @@ def skipped_lines(skipped_names: Mapping[str, Sequence[str]]) -> list[str]:
     Args: skipped_names: names by kind, from `split_names`.
     """
     return [
-        f"Skipped {len(names)} {kind}: {name_list(names)}. {_REMEDY_BY_KIND[kind]}"
+        f"Skipped {kind} ({len(names)}): {name_list(names)}. {_REMEDY_BY_KIND[kind]}"
         for kind, names in skipped_names.items()
     ]
 
@@ -529,3 +529,11 @@ def joined_errors(messages: Sequence[str], limit: int = 20) -> str:
     further_count = len(messages) - limit
     further_text = f" And {further_count} more." if further_count > 0 else ""
     return " ".join(messages[:limit]) + further_text
+
+
+def left_out_lines(messages: Sequence[str]) -> list[str]:
+    """Return a line on images that are left out, with their number, or no line if there are none.
+
+    Args: messages: messages of UnusableImageError, which name their file.
+    """
+    return [f"Left out images ({len(messages)}): {joined_errors(messages)}"] if messages else []

@@ -474,7 +474,7 @@ def file_names_in(folder: Path) -> tuple[list[str], list[str]]:
     lines = skipped_lines(skipped_names)
     if opaque_names:
         lines.append(
-            f"Skipped {len(opaque_names)} JPEG images, which cannot have a transparent background:"
+            f"Skipped JPEG images, which cannot have a transparent background ({len(opaque_names)}):"
             f" {name_list(opaque_names)}. Remove their backgrounds, and save them as PNG."
         )
     nested_images, _ = split_names(
@@ -485,7 +485,7 @@ def file_names_in(folder: Path) -> tuple[list[str], list[str]]:
     )
     if nested_images:
         lines.append(
-            f"Skipped {len(nested_images)} images in subfolders: {name_list(nested_images)}. Move them into"
+            f"Skipped images in subfolders ({len(nested_images)}): {name_list(nested_images)}. Move them into"
             f" {folder} itself."
         )
     return [name for name in image_names if name not in opaque_names], lines
@@ -506,7 +506,7 @@ def usable_images(
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.models.image_preprocessing import usable_cut_outs
-    from training.image_reading import joined_errors
+    from training.image_reading import joined_errors, left_out_lines
     from training.progress import tqdm
 
     image_paths = [path for path in paths_by_name.values() if path is not None]
@@ -519,7 +519,7 @@ def usable_images(
     kept_paths = set(usable_paths)
     return (
         {name: path for name, path in paths_by_name.items() if path in kept_paths},
-        [*file_names_in(folder)[1], *unusable_images],
+        [*file_names_in(folder)[1], *left_out_lines(unusable_images)],
     )
 
 

@@ -317,9 +317,9 @@ def test_files_that_are_not_images_of_the_set_are_named_and_labels_stay_with_the
             np.testing.assert_array_equal(data[i][1], np.float32(camera(i)))
 
 
-@pytest.mark.parametrize("cut", [80, 20], ids=["in the pixels", "in the header"])
-def test_all_damaged_images_are_listed_at_once(tmp_path, cut):
-    entries = {f"{i}.png": png(pixels(i))[: cut if i in (1, 3) else None] for i in range(5)}
+def test_all_damaged_images_are_listed_at_once(tmp_path):
+    # one ends in its pixels, the other one in its header
+    entries = {f"{i}.png": png(pixels(i))[: {1: 80, 3: 20}.get(i)] for i in range(5)}
     rows = [[name, camera(i)] for i, name in enumerate(entries)]
     result = run(write_zip(tmp_path / "source.zip", entries, rows), tmp_path / "out.zip")
     check_message(result.stderr.splitlines()[-1], ("'1.png'", "'3.png'"))
