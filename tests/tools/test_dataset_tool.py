@@ -307,7 +307,7 @@ def test_files_that_are_not_images_of_the_set_are_named_and_labels_stay_with_the
         archive.extractall(tmp_path / "folder")
     for path in (src, tmp_path / "folder"):
         dest = tmp_path / f"from-{path.name.removesuffix('.zip')}.zip"
-        output = converted(path, dest).stdout
+        output = converted(path, dest).output
         for name in ("1.webp", "0.jpg", "._0.png", "z.heic"):
             assert name in output
         data = ImageFolderDataset(dest, c_dim=25)

@@ -30,7 +30,6 @@ from eg3d_rlhf.experiments.process import serve_requests
 from eg3d_rlhf.geometry.files import glb, obj, ply
 from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, preview_image
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
-from training.image_reading import looks_like_image
 
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
 MAX_BYTES = 512 << 20  # largest size of a file in bytes
@@ -243,6 +242,9 @@ def kind_of(first_bytes: bytes, name: str) -> str:
     Raises:
         ValueError: the kind is unknown.
     """
+    # imported here, because --help must not load PIL
+    from training.image_reading import looks_like_image
+
     if first_bytes[:4] == GLB_MAGIC:
         return "glb"
     if first_bytes[:3] == b"ply" and first_bytes[3:4] in b"\r\n":
