@@ -12,7 +12,6 @@ import concurrent.futures.process
 import contextlib
 import copy
 import functools
-import io
 import itertools
 import json
 import mmap
@@ -21,6 +20,7 @@ import os
 import signal
 import threading
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,13 +30,21 @@ import PIL.Image
 import torch
 
 from training.distributed import Ranks
+from training.image_reading import (
+    IMAGE_SUFFIXES,
+    UnusableImageError,
+    check_header,
+    joined_errors,
+    left_out_lines,
+    read_image,
+    skipped_lines,
+    split_names,
+)
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
-# Largest number of pixels of an image. A file whose header states more pixels is rejected before it
-# is decoded.
-_PIXEL_LIMIT = 1 << 28
+# Errors of reading a file of a folder or archive. RuntimeError: the archive has a password.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, RuntimeError)
 # Largest allowed entry of |R^T R - I| for the rotation R of a pose. Single-precision poses of fitting
 # programs reach 1e-4.
 ROTATION_TOLERANCE = 1e-2
@@ -70,12 +78,14 @@ class ImageFiles:
                 " --data."
             )
         self.entries = frozenset(entries)
-        self.images = sorted(entry for entry in entries if entry.lower().endswith(IMAGE_SUFFIXES))
+        # Files that are not read, such as HEIC images, are kept by their kind.
+        self.images, self.skipped = split_names(entries)
+        self._unusable_images: list[str] = []  # messages of `leave_out_unusable`
         if not self.images:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(
-                f"dataset {self.path}: no images ({suffixes}) were found among {len(entries)} files. Check"
-                " the path in --data."
+                f"dataset {self.path}: no images ({suffixes}) were found among {len(entries)} files. "
+                + (" ".join(self.notes()) or "Check the path in --data.")
             )
 
     def __getstate__(self):
@@ -101,13 +111,47 @@ class ImageFiles:
                 ) from error
         return self._archive
 
+    def notes(self) -> list[str]:
+        """Return sentences about files that are not read, with their number and a remedy."""
+        return [
+            *(f"dataset {self.path}: {line}" for line in skipped_lines(self.skipped)),
+            *left_out_lines(self._unusable_images),
+        ]
+
+    def leave_out_unusable(self) -> None:
+        """Remove entries from `images` that are animations, HEIC images under another name, or too large.
+
+        Only the headers are read. The entries are described by `notes`. Damaged entries are kept, so that
+        `decode` rejects them.
+
+        Raises: ValueError if no image is left.
+        """
+        usable_images = []
+        for entry in self.images:
+            entry_description = f"dataset {self.path}: entry {entry!r}"
+            try:
+                if self._is_folder:
+                    check_header(self.path / entry, entry_description)
+                else:
+                    with self._open_archive().open(entry) as entry_file:
+                        check_header(entry_file, entry_description)
+            except UnusableImageError as error:
+                self._unusable_images.append(str(error))
+                continue
+            except (ValueError, *_ARCHIVE_ERRORS):
+                pass  # the entry is damaged
+            usable_images.append(entry)
+        if not usable_images:
+            raise ValueError(joined_errors(self._unusable_images))
+        self.images = usable_images
+
     def read(self, entry: str) -> bytes:
         """Return the bytes of an entry. Raises: ValueError if the entry is missing or damaged."""
         try:
             if self._is_folder:
                 return (self.path / entry).read_bytes()
             return self._open_archive().read(entry)
-        except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+        except _ARCHIVE_ERRORS as error:
             raise ValueError(
                 f"dataset {self.path}: the entry {entry!r} is missing or damaged ({error}). Copy the set"
                 " again, or build it again with tools/dataset_tool.py."
@@ -116,27 +160,12 @@ class ImageFiles:
     def decode(self, entry: str) -> PIL.Image.Image:
         """Decode the image of an entry. All pixels are decoded, so that damage of the file is detected here.
 
-        Raises: ValueError if the entry is damaged, too large, or no 8-bit greyscale or RGB image.
+        The image is upright, in the mode L or RGB, and on white if it is transparent; see `read_image`.
+
+        Raises: UnusableImageError for an entry of a kind that is not read, such as an animation; ValueError
+            for a damaged entry.
         """
-        entry_description = f"dataset {self.path}: entry {entry!r}"
-        encoded_image = self.read(entry)
-        try:
-            with PIL.Image.open(io.BytesIO(encoded_image)) as image:
-                # The size comes from the header. Only copy() decodes the pixels.
-                if image.width * image.height > _PIXEL_LIMIT:
-                    raise ValueError(f"{image.width}x{image.height} is too large")
-                decoded_image = image.copy()
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{entry_description}: the image cannot be decoded from its {len(encoded_image)} bytes"
-                f" ({error}). Replace the file, or remove it from the set."
-            ) from error
-        if image.mode not in ("L", "RGB"):
-            raise ValueError(
-                f"{entry_description}: expected an 8-bit RGB or greyscale image, got the mode"
-                f" {decoded_image.mode}. Convert the image to RGB."
-            )
-        return decoded_image
+        return read_image(self.read(entry), f"dataset {self.path}: entry {entry!r}")
 
     def read_image(self, entry: str) -> np.ndarray:
         """Return the pixels of an entry, uint8 [C, R, R] with C = 1 or 3.

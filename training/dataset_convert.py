@@ -26,6 +26,7 @@ import torch
 
 from training.convert_settings import ConvertOptions
 from training.dataset import LABELS_FILE, ImageFiles, in_order, label_array
+from training.image_reading import joined_errors
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 # Date of all files in an archive (year, month, day, hour, minute, second). It is constant, so that archives
@@ -43,6 +44,7 @@ class Converted:
     labels: int  # number of numbers in a label; 0 without labels, 1 for class indices
     enlarged: int  # number of source images that are smaller than the target
     cropped_labels: int  # number of camera labels whose intrinsics were adapted to a crop
+    notes: tuple[str, ...]  # sentences about files of the source that are not read, with a remedy
 
 
 def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int, int, int]:
@@ -117,7 +119,7 @@ def png(image: PIL.Image.Image) -> bytes:
     return png_buffer.getvalue()
 
 
-def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
+def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple | str]:
     """Convert the images of some entries, in a worker process.
 
     Args:
@@ -125,12 +127,17 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
         options: transforms.
         entries: names of the entries.
     Returns: for each entry, a tuple of the PNGs (the image, and its mirrored copy if requested), the size (W,
-        H) of the source image, and the shape (C, H, W) of the result.
-    Raises: ValueError for a damaged entry.
+        H) of the source image, and the shape (C, H, W) of the result. For a damaged entry, the message of the
+        error.
     """
-    conversion_results = []
+    conversion_results: list[tuple | str] = []
     for entry in entries:
-        source_image = files.decode(entry)
+        try:
+            source_image = files.decode(entry)
+        except ValueError as error:
+            # Returned as text, so that all damaged images are listed at once.
+            conversion_results.append(str(error))
+            continue
         image = transform_image(source_image, options)
         images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
         converted_shape = (len(image.getbands()), image.height, image.width)
@@ -243,6 +250,8 @@ def convert_dataset(
     """
     image_files = ImageFiles(Path(source))
     dest = Path(dest)
+    # Before the labels are read, so that an image and its label have the same index.
+    image_files.leave_out_unusable()
     source_labels = read_labels(image_files, options)
     entries = image_files.images[: options.max_images]
     target_size = options.resolution
@@ -250,6 +259,7 @@ def convert_dataset(
     first_shape: tuple[int, int, int] | None = None
     enlarged_count = 0
     cropped_count = 0
+    damaged_images: list[str] = []
     # The workers, which are forked below, must not share the open file.
     image_files.close()
     entry_chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
@@ -258,9 +268,11 @@ def convert_dataset(
         functools.partial(_convert, image_files, options), entry_chunks, workers, death_message
     )
     with open_writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
-        for i, (images, source_size, converted_shape) in enumerate(
-            itertools.chain.from_iterable(conversion_results)
-        ):
+        for i, conversion_result in enumerate(itertools.chain.from_iterable(conversion_results)):
+            if isinstance(conversion_result, str):
+                damaged_images.append(conversion_result)
+                continue
+            images, source_size, converted_shape = conversion_result
             first_shape = first_shape or converted_shape
             _check_shape(converted_shape, first_shape, entries[i], f"dataset {image_files.path}")
             output_labels = (
@@ -280,6 +292,8 @@ def convert_dataset(
             # `_output_labels` returns the same object if the crop did not change the label.
             cropped_count += source_labels is not None and output_labels[0] is not source_labels[i]
             on_image(1)
+        if damaged_images:
+            raise ValueError(joined_errors(damaged_images))
         write(LABELS_FILE, json.dumps({"labels": None if source_labels is None else label_rows}).encode())
     assert first_shape is not None  # `ImageFiles` rejects a set without images
     if source_labels is None:
@@ -292,6 +306,7 @@ def convert_dataset(
         labels=label_length,
         enlarged=enlarged_count,
         cropped_labels=cropped_count,
+        notes=tuple(image_files.notes()),
     )
 
 

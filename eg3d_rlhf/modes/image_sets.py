@@ -157,6 +157,8 @@ def convert(
         f" {conversion_summary.shape[1]}x{conversion_summary.shape[2]},"
         f" {'RGB' if conversion_summary.shape[0] == 3 else 'greyscale'}, {label_text}"
     )
+    for note in conversion_summary.notes:
+        click.echo(note)
     # Enlarging adds no detail, so the user should know of it.
     if conversion_summary.enlarged:
         click.echo(

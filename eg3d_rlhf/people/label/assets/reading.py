@@ -33,9 +33,7 @@ from eg3d_rlhf.geometry.files.model import (
     Model,
     Note,
     glb_parts,
-    image_format,
     preview_image,
-    strip_image,
 )
 from eg3d_rlhf.geometry.files.mtl import utf16
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
@@ -264,15 +262,19 @@ def kind_of(first_bytes: bytes, name: str) -> str:
     Raises:
         ValueError: the kind is unknown.
     """
+    # imported here, because --help must not load PIL
+    from training.image_reading import looks_like_image
+
     if first_bytes[:4] == GLB_MAGIC:
         return "glb"
     if first_bytes[:3] == b"ply" and first_bytes[3:4] in b"\r\n":
         return "ply"
+    # Before videos, because AVIF files have 'ftyp' at byte 4, too.
+    if looks_like_image(first_bytes):
+        return "image"
     # MP4 files have 'ftyp' at byte 4. WebM and Matroska files begin with the identifier of EBML.
     if first_bytes[4:8] == b"ftyp" or first_bytes[:4] == b"\x1a\x45\xdf\xa3":
         return "film"
-    if image_format(first_bytes):
-        return "image"
     # the first bytes of gzip and zip files
     if first_bytes[:2] == b"\x1f\x8b" or first_bytes[:2] == b"PK":
         raise ValueError("the file is compressed with gzip or zip. Unpack it")
@@ -342,7 +344,7 @@ def _examine(path: Path, root: Path) -> dict:
         elif file_kind == "film":
             examine_video(path)
         elif file_kind == "image":
-            strip_image(file_bytes)
+            preview_image(file_bytes)
         return {
             "kind": file_kind,
             "hash": _hash(file_bytes, path, file_kind, root),
