@@ -16,6 +16,7 @@ from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
 from eg3d_rlhf.people.label.db_flag import open_store, store_exists
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind
+from eg3d_rlhf.people.label.pairing import check_surfaces
 from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study.design import ExclusionRules, StudyDesign
 from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, sample_size
@@ -163,6 +164,15 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             f"--label-a, --label-b: both generators have the name {contender_by_side['a'].label!r}. Pass two"
             " different names with these flags."
         )
+    # A flag that was not passed has the default of the design.
+    level, psi = (
+        getattr(StudyDesign, name) if flags.get(name) is None else flags[name] for name in ("level", "psi")
+    )
+    for side, loaded_generator in generator_by_side.items():
+        with prefix_errors(f"--{side}"):
+            warning = check_surfaces(loaded_generator.generator, 0, psi, level, "Pass --set level={level}")
+        if warning is not None:
+            warn(f"Warning: --{side}: {warning}")
     with flagged(flags):
         # In floating point, 1 - alpha may differ from the decimal number. The confidence is rounded, because
         # designs are compared.
