@@ -1,8 +1,8 @@
 """Raw density of a few samples of a generator: its range, its surface, and a level at which there is one.
 
-`inspect`, `label`, `study` and `train` look at eight samples when they open a network. A network whose density
-never reaches the surface level gives no mesh, which would otherwise be noticed only after hours. The crop of
-a reward's density grid is measured on the same samples (`eg3d_rlhf.rewards.slab_crops`).
+`inspect`, `label`, `study` and `train` look at eight samples when they open a network. A network whose
+density never reaches the surface level gives no mesh, which would otherwise be noticed only after hours. The
+crop of a reward's density grid is measured on the same samples (`eg3d_rlhf.rewards.slab_crops`).
 
 Shapes: N samples; R grid points per axis; P points at which grid edges cross the surface.
 """
@@ -54,8 +54,8 @@ class DensityCheck:
         """Return one line that states the range, and how many samples have a surface."""
         return (
             f"density of {len(self.seeds)} samples: {self.lowest:.4g} to {self.highest:.4g}; at the level"
-            f" {self.level:g}, {self.with_surface} of {len(self.seeds)} have a surface, and {self.share:.2%} of"
-            " the volume lies above it"
+            f" {self.level:g}, {self.with_surface} of {len(self.seeds)} have a surface, and {self.share:.2%}"
+            " of the volume lies above it"
         )
 
     def problem(self, remedy: str = "Pass --set level={level}") -> str | None:
@@ -77,8 +77,8 @@ class DensityCheck:
             )
         return (
             f"{complaint} {remedy.format(level=f'{self.proposed_level:g}')}: at this level,"
-            f" {self.proposed_with_surface} of {sample_count} have a surface, and {self.proposed_share:.1%} of"
-            " the volume lies above it."
+            f" {self.proposed_with_surface} of {sample_count} have a surface, and {self.proposed_share:.1%}"
+            " of the volume lies above it."
         )
 
 

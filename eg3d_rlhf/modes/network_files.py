@@ -50,8 +50,8 @@ def describe_file(file_or_folder: str | Path | None) -> dict[str, Any]:
 def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) -> dict[str, Any]:
     """Load the networks of a file, and describe them.
 
-    The description holds their tensors, the arguments of their constructors, the density of eight samples, and
-    statistics of w.
+    The description holds their tensors, the arguments of their constructors, the density of eight samples,
+    and statistics of w.
 
     Args:
         file_or_folder: network file or run folder; None: the bundled generator.

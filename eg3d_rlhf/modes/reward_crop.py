@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
-from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, shared
+from eg3d_rlhf.modes.shared_flags import PATH, shared
 
 
 @click.command("crop", cls=GroupedCommand, job="reward crop")
@@ -70,8 +70,8 @@ def crop_command(reward, crop, level, network, psi, outdir, device) -> None:
             spec = getattr(loaded_reward.observation, "spec", None)
             if not isinstance(spec, SlabSpec):
                 raise ValueError(
-                    f"{reward} reads {loaded_reward.observation.kind}, which is no grid of densities, so it has"
-                    " no crop. Name a reward of the kind sigma or points."
+                    f"{reward} reads {loaded_reward.observation.kind}, which is no grid of densities, so it"
+                    " has no crop. Name a reward of the kind sigma or points."
                 )
         reason = f"crop of the density grid: that of {reward}"
     elif crop is not None:

@@ -166,8 +166,8 @@ reward_flags = combine_decorators(
         help=(
             "Architecture of the network, with default settings of its training. For sigma: heads, paper,"
             " small, small-slice or tiny; for points: pointnet, pointnet2 or curvenet; for depth: small,"
-            " coarse or resnet50, and with the ending -3 for three views. For sigma, the default is heads, and"
-            " paper if --network has the rendering options of EG3D FFHQ."
+            " coarse or resnet50, and with the ending -3 for three views. For sigma, the default is heads,"
+            " and paper if --network has the rendering options of EG3D FFHQ."
         ),
     ),
     options_from_settings(RewardRun),
@@ -302,7 +302,7 @@ def choose_by_generator(flags: Flags, setting_values: dict) -> str | None:
 def resolve(flags: Flags) -> RewardRun:
     """Build the settings of the run from the flags.
 
-    A flag that is None gets the default of the preset. The default of the preset and of the crop depend on the
+    A flag that is None gets the default of the preset. The defaults of --preset and --crop depend on the
     generator.
 
     Raises: ValueError that names a flag with a wrong value.

@@ -83,7 +83,8 @@ def summary(report: Mapping[str, Any]) -> str:
     depth, height, width = report["shape"]
     return (
         f"The reward reads {width} x {height} x {depth} grid points along x, y and z, which contain"
-        f" {report['inside']:.1%} of the surface of {len(report['seeds'])} samples (level {report['level']:g})."
+        f" {report['inside']:.1%} of the surface of {len(report['seeds'])} samples (level"
+        f" {report['level']:g})."
     )
 
 

@@ -152,7 +152,7 @@ def choose_crop(
 
 
 def usable_level(samples: "DensitySamples", level: float) -> float | None:
-    """Return a level if a sample has a surface there, else the proposed level; None if there is no surface."""
+    """Return a level if a sample has a surface there, else the proposed level, or None if there is none."""
     with_surface, _ = samples.surface_counts(level)
     return level if with_surface else samples.propose_level()
 

@@ -201,8 +201,8 @@ def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator
         )
         if settings.level is not None and choice.level != settings.level:
             raise ValueError(
-                f"--set level={settings.level:g}: none of eight samples has a surface at this level. Pass --set"
-                f" level={choice.level or 0:g}, or leave it out."
+                f"--set level={settings.level:g}: none of eight samples has a surface at this level. Pass"
+                f" --set level={choice.level or 0:g}, or leave it out."
             )
         crop = choice.crop
     run_settings = {"resolution": settings.resolution, "crop": crop, "points": settings.points}
@@ -287,8 +287,8 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         report_crop(settings, opened, run.folder)
         if settings.train.preset == "paper" and str(run.device) == "cpu":
             print(
-                "The network of the paper takes hours without a GPU. For a first result in minutes: --preset=tiny,"
-                " which reads the same crop with 64 grid points per axis.",
+                "The network of the paper takes hours without a GPU. For a first result in minutes:"
+                " --preset=tiny, which reads the same crop with 64 grid points per axis.",
                 flush=True,
             )
     train_data = collect_observations(settings, opened, splits, unpaired_splits, shape_keys, run.ranks)

@@ -64,8 +64,8 @@ def ellipsoid_planes(G: torch.nn.Module, centre, axes, slope: float = 100.0) -> 
     """Set the weights of an EG3D network in place, so that every sample is one ellipsoid at the level 10.
 
     The raw density is 10 + slope (1 - Q(p)) with Q(p) = sum_i ((p_i - centre_i) / axes_i)^2. The plane (x, y)
-    holds the terms of x and y, and the plane (x, z) the term of z. Both patterns enter as the constant noise of
-    the last two layers, so that the network has the sizes and names of a released one.
+    holds the terms of x and y, and the plane (x, z) the term of z. Both patterns enter as the constant
+    noise of the last two layers, so that the network has the sizes and names of a released one.
     """
     synthesis = G.backbone.synthesis
     block = getattr(synthesis, f"b{synthesis.img_resolution}")

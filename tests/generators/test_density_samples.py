@@ -16,7 +16,7 @@ def test_range_and_share_of_a_known_ball():
     samples = sample_density(BallGenerator(radius=0.25), [3, 4, 5])
     check = samples.check(10.0)
     assert check.seeds == (3, 4, 5) and (check.with_surface, check.proposed_level) == (3, 10.0)
-    # 50 of the 63 cells of an edge lie inside the border that meshes leave empty, 30 of 256 points at each face
+    # 50 of the 63 cells of an edge lie inside the border that meshes leave empty
     assert check.share == pytest.approx(4 / 3 * np.pi * 0.25**3 / (50 / 63) ** 3, rel=0.03)
     assert check.highest == pytest.approx(60, abs=3) and check.problem() is None
     distances = (samples.surface_points(10.0) - 0.5).norm(dim=1)

@@ -172,7 +172,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
         with prefix_errors(f"--{side}"):
             warning = check_surfaces(loaded_generator.generator, 0, psi, level, "Pass --set level={level}")
         if warning is not None:
-            warn(f"Warning: --{side}: {warning}")
+            warn(f"--{side}: {warning}")
     with flagged(flags):
         # In floating point, 1 - alpha may differ from the decimal number. The confidence is rounded, because
         # designs are compared.

@@ -286,7 +286,7 @@ def build(settings: Settings, run: Run) -> Objects:
 def print_surfaces(settings: Settings, objects: Objects) -> None:
     """Print the range of the density of eight samples, and how much of their surface the reward reads.
 
-    Nothing is printed for new networks, which have no shapes yet. The random numbers of the run do not change.
+    Nothing is printed for new networks, which have no shapes yet. Random numbers of the run stay the same.
 
     Args:
         settings: settings of the run.
