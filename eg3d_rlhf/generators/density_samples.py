@@ -131,7 +131,8 @@ class DensitySamples:
         Among such levels, the level is chosen above which the share of the volume is nearest to 8 %. It is
         rounded to a hundredth of the range of the densities.
         """
-        lowest, highest = float(self._inner.min()), float(self._inner.max())
+        lowest = float(self._inner.min())
+        highest = float(self._inner.max())
         if not highest > lowest:
             return None
         # torch.quantile accepts at most 2^24 values, so the values are sorted.
@@ -145,7 +146,8 @@ class DensitySamples:
             with_surface, share = self.surface_counts(level)
             rating = (with_surface, -abs(share - _PROPOSED_SHARE))
             if rating > best_rating:
-                best_level, best_rating = level, rating
+                best_level = level
+                best_rating = rating
         # `%g` removes the digits that the multiplication with `step` adds, such as -0.30000000000000004.
         return None if best_level is None else float(f"{best_level:.6g}")
 

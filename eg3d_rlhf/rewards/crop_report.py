@@ -117,7 +117,8 @@ def plot(json_path: Path, png_path: Path) -> Path:
                 vmax=np.sqrt(counts.max()) + 1,
                 alpha=0.8,
             )
-        (left, right), (bottom, top) = report["box"][across], report["box"][up]
+        left, right = report["box"][across]
+        bottom, top = report["box"][up]
         axes.add_patch(
             Rectangle(
                 (left, bottom), right - left, top - bottom, fill=False, edgecolor="black", linewidth=1.5

@@ -148,7 +148,7 @@ def choose_crop(
         levels.append(surface_level)
     # The smallest share at each face gives the box that contains all boxes.
     crop = tuple(min(shares) for shares in zip(*crops, strict=True))
-    return CropChoice(crop=crop, origin=MEASURED, level=levels[0])  # type: ignore[arg-type]
+    return CropChoice(crop=crop, origin=MEASURED, level=levels[0])
 
 
 def usable_level(samples: "DensitySamples", level: float) -> float | None:
@@ -182,7 +182,8 @@ def measured_crop(samples: "DensitySamples", level: float) -> Crop:
             # The box is enlarged at both faces alike, but not beyond the cube.
             excess = low + high - _LARGEST_CUT
             low_excess = min(max(excess / 2, excess - high), low)
-            low, high = low - low_excess, high - (excess - low_excess)
+            low -= low_excess
+            high -= excess - low_excess
         shares += [math.floor(share * _STEPS + 1e-9) / _STEPS for share in (low, high)]
     return tuple(shares)  # type: ignore[return-value]
 

@@ -45,13 +45,13 @@ class BallGenerator:
     conditioned = False
     cameras = CameraFamily()
 
-    def __init__(self, centre=(0.0, 0.0, 0.0), radius=0.2, level=10.0, peak=60.0, bounds=Bounds()):  # noqa: B008
+    def __init__(self, centre=(0.0, 0.0, 0.0), radius=0.2, level=10.0, peak=60.0, bounds=None):
         self.module = torch.nn.Linear(1, 1)
         self.centre = centre
         self.level = level
         self.peak = peak
         self.slope = (peak - 10.0) / radius
-        self.bounds = bounds
+        self.bounds = bounds or Bounds()
 
     def mapping(self, z, c, truncation_psi=1.0, truncation_cutoff=None):
         return z[:, None]
@@ -94,7 +94,8 @@ def ellipsoid_planes(G: torch.nn.Module, centre, axes, slope: float = 100.0) -> 
         block.torgb.weight[0, 1] = 3 * scale / math.sqrt(2)
         block.torgb.weight[32, 0] = 3 * scale / 2
         block.torgb.weight[32, 1] = -3 * scale / 2
-        first, second = G.decoder.net[0], G.decoder.net[2]
+        first = G.decoder.net[0]
+        second = G.decoder.net[2]
         for layer in (first, second):
             layer.weight.zero_()
             layer.bias.zero_()
