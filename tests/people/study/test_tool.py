@@ -163,9 +163,6 @@ def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
     assert result.exit_code == 0 and shown["action"] == "design" and not (tmp_path / "x").exists()
     assert (shown["design"]["trials"], shown["latents"], shown["design"]["annotators_per_pair"]) == (12, 6, 2)
     assert "Warning: --n=12" in result.stderr  # nothing is enough with two annotators
-    # the density of the tiny networks does not reach the default level
-    pair = (*pair, "--set=level=1.1")
-    rejected(run(*pair[:2], "--n=30", f"--outdir={tmp_path / 'x'}", "-n"), "--a", "--set level=")
     power = json.loads(run(*pair, "--n=30", f"--outdir={tmp_path / 'x'}", "-n").stdout)["design"]["power"]
     assert power["trials"] > 200 and power["options"]["true_rate"] == 0.6
     shown = json.loads(
@@ -181,6 +178,14 @@ def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
     )
     shown = json.loads(run(pair[0], f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n").stdout)
     assert shown["design"]["b"]["label"] == "00000-x.v1.5"
+
+
+def test_a_study_without_a_surface_is_not_designed(pair, served, tmp_path):
+    """The density of the tiny networks does not reach the default level."""
+    folder = tmp_path / "x"
+    result = run(*pair, "--n=400", f"--outdir={folder}")
+    assert result.exit_code == 2 and not served and not (folder / "design.json").exists()
+    assert "--a: " in result.stderr and "--set level=" in result.stderr
 
 
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
