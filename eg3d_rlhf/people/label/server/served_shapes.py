@@ -303,9 +303,10 @@ class PreparedShapes:
                 " another --set level."
             )
         )
+        reason = str(self.cache.failure(failed_shape)).rstrip(".")
         return (
             f"{len(self._failed)} of {len(self.shapes)} shapes have failed and are not shown. The reason of"
-            f" one of them: {self.cache.failure(failed_shape)}{remedy}"
+            f" one of them: {reason}.{remedy}"
         )
 
     def _check(self) -> None:
