@@ -108,7 +108,7 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     # truncation. psi = 0 is a valid value, so `or` would be wrong.
     psi = next((psi_value for psi_value in (settings.psi, label_psi) if psi_value is not None), 1.0)
     pairs = with_permuted_shapes(labels, settings.split_seed) if settings.wrong_faces else labels
-    observation = create_observation(settings, generators)
+    observation = create_observation(settings, generators, run.ranks)
     splits = split_by_seed(pairs, settings.fractions, settings.split_seed)
     # The network is checked before the run's folder is created, so that an error leaves no folder.
     new_network(settings.train, observation).check(observation.shape)
@@ -181,7 +181,9 @@ def open_generators(
     return generators
 
 
-def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
+def create_observation(
+    settings: RewardRun, generators: Sequence[LoadedGenerator], ranks: Ranks = SINGLE
+) -> Observation:
     """Create the observation that the reward reads, from the settings of its preset and of the run.
 
     Settings of the run have priority over settings of the preset.
@@ -189,6 +191,7 @@ def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator
     Args:
         settings: settings of the training.
         generators: generators of the labelled shapes.
+        ranks: processes of the run, which read the same grid points.
     Raises: ValueError if the generators need different observations, because scores of their shapes could not
         be compared.
     """
@@ -204,7 +207,8 @@ def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator
                 f"--set level={settings.level:g}: none of eight samples has a surface at this level. Pass"
                 f" --set level={choice.level or 0:g}, or leave it out."
             )
-        crop = choice.crop
+        # Rounding on another device could change a measured share by a step, so all ranks take rank 0's.
+        crop = tuple(ranks.broadcast(list(choice.crop)))
     run_settings = {"resolution": settings.resolution, "crop": crop, "points": settings.points}
     observation_settings = {
         **preset(settings.train.preset, settings.observation).observe,

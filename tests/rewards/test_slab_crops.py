@@ -108,9 +108,9 @@ def test_a_measured_crop_contains_the_surface(centre, radius, bounds):
     generator = BallGenerator(centre=centre, radius=radius, bounds=bounds)
     choice = choose_crop([generator])
     assert (choice.origin, choice.level) == ("measured", 10.0)
+    assert observation_of("sigma", generator).spec == SlabSpec.from_bounds(bounds, 64, crop=choice.crop)
     for resolution in (32, 64, 256):
-        spec = observation_of("sigma", generator, resolution=resolution).spec
-        assert spec.crop == choice.crop and spec.centre == bounds.centre
+        spec = SlabSpec.from_bounds(bounds, resolution, crop=choice.crop)
         points = torch.nn.functional.normalize(
             torch.randn(5000, 3, generator=torch.Generator().manual_seed(1)), dim=1
         ) * radius + torch.tensor(centre)
