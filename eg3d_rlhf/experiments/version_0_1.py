@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core import renamed
+from eg3d_rlhf.core.spec import SlabSpec
 
 if TYPE_CHECKING:
     import torch
@@ -308,6 +309,11 @@ def options(recorded_options: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in settings(recorded_options).items()
     }
     present_options: dict[str, Any] = _control_renamed(options_with_present_keys)
+    # Without a crop, version 0.1 read the crop of arXiv 2606.27305 for every generator. The present version,
+    # which records `level`, chooses the crop by the generator.
+    is_reward_run = present_options.get("mode") == "reward" and present_options.get("observation") == "sigma"
+    if is_reward_run and "level" not in present_options and present_options.get("crop") is None:
+        present_options["crop"] = list(SlabSpec.crop)
     return present_options
 
 

@@ -654,6 +654,7 @@ def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
             f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
         )
         print(f"Training for {settings.loop.kimg:g} thousand images on {device_text}.", flush=True)
+        gan.print_surfaces(settings, objects)
     # `train` returns False if a signal stopped the run. Only rank 0 of a run
     # with a reward holds the untuned generator, `before`.
     if (

@@ -43,6 +43,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.latent_reward:latent",
         "train a reward on the latents of a flow stage",
     ),
+    "reward crop": (
+        "eg3d_rlhf.modes.reward_crop:crop_command",
+        "draw which part of the shapes a reward reads",
+    ),
     "reward join": ("eg3d_rlhf.modes.reward_files:join", "join several rewards into one ensemble file"),
     "reward import": ("eg3d_rlhf.modes.reward_files:release", "convert the paper's released reward"),
     "reward best-of-n": (

@@ -13,6 +13,7 @@ from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
 if TYPE_CHECKING:
     import torch
 
+    from eg3d_rlhf.generators import Generator
     from training import networks
 
 
@@ -49,7 +50,8 @@ def describe_file(file_or_folder: str | Path | None) -> dict[str, Any]:
 def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) -> dict[str, Any]:
     """Load the networks of a file, and describe them.
 
-    The description holds their tensors, the arguments of their constructors, and statistics of w.
+    The description holds their tensors, the arguments of their constructors, the density of eight samples,
+    and statistics of w.
 
     Args:
         file_or_folder: network file or run folder; None: the bundled generator.
@@ -73,6 +75,8 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
         "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
         "training_set": nets.training_set,
         "cur_nimg": nets.cur_nimg,
+        # whether meshes of samples have a surface
+        "density": describe_density(as_generator(G)),
     }
     # A generator of another family has no feature planes, and is described by its general sizes only.
     if not hasattr(G, "plane_layout"):
@@ -104,6 +108,19 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
         # the statistics show how strong a truncation by psi is
         "psi": psi_statistics(nets, seed_count),
     }
+
+
+def describe_density(generator: "Generator") -> dict[str, Any]:
+    """Look at the density of eight samples: its range, the share above the surface level, a proposed level.
+
+    See `DensityCheck` for the entries. The entry `remedy` is added if some samples have no surface.
+    """
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.generators.density_samples import sample_density
+
+    check = sample_density(generator).check(generator.level)
+    problem = check.problem("Pass --set level={level} to label, study and samples mesh")
+    return check.to_dict() | ({} if problem is None else {"remedy": problem})
 
 
 def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
@@ -206,8 +223,8 @@ def format_description(description: dict[str, Any], indent: int = 0) -> list[str
 )
 @option("--json", "as_json", is_flag=True, help="Print the description as JSON.")
 def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
-    """Describe a network file: its architecture, sizes, plane layout, statistics of the truncation and
-    SHA-256. For a pickle, all globals that it imports are listed.
+    """Describe a network file: its architecture, sizes, plane layout, statistics of the truncation, density
+    of eight samples and SHA-256. For a pickle, all globals that it imports are listed.
 
     FILE is a network file of this project, a pickle of EG3D (.pkl; its code is not run) or a run folder.
     Without FILE, the bundled generator is described.

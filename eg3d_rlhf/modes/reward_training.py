@@ -20,6 +20,7 @@ from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labe
 from eg3d_rlhf.preferences.labels import LabelSource
 from eg3d_rlhf.rewards.presets import preset as find_preset
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS, RewardRun, default_options, record, with_changes
+from eg3d_rlhf.rewards.slab_crops import BUNDLED, BUNDLED_CROPS, FFHQ, known_crop
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -66,10 +67,11 @@ reward_flags = combine_decorators(
         type=click.FloatRange(0, 0.9),
         nargs=6,
         default=None,
-        show_default="by observation",
+        show_default="by the generator",
         help=(
             "Shares of the cube's edge that are cropped at its six faces, at the lower and the upper end of"
-            " the x, y and z axis."
+            " the x, y and z axis. By default, the bundled generator has the crop of its rewards, EG3D FFHQ"
+            " has the crop of arXiv 2606.27305, and the crop of any other generator is measured."
         ),
     ),
     _data_option(
@@ -164,7 +166,8 @@ reward_flags = combine_decorators(
         help=(
             "Architecture of the network, with default settings of its training. For sigma: heads, paper,"
             " small, small-slice or tiny; for points: pointnet, pointnet2 or curvenet; for depth: small,"
-            " coarse or resnet50, and with the ending -3 for three views."
+            " coarse or resnet50, and with the ending -3 for three views. For sigma, the default is heads,"
+            " and paper if --network has the rendering options of EG3D FFHQ."
         ),
     ),
     options_from_settings(RewardRun),
@@ -249,8 +252,58 @@ def unpaired_settings(unpaired: Path | None, has_no_pairs: bool, given_settings:
     return {name: value for name, value in changed_settings.items() if given_settings[name] is None}
 
 
+def known_generator(network: Path | None) -> str | None:
+    """Return how a generator's crop is known, 'bundled' or 'ffhq'; None if the crop has to be measured.
+
+    A file that does not exist gives None; opening the run names it.
+
+    Args:
+        network: network file or run folder; None: the bundled generator.
+    """
+    # Without a file, nothing is read, so that --help is quick.
+    if network is None:
+        return BUNDLED
+    if not network.exists():
+        return None
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.rewards.slab_crops import recognised
+
+    return recognised(load_generator(network).generator)
+
+
+def choose_by_generator(flags: Flags, setting_values: dict) -> str | None:
+    """Set the crop if it is known for the generator, and return the name of the preset.
+
+    Args:
+        flags: values of the flags.
+        setting_values: settings of the run by name; `crop` is changed.
+
+    Raises: ValueError if --set level was given, but no crop is measured.
+    """
+    observation = flags["observation"]
+    is_cropped = observation in BUNDLED_CROPS
+    if flags["level"] is not None and (not is_cropped or flags["crop"] is not None):
+        reason = "--crop" if is_cropped else f"--observation={observation}"
+        raise ValueError(
+            f"--set level={flags['level']} cannot be combined with {reason}, because the level decides only"
+            f" where the crop of a density grid is measured. Remove --set level or {reason}."
+        )
+    if not is_cropped:
+        return flags["preset"]
+    origin = known_generator(flags["network"])
+    if flags["crop"] is None and flags["level"] is None and origin is not None:
+        setting_values["crop"] = known_crop(origin, observation)
+    # the recipe of the paper for the generator of the paper
+    is_published = origin == FFHQ and observation == "sigma"
+    return "paper" if flags["preset"] is None and is_published else flags["preset"]
+
+
 def resolve(flags: Flags) -> RewardRun:
-    """Build the settings of the run from the flags. A flag that is None gets the default of the preset.
+    """Build the settings of the run from the flags.
+
+    A flag that is None gets the default of the preset. The defaults of --preset and --crop depend on the
+    generator.
 
     Raises: ValueError that names a flag with a wrong value.
     """
@@ -286,13 +339,14 @@ def resolve(flags: Flags) -> RewardRun:
     run_label_source = open_label_source(
         labels, unpaired_path, setting_values["split_seed"] or 0, filter_values
     )
+    preset_name = choose_by_generator(flags, setting_values)
     # settings of the run: the preset's settings of the observation, replaced by flags that were given
-    preset_values = find_preset(flags["preset"], observation).observe
+    preset_values = find_preset(preset_name, observation).observe
     run_values = {name: value for name, value in preset_values.items() if name in run_field_names}
     run_values |= {
         name: value for name, value in setting_values.items() if name in run_field_names and value is not None
     }
-    defaults = default_options(flags["preset"], observation)
+    defaults = default_options(preset_name, observation)
     # The members of an ensemble should differ in their training data, hence the bootstrap by default.
     if setting_values["bootstrap"] is None:
         setting_values["bootstrap"] = run_values.get("members", 1) > 1
@@ -313,6 +367,12 @@ def shown_by_help(flags: Flags) -> list[object]:
         {"labels": run.labels.settings["labels"], "crop": run.crop, "fractions": run.fractions},
         run,
     ]
+
+
+def shown_by_dry_run(run: RewardRun) -> dict:
+    """Return the settings as --dry-run prints them: a crop that is measured at the start is called so."""
+    is_measured = run.crop is None and run.observation in BUNDLED_CROPS
+    return run.to_dict() | ({"crop": "measured at the start"} if is_measured else {})
 
 
 def open_label_source(
@@ -454,7 +514,7 @@ MODES.add(
         ),
         record=record,
         recorded=read_settings,
-        shown=RewardRun.to_dict,
+        shown=shown_by_dry_run,
         defaults=shown_by_help,
         # a resumed run has the settings of its record, so none can differ
         changes=None,

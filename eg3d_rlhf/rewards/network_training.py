@@ -286,16 +286,20 @@ MOMENTUM = 0.9  # momentum of the moving average over steps of the divergence's 
 MIN_BANDWIDTH = 1e-3
 
 
-def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
-    """Create an untrained network that reads observations of one kind.
+def new_network(options: TrainOptions, observation: Observation) -> RewardNetwork:
+    """Create an untrained network that reads an observation.
 
     Args:
         options: settings of the training, which name the preset and the backbone's file.
-        kind: kind of the observation, for example "sigma".
+        observation: input of the network. It gives the kind of the network, and for strided convolutions,
+            whose number of features depends on it, also the shape of the slabs.
     Raises: ValueError if the preset is unknown, or if a backbone's file is missing in the options, not
         allowed or does not match; FileNotFoundError if the backbone's file does not exist.
     """
+    kind = observation.kind
     description = dict(preset(options.preset, kind).network)
+    if description.get("slab_shape"):
+        description["slab_shape"] = observation.shape[1:]
     if options.backbone and "backbone" not in description:
         raise ValueError(
             f"--backbone={options.backbone} has no effect, because the preset {options.preset} of the"
@@ -400,7 +404,7 @@ def train_reward(
     # A separate random state, so that the initialisation depends only on the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = new_network(options, data.observation.kind).to(device)
+        model = new_network(options, data.observation).to(device)
     optimizer_class = torch.optim.AdamW if options.decoupled else torch.optim.Adam
     optimizer = optimizer_class(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     state = TrainState(model, optimizer, ranks=ranks)

@@ -21,6 +21,7 @@ from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.slab import normalise_slab
+from eg3d_rlhf.rewards.slab_crops import Crop, choose_crop
 
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import Generator
@@ -163,7 +164,7 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
 
     >>> from eg3d_rlhf import load_generator
     >>> observation_of("sigma", load_generator().generator, resolution=32).shape
-    (1, 17, 18, 16)
+    (1, 20, 23, 18)
     """
     observation_class = OBSERVATIONS[kind]
     # None means that the user did not set the flag.
@@ -199,7 +200,7 @@ class SigmaSlab(Observation):
         generator: "Generator",
         *,
         resolution: int = 64,
-        crop: tuple[float, float, float, float, float, float] | None = None,
+        crop: Crop | None = None,
     ) -> Self:
         """Create the observation that evaluates a cropped grid over a generator's cube.
 
@@ -208,14 +209,11 @@ class SigmaSlab(Observation):
         Args:
             generator: generator whose shapes are observed.
             resolution: number of grid points per axis of the complete cube.
-            crop: shares of the cube that are trimmed from its faces (x, x, y, y, z, z); None takes the
-                paper's crop.
+            crop: shares of the cube that are trimmed from its faces (x, x, y, y, z, z); None chooses them by
+                the generator, see `eg3d_rlhf.rewards.slab_crops`.
         """
-        return cls(
-            SlabSpec.from_bounds(
-                generator.bounds, resolution, crop=SlabSpec.crop if crop is None else tuple(crop)
-            )
-        )
+        chosen_crop = choose_crop([generator], cls.kind).crop if crop is None else tuple(crop)
+        return cls(SlabSpec.from_bounds(generator.bounds, resolution, crop=chosen_crop))
 
     @property
     def shape(self) -> tuple[int, ...]:

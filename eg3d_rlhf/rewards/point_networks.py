@@ -648,8 +648,6 @@ _NETWORKS: Mapping[str, tuple[type[PointArch], Any]] = {
     arch.network: (arch, network)
     for arch, network in ((PointNetArch, PointNet), (PointNet2Arch, PointNet2), (CurveNetArch, CurveNet))
 }
-# Crop of the cube that contains the heads of people which the bundled generator makes, without shoulders
-HEAD_CROP = (0.16, 0.16, 0.26, 0.20, 0.24, 0.25)
 # Settings of the blocks of our CurveNet, see `Block`
 _CURVE_BLOCKS = (
     (32, 128, 0.15, 1, True),

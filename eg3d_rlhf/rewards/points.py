@@ -20,7 +20,8 @@ from eg3d_rlhf.core.field import CameraFamily, Field, Rendering, RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards import networks, observations
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab
-from eg3d_rlhf.rewards.point_networks import HEAD_CROP, build, own_presets, published_presets
+from eg3d_rlhf.rewards.point_networks import build, own_presets, published_presets
+from eg3d_rlhf.rewards.slab_crops import Crop, choose_crop
 from training.rendering.cameras import RaySampler, unpack_label
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ class LevelSetPoints(Observation):
         generator: "Generator",
         *,
         resolution: int = 64,
-        crop: tuple[float, float, float, float, float, float] | None = None,
+        crop: Crop | None = None,
         points: int = 512,
     ) -> Self:
         """Create the observation for a generator's cube.
@@ -275,13 +276,12 @@ class LevelSetPoints(Observation):
         Args:
             generator: generator whose shapes are observed.
             resolution: number of grid points per axis of the complete cube.
-            crop: shares of the cube that are trimmed from its faces (x, x, y, y, z, z); None takes the
-                paper's crop.
+            crop: shares of the cube that are trimmed from its faces (x, x, y, y, z, z); None chooses them by
+                the generator, see `eg3d_rlhf.rewards.slab_crops`.
             points: number of points on the surface.
         """
-        return cls(
-            spec=SigmaSlab.from_generator(generator, resolution=resolution, crop=crop).spec, points=points
-        )
+        chosen_crop = choose_crop([generator], cls.kind).crop if crop is None else tuple(crop)
+        return cls(spec=SlabSpec.from_bounds(generator.bounds, resolution, crop=chosen_crop), points=points)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -481,6 +481,6 @@ class PublishedPoints(LiftedPoints):
         return torch.stack(augmented_clouds)
 
 
-networks.register("points", build, own_presets(6, {"resolution": 64, "crop": HEAD_CROP}))
+networks.register("points", build, own_presets(6, {"resolution": 64}))
 networks.register("lifted-points", build, own_presets(3, {"resolution": 64}))
 networks.register("published-points", build, published_presets())

@@ -13,6 +13,7 @@ from eg3d_rlhf.preferences.labels import LabelSource
 from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.rewards.aggregates import CHOICES, check_joining
 from eg3d_rlhf.rewards.presets import preset, presets_of
+from eg3d_rlhf.rewards.slab_crops import BUNDLED_CROPS
 from training.config import check_knobs, knob
 
 TRAINING = "Training"  # title of the group of flags in --help
@@ -182,9 +183,17 @@ class RewardRun:
         high=16384,
         shown="the default of the observation",
     )
-    # Shares of the cube that are trimmed from its faces (x, x, y, y, z, z) for density grids; None takes the
-    # paper's crop
+    # Shares of the cube that are trimmed from its faces (x, x, y, y, z, z) for density grids; None chooses
+    # them by the generator, see eg3d_rlhf.rewards.slab_crops
     crop: tuple[float, float, float, float, float, float] | None = None
+    level: float | None = knob(
+        None,
+        "Raw density sigma_raw at the surface, where the crop of the density grid is measured. It has an"
+        " effect only without --crop.",
+        "Data",
+        shown="stored in the generator",
+        rare=True,
+    )
     psi: float | None = knob(
         None,
         "Truncation psi at which the labelled shapes are generated.",
@@ -311,7 +320,11 @@ def record(settings: RewardRun, opened: object) -> Mapping[str, Any]:
 
     Args:
         settings: settings of the training.
-        opened: opened inputs of the training, which other modes record and this mode does not use.
+        opened: opened inputs of the training, with the observation.
     """
-    del opened
-    return {"mode": "reward", **settings.to_dict()}
+    recorded_values = {"mode": "reward", **settings.to_dict()}
+    # A run that resumes must read the grid points of its start, so the crop that was chosen is recorded.
+    spec = getattr(getattr(opened, "observation", None), "spec", None)
+    if settings.observation in BUNDLED_CROPS and spec is not None:
+        recorded_values["crop"] = list(spec.crop)
+    return recorded_values

@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.core.seeds import reject_held_out_seeds
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
+from eg3d_rlhf.generators.density_samples import sample_density
 from eg3d_rlhf.preferences.dataset import (
     REFERENCE_PSI,
     Splits,
@@ -28,6 +30,7 @@ from eg3d_rlhf.preferences.dataset import (
 )
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
+from eg3d_rlhf.rewards import crop_report
 from eg3d_rlhf.rewards.aggregates import AVERAGE
 from eg3d_rlhf.rewards.cache import ObservationCache, cache_file, observe_seeds, observe_untuned
 from eg3d_rlhf.rewards.ensembles import combine
@@ -51,6 +54,7 @@ from eg3d_rlhf.rewards.observations import Observation, SigmaSlab, observation_o
 from eg3d_rlhf.rewards.presets import preset
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.rewards.settings import RewardRun, TrainOptions, record
+from eg3d_rlhf.rewards.slab_crops import BUNDLED_CROPS, choose_crop
 from training.distributed import SINGLE, Ranks, leave
 from training.networks import state_hash
 from training.progress import tqdm
@@ -104,10 +108,10 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     # truncation. psi = 0 is a valid value, so `or` would be wrong.
     psi = next((psi_value for psi_value in (settings.psi, label_psi) if psi_value is not None), 1.0)
     pairs = with_permuted_shapes(labels, settings.split_seed) if settings.wrong_faces else labels
-    observation = create_observation(settings, generators)
+    observation = create_observation(settings, generators, run.ranks)
     splits = split_by_seed(pairs, settings.fractions, settings.split_seed)
     # The network is checked before the run's folder is created, so that an error leaves no folder.
-    new_network(settings.train, settings.observation).check(observation.shape)
+    new_network(settings.train, observation).check(observation.shape)
     # The record of the run names the generators "network", "network 2", "network 3", ...
     run.inputs["network"] = generators[0].path
     for generator_number, generator in enumerate(generators[1:], start=2):
@@ -177,7 +181,9 @@ def open_generators(
     return generators
 
 
-def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
+def create_observation(
+    settings: RewardRun, generators: Sequence[LoadedGenerator], ranks: Ranks = SINGLE
+) -> Observation:
     """Create the observation that the reward reads, from the settings of its preset and of the run.
 
     Settings of the run have priority over settings of the preset.
@@ -185,10 +191,25 @@ def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator
     Args:
         settings: settings of the training.
         generators: generators of the labelled shapes.
+        ranks: processes of the run, which read the same grid points.
     Raises: ValueError if the generators need different observations, because scores of their shapes could not
         be compared.
     """
-    run_settings = {"resolution": settings.resolution, "crop": settings.crop, "points": settings.points}
+    crop = settings.crop
+    # Kinds without a crop read the complete cube, or renders; kinds of plugins choose their crop themselves.
+    if crop is None and settings.observation in BUNDLED_CROPS:
+        # One crop for all generators, because scores of their shapes are compared.
+        choice = choose_crop(
+            [generator.generator for generator in generators], settings.observation, settings.level
+        )
+        if settings.level is not None and choice.level != settings.level:
+            raise ValueError(
+                f"--set level={settings.level:g}: none of eight samples has a surface at this level. Pass"
+                f" --set level={choice.level or 0:g}, or leave it out."
+            )
+        # Rounding on another device could change a measured share by a step, so all ranks take rank 0's.
+        crop = tuple(ranks.broadcast(list(choice.crop)))
+    run_settings = {"resolution": settings.resolution, "crop": crop, "points": settings.points}
     observation_settings = {
         **preset(settings.train.preset, settings.observation).observe,
         **{name: value for name, value in run_settings.items() if value is not None},
@@ -266,6 +287,14 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         warning = too_few_shapes(preferred_count, other_count)
     if warning and run.ranks.is_main:
         print(f"Warning: {warning}", file=sys.stderr, flush=True)
+    if run.ranks.is_main:
+        report_crop(settings, opened, run.folder)
+        if settings.train.preset == "paper" and str(run.device) == "cpu":
+            print(
+                "The network of the paper takes hours without a GPU. For a first result in minutes:"
+                " --preset=tiny, which reads the same crop with 64 grid points per axis.",
+                flush=True,
+            )
     train_data = collect_observations(settings, opened, splits, unpaired_splits, shape_keys, run.ranks)
     member_states, start_hash = _train_members(settings, run, train_data)
     # No rank ends before all ranks have finished their training.
@@ -349,6 +378,31 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
     )
     plot_curves(run.folder / "curves.json", run.folder / "curves.png")
     print("\n".join(summary_lines(report_values, reward_path)), flush=True)
+
+
+def report_crop(settings: RewardRun, opened: Opened, folder: Path) -> None:
+    """Print how much of the surface of a few samples the reward reads, and write crop.json and crop.png.
+
+    Observations that are no grids of densities, such as depth maps, have no such report.
+
+    Args:
+        settings: settings of the training.
+        opened: result of `open_training`; the samples belong to its first generator.
+        folder: folder of the run.
+    """
+    spec = getattr(opened.observation, "spec", None)
+    if not isinstance(spec, SlabSpec):
+        return
+    generator = opened.generators[0].generator
+    samples = sample_density(generator, psi=opened.psi, cutoff=settings.cutoff)
+    problem = samples.check(generator.level).problem(
+        "The labels should be of shapes with a surface: label with --set level={level}"
+    )
+    if problem is not None:
+        print(f"Warning: --network: {problem}", file=sys.stderr, flush=True)
+    crop = crop_report.compute(generator, spec, samples)
+    crop_report.write(crop, folder)
+    print(f"{crop_report.summary(crop)} crop.png shows them.", flush=True)
 
 
 @torch.no_grad()

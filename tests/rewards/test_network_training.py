@@ -255,6 +255,8 @@ def test_command_trains_and_writes_everything(network, tmp_path):
         "report.json",
         "curves.json",
         "curves.png",
+        "crop.json",
+        "crop.png",
         "stats.jsonl",
         "training_options.json",
         "state.pt",

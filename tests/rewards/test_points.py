@@ -370,5 +370,5 @@ def test_another_generator_is_named():
     assert LiftedPoints().misfits(Other()) == ["radius 2.7, got 1.5", "box_side 1.0, got 2.0"]
     assert (
         LiftedPoints.from_generator(Other()).misfits(Other()) == []
-        and LevelSetPoints.from_generator(Other()).misfits(Other()) == []
+        and LevelSetPoints.from_generator(Other(), crop=SlabSpec.crop).misfits(Other()) == []
     )

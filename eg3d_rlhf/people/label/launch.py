@@ -24,7 +24,7 @@ from eg3d_rlhf.people.label.assets.collection import (
 )
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
-from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
+from eg3d_rlhf.people.label.pairing import PairingOptions, check_surfaces, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache
@@ -210,13 +210,24 @@ def plan_campaign(
         earlier_preferences = store_preferences(store, filters) if store and filters else []
     with prefix_errors("--network"):
         generator = load_generator(request.network)
+        warning = check_surfaces(
+            generator.generator,
+            request.pairing.first_seed,
+            request.pairing.psi,
+            request.pairing.level,
+            "Pass --set level={level}",
+        )
+    if warning is not None:
+        report_line(f"Warning: --network: {warning}")
     unit_noun = "shapes" if request.pairing.single else "pairs"
     report_line(f"planning {request.pairing.pairs} {unit_noun} ({request.pairing.strategy}) ...")
     ensemble = reward_ensemble(request.pairing, generator) if strategy.least_rewards else None
     campaign_plan = plan(request.pairing, generator, earlier_preferences, ensemble)
-    return request.campaign_settings(
-        {FLAGS: request.to_json(), "plan": campaign_plan.report}
-    ), campaign_plan.pairs
+    extra_values = {FLAGS: request.to_json(), "plan": campaign_plan.report}
+    # The results page shows the warning until the first shape has failed.
+    if warning is not None:
+        extra_values["surface_warning"] = warning
+    return request.campaign_settings(extra_values), campaign_plan.pairs
 
 
 def annotators_with_access(store: "Store") -> list[str]:

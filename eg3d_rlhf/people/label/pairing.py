@@ -31,7 +31,7 @@ from eg3d_rlhf.preferences.pair_strategies import (
 from training.config import knob
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.generators import LoadedGenerator
+    from eg3d_rlhf.generators import Generator, LoadedGenerator
 
 # There is one gold pair for every 25 other pairs, and at least 4 gold pairs. With fewer, an annotator who
 # answers at random would often pass all of them.
@@ -315,6 +315,32 @@ def report_with_names(strategy_report: Mapping, names_of: Callable[[int, int], M
             for pair_report in strategy_report["why"]
         ]
     return named_report
+
+
+def check_surfaces(
+    generator: "Generator", first_seed: int, psi: float, level: float | None, remedy: str
+) -> str | None:
+    """Look at the density of eight samples before a campaign or a study on a generator is planned.
+
+    Args:
+        generator: generator whose shapes are shown.
+        first_seed: seed of the first sample.
+        psi: truncation of the samples.
+        level: raw density at the surface; None: the level of the generator.
+        remedy: start of the remedy, see `DensityCheck.problem`.
+
+    Returns: a warning if some samples have no surface, else None.
+
+    Raises: ValueError if no sample has a surface, so that no shape could be shown.
+    """
+    from eg3d_rlhf.generators.density_samples import default_seeds, sample_density
+
+    samples = sample_density(generator, default_seeds(generator, first_seed), psi)
+    check = samples.check(generator.level if level is None else level)
+    problem = check.problem(remedy)
+    if problem is not None and not check.with_surface:
+        raise ValueError(problem)
+    return problem
 
 
 def shape_factory(pairing: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:

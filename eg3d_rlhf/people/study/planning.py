@@ -16,6 +16,7 @@ from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
 from eg3d_rlhf.people.label.db_flag import open_store, store_exists
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind
+from eg3d_rlhf.people.label.pairing import check_surfaces
 from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study.design import ExclusionRules, StudyDesign
 from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, sample_size
@@ -289,7 +290,10 @@ def prepare(
                 f"--{surface_flags[0]} cannot be used for asset files, because their surfaces are fixed."
                 f" Remove --{surface_flags[0]}."
             )
-        designs.write_design(folder.design, make_design(name, flags, report_line))
+        new_design = make_design(name, flags, report_line)
+        if not new_design.assets:
+            check_contenders(new_design, flags, report_line)
+        designs.write_design(folder.design, new_design)
     with open_store(folder.url, create=True) as store:
         design = checked_design(folder, store, name if "name" in written_flags or is_new else None)
         # A new design passes this check as well.
@@ -315,6 +319,33 @@ def prepare(
         f" hash {design.hash[:16]}"
     )
     return design
+
+
+def check_contenders(design: StudyDesign, flags: Mapping, report_line: Callable[[str], None]) -> None:
+    """Look at the density of samples of both generators before the design is written.
+
+    Args:
+        design: design of a study of two generators.
+        flags: values of all flags, by name.
+        report_line: function that is called with a warning if some samples have no surface.
+
+    Raises:
+        ValueError: no sample of a generator has a surface at the level of the design.
+    """
+    # imported here, because this module imports torch, which would slow down --help
+    from eg3d_rlhf.generators import load_generator
+
+    for side in ("a", "b"):
+        with prefix_errors(f"--{side}"):
+            warning = check_surfaces(
+                load_generator(flags[side]).generator,
+                0,
+                design.psi,
+                design.level,
+                "Pass --set level={level}",
+            )
+        if warning is not None:
+            report_line(f"Warning: --{side}: {warning}")
 
 
 def checked_design(folder: Folder, store: "Store", name: str | None = None) -> StudyDesign:

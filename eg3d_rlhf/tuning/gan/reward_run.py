@@ -5,14 +5,18 @@
 
 import copy
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eg3d_rlhf.core.cli import choose_device, prefix_errors
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import KEPT, Generator, as_generator, find_network, load_networks
+from eg3d_rlhf.generators.density_samples import sample_density
+from eg3d_rlhf.rewards import crop_report
 from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untrained_reward
@@ -277,6 +281,32 @@ def build(settings: Settings, run: Run) -> Objects:
         carries=carried_modules,
     )
     return Objects(loop, nets, untuned_generator, reward, monitor, early_stop)
+
+
+def print_surfaces(settings: Settings, objects: Objects) -> None:
+    """Print the range of the density of eight samples, and how much of their surface the reward reads.
+
+    Nothing is printed for new networks, which have no shapes yet. Random numbers of the run stay the same.
+
+    Args:
+        settings: settings of the run.
+        objects: networks and reward of the run.
+    """
+    if settings.net.init == "scratch":
+        return
+    generator = as_generator(objects.nets.G_ema)
+    with prefix_errors("--init"):
+        samples = sample_density(generator)
+    check = samples.check(generator.level)
+    print(f"{check.line()[:1].upper()}{check.line()[1:]}.", flush=True)
+    problem = check.problem(
+        "The summary has no meshes of such samples; label and export meshes with --set level={level}"
+    )
+    if problem is not None:
+        print(f"Warning: --init: {problem}", file=sys.stderr, flush=True)
+    spec = getattr(getattr(objects.reward, "observation", None), "spec", None)
+    if isinstance(spec, SlabSpec):
+        print(crop_report.summary(crop_report.compute(generator, spec, samples)), flush=True)
 
 
 def make_tick_callback(monitor: Monitor | None, early_stop: EarlyStop | None):

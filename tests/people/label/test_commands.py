@@ -9,19 +9,26 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.generators.density_samples import sample_density
 from eg3d_rlhf.modes import label
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.entities import CampaignSettings
 from eg3d_rlhf.people.label.pairing import PairingOptions
+from eg3d_rlhf.people.label.server.served_shapes import PreparedShapes
+from eg3d_rlhf.people.label.shape_rendering import surface
 from eg3d_rlhf.people.label.store import Store
+from tests.generators.pickles.writer import stock_networks
 from tests.people.label import serving
 from tests.people.label.plans import answer_all
 from tests.rejections import rejected
+from training import networks
 
 
 def run(*flags) -> object:
@@ -254,3 +261,26 @@ def test_the_command_serves_prepares_and_stops(repo, db, tmp_path):
     assert process.returncode == 0 and out.splitlines(), "a last line says that it ended as it should"
     with Store.open(db, create=False) as store:
         assert len(list(store.judgements())) == 1
+
+
+def test_no_surface_is_said_before_anything_is_planned(planned, tmp_path):
+    """A network whose density never crosses the level: the proposed level gives shapes."""
+    network = tmp_path / "flat.safetensors"
+    networks.save(network, stock_networks())
+    result, served = planned(f"--network={network}", "--pairs=2")
+    message = rejected(result, "--network", "--set level=")
+    assert served is None
+    level = re.search(r"--set (level=[-.e\d]+)", message)[1]
+    result, served = planned(f"--network={network}", "--pairs=2", "--set", level)
+    assert result.exit_code == 0, result.output
+    shapes = [shape for _, shape in served[0].store.shapes(served[0].store.campaign("labels").id)]
+    vertices, faces = surface(load_generator(network).generator, replace(shapes[0], resolution=48))
+    assert len(faces) > 20 and len(vertices) > 10
+    # a level that only some samples cross: a warning, which the results page shows as well
+    check = sample_density(load_generator(network).generator, range(10_000, 10_008)).check(10.0)
+    result, served = planned(
+        f"--network={network}", "--pairs=2", "--campaign=high", "--set", f"level={check.highest - 1e-3}"
+    )
+    assert result.exit_code == 0 and "--set level=" in result.output
+    campaign = served[0].store.campaign("high")
+    assert "--set level=" in PreparedShapes(served[0], campaign).trouble()

@@ -279,7 +279,12 @@ def test_nothing_is_shown_before_everything_is_prepared(tmp_path):
         serving.fill(served.options.cache, [s for _, s in shapes[:-1]])
         state = page.get("/api/assignments").json()
         assert state["waiting"] and state["assignments"] == []
-        assert state["preparation"] == {"done": len(shapes) - 1, "total": len(shapes), "seconds_left": None}
+        assert state["preparation"] == {
+            "done": len(shapes) - 1,
+            "failed": 0,
+            "total": len(shapes),
+            "seconds_left": None,
+        }
         early = [page.get(f"/api/shapes/{asset}") for asset, _ in shapes]
         assert {r.status_code for r in early} == {503} and all("Retry-After" in r.headers for r in early)
         serving.fill(served.options.cache, [shapes[-1][1]])

@@ -63,3 +63,28 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     label.sent()
     assert [(r.choice.value, r.reason) for r in rows(served)] == [("skip", "broken"), ("left", None)]
     label.forgive("Failed to load resource")
+
+
+def test_failed_shapes_are_named_and_not_called_ready(serve, page):
+    """While some shapes are missing, where all have failed, and on the organiser's page."""
+    served = serve(plan(8), meshes=lambda shape: None)
+    shapes = [shape for _, shape in served.store.shapes(served.campaign)]
+    cache = served.options.cache
+    for shape in shapes[:4]:
+        cache.put_failure(shape, "the density does not cross the level 10")
+    label = page(served.url)
+    label.page.goto(served.url)
+    label.ready("waiting")
+    text = label.page.inner_text("#notice")
+    assert f"0 of {len(shapes)}" in text and "4 could not" in text
+    for shape in shapes[4:]:
+        cache.put_failure(shape, "the density does not cross the level 10")
+    label.ready("refused")
+    assert ENGLISH["ready.none"] in label.page.inner_text("#notice")
+    label.page.goto(served.url + "/admin")
+    label.page.wait_for_function(
+        "() => document.querySelector('#preparedNote').textContent.includes('failed')"
+    )
+    note = label.page.inner_text("#preparedNote")
+    assert f"{len(shapes)} failed" in note and "does not cross the level 10" in note and "--set level" in note
+    assert label.page.inner_text("#prepared") == f"0 of {len(shapes)}"

@@ -111,6 +111,30 @@ def test_shapes_that_are_not_prepared_wait_alone(tmp_path):
         )
 
 
+def test_failed_shapes_are_not_counted_as_ready(tmp_path, capfd):
+    with serving.running(tmp_path, prepared=False, limits=GENEROUS) as served:
+        page = served.browser()
+        shapes = [shape for _, shape in served.store.shapes(served.campaign)]
+        cache = served.options.cache
+        for shape in shapes[:5]:
+            cache.put_failure(shape, "the density does not cross the level 10")
+        serving.fill(cache, shapes[5:9])
+        time.sleep(0.6)
+        expected = {"done": 4, "failed": 5, "total": len(shapes), "seconds_left": None}
+        assert page.get("/api/assignments").json()["preparation"] == expected
+        report = page.get("/api/admin/quality").json()["preparation"]
+        assert {name: report[name] for name in expected} == expected
+        assert "does not cross the level 10" in report["error"] and "--set level" in report["error"]
+        warning = capfd.readouterr().err
+        assert "does not cross the level 10" in warning and warning.count("does not cross") == 1
+        for shape in shapes[9:]:
+            cache.put_failure(shape, "the density does not cross the level 10")
+        time.sleep(0.6)
+        state = page.get("/api/assignments").json()
+        assert not state["waiting"] and state["preparation"]["failed"] == len(shapes) - 4
+        assert state["preparation"]["done"] == 4 and state["preparation"]["seconds_left"] == 0
+
+
 def test_prepared_shapes_are_known_before_the_first_request(tmp_path, monkeypatch):
     """After a restart all annotators send requests at once: none may wait for a search through tens of
     thousands of files.
@@ -121,6 +145,7 @@ def test_prepared_shapes_are_known_before_the_first_request(tmp_path, monkeypatc
         )
         assert served.browser().get("/api/assignments").json()["preparation"] == {
             "done": 32,
+            "failed": 0,
             "total": 32,
             "seconds_left": 0.0,
         }

@@ -180,6 +180,14 @@ def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
     assert shown["design"]["b"]["label"] == "00000-x.v1.5"
 
 
+def test_a_study_without_a_surface_is_not_designed(pair, served, tmp_path):
+    """The density of the tiny networks does not reach the default level."""
+    folder = tmp_path / "x"
+    result = run(*pair, "--n=400", f"--outdir={folder}")
+    assert result.exit_code == 2 and not served and not (folder / "design.json").exists()
+    assert "--a: " in result.stderr and "--set level=" in result.stderr
+
+
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "eg3d_rlhf.people.label.server.app.serve",

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import re
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -190,6 +191,8 @@ class PreparedShapes:
         self._failed: set[str] = set()  # asset tokens of shapes that cannot be prepared
         # name of a prompt -> its values "text" and "hash"
         self._prompts: Mapping[str, Mapping] = campaign.settings.extra.get("conditions", {})
+        # Warning of the planning about samples without a surface.
+        self._planning_warning: str | None = campaign.settings.extra.get("surface_warning")
         self._checked_at = -POLL  # time of the last check of the cache, in seconds of time.monotonic
         self._lock = threading.Lock()
         # With tens of thousands of shapes the first check takes a second. It is made now, so that the first
@@ -255,35 +258,56 @@ class PreparedShapes:
         """Return the progress of the preparation.
 
         Returns:
-            {"done": number of shapes that are prepared or have failed, "total": number of all shapes,
-            "seconds_left": estimated time, or None if it is not known}
+            {"done": number of shapes that are prepared, "failed": number of shapes that can never be served,
+            "total": number of all shapes, "seconds_left": estimated time, or None if it is not known}
         """
         self._check()
-        settled_count = len(self.shapes) - len(self._missing)
-        shape_count = len(self.shapes)
+        # After the worker has given up, missing shapes will not be prepared.
+        worker_gave_up = self.worker is not None and self.worker.gave_up
+        missing_count = 0 if worker_gave_up else len(self._missing)
+        failed_count = len(self._failed) + len(self._missing) - missing_count
         seconds_per_shape = None
-        if self.worker is not None and self._missing:
+        if self.worker is not None and missing_count:
             seconds_per_shape = self.worker.progress()["seconds_per_shape"]
-        if settled_count == shape_count:
+        if missing_count == 0:
             seconds_left: float | None = 0.0
         else:
             # `and` keeps None, which means an unknown time
-            seconds_left = seconds_per_shape and seconds_per_shape * (shape_count - settled_count)
-        return {"done": settled_count, "total": shape_count, "seconds_left": seconds_left}
+            seconds_left = seconds_per_shape and seconds_per_shape * missing_count
+        return {
+            "done": len(self.shapes) - missing_count - failed_count,
+            "failed": failed_count,
+            "total": len(self.shapes),
+            "seconds_left": seconds_left,
+        }
 
     def trouble(self) -> str | None:
         """Return the reason why the preparation has stopped or why shapes are not shown, or None.
 
         The text may contain names of files, so it is shown to admins only.
         """
-        if self.worker is None or not (self._missing or self._failed):
-            return None
-        worker_progress = self.worker.progress()
-        if self._missing and worker_progress["error"]:
-            return worker_progress["error"]
-        if worker_progress["failed"] and worker_progress["reason"]:
-            return f"{worker_progress['failed']} shapes are not shown: {worker_progress['reason']}"
-        return None
+        if self.worker is not None and self._missing:
+            worker_error = self.worker.progress()["error"]
+            if worker_error:
+                return worker_error
+        if not self._failed:
+            return self._planning_warning
+        # The cache states the reason of every failure. The pairs of these shapes are not shown.
+        failed_shape = self.shapes[next(iter(self._failed))]
+        # The surface of an asset file is fixed, whereas the level of a generator's surface can be chosen.
+        remedy = (
+            ""
+            if failed_shape.file
+            else (
+                " If the level is wrong for this generator, plan another campaign with --campaign=NAME and"
+                " another --set level."
+            )
+        )
+        reason = str(self.cache.failure(failed_shape)).rstrip(".")
+        return (
+            f"{len(self._failed)} of {len(self.shapes)} shapes have failed and are not shown. The reason of"
+            f" one of them: {reason}.{remedy}"
+        )
 
     def _check(self) -> None:
         """Look for shapes that were prepared, or have failed, since the last check.
@@ -297,6 +321,7 @@ class PreparedShapes:
             if self.worker is not None:
                 self.worker.ensure()
             missing_count = 0
+            known_failures = len(self._failed)
             # a copy of the items, because the loop deletes entries
             for asset_token, shape in list(self._missing.items()):
                 shape_path = self.cache.mesh(shape)
@@ -313,6 +338,10 @@ class PreparedShapes:
                     if missing_count > AHEAD:
                         break
             self._checked_at = time.monotonic()
+        # The first failure is printed at once, and their number once more at the end.
+        is_new_failure = len(self._failed) > known_failures
+        if (is_new_failure and known_failures == 0) or (self._failed and not self._missing):
+            print(f"Warning: {self.trouble()}", file=sys.stderr, flush=True)
 
     def _prompt_settled(self, shape: Shape) -> bool:
         """Return True if the prompt of a shape has no image, or its image is prepared or has failed."""

@@ -110,7 +110,12 @@ function overview({ judgements, agreement, cycles, annotators, preparation }) {
   page.prepared.textContent = `${preparation.done} of ${preparation.total}`;
   page.preparedBar.value = preparation.total ? preparation.done / preparation.total : 0;
   const left = preparation.seconds_left;
-  page.preparedNote.textContent = preparation.done < preparation.total && left !== null ? `${duration(left)} left` : '';
+  const notes = [
+    left && `${duration(left)} left`,
+    preparation.failed && `${preparation.failed} failed`,
+    preparation.error,
+  ];
+  page.preparedNote.textContent = notes.filter(Boolean).join('. ');
 }
 
 function alphaNote({ alpha_ci95: bounds, alpha_n: n, alpha_needs: needs }) {

@@ -164,13 +164,16 @@ export class Work {
   rest(reply) {
     if (this.outbox.size) this.on.idle('sending', t('sending')); // their delivery asks again
     else if (reply.waiting) {
-      const { done, total, seconds_left: left } = reply.preparation;
+      const { done, total, failed, seconds_left: left } = reply.preparation;
       const time = (left ?? null) !== null && duration(left);
-      this.on.idle('waiting', this.practiceFirst(reply, t(time ? 'ready.left' : 'ready', { done, total, time })), total ? done / total : 0);
+      const ready = t(time ? 'ready.left' : 'ready', { done, total, time });
+      this.on.idle('waiting', this.practiceFirst(reply, failed ? t('ready.failed', { text: ready, failed }) : ready), total ? done / total : 0);
       this.later(POLL);
     } else if (reply.assignments.length) { // all of them answered while the list was on its way: a newer one knows what is left
       this.on.idle('loading', t('moment'));
       this.later(POLL);
+    } else if (reply.preparation.failed && !reply.preparation.done) { // nothing was ever shown, so nothing is finished
+      this.on.idle('refused', t('ready.none'));
     } else {
       this.on.idle('finished', '');
       this.later(30 * POLL); // another annotator may leave a pair
