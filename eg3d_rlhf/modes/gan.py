@@ -369,36 +369,22 @@ def read_network_settings(init_path: str | None) -> dict:
 
     Returns: settings by name, for `merge_preset`.
 
-    Raises: ValueError that names --init, for a file that cannot be read.
+    Raises: ValueError that names --init, for a file that cannot be read or tuned.
     """
-    # imported here, because --help must not load these modules
-    from eg3d_rlhf.generators import find_network, network_classes, pickles
-    from eg3d_rlhf.generators.pickles.rebuild import neural_rendering_resolution
-    from training import storage
-    from training.networks import EG3D
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.generators import check_trainable, find_network, read_description
+    from training.networks import RENDERED
 
     # an error in this block begins with the name --init
     with prefix_errors("--init"):
         network_path = find_network(init_path)
-        # A pickle of EG3D is parsed; the code in it is not run.
-        if network_path.suffix.lower() == ".pkl":
-            snapshot = pickles.read(network_path)
-            network_plans = pickles.plan(snapshot)
-            generator_kwargs = network_plans["G_ema"].kwargs
-            discriminator_kwargs = network_plans["D"].kwargs if "D" in network_plans else None
-            resolution: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
-        else:
-            metadata = storage.read_meta(network_path, "network")
-            # raises ValueError for an architecture that is not registered
-            network_classes(metadata.get("architecture", EG3D))
-            generator_kwargs = metadata["G_kwargs"]
-            discriminator_kwargs = metadata["D_kwargs"]
-            resolution = metadata.get("neural_rendering_resolution")
-    # A file may hold G without D. Then D is new and gets the default group size.
+        description = read_description(network_path)
+        # Checked before the data are read. Most released files of full-head generators end here.
+        check_trainable(network_path, description)
+    generator_kwargs = description["G_kwargs"]
+    resolution = description.get(RENDERED)
     mbstd_group = (
-        (discriminator_kwargs or {})
-        .get("epilogue_kwargs", {})
-        .get("mbstd_group_size", NetworkConfig.mbstd_group)
+        description["D_kwargs"].get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
     )
     # EG3D replaces the camera label in the mapping network by zeros if conditioning is off.
     is_conditioned = not generator_kwargs.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
