@@ -1,7 +1,7 @@
 """Settings of GAN training as dataclasses, and the constructor arguments of networks that follow from them.
 
 The function `knob` defines a setting with its flag, range, help text and default in one place. Presets, which
-give values to the settings, are in eg3d_rlhf/modes/gan.py.
+give values to the settings, are in eg3d_rlhf/tuning/gan/presets.py.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What can be done with each family: one table in the code, the same in the documentation, and what --init says."""
+"""Tasks that each family allows: one table in the code, the same in the docs and in errors of --init."""
 
 import re
 
