@@ -214,7 +214,7 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line names
     "missing reward": (
         lambda where, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={where}/none.safetensors"]},
         "--reward-ckpt: ",
-        "/none.json",
+        "/none.safetensors",
     ),
     "missing watch": (
         lambda where, reward, **_: {

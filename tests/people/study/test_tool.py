@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.study.design import content_hash
 from tests import tiny_runs
@@ -178,6 +179,24 @@ def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
     )
     shown = json.loads(run(pair[0], f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n").stdout)
     assert shown["design"]["b"]["label"] == "00000-x.v1.5"
+
+
+def test_a_run_is_compared_with_the_network_from_which_it_began(pair, tmp_path):
+    """It is the side that no flag names, and never the bundled generator in its place."""
+    before = Path(pair[0].removeprefix("--a="))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "network-snapshot-000001.safetensors").write_bytes(
+        Path(pair[1].removeprefix("--b=")).read_bytes()
+    )
+    record = {"init": str(before), "hashes": {"init": file_hash(before)}}
+    (folder / "training_options.json").write_text(json.dumps(record))
+    for side in ("a", "b"):
+        shown = run(f"--{side}={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n")
+        other = "b" if side == "a" else "a"
+        assert json.loads(shown.stdout)["design"][other]["source"] == str(before.resolve()), shown.output
+    (folder / "training_options.json").write_text(json.dumps({**record, "init": str(tmp_path / "gone.pkl")}))
+    rejected(run(f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n"), "--a", "gone.pkl")
 
 
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
