@@ -341,8 +341,9 @@ def check_trainable(path: str | Path, description: dict[str, Any]) -> None:
     if "steer" in family.released_tasks:
         remedies += [
             f"choose its best samples by a reward (eg3d-rlhf reward best-of-n --before={path}"
-            " --reward-ckpt=REWARD)",
-            f"fit latents to images with a reward (eg3d-rlhf generator invert --network={path})",
+            " --reward-ckpt=REWARD --heldout-reward=SECOND-REWARD)",
+            f"fit latents to images with a reward (eg3d-rlhf generator invert --network={path}"
+            " --reward-ckpt=REWARD --image=IMAGE --camera=CAMERA)",
         ]
     remedies += [f"compare its shapes (eg3d-rlhf label --network={path})"]
     if "tune" in family.released_tasks:

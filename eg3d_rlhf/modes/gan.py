@@ -426,7 +426,8 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
 
     check_eg3d(flags)
     # A network file has no optimiser states, so it can start a run but not resume one.
-    if resume_path.suffix.lower() == ".pkl" or resume_path.name.startswith("network-snapshot"):
+    is_network_file = resume_path.suffix.lower() in (".pkl", ".pt", ".pth")
+    if is_network_file or resume_path.name.startswith("network-snapshot"):
         remedy = f"Use --init={resume_path} to start from its weights."
         raise ValueError(
             f"--resume: {resume_path} is a network file, which has no optimiser states. Name a run folder or"

@@ -174,7 +174,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     if network is None and source != "synthetic:reward":
         click.echo(
             "Warning: --network is missing, so samples of the bundled generator are scored. Add"
-            " --network=FILE with the generator that you want to tune, or --latents=none.",
+            " --network=FILE with the generator that is to be tuned, or --latents=none.",
             err=True,
         )
     # an error in this block begins with the name --network

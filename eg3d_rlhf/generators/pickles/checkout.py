@@ -83,7 +83,7 @@ def write(
         folder = Path(temporary_folder).resolve()
         request, arrays = _request(nets)
         (folder / "request.json").write_text(json.dumps(request))
-        np.savez(folder / "weights.npz", **arrays)
+        np.savez(folder / "weights.npz", **arrays)  # type: ignore[arg-type]
         versions = _run_child(folder, code_folder, interpreter)
         os.replace(folder / "network.pkl", out_path)
     return versions

@@ -161,8 +161,8 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             # The design must state that there are no gold checks.
             flags = {**flags, "gold_every": 0}
     for side in () if asset_fields else ("a", "b"):
+        source = network_of_side(flags, side)
         with prefix_errors(f"--{side}"):
-            source = network_of_side(flags, side)
             default_label = "bundled" if source is None else _name_of(source)
             generator_by_side[side] = load_generator(source)
             contender_by_side[side] = designs.contender(

@@ -196,7 +196,10 @@ def test_a_run_is_compared_with_the_network_from_which_it_began(pair, tmp_path):
         other = "b" if side == "a" else "a"
         assert json.loads(shown.stdout)["design"][other]["source"] == str(before.resolve()), shown.output
     (folder / "training_options.json").write_text(json.dumps({**record, "init": str(tmp_path / "gone.pkl")}))
-    rejected(run(f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n"), "--a", "gone.pkl")
+    result = run(f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n")
+    assert result.exit_code == 2
+    # a warning on the number of trials comes first
+    check_message(result.stderr.splitlines()[-1], ("--a", "gone.pkl", str(folder)))
 
 
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
