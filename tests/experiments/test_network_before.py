@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.network_before import network_before
 from eg3d_rlhf.experiments.run import OPTIONS
-from tests.rejections import raising
+from eg3d_rlhf.modes import reports
+from tests.rejections import raising, rejected
 
 
 def write_record(folder, **record):
@@ -60,3 +62,11 @@ def test_no_other_network_takes_its_place(network, tmp_path):
     two = [write_record(tmp_path / path.stem, init=str(path), hashes={}) for path in (network, other)]
     with raising("--before", "X.pkl", "Y.pkl"):
         network_before(two)
+
+
+def test_the_figure_of_the_method_is_no_figure_of_another_generator(network, tmp_path):
+    run = write_record(tmp_path / "run", init=str(network), hashes={"init": file_hash(network)})
+    (run / "summary.json").write_text("{}")
+    result = CliRunner().invoke(reports.method, [f"--run={run}", f"--out={tmp_path / 'x.png'}"])
+    rejected(result, "--run", "X.pkl", str(run))
+    assert not (tmp_path / "x.png").exists()
