@@ -20,6 +20,7 @@ import eg3d_rlhf  # noqa: E402 (of this checkout, installed or not)
 from eg3d_rlhf.core.cli import GroupedCommand  # noqa: E402
 from eg3d_rlhf.modes import MODES, gan  # noqa: E402
 from eg3d_rlhf.modes.jobs import JOBS, PROGRAM, command_of  # noqa: E402
+from eg3d_rlhf.tuning.gan import presets  # noqa: E402
 from training.config import knobs_of  # noqa: E402
 
 project = "eg3d-rlhf"
@@ -100,7 +101,7 @@ class Presets(SphinxDirective):
         defaults = {
             knob.name or field.name: field.default for kind in gan.GROUPS for field, _, knob in knobs_of(kind)
         }
-        for (family, task), row in gan.PRESETS.items():
+        for (family, task), row in presets.PRESETS.items():
             changed = {name: value for name, value in row.items() if value not in (None, defaults.get(name))}
             required = [f"`{name}` required" for name in ("gamma", "batch") if row[name] is None]
             settings = ", ".join(

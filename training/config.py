@@ -1,7 +1,7 @@
 """Settings of GAN training as dataclasses, and the constructor arguments of networks that follow from them.
 
 The function `knob` defines a setting with its flag, range, help text and default in one place. Presets, which
-give values to the settings, are in eg3d_rlhf/modes/gan.py.
+give values to the settings, are in eg3d_rlhf/tuning/gan/presets.py.
 """
 
 import dataclasses
@@ -160,15 +160,17 @@ def check_knobs(settings: typing.Any) -> None:
         field_value = getattr(settings, field.name)
         if field_knob is None or field_value is None:
             continue
+        flag = (
+            f"--set {field.name}"
+            if field_knob.rare
+            else "--" + (field_knob.name or field.name).replace("_", "-")
+        )
+        # In Python and in JSON, a setting has the name of its field.
+        flag_and_name = flag if field.name in flag else f"{flag} ({field.name})"
         if isinstance(field_value, float) and not math.isfinite(field_value):
             # Infinity would pass a lower limit, and both would pass if the field has no limit.
-            raise ValueError(f"{field.name} must be a finite number, got {field_value}")
+            raise ValueError(f"{flag_and_name} must be a finite number, got {field_value}")
         if field_knob.choices is not None:
-            flag = (
-                f"--set {field.name}"
-                if field_knob.rare
-                else "--" + (field_knob.name or field.name).replace("_", "-")
-            )
             check_choice(flag, field_value, field_knob.choices)
         limits = (  # (limit, sign for the message, function that returns True for a valid value)
             (field_knob.low, ">=", operator.ge),
@@ -178,7 +180,7 @@ def check_knobs(settings: typing.Any) -> None:
         )
         for limit, sign, is_valid in limits:
             if limit is not None and not is_valid(field_value, limit):
-                raise ValueError(f"{field.name} must be {sign} {limit:g}, got {field_value}")
+                raise ValueError(f"{flag_and_name} must be {sign} {limit:g}, got {field_value}")
 
 
 class Knobs:

@@ -122,6 +122,25 @@ def load(
         ValueError: the file is damaged or no network file, or its architecture is unknown.
     """
     tensors, meta = storage.read_tensors(path, "network")
+    return from_tensors(tensors, meta, str(path), freeze_layers, classes).to(device)
+
+
+def from_tensors(
+    tensors: dict[str, torch.Tensor],
+    meta: dict,
+    path: str,
+    freeze_layers: int | None = None,
+    classes: Callable[[str], Classes] = classes_of_eg3d,
+) -> Networks:
+    """Build networks on the CPU from the content of a network file.
+
+    Args:
+        tensors: tensors by name, such as "G_ema.decoder.net.0.weight".
+        meta: description of the file: constructor arguments, training set and number of images.
+        path: path of the file, for messages.
+        freeze_layers, classes: see `load`.
+    Raises: ValueError if the tensors do not fit the arguments, or if the architecture is unknown.
+    """
     architecture = meta.get("architecture", EG3D)
     G_class, D_class = classes(architecture)
     # The arguments themselves are changed, because snapshots of this run contain them.
@@ -157,7 +176,7 @@ def load(
     value_by_field: dict[str, Any] = {
         field_name: meta[field_name] for field_name in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")
     }
-    return Networks(**modules, **value_by_field, architecture=architecture).to(device)
+    return Networks(**modules, **value_by_field, architecture=architecture)
 
 
 def _make(module_class: Any, constructor_kwargs: dict, who: str) -> torch.nn.Module:

@@ -134,6 +134,15 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict:
         return header["meta"]
 
 
+def read_names(path: str | Path, kind: str | None = None) -> list[str]:
+    """Return the names of the tensors in a file of `write_tensors`, without reading the tensors.
+
+    Args and errors: as in `read_meta`.
+    """
+    with _opened(path, kind) as (file, _):
+        return list(file.keys())
+
+
 def read_tensors(
     path: str | Path, kind: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict]:

@@ -7,6 +7,7 @@ Shapes: N latents, L num_ws, W w_dim.
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from eg3d_rlhf.core.cli import file_hash, prefix_errors
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import LATENTS, HeldOut
 from eg3d_rlhf.evaluation.comparison_sources import Sampling, Sources
+from eg3d_rlhf.experiments.network_before import network_before
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
@@ -284,9 +286,16 @@ def load_comparison(sources: Sources) -> Comparison:
     A source that is None gets the default that its comment in `Sources` describes.
     Raises: FileNotFoundError or ValueError, with the name of the flag.
     """
-    with prefix_errors("--before"):
-        before_path = find_network(sources.before)
-    run_folder = _find_run(sources, before_path)
+    if sources.before is None:
+        run_folder = _find_run(sources, None)
+        tuned_networks = [path for path in (run_folder, sources.control) if path is not None]
+        before_path = network_before(tuned_networks)
+        if before_path != bundled.GENERATOR:
+            print(f"Before tuning: {before_path}, from which the run began.", file=sys.stderr)
+    else:
+        with prefix_errors("--before"):
+            before_path = find_network(sources.before)
+        run_folder = _find_run(sources, before_path)
     with prefix_errors("--after" if sources.after is not None else "--run"):
         # A named file wins over the run's newest snapshot.
         after_path = find_network(sources.after or run_folder)
@@ -346,11 +355,15 @@ def _find_run_folder(named_path: Path | None) -> Path | None:
     return folder if settings_of(folder) or named_path.is_dir() else None
 
 
-def _find_run(sources: Sources, before_path: Path) -> Path | None:
+def _find_run(sources: Sources, before_path: Path | None) -> Path | None:
     """Find the folder of the tuning run.
 
     It is the folder of --run if given, else the folder of --after if given, else the newest run that began
     from the generator before tuning. Return None if --after is a file outside a run folder.
+
+    Args:
+        sources: files that the user named.
+        before_path: file of the generator before tuning; None: a run that began from any generator.
     """
     if sources.run is not None:
         if not sources.run.is_dir():
@@ -362,19 +375,22 @@ def _find_run(sources: Sources, before_path: Path) -> Path | None:
         return _find_run_folder(sources.after)
     # read one after the other, until a run fits
     runs_with_settings = ((run_folder, recorded(run_folder)) for run_folder in _runs(sources.runs_folder))
-    init_hash = file_hash(before_path)  # a run records the hash of the network that it began from
+    # a run records the hash of the network that it began from
+    init_hash = None if before_path is None else file_hash(before_path)
     newest_run = next(
         # lambda_r = 0 is a control, not a tuning run.
         (
             run_folder
             for run_folder, run_settings in runs_with_settings
-            if run_settings["lambda_r"] > 0 and run_settings.get("hashes", {}).get("init") == init_hash
+            if run_settings["lambda_r"] > 0
+            and init_hash in (None, run_settings.get("hashes", {}).get("init"))
         ),
         None,
     )
     if newest_run is None:
+        condition = "" if before_path is None else f" that began from {before_path.name}"
         raise ValueError(
-            f"--after is missing, and no run in {sources.runs_folder}/ began from {before_path.name}. Run"
+            f"--after is missing, and {sources.runs_folder}/ has no tuned run{condition}. Run"
             " `make demo` first, or pass a tuned network with --after=FILE or its run with --run=DIR."
         )
     return newest_run

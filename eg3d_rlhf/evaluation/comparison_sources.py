@@ -39,14 +39,14 @@ class Sampling:
 class Sources(Sampling):
     """Networks, rewards and data that the user names. `load_comparison` replaces each None by its default."""
 
-    # network file or run folder of the generator before tuning; default: the bundled generator
+    # network file or run folder of the generator before tuning; default: the generator from which `run` began
     before: Path | None = None
     # network file or run folder of the tuned generator; default: the newest snapshot of `run`
     after: Path | None = None
     # network file or run folder of the control; default: the run of `runs_folder` that differs from `run`
     # only in lambda_r = 0, if there is one
     control: Path | None = None
-    # folder of the tuning run; default: the newest run in `runs_folder` that began from `before`
+    # folder of the tuning run; default: the newest run in `runs_folder`, that began from `before` if given
     run: Path | None = None
     reward_ckpt: Path | None = None  # file of the reward; default: the reward of `run`, or the bundled one
     # file of a held-out reward; default: the held-out reward of `run`, or the bundled one that belongs to the

@@ -776,6 +776,31 @@ def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenera
     return generator_by_name
 
 
+def _find_reference(
+    reward: Reward, reward_path: Path, network_paths: Sequence[Path], device: torch.device
+) -> LoadedGenerator:
+    """Return the generator whose shapes a reward was trained on, if it is bundled or among the networks.
+
+    Raises: ValueError if the reward records another generator, or none.
+    """
+    training_hash = reward.provenance.get("generator")
+    training_hashes = reward.provenance.get("generators", [training_hash])
+    for network_path in (bundled.GENERATOR, *network_paths):
+        with prefix_errors("--network"):
+            candidate = load_generator(network_path, device)
+        if candidate.hash in training_hashes:
+            return candidate
+    recorded_text = (
+        "does not record the generator that it was trained on"
+        if training_hash is None
+        else f"was trained on shapes of the generator {training_hash[:12]}..., which is not the bundled one"
+    )
+    raise ValueError(
+        f"--reference is missing, and {reward_path} {recorded_text}. Pass the file of that generator with"
+        " --reference."
+    )
+
+
 def load_trial(network_paths, reward, reference_path, device: str, score_options: ScoreOptions) -> Trial:
     """Load the networks that the flags name.
 
@@ -783,26 +808,30 @@ def load_trial(network_paths, reward, reference_path, device: str, score_options
         network_paths: files or run folders of the generators to score. If the sequence is empty, only the
             reference generator is scored.
         reward: file of the reward; None selects the bundled reward.
-        reference_path: file or run folder of the reference generator; None selects the bundled generator.
+        reference_path: file or run folder of the reference generator; None selects the generator whose hash
+            the reward records, if it is the bundled one or one of the generators to score.
         device: name of the device.
         score_options: settings of the scores.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
     torch_device = choose_device(device)
-    with prefix_errors("--reference"):
-        # the generator that the reward was trained on
-        reference_generator = load_generator(reference_path, torch_device)
     reward_path = reward or bundled.REWARD
     with prefix_errors("--reward"):
         loaded_reward = load_reward(reward_path, torch_device)
+    # the generator that the reward was trained on
+    if reference_path is None:
+        reference_generator = _find_reference(loaded_reward, reward_path, network_paths, torch_device)
+    else:
+        with prefix_errors("--reference"):
+            reference_generator = load_generator(reference_path, torch_device)
     check_reward(loaded_reward, reference_generator.generator, "--reference")
     loaded_networks = []
     placement = Placement(
         bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras
     )
     # A network that is named twice is scored once.
-    for network_path in dict.fromkeys(network_paths or [reference_path]):
+    for network_path in dict.fromkeys(network_paths or [reference_generator.path]):
         with prefix_errors("--network"):
             loaded_networks.append(load_generator(network_path, torch_device))
             misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, placement))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.statistics import two_way_interval
+from eg3d_rlhf.experiments.network_before import network_before
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, load_generator
 from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.people import (
@@ -330,13 +331,13 @@ def compare(
 
     Args:
         path_by_network: network files by name.
-        before_path: network file before tuning; None selects the bundled generator.
+        before_path: network file before tuning; None selects the network from which the runs began.
         seeds: seeds of the latents.
 
     Returns: metrics by name, of which "before" is the first; and the number of latents whose heads are
         defective before tuning.
     """
-    generator_before = load_generator(before_path).generator
+    generator_before = load_generator(before_path or network_before(path_by_network.values())).generator
     ground_truth = ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     metrics_by_network = {}
     shape_features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None

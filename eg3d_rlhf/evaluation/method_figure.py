@@ -14,6 +14,7 @@ from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments import style, version_0_1
 from eg3d_rlhf.experiments.media.sheet import shade
+from eg3d_rlhf.experiments.network_before import network_before
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.reward import load_reward
 
@@ -71,6 +72,13 @@ def draw_method(run_folder: Path, image_path: Path) -> None:
     """
     with prefix_errors("--run"):
         run_summary = version_0_1.summary(json.loads((run_folder / "summary.json").read_text()))
+        before_path = network_before([run_folder], "--run")
+        # The figure also shows the bundled reward, which reads shapes of the bundled generator.
+        if before_path != bundled.GENERATOR:
+            raise ValueError(
+                f"the figure shows the bundled generator and reward, but {run_folder} began from"
+                f" {before_path}. Name a run of the bundled generator."
+            )
         generator_before = load_generator().generator
         generator_after = load_generator(run_folder).generator
     reward = load_reward(bundled.REWARD)

@@ -23,6 +23,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import filters
 from eg3d_rlhf.evaluation.settings import CHOOSE
+from eg3d_rlhf.experiments.network_before import network_before
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
@@ -294,7 +295,7 @@ def compare_networks(
 
     Args:
         path_by_network: files of the tuned networks, by name.
-        before_path: file of the untuned network; None selects the bundled generator.
+        before_path: file of the untuned network; None selects the network from which the runs began.
         max_latent_count: number of latents; it is rounded down to a multiple of CHOOSE.
         psi: truncation.
         seed: number that shifts the range of the held-out latents.
@@ -306,6 +307,7 @@ def compare_networks(
     group_count = max_latent_count // CHOOSE
     # A multiple of CHOOSE, so that every group for the best of n has CHOOSE shapes.
     seeds = LATENTS.take(group_count * CHOOSE, seed)
+    before_path = before_path or network_before(path_by_network.values())
     with prefix_errors("--before"):  # an error of loading names this flag
         untuned_generator = load_generator(before_path, device).generator
 

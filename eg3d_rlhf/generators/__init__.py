@@ -19,8 +19,8 @@ import torch
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Bounds, CameraFamily, Field
 from eg3d_rlhf.core.registry import Registry
-from eg3d_rlhf.generators import pickles
-from training import networks
+from eg3d_rlhf.generators import pickles, state_dicts
+from training import networks, storage
 
 
 @runtime_checkable
@@ -117,6 +117,12 @@ def check_seeds(generator: Generator, largest_seed: int, who: str) -> None:
         )
 
 
+# What can be done with a generator. score: rewards and measures of its shapes; label: people compare its
+# shapes; steer: choose among its latents or optimise them (best-of-n, inversion), with unchanged weights;
+# tune: change its weights, which needs a discriminator.
+TASKS = ("score", "label", "steer", "tune")
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """An architecture of generators: its classes and its name in network files."""
@@ -126,6 +132,8 @@ class Family:
     # Class of D. None: the family cannot be trained in this project.
     discriminator: type[torch.nn.Module] | None
     wrap: Callable[[Any], Generator]  # returns a `Generator` around a network of the class `module`
+    # Tasks that are possible with files as their authors released them, names in TASKS.
+    released_tasks: tuple[str, ...] = TASKS
 
 
 FAMILIES: Registry[Family] = Registry(
@@ -198,8 +206,9 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
 
     Args:
         source: path of a network file or a run folder, or None for the bundled generator. The network file is
-            a .safetensors file of this project, or a .pkl file of EG3D, whose code is not executed. In a run
-            folder, the snapshot that early stopping selected is loaded if there is one, else the newest.
+            a .safetensors or .pt file of this project, or a .pkl file of EG3D, whose code is not executed. In
+            a run folder, the snapshot that early stopping selected is loaded if there is one, else the newest
+            snapshot.
         device: device of the networks.
     Raises:
         FileNotFoundError: there is no such file, or the folder contains no snapshot.
@@ -216,7 +225,7 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
 def load_networks(
     path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None
 ) -> networks.Networks:
-    """Load all networks of a file: a .safetensors file of this project, or a .pkl file of EG3D.
+    """Load all networks of a file: a .safetensors or .pt file of this project, or a .pkl file of EG3D.
 
     Args:
         path: path of the network file.
@@ -224,8 +233,11 @@ def load_networks(
         freeze_layers: number of first layers of D that stay frozen; None: the value in the file.
     """
     # No code of the pickle is executed, see `pickles`.
-    if Path(path).suffix.lower() == ".pkl":
+    suffix = Path(path).suffix.lower()
+    if suffix == pickles.SUFFIX:
         return pickles.load(path, device, freeze_layers)
+    if suffix in state_dicts.SUFFIXES:
+        return state_dicts.load(path, device, freeze_layers)
     return networks.load(path, device, freeze_layers, network_classes)
 
 
@@ -259,6 +271,87 @@ def find_network(source: str | Path | None) -> Path:
             )
         return snapshots[-1]
     return source_path
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Describe the networks in a network file of any format, without building them.
+
+    Returns: a dictionary with the name of the 'architecture', the names of the 'networks' in the file ('G',
+        'D', 'G_ema'), 'G_kwargs', 'D_kwargs' (None without D), and 'neural_rendering_resolution' if the file
+        contains it.
+    Raises: FileNotFoundError if there is no such file; ValueError if it is no network file.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in state_dicts.SUFFIXES:
+        return state_dicts.describe(path)
+    if suffix == pickles.SUFFIX:
+        # The pickle is parsed; the code in it is not run.
+        snapshot = pickles.read(path)
+        plan_by_name = pickles.plan(snapshot)
+        return {
+            "architecture": plan_by_name["G_ema"].architecture,
+            "networks": list(plan_by_name),
+            "G_kwargs": plan_by_name["G_ema"].kwargs,
+            "D_kwargs": plan_by_name["D"].kwargs if "D" in plan_by_name else None,
+            networks.RENDERED: pickles.neural_rendering_resolution(snapshot.networks["G_ema"]),
+        }
+    meta = storage.read_meta(path, "network")
+    tensor_names = storage.read_names(path, "network")
+    network_names = {tensor_name.partition(".")[0] for tensor_name in tensor_names}
+    return {"architecture": networks.EG3D, **meta, "networks": sorted(network_names)}
+
+
+def tasks_text(family_name: str, network_names: Sequence[str] | None = None) -> str:
+    """Return the tasks of a family or a file as text, such as 'score, label, steer; no tuning'.
+
+    Args:
+        family_name: name of the family.
+        network_names: networks in a file, 'G', 'D' and 'G_ema'; None: a file as its authors released it.
+    """
+    family = FAMILIES[family_name]
+    task_names = list(family.released_tasks)
+    if network_names is not None:
+        # A file that this project wrote may have a discriminator where released files have none.
+        task_names = [task_name for task_name in task_names if task_name != "tune"]
+        if family.discriminator is not None and "D" in network_names:
+            task_names.append("tune")
+    return ", ".join(task_names) + ("" if "tune" in task_names else "; no tuning")
+
+
+def check_trainable(path: str | Path, description: dict[str, Any]) -> None:
+    """Raise ValueError if a network file cannot be tuned, and say what can be done with it instead.
+
+    Args:
+        path: path of the file.
+        description: description of the file, from `read_description`.
+    """
+    family_name = description["architecture"]
+    family = FAMILIES[family_name]
+    if family.discriminator is not None and "D" in description["networks"]:
+        return
+    tasks = tasks_text(family_name, description["networks"])
+    if family.discriminator is None:
+        reason = "its family has no discriminator"
+    elif "tune" in family.released_tasks:
+        reason = "the file has no discriminator D"
+    else:
+        reason = "discriminators of released files of this family cannot be read"
+    # The remedies are commands that accept this file.
+    remedies = []
+    if "steer" in family.released_tasks:
+        remedies += [
+            f"choose its best samples by a reward (eg3d-rlhf reward best-of-n --before={path}"
+            " --reward-ckpt=REWARD --heldout-reward=SECOND-REWARD)",
+            f"fit latents to images with a reward (eg3d-rlhf generator invert --network={path}"
+            " --reward-ckpt=REWARD --image=IMAGE --camera=CAMERA)",
+        ]
+    remedies += [f"compare its shapes (eg3d-rlhf label --network={path})"]
+    if "tune" in family.released_tasks:
+        remedies.append("name a snapshot of a training run, which has G, D and G_ema")
+    raise ValueError(
+        f"{path}: a generator of the family {family_name}: {tasks}, because {reason}. Instead, you can"
+        f" {'; '.join(remedies)}."
+    )
 
 
 def latents(seeds: Sequence[int], z_dim: int) -> torch.Tensor:

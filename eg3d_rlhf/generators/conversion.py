@@ -6,7 +6,6 @@ correct output is known.
 Shapes: C is the number of plane channels, D of slices, F of decoded features.
 """
 
-import inspect
 import io
 import math
 from pathlib import Path
@@ -14,26 +13,17 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.generators import FAMILIES, load_networks
+from eg3d_rlhf.generators import FAMILIES, load_networks, pickles
+from eg3d_rlhf.generators.state_dicts import SUFFIXES as STATE_DICT_SUFFIXES
+from eg3d_rlhf.generators.state_dicts import stock_content
 from eg3d_rlhf.geometry.slab import interpolation_matrix
 from training import networks, storage
-from training.superresolution import SuperresolutionHybrid, module_by_name
-from training.triplane import TriPlaneGenerator
 
 SLICES = 3  # number of slices that replace each plane
 # Smallest extent of the three slices, in sides of the box, for which features do not fade towards the faces
 # of the box. The centres of the slices then lie on two faces and in the middle of the box.
 EXACT = 1.5
-# Constructor arguments of our networks that EG3D's networks do not have.
-OURS = (
-    "plane_resolution",
-    "plane_channels",
-    "plane_layout",
-    "decoder_hidden_dim",
-    "decoder_features",
-    "neural_rendering_resolution",
-)
-SUFFIXES = (".safetensors", ".pt", ".pth")  # of network files that `write` can write
+SUFFIXES = (".safetensors", *STATE_DICT_SUFFIXES, pickles.SUFFIX)  # of network files that `write` can write
 _LATTICE = 257  # positions along the slices at which the weights of the slices are fitted
 
 
@@ -184,137 +174,71 @@ def _build_converted(
     return network.train(G.training).requires_grad_(False)
 
 
-def settings_unknown_to_eg3d(nets: networks.Networks) -> list[str]:
-    """List settings of a generator that EG3D's code does not support, as texts 'name = value'.
-
-    EG3D's code has fixed values for them. An empty list means that EG3D's code can build the network.
-    """
-    # The defaults of our constructor are the fixed values in EG3D's code.
-    constructor_parameters = inspect.signature(TriPlaneGenerator).parameters
-    unsupported_settings = (
-        [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
-    )
-    for setting_name in ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features"):
-        default_value = constructor_parameters[setting_name].default
-        if nets.G_kwargs.get(setting_name, default_value) != default_value:
-            unsupported_settings.append(f"{setting_name} = {nets.G_kwargs[setting_name]}")
-    sr_kwargs = nets.G_kwargs.get("sr_kwargs") or {}
-    sr_class = module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
-    # EG3D's code has only subclasses of this module.
-    if not issubclass(sr_class, SuperresolutionHybrid):
-        unsupported_settings.append(f"superresolution_module = {sr_class.__name__}")
-    else:
-        built_in_values = {
-            "input_resolution": sr_class.default_input_resolution,
-            "block_channels": list(sr_class.default_block_channels),
-        }
-        for setting_name, built_in_value in built_in_values.items():
-            # None selects the built-in value.
-            if setting_name in sr_kwargs and sr_kwargs[setting_name] not in (None, built_in_value):
-                unsupported_settings.append(f"sr_kwargs.{setting_name} = {sr_kwargs[setting_name]}")
-    # EG3D's super-resolution modules have the fixed w_dim 512.
-    if nets.G_kwargs["w_dim"] != 512:
-        unsupported_settings.append(f"w_dim = {nets.G_kwargs['w_dim']}")
-    return unsupported_settings
-
-
-def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
-    """Return networks as dicts, lists, numbers, texts and tensors, for a .pt file that EG3D's code can use.
-
-    Args:
-        nets: networks whose settings EG3D's code supports, see `settings_unknown_to_eg3d`.
-        only_ema: True: leave out G and D.
-    Returns: a dict with the keys 'G', 'D', 'G_ema' (state dicts), 'G_kwargs', 'D_kwargs' (EG3D's constructor
-        arguments), 'plane_axes' [3, 3, 3], 'neural_rendering_resolution' and 'training_set' (JSON values).
-    """
-    # Arguments that EG3D's super-resolution modules do not accept are removed.
-    sr_kwargs = {
-        entry_name: argument
-        for entry_name, argument in (nets.G_kwargs.get("sr_kwargs") or {}).items()
-        if entry_name not in ("input_resolution", "block_channels")
-    }
-    G_ema: Any = nets.G_ema
-    file_content: dict = {
-        "G_kwargs": {
-            **{
-                entry_name: argument
-                for entry_name, argument in nets.G_kwargs.items()
-                if entry_name not in OURS
-            },
-            "sr_kwargs": sr_kwargs,
-        },
-        "D_kwargs": nets.D_kwargs,
-        "plane_axes": G_ema.renderer.plane_axes.detach().cpu().clone(),
-        "training_set": nets.training_set,
-        "neural_rendering_resolution": G_ema.neural_rendering_resolution,
-    }
-    label_std = nets.training_set.get("label_std")
-    for entry_name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):
-        network = getattr(nets, entry_name)
-        if network is None:
-            continue
-        # On the CPU, so that the file can be loaded on any machine. Cloned, because a tensor that is a view
-        # would be stored with its full storage.
-        state_dict = {
-            tensor_name: tensor.detach().cpu().clone() for tensor_name, tensor in network.state_dict().items()
-        }
-        # EG3D's training adds this buffer to G and G_ema.
-        if entry_name != "D" and label_std is not None:
-            state_dict["dataset_label_std"] = torch.tensor(label_std, dtype=torch.float32)
-        file_content[entry_name] = state_dict
-    return file_content
-
-
 def check_suffix(out_path: Path) -> None:
     """Raise ValueError unless a path has one of the suffixes in `SUFFIXES`."""
     if out_path.suffix not in SUFFIXES:
         raise ValueError(
-            f"--out: expected a file name that ends in {' or '.join(SUFFIXES)}, got {out_path.name}. Write"
-            f" --out={out_path.with_suffix(SUFFIXES[0])}."
+            f"--out: expected a file name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got"
+            f" {out_path.name}. Write --out={out_path.with_suffix(SUFFIXES[0])}."
         )
 
 
-def write(nets: networks.Networks, out_path: Path, only_ema: bool = False) -> dict[str, int]:
+def write(
+    nets: networks.Networks,
+    out_path: Path,
+    only_ema: bool = False,
+    checkout_folder: Path | None = None,
+    interpreter: Path | None = None,
+) -> dict[str, int]:
     """Write networks to a file. Its suffix selects the format.
 
-    A .safetensors file has the format of this project, a .pt or .pth file the content of `stock_content`. The
-    file is read again, and all tensors are compared.
+    A .safetensors file has the format of this project, a .pt or .pth file the content of `stock_content`. A
+    .pkl file is a pickle of EG3D's classes, which a child process writes (pickles/checkout.py). The file is
+    read again, and all tensors are compared.
 
     Args:
         nets: networks to write.
         out_path: path of the file.
-        only_ema: True: write only G_ema.
+        only_ema: True: write only G_ema. A .pkl file always contains G, D and G_ema.
+        checkout_folder: user's clone of EG3D, for a .pkl file.
+        interpreter: Python interpreter for a .pkl file; None: the interpreter of this process.
     Returns: name of each network in the file -> number of its tensors.
-    Raises: ValueError for another suffix; OSError if the file does not contain the tensors that were written.
+    Raises: ValueError for another suffix, or if a .pkl file cannot be written; OSError if the file does not
+        contain the tensors that were written.
     """
     check_suffix(out_path)
-    requested_names = ("G_ema",) if only_ema else ("G", "D", "G_ema")
-    network_names = [
-        network_name for network_name in requested_names if getattr(nets, network_name) is not None
-    ]
     if out_path.suffix == ".safetensors":
         networks.save(out_path, nets, only_ema)
-        reloaded_networks = load_networks(out_path)
-        written_state_dicts = {
-            network_name: getattr(reloaded_networks, network_name).state_dict()
-            for network_name in network_names
-        }
+    elif out_path.suffix == pickles.SUFFIX:
+        assert checkout_folder is not None
+        pickles.write(nets, out_path, checkout_folder, interpreter)
     else:
         # `write_atomic` takes bytes, so the file is first written to memory.
         buffer = io.BytesIO()
         torch.save(stock_content(nets, only_ema), buffer)
         storage.write_atomic(out_path, buffer.getvalue())
-        # weights_only: no code from the file is executed.
-        reloaded_networks = torch.load(out_path, weights_only=True)
-        written_state_dicts = {
-            network_name: reloaded_networks[network_name] for network_name in network_names
-        }
-    for network_name in network_names:
-        for tensor_name, tensor in getattr(nets, network_name).state_dict().items():
+    try:
+        reread_networks = load_networks(out_path)
+    except ValueError as error:
+        out_path.unlink()
+        raise ValueError(
+            f"--out: the file was written but cannot be read again, and is deleted: {error}"
+        ) from None
+    tensor_counts = {}
+    for network_name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):
+        network = getattr(nets, network_name)
+        if network is None:
+            continue
+        written_state_dict = getattr(reread_networks, network_name).state_dict()
+        for tensor_name, tensor in network.state_dict().items():
             # torch.equal demands equal values without any tolerance.
-            if not torch.equal(written_state_dicts[network_name][tensor_name], tensor.cpu()):
+            if not torch.equal(written_state_dict[tensor_name], tensor.cpu()):
                 raise OSError(
                     f"{out_path}: after writing, the file has other values of {network_name}.{tensor_name}"
                     " than the network. Check the disk, and write the file again."
                 )
-    return {network_name: len(written_state_dicts[network_name]) for network_name in network_names}
+        # EG3D's files have one more tensor in G and G_ema, the standard deviation of the camera labels.
+        has_label_std = network_name != "D" and "label_std" in nets.training_set
+        is_stock = out_path.suffix != ".safetensors"
+        tensor_counts[network_name] = len(written_state_dict) + (is_stock and has_label_std)
+    return tensor_counts

@@ -181,6 +181,9 @@ class HyPlaneHead(FullHead):
     architecture = "hyplanehead"
 
 
-register(Family("panohead", PanoHeadGenerator, DualDiscriminator, PanoHead))
-register(Family("spherehead", SphereHeadGenerator, DualDiscriminator, SphereHead))
-register(Family("hyplanehead", HyPlaneHeadGenerator, DualDiscriminator, HyPlaneHead))
+# The discriminators of released files also read masks or other images than `DualDiscriminator`, and are not
+# read. A generator of EG3D that was converted to a tri-grid keeps its `DualDiscriminator` and can be tuned.
+_RELEASED_TASKS = ("score", "label", "steer")
+register(Family("panohead", PanoHeadGenerator, DualDiscriminator, PanoHead, _RELEASED_TASKS))
+register(Family("spherehead", SphereHeadGenerator, DualDiscriminator, SphereHead, _RELEASED_TASKS))
+register(Family("hyplanehead", HyPlaneHeadGenerator, DualDiscriminator, HyPlaneHead, _RELEASED_TASKS))

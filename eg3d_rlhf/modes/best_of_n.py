@@ -14,7 +14,10 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
 @click.command(cls=GroupedCommand, job="reward best-of-n")
 @shared(
     "before reward-ckpt heldout-reward n",
-    before="Untuned generator: a network file or a run folder.",
+    before={
+        "help": "Untuned generator: a network file or a run folder.",
+        "show_default": "the bundled generator",
+    },
     n={
         "default": 4096,
         "help": "Number of latents that are scored; the reward chooses among random subsets of them.",

@@ -1,8 +1,8 @@
 """`python train.py`: trains an EG3D generator as a GAN, or fine-tunes it with a reward on its density field.
 
-`HEADS` lists every setting of the run `python train.py --reward=sigma --lambda-r=10`. Other rows of PRESETS
-list only the settings that differ from the defaults of the dataclasses (training/config.py,
-eg3d_rlhf/tuning/gan/settings.py). The objects of a run are built in eg3d_rlhf/tuning/gan/reward_run.py.
+The settings of each preset are in eg3d_rlhf/tuning/gan/presets.py; `HEADS` there lists every setting of the
+run `python train.py --reward=sigma --lambda-r=10`. The objects of a run are built in
+eg3d_rlhf/tuning/gan/reward_run.py.
 """
 
 import functools
@@ -19,8 +19,8 @@ from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.mode import flag as _flag
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.tuning.gan.presets import BUNDLED_STUDY, OBSERVED, PRESETS
 from eg3d_rlhf.tuning.gan.settings import (
-    DEMO_KIMG,
     REWARDED,
     SCRATCH,
     SYNTHETIC,
@@ -41,138 +41,6 @@ if TYPE_CHECKING:
 EG3D = "Accepted for compatibility with EG3D"
 # Dataclasses whose fields are the flags, in the order in which --help lists them.
 GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)
-
-# Settings of `python train.py --reward=sigma --lambda-r=10`, except --reward and its bundled reward files.
-HEADS = {
-    # Length and intervals, in thousands of images. The run has 150 iterations.
-    "kimg": DEMO_KIMG,  # length of the run
-    "batch": 4,  # images per iteration
-    "batch_gpu": None,  # images per forward pass; None: the whole batch
-    "tick": 0.12,  # status line every 120 images
-    "snap": 0,  # snapshot at the end only
-    "checkpoint_ticks": 1,  # resumable state at every tick
-    "workers": None,  # processes that read images ahead
-    # Data and networks: training continues from the bundled generator's moving average. Settings that only
-    # new networks use are taken from the file.
-    "data": bundled.DATA,  # synthetic heads
-    "cond": True,  # camera labels are used
-    "mirror": False,  # no mirrored images
-    "start": "G_ema",  # G starts from its moving average
-    "mbstd_group": 4,  # images per minibatch-std group of D
-    "freezed": 0,  # frozen layers of D
-    "cbase": 2048,  # channel multiplier
-    "cmax": 64,  # largest number of feature maps
-    "map_depth": 2,  # layers of the mapping network
-    "plane_layout": "fixed",
-    "sr_module": None,  # chosen by the resolution
-    "sr_noise_mode": "none",  # no noise in super-resolution
-    "sr_num_fp16_res": 4,
-    "g_num_fp16_res": 0,
-    "d_num_fp16_res": 4,
-    "c_scale": 1.0,  # scale of the camera label
-    "disc_c_noise": 0.0,  # noise on D's camera label, in its standard deviations
-    "decoder_lr_mul": 1.0,  # learning-rate multiplier
-    # Adversarial training: no fades, no augmentation, no camera conditioning in the mapping network.
-    "gamma": 0.3,  # weight of R1
-    "aug": "noaug",  # no augmentation of D's inputs
-    "p": 0.2,  # for --aug=fixed only
-    "target": 0.6,  # of sign(D(real)), for --aug=ada only
-    "ada_kimg": 100.0,
-    "style_mixing_prob": 0.0,  # no style mixing
-    "gen_pose_cond": False,  # no camera in the mapping network
-    "gpc_reg_prob": 0.5,  # probability of a swapped camera; no effect without conditioning
-    "gpc_reg_fade_kimg": 0.0,  # no fade
-    "blur_fade_kimg": 0.0,  # no blur of D's inputs
-    "nrr_initial": 64,  # neural rendering resolution, pixels
-    "nrr_final": None,  # no change of the resolution
-    "nrr_fade_kimg": 1000.0,  # no effect without nrr_final
-    "density_reg": 0.25,  # weight
-    "density_reg_every": 4,  # iterations
-    "density_reg_p_dist": 0.004,  # perturbation of the points, world units
-    "reg_type": "l1",  # type of the density regulariser
-    # Optimisers: one Adam for G, one for D, and a separate one for the reward's gradient on G.
-    "glr": 2e-5,  # of G's Adam
-    "dlr": 1e-4,  # of D's Adam
-    "rlr": 1.2e-3,  # of the reward's Adam on G
-    "ema_kimg": 0.1,  # half-life of G_ema, thousands of images
-    "ema_rampup": None,  # no ramp
-    "amp": "off",  # single precision
-    # The reward: its weight, density consistency with the untuned generator, and the trust region. Adam
-    # normalises the scale of the gradient, so only the ratio of the two weights matters. The reward is
-    # clipped from above: a defective shape scores below the clip, so its reward has a gradient and the
-    # consistency term a small weight. An intact shape scores above the clip, so its reward has no gradient,
-    # and the consistency term with its full weight prevents changes.
-    "lambda_r": 10.0,  # weight of the reward
-    "lambda_sigma": 5.0,  # weight of the density-consistency term
-    "lambda_front": 0.0,  # front-growth penalty off
-    "lambda_nose": 0.0,  # nose penalty off
-    "nose_floor": "window",  # no effect while lambda_nose is 0
-    "reward_clip": "-10,q0.55",  # upper bound: the 55 % quantile of untuned scores
-    "reward_shaping": "standardised",
-    "consistency_gate": 0.01,  # share of lambda_sigma for shapes below the clip
-    "consistency_psi": 1.0,  # truncation of its samples
-    "consistency_resolution": 32,  # grid points per axis of the consistency term
-    "reference": None,  # the generator that tuning starts from
-    "early_stop": None,  # off
-    "early_stop_distance": None,
-    "control": None,  # no control to quote
-    # Rounds of labelling, reward training and tuning: none.
-    "rounds": 0,  # tune once
-    "round_pairs": 400,  # pairs to label per round
-    "round_labels": SYNTHETIC,  # labels of the simulated annotator
-    "round_doubtful": 0.5,  # share of pairs on which the last rewards disagree
-    "round_members": 5,  # rewards per ensemble
-    "round_preset": None,
-    "round_aggregate": None,
-    "round_start": "pretrained",
-}
-# None: computed from another setting in `merge_preset`, or the flag is required.
-_START = {"ema_kimg": None, "rlr": None, "gen_pose_cond": False}
-_LOADED = {**_START, "blur_fade_kimg": 0.0, "gpc_reg_fade_kimg": 0.0, "kimg": 2500.0, "batch": 32}
-_PAPER = {**_LOADED, "kimg": 20.0, "batch": 16, "tick": 1.0, "snap": 5}
-# By (--cfg, task): settings that differ from the defaults of the dataclasses.
-PRESETS: dict[tuple[str, str], dict] = {
-    ("ffhq", SCRATCH): {**_START, "gamma": None, "batch": None},
-    ("afhq", SCRATCH): {**_START, "gamma": None, "batch": None},
-    ("shapenet", SCRATCH): {**_START, "gamma": None, "batch": None},
-    ("heads64", SCRATCH): {
-        **_START,
-        "cbase": 2048,
-        "cmax": 64,
-        "plane_layout": "fixed",
-        "consistency_resolution": 32,
-        "nrr_initial": 64,
-        "gamma": 0.2,
-        "gpc_reg_fade_kimg": 5.0,
-        "blur_fade_kimg": 0.0,
-        "kimg": 50.0,
-        "batch": 4,
-        "tick": 1.0,
-        "snap": 4,
-        "ema_kimg": 1.0,
-    },
-    ("ffhq", TUNING): {**_LOADED, "gamma": 1.0},
-    ("afhq", TUNING): {**_LOADED, "gamma": 5.0, "aug": "ada"},
-    ("shapenet", TUNING): {**_LOADED, "gamma": 0.3},
-    ("heads64", TUNING): HEADS,
-    ("ffhq", REWARDED): {**_PAPER, "gamma": 20.0},
-    ("afhq", REWARDED): {**_PAPER, "gamma": 5.0, "aug": "ada"},
-    ("shapenet", REWARDED): {**_PAPER, "gamma": 0.3},
-    ("heads64", REWARDED): HEADS,
-}
-# By name of the observation: the published settings of rewards that do not observe the density field sigma.
-OBSERVED: dict[str, dict] = {
-    "depth": {
-        "lambda_r": 1.0,
-        "lambda_sigma": 0.0,
-        "lambda_nose": 1.0,
-        "reward_shaping": "standardised",
-        "reward_clip": "-10,10",
-        "consistency_gate": 1.0,
-    },
-    # A valid solid has the highest possible score already, so the reward needs no clip.
-    "solid": {"lambda_sigma": 0.02, "reward_shaping": "none", "reward_clip": "none", "consistency_gate": 1.0},
-}
 
 
 def select_task(init: str, reward_name: str) -> str:
@@ -224,6 +92,7 @@ def merge_preset(given_flags: Mapping, network_settings: Mapping) -> dict:
         "task": task,
         **PRESETS[cfg, task],
         **OBSERVED.get(reward_name, {}),
+        **(BUNDLED_STUDY if given_flags.get("preset") else {}),
         **network_settings,
         **given_flags,
     }
@@ -284,6 +153,7 @@ def resolve(flags: Mapping) -> Settings:
                 f"--reward={reward_name} cannot be combined with --init=scratch, because a reward needs"
                 " trained networks. Name a network file with --init, or use --init=bundled."
             )
+    check_preset(given_flags, reward_name)
     check_rounds(given_flags, reward_name)
     if given_flags.get("early_stop") is not None and given_flags.get("heldout_reward") is None:
         # with --reward=sigma, the bundled held-out reward is the default
@@ -316,6 +186,28 @@ def resolve(flags: Mapping) -> Settings:
             " summary.json."
         )
     return Settings.from_values(settings_by_name)
+
+
+def check_preset(given_flags: Mapping, reward_name: str) -> None:
+    """Raise ValueError if --preset is given for a run that its settings do not suit.
+
+    Args:
+        given_flags: values of the flags that were given.
+        reward_name: value of --reward, "none" without a reward.
+    """
+    preset_name = given_flags.get("preset")
+    if preset_name is None:
+        return
+    if reward_name == "none":
+        raise ValueError(
+            f"--preset={preset_name} selects the settings of tuning with a reward. Add --reward=sigma, or"
+            " remove --preset."
+        )
+    if reward_name in OBSERVED:
+        raise ValueError(
+            f"--preset={preset_name} cannot be combined with --reward={reward_name}, which has published"
+            " settings of its own. Remove --preset, or set single values with their flags."
+        )
 
 
 def check_rounds(given_flags: Mapping, reward_name: str) -> None:
@@ -369,36 +261,22 @@ def read_network_settings(init_path: str | None) -> dict:
 
     Returns: settings by name, for `merge_preset`.
 
-    Raises: ValueError that names --init, for a file that cannot be read.
+    Raises: ValueError that names --init, for a file that cannot be read or tuned.
     """
-    # imported here, because --help must not load these modules
-    from eg3d_rlhf.generators import find_network, network_classes, pickles
-    from eg3d_rlhf.generators.pickles.rebuild import neural_rendering_resolution
-    from training import storage
-    from training.networks import EG3D
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.generators import check_trainable, find_network, read_description
+    from training.networks import RENDERED
 
     # an error in this block begins with the name --init
     with prefix_errors("--init"):
         network_path = find_network(init_path)
-        # A pickle of EG3D is parsed; the code in it is not run.
-        if network_path.suffix.lower() == ".pkl":
-            snapshot = pickles.read(network_path)
-            network_plans = pickles.plan(snapshot)
-            generator_kwargs = network_plans["G_ema"].kwargs
-            discriminator_kwargs = network_plans["D"].kwargs if "D" in network_plans else None
-            resolution: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
-        else:
-            metadata = storage.read_meta(network_path, "network")
-            # raises ValueError for an architecture that is not registered
-            network_classes(metadata.get("architecture", EG3D))
-            generator_kwargs = metadata["G_kwargs"]
-            discriminator_kwargs = metadata["D_kwargs"]
-            resolution = metadata.get("neural_rendering_resolution")
-    # A file may hold G without D. Then D is new and gets the default group size.
+        description = read_description(network_path)
+        # Checked before the data are read. Most released files of full-head generators end here.
+        check_trainable(network_path, description)
+    generator_kwargs = description["G_kwargs"]
+    resolution = description.get(RENDERED)
     mbstd_group = (
-        (discriminator_kwargs or {})
-        .get("epilogue_kwargs", {})
-        .get("mbstd_group_size", NetworkConfig.mbstd_group)
+        description["D_kwargs"].get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
     )
     # EG3D replaces the camera label in the mapping network by zeros if conditioning is off.
     is_conditioned = not generator_kwargs.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
@@ -548,7 +426,8 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
 
     check_eg3d(flags)
     # A network file has no optimiser states, so it can start a run but not resume one.
-    if resume_path.suffix.lower() == ".pkl" or resume_path.name.startswith("network-snapshot"):
+    is_network_file = resume_path.suffix.lower() in (".pkl", ".pt", ".pth")
+    if is_network_file or resume_path.name.startswith("network-snapshot"):
         remedy = f"Use --init={resume_path} to start from its weights."
         raise ValueError(
             f"--resume: {resume_path} is a network file, which has no optimiser states. Name a run folder or"

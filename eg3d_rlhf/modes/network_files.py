@@ -60,17 +60,18 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
     Raises: ValueError or OSError of `load_networks` for a file that cannot be loaded.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.generators import as_generator, find_network, load_networks
+    from eg3d_rlhf.generators import as_generator, find_network, load_networks, tasks_text
 
     nets = load_networks(find_network(file_or_folder))
     G = nets.G_ema
+    module_by_name = {name: getattr(nets, name) for name in ("G", "D", "G_ema")}
+    # a file may lack some of the three networks
+    module_by_name = {name: module for name, module in module_by_name.items() if module is not None}
     description = {
-        "networks": {
-            # a file may lack some of the three networks
-            name: describe_module(network)
-            for name in ("G", "D", "G_ema")
-            if (network := getattr(nets, name)) is not None
-        },
+        "family": nets.architecture,
+        # what this project can do with this file
+        "tasks": tasks_text(nets.architecture, list(module_by_name)),
+        "networks": {name: describe_module(network) for name, network in module_by_name.items()},
         # with these arguments, the networks can be built again
         "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
         "training_set": nets.training_set,
@@ -246,7 +247,23 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="File to write; its ending, .safetensors or .pt, selects the format.",
+    help="File to write; its ending, .safetensors, .pt or .pkl, selects the format.",
+)
+@option(
+    "--eg3d",
+    metavar="CHECKOUT",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help=(
+        "Folder into which you cloned EG3D's repository. Required for --out=NAME.pkl, which is written with"
+        " the classes in this folder."
+    ),
+)
+@option(
+    "--eg3d-python",
+    metavar="INTERPRETER",
+    type=click.Path(path_type=Path),
+    show_default="the interpreter of this command",
+    help="Python interpreter of the environment in which the checkout of --eg3d runs.",
 )
 @option("--only-ema", is_flag=True, help="Write only G_ema, the moving average of the generator.")
 @option("--overwrite", is_flag=True, help="Replace an existing file.")
@@ -260,24 +277,36 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
         " unchanged; PanoHead uses 1."
     ),
 )
-def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: float | None) -> None:
-    """Convert a network file to .safetensors or to a plain state dict. FILE is a pickle of EG3D, whose code
-    is not run, a network file of this project, or a run folder.
+def convert(
+    file: Path,
+    out: Path,
+    eg3d: Path | None,
+    eg3d_python: Path | None,
+    only_ema: bool,
+    overwrite: bool,
+    tri_grid: float | None,
+) -> None:
+    """Convert a network file to another format. FILE is a pickle of EG3D, whose code is not run, a network
+    file of this project, or a run folder.
 
     --out=X.safetensors writes the format of this project. --out=X.pt writes a plain state dict for the code
-    of EG3D; docs/reference/checkpoints.md shows how to load it. --tri-grid converts a generator of EG3D to
-    the architecture of PanoHead, with the same shapes.
+    of EG3D; docs/reference/checkpoints.md shows how to load it. --out=X.pkl writes a pickle that EG3D's own
+    tools open: a child process builds the classes of your checkout, which --eg3d names. --tri-grid converts
+    a generator of EG3D to the architecture of PanoHead, with the same shapes. All of these files are accepted
+    wherever a command takes a network.
 
     \b
     Example:
         eg3d-rlhf generator convert assets/generator.safetensors --out=runs/example/generator.pt
     """
     # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.generators import find_network, load_networks
-    from eg3d_rlhf.generators.conversion import check_suffix, settings_unknown_to_eg3d, to_tri_grid, write
+    from eg3d_rlhf.generators import find_network, load_networks, pickles
+    from eg3d_rlhf.generators.conversion import check_suffix, to_tri_grid, write
+    from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d
 
     # Checked before the network is read, which takes time.
     check_suffix(out)
+    _check_checkout_flags(out, eg3d, eg3d_python, only_ema)
     # A network file may be the result of a long training.
     if out.exists() and not overwrite:
         raise ValueError(f"--out: {out} exists. Choose another file, or add --overwrite.")
@@ -292,6 +321,10 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
             f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: relative difference to the features"
             f" of the planes: {relative_residual:.2g}."
         )
+    if out.suffix == pickles.SUFFIX:
+        # Before the child process starts, which imports torch again.
+        pickles.check_networks(nets)
+        click.echo(f"Writing {out} with the classes in {eg3d}.")
     # settings of this network that are constants in the code of EG3D, with other values
     unknown_settings = settings_unknown_to_eg3d(nets)
     # The format of this project stores these sizes, a plain state dict does not.
@@ -302,7 +335,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
             err=True,
         )
     # number of tensors per network
-    tensor_counts = write(nets, out, only_ema)
+    tensor_counts = write(nets, out, only_ema, eg3d, eg3d_python)
     click.echo(
         f"{out}: "
         + ", ".join(
@@ -310,3 +343,31 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
         )
         + "; the file was read back and compared equal."
     )
+
+
+def _check_checkout_flags(
+    out_path: Path, checkout_folder: Path | None, interpreter: Path | None, only_ema: bool
+) -> None:
+    """Raise ValueError if --eg3d, --eg3d-python or --only-ema do not fit the format of --out."""
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.generators import pickles
+
+    if out_path.suffix != pickles.SUFFIX:
+        for flag, flag_value in (("--eg3d", checkout_folder), ("--eg3d-python", interpreter)):
+            if flag_value is not None:
+                raise ValueError(
+                    f"{flag} has an effect only with --out=NAME{pickles.SUFFIX}, but --out={out_path}. Remove"
+                    f" {flag}, or write --out={out_path.with_suffix(pickles.SUFFIX)}."
+                )
+        return
+    if only_ema:
+        raise ValueError(
+            f"--only-ema cannot be combined with --out={out_path}: EG3D's tools open only pickles with G, D"
+            " and G_ema. Remove --only-ema."
+        )
+    if checkout_folder is None:
+        raise ValueError(
+            f"--out={out_path}: a pickle is written with the classes of a checkout of EG3D. Add"
+            f" --eg3d=CHECKOUT, or write --out={out_path.with_suffix('.pt')}."
+        )
+    pickles.find_code(checkout_folder)

@@ -7,6 +7,7 @@ is a run of train.py. Finished trainings are not repeated when a command is call
 import functools
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -115,6 +116,8 @@ def controlled_study(
     from eg3d_rlhf.evaluation.controlled_study import work as work_study
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
+    for flag, own_flag in (("--init", "--network"), ("--reward-ckpt", "--labels")):
+        reject_train_flag("flags after --", train_flags, flag, own_flag)
     plan = Plan(
         # version 0.1 named this folder otherwise; results in the old folder are used again
         out=version_0_1.outdir(outdir),
@@ -134,6 +137,25 @@ def controlled_study(
         print_json(commands(plan))
         return
     _print_table(plan.out, work_study(plan, jobs))
+
+
+def reject_train_flag(source: str, train_flags: Sequence[str], flag: str, own_flag: str) -> None:
+    """Raise ValueError if flags for train.py contain one that a job must know itself.
+
+    The job measures what train.py tunes. With a network that only train.py knows, it would measure another.
+
+    Args:
+        source: flag or place in which the flags were given, for the message.
+        train_flags: flags for train.py.
+        flag: flag of train.py that is not allowed.
+        own_flag: flag of the job that replaces it.
+    """
+    for train_flag in train_flags:
+        if train_flag == flag or train_flag.startswith(f"{flag}="):
+            raise ValueError(
+                f"{source}: {train_flag} is not passed on, because this job has to open the same file. Use"
+                f" {own_flag} of this job."
+            )
 
 
 def _print_table(study_folder: Path, paths: list[Path]) -> None:
@@ -254,7 +276,10 @@ def seeds(seeds: str, outdir: Path, dry_run: bool, train_flags: tuple[str, ...])
 @click.command(cls=GroupedCommand, job="report sweep")
 @shared(
     "before reward-ckpt",
-    before="Generator that every run of the grid starts from: a network file or a run folder.",
+    before={
+        "help": "Generator that every run of the grid starts from: a network file or a run folder.",
+        "show_default": "the bundled generator",
+    },
     reward_ckpt={"help": "Reward file to tune with.", "show_default": "the bundled reward"},
 )
 @_grid_option(
@@ -334,6 +359,8 @@ def sweep(
         for name, axis_type in axis_types.items()
     ]
     sampling_settings = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
+    for flag, own_flag in (("--init", "--before"), ("--reward-ckpt", "--reward-ckpt")):
+        reject_train_flag("--set train_flags", shlex.split(train_flags), flag, own_flag)
     target_device = choose_device(device)
     # a run folder is replaced by its newest network
     network_path = find_network(before)

@@ -85,9 +85,10 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
     """Measure what tuning changed and whether it improved the generator, by comparing both generators on the
     same held-out latents.
 
-    Without options, the bundled generator is compared with the newest tuned run in runs/, and with its
-    control, the run with lambda_r = 0 and otherwise equal settings, if there is one. The command writes one
-    page with all plots, their data and a summary. When it is called again, only missing parts are computed.
+    Without options, the newest tuned run in runs/ is compared with the generator from which it began, and
+    with its control, the run with lambda_r = 0 and otherwise equal settings, if there is one. The command
+    writes one page with all plots, their data and a summary. When it is called again, only missing parts are
+    computed.
 
     \b
     Example:
@@ -292,11 +293,12 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     """Attribute the change of the reward to regions of the face with Shapley values. The result shows which
     regions make the reward prefer the tuned shapes.
 
-    Without options, the bundled generator is compared with the newest tuned run in runs/. The value of a set
-    of regions is the reward of the original density slab in which these regions are replaced by the regions
-    of the tuned slab. The command first renders the regions on a mesh. Then it computes Shapley values,
-    Integrated Gradients, occlusion and a noise baseline, and compares them with each other and with the
-    attributions of rewards with random weights. The attributions of single voxels are shown on the surface.
+    Without options, the newest tuned run in runs/ is compared with the generator from which it began. The
+    value of a set of regions is the reward of the original density slab in which these regions are replaced
+    by the regions of the tuned slab. The command first renders the regions on a mesh. Then it computes
+    Shapley values, Integrated Gradients, occlusion and a noise baseline, and compares them with each
+    other and with the attributions of rewards with random weights. The attributions of single voxels are
+    shown on the surface.
 
     \b
     Example:
@@ -403,9 +405,9 @@ def embed(outdir, dry_run, device, **sources) -> None:
     """Plot samples before and after tuning in the feature space of the reward. The interactive map shows the
     shape of each point.
 
-    Without options, the bundled generator is compared with the newest tuned run in runs/. The command writes
-    one page with a UMAP plot, the principal axes, the rank correlation of the reward with each axis, and a
-    test of whether samples before and after tuning can be separated.
+    Without options, the newest tuned run in runs/ is compared with the generator from which it began. The
+    command writes one page with a UMAP plot, the principal axes, the rank correlation of the reward with each
+    axis, and a test of whether samples before and after tuning can be separated.
 
     \b
     Example:

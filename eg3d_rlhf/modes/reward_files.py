@@ -171,6 +171,12 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     if not seeds:
         return
     target_device = choose_device(device)
+    if network is None and source != "synthetic:reward":
+        click.echo(
+            "Warning: --network is missing, so samples of the bundled generator are scored. Add"
+            " --network=FILE with the generator that is to be tuned, or --latents=none.",
+            err=True,
+        )
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
         generator = load_generator(network, target_device).generator

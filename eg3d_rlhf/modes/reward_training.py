@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, prefix_errors
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, name_option, rare_option
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.labels import LabelSource
 from eg3d_rlhf.rewards.presets import preset as find_preset
+from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS, RewardRun, default_options, record, with_changes
 from eg3d_rlhf.rewards.slab_crops import BUNDLED, BUNDLED_CROPS, FFHQ, known_crop
 
@@ -343,10 +344,14 @@ def resolve(flags: Flags) -> RewardRun:
     # settings of the run: the preset's settings of the observation, replaced by flags that were given
     preset_values = find_preset(preset_name, observation).observe
     run_values = {name: value for name, value in preset_values.items() if name in run_field_names}
+    shown_preset_name = preset_name or next(iter(presets_of(observation)))
+    # A preset may belong to a plugin, whose values were never checked.
+    with prefix_errors(f"--preset={shown_preset_name} of --observation={observation}"):
+        defaults = default_options(preset_name, observation)
+        RewardRun(labels=run_label_source, observation=observation, train=defaults, **run_values)
     run_values |= {
         name: value for name, value in setting_values.items() if name in run_field_names and value is not None
     }
-    defaults = default_options(preset_name, observation)
     # The members of an ensemble should differ in their training data, hence the bootstrap by default.
     if setting_values["bootstrap"] is None:
         setting_values["bootstrap"] = run_values.get("members", 1) > 1

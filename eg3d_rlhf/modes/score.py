@@ -40,7 +40,7 @@ _what_option = functools.partial(option, group="What")
     "--reference",
     metavar="FILE|RUN",
     type=PATH,
-    show_default="the bundled generator",
+    show_default="the generator that the reward file names: the bundled one or one of --network",
     help="Generator whose shapes the reward was trained on.",
 )
 @options_from_settings(ScoreOptions)

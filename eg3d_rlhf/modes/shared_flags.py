@@ -72,14 +72,16 @@ def _reward(help_text: str) -> dict:
 # the help text is empty here.
 _FLAGS: dict[str, dict[str, Any]] = {
     # Generators and rewards to compare, and the run that they come from.
-    "before": _network("Generator before tuning: a network file or a run folder.", "the bundled generator"),
+    "before": _network(
+        "Generator before tuning: a network file or a run folder.", "the generator from which the run began"
+    ),
     "after": _network("Tuned generator: a network file or a run folder.", "newest snapshot of --run"),
     "run": _flag(
         "What",
         "RUN",
         PATH,
         "Folder of the tuning run.",
-        show_default="the run of --after, else the newest run in runs/",
+        show_default="the run of --after, else the newest run in runs/, that began from --before if given",
     ),
     "control": _network(
         "Control, which was tuned with --lambda-r=0 and otherwise equal settings: a network file or a run"

@@ -195,7 +195,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     # The two generators. Their names in reports do not appear on the page.
     "--a",
     metavar="PATH",
-    show_default="the bundled generator",
+    show_default="the generator from which the other one was tuned; else the bundled generator",
     help=(
         "First generator: a network file, a run folder, or a folder of finished assets with files PROMPT.glb."
     ),
@@ -203,7 +203,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @_study_option(
     "--b",
     metavar="PATH",
-    show_default="the bundled generator",
+    show_default="the generator from which the other one was tuned; else the bundled generator",
     help="Second generator: a network file, a run folder, or a folder of finished assets.",
 )
 @_study_option(

@@ -182,6 +182,13 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
     (1, 39, 45, 36)
     """
     path = bundled.REWARD if path is None else Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path}: this is a folder and no reward file. Pass {path / 'reward.safetensors'}, which"
+            " tools/train_reward.py writes."
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such reward file. Check the path.")
     if path.suffix == ".safetensors":
         observation, description, provenance = _read_description(path.with_suffix(".json"))
     else:
@@ -285,8 +292,8 @@ def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str
     message_prefix = f"load_reward({path.name})"
     if not path.is_file():
         raise FileNotFoundError(
-            f"load_reward: the reward's description {path} is missing. Copy it into the folder of the"
-            " weights."
+            f"load_reward: the weights of the reward are there, but its description {path} is missing. Copy"
+            " this file, too, into the folder of the weights."
         )
     try:
         description_values = json.loads(path.read_text())

@@ -114,9 +114,17 @@ def default_options(name: str | None = None, kind: str = "sigma") -> TrainOption
     Args:
         name: name of the preset; None for the default preset of the kind.
         kind: kind of the observation that the network reads.
-    Raises: ValueError if this kind has no preset of this name.
+    Raises: ValueError if this kind has no preset of this name, or for settings of the preset that are
+        unknown or out of range.
     """
     network_preset = preset(name, kind)
+    unknown_names = sorted(network_preset.train.keys() - TrainOptions.__dataclass_fields__.keys())
+    if unknown_names:
+        # Presets of plugins may have any name.
+        raise ValueError(
+            f"the preset has unknown settings of training: {', '.join(unknown_names)}. Use names of fields of"
+            " TrainOptions in eg3d_rlhf/rewards/settings.py."
+        )
     # The preset's settings replace the defaults of TrainOptions.
     return TrainOptions(preset=name or next(iter(presets_of(kind))), **network_preset.train)
 

@@ -57,7 +57,8 @@ def test_flags_without_effect_are_named_and_those_that_differ_rejected(tmp_path)
     assert result.exit_code == 0 and "--metrics" in warning and "--nobench" in warning
     assert json.loads(result.stdout)["workers"] == 3
     rejected(run("-n", "--gpus=8"), "--gpus", "1", "8", "torchrun --nproc-per-node=8")
-    rejected(run("--resume=ffhq.pkl"), "--resume", "--init=ffhq.pkl")
+    for name in ("ffhq.pkl", "tuned.pt"):
+        rejected(run(f"--resume={name}"), "--resume", f"--init={name}")
 
 
 def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):
@@ -214,7 +215,7 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line names
     "missing reward": (
         lambda where, **_: {"flags": ["--reward=sigma", f"--reward-ckpt={where}/none.safetensors"]},
         "--reward-ckpt: ",
-        "/none.json",
+        "/none.safetensors",
     ),
     "missing watch": (
         lambda where, reward, **_: {

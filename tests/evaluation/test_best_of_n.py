@@ -236,7 +236,7 @@ def test_the_page_with_a_reward_as_evaluator(command):
         (["--reward-ckpt={m0}", "--heldout-reward={m1}", "--most=64"], ["--most", "--n=32", "64"]),
         (
             ["--reward-ckpt={tmp}/none.safetensors", "--heldout-reward={m1}"],
-            ["--reward-ckpt: ", "none.json"],
+            ["--reward-ckpt: ", "none.safetensors"],
         ),
     ],
 )

@@ -93,6 +93,21 @@ def test_newest_run_and_its_control_are_found(tiny_networks, tiny_reward, tmp_pa
     )
 
 
+def test_the_network_before_tuning_is_the_one_from_which_the_run_began(tiny_networks, tiny_reward, tmp_path):
+    """It is not the bundled generator, whichever flag names the run, and without any flag."""
+    began = {"init": str(tiny_networks), "hashes": {"init": file_hash(tiny_networks)}}
+    runs = tmp_path / "runs"
+    run = comparisons.write_run(runs / "00000-other", {64: 0.1}, 10.0, **began)
+    snapshot = next(run.glob("network-snapshot-*"))
+    for flags in ({"after": run}, {"run": run}, {"after": snapshot}, {"runs_folder": runs}):
+        c = comparisons.load(None, tiny_reward, **flags)
+        assert (c.before.path, c.run) == (tiny_networks, run)
+    control = comparisons.write_run(runs / "00001-control", {64: 0.1}, 0.0, **began)
+    after = tmp_path / "tuned.safetensors"
+    after.write_bytes(snapshot.read_bytes())
+    assert comparisons.load(None, tiny_reward, after=after, control=control).before.path == tiny_networks
+
+
 def test_without_a_run_the_message_says_what_to_do(tiny_networks, tiny_reward, tmp_path):
     with raising("--after", "--run", str(tmp_path), tiny_networks.name):
         comparisons.load(tiny_networks, tiny_reward, runs_folder=tmp_path)
@@ -103,7 +118,7 @@ def test_without_a_run_the_message_says_what_to_do(tiny_networks, tiny_reward, t
     [
         ({"after": bundled.GENERATOR}, ("--after", bundled.GENERATOR.name, "z_dim")),
         ({"control": bundled.GENERATOR}, ("--control", bundled.GENERATOR.name, "z_dim")),
-        ({"reward_ckpt": "none.safetensors"}, ("--reward-ckpt", "none.json")),
+        ({"reward_ckpt": "none.safetensors"}, ("--reward-ckpt", "none.safetensors")),
         ({"lpips": "none.pt"}, ("--lpips", "none.pt")),
         ({"identity": "none.pt"}, ("--identity", "none.pt")),
         ({"n": 10_001}, ("--n", "10,000", "10,001")),

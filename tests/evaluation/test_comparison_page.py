@@ -83,7 +83,7 @@ def test_dry_run_prints_what_would_be_done(flags, tmp_path):
         (("--set=data=none.zip", "--only=image-distances"), ("none.zip",)),
         (("--set=lpips=none.pt",), ("--set lpips=", "none.pt")),
         (("--run=none",), ("--run", "none")),
-        (("--heldout-reward=none.safetensors",), ("--heldout-reward", "none.json")),
+        (("--heldout-reward=none.safetensors",), ("--heldout-reward", "none.safetensors")),
     ],
 )
 def test_mistakes_are_one_line(flags, more, names):

@@ -19,7 +19,7 @@ from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.generators.placed import Placed, Placement, Similarity, scaled_density, ws_of_placed
 from eg3d_rlhf.modes.score import main
 from eg3d_rlhf.rewards.observations import observation_of
-from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests.generators.foreign import Foreign
 from tests.rejections import raising, rejected
 
@@ -201,13 +201,31 @@ def small(tiny_networks, tiny_reward, tmp_path):
 
 def test_mistakes_are_one_line(small, tmp_path):
     for flags, names in (
-        ([f"--reward={tmp_path / 'none.safetensors'}"], ("--reward: ", "none.json")),
+        ([f"--reward={tmp_path / 'none.safetensors'}"], ("--reward: ", "none.safetensors")),
         ([f"--network={tmp_path / 'none'}"], ("--network: ", str(tmp_path / "none"))),
         ([f"--reference={tmp_path / 'none'}"], ("--reference: ", str(tmp_path / "none"))),
         (["--set=fit=4"], ("fit", "4")),
     ):
         rejected(run(*small, *flags), *names)
         assert not (tmp_path / "page").exists()
+
+
+def test_the_reference_is_the_generator_that_the_reward_names(reference, tmp_path):
+    """It is never the bundled one by default, unless the reward was trained on its shapes."""
+    reward = load_reward(bundled.REWARD)
+    copied = tmp_path / "copy.safetensors"
+    copied.write_bytes(bundled.GENERATOR.read_bytes())
+    assert fs.load_trial([], None, None, "cpu", OPTIONS).reference.path == bundled.GENERATOR
+    other = "0" * 64
+    for name, provenance, names in (
+        ("foreign", {**reward.provenance, "generator": other}, ("foreign.safetensors", other[:12])),
+        ("nameless", {}, ("nameless.safetensors",)),
+    ):
+        path = Reward(reward.observation, reward.network, provenance).save(tmp_path / f"{name}.safetensors")
+        with raising("--reference", *names):
+            fs.load_trial([copied], path, None, "cpu", OPTIONS)
+        found = fs.load_trial([], path, copied, "cpu", OPTIONS)
+        assert found.reference.path == copied and [n.path for n in found.networks.values()] == [copied]
 
 
 def test_outside_its_cube_a_generator_is_empty(reference):

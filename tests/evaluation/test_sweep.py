@@ -120,6 +120,12 @@ def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_net
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
     wrong = CliRunner().invoke(report_studies.sweep, [*flags, "--lambda-r=1,x"])
     rejected(wrong, "--lambda-r", "1,x")
+    # the sweep would measure against another network than the one that its cells start from
+    for train_flags, own_flag in (("--init=X.pkl", "--before"), ("--reward-ckpt R", "--reward-ckpt")):
+        wrong = CliRunner().invoke(report_studies.sweep, [*flags, f"--set=train_flags={train_flags}"])
+        rejected(wrong, "train_flags", train_flags.split()[0], own_flag)
+    studied = CliRunner().invoke(report_studies.controlled_study, ["-n", "--", "--init=X.pkl"])
+    rejected(studied, "--init=X.pkl", "--network")
     planned = CliRunner().invoke(report_studies.sweep, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
     assert json.loads(planned.output)["cells"] == {
         f"{n}-s{s}": "new" for s, n in itertools.product((0, 1), ("r0-sigma0", "r1-sigma0"))

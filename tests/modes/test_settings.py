@@ -8,11 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.modes.gan import HEADS, resolve
+from eg3d_rlhf.evaluation.controlled_study import TUNING_FLAGS
+from eg3d_rlhf.modes.gan import resolve
+from eg3d_rlhf.tuning.gan.presets import BUNDLED_STUDY, HEADS
 from eg3d_rlhf.tuning.gan.reward_run import open_networks
 from eg3d_rlhf.tuning.gan.settings import Settings
 from tests import tiny_runs
 from tests.generators.pickles.writer import SnapshotWriter, stock_networks
+from tests.rejections import rejected
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,7 @@ def test_the_main_run_is_written_out():
         "cfg",
         "init",
         "reward",
+        "preset",
         "reward_ckpt",
         "heldout_reward",
         "seed",
@@ -110,6 +114,49 @@ def test_the_main_run_is_written_out():
     }
     values = {**settings.to_dict(), "ema_rampup": settings.gan.ema_rampup, "ada_kimg": settings.gan.ada_kimg}
     assert {name: value for name, value in values.items() if name not in ruled} == HEADS
+
+
+def test_the_recipe_of_the_bundled_study_for_another_checkpoint(released):
+    """Length, optimisers and reward phase are those of the study; the rest stays that of --cfg and --init."""
+    flags = ("--cfg=ffhq", "--data=faces.zip", f"--init={released}", "--reward=sigma")
+    study = resolved(*TUNING_FLAGS)
+    paper = resolved(*flags)
+    found = resolved(*flags, "--preset=bundled-study")
+    differing = {name for name in paper if paper[name] != found[name]}
+    shown = set(BUNDLED_STUDY) - {"ema_rampup"}  # follows from the task and is in no record
+    assert {name: found[name] for name in shown} == {name: study[name] for name in shown}
+    assert differing <= {*shown, "preset"} and {"reward_clip", "lambda_sigma", "rlr", "kimg"} <= differing
+    assert (found["gamma"], found["nrr_initial"], found["gen_pose_cond"]) == (20.0, 128, True)
+    assert resolve({"reward": "sigma", "preset": "bundled-study"}).changed(preset=None) == resolve(
+        {"reward": "sigma"}
+    )
+
+
+def test_flags_win_over_the_recipe(released):
+    flags = ("--cfg=ffhq", "--data=x.zip", f"--init={released}", "--reward=sigma", "--preset=bundled-study")
+    found = resolved(*flags, "--lambda-sigma=2", "--kimg=3", "--set", "rlr=0.01")
+    assert (found["lambda_sigma"], found["kimg"], found["rlr"]) == (2.0, 3.0, 0.01)
+    # without its term, the weight per sample falls away, as in the main run
+    assert resolved(*flags, "--lambda-sigma=0")["consistency_gate"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--preset=bundled-study"], ("--preset", "--reward")),
+        (["--preset=bundled-study", "--reward=solid"], ("--preset", "--reward=solid")),
+    ],
+)
+def test_runs_that_the_recipe_does_not_suit(flags, names):
+    rejected(CliRunner().invoke(train.main, ["-n", *flags]), *names)
+
+
+def test_the_page_of_recipes_lists_the_values(repo):
+    page = (repo / "docs" / "understand" / "recipes.md").read_text()
+    for value in (BUNDLED_STUDY["reward_clip"], BUNDLED_STUDY["reward_shaping"], f"{BUNDLED_STUDY['rlr']:g}"):
+        assert value in page
+    row = next(line for line in page.splitlines() if "--lambda-sigma" in line)
+    assert row.rstrip(" |").endswith(f"{BUNDLED_STUDY['lambda_sigma']:g}")
 
 
 @pytest.mark.parametrize("flags", [{"lambda_sigma": 0.0}, {"reward_clip": "none"}])

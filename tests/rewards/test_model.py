@@ -157,6 +157,13 @@ def test_truncated_and_foreign_files_are_rejected(saved, tmp_path):
     described.unlink()
     with raising("r.json", kind=FileNotFoundError):
         load_reward(saved)
+    # a wrong path is no missing description
+    for suffix in (".safetensors", ".pt"):
+        with raising(f"none{suffix}", kind=FileNotFoundError) as caught:
+            load_reward(tmp_path / f"none{suffix}")
+        assert ".json" not in str(caught.value)
+    with raising(str(tmp_path), "reward.safetensors"):
+        load_reward(tmp_path)
 
 
 def test_published_state_dict_loads_from_pt_with_or_without_wrapper(tmp_path):

@@ -15,6 +15,7 @@ from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import reward_training
 from eg3d_rlhf.modes.label_files import synthetic
 from eg3d_rlhf.rewards import observations
+from eg3d_rlhf.rewards.presets import PRESETS, Preset
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
 from tests.rejections import raising, rejected
@@ -119,6 +120,21 @@ def test_unknown_observations_and_presets_are_rejected_by_name(flags, names, tmp
         reward_training.train, ["--observation=frontal-depth", *flags, f"--run-dir={tmp_path / 'run'}"]
     )
     rejected(result, *names)
+
+
+def test_a_preset_out_of_range_is_named_with_its_setting(tmp_path, monkeypatch):
+    """Values of a plugin's presets are checked by the ranges of the flags."""
+    kind = ["--observation=frontal-depth", "-n"]
+    for values, names in (
+        ({"observe": {"resolution": 12}}, ("--resolution", "12", "16")),
+        ({"train": {"batch": 0}}, ("--batch", "0")),
+        ({"train": {"epoch": 3}}, ("epoch",)),
+    ):
+        network = {"resolution": 16}
+        observations.OBSERVATIONS["frontal-depth"]  # imports the plugin, which registers its presets
+        monkeypatch.setitem(PRESETS._entries, "frontal-depth", {"shallow": Preset(network=network, **values)})
+        result = CliRunner().invoke(reward_training.train, [*kind, f"--run-dir={tmp_path / 'run'}"])
+        rejected(result, "--preset=shallow", "frontal-depth", *names)
 
 
 def test_train_rejects_another_kind_than_that_of_the_file(reward, tmp_path):

@@ -320,6 +320,17 @@ def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
     assert float(reward.score_observed(slabs)) == pytest.approx(float(table_rows[1][2]), abs=1e-5)
 
 
+def test_a_release_is_not_scored_on_the_bundled_generator_in_silence(tmp_path):
+    release = write_example(tmp_path / "r")
+    for source, extra, warns in (
+        (release, ["--latents=1"], True),
+        (release, ["--latents=none"], False),
+        ("synthetic:reward", ["--latents=1"], False),
+    ):
+        result = run(source, f"--out={tmp_path / 'x.safetensors'}", *extra)
+        assert result.exit_code == 0 and ("--network" in result.stderr) == warns, result.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "name"),
     [

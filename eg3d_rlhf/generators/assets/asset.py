@@ -287,4 +287,5 @@ def wrap(module: AssetNetwork) -> Generator:
     return AssetGenerator(module)
 
 
-register(Family(ARCHITECTURE, AssetNetwork, None, wrap))
+# A finished asset has no latents that could be optimised.
+register(Family(ARCHITECTURE, AssetNetwork, None, wrap, released_tasks=("score", "label")))

@@ -315,6 +315,7 @@ def family_of(class_name: str, shape_by_name: dict[str, tuple[int, ...]], render
 
 G_NAMES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")  # constructor arguments by position
 D_NAMES = ("c_dim", "img_resolution", "img_channels")
+D_CLASS = "DualDiscriminator"  # the only class of discriminators that is read
 
 
 def _arguments(module_record: ModuleRecord, positional_names: tuple[str, ...], who: str) -> dict:
@@ -518,6 +519,13 @@ def load(
 def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Networks:
     """Build the networks of a snapshot, see `load` for arguments, result and errors."""
     plan_by_name = plan(snapshot, freeze_layers)
+    D_record = snapshot.networks.get("D")
+    if D_record is not None and "D" not in plan_by_name:
+        print(
+            f"Warning: {snapshot.who}: the discriminator is ignored, because its class is"
+            f" {describe(D_record.class_name)} and not {D_CLASS}.",
+            file=sys.stderr,
+        )
     built_networks: dict[str, Any] = {
         network_name: network_plan.build() for network_name, network_plan in plan_by_name.items()
     }
@@ -548,6 +556,8 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
 def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan]:
     """Check the arguments and the tensors of every network of a snapshot, before memory is allocated.
 
+    A discriminator of another class than `D_CLASS` is left out.
+
     Args:
         snapshot: contents of the file.
         freeze_layers: number of first layers of D that stay frozen; None: the value in the file.
@@ -576,13 +586,7 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
                 f"its G and G_ema differ in the constructor arguments {', '.join(differing_names)}"
             )
         D_record = snapshot.networks.get("D")
-        if D_record is not None and D_record.class_name != "DualDiscriminator":
-            print(
-                f"Warning: {snapshot.who}: the discriminator is ignored, because its class is"
-                f" {describe(D_record.class_name)} and not DualDiscriminator.",
-                file=sys.stderr,
-            )
-        elif D_record is not None:
+        if D_record is not None and D_record.class_name == D_CLASS:
             D_arguments = _arguments(D_record, D_NAMES, "discriminator")
             check(D_arguments, D_OPTIONS, "")
             D_arguments = _without_built_in(D_arguments)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
@@ -100,6 +101,26 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
     return flags["n"] or power_result.trials, power_result
 
 
+def network_of_side(flags: Mapping, side: str) -> Path | None:
+    """Return the network of one side of a study of generators; None is the bundled generator.
+
+    A side without a flag is the network from which the tuned network of the other side began.
+
+    Args: flags: values of all flags, by name; side: "a" or "b".
+    Raises: ValueError if the other side is a run whose network before tuning was moved or changed.
+    """
+    # imported here, because this module imports torch, which would slow down --help
+    from eg3d_rlhf.experiments.network_before import network_before
+
+    other_network = flags["b" if side == "a" else "a"]
+    if flags[side] is not None:
+        return Path(flags[side])
+    if other_network is None:
+        return None
+    before_path = network_before([Path(other_network)], f"--{side}")
+    return None if before_path == bundled.GENERATOR else before_path
+
+
 def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
     """Make the design of a study from flags.
 
@@ -141,9 +162,10 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             # The design must state that there are no gold checks.
             flags = {**flags, "gold_every": 0}
     for side in () if asset_fields else ("a", "b"):
+        source = network_of_side(flags, side)
         with prefix_errors(f"--{side}"):
-            default_label = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
-            generator_by_side[side] = load_generator(flags[side])
+            default_label = "bundled" if source is None else _name_of(source)
+            generator_by_side[side] = load_generator(source)
             contender_by_side[side] = designs.contender(
                 flags[f"label_{side}"] or default_label, generator_by_side[side]
             )

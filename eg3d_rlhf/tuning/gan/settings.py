@@ -2,7 +2,7 @@
 
 `Settings` holds one dataclass for each part of a run. `control_differs` compares two runs and lists why one
 of them cannot be the control of the other. The defaults of each preset of networks and of each task are in
-eg3d_rlhf/modes/gan.py. This module does not import torch, so that `train.py --help` starts quickly.
+eg3d_rlhf/tuning/gan/presets.py. This module does not import torch, so that `train.py --help` starts quickly.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ PEOPLE = "people"  # people label, in the labelling application
 # Values of --round-start: the network from which a round's tuning starts.
 PRETRAINED = "pretrained"  # the network of --init, in every round
 LAST = "last"  # the tuned network of the round before
+BUNDLED_STUDY = "bundled-study"  # value of --preset, see BUNDLED_STUDY in presets.py
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # values of --reward-shaping, see gan/phase.py
 NOSE_FLOORS = ("window", "violators")  # values of the setting nose_floor, see floor_loss in gan/phase.py
 DEMO_KIMG = 0.6  # length of the bundled tuning run, in thousands of images
@@ -333,6 +334,14 @@ class RewardSettings(Knobs):
         " without a reward.",
         REWARD,
         metavar="none|KIND",
+    )
+    preset: str | None = _reward_knob(
+        None,
+        "Settings of tuning with a reward, apart from the network and the adversarial losses. bundled-study:"
+        " the settings with which the bundled heads were tuned, that is a standardised reward that is clipped"
+        " at a quantile, and density consistency that is weighed per sample.",
+        choices=(BUNDLED_STUDY,),
+        shown="the paper's settings; with --cfg=heads64 those of bundled-study",
     )
     reward_ckpt: str | None = _reward_knob(
         None,

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 import torch_utils
 from eg3d_rlhf import generators
 from eg3d_rlhf.generators import load_generator, pickles, ws_of_seeds
-from eg3d_rlhf.generators.conversion import settings_unknown_to_eg3d, write
+from eg3d_rlhf.generators.conversion import write
+from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d
 from eg3d_rlhf.modes import network_files
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, Draws, relative_error, thinned

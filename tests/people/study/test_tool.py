@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.study.design import content_hash
 from tests import tiny_runs
@@ -186,6 +187,27 @@ def test_a_study_without_a_surface_is_not_designed(pair, served, tmp_path):
     result = run(*pair, "--n=400", f"--outdir={folder}")
     assert result.exit_code == 2 and not served and not (folder / "design.json").exists()
     assert "--a: " in result.stderr and "--set level=" in result.stderr
+
+
+def test_a_run_is_compared_with_the_network_from_which_it_began(pair, tmp_path):
+    """It is the side that no flag names, and never the bundled generator in its place."""
+    before = Path(pair[0].removeprefix("--a="))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "network-snapshot-000001.safetensors").write_bytes(
+        Path(pair[1].removeprefix("--b=")).read_bytes()
+    )
+    record = {"init": str(before), "hashes": {"init": file_hash(before)}}
+    (folder / "training_options.json").write_text(json.dumps(record))
+    for side in ("a", "b"):
+        shown = run(f"--{side}={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n")
+        other = "b" if side == "a" else "a"
+        assert json.loads(shown.stdout)["design"][other]["source"] == str(before.resolve()), shown.output
+    (folder / "training_options.json").write_text(json.dumps({**record, "init": str(tmp_path / "gone.pkl")}))
+    result = run(f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n")
+    assert result.exit_code == 2
+    # a warning on the number of trials comes first
+    check_message(result.stderr.splitlines()[-1], ("--a", "gone.pkl", str(folder)))
 
 
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):

@@ -309,7 +309,7 @@ MISTAKES = {
     ),
     "heldout reward": (
         ["--reward=sigma", "--rounds=1", "--heldout-reward=none.safetensors"],
-        ("--heldout-reward", "none.json"),
+        ("--heldout-reward", "none.safetensors"),
     ),
 }
 
