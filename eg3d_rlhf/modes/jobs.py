@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from eg3d_rlhf.core import renamed
-from eg3d_rlhf.core.cli import user_errors, version_flag
+from eg3d_rlhf.core.cli import ReportsOnce, user_errors, version_flag
 from eg3d_rlhf.modes import ModeCommand
 
 PROGRAM = "eg3d-rlhf"
@@ -141,7 +141,7 @@ def command_of(job: str) -> click.Command:
     return getattr(importlib.import_module(module_name), command_name)
 
 
-class JobGroup(click.Group):
+class JobGroup(ReportsOnce, click.Group):
     """Click group of all jobs, or of the jobs that share their first word.
 
     The module of a job is imported only when the job runs or shows its help. The list of the jobs and shell

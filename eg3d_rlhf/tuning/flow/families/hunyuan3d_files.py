@@ -621,7 +621,8 @@ def networks(root: Path) -> list[Network]:
             file=shape_files.checkpoint,
             expected=_shapes(lambda: Dino(shape_files.encoder)),
             tensors=image_encoder_tensors,
-            without="embedding images",
+            without="embedding of images",
+            embeds=True,
             released=(439, 304_368_640),
         ),
     ]
