@@ -127,6 +127,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.image_sets:metrics",
         "compute FID, KID and offline distances (calc_metrics)",
     ),
+    "data point-maps": (
+        "eg3d_rlhf.modes.point_maps:point_maps",
+        "make point maps for SAM 3D from depth maps",
+    ),
 }
 
 
