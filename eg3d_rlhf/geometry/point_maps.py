@@ -1,7 +1,7 @@
 """Point maps from depth maps, for generators that read the points which an image shows, such as SAM 3D.
 
-The camera is a pinhole camera at the origin that looks along +z, with x to the left and y up. The pixel in row
-v and column u, whose centre is at (u + 1/2, v + 1/2), shows the point at depth z
+The camera is a pinhole camera at the origin that looks along +z, with x to the left and y up. The pixel in
+row v and column u, whose centre is at (u + 1/2, v + 1/2), shows the point at depth z
 
     x = -(u + 1/2 - c_x) z / f
     y = -(v + 1/2 - c_y) z / f
@@ -17,9 +17,7 @@ import math
 import numpy as np
 
 
-def depth_to_points(
-    depth: np.ndarray, focal: float, centre: tuple[float, float] | None = None
-) -> np.ndarray:
+def depth_to_points(depth: np.ndarray, focal: float, centre: tuple[float, float] | None = None) -> np.ndarray:
     """Compute the point that each pixel of a depth map shows.
 
     Args:

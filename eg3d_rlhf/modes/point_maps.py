@@ -44,12 +44,10 @@ DEPTH_SUFFIXES = (".npy", ".png", ".tif", ".tiff")  # file types of depth maps, 
     default=1.0,
     help="Factor of the stored depths, such as 0.001 for millimetres in 16-bit images.",
 )
-def point_maps(
-    depths: Path, images: Path, focal: float | None, fov: float | None, unit: float
-) -> None:
+def point_maps(depths: Path, images: Path, focal: float | None, fov: float | None, unit: float) -> None:
     """Make point maps from depth maps and the focal length, for generators that read them beside images, such
-    as SAM 3D Objects. DEPTHS is a folder with a depth map of each image, NAME.npy [h, w] or a 16-bit NAME.png:
-    the depth along the optical axis, and 0 or NaN where there is no point.
+    as SAM 3D Objects. DEPTHS is a folder with a depth map of each image, NAME.npy [h, w] or a 16-bit
+    NAME.png: the depth along the optical axis, and 0 or NaN where there is no point.
 
     \b
     Example:

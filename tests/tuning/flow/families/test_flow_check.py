@@ -225,6 +225,14 @@ def test_pointers_of_git_lfs_and_unmerged_adapters_are_named(tmp_path, root):
         family_of(root, print_line=lambda line: None).load(root, None)
 
 
+def test_a_checkpoint_under_another_name_is_to_be_renamed(root):
+    weights = root / "model.fp16.ckpt"
+    weights.rename(root / "hunyuan_3d_v2.1.ckpt")
+    rejected(CliRunner().invoke(check, [str(root)]), "hunyuan_3d_v2.1.ckpt", "model.ckpt")
+    (root / "hunyuan_3d_v2.1.ckpt").rename(root / "model.ckpt")
+    assert looked(root)[0] == 0
+
+
 @pytest.mark.parametrize("flags", [(), ("--tune=full", "--gpus=4"), ("--dtype=bfloat16",)])
 def test_the_published_memory_is_a_table_of_the_package(flags):
     def gib(*words):
