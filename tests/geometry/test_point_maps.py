@@ -28,7 +28,8 @@ def test_the_field_of_view_reaches_the_border_of_the_image():
 
 
 def test_points_of_a_tilted_plane_lie_on_it():
-    normal, offset = np.array([0.3, -0.2, 1.0]), 4.0
+    normal = np.array([0.3, -0.2, 1.0])
+    offset = 4.0
     depth = offset / (rays() @ normal)
     points = depth_to_points(depth, FOCAL)
     assert points.shape == (ROWS, COLUMNS, 3) and points.dtype == np.float32
@@ -39,10 +40,12 @@ def test_points_of_a_tilted_plane_lie_on_it():
 
 
 def test_points_of_a_sphere_lie_on_it_and_the_background_has_none():
-    centre, radius = np.array([0.2, -0.1, 3.0]), 0.8
+    centre = np.array([0.2, -0.1, 3.0])
+    radius = 0.8
     directions = rays()
     # |t d - c| = r: the nearer root of t^2 d.d - 2 t d.c + c.c - r^2
-    a, b = (directions**2).sum(2), directions @ centre
+    a = (directions**2).sum(2)
+    b = directions @ centre
     discriminant = b**2 - a * (centre @ centre - radius**2)
     depth = np.where(discriminant > 0, (b - np.sqrt(np.maximum(discriminant, 0))) / a, 0.0)
     points = depth_to_points(depth, FOCAL)
@@ -63,8 +66,10 @@ def test_depths_that_make_no_points_are_rejected():
 
 
 def test_the_command_writes_a_point_map_beside_each_image(tmp_path):
-    images, depths = tmp_path / "IMAGES", tmp_path / "DEPTHS"
-    images.mkdir(), depths.mkdir()
+    images = tmp_path / "IMAGES"
+    depths = tmp_path / "DEPTHS"
+    images.mkdir()
+    depths.mkdir()
     for name in ("chair", "lamp"):
         Image.fromarray(np.zeros((ROWS, COLUMNS, 4), np.uint8)).save(images / f"{name}.png")
     millimetres = np.full((ROWS, COLUMNS), 2500, np.uint16)

@@ -22,8 +22,8 @@ from eg3d_rlhf.tuning.flow.families.folder import embedding_progress
 from training.storage import reject_lfs_pointer
 
 # Path of an encoder's weights, channels of a token, tensors of the file, and expected tensors.
-Found = tuple[Path, int, State, State]
-Find = Callable[[], Found]
+EncoderFiles = tuple[Path, int, State, State]
+FindEncoder = Callable[[], EncoderFiles]
 TEXT_TOKENS = 77  # length of CLIP's text input
 
 
@@ -60,7 +60,9 @@ EMBED_IMAGES = "embedding of images"
 EMBED_TEXTS = "embedding of texts"
 
 
-def _encoder_network(name: str, widths: Collection[int], address: str, without: str, find: Find) -> Network:
+def _encoder_network(
+    name: str, widths: Collection[int], address: str, without: str, find: FindEncoder
+) -> Network:
     """Describe an encoder of prompts or images for `flow check`; without its files, a missing network.
 
     Args:
@@ -78,7 +80,7 @@ def _encoder_network(name: str, widths: Collection[int], address: str, without: 
         return Network(file=Path(name), expected={}, tensors={}, missing=str(error), **common)
     try:
         path, width, tensors, expected = find()
-    except FileNotFoundError as error:
+    except FileNotEncoderFilesError as error:
         return Network(file=Path(name), expected={}, tensors={}, missing=str(error), **common)
     except ValueError as error:
         # A damaged file. The message states the remedy.
@@ -99,7 +101,7 @@ def _encoder_network(name: str, widths: Collection[int], address: str, without: 
 def image_encoder_network(name: str, widths: Collection[int], dino3: bool = False) -> Network:
     """Describe the DINO that embeds images, see `_encoder_network`. `dino3`: True for DINOv3."""
 
-    def find() -> Found:
+    def find() -> EncoderFiles:
         path, config, tensors = dino3_files(name) if dino3 else dino_files(name)
         # Built without weights, for the names and shapes of its tensors.
         network: nn.Module = empty(lambda: (Dino3 if dino3 else Dino)(config))
@@ -111,12 +113,12 @@ def image_encoder_network(name: str, widths: Collection[int], dino3: bool = Fals
 def text_encoder_network(name: str, widths: Collection[int]) -> Network:
     """Describe the CLIP that embeds texts, see `_encoder_network`."""
 
-    def find() -> Found:
+    def find() -> EncoderFiles:
         try:
             model = pretrained("CLIPTextModel", name)
             pretrained("AutoTokenizer", name)
         except NotOnThisMachineError as error:
-            raise FileNotFoundError(str(error)) from None
+            raise FileNotEncoderFilesError(str(error)) from None
         return Path(name), model.config.hidden_size, model.state_dict(), model.state_dict()
 
     return _encoder_network(name, widths, f"https://huggingface.co/{name}", EMBED_TEXTS, find)
