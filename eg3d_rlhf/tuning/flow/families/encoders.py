@@ -80,7 +80,7 @@ def _encoder_network(
         return Network(file=Path(name), expected={}, tensors={}, missing=str(error), **common)
     try:
         path, width, tensors, expected = find()
-    except FileNotEncoderFilesError as error:
+    except FileNotFoundError as error:
         return Network(file=Path(name), expected={}, tensors={}, missing=str(error), **common)
     except ValueError as error:
         # A damaged file. The message states the remedy.
@@ -118,7 +118,7 @@ def text_encoder_network(name: str, widths: Collection[int]) -> Network:
             model = pretrained("CLIPTextModel", name)
             pretrained("AutoTokenizer", name)
         except NotOnThisMachineError as error:
-            raise FileNotEncoderFilesError(str(error)) from None
+            raise FileNotFoundError(str(error)) from None
         return Path(name), model.config.hidden_size, model.state_dict(), model.state_dict()
 
     return _encoder_network(name, widths, f"https://huggingface.co/{name}", EMBED_TEXTS, find)
