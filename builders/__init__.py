@@ -6,6 +6,8 @@
     toy_flow    networks of the toy flow generator
     view_prior  prior of score distillation
 
-`make assets` runs all of them in order. They are not part of the installed package, and no other package
+    flow_memory memory of the published flow generators, a file of the package and not of assets/
+
+`make assets` runs all others in order. They are not part of the installed package, and no other package
 imports them.
 """

@@ -58,6 +58,7 @@ NEEDED = {
     "samples sheet": "--outdir={out}",
     "study": "--b={network}",
     "data convert": "--source={data} --dest={out}.zip",
+    "data point-maps": "DEPTHS --images=IMAGES --fov=55",
     "assets build": "labels",
     **{
         f"{noun} {verb}": "ann"

@@ -169,6 +169,7 @@ HASHES = {
     "eg3d_rlhf.tuning.flow.workspace.answers": "splits of conditions",
     "eg3d_rlhf.tuning.flow.workspace.work_folder": "splits of conditions",
     "torch_utils.build": "names of compiled ops",
+    "training.distributed": "which process of torchrun reports an error",
     "training.heads.people_mesh": "cache of grids, below the store in the order of imports",
     "training.networks": "identity of a network",
     "training.phases": "derived seeds",

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import socket
@@ -213,6 +214,36 @@ def launch_identity() -> str | None:
     rendezvous_id = os.environ["TORCHELASTIC_RUN_ID"]
     # torchrun sets "none" if no --rdzv-id was given.
     return rendezvous_id if rendezvous_id != "none" else f"{socket.gethostname()}/{os.getppid()}"
+
+
+def is_first_report(message: str) -> bool:
+    """Return True if no other process of this launch of torchrun has reported the same error before.
+
+    Errors of the command line, and of files that all processes open, occur on every process before the
+    process group exists. torchrun's own store decides which process reports them. Without torchrun, and with
+    launchers that have no such store, every process reports its errors.
+
+    Args: message: text of the error.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE") in (
+        None,
+        "1",
+    ):
+        return True
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"eg3d_rlhf/reported/{restarts}/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=10),
+        )
+        # `add` is atomic, so exactly one process gets 1.
+        return store.add(key, 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        # An error that several processes report is better than one that none reports.
+        return True
 
 
 @contextlib.contextmanager

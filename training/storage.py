@@ -82,6 +82,29 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# First bytes of the small text file that git leaves in place of a large file that Git LFS has not fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def reject_lfs_pointer(path: str | Path, who: str = "") -> None:
+    """Raise ValueError if a file is a pointer of Git LFS, which stands for a file that was not downloaded.
+
+    Args:
+        path: path of the file; nothing is checked if there is no file.
+        who: beginning of the message; "": the path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    if is_pointer:
+        raise ValueError(
+            f"{who or path}: {path.name} is a pointer of Git LFS ({path.stat().st_size} bytes) in place of"
+            f" the file itself. Run `git lfs pull` in {path.parent}, or download the file again."
+        )
+
+
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Write tensors and their description to one file.
 
@@ -180,6 +203,7 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
     file_kind = f"{kind or 'tensor'} file"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a {file_kind}.")
+    reject_lfs_pointer(path)
     try:
         tensor_file = safetensors.safe_open(str(path), framework="pt", device="cpu")
     except safetensors.SafetensorError as error:

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import select
@@ -222,7 +223,44 @@ def check_value(command_words: str, flag: str, flag_value: str | Sequence[Any]) 
             renamed.check_seeds(command_words, single_value)
 
 
-class GroupedCommand(click.Command):
+def _report(message: str) -> None:
+    """Print an error in one line on stderr. Under torchrun, one process prints an error that all have."""
+    if _reports(message):
+        click.echo(f"Error: {message}", err=True)
+
+
+def _reports(message: str) -> bool:
+    """Return True if this process has to print an error: always, except under torchrun."""
+    # torchrun sets this variable; without it, the import of torch would only slow the error down
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    from training.distributed import is_first_report
+
+    return is_first_report(message)
+
+
+class ReportsOnce(click.Command):
+    """Command whose usage errors are printed by one process of torchrun instead of by all."""
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **kwargs: Any
+    ) -> Any:
+        """Run the command as click does. Errors of the command line end it with exit code 2."""
+        if not standalone_mode or "TORCHELASTIC_RUN_ID" not in os.environ:
+            return super().main(args, standalone_mode=standalone_mode, **kwargs)
+        try:
+            # Without standalone mode, click returns the code of an explicit exit, or the command's result.
+            result = super().main(args, standalone_mode=False, **kwargs)
+        except click.ClickException as error:
+            if _reports(error.format_message()):
+                error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(1)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+class GroupedCommand(ReportsOnce):
     """A click command that lists its options in groups and reports users' errors in one line.
 
     ValueError and OSError are users' errors. They end the command with exit code 2. Names of options may be
@@ -588,16 +626,15 @@ def user_errors(edit_message: Callable[[str], str] = str) -> Iterator[None]:
             # All optional packages are in EXTRAS. An import that fails otherwise is a bug of ours.
             raise
         extra_name = EXTRAS[package]
-        click.echo(
-            f"Error: this command needs {package}, which is not installed. Run pip install"
-            f" 'eg3d-rlhf[{extra_name}]'.",
-            err=True,
+        _report(
+            f"this command needs {package}, which is not installed. Run pip install"
+            f" 'eg3d-rlhf[{extra_name}]'."
         )
         sys.exit(2)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             raise
-        click.echo(f"Error: {edit_message(str(error).strip())}", err=True)
+        _report(edit_message(str(error).strip()))
         sys.exit(2)
 
 

@@ -484,6 +484,13 @@ def _ends_with_130(resume_hint: str) -> Iterator[None]:
         sys.exit(130)
 
 
+def process_count() -> int:
+    """Return the number of processes that torchrun started, or 1 without torchrun."""
+    # torchrun sets WORLD_SIZE; a value that is no number is reported when the process group opens
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    return max(int(world_size), 1) if world_size.isdecimal() else 1
+
+
 def reject_torchrun(has_several: bool, flag_names: str) -> None:
     """Raise ValueError if several trainings are requested under torchrun with several processes.
 
@@ -491,8 +498,7 @@ def reject_torchrun(has_several: bool, flag_names: str) -> None:
         has_several: True if the command requests several trainings.
         flag_names: names of the flags that request them, for the message.
     """
-    # torchrun sets WORLD_SIZE to the number of processes; without torchrun it is not set
-    if has_several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if has_several and process_count() > 1:
         raise ValueError(
             f"{flag_names}: several trainings cannot share the processes of torchrun"
             f" (WORLD_SIZE={os.environ['WORLD_SIZE']}). Start the command without torchrun, and pass --jobs"

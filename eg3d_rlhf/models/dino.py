@@ -285,6 +285,15 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     Returns: the network in float32, in evaluation mode and without gradients of its parameters.
     Raises: FileNotFoundError if no weights were found; ValueError if they do not fit the network.
     """
+    path, config, state_dict = dino_files(name)
+    return load_dino(config, state_dict, str(path), device)
+
+
+def dino_files(name: str) -> tuple[Path, DinoConfig, State]:
+    """Find the files of a DINOv2, and return the path of the weights, the settings and the tensors.
+
+    The tensors have the names of transformers. Arguments and errors are those of `read_dino`.
+    """
     path = _find_weights(name)
     state_dict = read(path, name)
     # Checkpoints of torch hub have no config.json beside them. Their settings follow from the shapes.
@@ -293,7 +302,7 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
         state_dict = from_hub(state_dict, config)
     else:
         config = _read_config(name, path, "dinov2", _dino_config)
-    return load_dino(config, state_dict, str(path), device)
+    return path, config, state_dict
 
 
 def _find_weights(name: str) -> Path:
@@ -453,14 +462,27 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     Raises: FileNotFoundError if no weights were found; ValueError if they do not fit the network, or if the
         library transformers is missing.
     """
-    path = _find_weights(name)
-    require_extra(name, "transformers")
-    config = _read_config(name, path, "dinov3", _dino3_config)
+    path, config, state_dict = dino3_files(name)
     network = empty(lambda: Dino3(config))
-    fill(network, read(path, name), str(path), requested_dtypes=torch.float32, device=device)
+    fill(network, state_dict, str(path), requested_dtypes=torch.float32, device=device)
     # The rotary frequencies are not part of the weights, and `empty` created them without values.
     network.rope_embeddings = type(network.rope_embeddings)(config)
     return freeze(network, device)
+
+
+def dino3_files(name: str) -> tuple[Path, Any, State]:
+    """Find the files of a DINOv3, and return the path of the weights, the settings and the tensors.
+
+    Arguments and errors are those of `read_dino3`.
+    """
+    path = _find_weights(name)
+    require_extra(name, "transformers")
+    return path, _read_config(name, path, "dinov3", _dino3_config), read(path, name)
+
+
+def address_of(name: str) -> str:
+    """Return the address at which a DINO of this name can be downloaded."""
+    return f"https://huggingface.co/{HUB.get(name, name)}"
 
 
 def _dino3_config(file_settings: Mapping[str, Any]) -> Any:

@@ -112,8 +112,8 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     if used_alpha is None:
         raise ValueError(
             f"{weight_file.name}: the adapters' alpha is unknown, because there is no {CONFIG} beside the"
-            f" file. Copy {CONFIG} into its folder, or pass the argument `alpha` (for DSO's checkpoints,"
-            " twice the rank)."
+            f" file. Copy {CONFIG} into its folder, or state the scale (flow export: --set alpha=NUMBER;"
+            " for DSO's checkpoints, twice the rank)."
         )
     if alpha is not None and alpha != used_alpha:
         raise ValueError(

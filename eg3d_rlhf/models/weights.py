@@ -19,7 +19,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from training.storage import check_fit, write_atomic
+from training.storage import check_fit, reject_lfs_pointer, write_atomic
 
 # Older releases of transformers stored this buffer, which contains the numbers 0, 1, 2, ... It may be missing
 # in a file or in a network; all other names must match.
@@ -125,6 +125,7 @@ def read_content(path: str | Path, who: str) -> Any:
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged or contains other objects.
     """
     path = existing_path(path, who)
+    reject_lfs_pointer(path, who)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -268,6 +269,43 @@ def count(entry_names: Iterable[str], prefix: str) -> int:
     )
 
 
+# Parts of names that the library PEFT, and other programs, give to adapters that are not merged.
+_ADAPTER_NAME = re.compile(r"(?:^|\.)(?:lora_(?:A|B|down|up|embedding_[AB])|base_layer)(?:\.|$)")
+
+
+def unmerged_layers(names: Iterable[str]) -> list[str]:
+    """Return the layers that have adapters (LoRA) in a file whose adapters are not merged into the weights.
+
+    Args:
+        names: names of the tensors of the file.
+    """
+    return sorted({name[: part.start()] for name in names if (part := _ADAPTER_NAME.search(name))})
+
+
+def unmerged_message(who: str, layer_names: Sequence[str]) -> str:
+    """Return the message for a file whose adapters are not merged.
+
+    Args:
+        who: text that the message begins with.
+        layer_names: names of the layers with adapters, see `unmerged_layers`.
+    """
+    return (
+        f"{who}: the file holds adapters (LoRA) of {len(layer_names)} layers that are not merged into the"
+        f" weights, such as {layer_names[0]}. Merge them (PEFT: merge_and_unload), or put the file of the"
+        " base network here and pass the adapters as tuned weights (flow export --weights=STAGE=PATH)."
+    )
+
+
+def nonfinite_names(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of the floating-point tensors that have a value which is NaN or infinite."""
+    return [
+        name
+        for name, tensor in state_dict.items()
+        # Tensors on the meta device have no values.
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all())
+    ]
+
+
 def check_finite(state_dict: Mapping[str, torch.Tensor], who: str) -> None:
     """Raise ValueError if a floating-point tensor has a value that is NaN or infinite.
 
@@ -275,15 +313,10 @@ def check_finite(state_dict: Mapping[str, torch.Tensor], who: str) -> None:
         state_dict: state dict.
         who: text that the error message begins with.
     """
-    nonfinite_names = [
-        name
-        for name, tensor in state_dict.items()
-        # Tensors on the meta device have no values.
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all())
-    ]
-    if nonfinite_names:
+    faulty_names = nonfinite_names(state_dict)
+    if faulty_names:
         raise ValueError(
-            f"{who}: the values of {', '.join(nonfinite_names[:8])} are not finite (NaN or infinity). Use an"
+            f"{who}: the values of {', '.join(faulty_names[:8])} are not finite (NaN or infinity). Use an"
             " earlier checkpoint."
         )
 
@@ -320,6 +353,9 @@ def fill(
         not finite.
     """
     present_state = network.state_dict()
+    layers_with_adapters = unmerged_layers(new_state.keys() - present_state.keys())
+    if layers_with_adapters:
+        raise ValueError(unmerged_message(who, layers_with_adapters))
     check_fit(present_state, new_state, who)
     check_finite(new_state, who)
     if any(tensor.is_meta for tensor in present_state.values()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from eg3d_rlhf.core.cli import user_errors
+from eg3d_rlhf.core.cli import ReportsOnce, user_errors
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.experiments.mode import Mode
 
@@ -28,7 +28,7 @@ MODES: Registry[Mode] = Registry(
 )
 
 
-class ModeCommand(click.Command):
+class ModeCommand(ReportsOnce):
     """Command `train`, which passes its arguments to the command of the mode that --mode names.
 
     A flag that belongs to another mode is rejected with an error that names this mode.

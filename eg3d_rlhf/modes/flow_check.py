@@ -1,8 +1,9 @@
 """The job `flow check`, which reports on one screen whether this package can use a flow generator's folder.
 
-The `FlowFamily` of the folder lists its networks. The expected names and shapes of their tensors come from
-the networks of this package, built from the settings in the folder; tests/compat/test_family_*.py compare
-them with the networks of the original programs. Only the headers of the weight files are read.
+The `FlowFamily` of the folder lists its networks, and the encoder of prompts or images. The expected names
+and shapes of their tensors come from the networks of this package, built from the settings in the folder;
+tests/compat/test_family_*.py compare them with the networks of the original programs. Values are read only
+with --deep.
 """
 
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.experiments.mode import flags_of
 from eg3d_rlhf.tuning.flow.base.family import (
     EmbedsImages,
     EmbedsText,
@@ -26,18 +28,19 @@ from eg3d_rlhf.tuning.flow.base.family import (
     Shows,
     sized_stages,
 )
-from eg3d_rlhf.tuning.flow.families import family_of, released_sizes
+from eg3d_rlhf.tuning.flow.families import family_of
 
 WIDTH = 118  # characters per line of the screen
 LISTED = 12  # largest number of parts in one entry, such as files
 FIRST = 8  # largest number of tensors that one fault names
 _LICENCE = ("licen", "notice")  # beginnings of the names of licence files, in lower case
 # Protocol that a family implements -> use of the folder that it makes possible
+# and the ability that an encoder in the list of networks provides, see `Network.without`
 DONE = {
-    EmbedsImages: "embed images",
-    EmbedsText: "embed texts",
-    Shows: "sample",
-    Exports: "export",
+    EmbedsImages: ("embed images", "embedding of images"),
+    EmbedsText: ("embed texts", "embedding of texts"),
+    Shows: ("sample", ""),
+    Exports: ("export", ""),
 }
 
 
@@ -48,21 +51,58 @@ DONE = {
     is_flag=True,
     help=(
         "Do not check the files; estimate the GPU memory of sampling and of one training update. Without"
-        " ROOT, the published models of all families are estimated."
+        " ROOT, the table of the published models is printed at once."
     ),
 )
+@option(
+    "--deep",
+    is_flag=True,
+    help="Also read all weights, and report values that are NaN or infinite. This takes some seconds per GB.",
+)
+@option(
+    "--tune",
+    type=click.Choice(["lora", "full"]),
+    default="lora",
+    help="With --memory: parameters that the update tunes, only LoRA adapters or all parameters.",
+)
+@option(
+    "--gpus",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1,
+    help=(
+        "With --memory and --tune=full: number of processes of torchrun, which divide the training state"
+        " (FSDP2). The memory of one process is shown."
+    ),
+)
+@option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="With --memory: data type of the weights, as in `flow tune --dtype`.",
+)
 @click.pass_context
-def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
+def check(
+    ctx: click.Context, root: Path | None, memory: bool, deep: bool, tune: str, gpus: int, dtype: str
+) -> None:
     """Check whether this package can use the flow generator in the folder ROOT, and list which commands the
     generator supports. The exit code is 0 if all files fit, and 1 otherwise.
 
     \b
-    Example:
+    Examples:
         eg3d-rlhf flow check /data/Hunyuan3D-2.1
+        eg3d-rlhf flow check --memory --tune=full --gpus=4
     """
+    flags = flags_of(ctx)
+    flags.check_applies(("tune", "gpus", "dtype"), memory, "--memory is not given")
+    flags.check_applies(("deep",), not memory, "--memory reads no weights")
+    flags.check_applies(
+        ("gpus",), tune == "full", "adapters are copied to every process, and only --tune=full is divided"
+    )
+    flags.check_applies(("dtype",), tune != "full", "--tune=full trains float32 weights")
     # the estimate needs settings only, so ROOT may be missing
     if memory:
-        for line in memory_lines(root):
+        for line in memory_lines(root, tune, gpus, dtype):
             click.echo(line)
         return
     if root is None:
@@ -74,7 +114,7 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
     licence_remarks: list[str] = []
     family = family_of(root, licence_remarks.append)
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
-    all_faults = [fault for network in networks for fault in find_faults(network)]
+    all_faults = [fault for network in networks for fault in find_faults(network, deep)]
     if not isinstance(family, ListsNetworks):
         # The family of a plugin need not list its networks. Then loading raises an error for files that do
         # not fit.
@@ -86,40 +126,68 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
         ctx.exit(1)
 
 
-def memory_lines(root: Path | None) -> Iterator[str]:
-    """Estimate the GPU memory of sampling and of adapter training, and yield the lines of a table.
+def memory_lines(root: Path | None, tune: str, gpus: int, dtype: str) -> Iterator[str]:
+    """Yield the lines of a table with the GPU memory of sampling and of one training update.
 
-    Forward passes are computed in bfloat16. The estimate takes some seconds to minutes for each stage.
+    Forward passes are computed in bfloat16. A folder's estimate takes some seconds to minutes for each stage.
+    The published models' is read from a file of this package.
 
     Args:
         root: folder of a generator; None: the published models of all families.
+        tune: "lora" for adapters, "full" for all weights.
+        gpus: number of processes that divide the training state of full tuning.
+        dtype: data type of the weights.
     """
-    # imported here because it imports all families
-    from eg3d_rlhf.tuning.flow.workspace.estimate import estimate, table
+    # imported here because they import all families
+    from eg3d_rlhf.tuning.flow.workspace.estimate import estimate, rows_of, table
+    from eg3d_rlhf.tuning.flow.workspace.published_memory import DEVICE, PRECISION, published_costs
 
     if root is not None:
-        yield table(estimate(sized_stages(family_of(root), root), precision="bfloat16"))
+        costs_of_folder = estimate(
+            sized_stages(family_of(root), root),
+            precision=PRECISION,
+            dtype=dtype,
+            tune=tune,
+            gpus=gpus,
+            device_type=DEVICE,
+        )
+        yield table(costs_of_folder)
         return
-    for name, stages in released_sizes().items():
+    for name, costs in published_costs().items():
+        rows = rows_of([cost for cost in costs if cost.what in ("sample", tune)], dtype=dtype, gpus=gpus)
         yield name
-        yield f"{table(estimate(stages(), precision='bfloat16', name=name))}\n"
+        yield f"{table(rows)}\n"
 
 
-def find_faults(network: Network) -> list[str]:
-    """Compare the tensors of a network with the expected tensors.
+def find_faults(network: Network, deep: bool = False) -> list[str]:
+    """Find the reasons why later commands would reject a network.
 
-    Returns: a list with one text that names the missing, the unexpected and the misshapen tensors, at most
-        FIRST of each kind. The list is empty if all tensors fit, or if the folder may lack this network.
+    Args:
+        network: network of a generator.
+        deep: True to read all values, too, and to report those that are not finite.
+    Returns: texts about adapters that are not merged, or about the missing, the unexpected and the misshapen
+        tensors, at most FIRST of each kind; about values that are not finite; and the faults that the family
+        has found. The list is empty if all fits, or if the folder may lack this network.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.models.weights import shapes
+    from eg3d_rlhf.models.weights import nonfinite_names, shapes, unmerged_layers, unmerged_message
 
     if not network.tensors:
         # An optional network (`without` is set) may be missing. `screen_lines` reports it.
         return (
-            []
+            list(network.faults)
             if network.without
             else [f"{network.name} has no tensors in {network.file}. Download this file again."]
+        )
+    if adapted_layers := unmerged_layers(network.tensors.keys() - network.expected.keys()):
+        return [unmerged_message(f"{network.name}, {network.file}", adapted_layers)]
+    value_faults = list(network.faults)
+    if deep and (faulty_names := nonfinite_names(network.tensors)):
+        names_text = ", ".join(faulty_names[:FIRST]) + (" ..." if len(faulty_names) > FIRST else "")
+        value_faults.append(
+            f"{network.name} has values that are NaN or infinite, in {len(faulty_names)} of"
+            f" {len(network.tensors)} tensors: {names_text}. Download {network.file.name} again, or use an"
+            " earlier checkpoint."
         )
     # lists, because `shapes` returns the shapes in the file's header as lists
     expected_shapes = {name: list(shape) for name, shape in network.expected.items()}
@@ -141,11 +209,17 @@ def find_faults(network: Network) -> list[str]:
         if tensor_texts
     )
     if not fault_text:
-        return []
+        return value_faults
     return [
         f"{network.name} does not hold the tensors that its settings describe: {fault_text}. Download"
-        f" {network.file.name} again."
+        f" {network.file.name} again.",
+        *value_faults,
     ]
+
+
+def find_address(network: Network, family: FlowFamily) -> str:
+    """Return the address at which a network is published, or "" if it is not known."""
+    return network.address or family.address
 
 
 def screen_lines(
@@ -189,30 +263,50 @@ def screen_lines(
     yield from entry_lines("licence", [family.notice or "see the licence of the publisher"])
     licence_names = _join_paths(find_licences(root), root)
     yield from entry_lines("", [f"licence files: {licence_names or 'none found; see the publisher'}"])
-    # A family supports a command if it implements the Protocol of this command.
-    supported_uses = [use for protocol, use in DONE.items() if isinstance(family, protocol)]
-    # optional networks that the folder lacks, with what is impossible without them
-    missing_networks = [
-        f"{network.name} is missing, so there is no {network.without}"
-        for network in networks
-        if network.without and not network.tensors
+    # optional networks that the folder lacks
+    missing_networks = [network for network in networks if network.without and not network.tensors]
+    # A family supports a command if it implements the Protocol of this command. A family of several kinds of
+    # pipelines implements more; the encoder that it lists for this folder decides.
+    encoder_uses = {network.without: bool(network.tensors) for network in networks if network.embeds}
+    supported_uses = [
+        use
+        for protocol, (use, ability) in DONE.items()
+        if isinstance(family, protocol) and (not ability or not encoder_uses or encoder_uses.get(ability))
     ]
+    # without it the folder cannot make pairs of the user's assets
+    missing_asset_encoders = [network for network in missing_networks if not network.embeds]
     # the loop needs a reward of finished assets that can be fitted to the pairs
     if not isinstance(family, FitsRewards):
         loop_support = ["but not --loop: tune the stages one by one"]
     else:
-        loop_support = [] if missing_networks else ["the loop"]
-    yield from entry_lines("can", [*supported_uses, f"tune {', '.join(family.stages)}", *loop_support])
-    if isinstance(family, Encodes) and not missing_networks:
+        loop_support = [] if missing_asset_encoders else ["the loop"]
+    stage_names = ", ".join(family.stages_in(root))
+    yield from entry_lines("can", [*supported_uses, f"tune {stage_names}", *loop_support])
+    if isinstance(family, Encodes) and not missing_asset_encoders:
         yield from entry_lines("", ["train on pairs of your own assets"])
-    for line in missing_networks:
-        yield from entry_lines("cannot", [line])
+    for network in missing_networks:
+        if not network.faults:
+            yield from entry_lines("cannot", [describe_missing(network, family)])
     for fault in faults:
         yield from entry_lines("FAULT", [fault])
     yield from entry_lines(
         "",
-        ["everything fits" if not faults else f"{len(faults)} faults: the folder cannot be used as it is"],
+        [
+            "everything fits"
+            if not faults and not missing_networks
+            else f"all files that are here fit; {len(missing_networks)} networks are missing"
+            if not faults
+            else f"{len(faults)} faults: the folder cannot be used as it is"
+        ],
     )
+
+
+def describe_missing(network: Network, family: FlowFamily) -> str:
+    """Describe an optional network that is missing: what is impossible without it, and how to get it."""
+    address = find_address(network, family)
+    # The message of an encoder states where it was searched for, and its address.
+    remedy = network.missing or (f"It is published at {address}." if address else "")
+    return f"{network.name} is missing, so there is no {network.without}. {remedy}".strip()
 
 
 def find_licences(root: Path) -> list[Path]:

@@ -3,13 +3,15 @@
 The tuned weights come from a WORK folder, from runs of train.py, or from folders that --weights names.
 """
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
-from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json
+from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json, rare_option
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import FILE, Work
@@ -41,6 +43,17 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import FILE, Work
     multiple=True,
     help="Name of a stage, and the folder or file of its tuned weights; needs --pipeline. May be repeated.",
 )
+@rare_option(
+    "--alpha",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    show_default="that of adapter_config.json",
+    help=(
+        "Scale of adapters that --weights names and that have no adapter_config.json beside them; for DSO's"
+        " checkpoints, twice their rank."
+    ),
+)
 def export_command(
     sources: Sequence[Path],
     outdir: Path,
@@ -48,6 +61,7 @@ def export_command(
     name: str | None,
     root: Path | None,
     weights: Sequence[str],
+    alpha: float | None,
 ) -> None:
     """Write the tuned generator in the layout of the released generator, so that its original program can
     load it. RUN is a run folder of train.py. Stages that several runs tuned are exported together.
@@ -58,15 +72,53 @@ def export_command(
         eg3d-rlhf flow export WORK --outdir=ADAPTERS --adapter
         eg3d-rlhf flow export runs/00000-a runs/00001-b --outdir=TUNED
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
-    from eg3d_rlhf.tuning.flow.base.export import export
-
+    if alpha is not None and (adapter or not weights):
+        raise ValueError(
+            "--set alpha= applies only to adapters that --weights=STAGE=PATH names, and not with --adapter."
+            " Remove it: a training of this package records alpha."
+        )
     # stage -> folder of its tuned weights
     root, weights_by_stage = find_tuned_weights(sources, name, root, weights)
     # An export is never mixed with other files.
     if outdir.exists() and any(outdir.iterdir()):
         raise ValueError(f"--outdir: {outdir} is not empty. Name a new or an empty folder.")
+    with removing_on_error(outdir):
+        write_export(root, weights_by_stage, outdir, adapter, alpha)
+
+
+@contextlib.contextmanager
+def removing_on_error(outdir: Path) -> Iterator[None]:
+    """Remove what the block has written to a new or empty folder if it raises an error or is stopped."""
+    existed = outdir.exists()
+    try:
+        yield
+    except BaseException:
+        for path in outdir.iterdir() if outdir.exists() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if outdir.exists() and not existed:
+            outdir.rmdir()
+        raise
+
+
+def write_export(
+    root: Path, weights_by_stage: Mapping[str, Path], outdir: Path, adapter: bool, alpha: float | None
+) -> None:
+    """Write the tuned networks, or their adapters, and print how they are loaded.
+
+    Args:
+        root: folder of the untuned generator.
+        weights_by_stage: name of a stage -> folder or file of its tuned weights.
+        outdir: new or empty folder.
+        adapter: True to write the adapters instead of full networks.
+        alpha: value of --set alpha.
+    """
+    # Imported here, so that --help is printed without loading these modules.
+    from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
+    from eg3d_rlhf.tuning.flow.base.export import export
+
     # An adapter folder of the library PEFT consists of two files per stage: weights and configuration.
     if adapter:
         stages_without_adapter = [
@@ -76,6 +128,15 @@ def export_command(
             raise ValueError(
                 f"--adapter: the training changed all parameters of {', '.join(stages_without_adapter)}, so"
                 " there is no adapter. Remove --adapter to export the full networks."
+            )
+        stages_without_config = [
+            stage for stage, path in weights_by_stage.items() if not (path / CONFIG).is_file()
+        ]
+        if stages_without_config:
+            raise ValueError(
+                f"--adapter: the adapters of {', '.join(stages_without_config)} have no {CONFIG}, which"
+                " states their scale. Copy it into their folder, or remove --adapter to export the full"
+                " networks."
             )
         for stage, path in weights_by_stage.items():
             # a hard link where the file system allows it: adapters are large
@@ -87,7 +148,7 @@ def export_command(
             )
         return
     family = family_of(root)
-    print_json(export(family, root, outdir, weights_by_stage))
+    print_json(export(family, root, outdir, weights_by_stage, alpha))
     # the family's instructions for loading the exported folder; plugins need not have any
     click.echo(f"{outdir}: {family.loaded_by.format(out=outdir) or 'as any folder of ' + family.name}")
 
@@ -170,7 +231,8 @@ def find_tuned_weights(
             f" {generator_roots[-1]}. Export the generators with separate commands."
         )
     # raises ValueError for a stage that this generator does not have
-    check_stages("export", family_of(pipeline_root), [stage for stage, _ in stage_folders])
+    stage_names = [stage for stage, _ in stage_folders]
+    check_stages("export", family_of(pipeline_root).stages_in(pipeline_root), stage_names)
     # The dictionary holds the last folder of each stage. A stage with a different folder was tuned twice.
     repeated_stages = [stage for stage, path in stage_folders if dict(stage_folders)[stage] != path]
     if repeated_stages:

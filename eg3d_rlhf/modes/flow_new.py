@@ -12,7 +12,13 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, prefix_errors
 from eg3d_rlhf.core.device_option import DEVICE
-from eg3d_rlhf.modes.flow_check import entry_lines, find_faults, find_licences
+from eg3d_rlhf.modes.flow_check import (
+    describe_missing,
+    entry_lines,
+    find_address,
+    find_faults,
+    find_licences,
+)
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, rare_option
 from eg3d_rlhf.tuning.flow.base.family import (
     EmbedsImages,
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     import torch
 
     from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
+    from eg3d_rlhf.tuning.flow.workspace.estimate import Row
 
 # File types that have no alpha channel, so their images cannot have a transparent background.
 OPAQUE_SUFFIXES = (".jpg", ".jpeg", ".jfif")
@@ -168,7 +175,7 @@ def new(
     # `print_line` ignores the notice about the licence, because `check_and_describe` prints it.
     family = family_of(Path(pipeline), print_line=lambda text: None)
     target_device = choose_device(device)
-    for line in check_and_describe(family, Path(pipeline)):
+    for line in check_and_describe(family, Path(pipeline), embeds=embeddings is None):
         click.echo(line)
     # zero_null: the family's unconditional embedding is zero, so a file need not contain it
     embeddings_by_name = (
@@ -215,7 +222,7 @@ def new(
         folder=folder,
         pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()),
         family=family.name,
-        stages=family.stages,
+        stages=family.stages_in(Path(pipeline)),
         kind="prompts" if images is None else "pictures",
         up=flags["up"] or family.up,
         splits=prompts_by_split,
@@ -247,29 +254,40 @@ def parse_shares(shares_text: str) -> list[float]:
         ) from None
 
 
-def check_and_describe(family: FlowFamily, root: Path) -> Iterator[str]:
+def check_and_describe(family: FlowFamily, root: Path, embeds: bool = True) -> Iterator[str]:
     """Check the generator's folder, and yield lines that describe it, its licence and missing networks.
 
     Args:
         family: family of the generator.
         root: folder of the generator.
+        embeds: True if the generator's own encoder has to embed prompts or images.
 
     Raises: ValueError for a folder that cannot be used.
     """
-    # The family of a plugin may not list its networks. Then nothing is checked here.
-    networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
-    remedy = (
-        f"The generator is published at {family.address}"
-        if family.address
-        else "Copy the generator's folder again from its source."
-    )
-    # The first fault ends the command; `flow check` lists all faults.
+    # The family of a plugin may not list its networks. Then nothing is checked here. An encoder that is not
+    # used may be missing or faulty.
+    networks = [
+        network
+        for network in (family.networks(root) if isinstance(family, ListsNetworks) else ())
+        if embeds or not network.embeds
+    ]
+    # The first fault ends the command; `flow check` lists all faults. Values are read, too, because later
+    # commands would reject values that are not finite, after the inputs were embedded.
     for network in networks:
-        for fault in find_faults(network):
+        if network.missing:
+            raise ValueError(f"--pipeline: {network.missing}")
+        for fault in find_faults(network, deep=True):
+            address = find_address(network, family)
+            remedy = (
+                f"It is published at {address}."
+                if address
+                else "Copy the generator's folder again from its source."
+            )
             raise ValueError(f"--pipeline: {fault} {remedy}")
+    stage_names = ", ".join(family.stages_in(root))
     yield from entry_lines(
         "generator",
-        [f"{family.name} ({family.version or family.layout})", f"stages {', '.join(family.stages)}"],
+        [f"{family.name} ({family.version or family.layout})", f"stages {stage_names}"],
     )
     licence_files = find_licences(root)
     yield from entry_lines(
@@ -287,11 +305,7 @@ def check_and_describe(family: FlowFamily, root: Path) -> Iterator[str]:
         yield from entry_lines("", [f"licence files: {licence_names}"])
     for network in networks:
         if network.without and not network.tensors:
-            address_note = f" (published at {family.address})" if family.address else ""
-            yield from entry_lines(
-                "missing",
-                [f"{network.name} in {network.file}{address_note}: without it no {network.without}"],
-            )
+            yield from entry_lines("missing", [f"{describe_missing(network, family)} ({network.file})"])
 
 
 def cost_lines(
@@ -317,7 +331,7 @@ def cost_lines(
     from eg3d_rlhf.tuning.flow.training.memory_estimate import LARGE, free_bytes
 
     # imported here because it imports all families
-    from eg3d_rlhf.tuning.flow.workspace.estimate import check_fits, estimate, table
+    from eg3d_rlhf.tuning.flow.workspace.estimate import check_fits, rows_of, speed, table, trace_costs
 
     stages = sized_stages(family, root)
     # A small generator fits into every memory, so the slow estimate is left out.
@@ -328,14 +342,47 @@ def cost_lines(
         yield from entry_lines("memory", [f"small networks: at most {max_parameter_count:,} parameters"])
         return
     # The memory is computed with fake tensors, so that nothing large is allocated.
-    stage_costs = estimate(stages, precision=precision, batches=batches, device=str(device))
+    costs = trace_costs(stages, precision=precision, several=max(batches) > 1, device=device.type)
+    operations_per_second = speed(str(device), precision)
+    # `flow sample` holds the weights in the data type of the passes, and `flow tune` in float32 or in that
+    # of --dtype.
+    rows = [
+        row
+        for dtype in dict.fromkeys(("float32", precision))
+        for row in rows_of(costs, dtype=dtype, batches=batches, operations_per_second=operations_per_second)
+        if row.what != "sample" or dtype == precision
+    ]
     # raises ValueError with a remedy
-    check_fits(stage_costs, free_bytes(device), "flow new")
+    check_fits(rows, free_bytes(device), "flow new")
     # the first ten columns hold the title, as in `entry_lines`
     yield from (
         f"{'' if line_index else 'takes':<10}{line}"
-        for line_index, line in enumerate(table(stage_costs).splitlines())
+        for line_index, line in enumerate(table(rows).splitlines())
     )
+    stages_for_bfloat16 = find_bfloat16_stages(rows, free_bytes(device))
+    if stages_for_bfloat16:
+        yield from entry_lines(
+            "", [f"{', '.join(stages_for_bfloat16)}: to fit, needs eg3d-rlhf flow tune WORK --dtype=bfloat16"]
+        )
+
+
+def find_bfloat16_stages(rows: Sequence["Row"], available_bytes: int) -> list[str]:
+    """Return the stages whose update fits into a device only with weights in bfloat16.
+
+    Args:
+        rows: estimates for all stages.
+        available_bytes: free memory of the device in bytes.
+    """
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.tuning.flow.training.memory_estimate import SHARE
+
+    updates = [row for row in rows if row.what != "sample"]
+    return [
+        stage
+        for stage in dict.fromkeys(row.stage for row in updates)
+        if min(row.bytes for row in updates if row.stage == stage and row.dtype == "float32")
+        > SHARE * available_bytes
+    ]
 
 
 def conditioning_names(

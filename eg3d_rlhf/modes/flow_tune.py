@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -21,7 +21,7 @@ from eg3d_rlhf.core.cli import (
     option,
     options_from_settings,
 )
-from eg3d_rlhf.experiments.mode import Flags, flags_of, running
+from eg3d_rlhf.experiments.mode import Flags, flags_of, process_count, running
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_flags import (
     check_adapter_flags,
@@ -33,14 +33,16 @@ from eg3d_rlhf.modes.flow_flags import (
 from eg3d_rlhf.modes.flow_sample import AGAIN, device_flag, timeout_flag, work_argument
 from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
-from eg3d_rlhf.tuning.flow.base.settings import EncodingSource
-from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
+from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, WeightsSource
+from eg3d_rlhf.tuning.flow.training.settings import PassConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, Tuning, Work
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
-    from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
+    from eg3d_rlhf.tuning.flow.workspace.sample_strips import LoadNetwork, Strip
     from training.distributed import Ranks
+
+Training = TypeVar("Training", bound=PassConfig)
 
 LOOP_HELP = (
     "Tune with the Circular-DPO loop instead of plain DPO. On the toy generator, both are equally good."
@@ -117,7 +119,7 @@ what_flags = combine_decorators(
 @combine_decorators(
     what_flags,
     device_flag,
-    options_from_settings(EncodingSource),
+    options_from_settings(WeightsSource, EncodingSource),
     mark_rare(RARE, combine_decorators(tuning_flags, options_from_settings(TrainConfig), loop_flags)),
 )
 @click.pass_context
@@ -134,14 +136,22 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
     flags = Flags({**flag_values, "choose_noises": None}, flags_of(context).written)
     flags.check_applies(LOOP_ONLY, flags["loop"], "--loop is not given")
     check_adapter_flags(flags)
+    check_weights_flag(flags)
     if flags["loop"] and flags["stages"]:
         raise ValueError(
             "--stage cannot be combined with --loop, which tunes all stages. Remove one of them."
         )
     # Mistakes in the flags are reported before any file of the generator is read.
     work = Work.open(folder)
-    check_stages("--stage", work.check_pipeline(), flags["stages"])
+    work.check_pipeline()
+    check_stages("--stage", work.stages, flags["stages"])
     tuning = tuning_settings(flags, work)
+    if flags["batch"] is None and tuning.circular.human.batch != default_settings(work.pipeline).human.batch:
+        click.echo(
+            f"Each update has {tuning.circular.human.batch} pairs, a multiple of {process_count()} processes."
+            " --batch sets another number.",
+            err=True,
+        )
     if flags["dry_run"]:
         click.echo(json.dumps(asdict(tuning), indent=2, sort_keys=True))
         return
@@ -159,7 +169,7 @@ def shown_by_help(context: click.Context) -> list[object]:
     work = Work.open(context.params["folder"])
     # choose_noises: as in `tune_command`
     tuning = tuning_settings(Flags({**context.params, "choose_noises": None}), work)
-    return [{"seed": work.seed}, *circular_help_values(tuning.circular)]
+    return [{"seed": work.seed}, *circular_help_values(tuning.circular), WeightsSource()]
 
 
 tune_command.resolved = shown_by_help
@@ -183,18 +193,41 @@ def tuning_settings(flags: Flags, work: Work) -> Tuning:
         circular = replace(
             circular, human=replace(circular.human, dpo=replace(dpo, loser_weight=LOSER_WEIGHT))
         )
+    if flags.get("batch") is None:
+        circular = replace(
+            circular,
+            human=with_divisible_batch(circular.human),
+            loop=with_divisible_batch(circular.loop),
+            sft=with_divisible_batch(circular.sft),
+        )
     if flags.get("batch_gpu") is None:
-        # Pairs per forward pass: the largest divisor of the batch that is at most the number of assets that
-        # `flow new` found to fit into memory.
+        # Pairs per forward pass of a process: the largest divisor of its part of the batch that is at most
+        # the number of assets that `flow new` found to fit into memory.
+        process_batch = max(circular.human.batch // process_count(), 1)
         pairs_per_pass = max(
             pass_size
-            for pass_size in range(1, circular.human.batch + 1)
-            if circular.human.batch % pass_size == 0 and pass_size <= work.batch
+            for pass_size in range(1, process_batch + 1)
+            if process_batch % pass_size == 0 and pass_size <= work.batch
         )
         circular = replace(circular, human=replace(circular.human, batch_gpu=pairs_per_pass))
     return Tuning(
         circular=circular, stages=tuple(flags["stages"]), loop=flags["loop"], control=not flags["no_control"]
     )
+
+
+def with_divisible_batch(config: Training) -> Training:
+    """Return settings whose batch is the smallest multiple of the number of processes that is not smaller."""
+    return replace(config, batch=-(-config.batch // process_count()) * process_count())
+
+
+def check_weights_flag(flags: Flags) -> None:
+    """Raise ValueError if --dtype was given, although full tuning holds all weights in float32."""
+    # The loop holds the networks of the other stages in the data type of --dtype.
+    if flags["dtype"] not in (None, "float32") and flags["tune"] == "full" and not flags["loop"]:
+        raise ValueError(
+            f"--dtype={flags['dtype']} would have no effect, because --tune=full trains float32 weights."
+            " Remove --dtype, or train adapters with --tune=lora."
+        )
 
 
 def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -> None:
@@ -209,7 +242,12 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import Run, recorded
-    from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
+    from eg3d_rlhf.tuning.flow.workspace.answers import (
+        imported_of,
+        network_loader,
+        problem_of,
+        write_pairs,
+    )
     from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, tune
 
     family = work.check_pipeline()
@@ -227,8 +265,22 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     if flags["pairs_only"]:
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote
-    # Opens the generator, the pairs in WORK, and the embeddings of their prompts.
-    problem = problem_of(work, family, imported_labels, target_device, encoding_values)
+    # Opens the generator, the pairs in WORK, and the embeddings of their prompts. Without --loop, stages are
+    # trained one after the other, and each network is loaded when it is trained.
+    problem = problem_of(
+        work,
+        family,
+        imported_labels,
+        target_device,
+        encoding_values,
+        dtype=flags["dtype"],
+        loads_networks=flags["loop"],
+    )
+    load = (
+        None
+        if flags["loop"]
+        else network_loader(work, family, imported_labels, target_device, flags["dtype"])
+    )
     # Converted to JSON and back: tuples become lists, so that the record equals a stored record of the same
     # settings.
     new_record = json.loads(
@@ -250,7 +302,8 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             folder,
             labels=imported_labels.report,
             ranks=ranks,
-            samples=make_strip(work, family, problem, tuning),
+            samples=make_strip(work, family, problem, tuning, load),
+            load=load,
         )
         training_run.done()
     if ranks.is_main:
@@ -258,7 +311,9 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
         click.echo((folder / f"{REPORT}.md").read_text())
 
 
-def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tuning) -> "Strip | None":
+def make_strip(
+    work: Work, family: FlowFamily, problem: "Problem", tuning: Tuning, load: "LoadNetwork | None"
+) -> "Strip | None":
     """Make the renderer of the images that show samples of the generator during training.
 
     It renders assets of the first prompts of the selection split.
@@ -268,6 +323,7 @@ def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tunin
         family: family of the generator.
         problem: the opened problem.
         tuning: settings of the training, which limit the number of prompts.
+        load: function that loads the network of a stage; None if the problem holds all networks.
 
     Returns: the renderer. The result is None if there is no such prompt, or if the family cannot write assets
         that can be rendered.
@@ -282,7 +338,7 @@ def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tunin
         return None
     # Half of the family's grid is coarse, but fast enough to be repeated during training.
     strip_cells = () if family.cells is None else (family.cells // 2,)
-    return Strip(pipeline=problem.pipeline, family=family, prompts=prompts, size=strip_cells)
+    return Strip(pipeline=problem.pipeline, family=family, prompts=prompts, size=strip_cells, load=load)
 
 
 def choose_folder(work: Work, new_record: dict) -> Path:

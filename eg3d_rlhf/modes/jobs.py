@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from eg3d_rlhf.core import renamed
-from eg3d_rlhf.core.cli import user_errors, version_flag
+from eg3d_rlhf.core.cli import ReportsOnce, user_errors, version_flag
 from eg3d_rlhf.modes import ModeCommand
 
 PROGRAM = "eg3d-rlhf"
@@ -131,6 +131,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.image_sets:metrics",
         "compute FID, KID and offline distances (calc_metrics)",
     ),
+    "data point-maps": (
+        "eg3d_rlhf.modes.point_maps:point_maps",
+        "make point maps for SAM 3D from depth maps",
+    ),
 }
 
 
@@ -145,7 +149,7 @@ def command_of(job: str) -> click.Command:
     return getattr(importlib.import_module(module_name), command_name)
 
 
-class JobGroup(click.Group):
+class JobGroup(ReportsOnce, click.Group):
     """Click group of all jobs, or of the jobs that share their first word.
 
     The module of a job is imported only when the job runs or shows its help. The list of the jobs and shell

@@ -25,6 +25,8 @@ MARGIN = 12  # width of the empty border, in pixels
 _PARTED = 22  # distance between rows that a line separates, in pixels
 _LINE = 19  # height of a line of the note, in pixels
 _LETTER = 6.8  # mean width of a letter of the note, in pixels
+_CAPTION_LINE = 16  # height of a further line of a caption, in pixels
+_CAPTION_LETTER = 6.3  # mean width of a letter of a caption, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,10 @@ def sheet(title: str, rows: Sequence[Row], *, name_width: int = 0, note: str = "
             page_image.paste(Image.fromarray(cell), (MARGIN + name_width + j * cell_width, cell_top))
         for j, caption in enumerate(sheet_row.captions):
             cell_centre = MARGIN + name_width + j * cell_width + cell_width // 2
-            # "ma": the position is the middle of the upper edge of the text
-            canvas.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
+            for k, caption_line in enumerate(_wrapped_caption(sheet_row, caption)):
+                # "ma": the position is the middle of the upper edge of the text
+                line_y = cell_bottom + 2 + k * _CAPTION_LINE
+                canvas.text((cell_centre, line_y), caption_line, QUIET, font(13), anchor="ma")
         name_y = cell_top + sum(map(_height, rows[i : i + sheet_row.spans])) // 2
         # "lm": the position is the middle of the left edge of the text
         canvas.text((MARGIN, name_y), sheet_row.name, INK, font(26), anchor="lm")
@@ -99,7 +103,18 @@ def sheet(title: str, rows: Sequence[Row], *, name_width: int = 0, note: str = "
 def _height(sheet_row: Row) -> int:
     """Compute the height of a row in pixels, including the gap above it and the captions below it."""
     cell_height: int = sheet_row.cells[0].shape[0]
-    return (_PARTED if sheet_row.parted else 4) + cell_height + (20 if sheet_row.captions else 0)
+    caption_lines = max(
+        (len(_wrapped_caption(sheet_row, caption)) for caption in sheet_row.captions), default=0
+    )
+    # the first line has 20 pixels with its margins
+    caption_height = 20 + (caption_lines - 1) * _CAPTION_LINE if caption_lines else 0
+    return (_PARTED if sheet_row.parted else 4) + cell_height + caption_height
+
+
+def _wrapped_caption(sheet_row: Row, caption: str) -> list[str]:
+    """Wrap a caption to lines that fit below a cell, at least one."""
+    letters = max(int(sheet_row.cells[0].shape[1] / _CAPTION_LETTER), 8)
+    return textwrap.wrap(caption, letters) or [""]
 
 
 def to_uint8(image: ArrayLike) -> np.ndarray:

@@ -34,6 +34,7 @@ from eg3d_rlhf.generators.pickles.pickle_reader import (
     members,
     shorten,
 )
+from training.storage import reject_lfs_pointer
 
 # Records and rules of the tensor streams.
 
@@ -516,6 +517,7 @@ def _mapped(path: str | Path) -> memoryview:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a network pickle.")
+    reject_lfs_pointer(path)
     with open(path, "rb") as file:
         # Checked here, because mmap's own error for empty files does not name the file.
         if path.stat().st_size == 0:

@@ -10,6 +10,7 @@ The folder of the run then contains:
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -98,6 +99,35 @@ def join_assets(batches: Sequence[Asset]) -> Asset:
     return joined_assets.requires_grad_(False)
 
 
+LONGEST_CAPTION = 90  # letters of a prompt below an image; longer prompts lose what they have in common
+
+
+def captions_of(pairs: Sequence[tuple[str, int]]) -> list[str]:
+    """Return the captions of assets: prompt and seed. The captions of different prompts differ.
+
+    Long prompts are shortened: words with which all of them begin, and their end, are replaced by "...". If
+    two prompts then have the same caption, all captions also have the number of the prompt.
+
+    Args:
+        pairs: (prompt, seed) of each asset.
+    """
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+    common_start = os.path.commonprefix(prompts) if len(prompts) > 1 else ""
+    # cut after the last complete word
+    common_start = common_start[: common_start.rfind(" ") + 1]
+    short_texts = {}
+    for prompt in prompts:
+        text = prompt
+        if len(text) > LONGEST_CAPTION and common_start:
+            text = "..." + text.removeprefix(common_start)
+        if len(text) > LONGEST_CAPTION:
+            text = text[: LONGEST_CAPTION - 3] + "..."
+        short_texts[prompt] = text
+    if len(set(short_texts.values())) < len(prompts):
+        short_texts = {prompt: f"{i + 1}: {short_texts[prompt]}" for i, prompt in enumerate(prompts)}
+    return [f"{short_texts[prompt]}, {seed}" for prompt, seed in pairs]
+
+
 def write_images(
     assets_by_arm: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, shown_limit: int
 ) -> None:
@@ -117,8 +147,7 @@ def write_images(
     }
     renders_by_arm = {arm: next(turns(arm_assets, 1)) for arm, arm_assets in shown_assets.items()}
     sheet_rows = [Row(cells=cells, name=arm) for arm, cells in renders_by_arm.items()]
-    # Prompts are cut, because longer texts would not fit below an image.
-    captions = [f"{prompt[:19]}..., {seed}" for prompt, seed in pairs[:shown_count]]
+    captions = captions_of(pairs[:shown_count])
     # All rows show the same prompts and seeds, so only the last row has captions.
     sheet_rows[-1] = Row(cells=sheet_rows[-1].cells, name=sheet_rows[-1].name, captions=captions)
     # The column of names gets 30 pixels and 15 pixels for each letter of the longest name.

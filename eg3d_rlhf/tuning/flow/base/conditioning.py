@@ -7,6 +7,7 @@ prompt.
 Shapes: N samples; L tokens of a sample; E entries of a token.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,16 +199,11 @@ class Conditioning:
 
         Args:
             who: beginning of the message.
-            required_encoder: required value of `encoder`; if it begins with *, the required end of that
-                value.
+            required_encoder: required value of `encoder`; each * in it stands for any text.
             encoder: encoder with which the user has to embed the prompts, in words.
         """
-        has_required_encoder = (
-            self.encoder.endswith(required_encoder[1:])
-            if required_encoder.startswith("*")
-            else self.encoder == required_encoder
-        )
-        if self.encoder and not has_required_encoder:
+        required_pattern = ".*".join(map(re.escape, required_encoder.split("*")))
+        if self.encoder and not re.fullmatch(required_pattern, self.encoder):
             raise ValueError(
                 f"{who}: expected embeddings of {required_encoder}, got embeddings of {self.encoder}. Embed"
                 f" the prompts with {encoder}."

@@ -16,8 +16,16 @@ from training.progress import tqdm
 from training.storage import write_atomic
 
 
-def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Mapping[str, Path]) -> dict:
+def export(
+    family: FlowFamily,
+    root: Path,
+    export_folder: Path,
+    tuned_paths: Mapping[str, Path],
+    alpha: float | None = None,
+) -> dict:
     """Write a new folder in which the networks of some stages are the tuned ones.
+
+    The networks are computed before other files are written, so weights that do not fit leave no files.
 
     Args:
         family: family of the generator.
@@ -25,6 +33,7 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
         export_folder: folder to write.
         tuned_paths: name of a stage -> folder or file with tuned weights, in a layout that
             policies.tuned_model reads.
+        alpha: scale of adapters without an adapter_config.json; None: all adapters have this file.
     Returns: dictionary of values for JSON with three keys. "tuned" is a dictionary from the name of a stage
     to {"file": name of its file, "rounding": share of the update that is lost by rounding the weights to the
     data type of the file}. "kept" is a list of the names of the files that were linked. "elsewhere" is a list
@@ -32,7 +41,7 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
     Raises: FileNotFoundError or ValueError for weights that do not fit the stage, or for a family without
     export.
     """
-    check_stages("export", family, list(tuned_paths))
+    check_stages("export", family.stages_in(root), list(tuned_paths))
     if not isinstance(family, Exports):
         raise ValueError(
             f"export: generators of the family {family.name} cannot be exported. Use the adapter of the tuned"
@@ -40,20 +49,24 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
         )
     release = family.release(root, tuple(tuned_paths))
     exported_stages = dict[str, dict]()
+    for stage, stage_file in tqdm(
+        release.networks.items(), desc="export", unit="stage", leave=False, disable=None
+    ):
+        # Merged in float32; `write` then rounds once, to the data types of the original file.
+        merged_weights = merged_state(
+            tuned_model(stage_file.load(torch.float32), tuned_paths[stage], alpha=alpha)
+        )
+        exported_stages[stage] = {
+            "file": stage_file.file,
+            "rounding": merge_rounding(tuned_model(stage_file.load(None), tuned_paths[stage], alpha=alpha)),
+        }
+        stage_file.write(export_folder / stage_file.file, merged_weights)
     # Unchanged files are linked, because published weights are large. Changed settings are written as bytes.
     for file_name, original_or_bytes in release.files.items():
         if isinstance(original_or_bytes, bytes):
             write_atomic(export_folder / file_name, original_or_bytes)
         else:
             link(original_or_bytes, export_folder / file_name)
-    for stage, stage_file in tqdm(release.networks.items(), desc="export", unit="stage", leave=False):
-        # Merged in float32; `write` then rounds once, to the data types of the original file.
-        merged_weights = merged_state(tuned_model(stage_file.load(torch.float32), tuned_paths[stage]))
-        exported_stages[stage] = {
-            "file": stage_file.file,
-            "rounding": merge_rounding(tuned_model(stage_file.load(None), tuned_paths[stage])),
-        }
-        stage_file.write(export_folder / stage_file.file, merged_weights)
     linked_files = sorted(
         file_name
         for file_name, original_or_bytes in release.files.items()

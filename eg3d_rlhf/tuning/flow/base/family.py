@@ -58,6 +58,12 @@ class Network:
     without: str = ""  # description of what cannot be done without this network; "" if it is required
     # Number of tensors and number of weights of the published network, or None.
     released: tuple[int, int] | None = None
+    address: str = ""  # address of the file if it is not the family's address
+    embeds: bool = False  # True for a network that only embeds prompts or images
+    # Message of the error that a command raises for an encoder that is not on this machine; "" otherwise.
+    missing: str = ""
+    # Reasons, besides the names and shapes of tensors, why later commands reject the network.
+    faults: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,13 @@ class FlowFamily(Protocol):
 
         Only names and headers of files are read.
         """
+
+    def stages_in(self, root: Path) -> tuple[str, ...]:
+        """Return the names of the stages of the generator in a folder, in order.
+
+        They are the stages of the family, unless a file in the folder leaves some of them out.
+        """
+        return self.stages
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> Mapping[str, Path]:
         """Return the files of networks and settings, whose hashes identify a problem: name -> path.
@@ -324,13 +337,19 @@ class ListsNetworks(Protocol):
         """Return the networks that the folder `root` contains or should contain."""
 
 
-def check_stages(who: str, family: FlowFamily, stage_names: Sequence[str]) -> None:
-    """Raise ValueError if a name is not a stage of a family. `who` is the beginning of the message."""
-    unknown_stages = sorted(set(stage_names) - set(family.stages))
+def check_stages(who: str, existing_stages: Sequence[str], stage_names: Sequence[str]) -> None:
+    """Raise ValueError if a name is not a stage of a generator.
+
+    Args:
+        who: beginning of the message.
+        existing_stages: names of the generator's stages.
+        stage_names: names to check.
+    """
+    unknown_stages = sorted(set(stage_names) - set(existing_stages))
     if unknown_stages:
         raise ValueError(
-            f"{who}: generators of the family {family.name} have no stage {', '.join(unknown_stages)}. Use"
-            f" stages among {', '.join(family.stages)}."
+            f"{who}: this generator has no stage {', '.join(unknown_stages)}. Use stages among"
+            f" {', '.join(existing_stages)}."
         )
 
 

@@ -286,7 +286,7 @@ def generate(
     first_stage, stage_inputs = next(iter(stages_given.items()), (stage_names[0], [None] * len(seeds)))
     assert len(stage_inputs) == len(seeds)
     # The last stage is separate, because its latents are decoded.
-    *inner_stages, last_stage = stages_with(pipeline, models)[stage_names.index(first_stage) :]
+    *inner_stages, last_stage = [*stages_with(pipeline, models)][stage_names.index(first_stage) :]
     assets: list[Asset] = []
     for first_index in range(0, len(seeds), batch_size):
         batch_slice = slice(first_index, first_index + batch_size)
@@ -320,7 +320,7 @@ def voxels_for(
         batch_size: number of assets that are sampled together, which bounds the memory.
     """
     stage_names = [s.name for s in pipeline.stages]
-    earlier_stages = stages_with(pipeline, models)[: stage_names.index(stage_of(pipeline, stage).name)]
+    earlier_stages = [*stages_with(pipeline, models)][: stage_names.index(stage_of(pipeline, stage).name)]
     stage_outputs: list[Voxels] = []
     for first_index in range(0, len(seeds), batch_size):
         batch_slice = slice(first_index, first_index + batch_size)
@@ -331,9 +331,13 @@ def voxels_for(
     return stage_outputs
 
 
-def stages_with(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
-    """Return copies of the stages of a pipeline, with the networks of `models` in place of their own."""
-    return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
+def stages_with(pipeline: Pipeline, models: Models | None) -> Iterator[FlowStage]:
+    """Yield copies of the stages of a pipeline, with the networks of `models` in place of their own.
+
+    A stage is copied when it is needed, so a mapping may load each network at its first use.
+    """
+    for stage in pipeline.stages:
+        yield replace(stage, model=(models or {}).get(stage.name, stage.model))
 
 
 def _sample_stages(

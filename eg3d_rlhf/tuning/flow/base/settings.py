@@ -144,7 +144,19 @@ class EncodingSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemSource(EncodingSource, Knobs):
+class WeightsSource:
+    """Settings of the weights of a generator in memory."""
+
+    dtype: str = _source_knob(
+        "float32",
+        "Data type of the weights of the generator's flow networks in memory. bfloat16 halves their memory;"
+        " adapters and the optimiser use float32 in any case.",
+        choices=("float32", "float16", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemSource(EncodingSource, WeightsSource, Knobs):
     """Settings of the source of a tuning problem: a generator, preference pairs, and their conditioning."""
 
     pipeline: str = _source_knob(
@@ -175,11 +187,6 @@ class ProblemSource(EncodingSource, Knobs):
         shown="the file beside the pairs",
         name="conditioning",  # the field has another name, since runs of version 0.1 recorded it
     )
-    dtype: str = _rare_source_knob(
-        "float32",
-        "Data type of the weights of the generator's flow networks in memory.",
-        choices=("float32", "float16", "bfloat16"),
-    )
     precision: str = _rare_source_knob(
         "auto",
         "Data type of the flow networks' forward and backward passes in training and sampling. Adapters, sums"
@@ -199,3 +206,12 @@ class ProblemSource(EncodingSource, Knobs):
         choices=("all", "shape", "file"),
     )
     needs_pairs: ClassVar[bool] = True  # False in subclasses whose problems need no pairs
+    # False in subclasses whose flow networks have no weights at first, and are loaded one at a time
+    loads_networks: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagewiseSource(ProblemSource):
+    """Source of a problem whose stages are trained one after the other, each with its own network alone."""
+
+    loads_networks: ClassVar[bool] = False

@@ -5,19 +5,30 @@ Weights are read from this machine; nothing is downloaded. CLIP needs the packag
 Shapes: N number of prompts or images, L number of tokens, E channels of a token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from eg3d_rlhf.models.dino import read_dino
+from eg3d_rlhf.models.dino import Dino, Dino3, address_of, dino3_files, dino_files, read_dino
 from eg3d_rlhf.models.image_preprocessing import on_black, read_cut_out
-from eg3d_rlhf.models.weights import require_extra
+from eg3d_rlhf.models.weights import State, empty, require_extra, shapes
 from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditioning
+from eg3d_rlhf.tuning.flow.base.family import Network
 from eg3d_rlhf.tuning.flow.families.folder import embedding_progress
+from training.storage import reject_lfs_pointer
 
+# Path of an encoder's weights, channels of a token, tensors of the file, and expected tensors.
+EncoderFiles = tuple[Path, int, State, State]
+FindEncoder = Callable[[], EncoderFiles]
 TEXT_TOKENS = 77  # length of CLIP's text input
+
+
+class NotOnThisMachineError(ValueError):
+    """Error for a network of transformers whose files are not on this machine."""
 
 
 def pretrained(class_name: str, name: str):
@@ -26,21 +37,91 @@ def pretrained(class_name: str, name: str):
     Args:
         class_name: name of a class of transformers, such as "CLIPTextModel".
         name: name of the model on huggingface.co, or a local folder.
-    Raises: ValueError if its files are not on this machine.
+    Raises: NotOnThisMachineError if its files are not on this machine; ValueError for pointers of Git LFS.
     """
     require_extra(name, "transformers")
     import transformers
 
+    for path in sorted(Path(name).glob("*")):
+        reject_lfs_pointer(path, name)
     try:
         # local_files_only: transformers would otherwise download what is missing.
         return getattr(transformers, class_name).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
         # At most 100 characters of the first line, because messages of transformers are long.
         error_summary = (str(error).splitlines() or [""])[0][:100]
-        raise ValueError(
+        raise NotOnThisMachineError(
             f"{name}: the weights are not on this machine ({error_summary}). Download them with `hf download"
             f" {name}` from https://huggingface.co/{name}."
         ) from None
+
+
+EMBED_IMAGES = "embedding of images"
+EMBED_TEXTS = "embedding of texts"
+
+
+def _encoder_network(
+    name: str, widths: Collection[int], address: str, without: str, find: FindEncoder
+) -> Network:
+    """Describe an encoder of prompts or images for `flow check`; without its files, a missing network.
+
+    Args:
+        name: name of the encoder.
+        widths: numbers of channels of the conditioning tokens that the flows read.
+        address: address at which the encoder is published.
+        without: description of what cannot be done without the encoder.
+        find: function that returns the file of the weights, the number of channels of a token, the tensors of
+            the file, and the expected tensors.
+    """
+    common: dict[str, Any] = dict(name=name, without=without, address=address, embeds=True)
+    try:
+        require_extra(name, "transformers")
+    except ValueError as error:
+        return Network(file=Path(name), expected={}, tensors={}, missing=str(error), **common)
+    try:
+        path, width, tensors, expected = find()
+    except FileNotFoundError as error:
+        return Network(file=Path(name), expected={}, tensors={}, missing=str(error), **common)
+    except ValueError as error:
+        # A damaged file. The message states the remedy.
+        return Network(file=Path(name), expected={}, tensors={}, faults=[str(error)], **common)
+    width_fault = (
+        f"{name} embeds in {width} channels, but the flows read {' and '.join(map(str, sorted(widths)))}:"
+        f" {path}. Replace it by the encoder that belongs to the generator ({address})."
+    )
+    return Network(
+        file=path,
+        expected=shapes(expected),
+        tensors=tensors,
+        faults=[] if set(widths) == {width} else [width_fault],
+        **common,
+    )
+
+
+def image_encoder_network(name: str, widths: Collection[int], dino3: bool = False) -> Network:
+    """Describe the DINO that embeds images, see `_encoder_network`. `dino3`: True for DINOv3."""
+
+    def find() -> EncoderFiles:
+        path, config, tensors = dino3_files(name) if dino3 else dino_files(name)
+        # Built without weights, for the names and shapes of its tensors.
+        network: nn.Module = empty(lambda: (Dino3 if dino3 else Dino)(config))
+        return path, config.hidden_size, tensors, network.state_dict()
+
+    return _encoder_network(name, widths, address_of(name), EMBED_IMAGES, find)
+
+
+def text_encoder_network(name: str, widths: Collection[int]) -> Network:
+    """Describe the CLIP that embeds texts, see `_encoder_network`."""
+
+    def find() -> EncoderFiles:
+        try:
+            model = pretrained("CLIPTextModel", name)
+            pretrained("AutoTokenizer", name)
+        except NotOnThisMachineError as error:
+            raise FileNotFoundError(str(error)) from None
+        return Path(name), model.config.hidden_size, model.state_dict(), model.state_dict()
+
+    return _encoder_network(name, widths, f"https://huggingface.co/{name}", EMBED_TEXTS, find)
 
 
 class TextEncoder:

@@ -26,7 +26,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import Lazy
 from eg3d_rlhf.tuning.flow.base.stage import reject_empty
 from eg3d_rlhf.tuning.flow.families import print_notice
 from training.progress import tqdm
-from training.storage import load_strict
+from training.storage import load_strict, reject_lfs_pointer
 
 T = TypeVar("T")
 LARGEST_SEARCHED_FILE = 1 << 16  # bytes; `mentions` does not read larger files
@@ -182,6 +182,7 @@ def mentions(path: Path, word: str) -> bool:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object from a file. Raises: ValueError, naming the file, for any other content."""
+    reject_lfs_pointer(path)
     try:
         json_value = json.loads(path.read_text())
     except ValueError as error:

@@ -135,10 +135,18 @@ def read_files(root: Path) -> ShapeFiles:
     # The first name that exists, in the order of CHECKPOINTS: half precision is preferred.
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
     if checkpoint is None:
-        raise FileNotFoundError(
-            f"Hunyuan3D: {folder} has no checkpoint {' or '.join(CHECKPOINTS)}. Download the checkpoint"
-            " again."
+        # Other programs distribute the same checkpoint under other names, such as
+        # hunyuan_3d_v2.1.safetensors, which differ from the released names only.
+        other_names = sorted(
+            path.name for ending in (".ckpt", ".safetensors") for path in folder.glob(f"*{ending}")
         )
+        remedy = (
+            f"If {other_names[0]} is the complete checkpoint, rename it to"
+            f" model{Path(other_names[0]).suffix}; otherwise download the checkpoint again."
+            if other_names
+            else "Download the checkpoint again."
+        )
+        raise FileNotFoundError(f"Hunyuan3D: {folder} has no checkpoint {' or '.join(CHECKPOINTS)}. {remedy}")
     # The file is read as data: no class that it names is imported.
     yaml_config = read_yaml(path)
     try:
@@ -621,7 +629,8 @@ def networks(root: Path) -> list[Network]:
             file=shape_files.checkpoint,
             expected=_shapes(lambda: Dino(shape_files.encoder)),
             tensors=image_encoder_tensors,
-            without="embedding images",
+            without="embedding of images",
+            embeds=True,
             released=(439, 304_368_640),
         ),
     ]

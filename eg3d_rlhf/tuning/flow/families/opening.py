@@ -110,7 +110,12 @@ def open_folder(
     # An error for missing networks that only the rewards need is raised here, before the flows are read.
     file_by_name = family.files(Path(source.pipeline), tuple(folders))
     pipeline = family.load(
-        Path(source.pipeline), embeddings, stages=stages, dtype=getattr(torch, source.dtype), device=device
+        Path(source.pipeline),
+        embeddings,
+        # () builds all flow networks without weights.
+        stages=stages if source.loads_networks else (),
+        dtype=getattr(torch, source.dtype),
+        device=device,
     )
     # Hashes of all inputs. They name the artefacts that are made from this problem.
     identity = _identity(family, source, embeddings_path, file_by_name)

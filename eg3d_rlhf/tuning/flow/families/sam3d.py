@@ -541,8 +541,9 @@ class Sam3d(FlowFamily):
         fingerprints = []
         for stage, generator in pipeline_file.generators.items():
             if stages is not None and stage not in stages:
-                # A flow that is not needed stays on the meta device.
+                # A flow that is not needed stays on the meta device, and its embedder is not compared.
                 flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
+                fingerprints.append("*")
                 continue
             # Checkpoints are read one after the other, because they take most of the memory.
             checkpoint_tensors = read(generator.checkpoint, "weights")
@@ -550,8 +551,8 @@ class Sam3d(FlowFamily):
             flows[stage] = flow
             flow.recompute = True
             fingerprints.append(fingerprint(files.embedder_state(generator, checkpoint_tensors)))
-        # Files of embeddings name both embedders, so they can be checked only if both checkpoints were read.
-        if conditioning is not None and len(fingerprints) == len(files.STAGES):
+        # Files of embeddings name both embedders, of which those are compared whose checkpoint was read.
+        if conditioning is not None:
             conditioning.check_source("conditioning", _source(pipeline_file, fingerprints), REMEDY)
         # Called after both flows are built, because the size of the larger flow decides.
         return_memory_if_large(flows.values(), device)

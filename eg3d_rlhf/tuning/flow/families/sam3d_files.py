@@ -246,7 +246,7 @@ def read_pipeline(root: Path) -> PipelineFile:
     if unsupported_settings:
         raise ValueError(
             f"{path}: these settings are not supported: {', '.join(unsupported_settings)}. Remove them from"
-            " the file. To sample in few steps, use --few-steps."
+            " the file. To sample in few steps, use flow sample --set few_steps=N."
         )
     # The name of the decoder decides the units of the pose; see sam3d_pose.py.
     pose_decoder = str(pipeline_settings.get("pose_decoder_name", SHIFTED))

@@ -26,7 +26,12 @@ from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels, stage_of
 from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families import trellis_files as files
-from eg3d_rlhf.tuning.flow.families.encoders import ImageEncoder, TextEncoder
+from eg3d_rlhf.tuning.flow.families.encoders import (
+    ImageEncoder,
+    TextEncoder,
+    image_encoder_network,
+    text_encoder_network,
+)
 from eg3d_rlhf.tuning.flow.families.folder import (
     EncodingFolder,
     check_finite,
@@ -192,7 +197,7 @@ class Trellis(FlowFamily):
     layout = "pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline"
     stages = tuple(files.FLOWS)
     version = "TRELLIS, of texts or images"
-    address = "https://huggingface.co/microsoft/TRELLIS-image-large"
+    address = files.IMAGE_ADDRESS
     loaded_by = 'TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")'
     up = "z"
     options = ("voxel_share", "views")
@@ -343,10 +348,20 @@ class Trellis(FlowFamily):
         )
 
     def networks(self, root: Path) -> list[Network]:
-        """List all networks that the tuning loop needs. The encoder of the second stage may be missing."""
+        """List all networks that the tuning loop needs, and the encoder of prompts or images.
+
+        The encoders of the second stage and of prompts or images may be missing.
+        """
+        pipeline_file = files.read_pipeline(root)
         models = (*files.FLOWS.values(), *files.NEEDED, files.LATENT_ENCODER)
         optional_models = {files.LATENT_ENCODER: "encoding your own assets, and the loop"}
-        return files.networks_of(files.read_pipeline(root), models, optional_models)
+        find_encoder = image_encoder_network if pipeline_file.kind == "image" else text_encoder_network
+        return [
+            *files.networks_of(pipeline_file, models, optional_models),
+            find_encoder(
+                pipeline_file.encoder, files.conditioning_widths(pipeline_file, files.FLOWS.values())
+            ),
+        ]
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
         """Describe the folder to export; see `trellis_files.release_of`.

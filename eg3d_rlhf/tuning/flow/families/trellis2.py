@@ -38,6 +38,7 @@ from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
 from eg3d_rlhf.tuning.flow.families import print_notice, register
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
+from eg3d_rlhf.tuning.flow.families.encoders import image_encoder_network
 from eg3d_rlhf.tuning.flow.families.folder import (
     EncodingFolder,
     check_finite,
@@ -56,6 +57,7 @@ from eg3d_rlhf.tuning.flow.families.trellis2_assets import (
     show,
 )
 from eg3d_rlhf.tuning.flow.families.trellis_files import (
+    conditioning_widths,
     find_model,
     flows_of,
     has_model,
@@ -455,6 +457,10 @@ class Trellis2(FlowFamily):
         except (ValueError, AttributeError):
             return False
 
+    def stages_in(self, root: Path) -> tuple[str, ...]:
+        """Return the stages that the pipeline type in pipeline.json has."""
+        return tuple(files.read_pipeline(root).flows)
+
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
         """Return all files from which the pipeline is read, by name. `stages` is not used."""
         return files.model_files(files.read_pipeline(root))
@@ -564,16 +570,24 @@ class Trellis2(FlowFamily):
         return Conditioning(tokens=tokens, encoder=source_of(pipeline_file), zero_null=True)
 
     def networks(self, root: Path) -> list[Network]:
-        """List all networks of the pipeline for `flow check`. The encoders may be missing."""
+        """List all networks of the pipeline, and DINOv3, for `flow check`. The encoders may be missing."""
         pipeline_file = files.read_pipeline(root)
-        return networks_of(
-            pipeline_file,
-            (*pipeline_file.flows.values(), *files.DECODERS, *files.ENCODERS),
-            files.OPTIONAL,
-            released_sizes=files.RELEASED,
-            architectures=files.ARCHITECTURES,
-            prepare=files.convert_tensors,
-        )
+        flow_models = pipeline_file.flows.values()
+        return [
+            *networks_of(
+                pipeline_file,
+                (*flow_models, *files.DECODERS, *files.ENCODERS),
+                files.OPTIONAL,
+                released_sizes=files.RELEASED,
+                architectures=files.ARCHITECTURES,
+                prepare=files.convert_tensors,
+            ),
+            image_encoder_network(
+                pipeline_file.encoder,
+                conditioning_widths(pipeline_file, flow_models, files.ARCHITECTURES),
+                dino3=True,
+            ),
+        ]
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
         """Describe the folder to export; see `trellis_files.release_of`.

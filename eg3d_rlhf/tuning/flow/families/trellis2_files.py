@@ -119,6 +119,8 @@ class PipelineFile(files.ModelFolder):
     # Mean and standard deviation per channel, for each stage except the first.
     normalization: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
     usual: ClassVar[Mapping[str, str]] = USUAL_STEMS
+    # The structure's encoder is that of TRELLIS; the others are at the address of the family.
+    usual_addresses: ClassVar[Mapping[str, str]] = {STRUCTURE_ENCODER: files.IMAGE_ADDRESS}
 
     @property
     def flows(self) -> dict[str, str]:

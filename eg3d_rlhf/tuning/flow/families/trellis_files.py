@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.policies import split_state
+from eg3d_rlhf.models.policies import PREFIX
 from eg3d_rlhf.models.trellis.autoencoders import (
     GaussianDecoder,
     GaussianDecoderConfig,
@@ -29,7 +29,17 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureVAEConfig,
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
-from eg3d_rlhf.models.weights import State, empty, fill, in_types_of, read, shapes, write
+from eg3d_rlhf.models.weights import (
+    State,
+    empty,
+    fill,
+    in_types_of,
+    read,
+    shapes,
+    unmerged_layers,
+    unmerged_message,
+    write,
+)
 from eg3d_rlhf.tuning.flow.base.family import Network, Release, SizedStage, Stored
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
 from eg3d_rlhf.tuning.flow.families.folder import are_scales, read_json
@@ -51,6 +61,8 @@ LATENT_ENCODER = "slat_encoder"
 NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)
 # Encoder -> published name of its files, without ending. pipeline.json does not name the encoders.
 USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}
+# Repository with the encoders of both kinds of pipelines.
+IMAGE_ADDRESS = "https://huggingface.co/microsoft/TRELLIS-image-large"
 WEIGHTS = (".safetensors", ".pt")  # endings of files of weights, in the order in which they are tried
 # Kind of prompt -> TRELLIS's default settings of the samplers.
 KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}
@@ -77,6 +89,8 @@ class ModelFolder:
     encoder: str  # name of the network that embeds prompts or images
     # Model that pipeline.json does not name -> published name of its files, without ending.
     usual: ClassVar[Mapping[str, str]] = USUAL_STEMS
+    # Model that pipeline.json does not name -> address at which its files are published.
+    usual_addresses: ClassVar[Mapping[str, str]] = dict.fromkeys(USUAL_STEMS, IMAGE_ADDRESS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,11 +262,26 @@ def find_model(model_folder: ModelFolder, model: str) -> Path:
             " again."
         )
     searched_paths = ", ".join(dict.fromkeys(map(str, stems)))
+    address = address_of(model_folder, model)
+    address_text = f" from {address}" if address else ""
     ending_text = " or ".join(WEIGHTS)
     raise FileNotFoundError(
         f"{model}: no file .json with a file {ending_text} beside it was found. Searched paths, without"
-        f" endings: {searched_paths}. Download the model's files to one of these paths."
+        f" endings: {searched_paths}. Download the model's files{address_text} to one of these paths."
     )
+
+
+def address_of(model_folder: ModelFolder, model: str) -> str:
+    """Return the address at which a model is published, or "" if it is that of the family.
+
+    A model that pipeline.json names as "owner/repo/path" is published in that repository. Encoders that it
+    does not name are published at the address in `ModelFolder.usual_addresses`.
+    """
+    if model not in model_folder.models:
+        return model_folder.usual_addresses.get(model, "")
+    owner, repo, *path_parts = [*Path(model_folder.models[model]).parts, "", ""]
+    has_repository = any(path_parts) and not (model_folder.root / owner).is_dir()
+    return f"https://huggingface.co/{owner}/{repo}" if has_repository else ""
 
 
 def has_model(model_folder: ModelFolder, model: str) -> bool:
@@ -463,6 +492,7 @@ def networks_of(
                     expected={},
                     tensors={},
                     without=missing_ability,
+                    address=address_of(model_folder, model_name),
                 )
             )
             continue
@@ -471,7 +501,8 @@ def networks_of(
         weights_path = find_weights(stem)
         assert weights_path is not None  # find_model has checked it
         model_class, config = architecture(read_json(json_file), str(json_file), architectures)
-        tensors = base_state(weights_path)
+        # Adapters are no error here, because the caller lists them beside the other faults.
+        tensors = stored_state(weights_path)
         tensors = tensors if prepare is None else prepare(model_class, config, tensors, str(weights_path))
         expected_shapes = shapes(empty(partial(model_class, config)).state_dict())
         released_counts = (released_sizes or {}).get(model_name)
@@ -486,6 +517,20 @@ def networks_of(
             )
         )
     return network_list
+
+
+def conditioning_widths(
+    model_folder: ModelFolder, models: Iterable[str], architectures: Architectures = ARCHITECTURES
+) -> set[int]:
+    """Return the numbers of channels of the conditioning tokens that flows read, from their JSON files.
+
+    Args:
+        model_folder: settings of pipeline.json.
+        models: names of the flows in pipeline.json.
+        architectures: supported classes by name.
+    """
+    json_files = [with_ending(find_model(model_folder, model), ".json") for model in models]
+    return {architecture(read_json(path), str(path), architectures)[1].cond_channels for path in json_files}
 
 
 def flows_of(
@@ -561,14 +606,19 @@ def base_state(path: Path) -> State:
     Raises: FileNotFoundError for a missing file; ValueError for a damaged file, for weights that are not
         finite, and for a file of adapters (LoRA) instead of a model.
     """
-    tensors, adapters = split_state(read(path, "weights"), path.name)
-    if adapters:
-        raise ValueError(
-            f"{path}: the file contains adapters (LoRA) instead of the weights of a model. Put the base"
-            " model's file here, and pass this file as tuned weights."
-        )
-    # Distributed training adds the prefix "module.".
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    state = stored_state(path)
+    layers_with_adapters = unmerged_layers(state)
+    if layers_with_adapters:
+        raise ValueError(unmerged_message(str(path), layers_with_adapters))
+    return state
+
+
+def stored_state(path: Path) -> State:
+    """Read the tensors of a file, without the prefixes that distributed training and PEFT add."""
+    return {
+        name.removeprefix("module.").removeprefix(PREFIX): tensor
+        for name, tensor in read(path, "weights").items()
+    }
 
 
 def release_of(

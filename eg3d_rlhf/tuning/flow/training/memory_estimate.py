@@ -91,8 +91,10 @@ def cost_of_update(
 def free_bytes(device: torch.device | str) -> int:
     """Return the free memory of a device in bytes; for a CPU, that of the machine."""
     if torch.device(device).type == "cuda":
+        # Memory that torch's allocator holds from an earlier training, and does not use, is free, too.
+        cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         # mem_get_info returns (free, total) bytes
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        return torch.cuda.mem_get_info(torch.device(device))[0] + cached_bytes
     # lines such as "MemAvailable:   16000000 kB"
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     # "MemAvailable" includes caches that the kernel would give up; the number is in KiB
@@ -161,10 +163,16 @@ def fit_passes(
             ranks.broadcast(estimate_cost(1, fixed_recompute is not False).bytes if ranks.is_main else None)
             / GIB
         )
+        # Only advice that is not followed already: weights in half precision, adapters, more processes.
+        if config.lora is None:
+            remedy = "Train adapters (--tune=lora), or use a larger device or more processes of torchrun."
+        elif any(p.dtype == torch.float32 and p.numel() > LARGE // 1000 for p in parameters):
+            remedy = "Hold the weights in bfloat16 (--dtype=bfloat16), or use a larger device."
+        else:
+            remedy = "Use a larger device."
         raise ValueError(
             f"train_stage({stage.name}): one update needs {required_gib:.1f} GiB of memory, but only"
-            f" {usable_bytes / GIB:.1f} GiB are free. Load the flows in bfloat16 (train.py with"
-            " --set dtype=bfloat16), or use a larger device."
+            f" {usable_bytes / GIB:.1f} GiB are free. {remedy}"
         )
     pass_size, recompute = pass_choice
     activations_state = "recomputed" if recompute else "kept"

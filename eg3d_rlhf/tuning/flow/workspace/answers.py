@@ -13,13 +13,14 @@ used to test whether the labels carried a learnable signal. Test prompts are not
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments import version_0_1
@@ -38,7 +39,7 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     read_ranking,
     write_import,
 )
-from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource, StagewiseSource
 from eg3d_rlhf.tuning.flow.base.single_labels import known_of
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import bundled_family
@@ -215,7 +216,13 @@ def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
 
 
 def problem_of(
-    work: Work, family: FlowFamily, imported: Imported, device: torch.device, encoding: Encoding = NOTHING
+    work: Work,
+    family: FlowFamily,
+    imported: Imported,
+    device: torch.device,
+    encoding: Encoding = NOTHING,
+    dtype: str | None = None,
+    loads_networks: bool = True,
 ) -> Problem:
     """Open the tuning problem of the pairs in a work folder.
 
@@ -225,19 +232,26 @@ def problem_of(
         imported: the same pairs.
         device: device of the generator.
         encoding: settings of the encoding that the user has set, see EncodingSource.
+        dtype: name of the data type of the weights; None for the default.
+        loads_networks: False to open the flow networks without weights. `network_loader` then loads them one
+            at a time. The networks of a bundled generator, which are small, are always loaded.
     Raises: ValueError or FileNotFoundError, see open_problem.
     """
+    if dtype is not None and "dtype" not in (*family.common, *family.options):
+        raise ValueError(
+            f"--dtype has no effect on generators of the family {family.name}, whose weights are always"
+            " float32. Remove --dtype."
+        )
     pairs_folder = work.folder / PAIRS
-    embeddings_file = (
-        work.conditions_file if imported.conditioning is None else pairs_folder / CONDITIONING_FILE
-    )
-    source = ProblemSource(
+    source_class = ProblemSource if loads_networks or family.bundled else StagewiseSource
+    source = source_class(
         pipeline=work.pipeline,
         pairs=str(pairs_folder),
-        conditions=str(embeddings_file),
+        conditions=str(embeddings_file(work, imported)),
         seed=work.seed,
         precision=work.precision,
         splits=splits_of(work, _prompts_in(imported)),
+        dtype=dtype or ProblemSource.dtype,
         **encoding,
     )
     if not family.bundled:
@@ -251,6 +265,40 @@ def problem_of(
     if bundled_problem is None:
         return problem
     return replace(problem, reward=bundled_problem.reward, fitted_to=bundled_problem.fitted_to)
+
+
+def embeddings_file(work: Work, imported: Imported) -> Path:
+    """Return the file with the embeddings of the prompts that have pairs."""
+    return work.conditions_file if imported.conditioning is None else work.folder / PAIRS / CONDITIONING_FILE
+
+
+def network_loader(
+    work: Work, family: FlowFamily, imported: Imported, device: torch.device, dtype: str | None = None
+) -> Callable[[str], nn.Module] | None:
+    """Return a function that loads the flow network of one stage, and of no other stage.
+
+    The result is None for a bundled generator, whose networks `problem_of` loads.
+
+    Args:
+        work: work folder, into which `write_pairs` has written the pairs.
+        family: family of the generator.
+        imported: the same pairs.
+        device: device of the network.
+        dtype: name of the data type of the weights; None for the default.
+    """
+    if family.bundled:
+        return None
+    weights_dtype = getattr(torch, dtype or ProblemSource.dtype)
+    # The embeddings are checked against the network that is loaded.
+    embeddings = read_conditioning(embeddings_file(work, imported), zero_null=family.zero_null)
+
+    def load(stage: str) -> nn.Module:
+        pipeline = family.load(
+            Path(work.pipeline), embeddings, stages=(stage,), dtype=weights_dtype, device=device
+        )
+        return stage_of(pipeline, stage).model
+
+    return load
 
 
 # Some strategies choose the pairs to label by scores of the samples. The scores are those of an ensemble of

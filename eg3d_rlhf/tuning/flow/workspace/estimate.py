@@ -37,6 +37,25 @@ from training.progress import tqdm
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """Cost of sampling a stage, or of one update of its network, for one asset or one pair.
+
+    Costs are traced with float32 weights in one process, and without the weights of other stages. `rows_of`
+    converts them to other data types and to several processes.
+    """
+
+    stage: str  # name of the stage
+    what: str  # "sample", or the kind of the update: "lora" or "full"
+    precision: str  # data type of forward and backward passes
+    recompute: bool  # True: blocks are computed again in the backward pass, which saves memory
+    weights: int  # number of weights of the stage's network
+    bytes: int  # peak memory in bytes for one asset or pair
+    flops: int  # number of multiplications and additions for one asset or pair
+    # bytes of each further asset or pair that is computed together with the first one; None: not traced
+    more_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """Memory and time of sampling a stage, or of one update of its network."""
 
@@ -46,7 +65,9 @@ class Row:
     precision: str  # data type of forward and backward passes
     dtype: str  # data type of the networks' weights
     recompute: bool  # True: blocks are computed again in the backward pass, which saves memory
-    bytes: int  # peak memory in bytes, with the weights of all stages
+    # Peak memory in bytes of one process. Sampling holds the weights of all stages, and an update those of
+    # its own stage only.
+    bytes: int
     flops: int  # number of multiplications and additions of the whole batch, or of the update
     seconds: float | None = None  # time on the device in seconds; None if the speed was not measured
 
@@ -246,89 +267,171 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
     return trace.flops / min(durations)
 
 
+def trace_costs(
+    stages: Sequence[SizedStage],
+    *,
+    precision: str = "float32",
+    updates: Sequence[str] = ("lora",),
+    several: bool = False,
+    device: str = "cpu",
+    voxel_count: int | None = None,
+    name: str = "estimate",
+) -> list[StageCost]:
+    """Trace sampling, and an update with and without recomputation, for every stage.
+
+    A stage of published size takes seconds to a minute; `published_memory` has those of the published
+    generators.
+
+    Args:
+        stages: stages with the shapes of their conditioning.
+        precision: data type of forward and backward passes.
+        updates: kinds of updates to trace: "lora", "full" or both.
+        several: True to trace a second asset or pair, too, see `StageCost.more_bytes`.
+        device: type of the device, "cpu" or "cuda".
+        voxel_count: number of voxels of each sample; None for `voxels_of`.
+        name: title of the progress bar.
+    """
+    # (kind of cost, whether blocks are recomputed)
+    variants = [("sample", False), *((kind, recompute) for kind in updates for recompute in (False, True))]
+    jobs = tqdm(
+        list(itertools.product(stages, variants)), desc=name, unit="estimate", leave=False, disable=None
+    )
+    costs = []
+    for sized_stage, (kind, recompute) in jobs:
+        traced_stage = replace(sized_stage, stage=replace(sized_stage.stage, precision=precision))
+
+        # The default values are the loop's variables of this iteration.
+        def cost(
+            batch: int, kind: str = kind, recompute: bool = recompute, traced_stage: SizedStage = traced_stage
+        ) -> Cost:
+            if kind == "sample":
+                return sampling_cost(traced_stage, batch, voxel_count)
+            lora = LoraConfig() if kind == "lora" else None
+            return update(traced_stage, batch, recompute, lora=lora, device=device, voxel_count=voxel_count)
+
+        cost_of_one = cost(1)
+        costs.append(
+            StageCost(
+                stage=sized_stage.stage.name,
+                what=kind,
+                precision=precision,
+                recompute=recompute,
+                weights=weight_count(sized_stage),
+                bytes=cost_of_one.bytes,
+                flops=cost_of_one.flops,
+                more_bytes=cost(2).bytes - cost_of_one.bytes if several else None,
+            )
+        )
+    return costs
+
+
+def weight_count(sized_stage: SizedStage) -> int:
+    """Return the number of weights of a stage's network."""
+    return sum(p.numel() for p in sized_stage.stage.model.parameters())
+
+
+# Bytes of a weight of each data type.
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Bytes of a weight in full tuning that FSDP2 divides over processes: the weight, its gradient and AdamW's two
+# moments, all float32. The frozen reference is on every process.
+SHARDED_BYTES = 16
+
+
+def rows_of(
+    costs: Sequence[StageCost],
+    *,
+    dtype: str = "float32",
+    gpus: int = 1,
+    batches: Iterable[int] = (1,),
+    operations_per_second: float | None = None,
+) -> list[Row]:
+    """Compute the memory and the time of one process from traced costs.
+
+    The memory of larger batches is extrapolated linearly.
+
+    Args:
+        costs: costs of all stages of a generator.
+        dtype: data type of the weights.
+        gpus: number of processes of torchrun. They divide the training state of full tuning among them.
+            Adapters and samples take the same memory on every process.
+        batches: numbers of assets that are sampled together, or of pairs in one pass of a process.
+        operations_per_second: speed of the device; None: no times are estimated.
+    """
+    weights_by_stage = {cost.stage: cost.weights for cost in costs}
+    rows = []
+    for cost in costs:
+        # All stages are sampled one after the other, so their weights are in memory together.
+        other_weights = sum(weights_by_stage.values()) - cost.weights if cost.what == "sample" else 0
+        fixed_bytes = BYTES[dtype] * other_weights
+        # Full tuning has float32 weights in any case. Otherwise a smaller data type saves memory.
+        fixed_bytes -= 0 if cost.what == "full" else (4 - BYTES[dtype]) * cost.weights
+        if cost.what == "full":
+            fixed_bytes -= int(SHARDED_BYTES * (1 - 1 / gpus) * cost.weights)
+        for batch in batches:
+            assert batch == 1 or cost.more_bytes is not None
+            flops = cost.flops * batch
+            rows.append(
+                Row(
+                    stage=cost.stage,
+                    what=cost.what,
+                    batch=batch,
+                    precision=cost.precision,
+                    dtype="float32" if cost.what == "full" else dtype,
+                    recompute=cost.recompute,
+                    bytes=cost.bytes + fixed_bytes + (batch - 1) * (cost.more_bytes or 0),
+                    flops=flops,
+                    seconds=None if operations_per_second is None else flops / operations_per_second,
+                )
+            )
+    return rows
+
+
 def estimate(
     stages: Sequence[SizedStage],
     *,
     precision: str = "float32",
     dtype: str = "float32",
-    lora: LoraConfig | None = LoraConfig(),  # noqa: B008
+    tune: str = "lora",
+    gpus: int = 1,
     batches: Iterable[int] = (1,),
     device: str | None = None,
+    device_type: str | None = None,
     voxel_count: int | None = None,
     name: str = "estimate",
 ) -> list[Row]:
     """Estimate sampling, and an update with and without recomputation, for every stage and batch size.
 
-    The memory of larger batches is extrapolated linearly from batches of one and two. The estimate of a stage
-    of published size takes a few seconds.
-
     Args:
         stages: stages with the shapes of their conditioning.
         precision: data type of forward and backward passes.
-        dtype: data type of the weights of all stages.
-        lora: settings of the LoRA adapters; None to tune all weights.
+        dtype: data type of the weights.
+        tune: "lora" for adapters, "full" for all weights.
+        gpus: number of processes; see `rows_of`.
         batches: batch sizes, in samples that are generated together or in pairs of an update.
         device: device on which the speed is measured; None: no times are estimated.
+        device_type: type of the device whose memory is estimated; None: that of `device`, or "cpu".
         voxel_count: number of voxels of each sample; None for `voxels_of`.
         name: title of the progress bar.
     Returns: a row for each stage, each of sampling and the two kinds of updates, and each batch size.
     """
-    bytes_per_number = {"float32": 4, "float16": 2, "bfloat16": 2}
-    rows = list[Row]()
-    weight_counts = [sum(p.numel() for p in sized_stage.stage.model.parameters()) for sized_stage in stages]
     batch_sizes = list(batches)
-    measured_speed = None if device is None else speed(device, precision)
-    # Stages are traced with float32 weights. This is the number of bytes per weight that `dtype` saves.
-    saved_bytes = 4 - bytes_per_number[dtype]
-    kind_of_update = "lora" if lora else "full"
-    variants = [("sample", False), (kind_of_update, False), (kind_of_update, True)]  # (what, recompute)
-    jobs = tqdm(
-        list(itertools.product(enumerate(stages), variants)),
-        desc=name,
-        unit="estimate",
-        leave=False,
+    costs = trace_costs(
+        stages,
+        # Networks with weights in half precision compute in bfloat16.
+        precision="bfloat16" if dtype != "float32" else precision,
+        updates=(tune,),
+        several=max(batch_sizes) > 1,
+        device=device_type or torch.device(device or "cpu").type,
+        voxel_count=voxel_count,
+        name=name,
     )
-    for (stage_index, sized_stage), (cost_kind, recompute) in jobs:
-        # The weights of the other stages stay in memory while a stage is sampled or tuned.
-        other_weight_bytes = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[stage_index])
-        traced_precision = "bfloat16" if dtype != "float32" else precision
-        traced_stage = replace(sized_stage, stage=replace(sized_stage.stage, precision=traced_precision))
-
-        # The default values are the loop's variables of this iteration.
-        def cost(
-            batch: int,
-            cost_kind: str = cost_kind,
-            recompute: bool = recompute,
-            traced_stage: SizedStage = traced_stage,
-        ) -> Cost:
-            if cost_kind == "sample":
-                return sampling_cost(traced_stage, batch, voxel_count)
-            device_type = torch.device(device or "cpu").type
-            return update(
-                traced_stage, batch, recompute, lora=lora, device=device_type, voxel_count=voxel_count
-            )
-
-        cost_of_one = cost(1)
-        cost_of_two = cost(2) if max(batch_sizes) > 1 else cost_of_one
-        for batch in batch_sizes:
-            bytes_per_sample = cost_of_two.bytes - cost_of_one.bytes
-            peak_bytes = cost_of_one.bytes + (batch - 1) * bytes_per_sample + other_weight_bytes
-            # Full tuning needs float32 weights in any case.
-            peak_bytes -= saved_bytes * weight_counts[stage_index] if cost_kind != "full" else 0
-            rows.append(
-                Row(
-                    stage=sized_stage.stage.name,
-                    what=cost_kind,
-                    batch=batch,
-                    precision=precision,
-                    dtype=dtype,
-                    recompute=recompute,
-                    bytes=peak_bytes,
-                    flops=cost_of_one.flops * batch,
-                    seconds=None if measured_speed is None else cost_of_one.flops * batch / measured_speed,
-                )
-            )
-    return rows
+    return rows_of(
+        costs,
+        dtype=dtype,
+        gpus=gpus,
+        batches=batch_sizes,
+        operations_per_second=None if device is None else speed(device, precision),
+    )
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -5,7 +5,7 @@ points of its surface or as the centres of its Gaussians.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.geometry.files.ply import read_header, read_splats
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows
 from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure, Pipeline
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw_or_empty
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw_each
 from training.storage import write_atomic
 
 SIDE = 128  # edge of an image in pixels
@@ -28,6 +28,40 @@ _LIGHT = np.array(
 )  # direction of the light: to the viewer's right, up, and towards the viewer
 
 
+LoadNetwork = Callable[[str], torch.nn.Module]  # function that loads the flow network of a stage
+
+
+class NetworksOnDemand(Mapping[str, torch.nn.Module]):
+    """Networks of all stages, of which only one is in memory: the others are loaded each time they are read.
+
+    Args:
+        present_networks: name of a stage -> its network, which is in memory.
+        stage_names: names of all stages.
+        load: function that loads the network of a stage.
+    """
+
+    def __init__(
+        self,
+        present_networks: Mapping[str, torch.nn.Module],
+        stage_names: Sequence[str],
+        load: LoadNetwork,
+    ):
+        self.present_networks = present_networks
+        self.stage_names = stage_names
+        self.load = load
+
+    def __getitem__(self, stage: str) -> torch.nn.Module:
+        if stage not in self.stage_names:
+            raise KeyError(stage)
+        return self.present_networks[stage] if stage in self.present_networks else self.load(stage)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stage_names)
+
+    def __len__(self) -> int:
+        return len(self.stage_names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strip:
     """Callable that renders one asset of each prompt into an image, side by side (a strip)."""
@@ -36,6 +70,8 @@ class Strip:
     family: FlowFamily  # family of the generator
     prompts: Sequence[str]  # prompts; a strip shows one asset of each
     size: Sequence[int] = ()  # additional arguments of the family's `show`
+    # Function that loads the network of a stage; None: the pipeline holds the networks of all stages.
+    load: LoadNetwork | None = None
 
     def __call__(self, stage: str, model: torch.nn.Module, path: Path) -> Path:
         """Render one asset of each prompt, side by side in one image.
@@ -48,13 +84,15 @@ class Strip:
         """
         assert isinstance(self.family, Shows)
         images = []
+        models: Mapping[str, torch.nn.Module] = {stage: model}
+        if self.load is not None:
+            models = NetworksOnDemand(models, [s.name for s in self.pipeline.stages], self.load)
         with (
             torch.no_grad(),
             tempfile.TemporaryDirectory() as folder,
         ):
             # One asset at a time, because the training occupies most of the memory.
-            for prompt in self.prompts:
-                (asset_or_error,) = draw_or_empty(self.pipeline, [prompt], [0], {stage: model})
+            for asset_or_error in draw_each(self.pipeline, self.prompts, [0] * len(self.prompts), models):
                 try:
                     file = None
                     if not isinstance(asset_or_error, EmptyStructure):

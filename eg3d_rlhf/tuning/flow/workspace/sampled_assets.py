@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.models.policies import link, tuned_model
-from eg3d_rlhf.models.sparse import Latent, separate
+from eg3d_rlhf.models.sparse import Batch, Latent, separate
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import PROMPTS
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, StatesFacts, WritesLatents
@@ -89,6 +89,38 @@ def draw_or_empty(
     for prompt, seed in zip(prompts, seeds, strict=True):
         assets_or_errors += draw_or_empty(pipeline, [prompt], [seed], models)
     return assets_or_errors
+
+
+def draw_each(
+    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], models: Models | None = None
+) -> Iterator[Shown]:
+    """Sample N assets, each by itself, and yield them with their latents, or the error EmptyStructure.
+
+    All assets go through a stage before the next stage begins, so that `models` may hold only the network of
+    the present stage in memory. The arguments are those of `draw`.
+    """
+    voxels: list[Sequence[Voxels]] = [[None] for _ in seeds]  # the first stage has no input
+    latents: list[dict[str, Latent]] = [{} for _ in seeds]
+    last_latents: list[Batch | EmptyStructure | None] = [None for _ in seeds]
+    for stage_number, stage in enumerate(stages_with(pipeline, models), 1):
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            if isinstance(last_latents[i], EmptyStructure):
+                continue
+            x_0 = stage_latents(pipeline, stage, [prompt], [seed], voxels[i])
+            last_latents[i] = x_0
+            (latents[i][stage.name],) = separate(x_0)
+            # The latents of the last stage are decoded below.
+            if stage_number < len(pipeline.stages):
+                try:
+                    with rejecting_empty():
+                        voxels[i] = pipeline.advance(stage.name, x_0)
+                except EmptyStructure as error:
+                    last_latents[i] = error
+    for asset_latents, x_0_or_error in zip(latents, last_latents, strict=True):
+        if isinstance(x_0_or_error, EmptyStructure):
+            yield x_0_or_error
+        else:
+            yield asset_latents, pipeline.decode(x_0_or_error)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

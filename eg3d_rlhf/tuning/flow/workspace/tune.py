@@ -14,8 +14,9 @@ The criterion of the test, its intervals and the control are defined in training
 with the same settings reuses all steps that are finished.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import CHANGEABLE_SETTINGS, POLICY, StageResult
+from eg3d_rlhf.tuning.flow.workspace.sample_strips import LoadNetwork
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from training.distributed import SINGLE, Ranks
 
@@ -119,6 +121,22 @@ class StageLabels:
         """
         return replace(self, train=invert_half(self.train, seed))
 
+    @contextlib.contextmanager
+    def with_network(self, load: LoadNetwork | None) -> Iterator[None]:
+        """Load the network of the stage for the block, and drop it afterwards.
+
+        Args:
+            load: function that loads the network of a stage; None: the stage has its network already.
+        """
+        stage = self.conditioned_stage.stage
+        network_without_weights = stage.model
+        try:
+            if load is not None:
+                stage.model = load(stage.name)
+            yield
+        finally:
+            stage.model = network_without_weights
+
 
 def tune(
     problem: Problem,
@@ -129,6 +147,7 @@ def tune(
     ranks: Ranks = SINGLE,
     say: Callable[[str], None] = print,
     samples: Samples | None = None,
+    load: LoadNetwork | None = None,
 ) -> dict:
     """Train the stages, test them on held-out labels, and write the report.
 
@@ -140,6 +159,8 @@ def tune(
         ranks: distributed ranks.
         say: function that prints a line; only rank 0 calls it.
         samples: function that renders samples at every evaluation; None for no images.
+        load: function that loads the network of a stage. Only the network of the stage in training is then in
+            memory. None: the problem's pipeline holds the networks of all stages, as the loop needs.
     Returns: the report, as values for JSON.
     Raises: ValueError before any training if there are too few labels, or if the circular loop cannot train
         the problem.
@@ -169,7 +190,9 @@ def tune(
     if settings.loop:
         trained_results = _train_loop(problem, *loop_arguments)
     else:
-        trained_results = _train_stages(labels_by_stage, problem.identity, *loop_arguments, samples=samples)
+        trained_results = _train_stages(
+            labels_by_stage, problem.identity, *loop_arguments, samples=samples, load=load
+        )
     control_results: Mapping[str, StageResult] = {}
     # The control has the same settings and seeds, and differs in its labels only.
     if settings.control:
@@ -181,13 +204,13 @@ def tune(
         else:
             randomised_stages = {name: stage.randomised(seed) for name, stage in labels_by_stage.items()}
             control_results = _train_stages(
-                randomised_stages, problem.identity, *loop_arguments, control=True
+                randomised_stages, problem.identity, *loop_arguments, control=True, load=load
             )
     report: dict = {}
     if ranks.is_main:
         report = {
             # seed + 1, so that the test has other times and noises than the training.
-            **_tests(labels_by_stage, trained_results, control_results, folder, seed + 1, say),
+            **_tests(labels_by_stage, trained_results, control_results, folder, seed + 1, say, load),
             "loop": settings.loop,
             "settings": asdict(settings),
             "problem": dict(problem.identity),
@@ -219,6 +242,7 @@ def _train_stages(
     say: Callable[[str], None],
     control: bool = False,
     samples: Samples | None = None,
+    load: LoadNetwork | None = None,
 ) -> dict[str, StageResult]:
     """Train the stages one after the other, each independently of the others.
 
@@ -233,6 +257,7 @@ def _train_stages(
         say: function that prints a line.
         control: True for the training of the control.
         samples: function that renders samples at every evaluation; None: nothing is rendered.
+        load: function that loads the network of a stage; see `tune`.
     Returns: name of a stage -> result of its training.
     """
     store = Store(folder / TRAINING / (CONTROL if control else ""), ranks, hashed=False)
@@ -255,17 +280,18 @@ def _train_stages(
         def train_into_folder(
             stage_folder: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
         ) -> tuple[list[Path], dict]:
-            stage_result = train_stage(
-                labels.conditioned_stage,
-                labels.train,
-                config,
-                stage_folder,
-                unseen=labels.choose,
-                ranks=ranks,
-                resume=True,
-                say=say,
-                samples=None if samples is None else functools.partial(samples, name),
-            )
+            with labels.with_network(load):
+                stage_result = train_stage(
+                    labels.conditioned_stage,
+                    labels.train,
+                    config,
+                    stage_folder,
+                    unseen=labels.choose,
+                    ranks=ranks,
+                    resume=True,
+                    say=say,
+                    samples=None if samples is None else functools.partial(samples, name),
+                )
             return [stage_result.weights], stage_result.record()
 
         artefact = store.make(name, inputs, train_into_folder)
@@ -346,6 +372,7 @@ def _tests(
     folder: Path,
     seed: int,
     say: Callable[[str], None],
+    load: LoadNetwork | None = None,
 ) -> dict:
     """Test every stage on its held-out pairs, and link the weights of the stages that pass into the folder.
 
@@ -356,6 +383,7 @@ def _tests(
         folder: folder of the training.
         seed: seed of the times and noises of the test.
         say: function that prints a line.
+        load: function that loads the network of a stage; see `tune`.
     Returns: part of the report with the results of the tests.
     """
     # The confidence level is corrected for the number of tests.
@@ -365,13 +393,14 @@ def _tests(
         stage_labels = labels_by_stage[stage]
         prompts = [pair.condition for pair in stage_labels.held_out]
         # The same object for the tuned network and the control, so that both get the same times and noises.
-        pair_accuracy = PairAccuracy(
-            stage_labels.conditioned_stage, stage_labels.held_out, draws=FINAL_DRAWS, seed=seed
-        )
-        tuned_accuracy = _measure_accuracy(pair_accuracy, stage_result, confidence)
         control_accuracy = None
-        if stage in control_results:
-            control_accuracy = _measure_accuracy(pair_accuracy, control_results[stage], confidence)
+        with stage_labels.with_network(load):
+            pair_accuracy = PairAccuracy(
+                stage_labels.conditioned_stage, stage_labels.held_out, draws=FINAL_DRAWS, seed=seed
+            )
+            tuned_accuracy = _measure_accuracy(pair_accuracy, stage_result, confidence)
+            if stage in control_results:
+                control_accuracy = _measure_accuracy(pair_accuracy, control_results[stage], confidence)
         signal = signal_test(stage_result.kept_step, tuned_accuracy, control_accuracy, prompts, confidence)
         stage_reports[stage] = {
             "learnable_signal": signal.learnable_signal,

@@ -199,7 +199,7 @@ class Work:
                     " flow new`"
                 )
             work = cls(folder=Path(folder), **{**entries, "stages": tuple(entries["stages"])})
-            _check_splits(work.splits)
+            _check_splits(work.splits, "splits", _RESTORE)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path}: the file has missing or unknown entries ({error}). Restore it from a copy, or make"
@@ -216,7 +216,7 @@ class Work:
         """
         from training.storage import write_atomic
 
-        _check_splits(self.splits)
+        _check_splits(self.splits, "splits", _RESTORE)
         check_new(self.folder)
         # The path of the folder is not stored, so that the folder can be moved.
         entries = {name: value for name, value in asdict(self).items() if name != "folder"}
@@ -489,26 +489,33 @@ def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) ->
     }
     # Within a split, the prompts have the same order as in `names`.
     splits = {split: tuple(name for name in names if name in prompts_by_split[split]) for split in SPLITS}
-    _check_splits(splits)
+    remedy = "Give more prompts, or use other shares, such as --split=0.6,0.2,0.2."
+    _check_splits(splits, "--split", remedy)
     return splits
 
 
-def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError if a split has no prompt, or if a prompt is in two splits."""
+# Remedy for a damaged work.json.
+_RESTORE = "Restore the file from a copy, or make a new work folder with `eg3d-rlhf flow new`."
+
+
+def _check_splits(splits: Mapping[str, Sequence[str]], who: str, remedy: str) -> None:
+    """Raise ValueError if a split has no prompt, or if a prompt is in two splits.
+
+    Args:
+        splits: name of a split -> its prompts.
+        who: beginning of the message.
+        remedy: last sentence of the message about a split without prompts.
+    """
     counts = {split: len(splits.get(split, ())) for split in SPLITS}
     if not all(counts.values()):
         count_texts = ", ".join(f"{count} to {split} on" for split, count in counts.items())
         raise ValueError(
-            f"--split: each split needs at least one prompt, but there are {count_texts}. Give more prompts,"
-            " or use other shares, such as --split=0.6,0.2,0.2."
+            f"{who}: each split needs at least one prompt, but there are {count_texts}. {remedy}"
         )
     occurrences = Counter(name for split in SPLITS for name in splits[split])
     repeated_prompts = [name for name, count in occurrences.items() if count > 1]
     if repeated_prompts:
-        raise ValueError(
-            f"splits: the prompt {repeated_prompts[0]!r} is in two splits. Restore the file from a copy, or"
-            " make a new work folder with `eg3d-rlhf flow new`."
-        )
+        raise ValueError(f"{who}: the prompt {repeated_prompts[0]!r} is in two splits. {_RESTORE}")
 
 
 def stamp_of(path: Path) -> list[int]:

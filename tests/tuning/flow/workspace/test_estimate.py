@@ -24,6 +24,7 @@ from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference, set_recompute, trained_parameters
 from eg3d_rlhf.tuning.flow.workspace import estimate
 from eg3d_rlhf.tuning.flow.workspace.estimate import ZeroConditioning, pairs_of
+from eg3d_rlhf.tuning.flow.workspace.published_memory import PRECISION, published_costs
 from tests.rejections import raising
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
@@ -230,3 +231,59 @@ def test_what_fits_nowhere_is_told_with_figures():
     names = (f"{least:.1f} GiB", "0.0", "'structure'", "(sample, ", "--set precision=bfloat16")
     with raising(*names):
         estimate.check_fits(rows, 1 << 20, "flow new")
+
+
+def cost(stage, what, weights, peak) -> estimate.StageCost:
+    return estimate.StageCost(
+        stage=stage, what=what, precision="bfloat16", recompute=False, weights=weights, bytes=peak, flops=1
+    )
+
+
+def test_a_sample_holds_all_stages_and_an_update_its_own():
+    costs = [cost("a", "sample", 100, 1000), cost("a", "lora", 100, 2000), cost("b", "sample", 30, 500)]
+    single, half = (
+        {(row.stage, row.what): row.bytes for row in estimate.rows_of(costs, dtype=dtype)}
+        for dtype in ("float32", "bfloat16")
+    )
+    assert single == {
+        ("a", "sample"): 1000 + 4 * 30,
+        ("a", "lora"): 2000,
+        ("b", "sample"): 500 + 4 * 100,
+    }
+    assert half == {
+        ("a", "sample"): 1000 - 2 * 100 + 2 * 30,
+        ("a", "lora"): 2000 - 2 * 100,
+        ("b", "sample"): 500 - 2 * 30 + 2 * 100,
+    }
+
+
+def test_processes_divide_the_state_of_full_tuning_alone():
+    costs = [cost("a", "full", 100, 5000), cost("a", "lora", 100, 2000)]
+    full, lora = (row.bytes for row in estimate.rows_of(costs, gpus=4))
+    # weight, gradient and two moments of float32 on one of four processes
+    assert full == 5000 - 16 * 100 * 3 // 4 and lora == 2000
+
+
+def test_the_published_costs_belong_to_the_published_networks():
+    stages_by_generator = {name: make() for name, make in released_sizes().items()}
+    assert list(published_costs()) == list(stages_by_generator)
+    for name, costs in published_costs().items():
+        for stage in stages_by_generator[name]:
+            stage_costs = [cost for cost in costs if cost.stage == stage.stage.name]
+            kinds = [(cost.what, cost.recompute) for cost in stage_costs]
+            assert kinds == [("sample", False), *((w, r) for w in ("lora", "full") for r in (False, True))]
+            assert {cost.weights for cost in stage_costs} == {estimate.weight_count(stage)}
+            sample, lora, less, full, full_less = (cost.bytes for cost in stage_costs)
+            assert 4 * stage_costs[0].weights < sample < less < lora < full and less < full_less < full
+
+
+@pytest.mark.long
+def test_a_published_cost_is_what_is_traced_today():
+    (stage,) = [stage for stage in released_sizes()["TRELLIS-image-large"]() if stage.stage.name == "latent"]
+    traced = estimate.sampling_cost(replace(stage, stage=replace(stage.stage, precision=PRECISION)), 1)
+    (stated,) = [
+        cost
+        for cost in published_costs()["TRELLIS-image-large"]
+        if (cost.stage, cost.what) == ("latent", "sample")
+    ]
+    assert stated.bytes == pytest.approx(traced.bytes, rel=0.01) and stated.flops == traced.flops

@@ -14,6 +14,8 @@ from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, load_model
+from tests.modes.flow_works import flow
+from tests.rejections import check_message
 from tests.tuning.flow.families.trellis.tiny_trellis import PIPELINE, tokens
 
 
@@ -92,3 +94,31 @@ def test_missing_encoders_are_listed_as_elsewhere(pipeline, trellis_root, tmp_pa
         path.unlink()
     report = export(family_of(root), root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
     assert report["elsewhere"] == ["slat_decoder_mesh", "sparse_structure_encoder", "slat_encoder"]
+
+
+def test_a_rejected_export_leaves_nothing_and_alpha_can_be_stated(pipeline, trellis_root, tmp_path):
+    adapted(pipeline, tmp_path / "adapter")
+    out = tmp_path / "out"
+    command = (
+        f"--pipeline={trellis_root}",
+        f"--weights={STRUCTURE}={tmp_path / 'adapter'}",
+        f"--outdir={out}",
+    )
+    (tmp_path / "adapter" / "adapter_config.json").rename(tmp_path / "kept.json")
+    for flags, names in (
+        ((), ("adapter_model.safetensors", "--set alpha=")),
+        (("--adapter",), ("--adapter", "adapter_config.json")),
+        (("--adapter", "--set=alpha=4"), ("--adapter", "alpha")),
+    ):
+        check_message(flow("export", *command, *flags, code=2), names)
+        assert not out.exists()
+    out.mkdir()  # an empty folder stays
+    flow("export", *command, code=2)
+    assert out.is_dir() and not list(out.iterdir())
+    flow("export", *command, "--set=alpha=4")
+    (tmp_path / "kept.json").rename(tmp_path / "adapter" / "adapter_config.json")
+    stated = load_file(out / "ckpts" / "ss_flow.safetensors")
+    shutil.rmtree(out)
+    flow("export", *command)
+    recorded = load_file(out / "ckpts" / "ss_flow.safetensors")
+    assert all(torch.equal(stated[name], recorded[name]) for name in recorded)
