@@ -220,6 +220,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import Run, recorded
+    from eg3d_rlhf.modes.flow_plan import next_line
     from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
     from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, tune
 
@@ -239,6 +240,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             click.echo(report_line)
     # the pairs were written above
     if flags["pairs_only"]:
+        click.echo(f"next: eg3d-rlhf flow tune {work.folder}")
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote
     # Opens the generator, the pairs in WORK, and the embeddings of their prompts.
@@ -270,6 +272,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     if ranks.is_main:
         # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
+        click.echo(next_line(work))
 
 
 def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tuning) -> "Strip | None":

@@ -297,8 +297,13 @@ def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]
     other_prompts = [name for name in work.names(CHOOSE) if name in set(prompts)]
     # A random order. The first word is part of what is hashed, so it cannot change.
     other_prompts.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
-    choose_count = max(round(CHOOSING * len(other_prompts)), 1)
+    choose_count = choosing_count(len(other_prompts))
     return train_prompts, tuple(other_prompts[:choose_count]), tuple(other_prompts[choose_count:])
+
+
+def choosing_count(prompt_count: int) -> int:
+    """Return how many of the labelled prompts to choose on choose checkpoints; the others are held out."""
+    return max(round(CHOOSING * prompt_count), 1)
 
 
 def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:

@@ -17,6 +17,7 @@ of latents.
 import contextlib
 import errno
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,11 +35,13 @@ from eg3d_rlhf.tuning.flow.base.ranking import RANKING, read_latents, write_late
 from eg3d_rlhf.tuning.flow.base.sampling import Models, stage_latents, stages_with
 from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, rejecting_empty
 from eg3d_rlhf.tuning.flow.families.opening import hash_of
-from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import BASE, Work
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
 IDENTITY = "drawn_from.json"
+# Name of the file of an asset that people look at, or of the note why there is none; see the module.
+_SHOWN_NAME = re.compile(r"\d{5,}-\d+\.(?!safetensors)[a-z]+")
 NOTHING = ".txt"  # suffix of the note that is written for an asset without a surface
 # Result of sampling one asset: its latents by stage and the asset, or the error for an empty structure.
 Shown = tuple[dict[str, Latent], Asset] | EmptyStructure
@@ -274,6 +277,14 @@ class AssetSampling:
                 f"sample: the disk with {self.folder} is full after {len(self.shown())} of {len(self.jobs)}"
                 " assets. Free some space, and run the same command again, which resumes the sampling."
             ) from None
+
+
+def count_assets(work: Work, name: str = BASE) -> int:
+    """Count the assets that are sampled so far in the folder drawn/NAME, also those without a surface."""
+    folder = work.asset_folder(name)
+    # latents have other names in some families, so files are told apart by what `shown` looks for
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return len({path.name.partition(".")[0] for path in paths if _SHOWN_NAME.fullmatch(path.name)})
 
 
 @dataclass(frozen=True, kw_only=True)
