@@ -65,7 +65,7 @@ NEEDED = {
         for noun in ("label", "study")
         for verb in ("add-annotator", "new-token", "revoke")
     },
-    **{f"flow {verb}": "{out}" for verb in ("sample", "label", "study", "check")},
+    **{f"flow {verb}": "{out}" for verb in ("plan", "status", "sample", "label", "study", "check")},
 }
 # Where --dry-run prints a flag under another name, and which place counts where it prints several.
 NAMES = {"psi": "trunc", "cutoff": "trunc_cutoff", "compare": "arms"}

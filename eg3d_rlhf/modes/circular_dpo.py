@@ -25,6 +25,7 @@ from eg3d_rlhf.modes.flow_flags import (
     check_adapter_flags,
     circular_help_values,
     circular_settings,
+    control_flag,
     loop_flags,
     make_record_reader,
     make_source,
@@ -197,6 +198,7 @@ def check(flags: Flags) -> None:
             "--stage cannot be combined with --ablate, which trains all stages. Remove one of them."
         )
     # False: with --ablate, the number of rounds follows from the groups, so --rounds never has an effect.
+    flags.check_applies(("no_control",), flags["ablate"] is None, "--ablate names the controls")
     if flags["ablate"] is not None:
         flags.check_applies(("rounds",), False, "the groups of --ablate decide the number of rounds")
     check_adapter_flags(flags)
@@ -222,6 +224,8 @@ def resolve(flags: Flags) -> CircularRun:
         training_seeds=training_seeds(flags, 3) if group_names else (),
         # by default, the table is computed with the batch size of the win rate; --evaluation-batch wins
         evaluation=Evaluation(**{"batch": (defaults.choosing or Choosing()).batch, **evaluation_values}),
+        # an ablation has the controls that --ablate names
+        control=group_names is None and not flags["no_control"],
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
@@ -306,7 +310,7 @@ CIRCULAR_DPO = Mode(
     open=open_circular,
     work=work,
     title=title,
-    flags=combine_decorators(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
+    flags=combine_decorators(artefact_flags, what_flags, control_flag, train_flags, loop_flags, table_flags),
     resolve=resolve,
     record=lambda settings, problem: {
         "mode": "circular-dpo",
@@ -324,8 +328,8 @@ CIRCULAR_DPO = Mode(
     again="The same command, or --resume=RUN,",
     help="""Train a multi-stage flow generator on preference pairs (Circular-DPO), by default the bundled toy.
     The last stage is trained on pairs that people labelled. Every earlier stage is trained on pairs of
-    samples that the tuned and the untuned next stage produce. --resume=RUN, or the same command, resumes a
-    run that was stopped.
+    samples that the tuned and the untuned next stage produce. A control on randomised pairs is trained, too.
+    --resume=RUN, or the same command, resumes a run that was stopped.
 
     \b
     Examples:

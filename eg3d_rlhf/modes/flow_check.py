@@ -104,6 +104,7 @@ def check(
     if memory:
         for line in memory_lines(root, tune, gpus, dtype):
             click.echo(line)
+        click.echo(f"next: eg3d-rlhf flow check {root or 'ROOT'}")
         return
     if root is None:
         raise ValueError(
@@ -122,8 +123,13 @@ def check(
     for line in screen_lines(root, family, networks, all_faults):
         click.echo(line)
     if all_faults:
+        click.echo(f"next: download the files above again, then eg3d-rlhf flow check {root}")
         # For scripts: the exit code says whether the folder can be used.
         ctx.exit(1)
+    inputs = "--images=IMAGES" if isinstance(family, EmbedsImages) else "--prompts=FILE"
+    if not isinstance(family, (EmbedsImages, EmbedsText)):
+        inputs = "--conditioning=FILE"
+    click.echo(f"next: eg3d-rlhf flow new WORK --pipeline={root} {inputs}")
 
 
 def memory_lines(root: Path | None, tune: str, gpus: int, dtype: str) -> Iterator[str]:

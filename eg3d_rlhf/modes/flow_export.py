@@ -146,11 +146,13 @@ def write_export(
                 f"{outdir / stage}: PeftModel.from_pretrained(network of stage {stage},"
                 f" {str(outdir / stage)!r})"
             )
+        click.echo("next: load each adapter with PEFT (pip install peft), as printed above")
         return
     family = family_of(root)
     print_json(export(family, root, outdir, weights_by_stage, alpha))
     # the family's instructions for loading the exported folder; plugins need not have any
-    click.echo(f"{outdir}: {family.loaded_by.format(out=outdir) or 'as any folder of ' + family.name}")
+    loading = family.loaded_by.format(out=outdir) or f"as any folder of {family.name}"
+    click.echo(f"next: load {outdir} with the original program: {loading}")
 
 
 def find_tuned_weights(

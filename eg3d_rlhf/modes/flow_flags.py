@@ -366,6 +366,28 @@ arms_table_flags = combine_decorators(
 )
 
 
+control_flag = option(
+    "--no-control",
+    group=WHAT,
+    is_flag=True,
+    help=(
+        "Train no control on randomised labels or rewards. This halves the time, but nothing then tests"
+        " whether a gain is due to the labels or rewards."
+    ),
+)
+
+
+def with_control(flags: Flags, arm: str, control_arm: str) -> tuple[str, ...]:
+    """Return the arms of a run without --arms: the arm and, without --no-control, its control.
+
+    Args:
+        flags: values of the command line.
+        arm: name of the arm.
+        control_arm: name of the arm with randomised labels or rewards.
+    """
+    return (arm,) if flags["no_control"] else (arm, control_arm)
+
+
 def check_arms_flags(flags: Flags, has_several_arms: bool) -> None:
     """Raise ValueError, naming the flags, if flags were given that have no effect in this run.
 
@@ -373,10 +395,11 @@ def check_arms_flags(flags: Flags, has_several_arms: bool) -> None:
         flags: values of the command line.
         has_several_arms: True if the run has several arms.
     """
+    flags.check_applies(("no_control",), flags["arms"] is None, "--arms names the controls")
     flags.check_applies(
         ("jobs",),
-        # several arms, or one arm with several training seeds
-        has_several_arms or len(training_seeds(flags, 1)) > 1,
+        # several arms, or several training seeds; an arm and its control are trained one after the other
+        (has_several_arms and flags["arms"] is not None) or len(training_seeds(flags, 1)) > 1,
         "there is only one training; several values of --arms or --seeds give several",
     )
     flags.check_applies(
@@ -403,11 +426,13 @@ def make_shared_fields(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -
         choosing_settings = None
     elif flags["choose_noises"] is not None:
         choosing_settings = replace(choosing_settings or Choosing(), per_condition=flags["choose_noises"])
+    # the arms of --arms are compared over three seeds; one arm and its control are trained once
+    seeds = training_seeds(flags, 3 if flags["arms"] is not None and len(arms) > 1 else 1)
     return {
         "stage": flags["stage"],
         "arms": arms,
-        # several arms are compared over three seeds; one arm alone is trained once
-        "training_seeds": training_seeds(flags, 3 if len(arms) > 1 else 1),
+        "training_seeds": seeds,
+        "is_controlled": flags["arms"] is None and not flags["no_control"] and len(seeds) == 1,
         "choosing": choosing_settings,
         "evaluation": replace(defaults.evaluation, **flags.values_for(Evaluation)),
         "summary": not flags["no_summary"],
@@ -488,7 +513,8 @@ def make_arms_mode(
 
     def open_checked(settings: ArmsRun, run: "Run") -> "Opened":
         # Several trainings are distributed by --jobs. torchrun would start every training in every process.
-        reject_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
+        training_count = len(settings.arms) * len(settings.training_seeds)
+        reject_torchrun(training_count > 1 and not settings.is_controlled, "--arms, --seeds")
         problem_and_labels = open(settings, run.device)
         check(settings, problem_and_labels, run)
         return problem_and_labels

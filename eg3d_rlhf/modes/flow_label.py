@@ -4,6 +4,7 @@ The pairs and the answers are stored in WORK/labels.db as a labelling project, w
 campaign. `flow tune` reads the answers.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, optio
 from eg3d_rlhf.modes.flow_sample import device_flag, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
-from eg3d_rlhf.people.label.entities import CampaignSettings
+from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
+from eg3d_rlhf.tuning.flow.base.family import GEOMETRY, TEXTURE, question_of
+from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, Work
-
-SECONDS = 8  # assumed time of one answer, from which the total time is estimated
 
 
 @click.command("label", cls=GroupedCommand)
@@ -40,6 +41,17 @@ SECONDS = 8  # assumed time of one answer, from which the total time is estimate
         f" need trained rewards in WORK/{REWARD}."
     ),
 )
+@option(
+    "--criteria",
+    metavar="LIST",
+    show_default="geometry; geometry,texture for a generator with a stage of textures",
+    help=(
+        "Questions about each pair, separated by commas. Each stage learns from the answers to its own"
+        " question: stages of textures from texture, all others from geometry. Other questions are"
+        f" {', '.join(name for name in QUESTIONS if name not in (GEOMETRY, TEXTURE))} and NAME=TEXT, whose"
+        " answers are stored and exported, and are not used for tuning."
+    ),
+)
 @device_flag
 @option(
     "--campaign",
@@ -58,6 +70,7 @@ def label(
     folder: Path,
     pairs: int | None,
     strategy: str,
+    criteria: str | None,
     device: str,
     campaign: str | None,
     **server_values,
@@ -81,7 +94,8 @@ def label(
     asset_count = len(work.lines())
     # WORK has a default campaign; others are made with --set campaign=NAME
     campaign_name = campaign or work.campaign
-    request = make_request(work, campaign_name, pairs or asset_count, strategy)
+    questions = choose_questions(work, criteria)
+    request = make_request(work, campaign_name, pairs or asset_count, strategy, questions)
     with open_store(work.database, create=True) as store:
         # Annotators on other machines must log in, so at least one must exist before the server starts.
         if server_flags.exposed:
@@ -101,16 +115,12 @@ def label(
         else:
             # An existing campaign resumes, so its pairs and its strategy cannot change. `check_resumed`
             # raises ValueError if a given flag differs from the stored value.
-            requested_settings = {"pairs": pairs, "strategy": strategy}
-            launch.check_resumed(
-                stored_campaign, requested_settings, launch.given_flags(ctx), "--set campaign=NAME"
-            )
-        # number of judgements in the database
-        answer_count = sum(1 for _ in store.judgements(campaign_name))
-        click.echo(
-            f"{stored_campaign.pairs} pairs, about {format_duration(SECONDS * stored_campaign.pairs)} at"
-            f" {SECONDS} s per answer; {answer_count} answers so far"
-        )
+            requested_settings = {"pairs": pairs, "strategy": strategy, "questions": list(questions)}
+            # the flag --criteria sets the stored value "questions"
+            given_flags = {{"criteria": "questions"}.get(name, name) for name in launch.given_flags(ctx)}
+            launch.check_resumed(stored_campaign, requested_settings, given_flags, "--set campaign=NAME")
+        click.echo(question_line(work, stored_campaign.settings.questions))
+        click.echo(launch.campaign_line(store, stored_campaign))
         # Serves the page until Ctrl-C. The lambda returns the lines that are printed at the start.
         launch.serve_campaign(
             store,
@@ -128,25 +138,70 @@ def label(
 def tuning_command(work: Work, campaign: str) -> str:
     """Return the shell command that tunes the generator on the answers of a labelling project.
 
-    `flow tune` reads the answers of WORK's default project by itself. The answers of another project must be
-    exported first, so the result then consists of two commands.
+    `flow tune` reads the answers of WORK's default project by itself. The command names further projects,
+    whose answers are added to those of the default project if it has any.
 
     Args:
         work: the opened folder WORK.
         campaign: name of the labelling project.
     """
     tune_command = f"eg3d-rlhf flow tune {work.folder}"
-    # `flow tune` reads the answers of this project directly from the database.
     if campaign == work.campaign:
         return tune_command
-    labels_file = work.folder / "answers.jsonl"
-    return (
-        f"eg3d-rlhf label export {labels_file} --kind=asset-pairs --db={work.database} && {tune_command}"
-        f" --labels={labels_file}"
-    )
+    with open_store(work.database, create=False) as store:
+        has_default_campaign = store.campaign(work.campaign) is not None
+    campaigns = [work.campaign, campaign] if has_default_campaign else [campaign]
+    return f"{tune_command} --set campaigns={','.join(campaigns)}"
 
 
-def make_request(work: Work, campaign_name: str, pair_count: int, strategy: str = "random") -> launch.Request:
+def choose_questions(work: Work, criteria: str | None) -> tuple[str, ...]:
+    """Return the further questions of a labelling project, in the form that its settings have.
+
+    The question of a project without further questions, which shape is better, is about the geometry.
+
+    Args:
+        work: the opened folder WORK.
+        criteria: value of --criteria, or None for the questions from which the stages of WORK learn.
+
+    Raises: ValueError for an unknown question.
+    """
+    family = family_of(Path(work.pipeline), print_line=lambda licence: None)
+    if criteria is None:
+        stage_questions = {question_of(family, stage) for stage in work.stages}
+        questions = tuple(name for name in (GEOMETRY, TEXTURE) if name in stage_questions)
+    else:
+        questions = tuple(name.strip() for name in criteria.split(",") if name.strip())
+        parse_questions(questions)
+    return () if questions == (GEOMETRY,) else questions
+
+
+def question_line(work: Work, questions: Sequence[str]) -> str:
+    """Return a line with the questions of a labelling project, and the stages that learn from each.
+
+    Args:
+        work: the opened folder WORK.
+        questions: further questions in the settings of the project.
+    """
+    family = family_of(Path(work.pipeline), print_line=lambda licence: None)
+    names = [question.name for question in parse_questions(questions)] or [GEOMETRY]
+    texts = []
+    for name in (*names, *(["overall"] if questions else [])):
+        # Without a question about the geometry, the answer as a whole takes its place.
+        source = GEOMETRY if name == "overall" and GEOMETRY not in names else name
+        stages = [stage for stage in work.stages if question_of(family, stage) == source]
+        texts.append(f"{name} (for {'stage ' + ' and '.join(stages) if stages else 'no stage'})")
+    unasked_stages = [stage for stage in work.stages if question_of(family, stage) not in (GEOMETRY, *names)]
+    unasked_text = f"; no question is about {' and '.join(unasked_stages)}" if unasked_stages else ""
+    return f"questions: {', '.join(texts)}{unasked_text}"
+
+
+def make_request(
+    work: Work,
+    campaign_name: str,
+    pair_count: int,
+    strategy: str = "random",
+    questions: tuple[str, ...] = (),
+) -> launch.Request:
     """Build the description of a new labelling project on the generated assets of WORK.
 
     Args:
@@ -154,9 +209,14 @@ def make_request(work: Work, campaign_name: str, pair_count: int, strategy: str 
         campaign_name: name of the project.
         pair_count: number of pairs.
         strategy: name of the strategy that chooses the pairs.
+        questions: further questions, see `choose_questions`.
     """
     # None for every setting: `with_defaults` replaces it by the default value of the setting
-    campaign_settings = launch.with_defaults(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
+    campaign_settings = {
+        **launch.with_defaults(dict.fromkeys(launch.SETTINGS), CampaignSettings),
+        **launch.ASKED,
+        "questions": questions,
+    }
     pairing_options = PairingOptions(pairs=pair_count, seed=work.seed, strategy=strategy)
     # an absolute path, because the label server may be started in another folder
     asset_folder = str(work.asset_folder().resolve())
@@ -171,16 +231,3 @@ def make_request(work: Work, campaign_name: str, pair_count: int, strategy: str 
         # samples without a surface are left out instead of rejected
         lenient=True,
     )
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration in hours and minutes, rounded to minutes. A duration below one minute becomes 1 min.
-
-    Args:
-        seconds: duration in seconds.
-
-    >>> format_duration(5400), format_duration(300)
-    ('1 h 30 min', '5 min')
-    """
-    minutes = max(1, round(seconds / 60))
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

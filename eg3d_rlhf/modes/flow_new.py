@@ -559,9 +559,7 @@ def usable_images(
 
     image_paths = [path for path in paths_by_name.values() if path is not None]
     with prefix_errors("--images"):
-        usable_paths, unusable_images = usable_cut_outs(
-            tqdm(image_paths, desc="checking", unit="image", disable=None)
-        )
+        usable_paths, unusable_images = usable_cut_outs(tqdm(image_paths, desc="checking", unit="image"))
         if not usable_paths:
             raise ValueError(joined_errors(unusable_images))
     kept_paths = set(usable_paths)
@@ -598,8 +596,10 @@ def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
         work: the new folder WORK.
         device: device that will generate the assets.
     """
-    # imported here, because --help must not load this module
+    # imported here, because --help must not load these modules
     import torch
+
+    from eg3d_rlhf.modes.flow_plan import next_line
 
     # The device is printed so that a wrong choice is noticed before sampling.
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -612,5 +612,4 @@ def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
             " prompts or images are kept for the test"
         ],
     )
-    # The next command can be copied from the screen.
-    yield from entry_lines("next", [f"eg3d-rlhf flow sample {work.folder}"])
+    yield next_line(work)

@@ -70,7 +70,8 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
     Example:
         eg3d-rlhf flow sample WORK
     """
-    # Imported here, so that --help is printed without loading this module.
+    # Imported here, so that --help is printed without loading these modules.
+    from eg3d_rlhf.modes.flow_plan import next_line
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 
     # Raises an error if the folder is no WORK, or if the files of the generator have changed since `flow
@@ -94,7 +95,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
     if remark := family.remark(sampling.folder, work.lines(), sampling.pipeline):
         click.echo(remark)
     click.echo(f"{len(work.names(TEST))} prompts or images are kept for the test")
-    click.echo(f"next: eg3d-rlhf flow label {folder}")
+    click.echo(next_line(work))
 
 
 def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":

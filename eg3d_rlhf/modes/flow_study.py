@@ -185,7 +185,8 @@ def study(
         eg3d-rlhf flow study WORK
         eg3d-rlhf flow study WORK --report
     """
-    # Imported here, so that --help is printed without loading this module.
+    # Imported here, so that --help is printed without loading these modules.
+    from eg3d_rlhf.modes.flow_plan import next_line
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 
     check_extra(EXTRA)
@@ -197,6 +198,7 @@ def study(
     # A report reads the stored answers, so the generator need not be loaded.
     if report:
         write_reports(work, Study.of(work, training, False), against, interim)
+        click.echo(next_line(work))
         return
     family = work.check_pipeline()
     # name of a folder below drawn/ -> tuned weights by stage; None: the untuned generator
@@ -274,6 +276,9 @@ def serve(
 
     Raises: ValueError if the comparison is over.
     """
+    # imported here, because the module imports this one
+    from eg3d_rlhf.modes.flow_plan import next_line
+
     # By generator that the tuned one is compared with: its folder. arms[1] is the tuned generator; without a
     # control, `zip` stops after BASE.
     asset_folder_by_contest = dict(zip((BASE, CONTROL), (arm_folders[0], *arm_folders[2:]), strict=False))
@@ -325,6 +330,8 @@ def serve(
     )
     # standalone_mode=False: click returns to this function instead of ending the program
     study_job.main.main(command_line, standalone_mode=False)
+    # reached when the server has been stopped
+    click.echo(next_line(work))
 
 
 def write_reports(work: Work, study: Study, baseline: str | None, is_interim: bool) -> None:

@@ -88,6 +88,16 @@ what_flags = combine_decorators(
         help="File of labels for the assets of WORK, or a folder of other assets with rankings.",
     ),
     _what_is_tuned_option(
+        "--campaigns",
+        rare=True,
+        metavar="LIST",
+        show_default="the project of WORK",
+        help=(
+            "Names of labelling projects (campaigns) of `flow label` whose answers are used, separated by"
+            " commas."
+        ),
+    ),
+    _what_is_tuned_option(
         "--pairs-only",
         is_flag=True,
         help="Write only the pairs, to WORK/pairs for train.py --pairs.",
@@ -141,6 +151,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
         raise ValueError(
             "--stage cannot be combined with --loop, which tunes all stages. Remove one of them."
         )
+    flags.check_applies(("campaigns",), flags["labels"] is None, "--labels names the labels")
     # Mistakes in the flags are reported before any file of the generator is read.
     work = Work.open(folder)
     work.check_pipeline()
@@ -242,6 +253,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import Run, recorded
+    from eg3d_rlhf.modes.flow_plan import next_line
     from eg3d_rlhf.tuning.flow.workspace.answers import (
         imported_of,
         network_loader,
@@ -254,7 +266,10 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     target_device = choose_device(device) if ranks.world == 1 else ranks.device
     encoding_values = flags.values_for(EncodingSource)
     # pairs of each stage, from the answers in WORK or from the labels of --labels
-    imported_labels = imported_of(work, family, flags["labels"], target_device, encoding_values)
+    campaigns = [name.strip() for name in (flags["campaigns"] or "").split(",") if name.strip()]
+    imported_labels = imported_of(
+        work, family, flags["labels"], target_device, encoding_values, flags["stages"], campaigns
+    )
     if ranks.is_main:
         write_pairs(work, family, imported_labels)
         for report_line in label_report(
@@ -263,6 +278,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             click.echo(report_line)
     # the pairs were written above
     if flags["pairs_only"]:
+        click.echo(f"next: eg3d-rlhf flow tune {work.folder}")
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote
     # Opens the generator, the pairs in WORK, and the embeddings of their prompts. Without --loop, stages are
@@ -309,6 +325,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     if ranks.is_main:
         # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
+        click.echo(next_line(work))
 
 
 def make_strip(

@@ -61,6 +61,8 @@ JOBS: dict[str, tuple[str, str]] = {
     "score": ("eg3d_rlhf.modes.score:main", "score generators of any family with one reward"),
     # flow generators: the six commands on a folder WORK, and a check of the generator's folder
     "flow new": ("eg3d_rlhf.modes.flow_new:new", "create a folder WORK for a flow model and its inputs"),
+    "flow plan": ("eg3d_rlhf.modes.flow_plan:plan_command", "estimate the cost of all steps in WORK"),
+    "flow status": ("eg3d_rlhf.modes.flow_plan:status_command", "show which steps in WORK are done"),
     "flow sample": ("eg3d_rlhf.modes.flow_sample:sample", "generate assets to compare, with their latents"),
     "flow label": ("eg3d_rlhf.modes.flow_label:label", "compare the generated assets in the browser"),
     "flow tune": ("eg3d_rlhf.modes.flow_tune:tune_command", "tune the flow model on the answers"),

@@ -441,15 +441,14 @@ def _start(
                 store, request, click.echo
             )
             store.create_campaign(campaign_settings, planned_pairs)
-            click.echo(f"campaign {request.name!r}: {len(planned_pairs)} pairs planned")
+            state = "planned"
         else:
             # raises ValueError if a typed flag differs from the stored value
             launch.check_resumed(campaign, requested_settings, given_names)
-            answer_count = sum(1 for _ in store.judgements(request.name))
-            click.echo(
-                f"campaign {request.name!r}: resumed, {campaign.pairs} pairs, {answer_count} judgements so"
-                " far"
-            )
+            state = "resumed"
+        campaign = store.campaign(request.name)
+        assert campaign is not None
+        click.echo(f"campaign {request.name!r}: {state}, {launch.campaign_line(store, campaign)}")
         login_lines = []
         if server_flags.exposed:
             annotator_count = len(launch.annotators_with_access(store))

@@ -19,12 +19,14 @@ from eg3d_rlhf.modes.flow_flags import (
     arms_help_values,
     arms_table_flags,
     check_arms_flags,
+    control_flag,
     make_arms_mode,
     make_shared_fields,
     make_source,
     parse_arm_names,
     stage_flag,
     tuning_flags,
+    with_control,
 )
 from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
@@ -40,7 +42,7 @@ from eg3d_rlhf.tuning.flow.training.offline.settings import (
     OfflineSource,
     SinglesConfig,
 )
-from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, StageTraining, TrainConfig
+from eg3d_rlhf.tuning.flow.training.settings import RANDOMISED, DpoConfig, StageTraining, TrainConfig
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -118,7 +120,7 @@ arms_flag = option(
     "--arms",
     group=TABLE,
     metavar="LIST",
-    default=LABELS,
+    show_default=f"{LABELS}, and its control {RANDOMISED}",
     help=(
         f"Arms to train and compare, separated by commas: {', '.join(ARMS)}. labels is trained with --loss on"
         " single assets; randomised and inverted are its controls; dpo is trained on pairs."
@@ -137,7 +139,7 @@ def check(flags: Flags) -> None:
         ("group", "group_beta"), flags["loss"] == "dgpo", "the loss is not dgpo (--loss=dgpo)"
     )
     # a comma: several arms
-    check_arms_flags(flags, "," in flags["arms"])
+    check_arms_flags(flags, len(select_arms(flags)) > 1)
     if not is_toy and flags["assets"] is None:
         raise ValueError(
             "--assets is missing, which --pipeline=DIR needs. Name the folder of assets that `flow sample`"
@@ -162,8 +164,13 @@ def resolve(flags: Flags) -> OfflineRun:
         assets=None if flags["assets"] is None else str(flags["assets"]),
         labels=flags["labels"],
         # stage, arms, seeds and evaluation
-        **make_shared_fields(flags, defaults, parse_arm_names(flags)),
+        **make_shared_fields(flags, defaults, select_arms(flags)),
     )
+
+
+def select_arms(flags: Flags) -> tuple[str, ...]:
+    """Return the names of the arms that the flags select."""
+    return with_control(flags, LABELS, RANDOMISED) if flags["arms"] is None else parse_arm_names(flags)
 
 
 def shown_by_help(run: OfflineRun) -> list[object]:
@@ -260,11 +267,11 @@ OFFLINE = make_arms_mode(
     check_opened,
     resolve=resolve,
     defaults=lambda flags: shown_by_help(resolve(flags)),
-    flags=combine_decorators(what_flags, train_flags, arms_flag, arms_table_flags),
+    flags=combine_decorators(what_flags, control_flag, train_flags, arms_flag, arms_table_flags),
     help=f"""Tune one stage of a flow generator on people's labels of single assets, by default the bundled
     toy. The labels are thumbs or scores (--loss={LOSSES[0]}), or rankings that are not split into pairs
-    (--loss={LOSSES[1]}). The training generates no samples except for win rates. --resume=RUN resumes a run
-    that was stopped.
+    (--loss={LOSSES[1]}). The training generates no samples except for win rates. A control on randomised
+    labels is trained, too. --resume=RUN resumes a run that was stopped.
 
     \b
     Examples:

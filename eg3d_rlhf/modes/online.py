@@ -20,12 +20,14 @@ from eg3d_rlhf.modes.flow_flags import (
     arms_help_values,
     arms_table_flags,
     check_arms_flags,
+    control_flag,
     make_arms_mode,
     make_shared_fields,
     make_source,
     parse_arm_names,
     stage_flag,
     tuning_flags,
+    with_control,
 )
 from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
 from eg3d_rlhf.tuning.flow.training.online.settings import (
@@ -39,7 +41,13 @@ from eg3d_rlhf.tuning.flow.training.online.settings import (
     split_arm,
 )
 from eg3d_rlhf.tuning.flow.training.online.settings import PROBLEM_REWARD as OWN_REWARD
-from eg3d_rlhf.tuning.flow.training.settings import ArmsSource, DpoConfig, StageTraining, TrainConfig
+from eg3d_rlhf.tuning.flow.training.settings import (
+    RANDOMISED,
+    ArmsSource,
+    DpoConfig,
+    StageTraining,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -182,7 +190,7 @@ arms_flag = option(
     "--arms",
     group=TABLE,
     metavar="LIST",
-    show_default="one arm, the value of --loss",
+    show_default="the value of --loss, and its control with randomised rewards",
     help=(
         f"Arms to train and compare, separated by commas: {', '.join(KINDS)}. The ending -randomised or"
         " -inverted makes a control with randomised or inverted rewards. all selects all arms"
@@ -201,7 +209,8 @@ def select_arms(flags: Flags, preset: str) -> tuple[str, ...]:
     Raises: ValueError if both --loss and --arms were given.
     """
     if flags["arms"] is None:
-        return (flags["loss"] or preset,)
+        loss_name = flags["loss"] or preset
+        return with_control(flags, loss_name, f"{loss_name}-{RANDOMISED}")
     # False: with --arms, whose names contain the losses, --loss never has an effect.
     flags.check_applies(("loss",), False, "the names of --arms contain the losses")
     if flags["arms"] == "all":
@@ -338,14 +347,17 @@ def make_online_mode(name: str, preset: str) -> Mode:
         name,
         OnlineRun,
         # middle part of the run folder's name; the names of several arms would be too long
-        lambda settings: settings.arms[0] if len(settings.arms) == 1 else "arms",
+        lambda settings: (
+            "arms" if len(settings.arms) > 1 and not settings.is_controlled else settings.arms[0]
+        ),
         open_online,
         check_opened,
-        flags=combine_decorators(what_flags, train_flags, arms_flag, arms_table_flags),
+        flags=combine_decorators(what_flags, control_flag, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
         defaults=lambda flags: shown_by_help(resolve(flags, preset)),
         help=f"""Tune one stage of a flow generator online with rewards, by default the bundled toy. This mode
-        needs a reward, but no labelled pairs. --resume=RUN resumes a run that was stopped.
+        needs a reward, but no labelled pairs. A control on randomised rewards is trained, too.
+        --resume=RUN resumes a run that was stopped.
 
     \b
     Examples:

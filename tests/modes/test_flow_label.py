@@ -154,13 +154,15 @@ def test_a_stored_campaign_keeps_its_strategy_and_an_ensemble_of_other_networks_
 def test_answers_to_a_further_campaign_are_tuned_on_by_the_printed_command(drawn, served):
     flow("label", drawn.folder, "--pairs=5")
     printed = flow("label", drawn.folder, "--strategy=blocks", "--set=campaign=second", "--pairs=12")
-    line = printed[printed.rindex("eg3d-rlhf label") :]
-    export, tune = line.strip().split(" && ")
-    typed(export)
-    typed(f"{tune} --pairs-only")
+    typed(f"{printed[printed.rindex('eg3d-rlhf flow tune') :].strip()} --pairs-only")
     with open_store(drawn.database, create=False) as store:
-        counted = [row for row in store.judgements() if row.kind not in (Kind.GOLD, Kind.TRAINING)]
-    assert len((drawn.folder / "answers.jsonl").read_text().splitlines()) == len(counted)
+        counted = [
+            row
+            for name in ("labels", "second")
+            for row in store.judgements(name)
+            if row.kind not in (Kind.GOLD, Kind.TRAINING)
+        ]
+    assert len(drawn.labels(("labels", "second")).answers) == len(counted) > len(drawn.labels().answers)
     assert (drawn.folder / "pairs" / "voxels").is_dir()
 
 

@@ -139,10 +139,15 @@ def check_resumed(
     # A flag that was not passed keeps its stored value, even if its default has changed.
     for flag in sorted(written_flags & set(flags)):
         if stored_flags.get(flag) != flags[flag]:
+            # the flag --criteria sets the field `questions`, which is a list
+            flag_name = {"questions": "criteria"}.get(flag, flag.replace("_", "-"))
+            given_text, stored_text = (
+                ",".join(value) or "none" if isinstance(value, list) else value
+                for value in (flags[flag], stored_flags.get(flag))
+            )
             raise ValueError(
-                f"--{flag.replace('_', '-')}={flags[flag]}: the campaign {campaign_name!r} was planned with"
-                f" the value {stored_flags.get(flag)}. Remove the flag, or start another campaign with"
-                f" {other_campaign_flag}."
+                f"--{flag_name}={given_text}: the campaign {campaign_name!r} was planned with the value"
+                f" {stored_text}. Remove the flag, or start another campaign with {other_campaign_flag}."
             )
     return stored_flags
 
@@ -485,6 +490,43 @@ def named_flags(ctx: click.Context, parameter_names: set[str]) -> list[str]:
     # Flags that only --help-all shows are in the attribute `rare` of the command, see core.cli.
     parameters = (*ctx.command.params, *getattr(ctx.command, "rare", {}).values())
     return [parameter.opts[0] for parameter in parameters if parameter.name in parameter_names]
+
+
+# ---- what a campaign costs
+
+SECONDS = 8  # assumed time to look at a pair and to answer the first question
+QUESTION_SECONDS = 4  # assumed time of each further question about the same pair
+
+
+def campaign_line(store: "Store", campaign: StoredCampaign) -> str:
+    """Return a line with the number of pairs and of trials of a campaign, the time and the answers so far.
+
+    The number of trials is the one that the page shows: a person also answers repeated pairs and gold checks.
+    """
+    pair_count, trial_count = store.size(campaign.id, LOCAL)
+    answer_count = sum(
+        judgement.kind is not Kind.TRAINING for judgement in store.judgements(campaign.settings.name)
+    )
+    # one question besides the further ones: which shape is better
+    seconds = SECONDS + QUESTION_SECONDS * len(campaign.settings.questions)
+    return (
+        f"{pair_count} pairs; {trial_count} to answer for one person, with repeats and gold checks: about"
+        f" {format_duration(seconds * trial_count)} at {seconds} s each (estimated); {answer_count} answers"
+        " so far"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration in hours and minutes, rounded to minutes. A duration below one minute becomes 1 min.
+
+    Args:
+        seconds: duration in seconds.
+
+    >>> format_duration(5400), format_duration(300)
+    ('1 h 30 min', '5 min')
+    """
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 # ---- a campaign of labels for one round of tuning

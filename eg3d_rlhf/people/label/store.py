@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from eg3d_rlhf.people.label import campaigns, judgements
-from eg3d_rlhf.people.label.assignments import Issuer, Reach, read_progress
+from eg3d_rlhf.people.label.assignments import Issuer, Reach, read_progress, timetable
 from eg3d_rlhf.people.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.people.label.database import Database, Lock, annotators, prepare_tables, sessions
 from eg3d_rlhf.people.label.entities import (
@@ -24,6 +24,7 @@ from eg3d_rlhf.people.label.entities import (
     CampaignSettings,
     ConflictError,
     JudgementRow,
+    Kind,
     OwnAnswer,
     PlannedPair,
     Progress,
@@ -469,6 +470,23 @@ class Store:
                 self._reach,
                 _pair_failure_test(failure_test),
             )
+
+    def size(self, campaign_id: int, annotator: str) -> tuple[int, int]:
+        """Return the number of pairs of a campaign, and of the trials of an annotator who answers all pairs.
+
+        Trials are the pairs, their repeats and the gold checks, without practice pairs. Their number is the
+        one that the page shows to this annotator at the start, if no shape fails.
+
+        Args:
+            campaign_id: id of the campaign.
+            annotator: name of the annotator, who need not be stored yet.
+        """
+        plan = self._plan(campaign_id)
+        settings = plan.campaign.settings
+        pair_count = sum(pair.kind is Kind.PAIR for pair in plan.pairs.values())
+        # every campaign has at least one pair
+        trial_count = timetable(settings, annotator, len(plan.gold)).end(0, pair_count)
+        return pair_count, min(trial_count, settings.trials_per_annotator or trial_count)
 
     def tally(self) -> list[Row]:
         """Count the judgements of each annotator in each campaign, including practice pairs and gold checks.

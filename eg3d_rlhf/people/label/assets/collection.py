@@ -28,6 +28,7 @@ import numpy as np
 
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
+from eg3d_rlhf.people.label.assets.examinations import examine_with_records
 from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import (
     PairingOptions,
@@ -218,7 +219,7 @@ def _examined(
         if done % 100 == 0 or done == len(paths):
             report_line(f"examined {done} of {len(paths)} files")
 
-    examination_by_path = dict(zip(paths, reading.examine_or_reason(paths, report_count, root), strict=True))
+    examination_by_path = dict(zip(paths, examine_with_records(paths, report_count, root), strict=True))
     examined_by_path = {
         path: examination
         for path, examination in examination_by_path.items()

@@ -49,9 +49,7 @@ def export(
         )
     release = family.release(root, tuple(tuned_paths))
     exported_stages = dict[str, dict]()
-    for stage, stage_file in tqdm(
-        release.networks.items(), desc="export", unit="stage", leave=False, disable=None
-    ):
+    for stage, stage_file in tqdm(release.networks.items(), desc="export", unit="stage", leave=False):
         # Merged in float32; `write` then rounds once, to the data types of the original file.
         merged_weights = merged_state(
             tuned_model(stage_file.load(torch.float32), tuned_paths[stage], alpha=alpha)

@@ -104,6 +104,9 @@ class FlowFamily(Protocol):
     name: str  # name of the family
     layout: str  # contents of a folder in words, for messages
     stages: tuple[str, ...]  # names of the stages in order
+    # Names of the stages that decide colours and materials and leave the geometry as it is. People answer a
+    # question of its own about them, see `question_of`.
+    textures: tuple[str, ...] = ()
     version: str = ""  # published version that is supported, in words
     address: str = ""  # address at which the folder is published
     # Text that is printed once when a folder is opened, such as the restrictions of a licence.
@@ -335,6 +338,19 @@ class ListsNetworks(Protocol):
 
     def networks(self, root: Path) -> Sequence[Network]:
         """Return the networks that the folder `root` contains or should contain."""
+
+
+# Names of the questions about a pair of assets from which stages learn. They are criteria of `flow label`.
+GEOMETRY = "geometry"
+TEXTURE = "texture"
+
+
+def question_of(family: FlowFamily, stage: str) -> str:
+    """Return the question from whose answers a stage learns: TEXTURE for stages of textures, else GEOMETRY.
+
+    A stage that decides both geometry and colours, such as the second stage of TRELLIS, learns from GEOMETRY.
+    """
+    return TEXTURE if stage in family.textures else GEOMETRY
 
 
 def check_stages(who: str, existing_stages: Sequence[str], stage_names: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ Votes = Callable[[Candidate, Candidate], tuple[int, int]]
 
 
 def pair_up(
-    candidates: Sequence[Candidate], count_votes: Votes | None = None
+    candidates: Sequence[Candidate], count_votes: Votes | Mapping[str, Votes] | None = None
 ) -> dict[str, list[PreferencePair]]:
     """Make preference pairs from the assets of each prompt.
 
@@ -48,25 +48,27 @@ def pair_up(
 
     Args:
         candidates: assets of all prompts.
-        count_votes: function that counts the votes for the first and for the second of two assets; None to
-            use the ranks of the assets.
-    Returns: name of a stage -> its pairs, for the stages of which all assets have latents.
-    Raises: ValueError if there is no pair.
+        count_votes: function that counts the votes for the first and for the second of two assets; or name of
+            a stage -> such a function, if stages learn from different questions; None to use the ranks of the
+            assets.
+    Returns: name of a stage -> its pairs, for the stages of which all assets have latents. Stages without a
+        pair are left out.
+    Raises: ValueError if no stage has a pair.
     """
     # dict.fromkeys removes repeated names and keeps the order of the stages.
     all_stages = dict.fromkeys(stage for asset in candidates for stage in asset.latents)
     stages = [stage for stage in all_stages if all(stage in asset.latents for asset in candidates)]
-    pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
-    for condition, prompt_assets in by_condition(candidates).items():
-        # Only assets of one prompt are paired, since ranks of different prompts cannot be compared.
-        asset_pairs = (
-            _pair_by_rank(prompt_assets)
-            if count_votes is None
-            else _pair_by_votes(prompt_assets, count_votes)
-        )
-        for better_asset, worse_asset, provenance in asset_pairs:
-            for stage in stages:
-                pairs[stage].append(
+    votes_by_stage = count_votes if isinstance(count_votes, Mapping) else dict.fromkeys(stages, count_votes)
+    pairs: dict[str, list[PreferencePair]] = {}
+    for stage in (stage for stage in stages if stage in votes_by_stage):
+        votes = votes_by_stage[stage]
+        for condition, prompt_assets in by_condition(candidates).items():
+            # Only assets of one prompt are paired, since ranks of different prompts cannot be compared.
+            asset_pairs = (
+                _pair_by_rank(prompt_assets) if votes is None else _pair_by_votes(prompt_assets, votes)
+            )
+            for better_asset, worse_asset, provenance in asset_pairs:
+                pairs.setdefault(stage, []).append(
                     PreferencePair(
                         id=f"{condition}/{better_asset.name}>{worse_asset.name}",
                         condition=condition,
@@ -76,7 +78,7 @@ def pair_up(
                         provenance=provenance,
                     )
                 )
-    if not any(pairs.values()):
+    if not pairs:
         if count_votes is None:
             raise ValueError(
                 f"pairs: no prompt has two assets of unequal rank among the {len(candidates)} assets. Rank at"

@@ -441,6 +441,7 @@ class Trellis2(FlowFamily):
     name = "trellis2"
     layout = f"pipeline.json of {files.NAME}"
     stages = files.STAGES
+    textures = (files.TEXTURE,)
     version = "TRELLIS.2-4B, of images"
     address = "https://huggingface.co/microsoft/TRELLIS.2-4B"
     up = "z"

@@ -104,7 +104,8 @@ def folder_of(folder: Path, task: str) -> Path:
 def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
     """Do the remaining tasks of a run, and write its results.
 
-    A single training runs in this process, on all ranks. Several trainings run on a pool of processes.
+    A single training, or an arm and its control, run in this process, on all ranks. Other trainings run on a
+    pool of processes.
 
     Args:
         settings: settings of the run, an ArmsRun.
@@ -117,9 +118,17 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
     # without an evaluator there is no table
     settings = replace(settings, summary=settings.summary and settings.has_table(problem))
     tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
-    if len(tasks) == 1:
-        # the base is scored by rank 0 alone, after the training
-        results = {tasks[0]: Worker(settings, folder, opened, run.ranks)(tasks[0])}
+    # An arm and its control are trained one after the other, so that torchrun can share each of them.
+    if len(tasks) == 1 or settings.is_controlled:
+        if settings.is_controlled and run.ranks.is_main:
+            print(
+                f"Control: after {settings.arms[0]}, {settings.arms[1]} is trained for as long. Leave it out"
+                " with --no-control.",
+                flush=True,
+            )
+        # the base is scored by rank 0 alone, after the trainings
+        worker = Worker(settings, folder, opened, run.ranks)
+        results = {task: worker(task) for task in tasks}
         if run.ranks.is_main and settings.summary:
             results[BASE] = Worker(settings, folder, opened)(BASE)
     else:
@@ -319,7 +328,9 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
         }
     # the first of EVALUATORS that the problem has, in order of preference
     evaluator = next(name for name in EVALUATORS if name in base_scores)
-    compared_arms = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
+    compared_arms = [
+        arm for arm in arms if settings.MEETING or settings.is_controlled or not arm.endswith(CONTROLS)
+    ]
     return {
         "arms": row_by_arm,
         "pairwise": rates.pairwise(evaluator, compared_arms),

@@ -38,11 +38,10 @@ from eg3d_rlhf.tuning.flow.training.dpo import (
 )
 from eg3d_rlhf.tuning.flow.training.memory_estimate import Start, fit_passes
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.training.sharding import sharded
 from eg3d_rlhf.tuning.flow.training.trainer import (
     RATE_NOISE,
-    REGULARISE,
     Descent,
     StageResult,
     set_recompute,
@@ -99,7 +98,11 @@ HISTORY = 10  # number of earlier lines that are needed before a value can count
 CALM = "Raise beta or lower lr."
 
 
-def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, str]:
+def pair_signs(
+    lines: Sequence[Mapping],
+    preference: bool = True,
+    dpo: DpoConfig = DpoConfig(),  # noqa: B008 (frozen)
+) -> dict[str, str]:
     """Return the warnings that the lines of stats.jsonl so far give reason for, by name.
 
     The caller prints each warning once.
@@ -108,11 +111,12 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
         lines: lines of stats.jsonl so far, with step, pairs, loss, implicit_accuracy, margin, w_diff, l_diff,
             grad_norm, and win_rate if it was measured.
         preference: whether margins are measured; False for losses without a reference.
+        dpo: settings of the loss, which the warnings advise to change.
     """
     # lines of evaluations alone have no pairs
     update_lines = [line for line in lines if line.get("pairs")]
     rates = win_rates(lines)
-    signs = win_rate_signs(rates)
+    signs = win_rate_signs(rates, dpo.remedy)
     last_update_line = update_lines[-1] if update_lines else {}
     earlier_lines = update_lines[:-1]
     # the norm of the gradient varies more than the loss, so its limit is larger
@@ -135,7 +139,7 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
             f" preferred samples is {last_update_line['w_error']:.3g} after"
             f" {update_lines[0]['w_error']:.3g}. This loss has no lower bound. Lower loser_weight or steps."
         )
-    return signs | (_margins(update_lines, rates) if preference and update_lines else {})
+    return signs | (_margins(update_lines, rates, dpo.remedy) if preference and update_lines else {})
 
 
 def recent(lines: Sequence[Mapping], name: str) -> float | None:
@@ -154,12 +158,13 @@ def recent(lines: Sequence[Mapping], name: str) -> float | None:
     return None
 
 
-def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
+def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]], remedy: str) -> dict[str, str]:
     """Return warnings about margins and errors, by name.
 
     Args:
         lines: lines of stats.jsonl that summarise updates.
         rates: (number of the update, win rate) of all evaluations.
+        remedy: sentence that says which settings to change.
     """
     # None as long as there are fewer than PAIRS pairs
     accuracy, margin, w_diff, l_diff = (
@@ -172,7 +177,7 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
     if accuracy > SEPARATED:
         signs["separated"] = (
             f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}: the pairs are separated,"
-            " and further updates over-optimise. " + REGULARISE
+            f" and further updates over-optimise. {remedy}"
         )
         # pairs from another generator can be separated without any change of the generator's own samples
         if len(rates) > 1 and max(abs(rate - rates[0][1]) for _, rate in rates) <= RATE_NOISE:
@@ -194,7 +199,7 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
     ):
         signs["preferred-worse"] = (
             f"step {step}: the margin grows while the error of the preferred samples is {w_diff:.3g} above"
-            f" the reference's; this is likelihood displacement. {REGULARISE}"
+            f" the reference's; this is likelihood displacement. {remedy}"
         )
     return signs
 
@@ -356,7 +361,7 @@ class Updates(Passes[PreferencePair]):
         self.columns = ERRORS if self.config.dpo.kind == "dro" else MARGINS
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
-        return pair_signs(lines, self.config.needs_reference)
+        return pair_signs(lines, self.config.needs_reference, self.config.dpo)
 
     def evaluate(self) -> dict[str, float]:
         """Measure accuracy and margin on held-out pairs, see PairAccuracy.metrics.
@@ -481,7 +486,7 @@ def latents_checksum(latents: Mapping[str, Latent], columns: list[list]) -> str:
 
 UNBOUNDED = (
     "dro has no lower bound and no reference: the error of the rejected samples may grow without end, and"
-    " the network diverge. Set loser_weight below 1 (--set), use a held-out evaluator, or few updates."
+    " the network diverge. Use a held-out evaluator, or few updates."
 )
 
 
@@ -524,7 +529,9 @@ def train_stage(
     # the same seed, but other times and noises than in training
     pair_accuracy = PairAccuracy(conditioned_stage, unseen, seed=config.seed) if unseen else None
     if config.dpo.kind == "dro":
-        say(f"Warning: {UNBOUNDED}")
+        # not advised where it is set already
+        weight_advice = " Set loser_weight below 1 (--set)." if config.dpo.loser_weight >= 1 else ""
+        say(f"Warning: {UNBOUNDED}{weight_advice}")
 
     def estimated_start(pair_count: int) -> Start:
         """Return the argument `start` of cost_of_update for an update of `pair_count` pairs."""

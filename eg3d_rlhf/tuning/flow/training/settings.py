@@ -159,6 +159,23 @@ class DpoConfig:
         name="conditioning_dropout",
     )
 
+    @property
+    def remedy(self) -> str:
+        """Return a sentence with changes of these settings that limit likelihood displacement.
+
+        It names only changes that are not made yet.
+        """
+        changes = []
+        # 0.5 is the weight of `flow tune`; below it, half of the present weight is the next step
+        weight = 0.5 if self.loser_weight > 0.5 else self.loser_weight / 2
+        if self.kind != "sft" and weight > 0:
+            changes.append(f"lower loser_weight from {self.loser_weight:g} to {weight:g}")
+        if self.kind != "sft" and not self.sft_weight:
+            changes.append("add the preferred sample's error (sft_weight=0.5)")
+        if self.kind == "sigmoid":
+            changes.append(f"raise beta above {self.beta:g}")
+        return f"To limit it, {', '.join([*changes, 'lower the learning rate'])}, or train fewer updates."
+
     def __post_init__(self):
         check_knobs(self)
         # sft has no rejected half, and its loss already is the preferred error: both would have no effect
@@ -220,7 +237,8 @@ class TrainConfig(PassConfig):
         return self.dpo.needs_reference
 
 
-CONTROLS = ("randomised", "inverted")  # endings of the names of control arms
+RANDOMISED = "randomised"
+CONTROLS = (RANDOMISED, "inverted")  # endings of the names of control arms
 # title of a column -> function from an arm's name and its entry in the table to the cell
 Columns = Mapping[str, Callable[[str, Mapping], Any]]
 
@@ -250,6 +268,9 @@ class ArmsRun(ABC):
     stage: str | None = None  # name of the stage to tune; None: the last stage
     arms: tuple[str, ...] = ()  # names of the arms to train, each once
     training_seeds: tuple[int, ...] = (0,)  # seeds; each arm is trained once with each seed
+    # True: `arms` are an arm and its control with randomised labels or rewards. Both are trained by one seed,
+    # one after the other on all ranks. Runs of earlier versions had no such control.
+    is_controlled: bool = False
     choosing: Choosing | None = None  # None: no win rate is measured in training, and the last update is kept
     evaluation: Evaluation = Evaluation()  # settings of the table that ends a run
     summary: bool = True  # whether the run ends with a table
@@ -330,10 +351,17 @@ class ArmsRun(ABC):
                     kept_steps,
                 ]
             )
+        # a table states whether it can show that a gain is due to the labels
+        control_remark = (
+            ""
+            if any(name.endswith(RANDOMISED) for name in table_data["arms"])
+            else " No arm was trained on randomised labels or rewards, so nothing here tests whether a gain"
+            " is due to them."
+        )
         facts = (
             f"Stage {table_data['stage']}; {table_data['conditions']} held-out prompts x"
             f" {table_data['noises']} noises x {len(seed_titles)} training seeds; ties count half. Brackets:"
-            f" {table_data['interval']}.{self.MORE}"
+            f" {table_data['interval']}.{self.MORE}{control_remark}"
         )
         header = [
             *self.BEFORE,

@@ -320,15 +320,13 @@ def format_columns(
 RATE_NOISE = 0.02  # largest change of the win rate that is taken for noise
 DROP = 0.1  # fall of the win rate that is reported when it is measured twice in a row
 
-REGULARISE = "Regularise the loss (loser_weight=0.5 or sft_weight=0.5), raise beta, or train fewer updates."
-
 
 def win_rates(lines: Sequence[Mapping]) -> list[tuple[int, float]]:
     """Return (number of the update, win rate) for every line that has a win rate."""
     return [(line["step"], line[WIN_RATE]) for line in lines if line.get(WIN_RATE) is not None]
 
 
-def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = REGULARISE) -> dict[str, str]:
+def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str) -> dict[str, str]:
     """Return warnings about a falling win rate, by name.
 
     A large fall gives a warning at once. A smaller fall gives one only if it is measured twice in a row,

@@ -23,17 +23,27 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.statistics import wilson_interval
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.people.label.assets.collection import Collection
 from eg3d_rlhf.preferences.label_scores import read_goodness, read_label_lines
 from eg3d_rlhf.preferences.pair_strategies import Ensemble, Scored
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONING_FILE, NULL, read_conditioning
-from eg3d_rlhf.tuning.flow.base.family import Encodes, FlowFamily, ImportsSamples, Opens
+from eg3d_rlhf.tuning.flow.base.family import (
+    GEOMETRY,
+    Encodes,
+    FlowFamily,
+    ImportsSamples,
+    Opens,
+    question_of,
+)
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
+    Candidate,
     Imported,
+    Votes,
     pair_up,
     read_candidates,
     read_ranking,
@@ -46,11 +56,12 @@ from eg3d_rlhf.tuning.flow.families import bundled_family
 from eg3d_rlhf.tuning.flow.families.opening import open_folder, open_problem, split_prompts
 from eg3d_rlhf.tuning.flow.training.latent_reward import KIND, load
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
-from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, REWARD, SHOWN, TRAIN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, REWARD, SHOWN, TRAIN, Labels, Work
 from training.progress import tqdm
 from training.storage import read_tensors
 
 PAIRS = "pairs"  # name of the folder of pairs in a work folder
+LEFT_OUT = "stages_without_labels"  # key of the report: stages about whose question there are no labels
 Encoding = Mapping[str, Any]  # name of a field of EncodingSource -> value that the user has set
 NOTHING: Encoding = MappingProxyType({})
 CHOOSING = (
@@ -64,8 +75,14 @@ def imported_of(
     labels: Path | None = None,
     device: str | torch.device = "cpu",
     encoding: Encoding = NOTHING,
+    stages: Sequence[str] = (),
+    campaigns: Sequence[str] = (),
 ) -> Imported:
     """Make pairs of every stage from labels of people.
+
+    Each stage learns from the answers to its own question, see `question_of`. Labels of a file or a folder
+    name no question. They are used for the stages that `stages` names, and otherwise for the stages that
+    learn from the question about the geometry.
 
     Args:
         work: work folder.
@@ -75,30 +92,115 @@ def imported_of(
             ranked assets with ranking.jsonl, and maybe embeddings of other prompts; or samples of DSO.
         device: device on which assets are encoded.
         encoding: settings of the encoding that the user has set, see EncodingSource.
-    Raises: FileNotFoundError or ValueError if there are no assets or labels yet, or if the labels belong to
-        other assets.
+        stages: names of the stages to tune; () for all stages that have labels.
+        campaigns: names of labelling projects, see `Work.labels`.
+    Raises: FileNotFoundError or ValueError if there are no assets or labels yet, if the labels belong to
+        other assets, or if a named stage has no labels.
     """
-    if labels is not None and labels.is_dir():
-        return _read_folder(family, labels, _open_for_reading(work, family, device, encoding))
-    answers = None if labels is not None else work.labels()
+    if labels is None:
+        imported = _read_answers(work, family, work.labels(campaigns), device, encoding)
+    else:
+        imported = _read_labels(work, family, labels, device, encoding)
+        kept_stages = stages or [stage for stage in imported.pairs if question_of(family, stage) == GEOMETRY]
+        left_out = [stage for stage in imported.pairs if stage not in kept_stages]
+        if left_out and not stages:
+            note = f"{', '.join(left_out)} (add --stage={left_out[0]} if {labels.name} is about its textures)"
+            imported = replace(imported, report={**imported.report, LEFT_OUT: note})
+        imported = replace(
+            imported,
+            pairs={stage: pairs for stage, pairs in imported.pairs.items() if stage in kept_stages},
+        )
+    if missing_stages := [stage for stage in stages if stage not in imported.pairs]:
+        question = question_of(family, missing_stages[0])
+        raise ValueError(
+            f"--stage={missing_stages[0]}: this stage learns from the question about the {question}, to which"
+            " there are no answers with a majority. Ask it in a further labelling project: eg3d-rlhf flow"
+            f" label {work.folder} --criteria={','.join(dict.fromkeys((GEOMETRY, question)))} --set"
+            " campaign=NAME"
+        )
+    return imported
+
+
+def _read_answers(
+    work: Work, family: FlowFamily, answers: Labels, device: str | torch.device, encoding: Encoding
+) -> Imported:
+    """Make pairs of every stage from people's answers to the question of the stage.
+
+    Args:
+        work: work folder.
+        family: family of the generator.
+        answers: people's answers.
+        device: device on which assets are encoded.
+        encoding: settings of the encoding that the user has set, see EncodingSource.
+    """
+    stages_by_question: dict[str, list[str]] = {}
+    for stage in work.stages:
+        stages_by_question.setdefault(question_of(family, stage), []).append(stage)
+    report: dict[str, Any] = {"answers": len(answers.answers), "pairs": answers.pairs}
+    votes_by_stage: dict[str, Votes] = {}
+    for question, stages in stages_by_question.items():
+        question_answers = answers.answers_to(question)
+        if not question_answers.answers:
+            report[LEFT_OUT] = (
+                f"{', '.join(stages)} (the question about the {question} was not asked; ask it with eg3d-rlhf"
+                f" flow label {work.folder} --criteria={GEOMETRY},{question} --set campaign=NAME)"
+            )
+            continue
+        # The facts about the only question have no prefix.
+        prefix = "" if len(stages_by_question) == 1 else f"{question}_"
+        report[f"{prefix}ties"] = question_answers.ties
+        report[f"{prefix}repeats_answered_alike"] = repeats_text(question_answers)
+        votes_by_stage |= dict.fromkeys(stages, _votes_on_candidates(question_answers))
+    if len(stages_by_question) > 1:
+        report["questions"] = ", ".join(
+            f"{question} for {' and '.join(stages)}" for question, stages in stages_by_question.items()
+        )
+    candidates = _candidates_of(work, family, device, encoding)
+    return Imported(pairs=pair_up(candidates, votes_by_stage), report=report)
+
+
+def _votes_on_candidates(answers: Labels) -> Votes:
+    """Return the function that counts the votes of answers on two candidates."""
+    return lambda a, b: answers.votes(a.file, b.file)
+
+
+def repeats_text(answers: Labels) -> str:
+    """Format how many repeated answers equal the first answer, and how many would by chance.
+
+    For example "37 of 72 (51 %, 95 % interval 40 to 63 %; answers at random: 50 %; not above chance)".
+    """
+    equal_count, repeated_count = answers.repeats
+    if not repeated_count:
+        return "0 of 0"
+    low, high = wilson_interval(equal_count, repeated_count)
+    comparison = "above chance" if low > answers.random_repeats else "not above chance"
+    return (
+        f"{equal_count} of {repeated_count} ({100 * equal_count / repeated_count:.0f} %, 95 % interval"
+        f" {100 * low:.0f} to {100 * high:.0f} %; answers at random: {100 * answers.random_repeats:.0f} %;"
+        f" {comparison})"
+    )
+
+
+def _candidates_of(
+    work: Work, family: FlowFamily, device: str | torch.device, encoding: Encoding
+) -> list[Candidate]:
+    """Read the sampled assets of a work folder with their latents; see `imported_of` for the arguments."""
     work.lines()  # raises an error if no assets were sampled yet
-    candidates = read_candidates(
+    return read_candidates(
         work.asset_folder() / RANKING,
         _open_for_reading(work, family, device, encoding),
         False,  # the lines need no ranks
         make_candidate=family.candidate,
     )
-    if labels is None:
-        assert answers is not None
-        votes = answers.votes
-        equal_count, repeated_count = answers.repeats
-        label_counts = {
-            "answers": len(answers.answers),
-            "pairs": answers.pairs,
-            "ties": answers.ties,
-            "repeats_answered_alike": f"{equal_count} of {repeated_count}",
-        }
-        return Imported(pairs=pair_up(candidates, lambda a, b: votes(a.file, b.file)), report=label_counts)
+
+
+def _read_labels(
+    work: Work, family: FlowFamily, labels: Path, device: str | torch.device, encoding: Encoding
+) -> Imported:
+    """Make pairs of every stage from a file or a folder of labels; see `imported_of` for the arguments."""
+    if labels.is_dir():
+        return _read_folder(family, labels, _open_for_reading(work, family, device, encoding))
+    candidates = _candidates_of(work, family, device, encoding)
     asset_names = known_of(candidates)
     label_lines = read_label_lines(labels, asset_names)
     # All lines of a file have the same kind.
@@ -196,8 +298,13 @@ def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]
     other_prompts = [name for name in work.names(CHOOSE) if name in set(prompts)]
     # A random order. The first word is part of what is hashed, so it cannot change.
     other_prompts.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
-    choose_count = max(round(CHOOSING * len(other_prompts)), 1)
+    choose_count = choosing_count(len(other_prompts))
     return train_prompts, tuple(other_prompts[:choose_count]), tuple(other_prompts[choose_count:])
+
+
+def choosing_count(prompt_count: int) -> int:
+    """Return how many of the labelled prompts to choose on choose checkpoints; the others are held out."""
+    return max(round(CHOOSING * prompt_count), 1)
 
 
 def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:

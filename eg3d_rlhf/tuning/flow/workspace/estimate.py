@@ -293,9 +293,7 @@ def trace_costs(
     """
     # (kind of cost, whether blocks are recomputed)
     variants = [("sample", False), *((kind, recompute) for kind in updates for recompute in (False, True))]
-    jobs = tqdm(
-        list(itertools.product(stages, variants)), desc=name, unit="estimate", leave=False, disable=None
-    )
+    jobs = tqdm(list(itertools.product(stages, variants)), desc=name, unit="estimate", leave=False)
     costs = []
     for sized_stage, (kind, recompute) in jobs:
         traced_stage = replace(sized_stage, stage=replace(sized_stage.stage, precision=precision))

@@ -6,6 +6,7 @@ Each folder below drawn/ of a work folder contains:
     00007-2.ply         asset of prompt 7 (counted from 0) and seed 2, in its family's format; for an asset
                         without a surface, 00007-2.txt with the reason
     00007-2*            latents of the asset for all stages
+    examined.jsonl      files that were examined for the labelling page, see label/assets/examinations.py
     ranking.jsonl       list with one line for each asset that can be shown; written last
     prompts.jsonl       prompts, which the labelling page shows beside a pair: texts, or images in inputs/
 
@@ -17,6 +18,7 @@ of latents.
 import contextlib
 import errno
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,17 +30,21 @@ from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.models.sparse import Batch, Latent, separate
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import PROMPTS
+from eg3d_rlhf.people.label.assets.examinations import examine_and_record
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, StatesFacts, WritesLatents
 from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, read_latents, write_latents
 from eg3d_rlhf.tuning.flow.base.sampling import Models, stage_latents, stages_with
 from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, rejecting_empty
 from eg3d_rlhf.tuning.flow.families.opening import hash_of
-from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import BASE, Work
 from training.distributed import SINGLE, Ranks
+from training.progress import tqdm
 from training.storage import write_atomic
 
 IDENTITY = "drawn_from.json"
+# Name of the file of an asset that people look at, or of the note why there is none; see the module.
+_SHOWN_NAME = re.compile(r"\d{5,}-\d+\.(?!safetensors)[a-z]+")
 NOTHING = ".txt"  # suffix of the note that is written for an asset without a surface
 # Result of sampling one asset: its latents by stage and the asset, or the error for an empty structure.
 Shown = tuple[dict[str, Latent], Asset] | EmptyStructure
@@ -254,7 +260,11 @@ class AssetSampling:
         An asset that the labelling page cannot show has no line in ranking.jsonl, but a note with the reason.
         """
         mesh_files = [path for path in self.shown().values() if path.suffix in reading.SUFFIXES]
-        for path, reason in unfit(mesh_files).items():
+        with tqdm(
+            total=len(mesh_files), desc=f"examining {self.folder.name}", unit="file", disable=None
+        ) as bar:
+            reasons = unfit(mesh_files, lambda done: bar.update(done - bar.n))
+        for path, reason in reasons.items():
             # The file is renamed and not deleted, so that users can inspect it.
             path.rename(path.with_suffix(path.suffix + ".unfit"))
             write_atomic(path.with_suffix(NOTHING), f"{reason}\n".encode())
@@ -308,6 +318,14 @@ class AssetSampling:
             ) from None
 
 
+def count_assets(work: Work, name: str = BASE) -> int:
+    """Count the assets that are sampled so far in the folder drawn/NAME, also those without a surface."""
+    folder = work.asset_folder(name)
+    # Files of latents have other names in some families, so files are recognised as `shown` does it.
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return len({path.name.partition(".")[0] for path in paths if _SHOWN_NAME.fullmatch(path.name)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSummary:
     """Summary of a folder in which all assets are sampled."""
@@ -316,9 +334,17 @@ class SamplingSummary:
     left_out: Sequence[str] = ()  # reasons for which the other assets cannot be shown
 
 
-def unfit(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return the files that the labelling page cannot show: path -> reason."""
-    paths_and_results = zip(paths, reading.examine_or_reason(paths), strict=True)
+def unfit(paths: Sequence[Path], on_progress: Callable[[int], None] = lambda done: None) -> dict[Path, str]:
+    """Return the files that the labelling page cannot show: path -> reason.
+
+    The examinations are recorded in the folder of the files, so that a stopped run resumes, and the labelling
+    page need not examine the files again.
+
+    Args:
+        paths: paths of the files.
+        on_progress: function that is called with the number of examined files.
+    """
+    paths_and_results = zip(paths, examine_and_record(paths, on_progress), strict=True)
     # The result for a file that can be shown is an object, and for any other file the reason as a text.
     return {path: examination for path, examination in paths_and_results if isinstance(examination, str)}
 

@@ -27,7 +27,7 @@ from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.experiments.table import markdown_rows, write
 from eg3d_rlhf.models.policies import link_folder, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import collate
-from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
 from eg3d_rlhf.tuning.flow.training.accuracy import (
@@ -43,6 +43,7 @@ from eg3d_rlhf.tuning.flow.training.circular.circular_loop import (
     CircularLoop,
     check,
     network_weights,
+    randomised,
     run_loop,
 )
 from eg3d_rlhf.tuning.flow.training.circular.settings import PAIRS, RANDOMISED, CircularSettings
@@ -69,8 +70,7 @@ NOTHING = "no learnable signal"
 SIGNAL = "learnable signal"
 DISPLACED = (
     "likelihood displacement: the flow-matching error of the preferred assets rose by {}, which usually means"
-    " worse samples. Set loser_weight below 1 (--set loser_weight=W), raise beta (--set beta=B), or lower"
-    " --lr."
+    " worse samples. {}"
 )
 
 
@@ -210,7 +210,16 @@ def tune(
     if ranks.is_main:
         report = {
             # seed + 1, so that the test has other times and noises than the training.
-            **_tests(labels_by_stage, trained_results, control_results, folder, seed + 1, say, load),
+            **_tests(
+                labels_by_stage,
+                trained_results,
+                control_results,
+                folder,
+                seed + 1,
+                say,
+                circular.human.dpo.remedy,
+                load,
+            ),
             "loop": settings.loop,
             "settings": asdict(settings),
             "problem": dict(problem.identity),
@@ -224,13 +233,6 @@ def tune(
 
 # End of a line about an evaluator.
 CHANCE = ". Its accuracy is not above chance, so its selections are random"
-
-
-def randomised(problem: Problem, seed: int) -> Problem:
-    """Return a copy of a problem for the control: half of each prompt's training pairs are inverted."""
-    pairs = PairsByStage(problem.train_pairs, lambda stage: invert_half(problem.train_pairs[stage], seed))
-    # The identity is hashed into the names of artefacts, so its key keeps the name that version 0.1 gave it.
-    return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
 
 
 def _train_stages(
@@ -372,6 +374,7 @@ def _tests(
     folder: Path,
     seed: int,
     say: Callable[[str], None],
+    remedy: str,
     load: LoadNetwork | None = None,
 ) -> dict:
     """Test every stage on its held-out pairs, and link the weights of the stages that pass into the folder.
@@ -383,6 +386,7 @@ def _tests(
         folder: folder of the training.
         seed: seed of the times and noises of the test.
         say: function that prints a line.
+        remedy: sentence that says which settings to change against likelihood displacement.
         load: function that loads the network of a stage; see `tune`.
     Returns: part of the report with the results of the tests.
     """
@@ -416,7 +420,7 @@ def _tests(
         }
         say(f"Stage {stage!r}: {SIGNAL if signal.learnable_signal else NOTHING}: {signal.why}.")
         if signal.likelihood_displacement:
-            say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned_accuracy.to_json()))}")
+            say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned_accuracy.to_json()), remedy)}")
         # The weights of a stage without a signal stay in training/, so that they are not exported by mistake.
         if signal.learnable_signal:
             link_folder(stage_result.weights, folder / stage)

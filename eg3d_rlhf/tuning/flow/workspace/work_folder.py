@@ -23,13 +23,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.people.label.db_flag import open_store
-from eg3d_rlhf.tuning.flow.base.family import FlowFamily
+from eg3d_rlhf.tuning.flow.base.family import GEOMETRY, FlowFamily
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
 
@@ -77,10 +77,12 @@ class Answer:
     condition: str  # prompt of both assets
     left: str  # name of the file of the asset on the left side
     right: str  # name of the file of the asset on the right side
-    choice: str  # "left", "right" or "tie"
+    choice: str  # answer to the question that the answers are about: "left", "right" or "tie"
     annotator: str  # name of the person
     repeat: bool  # True if the same person had answered this pair before
     time: float  # time of the answer in seconds since 1970
+    # Name of every question that was asked about the pair -> "left", "right" or "tie".
+    votes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pair(self) -> frozenset[str]:
@@ -95,10 +97,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Labels:
-    """People's answers in a work folder, and their votes on pairs of assets."""
+    """People's answers in a work folder to one question, and their votes on pairs of assets."""
 
     answers: Sequence[Answer]
     folder: Path  # folder of the assets
+
+    def answers_to(self, question: str) -> "Labels":
+        """Return the answers to another question. The result is empty if the question was not asked."""
+        return Labels(
+            [
+                replace(answer, choice=answer.votes[question])
+                for answer in self.answers
+                if question in answer.votes
+            ],
+            self.folder,
+        )
 
     @functools.cached_property
     def wins(self) -> Counter[tuple[str, str]]:
@@ -127,17 +140,31 @@ class Labels:
         The first number counts the repeated answers that equal the annotator's first answer to the pair. The
         second number counts all repeated answers.
         """
+        repetitions = self._repetitions()
+        return sum(first == repeated for first, repeated in repetitions), len(repetitions)
+
+    @property
+    def random_repeats(self) -> float:
+        """Share of repeated answers that would equal the first answer if people had answered at random.
+
+        A person who answers at random prefers both assets equally often, and has the share t of ties that was
+        observed. Two such answers are equal with the probability t^2 + (1 - t)^2 / 2.
+        """
+        answers = [answer for repetition in self._repetitions() for answer in repetition]
+        tie_share = answers.count(None) / max(len(answers), 1)
+        return tie_share**2 + (1 - tie_share) ** 2 / 2
+
+    def _repetitions(self) -> list[tuple[str | None, str | None]]:
+        """Return the preferred assets of the first and of the repeated answer for each repeated answer."""
         first_answers: dict[tuple[str, frozenset[str]], str | None] = {}
-        equal_count = 0
-        repeated_count = 0
+        repetitions = []
         # Sorted by time, because a repeated answer is compared with the first one.
         for answer in sorted(self.answers, key=lambda answer: answer.time):
             annotator_and_pair = (answer.annotator, answer.pair)
             if answer.repeat and annotator_and_pair in first_answers:
-                equal_count = equal_count + (answer.preferred == first_answers[annotator_and_pair])
-                repeated_count = repeated_count + 1
+                repetitions.append((first_answers[annotator_and_pair], answer.preferred))
             first_answers.setdefault(annotator_and_pair, answer.preferred)
-        return equal_count, repeated_count
+        return repetitions
 
     def votes(self, a: Path | None, b: Path | None) -> tuple[int, int]:
         """Return the number of votes for asset a and for asset b in comparisons of the two.
@@ -370,9 +397,14 @@ class Work:
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
-    def labels(self) -> Labels:
+    def labels(self, campaigns: Sequence[str] = ()) -> Labels:
         """Read people's answers on assets of the prompts to train on and to choose on.
 
+        The result holds the answers to the question about the geometry. That is the only question of a
+        labelling project without further questions, and of every project of version 0.1.
+
+        Args:
+            campaigns: names of labelling projects in the database; (): the project of the work folder.
         Raises: FileNotFoundError or ValueError if there are no answers, or if an answer is about another
             asset.
         """
@@ -385,14 +417,19 @@ class Work:
                 f" {self.folder}"
             )
         shown_files = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
+        judgements = []
         with open_store(self.database, create=False) as store:
-            if store.campaign(self.campaign) is None:
-                raise ValueError(
-                    f"labels.db: the database has no labelling project {self.campaign!r} yet. Label pairs"
-                    f" with: eg3d-rlhf flow label {self.folder}"
-                )
-            # The database may contain judgements of other modes, such as studies.
-            judgements = kept_judgements(store, LabelFilters(campaign=self.campaign), Mode.LABEL)
+            for campaign_name in campaigns or (self.campaign,):
+                if store.campaign(campaign_name) is None:
+                    project_flag = (
+                        "" if campaign_name == self.campaign else f" --set campaign={campaign_name}"
+                    )
+                    raise ValueError(
+                        f"labels.db: the database has no labelling project {campaign_name!r} yet. Label pairs"
+                        f" with: eg3d-rlhf flow label {self.folder}{project_flag}"
+                    )
+                # The database may contain judgements of other modes, such as studies.
+                judgements += kept_judgements(store, LabelFilters(campaign=campaign_name), Mode.LABEL)
         answers = list(self._answers(judgements, shown_files))
         if not answers:
             raise ValueError(
@@ -438,12 +475,17 @@ class Work:
                         " from a copy, or label again."
                     )
                 file_names.append(file_name)
+            overall_choice = "tie" if judgement.choice.equal else judgement.choice.value
+            # A project without a question about the geometry asks which shape is better, which is about the
+            # geometry. The votes on the questions that it does ask follow.
+            question_votes = {GEOMETRY: overall_choice, **judgement.votes}
             yield Answer(
                 condition=judgement.left.condition,
                 left=file_names[0],
                 right=file_names[1],
-                choice="tie" if judgement.choice.equal else judgement.choice.value,
+                choice=question_votes[GEOMETRY],
                 annotator=judgement.annotator,
+                votes=question_votes,
                 repeat=judgement.kind in (Kind.REPEAT, Kind.SWAP),
                 time=judgement.received_at,
             )

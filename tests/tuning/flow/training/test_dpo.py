@@ -210,3 +210,13 @@ def test_statistics_of_a_batch():
 def test_settings_are_checked(options, names):
     with raising(*names):
         DpoConfig(**options)
+
+
+def test_a_remedy_names_only_changes_that_are_not_made():
+    plain = DpoConfig(beta=20.0).remedy
+    assert all(name in plain for name in ("loser_weight", "0.5", "sft_weight", "beta above 20"))
+    halved = DpoConfig(loser_weight=0.5, sft_weight=0.5).remedy
+    assert "0.25" in halved and "sft_weight" not in halved
+    assert "loser_weight" not in DpoConfig(loser_weight=0).remedy
+    fine_tuning = DpoConfig(kind="sft").remedy
+    assert not any(name in fine_tuning for name in ("loser_weight", "sft_weight", "beta"))

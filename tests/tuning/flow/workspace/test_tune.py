@@ -12,8 +12,9 @@ from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import randomised
 from eg3d_rlhf.tuning.flow.workspace import tune as module
-from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING, StageLabels, evaluator_accuracies, randomised, tune
+from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING, StageLabels, evaluator_accuracies, tune
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from tests.rejections import raising
 from tests.tuning.flow import labelled

@@ -39,14 +39,17 @@ from eg3d_rlhf.tuning.flow.training.circular.circular_loop import (
     CircularLoop,
     Lineage,
     network_weights,
+    randomised,
     run_loop,
 )
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import NoPairsError
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
     ALL,
     BASE,
+    CONTROL,
     LOOP,
     PEOPLE,
+    RANDOMISED,
     SUPERVISED,
     AblationPlan,
     CircularRun,
@@ -162,6 +165,12 @@ def markdown(table_data: Mapping) -> str:
         'checkpoints, "reward" scored the loop\'s pairs. Spread: mean difference between assets of a prompt,'
         " as a share of the base's."
     )
+    # False only for a run without --ablate and with --no-control
+    if table_data.get("control") is False:
+        facts += (
+            " No control on randomised answers was trained, so nothing here tests whether a gain is due to"
+            " people's answers."
+        )
     markdown_lines = [
         "# Circular-DPO against its base",
         "",
@@ -305,21 +314,17 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     folder = run.folder
     ranks = run.ranks
     loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.is_main)
-    if settings.stage is not None:
-        # one stage alone has no loop and needs no reward
-        training = loop.from_people(settings.stage)
-        lineage: Lineage = {settings.stage: (training,)}
-        steps = [
-            {
-                "round": 1,
-                "step": "people",
-                "stage": settings.stage,
-                "artefact": training.folder.name,
-                **training.record,
-            }
-        ]
-    else:
-        lineage, steps = run_loop(loop, lambda step: tqdm.write(describe(step)) if ranks.is_main else None)
+    lineage, steps = _trained(loop, settings.stage)
+    control_loop = control_of(loop)
+    control_lineage: Lineage = {}
+    control_steps: list[dict] = []
+    if settings.control:
+        if ranks.is_main:
+            tqdm.write(
+                "Control: the same training on randomised answers of people, for as long. Leave it out with"
+                " --no-control."
+            )
+        control_lineage, control_steps = _trained(control_loop, settings.stage)
     # the distributed group ends here, so that the other ranks need not wait for the table of rank 0
     ranks.barrier()
     leave()
@@ -329,8 +334,11 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     weights_folder_names = {
         stage: keep(loop, stage, trainings, folder) for stage, trainings in lineage.items()
     }
+    for stage, trainings in control_lineage.items():
+        keep(control_loop, stage, trainings, folder / CONTROL)
     run_result = {
         "steps": steps,
+        "control_steps": control_steps,
         "weights": weights_folder_names,
         "warnings": [warning for step in steps for warning in step.get("warnings", [])],
     }
@@ -350,13 +358,15 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
             compared_networks["a"] = lineage
         elif last_stage not in lineage:
             compared_networks["c"] = lineage
+        if control_lineage:
+            compared_networks[CONTROL] = control_lineage
         scores = {
             letter: [loop.evaluate(networks, settings.evaluation).record]
             for letter, networks in {**compared_networks, "i": {}}.items()
         }
         # after several rounds, the statistics of the last round remain in the mapping
         pair_steps = {step["stage"]: step for step in steps if step["step"] == "pairs"}
-        facts = {"training_seeds": [seed], **settings.facts(problem)}
+        facts = {"training_seeds": [seed], "control": settings.control, **settings.facts(problem)}
         table_data = table(
             scores,
             [seed],
@@ -366,6 +376,26 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         )
         write(table_data, folder, "summary", markdown, plot)
         print(markdown(table_data))
+
+
+def control_of(loop: CircularLoop) -> CircularLoop:
+    """Return the loop of the control: half of each prompt's answers and of the loop's pairs are inverted."""
+    return replace(loop, problem=randomised(loop.problem, loop.settings.seed), use=RANDOMISED)
+
+
+def _trained(loop: CircularLoop, stage: str | None) -> tuple[Lineage, list[dict]]:
+    """Run a loop, or train one stage alone, and return the lineage and the descriptions of all steps.
+
+    Args:
+        loop: steps of the run.
+        stage: name of the stage to train alone; None for the loop.
+    """
+    if stage is None:
+        return run_loop(loop, lambda step: tqdm.write(describe(step)) if loop.ranks.is_main else None)
+    # one stage alone has no loop and needs no reward
+    training = loop.from_people(stage)
+    step = {"round": 1, "step": "people", "stage": stage, "artefact": training.folder.name, **training.record}
+    return {stage: (training,)}, [step]
 
 
 def describe(step: Mapping) -> str:

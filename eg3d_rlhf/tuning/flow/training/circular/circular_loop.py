@@ -21,9 +21,10 @@ from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import save_policy, tuned_model
 from eg3d_rlhf.tuning.flow.base.evaluation import evaluate
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs
+from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import Evaluation
+from eg3d_rlhf.tuning.flow.training.accuracy import invert_half
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     LoopPairMaker,
     NoPairsError,
@@ -362,6 +363,13 @@ def check(problem: Problem) -> None:
             "circular: the loop needs a reward of finished assets, but this generator has none. Train one"
             " stage without the loop by --stage=NAME."
         )
+
+
+def randomised(problem: Problem, seed: int) -> Problem:
+    """Return a copy of a problem for the control: half of each prompt's training pairs are inverted."""
+    pairs = PairsByStage(problem.train_pairs, lambda stage: invert_half(problem.train_pairs[stage], seed))
+    # The identity is hashed into the names of artefacts, so its key keeps the name that version 0.1 gave it.
+    return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
 
 
 def run_loop(

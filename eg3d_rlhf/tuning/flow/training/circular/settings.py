@@ -148,7 +148,9 @@ ARMS = {
         use=PEOPLES,
     ),
 }
-ALL = GROUPS | ARMS
+# Row of the table of a run without --ablate: the control that is trained on randomised answers of people.
+CONTROL = "control"
+ALL = GROUPS | ARMS | {CONTROL: Group(title="the same trainings on randomised answers of people")}
 
 
 def parse_groups(group_list: str) -> list[str]:
@@ -229,6 +231,8 @@ class CircularRun:
     stage: str | None = None  # stage to train alone, on people's pairs; None: the loop or the ablation
     groups: tuple[str, ...] | None = None  # groups of the ablation; None: no ablation
     training_seeds: tuple[int, ...] = ()  # training seeds of the ablation
+    # True: also train a control on randomised labels; runs of earlier versions had none
+    control: bool = False
     evaluation: Evaluation = Evaluation()  # settings of the table that ends a run
     summary: bool = True  # whether a run ends with the table, if the problem has a final evaluator
     artefacts: str = "runs/artefacts"  # folder of the artefacts that runs share

@@ -57,6 +57,7 @@ MISTAKES = {
     "summary": (["--ablate=a", "--set=no_summary=true"], ("no_summary", "--ablate")),
     "loop of one stage": (["--stage=structure", "--rounds=2"], ("--rounds", "--stage")),
     "both": (["--stage=structure", "--ablate=a..i"], ("--stage", "--ablate")),
+    "control": (["--ablate=a", "--no-control"], ("--no-control", "--ablate")),
     "groups decide": (["--ablate=a", "--rounds=2"], ("--rounds", "--ablate")),
     "adapter of none": (["--tune=full", "--lora-rank=4"], ("--lora-rank", "--tune=lora")),
     "no regulariser": (
@@ -177,7 +178,13 @@ def test_a_run_writes_weights_steps_and_options(tiny, tmp_path):
         folder / "structure" / "policy.json"
     ).exists()
     summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary["groups"]) == {"a", "d", "i"} and "a_vs_d" in summary["pairwise"]
+    assert set(summary["groups"]) == {"a", "d", "i", "control"} and "a_vs_d" in summary["pairwise"]
+    # the control has trained the same steps on other labels
+    assert [step["step"] for step in found["control_steps"]] == ["people", "pairs", "loop"]
+    assert "a_vs_control" in summary["pairwise"]
+    names = ("voxels/adapter_model.safetensors", "control/voxels/adapter_model.safetensors")
+    tuned, control = ((folder / name).read_bytes() for name in names)
+    assert tuned != control
     rated = with_interval(summary["pairwise"]["a_vs_d"])
     rows = [line for line in result.stdout.splitlines() if "(a)" in line and "(d)" in line]
     assert any(rated in line for line in rows) and "win_rate" in result.stdout
@@ -193,7 +200,20 @@ def test_one_stage(tiny, tmp_path):
     found = json.loads((tmp_path / "00000-circular-dpo-toy-stage-structure-x" / "result.json").read_text())
     assert found["weights"] == {"structure": "structure"} and len(found["steps"]) == 1
     summary = json.loads((tmp_path / "00000-circular-dpo-toy-stage-structure-x" / "summary.json").read_text())
-    assert set(summary["groups"]) == {"c", "i"}
+    assert set(summary["groups"]) == {"c", "i", "control"}
+
+
+def test_without_a_control_the_table_says_so(tiny, tmp_path):
+    remark = "nothing here tests"
+    with_control, without_control = (
+        tiny("--stage=structure", *flags).stdout for flags in ((), ("--no-control",))
+    )
+    assert remark not in with_control and remark in without_control
+    first, second = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/summary.json")))
+    assert set(first["groups"]) == {"c", "i", "control"} and set(second["groups"]) == {"c", "i"}
+    # the control does not change the run
+    assert first["groups"]["c"]["win_rate"] == second["groups"]["c"]["win_rate"]
+    assert not any(tmp_path.glob("*1-*/control"))
 
 
 def test_two_rounds_leave_the_whole_network(tiny, tmp_path):

@@ -56,6 +56,7 @@ MISTAKES = {
         ("--arms", "inverted", "dpo-randomised", "dpo-inverted", "ppo"),
     ),
     "jobs": (["--jobs=2"], ("--jobs", "--arms")),
+    "control": (["--arms=labels,dpo", "--no-control"], ("--no-control", "--arms")),
     "no table": (["--set=no_summary=true", "--table-noises=4"], ("--table-noises", "no_summary")),
     "assets": (["--assets=x"], ("--assets", "--pipeline")),
     "no assets": (["--pipeline={tmp}"], ("--assets", "flow sample")),
@@ -152,6 +153,22 @@ def test_a_run_writes_weights_and_a_table(loss, tiny, tmp_path):
     )
     tiny(f"--resume={folder}")
     assert json.loads((folder / "offline.json").read_text()) == found
+    # a control with the same seed, which is compared with the arm
+    assert list(found["arms"]) == ["labels", "randomised"] and found["training_seeds"] == [0]
+    assert list(found["pairwise"]) == ["labels_vs_randomised"]
+    assert (folder / "randomised-0").is_dir()
+
+
+def test_without_a_control_the_table_says_so(tiny, tmp_path):
+    printed = {}
+    for flags in ((), ("--no-control",)):
+        printed[flags] = tiny("--stage=structure", *flags).stdout
+    tables = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/offline.json"))]
+    assert [list(table["arms"]) for table in tables] == [["labels", "randomised"], ["labels"]]
+    # the control does not change the arm
+    assert tables[0]["arms"]["labels"] == tables[1]["arms"]["labels"]
+    remark = "nothing here tests"
+    assert remark not in printed[()] and remark in printed[("--no-control",)]
 
 
 def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
