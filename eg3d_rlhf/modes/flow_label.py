@@ -106,7 +106,7 @@ def label(
                 stored_campaign, requested_settings, launch.given_flags(ctx), "--set campaign=NAME"
             )
         # number of judgements in the database
-        answer_count = sum(1 for _ in store.judgements(campaign_name))
+        answer_count = store.answer_count(campaign_name)
         click.echo(
             f"{stored_campaign.pairs} pairs, about {format_duration(SECONDS * stored_campaign.pairs)} at"
             f" {SECONDS} s per answer; {answer_count} answers so far"

@@ -24,6 +24,7 @@ from eg3d_rlhf.people.label.entities import (
     CampaignSettings,
     ConflictError,
     JudgementRow,
+    Kind,
     OwnAnswer,
     PlannedPair,
     Progress,
@@ -471,7 +472,9 @@ class Store:
             )
 
     def tally(self) -> list[Row]:
-        """Count the judgements of each annotator in each campaign, including practice pairs and gold checks.
+        """Count the judgements of each annotator in each campaign, including gold checks.
+
+        Practice pairs are not counted.
 
         Returns:
             Rows with campaign_id, name (of the annotator), judgements (number of judgements that count) and
@@ -479,6 +482,10 @@ class Store:
         """
         with self.database.read() as connection:
             return judgements.tally(connection)
+
+    def answer_count(self, campaign: str) -> int:
+        """Count the judgements of a campaign, without practice pairs and answers that were taken back."""
+        return sum(judgement.kind is not Kind.TRAINING for judgement in self.judgements(campaign))
 
     def judgements(
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
