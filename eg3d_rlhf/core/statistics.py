@@ -24,6 +24,9 @@ from scipy.stats import rankdata
 _TIE_TOLERANCE = 1e-7
 # Largest number of resampled values in memory at the same time: about 64 MB with their indices.
 _BOOTSTRAP_CELLS = 4_000_000
+# Least number of raters whose spread has a useful number of degrees of freedom, see
+# `rate_of_repeated_trials`.
+_LEAST_RATERS = 5
 # Names of the intervals of `fit_line` and `spearman`, for reports.
 LINE_INTERVAL = "95 % t interval of the slope, HC3 standard error"
 RANK_INTERVAL = "95 % interval of Spearman's rho on Fisher's z scale, variance of Bonett and Wright (2000)"
@@ -297,6 +300,72 @@ def clustered_rate(
         rate, max(effective_size, 1e-9), float(stdtrit(degrees_of_freedom, 0.5 + confidence / 2))
     )
     return MeanInterval(rate, float(lo), float(hi))
+
+
+def rate_of_repeated_trials(
+    outcomes: ArrayLike,
+    items: Sequence[Hashable],
+    raters: Sequence[Hashable],
+    confidence: float = 0.95,
+) -> MeanInterval:
+    """Compute the rate of outcomes of items that several raters judged, or one rater several times.
+
+    Repeated outcomes of one item are no new evidence, and outcomes of one rater are correlated. Let p be the
+    rate of all N outcomes, and S(k) the sum over the clusters c of the classification k of
+    (sum over c of (outcome - p))^2. The variance V of p is the largest of
+
+        p (1 - p) / (number of items),  S(items) / N^2,
+        (S(items) + S(raters) - S(items and raters)) / N^2.
+
+    The last one is the two-way cluster-robust variance (Cameron, Gelbach and Miller 2011). The interval is
+    Wilson's for the effective sample size p (1 - p) / V. If the spread between raters decides, and there are
+    at least 5 raters, the quantile is Student's for (number of raters - 1) degrees of freedom. The spread
+    between fewer raters is hardly known, so the interval then applies to these raters rather than to others.
+
+    If every item has one outcome and raters do not matter, this is `wilson_interval`, bitwise.
+
+    Args:
+        outcomes: outcomes [N], 0 or 1.
+        items: name of each outcome's item, [N].
+        raters: name of each outcome's rater, [N].
+        confidence: level of the interval, in (0, 1).
+    Returns: (rate, lo, hi) in 0..1.
+    Raises: ValueError if there is no outcome, or for different numbers of outcomes and names.
+    """
+    sample = _finite_vector("rate_of_repeated_trials", outcomes)
+    if not len(items) == len(raters) == sample.size:
+        raise ValueError(
+            f"rate_of_repeated_trials: expected one item and one rater for each outcome, got {sample.size}"
+            f" outcomes, {len(items)} items and {len(raters)} raters. Pass all three in the same order."
+        )
+    rate = float(sample.mean())
+    residuals = sample - rate
+
+    def cluster_squares(names: Sequence[Hashable]) -> tuple[float, int]:
+        """Return S of a classification, and the number of its clusters."""
+        # names of any type, so np.unique cannot sort them
+        index_of_name = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        residual_sums = np.bincount([index_of_name[name] for name in names], residuals)
+        return float((residual_sums**2).sum()), len(index_of_name)
+
+    item_squares, item_count = cluster_squares(items)
+    rater_squares, rater_count = cluster_squares(raters)
+    joint_squares, _ = cluster_squares(list(zip(items, raters, strict=True)))
+    # In units of N^2
+    item_variance = max(rate * (1 - rate) * sample.size**2 / item_count, item_squares)
+    rater_variance = item_squares + rater_squares - joint_squares
+    # 1e-9: the sums of one rater differ from 0 by rounding
+    depends_on_raters = rater_variance > item_variance * (1 + 1e-9)
+    if item_count == sample.size and not depends_on_raters:
+        return MeanInterval(rate, *wilson_interval(float(sample.sum()), sample.size, confidence))
+    variance = max(item_variance, rater_variance) / sample.size**2
+    # If all outcomes are 0, or all are 1, the variance is 0, and every item counts once.
+    effective_size = rate * (1 - rate) / variance if variance > 0 else item_count
+    quantile = float(ndtri(0.5 + confidence / 2))
+    if depends_on_raters and rater_count >= _LEAST_RATERS:
+        quantile = float(stdtrit(rater_count - 1, 0.5 + confidence / 2))
+    lo, hi = wilson_ends(rate, max(effective_size, 1e-9), quantile)
+    return MeanInterval(rate, 0.0 if rate == 0 else float(lo), 1.0 if rate == 1 else float(hi))
 
 
 def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: float = 0.95) -> MeanInterval:

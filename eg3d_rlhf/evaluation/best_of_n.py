@@ -34,6 +34,7 @@ from eg3d_rlhf.rewards.cache import observe_untuned
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard, average_weights
 from eg3d_rlhf.rewards.observations import OBSERVATIONS, Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untrained_reward
+from eg3d_rlhf.rewards.stated_accuracy import announce_reward
 from eg3d_rlhf.tuning.gan.heldout_metrics import utilities
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from training.progress import tqdm
@@ -778,7 +779,11 @@ def load_trial(before_path, rewards, heldout_path, dataset, device, **trial_fiel
             f"--heldout-reward={heldout_path} is one of the tested rewards, or a member of one, so its"
             " errors would not be independent of theirs. Pass a reward that was trained on other labels."
         )
-    return Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **trial_fields)
+    # Checks the settings, so that another mistake is reported in one line.
+    trial = Trial(generator=generator, rewards=loaded_rewards, evaluator=loaded_evaluator, **trial_fields)
+    for tested_reward, _ in loaded_rewards.values():
+        announce_reward(tested_reward, "--reward-ckpt")
+    return trial
 
 
 def write(trial: Trial, page_folder: Path) -> Finding:

@@ -32,7 +32,7 @@ from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import figure_table, write
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
-from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
+from eg3d_rlhf.preferences.labels import Preference, declare_control, load_labels, write_labels
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.rewards.smoothness import IdentityReward, Smoothness
@@ -251,7 +251,8 @@ class Plan:
                 part_by_case[arm_name, *tuning_case] = Part.keyed(
                     f"{self.in_paths(arm_name)}-s{seed}-d{label_set_index}-r{reward_seed}",
                     self.out / "runs",
-                    [*flags, f"--seed={seed}", "--no-summary", *self.tune],
+                    # A pre-registered study runs all of its arms, also those with a weak reward.
+                    [*flags, f"--seed={seed}", "--no-summary", "--weak-reward", *self.tune],
                 )
         return part_by_case
 
@@ -279,8 +280,11 @@ def write_labels_of_arms(plan: Plan) -> None:
             (INVERTED, [invert(label) for label in labels]),
         ):
             if arm_name in plan.arms:
-                plan.labels_of(arm_name, label_set_index).parent.mkdir(parents=True, exist_ok=True)
-                write_labels(plan.labels_of(arm_name, label_set_index), arm_labels)
+                labels_path = plan.labels_of(arm_name, label_set_index)
+                labels_path.parent.mkdir(parents=True, exist_ok=True)
+                write_labels(labels_path, arm_labels)
+                # A reward that is trained on these labels states that it is a control.
+                declare_control(labels_path, f"{arm_name} labels")
 
 
 def write_rewards(plan: Plan) -> None:

@@ -35,6 +35,7 @@ from eg3d_rlhf.generators.placed import Placed, Placement, Similarity, scaled_de
 from eg3d_rlhf.geometry.level_set import LevelSet
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+from eg3d_rlhf.rewards.stated_accuracy import announce_reward
 from training.storage import write_atomic
 
 # Alignment and calibration of a foreign generator, which is one that the reward was not trained on: the
@@ -826,6 +827,7 @@ def load_trial(network_paths, reward, reference_path, device: str, score_options
         with prefix_errors("--reference"):
             reference_generator = load_generator(reference_path, torch_device)
     check_reward(loaded_reward, reference_generator.generator, "--reference")
+    announce_reward(loaded_reward, "--reward")
     loaded_networks = []
     placement = Placement(
         bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras

@@ -107,6 +107,7 @@ def parts_of(
         f"--heldout-reward={bundled.HELDOUT_REWARD}",
         f"--kimg={kimg:g}",
         "--no-summary",  # since this report measures the networks
+        "--weak-reward",  # since this report also compares rewards that are not above chance
     ]
     script_by_part |= {f"seed{seed}": (TRAIN, [*flags, f"--seed={seed}"]) for seed in seeds}
     return {

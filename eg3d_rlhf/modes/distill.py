@@ -16,6 +16,7 @@ from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import rare_option, whole_option
+from eg3d_rlhf.modes.weak_reward import weak_reward_option
 from eg3d_rlhf.tuning.distill.config import (
     ASSETS,
     METHOD,
@@ -101,6 +102,7 @@ flags = combine_decorators(
         help="Text that describes an asset, or a file with one such text per line. May be repeated.",
     ),
     options_from_settings(SceneConfig),
+    weak_reward_option(group=ASSETS),
     option(
         "--method",
         group=METHOD,
@@ -401,9 +403,22 @@ def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
     # imported here, because --help must not load these modules
     import torch
 
+    from eg3d_rlhf.rewards.stated_accuracy import RewardUse, announce_accuracy
+    from eg3d_rlhf.tuning.distill.guidance.geometry import announce_geometry
     from eg3d_rlhf.tuning.distill.scene import open_scene
 
+    scene_settings = run_settings.settings.scene
     scene = open_scene(run_settings.settings, torch.device(run.device))
+    use = RewardUse(
+        tunes=True,
+        # The reward of a resumed run was accepted when the run began.
+        allows_weak=run.resumed is not None or bool(run.flags.get("weak_reward")),
+        is_main=run.ranks.is_main,
+    )
+    announce_geometry(scene_settings.geometry_reward, use)
+    # Files of published rewards of images state no accuracy. Rewards of the bundled problems have no labels.
+    if scene_settings.reward is not None and scene_settings.prior not in SCENES:
+        announce_accuracy({}, "--reward", use)
     # The hashes of these files are stored with the run, so that a resume with changed files is rejected.
     run.inputs = dict(scene.inputs)
     return scene

@@ -142,6 +142,16 @@ class Study:
     help="Number of people who answer. With two or more, each pair is shown to two of them.",
 )
 @option(
+    "--gold-every",
+    metavar="TRIALS",
+    type=click.IntRange(min=0),
+    show_default="10",
+    help=(
+        "Show one gold check per so many trials: an asset beside a damaged copy of it. People who prefer the"
+        " damaged copies are left out of the result. 0: no gold checks."
+    ),
+)
+@option(
     "--again",
     is_flag=True,
     help="Begin a new study of the same training, and keep the results of the old study.",
@@ -168,6 +178,7 @@ def study(
     against: str | None,
     n: int | None,
     annotators: int,
+    gold_every: int | None,
     again: bool,
     interim: bool,
     tune: str | None,
@@ -240,6 +251,7 @@ def study(
         against,
         n,
         annotators,
+        gold_every,
         given_server_flags,
     )
 
@@ -260,6 +272,7 @@ def serve(
     baseline: str | None,
     trial_limit: int | None,
     annotator_count: int,
+    gold_every: int | None,
     server_values: Mapping[str, object],
 ) -> None:
     """Serve one comparison in the browser until it is interrupted; design the comparison first if it is new.
@@ -272,6 +285,7 @@ def serve(
         baseline: BASE or CONTROL; None: the first comparison that is not over.
         trial_limit: number of answered pairs after which the comparison ends; None: all pairs.
         annotator_count: number of people who answer.
+        gold_every: number of trials per gold check, 0 for no gold checks; None: the default of `study`.
         server_values: flags of the server that were given, by name.
 
     Raises: ValueError if the comparison is over.
@@ -305,6 +319,9 @@ def serve(
         f"--set={name}={value}" if name in settings_without_flag else f"--{name}={value}"
         for name, value in server_values.items()
     ]
+    # An existing comparison rejects another value than that of its design.
+    if gold_every is not None:
+        command_line.append(f"--gold-every={gold_every}")
     # A new comparison is designed from the assets; an existing one resumes from its folder.
     if progress_by_contest[chosen_contest] is None:
         asset_folders = (

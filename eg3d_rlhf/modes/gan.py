@@ -19,8 +19,10 @@ from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.mode import flag as _flag
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.weak_reward import weak_reward_option
 from eg3d_rlhf.tuning.gan.presets import BUNDLED_STUDY, OBSERVED, PRESETS
 from eg3d_rlhf.tuning.gan.settings import (
+    REWARD,
     REWARDED,
     SCRATCH,
     SYNTHETIC,
@@ -345,6 +347,7 @@ gan_flags = combine_decorators(
         ),
     ),
     options_from_settings(*GROUPS),
+    weak_reward_option(group=REWARD),
     option(
         "--gpus",
         group=EG3D,
@@ -391,6 +394,7 @@ def resolve_flags(flags: Flags) -> Settings:
     # This function is called for new runs only, for which --resume-previous never has an effect.
     flags.check_applies(("resume_previous",), False, "--resume is not given")
     settings = resolve(flags)
+    flags.check_applies(("weak_reward",), settings.reward.reward != "none", "--reward is not given")
     # settings that only new networks use
     ignored_flags = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
     if ignored_flags and settings.net.init != "scratch":
@@ -577,7 +581,7 @@ def tune_in_rounds(settings: Settings, folder: Path, flags: Mapping) -> None:
         )
         GAN.resume(GAN.read(folder, resume_flags), folder, resume_flags)
     else:
-        GAN.begin(settings, folder)
+        GAN.begin(settings, folder, Flags({"weak_reward": flags.get("weak_reward", False)}))
 
 
 def resumable(folder: Path) -> bool:
@@ -601,7 +605,7 @@ GAN: Mode[Settings] = Mode(
     shown=Settings.to_dict,
     defaults=shown_by_help,
     changes=None,
-    beside_resume=frozenset({"resume_previous", "kimg", "workers", *_OF_EG3D}),
+    beside_resume=frozenset({"resume_previous", "weak_reward", "kimg", "workers", *_OF_EG3D}),
     resumable=resumable,
     help=f"""Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma). Other
     models are trained with --mode={", ".join(name for name in MODES if name != "gan")}; each mode has its own

@@ -19,6 +19,7 @@ from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.evaluation.inversion.settings import PUBLISHED, InversionConfig
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes.shared_flags import FILE, rare_option, shared
+from eg3d_rlhf.modes.weak_reward import weak_reward_option
 
 if TYPE_CHECKING:
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions, Setup
@@ -155,6 +156,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     from eg3d_rlhf.experiments.media.video import check_mp4
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
+    from eg3d_rlhf.rewards.stated_accuracy import RewardUse, announce_reward
 
     # Fails at once if the video encoder for the orbit is missing.
     if settings.turns:
@@ -223,6 +225,14 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         "perceptual": settings.perceptual,
     }
     run.inputs |= {name: file_path for name, file_path in input_files.items() if file_path is not None}
+    # The last check, so that another mistake is reported in one line.
+    for flag_name, used_reward in rewards.items():
+        use = RewardUse(
+            tunes=flag_name == "reward-ckpt" and max(settings.weights) > 0,
+            # The reward of a resumed run was accepted when the run began.
+            allows_weak=run.resumed is not None or bool(run.flags.get("weak_reward")),
+        )
+        announce_reward(used_reward, f"--{flag_name}", use)
     return Setup(
         loaded=loaded_network,
         perceptual=perceptual_network,
@@ -369,6 +379,7 @@ _FLAGS = combine_decorators(
             " a .safetensors file of this project."
         ),
     ),
+    weak_reward_option(group="What"),
     option(
         "--weights",
         group="What",

@@ -29,11 +29,14 @@ from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqli
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store_labels import (
+    LabelFilters,
     export_assets,
     export_labels,
+    export_mode,
     export_unpaired,
     without_password,
 )
+from eg3d_rlhf.preferences.labels import CSV_SUFFIXES
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -557,10 +560,21 @@ def export(
     with open_store(db, create=False) as store:
         # only two of the functions have the argument from_pairs
         write_export(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
+        # The complete copy has no filters. For the others: who was left out, and why a file is empty.
+        label_filters = None if kind == "judgements" else LabelFilters(campaign=campaign, **filters)
+        remarks = []
+        if label_filters is not None:
+            mode = export_mode(kind, from_pairs)
+            judgements = list(store.judgements(campaign, label_filters.annotators))
+            remarks = [label_filters.explain(judgements, mode), *label_filters.untrusted(judgements, mode)]
     with out.open(encoding="utf-8") as exported_file:
         # The first line of a CSV file is its header. True counts as 1.
         line_count = sum(1 for _ in exported_file) - (out.suffix == ".csv")
     click.echo(f"{out}: {line_count} line{'s' if line_count != 1 else ''} written")
+    if from_pairs and not line_count:
+        remarks.append("no pair was answered 'both are bad'")
+    for remark in remarks:
+        click.echo(remark, err=True)
 
 
 @click.command("import", cls=GroupedCommand)
@@ -583,18 +597,19 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     """Import FILE into a database. FILE holds exported judgements (.jsonl) or a table of ranked seeds
     (.csv).
     """
-    if source.suffix not in (".jsonl", ".csv"):
+    suffix = source.suffix.lower()
+    if suffix not in (".jsonl", *CSV_SUFFIXES):
         raise ValueError(
             f"FILE: the name {source.name} ends neither in .jsonl (judgements) nor in .csv (ranked seeds)."
             " Name a file of one of these two kinds."
         )
-    if source.suffix == ".jsonl" and (campaign or annotator):
+    if suffix == ".jsonl" and (campaign or annotator):
         raise ValueError(
             "--campaign and --annotator apply to ranked seeds (.csv) only, because exported judgements"
             " (.jsonl) contain both names. Remove these flags."
         )
     with open_store(db, create=True) as store:
-        if source.suffix == ".csv":
+        if suffix in CSV_SUFFIXES:
             # One annotator, "imported" by default, is recorded for all answers of the table.
             judgement_count = _archive(
                 "import_ranked_seeds", store, source, campaign, annotator or "imported"

@@ -6,6 +6,7 @@ network is trained towards the assets with higher scores in their group. Both mo
 """
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
@@ -29,6 +30,7 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
     with_control,
 )
+from eg3d_rlhf.modes.weak_reward import weak_reward_option
 from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
 from eg3d_rlhf.tuning.flow.training.online.settings import (
     ARMS,
@@ -174,6 +176,7 @@ what_flags = combine_decorators(
             " added."
         ),
     ),
+    weak_reward_option(group=WHAT),
     option(
         "--gate",
         group=WHAT,
@@ -328,12 +331,41 @@ def check_opened(settings: OnlineRun, problem_and_labels: "Opened", run: "Run") 
     Args:
         settings: settings of the run.
         problem_and_labels: the problem, and None instead of labelled assets.
-        run: not used.
+        run: the run.
     """
     bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm in settings.arms:
         bench.config(arm).sampling(bench.stage)  # raises ValueError if the sampler does not suit the stage
     bench.check_gate()
+    announce_rewards(settings.reward, run)
+
+
+def announce_rewards(reward_text: str, run: "Run") -> None:
+    """Print the accuracy on held-out pairs that the reward files of a run state.
+
+    Args:
+        reward_text: value of --reward.
+        run: the run, whose flag --weak-reward accepts a reward that is not above chance.
+
+    Raises: ValueError for a reward that is not above chance, unless the user accepted it.
+    """
+    # imported here, because --help must not load these modules
+    from eg3d_rlhf.experiments import version_0_1
+    from eg3d_rlhf.rewards.stated_accuracy import RewardUse, announce_accuracy
+    from eg3d_rlhf.tuning.flow.training.latent_reward import KIND
+    from training.storage import read_meta
+
+    use = RewardUse(
+        tunes=True,
+        # The reward of a resumed run was accepted when the run began.
+        allows_weak=run.resumed is not None or bool(run.flags.get("weak_reward")),
+        is_main=run.ranks.is_main,
+    )
+    # The other names are rewards in closed form, or rewards that are trained at the start of the run.
+    for name in parse_weights(reward_text):
+        if name.endswith(".safetensors"):
+            file_meta = version_0_1.latent_reward(read_meta(Path(name), KIND))
+            announce_accuracy(file_meta["record"], "--reward", use)
 
 
 def make_online_mode(name: str, preset: str) -> Mode:

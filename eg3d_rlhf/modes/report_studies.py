@@ -351,6 +351,7 @@ def sweep(
     from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, make_part, measure_cells
     from eg3d_rlhf.experiments.table import figure_table
     from eg3d_rlhf.generators import find_network
+    from eg3d_rlhf.rewards.stated_accuracy import WEAK_REWARD, RewardUse, announce_file
 
     # axes of the grid, and the types of their numbers; the other flags belong to the sampling
     axis_types = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
@@ -391,6 +392,16 @@ def sweep(
         }
         print_json({**common_settings, "outdir": str(outdir), "cells": state_by_cell})
         return
+    # A weak reward is rejected here, before the first cell is trained. The runs of the cells check it again.
+    announce_file(
+        reward_ckpt or bundled.REWARD,
+        "--reward-ckpt",
+        RewardUse(
+            tunes=any(axis_values[0]),
+            allows_weak=WEAK_REWARD in train_arguments,
+            remedy=f"--train-flags={WEAK_REWARD}",
+        ),
+    )
     click.echo(
         f"{len(trainings_by_cell)} cells of {kimg:g} thousand images,"
         f" {sum(state != 'finished' for state in state_by_cell.values())} to train.",

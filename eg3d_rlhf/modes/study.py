@@ -311,6 +311,16 @@ def _announcement(address: str, design: StudyDesign, add_command: str, login_cou
         login_count: number of annotators who have a login token.
     """
     lines = [f"study at {address}  (Ctrl-C stops)"]
+    rules = design.exclusions
+    if design.gold_every:
+        lines.append(
+            f"gold checks: one of {design.gold_every} trials shows a shape beside a damaged copy of it. The"
+            f" report leaves out an annotator who answers fewer than {rules.gold_accuracy:.0%} of at least"
+            f" {rules.gold_least} gold checks correctly; the result after five checks is printed here."
+            " --gold-every=0 designs a study without them."
+        )
+    else:
+        lines.append("gold checks: none")
     # A single person uses the server's own machine and needs no token.
     if design.annotators > 1:
         # negative if more annotators have a token than are planned

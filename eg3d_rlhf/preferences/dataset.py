@@ -35,6 +35,10 @@ class Splits:
     dropped: int  # number of labels that are not used because their seeds are in different splits
     ties: int  # number of labels without a preference, which are not used
 
+    def pair_counts(self) -> dict[str, int]:
+        """Return the number of different pairs of each split. A pair may have several labels."""
+        return {name: len({pair_of(label) for label in getattr(self, name)}) for name in SPLITS}
+
     def counts(self) -> dict[str, int]:
         """Return the number of labels of each split, and the counts "dropped" and "ties" of unused labels."""
         return {
@@ -42,6 +46,31 @@ class Splits:
             "dropped": self.dropped,
             "ties": self.ties,
         }
+
+
+def pair_of(label: Preference) -> tuple[int, int]:
+    """Return the two seeds of a label in rising order, which identify its pair."""
+    return min(label.winner, label.loser), max(label.winner, label.loser)
+
+
+def describe_repeats(labels: Sequence[Preference]) -> str:
+    """Return a sentence on labels that repeat a pair, and '' if every pair has one label.
+
+    Args: labels: labels of pairs of one generator, or with numbers of shapes in place of seeds.
+    """
+    pair_count = len({pair_of(label) for label in labels})
+    if pair_count == len(labels):
+        return ""
+    answer_count = len({(pair_of(label), label.annotator) for label in labels})
+    sentence = (
+        f"{len(labels)} labels of {pair_count} different pairs: {len(labels) - pair_count} labels repeat a"
+        " pair"
+    )
+    if answer_count < len(labels):
+        sentence += (
+            f", {len(labels) - answer_count} of them by the same annotator, or without an annotator's name"
+        )
+    return f"{sentence}. Intervals and warnings count pairs."
 
 
 def split_by_seed(

@@ -14,7 +14,11 @@ A file contains one record per line, as JSON lines, or as CSV with a header.
 | tie       | true if neither shape is preferred; the order of winner and loser then has no meaning       |
 | clean     | seed that an annotator without noise prefers (or true for winner, false for loser)          |
 
-All other fields are stored in `extra` and written again. Files are read line by line and written atomically.
+All other fields are stored in `extra` and written again. Files are written atomically.
+
+Tables from spreadsheets and from pandas are read, too: with a byte order mark or in UTF-16; with semicolons
+or tabs between the cells; with names of columns in capitals; with an index column without a name, which is
+ignored; and with seeds such as 3.0.
 """
 
 import contextlib
@@ -24,6 +28,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -31,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.storage import write_atomic
+from training.text_files import read_text
 
 if TYPE_CHECKING:
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
@@ -41,7 +47,17 @@ Label = TypeVar("Label")
 # Function that reads a file and yields the number and the record of each line
 Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]
 # Truth values in CSV files, by their text in lower case
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+_TRUTH = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), True),
+    # pandas writes 0.0 and 1.0 if a column of truth values has missing cells
+    **dict.fromkeys(("false", "0", "0.0", "no", ""), False),
+}
+# Characters that may separate the cells of a table. Spreadsheets use the semicolon where the comma is the
+# decimal separator, and tabs for "Unicode text".
+_DELIMITERS = (",", ";", "\t", "|")
+CSV_SUFFIXES = (".csv", ".tsv")
+_WHOLE_NUMBER = re.compile(r"(?<=\d)\.0+$")  # the decimals of an integer such as 3.0
+_SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +151,7 @@ def load_labels(path: str | Path) -> list[Preference]:
     reader_by_suffix: dict[str, Reader] = {
         ".jsonl": jsonl_records,
         ".ndjson": jsonl_records,
-        ".csv": _csv_records,
+        **dict.fromkeys(CSV_SUFFIXES, _csv_records),
     }
     return read_records(Path(path), reader_by_suffix, _parse, "pairs")
 
@@ -156,17 +172,22 @@ def read_records(
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for the first
         record that is not valid, and for a file without labels.
     """
-    if path.suffix not in reader_by_suffix:
+    # Windows programs may write the ending in capitals.
+    suffix = path.suffix.lower()
+    if suffix not in reader_by_suffix:
+        remedy = f"Convert it to {next(iter(reader_by_suffix))}."
+        if suffix in _SPREADSHEETS and ".csv" in reader_by_suffix:
+            remedy = "Save it in the spreadsheet program as CSV."
         raise ValueError(
             f"labels: expected a file with the ending {' or '.join(reader_by_suffix)}, got {path.name}."
-            f" Convert it to {next(iter(reader_by_suffix))}."
+            f" {remedy}"
         )
     if not path.is_file():
         raise FileNotFoundError(
             f"labels: the file {path} does not exist. Correct the path, or label some {plural_noun} first."
         )
     labels = []
-    for line_number, label_record in reader_by_suffix[path.suffix](path):
+    for line_number, label_record in reader_by_suffix[suffix](path):
         try:
             labels.append(parse(label_record))
         except ValueError as error:
@@ -208,6 +229,32 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
     return path
 
 
+def declare_control(path: Path, control: str) -> None:
+    """State beside a file of labels that they are a control. A reward that is trained on them states it, too.
+
+    Args:
+        path: file of the labels; the file NAME.meta.json is written into its folder.
+        control: kind of control, for example "randomised labels".
+    """
+    write_atomic(path.with_suffix(".meta.json"), (json.dumps({"control": control}) + "\n").encode())
+
+
+def control_of(path: Path | None) -> str:
+    """Return the kind of control that the file NAME.meta.json beside a file of labels states, and '' if none.
+
+    Args: path: file of the labels; None: the labels have no file.
+    """
+    meta_path = None if path is None else path.with_suffix(".meta.json")
+    if meta_path is None or not meta_path.is_file():
+        return ""
+    with contextlib.suppress(ValueError):
+        meta = json.loads(meta_path.read_text())
+        if isinstance(meta, dict):
+            # `label synthetic --randomised` writes the second entry
+            return str(meta.get("control") or ("randomised labels" if meta.get("randomised") else ""))
+    return ""
+
+
 def labels_hash(labels: Iterable["Preference | UnpairedPreference"]) -> str:
     """Compute the SHA-256, in hex, of a list of labels, which depends on their order.
 
@@ -230,24 +277,82 @@ def jsonl_records(
         example: example of a line, for messages.
     Raises: ValueError, which names file and line, for a line that is not a JSON object.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line_number, line_text in enumerate(file, 1):
-            if not line_text.strip():
-                continue
-            try:
-                label_record = json.loads(line_text)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path.name}, line {line_number}: the line is not valid JSON ({error}). Write one JSON"
-                    f" object per line, for example {example}."
-                ) from error
-            if not isinstance(label_record, dict):
-                type_name = type(label_record).__name__
-                raise ValueError(
-                    f"{path.name}, line {line_number}: expected a JSON object, got a value of type"
-                    f" {type_name}. Write, for example, {example}."
-                )
-            yield line_number, label_record
+    # Lines end at \n, \r\n or \r. str.splitlines would also end them at characters that JSON texts may hold.
+    for line_number, line_text in enumerate(io.StringIO(read_text(path), newline=None), 1):
+        if not line_text.strip():
+            continue
+        try:
+            label_record = json.loads(line_text)
+        except ValueError as error:
+            raise ValueError(
+                f"{path.name}, line {line_number}: the line is not valid JSON ({error}). Write one JSON"
+                f" object per line, for example {example}."
+            ) from error
+        if not isinstance(label_record, dict):
+            type_name = type(label_record).__name__
+            raise ValueError(
+                f"{path.name}, line {line_number}: expected a JSON object, got a value of type {type_name}."
+                f" Write, for example, {example}."
+            )
+        yield line_number, label_record
+
+
+def _field_name(name: str) -> str:
+    """Return a name without outer spaces, and in lower case if it is a name of FIELDS or of a rank."""
+    name = name.strip()
+    return name.lower() if name.lower() in (*FIELDS, "rank1", "rank2") else name
+
+
+def _read_header(header_line: str) -> tuple[str, list[str]]:
+    """Return the delimiter and the names of the columns of a table of labels.
+
+    The delimiter is the first of _DELIMITERS with which the header has the columns of labels. Names in
+    capitals are accepted only if the header has no such columns otherwise.
+
+    Args: header_line: first line of the table.
+    Returns: the delimiter; and the names, where a column that is ignored has the name ''. Without a suitable
+        delimiter, the names are those of a table with commas.
+    """
+    cells_by_delimiter = {
+        delimiter: [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
+        for delimiter in _DELIMITERS
+    }
+    for normalise in (str, _field_name):
+        for delimiter, cells in cells_by_delimiter.items():
+            names = [normalise(name) for name in cells]
+            # In a table of ranked seeds, rank 1 is the winner. Other columns are its index, whose name may
+            # differ, and perhaps a column without a name, which is the index of pandas.
+            if names[-2:] == ["rank1", "rank2"] and len([name for name in names[:-2] if name]) <= 1:
+                return delimiter, [""] * (len(names) - 2) + ["winner", "loser"]
+            if {"winner", "loser"} <= set(names):
+                return delimiter, names
+    return ",", cells_by_delimiter[","]
+
+
+def _open_table(path: Path) -> tuple[io.StringIO, str, list[str], int]:
+    """Open a table of labels behind its header.
+
+    Returns: the text after the header; the delimiter; the names of the columns, see `_read_header`; and the
+        number of the header's line, from 1.
+    """
+    # newline="" keeps line ends inside quoted cells
+    table_text = io.StringIO(read_text(path), newline="")
+    header_line = table_text.readline()
+    header_number = 1
+    # Excel accepts, and some programs write, a first line that names the delimiter, such as "sep=;".
+    if header_line.lower().startswith("sep="):
+        header_line = table_text.readline()
+        header_number = 2
+    return table_text, *_read_header(header_line), header_number
+
+
+def is_ranked_table(path: Path) -> bool:
+    """Return True if a file of labels is a table of ranked seeds, which has no other columns."""
+    # The header is the first line, or the second one after a line such as "sep=;".
+    return any(
+        "rank1" in line.lower() and [name for name in _read_header(line)[1] if name] == ["winner", "loser"]
+        for line in read_text(path).splitlines()[:2]
+    )
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -255,31 +360,40 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises: ValueError, which names file and line, for a header or a row that is not valid.
     """
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        csv_rows = csv.reader(file)
-        header = [name.strip() for name in next(csv_rows, [])]
-        # In a table of ranked seeds, rank 1 is the winner. The name of its first column may differ.
-        is_ranked_table = header[1:] == ["rank1", "rank2"]
-        column_names = ["index", "winner", "loser"] if is_ranked_table else header
-        if not {"winner", "loser"} <= set(column_names):
+    table_text, delimiter, column_names, header_number = _open_table(path)
+    if not {"winner", "loser"} <= set(column_names):
+        raise ValueError(
+            f"{path.name}, line {header_number}: expected a header with the columns winner and loser (or:"
+            f" index, rank1, rank2), got {column_names}. Add the header."
+        )
+    names = [name for name in column_names if name]
+    repeated_names = sorted({name for name in names if names.count(name) > 1})
+    if repeated_names:
+        raise ValueError(
+            f"{path.name}, line {header_number}: expected each column once, but the header has"
+            f" {', '.join(repeated_names)} more than once. Rename or remove one of the columns."
+        )
+    csv_rows = csv.reader(table_text, delimiter=delimiter)
+    for row_cells in csv_rows:
+        # A row may have several lines; line_num is the number of its last line after the header.
+        line_number = csv_rows.line_num + header_number
+        cells = [cell.strip() for cell in row_cells]
+        # Empty lines are skipped.
+        if not any(cells):
+            continue
+        # Spreadsheets may add empty cells at the end of a row.
+        while len(cells) > len(column_names) and not cells[-1]:
+            cells.pop()
+        if len(cells) != len(column_names):
             raise ValueError(
-                f"{path.name}, line 1: expected a header with the columns winner and loser (or: index, rank1,"
-                f" rank2), got {header}. Add the header."
+                f"{path.name}, line {line_number}: expected {len(column_names)} cells as in the header, got"
+                f" {len(cells)}. Add or remove cells."
             )
-        for row_cells in csv_rows:
-            # Empty lines are skipped.
-            if not any(cell.strip() for cell in row_cells):
-                continue
-            if len(row_cells) != len(column_names):
-                raise ValueError(
-                    f"{path.name}, line {csv_rows.line_num}: expected {len(column_names)} cells as in the"
-                    f" header, got {len(row_cells)}. Add or remove cells."
-                )
-            label_record = dict(zip(column_names, (cell.strip() for cell in row_cells), strict=True))
-            if is_ranked_table:
-                label_record.pop("index")
-            # A row may have several lines; line_num is the number of its last line.
-            yield csv_rows.line_num, {name: cell for name, cell in label_record.items() if cell != ""}
+        # A column without a name is the index that pandas writes, or an empty column of a spreadsheet.
+        yield (
+            line_number,
+            {name: cell for name, cell in zip(column_names, cells, strict=True) if name and cell},
+        )
 
 
 def _parse(label_record: Mapping[str, Any]) -> Preference:
@@ -287,6 +401,9 @@ def _parse(label_record: Mapping[str, Any]) -> Preference:
 
     Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
     """
+    if "winner" not in label_record:
+        # names in capitals, such as Winner
+        label_record = {_field_name(name): value for name, value in label_record.items()}
     missing_names = [name for name in ("winner", "loser") if label_record.get(name) is None]
     if missing_names and "seed" in label_record:
         raise ValueError(
@@ -381,7 +498,8 @@ def parse_seed(field_value: Any, name: str) -> int:
         # int() would accept True, and would round 1.5 down.
         if isinstance(field_value, bool) or (isinstance(field_value, float) and not field_value.is_integer()):
             raise ValueError
-        return int(field_value)
+        # pandas writes the integers of a column with missing cells as 3.0.
+        return int(_WHOLE_NUMBER.sub("", field_value) if isinstance(field_value, str) else field_value)
     except (TypeError, ValueError):
         raise ValueError(
             f"expected {name} to be an integer seed, got {field_value!r}. Write the seed with which the shape"

@@ -30,6 +30,7 @@ from eg3d_rlhf.preferences import BAD, GOOD
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.dataset import SPLITS, Splits
 from eg3d_rlhf.preferences.labels import (
+    CSV_SUFFIXES,
     LabelSource,
     Preference,
     check_psi,
@@ -122,11 +123,11 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
     """
     path = Path(path)
     read_jsonl = functools.partial(jsonl_records, example="{'seed': ..., 'label': ...}")
-    has_pairs = path.suffix == ".csv"
+    has_pairs = path.suffix.lower() in CSV_SUFFIXES
     if not has_pairs and path.is_file():
         # Only labels of pairs have a winner. An empty file has no first record.
         first_record = next((label_record for _, label_record in read_jsonl(path)), {})
-        has_pairs = "winner" in first_record
+        has_pairs = "winner" in {name.strip().lower() for name in first_record}
     if has_pairs:
         return from_pairs(load_labels(path))
     return read_records(path, {".jsonl": read_jsonl, ".ndjson": read_jsonl}, _parse, "shapes")

@@ -19,7 +19,8 @@ from scipy.spatial.distance import cdist
 from scipy.special import expit, ndtri
 from scipy.stats import rankdata
 
-from eg3d_rlhf.core.statistics import wilson_interval
+from eg3d_rlhf.core.statistics import rate_of_repeated_trials
+from eg3d_rlhf.preferences.dataset import pair_of
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference
@@ -43,21 +44,22 @@ def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
     """Return a warning if there are too few pairs for training or evaluation, and '' otherwise.
 
     Args:
-        counts: number of pairs of each of the splits train, val and test.
+        counts: number of different pairs of each of the splits train, val and test. A pair that was labelled
+            several times counts once.
         fractions: shares of the splits train, val and test, in 0..1.
     """
     # In the order of `fractions`
     train_count, val_count, test_count = (counts[name] for name in ("train", "val", "test"))
     if train_count >= MIN_TRAIN and val_count >= MIN_TEST and test_count >= MIN_TEST:
         return ""
-    # Least total number of labels for which every split with a share above 0 gets its least number
+    # Least total number of pairs for which every split with a share above 0 gets its least number
     min_counts_and_shares = zip((MIN_TRAIN, MIN_TEST, MIN_TEST), fractions, strict=True)
     needed_count = max(math.ceil(min_count / share) for min_count, share in min_counts_and_shares if share)
     return (
         f"too few labels: {train_count} pairs for training, {val_count} for the choice of the epoch and"
-        f" {test_count} for the test. About {needed_count} labels are needed ({MIN_TRAIN} for training,"
-        f" {MIN_TEST} for the choice of the epoch, {MIN_TEST} for the test). The results below are not"
-        " reliable."
+        f" {test_count} for the test. About {needed_count} different pairs are needed ({MIN_TRAIN} for"
+        f" training, {MIN_TEST} for the choice of the epoch, {MIN_TEST} for the test). The results below are"
+        " not reliable."
     )
 
 
@@ -65,8 +67,8 @@ def too_few_shapes(preferred_count: int, other_count: int) -> str:
     """Return a warning if there are too few held-out labels of single shapes, and '' otherwise.
 
     Args:
-        preferred_count: number of held-out shapes that are labelled as preferred.
-        other_count: number of held-out shapes with any other label.
+        preferred_count: number of different held-out shapes that are labelled as preferred.
+        other_count: number of different held-out shapes with any other label.
     """
     if min(preferred_count, other_count) >= MIN_SHAPES:
         return ""
@@ -206,20 +208,29 @@ def fit_temperature(margin: np.ndarray) -> float:
     return float(math.exp(optimum.x))
 
 
-def rate(correct: int, n: int) -> dict:
-    """Return the accuracy `correct` / `n` with its Wilson 95 % interval, as JSON values.
+def rate(is_correct: np.ndarray, labels: Sequence[Preference]) -> dict:
+    """Return the accuracy over labels with its 95 % interval, as JSON values.
+
+    The interval counts pairs. Labels that repeat a pair are no new evidence, and labels of one annotator are
+    correlated, see `rate_of_repeated_trials`. If every pair has one label of one annotator, it is Wilson's.
 
     Args:
-        correct: number of correct pairs.
-        n: number of all pairs.
-    Returns: dict with "correct", "n", "accuracy" (None if `n` is 0) and "interval_95" (lower and upper end).
+        is_correct: True for each label in whose order the reward scores the pair, [P].
+        labels: the labels.
+    Returns: dict with "correct" and "n" (numbers of labels), "pairs" (number of different pairs), "accuracy"
+        (None if `n` is 0) and "interval_95" (lower and upper end).
     """
-    low, high = wilson_interval(correct, n)
+    pairs = [pair_of(label) for label in labels]
+    accuracy = None
+    ends = [0.0, 1.0]  # no information
+    if labels:
+        accuracy, *ends = rate_of_repeated_trials(is_correct, pairs, [label.annotator for label in labels])
     return {
-        "correct": correct,
-        "n": n,
-        "accuracy": correct / n if n else None,
-        "interval_95": [float(low), float(high)],
+        "correct": int(np.sum(is_correct)),
+        "n": len(labels),
+        "pairs": len(set(pairs)),
+        "accuracy": accuracy,
+        "interval_95": ends,
     }
 
 
@@ -304,7 +315,12 @@ def evaluate_unpaired(
         unit_embeddings[is_preferred], unit_embeddings[~is_preferred], median_distance(unit_embeddings), "U"
     )
     seed_scores = np.array([scores[seed] for seed in seeds])
-    shape_counts = [int(is_preferred.sum()), int((~is_preferred).sum())]  # preferred shapes, other shapes
+    # Numbers of different preferred shapes and of different other shapes. Repeated labels of one shape are no
+    # new evidence, so they do not narrow the interval.
+    shape_counts = [
+        len({label.seed for label in labels if label.preferred is True}),
+        len({label.seed for label in labels if label.preferred is not True}),
+    ]
     measured_auc = auc(seed_scores[is_preferred], seed_scores[~is_preferred])
     return {
         "n": shape_counts,
@@ -313,6 +329,13 @@ def evaluate_unpaired(
         "divergence": float(divergence),
         "silhouette": silhouette(unit_embeddings.numpy(), is_preferred),
     }
+
+
+def _select(
+    is_correct: np.ndarray, labels: Sequence[Preference], mask: np.ndarray
+) -> tuple[np.ndarray, list[Preference]]:
+    """Return the outcomes [P] and the labels that a mask [P] selects."""
+    return is_correct[mask], [label for label, is_selected in zip(labels, mask, strict=True) if is_selected]
 
 
 def evaluate(
@@ -337,7 +360,7 @@ def evaluate(
     # [P], positive where the reward agrees with the label
     pair_margins = margins(scores, labels)
     report = {
-        "labels": rate(int((pair_margins > 0).sum()), len(pair_margins)),
+        "labels": rate(pair_margins > 0, labels),
         "log_loss": log_loss(pair_margins),
         "calibration_error": calibration_error(pair_margins),
         "calibration_error_scaled": calibration_error(pair_margins / temperature),
@@ -351,14 +374,12 @@ def evaluate(
             agreement[i] = 1 if label.clean == label.winner else -1
     if np.any(agreement):
         # margin * agreement is positive where the reward agrees with the noise-free order.
-        report["clean"] = rate(int((pair_margins * agreement > 0).sum()), int((agreement != 0).sum()))
+        report["clean"] = rate(*_select(pair_margins * agreement > 0, labels, agreement != 0))
         report["label_noise"] = float((agreement < 0).sum() / (agreement != 0).sum())
     # [P]; "gap" is the difference of the volume errors
     differs_clearly = (agreement != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
     if np.any(differs_clearly):
-        report["apart"] = rate(
-            int((pair_margins * agreement > 0)[differs_clearly].sum()), int(differs_clearly.sum())
-        )
+        report["apart"] = rate(*_select(pair_margins * agreement > 0, labels, differs_clearly))
     return report
 
 
@@ -383,7 +404,7 @@ def evaluate_feature(feature: Mapping[int, float], labels: Sequence[Preference])
     differs_clearly = np.array([label.extra.get("gap", 0.0) >= APART for label in clean_labels], dtype=bool)
     pair_masks = {"clean": np.ones_like(differs_clearly), "apart": differs_clearly}
     return {
-        accuracy_name: rate(int(is_correct[pair_mask].sum()), int(pair_mask.sum()))
+        accuracy_name: rate(*_select(is_correct, clean_labels, pair_mask))
         for accuracy_name, pair_mask in pair_masks.items()
         if pair_mask.any()
     }

@@ -208,6 +208,20 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
     return reward.to(device).eval().requires_grad_(False)
 
 
+def read_provenance(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return the kind of the observation and the provenance of a reward's file, without reading its weights.
+
+    A published state dict has no provenance, and `load_reward` reads the paper's slab for it.
+
+    Raises: as `load_reward`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return SigmaSlab.kind, {}
+    observation, _, provenance = _read_description(path.with_suffix(".json"))
+    return observation.kind, provenance
+
+
 def untrained_reward(kind: str, generator: Generator) -> Reward:
     """Create a reward that needs no training, for example "solid".
 

@@ -23,12 +23,20 @@ from eg3d_rlhf.preferences.dataset import (
     REFERENCE_PSI,
     Splits,
     common_value,
+    describe_repeats,
     number_shapes,
     reference_seeds,
     split_by_seed,
     with_permuted_shapes,
 )
-from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
+from eg3d_rlhf.preferences.labels import (
+    LabelSource,
+    Preference,
+    control_of,
+    labels_hash,
+    load_labels,
+    write_labels,
+)
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
 from eg3d_rlhf.rewards import crop_report
 from eg3d_rlhf.rewards.aggregates import AVERAGE
@@ -55,6 +63,7 @@ from eg3d_rlhf.rewards.presets import preset
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.rewards.settings import RewardRun, TrainOptions, record
 from eg3d_rlhf.rewards.slab_crops import BUNDLED_CROPS, choose_crop
+from eg3d_rlhf.rewards.stated_accuracy import CONTROL
 from training.distributed import SINGLE, Ranks, leave
 from training.networks import state_hash
 from training.progress import tqdm
@@ -280,14 +289,20 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
     unpaired_splits = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
     # Pairs are training data only if the loss has terms on pairs.
     trains_on_pairs = bool(settings.train.weights.on_pairs) or not unpaired
-    warning = too_few(splits.counts(), settings.fractions) if trains_on_pairs else ""
+    warning = too_few(splits.pair_counts(), settings.fractions) if trains_on_pairs else ""
     if unpaired and not warning:
-        preferred_count = sum(label.preferred is True for label in unpaired_splits["test"])
-        other_count = sum(label.preferred is False for label in unpaired_splits["test"])
+        # Different shapes, since several labels of one shape are no new evidence.
+        preferred_count, other_count = (
+            len({label.seed for label in unpaired_splits["test"] if label.preferred is is_preferred})
+            for is_preferred in (True, False)
+        )
         warning = too_few_shapes(preferred_count, other_count)
-    if warning and run.ranks.is_main:
-        print(f"Warning: {warning}", file=sys.stderr, flush=True)
+    repeats_note = describe_repeats([*splits.train, *splits.val, *splits.test]) if trains_on_pairs else ""
     if run.ranks.is_main:
+        if repeats_note:
+            print(repeats_note, flush=True)
+        if warning:
+            print(f"Warning: {warning}", file=sys.stderr, flush=True)
         report_crop(settings, opened, run.folder)
         if settings.train.preset == "paper" and str(run.device) == "cpu":
             print(
@@ -353,11 +368,16 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         "temperature": report_values["temperature"],
         "test_accuracy": report_values["test"]["labels"],
         "test_accuracy_clean": report_values["test"].get("clean"),
+        # A reader of the reward learns from it how many labels the accuracy rests on.
+        "pairs": report_values["pairs"],
         "score_mean": report_values["score_mean"],
         "score_std": report_values["score_std"],
     }
     if start_hash:
         provenance["start"] = start_hash
+    # Labels that are declared a control make the reward one, which jobs that tune accept as it is.
+    if control := control_of(settings.labels.file) or control_of(settings.unpaired):
+        provenance[CONTROL] = control
     if settings.wrong_faces:
         # The entry shows that this reward is a control, whose labels belong to other shapes.
         provenance["wrong_faces"] = True
@@ -452,6 +472,8 @@ def summary_lines(report: dict, reward_path: Path) -> Iterator[str]:
             accuracy = test_results[accuracy_name]
             interval_low, interval_high = accuracy["interval_95"]
             accuracy_text = f"{accuracy['correct']}/{accuracy['n']} = {accuracy['accuracy']:.3f}"
+            if accuracy["pairs"] < accuracy["n"]:
+                accuracy_text += f" ({accuracy['n']} labels of {accuracy['pairs']} pairs)"
             baseline = (
                 "; ordered by the volume in the slab alone:"
                 f" {volume_accuracies[accuracy_name]['accuracy']:.3f}"
@@ -693,6 +715,7 @@ def assess(
         "score_mean": float(train_scores.mean()),
         "score_std": float(train_scores.std()),
         "splits": splits.counts(),
+        "pairs": splits.pair_counts(),
         "best_epoch": member_states[0].best_epoch + 1,
         "epochs": member_states[0].epoch,
         "members": (

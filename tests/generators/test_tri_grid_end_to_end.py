@@ -86,6 +86,7 @@ def test_labelled_scored_tuned_exported(tmp_path):
         "--data=synthetic:people64@n=8",
         "--reward=sigma",
         f"--reward-ckpt={reward / 'reward.safetensors'}",
+        "--weak-reward",
         "--lambda-r=1",
         f"--outdir={tmp_path / 'runs'}",
         *small,

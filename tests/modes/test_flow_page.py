@@ -141,7 +141,9 @@ def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against
     # of the new training: nothing yet
     check_message(flow("study", "WORK", "--report", code=2), ("study-01", ask))
     check_message(flow("study", "WORK", "--against=control", code=2), ("--against=control", "tune-01"))
-    flow("study", "WORK", "--n=2")
+    flow("study", "WORK", "--n=2", "--gold-every=0")
     assert served[2:] == ["study-01-base"]
+    design = json.loads((here / "WORK" / "study-01" / "base" / "design.json").read_text())
+    assert design["gold_every"] == 0
     assert reported() == [("tune-01", "base", "2 of 2")]
     assert ("tune-00", "base", "4 of 4") in reported("--set=tune=tune-00")

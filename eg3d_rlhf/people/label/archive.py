@@ -48,9 +48,10 @@ from eg3d_rlhf.people.label.entities import (
     check_stored,
 )
 from eg3d_rlhf.people.label.store import ANNOTATOR_COLUMNS, NAME, Store, find_or_add
-from eg3d_rlhf.people.label.store_labels import LabelFilters, store_preferences
-from eg3d_rlhf.preferences.labels import load_labels
+from eg3d_rlhf.people.label.store_labels import LabelFilters, store_preferences, why_left_out
+from eg3d_rlhf.preferences.labels import is_ranked_table, load_labels
 from training.storage import write_atomic
+from training.text_files import read_text
 
 FORMAT = 1  # version of the JSON lines; a file of another version is rejected
 
@@ -517,9 +518,9 @@ def import_ranked_seeds(
     """
     path = Path(path)
     labels = load_labels(path)
-    header_line = path.read_text(encoding="utf-8").partition("\n")[0].strip()
     # Tables with other columns may contain ties, which would be read as preferences here.
-    if not header_line.endswith(",rank1,rank2"):
+    if not is_ranked_table(path):
+        header_line = read_text(path).partition("\n")[0].strip()
         raise ValueError(
             f"{path.name}, line 1: the columns must be the row number, rank1 and rank2, but the line is"
             f" {header_line[:80]!r}. Write the line as ,rank1,rank2 if the file has these columns."
@@ -568,10 +569,14 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
     Raises:
         ValueError: no label except ties passes the filters.
     """
-    decided_labels = [label for label in store_preferences(store, LabelFilters(**filters)) if not label.tie]
+    labels = store_preferences(store, LabelFilters(**filters))
+    decided_labels = [label for label in labels if not label.tie]
     if not decided_labels:
+        tie_text = f"; {len(labels)} of the labels are ties" if labels else ""
         raise ValueError(
-            "export: no preference passes the filters. Remove some of the filters, or label more pairs."
+            "export: no preference passes the filters"
+            f" ({why_left_out(store, LabelFilters(**filters), Mode.LABEL)}{tie_text}). Remove some of the"
+            " filters, or label more pairs."
         )
     table_lines = [
         ",rank1,rank2",

@@ -454,7 +454,7 @@ def read_judgements(
 def tally(connection: Connection) -> list[Row]:
     """Return the number of answers of each annotator in each campaign, in order of the first answer.
 
-    Answers that were taken back are not counted.
+    Answers that were taken back and answers to practice pairs are not counted.
 
     Returns:
         Rows with campaign_id, name (of the annotator), judgements (number of answers that count) and last
@@ -465,6 +465,7 @@ def tally(connection: Connection) -> list[Row]:
     tally_query = select(judgements.c.campaign_id, annotators.c.name, *aggregate_columns).join_from(
         assignments, judgements, judgements.c.id == assignments.c.answered
     )
+    tally_query = tally_query.where(assignments.c.kind != Kind.TRAINING.value)
     tally_query = tally_query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
         judgements.c.campaign_id, judgements.c.annotator_id, annotators.c.name
     )

@@ -442,6 +442,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
 
     from eg3d_rlhf.rewards.cache import observe_seeds
     from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+    from eg3d_rlhf.rewards.stated_accuracy import announce_reward
 
     members: list[Reward] = []
     file_descriptions = []
@@ -450,6 +451,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     for reward_path in map(Path, pairing.rewards or (bundled.REWARD, bundled.HELDOUT_REWARD)):
         reward = load_reward(reward_path)
         check_reward(reward, generator.generator, f"--strategy={pairing.strategy}: {reward_path.name}")
+        announce_reward(reward, f"--strategy={pairing.strategy}: {reward_path.name}")
         # A file of an ensemble contains several members.
         file_members = reward.members()
         members += file_members

@@ -489,7 +489,9 @@ class Store:
         return pair_count, min(trial_count, settings.trials_per_annotator or trial_count)
 
     def tally(self) -> list[Row]:
-        """Count the judgements of each annotator in each campaign, including practice pairs and gold checks.
+        """Count the judgements of each annotator in each campaign, including gold checks.
+
+        Practice pairs are not counted.
 
         Returns:
             Rows with campaign_id, name (of the annotator), judgements (number of judgements that count) and
@@ -497,6 +499,10 @@ class Store:
         """
         with self.database.read() as connection:
             return judgements.tally(connection)
+
+    def answer_count(self, campaign: str) -> int:
+        """Count the judgements of a campaign, without practice pairs and answers that were taken back."""
+        return sum(judgement.kind is not Kind.TRAINING for judgement in self.judgements(campaign))
 
     def judgements(
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -123,6 +123,37 @@ class LabelFilters:
                 " or seconds since 1970."
             ) from None
 
+    def _selected(self, judgement_rows: Iterable[JudgementRow], mode: Mode) -> list[JudgementRow]:
+        """Return the judgements of the campaign and the annotators that the filters name, in their order."""
+        return [
+            judgement
+            for judgement in judgement_rows
+            if not judgement.undone
+            # A campaign that `campaign` names is used in any mode.
+            and (judgement.mode == mode or judgement.campaign == self.campaign)
+            and self.campaign in (None, judgement.campaign)
+            and (not self.annotators or judgement.annotator in self.annotators)
+        ]
+
+    def _gold_results(self, selected_rows: Iterable[JudgementRow]) -> dict[str, list[bool]]:
+        """Return the results of the gold checks by annotator; True for a correct answer.
+
+        The results are those of all gold checks of `selected_rows`, also those that the filters of time
+        remove. An annotator without an answered gold check has an empty list.
+        """
+        gold_results: dict[str, list[bool]] = defaultdict(list)
+        for judgement in selected_rows:
+            results = gold_results[judgement.annotator]
+            if judgement.kind is Kind.GOLD and judgement.choice is not Choice.SKIP:
+                results.append(judgement.choice.meets(judgement.expected))
+        return gold_results
+
+    def _is_trusted(self, gold_answers: Sequence[bool]) -> bool:
+        """Return True if an annotator with these results of gold checks passes `least_gold_accuracy`."""
+        return self.least_gold_accuracy is None or (
+            bool(gold_answers) and sum(gold_answers) >= self.least_gold_accuracy * len(gold_answers)
+        )
+
     def keep(self, judgement_rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
         """Return the judgements that become labels, in their order.
 
@@ -130,42 +161,91 @@ class LabelFilters:
             judgement_rows: judgements of one or several campaigns.
             mode: mode of the campaigns whose judgements are used, if `campaign` is None.
         """
-        # A campaign that `campaign` names is used in any mode.
-        judgement_rows = [
-            judgement
-            for judgement in judgement_rows
-            if not judgement.undone and (judgement.mode == mode or judgement.campaign == self.campaign)
-        ]
-        judgement_rows = [
-            judgement
-            for judgement in judgement_rows
-            if self.campaign in (None, judgement.campaign)
-            and (not self.annotators or judgement.annotator in self.annotators)
-        ]
-        trusted_annotators = {judgement.annotator for judgement in judgement_rows}
-        # The accuracy is computed from all gold checks of these judgements, also those that the filters of
-        # time remove.
-        if self.least_gold_accuracy is not None:
-            gold_results: dict[str, list[bool]] = defaultdict(list)  # by annotator; True for a correct answer
-            for judgement in judgement_rows:
-                if judgement.kind is Kind.GOLD and judgement.choice is not Choice.SKIP:
-                    gold_results[judgement.annotator].append(judgement.choice.meets(judgement.expected))
-            trusted_annotators = {
-                name
-                for name, gold_answers in gold_results.items()
-                if sum(gold_answers) >= self.least_gold_accuracy * len(gold_answers)
-            }
+        selected_rows = self._selected(judgement_rows, mode)
+        gold_results = self._gold_results(selected_rows)
         counted_kinds = (Kind.PAIR,) if self.drop_repeats else COMPARED
         label_rows = [
             judgement
-            for judgement in judgement_rows
+            for judgement in selected_rows
             if judgement.kind in counted_kinds
             and judgement.choice is not Choice.SKIP
-            and judgement.annotator in trusted_annotators
+            and self._is_trusted(gold_results[judgement.annotator])
             and judgement.milliseconds >= self.min_milliseconds
             and judgement.received_at >= self.start
         ]
         return label_rows if self.criterion is None else answers_to(self.criterion, label_rows)
+
+    def untrusted(self, judgement_rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[str]:
+        """Return a sentence for each annotator whose answers `least_gold_accuracy` leaves out.
+
+        Args: see `keep`.
+        """
+        selected_rows = self._selected(judgement_rows, mode)
+        answer_counts = Counter(
+            judgement.annotator for judgement in selected_rows if judgement.kind in COMPARED
+        )
+        return [
+            f"all {answer_counts[name]} answers of {name} are left out: "
+            + (
+                f"{sum(results)} of {len(results)} gold checks correct"
+                f" ({sum(results) / len(results):.0%}), below {self.least_gold_accuracy:.0%}"
+                if results
+                else "no gold check answered"
+            )
+            for name, results in sorted(self._gold_results(selected_rows).items())
+            if answer_counts[name] and not self._is_trusted(results)
+        ]
+
+    def explain(self, judgement_rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> str:
+        """Return one line on the answers that do not become labels, with their numbers and the reasons.
+
+        Args: see `keep`.
+        """
+        all_rows = [judgement for judgement in judgement_rows if not judgement.undone]
+        rows = self._selected(all_rows, mode)
+        if not rows:
+            other_count = sum(judgement.mode != mode for judgement in all_rows)
+            other_text = f"; {other_count} answers belong to campaigns of another mode" if other_count else ""
+            scope = "" if self.campaign is None and not self.annotators else " of this campaign or annotator"
+            return f"no answers{scope} are stored{other_text}"
+        kind_counts = Counter(judgement.kind for judgement in rows)
+        reasons = [
+            f"{kind_counts[kind]} {noun}"
+            for kind, noun in ((Kind.TRAINING, "practice answers"), (Kind.GOLD, "gold checks"))
+            if kind_counts[kind]
+        ]
+        rows = [judgement for judgement in rows if judgement.kind in COMPARED]
+        # Each step counts only the answers that the steps before it have kept.
+        steps: list[tuple[str, Callable[[JudgementRow], bool]]] = [
+            (
+                "repeats (--drop-repeats)",
+                lambda judgement: not self.drop_repeats or judgement.kind is Kind.PAIR,
+            ),
+            ("skips", lambda judgement: judgement.choice is not Choice.SKIP),
+            (
+                f"faster than {self.min_milliseconds} ms",
+                lambda judgement: judgement.milliseconds >= self.min_milliseconds,
+            ),
+            (f"before {self.since}", lambda judgement: judgement.received_at >= self.start),
+        ]
+        gold_results = self._gold_results(self._selected(all_rows, mode))
+        steps.append(
+            (
+                "by annotators who are left out",
+                lambda judgement: self._is_trusted(gold_results[judgement.annotator]),
+            )
+        )
+        for reason, keeps in steps:
+            kept_rows = [judgement for judgement in rows if keeps(judgement)]
+            if len(kept_rows) < len(rows):
+                reasons.append(f"{len(rows) - len(kept_rows)} {reason}")
+            rows = kept_rows
+        if self.criterion is not None and len(answered_rows := answers_to(self.criterion, rows)) < len(rows):
+            reasons.append(f"{len(rows) - len(answered_rows)} without an answer to {self.criterion}")
+            rows = answered_rows
+        stored_count = kind_counts.total()
+        text = f"{stored_count} answers are stored, and {len(rows)} of them become labels"
+        return text + (f"; not used: {', '.join(reasons)}" if reasons else "")
 
 
 def label_source(file_or_url: str | Path, filters: LabelFilters | None = None) -> LabelSource:
@@ -425,12 +505,29 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
         ) from None
     with Store.open(url, create=False) as store:
         labels = store_preferences(store, filters)
-    if not labels:
-        url_text = without_password(url)
-        raise ValueError(
-            f"{url_text}: no label passes the filters. Label some pairs first, or remove some of the filters."
-        )
+        if not labels:
+            raise ValueError(
+                f"{without_password(url)}: no label passes the filters:"
+                f" {why_left_out(store, filters or LabelFilters(), Mode.LABEL)}. Label some pairs first, or"
+                " remove some of the filters."
+            )
     return labels
+
+
+def why_left_out(store: "Store", filters: LabelFilters, mode: Mode) -> str:
+    """Return one line on the answers of a store that do not become labels, and on the annotators left out."""
+    judgement_rows = list(store.judgements(filters.campaign, filters.annotators))
+    return "; ".join([filters.explain(judgement_rows, mode), *filters.untrusted(judgement_rows, mode)])
+
+
+def export_mode(kind: str, from_pairs: bool = False) -> Mode:
+    """Return the mode of the campaigns that an export reads.
+
+    Args:
+        kind: value of --kind of the export.
+        from_pairs: True if labels of single shapes are made from pairs.
+    """
+    return Mode.SINGLE if kind in ("unpaired", "asset-scores") and not from_pairs else Mode.LABEL
 
 
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
@@ -461,9 +558,7 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
     """
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
-    judgement_rows = kept_judgements(
-        store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE
-    )
+    judgement_rows = kept_judgements(store, LabelFilters(**filters), export_mode("unpaired", from_pairs))
     if from_pairs:
         bad_rows = [judgement for judgement in judgement_rows if judgement.choice is Choice.BAD]
         labels = [
@@ -508,7 +603,7 @@ def export_assets(store: "Store", path: Path, label_format: str, from_pairs: boo
     Raises:
         ValueError: no judgement of asset files passes the filters.
     """
-    campaign_mode = Mode.SINGLE if label_format == "asset-scores" and not from_pairs else Mode.LABEL
+    campaign_mode = export_mode(label_format, from_pairs)
     judgement_rows = kept_judgements(store, LabelFilters(**filters), campaign_mode)
     if from_pairs:
         # Each pair of two bad shapes becomes two judgements of a single shape, which is stored in `left`.
@@ -522,8 +617,9 @@ def export_assets(store: "Store", path: Path, label_format: str, from_pairs: boo
     judgement_rows = [judgement for judgement in judgement_rows if judgement.left.file]
     if not judgement_rows:
         raise ValueError(
-            f"--kind={label_format}: no judgement of asset files passes the filters. Remove some of the"
-            " filters, or label asset files with --assets."
+            f"--kind={label_format}: no judgement of asset files passes the filters"
+            f" ({why_left_out(store, LabelFilters(**filters), campaign_mode)}). Remove some of the filters,"
+            " or label asset files with --assets."
         )
     # name of a campaign -> its prompts
     prompts_by_campaign = {

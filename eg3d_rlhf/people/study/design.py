@@ -479,6 +479,8 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
             # With "trials" and "until", the store rejects changes of answers after the study is complete.
             "trials": design.trials,
             "until": design.until,
+            # For the organiser's page and the terminal, which report gold checks while the study runs.
+            "gold_rule": [design.exclusions.gold_accuracy, design.exclusions.gold_least],
             **({"conditions": dict(design.prompts), "up": design.up} if design.assets else {}),
         },
     )

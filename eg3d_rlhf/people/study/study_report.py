@@ -219,10 +219,32 @@ def conclusions(analysis: dict) -> list[str]:
     if primary_result["win_rate"] is None:
         return [
             *sentences,
-            "No trial counts, so nothing can be concluded about the two generators. The exclusions below are"
-            " the reason.",
+            " ".join(
+                [
+                    "No trial counts, so nothing can be concluded about the two generators.",
+                    *_exclusion_sentences(analysis),
+                ]
+            ),
         ]
     return [*sentences, *_main(primary_result, design), *_doubts(analysis)]
+
+
+def _exclusion_sentences(analysis: dict) -> list[str]:
+    """Return a sentence for each exclusion, and one with the win rate that all trials together would give."""
+    if not analysis["exclusions"]:
+        return ["No answer to a trial was stored, or all of them were skipped. Collect answers first."]
+    sentences = [
+        f"Left out: {exclusion['what']} ({exclusion['trials']} trials), because of {exclusion['reason']}."
+        for exclusion in analysis["exclusions"]
+    ]
+    all_trials = analysis["sensitivity"]["without exclusions"]
+    if all_trials["win_rate"] is not None:
+        lo, hi = all_trials["interval"]
+        sentences.append(
+            f"Without exclusions the win rate would be {percent(all_trials['win_rate'])} ({percent(lo)} to"
+            f" {percent(hi)}). This is no result of the study, whose rules were fixed in advance."
+        )
+    return sentences
 
 
 def percent(share: float) -> str:

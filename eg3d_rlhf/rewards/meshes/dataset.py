@@ -357,16 +357,25 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
     """
     if not path.is_file():
         raise FileNotFoundError(f"--data={path}: this file does not exist. Pass the path of a .jsonl file.")
-    mesh_patches = []
+    mesh_patches = list[Patches]()
     labels = list[UnpairedPreference]()
     prompts = list[str]()
+    # Index of each mesh's first line, by file and prompt. Several labels of one mesh have the same index, so
+    # that they stay in one split and count as one mesh.
+    first_lines: dict[tuple[Path, str], int] = {}
     for line_number, json_object in jsonl_records(path, "{'mesh': ..., 'prompt': ..., 'score': ...}"):
         try:
-            labels.append(_label(len(labels), json_object))
-            prompts.append(str(json_object.get("prompt", "")))
+            mesh_path = path.parent / str(json_object.get("mesh", ""))
+            prompt = str(json_object.get("prompt", ""))
+            mesh_index = first_lines.setdefault((mesh_path.resolve(), prompt), len(labels))
+            label = _label(mesh_index, json_object)
             mesh_patches.append(
-                compute_mesh_patches([load_mesh(path.parent / str(json_object.get("mesh", "")))], options)
+                compute_mesh_patches([load_mesh(mesh_path)], options)
+                if mesh_index == len(labels)
+                else mesh_patches[mesh_index]
             )
+            labels.append(label)
+            prompts.append(prompt)
         except (ValueError, OSError) as error:
             raise ValueError(f"--data: {path.name}, line {line_number}: {error}") from error
         if on_shape is not None:

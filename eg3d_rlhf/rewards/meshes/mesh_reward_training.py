@@ -219,7 +219,11 @@ class MeshTraining:
         bandwidth = max(float(median_distance(embeddings)), TINY)
         fixed_bandwidth = self.options.bandwidth
         report_values = {
-            "n": [int(is_preferred.sum()), int((~is_preferred).sum())],
+            # Different meshes, since several labels of one mesh are no new evidence.
+            "n": [
+                len({label.seed for label in labels if label.preferred is True}),
+                len({label.seed for label in labels if label.preferred is not True}),
+            ],
             "auc": auc(score_array[is_preferred], score_array[~is_preferred]),
             "divergence": float(cs_divergence(preferred_embeddings, other_embeddings, bandwidth, "U")),
             "divergence_v": float(cs_divergence(preferred_embeddings, other_embeddings, bandwidth)),

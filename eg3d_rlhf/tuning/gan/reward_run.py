@@ -20,6 +20,7 @@ from eg3d_rlhf.rewards import crop_report
 from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untrained_reward
+from eg3d_rlhf.rewards.stated_accuracy import RewardUse, announce_reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
 from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, Monitor, make_monitor
 from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
@@ -190,7 +191,7 @@ class Objects:
     early_stop: EarlyStop | None = None  # choice of the snapshot that is kept; None without --early-stop
 
 
-def build(settings: Settings, run: Run) -> Objects:
+def build(settings: Settings, run: Run, resumes: bool = False) -> Objects:
     """Build the data, networks, phases, reward and training loop of a new run.
 
     Only rank 0 measures the untuned generator. The other ranks receive weights and states from rank 0 when
@@ -198,7 +199,9 @@ def build(settings: Settings, run: Run) -> Objects:
 
     Args:
         settings: settings of the run.
-        run: the run, with its folder and its ranks.
+        run: the run, with its folder, its ranks and its flags, of which --weak-reward accepts a reward that
+            is not above chance.
+        resumes: True for a run that resumes, whose reward was accepted when the run began.
     Raises: ValueError naming the flag whose value does not fit the others.
     """
     ranks = run.ranks
@@ -242,6 +245,18 @@ def build(settings: Settings, run: Run) -> Objects:
         for flag, checked_reward in (("--reward-ckpt", reward), ("--heldout-reward", heldout_reward)):
             if checked_reward is not None and ranks.is_main:
                 check_reward(checked_reward, as_generator(nets.G_ema), flag)
+        # With lambda_r = 0 the reward is only measured. A held-out reward never tunes.
+        announce_reward(
+            reward,
+            "--reward-ckpt",
+            RewardUse(
+                tunes=settings.reward.terms.lambda_r > 0,
+                allows_weak=resumes or bool(run.flags.get("weak_reward")),
+                is_main=ranks.is_main,
+            ),
+        )
+        if heldout_reward is not None:
+            announce_reward(heldout_reward, "--heldout-reward", RewardUse(is_main=ranks.is_main))
         reference = (
             nets.G_ema
             if settings.reward.reference is None
@@ -334,7 +349,7 @@ def resume(settings: Settings, run: Run, checkpoint_path: Path, allows_previous:
         allows_previous: True to read the previous checkpoint if the newest one is damaged, see
             training.checkpoint.read.
     """
-    objects = build(settings, run)  # the checkpoint overwrites the weights that are built here
+    objects = build(settings, run, resumes=True)  # the checkpoint overwrites the weights that are built here
     objects.loop.resume(checkpoint_path, allows_previous)
     if objects.monitor is not None:
         # The alarms and the choices of earlier ticks are in the file of statistics. `loop.resume` has removed

@@ -26,6 +26,7 @@ The folder of a run contains:
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +45,7 @@ from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.settings import AnnotationOptions
 from eg3d_rlhf.preferences.synthetic import annotate
+from eg3d_rlhf.rewards.evaluation import too_few
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from eg3d_rlhf.rewards.settings import RewardRun, default_options, with_changes
 from eg3d_rlhf.rewards.training_run import REPORT, TRAINING
@@ -275,7 +277,18 @@ def check(settings: Settings, ranks: Ranks) -> None:
             pairing(settings, round_number, by_disagreement=True)
         # Raises an error if there are too few pairs for the training, validation and test splits of a reward.
         # The seeds 2 i and 2 i + 1 represent the two samples of pair i.
-        split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)])
+        first_splits = split_by_seed(
+            [Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)]
+        )
+    # With so few pairs, the first round's reward is likely to be rejected, after people have labelled.
+    if too_few(first_splits.pair_counts(), RewardRun.fractions):
+        print(
+            f"Warning: --round-pairs={config.round_pairs} are few labels for the first round. If the interval"
+            " of its reward's accuracy includes one half, the run stops before tuning; --weak-reward lets it"
+            " continue.",
+            file=sys.stderr,
+            flush=True,
+        )
     with prefix_errors("--round-preset"):
         default_options(config.round_preset, reward_kind)
     with prefix_errors("--round-aggregate"):

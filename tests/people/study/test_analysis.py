@@ -180,7 +180,10 @@ def test_when_nobody_is_left_the_report_says_so():
     analysis = analyse(design, answers(design, "b" * 20, milliseconds=50))
     assert analysis["result"]["win_rate"] is None
     (line,) = conclusions(analysis)
-    assert not re.search(r"\d", line), "one sentence, without a figure"
+    # the terminal prints this line alone, so it names who was left out, why, and how many trials
+    (exclusion,) = analysis["exclusions"]
+    assert exclusion["what"] in line and exclusion["reason"] in line and "(20 trials)" in line
+    assert "100.0 %" in line, "the win rate without exclusions"
 
 
 def test_foreign_answers_and_answers_older_than_the_design_are_rejected():

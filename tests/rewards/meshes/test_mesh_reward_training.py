@@ -256,6 +256,14 @@ def test_meshes_of_files(tmp_path):
         f"--outdir={tmp_path}", f"--data={path}", "--set", "held_out=0.4", "--set", "batch=4", "--steps=3"
     )
     assert done.exit_code == 0 and re.search(r"\bAUC [01]\.\d{3}\b", done.output), done.output
+    # a second label of every mesh, by another path: both labels stay in one split, and count as one mesh
+    again = [{**row, "mesh": f"./{row['mesh']}"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + again))
+    twice = dataset.read(path, options)
+    assert [label.seed for label in twice.labels] == [*range(12), *range(12)]
+    torch.testing.assert_close(twice.patches.features[12:], twice.patches.features[:12])
+    train, test = twice.split(0.5)
+    assert len(train) == len(test) == 12 and not {row.seed for row in train} & {row.seed for row in test}
     for bad in (
         {"mesh": "none.ply", "score": 4},
         {"mesh": "0.ply", "score": 9},

@@ -26,6 +26,7 @@ from eg3d_rlhf.people.label.entities import (
 )
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.server import models
+from eg3d_rlhf.people.label.server.gold_checks import GoldReporter, limits_of
 from eg3d_rlhf.people.label.server.identity import Identities, Identity
 from eg3d_rlhf.people.label.server.models import RequestError
 from eg3d_rlhf.people.label.server.options import AppOptions
@@ -313,6 +314,7 @@ def _store_errors(conflict_reason: str, conflict_remedy: str, value_remedy: str)
 
 def _judgements(router: APIRouter, context: Context) -> None:
     """Add the routes for answers and undos."""
+    gold_reporter = GoldReporter(context.store, context.campaign)
 
     @router.post("/judgements", status_code=201)
     def submit(body: models.Judgement, requester: Requester):
@@ -332,6 +334,8 @@ def _judgements(router: APIRouter, context: Context) -> None:
             submitted = context.store.submit(
                 context.campaign.id, requester.annotator.id, Answer(**answer_fields)
             )
+        if not submitted.training and not submitted.duplicate:
+            gold_reporter.after_answer(requester.annotator.name)
         practice_result = (
             {"correct": submitted.correct, "better": submitted.better, "explanation": submitted.explanation}
             if submitted.training
@@ -384,7 +388,8 @@ def admin_api(context: Context) -> APIRouter:
             start_time = time.monotonic()
             if start_time >= valid_until:
                 cached_report = quality_report(
-                    context.store.judgements(context.campaign.settings.name, include_undone=True)
+                    context.store.judgements(context.campaign.settings.name, include_undone=True),
+                    limits_of(context.campaign),
                 )
                 valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start_time))
         return {

@@ -33,6 +33,7 @@ from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.solid import Solid
+from eg3d_rlhf.rewards.stated_accuracy import RewardUse, announce_accuracy, announce_file
 from eg3d_rlhf.tuning.distill.gradients import Balance
 from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
 from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
@@ -321,6 +322,24 @@ def load_geometry(name_or_path: str, prior: str, device: torch.device) -> Callab
             )
         observed_reward = ObservedGeometry(load_reward(path, device))
     return lambda: observed_reward
+
+
+def announce_geometry(name_or_path: str, use: RewardUse) -> None:
+    """Print the accuracy on held-out labels that the file of --geometry-reward states.
+
+    Args:
+        name_or_path: value of --geometry-reward, which `load_geometry` has accepted.
+        use: use of the reward.
+    Raises: ValueError for a reward that is not above chance, unless the user accepted it.
+    """
+    # Rewards with a name in the registry have no labels.
+    if name_or_path == "none" or name_or_path in GEOMETRY_REWARDS:
+        return
+    path = bundled.REWARD if name_or_path == "sigma" else Path(name_or_path)
+    if _is_mesh_reward(path):
+        announce_accuracy(read_meta(path, KIND)["provenance"], "--geometry-reward", use)
+    else:
+        announce_file(path, "--geometry-reward", use)
 
 
 def _is_mesh_reward(path: Path) -> bool:

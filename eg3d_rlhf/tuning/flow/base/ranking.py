@@ -6,7 +6,6 @@ write a rank into each line, 1 for the best asset of a prompt. Assets of equal r
 compared pairs of assets, the majority of their votes on a pair determines the preferred asset.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eg3d_rlhf.models.sparse import Latent, latents_of, parts_of, to_cpu
+from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONING_FILE, Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, by_condition, write_pairs
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, Pipeline, stage_of
@@ -282,17 +282,16 @@ def read_candidates(
             f" written, or a list such as {RANKING}."
         )
     candidates: list[Candidate] = []
-    for line_number, line_text in enumerate(path.read_text().splitlines(), 1):
-        # Empty lines are allowed, because people edit the list.
-        if line_text.strip():
-            try:
-                candidates.append(
-                    make_candidate(json.loads(line_text), f"{line_number:06d}", path.parent, pipeline, ranked)
-                )
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{path}, line {line_number}: {error}") from error
-            if on_asset:
-                on_asset()
+    # The reader of label files, because people edit the list: it accepts empty lines and a byte order mark.
+    for line_number, line_record in jsonl_records(path, '{"asset": ..., "rank": ...}'):
+        try:
+            candidates.append(
+                make_candidate(line_record, f"{line_number:06d}", path.parent, pipeline, ranked)
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}, line {line_number}: {error}") from error
+        if on_asset:
+            on_asset()
     stages = dict.fromkeys(stage for asset in candidates for stage in asset.latents)
     # Pairs of a stage need latents of this stage for all assets.
     incomplete_stages = [stage for stage in stages if not all(stage in asset.latents for asset in candidates)]
