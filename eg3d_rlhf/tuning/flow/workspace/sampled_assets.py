@@ -261,7 +261,7 @@ class AssetSampling:
         """
         mesh_files = [path for path in self.shown().values() if path.suffix in reading.SUFFIXES]
         with tqdm(
-            total=len(mesh_files), desc=f"examining {self.folder.name}", unit="file", disable=None
+            total=len(mesh_files), desc=f"examining {self.folder.name}", unit="file"
         ) as bar:
             reasons = unfit(mesh_files, lambda done: bar.update(done - bar.n))
         for path, reason in reasons.items():
