@@ -35,3 +35,10 @@ def write_zip(path, entries, labels="none"):
         if labels != "none":
             archive.writestr("dataset.json", json.dumps({"labels": labels}))
     return path
+
+
+def floats(size: int) -> bytes:
+    """An image file of floating-point numbers, which the reader of images rejects."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.full((size, size), 0.5, np.float32)).save(buffer, format="tiff")
+    return buffer.getvalue()

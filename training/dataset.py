@@ -12,7 +12,6 @@ import concurrent.futures.process
 import contextlib
 import copy
 import functools
-import io
 import itertools
 import json
 import mmap
@@ -21,6 +20,7 @@ import os
 import signal
 import threading
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,19 +32,21 @@ import torch
 from training.camera_conventions import Scene
 from training.camera_labels import camera_warning, label_array
 from training.distributed import Ranks
+from training.image_reading import (
+    IMAGE_SUFFIXES,
+    UnusableImageError,
+    check_header,
+    joined_errors,
+    left_out_lines,
+    read_image,
+    skipped_lines,
+    split_names,
+)
 from training.rendering.cameras import LABEL_NUMBERS, mirror_label
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Suffixes of files that are images or probably hold some, but are not read.
-UNREAD_SUFFIXES = (
-    *(".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".jfif", ".jpe", ".tga", ".psd"),
-    *(".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw", ".raw", ".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
-    *(".npy", ".npz", ".mp4", ".mov", ".zip"),
-)
 LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
-# Largest number of pixels of an image. A file whose header states more pixels is rejected before it
-# is decoded.
-_PIXEL_LIMIT = 1 << 28
+# Errors of reading a file of a folder or archive. RuntimeError: the archive has a password.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, RuntimeError)
 
 
 class ImageFiles:
@@ -78,28 +80,21 @@ class ImageFiles:
                 f" {flag}."
             )
         self.entries = frozenset(entries)
-        # macOS stores the attributes of a file x.png in a file ._x.png, which is no image.
-        attribute_files = [entry for entry in entries if entry.rpartition("/")[2].startswith("._")]
-        candidates = sorted(self.entries.difference(attribute_files))
-        self.images = [entry for entry in candidates if entry.lower().endswith(IMAGE_SUFFIXES)]
-        # Files that are skipped although a user may take them for images of the set.
-        self.skipped = [entry for entry in candidates if entry.lower().endswith(UNREAD_SUFFIXES)]
-        self.skipped += sorted(
-            entry for entry in attribute_files if entry.lower().endswith(IMAGE_SUFFIXES + UNREAD_SUFFIXES)
-        )
+        # Files that are not read, such as HEIC images, are kept by their kind.
+        self.images, self.skipped = split_names(entries)
+        self._unusable_images: list[str] = []  # messages of `leave_out_unusable`
         if not self.images:
             suffixes = ", ".join(IMAGE_SUFFIXES)
-            archives = [entry for entry in candidates if entry.lower().endswith(".zip")]
+            archives = [entry for entry in sorted(entries) if entry.lower().endswith(".zip")]
             if archives and self._is_folder:
                 remedy = f"Name the archive inside: {flag}={self.path / archives[0]}."
             elif archives:
                 remedy = f"Unpack it, and name the archive inside, {archives[0]}, with {flag}."
             else:
                 remedy = f"Check the path in {flag}."
-            skipped_text = f" ({describe_skipped(self.skipped)})" if self.skipped else ""
             raise ValueError(
-                f"dataset {self.path}: no images ({suffixes}) were found among {len(entries)}"
-                f" files{skipped_text}. {remedy}"
+                f"dataset {self.path}: no images ({suffixes}) were found among {len(entries)} files."
+                f" {' '.join(skipped_lines(self.skipped))} {remedy}"
             )
 
     def __getstate__(self):
@@ -125,13 +120,58 @@ class ImageFiles:
                 ) from error
         return self._archive
 
+    def notes(self) -> list[str]:
+        """Return sentences about files that are not read, and about labels that belong to no image.
+
+        Labels are known after `read_labels`.
+        """
+        label_lines = []
+        if self.unused_labels:
+            label_lines.append(
+                f"dataset {self.path}: {len(self.unused_labels)} labels in {LABELS_FILE} belong to no image"
+                f" that is read, for example {self.unused_labels[0]!r}. Add these images, or remove the"
+                " labels."
+            )
+        return [
+            *(f"dataset {self.path}: {line}" for line in skipped_lines(self.skipped)),
+            *left_out_lines(self._unusable_images),
+            *label_lines,
+        ]
+
+    def leave_out_unusable(self) -> None:
+        """Remove entries from `images` that are animations, HEIC images under another name, or too large.
+
+        Only the headers are read. The entries are described by `notes`. Damaged entries are kept, so that
+        `decode` rejects them.
+
+        Raises: ValueError if no image is left.
+        """
+        usable_images = []
+        for entry in self.images:
+            entry_description = f"dataset {self.path}: entry {entry!r}"
+            try:
+                if self._is_folder:
+                    check_header(self.path / entry, entry_description)
+                else:
+                    with self._open_archive().open(entry) as entry_file:
+                        check_header(entry_file, entry_description)
+            except UnusableImageError as error:
+                self._unusable_images.append(str(error))
+                continue
+            except (ValueError, *_ARCHIVE_ERRORS):
+                pass  # the entry is damaged
+            usable_images.append(entry)
+        if not usable_images:
+            raise ValueError(joined_errors(self._unusable_images))
+        self.images = usable_images
+
     def read(self, entry: str) -> bytes:
         """Return the bytes of an entry. Raises: ValueError if the entry is missing or damaged."""
         try:
             if self._is_folder:
                 return (self.path / entry).read_bytes()
             return self._open_archive().read(entry)
-        except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+        except _ARCHIVE_ERRORS as error:
             raise ValueError(
                 f"dataset {self.path}: the entry {entry!r} is missing or damaged ({error}). Copy the set"
                 " again, or build it again with tools/dataset_tool.py."
@@ -140,27 +180,12 @@ class ImageFiles:
     def decode(self, entry: str) -> PIL.Image.Image:
         """Decode the image of an entry. All pixels are decoded, so that damage of the file is detected here.
 
-        Raises: ValueError if the entry is damaged, too large, or no 8-bit greyscale or RGB image.
+        The image is upright, in the mode L or RGB, and on white if it is transparent; see `read_image`.
+
+        Raises: UnusableImageError for an entry of a kind that is not read, such as an animation; ValueError
+            for a damaged entry.
         """
-        entry_description = f"dataset {self.path}: entry {entry!r}"
-        encoded_image = self.read(entry)
-        try:
-            with PIL.Image.open(io.BytesIO(encoded_image)) as image:
-                # The size comes from the header. Only copy() decodes the pixels.
-                if image.width * image.height > _PIXEL_LIMIT:
-                    raise ValueError(f"{image.width}x{image.height} is too large")
-                decoded_image = image.copy()
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{entry_description}: the image cannot be decoded from its {len(encoded_image)} bytes"
-                f" ({error}). Replace the file, or remove it from the set."
-            ) from error
-        if image.mode not in ("L", "RGB"):
-            raise ValueError(
-                f"{entry_description}: expected an 8-bit RGB or greyscale image, got the mode"
-                f" {decoded_image.mode}. Convert the image to RGB."
-            )
-        return decoded_image
+        return read_image(self.read(entry), f"dataset {self.path}: entry {entry!r}")
 
     def read_image(self, entry: str) -> np.ndarray:
         """Return the pixels of an entry, uint8 [C, R, R] with C = 1 or 3.
@@ -219,35 +244,6 @@ class ImageFiles:
                 f" example {unlabelled_names[0]!r}. Add their labels, or remove the images."
             )
         return [label_by_name[image_name] for image_name in self.images]
-
-    def notes(self) -> list[str]:
-        """Return sentences about files that are skipped, and about labels of images that are not there.
-
-        Labels are known after `read_labels`.
-        """
-        sentences = []
-        if self.skipped:
-            sentences.append(
-                f"dataset {self.path}: {describe_skipped(self.skipped)}. {len(self.images)} images of the"
-                f" types {', '.join(IMAGE_SUFFIXES)} are read. Convert the others to PNG."
-            )
-        if self.unused_labels:
-            sentences.append(
-                f"dataset {self.path}: {len(self.unused_labels)} labels in {LABELS_FILE} belong to no image"
-                f" that is read, for example {self.unused_labels[0]!r}. Add these images, or remove the"
-                " labels."
-            )
-        return sentences
-
-
-def describe_skipped(entries: Sequence[str]) -> str:
-    """Return a clause that counts the files of each type that are skipped, and names one of them."""
-    counts = Counter(
-        "._*" if (name := entry.rpartition("/")[2]).startswith("._") else Path(name).suffix.lower()
-        for entry in entries
-    )
-    counts_text = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
-    return f"{len(entries)} files are skipped: {counts_text}, for example {entries[0]!r}"
 
 
 CACHE_LIMIT = 512 * 2**20  # a set whose decoded images have fewer bytes than this is kept in memory

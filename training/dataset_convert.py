@@ -29,6 +29,7 @@ from training.camera_cures import apply_cures, is_divided, size_is_inferred
 from training.camera_labels import camera_warning, check_numbers, parse_labels
 from training.convert_settings import ConvertOptions
 from training.dataset import LABELS_FILE, ImageFiles, in_order
+from training.image_reading import joined_errors
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 # Date of all files in an archive (year, month, day, hour, minute, second). It is constant, so that archives
@@ -125,7 +126,7 @@ def png(image: PIL.Image.Image) -> bytes:
     return png_buffer.getvalue()
 
 
-def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
+def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple | str]:
     """Convert the images of some entries, in a worker process.
 
     Args:
@@ -133,12 +134,17 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
         options: transforms.
         entries: names of the entries.
     Returns: for each entry, a tuple of the PNGs (the image, and its mirrored copy if requested), the size (W,
-        H) of the source image, and the shape (C, H, W) of the result.
-    Raises: ValueError for a damaged entry.
+        H) of the source image, and the shape (C, H, W) of the result. For a damaged entry, the message of the
+        error.
     """
-    conversion_results = []
+    conversion_results: list[tuple | str] = []
     for entry in entries:
-        source_image = files.decode(entry)
+        try:
+            source_image = files.decode(entry)
+        except ValueError as error:
+            # Returned as text, so that all damaged images are listed at once.
+            conversion_results.append(str(error))
+            continue
         image = transform_image(source_image, options)
         images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
         converted_shape = (len(image.getbands()), image.height, image.width)
@@ -310,6 +316,7 @@ def convert_dataset(
     first_shape: tuple[int, int, int] | None = None
     enlarged_count = 0
     cropped_count = 0
+    damaged_images: list[str] = []
     # The workers, which are forked below, must not share the open file.
     image_files.close()
     entry_chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
@@ -318,9 +325,11 @@ def convert_dataset(
         functools.partial(_convert, image_files, options), entry_chunks, workers, death_message
     )
     with open_writer(dest, image_files.path, overwrite) as write, contextlib.closing(conversion_results):
-        for i, (images, source_size, converted_shape) in enumerate(
-            itertools.chain.from_iterable(conversion_results)
-        ):
+        for i, conversion_result in enumerate(itertools.chain.from_iterable(conversion_results)):
+            if isinstance(conversion_result, str):
+                damaged_images.append(conversion_result)
+                continue
+            images, source_size, converted_shape = conversion_result
             first_shape = first_shape or converted_shape
             _check_shape(converted_shape, first_shape, entries[i], f"dataset {image_files.path}")
             output_labels = (
@@ -342,6 +351,8 @@ def convert_dataset(
                 source_sizes.append(source_size)
                 cropped_count += _is_cropped(options, source_size)
             on_image(1)
+        if damaged_images:
+            raise ValueError(joined_errors(damaged_images))
         warnings = image_files.notes()
         inferred_sizes = 0
         if camera_labels:

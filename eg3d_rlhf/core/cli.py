@@ -28,6 +28,7 @@ from click.core import ParameterSource
 from eg3d_rlhf.core import renamed
 from training.config import knobs_of
 from training.storage import ASSETS as ASSETS
+from training.text_files import read_text
 
 if TYPE_CHECKING:
     import torch  # importing torch takes 1.5 s, and commands without tensors do not need it
@@ -408,7 +409,7 @@ class GroupedCommand(click.Command):
         value_by_name: dict[str, Any] = {}
         if settings_file is not None:
             try:
-                value_by_name = json.loads(settings_file.read_text())
+                value_by_name = json.loads(read_text(settings_file))
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"--settings: {settings_file} cannot be read as JSON: {error}. Name a JSON file, for"

@@ -12,7 +12,7 @@ Shapes: h rows and w columns of an image, C channels, n pixels along an axis bef
 after it, s pixels per side of a square.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,35 +22,69 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from training.image_reading import UnusableImageError, joined_errors, read_image
+
 Result = TypeVar("Result")
+_BLOCK_VALUES = 1 << 20  # approximate number of values in a block of rows that is resized at once
 OPAQUE = 204  # alpha above which TRELLIS counts a pixel as part of the object: 0.8 of 255
 
 
 def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
     """Read an image with a transparent background and apply a function to it.
 
-    Palette and grey images with transparency are accepted, too.
+    The image is upright; see `training.image_reading`. Palette and grey images with transparency are
+    accepted, too.
 
     Args:
         path: image file.
         cut: function that is called with the image in RGBA; its result is returned.
 
-    Raises: ValueError that begins with the path if the image is opaque, or if `cut` raises ValueError.
+    Raises: ValueError that begins with the path if the image is opaque, fully transparent or cannot be read,
+        or if `cut` raises ValueError.
     """
-    with Image.open(path) as image:
-        image_mode = image.mode
-        rgba_image = image.convert("RGBA")
+    image = read_image(path, str(path), background=None)
+    image_mode = image.mode
+    rgba_image = image if image_mode == "RGBA" else image.convert("RGBA")
     try:
         # Alpha is the mask of the object. If its smallest value is
         # 255, the complete image would be the object.
-        if rgba_image.getchannel("A").getextrema()[0] == 255:
+        lowest_alpha, highest_alpha = rgba_image.getchannel("A").getextrema()
+        if lowest_alpha == 255:
             raise ValueError(
                 f"the image must have a transparent background, but is opaque ({image_mode}). Remove its"
                 " background first."
             )
+        if highest_alpha == 0:
+            raise ValueError("the image is fully transparent, so it shows no object. Choose another image.")
         return cut(rgba_image)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def usable_cut_outs(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Decode images with transparent backgrounds once, to find all faults before the first one is embedded.
+
+    Args: paths: image files.
+    Returns: the files that can be used, and a message for each file that is an animation, a HEIC image under
+        another name, or too large.
+    Raises: ValueError that lists all images that are damaged, opaque or fully transparent.
+    """
+    usable_paths = []
+    unusable_images = []
+    faulty_images = []
+    for path in paths:
+        try:
+            read_cut_out(path, lambda image: None)
+        except UnusableImageError as error:
+            unusable_images.append(str(error))
+        except ValueError as error:
+            faulty_images.append(str(error))
+        else:
+            usable_paths.append(path)
+    if faulty_images:
+        count_text = f"{len(faulty_images)} images cannot be used: " if len(faulty_images) > 1 else ""
+        raise ValueError(count_text + joined_errors(faulty_images))
+    return usable_paths, unusable_images
 
 
 # Resizing as in OpenCV: each target pixel is a weighted sum of a few source pixels along each axis, first
@@ -84,9 +118,37 @@ def opencv(pixels: np.ndarray, target_size: tuple[int, int], interpolation: str)
             pixels, _area_enlarging(height, target_rows), _area_enlarging(width, target_columns)
         )
     make_taps = _area_shrinking if interpolation == "area" else _cubic
-    row_sums = _weighted_sum(pixels.astype(np.float32), make_taps(width, target_columns), 1)
-    # As in OpenCV, values stay float32 until the end and are rounded once.
-    return np.rint(_weighted_sum(row_sums, make_taps(height, target_rows), 0)).clip(0, 255).astype(np.uint8)
+    row_taps = make_taps(height, target_rows)
+    column_taps = make_taps(width, target_columns)
+    target = np.empty((target_rows, target_columns, *pixels.shape[2:]), np.uint8)
+    for rows, source_rows, block_taps in _blocks(row_taps, pixels):
+        column_sums = _weighted_sum(pixels[source_rows].astype(np.float32), column_taps, 1)
+        # As in OpenCV, values stay float32 until the end and are rounded once.
+        target[rows] = np.rint(_weighted_sum(column_sums, block_taps, 0)).clip(0, 255)
+    return target
+
+
+def _blocks(row_taps: Taps, pixels: np.ndarray) -> Iterator[tuple[slice, slice, Taps]]:
+    """Divide a resizing along the rows into blocks, so that large images need little memory for sums.
+
+    Args:
+        row_taps: taps along the rows' axis.
+        pixels: source pixels [h, w, ...].
+
+    Yields: rows of the target, rows of the source that they read, and the taps between these rows. The sums
+        of a pixel are the same as without blocks.
+    """
+    values_per_row = max(1, pixels[0].size)
+    rows_per_block = max(1, _BLOCK_VALUES // values_per_row)
+    for start in range(0, len(row_taps[0][0]), rows_per_block):
+        rows = slice(start, start + rows_per_block)
+        first_row = min(int(pixel[rows].min()) for pixel, _ in row_taps)
+        last_row = max(int(pixel[rows].max()) for pixel, _ in row_taps)
+        yield (
+            rows,
+            slice(first_row, last_row + 1),
+            [(pixel[rows] - first_row, weight[rows]) for pixel, weight in row_taps],
+        )
 
 
 def _weighted_sum(source_pixels: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
@@ -199,14 +261,18 @@ def _enlarge_by_area(pixels: np.ndarray, row_taps: Taps, column_taps: Taps) -> n
         row_taps: taps along the rows' axis, see `_area_enlarging`.
         column_taps: taps along the columns' axis.
     """
-    # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of the two axes.
-    widened_rows = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
+    target = np.empty((len(row_taps[0][0]), len(column_taps[0][0]), *pixels.shape[2:]), np.uint8)
     weight_shape = (-1, *[1] * (pixels.ndim - 1))  # shape in which the weights broadcast along the rows' axis
-    (upper_row, upper_weight), (lower_row, lower_weight) = row_taps
-    upper_part = widened_rows[upper_row] * upper_weight.reshape(weight_shape) >> 16
-    lower_part = widened_rows[lower_row] * lower_weight.reshape(weight_shape) >> 16
-    # Adding 2 before the shift by 2 rounds to the nearest integer.
-    return ((upper_part + lower_part + 2) >> 2).clip(0, 255).astype(np.uint8)
+    for rows, source_rows, block_taps in _blocks(row_taps, pixels):
+        # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of the two
+        # axes.
+        widened_rows = _weighted_sum(pixels[source_rows].astype(np.int64), column_taps, 1) >> 4
+        (upper_row, upper_weight), (lower_row, lower_weight) = block_taps
+        upper_part = widened_rows[upper_row] * upper_weight.reshape(weight_shape) >> 16
+        lower_part = widened_rows[lower_row] * lower_weight.reshape(weight_shape) >> 16
+        # Adding 2 before the shift by 2 rounds to the nearest integer.
+        target[rows] = ((upper_part + lower_part + 2) >> 2).clip(0, 255)
+    return target
 
 
 def short_side(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
@@ -299,9 +365,16 @@ def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
 
 def over_white(pixels: np.ndarray) -> np.ndarray:
     """Blend RGBA bytes [h, w, 4] over a white background, and return bytes [h, w, 3], rounded down."""
-    alpha = pixels[..., 3:].astype(np.float32) / 255
-    # The order of operations and float32 are those of the original; others change some values by 1 of 255.
-    return (pixels[..., :3] * alpha + 255 * (1 - alpha)).clip(0, 255).astype(np.uint8)
+    blended = np.empty((*pixels.shape[:2], 3), np.uint8)
+    # Row by row in blocks, because the values in float32 need four times the memory.
+    rows_per_block = max(1, _BLOCK_VALUES // max(1, pixels[0].size))
+    for start in range(0, len(pixels), rows_per_block):
+        block = pixels[start : start + rows_per_block]
+        alpha = block[..., 3:].astype(np.float32) / 255
+        # The order of operations and float32 are those of the original; others change some values by 1 of
+        # 255.
+        blended[start : start + rows_per_block] = (block[..., :3] * alpha + 255 * (1 - alpha)).clip(0, 255)
+    return blended
 
 
 # TRELLIS and TRELLIS.2

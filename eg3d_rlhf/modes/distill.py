@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, prefix_errors
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import rare_option, whole_option
@@ -30,6 +30,7 @@ from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
 from eg3d_rlhf.tuning.distill.methods import PRESETS, flatten_settings, make_settings, methods_by_setting
 from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
 from training.config import knobs_of, settings_from_values
+from training.text_files import read_text
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -260,7 +261,9 @@ def read_prompts(flag_values: tuple[str, ...]) -> tuple[str, ...]:
         if not (len(flag_value) < 255 and path.is_file()):
             prompts.append(flag_value)
             continue
-        file_prompts = [prompt.strip() for prompt in path.read_text().splitlines() if prompt.strip()]
+        with prefix_errors("--prompt"):
+            file_text = read_text(path)
+        file_prompts = [prompt.strip() for prompt in file_text.splitlines() if prompt.strip()]
         if not file_prompts:
             raise ValueError(f"--prompt: the file {path} has no prompt. Write one prompt per line into it.")
         prompts += file_prompts

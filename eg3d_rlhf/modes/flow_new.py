@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, prefix_errors
 from eg3d_rlhf.modes.flow_check import entry_lines, find_faults, find_licences
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, rare_option
 from eg3d_rlhf.tuning.flow.base.family import (
@@ -33,15 +33,16 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import (
     divide,
     hashes,
 )
+from training.text_files import read_text
 
 if TYPE_CHECKING:
     import torch
 
     from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 
-# File types of conditioning images, and of the point map that may lie beside an image under the same name.
-IMAGE_SUFFIXES = (".png", ".webp")
-POINT_MAP_SUFFIX = ".npy"
+# File types that have no alpha channel, so their images cannot have a transparent background.
+OPAQUE_SUFFIXES = (".jpg", ".jpeg", ".jfif")
+POINT_MAP_SUFFIX = ".npy"  # of the point map that may lie beside an image under the same name
 PROMPTS = "prompts.txt"
 MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
 
@@ -178,6 +179,11 @@ def new(
     ):
         click.echo(line)
     paths_by_name = conditioning_names(family, prompts, images, embeddings_by_name)
+    if images is not None:
+        paths_by_name, image_notes = usable_images(images, paths_by_name)
+        for note in image_notes:
+            for line in entry_lines("left out", [note]):
+                click.echo(line)
     # Prompts are split, not pairs, so that no prompt is in two splits.
     prompts_by_split = divide(list(paths_by_name), flags["seed"], parse_shares(flags["split"]))
     # reads, for example, "6 to train on, 2 to choose on, 2 to test on"
@@ -389,10 +395,11 @@ def conditioning_names(
             " of images."
         )
     assert prompts is not None
-    # Several spaces or tabs in a row become one space, so that a prompt has only one spelling.
-    prompt_texts = [
-        " ".join(text_line.split()) for text_line in prompts.read_text(encoding="utf-8").splitlines()
-    ]
+    with prefix_errors("--prompts"):
+        # Several spaces or tabs in a row become one space, so that a prompt has only one spelling.
+        prompt_texts = [" ".join(text_line.split()) for text_line in read_text(prompts).splitlines()]
+    if not any(prompt_texts):
+        raise ValueError(f"--prompts: the file {prompts} has no prompt. Write one prompt per line into it.")
     invalid_prompt = next(
         (
             text_line
@@ -422,20 +429,22 @@ def conditioning_names(
 def list_images(folder: Path) -> dict[str, Path]:
     """List the images of a folder: a mapping from the file's name without its suffix to the file.
 
-    Raises: FileNotFoundError for a folder without images; ValueError if two images have the same name or the
-        same content.
+    Raises: FileNotFoundError for a folder without images; ValueError that lists all images that have the same
+        name or the same content as another one.
     """
-    # Sorted, so that the order of the images does not depend on the file system.
-    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not paths:
+    from training.image_reading import joined_errors  # imported here, because --help must not load PIL
+
+    file_names, skipped_images = file_names_in(folder)
+    if not file_names:
         raise FileNotFoundError(
-            f"--images: no image ({', '.join(IMAGE_SUFFIXES)}) was found in {folder}. Name a folder that"
-            " contains such images."
+            f"--images: no image with a transparent background was found in {folder}. Name a folder with"
+            f" images such as .png or .webp. {' '.join(skipped_images)}".rstrip()
         )
     # a.png and a.webp would have the same name, so both are looked up before the result is built.
     paths_by_name = dict[str, Path]()
     paths_by_content = dict[str, Path]()
-    for path in paths:
+    repetitions = []
+    for path in (folder / file_name for file_name in file_names):
         # An image that occurs twice could be in the training split and in the test split.
         for earlier_paths, path_key, property_name in (
             (paths_by_name, path.stem, "name"),
@@ -444,11 +453,74 @@ def list_images(folder: Path) -> dict[str, Path]:
             # `setdefault` stores this path, or returns the earlier path with the same key.
             earlier_path = earlier_paths.setdefault(path_key, path)
             if earlier_path is not path:
-                raise ValueError(
-                    f"--images: {earlier_path.name} and {path.name} have the same {property_name}. Remove one"
-                    " of the two files."
-                )
+                repetitions.append(f"{earlier_path.name} and {path.name} have the same {property_name}.")
+    if repetitions:
+        raise ValueError(f"--images: {joined_errors(repetitions)} Remove one of each two files.")
     return paths_by_name
+
+
+def file_names_in(folder: Path) -> tuple[list[str], list[str]]:
+    """List the files of a folder whose images may have a transparent background.
+
+    Returns: the sorted names of these files, and lines that describe the other files, with their number and a
+        remedy for each kind.
+    """
+    # imported here, because --help must not load this module
+    from training.image_reading import name_list, skipped_lines, split_names
+
+    paths = list(folder.iterdir())
+    image_names, skipped_names = split_names(path.name for path in paths if path.is_file())
+    opaque_names = [name for name in image_names if name.lower().endswith(OPAQUE_SUFFIXES)]
+    lines = skipped_lines(skipped_names)
+    if opaque_names:
+        lines.append(
+            f"Skipped JPEG images, which cannot have a transparent background ({len(opaque_names)}):"
+            f" {name_list(opaque_names)}. Remove their backgrounds, and save them as PNG."
+        )
+    nested_images, _ = split_names(
+        file_path.relative_to(folder).as_posix()
+        for path in paths
+        if path.is_dir()
+        for file_path in path.rglob("*")
+    )
+    if nested_images:
+        lines.append(
+            f"Skipped images in subfolders ({len(nested_images)}): {name_list(nested_images)}. Move them into"
+            f" {folder} itself."
+        )
+    return [name for name in image_names if name not in opaque_names], lines
+
+
+def usable_images(
+    folder: Path, paths_by_name: Mapping[str, Path | None]
+) -> tuple[dict[str, Path | None], list[str]]:
+    """Check all images before the first one is embedded.
+
+    Args:
+        folder: folder of --images.
+        paths_by_name: image files by name.
+
+    Returns: the images that can be used, and lines that describe all files that are left out.
+
+    Raises: ValueError that lists all images that are damaged or opaque, or if no image can be used.
+    """
+    # imported here, because --help must not load these modules
+    from eg3d_rlhf.models.image_preprocessing import usable_cut_outs
+    from training.image_reading import joined_errors, left_out_lines
+    from training.progress import tqdm
+
+    image_paths = [path for path in paths_by_name.values() if path is not None]
+    with prefix_errors("--images"):
+        usable_paths, unusable_images = usable_cut_outs(
+            tqdm(image_paths, desc="checking", unit="image", disable=None)
+        )
+        if not usable_paths:
+            raise ValueError(joined_errors(unusable_images))
+    kept_paths = set(usable_paths)
+    return (
+        {name: path for name, path in paths_by_name.items() if path in kept_paths},
+        [*file_names_in(folder)[1], *left_out_lines(unusable_images)],
+    )
 
 
 def link_images(folder: Path, paths_by_name: Mapping[str, Path | None]) -> None:

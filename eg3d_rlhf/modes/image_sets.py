@@ -179,6 +179,8 @@ def convert(
         # synthetic heads are rendered into a folder at their first use
         source_path = resolve_dataset(source)
         image_files = ImageFiles(source_path, "--source")
+        # Before the labels are read, so that an image and its label have the same index.
+        image_files.leave_out_unusable()
     # The labels are checked before the first image is converted.
     source_labels = read_labels(image_files, convert_options)
     image_count = len(image_files.images)

@@ -3,6 +3,7 @@ error.
 """
 
 import errno
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.modes import image_sets
-from tests.pictures import camera, pixels, png, write_zip
+from tests.pictures import camera, floats, pixels, png, write_zip
 from tests.rejections import check_message
 from training.convert_settings import ConvertOptions
 from training.dataset import ImageFolderDataset
@@ -196,7 +197,7 @@ MISTAKES = {  # entries, labels, flags, what the message names
     "no power": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=12x12"], "12x12"),
     "sizes": (entries_with("2.png", png(pixels(2, 32, 32))), ROWS, [], "'2.png'.*--resolution"),
     "kinds": (entries_with("2.png", png(pixels(2)[..., 0])), ROWS, [], "'2.png'.*RGB"),
-    "mode": (entries_with("1.png", png(np.zeros((16, 16, 4), np.uint8))), ROWS, [], "'1.png'.*RGBA"),
+    "mode": (entries_with("1.png", floats(16)), ROWS, [], "'1.png'.*floating-point"),
     "cut": (entries_with("1.png", png(pixels(1))[:80]), ROWS, [], "'1.png'.*80 bytes"),
     "cut, in a worker": (entries_with("1.png", png(pixels(1))[:80]), ROWS, ["--workers=2"], "'1.png'"),
     "one label missing": (entries_with("1.png", png(pixels(1))), ROWS[:2], [], "'2.png'"),
@@ -265,3 +266,70 @@ def test_a_disk_error_ends_in_one_line(tmp_path, monkeypatch):
 def test_dry_run_writes_nothing(tmp_path):
     result = converted(source(tmp_path), tmp_path / "out.zip", "--dry-run", "--max-images=4")
     assert json.loads(result.stdout)["images"] == 4 and not (tmp_path / "out.zip").exists()
+
+
+def encoded(image: PIL.Image.Image, format_name: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def orientation(value: int) -> PIL.Image.Exif:
+    block = PIL.Image.Exif()
+    block[0x0112] = value
+    return block
+
+
+def test_photographs_are_converted_as_people_see_them(tmp_path):
+    stored = PIL.Image.fromarray(pixels(0))
+    clear = PIL.Image.fromarray(np.dstack([pixels(1), np.zeros((16, 16), np.uint8)]))
+    entries = {
+        "turned.tif": encoded(stored, "TIFF", exif=orientation(6)),
+        "clear.png": png(np.asarray(clear)),
+        "palette.gif": encoded(stored.quantize(256), "GIF"),
+    }
+    rows = [[name, camera(i)] for i, name in enumerate(entries)]
+    converted(write_zip(tmp_path / "source.zip", entries, rows), tmp_path / "out.zip")
+    data = ImageFolderDataset(tmp_path / "out.zip", c_dim=25)
+    # in the order of the names: clear.png, palette.gif, turned.tif
+    assert (data[0][0] == 255).all()
+    assert data[1][0].shape == (3, 16, 16)
+    np.testing.assert_array_equal(data[2][0], np.rot90(pixels(0), -1).transpose(2, 0, 1))
+
+
+def test_files_that_are_not_images_of_the_set_are_named_and_labels_stay_with_their_images(tmp_path):
+    frames = [PIL.Image.new("RGB", (16, 16), (i, 0, 0)) for i in (0, 90)]
+    entries = {f"{i}.png": png(pixels(i)) for i in range(4)}
+    entries["1.webp"] = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+    entries["0.jpg"] = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(90)
+    entries |= {"._0.png": b"\x00\x05\x16\x07" + bytes(90), "z.heic": b"x", "__MACOSX/1.png": b"y"}
+    rows = [[f"{i}.png", camera(i)] for i in range(4)]
+    src = write_zip(tmp_path / "source.zip", entries, rows)
+    with zipfile.ZipFile(src) as archive:
+        archive.extractall(tmp_path / "folder")
+    for path in (src, tmp_path / "folder"):
+        dest = tmp_path / f"from-{path.name.removesuffix('.zip')}.zip"
+        output = converted(path, dest).stderr
+        for name in ("1.webp", "0.jpg", "._0.png", "z.heic"):
+            assert name in output
+        data = ImageFolderDataset(dest, c_dim=25)
+        assert len(data) == 4
+        for i in range(4):
+            np.testing.assert_array_equal(data[i][0], pixels(i).transpose(2, 0, 1))
+            np.testing.assert_array_equal(data[i][1], np.float32(camera(i)))
+
+
+def test_all_damaged_images_are_listed_at_once(tmp_path):
+    # one ends in its pixels, the other one in its header
+    entries = {f"{i}.png": png(pixels(i))[: {1: 80, 3: 20}.get(i)] for i in range(5)}
+    rows = [[name, camera(i)] for i, name in enumerate(entries)]
+    result = run(write_zip(tmp_path / "source.zip", entries, rows), tmp_path / "out.zip")
+    check_message(result.stderr.splitlines()[-1], ("'1.png'", "'3.png'"))
+    assert result.exit_code == 2 and "'2.png'" not in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["source.zip"]
+
+
+def test_a_set_of_files_that_are_not_read_is_rejected_with_the_remedy_for_them(tmp_path):
+    src = write_zip(tmp_path / "source.zip", {f"{i}.heic": b"x" for i in range(3)}, None)
+    result = run(src, tmp_path / "out.zip")
+    check_message(result.stderr.splitlines()[-1], ("--source", "0.heic", "3"))

@@ -11,7 +11,7 @@ import torch
 from tests import pictures
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, array_names, arrays
-from tests.pictures import camera, png, write_zip
+from tests.pictures import camera, floats, png, write_zip
 from tests.rejections import raising
 from training.dataset import ImageFolderDataset
 from training.rendering.cameras import mirror_pose
@@ -132,7 +132,7 @@ IMAGE_ERRORS = {
     "truncated": (png(pixels(0))[:90], "90 bytes"),
     "not an image": (b"hello", "5 bytes"),
     "size": (png(pixels(0, 16, 16)), "[3, 16, 16]"),
-    "mode": (png(np.zeros((8, 8, 4), np.uint8)), "RGBA"),
+    "mode": (floats(8), "floating-point"),
 }
 
 
@@ -162,3 +162,17 @@ def test_file_errors(tmp_path):
     path.write_bytes(damaged)
     read(path, f"'{NAMES[3]}'")
     read(write_zip(tmp_path / "empty.zip", {"readme.txt": b""}), "1 files")
+
+
+def test_an_archive_with_a_password_is_named(tmp_path):
+    path = write(tmp_path / "secret.zip")
+    content = bytearray(path.read_bytes())
+    # bit 0 of the flags, in the header of each file and in the list of files at the end
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = content.find(signature)
+        while at >= 0:
+            content[at + offset] |= 1
+            at = content.find(signature, at + 4)
+    path.write_bytes(content)
+    with raising(str(path), "password"):
+        ImageFolderDataset(path, use_labels=False)[0]

@@ -17,6 +17,7 @@ from scipy.spatial import cKDTree
 
 from eg3d_rlhf.core.spec import SlabSpec
 from training.heads import people
+from training.text_files import read_text
 
 Box = tuple[float, float, float, float, float, float]
 OTHER = "other"  # region of the voxels outside all boxes
@@ -195,7 +196,7 @@ def _read_names(names_path: Path) -> dict[int, str]:
             ' {"0": "background", "1": "nose"}.'
         )
     try:
-        json_value = json.loads(names_path.read_text())
+        json_value = json.loads(read_text(names_path))
         # A list names the labels 0, 1, 2, ... in this order.
         labels_with_names = json_value.items() if isinstance(json_value, Mapping) else enumerate(json_value)
         return {int(label): str(name) for label, name in labels_with_names}
@@ -272,7 +273,7 @@ def read_landmarks(landmarks_path: str | Path) -> PixelLandmarks:
             f"there is no file of landmarks at {landmarks_path}. Pass the path of an existing JSON file."
         )
     try:
-        json_value = json.loads(landmarks_path.read_text())
+        json_value = json.loads(read_text(landmarks_path))
     except ValueError as error:
         raise ValueError(
             f"{landmarks_path} is not valid JSON: {error}. Correct the file at this position."

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from eg3d_rlhf.core.field import Field, Rendering, RenderOptions, render_each
@@ -30,7 +29,9 @@ from eg3d_rlhf.preferences.synthetic import shape_values
 from eg3d_rlhf.rewards.reward import Reward
 from training.camera_labels import camera_warning, label_array
 from training.heads import people_mesh
+from training.image_reading import read_image, upright_size
 from training.rendering.cameras import LABEL_NUMBERS, pack_label, unpack_label
+from training.text_files import read_text
 
 # Renders for measures use four times as many samples per ray, since the measures should not depend on the
 # random samples.
@@ -59,9 +60,9 @@ def case_from_file(generator: Generator, image_path: Path, mask_path: Path | Non
     """Read a target from an image file.
 
     Args:
-        image_path: image file of the generator's size.
-        mask_path: image file whose brightness is the weight of each pixel. If it is None, all pixels have the
-            weight 1.
+        image_path: image file of the generator's size. A transparent image is composited on white.
+        mask_path: image file whose brightness is the weight of each pixel; transparent pixels have the weight
+            0. If it is None, all pixels have the weight 1.
         camera: camera of the image, [1, 25].
 
     Raises: ValueError or OSError, with the name of the flag.
@@ -96,24 +97,21 @@ def _read(flag: str, image_path: Path, pil_mode: str, resolution: int) -> np.nda
         pil_mode: PIL's mode, "RGB" or "L".
         resolution: pixels per edge that the image must have.
 
-    Raises: ValueError if the file is not an image, or has another size.
+    Raises: ValueError if the file cannot be read as an image, or has another size.
     """
-    try:
-        with Image.open(image_path) as image_file:
-            image_size = image_file.size
-            pixels = np.array(image_file.convert(pil_mode), dtype=np.float32)  # [R, R, 3] or [R, R]
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        # PIL raises DecompressionBombError for images with too many pixels.
-        raise ValueError(
-            f"{flag}: {image_path} cannot be read as an image ({error}). Pass the path of an image file."
-        ) from error
-    if image_size != (resolution, resolution):
+    # Transparent pixels of a mask have no weight, so they must become black.
+    image = read_image(
+        image_path, f"{flag}: {image_path}", background="white" if pil_mode == "RGB" else "black"
+    )
+    if image.size != (resolution, resolution):
+        # A very large photograph has been reduced, so its own size is shown.
+        image_size = upright_size(image_path)
         raise ValueError(
             f"{flag}: {image_path} has {image_size[0]} x {image_size[1]} pixels, but the generator's images"
             f" have {resolution} x {resolution}. Crop the head as in the generator's images, and save it in"
             " this size."
         )
-    return pixels
+    return np.array(image.convert(pil_mode), dtype=np.float32)  # [R, R, 3] or [R, R]
 
 
 @torch.no_grad()
@@ -172,7 +170,7 @@ def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
     json_path = Path(camera_text)
     try:
         camera_numbers = (
-            json.loads(json_path.read_text())
+            json.loads(read_text(json_path))
             if json_path.suffix == ".json"
             else [float(number_text) for number_text in camera_text.split(",")]
         )

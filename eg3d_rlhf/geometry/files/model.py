@@ -374,24 +374,22 @@ def strip_image(data: bytes | memoryview) -> tuple[ImageFile, int]:
 def preview_image(data: bytes | memoryview) -> bytes:
     """Convert an image prompt to WebP with at most SMALL pixels per side, for display in the browser.
 
+    The image is read as generators read it; transparent parts stay transparent.
+
     Raises: ValueError for a file that is no image, or that is damaged.
     """
     # imported here, because few functions need this library
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    # Other formats and images with too many pixels are rejected before a decoder reads the file.
-    strip_image(data)
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened_image:
-            # A JPEG file is decoded at reduced resolution, which is faster. Other formats are not affected.
-            opened_image.draft("RGB", (2 * SMALL, 2 * SMALL))
-            # The EXIF data of a photograph states its orientation.
-            image = ImageOps.exif_transpose(opened_image)
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"the image is damaged and cannot be decoded ({type(error).__name__}). Export the image again."
-        ) from None
+    from training.image_reading import read_image
+
+    # In these formats, a file can state one size to its reader and another one to the decoder.
+    if image_format(data):
+        strip_image(data)
+    # A JPEG file is decoded at reduced resolution, which is faster. Other formats are not affected.
+    image = read_image(data, "the image", background=None, needed_size=(2 * SMALL, 2 * SMALL))
+    # WebP has no greyscale.
+    image = image.convert("RGBA" if image.mode in ("LA", "RGBA") else "RGB")
     # keeps the aspect ratio, and never enlarges
     image.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
     webp_buffer = io.BytesIO()

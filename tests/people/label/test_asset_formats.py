@@ -7,11 +7,13 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from eg3d_rlhf.geometry.files import glb, model, obj, ply
 from eg3d_rlhf.people.label.assets import reading
 from tests.people.label import asset_files as files
+from tests.rejections import raising
+from training.image_reading import read_image
 
 SECRET = files.SECRET.encode()
 
@@ -191,3 +193,43 @@ def test_a_film_keeps_its_frames_and_loses_its_notes(tmp_path, suffix):
     assert data[4:8] == b"ftyp" and data.index(b"moov") < data.index(b"mdat")
     frames = [list(imageio_ffmpeg.read_frames(str(path)))[1:] for path in (before, after)]
     assert len(frames[0]) == 12 and frames[0] == frames[1]
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".gif", ".avif", ".png", ".jpg", ".webp"])
+def test_people_see_the_image_of_a_prompt_as_the_generator_does(tmp_path, suffix):
+    if suffix == ".avif" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    image = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    image.paste((200, 100, 50, 255), (10, 5, 30, 35))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    path = tmp_path / f"prompt{suffix}"
+    options = {} if suffix == ".gif" else {"exif": exif}
+    (image.convert("RGB") if suffix == ".jpg" else image).save(path, **options)
+    (examined,) = reading.examine([path])
+    assert examined.kind == "image"
+    with Image.open(io.BytesIO(reading.clean(path, examined.hash))) as shown:
+        pixels = np.asarray(shown.convert("RGBA")).astype(int)
+    generators_eyes = read_image(path, "x", background=None).convert("RGBA")
+    assert generators_eyes.size == ((60, 40) if suffix == ".gif" else (40, 60))
+    want = np.asarray(generators_eyes).astype(int)
+    # WebP is lossy; colours of transparent pixels are not shown
+    assert pixels.shape == want.shape and np.abs((pixels - want) * (want[..., 3:] > 0)).mean() < 3
+
+
+def test_a_prompt_of_sixteen_bits_is_not_white(tmp_path):
+    Image.fromarray(np.full((20, 20), 10000, np.uint16)).save(tmp_path / "grey.png")
+    (examined,) = reading.examine([tmp_path / "grey.png"])
+    with Image.open(io.BytesIO(reading.clean(tmp_path / "grey.png", examined.hash))) as shown:
+        assert np.abs(np.asarray(shown.convert("L")).astype(int) - 39).max() <= 2
+
+
+def test_images_that_cannot_be_shown_are_named_before_anyone_is_asked(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (0, 200)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    (tmp_path / "photo.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(99))
+    Image.effect_noise((64, 64), 90).save(tmp_path / "half.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:-900])
+    for name in ("moving.webp", "photo.heic", "half.png"):
+        with raising(name):
+            reading.examine([tmp_path / name])

@@ -456,7 +456,7 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
             if not isinstance(line_record, dict):
                 raise ValueError(
                     f"{location}: the line must be a JSON object of at most {MAX_LINE >> 10} kB, but it"
-                    f" begins with {line_bytes[:40]!r}. Write one JSON object per line."
+                    f" begins with {line_bytes[:40]!r}. Write one JSON object per line, in UTF-8."
                 )
             yield line_record, location
 

@@ -28,8 +28,9 @@ from pathlib import Path
 
 from eg3d_rlhf.experiments.process import serve_requests
 from eg3d_rlhf.geometry.files import glb, obj, ply
-from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, image_format, preview_image, strip_image
+from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, preview_image
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
+from training.image_reading import looks_like_image
 
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
 MAX_BYTES = 512 << 20  # largest size of a file in bytes
@@ -246,11 +247,12 @@ def kind_of(first_bytes: bytes, name: str) -> str:
         return "glb"
     if first_bytes[:3] == b"ply" and first_bytes[3:4] in b"\r\n":
         return "ply"
+    # Before videos, because AVIF files have 'ftyp' at byte 4, too.
+    if looks_like_image(first_bytes):
+        return "image"
     # MP4 files have 'ftyp' at byte 4. WebM and Matroska files begin with the identifier of EBML.
     if first_bytes[4:8] == b"ftyp" or first_bytes[:4] == b"\x1a\x45\xdf\xa3":
         return "film"
-    if image_format(first_bytes):
-        return "image"
     # the first bytes of gzip and zip files
     if first_bytes[:2] == b"\x1f\x8b" or first_bytes[:2] == b"PK":
         raise ValueError("the file is compressed with gzip or zip. Unpack it")
@@ -300,7 +302,7 @@ def _examine(path: Path) -> dict:
         elif file_kind == "film":
             examine_video(path)
         elif file_kind == "image":
-            strip_image(file_bytes)
+            preview_image(file_bytes)
         return {"kind": file_kind, "hash": _hash(file_bytes, path, file_kind), "note": view_note}
 
 

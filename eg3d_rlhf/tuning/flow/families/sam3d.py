@@ -12,7 +12,7 @@ token, v voxels of a sample, L number of conditioning tokens, E channels of a to
 w columns, s pixels per side.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ from eg3d_rlhf.tuning.flow.families.folder import (
 )
 from eg3d_rlhf.tuning.flow.families.opening import open_folder
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset, decode_gaussians, show
+from training.image_reading import name_list, stored_orientation
 
 # Values of ProblemSource.parts, the latents of the first stage that are tuned. The third value is SHAPE.
 ALL = "all"  # all latents, with equal weights in the loss
@@ -448,6 +449,14 @@ def inputs_of(path: Path, cut: ObjectCut, reads_point_map: bool) -> dict[str, to
         map of another shape, or for one with points behind the camera.
     """
     points = _read_points(path.with_suffix(".npy")) if reads_point_map else None
+    # `read_cut_out` turns the image upright. It is unknown whether the depth network did, too.
+    if points is not None and stored_orientation(path) != 1:
+        raise ValueError(
+            f"{path}: the EXIF data states that the image must be turned to be upright, and"
+            f" {path.with_suffix('.npy').name} may or may not be turned. Save the image upright without this"
+            " entry, for example with ImageMagick: magick mogrify -auto-orient, and compute the point map"
+            " again."
+        )
 
     def make_inputs(image: Image.Image) -> dict[str, torch.Tensor]:
         """Crop the image and the point map to the object."""
@@ -462,6 +471,18 @@ def inputs_of(path: Path, cut: ObjectCut, reads_point_map: bool) -> dict[str, to
             " forward."
         )
     return inputs
+
+
+def _check_point_maps(paths: Iterable[Path]) -> None:
+    """Raise FileNotFoundError that lists all images without a point map, before the first one is embedded."""
+    missing_names = [
+        path.with_suffix(".npy").name for path in paths if not path.with_suffix(".npy").is_file()
+    ]
+    if missing_names:
+        raise FileNotFoundError(
+            f"--images: {len(missing_names)} point maps of images are missing: {name_list(missing_names)}."
+            " Compute them with a depth network such as MoGe, and save them beside the images."
+        )
 
 
 def _read_points(path: Path) -> torch.Tensor:
@@ -581,6 +602,8 @@ class Sam3d(FlowFamily):
         for stage in files.STAGES:
             embedder = files.load_embedder(pipeline_file.generators[stage], device)
             reads_point_map = any("pointmap" in name for name in embedder.names)
+            if reads_point_map:
+                _check_point_maps(images.values())
             fingerprints.append(fingerprint(files.embedder_state(pipeline_file.generators[stage])))
             for name, path in embedding_progress(images.items(), "image"):
                 inputs = inputs_of(path, pipeline_file.cuts[stage], reads_point_map)
