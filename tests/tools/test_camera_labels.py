@@ -182,7 +182,7 @@ def test_training_checks_cameras_against_the_generator(tmp_path):
     change, cures, _ = CURABLE["inverse"]
     wrong = write_set(tmp_path / "inverse.zip", change(good_labels("ffhq-near-pivot", COUNT)), 64)
     result = trained(wrong, tmp_path / "strict", "--strict-cameras")
-    rejected(result, "--strict-cameras", "inverse.zip", f"--fix-cameras={cures[0]}", "data convert")
+    rejected(result, "--strict-cameras", "inverse.zip", f"--fix-cameras={cures[0]}")
     pixel_set = write_set(tmp_path / "pixels.zip", CURABLE["pixels"][0](good_labels("ffhq", COUNT)), 64)
     rejected(trained(pixel_set, tmp_path / "pixels"), "--data", "pixels.zip", "--fix-cameras=pixels")
 
