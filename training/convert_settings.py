@@ -3,6 +3,7 @@
 This module does not import torch, so that the command starts quickly.
 """
 
+import math
 from dataclasses import dataclass
 
 from training.config import check_choice
@@ -21,6 +22,9 @@ class ConvertOptions:
     # 'check': write the labels, and reject a set in which only some images have a label. 'drop': write
     # no labels.
     labels: str = "check"
+    fix_cameras: tuple[str, ...] = ()  # cures of camera labels, names in training.camera_cures.CURES
+    camera_scale: float = 1.0  # factor on the positions of the cameras
+    strict_cameras: bool = False  # True: warnings about cameras are errors
 
     def __post_init__(self) -> None:
         # Messages name the flags of tools/dataset_tool.py, because users set these fields only there.
@@ -38,6 +42,20 @@ class ConvertOptions:
                 f"--max-images: expected at least 1, got {self.max_images}. Leave the flag out to convert all"
                 " images."
             )
+        if not (self.camera_scale > 0 and math.isfinite(self.camera_scale)):
+            raise ValueError(
+                f"--camera-scale: expected a number above 0, got {self.camera_scale:g}. Write, for example,"
+                " 0.001 for positions in millimetres."
+            )
+        for flag, is_set in (
+            ("--fix-cameras", bool(self.fix_cameras)),
+            ("--camera-scale", self.camera_scale != 1),
+            ("--strict-cameras", self.strict_cameras),
+        ):
+            if is_set and self.labels == "drop":
+                raise ValueError(
+                    f"{flag} has no effect with --labels=drop, which writes no labels. Remove one of them."
+                )
         if self.transform is not None and self.resolution is None:
             raise ValueError(
                 f"--transform={self.transform} needs a target size. Add --resolution=WxH, in pixels."

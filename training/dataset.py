@@ -21,7 +21,7 @@ import signal
 import threading
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +29,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from training.camera_conventions import Scene
+from training.camera_labels import camera_warning, label_array
 from training.distributed import Ranks
 from training.image_reading import (
     IMAGE_SUFFIXES,
@@ -40,14 +42,11 @@ from training.image_reading import (
     skipped_lines,
     split_names,
 )
-from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
+from training.rendering.cameras import LABEL_NUMBERS, mirror_label
 
 LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
 # Errors of reading a file of a folder or archive. RuntimeError: the archive has a password.
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, RuntimeError)
-# Largest allowed entry of |R^T R - I| for the rotation R of a pose. Single-precision poses of fitting
-# programs reach 1e-4.
-ROTATION_TOLERANCE = 1e-2
 
 
 class ImageFiles:
@@ -55,13 +54,16 @@ class ImageFiles:
 
     An entry is a file in the folder or archive. The name of an entry is the relative path of the file.
 
-    Args: path: folder, which is searched recursively, or .zip file.
+    Args:
+        path: folder, which is searched recursively, or .zip file.
+        flag: flag of the command line that names the path, for messages.
     Raises: ValueError if the path does not exist, is a damaged archive, or contains no images.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, flag: str = "--data"):
         self.path = Path(path)
         self._archive: zipfile.ZipFile | None = None
+        self.unused_labels: list[str] = []  # names in dataset.json without an image
         # Determined once. Otherwise, a folder that disappears would later be opened as an archive.
         self._is_folder = self.path.is_dir()
         if self._is_folder:
@@ -75,7 +77,7 @@ class ImageFiles:
         else:
             raise ValueError(
                 f"dataset {self.path}: the path does not exist. Pass the path of a folder or a .zip file with"
-                " --data."
+                f" {flag}."
             )
         self.entries = frozenset(entries)
         # Files that are not read, such as HEIC images, are kept by their kind.
@@ -83,9 +85,16 @@ class ImageFiles:
         self._unusable_images: list[str] = []  # messages of `leave_out_unusable`
         if not self.images:
             suffixes = ", ".join(IMAGE_SUFFIXES)
+            archives = [entry for entry in sorted(entries) if entry.lower().endswith(".zip")]
+            if archives and self._is_folder:
+                remedy = f"Name the archive inside: {flag}={self.path / archives[0]}."
+            elif archives:
+                remedy = f"Unpack it, and name the archive inside, {archives[0]}, with {flag}."
+            else:
+                remedy = f"Check the path in {flag}."
             raise ValueError(
-                f"dataset {self.path}: no images ({suffixes}) were found among {len(entries)} files. "
-                + (" ".join(self.notes()) or "Check the path in --data.")
+                f"dataset {self.path}: no images ({suffixes}) were found among {len(entries)} files."
+                f" {' '.join(skipped_lines(self.skipped))} {remedy}"
             )
 
     def __getstate__(self):
@@ -112,10 +121,21 @@ class ImageFiles:
         return self._archive
 
     def notes(self) -> list[str]:
-        """Return sentences about files that are not read, with their number and a remedy."""
+        """Return sentences about files that are not read, and about labels that belong to no image.
+
+        Labels are known after `read_labels`.
+        """
+        label_lines = []
+        if self.unused_labels:
+            label_lines.append(
+                f"dataset {self.path}: {len(self.unused_labels)} labels in {LABELS_FILE} belong to no image"
+                f" that is read, for example {self.unused_labels[0]!r}. Add these images, or remove the"
+                " labels."
+            )
         return [
             *(f"dataset {self.path}: {line}" for line in skipped_lines(self.skipped)),
             *left_out_lines(self._unusable_images),
+            *label_lines,
         ]
 
     def leave_out_unusable(self) -> None:
@@ -193,7 +213,7 @@ class ImageFiles:
         if LABELS_FILE not in self.entries:
             raise ValueError(
                 f"dataset {self.path}: the file {LABELS_FILE} with the camera labels is missing. Add it at"
-                " the top level of the set."
+                " the top level of the set, as docs/guides/cameras.md shows."
             )
         file_description = f"dataset {self.path}: {LABELS_FILE}"
         try:
@@ -208,7 +228,15 @@ class ImageFiles:
             ) from error
         if label_by_name is None:
             return None
-        # Labels of images that the set does not contain are ignored.
+        if len(label_by_name) < len(label_rows):
+            name_counts = Counter(str(image_name) for image_name, _ in label_rows)
+            repeated_name, name_count = name_counts.most_common(1)[0]
+            raise ValueError(
+                f"{file_description}: {repeated_name!r} is named {name_count} times. The file has"
+                f" {len(label_rows)} labels for {len(label_by_name)} names. Keep one label for each image."
+            )
+        # Labels of images that the set does not contain are not used. They are counted in `notes`.
+        self.unused_labels = sorted(set(label_by_name).difference(self.images))
         unlabelled_names = [image_name for image_name in self.images if label_by_name.get(image_name) is None]
         if unlabelled_names:
             raise ValueError(
@@ -216,119 +244,6 @@ class ImageFiles:
                 f" example {unlabelled_names[0]!r}. Add their labels, or remove the images."
             )
         return [label_by_name[image_name] for image_name in self.images]
-
-
-def label_array(labels: list, image_names: list[str], file_description: str, c_dim: int | None) -> np.ndarray:
-    """Check labels and convert them to an array.
-
-    Args:
-        labels: label of each image as stored: a list of numbers, or an integer class index.
-        image_names: entry name of each image, for messages.
-        file_description: name of the file, for messages.
-        c_dim: required number of numbers L in a label, or None to accept any.
-    Returns: an array float32 [n, L] if the labels are lists of numbers, or an array int64 [n] if they are
-        class indices.
-    Raises: ValueError if the lengths differ from c_dim or from each other, if a value is no finite number or
-        a negative class index, or if a label of 25 numbers contains no rigid pose. The message names the
-        first such image.
-    """
-    # bool is a subclass of int in Python, but true and false are no class indices.
-    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
-        class_indices = np.array(labels, dtype=np.int64)
-        if class_indices.min() < 0:
-            raise ValueError(
-                f"{file_description}: entry {image_names[int(class_indices.argmin())]!r}: expected a class"
-                f" index >= 0, got {class_indices.min()}. Correct the label in the file."
-            )
-        class_count = int(class_indices.max()) + 1
-        if c_dim is not None and class_count != c_dim:
-            raise ValueError(
-                f"{file_description}: entry {image_names[int(class_indices.argmax())]!r}: expected labels of"
-                f" {c_dim} numbers, got class indices up to {class_count - 1}, which stand for labels of"
-                f" {class_count} numbers. Correct the labels in the file."
-            )
-        return class_indices
-    # If no length is required, all labels need the length of the first one.
-    required_length = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
-    for image_name, label in zip(image_names, labels, strict=True):
-        if not isinstance(label, list):
-            raise ValueError(
-                f"{file_description}: entry {image_name!r}: expected a list of numbers as for other images,"
-                f" got {label!r}. Correct the label in the file."
-            )
-        _check_length(len(label), image_name, file_description, required_length)
-    try:
-        label_matrix = np.array(labels, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file_description}: a label contains a value that is no number ({error}). Correct the label in"
-            " the file."
-        ) from error
-    is_finite = np.isfinite(label_matrix).all(axis=1)  # [n]
-    if not is_finite.all():
-        # argmin returns the index of the first False.
-        first_invalid_name = image_names[int(is_finite.argmin())]
-        raise ValueError(
-            f"{file_description}: entry {first_invalid_name!r}: expected finite numbers, got NaN or infinity."
-            " Correct the label in the file."
-        )
-    if label_matrix.shape[1] == LABEL_NUMBERS:
-        check_poses(label_matrix, image_names, file_description)
-    return label_matrix
-
-
-def _check_length(
-    label_length: int, image_name: str, file_description: str, required_length: int | None
-) -> None:
-    """Raise ValueError if a label has another length than required.
-
-    Args:
-        label_length: number of numbers in the label.
-        image_name: name of the image, for the message.
-        file_description: name of the file with the labels, for the message.
-        required_length: required number of numbers; None: any number is accepted.
-    """
-    if required_length is not None and label_length != required_length:
-        is_camera = required_length == LABEL_NUMBERS
-        note_text = (
-            " A camera label has 16 numbers of cam2world and 9 of the intrinsics." if is_camera else ""
-        )
-        raise ValueError(
-            f"{file_description}: entry {image_name!r}: expected a label of {required_length} numbers, got"
-            f" {label_length}.{note_text} Correct the labels in the file."
-        )
-
-
-def check_poses(label_matrix: np.ndarray, image_names: list[str], file_description: str) -> None:
-    """Raise ValueError unless the first 16 numbers of every label are a rigid pose in row-major order.
-
-    Args:
-        label_matrix: camera labels [n, 25].
-        image_names: entry name of each image, for messages.
-        file_description: name of the file, for messages.
-    """
-    # In double precision, rounding in the check itself is negligible.
-    poses = label_matrix[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
-    rotations = poses[:, :3, :3]
-    rotation_error = np.abs(rotations.transpose(0, 2, 1) @ rotations - np.eye(3)).max(axis=(1, 2))
-    # R^T R = I also holds for a reflection, whose determinant is negative.
-    has_no_rotation = (rotation_error > ROTATION_TOLERANCE) | (np.linalg.det(rotations) < 0)
-    if has_no_rotation.any():
-        first_index = int(has_no_rotation.argmax())
-        raise ValueError(
-            f"{file_description}: entry {image_names[first_index]!r}: the pose contains no rotation, because"
-            f" |R^T R - I| = {rotation_error[first_index]:.3g} and the determinant is"
-            f" {np.linalg.det(rotations[first_index]):.3g} ({int(has_no_rotation.sum())} of"
-            f" {len(image_names)} labels). Write a rigid cam2world matrix in row-major order."
-        )
-    # A pose in column-major order has its translation in the last row.
-    has_wrong_order = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
-    if has_wrong_order.any():
-        first_index = int(has_wrong_order.argmax())
-        raise ValueError(
-            f"{file_description}: entry {image_names[first_index]!r}: expected 0 0 0 1 in the last row of the"
-            f" pose, got {poses[first_index, 3].tolist()}. Write cam2world in row-major order."
-        )
 
 
 CACHE_LIMIT = 512 * 2**20  # a set whose decoded images have fewer bytes than this is kept in memory
@@ -369,6 +284,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     ):
         assert max_size is None or max_size >= 1
         self._files = ImageFiles(Path(path))
+        # Start of the sentence that proposes how to correct camera labels.
+        self._fixing = f"Convert the set with eg3d-rlhf data convert --source={path} --dest=CORRECTED.zip"
         self._labels = None  # float32 [n, L]
         if use_labels:
             labels_description = f"dataset {path}: {LABELS_FILE}"
@@ -376,10 +293,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             if stored_labels is None and c_dim:
                 raise ValueError(
                     f'{labels_description}: expected labels of {c_dim} numbers, got "labels": null. Add the'
-                    " labels of the images."
+                    " labels of the images, as docs/guides/cameras.md shows."
                 )
             if stored_labels is not None:
-                label_matrix = label_array(stored_labels, self._files.images, labels_description, c_dim)
+                label_matrix = label_array(
+                    stored_labels, self._files.images, labels_description, c_dim, self._fixing
+                )
                 # Class indices become one-hot rows of the identity matrix.
                 self._labels = (
                     np.eye(label_matrix.max() + 1, dtype=np.float32)[label_matrix]
@@ -472,6 +391,25 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             ).numpy()
         return label_rows
 
+    def notes(self) -> list[str]:
+        """Return sentences about files that are skipped, and labels that belong to no image."""
+        return self._files.notes()
+
+    def camera_warning(self, scene: Scene) -> str | None:
+        """Return a sentence about cameras that are possible but hardly right, or None if all checks pass.
+
+        Args: scene: region that the cameras have to show.
+        """
+        if self._labels is None or self.label_dim != LABEL_NUMBERS:
+            return None
+        return camera_warning(
+            self._labels,
+            self._files.images,
+            f"dataset {self._files.path}: {LABELS_FILE}",
+            scene,
+            self._fixing,
+        )
+
     def without_memory(self) -> "ImageFolderDataset":
         """Return a copy of the dataset for use in other processes.
 
@@ -486,6 +424,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def close(self) -> None:
         """Close the archive if it is open. The next read opens it again."""
         self._files.close()
+
+    @property
+    def path(self) -> Path:
+        """Path of the folder or archive."""
+        return self._files.path
 
     @property
     def num_channels(self) -> int:

@@ -24,8 +24,11 @@ import numpy as np
 import PIL.Image
 import torch
 
+from training.camera_conventions import Scene, describe_cameras
+from training.camera_cures import apply_cures, is_divided, size_is_inferred
+from training.camera_labels import camera_warning, check_numbers, parse_labels
 from training.convert_settings import ConvertOptions
-from training.dataset import LABELS_FILE, ImageFiles, in_order, label_array
+from training.dataset import LABELS_FILE, ImageFiles, in_order
 from training.image_reading import joined_errors
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
@@ -44,7 +47,11 @@ class Converted:
     labels: int  # number of numbers in a label; 0 without labels, 1 for class indices
     enlarged: int  # number of source images that are smaller than the target
     cropped_labels: int  # number of camera labels whose intrinsics were adapted to a crop
-    notes: tuple[str, ...]  # sentences about files of the source that are not read, with a remedy
+    # Number of camera labels whose intrinsics belonged to another size than that of the image, which the
+    # cure `pixels` took from the principal point.
+    inferred_sizes: int
+    cameras: str | None  # line on distance, focal length and direction of the cameras; None without cameras
+    warnings: tuple[str, ...]  # sentences on skipped files, unused labels and cameras
 
 
 def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int, int, int]:
@@ -151,7 +158,8 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     """Read and check the labels of the images that are converted.
 
     Returns: the labels in their stored form, or None if the set has no labels or `options.labels` is "drop".
-    Raises: ValueError if only some images have a label, or if a label is malformed (see `label_array`).
+    Raises: ValueError if only some images have a label, if a label is malformed or has another length than a
+        camera label, or if the numbers of a camera label are impossible, also after the cures of `options`.
     """
     if options.labels == "drop" or LABELS_FILE not in files.entries:
         return None
@@ -160,17 +168,61 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
         return None
     # With max_images = None, the slice contains all images.
     image_names = files.images[: options.max_images]
-    file_description = f"dataset {files.path}: {LABELS_FILE}"
     stored_labels = stored_labels[: len(image_names)]
-    label_values = label_array(stored_labels, image_names, file_description, None)
-    # It is unknown how mirroring an image changes a label that is no camera label.
-    if options.mirror and label_values.ndim == 2 and label_values.shape[1] != LABEL_NUMBERS:
+    file_description = f"dataset {files.path}: {LABELS_FILE}"
+    # Class indices are accepted, lists of numbers only as cameras.
+    c_dim = None if any(isinstance(label, int) for label in stored_labels) else LABEL_NUMBERS
+    label_values = parse_labels(stored_labels, image_names, file_description, c_dim)
+    if label_values.ndim == 2:
+        if "pixels" in options.fix_cameras and is_divided(label_values).all():
+            raise ValueError(
+                f"{file_description}: --fix-cameras=pixels has no effect, because the intrinsics are divided"
+                " by the image size already. Remove pixels from --fix-cameras."
+            )
+        # The sizes of images are unknown before they are decoded. The cure `pixels` then gives a principal
+        # point of 0.5, and the written labels are checked once more.
+        cured_labels = apply_cures(label_values, options.fix_cameras, options.camera_scale)
+        _check_cameras(cured_labels, label_values, image_names, file_description, options)
+    elif options.fix_cameras or options.camera_scale != 1 or options.strict_cameras:
         raise ValueError(
-            f"{file_description}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got"
-            f" {label_values.shape[1]}. Convert the set without --mirror, or drop the labels with"
-            " --labels=drop."
+            f"{file_description}: --fix-cameras, --camera-scale and --strict-cameras need camera labels of"
+            f" {LABEL_NUMBERS} numbers, but the labels are class indices. Remove these flags."
         )
     return stored_labels
+
+
+def _check_cameras(
+    labels: np.ndarray,
+    uncured_labels: np.ndarray,
+    image_names: list[str],
+    file_description: str,
+    options: ConvertOptions,
+) -> list[str]:
+    """Check camera labels, and return the warnings.
+
+    Args:
+        labels: camera labels after the cures [n, 25].
+        uncured_labels: camera labels before the cures [n, 25].
+        image_names: name of each image, for messages.
+        file_description: name of the file of the labels, for messages.
+        options: `strict_cameras` turns the warnings into errors.
+    Raises: ValueError for impossible numbers, and for a warning if `options.strict_cameras` is True.
+    """
+    has_cures = bool(options.fix_cameras) or options.camera_scale != 1
+    fixing = "Write" if has_cures else "Add"
+    check_numbers(labels, image_names, file_description, fixing, uncured_labels)
+    warning = camera_warning(labels, image_names, file_description, Scene(), fixing, uncured_labels)
+    if warning is None:
+        return []
+    if options.strict_cameras:
+        raise ValueError(f"--strict-cameras: {warning}")
+    return [warning]
+
+
+def _is_cropped(options: ConvertOptions, source_size: tuple[int, int]) -> bool:
+    """Return True if the transform crops or pads an image, which changes its intrinsics."""
+    is_padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
+    return is_padded or crop_box(options, *source_size) != (0, 0, *source_size)
 
 
 def _output_labels(label, options: ConvertOptions, source_size: tuple[int, int]) -> list:
@@ -183,10 +235,15 @@ def _output_labels(label, options: ConvertOptions, source_size: tuple[int, int])
     Returns: the label, and the label of the mirrored copy if requested. A label that does not change is the
         same object as `label`.
     """
-    is_padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
-    is_cropped = crop_box(options, *source_size) != (0, 0, *source_size)
-    is_camera = isinstance(label, list) and len(label) == LABEL_NUMBERS
-    if is_camera and (is_padded or is_cropped):
+    is_camera = isinstance(label, list)  # `read_labels` accepts lists only of this kind
+    if is_camera and (options.fix_cameras or options.camera_scale != 1):
+        label = apply_cures(
+            np.array([label], dtype=np.float64),
+            options.fix_cameras,
+            options.camera_scale,
+            np.array([source_size], dtype=np.float64),
+        )[0].tolist()
+    if is_camera and _is_cropped(options, source_size):
         label = transform_camera(np.array(label, dtype=np.float64), options, *source_size).tolist()
     if not options.mirror:
         return [label]
@@ -228,7 +285,8 @@ def _check_shape(
 
 
 def convert_dataset(
-    source: str | Path,
+    image_files: ImageFiles,
+    source_labels: list | None,
     dest: str | Path,
     options: ConvertOptions,
     workers: int = 1,
@@ -238,7 +296,8 @@ def convert_dataset(
     """Convert an image set to EG3D's dataset format.
 
     Args:
-        source: folder or zip archive.
+        image_files: source set.
+        source_labels: its labels, from `read_labels`.
         dest: path of the result, a .zip file (without compression) or a folder.
         options: transforms.
         workers: number of processes.
@@ -248,14 +307,12 @@ def convert_dataset(
     Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written, for
         example because the disk is full. In both cases `dest` is not changed.
     """
-    image_files = ImageFiles(Path(source))
     dest = Path(dest)
-    # Before the labels are read, so that an image and its label have the same index.
-    image_files.leave_out_unusable()
-    source_labels = read_labels(image_files, options)
     entries = image_files.images[: options.max_images]
     target_size = options.resolution
     label_rows: list[list] = []
+    camera_labels: list[list[float]] = []  # written labels of the images that are not mirrored
+    source_sizes: list[tuple[int, int]] = []  # (width, height) of the source images in pixels
     first_shape: tuple[int, int, int] | None = None
     enlarged_count = 0
     cropped_count = 0
@@ -267,7 +324,7 @@ def convert_dataset(
     conversion_results = in_order(
         functools.partial(_convert, image_files, options), entry_chunks, workers, death_message
     )
-    with open_writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
+    with open_writer(dest, image_files.path, overwrite) as write, contextlib.closing(conversion_results):
         for i, conversion_result in enumerate(itertools.chain.from_iterable(conversion_results)):
             if isinstance(conversion_result, str):
                 damaged_images.append(conversion_result)
@@ -289,11 +346,27 @@ def convert_dataset(
             enlarged_count += target_size is not None and (
                 right_edge - left_edge < target_size[0] or bottom_edge - top_edge < target_size[1]
             )
-            # `_output_labels` returns the same object if the crop did not change the label.
-            cropped_count += source_labels is not None and output_labels[0] is not source_labels[i]
+            if isinstance(output_labels[0], list):
+                camera_labels.append(output_labels[0])
+                source_sizes.append(source_size)
+                cropped_count += _is_cropped(options, source_size)
             on_image(1)
         if damaged_images:
             raise ValueError(joined_errors(damaged_images))
+        warnings = image_files.notes()
+        inferred_sizes = 0
+        if camera_labels:
+            # Crops have changed the labels, and `pixels` has used the sizes of the images.
+            uncured_labels = np.array(source_labels, dtype=np.float64)
+            warnings += _check_cameras(
+                np.array(camera_labels, dtype=np.float64),
+                uncured_labels,
+                entries,
+                f"dataset {image_files.path}: {LABELS_FILE}",
+                options,
+            )
+            if "pixels" in options.fix_cameras:
+                inferred_sizes = int(size_is_inferred(uncured_labels, np.array(source_sizes)).sum())
         write(LABELS_FILE, json.dumps({"labels": None if source_labels is None else label_rows}).encode())
     assert first_shape is not None  # `ImageFiles` rejects a set without images
     if source_labels is None:
@@ -306,7 +379,9 @@ def convert_dataset(
         labels=label_length,
         enlarged=enlarged_count,
         cropped_labels=cropped_count,
-        notes=tuple(image_files.notes()),
+        inferred_sizes=inferred_sizes,
+        cameras=describe_cameras(np.array(camera_labels), Scene()) if camera_labels else None,
+        warnings=tuple(warnings),
     )
 
 

@@ -152,7 +152,10 @@ class TrainingLoop:
         Args: phase: phase of the loss; loss_text: value or description of the loss.
         """
         position_text = f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images)"
-        if self.files.last_checkpoint is None:
+        if self.cur_nimg == 0 and phase is self.phases[0]:
+            # No weight has been updated yet, so the learning rate cannot be the cause.
+            advice_text = "No weight was updated before. Check the training data and the initial networks"
+        elif self.files.last_checkpoint is None:
             advice_text = "No checkpoint was written before. Start the run again with a lower learning rate"
         else:
             advice_text = f"Resume from {self.files.last_checkpoint} with a lower learning rate"

@@ -17,6 +17,7 @@ from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, ROLES, span
 from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
 from eg3d_rlhf.experiments.pages import Finding, Job, identity_of_file
 from eg3d_rlhf.generators import LoadedGenerator, camera, latents
 from eg3d_rlhf.measures import feature_sets, resampling
@@ -118,6 +119,7 @@ def open_data(comparison: Comparison) -> ImageFolderDataset:
             f"--data: the images have {dataset.resolution} pixels per edge, but those of the generator have"
             f" {image_pixels}. Pass a dataset whose images were resized to {image_pixels} pixels."
         )
+    warn_about_images(dataset, comparison.before.generator, "the compared generators")
     return dataset
 
 

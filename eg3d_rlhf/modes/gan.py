@@ -33,7 +33,7 @@ from eg3d_rlhf.tuning.gan.settings import (
     RunConfig,
     Settings,
 )
-from training.config import RUN, GanConfig, LoopConfig, NetworkConfig
+from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -344,6 +344,16 @@ gan_flags = combine_decorators(
         help=(
             "Skip the evaluation at the end of a run with a reward, which compares the generator before and"
             " after tuning."
+        ),
+    ),
+    option(
+        "--strict-cameras",
+        is_flag=True,
+        group=DATA,
+        help=(
+            "Reject training images whose cameras look wrong for the generator: cameras that look away from"
+            " its pivot, a distance that does not suit its cube, one pose for all images. Without this flag"
+            " they cause a warning."
         ),
     ),
     options_from_settings(*GROUPS),

@@ -72,8 +72,37 @@ _images_option = functools.partial(option, group="Images")
     default="check",
     group="Labels",
     help=(
-        "Treatment of the labels. check: if one image has a label, every image must have one; drop: write no"
-        " labels."
+        "Treatment of the labels. check: if one image has a label, every image must have one, and the cameras"
+        " are checked; drop: write no labels."
+    ),
+)
+@option(
+    "--fix-cameras",
+    metavar="LIST",
+    show_default="the labels are kept as they are",
+    group="Labels",
+    help=(
+        "Corrections of the camera labels, separated by commas and applied in this order. pixels: divide the"
+        " intrinsics by the image size; transpose: transpose column-major matrices, or else the rotations;"
+        " world2cam: invert the poses; opengl: negate the y and z axes of the cameras; zup: rotate the world"
+        " so that its z axis becomes y."
+    ),
+)
+@option(
+    "--camera-scale",
+    metavar="FACTOR",
+    type=float,
+    default=1.0,
+    group="Labels",
+    help="Factor on the positions of the cameras, for example 0.001 if they are in millimetres.",
+)
+@option(
+    "--strict-cameras",
+    is_flag=True,
+    group="Labels",
+    help=(
+        "Reject the set if its cameras look wrong: cameras that look away from the scene, a distance that"
+        " suits no preset of EG3D, one pose for all images. Without this flag they cause a warning."
     ),
 )
 @count_option(
@@ -86,14 +115,28 @@ _images_option = functools.partial(option, group="Images")
 @option("--overwrite", is_flag=True, help="Replace an existing zip file.")
 @shared("dry-run")
 def convert(
-    source, dest, max_images, transform, resolution, mirror, labels, jobs, overwrite, dry_run
+    source,
+    dest,
+    max_images,
+    transform,
+    resolution,
+    mirror,
+    labels,
+    fix_cameras,
+    camera_scale,
+    strict_cameras,
+    jobs,
+    overwrite,
+    dry_run,
 ) -> None:
     """Convert a folder or a zip file of images to the dataset format that train.py reads. Camera labels are
     checked and copied.
 
     The result holds uncompressed square PNGs of one size under consecutive names
     (00000/img00000000.png, ...), and dataset.json. The source's labels are read from its own dataset.json,
-    {"labels": [[image name, label], ...]}; a set without that file gets "labels": null.
+    {"labels": [[image name, label], ...]}; a set without that file gets "labels": null. The last line
+    describes the cameras: their distance, focal length, and the angle between the optical axis and the
+    centre.
 
     \b
     Transforms, both with --resolution=WxH:
@@ -104,10 +147,12 @@ def convert(
     \b
     Example:
         eg3d-rlhf data convert --source=synthetic:people64@n=64 --dest=people.zip --resolution=32x32 --mirror
+        eg3d-rlhf data convert --source=blender/ --dest=objects.zip --fix-cameras=pixels,opengl,zup
     """
     # Imported here, so that --help is printed without loading these modules.
+    from training.camera_cures import parse_cures
     from training.dataset import ImageFiles
-    from training.dataset_convert import convert_dataset
+    from training.dataset_convert import convert_dataset, read_labels
     from training.synthetic_heads import resolve_dataset
 
     # EG3D's dataset_tool accepts a comma as well as an x.
@@ -120,13 +165,25 @@ def convert(
     # None stays None: the size of the source images
     target_size = size_match and (int(size_match[1]), int(size_match[2]))
     convert_options = ConvertOptions(
-        transform=transform, resolution=target_size, max_images=max_images, mirror=mirror, labels=labels
+        transform=transform,
+        resolution=target_size,
+        max_images=max_images,
+        mirror=mirror,
+        labels=labels,
+        fix_cameras=parse_cures(fix_cameras),
+        camera_scale=camera_scale,
+        strict_cameras=strict_cameras,
     )
     # an error in this block begins with the name --source
     with prefix_errors("--source"):
         # synthetic heads are rendered into a folder at their first use
         source_path = resolve_dataset(source)
-        image_count = len(ImageFiles(source_path).images)
+        image_files = ImageFiles(source_path, "--source")
+        # Before the labels are read, so that an image and its label have the same index.
+        image_files.leave_out_unusable()
+    # The labels are checked before the first image is converted.
+    source_labels = read_labels(image_files, convert_options)
+    image_count = len(image_files.images)
     # None: all images
     image_count = min(image_count, max_images or image_count)
     # the affinity mask counts the cores this process may use; not all systems have it
@@ -145,20 +202,20 @@ def convert(
         return
     with tqdm(total=image_count, desc=f"writing {dest.name}", unit="image") as progress_bar:
         conversion_summary = convert_dataset(
-            source_path, dest, convert_options, jobs, progress_bar.update, overwrite
+            image_files, source_labels, dest, convert_options, jobs, progress_bar.update, overwrite
         )
     # A label of one number is a class; a label of 25 numbers is a camera.
     label_text = {0: "without labels", 1: "with class labels"}.get(
         conversion_summary.labels, f"with labels of {conversion_summary.labels} numbers"
     )
+    for warning in conversion_summary.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     click.echo(
         # shape: [channels, height, width]
         f"{dest}: {conversion_summary.images} images of"
         f" {conversion_summary.shape[1]}x{conversion_summary.shape[2]},"
         f" {'RGB' if conversion_summary.shape[0] == 3 else 'greyscale'}, {label_text}"
     )
-    for note in conversion_summary.notes:
-        click.echo(note)
     # Enlarging adds no detail, so the user should know of it.
     if conversion_summary.enlarged:
         click.echo(
@@ -167,6 +224,18 @@ def convert(
     if conversion_summary.cropped_labels:
         click.echo(
             f"The intrinsics of {conversion_summary.cropped_labels} camera labels were adapted to the crop."
+        )
+    if conversion_summary.inferred_sizes:
+        click.echo(
+            f"The intrinsics of {conversion_summary.inferred_sizes} camera labels do not belong to the size"
+            " of their image. They were divided by twice the principal point."
+        )
+    if conversion_summary.cameras is not None:
+        click.echo(conversion_summary.cameras)
+    else:
+        click.echo(
+            "train.py needs a camera label of 25 numbers for each image, and will reject this set."
+            " docs/guides/cameras.md shows how to write them to dataset.json."
         )
 
 
@@ -247,6 +316,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         python tools/calc_metrics.py --data=synthetic:people64@n=64 --metrics=fid,kid --n=64
     """
     # Imported here, so that --help is printed without loading these modules.
+    from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
     from eg3d_rlhf.experiments.run import OPTIONS
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.measures.features import load_features
@@ -299,6 +369,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     with prefix_errors("--data"):
         # c_dim: a camera label has 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
+        warn_about_images(dataset, generator.generator, f"--network={generator.path.name}")
 
     def make_bar(image_count: int, bar_title: str):
         """Make the progress bar of one metric over `image_count` images, and return its update function."""

@@ -547,6 +547,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.run_images import image_sheet, shape_sheet
+    from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import load_generator
     from training.dataset import ImageFolderDataset
@@ -576,6 +577,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     with prefix_errors("--data"):
         # cameras of the dataset's images are the cameras of the samples beside them
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
+        warn_about_images(dataset, generator, f"--network={network or 'bundled'}")
         if len(dataset) < len(seeds):
             raise ValueError(
                 f"the dataset has {len(dataset)} images, but {len(seeds)} latents need an image each. Name"

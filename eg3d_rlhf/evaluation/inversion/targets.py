@@ -6,6 +6,7 @@ Shapes: R pixels per edge, L layers of ws, W w_dim, Z z_dim, [1, D, H, W] densit
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from eg3d_rlhf.core.field import Field, Rendering, RenderOptions, render_each
 from eg3d_rlhf.evaluation.inversion.projector import Objective, Target, cube_grid, density_change
+from eg3d_rlhf.experiments.image_set_warnings import scene_of
 from eg3d_rlhf.generators import Generator, device_of, latents, ws_of_seeds
 from eg3d_rlhf.generators import camera as camera_of
 from eg3d_rlhf.measures.image_similarity import psnr
@@ -25,7 +27,7 @@ from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.preferences.settings import RESOLUTION
 from eg3d_rlhf.preferences.synthetic import shape_values
 from eg3d_rlhf.rewards.reward import Reward
-from training.dataset import label_array
+from training.camera_labels import camera_warning, label_array
 from training.heads import people_mesh
 from training.image_reading import read_image, upright_size
 from training.rendering.cameras import LABEL_NUMBERS, pack_label, unpack_label
@@ -192,6 +194,9 @@ def parse_camera(generator: Generator, camera_text: str | None) -> Tensor:
             " Write yaw and pitch, or the pose (16 numbers) and the intrinsics (9 numbers), as a list."
         )
     labels = label_array([camera_numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
+    warning = camera_warning(labels, ["camera"], "--camera", scene_of(generator, "--network"), fixing="")
+    if warning is not None:
+        print(f"Warning: {warning}", file=sys.stderr, flush=True)
     return torch.from_numpy(labels).to(device_of(generator))
 
 

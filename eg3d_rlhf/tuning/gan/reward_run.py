@@ -13,6 +13,7 @@ import torch
 
 from eg3d_rlhf.core.cli import choose_device, prefix_errors
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import KEPT, Generator, as_generator, find_network, load_networks
 from eg3d_rlhf.generators.density_samples import sample_density
@@ -210,6 +211,15 @@ def build(settings: Settings, run: Run, resumes: bool = False) -> Objects:
     device = ranks.device if ranks.world > 1 else choose_device(settings.run.device)
     dataset = open_dataset(settings, ranks)
     nets = open_networks(settings, dataset.resolution).to(device)
+    with prefix_errors("--data"):
+        is_new = settings.net.init == "scratch"
+        warn_about_images(
+            dataset,
+            as_generator(nets.G_ema),
+            f"--cfg={settings.net.cfg}" if is_new else f"--init={settings.net.init}",
+            settings.run.strict_cameras,
+            ranks.is_main,
+        )
     check_fit(nets, settings.gan, settings.loop, ranks.world)
     G = nets.G
     D = nets.D

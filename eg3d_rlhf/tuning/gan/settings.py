@@ -73,6 +73,14 @@ class RunConfig:
         shown="one for each core but the first, at most 3; 0 for data sets below 512 MB",
         control=False,
     )
+    strict_cameras: bool = knob(
+        False,
+        "Reject training images whose cameras look wrong for the generator. Without this flag they cause a"
+        " warning.",
+        DATA,
+        flag=False,
+        control=False,
+    )
     no_summary: bool = knob(
         False,
         "Skip the evaluation at the end of a reward run, which compares the generator before and after"
