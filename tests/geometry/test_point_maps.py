@@ -9,7 +9,8 @@ from eg3d_rlhf.geometry.point_maps import depth_to_points, focal_of
 from eg3d_rlhf.modes.jobs import command_of
 from tests.rejections import raising, rejected
 
-COLUMNS, ROWS = 40, 30
+COLUMNS = 40
+ROWS = 30
 FOCAL = focal_of(60, COLUMNS)
 
 

@@ -32,6 +32,7 @@ def test_long_captions_are_wrapped_below_their_image():
     def page(caption):
         return sheet("", [Row(cells=[cell, cell], name="arm", captions=[caption, caption])], name_width=60)
 
-    short, long = page("ball, 0"), page("a grey box, each side of which has a red dot, 0")
+    short = page("ball, 0")
+    long = page("a grey box, each side of which has a red dot, 0")
     assert long.shape[1] == short.shape[1] and long.shape[0] > short.shape[0] + 32
     assert (long[-30:] < 200).any()
