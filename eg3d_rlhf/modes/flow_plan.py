@@ -269,7 +269,7 @@ def answered_campaigns(work: Work) -> dict[str, tuple[int, int, Sequence[str]]]:
 
     if not (work.folder / "labels.db").is_file():
         return {}
-    campaigns = {}
+    campaigns: dict[str, tuple[int, int, Sequence[str]]] = {}
     with open_store(work.database, create=False) as store:
         for campaign in store.campaigns():
             if campaign.settings.mode is not Mode.LABEL:

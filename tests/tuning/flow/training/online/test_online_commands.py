@@ -114,12 +114,15 @@ def test_flags_reach_their_settings(tmp_path):
 
 def test_the_preset_is_grpo_at_every_step():
     found = json.loads(run("-n", mode="grpo").stdout)
-    assert found["arms"] == ["grpo"] and found["losses"]["grpo"] == found["losses"]["grpo_plain"]
+    assert (
+        found["arms"] == ["grpo", "grpo-randomised"]
+        and found["losses"]["grpo"] == found["losses"]["grpo_plain"]
+    )
     assert found["losses"]["grpo"]["window"] is None and found["losses"]["grpo"]["clip_range"] == 1e-3
     assert (
         found["choosing"]
         and found["losses"]["grpo"]["steps"] == 50
-        and json.loads(run("-n").stdout)["arms"] == ["nft"]
+        and json.loads(run("-n", "--no-control").stdout)["arms"] == ["nft"]
     )
     every = json.loads(run("-n", "--arms=all").stdout)["arms"]
     assert len(every) == 18 and {split_arm(arm)[1] for arm in every} == {"reward", "randomised", "inverted"}
@@ -163,7 +166,8 @@ def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
         and arm["kl"][0] > 0
     )
     assert (
-        found["pairwise"] == {}
+        list(found["pairwise"]) == ["grpo_vs_grpo-randomised"]
+        and list(found["arms"]) == ["grpo", "grpo-randomised"]
         and arm["samples"] == [4 * 2 * 4]
         and f"{arm['reward']['up']:.0%}" in result.stdout
         and "eta" in result.output
