@@ -48,7 +48,9 @@ QUICK = (
     *(f"train --mode={mode} --help-all" for mode in MODES),
     *(f"{job} --help" for job in JOBS),
 )
-WITH_NUMPY = ("label --help", "study --help", "flow label --help", "flow study --help")
+WITH_NUMPY = tuple(
+    f"{job} --help" for job in ("label", "study", "flow label", "flow study", "flow plan", "flow status")
+)
 
 
 @pytest.mark.parametrize("words", QUICK)

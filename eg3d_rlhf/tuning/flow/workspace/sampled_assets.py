@@ -11,7 +11,8 @@ Each folder below drawn/ of a work folder contains:
     prompts.jsonl       prompts, which the labelling page shows beside a pair: texts, or images in inputs/
 
 Assets are sampled in batches, which distributed ranks take in turn. The files depend neither on the number of
-ranks nor on interruptions. The latents are those of the sampler, so assets need not be encoded to make pairs
+ranks nor on interruptions, except for the times in examined.jsonl. The
+latents are those of the sampler, so assets need not be encoded to make pairs
 of latents.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eg3d_rlhf.people.label.assets.examinations import RECORD
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import generate
@@ -55,10 +56,11 @@ def drawing(work, **changes):
 
 
 def contents(folder):
+    """Contents of all files but the record of examinations, which states times of change."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != RECORD
     }
 
 
