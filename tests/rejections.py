@@ -49,15 +49,17 @@ def check_message(message: str, names: tuple[str, ...]) -> str:
 
 
 def rejected(result: Any, *names: str, code: int = 2) -> str:
-    """Assert that a command was rejected: `code`, nothing but one line on standard error, which names all of
-    `names`.
+    """Assert that a command was rejected: `code`, and on standard error one line, which names all of `names`.
+    Warnings may come before it.
 
     Args: result: of click's CliRunner or of subprocess.run with text=True. Returns: the line.
     """
     status = result.exit_code if hasattr(result, "exit_code") else result.returncode
     assert status == code, (status, result.stdout, result.stderr, getattr(result, "exception", None))
-    assert result.stderr.startswith("Error: "), result.stderr
-    return check_message(result.stderr, names)
+    printed_lines = result.stderr.splitlines(keepends=True)
+    message = "".join(line for line in printed_lines if not line.startswith("Warning: "))
+    assert message.startswith("Error: "), result.stderr
+    return check_message(message, names)
 
 
 @contextlib.contextmanager

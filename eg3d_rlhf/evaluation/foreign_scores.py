@@ -827,7 +827,6 @@ def load_trial(network_paths, reward, reference_path, device: str, score_options
         with prefix_errors("--reference"):
             reference_generator = load_generator(reference_path, torch_device)
     check_reward(loaded_reward, reference_generator.generator, "--reference")
-    announce_reward(loaded_reward, "--reward")
     loaded_networks = []
     placement = Placement(
         bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras
@@ -842,6 +841,8 @@ def load_trial(network_paths, reward, reference_path, device: str, score_options
                     f"{loaded_networks[-1].path}: this reward needs a generator with"
                     f" {'; with '.join(misfits)}. Remove this file from --network."
                 )
+    # last, so that an error above is the only line that is printed
+    announce_reward(loaded_reward, "--reward")
     return Trial(
         reward=loaded_reward,
         reward_hash=file_hash(reward_path),

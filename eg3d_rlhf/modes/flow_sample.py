@@ -112,7 +112,7 @@ def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
         total=asset_count,
         desc=f"sampling {sampling.folder.name}",
         unit="asset",
-        # None: tqdm shows the bar only on a terminal
+        leave=False,  # the report of the command states the number of assets
         disable=not sampling.ranks.is_main,
     ) as progress_bar:
         sampling_summary = sampling.run(progress_bar.update)

@@ -193,6 +193,7 @@ def test_a_tuned_stage_is_found_by_its_hash_and_exported(folders, job):
         "--lora-rank=1",
         "--table-noises=2",
         "--device=cpu",
+        "--no-control",
     )
     result = tiny_runs.run("--mode=circular-dpo", *flags, "--outdir=stages")
     assert result.exit_code == 0, result.output

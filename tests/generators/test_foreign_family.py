@@ -162,7 +162,7 @@ def reward(pair, tmp_path_factory):
         final_cells=(2, 2, 2),
         bottleneck_cells=(1, 1, 1),
     )
-    observation = SigmaSlab.from_generator(pair[0], resolution=24)
+    observation = SigmaSlab.from_generator(pair[0], resolution=24, crop=SlabSpec.crop)
     return Reward(observation, RewardModel(arch)).save(
         tmp_path_factory.mktemp("reward") / "mirrored.safetensors"
     )
@@ -174,7 +174,9 @@ def test_a_reward_for_its_box_scores_it_and_the_bundled_reward_is_rejected(pair,
     bundled_reward = load_reward(bundled.REWARD)
     check_reward(reward_of_box, generator)
     # the crop is the same on both sides of x
-    slab = SigmaSlab.from_generator(inner, resolution=24).observe(inner.field(ws)).flip(-1)
+    slab = (
+        SigmaSlab.from_generator(inner, resolution=24, crop=SlabSpec.crop).observe(inner.field(ws)).flip(-1)
+    )
     torch.testing.assert_close(
         reward_of_box.score(generator.field(ws)), reward_of_box.score_observed(slab), rtol=1e-4, atol=1e-5
     )

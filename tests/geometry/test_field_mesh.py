@@ -172,6 +172,6 @@ def test_a_level_that_is_not_crossed_is_answered_with_one_that_is(form, border, 
     high = float(inside.max())
     with raising(f"{low:g}", f"{high:g}") as error:
         extract_field_mesh(FieldGrid(field, 24, border), low - 1 if side < 0 else high + 1)
-    example = float(str(error.value).rsplit(" ", 1)[1].rstrip("."))
+    example = float(str(error.value).rsplit("level=", 1)[1].rstrip("."))
     vertices, faces = extract_field_mesh(grid, example)
     assert len(vertices) and count_edges(faces).watertight

@@ -49,7 +49,8 @@ QUICK = (
     *(f"{job} --help" for job in JOBS),
 )
 WITH_NUMPY = tuple(
-    f"{job} --help" for job in ("label", "study", "flow label", "flow study", "flow plan", "flow status")
+    f"{job} --help"
+    for job in ("label", "study", "flow label", "flow study", "flow plan", "flow status", "data point-maps")
 )
 
 

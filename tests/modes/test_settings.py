@@ -111,6 +111,7 @@ def test_the_main_run_is_written_out():
         "desc",
         "device",
         "no_summary",
+        "strict_cameras",
     }
     values = {**settings.to_dict(), "ema_rampup": settings.gan.ema_rampup, "ada_kimg": settings.gan.ada_kimg}
     assert {name: value for name, value in values.items() if name not in ruled} == HEADS

@@ -172,9 +172,9 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
         assert conditions == [line["condition"]]
 
     if kind == "trellis":
-        done = CliRunner().invoke(train.main, [given[0], *FIRST_STAGE.split()])
+        done = CliRunner().invoke(train.main, [given[0], *FIRST_STAGE.split(), "--no-control"])
         assert done.exit_code == 0, done.output
-        (stats,) = (tmp_path / "runs" / "artefacts").glob("structure-*/training/stats.jsonl")
+        (stats,) = (tmp_path / "runs" / "artefacts").glob("structure-human-*/training/stats.jsonl")
         assert [line["step"] for line in lines(stats)] == [0, 2] and lines(stats)[-1]["grad_norm"] > 0
         assert list((tmp_path / "runs").glob("00000-*/structure/adapter_model.safetensors"))
 

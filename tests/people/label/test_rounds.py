@@ -86,7 +86,10 @@ def test_it_waits_for_answers_and_goes_on_with_them(begun):
     answer(url, 9)
     stops(folder, "round-1", "13 of 14")
     answer(url, 99)
-    result = tiny_runs.run(f"--resume={folder}")
+    # two test pairs cannot show that the round's reward is above chance
+    weak = tiny_runs.run(f"--resume={folder}")
+    assert weak.exit_code == 2 and "--weak-reward" in weak.stderr.splitlines()[-1]
+    result = tiny_runs.run(f"--resume={folder}", "--weak-reward")
     assert result.exit_code == 0, result.output
     (entry,) = tiny_rounds.ledger_of(folder)
     labels = load_labels(folder / "round-1" / "labels.jsonl")

@@ -228,7 +228,7 @@ def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
     from eg3d_rlhf.people.label.server import routes
 
     calls = []
-    monkeypatch.setattr(routes, "quality_report", lambda rows: calls.append(1) or {"judgements": 0})
+    monkeypatch.setattr(routes, "quality_report", lambda *_, **__: calls.append(1) or {"judgements": 0})
     assert [served.browser().get("/api/admin/quality").status_code for _ in range(4)] == [200] * 4 and len(
         calls
     ) == 1

@@ -73,7 +73,7 @@ def test_it_cannot_be_tuned(run, tiny_data, tmp_path):
     error = error_of(
         train.main, f"--init={run / 'assets-sds.safetensors'}", f"--data={tiny_data}", f"--outdir={tmp_path}"
     )
-    check_message(error, ("--init", "assets-sds.safetensors", "G_ema"))
+    check_message(error, ("--init", "assets-sds.safetensors", "discriminator"))
 
 
 def test_it_is_labelled_whole(run, tmp_path):

@@ -149,8 +149,7 @@ class WeightsSource:
 
     dtype: str = _source_knob(
         "float32",
-        "Data type of the weights of the generator's flow networks in memory. bfloat16 halves their memory;"
-        " adapters and the optimiser use float32 in any case.",
+        "Data type of the flow networks' weights; bfloat16 halves their memory. Adapters stay float32.",
         choices=("float32", "float16", "bfloat16"),
     )
 

@@ -261,7 +261,9 @@ class AssetSampling:
         An asset that the labelling page cannot show has no line in ranking.jsonl, but a note with the reason.
         """
         mesh_files = [path for path in self.shown().values() if path.suffix in reading.SUFFIXES]
-        with tqdm(total=len(mesh_files), desc=f"examining {self.folder.name}", unit="file") as bar:
+        with tqdm(
+            total=len(mesh_files), desc=f"examining {self.folder.name}", unit="file", leave=False
+        ) as bar:
             reasons = unfit(mesh_files, lambda done: bar.update(done - bar.n))
         for path, reason in reasons.items():
             # The file is renamed and not deleted, so that users can inspect it.

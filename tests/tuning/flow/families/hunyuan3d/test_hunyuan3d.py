@@ -337,7 +337,7 @@ def test_held_out_labels_of_one_stage_are_used_and_flags_without_effect_rejected
         ("--set=choose_noises=2", "--set choose_noises"),
     ):
         assert "no_summary" not in rejected(go(flag), named, "evaluator")
-    done = go("--set=held_out_every=1", "--set=patience=1")
+    done = go("--set=held_out_every=1", "--set=patience=1", "--no-control")
     assert done.exit_code == 0 and re.search(r"held_out +[01]\.\d{3}", done.output), done.output
     (stats,) = (tmp_path / "runs" / "artefacts").glob("shape-human-*/training/stats.jsonl")
     lines = [json.loads(line) for line in stats.read_text().splitlines()]

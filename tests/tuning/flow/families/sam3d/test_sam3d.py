@@ -165,7 +165,7 @@ def cut(content):
         (
             "pipeline.yaml",
             lambda c: c.update(use_stage1_distillation=True),
-            ("use_stage1_distillation", "few-steps"),
+            ("use_stage1_distillation", "few_steps"),
         ),
         (
             "pipeline.yaml",

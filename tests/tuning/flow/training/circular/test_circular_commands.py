@@ -67,7 +67,7 @@ MISTAKES = {
     "sft": (["--loss=sft", "--set=loser_weight=0.5"], ("loser_weight", "sft", "0.5")),
     "toy": (
         ["--set=dtype=float16", "--set=voxel_share=0.5"],
-        ("--set voxel_share", "--set dtype", "--pipeline"),
+        ("--set voxel_share", "--dtype", "--pipeline"),
     ),
     "trellis": (["--pipeline=somewhere"], ("--pairs", "--pipeline", "missing")),
     "toy's pairs": (["--pairs={tmp}"], ("--pairs", "--pipeline")),
