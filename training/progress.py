@@ -60,8 +60,10 @@ class tqdm(library.tqdm):
 
     def _unit_text(self) -> str:
         """Return a blank and the unit of the counts, in the plural where the count asks for it, or ""."""
+        # in "1 of 13 parts" the total decides
+        counted = self.n if self.total is None else self.total
         # "it" (iterations) is the library's default unit, which carries no information here.
-        return "" if self.unit == "it" else f" {self.unit}" if self.n == 1 else f" {self.unit}s"
+        return "" if self.unit == "it" else f" {self.unit}" if counted == 1 else f" {self.unit}s"
 
     def close(self) -> None:
         """End the bar. If the output is no terminal, write one line with the number of units and the time."""
