@@ -60,4 +60,4 @@ def test_compared_sentences_are_counted():
 
 def test_few_places_compare_a_sentence():
     places = wording.count()
-    assert sum(map(len, places.values())) < 75, places
+    assert sum(map(len, places.values())) < 50, places

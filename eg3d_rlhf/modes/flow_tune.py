@@ -44,9 +44,7 @@ if TYPE_CHECKING:
 
 Training = TypeVar("Training", bound=PassConfig)
 
-LOOP_HELP = (
-    "Tune with the Circular-DPO loop instead of plain DPO. On the toy generator, both are equally good."
-)
+LOOP_HELP = "Tune with the Circular-DPO loop instead of plain DPO."
 # Flags that have an effect only with --loop, under the names of their parameters.
 LOOP_ONLY = (
     "rounds",

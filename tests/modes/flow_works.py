@@ -17,6 +17,7 @@ from eg3d_rlhf.modes.jobs import command_of
 from eg3d_rlhf.people.label.campaigns import shape_from_row
 from eg3d_rlhf.people.label.database import Database, assignments, pairs, shapes
 from eg3d_rlhf.people.label.entities import Shape
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.people.label.browser import Page
 from tests.tuning.flow.families.trellis.tiny_trellis import write_hub
 
@@ -58,6 +59,15 @@ def flow(job: str, *flags, code: int = 0) -> str:
         (printed,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
         return printed
     return done.output
+
+
+def sampled_work(folder: Path, names=NAMES) -> Work:
+    """A folder WORK of the toy with four assets of each prompt to train and to choose on."""
+    prompts = write_prompts(folder / "prompts.txt", names)
+    new = ("--pipeline=toy", f"--prompts={prompts}", "--each=4", "--device=cpu")
+    flow("new", folder / "WORK", *new, "--set=split=0.4,0.4,0.2")
+    flow("sample", folder / "WORK", "--device=cpu")
+    return Work.open(folder / "WORK")
 
 
 @contextlib.contextmanager

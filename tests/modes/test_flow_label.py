@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training import latent_reward
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
 from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, SHOWN, Work
-from tests.modes.flow_works import flow, with_encoder, write_images, write_prompts
+from tests.modes.flow_works import flow, sampled_work, with_encoder, write_images
 from tests.people.label.plans import answer_all
 from tests.people.label.test_new_strategy import PLUGIN
 from tests.rejections import check_message
@@ -30,12 +30,7 @@ NAMES = [f"{colour} {shape}" for shape in ("ball", "box") for colour in ("red", 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """WORK with four assets of each of five prompts."""
-    folder = tmp_path_factory.mktemp("label")
-    prompts = write_prompts(folder / "prompts.txt", NAMES)
-    new = ("--pipeline=toy", f"--prompts={prompts}", "--each=4", "--device=cpu")
-    flow("new", folder / "WORK", *new, "--set=split=0.4,0.4,0.2")
-    flow("sample", folder / "WORK", "--device=cpu")
-    return Work.open(folder / "WORK")
+    return sampled_work(tmp_path_factory.mktemp("label"), NAMES)
 
 
 @pytest.fixture

@@ -131,14 +131,19 @@ def test_a_card_is_faster_than_another_in_proportion(tmp_path, monkeypatch):
     assert "h100" in flow("plan", tmp_path / "WORK", "--card=h100")
 
 
+def command(*words: object) -> str:
+    """Return a flow command as it is printed."""
+    return " ".join(["eg3d-rlhf", "flow", *map(str, words)])
+
+
 def test_the_next_command_follows_the_steps(work, monkeypatch):
     folder = work.folder
 
     def last(printed: str) -> str:
         return printed.splitlines()[-1]
 
-    assert last(flow("status", folder)) == f"next: eg3d-rlhf flow sample {folder}"
-    assert last(flow("sample", folder, "--device=cpu")) == f"next: eg3d-rlhf flow label {folder}"
+    assert last(flow("status", folder)) == "next: " + command("sample", folder)
+    assert last(flow("sample", folder, "--device=cpu")) == "next: " + command("label", folder)
     assert "15 of 15" in flow("status", folder)
     few = {"most": 5}  # three practice pairs, and two pairs
 
@@ -154,23 +159,23 @@ def test_the_next_command_follows_the_steps(work, monkeypatch):
     status = flow("status", folder)
     assert (
         "2 of 9" in status
-        and f"flow label {folder}" in last(status)
-        and f"flow tune {folder}" in last(status)
+        and command("label", folder) in last(status)
+        and command("tune", folder) in last(status)
     )
     few.clear()
     flow("label", folder, "--pairs=9")
     assert "9 of 9" in flow("status", folder)
-    assert next_command(work) == f"eg3d-rlhf flow tune {folder}"
-    assert last(flow("tune", folder, "--pairs-only")) == f"next: eg3d-rlhf flow tune {folder}"
+    assert next_command(work) == command("tune", folder)
+    assert last(flow("tune", folder, "--pairs-only")) == "next: " + command("tune", folder)
     # a training that was stopped, then one without and one with a learnable signal
     tune = folder / "tune-00"
     tune.mkdir()
-    assert next_command(work) == f"eg3d-rlhf flow tune {folder}"
+    assert next_command(work) == command("tune", folder)
     report = {"stages": {"structure": {"learnable_signal": False}, "voxels": {"learnable_signal": True}}}
     (tune / "report.json").write_text(json.dumps(report))
-    assert next_command(work) == f"eg3d-rlhf flow label {folder} --set campaign=more-2"
+    assert next_command(work) == command("label", folder, "--set", "campaign=more-2")
     (tune / "voxels").mkdir()
     (tune / "voxels" / META).write_text("{}")
     status = flow("status", folder)
     assert "structure no learnable signal" in status and "voxels learnable signal" in status
-    assert last(status) == f"next: eg3d-rlhf flow study {folder}"
+    assert last(status) == "next: " + command("study", folder)

@@ -12,8 +12,8 @@ from eg3d_rlhf.tuning.flow.toy.family import Toy
 from eg3d_rlhf.tuning.flow.toy.names import STRUCTURE, VOXELS
 from eg3d_rlhf.tuning.flow.workspace.answers import LEFT_OUT, imported_of, repeats_text
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Answer as ReadAnswer
-from eg3d_rlhf.tuning.flow.workspace.work_folder import Labels, Work
-from tests.modes.flow_works import flow, write_prompts
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Labels
+from tests.modes.flow_works import flow, sampled_work
 from tests.rejections import check_message
 
 NAMES = [f"{colour} {shape}" for shape in ("ball", "box") for colour in ("red", "green", "blue")]
@@ -22,12 +22,7 @@ NAMES = [f"{colour} {shape}" for shape in ("ball", "box") for colour in ("red", 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
     """WORK with four assets of each of five prompts."""
-    folder = tmp_path_factory.mktemp("questions")
-    prompts = write_prompts(folder / "prompts.txt", NAMES)
-    new = ("--pipeline=toy", f"--prompts={prompts}", "--each=4", "--device=cpu")
-    flow("new", folder / "WORK", *new, "--set=split=0.4,0.4,0.2")
-    flow("sample", folder / "WORK", "--device=cpu")
-    return Work.open(folder / "WORK")
+    return sampled_work(tmp_path_factory.mktemp("questions"), NAMES)
 
 
 @pytest.fixture

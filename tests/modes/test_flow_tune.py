@@ -153,7 +153,7 @@ def test_answers_are_trained_on_reported_and_exported(made, tmp_path):
 
 
 def test_help_is_one_screen():
-    assert len(flow("tune", "--help").splitlines()) <= 55
+    assert len(flow("tune", "--help").splitlines()) <= 50
 
 
 def test_too_few_answers_and_other_labels(made, tmp_path):

@@ -157,7 +157,7 @@ def test_tables_that_cannot_be_read_are_named(tmp_path, name, data, names):
 def test_a_control_is_stated_beside_the_labels(tmp_path):
     path = write_labels(tmp_path / "labels.jsonl", LABELS)
     assert control_of(path) == control_of(None) == ""
-    declare_control(path, "inverted labels")
-    assert control_of(path) == "inverted labels"
+    declare_control(path, "inverted")
+    assert control_of(path) == "inverted"
     path.with_suffix(".meta.json").write_text('{"randomised": true}')
     assert control_of(path) != ""

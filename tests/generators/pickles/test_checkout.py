@@ -155,8 +155,8 @@ def test_interpreters_and_checkouts_that_fail(files, tmp_path):
     [
         (
             "training/triplane.py",
-            "import torch\n",
-            "import no_such_package\n",
+            "import torch",
+            "import no_such_package",
             "--eg3d-python",
             "no_such_package",
         ),

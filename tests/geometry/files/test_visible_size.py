@@ -1,4 +1,4 @@
-"""What cannot be seen, such as a stray vertex or a collapsed triangle, does not decide the size of a mesh."""
+"""Parts that cannot be seen, such as a stray vertex or a flat triangle, do not decide the size of a mesh."""
 
 import numpy as np
 import pytest

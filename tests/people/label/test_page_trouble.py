@@ -4,6 +4,8 @@ window, the server, shapes.
 
 from tests.people.label.browser import ENGLISH, needs_chromium, plan, rows
 
+REASON = "the density does not cross the level 10"  # for which a shape cannot be prepared
+
 pytestmark = needs_chromium
 
 
@@ -71,14 +73,14 @@ def test_failed_shapes_are_named_and_not_called_ready(serve, page):
     shapes = [shape for _, shape in served.store.shapes(served.campaign)]
     cache = served.options.cache
     for shape in shapes[:4]:
-        cache.put_failure(shape, "the density does not cross the level 10")
+        cache.put_failure(shape, REASON)
     label = page(served.url)
     label.page.goto(served.url)
     label.ready("waiting")
     text = label.page.inner_text("#notice")
     assert f"0 of {len(shapes)}" in text and "4 could not" in text
     for shape in shapes[4:]:
-        cache.put_failure(shape, "the density does not cross the level 10")
+        cache.put_failure(shape, REASON)
     label.ready("refused")
     assert ENGLISH["ready.none"] in label.page.inner_text("#notice")
     label.page.goto(served.url + "/admin")
@@ -86,5 +88,5 @@ def test_failed_shapes_are_named_and_not_called_ready(serve, page):
         "() => document.querySelector('#preparedNote').textContent.includes('failed')"
     )
     note = label.page.inner_text("#preparedNote")
-    assert f"{len(shapes)} failed" in note and "does not cross the level 10" in note and "--set level" in note
+    assert f"{len(shapes)} failed" in note and REASON in note and "--set level" in note
     assert label.page.inner_text("#prepared") == f"0 of {len(shapes)}"

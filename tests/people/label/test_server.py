@@ -15,6 +15,8 @@ from tests.people.label.plans import decode_mesh
 from tests.people.label.serving import GENEROUS, answer
 from tests.rejections import raising
 
+REASON = "the density does not cross the level 10"  # for which a shape cannot be prepared
+
 
 @pytest.fixture
 def served(tmp_path):
@@ -117,18 +119,18 @@ def test_failed_shapes_are_not_counted_as_ready(tmp_path, capfd):
         shapes = [shape for _, shape in served.store.shapes(served.campaign)]
         cache = served.options.cache
         for shape in shapes[:5]:
-            cache.put_failure(shape, "the density does not cross the level 10")
+            cache.put_failure(shape, REASON)
         serving.fill(cache, shapes[5:9])
         time.sleep(0.6)
         expected = {"done": 4, "failed": 5, "total": len(shapes), "seconds_left": None}
         assert page.get("/api/assignments").json()["preparation"] == expected
         report = page.get("/api/admin/quality").json()["preparation"]
         assert {name: report[name] for name in expected} == expected
-        assert "does not cross the level 10" in report["error"] and "--set level" in report["error"]
+        assert REASON in report["error"] and "--set level" in report["error"]
         warning = capfd.readouterr().err
-        assert "does not cross the level 10" in warning and warning.count("does not cross") == 1
+        assert warning.count(REASON) == 1
         for shape in shapes[9:]:
-            cache.put_failure(shape, "the density does not cross the level 10")
+            cache.put_failure(shape, REASON)
         time.sleep(0.6)
         state = page.get("/api/assignments").json()
         assert not state["waiting"] and state["preparation"]["failed"] == len(shapes) - 4

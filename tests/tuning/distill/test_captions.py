@@ -13,8 +13,8 @@ BOX = "a grey box, each side of which has "
     "prompts",
     [
         ("a ball", "a box"),
-        (f"{BOX}a red dot", f"{BOX}a blue dot"),
-        (f"{BOX * 4}a red dot", f"{BOX * 4}a blue dot"),
+        (f"{BOX}red", f"{BOX}blue"),
+        (f"{BOX * 4}red", f"{BOX * 4}blue"),
         (f"red {BOX * 4}one", f"red {BOX * 4}two", "x " * 99),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a tuning run prints about the density of its network before the first tick."""
+"""A tuning run prints the density of its network before the first tick."""
 
 from types import SimpleNamespace
 

@@ -147,9 +147,11 @@ class EncodingSource:
 class WeightsSource:
     """Settings of the weights of a generator in memory."""
 
-    dtype: str = _source_knob(
+    dtype: str = knob(
         "float32",
-        "Data type of the flow networks' weights; bfloat16 halves their memory. Adapters stay float32.",
+        "Data type of the networks' weights: float32, or float16 or bfloat16 for half the memory.",
+        "Training",
+        metavar="TYPE",
         choices=("float32", "float16", "bfloat16"),
     )
 

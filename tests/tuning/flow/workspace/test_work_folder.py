@@ -108,7 +108,7 @@ def test_a_folder_is_what_it_was_made_of(work, tmp_path):
         ({"format": 2}, works.FILE, "1", "2"),
         ({"stages": None}, works.FILE),
         ({"more": 1}, works.FILE, "'more'"),
-        ({"splits": {**written["splits"], "test": []}}, works.FILE, "0 to test on"),
+        ({"splits": {**written["splits"], "test": []}}, works.FILE, "0", "test"),
     ):
         path.write_text(json.dumps({**written, **change}))
         with raising(*names):
